@@ -1,0 +1,155 @@
+"""Every way a request or a command can fail, with the code each border shows for it.
+
+What comes from outside (clients, files, peers) is refused with one of these; `assert` is for our own invariants.
+"""
+
+from typing import ClassVar
+
+
+class TandemError(Exception):
+    """Base of all. The message is one sentence for a person and holds no internals (addresses, names of segments).
+
+    `code` is the stable name on the wire, `grpc_status` and `http_status` what a client sees, `retryable` whether the
+    same request may succeed later or elsewhere, `param` the request field at fault, if one is.
+    """
+
+    code: ClassVar[str] = "internal"
+    grpc_status: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+    openai_type: ClassVar[str] = "server_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequestError(TandemError):
+    """The request itself is wrong; sending it again will not help."""
+
+    code = "invalid_request"
+    grpc_status = "INVALID_ARGUMENT"
+    http_status = 400
+    openai_type = "invalid_request_error"
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt, or prompt and answer, exceed the model's context or the KV memory."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    code = "model_not_found"
+    grpc_status = "NOT_FOUND"
+    http_status = 404
+
+
+class PayloadTooLargeError(InvalidRequestError):
+    code = "payload_too_large"
+    http_status = 413
+
+
+class UnauthenticatedError(TandemError):
+    code = "unauthenticated"
+    grpc_status = "UNAUTHENTICATED"
+    http_status = 401
+    openai_type = "invalid_request_error"
+
+
+class DuplicateRequestError(TandemError):
+    code = "already_exists"
+    grpc_status = "ALREADY_EXISTS"
+    http_status = 409
+    openai_type = "invalid_request_error"
+
+
+class OverloadedError(TandemError):
+    """Queues are full; try again later."""
+
+    code = "overloaded"
+    grpc_status = "RESOURCE_EXHAUSTED"
+    http_status = 429
+    openai_type = "rate_limit_error"
+    retryable = True
+
+
+class UnavailableError(TandemError):
+    """No worker can serve it now, or the one that did is gone."""
+
+    code = "unavailable"
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+    retryable = True
+
+
+class DeadlineError(TandemError):
+    code = "deadline_exceeded"
+    grpc_status = "DEADLINE_EXCEEDED"
+    http_status = 504
+
+
+class CancelledError(TandemError):
+    """The client asked for the end, or went away."""
+
+    code = "cancelled"
+    grpc_status = "CANCELLED"
+    http_status = 499
+
+
+class TransferError(TandemError):
+    """A KV shipment did not arrive whole, current and matching. The attempt is repeated elsewhere."""
+
+    code = "transfer_failed"
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+    retryable = True
+
+
+class StaleEpochError(TransferError):
+    """It belongs to an attempt that has been given up, or to a lease that has ended."""
+
+    code = "stale_epoch"
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class IncompatiblePeerError(TandemError):
+    """Two workers whose KV means different things."""
+
+    code = "incompatible_peer"
+    grpc_status = "FAILED_PRECONDITION"
+    http_status = 503
+
+
+class CheckpointError(TandemError):
+    """A checkpoint that cannot be served: missing, damaged, unknown or unsafe."""
+
+    code = "bad_checkpoint"
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class ConfigError(TandemError):
+    """A configuration file or flag that cannot be used."""
+
+    code = "bad_config"
+    grpc_status = "INVALID_ARGUMENT"
+
+
+class InternalError(TandemError):
+    """A fault of ours. The details are in the log, not in the message."""
+
+
+def _leaves(cls: type[TandemError]) -> list[type[TandemError]]:
+    found = [cls]
+    for sub in cls.__subclasses__():
+        found.extend(_leaves(sub))
+    return found
+
+
+def error_from_code(code: str, message: str, param: str | None = None) -> TandemError:
+    """The error of that `code`, as received from another process; an unknown code is an `InternalError`."""
+    for cls in _leaves(TandemError):
+        if cls.code == code:
+            return (InternalError if cls is TandemError else cls)(message, param=param)
+    return InternalError(message, param=param)

@@ -1,0 +1,74 @@
+"""Order and size of KV blocks in a worker's memory, and the fingerprint two workers compare before bytes move.
+
+One pool per rank, one contiguous allocation:
+
+    pool[layer, kv, block, kv_head, slot, head_dim]          kv: 0 = keys, 1 = values
+
+A block is `block_size` token slots of one sequence, the unit of allocation and transfer. For one layer, one of K or V
+and one block, the bytes `[kv_head, slot, head_dim]` are contiguous, and so is any range of heads inside them: a source
+with another tensor- or pipeline-parallel degree can be read without repacking.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+LAYOUT_VERSION = 1
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Shape of one rank's KV pool.
+
+    `weights_hash` names the checkpoint (its files' content), so that two workers of different weights never share KV.
+    """
+
+    num_layers: int
+    num_blocks: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: str
+    weights_hash: str
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int, int]:
+        """(layer, kv, block, kv_head, slot, head_dim)"""
+        return (self.num_layers, 2, self.num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
+
+    @property
+    def segment_bytes(self) -> int:
+        """Bytes of one block of K or of V in one layer: the longest contiguous run."""
+        return self.num_kv_heads * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, K and V."""
+        return self.num_layers * 2 * self.segment_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    def segment_offset(self, layer: int, kv: int, block: int) -> int:
+        """Byte offset in the pool of block `block` of K (`kv`=0) or V (`kv`=1) of `layer`."""
+        return ((layer * 2 + kv) * self.num_blocks + block) * self.segment_bytes
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks needed to hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal exactly when blocks of one pool mean the same in the other. The number of blocks does not matter."""
+        parts = (
+            LAYOUT_VERSION,
+            self.weights_hash,
+            self.dtype,
+            self.block_size,
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+        )
+        return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
