@@ -1,0 +1,133 @@
+"""The serve file: what to run and how, as frozen values. `core/config_file.py` reads it from YAML."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from core.errors import ConfigError
+
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(value: object) -> object:
+    """512MiB, 2 GB or a plain number of bytes -> int. Anything else is left for pydantic to refuse."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)):
+        factor = _UNITS.get(match[2].upper())
+        if factor is not None:
+            return int(float(match[1]) * factor)
+    return value
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """host:port -> (host, port). Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"'{address}' is not an address of the form host:port")
+    return host.strip("[]"), int(port)
+
+
+def _check_address(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            split_address(value)
+        except ConfigError as error:
+            raise ValueError(error.message) from error
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Address = Annotated[str, BeforeValidator(_check_address)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineSection(_Frozen):
+    """How an instance computes."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    ops: Literal["auto", "torch", "native"] = "auto"
+    threads: int = Field(default=0, ge=0, description="CPU threads per instance; 0 shares the cores between instances")
+    kv_memory: Bytes = Field(default=512 << 20, description="KV pool of one instance, e.g. 512MiB")
+    block_size: int = Field(default=16, ge=1, le=256)
+    max_model_len: int | None = Field(default=None, ge=1, description="Prompt plus answer; default: the model's")
+
+
+class PrefillSection(_Frozen):
+    instances: int = Field(default=1, ge=1)
+    engine: EngineSection = EngineSection()
+    max_batch_tokens: int = Field(default=2048, ge=16, description="Tokens in one step; longer prompts go in chunks")
+    max_queue: int = Field(default=1024, ge=1, description="Requests waiting in one instance before it refuses more")
+    prefix_cache: bool = True
+    lease_s: float = Field(default=30.0, gt=0, description="How long computed KV waits to be fetched")
+
+
+class DecodeSection(_Frozen):
+    instances: int = Field(default=1, ge=1)
+    engine: EngineSection = EngineSection()
+    max_batch: int = Field(default=64, ge=1, description="Sequences decoded together in one step")
+    max_queue: int = Field(default=1024, ge=1, description="Requests waiting for KV memory before it refuses more")
+    transfer_timeout_s: float = Field(default=10.0, gt=0)
+    road: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
+    checksum: bool | None = Field(default=None, description="Check shipments' bytes; default: over networks")
+
+
+class RouterSection(_Frozen):
+    http: Address = "127.0.0.1:8000"
+    grpc: Address = "127.0.0.1:8001"
+    control: Address = Field(default="127.0.0.1:8002", description="Where workers report; never for clients")
+    request_timeout_s: float = Field(default=600.0, gt=0, description="Deadline of a request that names none")
+    max_queue: int = Field(default=1024, ge=1, description="Requests in the router before it refuses more")
+    max_body: Bytes = 8 << 20
+    reflection: bool = True
+    resume: bool = Field(default=True, description="Continue on another worker when one is lost mid-stream")
+
+
+class ServeConfig(_Frozen):
+    """A whole deployment on one model."""
+
+    model: Path
+    model_name: str | None = Field(default=None, description="Name in the API; default: the folder's name")
+    router: RouterSection = RouterSection()
+    prefill: PrefillSection = PrefillSection()
+    decode: DecodeSection = DecodeSection()
+    cluster_token: str | None = Field(default=None, description="Shared secret of router and workers; serve makes one")
+
+    @property
+    def served_name(self) -> str:
+        return self.model_name or self.model.resolve().name
+
+
+class WorkerConfig(_Frozen):
+    """One worker process. Of `prefill` and `decode` only the section of its own role counts."""
+
+    model: Path
+    model_name: str | None = None
+    listen: Address = "127.0.0.1:0"
+    routers: tuple[Address, ...] = Field(default=("127.0.0.1:8002",), description="Control addresses to report to")
+    heartbeat_s: float = Field(default=0.5, gt=0)
+    cluster_token: str | None = None
+    prefill: PrefillSection = PrefillSection()
+    decode: DecodeSection = DecodeSection()
+
+    @property
+    def served_name(self) -> str:
+        return self.model_name or self.model.resolve().name
+
+
+class RouterConfig(_Frozen):
+    """One router process. It loads the tokenizer and chat template of `model`, never its weights."""
+
+    model: Path
+    model_name: str | None = None
+    router: RouterSection = RouterSection()
+    heartbeat_timeout_s: float = Field(default=3.0, gt=0, description="Silence after which a worker counts as gone")
+    cluster_token: str | None = None
+
+    @property
+    def served_name(self) -> str:
+        return self.model_name or self.model.resolve().name

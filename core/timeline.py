@@ -1,0 +1,93 @@
+"""The timeline of one request: the one definition of its stages, of TTFT and of TPOT.
+
+    received -> admitted -> prefill_queued -> prefill_started -> first_token
+                                                  |                  |
+                                        decode_reserved     transfer_started -> transfer_committed
+                                                                                       |
+                                                      decode_admitted -> second_token -> finished
+
+All stamps are seconds on the router's monotonic clock. What a worker reports is a duration, which the router places
+between its own stamps, so that no two machines' clocks are ever compared. Metrics, traces, `tandem explain`, the
+simulator and the bench all speak this type.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Stage(Enum):
+    """A moment in a request's life, in the usual order of time."""
+
+    RECEIVED = "received"
+    ADMITTED = "admitted"
+    PREFILL_QUEUED = "prefill_queued"
+    PREFILL_STARTED = "prefill_started"
+    DECODE_RESERVED = "decode_reserved"
+    FIRST_TOKEN = "first_token"
+    TRANSFER_STARTED = "transfer_started"
+    TRANSFER_COMMITTED = "transfer_committed"
+    DECODE_ADMITTED = "decode_admitted"
+    SECOND_TOKEN = "second_token"
+    FINISHED = "finished"
+
+
+# A part is the time that ends with its stage and began with the previous boundary that happened. Stages that overlap
+# with others (decode_reserved, transfer_started) bound no part, so that the parts sum to the whole.
+PARTS: tuple[tuple[Stage, str], ...] = (
+    (Stage.ADMITTED, "admission_s"),  # validate, render, tokenize, wait for a place
+    (Stage.PREFILL_QUEUED, "dispatch_s"),  # choose the prefill worker, reach it
+    (Stage.PREFILL_STARTED, "prefill_queue_s"),
+    (Stage.FIRST_TOKEN, "prefill_s"),
+    (Stage.TRANSFER_COMMITTED, "transfer_s"),  # only what the first token did not hide
+    (Stage.DECODE_ADMITTED, "decode_queue_s"),
+    (Stage.SECOND_TOKEN, "second_token_s"),
+    (Stage.FINISHED, "decode_s"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Stamps of one request. A stage that did not happen (no transfer for a one-token answer) is absent."""
+
+    stamps: dict[Stage, float]
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    num_attempts: int = 1
+
+    def __post_init__(self) -> None:
+        assert Stage.RECEIVED in self.stamps, "a timeline begins when the request is received"
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token: received to first token leaving the router. None if none came."""
+        first = self.stamps.get(Stage.FIRST_TOKEN)
+        return None if first is None else first - self.stamps[Stage.RECEIVED]
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first: (last - first) / (n - 1). None below two tokens."""
+        first, last = self.stamps.get(Stage.FIRST_TOKEN), self.stamps.get(Stage.FINISHED)
+        if first is None or last is None or self.num_output_tokens < 2:
+            return None
+        return (last - first) / (self.num_output_tokens - 1)
+
+    @property
+    def total_s(self) -> float:
+        """Received until the last stamp there is."""
+        return max(self.stamps.values()) - self.stamps[Stage.RECEIVED]
+
+    def parts(self) -> dict[str, float]:
+        """Seconds spent in each part, in order; they sum to `total_s` of a finished request.
+
+        A stage reported late (its message overtaken by the next one's) takes no time rather than negative time.
+        """
+        previous_s = self.stamps[Stage.RECEIVED]
+        parts: dict[str, float] = {}
+        for stage, name in PARTS:
+            stamp_s = self.stamps.get(stage)
+            if stamp_s is None:
+                continue
+            parts[name] = max(0.0, stamp_s - previous_s)
+            previous_s = max(previous_s, stamp_s)
+        return parts

@@ -1,0 +1,295 @@
+from tandem.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_PREFILL: _ClassVar[Role]
+    ROLE_DECODE: _ClassVar[Role]
+
+class InstanceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    INSTANCE_STATE_UNSPECIFIED: _ClassVar[InstanceState]
+    INSTANCE_STATE_LOADING: _ClassVar[InstanceState]
+    INSTANCE_STATE_READY: _ClassVar[InstanceState]
+    INSTANCE_STATE_DRAINING: _ClassVar[InstanceState]
+ROLE_UNSPECIFIED: Role
+ROLE_PREFILL: Role
+ROLE_DECODE: Role
+INSTANCE_STATE_UNSPECIFIED: InstanceState
+INSTANCE_STATE_LOADING: InstanceState
+INSTANCE_STATE_READY: InstanceState
+INSTANCE_STATE_DRAINING: InstanceState
+
+class AttemptRequest(_message.Message):
+    __slots__ = ("request_id", "epoch", "token_ids", "num_output_tokens", "sampling", "cache_salt", "timeout_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_output_tokens: int
+    sampling: _common_pb2.SamplingParams
+    cache_salt: str
+    timeout_s: float
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_output_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class SampledToken(_message.Message):
+    __slots__ = ("token_id", "logprob")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: _common_pb2.TokenLogprob
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[_Union[_common_pb2.TokenLogprob, _Mapping]] = ...) -> None: ...
+
+class CancelCommand(_message.Message):
+    __slots__ = ("handle",)
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    def __init__(self, handle: _Optional[int] = ...) -> None: ...
+
+class FailedEvent(_message.Message):
+    __slots__ = ("handle", "code", "message")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    code: str
+    message: str
+    def __init__(self, handle: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class SubmitPrefillCommand(_message.Message):
+    __slots__ = ("handle", "request")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    request: AttemptRequest
+    def __init__(self, handle: _Optional[int] = ..., request: _Optional[_Union[AttemptRequest, _Mapping]] = ...) -> None: ...
+
+class PrefillSessionRequest(_message.Message):
+    __slots__ = ("submit", "cancel")
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    submit: SubmitPrefillCommand
+    cancel: CancelCommand
+    def __init__(self, submit: _Optional[_Union[SubmitPrefillCommand, _Mapping]] = ..., cancel: _Optional[_Union[CancelCommand, _Mapping]] = ...) -> None: ...
+
+class PrefillStartedEvent(_message.Message):
+    __slots__ = ("handle", "num_cached_tokens")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    num_cached_tokens: int
+    def __init__(self, handle: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
+
+class PrefillFinishedEvent(_message.Message):
+    __slots__ = ("handle", "token", "prompt_logprobs", "finish_reason", "num_cached_tokens", "queue_s", "compute_s")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    token: SampledToken
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprob]
+    finish_reason: _common_pb2.FinishReason
+    num_cached_tokens: int
+    queue_s: float
+    compute_s: float
+    def __init__(self, handle: _Optional[int] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
+
+class PrefillSessionResponse(_message.Message):
+    __slots__ = ("started", "finished", "failed")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    started: PrefillStartedEvent
+    finished: PrefillFinishedEvent
+    failed: FailedEvent
+    def __init__(self, started: _Optional[_Union[PrefillStartedEvent, _Mapping]] = ..., finished: _Optional[_Union[PrefillFinishedEvent, _Mapping]] = ..., failed: _Optional[_Union[FailedEvent, _Mapping]] = ...) -> None: ...
+
+class OpenDecodeCommand(_message.Message):
+    __slots__ = ("handle", "request", "source_instance_id", "source_address")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    request: AttemptRequest
+    source_instance_id: str
+    source_address: str
+    def __init__(self, handle: _Optional[int] = ..., request: _Optional[_Union[AttemptRequest, _Mapping]] = ..., source_instance_id: _Optional[str] = ..., source_address: _Optional[str] = ...) -> None: ...
+
+class DecodeSessionRequest(_message.Message):
+    __slots__ = ("open", "cancel")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    open: OpenDecodeCommand
+    cancel: CancelCommand
+    def __init__(self, open: _Optional[_Union[OpenDecodeCommand, _Mapping]] = ..., cancel: _Optional[_Union[CancelCommand, _Mapping]] = ...) -> None: ...
+
+class DecodeReservedEvent(_message.Message):
+    __slots__ = ("handle",)
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    def __init__(self, handle: _Optional[int] = ...) -> None: ...
+
+class TransferCommittedEvent(_message.Message):
+    __slots__ = ("handle", "transfer_s", "transfer_bytes", "road")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROAD_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    transfer_s: float
+    transfer_bytes: int
+    road: str
+    def __init__(self, handle: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., road: _Optional[str] = ...) -> None: ...
+
+class DecodeTokens(_message.Message):
+    __slots__ = ("handle", "token_ids", "logprobs", "finish_reason", "queue_s")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprob]
+    finish_reason: _common_pb2.FinishReason
+    queue_s: float
+    def __init__(self, handle: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., queue_s: _Optional[float] = ...) -> None: ...
+
+class DecodeFrameEvent(_message.Message):
+    __slots__ = ("items", "step_s")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[DecodeTokens]
+    step_s: float
+    def __init__(self, items: _Optional[_Iterable[_Union[DecodeTokens, _Mapping]]] = ..., step_s: _Optional[float] = ...) -> None: ...
+
+class DecodeSessionResponse(_message.Message):
+    __slots__ = ("reserved", "committed", "frame", "failed")
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    reserved: DecodeReservedEvent
+    committed: TransferCommittedEvent
+    frame: DecodeFrameEvent
+    failed: FailedEvent
+    def __init__(self, reserved: _Optional[_Union[DecodeReservedEvent, _Mapping]] = ..., committed: _Optional[_Union[TransferCommittedEvent, _Mapping]] = ..., frame: _Optional[_Union[DecodeFrameEvent, _Mapping]] = ..., failed: _Optional[_Union[FailedEvent, _Mapping]] = ...) -> None: ...
+
+class BlockCounts(_message.Message):
+    __slots__ = ("total", "free", "running", "cached", "leased", "leaked")
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    LEASED_FIELD_NUMBER: _ClassVar[int]
+    LEAKED_FIELD_NUMBER: _ClassVar[int]
+    total: int
+    free: int
+    running: int
+    cached: int
+    leased: int
+    leaked: int
+    def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., running: _Optional[int] = ..., cached: _Optional[int] = ..., leased: _Optional[int] = ..., leaked: _Optional[int] = ...) -> None: ...
+
+class LinkStats(_message.Message):
+    __slots__ = ("peer_id", "road", "transfers", "transfer_bytes", "transfer_s", "failures")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROAD_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    road: str
+    transfers: int
+    transfer_bytes: int
+    transfer_s: float
+    failures: int
+    def __init__(self, peer_id: _Optional[str] = ..., road: _Optional[str] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., failures: _Optional[int] = ...) -> None: ...
+
+class InstanceStatus(_message.Message):
+    __slots__ = ("instance_id", "role", "state", "address", "model", "fingerprint", "max_model_len", "block_size", "blocks", "waiting_requests", "running_requests", "waiting_tokens", "steps", "step_s", "computed_tokens", "cached_tokens", "preemptions", "links")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    role: Role
+    state: InstanceState
+    address: str
+    model: str
+    fingerprint: str
+    max_model_len: int
+    block_size: int
+    blocks: BlockCounts
+    waiting_requests: int
+    running_requests: int
+    waiting_tokens: int
+    steps: int
+    step_s: float
+    computed_tokens: int
+    cached_tokens: int
+    preemptions: int
+    links: _containers.RepeatedCompositeFieldContainer[LinkStats]
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[InstanceState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ...) -> None: ...
+
+class HeartbeatRequest(_message.Message):
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: InstanceStatus
+    def __init__(self, status: _Optional[_Union[InstanceStatus, _Mapping]] = ...) -> None: ...
+
+class HeartbeatResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeResponse(_message.Message):
+    __slots__ = ("model", "uptime_s", "instances", "running_requests", "queued_requests")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    uptime_s: float
+    instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
+    running_requests: int
+    queued_requests: int
+    def __init__(self, model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., running_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
