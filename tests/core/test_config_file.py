@@ -1,0 +1,249 @@
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.config import RouterConfig, ServeConfig, WorkerConfig
+from core.config_file import apply_overrides, dump_config, load_config
+from core.errors import ConfigError
+
+MISTAKES = {
+    "unknown setting": (
+        "model: m\n\ndecode:\n  engine:\n    thread: 2\n",
+        "FILE line 5: decode.engine.thread is not a setting; did you mean threads?",
+    ),
+    "setting in the wrong section": (
+        "model: m\nthreads: 2\n",
+        "FILE line 2: threads is not a setting; did you mean prefill.engine.threads or decode.engine.threads?",
+    ),
+    "nothing like it": (
+        "model: m\nrouter:\n  colour: red\n",
+        "FILE line 3: router.colour is not a setting; the settings here are http, grpc, control, request_timeout_s, "
+        "max_queue, max_body, reflection, resume",
+    ),
+    "wrong type": (
+        "model: m\nprefill:\n  instances: two\n",
+        "FILE line 3: prefill.instances must be a whole number, not 'two'",
+    ),
+    "fraction": (
+        "model: m\nprefill:\n  instances: 1.5\n",
+        "FILE line 3: prefill.instances must be a whole number, not 1.5",
+    ),
+    "not a number": (
+        "model: m\nrouter: {request_timeout_s: soon}\n",
+        "FILE line 2: router.request_timeout_s must be a number, not 'soon'",
+    ),
+    "too small": (
+        "model: m\ndecode:\n  instances: 0\n",
+        "FILE line 3: decode.instances must be at least 1, not 0",
+    ),
+    "too large": (
+        "model: m\ndecode:\n  engine:\n    block_size: 1000\n",
+        "FILE line 4: decode.engine.block_size must be at most 256, not 1000",
+    ),
+    "not positive": (
+        "model: m\nprefill:\n  lease_s: -1\n",
+        "FILE line 3: prefill.lease_s must be more than 0, not -1",
+    ),
+    "unknown choice": (
+        "model: m\ndecode:\n  road: rdma\n",
+        "FILE line 3: decode.road must be one of auto, shared_memory, gloo or nccl, not 'rdma'",
+    ),
+    "bad size": (
+        "model: m\nprefill:\n  engine:\n    kv_memory: plenty\n",
+        "FILE line 4: prefill.engine.kv_memory must be a whole number or a size like 512MiB, not 'plenty'",
+    ),
+    "bad address": (
+        "model: m\nrouter:\n  http: localhost\n",
+        "FILE line 3: router.http: 'localhost' is not an address of the form host:port",
+    ),
+    "not a boolean": (
+        "model: m\nprefill:\n  prefix_cache: perhaps\n",
+        "FILE line 3: prefill.prefix_cache must be true or false, not 'perhaps'",
+    ),
+    "number where text belongs": (
+        "model: m\ncluster_token: 1234\n",
+        "FILE line 2: cluster_token must be text, not 1234; put it in quotes",
+    ),
+    "empty section": (
+        "model: m\nprefill:\ndecode:\n  instances: 2\n",
+        "FILE line 2: prefill is a section, not empty; give it settings of its own, e.g. prefill.instances, "
+        "or remove it",
+    ),
+    "missing": ("prefill:\n  instances: 1\n", "FILE line 1: model is missing; add it"),
+    "key that is no text": (
+        "model: m\n1: 2\n",
+        "FILE line 2: 1 cannot be the name of a setting; names are text",
+    ),
+    "duplicate": (
+        "model: m\nprefill:\n  instances: 1\n  instances: 2\n",
+        "FILE line 4: prefill.instances is set twice",
+    ),
+    "two mistakes": (
+        "model: m\nprefil:\n  instances: 1\ndecode:\n  max_batch: 0\n",
+        "FILE line 5: decode.max_batch must be at least 1, not 0\n"
+        "FILE line 2: prefil is not a setting; did you mean prefill?",
+    ),
+    "not a mapping": ("- a\n- b\n", "FILE must hold settings of the form 'name: value', one on each line"),
+    "just text": ("hello\n", "FILE must hold settings of the form 'name: value', one on each line"),
+    "empty": ("", "FILE is empty; it must name at least: model"),
+    "only comments": ("# nothing\n", "FILE is empty; it must name at least: model"),
+    "tab": ("model: m\nprefill:\n\tinstances: 1\n", "FILE line 3: begins with a tab; YAML is indented with spaces"),
+    "two documents": ("model: m\n---\nmodel: n\n", "FILE line 2: begins a second document ('---'); keep one"),
+    "tag": ("model: !!python/name:os.system x\n", "FILE line 1: YAML tags ('!...') are not allowed"),
+    "unclosed bracket": (
+        "model: [m\n",
+        "FILE line 2: is not valid YAML (expected ',' or ']', but got '<stream end>')",
+    ),
+    "control character": ("model: m\nmodel_name: a\x00b\n", "FILE line 2: holds a character that YAML does not allow"),
+    "endless nesting": ("[" * 5000, "FILE is nested too deeply"),
+    "impossible date": ("model: 2026-13-99\n", "FILE: month must be in 1..12; put text in quotes"),
+}
+
+
+@pytest.mark.parametrize(("text", "sentence"), MISTAKES.values(), ids=MISTAKES)
+def test_each_mistake_is_told_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ServeConfig)
+    assert caught.value.message == sentence.replace("FILE", str(path))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml does not exist$"):
+        load_config(tmp_path / "none.yaml", ServeConfig)
+    with pytest.raises(ConfigError, match="is a folder; give the configuration file in it"):
+        load_config(tmp_path, ServeConfig)
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("model: m\nmodel_name: café\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml line 2: is not UTF-8 text"):
+        load_config(latin, ServeConfig)
+    with pytest.raises(ConfigError, match="larger than 1 MiB"):
+        load_config(Path("/dev/zero"), ServeConfig)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission(tmp_path: Path) -> None:
+    path = tmp_path / "secret.yaml"
+    path.write_text("model: m\n")
+    path.chmod(0)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(path, ServeConfig)
+
+
+def test_an_alias_loop_ends(tmp_path: Path) -> None:
+    path = tmp_path / "loop.yaml"
+    path.write_text("model: m\nprefill: &a\n  engine: *a\n")
+    with pytest.raises(ConfigError, match=r"prefill\.engine\.engine"):
+        load_config(path, ServeConfig)
+
+
+def test_sections_may_be_shared_by_alias(tmp_path: Path) -> None:
+    path = tmp_path / "alias.yaml"
+    path.write_text("model: m\nprefill: {engine: &e {threads: 3}}\ndecode: {engine: {<<: *e, kv_memory: 1GiB}}\n")
+    config = load_config(path, ServeConfig)
+    assert config.prefill.engine.threads == config.decode.engine.threads == 3
+    assert config.decode.engine.kv_memory == 1 << 30
+
+
+def test_model_paths_count_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "conf" / "serve.yaml"
+    path.parent.mkdir()
+    path.write_text("model: ../models/x\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("conf/serve.yaml"), ServeConfig).model == (tmp_path / "models" / "x").resolve()
+    path.write_text("model: /abs/x\n")
+    assert load_config(path, ServeConfig).model == Path("/abs/x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path.write_text("model: ~/x\n")
+    assert load_config(path, ServeConfig).model == (tmp_path / "x").resolve()
+
+
+def test_byte_order_mark_and_utf8_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_bytes("\ufeffmodel: m\nmodel_name: café\n".encode())
+    assert load_config(path, ServeConfig).model_name == "café"
+
+
+def test_mistakes_in_lists_have_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "worker.yaml"
+    path.write_text("model: m\nrouters:\n  - 127.0.0.1:1\n  - nowhere\n")
+    with pytest.raises(ConfigError, match=r"line 4: routers\.1: 'nowhere' is not an address"):
+        load_config(path, WorkerConfig)
+
+
+@given(
+    instances=st.integers(1, 100),
+    kv_memory=st.integers(1, 1 << 40),
+    lease_s=st.floats(0.001, 1e6),
+    name=st.one_of(st.none(), st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=20)),
+    token=st.sampled_from([None, "yes", "0123", "1:30", "null", "a: b", "# x", "2026-01-01", "1e3"]),
+)
+def test_what_is_dumped_loads_again(
+    tmp_path_factory: pytest.TempPathFactory,
+    instances: int,
+    kv_memory: int,
+    lease_s: float,
+    name: str | None,
+    token: str | None,
+) -> None:
+    config = ServeConfig.model_validate(
+        {
+            "model": "/models/x",
+            "model_name": name,
+            "prefill": {"instances": instances, "engine": {"kv_memory": kv_memory}, "lease_s": lease_s},
+            "cluster_token": token,
+        }
+    )
+    path = tmp_path_factory.mktemp("dump") / "serve.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path, ServeConfig) == config
+
+
+def test_worker_and_router_files_load_again(tmp_path: Path) -> None:
+    worker = WorkerConfig(model=Path("/m"), routers=("127.0.0.1:1", "[::1]:2"), cluster_token="s")
+    router = RouterConfig(model=Path("/m"), heartbeat_timeout_s=1.5)
+    path = tmp_path / "x.yaml"
+    path.write_text(dump_config(worker))
+    assert load_config(path, WorkerConfig) == worker
+    path.write_text(dump_config(router))
+    assert load_config(path, RouterConfig) == router
+
+
+def test_overrides_replace_settings() -> None:
+    config = ServeConfig(model=Path("/m"))
+    changed = apply_overrides(
+        config, ["router.http=127.0.0.1:9000", "prefill.instances=2", "decode.engine.kv_memory=1GiB", "model_name=x=y"]
+    )
+    assert changed.router.http == "127.0.0.1:9000"
+    assert changed.prefill.instances == 2
+    assert changed.decode.engine.kv_memory == 1 << 30
+    assert changed.model_name == "x=y"
+    assert changed.router.grpc == config.router.grpc
+    assert config.prefill.instances == 1
+    assert apply_overrides(changed, ["prefill.prefix_cache=false"]).router.http == "127.0.0.1:9000"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("prefill.instance=2", "--set prefill.instance=2: prefill.instance is not a setting; did you mean instances?"),
+        ("decode.max_batch=0", "--set decode.max_batch=0: decode.max_batch must be at least 1, not 0"),
+        ("nonsense", "--set nonsense: must have the form setting=value, e.g. router.http=127.0.0.1:9000"),
+        ("router..http=1", "--set router..http=1: must have the form setting=value, e.g. router.http=127.0.0.1:9000"),
+        (
+            "prefill=3",
+            "--set prefill=3: prefill is a section, not 3; give it settings of its own, e.g. prefill.instances, "
+            "or remove it",
+        ),
+        ("model.x=3", "--set model.x=3: model must be the path of a folder, not a section"),
+        ("decode.road=[", "--set decode.road=[: decode.road must be one of auto, shared_memory, gloo or nccl, not '['"),
+    ],
+)
+def test_wrong_overrides_are_told_in_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(ServeConfig(model=Path("/m")), [override])
+    assert caught.value.message == sentence
