@@ -1,0 +1,39 @@
+"""How a TandemError travels over gRPC: its status, its message as details, its code and param as trailing metadata."""
+
+from typing import Any, Protocol
+
+import grpc
+
+from core.errors import CancelledError, DeadlineError, InternalError, TandemError, UnavailableError, error_from_code
+
+CODE_KEY = "tandem-code"
+PARAM_KEY = "tandem-param"
+
+
+class RpcFailure(Protocol):
+    """What a failed call tells, of grpc and of grpc.aio alike."""
+
+    def code(self) -> grpc.StatusCode: ...
+    def details(self) -> str | None: ...
+    def trailing_metadata(self) -> Any: ...
+
+
+def _text_metadata(metadata: Any) -> dict[str, str]:
+    return {str(key): str(value) for key, value in (metadata or ())}
+
+
+def error_from_rpc(rpc_error: RpcFailure) -> TandemError:
+    """The error that the other side raised, or, when the call itself failed, what that means to the caller."""
+    metadata = _text_metadata(rpc_error.trailing_metadata())
+    details = rpc_error.details() or "no reason given"
+    if code := metadata.get(CODE_KEY):
+        return error_from_code(code, details, metadata.get(PARAM_KEY) or None)
+    match rpc_error.code():
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineError("the deadline passed before the answer came")
+        case grpc.StatusCode.CANCELLED:
+            return CancelledError("the call was cancelled")
+        case grpc.StatusCode.UNAVAILABLE:
+            return UnavailableError(f"the server cannot be reached ({details})")
+        case status:
+            return InternalError(f"the call failed with {status.name}: {details}")

@@ -1,0 +1,203 @@
+"""Protobuf messages <-> core values, for what routers and workers say to each other. Nothing else knows the fields.
+
+`*_to_pb` writes a message, `*_from_pb` reads one and re-validates it: an internal peer is not trusted to be sane.
+"""
+
+from core.errors import InvalidRequestError
+from core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
+from core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
+from tandem.v1 import common_pb2, worker_pb2
+
+_FINISH_TO_PB = {
+    None: common_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
+}
+_FINISH_FROM_PB = {value: key for key, value in _FINISH_TO_PB.items()}
+_ROLE_TO_PB = {Role.PREFILL: worker_pb2.ROLE_PREFILL, Role.DECODE: worker_pb2.ROLE_DECODE}
+_ROLE_FROM_PB = {value: key for key, value in _ROLE_TO_PB.items()}
+_STATE_TO_PB = {
+    InstanceState.LOADING: worker_pb2.INSTANCE_STATE_LOADING,
+    InstanceState.READY: worker_pb2.INSTANCE_STATE_READY,
+    InstanceState.DRAINING: worker_pb2.INSTANCE_STATE_DRAINING,
+}
+_STATE_FROM_PB = {value: key for key, value in _STATE_TO_PB.items()}
+
+NO_TOKEN = -1  # stands for the first prompt token, which has no log-probability
+
+
+def finish_to_pb(reason: FinishReason | None) -> common_pb2.FinishReason:
+    return _FINISH_TO_PB[reason]
+
+
+def finish_from_pb(value: common_pb2.FinishReason) -> FinishReason | None:
+    return _FINISH_FROM_PB.get(value)
+
+
+def sampling_to_pb(params: SamplingParams) -> common_pb2.SamplingParams:
+    """All fields set."""
+    return common_pb2.SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        seed=params.seed,
+        max_tokens=params.max_tokens,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+    )
+
+
+def sampling_from_pb(pb: common_pb2.SamplingParams) -> SamplingParams:
+    """Fields that are not set take `SamplingParams`' defaults."""
+    default = SamplingParams()
+    return SamplingParams(
+        temperature=pb.temperature if pb.HasField("temperature") else default.temperature,
+        top_p=pb.top_p if pb.HasField("top_p") else default.top_p,
+        top_k=pb.top_k,
+        min_p=pb.min_p,
+        presence_penalty=pb.presence_penalty,
+        frequency_penalty=pb.frequency_penalty,
+        repetition_penalty=pb.repetition_penalty if pb.HasField("repetition_penalty") else default.repetition_penalty,
+        seed=pb.seed if pb.HasField("seed") else default.seed,
+        max_tokens=pb.max_tokens if pb.HasField("max_tokens") else default.max_tokens,
+        logprobs=pb.logprobs if pb.HasField("logprobs") else None,
+        prompt_logprobs=pb.prompt_logprobs if pb.HasField("prompt_logprobs") else None,
+        stop_token_ids=tuple(pb.stop_token_ids),
+        ignore_eos=pb.ignore_eos,
+    )
+
+
+def logprob_to_pb(logprob: TokenLogprob) -> common_pb2.TokenLogprob:
+    return common_pb2.TokenLogprob(
+        token_id=logprob.token_id,
+        logprob=logprob.logprob,
+        top=[common_pb2.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprob.top],
+    )
+
+
+def logprob_from_pb(pb: common_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(pb.token_id, pb.logprob, tuple((top.token_id, top.logprob) for top in pb.top))
+
+
+def sampled_to_pb(token: SampledToken) -> worker_pb2.SampledToken:
+    logprob = None if token.logprob is None else logprob_to_pb(token.logprob)
+    return worker_pb2.SampledToken(token_id=token.token_id, logprob=logprob)
+
+
+def sampled_from_pb(pb: worker_pb2.SampledToken) -> SampledToken:
+    return SampledToken(pb.token_id, logprob_from_pb(pb.logprob) if pb.HasField("logprob") else None)
+
+
+def prompt_logprobs_to_pb(logprobs: tuple[TokenLogprob | None, ...] | None) -> list[common_pb2.TokenLogprob]:
+    missing = common_pb2.TokenLogprob(token_id=NO_TOKEN)
+    return [missing if logprob is None else logprob_to_pb(logprob) for logprob in logprobs or ()]
+
+
+def prompt_logprobs_from_pb(pbs: "list[common_pb2.TokenLogprob]") -> tuple[TokenLogprob | None, ...] | None:
+    return tuple(None if pb.token_id == NO_TOKEN else logprob_from_pb(pb) for pb in pbs) or None
+
+
+def attempt_to_pb(request: GenerationRequest, now_s: float) -> worker_pb2.AttemptRequest:
+    return worker_pb2.AttemptRequest(
+        request_id=request.request_id,
+        epoch=request.epoch,
+        token_ids=request.token_ids,
+        num_output_tokens=request.num_output_tokens,
+        sampling=sampling_to_pb(request.sampling),
+        cache_salt=request.cache_salt,
+        timeout_s=request.deadline_s - now_s,
+    )
+
+
+def attempt_from_pb(pb: worker_pb2.AttemptRequest, now_s: float) -> GenerationRequest:
+    """Raises InvalidRequestError for what no sane router sends."""
+    if not pb.request_id or not pb.token_ids or not 0 <= pb.num_output_tokens < len(pb.token_ids):
+        raise InvalidRequestError("the attempt has no id, no tokens, or more output than tokens")
+    return GenerationRequest(
+        request_id=pb.request_id,
+        token_ids=tuple(pb.token_ids),
+        sampling=sampling_from_pb(pb.sampling),
+        num_output_tokens=pb.num_output_tokens,
+        cache_salt=pb.cache_salt,
+        deadline_s=now_s + pb.timeout_s,
+        epoch=pb.epoch,
+    )
+
+
+def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
+    blocks = status.blocks
+    return worker_pb2.InstanceStatus(
+        instance_id=status.instance_id,
+        role=_ROLE_TO_PB[status.role],
+        state=_STATE_TO_PB[status.state],
+        address=status.address,
+        model=status.model,
+        fingerprint=status.fingerprint,
+        max_model_len=status.max_model_len,
+        block_size=status.block_size,
+        blocks=worker_pb2.BlockCounts(
+            total=blocks.total,
+            free=blocks.free,
+            running=blocks.running,
+            cached=blocks.cached,
+            leased=blocks.leased,
+            leaked=blocks.leaked,
+        ),
+        waiting_requests=status.waiting_requests,
+        running_requests=status.running_requests,
+        waiting_tokens=status.waiting_tokens,
+        steps=status.steps,
+        step_s=status.step_s,
+        computed_tokens=status.computed_tokens,
+        cached_tokens=status.cached_tokens,
+        preemptions=status.preemptions,
+        links=[
+            worker_pb2.LinkStats(
+                peer_id=link.peer_id,
+                road=link.road,
+                transfers=link.transfers,
+                transfer_bytes=link.transfer_bytes,
+                transfer_s=link.transfer_s,
+                failures=link.failures,
+            )
+            for link in status.links
+        ],
+    )
+
+
+def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
+    """Raises InvalidRequestError if it names no instance, role or state."""
+    role, state = _ROLE_FROM_PB.get(pb.role), _STATE_FROM_PB.get(pb.state)
+    if role is None or state is None or not pb.instance_id or not pb.address:
+        raise InvalidRequestError("a heartbeat must name instance, role, state and address")
+    blocks = pb.blocks
+    return InstanceStatus(
+        instance_id=pb.instance_id,
+        role=role,
+        state=state,
+        address=pb.address,
+        model=pb.model,
+        fingerprint=pb.fingerprint,
+        max_model_len=pb.max_model_len,
+        block_size=pb.block_size,
+        blocks=BlockCounts(blocks.total, blocks.free, blocks.running, blocks.cached, blocks.leased, blocks.leaked),
+        waiting_requests=pb.waiting_requests,
+        running_requests=pb.running_requests,
+        waiting_tokens=pb.waiting_tokens,
+        steps=pb.steps,
+        step_s=pb.step_s,
+        computed_tokens=pb.computed_tokens,
+        cached_tokens=pb.cached_tokens,
+        preemptions=pb.preemptions,
+        links=tuple(
+            LinkStats(link.peer_id, link.road, link.transfers, link.transfer_bytes, link.transfer_s, link.failures)
+            for link in pb.links
+        ),
+    )

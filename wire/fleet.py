@@ -1,0 +1,86 @@
+"""FleetService: workers report to a router, `tandem status` asks it."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+
+from core.errors import TandemError
+from core.session import InstanceStatus
+from tandem.rpc_errors import error_from_rpc
+from tandem.v1 import worker_pb2, worker_pb2_grpc
+from wire import convert
+from wire.status import abort
+
+
+@dataclass(frozen=True, slots=True)
+class FleetDescription:
+    """What one router knows of itself and its workers."""
+
+    model: str
+    uptime_s: float
+    instances: tuple[InstanceStatus, ...]
+    running_requests: int
+    queued_requests: int
+
+
+class Registry(Protocol):
+    """The router's list of live instances."""
+
+    def heartbeat(self, status: InstanceStatus) -> None:
+        """Raises a TandemError for an instance that this router cannot use; the worker logs it and keeps trying."""
+        ...
+
+    def describe(self) -> FleetDescription: ...
+
+
+class FleetServicer(worker_pb2_grpc.FleetServiceServicer):
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def Heartbeat(
+        self, request: worker_pb2.HeartbeatRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.HeartbeatResponse:
+        try:
+            self._registry.heartbeat(convert.status_from_pb(request.status))
+        except TandemError as error:
+            await abort(context, error)
+        return worker_pb2.HeartbeatResponse()
+
+    async def Describe(
+        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.DescribeResponse:
+        description = self._registry.describe()
+        return worker_pb2.DescribeResponse(
+            model=description.model,
+            uptime_s=description.uptime_s,
+            instances=[convert.status_to_pb(status) for status in description.instances],
+            running_requests=description.running_requests,
+            queued_requests=description.queued_requests,
+        )
+
+
+async def send_heartbeat(channel: grpc.aio.Channel, status: InstanceStatus, timeout_s: float) -> None:
+    """Report once. Raises the router's error, or UnavailableError when it cannot be reached."""
+    request = worker_pb2.HeartbeatRequest(status=convert.status_to_pb(status))
+    try:
+        await worker_pb2_grpc.FleetServiceStub(channel).Heartbeat(request, timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+
+
+async def describe_fleet(channel: grpc.aio.Channel, timeout_s: float) -> FleetDescription:
+    """Ask a router. Raises as `send_heartbeat`."""
+    try:
+        response = await worker_pb2_grpc.FleetServiceStub(channel).Describe(
+            worker_pb2.DescribeRequest(), timeout=timeout_s
+        )
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+    return FleetDescription(
+        model=response.model,
+        uptime_s=response.uptime_s,
+        instances=tuple(convert.status_from_pb(status) for status in response.instances),
+        running_requests=response.running_requests,
+        queued_requests=response.queued_requests,
+    )
