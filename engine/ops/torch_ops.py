@@ -63,7 +63,7 @@ class TorchOps:
         eps: float = 1e-6,
     ) -> Tensor:
         num_tokens = qkv.shape[0]
-        q, k, v = qkv.split([heads.q_size, heads.kv_size, heads.kv_size], dim=-1)
+        q, k, v = torch.split(qkv, [heads.q_size, heads.kv_size, heads.kv_size], dim=-1)
         q = q.reshape(num_tokens, heads.num_heads, heads.head_dim)
         k = k.reshape(num_tokens, heads.num_kv_heads, heads.head_dim)
         v = v.reshape(num_tokens, heads.num_kv_heads, heads.head_dim)
@@ -117,7 +117,7 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 def _attend_decodes(
     q: Tensor, kv_layer: Tensor, meta: AttentionMeta, scale: float, sliding_window: int | None
 ) -> Tensor:
-    """The sequences with one new token, together: gathered to the longest of them, what is beyond each one's end masked."""
+    """The sequences with one new token, together: gathered to the longest of them, masked beyond each one's end."""
     n = meta.num_decodes
     block_size = kv_layer.shape[3]
     longest = max(meta.context_lens_host[:n])
@@ -129,12 +129,12 @@ def _attend_decodes(
     visible = key_positions < ends
     if sliding_window is not None:
         visible &= key_positions >= ends - sliding_window
-    # Masked scores become zero weights, but zero times a never-written NaN is NaN: clear the values instead.
-    values = kv[1].masked_fill(~visible[:, None, :, None], 0.0)
+    # A masked NaN, left by a sequence that had these blocks before, would still spread: clear what is not visible.
+    kv = kv.masked_fill(~visible[None, :, None, :, None], 0.0).to(q.dtype)
     out = F.scaled_dot_product_attention(
         q[:n].unsqueeze(2),
-        kv[0].to(q.dtype),
-        values.to(q.dtype),
+        kv[0],
+        kv[1],
         attn_mask=visible[:, None, None, :],
         scale=scale,
         enable_gqa=True,
@@ -145,7 +145,7 @@ def _attend_decodes(
 def _attend_chunk(
     q: Tensor, kv_layer: Tensor, table: Tensor, context_len: int, scale: float, sliding_window: int | None
 ) -> Tensor:
-    """One sequence's new tokens q [T, H, D] over its KV of `context_len` tokens, the last T of which are the new ones."""
+    """One sequence's new tokens q [T, H, D] over its KV of `context_len` tokens, the last T of which are new."""
     num_new, block_size = q.shape[0], kv_layer.shape[3]
     start = context_len - num_new
     # Blocks that lie before every query's window are never read.

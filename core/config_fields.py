@@ -1,0 +1,77 @@
+"""Typed reading of a configuration that came from outside: every wrong value gives a sentence that names its field."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from core.errors import CheckpointError
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Fields:
+    """Reads one JSON object of a config.json. All methods raise CheckpointError for a value of the wrong kind.
+
+    A field that is absent or null takes the default; without a default it is required.
+    """
+
+    def __init__(self, values: Mapping[str, Any], inside: str = "") -> None:
+        self._values = values
+        self._where = f"config.json: {inside}, " if inside else "config.json: "
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def raw(self, key: str, default: Any) -> Any:
+        return self._values.get(key, default)
+
+    def count(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        """A whole number of at least `minimum`."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise CheckpointError(f"{self._where}'{key}' must be a whole number of at least {minimum}, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise CheckpointError(f"{self._where}'{key}' must be a positive number, not {value!r}")
+        return float(value)
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self._values.get(key) is None else self.number(key)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of positive numbers; empty when absent."""
+        value = self._values.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(item, int | float) and item > 0 for item in value):
+            raise CheckpointError(f"{self._where}'{key}' must be a list of positive numbers")
+        return tuple(float(item) for item in value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self._where}'{key}' must be true or false, not {value!r}")
+        return value
+
+    def require(self, key: str, default: Any, supported: tuple[Any, ...]) -> None:
+        """Refuse any value but those the engine can compute."""
+        value = self._get(key, default)
+        if value not in supported:
+            raise CheckpointError(f"{self._where}'{key}' {value!r} is not supported, only {supported[0]!r}")
+
+    def dtype(self) -> str:
+        """The checkpoint's dtype, under its old or its new name; float32 if it says nothing."""
+        value = self._values.get("dtype") or self._values.get("torch_dtype") or "float32"
+        if value not in _DTYPES:
+            raise CheckpointError(f"{self._where}the dtype {value!r} is not supported, only {', '.join(_DTYPES)}")
+        return str(value)
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self._values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"{self._where}'{key}' is missing")
+        return value

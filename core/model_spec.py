@@ -1,0 +1,282 @@
+"""What a checkpoint's config.json says about the model: its shape, its size, and the features the engine must have.
+
+Pure: reads a dictionary, knows neither files nor torch. Whatever would make the model compute something else than its
+authors meant (an unknown architecture, quantisation, an unknown RoPE) is refused here with a CheckpointError.
+Defaults of absent fields are those of the Hugging Face configuration classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from core.config_fields import Fields
+from core.errors import CheckpointError
+
+Family = Literal["llama", "opt"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding. What a kind does not use has its neutral value.
+
+    `original_max_positions` is the context the model was trained with before it was stretched by `factor`.
+    """
+
+    kind: RopeKind = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    attention_factor: float | None = None  # yarn, longrope
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+    short_factor: tuple[float, ...] = ()  # longrope
+    long_factor: tuple[float, ...] = ()  # longrope
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder-only language model of a family the engine knows.
+
+    `sliding_windows` has one entry per layer: None for full attention, else how many tokens a token sees, itself
+    included. `rope` None means learned absolute positions (OPT). `eos_token_ids` end a generation.
+    `dtype` is the checkpoint's own.
+    """
+
+    architecture: str
+    family: Family
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope: RopeSpec | None
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_windows: tuple[int | None, ...]
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def from_config_json(
+        cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+    ) -> "ModelSpec":
+        """Read config.json, and generation_config.json for its end-of-sequence tokens. Raises CheckpointError."""
+        fields = Fields(config)
+        architecture = _architecture(config)
+        _refuse_unsupported(config)
+        if architecture == "OPTForCausalLM":
+            return _opt_spec(fields, architecture, generation_config)
+        return _llama_spec(fields, architecture, generation_config)
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Longest sequence the model's positions allow, stretched RoPE included."""
+        if self.rope is not None and self.rope.kind in ("yarn", "dynamic"):
+            return max(self.max_position_embeddings, int(self.rope.original_max_positions * self.rope.factor))
+        return self.max_position_embeddings
+
+    @property
+    def num_parameters(self) -> int:
+        """Distinct weights; tied embeddings count once."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, inner = self.hidden_size, self.intermediate_size
+        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        layer = hidden * (q + 2 * kv) + q * hidden
+        layer += (q + 2 * kv) * self.qkv_bias + hidden * self.output_bias
+        if self.family == "opt":
+            layer += 2 * hidden * inner + (inner + hidden) * self.mlp_bias + 4 * hidden
+            return embeddings + (self.max_position_embeddings + 2) * hidden + self.num_layers * layer + 2 * hidden
+        layer += 3 * hidden * inner + (2 * inner + hidden) * self.mlp_bias + 2 * hidden
+        layer += 2 * self.head_dim * self.qk_norm
+        return embeddings + self.num_layers * layer + hidden
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes of keys and values of one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+
+
+_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "OPTForCausalLM")
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+        raise CheckpointError("config.json must name exactly one model class in 'architectures'")
+    if named[0] not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"The architecture {named[0]} is not supported; supported are {', '.join(_ARCHITECTURES)}"
+        )
+    return named[0]
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
+        raise CheckpointError(f"The checkpoint is quantised ({method}); only float weights are supported")
+    for key in ("num_local_experts", "num_experts"):
+        if config.get(key):
+            raise CheckpointError(f"config.json sets '{key}': mixtures of experts are not supported")
+    if (config.get("pretraining_tp") or 1) != 1:
+        raise CheckpointError("config.json sets 'pretraining_tp' above 1: sliced projections are not supported")
+
+
+def _llama_spec(fields: Fields, architecture: str, generation_config: Mapping[str, Any] | None) -> ModelSpec:
+    qwen, qwen3 = architecture.startswith("Qwen"), architecture == "Qwen3ForCausalLM"
+    fields.require("hidden_act", "silu", ("silu", "swish"))
+    num_layers = fields.count("num_hidden_layers")
+    hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    # Attributes that a family's class does not have are ignored there, and so they are here.
+    bias = fields.flag("attention_bias", False) if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") else False
+    default_kv_heads = {"MistralForCausalLM": 8}.get(architecture, 32 if qwen else num_heads)
+    if architecture != "LlamaForCausalLM" and fields.raw("num_key_value_heads", 0) is None:
+        default_kv_heads = num_heads
+    num_kv_heads = fields.count("num_key_value_heads", default_kv_heads)
+    head_dim = fields.count("head_dim", 128 if qwen3 and not fields.has("head_dim") else hidden_size // num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key/value heads")
+    if head_dim % 2:
+        raise CheckpointError(f"config.json: head_dim {head_dim} is odd, which rotary embeddings do not allow")
+    default_positions = 131072 if architecture == "MistralForCausalLM" else 32768 if qwen else 2048
+    max_positions = fields.count("max_position_embeddings", default_positions)
+    return ModelSpec(
+        architecture=architecture,
+        family="llama",
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=fields.count("intermediate_size"),
+        vocab_size=fields.count("vocab_size"),
+        max_position_embeddings=max_positions,
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope=_rope_spec(fields, max_positions, head_dim),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        qkv_bias=bias or architecture == "Qwen2ForCausalLM",
+        output_bias=bias,
+        mlp_bias=fields.flag("mlp_bias", False) if architecture == "LlamaForCausalLM" else False,
+        qk_norm=qwen3,
+        sliding_windows=_sliding_windows(fields, architecture, num_layers),
+        eos_token_ids=_eos_token_ids(fields, generation_config),
+        dtype=fields.dtype(),
+    )
+
+
+def _opt_spec(fields: Fields, architecture: str, generation_config: Mapping[str, Any] | None) -> ModelSpec:
+    fields.require("activation_function", "relu", ("relu",))
+    fields.require("do_layer_norm_before", True, (True,))
+    fields.require("_remove_final_layer_norm", False, (False,))
+    fields.require("layer_norm_elementwise_affine", True, (True,))
+    hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    fields.require("word_embed_proj_dim", hidden_size, (hidden_size,))
+    if hidden_size % num_heads:
+        raise CheckpointError(
+            f"config.json: hidden_size {hidden_size} is not a multiple of {num_heads} attention heads"
+        )
+    num_layers = fields.count("num_hidden_layers")
+    bias = fields.flag("enable_bias", True)
+    return ModelSpec(
+        architecture=architecture,
+        family="opt",
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        intermediate_size=fields.count("ffn_dim"),
+        vocab_size=fields.count("vocab_size"),
+        max_position_embeddings=fields.count("max_position_embeddings", 2048),
+        norm_eps=1e-5,
+        rope=None,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", True),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        qk_norm=False,
+        sliding_windows=(None,) * num_layers,
+        eos_token_ids=_eos_token_ids(fields, generation_config),
+        dtype=fields.dtype(),
+    )
+
+
+def _sliding_windows(fields: Fields, architecture: str, num_layers: int) -> tuple[int | None, ...]:
+    if architecture == "LlamaForCausalLM":
+        return (None,) * num_layers
+    window = None if fields.raw("sliding_window", 4096) is None else fields.count("sliding_window", 4096)
+    if architecture == "MistralForCausalLM":
+        return (window,) * num_layers
+    if not fields.flag("use_sliding_window", False):
+        window = None
+    layer_types = fields.raw("layer_types", None)
+    if layer_types is None:
+        first = fields.count("max_window_layers", 28, minimum=0)
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    known = {"sliding_attention", "full_attention"}
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers or not set(layer_types) <= known:
+        raise CheckpointError(f"config.json: 'layer_types' must name one of {sorted(known)} for each layer")
+    if window is None and "sliding_attention" in layer_types:
+        raise CheckpointError("config.json: 'layer_types' has sliding attention, but no 'sliding_window' is in use")
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+def _rope_spec(fields: Fields, max_positions: int, head_dim: int) -> RopeSpec:
+    """Both forms: `rope_theta` with `rope_scaling`, and the `rope_parameters` of transformers 5."""
+    given = fields.raw("rope_scaling", None) or fields.raw("rope_parameters", None) or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError("config.json: the RoPE parameters must be an object")
+    rope = Fields(given, inside="the RoPE parameters")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope"):
+        raise CheckpointError(f"config.json: the RoPE type '{kind}' is not supported")
+    if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
+        raise CheckpointError("config.json: rotating only a part of each head (partial_rotary_factor) is not supported")
+    original = max_positions
+    if kind in ("llama3", "yarn", "longrope"):
+        inner = rope.count("original_max_position_embeddings", max_positions)
+        original = fields.count("original_max_position_embeddings", inner)
+    short, long = rope.numbers("short_factor"), rope.numbers("long_factor")
+    if kind == "longrope" and not len(short) == len(long) == head_dim // 2:
+        raise CheckpointError(f"config.json: longrope needs {head_dim // 2} short and as many long factors")
+    stretched = kind in ("linear", "dynamic", "llama3")
+    ratio = max_positions / original
+    return RopeSpec(
+        kind=cast(RopeKind, kind),
+        theta=rope.number("rope_theta", fields.number("rope_theta", 10000.0)),
+        factor=rope.number("factor") if stretched else rope.number("factor", ratio),
+        original_max_positions=original,
+        low_freq_factor=rope.number("low_freq_factor", None if kind == "llama3" else 1.0),
+        high_freq_factor=rope.number("high_freq_factor", None if kind == "llama3" else 4.0),
+        attention_factor=rope.optional_number("attention_factor"),
+        beta_fast=rope.optional_number("beta_fast") or 32.0,
+        beta_slow=rope.optional_number("beta_slow") or 1.0,
+        mscale=rope.optional_number("mscale"),
+        mscale_all_dim=rope.optional_number("mscale_all_dim"),
+        truncate=rope.flag("truncate", True),
+        short_factor=short,
+        long_factor=long,
+    )
+
+
+def _eos_token_ids(fields: Fields, generation_config: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """generation_config.json wins where it says something, as in Hugging Face's generate."""
+    value = (generation_config or {}).get("eos_token_id")
+    if value is None:
+        value = fields.raw("eos_token_id", None)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
+        raise CheckpointError("The checkpoint's 'eos_token_id' must be a token id or a list of them")
+    return tuple(ids)
