@@ -1,0 +1,161 @@
+"""What a decode worker says to a prefill worker to fetch KV, as values, and who must be able to answer.
+
+`wire` carries these over gRPC; `kv_transfer` speaks only to the protocols at the end of this file.
+
+    decode (KvReceiver)                          prefill (KvSender, KvHolder)
+      | link(LinkOffer)                   ----->  |  once per pair: refuse other layouts, agree on a road
+      |<- LinkReply                               |
+      | rendezvous set/get (gloo, nccl)   <---->  |  the two ranks of a process group find each other
+      | pull(request_id, epoch)           ----->  |  answered when that attempt's prefill is finished
+      |<- Manifest                                |
+      | shared memory: copies out of the mapped pool; else grant(Grant) and exactly the granted bytes arrive
+      | acknowledge(request_id, epoch)    ----->  |  True: the lease was alive all the time; blocks are freed
+      |<- True                                    |
+      commits
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from core.session import LinkStats
+from core.shipment import Manifest
+
+
+class Road(StrEnum):
+    """How KV bytes get from one instance to another."""
+
+    SHARED_MEMORY = "shared_memory"  # one host: decode copies out of the prefill worker's mapped pool
+    GLOO = "gloo"  # torch.distributed between CPUs
+    NCCL = "nccl"  # torch.distributed between GPUs
+
+
+@dataclass(frozen=True, slots=True)
+class HostIdentity:
+    """Two processes with equal identities run under one kernel and one user."""
+
+    boot_id: str
+    uid: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOffer:
+    """Decode's side of a link: who it is, and the roads it can take, best first."""
+
+    instance_id: str
+    fingerprint: str
+    host: HostIdentity
+    roads: tuple[Road, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReply:
+    """Prefill's side. `link_id` is new for every link; a link that failed is never used again.
+
+    `socket_name` (an abstract Unix socket) and `nonce` (good for one use) lead to the pool's descriptor when the road
+    is shared memory; they are empty otherwise.
+    """
+
+    link_id: str
+    instance_id: str
+    fingerprint: str
+    road: Road
+    num_blocks: int
+    socket_name: str = ""
+    nonce: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """The layers [layer_begin, layer_end) and KV heads [head_begin, head_end) of one rank's pool, counted there."""
+
+    layer_begin: int
+    layer_end: int
+    head_begin: int
+    head_end: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.layer_end - self.layer_begin
+
+    @property
+    def num_heads(self) -> int:
+        return self.head_end - self.head_begin
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Permission to send one shipment's `portion`: exactly `total_bytes`, in windows of at most `window_bytes`.
+
+    `sequence` counts the grants of a link from 0, without gaps. Over shared memory nothing is sent; the grant then
+    only asks for the checksum.
+    """
+
+    link_id: str
+    request_id: str
+    epoch: int
+    sequence: int
+    portion: Portion
+    total_bytes: int
+    window_bytes: int
+    checksum: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GrantReply:
+    """The bytes that were sent, and their CRC-32 in the order sent (0 unless asked for)."""
+
+    sent_bytes: int
+    checksum: int
+
+
+class PeerControl(Protocol):
+    """A prefill instance, as decode reaches it. Every method raises a TandemError of the peer, UnavailableError when
+    the peer is gone and DeadlineError when `timeout_s` has passed. All are cancelled with the awaiting task."""
+
+    @property
+    def instance_id(self) -> str: ...
+
+    async def link(self, offer: LinkOffer, timeout_s: float) -> LinkReply: ...
+
+    async def pull(self, request_id: str, epoch: int, timeout_s: float) -> Manifest: ...
+
+    async def grant(self, grant: Grant, timeout_s: float) -> GrantReply: ...
+
+    async def acknowledge(self, request_id: str, epoch: int, timeout_s: float) -> bool: ...
+
+    async def rendezvous_set(self, link_id: str, key: str, value: bytes, timeout_s: float) -> None: ...
+
+    async def rendezvous_get(self, link_id: str, key: str, timeout_s: float) -> bytes: ...
+
+
+class KvHolder(Protocol):
+    """The prefill worker: owner of the blocks that wait to be fetched."""
+
+    async def manifest(self, request_id: str, epoch: int, deadline_s: float) -> Manifest:
+        """Wait until that attempt's prefill is finished and describe its KV, which is then under a lease.
+
+        It may be called before the attempt is known, and again while the lease lives. `deadline_s` is on the
+        process's monotonic clock. Raises DeadlineError, StaleEpochError for an attempt that was given up or
+        whose lease has ended, or the attempt's own error.
+        """
+        ...
+
+    async def acknowledge(self, request_id: str, epoch: int) -> bool:
+        """End the lease and free the blocks. False if the lease had ended already or the epoch is not current:
+        what decode copied may then be torn."""
+        ...
+
+
+class KvLinkServer(Protocol):
+    """The prefill side of the links (`kv_transfer.sender.KvSender`)."""
+
+    async def link(self, offer: LinkOffer) -> LinkReply: ...
+
+    async def send(self, grant: Grant, manifest: Manifest) -> GrantReply: ...
+
+    async def rendezvous_set(self, link_id: str, key: str, value: bytes) -> None: ...
+
+    async def rendezvous_get(self, link_id: str, key: str, timeout_s: float) -> bytes: ...
+
+    def links(self) -> tuple[LinkStats, ...]: ...

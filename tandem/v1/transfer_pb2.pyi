@@ -1,0 +1,156 @@
+from tandem.v1 import worker_pb2 as _worker_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Road(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROAD_UNSPECIFIED: _ClassVar[Road]
+    ROAD_SHARED_MEMORY: _ClassVar[Road]
+    ROAD_GLOO: _ClassVar[Road]
+    ROAD_NCCL: _ClassVar[Road]
+ROAD_UNSPECIFIED: Road
+ROAD_SHARED_MEMORY: Road
+ROAD_GLOO: Road
+ROAD_NCCL: Road
+
+class LinkRequest(_message.Message):
+    __slots__ = ("instance_id", "fingerprint", "boot_id", "uid", "roads")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    ROADS_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    fingerprint: str
+    boot_id: str
+    uid: int
+    roads: _containers.RepeatedScalarFieldContainer[Road]
+    def __init__(self, instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., boot_id: _Optional[str] = ..., uid: _Optional[int] = ..., roads: _Optional[_Iterable[_Union[Road, str]]] = ...) -> None: ...
+
+class LinkResponse(_message.Message):
+    __slots__ = ("link_id", "instance_id", "fingerprint", "road", "num_blocks", "socket_name", "nonce")
+    LINK_ID_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ROAD_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SOCKET_NAME_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    link_id: str
+    instance_id: str
+    fingerprint: str
+    road: Road
+    num_blocks: int
+    socket_name: str
+    nonce: bytes
+    def __init__(self, link_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., road: _Optional[_Union[Road, str]] = ..., num_blocks: _Optional[int] = ..., socket_name: _Optional[str] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class RendezvousSetRequest(_message.Message):
+    __slots__ = ("link_id", "key", "value")
+    LINK_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    link_id: str
+    key: str
+    value: bytes
+    def __init__(self, link_id: _Optional[str] = ..., key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+
+class RendezvousSetResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RendezvousGetRequest(_message.Message):
+    __slots__ = ("link_id", "key")
+    LINK_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    link_id: str
+    key: str
+    def __init__(self, link_id: _Optional[str] = ..., key: _Optional[str] = ...) -> None: ...
+
+class RendezvousGetResponse(_message.Message):
+    __slots__ = ("value",)
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    value: bytes
+    def __init__(self, value: _Optional[bytes] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("request_id", "epoch")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class PullResponse(_message.Message):
+    __slots__ = ("request_id", "epoch", "num_tokens", "token_hash", "block_ids", "fingerprint", "bytes_per_layer", "first_token")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_HASH_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    num_tokens: int
+    token_hash: str
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    fingerprint: str
+    bytes_per_layer: int
+    first_token: _worker_pb2.SampledToken
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tokens: _Optional[int] = ..., token_hash: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., bytes_per_layer: _Optional[int] = ..., first_token: _Optional[_Union[_worker_pb2.SampledToken, _Mapping]] = ...) -> None: ...
+
+class GrantRequest(_message.Message):
+    __slots__ = ("link_id", "request_id", "epoch", "sequence", "layer_begin", "layer_end", "head_begin", "head_end", "total_bytes", "window_bytes", "checksum")
+    LINK_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LAYER_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    LAYER_END_FIELD_NUMBER: _ClassVar[int]
+    HEAD_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    HEAD_END_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    link_id: str
+    request_id: str
+    epoch: int
+    sequence: int
+    layer_begin: int
+    layer_end: int
+    head_begin: int
+    head_end: int
+    total_bytes: int
+    window_bytes: int
+    checksum: bool
+    def __init__(self, link_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., head_begin: _Optional[int] = ..., head_end: _Optional[int] = ..., total_bytes: _Optional[int] = ..., window_bytes: _Optional[int] = ..., checksum: _Optional[bool] = ...) -> None: ...
+
+class GrantResponse(_message.Message):
+    __slots__ = ("sent_bytes", "checksum")
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    sent_bytes: int
+    checksum: int
+    def __init__(self, sent_bytes: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class AcknowledgeRequest(_message.Message):
+    __slots__ = ("request_id", "epoch")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class AcknowledgeResponse(_message.Message):
+    __slots__ = ("owned",)
+    OWNED_FIELD_NUMBER: _ClassVar[int]
+    owned: bool
+    def __init__(self, owned: _Optional[bool] = ...) -> None: ...

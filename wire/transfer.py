@@ -1,0 +1,240 @@
+"""The control channel of the KV hand-over: decode's end (`PeerControl` over a channel) and prefill's end (a servicer)."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+
+from core.clock import Clock
+from core.errors import InvalidRequestError, TandemError, TransferError, UnavailableError
+from core.shipment import Manifest
+from core.transfer import Grant, GrantReply, HostIdentity, KvHolder, KvLinkServer, LinkOffer, LinkReply, Portion, Road
+from tandem.v1 import transfer_pb2, transfer_pb2_grpc
+from wire.convert import sampled_from_pb, sampled_to_pb
+from wire.status import abort, error_from_rpc
+
+MAX_NAME_LENGTH = 256
+MAX_ROADS = 8
+
+_ROAD_TO_PB = {
+    Road.SHARED_MEMORY: transfer_pb2.ROAD_SHARED_MEMORY,
+    Road.GLOO: transfer_pb2.ROAD_GLOO,
+    Road.NCCL: transfer_pb2.ROAD_NCCL,
+}
+_ROAD_FROM_PB = {value: key for key, value in _ROAD_TO_PB.items()}
+
+Reply = TypeVar("Reply")
+
+
+class KvTransferClient:
+    """A prefill instance as decode reaches it (`core.transfer.PeerControl`). The channel stays the caller's."""
+
+    def __init__(self, channel: grpc.aio.Channel, instance_id: str) -> None:
+        self._stub = transfer_pb2_grpc.KvTransferServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._instance_id = instance_id
+
+    @property
+    def instance_id(self) -> str:
+        return self._instance_id
+
+    async def link(self, offer: LinkOffer, timeout_s: float) -> LinkReply:
+        request = transfer_pb2.LinkRequest(
+            instance_id=offer.instance_id,
+            fingerprint=offer.fingerprint,
+            boot_id=offer.host.boot_id,
+            uid=offer.host.uid,
+            roads=[_ROAD_TO_PB[road] for road in offer.roads],
+        )
+        reply = await _call(self._stub.Link, request, timeout_s)
+        road = _ROAD_FROM_PB.get(reply.road)
+        if road is None:
+            raise TransferError("the prefill worker named an unknown road")
+        return LinkReply(
+            link_id=reply.link_id,
+            instance_id=reply.instance_id,
+            fingerprint=reply.fingerprint,
+            road=road,
+            num_blocks=reply.num_blocks,
+            socket_name=reply.socket_name,
+            nonce=reply.nonce,
+        )
+
+    async def pull(self, request_id: str, epoch: int, timeout_s: float) -> Manifest:
+        request = transfer_pb2.PullRequest(request_id=request_id, epoch=epoch)
+        reply = await _call(self._stub.Pull, request, timeout_s)
+        return Manifest(
+            request_id=reply.request_id,
+            epoch=reply.epoch,
+            num_tokens=reply.num_tokens,
+            token_hash=reply.token_hash,
+            block_ids=tuple(reply.block_ids),
+            fingerprint=reply.fingerprint,
+            bytes_per_layer=reply.bytes_per_layer,
+            first_token=sampled_from_pb(reply.first_token),
+        )
+
+    async def grant(self, grant: Grant, timeout_s: float) -> GrantReply:
+        request = transfer_pb2.GrantRequest(
+            link_id=grant.link_id,
+            request_id=grant.request_id,
+            epoch=grant.epoch,
+            sequence=grant.sequence,
+            layer_begin=grant.portion.layer_begin,
+            layer_end=grant.portion.layer_end,
+            head_begin=grant.portion.head_begin,
+            head_end=grant.portion.head_end,
+            total_bytes=grant.total_bytes,
+            window_bytes=grant.window_bytes,
+            checksum=grant.checksum,
+        )
+        reply = await _call(self._stub.Grant, request, timeout_s)
+        return GrantReply(reply.sent_bytes, reply.checksum)
+
+    async def acknowledge(self, request_id: str, epoch: int, timeout_s: float) -> bool:
+        request = transfer_pb2.AcknowledgeRequest(request_id=request_id, epoch=epoch)
+        reply = await _call(self._stub.Acknowledge, request, timeout_s)
+        return bool(reply.owned)
+
+    async def rendezvous_set(self, link_id: str, key: str, value: bytes, timeout_s: float) -> None:
+        request = transfer_pb2.RendezvousSetRequest(link_id=link_id, key=key, value=value)
+        await _call(self._stub.RendezvousSet, request, timeout_s)
+
+    async def rendezvous_get(self, link_id: str, key: str, timeout_s: float) -> bytes:
+        request = transfer_pb2.RendezvousGetRequest(link_id=link_id, key=key)
+        reply = await _call(self._stub.RendezvousGet, request, timeout_s)
+        return bytes(reply.value)
+
+
+async def _call(method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
+    try:
+        return await method(request, timeout=max(0.0, timeout_s))
+    except grpc.aio.AioRpcError as rpc_error:
+        error = error_from_rpc(rpc_error)
+        if isinstance(error, UnavailableError):
+            error = UnavailableError("the prefill worker cannot be reached")
+        raise error from rpc_error
+
+
+class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
+    """Prefill's end. Checks every field, then asks `links` (the data plane) and `holder` (the owner of the blocks)."""
+
+    def __init__(self, links: KvLinkServer, holder: KvHolder, clock: Clock) -> None:
+        self._links = links
+        self._holder = holder
+        self._clock = clock
+
+    async def Link(self, request: transfer_pb2.LinkRequest, context: Any) -> transfer_pb2.LinkResponse:
+        async def answer() -> transfer_pb2.LinkResponse:
+            _check_names(request.instance_id, request.fingerprint, request.boot_id)
+            _require(len(request.roads) <= MAX_ROADS, "too many roads are offered")
+            offer = LinkOffer(
+                instance_id=request.instance_id,
+                fingerprint=request.fingerprint,
+                host=HostIdentity(request.boot_id, request.uid),
+                roads=tuple(_ROAD_FROM_PB[road] for road in request.roads if road in _ROAD_FROM_PB),
+            )
+            reply = await self._links.link(offer)
+            return transfer_pb2.LinkResponse(
+                link_id=reply.link_id,
+                instance_id=reply.instance_id,
+                fingerprint=reply.fingerprint,
+                road=_ROAD_TO_PB[reply.road],
+                num_blocks=reply.num_blocks,
+                socket_name=reply.socket_name,
+                nonce=reply.nonce,
+            )
+
+        return await _answer(context, answer)
+
+    async def Pull(self, request: transfer_pb2.PullRequest, context: Any) -> transfer_pb2.PullResponse:
+        async def answer() -> transfer_pb2.PullResponse:
+            manifest = await self._manifest(request.request_id, request.epoch, context)
+            return transfer_pb2.PullResponse(
+                request_id=manifest.request_id,
+                epoch=manifest.epoch,
+                num_tokens=manifest.num_tokens,
+                token_hash=manifest.token_hash,
+                block_ids=manifest.block_ids,
+                fingerprint=manifest.fingerprint,
+                bytes_per_layer=manifest.bytes_per_layer,
+                first_token=sampled_to_pb(manifest.first_token),
+            )
+
+        return await _answer(context, answer)
+
+    async def Grant(self, request: transfer_pb2.GrantRequest, context: Any) -> transfer_pb2.GrantResponse:
+        async def answer() -> transfer_pb2.GrantResponse:
+            _check_names(request.link_id)
+            manifest = await self._manifest(request.request_id, request.epoch, context)
+            grant = Grant(
+                link_id=request.link_id,
+                request_id=request.request_id,
+                epoch=request.epoch,
+                sequence=request.sequence,
+                portion=Portion(request.layer_begin, request.layer_end, request.head_begin, request.head_end),
+                total_bytes=request.total_bytes,
+                window_bytes=request.window_bytes,
+                checksum=request.checksum,
+            )
+            reply = await self._links.send(grant, manifest)
+            return transfer_pb2.GrantResponse(sent_bytes=reply.sent_bytes, checksum=reply.checksum)
+
+        return await _answer(context, answer)
+
+    async def Acknowledge(
+        self, request: transfer_pb2.AcknowledgeRequest, context: Any
+    ) -> transfer_pb2.AcknowledgeResponse:
+        async def answer() -> transfer_pb2.AcknowledgeResponse:
+            _check_names(request.request_id)
+            owned = await self._holder.acknowledge(request.request_id, request.epoch)
+            return transfer_pb2.AcknowledgeResponse(owned=owned)
+
+        return await _answer(context, answer)
+
+    async def RendezvousSet(
+        self, request: transfer_pb2.RendezvousSetRequest, context: Any
+    ) -> transfer_pb2.RendezvousSetResponse:
+        async def answer() -> transfer_pb2.RendezvousSetResponse:
+            _check_names(request.link_id, request.key)
+            await self._links.rendezvous_set(request.link_id, request.key, request.value)
+            return transfer_pb2.RendezvousSetResponse()
+
+        return await _answer(context, answer)
+
+    async def RendezvousGet(
+        self, request: transfer_pb2.RendezvousGetRequest, context: Any
+    ) -> transfer_pb2.RendezvousGetResponse:
+        async def answer() -> transfer_pb2.RendezvousGetResponse:
+            _check_names(request.link_id, request.key)
+            timeout_s = _remaining_s(context)
+            value = await self._links.rendezvous_get(request.link_id, request.key, timeout_s)
+            return transfer_pb2.RendezvousGetResponse(value=value)
+
+        return await _answer(context, answer)
+
+    async def _manifest(self, request_id: str, epoch: int, context: Any) -> Manifest:
+        _check_names(request_id)
+        return await self._holder.manifest(request_id, epoch, self._clock.now_s() + _remaining_s(context))
+
+
+async def _answer(context: Any, answer: Callable[[], Awaitable[Reply]]) -> Reply:
+    try:
+        return await answer()
+    except TandemError as error:
+        await abort(context, error)
+
+
+def _remaining_s(context: Any) -> float:
+    remaining_s: float | None = context.time_remaining()
+    _require(remaining_s is not None, "the call needs a deadline")
+    assert remaining_s is not None
+    return remaining_s
+
+
+def _check_names(*names: str) -> None:
+    _require(all(0 < len(name) <= MAX_NAME_LENGTH for name in names), "a name is missing or too long")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidRequestError(message)
