@@ -1,0 +1,53 @@
+"""Which device, which dtype, which operations: the choices behind "auto"."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from core.errors import ConfigError
+from core.model_spec import ModelSpec
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(device: str) -> torch.device:
+    """Raises ConfigError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"'{device}' is not a device; use auto, cpu, cuda or cuda:<number>") from None
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda":
+        raise ConfigError(f"'{device}' is not supported; use auto, cpu, cuda or cuda:<number>")
+    if (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"'{device}' is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def choose_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """Raises ConfigError for a dtype the engine does not compute in."""
+    if dtype == "auto":
+        if spec.dtype == "float32" or (device.type == "cpu" and not cpu_multiplies_bf16()):
+            return torch.float32
+        return torch.bfloat16
+    if dtype not in _DTYPES:
+        raise ConfigError(f"The dtype '{dtype}' is not supported; use auto, float32 or bfloat16")
+    return _DTYPES[dtype]
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bf16 (where Linux tells; elsewhere no)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return False
+    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+
+
+def choose_threads(num_threads: int) -> int:
+    """0 -> as many as there are cores this process may use."""
+    return num_threads or len(os.sched_getaffinity(0))

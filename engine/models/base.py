@@ -1,0 +1,28 @@
+"""What every model offers to the runner."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.ops.interface import AttentionMeta
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step's new tokens, packed: `token_ids`, `positions`, `slots` int64 [tokens] on the device."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    meta: AttentionMeta
+
+
+class Model(Protocol):
+    def forward(self, batch: StepBatch, pool: Tensor) -> Tensor:
+        """Compute the new tokens and write their KV into `pool`. Returns hidden states [tokens, hidden]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] of `forward` -> float32 [rows, vocab]"""
+        ...

@@ -1,0 +1,17 @@
+"""From a checkpoint to the model of its family."""
+
+import torch
+
+from engine.checkpoint import Checkpoint
+from engine.models.base import Model
+from engine.models.llama import load_llama
+from engine.ops.interface import Ops
+from engine.weights import WeightLoader
+
+
+def load_model(checkpoint: Checkpoint, ops: Ops, dtype: torch.dtype, device: torch.device, max_positions: int) -> Model:
+    """All weights, in `dtype` on `device`, packed by `ops`. Raises CheckpointError."""
+    loader = WeightLoader(checkpoint, dtype, device)
+    model = load_llama(checkpoint.spec, loader, ops, max_positions)
+    loader.finish()
+    return model

@@ -1,0 +1,266 @@
+// Causal attention of a step's new tokens over the paged KV cache, decodes and prefill chunks alike.
+//
+// One task is one key/value head of one sequence and up to TASK_ROWS rows: a row is one query head of one new token, and
+// all query heads that share the key/value head are rows of the same task, so that keys and values are read once for
+// them. Keys are taken in tiles of TILE, whose borders are fixed multiples of TILE from the sequence's start. Of each tile
+// a row computes its own maximum, sum and weighted values from zero; tiles are then joined in order (the online softmax of
+// FlashAttention). Nothing in a row's result depends on how the tokens were cut into chunks, on the batch or on the
+// number of threads: a decoded token and the same token recomputed in a prefill get the same bits.
+#pragma once
+
+#include <cmath>
+
+#include "gemm.h"
+
+namespace tandem {
+
+constexpr int TILE = 128;
+constexpr int TASK_ROWS = 96;
+constexpr int MAX_HEAD_DIM = 256;
+constexpr int TILE_PANELS = TILE / PANEL;
+
+struct AttentionShape {
+    int64_t heads, kv_heads, head_dim, block_size, num_blocks;
+    int64_t table_stride;  // entries of one row of the block tables
+    int64_t q_stride;      // floats from one token's queries to the next
+    float scale;
+    int64_t window;        // tokens visible to a token, itself included
+    int64_t group() const { return heads / kv_heads; }
+    int64_t block_elements() const { return kv_heads * block_size * head_dim; }
+};
+
+// Packs `count` <= TILE keys of one head as right sides of query x key: panels of 32 keys over pairs of head dimensions.
+// `key(i)` is the address of key i. Columns beyond count are zero.
+template <class Address>
+void pack_keys(Address key, int count, int head_dim, uint32_t* panels) {
+    const int pairs = (head_dim + 1) / 2;
+    for (int first = 0; first < count; first += VL) {
+        uint32_t* panel = panels + int64_t(first / PANEL) * pairs * PANEL + first % PANEL;
+        const int keys = std::min(VL, count - first);
+        for (int pair = 0; pair < pairs; pair += VL) {
+            const int words = std::min(VL, pairs - pair);
+            vu square[VL];
+            for (int i = 0; i < VL; ++i) {
+                square[i] = vu{};
+                if (i >= keys) continue;
+                const bf16* from = key(first + i) + 2 * pair;
+                if (2 * (pair + VL) <= head_dim) {
+                    square[i] = load(reinterpret_cast<const uint32_t*>(from));
+                } else {
+                    uint32_t tail[VL] = {};
+                    std::memcpy(tail, from, size_t(std::min(2 * words, head_dim - 2 * pair)) * 2);
+                    square[i] = load(tail);
+                }
+            }
+            transpose(square);
+            for (int i = 0; i < words; ++i) store(panel + int64_t(pair + i) * PANEL, square[i]);
+        }
+    }
+    // A panel's unused second half, where the machine's vectors are narrower than a panel.
+    for (int first = (count + VL - 1) / VL * VL; first % PANEL; first += VL)
+        for (int pair = 0; pair < pairs; ++pair)
+            store(panels + (int64_t(first / PANEL) * pairs + pair) * PANEL + first % PANEL, vu{});
+}
+
+template <class Address>
+void pack_keys(Address key, int count, int head_dim, float* panels) {
+    const int padded = (head_dim + 1) & ~1;
+    for (int first = 0; first < (count + PANEL - 1) / PANEL * PANEL; first += VL) {
+        float* panel = panels + int64_t(first / PANEL) * padded * PANEL + first % PANEL;
+        for (int dim = 0; dim < padded; dim += VL) {
+            vu square[VL];
+            for (int i = 0; i < VL; ++i) {
+                uint32_t row[VL] = {};
+                if (first + i < count && dim < head_dim)
+                    std::memcpy(row, key(first + i) + dim, size_t(std::min(VL, head_dim - dim)) * 4);
+                square[i] = load(row);
+            }
+            transpose(square);
+            for (int i = 0; i < std::min(VL, padded - dim); ++i)
+                store(panel + int64_t(dim + i) * PANEL, (vf)square[i]);
+        }
+    }
+}
+
+// Packs `count` <= TILE values of one head as right sides of weight x value: panels of 32 head dimensions over pairs of
+// keys. In a bf16 panel the even dimensions come first, then the odd ones (the order in which a mask and a shift split
+// them); value_column() says where a dimension is.
+template <class Address>
+void pack_values(Address value, int count, int head_dim, uint32_t* panels) {
+    const int pairs = (count + 1) / 2;
+    constexpr int HALF = PANEL / 2;
+    for (int pair = 0; pair < pairs; ++pair) {
+        const bf16* first = value(2 * pair);
+        const bf16* second = 2 * pair + 1 < count ? value(2 * pair + 1) : nullptr;
+        for (int dim = 0; dim < head_dim; dim += PANEL) {
+            uint32_t* to = panels + (int64_t(dim / PANEL) * (TILE / 2) + pair) * PANEL;
+            const int dims = std::min(PANEL, head_dim - dim);
+            uint32_t a[HALF] = {}, b[HALF] = {};
+            if (dims == PANEL) {
+                std::memcpy(a, first + dim, PANEL * 2);
+                if (second) std::memcpy(b, second + dim, PANEL * 2);
+            } else {
+                std::memcpy(a, first + dim, size_t(dims) * 2);
+                if (second) std::memcpy(b, second + dim, size_t(dims) * 2);
+            }
+            for (int i = 0; i < HALF; i += VL) {
+                vu x = load(a + i), y = load(b + i);
+                store(to + i, (x & 0xffffu) | (y << 16));
+                store(to + HALF + i, (x >> 16) | (y & 0xffff0000u));
+            }
+        }
+    }
+}
+inline int value_column(int dim, const uint32_t*) {
+    int within = dim % PANEL;
+    return dim - within + (within & 1 ? PANEL / 2 : 0) + within / 2;
+}
+
+template <class Address>
+void pack_values(Address value, int count, int head_dim, float* panels) {
+    for (int key = 0; key < ((count + 1) & ~1); ++key)
+        for (int dim = 0; dim < head_dim; dim += PANEL) {
+            float* to = panels + (int64_t(dim / PANEL) * TILE + key) * PANEL;
+            const int dims = key < count ? std::min(PANEL, head_dim - dim) : 0;
+            if (dims) std::memcpy(to, value(key) + dim, size_t(dims) * 4);
+            if (dims < PANEL) std::memset(to + dims, 0, size_t(PANEL - dims) * 4);
+        }
+}
+inline int value_column(int dim, const float*) { return dim; }
+
+// Turns a row's scores of keys [low, high) into weights relative to their maximum, all others into zero.
+inline void soften(float* scores, int low, int high, int columns, float* maximum, float* total) {
+    constexpr float NEVER = -INFINITY;
+    for (int j = 0; j < low; ++j) scores[j] = NEVER;
+    for (int j = high; j < columns; ++j) scores[j] = NEVER;
+    vf top = splat(NEVER);
+    for (int j = 0; j < columns; j += VL) top = max(top, load(scores + j));
+    *maximum = highest(top);
+    float lanes[PANEL] = {};  // as many lanes on every machine and for every number of columns
+    for (int j = 0; j < columns; j += VL) {
+        vf weight = exp(load(scores + j) - *maximum);
+        store(scores + j, weight);
+        store(lanes + j % PANEL, load(lanes + j % PANEL) + weight);
+    }
+    float result = 0.0f;
+    for (int j = 0; j < PANEL; j += VL) result += sum(load(lanes + j));
+    *total = result;
+}
+
+template <class Kv>
+struct AttentionTypes;
+template <>
+struct AttentionTypes<bf16> {
+    using Weights = Bf16Weights;
+};
+template <>
+struct AttentionTypes<float> {
+    using Weights = FloatWeights;
+};
+
+struct AttentionScratch {
+    alignas(64) uint32_t keys[TILE * MAX_HEAD_DIM];  // bf16 pairs use half of it
+    alignas(64) uint32_t values[TILE * MAX_HEAD_DIM];
+    alignas(64) float queries[TASK_ROWS * ROW_STRIDE];
+    alignas(64) float outputs[TASK_ROWS * MAX_HEAD_DIM];
+    alignas(64) float scores[MAX_ROWS * ROW_STRIDE];
+    alignas(64) uint32_t weights[MAX_ROWS * ROW_STRIDE];  // the scores as bf16 pairs, where there is a dot product
+    alignas(64) float partial[MAX_ROWS * MAX_HEAD_DIM];
+    float maxima[TASK_ROWS], sums[TASK_ROWS];
+};
+
+// New tokens [first_token, last_token) of one sequence for one key/value head. `q` and `out` begin at the sequence's
+// first new token; `start` is that token's position.
+template <class Kv>
+void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, const int32_t* table, int64_t start,
+            int first_token, int last_token, int kv_head, float* out, AttentionScratch& scratch) {
+    using W = typename AttentionTypes<Kv>::Weights;
+    using Left = typename W::Left;
+    using Element = typename W::Element;
+    const int group = int(shape.group()), dim = int(shape.head_dim);
+    const int rows = (last_token - first_token) * group;
+    const int value_panels = (dim + PANEL - 1) / PANEL, out_stride = value_panels * PANEL;
+    const int dim_pairs = (dim + 1) / 2;
+    Element* keys = reinterpret_cast<Element*>(scratch.keys);
+    Element* values = reinterpret_cast<Element*>(scratch.values);
+    Left* queries = reinterpret_cast<Left*>(scratch.queries);
+
+    for (int row = 0; row < rows; ++row) {
+        const float* from = q + (first_token + row / group) * shape.q_stride + (kv_head * group + row % group) * dim;
+        float scaled[MAX_HEAD_DIM];
+        for (int d = 0; d < dim; ++d) scaled[d] = from[d] * shape.scale;
+        copy_left(queries + row * ROW_STRIDE, scaled, dim);
+        scratch.maxima[row] = -INFINITY;
+        scratch.sums[row] = 0.0f;
+    }
+    std::memset(scratch.outputs, 0, size_t(rows) * out_stride * 4);
+
+    const int64_t end = start + last_token;  // keys of the last row
+    const int64_t begin = std::max<int64_t>(0, start + first_token + 1 - shape.window);
+    const Kv* of_head[2] = {kv_layer + int64_t(kv_head) * shape.block_size * dim, nullptr};
+    of_head[1] = of_head[0] + shape.num_blocks * shape.block_elements();
+    const Split blocks(rows, MAX_ROWS);
+    for (int64_t tile = begin / TILE * TILE; tile < end; tile += TILE) {
+        const int count = int(std::min<int64_t>(TILE, end - tile));
+        const int panels = (count + PANEL - 1) / PANEL, columns = panels * PANEL;
+        auto address = [&](int which) {
+            return [&, which](int i) {
+                int64_t position = tile + i;
+                return of_head[which] + table[position / shape.block_size] * shape.block_elements() +
+                       position % shape.block_size * dim;
+            };
+        };
+        pack_keys(address(0), count, dim, keys);
+        pack_values(address(1), count, dim, values);
+        for (int block = 0; block < blocks.blocks; ++block) {
+            const int row0 = blocks.start(block), size = blocks.size(block);
+            const int64_t newest = start + first_token + (row0 + size - 1) / group;
+            const int64_t oldest = start + first_token + row0 / group;
+            if (newest < tile || oldest - shape.window + 1 >= tile + count) continue;
+            float* scores = scratch.scores;
+            multiply<W>(queries + row0 * ROW_STRIDE, size, keys, int64_t(dim_pairs) * W::PAIR, panels, dim_pairs, scores,
+                        ROW_STRIDE, false);
+            float maxima[MAX_ROWS], sums[MAX_ROWS];
+            bool seen[MAX_ROWS];
+            for (int r = 0; r < size; ++r) {
+                const int64_t position = start + first_token + (row0 + r) / group;
+                const int low = int(std::max<int64_t>(0, position - shape.window + 1 - tile));
+                const int high = int(std::min<int64_t>(columns, position + 1 - tile));
+                float* row = scores + r * ROW_STRIDE;
+                seen[r] = low < high;
+                if (seen[r])
+                    soften(row, low, high, columns, &maxima[r], &sums[r]);
+                else
+                    std::memset(row, 0, size_t(columns) * 4);
+            }
+            const Left* weights;
+            if constexpr (W::DOT) {
+                for (int r = 0; r < size; ++r)
+                    copy_left(scratch.weights + r * ROW_STRIDE, scores + r * ROW_STRIDE, columns);
+                weights = scratch.weights;
+            } else {
+                weights = scores;
+            }
+            multiply<W>(weights, size, values, int64_t(TILE / 2) * W::PAIR, value_panels, (count + 1) / 2,
+                        scratch.partial, out_stride, false);
+            for (int r = 0; r < size; ++r) {
+                if (!seen[r]) continue;
+                const float before = scratch.maxima[row0 + r], top = before > maxima[r] ? before : maxima[r];
+                const float keep = std::exp(before - top), add = std::exp(maxima[r] - top);
+                float* to = scratch.outputs + (row0 + r) * out_stride;
+                const float* from = scratch.partial + r * out_stride;
+                for (int j = 0; j < out_stride; j += VL) store(to + j, load(to + j) * keep + load(from + j) * add);
+                scratch.sums[row0 + r] = scratch.sums[row0 + r] * keep + sums[r] * add;
+                scratch.maxima[row0 + r] = top;
+            }
+        }
+    }
+    for (int row = 0; row < rows; ++row) {
+        const float* from = scratch.outputs + row * out_stride;
+        const float divisor = 1.0f / scratch.sums[row];
+        float* to = out + ((first_token + row / group) * shape.heads + kv_head * group + row % group) * dim;
+        for (int d = 0; d < dim; ++d) to[d] = from[value_column(d, static_cast<const Element*>(nullptr))] * divisor;
+    }
+}
+
+}  // namespace tandem

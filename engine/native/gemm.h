@@ -1,0 +1,251 @@
+// Matrix products with a packed right side, for any number of rows.
+//
+// The right side (a weight, or the keys or values of an attention tile) is packed in panels of 32 columns; a panel holds
+// its rows k in pairs, so that a bf16 pair of one column is one 32-bit word:
+//
+//     bf16   panel[k / 2][column][k % 2]          float  panel[k][column]
+//
+// That is the order of the bf16 dot product instruction, and without the instruction a shift and a mask widen a vector
+// of words to two vectors of floats. So weights are read from memory as bf16, in order, once per block of rows.
+//
+// Every output is one chain of multiply-adds in the order of k, whatever the number of rows, columns or threads: a row's
+// result does not depend on the batch around it, to the last bit.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace tandem {
+
+constexpr int PANEL = 32;
+constexpr int KC = 384;                     // longest run of k in one call of the kernel: 12 rows of it stay in L1
+constexpr int ROW_STRIDE = KC + 16;         // of the left side's copy; not a power of two, so rows fall in other cache sets
+constexpr int GROUP = 2 * VL;               // columns that one row's pair of accumulators holds
+constexpr int GROUPS_PER_PANEL = PANEL / GROUP;
+#if defined(__AVX512F__)
+constexpr int MAX_ROWS = 12;                // 24 accumulators of 32 registers
+#else
+constexpr int MAX_ROWS = 6;                 // 12 of 16
+#endif
+constexpr int MAX_GROUPS = 4;
+
+// Groups computed at once: few rows have few accumulators, and too few chains leave the multipliers idle.
+constexpr int groups_for(int rows) {
+    if (VL == 16) return rows <= 2 ? 4 : rows <= 6 ? 2 : 1;
+    return rows <= 1 ? 4 : rows <= 2 ? 2 : 1;
+}
+
+struct FloatWeights {
+    using Element = float;
+    using Left = float;
+    static constexpr int PAIR = 2 * PANEL;  // elements from one pair of k to the next
+    static constexpr bool DOT = false;
+    static constexpr int LEFT_PER_PAIR = 2;
+    static vf even(const float* p) { return load(p); }
+    static vf odd(const float* p) { return load(p + PANEL); }
+};
+
+struct Bf16Weights {
+    using Element = uint32_t;
+    static constexpr int PAIR = PANEL;
+    static vf even(const uint32_t* p) { return (vf)(load(p) << 16); }
+    static vf odd(const uint32_t* p) { return (vf)(load(p) & 0xffff0000u); }
+#if defined(__AVX512BF16__)
+    using Left = uint32_t;
+    static constexpr bool DOT = true;
+    static constexpr int LEFT_PER_PAIR = 1;
+    static vf dot(vf sum, uint32_t left, vu right) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
+    }
+#else
+    using Left = float;
+    static constexpr bool DOT = false;
+    static constexpr int LEFT_PER_PAIR = 2;
+#endif
+};
+
+// One row of the left side as the kernel wants it, filled up with zero to an even length.
+inline void copy_left(float* to, const float* from, int n) {
+    std::memcpy(to, from, size_t(n) * 4);
+    if (n & 1) to[n] = 0.0f;
+}
+inline void copy_left(uint32_t* to, const float* from, int n) {
+    for (int i = 0; i + 1 < n; i += 2) to[i / 2] = uint32_t(narrow(from[i])) | uint32_t(narrow(from[i + 1])) << 16;
+    if (n & 1) to[n / 2] = narrow(from[n - 1]);
+}
+
+// c[R][G * GROUP] = or += left[R][2 * pairs] * right, where `right[g]` is where group g's columns begin.
+template <int R, int G, class W>
+void kernel(const typename W::Left* left, const typename W::Element* const* right, int pairs, float* c, int c_stride,
+            bool accumulate) {
+    vf sums[R][2 * G];
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 2 * G; ++j) sums[r][j] = accumulate ? load(c + r * c_stride + j * VL) : vf{};
+    const typename W::Element* w[G];
+    for (int g = 0; g < G; ++g) w[g] = right[g];
+    for (int p = 0; p < pairs; ++p) {
+        for (int g = 0; g < G; ++g) {
+            __builtin_prefetch(w[g] + 16 * W::PAIR);
+            if constexpr (VL == 16) __builtin_prefetch(w[g] + 16 * W::PAIR + 16);
+        }
+        if constexpr (W::DOT) {
+            vu b[2 * G];
+            for (int j = 0; j < 2 * G; ++j) b[j] = load(w[j / 2] + (j % 2) * VL);
+            for (int r = 0; r < R; ++r)
+                for (int j = 0; j < 2 * G; ++j) sums[r][j] = W::dot(sums[r][j], left[r * ROW_STRIDE], b[j]);
+        } else {
+            vf b[2 * G];
+            for (int j = 0; j < 2 * G; ++j) b[j] = W::even(w[j / 2] + (j % 2) * VL);
+            for (int r = 0; r < R; ++r) {
+                float a = left[r * ROW_STRIDE];
+                for (int j = 0; j < 2 * G; ++j) sums[r][j] += a * b[j];
+            }
+            for (int j = 0; j < 2 * G; ++j) b[j] = W::odd(w[j / 2] + (j % 2) * VL);
+            for (int r = 0; r < R; ++r) {
+                float a = left[r * ROW_STRIDE + 1];
+                for (int j = 0; j < 2 * G; ++j) sums[r][j] += a * b[j];
+            }
+        }
+        for (int g = 0; g < G; ++g) w[g] += W::PAIR;
+        left += W::LEFT_PER_PAIR;
+    }
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 2 * G; ++j) store(c + r * c_stride + j * VL, sums[r][j]);
+}
+
+template <class W>
+using Kernel = void (*)(const typename W::Left*, const typename W::Element* const*, int, float*, int, bool);
+
+template <class W, int... R>
+Kernel<W> choose_kernel(int rows, bool wide, std::integer_sequence<int, R...>) {
+    static constexpr Kernel<W> WIDE[] = {kernel<R + 1, groups_for(R + 1), W>...};
+    static constexpr Kernel<W> NARROW[] = {kernel<R + 1, 1, W>...};
+    return (wide ? WIDE : NARROW)[rows - 1];
+}
+
+// `panels` neighbouring panels, `rows` <= MAX_ROWS: c[rows][panels * 32] = or += left[rows][2 * pairs] * right.
+template <class W>
+void multiply(const typename W::Left* left, int rows, const typename W::Element* right, int64_t panel_stride, int panels,
+              int pairs, float* c, int c_stride, bool accumulate) {
+    using Rows = std::make_integer_sequence<int, MAX_ROWS>;
+    int groups = panels * GROUPS_PER_PANEL;
+    for (int group = 0; group < groups;) {
+        bool wide = group + groups_for(rows) <= groups;
+        int width = wide ? groups_for(rows) : 1;
+        const typename W::Element* starts[MAX_GROUPS];
+        for (int g = 0; g < width; ++g) {
+            int index = group + g;
+            starts[g] = right + (index / GROUPS_PER_PANEL) * panel_stride + (index % GROUPS_PER_PANEL) * GROUP;
+        }
+        choose_kernel<W>(rows, wide, Rows{})(left, starts, pairs, c + group * GROUP, c_stride, accumulate);
+        group += width;
+    }
+}
+
+// `count` things in blocks of at most `limit`, as even as can be. Block `i` begins at start(i).
+struct Split {
+    int count, blocks;
+    Split(int count, int limit) : count(count), blocks((count + limit - 1) / limit) {}
+    int start(int i) const { return int(int64_t(count) * i / blocks); }
+    int size(int i) const { return start(i + 1) - start(i); }
+};
+
+// Runs of k: even in length but for the last.
+struct KSplit {
+    int k, length, blocks;
+    explicit KSplit(int k) : k(k) {
+        int wanted = (k + KC - 1) / KC;
+        length = ((k + wanted - 1) / wanted + 1) & ~1;
+        blocks = (k + length - 1) / length;
+    }
+    int start(int i) const { return i * length; }
+    int size(int i) const { return std::min(length, k - i * length); }
+};
+
+struct PackedWeights {
+    const void* data;   // panels of `is_bf16 ? uint32_t : float`
+    const float* bias;  // [n] or null
+    int64_t n, k;
+    bool is_bf16;
+    int64_t pairs() const { return (k + 1) / 2; }
+    int64_t panels() const { return (n + PANEL - 1) / PANEL; }
+};
+
+// Row chunk whose copy stays in a core's L2, but not so small that weights are read too often.
+inline int chunk_rows(int64_t k) {
+    int64_t bytes_per_row = int64_t(KSplit(int(k)).blocks) * ROW_STRIDE * 4;
+    return int(std::clamp<int64_t>((int64_t(576) << 10) / bytes_per_row, 48, 192));
+}
+
+inline size_t left_bytes(int64_t k) { return size_t(chunk_rows(k)) * KSplit(int(k)).blocks * ROW_STRIDE * 4; }
+constexpr size_t TILE_BYTES = size_t(192) * PANEL * 4 * 2;
+
+enum class Finish { STORE, ADD, SILU_MUL };
+
+// How many panels make one tile: many for few rows (streams in parallel), one for many (the tile stays small).
+inline int tile_panels(int rows) { return rows <= MAX_ROWS ? 4 : 1; }
+
+inline void finish_row(Finish finish, const float* tile, const float* bias, float* y, int columns) {
+    for (int j = 0; j < columns; ++j) {
+        float value = bias ? tile[j] + bias[j] : tile[j];
+        y[j] = finish == Finish::ADD ? y[j] + value : value;
+    }
+}
+
+// silu(gate) * up of 32 columns.
+inline void finish_silu_mul(const float* gate, const float* up, float* y) {
+    for (int j = 0; j < PANEL; j += VL) {
+        vf g = load(gate + j);
+        store(y + j, g / (1.0f + exp(-g)) * load(up + j));
+    }
+}
+
+// y[rows, panels first..last] of one thread. `left` and `tile` are its scratch. SILU_MUL: panels come in twos, gate and
+// up, and y has half the columns.
+template <class W>
+void multiply_share(const PackedWeights& weights, const float* x, int64_t x_stride, int rows, int first_panel,
+                    int last_panel, float* y, int64_t y_stride, Finish finish, void* scratch) {
+    using Left = typename W::Left;
+    using Element = typename W::Element;
+    const int k = int(weights.k);
+    const KSplit runs(k);
+    const int64_t panel_stride = weights.pairs() * W::PAIR;
+    Left* left = static_cast<Left*>(scratch);
+    float* tile = reinterpret_cast<float*>(static_cast<char*>(scratch) + left_bytes(k));
+    const Split chunks(rows, chunk_rows(k));
+    for (int chunk = 0; chunk < chunks.blocks; ++chunk) {
+        const int row0 = chunks.start(chunk), count = chunks.size(chunk);
+        for (int run = 0; run < runs.blocks; ++run)
+            for (int r = 0; r < count; ++r)
+                copy_left(left + (int64_t(run) * count + r) * ROW_STRIDE, x + (row0 + r) * x_stride + runs.start(run),
+                          runs.size(run));
+        const Split blocks(count, MAX_ROWS);
+        int step = tile_panels(count);
+        if (finish == Finish::SILU_MUL) step = std::max(step, 2);
+        const int tile_stride = step * PANEL;
+        for (int panel = first_panel; panel < last_panel; panel += step) {
+            const int width = std::min(step, last_panel - panel);
+            const Element* right = static_cast<const Element*>(weights.data) + panel * panel_stride;
+            for (int run = 0; run < runs.blocks; ++run)
+                for (int block = 0; block < blocks.blocks; ++block)
+                    multiply<W>(left + (int64_t(run) * count + blocks.start(block)) * ROW_STRIDE, blocks.size(block),
+                                right + int64_t(runs.start(run) / 2) * W::PAIR, panel_stride, width,
+                                (runs.size(run) + 1) / 2, tile + blocks.start(block) * tile_stride, tile_stride, run > 0);
+            for (int r = 0; r < count; ++r) {
+                float* out = y + (row0 + r) * y_stride;
+                const float* sums = tile + r * tile_stride;
+                if (finish == Finish::SILU_MUL) {
+                    for (int i = 0; i + 1 < width; i += 2)
+                        finish_silu_mul(sums + i * PANEL, sums + (i + 1) * PANEL, out + int64_t(panel + i) / 2 * PANEL);
+                } else {
+                    int64_t column = int64_t(panel) * PANEL;
+                    finish_row(finish, sums, weights.bias ? weights.bias + column : nullptr, out + column,
+                               int(std::min<int64_t>(width * PANEL, weights.n - column)));
+                }
+            }
+        }
+    }
+}
+
+}  // namespace tandem

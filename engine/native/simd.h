@@ -1,0 +1,162 @@
+// Vectors of float and of 32-bit words in the width of the machine, by the compilers' vector extensions: one source for
+// AVX-512, AVX2 and plain SSE2 or NEON. Only what the extensions cannot say is written with intrinsics.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__) || defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace tandem {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4), may_alias));
+typedef float vf_unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(VL * 4), may_alias));
+typedef uint32_t vu_unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(VL * 4), may_alias));
+
+using bf16 = uint16_t;
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+inline vu load(const uint32_t* p) { return *reinterpret_cast<const vu_unaligned*>(p); }
+inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
+inline void store(uint32_t* p, vu v) { *reinterpret_cast<vu_unaligned*>(p) = v; }
+inline vf splat(float x) { return x - vf{}; }
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+inline float sum(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float total = 0.0f;
+    for (int i = 0; i < VL; ++i) total += v[i];
+    return total;
+#endif
+}
+
+inline float highest(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float result = v[0];
+    for (int i = 1; i < VL; ++i) result = v[i] > result ? v[i] : result;
+    return result;
+#endif
+}
+
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+// To the nearest bf16, ties to even; a NaN stays one.
+inline bf16 narrow(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16((bits >> 16) | 0x40u);
+    return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// The same for a vector, in the low halves of the words.
+inline vu narrow(vf x) {
+    vu bits = (vu)x;
+    vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    vu quiet = (bits >> 16) | 0x40u;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
+
+// VL consecutive values as floats.
+inline vf load_floats(const float* p) { return load(p); }
+inline vf load_floats(const bf16* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+    vu words;
+    for (int i = 0; i < VL; ++i) words[i] = uint32_t(p[i]) << 16;
+    return (vf)words;
+#endif
+}
+inline float load_float(const float* p) { return *p; }
+inline float load_float(const bf16* p) { return widen(*p); }
+inline void store_float(float* p, float x) { *p = x; }
+inline void store_float(bf16* p, float x) { *p = narrow(x); }
+
+// e^x to about 2 ulp for x <= 88, 0 below -87. Range reduction by ln 2 in two parts, then the polynomial of Cephes' expf.
+inline vf exp(vf x) {
+    vf clamped = x < -87.0f ? splat(-87.0f) : (x > 88.0f ? splat(88.0f) : x);
+    vf shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+    vf n = shifted - 12582912.0f;
+    vf r = clamped - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vi exponent = ((vi)shifted - 0x4b400000 + 127) << 23;
+    vf result = p * (vf)exponent;
+    return x < -87.0f ? vf{} : result;
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define TANDEM_SHUFFLEVECTOR 1
+#endif
+#endif
+
+template <int... I>
+inline vu shuffle(vu a, vu b, std::integer_sequence<int, I...>) {
+#if defined(TANDEM_SHUFFLEVECTOR)
+    return __builtin_shufflevector(a, b, I...);
+#else
+    return __builtin_shuffle(a, b, vu{I...});
+#endif
+}
+
+// Lanes of stage S of a butterfly transposition: the first output keeps a where bit S of the lane is clear.
+template <int S, int... J>
+constexpr auto first_lanes(std::integer_sequence<int, J...>) {
+    return std::integer_sequence<int, ((J & S) ? VL + J - S : J)...>{};
+}
+template <int S, int... J>
+constexpr auto second_lanes(std::integer_sequence<int, J...>) {
+    return std::integer_sequence<int, ((J & S) ? VL + J : J + S)...>{};
+}
+
+template <int S>
+inline void transpose_stage(vu* rows) {
+    using Lanes = std::make_integer_sequence<int, VL>;
+    for (int i = 0; i < VL; ++i) {
+        if (i & S) continue;
+        vu a = rows[i], b = rows[i + S];
+        rows[i] = shuffle(a, b, first_lanes<S>(Lanes{}));
+        rows[i + S] = shuffle(a, b, second_lanes<S>(Lanes{}));
+    }
+}
+
+// A square of VL x VL words, in registers.
+inline void transpose(vu* rows) {
+    transpose_stage<1>(rows);
+    transpose_stage<2>(rows);
+    if constexpr (VL >= 8) transpose_stage<4>(rows);
+    if constexpr (VL >= 16) transpose_stage<8>(rows);
+}
+
+}  // namespace tandem

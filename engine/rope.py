@@ -1,0 +1,99 @@
+"""Tables of rotary position embeddings, for every kind a checkpoint may ask for.
+
+Row p of a table holds the cosines and sines of position p. The kinds whose frequencies depend on the length of the
+sequence are made a function of the position alone, since a key that is cached once cannot be rotated again:
+
+- dynamic: position p uses the frequencies of a sequence that ends there. A prompt within the trained context, and every
+  generated token after it, gets what Hugging Face computes.
+- longrope: the long factors for all positions if the engine may go beyond the trained context, else the short ones.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from core.model_spec import RopeSpec
+
+
+def cos_sin_table(rope: RopeSpec, head_dim: int, max_positions: int) -> Tensor:
+    """float32 [max_positions, head_dim]: the cosines of head_dim/2 angles, then their sines."""
+    positions = torch.arange(max_positions, dtype=torch.float32)
+    scale = 1.0
+    if rope.kind == "dynamic":
+        angles = positions.unsqueeze(1) * _dynamic_frequencies(rope, head_dim, max_positions)
+    elif rope.kind == "yarn":
+        angles = torch.outer(positions, _yarn_frequencies(rope, head_dim))
+        scale = _yarn_scale(rope)
+    elif rope.kind == "longrope":
+        angles = torch.outer(positions, _longrope_frequencies(rope, head_dim, max_positions))
+        scale = _longrope_scale(rope)
+    else:
+        frequencies = _frequencies(rope.theta, head_dim)
+        if rope.kind == "linear":
+            frequencies = frequencies / rope.factor
+        elif rope.kind == "llama3":
+            frequencies = _llama3_frequencies(rope, frequencies)
+        angles = torch.outer(positions, frequencies)
+    return torch.cat((angles.cos() * scale, angles.sin() * scale), dim=1)
+
+
+def _frequencies(theta: float | Tensor, head_dim: int) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def _dynamic_frequencies(rope: RopeSpec, head_dim: int, max_positions: int) -> Tensor:
+    """[max_positions, head_dim / 2]: NTK-aware scaling by u/bloc97 and u/emozilla."""
+    lengths = torch.arange(1, max_positions + 1, dtype=torch.float32).clamp(min=rope.original_max_positions)
+    stretch = rope.factor * lengths / rope.original_max_positions - (rope.factor - 1)
+    return _frequencies((rope.theta * stretch ** (head_dim / (head_dim - 2))).unsqueeze(1), head_dim)
+
+
+def _llama3_frequencies(rope: RopeSpec, frequencies: Tensor) -> Tensor:
+    """Long wavelengths are stretched, short ones kept, those between interpolated (Llama 3.1)."""
+    turns = rope.original_max_positions * frequencies / (2 * math.pi)
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = smooth.clamp(0.0, 1.0)
+    return (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+
+
+def _yarn_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): a ramp between interpolated and kept frequencies."""
+
+    def dimension_of(turns: float) -> float:
+        context = rope.original_max_positions / (turns * 2 * math.pi)
+        return head_dim * math.log(context) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
+    frequencies = _frequencies(rope.theta, head_dim)
+    return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
+
+
+def _yarn_scale(rope: RopeSpec) -> float:
+    """What the attention's logits are scaled with, by way of queries and keys."""
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
+    return magnitude(1.0)
+
+
+def _longrope_frequencies(rope: RopeSpec, head_dim: int, max_positions: int) -> Tensor:
+    factors = rope.long_factor if max_positions > rope.original_max_positions else rope.short_factor
+    return _frequencies(rope.theta, head_dim) / torch.tensor(factors, dtype=torch.float32)
+
+
+def _longrope_scale(rope: RopeSpec) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_positions))

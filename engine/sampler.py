@@ -1,0 +1,148 @@
+"""From logits to tokens.
+
+The order is vLLM's: penalties, temperature, min_p, top_k, top_p. Reported log-probabilities are those of the model
+itself, log_softmax of the raw logits before all of these, as OpenAI and vLLM report them.
+
+What a row draws depends on its own logits and its (seed, position) alone. Candidates are cut off at a threshold, so
+that equal tokens are kept or dropped together, and one is drawn by inverting the cumulative distribution in the order
+of token ids: no step depends on how a sort breaks ties. Greedy takes the lowest id among equals.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import InternalError
+from core.request import SampledToken, SamplingParams, TokenLogprob
+from engine.noise import uniform
+from engine.step import SampleRequest
+
+# Candidates looked at before a row is sorted whole: top_p rarely needs more.
+_FIRST_CANDIDATES = 256
+
+
+def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken | InternalError]:
+    """Draw one token per row of float32 `logits` [n, vocab]. A row whose logits are not numbers gets an error."""
+    token_ids, valid = _draw(logits, requests)
+    results: list[SampledToken | InternalError] = [SampledToken(token_id) for token_id in token_ids]
+    reported = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+    if reported:
+        counts = [requests[row].params.logprobs or 0 for row in reported]
+        entries = logprobs(logits[reported], [token_ids[row] for row in reported], counts)
+        for row, entry in zip(reported, entries, strict=True):
+            results[row] = SampledToken(token_ids[row], entry)
+    for row, is_valid in enumerate(valid):
+        if not is_valid:
+            results[row] = InternalError("The model's output for this request is not a number")
+    return results
+
+
+def logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
+    """The log-probability of one token per row of raw `logits` [n, vocab], and of the row's `counts` likeliest."""
+    scores = torch.log_softmax(logits.float(), dim=-1)
+    chosen = scores.gather(1, torch.tensor(token_ids, device=scores.device).unsqueeze(1)).squeeze(1).tolist()
+    most = min(max(counts), scores.shape[1])
+    if most == 0:
+        return [TokenLogprob(token_id, score) for token_id, score in zip(token_ids, chosen, strict=True)]
+    top_scores, top_ids = (part.tolist() for part in scores.topk(most, dim=-1))
+    entries = []
+    for row, (token_id, score, count) in enumerate(zip(token_ids, chosen, counts, strict=True)):
+        ranked = sorted(zip(top_ids[row], top_scores[row], strict=True), key=lambda pair: (-pair[1], pair[0]))
+        entries.append(TokenLogprob(token_id, score, tuple(ranked[:count])))
+    return entries
+
+
+def _draw(logits: Tensor, requests: Sequence[SampleRequest]) -> tuple[list[int], list[bool]]:
+    """Token ids, and whether each row was usable."""
+    if any(_has_penalties(request.params) for request in requests):
+        logits = _penalised(logits, requests)
+    best = logits.argmax(dim=-1)
+    # argmax finds a NaN before any number, and an infinite maximum has no softmax: one look at the winner tells both.
+    valid = logits.gather(1, best.unsqueeze(1)).squeeze(1).isfinite()
+    random_rows = [row for row, request in enumerate(requests) if not request.params.greedy]
+    if random_rows:
+        chosen = [requests[row] for row in random_rows]
+        rows = torch.tensor(random_rows, device=logits.device)
+        best[rows] = _draw_random(logits[rows].masked_fill(~valid[rows].unsqueeze(1), 0.0), chosen)
+    return best.tolist(), valid.tolist()
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (0.0, 0.0, 1.0)
+
+
+def _penalised(logits: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
+    """Repetition (Hugging Face, CTRL): positive logits of seen tokens divided, negative ones multiplied. Frequency and
+    presence (OpenAI): subtracted per occurrence, and once, of generated tokens."""
+    logits = logits.clone()
+    for row, request in enumerate(requests):
+        params = request.params
+        if not _has_penalties(params):
+            continue
+        assert len(request.history) == request.position, "penalties need the whole sequence"
+        history = np.asarray(request.history, dtype=np.int64)
+        if params.repetition_penalty != 1.0:
+            seen = torch.from_numpy(np.unique(history)).to(logits.device)
+            values = logits[row, seen]
+            penalty = params.repetition_penalty
+            logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+        generated, counts = np.unique(history[request.num_prompt_tokens :], return_counts=True)
+        if len(generated):
+            malus = params.frequency_penalty * counts + params.presence_penalty
+            ids = torch.from_numpy(generated).to(logits.device)
+            logits[row, ids] -= torch.from_numpy(malus).to(logits)
+    return logits
+
+
+def _draw_random(logits: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
+    """int64 [n]: one token per row of penalised logits."""
+    params = [request.params for request in requests]
+    temperatures = _column([p.temperature for p in params], logits)
+    # Relative to the maximum no temperature, however low, overflows; the likeliest token's score is always 0.
+    scores = (logits - logits.max(dim=-1, keepdim=True).values) / temperatures
+    if any(p.min_p > 0.0 for p in params):
+        floor = _column([p.min_p for p in params], logits).log()
+        scores = scores.masked_fill(scores < floor, -torch.inf)
+    if any(p.top_k > 0 for p in params):
+        scores = _keep_top_k(scores, [p.top_k for p in params])
+    probabilities = torch.softmax(scores.double(), dim=-1)
+    if any(p.top_p < 1.0 for p in params):
+        probabilities = _keep_top_p(probabilities, _column([p.top_p for p in params], probabilities))
+    cumulative = probabilities.cumsum(dim=-1)
+    totals = cumulative[:, -1:]
+    noise = _column([uniform(request.params.seed, request.position) for request in requests], probabilities)
+    # Below the total even after rounding, so that the token found always has a probability.
+    targets = torch.minimum(noise * totals, torch.nextafter(totals, torch.zeros_like(totals)))
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+
+
+def _keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
+    """Drop what is below the k-th best score of its row."""
+    vocab = scores.shape[1]
+    limits = [min(k, vocab) if k > 0 else vocab for k in top_k]
+    rows = [row for row, limit in enumerate(limits) if limit < vocab]
+    if not rows:
+        return scores
+    ranked = scores[rows].topk(max(limits[row] for row in rows), dim=-1).values
+    last = torch.tensor([limits[row] - 1 for row in rows], device=scores.device)
+    thresholds = torch.full((len(limits), 1), -torch.inf, dtype=scores.dtype, device=scores.device)
+    thresholds[rows] = ranked.gather(1, last.unsqueeze(1))
+    return scores.masked_fill(scores < thresholds, -torch.inf)
+
+
+def _keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """Drop what is not needed to reach the mass `top_p`, beginning with the likeliest."""
+    vocab = probabilities.shape[1]
+    ranked = probabilities.topk(min(_FIRST_CANDIDATES, vocab), dim=-1).values
+    if bool((ranked.sum(dim=-1, keepdim=True) < top_p).any()):
+        ranked = probabilities.sort(dim=-1, descending=True).values
+    mass_before = ranked.cumsum(dim=-1) - ranked
+    needed = (mass_before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    thresholds = ranked.gather(1, needed - 1).masked_fill(top_p >= 1.0, 0.0)
+    return probabilities.masked_fill(probabilities < thresholds, 0.0)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)

@@ -1,0 +1,53 @@
+"""The words of one engine step: what goes in, what comes out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.errors import InternalError
+from core.request import SampledToken, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """Draw the token at index `position` of the whole sequence (prompt and answer).
+
+    `history` is the sequence so far, `position` tokens long, the first `num_prompt_tokens` of which are the prompt;
+    only penalties read it, so it may be empty for a request that has none.
+    """
+
+    params: SamplingParams
+    position: int
+    history: Sequence[int]
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSlice:
+    """The part of one sequence that a step computes: `token_ids`, at positions `start`, `start` + 1, ...
+
+    The KV of the `start` tokens before lies in `block_table`, the sequence's blocks in order, which must also have
+    room for the new tokens. `sample` None: a middle chunk of a prompt, nothing is drawn.
+    `prompt_logprobs` asks, for each token of the slice, for the log-probability of the token that follows it and of so
+    many alternatives. `next_token_id` is what follows the slice's last token; None if that is not known or not wanted.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    sample: SampleRequest | None = None
+    prompt_logprobs: int | None = None
+    next_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Aligned with the slices of the step.
+
+    `tokens[i]` is None where slice i asked for none or failed. `prompt_logprobs[i]` has one entry per token of slice i
+    (one less without `next_token_id`): entry j is about the token at position `start` + j + 1. A slice whose result is
+    unusable (logits that are not numbers) has an error in `errors[i]`; the others are not affected.
+    """
+
+    tokens: list[SampledToken | None]
+    prompt_logprobs: list[list[TokenLogprob] | None]
+    errors: list[InternalError | None]
