@@ -1,0 +1,19 @@
+"""The public face: `from tandem import Client`.
+
+Names are looked up when first used, because every server process imports `tandem.v1` and none of them needs the client.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tandem.client import AsyncClient, Client
+
+__all__ = ["AsyncClient", "Client"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'tandem' has no attribute '{name}'")
+    from tandem import client
+
+    return getattr(client, name)

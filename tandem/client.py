@@ -1,0 +1,152 @@
+"""Clients of a router's gRPC API. They need grpcio, protobuf and `core`, nothing else of the house.
+
+    with Client("127.0.0.1:8001") as client:
+        print(client.generate(prompt="def read_json(path):", max_tokens=64, temperature=0).text)
+        for delta in client.stream(messages=[{"role": "user", "content": "hello"}]):
+            print(delta.text, end="", flush=True)
+
+Every failure is one of `core.errors`: UnavailableError when no router answers, InvalidRequestError and its kin for what
+it refuses, DeadlineError when `timeout_s` has passed.
+"""
+
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from tandem.completion import Completion, Delta, GenerateOptions, ModelInfo, join_deltas
+from tandem.messages import delta_from_pb, request_to_pb
+from tandem.rpc_errors import error_from_rpc
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+
+# A router permits pings this frequent; without all three a hung peer is noticed after a minute or never.
+_CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+_ADDRESS = "127.0.0.1:8001"
+
+
+class Stream(Iterator[Delta]):
+    """A running answer. The request is sent at once; `close`, or leaving its `with` block, cancels what is left."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __next__(self) -> Delta:
+        try:
+            return delta_from_pb(next(self._call))
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+
+    def close(self) -> None:
+        """Give up the answer; the router frees all that it holds. Does nothing after the end."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class Client:
+    """A connection to one router, made when first used. Threads may share it."""
+
+    def __init__(self, address: str = _ADDRESS) -> None:
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+
+    def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
+        """The whole answer to one prompt."""
+        with self.stream(**options) as stream:
+            return join_deltas(stream)
+
+    def stream(self, **options: Unpack[GenerateOptions]) -> Stream:
+        """The answer piece by piece, as it is generated."""
+        return Stream(self._stub.Generate(request_to_pb(options), timeout=options.get("timeout_s")))
+
+    def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:
+        """The models that can be asked for now."""
+        try:
+            response = self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        return tuple(ModelInfo(model.id, model.max_model_len) for model in response.models)
+
+    def close(self) -> None:
+        """Close the connection; running answers are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class AsyncStream(AsyncIterator[Delta]):
+    """`Stream` for asyncio."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._messages = call.__aiter__()
+
+    async def __anext__(self) -> Delta:
+        try:
+            return delta_from_pb(await self._messages.__anext__())
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+
+    def close(self) -> None:
+        """Give up the answer; the router frees all that it holds. Does nothing after the end."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """`Client` for asyncio. Make it inside the running event loop."""
+
+    def __init__(self, address: str = _ADDRESS) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
+
+    async def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
+        """The whole answer to one prompt."""
+        async with self.stream(**options) as stream:
+            return join_deltas([delta async for delta in stream])
+
+    def stream(self, **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """The answer piece by piece, as it is generated."""
+        return AsyncStream(self._stub.Generate(request_to_pb(options), timeout=options.get("timeout_s")))
+
+    async def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:
+        """The models that can be asked for now."""
+        try:
+            response = await self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        return tuple(ModelInfo(model.id, model.max_model_len) for model in response.models)
+
+    async def close(self) -> None:
+        """Close the connection; running answers are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()

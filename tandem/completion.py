@@ -1,0 +1,105 @@
+"""What a client asks of a router and what it gets back, as values."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from core.errors import UnavailableError
+from core.request import FinishReason, TokenLogprob
+from core.timeline import Timeline
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of `Client.generate` and `Client.stream`. Give exactly one of the three prompts.
+
+    What is left out takes the router's default: temperature 1, no limits, a seed that the router draws, as many tokens
+    as the model's context holds. `core.request.SamplingParams` says what each setting means.
+    """
+
+    prompt: str
+    messages: Sequence[Mapping[str, str]]  # {"role": "user", "content": "..."}, rendered by the model's chat template
+    token_ids: Sequence[int]
+    model: str  # needed only where a router serves several
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+    logprobs: int  # alternatives beside each token; 0: the token alone
+    prompt_logprobs: int
+    stop: str | Sequence[str]  # the answer ends before the first that appears
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    request_id: str  # a request with the id of a running one is refused
+    cache_salt: str  # requests share cached prefixes only with equal salts
+    timeout_s: float  # deadline of the whole answer; the router gives up then too
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request; `cached_tokens` of the prompt were found in a prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one message of a stream adds. The last one has `finish_reason`, `usage` and `timeline`, others do not.
+
+    `prompt_logprobs` comes with the first one, where asked for; the first prompt token has none.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timeline: Timeline | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One whole answer. `logprobs` is empty unless asked for, else one for each of `token_ids`."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timeline: Timeline
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """`max_model_len` bounds prompt plus answer, in tokens."""
+
+    id: str
+    max_model_len: int
+
+
+def join_deltas(deltas: Iterable[Delta]) -> Completion:
+    """The answer that a whole stream spells. Raises UnavailableError if the stream ended without its last message."""
+    collected = list(deltas)
+    last = collected[-1] if collected else None
+    if last is None or last.finish_reason is None or last.usage is None or last.timeline is None:
+        raise UnavailableError("the stream ended before the answer was complete")
+    return Completion(
+        request_id=last.request_id,
+        text="".join(delta.text for delta in collected),
+        token_ids=tuple(token_id for delta in collected for token_id in delta.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        timeline=last.timeline,
+        logprobs=tuple(logprob for delta in collected for logprob in delta.logprobs),
+        prompt_logprobs=next((d.prompt_logprobs for d in collected if d.prompt_logprobs is not None), None),
+    )
