@@ -41,6 +41,8 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
         if request.text == "full":
             context.set_trailing_metadata(((CODE_KEY, "overloaded"), (PARAM_KEY, "")))
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "queues are full")
+        if request.text == "hang":
+            context.add_callback(self.cancelled.set)
         if request.text == "short":
             yield inference_pb2.GenerateResponse(request_id="r", text="only")
             return
@@ -52,7 +54,6 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer):
             prompt_logprobs=[common_pb2.TokenLogprob(token_id=-1), common_pb2.TokenLogprob(token_id=2, logprob=-1)],
         )
         if request.text == "hang":
-            context.add_callback(self.cancelled.set)
             self.cancelled.wait(20)
             return
         yield inference_pb2.GenerateResponse(
