@@ -15,6 +15,9 @@ from core.errors import CheckpointError
 Family = Literal["llama", "opt"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
+# OPT's table of learned positions begins with rows for padding.
+OPT_POSITION_OFFSET = 2
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
@@ -98,7 +101,12 @@ class ModelSpec:
         layer += (q + 2 * kv) * self.qkv_bias + hidden * self.output_bias
         if self.family == "opt":
             layer += 2 * hidden * inner + (inner + hidden) * self.mlp_bias + 4 * hidden
-            return embeddings + (self.max_position_embeddings + 2) * hidden + self.num_layers * layer + 2 * hidden
+            return (
+                embeddings
+                + (self.max_position_embeddings + OPT_POSITION_OFFSET) * hidden
+                + self.num_layers * layer
+                + 2 * hidden
+            )
         layer += 3 * hidden * inner + (2 * inner + hidden) * self.mlp_bias + 2 * hidden
         layer += 2 * self.head_dim * self.qk_norm
         return embeddings + self.num_layers * layer + hidden

@@ -5,6 +5,7 @@ import torch
 from engine.checkpoint import Checkpoint
 from engine.models.base import Model
 from engine.models.llama import load_llama
+from engine.models.opt import load_opt
 from engine.ops.interface import Ops
 from engine.weights import WeightLoader
 
@@ -12,6 +13,7 @@ from engine.weights import WeightLoader
 def load_model(checkpoint: Checkpoint, ops: Ops, dtype: torch.dtype, device: torch.device, max_positions: int) -> Model:
     """All weights, in `dtype` on `device`, packed by `ops`. Raises CheckpointError."""
     loader = WeightLoader(checkpoint, dtype, device)
-    model = load_llama(checkpoint.spec, loader, ops, max_positions)
+    spec = checkpoint.spec
+    model: Model = load_opt(spec, loader, ops) if spec.family == "opt" else load_llama(spec, loader, ops, max_positions)
     loader.finish()
     return model

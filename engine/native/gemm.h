@@ -14,6 +14,7 @@
 
 #include <algorithm>
 
+#include "rowwise.h"
 #include "simd.h"
 
 namespace tandem {
@@ -193,14 +194,6 @@ inline void finish_row(Finish finish, const float* tile, const float* bias, floa
     }
 }
 
-// silu(gate) * up of 32 columns.
-inline void finish_silu_mul(const float* gate, const float* up, float* y) {
-    for (int j = 0; j < PANEL; j += VL) {
-        vf g = load(gate + j);
-        store(y + j, g / (1.0f + exp(-g)) * load(up + j));
-    }
-}
-
 // y[rows, panels first..last] of one thread. `left` and `tile` are its scratch. SILU_MUL: panels come in twos, gate and
 // up, and y has half the columns.
 template <class W>
@@ -237,7 +230,7 @@ void multiply_share(const PackedWeights& weights, const float* x, int64_t x_stri
                 const float* sums = tile + r * tile_stride;
                 if (finish == Finish::SILU_MUL) {
                     for (int i = 0; i + 1 < width; i += 2)
-                        finish_silu_mul(sums + i * PANEL, sums + (i + 1) * PANEL, out + int64_t(panel + i) / 2 * PANEL);
+                        silu_mul_row(sums + i * PANEL, sums + (i + 1) * PANEL, PANEL, out + int64_t(panel + i) / 2 * PANEL);
                 } else {
                     int64_t column = int64_t(panel) * PANEL;
                     finish_row(finish, sums, weights.bias ? weights.bias + column : nullptr, out + column,

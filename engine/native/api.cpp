@@ -1,0 +1,263 @@
+// What Python calls, through ctypes: plain pointers and sizes, no torch headers, so that a compiler is all it takes. The
+// caller has checked shapes, dtypes and contiguity. Every function takes the context of one engine: its threads and
+// their scratch memory. A context is for one caller at a time.
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "gemm.h"
+#include "pool.h"
+#include "rowwise.h"
+
+using namespace tandem;
+
+namespace {
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+
+// New tokens [first_token, last_token) of a sequence, for one key/value head.
+struct Task {
+    int sequence, first_token, last_token, kv_head;
+};
+
+struct Context {
+    Pool pool;
+    std::vector<std::unique_ptr<void, Free>> scratch;
+    size_t scratch_bytes = 0;
+    std::vector<Task> tasks;
+
+    explicit Context(int threads) : pool(threads), scratch(size_t(threads)) { reserve(sizeof(AttentionScratch)); }
+
+    void reserve(size_t bytes) {
+        if (bytes <= scratch_bytes) return;
+        scratch_bytes = (bytes + 4095) & ~size_t(4095);
+        for (auto& one : scratch) one.reset(std::aligned_alloc(4096, scratch_bytes));
+    }
+
+    // body(thread, threads) on every thread, or on this one alone where the work is too small to be worth sharing.
+    template <class Body>
+    void run(bool share, Body body) {
+        const int threads = pool.threads();
+        if (threads == 1 || !share)
+            body(0, 1);
+        else
+            pool.run([&](int thread) { body(thread, threads); });
+    }
+
+    // body(row) for all rows, each thread a run of them.
+    template <class Body>
+    void each_row(int64_t rows, int64_t row_elements, Body body) {
+        run(rows > 1 && rows * row_elements > 16384, [&](int64_t thread, int64_t threads) {
+            for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; ++row) body(row);
+        });
+    }
+};
+
+template <class W>
+void linear(Context& context, const PackedWeights& weights, const float* x, int64_t x_stride, int64_t rows, float* y,
+            int64_t y_stride, Finish finish) {
+    context.reserve(left_bytes(weights.k) + TILE_BYTES);
+    const int64_t unit = finish == Finish::SILU_MUL ? 2 : 1;  // panels that stay together
+    context.run(weights.n * weights.k > 16384, [&](int64_t thread, int64_t threads) {
+        // Many rows are shared out by rows (each thread's copy of them stays its own), few by columns.
+        int64_t row_shares = rows >= threads * 64 ? threads : 1;
+        int64_t column_shares = threads / row_shares;
+        int64_t row_share = thread / column_shares, column_share = thread % column_shares;
+        int64_t first_row = rows * row_share / row_shares, last_row = rows * (row_share + 1) / row_shares;
+        int64_t units = weights.panels() / unit;
+        int64_t first = units * column_share / column_shares * unit, last = units * (column_share + 1) / column_shares * unit;
+        multiply_share<W>(weights, x + first_row * x_stride, x_stride, int(last_row - first_row), int(first), int(last),
+                          y + first_row * y_stride, y_stride, finish, context.scratch[size_t(thread)].get());
+    });
+}
+
+template <class Element, class Source>
+void pack(const Source* weight, int64_t n, int64_t k, Element* to) {
+    const int64_t pairs = (k + 1) / 2, panels = (n + PANEL - 1) / PANEL;
+    auto at = [&](int64_t row, int64_t column) -> Source {
+        return row < n && column < k ? weight[row * k + column] : Source(0);
+    };
+    for (int64_t panel = 0; panel < panels; ++panel)
+        for (int64_t pair = 0; pair < pairs; ++pair)
+            for (int64_t column = 0; column < PANEL; ++column) {
+                const Source even = at(panel * PANEL + column, 2 * pair), odd = at(panel * PANEL + column, 2 * pair + 1);
+                if constexpr (sizeof(Source) == 2) {
+                    to[(panel * pairs + pair) * PANEL + column] = uint32_t(even) | uint32_t(odd) << 16;
+                } else {
+                    Element* row = to + (panel * pairs + pair) * 2 * PANEL + column;
+                    row[0] = even;
+                    row[PANEL] = odd;
+                }
+            }
+}
+
+template <class Kv>
+void attention(Context& context, const AttentionShape& shape, const float* q, const Kv* kv_layer,
+               const int32_t* query_starts, const int32_t* context_lens, const int32_t* tables, int64_t sequences,
+               float* out) {
+    const int group = int(shape.group()), tokens_per_task = std::max(1, TASK_ROWS / group);
+    context.tasks.clear();
+    for (int s = 0; s < sequences; ++s) {
+        const Split split(query_starts[s + 1] - query_starts[s], tokens_per_task);
+        // The last tokens have the most keys: they go first, so that no thread is left alone with them.
+        for (int block = split.blocks - 1; block >= 0; --block)
+            for (int head = 0; head < shape.kv_heads; ++head)
+                context.tasks.push_back({s, split.start(block), split.start(block + 1), head});
+    }
+    std::atomic<size_t> next{0};
+    context.run(context.tasks.size() > 1, [&](int thread, int) {
+        auto& scratch = *static_cast<AttentionScratch*>(context.scratch[size_t(thread)].get());
+        for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < context.tasks.size();) {
+            const Task& task = context.tasks[i];
+            const int64_t first_row = query_starts[task.sequence];
+            const int64_t start = context_lens[task.sequence] - (query_starts[task.sequence + 1] - first_row);
+            attend<Kv>(shape, q + first_row * shape.q_stride, kv_layer, tables + task.sequence * shape.table_stride,
+                       start, task.first_token, task.last_token, task.kv_head,
+                       out + first_row * shape.heads * shape.head_dim, scratch);
+        }
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+void* tandem_create(int threads) { return new Context(threads); }
+void tandem_destroy(void* context) { delete static_cast<Context*>(context); }
+
+// Which kernel this build has: the instructions it multiplies with.
+const char* tandem_instructions() {
+#if defined(__AVX512BF16__)
+    return "avx512_bf16";
+#elif defined(__AVX512F__)
+    return "avx512";
+#elif defined(__AVX2__) && defined(__FMA__)
+    return "avx2";
+#else
+    return "generic";
+#endif
+}
+
+// Asks for huge pages before the memory is first written: weights are read end to end in every step.
+void tandem_advise_huge(void* data, int64_t bytes) {
+    uintptr_t first = (uintptr_t(data) + 4095) & ~uintptr_t(4095), last = (uintptr_t(data) + uintptr_t(bytes)) & ~uintptr_t(4095);
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+// weight[n][k] -> panels: ceil(n / 32) * ceil(k / 2) * 64 elements of the same type.
+void tandem_pack(const void* weight, int is_bf16, int64_t n, int64_t k, void* packed) {
+    if (is_bf16)
+        pack(static_cast<const bf16*>(weight), n, k, static_cast<uint32_t*>(packed));
+    else
+        pack(static_cast<const float*>(weight), n, k, static_cast<float*>(packed));
+}
+
+// y[rows][n] = x[rows][k] * weight + bias, or += with `add`.
+void tandem_linear(void* context, const void* packed, const float* bias, int is_bf16, int64_t n, int64_t k, const float* x,
+                   int64_t rows, float* y, int add) {
+    const PackedWeights weights{packed, bias, n, k, is_bf16 != 0};
+    const Finish finish = add ? Finish::ADD : Finish::STORE;
+    auto& c = *static_cast<Context*>(context);
+    if (is_bf16)
+        linear<Bf16Weights>(c, weights, x, k, rows, y, n, finish);
+    else
+        linear<FloatWeights>(c, weights, x, k, rows, y, n, finish);
+}
+
+void tandem_embedding(void* context, const int64_t* ids, int64_t rows, const void* weight, int is_bf16, int64_t hidden,
+                      float* y) {
+    static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
+        if (is_bf16)
+            embed_row(static_cast<const bf16*>(weight) + ids[row] * hidden, hidden, y + row * hidden);
+        else
+            embed_row(static_cast<const float*>(weight) + ids[row] * hidden, hidden, y + row * hidden);
+    });
+}
+
+// With `residual`: residual += x first, and the norm is the new residual's.
+void tandem_rms_norm(void* context, const float* x, float* residual, const void* weight, int is_bf16, float eps,
+                     int64_t rows, int64_t hidden, float* y) {
+    static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
+        const float* from = x + row * hidden;
+        if (residual) {
+            add_row(from, residual + row * hidden, hidden);
+            from = residual + row * hidden;
+        }
+        if (is_bf16)
+            rms_norm_row(from, static_cast<const bf16*>(weight), eps, hidden, y + row * hidden);
+        else
+            rms_norm_row(from, static_cast<const float*>(weight), eps, hidden, y + row * hidden);
+    });
+}
+
+void tandem_layer_norm(void* context, const float* x, float* residual, const void* weight, const void* bias, int is_bf16,
+                       float eps, int64_t rows, int64_t hidden, float* y) {
+    static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
+        const float* from = x + row * hidden;
+        if (residual) {
+            add_row(from, residual + row * hidden, hidden);
+            from = residual + row * hidden;
+        }
+        if (is_bf16)
+            layer_norm_row(from, static_cast<const bf16*>(weight), static_cast<const bf16*>(bias), eps, hidden,
+                           y + row * hidden);
+        else
+            layer_norm_row(from, static_cast<const float*>(weight), static_cast<const float*>(bias), eps, hidden,
+                           y + row * hidden);
+    });
+}
+
+// qkv[rows][(heads + 2 kv_heads) * head_dim], in place; keys and values go to `kv_layer` at `slots`. `cos_sin` and the
+// norms may be null.
+void tandem_rope_and_cache(void* context, float* qkv, int64_t rows, const float* cos_sin, const int64_t* positions,
+                           const int64_t* slots, void* kv_layer, int kv_is_bf16, int64_t num_blocks, int64_t block_size,
+                           int64_t heads, int64_t kv_heads, int64_t head_dim, const void* q_norm, const void* k_norm,
+                           int norm_is_bf16, float eps) {
+    const RopeShape shape{heads, kv_heads, head_dim, block_size, num_blocks, eps};
+    const int64_t row_elements = (heads + 2 * kv_heads) * head_dim;
+    auto all = [&](auto* kv, auto* q_weight, auto* k_weight) {
+        static_cast<Context*>(context)->each_row(rows, row_elements, [&](int64_t row) {
+            rope_and_cache_row(shape, qkv + row * row_elements, cos_sin ? cos_sin + positions[row] * head_dim : nullptr,
+                               slots[row], kv, q_weight, k_weight);
+        });
+    };
+    auto with_norms = [&](auto* kv) {
+        if (norm_is_bf16)
+            all(kv, static_cast<const bf16*>(q_norm), static_cast<const bf16*>(k_norm));
+        else
+            all(kv, static_cast<const float*>(q_norm), static_cast<const float*>(k_norm));
+    };
+    if (kv_is_bf16)
+        with_norms(static_cast<bf16*>(kv_layer));
+    else
+        with_norms(static_cast<float*>(kv_layer));
+}
+
+// q: queries of one token every `q_stride` floats; out[tokens][heads * head_dim]. `window` 0: none.
+void tandem_attention(void* context, const float* q, int64_t q_stride, const void* kv_layer, int kv_is_bf16,
+                      int64_t num_blocks, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                      const int32_t* query_starts, const int32_t* context_lens, const int32_t* tables,
+                      int64_t table_stride, int64_t sequences, float scale, int64_t window, float* out) {
+    const int64_t visible = window > 0 ? window : int64_t(1) << 40;
+    const AttentionShape shape{heads, kv_heads, head_dim, block_size, num_blocks, table_stride, q_stride, scale, visible};
+    auto& c = *static_cast<Context*>(context);
+    if (kv_is_bf16)
+        attention(c, shape, q, static_cast<const bf16*>(kv_layer), query_starts, context_lens, tables, sequences, out);
+    else
+        attention(c, shape, q, static_cast<const float*>(kv_layer), query_starts, context_lens, tables, sequences, out);
+}
+
+// gate_up[rows][2 n] -> silu(gate) * up, y[rows][n]
+void tandem_silu_mul(void* context, const float* gate_up, int64_t rows, int64_t n, float* y) {
+    static_cast<Context*>(context)->each_row(rows, 2 * n, [&](int64_t row) {
+        silu_mul_row(gate_up + row * 2 * n, gate_up + row * 2 * n + n, n, y + row * n);
+    });
+}
+
+}  // extern "C"
