@@ -1,0 +1,71 @@
+"""A priority queue whose entries can be found, changed and dropped by key."""
+
+import heapq
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+_COMPACT_FROM = 64
+
+
+class KeyedHeap(Generic[K]):
+    """Lowest priority first; among equals the one pushed first.
+
+    Push, pop and discard are O(log n) amortized. Dropped entries stay in the heap until they surface or outnumber the
+    live ones.
+    """
+
+    __slots__ = ("_entries", "_heap", "_next")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, K]] = []
+        self._entries: dict[K, tuple[float, int]] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def push(self, key: K, priority: float) -> None:
+        """Add `key`, or change its priority."""
+        self._entries[key] = (priority, self._next)
+        heapq.heappush(self._heap, (priority, self._next, key))
+        self._next += 1
+        self._compact()
+
+    def discard(self, key: K) -> None:
+        """Drop `key` if it is there."""
+        if self._entries.pop(key, None) is not None:
+            self._compact()
+
+    def peek(self) -> tuple[float, K] | None:
+        """(priority, key) of the first, None when empty."""
+        while self._heap:
+            priority, number, key = self._heap[0]
+            if self._entries.get(key) == (priority, number):
+                return priority, key
+            heapq.heappop(self._heap)
+        return None
+
+    def pop(self) -> K:
+        """Take the first out. The heap must not be empty."""
+        first = self.peek()
+        assert first is not None, "pop from an empty heap"
+        heapq.heappop(self._heap)
+        del self._entries[first[1]]
+        return first[1]
+
+    def pop_until(self, priority: float) -> list[K]:
+        """Take out all whose priority is at most `priority`, lowest first."""
+        taken = []
+        while (first := self.peek()) is not None and first[0] <= priority:
+            taken.append(self.pop())
+        return taken
+
+    def _compact(self) -> None:
+        if len(self._heap) > _COMPACT_FROM and len(self._heap) > 2 * len(self._entries):
+            self._heap = [(priority, number, key) for key, (priority, number) in self._entries.items()]
+            heapq.heapify(self._heap)

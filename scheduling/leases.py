@@ -1,0 +1,97 @@
+"""Computed KV that waits to be fetched. Each lease ends, so that a reader that is gone frees its blocks."""
+
+from dataclasses import dataclass, replace
+
+from scheduling.block_pool import BlockPool
+from scheduling.keyed_heap import KeyedHeap
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """`block_ids` stay unchanged until `expires_s`, on the holder's monotonic clock."""
+
+    request_id: str
+    epoch: int
+    block_ids: tuple[int, ...]
+    expires_s: float
+
+
+class LeaseTable:
+    """Leases by (request id, epoch); owns one reference to each of their blocks.
+
+    hold --acknowledged in time--> released        hold --expires_s reached--> released, later acknowledgements refused
+
+    A reader may copy blocks while their lease ends. It cannot know, so it must discard what it read unless the
+    acknowledgement is accepted: `acknowledge` says True only while the content was certainly still there.
+    """
+
+    __slots__ = ("_expiry", "_leases", "_num_blocks", "_pool")
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._leases: dict[tuple[str, int], Lease] = {}
+        self._expiry: KeyedHeap[tuple[str, int]] = KeyedHeap()
+        self._num_blocks = 0
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks under lease; one that two leases share counts twice."""
+        return self._num_blocks
+
+    @property
+    def next_expiry_s(self) -> float | None:
+        first = self._expiry.peek()
+        return None if first is None else first[0]
+
+    def block_tables(self) -> list[tuple[int, ...]]:
+        return [lease.block_ids for lease in self._leases.values()]
+
+    def hold(self, request_id: str, epoch: int, block_ids: list[int] | tuple[int, ...], expires_s: float) -> Lease:
+        """Take over the caller's references to `block_ids`."""
+        key = (request_id, epoch)
+        assert key not in self._leases, f"attempt {epoch} of {request_id} is under lease already"
+        lease = Lease(request_id, epoch, tuple(block_ids), expires_s)
+        self._leases[key] = lease
+        self._expiry.push(key, expires_s)
+        self._num_blocks += len(lease.block_ids)
+        return lease
+
+    def find(self, request_id: str, epoch: int, now_s: float) -> Lease | None:
+        """The lease, if it is still in force."""
+        lease = self._leases.get((request_id, epoch))
+        return lease if lease is not None and now_s < lease.expires_s else None
+
+    def renew(self, request_id: str, epoch: int, expires_s: float, now_s: float) -> bool:
+        """Let it last until `expires_s`. False when it has ended: an ended lease never comes back."""
+        lease = self.find(request_id, epoch, now_s)
+        if lease is None:
+            return False
+        self._leases[request_id, epoch] = replace(lease, expires_s=expires_s)
+        self._expiry.push((request_id, epoch), expires_s)
+        return True
+
+    def acknowledge(self, request_id: str, epoch: int, now_s: float) -> bool:
+        """The reader has everything: release the blocks. False when stale or expired: the reader must discard."""
+        if self.find(request_id, epoch, now_s) is None:
+            return False
+        self.drop(request_id, epoch)
+        return True
+
+    def drop(self, request_id: str, epoch: int) -> Lease | None:
+        """End it now and release its blocks: the request was cancelled. None when there is no such lease."""
+        lease = self._leases.pop((request_id, epoch), None)
+        if lease is not None:
+            self._expiry.discard((request_id, epoch))
+            self._num_blocks -= len(lease.block_ids)
+            self._pool.release(lease.block_ids)
+        return lease
+
+    def expire(self, now_s: float) -> list[Lease]:
+        """Release all leases that have ended by `now_s`, and return them."""
+        ended = [self._leases[key] for key in self._expiry.pop_until(now_s)]
+        for lease in ended:
+            self.drop(lease.request_id, lease.epoch)
+        return ended

@@ -1,0 +1,154 @@
+"""Which blocks hold the KV of which token prefix, so that equal prefixes are computed once.
+
+A full block is named by a hash chain: SHA-256 over its parent's name and its own token ids. The root of the chain is
+the tenant's salt, so that only requests with equal salts can meet.
+"""
+
+import hashlib
+from array import array
+
+from scheduling.block_pool import BlockPool
+
+TokenIds = list[int] | tuple[int, ...]
+
+
+def extend_block_hashes(hashes: list[bytes], token_ids: TokenIds, block_size: int, salt: str, num_blocks: int) -> None:
+    """Lengthen `hashes`, the chain of the first `len(hashes)` blocks of these very tokens, to `num_blocks` names."""
+    if len(hashes) >= num_blocks:
+        return
+    parent = hashes[-1] if hashes else hashlib.sha256(salt.encode()).digest()
+    for i in range(len(hashes), num_blocks):
+        block = array("I", token_ids[i * block_size : (i + 1) * block_size])
+        assert len(block) == block_size, "only full blocks have names"
+        parent = hashlib.sha256(parent + block.tobytes()).digest()
+        hashes.append(parent)
+
+
+def block_hashes(token_ids: TokenIds, block_size: int, salt: str) -> list[bytes]:
+    """Names of all full blocks of `token_ids`, first block first."""
+    hashes: list[bytes] = []
+    extend_block_hashes(hashes, token_ids, block_size, salt, len(token_ids) // block_size)
+    return hashes
+
+
+class PrefixIndex:
+    """The prefix cache of one pool. With `enabled` False it finds and keeps nothing.
+
+    Whoever holds a cached block also holds all blocks before it. `insert` keeps this true by stopping at the first
+    block whose content is cached in another block already; so the pool's line of reclaimable blocks, oldest first, has
+    a leaf of the cache at its head, and each reclaimable block can be evicted at any time.
+    """
+
+    __slots__ = (
+        "_block_of",
+        "_name_of",
+        "_pool",
+        "block_size",
+        "enabled",
+        "evictions",
+        "hit_tokens",
+        "queried_tokens",
+    )
+
+    def __init__(self, pool: BlockPool, block_size: int, enabled: bool = True) -> None:
+        assert block_size > 0
+        self._pool = pool
+        self.block_size = block_size
+        self.enabled = enabled
+        self._block_of: dict[bytes, int] = {}
+        self._name_of: dict[int, bytes] = {}
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+        self.evictions = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Cached blocks, those held by sequences at the moment included."""
+        return len(self._name_of)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `make_room` could provide."""
+        return self._pool.num_free + self._pool.num_reclaimable
+
+    def match(self, token_ids: TokenIds, salt: str, hashes: list[bytes] | None = None) -> list[int]:
+        """Blocks of the longest cached prefix, first block first, each with a new reference that is the caller's.
+
+        Never the whole of `token_ids`: at least one token is left to compute. `hashes` may bring the names computed so
+        far for these tokens; it is extended in place.
+        """
+        if not self.enabled:
+            return []
+        hashes = [] if hashes is None else hashes
+        found: list[int] = []
+        for i in range((len(token_ids) - 1) // self.block_size):
+            extend_block_hashes(hashes, token_ids, self.block_size, salt, i + 1)
+            block_id = self._block_of.get(hashes[i])
+            if block_id is None:
+                break
+            found.append(block_id)
+        self._pool.share(found)
+        return found
+
+    def count_query(self, num_tokens: int, num_hit: int) -> None:
+        """Count one lookup that led to a computation; a lookup repeated because memory was short counts once."""
+        self.queried_tokens += num_tokens
+        self.hit_tokens += num_hit
+
+    def insert(
+        self,
+        token_ids: TokenIds,
+        block_table: list[int],
+        num_computed: int,
+        salt: str,
+        hashes: list[bytes] | None = None,
+        start: int = 0,
+    ) -> None:
+        """Offer the full blocks among the first `num_computed` tokens, whose KV is in `block_table`.
+
+        The caller holds these blocks. Blocks before token `start` were offered before.
+        """
+        if not self.enabled:
+            return
+        hashes = [] if hashes is None else hashes
+        first, end = start // self.block_size, num_computed // self.block_size
+        extend_block_hashes(hashes, token_ids, self.block_size, salt, end)
+        if first > 0 and self._block_of.get(hashes[first - 1]) != block_table[first - 1]:
+            return
+        for i in range(first, end):
+            owner = self._block_of.setdefault(hashes[i], block_table[i])
+            if owner != block_table[i]:
+                return
+            if block_table[i] not in self._name_of:
+                self._name_of[block_table[i]] = hashes[i]
+                self._pool.keep(block_table[i])
+
+    def make_room(self, count: int) -> bool:
+        """Evict until `count` blocks are free. False, and nothing evicted, when that cannot be."""
+        if count > self.num_available:
+            return False
+        self.evict(count - self._pool.num_free)
+        return True
+
+    def evict(self, count: int) -> int:
+        """Free up to `count` blocks that only the cache remembers, least recently used first. Returns how many."""
+        count = min(count, self._pool.num_reclaimable)
+        for _ in range(count):
+            del self._block_of[self._name_of.pop(self._pool.reclaim_oldest())]
+            self.evictions += 1
+        return max(count, 0)
+
+    def clear(self) -> None:
+        """Forget everything. Blocks that sequences hold become free when they are released."""
+        for block_id in self._name_of:
+            self._pool.forget(block_id)
+        self._block_of.clear()
+        self._name_of.clear()
+
+    def check_integrity(self) -> None:
+        """Names and blocks correspond one to one, and every reclaimable block has a name."""
+        assert len(self._block_of) == len(self._name_of), "a name without its block, or the reverse"
+        for block_id, name in self._name_of.items():
+            assert self._block_of[name] == block_id, f"block {block_id} is cached under a name of another"
+            assert self._pool.is_kept(block_id), f"block {block_id} is cached and not kept"
+        assert self._pool.num_kept == len(self._name_of), "a block is kept that the cache does not know"
