@@ -1,0 +1,9 @@
+"""`python -m prefill_worker --config FILE`: one prefill worker, by hand."""
+
+import sys
+
+from prefill_worker.app import PrefillWorker
+from worker.process import run_from_command_line
+
+if __name__ == "__main__":
+    sys.exit(run_from_command_line("prefill", PrefillWorker))

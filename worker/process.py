@@ -1,0 +1,97 @@
+"""The life of a worker process: load, serve, report, drain, end. The same for both roles.
+
+LOADING --start()--> READY --drain()--> DRAINING --no request left, or grace over--> stopped
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from core.config import WorkerConfig
+from core.config_file import load_config
+from core.errors import TandemError
+
+DRAIN_GRACE_S = 10.0
+
+
+class Worker(Protocol):
+    """A prefill or a decode worker."""
+
+    address: str
+    instance_id: str
+
+    async def start(self) -> None:
+        """Load the model, listen and report; returns when READY. Raises a TandemError if it cannot."""
+        ...
+
+    async def wait_closed(self) -> None:
+        """Returns when the worker has stopped; raises what ended it, if it ended by itself."""
+        ...
+
+    async def drain_and_stop(self, grace_s: float) -> None:
+        """Take nothing new, let running requests finish for up to `grace_s`, then stop and free everything."""
+        ...
+
+
+class MakeWorker(Protocol):
+    def __call__(self, config: WorkerConfig) -> Worker: ...
+
+
+def new_instance_id(role: str) -> str:
+    """Unique over restarts, so that a restarted worker is never mistaken for the old one."""
+    return f"{role}-{secrets.token_hex(4)}"
+
+
+def run_from_command_line(role: str, make_worker: MakeWorker) -> int:
+    """`python -m <role>_worker --config FILE`. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {role}_worker",
+        description=f"Run one {role} worker of Tandem by hand: for debugging, and for machines without Ray.",
+        epilog="The file holds: model, listen, routers (control addresses to report to), cluster_token and a section "
+        f"'{role}' with the settings that `tandem serve` knows. See examples/{role}_worker.yaml.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the worker's settings")
+    parser.add_argument("--verbose", action="store_true", help="log every step of a request's life")
+    args = parser.parse_args()
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        return asyncio.run(_run(make_worker(load_config(args.config, WorkerConfig))))
+    except TandemError as error:
+        print(f"{parser.prog}: {error.message}", file=sys.stderr)
+        return 1
+
+
+async def _run(worker: Worker) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    starting = asyncio.create_task(worker.start(), name="start")
+    stopping = asyncio.create_task(stop.wait(), name="stop-signal")
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        await worker.drain_and_stop(0.0)
+        return 0
+    await starting
+    print(f"{worker.instance_id} is ready on {worker.address}", flush=True)
+    closed = asyncio.create_task(worker.wait_closed(), name="closed")
+    await asyncio.wait({closed, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not closed.done():
+        for signum in (signal.SIGTERM, signal.SIGINT):  # a second signal ends it at once
+            loop.remove_signal_handler(signum)
+        await worker.drain_and_stop(DRAIN_GRACE_S)
+    stopping.cancel()
+    await closed
+    return 0
