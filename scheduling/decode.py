@@ -156,7 +156,7 @@ class DecodeScheduler:
         """The KV of all tokens of the request is in the blocks; `first_token_id` is what prefill drew from it."""
         sequence = self._sequences[key]
         assert sequence.state is SequenceState.RESERVED, "a transfer into blocks that were not reserved"
-        sequence.num_computed = sequence.num_cached = sequence.num_tokens
+        sequence.num_computed = sequence.num_tokens
         sequence.committed_s = now_s
         sequence.append(first_token_id)
         sequence.move_to(SequenceState.RUNNING)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from core.errors import DuplicateRequestError
 from scheduling.block_pool import BlockPool
 from scheduling.keyed_heap import KeyedHeap
 
@@ -50,9 +51,13 @@ class LeaseTable:
         return [lease.block_ids for lease in self._leases.values()]
 
     def hold(self, request_id: str, epoch: int, block_ids: list[int] | tuple[int, ...], expires_s: float) -> Lease:
-        """Take over the caller's references to `block_ids`."""
+        """Take over the caller's references to `block_ids`.
+
+        Raises DuplicateRequestError, and takes nothing, if that attempt is under lease already.
+        """
         key = (request_id, epoch)
-        assert key not in self._leases, f"attempt {epoch} of {request_id} is under lease already"
+        if key in self._leases:
+            raise DuplicateRequestError("A request with this id is being served already.")
         lease = Lease(request_id, epoch, tuple(block_ids), expires_s)
         self._leases[key] = lease
         self._expiry.push(key, expires_s)

@@ -42,7 +42,7 @@ class Sequence:
     `token_ids` starts as the request's tokens and grows by each generated one; `block_table[i]` holds the KV of tokens
     `[i * block_size, (i + 1) * block_size)`; the first `num_computed` tokens have their KV there. Of these the first
     `num_cached` came from the prefix cache. `block_hashes` is the hash chain of the leading full blocks, as far as it
-    was needed (see `prefix_index`). `order` is the place in its scheduler's line, lower is older.
+    was needed (see `prefix_index`). `order` is the age among a decode scheduler's sequences, lower is older.
     """
 
     key: Hashable  # chosen by the worker, e.g. (session id, handle)

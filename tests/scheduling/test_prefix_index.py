@@ -1,0 +1,118 @@
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduling.block_pool import BlockPool
+from scheduling.prefix_index import PrefixIndex, block_hashes, extend_block_hashes
+
+_TOKENS = st.lists(st.integers(0, 2), max_size=24)
+
+
+def _cached(index: PrefixIndex, pool: BlockPool, token_ids: list[int], salt: str = "") -> list[int]:
+    """Compute `token_ids` from scratch, cache them, and let the blocks go."""
+    table = pool.allocate(-(-len(token_ids) // index.block_size))
+    index.insert(token_ids, table, len(token_ids), salt)
+    pool.release(table)
+    return table
+
+
+@settings(deadline=None, max_examples=100)
+@given(_TOKENS, _TOKENS, st.sampled_from(["", "a"]), st.sampled_from(["", "a"]), st.integers(1, 4))
+def test_names_are_equal_exactly_for_equal_prefixes_and_salts(
+    one: list[int], two: list[int], salt_one: str, salt_two: str, block_size: int
+) -> None:
+    names_one, names_two = block_hashes(one, block_size, salt_one), block_hashes(tuple(two), block_size, salt_two)
+    assert (len(names_one), len(names_two)) == (len(one) // block_size, len(two) // block_size)
+    for i, (name_one, name_two) in enumerate(zip(names_one, names_two, strict=False)):
+        end = (i + 1) * block_size
+        assert (name_one == name_two) == (one[:end] == two[:end] and salt_one == salt_two)
+
+
+def test_names_can_be_computed_piecewise() -> None:
+    tokens = list(range(20))
+    hashes: list[bytes] = []
+    for num_blocks in (0, 1, 1, 3, 5):
+        extend_block_hashes(hashes, tokens, 4, "s", num_blocks)
+    assert hashes == block_hashes(tokens, 4, "s")
+
+
+def test_finds_the_longest_cached_prefix_but_leaves_a_token_to_compute() -> None:
+    pool = BlockPool(8)
+    index = PrefixIndex(pool, 4)
+    table = _cached(index, pool, list(range(12)))
+    assert pool.num_reclaimable == 3
+    assert index.match(list(range(12)), "") == table[:2]
+    assert index.match(list(range(13)), "") == table
+    assert index.match([0, 1, 2, 3, 9, 9, 9, 9, 9], "") == table[:1]
+    assert [pool.references(block_id) for block_id in table] == [3, 2, 1]
+    assert index.match([0, 1, 2], "") == []
+
+
+def test_tenants_do_not_meet() -> None:
+    pool = BlockPool(4)
+    index = PrefixIndex(pool, 2)
+    _cached(index, pool, [1, 2, 3, 4], "tenant a")
+    assert index.match([1, 2, 3, 4, 5], "tenant b") == []
+    assert index.match([1, 2, 3, 4, 5], "") == []
+    assert len(index.match([1, 2, 3, 4, 5], "tenant a")) == 2
+
+
+def test_evicts_least_recently_used_leaves_first() -> None:
+    pool = BlockPool(6)
+    index = PrefixIndex(pool, 2)
+    old = _cached(index, pool, [1, 1, 2, 2, 3, 3])
+    new = _cached(index, pool, [4, 4, 5, 5])
+    pool.release(index.match([1, 1, 9], ""))  # its root was used last
+    assert index.evict(2) == 2
+    assert index.match([1, 1, 2, 2, 3, 3, 0], "") == old[:1]
+    assert index.match([4, 4, 5, 5, 0], "") == new
+    assert index.evictions == 2
+    index.check_integrity()
+
+
+def test_makes_room_all_or_nothing_and_never_from_held_blocks() -> None:
+    pool = BlockPool(4)
+    index = PrefixIndex(pool, 2)
+    _cached(index, pool, [1, 1, 2, 2])
+    held = index.match([1, 1, 0], "")
+    assert not index.make_room(4)
+    assert (pool.num_free, index.num_blocks) == (2, 2)
+    assert index.make_room(3)
+    assert (pool.num_free, index.num_blocks) == (3, 1)
+    pool.release(held)
+    assert index.make_room(4)
+    assert index.num_blocks == 0
+
+
+def test_a_prefix_computed_twice_is_cached_once_and_nothing_hangs_below_the_other_copy() -> None:
+    pool = BlockPool(8)
+    index = PrefixIndex(pool, 2)
+    one, two = pool.allocate(1), pool.allocate(2)
+    index.insert([1, 1], one, 2, "")
+    index.insert([1, 1, 2, 2], two, 4, "")
+    assert index.num_blocks == 1
+    index.insert([1, 1, 2, 2], two, 4, "", start=2)
+    assert index.num_blocks == 1
+    pool.release(two)
+    assert pool.num_free == 7
+    index.check_integrity()
+
+
+def test_clear_forgets_all_and_frees_what_nobody_holds() -> None:
+    pool = BlockPool(4)
+    index = PrefixIndex(pool, 2)
+    _cached(index, pool, [1, 1, 2, 2])
+    held = index.match([1, 1, 0], "")
+    index.clear()
+    assert (index.num_blocks, pool.num_free, pool.num_held) == (0, 3, 1)
+    assert index.match([1, 1, 0], "") == []
+    pool.release(held)
+    assert pool.num_free == 4
+    index.check_integrity()
+
+
+def test_disabled_it_keeps_nothing() -> None:
+    pool = BlockPool(4)
+    index = PrefixIndex(pool, 2, enabled=False)
+    _cached(index, pool, [1, 1, 2, 2])
+    assert pool.num_free == 4
+    assert index.match([1, 1, 2, 2, 3], "") == []

@@ -1,0 +1,26 @@
+from scheduling.prefix_index import block_hashes
+from scheduling.prefix_tracker import PrefixTracker
+
+
+def test_counts_leading_tokens_seen_by_that_instance() -> None:
+    tracker = PrefixTracker(block_size=4, max_blocks_per_instance=100)
+    tracker.record("a", block_hashes(list(range(14)), 4, ""))
+    assert tracker.matched_tokens("a", block_hashes(list(range(20)), 4, "")) == 12
+    assert tracker.matched_tokens("a", block_hashes([0, 1, 2, 3, 9, 9, 9, 9], 4, "")) == 4
+    assert tracker.matched_tokens("a", block_hashes(list(range(20)), 4, "tenant")) == 0
+    assert tracker.matched_tokens("b", block_hashes(list(range(20)), 4, "")) == 0
+    tracker.forget("a")
+    assert tracker.matched_tokens("a", block_hashes(list(range(20)), 4, "")) == 0
+
+
+def test_is_bounded_and_drops_the_least_recently_used_end_first() -> None:
+    tracker = PrefixTracker(block_size=1, max_blocks_per_instance=5)
+    old, new = block_hashes([1, 2, 3, 4], 1, ""), block_hashes([5, 6, 7], 1, "")
+    tracker.record("a", old)
+    tracker.record("a", new)
+    assert tracker.num_blocks("a") == 5
+    assert tracker.matched_tokens("a", old) == 2
+    assert tracker.matched_tokens("a", new) == 3
+    tracker.record("a", old[:1])
+    tracker.record("a", block_hashes([8], 1, ""))
+    assert tracker.matched_tokens("a", old) == 1

@@ -1,0 +1,128 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.errors import ContextLengthError, UnavailableError
+from scheduling.routing import Choice, DecodeView, PrefillView, choose_decode, choose_prefill
+
+_PREFILL = PrefillView("a", "f", ready=True, max_model_len=1000, queued_tokens=0, running=0)
+_DECODE = DecodeView(
+    "a", "f", ready=True, max_model_len=1000, block_size=16, total_blocks=100, free_blocks=100, running=0
+)
+
+
+def _prefill(*views: PrefillView, num_tokens: int = 100, rotation: int = 0, slack_tokens: int = 200) -> Choice:
+    return choose_prefill(
+        views, num_tokens=num_tokens, decode_fingerprints={"f"}, rotation=rotation, slack_tokens=slack_tokens
+    )
+
+
+def _decode(*views: DecodeView, num_tokens: int = 100, growth_tokens: int = 60, rotation: int = 0) -> Choice:
+    return choose_decode(
+        views, num_tokens=num_tokens, growth_tokens=growth_tokens, fingerprint="f", rotation=rotation
+    )
+
+
+def test_prefill_goes_to_the_shortest_queue() -> None:
+    choice = _prefill(replace(_PREFILL, queued_tokens=50), replace(_PREFILL, instance_id="b", queued_tokens=40))
+    assert choice.require() == "b"
+    assert [(c.instance_id, c.score, c.reason) for c in choice.candidates] == [
+        ("b", 140, ""),
+        ("a", 150, "worse by 10"),
+    ]
+
+
+def test_a_cached_prefix_is_worth_the_tokens_it_saves_and_no_more() -> None:
+    warm = replace(_PREFILL, instance_id="warm", cached_prefix_tokens=64)
+    cold = replace(_PREFILL, instance_id="cold")
+    assert _prefill(replace(warm, queued_tokens=63), cold).require() == "warm"
+    assert _prefill(replace(warm, queued_tokens=65), cold).require() == "cold"
+
+
+def test_beyond_the_slack_a_cache_earns_nothing() -> None:
+    warm = replace(_PREFILL, instance_id="warm", cached_prefix_tokens=900, queued_tokens=201)
+    cold = replace(_PREFILL, instance_id="cold")
+    assert _prefill(warm, cold, num_tokens=990).require() == "cold"
+    assert _prefill(replace(warm, queued_tokens=200), cold, num_tokens=990).require() == "warm"
+
+
+def test_equal_instances_take_turns() -> None:
+    views = [replace(_PREFILL, instance_id=name) for name in "cab"]
+    assert [_prefill(*views, rotation=turn).require() for turn in range(6)] == list("abcabc")
+    decode_views = [replace(_DECODE, instance_id=name) for name in "cab"]
+    assert [_decode(*decode_views, rotation=turn).require() for turn in range(6)] == list("abcabc")
+
+
+def test_what_cannot_be_chosen_says_why() -> None:
+    choice = _prefill(
+        replace(_PREFILL, instance_id="loading", ready=False),
+        replace(_PREFILL, instance_id="other", fingerprint="g"),
+        replace(_PREFILL, instance_id="short", max_model_len=100),
+        replace(_PREFILL, instance_id="busy", queued_tokens=999),
+    )
+    assert choice.require() == "busy"
+    assert {c.instance_id: c.reason for c in choice.candidates[1:]} == {
+        "loading": "not ready",
+        "other": "no decode instance has its KV layout",
+        "short": "its context is too short (100 tokens)",
+    }
+    assert "busy: queued 999 + prompt 100 + cached 0 = 1099  chosen" in choice.explain()
+    assert "loading:   not ready" in choice.explain()
+
+
+def test_no_instance_is_unavailable_and_no_instance_long_enough_is_the_clients_fault() -> None:
+    with pytest.raises(UnavailableError):
+        _prefill().require()
+    with pytest.raises(UnavailableError):
+        _decode(replace(_DECODE, ready=False)).require()
+    with pytest.raises(ContextLengthError):
+        _prefill(_PREFILL, num_tokens=1000).require()
+    with pytest.raises(ContextLengthError):
+        _decode(_DECODE, num_tokens=1000).require()
+
+
+def test_decode_goes_where_most_memory_and_fewest_sequences_are() -> None:
+    other = replace(_DECODE, instance_id="b")
+    assert _decode(replace(_DECODE, free_blocks=50), other).require() == "b"
+    assert _decode(replace(_DECODE, running=3), other).require() == "b"
+    assert _decode(replace(_DECODE, waiting=1, waiting_tokens=500), other).require() == "b"
+    assert _decode(_DECODE, replace(other, fingerprint="g")).require() == "a"
+
+
+def test_decode_avoids_a_wait_for_memory() -> None:
+    full = replace(_DECODE, instance_id="full", free_blocks=9, running=0)
+    busy = replace(_DECODE, instance_id="busy", free_blocks=10, running=30)
+    assert _decode(full, busy).require() == "busy"
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(
+        st.builds(
+            PrefillView,
+            instance_id=st.sampled_from("abcdef"),
+            fingerprint=st.sampled_from(["f", "g"]),
+            ready=st.booleans(),
+            max_model_len=st.sampled_from([50, 1000]),
+            queued_tokens=st.integers(0, 500),
+            running=st.integers(0, 5),
+            cached_prefix_tokens=st.integers(0, 100),
+        ),
+        unique_by=lambda view: view.instance_id,
+    ),
+    st.integers(0, 20),
+)
+def test_every_candidate_is_explained_and_the_choice_is_usable(views: list[PrefillView], rotation: int) -> None:
+    choice = _prefill(*views, rotation=rotation)
+    assert sorted(c.instance_id for c in choice.candidates) == sorted(view.instance_id for view in views)
+    usable = {v.instance_id for v in views if v.ready and v.fingerprint == "f" and v.max_model_len > 100}
+    assert (choice.instance_id is None) == (not usable)
+    for candidate in choice.candidates:
+        assert (candidate.score is not None) == (candidate.instance_id in usable)
+        assert bool(candidate.reason) == (candidate.instance_id != choice.instance_id)
+        if candidate.score is not None:
+            assert candidate.score == sum(value for _, value in candidate.terms)
+            assert choice.candidates[0].score is not None
+            assert candidate.score >= choice.candidates[0].score
