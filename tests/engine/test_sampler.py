@@ -1,0 +1,212 @@
+"""Properties of drawing a token, and its definitions against those of transformers."""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from core.errors import InternalError
+from core.request import SampledToken, SamplingParams
+from engine.sampler import logprobs, sample
+from engine.step import SampleRequest
+
+_VOCAB = 40
+
+_params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 1e-30, 0.1, 0.7, 1.0, 3.0]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    top_k=st.sampled_from([0, 1, 3, 20, 1000]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    presence_penalty=st.sampled_from([0.0, 0.5, -1.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.3]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    seed=st.integers(0, 1 << 64),
+    logprobs=st.sampled_from([None, 0, 3]),
+)
+_rows = st.lists(st.floats(-20, 20, width=32), min_size=_VOCAB, max_size=_VOCAB)
+_histories = st.lists(st.integers(0, _VOCAB - 1), min_size=1, max_size=12)
+
+
+def _request(params: SamplingParams, history: list[int] | None = None, num_prompt_tokens: int = 1) -> SampleRequest:
+    history = [0] if history is None else history
+    return SampleRequest(params, len(history), history, num_prompt_tokens)
+
+
+def _token(result: SampledToken | InternalError) -> int:
+    assert isinstance(result, SampledToken)
+    return result.token_id
+
+
+def _support(logits: Tensor, params: SamplingParams, draws: int = 300) -> set[int]:
+    requests = [_request(replace(params, seed=seed)) for seed in range(draws)]
+    return {_token(result) for result in sample(logits.expand(draws, -1), requests)}
+
+
+@given(st.lists(st.tuples(_rows, _params, _histories), min_size=2, max_size=5))
+def test_a_row_does_not_depend_on_its_batch(cases: list[tuple[list[float], SamplingParams, list[int]]]) -> None:
+    logits = torch.tensor([row for row, _, _ in cases])
+    requests = [_request(params, history) for _, params, history in cases]
+    together = sample(logits, requests)
+    assert together == [sample(logits[row : row + 1], [request])[0] for row, request in enumerate(requests)]
+
+
+@given(_rows, _params, _histories)
+def test_the_logits_are_left_as_they_were(row: list[float], params: SamplingParams, history: list[int]) -> None:
+    logits = torch.tensor([row])
+    sample(logits, [_request(params, history)])
+    assert logits.tolist() == [row]
+
+
+@given(_rows)
+def test_greedy_takes_the_lowest_id_among_equals(row: list[float]) -> None:
+    rounded = [float(round(value / 10)) for value in row]
+    for params in (SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, logprobs=2)):
+        assert _token(sample(torch.tensor([rounded]), [_request(params)])[0]) == rounded.index(max(rounded))
+
+
+@given(_rows, st.integers(1, 60), st.integers(0, 1000))
+def test_top_k_draws_one_of_the_k_best(row: list[float], top_k: int, seed: int) -> None:
+    token = _token(sample(torch.tensor([row]), [_request(SamplingParams(top_k=top_k, seed=seed))])[0])
+    threshold = sorted(torch.tensor(row).tolist(), reverse=True)[min(top_k, _VOCAB) - 1]
+    assert torch.tensor(row).tolist()[token] >= threshold
+
+
+@given(_rows, st.floats(0.01, 1.0), st.integers(0, 1000))
+def test_top_p_draws_from_the_smallest_set_of_that_mass(row: list[float], top_p: float, seed: int) -> None:
+    token = _token(sample(torch.tensor([row]), [_request(SamplingParams(top_p=top_p, seed=seed))])[0])
+    probabilities = torch.tensor(row).double().softmax(-1)
+    likelier = probabilities[probabilities > probabilities[token] * (1 + 1e-6)].sum()
+    assert likelier < top_p + 1e-6
+
+
+@pytest.mark.parametrize("vocab", [40, 2000])
+@pytest.mark.parametrize("params", [{"top_k": 5}, {"top_p": 0.6}, {"top_p": 0.97}, {"min_p": 0.2}])
+def test_the_support_is_that_of_transformers(vocab: int, params: dict[str, Any]) -> None:
+    """A flat distribution over 2,000 tokens also reaches the part of top_p that sorts the whole row."""
+    torch.manual_seed(3)
+    logits = torch.randn(1, vocab) * (2.0 if vocab == 40 else 0.3)
+    warper: dict[str, Callable[[Any], LogitsProcessor]] = {
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+    }
+    ((name, value),) = params.items()
+    expected = set(
+        warper[name](value)(torch.zeros(1, 1, dtype=torch.long), logits)[0].isfinite().nonzero()[:, 0].tolist()
+    )
+    draws = 4000 if vocab == 40 else 12000
+    found = _support(logits, SamplingParams(temperature=1.0, **params), draws)
+    assert found <= expected
+    assert len(found) > 0.9 * len(expected)
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    """Chi-square of 20,000 draws over 12 tokens, 11 degrees of freedom: 31.3 is exceeded once in a thousand."""
+    torch.manual_seed(1)
+    logits = torch.randn(1, 12)
+    params = SamplingParams(temperature=0.8, top_k=10)
+    expected = TemperatureLogitsWarper(0.8)(torch.zeros(1, 1, dtype=torch.long), logits)
+    expected = TopKLogitsWarper(10)(torch.zeros(1, 1, dtype=torch.long), expected).softmax(-1)[0].tolist()
+    draws = 20_000
+    requests = [
+        SampleRequest(replace(params, seed=seed), position, (), 0) for seed in range(100) for position in range(200)
+    ]
+    counts = Counter(_token(result) for result in sample(logits.expand(draws, -1), requests))
+    assert set(counts) == {token for token, p in enumerate(expected) if p > 0}
+    assert sum((counts[t] - draws * p) ** 2 / (draws * p) for t, p in enumerate(expected) if p > 0) < 31.3
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(8, _VOCAB) * 3
+    for row in range(8):
+        history = torch.randint(_VOCAB, (1, 20))
+        processed = RepetitionPenaltyLogitsProcessor(penalty)(history, logits[row : row + 1].clone())
+        params = SamplingParams(temperature=0.0, repetition_penalty=penalty)
+        token = _token(sample(logits[row : row + 1], [_request(params, history[0].tolist(), num_prompt_tokens=12)])[0])
+        assert token == int(processed.argmax())
+
+
+def test_presence_and_frequency_count_generated_tokens_only() -> None:
+    logits = torch.zeros(1, 6)
+    logits[0, :4] = torch.tensor([3.0, 2.9, 2.8, 2.0])
+    history = [0, 0, 0, 1, 2, 2]  # prompt: 0 0 0
+    presence = SamplingParams(temperature=0.0, presence_penalty=0.5)
+    assert _token(sample(logits, [_request(presence, history, 3)])[0]) == 0
+    assert _token(sample(logits, [_request(presence, history, 0)])[0]) == 0
+    assert _token(sample(logits, [_request(replace(presence, presence_penalty=2.0), history, 0)])[0]) == 3
+    frequency = SamplingParams(temperature=0.0, frequency_penalty=0.4)
+    assert _token(sample(logits, [_request(frequency, history, 0)])[0]) == 1  # 3.0 - 1.2, 2.9 - 0.4, 2.8 - 0.8
+    assert _token(sample(logits, [_request(frequency, history, 3)])[0]) == 0
+
+
+def test_logprobs_are_those_of_the_raw_logits() -> None:
+    torch.manual_seed(4)
+    logits = torch.randn(2, _VOCAB)
+    params = SamplingParams(temperature=0.2, top_k=3, repetition_penalty=2.0, logprobs=4, seed=5)
+    scores = logits.log_softmax(-1)
+    plain = SamplingParams(seed=5)
+    results = sample(logits, [_request(params, [1, 2, 3], 1), _request(plain, [1, 2, 3], 1)])
+    first, second = results
+    assert isinstance(first, SampledToken)
+    assert first.logprob is not None
+    assert first.logprob.token_id == first.token_id
+    assert first.logprob.logprob == pytest.approx(float(scores[0, first.token_id]))
+    order = scores[0].argsort(descending=True)[:4].tolist()
+    assert [token for token, _ in first.logprob.top] == order
+    assert [score for _, score in first.logprob.top] == pytest.approx(scores[0, order].tolist())
+    assert isinstance(second, SampledToken)
+    assert second.logprob is None
+
+
+def test_logprobs_rank_equals_by_id_and_may_ask_for_more_than_there_is() -> None:
+    entries = logprobs(torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]]), [0, 2], [9, 0])
+    assert [token for token, _ in entries[0].top] == [1, 2, 0]
+    assert entries[1].top == ()
+    assert entries[1].logprob == pytest.approx(-math.log(3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("num_logprobs", [None, 2])
+def test_a_row_that_is_not_a_number_fails_alone(bad: float, temperature: float, num_logprobs: int | None) -> None:
+    torch.manual_seed(5)
+    logits = torch.randn(3, _VOCAB)
+    params = SamplingParams(temperature=temperature, seed=1, logprobs=num_logprobs)
+    expected = sample(logits, [_request(params)] * 3)
+    logits[1, 7] = bad
+    results = sample(logits, [_request(params)] * 3)
+    assert isinstance(results[1], InternalError)
+    assert [results[0], results[2]] == [expected[0], expected[2]]
+
+
+def test_minus_infinity_is_never_drawn() -> None:
+    logits = torch.full((1, _VOCAB), -torch.inf)
+    logits[0, 11] = -3.0
+    assert _support(logits, SamplingParams(temperature=5.0)) == {11}
+
+
+def test_a_temperature_near_zero_is_greedy_without_overflow() -> None:
+    torch.manual_seed(6)
+    logits = torch.randn(1, _VOCAB) * 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _support(logits, SamplingParams(temperature=1e-38)) == {int(logits.argmax())}
