@@ -1,0 +1,213 @@
+"""Prometheus metrics of a router: its requests, and what its workers report.
+
+Every label takes its values from a fixed list, or names an instance that is registered now: a client cannot make a new
+time series, and an instance that is gone takes its series with it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from core import errors
+from core.errors import TandemError
+from core.request import FinishReason
+from core.session import InstanceStatus
+from core.timeline import PARTS
+from router.dispatch import Dispatcher
+from router.fleet import Fleet
+from router.instances import Instance
+from router.records import RequestRecord
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+OUTCOMES = (
+    *(reason.value for reason in FinishReason if reason is not FinishReason.CANCELLED),
+    *(
+        error.code
+        for error in (
+            errors.CancelledError,
+            errors.InvalidRequestError,
+            errors.ContextLengthError,
+            errors.ModelNotFoundError,
+            errors.PayloadTooLargeError,
+            errors.UnauthenticatedError,
+            errors.DuplicateRequestError,
+            errors.OverloadedError,
+            errors.UnavailableError,
+            errors.DeadlineError,
+            errors.InternalError,
+        )
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+# Every metric there is. Counters end in _total.
+TTFT = Description("tandem_ttft_seconds", "Time from the request's arrival to its first token")
+TPOT = Description("tandem_tpot_seconds", "Time per output token after the first")
+PART = Description("tandem_request_part_seconds", "Parts of a request's time; they sum to the whole", ("part",))
+REQUESTS = Description("tandem_requests_total", "Requests that are over, by how they ended", ("outcome",))
+ATTEMPTS = Description("tandem_attempts_total", "Attempts of finished requests at a pair of workers")
+RETRIES = Description("tandem_retries_total", "Attempts after the first, of finished requests")
+PROMPT_TOKENS = Description("tandem_prompt_tokens_total", "Prompt tokens of finished requests")
+CACHED_TOKENS = Description("tandem_cached_prompt_tokens_total", "Those of them found in a prefix cache")
+OUTPUT_TOKENS = Description("tandem_output_tokens_total", "Tokens handed on by finished requests")
+RUNNING = Description("tandem_running_requests", "Requests whose first token is here")
+QUEUED = Description("tandem_queued_requests", "Requests that wait for their first token")
+
+_BY_INSTANCE = ("instance", "role")
+_BY_LINK = ("instance", "peer", "road")
+UP = Description("tandem_instance_up", "1 if the instance takes work, 0 if it is registered and does not", _BY_INSTANCE)
+OPEN = Description("tandem_instance_open_requests", "Requests that this router has open there", _BY_INSTANCE)
+WAITING = Description("tandem_instance_waiting_requests", "Queue length the instance reports", _BY_INSTANCE)
+WAITING_TOKENS = Description("tandem_instance_waiting_tokens", "Tokens in that queue", _BY_INSTANCE)
+COMPUTING = Description("tandem_instance_running_requests", "Requests being computed there", _BY_INSTANCE)
+BLOCKS = Description("tandem_kv_blocks", "KV blocks by owner; all but `total` sum to `total`", (*_BY_INSTANCE, "owner"))
+STEPS = Description("tandem_instance_steps_total", "Steps of the engine", _BY_INSTANCE)
+STEP_SECONDS = Description("tandem_instance_step_seconds_total", "Time spent in them", _BY_INSTANCE)
+COMPUTED = Description("tandem_instance_computed_tokens_total", "Tokens computed", _BY_INSTANCE)
+CACHE_HITS = Description("tandem_prefix_cache_hit_tokens_total", "Prompt tokens its cache had", _BY_INSTANCE)
+PREEMPTIONS = Description("tandem_preemptions_total", "Sequences put back to be computed again", _BY_INSTANCE)
+TRANSFERS = Description("tandem_transfers_total", "KV transfers over a link", _BY_LINK)
+TRANSFER_BYTES = Description("tandem_transfer_bytes_total", "Bytes of them", _BY_LINK)
+TRANSFER_SECONDS = Description("tandem_transfer_seconds_total", "Time of them", _BY_LINK)
+TRANSFER_FAILURES = Description("tandem_transfer_failures_total", "Those that failed", _BY_LINK)
+
+BLOCK_OWNERS = ("total", "free", "running", "cached", "leased", "leaked")
+
+_INSTANCE_GAUGES: tuple[tuple[Description, Callable[[Instance], float]], ...] = (
+    (UP, lambda it: float(it.accepts_work)),
+    (OPEN, lambda it: it.open_requests),
+    (WAITING, lambda it: it.status.waiting_requests),
+    (WAITING_TOKENS, lambda it: it.status.waiting_tokens),
+    (COMPUTING, lambda it: it.status.running_requests),
+)
+_INSTANCE_COUNTERS: tuple[tuple[Description, Callable[[InstanceStatus], float]], ...] = (
+    (STEPS, lambda status: status.steps),
+    (STEP_SECONDS, lambda status: status.step_s),
+    (COMPUTED, lambda status: status.computed_tokens),
+    (CACHE_HITS, lambda status: status.cached_tokens),
+    (PREEMPTIONS, lambda status: status.preemptions),
+)
+
+
+class RequestMetrics:
+    """Counts requests when they are over. A `RequestObserver`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._ttft = _histogram(TTFT, registry)
+        self._tpot = _histogram(TPOT, registry)
+        part = _histogram(PART, registry)
+        self._parts = {name: part.labels(part=name) for _, name in PARTS}
+        requests = _counter(REQUESTS, registry)
+        self._requests = {outcome: requests.labels(outcome=outcome) for outcome in OUTCOMES}
+        self._attempts = _counter(ATTEMPTS, registry)
+        self._retries = _counter(RETRIES, registry)
+        self._prompt_tokens = _counter(PROMPT_TOKENS, registry)
+        self._cached_tokens = _counter(CACHED_TOKENS, registry)
+        self._output_tokens = _counter(OUTPUT_TOKENS, registry)
+
+    def finished(self, record: RequestRecord) -> None:
+        timeline = record.timeline
+        self._count_outcome(record.outcome)
+        if timeline.ttft_s is not None:
+            self._ttft.observe(timeline.ttft_s)
+        if timeline.tpot_s is not None:
+            self._tpot.observe(timeline.tpot_s)
+        for name, part_s in timeline.parts().items():
+            self._parts[name].observe(part_s)
+        self._attempts.inc(len(record.attempts))
+        self._retries.inc(len(record.attempts) - 1)
+        self._prompt_tokens.inc(timeline.num_prompt_tokens)
+        self._cached_tokens.inc(timeline.num_cached_tokens)
+        self._output_tokens.inc(timeline.num_output_tokens)
+
+    def refused(self, error: TandemError) -> None:
+        """A request that was never started: by the dispatcher, or by the text side."""
+        self._count_outcome(error.code)
+
+    def _count_outcome(self, outcome: str) -> None:
+        self._requests.get(outcome, self._requests["internal"]).inc()
+
+
+class _FleetCollector(Collector):  # type: ignore[misc]
+    """Reads the live state at each scrape, so that nothing is kept of instances that are gone."""
+
+    def __init__(self, fleet: Fleet, dispatcher: Dispatcher) -> None:
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(RUNNING.name, RUNNING.help, value=self._dispatcher.running_requests)
+        yield GaugeMetricFamily(QUEUED.name, QUEUED.help, value=self._dispatcher.queued_requests)
+        instances = self._fleet.instances
+        for what, value_of in _INSTANCE_GAUGES:
+            gauge = GaugeMetricFamily(what.name, what.help, labels=what.labels)
+            for instance in instances:
+                gauge.add_metric(_labels(instance), value_of(instance))
+            yield gauge
+        for what, total_of in _INSTANCE_COUNTERS:
+            counter = CounterMetricFamily(what.name, what.help, labels=what.labels)
+            for instance in instances:
+                counter.add_metric(_labels(instance), total_of(instance.status))
+            yield counter
+        blocks = GaugeMetricFamily(BLOCKS.name, BLOCKS.help, labels=BLOCKS.labels)
+        for instance in instances:
+            for owner in BLOCK_OWNERS:
+                blocks.add_metric([*_labels(instance), owner], getattr(instance.status.blocks, owner))
+        yield blocks
+        yield from _links(instances)
+
+
+def _links(instances: tuple[Instance, ...]) -> Iterator[Metric]:
+    """Each link as the instance that receives over it reports it."""
+    families = [
+        CounterMetricFamily(what.name, what.help, labels=what.labels)
+        for what in (TRANSFERS, TRANSFER_BYTES, TRANSFER_SECONDS, TRANSFER_FAILURES)
+    ]
+    for instance in instances:
+        for link in instance.status.links:
+            labels = [instance.instance_id, link.peer_id, link.road]
+            totals = (link.transfers, link.transfer_bytes, link.transfer_s, link.failures)
+            for family, total in zip(families, totals, strict=True):
+                family.add_metric(labels, total)
+    yield from families
+
+
+def _labels(instance: Instance) -> list[str]:
+    return [instance.instance_id, instance.role.value]
+
+
+def _histogram(what: Description, registry: CollectorRegistry) -> Histogram:
+    return Histogram(what.name, what.help, what.labels, buckets=SECONDS, registry=registry)
+
+
+def _counter(what: Description, registry: CollectorRegistry) -> Counter:
+    return Counter(what.name, what.help, what.labels, registry=registry)
+
+
+class Metrics:
+    """The router's one registry. `render` is what `/metrics` answers, with `CONTENT_TYPE`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.requests = RequestMetrics(self.registry)
+
+    def watch(self, fleet: Fleet, dispatcher: Dispatcher) -> None:
+        """Add what is read from the live state. Once."""
+        self.registry.register(_FleetCollector(fleet, dispatcher))
+
+    def render(self) -> bytes:
+        return bytes(generate_latest(self.registry))

@@ -1,0 +1,110 @@
+"""What is kept of each request when it is over: for the log, for metrics and for explaining its routing."""
+
+import json
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from core.errors import TandemError
+from core.timeline import Timeline
+from scheduling.routing import Choice
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class AttemptRecord:
+    """Filled while the attempt runs. `failure` is an error code, None for the attempt that ended the request well."""
+
+    epoch: int
+    prefill_id: str
+    prefill_choice: Choice
+    decode_id: str | None = None
+    decode_choice: Choice | None = None
+    road: str | None = None
+    transfer_s: float | None = None
+    transfer_bytes: int | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One finished request. `outcome` is a finish reason's value or an error's code. Holds no text and no tokens."""
+
+    request_id: str
+    outcome: str
+    message: str | None
+    timeline: Timeline
+    attempts: tuple[AttemptRecord, ...]
+
+    def fields(self) -> dict[str, Any]:
+        """For one structured log line."""
+        timeline = self.timeline
+        fields: dict[str, Any] = {
+            "request_id": self.request_id,
+            "outcome": self.outcome,
+            "prompt_tokens": timeline.num_prompt_tokens,
+            "cached_tokens": timeline.num_cached_tokens,
+            "output_tokens": timeline.num_output_tokens,
+            "total_s": _rounded(timeline.total_s),
+            "ttft_s": _rounded(timeline.ttft_s),
+            "tpot_s": _rounded(timeline.tpot_s),
+            "attempts": len(self.attempts),
+            "instances": [[attempt.prefill_id, attempt.decode_id] for attempt in self.attempts],
+            "failures": [attempt.failure for attempt in self.attempts if attempt.failure],
+            "parts": {name: _rounded(part_s) for name, part_s in timeline.parts().items()},
+        }
+        if self.message is not None:
+            fields["message"] = self.message
+        return fields
+
+
+class RequestObserver(Protocol):
+    """Hears of every request once, when it is over."""
+
+    def finished(self, record: RequestRecord) -> None: ...
+
+    def refused(self, error: TandemError) -> None:
+        """It was not accepted."""
+        ...
+
+
+class RequestLog:
+    """Writes one line per request, and remembers the last `capacity` of them."""
+
+    def __init__(self, capacity: int = 1024) -> None:
+        self._capacity = capacity
+        self._records: OrderedDict[str, RequestRecord] = OrderedDict()
+
+    def finished(self, record: RequestRecord) -> None:
+        self._records.pop(record.request_id, None)
+        self._records[record.request_id] = record
+        if len(self._records) > self._capacity:
+            self._records.popitem(last=False)
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("request %s", json.dumps(record.fields()))
+
+    def refused(self, error: TandemError) -> None:
+        logger.info("request refused: %s: %s", error.code, error.message)
+
+    def find(self, request_id: str) -> RequestRecord | None:
+        """The last request of that id, if it is still remembered."""
+        return self._records.get(request_id)
+
+    def explain(self, request_id: str) -> str:
+        """Why it ran where it ran, for a person. Empty if it is not remembered."""
+        record = self._records.get(request_id)
+        lines: list[str] = []
+        for attempt in () if record is None else record.attempts:
+            for role, choice in (("prefill", attempt.prefill_choice), ("decode", attempt.decode_choice)):
+                if choice is not None:
+                    lines.append(f"attempt {attempt.epoch + 1}, {role} on {choice.instance_id}:")
+                    lines.extend(f"  {line}" for line in choice.explain().splitlines())
+            if attempt.failure is not None:
+                lines.append(f"attempt {attempt.epoch + 1} failed: {attempt.failure}")
+        return "\n".join(lines)
+
+
+def _rounded(value_s: float | None) -> float | None:
+    return None if value_s is None else round(value_s, 6)

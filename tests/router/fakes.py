@@ -1,0 +1,277 @@
+"""Workers without processes: sessions whose events a test sends by hand, or that answer from a small rule."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from core.clock import SystemClock
+from core.errors import TandemError, UnavailableError
+from core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams
+from core.session import (
+    BlockCounts,
+    Cancel,
+    DecodeFrame,
+    DecodeReserved,
+    DecodeTokens,
+    InstanceState,
+    InstanceStatus,
+    OpenDecode,
+    PrefillFinished,
+    PrefillStarted,
+    RequestFailed,
+    Role,
+    SubmitPrefill,
+    TransferCommitted,
+)
+from router.choices import LoadChooser
+from router.dispatch import Dispatcher, DispatchLimits
+from router.fleet import Fleet
+from router.instances import Instance, WorkerCommand, WorkerEvent
+from router.records import RequestLog, RequestRecord
+from router.running import RetryPolicy, RunningRequest
+
+MODEL = "tiny"
+Command = TypeVar("Command", SubmitPrefill, OpenDecode, Cancel)
+
+
+def make_status(instance_id: str, role: Role, **changes: object) -> InstanceStatus:
+    status = InstanceStatus(
+        instance_id=instance_id,
+        role=role,
+        state=InstanceState.READY,
+        address=f"127.0.0.1:{1000 + sum(instance_id.encode())}",
+        model=MODEL,
+        fingerprint="f",
+        max_model_len=256,
+        block_size=16,
+        blocks=BlockCounts(total=64, free=64, running=0, cached=0, leased=0),
+        waiting_requests=0,
+        running_requests=0,
+        waiting_tokens=0,
+    )
+    return replace(status, **changes)  # type: ignore[arg-type]
+
+
+def make_request(request_id: str = "r", prompt: tuple[int, ...] = (1, 2, 3), **changes: object) -> GenerationRequest:
+    sampling = SamplingParams(temperature=0.0, max_tokens=5)
+    return replace(GenerationRequest(request_id, prompt, sampling), **changes)  # type: ignore[arg-type]
+
+
+def token_at(prompt: tuple[int, ...], index: int) -> int:
+    """Output token number `index` of a prompt: depends on both, so that a lost or repeated one shows."""
+    return (7 * sum(prompt) + 31 * index) % 997
+
+
+def expected_tokens(request: GenerationRequest) -> list[int]:
+    return [token_at(request.token_ids, i) for i in range(request.sampling.max_tokens)]
+
+
+def next_tokens(request: GenerationRequest, count: int, skip: int = 0) -> tuple[SampledToken, ...]:
+    """What a right worker generates after `request`, an attempt's own, and `skip` tokens more."""
+    prompt = request.token_ids[: request.num_prompt_tokens]
+    first = request.num_output_tokens + skip
+    for i, token_id in enumerate(request.token_ids[request.num_prompt_tokens :]):
+        assert token_id == token_at(prompt, i), "a resumed attempt must bring exactly the tokens generated so far"
+    return tuple(SampledToken(token_at(prompt, i)) for i in range(first, first + count))
+
+
+def finished_event(handle: int, request: GenerationRequest) -> PrefillFinished:
+    is_last = request.num_output_tokens + 1 == request.sampling.max_tokens
+    return PrefillFinished(
+        handle=handle,
+        token=next_tokens(request, 1)[0],
+        prompt_logprobs=None,
+        finish_reason=FinishReason.LENGTH if is_last else None,
+        num_cached_tokens=1,
+        queue_s=0.0,
+        compute_s=0.001,
+    )
+
+
+class FakeSession:
+    """Both ends of a session: the router's methods, and `push`, `cut` and `take` for the test that plays the worker."""
+
+    def __init__(self) -> None:
+        self.commands: list[WorkerCommand] = []
+        self.sent: list[WorkerCommand] = []
+        self.is_closed = False
+        self._events: asyncio.Queue[WorkerEvent | TandemError] = asyncio.Queue()
+
+    def send(self, command: WorkerCommand) -> None:
+        if self.is_closed:
+            raise UnavailableError("the worker is gone")
+        self.commands.append(command)
+        self.sent.append(command)
+
+    async def events(self) -> AsyncIterator[WorkerEvent]:
+        while True:
+            event = await self._events.get()
+            if isinstance(event, TandemError):
+                raise event
+            yield event
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+    def push(self, *events: WorkerEvent) -> None:
+        for event in events:
+            self._events.put_nowait(event)
+
+    def cut(self) -> None:
+        """The worker dies."""
+        self.is_closed = True
+        self._events.put_nowait(UnavailableError("the worker ended the session"))
+
+    def take(self, kind: type[Command]) -> Command:
+        """The oldest command not yet taken, which must be of that kind."""
+        command = self.commands.pop(0)
+        assert isinstance(command, kind), command
+        return command
+
+
+@dataclass
+class FakeWorkers:
+    """Opens sessions in place of `wire`."""
+
+    sessions: dict[str, FakeSession] = field(default_factory=dict)
+    refusing: set[str] = field(default_factory=set)
+    opened: int = 0
+
+    async def open(self, status: InstanceStatus) -> FakeSession:
+        if status.instance_id in self.refusing:
+            raise UnavailableError("connection refused")
+        self.opened += 1
+        self.sessions[status.instance_id] = FakeSession()
+        return self.sessions[status.instance_id]
+
+
+@dataclass
+class Cluster:
+    """A router's token side over fake workers."""
+
+    fleet: Fleet
+    dispatcher: Dispatcher
+    workers: FakeWorkers
+    log: RequestLog
+    records: list[RequestRecord]
+
+    async def join(self, *instance_ids: str) -> None:
+        """Names that begin with p are prefill instances, with d decode."""
+        for instance_id in instance_ids:
+            role = Role.PREFILL if instance_id.startswith("p") else Role.DECODE
+            self.fleet.heartbeat(make_status(instance_id, role))
+        await until(lambda: all(self.instance(it).connected for it in instance_ids))
+
+    def instance(self, instance_id: str) -> Instance:
+        return next(it for it in self.fleet.instances if it.instance_id == instance_id)
+
+    def session(self, instance_id: str) -> FakeSession:
+        return self.workers.sessions[instance_id]
+
+    def start(self, request: GenerationRequest) -> RunningRequest:
+        return self.dispatcher.start(request, SystemClock().now_s())
+
+
+def make_cluster(retry: RetryPolicy | None = None, max_queue: int = 64, heartbeat_timeout_s: float = 60.0) -> Cluster:
+    clock = SystemClock()
+    workers = FakeWorkers()
+    fleet = Fleet(model=MODEL, opener=workers, heartbeat_timeout_s=heartbeat_timeout_s, clock=clock)
+    log = RequestLog(capacity=8)
+    records: list[RequestRecord] = []
+    dispatcher = Dispatcher(
+        fleet=fleet,
+        chooser=LoadChooser(fleet),
+        clock=clock,
+        limits=DispatchLimits(max_queue=max_queue, request_timeout_s=30.0),
+        retry=retry or RetryPolicy(patience_s=0.3, pause_s=0.01),
+        observers=(log, _Observer(records)),
+    )
+    return Cluster(fleet, dispatcher, workers, log, records)
+
+
+@dataclass
+class _Observer:
+    records: list[RequestRecord]
+
+    def finished(self, record: RequestRecord) -> None:
+        self.records.append(record)
+
+    def refused(self, error: TandemError) -> None:
+        pass
+
+
+@asynccontextmanager
+async def running_cluster(
+    *instance_ids: str, retry: RetryPolicy | None = None, max_queue: int = 64, heartbeat_timeout_s: float = 60.0
+) -> AsyncIterator[Cluster]:
+    cluster = make_cluster(retry, max_queue, heartbeat_timeout_s)
+    task = asyncio.create_task(cluster.fleet.run())
+    try:
+        await cluster.join(*instance_ids)
+        yield cluster
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Wait for something another task will do."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own
+            await asyncio.sleep(0.001)
+
+
+async def settle() -> None:
+    """Let every event that is on its way arrive."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def collect(running: RunningRequest) -> list[int]:
+    return [token.token_id async for tokens in running for token in tokens]
+
+
+class Player:
+    """Plays both workers of one attempt, a step at a time."""
+
+    def __init__(self, cluster: Cluster, prefill_id: str, decode_id: str = "d1") -> None:
+        self.prefill = cluster.session(prefill_id)
+        self.decode = cluster.session(decode_id)
+        self.submit: SubmitPrefill
+        self.open: OpenDecode
+
+    async def take_submit(self) -> None:
+        await until(lambda: self.prefill.commands)
+        self.submit = self.prefill.take(SubmitPrefill)
+
+    async def start_prefill(self) -> None:
+        await self.take_submit()
+        self.prefill.push(PrefillStarted(self.submit.handle, 1))
+        await until(lambda: self.decode.commands)
+        self.open = self.decode.take(OpenDecode)
+
+    async def finish_prefill(self) -> None:
+        self.prefill.push(finished_event(self.submit.handle, self.submit.request))
+        await settle()
+
+    async def commit(self) -> None:
+        handle = self.open.handle
+        self.decode.push(DecodeReserved(handle), TransferCommitted(handle, 0.001, 4096, "shared_memory"))
+        await settle()
+
+    async def generate(self, count: int, *, skip: int = 1, last: bool = False) -> None:
+        """`count` tokens after the first and `skip` - 1 more."""
+        item = DecodeTokens(
+            self.open.handle,
+            next_tokens(self.open.request, count, skip),
+            FinishReason.LENGTH if last else None,
+            queue_s=0.0 if skip == 1 else None,
+        )
+        self.decode.push(DecodeFrame((item,), 0.001))
+        await settle()
+
+    async def fail_decode(self, error: TandemError) -> None:
+        self.decode.push(RequestFailed(self.open.handle, error.code, error.message))
+        await settle()
