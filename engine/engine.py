@@ -26,13 +26,17 @@ _MAX_LOGITS = 1 << 24
 class Engine:
     """Computes steps. Whoever calls it owns the blocks and decides what a step holds; the engine keeps no sequences.
 
-    `pool` is the KV pool as a tensor of `layout.shape`. Not thread-safe: one thread calls `step`.
+    `pool` is the KV pool as a tensor of `layout.shape`; `ops_name` says what computes. Not thread-safe: one thread
+    calls `step`.
     """
 
-    def __init__(self, spec: ModelSpec, layout: KvLayout, pool: Tensor, model: Model, max_model_len: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, layout: KvLayout, pool: Tensor, model: Model, max_model_len: int, ops_name: str
+    ) -> None:
         self.spec = spec
         self.layout = layout
         self.pool = pool
+        self.ops_name = ops_name
         self._model = model
         self._max_model_len = max_model_len
 
@@ -117,7 +121,7 @@ def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | N
     layout = _layout(config, checkpoint, dtype)
     num_threads = choose_threads(config.num_threads)
     torch.set_num_threads(num_threads)
-    ops = choose_ops(config.ops, dtype, device, num_threads)
+    ops = choose_ops(config.ops, dtype, device, num_threads, spec.head_dim)
     with torch.inference_mode():
         model = load_model(checkpoint, ops, dtype, device, max_model_len)
     # Outside inference mode: others write into the pool too.
@@ -125,7 +129,7 @@ def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | N
         pool = torch.zeros(layout.shape, dtype=dtype, device=device)
     else:
         pool = allocate_pool(layout.pool_bytes).view(dtype).view(layout.shape)
-    return Engine(spec, layout, pool, model, max_model_len)
+    return Engine(spec, layout, pool, model, max_model_len, ops.name)
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

@@ -49,7 +49,9 @@ def tolerance_for(ops: NativeOps, dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("in_features", "out_features"), [(64, 96), (770, 33), (7, 5), (1, 1), (1153, 256), (384, 2050)])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(64, 96), (770, 33), (7, 5), (1, 1), (1153, 256), (384, 2050)]
+)
 @pytest.mark.parametrize("rows", [1, 2, 5, 12, 13, 31, 200])
 def test_linear(ops: NativeOps, dtype: torch.dtype, in_features: int, out_features: int, rows: int) -> None:
     weight, bias = torch.randn(out_features, in_features).to(dtype), torch.randn(out_features).to(dtype)

@@ -1,0 +1,134 @@
+"""Compiles the C++ kernels in `engine/native` for this machine, once, and loads them.
+
+There is no build step for the user: the first engine compiles (some ten seconds), all later ones find the library in
+the cache folder, under a name made of everything it depends on: the sources, the flags, the compiler, the processor.
+No compiler, or one that fails, is not an error: `load_native_library` raises `NativeUnavailableError` with the reason,
+and the caller computes with torch.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_SOURCE_DIR = Path(__file__).resolve().parent.parent / "native"
+_MAIN_SOURCE = "api.cpp"
+_COMPILERS = ("g++", "clang++")
+# -fno-math-errno lets the compiler use the square root instruction; -w because GCC 12 warns about its own headers.
+_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
+_COMPILE_TIMEOUT_S = 300.0
+
+
+class NativeUnavailableError(Exception):
+    """The kernels cannot be had on this machine; the message says why."""
+
+
+def load_native_library(cache_dir: Path | None = None) -> ctypes.CDLL:
+    """The compiled kernels, with argument types declared. Compiles if no cached library fits.
+
+    `cache_dir` defaults to $XDG_CACHE_HOME/tandem or ~/.cache/tandem. Two processes that start together compile once:
+    the second waits for the first. Raises NativeUnavailableError.
+    """
+    compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise NativeUnavailableError("no C++ compiler was found (g++ or clang++)")
+    folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
+    try:
+        _make_private(folder)
+        flags = (*_FLAGS, _machine_flag())
+        target = folder / f"native-{_fingerprint(compiler, flags)}.so"
+        if not target.exists():
+            with _locked(folder / "compile.lock"):
+                if not target.exists():
+                    _compile(compiler, flags, target)
+        library = ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeUnavailableError(f"the kernels could not be compiled or loaded: {error}") from error
+    _declare(library)
+    return library
+
+
+def _machine_flag() -> str:
+    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+
+
+def _make_private(folder: Path) -> None:
+    """What is loaded from here is executed, so nobody else may be able to put files there."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state = folder.stat()
+    if state.st_uid != os.getuid():
+        raise NativeUnavailableError(f"the cache folder {folder} belongs to another user")
+    if state.st_mode & 0o022:
+        folder.chmod(0o700)
+
+
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for source in sorted(_SOURCE_DIR.iterdir()):
+        if source.suffix in (".h", ".cpp"):
+            digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30.0).stdout
+    for part in (compiler.encode(), version, " ".join(flags).encode(), _processor()):
+        digest.update(part + b"\0")
+    return digest.hexdigest()[:24]
+
+
+def _processor() -> bytes:
+    """What -march=native depends on. A cache folder may be shared by machines with different processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+    wanted = (b"model name", b"flags", b"Features", b"CPU part")
+    return b"\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also when the process dies
+        yield
+
+
+def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+    """Into a temporary name and then renamed, so that a library under its final name is always whole."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        output = Path(scratch) / target.name
+        command = [compiler, *flags, str(_SOURCE_DIR / _MAIN_SOURCE), "-o", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
+        if result.returncode != 0:
+            first_line = next((line for line in result.stderr.splitlines() if "error" in line), "no message")
+            raise NativeUnavailableError(f"{Path(compiler).name} failed on the kernels: {first_line}")
+        output.replace(target)
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Argument types, as in engine/native/api.cpp: p pointer, i int, n int64, f float."""
+    types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_int64, "f": ctypes.c_float}
+    signatures = {
+        "tandem_create": "i",
+        "tandem_destroy": "p",
+        "tandem_instructions": "",
+        "tandem_advise_huge": "pn",
+        "tandem_pack": "pinnp",
+        "tandem_linear": "pppinnpnpi",
+        "tandem_embedding": "ppnpinp",
+        "tandem_rms_norm": "ppppifnnp",
+        "tandem_layer_norm": "pppppifnnp",
+        "tandem_rope_and_cache": "ppnppppinnnnnppif",
+        "tandem_attention": "ppnpinnnnnpppnnfnp",
+        "tandem_silu_mul": "ppnnp",
+    }
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.argtypes = [types[letter] for letter in arguments]
+        function.restype = None
+    library.tandem_create.restype = ctypes.c_void_p
+    library.tandem_instructions.restype = ctypes.c_char_p

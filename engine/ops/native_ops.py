@@ -1,0 +1,240 @@
+"""The operations in own C++ kernels, for CPUs: bf16 or float32 weights and KV, activations in float32.
+
+What they promise beyond `Ops`: a row's result depends on that row alone, to the last bit. Not on the batch around it,
+not on how a prompt was cut into chunks, not on the number of threads.
+"""
+
+import ctypes
+import weakref
+
+import torch
+from torch import Tensor
+
+from engine.ops.interface import AttentionMeta, HeadShape, PackedLinear
+
+_PANEL = 32  # columns of a packed panel, as in engine/native/gemm.h
+MAX_HEAD_DIM = 256  # of the attention kernel, as in engine/native/attention.h
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class NativeLinear(PackedLinear):
+    """The weight in panels of 32 outputs; see engine/native/gemm.h."""
+
+    def __init__(self, in_features: int, out_features: int, panels: Tensor, bias: Tensor | None) -> None:
+        super().__init__(in_features, out_features)
+        self.panels = panels
+        self.bias = bias
+
+
+class NativeOps:
+    """Implements `Ops`. For one caller at a time; the kernels run on `num_threads` threads, the caller's among them."""
+
+    activation_dtype = torch.float32
+
+    def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
+        assert num_threads >= 1, "an engine computes on at least one thread"
+        self._library = library
+        self._context = library.tandem_create(num_threads)
+        weakref.finalize(self, library.tandem_destroy, self._context)
+        self.name = f"native ({library.tandem_instructions().decode()})"
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> NativeLinear:
+        out_features, in_features = weight.shape
+        weight = _checked(weight.contiguous(), *_DTYPES)
+        num_panels, num_pairs = -(-out_features // _PANEL), -(-in_features // 2)
+        panels = torch.empty(num_panels * num_pairs * 2 * _PANEL, dtype=weight.dtype)
+        self._library.tandem_advise_huge(panels.data_ptr(), panels.nbytes)
+        self._library.tandem_pack(weight.data_ptr(), _is_bf16(weight), out_features, in_features, panels.data_ptr())
+        bias32 = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
+        return NativeLinear(in_features, out_features, panels, bias32)
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        assert isinstance(packed, NativeLinear), "packed by another Ops"
+        x = _checked(x, torch.float32)
+        assert x.shape[-1] == packed.in_features
+        y = torch.empty(x.shape[0], packed.out_features)
+        self._library.tandem_linear(
+            self._context,
+            packed.panels.data_ptr(),
+            _pointer(packed.bias),
+            _is_bf16(packed.panels),
+            packed.out_features,
+            packed.in_features,
+            x.data_ptr(),
+            x.shape[0],
+            y.data_ptr(),
+            0,
+        )
+        return y
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        _checked(token_ids, torch.int64)
+        _checked(weight, *_DTYPES)
+        y = torch.empty(token_ids.shape[0], weight.shape[1])
+        self._library.tandem_embedding(
+            self._context,
+            token_ids.data_ptr(),
+            token_ids.shape[0],
+            weight.data_ptr(),
+            _is_bf16(weight),
+            weight.shape[1],
+            y.data_ptr(),
+        )
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._rms_norm(x, None, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._rms_norm(x, _checked(residual, torch.float32), weight, eps)
+
+    def _rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        x = _checked(x, torch.float32)
+        _checked(weight, *_DTYPES)
+        y = torch.empty_like(x)
+        self._library.tandem_rms_norm(
+            self._context,
+            x.data_ptr(),
+            _pointer(residual),
+            weight.data_ptr(),
+            _is_bf16(weight),
+            eps,
+            x.shape[0],
+            x.shape[1],
+            y.data_ptr(),
+        )
+        return y
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return self._layer_norm(x, None, weight, bias, eps)
+
+    def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return self._layer_norm(x, _checked(residual, torch.float32), weight, bias, eps)
+
+    def _layer_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        x = _checked(x, torch.float32)
+        _checked(weight, *_DTYPES)
+        _checked(bias, weight.dtype)
+        y = torch.empty_like(x)
+        self._library.tandem_layer_norm(
+            self._context,
+            x.data_ptr(),
+            _pointer(residual),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            _is_bf16(weight),
+            eps,
+            x.shape[0],
+            x.shape[1],
+            y.data_ptr(),
+        )
+        return y
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor | None,
+        positions: Tensor,
+        slots: Tensor,
+        kv_layer: Tensor,
+        heads: HeadShape,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """As `Ops` says; the result is a view of `qkv`, which is overwritten."""
+        qkv = _checked(qkv, torch.float32)
+        _checked(positions, torch.int64)
+        _checked(slots, torch.int64)
+        _checked(kv_layer, *_DTYPES)
+        assert heads.head_dim <= MAX_HEAD_DIM
+        if cos_sin is not None:
+            _checked(cos_sin, torch.float32)
+        norm_is_bf16 = False
+        for norm in (q_norm, k_norm):
+            if norm is not None:
+                norm_is_bf16 = bool(_is_bf16(_checked(norm, *_DTYPES)))
+        self._library.tandem_rope_and_cache(
+            self._context,
+            qkv.data_ptr(),
+            qkv.shape[0],
+            _pointer(cos_sin),
+            positions.data_ptr(),
+            slots.data_ptr(),
+            kv_layer.data_ptr(),
+            _is_bf16(kv_layer),
+            kv_layer.shape[1],
+            kv_layer.shape[3],
+            heads.num_heads,
+            heads.num_kv_heads,
+            heads.head_dim,
+            _pointer(q_norm),
+            _pointer(k_norm),
+            norm_is_bf16,
+            eps,
+        )
+        return qkv[:, : heads.q_size].view(-1, heads.num_heads, heads.head_dim)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        kv_layer: Tensor,
+        meta: AttentionMeta,
+        heads: HeadShape,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        assert q.dtype == torch.float32
+        assert q.stride()[1:] == (heads.head_dim, 1), "tokens may be apart, a token's heads not"
+        _checked(kv_layer, *_DTYPES)
+        _checked(meta.query_starts, torch.int32)
+        _checked(meta.context_lens, torch.int32)
+        _checked(meta.block_tables, torch.int32)
+        out = torch.empty(q.shape[0], heads.q_size)
+        self._library.tandem_attention(
+            self._context,
+            q.data_ptr(),
+            q.stride(0),
+            kv_layer.data_ptr(),
+            _is_bf16(kv_layer),
+            kv_layer.shape[1],
+            kv_layer.shape[3],
+            heads.num_heads,
+            heads.num_kv_heads,
+            heads.head_dim,
+            meta.query_starts.data_ptr(),
+            meta.context_lens.data_ptr(),
+            meta.block_tables.data_ptr(),
+            meta.block_tables.stride(0),
+            len(meta.context_lens_host),
+            scale,
+            sliding_window or 0,
+            out.data_ptr(),
+        )
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate_up = _checked(gate_up, torch.float32)
+        width = gate_up.shape[1] // 2
+        y = torch.empty(gate_up.shape[0], width)
+        self._library.tandem_silu_mul(self._context, gate_up.data_ptr(), gate_up.shape[0], width, y.data_ptr())
+        return y
+
+    def relu(self, x: Tensor) -> Tensor:
+        return x.relu_()
+
+
+def _checked(tensor: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """Kernels take bare pointers, so what they assume is asserted here."""
+    assert tensor.dtype in dtypes
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return tensor
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _is_bf16(tensor: Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)
