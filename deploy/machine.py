@@ -1,0 +1,88 @@
+"""What this machine has, as far as a deployment cares: cores, GPUs, memory, ports."""
+
+import os
+import socket
+from pathlib import Path
+
+import psutil
+
+from core.config import RouterSection, ServeConfig, split_address
+from core.errors import ConfigError
+from deploy.topology import Machine
+
+
+def this_machine() -> Machine:
+    """Cores this process may run on, a container's quota included, and NVIDIA devices that are not hidden."""
+    return Machine(cores=usable_cores(), gpus=_visible_gpus())
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores of the affinity mask, or of the control group's CPU quota where that is less; at least one."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, int(quota) // int(period))
+    except (OSError, ValueError):
+        pass  # no version 2 control group: no quota to heed
+    return max(cores, 1)
+
+
+def available_memory_bytes() -> int:
+    return int(psutil.virtual_memory().available)
+
+
+def _visible_gpus() -> int:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def listening_process(port: int) -> str | None:
+    """'name (pid)' of the process that listens on the port, as far as this user may know."""
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.Error:
+        return None
+    for connection in connections:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            try:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+            except psutil.Error:
+                return f"pid {connection.pid}"
+    return None
+
+
+def check_address(setting: str, address: str) -> str:
+    """`address`, its port chosen if it is 0. Raises ConfigError if it cannot be listened on, saying who does."""
+    host, port = split_address(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError as error:
+            holder = listening_process(port)
+            reason = f"in use by {holder}" if holder else (error.strerror or "not available").lower()
+            hint = f"stop that or choose another with --set {setting}=HOST:PORT (port 0: any free one)"
+            raise ConfigError(f"{setting} {address} is {reason}; {hint}") from error
+        chosen = probe.getsockname()[1]
+    return f"[{host}]:{chosen}" if ":" in host else f"{host}:{chosen}"
+
+
+def settle_addresses(config: ServeConfig) -> ServeConfig:
+    """The configuration with every port known and free at this moment. Raises ConfigError naming all that are not."""
+    mistakes: list[str] = []
+    settled: dict[str, str] = {}
+    for name in ("http", "grpc", "control"):
+        try:
+            settled[name] = check_address(f"router.{name}", getattr(config.router, name))
+        except ConfigError as error:
+            mistakes.append(error.message)
+    if len(set(settled.values())) < len(settled):
+        mistakes.append("router.http, router.grpc and router.control must be three different addresses")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    router: RouterSection = config.router.model_copy(update=settled)
+    return config.model_copy(update={"router": router})

@@ -1,0 +1,112 @@
+"""Where a running `tandem serve` leaves word of itself, so that status, chat and stop find it.
+
+    $XDG_RUNTIME_DIR/tandem/serve-<pid>.json      gone with the process; holds the cluster token, so mode 0600
+    $XDG_STATE_HOME/tandem/logs/<time>-<pid>/     one log file for each process; the last few runs are kept
+
+`TANDEM_STATE_DIR` replaces both roots. Without XDG_RUNTIME_DIR the state file is under XDG_STATE_HOME
+(~/.local/state).
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from core.errors import ConfigError
+
+_KEPT_LOG_FOLDERS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """`process_started_s` tells the process from a later one that was given the same pid."""
+
+    pid: int
+    process_started_s: float
+    model: str
+    http: str
+    grpc: str
+    control: str
+    cluster_token: str
+    log_folder: str
+    ray_folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateFolders:
+    state: Path
+    logs: Path
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str]) -> "StateFolders":
+        if chosen := environment.get("TANDEM_STATE_DIR"):
+            return cls(Path(chosen), Path(chosen) / "logs")
+        home = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tandem"
+        runtime = environment.get("XDG_RUNTIME_DIR")
+        state = Path(runtime) / "tandem" if runtime and os.access(runtime, os.W_OK) else home
+        return cls(state, home / "logs")
+
+    def make(self) -> None:
+        """Create both, for this user alone. Raises ConfigError."""
+        for folder in (self.state, self.logs):
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot create {folder} ({error.strerror}); set TANDEM_STATE_DIR to a folder of yours"
+                ) from error
+
+    def new_log_folder(self, pid: int) -> Path:
+        """A folder for this run's logs; of earlier runs' only the newest few are kept."""
+        earlier = sorted(path for path in self.logs.iterdir() if path.is_dir())
+        for old in earlier[: -(_KEPT_LOG_FOLDERS - 1)]:
+            shutil.rmtree(old, ignore_errors=True)
+        folder = self.logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{pid}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    def _file(self, pid: int) -> Path:
+        return self.state / f"serve-{pid}.json"
+
+    def write(self, run: RunState) -> None:
+        """Replaces what was there in one step, so that a reader never sees half a file."""
+        draft = self._file(run.pid).with_suffix(".new")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(asdict(run), file)
+        draft.replace(self._file(run.pid))
+
+    def remove(self, pid: int) -> None:
+        self._file(pid).unlink(missing_ok=True)
+
+    def running(self) -> list[RunState]:
+        """Every run whose process lives, newest first. What dead ones left behind is cleared away."""
+        found = []
+        for path in self.state.glob("serve-*.json"):
+            try:
+                run = RunState(**json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError):
+                continue  # another version's, or just going away
+            if is_alive(run):
+                found.append(run)
+            else:
+                shutil.rmtree(run.ray_folder, ignore_errors=True)
+                path.unlink(missing_ok=True)
+        return sorted(found, key=lambda run: run.process_started_s, reverse=True)
+
+
+def process_started_s(pid: int) -> float:
+    return psutil.Process(pid).create_time()
+
+
+def is_alive(run: RunState) -> bool:
+    try:
+        process = psutil.Process(run.pid)
+        return process.create_time() == run.process_started_s and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
