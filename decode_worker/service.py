@@ -3,12 +3,12 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from kv_transfer.receiver import KvReceiver
 
-from core.clock import Clock
 from core.errors import CancelledError, InternalError, TandemError, UnavailableError
-from core.session import Cancel, DecodeCommand, DecodeEvent, KvSource, OpenDecode
+from core.session import Cancel, DecodeCommand, DecodeEvent, OpenDecode
 from decode_worker.loop import Abandon, Arrived, Close, Fetch, FetchFailed, Key, LoopCommand, LoopEvent, Open, Tell
 from decode_worker.peers import Peers
 from wire.sessions import Outbox
@@ -19,18 +19,14 @@ log = logging.getLogger(__name__)
 class DecodeService:
     """Implements `wire.sessions.CommandHandler` for routers, and brings the KV that the loop asks for."""
 
-    def __init__(
-        self, post: Callable[[LoopCommand], None], peers: Peers, transfer_timeout_s: float, clock: Clock
-    ) -> None:
+    def __init__(self, post: Callable[[LoopCommand], None], peers: Peers) -> None:
         self._post = post
         self._peers = peers
-        self._transfer_timeout_s = transfer_timeout_s
-        self._clock = clock
         self._receiver: KvReceiver | None = None
         self._outboxes: dict[int, Outbox[DecodeEvent]] = {}
         self._next_session_id = 0
         self._keys: dict[int, set[Key]] = {}  # every attempt opened in a session and not yet closed by the router
-        self._fetches: dict[Key, asyncio.Task[None]] = {}
+        self._fetches: dict[Key, asyncio.Task[Arrived]] = {}
 
     def serve_with(self, receiver: KvReceiver) -> None:
         """Called once, before the first session: the receiver needs the loaded engine's pool."""
@@ -70,31 +66,17 @@ class DecodeService:
                 case Tell(session_id, session_event):
                     if (outbox := self._outboxes.get(session_id)) is not None:
                         outbox.put(session_event)
-                case Fetch():
+                case Fetch(key=key):
                     task = asyncio.create_task(self._fetch(event), name=f"fetch-{event.request_id}")
-                    self._fetches[event.key] = task
+                    self._fetches[key] = task
+                    task.add_done_callback(partial(self._fetch_ended, event))
                 case Abandon(key):
                     if (abandoned := self._fetches.get(key)) is not None:
                         abandoned.cancel()
 
-    async def _fetch(self, fetch: Fetch) -> None:
-        """Always ends with one `Arrived` or `FetchFailed`, posted when nothing writes into the blocks any more."""
-        outcome: Arrived | FetchFailed = FetchFailed(fetch.key, CancelledError("the transfer was abandoned"))
-        try:
-            outcome = await self._bring(fetch)
-        except TandemError as error:
-            log.info("transfer of %s (attempt %d) failed: %s", fetch.request_id, fetch.epoch, error.message)
-            outcome = FetchFailed(fetch.key, error)
-        except Exception:
-            log.exception("transfer of %s (attempt %d) failed", fetch.request_id, fetch.epoch)
-            outcome = FetchFailed(fetch.key, InternalError("the KV transfer failed; the worker's log says why"))
-        finally:
-            del self._fetches[fetch.key]
-            self._post(outcome)
-
-    async def _bring(self, fetch: Fetch) -> Arrived:
+    async def _fetch(self, fetch: Fetch) -> Arrived:
         assert self._receiver is not None, "a session came before the receiver"
-        source: KvSource = fetch.source
+        source = fetch.source
         try:
             fetched = await self._receiver.fetch(
                 self._peers.control(source),
@@ -109,6 +91,22 @@ class DecodeService:
             self._receiver.drop(source.instance_id)
             raise
         return Arrived(fetch.key, fetched.first_token, fetched.seconds, fetched.bytes, fetched.road)
+
+    def _fetch_ended(self, fetch: Fetch, task: asyncio.Task[Arrived]) -> None:
+        """Tell the loop, however it ended (a task cancelled before its first step runs none of its own code)."""
+        del self._fetches[fetch.key]
+        if task.cancelled():
+            self._post(FetchFailed(fetch.key, CancelledError("the transfer was abandoned")))
+            return
+        match task.exception():
+            case None:
+                self._post(task.result())
+            case TandemError() as error:
+                log.info("transfer of %s (attempt %d) failed: %s", fetch.request_id, fetch.epoch, error.message)
+                self._post(FetchFailed(fetch.key, error))
+            case error:
+                log.error("transfer of %s (attempt %d) failed", fetch.request_id, fetch.epoch, exc_info=error)
+                self._post(FetchFailed(fetch.key, InternalError("the KV transfer failed; the worker's log says why")))
 
     async def close(self) -> None:
         """Abandon all transfers and wait until they have left their blocks."""

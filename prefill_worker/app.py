@@ -1,14 +1,12 @@
-"""Puts a prefill worker together: engine and loop on their thread; sessions, leases and KV links on the event loop."""
+"""Puts a prefill worker together: its loop, its sessions, the leases on its KV and the links that KV leaves by."""
 
 import asyncio
-import logging
 
 import grpc
 from kv_transfer.sender import KvSender
 
-from core.clock import SystemClock
 from core.config import WorkerConfig
-from core.session import Role
+from core.session import LinkStats, Role
 from engine.engine import Engine
 from kv_transfer.pool import SharedPool
 from prefill_worker.loop import LoopCommand, LoopEvent, PrefillLoop
@@ -16,85 +14,46 @@ from prefill_worker.service import PrefillService
 from tandem.v1 import transfer_pb2_grpc, worker_pb2_grpc
 from wire.sessions import PrefillServicer
 from wire.transfer import KvTransferServicer
-from worker.engine_setup import load_worker_engine
-from worker.instance import Instance
-from worker.loop_thread import LoopThread
-from worker.process import new_instance_id
-
-log = logging.getLogger(__name__)
+from worker.instance import LoopReport
+from worker.role import RoleWorker
 
 
-class PrefillWorker:
-    """A `worker.process.Worker`."""
-
+class PrefillWorker(RoleWorker[LoopCommand, LoopEvent]):
     def __init__(self, config: WorkerConfig) -> None:
-        self._config = config
-        self._clock = SystemClock()
-        self.instance_id = new_instance_id("prefill")
-        self._instance = Instance(config, Role.PREFILL, self.instance_id)
-        self._thread: LoopThread[LoopCommand, LoopEvent] = LoopThread(
-            "prefill-loop", self._make_loop, self._deliver, self._crashed
-        )
+        super().__init__(config, Role.PREFILL, config.prefill.engine)
         self._service = PrefillService(self._thread.post, config.prefill.lease_s, self._clock)
-        self._crash: asyncio.Future[None] | None = None
-        self._leases_task: asyncio.Task[None] | None = None
-        self._engine: Engine | None = None
         self._loop: PrefillLoop | None = None
-        self._pool: SharedPool | None = None
         self._sender: KvSender | None = None
+        self._leases_task: asyncio.Task[None] | None = None
 
-    @property
-    def address(self) -> str:
-        return self._instance.address
+    def make_loop(self, engine: Engine) -> PrefillLoop:
+        self._loop = PrefillLoop(engine, self._config.prefill, self._clock)
+        return self._loop
 
-    async def start(self) -> None:
-        self._crash = asyncio.get_running_loop().create_future()
-        await self._thread.start()
-        assert self._engine is not None
+    def report(self) -> LoopReport:
         assert self._loop is not None
-        loop = self._loop
-        self._sender = KvSender(self._engine.layout, self._engine.pool, self._pool, self.instance_id)
-        sender = self._sender
+        return self._loop.report
 
-        def add_services(server: grpc.aio.Server) -> None:
-            worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(self._service, self._clock), server)
-            transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(
-                KvTransferServicer(sender, self._service, self._clock), server
-            )
+    def links(self) -> tuple[LinkStats, ...]:
+        assert self._sender is not None
+        return self._sender.links()
 
+    def deliver(self, events: list[LoopEvent]) -> None:
+        self._service.deliver(events)
+
+    async def connect(self, engine: Engine, pool: SharedPool | None) -> None:
+        self._sender = KvSender(engine.layout, pool, self.instance_id)
         self._leases_task = asyncio.create_task(self._service.expire_leases(), name="leases")
-        await self._instance.listen(add_services, lambda: loop.report, sender.links)
 
-    async def wait_closed(self) -> None:
-        assert self._crash is not None, "start first"
-        await asyncio.shield(self._crash)
+    def add_services(self, server: grpc.aio.Server) -> None:
+        assert self._sender is not None
+        transfer = KvTransferServicer(self._sender, self._service, self._clock)
+        transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(transfer, server)
+        worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(self._service, self._clock), server)
 
-    async def drain_and_stop(self, grace_s: float) -> None:
-        await self._instance.drain(grace_s)
-        await self._instance.close()
+    async def disconnect(self) -> None:
         if self._leases_task is not None:
             self._leases_task.cancel()
             await asyncio.gather(self._leases_task, return_exceptions=True)
         if self._sender is not None:
             await self._sender.close()
-        await self._thread.stop()
-        if self._engine is not None:
-            self._engine.close()
-        if self._pool is not None:
-            self._pool.close()
-        if self._crash is not None and not self._crash.done():
-            self._crash.set_result(None)
-
-    def _make_loop(self) -> PrefillLoop:
-        """On the loop's thread."""
-        self._engine, self._pool = load_worker_engine(self._config, self._config.prefill.engine)
-        self._loop = PrefillLoop(self._engine, self._config.prefill, self._clock)
-        return self._loop
-
-    def _deliver(self, events: list[LoopEvent]) -> None:
-        self._service.deliver(events)
-
-    def _crashed(self, error: BaseException) -> None:
-        assert self._crash is not None
-        if not self._crash.done():
-            self._crash.set_exception(error)

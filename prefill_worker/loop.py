@@ -61,12 +61,7 @@ class Release:
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
-class DropCache:
-    """Empty the prefix cache."""
-
-
-LoopCommand = Submit | Release | DropCache
+LoopCommand = Submit | Release
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -107,10 +102,10 @@ class PrefillLoop:
         self._max_model_len = capacity.max_model_len
         self._eos_token_ids = frozenset(engine.spec.eos_token_ids)
         self._pool = BlockPool(capacity.num_blocks)
-        self._prefix_index = PrefixIndex(self._pool, capacity.block_size, enabled=section.prefix_cache)
+        prefix_index = PrefixIndex(self._pool, capacity.block_size, enabled=section.prefix_cache)
         policy = PrefillPolicy(section.max_batch_tokens, section.max_queue)
         self._scheduler = PrefillScheduler(
-            policy, self._pool, self._prefix_index, capacity.block_size, capacity.max_model_len
+            policy, self._pool, prefix_index, capacity.block_size, capacity.max_model_len
         )
         self._attempts: dict[Key, _Attempt] = {}  # until the last chunk is computed
         self._held: dict[Key, Sequence] = {}  # from then until Release
@@ -129,8 +124,6 @@ class PrefillLoop:
                 self._submit(key, submit)
             case Release(key):
                 self._release(key)
-            case DropCache():
-                self._prefix_index.clear()
 
     def prepare(self) -> bool:
         now_s = self._clock.now_s()

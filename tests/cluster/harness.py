@@ -1,0 +1,186 @@
+"""A whole cluster on loopback: real processes, real sockets, a real model; no Ray, which has its own tests."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from core.session import InstanceStatus, Role
+from wire.channels import open_channel
+from wire.fleet import FleetDescription, describe_fleet
+
+START_TIMEOUT_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Cluster:
+    """Router and workers as `python -m` processes, each with its configuration and log in `folder`."""
+
+    model: Path
+    folder: Path
+    prefill: dict[str, Any] = field(default_factory=dict)
+    decode: dict[str, Any] = field(default_factory=dict)
+    router: dict[str, Any] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.http_port, self.grpc_port, self.control_port = free_port(), free_port(), free_port()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc_address(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def control_address(self) -> str:
+        return f"127.0.0.1:{self.control_port}"
+
+    def start_router(self) -> None:
+        section = {
+            "http": f"127.0.0.1:{self.http_port}",
+            "grpc": self.grpc_address,
+            "control": self.control_address,
+        }
+        self.start("router", "router", {"router": section | self.router})
+
+    def start_worker(self, name: str, role: Role) -> None:
+        section = self.prefill if role is Role.PREFILL else self.decode
+        config = {"routers": [self.control_address], "heartbeat_s": 0.1, role.value: section}
+        self.start(name, f"{role.value}_worker", config)
+
+    def start(self, name: str, module: str, config: dict[str, Any]) -> None:
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"model": str(self.model), "cluster_token": "test-token"} | config))
+        with self.log_path(name).open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", module, "--config", str(path)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+
+    def log_path(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {name}\n{self.log_path(name).read_text()[-4000:]}" for name in self.processes)
+
+    def wait_ready(self, prefill: int = 1, decode: int = 1) -> None:
+        """Until so many instances of each role are READY and the router serves."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            dead = [name for name, process in self.processes.items() if process.poll() is not None]
+            assert not dead, f"{dead} ended at start\n{self.logs()}"
+            with contextlib.suppress(httpx.HTTPError):
+                healthy = httpx.get(f"{self.url}/health", timeout=1.0).status_code == 200
+                roles = [status.role for status in self.instances()] if healthy else []
+                if roles.count(Role.PREFILL) == prefill and roles.count(Role.DECODE) == decode:
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"the cluster was not ready in {START_TIMEOUT_S} s\n{self.logs()}")
+
+    def describe(self) -> FleetDescription:
+        import asyncio
+
+        async def ask() -> FleetDescription:
+            async with open_channel(self.control_address, "test-token") as channel:
+                return await describe_fleet(channel, timeout_s=2.0)
+
+        return asyncio.run(ask())
+
+    def instances(self) -> tuple[InstanceStatus, ...]:
+        return self.describe().instances
+
+    def wait_idle(self, timeout_s: float) -> None:
+        """Until no worker holds anything for a request. Cached prefixes may stay; nothing may have leaked."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            statuses = self.instances()
+            busy = [
+                status
+                for status in statuses
+                if status.blocks.running or status.blocks.leased or status.waiting_requests or status.running_requests
+            ]
+            if not busy:
+                break
+            assert time.monotonic() < deadline, f"still held after {timeout_s} s: {busy}\n{self.logs()}"
+            time.sleep(0.05)
+        for status in statuses:
+            blocks = status.blocks
+            assert blocks.leaked == 0, f"{status.instance_id} leaks: {blocks}"
+            assert blocks.free + blocks.cached == blocks.total, f"{status.instance_id}: {blocks}"
+
+    def kill(self, name: str) -> None:
+        process = self.processes.pop(name)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+
+    def stop(self) -> None:
+        """SIGTERM to all; each must end by itself, with status 0."""
+        for process in self.processes.values():
+            process.send_signal(signal.SIGTERM)
+        failures = []
+        for name, process in self.processes.items():
+            try:
+                if process.wait(20) != 0:
+                    failures.append(f"{name} ended with {process.returncode}")
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+                failures.append(f"{name} did not end on SIGTERM")
+        assert not failures, f"{failures}\n{self.logs()}"
+
+
+@contextlib.contextmanager
+def running_cluster(
+    model: Path,
+    folder: Path,
+    *,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    prefill: dict[str, Any] | None = None,
+    decode: dict[str, Any] | None = None,
+    router: dict[str, Any] | None = None,
+) -> Iterator[Cluster]:
+    """Up, ready, and at the end stopped and free of leaks."""
+    engine = {"threads": 1, "kv_memory": "64MiB", "dtype": "float32"}
+    cluster = Cluster(
+        model,
+        folder,
+        prefill={"engine": engine} | (prefill or {}),
+        decode={"engine": engine} | (decode or {}),
+        router=router or {},
+    )
+    try:
+        cluster.start_router()
+        for index in range(num_prefill):
+            cluster.start_worker(f"prefill-{index}", Role.PREFILL)
+        for index in range(num_decode):
+            cluster.start_worker(f"decode-{index}", Role.DECODE)
+        cluster.wait_ready(num_prefill, num_decode)
+        yield cluster
+        cluster.wait_idle(timeout_s=5.0)
+    except BaseException:
+        for process in cluster.processes.values():
+            process.kill()
+        raise
+    cluster.stop()

@@ -1,0 +1,161 @@
+"""The prefill loop, turned by hand."""
+
+from dataclasses import replace
+from typing import Any
+
+from core.clock import ManualClock
+from core.config import PrefillSection
+from core.request import FinishReason, GenerationRequest, SamplingParams
+from core.session import PrefillFinished, PrefillStarted, RequestFailed, SubmitPrefill
+from core.shipment import hash_token_ids
+from prefill_worker.loop import Hold, Key, LoopEvent, PrefillLoop, Release, Submit, Tell
+from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
+
+PROMPT = tuple(range(1, 11))
+
+
+def make(engine: FakeEngine, clock: ManualClock | None = None, **section: Any) -> PrefillLoop:
+    defaults = {"max_batch_tokens": 16, "prefix_cache": False}
+    return PrefillLoop(engine, PrefillSection(**(defaults | section)), clock or ManualClock())  # type: ignore[arg-type]
+
+
+def submit(handle: int, token_ids: tuple[int, ...] = PROMPT, deadline_s: float = 100.0, **sampling: Any) -> Submit:
+    params = SamplingParams(**({"max_tokens": 5} | sampling))
+    request = GenerationRequest(f"r{handle}", token_ids, params, deadline_s=deadline_s)
+    return Submit(Key(0, handle), SubmitPrefill(handle, request))
+
+
+def turn(loop: PrefillLoop) -> list[LoopEvent]:
+    if loop.prepare():
+        loop.compute()
+    else:
+        loop.idle()
+    return loop.take_events()
+
+
+def test_a_prompt_is_computed_and_held_until_released() -> None:
+    clock = ManualClock()
+    loop = make(FakeEngine(before_step=lambda: clock.advance(0.5)), clock)
+    loop.apply(submit(1))
+    clock.advance(0.25)
+    started, finished, hold = turn(loop)
+    assert started == Tell(Key(0, 1), PrefillStarted(1, 0))
+    assert isinstance(finished, Tell)
+    event = finished.event
+    assert isinstance(event, PrefillFinished)
+    assert event.token.token_id == next_token(PROMPT, 10)
+    assert (event.finish_reason, event.queue_s, event.compute_s) == (None, 0.25, 0.5)
+    assert isinstance(hold, Hold)
+    manifest = hold.manifest
+    manifest.check(request_id="r1", epoch=0, token_ids=PROMPT, fingerprint=LAYOUT.fingerprint)
+    assert manifest.token_hash == hash_token_ids(PROMPT)
+    assert len(manifest.block_ids) == 3
+    loop.idle()
+    assert loop.report.blocks.leased == 3
+    loop.apply(Release(Key(0, 1)))
+    assert turn(loop) == []
+    assert loop.report.blocks.free == LAYOUT.num_blocks
+
+
+def test_long_prompts_go_in_chunks_and_are_packed_with_others() -> None:
+    engine = FakeEngine()
+    loop = make(engine)
+    loop.apply(submit(1, tuple(range(1, 31))))
+    loop.apply(submit(2))
+    events = [event for _ in range(3) for event in turn(loop)]
+    assert [[len(part.token_ids) for part in step] for step in engine.steps] == [[16], [14, 2], [8]]
+    assert [type(event.event).__name__ for event in events if isinstance(event, Tell)] == [
+        "PrefillStarted",
+        "PrefillStarted",
+        "PrefillFinished",
+        "PrefillFinished",
+    ]
+
+
+def test_an_answer_of_one_token_holds_nothing() -> None:
+    for engine, sampling, reason in (
+        (FakeEngine(), {"max_tokens": 1}, FinishReason.LENGTH),
+        (FakeEngine(draw=lambda *_: EOS), {}, FinishReason.STOP),
+    ):
+        loop = make(engine)
+        loop.apply(submit(1, **sampling))
+        _, finished = turn(loop)
+        assert isinstance(finished, Tell)
+        assert isinstance(finished.event, PrefillFinished)
+        assert finished.event.finish_reason is reason
+        assert turn(loop) == []
+        assert loop.report.blocks.free == LAYOUT.num_blocks
+
+
+def test_release_in_every_phase_frees_everything() -> None:
+    loop = make(FakeEngine())
+    loop.apply(submit(1, tuple(range(1, 31))))  # will be between two chunks
+    turn(loop)
+    loop.apply(submit(2))  # waiting
+    loop.apply(Release(Key(0, 1)))
+    loop.apply(Release(Key(0, 2)))
+    loop.apply(Release(Key(0, 3)))  # unknown
+    assert turn(loop) == []
+    assert loop.report.blocks.free == LAYOUT.num_blocks
+
+
+def test_a_failed_step_fails_its_requests_and_the_next_one_works() -> None:
+    def out_of_memory() -> None:
+        raise RuntimeError("out of memory")
+
+    engine = FakeEngine(before_step=out_of_memory)
+    loop = make(engine)
+    loop.apply(submit(1))
+    _, failed = turn(loop)
+    assert isinstance(failed, Tell)
+    assert isinstance(failed.event, RequestFailed)
+    assert failed.event.code == "unavailable"
+    engine.before_step = lambda: None
+    loop.apply(submit(2))
+    assert len(turn(loop)) == 3
+
+
+def test_a_request_with_unusable_logits_fails_alone() -> None:
+    loop = make(FakeEngine(broken_positions={4}))
+    loop.apply(submit(1, (1, 2, 3, 4)))
+    loop.apply(submit(2))
+    events = turn(loop)
+    failed = [e.event for e in events if isinstance(e, Tell) and isinstance(e.event, RequestFailed)]
+    assert [event.handle for event in failed] == [1]
+    assert [e.key.handle for e in events if isinstance(e, Hold)] == [2]
+
+
+def test_a_passed_deadline_is_told_and_a_full_queue_too() -> None:
+    clock = ManualClock()
+    loop = make(FakeEngine(), clock, max_queue=1)
+    loop.apply(submit(1, deadline_s=1.0))
+    loop.apply(submit(2))
+    clock.advance(2.0)
+    codes = [e.event.code for e in turn(loop) if isinstance(e, Tell) and isinstance(e.event, RequestFailed)]
+    assert codes == ["overloaded", "deadline_exceeded"]
+
+
+def test_prompt_logprobs_cover_the_prompt_over_chunks_and_skip_the_cache() -> None:
+    loop = make(FakeEngine(), prefix_cache=True)
+    prompt = tuple(range(1, 31))
+    for handle in (1, 2):
+        loop.apply(submit(handle, prompt, prompt_logprobs=0))
+        events = [event for _ in range(2) for event in turn(loop)]
+        finished = next(e.event for e in events if isinstance(e, Tell) and isinstance(e.event, PrefillFinished))
+        assert finished.num_cached_tokens == 0
+        assert finished.prompt_logprobs is not None
+        assert [None if p is None else p.token_id for p in finished.prompt_logprobs] == [None, *prompt[1:]]
+
+
+def test_a_repeated_prompt_comes_from_the_cache_of_its_tenant() -> None:
+    loop = make(FakeEngine(), prefix_cache=True)
+    cached = []
+    for handle, salt in ((1, ""), (2, ""), (3, "other tenant")):
+        command = submit(handle)
+        request = replace(command.command.request, cache_salt=salt)
+        loop.apply(Submit(command.key, SubmitPrefill(handle, request)))
+        events = turn(loop)
+        cached += [
+            e.event.num_cached_tokens for e in events if isinstance(e, Tell) and isinstance(e.event, PrefillStarted)
+        ]
+    assert cached == [0, 8, 0]
