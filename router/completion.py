@@ -1,0 +1,289 @@
+"""From text to text: tokenizes a request, starts one generation per choice, and turns their tokens into deltas.
+
+    CompletionRequest -> prompt ids -> one TokenGenerator.start per choice -> Delta, Delta, ... -> Finish
+
+Several choices of one prompt are several requests with seeds derived from one. The first goes ahead alone until its
+first token is there: the prompt's KV is then in the prefix cache, and the others cost next to nothing.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import replace
+from random import Random
+from types import TracebackType
+from typing import Protocol, Self
+
+from core.completion import (
+    ChatPrompt,
+    CompletionRequest,
+    Delta,
+    Finish,
+    ModelInfo,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
+from core.errors import ModelNotFoundError, TandemError, UnavailableError
+from core.generation import Generation, TokenGenerator
+from core.request import FinishReason, GenerationRequest, SampledToken
+from router.limits import answer_length, check_request
+from router.stop import StopMatcher, StopStrings
+from router.tokenizer import TextTokenizer
+
+_SEED_MASK = (1 << 63) - 1
+
+
+def derive_seed(seed: int, choice: int) -> int:
+    """Seed of a choice in [0, 2^63): choice 0 has the given one, the others a mix of both (splitmix64)."""
+    if choice == 0:
+        return seed & _SEED_MASK
+    mixed = (seed + choice * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (mixed ^ (mixed >> 31)) & _SEED_MASK
+
+
+class Choice:
+    """One choice of an answer: follows its generation and says what is new in text."""
+
+    def __init__(
+        self, index: int, generation: Generation, tokenizer: TextTokenizer, stop_strings: StopStrings | None
+    ) -> None:
+        self.index = index
+        self._generation = generation
+        self._detokenizer = tokenizer.detokenizer()
+        self._matcher = None if stop_strings is None else StopMatcher(stop_strings)
+        self._stop_ids = frozenset(generation.request.sampling.stop_token_ids)
+        self._num_tokens = 0
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Ends after the delta with a finish; closes the generation however it ends."""
+        try:
+            wants_prompt = self._generation.request.sampling.prompt_logprobs is not None
+            async for tokens in self._generation:
+                self._num_tokens += len(tokens)
+                delta, found = self._read(tokens)
+                if wants_prompt:
+                    delta = replace(delta, prompt_logprobs=self._generation.prompt_logprobs)
+                    wants_prompt = False
+                if found:
+                    self._generation.finish_reason = FinishReason.STOP
+                    await self._generation.aclose()
+                    yield replace(delta, finish=self._finish(FinishReason.STOP))
+                    return
+                yield delta
+            text, found = self._rest()
+            reason = FinishReason.STOP if found else self._generation.finish_reason
+            assert reason is not None, "a generation that ends without an error says why"
+            yield Delta(self.index, text, finish=self._finish(reason))
+        finally:
+            await self._generation.aclose()
+
+    def _read(self, tokens: tuple[SampledToken, ...]) -> tuple[Delta, bool]:
+        """The delta, and whether the answer ends with it because of a stop string.
+
+        A stop token can only be the last one: the workers end the generation with it.
+        """
+        stop_token = None
+        if tokens[-1].token_id in self._stop_ids:
+            tokens, stop_token = tokens[:-1], tokens[-1]
+        push = self._detokenizer.push
+        text = push(tokens[0].token_id) if len(tokens) == 1 else "".join([push(token.token_id) for token in tokens])
+        if self._matcher is None:
+            return Delta(self.index, text, tokens, stop_token), False
+        text, found = self._matcher.push(text)
+        return Delta(self.index, text, tokens, stop_token), found
+
+    def _rest(self) -> tuple[str, bool]:
+        """Text that was held back, once no token follows, and whether it completes a stop string."""
+        text = self._detokenizer.flush()
+        if self._matcher is None:
+            return text, False
+        text, found = self._matcher.push(text)
+        return text if found else text + self._matcher.flush(), found
+
+    def _finish(self, reason: FinishReason) -> Finish:
+        return Finish(reason, self._generation.timeline(), self._num_tokens)
+
+
+class RunningCompletion:
+    """A `core.completion.Completion`. `groups` has the generations to start, one group per prompt."""
+
+    def __init__(
+        self,
+        groups: tuple[tuple[GenerationRequest, ...], ...],
+        request: CompletionRequest,
+        generator: TokenGenerator,
+        tokenizer: TextTokenizer,
+    ) -> None:
+        self._groups = groups
+        self._stop_strings = StopStrings(request.stop) if request.stop else None
+        self._received_s = request.received_s
+        self._generator = generator
+        self._tokenizer = tokenizer
+        self._generations: list[Generation] = []
+        self._leaders: list[Choice] = []
+        self._iterator: AsyncGenerator[Delta, None] | None = None
+        self._news: asyncio.Queue[Delta | asyncio.Task[None]] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def prompt_token_ids(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(group[0].token_ids for group in self._groups)
+
+    def start(self) -> None:
+        """Start the first choice of every prompt. Raises what `TokenGenerator.start` raises."""
+        for position, group in enumerate(self._groups):
+            self._leaders.append(self._choice(group[0], position * len(group)))
+
+    def _choice(self, request: GenerationRequest, index: int) -> Choice:
+        generation = self._generator.start(request, self._received_s)
+        self._generations.append(generation)
+        return Choice(index, generation, self._tokenizer, self._stop_strings)
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        assert self._iterator is None, "the deltas are given once"
+        single = len(self._groups) == 1 and len(self._groups[0]) == 1
+        self._iterator = self._leaders[0].deltas() if single else self._merged()
+        return self._iterator
+
+    async def _merged(self) -> AsyncGenerator[Delta, None]:
+        """Each task's deltas come before the task itself, which comes when it is done."""
+        for leader, group in zip(self._leaders, self._groups, strict=True):
+            self._spawn(leader, group[1:])
+        while self._tasks:
+            news = await self._news.get()
+            if isinstance(news, Delta):
+                yield news
+            else:
+                self._tasks.discard(news)
+                news.result()
+
+    def _spawn(self, choice: Choice, followers: tuple[GenerationRequest, ...] = ()) -> None:
+        task = asyncio.create_task(self._pump(choice, followers))
+        task.add_done_callback(self._news.put_nowait)
+        self._tasks.add(task)
+
+    async def _pump(self, choice: Choice, followers: tuple[GenerationRequest, ...]) -> None:
+        async for delta in choice.deltas():
+            self._news.put_nowait(delta)
+            for offset, follower in enumerate(followers, start=1):
+                self._spawn(self._choice(follower, choice.index + offset))
+            followers = ()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End whatever still runs."""
+        if self._iterator is not None:
+            await self._iterator.aclose()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        for generation in self._generations:
+            await generation.aclose()
+
+
+class RefusalObserver(Protocol):
+    def refused(self, error: TandemError) -> None:
+        """A request was refused before the `TokenGenerator` heard of it."""
+        ...
+
+
+class TextService:
+    """A `core.completion.CompletionService` for one model. `random` gives the seeds of requests that name none."""
+
+    def __init__(
+        self,
+        *,
+        generator: TokenGenerator,
+        tokenizer: TextTokenizer,
+        model: str,
+        random: Random,
+        observers: Sequence[RefusalObserver] = (),
+    ) -> None:
+        self._generator = generator
+        self._tokenizer = tokenizer
+        self._model = model
+        self._random = random
+        self._observers = tuple(observers)
+
+    def refused(self, error: TandemError) -> None:
+        """Also for what an API refuses before it gets here."""
+        for observer in self._observers:
+            observer.refused(error)
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        try:
+            return (ModelInfo(self._model, self._generator.max_model_len),)
+        except UnavailableError:
+            return (ModelInfo(self._model, None),)
+
+    async def open(self, request: CompletionRequest) -> RunningCompletion:
+        """Raises InvalidRequestError, ContextLengthError, ModelNotFoundError, and what `TokenGenerator` raises."""
+        try:
+            groups = await self._prepare(request)
+        except TandemError as error:
+            self.refused(error)
+            raise
+        completion = RunningCompletion(groups, request, self._generator, self._tokenizer)
+        try:
+            completion.start()
+        except TandemError:
+            await completion.aclose()
+            raise
+        return completion
+
+    async def _prepare(self, request: CompletionRequest) -> tuple[tuple[GenerationRequest, ...], ...]:
+        if request.model != self._model:
+            raise ModelNotFoundError(
+                f"The model '{request.model}' does not exist; this server has '{self._model}'.", param="model"
+            )
+        check_request(request, self._tokenizer.vocab_size)
+        return tuple(
+            [self._group(request, await self._token_ids(prompt), index) for index, prompt in enumerate(request.prompts)]
+        )
+
+    async def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        match prompt:
+            case TextPrompt(text):
+                return await self._tokenizer.encode(text)
+            case ChatPrompt(messages):
+                return await self._tokenizer.encode_chat(messages)
+            case TokenPrompt(token_ids):
+                return token_ids
+
+    def _group(
+        self, request: CompletionRequest, token_ids: tuple[int, ...], position: int
+    ) -> tuple[GenerationRequest, ...]:
+        """The generations of one prompt. The tokenizer's word on end of sequence is the one that counts."""
+        wanted = request.sampling
+        seed = self._random.getrandbits(63) if request.seed is None else request.seed
+        eos = () if wanted.ignore_eos else self._tokenizer.eos_token_ids
+        sampling = replace(
+            wanted,
+            max_tokens=answer_length(len(token_ids), request.max_tokens, self._generator.max_model_len),
+            stop_token_ids=tuple(sorted({*wanted.stop_token_ids, *eos})),
+        )
+        single = len(request.prompts) * request.n == 1
+        return tuple(
+            GenerationRequest(
+                request_id=request.request_id if single else f"{request.request_id}-{position * request.n + choice}",
+                token_ids=token_ids,
+                sampling=replace(
+                    sampling,
+                    seed=derive_seed(seed, choice),
+                    prompt_logprobs=wanted.prompt_logprobs if choice == 0 else None,
+                ),
+                cache_salt=request.cache_salt,
+                deadline_s=request.deadline_s,
+            )
+            for choice in range(request.n)
+        )

@@ -1,0 +1,69 @@
+"""The HTTP server: uvicorn, with its C parser and event loop, on a socket that is bound before anything is said."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from core.config import split_address
+from core.errors import ConfigError
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals belong to the process, which runs more than this server."""
+        yield
+
+
+class HttpServer:
+    """Serves one ASGI application on `address` (host:port; port 0: any free one). `start`, then `stop`, once each."""
+
+    def __init__(self, app: Any, address: str, *, stop_timeout_s: float = 5.0) -> None:
+        self._address = address
+        config = uvicorn.Config(
+            app,
+            loop="none",  # the process has chosen its loop
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=max(1, round(stop_timeout_s)),
+            backlog=2048,
+        )
+        self._server = _Server(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Bind and serve; returns the address it really listens on. Raises ConfigError if it cannot."""
+        host, port = split_address(self._address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+        except OSError as error:
+            listener.close()
+            raise ConfigError(f"cannot listen on {self._address}: {error.strerror or error}") from error
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started:
+            if self._task.done():
+                await self._task
+                raise ConfigError(f"cannot listen on {self._address}: the HTTP server ended at once")
+            await asyncio.sleep(0.005)
+        bound = listener.getsockname()[1]
+        return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+
+    async def stop(self) -> None:
+        """Take no more requests, let those running end for `stop_timeout_s`, then cut them off."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
