@@ -11,12 +11,13 @@ from core.errors import ConfigError
 from core.request import SamplingParams
 from engine.config import EngineConfig
 from engine.engine import Engine, load_engine
+from engine.ops.native_library import NativeUnavailableError, load_native_library
 from engine.step import SampleRequest, SequenceSlice
 from tests.engine.conftest import CONFIGS, Checkpoints, write_checkpoint
 from tests.engine.driver import Driver
 
 
-def _engine(path: Path, dtype: str = "float32", **options: int) -> Engine:
+def _engine(path: Path, dtype: str = "float32", ops: str = "torch", max_model_len: int | None = None) -> Engine:
     return load_engine(
         EngineConfig(
             path,
@@ -25,60 +26,65 @@ def _engine(path: Path, dtype: str = "float32", **options: int) -> Engine:
             num_threads=1,
             kv_memory_bytes=4 << 20,
             block_size=8,
-            ops="torch",
-            **options,
+            max_model_len=max_model_len,
+            ops=ops,
         )
     )
+
+
+@pytest.fixture(scope="module", params=["torch", "native"])
+def ops(request: pytest.FixtureRequest) -> str:
+    """Both ways to compute; the native one only where there is a compiler."""
+    if request.param == "native":
+        try:
+            load_native_library()
+        except NativeUnavailableError as error:
+            pytest.skip(str(error))
+    return str(request.param)
 
 
 def _prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(300), k=length)
 
 
-def _prompt_scores(engine: Engine, prompt: list[int], chunk_tokens: int) -> torch.Tensor:
-    """Log-probabilities [tokens - 1, vocab] of every position, computed in chunks."""
+def _check_scores(engine: Engine, prompt: list[int], chunk_tokens: int, expected: torch.Tensor, atol: float) -> None:
+    """Compare the log-probabilities of every position, computed in chunks, with `expected` logits [tokens, vocab]."""
+    scores = expected.log_softmax(-1)
     blocks = list(range(3, 3 + engine.layout.blocks_for(len(prompt))))[::-1]
-    rows = []
     for start in range(0, len(prompt), chunk_tokens):
-        chunk, following = prompt[start : start + chunk_tokens], prompt[start + chunk_tokens : start + chunk_tokens + 1]
-        part = SequenceSlice(
-            chunk, start, blocks, prompt_logprobs=300, next_token_id=following[0] if following else None
-        )
+        end = start + chunk_tokens
+        following = prompt[end] if end < len(prompt) else None
+        part = SequenceSlice(prompt[start:end], start, blocks, prompt_logprobs=12, next_token_id=following)
         entries = engine.step([part]).prompt_logprobs[0]
         assert entries is not None
-        for entry, token_id in zip(entries, [*chunk[1:], *following], strict=True):
-            row = torch.empty(300)
-            for candidate, score in entry.top:
-                row[candidate] = score
-            assert entry.token_id == token_id
-            assert row[token_id] == entry.logprob
-            rows.append(row)
-    return torch.stack(rows)
+        assert [entry.token_id for entry in entries] == prompt[start + 1 : end + 1]
+        for position, entry in enumerate(entries, start):
+            assert entry.logprob == pytest.approx(float(scores[position, entry.token_id]), abs=atol)
+            top = torch.tensor([score for _, score in entry.top])
+            torch.testing.assert_close(top, scores[position, [token for token, _ in entry.top]], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_agree_in_float32(name: str, checkpoints: Checkpoints) -> None:
-    engine = _engine(checkpoints[name].path)
-    prompt = _prompt(150)
-    expected = checkpoints[name].logits(prompt).log_softmax(-1)[:-1]
-    for chunk_tokens in (150, 37):
-        torch.testing.assert_close(_prompt_scores(engine, prompt, chunk_tokens), expected, atol=1e-4, rtol=0)
+def test_logits_agree_in_float32(name: str, ops: str, checkpoints: Checkpoints) -> None:
+    engine = _engine(checkpoints[name].path, ops=ops)
+    prompt = _prompt(100)
+    expected = checkpoints[name].logits(prompt)
+    for chunk_tokens in (100, 37):
+        _check_scores(engine, prompt, chunk_tokens, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3", "opt"])
-def test_logits_agree_loosely_in_bfloat16(name: str, checkpoints: Checkpoints) -> None:
-    engine = _engine(checkpoints[name].path, dtype="bfloat16")
+def test_logits_agree_loosely_in_bfloat16(name: str, ops: str, checkpoints: Checkpoints) -> None:
+    engine = _engine(checkpoints[name].path, dtype="bfloat16", ops=ops)
     prompt = _prompt(60)
-    expected = checkpoints[name].logits(prompt).log_softmax(-1)[:-1]
-    scores = _prompt_scores(engine, prompt, 25)
-    assert (scores - expected).abs().mean() < 0.1
+    _check_scores(engine, prompt, 25, checkpoints[name].logits(prompt), atol=0.6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_tokens_agree_in_mixed_batches(name: str, checkpoints: Checkpoints) -> None:
+def test_greedy_tokens_agree_in_mixed_batches(name: str, ops: str, checkpoints: Checkpoints) -> None:
     """Packed prompts, chunked prompts and decodes with scattered blocks, in the same steps."""
     reference = checkpoints[name]
-    driver = Driver(_engine(reference.path))
+    driver = Driver(_engine(reference.path, ops=ops))
     early = [driver.add(_prompt(length, seed=length), 20) for length in (1, 8, 30)]
     for _ in range(4):
         driver.step(early)
@@ -104,11 +110,9 @@ def test_longrope_takes_the_long_factors_for_a_context_beyond_the_trained_one(
     config.rope_parameters["original_max_position_embeddings"] = 32
     reference = write_checkpoint(config, tmp_path)
     prompt = _prompt(60)
-    expected = reference.logits(prompt).log_softmax(-1)[:-1]
-    torch.testing.assert_close(_prompt_scores(_engine(tmp_path), prompt, 60), expected, atol=1e-4, rtol=0)
-    short = reference.logits(prompt[:32]).log_softmax(-1)[:-1]
+    _check_scores(_engine(tmp_path), prompt, 60, reference.logits(prompt), atol=1e-4)
     limited = _engine(tmp_path, max_model_len=32)
-    torch.testing.assert_close(_prompt_scores(limited, prompt[:32], 32), short, atol=1e-4, rtol=0)
+    _check_scores(limited, prompt[:32], 32, reference.logits(prompt[:32]), atol=1e-4)
 
 
 def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoints: Checkpoints) -> None:
