@@ -236,7 +236,7 @@ def _write_weights(folder: Path, weights: Sequence[Weight], seed: int, dtype: st
         if shards[-1] and (sum(w.count() for w in shards[-1]) + weight.count()) * item_bytes > shard_bytes:
             shards.append([])
         shards[-1].append(weight)
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_safetensors(folder / file_name, shard, seed, dtype)
