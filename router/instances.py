@@ -29,12 +29,14 @@ WorkerEvent = PrefillEvent | DecodeEvent
 ProgressEvent = PrefillStarted | PrefillFinished | DecodeReserved | TransferCommitted
 
 
-class WorkerSession(Protocol):
-    """An open session with one worker."""
-
+class CommandSender(Protocol):
     def send(self, command: WorkerCommand) -> None:
         """Queue a command; never blocks. Raises UnavailableError once the session is closed."""
         ...
+
+
+class WorkerSession(CommandSender, Protocol):
+    """An open session with one worker."""
 
     def events(self) -> AsyncIterator[WorkerEvent]:
         """In order. Raises UnavailableError when the worker is gone."""
@@ -83,7 +85,7 @@ class Instance:
         self.waiting_tokens = 0  # dispatched from here and not computed yet
         self.held_tokens = 0  # KV slots that open requests hold or may grow to
         self._others_waiting_tokens = status.waiting_tokens  # of other routers, as of the last report
-        self._session: WorkerSession | None = None
+        self._session: CommandSender | None = None
         self._open: dict[int, _Open] = {}
 
     @property
@@ -122,7 +124,7 @@ class Instance:
         self.heard_s = now_s
         self._others_waiting_tokens = max(0, status.waiting_tokens - self.waiting_tokens)
 
-    def connect(self, session: WorkerSession) -> None:
+    def connect(self, session: CommandSender) -> None:
         assert self._session is None, "an instance has one session"
         self._session = session
 

@@ -1,7 +1,7 @@
 """Workers without processes: sessions whose events a test sends by hand, or that answer from a small rule."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -275,3 +275,52 @@ class Player:
     async def fail_decode(self, error: TandemError) -> None:
         self.decode.push(RequestFailed(self.open.handle, error.code, error.message))
         await settle()
+
+
+async def play_whole(player: Player) -> None:
+    await player.start_prefill()
+    await player.finish_prefill()
+    await player.commit()
+    await player.generate(2)
+    await player.generate(2, skip=3, last=True)
+
+
+async def collect_until(error: type[TandemError], running: RunningRequest) -> list[int]:
+    """The tokens that came before it failed with that error."""
+    received: list[int] = []
+    try:
+        async for tokens in running:
+            received.extend(token.token_id for token in tokens)
+    except error:
+        return received
+    raise AssertionError(f"the request did not fail with {error.__name__}")
+
+
+async def both_prefills(cluster: Cluster) -> tuple[str, str]:
+    """(the one that has the request, the other)"""
+    await until(lambda: cluster.session("p1").commands or cluster.session("p2").commands)
+    return ("p1", "p2") if cluster.session("p1").commands else ("p2", "p1")
+
+
+# --- the phases a request can be in when something happens ---
+
+Step = Callable[[Player], Awaitable[None]]
+
+
+async def queued(player: Player) -> None:
+    await player.take_submit()
+
+
+async def prefilling(player: Player) -> None:
+    await player.start_prefill()
+
+
+async def transferring(player: Player) -> None:
+    await player.start_prefill()
+    await player.finish_prefill()
+
+
+async def decoding(player: Player) -> None:
+    await transferring(player)
+    await player.commit()
+    await player.generate(2)

@@ -1,0 +1,124 @@
+"""What `/metrics` shows of requests and of the fleet."""
+
+import asyncio
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from core.errors import OverloadedError, TandemError
+from core.request import FinishReason
+from core.session import BlockCounts, LinkStats, Role
+from core.timeline import PARTS, Stage, Timeline
+from router import metrics
+from router.metrics import OUTCOMES, Metrics
+from router.records import AttemptRecord, RequestRecord
+from scheduling.routing import Choice
+from tests.router.fakes import Cluster, make_request, make_status, running_cluster
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def read(page: Metrics) -> Samples:
+    samples: Samples = {}
+    for family in text_string_to_metric_families(page.render().decode()):
+        for sample in family.samples:
+            samples[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+    return samples
+
+
+def make_record(outcome: str = "length") -> RequestRecord:
+    stamps = {stage: i * 0.01 for i, stage in enumerate(Stage)}
+    timeline = Timeline(stamps, num_prompt_tokens=20, num_cached_tokens=16, num_output_tokens=5, num_attempts=2)
+    attempts = tuple(AttemptRecord(epoch=i, prefill_id="p1", prefill_choice=Choice("p1", ())) for i in range(2))
+    return RequestRecord("r", outcome, None, timeline, attempts)
+
+
+def watched(cluster: Cluster) -> Metrics:
+    page = Metrics()
+    page.watch(cluster.fleet, cluster.dispatcher)
+    return page
+
+
+def test_finished_request_is_counted_with_its_parts() -> None:
+    page = Metrics()
+    page.requests.finished(make_record())
+    samples = read(page)
+    assert samples["tandem_requests_total", (("outcome", "length"),)] == 1
+    assert samples["tandem_ttft_seconds_count", ()] == 1
+    assert samples["tandem_tpot_seconds_count", ()] == 1
+    parts_s = sum(samples["tandem_request_part_seconds_sum", (("part", name),)] for _, name in PARTS)
+    assert abs(parts_s - make_record().timeline.total_s) < 1e-9
+    assert samples["tandem_attempts_total", ()] == 2
+    assert samples["tandem_retries_total", ()] == 1
+    assert samples["tandem_prompt_tokens_total", ()] == 20
+    assert samples["tandem_cached_prompt_tokens_total", ()] == 16
+    assert samples["tandem_output_tokens_total", ()] == 5
+
+
+def test_outcomes_are_a_fixed_list() -> None:
+    class StrangeError(TandemError):
+        code = "made up by a client"
+
+    page = Metrics()
+    before = len(read(page))
+    page.requests.refused(OverloadedError("full"))
+    page.requests.refused(StrangeError("?"))
+    samples = read(page)
+    assert len(samples) == before
+    assert samples["tandem_requests_total", (("outcome", "overloaded"),)] == 1
+    assert samples["tandem_requests_total", (("outcome", "internal"),)] == 1
+    assert {reason.value for reason in FinishReason} <= set(OUTCOMES)
+
+
+def test_all_names_have_the_prefix_and_are_described_once() -> None:
+    names = [value.name for value in vars(metrics).values() if isinstance(value, metrics.Description)]
+    assert len(names) == len(set(names)) > 20
+    assert all(name.startswith("tandem_") for name in names)
+
+
+async def test_fleet_as_the_heartbeats_tell_it() -> None:
+    async with running_cluster("p1", "d1") as cluster:
+        page = watched(cluster)
+        link = LinkStats("p1", "shared_memory", transfers=3, transfer_bytes=4096, transfer_s=0.5, failures=1)
+        blocks = BlockCounts(total=64, free=40, running=20, cached=0, leased=3, leaked=1)
+        cluster.fleet.heartbeat(
+            make_status("d1", Role.DECODE, blocks=blocks, links=(link,), preemptions=2, steps=9, waiting_requests=4)
+        )
+        samples = read(page)
+        decode = (("instance", "d1"), ("role", "decode"))
+        assert samples["tandem_instance_up", decode] == 1
+        assert samples["tandem_instance_waiting_requests", decode] == 4
+        assert samples["tandem_preemptions_total", decode] == 2
+        assert samples["tandem_instance_steps_total", decode] == 9
+        owners = {
+            owner: samples["tandem_kv_blocks", (("instance", "d1"), ("owner", owner), ("role", "decode"))]
+            for owner in metrics.BLOCK_OWNERS
+        }
+        assert owners == {"total": 64, "free": 40, "running": 20, "cached": 0, "leased": 3, "leaked": 1}
+        on_link = (("instance", "d1"), ("peer", "p1"), ("road", "shared_memory"))
+        assert samples["tandem_transfers_total", on_link] == 3
+        assert samples["tandem_transfer_bytes_total", on_link] == 4096
+        assert samples["tandem_transfer_seconds_total", on_link] == 0.5
+        assert samples["tandem_transfer_failures_total", on_link] == 1
+
+
+async def test_gone_instances_take_their_series_with_them() -> None:
+    async with running_cluster("p1", "d1") as cluster:
+        page = watched(cluster)
+        address = cluster.instance("p1").status.address
+        assert any(("instance", "p1") in labels for _, labels in read(page))
+        cluster.fleet.heartbeat(make_status("p2", Role.PREFILL, address=address))
+        samples = read(page)
+        assert not any(("instance", "p1") in labels for _, labels in samples)
+        assert samples["tandem_instance_up", (("instance", "p2"), ("role", "prefill"))] == 0
+
+
+async def test_requests_that_run_now() -> None:
+    async with running_cluster("p1", "d1") as cluster:
+        page = watched(cluster)
+        running = [cluster.start(make_request(f"r{i}")) for i in range(3)]
+        samples = read(page)
+        assert samples["tandem_queued_requests", ()] == 3
+        assert samples["tandem_running_requests", ()] == 0
+        assert samples["tandem_instance_open_requests", (("instance", "p1"), ("role", "prefill"))] == 3
+        await asyncio.gather(*(each.aclose() for each in running))
+        assert read(page)["tandem_queued_requests", ()] == 0
