@@ -18,8 +18,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from core.errors import UnavailableError
 from core.session import LinkStats
 from core.shipment import Manifest
+
+
+class PeerGoneError(UnavailableError):
+    """The other side of a link cannot be reached; an UnavailableError that is not one of its own answers."""
 
 
 class Road(StrEnum):
@@ -50,7 +55,8 @@ class LinkOffer:
 
 @dataclass(frozen=True, slots=True)
 class LinkReply:
-    """Prefill's side. `link_id` is new for every link; a link that failed is never used again.
+    """Prefill's side. `link_id` is new for every link; a link that failed is never used again. Either side's death, or
+    `unlink`, ends the link on the other side too.
 
     `socket_name` (an abstract Unix socket) and `nonce` (good for one use) lead to the pool's descriptor when the road
     is shared memory; they are empty otherwise.
@@ -110,13 +116,21 @@ class GrantReply:
 
 
 class PeerControl(Protocol):
-    """A prefill instance, as decode reaches it. Every method raises a TandemError of the peer, UnavailableError when
-    the peer is gone and DeadlineError when `timeout_s` has passed. All are cancelled with the awaiting task."""
+    """A prefill instance, as decode reaches it. Every method raises a TandemError of the peer, PeerGoneError when it
+    cannot be reached and DeadlineError when `timeout_s` has passed. All are cancelled with the awaiting task."""
 
     @property
     def instance_id(self) -> str: ...
 
     async def link(self, offer: LinkOffer, timeout_s: float) -> LinkReply: ...
+
+    def is_linked(self, link_id: str) -> bool:
+        """False once the link has ended, from whichever side."""
+        ...
+
+    def unlink(self, link_id: str) -> None:
+        """End the link; without effect when it has ended. Never waits."""
+        ...
 
     async def pull(self, request_id: str, epoch: int, timeout_s: float) -> Manifest: ...
 
@@ -151,6 +165,12 @@ class KvLinkServer(Protocol):
     """The prefill side of the links (`kv_transfer.sender.KvSender`)."""
 
     async def link(self, offer: LinkOffer) -> LinkReply: ...
+
+    async def ended(self, link_id: str) -> None:
+        """Return when the link has ended on this side."""
+        ...
+
+    def unlink(self, link_id: str) -> None: ...
 
     async def send(self, grant: Grant, manifest: Manifest) -> GrantReply: ...
 

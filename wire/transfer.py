@@ -1,14 +1,27 @@
-"""The control channel of the KV hand-over: decode's end (`PeerControl` over a channel) and prefill's end (a servicer)."""
+"""The control channel of the KV hand-over: decode's end (`PeerControl` over a channel), prefill's end (a servicer)."""
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
 
 from core.clock import Clock
-from core.errors import InvalidRequestError, TandemError, TransferError, UnavailableError
+from core.errors import DeadlineError, InvalidRequestError, TandemError, TransferError
 from core.shipment import Manifest
-from core.transfer import Grant, GrantReply, HostIdentity, KvHolder, KvLinkServer, LinkOffer, LinkReply, Portion, Road
+from core.transfer import (
+    Grant,
+    GrantReply,
+    HostIdentity,
+    KvHolder,
+    KvLinkServer,
+    LinkOffer,
+    LinkReply,
+    PeerGoneError,
+    Portion,
+    Road,
+)
+from tandem.rpc_errors import CODE_KEY
 from tandem.v1 import transfer_pb2, transfer_pb2_grpc
 from wire.convert import sampled_from_pb, sampled_to_pb
 from wire.status import abort, error_from_rpc
@@ -30,8 +43,9 @@ class KvTransferClient:
     """A prefill instance as decode reaches it (`core.transfer.PeerControl`). The channel stays the caller's."""
 
     def __init__(self, channel: grpc.aio.Channel, instance_id: str) -> None:
-        self._stub = transfer_pb2_grpc.KvTransferServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._stub = transfer_pb2_grpc.KvTransferServiceStub(channel)
         self._instance_id = instance_id
+        self._link_calls: dict[str, grpc.aio.UnaryStreamCall[Any, Any]] = {}
 
     @property
     def instance_id(self) -> str:
@@ -45,10 +59,24 @@ class KvTransferClient:
             uid=offer.host.uid,
             roads=[_ROAD_TO_PB[road] for road in offer.roads],
         )
-        reply = await _call(self._stub.Link, request, timeout_s)
-        road = _ROAD_FROM_PB.get(reply.road)
+        call = self._stub.Link(request)
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await call.read()
+        except TimeoutError as error:
+            call.cancel()
+            raise DeadlineError("the prefill worker did not answer in time") from error
+        except grpc.aio.AioRpcError as error:
+            raise _peer_error(error) from error
+        except BaseException:
+            call.cancel()
+            raise
+        road = _ROAD_FROM_PB.get(reply.road) if reply is not grpc.aio.EOF else None
         if road is None:
-            raise TransferError("the prefill worker named an unknown road")
+            call.cancel()
+            raise TransferError("the prefill worker's answer names no road")
+        self._link_calls = {link_id: other for link_id, other in self._link_calls.items() if not other.done()}
+        self._link_calls[reply.link_id] = call
         return LinkReply(
             link_id=reply.link_id,
             instance_id=reply.instance_id,
@@ -58,6 +86,14 @@ class KvTransferClient:
             socket_name=reply.socket_name,
             nonce=reply.nonce,
         )
+
+    def is_linked(self, link_id: str) -> bool:
+        call = self._link_calls.get(link_id)
+        return call is not None and not call.done()
+
+    def unlink(self, link_id: str) -> None:
+        if call := self._link_calls.pop(link_id, None):
+            call.cancel()
 
     async def pull(self, request_id: str, epoch: int, timeout_s: float) -> Manifest:
         request = transfer_pb2.PullRequest(request_id=request_id, epoch=epoch)
@@ -108,11 +144,15 @@ class KvTransferClient:
 async def _call(method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
     try:
         return await method(request, timeout=max(0.0, timeout_s))
-    except grpc.aio.AioRpcError as rpc_error:
-        error = error_from_rpc(rpc_error)
-        if isinstance(error, UnavailableError):
-            error = UnavailableError("the prefill worker cannot be reached")
-        raise error from rpc_error
+    except grpc.aio.AioRpcError as error:
+        raise _peer_error(error) from error
+
+
+def _peer_error(rpc_error: grpc.aio.AioRpcError) -> TandemError:
+    trailing = rpc_error.trailing_metadata()
+    if rpc_error.code() is grpc.StatusCode.UNAVAILABLE and not (trailing and CODE_KEY in trailing):
+        return PeerGoneError("the prefill worker cannot be reached")
+    return error_from_rpc(rpc_error)
 
 
 class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
@@ -123,8 +163,8 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         self._holder = holder
         self._clock = clock
 
-    async def Link(self, request: transfer_pb2.LinkRequest, context: Any) -> transfer_pb2.LinkResponse:
-        async def answer() -> transfer_pb2.LinkResponse:
+    async def Link(self, request: transfer_pb2.LinkRequest, context: Any) -> AsyncIterator[transfer_pb2.LinkResponse]:
+        async def answer() -> LinkReply:
             _check_names(request.instance_id, request.fingerprint, request.boot_id)
             _require(len(request.roads) <= MAX_ROADS, "too many roads are offered")
             offer = LinkOffer(
@@ -133,8 +173,11 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
                 host=HostIdentity(request.boot_id, request.uid),
                 roads=tuple(_ROAD_FROM_PB[road] for road in request.roads if road in _ROAD_FROM_PB),
             )
-            reply = await self._links.link(offer)
-            return transfer_pb2.LinkResponse(
+            return await self._links.link(offer)
+
+        reply = await _answer(context, answer)
+        try:
+            yield transfer_pb2.LinkResponse(
                 link_id=reply.link_id,
                 instance_id=reply.instance_id,
                 fingerprint=reply.fingerprint,
@@ -143,8 +186,9 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
                 socket_name=reply.socket_name,
                 nonce=reply.nonce,
             )
-
-        return await _answer(context, answer)
+            await self._links.ended(reply.link_id)
+        finally:
+            self._links.unlink(reply.link_id)
 
     async def Pull(self, request: transfer_pb2.PullRequest, context: Any) -> transfer_pb2.PullResponse:
         async def answer() -> transfer_pb2.PullResponse:

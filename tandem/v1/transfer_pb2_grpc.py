@@ -36,7 +36,7 @@ class KvTransferServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Link = channel.unary_unary(
+        self.Link = channel.unary_stream(
                 '/tandem.v1.KvTransferService/Link',
                 request_serializer=tandem_dot_v1_dot_transfer__pb2.LinkRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_transfer__pb2.LinkResponse.FromString,
@@ -74,7 +74,8 @@ class KvTransferServiceServicer:
     """
 
     def Link(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Answers once, and stays open for as long as the link lives.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -114,7 +115,7 @@ class KvTransferServiceServicer:
 
 def add_KvTransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Link': grpc.unary_unary_rpc_method_handler(
+            'Link': grpc.unary_stream_rpc_method_handler(
                     servicer.Link,
                     request_deserializer=tandem_dot_v1_dot_transfer__pb2.LinkRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_transfer__pb2.LinkResponse.SerializeToString,
@@ -168,7 +169,7 @@ class KvTransferService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/tandem.v1.KvTransferService/Link',

@@ -1,0 +1,112 @@
+"""Hands a file descriptor to another process of the same host and user, over an abstract Unix socket.
+
+The prefill worker offers its pool's descriptor; decode was told the socket's name and a nonce over the control
+channel. The kernel vouches for the peer's user, the nonce for its having been invited.
+"""
+
+import os
+import secrets
+import socket
+import struct
+import threading
+from pathlib import Path
+
+from core.errors import TransferError
+from core.transfer import HostIdentity
+
+NONCE_BYTES = 32
+_SOCKET_TIMEOUT_S = 1.0
+_MAX_NONCES = 1024  # invitations nobody took up; the oldest go first
+
+
+def host_identity() -> HostIdentity:
+    """This process's kernel (fresh at each boot) and user."""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot_id = f"unknown-{secrets.token_hex(16)}"  # equal to no other
+    return HostIdentity(boot_id, os.getuid())
+
+
+class DescriptorServer:
+    """Gives away read-only copies of one descriptor, each for one nonce. One thread, idle but for `accept`."""
+
+    def __init__(self, listener: socket.socket, fd: int) -> None:
+        self._listener = listener
+        self._fd = fd
+        self._nonces: dict[bytes, None] = {}
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._serve, name="kv-descriptors", daemon=True)
+
+    @classmethod
+    def start(cls, fd: int) -> "DescriptorServer":
+        """`fd` stays the caller's, and is duplicated read-only here."""
+        read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(f"\0tandem-kv-{secrets.token_hex(16)}")
+        listener.listen(64)
+        server = cls(listener, read_only)
+        server._thread.start()
+        return server
+
+    @property
+    def name(self) -> str:
+        name: bytes = self._listener.getsockname()
+        return name[1:].decode()
+
+    def invite(self) -> bytes:
+        """A nonce that is good for one descriptor."""
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        with self._lock:
+            if len(self._nonces) >= _MAX_NONCES:
+                del self._nonces[next(iter(self._nonces))]
+            self._nonces[nonce] = None
+        return nonce
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join()
+        self._listener.close()
+        os.close(self._fd)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    self._answer(connection)
+                except OSError:
+                    continue  # the other side went away, or was too slow: it is told nothing
+
+    def _answer(self, connection: socket.socket) -> None:
+        connection.settimeout(_SOCKET_TIMEOUT_S)
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, uid, _ = struct.unpack("3i", credentials)
+        if uid != os.getuid():
+            return
+        nonce = connection.recv(NONCE_BYTES, socket.MSG_WAITALL)
+        with self._lock:
+            invited = nonce in self._nonces
+            self._nonces.pop(nonce, None)
+        if invited:
+            socket.send_fds(connection, [b"k"], [self._fd])
+
+
+def fetch_descriptor(name: str, nonce: bytes) -> int:
+    """The descriptor behind an invitation; the caller closes it. Raises TransferError."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(2 * _SOCKET_TIMEOUT_S)
+            connection.connect(f"\0{name}")
+            connection.sendall(nonce)
+            message, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+    except OSError as error:
+        raise TransferError("the prefill worker's memory cannot be reached from here") from error
+    if not message or len(descriptors) != 1:
+        for fd in descriptors:
+            os.close(fd)
+        raise TransferError("the prefill worker did not hand over its memory")
+    return descriptors[0]

@@ -1,0 +1,49 @@
+"""A thread that owns something: jobs that touch it run there, one after another."""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class OwnerThread:
+    """Runs jobs in the order they were submitted. The thread is a daemon: one stuck in a dead peer's socket until its
+    timeout does not hold up the end of the process."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @classmethod
+    def start(cls, name: str) -> "OwnerThread":
+        owner = cls(name)
+        owner._thread.start()
+        return owner
+
+    def submit(self, job: Callable[[], Result]) -> Future[Result]:
+        """The future carries the job's result or error. Cancelling it drops a job that has not begun."""
+        future: Future[Result] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the jobs submitted so far. Does not wait."""
+        self._jobs.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        """True when the thread has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            future, job = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the job
+                    future.set_exception(error)
+            del item, future, job  # they hold what the job used, and the next one may be long in coming

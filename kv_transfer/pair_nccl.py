@@ -1,0 +1,86 @@
+"""A pair over NCCL, between GPUs. NOT RUN YET: no GPU was at hand when it was written; see tests marked `gpu`.
+
+Non-blocking communicator with few thread blocks, so that it can be aborted and leaves the SMs to the engine; waits
+poll, so that they can time out. NCCL has no tags: one shipment at a time, windows in order, is the match. A process
+that uses this sets TORCH_NCCL_ASYNC_ERROR_HANDLING=0 before importing torch, or torch ends it on the first error.
+"""
+
+import time
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from core.errors import TransferError
+from kv_transfer.pair import Pending
+from kv_transfer.rendezvous import Board, BoardStore
+
+_POLL_S = 0.0002
+_MAX_CTAS = 4
+
+
+class _NcclPending:
+    def __init__(self, work: distributed.Work, keep: torch.Tensor) -> None:
+        self._work = work
+        self._keep = keep
+
+    def wait(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while not self._work.is_completed():
+                if time.monotonic() > deadline_s:
+                    raise TransferError("the KV link stalled")
+                time.sleep(_POLL_S)
+            self._work.wait()  # orders the current stream after the operation; the host does not wait
+        except RuntimeError as error:
+            raise TransferError("the KV link broke while bytes were moving") from error
+
+
+class NcclPair:
+    """Between GPUs, on a stream of its own."""
+
+    def __init__(self, group: Any, peer_rank: int, device: torch.device) -> None:
+        self._group = group
+        self._peer_rank = peer_rank
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.device = device
+
+    @classmethod
+    def connect(cls, rank: int, board: Board, device: torch.device, timeout_s: float) -> "NcclPair":
+        """Blocks until the other rank does the same. Raises TransferError."""
+        options = distributed.ProcessGroupNCCL.Options()
+        options.config.blocking = 0
+        options.config.min_ctas = 1
+        options.config.max_ctas = _MAX_CTAS
+        options._timeout = timedelta(seconds=timeout_s)
+        options.global_ranks_in_group = [0, 1]
+        try:
+            group = distributed.ProcessGroupNCCL(BoardStore(board, timeout_s), rank, 2, options)
+            group._set_sequence_number_for_group()
+            group.eager_connect_single_device(device)
+        except RuntimeError as error:
+            raise TransferError("the two workers did not find each other for the KV link") from error
+        return cls(group, 1 - rank, device)
+
+    def send(self, data: torch.Tensor) -> Pending:
+        try:
+            return _NcclPending(self._group.send([data], self._peer_rank, 0), data)
+        except RuntimeError as error:
+            raise TransferError("the KV link is broken") from error
+
+    def receive(self, data: torch.Tensor) -> Pending:
+        try:
+            return _NcclPending(self._group.recv([data], self._peer_rank, 0), data)
+        except RuntimeError as error:
+            raise TransferError("the KV link is broken") from error
+
+    def stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream)
+
+    def settle(self) -> None:
+        self._stream.synchronize()
+
+    def abort(self) -> None:
+        self._group.abort()
