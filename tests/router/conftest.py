@@ -1,68 +1,15 @@
-"""A small checkpoint's text files, and a router's HTTP side on a scripted generator."""
+"""Fixtures of the text side: a small tokenizer, and a running front."""
 
-import asyncio
-import itertools
-import json
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
-import httpx
-import openai
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
 from core.clock import SystemClock
-from core.config import RouterSection
-from core.errors import TandemError
-from core.request import GenerationRequest
-from router.completion import TextService
-from router.http_app import HttpApp
-from router.http_server import HttpServer
 from router.tokenizer import TextTokenizer
-from tests.router.text_fakes import ScriptedGenerator
-
-MODEL = "tiny"
-CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}
-{%- if message['role'] not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role') }}{% endif %}
-<|im_start|>{{ message['role'] }}
-{{ message['content'] }}<|im_end|>
-{% endfor %}
-{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
-def write_checkpoint(folder: Path) -> Path:
-    """A byte-level BPE tokenizer over this file's text, with a chat template; no weights."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(Path(__file__).read_text().splitlines(keepends=True), trainer)
-    tokenizer.add_tokens([AddedToken("grüße", normalized=False)])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|endoftext|>",
-        "eos_token": {"content": "<|im_end|>"},
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 768, "eos_token_id": 0}))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
-    return folder
+from tests.router.front import Front, serve_front, write_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -84,79 +31,6 @@ def tokenizer(checkpoint: Path, executor: ThreadPoolExecutor) -> TextTokenizer:
 @pytest.fixture(scope="session")
 def raw_tokenizer(checkpoint: Path) -> Tokenizer:
     return Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-
-
-@dataclass
-class Refusals:
-    """Counts what was refused before it reached the generator; also the metrics page."""
-
-    errors: list[TandemError] = field(default_factory=list)
-
-    def refused(self, error: TandemError) -> None:
-        self.errors.append(error)
-
-    def render(self) -> bytes:
-        return f"refused_total {len(self.errors)}\n".encode()
-
-
-@dataclass
-class Front:
-    """A running router front on a scripted generator. `say` sets what it answers."""
-
-    tokenizer: TextTokenizer
-    raw_tokenizer: Tokenizer
-    generator: ScriptedGenerator
-    refusals: Refusals
-    url: str = ""
-
-    def ids(self, text: str) -> list[int]:
-        return list(self.raw_tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def say(self, text: str, *, then_eos: bool = True) -> None:
-        """Answer every request with that text; then end, or repeat a dot for ever."""
-        ids = self.ids(text)
-        ending = [min(self.tokenizer.eos_token_ids)] if then_eos else []
-        self.generator.script = lambda _: itertools.chain(ids, ending, itertools.repeat(self.ids(".")[0]))
-
-    def client(self, **options: object) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=20, **options)  # type: ignore[arg-type]
-
-    def openai(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
-
-    async def wait_until_idle(self) -> None:
-        async with asyncio.timeout(1.0):
-            while self.generator.running:
-                await asyncio.sleep(0.005)
-
-
-def echo_script(request: GenerationRequest) -> Iterator[int]:
-    """Says the prompt again and again: an answer that depends on the request."""
-    return itertools.cycle([token_id for token_id in request.token_ids if token_id > 2] or [5])
-
-
-@asynccontextmanager
-async def serve_front(
-    tokenizer: TextTokenizer, raw_tokenizer: Tokenizer, settings: RouterSection | None = None
-) -> AsyncIterator[Front]:
-    generator = ScriptedGenerator(echo_script)
-    refusals = Refusals()
-    random = Random(1)
-    service = TextService(generator=generator, tokenizer=tokenizer, model=MODEL, random=random, observers=(refusals,))
-    app = HttpApp(
-        service=service,
-        tokenizer=tokenizer,
-        settings=settings or RouterSection(max_body=1 << 20),
-        metrics=refusals,
-        clock=SystemClock(),
-        random=random,
-    )
-    server = HttpServer(app, "127.0.0.1:0", stop_timeout_s=1.0)
-    front = Front(tokenizer, raw_tokenizer, generator, refusals, f"http://{await server.start()}")
-    try:
-        yield front
-    finally:
-        await server.stop()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """/v1/chat/completions with plain HTTP."""
 
-from tests.router.conftest import MODEL, Front
+from tests.router.front import MODEL, Front
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}]}
 

@@ -1,0 +1,151 @@
+"""The public gRPC API: `InferenceService` in front of a `core.completion.CompletionService`."""
+
+import logging
+from random import Random
+from typing import Any
+
+import grpc
+
+from core.clock import Clock
+from core.completion import (
+    ChatMessage,
+    ChatPrompt,
+    CompletionRequest,
+    CompletionService,
+    Delta,
+    Finish,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
+from core.errors import InternalError, InvalidRequestError, TandemError
+from core.timeline import Stage, Timeline
+from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from wire.convert import finish_to_pb, logprob_to_pb, prompt_logprobs_to_pb, sampling_from_pb
+from wire.status import abort
+
+_LOG = logging.getLogger(__name__)
+
+
+def _prompt_from_pb(pb: inference_pb2.GenerateRequest) -> Prompt:
+    match pb.WhichOneof("prompt"):
+        case "text":
+            return TextPrompt(pb.text)
+        case "chat":
+            return ChatPrompt(tuple(ChatMessage(message.role, message.content) for message in pb.chat.messages))
+        case "tokens":
+            return TokenPrompt(tuple(pb.tokens.token_ids))
+        case _:
+            raise InvalidRequestError("The request has no prompt: set text, chat or tokens.", param="prompt")
+
+
+def request_from_pb(
+    pb: inference_pb2.GenerateRequest, *, model: str, request_id: str, received_s: float, timeout_s: float | None
+) -> CompletionRequest:
+    """`model` and `request_id` are for a message that names none, `timeout_s` is what its deadline leaves.
+
+    Raises InvalidRequestError if there is no prompt; everything else is for the service to judge.
+    """
+    return CompletionRequest(
+        request_id=pb.request_id or request_id,
+        model=pb.model or model,
+        prompts=(_prompt_from_pb(pb),),
+        received_s=received_s,
+        sampling=sampling_from_pb(pb.sampling),
+        seed=pb.sampling.seed if pb.sampling.HasField("seed") else None,
+        max_tokens=pb.sampling.max_tokens if pb.sampling.HasField("max_tokens") else None,
+        stop=tuple(pb.stop),
+        cache_salt=pb.cache_salt,
+        deadline_s=float("inf") if timeout_s is None else received_s + timeout_s,
+    )
+
+
+def timeline_to_pb(timeline: Timeline) -> common_pb2.Timeline:
+    received_s = timeline.stamps[Stage.RECEIVED]
+    stamps = sorted((at_s - received_s, stage.value) for stage, at_s in timeline.stamps.items())
+    return common_pb2.Timeline(
+        stamps=[common_pb2.Timeline.Stamp(stage=stage, at_s=at_s) for at_s, stage in stamps],
+        parts=[common_pb2.Timeline.Part(name=name, duration_s=part_s) for name, part_s in timeline.parts().items()],
+        total_s=timeline.total_s,
+        ttft_s=timeline.ttft_s,
+        tpot_s=timeline.tpot_s,
+        num_attempts=timeline.num_attempts,
+    )
+
+
+def _usage_to_pb(finish: Finish) -> common_pb2.Usage:
+    return common_pb2.Usage(
+        prompt_tokens=finish.timeline.num_prompt_tokens,
+        completion_tokens=finish.num_output_tokens,
+        cached_tokens=finish.timeline.num_cached_tokens,
+    )
+
+
+def delta_to_pb(delta: Delta, request_id: str) -> inference_pb2.GenerateResponse:
+    """A stop token is among the token ids, though no part of the text."""
+    tokens = delta.tokens if delta.stop_token is None else (*delta.tokens, delta.stop_token)
+    response = inference_pb2.GenerateResponse(
+        request_id=request_id,
+        text=delta.text,
+        token_ids=[token.token_id for token in tokens],
+        logprobs=[logprob_to_pb(token.logprob) for token in tokens if token.logprob is not None],
+    )
+    if delta.prompt_logprobs is not None:
+        response.prompt_logprobs.extend(prompt_logprobs_to_pb(delta.prompt_logprobs))
+    if delta.finish is not None:
+        response.finish_reason = finish_to_pb(delta.finish.reason)
+        response.usage.CopyFrom(_usage_to_pb(delta.finish))
+        response.timeline.CopyFrom(timeline_to_pb(delta.finish.timeline))
+    return response
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """`random` makes the ids of requests that bring none. A cancelled call frees what runs for it at once."""
+
+    def __init__(self, service: CompletionService, clock: Clock, random: Random) -> None:
+        self._service = service
+        self._clock = clock
+        self._random = random
+
+    async def Generate(
+        self,
+        request: inference_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
+    ) -> None:
+        """Writes to the context instead of yielding: so a cancellation always arrives inside the `async with`."""
+        received_s = self._clock.now_s()
+        try:
+            await self._generate(request, context, received_s)
+        except TandemError as error:
+            await abort(context, error)
+        except grpc.aio.UsageError:
+            _LOG.info("a call ended while its answer was written")
+        except Exception:  # the door: the client gets a status, the log the reason
+            _LOG.exception("a request failed")
+            await abort(context, InternalError("The server failed to answer; its log has the reason."))
+
+    async def _generate(
+        self,
+        pb: inference_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
+        received_s: float,
+    ) -> None:
+        request = request_from_pb(
+            pb,
+            model=self._service.models()[0].name,
+            request_id=f"{self._random.getrandbits(96):024x}",
+            received_s=received_s,
+            timeout_s=context.time_remaining(),
+        )
+        async with await self._service.open(request) as completion:
+            async for delta in completion:
+                await context.write(delta_to_pb(delta, request.request_id))
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Any
+    ) -> inference_pb2.ListModelsResponse:
+        """`max_model_len` is 0 while no worker is there."""
+        models = self._service.models()
+        return inference_pb2.ListModelsResponse(
+            models=[inference_pb2.Model(id=model.name, max_model_len=model.max_model_len or 0) for model in models]
+        )
