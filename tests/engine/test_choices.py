@@ -1,0 +1,102 @@
+"""The choices behind "auto", and the refusals of what cannot be."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.errors import ConfigError
+from core.model_spec import ModelSpec
+from engine import device as device_module
+from engine.config import EngineConfig
+from engine.device import choose_device, choose_dtype, choose_threads
+from engine.engine import load_engine
+from engine.ops import choose as choose_module
+from engine.ops.choose import choose_ops
+from engine.ops.native_library import NativeUnavailableError
+from tests.engine.conftest import Checkpoints
+
+_CPU = torch.device("cpu")
+_CUDA = torch.device("cuda")
+
+
+def _spec(dtype: str) -> ModelSpec:
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 8,
+    }
+    return ModelSpec.from_config_json({"architectures": ["LlamaForCausalLM"], "dtype": dtype, **shape})
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "cpu_has_bf16", "device", "expected"),
+    [
+        ("bfloat16", True, _CPU, torch.bfloat16),
+        ("bfloat16", False, _CPU, torch.float32),
+        ("float32", True, _CPU, torch.float32),
+        ("float16", True, _CPU, torch.bfloat16),
+        ("bfloat16", False, _CUDA, torch.bfloat16),
+    ],
+)
+def test_auto_dtype(
+    checkpoint: str, cpu_has_bf16: bool, device: torch.device, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "cpu_multiplies_bf16", lambda: cpu_has_bf16)
+    assert choose_dtype("auto", _spec(checkpoint), device) is expected
+
+
+def test_dtype_by_name() -> None:
+    assert choose_dtype("bfloat16", _spec("float32"), _CPU) is torch.bfloat16
+    with pytest.raises(ConfigError, match="'int8' is not supported"):
+        choose_dtype("int8", _spec("float32"), _CPU)
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == _CPU
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("tpu", "meta", "cuda:99"):
+        with pytest.raises(ConfigError, match=name):
+            choose_device(name)
+
+
+def test_threads() -> None:
+    assert choose_threads(3) == 3
+    assert choose_threads(0) == len(os.sched_getaffinity(0))
+
+
+def test_ops_without_native_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """auto computes with torch and says why; native is refused with the same reason."""
+
+    def unavailable() -> None:
+        raise NativeUnavailableError("no C++ compiler was found")
+
+    monkeypatch.setattr(choose_module, "load_native_library", unavailable)
+    with caplog.at_level(logging.INFO):
+        ops = choose_ops("auto", torch.bfloat16, _CPU, 64, num_threads=1)
+    assert (ops.name, ops.activation_dtype) == ("torch", torch.bfloat16)
+    assert "no C++ compiler was found" in caplog.text
+    with pytest.raises(ConfigError, match="no C\\+\\+ compiler was found"):
+        choose_ops("native", torch.bfloat16, _CPU, 64, num_threads=1)
+
+
+@pytest.mark.parametrize(("device", "head_dim"), [(_CUDA, 64), (_CPU, 512)])
+def test_native_kernels_are_not_for_everything(device: torch.device, head_dim: int) -> None:
+    assert choose_ops("auto", torch.float32, device, head_dim, num_threads=1).name == "torch"
+    with pytest.raises(ConfigError, match="Native ops cannot be used"):
+        choose_ops("native", torch.float32, device, head_dim, num_threads=1)
+
+
+def test_unknown_ops() -> None:
+    with pytest.raises(ConfigError, match="'cuda' are not known"):
+        choose_ops("cuda", torch.float32, _CPU, 64, num_threads=1)
+
+
+def test_kv_memory_too_small_for_one_block(checkpoints: Checkpoints) -> None:
+    path: Path = checkpoints["llama"].path
+    with pytest.raises(ConfigError, match="kv_memory of 100 bytes holds no block"):
+        load_engine(EngineConfig(path, device="cpu", num_threads=1, kv_memory_bytes=100, ops="torch"))
