@@ -90,12 +90,12 @@ class BoardStore(Store):
         self._board = board
         self._timeout_s = timeout_s
 
-    def set(self, key: str, value: bytes | str) -> None:  # type: ignore[override]
+    def set(self, key: str, value: bytes | str) -> None:
         self._board.post(key, value.encode() if isinstance(value, str) else bytes(value))
 
     def get(self, key: str) -> bytes:
         return self._board.read(key, self._timeout_s)
 
-    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         for key in keys:
             self._board.read(key, self._timeout_s if timeout is None else timeout.total_seconds())

@@ -1,0 +1,125 @@
+"""A prefill worker without an engine: finished attempts, and a server in this or another process."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from core.clock import SystemClock
+from core.errors import DeadlineError, StaleEpochError
+from core.kv_layout import KvLayout
+from core.request import SampledToken
+from core.shipment import Manifest, hash_token_ids
+from core.transfer import GrantReply
+from kv_transfer.config import LinkConfig
+from kv_transfer.pool import SharedPool
+from kv_transfer.sender import KvSender
+from tandem.v1 import transfer_pb2_grpc
+from wire.channels import open_channel
+from wire.server import bind, build_server
+from wire.transfer import KvTransferClient, KvTransferServicer
+
+LAYOUT = KvLayout(
+    num_layers=3, num_blocks=40, num_kv_heads=2, block_size=4, head_dim=8, dtype="bfloat16", weights_hash="w"
+)
+
+
+def tokens(num_blocks: int, layout: KvLayout = LAYOUT) -> tuple[int, ...]:
+    """Token ids that fill that many blocks, the last one not quite."""
+    return tuple(range(100, 100 + num_blocks * layout.block_size - 1))
+
+
+def blocks_of(pool: torch.Tensor, layout: KvLayout, block_ids: list[int]) -> torch.Tensor:
+    """Their bytes, in the order [layer, kv, position, ...]."""
+    shaped = pool.view(torch.uint8)[: layout.pool_bytes].view(layout.num_layers, 2, layout.num_blocks, -1)
+    return shaped[:, :, block_ids]
+
+
+class FakeHolder:
+    """`core.transfer.KvHolder` over a dictionary. `finish` ends an attempt's prefill, `expire` its lease."""
+
+    def __init__(self, layout: KvLayout) -> None:
+        self._layout = layout
+        self._finished: dict[tuple[str, int], asyncio.Future[Manifest]] = {}
+        self.acknowledged: list[tuple[str, int]] = []
+        self.asked = asyncio.Event()
+
+    def _slot(self, request_id: str, epoch: int) -> "asyncio.Future[Manifest]":
+        return self._finished.setdefault((request_id, epoch), asyncio.get_running_loop().create_future())
+
+    def finish(self, request_id: str, epoch: int, block_ids: list[int]) -> Manifest:
+        token_ids = tokens(len(block_ids), self._layout)
+        manifest = Manifest(
+            request_id=request_id,
+            epoch=epoch,
+            num_tokens=len(token_ids),
+            token_hash=hash_token_ids(token_ids),
+            block_ids=tuple(block_ids),
+            fingerprint=self._layout.fingerprint,
+            bytes_per_layer=len(block_ids) * 2 * self._layout.segment_bytes,
+            first_token=SampledToken(7),
+        )
+        self._slot(request_id, epoch).set_result(manifest)
+        return manifest
+
+    def alter(self, request_id: str, epoch: int, **changes: object) -> None:
+        """Make an attempt's manifest lie."""
+        altered = replace(self._slot(request_id, epoch).result(), **changes)  # type: ignore[arg-type]
+        self._finished[(request_id, epoch)] = asyncio.get_running_loop().create_future()
+        self._finished[(request_id, epoch)].set_result(altered)
+
+    def expire(self, request_id: str, epoch: int) -> None:
+        del self._finished[(request_id, epoch)]
+
+    async def manifest(self, request_id: str, epoch: int, deadline_s: float) -> Manifest:
+        self.asked.set()
+        if any(name == request_id and current > epoch for name, current in self._finished):
+            raise StaleEpochError("given up")
+        try:
+            async with asyncio.timeout(deadline_s - SystemClock().now_s()):
+                return await asyncio.shield(self._slot(request_id, epoch))
+        except TimeoutError as error:
+            raise DeadlineError("not finished in time") from error
+
+    async def acknowledge(self, request_id: str, epoch: int) -> bool:
+        if self._finished.pop((request_id, epoch), None) is None:
+            return False
+        self.acknowledged.append((request_id, epoch))
+        return True
+
+
+@dataclass
+class Prefill:
+    """A served prefill side and decode's way to reach it."""
+
+    layout: KvLayout
+    pool: SharedPool
+    holder: FakeHolder
+    sender: KvSender
+    peer: KvTransferClient
+    address: str
+    replies: list[GrantReply]
+
+
+@asynccontextmanager
+async def serve_prefill(
+    layout: KvLayout = LAYOUT, *, config: LinkConfig | None = None, instance_id: str = "prefill-0"
+) -> AsyncIterator[Prefill]:
+    pool = SharedPool.create(layout.pool_bytes)
+    pool.tensor.random_(0, 256, generator=torch.Generator().manual_seed(1))
+    holder, sender = FakeHolder(layout), KvSender(layout, pool, instance_id, config)
+    server, _ = build_server()
+    servicer = KvTransferServicer(sender, holder, SystemClock())
+    transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    channel = open_channel(address)
+    try:
+        yield Prefill(layout, pool, holder, sender, KvTransferClient(channel, instance_id), address, [])
+    finally:
+        await channel.close()
+        await server.stop(None)
+        await sender.close()
+        pool.close()
