@@ -27,6 +27,7 @@ class ProcessInfo:
     """A process that is up. Workers' `address` is their gRPC address, the router's is its HTTP address."""
 
     name: str
+    role: ProcessRole
     pid: int
     address: str
     instance_id: str

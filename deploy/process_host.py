@@ -14,6 +14,8 @@ from typing import Protocol
 from core.errors import TandemError
 from deploy.topology import ProcessSpec
 
+_CLOSE_S = 6.0  # beyond its grace, for closing sockets and giving memory back
+
 
 class HostedApp(Protocol):
     """A worker or a router as the host sees it; built with its configuration alone."""
@@ -83,7 +85,7 @@ class ProcessHost:
 
     async def stop(self, grace_s: float) -> None:
         if self._app is not None:
-            async with asyncio.timeout(grace_s + 1.0):
+            async with asyncio.timeout(grace_s + _CLOSE_S):
                 await self._app.drain_and_stop(grace_s)
 
 

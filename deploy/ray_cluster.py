@@ -1,4 +1,5 @@
-"""Ray as Tandem uses it: it places and starts processes, and says when one has died. No token and no KV goes through it.
+"""Ray as Tandem uses it: it places and starts processes, and says when one has died. No token and no KV goes
+through it.
 
 One placement group for each instance, one actor for each rank, never restarted by Ray: the controller replaces an
 instance as a whole. A local Ray listens on loopback only, with a token of its own, without its dashboard.
@@ -20,12 +21,13 @@ from deploy.controller import ProcessInfo, RunningProcess
 from deploy.process_host import ProcessHost, StartReport
 from deploy.topology import ProcessSpec
 
-# Cores are shared out by deploy/topology.py, so Ray only counts places; it starts one spare process per CPU it is told of.
+# Cores are shared out by deploy/topology.py, so Ray counts places only. Of CPUs it is told as many as there will be
+# processes, because that many Python processes it warms up while it starts.
 PLACE = "tandem_process"
 _LOCAL_PLACES = 1000
 _OBJECT_STORE_BYTES = 80 << 20  # the least that Ray accepts, nearly: nothing of ours is stored there
 _PLACEMENT_TIMEOUT_S = 30.0
-_STOP_MARGIN_S = 2.0
+_STOP_MARGIN_S = 8.0  # more than a process gives itself to close, so that it may end by itself
 
 
 def local_ray_environment(token_path: Path) -> dict[str, str]:
@@ -121,7 +123,7 @@ class RayLauncher:
         except BaseException:
             _release(ray, actor, group)
             raise
-        info = ProcessInfo(spec.name, report.pid, report.address, report.instance_id, log_path)
+        info = ProcessInfo(spec.name, spec.role, report.pid, report.address, report.instance_id, log_path)
         return _RayProcess(ray, actor, group, info)
 
 

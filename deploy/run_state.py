@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -24,7 +25,8 @@ _KEPT_LOG_FOLDERS = 5
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """`process_started_s` tells the process from a later one that was given the same pid."""
+    """`process_started_s` tells the process from a later one that was given the same pid. `expected_road` is the one
+    that KV should take between its workers, None if any will do."""
 
     pid: int
     process_started_s: float
@@ -35,6 +37,7 @@ class RunState:
     cluster_token: str
     log_folder: str
     ray_folder: str
+    expected_road: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +73,30 @@ class StateFolders:
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
 
-    def _file(self, pid: int) -> Path:
-        return self.state / f"serve-{pid}.json"
-
     def write(self, run: RunState) -> None:
-        """Replaces what was there in one step, so that a reader never sees half a file."""
-        draft = self._file(run.pid).with_suffix(".new")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(asdict(run), file)
-        draft.replace(self._file(run.pid))
+        _write_whole(self._run_file(run.pid), asdict(run))
 
     def remove(self, pid: int) -> None:
-        self._file(pid).unlink(missing_ok=True)
+        self._run_file(pid).unlink(missing_ok=True)
+        self._scale_file(pid).unlink(missing_ok=True)
+
+    def leave_scale(self, pid: int, instances: Mapping[str, int]) -> None:
+        """Word for the run `pid`: how many instances of each role there should be."""
+        _write_whole(self._scale_file(pid), dict(instances))
+
+    def take_scale(self, pid: int) -> dict[str, int]:
+        """The word left for this run; nothing if there is none that can be read."""
+        try:
+            asked = json.loads(self._scale_file(pid).read_text())
+            return {role: int(number) for role, number in asked.items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
+    def _run_file(self, pid: int) -> Path:
+        return self.state / f"serve-{pid}.json"
+
+    def _scale_file(self, pid: int) -> Path:
+        return self.state / f"scale-{pid}.json"
 
     def running(self) -> list[RunState]:
         """Every run whose process lives, newest first. What dead ones left behind is cleared away."""
@@ -98,6 +112,16 @@ class StateFolders:
                 shutil.rmtree(run.ray_folder, ignore_errors=True)
                 path.unlink(missing_ok=True)
         return sorted(found, key=lambda run: run.process_started_s, reverse=True)
+
+
+def _write_whole(path: Path, value: dict[str, Any]) -> None:
+    """For this user's eyes alone, and in one step, so that a reader never sees half a file."""
+    draft = path.with_suffix(".new")
+    draft.unlink(missing_ok=True)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(value, file)
+    draft.replace(path)
 
 
 def process_started_s(pid: int) -> float:

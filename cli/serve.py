@@ -1,0 +1,167 @@
+"""`tandem serve`: start a cluster on this machine and keep it running until it is told to stop."""
+
+import argparse
+import asyncio
+import json
+import os
+import time
+from pathlib import Path
+
+from cli.common import add_config_arguments, read_config, say, state_folders
+from cli.signals import StopSignals, ignore_signals, signals_interrupt
+from core.clock import SystemClock
+from core.config import ServeConfig
+from core.errors import TandemError
+from deploy.controller import Event, Failed, Loading, Stopped, Up
+from deploy.machine import settle_addresses, this_machine
+from deploy.model_folder import check_model_folder
+from deploy.ray_cluster import LocalRay, RayLauncher
+from deploy.run_state import RunState, StateFolders, process_started_s
+from deploy.serving import Serving, expected_road, with_token
+
+HELP = "start a model on this machine"
+DESCRIPTION = """\
+Start a router, prefill workers and decode workers on this machine under Ray, print where they listen, and keep them
+running: a worker that dies is started again. Ctrl-C (or `tandem stop`) ends everything, letting running requests
+finish first; a second Ctrl-C does not wait for them."""
+EPILOG = """\
+examples:
+  tandem serve                                        the built-in model, one prefill and one decode worker
+  tandem serve examples/laptop-2p2d.yaml              what the file says
+  tandem serve --set router.http=127.0.0.1:9000       another port; 127.0.0.1:0 takes any free one
+  tandem serve --set model=~/models/Qwen3-0.6B --set decode.engine.kv_memory=2GiB
+
+every setting, explained: examples/serve.yaml
+"""
+_PROMPT = "def read_json(path):"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--grace", type=float, default=10.0, metavar="SECONDS", help="how long running requests may take at the end"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    began_s = time.monotonic()
+    config = with_token(settle_addresses(read_config(args.file, args.set)))
+    check_model_folder(config.model)
+    folders = state_folders()
+    folders.make()
+    ray, machine = LocalRay(), this_machine()
+    state = _run_state(config, folders.new_log_folder(os.getpid()), ray.folder)
+    with signals_interrupt():
+        try:
+            folders.write(state)
+            say(f"serving {config.served_name} from {config.model}")
+            say("  starting Ray")
+            ray.start(1 + config.prefill.instances + config.decode.instances, machine.gpus)
+            serving = Serving(config, machine, RayLauncher(Path(state.log_folder)), SystemClock())
+            return asyncio.run(_serve(serving, state, folders, args.grace, began_s))
+        except (KeyboardInterrupt, SystemExit):
+            say("interrupted")
+            return 130
+        finally:
+            ignore_signals()
+            ray.stop()
+            folders.remove(state.pid)
+
+
+def _run_state(config: ServeConfig, log_folder: Path, ray_folder: Path) -> RunState:
+    pid = os.getpid()
+    return RunState(
+        pid=pid,
+        process_started_s=process_started_s(pid),
+        model=config.served_name,
+        http=config.router.http,
+        grpc=config.router.grpc,
+        control=config.router.control,
+        cluster_token=config.cluster_token or "",
+        log_folder=str(log_folder),
+        ray_folder=str(ray_folder),
+        expected_road=expected_road(config),
+    )
+
+
+async def _serve(serving: Serving, state: RunState, folders: StateFolders, grace_s: float, began_s: float) -> int:
+    signals = StopSignals()
+    printer = asyncio.create_task(_print_events(serving), name="print events")
+    try:
+        await signals.unless_stopped(serving.start())
+        if not signals.stop.is_set():
+            _print_welcome(serving.config, state, time.monotonic() - began_s)
+        while not signals.stop.is_set():
+            await signals.changed()
+            if signals.take_scale():
+                await signals.unless_stopped(_scale(serving, folders, grace_s))
+        say("stopping (once more to stop at once)")
+        return 0
+    finally:
+        await _stop(serving, signals, grace_s if signals.stop.is_set() else 0.0)
+        printer.cancel()
+        await asyncio.gather(printer, return_exceptions=True)
+        while not serving.controller.events.empty():
+            _print_event(serving.controller.events.get_nowait())
+
+
+async def _stop(serving: Serving, signals: StopSignals, grace_s: float) -> None:
+    stopping = asyncio.create_task(serving.stop(grace_s), name="stop")
+    forced = asyncio.create_task(signals.force.wait(), name="force")
+    await asyncio.wait({stopping, forced}, return_when=asyncio.FIRST_COMPLETED)
+    forced.cancel()
+    if not stopping.done():
+        say("stopping at once")
+        stopping.cancel()
+        await serving.controller.kill()
+    await asyncio.gather(stopping, forced, return_exceptions=True)
+
+
+async def _scale(serving: Serving, folders: StateFolders, grace_s: float) -> None:
+    """Do what `tandem scale` has asked for; whatever becomes of it, the cluster keeps running."""
+    asked = folders.take_scale(os.getpid())
+    prefill = asked.get("prefill", serving.config.prefill.instances)
+    decode = asked.get("decode", serving.config.decode.instances)
+    say(f"scaling to {prefill} prefill and {decode} decode")
+    try:
+        await serving.scale(prefill, decode, grace_s)
+        say("scaled")
+    except TandemError as error:
+        say(f"could not scale: {error.message}")
+
+
+async def _print_events(serving: Serving) -> None:
+    while True:
+        _print_event(await serving.controller.events.get())
+
+
+def _print_event(event: Event) -> None:
+    match event:
+        case Loading(name):
+            say(f"  {name} loading")
+        case Up(info, load_s):
+            say(f"  {info.name} up in {load_s:.1f} s (pid {info.pid})")
+        case Failed(name, reason, retry_s):
+            say(f"  {name}: {reason}; starting it again in {retry_s:.1f} s")
+        case Stopped(name):
+            say(f"  {name} stopped")
+
+
+def _print_welcome(config: ServeConfig, state: RunState, took_s: float) -> None:
+    body = json.dumps({"model": state.model, "prompt": _PROMPT, "max_tokens": 64, "temperature": 0})
+    python = (
+        f"from tandem import Client; print(Client('{state.grpc}').generate("
+        f"prompt='{_PROMPT}', max_tokens=64, temperature=0).text)"
+    )
+    say(f"""\
+ready in {took_s:.1f} s: {config.prefill.instances} prefill, {config.decode.instances} decode
+  HTTP  http://{state.http}/v1  (OpenAI API; /health, /metrics)
+  gRPC  {state.grpc}
+  logs  {state.log_folder}
+
+try:
+  curl http://{state.http}/v1/completions -H 'Content-Type: application/json' -d '{body}'
+  python -c "{python}"
+  tandem chat
+
+Ctrl-C ends it.""")

@@ -1,0 +1,234 @@
+"""What must hold on a machine before a cluster runs well on it. Each check looks at one thing and says what to do.
+
+A check never raises for what it finds; it returns findings. Nothing is changed, and nothing stays behind.
+"""
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+
+from core.config import ServeConfig
+from core.errors import ConfigError, TandemError
+from core.session import InstanceStatus
+from deploy.machine import available_memory_bytes, check_address, usable_cores
+from deploy.model_folder import check_model_folder, weight_bytes
+
+_GIB = 1 << 30
+_RAY_DISK_BYTES = 1 << 30
+
+
+class Grade(Enum):
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `advice` says what to do about it; empty when nothing is to be done."""
+
+    subject: str
+    grade: Grade
+    text: str
+    advice: str = ""
+
+
+def check_python() -> Finding:
+    version = platform.python_version()
+    if (3, 11) <= sys.version_info[:2] <= (3, 12):
+        return Finding("python", Grade.OK, version)
+    return Finding("python", Grade.FAILED, f"{version} is not supported", "use Python 3.11 or 3.12")
+
+
+def check_packages(distribution: str = "tandem-serve") -> Finding:
+    """Whether what the distribution requires is installed, in versions that it allows."""
+    try:
+        required = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("packages", Grade.FAILED, f"{distribution} is not installed", "run `make setup`")
+    wrong = [problem for line in required if (problem := _requirement_problem(Requirement(line)))]
+    if wrong:
+        return Finding("packages", Grade.FAILED, "; ".join(wrong), "run `make setup`")
+    return Finding("packages", Grade.OK, f"all that {distribution} requires")
+
+
+def _requirement_problem(requirement: Requirement) -> str | None:
+    if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        return None
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{requirement.name} is missing"
+    if not requirement.specifier.contains(version, prereleases=True):
+        return f"{requirement.name} {version} does not satisfy {requirement.specifier}"
+    return None
+
+
+def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Finding]:
+    flags = _cpu_flags(cpuinfo)
+    known = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags]
+    text = f"{usable_cores()} cores, {' '.join(known) or 'no vector extension known'}"
+    if "avx512f" in flags or "avx2" in flags or platform.machine() != "x86_64":
+        yield Finding("cpu", Grade.OK, text)
+    else:
+        yield Finding("cpu", Grade.WARNING, text, "it works, slowly: a CPU with AVX2 or AVX-512 is much faster")
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler:
+        yield Finding("compiler", Grade.OK, compiler)
+    else:
+        yield Finding(
+            "compiler", Grade.WARNING, "no C++ compiler", "install g++ (package build-essential): own kernels need it"
+        )
+
+
+def _cpu_flags(cpuinfo: Path) -> set[str]:
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
+
+
+def check_memory(config: ServeConfig, available_bytes: int | None = None) -> Finding:
+    """KV pools and weights of all instances against the memory that is free now."""
+    available = available_memory_bytes() if available_bytes is None else available_bytes
+    prefill, decode = config.prefill, config.decode
+    kv = prefill.instances * prefill.engine.kv_memory + decode.instances * decode.engine.kv_memory
+    weights = (prefill.instances + decode.instances) * weight_bytes(config.model)
+    text = f"{_gib(kv)} of KV pools and {_gib(weights)} of weights, {_gib(available)} available"
+    if kv + weights <= 0.9 * available:
+        return Finding("memory", Grade.OK, text)
+    advice = "lower prefill.engine.kv_memory and decode.engine.kv_memory, or run fewer instances"
+    return Finding("memory", Grade.FAILED, text, advice)
+
+
+def check_shared_memory(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
+    """The KV pool as another process maps it, and room for what Ray and torch put elsewhere."""
+    from kv_transfer.pool import SharedPool, map_read_only
+
+    try:
+        pool = SharedPool.create(1 << 20)
+        try:
+            assert pool.fd is not None
+            pool.tensor[0] = 7
+            shared = int(map_read_only(pool.fd, 1 << 20)[0]) == 7
+        finally:
+            pool.close()
+    except (OSError, TandemError) as error:
+        advice = "check seccomp or container limits; KV will go over gloo instead, more slowly"
+        yield Finding("shared memory", Grade.FAILED, f"cannot share a memory file ({error})", advice)
+    else:
+        assert shared, "one page, two mappings"
+        yield Finding("shared memory", Grade.OK, "a KV pool can be mapped by another process")
+    if shm.is_dir():
+        free = psutil.disk_usage(str(shm)).free
+        yield Finding("/dev/shm", Grade.OK, f"{_gib(free)} free, none needed: KV pools are memory files without a name")
+    folder = tempfile.gettempdir()
+    free = psutil.disk_usage(folder).free
+    if free < _RAY_DISK_BYTES:
+        yield Finding(
+            "disk",
+            Grade.FAILED,
+            f"{_gib(free)} free in {folder}",
+            "free 1 GiB there, or set TMPDIR: Ray keeps its files",
+        )
+    else:
+        yield Finding("disk", Grade.OK, f"{_gib(free)} free in {folder}")
+
+
+def check_ports(config: ServeConfig, own: Iterable[str] = ()) -> Iterator[Finding]:
+    """Whether the router's ports are free; `own` are those that a running cluster of ours holds."""
+    held = set(own)
+    for name in ("http", "grpc", "control"):
+        address: str = getattr(config.router, name)
+        if address in held:
+            yield Finding(f"port {name}", Grade.OK, f"{address} is in use by the running cluster")
+            continue
+        try:
+            check_address(f"router.{name}", address)
+        except ConfigError as error:
+            sentence, _, advice = error.message.partition("; ")
+            yield Finding(f"port {name}", Grade.FAILED, sentence, advice)
+        else:
+            yield Finding(f"port {name}", Grade.OK, f"{address} is free")
+
+
+def check_ray() -> Finding:
+    try:
+        import ray
+    except ImportError as error:
+        return Finding("ray", Grade.FAILED, f"cannot be imported ({error})", "run `make setup`")
+    server = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
+    if not server.is_file():
+        return Finding("ray", Grade.FAILED, f"{ray.__version__} has no raylet", "reinstall it: pip install --force ray")
+    return Finding("ray", Grade.OK, ray.__version__)
+
+
+def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
+    """Whether the model's files are complete and of a family the engine knows. Reads the files' headers and hashes."""
+    try:
+        check_model_folder(config.model)
+        from engine.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(config.model)
+    except TandemError as error:
+        yield Finding("model", Grade.FAILED, error.message, "name another with --set model=FOLDER, or mend this one")
+        return
+    spec = checkpoint.spec
+    text = f"{config.served_name}: {spec.architecture}, {spec.num_parameters / 1e6:.1f} M parameters"
+    yield Finding("model", Grade.OK, f"{text}, context {spec.max_context_tokens}")
+    try:
+        from tokenizers import Tokenizer
+
+        Tokenizer.from_file(str(config.model / "tokenizer.json"))
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a file it cannot read
+        advice = "take tokenizer.json from the model's publisher again"
+        yield Finding("tokenizer", Grade.FAILED, f"tokenizer.json cannot be read ({error})", advice)
+    else:
+        yield Finding("tokenizer", Grade.OK, "tokenizer.json")
+
+
+def check_gloo(timeout_s: float = 10.0) -> Finding:
+    """Two ranks in two threads on loopback: some bytes go from one to the other and arrive unchanged."""
+    from deploy.gloo_check import send_once
+
+    try:
+        send_once(timeout_s)
+    except TandemError as error:
+        advice = "check that this user may open sockets on 127.0.0.1; KV between machines needs it"
+        return Finding("gloo", Grade.FAILED, error.message, advice)
+    return Finding("gloo", Grade.OK, "a pair on loopback sends and receives")
+
+
+def check_links(instances: Iterable[InstanceStatus], expected_road: str | None) -> Iterator[Finding]:
+    """Whether KV between workers of one host travels by the fast road, and no block is without an owner.
+
+    `expected_road` None means any will do.
+    """
+    for status in instances:
+        if status.blocks.leaked:
+            text = f"{status.blocks.leaked} KV blocks of {status.instance_id} belong to nobody"
+            yield Finding("blocks", Grade.FAILED, text, "a fault of tandem: please report it with the logs; restart it")
+        for link in status.links:
+            name = f"{link.peer_id} -> {status.instance_id}"
+            if expected_road is not None and link.road != expected_road:
+                advice = f"it should be {expected_road}: see the log of {status.instance_id} for why that failed"
+                yield Finding("link", Grade.FAILED, f"{name} took the road {link.road}", advice)
+            elif link.failures:
+                advice = f"see the log of {status.instance_id}"
+                yield Finding("link", Grade.WARNING, f"{name}: {link.failures} transfers failed", advice)
+            else:
+                yield Finding("link", Grade.OK, f"{name}: {link.road}, {link.transfers} transfers")
+
+
+def _gib(count: int) -> str:
+    return f"{count / _GIB:.1f} GiB"

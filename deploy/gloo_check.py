@@ -1,0 +1,27 @@
+"""A gloo pair with both ends in this process, to see whether it works here at all."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from core.errors import TransferError
+from kv_transfer.pair import GlooDevice, GlooPair
+from kv_transfer.rendezvous import LocalBoard
+
+_NUM_BYTES = 1 << 16
+
+
+def send_once(timeout_s: float) -> None:
+    """Send some bytes from one end to the other. Raises TransferError if they do not arrive unchanged."""
+    device, board = GlooDevice("127.0.0.1"), LocalBoard()
+    sent = torch.arange(_NUM_BYTES, dtype=torch.int64).to(torch.uint8)
+    received = torch.zeros_like(sent)
+    with ThreadPoolExecutor(2) as ends:
+        other = ends.submit(GlooPair.connect, 1, board, device, timeout_s)
+        pairs = GlooPair.connect(0, board, device, timeout_s), other.result()
+        arriving = pairs[1].receive(received)
+        leaving = pairs[0].send(sent)
+        leaving.wait(timeout_s)
+        arriving.wait(timeout_s)
+    if not torch.equal(sent, received):
+        raise TransferError("bytes sent over gloo arrived changed")

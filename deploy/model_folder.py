@@ -1,0 +1,28 @@
+"""A quick look at a model folder before anything is started. The workers read the weights and check the rest."""
+
+import json
+from pathlib import Path
+
+from core.errors import CheckpointError
+from core.model_spec import ModelSpec
+
+
+def check_model_folder(path: Path) -> ModelSpec:
+    """What config.json says of the model. Raises CheckpointError with a sentence for a person."""
+    if not path.is_dir():
+        raise CheckpointError(f"the model {path} is not a folder; it must hold config.json, tokenizer.json and weights")
+    for name in ("config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            raise CheckpointError(f"the model {path} has no {name}")
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be read as JSON") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / 'config.json'} must hold an object")
+    return ModelSpec.from_config_json(config)
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the weight files."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))

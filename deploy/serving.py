@@ -1,0 +1,101 @@
+"""A whole cluster on this machine, from its start to its end: what `tandem serve` runs."""
+
+import asyncio
+import secrets
+
+import grpc
+
+from core.clock import Clock
+from core.config import ServeConfig
+from core.errors import UnavailableError
+from core.session import InstanceState
+from deploy.controller import Controller, Launcher
+from deploy.machine import this_machine
+from deploy.topology import Machine, ProcessRole, plan_processes
+from wire.channels import open_channel
+from wire.fleet import FleetDescription, describe_fleet
+
+_DESCRIBE_TIMEOUT_S = 2.0
+_REGISTER_TIMEOUT_S = 15.0
+_POLL_S = 0.05
+
+
+def with_token(config: ServeConfig) -> ServeConfig:
+    """The configuration with a cluster token, a random one if it names none."""
+    if config.cluster_token:
+        return config
+    return config.model_copy(update={"cluster_token": secrets.token_urlsafe(32)})
+
+
+def with_instances(config: ServeConfig, prefill: int, decode: int) -> ServeConfig:
+    return config.model_copy(
+        update={
+            "prefill": config.prefill.model_copy(update={"instances": prefill}),
+            "decode": config.decode.model_copy(update={"instances": decode}),
+        }
+    )
+
+
+def expected_road(config: ServeConfig) -> str | None:
+    """The road that KV should take between workers of one host; None where the machine decides (a GPU, perhaps)."""
+    if config.decode.road != "auto":
+        return config.decode.road
+    on_cpu = {config.prefill.engine.device, config.decode.engine.device} == {"cpu"}
+    return "shared_memory" if on_cpu or not this_machine().gpus else None
+
+
+class Serving:
+    """The running cluster. `config` has its addresses and its token settled, and says how many instances there are."""
+
+    def __init__(self, config: ServeConfig, machine: Machine, launcher: Launcher, clock: Clock) -> None:
+        self.config = config
+        self.controller = Controller(launcher, clock)
+        self._machine = machine
+        self._clock = clock
+
+    async def start(self, grace_s: float = 0.0) -> None:
+        """Bring up what the configuration asks for; returns when the router can reach all of it.
+
+        Raises the first TandemError of a process that cannot start.
+        """
+        await self.controller.reconcile(plan_processes(self.config, self._machine), grace_s)
+        await self._wait_registered()
+
+    async def scale(self, prefill: int, decode: int, grace_s: float) -> None:
+        """Change the number of instances; those that leave finish what they have for `grace_s` at most."""
+        self.config = with_instances(self.config, prefill, decode)
+        await self.start(grace_s)
+
+    async def stop(self, grace_s: float) -> None:
+        await self.controller.stop(grace_s)
+
+    async def _wait_registered(self) -> None:
+        until_s = self._clock.now_s() + _REGISTER_TIMEOUT_S
+        channel = open_channel(self.config.router.control, self.config.cluster_token)
+        try:
+            while not self._workers() <= await _ready_instances(channel):
+                if self._clock.now_s() > until_s:
+                    raise UnavailableError("the workers are up but do not reach the router's control address")
+                await asyncio.sleep(_POLL_S)
+        finally:
+            await channel.close()
+
+    def _workers(self) -> set[str]:
+        return {p.instance_id for p in self.controller.running() if p.role is not ProcessRole.ROUTER}
+
+
+async def _ready_instances(channel: grpc.aio.Channel) -> set[str]:
+    try:
+        fleet = await describe_fleet(channel, _DESCRIBE_TIMEOUT_S)
+    except UnavailableError:
+        return set()  # the router is still coming up, or was just restarted
+    return {status.instance_id for status in fleet.instances if status.state is InstanceState.READY}
+
+
+async def fetch_fleet(control: str, token: str | None) -> FleetDescription:
+    """What the router at the control address says of itself and its workers. Raises a TandemError."""
+    channel = open_channel(control, token)
+    try:
+        return await describe_fleet(channel, _DESCRIBE_TIMEOUT_S)
+    finally:
+        await channel.close()
