@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 from core.errors import DuplicateRequestError
-from scheduling.block_pool import BlockPool
 from scheduling.keyed_heap import KeyedHeap
 
 
@@ -18,18 +17,18 @@ class Lease:
 
 
 class LeaseTable:
-    """Leases by (request id, epoch); owns one reference to each of their blocks.
+    """Leases by (request id, epoch). It decides who still has a claim; freeing the blocks of an ended lease is up to
+    the caller, so that the decision and the block pool may live on different threads.
 
-    hold --acknowledged in time--> released        hold --expires_s reached--> released, later acknowledgements refused
+    hold --acknowledged in time--> ended        hold --expires_s reached--> ended, later acknowledgements refused
 
     A reader may copy blocks while their lease ends. It cannot know, so it must discard what it read unless the
-    acknowledgement is accepted: `acknowledge` says True only while the content was certainly still there.
+    acknowledgement is accepted: `acknowledge` says yes only while the content was certainly still there.
     """
 
-    __slots__ = ("_expiry", "_leases", "_num_blocks", "_pool")
+    __slots__ = ("_expiry", "_leases", "_num_blocks")
 
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
+    def __init__(self) -> None:
         self._leases: dict[tuple[str, int], Lease] = {}
         self._expiry: KeyedHeap[tuple[str, int]] = KeyedHeap()
         self._num_blocks = 0
@@ -51,9 +50,9 @@ class LeaseTable:
         return [lease.block_ids for lease in self._leases.values()]
 
     def hold(self, request_id: str, epoch: int, block_ids: list[int] | tuple[int, ...], expires_s: float) -> Lease:
-        """Take over the caller's references to `block_ids`.
+        """Begin a lease on `block_ids`, which the caller keeps allocated until it has ended.
 
-        Raises DuplicateRequestError, and takes nothing, if that attempt is under lease already.
+        Raises DuplicateRequestError if that attempt is under lease already.
         """
         key = (request_id, epoch)
         if key in self._leases:
@@ -78,24 +77,23 @@ class LeaseTable:
         self._expiry.push((request_id, epoch), expires_s)
         return True
 
-    def acknowledge(self, request_id: str, epoch: int, now_s: float) -> bool:
-        """The reader has everything: release the blocks. False when stale or expired: the reader must discard."""
+    def acknowledge(self, request_id: str, epoch: int, now_s: float) -> Lease | None:
+        """The reader has everything: end the lease and return it. None when stale or expired: the reader must
+        discard."""
         if self.find(request_id, epoch, now_s) is None:
-            return False
-        self.drop(request_id, epoch)
-        return True
+            return None
+        return self.drop(request_id, epoch)
 
     def drop(self, request_id: str, epoch: int) -> Lease | None:
-        """End it now and release its blocks: the request was cancelled. None when there is no such lease."""
+        """End it now: the request was cancelled. None when there is no such lease."""
         lease = self._leases.pop((request_id, epoch), None)
         if lease is not None:
             self._expiry.discard((request_id, epoch))
             self._num_blocks -= len(lease.block_ids)
-            self._pool.release(lease.block_ids)
         return lease
 
     def expire(self, now_s: float) -> list[Lease]:
-        """Release all leases that have ended by `now_s`, and return them."""
+        """End all leases that are over by `now_s`, and return them."""
         ended = [self._leases[key] for key in self._expiry.pop_until(now_s)]
         for lease in ended:
             self.drop(lease.request_id, lease.epoch)

@@ -63,8 +63,8 @@ class PrefillScheduler:
         take_expired(now)                -> answer those with DeadlineError
         chunks = next_batch(now)         -> one packed step; empty: nothing to do, or memory is under lease
         ... the engine computes ...
-        computed(chunk) for each chunk   -> after a last chunk the sequence is HELD and the worker's: its blocks go to
-                                            `LeaseTable.hold(..., sequence.take_blocks(), ...)` or to `release`
+        computed(chunk) for each chunk   -> after a last chunk the sequence is HELD and the worker's, who puts its
+                                            blocks under a lease and calls `release` when that has ended
 
     Blocks for the whole prompt are taken with the first chunk, so a started sequence never waits for memory, and
     sequences start strictly in order: the first in line gets the next memory that comes free, and memory does come
