@@ -59,6 +59,8 @@ class Dispatcher:
 
     @property
     def max_model_len(self) -> int:
+        if self._is_draining:
+            raise UnavailableError("the router is shutting down")
         return self._fleet.pair_capacity_tokens()
 
     def start(self, request: GenerationRequest, received_s: float) -> RunningRequest:
@@ -112,6 +114,11 @@ class Dispatcher:
             observer.finished(record)
 
     # --- control -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether a request could be served now."""
+        return not self._is_draining and self._fleet.has_pair()
 
     @property
     def running_requests(self) -> int:

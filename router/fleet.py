@@ -137,8 +137,3 @@ class Fleet:
 
 def _wants_session(instance: Instance) -> bool:
     return instance.status.state is not InstanceState.LOADING
-
-
-def statuses(fleet: Fleet) -> tuple[InstanceStatus, ...]:
-    """The last report of every registered instance."""
-    return tuple(instance.status for instance in fleet.instances)

@@ -22,12 +22,12 @@ from router.fleet import Fleet
 from router.instances import Instance
 from router.records import RequestRecord
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
+_COMPLETE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
+
 OUTCOMES = (
-    *(reason.value for reason in FinishReason if reason is not FinishReason.CANCELLED),
+    *_COMPLETE,
     *(
         error.code
         for error in (
@@ -56,8 +56,8 @@ class Description:
 
 # Every metric there is. Counters end in _total.
 TTFT = Description("tandem_ttft_seconds", "Time from the request's arrival to its first token")
-TPOT = Description("tandem_tpot_seconds", "Time per output token after the first")
-PART = Description("tandem_request_part_seconds", "Parts of a request's time; they sum to the whole", ("part",))
+TPOT = Description("tandem_tpot_seconds", "Time per output token after the first, of complete answers")
+PART = Description("tandem_request_part_seconds", "Parts of complete requests' time; they sum to the whole", ("part",))
 REQUESTS = Description("tandem_requests_total", "Requests that are over, by how they ended", ("outcome",))
 ATTEMPTS = Description("tandem_attempts_total", "Attempts of finished requests at a pair of workers")
 RETRIES = Description("tandem_retries_total", "Attempts after the first, of finished requests")
@@ -124,10 +124,11 @@ class RequestMetrics:
         self._count_outcome(record.outcome)
         if timeline.ttft_s is not None:
             self._ttft.observe(timeline.ttft_s)
-        if timeline.tpot_s is not None:
-            self._tpot.observe(timeline.tpot_s)
-        for name, part_s in timeline.parts().items():
-            self._parts[name].observe(part_s)
+        if record.outcome in _COMPLETE:  # of the others, the last part is the time they waited in vain
+            if timeline.tpot_s is not None:
+                self._tpot.observe(timeline.tpot_s)
+            for name, part_s in timeline.parts().items():
+                self._parts[name].observe(part_s)
         self._attempts.inc(len(record.attempts))
         self._retries.inc(len(record.attempts) - 1)
         self._prompt_tokens.inc(timeline.num_prompt_tokens)
@@ -199,7 +200,7 @@ def _counter(what: Description, registry: CollectorRegistry) -> Counter:
 
 
 class Metrics:
-    """The router's one registry. `render` is what `/metrics` answers, with `CONTENT_TYPE`."""
+    """The router's one registry. `render` is what `/metrics` answers, in the text format 0.0.4."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=False)

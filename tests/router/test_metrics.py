@@ -54,6 +54,15 @@ def test_finished_request_is_counted_with_its_parts() -> None:
     assert samples["tandem_output_tokens_total", ()] == 5
 
 
+def test_parts_are_those_of_complete_requests() -> None:
+    page = Metrics()
+    page.requests.finished(make_record("deadline_exceeded"))
+    samples = read(page)
+    assert samples["tandem_requests_total", (("outcome", "deadline_exceeded"),)] == 1
+    assert samples["tandem_ttft_seconds_count", ()] == 1
+    assert samples["tandem_request_part_seconds_count", (("part", "decode_s"),)] == 0
+
+
 def test_outcomes_are_a_fixed_list() -> None:
     class StrangeError(TandemError):
         code = "made up by a client"

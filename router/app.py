@@ -1,0 +1,216 @@
+"""A router process: HTTP and gRPC for clients, the control port for workers, all on one event loop.
+
+HTTP  -> HttpApp ----------+
+                           +-> TextService -> Dispatcher -> Fleet -> sessions with workers
+gRPC  -> InferenceServicer +                      |            ^
+                                                  v            |
+control <- heartbeats, `tandem status`         metrics      heartbeats
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from random import SystemRandom
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from core.clock import Clock, SystemClock
+from core.config import RouterConfig
+from core.session import InstanceStatus
+from router.choices import LoadChooser
+from router.completion import TextService
+from router.dispatch import Dispatcher, DispatchLimits
+from router.fleet import Fleet
+from router.http_app import HttpApp
+from router.http_server import HttpServer
+from router.metrics import Metrics
+from router.records import RequestLog
+from router.running import RetryPolicy
+from router.tokenizer import TextTokenizer
+from router.worker_sessions import GrpcSessions
+from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
+from wire.fleet import FleetDescription, FleetServicer
+from wire.inference import InferenceServicer
+from wire.server import bind, build_server
+
+INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+_TOKENIZER_THREADS = 2
+_HEALTH_PERIOD_S = 0.1
+_FLUSH_S = 2.0  # for answers that are complete and on their way out
+
+
+class ControlDesk:
+    """What the control port answers from. Implements `wire.fleet.Registry`."""
+
+    def __init__(self, model: str, fleet: Fleet, dispatcher: Dispatcher, clock: Clock) -> None:
+        self._model = model
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._started_s = clock.now_s()
+
+    def heartbeat(self, status: InstanceStatus) -> None:
+        self._fleet.heartbeat(status)
+
+    def describe(self) -> FleetDescription:
+        return FleetDescription(
+            model=self._model,
+            uptime_s=self._clock.now_s() - self._started_s,
+            instances=tuple(instance.status for instance in self._fleet.instances),
+            running_requests=self._dispatcher.running_requests,
+            queued_requests=self._dispatcher.queued_requests,
+        )
+
+
+class RouterApp:
+    """`start`, then `wait_closed`; `drain_and_stop` ends it. Nothing happens before `start`.
+
+    `address` is the HTTP address, `grpc_address` and `control_address` are the others: those really listened on, known
+    after `start`.
+    """
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.address = ""
+        self.grpc_address = ""
+        self.control_address = ""
+        self.instance_id = ""
+        self._config = config
+        self._clock = SystemClock()
+        self._resources = AsyncExitStack()
+        self._background: list[asyncio.Task[None]] = []
+        self._is_closed = asyncio.Event()
+
+        settings = config.router
+        self._metrics = Metrics()
+        self.log = RequestLog()
+        self._fleet = Fleet(
+            model=config.served_name,
+            opener=GrpcSessions(config.cluster_token, self._clock),
+            heartbeat_timeout_s=config.heartbeat_timeout_s,
+            clock=self._clock,
+        )
+        self._dispatcher = Dispatcher(
+            fleet=self._fleet,
+            chooser=LoadChooser(self._fleet),
+            clock=self._clock,
+            limits=DispatchLimits(max_queue=settings.max_queue, request_timeout_s=settings.request_timeout_s),
+            retry=RetryPolicy(resume=settings.resume),
+            observers=(self._metrics.requests, self.log),
+        )
+        self._metrics.watch(self._fleet, self._dispatcher)
+
+    async def start(self) -> None:
+        """Listen on all three ports. Raises CheckpointError for a tokenizer it cannot use, ConfigError for a port."""
+        try:
+            await self._start()
+        except BaseException:
+            await self._close()
+            raise
+
+    async def wait_closed(self) -> None:
+        """Returns after `drain_and_stop`. Raises what broke, if a part of the router did."""
+        closed = asyncio.create_task(self._is_closed.wait())
+        try:
+            done, _ = await asyncio.wait((closed, *self._background), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closed.cancel()
+        for task in done:
+            if task in self._background and not task.cancelled():
+                task.result()
+        await self._is_closed.wait()
+
+    async def drain_and_stop(self, grace_s: float) -> None:
+        """Refuse new requests, let those running end for `grace_s` at most, end the rest, and close everything."""
+        self._dispatcher.refuse_new()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._dispatcher.wait_until_idle()
+        except TimeoutError:
+            self.abort_requests()
+        await self._close()
+
+    def abort_requests(self) -> None:
+        """End all requests now: a drain need not wait for them any longer."""
+        self._dispatcher.refuse_new()
+        self._dispatcher.abort_all()
+
+    async def _start(self) -> None:
+        config, settings, random = self._config, self._config.router, SystemRandom()
+        self.instance_id = f"router-{random.getrandbits(48):012x}"
+        executor = self._resources.enter_context(ThreadPoolExecutor(_TOKENIZER_THREADS, "tokenizer"))
+        tokenizer = TextTokenizer.load(config.model, clock=self._clock, executor=executor)
+        service = TextService(
+            generator=self._dispatcher,
+            tokenizer=tokenizer,
+            model=config.served_name,
+            random=random,
+            observers=(self._metrics.requests, self.log),
+        )
+        # What is entered last is left first: the fleet ends last, the control port after the ports for clients.
+        self._spawn(self._fleet.run(), "fleet")
+        control, control_health = build_server(config.cluster_token)
+        desk = ControlDesk(config.served_name, self._fleet, self._dispatcher, self._clock)
+        worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(desk), control)
+        self.control_address = bind(control, settings.control)
+        await self._serve(control, control_health)
+        await control_health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+        public, health = build_server()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(service, self._clock, random), public
+        )
+        if settings.reflection:
+            names = (INFERENCE_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), public)
+        self.grpc_address = bind(public, settings.grpc)
+        await self._serve(public, health)
+        self._spawn(self._tell_health(health), "health")
+
+        http_app = HttpApp(
+            service=service,
+            tokenizer=tokenizer,
+            settings=settings,
+            metrics=self._metrics,
+            clock=self._clock,
+            random=random,
+        )
+        http = HttpServer(http_app, settings.http, stop_timeout_s=_FLUSH_S)
+        self.address = await http.start()
+        self._resources.push_async_callback(http.stop)
+
+    async def _serve(self, server: grpc.aio.Server, health: health_aio.HealthServicer) -> None:
+        await server.start()
+        self._resources.push_async_callback(server.stop, _FLUSH_S)
+        self._resources.push_async_callback(health.enter_graceful_shutdown)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name)
+        self._background.append(task)
+        self._resources.push_async_callback(_end, task)
+
+    async def _tell_health(self, health: health_aio.HealthServicer) -> None:
+        """The gRPC health service says what `/health` says."""
+        told: bool | None = None
+        while True:
+            is_serving = self._dispatcher.is_serving
+            if is_serving is not told:
+                status = health_pb2.HealthCheckResponse
+                for service in ("", INFERENCE_SERVICE):
+                    await health.set(service, status.SERVING if is_serving else status.NOT_SERVING)
+                told = is_serving
+            await asyncio.sleep(_HEALTH_PERIOD_S)
+
+    async def _close(self) -> None:
+        await self._resources.aclose()
+        self._is_closed.set()
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
