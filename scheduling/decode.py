@@ -168,11 +168,13 @@ class DecodeScheduler:
     def next_batch(self, now_s: float) -> list[DecodeChunk]:
         """One token of each running sequence, and chunks of those being recomputed; at most `max_batch` sequences.
 
-        When more are ready they take turns. Each chunk's blocks are in its sequence's block table.
+        Empty only when none is running. When more are ready they take turns. Each chunk's blocks are in its sequence's
+        block table.
         """
         self._readmit()
-        chunks = self._pick()
-        self._grow(chunks)
+        chunks = self._grow(self._pick())
+        while not chunks and self._running:  # all whose turn it was lost their memory: it is the older ones' turn
+            chunks = self._grow(self._pick())
         for chunk in chunks:
             sequence = chunk.sequence
             if sequence.started_s is None:
@@ -310,8 +312,8 @@ class DecodeScheduler:
                 chunks.append(DecodeChunk(sequence, sequence.num_computed, num_tokens, num_tokens == missing))
         return chunks
 
-    def _grow(self, chunks: list[DecodeChunk]) -> None:
-        """Give each chunk its blocks; until there are enough, preempt the youngest and drop its chunk."""
+    def _grow(self, chunks: list[DecodeChunk]) -> list[DecodeChunk]:
+        """Give each chunk its blocks; until there are enough, preempt the youngest. Returns the chunks left."""
         while True:
             growing = []
             for chunk in chunks:
@@ -322,9 +324,10 @@ class DecodeScheduler:
                 break
             youngest = max(self._running.values(), key=lambda sequence: sequence.order)
             self._preempt(youngest)
-            chunks[:] = [chunk for chunk in chunks if chunk.sequence is not youngest]
+            chunks = [chunk for chunk in chunks if chunk.sequence is not youngest]
         for sequence, count in growing:
             self._allocate(sequence, count)
+        return chunks
 
     def _preempt(self, sequence: Sequence) -> None:
         del self._running[sequence.key]

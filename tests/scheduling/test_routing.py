@@ -20,9 +20,7 @@ def _prefill(*views: PrefillView, num_tokens: int = 100, rotation: int = 0, slac
 
 
 def _decode(*views: DecodeView, num_tokens: int = 100, growth_tokens: int = 60, rotation: int = 0) -> Choice:
-    return choose_decode(
-        views, num_tokens=num_tokens, growth_tokens=growth_tokens, fingerprint="f", rotation=rotation
-    )
+    return choose_decode(views, num_tokens=num_tokens, growth_tokens=growth_tokens, fingerprint="f", rotation=rotation)
 
 
 def test_prefill_goes_to_the_shortest_queue() -> None:
