@@ -120,7 +120,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             await abort(context, error)
         except grpc.aio.UsageError:
             _LOG.info("a call ended while its answer was written")
-        except Exception:  # the door: the client gets a status, the log the reason
+        except Exception:  # noqa: BLE001 - the door: the client gets a status, the log the reason
             _LOG.exception("a request failed")
             await abort(context, InternalError("The server failed to answer; its log has the reason."))
 

@@ -143,12 +143,16 @@ class CommonBody(_Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(self, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
-        """Seed and max_tokens travel beside it. A top_p of 0 leaves one token, as a top_k of 1 does."""
-        top_p = 1.0 if self.top_p is None else self.top_p
+        """Seed and max_tokens travel beside it. A top_p of 0 leaves one token, a top_k of -1 leaves all."""
+        top_k, top_p = self.top_k or 0, 1.0 if self.top_p is None else self.top_p
+        if top_k == -1:
+            top_k = 0
+        if top_p == 0.0:
+            top_k, top_p = 1, 1.0
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if top_p == 0.0 else top_p,
-            top_k=1 if top_p == 0.0 else max(self.top_k or 0, 0) if self.top_k != -1 else 0,
+            top_p=top_p,
+            top_k=top_k,
             min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
@@ -196,7 +200,7 @@ class CompletionBody(CommonBody):
 
 def _check_unsupported(body: dict[str, Any]) -> None:
     """Refuse what cannot be done; take out what asks for nothing."""
-    if body.get("best_of") is not None and body["best_of"] == body.get("n", 1):
+    if body.get("best_of") is not None and body["best_of"] == (body.get("n") or 1):
         del body["best_of"]
     for name in _UNSUPPORTED.keys() & body.keys():
         if body.pop(name) not in _UNSUPPORTED[name]:

@@ -25,6 +25,7 @@ class ScriptedGeneration:
         self._generator = generator
         self._script = iter(generator.script(request))
         self._drawn = 0
+        self._is_drawn_out = False
         now_s = generator.clock.now_s()
         self._stamps = {Stage.RECEIVED: received_s, Stage.ADMITTED: now_s}
 
@@ -32,7 +33,7 @@ class ScriptedGeneration:
         return self
 
     async def __anext__(self) -> tuple[SampledToken, ...]:
-        if self.is_closed or self.finish_reason is not None:
+        if self.is_closed or self._is_drawn_out:
             self._end()
             raise StopAsyncIteration
         if self._generator.delay_s is not None:
@@ -49,7 +50,7 @@ class ScriptedGeneration:
 
     def _draw(self) -> tuple[SampledToken, ...]:
         tokens: list[SampledToken] = []
-        while len(tokens) < self._generator.tokens_per_step and self.finish_reason is None:
+        while len(tokens) < self._generator.tokens_per_step and not self._is_drawn_out:
             token_id = next(self._script)
             self._drawn += 1
             tokens.append(SampledToken(token_id, self._logprob(token_id)))
@@ -57,6 +58,7 @@ class ScriptedGeneration:
                 self.finish_reason = FinishReason.STOP
             elif self._drawn == self.request.sampling.max_tokens:
                 self.finish_reason = FinishReason.LENGTH
+            self._is_drawn_out = self.finish_reason is not None
         return tuple(tokens)
 
     def _logprob(self, token_id: int) -> TokenLogprob | None:
@@ -72,7 +74,7 @@ class ScriptedGeneration:
             self._stamps[Stage.FINISHED] = self._generator.clock.now_s()
 
     async def aclose(self) -> None:
-        self.was_cut_short = self.was_cut_short or (not self.is_closed and self.finish_reason is None)
+        self.was_cut_short = self.was_cut_short or not (self.is_closed or self._is_drawn_out)
         self._end()
 
     def timeline(self) -> Timeline:

@@ -1,0 +1,306 @@
+"""Whatever is wrong with a request is said in OpenAI's error shape, and nothing is left running."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from core.config import RouterSection
+from core.errors import DuplicateRequestError, OverloadedError
+from router.tokenizer import TextTokenizer
+from tests.router.front import MODEL, Front, serve_front
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def check_error(response: httpx.Response, status: int, param: str | None, code: str, words: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    assert list(response.json()) == ["error"]
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"]) == (param, code), error
+    assert words in error["message"], error
+
+
+# what is added to a right chat request -> the field named, and words of the sentence
+WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
+    ({"temperature": "hot"}, "temperature", "expected a valid number, but got a string"),
+    ({"temperature": 2.5}, "temperature", "at most 2"),
+    ({"temperature": -0.1}, "temperature", "at least 0"),
+    ({"temperature": True}, "temperature", "expected a valid number, but got a boolean"),
+    ({"top_p": 1.5}, "top_p", "at most 1"),
+    ({"top_k": -2}, "top_k", "at least 0"),
+    ({"top_k": 1.0}, "top_k", "expected a valid integer"),
+    ({"min_p": 2}, "min_p", "at most 1"),
+    ({"presence_penalty": 3}, "presence_penalty", "at most 2"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "at least -2"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+    ({"n": 0}, "n", "at least 1"),
+    ({"n": 17}, "n", "at most 16"),
+    ({"seed": 1 << 63}, "seed", "at most"),
+    ({"max_tokens": 0}, "max_tokens", "at least 1"),
+    ({"max_tokens": 5, "max_completion_tokens": 5}, "max_completion_tokens", "not both"),
+    ({"stop": [""]}, "stop", "1 to 1024 characters"),
+    ({"stop": ["x" * 1025]}, "stop", "1 to 1024 characters"),
+    ({"stop": ["x"] * 17}, "stop", "at most 16"),
+    ({"stop": [1]}, "stop", "a string or a list of strings"),
+    ({"stop_token_ids": [768]}, "stop_token_ids", "token id 768"),
+    ({"stop_token_ids": [0] * 257}, "stop_token_ids", "at most 256"),
+    ({"logprobs": True, "top_logprobs": 21}, "logprobs", "at most 20"),
+    ({"logprobs": 3}, "logprobs", "expected a valid boolean, but got an integer"),
+    ({"top_logprobs": 3}, "top_logprobs", "needs 'logprobs'"),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "boolean"),
+    ({"stream_options": {"what": 1}}, "stream_options.what", "Unrecognized"),
+    ({"max_token": 5}, "max_token", "Unrecognized request argument supplied: max_token"),
+    ({"cache_salt": "x" * 257}, "cache_salt", "at most 256 characters"),
+    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    ({"audio": {"voice": "x"}}, "audio", "not supported"),
+    ({"best_of": 3}, "best_of", "not supported"),
+    ({"messages": []}, "messages", "at least one message"),
+    ({"messages": "hi"}, "messages", "expected a valid list, but got a string"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "Missing"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "a string or a list of text parts"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "'image_url'"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls", "Unrecognized"),
+    ({"model": 5}, "model", "expected a valid string, but got an integer"),
+]
+
+WRONG_TEXT: list[tuple[dict[str, Any], str, str]] = [
+    ({"prompt": []}, "prompt", "list of token ids"),
+    ({"prompt": [1, "a"]}, "prompt", "list of token ids"),
+    ({"prompt": [True]}, "prompt", "list of token ids"),
+    ({"prompt": [[]]}, "prompt", "list of token ids"),
+    ({"prompt": [5, 768]}, "prompt", "token id 768 is not in the model's vocabulary of 768"),
+    ({"prompt": [-1]}, "prompt", "token id -1"),
+    ({"prompt": None}, "prompt", "must be a string"),
+    ({"prompt": ["a"] * 65, "n": 2}, "prompt", "128"),
+    ({"max_tokens": 0}, "max_tokens", "'echo'"),
+    ({"logprobs": 21}, "logprobs", "at most 20"),
+    ({"logprobs": True}, "logprobs", "integer"),
+    ({"suffix": "end"}, "suffix", "not supported"),
+]
+
+
+async def test_wrong_fields_are_named(front: Front) -> None:
+    async with front.client() as client:
+        for path, right, cases in (
+            (CHAT, {"model": MODEL, "messages": MESSAGES}, WRONG_CHAT),
+            (TEXT, {"model": MODEL, "prompt": "hi"}, WRONG_TEXT),
+        ):
+            for changes, param, words in cases:
+                check_error(await client.post(path, json=right | changes), 400, param, "invalid_request", words)
+    assert len(front.refusals.errors) == len(WRONG_CHAT) + len(WRONG_TEXT)
+    assert not front.generator.requests
+
+
+async def test_harmless_fields_are_ignored(front: Front) -> None:
+    front.say("yes")
+    harmless: dict[str, Any] = {
+        "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True,
+        "tools": None, "response_format": {"type": "text"}, "logit_bias": {}, "n": None, "stop": None, "top_k": -1,
+        "best_of": 1, "stream_options": None, "seed": None, "temperature": 1, "logprobs": None,
+    }  # fmt: skip
+    async with front.client() as client:
+        response = await client.post(CHAT, json={"model": MODEL, "messages": MESSAGES} | harmless)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"model": "x",\n  tru}', "line 2, column 3"),
+        (b'{"model": NaN}', "not valid JSON"),
+        (b'{"model": Infinity}', "not valid JSON"),
+        (b'{"temperature": 1e999}', "not valid JSON"),
+        (b'{"model": "\xff"}', "not valid UTF-8 (byte 11)"),
+        (b'{"model": "\\ud800"}', "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"[1]", "must be a JSON object, but it is a list"),
+        (b"null", "must be a JSON object, but it is null"),
+        (b"[" * 5000, "not valid JSON"),
+    ],
+)
+async def test_malformed_bodies(front: Front, body: bytes, words: str) -> None:
+    async with front.client() as client:
+        check_error(await client.post(CHAT, content=body), 400, None, "invalid_request", words)
+
+
+async def test_unknown_models_paths_and_methods(front: Front) -> None:
+    async with front.client() as client:
+        response = await client.post(CHAT, json={"model": "gpt", "messages": MESSAGES})
+        check_error(response, 404, "model", "model_not_found", "'gpt' does not exist; this server has 'tiny'")
+        check_error(await client.post(CHAT, json={"messages": MESSAGES}), 400, "model", "invalid_request", "Missing")
+        check_error(await client.get("/v1/models/gpt"), 404, "model", "model_not_found", "gpt")
+        check_error(await client.get("/v1/nothing"), 404, None, "not_found", CHAT)
+        check_error(await client.get(CHAT), 405, None, "method_not_allowed", "takes POST, not GET")
+        check_error(await client.delete("/v1/models/tiny"), 405, None, "method_not_allowed", "takes GET")
+
+
+async def test_models_health_and_metrics(front: Front) -> None:
+    async with front.client() as client:
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "tandem", "max_model_len": 512}
+        assert (await client.get("/v1/models")).json() == {"object": "list", "data": [model]}
+        assert (await client.get("/v1/models/tiny")).json() == model
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        metrics = await client.get("/metrics")
+        assert metrics.text == "refused_total 0\n"
+        assert metrics.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        front.generator.max_model_len_or_none = None
+        assert (await client.get("/health")).status_code == 503
+        check_error(
+            await client.post(TEXT, json={"model": MODEL, "prompt": "hi"}),
+            503,
+            None,
+            "unavailable",
+            "no worker is ready",
+        )
+
+
+async def test_too_long_prompts_say_both_numbers(front: Front) -> None:
+    async with front.client() as client:
+        response = await client.post(TEXT, json={"model": MODEL, "prompt": [5] * 512})
+        check_error(response, 400, "prompt", "context_length_exceeded", "has 512 tokens, but at most 511 fit")
+        response = await client.post(TEXT, json={"model": MODEL, "prompt": [5] * 500, "max_tokens": 13})
+        check_error(response, 400, "max_tokens", "context_length_exceeded", "requested 513 (500 in the prompt, 13")
+        response = await client.post(TEXT, json={"model": MODEL, "prompt": [5] * 500, "max_tokens": 12})
+        assert response.status_code == 200
+
+
+async def test_refusals_of_the_generator_keep_their_status(front: Front) -> None:
+    async with front.client() as client:
+        for error, status in (
+            (OverloadedError("the queue is full"), 429),
+            (DuplicateRequestError("a request with that id is running"), 409),
+        ):
+            front.generator.refusal = error
+            response = await client.post(CHAT, json={"model": MODEL, "messages": MESSAGES, "stream": True, "n": 2})
+            check_error(response, status, None, error.code, error.message)
+    assert not front.refusals.errors, "the generator counts its own refusals"
+
+
+def broken_script(_: object) -> list[int]:
+    raise ZeroDivisionError("a fault of ours")
+
+
+async def test_a_fault_of_ours_is_not_told_to_the_client(front: Front) -> None:
+    front.generator.script = broken_script
+    async with front.client() as client:
+        response = await client.post(CHAT, json={"model": MODEL, "messages": MESSAGES})
+        assert response.status_code == 500
+        assert response.json()["error"]["message"] == "The server failed to answer; its log has the reason."
+        front.say("yes")
+        assert (await client.post(CHAT, json={"model": MODEL, "messages": MESSAGES})).status_code == 200
+
+
+async def test_oversize_bodies_are_refused_while_they_come(tokenizer: TextTokenizer, raw_tokenizer: Tokenizer) -> None:
+    async with serve_front(tokenizer, raw_tokenizer, RouterSection(max_body=1000)) as front, front.client() as client:
+        check_error(await client.post(CHAT, content=b"x" * 1001), 413, None, "payload_too_large", "1000 bytes")
+        sent = 0
+
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal sent
+            while sent < 1 << 20:
+                sent += 600
+                yield b"x" * 600
+                await asyncio.sleep(0)
+
+        check_error(await client.post(CHAT, content=endless()), 413, None, "payload_too_large", "1000 bytes")
+        assert (await client.post(CHAT, content=b"{}")).status_code == 400, "the next request works"
+
+
+async def open_raw(front: Front, body: dict[str, Any]) -> asyncio.StreamWriter:
+    """Send a request and leave its answer unread."""
+    _, port = front.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    content = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+    writer.write(head.encode() + content)
+    await writer.drain()
+    return writer
+
+
+@pytest.mark.parametrize("changes", [{}, {"stream": True}, {"n": 3}, {"n": 3, "stream": True}, {"max_tokens": 400}])
+async def test_a_client_that_goes_away_frees_everything(front: Front, changes: dict[str, Any]) -> None:
+    front.generator.delay_s = 0.005
+    writers = [await open_raw(front, {"model": MODEL, "messages": MESSAGES} | changes) for _ in range(4)]
+    async with asyncio.timeout(2):
+        while len(front.generator.running) < 4 * changes.get("n", 1):  # noqa: ASYNC110 - seen from outside
+            await asyncio.sleep(0.005)
+    for writer in writers:
+        writer.close()
+    await front.wait_until_idle()
+    assert all(generation.is_closed for generation in front.generator.generations)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 1 << 70) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+PLAUSIBLE = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.just(MODEL) | JSON_VALUES,
+        "messages": st.lists(
+            st.fixed_dictionaries(
+                {"role": st.sampled_from(["user", "system", "assistant", "tool"]), "content": st.text(max_size=20)}
+            ),
+            max_size=3,
+        )
+        | JSON_VALUES,
+        "prompt": st.text(max_size=20) | st.lists(st.integers(0, 800), max_size=4) | JSON_VALUES,
+        "max_tokens": st.integers(1, 20) | JSON_VALUES,
+        "temperature": st.floats(0, 2) | JSON_VALUES,
+        "top_p": st.floats(0, 1) | JSON_VALUES,
+        "n": st.integers(1, 3) | JSON_VALUES,
+        "stop": st.lists(st.text(min_size=1, max_size=3), max_size=3) | JSON_VALUES,
+        "stream": st.booleans(),
+        "logprobs": st.booleans() | st.integers(0, 5),
+        "echo": st.booleans() | JSON_VALUES,
+        "tandem": st.just({"timeline": True}) | JSON_VALUES,
+        "seed": st.integers() | JSON_VALUES,
+        "stop_token_ids": st.lists(st.integers(0, 800), max_size=3) | JSON_VALUES,
+    },
+)
+BODIES = st.one_of(
+    PLAUSIBLE.map(lambda body: {"model": MODEL, "messages": MESSAGES, "max_tokens": 5} | body),
+    PLAUSIBLE.map(lambda body: {"model": MODEL, "prompt": "hi"} | body),
+    JSON_VALUES,
+).map(lambda value: json.dumps(value).encode())
+
+
+async def test_random_bodies_never_break_it(tokenizer: TextTokenizer, raw_tokenizer: Tokenizer) -> None:
+    loop = asyncio.get_running_loop()
+    async with serve_front(tokenizer, raw_tokenizer) as front, front.client() as client:
+
+        async def send(path: str, body: bytes) -> httpx.Response:
+            return await client.post(path, content=body)
+
+        @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(path=st.sampled_from([CHAT, TEXT]), body=BODIES | st.binary(max_size=30))
+        def check(path: str, body: bytes) -> None:
+            response = asyncio.run_coroutine_threadsafe(send(path, body), loop).result(10)
+            assert response.status_code in (200, 400, 404), (body, response.text)
+            if response.status_code != 200:
+                assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+            elif response.headers["content-type"].startswith("text/event-stream"):
+                assert response.text.endswith("data: [DONE]\n\n")
+                assert '"error"' not in response.text
+            else:
+                assert all(choice["finish_reason"] for choice in response.json()["choices"])
+
+        await asyncio.to_thread(check)
+        assert not front.generator.running
