@@ -3,9 +3,9 @@
 The order is vLLM's: penalties, temperature, min_p, top_k, top_p. Reported log-probabilities are those of the model
 itself, log_softmax of the raw logits before all of these, as OpenAI and vLLM report them.
 
-What a row draws depends on its own logits and its (seed, position) alone. Candidates are cut off at a threshold, so
-that equal tokens are kept or dropped together, and one is drawn by inverting the cumulative distribution in the order
-of token ids: no step depends on how a sort breaks ties. Greedy takes the lowest id among equals.
+What a row draws depends on its own logits and its (seed, position) alone. Candidates are cut off at a score, so that
+equal tokens stay or go together, and one is drawn by inverting the cumulative distribution in the order of token ids:
+no step depends on how a sort breaks ties. Greedy takes the lowest id among equals.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,6 @@ from core.errors import InternalError
 from core.request import SampledToken, SamplingParams, TokenLogprob
 from engine.noise import uniform
 from engine.step import SampleRequest
-
-# Candidates looked at before a row is sorted whole: top_p rarely needs more.
-_FIRST_CANDIDATES = 256
 
 
 def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken | InternalError]:
@@ -58,15 +55,18 @@ def _draw(logits: Tensor, requests: Sequence[SampleRequest]) -> tuple[list[int],
     """Token ids, and whether each row was usable."""
     if any(_has_penalties(request.params) for request in requests):
         logits = _penalised(logits, requests)
-    best = logits.argmax(dim=-1)
-    # argmax finds a NaN before any number, and an infinite maximum has no softmax: one look at the winner tells both.
-    valid = logits.gather(1, best.unsqueeze(1)).squeeze(1).isfinite()
+    # A NaN makes the maximum NaN, and an infinite one has no softmax: one look at it tells both.
+    valid = logits.amax(dim=-1).isfinite()
+    if not valid.all():
+        logits = logits.masked_fill(~valid.unsqueeze(1), 0.0)
     random_rows = [row for row, request in enumerate(requests) if not request.params.greedy]
-    if random_rows:
-        chosen = [requests[row] for row in random_rows]
-        rows = torch.tensor(random_rows, device=logits.device)
-        best[rows] = _draw_random(logits[rows].masked_fill(~valid[rows].unsqueeze(1), 0.0), chosen)
-    return best.tolist(), valid.tolist()
+    if len(random_rows) == len(requests):
+        token_ids = _draw_random(logits, requests)
+    else:
+        token_ids = _argmax(logits)
+        if random_rows:
+            token_ids[random_rows] = _draw_random(logits[random_rows], [requests[row] for row in random_rows])
+    return token_ids.tolist(), valid.tolist()
 
 
 def _has_penalties(params: SamplingParams) -> bool:
@@ -101,47 +101,51 @@ def _draw_random(logits: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
     params = [request.params for request in requests]
     temperatures = _column([p.temperature for p in params], logits)
     # Relative to the maximum no temperature, however low, overflows; the likeliest token's score is always 0.
-    scores = (logits - logits.max(dim=-1, keepdim=True).values) / temperatures
-    if any(p.min_p > 0.0 for p in params):
-        floor = _column([p.min_p for p in params], logits).log()
-        scores = scores.masked_fill(scores < floor, -torch.inf)
-    if any(p.top_k > 0 for p in params):
-        scores = _keep_top_k(scores, [p.top_k for p in params])
-    probabilities = torch.softmax(scores.double(), dim=-1)
-    if any(p.top_p < 1.0 for p in params):
-        probabilities = _keep_top_p(probabilities, _column([p.top_p for p in params], probabilities))
-    cumulative = probabilities.cumsum(dim=-1)
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures
+    if any(p.min_p > 0.0 or p.top_k > 0 or p.top_p < 1.0 for p in params):
+        scores = scores.masked_fill(scores < _cutoff(scores, params), -torch.inf)
+    cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     totals = cumulative[:, -1:]
-    noise = _column([uniform(request.params.seed, request.position) for request in requests], probabilities)
+    noise = _column([uniform(request.params.seed, request.position) for request in requests], totals)
     # Below the total even after rounding, so that the token found always has a probability.
     targets = torch.minimum(noise * totals, torch.nextafter(totals, torch.zeros_like(totals)))
     return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
 
 
-def _keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
-    """Drop what is below the k-th best score of its row."""
+def _cutoff(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[n, 1]: the lowest score that min_p, then top_k, then top_p leave in the running."""
     vocab = scores.shape[1]
-    limits = [min(k, vocab) if k > 0 else vocab for k in top_k]
-    rows = [row for row, limit in enumerate(limits) if limit < vocab]
-    if not rows:
-        return scores
-    ranked = scores[rows].topk(max(limits[row] for row in rows), dim=-1).values
-    last = torch.tensor([limits[row] - 1 for row in rows], device=scores.device)
-    thresholds = torch.full((len(limits), 1), -torch.inf, dtype=scores.dtype, device=scores.device)
-    thresholds[rows] = ranked.gather(1, last.unsqueeze(1))
-    return scores.masked_fill(scores < thresholds, -torch.inf)
+    cutoff = _column([p.min_p for p in params], scores).log()
+    if all(p.top_k == 0 and p.top_p >= 1.0 for p in params):
+        return cutoff
+    ranked = _descending(scores)
+    if any(p.top_k > 0 for p in params):
+        kth = torch.tensor([min(p.top_k or vocab, vocab) - 1 for p in params], device=scores.device)
+        cutoff = torch.maximum(cutoff, ranked.gather(1, kth.unsqueeze(1)))
+    if any(p.top_p < 1.0 for p in params):
+        kept = ranked.masked_fill(ranked < cutoff, -torch.inf)
+        mass = kept.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        top_p = _column([p.top_p if p.top_p < 1.0 else torch.inf for p in params], mass)
+        # The token that reaches the mass is the last to stay.
+        last = (mass < top_p).sum(dim=-1, keepdim=True).clamp(max=vocab - 1)
+        cutoff = torch.maximum(cutoff, ranked.gather(1, last))
+    return cutoff
 
 
-def _keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """Drop what is not needed to reach the mass `top_p`, beginning with the likeliest."""
-    vocab = probabilities.shape[1]
-    ranked = probabilities.topk(min(_FIRST_CANDIDATES, vocab), dim=-1).values
-    if bool((ranked.sum(dim=-1, keepdim=True) < top_p).any()):
-        ranked = probabilities.sort(dim=-1, descending=True).values
-    mass_before = ranked.cumsum(dim=-1) - ranked
-    needed = (mass_before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-    thresholds = ranked.gather(1, needed - 1).masked_fill(top_p >= 1.0, 0.0)
-    return probabilities.masked_fill(probabilities < thresholds, 0.0)
+# On CPUs numpy finds a maximum and sorts an order of magnitude faster than torch.
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """int64 [n]: the first of the largest."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(axis=1))
+    return logits.argmax(dim=-1)
+
+
+def _descending(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
+    return values.sort(dim=-1, descending=True).values
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
