@@ -195,4 +195,4 @@ class DecodeMachine(RuleBasedStateMachine):
 
 
 TestDecodeMachine = DecodeMachine.TestCase
-TestDecodeMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestDecodeMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

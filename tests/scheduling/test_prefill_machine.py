@@ -37,6 +37,7 @@ class PrefillMachine(RuleBasedStateMachine):
         self.kv = FakeKv(num_blocks, block_size)
         self.open: dict[int, Sequence] = {}
         self.held: dict[int, Sequence] = {}
+        self.computed_prompts: list[tuple[list[int], str]] = []
         self.num_added = 0
 
     @rule(
@@ -47,7 +48,15 @@ class PrefillMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, None, 1]),
     )
     def add(self, zeros: int, ones: int, salt: str, patience_s: float, prompt_logprobs: int | None) -> None:
-        token_ids = [0] * zeros + [1] * ones  # prompts that share prefixes more often than not
+        self._add([0] * zeros + [1] * ones, salt, patience_s, prompt_logprobs)
+
+    @precondition(lambda self: self.computed_prompts)
+    @rule(data=st.data(), more=st.integers(0, 6), salt=st.sampled_from([None, None, "", "tenant"]))
+    def add_next_turn(self, data: st.DataObject, more: int, salt: str | None) -> None:
+        token_ids, its_salt = data.draw(st.sampled_from(self.computed_prompts[-4:]))
+        self._add([*token_ids, *range(more)], its_salt if salt is None else salt, float("inf"), None)
+
+    def _add(self, token_ids: list[int], salt: str, patience_s: float, prompt_logprobs: int | None) -> None:
         request = GenerationRequest(
             request_id=str(self.num_added),
             token_ids=tuple(token_ids),
@@ -97,6 +106,7 @@ class PrefillMachine(RuleBasedStateMachine):
         number = int(sequence.request.request_id)
         assert self.open.pop(number) is sequence
         assert sequence.state is SequenceState.HELD
+        self.computed_prompts.append((sequence.token_ids, sequence.request.cache_salt))
         if number % 5 == 0:
             self.scheduler.release(sequence)
         else:
@@ -188,4 +198,4 @@ class PrefillMachine(RuleBasedStateMachine):
 
 
 TestPrefillMachine = PrefillMachine.TestCase
-TestPrefillMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPrefillMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
