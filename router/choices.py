@@ -62,7 +62,7 @@ class LoadChooser:
         if choice.instance_id is None:
             choice = choose(views)
         if choice.instance_id is None:
-            self._fleet.pair_capacity_tokens()  # names the role that is missing, if one is
+            self._fleet.check_length(num_tokens)  # says better what is wrong: which role is missing, how much would fit
         instance_id = choice.require()
         instance = next(it for it in usable if it.instance_id == instance_id)
         self._tracker(instance).record(instance_id, hashes[instance.status.block_size])

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from core.clock import Clock
 from core.errors import (
-    ContextLengthError,
     DeadlineError,
     DuplicateRequestError,
     OverloadedError,
@@ -89,12 +88,7 @@ class Dispatcher:
             raise DuplicateRequestError(f"a request with the id '{request.request_id}' is running")
         if len(self._running) >= self._limits.max_queue:
             raise OverloadedError(f"the router already holds {self._limits.max_queue} requests; try again later")
-        capacity_tokens = self._fleet.pair_capacity_tokens()
-        if len(request.token_ids) >= capacity_tokens:
-            raise ContextLengthError(
-                f"the prompt has {len(request.token_ids)} tokens; the workers that are up hold at most "
-                f"{capacity_tokens} tokens of prompt and answer"
-            )
+        self._fleet.check_length(len(request.token_ids))
 
     # --- Desk --------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 
 from core.clock import Clock
-from core.errors import IncompatiblePeerError, TandemError, UnavailableError
+from core.errors import ContextLengthError, IncompatiblePeerError, TandemError, UnavailableError
 from core.session import InstanceState, InstanceStatus, Role
 from router.instances import Instance, SessionOpener
 
@@ -72,6 +72,16 @@ class Fleet:
         if not fitting:
             raise UnavailableError("no prefill worker is ready whose KV a ready decode worker can read")
         return max(fitting)
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises ContextLengthError if no usable pair holds a prompt that long and a token of answer, UnavailableError
+        if there is no pair."""
+        capacity_tokens = self.pair_capacity_tokens()
+        if num_tokens >= capacity_tokens:
+            raise ContextLengthError(
+                f"the prompt has {num_tokens} tokens; the workers that are up hold at most {capacity_tokens} tokens of "
+                "prompt and answer"
+            )
 
     def has_pair(self) -> bool:
         """Whether a request could be served now."""
