@@ -1,7 +1,6 @@
 """Puts a decode worker together: its loop, its routers' sessions, the links that KV arrives by."""
 
 import grpc
-from kv_transfer.receiver import KvReceiver
 
 from core.config import WorkerConfig
 from core.session import LinkStats, Role
@@ -10,6 +9,7 @@ from decode_worker.peers import Peers
 from decode_worker.service import DecodeService
 from engine.engine import Engine
 from kv_transfer.pool import SharedPool
+from kv_transfer.receiver import KvReceiver
 from tandem.v1 import worker_pb2_grpc
 from wire.sessions import DecodeServicer
 from worker.instance import LoopReport
@@ -38,7 +38,7 @@ class DecodeWorker(RoleWorker[LoopCommand, LoopEvent]):
     def deliver(self, events: list[LoopEvent]) -> None:
         self._service.deliver(events)
 
-    async def connect(self, engine: Engine, pool: SharedPool | None) -> None:
+    async def connect(self, engine: Engine, pool: SharedPool) -> None:
         section = self._config.decode
         self._receiver = KvReceiver(
             engine.layout,

@@ -5,12 +5,12 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from kv_transfer.receiver import KvReceiver
-
-from core.errors import CancelledError, InternalError, TandemError, UnavailableError
+from core.errors import CancelledError, InternalError, TandemError
 from core.session import Cancel, DecodeCommand, DecodeEvent, OpenDecode
+from core.transfer import PeerGoneError
 from decode_worker.loop import Abandon, Arrived, Close, Fetch, FetchFailed, Key, LoopCommand, LoopEvent, Open, Tell
 from decode_worker.peers import Peers
+from kv_transfer.receiver import KvReceiver
 from wire.sessions import Outbox
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class DecodeService:
                 fetch.block_ids,
                 fetch.deadline_s,
             )
-        except UnavailableError:
+        except PeerGoneError:
             self._peers.forget(source.instance_id)
             self._receiver.drop(source.instance_id)
             raise

@@ -3,12 +3,12 @@
 import asyncio
 
 import grpc
-from kv_transfer.sender import KvSender
 
 from core.config import WorkerConfig
 from core.session import LinkStats, Role
 from engine.engine import Engine
 from kv_transfer.pool import SharedPool
+from kv_transfer.sender import KvSender
 from prefill_worker.loop import LoopCommand, LoopEvent, PrefillLoop
 from prefill_worker.service import PrefillService
 from tandem.v1 import transfer_pb2_grpc, worker_pb2_grpc
@@ -41,7 +41,7 @@ class PrefillWorker(RoleWorker[LoopCommand, LoopEvent]):
     def deliver(self, events: list[LoopEvent]) -> None:
         self._service.deliver(events)
 
-    async def connect(self, engine: Engine, pool: SharedPool | None) -> None:
+    async def connect(self, engine: Engine, pool: SharedPool) -> None:
         self._sender = KvSender(engine.layout, pool, self.instance_id)
         self._leases_task = asyncio.create_task(self._service.expire_leases(), name="leases")
 

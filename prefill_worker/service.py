@@ -145,7 +145,7 @@ class PrefillService:
 
     async def acknowledge(self, request_id: str, epoch: int) -> bool:
         attempt = _Attempt(request_id, epoch)
-        if not self._leases.acknowledge(request_id, epoch, self._clock.now_s()):
+        if self._leases.acknowledge(request_id, epoch, self._clock.now_s()) is None:
             return False
         key, _ = self._leased[attempt]
         self._end(attempt, StaleEpochError("the KV was fetched already"))
@@ -158,9 +158,9 @@ class PrefillService:
         """Until cancelled: KV that nobody fetched in time gives its blocks back."""
         while True:
             await asyncio.sleep(LEASE_CHECK_S)
-            for request_id, epoch in self._leases.expire(self._clock.now_s()):
-                attempt = _Attempt(request_id, epoch)
+            for lease in self._leases.expire(self._clock.now_s()):
+                attempt = _Attempt(lease.request_id, lease.epoch)
                 key, _ = self._leased[attempt]
-                log.warning("the lease of %s (attempt %d) ended before decode fetched its KV", request_id, epoch)
+                log.warning("the lease of %s ended before decode fetched its KV", lease)
                 self._end(attempt, StaleEpochError("the lease on the KV has ended"))
                 self._post(Release(key))

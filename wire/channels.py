@@ -48,7 +48,17 @@ class _UnaryToken(grpc.aio.UnaryUnaryClientInterceptor):
         return await continuation(_with_token(client_call_details, self._token), request)
 
 
-class _StreamToken(grpc.aio.StreamStreamClientInterceptor):
+class _UnaryStreamToken(grpc.aio.UnaryStreamClientInterceptor):
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    async def intercept_unary_stream(
+        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
+    ) -> Any:
+        return await continuation(_with_token(client_call_details, self._token), request)
+
+
+class _StreamStreamToken(grpc.aio.StreamStreamClientInterceptor):
     def __init__(self, token: str) -> None:
         self._token = token
 
@@ -60,5 +70,7 @@ class _StreamToken(grpc.aio.StreamStreamClientInterceptor):
 
 def open_channel(address: str, token: str | None = None) -> grpc.aio.Channel:
     """A channel to `host:port` that sends the cluster token with every call. Connects when first used."""
-    interceptors: Sequence[grpc.aio.ClientInterceptor] = [_UnaryToken(token), _StreamToken(token)] if token else []
+    interceptors: Sequence[grpc.aio.ClientInterceptor] = []
+    if token:
+        interceptors = [_UnaryToken(token), _UnaryStreamToken(token), _StreamStreamToken(token)]
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)

@@ -1,24 +1,27 @@
 """An engine as a worker needs it: its KV pool where a peer on the same host can read it."""
 
-from core.config import EngineSection, WorkerConfig
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from core.config import EngineSection
 from engine.config import EngineConfig
+from engine.device import choose_device
 from engine.engine import Engine, load_engine
 from kv_transfer.pool import SharedPool
 
 
-def load_worker_engine(config: WorkerConfig, section: EngineSection) -> tuple[Engine, SharedPool | None]:
-    """Load and warm up. The pool is None on a device whose memory cannot be mapped by another process.
-
-    Raises CheckpointError or ConfigError.
-    """
+def load_worker_engine(model: Path, section: EngineSection) -> tuple[Engine, SharedPool]:
+    """Load and warm up. Raises CheckpointError or ConfigError."""
     pools: list[SharedPool] = []
 
-    def allocate(num_bytes: int):  # type: ignore[no-untyped-def]
-        pools.append(SharedPool.create(num_bytes))
+    def allocate(device: torch.device, num_bytes: int) -> torch.Tensor:
+        pools.append(SharedPool.create(num_bytes, device))
         return pools[0].tensor
 
-    engine_config = EngineConfig(
-        model_path=config.model,
+    config = EngineConfig(
+        model_path=model,
         dtype=section.dtype,
         device=section.device,
         num_threads=section.threads,
@@ -27,6 +30,6 @@ def load_worker_engine(config: WorkerConfig, section: EngineSection) -> tuple[En
         max_model_len=section.max_model_len,
         ops=section.ops,
     )
-    engine = load_engine(engine_config, allocate)
+    engine = load_engine(config, partial(allocate, choose_device(section.device)))
     engine.warm_up()
-    return engine, pools[0] if pools else None
+    return engine, pools[0]

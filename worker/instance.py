@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
 
 from core.config import WorkerConfig
 from core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
@@ -40,7 +41,8 @@ class Instance:
         self._role = role
         self._instance_id = instance_id
         self._state = InstanceState.LOADING
-        self._server, self._health = build_server(config.cluster_token)
+        self._server: grpc.aio.Server | None = None
+        self._health: health_aio.HealthServicer | None = None
         self._report: Callable[[], LoopReport] | None = None
         self._links: Callable[[], tuple[LinkStats, ...]] = tuple
         self._heartbeat: Heartbeat | None = None
@@ -58,6 +60,7 @@ class Instance:
         links: Callable[[], tuple[LinkStats, ...]],
     ) -> None:
         """Serve, and report READY from the first heartbeat on. Raises ConfigError if the port cannot be had."""
+        self._server, self._health = build_server(self._config.cluster_token)
         add_services(self._server)
         self.address = bind(self._server, self._config.listen)
         await self._server.start()
@@ -95,7 +98,8 @@ class Instance:
     async def drain(self, grace_s: float) -> None:
         """Tell everybody that nothing new is taken, then wait until nothing is left, at most `grace_s`."""
         self._state = InstanceState.DRAINING
-        await self._health.enter_graceful_shutdown()
+        if self._health is not None:
+            await self._health.enter_graceful_shutdown()
         if self._heartbeat is not None:
             self._heartbeat.send_now()
         with contextlib.suppress(TimeoutError):
@@ -107,7 +111,8 @@ class Instance:
         if self._heartbeat_task is not None:
             self._heartbeat_task.cancel()
             await asyncio.gather(self._heartbeat_task, return_exceptions=True)
-        await self._server.stop(None)
+        if self._server is not None:
+            await self._server.stop(None)
 
     def _busy(self) -> bool:
         if self._report is None:

@@ -10,6 +10,7 @@ import logging
 import secrets
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -23,8 +24,10 @@ DRAIN_GRACE_S = 10.0
 class Worker(Protocol):
     """A prefill or a decode worker."""
 
-    address: str
     instance_id: str
+
+    @property
+    def address(self) -> str: ...
 
     async def start(self) -> None:
         """Load the model, listen and report; returns when READY. Raises a TandemError if it cannot."""
@@ -39,16 +42,12 @@ class Worker(Protocol):
         ...
 
 
-class MakeWorker(Protocol):
-    def __call__(self, config: WorkerConfig) -> Worker: ...
-
-
 def new_instance_id(role: str) -> str:
     """Unique over restarts, so that a restarted worker is never mistaken for the old one."""
     return f"{role}-{secrets.token_hex(4)}"
 
 
-def run_from_command_line(role: str, make_worker: MakeWorker) -> int:
+def run_from_command_line(role: str, make_worker: Callable[[WorkerConfig], Worker]) -> int:
     """`python -m <role>_worker --config FILE`. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {role}_worker",

@@ -62,7 +62,7 @@ class RoleWorker(ABC, Generic[Command, Event]):
         """Events of one turn of the loop."""
 
     @abstractmethod
-    async def connect(self, engine: Engine, pool: SharedPool | None) -> None:
+    async def connect(self, engine: Engine, pool: SharedPool) -> None:
         """Make the KV links' end on this side; before the first session."""
 
     @abstractmethod
@@ -78,6 +78,7 @@ class RoleWorker(ABC, Generic[Command, Event]):
         self._closed = asyncio.get_running_loop().create_future()
         await self._thread.start()
         assert self._engine is not None
+        assert self._pool is not None
         await self.connect(self._engine, self._pool)
         await self._instance.listen(self.add_services, self.report, self.links)
 
@@ -98,7 +99,7 @@ class RoleWorker(ABC, Generic[Command, Event]):
             self._closed.set_result(None)
 
     def _load_and_make_loop(self) -> StepLoop[Command, Event]:
-        self._engine, self._pool = load_worker_engine(self._config, self._engine_section)
+        self._engine, self._pool = load_worker_engine(self._config.model, self._engine_section)
         return self.make_loop(self._engine)
 
     def _crashed(self, error: BaseException) -> None:
