@@ -46,7 +46,7 @@ def write_checkpoint(folder: Path) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(Path(__file__).read_text().splitlines(keepends=True), trainer)
-    tokenizer.add_tokens([AddedToken("grüße", normalized=False)])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
@@ -54,7 +54,7 @@ def write_checkpoint(folder: Path) -> Path:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|endoftext|>",
-        "eos_token": {"content": "<|im_end|>"},
+        "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
