@@ -69,7 +69,8 @@ class Up:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """It could not be started, or died; it will be tried again after `retry_s`."""
+    """It died, or could not be started again; it will be tried after `retry_s`. Of the very first start `reconcile`
+    tells."""
 
     name: str
     reason: str
@@ -162,13 +163,14 @@ class Controller:
     async def _keep(self, slot: _Slot) -> None:
         delay_s = self._backoff.first_s
         while not slot.leaving.is_set():
-            began_s = self._clock.now_s()
+            began_s, is_known = self._clock.now_s(), slot.first.done()
             reason = await self._run_once(slot)
             if reason is None:
                 break
             if self._clock.now_s() - began_s > self._backoff.healthy_after_s:
                 delay_s = self._backoff.first_s
-            self.events.put_nowait(Failed(slot.spec.name, reason, delay_s))
+            if is_known or slot.first.exception() is None:
+                self.events.put_nowait(Failed(slot.spec.name, reason, delay_s))
             await _wait_at_most(slot.leaving, delay_s)
             delay_s = min(2 * delay_s, self._backoff.longest_s)
         if not slot.first.done():

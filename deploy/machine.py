@@ -1,5 +1,6 @@
 """What this machine has, as far as a deployment cares: cores, GPUs, memory, ports."""
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -68,10 +69,12 @@ def check_address(setting: str, address: str) -> str:
             probe.bind((host, port))
             probe.listen()
         except OSError as error:
-            holder = listening_process(port)
-            reason = f"in use by {holder}" if holder else (error.strerror or "not available").lower()
-            hint = f"stop that or choose another with --set {setting}=HOST:PORT (port 0: any free one)"
-            raise ConfigError(f"{setting} {address} is {reason}; {hint}") from error
+            holder = listening_process(port) if error.errno == errno.EADDRINUSE else None
+            reason = f"in use by {holder}" if holder else (error.strerror or "not an address").lower()
+            raise ConfigError(
+                f"cannot listen on {setting} {address} ({reason}); "
+                f"choose another with --set {setting}=HOST:PORT (port 0: any free one)"
+            ) from error
         chosen = probe.getsockname()[1]
     return f"[{host}]:{chosen}" if ":" in host else f"{host}:{chosen}"
 

@@ -11,7 +11,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.errors import TandemError
+from core.errors import InternalError, TandemError
 from deploy.topology import ProcessSpec
 
 _CLOSE_S = 6.0  # beyond its grace, for closing sockets and giving memory back
@@ -67,7 +67,7 @@ class ProcessHost:
         except Exception as error:  # noqa: BLE001 - the process's door: whatever it is, the supervisor must hear of it
             traceback.print_exc()
             message = f"{spec.name} could not start ({type(error).__name__}: {error})"
-            return StartReport(os.getpid(), error_code="internal", error_message=message)
+            return StartReport(os.getpid(), error_code=InternalError.code, error_message=message)
         self._app = app
         return StartReport(os.getpid(), address=app.address, instance_id=app.instance_id)
 

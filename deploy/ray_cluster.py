@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from core.errors import TandemError, UnavailableError, error_from_code
+from core.errors import InternalError, TandemError, UnavailableError, error_from_code
 from deploy.controller import ProcessInfo, RunningProcess
 from deploy.process_host import ProcessHost, StartReport
 from deploy.topology import ProcessSpec
@@ -53,7 +53,7 @@ class LocalRay:
 
     def __init__(self) -> None:
         # Not under the state folder: the paths of Ray's sockets must stay below 108 characters.
-        self.folder = Path(tempfile.gettempdir()) / f"tandem-ray-{secrets.token_hex(4)}"
+        self.folder = Path(tempfile.gettempdir()) / f"tandem-{secrets.token_hex(4)}"
 
     def start(self, processes: int, gpus: int) -> None:
         """Start it, with `processes` Python processes warmed up for what comes; takes some seconds.
@@ -61,6 +61,7 @@ class LocalRay:
         Raises UnavailableError.
         """
         self.folder.mkdir(mode=0o700)
+        ray_folder = self.folder / "r"  # Ray opens its own folder to every user of the machine
         token_path = self.folder / "token"
         descriptor = os.open(token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -79,7 +80,7 @@ class LocalRay:
                 logging_level=logging.CRITICAL,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _plasma_directory=str(self.folder),
-                _temp_dir=str(self.folder),
+                _temp_dir=str(ray_folder),
             )
         except (RuntimeError, ValueError, OSError, TimeoutError) as error:
             self.stop()
@@ -115,7 +116,7 @@ class RayLauncher:
             actor = _actor_class(ray, group, bundle).remote()
             report: StartReport = await actor.start.remote(spec, log_path)
             if report.error_code:
-                raise _with_log(error_from_code(report.error_code, report.error_message), log_path)
+                raise _start_error(report, log_path)
         except ray.exceptions.RayError as error:
             _release(ray, actor, group)
             reason = f"{spec.name} died while it started; its log is {log_path}"
@@ -167,11 +168,11 @@ def _release(ray: ModuleType, actor: Any, group: Any) -> None:
         ray.util.remove_placement_group(group)
 
 
-def _with_log(error: TandemError, log_path: str) -> TandemError:
+def _start_error(report: StartReport, log_path: str) -> TandemError:
     """Faults of ours point to the log; what the user can mend says it all by itself."""
-    if error.code == "internal":
-        error.message = f"{error.message}; its log is {log_path}"
-    return error
+    is_ours = report.error_code == InternalError.code
+    message = f"{report.error_message}; its log is {log_path}" if is_ours else report.error_message
+    return error_from_code(report.error_code, message)
 
 
 def _import_ray() -> ModuleType:

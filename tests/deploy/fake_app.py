@@ -1,6 +1,7 @@
 """Applications that a process host can run in a test, without torch and without a network."""
 
 import asyncio
+import os
 import uuid
 
 from core.config import WorkerConfig
@@ -13,19 +14,26 @@ class FakeApp:
     def __init__(self, config: WorkerConfig) -> None:
         self.address = "127.0.0.1:1"
         self.instance_id = uuid.uuid4().hex
-        self._config = config
+        self._name = config.served_name
         self._closed = asyncio.Event()
 
     async def start(self) -> None:
-        print(f"starting {self._config.served_name}")
-        if self._config.served_name == "broken":
-            raise CheckpointError("the checkpoint has no config.json")
-        if self._config.served_name == "buggy":
-            raise KeyError("a fault of ours")
+        print(f"starting {self._name}", flush=True)
+        match self._name:
+            case "broken":
+                raise CheckpointError("the checkpoint has no config.json")
+            case "buggy":
+                raise KeyError("a fault of ours")
+            case "deadly":
+                os._exit(3)
+            case "slow":
+                print(f"pid {os.getpid()}", flush=True)
+                await asyncio.Event().wait()
+        print(f"threads {os.environ['OMP_NUM_THREADS']}", flush=True)
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
 
     async def drain_and_stop(self, grace_s: float) -> None:
-        print(f"draining for {grace_s}")
+        print(f"draining for {grace_s}", flush=True)
         self._closed.set()

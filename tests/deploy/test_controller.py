@@ -1,0 +1,176 @@
+"""The controller with processes that are only objects."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from core.clock import SystemClock
+from core.config import WorkerConfig
+from core.errors import CheckpointError, TandemError, UnavailableError
+from deploy.controller import Backoff, Controller, Event, Failed, Loading, ProcessInfo, RunningProcess, Stopped, Up
+from deploy.topology import ProcessRole, ProcessSpec
+
+FAST = Backoff(first_s=0.001, longest_s=0.004, healthy_after_s=60.0)
+
+
+def spec(index: int, role: ProcessRole = ProcessRole.PREFILL) -> ProcessSpec:
+    return ProcessSpec(role, index, "none:None", WorkerConfig(model=Path("/m")), threads=1)
+
+
+class FakeProcess:
+    def __init__(self, spec: ProcessSpec, pid: int, order: list[str]) -> None:
+        self.info = ProcessInfo(spec.name, spec.role, pid, "127.0.0.1:1", f"{spec.name}-{pid}", "/log")
+        self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.graces: list[float] = []
+        self.killed = False
+        self.never_stops = False
+        self._order = order
+
+    async def wait_closed(self) -> str:
+        return await asyncio.shield(self.died)
+
+    async def stop(self, grace_s: float) -> None:
+        self.graces.append(grace_s)
+        self._order.append(self.info.name)
+        if self.never_stops:
+            await asyncio.Event().wait()
+
+    async def kill(self) -> None:
+        self.killed = True
+
+
+class FakeLauncher:
+    def __init__(self) -> None:
+        self.launched: list[FakeProcess] = []
+        self.errors: deque[TandemError | None] = deque()
+        self.stop_order: list[str] = []
+        self.hold = False
+        self.abandoned = 0
+
+    async def launch(self, spec: ProcessSpec) -> RunningProcess:
+        if self.hold:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.abandoned += 1
+                raise
+        if self.errors and (error := self.errors.popleft()):
+            raise error
+        process = FakeProcess(spec, 100 + len(self.launched), self.stop_order)
+        self.launched.append(process)
+        return process
+
+
+@pytest.fixture
+def launcher() -> FakeLauncher:
+    return FakeLauncher()
+
+
+@pytest.fixture
+async def controller(launcher: FakeLauncher) -> AsyncIterator[Controller]:
+    controller = Controller(launcher, SystemClock(), FAST)
+    yield controller
+    await controller.kill()
+
+
+def pids(controller: Controller) -> list[int]:
+    return [info.pid for info in controller.running()]
+
+
+async def events_until(controller: Controller, kind: type[Event], pid: int | None = None) -> list[Event]:
+    """What happened up to the first event of that kind, and of that process if one is named."""
+    events: list[Event] = []
+    async with asyncio.timeout(5):
+        while True:
+            event = await controller.events.get()
+            events.append(event)
+            if isinstance(event, kind) and (pid is None or (isinstance(event, Up) and event.info.pid == pid)):
+                return events
+
+
+async def test_starts_what_is_desired(controller: Controller, launcher: FakeLauncher) -> None:
+    await controller.reconcile([spec(0), spec(1)], 1.0)
+    assert [info.name for info in controller.running()] == ["prefill-0", "prefill-1"]
+    await controller.reconcile([spec(0), spec(1)], 1.0)
+    assert len(launcher.launched) == 2, "what runs is left alone"
+
+
+async def test_a_dead_process_is_replaced_by_a_new_instance(controller: Controller, launcher: FakeLauncher) -> None:
+    await controller.reconcile([spec(0), spec(1)], 1.0)
+    launcher.launched[0].died.set_result("its process died")
+    events = await events_until(controller, Up, pid=102)
+    assert pids(controller) == [102, 101]
+    assert launcher.launched[0].killed, "what the dead one held is given back"
+    assert launcher.launched[0].graces == []
+    ids = [process.info.instance_id for process in launcher.launched]
+    assert len(set(ids)) == 3
+    assert [type(event) for event in events] == [Loading, Loading, Up, Up, Failed, Loading, Up]
+    assert events[4] == Failed("prefill-0", "its process died", FAST.first_s)
+
+
+async def test_the_delay_doubles_up_to_a_limit(controller: Controller, launcher: FakeLauncher) -> None:
+    await controller.reconcile([spec(0)], 1.0)
+    launcher.errors.extend([UnavailableError("no")] * 4)
+    launcher.launched[0].died.set_result("its process died")
+    events = await events_until(controller, Up, pid=101)
+    delays = [event.retry_s for event in events if isinstance(event, Failed)]
+    assert delays == [0.001, 0.002, 0.004, 0.004, 0.004]
+
+
+async def test_the_first_failure_is_raised_and_tried_again(controller: Controller, launcher: FakeLauncher) -> None:
+    launcher.errors.append(CheckpointError("the checkpoint has no config.json"))
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        await controller.reconcile([spec(0)], 1.0)
+    await events_until(controller, Up, pid=100)
+
+
+async def test_what_is_not_desired_leaves_with_grace(controller: Controller, launcher: FakeLauncher) -> None:
+    await controller.reconcile([spec(0), spec(1)], 1.0)
+    await controller.reconcile([spec(1), spec(2)], 7.0)
+    assert [info.name for info in controller.running()] == ["prefill-1", "prefill-2"]
+    assert launcher.launched[0].graces == [7.0]
+    assert launcher.launched[0].killed
+    assert launcher.launched[1].graces == []
+
+
+async def test_stop_lets_routers_finish_first(controller: Controller, launcher: FakeLauncher) -> None:
+    await controller.reconcile([spec(0), spec(0, ProcessRole.DECODE), spec(0, ProcessRole.ROUTER)], 1.0)
+    await controller.stop(3.0)
+    assert launcher.stop_order[0] == "router-0"
+    assert sorted(launcher.stop_order[1:]) == ["decode-0", "prefill-0"]
+    assert all(process.killed and process.graces == [3.0] for process in launcher.launched)
+    assert controller.running() == ()
+    assert isinstance([controller.events.get_nowait() for _ in range(controller.events.qsize())][-1], Stopped)
+
+
+async def test_stop_abandons_what_is_loading(controller: Controller, launcher: FakeLauncher) -> None:
+    launcher.hold = True
+    starting = asyncio.create_task(controller.reconcile([spec(0)], 1.0))
+    await asyncio.sleep(0.01)
+    await controller.stop(1.0)
+    assert launcher.abandoned == 1
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+
+
+async def test_stop_does_not_wait_for_a_retry(launcher: FakeLauncher) -> None:
+    controller = Controller(launcher, SystemClock(), Backoff(first_s=3600.0))
+    await controller.reconcile([spec(0)], 1.0)
+    launcher.launched[0].died.set_result("its process died")
+    await events_until(controller, Failed)
+    async with asyncio.timeout(5):
+        await controller.stop(1.0)
+
+
+async def test_kill_does_not_wait_for_a_stop_that_hangs(controller: Controller, launcher: FakeLauncher) -> None:
+    await controller.reconcile([spec(0)], 1.0)
+    launcher.launched[0].never_stops = True
+    stopping = asyncio.create_task(controller.stop(1.0))
+    await asyncio.sleep(0.01)
+    stopping.cancel()
+    async with asyncio.timeout(5):
+        await controller.kill()
+    assert launcher.launched[0].killed

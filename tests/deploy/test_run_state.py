@@ -1,0 +1,97 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from core.errors import ConfigError
+from deploy.run_state import RunState, StateFolders, process_started_s
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> StateFolders:
+    folders = StateFolders.of_environment({"TANDEM_STATE_DIR": str(tmp_path / "state")})
+    folders.make()
+    return folders
+
+
+def own_state(tmp_path: Path) -> RunState:
+    return RunState(
+        pid=os.getpid(),
+        process_started_s=process_started_s(os.getpid()),
+        model="m",
+        http="127.0.0.1:1",
+        grpc="127.0.0.1:2",
+        control="127.0.0.1:3",
+        cluster_token="secret",
+        log_folder=str(tmp_path / "logs"),
+        ray_folder=str(tmp_path / "ray"),
+    )
+
+
+def test_a_running_one_is_found_and_removed(folders: StateFolders, tmp_path: Path) -> None:
+    state = own_state(tmp_path)
+    folders.write(state)
+    assert folders.running() == [state]
+    folders.remove(state.pid)
+    assert folders.running() == []
+
+
+def test_the_token_is_for_its_owner_alone(folders: StateFolders, tmp_path: Path) -> None:
+    folders.write(own_state(tmp_path))
+    (file,) = folders.state.glob("serve-*")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert folders.state.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_the_dead_left_is_cleared_away(folders: StateFolders, tmp_path: Path) -> None:
+    (tmp_path / "ray").mkdir()
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    state = replace(own_state(tmp_path), pid=process.pid, process_started_s=process_started_s(process.pid))
+    folders.write(state)
+    assert folders.running() == [state]
+    process.communicate()
+    assert folders.running() == []
+    assert list(folders.state.glob("serve-*")) == []
+    assert not (tmp_path / "ray").exists()
+
+
+def test_another_process_with_the_same_pid_is_not_it(folders: StateFolders, tmp_path: Path) -> None:
+    folders.write(replace(own_state(tmp_path), process_started_s=1.0))
+    assert folders.running() == []
+
+
+def test_files_of_other_versions_are_passed_over(folders: StateFolders) -> None:
+    (folders.state / "serve-1.json").write_text('{"pid": 1}')
+    (folders.state / "serve-2.json").write_text("not json")
+    assert folders.running() == []
+
+
+def test_scale_is_left_and_taken(folders: StateFolders) -> None:
+    assert folders.take_scale(7) == {}
+    folders.leave_scale(7, {"prefill": 2})
+    assert folders.take_scale(7) == {"prefill": 2}
+
+
+def test_only_the_last_logs_are_kept(folders: StateFolders) -> None:
+    for number in range(8):
+        (folders.logs / f"2020010{number}-000000-1").mkdir()
+    newest = folders.new_log_folder(5)
+    left = sorted(path.name for path in folders.logs.iterdir())
+    assert left == ["20200104-000000-1", "20200105-000000-1", "20200106-000000-1", "20200107-000000-1", newest.name]
+
+
+def test_where_state_goes(tmp_path: Path) -> None:
+    both = {"XDG_RUNTIME_DIR": str(tmp_path), "XDG_STATE_HOME": "/var/me"}
+    assert StateFolders.of_environment(both) == StateFolders(tmp_path / "tandem", Path("/var/me/tandem/logs"))
+    gone = {"XDG_RUNTIME_DIR": str(tmp_path / "none"), "XDG_STATE_HOME": "/var/me"}
+    assert StateFolders.of_environment(gone).state == Path("/var/me/tandem")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folders = StateFolders.of_environment({"TANDEM_STATE_DIR": str(tmp_path / "file" / "below")})
+    with pytest.raises(ConfigError, match="set TANDEM_STATE_DIR to a folder of yours"):
+        folders.make()

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.config import DecodeSection, EngineSection, PrefillSection, RouterConfig, ServeConfig, WorkerConfig
+from deploy.topology import Machine, ProcessRole, ProcessSpec, plan_processes, share_threads
+
+
+def serve_config(prefill: int = 1, decode: int = 1, **engine: object) -> ServeConfig:
+    section = EngineSection.model_validate(engine)
+    return ServeConfig(
+        model=Path("/models/x"),
+        prefill=PrefillSection(instances=prefill, engine=section),
+        decode=DecodeSection(instances=decode, engine=section),
+        cluster_token="secret",
+    )
+
+
+def workers(specs: tuple[ProcessSpec, ...]) -> list[ProcessSpec]:
+    return [spec for spec in specs if spec.role is not ProcessRole.ROUTER]
+
+
+@given(prefill=st.integers(1, 20), decode=st.integers(1, 20), cores=st.integers(1, 256))
+def test_every_instance_has_a_thread_and_no_core_is_idle(prefill: int, decode: int, cores: int) -> None:
+    specs = plan_processes(serve_config(prefill, decode), Machine(cores))
+    threads = [spec.threads for spec in workers(specs)]
+    assert len(threads) == prefill + decode
+    assert min(threads) >= 1
+    assert sum(threads) == max(cores, prefill + decode)
+    assert max(threads) - min(threads) <= 1
+
+
+@given(cores=st.integers(1, 128), fixed=st.lists(st.integers(0, 16), min_size=1, max_size=12))
+def test_chosen_threads_stay_and_the_rest_is_shared(cores: int, fixed: list[int]) -> None:
+    shares = share_threads(cores, fixed)
+    assert all(share == chosen for share, chosen in zip(shares, fixed, strict=True) if chosen)
+    sharing = [share for share, chosen in zip(shares, fixed, strict=True) if not chosen]
+    assert all(share >= 1 for share in sharing)
+    assert not sharing or sum(sharing) == max(cores - sum(fixed), len(sharing))
+
+
+def test_what_each_process_is_given() -> None:
+    specs = plan_processes(serve_config(prefill=2, decode=1), Machine(cores=7))
+    assert [spec.name for spec in specs] == ["router-0", "prefill-0", "prefill-1", "decode-0"]
+    router, first, _, decode = specs
+    assert isinstance(router.config, RouterConfig)
+    assert isinstance(first.config, WorkerConfig)
+    assert isinstance(decode.config, WorkerConfig)
+    assert [spec.threads for spec in workers(specs)] == [3, 2, 2]
+    assert first.config.prefill.engine.threads == 3
+    assert decode.config.decode.engine.threads == 2
+    assert first.config.routers == (router.config.router.control,)
+    assert {spec.config.cluster_token for spec in specs} == {"secret"}
+    assert {spec.config.served_name for spec in specs} == {"x"}
+    assert {spec.gpus for spec in specs} == {0.0}
+
+
+@given(prefill=st.integers(1, 8), decode=st.integers(1, 8), gpus=st.integers(1, 16))
+def test_gpus_are_shared_so_that_all_fit(prefill: int, decode: int, gpus: int) -> None:
+    specs = workers(plan_processes(serve_config(prefill, decode), Machine(cores=8, gpus=gpus)))
+    share = specs[0].gpus
+    assert 0.0 < share <= 1.0
+    assert all(spec.gpus == share for spec in specs)
+    per_device = int(1.0 / share + 1e-9)
+    assert per_device * gpus >= len(specs), "Ray must find a place for each"
+    assert (share == 1.0) == (gpus >= len(specs))
+
+
+def test_a_cpu_device_takes_no_gpu() -> None:
+    specs = plan_processes(serve_config(device="cpu"), Machine(cores=8, gpus=4))
+    assert {spec.gpus for spec in specs} == {0.0}
