@@ -1,14 +1,18 @@
 """Slices of sequences -> the packed tensors of one step."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.kv_layout import KvLayout
 from engine.models.base import StepBatch
 from engine.ops.interface import AttentionMeta
 from engine.step import SequenceSlice
+
+_Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 
 
 def decodes_first(slices: Sequence[SequenceSlice]) -> list[int]:
@@ -17,8 +21,12 @@ def decodes_first(slices: Sequence[SequenceSlice]) -> list[int]:
     return single + [index for index, part in enumerate(slices) if len(part.token_ids) != 1]
 
 
-def pack(slices: Sequence[SequenceSlice], block_size: int, device: torch.device) -> StepBatch:
-    """Pack slices that are already in `decodes_first` order."""
+def pack(slices: Sequence[SequenceSlice], layout: KvLayout, vocab_size: int, device: torch.device) -> StepBatch:
+    """Pack slices that are already in `decodes_first` order.
+
+    Asserts that blocks and token ids exist: kernels would follow wrong ones to any place in memory.
+    """
+    block_size = layout.block_size
     lengths = [len(part.token_ids) for part in slices]
     ends = [part.start + length for part, length in zip(slices, lengths, strict=True)]
     tables = np.zeros((len(slices), max(-(-end // block_size) for end in ends)), dtype=np.int32)
@@ -26,6 +34,7 @@ def pack(slices: Sequence[SequenceSlice], block_size: int, device: torch.device)
         needed = -(-end // block_size)
         assert len(part.block_table) >= needed, "a slice's block table has no room for its tokens"
         tables[row, :needed] = part.block_table[:needed]
+    assert _all_below(tables, layout.num_blocks), "a block that the pool does not have"
     query_starts = np.zeros(len(slices) + 1, dtype=np.int32)
     np.cumsum(lengths, out=query_starts[1:])
     owner = np.repeat(np.arange(len(slices)), lengths)
@@ -33,6 +42,7 @@ def pack(slices: Sequence[SequenceSlice], block_size: int, device: torch.device)
     positions = np.arange(query_starts[-1], dtype=np.int64) - query_starts[owner] + starts[owner]
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
     token_ids = np.fromiter((token for part in slices for token in part.token_ids), dtype=np.int64, count=len(owner))
+    assert _all_below(token_ids, vocab_size), "a token id that the model does not have"
     meta = AttentionMeta(
         query_starts=_to(query_starts, device),
         context_lens=_to(np.array(ends, dtype=np.int32), device),
@@ -46,7 +56,11 @@ def pack(slices: Sequence[SequenceSlice], block_size: int, device: torch.device)
     return StepBatch(_to(token_ids, device), _to(positions, device), _to(slots, device), meta)
 
 
-def _to(array: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]", device: torch.device) -> Tensor:
+def _all_below(array: _Integers, limit: int) -> bool:
+    return bool(array.min() >= 0 and array.max() < limit)
+
+
+def _to(array: _Integers, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     # Pinned memory lets the copy to a device run beside the host's next lines.
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

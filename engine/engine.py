@@ -1,5 +1,6 @@
 """The engine: token ids in, token ids out. One model on one device, over one pool of KV blocks."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from engine.device import choose_device, choose_dtype, choose_threads
 from engine.models.base import Model
 from engine.models.load import load_model
 from engine.ops.choose import choose_ops
-from engine.sampler import logprobs, sample
+from engine.sampler import logprobs, not_a_number, sample
 from engine.step import SampleRequest, SequenceSlice, StepOutput
 
 # Logits of a long prompt are computed in parts of at most so many numbers.
@@ -56,7 +57,7 @@ class Engine:
         assert all(part.start + len(part.token_ids) <= self._max_model_len for part in slices), "beyond the context"
         order = decodes_first(slices)
         ordered = [slices[index] for index in order]
-        batch = pack(ordered, self.layout.block_size, self.pool.device)
+        batch = pack(ordered, self.layout, self.spec.vocab_size, self.pool.device)
         hidden = self._model.forward(batch, self.pool)
 
         output = StepOutput([None] * len(slices), [None] * len(slices), [None] * len(slices))
@@ -64,7 +65,11 @@ class Engine:
         drawn: list[tuple[int, int, SampleRequest]] = []  # slice, row of its last token, request
         for row, (index, part) in enumerate(zip(order, ordered, strict=True)):
             if part.prompt_logprobs is not None:
-                output.prompt_logprobs[index] = self._prompt_logprobs(hidden[starts[row] : starts[row + 1]], part)
+                entries = self._prompt_logprobs(hidden[starts[row] : starts[row + 1]], part)
+                if any(math.isnan(entry.logprob) for entry in entries):
+                    output.errors[index] = not_a_number()
+                else:
+                    output.prompt_logprobs[index] = entries
             if part.sample is not None:
                 drawn.append((index, starts[row + 1] - 1, part.sample))
         if drawn:
@@ -73,7 +78,7 @@ class Engine:
             for (index, _, _), result in zip(drawn, results, strict=True):
                 if isinstance(result, InternalError):
                     output.errors[index] = result
-                else:
+                elif output.errors[index] is None:
                     output.tokens[index] = result
         return output
 

@@ -32,8 +32,12 @@ def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledTok
             results[row] = SampledToken(token_ids[row], entry)
     for row, is_valid in enumerate(valid):
         if not is_valid:
-            results[row] = InternalError("The model's output for this request is not a number")
+            results[row] = not_a_number()
     return results
+
+
+def not_a_number() -> InternalError:
+    return InternalError("The model's output for this request is not a number")
 
 
 def logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:

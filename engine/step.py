@@ -45,7 +45,7 @@ class StepOutput:
 
     `tokens[i]` is None where slice i asked for none or failed. `prompt_logprobs[i]` has one entry per token of slice i
     (one less without `next_token_id`): entry j is about the token at position `start` + j + 1. A slice whose result is
-    unusable (logits that are not numbers) has an error in `errors[i]`; the others are not affected.
+    unusable (logits that are not numbers) has an error in `errors[i]`, and no token; the others are not affected.
     """
 
     tokens: list[SampledToken | None]

@@ -27,7 +27,7 @@ def choose_ops(name: str, dtype: torch.dtype, device: torch.device, head_dim: in
     except NativeUnavailableError as error:
         if name == "native":
             raise ConfigError(f"Native ops cannot be used: {error}") from error
-        _log.info("computing with torch, without native kernels: %s", error)
+        _log.info("computing with torch ops: %s", error)
         return TorchOps(dtype)
 
 

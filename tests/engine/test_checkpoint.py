@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import CheckpointError
+from engine import checkpoint as checkpoint_module
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine, load_engine
@@ -260,6 +261,23 @@ def test_weights_hash_follows_the_content_alone(folder: Path, tmp_path: Path) ->
     (copy / _FILE).write_bytes(data)
     assert open_checkpoint(copy).weights_hash != original
     _edit_json(folder / "config.json", rms_norm_eps=1e-5)
+    assert open_checkpoint(folder).weights_hash != original
+
+
+def test_weights_hash_of_a_huge_file_samples_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header and the sampled bytes count, those between the samples do not."""
+    monkeypatch.setattr(checkpoint_module, "_HASH_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_module, "_SAMPLE_BYTES", 64)
+    monkeypatch.setattr(checkpoint_module, "_SAMPLE_STRIDE_BYTES", 4096)
+    original = open_checkpoint(folder).weights_hash
+    data = bytearray((folder / _FILE).read_bytes())
+    for offset, changes in ((10 * 4096 + 63, True), (10 * 4096 + 64, False)):
+        changed = bytearray(data)
+        changed[offset] ^= 1
+        (folder / _FILE).write_bytes(changed)
+        assert (open_checkpoint(folder).weights_hash != original) == changes
+    (folder / _FILE).write_bytes(data)
+    _edit_header(folder / _FILE, lambda header: header.update(__metadata__={"format": "other"}))
     assert open_checkpoint(folder).weights_hash != original
 
 

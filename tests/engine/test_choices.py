@@ -1,6 +1,5 @@
 """The choices behind "auto", and the refusals of what cannot be."""
 
-import logging
 import os
 from pathlib import Path
 
@@ -13,9 +12,7 @@ from engine import device as device_module
 from engine.config import EngineConfig
 from engine.device import choose_device, choose_dtype, choose_threads
 from engine.engine import load_engine
-from engine.ops import choose as choose_module
 from engine.ops.choose import choose_ops
-from engine.ops.native_library import NativeUnavailableError
 from tests.engine.conftest import Checkpoints
 
 _CPU = torch.device("cpu")
@@ -67,21 +64,6 @@ def test_devices() -> None:
 def test_threads() -> None:
     assert choose_threads(3) == 3
     assert choose_threads(0) == len(os.sched_getaffinity(0))
-
-
-def test_ops_without_native_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """auto computes with torch and says why; native is refused with the same reason."""
-
-    def unavailable() -> None:
-        raise NativeUnavailableError("no C++ compiler was found")
-
-    monkeypatch.setattr(choose_module, "load_native_library", unavailable)
-    with caplog.at_level(logging.INFO):
-        ops = choose_ops("auto", torch.bfloat16, _CPU, 64, num_threads=1)
-    assert (ops.name, ops.activation_dtype) == ("torch", torch.bfloat16)
-    assert "no C++ compiler was found" in caplog.text
-    with pytest.raises(ConfigError, match="no C\\+\\+ compiler was found"):
-        choose_ops("native", torch.bfloat16, _CPU, 64, num_threads=1)
 
 
 @pytest.mark.parametrize(("device", "head_dim"), [(_CUDA, 64), (_CPU, 512)])

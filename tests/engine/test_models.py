@@ -142,6 +142,10 @@ def test_a_row_that_is_not_a_number_fails_alone(checkpoints: Checkpoints) -> Non
     assert output.tokens[1] is not None
     assert output.tokens[1].token_id == expected
     assert output.errors[1] is None
+    part = SequenceSlice(prompt[11:], 11, [4, 5], request, prompt_logprobs=0, next_token_id=1)
+    scored = engine.step([part])
+    assert scored.prompt_logprobs == [None]
+    assert scored.tokens == [None]
     engine.step([SequenceSlice(prompt[:11], 0, [4, 5])])
     again = engine.step([SequenceSlice(prompt[11:], 11, [4, 5], request)])
     assert again.tokens[0] is not None
