@@ -59,9 +59,10 @@ class PairMaker:
 class GroupLink:
     """One end of a link over a pair. Its methods are called on the event loop; its jobs run in its thread."""
 
-    def __init__(self, config: LinkConfig, owner: OwnerThread) -> None:
+    def __init__(self, config: LinkConfig, owner: OwnerThread, board: Board) -> None:
         self._config = config
         self._owner = owner
+        self._board = board
         self._ready: Future[None] = Future()
         self._staging: Staging | None = None
         self._pair: Pair | None = None
@@ -71,8 +72,8 @@ class GroupLink:
     @classmethod
     def start(cls, maker: PairMaker, config: LinkConfig, rank: int, board: Board, name: str) -> "GroupLink":
         """Begin to connect, in a new thread; `ready` tells the outcome."""
-        link = cls(config, OwnerThread.start(name))
-        link._ready = link._owner.submit(partial(link._connect, maker, rank, board))
+        link = cls(config, OwnerThread.start(name), board)
+        link._ready = link._owner.submit(partial(link._connect, maker, rank))
         return link
 
     async def ready(self) -> None:
@@ -98,6 +99,7 @@ class GroupLink:
         if self.dead:
             return
         self.dead = True
+        self._board.close()
         if self._pair is not None:
             self._pair.abort()
         self._owner.stop()
@@ -117,8 +119,8 @@ class GroupLink:
 
     # --- in the owner thread ---
 
-    def _connect(self, maker: PairMaker, rank: int, board: Board) -> None:
-        pair = maker.connect(rank, board)
+    def _connect(self, maker: PairMaker, rank: int) -> None:
+        pair = maker.connect(rank, self._board)
         if self.dead:
             raise TransferError("the KV link was given up")
         self._pair = pair

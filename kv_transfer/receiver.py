@@ -28,7 +28,7 @@ from kv_transfer.descriptors import host_identity
 from kv_transfer.group_links import GroupLink, PairMaker
 from kv_transfer.pair import DECODE_RANK
 from kv_transfer.rendezvous import RemoteBoard
-from kv_transfer.shared_link import SharedLink
+from kv_transfer.shared_link import SharedLink, UnreachableMemoryError
 from kv_transfer.totals import LinkTotals
 
 _log = logging.getLogger(__name__)
@@ -202,17 +202,15 @@ class KvReceiver:
             return link
 
     async def _make_link(self, peer: PeerControl, timeout_s: float) -> _Link:
-        roads = self._roads()
         try:
             async with asyncio.timeout(timeout_s):
                 try:
-                    return await self._try_roads(peer, roads, timeout_s)
-                except TransferError as error:
-                    slower = tuple(road for road in roads if road is not Road.SHARED_MEMORY)
-                    if self._road is not None or slower == roads:
+                    return await self._try_roads(peer, self._roads(), timeout_s)
+                except UnreachableMemoryError as error:
+                    if self._road is not None:
                         raise
                     _log.warning("no shared memory with %s: %s", peer.instance_id, error.message)
-                    return await self._try_roads(peer, slower, timeout_s)
+                    return await self._try_roads(peer, (self._pairs.road,), timeout_s)
         except TimeoutError as error:
             raise TransferError("the KV link could not be made in time") from error
 

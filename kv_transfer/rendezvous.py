@@ -5,15 +5,17 @@ torch's TCPStore would listen on every interface, without authentication, and an
 
 import asyncio
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import CancelledError, Future
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch._C._distributed_c10d import Store
 
 from core.errors import DeadlineError, TransferError
 from core.transfer import PeerControl
+
+Value = TypeVar("Value")
 
 _MAX_KEYS = 16
 _MAX_VALUE_BYTES = 64 << 10
@@ -25,7 +27,11 @@ class Board(Protocol):
     def post(self, key: str, value: bytes) -> None: ...
 
     def read(self, key: str, timeout_s: float) -> bytes:
-        """Wait until the key is there. Raises DeadlineError."""
+        """Wait until the key is there. Raises DeadlineError, or TransferError once the board is closed."""
+        ...
+
+    def close(self) -> None:
+        """Nobody will come any more: end all waits. Never waits itself."""
         ...
 
 
@@ -35,9 +41,12 @@ class LocalBoard:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: dict[str, Future[bytes]] = {}
+        self._closed = False
 
     def _slot(self, key: str) -> "Future[bytes]":
         with self._lock:
+            if self._closed:
+                raise TransferError("the KV link has ended")
             if key not in self._values and len(self._values) >= _MAX_KEYS:
                 raise TransferError("too many rendezvous keys")
             return self._values.setdefault(key, Future())
@@ -56,6 +65,13 @@ class LocalBoard:
         except TimeoutError as error:
             raise DeadlineError("the peer did not come to the rendezvous") from error
 
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            waiting = [slot for slot in self._values.values() if not slot.done()]
+        for slot in waiting:
+            slot.set_exception(TransferError("the KV link has ended"))
+
     async def read_async(self, key: str, timeout_s: float) -> bytes:
         waiter = asyncio.wrap_future(self._slot(key))
         try:
@@ -72,14 +88,24 @@ class RemoteBoard:
         self._link_id = link_id
         self._loop = loop
         self._timeout_s = timeout_s
+        self._call: Future[Any] | None = None
 
     def post(self, key: str, value: bytes) -> None:
-        call = self._peer.rendezvous_set(self._link_id, key, value, self._timeout_s)
-        asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        self._wait(self._peer.rendezvous_set(self._link_id, key, value, self._timeout_s))
 
     def read(self, key: str, timeout_s: float) -> bytes:
-        call = self._peer.rendezvous_get(self._link_id, key, timeout_s)
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        return self._wait(self._peer.rendezvous_get(self._link_id, key, timeout_s))
+
+    def close(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+
+    def _wait(self, call: Coroutine[Any, Any, Value]) -> Value:
+        self._call = future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise TransferError("the KV link has ended") from error
 
 
 class BoardStore(Store):

@@ -22,6 +22,10 @@ _MEASURED_BYTES = 16 << 20
 Result = TypeVar("Result")
 
 
+class UnreachableMemoryError(TransferError):
+    """One host and one user, and yet the pool cannot be mapped: another network namespace, for example."""
+
+
 class SharedLink:
     """Its methods are called on the event loop; its jobs run in its thread, which alone holds the mapping.
 
@@ -37,12 +41,14 @@ class SharedLink:
 
     @classmethod
     async def open(cls, reply: LinkReply, layout: KvLayout, name: str) -> "SharedLink":
-        """`layout` is the source's. Raises TransferError when its memory cannot be had."""
+        """`layout` is the source's. Raises UnreachableMemoryError."""
         link = cls(OwnerThread.start(name))
         try:
             await link._run(partial(link._map, reply, layout.pool_bytes))
-        except BaseException:
+        except BaseException as error:
             link.kill()
+            if isinstance(error, TransferError | OSError):
+                raise UnreachableMemoryError("the prefill worker's memory cannot be mapped from here") from error
             raise
         return link
 

@@ -12,7 +12,6 @@ from core.errors import DeadlineError, StaleEpochError
 from core.kv_layout import KvLayout
 from core.request import SampledToken
 from core.shipment import Manifest, hash_token_ids
-from core.transfer import GrantReply
 from kv_transfer.config import LinkConfig
 from kv_transfer.pool import SharedPool
 from kv_transfer.sender import KvSender
@@ -38,13 +37,14 @@ def blocks_of(pool: torch.Tensor, layout: KvLayout, block_ids: list[int]) -> tor
 
 
 class FakeHolder:
-    """`core.transfer.KvHolder` over a dictionary. `finish` ends an attempt's prefill, `expire` its lease."""
+    """`core.transfer.KvHolder` over a dictionary. `finish` ends an attempt's prefill; once
+    `lease_lost` is set, acknowledgements come too late."""
 
     def __init__(self, layout: KvLayout) -> None:
         self._layout = layout
         self._finished: dict[tuple[str, int], asyncio.Future[Manifest]] = {}
         self.acknowledged: list[tuple[str, int]] = []
-        self.asked = asyncio.Event()
+        self.lease_lost = False
 
     def _slot(self, request_id: str, epoch: int) -> "asyncio.Future[Manifest]":
         return self._finished.setdefault((request_id, epoch), asyncio.get_running_loop().create_future())
@@ -64,17 +64,13 @@ class FakeHolder:
         self._slot(request_id, epoch).set_result(manifest)
         return manifest
 
-    def alter(self, request_id: str, epoch: int, **changes: object) -> None:
+    def alter(self, request_id: str, epoch: int, changes: dict[str, object]) -> None:
         """Make an attempt's manifest lie."""
         altered = replace(self._slot(request_id, epoch).result(), **changes)  # type: ignore[arg-type]
         self._finished[(request_id, epoch)] = asyncio.get_running_loop().create_future()
         self._finished[(request_id, epoch)].set_result(altered)
 
-    def expire(self, request_id: str, epoch: int) -> None:
-        del self._finished[(request_id, epoch)]
-
     async def manifest(self, request_id: str, epoch: int, deadline_s: float) -> Manifest:
-        self.asked.set()
         if any(name == request_id and current > epoch for name, current in self._finished):
             raise StaleEpochError("given up")
         try:
@@ -84,7 +80,7 @@ class FakeHolder:
             raise DeadlineError("not finished in time") from error
 
     async def acknowledge(self, request_id: str, epoch: int) -> bool:
-        if self._finished.pop((request_id, epoch), None) is None:
+        if self.lease_lost or self._finished.pop((request_id, epoch), None) is None:
             return False
         self.acknowledged.append((request_id, epoch))
         return True
@@ -100,7 +96,6 @@ class Prefill:
     sender: KvSender
     peer: KvTransferClient
     address: str
-    replies: list[GrantReply]
 
 
 @asynccontextmanager
@@ -117,7 +112,7 @@ async def serve_prefill(
     await server.start()
     channel = open_channel(address)
     try:
-        yield Prefill(layout, pool, holder, sender, KvTransferClient(channel, instance_id), address, [])
+        yield Prefill(layout, pool, holder, sender, KvTransferClient(channel, instance_id), address)
     finally:
         await channel.close()
         await server.stop(None)

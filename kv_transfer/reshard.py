@@ -1,0 +1,107 @@
+"""Which part of whose pool a rank has to copy when the two sides are cut differently. Pure arithmetic.
+
+An instance is tp x pp ranks: tensor parallelism cuts the KV heads, pipeline parallelism the layers. Both are cut into
+consecutive ranges whose sizes differ by one at most, larger ones first. With more tensor-parallel ranks than KV heads
+each head lives on several ranks (replicas).
+
+Today every instance has one rank, and the list has one entry; the roads copy whatever is in it.
+"""
+
+from dataclasses import dataclass
+
+from core.transfer import Portion
+
+
+@dataclass(frozen=True, slots=True)
+class RankGrid:
+    """How one instance's KV is spread over its ranks. Ranks count tensor-parallel first: rank = pp * tp_degree + tp."""
+
+    num_layers: int
+    num_kv_heads: int
+    tp: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.num_layers >= self.pp >= 1, "every stage needs a layer"
+        assert self.num_kv_heads >= 1
+        assert self.tp >= 1
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
+
+    def layers(self, rank: int) -> range:
+        """The model's layers whose KV that rank holds."""
+        return _share(self.num_layers, self.pp, rank // self.tp)
+
+    def heads(self, rank: int) -> range:
+        """The model's KV heads that rank holds."""
+        tp_rank = rank % self.tp
+        if self.tp <= self.num_kv_heads:
+            return _share(self.num_kv_heads, self.tp, tp_rank)
+        head = tp_rank * self.num_kv_heads // self.tp
+        return range(head, head + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy `source` of `source_rank`'s pool to `destination` of ours: equally large, each counted in its own pool."""
+
+    source_rank: int
+    source: Portion
+    destination: Portion
+
+
+def plan_copies(source: RankGrid, destination: RankGrid, destination_rank: int) -> list[Copy]:
+    """The copies that bring one destination rank everything it holds, each element once.
+
+    Of replicas, destination ranks that need the same head read different ones in turn.
+    """
+    assert (source.num_layers, source.num_kv_heads) == (destination.num_layers, destination.num_kv_heads)
+    assert 0 <= destination_rank < destination.num_ranks
+    our_layers, our_heads = destination.layers(destination_rank), destination.heads(destination_rank)
+    copies = []
+    for stage in range(source.pp):
+        layers = _common(our_layers, source.layers(stage * source.tp))
+        readable = _distinct_holders(source, turn=destination_rank)
+        for tp_rank in readable:
+            source_rank = stage * source.tp + tp_rank
+            heads = _common(our_heads, source.heads(source_rank))
+            if layers and heads:
+                copies.append(
+                    Copy(
+                        source_rank=source_rank,
+                        source=_portion(layers, heads, source.layers(source_rank), source.heads(source_rank)),
+                        destination=_portion(layers, heads, our_layers, our_heads),
+                    )
+                )
+    return copies
+
+
+def _distinct_holders(grid: RankGrid, turn: int) -> list[int]:
+    """Tensor-parallel ranks that together hold each head once; `turn` picks among replicas."""
+    holders: dict[range, list[int]] = {}
+    for tp_rank in range(grid.tp):
+        holders.setdefault(grid.heads(tp_rank), []).append(tp_rank)
+    return [ranks[turn % len(ranks)] for ranks in holders.values()]
+
+
+def _share(total: int, parts: int, index: int) -> range:
+    """The `index`-th of `parts` consecutive ranges over `total` things."""
+    size, larger = divmod(total, parts)
+    begin = index * size + min(index, larger)
+    return range(begin, begin + size + (index < larger))
+
+
+def _common(left: range, right: range) -> range:
+    return range(max(left.start, right.start), min(left.stop, right.stop))
+
+
+def _portion(layers: range, heads: range, held_layers: range, held_heads: range) -> Portion:
+    """Ranges of the model, as counted in the pool of a rank that holds `held_*`."""
+    return Portion(
+        layer_begin=layers.start - held_layers.start,
+        layer_end=layers.stop - held_layers.start,
+        head_begin=heads.start - held_heads.start,
+        head_end=heads.stop - held_heads.start,
+    )

@@ -1,0 +1,354 @@
+"""Decode fetches from prefill over a real control channel, both in this process."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core.errors import (
+    ConfigError,
+    DeadlineError,
+    IncompatiblePeerError,
+    OverloadedError,
+    StaleEpochError,
+    TransferError,
+)
+from core.kv_layout import KvLayout
+from core.transfer import Grant, LinkOffer, PeerGoneError, Portion, Road
+from kv_transfer import receiver as receiver_module
+from kv_transfer import shared_link
+from kv_transfer.config import LinkConfig
+from kv_transfer.descriptors import host_identity
+from kv_transfer.pair import GlooPair
+from kv_transfer.receiver import Fetched, KvReceiver
+from tests.kv_transfer.holder import LAYOUT, Prefill, blocks_of, serve_prefill, tokens
+from wire.channels import open_channel
+from wire.transfer import KvTransferClient
+
+BIG = KvLayout(8, 512, 4, 16, 64, "bfloat16", "w")  # 64 MiB, fetched whole: long enough to step in
+ROADS = (Road.SHARED_MEMORY, Road.GLOO)
+CONFIG = LinkConfig(stall_s=2.0)
+
+
+@asynccontextmanager
+async def receiving(layout: KvLayout = LAYOUT, **options: object) -> AsyncIterator[tuple[KvReceiver, torch.Tensor]]:
+    pool = torch.zeros(layout.pool_bytes, dtype=torch.uint8)
+    options = {"link_config": CONFIG, **options}
+    receiver = KvReceiver(layout, pool, "decode-0", **options)  # type: ignore[arg-type]
+    try:
+        yield receiver, pool
+    finally:
+        await receiver.close()
+
+
+async def fetch(
+    prefill: Prefill, receiver: KvReceiver, block_ids: list[int], request_id: str = "r", epoch: int = 0
+) -> Fetched:
+    token_ids = tokens(len(block_ids), prefill.layout)
+    return await receiver.fetch(prefill.peer, request_id, epoch, token_ids, block_ids, time.monotonic() + 20.0)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20.0):
+        while not condition():  # noqa: ASYNC110 - of other threads and processes
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("road", [*ROADS, "auto"])
+async def test_random_blocks_arrive_equal_and_others_stay(road: Road | str) -> None:
+    rng = random.Random(3)
+    async with serve_prefill() as prefill, receiving(road=road, checksum=rng.random() < 0.5) as (receiver, pool):
+        for epoch in range(12):
+            count = rng.randint(1, 20)
+            theirs, ours = (rng.sample(range(LAYOUT.num_blocks), count) for _ in range(2))
+            pool.fill_(epoch)
+            prefill.holder.finish("r", epoch, theirs)
+            fetched = await fetch(prefill, receiver, ours, epoch=epoch)
+            assert torch.equal(blocks_of(pool, LAYOUT, ours), blocks_of(prefill.pool.tensor, LAYOUT, theirs))
+            rest = [block for block in range(LAYOUT.num_blocks) if block not in ours]
+            assert bool((blocks_of(pool, LAYOUT, rest) == epoch).all())
+            assert fetched.bytes == count * LAYOUT.block_bytes
+            assert fetched.first_token.token_id == 7
+            assert fetched.road is (Road.SHARED_MEMORY if road == "auto" else road)
+        assert prefill.holder.acknowledged == [("r", epoch) for epoch in range(12)]
+        (stats,) = receiver.links()
+        assert (stats.transfers, stats.failures, stats.road) == (12, 0, fetched.road.value)
+        assert (receiver.bandwidth("prefill-0") or 0.0) > 1e6
+
+
+async def test_windows_smaller_than_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver_module, "WINDOW_BYTES", 1000)
+    async with serve_prefill() as prefill, receiving(road=Road.GLOO) as (receiver, pool):
+        prefill.holder.finish("r", 0, list(range(20, 40)))
+        await fetch(prefill, receiver, list(range(20)))
+        assert torch.equal(
+            blocks_of(pool, LAYOUT, list(range(20))), blocks_of(prefill.pool.tensor, LAYOUT, list(range(20, 40)))
+        )
+
+
+async def test_a_pull_waits_for_the_prefill_and_links_meanwhile() -> None:
+    async with serve_prefill() as prefill, receiving() as (receiver, _):
+        fetching = asyncio.create_task(fetch(prefill, receiver, [1, 2]))
+        await until(lambda: receiver.links())
+        assert not fetching.done()
+        prefill.holder.finish("r", 0, [3, 4])
+        assert (await fetching).bytes == 2 * LAYOUT.block_bytes
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_many_at_once_over_one_link(road: Road) -> None:
+    async with serve_prefill() as prefill, receiving(road=road) as (receiver, pool):
+        for i in range(20):
+            prefill.holder.finish(f"r{i}", 0, [i, i + 20])
+        await asyncio.gather(*(fetch(prefill, receiver, [i, i + 20], f"r{i}") for i in range(20)))
+        assert torch.equal(pool, prefill.pool.tensor)
+        assert len(receiver.links()) == 1
+
+
+async def test_a_peer_of_other_weights_is_refused() -> None:
+    other = replace(LAYOUT, weights_hash="other")
+    async with serve_prefill() as prefill, receiving(other) as (receiver, pool):
+        with pytest.raises(IncompatiblePeerError):
+            await fetch(prefill, receiver, [1])
+        assert not pool.any()
+        assert prefill.sender.links() == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"epoch": 5}, StaleEpochError),
+        ({"request_id": "other"}, StaleEpochError),
+        ({"token_hash": "0" * 32}, TransferError),
+        ({"num_tokens": 3}, TransferError),
+        ({"fingerprint": "f" * 32}, IncompatiblePeerError),
+        ({"block_ids": (1, 2, 3)}, TransferError),
+        ({"block_ids": (1,)}, TransferError),
+        ({"block_ids": (1, 1)}, TransferError),
+        ({"block_ids": (1, 40)}, TransferError),
+        ({"block_ids": (-1, 2)}, TransferError),
+        ({"bytes_per_layer": 1 << 40}, TransferError),
+        ({"bytes_per_layer": 1}, TransferError),
+    ],
+)
+async def test_a_manifest_that_does_not_fit_is_refused(changes: dict[str, object], error: type[Exception]) -> None:
+    async with serve_prefill() as prefill, receiving() as (receiver, pool):
+        prefill.holder.finish("r", 0, [3, 4])
+        prefill.holder.alter("r", 0, changes)
+        with pytest.raises(error):
+            await fetch(prefill, receiver, [1, 2])
+        assert not pool.any()
+        assert prefill.holder.acknowledged == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"total_bytes": 1 << 30},
+        {"total_bytes": 1},
+        {"sequence": 3},
+        {"window_bytes": 0},
+        {"window_bytes": 1 << 40},
+        {"portion": Portion(0, 99, 0, 2)},
+        {"portion": Portion(0, 3, 1, 1)},
+        {"link_id": "nobody"},
+    ],
+)
+async def test_a_grant_that_does_not_fit_moves_nothing(changes: dict[str, object]) -> None:
+    async with serve_prefill() as prefill:
+        prefill.holder.finish("r", 0, [3, 4])
+        offer = LinkOffer("decode-0", LAYOUT.fingerprint, host_identity(), (Road.SHARED_MEMORY,))
+        reply = await prefill.peer.link(offer, 5.0)
+        fits = Grant(reply.link_id, "r", 0, 0, Portion(0, 3, 0, 2), 2 * LAYOUT.block_bytes, 4096, True)
+        with pytest.raises(TransferError):
+            await prefill.peer.grant(replace(fits, **changes), 5.0)  # type: ignore[arg-type]
+        assert (await prefill.peer.grant(fits, 5.0)).checksum != 0
+        prefill.peer.unlink(reply.link_id)
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_a_lease_that_ended_before_the_acknowledgement(road: Road) -> None:
+    async with serve_prefill() as prefill, receiving(road=road) as (receiver, _):
+        prefill.holder.finish("r", 0, [3, 4])
+        prefill.holder.lease_lost = True
+        with pytest.raises(StaleEpochError):
+            await fetch(prefill, receiver, [1, 2])
+        assert receiver.links()[0].failures == 1
+
+
+async def test_an_older_attempt_is_stale() -> None:
+    async with serve_prefill() as prefill, receiving() as (receiver, _):
+        prefill.holder.finish("r", 1, [3])
+        with pytest.raises(StaleEpochError):
+            await fetch(prefill, receiver, [1], epoch=0)
+
+
+async def test_a_byte_corrupted_on_the_way_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = GlooPair.send
+
+    def corrupt(pair: GlooPair, data: torch.Tensor) -> object:
+        data[len(data) // 2] ^= 1
+        return send(pair, data)
+
+    async with serve_prefill() as prefill, receiving(road=Road.GLOO) as (receiver, _):
+        prefill.holder.finish("r", 0, [3, 4])
+        with monkeypatch.context() as patch:
+            patch.setattr(GlooPair, "send", corrupt)
+            with pytest.raises(TransferError):
+                await fetch(prefill, receiver, [1, 2])
+        assert prefill.holder.acknowledged == []
+        await fetch(prefill, receiver, [1, 2])  # it is still held, and a new try gets it
+
+
+async def test_a_byte_corrupted_in_the_copy_is_found_where_checksums_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serve_prefill() as prefill, receiving(road=Road.SHARED_MEMORY, checksum=True) as (receiver, pool):
+        copy = shared_link.copy_blocks
+
+        def corrupt(*arguments: object) -> None:
+            copy(*arguments)  # type: ignore[arg-type]
+            pool[LAYOUT.segment_offset(2, 1, 1)] ^= 1
+
+        prefill.holder.finish("r", 0, [3, 4])
+        monkeypatch.setattr(shared_link, "copy_blocks", corrupt)
+        with pytest.raises(TransferError):
+            await fetch(prefill, receiver, [1, 2])
+        assert prefill.holder.acknowledged == []
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_a_cancelled_fetch_leaves_its_blocks_at_once(road: Road) -> None:
+    block_ids = list(range(BIG.num_blocks))
+    async with serve_prefill(BIG) as prefill, receiving(BIG, road=road) as (receiver, pool):
+        prefill.holder.finish("first", 0, [0])
+        await fetch(prefill, receiver, [0], "first")  # the link is there
+        pool.zero_()
+        prefill.holder.finish("r", 0, block_ids)
+        fetching = asyncio.create_task(fetch(prefill, receiver, block_ids))
+        start = pool[: BIG.segment_bytes]
+        await until(start.any)
+        fetching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+        pool.fill_(9)
+        await asyncio.sleep(0.3)
+        assert bool((pool == 9).all())
+        assert ("r", 0) not in prefill.holder.acknowledged
+        await fetch(prefill, receiver, block_ids)  # on a new pair where the old one was in use
+        assert torch.equal(pool, prefill.pool.tensor)
+
+
+async def test_others_are_not_hurt_by_a_cancelled_neighbour() -> None:
+    block_ids = list(range(BIG.num_blocks))
+    async with serve_prefill(BIG) as prefill, receiving(BIG, road=Road.GLOO) as (receiver, pool):
+        prefill.holder.finish("r", 0, block_ids)
+        for i in range(4):
+            prefill.holder.finish(f"s{i}", 0, [i])
+        fetching = asyncio.create_task(fetch(prefill, receiver, block_ids))
+        await until(pool.any)
+        behind = [asyncio.create_task(fetch(prefill, receiver, [i], f"s{i}")) for i in range(4)]
+        await asyncio.sleep(0.01)
+        fetching.cancel()
+        await asyncio.gather(*behind)
+        assert torch.equal(blocks_of(pool, BIG, [0, 1, 2, 3]), blocks_of(prefill.pool.tensor, BIG, [0, 1, 2, 3]))
+
+
+async def test_the_deadline_ends_the_wait_for_the_prefill() -> None:
+    async with serve_prefill() as prefill, receiving() as (receiver, _):
+        with pytest.raises(DeadlineError):
+            await receiver.fetch(prefill.peer, "r", 0, tokens(1), [1], time.monotonic() + 0.3)
+        with pytest.raises(DeadlineError):
+            await receiver.fetch(prefill.peer, "r", 0, tokens(1), [1], time.monotonic() - 1.0)
+
+
+async def test_no_shared_memory_between_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = replace(host_identity(), boot_id="another")
+    monkeypatch.setattr(receiver_module, "host_identity", lambda: elsewhere)
+    async with serve_prefill() as prefill:
+        prefill.holder.finish("r", 0, [1])
+        async with receiving(road="auto") as (receiver, _):
+            assert (await fetch(prefill, receiver, [1])).road is Road.GLOO
+        async with receiving(road="shared_memory") as (receiver, _):
+            with pytest.raises(IncompatiblePeerError):  # never a silent slow road
+                await fetch(prefill, receiver, [1])
+
+
+async def test_shared_memory_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> int:
+        raise TransferError("another network namespace")
+
+    monkeypatch.setattr(shared_link, "fetch_descriptor", unreachable)
+    async with serve_prefill() as prefill:
+        prefill.holder.finish("r", 0, [1])
+        async with receiving(road="auto") as (receiver, _):
+            assert (await fetch(prefill, receiver, [1])).road is Road.GLOO
+        async with receiving(road="shared_memory") as (receiver, _):
+            with pytest.raises(TransferError):
+                await fetch(prefill, receiver, [1])
+
+
+def test_an_unknown_road_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError):
+        KvReceiver(LAYOUT, torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8), "decode-0", road="pigeon")
+
+
+async def test_a_worker_that_was_restarted_is_another_peer() -> None:
+    async with serve_prefill(instance_id="prefill-new") as prefill, receiving() as (receiver, _):
+        channel = open_channel(prefill.address)
+        with pytest.raises(TransferError):
+            await receiver.fetch(
+                KvTransferClient(channel, "prefill-old"), "r", 0, tokens(1), [1], time.monotonic() + 5.0
+            )
+        await channel.close()
+        await until(lambda: not prefill.sender._links)
+
+
+async def test_a_peer_that_is_not_there() -> None:
+    async with receiving() as (receiver, _):
+        channel = open_channel("127.0.0.1:1")
+        with pytest.raises(PeerGoneError):
+            await receiver.fetch(KvTransferClient(channel, "prefill-0"), "r", 0, tokens(1), [1], time.monotonic() + 5.0)
+        await channel.close()
+
+
+async def test_links_are_bounded_and_the_idle_go_first() -> None:
+    config = replace(CONFIG, max_links=2)
+    async with serve_prefill(config=config) as prefill:
+        receivers = [
+            KvReceiver(LAYOUT, torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8), f"decode-{i}") for i in range(3)
+        ]
+        for i, receiver in enumerate(receivers):
+            prefill.holder.finish(f"r{i}", 0, [i])
+            await fetch(prefill, receiver, [i], f"r{i}")
+        assert {link.peer_id for link in prefill.sender._links.values()} == {"decode-1", "decode-2"}
+        prefill.holder.finish("again", 0, [5])
+        await fetch(prefill, receivers[0], [5], "again")  # it was evicted, and links anew
+        for link in prefill.sender._links.values():
+            link.sending = 1
+        with pytest.raises(OverloadedError):
+            await fetch(prefill, receivers[1], [6], "r9")
+        for receiver in receivers:
+            await receiver.close()
+
+
+@pytest.mark.parametrize("road", ROADS)
+async def test_dropping_a_peer_ends_the_link_on_both_sides(road: Road) -> None:
+    async with serve_prefill() as prefill, receiving(road=road) as (receiver, _):
+        prefill.holder.finish("r", 0, [1])
+        await fetch(prefill, receiver, [1])
+        assert len(prefill.sender._links) == 1
+        receiver.drop("prefill-0")
+        assert receiver.links() == ()
+        await until(lambda: not prefill.sender._links)
+        prefill.holder.finish("r", 1, [1])
+        await fetch(prefill, receiver, [1], epoch=1)
+        prefill.sender.drop("decode-0")
+        await until(lambda: not prefill.peer.is_linked(receiver._links["prefill-0"].reply.link_id))
+        prefill.holder.finish("r", 2, [1])
+        await fetch(prefill, receiver, [1], epoch=2)
