@@ -1,0 +1,191 @@
+"""InferenceService over a real channel, in front of the text side on a scripted generator."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import grpc
+import pytest
+
+from core.clock import SystemClock
+from core.errors import (
+    ContextLengthError,
+    DeadlineError,
+    DuplicateRequestError,
+    InternalError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    TandemError,
+    UnavailableError,
+)
+from core.request import FinishReason
+from router.completion import TextService
+from router.tokenizer import TextTokenizer
+from tandem import AsyncClient
+from tandem.completion import Delta, ModelInfo
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tests.router.front import MODEL, echo_script, write_checkpoint
+from tests.router.text_fakes import ScriptedGenerator
+from wire.inference import InferenceServicer
+from wire.server import bind, build_server
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@dataclass
+class Service:
+    generator: ScriptedGenerator
+    client: AsyncClient
+    address: str
+
+    async def all(self, **options: Any) -> list[Delta]:
+        return [delta async for delta in self.client.stream(**options)]
+
+    async def wait_until_idle(self) -> None:
+        async with asyncio.timeout(1.0):
+            while self.generator.running:  # noqa: ASYNC110 - seen from outside, as a client would
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    folder: Path = write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    return TextTokenizer.load(folder, clock=SystemClock(), executor=ThreadPoolExecutor(1))
+
+
+@pytest.fixture
+async def service(tokenizer: TextTokenizer) -> AsyncIterator[Service]:
+    generator = ScriptedGenerator(echo_script)
+    text = TextService(generator=generator, tokenizer=tokenizer, model=MODEL, random=Random(1))
+    server, _ = build_server()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(text, SystemClock(), Random(2)), server)
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    async with AsyncClient(address) as client:
+        yield Service(generator, client, address)
+    await server.stop(0.1)
+
+
+async def test_tokens_in_tokens_out(service: Service) -> None:
+    deltas = await service.all(token_ids=[5, 6, 7], max_tokens=4, temperature=0, seed=9, request_id="mine")
+    assert [token_id for delta in deltas for token_id in delta.token_ids] == [5, 6, 7, 5]
+    assert {delta.request_id for delta in deltas} == {"mine"}
+    assert [delta.finish_reason for delta in deltas] == [None] * 4 + [FinishReason.LENGTH]
+    last = deltas[-1]
+    assert last.usage is not None
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.cached_tokens) == (3, 4, 1)
+    assert last.timeline is not None
+    assert sum(last.timeline.parts().values()) == pytest.approx(last.timeline.total_s)
+    assert service.generator.requests[0].sampling.seed == 9
+
+
+async def test_text_and_chat(service: Service, tokenizer: TextTokenizer) -> None:
+    answer = await service.client.generate(prompt="abc", max_tokens=6, model=MODEL)
+    prompt = await tokenizer.encode("abc")
+    assert service.generator.requests[0].token_ids == prompt
+    assert answer.text == tokenizer.decode([*itertools.islice(itertools.cycle(prompt[1:]), 6)])
+    await service.client.generate(messages=CHAT)
+    request = service.generator.requests[1]
+    assert tokenizer.decode(request.token_ids) == "user\nhi\nassistant\n"
+    assert request.max_total_tokens == service.generator.max_model_len, "no limit: as much as fits"
+    assert len({request.request_id for request in service.generator.requests}) == 2
+
+
+async def test_a_stop_token_is_reported_and_no_text(service: Service) -> None:
+    service.generator.script = lambda _: iter([5, 2])
+    deltas = await service.all(token_ids=[5], logprobs=1, prompt_logprobs=0)
+    assert [delta.token_ids for delta in deltas] == [(5,), (2,), ()]
+    assert "".join(delta.text for delta in deltas[1:]) == ""
+    assert [logprob.token_id for delta in deltas for logprob in delta.logprobs] == [5, 2]
+    assert deltas[0].prompt_logprobs == (None,)
+    assert deltas[-1].finish_reason is FinishReason.STOP
+
+
+async def test_stop_strings(service: Service, tokenizer: TextTokenizer) -> None:
+    ids = await tokenizer.encode("one, two, three")
+    service.generator.script = lambda _: itertools.cycle(ids[1:])
+    answer = await service.client.generate(token_ids=[5], stop=[" thr", "zzz"])
+    assert answer.text == "one, two,"
+    assert service.generator.generations[0].was_cut_short
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "param"),
+    [
+        ({"prompt": "x", "model": "gpt"}, ModelNotFoundError, "model"),
+        ({"token_ids": []}, InvalidRequestError, "prompt"),
+        ({"token_ids": [999]}, InvalidRequestError, "prompt"),
+        ({"messages": []}, InvalidRequestError, "messages"),
+        ({"messages": [{"role": "pirate", "content": "x"}]}, InvalidRequestError, "messages"),
+        ({"prompt": "x", "temperature": float("nan")}, InvalidRequestError, "temperature"),
+        ({"prompt": "x", "top_p": 0}, InvalidRequestError, "top_p"),
+        ({"prompt": "x", "max_tokens": -1}, InvalidRequestError, "max_tokens"),
+        ({"prompt": "x", "stop": [""]}, InvalidRequestError, "stop"),
+        ({"prompt": "x", "request_id": "x" * 300}, InvalidRequestError, "request_id"),
+        ({"token_ids": [5] * 512}, ContextLengthError, "prompt"),
+    ],
+)
+async def test_refusals(service: Service, options: Any, error: type[TandemError], param: str) -> None:
+    with pytest.raises(error) as caught:
+        await service.client.generate(**options)
+    assert type(caught.value) is error
+    assert caught.value.param == param
+    assert not service.generator.requests
+
+
+async def test_no_prompt_at_all(service: Service) -> None:
+    async with grpc.aio.insecure_channel(service.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError, match="no prompt") as caught:
+            await stub.Generate(inference_pb2.GenerateRequest()).read()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("error", [OverloadedError("full"), DuplicateRequestError("again"), UnavailableError("gone")])
+async def test_the_generators_errors_pass_through(service: Service, error: TandemError) -> None:
+    service.generator.refusal = error
+    with pytest.raises(type(error), match=error.message):
+        await service.client.generate(prompt="x")
+    service.generator.refusal = None
+    service.generator.failures = {2: error}
+    with pytest.raises(type(error), match=error.message):
+        await service.client.generate(prompt="x")
+    await service.wait_until_idle()
+
+
+async def test_a_fault_of_ours_is_not_told(service: Service) -> None:
+    service.generator.script = lambda _: iter([1 // 0])
+    with pytest.raises(InternalError, match="its log has the reason"):
+        await service.client.generate(prompt="x")
+
+
+async def test_a_cancelled_call_frees_everything(service: Service) -> None:
+    service.generator.delay_s = 0.005
+    streams = [service.client.stream(prompt=f"x{i}") for i in range(5)]
+    for stream in streams:
+        await anext(stream)
+    assert len(service.generator.running) == 5
+    for stream in streams:
+        stream.close()
+    await service.wait_until_idle()
+
+
+async def test_the_calls_deadline_is_the_requests(service: Service) -> None:
+    service.generator.delay_s = 0.01
+    clock = SystemClock()
+    with pytest.raises(DeadlineError):
+        await service.client.generate(prompt="x", timeout_s=0.3)
+    assert service.generator.requests[0].deadline_s - clock.now_s() < 0.3
+    await service.wait_until_idle()
+
+
+async def test_models(service: Service) -> None:
+    assert await service.client.models() == (ModelInfo(MODEL, 512),)
+    service.generator.max_model_len_or_none = None
+    assert await service.client.models() == (ModelInfo(MODEL, 0),)
