@@ -126,7 +126,7 @@ def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | N
     layout = _layout(config, checkpoint, dtype)
     num_threads = choose_threads(config.num_threads)
     torch.set_num_threads(num_threads)
-    ops = choose_ops(config.ops, dtype, device, num_threads, spec.head_dim)
+    ops = choose_ops(config.ops, dtype, device, head_dim=spec.head_dim, num_threads=num_threads)
     with torch.inference_mode():
         model = load_model(checkpoint, ops, dtype, device, max_model_len)
     # Outside inference mode: others write into the pool too.
