@@ -120,6 +120,7 @@ async def test_tokens_of_decode_that_overtake_the_first_are_held() -> None:
         assert not consumer.done()
         await player.finish_prefill()
         assert await consumer == expected_tokens(request)
+        assert not player.prefill.commands, "its KV has been fetched: there is nothing to cancel"
         assert sum(running.timeline().parts().values()) == pytest.approx(running.timeline().total_s)
 
 
