@@ -10,8 +10,8 @@ from core.timeline import Timeline
 class Generation(Protocol):
     """One running request. Iterate it for new tokens; it ends after the last one, or raises a TandemError.
 
-    Closing it early (a stop string was found, the client went away) frees everything on every worker. After the end,
-    or after `aclose`, `timeline` is complete.
+    Closing it early (a stop string was found, the client went away) frees everything on every worker, and counts as
+    cancelled unless the closer has set `finish_reason` first. After the end, or after `aclose`, `timeline` is complete.
     """
 
     request: GenerationRequest
