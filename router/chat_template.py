@@ -84,7 +84,15 @@ class ChatTemplate:
                 num_chars += len(piece)
                 if num_chars > MAX_RENDERED_CHARS or self._clock.now_s() > end_s:
                     raise InvalidRequestError("The rendered conversation is too long.", param="messages")
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             reason = str(error) or type(error).__name__
             raise InvalidRequestError(
                 f"The model's chat template refused the messages: {reason}", param="messages"

@@ -107,7 +107,9 @@ class HttpApp:
         if wanted is None:
             raise NotFoundError(f"There is no '{path}' here; this server has {', '.join(_ENDPOINTS)}.")
         if method != wanted:
-            raise MethodNotAllowedError(f"'{path}' takes {wanted}, not {method}.")
+            wrong = MethodNotAllowedError(f"'{path}' takes {wanted}, not {method}.")
+            await exchange.fail(wrong, (b"allow", wanted.encode()))
+            return
         match path:
             case "/v1/chat/completions":
                 await self._generate(plan_chat, exchange)

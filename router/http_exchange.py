@@ -42,8 +42,8 @@ class Exchange:
             await self._start(200, _EVENTS, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
         await self.send({"type": "http.response.body", "body": events, "more_body": not is_last})
 
-    async def fail(self, error: TandemError) -> None:
-        """A status and a JSON object; after the start of a stream, which has its status already, an event."""
+    async def fail(self, error: TandemError, *extra: tuple[bytes, bytes]) -> None:
+        """A status, headers and a JSON object; after the start of a stream, which has its status already, an event."""
         body = error_body(error)
         if self.is_started:
             await self.send_events(b"data: " + orjson.dumps(body) + b"\n\n" + DONE, is_last=True)
@@ -51,7 +51,7 @@ class Exchange:
             await self._fail_unread(error.http_status, orjson.dumps(body))
         else:
             retry = ((b"retry-after", b"1"),) if error.retryable else ()
-            await self.send_json(error.http_status, body, *retry)
+            await self.send_json(error.http_status, body, *retry, *extra)
 
     async def _fail_unread(self, status: int, body: bytes) -> None:
         """Answer while the client still sends: at once, and then close, so that the rest is not taken for a request."""

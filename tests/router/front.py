@@ -84,6 +84,7 @@ class Front:
     raw_tokenizer: Tokenizer
     generator: ScriptedGenerator
     refusals: Refusals
+    server: HttpServer
     url: str = ""
 
     def ids(self, text: str) -> list[int]:
@@ -129,7 +130,7 @@ async def serve_front(
         random=random,
     )
     server = HttpServer(app, "127.0.0.1:0", stop_timeout_s=1.0)
-    front = Front(tokenizer, raw_tokenizer, generator, refusals, f"http://{await server.start()}")
+    front = Front(tokenizer, raw_tokenizer, generator, refusals, server, f"http://{await server.start()}")
     try:
         yield front
     finally:

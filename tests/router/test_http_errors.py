@@ -145,7 +145,9 @@ async def test_unknown_models_paths_and_methods(front: Front) -> None:
         check_error(await client.post(CHAT, json={"messages": MESSAGES}), 400, "model", "invalid_request", "Missing")
         check_error(await client.get("/v1/models/gpt"), 404, "model", "model_not_found", "gpt")
         check_error(await client.get("/v1/nothing"), 404, None, "not_found", CHAT)
-        check_error(await client.get(CHAT), 405, None, "method_not_allowed", "takes POST, not GET")
+        response = await client.get(CHAT)
+        check_error(response, 405, None, "method_not_allowed", "takes POST, not GET")
+        assert response.headers["allow"] == "POST"
         check_error(await client.delete("/v1/models/tiny"), 405, None, "method_not_allowed", "takes GET")
 
 

@@ -134,6 +134,7 @@ def test_template_helpers() -> None:
         ("{{ messages[99].role }}", "refused the messages"),
         ("{{ 1 / 0 }}", "refused the messages: division by zero"),
         ("{{ messages.append(1) }}", "refused the messages"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refused the messages"),
         ("{{ ''.__class__.__mro__ }}", "refused the messages"),
         ("{% for i in range(1000000) %}x{% endfor %}", "refused the messages"),
         ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "too long"),
