@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 
 from cli.common import add_pid_argument, find_run, say
-from core.session import InstanceStatus, LinkStats
+from core.session import InstanceStatus, LinkStats, Role
 from deploy.run_state import RunState
 from deploy.serving import fetch_fleet
 from wire.fleet import FleetDescription
@@ -56,7 +56,8 @@ def as_text(state: RunState, fleet: FleetDescription) -> str:
     header = ["INSTANCE", "STATE", "WAITING", "RUNNING", "KV BLOCKS", "STEPS", "MS/STEP", "ADDRESS"]
     instances = sorted(fleet.instances, key=lambda status: (status.role.value, status.instance_id), reverse=True)
     lines += ["", *_table([header, *(_instance_row(status) for status in instances)])]
-    links = [_link_row(status, link) for status in instances for link in status.links]
+    receivers = (status for status in instances if status.role is Role.DECODE)  # both ends count; once is enough
+    links = [_link_row(status, link) for status in receivers for link in status.links]
     if links:
         lines += ["", *_table([["LINK FROM", "TO", "ROAD", "TRANSFERS", "BYTES", "SPEED", "FAILURES"], *links])]
     return "\n".join(lines)

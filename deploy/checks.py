@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from core.config import ServeConfig
 from core.errors import ConfigError, TandemError
-from core.session import InstanceStatus
+from core.session import InstanceStatus, Role
 from deploy.machine import available_memory_bytes, check_address, usable_cores
 from deploy.model_folder import check_model_folder, weight_bytes
 
@@ -218,7 +218,7 @@ def check_links(instances: Iterable[InstanceStatus], expected_road: str | None) 
         if status.blocks.leaked:
             text = f"{status.blocks.leaked} KV blocks of {status.instance_id} belong to nobody"
             yield Finding("blocks", Grade.FAILED, text, "a fault of tandem: please report it with the logs; restart it")
-        for link in status.links:
+        for link in status.links if status.role is Role.DECODE else ():  # both ends count; once is enough
             name = f"{link.peer_id} -> {status.instance_id}"
             if expected_road is not None and link.road != expected_road:
                 advice = f"it should be {expected_road}: see the log of {status.instance_id} for why that failed"

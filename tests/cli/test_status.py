@@ -1,0 +1,67 @@
+import json
+
+from cli.status import as_json, as_text
+from core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
+from deploy.run_state import RunState
+from wire.fleet import FleetDescription
+
+RUN = RunState(7, 1.0, "tiny", "127.0.0.1:8000", "127.0.0.1:8001", "127.0.0.1:8002", "secret", "/logs", "/ray")
+
+
+def instance(role: Role, **changes: object) -> InstanceStatus:
+    values: dict[str, object] = {
+        "instance_id": f"{role.value}-1",
+        "role": role,
+        "state": InstanceState.READY,
+        "address": "127.0.0.1:4000",
+        "model": "tiny",
+        "fingerprint": "f",
+        "max_model_len": 2048,
+        "block_size": 16,
+        "blocks": BlockCounts(total=100, free=90, running=4, cached=5, leased=1),
+        "waiting_requests": 2,
+        "running_requests": 3,
+        "waiting_tokens": 40,
+        "links": (LinkStats("peer-1", "shared_memory", 4, 2 * 10**9, 0.5, 1),),
+    }
+    return InstanceStatus(**{**values, **changes})  # type: ignore[arg-type]
+
+
+FLEET = FleetDescription(
+    model="tiny",
+    uptime_s=3725.0,
+    instances=(instance(Role.DECODE, steps=10, step_s=0.02), instance(Role.PREFILL)),
+    running_requests=3,
+    queued_requests=1,
+)
+
+
+def test_text() -> None:
+    lines = as_text(RUN, FLEET).splitlines()
+    assert lines[0] == "tiny: up 1 h 2 min, 3 running, 1 queued (pid 7)"
+    assert "http://127.0.0.1:8000/v1" in lines[1]
+    prefill, decode = lines[5], lines[6]
+    assert prefill.startswith("prefill-1  ready  2 (40 tokens)  3        10/100 (4 running, 5 cached, 1 leased)  0")
+    assert decode.split()[-3:] == ["10", "2.0", "127.0.0.1:4000"]
+    assert lines[-1].split() == ["peer-1", "decode-1", "shared_memory", "4", "2.00", "GB", "4.00", "GB/s", "1"]
+    assert sum("shared_memory" in line for line in lines) == 1, "one link, though both ends report it"
+
+
+def test_leaked_blocks_are_shouted() -> None:
+    leaking = instance(Role.DECODE, blocks=BlockCounts(total=9, free=1, running=0, cached=0, leased=0, leaked=8))
+    fleet = FleetDescription("tiny", 1.0, (leaking,), 0, 0)
+    assert "8 LEAKED" in as_text(RUN, fleet)
+
+
+def test_no_worker_yet() -> None:
+    assert as_text(RUN, FleetDescription("tiny", 61.0, (), 0, 0)).endswith("no worker has reported yet")
+
+
+def test_json_is_whole_and_has_no_token() -> None:
+    text = as_json(RUN, FLEET)
+    assert "secret" not in text
+    data = json.loads(text)
+    assert data["run"]["http"] == "127.0.0.1:8000"
+    assert data["fleet"]["instances"][0]["role"] == "decode"
+    assert data["fleet"]["instances"][0]["links"][0]["road"] == "shared_memory"
+    assert data["fleet"]["instances"][1]["blocks"]["cached"] == 5
