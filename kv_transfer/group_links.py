@@ -49,6 +49,10 @@ class PairMaker:
         """The road by which pools on this device travel."""
         return Road.GLOO if self._device.type == "cpu" else Road.NCCL
 
+    def close(self) -> None:
+        """Give back what all pairs shared. It is made again when needed."""
+        self._gloo.close()
+
     def connect(self, rank: int, board: Board) -> Pair:
         """Blocks until the other rank does the same. Raises TransferError."""
         if self.road is Road.GLOO:
@@ -102,6 +106,7 @@ class GroupLink:
         self._board.close()
         if self._pair is not None:
             self._pair.abort()
+        self._owner.submit(self._forget)
         self._owner.stop()
 
     def join(self, timeout_s: float) -> bool:
@@ -133,6 +138,10 @@ class GroupLink:
                 operation.wait(timeout_s)
                 pair.settle()
                 self.bytes_per_s = PROBE_BYTES / (time.perf_counter() - started_s)
+
+    def _forget(self) -> None:
+        """The last reference to a group closes its sockets and ends its threads."""
+        self._pair = self._staging = None
 
     def _with_pair(self, job: Callable[[Pair], Result]) -> Result:
         if self.dead or self._pair is None:

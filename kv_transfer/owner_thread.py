@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -45,5 +46,14 @@ class OwnerThread:
                 try:
                     future.set_result(job())
                 except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the job
+                    _forget_frames(error)
                     future.set_exception(error)
             del item, future, job  # they hold what the job used, and the next one may be long in coming
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the local variables of the frames an error came through: it may be kept for long, and they hold memory,
+    sockets and threads that the job used."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

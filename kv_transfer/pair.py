@@ -74,6 +74,11 @@ class GlooDevice:
                 self._device = ProcessGroupGloo.create_device(hostname=self._host, lazy_init=False)
             return self._device
 
+    def close(self) -> None:
+        """It ends with the last pair that uses it."""
+        with self._lock:
+            self._device = None
+
 
 class _GlooPending:
     def __init__(self, work: Any, keep: torch.Tensor) -> None:

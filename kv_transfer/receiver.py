@@ -177,6 +177,7 @@ class KvReceiver:
             if not await asyncio.to_thread(end.join, timeout_s):
                 _log.warning("a KV link's thread still hangs")
         self._killed.clear()
+        self._pairs.close()
 
     def _fail(self, peer: PeerControl) -> None:
         if totals := self._totals.get(peer.instance_id):

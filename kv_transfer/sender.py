@@ -162,6 +162,7 @@ class KvSender:
             if not await asyncio.to_thread(group.join, timeout_s):
                 _log.warning("a KV link's thread still hangs")
         self._killed.clear()
+        self._pairs.close()
         if self._descriptors is not None:
             self._descriptors.close()
             self._descriptors = None

@@ -100,11 +100,15 @@ class Prefill:
 
 @asynccontextmanager
 async def serve_prefill(
-    layout: KvLayout = LAYOUT, *, config: LinkConfig | None = None, instance_id: str = "prefill-0"
+    layout: KvLayout = LAYOUT,
+    *,
+    config: LinkConfig | None = None,
+    instance_id: str = "prefill-0",
+    holder: FakeHolder | None = None,
 ) -> AsyncIterator[Prefill]:
     pool = SharedPool.create(layout.pool_bytes)
     pool.tensor.random_(0, 256, generator=torch.Generator().manual_seed(1))
-    holder, sender = FakeHolder(layout), KvSender(layout, pool, instance_id, config)
+    holder, sender = holder or FakeHolder(layout), KvSender(layout, pool, instance_id, config)
     server, _ = build_server()
     servicer = KvTransferServicer(sender, holder, SystemClock())
     transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)

@@ -1,0 +1,51 @@
+"""One side of a hand-over in a process of its own, to be killed or stopped: `prefill`, or `decode ADDRESS ROAD`.
+
+Every attempt of the prefill side is finished at once: request "a-b" has blocks a..b-1. The decode side fetches the
+whole pool again and again.
+"""
+
+import asyncio
+import sys
+import time
+from itertools import count
+
+import torch
+
+from core.kv_layout import KvLayout
+from kv_transfer.receiver import KvReceiver
+from tests.kv_transfer.holder import FakeHolder, serve_prefill, tokens
+from wire.channels import open_channel
+from wire.transfer import KvTransferClient
+
+BIG = KvLayout(8, 512, 4, 16, 64, "bfloat16", "w")  # 64 MiB
+
+
+class ReadyHolder(FakeHolder):
+    async def manifest(self, request_id: str, epoch: int, deadline_s: float):  # type: ignore[no-untyped-def]
+        begin, end = map(int, request_id.split("-"))
+        if not self._slot(request_id, epoch).done():
+            self.finish(request_id, epoch, list(range(begin, end)))
+        return await super().manifest(request_id, epoch, deadline_s)
+
+
+async def prefill(instance_id: str) -> None:
+    async with serve_prefill(BIG, instance_id=instance_id, holder=ReadyHolder(BIG)) as served:
+        print(served.address, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+
+async def decode(address: str, road: str) -> None:
+    pool = torch.zeros(BIG.pool_bytes, dtype=torch.uint8)
+    receiver = KvReceiver(BIG, pool, "decode-0", road=road)
+    peer = KvTransferClient(open_channel(address), "prefill-0")
+    everything = range(BIG.num_blocks)
+    for epoch in count():
+        await receiver.fetch(
+            peer, f"0-{BIG.num_blocks}", epoch, tokens(BIG.num_blocks, BIG), everything, time.monotonic() + 30.0
+        )
+        print(epoch, flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    asyncio.run(prefill(sys.argv[2]) if sys.argv[1] == "prefill" else decode(*sys.argv[2:]))
