@@ -1,0 +1,167 @@
+"""The hand-over's control channel over a real gRPC stream on loopback, with both sides of the data plane faked."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+
+from core.clock import SystemClock
+from core.errors import DeadlineError, InvalidRequestError, StaleEpochError, TransferError, UnavailableError
+from core.request import SampledToken, TokenLogprob
+from core.session import LinkStats
+from core.shipment import Manifest
+from core.transfer import Grant, GrantReply, HostIdentity, LinkOffer, LinkReply, PeerGoneError, Portion, Road
+from tandem.v1 import transfer_pb2, transfer_pb2_grpc
+from wire.channels import open_channel
+from wire.server import bind, build_server
+from wire.transfer import KvTransferClient, KvTransferServicer
+
+OFFER = LinkOffer("decode-0", "f" * 32, HostIdentity("boot", 1000), (Road.NCCL, Road.SHARED_MEMORY, Road.GLOO))
+REPLY = LinkReply("link-1", "prefill-0", "f" * 32, Road.SHARED_MEMORY, 77, "socket", b"\x00nonce")
+TOKEN = SampledToken(3, TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0))))
+MANIFEST = Manifest("r", 2, 5, "h" * 32, (9, 0, 4), "f" * 32, 1 << 40, TOKEN)
+GRANT = Grant("link-1", "r", 2, 6, Portion(1, 2, 3, 4), 1 << 40, 1 << 20, True)
+
+
+@dataclass
+class FakeSide:
+    """Remembers what it was asked (`KvLinkServer` and `KvHolder`); `error` is raised instead of any answer."""
+
+    asked: list[object] = field(default_factory=list)
+    error: Exception | None = None
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    board: dict[str, bytes] = field(default_factory=dict)
+
+    def _answer(self, *asked: object) -> None:
+        self.asked.append(asked)
+        if self.error is not None:
+            raise self.error
+
+    async def link(self, offer: LinkOffer) -> LinkReply:
+        self._answer(offer)
+        return REPLY
+
+    async def ended(self, link_id: str) -> None:
+        await self.over.wait()
+
+    def unlink(self, link_id: str) -> None:
+        self.asked.append(("unlink", link_id))
+
+    async def send(self, grant: Grant, manifest: Manifest) -> GrantReply:
+        self._answer(grant, manifest)
+        return GrantReply(1 << 40, 0xFFFFFFFF)
+
+    async def rendezvous_set(self, link_id: str, key: str, value: bytes) -> None:
+        self.board[f"{link_id}/{key}"] = value
+
+    async def rendezvous_get(self, link_id: str, key: str, timeout_s: float) -> bytes:
+        return self.board[f"{link_id}/{key}"]
+
+    def links(self) -> tuple[LinkStats, ...]:
+        return ()
+
+    async def manifest(self, request_id: str, epoch: int, deadline_s: float) -> Manifest:
+        self._answer(request_id, epoch, round(deadline_s - SystemClock().now_s()))
+        return MANIFEST
+
+    async def acknowledge(self, request_id: str, epoch: int) -> bool:
+        self._answer(request_id, epoch)
+        return epoch == 2
+
+
+@asynccontextmanager
+async def connected() -> AsyncIterator[tuple[FakeSide, KvTransferClient, grpc.aio.Channel]]:
+    side = FakeSide()
+    server, _ = build_server()
+    servicer = KvTransferServicer(side, side, SystemClock())
+    transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    channel = open_channel(address)
+    try:
+        yield side, KvTransferClient(channel, "prefill-0"), channel
+    finally:
+        await channel.close()
+        await server.stop(None)
+
+
+async def test_every_value_arrives_as_it_was_sent() -> None:
+    async with connected() as (side, client, _):
+        assert await client.link(OFFER, 5.0) == REPLY
+        assert await client.pull("r", 2, 60.0) == MANIFEST
+        assert await client.grant(GRANT, 60.0) == GrantReply(1 << 40, 0xFFFFFFFF)
+        assert await client.acknowledge("r", 2, 5.0) is True
+        assert await client.acknowledge("r", 1, 5.0) is False
+        await client.rendezvous_set("link-1", "0/1", b"\x00\xff", 5.0)
+        assert await client.rendezvous_get("link-1", "0/1", 5.0) == b"\x00\xff"
+        pulled = ("r", 2, 60)
+        assert side.asked == [(OFFER,), pulled, pulled, (GRANT, MANIFEST), ("r", 2), ("r", 1)]
+
+
+async def test_a_link_ends_for_both_when_one_ends_it() -> None:
+    async with connected() as (side, client, _):
+        await client.link(OFFER, 5.0)
+        assert client.is_linked("link-1")
+        assert not client.is_linked("another")
+        client.unlink("link-1")
+        client.unlink("link-1")
+        assert not client.is_linked("link-1")
+        async with asyncio.timeout(5.0):
+            while ("unlink", "link-1") not in side.asked:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+        await client.link(OFFER, 5.0)
+        side.over.set()
+        async with asyncio.timeout(5.0):
+            while client.is_linked("link-1"):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+
+async def test_errors_keep_their_kind() -> None:
+    async with connected() as (side, client, _):
+        for error in (TransferError("a"), StaleEpochError("b"), UnavailableError("c"), DeadlineError("d")):
+            side.error = error
+            for call in (client.pull("r", 2, 5.0), client.acknowledge("r", 2, 5.0), client.link(OFFER, 5.0)):
+                with pytest.raises(type(error)) as caught:
+                    await call
+                assert type(caught.value) is type(error)
+                assert caught.value.message == error.message
+
+
+async def test_a_peer_that_is_gone_is_told_from_an_answer() -> None:
+    channel = open_channel("127.0.0.1:1")
+    client = KvTransferClient(channel, "prefill-0")
+    for call in (client.pull("r", 2, 5.0), client.link(OFFER, 5.0)):
+        with pytest.raises(PeerGoneError) as caught:
+            await call
+        assert "127.0.0.1" not in caught.value.message
+    await channel.close()
+
+
+async def test_a_call_without_deadline_or_names_is_refused() -> None:
+    async with connected() as (side, client, channel):
+        with pytest.raises(InvalidRequestError):
+            await client.pull("", 2, 5.0)
+        with pytest.raises(InvalidRequestError):
+            await client.pull("x" * 1000, 2, 5.0)
+        with pytest.raises(InvalidRequestError):
+            await client.rendezvous_set("", "key", b"", 5.0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await transfer_pb2_grpc.KvTransferServiceStub(channel).Pull(transfer_pb2.PullRequest(request_id="r"))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert side.asked == []
+
+
+async def test_the_deadline_bounds_a_link_up() -> None:
+    async with connected() as (side, client, _):
+
+        async def forever(offer: LinkOffer) -> LinkReply:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        side.link = forever  # type: ignore[method-assign]
+        with pytest.raises(DeadlineError):
+            await client.link(OFFER, 0.2)
