@@ -1,6 +1,7 @@
 """Small random checkpoints of every family, written by transformers itself, and the reference model of each."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ class Reference:
 
     path: Path
     model: PreTrainedModel
+    _answers: dict[tuple[tuple[int, ...], int], list[int]] = field(default_factory=dict)
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -122,8 +124,15 @@ class Reference:
         assert isinstance(logits, torch.Tensor)
         return logits.float()
 
-    @torch.inference_mode()
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """Computed once for all tests that ask for it."""
+        key = (tuple(prompt), num_tokens)
+        if key not in self._answers:
+            self._answers[key] = self._generate(prompt, num_tokens)
+        return self._answers[key]
+
+    @torch.inference_mode()
+    def _generate(self, prompt: list[int], num_tokens: int) -> list[int]:
         token_ids = torch.tensor([prompt])
         result = self.model.generate(
             token_ids,
@@ -156,19 +165,28 @@ def one_thread() -> None:
     disable_progress_bar()
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> "Checkpoints":
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
 class Checkpoints:
     """Makes each checkpoint when it is first asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_positions: int) -> None:
         self._folder = folder
+        self._max_positions = max_positions
         self._made: dict[str, Reference] = {}
 
     def __getitem__(self, name: str) -> Reference:
         if name not in self._made:
-            self._made[name] = write_checkpoint(CONFIGS[name], self._folder / name)
+            config = copy.deepcopy(CONFIGS[name])
+            config.max_position_embeddings = self._max_positions
+            self._made[name] = write_checkpoint(config, self._folder / name)
         return self._made[name]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"), max_positions=256)
+
+
+@pytest.fixture(scope="session")
+def long_checkpoints(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Checkpoints:
+    """The same with a context of 2,048 tokens."""
+    return Checkpoints(tmp_path_factory.mktemp("long_checkpoints"), max_positions=2048)
