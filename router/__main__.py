@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--grace", type=float, default=10.0, help="seconds that requests may take to end (default 10)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and end are told here, with the addresses
     try:
         config = load_config(arguments.config, RouterConfig)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -40,10 +40,10 @@ class GrpcSessions:
         self._timeout_s = timeout_s
 
     async def open(self, status: InstanceStatus) -> _ChannelSession:
-        channel = open_channel(status.address, self._token)
+        channel = open_channel(status.address)
         session_type = PrefillSession if status.role is Role.PREFILL else DecodeSession
         try:
-            session = await session_type.open(channel, self._clock, self._timeout_s)
+            session = await session_type.open(channel, self._clock, self._timeout_s, self._token)
         except BaseException:
             await channel.close()
             raise

@@ -27,8 +27,13 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+def token_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    """What a single call sends to show the cluster token."""
+    return ((TOKEN_KEY, f"Bearer {token}"),) if token else ()
+
+
 def _with_token(details: grpc.aio.ClientCallDetails, token: str) -> grpc.aio.ClientCallDetails:
-    metadata = grpc.aio.Metadata(*(details.metadata or ()), (TOKEN_KEY, f"Bearer {token}"))
+    metadata = grpc.aio.Metadata(*(details.metadata or ()), *token_metadata(token))
     return grpc.aio.ClientCallDetails(
         method=details.method,
         timeout=details.timeout,

@@ -17,6 +17,7 @@ from core.session import DecodeCommand, DecodeEvent, PrefillCommand, PrefillEven
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import worker_pb2_grpc
 from wire import session_messages as messages
+from wire.channels import token_metadata
 from wire.status import abort
 
 Command = TypeVar("Command")
@@ -80,19 +81,39 @@ class _Session(Generic[Command, Event]):
 
 class PrefillSession(_Session[PrefillCommand, PrefillEvent]):
     @classmethod
-    async def open(cls, channel: grpc.aio.Channel, clock: Clock | None = None, timeout_s: float = 5.0) -> Self:
-        """Raises UnavailableError if the worker does not answer within `timeout_s`."""
+    async def open(
+        cls,
+        channel: grpc.aio.Channel,
+        clock: Clock | None = None,
+        timeout_s: float = 5.0,
+        token: str | None = None,
+    ) -> Self:
+        """Raises UnavailableError if the worker does not answer within `timeout_s`.
+
+        `token` is for a channel opened without one: a stream through gRPC's interceptors leaves a task behind when it
+        is cut.
+        """
         await _wait_ready(channel, timeout_s)
-        call = worker_pb2_grpc.PrefillServiceStub(channel).Session()
+        call = worker_pb2_grpc.PrefillServiceStub(channel).Session(metadata=token_metadata(token))
         return cls(call, messages.prefill_command_to_pb, messages.prefill_event_from_pb, clock or SystemClock())
 
 
 class DecodeSession(_Session[DecodeCommand, DecodeEvent]):
     @classmethod
-    async def open(cls, channel: grpc.aio.Channel, clock: Clock | None = None, timeout_s: float = 5.0) -> Self:
-        """Raises UnavailableError if the worker does not answer within `timeout_s`."""
+    async def open(
+        cls,
+        channel: grpc.aio.Channel,
+        clock: Clock | None = None,
+        timeout_s: float = 5.0,
+        token: str | None = None,
+    ) -> Self:
+        """Raises UnavailableError if the worker does not answer within `timeout_s`.
+
+        `token` is for a channel opened without one: a stream through gRPC's interceptors leaves a task behind when it
+        is cut.
+        """
         await _wait_ready(channel, timeout_s)
-        call = worker_pb2_grpc.DecodeServiceStub(channel).Session()
+        call = worker_pb2_grpc.DecodeServiceStub(channel).Session(metadata=token_metadata(token))
         return cls(call, messages.decode_command_to_pb, messages.decode_event_from_pb, clock or SystemClock())
 
 
