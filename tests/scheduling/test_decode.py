@@ -143,6 +143,17 @@ def test_detached_blocks_stay_out_of_use_until_released() -> None:
     assert worker.reserve() == ["b"]
 
 
+def test_admission_claims_nothing_of_what_is_quarantined() -> None:
+    worker = Worker(8, _policy(growth_horizon_tokens=8))
+    worker.add("a", 16)
+    worker.reserve()
+    blocks = worker.scheduler.detach("a")
+    worker.add("b", 12)  # its 3 blocks are free now, but not the 5 that it claims
+    assert worker.reserve() == []
+    worker.pool.release(blocks)
+    assert worker.reserve() == ["b"]
+
+
 def test_cancel_frees_at_once_in_every_state() -> None:
     worker = Worker(4, _policy(growth_horizon_tokens=0))
     for name in ("old", "young"):
