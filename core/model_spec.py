@@ -246,6 +246,8 @@ def _rope_spec(fields: Fields, max_positions: int, head_dim: int) -> RopeSpec:
     given = fields.raw("rope_scaling", None) or fields.raw("rope_parameters", None) or {}
     if not isinstance(given, Mapping):
         raise CheckpointError("config.json: the RoPE parameters must be an object")
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise CheckpointError("config.json: different RoPE parameters for different layers are not supported")
     rope = Fields(given, inside="the RoPE parameters")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope"):

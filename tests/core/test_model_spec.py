@@ -124,6 +124,7 @@ def test_context_is_stretched_by_yarn_and_dynamic_rope_only() -> None:
         ({"rope_scaling": {"rope_type": "su"}}, "the RoPE type 'su' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "the RoPE parameters, 'factor' is missing"),
         ({"rope_scaling": "yarn"}, "the RoPE parameters must be an object"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "for different layers"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "4 short and as many long factors"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
