@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from tokenizers import Tokenizer
 
 from core.clock import SystemClock
@@ -33,7 +34,14 @@ def raw_tokenizer(checkpoint: Path) -> Tokenizer:
     return Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
 
 
-@pytest.fixture
-async def front(tokenizer: TextTokenizer, raw_tokenizer: Tokenizer) -> AsyncIterator[Front]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def module_front(tokenizer: TextTokenizer, raw_tokenizer: Tokenizer) -> AsyncIterator[Front]:
     async with serve_front(tokenizer, raw_tokenizer) as front:
         yield front
+
+
+@pytest.fixture
+def front(module_front: Front) -> Front:
+    """One server per module, since uvicorn takes its time to end. Tests must run on the module's event loop."""
+    module_front.reset()
+    return module_front

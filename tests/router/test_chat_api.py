@@ -4,9 +4,12 @@ import json
 from typing import Any
 
 import httpx
+import pytest
 
 from core.errors import UnavailableError
 from tests.router.front import MODEL, Front
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PATH = "/v1/chat/completions"
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}]}

@@ -3,7 +3,11 @@
 import json
 from typing import Any
 
+import pytest
+
 from tests.router.front import MODEL, Front
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PATH = "/v1/completions"
 

@@ -16,6 +16,8 @@ from core.errors import DuplicateRequestError, OverloadedError
 from router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, Front, serve_front
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
