@@ -53,7 +53,28 @@ def pack(slices: Sequence[SequenceSlice], layout: KvLayout, vocab_size: int, dev
         max_query_len=max(lengths),
         max_context_len=max(ends),
     )
-    return StepBatch(_to(token_ids, device), _to(positions, device), _to(slots, device), meta)
+    wanted = _wanted_rows(slices, meta.query_starts_host)
+    return StepBatch(
+        token_ids=_to(token_ids, device),
+        positions=_to(positions, device),
+        slots=_to(slots, device),
+        meta=meta,
+        rows=None if len(wanted) == len(owner) else _to(np.array(wanted, dtype=np.int64), device),
+    )
+
+
+def _wanted_rows(slices: Sequence[SequenceSlice], query_starts: Sequence[int]) -> list[int]:
+    rows: list[int] = []
+    for part, end in zip(slices, query_starts[1:], strict=True):
+        rows += range(end - num_wanted_rows(part), end)
+    return rows
+
+
+def num_wanted_rows(part: SequenceSlice) -> int:
+    """How many of its rows, the last ones, a slice needs hidden states of."""
+    if part.prompt_logprobs is not None:
+        return len(part.token_ids)
+    return 0 if part.sample is None else 1
 
 
 def _all_below(array: _Integers, limit: int) -> bool:

@@ -10,7 +10,7 @@ from core.errors import ConfigError, InternalError
 from core.kv_layout import KvLayout
 from core.model_spec import ModelSpec
 from core.request import SamplingParams, TokenLogprob
-from engine.batching import decodes_first, pack
+from engine.batching import decodes_first, num_wanted_rows, pack
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.config import Capacity, EngineConfig
 from engine.device import choose_device, choose_dtype, choose_threads
@@ -61,19 +61,20 @@ class Engine:
         hidden = self._model.forward(batch, self.pool)
 
         output = StepOutput([None] * len(slices), [None] * len(slices), [None] * len(slices))
-        starts = batch.meta.query_starts_host
         drawn: list[tuple[int, int, SampleRequest]] = []  # slice, row of its last token, request
-        for row, (index, part) in enumerate(zip(order, ordered, strict=True)):
+        end = 0
+        for index, part in zip(order, ordered, strict=True):
+            begin, end = end, end + num_wanted_rows(part)
             if part.prompt_logprobs is not None:
-                entries = self._prompt_logprobs(hidden[starts[row] : starts[row + 1]], part)
+                entries = self._prompt_logprobs(hidden[begin:end], part)
                 if any(math.isnan(entry.logprob) for entry in entries):
                     output.errors[index] = not_a_number()
                 else:
                     output.prompt_logprobs[index] = entries
             if part.sample is not None:
-                drawn.append((index, starts[row + 1] - 1, part.sample))
+                drawn.append((index, end - 1, part.sample))
         if drawn:
-            last = hidden[torch.tensor([row for _, row, _ in drawn], device=hidden.device)]
+            last = hidden if len(drawn) == len(hidden) else hidden[[row for _, row, _ in drawn]]
             results = sample(self._model.logits(last), [request for _, _, request in drawn])
             for (index, _, _), result in zip(drawn, results, strict=True):
                 if isinstance(result, InternalError):

@@ -58,6 +58,8 @@ class OptModel:
             qkv = ops.linear(x, layer.qkv)
             q = ops.rope_and_cache(qkv, None, batch.positions, batch.slots, pool[index], heads)
             x = ops.paged_attention(q, pool[index], batch.meta, heads, scale, None)
+            if batch.rows is not None and index == self._spec.num_layers - 1:
+                x, residual = x[batch.rows], residual[batch.rows]
             x = ops.linear(x, layer.output)
             x = ops.add_layer_norm(x, residual, layer.mlp_norm.weight, layer.mlp_norm.bias, eps)
             x = ops.linear(ops.relu(ops.linear(x, layer.up)), layer.down)

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from core.kv_layout import KvLayout
+from core.request import SamplingParams
 from engine.batching import decodes_first, pack
-from engine.step import SequenceSlice
+from engine.step import SampleRequest, SequenceSlice
 
 _LAYOUT = KvLayout(
     num_layers=1, num_blocks=10, num_kv_heads=1, block_size=4, head_dim=2, dtype="float32", weights_hash=""
@@ -27,6 +28,21 @@ def test_tokens_are_packed_without_padding() -> None:
     assert meta.context_lens.tolist() == list(meta.context_lens_host) == [7, 6]
     assert meta.block_tables.tolist() == [[9, 2], [5, 0]]
     assert (meta.num_decodes, meta.max_query_len, meta.max_context_len) == (1, 4, 7)
+
+
+def test_only_wanted_rows_are_carried_to_the_end() -> None:
+    request = SampleRequest(SamplingParams(), 3, (), 3)
+    middle = SequenceSlice([1, 2, 3], 0, [1])
+    last = SequenceSlice([1, 2, 3], 0, [2], request)
+    scored = SequenceSlice([1, 2, 3], 0, [3], prompt_logprobs=0)
+    decode = SequenceSlice([1], 2, [4], request)
+    rows = pack([decode, middle, last, scored], _LAYOUT, 8, _CPU).rows
+    assert rows is not None
+    assert rows.tolist() == [0, 6, 7, 8, 9]
+    rows = pack([middle], _LAYOUT, 8, _CPU).rows
+    assert rows is not None
+    assert rows.tolist() == []
+    assert pack([decode, decode, scored], _LAYOUT, 8, _CPU).rows is None
 
 
 @pytest.mark.parametrize(
