@@ -67,11 +67,9 @@ class LlamaModel:
                 eps=eps,
             )
             x = ops.paged_attention(q, pool[index], batch.meta, heads, scale, layer.sliding_window)
-            if batch.rows is not None and index == self._spec.num_layers - 1:
-                x, residual = x[batch.rows], residual[batch.rows]
             x = ops.linear(x, layer.output)
             x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
+            x = ops.linear(ops.gated_linear(x, layer.gate_up), layer.down)
         return ops.add_rms_norm(x, residual, self._norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -99,20 +97,19 @@ def _load_layer(spec: ModelSpec, loader: WeightLoader, ops: Ops, index: int) -> 
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
 
-    def fused(parts: list[str], rows: list[int], columns: int, biased: bool) -> PackedLinear:
+    def fused(parts: list[str], rows: list[int], columns: int, biased: bool) -> tuple[Tensor, Tensor | None]:
         weight = loader.take_stacked([f"{prefix}.{part}.weight" for part in parts], rows, columns)
-        bias = loader.take_stacked([f"{prefix}.{part}.bias" for part in parts], rows) if biased else None
-        return ops.pack_linear(weight, bias)
+        return weight, loader.take_stacked([f"{prefix}.{part}.bias" for part in parts], rows) if biased else None
 
     attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     return _Layer(
         input_norm=loader.take(f"{prefix}.input_layernorm.weight", hidden),
-        qkv=fused(attention, [q_size, kv_size, kv_size], hidden, spec.qkv_bias),
+        qkv=ops.pack_linear(*fused(attention, [q_size, kv_size, kv_size], hidden, spec.qkv_bias)),
         q_norm=loader.take(f"{prefix}.self_attn.q_norm.weight", spec.head_dim) if spec.qk_norm else None,
         k_norm=loader.take(f"{prefix}.self_attn.k_norm.weight", spec.head_dim) if spec.qk_norm else None,
-        output=fused(["self_attn.o_proj"], [hidden], q_size, spec.output_bias),
+        output=ops.pack_linear(*fused(["self_attn.o_proj"], [hidden], q_size, spec.output_bias)),
         mlp_norm=loader.take(f"{prefix}.post_attention_layernorm.weight", hidden),
-        gate_up=fused(["mlp.gate_proj", "mlp.up_proj"], [inner, inner], hidden, spec.mlp_bias),
-        down=fused(["mlp.down_proj"], [hidden], inner, spec.mlp_bias),
+        gate_up=ops.pack_gated(*fused(["mlp.gate_proj", "mlp.up_proj"], [inner, inner], hidden, spec.mlp_bias)),
+        down=ops.pack_linear(*fused(["mlp.down_proj"], [hidden], inner, spec.mlp_bias)),
         sliding_window=spec.sliding_windows[index],
     )

@@ -2,8 +2,7 @@
 // caller has checked shapes, dtypes and contiguity. Every function takes the context of one engine: its threads and
 // their scratch memory. A context is for one caller at a time.
 
-#include <sys/mman.h>
-
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -60,20 +59,17 @@ struct Context {
 };
 
 template <class W>
-void linear(Context& context, const PackedWeights& weights, const float* x, int64_t x_stride, int64_t rows, float* y,
-            int64_t y_stride, Finish finish) {
+void linear(Context& context, const PackedWeights& weights, const float* x, int64_t rows, float* y) {
     context.reserve(left_bytes(weights.k) + TILE_BYTES);
-    const int64_t unit = finish == Finish::SILU_MUL ? 2 : 1;  // panels that stay together
-    context.run(weights.n * weights.k > 16384, [&](int64_t thread, int64_t threads) {
+    context.run(weights.columns * weights.k > 16384, [&](int64_t thread, int64_t threads) {
         // Many rows are shared out by rows (each thread's copy of them stays its own), few by columns.
-        int64_t row_shares = rows >= threads * 64 ? threads : 1;
-        int64_t column_shares = threads / row_shares;
-        int64_t row_share = thread / column_shares, column_share = thread % column_shares;
-        int64_t first_row = rows * row_share / row_shares, last_row = rows * (row_share + 1) / row_shares;
-        int64_t units = weights.panels() / unit;
-        int64_t first = units * column_share / column_shares * unit, last = units * (column_share + 1) / column_shares * unit;
-        multiply_share<W>(weights, x + first_row * x_stride, x_stride, int(last_row - first_row), int(first), int(last),
-                          y + first_row * y_stride, y_stride, finish, context.scratch[size_t(thread)].get());
+        const int64_t row_shares = rows >= threads * 64 ? threads : 1, column_shares = threads / row_shares;
+        const int64_t row_share = thread / column_shares, column_share = thread % column_shares;
+        const int64_t row = rows * row_share / row_shares, end_row = rows * (row_share + 1) / row_shares;
+        const int64_t together = weights.panels_per_output(), outputs = weights.panels() / together;
+        const int64_t first = outputs * column_share / column_shares, last = outputs * (column_share + 1) / column_shares;
+        multiply_share<W>(weights, x + row * weights.k, int(end_row - row), int(first * together), int(last * together),
+                          y + row * weights.columns, context.scratch[size_t(thread)].get());
     });
 }
 
@@ -144,12 +140,6 @@ const char* tandem_instructions() {
 #endif
 }
 
-// Asks for huge pages before the memory is first written: weights are read end to end in every step.
-void tandem_advise_huge(void* data, int64_t bytes) {
-    uintptr_t first = (uintptr_t(data) + 4095) & ~uintptr_t(4095), last = (uintptr_t(data) + uintptr_t(bytes)) & ~uintptr_t(4095);
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-}
-
 // weight[n][k] -> panels: ceil(n / 32) * ceil(k / 2) * 64 elements of the same type.
 void tandem_pack(const void* weight, int is_bf16, int64_t n, int64_t k, void* packed) {
     if (is_bf16)
@@ -158,16 +148,15 @@ void tandem_pack(const void* weight, int is_bf16, int64_t n, int64_t k, void* pa
         pack(static_cast<const float*>(weight), n, k, static_cast<float*>(packed));
 }
 
-// y[rows][n] = x[rows][k] * weight + bias, or += with `add`.
-void tandem_linear(void* context, const void* packed, const float* bias, int is_bf16, int64_t n, int64_t k, const float* x,
-                   int64_t rows, float* y, int add) {
-    const PackedWeights weights{packed, bias, n, k, is_bf16 != 0};
-    const Finish finish = add ? Finish::ADD : Finish::STORE;
+// y[rows][columns] = x[rows][k] * weight + bias; `gated`: see PackedWeights.
+void tandem_linear(void* context, const void* packed, const float* bias, int is_bf16, int gated, int64_t columns, int64_t k,
+                   const float* x, int64_t rows, float* y) {
+    const PackedWeights weights{packed, bias, columns, k, is_bf16 != 0, gated != 0};
     auto& c = *static_cast<Context*>(context);
     if (is_bf16)
-        linear<Bf16Weights>(c, weights, x, k, rows, y, n, finish);
+        linear<Bf16Weights>(c, weights, x, rows, y);
     else
-        linear<FloatWeights>(c, weights, x, k, rows, y, n, finish);
+        linear<FloatWeights>(c, weights, x, rows, y);
 }
 
 void tandem_embedding(void* context, const int64_t* ids, int64_t rows, const void* weight, int is_bf16, int64_t hidden,
@@ -251,13 +240,6 @@ void tandem_attention(void* context, const float* q, int64_t q_stride, const voi
         attention(c, shape, q, static_cast<const bf16*>(kv_layer), query_starts, context_lens, tables, sequences, out);
     else
         attention(c, shape, q, static_cast<const float*>(kv_layer), query_starts, context_lens, tables, sequences, out);
-}
-
-// gate_up[rows][2 n] -> silu(gate) * up, y[rows][n]
-void tandem_silu_mul(void* context, const float* gate_up, int64_t rows, int64_t n, float* y) {
-    static_cast<Context*>(context)->each_row(rows, 2 * n, [&](int64_t row) {
-        silu_mul_row(gate_up + row * 2 * n, gate_up + row * 2 * n + n, n, y + row * n);
-    });
 }
 
 }  // extern "C"

@@ -30,9 +30,8 @@ struct AttentionShape {
 };
 
 // Packs `count` <= TILE keys of one head as right sides of query x key: panels of 32 keys over pairs of head dimensions.
-// `key(i)` is the address of key i. Columns beyond count are zero.
-template <class Address>
-void pack_keys(Address key, int count, int head_dim, uint32_t* panels) {
+// `key` holds their addresses. Columns beyond count are zero.
+inline void pack_keys(const bf16* const* key, int count, int head_dim, uint32_t* panels) {
     const int pairs = (head_dim + 1) / 2;
     for (int first = 0; first < count; first += VL) {
         uint32_t* panel = panels + int64_t(first / PANEL) * pairs * PANEL + first % PANEL;
@@ -43,7 +42,7 @@ void pack_keys(Address key, int count, int head_dim, uint32_t* panels) {
             for (int i = 0; i < VL; ++i) {
                 square[i] = vu{};
                 if (i >= keys) continue;
-                const bf16* from = key(first + i) + 2 * pair;
+                const bf16* from = key[first + i] + 2 * pair;
                 if (2 * (pair + VL) <= head_dim) {
                     square[i] = load(reinterpret_cast<const uint32_t*>(from));
                 } else {
@@ -62,18 +61,22 @@ void pack_keys(Address key, int count, int head_dim, uint32_t* panels) {
             store(panels + (int64_t(first / PANEL) * pairs + pair) * PANEL + first % PANEL, vu{});
 }
 
-template <class Address>
-void pack_keys(Address key, int count, int head_dim, float* panels) {
+inline void pack_keys(const float* const* key, int count, int head_dim, float* panels) {
     const int padded = (head_dim + 1) & ~1;
     for (int first = 0; first < (count + PANEL - 1) / PANEL * PANEL; first += VL) {
         float* panel = panels + int64_t(first / PANEL) * padded * PANEL + first % PANEL;
         for (int dim = 0; dim < padded; dim += VL) {
             vu square[VL];
             for (int i = 0; i < VL; ++i) {
-                uint32_t row[VL] = {};
-                if (first + i < count && dim < head_dim)
-                    std::memcpy(row, key(first + i) + dim, size_t(std::min(VL, head_dim - dim)) * 4);
-                square[i] = load(row);
+                square[i] = vu{};
+                if (first + i >= count || dim >= head_dim) continue;
+                if (dim + VL <= head_dim) {
+                    square[i] = (vu)load(key[first + i] + dim);
+                } else {
+                    uint32_t tail[VL] = {};
+                    std::memcpy(tail, key[first + i] + dim, size_t(head_dim - dim) * 4);
+                    square[i] = load(tail);
+                }
             }
             transpose(square);
             for (int i = 0; i < std::min(VL, padded - dim); ++i)
@@ -85,26 +88,26 @@ void pack_keys(Address key, int count, int head_dim, float* panels) {
 // Packs `count` <= TILE values of one head as right sides of weight x value: panels of 32 head dimensions over pairs of
 // keys. In a bf16 panel the even dimensions come first, then the odd ones (the order in which a mask and a shift split
 // them); value_column() says where a dimension is.
-template <class Address>
-void pack_values(Address value, int count, int head_dim, uint32_t* panels) {
+inline void pack_values(const bf16* const* value, int count, int head_dim, uint32_t* panels) {
     const int pairs = (count + 1) / 2;
     constexpr int HALF = PANEL / 2;
     for (int pair = 0; pair < pairs; ++pair) {
-        const bf16* first = value(2 * pair);
-        const bf16* second = 2 * pair + 1 < count ? value(2 * pair + 1) : nullptr;
+        const bf16* first = value[2 * pair];
+        const bf16* second = 2 * pair + 1 < count ? value[2 * pair + 1] : nullptr;
         for (int dim = 0; dim < head_dim; dim += PANEL) {
             uint32_t* to = panels + (int64_t(dim / PANEL) * (TILE / 2) + pair) * PANEL;
             const int dims = std::min(PANEL, head_dim - dim);
-            uint32_t a[HALF] = {}, b[HALF] = {};
-            if (dims == PANEL) {
-                std::memcpy(a, first + dim, PANEL * 2);
-                if (second) std::memcpy(b, second + dim, PANEL * 2);
-            } else {
-                std::memcpy(a, first + dim, size_t(dims) * 2);
-                if (second) std::memcpy(b, second + dim, size_t(dims) * 2);
+            const uint32_t *a = reinterpret_cast<const uint32_t*>(first + dim), *b = nullptr;
+            uint32_t a_tail[HALF] = {}, b_tail[HALF] = {};
+            if (second) b = reinterpret_cast<const uint32_t*>(second + dim);
+            if (dims < PANEL) {
+                std::memcpy(a_tail, a, size_t(dims) * 2);
+                if (second) std::memcpy(b_tail, b, size_t(dims) * 2);
+                a = a_tail;
+                if (second) b = b_tail;
             }
             for (int i = 0; i < HALF; i += VL) {
-                vu x = load(a + i), y = load(b + i);
+                vu x = load(a + i), y = second ? load(b + i) : vu{};
                 store(to + i, (x & 0xffffu) | (y << 16));
                 store(to + HALF + i, (x >> 16) | (y & 0xffff0000u));
             }
@@ -116,13 +119,12 @@ inline int value_column(int dim, const uint32_t*) {
     return dim - within + (within & 1 ? PANEL / 2 : 0) + within / 2;
 }
 
-template <class Address>
-void pack_values(Address value, int count, int head_dim, float* panels) {
+inline void pack_values(const float* const* value, int count, int head_dim, float* panels) {
     for (int key = 0; key < ((count + 1) & ~1); ++key)
         for (int dim = 0; dim < head_dim; dim += PANEL) {
             float* to = panels + (int64_t(dim / PANEL) * TILE + key) * PANEL;
             const int dims = key < count ? std::min(PANEL, head_dim - dim) : 0;
-            if (dims) std::memcpy(to, value(key) + dim, size_t(dims) * 4);
+            if (dims) std::memcpy(to, value[key] + dim, size_t(dims) * 4);
             if (dims < PANEL) std::memset(to + dims, 0, size_t(PANEL - dims) * 4);
         }
 }
@@ -157,6 +159,11 @@ template <>
 struct AttentionTypes<float> {
     using Weights = FloatWeights;
 };
+
+template <class Kv>
+void fetch(const Kv* row, int head_dim) {
+    for (int i = 0; i < head_dim; i += int(64 / sizeof(Kv))) __builtin_prefetch(row + i);
+}
 
 struct AttentionScratch {
     alignas(64) uint32_t keys[TILE * MAX_HEAD_DIM];  // bf16 pairs use half of it
@@ -197,29 +204,44 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
 
     const int64_t end = start + last_token;  // keys of the last row
     const int64_t begin = std::max<int64_t>(0, start + first_token + 1 - shape.window);
-    const Kv* of_head[2] = {kv_layer + int64_t(kv_head) * shape.block_size * dim, nullptr};
-    of_head[1] = of_head[0] + shape.num_blocks * shape.block_elements();
+    const Kv* head_keys = kv_layer + int64_t(kv_head) * shape.block_size * dim;
+    const int64_t to_values = shape.num_blocks * shape.block_elements();
+    // Addresses of a tile's keys; how many there are.
+    auto locate = [&](int64_t tile, const Kv** keys_at) {
+        const int count = int(std::min<int64_t>(TILE, end - tile));
+        int64_t block = tile / shape.block_size, offset = tile % shape.block_size;
+        for (int i = 0; i < count; ++i) {
+            keys_at[i] = head_keys + table[block] * shape.block_elements() + offset * dim;
+            if (++offset == shape.block_size) ++block, offset = 0;
+        }
+        return count;
+    };
+    const Kv *addresses[2][TILE], **now = addresses[0], **next = addresses[1];
+    locate(begin / TILE * TILE, next);
     const Split blocks(rows, MAX_ROWS);
     for (int64_t tile = begin / TILE * TILE; tile < end; tile += TILE) {
         const int count = int(std::min<int64_t>(TILE, end - tile));
         const int panels = (count + PANEL - 1) / PANEL, columns = panels * PANEL;
-        auto address = [&](int which) {
-            return [&, which](int i) {
-                int64_t position = tile + i;
-                return of_head[which] + table[position / shape.block_size] * shape.block_elements() +
-                       position % shape.block_size * dim;
-            };
-        };
-        pack_keys(address(0), count, dim, keys);
-        pack_values(address(1), count, dim, values);
+        std::swap(now, next);
+        const Kv* value[TILE];
+        for (int i = 0; i < count; ++i) {
+            value[i] = now[i] + to_values;
+            fetch(value[i], dim);
+        }
+        if (tile + TILE < end) {
+            const int following = locate(tile + TILE, next);
+            for (int i = 0; i < following; ++i) fetch(next[i], dim);
+        }
+        pack_keys(now, count, dim, keys);
+        pack_values(value, count, dim, values);
         for (int block = 0; block < blocks.blocks; ++block) {
             const int row0 = blocks.start(block), size = blocks.size(block);
             const int64_t newest = start + first_token + (row0 + size - 1) / group;
             const int64_t oldest = start + first_token + row0 / group;
             if (newest < tile || oldest - shape.window + 1 >= tile + count) continue;
             float* scores = scratch.scores;
-            multiply<W>(queries + row0 * ROW_STRIDE, size, keys, int64_t(dim_pairs) * W::PAIR, panels, dim_pairs, scores,
-                        ROW_STRIDE, false);
+            multiply<W>(queries + row0 * ROW_STRIDE, size, keys, int64_t(dim_pairs) * W::PAIR, panels, dim_pairs,
+                        {nullptr, 0, scores, ROW_STRIDE});
             float maxima[MAX_ROWS], sums[MAX_ROWS];
             bool seen[MAX_ROWS];
             for (int r = 0; r < size; ++r) {
@@ -242,7 +264,7 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
                 weights = scores;
             }
             multiply<W>(weights, size, values, int64_t(TILE / 2) * W::PAIR, value_panels, (count + 1) / 2,
-                        scratch.partial, out_stride, false);
+                        {nullptr, 0, scratch.partial, out_stride});
             for (int r = 0; r < size; ++r) {
                 if (!seen[r]) continue;
                 const float before = scratch.maxima[row0 + r], top = before > maxima[r] ? before : maxima[r];

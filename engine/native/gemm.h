@@ -76,13 +76,23 @@ inline void copy_left(uint32_t* to, const float* from, int n) {
     if (n & 1) to[n / 2] = narrow(from[n - 1]);
 }
 
-// c[R][G * GROUP] = or += left[R][2 * pairs] * right, where `right[g]` is where group g's columns begin.
+// A block of results: where its sums begin from (null: from zero; a stride of 0: every row from the same) and go to.
+struct Sums {
+    const float* from;
+    int64_t from_stride;
+    float* to;
+    int64_t to_stride;
+    Sums at(int64_t row, int64_t column) const {
+        return {from ? from + row * from_stride + column : nullptr, from_stride, to + row * to_stride + column, to_stride};
+    }
+};
+
+// to[R][G * GROUP] = from + left[R][2 * pairs] * right, where `right[g]` is where group g's columns begin.
 template <int R, int G, class W>
-void kernel(const typename W::Left* left, const typename W::Element* const* right, int pairs, float* c, int c_stride,
-            bool accumulate) {
+void kernel(const typename W::Left* left, const typename W::Element* const* right, int pairs, const Sums& c) {
     vf sums[R][2 * G];
     for (int r = 0; r < R; ++r)
-        for (int j = 0; j < 2 * G; ++j) sums[r][j] = accumulate ? load(c + r * c_stride + j * VL) : vf{};
+        for (int j = 0; j < 2 * G; ++j) sums[r][j] = c.from ? load(c.from + r * c.from_stride + j * VL) : vf{};
     const typename W::Element* w[G];
     for (int g = 0; g < G; ++g) w[g] = right[g];
     for (int p = 0; p < pairs; ++p) {
@@ -112,11 +122,11 @@ void kernel(const typename W::Left* left, const typename W::Element* const* righ
         left += W::LEFT_PER_PAIR;
     }
     for (int r = 0; r < R; ++r)
-        for (int j = 0; j < 2 * G; ++j) store(c + r * c_stride + j * VL, sums[r][j]);
+        for (int j = 0; j < 2 * G; ++j) store(c.to + r * c.to_stride + j * VL, sums[r][j]);
 }
 
 template <class W>
-using Kernel = void (*)(const typename W::Left*, const typename W::Element* const*, int, float*, int, bool);
+using Kernel = void (*)(const typename W::Left*, const typename W::Element* const*, int, const Sums&);
 
 template <class W, int... R>
 Kernel<W> choose_kernel(int rows, bool wide, std::integer_sequence<int, R...>) {
@@ -125,10 +135,10 @@ Kernel<W> choose_kernel(int rows, bool wide, std::integer_sequence<int, R...>) {
     return (wide ? WIDE : NARROW)[rows - 1];
 }
 
-// `panels` neighbouring panels, `rows` <= MAX_ROWS: c[rows][panels * 32] = or += left[rows][2 * pairs] * right.
+// `panels` neighbouring panels, `rows` <= MAX_ROWS: to[rows][panels * 32] = from + left[rows][2 * pairs] * right.
 template <class W>
 void multiply(const typename W::Left* left, int rows, const typename W::Element* right, int64_t panel_stride, int panels,
-              int pairs, float* c, int c_stride, bool accumulate) {
+              int pairs, const Sums& c) {
     using Rows = std::make_integer_sequence<int, MAX_ROWS>;
     int groups = panels * GROUPS_PER_PANEL;
     for (int group = 0; group < groups;) {
@@ -139,7 +149,7 @@ void multiply(const typename W::Left* left, int rows, const typename W::Element*
             int index = group + g;
             starts[g] = right + (index / GROUPS_PER_PANEL) * panel_stride + (index % GROUPS_PER_PANEL) * GROUP;
         }
-        choose_kernel<W>(rows, wide, Rows{})(left, starts, pairs, c + group * GROUP, c_stride, accumulate);
+        choose_kernel<W>(rows, wide, Rows{})(left, starts, pairs, c.at(0, group * GROUP));
         group += width;
     }
 }
@@ -164,13 +174,16 @@ struct KSplit {
     int size(int i) const { return std::min(length, k - i * length); }
 };
 
+// A weight [columns][k], or two of them, `gated`: then panels of the first (gate) and the second (up) take turns, and the
+// product's result is silu(gate) * up.
 struct PackedWeights {
     const void* data;   // panels of `is_bf16 ? uint32_t : float`
-    const float* bias;  // [n] or null
-    int64_t n, k;
-    bool is_bf16;
+    const float* bias;  // one float per packed column, or null
+    int64_t columns, k;
+    bool is_bf16, gated;
     int64_t pairs() const { return (k + 1) / 2; }
-    int64_t panels() const { return (n + PANEL - 1) / PANEL; }
+    int64_t panels_per_output() const { return gated ? 2 : 1; }
+    int64_t panels() const { return (columns + PANEL - 1) / PANEL * panels_per_output(); }
 };
 
 // Row chunk whose copy stays in a core's L2, but not so small that weights are read too often.
@@ -182,23 +195,13 @@ inline int chunk_rows(int64_t k) {
 inline size_t left_bytes(int64_t k) { return size_t(chunk_rows(k)) * KSplit(int(k)).blocks * ROW_STRIDE * 4; }
 constexpr size_t TILE_BYTES = size_t(192) * PANEL * 4 * 2;
 
-enum class Finish { STORE, ADD, SILU_MUL };
+// Panels computed side by side: many for few rows (memory streams in parallel), as few as can be for many.
+inline int panels_at_once(int rows, bool gated) { return rows <= MAX_ROWS ? 4 : gated ? 2 : 1; }
 
-// How many panels make one tile: many for few rows (streams in parallel), one for many (the tile stays small).
-inline int tile_panels(int rows) { return rows <= MAX_ROWS ? 4 : 1; }
-
-inline void finish_row(Finish finish, const float* tile, const float* bias, float* y, int columns) {
-    for (int j = 0; j < columns; ++j) {
-        float value = bias ? tile[j] + bias[j] : tile[j];
-        y[j] = finish == Finish::ADD ? y[j] + value : value;
-    }
-}
-
-// y[rows, panels first..last] of one thread. `left` and `tile` are its scratch. SILU_MUL: panels come in twos, gate and
-// up, and y has half the columns.
+// y[rows, panels first..last] of one thread. `scratch` holds its copy of the rows and a tile of results.
 template <class W>
-void multiply_share(const PackedWeights& weights, const float* x, int64_t x_stride, int rows, int first_panel,
-                    int last_panel, float* y, int64_t y_stride, Finish finish, void* scratch) {
+void multiply_share(const PackedWeights& weights, const float* x, int rows, int first_panel, int last_panel, float* y,
+                    void* scratch) {
     using Left = typename W::Left;
     using Element = typename W::Element;
     const int k = int(weights.k);
@@ -211,31 +214,33 @@ void multiply_share(const PackedWeights& weights, const float* x, int64_t x_stri
         const int row0 = chunks.start(chunk), count = chunks.size(chunk);
         for (int run = 0; run < runs.blocks; ++run)
             for (int r = 0; r < count; ++r)
-                copy_left(left + (int64_t(run) * count + r) * ROW_STRIDE, x + (row0 + r) * x_stride + runs.start(run),
+                copy_left(left + (int64_t(run) * count + r) * ROW_STRIDE, x + int64_t(row0 + r) * k + runs.start(run),
                           runs.size(run));
         const Split blocks(count, MAX_ROWS);
-        int step = tile_panels(count);
-        if (finish == Finish::SILU_MUL) step = std::max(step, 2);
-        const int tile_stride = step * PANEL;
+        const int step = panels_at_once(count, weights.gated), tile_stride = step * PANEL;
         for (int panel = first_panel; panel < last_panel; panel += step) {
             const int width = std::min(step, last_panel - panel);
+            const int64_t column = panel / weights.panels_per_output() * PANEL, wanted = weights.columns - column;
             const Element* right = static_cast<const Element*>(weights.data) + panel * panel_stride;
-            for (int run = 0; run < runs.blocks; ++run)
+            float* out = y + row0 * weights.columns + column;
+            const bool straight = !weights.gated && width * PANEL <= wanted;  // the kernel can write to y itself
+            for (int run = 0; run < runs.blocks; ++run) {
+                Sums sums{tile, tile_stride, tile, tile_stride};
+                if (run == 0) sums.from = weights.bias ? weights.bias + int64_t(panel) * PANEL : nullptr, sums.from_stride = 0;
+                if (run == runs.blocks - 1 && straight) sums.to = out, sums.to_stride = weights.columns;
                 for (int block = 0; block < blocks.blocks; ++block)
                     multiply<W>(left + (int64_t(run) * count + blocks.start(block)) * ROW_STRIDE, blocks.size(block),
                                 right + int64_t(runs.start(run) / 2) * W::PAIR, panel_stride, width,
-                                (runs.size(run) + 1) / 2, tile + blocks.start(block) * tile_stride, tile_stride, run > 0);
+                                (runs.size(run) + 1) / 2, sums.at(blocks.start(block), 0));
+            }
+            if (straight) continue;
             for (int r = 0; r < count; ++r) {
-                float* out = y + (row0 + r) * y_stride;
-                const float* sums = tile + r * tile_stride;
-                if (finish == Finish::SILU_MUL) {
-                    for (int i = 0; i + 1 < width; i += 2)
-                        silu_mul_row(sums + i * PANEL, sums + (i + 1) * PANEL, PANEL, out + int64_t(panel + i) / 2 * PANEL);
-                } else {
-                    int64_t column = int64_t(panel) * PANEL;
-                    finish_row(finish, sums, weights.bias ? weights.bias + column : nullptr, out + column,
-                               int(std::min<int64_t>(width * PANEL, weights.n - column)));
-                }
+                const float* from = tile + r * tile_stride;
+                float* to = out + r * weights.columns;
+                if (!weights.gated) std::memcpy(to, from, size_t(std::min<int64_t>(width * PANEL, wanted)) * 4);
+                for (int64_t i = 0; weights.gated && i < width; i += 2)
+                    silu_mul_row(from + i * PANEL, from + (i + 1) * PANEL, std::min<int64_t>(PANEL, wanted - i / 2 * PANEL),
+                                 to + i / 2 * PANEL);
             }
         }
     }

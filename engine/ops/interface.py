@@ -85,6 +85,14 @@ class Ops(Protocol):
         """[tokens, in] -> [tokens, out]"""
         ...
 
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """Prepare weight [2 F, in] and bias [2 F], gate then up, for `gated_linear`."""
+        ...
+
+    def gated_linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """silu(x gate) * (x up): [tokens, in] -> [tokens, F]. `packed` came from `pack_gated`."""
+        ...
+
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """int64 [tokens], [vocab, hidden] -> [tokens, hidden]"""
         ...
@@ -139,10 +147,6 @@ class Ops(Protocol):
 
         With `sliding_window` W a token sees itself and the W - 1 tokens before it.
         """
-        ...
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """[tokens, 2 F], gate then up -> silu(gate) * up, [tokens, F]"""
         ...
 
     def relu(self, x: Tensor) -> Tensor:

@@ -116,15 +116,13 @@ def _declare(library: ctypes.CDLL) -> None:
         "tandem_create": "i",
         "tandem_destroy": "p",
         "tandem_instructions": "",
-        "tandem_advise_huge": "pn",
         "tandem_pack": "pinnp",
-        "tandem_linear": "pppinnpnpi",
+        "tandem_linear": "pppiinnpnp",
         "tandem_embedding": "ppnpinp",
         "tandem_rms_norm": "ppppifnnp",
         "tandem_layer_norm": "pppppifnnp",
         "tandem_rope_and_cache": "ppnppppinnnnnppif",
         "tandem_attention": "ppnpinnnnnpppnnfnp",
-        "tandem_silu_mul": "ppnnp",
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)

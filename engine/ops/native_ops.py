@@ -10,6 +10,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from engine.ops.huge_pages import HugePageArena
 from engine.ops.interface import AttentionMeta, HeadShape, PackedLinear
 
 _PANEL = 32  # columns of a packed panel, as in engine/native/gemm.h
@@ -18,12 +19,14 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class NativeLinear(PackedLinear):
-    """The weight in panels of 32 outputs; see engine/native/gemm.h."""
+    """The weight in panels of 32 outputs, for `gated` a panel of gate and one of up in turn; see engine/native/gemm.h.
+    `bias` is in the panels' order."""
 
-    def __init__(self, in_features: int, out_features: int, panels: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, in_features: int, out_features: int, panels: Tensor, bias: Tensor | None, gated: bool) -> None:
         super().__init__(in_features, out_features)
         self.panels = panels
         self.bias = bias
+        self.gated = gated
 
 
 class NativeOps:
@@ -35,22 +38,42 @@ class NativeOps:
         assert num_threads >= 1, "an engine computes on at least one thread"
         self._library = library
         self._context = library.tandem_create(num_threads)
+        self._arena = HugePageArena()
         weakref.finalize(self, library.tandem_destroy, self._context)
         self.name = f"native ({library.tandem_instructions().decode()})"
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> NativeLinear:
-        out_features, in_features = weight.shape
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        return self._pack(weight, None if bias is None else _in_panels(bias), out_features=len(weight), gated=False)
+
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        inner = len(weight) // 2
+        gate_and_up = torch.stack([_in_panels(half) for half in weight.chunk(2)], dim=1).flatten(0, 2)
+        if bias is not None:
+            bias = torch.stack([_in_panels(half) for half in bias.chunk(2)], dim=1)
+        return self._pack(gate_and_up, bias, out_features=inner, gated=True)
+
+    def _pack(self, weight: Tensor, bias: Tensor | None, out_features: int, gated: bool) -> PackedLinear:
+        """`bias` is a multiple of panels, in their order."""
         weight = _checked(weight.contiguous(), *_DTYPES)
-        num_panels, num_pairs = -(-out_features // _PANEL), -(-in_features // 2)
-        panels = torch.empty(num_panels * num_pairs * 2 * _PANEL, dtype=weight.dtype)
-        self._library.tandem_advise_huge(panels.data_ptr(), panels.nbytes)
-        self._library.tandem_pack(weight.data_ptr(), _is_bf16(weight), out_features, in_features, panels.data_ptr())
+        rows, in_features = weight.shape
+        num_panels, num_pairs = -(-rows // _PANEL), -(-in_features // 2)
+        panels = self._arena.empty(num_panels * num_pairs * 2 * _PANEL, weight.dtype)
+        self._library.tandem_pack(weight.data_ptr(), _is_bf16(weight), rows, in_features, panels.data_ptr())
         bias32 = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
-        return NativeLinear(in_features, out_features, panels, bias32)
+        return NativeLinear(in_features, out_features, panels, bias32, gated)
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         assert isinstance(packed, NativeLinear), "packed by another Ops"
-        x = _checked(x, torch.float32)
+        assert not packed.gated
+        return self._multiply(x, packed)
+
+    def gated_linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        assert isinstance(packed, NativeLinear), "packed by another Ops"
+        assert packed.gated
+        return self._multiply(x, packed)
+
+    def _multiply(self, x: Tensor, packed: NativeLinear) -> Tensor:
+        _checked(x, torch.float32)
         assert x.shape[-1] == packed.in_features
         y = torch.empty(x.shape[0], packed.out_features)
         self._library.tandem_linear(
@@ -58,12 +81,12 @@ class NativeOps:
             packed.panels.data_ptr(),
             _pointer(packed.bias),
             _is_bf16(packed.panels),
+            packed.gated,
             packed.out_features,
             packed.in_features,
             x.data_ptr(),
             x.shape[0],
             y.data_ptr(),
-            0,
         )
         return y
 
@@ -213,15 +236,15 @@ class NativeOps:
         )
         return out
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        gate_up = _checked(gate_up, torch.float32)
-        width = gate_up.shape[1] // 2
-        y = torch.empty(gate_up.shape[0], width)
-        self._library.tandem_silu_mul(self._context, gate_up.data_ptr(), gate_up.shape[0], width, y.data_ptr())
-        return y
-
     def relu(self, x: Tensor) -> Tensor:
         return x.relu_()
+
+
+def _in_panels(rows: Tensor) -> Tensor:
+    """[n, ...] -> [panels, 32, ...], filled up with zeros."""
+    missing = -len(rows) % _PANEL
+    padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+    return padded.view(-1, _PANEL, *rows.shape[1:])
 
 
 def _checked(tensor: Tensor, *dtypes: torch.dtype) -> Tensor:

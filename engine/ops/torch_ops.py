@@ -32,6 +32,13 @@ class TorchOps:
         assert isinstance(packed, TorchLinear), "packed by another Ops"
         return F.linear(x, packed.weight, packed.bias)
 
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        return TorchLinear(weight, bias)
+
+    def gated_linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        gate, up = self.linear(x, packed).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(token_ids, weight).to(self.activation_dtype)
 
@@ -98,10 +105,6 @@ class TorchOps:
                 q[rows], kv_layer, meta.block_tables[index], meta.context_lens_host[index], scale, sliding_window
             )
         return out.view(q.shape[0], heads.q_size)
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
 
     def relu(self, x: Tensor) -> Tensor:
         return x.relu_()

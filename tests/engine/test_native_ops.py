@@ -81,10 +81,27 @@ def test_rowwise_operations(ops: NativeOps, dtype: torch.dtype) -> None:
                 expected = plain.add_layer_norm(x, theirs, weight.float(), bias.float(), 1e-5)
             assert torch.equal(mine, theirs)
             assert_near(normed, expected)
-        gate_up = 8 * torch.randn(rows, 2 * hidden)
-        assert_near(ops.silu_mul(gate_up), plain.silu_mul(gate_up))
-    extreme = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0]])
-    assert_near(ops.silu_mul(extreme), reference().silu_mul(extreme))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("in_features", "inner"), [(64, 96), (770, 33), (1, 1), (75, 250)])
+@pytest.mark.parametrize("rows", [1, 5, 13, 200])
+def test_gated_linear(ops: NativeOps, dtype: torch.dtype, in_features: int, inner: int, rows: int) -> None:
+    weight, bias = torch.randn(2 * inner, in_features).to(dtype), torch.randn(2 * inner).to(dtype)
+    x, plain = torch.randn(rows, in_features), reference()
+    for given_bias in (None, bias):
+        bias32 = None if given_bias is None else given_bias.float()
+        expected = plain.gated_linear(x, plain.pack_gated(weight.float(), bias32))
+        actual = ops.gated_linear(x, ops.pack_gated(weight, given_bias))
+        assert_near(actual, expected, tolerance_for(ops, dtype))
+
+
+def test_gate_far_from_zero(ops: NativeOps) -> None:
+    """Where the exponential is out of range, silu is the gate itself or nothing."""
+    x = torch.tensor([[-1e5], [-90.0], [-20.0], [0.0], [20.0], [90.0], [1e5]])
+    packed = ops.pack_gated(torch.ones(2, 1), torch.tensor([0.0, 3.0]))
+    expected = torch.nn.functional.silu(x) * (x + 3.0)
+    torch.testing.assert_close(ops.gated_linear(x, packed), expected, rtol=1e-5, atol=1e-5)
 
 
 @dataclass(frozen=True)
@@ -168,11 +185,12 @@ def test_a_rows_product_does_not_depend_on_the_batch(make_ops: MakeOps, dtype: t
     weight, bias = torch.randn(520, 900).to(dtype), torch.randn(520)
     x = torch.randn(230, 900)
     one, three = make_ops(1), make_ops(3)
-    packed = one.pack_linear(weight, bias)
-    whole = one.linear(x, packed)
+    packed, gated = one.pack_linear(weight, bias), one.pack_gated(weight, bias)
+    whole, whole_gated = one.linear(x, packed), one.gated_linear(x, gated)
     for rows in (1, 2, 3, 4, 6, 7, 11, 12, 13, 25, 100, 230):
-        assert torch.equal(one.linear(x[:rows].clone(), packed), whole[:rows]), rows
-        assert torch.equal(three.linear(x[:rows].clone(), packed), whole[:rows]), rows
+        for some in (one, three):
+            assert torch.equal(some.linear(x[:rows].clone(), packed), whole[:rows]), rows
+            assert torch.equal(some.gated_linear(x[:rows].clone(), gated), whole_gated[:rows]), rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
