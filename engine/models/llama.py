@@ -67,6 +67,8 @@ class LlamaModel:
                 eps=eps,
             )
             x = ops.paged_attention(q, pool[index], batch.meta, heads, scale, layer.sliding_window)
+            if batch.rows is not None and index == self._spec.num_layers - 1:
+                x, residual = x[batch.rows], residual[batch.rows]
             x = ops.linear(x, layer.output)
             x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
             x = ops.linear(ops.gated_linear(x, layer.gate_up), layer.down)
