@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from core.clock import Clock
 from core.completion import ChatMessage
 from core.errors import CheckpointError, InvalidRequestError
+from router.limits import clipped
 
 MAX_RENDERED_CHARS = 32 << 20
 MAX_RENDER_S = 5.0
@@ -93,7 +94,7 @@ class ChatTemplate:
             ArithmeticError,
             RecursionError,
         ) as error:
-            reason = str(error) or type(error).__name__
+            reason = clipped(str(error) or type(error).__name__)
             raise InvalidRequestError(
                 f"The model's chat template refused the messages: {reason}", param="messages"
             ) from error

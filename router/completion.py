@@ -26,7 +26,7 @@ from core.completion import (
 from core.errors import ModelNotFoundError, TandemError, UnavailableError
 from core.generation import Generation, TokenGenerator
 from core.request import FinishReason, GenerationRequest, SampledToken
-from router.limits import answer_length, check_request
+from router.limits import answer_length, check_request, clipped
 from router.stop import StopMatcher, StopStrings
 from router.tokenizer import TextTokenizer
 
@@ -244,7 +244,7 @@ class TextService:
     async def _prepare(self, request: CompletionRequest) -> tuple[tuple[GenerationRequest, ...], ...]:
         if request.model != self._model:
             raise ModelNotFoundError(
-                f"The model '{request.model}' does not exist; this server has '{self._model}'.", param="model"
+                f"The model '{clipped(request.model)}' does not exist; this server has '{self._model}'.", param="model"
             )
         check_request(request, self._tokenizer.vocab_size)
         return tuple(

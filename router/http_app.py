@@ -23,6 +23,7 @@ from core.errors import InternalError, InvalidRequestError, ModelNotFoundError, 
 from router.completion import TextService
 from router.http_body import ClientGoneError, Message, Receive, Send, header, parse_json, read_body
 from router.http_exchange import Exchange
+from router.limits import clipped
 from router.openai.answering import answer
 from router.openai.endpoints import Arrival, Plan, plan_chat, plan_completion
 from router.tokenizer import TextTokenizer
@@ -105,9 +106,9 @@ class HttpApp:
     async def _route(self, method: str, path: str, exchange: Exchange) -> None:
         wanted = "GET" if path.startswith(_MODEL_PREFIX) else _ENDPOINTS.get(path)
         if wanted is None:
-            raise NotFoundError(f"There is no '{path}' here; this server has {', '.join(_ENDPOINTS)}.")
+            raise NotFoundError(f"There is no '{clipped(path)}' here; this server has {', '.join(_ENDPOINTS)}.")
         if method != wanted:
-            wrong = MethodNotAllowedError(f"'{path}' takes {wanted}, not {method}.")
+            wrong = MethodNotAllowedError(f"'{clipped(path)}' takes {wanted}, not {method}.")
             await exchange.fail(wrong, (b"allow", wanted.encode()))
             return
         match path:
@@ -135,7 +136,7 @@ class HttpApp:
         for model in self._models():
             if model["id"] == name:
                 return model
-        raise ModelNotFoundError(f"The model '{name}' does not exist.", param="model")
+        raise ModelNotFoundError(f"The model '{clipped(name)}' does not exist.", param="model")
 
     async def _generate(self, plan: Callable[[Any, Arrival], Plan], exchange: Exchange) -> None:
         try:

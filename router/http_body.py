@@ -14,7 +14,7 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 BODY_TIMEOUT_S = 30.0
-_DRAIN_S = 2.0
+_DRAIN_S = 5.0
 
 
 class ClientGoneError(Exception):

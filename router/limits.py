@@ -14,8 +14,14 @@ MAX_STOP_TOKENS = 256
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
 MAX_ID_CHARS = 256
+MAX_REPEATED_CHARS = 200
 
 _INT32_MAX = (1 << 31) - 1
+
+
+def clipped(text: str) -> str:
+    """A client's own words, short enough to be repeated in an error message and in gRPC's trailers."""
+    return text if len(text) <= MAX_REPEATED_CHARS else f"{text[:MAX_REPEATED_CHARS]}..."
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:

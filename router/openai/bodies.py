@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from core.completion import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from core.errors import InvalidRequestError
 from core.request import SamplingParams
+from router.limits import clipped
 
 B = TypeVar("B", bound="CommonBody")
 
@@ -66,7 +67,7 @@ def _join_parts(value: Any) -> Any:
             kind = part.get("type") if isinstance(part, dict) else None
             raise PydanticCustomError(
                 "content", 'only parts of the form {{"type": "text", "text": "..."}} are supported{kind}',
-                {"kind": f", not '{kind}'" if isinstance(kind, str) and kind != "text" else ""},
+                {"kind": f", not '{clipped(kind)}'" if isinstance(kind, str) and kind != "text" else ""},
             )  # fmt: skip
         texts.append(part["text"])
     return "\n".join(texts)
@@ -224,6 +225,7 @@ def _type_name(value: Any) -> str:
 def _sentence(error: ErrorDetails) -> tuple[str, str]:
     """What to say about one wrong field, and its name, such as messages[0].content."""
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    name = clipped(name)
     match error["type"]:
         case "missing":
             return f"Missing required parameter: '{name}'.", name

@@ -153,6 +153,18 @@ async def test_unknown_models_paths_and_methods(front: Front) -> None:
         check_error(await client.delete("/v1/models/tiny"), 405, None, "method_not_allowed", "takes GET")
 
 
+async def test_a_clients_words_are_not_repeated_at_length(front: Front) -> None:
+    async with front.client() as client:
+        for body in (
+            {"model": "x" * 100_000, "messages": MESSAGES},
+            {"model": MODEL, "messages": MESSAGES, "y" * 100_000: 1},
+            {"model": MODEL, "messages": [{"role": "user", "content": [{"type": "z" * 100_000}]}]},
+        ):
+            response = await client.post(CHAT, json=body)
+            assert response.status_code in (400, 404)
+            assert len(response.content) < 1000
+
+
 async def test_models_health_and_metrics(front: Front) -> None:
     async with front.client() as client:
         model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "tandem", "max_model_len": 512}
@@ -216,9 +228,9 @@ async def test_oversize_bodies_are_refused_while_they_come(tokenizer: TextTokeni
 
         async def endless() -> AsyncIterator[bytes]:
             nonlocal sent
-            while sent < 1 << 20:
-                sent += 600
-                yield b"x" * 600
+            while sent < 1 << 17:
+                sent += 4096
+                yield b"x" * 4096
                 await asyncio.sleep(0)
 
         check_error(await client.post(CHAT, content=endless()), 413, None, "payload_too_large", "1000 bytes")

@@ -119,6 +119,7 @@ async def test_stop_strings(service: Service, tokenizer: TextTokenizer) -> None:
     ("options", "error", "param"),
     [
         ({"prompt": "x", "model": "gpt"}, ModelNotFoundError, "model"),
+        ({"prompt": "x", "model": "x" * 100_000}, ModelNotFoundError, "model"),
         ({"token_ids": []}, InvalidRequestError, "prompt"),
         ({"token_ids": [999]}, InvalidRequestError, "prompt"),
         ({"messages": []}, InvalidRequestError, "messages"),
