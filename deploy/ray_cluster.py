@@ -42,6 +42,9 @@ def local_ray_environment(token_path: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "AUTOSCALER_METRIC_PORT": "0",
+        "RAY_raylet_start_wait_time_s": "120",  # 30 is too short where every core is busy
+        # When the driver is killed, Ray's servers die with it; its agents then look for them for so long.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray prints a paragraph at its driver whenever a process dies; the controller says it in a sentence.
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
@@ -82,7 +85,7 @@ class LocalRay:
                 _plasma_directory=str(self.folder),
                 _temp_dir=str(ray_folder),
             )
-        except (RuntimeError, ValueError, OSError, TimeoutError) as error:
+        except Exception as error:  # a bare Exception is what Ray raises when it takes too long
             self.stop()
             raise UnavailableError(f"Ray could not be started ({error})") from error
 
