@@ -110,7 +110,7 @@ class Front:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
 
     async def wait_until_idle(self) -> None:
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(5.0):
             while self.generator.running:  # noqa: ASYNC110 - seen from outside, as a client would
                 await asyncio.sleep(0.005)
 

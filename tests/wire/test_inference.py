@@ -48,7 +48,7 @@ class Service:
         return [delta async for delta in self.client.stream(**options)]
 
     async def wait_until_idle(self) -> None:
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(5.0):
             while self.generator.running:  # noqa: ASYNC110 - seen from outside, as a client would
                 await asyncio.sleep(0.005)
 
