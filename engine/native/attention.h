@@ -14,10 +14,9 @@
 
 namespace tandem {
 
-constexpr int TILE = 128;
+constexpr int TILE = 256;
 constexpr int TASK_ROWS = 96;
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int TILE_PANELS = TILE / PANEL;
 
 struct AttentionShape {
     int64_t heads, kv_heads, head_dim, block_size, num_blocks;
@@ -135,18 +134,22 @@ inline void soften(float* scores, int low, int high, int columns, float* maximum
     constexpr float NEVER = -INFINITY;
     for (int j = 0; j < low; ++j) scores[j] = NEVER;
     for (int j = high; j < columns; ++j) scores[j] = NEVER;
-    vf top = splat(NEVER);
-    for (int j = 0; j < columns; j += VL) top = max(top, load(scores + j));
-    *maximum = highest(top);
-    float lanes[PANEL] = {};  // as many lanes on every machine and for every number of columns
-    for (int j = 0; j < columns; j += VL) {
-        vf weight = exp(load(scores + j) - *maximum);
-        store(scores + j, weight);
-        store(lanes + j % PANEL, load(lanes + j % PANEL) + weight);
-    }
-    float result = 0.0f;
-    for (int j = 0; j < PANEL; j += VL) result += sum(load(lanes + j));
-    *total = result;
+    // As many lanes on every machine and for every number of columns: the order of the sum is fixed.
+    constexpr int VECTORS = PANEL / VL;
+    vf tops[VECTORS], totals[VECTORS] = {};
+    for (int i = 0; i < VECTORS; ++i) tops[i] = splat(NEVER);
+    for (int j = 0; j < columns; j += PANEL)
+        for (int i = 0; i < VECTORS; ++i) tops[i] = max(tops[i], load(scores + j + i * VL));
+    for (int i = 1; i < VECTORS; ++i) tops[0] = max(tops[0], tops[i]);
+    *maximum = highest(tops[0]);
+    for (int j = 0; j < columns; j += PANEL)
+        for (int i = 0; i < VECTORS; ++i) {
+            vf weight = exp(load(scores + j + i * VL) - *maximum);
+            store(scores + j + i * VL, weight);
+            totals[i] += weight;
+        }
+    for (int i = 1; i < VECTORS; ++i) totals[0] += totals[i];
+    *total = sum(totals[0]);
 }
 
 template <class Kv>
@@ -165,6 +168,24 @@ void fetch(const Kv* row, int head_dim) {
     for (int i = 0; i < head_dim; i += int(64 / sizeof(Kv))) __builtin_prefetch(row + i);
 }
 
+// Joins a tile's maxima, sums and weighted values [rows][width] with those of the tiles before. Maxima are -inf where
+// nothing was seen; there must be something in one of the two, or the row stays as it was.
+inline void join(float* maxima, float* sums, float* outputs, const float* tile_maxima, const float* tile_sums,
+                 const float* tile_outputs, int rows, int width) {
+    for (int row0 = 0; row0 < rows; row0 += VL) {
+        const vf before = load(maxima + row0), now = load(tile_maxima + row0), top = max(before, now);
+        const vf floor = max(top, splat(-3.0e38f));  // -inf minus -inf would not be a number
+        const vf keep = exp(before - floor), add = exp(now - floor);
+        store(maxima + row0, top);
+        store(sums + row0, load(sums + row0) * keep + load(tile_sums + row0) * add);
+        for (int r = 0; r < std::min(VL, rows - row0); ++r) {
+            float* to = outputs + (row0 + r) * width;
+            const float* from = tile_outputs + (row0 + r) * width;
+            for (int j = 0; j < width; j += VL) store(to + j, load(to + j) * keep[r] + load(from + j) * add[r]);
+        }
+    }
+}
+
 struct AttentionScratch {
     alignas(64) uint32_t keys[TILE * MAX_HEAD_DIM];  // bf16 pairs use half of it
     alignas(64) uint32_t values[TILE * MAX_HEAD_DIM];
@@ -173,7 +194,7 @@ struct AttentionScratch {
     alignas(64) float scores[MAX_ROWS * ROW_STRIDE];
     alignas(64) uint32_t weights[MAX_ROWS * ROW_STRIDE];  // the scores as bf16 pairs, where there is a dot product
     alignas(64) float partial[MAX_ROWS * MAX_HEAD_DIM];
-    float maxima[TASK_ROWS], sums[TASK_ROWS];
+    float maxima[TASK_ROWS + VL], sums[TASK_ROWS + VL];  // a vector may reach beyond the last row
 };
 
 // New tokens [first_token, last_token) of one sequence for one key/value head. `q` and `out` begin at the sequence's
@@ -221,7 +242,6 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
     const Split blocks(rows, MAX_ROWS);
     for (int64_t tile = begin / TILE * TILE; tile < end; tile += TILE) {
         const int count = int(std::min<int64_t>(TILE, end - tile));
-        const int panels = (count + PANEL - 1) / PANEL, columns = panels * PANEL;
         std::swap(now, next);
         const Kv* value[TILE];
         for (int i = 0; i < count; ++i) {
@@ -239,18 +259,20 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
             const int64_t newest = start + first_token + (row0 + size - 1) / group;
             const int64_t oldest = start + first_token + row0 / group;
             if (newest < tile || oldest - shape.window + 1 >= tile + count) continue;
+            const int visible = int(std::min<int64_t>(count, newest + 1 - tile));
+            const int panels = (visible + PANEL - 1) / PANEL, columns = panels * PANEL;
             float* scores = scratch.scores;
             multiply<W>(queries + row0 * ROW_STRIDE, size, keys, int64_t(dim_pairs) * W::PAIR, panels, dim_pairs,
                         {nullptr, 0, scores, ROW_STRIDE});
-            float maxima[MAX_ROWS], sums[MAX_ROWS];
-            bool seen[MAX_ROWS];
+            // Of this tile alone. A row that sees nothing of it adds nothing.
+            float maxima[MAX_ROWS + VL], sums[MAX_ROWS + VL] = {};
+            std::fill_n(maxima, MAX_ROWS + VL, -INFINITY);
             for (int r = 0; r < size; ++r) {
                 const int64_t position = start + first_token + (row0 + r) / group;
                 const int low = int(std::max<int64_t>(0, position - shape.window + 1 - tile));
                 const int high = int(std::min<int64_t>(columns, position + 1 - tile));
                 float* row = scores + r * ROW_STRIDE;
-                seen[r] = low < high;
-                if (seen[r])
+                if (low < high)
                     soften(row, low, high, columns, &maxima[r], &sums[r]);
                 else
                     std::memset(row, 0, size_t(columns) * 4);
@@ -263,18 +285,10 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
             } else {
                 weights = scores;
             }
-            multiply<W>(weights, size, values, int64_t(TILE / 2) * W::PAIR, value_panels, (count + 1) / 2,
+            multiply<W>(weights, size, values, int64_t(TILE / 2) * W::PAIR, value_panels, (visible + 1) / 2,
                         {nullptr, 0, scratch.partial, out_stride});
-            for (int r = 0; r < size; ++r) {
-                if (!seen[r]) continue;
-                const float before = scratch.maxima[row0 + r], top = before > maxima[r] ? before : maxima[r];
-                const float keep = std::exp(before - top), add = std::exp(maxima[r] - top);
-                float* to = scratch.outputs + (row0 + r) * out_stride;
-                const float* from = scratch.partial + r * out_stride;
-                for (int j = 0; j < out_stride; j += VL) store(to + j, load(to + j) * keep + load(from + j) * add);
-                scratch.sums[row0 + r] = scratch.sums[row0 + r] * keep + sums[r] * add;
-                scratch.maxima[row0 + r] = top;
-            }
+            join(scratch.maxima + row0, scratch.sums + row0, scratch.outputs + row0 * out_stride, maxima, sums,
+                 scratch.partial, size, out_stride);
         }
     }
     for (int row = 0; row < rows; ++row) {

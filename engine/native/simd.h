@@ -33,7 +33,16 @@ inline vu load(const uint32_t* p) { return *reinterpret_cast<const vu_unaligned*
 inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
 inline void store(uint32_t* p, vu v) { *reinterpret_cast<vu_unaligned*>(p) = v; }
 inline vf splat(float x) { return x - vf{}; }
+#if defined(__AVX512F__)
+inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+inline vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+inline vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline vf min(vf a, vf b) { return a < b ? a : b; }
+#endif
 
 inline float sum(vf v) {
 #if defined(__AVX512F__)
@@ -98,7 +107,7 @@ inline void store_float(bf16* p, float x) { *p = narrow(x); }
 
 // e^x to about 2 ulp for x <= 88, 0 below -87. Range reduction by ln 2 in two parts, then the polynomial of Cephes' expf.
 inline vf exp(vf x) {
-    vf clamped = x < -87.0f ? splat(-87.0f) : (x > 88.0f ? splat(88.0f) : x);
+    vf clamped = min(max(x, splat(-87.0f)), splat(88.0f));
     vf shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
     vf n = shifted - 12582912.0f;
     vf r = clamped - n * 0.693359375f;
