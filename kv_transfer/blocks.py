@@ -19,6 +19,9 @@ _MAX_PIECE_WORDS = 32767
 _CHUNK_BYTES = 4 << 20  # copied between two looks at the gate
 
 
+Pieces = tuple[tuple[torch.Tensor, ...], ...]  # [block][piece]
+
+
 class Gate:
     """Lets a copy stop between two chunks. Once `close` has returned, nothing more is written behind the gate."""
 
@@ -40,14 +43,6 @@ class Gate:
             self._closed = True
 
 
-class Run(NamedTuple):
-    """Consecutive blocks of the source that go to consecutive blocks of the destination."""
-
-    source: int
-    destination: int
-    length: int
-
-
 class Window(NamedTuple):
     """A rectangle of a shipment, sent as one message: layers of the portion, positions in the block list."""
 
@@ -59,7 +54,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """One rank's pool as words [layer, kv, block, head, word]: the portion's layers and heads, all blocks."""
+    """A portion of one rank's pool: `words` is [layer, kv, block, head, word], over all blocks."""
 
     words: torch.Tensor
 
@@ -73,14 +68,20 @@ class PoolView:
         layers = slice(portion.layer_begin, portion.layer_end)
         return cls(whole[layers, :, :, portion.head_begin : portion.head_end])
 
-    @property
-    def block_words(self) -> int:
-        """Words of one block over all its layers, K and V."""
-        return self.words[:, :, 0].numel()
+    def pieces(self) -> Pieces:
+        """Of every block, views that together are the block, each small enough to be copied in one thread.
+
+        To be made once: making a view in Python takes as long as copying 20 KB.
+        """
+        num_layers = self.words.shape[0]
+        step = max(1, _MAX_PIECE_WORDS // self.words[0, :, 0].numel())
+        groups = [self.words[layer : layer + step].unbind(2) for layer in range(0, num_layers, step)]
+        return tuple(zip(*groups, strict=True))
 
     @property
     def block_bytes(self) -> int:
-        return self.block_words * self.words.itemsize
+        """Bytes of one block over the portion's layers, K and V."""
+        return self.words[:, :, 0].nbytes
 
     @property
     def layer_block_bytes(self) -> int:
@@ -143,58 +144,17 @@ def gather_checksum(view: PoolView, block_ids: Sequence[int], plan: Sequence[Win
     return value
 
 
-def find_runs(source_ids: Sequence[int], destination_ids: Sequence[int]) -> list[Run]:
-    """The pairs of the two lists (equally long), consecutive ones joined."""
-    runs: list[Run] = []
-    start = 0
-    for i in range(1, len(source_ids) + 1):
-        joined = (
-            i < len(source_ids)
-            and source_ids[i] == source_ids[i - 1] + 1
-            and destination_ids[i] == destination_ids[i - 1] + 1
-        )
-        if not joined:
-            runs.append(Run(source_ids[start], destination_ids[start], i - start))
-            start = i
-    return runs
-
-
 def copy_blocks(
-    source: PoolView, source_ids: Sequence[int], destination: PoolView, destination_ids: Sequence[int], gate: Gate
+    source: Pieces, source_ids: Sequence[int], destination: Pieces, destination_ids: Sequence[int], gate: Gate
 ) -> None:
     """Copy blocks from pool to pool, without a copy in between. Raises TransferError when the gate is closed first.
 
     One call of `_foreach_copy_` moves a chunk of many pieces without the interpreter lock: taking it back between the
     pieces would let the engine's thread delay each of them.
     """
-    shape = source.words.shape
-    layer_words = source.block_words // shape[0]
-    from_blocks, to_blocks = source.words.movedim(2, 0), destination.words.movedim(2, 0)
-    sources: list[torch.Tensor] = []
-    destinations: list[torch.Tensor] = []
-    pending_bytes = 0
-    for run in find_runs(source_ids, destination_ids):
-        for layers, blocks in _pieces(shape[0], run.length, layer_words):
-            sources.append(from_blocks[run.source + blocks.start : run.source + blocks.stop, layers])
-            destinations.append(to_blocks[run.destination + blocks.start : run.destination + blocks.stop, layers])
-            pending_bytes += sources[-1].nbytes
-            if pending_bytes >= _CHUNK_BYTES:
-                _copy_chunk(sources, destinations, gate)
-                sources, destinations, pending_bytes = [], [], 0
-    if sources:
-        _copy_chunk(sources, destinations, gate)
-
-
-def _pieces(num_layers: int, num_blocks: int, layer_words: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a run into rectangles (layers, blocks) of at most `_MAX_PIECE_WORDS`, with rows as long as they can be:
-    memory is read fastest in order."""
-    blocks = max(1, min(num_blocks, _MAX_PIECE_WORDS // layer_words))
-    layers = max(1, min(num_layers, _MAX_PIECE_WORDS // (layer_words * blocks)))
-    for layer in range(0, num_layers, layers):
-        for block in range(0, num_blocks, blocks):
-            yield slice(layer, layer + layers), slice(block, min(block + blocks, num_blocks))
-
-
-def _copy_chunk(sources: list[torch.Tensor], destinations: list[torch.Tensor], gate: Gate) -> None:
-    with gate.open():
-        torch._foreach_copy_(destinations, sources)
+    step = max(1, _CHUNK_BYTES // sum(piece.nbytes for piece in source[0]))
+    for begin in range(0, len(source_ids), step):
+        pieces = [piece for block in source_ids[begin : begin + step] for piece in source[block]]
+        targets = [piece for block in destination_ids[begin : begin + step] for piece in destination[block]]
+        with gate.open():
+            torch._foreach_copy_(targets, pieces)

@@ -22,7 +22,7 @@ from core.request import SampledToken
 from core.session import LinkStats
 from core.shipment import Manifest
 from core.transfer import Grant, LinkOffer, LinkReply, PeerControl, Portion, Road
-from kv_transfer.blocks import Gate, PoolView, Window, windows
+from kv_transfer.blocks import Gate, Pieces, PoolView, Window, windows
 from kv_transfer.config import LinkConfig
 from kv_transfer.descriptors import host_identity
 from kv_transfer.group_links import GroupLink, PairMaker
@@ -92,7 +92,8 @@ class KvReceiver:
         """
         self._layout = layout
         self._portion = Portion(0, layout.num_layers, 0, layout.num_kv_heads)
-        self._pool = pool
+        self._view = PoolView.over(pool, layout, self._portion)
+        self._pieces: Pieces | None = None
         self._instance_id = instance_id
         self._road = _parse_road(road)
         self._checksum = checksum
@@ -231,7 +232,8 @@ class KvReceiver:
     async def _open_end(self, peer: PeerControl, reply: LinkReply, timeout_s: float) -> SharedLink | GroupLink:
         name = f"kv-from-{peer.instance_id}"
         if reply.road is Road.SHARED_MEMORY:
-            return await SharedLink.open(reply, replace(self._layout, num_blocks=reply.num_blocks), name)
+            source_layout = replace(self._layout, num_blocks=reply.num_blocks)
+            return await SharedLink.open(reply, source_layout, self._portion, name)
         board = RemoteBoard(peer, reply.link_id, asyncio.get_running_loop(), timeout_s)
         group = GroupLink.start(self._pairs, self._link_config, DECODE_RANK, board, name)
         try:
@@ -269,18 +271,17 @@ class KvReceiver:
     async def _move(
         self, peer: PeerControl, manifest: Manifest, block_ids: Sequence[int], gate: Gate, deadline_s: float
     ) -> _Link:
-        view = PoolView.over(self._pool, self._layout, self._portion)
         while True:
             link = await self._link(peer, deadline_s)
             link.users += 1
             try:
                 if isinstance(link.end, SharedLink):
-                    await self._copy(link, link.end, manifest, view, block_ids, gate, deadline_s)
+                    await self._copy(link, link.end, manifest, block_ids, gate, deadline_s)
                     return link
                 async with link.turn:
                     if not link.alive:  # it broke under the fetch before ours: not our failure
                         continue
-                    await self._receive(link, link.end, manifest, view, block_ids, gate, deadline_s)
+                    await self._receive(link, link.end, manifest, block_ids, gate, deadline_s)
                     return link
             finally:
                 link.users -= 1
@@ -291,18 +292,18 @@ class KvReceiver:
         link: _Link,
         end: SharedLink,
         manifest: Manifest,
-        view: PoolView,
         block_ids: Sequence[int],
         gate: Gate,
         deadline_s: float,
     ) -> None:
-        source_layout = replace(self._layout, num_blocks=link.reply.num_blocks)
-        await end.copy(source_layout, self._portion, manifest.block_ids, view, block_ids, gate)
+        if self._pieces is None:
+            self._pieces = self._view.pieces()
+        await end.copy(manifest.block_ids, self._pieces, block_ids, gate)
         if self._checksum:
-            plan = self._plan(view, len(block_ids))
+            plan = self._plan(len(block_ids))
             async with link.turn:
-                reply = await link.peer.grant(self._grant(link, manifest, view, True), _remaining_s(deadline_s))
-            if reply.checksum != await end.checksum(view, block_ids, plan):
+                reply = await link.peer.grant(self._grant(link, manifest, True), _remaining_s(deadline_s))
+            if reply.checksum != await end.checksum(self._view, block_ids, plan):
                 raise TransferError("the KV's checksum does not match")
 
     async def _receive(
@@ -310,27 +311,26 @@ class KvReceiver:
         link: _Link,
         end: GroupLink,
         manifest: Manifest,
-        view: PoolView,
         block_ids: Sequence[int],
         gate: Gate,
         deadline_s: float,
     ) -> None:
         checksum = self._checksum if self._checksum is not None else link.reply.road is Road.GLOO
-        grant = self._grant(link, manifest, view, checksum)
-        plan = self._plan(view, len(block_ids))
+        grant = self._grant(link, manifest, checksum)
+        plan = self._plan(len(block_ids))
         try:
             async with asyncio.TaskGroup() as group:
                 # The call is open while bytes move: when the peer dies it fails within milliseconds, while gloo
                 # itself would hang until its timeout.
                 granting = group.create_task(link.peer.grant(grant, _remaining_s(deadline_s)))
-                receiving = group.create_task(end.receive(view, block_ids, plan, gate, checksum))
+                receiving = group.create_task(end.receive(self._view, block_ids, plan, gate, checksum))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         reply = granting.result()
         if (reply.sent_bytes, reply.checksum) != (grant.total_bytes, receiving.result()):
             raise TransferError("the KV that arrived is not what was sent")
 
-    def _grant(self, link: _Link, manifest: Manifest, view: PoolView, checksum: bool) -> Grant:
+    def _grant(self, link: _Link, manifest: Manifest, checksum: bool) -> Grant:
         sequence = link.next_sequence
         link.next_sequence += 1
         return Grant(
@@ -339,13 +339,13 @@ class KvReceiver:
             epoch=manifest.epoch,
             sequence=sequence,
             portion=self._portion,
-            total_bytes=len(manifest.block_ids) * view.block_bytes,
+            total_bytes=len(manifest.block_ids) * self._view.block_bytes,
             window_bytes=WINDOW_BYTES,
             checksum=checksum,
         )
 
-    def _plan(self, view: PoolView, num_blocks: int) -> list[Window]:
-        return windows(self._portion.num_layers, num_blocks, view.layer_block_bytes, WINDOW_BYTES)
+    def _plan(self, num_blocks: int) -> list[Window]:
+        return windows(self._portion.num_layers, num_blocks, self._view.layer_block_bytes, WINDOW_BYTES)
 
     def _check_blocks(self, manifest: Manifest, reply: LinkReply, num_blocks: int) -> None:
         blocks = manifest.block_ids

@@ -12,7 +12,7 @@ import torch
 from core.errors import TransferError
 from core.kv_layout import KvLayout
 from core.transfer import LinkReply, Portion
-from kv_transfer.blocks import Gate, PoolView, Window, copy_blocks, gather_checksum
+from kv_transfer.blocks import Gate, Pieces, PoolView, Window, copy_blocks, gather_checksum
 from kv_transfer.descriptors import fetch_descriptor
 from kv_transfer.owner_thread import OwnerThread
 from kv_transfer.pool import map_read_only
@@ -35,16 +35,16 @@ class SharedLink:
 
     def __init__(self, owner: OwnerThread) -> None:
         self._owner = owner
-        self._mapped: torch.Tensor | None = None
+        self._source: Pieces | None = None
         self.dead = False
         self.bytes_per_s = 0.0
 
     @classmethod
-    async def open(cls, reply: LinkReply, layout: KvLayout, name: str) -> "SharedLink":
-        """`layout` is the source's. Raises UnreachableMemoryError."""
+    async def open(cls, reply: LinkReply, layout: KvLayout, portion: Portion, name: str) -> "SharedLink":
+        """`layout` and `portion` are of the source's pool. Raises UnreachableMemoryError."""
         link = cls(OwnerThread.start(name))
         try:
-            await link._run(partial(link._map, reply, layout.pool_bytes))
+            await link._run(partial(link._map, reply, layout, portion))
         except BaseException as error:
             link.kill()
             if isinstance(error, TransferError | OSError):
@@ -54,10 +54,8 @@ class SharedLink:
 
     async def copy(
         self,
-        layout: KvLayout,
-        portion: Portion,
         source_ids: Sequence[int],
-        destination: PoolView,
+        destination: Pieces,
         destination_ids: Sequence[int],
         gate: Gate,
     ) -> None:
@@ -65,10 +63,9 @@ class SharedLink:
         the end."""
 
         def job() -> None:
-            if self._mapped is None:
+            if self._source is None:
                 raise TransferError("the KV link is broken")
-            source = PoolView.over(self._mapped, layout, portion)
-            copy_blocks(source, source_ids, destination, destination_ids, gate)
+            copy_blocks(self._source, source_ids, destination, destination_ids, gate)
 
         await self._run(job)
 
@@ -94,10 +91,10 @@ class SharedLink:
 
     # --- in the owner thread ---
 
-    def _map(self, reply: LinkReply, pool_bytes: int) -> None:
+    def _map(self, reply: LinkReply, layout: KvLayout, portion: Portion) -> None:
         fd = fetch_descriptor(reply.socket_name, reply.nonce)
         try:
-            mapped = map_read_only(fd, pool_bytes)
+            mapped = map_read_only(fd, layout.pool_bytes)
         finally:
             os.close(fd)
         sample = mapped[:_MEASURED_BYTES]
@@ -106,7 +103,7 @@ class SharedLink:
         started_s = time.perf_counter()
         copied.copy_(sample)
         self.bytes_per_s = len(sample) / (time.perf_counter() - started_s)
-        self._mapped = mapped
+        self._source = PoolView.over(mapped, layout, portion).pieces()
 
     def _unmap(self) -> None:
-        self._mapped = None
+        self._source = None

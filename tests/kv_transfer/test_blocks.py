@@ -1,6 +1,5 @@
 """Views over a pool and copies between pools, against plain indexing."""
 
-import itertools
 import os
 import threading
 
@@ -13,20 +12,11 @@ from core.errors import TransferError
 from core.kv_layout import KvLayout
 from core.transfer import Portion
 from kv_transfer import blocks
-from kv_transfer.blocks import Gate, PoolView, copy_blocks, find_runs, gather_checksum, windows
+from kv_transfer.blocks import Gate, PoolView, copy_blocks, gather_checksum, windows
 
 block_lists = st.integers(1, 12).flatmap(
     lambda count: st.tuples(*[st.permutations(range(16)).map(lambda ids, count=count: ids[:count]) for _ in range(2)])
 )
-
-
-@given(block_lists)
-def test_runs_are_the_pairs_in_order(lists: tuple[list[int], list[int]]) -> None:
-    runs = find_runs(*lists)
-    pairs = [(run.source + i, run.destination + i) for run in runs for i in range(run.length)]
-    assert pairs == list(zip(*lists, strict=True))
-    for run, after in itertools.pairwise(runs):
-        assert (run.source + run.length, run.destination + run.length) != (after.source, after.destination)
 
 
 @given(st.integers(0, 5), st.integers(0, 7), st.integers(1, 64), st.integers(1, 1000))
@@ -82,7 +72,7 @@ def test_a_portion_is_copied_and_nothing_else(
         shaped(expected, layout)[(*area, to_id, heads)] = shaped(source, layout)[(*area, from_id, heads)]
 
     from_view, to_view = (PoolView.over(pool, layout, portion) for pool in (source, destination))
-    copy_blocks(from_view, lists[0], to_view, lists[1], Gate())
+    copy_blocks(from_view.pieces(), lists[0], to_view.pieces(), lists[1], Gate())
     assert torch.equal(destination, expected)
 
     destination.zero_()  # the same by way of a staging buffer
@@ -95,14 +85,13 @@ def test_a_portion_is_copied_and_nothing_else(
     assert gather_checksum(from_view, lists[0], plan) == gather_checksum(to_view, lists[1], plan)
 
 
-def test_long_runs_and_big_blocks_are_cut_into_pieces() -> None:
-    """Larger than a piece in layers, in blocks, and in both."""
+def test_big_blocks_are_cut_into_pieces() -> None:
     for num_layers, heads, block_size in ((24, 2, 16), (1, 1, 64), (2, 8, 64)):
         layout = KvLayout(num_layers, 64, heads, block_size, 64, "bfloat16", "w")
         source, destination = pools(layout)
         portion = Portion(0, num_layers, 0, heads)
         from_view, to_view = (PoolView.over(pool, layout, portion) for pool in (source, destination))
-        copy_blocks(from_view, list(range(1, 40)), to_view, list(range(20, 59)), Gate())
+        copy_blocks(from_view.pieces(), list(range(1, 40)), to_view.pieces(), list(range(20, 59)), Gate())
         assert torch.equal(shaped(destination, layout)[:, :, 20:59], shaped(source, layout)[:, :, 1:40])
 
 
@@ -123,7 +112,7 @@ def test_nothing_is_written_behind_a_closed_gate() -> None:
     gate = Gate()
     gate.close()
     with pytest.raises(TransferError):
-        copy_blocks(from_view, [1], to_view, [2], gate)
+        copy_blocks(from_view.pieces(), [1], to_view.pieces(), [2], gate)
     assert not destination.any()
 
 
@@ -161,7 +150,7 @@ def test_a_copy_stays_in_its_thread() -> None:
         threads: list[int] = []
 
         def copy() -> None:
-            copy_blocks(from_view, list(range(60)), to_view, list(range(60)), Gate())
+            copy_blocks(from_view.pieces(), list(range(60)), to_view.pieces(), list(range(60)), Gate())
             threads.append(len(os.listdir("/proc/self/task")))
 
         count = len(os.listdir("/proc/self/task"))
