@@ -63,19 +63,10 @@ class _UnaryStreamToken(grpc.aio.UnaryStreamClientInterceptor):
         return await continuation(_with_token(client_call_details, self._token), request)
 
 
-class _StreamStreamToken(grpc.aio.StreamStreamClientInterceptor):
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    async def intercept_stream_stream(
-        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request_iterator: Any
-    ) -> Any:
-        return await continuation(_with_token(client_call_details, self._token), request_iterator)
-
-
 def open_channel(address: str, token: str | None = None) -> grpc.aio.Channel:
-    """A channel to `host:port` that sends the cluster token with every call. Connects when first used."""
+    """A channel to `host:port` that sends the cluster token with every call but sessions, which are given it apart:
+    a two-way stream through an interceptor leaves a task behind when it is cut. Connects when first used."""
     interceptors: Sequence[grpc.aio.ClientInterceptor] = []
     if token:
-        interceptors = [_UnaryToken(token), _UnaryStreamToken(token), _StreamStreamToken(token)]
+        interceptors = [_UnaryToken(token), _UnaryStreamToken(token)]
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)

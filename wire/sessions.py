@@ -88,11 +88,7 @@ class PrefillSession(_Session[PrefillCommand, PrefillEvent]):
         timeout_s: float = 5.0,
         token: str | None = None,
     ) -> Self:
-        """Raises UnavailableError if the worker does not answer within `timeout_s`.
-
-        `token` is for a channel opened without one: a stream through gRPC's interceptors leaves a task behind when it
-        is cut.
-        """
+        """Raises UnavailableError if the worker does not answer within `timeout_s`. `token`: the cluster's."""
         await _wait_ready(channel, timeout_s)
         call = worker_pb2_grpc.PrefillServiceStub(channel).Session(metadata=token_metadata(token))
         return cls(call, messages.prefill_command_to_pb, messages.prefill_event_from_pb, clock or SystemClock())
@@ -107,11 +103,7 @@ class DecodeSession(_Session[DecodeCommand, DecodeEvent]):
         timeout_s: float = 5.0,
         token: str | None = None,
     ) -> Self:
-        """Raises UnavailableError if the worker does not answer within `timeout_s`.
-
-        `token` is for a channel opened without one: a stream through gRPC's interceptors leaves a task behind when it
-        is cut.
-        """
+        """Raises UnavailableError if the worker does not answer within `timeout_s`. `token`: the cluster's."""
         await _wait_ready(channel, timeout_s)
         call = worker_pb2_grpc.DecodeServiceStub(channel).Session(metadata=token_metadata(token))
         return cls(call, messages.decode_command_to_pb, messages.decode_event_from_pb, clock or SystemClock())

@@ -5,8 +5,8 @@ LOADING --start()--> READY --drain()--> DRAINING --no request left, or grace ove
 
 import argparse
 import asyncio
-import contextlib
 import logging
+import os
 import secrets
 import signal
 import sys
@@ -78,11 +78,9 @@ async def _run(worker: Worker) -> int:
     stopping = asyncio.create_task(stop.wait(), name="stop-signal")
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
-        starting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await starting
-        await worker.drain_and_stop(0.0)
-        return 0
+        # The loop thread is inside torch or the compiler, which nothing can interrupt. Nothing is owed to anybody yet,
+        # and what the process holds (memory, locks, ports) goes with it.
+        os._exit(0)
     await starting
     print(f"{worker.instance_id} is ready on {worker.address}", flush=True)
     closed = asyncio.create_task(worker.wait_closed(), name="closed")

@@ -1,5 +1,6 @@
 """A whole cluster on loopback: real processes, real sockets, a real model; no Ray, which has its own tests."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -19,7 +20,7 @@ from core.session import InstanceStatus, Role
 from wire.channels import open_channel
 from wire.fleet import FleetDescription, describe_fleet
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0  # three imports of torch at once on a busy machine
 
 
 def free_port() -> int:
@@ -62,14 +63,18 @@ class Cluster:
         }
         self.start("router", "router", {"router": section | self.router})
 
-    def start_worker(self, name: str, role: Role) -> None:
-        section = self.prefill if role is Role.PREFILL else self.decode
+    def start_worker(self, name: str, role: Role, **overrides: Any) -> None:
+        section = (self.prefill if role is Role.PREFILL else self.decode) | overrides
         config = {"routers": [self.control_address], "heartbeat_s": 0.1, role.value: section}
         self.start(name, f"{role.value}_worker", config)
 
     def start(self, name: str, module: str, config: dict[str, Any]) -> None:
         path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"model": str(self.model), "cluster_token": "test-token"} | config))
+        path.write_text(
+            yaml.safe_dump(
+                {"model": str(self.model), "model_name": self.model.name, "cluster_token": "test-token"} | config
+            )
+        )
         with self.log_path(name).open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", module, "--config", str(path)],
@@ -99,8 +104,6 @@ class Cluster:
         raise AssertionError(f"the cluster was not ready in {START_TIMEOUT_S} s\n{self.logs()}")
 
     def describe(self) -> FleetDescription:
-        import asyncio
-
         async def ask() -> FleetDescription:
             async with open_channel(self.control_address, "test-token") as channel:
                 return await describe_fleet(channel, timeout_s=2.0)
@@ -156,12 +159,12 @@ def running_cluster(
     folder: Path,
     *,
     num_prefill: int = 1,
-    num_decode: int = 1,
+    decode_roads: tuple[str, ...] = ("auto",),
     prefill: dict[str, Any] | None = None,
     decode: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
 ) -> Iterator[Cluster]:
-    """Up, ready, and at the end stopped and free of leaks."""
+    """Up, ready, and at the end stopped and free of leaks. One decode worker for each of `decode_roads`."""
     engine = {"threads": 1, "kv_memory": "64MiB", "dtype": "float32"}
     cluster = Cluster(
         model,
@@ -174,13 +177,14 @@ def running_cluster(
         cluster.start_router()
         for index in range(num_prefill):
             cluster.start_worker(f"prefill-{index}", Role.PREFILL)
-        for index in range(num_decode):
-            cluster.start_worker(f"decode-{index}", Role.DECODE)
-        cluster.wait_ready(num_prefill, num_decode)
+        for index, road in enumerate(decode_roads):
+            cluster.start_worker(f"decode-{index}", Role.DECODE, road=road)
+        cluster.wait_ready(num_prefill, len(decode_roads))
         yield cluster
         cluster.wait_idle(timeout_s=5.0)
     except BaseException:
         for process in cluster.processes.values():
             process.kill()
+            process.wait(10)
         raise
     cluster.stop()

@@ -124,13 +124,13 @@ async def test_a_worker_that_stops_is_reported_as_unavailable() -> None:
 async def test_a_session_needs_the_cluster_token() -> None:
     worker = EchoWorker()
     async with serving(worker, token="secret") as address:
-        async with open_channel(address, "wrong") as channel:
-            session = await DecodeSession.open(channel)
+        async with open_channel(address) as channel:
+            session = await DecodeSession.open(channel, token="wrong")
             with pytest.raises(UnavailableError, match="token"):
                 await anext(session.events())
             await session.close()
-        async with open_channel(address, "secret") as channel:
-            session = await DecodeSession.open(channel)
+        async with open_channel(address) as channel:
+            session = await DecodeSession.open(channel, token="secret")
             session.send(OpenDecode(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
             assert await anext(session.events()) == DecodeReserved(1)
             await session.close()

@@ -1,0 +1,34 @@
+"""Models that clusters are started on, and a cluster that tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.harness import Cluster, running_cluster
+
+BUILT_IN = Path("/tmp/tiny-python")
+
+
+@pytest.fixture(scope="session")
+def built_in_model() -> Path:
+    return BUILT_IN
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(built_in_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One prefill worker; two decode workers, one on each road there is between CPUs. Long prompts go in chunks."""
+    with running_cluster(
+        built_in_model,
+        tmp_path_factory.mktemp("cluster"),
+        decode_roads=("shared_memory", "gloo"),
+        prefill={"max_batch_tokens": 512},
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
+    """The shared cluster, idle before and after the test."""
+    yield shared_cluster
+    shared_cluster.wait_idle(timeout_s=5.0)

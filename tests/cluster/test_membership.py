@@ -1,0 +1,95 @@
+"""Workers join, leave, die and are replaced while requests run; the answers stay the same."""
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from core.errors import UnavailableError
+from core.session import Role
+from tandem import AsyncClient
+from tests.cluster.harness import Cluster, running_cluster
+
+PROMPTS = [[7 + i, 40 + i, 99, 12] * 8 for i in range(8)]
+
+
+async def _answers(cluster: Cluster, max_tokens: int = 120) -> list[tuple[int, ...]]:
+    async with AsyncClient(cluster.grpc_address) as client:
+        tasks = [
+            client.generate(token_ids=p, max_tokens=max_tokens, temperature=0.8, seed=i, ignore_eos=True, timeout_s=60)
+            for i, p in enumerate(PROMPTS)
+        ]
+        return [tuple(completion.token_ids) for completion in await asyncio.gather(*tasks)]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("victim", [Role.PREFILL, Role.DECODE])
+def test_a_killed_worker_changes_no_token(victim: Role, built_in_model: Path, tmp_path: Path) -> None:
+    with running_cluster(built_in_model, tmp_path, num_prefill=2, decode_roads=("auto", "auto")) as cluster:
+        undisturbed = asyncio.run(_answers(cluster))
+
+        async def disturbed() -> list[tuple[int, ...]]:
+            running = asyncio.create_task(_answers(cluster))
+            await asyncio.sleep(0.2)
+            await asyncio.to_thread(cluster.kill, f"{victim.value}-0")
+            return await running
+
+        assert asyncio.run(disturbed()) == undisturbed
+        cluster.start_worker(f"{victim.value}-new", victim)
+        cluster.wait_ready(2, 2)
+        assert asyncio.run(_answers(cluster, 10)) == [tokens[:10] for tokens in undisturbed]
+
+
+@pytest.mark.timeout(180)
+def test_a_worker_that_is_told_to_leave_finishes_what_it_has(built_in_model: Path, tmp_path: Path) -> None:
+    with running_cluster(built_in_model, tmp_path, decode_roads=("auto", "auto")) as cluster:
+
+        async def leave_under_load() -> list[tuple[int, ...]]:
+            running = asyncio.create_task(_answers(cluster, 60))
+            await asyncio.sleep(0.1)
+            cluster.processes["decode-0"].send_signal(signal.SIGTERM)
+            return await running
+
+        answers = asyncio.run(leave_under_load())
+        assert [len(tokens) for tokens in answers] == [60] * len(PROMPTS)
+        assert cluster.processes.pop("decode-0").wait(20) == 0
+        cluster.wait_ready(1, 1)
+
+
+@pytest.mark.timeout(180)
+def test_without_a_worker_there_is_an_answer_too(built_in_model: Path, tmp_path: Path) -> None:
+    """No request is answered by silence: the only decode worker dies, and the client is told."""
+    with running_cluster(built_in_model, tmp_path) as cluster:
+
+        async def alone() -> None:
+            async with AsyncClient(cluster.grpc_address) as client:
+                task = asyncio.create_task(
+                    client.generate(token_ids=[5, 6], max_tokens=3000, ignore_eos=True, timeout_s=60)
+                )
+                await asyncio.sleep(0.5)
+                await asyncio.to_thread(cluster.kill, "decode-0")
+                started_s = time.monotonic()
+                with pytest.raises(UnavailableError):
+                    await task
+                assert time.monotonic() - started_s < 10.0
+
+        asyncio.run(alone())
+        refused = httpx.post(f"{cluster.url}/v1/completions", json={"model": "tiny-python", "prompt": "x"}, timeout=10)
+        assert refused.status_code == 503
+        assert "error" in refused.json()
+        cluster.start_worker("decode-1", Role.DECODE)
+        cluster.wait_ready(1, 1)
+        served = httpx.post(f"{cluster.url}/v1/completions", json={"model": "tiny-python", "prompt": "x"}, timeout=30)
+        assert served.status_code == 200
+
+
+@pytest.mark.timeout(180)
+def test_a_restarted_router_finds_its_workers_again(built_in_model: Path, tmp_path: Path) -> None:
+    with running_cluster(built_in_model, tmp_path) as cluster:
+        cluster.kill("router")
+        cluster.start_router()
+        cluster.wait_ready(1, 1)
+        assert [len(tokens) for tokens in asyncio.run(_answers(cluster, 5))] == [5] * len(PROMPTS)
