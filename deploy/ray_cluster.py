@@ -43,8 +43,6 @@ def local_ray_environment(token_path: Path) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "AUTOSCALER_METRIC_PORT": "0",
         "RAY_raylet_start_wait_time_s": "120",  # 30 is too short where every core is busy
-        # When the driver is killed, Ray's servers die with it; its agents then look for them for so long.
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray prints a paragraph at its driver whenever a process dies; the controller says it in a sentence.
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
