@@ -225,7 +225,7 @@ def test_an_early_end_leaves_nothing(model: Path, after: str, number: signal.Sig
         family = family_of(process.pid)
         process.send_signal(number)
         process.wait(60)
-        # After a SIGKILL all that serves ends at once, by the kernel's hand; two idle agents of Ray take a minute or two.
+        # After a SIGKILL all that serves ends at once, by the kernel's hand; two idle agents of Ray take longer.
         _, alive = psutil.wait_procs(family, timeout=180)
         assert alive == []
         run_python(["-m", "cli.main", "status"], environment)  # clears away what a killed one could not

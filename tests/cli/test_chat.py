@@ -1,0 +1,94 @@
+"""A conversation with a router that says `yes`."""
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+from cli.chat import Conversation, add_arguments
+from tandem import Client
+from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+
+
+class Yes(inference_pb2_grpc.InferenceServiceServicer):
+    def __init__(self) -> None:
+        self.requests: list[inference_pb2.GenerateRequest] = []
+
+    def Generate(self, request: Any, context: Any) -> Iterator[inference_pb2.GenerateResponse]:
+        self.requests.append(request)
+        if "fail" in (request.text, *(message.content for message in request.chat.messages)):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "no worker")
+        yield inference_pb2.GenerateResponse(text="ye")
+        yield inference_pb2.GenerateResponse(text="s", finish_reason=common_pb2.FINISH_REASON_STOP)
+
+
+@pytest.fixture
+def router() -> Iterator[tuple[Yes, Client]]:
+    servicer = Yes()
+    server = grpc.server(ThreadPoolExecutor(2))
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with Client(f"127.0.0.1:{port}") as client:
+        yield servicer, client
+    server.stop(None).wait()
+
+
+def options(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def said(request: inference_pb2.GenerateRequest) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in request.chat.messages]
+
+
+def test_each_question_brings_what_was_said(router: tuple[Yes, Client], capsys: pytest.CaptureFixture[str]) -> None:
+    servicer, client = router
+    conversation = Conversation(client, options("--system", "be kind", "--max-tokens", "9", "--seed", "3"))
+    assert conversation.answer("one?")
+    assert conversation.answer("two?")
+    assert capsys.readouterr().out == "yes\nyes\n"
+    begin = [("system", "be kind"), ("user", "one?")]
+    assert said(servicer.requests[0]) == begin
+    assert said(servicer.requests[1]) == [*begin, ("assistant", "yes"), ("user", "two?")]
+    assert servicer.requests[0].sampling.max_tokens == 9
+    assert servicer.requests[0].sampling.seed == 3
+    assert conversation.command("/history").endswith("user: two?\nassistant: yes")
+
+
+def test_reset_forgets_all_but_the_beginning(router: tuple[Yes, Client]) -> None:
+    servicer, client = router
+    conversation = Conversation(client, options("--system", "be kind"))
+    conversation.answer("one?")
+    assert conversation.command("/reset") == "(forgotten)"
+    conversation.answer("two?")
+    assert said(servicer.requests[1]) == [("system", "be kind"), ("user", "two?")]
+
+
+def test_a_failure_is_told_and_forgotten(router: tuple[Yes, Client], capsys: pytest.CaptureFixture[str]) -> None:
+    servicer, client = router
+    conversation = Conversation(client, options())
+    assert not conversation.answer("fail")
+    assert capsys.readouterr().err == "(the server cannot be reached (no worker))\n"
+    assert conversation.answer("one?")
+    assert said(servicer.requests[1]) == [("user", "one?")]
+
+
+def test_completion_sends_the_text_as_it_is(router: tuple[Yes, Client]) -> None:
+    servicer, client = router
+    conversation = Conversation(client, options("--complete"))
+    conversation.answer("def f(")
+    conversation.answer("def g(")
+    assert [request.text for request in servicer.requests] == ["def f(", "def g("]
+
+
+def test_commands(router: tuple[Yes, Client]) -> None:
+    conversation = Conversation(router[1], options())
+    assert "/reset" in conversation.command("/help")
+    assert conversation.command("/history") == "(nothing yet)"
+    assert conversation.command("/bye") == "/bye is not a command; /help lists them"
