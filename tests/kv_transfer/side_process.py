@@ -12,12 +12,14 @@ from itertools import count
 import torch
 
 from core.kv_layout import KvLayout
+from kv_transfer.pair import GlooPair, Pending
 from kv_transfer.receiver import KvReceiver
 from tests.kv_transfer.holder import FakeHolder, serve_prefill, tokens
 from wire.channels import open_channel
 from wire.transfer import KvTransferClient
 
 BIG = KvLayout(8, 512, 4, 16, 64, "bfloat16", "w")  # 64 MiB
+SEND = GlooPair.send
 
 
 class ReadyHolder(FakeHolder):
@@ -28,7 +30,14 @@ class ReadyHolder(FakeHolder):
         return await super().manifest(request_id, epoch, deadline_s)
 
 
+def slow_send(pair: GlooPair, data: torch.Tensor) -> Pending:
+    """So that a test can step in before the last window."""
+    time.sleep(0.02)
+    return SEND(pair, data)
+
+
 async def prefill(instance_id: str) -> None:
+    GlooPair.send = slow_send  # type: ignore[method-assign]
     async with serve_prefill(BIG, instance_id=instance_id, holder=ReadyHolder(BIG)) as served:
         print(served.address, flush=True)
         await asyncio.to_thread(sys.stdin.read)

@@ -1,7 +1,9 @@
 """Decode fetches from prefill over a real control channel, both in this process."""
 
 import asyncio
+import itertools
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,6 +24,7 @@ from core.kv_layout import KvLayout
 from core.transfer import Grant, LinkOffer, PeerGoneError, Portion, Road
 from kv_transfer import receiver as receiver_module
 from kv_transfer import shared_link
+from kv_transfer.blocks import Gate, Pieces
 from kv_transfer.config import LinkConfig
 from kv_transfer.descriptors import host_identity
 from kv_transfer.pair import GlooPair
@@ -30,7 +33,6 @@ from tests.kv_transfer.holder import LAYOUT, Prefill, blocks_of, serve_prefill, 
 from wire.channels import open_channel
 from wire.transfer import KvTransferClient
 
-BIG = KvLayout(8, 512, 4, 16, 64, "bfloat16", "w")  # 64 MiB, fetched whole: long enough to step in
 ROADS = (Road.SHARED_MEMORY, Road.GLOO)
 CONFIG = LinkConfig(stall_s=2.0)
 
@@ -222,41 +224,84 @@ async def test_a_byte_corrupted_in_the_copy_is_found_where_checksums_are_asked_f
         assert prefill.holder.acknowledged == []
 
 
+class Pause:
+    """Holds a copying thread at one place until the test has looked around."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._resumed = threading.Event()
+
+    def here(self) -> None:
+        self.reached.set()
+        self._resumed.wait(20.0)
+
+    def resume(self) -> None:
+        self._resumed.set()
+
+
+@pytest.fixture
+def mid_copy(monkeypatch: pytest.MonkeyPatch) -> Pause:
+    """Pauses the first copy out of shared memory after its first block."""
+    pause, copy = Pause(), shared_link.copy_blocks
+
+    def paused(source: Pieces, source_ids: list[int], target: Pieces, target_ids: list[int], gate: Gate) -> None:
+        copy(source, source_ids[:1], target, target_ids[:1], gate)
+        if not pause.reached.is_set():
+            pause.here()
+        copy(source, source_ids, target, target_ids, gate)
+
+    monkeypatch.setattr(shared_link, "copy_blocks", paused)
+    return pause
+
+
+@pytest.fixture
+def mid_send(monkeypatch: pytest.MonkeyPatch) -> Pause:
+    """Pauses the first shipment over gloo at its third window, of many."""
+    pause, send, windows_sent = Pause(), GlooPair.send, itertools.count()
+
+    def paused(pair: GlooPair, data: torch.Tensor) -> object:
+        if len(data) <= 1000 and next(windows_sent) == 2:
+            pause.here()
+        return send(pair, data)
+
+    monkeypatch.setattr(GlooPair, "send", paused)
+    monkeypatch.setattr(receiver_module, "WINDOW_BYTES", 1000)
+    return pause
+
+
 @pytest.mark.parametrize("road", ROADS)
-async def test_a_cancelled_fetch_leaves_its_blocks_at_once(road: Road) -> None:
-    block_ids = list(range(BIG.num_blocks))
-    async with serve_prefill(BIG) as prefill, receiving(BIG, road=road) as (receiver, pool):
-        prefill.holder.finish("first", 0, [0])
-        await fetch(prefill, receiver, [0], "first")  # the link is there
-        pool.zero_()
+async def test_a_cancelled_fetch_leaves_its_blocks_at_once(road: Road, mid_copy: Pause, mid_send: Pause) -> None:
+    pause = mid_copy if road is Road.SHARED_MEMORY else mid_send
+    block_ids = list(range(LAYOUT.num_blocks))
+    async with serve_prefill() as prefill, receiving(road=road) as (receiver, pool):
         prefill.holder.finish("r", 0, block_ids)
         fetching = asyncio.create_task(fetch(prefill, receiver, block_ids))
-        start = pool[: BIG.segment_bytes]
-        await until(start.any)
+        await until(pause.reached.is_set)
+        await until(pool.any)
         fetching.cancel()
         with pytest.raises(asyncio.CancelledError):
             await fetching
         pool.fill_(9)
-        await asyncio.sleep(0.3)
+        pause.resume()
+        await asyncio.sleep(0.1)
         assert bool((pool == 9).all())
-        assert ("r", 0) not in prefill.holder.acknowledged
-        await fetch(prefill, receiver, block_ids)  # on a new pair where the old one was in use
+        assert prefill.holder.acknowledged == []
+        await fetch(prefill, receiver, block_ids)  # over a new pair where the old one was in use
         assert torch.equal(pool, prefill.pool.tensor)
 
 
-async def test_others_are_not_hurt_by_a_cancelled_neighbour() -> None:
-    block_ids = list(range(BIG.num_blocks))
-    async with serve_prefill(BIG) as prefill, receiving(BIG, road=Road.GLOO) as (receiver, pool):
-        prefill.holder.finish("r", 0, block_ids)
-        for i in range(4):
-            prefill.holder.finish(f"s{i}", 0, [i])
-        fetching = asyncio.create_task(fetch(prefill, receiver, block_ids))
-        await until(pool.any)
-        behind = [asyncio.create_task(fetch(prefill, receiver, [i], f"s{i}")) for i in range(4)]
-        await asyncio.sleep(0.01)
-        fetching.cancel()
-        await asyncio.gather(*behind)
-        assert torch.equal(blocks_of(pool, BIG, [0, 1, 2, 3]), blocks_of(prefill.pool.tensor, BIG, [0, 1, 2, 3]))
+async def test_others_are_not_hurt_by_a_cancelled_neighbour(mid_send: Pause) -> None:
+    async with serve_prefill() as prefill, receiving(road=Road.GLOO) as (receiver, pool):
+        for i in range(5):
+            prefill.holder.finish(f"r{i}", 0, [i, i + 5, i + 10])
+        fetching = [asyncio.create_task(fetch(prefill, receiver, [i, i + 5, i + 10], f"r{i}")) for i in range(5)]
+        await until(mid_send.reached.is_set)
+        fetching[0].cancel()
+        mid_send.resume()
+        await asyncio.gather(*fetching[1:])
+        arrived = [i + step for step in (0, 5, 10) for i in range(1, 5)]
+        assert torch.equal(blocks_of(pool, LAYOUT, arrived), blocks_of(prefill.pool.tensor, LAYOUT, arrived))
+        assert fetching[0].cancelled()
 
 
 async def test_the_deadline_ends_the_wait_for_the_prefill() -> None:
