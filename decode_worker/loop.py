@@ -33,6 +33,7 @@ from scheduling.block_pool import BlockPool
 from scheduling.decode import DecodeChunk, DecodePolicy, DecodeScheduler
 from scheduling.integrity import count_blocks
 from scheduling.sequence import Sequence, SequenceState
+from worker.admission import check_request
 from worker.instance import LoopReport
 
 log = logging.getLogger(__name__)
@@ -194,6 +195,7 @@ class DecodeLoop:
 
     def _open(self, key: Key, opened: OpenDecode) -> None:
         try:
+            check_request(opened.request, self._engine.spec)
             self._scheduler.add(Sequence(key=key, request=opened.request, arrival_s=self._clock.now_s()))
         except TandemError as error:
             self._fail(key, error)

@@ -30,6 +30,7 @@ from scheduling.integrity import count_blocks
 from scheduling.prefill import PrefillChunk, PrefillPolicy, PrefillScheduler
 from scheduling.prefix_index import PrefixIndex
 from scheduling.sequence import Sequence
+from worker.admission import check_request
 from worker.instance import LoopReport
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,7 @@ class PrefillLoop:
     def _submit(self, key: Key, submit: SubmitPrefill) -> None:
         sequence = Sequence(key=key, request=submit.request, arrival_s=self._clock.now_s())
         try:
+            check_request(submit.request, self._engine.spec)
             self._scheduler.add(sequence)
         except TandemError as error:
             self._fail(sequence, error)

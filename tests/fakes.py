@@ -33,7 +33,7 @@ class FakeEngine:
 
     @property
     def spec(self) -> Any:
-        return SimpleNamespace(eos_token_ids=(EOS,))
+        return SimpleNamespace(eos_token_ids=(EOS,), vocab_size=100)
 
     def capacity(self) -> Capacity:
         return Capacity(self.layout.num_blocks, self.layout.block_size, self.max_model_len)

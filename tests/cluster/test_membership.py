@@ -38,6 +38,7 @@ def test_a_killed_worker_changes_no_token(victim: Role, built_in_model: Path, tm
             return await running
 
         assert asyncio.run(disturbed()) == undisturbed
+        cluster.wait_ready(*((1, 2) if victim is Role.PREFILL else (2, 1)))  # the dead one is off the list
         cluster.start_worker(f"{victim.value}-new", victim)
         cluster.wait_ready(2, 2)
         assert asyncio.run(_answers(cluster, 10)) == [tokens[:10] for tokens in undisturbed]

@@ -135,6 +135,16 @@ def test_a_passed_deadline_is_told_and_a_full_queue_too() -> None:
     assert codes == ["overloaded", "deadline_exceeded"]
 
 
+def test_tokens_that_the_model_does_not_have_never_reach_a_step() -> None:
+    engine = FakeEngine()
+    loop = make(engine)
+    for handle, token_id in ((1, 100), (2, -1)):
+        loop.apply(submit(handle, (5, token_id)))
+    codes = [e.event.code for e in turn(loop) if isinstance(e, Tell) and isinstance(e.event, RequestFailed)]
+    assert codes == ["invalid_request", "invalid_request"]
+    assert engine.steps == []
+
+
 def test_prompt_logprobs_cover_the_prompt_over_chunks_and_skip_the_cache() -> None:
     loop = make(FakeEngine(), prefix_cache=True)
     prompt = tuple(range(1, 31))

@@ -1,0 +1,11 @@
+"""What a worker itself checks of a request: no router is trusted to be sane, and no bad token must reach a step."""
+
+from core.errors import InvalidRequestError
+from core.model_spec import ModelSpec
+from core.request import GenerationRequest
+
+
+def check_request(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Raises InvalidRequestError."""
+    if min(request.token_ids) < 0 or max(request.token_ids) >= spec.vocab_size:
+        raise InvalidRequestError(f"The prompt holds token ids that the model, with {spec.vocab_size}, does not have.")
