@@ -33,7 +33,9 @@ from kv_transfer.totals import LinkTotals
 
 _log = logging.getLogger(__name__)
 
-WINDOW_BYTES = 4 << 20  # of one message between two processes
+WINDOW_BYTES = (
+    2 << 20
+)  # of one message between two processes: small enough that gathering, sending and scattering overlap
 _DAY_S = 86_400.0
 
 
@@ -151,7 +153,8 @@ class KvReceiver:
             gate.close()
         seconds = time.monotonic() - started_s
         num_bytes = needed * self._layout.block_bytes
-        self._totals[peer.instance_id].count(num_bytes, seconds)
+        if totals := self._totals.get(peer.instance_id):  # unless it was dropped meanwhile
+            totals.count(num_bytes, seconds)
         return Fetched(manifest, num_bytes, seconds, link.reply.road)
 
     def links(self) -> tuple[LinkStats, ...]:
@@ -196,6 +199,7 @@ class KvReceiver:
             self._make_room()
             timeout_s = min(self._link_config.link_timeout_s, _remaining_s(deadline_s))
             link = await self._make_link(peer, timeout_s)
+            self._unlink(peer.instance_id)  # one made meanwhile, after a drop
             self._links[peer.instance_id] = link
             road = link.reply.road
             self._totals.setdefault(peer.instance_id, LinkTotals(peer.instance_id, road)).road = road

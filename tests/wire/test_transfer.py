@@ -73,14 +73,14 @@ class FakeSide:
 
 
 @asynccontextmanager
-async def connected() -> AsyncIterator[tuple[FakeSide, KvTransferClient, grpc.aio.Channel]]:
+async def connected(token: str | None = None) -> AsyncIterator[tuple[FakeSide, KvTransferClient, grpc.aio.Channel]]:
     side = FakeSide()
-    server, _ = build_server()
+    server, _ = build_server(token)
     servicer = KvTransferServicer(side, side, SystemClock())
     transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)
     address = bind(server, "127.0.0.1:0")
     await server.start()
-    channel = open_channel(address)
+    channel = open_channel(address, token)
     try:
         yield side, KvTransferClient(channel, "prefill-0"), channel
     finally:
@@ -101,8 +101,9 @@ async def test_every_value_arrives_as_it_was_sent() -> None:
         assert side.asked == [(OFFER,), pulled, pulled, (GRANT, MANIFEST), ("r", 2), ("r", 1)]
 
 
-async def test_a_link_ends_for_both_when_one_ends_it() -> None:
-    async with connected() as (side, client, _):
+@pytest.mark.parametrize("token", [None, "secret"])
+async def test_a_link_ends_for_both_when_one_ends_it(token: str | None) -> None:
+    async with connected(token) as (side, client, _):
         await client.link(OFFER, 5.0)
         assert client.is_linked("link-1")
         assert not client.is_linked("another")
@@ -153,6 +154,15 @@ async def test_a_call_without_deadline_or_names_is_refused() -> None:
             await transfer_pb2_grpc.KvTransferServiceStub(channel).Pull(transfer_pb2.PullRequest(request_id="r"))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert side.asked == []
+
+
+async def test_a_link_ends_when_the_other_side_is_gone() -> None:
+    for token in (None, "secret"):
+        async with connected(token) as (_, client, _):
+            await client.link(OFFER, 5.0)
+        async with asyncio.timeout(5.0):
+            while client.is_linked("link-1"):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
 
 
 async def test_the_deadline_bounds_a_link_up() -> None:

@@ -1,0 +1,66 @@
+"""Two GPUs of one process as the two ranks of a pair. Not run where the project is developed: see `pair_nccl`."""
+
+import threading
+
+import pytest
+import torch
+
+from core.errors import TransferError
+from core.kv_layout import KvLayout
+from core.transfer import Portion
+from kv_transfer.blocks import Gate, PoolView, windows
+from kv_transfer.pair import DECODE_RANK, PREFILL_RANK, Staging, receive_windows, send_windows
+from kv_transfer.pair_nccl import NcclPair
+from kv_transfer.rendezvous import LocalBoard
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank"),
+]
+
+LAYOUT = KvLayout(8, 64, 4, 16, 64, "bfloat16", "w")
+PORTION = Portion(0, 8, 0, 4)
+
+
+@pytest.fixture
+def pairs() -> list[NcclPair]:
+    board, found = LocalBoard(), {}
+
+    def connect(rank: int) -> None:
+        found[rank] = NcclPair.connect(rank, board, torch.device("cuda", rank), 30.0)
+
+    threads = [threading.Thread(target=connect, args=(rank,)) for rank in (PREFILL_RANK, DECODE_RANK)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[PREFILL_RANK], found[DECODE_RANK]]
+
+
+def test_blocks_arrive_equal(pairs: list[NcclPair]) -> None:
+    source = torch.randint(0, 256, (LAYOUT.pool_bytes,), dtype=torch.uint8, device="cuda:0")
+    target = torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8, device="cuda:1")
+    from_view, to_view = (PoolView.over(pool, LAYOUT, PORTION) for pool in (source, target))
+    theirs, ours = [3, 9, 1, 60], [0, 63, 5, 6]
+    plan = windows(LAYOUT.num_layers, len(ours), from_view.layer_block_bytes, 100_000)
+    sent: list[int] = []
+
+    def send() -> None:
+        staging = Staging(100_000, pairs[0].device)
+        sent.append(send_windows(pairs[0], from_view, theirs, plan, staging, timeout_s=30.0, checksum=True))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    staging = Staging(100_000, pairs[1].device)
+    received = receive_windows(pairs[1], to_view, ours, plan, staging, Gate(), timeout_s=30.0, checksum=True)
+    sender.join()
+    assert sent == [received]
+    assert torch.equal(to_view.words[:, :, ours].cpu(), from_view.words[:, :, theirs].cpu())
+
+
+def test_a_receive_that_nobody_answers_ends_in_time(pairs: list[NcclPair]) -> None:
+    pending = pairs[1].receive(torch.zeros(1024, dtype=torch.uint8, device="cuda:1"))
+    with pytest.raises(TransferError):
+        pending.wait(0.5)
+    for pair in pairs:
+        pair.abort()
