@@ -1,0 +1,245 @@
+"""One engine in one process, told what to compute by JSON lines on stdin; `bench.engine` starts it.
+
+A file that stands alone: the interpreter that runs it may be another environment's, where Tandem is not installed.
+
+    {"do": "prefill", "tokens": 512, "seed": 1}                       -> {"seconds": 0.9}, one prompt, one token out
+    {"do": "decode", "batch": 8, "prompt": 224, "steps": 64}          -> {"seconds": 2.1}, of the steps alone
+    {"do": "limits"}                                                  -> {"bytes_per_s": ..., "flops_per_s": ...}
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+_LOWEST_ID, _HIGHEST_ID = 10, 8000  # ids that every model of the benchmark has, special ones left out
+_MAX_LEN = 4096
+_MAX_BATCH = 64
+
+
+def random_prompts(batch: int, length: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(_LOWEST_ID, _HIGHEST_ID) for _ in range(length)] for _ in range(batch)]
+
+
+class Runner(Protocol):
+    """An engine, loaded and ready."""
+
+    def prefill(self, prompt: list[int]) -> float:
+        """Seconds from a prompt that was never seen before to its first token."""
+        ...
+
+    def decode(self, prompts: list[list[int]], steps: int) -> float:
+        """Seconds of `steps` steps in which every sequence gets one token, prefill not counted."""
+        ...
+
+
+class TandemRunner:
+    """Tandem's engine, without workers and router."""
+
+    def __init__(self, model: Path, dtype: str, threads: int, ops: str) -> None:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        import torch
+
+        from engine.config import EngineConfig
+        from engine.engine import load_engine
+
+        config = EngineConfig(model, dtype=dtype, device="cpu", num_threads=threads, kv_memory_bytes=2 << 30, ops=ops)
+        self._engine = load_engine(config)
+        self._engine.warm_up()
+        pool = self._engine.pool  # so that decode needs no prefill: its speed does not depend on what was said
+        pool[:] = torch.randn(pool.shape[2:])
+
+    def prefill(self, prompt: list[int]) -> float:
+        started_s = time.perf_counter()
+        self._step([prompt], [0])
+        return time.perf_counter() - started_s
+
+    def decode(self, prompts: list[list[int]], steps: int) -> float:
+        last = [prompt[-1] for prompt in prompts]
+        begin = len(prompts[0])
+        started_s = time.perf_counter()
+        for step in range(steps):
+            last = self._step([[token] for token in last], [begin + step] * len(last))
+        return time.perf_counter() - started_s
+
+    def _step(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[int]:
+        """Greedy. Sequence i owns the i-th part of the pool."""
+        from core.request import SamplingParams
+        from engine.step import SampleRequest, SequenceSlice
+
+        blocks_each = self._engine.layout.num_blocks // _MAX_BATCH
+        greedy = SamplingParams(temperature=0.0)
+        slices = []
+        for index, (new, start) in enumerate(zip(token_ids, starts, strict=True)):
+            table = range(index * blocks_each, (index + 1) * blocks_each)
+            needed = self._engine.layout.blocks_for(start + len(new))
+            request = SampleRequest(greedy, start + len(new), (), start + len(new))
+            slices.append(SequenceSlice(new, start, table[:needed], request))
+        tokens = self._engine.step(slices).tokens
+        assert all(token is not None for token in tokens)
+        return [token.token_id for token in tokens if token is not None]
+
+
+class TransformersRunner:
+    """The `generate` loop of Hugging Face transformers."""
+
+    def __init__(self, model: Path, dtype: str, threads: int) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        transformers.utils.logging.set_verbosity_error()
+        self._torch, self._transformers = torch, transformers
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        ).eval()
+
+    def prefill(self, prompt: list[int]) -> float:
+        return self._token_times([prompt], 1)[1]
+
+    def decode(self, prompts: list[list[int]], steps: int) -> float:
+        # All rows get the first prompt's cache, copied, so that only one has to be computed; their tokens differ.
+        inputs = self._torch.tensor([prompts[0][:-1]])
+        with self._torch.inference_mode():
+            cache = self._model(inputs, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+        times = self._token_times([prompts[0][:-1] + prompt[-1:] for prompt in prompts], steps + 1, cache)
+        return times[-1] - times[1]
+
+    def _token_times(self, prompts: list[list[int]], num_tokens: int, cache: Any = None) -> list[float]:
+        """Seconds since the call, at its start and after each token."""
+        times = [time.perf_counter()]
+
+        class Stopwatch(self._transformers.StoppingCriteria):  # type: ignore[name-defined, misc]
+            def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+                times.append(time.perf_counter())
+                return input_ids.new_zeros(len(input_ids), dtype=bool)
+
+        inputs = self._torch.tensor(prompts)
+        with self._torch.inference_mode():
+            self._model.generate(
+                inputs,
+                attention_mask=self._torch.ones_like(inputs),
+                past_key_values=cache,
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                stopping_criteria=self._transformers.StoppingCriteriaList([Stopwatch()]),
+            )
+        return [moment - times[0] for moment in times]
+
+
+class VllmRunner:
+    """vLLM's offline engine. Prefix caching is on, so that a decode measurement repeated with the same prompts need not
+    compute them again; prompts of prefill measurements are always new."""
+
+    def __init__(self, model: Path, dtype: str, threads: int) -> None:
+        from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
+
+        del threads  # given by the environment
+        self._sampling_params = SamplingParams
+        self._llm = LLM(
+            model=str(model),
+            dtype=dtype,
+            max_model_len=_MAX_LEN,
+            max_num_seqs=_MAX_BATCH,
+            max_num_batched_tokens=2 * _MAX_LEN,  # the prompts of a whole batch in one step
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+        )
+        self._next_id = 0
+
+    def prefill(self, prompt: list[int]) -> float:
+        started_s = time.perf_counter()
+        self._add([prompt], 1)
+        while self._llm.llm_engine.has_unfinished_requests():
+            self._llm.llm_engine.step()
+        return time.perf_counter() - started_s
+
+    def decode(self, prompts: list[list[int]], steps: int) -> float:
+        self._add(prompts, steps + 4)  # a few more than measured: not all sequences start in the same step
+        counts: dict[str, int] = {}
+        marks: dict[int, float] = {}
+        while self._llm.llm_engine.has_unfinished_requests():
+            for output in self._llm.llm_engine.step():
+                counts[output.request_id] = len(output.outputs[0].token_ids)
+            if len(counts) == len(prompts):
+                marks.setdefault(min(counts.values()), time.perf_counter())
+        return marks[steps + 2] - marks[2]
+
+    def _add(self, prompts: list[list[int]], num_tokens: int) -> None:
+        params = self._sampling_params(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        for prompt in prompts:
+            self._next_id += 1
+            self._llm.llm_engine.add_request(str(self._next_id), {"prompt_token_ids": prompt}, params)
+
+
+def limits(threads: int) -> dict[str, float]:
+    """What the machine can do: bytes read from memory per second, and the better of torch's matrix rates."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+    def shortest_s(*tensors: torch.Tensor) -> float:
+        times = []
+        for _ in range(5):
+            started_s = time.perf_counter()
+            if len(tensors) == 1:
+                tensors[0].sum()
+            else:
+                torch.nn.functional.linear(*tensors)
+            times.append(time.perf_counter() - started_s)
+        return min(times)
+
+    memory, size = torch.ones(1 << 26), 1536
+    rates = [
+        2 * size**3 / shortest_s(*(torch.randn(2, size, size).to(t).unbind())) for t in (torch.float32, torch.bfloat16)
+    ]
+    return {"bytes_per_s": memory.nbytes / shortest_s(memory), "flops_per_s": max(rates)}
+
+
+def _load(args: argparse.Namespace) -> Runner | None:
+    if args.engine in ("tandem", "tandem-torch"):
+        return TandemRunner(
+            args.model, args.dtype, args.threads, "torch" if args.engine == "tandem-torch" else "native"
+        )
+    if args.engine == "transformers":
+        return TransformersRunner(args.model, args.dtype, args.threads)
+    return VllmRunner(args.model, args.dtype, args.threads) if args.engine == "vllm" else None
+
+
+def _answer(runner: Runner | None, threads: int, order: dict[str, Any]) -> dict[str, float]:
+    if order["do"] == "limits":
+        return limits(threads)
+    assert runner is not None
+    if order["do"] == "prefill":
+        return {"seconds": runner.prefill(random_prompts(1, order["tokens"], order["seed"])[0])}
+    prompts = random_prompts(order["batch"], order["prompt"], order["batch"])
+    return {"seconds": runner.decode(prompts, order["steps"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", required=True, choices=["tandem", "tandem-torch", "transformers", "vllm", "limits"])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, required=True)
+    args = parser.parse_args()
+    # Libraries print on stdout; answers have a descriptor of their own.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    runner = _load(args)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_answer(runner, args.threads, json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":  # vLLM starts processes that import this file
+    main()
