@@ -34,19 +34,10 @@ from scheduling.decode import DecodeChunk, DecodePolicy, DecodeScheduler
 from scheduling.integrity import count_blocks
 from scheduling.sequence import Sequence, SequenceState
 from worker.admission import check_request
-from worker.instance import LoopReport
+from worker.attempt_key import Key, key_of
+from worker.instance import REPORT_EVERY_S, LoopReport
 
 log = logging.getLogger(__name__)
-
-REPORT_EVERY_S = 0.1  # counting blocks by owner costs time in proportion to the blocks
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """One attempt, as a router named it."""
-
-    session_id: int
-    handle: int
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -159,7 +150,7 @@ class DecodeLoop:
         now_s = self._clock.now_s()
         for sequence in self._scheduler.expired(now_s):
             self._give_up(sequence)
-            self._fail(_key(sequence), DeadlineError("the deadline passed before the answer was complete"))
+            self._fail(key_of(sequence), DeadlineError("the deadline passed before the answer was complete"))
         for sequence in self._scheduler.reserve(now_s):
             self._fetch(sequence)
         self._chunks = self._scheduler.next_batch(now_s)
@@ -176,7 +167,9 @@ class DecodeLoop:
             log.exception("a decode step of %d sequences failed", len(self._chunks))
             for chunk in self._chunks:
                 self._scheduler.cancel(chunk.sequence.key)
-                self._fail(_key(chunk.sequence), UnavailableError("the decode step failed; the worker's log says why"))
+                self._fail(
+                    key_of(chunk.sequence), UnavailableError("the decode step failed; the worker's log says why")
+                )
         else:
             self._take_output(output, started_s)
         self._steps += 1
@@ -203,7 +196,7 @@ class DecodeLoop:
             self._sources[key] = opened.source
 
     def _fetch(self, sequence: Sequence) -> None:
-        key, request = _key(sequence), sequence.request
+        key, request = key_of(sequence), sequence.request
         self._tell(key, DecodeReserved(key.handle))
         self._events.append(
             Fetch(
@@ -239,7 +232,7 @@ class DecodeLoop:
 
     def _give_up(self, sequence: Sequence) -> None:
         """Free it now; if its transfer may still be writing, as soon as the transfer has left the blocks."""
-        key = _key(sequence)
+        key = key_of(sequence)
         self._sources.pop(key, None)
         if sequence.state is SequenceState.RESERVED:
             self._quarantine[key] = self._scheduler.detach(key)
@@ -254,7 +247,7 @@ class DecodeLoop:
     def _take_output(self, output: StepOutput, started_s: float) -> None:
         frames: defaultdict[int, list[DecodeTokens]] = defaultdict(list)
         for index, chunk in enumerate(self._chunks):
-            sequence, key = chunk.sequence, _key(chunk.sequence)
+            sequence, key = chunk.sequence, key_of(chunk.sequence)
             if (error := output.errors[index]) is not None:
                 self._scheduler.cancel(key)
                 self._fail(key, error)
@@ -303,8 +296,3 @@ class DecodeLoop:
             computed_tokens=counts.computed_tokens,
             preemptions=counts.preemptions,
         )
-
-
-def _key(sequence: Sequence) -> Key:
-    assert isinstance(sequence.key, Key)
-    return sequence.key

@@ -8,10 +8,11 @@ from functools import partial
 from core.errors import CancelledError, InternalError, TandemError
 from core.session import Cancel, DecodeCommand, DecodeEvent, OpenDecode
 from core.transfer import PeerGoneError
-from decode_worker.loop import Abandon, Arrived, Close, Fetch, FetchFailed, Key, LoopCommand, LoopEvent, Open, Tell
+from decode_worker.loop import Abandon, Arrived, Close, Fetch, FetchFailed, LoopCommand, LoopEvent, Open, Tell
 from decode_worker.peers import Peers
 from kv_transfer.receiver import KvReceiver
 from wire.sessions import Outbox
+from worker.attempt_key import Key
 
 log = logging.getLogger(__name__)
 

@@ -31,19 +31,10 @@ from scheduling.prefill import PrefillChunk, PrefillPolicy, PrefillScheduler
 from scheduling.prefix_index import PrefixIndex
 from scheduling.sequence import Sequence
 from worker.admission import check_request
-from worker.instance import LoopReport
+from worker.attempt_key import Key, key_of
+from worker.instance import REPORT_EVERY_S, LoopReport
 
 log = logging.getLogger(__name__)
-
-REPORT_EVERY_S = 0.1  # counting blocks by owner costs time in proportion to the blocks
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """One attempt, as a router named it."""
-
-    session_id: int
-    handle: int
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -134,7 +125,7 @@ class PrefillLoop:
         for chunk in self._chunks:
             sequence = chunk.sequence
             if chunk.start == sequence.num_cached:
-                self._tell(sequence, PrefillStarted(_key(sequence).handle, sequence.num_cached))
+                self._tell(sequence, PrefillStarted(key_of(sequence).handle, sequence.num_cached))
         if now_s - self._reported_s >= REPORT_EVERY_S:
             self.report = self._make_report()
             self._reported_s = now_s
@@ -183,8 +174,8 @@ class PrefillLoop:
 
     def _fail(self, sequence: Sequence, error: TandemError) -> None:
         """The scheduler has let go of it already."""
-        self._attempts.pop(_key(sequence), None)
-        self._tell(sequence, RequestFailed(_key(sequence).handle, error.code, error.message))
+        self._attempts.pop(key_of(sequence), None)
+        self._tell(sequence, RequestFailed(key_of(sequence).handle, error.code, error.message))
 
     def _take_output(self, output: StepOutput) -> None:
         for index, chunk in enumerate(self._chunks):
@@ -194,7 +185,7 @@ class PrefillLoop:
                 self._fail(sequence, error)
                 continue
             self._scheduler.computed(chunk)
-            attempt = self._attempts[_key(sequence)]
+            attempt = self._attempts[key_of(sequence)]
             if (logprobs := output.prompt_logprobs[index]) is not None:
                 attempt.prompt_logprobs.extend(logprobs)
             if chunk.is_last:
@@ -204,7 +195,7 @@ class PrefillLoop:
 
     def _finish(self, attempt: _Attempt, token: SampledToken) -> None:
         sequence, now_s = attempt.sequence, self._clock.now_s()
-        key = _key(sequence)
+        key = key_of(sequence)
         del self._attempts[key]
         manifest = self._manifest(sequence, token)  # of the tokens whose KV there is: without the new one
         sequence.append(token.token_id)
@@ -261,7 +252,7 @@ class PrefillLoop:
         )
 
     def _tell(self, sequence: Sequence, event: PrefillEvent) -> None:
-        self._events.append(Tell(_key(sequence), event))
+        self._events.append(Tell(key_of(sequence), event))
 
     def _make_report(self) -> LoopReport:
         counts = self._scheduler.counts()
@@ -279,8 +270,3 @@ class PrefillLoop:
             computed_tokens=counts.computed_tokens,
             cached_tokens=counts.cached_tokens,
         )
-
-
-def _key(sequence: Sequence) -> Key:
-    assert isinstance(sequence.key, Key)
-    return sequence.key

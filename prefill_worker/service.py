@@ -16,9 +16,10 @@ from core.clock import Clock
 from core.errors import DeadlineError, StaleEpochError, TandemError, error_from_code
 from core.session import Cancel, PrefillCommand, PrefillEvent, PrefillFinished, RequestFailed, SubmitPrefill
 from core.shipment import Manifest
-from prefill_worker.loop import Hold, Key, LoopCommand, LoopEvent, Release, Submit, Tell
+from prefill_worker.loop import Hold, LoopCommand, LoopEvent, Release, Submit, Tell
 from scheduling.leases import LeaseTable
 from wire.sessions import Outbox
+from worker.attempt_key import Key
 
 log = logging.getLogger(__name__)
 

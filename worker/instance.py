@@ -14,6 +14,8 @@ from core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, 
 from wire.server import bind, build_server
 from worker.heartbeat import Heartbeat
 
+REPORT_EVERY_S = 0.1  # between two reports of a busy loop: counting blocks by owner takes time
+
 
 @dataclass(frozen=True, slots=True)
 class LoopReport:

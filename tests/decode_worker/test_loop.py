@@ -11,8 +11,9 @@ from core.errors import CancelledError, TransferError
 from core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams
 from core.session import DecodeFrame, DecodeReserved, KvSource, OpenDecode, RequestFailed, TransferCommitted
 from core.transfer import Road
-from decode_worker.loop import Abandon, Arrived, Close, DecodeLoop, Fetch, FetchFailed, Key, LoopEvent, Open, Tell
+from decode_worker.loop import Abandon, Arrived, Close, DecodeLoop, Fetch, FetchFailed, LoopEvent, Open, Tell
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
+from worker.attempt_key import Key
 
 PROMPT = tuple(range(1, 11))
 SOURCE = KvSource("prefill-1", "127.0.0.1:1")

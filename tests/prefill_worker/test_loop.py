@@ -8,8 +8,9 @@ from core.config import PrefillSection
 from core.request import FinishReason, GenerationRequest, SamplingParams
 from core.session import PrefillFinished, PrefillStarted, RequestFailed, SubmitPrefill
 from core.shipment import hash_token_ids
-from prefill_worker.loop import Hold, Key, LoopEvent, PrefillLoop, Release, Submit, Tell
+from prefill_worker.loop import Hold, LoopEvent, PrefillLoop, Release, Submit, Tell
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
+from worker.attempt_key import Key
 
 PROMPT = tuple(range(1, 11))
 

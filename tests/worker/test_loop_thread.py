@@ -1,0 +1,97 @@
+"""The loop thread, with loops that count."""
+
+import asyncio
+import threading
+
+import pytest
+
+from core.errors import CheckpointError
+from worker.loop_thread import LoopThread, StepLoop
+
+
+class Doubler:
+    """Each command is one step's work; its event is twice the command. 13 breaks it."""
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread().name
+        self.pending: list[int] = []
+        self.events: list[int] = []
+
+    def apply(self, command: int) -> None:
+        self.pending.append(command)
+
+    def prepare(self) -> bool:
+        return bool(self.pending)
+
+    def compute(self) -> None:
+        for command in self.pending:
+            if command == 13:
+                raise ZeroDivisionError
+            self.events.append(2 * command)
+        self.pending.clear()
+
+    def idle(self) -> None:
+        pass
+
+    def take_events(self) -> list[int]:
+        events, self.events = self.events, []
+        return events
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.events: list[int] = []
+        self.crash: BaseException | None = None
+        self.news = asyncio.Event()
+
+    def deliver(self, events: list[int]) -> None:
+        self.events += events
+        self.news.set()
+
+    def crashed(self, error: BaseException) -> None:
+        self.crash = error
+        self.news.set()
+
+
+async def test_commands_are_worked_off_in_order_on_the_loops_own_thread() -> None:
+    loop, collector = Doubler(), Collector()
+
+    def make() -> StepLoop[int, int]:
+        loop.thread = threading.current_thread().name
+        return loop
+
+    thread: LoopThread[int, int] = LoopThread("counting", make, collector.deliver, collector.crashed)
+    await thread.start()
+    assert loop.thread == "counting"
+    for number in range(100):
+        thread.post(number)
+    async with asyncio.timeout(5):
+        while len(collector.events) < 100:
+            collector.news.clear()
+            await collector.news.wait()
+    assert collector.events == [2 * number for number in range(100)]
+    await thread.stop()
+    thread.post(1)
+    assert collector.crash is None
+
+
+async def test_what_breaks_the_loop_is_told() -> None:
+    collector = Collector()
+    thread: LoopThread[int, int] = LoopThread("breaking", Doubler, collector.deliver, collector.crashed)
+    await thread.start()
+    thread.post(13)
+    async with asyncio.timeout(5):
+        await collector.news.wait()
+    assert isinstance(collector.crash, ZeroDivisionError)
+    await thread.stop()
+
+
+async def test_a_loop_that_cannot_be_made_is_told_to_whoever_starts_it() -> None:
+    def make() -> StepLoop[int, int]:
+        raise CheckpointError("no such model")
+
+    collector = Collector()
+    thread: LoopThread[int, int] = LoopThread("unmade", make, collector.deliver, collector.crashed)
+    with pytest.raises(CheckpointError, match="no such model"):
+        await thread.start()
+    await thread.stop()
