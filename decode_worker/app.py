@@ -47,6 +47,7 @@ class DecodeWorker(RoleWorker[LoopCommand, LoopEvent]):
             road=section.road,
             checksum=section.checksum,
             timeout_s=section.transfer_timeout_s,
+            link_config=self.link_config,
         )
         self._service.serve_with(self._receiver)
 

@@ -42,7 +42,7 @@ class PrefillWorker(RoleWorker[LoopCommand, LoopEvent]):
         self._service.deliver(events)
 
     async def connect(self, engine: Engine, pool: SharedPool) -> None:
-        self._sender = KvSender(engine.layout, pool, self.instance_id)
+        self._sender = KvSender(engine.layout, pool, self.instance_id, self.link_config)
         self._leases_task = asyncio.create_task(self._service.expire_leases(), name="leases")
 
     def add_services(self, server: grpc.aio.Server) -> None:

@@ -11,9 +11,10 @@ from typing import Generic, TypeVar
 import grpc
 
 from core.clock import SystemClock
-from core.config import EngineSection, WorkerConfig
+from core.config import EngineSection, WorkerConfig, split_address
 from core.session import LinkStats, Role
 from engine.engine import Engine
+from kv_transfer.config import LinkConfig
 from kv_transfer.pool import SharedPool
 from worker.engine_setup import load_worker_engine
 from worker.instance import Instance, LoopReport
@@ -43,6 +44,11 @@ class RoleWorker(ABC, Generic[Command, Event]):
     @property
     def address(self) -> str:
         return self._instance.address
+
+    @property
+    def link_config(self) -> LinkConfig:
+        """KV travels over the same interface as the worker's own port."""
+        return LinkConfig(bind_host=split_address(self._config.listen)[0])
 
     # --- what a role adds ---
 

@@ -10,7 +10,7 @@ from worker.loop_thread import LoopThread, StepLoop
 
 
 class Doubler:
-    """Each command is one step's work; its event is twice the command. 13 breaks it."""
+    """Each command is one step's work; its event is twice the command. -1 breaks it."""
 
     def __init__(self) -> None:
         self.thread = threading.current_thread().name
@@ -25,7 +25,7 @@ class Doubler:
 
     def compute(self) -> None:
         for command in self.pending:
-            if command == 13:
+            if command == -1:
                 raise ZeroDivisionError
             self.events.append(2 * command)
         self.pending.clear()
@@ -79,7 +79,7 @@ async def test_what_breaks_the_loop_is_told() -> None:
     collector = Collector()
     thread: LoopThread[int, int] = LoopThread("breaking", Doubler, collector.deliver, collector.crashed)
     await thread.start()
-    thread.post(13)
+    thread.post(-1)
     async with asyncio.timeout(5):
         await collector.news.wait()
     assert isinstance(collector.crash, ZeroDivisionError)
