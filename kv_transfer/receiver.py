@@ -21,13 +21,14 @@ from core.kv_layout import KvLayout
 from core.request import SampledToken
 from core.session import LinkStats
 from core.shipment import Manifest
-from core.transfer import Grant, LinkOffer, LinkReply, PeerControl, Portion, Road
+from core.transfer import Grant, LinkOffer, LinkReply, PeerControl, Road
 from kv_transfer.blocks import Gate, Pieces, PoolView, Window, windows
 from kv_transfer.config import LinkConfig
 from kv_transfer.descriptors import host_identity
 from kv_transfer.group_links import GroupLink, PairMaker
 from kv_transfer.pair import DECODE_RANK
 from kv_transfer.rendezvous import RemoteBoard
+from kv_transfer.reshard import RankGrid, plan_copies
 from kv_transfer.shared_link import SharedLink, UnreachableMemoryError
 from kv_transfer.totals import LinkTotals
 
@@ -93,7 +94,9 @@ class KvReceiver:
         Raises ConfigError for an unknown road.
         """
         self._layout = layout
-        self._portion = Portion(0, layout.num_layers, 0, layout.num_kv_heads)
+        one_rank = RankGrid(layout.num_layers, layout.num_kv_heads)
+        (copy,) = plan_copies(one_rank, one_rank, destination_rank=0)
+        self._portion = copy.source
         self._view = PoolView.over(pool, layout, self._portion)
         self._pieces: Pieces | None = None
         self._instance_id = instance_id
