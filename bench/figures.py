@@ -1,0 +1,88 @@
+"""Samples of repeated rounds, and the table of their medians beside the aims."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from statistics import median
+
+
+class Quantity(Enum):
+    """What is measured: its unit, and how many of them make a second."""
+
+    PER_REQUEST = ("per request", "ms", 1e3)
+    PER_TOKEN = ("per token and request", "us", 1e6)
+
+    def __init__(self, title: str, unit: str, per_second: float) -> None:
+        self.title = title
+        self.unit = unit
+        self.per_second = per_second
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One figure of one round. `clock` says which time it is: CPU or wall."""
+
+    what: str
+    num_streams: int
+    quantity: Quantity
+    clock: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """The median of a quantity's samples, in its unit. `aim` is what it should stay below, if anything."""
+
+    what: str
+    num_streams: int
+    quantity: str
+    clock: str
+    unit: str
+    median: float
+    least: float
+    most: float
+    aim: float | None
+
+
+def _aim(quantity: Quantity, num_streams: int) -> float | None:
+    if quantity is Quantity.PER_REQUEST:
+        return 3.0
+    return 100.0 if num_streams == 32 else None
+
+
+def figures_of(samples: Sequence[Sample]) -> list[Figure]:
+    """One figure for all samples that differ in their value only, in the order of their first appearance."""
+    groups: defaultdict[tuple[str, int, Quantity, str], list[float]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.what, sample.num_streams, sample.quantity, sample.clock].append(sample.seconds)
+    figures = []
+    for (what, num_streams, quantity, clock), seconds in groups.items():
+        values = [value * quantity.per_second for value in seconds]
+        figures.append(
+            Figure(
+                what=what,
+                num_streams=num_streams,
+                quantity=quantity.title,
+                clock=clock,
+                unit=quantity.unit,
+                median=median(values),
+                least=min(values),
+                most=max(values),
+                aim=_aim(quantity, num_streams),
+            )
+        )
+    return figures
+
+
+def figures_table(figures: Sequence[Figure]) -> str:
+    width = max(len(figure.what) for figure in figures)
+    lines = [f"{'':{width}} streams {'':21} clock   median     least      most  aim"]
+    for figure in figures:
+        values = "".join(f"{value:>8.2f} {figure.unit}"[:11] for value in (figure.median, figure.least, figure.most))
+        verdict = ""
+        if figure.aim is not None:
+            verdict = f"{'met' if figure.median < figure.aim else 'missed'} (< {figure.aim:g} {figure.unit})"
+        label = f"{figure.what:{width}} {figure.num_streams:>7} {figure.quantity:21} {figure.clock:5}"
+        lines.append(f"{label}{values}  {verdict}".rstrip())
+    return "\n".join(lines)
