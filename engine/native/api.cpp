@@ -122,6 +122,7 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 void* tandem_create(int threads) { return new Context(threads); }
@@ -129,7 +130,9 @@ void tandem_destroy(void* context) { delete static_cast<Context*>(context); }
 
 // Which kernel this build has: the instructions it multiplies with.
 const char* tandem_instructions() {
-#if defined(__AVX512BF16__)
+#if defined(TANDEM_EMULATE_BF16_DOT)
+    return "emulated bf16";
+#elif defined(__AVX512BF16__)
     return "avx512_bf16";
 #elif defined(__AVX512F__)
     return "avx512";
@@ -243,3 +246,4 @@ void tandem_attention(void* context, const float* q, int64_t q_stride, const voi
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

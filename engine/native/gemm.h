@@ -52,12 +52,16 @@ struct Bf16Weights {
     static constexpr int PAIR = PANEL;
     static vf even(const uint32_t* p) { return (vf)(load(p) << 16); }
     static vf odd(const uint32_t* p) { return (vf)(load(p) & 0xffff0000u); }
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(TANDEM_EMULATE_BF16_DOT)
     using Left = uint32_t;
     static constexpr bool DOT = true;
     static constexpr int LEFT_PER_PAIR = 1;
     static vf dot(vf sum, uint32_t left, vu right) {
+#if defined(TANDEM_EMULATE_BF16_DOT)  // so that this path can be tested where there is no such instruction
+        return sum + splat(widen(bf16(left))) * (vf)(right << 16) + splat(widen(bf16(left >> 16))) * (vf)(right & 0xffff0000u);
+#else
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
+#endif
     }
 #else
     using Left = float;

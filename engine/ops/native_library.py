@@ -21,8 +21,19 @@ from pathlib import Path
 _SOURCE_DIR = Path(__file__).resolve().parent.parent / "native"
 _MAIN_SOURCE = "api.cpp"
 _COMPILERS = ("g++", "clang++")
-# -fno-math-errno lets the compiler use the square root instruction; -w because GCC 12 warns about its own headers.
-_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
+# Hidden visibility keeps two builds in one process from finding each other's kernels. -fno-math-errno lets the compiler
+# use the square root instruction. -w because GCC 12 warns about its own headers.
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-w",
+)
 _COMPILE_TIMEOUT_S = 300.0
 
 
@@ -30,10 +41,11 @@ class NativeUnavailableError(Exception):
     """The kernels cannot be had on this machine; the message says why."""
 
 
-def load_native_library(cache_dir: Path | None = None) -> ctypes.CDLL:
+def load_native_library(cache_dir: Path | None = None, machine_flags: tuple[str, ...] | None = None) -> ctypes.CDLL:
     """The compiled kernels, with argument types declared. Compiles if no cached library fits.
 
-    `cache_dir` defaults to $XDG_CACHE_HOME/tandem or ~/.cache/tandem. Two processes that start together compile once:
+    `cache_dir` defaults to $XDG_CACHE_HOME/tandem or ~/.cache/tandem. `machine_flags` are the compiler's words for the
+    processor, by default the one at hand; tests ask for older ones. Two processes that start together compile once:
     the second waits for the first. Raises NativeUnavailableError.
     """
     compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
@@ -42,7 +54,7 @@ def load_native_library(cache_dir: Path | None = None) -> ctypes.CDLL:
     folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
     try:
         _make_private(folder)
-        flags = (*_FLAGS, _machine_flag())
+        flags = (*_FLAGS, *(machine_flags or (_machine_flag(),)))
         target = folder / f"native-{_fingerprint(compiler, flags)}.so"
         if not target.exists():
             with _locked(folder / "compile.lock"):

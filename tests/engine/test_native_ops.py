@@ -16,10 +16,21 @@ DTYPES = [torch.float32, torch.bfloat16]
 MakeOps = Callable[[int], NativeOps]
 
 
-@pytest.fixture(scope="module")
-def make_ops() -> MakeOps:
+@pytest.fixture(
+    scope="module",
+    params=[
+        None,
+        pytest.param(("-march=x86-64-v3",), marks=pytest.mark.slow),
+        pytest.param(("-march=x86-64-v2",), marks=pytest.mark.slow),
+        pytest.param(("-march=native", "-DTANDEM_EMULATE_BF16_DOT"), marks=pytest.mark.slow),
+    ],
+    ids=["this-cpu", "avx2", "sse", "bf16-dot"],
+)
+def make_ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MakeOps:
+    """This processor's kernels, and those that other ones get, as far as this one can run them."""
+    cache_dir = None if request.param is None else tmp_path_factory.mktemp("native")
     try:
-        library = load_native_library()
+        library = load_native_library(cache_dir, request.param)
     except NativeUnavailableError as error:
         pytest.skip(str(error))
     return lambda num_threads: NativeOps(library, num_threads)
