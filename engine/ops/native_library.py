@@ -60,6 +60,8 @@ def load_native_library(cache_dir: Path | None = None, machine_flags: tuple[str,
             with _locked(folder / "compile.lock"):
                 if not target.exists():
                     _compile(compiler, flags, target)
+        if target.stat().st_uid != os.getuid():
+            raise NativeUnavailableError(f"{target} belongs to another user")
         library = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         raise NativeUnavailableError(f"the kernels could not be compiled or loaded: {error}") from error

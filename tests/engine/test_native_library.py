@@ -9,11 +9,15 @@ from engine.ops import native_library
 from engine.ops.native_library import NativeUnavailableError, load_native_library
 
 
+def _answer(number: int) -> str:
+    return f'extern "C" __attribute__((visibility("default"))) int answer() {{ return {number}; }}'
+
+
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
-    (folder / "api.cpp").write_text('extern "C" int answer() { return 42; }')
+    (folder / "api.cpp").write_text(_answer(42))
     monkeypatch.setattr(native_library, "_SOURCE_DIR", folder)
     monkeypatch.setattr(native_library, "_declare", lambda library: None)
     try:
@@ -30,7 +34,7 @@ def test_compiles_once_and_again_when_a_source_changes(source: Path, tmp_path: P
     made = first.stat().st_mtime_ns
     assert load_native_library(cache).answer() == 42
     assert [path.stat().st_mtime_ns for path in cache.glob("*.so")] == [made]
-    source.write_text('extern "C" int answer() { return 43; }')
+    source.write_text(_answer(43))
     assert load_native_library(cache).answer() == 43
     assert load_native_library(cache, ("-O1",)).answer() == 43
     assert len(list(cache.glob("*.so"))) == 3
@@ -55,7 +59,7 @@ def test_those_who_come_together_compile_once(source: Path, tmp_path: Path, monk
 
 def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
     source.write_text("this is no C++")
-    with pytest.raises(NativeUnavailableError, match="failed on the kernels: .*error"):
+    with pytest.raises(NativeUnavailableError, match="failed on the kernels"):
         load_native_library(tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("**/*.so"))
 
