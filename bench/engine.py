@@ -17,11 +17,11 @@ from bench.peers import EngineName, Peer, PeerError, start_peer, stopped_at_the_
 
 _SHAPES = Path(__file__).resolve().parent / "models.yaml"
 _RANDOM_CHECKPOINT = Path(__file__).resolve().parent.parent / "models" / "random_checkpoint.py"
-_DECODE_PROMPT_TOKENS, _DECODE_STEPS = 224, 64  # so that the context is 256 on average
+_DECODE_PROMPT_TOKENS, _DECODE_STEPS = 240, 32  # so that the context is 256 on average
 _OWN = "tandem"
 
 DESCRIPTION = """\
-Measures prefill (tokens/s of one prompt, one token out) and decode (tokens/s with 224 to 288 tokens of context) of
+Measures prefill (tokens/s of one prompt, one token out) and decode (tokens/s with 240 to 272 tokens of context) of
 several engines on random-weight checkpoints. Every engine is a process of its own; in each round every engine measures
 each cell once, in turn, while the others are stopped. A cell is the median of the rounds."""
 EPILOG = """\
@@ -161,7 +161,8 @@ def measure_all(
                     if round_number >= 0:
                         result.rounds[name_text].append(rate)
             limits.append(limits_peer.ask(do="limits"))
-            say(f"{model}, {threads} threads: round {round_number + 1} of {rounds} done")
+            load = os.getloadavg()[0]  # what else the machine was doing, roughly
+            say(f"{model}, {threads} threads: round {round_number + 1} of {rounds} done, load average {load:.1f}")
     best = Limits(max(one["bytes_per_s"] for one in limits), max(one["flops_per_s"] for one in limits))
     return results, best
 
