@@ -53,11 +53,15 @@ class Peer:
         try:
             return _exchange(self._process, self._log, json.dumps(order), _ANSWER_TIMEOUT_S)
         finally:
-            self._signal(signal.SIGSTOP)
+            self.pause()
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
 
     def stop(self) -> None:
         self._signal(signal.SIGKILL)
-        self._process.wait()
+        with self._process:  # waits, and closes the pipes
+            pass
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -86,11 +90,10 @@ def start_peer(name: EngineName, model: Path, threads: int, log: Path, vllm_pyth
     try:
         _exchange(process, log, None, _START_TIMEOUT_S)
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        Peer(process, log, 0.0).stop()
         raise
     peer = Peer(process, log, time.perf_counter() - started_s)
-    peer._signal(signal.SIGSTOP)
+    peer.pause()
     return peer
 
 
