@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.clock import Clock
-from core.errors import DeadlineError, StaleEpochError, TandemError, error_from_code
+from core.errors import DeadlineError, DuplicateRequestError, StaleEpochError, TandemError, error_from_code
 from core.session import Cancel, PrefillCommand, PrefillEvent, PrefillFinished, RequestFailed, SubmitPrefill
 from core.shipment import Manifest
 from prefill_worker.loop import Hold, LoopCommand, LoopEvent, Release, Submit, Tell
@@ -24,7 +24,7 @@ from worker.attempt_key import Key
 log = logging.getLogger(__name__)
 
 LEASE_CHECK_S = 0.25
-FORGOTTEN_KEPT = 4096  # how many ended attempts are remembered, to answer late pulls with a reason
+ENDED_KEPT = 4096  # how many ended attempts are remembered, to answer late pulls with a reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ class PrefillService:
         self._clock = clock
         self._outboxes: dict[int, Outbox[PrefillEvent]] = {}
         self._next_session_id = 0
-        self._live: dict[Key, _Attempt] = {}
+        self._attempts: dict[Key, _Attempt] = {}  # live and leased ones
+        self._known: set[_Attempt] = set()  # the same
         self._leases = LeaseTable()
         self._leased: dict[_Attempt, tuple[Key, Manifest]] = {}
         self._waiters: dict[_Attempt, asyncio.Future[Manifest]] = {}
@@ -61,29 +62,29 @@ class PrefillService:
     def handle(self, session_id: int, command: PrefillCommand) -> None:
         match command:
             case SubmitPrefill(handle, request):
-                key = Key(session_id, handle)
-                self._live[key] = _Attempt(request.request_id, request.epoch)
-                self._post(Submit(key, command))
+                self._submit(Key(session_id, handle), _Attempt(request.request_id, request.epoch), command)
             case Cancel(handle):
                 self._cancel(Key(session_id, handle))
 
     def close_session(self, session_id: int) -> None:
-        """The router is gone: what it asked for is dropped, except KV that decode may be fetching under its lease.
-
-        A router that restarts does not know its old requests, so nobody would read the answers.
-        """
+        """The router is gone: what it asked for is dropped. One that restarts knows nothing of its old requests."""
         del self._outboxes[session_id]
-        for key in [key for key in self._live if key.session_id == session_id]:
+        for key in [key for key in self._attempts if key.session_id == session_id]:
             self._cancel(key)
-        for key, _ in [held for held in self._leased.values() if held[0].session_id == session_id]:
-            self._cancel(key)
+
+    def _submit(self, key: Key, attempt: _Attempt, command: SubmitPrefill) -> None:
+        if attempt in self._known:  # of another router: ids come from clients
+            error = DuplicateRequestError("A request with this id is being served already.")
+            self._outboxes[key.session_id].put(RequestFailed(key.handle, error.code, error.message))
+            return
+        self._attempts[key] = attempt
+        self._known.add(attempt)
+        self._ended.pop(attempt, None)  # an id that has been used before may be used again
+        self._post(Submit(key, command))
 
     def _cancel(self, key: Key) -> None:
-        attempt = self._live.pop(key, None)
-        if attempt is None:
-            attempt = next((a for a, (held, _) in self._leased.items() if held == key), None)
-        if attempt is not None:
-            self._end(attempt, StaleEpochError("the attempt was cancelled"))
+        if key in self._attempts:
+            self._end(key, StaleEpochError("the attempt was cancelled"))
             self._post(Release(key))
 
     # --- the loop ---
@@ -98,31 +99,32 @@ class PrefillService:
                     self._hold(key, manifest)
 
     def _tell(self, key: Key, event: PrefillEvent) -> None:
-        if (attempt := self._live.get(key)) is None:
+        if key not in self._attempts:
             return  # cancelled meanwhile
         if isinstance(event, RequestFailed):
-            del self._live[key]
-            self._end(attempt, error_from_code(event.code, event.message))
+            self._end(key, error_from_code(event.code, event.message))
         elif isinstance(event, PrefillFinished) and event.finish_reason is not None:
-            del self._live[key]
-            self._end(attempt, StaleEpochError("the answer was complete with its first token"))
+            self._end(key, StaleEpochError("the answer was complete with its first token"))
         if (outbox := self._outboxes.get(key.session_id)) is not None:
             outbox.put(event)
 
     def _hold(self, key: Key, manifest: Manifest) -> None:
-        if (attempt := self._live.pop(key, None)) is None:
+        if (attempt := self._attempts.get(key)) is None:
             return  # cancelled meanwhile: the loop has its Release already
-        self._leases.hold(manifest.request_id, manifest.epoch, manifest.block_ids, self._clock.now_s() + self._lease_s)
+        expires_s = self._clock.now_s() + self._lease_s
+        self._leases.hold(manifest.request_id, manifest.epoch, manifest.block_ids, expires_s)
         self._leased[attempt] = (key, manifest)
         if (waiter := self._waiters.pop(attempt, None)) is not None and not waiter.done():
             waiter.set_result(manifest)
 
-    def _end(self, attempt: _Attempt, reason: TandemError) -> None:
+    def _end(self, key: Key, reason: TandemError) -> None:
         """The attempt's KV is not to be had any more."""
+        attempt = self._attempts.pop(key)
+        self._known.discard(attempt)
         self._leased.pop(attempt, None)
         self._leases.drop(attempt.request_id, attempt.epoch)
         self._ended[attempt] = reason
-        if len(self._ended) > FORGOTTEN_KEPT:
+        if len(self._ended) > ENDED_KEPT:
             del self._ended[next(iter(self._ended))]
         if (waiter := self._waiters.pop(attempt, None)) is not None and not waiter.done():
             waiter.set_exception(reason)
@@ -149,7 +151,7 @@ class PrefillService:
         if self._leases.acknowledge(request_id, epoch, self._clock.now_s()) is None:
             return False
         key, _ = self._leased[attempt]
-        self._end(attempt, StaleEpochError("the KV was fetched already"))
+        self._end(key, StaleEpochError("the KV was fetched already"))
         self._post(Release(key))
         return True
 
@@ -160,8 +162,7 @@ class PrefillService:
         while True:
             await asyncio.sleep(LEASE_CHECK_S)
             for lease in self._leases.expire(self._clock.now_s()):
-                attempt = _Attempt(lease.request_id, lease.epoch)
-                key, _ = self._leased[attempt]
+                key, _ = self._leased[_Attempt(lease.request_id, lease.epoch)]
                 log.warning("the lease of %s ended before decode fetched its KV", lease)
-                self._end(attempt, StaleEpochError("the lease on the KV has ended"))
+                self._end(key, StaleEpochError("the lease on the KV has ended"))
                 self._post(Release(key))
