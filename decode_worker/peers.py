@@ -26,8 +26,8 @@ class Peers:
     def control(self, source: KvSource) -> KvTransferClient:
         entry = self._channels.get(source.instance_id)
         if entry is None:
-            channel = open_channel(source.address, self._token)
-            entry = channel, KvTransferClient(channel, source.instance_id)
+            channel = open_channel(source.address)
+            entry = channel, KvTransferClient(channel, source.instance_id, self._token)
             self._channels[source.instance_id] = entry
             if len(self._channels) > MAX_PEERS:
                 self.forget(next(iter(self._channels)))

@@ -23,6 +23,7 @@ from core.transfer import (
 )
 from tandem.rpc_errors import CODE_KEY
 from tandem.v1 import transfer_pb2, transfer_pb2_grpc
+from wire.channels import token_metadata
 from wire.convert import sampled_from_pb, sampled_to_pb
 from wire.status import abort, error_from_rpc
 
@@ -40,9 +41,13 @@ Reply = TypeVar("Reply")
 
 
 class KvTransferClient:
-    """A prefill instance as decode reaches it (`core.transfer.PeerControl`). The channel stays the caller's."""
+    """A prefill instance as decode reaches it (`core.transfer.PeerControl`). The channel stays the caller's.
 
-    def __init__(self, channel: grpc.aio.Channel, instance_id: str) -> None:
+    `token` is for a channel opened without one: every hand-over waits for calls, and interceptors make them slower.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, instance_id: str, token: str | None = None) -> None:
+        self._metadata = token_metadata(token)
         self._stub = transfer_pb2_grpc.KvTransferServiceStub(channel)
         self._instance_id = instance_id
         self._link_calls: dict[str, grpc.aio.UnaryStreamCall[Any, Any]] = {}
@@ -59,7 +64,7 @@ class KvTransferClient:
             uid=offer.host.uid,
             roads=[_ROAD_TO_PB[road] for road in offer.roads],
         )
-        call = self._stub.Link(request)
+        call = self._stub.Link(request, metadata=self._metadata)
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await call.read()
@@ -97,7 +102,7 @@ class KvTransferClient:
 
     async def pull(self, request_id: str, epoch: int, timeout_s: float) -> Manifest:
         request = transfer_pb2.PullRequest(request_id=request_id, epoch=epoch)
-        reply = await _call(self._stub.Pull, request, timeout_s)
+        reply = await self._call(self._stub.Pull, request, timeout_s)
         return Manifest(
             request_id=reply.request_id,
             epoch=reply.epoch,
@@ -123,29 +128,28 @@ class KvTransferClient:
             window_bytes=grant.window_bytes,
             checksum=grant.checksum,
         )
-        reply = await _call(self._stub.Grant, request, timeout_s)
+        reply = await self._call(self._stub.Grant, request, timeout_s)
         return GrantReply(reply.sent_bytes, reply.checksum)
 
     async def acknowledge(self, request_id: str, epoch: int, timeout_s: float) -> bool:
         request = transfer_pb2.AcknowledgeRequest(request_id=request_id, epoch=epoch)
-        reply = await _call(self._stub.Acknowledge, request, timeout_s)
+        reply = await self._call(self._stub.Acknowledge, request, timeout_s)
         return bool(reply.owned)
 
     async def rendezvous_set(self, link_id: str, key: str, value: bytes, timeout_s: float) -> None:
         request = transfer_pb2.RendezvousSetRequest(link_id=link_id, key=key, value=value)
-        await _call(self._stub.RendezvousSet, request, timeout_s)
+        await self._call(self._stub.RendezvousSet, request, timeout_s)
 
     async def rendezvous_get(self, link_id: str, key: str, timeout_s: float) -> bytes:
         request = transfer_pb2.RendezvousGetRequest(link_id=link_id, key=key)
-        reply = await _call(self._stub.RendezvousGet, request, timeout_s)
+        reply = await self._call(self._stub.RendezvousGet, request, timeout_s)
         return bytes(reply.value)
 
-
-async def _call(method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
-    try:
-        return await method(request, timeout=max(0.0, timeout_s))
-    except grpc.aio.AioRpcError as error:
-        raise _peer_error(error) from error
+    async def _call(self, method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
+        try:
+            return await method(request, timeout=max(0.0, timeout_s), metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise _peer_error(error) from error
 
 
 def _peer_error(rpc_error: grpc.aio.AioRpcError) -> TandemError:

@@ -16,6 +16,8 @@ from worker.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 
+SETTLE_S = 0.02  # self-checks take their time: not while the next request may be on its way
+
 Command = TypeVar("Command")
 CommandIn = TypeVar("CommandIn", contravariant=True)
 Event = TypeVar("Event")
@@ -35,7 +37,7 @@ class StepLoop(Protocol[CommandIn, Event]):
         ...
 
     def idle(self) -> None:
-        """Called when there is nothing to do: the moment for self-checks."""
+        """Called once when there has been nothing to do for a moment: the time for self-checks."""
         ...
 
     def take_events(self) -> list[Event]:
@@ -99,9 +101,10 @@ class LoopThread(Generic[Command, Event]):
             self._call_soon(lambda: self._on_crash(crash))
 
     def _turn_until_stopped(self, loop: StepLoop[Command, Event]) -> None:
-        busy = False
+        quiet_turns = 0  # so many turns in a row had nothing to compute
         while True:
-            for command in self._mailbox.take_all(0.0 if busy else self._idle_wait_s):
+            commands = self._mailbox.take_all((0.0, SETTLE_S, self._idle_wait_s)[min(quiet_turns, 2)])
+            for command in commands:
                 if command is None:
                     return
                 loop.apply(command)
@@ -110,8 +113,11 @@ class LoopThread(Generic[Command, Event]):
             if busy:
                 loop.compute()
                 self._flush(loop)
+                quiet_turns = 0
             else:
-                loop.idle()
+                quiet_turns = 1 if commands else quiet_turns + 1
+                if quiet_turns == 2:
+                    loop.idle()
 
     def _flush(self, loop: StepLoop[Command, Event]) -> None:
         if events := loop.take_events():

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import uvloop
+
 from core.config import WorkerConfig
 from core.config_file import load_config
 from core.errors import TandemError
@@ -63,7 +65,9 @@ def run_from_command_line(role: str, make_worker: Callable[[WorkerConfig], Worke
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     try:
-        return asyncio.run(_run(make_worker(load_config(args.config, WorkerConfig))))
+        worker = make_worker(load_config(args.config, WorkerConfig))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_run(worker))
     except TandemError as error:
         print(f"{parser.prog}: {error.message}", file=sys.stderr)
         return 1

@@ -95,3 +95,31 @@ async def test_a_loop_that_cannot_be_made_is_told_to_whoever_starts_it() -> None
     with pytest.raises(CheckpointError, match="no such model"):
         await thread.start()
     await thread.stop()
+
+
+class Checked(Doubler):
+    """Counts its self-checks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checks = 0
+        self.checked = threading.Event()
+
+    def idle(self) -> None:
+        self.checks += 1
+        self.checked.set()
+
+
+async def test_self_checks_come_once_after_the_work_and_not_between_two_turns_of_it() -> None:
+    loop, collector = Checked(), Collector()
+    thread: LoopThread[int, int] = LoopThread("checked", lambda: loop, collector.deliver, collector.crashed, 0.001)
+    await thread.start()
+    assert await asyncio.to_thread(loop.checked.wait, 5)
+    await asyncio.sleep(0.05)
+    assert loop.checks == 1, "nothing has happened since the first"
+    loop.checked.clear()
+    thread.post(1)
+    assert await asyncio.to_thread(loop.checked.wait, 5)
+    assert collector.events == [2], "the work came first"
+    await thread.stop()
+    assert loop.checks == 2
