@@ -152,10 +152,12 @@ def model_card(facts: dict[str, Any]) -> str:
             tokens are short chats made of its documented functions ("Write a function ... that ..." and the source),
             and a few sentences in which the model introduces itself. {len(facts["held_out_by_file"])} files, drawn by
             the seed, were held out. SHA-256 of the corpus: `{facts["corpus_sha256"]}`.""",
-        "training": f"""{facts["steps_done"]} steps of {recipe["step_tokens"]:,} tokens,
+        "training": f"""{facts["steps_done"]:,} steps of {recipe["step_tokens"]:,} tokens,
             {trained_tokens / 1e6:.1f} million in all ({trained_tokens / facts["training_tokens"]:.1f} epochs), in
-            {facts["seconds"] / 60:.0f} minutes with {facts["threads"]} threads on a CPU that had other work too; seed
-            {recipe["seed"]}, torch {facts["torch"]}, fp32. Muon for the matrices of the layers, AdamW for the rest.
+            {facts["seconds"] / 60:.0f} minutes (threads: {facts["threads"]}) on a CPU that had other work too; seed
+            {recipe["seed"]}, torch {facts["torch"]}, fp32. Embedding and head were first fitted to the counts of
+            token pairs ({recipe["pair_steps"]} steps over all of them); then Muon for the matrices of the layers and
+            AdamW for the rest.
             Sequences of {recipe["sequence_tokens"]} tokens, in the last {recipe["long_fraction"]:.0%} of the steps of
             {recipe["long_sequence_tokens"]:,}. Training loss in nats per token: {curve}.""",
         "limits": f"""It knows the shape of Python, not its meaning: names are plausible, programs seldom work. Chats
@@ -181,8 +183,8 @@ tags: [llama, code, python]
 
 ## Training
 
-    python -m models.train_tiny_python --out models/tiny-python --steps {recipe["steps"]} --seed {recipe["seed"]} \
-        --threads {facts["threads"]}
+    python -m models.train_tiny_python --out models/tiny-python --steps {recipe["steps"]} \\
+        --step-tokens {recipe["step_tokens"]} --seed {recipe["seed"]} --threads {facts["threads"]}
 
 {filled["training"]}
 

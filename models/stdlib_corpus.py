@@ -32,14 +32,15 @@ LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
 MAX_CHAT_LINES = 40
 SPLIT_PROBABILITY = 0.35
 # How summaries begin that can be put as "a function that ...s".
-VERBS = frozenset(
+VERB_LIST = (
     "add adjust apply ask assert bind call cancel change check clear close compare compile compute configure connect "
     "construct convert copy create debug decide decode delete destroy determine display emit encode ensure execute "
     "extend extract fetch find flush format generate get guess handle initialize insert install invoke iterate load "
     "log make mark move normalize open override parse print process produce push put query raise read receive "
     "register release remove replace report reset resolve retrieve return round run save search send set show split "
-    "start stop store swap take test toggle try turn unbind unregister update use validate wait wrap write".split()  # noqa: SIM905 - a list of them would be a page long
+    "start stop store swap take test toggle try turn unbind unregister update use validate wait wrap write"
 )
+VERBS = frozenset(VERB_LIST.split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,15 @@ from transformers import LlamaForCausalLM
 
 from models.muon import orthogonalized
 from models.tiny_tokenizer import train_tokenizer
-from models.train_tiny_python import Recipe, Run, batch_at, make_optimizers, model_config, training_stream
+from models.train_tiny_python import (
+    Recipe,
+    Run,
+    batch_at,
+    learn_pairs,
+    make_optimizers,
+    model_config,
+    training_stream,
+)
 
 RECIPE = Recipe(
     seed=5,
@@ -20,6 +28,7 @@ RECIPE = Recipe(
     sequence_tokens=16,
     long_sequence_tokens=32,
     long_fraction=0.1,
+    pair_steps=30,
     warmup_steps=10,
     decay_fraction=0.5,
     adamw_learning_rate=1e-3,
@@ -85,6 +94,15 @@ def small_run() -> Run:
     config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 4})
     model = LlamaForCausalLM(config)
     return Run(model, make_optimizers(model, RECIPE), step=0, seconds=0.0, losses=[])
+
+
+def test_pairs_teach_what_follows_what() -> None:
+    model = small_run().model
+    stream = torch.arange(3000, dtype=torch.int32) % 7
+    learn_pairs(model, stream, steps=60)
+    with torch.no_grad():
+        logits: Any = model(input_ids=torch.arange(7)[None]).logits
+    assert logits[0].argmax(dim=1).tolist() == [1, 2, 3, 4, 5, 6, 0]
 
 
 def advance(run: Run) -> None:
