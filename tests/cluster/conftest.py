@@ -7,7 +7,7 @@ import pytest
 
 from tests.cluster.harness import Cluster, running_cluster
 
-BUILT_IN = Path("/tmp/tiny-python")
+BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"
 
 
 @pytest.fixture(scope="session")
