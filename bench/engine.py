@@ -262,7 +262,9 @@ def main() -> int:
     for threads in map(int, args.threads.split(",")):
         for model in args.models.split(","):
             measured, limits = measure_all(model, threads, names, args.rounds, cells, args)
-            results += [with_ceiling(result, shapes[model], limits) for result in measured]
+            measured = [with_ceiling(result, shapes[model], limits) for result in measured]
+            results += measured
+            say("\n".join(table(measured, [str(name) for name in names])))
             say(f"limits: {limits.bytes_per_s / 1e9:.1f} GB/s read, {limits.flops_per_s / 1e9:.0f} GFLOP/s")
     starts = {} if args.no_start else start_times(args.models.split(",")[-1], args)
     texts = [str(name) for name in names]

@@ -76,7 +76,14 @@ inline void copy_left(float* to, const float* from, int n) {
     if (n & 1) to[n] = 0.0f;
 }
 inline void copy_left(uint32_t* to, const float* from, int n) {
-    for (int i = 0; i + 1 < n; i += 2) to[i / 2] = uint32_t(narrow(from[i])) | uint32_t(narrow(from[i + 1])) << 16;
+    int i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        const vu a = (vu)load(from + i), b = (vu)load(from + i + VL);
+        using Lanes = std::make_integer_sequence<int, VL>;
+        const vu even = narrow((vf)shuffle(a, b, every_second<0>(Lanes{})));
+        store(to + i / 2, even | narrow((vf)shuffle(a, b, every_second<1>(Lanes{}))) << 16);
+    }
+    for (; i + 1 < n; i += 2) to[i / 2] = uint32_t(narrow(from[i])) | uint32_t(narrow(from[i + 1])) << 16;
     if (n & 1) to[n / 2] = narrow(from[n - 1]);
 }
 

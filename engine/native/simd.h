@@ -149,6 +149,12 @@ constexpr auto second_lanes(std::integer_sequence<int, J...>) {
     return std::integer_sequence<int, ((J & S) ? VL + J : J + S)...>{};
 }
 
+// Of two vectors one after the other, every second lane, from FIRST on.
+template <int FIRST, int... J>
+constexpr auto every_second(std::integer_sequence<int, J...>) {
+    return std::integer_sequence<int, FIRST + 2 * J...>{};
+}
+
 template <int S>
 inline void transpose_stage(vu* rows) {
     using Lanes = std::make_integer_sequence<int, VL>;
