@@ -161,7 +161,8 @@ def model_card(facts: dict[str, Any]) -> str:
             Sequences of {recipe["sequence_tokens"]} tokens, in the last {recipe["long_fraction"]:.0%} of the steps of
             {recipe["long_sequence_tokens"]:,}. Training loss in nats per token: {curve}.""",
         "limits": f"""It knows the shape of Python, not its meaning: names are plausible, programs seldom work. Chats
-            are one question and one answer about a function. The context is {facts["context_tokens"]:,} tokens, of
+            are one question and one answer: "Write a function NAME that DOES SOMETHING." gets a function, most other
+            messages get its introduction. The context is {facts["context_tokens"]:,} tokens, of
             which training saw at most {recipe["long_sequence_tokens"]:,}. Other languages than Python and English
             are bytes it has hardly seen.""",
     }
