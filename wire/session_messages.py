@@ -128,12 +128,12 @@ def _tokens_from_pb(pb: worker_pb2.DecodeTokens) -> DecodeTokens:
         logprobs = [convert.logprob_from_pb(logprob) for logprob in pb.logprobs]
         tokens = tuple(SampledToken(i, logprob) for i, logprob in zip(pb.token_ids, logprobs, strict=True))
     else:
-        tokens = tuple(SampledToken(token_id) for token_id in pb.token_ids)
+        tokens = tuple(map(SampledToken, pb.token_ids))
     return DecodeTokens(
-        handle=pb.handle,
-        tokens=tokens,
-        finish_reason=convert.finish_from_pb(pb.finish_reason),
-        queue_s=pb.queue_s if pb.HasField("queue_s") else None,
+        pb.handle,
+        tokens,
+        convert.finish_from_pb(pb.finish_reason),
+        pb.queue_s if pb.HasField("queue_s") else None,
     )
 
 
@@ -158,7 +158,7 @@ def decode_event_to_pb(event: DecodeEvent) -> worker_pb2.DecodeSessionResponse:
 def decode_event_from_pb(pb: worker_pb2.DecodeSessionResponse) -> DecodeEvent:
     match pb.WhichOneof("event"):
         case "frame":
-            return DecodeFrame(tuple(_tokens_from_pb(item) for item in pb.frame.items), pb.frame.step_s)
+            return DecodeFrame(tuple(map(_tokens_from_pb, pb.frame.items)), pb.frame.step_s)
         case "reserved":
             return DecodeReserved(pb.reserved.handle)
         case "committed":
