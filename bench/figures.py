@@ -51,7 +51,7 @@ def _aim(quantity: Quantity, num_streams: int) -> float | None:
     return 100.0 if num_streams == 32 else None
 
 
-def figures_of(samples: Sequence[Sample]) -> list[Figure]:
+def figures_of(samples: Sequence[Sample], *, clock_with_aims: str) -> list[Figure]:
     """One figure for all samples that differ in their value only, in the order of their first appearance."""
     groups: defaultdict[tuple[str, int, Quantity, str], list[float]] = defaultdict(list)
     for sample in samples:
@@ -69,7 +69,7 @@ def figures_of(samples: Sequence[Sample]) -> list[Figure]:
                 median=median(values),
                 least=min(values),
                 most=max(values),
-                aim=_aim(quantity, num_streams),
+                aim=_aim(quantity, num_streams) if clock == clock_with_aims else None,
             )
         )
     return figures

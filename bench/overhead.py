@@ -2,10 +2,10 @@
 
 router     CPU time of a router process per request, and per token and request, over HTTP SSE and over gRPC, with 1, 8
            and 32 streams at once. Its workers are scripted: they keep the pace of an engine and compute nothing.
-road       A router, a prefill and a decode worker on a real model. Per request: what the client waits beyond the two
-           engine steps of an answer of two tokens. Per token and request: what the decode of long answers takes beyond
-           the engine's steps, divided by their tokens. Beside the wall time, the CPU time of all three processes
-           without the threads that compute.
+road       A router, a prefill and a decode worker on a real model. Wall time per request: what the client waits beyond
+           the two engine steps of an answer of two tokens. Wall time per token and request: what the decode of long
+           answers takes beyond the engine's steps, divided by their tokens. CPU time: of all three processes, without
+           the threads that compute.
 handover   Time per megabyte of KV from pool to pool, with everything a decode worker waits for, and a plain memory
            copy of as many bytes in the same run.
 
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import handover
-from bench.figures import Figure, Sample, figures_of, figures_table
+from bench.figures import Sample, figures_of, figures_table
 from bench.processes import BenchError, Launcher
 from bench.road import measure_road
 from bench.router_cost import measure_routers
@@ -58,10 +58,10 @@ THOROUGH = Effort(num_rounds=7, num_tokens=256, num_short=6)
 QUICK = Effort(num_rounds=2, num_tokens=64, num_short=2)
 
 
-async def _print_figures(title: str, samples: Sequence[Sample]) -> list[Figure]:
-    figures = figures_of(samples)
+def _print_figures(title: str, samples: Sequence[Sample], clock_with_aims: str) -> list[dict[str, Any]]:
+    figures = figures_of(samples, clock_with_aims=clock_with_aims)
     print(f"\n{title}\n{figures_table(figures)}", flush=True)
-    return figures
+    return [asdict(figure) for figure in figures]
 
 
 async def _print_handover(effort: Effort) -> list[dict[str, Any]]:
@@ -75,13 +75,16 @@ async def _print_handover(effort: Effort) -> list[dict[str, Any]]:
             results = await handover.measure(
                 layout, _HANDOVER_BYTES // block_bytes, scattered=is_scattered, repetitions=3 * effort.num_rounds
             )
+            fastest = max(results, key=lambda result: result.share_of_plain)  # which is what a decode worker takes
             for result in results:
                 blocks = f"{name}, {'scattered' if is_scattered else 'one run'}"
-                verdict = "met" if result.share_of_plain >= _HANDOVER_AIM else "missed"
+                verdict = ""
+                if result is fastest:
+                    verdict = f"{'met' if result.share_of_plain >= _HANDOVER_AIM else 'missed'} ({_HANDOVER_AIM:.0%})"
                 plain_ms = result.plain_s / result.num_bytes * 1e9
                 print(
                     f"{blocks:>24} {result.road.value:>14} {result.seconds_per_megabyte * 1e3:>10.3f} {plain_ms:>10.3f}"
-                    f" {result.share_of_plain:>12.0%}  {verdict} ({_HANDOVER_AIM:.0%})",
+                    f" {result.share_of_plain:>12.0%}  {verdict}".rstrip(),
                     flush=True,
                 )
                 rows.append({"blocks": blocks, "share_of_plain": result.share_of_plain, **asdict(result)})
@@ -98,13 +101,11 @@ async def measure(parts: Sequence[str], effort: Effort, model: Path, against: Pa
     if "router" in parts:
         async with Launcher(model) as launcher:
             samples = await measure_routers(launcher, against, num_rounds, num_tokens, num_short)
-        figures = await _print_figures("Router alone (scripted workers, a token every 10 ms)", samples)
-        result["router"] = [asdict(figure) for figure in figures]
+        result["router"] = _print_figures("Router alone (scripted workers, a token every 10 ms)", samples, "CPU")
     if "road" in parts:
         async with Launcher(model) as launcher:
             samples = await measure_road(launcher, num_rounds, num_tokens, num_short)
-        figures = await _print_figures(f"Whole road (model in {model.name}, one thread for each worker)", samples)
-        result["road"] = [asdict(figure) for figure in figures]
+        result["road"] = _print_figures(f"Whole road ({model.name}, one thread for each worker)", samples, "wall")
     if "handover" in parts:
         result["handover"] = await _print_handover(effort)
     return result

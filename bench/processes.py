@@ -20,6 +20,7 @@ from wire.fleet import describe_fleet
 
 MODEL_NAME = "measured"
 CLUSTER_TOKEN = "bench-token"
+HEARTBEAT_S = 0.5  # as workers have it when nothing is set
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 20.0
 
@@ -94,7 +95,7 @@ class Launcher:
         started = {}
         for role in Role:
             section = {"engine": {"threads": 1, "kv_memory": "256MiB"}}
-            config = {"routers": [router.control], "heartbeat_s": 0.1, role.value: section}
+            config = {"routers": [router.control], "heartbeat_s": HEARTBEAT_S, role.value: section}
             module = f"{role.value}_worker"
             started[role] = await self._start(module, self._config(module, config), num_lines=1)
         await _wait_until_ready(router)

@@ -3,29 +3,36 @@
 import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 
 from bench.figures import Quantity, Sample
-from bench.processes import Launcher, Process, Router
-from bench.router_cost import SHORT_TOKENS, STREAMS
-from bench.streams import Answer, Api, Client, ask_all, connect
+from bench.processes import HEARTBEAT_S, Launcher, Process, Router
+from bench.router_cost import SHORT_TOKENS, STREAMS, rounds_of_short
+from bench.streams import Api, Client, ask_all, connect
 from core.session import Role
 
-_REPORT_S = 0.4  # after so long the last heartbeat has told of the last step
+_REPORT_S = HEARTBEAT_S + 0.2  # after so long a heartbeat has told of the last step
 
 
-@dataclass(frozen=True, slots=True)
-class _Cluster:
-    router: Router
-    workers: dict[Role, Process]
+class _Meter:
+    """What a router and its workers have spent since the last reading."""
 
-    async def step_s(self) -> dict[Role, float]:
-        """Time each role has spent in steps so far."""
+    def __init__(self, router: Router, workers: Sequence[Process]) -> None:
+        self._router = router
+        self._processes = (router.process, *workers)
+        self._step_s: dict[Role, float] = {}
+        self._cpu_s: list[dict[int, float]] = []
+
+    async def begin(self) -> None:
         await asyncio.sleep(_REPORT_S)
-        return {status.role: status.step_s for status in await self.router.instances()}
+        self._step_s = {status.role: status.step_s for status in await self._router.instances()}
+        self._cpu_s = [process.cpu_s_by_thread() for process in self._processes]
 
-    def cpu_s_by_thread(self) -> list[dict[int, float]]:
-        return [process.cpu_s_by_thread() for process in (self.router.process, *self.workers.values())]
+    async def read(self) -> tuple[float, dict[Role, float]]:
+        """(CPU time beside the engine, time of each role in steps), in seconds; then it begins anew."""
+        cpu_before, steps_before = self._cpu_s, self._step_s
+        cpu_s = cpu_beside_engine_s(cpu_before, [process.cpu_s_by_thread() for process in self._processes])
+        await self.begin()
+        return cpu_s, {role: step_s - steps_before[role] for role, step_s in self._step_s.items()}
 
 
 def cpu_beside_engine_s(before: Sequence[dict[int, float]], after: Sequence[dict[int, float]]) -> float:
@@ -46,48 +53,42 @@ async def measure_road(launcher: Launcher, num_rounds: int, num_tokens: int, num
     samples: list[Sample] = []
     async with AsyncExitStack() as stack:
         router = await launcher.router()
-        cluster = _Cluster(router, await launcher.workers(router))
+        meter = _Meter(router, list((await launcher.workers(router)).values()))
         clients = {api: await stack.enter_async_context(connect(router, api, max(STREAMS))) for api in Api}
         for api in Api:
             await ask_all(clients[api], SHORT_TOKENS, label="first")
+        await meter.begin()
         for index in range(num_rounds):
-            for api in Api:
-                label = f"{index}-{api.name}"
-                samples += await _per_request(cluster, api, clients[api][:1], 8 * num_short, f"{label}-short")
-                for num_streams in STREAMS:
-                    samples += await _per_token(
-                        cluster, api, clients[api][:num_streams], num_tokens, f"{label}-{num_streams}"
-                    )
+            for num_streams in STREAMS:
+                for api in Api:
+                    label = f"{index}-{api.name}-{num_streams}"
+                    asked = clients[api][:num_streams]
+                    samples += await _measure(meter, api.value, asked, num_tokens, num_short, label)
     return sorted(samples, key=lambda sample: (sample.quantity.name, sample.clock, sample.num_streams))
 
 
-async def _per_request(cluster: _Cluster, api: Api, clients: Sequence[Client], rounds: int, label: str) -> list[Sample]:
-    """One request after the other; of each, the time that is in none of its two steps."""
-    steps_s, threads = await cluster.step_s(), cluster.cpu_s_by_thread()
-    answers = await ask_all(clients, SHORT_TOKENS, rounds=rounds, label=label)
-    cpu_s = cpu_beside_engine_s(threads, cluster.cpu_s_by_thread())
-    computed_s = sum((await cluster.step_s()).values()) - sum(steps_s.values())
-    waited_s = sum(answer.last_s - answer.sent_s for answer in answers)
-    return [
-        Sample(api.value, 1, Quantity.PER_REQUEST, "wall", (waited_s - computed_s) / len(answers)),
-        Sample(api.value, 1, Quantity.PER_REQUEST, "CPU", cpu_s / len(answers)),
-    ]
-
-
-async def _per_token(
-    cluster: _Cluster, api: Api, clients: Sequence[Client], num_tokens: int, label: str
+async def _measure(
+    meter: _Meter, what: str, clients: Sequence[Client], num_tokens: int, num_short: int, label: str
 ) -> list[Sample]:
-    """From the first of the second tokens to the last token of all, decode always has something to do."""
-    steps_s, threads = await cluster.step_s(), cluster.cpu_s_by_thread()
-    answers = await ask_all(clients, num_tokens, label=label)
-    cpu_s = cpu_beside_engine_s(threads, cluster.cpu_s_by_thread())
-    computed_s = (await cluster.step_s())[Role.DECODE] - steps_s[Role.DECODE]
-    total_tokens = len(answers) * (num_tokens - 1)
-    return [
-        Sample(api.value, len(clients), Quantity.PER_TOKEN, "wall", (_decode_s(answers) - computed_s) / total_tokens),
-        Sample(api.value, len(clients), Quantity.PER_TOKEN, "CPU", cpu_s / total_tokens),
+    """Short answers and long ones: two equations for the CPU time of a request and of a further token."""
+    num_streams = len(clients)
+    rounds = rounds_of_short(num_streams, num_short)
+    short = await ask_all(clients, SHORT_TOKENS, rounds=rounds, label=f"{label}-short")
+    short_cpu_s, short_steps_s = await meter.read()
+    long = await ask_all(clients, num_tokens, label=f"{label}-long")
+    long_cpu_s, long_steps_s = await meter.read()
+    token_cpu_s = (long_cpu_s / num_streams - short_cpu_s / len(short)) / (num_tokens - SHORT_TOKENS)
+    request_cpu_s = short_cpu_s / len(short) - SHORT_TOKENS * token_cpu_s
+    # From the first of the first tokens to the last token of all, decode nearly always has something to do.
+    decode_s = max(answer.last_s for answer in long) - min(answer.first_s for answer in long)
+    token_wall_s = (decode_s - long_steps_s[Role.DECODE]) / (num_streams * (num_tokens - 1))
+    samples = [
+        Sample(what, num_streams, Quantity.PER_REQUEST, "CPU", request_cpu_s),
+        Sample(what, num_streams, Quantity.PER_TOKEN, "CPU", token_cpu_s),
+        Sample(what, num_streams, Quantity.PER_TOKEN, "wall", token_wall_s),
     ]
-
-
-def _decode_s(answers: Sequence[Answer]) -> float:
-    return max(answer.last_s for answer in answers) - min(answer.first_s for answer in answers)
+    if num_streams == 1:  # with more, requests wait for each other's steps, and that is the engine's time
+        waited_s = sum(answer.last_s - answer.sent_s for answer in short)
+        request_wall_s = (waited_s - sum(short_steps_s.values())) / len(short)
+        samples.append(Sample(what, num_streams, Quantity.PER_REQUEST, "wall", request_wall_s))
+    return samples

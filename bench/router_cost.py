@@ -49,6 +49,11 @@ async def measure_routers(
     return sorted(samples, key=lambda sample: (sample.quantity.name, sample.num_streams))
 
 
+def rounds_of_short(num_streams: int, num_short: int) -> int:
+    """How many short answers each client asks for: few clients ask more often, for a steadier figure."""
+    return max(num_short, 16 * num_short // num_streams)
+
+
 async def _idle_share(router: Router) -> float:
     begun_s, cpu_s = time.monotonic(), router.process.cpu_s()
     await asyncio.sleep(_IDLE_S)
@@ -58,7 +63,7 @@ async def _idle_share(router: Router) -> float:
 async def _measure(case: _Case, num_streams: int, num_tokens: int, num_short: int) -> list[Sample]:
     """Short answers and long ones: two equations for what a request costs and what a further token does."""
     clients = case.clients[:num_streams]
-    rounds = max(num_short, 2 * num_short * 8 // num_streams)  # few streams ask more often, for a steadier figure
+    rounds = rounds_of_short(num_streams, num_short)
     short_s = await _cpu_s(case, clients, SHORT_TOKENS, rounds) / (num_streams * rounds)
     long_s = await _cpu_s(case, clients, num_tokens, 1) / num_streams
     per_token_s = (long_s - short_s) / (num_tokens - SHORT_TOKENS)

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 
+from bench.processes import HEARTBEAT_S
 from core.clock import SystemClock
 from core.errors import TandemError
 from core.request import FinishReason, GenerationRequest, SampledToken
@@ -37,7 +38,6 @@ from wire.fleet import send_heartbeat
 from wire.server import bind, build_server
 from wire.sessions import DecodeServicer, Outbox, PrefillServicer
 
-HEARTBEAT_S = 0.5
 _LETTERS = range(40, 72)  # ids that are one letter each in byte-level vocabularies whose first ids are the bytes
 
 

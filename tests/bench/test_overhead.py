@@ -18,7 +18,7 @@ def test_a_figure_is_the_median_of_its_rounds_beside_its_aim() -> None:
     samples = [Sample(fast, 32, Quantity.PER_TOKEN, "CPU", seconds) for seconds in (90e-6, 50e-6, 70e-6)]
     samples.append(Sample(slow, 32, Quantity.PER_TOKEN, "CPU", 100e-6))
     samples.append(Sample(slow, 8, Quantity.PER_TOKEN, "CPU", 900e-6))
-    figures = figures_of(samples)
+    figures = figures_of(samples, clock_with_aims="CPU")
     assert (figures[0].median, figures[0].least, figures[0].most) == pytest.approx((70, 50, 90))
     rows = figures_table(figures).splitlines()[1:]
     assert "70.00 us" in rows[0]
