@@ -18,11 +18,17 @@ from core.request import SamplingParams, TokenLogprob
 _Floats: TypeAlias = NDArray[np.float32]
 _Indices: TypeAlias = NDArray[np.int64]
 
-_PART = 256  # consecutive elements that are looked at together before any single one
+_PART = 512  # consecutive elements that are looked at together before any single one
 _LOWEST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it float32 would divide by zero
 
 
-def draw(row: Tensor, params: SamplingParams, noise: float) -> int | None:
+def scratch(vocab_size: int) -> _Floats:
+    """Room for the two rows that `draw` and `logprobs` write, made once for a batch: fresh memory for every row would
+    cost as much as what is computed in it."""
+    return np.empty((2, vocab_size), np.float32)
+
+
+def draw(row: Tensor, params: SamplingParams, noise: float, room: _Floats) -> int | None:
     """The token that `noise`, of [0, 1), means in penalised float32 logits [vocab]; None if they are not numbers."""
     logits: _Floats = row.numpy()
     best = int(logits.argmax())  # the first of the largest, or the first NaN
@@ -32,9 +38,9 @@ def draw(row: Tensor, params: SamplingParams, noise: float) -> int | None:
     if params.greedy:
         return best
     token_ids = _candidates(logits, highest, params)
-    weights = _weights(logits if token_ids is None else logits[token_ids], highest, params.temperature)
+    weights = _weights(logits if token_ids is None else logits[token_ids], highest, params.temperature, room[0])
     if params.top_p < 1.0:
-        least = _least_of_nucleus(weights, params.top_p)
+        least = _least_of_nucleus(weights, params.top_p, room[1])
         below = float(np.nextafter(least, np.float32(0.0)))
         # Several times faster than a comparison and a choice.
         torch.threshold_(torch.from_numpy(weights), below, 0.0)
@@ -43,13 +49,13 @@ def draw(row: Tensor, params: SamplingParams, noise: float) -> int | None:
     return index if token_ids is None else int(token_ids[index])
 
 
-def logprobs(row: Tensor, token_id: int, count: int) -> TokenLogprob:
+def logprobs(row: Tensor, token_id: int, count: int, room: _Floats) -> TokenLogprob:
     """Of one token, and of the `count` likeliest, of raw float32 logits [vocab]; NaN if they are not numbers."""
     logits: _Floats = row.numpy()
     highest = float(logits.max())
     if not math.isfinite(highest):
         return TokenLogprob(token_id, math.nan)
-    log_total = highest + math.log(_part_sums(_weights(logits, highest, 1.0))[-1])
+    log_total = highest + math.log(_part_sums(_weights(logits, highest, 1.0, room[0]))[-1])
     top: tuple[tuple[int, float], ...] = ()
     if count > 0:
         token_ids = _likeliest(logits, min(count, len(logits)))
@@ -83,17 +89,18 @@ def _kth_highest(values: _Floats, k: int) -> np.float32:
     return highest
 
 
-def _weights(logits: _Floats, highest: float, temperature: float) -> _Floats:
+def _weights(logits: _Floats, highest: float, temperature: float, room: _Floats) -> _Floats:
     """Proportional to the probabilities. Relative to the highest no temperature, however low, overflows."""
+    weights = room[: len(logits)]
     with np.errstate(over="ignore"):
-        weights: _Floats = logits - np.float32(highest)
+        np.subtract(logits, np.float32(highest), out=weights)
         if temperature != 1.0:
             weights /= np.float32(max(temperature, _LOWEST_TEMPERATURE))
     torch.from_numpy(weights).exp_()  # twice as fast as numpy's
     return weights
 
 
-def _least_of_nucleus(weights: _Floats, top_p: float) -> np.float32:
+def _least_of_nucleus(weights: _Floats, top_p: float, room: _Floats) -> np.float32:
     """The weight of the token at which the sum of the likeliest reaches `top_p` of all."""
     mass = top_p * float(_part_sums(weights)[-1])
     # Whatever is too little even if all the others were like it plays no part, and that is nearly all of a usual row.
@@ -101,7 +108,9 @@ def _least_of_nucleus(weights: _Floats, top_p: float) -> np.float32:
     plausible = weights > 0.5 * (1.0 / top_p - 1.0) * mass / len(weights)
     if np.count_nonzero(plausible) < len(weights) // 8:
         weights = weights[np.flatnonzero(plausible)]
-    ranked = np.sort(weights)
+    ranked = room[: len(weights)]
+    ranked[:] = weights
+    ranked.sort()
     sums = _part_sums(ranked)
     least: np.float32 = ranked[_index_at(float(sums[-1]) - mass, ranked, sums)]
     return least

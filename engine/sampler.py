@@ -54,8 +54,9 @@ def logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) ->
     """
     if logits.device.type != "cpu":
         return sample_batch.logprobs(logits, token_ids, counts)
+    room = sample_row.scratch(logits.shape[1])
     rows = zip(logits.float().unbind(), token_ids, counts, strict=True)
-    return [sample_row.logprobs(row, token_id, count) for row, token_id, count in rows]
+    return [sample_row.logprobs(row, token_id, count, room) for row, token_id, count in rows]
 
 
 def _draw(logits: Tensor, requests: Sequence[SampleRequest]) -> list[int | None]:
@@ -63,8 +64,9 @@ def _draw(logits: Tensor, requests: Sequence[SampleRequest]) -> list[int | None]
     params = [request.params for request in requests]
     noise = [uniform(request.params.seed, request.position) for request in requests]
     if logits.device.type == "cpu":
+        room = sample_row.scratch(logits.shape[1])
         rows = zip(logits.unbind(), requests, noise, strict=True)
-        return [sample_row.draw(_penalised(row, request), request.params, u) for row, request, u in rows]
+        return [sample_row.draw(_penalised(row, request), request.params, u, room) for row, request, u in rows]
     if any(_has_penalties(p) for p in params):
         rows_of_all = zip(logits.unbind(), requests, strict=True)
         logits = torch.stack([_penalised(row, request) for row, request in rows_of_all])
