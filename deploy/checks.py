@@ -4,6 +4,7 @@ A check never raises for what it finds; it returns findings. Nothing is changed,
 """
 
 import importlib.metadata
+import importlib.util
 import platform
 import shutil
 import sys
@@ -163,14 +164,15 @@ def check_ports(config: ServeConfig, own: Iterable[str] = ()) -> Iterator[Findin
 
 
 def check_ray() -> Finding:
-    try:
-        import ray
-    except ImportError as error:
-        return Finding("ray", Grade.FAILED, f"cannot be imported ({error})", "run `make setup`")
-    server = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
+    """Looks without importing: Ray reads its variables when it is imported, and `tandem serve` sets them before."""
+    spec = importlib.util.find_spec("ray")
+    if spec is None or spec.origin is None:
+        return Finding("ray", Grade.FAILED, "is not installed", "run `make setup`")
+    version = importlib.metadata.version("ray")
+    server = Path(spec.origin).parent / "core" / "src" / "ray" / "raylet" / "raylet"
     if not server.is_file():
-        return Finding("ray", Grade.FAILED, f"{ray.__version__} has no raylet", "reinstall it: pip install --force ray")
-    return Finding("ray", Grade.OK, ray.__version__)
+        return Finding("ray", Grade.FAILED, f"{version} has no raylet", "reinstall it: pip install --force ray")
+    return Finding("ray", Grade.OK, version)
 
 
 def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
