@@ -23,7 +23,7 @@ _MAX_BATCH = 64
 
 
 def random_prompts(batch: int, length: int, seed: int) -> list[list[int]]:
-    draw = random.Random(seed)
+    draw = random.Random(f"{seed} {length}")  # no prompt is the beginning of another, which would find it cached
     return [[draw.randrange(_LOWEST_ID, _HIGHEST_ID) for _ in range(length)] for _ in range(batch)]
 
 
