@@ -40,10 +40,7 @@ def draw(row: Tensor, params: SamplingParams, noise: float, room: _Floats) -> in
     token_ids = _candidates(logits, highest, params)
     weights = _weights(logits if token_ids is None else logits[token_ids], highest, params.temperature, room[0])
     if params.top_p < 1.0:
-        least = _least_of_nucleus(weights, params.top_p, room[1])
-        below = float(np.nextafter(least, np.float32(0.0)))
-        # Several times faster than a comparison and a choice.
-        torch.threshold_(torch.from_numpy(weights), below, 0.0)
+        _clear_below(weights, _least_of_nucleus(weights, params.top_p, room[1]))
     sums = _part_sums(weights)
     index = _index_at(noise * float(sums[-1]), weights, sums)
     return index if token_ids is None else int(token_ids[index])
@@ -102,18 +99,25 @@ def _weights(logits: _Floats, highest: float, temperature: float, room: _Floats)
 
 def _least_of_nucleus(weights: _Floats, top_p: float, room: _Floats) -> np.float32:
     """The weight of the token at which the sum of the likeliest reaches `top_p` of all."""
-    mass = top_p * float(_part_sums(weights)[-1])
-    # Whatever is too little even if all the others were like it plays no part, and that is nearly all of a usual row.
-    # Half of that, for rounding.
-    plausible = weights > 0.5 * (1.0 / top_p - 1.0) * mass / len(weights)
-    if np.count_nonzero(plausible) < len(weights) // 8:
-        weights = weights[np.flatnonzero(plausible)]
+    if len(weights) > _PART:
+        total = float(_part_sums(weights)[-1])
+        # Whatever is too little even if all the others were like it plays no part: nearly all of a usual row. Half of
+        # that, for rounding.
+        plausible = weights > 0.5 * (1.0 - top_p) * total / len(weights)
+        if np.count_nonzero(plausible) < len(weights) // 8:
+            weights = weights[np.flatnonzero(plausible)]
+            top_p *= total / float(_part_sums(weights)[-1])
     ranked = room[: len(weights)]
     ranked[:] = weights
     ranked.sort()
     sums = _part_sums(ranked)
-    least: np.float32 = ranked[_index_at(float(sums[-1]) - mass, ranked, sums)]
+    least: np.float32 = ranked[_index_at((1.0 - top_p) * float(sums[-1]), ranked, sums)]
     return least
+
+
+def _clear_below(weights: _Floats, least: np.float32) -> None:
+    # Several times faster than a comparison and a choice.
+    torch.threshold_(torch.from_numpy(weights), float(np.nextafter(least, np.float32(0.0))), 0.0)
 
 
 def _index_at(target: float, weights: _Floats, sums: NDArray[np.float64]) -> int:
