@@ -29,12 +29,13 @@ def ray_pids() -> Iterator[set[int]]:
     """A local Ray, and the pids it began with. Afterwards none of its processes and files may be left."""
     before = dict(os.environ)
     ray, own = LocalRay(), psutil.Process()
+    others = set(own.children(recursive=True))  # of other tests
     ray.start(processes=3, gpus=0)
     try:
         assert ray.folder.stat().st_mode & 0o777 == 0o700, "the token and the sockets are for this user alone"
-        yield {child.pid for child in own.children(recursive=True)}
+        yield {child.pid for child in own.children(recursive=True) if child not in others}
     finally:
-        children = own.children(recursive=True)
+        children = [child for child in own.children(recursive=True) if child not in others]
         ray.stop()
         os.environ.clear()
         os.environ.update(before)
