@@ -4,7 +4,7 @@ Measured with grpcio 1.85: without keepalive a partition is never noticed, and a
 unless `ping_timeout_ms` is set too. The server permits pings this frequent (see `wire/server.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -53,20 +53,10 @@ class _UnaryToken(grpc.aio.UnaryUnaryClientInterceptor):
         return await continuation(_with_token(client_call_details, self._token), request)
 
 
-class _UnaryStreamToken(grpc.aio.UnaryStreamClientInterceptor):
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    async def intercept_unary_stream(
-        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
-    ) -> Any:
-        return await continuation(_with_token(client_call_details, self._token), request)
-
-
 def open_channel(address: str, token: str | None = None) -> grpc.aio.Channel:
-    """A channel to `host:port` that sends the cluster token with every call but sessions, which are given it apart:
-    a two-way stream through an interceptor leaves a task behind when it is cut. Connects when first used."""
-    interceptors: Sequence[grpc.aio.ClientInterceptor] = []
-    if token:
-        interceptors = [_UnaryToken(token), _UnaryStreamToken(token)]
+    """A channel to `host:port` that sends the cluster token with every unary call. Connects when first used.
+
+    Streams are given the token apart (`token_metadata`): through an interceptor they leave a task behind when cut.
+    """
+    interceptors = [_UnaryToken(token)] if token else []
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)

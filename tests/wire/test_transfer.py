@@ -80,9 +80,9 @@ async def connected(token: str | None = None) -> AsyncIterator[tuple[FakeSide, K
     transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)
     address = bind(server, "127.0.0.1:0")
     await server.start()
-    channel = open_channel(address, token)
+    channel = open_channel(address)
     try:
-        yield side, KvTransferClient(channel, "prefill-0"), channel
+        yield side, KvTransferClient(channel, "prefill-0", token), channel
     finally:
         await channel.close()
         await server.stop(None)
