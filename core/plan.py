@@ -1,0 +1,123 @@
+"""The plan: which instances to run, of which shape, on which devices, and what to expect of them.
+
+Written by the planner, edited by hand if one likes, read by `tandem serve` and `tandem simulate`.
+`core.config_file.load_config(path, Plan)` reads it and names every mistake.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from core.parallel import ParallelShape
+from core.slo import SloClass
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PlanGroup(_Frozen):
+    """Instances that are alike. `devices` names the devices of each instance as node:index, e.g. [0:0, 0:1]; an empty
+    list leaves the choice to Ray. A colocated group serves both phases on the same devices."""
+
+    role: Literal["prefill", "decode", "colocated"]
+    instances: int = Field(ge=1)
+    device: str = Field(description="Device type, as in the cluster's nodes")
+    tp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    devices: tuple[tuple[str, ...], ...] = Field(default=(), description="Devices of each instance, node:index")
+    max_batch_tokens: int = Field(default=2048, ge=16, description="Prompt tokens in one step")
+    max_batch: int = Field(default=64, ge=1, description="Sequences decoded together in one step")
+    kv_tokens: int = Field(ge=1, description="Tokens whose KV fits one instance")
+    policy: Literal["chunked", "prompt_first"] = Field(
+        default="chunked", description="How a colocated group mixes prompts and decoding"
+    )
+
+    @property
+    def shape(self) -> ParallelShape:
+        return ParallelShape(self.tp, self.pp)
+
+    @property
+    def num_devices(self) -> int:
+        return self.instances * self.tp * self.pp
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> "PlanGroup":
+        if self.devices and len(self.devices) != self.instances:
+            raise ValueError(f"devices lists {len(self.devices)} instances, but there are {self.instances}")
+        if any(len(ranks) != self.tp * self.pp for ranks in self.devices):
+            raise ValueError(f"each instance needs {self.tp * self.pp} devices (tp {self.tp} x pp {self.pp})")
+        return self
+
+
+class Quantiles(_Frozen):
+    """Seconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+class ExpectedClass(_Frozen):
+    """What the simulator saw of one SLO class at the plan's rate; `attainment_ci` is a 95 % interval."""
+
+    slo: SloClass
+    attainment: float
+    attainment_ci: tuple[float, float]
+    ttft_s: Quantiles
+    tpot_s: Quantiles
+
+
+class Expected(_Frozen):
+    """Predicted behaviour in steady state. Goodput is the highest rate at which every class keeps its attainment."""
+
+    rate: float = Field(description="Requests per second that the plan was judged at")
+    goodput: float = Field(description="Requests per second of the whole plan")
+    goodput_ci: tuple[float, float]
+    goodput_per_device: float
+    cost_per_hour: float | None = Field(default=None, description="USD, where the devices have a price")
+    classes: tuple[ExpectedClass, ...]
+    bounds: dict[str, str] = Field(default={}, description="Role -> what bounds its steps")
+
+
+class Alternative(_Frozen):
+    """A plan that was not chosen."""
+
+    description: str
+    num_devices: int
+    goodput_per_device: float | None = Field(default=None, description="None: it was ruled out without simulation")
+    reason: str
+
+
+class Plan(_Frozen):
+    """`model` is a checkpoint's folder or the name of a published shape; only a folder can be served."""
+
+    version: Literal[1] = 1
+    model: str
+    verdict: Literal["disaggregate", "colocate", "mixed", "infeasible"]
+    summary: str = Field(default="", description="The answer in one or two sentences")
+    groups: tuple[PlanGroup, ...] = Field(min_length=1)
+    same_node: bool = Field(default=False, description="KV moves only between instances of one node (low affinity)")
+    slo_file: Path | None = Field(
+        default=None, description="The SLO file that this answers: workload, cluster, targets"
+    )
+    expected: Expected | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def num_devices(self) -> int:
+        return sum(group.num_devices for group in self.groups)
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> "Plan":
+        roles = {group.role for group in self.groups}
+        if ("prefill" in roles) != ("decode" in roles):
+            missing = "decode" if "prefill" in roles else "prefill"
+            raise ValueError(f"the plan has no {missing} group, and one phase is nothing without the other")
+        used = [device for group in self.groups for ranks in group.devices for device in ranks]
+        twice = next((device for device in used if used.count(device) > 1), None)
+        if twice is not None:
+            raise ValueError(f"device {twice} is given to two ranks")
+        return self

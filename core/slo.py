@@ -1,0 +1,24 @@
+"""Service level objectives: what a request must meet to count towards goodput."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from core.timeline import Timeline
+
+
+class SloClass(BaseModel):
+    """Targets of one class of requests. `attainment` is the share of its requests that must meet both targets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(default="default", min_length=1, description="How requests and reports call the class")
+    ttft_s: float = Field(gt=0, description="Time to first token, seconds")
+    tpot_s: float = Field(gt=0, description="Time per output token after the first, seconds")
+    attainment: float = Field(default=0.9, gt=0, le=1, description="Share of requests that must meet both targets")
+    share: float = Field(default=1.0, gt=0, description="Share of the traffic, relative to the other classes")
+
+    def is_met(self, ttft_s: float | None, tpot_s: float | None) -> bool:
+        """A request without a first token misses; an answer of one token has no TPOT and cannot miss it."""
+        return ttft_s is not None and ttft_s <= self.ttft_s and (tpot_s is None or tpot_s <= self.tpot_s)
+
+    def is_met_by(self, timeline: Timeline) -> bool:
+        return self.is_met(timeline.ttft_s, timeline.tpot_s)

@@ -1,0 +1,135 @@
+"""The SLO file: what to serve, on what, for whom, and how well. `core.config_file.load_config(path, SloFile)` reads it.
+
+It says nothing of how: the planner answers with a `core.plan.Plan`.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from core.config import Bytes
+from core.slo import SloClass
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NodeSection(_Frozen):
+    """`count` machines that are alike, each with `devices` devices of type `device`."""
+
+    device: str = Field(description="A device of the catalogue (see `tandem plan --devices`), or cpu")
+    devices: int = Field(default=8, ge=1, description="Devices in one node")
+    count: int = Field(default=1, ge=1, description="How many such nodes")
+    calibration: Path | None = Field(default=None, description="What `tandem profile` wrote for this device and model")
+    price_per_device_hour: float | None = Field(default=None, gt=0, description="USD; default: the catalogue's")
+    nvlink_gbytes_per_s: float | None = Field(
+        default=None, gt=0, description="Between devices of a node, one direction; default: the catalogue's"
+    )
+    nic_gbits_per_s: float | None = Field(
+        default=None, gt=0, description="Per device, between nodes; default: the catalogue's"
+    )
+
+
+class ClusterSection(_Frozen):
+    nodes: tuple[NodeSection, ...] = Field(min_length=1)
+    memory_share: float = Field(default=0.9, gt=0, le=1, description="Share of device memory for weights and KV")
+    kv_memory: Bytes | None = Field(default=None, description="KV pool of one rank; default: what weights leave")
+
+    @property
+    def num_devices(self) -> int:
+        return sum(node.devices * node.count for node in self.nodes)
+
+
+class LengthSection(_Frozen):
+    """A log-normal of this mean and coefficient of variation, cut to [min, max]; cv 0 is a fixed length."""
+
+    mean: float = Field(gt=0)
+    cv: float = Field(default=1.0, ge=0)
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=1 << 20, ge=1)
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "LengthSection":
+        if not self.min <= self.mean <= self.max:
+            raise ValueError(f"the mean {self.mean:g} is not between min {self.min} and max {self.max}")
+        return self
+
+
+class PrefixSection(_Frozen):
+    """`share` of the requests begin with one of `groups` common prefixes of `tokens` tokens, e.g. system prompts."""
+
+    share: float = Field(ge=0, le=1)
+    groups: int = Field(default=1, ge=1)
+    tokens: int = Field(ge=1)
+
+
+class ArrivalSection(_Frozen):
+    process: Literal["poisson", "gamma"] = "poisson"
+    cv: float = Field(default=1.0, gt=0, description="Of the times between arrivals; gamma only")
+
+
+class WorkloadSection(_Frozen):
+    """Lengths from `trace`, or from `dataset`, or from `prompt_tokens` and `output_tokens`. A trace brings its own
+    arrivals."""
+
+    trace: Path | None = Field(default=None, description="CSV or JSON lines, .gz or not: arrivals and lengths")
+    dataset: str | None = Field(default=None, description="Lengths of a built-in data set, e.g. sharegpt")
+    prompt_tokens: LengthSection | None = None
+    output_tokens: LengthSection | None = None
+    max_total_tokens: int | None = Field(default=None, ge=2, description="Longer requests are left out")
+    length_scale: float = Field(default=1.0, gt=0, description="Multiplies all lengths, to fit a smaller model")
+    arrivals: ArrivalSection = ArrivalSection()
+    rate: float | Literal["max"] = Field(
+        default="max", description="Requests per second, or max: as much as it can take"
+    )
+    prefix: PrefixSection | None = None
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "WorkloadSection":
+        distribution = self.prompt_tokens is not None or self.output_tokens is not None
+        if (self.trace is not None) + (self.dataset is not None) + distribution != 1:
+            raise ValueError("give exactly one of trace, dataset, or prompt_tokens with output_tokens")
+        if distribution and (self.prompt_tokens is None or self.output_tokens is None):
+            raise ValueError("prompt_tokens and output_tokens belong together; give both")
+        if isinstance(self.rate, float) and self.rate <= 0:
+            raise ValueError("rate must be more than 0, or max")
+        return self
+
+
+Layout = Literal["disaggregated", "colocated", "mixed"]
+
+
+class SearchSection(_Frozen):
+    """What the planner may try, and how hard."""
+
+    layouts: tuple[Layout, ...] = ("disaggregated", "colocated", "mixed")
+    max_tp: int = Field(default=8, ge=1)
+    max_pp: int = Field(default=4, ge=1)
+    node_affinity: Literal["auto", "high", "low"] = Field(
+        default="auto", description="low: KV must stay inside a node; auto: low where links between nodes are slow"
+    )
+    requests: int = Field(default=2000, ge=100, description="Requests per simulation, warm-up included")
+    seed: int = 0
+
+
+class SloFile(_Frozen):
+    """`objective`: goodput (per device) on the cluster given, or the cheapest part of it that serves
+    `workload.rate`."""
+
+    model: str = Field(description="Folder of a checkpoint, or the name of a published model, e.g. Llama-3.1-70B")
+    cluster: ClusterSection
+    slo: tuple[SloClass, ...] = Field(min_length=1)
+    workload: WorkloadSection
+    objective: Literal["goodput", "cheapest"] = "goodput"
+    search: SearchSection = SearchSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> "SloFile":
+        names = [slo.name for slo in self.slo]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two SLO classes are called {next(n for n in names if names.count(n) > 1)!r}")
+        if self.objective == "cheapest" and self.workload.rate == "max":
+            raise ValueError("objective cheapest needs workload.rate, the requests per second to serve")
+        return self

@@ -1,0 +1,74 @@
+"""What the simulator runs: instances with their cost models, on nodes joined by links. Plans become this."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from core.cost_model import CostModel
+
+Role = Literal["prefill", "decode", "colocated"]
+ColocatedPolicy = Literal["chunked", "prompt_first"]
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """One instance. `num_blocks` blocks of `block_size` tokens are its KV pool. `max_batch_tokens` bounds the prompt
+    tokens of one step (prefill, colocated), `max_batch` the sequences decoded in one step. `node` is where its first
+    device stands."""
+
+    instance_id: str
+    role: Role
+    cost: CostModel
+    num_blocks: int
+    block_size: int = 16
+    max_model_len: int = 1 << 20
+    max_batch_tokens: int = 8192
+    max_batch: int = 256
+    max_queue: int = 1 << 30
+    policy: ColocatedPolicy = "chunked"
+    prefix_cache: bool = True
+    node: int = 0
+    growth_horizon_tokens: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSpec:
+    """KV roads. A transfer of n tokens takes `latency_s` + n * `kv_bytes_per_token` / bandwidth, and transfers share:
+    a node's outgoing link, its incoming link, and inside a node each instance's own port, are divided equally among
+    the transfers on them. Infinite bandwidth means that a transfer takes `latency_s`."""
+
+    kv_bytes_per_token: float = 0.0
+    intra_node_bytes_per_s: float = float("inf")
+    inter_node_bytes_per_s: float = float("inf")
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """Fixed times that the router and the wire add. `same_node_only`: decode is chosen on the prefill instance's node.
+
+    `admission_s`: received until the prefill worker has it. `first_token_s` and `token_s`: from the worker to the
+    client.
+    """
+
+    admission_s: float = 0.0
+    first_token_s: float = 0.0
+    token_s: float = 0.0
+    same_node_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """`instance_id` is gone during [`at_s`, `until_s`): its requests start anew elsewhere, as the router does it
+    live."""
+
+    instance_id: str
+    at_s: float
+    until_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    instances: tuple[InstanceSpec, ...]
+    network: NetworkSpec = field(default_factory=NetworkSpec)
+    router: RouterSpec = field(default_factory=RouterSpec)
+    failures: tuple[Failure, ...] = ()

@@ -1,0 +1,87 @@
+"""A stream of requests as arrays: what a trace, a distribution and a live profile all become."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStream:
+    """`n` requests in order of arrival. Arrays of length n; nobody writes into them.
+
+    `output_tokens` counts every generated token, the first one included, and is at least 1. `slo_class[i]` is an
+    index into the SLO classes. Prefix sharing: request i's first `prefix_tokens[i]` tokens are the first tokens of
+    group `prefix_group[i]`, equal for all its members; a group's longest prefix contains its shorter ones. Group -1
+    shares nothing.
+    """
+
+    arrival_s: Floats
+    prompt_tokens: Ints
+    output_tokens: Ints
+    slo_class: Ints
+    prefix_group: Ints
+    prefix_tokens: Ints
+
+    @classmethod
+    def make(
+        cls,
+        arrival_s: Floats,
+        prompt_tokens: Ints,
+        output_tokens: Ints,
+        slo_class: Ints | None = None,
+        prefix_group: Ints | None = None,
+        prefix_tokens: Ints | None = None,
+    ) -> "RequestStream":
+        """What is left out: one SLO class, nothing shared."""
+        zeros = np.zeros(len(arrival_s), dtype=np.int64)
+        return cls(
+            arrival_s=np.asarray(arrival_s, dtype=np.float64),
+            prompt_tokens=np.asarray(prompt_tokens, dtype=np.int64),
+            output_tokens=np.asarray(output_tokens, dtype=np.int64),
+            slo_class=zeros if slo_class is None else slo_class,
+            prefix_group=zeros - 1 if prefix_group is None else prefix_group,
+            prefix_tokens=zeros if prefix_tokens is None else prefix_tokens,
+        )
+
+    def __post_init__(self) -> None:
+        n = len(self.arrival_s)
+        arrays = (self.prompt_tokens, self.output_tokens, self.slo_class, self.prefix_group, self.prefix_tokens)
+        assert all(len(array) == n for array in arrays), "one entry per request in every array"
+        assert n == 0 or bool(np.all(np.diff(self.arrival_s) >= 0)), "requests come in order of arrival"
+        assert n == 0 or int(self.output_tokens.min()) >= 1, "a request has at least one output token"
+        assert n == 0 or int(self.prompt_tokens.min()) >= 1, "a prompt has at least one token"
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    @property
+    def duration_s(self) -> float:
+        """Last arrival minus first."""
+        return float(self.arrival_s[-1] - self.arrival_s[0]) if len(self) else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Requests per second."""
+        return (len(self) - 1) / self.duration_s if self.duration_s > 0 else 0.0
+
+    def scaled_to(self, rate: float) -> "RequestStream":
+        """The same requests at another mean rate: arrivals are stretched about 0, nothing is drawn anew, so that two
+        rates compare on common random numbers."""
+        return replace(self, arrival_s=(self.arrival_s - self.arrival_s[:1]) * (self.rate / rate))
+
+    def head(self, count: int) -> "RequestStream":
+        return self.select(slice(0, count))
+
+    def select(self, which: slice) -> "RequestStream":
+        return RequestStream(
+            self.arrival_s[which],
+            self.prompt_tokens[which],
+            self.output_tokens[which],
+            self.slo_class[which],
+            self.prefix_group[which],
+            self.prefix_tokens[which],
+        )

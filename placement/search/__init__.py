@@ -1,0 +1,1 @@
+"""The best plan for an SLO file."""
