@@ -156,8 +156,8 @@ class Reproduction:
 
 @dataclass(frozen=True, slots=True)
 class PlanEvidence:
-    """`candidates` in falling goodput per device, ruled-out ones last. `nearest`: for an infeasible question, a sentence
-    with the targets that the best candidate does reach."""
+    """`candidates` in falling goodput per device, ruled-out ones last. `nearest`: for an infeasible question, a
+    sentence with the targets that the best candidate does reach."""
 
     candidates: tuple[Candidate, ...]
     curves: tuple[AttainmentCurve, ...]  # one per class
