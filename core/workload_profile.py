@@ -1,0 +1,133 @@
+"""What a router's requests look like lately: how often they come, and samples of their lengths.
+
+    window 0            window 1            window 2
+    |-------------------|-------------------|-----------
+      closed, forgotten   closed: snapshot    filling
+
+Windows follow each other without overlap, so that two of them are independent samples. One holds counts, moments and a
+uniform sample (Vitter, "Random Sampling with a Reservoir", 1985, algorithm R): no text, no token ids, bounded memory.
+"""
+
+from dataclasses import dataclass, field
+from random import Random
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSnapshot:
+    """One closed window. The four tuples have one entry per sampled request, in no order that means anything.
+
+    `rate` counts arrivals per second, refused ones included; `arrival_cv` is the coefficient of variation of the times
+    between them, 1 where there were too few to tell. `finished` requests had an answer, of which `output_tokens` counts
+    every token; the sample is of these. `cached_tokens` is the part of a prompt that a prefix cache had.
+    """
+
+    window: int
+    window_s: float
+    arrivals: int
+    arrival_cv: float
+    finished: int
+    prompt_tokens: tuple[int, ...]
+    output_tokens: tuple[int, ...]
+    cached_tokens: tuple[int, ...]
+    slo_class: tuple[int, ...]
+
+    @property
+    def rate(self) -> float:
+        return self.arrivals / self.window_s
+
+
+@dataclass(frozen=True, slots=True)
+class ServedRequest:
+    """`prompt_tokens` and `output_tokens` are at least 1. `slo_class` is an index into the SLO classes."""
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+    slo_class: int = 0
+
+
+@dataclass(slots=True)
+class _Window:
+    number: int
+    began_s: float
+    arrivals: int = 0
+    last_arrival_s: float = 0.0
+    gaps: int = 0
+    gaps_s: float = 0.0
+    squared_gaps: float = 0.0
+    finished: int = 0
+    sample: list[ServedRequest] = field(default_factory=list)
+
+    def arrival_cv(self) -> float:
+        if self.gaps < 2 or self.gaps_s <= 0.0:
+            return 1.0
+        mean_s = self.gaps_s / self.gaps
+        return float(max(0.0, self.squared_gaps / self.gaps - mean_s**2) ** 0.5 / mean_s)
+
+
+class WorkloadProfile:
+    """Counts requests as they come and go; constant time for each, `capacity` sampled requests for a window.
+
+    A window lasts `window_s`, and longer where that is what `min_requests` finished ones need: a window can be judged.
+    Times are monotonic seconds of one clock and never decrease.
+    """
+
+    def __init__(
+        self, *, window_s: float, random: Random, now_s: float, capacity: int = 2048, min_requests: int = 100
+    ) -> None:
+        assert window_s > 0 and 1 <= min_requests <= capacity
+        self._window_s = window_s
+        self._capacity = capacity
+        self._min_requests = min_requests
+        self._draw = random.random
+        self._filling = _Window(0, now_s)
+        self._closed: tuple[_Window, float] | None = None  # with its length in seconds
+
+    def arrived(self, now_s: float) -> None:
+        """A request that should be served is here, whether or not there is room for it."""
+        window = self._at(now_s)
+        if window.arrivals:
+            gap_s = now_s - window.last_arrival_s
+            window.gaps += 1
+            window.gaps_s += gap_s
+            window.squared_gaps += gap_s * gap_s
+        window.arrivals += 1
+        window.last_arrival_s = now_s
+
+    def finished(self, request: ServedRequest, now_s: float) -> None:
+        """A request is over, with an answer."""
+        window = self._at(now_s)
+        window.finished += 1
+        if len(window.sample) < self._capacity:
+            window.sample.append(request)
+        else:
+            place = int(self._draw() * window.finished)
+            if place < self._capacity:
+                window.sample[place] = request
+
+    def snapshot(self, now_s: float) -> ProfileSnapshot | None:
+        """The last closed window; None before the first one has closed."""
+        self._at(now_s)
+        if self._closed is None:
+            return None
+        window, window_s = self._closed
+        return ProfileSnapshot(
+            window=window.number,
+            window_s=window_s,
+            arrivals=window.arrivals,
+            arrival_cv=window.arrival_cv(),
+            finished=window.finished,
+            prompt_tokens=tuple(request.prompt_tokens for request in window.sample),
+            output_tokens=tuple(request.output_tokens for request in window.sample),
+            cached_tokens=tuple(request.cached_tokens for request in window.sample),
+            slo_class=tuple(request.slo_class for request in window.sample),
+        )
+
+    def _at(self, now_s: float) -> _Window:
+        """The window that fills at `now_s`."""
+        window = self._filling
+        lasted_s = now_s - window.began_s
+        if lasted_s >= self._window_s and window.finished >= self._min_requests:
+            self._closed = (window, lasted_s)
+            self._filling = window = _Window(window.number + 1, now_s)
+        return window
