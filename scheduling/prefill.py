@@ -4,7 +4,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-from core.errors import ContextLengthError, OverloadedError
+from core.errors import OverloadedError
+from scheduling.admission import check_length, take_prompt_blocks
 from scheduling.block_pool import BlockPool
 from scheduling.integrity import BlockTable, check_blocks
 from scheduling.keyed_heap import KeyedHeap
@@ -72,7 +73,6 @@ class PrefillScheduler:
     """
 
     __slots__ = (
-        "_block_size",
         "_cached_tokens",
         "_computed_tokens",
         "_deadlines",
@@ -103,7 +103,6 @@ class PrefillScheduler:
         self._order = ORDERS[policy.order]
         self._pool = pool
         self._index = prefix_index
-        self._block_size = block_size
         self.max_model_len = min(max_model_len, pool.num_blocks * block_size)
         self._sequences: dict[Hashable, Sequence] = {}
         self._waiting: KeyedHeap[Hashable] = KeyedHeap()
@@ -125,11 +124,7 @@ class PrefillScheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue it. Raises ContextLengthError if it can never fit, OverloadedError if the queue is full."""
         assert sequence.key not in self._sequences, f"{sequence.key!r} is scheduled already"
-        if sequence.num_tokens >= self.max_model_len:
-            raise ContextLengthError(
-                f"The prompt has {sequence.num_tokens} tokens; this model takes at most {self.max_model_len} tokens,"
-                " prompt and answer together."
-            )
+        check_length(sequence, self.max_model_len)
         if len(self._waiting) >= self._policy.max_queue:
             raise OverloadedError("The prefill queue is full; try again later.")
         self._sequences[sequence.key] = sequence
@@ -223,16 +218,8 @@ class PrefillScheduler:
 
     def _start(self, sequence: Sequence, now_s: float) -> bool:
         """Give the first in line its blocks. False, and nothing changed, when memory is short."""
-        request = sequence.request
-        cached: list[int] = []
-        if request.sampling.prompt_logprobs is None:  # those need every prompt token to be computed
-            cached = self._index.match(sequence.token_ids, request.cache_salt, sequence.block_hashes)
-        missing = -(-sequence.num_tokens // self._block_size) - len(cached)
-        if not self._index.make_room(missing):
-            self._pool.release(cached)
+        if not take_prompt_blocks(sequence, self._pool, self._index):
             return False
-        sequence.block_table = cached + self._pool.allocate(missing)
-        sequence.num_cached = sequence.num_computed = len(cached) * self._block_size
         sequence.started_s = now_s
         sequence.move_to(SequenceState.RUNNING)
         self._waiting.discard(sequence.key)
@@ -240,7 +227,6 @@ class PrefillScheduler:
         self._running_blocks += len(sequence.block_table)
         self._waiting_tokens -= sequence.num_cached
         self._cached_tokens += sequence.num_cached
-        self._index.count_query(sequence.num_tokens, sequence.num_cached)
         return True
 
     def _remove(self, sequence: Sequence) -> None:
