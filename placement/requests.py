@@ -76,7 +76,8 @@ class RequestStream:
     def head(self, count: int) -> "RequestStream":
         return self.select(slice(0, count))
 
-    def select(self, which: slice) -> "RequestStream":
+    def select(self, which: slice | npt.NDArray[np.bool_]) -> "RequestStream":
+        """A range of them, or those that a mask is true for."""
         return RequestStream(
             self.arrival_s[which],
             self.prompt_tokens[which],
