@@ -103,15 +103,18 @@ class ModelShape:
         return 0 if self.moe is None else self.num_layers - self.moe.dense_layers
 
     @property
+    def moe_layer_weights(self) -> int:
+        """Weights of one mixture: experts and the router; 0 without one."""
+        if self.moe is None:
+            return 0
+        experts = self.moe.num_experts + self.moe.num_shared
+        return experts * self.mlp_weights(self.moe.intermediate_size) + self.hidden_size * self.moe.num_experts
+
+    @property
     def layer_weights(self) -> int:
         """Weights of all layers, all experts included."""
         dense = (self.num_layers - self.num_moe_layers) * self.mlp_weights(self.intermediate_size)
-        experts = 0
-        if self.moe is not None:
-            per_layer = self.moe.num_experts + self.moe.num_shared
-            experts = self.num_moe_layers * per_layer * self.mlp_weights(self.moe.intermediate_size)
-            experts += self.num_moe_layers * self.hidden_size * self.moe.num_experts
-        return self.num_layers * self.attention_weights + dense + experts
+        return self.num_layers * self.attention_weights + dense + self.num_moe_layers * self.moe_layer_weights
 
     @property
     def active_layer_weights(self) -> int:
@@ -128,12 +131,25 @@ class ModelShape:
         return self.layer_weights + tables * self.hidden_size
 
     def weight_bytes_per_rank(self, shape: ParallelShape) -> float:
-        """Of the fullest rank: layers over tp and pp; embeddings, or the head, over tp on a stage of their own."""
-        layers = -(-self.num_layers // shape.pp) * self.layer_weights / self.num_layers
+        """Of the fullest rank: layers over tp and pp, experts like all weights over tp; embeddings, or the head, over
+        tp on a stage of their own."""
+        num_layers = -(-self.num_layers // shape.pp)
+        num_dense = max(0, num_layers - self.num_moe_layers)  # a stage of the other layers only is fuller
+        layers = num_layers * self.attention_weights + num_dense * self.mlp_weights(self.intermediate_size)
+        layers += (num_layers - num_dense) * self.moe_layer_weights
         tables = self.hidden_size * (self.vocab_size + self.num_positions)
         if shape.pp == 1 and not self.tied_embeddings:
             tables += self.hidden_size * self.vocab_size
         return self.weight_bytes * (layers + tables) / shape.tp
+
+    def activation_bytes_per_rank(self, shape: ParallelShape, batch_tokens: int, sampled: int) -> float:
+        """An estimate of what one step needs at its peak beside weights and KV: of `batch_tokens` the residual, the
+        widest layer's input and output, 2 bytes each; of `sampled` tokens the logits, as 4 bytes and once more."""
+        width = max(self.intermediate_size, self.num_heads * self.head_dim)
+        if self.moe is not None:
+            width = max(width, self.moe.top_k * (self.moe.intermediate_size + self.hidden_size))
+        inner = (3 if self.gated_mlp else 2) * width / shape.tp
+        return batch_tokens * 2.0 * (3 * self.hidden_size + inner) + sampled * self.vocab_size * 8.0 / shape.tp
 
     # --- KV ----------------------------------------------------------------------------------------------------------
 
