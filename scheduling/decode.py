@@ -260,8 +260,12 @@ class DecodeScheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
+    def length_limit(self, sequence: Sequence) -> int:
+        """Tokens, prompt and answer together, with which it ends at the latest."""
+        return min(sequence.request.max_total_tokens, self.max_model_len)
+
     def _claim_of(self, sequence: Sequence) -> int:
-        limit = min(sequence.request.max_total_tokens, self.max_model_len)
+        limit = self.length_limit(sequence)
         grown = min(sequence.num_tokens + self._policy.growth_horizon_tokens, limit)
         return self._blocks_for(max(grown, sequence.num_tokens))
 

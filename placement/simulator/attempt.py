@@ -1,0 +1,71 @@
+"""One attempt at a request, and how instances tell the router about it."""
+
+from typing import TYPE_CHECKING, Protocol
+
+from core.errors import TandemError
+from core.request import GenerationRequest
+from placement.simulator.network import Transfer
+
+if TYPE_CHECKING:
+    from placement.simulator.decode import DecodeInstance
+    from placement.simulator.prefill import PrefillInstance
+
+
+class Attempt:
+    """The key of its sequences on both instances. `row` is the request's place in the stream, `number` counts from 0.
+
+    `num_handed_on` are the output tokens, of earlier attempts too, that the client has.
+    """
+
+    __slots__ = (
+        "avoid",
+        "decode",
+        "has_second_token",
+        "is_computed",
+        "is_reserved",
+        "num_handed_on",
+        "number",
+        "prefill",
+        "request",
+        "row",
+        "transfer",
+        "transfer_s",
+        "waiting_tokens",
+    )
+
+    def __init__(self, row: int, number: int, request: GenerationRequest, avoid: frozenset[str]) -> None:
+        self.row = row
+        self.number = number
+        self.request = request
+        self.avoid = avoid  # instances that have failed the request
+        self.prefill: PrefillInstance | None = None
+        self.decode: DecodeInstance | None = None
+        self.transfer: Transfer | None = None
+        self.num_handed_on = request.num_output_tokens
+        self.is_computed = False  # its KV is complete
+        self.has_second_token = False
+        self.is_reserved = False  # decode has blocks for it
+        self.transfer_s = 0.0
+        self.waiting_tokens = 0  # not yet computed, as the router knows
+
+
+class Listener(Protocol):
+    """The router, as its workers' events reach it. Calls come at the moment they are about."""
+
+    def prefill_started(self, attempt: Attempt, num_cached_tokens: int) -> None: ...
+
+    def prefill_finished(self, attempt: Attempt, started_s: float) -> None: ...
+
+    def decode_reserved(self, attempt: Attempt) -> None: ...
+
+    def transfer_committed(self, attempt: Attempt) -> None: ...
+
+    def second_token(self, attempt: Attempt, admitted_s: float, token_s: float) -> None:
+        """Decode's first step for it began at `admitted_s` and brought its token at `token_s`."""
+        ...
+
+    def failed(self, attempt: Attempt, instance_id: str, error: TandemError) -> None:
+        """The instance has let go of it."""
+        ...
+
+    def decode_finished(self, attempt: Attempt) -> None: ...

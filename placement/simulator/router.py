@@ -1,0 +1,228 @@
+"""One request's life on the virtual clock: what `router.attempt` and `router.running` do, without messages.
+
+arrive -> prefill queued -> started -> first token ---------------+
+                               | decode chosen (late binding)     |
+                               +-> reserved ----------------------+-> transfer -> committed -> tokens -> finished
+"""
+
+from collections.abc import Mapping
+
+from core.errors import (
+    IncompatiblePeerError,
+    OverloadedError,
+    TandemError,
+    TransferError,
+    UnavailableError,
+)
+from core.request import SamplingParams
+from placement.deployment import RouterSpec
+from placement.requests import RequestStream
+from placement.simulator import record as stages
+from placement.simulator.agenda import Agenda
+from placement.simulator.attempt import Attempt
+from placement.simulator.counted import counted_request
+from placement.simulator.decode import DecodeInstance
+from placement.simulator.fleet import Fleet
+from placement.simulator.network import Network
+from placement.simulator.prefill import PrefillInstance
+from placement.simulator.record import Record
+
+# As `router.running.RetryPolicy`.
+_MAX_ATTEMPTS = 3
+_PATIENCE_S = 1.0
+_PAUSE_S = 0.05
+_RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
+
+
+class Router:
+    """Carries requests over their attempts. It is the instances' `Listener`."""
+
+    def __init__(
+        self, spec: RouterSpec, requests: RequestStream, agenda: Agenda, network: Network, record: Record
+    ) -> None:
+        """`connect` it to its instances before the first request."""
+        self._spec = spec
+        self._requests = requests
+        self._agenda = agenda
+        self._network = network
+        self._record = record
+        self._stamps = record.stamps
+        self._sampling: dict[int, SamplingParams] = {}
+        self.num_refused = 0
+
+    def connect(self, fleet: Fleet, instances: Mapping[str, PrefillInstance | DecodeInstance]) -> None:
+        self._fleet = fleet
+        self._instances = instances
+
+    def arrive(self, row: int) -> None:
+        """The request has passed admission and looks for a prefill instance."""
+        now_s = self._agenda.now_s
+        self._stamps[row, stages.RECEIVED] = self._requests.arrival_s[row]
+        self._stamps[row, stages.ADMITTED] = now_s
+        max_tokens = int(self._requests.output_tokens[row])
+        sampling = self._sampling.get(max_tokens)
+        if sampling is None:
+            sampling = self._sampling[max_tokens] = SamplingParams(max_tokens=max_tokens)
+        request = counted_request(row, int(self._requests.prompt_tokens[row]), 0, sampling)
+        attempt = Attempt(row, 0, request, frozenset())
+        try:
+            instance = self._fleet.choose_prefill(request, attempt.avoid)
+        except TandemError:
+            self.num_refused += 1
+        else:
+            self._begin(attempt, instance)
+
+    # --- what the workers tell ---------------------------------------------------------------------------------------
+
+    def prefill_started(self, attempt: Attempt, num_cached_tokens: int) -> None:
+        assert attempt.prefill is not None
+        self._fleet.computed(attempt.prefill.spec.instance_id, attempt, num_cached_tokens)
+        self._record.num_cached_tokens[attempt.row] = num_cached_tokens
+        request = attempt.request
+        if request.sampling.max_tokens - request.num_output_tokens > 1:
+            self._open_decode(attempt)
+
+    def prefill_finished(self, attempt: Attempt, started_s: float) -> None:
+        prefill, row = attempt.prefill, attempt.row
+        assert prefill is not None
+        attempt.is_computed = True
+        attempt.num_handed_on += 1
+        self._fleet.computed(prefill.spec.instance_id, attempt, len(attempt.request.token_ids))
+        token_s = self._agenda.now_s + self._spec.first_token_s
+        if attempt.number == 0 or not self._record.has(row, stages.FIRST_TOKEN):
+            self._stamps[row, stages.PREFILL_STARTED] = started_s
+            self._stamps[row, stages.FIRST_TOKEN] = token_s
+        if attempt.num_handed_on >= attempt.request.sampling.max_tokens:
+            self._cancel(attempt)
+            self._finish(attempt, token_s)
+        elif attempt.is_reserved:
+            self._send(attempt)
+
+    def decode_reserved(self, attempt: Attempt) -> None:
+        attempt.is_reserved = True
+        if attempt.number == 0 or not self._record.has(attempt.row, stages.SECOND_TOKEN):
+            self._stamps[attempt.row, stages.DECODE_RESERVED] = self._agenda.now_s
+        if attempt.is_computed:
+            self._send(attempt)
+
+    def transfer_committed(self, attempt: Attempt) -> None:
+        assert attempt.transfer is not None
+        if attempt.number == 0 or not self._record.has(attempt.row, stages.SECOND_TOKEN):
+            now_s = self._agenda.now_s
+            self._stamps[attempt.row, stages.TRANSFER_STARTED] = now_s - attempt.transfer_s
+            self._stamps[attempt.row, stages.TRANSFER_COMMITTED] = now_s
+        self._close_prefill(attempt)
+
+    def second_token(self, attempt: Attempt, admitted_s: float, token_s: float) -> None:
+        attempt.has_second_token = True
+        if attempt.number == 0 or not self._record.has(attempt.row, stages.SECOND_TOKEN):
+            self._stamps[attempt.row, stages.DECODE_ADMITTED] = admitted_s
+            self._stamps[attempt.row, stages.SECOND_TOKEN] = token_s + self._spec.token_s
+
+    def decode_finished(self, attempt: Attempt) -> None:
+        assert attempt.decode is not None
+        self._fleet.closed_decode(attempt.decode.spec.instance_id, attempt)
+        self._finish(attempt, self._agenda.now_s + self._spec.token_s)
+
+    def failed(self, attempt: Attempt, instance_id: str, error: TandemError) -> None:
+        self._attempt_failed(attempt, error, frozenset((instance_id,)))
+
+    # --- failures ----------------------------------------------------------------------------------------------------
+
+    def instance_lost(self, instance_id: str) -> None:
+        self._instances[instance_id].fail()
+        error = UnavailableError("the instance is gone")
+        for attempt in self._fleet.lose(instance_id):
+            self._attempt_failed(attempt, error, frozenset((instance_id,)))
+
+    def instance_found(self, instance_id: str) -> None:
+        self._instances[instance_id].restart()
+        self._fleet.found(instance_id)
+
+    def _attempt_failed(self, attempt: Attempt, error: TandemError, blamed: frozenset[str]) -> None:
+        self._cancel(attempt)
+        attempt.avoid |= blamed
+        if not isinstance(error, _RETRIED) or attempt.number + 1 >= _MAX_ATTEMPTS:
+            self.num_refused += 1
+        else:
+            self._recover(attempt, error, self._agenda.now_s + _PATIENCE_S, paused=False)
+
+    def _recover(self, failed: Attempt, error: TandemError, give_up_s: float, *, paused: bool) -> None:
+        """Begin another attempt: at once if a worker is there that has not failed it, else after a pause."""
+        old = failed.request
+        num_new = failed.num_handed_on - old.num_output_tokens
+        request = counted_request(failed.row, len(old.token_ids) + num_new, failed.num_handed_on, old.sampling)
+        try:
+            prefill = self._fleet.choose_prefill(request, failed.avoid)
+        except UnavailableError:
+            if self._agenda.now_s >= give_up_s:
+                self.num_refused += 1
+                return
+        except TandemError:
+            self.num_refused += 1
+            return
+        else:
+            if paused or prefill.spec.instance_id not in failed.avoid:
+                self._begin(Attempt(failed.row, failed.number + 1, request, failed.avoid), prefill)
+                return
+            if isinstance(error, OverloadedError) and failed.num_handed_on == 0:
+                self.num_refused += 1  # every worker's queue is full
+                return
+        self._agenda.at(self._agenda.now_s + _PAUSE_S, self._recover_after_pause, (failed, error, give_up_s))
+
+    def _recover_after_pause(self, waiting: tuple[Attempt, TandemError, float]) -> None:
+        self._recover(*waiting, paused=True)
+
+    # --- an attempt's steps ------------------------------------------------------------------------------------------
+
+    def _begin(self, attempt: Attempt, prefill: PrefillInstance) -> None:
+        attempt.prefill = prefill
+        self._record.begin_attempt(attempt.row, self._agenda.now_s)
+        self._fleet.opened_prefill(prefill.spec.instance_id, attempt)
+        prefill.submit(attempt)
+
+    def _open_decode(self, attempt: Attempt) -> None:
+        assert attempt.prefill is not None
+        node = attempt.prefill.spec.node if self._spec.same_node_only else None
+        try:
+            decode = self._fleet.choose_decode(attempt.request, attempt.avoid, node)
+        except TandemError as error:
+            self._attempt_failed(attempt, error, frozenset())
+            return
+        attempt.decode = decode
+        self._fleet.opened_decode(decode.spec.instance_id, attempt)
+        decode.open(attempt)
+
+    def _send(self, attempt: Attempt) -> None:
+        assert attempt.prefill is not None
+        assert attempt.decode is not None
+        num_tokens = len(attempt.request.token_ids)
+        attempt.transfer = self._network.send(
+            attempt.prefill.spec, attempt.decode.spec, num_tokens, self._acknowledge, attempt
+        )
+
+    def _acknowledge(self, attempt: Attempt) -> None:
+        """The KV is whole and the decode instance's: prefill's blocks are free at once, decode takes it up next."""
+        assert attempt.prefill is not None
+        assert attempt.decode is not None
+        assert attempt.transfer is not None
+        attempt.transfer_s = self._agenda.now_s - attempt.transfer.started_s
+        attempt.prefill.release(attempt)
+        attempt.decode.arrived(attempt)
+
+    def _close_prefill(self, attempt: Attempt) -> bool:
+        assert attempt.prefill is not None
+        return self._fleet.closed_prefill(attempt.prefill.spec.instance_id, attempt)
+
+    def _cancel(self, attempt: Attempt) -> None:
+        """Take it off both workers, in whatever phase."""
+        if attempt.transfer is not None:
+            self._network.abandon(attempt.transfer)
+        if attempt.prefill is not None and self._close_prefill(attempt):
+            attempt.prefill.release(attempt)
+        if attempt.decode is not None and self._fleet.closed_decode(attempt.decode.spec.instance_id, attempt):
+            attempt.decode.close(attempt)
+
+    def _finish(self, attempt: Attempt, token_s: float) -> None:
+        self._stamps[attempt.row, stages.FINISHED] = token_s
+        self._record.num_finished += 1

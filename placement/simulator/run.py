@@ -1,0 +1,96 @@
+"""Runs a deployment on a stream of requests, in virtual time."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from placement.deployment import Deployment
+from placement.requests import RequestStream
+from placement.result import SimulationResult
+from placement.simulator.agenda import Agenda
+from placement.simulator.decode import DecodeInstance
+from placement.simulator.fleet import Fleet
+from placement.simulator.network import Network
+from placement.simulator.prefill import PrefillInstance
+from placement.simulator.record import Record
+from placement.simulator.router import Router
+
+_EVENTS_PER_LOOK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a simulation is. `received` requests have arrived, of which `refused` got no answer."""
+
+    now_s: float
+    received: int
+    finished: int
+    refused: int
+    queued_prompt_tokens: int  # not yet computed, on all instances
+
+    @property
+    def in_flight(self) -> int:
+        return self.received - self.finished - self.refused
+
+
+def simulate(
+    deployment: Deployment,
+    requests: RequestStream,
+    *,
+    until_s: float = math.inf,
+    stop_when: Callable[[Progress], bool] | None = None,
+) -> SimulationResult:
+    """Every request from its arrival to its last token. The same arguments give the same result, bit for bit.
+
+    Ends when all is done, at `until_s`, or when `stop_when`, asked every few hundred events, says so
+    (`stopped_early`). An answer ends after exactly its `output_tokens`, which the scheduler knows as `max_tokens`.
+    """
+    agenda = Agenda()
+    record = Record(requests)
+    network = Network(deployment.network, agenda)
+    router = Router(deployment.router, requests, agenda, network, record)
+    prefill = [PrefillInstance(spec, agenda, router) for spec in deployment.instances if spec.role == "prefill"]
+    decode = [DecodeInstance(spec, agenda, router) for spec in deployment.instances if spec.role == "decode"]
+    everyone: list[PrefillInstance | DecodeInstance] = [*prefill, *decode]
+    instances = {instance.spec.instance_id: instance for instance in everyone}
+    router.connect(Fleet(prefill, decode), instances)
+    for failure in deployment.failures:
+        agenda.at(failure.at_s, router.instance_lost, failure.instance_id)
+        if math.isfinite(failure.until_s):
+            agenda.at(failure.until_s, router.instance_found, failure.instance_id)
+
+    arrivals_s = (requests.arrival_s + deployment.router.admission_s).tolist()
+    num_received, num_events, stopped_early = 0, 0, False
+    while True:
+        arrival_s = arrivals_s[num_received] if num_received < len(arrivals_s) else math.inf
+        next_s = agenda.next_s()
+        if min(arrival_s, next_s) >= until_s or arrival_s == next_s == math.inf:
+            break
+        if arrival_s <= next_s:
+            agenda.now_s = arrival_s
+            router.arrive(num_received)
+            num_received += 1
+        else:
+            agenda.run_next()
+        num_events += 1
+        if stop_when is not None and num_events % _EVENTS_PER_LOOK == 0:
+            queued_tokens = sum(instance.queued_tokens for instance in prefill)
+            progress = Progress(agenda.now_s, num_received, record.num_finished, router.num_refused, queued_tokens)
+            if stop_when(progress):
+                stopped_early = True
+                break
+    if math.isfinite(until_s) and not stopped_early:
+        agenda.now_s = max(agenda.now_s, until_s)
+    is_whole = num_received == len(requests) and agenda.next_s() == math.inf
+    if is_whole:
+        for instance in instances.values():
+            instance.check_idle()
+    return SimulationResult(
+        requests=requests,
+        stamps=record.stamps,
+        num_attempts=record.num_attempts.clip(min=1),
+        num_cached_tokens=record.num_cached_tokens,
+        end_s=agenda.now_s,
+        instances=tuple(instances[spec.instance_id].use() for spec in deployment.instances),
+        stopped_early=stopped_early,
+    )

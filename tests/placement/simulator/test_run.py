@@ -1,0 +1,66 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from core.timeline import Stage
+from placement.deployment import Failure, NetworkSpec, RouterSpec
+from placement.requests import RequestStream
+from placement.simulator import simulate
+from tests.placement.simulator.deployments import LinearCost, deployment, poisson
+
+_SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
+
+
+def test_every_request_finishes_and_its_parts_sum_to_its_time() -> None:
+    stream = poisson(300, 8.0)
+    result = simulate(deployment(2, 2, network=_SLOW_NETWORK, router=RouterSpec(0.003, 0.001, 0.002)), stream)
+    assert result.finished.all()
+    assert sum(use.prefill_tokens for use in result.instances) == stream.prompt_tokens.sum()
+    assert sum(use.decode_tokens for use in result.instances) == (stream.output_tokens - 1).sum()
+    for timeline, output_tokens in zip(result.timelines(), stream.output_tokens, strict=True):
+        assert sum(timeline.parts().values()) == pytest.approx(timeline.total_s)
+        assert (Stage.SECOND_TOKEN in timeline.stamps) == (output_tokens > 1)
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    spec, stream = deployment(2, 3, network=_SLOW_NETWORK, num_blocks=60), poisson(300, 20.0)
+    assert simulate(spec, stream).stamps.tobytes() == simulate(spec, stream).stamps.tobytes()
+
+
+def test_without_work_to_do_only_the_router_takes_time() -> None:
+    stream = RequestStream.make(np.arange(5.0), np.full(5, 100), np.full(5, 3))
+    free = LinearCost(1e-12, 0.0, 0.0)
+    result = simulate(deployment(cost=free, router=RouterSpec(0.25, 0.125, 0.5)), stream)
+    assert result.ttft_s == pytest.approx(0.375)
+    assert result.stage(Stage.FINISHED) - stream.arrival_s == pytest.approx(0.75)
+
+
+def test_one_prefill_instance_is_an_m_d_1_queue() -> None:
+    service_s, rate = 0.05, 12.0
+    cost = LinearCost(fixed_s=0.0, token_s=0.0, prompt_s=service_s)
+    stream = poisson(20_000, rate, prompt=64, output=1, fixed=True)
+    result = simulate(deployment(cost=cost, max_batch_tokens=64, num_blocks=100_000), stream)
+    expected_s = service_s + rate * service_s**2 / (2 * (1 - rate * service_s))
+    batches = result.ttft_s.reshape(40, -1).mean(axis=1)  # long enough to be nearly independent
+    assert abs(batches.mean() - expected_s) < 3 * batches.std(ddof=1) / np.sqrt(len(batches))
+
+
+def test_a_lost_instance_loses_no_request() -> None:
+    stream, attempts = poisson(400, 25.0, output=40), []
+    for name in ("p0", "p1", "d0"):
+        spec = replace(deployment(2, 2, network=_SLOW_NETWORK), failures=(Failure(name, 5.0, 9.0), Failure(name, 12.0)))
+        result = simulate(spec, stream)
+        assert result.finished.all()
+        attempts.append(result.num_attempts.max())
+        for timeline in result.timelines():
+            assert sum(timeline.parts().values()) == pytest.approx(timeline.total_s)
+    assert 1 < max(attempts) <= 3
+
+
+def test_with_a_role_gone_requests_are_refused() -> None:
+    stream = poisson(50, 10.0)
+    spec = replace(deployment(), failures=(Failure("d0", 2.0),))
+    result = simulate(spec, stream)
+    assert not result.finished[stream.arrival_s > 2.0].any()
+    assert result.finished.any()
