@@ -1,0 +1,82 @@
+"""What a simulation of finite length says about steady state: where it begins, whether there is one, how sure we are.
+
+All series are in order of arrival, one value per request. Requests that follow each other share a queue, so their
+values are correlated, and n of them tell less than n independent ones would.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Interval = tuple[float, float]
+
+_BATCHES = 20
+_T_95 = 2.093  # Student's t, 97.5 %, with 19 degrees of freedom: the variance comes from 20 batch means
+_MSER_BATCH = 5
+_DRIFT_T = 4.0
+_DRIFT_GROWTH = 0.25
+
+
+def warm_up_length(series: Floats) -> int:
+    """How many leading values to leave out, by MSER-5 (White, 1997): means of five; the cut that leaves the mean of the
+    rest with the smallest standard error. At most half of the series."""
+    count = len(series) // _MSER_BATCH
+    if count < 4:
+        return 0
+    means = series[: count * _MSER_BATCH].reshape(count, _MSER_BATCH).mean(axis=1)
+    left = np.arange(count, 0, -1)
+    sums = np.cumsum(means[::-1])[::-1]
+    squares = np.cumsum((means * means)[::-1])[::-1]
+    error = np.maximum(0.0, squares / left - (sums / left) ** 2) / left
+    return int(np.argmin(error[: count // 2 + 1])) * _MSER_BATCH
+
+
+def share_interval(hits: npt.NDArray[np.bool_], related: Floats) -> Interval:
+    """95 % interval of the share of `hits` in steady state: Wilson's, with as many independent requests as the spread
+    of 20 batch means stands for. `related` tells how correlated requests are where all, or none, are hits."""
+    if len(hits) == 0:
+        return 0.0, 1.0
+    share = float(hits.mean())
+    correlated = hits.astype(np.float64) if 0 < share < 1 else related
+    return _wilson(share, len(hits) / _correlation_factor(correlated))
+
+
+def is_drifting(series: Floats) -> bool:
+    """Whether a series, in units of what is allowed, grows without end: a straight line through the means of 20 batches
+    rises by more than 0.25 over the run, that is not chance (t > 4), and another run as long would end above 1."""
+    if len(series) < 2 * _BATCHES:
+        return False
+    means = _batch_means(series)
+    x = np.arange(_BATCHES) - (_BATCHES - 1) / 2
+    slope = float(x @ means / (x @ x))
+    growth = slope * (_BATCHES - 1)
+    residual = means - means.mean() - slope * x
+    slope_error = math.sqrt(float(residual @ residual) / (_BATCHES - 2) / float(x @ x))
+    ends_at = float(means.mean()) + 1.5 * growth
+    return growth > _DRIFT_GROWTH and slope > _DRIFT_T * slope_error and ends_at > 1.0
+
+
+def _batch_means(series: Floats) -> Floats:
+    size = len(series) // _BATCHES
+    means: Floats = series[len(series) - size * _BATCHES :].reshape(_BATCHES, size).mean(axis=1)
+    return means
+
+
+def _correlation_factor(series: Floats) -> float:
+    """By how much the variance of the mean exceeds that of independent values; at least 1."""
+    if len(series) < 2 * _BATCHES:
+        return 1.0
+    variance = float(series.var())
+    if variance == 0.0:
+        return 1.0
+    size = len(series) // _BATCHES
+    return min(len(series) / 2, max(1.0, size * float(_batch_means(series).var(ddof=1)) / variance))
+
+
+def _wilson(share: float, independent: float) -> Interval:
+    z2 = _T_95 * _T_95 / independent
+    centre = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
+    return max(0.0, centre - half), min(1.0, centre + half)
