@@ -1,0 +1,130 @@
+"""What a load run says: a record per request, what the generator itself lost, and both in the simulator's form."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from core.timeline import Stage
+from placement.requests import RequestStream
+from placement.result import STAGES, SimulationResult
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRecord:
+    """One request, as its client saw it. Times are seconds since the run began.
+
+    `first_s` and `last_s` are the first and the last event of the answer; `timeline` is what the server says of it (see
+    docs/http-api.md). A request that was never sent has neither `sent_s` nor an error.
+    """
+
+    index: int
+    scheduled_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    slo_class: int
+    sent_s: float | None = None
+    first_s: float | None = None
+    last_s: float | None = None
+    error: str | None = None
+    timeline: dict[str, object] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.last_s is not None and self.error is None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Since the time at which it should have been sent."""
+        return None if self.first_s is None else self.first_s - self.scheduled_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        if not self.is_whole or self.num_output_tokens < 2 or self.first_s is None or self.last_s is None:
+            return None
+        return (self.last_s - self.first_s) / (self.num_output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorHealth:
+    """What the generator itself lost. `send_lag_s` are of each request, scheduled to written; `loop_lag_s` of each tick
+    of a clock on the same event loop; `cpu_share` is of one core."""
+
+    send_lag_s: Floats
+    loop_lag_s: Floats
+    cpu_share: float
+    peak_busy: int
+
+    def fault(self, max_lag_s: float) -> str | None:
+        """Why the run says more of the generator than of the server, if it does."""
+        if len(self.send_lag_s) and (lag_s := float(np.percentile(self.send_lag_s, 99))) > max_lag_s:
+            return (
+                f"99 % of the requests were sent {lag_s * 1e3:.1f} ms late or less; {max_lag_s * 1e3:g} ms are allowed"
+            )
+        if self.cpu_share > 0.8:
+            return f"the generator used {self.cpu_share:.0%} of a core: it may be the bottleneck"
+        return None
+
+    def text(self) -> str:
+        def figures(values: Floats) -> str:
+            if not len(values):
+                return "none"
+            p50, p99, most = np.percentile(values, (50, 99, 100)) * 1e3
+            return f"p50 {p50:.2f} p99 {p99:.2f} max {most:.2f} ms"
+
+        return (
+            f"generator: send lag {figures(self.send_lag_s)}; event loop lag {figures(self.loop_lag_s)}; "
+            f"CPU {self.cpu_share:.1%} of a core; at most {self.peak_busy} requests at once"
+        )
+
+    def summary(self) -> dict[str, float]:
+        def quantile(values: Floats, share: float) -> float:
+            return float(np.percentile(values, share)) if len(values) else float("nan")
+
+        lags = {"send": self.send_lag_s, "loop": self.loop_lag_s}
+        return {
+            f"{name}_lag_{label}_s": quantile(values, share)
+            for name, values in lags.items()
+            for label, share in (("p50", 50), ("p99", 99), ("max", 100))
+        } | {"cpu_share": self.cpu_share, "peak_busy": float(self.peak_busy)}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """`records` in order of arrival, one per request. `stopped`: why not all were sent, if so."""
+
+    stream: RequestStream
+    records: tuple[LoadRecord, ...]
+    health: GeneratorHealth
+    duration_s: float
+    stopped: str | None = None
+
+    def as_simulation(self) -> SimulationResult:
+        """The same in the simulator's form, so that one summary serves both: received is when a request was due."""
+        stamps = np.full((len(self.records), len(STAGES)), np.nan)
+        received, first, finished = map(STAGES.index, (Stage.RECEIVED, Stage.FIRST_TOKEN, Stage.FINISHED))
+        for row, record in zip(stamps, self.records, strict=True):
+            row[received] = record.scheduled_s
+            if record.first_s is not None:
+                row[first] = record.first_s
+            if record.is_whole and record.last_s is not None:
+                row[finished] = record.last_s
+        count = len(self.records)
+        return SimulationResult(
+            requests=self.stream,
+            stamps=stamps,
+            num_attempts=np.ones(count, dtype=np.int64),
+            num_cached_tokens=np.zeros(count, dtype=np.int64),
+            end_s=self.duration_s,
+            instances=(),
+            stopped_early=self.stopped is not None,
+        )
+
+
+def records_as_json(result: LoadResult) -> list[dict[str, object]]:
+    """One object per request, for a file."""
+    fields = ("index", "scheduled_s", "sent_s", "first_s", "last_s", "num_prompt_tokens", "num_output_tokens",
+              "slo_class", "error", "timeline")  # fmt: skip
+    return [{name: getattr(record, name) for name in fields} for record in result.records]
