@@ -75,7 +75,8 @@ class WorkloadProfile:
     def __init__(
         self, *, window_s: float, random: Random, now_s: float, capacity: int = 2048, min_requests: int = 100
     ) -> None:
-        assert window_s > 0 and 1 <= min_requests <= capacity
+        assert window_s > 0
+        assert 1 <= min_requests <= capacity
         self._window_s = window_s
         self._capacity = capacity
         self._min_requests = min_requests

@@ -1,0 +1,199 @@
+"""The states of drift detection, and above all that they do not oscillate."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.replanning import DriftState
+from placement.drift import Decision, DriftDetector, DriftPolicy
+from placement.workload_distance import Limits, Workload
+
+WINDOW_S = 300.0
+POLICY = DriftPolicy()
+
+
+def of_length(prompt_tokens: int) -> Workload:
+    lengths = np.full(200, prompt_tokens, dtype=np.int64)
+    return Workload(lengths, np.full(200, 10, dtype=np.int64), rate=1.0, rate_error=0.01, cached_share=0.0)
+
+
+def mixed(share: float) -> Workload:
+    """`share` of the prompts are long: its strength against the plan's is share / 0.25."""
+    long = round(200 * share)
+    lengths = np.concatenate((np.full(200 - long, 100), np.full(long, 900))).astype(np.int64)
+    return Workload(lengths, np.full(200, 10, dtype=np.int64), rate=1.0, rate_error=0.01, cached_share=0.0)
+
+
+PLANNED, OTHER, THIRD = of_length(100), of_length(900), of_length(5000)
+
+
+class Run:
+    """A detector whose planner answers at once with `gain`."""
+
+    def __init__(self, gain: float | None = 0.5) -> None:
+        self.detector = DriftDetector(PLANNED, Limits(), POLICY)
+        self.gain = gain
+        self.now_s = 0.0
+        self.proposed_s: list[float] = []
+        self.replanned_s: list[float] = []
+        self.withdrawn_s: list[float] = []
+
+    def see(self, *windows: Workload) -> DriftState:
+        for live in windows:
+            self.now_s += WINDOW_S
+            decision = self.detector.observe(live, self.now_s)
+            if decision is Decision.WITHDRAW:
+                self.withdrawn_s.append(self.now_s)
+            if decision is Decision.REPLAN:
+                assert self.detector.state is DriftState.REPLANNING
+                self.replanned_s.append(self.now_s)
+                if self.detector.answered(self.gain, self.now_s):
+                    self.proposed_s.append(self.now_s)
+        return self.detector.state
+
+
+def test_the_plans_own_requests_change_nothing() -> None:
+    run = Run()
+    assert run.see(*[PLANNED] * 50) is DriftState.STABLE
+    assert run.replanned_s == []
+
+
+def test_drift_that_lasts_is_answered_once() -> None:
+    run = Run()
+    assert run.see(OTHER) is DriftState.SUSPECT
+    assert run.see(OTHER) is DriftState.SUSPECT
+    assert run.see(OTHER) is DriftState.PROPOSED
+    assert run.see(*[OTHER] * 100) is DriftState.PROPOSED
+    assert run.replanned_s == [3 * WINDOW_S]
+
+
+def test_one_ordinary_window_ends_the_suspicion() -> None:
+    run = Run()
+    run.see(OTHER, OTHER, PLANNED)
+    assert run.see(OTHER, OTHER) is DriftState.SUSPECT
+    assert run.replanned_s == []
+
+
+def test_between_the_two_thresholds_things_stay_as_they_are() -> None:
+    below, above = mixed(0.20), mixed(0.26)  # strengths 0.8 and 1.04; it ends below 0.7
+    run = Run()
+    assert run.see(*[below] * 10) is DriftState.STABLE
+    run.see(above, below)
+    assert run.see(below) is DriftState.PROPOSED
+    assert run.see(*[below] * 10) is DriftState.PROPOSED
+
+
+def test_a_proposal_is_withdrawn_when_the_drift_is_gone_for_good() -> None:
+    run = Run()
+    run.see(*[OTHER] * 3)
+    assert run.see(PLANNED, PLANNED, OTHER, PLANNED, PLANNED) is DriftState.PROPOSED
+    assert run.see(PLANNED) is DriftState.COOLING
+    assert run.withdrawn_s == [run.now_s]
+
+
+def test_a_proposal_for_requests_that_come_no_more_is_withdrawn_and_a_new_one_made() -> None:
+    run = Run()
+    run.see(*[OTHER] * 3, *[THIRD] * 3)
+    assert run.detector.state is DriftState.COOLING
+    assert run.see(*[THIRD] * 9) is DriftState.PROPOSED
+    assert len(run.proposed_s) == 2
+
+
+def test_too_small_a_gain_is_not_proposed_and_not_asked_for_again() -> None:
+    run = Run(gain=0.09)
+    run.see(*[OTHER] * 500)
+    assert run.detector.state is DriftState.STABLE
+    assert run.proposed_s == []
+    assert len(run.replanned_s) == 1
+    run.gain = 0.2
+    assert run.see(*[THIRD] * 3) is DriftState.PROPOSED, "other requests are another question"
+
+
+def test_a_planner_that_fails_is_asked_again_ever_more_rarely() -> None:
+    run = Run(gain=None)
+    run.see(*[OTHER] * 1000)
+    pauses_s = np.diff(run.replanned_s)
+    assert all(later >= earlier for earlier, later in itertools.pairwise(pauses_s))
+    assert pauses_s[0] >= POLICY.cool_down_s
+    assert POLICY.longest_cool_down_s <= pauses_s[-1] <= POLICY.longest_cool_down_s + 4 * WINDOW_S
+
+
+def test_fast_alternation_brings_no_proposal() -> None:
+    for windows_each in (1, 2):
+        run = Run()
+        for _ in range(200):
+            run.see(*[OTHER] * windows_each, *[PLANNED] * windows_each)
+        assert run.replanned_s == []
+
+
+def test_alternation_within_a_window_is_a_mixture_and_brings_one() -> None:
+    run = Run()
+    assert run.see(*[mixed(0.5)] * 300) is DriftState.PROPOSED
+    assert len(run.proposed_s) == 1
+
+
+def test_alternation_as_fast_as_confirmation_brings_ever_fewer() -> None:
+    """Three windows each, 200 h. Without longer cool-downs it would be 400 proposals."""
+    run = Run()
+    for _ in range(400):
+        run.see(*[OTHER] * 3, *[PLANNED] * 3)
+    in_first_day = sum(at_s < 86400 for at_s in run.proposed_s)
+    assert len(run.proposed_s) <= math.ceil(run.now_s / POLICY.longest_cool_down_s) + 5
+    assert in_first_day <= 8
+
+
+def test_slow_alternation_is_followed() -> None:
+    """Eight hours each: every change is answered within the time that confirming takes."""
+    run = Run()
+    windows = round(8 * 3600 / WINDOW_S)
+    for phase in range(10):
+        run.see(*[OTHER] * windows, *[PLANNED] * windows)
+        assert len(run.proposed_s) == len(run.withdrawn_s) == phase + 1
+        began_s = phase * 2 * windows * WINDOW_S
+        assert run.proposed_s[-1] - began_s == POLICY.confirm_windows * WINDOW_S
+        assert run.withdrawn_s[-1] - began_s == (windows + POLICY.confirm_windows) * WINDOW_S
+
+
+@given(
+    windows=st.lists(st.sampled_from([PLANNED, OTHER, THIRD, mixed(0.2), mixed(0.5)]), max_size=300),
+    gains=st.lists(st.sampled_from([None, 0.0, 0.05, 0.1, 0.5]), min_size=1, max_size=20),
+)
+def test_whatever_comes_planning_is_rare_and_every_proposal_is_worth_it(
+    windows: list[Workload], gains: list[float | None]
+) -> None:
+    run = Run()
+    for number, live in enumerate(windows):
+        run.gain = gains[number % len(gains)]
+        before = len(run.proposed_s)
+        state = run.see(live)
+        if len(run.proposed_s) > before:
+            assert run.gain is not None
+            assert run.gain >= POLICY.min_gain
+        is_open = len(run.proposed_s) > len(run.withdrawn_s)
+        assert is_open == (state is DriftState.PROPOSED)
+    least_s = POLICY.cool_down_s + (POLICY.confirm_windows - 1) * WINDOW_S
+    assert all(pause_s >= least_s for pause_s in np.diff(run.replanned_s))
+
+
+@given(st.lists(st.booleans(), max_size=400))
+def test_random_alternation_proposes_at_most_once_in_a_cool_down(is_other: list[bool]) -> None:
+    run = Run()
+    run.see(*[OTHER if other else PLANNED for other in is_other])
+    lived_s = [gone_s - made_s for made_s, gone_s in zip(run.proposed_s, run.withdrawn_s, strict=False)]
+    pauses_s = [made_s - gone_s for gone_s, made_s in zip(run.withdrawn_s, run.proposed_s[1:], strict=False)]
+    expected_s = POLICY.cool_down_s
+    for life_s, pause_s in zip(lived_s, pauses_s, strict=False):
+        if life_s >= POLICY.short_lived_s:
+            expected_s = POLICY.cool_down_s
+        assert pause_s >= expected_s
+        if life_s < POLICY.short_lived_s:
+            expected_s = min(2 * expected_s, POLICY.longest_cool_down_s)
+
+
+def test_an_answer_that_nobody_asked_for_is_our_mistake() -> None:
+    with pytest.raises(AssertionError):
+        Run().detector.answered(0.5, 0.0)
