@@ -1,0 +1,125 @@
+"""Numbers and sentences of the report, for the page and for the terminal: three significant digits, always a unit."""
+
+import math
+from collections.abc import Sequence
+
+from core.plan import PlanGroup
+from placement.evidence import Candidate, Planned
+
+TERM_NAMES = {
+    "linear": "linear layers",
+    "attention": "prompt attention",
+    "kv_read": "KV reads",
+    "collective": "collectives",
+    "pipeline": "pipeline hand-off",
+    "head": "embedding and sampling",
+    "overhead": "overhead",
+}
+VERDICT_NAMES = {
+    "disaggregate": "Disaggregate",
+    "colocate": "Colocate",
+    "mixed": "Mix both",
+    "infeasible": "Infeasible",
+}
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, no exponent below a million: 0.0123, 1.23, 12.3, 1,230."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    rounded = round(value, digits)
+    if abs(rounded) >= 1e6:
+        return f"{rounded:.3g}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{decimals}f}"
+
+
+def count(value: int) -> str:
+    """Exactly, with commas."""
+    return f"{value:,}"
+
+
+def seconds(value: float | None) -> str:
+    """With the unit that fits: 85.2 µs, 12.3 ms, 1.23 s, 12.3 min."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    for limit, factor, unit in ((0.0009995, 1e6, "µs"), (0.9995, 1e3, "ms"), (599.5, 1.0, "s")):
+        if size < limit:
+            return f"{number(value * factor)} {unit}"
+    return f"{number(value / 60)} min"
+
+
+def percent(share: float | None) -> str:
+    """91.2 %; 100 % only when it is."""
+    if share is None or not math.isfinite(share):
+        return "–"
+    text = f"{100 * share:.1f}"
+    return f"{'>99.9' if text == '100.0' and share < 1 else text.removesuffix('.0')} %"
+
+
+def rate(value: float | None) -> str:
+    return f"{number(value)} req/s"
+
+
+def interval(bounds: Sequence[float] | None, show: str = "number") -> str:
+    """'1.23 to 4.56', by `number` or `percent`."""
+    if bounds is None:
+        return "–"
+    low, high = bounds
+    if show == "percent":
+        return f"{percent(low).removesuffix(' %')} to {percent(high)}"
+    return f"{number(low)} to {number(high)}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def join(parts: Sequence[str]) -> str:
+    """'a, b and c'."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def term_name(term: str) -> str:
+    """A term of StepCost for a reader; an unknown one with its underscores as spaces."""
+    name = term.removesuffix("_s")
+    return TERM_NAMES.get(name, name.replace("_", " "))
+
+
+def describe_groups(groups: Sequence[PlanGroup]) -> str:
+    """'2 prefill instances (tp2) and 1 decode instance (tp4) on H100'."""
+    devices = {group.device for group in groups}
+    parts = [f"{plural(group.instances, f'{group.role} instance')} ({group.shape}" for group in groups]
+    if len(devices) == 1:
+        return f"{join([f'{part})' for part in parts])} on {groups[0].device}"
+    return join([f"{part} on {group.device})" for part, group in zip(parts, groups, strict=True)])
+
+
+def headline(planned: Planned) -> str:
+    """The verdict and the answer, in one sentence."""
+    text = answer(planned)
+    return f"{VERDICT_NAMES[planned.plan.verdict]}: {text[:1].lower()}{text[1:]}"
+
+
+def answer(planned: Planned) -> str:
+    """What to run and what it serves, or how near one comes, in one sentence."""
+    plan, expected = planned.plan, planned.plan.expected
+    if plan.verdict == "infeasible":
+        nearest = planned.evidence.nearest or "nothing that was tried reaches the targets"
+        return f"{nearest[:1].upper()}{nearest[1:].rstrip('.')}."
+    what = describe_groups(plan.groups)
+    if expected is None:
+        return f"{what}."
+    serve = "serves" if sum(group.instances for group in plan.groups) == 1 else "serve"
+    per_device = number(expected.goodput_per_device)
+    return f"{what} {serve} {rate(expected.goodput)} within the targets, {per_device} per device."
+
+
+def best_rejected(planned: Planned, count: int) -> list[Candidate]:
+    """The candidates that came closest, those that were never simulated last."""
+    rejected = [candidate for candidate in planned.evidence.candidates if not candidate.chosen]
+    return sorted(rejected, key=lambda c: -(c.goodput_per_device or -1.0))[:count]
