@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from core.slo import SloClass
 from placement.judgement import ClassJudgement, Judgement, deadlines_s, judge
 from placement.requests import RequestStream
 from placement.result import SimulationResult
+from placement.simulator.run import Progress
 from placement.steady_state import Interval
 
 __all__ = ["ClassJudgement", "Evaluation", "Goodput", "Judgement", "goodput_at", "judge", "stop_when_lost"]
@@ -19,17 +19,7 @@ _FACTOR = 2.0
 _MAX_DOUBLINGS = 24
 
 
-class InFlight(Protocol):
-    """What the simulator tells of a run that is under way; its `Progress` is one."""
-
-    @property
-    def now_s(self) -> float: ...
-
-    @property
-    def finished(self) -> int: ...
-
-
-StopWhen = Callable[[InFlight], bool]
+StopWhen = Callable[[Progress], bool]
 Run = Callable[[RequestStream, StopWhen], SimulationResult]
 """Simulates a deployment on some requests, and gives up when the predicate says so."""
 
@@ -98,7 +88,7 @@ def stop_when_lost(requests: RequestStream, classes: Sequence[SloClass]) -> Stop
     counts = np.bincount(requests.slo_class, minlength=len(classes))
     may_miss = sum((1 - slo.attainment) * int(count) for slo, count in zip(classes, counts, strict=True))
 
-    def is_lost(progress: InFlight) -> bool:
+    def is_lost(progress: Progress) -> bool:
         deadlines_passed = int(np.searchsorted(deadline_s, progress.now_s))
         return deadlines_passed - progress.finished > may_miss
 

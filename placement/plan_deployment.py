@@ -1,0 +1,168 @@
+"""From a plan to what the simulator runs: instances on nodes, with their costs, and the links between them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.errors import ConfigError
+from core.model_shape import ModelShape
+from core.parallel import ParallelShape
+from core.plan import Plan, PlanGroup
+from placement.cluster import Cluster, Node, nic_bytes_per_s, peer_bytes_per_s
+from placement.cost_source import CostSource
+from placement.deployment import Deployment, Failure, InstanceSpec, NetworkSpec, RouterSpec
+
+BLOCK_SIZE = 16
+
+
+def deployment_of(
+    plan: Plan,
+    source: CostSource,
+    cluster: Cluster,
+    model: ModelShape,
+    *,
+    router: RouterSpec | None = None,
+    failures: Sequence[Failure] = (),
+) -> Deployment:
+    """Instances are named prefill-0, prefill-1, ..., decode-0, ..., in the order of the plan's groups. Those without
+    devices of their own are placed as `placed` says.
+
+    `router`: times of the router and the wire; its `same_node_only` is the plan's. Raises ConfigError if the plan does
+    not fit the cluster, or asks for a shape of which no cost is known.
+    """
+    whole = placed(plan, cluster)
+    numbers = {"prefill": 0, "decode": 0, "colocated": 0}
+    instances: list[InstanceSpec] = []
+    for group in whole.groups:
+        cost = source.cost_model(_device_name(group, cluster), group.shape)
+        if cost is None:
+            raise ConfigError(
+                f"the plan: {model.name} cannot run as {group.shape} on {group.device}, or no cost is known"
+            )
+        for ranks in group.devices:
+            instances.append(
+                InstanceSpec(
+                    instance_id=f"{group.role}-{numbers[group.role]}",
+                    role=group.role,
+                    cost=cost,
+                    num_blocks=max(1, group.kv_tokens // BLOCK_SIZE),
+                    block_size=BLOCK_SIZE,
+                    max_model_len=model.max_context_tokens,
+                    max_batch_tokens=group.max_batch_tokens,
+                    max_batch=group.max_batch,
+                    policy=group.policy,
+                    node=_node_index(ranks[0], cluster),
+                )
+            )
+            numbers[group.role] += 1
+    times = router or RouterSpec()
+    return Deployment(
+        instances=tuple(instances),
+        network=network_of(whole, cluster, model),
+        router=RouterSpec(
+            admission_s=times.admission_s,
+            first_token_s=times.first_token_s,
+            token_s=times.token_s,
+            same_node_only=plan.same_node,
+        ),
+        failures=_checked(failures, instances),
+    )
+
+
+def network_of(plan: Plan, cluster: Cluster, model: ModelShape) -> NetworkSpec:
+    """Links of the slowest kind among the nodes in use: an instance's port has the links of all its ranks, a node's
+    link those of all its devices."""
+    ports, links = [], []
+    for group in plan.groups:
+        device = cluster.devices[_device_name(group, cluster)]
+        ports.append(group.shape.num_ranks * peer_bytes_per_s(device))
+        links.append(cluster.devices_per_node[device.name] * nic_bytes_per_s(device))
+    return NetworkSpec(
+        kv_bytes_per_token=model.kv_bytes_per_token,
+        intra_node_bytes_per_s=min(ports),
+        inter_node_bytes_per_s=min(links),
+    )
+
+
+def placed(plan: Plan, cluster: Cluster) -> Plan:
+    """The plan with the devices of every instance named.
+
+    Large instances go first. An instance stays inside a node if one has room. With `same_node` it goes to the node
+    with most room, so that both roles come to stand on every node; else nodes are filled one after the other. Raises
+    ConfigError if there are too few devices, or a device that the plan names is not there.
+    """
+    room = _Room(cluster)
+    for group in plan.groups:
+        for ranks in group.devices:
+            room.take(ranks, group.device)
+    chosen: dict[int, list[tuple[str, ...]]] = {}
+    for index in sorted(range(len(plan.groups)), key=lambda i: -plan.groups[i].shape.num_ranks):
+        group = plan.groups[index]
+        if not group.devices:
+            name = _device_name(group, cluster)
+            chosen[index] = [room.find(name, group.shape, spread=plan.same_node) for _ in range(group.instances)]
+    groups = tuple(
+        group.model_copy(update={"devices": tuple(chosen[index])}) if index in chosen else group
+        for index, group in enumerate(plan.groups)
+    )
+    return plan.model_copy(update={"groups": groups})
+
+
+@dataclass(slots=True)
+class _NodeRoom:
+    node: Node
+    free: list[int]
+
+
+class _Room:
+    """The devices that nobody has taken yet."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._nodes = [_NodeRoom(node, list(range(node.num_devices))) for node in cluster.nodes]
+
+    def take(self, ranks: Sequence[str], device_name: str) -> None:
+        for rank in ranks:
+            name, _, index = rank.rpartition(":")
+            room = next((room for room in self._nodes if room.node.name == name), None)
+            if room is None or not index.isdecimal() or int(index) not in room.free:
+                raise ConfigError(f"the plan: the cluster has no device {rank}, or it is used twice")
+            if room.node.device.name.casefold() != device_name.casefold():
+                raise ConfigError(f"the plan: device {rank} is a {room.node.device.name}, not a {device_name}")
+            room.free.remove(int(index))
+
+    def find(self, device_name: str, shape: ParallelShape, *, spread: bool) -> tuple[str, ...]:
+        """Devices of one node; where none has room for all stages, each stage finds a node of its own."""
+        fitting = [room for room in self._nodes if room.node.device.name == device_name]
+        with_room = [room for room in fitting if len(room.free) >= shape.num_ranks]
+        if not with_room and shape.pp > 1:
+            stages = (self.find(device_name, ParallelShape(shape.tp), spread=spread) for _ in range(shape.pp))
+            return tuple(rank for stage in stages for rank in stage)
+        if not with_room:
+            have = sum(room.node.num_devices for room in fitting)
+            raise ConfigError(
+                f"the plan: the cluster's {have} {device_name} have no room left for an instance of {shape}"
+            )
+        room = max(with_room, key=lambda room: len(room.free)) if spread else with_room[0]
+        found = tuple(f"{room.node.name}:{index}" for index in room.free[: shape.num_ranks])
+        self.take(found, device_name)
+        return found
+
+
+def _device_name(group: PlanGroup, cluster: Cluster) -> str:
+    """The group's device as the cluster spells it. Raises ConfigError."""
+    for name in cluster.devices:
+        if name.casefold() == group.device.casefold():
+            return name
+    raise ConfigError(f"the plan wants {group.device}, but the cluster has {', '.join(cluster.devices)}")
+
+
+def _node_index(device: str, cluster: Cluster) -> int:
+    name = device.rpartition(":")[0]
+    return next(index for index, node in enumerate(cluster.nodes) if node.name == name)
+
+
+def _checked(failures: Sequence[Failure], instances: Sequence[InstanceSpec]) -> tuple[Failure, ...]:
+    names = [instance.instance_id for instance in instances]
+    for failure in failures:
+        if failure.instance_id not in names:
+            raise ConfigError(f"there is no instance {failure.instance_id} to fail; there are {', '.join(names)}")
+    return tuple(failures)
