@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from core.errors import ConfigError
 
@@ -37,6 +37,26 @@ def _check_address(value: object) -> object:
     return value
 
 
+_FOLDER = "folder"
+
+
+def relative_to(folder: Path) -> dict[str, Path]:
+    """The validation context in which relative paths of a configuration count from `folder`. Without it they stay."""
+    return {_FOLDER: folder.absolute()}
+
+
+def _anchor(path: Path, info: ValidationInfo) -> Path:
+    return (info.context[_FOLDER] / path.expanduser()).resolve() if info.context else path
+
+
+def _anchor_folder(name: str, info: ValidationInfo) -> str:
+    folder = _anchor(Path(name), info)
+    return str(folder) if info.context and folder.is_dir() else name
+
+
+AnchoredPath = Annotated[Path, AfterValidator(_anchor)]
+ModelName = Annotated[str, AfterValidator(_anchor_folder)]
+"""The name of a published model, or a checkpoint's folder: what is a folder beside the file is one."""
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Address = Annotated[str, BeforeValidator(_check_address)]
 
@@ -85,12 +105,15 @@ class RouterSection(_Frozen):
     max_body: Bytes = 8 << 20
     reflection: bool = True
     resume: bool = Field(default=True, description="Continue on another worker when one is lost mid-stream")
+    profile_window_s: float = Field(
+        default=300.0, gt=0, description="Requests of this long are compared with those that were planned for"
+    )
 
 
 class ServeConfig(_Frozen):
     """A whole deployment on one model."""
 
-    model: Path
+    model: AnchoredPath
     model_name: str | None = Field(default=None, description="Name in the API; default: the folder's name")
     router: RouterSection = RouterSection()
     prefill: PrefillSection = PrefillSection()
@@ -105,7 +128,7 @@ class ServeConfig(_Frozen):
 class WorkerConfig(_Frozen):
     """One worker process. Of `prefill` and `decode` only the section of its own role counts."""
 
-    model: Path
+    model: AnchoredPath
     model_name: str | None = None
     listen: Address = "127.0.0.1:0"
     routers: tuple[Address, ...] = Field(default=("127.0.0.1:8002",), description="Control addresses to report to")
@@ -122,7 +145,7 @@ class WorkerConfig(_Frozen):
 class RouterConfig(_Frozen):
     """One router process. It loads the tokenizer and chat template of `model`, never its weights."""
 
-    model: Path
+    model: AnchoredPath
     model_name: str | None = None
     router: RouterSection = RouterSection()
     heartbeat_timeout_s: float = Field(default=3.0, gt=0, description="Silence after which a worker counts as gone")

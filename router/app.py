@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from random import SystemRandom
+from random import Random, SystemRandom
 from typing import Any
 
 import grpc
@@ -21,7 +21,9 @@ from grpc_reflection.v1alpha import reflection
 
 from core.clock import Clock, SystemClock
 from core.config import RouterConfig
+from core.replanning import ReplanStatus
 from core.session import InstanceStatus
+from core.workload_profile import ProfileSnapshot, WorkloadProfile
 from router.choices import LoadChooser
 from router.completion import TextService
 from router.dispatch import Dispatcher, DispatchLimits
@@ -29,6 +31,7 @@ from router.fleet import Fleet
 from router.http_app import HttpApp
 from router.http_server import HttpServer
 from router.metrics import Metrics
+from router.profile import ProfileObserver
 from router.records import RequestLog
 from router.running import RetryPolicy
 from router.tokenizer import TextTokenizer
@@ -48,10 +51,14 @@ _FLUSH_S = 2.0  # for answers that are complete and on their way out
 class ControlDesk:
     """What the control port answers from. Implements `wire.fleet.Registry`."""
 
-    def __init__(self, model: str, fleet: Fleet, dispatcher: Dispatcher, clock: Clock) -> None:
+    def __init__(
+        self, model: str, fleet: Fleet, dispatcher: Dispatcher, profile: WorkloadProfile, clock: Clock
+    ) -> None:
+        self.replan: ReplanStatus | None = None
         self._model = model
         self._fleet = fleet
         self._dispatcher = dispatcher
+        self._profile = profile
         self._clock = clock
         self._started_s = clock.now_s()
 
@@ -65,7 +72,14 @@ class ControlDesk:
             instances=tuple(instance.status for instance in self._fleet.instances),
             running_requests=self._dispatcher.running_requests,
             queued_requests=self._dispatcher.queued_requests,
+            replan=self.replan,
         )
+
+    def profile(self) -> ProfileSnapshot | None:
+        return self._profile.snapshot(self._clock.now_s())
+
+    def replan_reported(self, status: ReplanStatus) -> None:
+        self.replan = status
 
 
 class RouterApp:
@@ -95,15 +109,20 @@ class RouterApp:
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             clock=self._clock,
         )
+        profile = WorkloadProfile(window_s=settings.profile_window_s, random=Random(), now_s=self._clock.now_s())
+        observer = ProfileObserver(profile)
         self._dispatcher = Dispatcher(
             fleet=self._fleet,
             chooser=LoadChooser(self._fleet),
             clock=self._clock,
             limits=DispatchLimits(max_queue=settings.max_queue, request_timeout_s=settings.request_timeout_s),
             retry=RetryPolicy(resume=settings.resume),
-            observers=(self._metrics.requests, self.log),
+            observers=(self._metrics.requests, self.log, observer),
+            arrivals=observer,
         )
+        self._desk = ControlDesk(config.served_name, self._fleet, self._dispatcher, profile, self._clock)
         self._metrics.watch(self._fleet, self._dispatcher)
+        self._metrics.watch_replanning(lambda: self._desk.replan)
 
     async def start(self) -> None:
         """Listen on all three ports. Raises CheckpointError for a tokenizer it cannot use, ConfigError for a port."""
@@ -155,8 +174,7 @@ class RouterApp:
         # What is entered last is left first: the fleet ends last, the control port after the ports for clients.
         self._spawn(self._fleet.run(), "fleet")
         control, control_health = build_server(config.cluster_token)
-        desk = ControlDesk(config.served_name, self._fleet, self._dispatcher, self._clock)
-        worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(desk), control)
+        worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self._desk), control)
         self.control_address = bind(control, settings.control)
         await self._serve(control, control_health)
         await control_health.set("", health_pb2.HealthCheckResponse.SERVING)

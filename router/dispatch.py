@@ -17,7 +17,7 @@ from core.request import GenerationRequest
 from router.choices import Chosen, LoadChooser
 from router.fleet import Fleet
 from router.instances import Instance
-from router.records import RequestObserver, RequestRecord
+from router.records import ArrivalObserver, RequestObserver, RequestRecord
 from router.running import RetryPolicy, RunningRequest
 
 
@@ -41,6 +41,7 @@ class Dispatcher:
         limits: DispatchLimits,
         retry: RetryPolicy,
         observers: Sequence[RequestObserver] = (),
+        arrivals: ArrivalObserver | None = None,
     ) -> None:
         self.clock = clock
         self.retry = retry
@@ -49,6 +50,7 @@ class Dispatcher:
         self._chooser = chooser
         self._limits = limits
         self._observers = tuple(observers)
+        self._arrivals = arrivals
         self._running: dict[str, RunningRequest] = {}
         self._is_draining = False
         self._all_ended = asyncio.Event()
@@ -64,6 +66,8 @@ class Dispatcher:
 
     def start(self, request: GenerationRequest, received_s: float) -> RunningRequest:
         """Besides what `TokenGenerator` names, raises DeadlineError if the deadline has passed already."""
+        if self._arrivals is not None:
+            self._arrivals.arrived(self.clock.now_s())
         try:
             self._admit(request)
             if request.deadline_s == float("inf"):

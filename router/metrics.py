@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from core import errors
 from core.errors import TandemError
+from core.replanning import DriftState, ReplanStatus
 from core.request import FinishReason
 from core.session import InstanceStatus
 from core.timeline import PARTS
@@ -84,6 +85,11 @@ TRANSFERS = Description("tandem_transfers_total", "KV transfers over a link", _B
 TRANSFER_BYTES = Description("tandem_transfer_bytes_total", "Bytes of them", _BY_LINK)
 TRANSFER_SECONDS = Description("tandem_transfer_seconds_total", "Time of them", _BY_LINK)
 TRANSFER_FAILURES = Description("tandem_transfer_failures_total", "Those that failed", _BY_LINK)
+
+# Only where a plan is watched.
+DRIFT = Description("tandem_workload_drift", "How far the workload is from the plan's; the plan may be wrong from 1 on")
+REPLAN_STATE = Description("tandem_replan_state", "1 for the state that watching the plan is in", ("state",))
+REPLAN_GAIN = Description("tandem_replan_proposed_gain", "Relative gain of the proposed plan, 0 without one")
 
 BLOCK_OWNERS = ("total", "free", "running", "cached", "leased", "leaked")
 
@@ -172,6 +178,23 @@ class _FleetCollector(Collector):  # type: ignore[misc]
         yield from _links(instances)
 
 
+class _ReplanCollector(Collector):  # type: ignore[misc]
+    def __init__(self, source: Callable[[], ReplanStatus | None]) -> None:
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._source()
+        if status is None:
+            return
+        yield GaugeMetricFamily(DRIFT.name, DRIFT.help, value=status.drift)
+        states = GaugeMetricFamily(REPLAN_STATE.name, REPLAN_STATE.help, labels=REPLAN_STATE.labels)
+        for state in DriftState:
+            states.add_metric([state.value], float(state is status.state))
+        yield states
+        gain = 0.0 if status.proposal is None else status.proposal.gain
+        yield GaugeMetricFamily(REPLAN_GAIN.name, REPLAN_GAIN.help, value=gain)
+
+
 def _links(instances: tuple[Instance, ...]) -> Iterator[Metric]:
     """Each link as the instance that receives over it reports it."""
     families = [
@@ -209,6 +232,10 @@ class Metrics:
     def watch(self, fleet: Fleet, dispatcher: Dispatcher) -> None:
         """Add what is read from the live state. Once."""
         self.registry.register(_FleetCollector(fleet, dispatcher))
+
+    def watch_replanning(self, source: Callable[[], ReplanStatus | None]) -> None:
+        """Add the state of the plan, once something is known of it."""
+        self.registry.register(_ReplanCollector(source))
 
     def render(self) -> bytes:
         return bytes(generate_latest(self.registry))

@@ -6,22 +6,27 @@ from typing import Any, Protocol
 import grpc
 
 from core.errors import TandemError
+from core.replanning import ReplanStatus
 from core.session import InstanceStatus
+from core.workload_profile import ProfileSnapshot
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import worker_pb2, worker_pb2_grpc
-from wire import convert
+from wire import convert, replanning
 from wire.status import abort
 
 
 @dataclass(frozen=True, slots=True)
 class FleetDescription:
-    """What one router knows of itself and its workers."""
+    """What one router knows of itself, its workers and its requests. `profile` only where it was asked for and a window
+    has closed, `replan` only where a plan is watched."""
 
     model: str
     uptime_s: float
     instances: tuple[InstanceStatus, ...]
     running_requests: int
     queued_requests: int
+    replan: ReplanStatus | None = None
+    profile: ProfileSnapshot | None = None
 
 
 class Registry(Protocol):
@@ -31,7 +36,13 @@ class Registry(Protocol):
         """Raises a TandemError for an instance that this router cannot use; the worker logs it and keeps trying."""
         ...
 
-    def describe(self) -> FleetDescription: ...
+    def describe(self) -> FleetDescription:
+        """Without the profile."""
+        ...
+
+    def profile(self) -> ProfileSnapshot | None: ...
+
+    def replan_reported(self, status: ReplanStatus) -> None: ...
 
 
 class FleetServicer(worker_pb2_grpc.FleetServiceServicer):
@@ -51,13 +62,27 @@ class FleetServicer(worker_pb2_grpc.FleetServiceServicer):
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.DescribeResponse:
         description = self._registry.describe()
-        return worker_pb2.DescribeResponse(
+        response = worker_pb2.DescribeResponse(
             model=description.model,
             uptime_s=description.uptime_s,
             instances=[convert.status_to_pb(status) for status in description.instances],
             running_requests=description.running_requests,
             queued_requests=description.queued_requests,
         )
+        if description.replan is not None:
+            response.replan.CopyFrom(replanning.replan_to_pb(description.replan))
+        if request.with_profile and (profile := self._registry.profile()) is not None:
+            response.profile.CopyFrom(replanning.profile_to_pb(profile))
+        return response
+
+    async def ReportReplan(
+        self, request: worker_pb2.ReportReplanRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.ReportReplanResponse:
+        try:
+            self._registry.replan_reported(replanning.replan_from_pb(request.status))
+        except TandemError as error:
+            await abort(context, error)
+        return worker_pb2.ReportReplanResponse()
 
 
 async def send_heartbeat(channel: grpc.aio.Channel, status: InstanceStatus, timeout_s: float) -> None:
@@ -69,12 +94,22 @@ async def send_heartbeat(channel: grpc.aio.Channel, status: InstanceStatus, time
         raise error_from_rpc(error) from error
 
 
-async def describe_fleet(channel: grpc.aio.Channel, timeout_s: float) -> FleetDescription:
-    """Ask a router. Raises as `send_heartbeat`."""
+async def report_replan(channel: grpc.aio.Channel, status: ReplanStatus, timeout_s: float) -> None:
+    """Tell a router what to show. Raises as `send_heartbeat`."""
+    request = worker_pb2.ReportReplanRequest(status=replanning.replan_to_pb(status))
     try:
-        response = await worker_pb2_grpc.FleetServiceStub(channel).Describe(
-            worker_pb2.DescribeRequest(), timeout=timeout_s
-        )
+        await worker_pb2_grpc.FleetServiceStub(channel).ReportReplan(request, timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+
+
+async def describe_fleet(
+    channel: grpc.aio.Channel, timeout_s: float, *, with_profile: bool = False
+) -> FleetDescription:
+    """Ask a router. Raises as `send_heartbeat`."""
+    request = worker_pb2.DescribeRequest(with_profile=with_profile)
+    try:
+        response = await worker_pb2_grpc.FleetServiceStub(channel).Describe(request, timeout=timeout_s)
     except grpc.aio.AioRpcError as error:
         raise error_from_rpc(error) from error
     return FleetDescription(
@@ -83,4 +118,6 @@ async def describe_fleet(channel: grpc.aio.Channel, timeout_s: float) -> FleetDe
         instances=tuple(convert.status_from_pb(status) for status in response.instances),
         running_requests=response.running_requests,
         queued_requests=response.queued_requests,
+        replan=replanning.replan_from_pb(response.replan) if response.HasField("replan") else None,
+        profile=replanning.profile_from_pb(response.profile) if response.HasField("profile") else None,
     )

@@ -277,19 +277,91 @@ class HeartbeatResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("with_profile",)
+    WITH_PROFILE_FIELD_NUMBER: _ClassVar[int]
+    with_profile: bool
+    def __init__(self, with_profile: _Optional[bool] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "uptime_s", "instances", "running_requests", "queued_requests")
+    __slots__ = ("model", "uptime_s", "instances", "running_requests", "queued_requests", "profile", "replan")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    REPLAN_FIELD_NUMBER: _ClassVar[int]
     model: str
     uptime_s: float
     instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
     running_requests: int
     queued_requests: int
-    def __init__(self, model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., running_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
+    profile: WorkloadProfile
+    replan: ReplanStatus
+    def __init__(self, model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., running_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ..., profile: _Optional[_Union[WorkloadProfile, _Mapping]] = ..., replan: _Optional[_Union[ReplanStatus, _Mapping]] = ...) -> None: ...
+
+class WorkloadProfile(_message.Message):
+    __slots__ = ("window", "window_s", "arrivals", "arrival_cv", "finished", "prompt_tokens", "output_tokens", "cached_tokens", "slo_class")
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    ARRIVALS_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_CV_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SLO_CLASS_FIELD_NUMBER: _ClassVar[int]
+    window: int
+    window_s: float
+    arrivals: int
+    arrival_cv: float
+    finished: int
+    prompt_tokens: _containers.RepeatedScalarFieldContainer[int]
+    output_tokens: _containers.RepeatedScalarFieldContainer[int]
+    cached_tokens: _containers.RepeatedScalarFieldContainer[int]
+    slo_class: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, window: _Optional[int] = ..., window_s: _Optional[float] = ..., arrivals: _Optional[int] = ..., arrival_cv: _Optional[float] = ..., finished: _Optional[int] = ..., prompt_tokens: _Optional[_Iterable[int]] = ..., output_tokens: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., slo_class: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ReplanStatus(_message.Message):
+    __slots__ = ("state", "changes", "note", "proposal")
+    class Change(_message.Message):
+        __slots__ = ("name", "planned", "live", "strength")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        PLANNED_FIELD_NUMBER: _ClassVar[int]
+        LIVE_FIELD_NUMBER: _ClassVar[int]
+        STRENGTH_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        planned: float
+        live: float
+        strength: float
+        def __init__(self, name: _Optional[str] = ..., planned: _Optional[float] = ..., live: _Optional[float] = ..., strength: _Optional[float] = ...) -> None: ...
+    class Proposal(_message.Message):
+        __slots__ = ("summary", "changes", "gain", "folder")
+        SUMMARY_FIELD_NUMBER: _ClassVar[int]
+        CHANGES_FIELD_NUMBER: _ClassVar[int]
+        GAIN_FIELD_NUMBER: _ClassVar[int]
+        FOLDER_FIELD_NUMBER: _ClassVar[int]
+        summary: str
+        changes: _containers.RepeatedScalarFieldContainer[str]
+        gain: float
+        folder: str
+        def __init__(self, summary: _Optional[str] = ..., changes: _Optional[_Iterable[str]] = ..., gain: _Optional[float] = ..., folder: _Optional[str] = ...) -> None: ...
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    PROPOSAL_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    changes: _containers.RepeatedCompositeFieldContainer[ReplanStatus.Change]
+    note: str
+    proposal: ReplanStatus.Proposal
+    def __init__(self, state: _Optional[str] = ..., changes: _Optional[_Iterable[_Union[ReplanStatus.Change, _Mapping]]] = ..., note: _Optional[str] = ..., proposal: _Optional[_Union[ReplanStatus.Proposal, _Mapping]] = ...) -> None: ...
+
+class ReportReplanRequest(_message.Message):
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: ReplanStatus
+    def __init__(self, status: _Optional[_Union[ReplanStatus, _Mapping]] = ...) -> None: ...
+
+class ReportReplanResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -176,7 +176,7 @@ class DecodeService:
 
 
 class FleetServiceStub:
-    """Served by the router, for workers only.
+    """Served by the router, for workers and for `tandem serve`.
     """
 
     def __init__(self, channel):
@@ -195,10 +195,15 @@ class FleetServiceStub:
                 request_serializer=tandem_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_worker__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.ReportReplan = channel.unary_unary(
+                '/tandem.v1.FleetService/ReportReplan',
+                request_serializer=tandem_dot_v1_dot_worker__pb2.ReportReplanRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_worker__pb2.ReportReplanResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
-    """Served by the router, for workers only.
+    """Served by the router, for workers and for `tandem serve`.
     """
 
     def Heartbeat(self, request, context):
@@ -210,6 +215,13 @@ class FleetServiceServicer:
 
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportReplan(self, request, context):
+        """What `tandem serve` thinks of its plan; the router shows the last word in Describe and in its metrics.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -227,6 +239,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     request_deserializer=tandem_dot_v1_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_worker__pb2.DescribeResponse.SerializeToString,
             ),
+            'ReportReplan': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportReplan,
+                    request_deserializer=tandem_dot_v1_dot_worker__pb2.ReportReplanRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_worker__pb2.ReportReplanResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'tandem.v1.FleetService', rpc_method_handlers)
@@ -236,7 +253,7 @@ def add_FleetServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FleetService:
-    """Served by the router, for workers only.
+    """Served by the router, for workers and for `tandem serve`.
     """
 
     @staticmethod
@@ -283,6 +300,33 @@ class FleetService:
             '/tandem.v1.FleetService/Describe',
             tandem_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
             tandem_dot_v1_dot_worker__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportReplan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.FleetService/ReportReplan',
+            tandem_dot_v1_dot_worker__pb2.ReportReplanRequest.SerializeToString,
+            tandem_dot_v1_dot_worker__pb2.ReportReplanResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -29,7 +29,7 @@ from router.choices import LoadChooser
 from router.dispatch import Dispatcher, DispatchLimits
 from router.fleet import Fleet
 from router.instances import Instance, WorkerCommand, WorkerEvent
-from router.records import RequestLog, RequestRecord
+from router.records import ArrivalObserver, RequestLog, RequestRecord
 from router.running import RetryPolicy, RunningRequest
 
 MODEL = "tiny"
@@ -174,7 +174,12 @@ class Cluster:
         return self.dispatcher.start(request, SystemClock().now_s())
 
 
-def make_cluster(retry: RetryPolicy | None = None, max_queue: int = 64, heartbeat_timeout_s: float = 60.0) -> Cluster:
+def make_cluster(
+    retry: RetryPolicy | None = None,
+    max_queue: int = 64,
+    heartbeat_timeout_s: float = 60.0,
+    arrivals: ArrivalObserver | None = None,
+) -> Cluster:
     clock = SystemClock()
     workers = FakeWorkers()
     fleet = Fleet(model=MODEL, opener=workers, heartbeat_timeout_s=heartbeat_timeout_s, clock=clock)
@@ -187,6 +192,7 @@ def make_cluster(retry: RetryPolicy | None = None, max_queue: int = 64, heartbea
         limits=DispatchLimits(max_queue=max_queue, request_timeout_s=30.0),
         retry=retry or RetryPolicy(patience_s=0.3, pause_s=0.01),
         observers=(log, _Observer(records)),
+        arrivals=arrivals,
     )
     return Cluster(fleet, dispatcher, workers, log, records)
 
@@ -204,9 +210,13 @@ class _Observer:
 
 @asynccontextmanager
 async def running_cluster(
-    *instance_ids: str, retry: RetryPolicy | None = None, max_queue: int = 64, heartbeat_timeout_s: float = 60.0
+    *instance_ids: str,
+    retry: RetryPolicy | None = None,
+    max_queue: int = 64,
+    heartbeat_timeout_s: float = 60.0,
+    arrivals: ArrivalObserver | None = None,
 ) -> AsyncIterator[Cluster]:
-    cluster = make_cluster(retry, max_queue, heartbeat_timeout_s)
+    cluster = make_cluster(retry, max_queue, heartbeat_timeout_s, arrivals)
     task = asyncio.create_task(cluster.fleet.run())
     try:
         await cluster.join(*instance_ids)

@@ -5,6 +5,7 @@ import asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from core.errors import OverloadedError, TandemError
+from core.replanning import Change, DriftState, Proposal, ReplanStatus
 from core.request import FinishReason
 from core.session import BlockCounts, LinkStats, Role
 from core.timeline import PARTS, Stage, Timeline
@@ -131,3 +132,18 @@ async def test_requests_that_run_now() -> None:
         assert samples["tandem_instance_open_requests", (("instance", "p1"), ("role", "prefill"))] == 3
         await asyncio.gather(*(each.aclose() for each in running))
         assert read(page)["tandem_queued_requests", ()] == 0
+
+
+def test_a_watched_plan_shows_its_drift_and_what_another_would_gain() -> None:
+    page = Metrics()
+    status: ReplanStatus | None = None
+    page.watch_replanning(lambda: status)
+    assert not any("replan" in name or "drift" in name for name, _ in read(page)), "no plan, no series"
+    status = ReplanStatus(DriftState.SUSPECT, (Change("rate", 1.0, 2.0, 1.5), Change("prompt_tokens", 9.0, 9.0, 0.2)))
+    samples = read(page)
+    assert samples["tandem_workload_drift", ()] == 1.5
+    assert samples["tandem_replan_state", (("state", "suspect"),)] == 1
+    assert sum(value for (name, _), value in samples.items() if name == "tandem_replan_state") == 1
+    assert samples["tandem_replan_proposed_gain", ()] == 0
+    status = ReplanStatus(DriftState.PROPOSED, proposal=Proposal("", (), 0.25, ""))
+    assert read(page)["tandem_replan_proposed_gain", ()] == 0.25

@@ -1,0 +1,85 @@
+"""FleetService over a real channel: what `tandem serve` asks for and reports, and `tandem status` gets."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from core.errors import InvalidRequestError
+from core.replanning import Change, DriftState, Proposal, ReplanStatus
+from core.session import InstanceStatus
+from core.workload_profile import ProfileSnapshot
+from tandem.v1 import worker_pb2, worker_pb2_grpc
+from wire.channels import open_channel
+from wire.fleet import FleetDescription, FleetServicer, describe_fleet, report_replan
+from wire.replanning import replan_from_pb
+from wire.server import bind, build_server
+
+PROFILE = ProfileSnapshot(3, 61.5, 200, 2.5, 190, (100, 7), (12, 1), (64, 0), (0, 1))
+PROPOSED = ReplanStatus(
+    DriftState.PROPOSED,
+    (Change("rate", 4.0, 6.5, 1.2), Change("prompt_tokens", 755.5, 1155.0, 0.0)),
+    "planned again",
+    Proposal("Disaggregate.", ("2 more prefill", "1 less decode"), 0.25, "/logs/replan-1"),
+)
+
+
+class FakeRegistry:
+    def __init__(self) -> None:
+        self.closed_window: ProfileSnapshot | None = None
+        self.replan: ReplanStatus | None = None
+
+    def heartbeat(self, status: InstanceStatus) -> None:
+        raise AssertionError("nobody reports here")
+
+    def describe(self) -> FleetDescription:
+        return FleetDescription("tiny", 2.0, (), 3, 1, replan=self.replan)
+
+    def profile(self) -> ProfileSnapshot | None:
+        return self.closed_window
+
+    def replan_reported(self, status: ReplanStatus) -> None:
+        self.replan = status
+
+
+@pytest.fixture
+def registry() -> FakeRegistry:
+    return FakeRegistry()
+
+
+@pytest.fixture
+async def channel(registry: FakeRegistry) -> AsyncIterator[grpc.aio.Channel]:
+    server, _ = build_server("secret")
+    worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(registry), server)
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    channel = open_channel(address, "secret")
+    yield channel
+    await channel.close()
+    await server.stop(None)
+
+
+async def test_the_profile_comes_where_asked_for(registry: FakeRegistry, channel: grpc.aio.Channel) -> None:
+    assert (await describe_fleet(channel, 5.0, with_profile=True)).profile is None
+    registry.closed_window = PROFILE
+    assert (await describe_fleet(channel, 5.0, with_profile=True)).profile == PROFILE
+    assert (await describe_fleet(channel, 5.0)).profile is None
+
+
+@pytest.mark.parametrize("status", [PROPOSED, ReplanStatus(DriftState.STABLE)])
+async def test_what_is_reported_is_described(
+    status: ReplanStatus, registry: FakeRegistry, channel: grpc.aio.Channel
+) -> None:
+    assert (await describe_fleet(channel, 5.0)).replan is None
+    await report_replan(channel, status, 5.0)
+    assert (await describe_fleet(channel, 5.0)).replan == status
+
+
+def test_an_unknown_state_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="'panic'"):
+        replan_from_pb(worker_pb2.ReplanStatus(state="panic"))
+
+
+def test_drift_is_the_strongest_change() -> None:
+    assert PROPOSED.drift == 1.2
+    assert ReplanStatus(DriftState.STABLE).drift == 0.0

@@ -1,0 +1,70 @@
+"""The live profile and the state of replanning, to messages and back."""
+
+from core.errors import InvalidRequestError
+from core.replanning import Change, DriftState, Proposal, ReplanStatus
+from core.workload_profile import ProfileSnapshot
+from tandem.v1 import worker_pb2
+
+
+def profile_to_pb(profile: ProfileSnapshot) -> worker_pb2.WorkloadProfile:
+    return worker_pb2.WorkloadProfile(
+        window=profile.window,
+        window_s=profile.window_s,
+        arrivals=profile.arrivals,
+        arrival_cv=profile.arrival_cv,
+        finished=profile.finished,
+        prompt_tokens=profile.prompt_tokens,
+        output_tokens=profile.output_tokens,
+        cached_tokens=profile.cached_tokens,
+        slo_class=profile.slo_class,
+    )
+
+
+def profile_from_pb(pb: worker_pb2.WorkloadProfile) -> ProfileSnapshot:
+    return ProfileSnapshot(
+        window=pb.window,
+        window_s=pb.window_s,
+        arrivals=pb.arrivals,
+        arrival_cv=pb.arrival_cv,
+        finished=pb.finished,
+        prompt_tokens=tuple(pb.prompt_tokens),
+        output_tokens=tuple(pb.output_tokens),
+        cached_tokens=tuple(pb.cached_tokens),
+        slo_class=tuple(pb.slo_class),
+    )
+
+
+def replan_to_pb(status: ReplanStatus) -> worker_pb2.ReplanStatus:
+    pb = worker_pb2.ReplanStatus(
+        state=status.state.value,
+        changes=[
+            worker_pb2.ReplanStatus.Change(
+                name=change.name, planned=change.planned, live=change.live, strength=change.strength
+            )
+            for change in status.changes
+        ],
+        note=status.note,
+    )
+    if (proposal := status.proposal) is not None:
+        pb.proposal.summary = proposal.summary
+        pb.proposal.changes.extend(proposal.changes)
+        pb.proposal.gain = proposal.gain
+        pb.proposal.folder = proposal.folder
+    return pb
+
+
+def replan_from_pb(pb: worker_pb2.ReplanStatus) -> ReplanStatus:
+    """Raises InvalidRequestError if the state is none that this version knows."""
+    try:
+        state = DriftState(pb.state)
+    except ValueError as error:
+        raise InvalidRequestError(f"'{pb.state}' is no state of replanning") from error
+    proposal = pb.proposal
+    return ReplanStatus(
+        state=state,
+        changes=tuple(Change(change.name, change.planned, change.live, change.strength) for change in pb.changes),
+        note=pb.note,
+        proposal=Proposal(proposal.summary, tuple(proposal.changes), proposal.gain, proposal.folder)
+        if pb.HasField("proposal")
+        else None,
+    )
