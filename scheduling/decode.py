@@ -1,14 +1,17 @@
 """Which sequences a decode worker admits, and which tokens it computes next. Pure bookkeeping: no clock, no tensors."""
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from core.errors import ContextLengthError, OverloadedError
 from scheduling.block_pool import BlockPool
 from scheduling.integrity import BlockTable, check_blocks
 from scheduling.keyed_heap import KeyedHeap
 from scheduling.sequence import Sequence, SequenceState
+from scheduling.steady import SteadyBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,16 @@ class DecodeCounts:
     preemptions: int
 
 
+class SteadySteps(NamedTuple):
+    """At least one and at most `max_steps` steps. The first reads `kv_tokens` tokens of KV, new ones included, each
+    after it `num_sequences` more. For `newcomers` the first is the first of all."""
+
+    max_steps: int
+    num_sequences: int
+    kv_tokens: int
+    newcomers: list[Sequence]
+
+
 class DecodeScheduler:
     """Sequences from `add` until `finish`, `cancel` or `detach`. One thread; between two steps.
 
@@ -62,6 +75,8 @@ class DecodeScheduler:
         chunks = next_batch(now)         -> one step; the engine computes it
         computed(chunk) for each chunk, then generated(key, token) for each that samples, then finish(key) where it ends
         expired(now)                     -> end each with cancel, or with detach while its transfer may still write
+
+    Where tokens have no content (a simulator), `steady` and `advance` take many steps at once.
 
     Memory. A sequence *claims* the blocks it will need at the end of its growth horizon. A newcomer is admitted, in
     order of arrival, when its claim fits beside all claims. When the horizon was too short and memory runs out, the
@@ -84,6 +99,7 @@ class DecodeScheduler:
         "_preemptions",
         "_running",
         "_sequences",
+        "_steady",
         "_waiting",
         "_waiting_tokens",
         "max_model_len",
@@ -109,12 +125,16 @@ class DecodeScheduler:
         self._next_order = 0
         self._computed_tokens = 0
         self._preemptions = 0
+        self._steady: SteadyBatch | None = None  # holds all of _running while it is there
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def get(self, key: Hashable) -> Sequence | None:
-        return self._sequences.get(key)
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            self._sync(sequence)
+        return sequence
 
     # --- coming in ---------------------------------------------------------------------------------------------------
 
@@ -162,6 +182,8 @@ class DecodeScheduler:
         sequence.move_to(SequenceState.RUNNING)
         self._running[key] = sequence
         self._claim(sequence)
+        if self._steady is not None:
+            self._steady.join(sequence, self.length_limit(sequence))
 
     # --- stepping ----------------------------------------------------------------------------------------------------
 
@@ -171,6 +193,7 @@ class DecodeScheduler:
         Empty only when none is running. When more are ready they take turns. Each chunk's blocks are in its sequence's
         block table.
         """
+        self._end_steady()
         self._readmit()
         chunks = self._grow(self._pick())
         while not chunks and self._running:  # all whose turn it was lost their memory: it is the older ones' turn
@@ -201,6 +224,67 @@ class DecodeScheduler:
         self._claim(sequence)
         return sequence
 
+    # --- many steps at once ------------------------------------------------------------------------------------------
+
+    def steady(self) -> SteadySteps | None:
+        """How long every running sequence just computes one token per step: none reaches its `length_limit` before
+        the last of these steps, none is preempted or admitted again. None: ask `next_batch`.
+
+        O(1) from call to call, but for the first one and whenever `next_batch` was asked in between.
+        """
+        if not 0 < len(self._running) <= self._policy.max_batch or self._preempted:
+            return None
+        if self._steady is None:
+            if any(sequence.num_uncomputed != 1 for sequence in self._running.values()):
+                return None
+            self._steady = SteadyBatch(self._block_size, self._policy.growth_horizon_tokens)
+            for sequence in self._running.values():
+                self._steady.join(sequence, self.length_limit(sequence))
+        batch = self._steady
+        assert len(batch) == len(self._running), "finish what has reached its limit"
+        free_blocks = self._pool.num_free + batch.held_blocks
+        num_steps = batch.steps_to_first_end
+        if batch.blocks_after(num_steps) > free_blocks:
+            num_steps = bisect_right(range(1, num_steps), free_blocks, key=batch.blocks_after)
+        return SteadySteps(num_steps, len(batch), batch.kv_tokens, batch.newcomers) if num_steps > 0 else None
+
+    def advance(self, num_steps: int, now_s: float) -> list[Sequence]:
+        """The same as `num_steps` steps, at most those of `steady`, of which the first began at `now_s`; but for which
+        block is whose, and every token drawn is 0. Returns the sequences that have reached their limit, in the order
+        of their chunks: `finish` each now.
+
+        The other sequences' own numbers lag behind until `get`, `next_batch` or `block_tables` is asked.
+        """
+        batch = self._steady
+        assert batch is not None, "ask `steady` first"
+        for sequence in batch.newcomers:
+            sequence.started_s = now_s
+        batch.newcomers = []
+        count = batch.blocks_after(num_steps) - batch.held_blocks
+        batch.loose_blocks.extend(self._pool.allocate(count))
+        self._held_blocks += count
+        self._claimed_blocks -= batch.claimed_blocks
+        batch.advance(num_steps)
+        self._claimed_blocks += batch.claimed_blocks
+        self._computed_tokens += num_steps * len(batch)
+        ended = batch.pop_ended()
+        for sequence in ended:
+            self._claims[sequence.key] = self._claim_of(sequence)
+        return ended
+
+    def _sync(self, sequence: Sequence) -> None:
+        if self._steady is not None and sequence.key in self._steady.synced:
+            self._steady.sync(sequence)
+            self._claims[sequence.key] = self._claim_of(sequence)
+
+    def _end_steady(self) -> None:
+        """From here on the sequences' own numbers count."""
+        if self._steady is not None:
+            for sequence in self._running.values():
+                self._sync(sequence)
+            assert not self._steady.loose_blocks, "a block that no sequence missed"
+            self._steady = None
+
     # --- going out ---------------------------------------------------------------------------------------------------
 
     def finish(self, key: Hashable) -> Sequence:
@@ -214,6 +298,8 @@ class DecodeScheduler:
 
         Not while a transfer may still write into its blocks: `detach` it then.
         """
+        if key in self._running:
+            self._end_steady()
         sequence = self._sequences.get(key)
         if sequence is not None:
             self._pool.release(self._remove(sequence))
@@ -243,10 +329,12 @@ class DecodeScheduler:
         )
 
     def block_tables(self) -> list[BlockTable]:
+        self._end_steady()
         return [self._sequences[key].block_table for key in self._claims]
 
     def check_integrity(self, other_owners: Iterable[BlockTable] = ()) -> None:
         """Every held block is a live sequence's or one of `other_owners` (quarantined); assert, O(num_blocks)."""
+        self._end_steady()
         assert len(self._sequences) == len(self._waiting) + len(self._claims) + len(self._preempted)
         assert self._claimed_blocks == sum(self._claims.values())
         assert self._held_blocks == sum(len(table) for table in self.block_tables())

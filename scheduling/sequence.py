@@ -82,6 +82,9 @@ class Sequence:
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
 
+    def extend(self, token_ids: list[int]) -> None:
+        self.token_ids.extend(token_ids)
+
     def take_blocks(self) -> list[int]:
         """Hand the blocks to the caller, who must release them; the sequence then has no KV."""
         block_ids, self.block_table = self.block_table, []

@@ -1,0 +1,151 @@
+"""Arithmetic of a batch in which every sequence gains one token per step, so that many steps cost as much as one.
+
+Nothing here looks at a sequence per step: the blocks that all of them hold, and claim, after any number of steps
+follow from sums that change only when a sequence joins or leaves.
+"""
+
+import heapq
+from collections.abc import Hashable
+
+from scheduling.sequence import Sequence
+
+
+class GrowingBlocks:
+    """The sum of ceil((start + step) / block_size) over a changing set of starts, for any step. All O(block_size)."""
+
+    __slots__ = ("_block_size", "_count", "_full", "_residues")
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._count = 0
+        self._full = 0
+        self._residues = [0] * block_size
+
+    def add(self, start: int, count: int = 1) -> None:
+        """`count` -1 takes a start out again."""
+        full, residue = divmod(start + self._block_size - 1, self._block_size)
+        self._count += count
+        self._full += count * full
+        self._residues[residue] += count
+
+    def at(self, step: int) -> int:
+        full, part = divmod(step, self._block_size)
+        # Those whose residue and `part` make up one more block.
+        return self._full + self._count * full + sum(self._residues[self._block_size - part :])
+
+
+class SteadyBatch:
+    """All running sequences of a decode scheduler, while each computes one token per step and none leaves.
+
+    The sequences' own numbers lag behind by `step - synced[key]` steps; `held_blocks` and `claimed_blocks` do not.
+    Blocks allocated meanwhile lie in `loose_blocks`, and are dealt when a sequence is brought up to date.
+    """
+
+    __slots__ = (
+        "_block_size",
+        "_claims",
+        "_ends",
+        "_held",
+        "_horizon_tokens",
+        "_next_number",
+        "_settled_claims",
+        "_settling",
+        "_sum_starts",
+        "held_blocks",
+        "loose_blocks",
+        "newcomers",
+        "step",
+        "synced",
+    )
+
+    def __init__(self, block_size: int, growth_horizon_tokens: int) -> None:
+        self._block_size = block_size
+        self._horizon_tokens = growth_horizon_tokens
+        self._held = GrowingBlocks(block_size)
+        self._claims = GrowingBlocks(block_size)  # of sequences whose horizon still moves
+        self._settled_claims = 0  # of those that claim up to their limit
+        self._settling: list[tuple[int, int, int]] = []  # heap of (step, start of the claim, claim from then on)
+        self._ends: list[tuple[int, int, int, Sequence]] = []  # heap of (step, place in the batch, limit, sequence)
+        self._next_number = 0
+        self._sum_starts = 0
+        self.step = 0
+        self.synced: dict[Hashable, int] = {}
+        self.held_blocks = 0
+        self.loose_blocks: list[int] = []
+        self.newcomers: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self.synced)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV that the next step reads, new ones included; each step after it reads `len(self)` more."""
+        return self._sum_starts + len(self.synced) * self.step
+
+    @property
+    def claimed_blocks(self) -> int:
+        return self._claims.at(self.step) + self._settled_claims
+
+    @property
+    def steps_to_first_end(self) -> int:
+        """After how many steps the first sequence has as many tokens as it may have."""
+        return self._ends[0][0] - self.step
+
+    def blocks_after(self, num_steps: int) -> int:
+        """Blocks held after so many more steps, at least one."""
+        return self._held.at(self.step + num_steps)
+
+    def join(self, sequence: Sequence, limit: int) -> None:
+        """It has one token yet to compute, and ends with `limit` tokens."""
+        start = sequence.num_tokens - self.step
+        self._sum_starts += start
+        self._held.add(start - 1)
+        self.held_blocks += len(sequence.block_table)
+        final_claim = -(-limit // self._block_size)
+        settled_step = limit - self._horizon_tokens - start
+        if settled_step > self.step:
+            self._claims.add(start + self._horizon_tokens)
+            heapq.heappush(self._settling, (settled_step, start + self._horizon_tokens, final_claim))
+        else:
+            self._settled_claims += final_claim
+        heapq.heappush(self._ends, (limit - start, self._next_number, limit, sequence))
+        self._next_number += 1
+        self.synced[sequence.key] = self.step
+        if sequence.started_s is None:
+            self.newcomers.append(sequence)
+
+    def advance(self, num_steps: int) -> None:
+        """At most `steps_to_first_end`. The caller has put the blocks it takes into `loose_blocks`."""
+        self.held_blocks = self.blocks_after(num_steps)
+        self.step += num_steps
+        while self._settling and self._settling[0][0] <= self.step:
+            _, start, final_claim = heapq.heappop(self._settling)
+            self._claims.add(start, -1)
+            self._settled_claims += final_claim
+
+    def sync(self, sequence: Sequence) -> None:
+        """Bring its numbers up to date."""
+        num_steps = self.step - self.synced[sequence.key]
+        if num_steps > 0:
+            self.synced[sequence.key] = self.step
+            sequence.num_computed += num_steps
+            sequence.extend([0] * num_steps)
+            missing = -(-sequence.num_computed // self._block_size) - len(sequence.block_table)
+            if missing > 0:
+                sequence.block_table.extend(self.loose_blocks[-missing:])
+                del self.loose_blocks[-missing:]
+
+    def pop_ended(self) -> list[Sequence]:
+        """Those that have all their tokens by now, up to date, in the batch's order. They are no longer part of it."""
+        ended = []
+        while self._ends and self._ends[0][0] == self.step:
+            _, _, limit, sequence = heapq.heappop(self._ends)
+            self.sync(sequence)
+            del self.synced[sequence.key]
+            start = limit - self.step
+            self._sum_starts -= start
+            self._held.add(start - 1, -1)
+            self.held_blocks -= len(sequence.block_table)
+            self._settled_claims -= -(-limit // self._block_size)  # at its end every claim is settled
+            ended.append(sequence)
+        return ended
