@@ -12,6 +12,7 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from core.config import relative_to
 from core.config_mistakes import describe
 from core.errors import ConfigError
 
@@ -24,7 +25,8 @@ _MAX_FILE_BYTES = 1 << 20
 def load_config(path: Path, model: type[T]) -> T:
     """The configuration in the YAML file `path`; settings it leaves out take their defaults.
 
-    A relative path in the file (`model: models/x`) counts from the file's folder, and `~` is the home folder.
+    A relative path in the file (`model: models/x`) counts from the file's folder, and `~` is the home folder, wherever
+    a field is a `core.config.AnchoredPath` or a `ModelName`.
     Raises ConfigError with every mistake found, one on each line.
     """
     text = _read_text(path)
@@ -48,7 +50,7 @@ def load_config(path: Path, model: type[T]) -> T:
         raise ConfigError(f"{path} must hold settings of the form 'name: value', one on each line")
     mistakes = duplicates
     try:
-        config = model.model_validate(_anchor_paths(data, model, path.parent))
+        config = model.model_validate(data, context=relative_to(path.parent))
     except ValidationError as error:
         mistakes = mistakes + [
             f"{path} line {_line_of(root, detail['loc'])}: {describe(detail, model)}" for detail in error.errors()
@@ -165,15 +167,6 @@ def _line_of(root: yaml.Node, loc: _Loc) -> int:
         else:
             break
     return line
-
-
-def _anchor_paths(data: dict[str, object], model: type[BaseModel], folder: Path) -> dict[str, object]:
-    anchored = dict(data)
-    for name, field in model.model_fields.items():
-        value = data.get(name)
-        if field.annotation is Path and isinstance(value, str):
-            anchored[name] = (folder.absolute() / Path(value).expanduser()).resolve()
-    return anchored
 
 
 def _put(data: dict[str, object], keys: Sequence[str], value: object) -> None:

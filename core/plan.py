@@ -4,11 +4,11 @@ Written by the planner, edited by hand if one likes, read by `tandem serve` and 
 `core.config_file.load_config(path, Plan)` reads it and names every mistake.
 """
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from core.config import AnchoredPath, ModelName
 from core.parallel import ParallelShape
 from core.slo import SloClass
 
@@ -95,12 +95,12 @@ class Plan(_Frozen):
     """`model` is a checkpoint's folder or the name of a published shape; only a folder can be served."""
 
     version: Literal[1] = 1
-    model: str
+    model: ModelName
     verdict: Literal["disaggregate", "colocate", "mixed", "infeasible"]
     summary: str = Field(default="", description="The answer in one or two sentences")
     groups: tuple[PlanGroup, ...] = Field(min_length=1)
     same_node: bool = Field(default=False, description="KV moves only between instances of one node (low affinity)")
-    slo_file: Path | None = Field(
+    slo_file: AnchoredPath | None = Field(
         default=None, description="The SLO file that this answers: workload, cluster, targets"
     )
     expected: Expected | None = None

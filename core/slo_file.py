@@ -3,12 +3,11 @@
 It says nothing of how: the planner answers with a `core.plan.Plan`.
 """
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from core.config import Bytes
+from core.config import AnchoredPath, Bytes, ModelName
 from core.slo import SloClass
 
 
@@ -22,7 +21,9 @@ class NodeSection(_Frozen):
     device: str = Field(description="A device of the catalogue (see `tandem plan --devices`), or cpu")
     devices: int = Field(default=8, ge=1, description="Devices in one node")
     count: int = Field(default=1, ge=1, description="How many such nodes")
-    calibration: Path | None = Field(default=None, description="What `tandem profile` wrote for this device and model")
+    calibration: AnchoredPath | None = Field(
+        default=None, description="What `tandem profile` wrote for this device and model"
+    )
     price_per_device_hour: float | None = Field(default=None, gt=0, description="USD; default: the catalogue's")
     nvlink_gbytes_per_s: float | None = Field(
         default=None, gt=0, description="Between devices of a node, one direction; default: the catalogue's"
@@ -74,7 +75,7 @@ class WorkloadSection(_Frozen):
     """Lengths from `trace`, or from `dataset`, or from `prompt_tokens` and `output_tokens`. A trace brings its own
     arrivals."""
 
-    trace: Path | None = Field(default=None, description="CSV or JSON lines, .gz or not: arrivals and lengths")
+    trace: AnchoredPath | None = Field(default=None, description="CSV or JSON lines, .gz or not: arrivals and lengths")
     dataset: str | None = Field(default=None, description="Lengths of a built-in data set, e.g. sharegpt")
     prompt_tokens: LengthSection | None = None
     output_tokens: LengthSection | None = None
@@ -118,7 +119,7 @@ class SloFile(_Frozen):
     """`objective`: goodput (per device) on the cluster given, or the cheapest part of it that serves
     `workload.rate`."""
 
-    model: str = Field(description="Folder of a checkpoint, or the name of a published model, e.g. Llama-3.1-70B")
+    model: ModelName = Field(description="Folder of a checkpoint, or the name of a published model, e.g. Llama-3.1-70B")
     cluster: ClusterSection
     slo: tuple[SloClass, ...] = Field(min_length=1)
     workload: WorkloadSection
