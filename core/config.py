@@ -105,6 +105,9 @@ class RouterSection(_Frozen):
     max_body: Bytes = 8 << 20
     reflection: bool = True
     resume: bool = Field(default=True, description="Continue on another worker when one is lost mid-stream")
+    profile_window_s: float = Field(
+        default=300.0, gt=0, description="Requests of this long are compared with those that were planned for"
+    )
 
 
 class ServeConfig(_Frozen):
