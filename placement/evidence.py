@@ -72,7 +72,7 @@ class LatencySample:
 class PhaseBound:
     """What the instances of one role did with their time, at the rate that the plan was judged at, all together."""
 
-    role: Literal["prefill", "decode", "colocated"]
+    role: str  # prefill, decode or colocated
     label: str  # e.g. "prefill, 2 x H100 tp2"
     cost_terms_s: tuple[tuple[str, float], ...]  # seconds in steps by cause, names of StepCost.terms
     utilisation: float  # share of time in which a step ran

@@ -39,7 +39,7 @@ def floor_plan(plan: Plan, nodes: Sequence[NodeSummary]) -> tuple[NodeBox, ...]:
             else:
                 cells = tuple(DeviceCell("any device", group.role, label) for _ in range(group.shape.num_ranks))
                 unplaced.append(NodeBox(f"{group.role} {label}", group.device, cells))
-    boxes = [NodeBox(node.name, node.device, _cells(node, placed)) for node in nodes]
+    boxes = [NodeBox(f"node {node.name}", node.device, _cells(node, placed)) for node in nodes]
     return tuple(boxes) + tuple(unplaced)
 
 

@@ -127,7 +127,7 @@ def _cdf(lines: Sequence[tuple[SloClass, Sequence[float], float]], name: str, ti
 def _latency_axis(axes: Axes, high_s: float) -> None:
     """One unit for the whole axis, told below it."""
     unit, factor = ("ms", 1e3) if high_s < 2.0 else ("s", 1.0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda time_s, _: f"{round(time_s * factor, 9):g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda time_s, _: words.tick(time_s * factor)))
     axes.set_xlabel(unit)
 
 
@@ -155,7 +155,7 @@ def _length_histogram(tokens: Sequence[int], name: str, title: str, colour: str)
         axes.stairs(counts / len(tokens), edges, fill=True, color=light(colour), alpha=0.55)
         mean = float(np.mean(tokens))
         axes.axvline(mean, color=light("ink"), linewidth=1.1, linestyle=(0, (2, 2)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: words.number(tokens)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: words.tick(tokens)))
         axes.yaxis.set_major_locator(NullLocator())
         axes.set_title(title)
         axes.set_xlabel(f"tokens (mean {words.number(mean)})")

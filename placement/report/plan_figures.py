@@ -128,7 +128,7 @@ def sensitivity(points: Sequence[SensitivityPoint], goodput: float | None) -> tu
         "sensitivity-goodput",
         "Goodput of this plan",
         lambda point: point.goodput,
-        lambda value: words.number(value),
+        words.tick,
         goodput,
     )
     kept = _sensitivity_plot(
@@ -172,9 +172,7 @@ def _sensitivity_plot(
         factors = sorted({point.factor for point, _ in known} | {1.0})
         axes.xaxis.set_major_locator(FixedLocator(_apart(factors)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda factor, _: f"×{words.number(factor).rstrip('0').rstrip('.')}")
-        )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda factor, _: f"×{words.tick(factor)}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
         axes.set_ylim(bottom=0)
         axes.set_title(title + (", requests per second" if reference is not None else ""))

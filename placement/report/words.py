@@ -37,6 +37,11 @@ def number(value: float | None) -> str:
     return f"{rounded:,.{decimals}f}"
 
 
+def tick(value: float) -> str:
+    """A round number on an axis: 0.5, 10, 1,500."""
+    return f"{float(f'{value:.6g}'):,.15g}"
+
+
 def count(value: int) -> str:
     """Exactly, with commas."""
     return f"{value:,}"

@@ -1,0 +1,152 @@
+"""The report of one run, simulated or live: the same page for both, so that they can be laid side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from core.slo import SloClass
+from placement.evidence import LatencySample, PhaseBound, WorkloadSummary
+from placement.judgement import Judgement, judge
+from placement.report import latency_figures, plan_figures, run_figures, words
+from placement.report.page import render
+from placement.result import InstanceUse, SimulationResult
+
+_MAX_SAMPLES = 4000
+_MAX_INSTANCES = 24
+
+
+@dataclass(frozen=True, slots=True)
+class RunDescription:
+    """What a page says of a run beside its numbers. `inputs` are (name, text) of the files it was made from."""
+
+    title: str  # e.g. "Simulation of plan.yaml"
+    workload: str  # e.g. "data set sharegpt, Poisson arrivals, 12 req/s"
+    version: str
+    command: str = ""
+    seed: int | None = None
+    inputs: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()  # sentences: what to keep in mind with these numbers
+
+
+def write_simulation_report(
+    result: SimulationResult, classes: Sequence[SloClass], description: RunDescription, path: Path
+) -> None:
+    """Write the page of a run. A live run comes in the same form (bench.load_result.LoadResult.as_simulation)."""
+    path.write_text(simulation_report_html(result, classes, description), encoding="utf-8")
+
+
+def simulation_report_html(result: SimulationResult, classes: Sequence[SloClass], description: RunDescription) -> str:
+    judgement = judge(result, classes)
+    samples = _samples(result, classes, judgement)
+    workload = _workload(result, description.workload)
+    bounds = _bounds(result)
+    sections = [("attainment", "Attainment"), ("latency", "Latencies"), ("time", "Over time")]
+    sections += [("bounds", "Instances")] if bounds else []
+    sections += [("workload", "Workload"), ("again", "Again")]
+    pill, headline = _verdict(result, judgement)
+    return render(
+        "run.html",
+        title=description.title,
+        kicker=description.title,
+        pill=pill,
+        good=judgement.meets,
+        headline=headline,
+        summary="",
+        figures=_key_figures(result, judgement),
+        sections=sections,
+        version=description.version,
+        description=description,
+        judgement=judgement,
+        result=result,
+        ttft_plot=latency_figures.ttft_cdf(samples),
+        tpot_plot=latency_figures.tpot_cdf(samples),
+        parts_plot=run_figures.timeline_parts(result),
+        time_plots=run_figures.load_over_time(result),
+        bounds=bounds,
+        bounds_plot=plan_figures.phase_bounds(bounds),
+        instances=result.instances[:_MAX_INSTANCES],
+        hidden_instances=max(0, len(result.instances) - _MAX_INSTANCES),
+        workload=workload,
+        workload_plots=latency_figures.workload_histograms(workload),
+    )
+
+
+def _verdict(result: SimulationResult, judgement: Judgement) -> tuple[str, str]:
+    judged = [one for one in judgement.classes if one.requests]
+    kept = words.join([f"{words.percent(one.attainment)} of class {one.slo.name}" for one in judged] or ["no request"])
+    if len(judged) == 1:
+        kept = f"{words.percent(judged[0].attainment)} of the requests"
+    text = f"{kept[:1].upper()}{kept[1:]} kept both targets at {words.rate(result.requests.rate)}."
+    if not judgement.stable:
+        return "Overloaded", f"{text} Queues grow from end to end, so that a longer run would keep fewer."
+    return ("Within targets" if judgement.meets else "Targets missed"), text
+
+
+def _key_figures(result: SimulationResult, judgement: Judgement) -> list[tuple[str, str]]:
+    count = len(result.requests)
+    tokens = float(result.requests.output_tokens[result.finished].sum())
+    figures = [
+        (f"of {count:,} requests finished", f"{int(result.finished.sum()):,}"),
+        ("output tokens per second", words.number(tokens / result.end_s if result.end_s > 0 else None)),
+    ]
+    for name, values in (("TTFT", result.ttft_s), ("TPOT", result.tpot_s)):
+        known = values[~np.isnan(values)]
+        if len(known):
+            p50, p99 = np.quantile(known, (0.5, 0.99))
+            figures.append((f"{name} p50 (p99: {words.seconds(p99)})", words.seconds(p50)))
+    figures.append(("first requests left out as warm-up", words.count(judgement.warm_up)))
+    return figures
+
+
+def _samples(result: SimulationResult, classes: Sequence[SloClass], judgement: Judgement) -> tuple[LatencySample, ...]:
+    """Of the requests that were judged."""
+    position = np.arange(len(result.requests))
+    inside = (position >= judgement.warm_up) & (position < len(position) - judgement.tail)
+    samples = []
+    for index, slo in enumerate(classes):
+        chosen = inside & (result.requests.slo_class == index)
+        samples.append(LatencySample(slo, _thinned(result.ttft_s[chosen]), _thinned(result.tpot_s[chosen])))
+    return tuple(samples)
+
+
+def _thinned(values: np.ndarray) -> tuple[float, ...]:
+    known = values[~np.isnan(values)]
+    return tuple(known[:: max(1, len(known) // _MAX_SAMPLES)].tolist())
+
+
+def _bounds(result: SimulationResult) -> tuple[PhaseBound, ...]:
+    roles = dict.fromkeys(use.role for use in result.instances)
+    return tuple(_bound([use for use in result.instances if use.role == role], result.end_s) for role in roles)
+
+
+def _bound(uses: Sequence[InstanceUse], end_s: float) -> PhaseBound:
+    terms: dict[str, float] = {}
+    for use in uses:
+        for term, time_s in use.cost_terms_s.items():
+            terms[term] = terms.get(term, 0.0) + time_s
+    steps = sum(use.steps for use in uses)
+    return PhaseBound(
+        role=uses[0].role,
+        label=f"{uses[0].role}, {words.plural(len(uses), 'instance')}",
+        cost_terms_s=tuple(terms.items()),
+        utilisation=sum(use.busy_s for use in uses) / (len(uses) * end_s) if end_s > 0 else 0.0,
+        kv_peak=max(use.peak_blocks / max(1, use.num_blocks) for use in uses),
+        tokens_per_step=sum(use.prefill_tokens + use.decode_tokens for use in uses) / max(1, steps),
+    )
+
+
+def _workload(result: SimulationResult, source: str) -> WorkloadSummary:
+    requests = result.requests
+    step = max(1, len(requests) // _MAX_SAMPLES)
+    gaps_s = np.diff(requests.arrival_s)
+    shared = np.minimum(requests.prefix_tokens, requests.prompt_tokens)[requests.prefix_group >= 0].sum()
+    return WorkloadSummary(
+        source=source,
+        num_requests=len(requests),
+        prompt_tokens=tuple(requests.prompt_tokens[::step].tolist()),
+        output_tokens=tuple(requests.output_tokens[::step].tolist()),
+        arrival_cv=float(gaps_s.std() / gaps_s.mean()) if len(gaps_s) and gaps_s.mean() > 0 else 0.0,
+        shared_prefix_share=float(shared / max(1, requests.prompt_tokens.sum())),
+    )
