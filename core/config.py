@@ -37,6 +37,14 @@ def _check_address(value: object) -> object:
     return value
 
 
+class WrongSetting(ValueError):
+    """Raised by a check of a whole section, to say which setting in it is at fault: its path from that section."""
+
+    def __init__(self, setting: tuple[int | str, ...], message: str) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
 _FOLDER = "folder"
 
 

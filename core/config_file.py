@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from core.config import relative_to
-from core.config_mistakes import describe
+from core.config_mistakes import describe, location, mistakes_of
 from core.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
@@ -53,7 +53,8 @@ def load_config(path: Path, model: type[T]) -> T:
         config = model.model_validate(data, context=relative_to(path.parent))
     except ValidationError as error:
         mistakes = mistakes + [
-            f"{path} line {_line_of(root, detail['loc'])}: {describe(detail, model)}" for detail in error.errors()
+            f"{path} line {_line_of(root, location(detail))}: {describe(detail, model)}"
+            for detail in mistakes_of(error)
         ]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -83,7 +84,7 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     try:
         changed = type(config).model_validate(data)
     except ValidationError as error:
-        mistakes += [f"--set {_origin_of(origin, d['loc'])}: {describe(d, type(config))}" for d in error.errors()]
+        mistakes += [f"--set {_origin_of(origin, d['loc'])}: {describe(d, type(config))}" for d in mistakes_of(error)]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return changed

@@ -1,12 +1,14 @@
-"""One sentence for each way in which a setting can be wrong."""
+"""One sentence for each way in which a setting can be wrong, and the place in the file that it is about."""
 
 import difflib
 import types
 from collections.abc import Iterator
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+from core.config import WrongSetting
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -16,14 +18,33 @@ _EXPECTED = {
     "float_parsing": "a number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
-    "path_type": "the path of a folder",
-    "tuple_type": "a list",
+    "path_type": "the path of a file or folder",
+    "tuple_type": "a list, each item after '- '",
 }
+_Loc = tuple[int | str, ...]
+
+
+def mistakes_of(error: ValidationError) -> list[ErrorDetails]:
+    """What is wrong, without what only follows from it: a list whose items are wrong is not too short as well."""
+    details = error.errors()
+    locations = [detail["loc"] for detail in details]
+
+    def follows(detail: ErrorDetails) -> bool:
+        loc = detail["loc"]
+        return detail["type"] == "too_short" and any(other[: len(loc)] == loc != other for other in locations)
+
+    return [detail for detail in details if not follows(detail)]
+
+
+def location(detail: ErrorDetails) -> _Loc:
+    """Path of the setting at fault. A check of a whole section names it with a `core.config.WrongSetting`."""
+    cause = detail.get("ctx", {}).get("error")
+    return detail["loc"] + (cause.setting if isinstance(cause, WrongSetting) else ())
 
 
 def describe(detail: ErrorDetails, model: type[BaseModel]) -> str:
     """The sentence for one mistake that pydantic found while it read `model`, with the path of the setting."""
-    loc, kind, value = detail["loc"], detail["type"], detail["input"]
+    loc, kind, value = location(detail), detail["type"], detail["input"]
     context = detail.get("ctx", {})
     name = ".".join(map(str, loc))
     if kind == "extra_forbidden":
@@ -35,7 +56,10 @@ def describe(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return f"{name} {_not_a_section(model, loc, value)}"
     if kind == "literal_error":
-        return f"{name} must be one of {context['expected'].replace(chr(39), '')}, not {_shown(value)}"
+        expected = context["expected"].replace("'", "")
+        return f"{name} must be {'one of ' if ' or ' in expected else ''}{expected}, not {_shown(value)}"
+    if kind == "too_short":
+        return f"{name} must have at least {context['min_length']} item"
     if kind == "greater_than":
         return f"{name} must be more than {context['gt']:g}, not {_shown(value)}"
     if kind == "greater_than_equal":
@@ -43,13 +67,13 @@ def describe(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if kind == "less_than_equal":
         return f"{name} must be at most {context['le']}, not {_shown(value)}"
     if kind == "value_error":
-        return f"{name}: {context['error']}"
+        return f"{name}: {context['error']}" if name else str(context["error"])
     if kind == "string_type":
         hint = "give it a value or remove the line" if value is None else "put it in quotes"
         return f"{name} must be text, not {_shown(value)}; {hint}"
-    if expected := _EXPECTED.get(kind):
+    if kind in _EXPECTED:
         size = " or a size like 512MiB" if kind == "int_parsing" and "memory" in str(loc[-1]) else ""
-        return f"{name} must be {expected}{size}, not {_shown(value)}"
+        return f"{name} must be {_EXPECTED[kind]}{size}, not {_shown(value)}"
     message = detail["msg"]
     return f"{name}: {message[:1].lower()}{message[1:]}"
 
@@ -67,37 +91,44 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _not_a_section(model: type[BaseModel], loc: tuple[int | str, ...], value: object) -> str:
+def _not_a_section(model: type[BaseModel], loc: _Loc, value: object) -> str:
     settings = _settings_at(model, loc)
-    hint = f", e.g. {loc[-1]}.{settings[0]}" if settings and loc else ""
+    section = f"{loc[-1]}." if loc and isinstance(loc[-1], str) else ""
+    hint = f", e.g. {section}{settings[0]}" if settings and loc else ""
     return f"is a section, not {_shown(value)}; give it settings of its own{hint}, or remove it"
 
 
-def _suggest(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+def _suggest(model: type[BaseModel], loc: _Loc) -> str:
     wrong, siblings = str(loc[-1]), _settings_at(model, loc[:-1])
-    if close := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.6):
-        return f"did you mean {close[0]}?"
     elsewhere = [path for path in _all_paths(model) if path.rpartition(".")[2] == wrong]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
+    if close := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.6):
+        return f"did you mean {close[0]}?"
     return f"the settings here are {', '.join(siblings)}"
 
 
-def _settings_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def _settings_at(model: type[BaseModel], loc: _Loc) -> list[str]:
     section: type[BaseModel] | None = model
     for part in loc:
-        field = section.model_fields.get(str(part)) if section else None
+        if isinstance(part, int):  # an item of a list: `_section_type` has looked into the list
+            continue
+        field = section.model_fields.get(part) if section else None
         section = _section_type(field.annotation) if field else None
     return list(section.model_fields) if section else []
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
-    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    """The section that an annotation allows, by itself, as an option, or as the items of a list."""
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
+        found = (_section_type(option) for option in get_args(annotation))
+        return next((section for section in found if section is not None), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
         if section := _section_type(field.annotation):
-            yield from _all_paths(section, f"{prefix}{name}.")
+            items = "[]" if get_origin(field.annotation) is tuple else ""
+            yield from _all_paths(section, f"{prefix}{name}{items}.")

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from core.config import AnchoredPath, ModelName
+from core.config import AnchoredPath, ModelName, WrongSetting
 from core.parallel import ParallelShape
 from core.slo import SloClass
 
@@ -45,9 +45,11 @@ class PlanGroup(_Frozen):
     @model_validator(mode="after")
     def _check_devices(self) -> "PlanGroup":
         if self.devices and len(self.devices) != self.instances:
-            raise ValueError(f"devices lists {len(self.devices)} instances, but there are {self.instances}")
+            raise WrongSetting(("devices",), f"lists {len(self.devices)} instances, but there are {self.instances}")
         if any(len(ranks) != self.tp * self.pp for ranks in self.devices):
-            raise ValueError(f"each instance needs {self.tp * self.pp} devices (tp {self.tp} x pp {self.pp})")
+            raise WrongSetting(
+                ("devices",), f"each instance needs {self.tp * self.pp} devices (tp {self.tp} x pp {self.pp})"
+            )
         return self
 
 
@@ -115,9 +117,9 @@ class Plan(_Frozen):
         roles = {group.role for group in self.groups}
         if ("prefill" in roles) != ("decode" in roles):
             missing = "decode" if "prefill" in roles else "prefill"
-            raise ValueError(f"the plan has no {missing} group, and one phase is nothing without the other")
+            raise WrongSetting(("groups",), f"there is no {missing} group, and one phase is nothing without the other")
         used = [device for group in self.groups for ranks in group.devices for device in ranks]
         twice = next((device for device in used if used.count(device) > 1), None)
         if twice is not None:
-            raise ValueError(f"device {twice} is given to two ranks")
+            raise WrongSetting(("groups",), f"device {twice} is given to two ranks")
         return self

@@ -3,11 +3,12 @@
 It says nothing of how: the planner answers with a `core.plan.Plan`.
 """
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from core.config import AnchoredPath, Bytes, ModelName
+from core.config import AnchoredPath, Bytes, ModelName, WrongSetting
 from core.slo import SloClass
 
 
@@ -54,7 +55,7 @@ class LengthSection(_Frozen):
     @model_validator(mode="after")
     def _check_order(self) -> "LengthSection":
         if not self.min <= self.mean <= self.max:
-            raise ValueError(f"the mean {self.mean:g} is not between min {self.min} and max {self.max}")
+            raise WrongSetting(("mean",), f"{self.mean:g} is not between min {self.min} and max {self.max}")
         return self
 
 
@@ -71,6 +72,16 @@ class ArrivalSection(_Frozen):
     cv: float = Field(default=1.0, gt=0, description="Of the times between arrivals; gamma only")
 
 
+def _check_rate(value: object) -> object:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "max" and not (is_number and 0 < float(value) < math.inf):  # type: ignore[arg-type]
+        raise ValueError(f"{value!r} is neither a number of requests per second above 0 nor max")
+    return value
+
+
+Rate = Annotated[float | Literal["max"], BeforeValidator(_check_rate)]
+
+
 class WorkloadSection(_Frozen):
     """Lengths from `trace`, or from `dataset`, or from `prompt_tokens` and `output_tokens`. A trace brings its own
     arrivals."""
@@ -82,9 +93,7 @@ class WorkloadSection(_Frozen):
     max_total_tokens: int | None = Field(default=None, ge=2, description="Longer requests are left out")
     length_scale: float = Field(default=1.0, gt=0, description="Multiplies all lengths, to fit a smaller model")
     arrivals: ArrivalSection = ArrivalSection()
-    rate: float | Literal["max"] = Field(
-        default="max", description="Requests per second, or max: as much as it can take"
-    )
+    rate: Rate = Field(default="max", description="Requests per second, or max: as much as it can take")
     prefix: PrefixSection | None = None
 
     @model_validator(mode="after")
@@ -94,8 +103,6 @@ class WorkloadSection(_Frozen):
             raise ValueError("give exactly one of trace, dataset, or prompt_tokens with output_tokens")
         if distribution and (self.prompt_tokens is None or self.output_tokens is None):
             raise ValueError("prompt_tokens and output_tokens belong together; give both")
-        if isinstance(self.rate, float) and self.rate <= 0:
-            raise ValueError("rate must be more than 0, or max")
         return self
 
 
@@ -130,7 +137,8 @@ class SloFile(_Frozen):
     def _check(self) -> "SloFile":
         names = [slo.name for slo in self.slo]
         if len(set(names)) < len(names):
-            raise ValueError(f"two SLO classes are called {next(n for n in names if names.count(n) > 1)!r}")
+            again = next(index for index, name in enumerate(names) if name in names[:index])
+            raise WrongSetting(("slo", again), f"two SLO classes are called {names[again]!r}; give each a name")
         if self.objective == "cheapest" and self.workload.rate == "max":
-            raise ValueError("objective cheapest needs workload.rate, the requests per second to serve")
+            raise WrongSetting(("objective",), "cheapest needs workload.rate, the requests per second to serve")
         return self

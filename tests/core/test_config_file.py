@@ -239,7 +239,7 @@ def test_overrides_replace_settings() -> None:
             "--set prefill=3: prefill is a section, not 3; give it settings of its own, e.g. prefill.instances, "
             "or remove it",
         ),
-        ("model.x=3", "--set model.x=3: model must be the path of a folder, not a section"),
+        ("model.x=3", "--set model.x=3: model must be the path of a file or folder, not a section"),
         ("decode.road=[", "--set decode.road=[: decode.road must be one of auto, shared_memory, gloo or nccl, not '['"),
     ],
 )
