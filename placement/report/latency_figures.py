@@ -62,7 +62,15 @@ def _mark_rates(axes: Axes, knee_rate: float | None, judged_rate: float | None, 
         marks.append((judged_rate, f"judged at {words.rate(judged_rate)}", "bad"))
     if knee_rate is not None:
         marks.append((knee_rate, f"knee {words.rate(knee_rate)}", "ink"))
-        axes.plot(knee_rate, required, marker="o", markersize=7, markerfacecolor="none", markeredgecolor=light("ink"))
+        axes.plot(
+            knee_rate,
+            required,
+            color=light("ink"),
+            marker="o",
+            markersize=7,
+            markerfacecolor="none",
+            markeredgecolor=light("ink"),
+        )
     marks.sort()
     right = axes.get_xlim()[1]
     for index, (rate, label, colour) in enumerate(marks):
@@ -150,7 +158,7 @@ def _length_histogram(tokens: Sequence[int], name: str, title: str, colour: str)
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
-            edges = np.linspace(low, high + 1, 41)
+            edges = np.linspace(low, high + 1, min(40, high + 1 - low) + 1)
         counts, _ = np.histogram(tokens, edges)
         axes.stairs(counts / len(tokens), edges, fill=True, color=light(colour), alpha=0.55)
         mean = float(np.mean(tokens))

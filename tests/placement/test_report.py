@@ -1,0 +1,178 @@
+"""The report's page says everything it should, is whole in itself, and is well-formed."""
+
+import dataclasses
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from core.slo import SloClass
+from placement.evidence import NodeSummary
+from placement.report import RunDescription, report_html, simulation_report_html, write_report
+from placement.report.words import headline, number, percent, seconds
+from tests.placement.planned import BATCH, CHAT, finished_run, planned
+
+DESCRIPTION = RunDescription("Simulation of plan.yaml", "10 req/s, Poisson", "0.1.0", inputs=(("plan.yaml", "a: <1>"),))
+
+
+def _svgs(page: str) -> list[ElementTree.Element]:
+    """Every SVG of the page. Raises ParseError if one is not well-formed XML."""
+    return [ElementTree.fromstring(text) for text in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+
+
+def _text(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", page))
+
+
+def test_the_page_of_a_plan_answers_every_question() -> None:
+    page = report_html(planned(classes=(CHAT, BATCH)))
+    for section in (
+        "plan",
+        "candidates",
+        "attainment",
+        "latency",
+        "bounds",
+        "sensitivity",
+        "error",
+        "workload",
+        "again",
+    ):
+        assert page.count(f'<section id="{section}">') == 1
+        assert f'href="#{section}"' in page
+    text = _text(page)
+    assert "2 prefill instances (tp2) and 1 decode instance (tp1) on H100 serve 11.2 req/s" in text
+    assert "TTFT is 1.4 x its target" in text
+    assert "the weights alone do not fit" in text
+    assert "off by 8 %" in text
+    assert "14.8 req/s" in text, "what the transient would have claimed"
+    assert "Links are the vendor's figures." in text.replace("&#39;", "'")
+    assert "data set sharegpt, Poisson arrivals" in text
+    assert "model: Llama-3.1-70B" in text
+    assert "seed 7" in text
+
+
+def test_every_plot_is_well_formed_and_has_words_for_those_who_do_not_see_it() -> None:
+    svgs = _svgs(report_html(planned(classes=(CHAT, BATCH))))
+    names = {svg.attrib["aria-labelledby"].split("-title")[0] for svg in svgs}
+    assert names == {
+        "candidates", "attainment-0", "attainment-1", "ttft", "tpot", "bounds", "sensitivity-goodput",
+        "sensitivity-attainment", "error", "prompt-lengths", "output-lengths",
+    }  # fmt: skip
+    for svg in svgs:
+        title, description = list(svg)[:2]
+        assert title.tag.endswith("title")
+        assert title.text
+        assert description.tag.endswith("desc")
+        assert description.text
+
+
+def test_ids_are_unique_on_the_page() -> None:
+    ids = re.findall(r'\bid="([^"]*)"', report_html(planned(classes=(CHAT, BATCH))))
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_loads_nothing_and_is_small() -> None:
+    page = report_html(planned(classes=(CHAT, BATCH)))
+    assert not re.search(r'(src|href)="(?!#)', page)
+    assert "@import" not in page
+    assert len(page.encode()) < 1_500_000
+
+
+def test_the_same_answer_gives_the_same_bytes(tmp_path: Path) -> None:
+    write_report(planned(), tmp_path / "one.html")
+    write_report(planned(), tmp_path / "two.html")
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_names_from_files_are_escaped() -> None:
+    odd = SloClass(name="<b>&$x$", ttft_s=1.0, tpot_s=0.1)
+    page = report_html(planned(classes=(odd, BATCH)))
+    assert "<b>&$x$" not in page
+    assert "&lt;b&gt;&amp;$x$" in page
+    _svgs(page)
+
+
+def test_colours_of_plots_follow_the_reader_s_scheme() -> None:
+    page = report_html(planned())
+    assert "prefers-color-scheme:dark" in page
+    styles = re.findall(r'style="([^"]*)"', page)
+    assert any("var(--prefill)" in style for style in styles)
+    assert not any(re.search(r"#[0-9a-f]{6}", style) for style in styles)
+
+
+def test_the_picture_shows_who_stands_where_and_what_is_free() -> None:
+    page = report_html(planned())
+    cells = re.findall(r'class="cell (\w+)" title="([^"]*)"', page)
+    assert cells == [
+        ("prefill", "0:0: prefill P1"),
+        ("prefill", "0:1: prefill P1"),
+        ("decode", "0:2: decode D1"),
+        ("idle", "0:3"),
+        ("prefill", "1:0: prefill P2"),
+        ("prefill", "1:1: prefill P2"),
+    ]
+
+
+def test_instances_without_devices_are_drawn_beside_the_nodes() -> None:
+    one = planned(nodes=(NodeSummary("0", "H100", 1),))
+    groups = tuple(group.model_copy(update={"devices": ()}) for group in one.plan.groups)
+    page = report_html(dataclasses.replace(one, plan=one.plan.model_copy(update={"groups": groups})))
+    assert [role for role, _ in re.findall(r'class="cell (\w+)" title="([^"]*)"', page)] == ["idle"] + 4 * [
+        "prefill"
+    ] + ["decode"]
+
+
+def test_an_infeasible_question_says_how_near_one_comes() -> None:
+    page = _text(report_html(planned("infeasible")))
+    assert "The best plan reaches 90 % at TTFT 0.9 s." in page
+    assert headline(planned("infeasible")) == "Infeasible: the best plan reaches 90 % at TTFT 0.9 s."
+
+
+def test_an_answer_without_figures_still_gives_a_page() -> None:
+    whole = planned("infeasible", candidates=(), curves=(), latencies=(), bounds=(), sensitivity=())
+    bare = dataclasses.replace(whole, plan=whole.plan.model_copy(update={"expected": None}))
+    page = report_html(bare)
+    assert "Nothing else was possible." in page
+    assert len(_svgs(page)) == 2, "the workload is known whatever becomes of the search"
+
+
+def test_the_page_of_a_simulation() -> None:
+    page = simulation_report_html(finished_run(), (CHAT,), DESCRIPTION)
+    text = _text(page)
+    assert "100 % of the requests kept both targets" in text
+    assert "Within targets" in text
+    assert "prefill-0" in text
+    assert "a: &lt;1&gt;" in page
+    names = {svg.attrib["aria-labelledby"].split("-title")[0] for svg in _svgs(page)}
+    assert names == {"ttft", "tpot", "parts", "rates", "inside", "bounds", "prompt-lengths", "output-lengths"}
+
+
+def test_the_page_of_a_live_run_leaves_out_what_only_a_server_sees() -> None:
+    slow = SloClass(name="strict", ttft_s=0.1, tpot_s=0.1)
+    page = simulation_report_html(finished_run(inside=False), (slow,), DESCRIPTION)
+    assert "Targets missed" in page
+    assert 'id="bounds"' not in page
+    assert "parts-title" not in page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (1234.5, "1,230"), (0.012345, "0.0123"), (9.999, "10.0"), (float("nan"), "–"), (3.2e7, "3.2e+07")],
+)
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("time_s", "text"),
+    [(85.2e-6, "85.2 µs"), (0.01234, "12.3 ms"), (0.9999, "1.00 s"), (12.3, "12.3 s"), (1200, "20.0 min")],
+)
+def test_times_have_the_unit_that_fits(time_s: float, text: str) -> None:
+    assert seconds(time_s) == text
+
+
+def test_a_share_is_whole_only_when_it_is() -> None:
+    assert percent(1.0) == "100 %"
+    assert percent(0.99999) == ">99.9 %"
+    assert percent(0.9213) == "92.1 %"
