@@ -6,9 +6,10 @@ from core.request import GenerationRequest
 from core.session import Role
 from router.fleet import Fleet
 from router.instances import Instance
+from scheduling.load_book import DecodeBook, PrefillBook
 from scheduling.prefix_index import block_hashes
 from scheduling.prefix_tracker import PrefixTracker
-from scheduling.routing import Choice, DecodeView, PrefillView, choose_decode, choose_prefill
+from scheduling.routing import Choice, DecodeView, PrefillView
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Chosen:
 
 
 class LoadChooser:
-    """Chooses among the instances that take work now.
+    """Chooses among the instances that take work now, at a price that hardly depends on how many they are.
 
     Both choices prefer others than `avoid`, and raise UnavailableError or ContextLengthError. `slack_tokens`: see
     `scheduling.routing.choose_prefill`. `max_tracked_blocks` bounds what is remembered of each instance's prefix cache.
@@ -28,89 +29,79 @@ class LoadChooser:
 
     def __init__(self, fleet: Fleet, *, slack_tokens: int = 4096, max_tracked_blocks: int = 65536) -> None:
         self._fleet = fleet
-        self._slack_tokens = slack_tokens
         self._max_tracked_blocks = max_tracked_blocks
-        self._trackers: dict[str, PrefixTracker] = {}  # by prefill instance
-        self._rotation = 0
+        self._prefills = PrefillBook(slack_tokens)
+        self._decodes = DecodeBook()
+        self._trackers: dict[int, PrefixTracker] = {}  # by block size: it determines the blocks' names
+        self._stale: set[str] = set()  # instances of which the books do not know the last change yet
+        fleet.watch(lambda instance: self._stale.add(instance.instance_id))
 
     def choose_prefill(self, request: GenerationRequest, avoid: frozenset[str]) -> Chosen:
-        self._forget_gone()
-        self._rotation += 1
+        self._refresh()
         num_tokens = len(request.token_ids)
-        usable = self._fleet.usable(Role.PREFILL)
-        hashes = {
-            block_size: block_hashes(request.token_ids, block_size, request.cache_salt)
-            for block_size in {instance.status.block_size for instance in usable}
-        }
-        views = [self._prefill_view(instance, hashes[instance.status.block_size]) for instance in usable]
-        fingerprints = {
-            decode.status.fingerprint
-            for decode in self._fleet.usable(Role.DECODE)
-            if num_tokens < decode.capacity_tokens
-        }
-
-        def choose(views: list[PrefillView]) -> Choice:
-            return choose_prefill(
-                views,
-                num_tokens=num_tokens,
-                decode_fingerprints=fingerprints,
-                rotation=self._rotation,
-                slack_tokens=self._slack_tokens,
-            )
-
-        choice = choose([view for view in views if view.instance_id not in avoid])
-        if choice.instance_id is None:
-            choice = choose(views)
+        names = {size: block_hashes(request.token_ids, size, request.cache_salt) for size in self._trackers}
+        holders = [found for size, tracker in self._trackers.items() for found in tracker.holders(names[size])]
+        if len(self._trackers) > 1:
+            holders.sort(key=lambda found: found[0], reverse=True)
+        choice = self._prefills.choose(
+            num_tokens=num_tokens,
+            decode_fingerprints=self._decodes.fingerprints_for(num_tokens),
+            holders=holders,
+            avoid=avoid,
+        )
         if choice.instance_id is None:
             self._fleet.check_length(num_tokens)  # says better what is wrong: which role is missing, how much would fit
-        instance_id = choice.require()
-        instance = next(it for it in usable if it.instance_id == instance_id)
-        self._tracker(instance).record(instance_id, hashes[instance.status.block_size])
-        return Chosen(instance, choice)
+        chosen = self._chosen(choice)
+        block_size = chosen.instance.status.block_size
+        self._trackers[block_size].record(chosen.instance.instance_id, names[block_size])
+        return chosen
 
     def choose_decode(self, request: GenerationRequest, prefill: Instance, avoid: frozenset[str]) -> Chosen:
-        self._rotation += 1
-        usable = self._fleet.usable(Role.DECODE)
-        views = [_decode_view(instance) for instance in usable]
-
-        def choose(views: list[DecodeView]) -> Choice:
-            return choose_decode(
-                views,
-                num_tokens=len(request.token_ids),
-                growth_tokens=request.sampling.max_tokens - request.num_output_tokens,
-                fingerprint=prefill.status.fingerprint,
-                rotation=self._rotation,
-            )
-
-        choice = choose([view for view in views if view.instance_id not in avoid])
-        if choice.instance_id is None:
-            choice = choose(views)
-        instance_id = choice.require()
-        return Chosen(next(it for it in usable if it.instance_id == instance_id), choice)
-
-    def _prefill_view(self, instance: Instance, hashes: list[bytes]) -> PrefillView:
-        return PrefillView(
-            instance_id=instance.instance_id,
-            fingerprint=instance.status.fingerprint,
-            ready=True,
-            max_model_len=instance.capacity_tokens,
-            queued_tokens=instance.queued_tokens,
-            running=instance.open_requests,
-            cached_prefix_tokens=self._tracker(instance).matched_tokens(instance.instance_id, hashes),
+        self._refresh()
+        choice = self._decodes.choose(
+            num_tokens=len(request.token_ids),
+            growth_tokens=request.sampling.max_tokens - request.num_output_tokens,
+            fingerprint=prefill.status.fingerprint,
+            avoid=avoid,
         )
+        return self._chosen(choice)
 
-    def _tracker(self, instance: Instance) -> PrefixTracker:
-        tracker = self._trackers.get(instance.instance_id)
-        if tracker is None:
-            tracker = PrefixTracker(instance.status.block_size, self._max_tracked_blocks)
-            self._trackers[instance.instance_id] = tracker
-        return tracker
+    def _chosen(self, choice: Choice) -> Chosen:
+        instance = self._fleet.get(choice.require())
+        assert instance is not None, "the books know an instance that is gone"
+        return Chosen(instance, choice)
 
-    def _forget_gone(self) -> None:
-        if len(self._trackers) > 0:
-            registered = {instance.instance_id for instance in self._fleet.instances}
-            for instance_id in self._trackers.keys() - registered:
-                del self._trackers[instance_id]
+    def _refresh(self) -> None:
+        """Bring the books up to date."""
+        for instance_id in self._stale:
+            instance = self._fleet.get(instance_id)
+            if instance is None:
+                for tracker in self._trackers.values():
+                    tracker.forget(instance_id)
+            role = instance.role if instance is not None and instance.accepts_work else None
+            if instance is not None and role is Role.PREFILL:
+                size = instance.status.block_size
+                if size not in self._trackers:
+                    self._trackers[size] = PrefixTracker(size, self._max_tracked_blocks)
+                self._prefills.put(_prefill_view(instance))
+            else:
+                self._prefills.remove(instance_id)
+            if instance is not None and role is Role.DECODE:
+                self._decodes.put(_decode_view(instance))
+            else:
+                self._decodes.remove(instance_id)
+        self._stale.clear()
+
+
+def _prefill_view(instance: Instance) -> PrefillView:
+    return PrefillView(
+        instance_id=instance.instance_id,
+        fingerprint=instance.status.fingerprint,
+        ready=True,
+        max_model_len=instance.capacity_tokens,
+        queued_tokens=instance.queued_tokens,
+        running=instance.open_requests,
+    )
 
 
 def _decode_view(instance: Instance) -> DecodeView:

@@ -9,6 +9,7 @@ Time is passed in; the work happens in `run`.
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from core.clock import Clock
 from core.errors import ContextLengthError, IncompatiblePeerError, TandemError, UnavailableError
@@ -32,6 +33,22 @@ class Fleet:
         self._instances: dict[str, Instance] = {}
         self._sessions: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
+        self._watchers: list[Callable[[Instance], None]] = []
+        # What each usable instance offers: role, fingerprint, capacity in tokens. What pairs of them can hold at most
+        # is worked out when this has changed.
+        self._offers: dict[str, tuple[Role, str, int]] = {}
+        self._pair_capacity_tokens: int | None = None
+
+    def watch(self, watcher: Callable[[Instance], None]) -> None:
+        """`watcher` is called with each instance now, and with an instance whenever its load, its status or whether it
+        takes work has changed; of one that is gone once more. It must not block."""
+        self._watchers.append(watcher)
+        for instance in self.instances:
+            watcher(instance)
+
+    def get(self, instance_id: str) -> Instance | None:
+        """If it is registered, usable or not."""
+        return self._instances.get(instance_id)
 
     @property
     def instances(self) -> tuple[Instance, ...]:
@@ -53,22 +70,25 @@ class Fleet:
             for other in self.instances:
                 if other is known or other.status.address == status.address:
                     self._remove(other, "another instance has taken its place")
-            self._instances[status.instance_id] = Instance(status, self._clock.now_s())
+            self._instances[status.instance_id] = Instance(status, self._clock.now_s(), self._on_change)
             logger.info("%s instance %s has joined", status.role.value, status.instance_id)
         self._changed.set()
 
     def pair_capacity_tokens(self) -> int:
         """Longest prompt plus answer that some usable pair can hold. Raises UnavailableError if there is no pair."""
-        prefills, decodes = self.usable(Role.PREFILL), self.usable(Role.DECODE)
-        for role, found in ((Role.PREFILL, prefills), (Role.DECODE, decodes)):
+        if self._pair_capacity_tokens is None:
+            self._pair_capacity_tokens = self._find_pair_capacity_tokens()
+        return self._pair_capacity_tokens
+
+    def _find_pair_capacity_tokens(self) -> int:
+        longest: dict[Role, dict[str, int]] = {Role.PREFILL: {}, Role.DECODE: {}}  # by fingerprint
+        for role, fingerprint, capacity_tokens in self._offers.values():
+            longest[role][fingerprint] = max(capacity_tokens, longest[role].get(fingerprint, 0))
+        for role, found in longest.items():
             if not found:
                 raise UnavailableError(f"no {role.value} worker is ready")
-        fitting = [
-            min(prefill.capacity_tokens, decode.capacity_tokens)
-            for prefill in prefills
-            for decode in decodes
-            if prefill.status.fingerprint == decode.status.fingerprint
-        ]
+        prefills, decodes = longest[Role.PREFILL], longest[Role.DECODE]
+        fitting = [min(prefills[it], decodes[it]) for it in prefills.keys() & decodes.keys()]
         if not fitting:
             raise UnavailableError("no prefill worker is ready whose KV a ready decode worker can read")
         return max(fitting)
@@ -89,6 +109,21 @@ class Fleet:
             return self.pair_capacity_tokens() > 0
         except UnavailableError:
             return False
+
+    def _on_change(self, instance: Instance) -> None:
+        instance_id = instance.instance_id
+        registered = self._instances.get(instance_id)
+        if registered is not None and registered is not instance:
+            return  # the last words of one whose place another has taken
+        if registered is not None and instance.accepts_work:
+            offer = (instance.role, instance.status.fingerprint, instance.capacity_tokens)
+            if self._offers.get(instance_id) != offer:
+                self._offers[instance_id] = offer
+                self._pair_capacity_tokens = None
+        elif self._offers.pop(instance_id, None) is not None:
+            self._pair_capacity_tokens = None
+        for watcher in self._watchers:
+            watcher(instance)
 
     async def run(self) -> None:
         """Open and keep sessions, and drop the silent, until cancelled; then everything open fails."""

@@ -1,6 +1,6 @@
 """One worker instance as the router sees it: its last report, its session, what this router has open there."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,10 +76,10 @@ class Instance:
     """Owned by the fleet. Attempts open, cancel and release handles here.
 
     The load figures are exact and immediate: they count what this router has sent and not yet seen finished, without
-    waiting for the worker's next heartbeat.
+    waiting for the worker's next heartbeat. `on_change` hears of every change of them, and of whether it takes work.
     """
 
-    def __init__(self, status: InstanceStatus, heard_s: float) -> None:
+    def __init__(self, status: InstanceStatus, heard_s: float, on_change: Callable[["Instance"], None]) -> None:
         self.status = status
         self.heard_s = heard_s
         self.waiting_tokens = 0  # dispatched from here and not computed yet
@@ -87,6 +87,7 @@ class Instance:
         self._others_waiting_tokens = status.waiting_tokens  # of other routers, as of the last report
         self._session: CommandSender | None = None
         self._open: dict[int, _Open] = {}
+        self._on_change = on_change
 
     @property
     def instance_id(self) -> str:
@@ -123,10 +124,12 @@ class Instance:
         self.status = status
         self.heard_s = now_s
         self._others_waiting_tokens = max(0, status.waiting_tokens - self.waiting_tokens)
+        self._on_change(self)
 
     def connect(self, session: CommandSender) -> None:
         assert self._session is None, "an instance has one session"
         self._session = session
+        self._on_change(self)
 
     def lose(self, error: TandemError) -> None:
         """The session is over: everything open there fails at once. Without a session this does nothing."""
@@ -134,6 +137,7 @@ class Instance:
         lost = list(self._open.items())
         self._open.clear()
         self.waiting_tokens = self.held_tokens = 0
+        self._on_change(self)
         for _, entry in lost:
             entry.sink.on_failed(self, error)
 
@@ -145,6 +149,7 @@ class Instance:
         self._open[command.handle] = entry = _Open(sink, *_weight(command))
         self.waiting_tokens += entry.waiting_tokens
         self.held_tokens += entry.held_tokens
+        self._on_change(self)
 
     def computed(self, handle: int, num_tokens: int) -> None:
         """So many of its tokens need not be waited for any more."""
@@ -152,12 +157,14 @@ class Instance:
             num_tokens = min(num_tokens, entry.waiting_tokens)
             self.waiting_tokens -= num_tokens
             entry.waiting_tokens -= num_tokens
+            self._on_change(self)
 
     def release(self, handle: int) -> None:
         """The worker is done with it. Later events of that handle are dropped."""
         if entry := self._open.pop(handle, None):
             self.waiting_tokens -= entry.waiting_tokens
             self.held_tokens -= entry.held_tokens
+            self._on_change(self)
 
     def cancel(self, handle: int) -> None:
         """Release it and tell the worker to drop it. Does nothing if it is released already."""

@@ -1,6 +1,9 @@
-"""Which instance a request goes to, and why. Pure functions of what the router knows at that moment."""
+"""Which instance a request goes to, and why. Pure functions of what the router knows at that moment.
 
-from collections.abc import Collection
+They compare every instance: the definition of the policy. `scheduling.load_book` finds the same winner without that.
+"""
+
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 
 from core.errors import ContextLengthError, UnavailableError
@@ -40,6 +43,26 @@ class DecodeView:
     waiting: int = 0
     waiting_tokens: int = 0
 
+    @property
+    def capacity_tokens(self) -> int:
+        return self.total_blocks * self.block_size
+
+    @property
+    def claimed_tokens(self) -> int:
+        """KV memory in use, and what the waiting requests will take."""
+        return (self.total_blocks - self.free_blocks) * self.block_size + self.waiting_tokens
+
+    @property
+    def load(self) -> float:
+        """The part of its score that is the same for every request: terms "memory" and "batch" of `choose_decode`."""
+        sequences = self.running + self.waiting
+        return self.claimed_tokens / self.capacity_tokens + sequences / (sequences + BATCH_OF_EQUAL_TERMS)
+
+
+# A decode step takes base + n * slope; the batch n at which the two are equal. Of a larger batch more than half of the
+# step's time is its sequences' doing. The router knows no cost model; any n of this order gives a like ranking.
+BATCH_OF_EQUAL_TERMS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -56,11 +79,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The decision, and the whole comparison behind it, best first."""
+    """The decision, and the comparison behind it, best first. `others` more instances were not written down."""
 
     instance_id: str | None
     candidates: tuple[Candidate, ...]
     too_long: bool = False  # nothing was chosen, and the request's length alone is why
+    others: int = 0
 
     def require(self) -> str:
         """The chosen instance. Raises ContextLengthError if the prompt fits nowhere, else UnavailableError."""
@@ -77,23 +101,57 @@ class Choice:
             terms = " + ".join(f"{name} {value:g}" for name, value in candidate.terms)
             score = "" if candidate.score is None else f" = {candidate.score:g}"
             lines.append(f"{candidate.instance_id}: {terms}{score}  {candidate.reason or 'chosen'}")
+        if self.others:
+            lines.append(f"and {self.others} more that were no better")
         return "\n".join(lines) or "no instances"
+
+
+Terms = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """An instance that could be chosen. The least `rank` wins: (score, load, number of the choice that took it last,
+    id). So among equals the one with less load, and then the one chosen longest ago, is next."""
+
+    terms: Terms
+    rank: tuple[float, float, int, str]
+
+
+def score_prefill(
+    view: PrefillView, *, num_tokens: int, shortest_tokens: int, slack_tokens: int, last_chosen: int
+) -> Scored:
+    """As `choose_prefill` compares it, where `shortest_tokens` is the shortest queue of all that could be chosen."""
+    overloaded = view.queued_tokens > shortest_tokens + slack_tokens
+    credit = 0 if overloaded else min(view.cached_prefix_tokens, num_tokens - 1)
+    terms = (("queued", view.queued_tokens), ("prompt", num_tokens), ("cached", -credit))
+    return Scored(terms, (view.queued_tokens + num_tokens - credit, 0.0, last_chosen, view.instance_id))
+
+
+def score_decode(view: DecodeView, *, num_tokens: int, growth_tokens: int, last_chosen: int) -> Scored:
+    """As `choose_decode` compares it."""
+    capacity, load = view.capacity_tokens, view.load
+    grown = min(num_tokens + growth_tokens, view.max_model_len)
+    memory = view.claimed_tokens / capacity
+    wait = float(view.claimed_tokens + grown > capacity)
+    terms = (("memory", memory), ("batch", load - memory), ("sequence", grown / capacity), ("wait", wait))
+    return Scored(terms, (load + grown / capacity + wait, load, last_chosen, view.instance_id))
 
 
 def choose_prefill(
     views: Collection[PrefillView],
     *,
     num_tokens: int,
-    decode_fingerprints: Collection[str],
-    rotation: int,
+    decode_fingerprints: Container[str],
     slack_tokens: int,
+    last_chosen: Mapping[str, int],
 ) -> Choice:
     """The instance that will have computed a prompt of `num_tokens` first, counted in tokens.
 
     score = tokens queued before it + its own tokens not cached there. An instance whose queue is longer than the
     shortest by more than `slack_tokens` gets no credit for its cache: a popular prefix must not pile all work on one
-    instance. `decode_fingerprints` are those of the live decode instances. Equal scores take turns by `rotation`, a
-    number that the caller counts up.
+    instance. `decode_fingerprints` are those of the live decode instances. Equal scores go to the one chosen longest
+    ago: `last_chosen` numbers the choices, and has no entry where an instance was never chosen.
     """
     usable = [
         view
@@ -101,22 +159,25 @@ def choose_prefill(
         if view.ready and view.fingerprint in decode_fingerprints and num_tokens < view.max_model_len
     ]
     shortest = min((view.queued_tokens for view in usable), default=0)
-    scored: dict[str, tuple[tuple[str, float], ...]] = {}
-    for view in usable:
-        overloaded = view.queued_tokens > shortest + slack_tokens
-        credit = 0 if overloaded else min(view.cached_prefix_tokens, num_tokens - 1)
-        scored[view.instance_id] = (("queued", view.queued_tokens), ("prompt", num_tokens), ("cached", -credit))
+    scored = [
+        score_prefill(
+            view,
+            num_tokens=num_tokens,
+            shortest_tokens=shortest,
+            slack_tokens=slack_tokens,
+            last_chosen=last_chosen.get(view.instance_id, 0),
+        )
+        for view in usable
+    ]
     refused: dict[str, str] = {}
     for view in views:
-        if view.instance_id in scored:
-            continue
         if not view.ready:
             refused[view.instance_id] = "not ready"
         elif view.fingerprint not in decode_fingerprints:
             refused[view.instance_id] = "no decode instance has its KV layout"
-        else:
+        elif num_tokens >= view.max_model_len:
             refused[view.instance_id] = _too_long(view.max_model_len)
-    return _choose(scored, refused, rotation)
+    return choice_of(scored, refused)
 
 
 def choose_decode(
@@ -125,39 +186,40 @@ def choose_decode(
     num_tokens: int,
     growth_tokens: int,
     fingerprint: str,
-    rotation: int,
+    last_chosen: Mapping[str, int],
 ) -> Choice:
     """The instance on which a sequence of `num_tokens` that grows by `growth_tokens` finds most room.
 
-    score = share of the KV memory in use once all that waits there and this sequence have grown
-          + the instance's share of the sequences (of itself and the busiest one)
-          + 1 if it does not fit, and so would wait for a reservation.
-    Only instances with the prefill instance's `fingerprint` count. Equal scores take turns by `rotation`.
+    score = share of the KV memory that is in use, or will be by what waits there  (memory)
+          + n / (n + BATCH_OF_EQUAL_TERMS) for n sequences running or waiting       (batch)
+          + share of the KV memory that this sequence will have grown to            (sequence)
+          + 1 if it does not fit, and so would wait for a reservation.              (wait)
+
+    "batch" is the share of a step's time that its sequences cause, and so depends on this instance only. A share of the
+    busiest instance's batch would move every score when one instance's load changes, and no order could be kept.
+    Memory is counted in tokens: what sequences lose by whole blocks is in `free_blocks`, of those that wait it is not.
+
+    Only instances with the prefill instance's `fingerprint` count. Equal scores: as in `choose_prefill`.
     """
-    usable = [
-        view for view in views if view.ready and view.fingerprint == fingerprint and num_tokens < view.max_model_len
-    ]
-    busiest = max((view.running + view.waiting for view in usable), default=0)
-    scored: dict[str, tuple[tuple[str, float], ...]] = {}
-    for view in usable:
-        grown = min(num_tokens + growth_tokens, view.max_model_len)
-        headroom = view.free_blocks - -(-(view.waiting_tokens + grown) // view.block_size)
-        scored[view.instance_id] = (
-            ("memory", (view.total_blocks - headroom) / view.total_blocks),
-            ("batch", (view.running + view.waiting) / (busiest + 1)),
-            ("wait", float(headroom < 0)),
-        )
+    scored: list[Scored] = []
     refused: dict[str, str] = {}
     for view in views:
-        if view.instance_id in scored:
-            continue
         if not view.ready:
             refused[view.instance_id] = "not ready"
         elif view.fingerprint != fingerprint:
             refused[view.instance_id] = "its KV layout is not the prefill instance's"
-        else:
+        elif num_tokens >= view.max_model_len:
             refused[view.instance_id] = _too_long(view.max_model_len)
-    return _choose(scored, refused, rotation)
+        else:
+            scored.append(
+                score_decode(
+                    view,
+                    num_tokens=num_tokens,
+                    growth_tokens=growth_tokens,
+                    last_chosen=last_chosen.get(view.instance_id, 0),
+                )
+            )
+    return choice_of(scored, refused)
 
 
 _TOO_LONG = "its context is too short"
@@ -167,19 +229,15 @@ def _too_long(max_model_len: int) -> str:
     return f"{_TOO_LONG} ({max_model_len} tokens)"
 
 
-def _choose(scored: dict[str, tuple[tuple[str, float], ...]], refused: dict[str, str], rotation: int) -> Choice:
-    """Lowest sum of terms wins; among equals the first at or after place `rotation` of the ids in order."""
-    ids = sorted(scored)
-    turn = {instance_id: (place - rotation) % len(ids) for place, instance_id in enumerate(ids)}
-    score = {instance_id: sum(value for _, value in terms) for instance_id, terms in scored.items()}
-    ids.sort(key=lambda instance_id: (score[instance_id], turn[instance_id]))
-    candidates = []
-    for instance_id in ids:
-        lost_by = score[instance_id] - score[ids[0]]
+def choice_of(scored: Collection[Scored], refused: Mapping[str, str], others: int = 0) -> Choice:
+    """The least rank wins. `refused` says of each instance that could not be chosen why; `others` were left out."""
+    candidates: list[Candidate] = []
+    best = min((it.rank for it in scored), default=None)
+    for it in sorted(scored, key=lambda it: it.rank):
+        assert best is not None
+        lost_by = it.rank[0] - best[0]
         reason = f"worse by {lost_by:g}" if lost_by > 0 else "equal; another's turn"
-        candidates.append(
-            Candidate(instance_id, score[instance_id], scored[instance_id], "" if instance_id == ids[0] else reason)
-        )
+        candidates.append(Candidate(it.rank[3], it.rank[0], it.terms, "" if it.rank == best else reason))
     candidates.extend(Candidate(instance_id, None, (), refused[instance_id]) for instance_id in sorted(refused))
-    too_long = not ids and any(reason.startswith(_TOO_LONG) for reason in refused.values())
-    return Choice(ids[0] if ids else None, tuple(candidates), too_long)
+    too_long = best is None and any(reason.startswith(_TOO_LONG) for reason in refused.values())
+    return Choice(None if best is None else best[3], tuple(candidates), too_long, others)

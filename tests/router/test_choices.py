@@ -4,7 +4,7 @@ import pytest
 
 from core.errors import ContextLengthError
 from core.request import SamplingParams
-from core.session import BlockCounts, Cancel, Role, SubmitPrefill
+from core.session import BlockCounts, Cancel, InstanceState, Role, SubmitPrefill
 from router.choices import LoadChooser
 from tests.router.fakes import Cluster, Player, make_request, make_status, running_cluster, until
 
@@ -109,3 +109,46 @@ async def test_cached_part_of_a_prompt_is_no_queue() -> None:
         assert instance.queued_tokens == 0
         await running.aclose()
         assert cluster.session("p1").take(Cancel).handle == submit.handle
+
+
+async def test_an_instance_that_came_back_in_the_other_role_is_chosen_for_that_only() -> None:
+    async with running_cluster("p1", "p2", "d1") as cluster:
+        chooser = LoadChooser(cluster.fleet)
+        request = make_request()
+        assert {chooser.choose_prefill(request, NOTHING).instance.instance_id for _ in range(2)} == {"p1", "p2"}
+        address = cluster.instance("p2").status.address
+        report(cluster, "p2", Role.DECODE, address=address)
+        await until(lambda: cluster.instance("p2").connected)
+        for i in range(4):
+            assert chooser.choose_prefill(make_request(prompt=(i,)), NOTHING).instance.instance_id == "p1"
+        decodes = {chooser.choose_decode(request, cluster.instance("p1"), NOTHING).instance.instance_id}
+        decodes.add(chooser.choose_decode(request, cluster.instance("p1"), NOTHING).instance.instance_id)
+        assert decodes == {"d1", "p2"}
+
+
+async def test_draining_and_lost_instances_are_not_chosen() -> None:
+    async with running_cluster("p1", "p2", "d1", "d2") as cluster:
+        chooser = LoadChooser(cluster.fleet)
+        report(cluster, "p1", Role.PREFILL, state=InstanceState.DRAINING)
+        cluster.workers.refusing.add("d1")
+        cluster.session("d1").cut()
+        await until(lambda: not cluster.instance("d1").connected)
+        for i in range(3):
+            prefill = chooser.choose_prefill(make_request(prompt=(i, 1)), NOTHING).instance
+            assert prefill.instance_id == "p2"
+            assert chooser.choose_decode(make_request(), prefill, NOTHING).instance.instance_id == "d2"
+        report(cluster, "p1", Role.PREFILL)
+        assert {chooser.choose_prefill(make_request(), NOTHING).instance.instance_id for _ in range(2)} == {"p1", "p2"}
+
+
+async def test_instances_of_other_block_sizes_keep_their_own_cache() -> None:
+    async with running_cluster("p1", "d1") as cluster:
+        chooser = LoadChooser(cluster.fleet)
+        request = make_request(prompt=tuple(range(64)))
+        chooser.choose_prefill(request, NOTHING)
+        report(cluster, "p2", Role.PREFILL, block_size=32)
+        await until(lambda: cluster.instance("p2").connected)
+        choice = chooser.choose_prefill(make_request(prompt=tuple(range(50))), NOTHING).choice
+        assert choice.instance_id == "p1"
+        assert ("cached", -48) in choice.candidates[0].terms
+        assert ("cached", 0) in choice.candidates[1].terms

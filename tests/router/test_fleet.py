@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from core.clock import ManualClock
-from core.errors import IncompatiblePeerError
+from core.errors import IncompatiblePeerError, UnavailableError
 from core.session import InstanceState, Role
 from router.fleet import Fleet
 from tests.router.fakes import MODEL, FakeWorkers, make_status, running_cluster, settle, until
@@ -121,3 +121,40 @@ async def test_queue_of_other_routers_counts() -> None:
         instance = cluster.instance("p1")
         cluster.fleet.heartbeat(make_status("p1", Role.PREFILL, waiting_tokens=500))
         assert (instance.waiting_tokens, instance.queued_tokens) == (0, 500)
+
+
+async def test_longest_pair_follows_who_is_usable_and_what_they_hold() -> None:
+    async with running_cluster("p1", "d1", "d2") as cluster:
+        fleet = cluster.fleet
+        assert fleet.pair_capacity_tokens() == 256
+        fleet.heartbeat(make_status("p1", Role.PREFILL, max_model_len=200))
+        assert fleet.pair_capacity_tokens() == 200
+        fleet.heartbeat(make_status("d1", Role.DECODE, max_model_len=100))
+        assert fleet.pair_capacity_tokens() == 200
+        fleet.heartbeat(make_status("d2", Role.DECODE, fingerprint="g"))
+        assert fleet.pair_capacity_tokens() == 100
+        fleet.heartbeat(make_status("d1", Role.DECODE, state=InstanceState.DRAINING))
+        assert not fleet.has_pair()
+
+
+async def test_last_words_of_a_replaced_instance_are_not_taken_for_its_successors() -> None:
+    async with running_cluster("p1", "d1") as cluster:
+        old = cluster.instance("p1")
+        cluster.fleet.heartbeat(make_status("p1", Role.PREFILL, address="127.0.0.1:9"))
+        await until(lambda: cluster.instance("p1").connected)
+        old.lose(UnavailableError("gone"))
+        assert cluster.fleet.has_pair()
+
+
+async def test_watchers_hear_of_all_there_are_and_of_every_change() -> None:
+    async with running_cluster("p1") as cluster:
+        heard: list[str] = []
+        cluster.fleet.watch(lambda instance: heard.append(instance.instance_id))
+        assert heard == ["p1"]
+        await cluster.join("d1")
+        assert heard[1:] == ["d1"]
+        cluster.fleet.heartbeat(make_status("p1", Role.PREFILL, waiting_tokens=5))
+        assert heard[2:] == ["p1"]
+        cluster.fleet.heartbeat(make_status("p2", Role.PREFILL, address=cluster.instance("p1").status.address))
+        assert "p1" in heard[3:]
+        assert cluster.fleet.get("p1") is None

@@ -1,3 +1,6 @@
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from scheduling.prefix_index import block_hashes
 from scheduling.prefix_tracker import PrefixTracker
 
@@ -24,3 +27,25 @@ def test_is_bounded_and_drops_the_least_recently_used_end_first() -> None:
     tracker.record("a", old[:1])
     tracker.record("a", block_hashes([8], 1, ""))
     assert tracker.matched_tokens("a", old) == 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.lists(st.integers(0, 1), max_size=8), st.booleans()), max_size=25),
+    st.lists(st.integers(0, 1), max_size=8),
+)
+def test_holders_are_those_with_so_many_tokens_matched(
+    recorded: list[tuple[str, list[int], bool]], prompt: list[int]
+) -> None:
+    tracker = PrefixTracker(block_size=1, max_blocks_per_instance=10)
+    for instance_id, its_prompt, is_gone in recorded:
+        tracker.record(instance_id, block_hashes(its_prompt, 1, ""))
+        if is_gone:
+            tracker.forget(instance_id)
+    names = block_hashes(prompt, 1, "")
+    matched = {instance_id: tracker.matched_tokens(instance_id, names) for instance_id in "abcd"}
+    expected = [
+        (tokens, {instance_id for instance_id in matched if matched[instance_id] >= tokens})
+        for tokens in sorted(set(matched.values()) - {0}, reverse=True)
+    ]
+    assert list(tracker.holders(names)) == expected

@@ -13,14 +13,16 @@ _DECODE = DecodeView(
 )
 
 
-def _prefill(*views: PrefillView, num_tokens: int = 100, rotation: int = 0, slack_tokens: int = 200) -> Choice:
+def _prefill(*views: PrefillView, num_tokens: int = 100, slack_tokens: int = 200, **last_chosen: int) -> Choice:
     return choose_prefill(
-        views, num_tokens=num_tokens, decode_fingerprints={"f"}, rotation=rotation, slack_tokens=slack_tokens
+        views, num_tokens=num_tokens, decode_fingerprints={"f"}, slack_tokens=slack_tokens, last_chosen=last_chosen
     )
 
 
-def _decode(*views: DecodeView, num_tokens: int = 100, growth_tokens: int = 60, rotation: int = 0) -> Choice:
-    return choose_decode(views, num_tokens=num_tokens, growth_tokens=growth_tokens, fingerprint="f", rotation=rotation)
+def _decode(*views: DecodeView, num_tokens: int = 100, growth_tokens: int = 60, **last_chosen: int) -> Choice:
+    return choose_decode(
+        views, num_tokens=num_tokens, growth_tokens=growth_tokens, fingerprint="f", last_chosen=last_chosen
+    )
 
 
 def test_prefill_goes_to_the_shortest_queue() -> None:
@@ -46,11 +48,14 @@ def test_beyond_the_slack_a_cache_earns_nothing() -> None:
     assert _prefill(replace(warm, queued_tokens=200), cold, num_tokens=990).require() == "warm"
 
 
-def test_equal_instances_take_turns() -> None:
+def test_among_equals_the_one_chosen_longest_ago_is_next() -> None:
     views = [replace(_PREFILL, instance_id=name) for name in "cab"]
-    assert [_prefill(*views, rotation=turn).require() for turn in range(6)] == list("abcabc")
     decode_views = [replace(_DECODE, instance_id=name) for name in "cab"]
-    assert [_decode(*decode_views, rotation=turn).require() for turn in range(6)] == list("abcabc")
+    for last_chosen, winner in (({}, "a"), ({"a": 1}, "b"), ({"a": 1, "b": 2}, "c"), ({"a": 4, "b": 2, "c": 3}, "b")):
+        assert _prefill(*views, **last_chosen).require() == winner
+        choice = _decode(*decode_views, **last_chosen)
+        assert choice.require() == winner
+        assert {candidate.reason for candidate in choice.candidates} == {"", "equal; another's turn"}
 
 
 def test_what_cannot_be_chosen_says_why() -> None:
@@ -110,10 +115,9 @@ def test_decode_avoids_a_wait_for_memory() -> None:
         ),
         unique_by=lambda view: view.instance_id,
     ),
-    st.integers(0, 20),
 )
-def test_every_candidate_is_explained_and_the_choice_is_usable(views: list[PrefillView], rotation: int) -> None:
-    choice = _prefill(*views, rotation=rotation)
+def test_every_candidate_is_explained_and_the_choice_is_usable(views: list[PrefillView]) -> None:
+    choice = _prefill(*views)
     assert sorted(c.instance_id for c in choice.candidates) == sorted(view.instance_id for view in views)
     usable = {v.instance_id for v in views if v.ready and v.fingerprint == "f" and v.max_model_len > 100}
     assert (choice.instance_id is None) == (not usable)
