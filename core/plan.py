@@ -4,9 +4,9 @@ Written by the planner, edited by hand if one likes, read by `tandem serve` and 
 `core.config_file.load_config(path, Plan)` reads it and names every mistake.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from core.config import AnchoredPath, ModelName, WrongSetting
 from core.parallel import ParallelShape
@@ -17,9 +17,20 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+PLAN_VERSION: Literal[1] = 1
+
+
+def _check_version(value: object) -> object:
+    if value != PLAN_VERSION:
+        raise ValueError(
+            f"this tandem reads plans of version {PLAN_VERSION}, not {value!r}; plan again with `tandem plan`"
+        )
+    return value
+
+
 class PlanGroup(_Frozen):
-    """Instances that are alike. `devices` names the devices of each instance as node:index, e.g. [0:0, 0:1]; an empty
-    list leaves the choice to Ray. A colocated group serves both phases on the same devices."""
+    """Instances that are alike. `devices` names the devices of each instance as node:index, e.g. ['0:0', '0:1']; an
+    empty list leaves the choice to Ray. A colocated group serves both phases on the same devices."""
 
     role: Literal["prefill", "decode", "colocated"]
     instances: int = Field(ge=1)
@@ -94,13 +105,14 @@ class Alternative(_Frozen):
 
 
 class Plan(_Frozen):
-    """`model` is a checkpoint's folder or the name of a published shape; only a folder can be served."""
+    """`model` is a checkpoint's folder or the name of a published shape; only a folder can be served. An infeasible
+    plan's groups are those that came nearest, and there may be none."""
 
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], BeforeValidator(_check_version)] = PLAN_VERSION
     model: ModelName
     verdict: Literal["disaggregate", "colocate", "mixed", "infeasible"]
     summary: str = Field(default="", description="The answer in one or two sentences")
-    groups: tuple[PlanGroup, ...] = Field(min_length=1)
+    groups: tuple[PlanGroup, ...]
     same_node: bool = Field(default=False, description="KV moves only between instances of one node (low affinity)")
     slo_file: AnchoredPath | None = Field(
         default=None, description="The SLO file that this answers: workload, cluster, targets"
@@ -115,6 +127,8 @@ class Plan(_Frozen):
     @model_validator(mode="after")
     def _check_groups(self) -> "Plan":
         roles = {group.role for group in self.groups}
+        if not roles and self.verdict != "infeasible":
+            raise WrongSetting(("groups",), "must have at least one group of instances")
         if ("prefill" in roles) != ("decode" in roles):
             missing = "decode" if "prefill" in roles else "prefill"
             raise WrongSetting(("groups",), f"there is no {missing} group, and one phase is nothing without the other")

@@ -138,7 +138,10 @@ PLAN_MISTAKES = {
         ("instances: 1,", "instances: 1, devices: [[1:0]],"),
         "FILE line 4: groups.0.devices.0.0 must be text, not 60; put it in quotes",
     ),
-    "another version": (("model: m", "model: m\nversion: 2"), "FILE line 2: version must be 1, not 2"),
+    "another version": (
+        ("model: m", "model: m\nversion: 2"),
+        "FILE line 2: version: this tandem reads plans of version 1, not 2; plan again with `tandem plan`",
+    ),
     "unknown verdict": (
         ("disaggregate", "maybe"),
         "FILE line 2: verdict must be one of disaggregate, colocate, mixed or infeasible, not 'maybe'",
