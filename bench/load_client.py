@@ -175,17 +175,18 @@ class LoadClient:
         answer = self._take_idle() or await self._connect()
         self._busy.add(answer)
         self.peak_busy = max(self.peak_busy, len(self._busy))
-        stamped = answer.ask(request)
+        whole = answer.ask(request)
         try:
             async with asyncio.timeout(timeout_s):
-                return await stamped
+                return await whole
         except TimeoutError:
-            answer.close()
             now_s = time.monotonic()
             return Stamped(now_s - timeout_s, None, now_s, None, f"no whole answer after {timeout_s:g} s")
         finally:
             self._busy.discard(answer)
-            if answer.is_open:
+            if whole.cancelled():  # by the timeout, or by whoever no longer wants it
+                answer.close()
+            elif answer.is_open:
                 self._idle.append(answer)
 
     def completion_request(

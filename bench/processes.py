@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,11 +91,11 @@ class Launcher:
         await _wait_until_ready(router)
         return process
 
-    async def workers(self, router: Router) -> dict[Role, Process]:
-        """A prefill and a decode worker with one thread each, ready."""
+    async def workers(self, router: Router, engine: Mapping[str, object] | None = None) -> dict[Role, Process]:
+        """A prefill and a decode worker, ready. `engine`: settings of both (default: one thread, little memory)."""
         started = {}
         for role in Role:
-            section = {"engine": {"threads": 1, "kv_memory": "256MiB"}}
+            section = {"engine": dict(engine or {"threads": 1, "kv_memory": "256MiB"})}
             config = {"routers": [router.control], "heartbeat_s": HEARTBEAT_S, role.value: section}
             module = f"{role.value}_worker"
             started[role] = await self._start(module, self._config(module, config), num_lines=1)

@@ -184,6 +184,20 @@ async def test_a_late_answer_is_given_up() -> None:
     assert result.records[0].error == "no whole answer after 0.1 s"
 
 
+async def test_an_answer_that_nobody_wants_any_more_leaves_no_connection_in_use() -> None:
+    async with serving(no_answer) as (url, _):
+        client = LoadClient(url)
+        request = client.completion_request("m", [1, 2, 3], 2)
+        asking = asyncio.create_task(client.ask(request, 60))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        again = await client.ask(request, 0.05)
+        client.close()
+    assert again.error == "no whole answer after 0.05 s"
+
+
 async def test_a_server_that_goes_away_ends_the_run_and_what_was_answered_stays() -> None:
     num_answered = 0
 

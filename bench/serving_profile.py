@@ -1,0 +1,165 @@
+"""Measures what running workers add to the engine's steps, and the road around them, on a cluster of one of each role.
+
+Both workers are kept busy at once, as they are under load, since on one machine they share memory, caches and cores.
+Long answers keep decode busy with a known batch, while one prompt after another, each waiting for nobody, keeps prefill
+busy. What their timelines and clients say is compared with the cost model of the engine by itself.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import numpy as np
+from scipy.optimize import nnls
+
+from bench.load_client import LoadClient, Stamped
+from bench.load_run import FIRST_ID, LAST_ID
+from bench.processes import MODEL_NAME, BenchError, Launcher
+from core.cost_model import StepLoad
+from placement.calibration import CalibratedCost, RoadCosts, ServingCosts, Terms
+
+_LENGTHS = (32, 256, 64, 160)  # of prompts, in turns
+_BATCHES = (1, 4, 12)
+_LONG_PROMPT = 16
+_TIMEOUT_S = 60.0
+_FASTEST_BYTES_PER_S = 1e12  # where no time per token can be seen
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """A short answer: its prompt's length, what its client waited, and the parts of its timeline."""
+
+    num_tokens: int
+    first_s: float  # since it was sent
+    whole_s: float
+    ttft_s: float  # as the server has it
+    total_s: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Long answers: time per token over all of them, and the mean KV tokens of their steps."""
+
+    batch: int
+    kv_tokens: float
+    tpot_s: float
+
+
+async def measure_serving(
+    model: Path,
+    engine: Mapping[str, object],
+    terms: Terms,
+    kv_bytes_per_token: float,
+    budget_s: float,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[ServingCosts, RoadCosts]:
+    """Starts a cluster whose instances have the settings `engine`, measures for about `budget_s`, and ends it.
+
+    Raises BenchError."""
+    cost = CalibratedCost(terms)
+    async with Launcher(model) as launcher:
+        router = await launcher.router()
+        await launcher.workers(router, engine)
+        client = LoadClient(f"http://{router.http}")
+        try:
+            probe = _Probe(client, cost)
+            await probe.run(batch=2, duration_s=1.0, max_tokens=3)  # first touches
+            one, two = [], []
+            decoded: list[Decoded] = []
+            for index, batch in enumerate(_BATCHES):
+                # Answers of one token leave decode to the long ones; those of three show the transfer.
+                prompted, long = await probe.run(batch, 0.7 * budget_s / len(_BATCHES), max_tokens=1)
+                one += prompted
+                decoded.append(long)
+                prompted, _ = await probe.run(batch, 0.3 * budget_s / len(_BATCHES), max_tokens=3)
+                two += prompted
+                progress((index + 1) / len(_BATCHES))
+        finally:
+            client.close()
+    return serving_costs(cost, one, decoded), road_costs(one, two, kv_bytes_per_token)
+
+
+def serving_costs(cost: CalibratedCost, prompted: Sequence[Prompted], decoded: Sequence[Decoded]) -> ServingCosts:
+    """`cost` is of the engine by itself; each prompt was computed in a step of its own."""
+    taken_s = sum(one.parts["prefill_s"] for one in prompted)
+    predicted_s = sum(cost.step(StepLoad.of_prompts(one.num_tokens)).total_s for one in prompted)
+    lines = [cost.decode_line(one.batch) for one in decoded]
+    steps_s = [base_s + one.kv_tokens * per_token_s for one, (base_s, per_token_s) in zip(decoded, lines, strict=True)]
+    matrix = np.column_stack((steps_s, np.ones(len(steps_s))))
+    weights = np.array([1.0 / one.tpot_s for one in decoded])
+    (decode_factor, turn_s), _ = nnls(matrix * weights[:, None], np.ones(len(decoded)))
+    return ServingCosts(prefill_factor=taken_s / predicted_s, decode_factor=float(decode_factor), turn_s=float(turn_s))
+
+
+def road_costs(answered: Sequence[Prompted], carried: Sequence[Prompted], kv_bytes_per_token: float) -> RoadCosts:
+    """`answered` had one token, `carried` a transfer."""
+    before = [one.parts["admission_s"] + one.parts["dispatch_s"] + one.parts["prefill_queue_s"] for one in answered]
+    lengths = np.array([one.num_tokens for one in carried], dtype=np.float64)
+    transfers_s = np.array([one.parts["transfer_s"] for one in carried])
+    medians = [(n, float(np.median(transfers_s[lengths == n]))) for n in np.unique(lengths)]
+    matrix = np.column_stack((np.ones(len(medians)), [n for n, _ in medians]))
+    (latency_s, per_token_s), _ = nnls(matrix, np.array([seconds for _, seconds in medians]))
+    return RoadCosts(
+        admission_s=median(before),
+        first_token_s=max(0.0, median(one.first_s - one.ttft_s for one in answered)),
+        token_s=max(0.0, median(one.whole_s - one.total_s for one in answered)),
+        transfer_latency_s=float(latency_s),
+        transfer_bytes_per_s=min(_FASTEST_BYTES_PER_S, kv_bytes_per_token / max(float(per_token_s), 1e-15)),
+    )
+
+
+class _Probe:
+    """Sends what keeps both workers busy, and collects what comes of it."""
+
+    def __init__(self, client: LoadClient, cost: CalibratedCost) -> None:
+        self._client = client
+        self._cost = cost
+        self._draw = Random(0)
+
+    async def run(self, batch: int, duration_s: float, max_tokens: int) -> tuple[list[Prompted], Decoded]:
+        """`batch` long answers that take about `duration_s`, and prompts one after the other as long as they last."""
+        step_s = self._cost.step(StepLoad.of_decode(batch, batch * 100)).total_s
+        num_long = max(8, int(duration_s / step_s))
+        prompted: list[Prompted] = []
+        prompting = asyncio.create_task(self._prompt_on(prompted, max_tokens), name="prompts")
+        long = await asyncio.gather(*(self._ask(_LONG_PROMPT, num_long) for _ in range(batch)))
+        prompting.cancel()
+        with suppress(asyncio.CancelledError):
+            await prompting
+        gaps = [(one.last_s - one.first_s) / (num_long - 1) for one in long if one.first_s is not None]
+        return prompted, Decoded(batch, batch * (_LONG_PROMPT + num_long / 2), float(np.mean(gaps)))
+
+    async def _prompt_on(self, answers: list[Prompted], max_tokens: int) -> None:
+        while True:
+            num_tokens = _LENGTHS[len(answers) % len(_LENGTHS)]
+            stamped = await self._ask(num_tokens, max_tokens)
+            answers.append(_prompted(num_tokens, stamped))
+
+    async def _ask(self, num_tokens: int, max_tokens: int) -> Stamped:
+        prompt = [self._draw.randrange(FIRST_ID, LAST_ID) for _ in range(num_tokens)]
+        request = self._client.completion_request(MODEL_NAME, prompt, max_tokens, with_timeline=True)
+        stamped = await self._client.ask(request, _TIMEOUT_S)
+        if stamped.error is not None or stamped.first_s is None:
+            raise BenchError(f"the measured cluster failed: {stamped.error}")
+        return stamped
+
+
+def _prompted(num_tokens: int, stamped: Stamped) -> Prompted:
+    assert stamped.first_s is not None
+    assert stamped.usage is not None
+    extra = stamped.usage["tandem"]
+    assert isinstance(extra, dict), "timelines were asked for"
+    timeline = extra["timeline"]
+    return Prompted(
+        num_tokens=num_tokens,
+        first_s=stamped.first_s - stamped.sent_s,
+        whole_s=stamped.last_s - stamped.sent_s,
+        ttft_s=timeline["ttft_s"],
+        total_s=timeline["total_s"],
+        parts=timeline["parts"],
+    )
