@@ -1,0 +1,144 @@
+"""What an instance can be: a role, a device type and a parallel shape that memory and the model allow."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from core.cost_model import CostModel, StepLoad
+from core.model_shape import ModelShape
+from core.parallel import ParallelShape
+from core.slo_file import SearchSection
+from placement.cost_source import CostSource
+from placement.deployment import ColocatedPolicy, Role
+from placement.requests import RequestStream
+
+_MAX_BATCH = 512
+_PREFILL_BUDGETS = (512, 1024, 2048, 4096, 8192)
+_CHUNK_BUDGETS = (256, 512, 1024, 2048)
+_PROMPT_FIRST_BUDGET = 4096
+_BUDGET_WORTH = 0.85  # of the best budget's tokens per second; below that a budget is not worth a try
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceKind:
+    """One instance, before it has a place. Equal kinds cost the same, so the cost model takes no part in equality.
+
+    `kv_tokens`, `max_batch_tokens`, `max_batch` and `policy` as in `core.plan.PlanGroup`.
+    """
+
+    role: Role
+    device: str
+    shape: ParallelShape
+    kv_tokens: int
+    max_batch_tokens: int
+    max_batch: int
+    policy: ColocatedPolicy = "chunked"
+    cost: CostModel = field(compare=False, repr=False, kw_only=True)
+
+    @property
+    def num_devices(self) -> int:
+        return self.shape.num_ranks
+
+    def __str__(self) -> str:
+        extra = ""
+        if self.role == "colocated":
+            extra = f" {self.policy} {self.max_batch_tokens}"
+        return f"{self.role} {self.shape}{extra}"
+
+
+@dataclass(frozen=True, slots=True)
+class RuledOut:
+    """A shape that cannot serve this workload on this device, and why."""
+
+    device: str
+    shape: ParallelShape
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    prefill: tuple[InstanceKind, ...]
+    decode: tuple[InstanceKind, ...]
+    colocated: tuple[InstanceKind, ...]
+    ruled_out: tuple[RuledOut, ...]
+
+
+def legal_shapes(model: ModelShape, section: SearchSection, devices_per_node: int) -> Iterator[ParallelShape]:
+    """tp inside a node, pp that divides the layers, and heads that divide over tp; the smallest first."""
+    for pp in range(1, section.max_pp + 1):
+        for tp in range(1, min(section.max_tp, devices_per_node) + 1):
+            shape = ParallelShape(tp, pp)
+            if model.num_layers % pp == 0 and model.allows(shape):
+                yield shape
+
+
+def legal_kinds(
+    model: ModelShape,
+    source: CostSource,
+    nodes: Sequence[tuple[str, int, int]],
+    section: SearchSection,
+    stream: RequestStream,
+) -> Kinds:
+    """All kinds worth a thought on `nodes` (device type, devices in a node, nodes). Nothing here depends on targets:
+    a looser SLO has the same kinds to choose from.
+
+    A shape is legal when weights fit and its KV holds the longest request of the stream, which nothing else could
+    serve. Prompt budgets below the one that saturates the device come as kinds of their own: small ones keep TTFT (or,
+    colocated, TPOT) low, large ones raise throughput.
+    """
+    roles: dict[Role, list[InstanceKind]] = {"prefill": [], "decode": [], "colocated": []}
+    ruled_out: list[RuledOut] = []
+    widest: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for device, devices_per_node, count in nodes:
+        widest[device] = max(widest.get(device, 0), devices_per_node)
+        total[device] = total.get(device, 0) + devices_per_node * count
+    longest = int((stream.prompt_tokens + stream.output_tokens).max())
+    for device, devices_per_node in widest.items():
+        for shape in legal_shapes(model, section, devices_per_node):
+            if shape.num_ranks > total[device]:
+                continue
+            cost, kv_tokens = source.cost_model(device, shape), source.kv_tokens(device, shape)
+            if cost is None:
+                ruled_out.append(RuledOut(device, shape, "nothing is known of its speed"))
+            elif kv_tokens == 0:
+                ruled_out.append(RuledOut(device, shape, "the weights do not fit its memory"))
+            elif kv_tokens < longest:
+                reason = f"its memory holds KV of {kv_tokens:,} tokens, and the longest request has {longest:,}"
+                ruled_out.append(RuledOut(device, shape, reason))
+            else:
+                for kind in _kinds_of_shape(device, shape, cost, kv_tokens, stream):
+                    roles[kind.role].append(kind)
+    return Kinds(tuple(roles["prefill"]), tuple(roles["decode"]), tuple(roles["colocated"]), tuple(ruled_out))
+
+
+def resident_tokens(stream: RequestStream) -> float:
+    """KV tokens of a decoding sequence, averaged over the time that it decodes."""
+    steps = stream.output_tokens - 1
+    if not steps.any():
+        return float(stream.prompt_tokens.mean())
+    return float((steps * (stream.prompt_tokens + stream.output_tokens / 2)).sum() / steps.sum())
+
+
+def _kinds_of_shape(
+    device: str, shape: ParallelShape, cost: CostModel, kv_tokens: int, stream: RequestStream
+) -> Iterator[InstanceKind]:
+    max_batch = max(1, min(_MAX_BATCH, int(kv_tokens / resident_tokens(stream))))
+    for budget in _worthwhile_budgets(cost, stream):
+        yield InstanceKind("prefill", device, shape, kv_tokens, budget, max_batch, cost=cost)
+    yield InstanceKind("decode", device, shape, kv_tokens, _PREFILL_BUDGETS[-1], max_batch, cost=cost)
+    for budget in _CHUNK_BUDGETS:
+        batch = min(max_batch, budget)
+        yield InstanceKind("colocated", device, shape, kv_tokens, budget, batch, "chunked", cost=cost)
+    yield InstanceKind(
+        "colocated", device, shape, kv_tokens, _PROMPT_FIRST_BUDGET, max_batch, "prompt_first", cost=cost
+    )
+
+
+def _worthwhile_budgets(cost: CostModel, stream: RequestStream) -> list[int]:
+    mean = max(1, int(stream.prompt_tokens.mean()))
+    speed = {}
+    for budget in _PREFILL_BUDGETS:
+        lengths = (mean,) * max(1, budget // mean) if mean <= budget else (budget,)
+        speed[budget] = sum(lengths) / cost.step(StepLoad.of_prompts(*lengths)).interval_s
+    best = max(speed.values())
+    return [budget for budget in _PREFILL_BUDGETS if speed[budget] >= _BUDGET_WORTH * best]

@@ -1,0 +1,135 @@
+"""What no instance of a kind can exceed, whatever its scheduler does: found from the cost model, without simulation.
+
+Prefill and colocated: the time of the densest steps. Decode: Little's law. A batch of b sequences that each take n
+steps of t(b) seconds passes b / (n t(b)) requests per second; b is bounded by KV memory and by t(b) <= TPOT. A kind
+that misses a target without any load is out. Limits only rise when targets loosen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from core.cost_model import StepLoad, pairs
+from core.slo import SloClass
+from placement.requests import RequestStream
+from placement.search.kinds import InstanceKind, resident_tokens
+
+# The mean over a request's steps decides its TPOT, and a share of the requests may miss it: somewhat slower mean steps
+# than the target can still do.
+_TPOT_SLACK = 1.15
+_SAMPLE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """`rate`: requests per second of one instance, 0 if it cannot serve at all. `reason` says what sets it."""
+
+    rate: float
+    reason: str
+
+
+def limit_of(kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream) -> Limit:
+    sample = stream.head(_SAMPLE)
+    match kind.role:
+        case "prefill":
+            return _slow_first_token(kind, classes, sample) or Limit(prefill_rate(kind, sample), "prompt tokens/s")
+        case "decode":
+            return _decode_limit(kind, classes, sample, with_prompts=False)
+        case "colocated":
+            return _slow_first_token(kind, classes, sample) or _decode_limit(kind, classes, sample, with_prompts=True)
+
+
+def prefill_rate(kind: InstanceKind, stream: RequestStream) -> float:
+    """Requests per second of one instance that never lacks prompts: all steps full, longer prompts in chunks."""
+    time_s, budget = 0.0, kind.max_batch_tokens
+    chunks: list[tuple[int, int]] = []
+    for length in stream.prompt_tokens.tolist():
+        start = 0
+        while start < length:
+            count = min(budget, length - start)
+            chunks.append((start, count))
+            start, budget = start + count, budget - count
+            if budget == 0:
+                time_s += _interval_s(kind, chunks)
+                chunks, budget = [], kind.max_batch_tokens
+    if chunks:  # the rest of a step counts by its share
+        time_s += _interval_s(kind, chunks) * (1 - budget / kind.max_batch_tokens)
+    return len(stream) / time_s
+
+
+def decode_rates(kind: InstanceKind, stream: RequestStream, *, with_prompts: bool) -> list[tuple[int, float, float]]:
+    """(batch, step_s, requests per second of one instance) for batches up to what memory holds.
+
+    With prompts, each step also computes as many prompt tokens as keep the batch from running dry.
+    """
+    steps = float((stream.output_tokens - 1).mean())
+    resident = resident_tokens(stream)
+    prompt = float(stream.prompt_tokens.mean())
+    attended = float((stream.prompt_tokens**2).sum() / stream.prompt_tokens.sum()) / 2
+    batch, rates = 1.0, []
+    while int(batch) <= kind.max_batch:
+        sequences = int(batch)
+        prompt_tokens = round(sequences * prompt / max(steps, 1.0)) if with_prompts else 0
+        load = StepLoad(
+            prefill_tokens=prompt_tokens,
+            prefill_sequences=1 if prompt_tokens else 0,
+            prefill_pairs=round(prompt_tokens * attended),
+            prefill_kv_tokens=round(2 * attended) if prompt_tokens else 0,
+            decode_sequences=sequences,
+            decode_kv_tokens=round(sequences * resident),
+            sampled=sequences,
+        )
+        fits = prompt_tokens + sequences <= kind.max_batch_tokens or kind.policy == "prompt_first"
+        if not with_prompts or fits:
+            step_s = kind.cost.step(load).total_s
+            rates.append((sequences, step_s, sequences / (max(steps, 1e-9) * step_s)))
+        batch = max(batch + 1, batch * 1.05)
+    return rates
+
+
+def _slow_first_token(kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream) -> Limit | None:
+    """A limit of 0 where too many prompts alone take longer than their TTFT."""
+    alone_s = {
+        length: kind.cost.step(StepLoad.of_prompts(length)).total_s for length in set(stream.prompt_tokens.tolist())
+    }
+    ttft_s = np.array([alone_s[length] for length in stream.prompt_tokens.tolist()])
+    for index, slo in enumerate(classes):
+        of_class = ttft_s[stream.slo_class == index]
+        if len(of_class) and float((of_class <= slo.ttft_s).mean()) < slo.attainment:
+            met_s = float(np.quantile(of_class, slo.attainment))
+            return Limit(
+                0.0,
+                f"without any load, TTFT of class {slo.name} is {met_s:.3g} s at its attainment, over {slo.ttft_s:g} s",
+            )
+    return None
+
+
+def _decode_limit(
+    kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream, *, with_prompts: bool
+) -> Limit:
+    tightest = min(classes, key=lambda slo: slo.tpot_s)
+    alone_s = kind.cost.step(StepLoad.of_decode(1, round(resident_tokens(stream)))).total_s
+    if alone_s > tightest.tpot_s * _TPOT_SLACK:
+        return Limit(
+            0.0, f"without any load, TPOT is {alone_s:.3g} s, over {tightest.tpot_s:g} s of class {tightest.name}"
+        )
+    rates = decode_rates(kind, stream, with_prompts=with_prompts)
+    allowed = [(rate, batch) for batch, step_s, rate in rates if step_s <= tightest.tpot_s * _TPOT_SLACK]
+    if not allowed:
+        return Limit(0.0, f"no batch keeps TPOT within {tightest.tpot_s:g} s")
+    rate, batch = max(allowed)
+    by_memory = batch == rates[-1][0]
+    return Limit(rate, f"KV memory, {batch} sequences" if by_memory else f"TPOT, {batch} sequences")
+
+
+def _interval_s(kind: InstanceKind, chunks: list[tuple[int, int]]) -> float:
+    return kind.cost.step(
+        StepLoad(
+            prefill_tokens=sum(count for _, count in chunks),
+            prefill_sequences=len(chunks),
+            prefill_pairs=sum(pairs(start, count) for start, count in chunks),
+            prefill_kv_tokens=sum(start + count for start, count in chunks),
+            sampled=len(chunks),
+        )
+    ).interval_s

@@ -1,0 +1,66 @@
+"""Work spread over the cores of this machine, or over whatever the caller has."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Mapper(Protocol):
+    """Calls a picklable function on every item, several at a time, and returns the answers in the items' order."""
+
+    @property
+    def workers(self) -> int:
+        """How many items are worked on at the same time."""
+        ...
+
+    def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]: ...
+
+
+class Serial:
+    """One after the other, here."""
+
+    workers = 1
+
+    def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        return [function(item) for item in items]
+
+
+class Processes:
+    """Processes of this machine. A single item is worked on here, which costs no trip."""
+
+    def __init__(self, pool: ProcessPoolExecutor, workers: int) -> None:
+        self._pool = pool
+        self.workers = workers
+
+    def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        if len(items) < 2:
+            return [function(item) for item in items]
+        return list(self._pool.map(function, items))
+
+
+@contextmanager
+def local_mapper(workers: int = 0) -> Iterator[Mapper]:
+    """`workers` processes, 0 for one per core; they start when first needed and are gone at the end, on Ctrl-C too.
+
+    They are spawned, not forked: the caller may have threads.
+    """
+    count = workers or available_cores()
+    if count == 1:
+        yield Serial()
+        return
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield Processes(pool, count)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

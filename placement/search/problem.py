@@ -1,0 +1,84 @@
+"""The question that a search answers, reduced to what it needs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from core.model_shape import ModelShape
+from core.slo import SloClass
+from core.slo_file import SearchSection
+from placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
+from placement.cost_source import CostSource
+from placement.requests import RequestStream
+
+
+@dataclass(frozen=True, slots=True)
+class NodeType:
+    """`count` nodes, each with `devices` devices of type `device`."""
+
+    device: str
+    devices: int
+    count: int
+
+    @property
+    def num_devices(self) -> int:
+        return self.devices * self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`requests` are what fleets are simulated with (their rate does not matter), `computed` the same with prompts cut
+    by what a prefix cache saves. `rate`: requests per second to serve, None for as many as possible.
+
+    Picklable: worker processes get it whole.
+    """
+
+    model: ModelShape
+    source: CostSource
+    cluster: Cluster
+    classes: tuple[SloClass, ...]
+    section: SearchSection
+    requests: RequestStream
+    computed: RequestStream
+    rate: float | None = None
+
+    @property
+    def node_types(self) -> tuple[NodeType, ...]:
+        """Of the cluster's nodes, those alike together, in the cluster's order."""
+        counts: dict[tuple[str, int], int] = {}
+        for node in self.cluster.nodes:
+            key = node.device.name, node.num_devices
+            counts[key] = counts.get(key, 0) + 1
+        return tuple(NodeType(device, devices, count) for (device, devices), count in counts.items())
+
+    def transfer_s_per_token(self, devices: Sequence[str], ranks: int, *, same_node: bool) -> float:
+        """KV of one token on its way between instances of `ranks` ranks at least, with the road to itself."""
+        if same_node:
+            speed = min(ranks * peer_bytes_per_s(self.cluster.devices[name]) for name in devices)
+        else:
+            per_node = self.cluster.devices_per_node
+            speed = min(per_node[name] * nic_bytes_per_s(self.cluster.devices[name]) for name in devices)
+        return self.model.kv_bytes_per_token / speed
+
+    def price_per_hour(self, used: dict[str, int]) -> float:
+        """USD; where a device has no price, every device counts as one."""
+        price = self.cluster.price_per_hour(used)
+        return float(sum(used.values())) if price is None else price
+
+
+def without_cached(requests: RequestStream) -> RequestStream:
+    """Prompts without the prefix that an earlier request of the group has left in the cache; at least one token is
+    computed."""
+    if not np.any(requests.prefix_group >= 0):
+        return requests
+    longest: dict[int, int] = {}
+    prompts = requests.prompt_tokens.copy()
+    for i, (group, tokens) in enumerate(
+        zip(requests.prefix_group.tolist(), requests.prefix_tokens.tolist(), strict=True)
+    ):
+        if group >= 0:
+            known = longest.get(group, 0)
+            prompts[i] = max(1, prompts[i] - min(known, tokens))
+            longest[group] = max(known, tokens)
+    return replace(requests, prompt_tokens=prompts, prefix_tokens=np.minimum(requests.prefix_tokens, prompts))

@@ -1,0 +1,62 @@
+"""All that can be chosen from, and what is known of it without simulating a fleet."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from placement.search.colocated import colocated
+from placement.search.curves import curve_of
+from placement.search.disaggregated import high_affinity, low_affinity
+from placement.search.fleet import Fleet
+from placement.search.heterogeneous import heterogeneous
+from placement.search.kinds import InstanceKind, Kinds, legal_kinds
+from placement.search.limits import Limit, limit_of
+from placement.search.mixed import mixed
+from placement.search.parallel import Mapper
+from placement.search.predict import Predictor
+from placement.search.problem import NodeType, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """`kinds` are those that can serve at all; `limits` has the others, too, with 0 and the reason."""
+
+    problem: Problem
+    kinds: Kinds
+    limits: dict[InstanceKind, Limit]
+    predictor: Predictor
+
+    def fleets(self, nodes: Sequence[NodeType]) -> Iterator[Fleet]:
+        """Those that the SLO file's layouts and node affinity allow on these nodes, to which nothing can be added."""
+        layouts, affinity = self.problem.section.layouts, self.problem.section.node_affinity
+        one_node = sum(node.count for node in nodes) == 1
+        if affinity == "auto":
+            affinity = "low" if self.problem.cluster.has_slow_links else "high"
+        if "disaggregated" in layouts or "mixed" in layouts:
+            if affinity == "high" or one_node or self.problem.section.node_affinity == "auto":
+                anywhere = list(high_affinity(self.kinds, nodes))
+                anywhere += heterogeneous(self.kinds, self.limits, nodes)
+                if "disaggregated" in layouts:
+                    yield from anywhere
+                if "mixed" in layouts:
+                    yield from mixed(anywhere, self.kinds, self.limits, nodes)
+            if affinity == "low" and not one_node and "disaggregated" in layouts:
+                yield from low_affinity(self.kinds, nodes)
+        if "colocated" in layouts:
+            yield from colocated(self.kinds, nodes)
+
+
+def survey(problem: Problem, mapper: Mapper) -> Space:
+    """Legal kinds, their limits, and a predictor whose curves `mapper` computes."""
+    nodes = [(node.device, node.devices, node.count) for node in problem.node_types]
+    legal = legal_kinds(problem.model, problem.source, nodes, problem.section, problem.requests)
+    every = (*legal.prefill, *legal.decode, *legal.colocated)
+    limits = {kind: limit_of(kind, problem.classes, problem.computed) for kind in every}
+    kinds = Kinds(
+        prefill=tuple(kind for kind in legal.prefill if limits[kind].rate > 0),
+        decode=tuple(kind for kind in legal.decode if limits[kind].rate > 0),
+        colocated=tuple(kind for kind in legal.colocated if limits[kind].rate > 0),
+        ruled_out=legal.ruled_out,
+    )
+    compute = partial(curve_of, stream=problem.computed, classes=problem.classes)
+    return Space(problem, kinds, limits, Predictor(problem, limits, partial(mapper, compute)))
