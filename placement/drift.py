@@ -3,7 +3,7 @@
                 drifted                   `confirm_windows` in a row
     STABLE --------------> SUSPECT ------------------------------> REPLANNING
       ^  ^  not drifted      |                                      |      |
-      |  +-------------------+                        gain >= min   |      |  no better plan, or no plan
+      |  +-------------------+                        worth it      |      |  no better plan, or no plan
       |                                                             v      |
       |                                            +---------- PROPOSED    |
       |                       like the plan again, |                |      |
@@ -76,10 +76,11 @@ class DriftDetector:
                 return self._keep_or_withdraw(live, now_s)
         return Decision.NOTHING
 
-    def answered(self, gain: float | None, now_s: float) -> bool:
-        """Planning is over: its relative gain, None if it failed. Whether the plan is worth proposing."""
+    def answered(self, gain: float | None, now_s: float, *, regains: bool = False) -> bool:
+        """Planning is over: its relative gain, None if it failed. Whether the plan is worth proposing: for its gain, or
+        because it keeps targets that the one in use misses."""
         assert self.state is DriftState.REPLANNING, "nobody asked"
-        if gain is not None and gain >= self._policy.min_gain:
+        if gain is not None and (regains or gain >= self._policy.min_gain):
             self._proposed_s = now_s
             self._enter(DriftState.PROPOSED)
             return True

@@ -1,0 +1,262 @@
+"""Watching a plan: windows in, proposals out, with a planner that is only an object or a small process."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from core.clock import ManualClock
+from core.errors import InternalError, UnavailableError
+from core.plan import Plan
+from core.replanning import DriftState, ReplanStatus
+from core.slo_file import SloFile
+from core.workload_profile import ProfileSnapshot
+from deploy.planner_process import PlannerProcess, write_answer
+from deploy.replanner import ReplanAnswer, Replanner
+
+WINDOW_S = 300.0
+ANSWER = ReplanAnswer("Colocate.", ("colocated tp1 on cpu: 1 -> 2",), gain=0.25, regains=False, attainment=0.7)
+SLO_FILE = SloFile.model_validate(
+    {
+        "model": "tiny",
+        "cluster": {"nodes": [{"device": "cpu"}]},
+        "slo": [{"ttft_s": 1, "tpot_s": 0.1}],
+        "workload": {"prompt_tokens": {"mean": 100, "cv": 0}, "output_tokens": {"mean": 20, "cv": 0}, "rate": 2.0},
+        "search": {"requests": 200},
+    }
+)
+PLAN = Plan.model_validate(
+    {
+        "model": "tiny",
+        "verdict": "colocate",
+        "groups": [{"role": "colocated", "instances": 1, "device": "cpu", "kv_tokens": 9}],
+    }
+)
+
+
+def window(prompt_tokens: int) -> ProfileSnapshot:
+    return ProfileSnapshot(0, WINDOW_S, 600, 1.0, 600, (prompt_tokens,) * 600, (20,) * 600, (0,) * 600, (0,) * 600)
+
+
+@dataclass
+class FakePlanner:
+    answers: list[ReplanAnswer | UnavailableError] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    cancelled: bool = False
+
+    async def answer(self, folder: Path) -> ReplanAnswer:
+        self.folders.append(folder)
+        try:
+            while not self.answers:  # noqa: ASYNC110 - a planner that takes its time
+                await asyncio.sleep(0.001)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        answer = self.answers.pop(0)
+        if isinstance(answer, UnavailableError):
+            raise answer
+        return answer
+
+
+class Watch:
+    """A replanner and all it talks to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clock = ManualClock()
+        self.planner = FakePlanner()
+        self.published: list[ReplanStatus] = []
+        self.closed_window: ProfileSnapshot | None = None
+        self.router_is_down = False
+        self.replanner = Replanner(
+            PLAN,
+            SLO_FILE,
+            self._profile,
+            self._publish,
+            planner=self.planner,
+            clock=self.clock,
+            folder=folder,
+            poll_s=0.001,
+        )
+
+    async def _profile(self) -> ProfileSnapshot | None:
+        if self.router_is_down:
+            raise UnavailableError("the router cannot be reached")
+        return self.closed_window
+
+    async def _publish(self, status: ReplanStatus) -> None:
+        self.published.append(status)
+
+    async def see(self, prompt_tokens: int, windows: int = 1) -> None:
+        for _ in range(windows):
+            self.clock.advance(WINDOW_S)
+            number = 0 if self.closed_window is None else self.closed_window.window + 1
+            self.closed_window = replace(window(prompt_tokens), window=number)
+            await self.replanner.look()
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not is_so():
+                await asyncio.sleep(0.001)
+                await self.replanner.look()
+
+    @property
+    def state(self) -> DriftState:
+        return self.replanner.status.state
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> Watch:
+    return Watch(tmp_path)
+
+
+async def test_a_window_is_judged_once_however_often_one_looks(watch: Watch) -> None:
+    await watch.see(900)
+    for _ in range(10):
+        await watch.replanner.look()
+    assert watch.state is DriftState.SUSPECT
+    assert len(watch.published) == 11, "told at every look, for a router that was started again"
+
+
+async def test_a_better_plan_is_proposed_and_published(watch: Watch, tmp_path: Path) -> None:
+    await watch.see(900, windows=3)
+    assert watch.state is DriftState.REPLANNING
+    watch.planner.answers = [ANSWER]
+    await watch.until(lambda: watch.state is DriftState.PROPOSED)
+    status = watch.published[-1]
+    assert status.proposal is not None
+    assert (status.proposal.gain, status.proposal.changes) == (0.25, ANSWER.changes)
+    assert status.drift == pytest.approx(4.0)
+    assert "+25%" in status.note
+    assert "70%" in status.note
+    folder = tmp_path / "replan-1"
+    assert watch.planner.folders == [folder]
+    assert status.proposal.folder == str(folder)
+    assert {path.name for path in folder.iterdir()} == {"slo.yaml", "workload.csv", "running_plan.yaml"}
+
+
+async def test_a_proposal_goes_with_the_drift(watch: Watch) -> None:
+    watch.planner.answers = [ANSWER]
+    await watch.see(900, windows=3)
+    await watch.until(lambda: watch.state is DriftState.PROPOSED)
+    await watch.see(100, windows=3)
+    assert watch.state is DriftState.COOLING
+    assert watch.published[-1].proposal is None
+    assert "withdrawn" in watch.published[-1].note
+
+
+@pytest.mark.parametrize("gain", [0.02, -0.5])
+async def test_a_small_gain_is_told_and_not_proposed(watch: Watch, gain: float) -> None:
+    watch.planner.answers = [replace(ANSWER, gain=gain)]
+    await watch.see(900, windows=3)
+    await watch.until(lambda: watch.state is DriftState.COOLING)
+    assert watch.published[-1].proposal is None
+    assert "too little" in watch.replanner.status.note
+
+
+async def test_targets_regained_are_worth_a_small_gain(watch: Watch) -> None:
+    watch.planner.answers = [replace(ANSWER, gain=0.02, regains=True)]
+    await watch.see(900, windows=3)
+    await watch.until(lambda: watch.state is DriftState.PROPOSED)
+
+
+async def test_a_planner_that_fails_is_told_of_and_serving_goes_on(watch: Watch) -> None:
+    watch.planner.answers = [UnavailableError("the planner ended with status 1")]
+    await watch.see(900, windows=3)
+    await watch.until(lambda: watch.state is DriftState.COOLING)
+    assert "status 1" in watch.replanner.status.note
+
+
+async def test_a_folder_that_cannot_be_made_is_a_failure_like_any(watch: Watch, tmp_path: Path) -> None:
+    (tmp_path / "replan-1").write_text("in the way")
+    await watch.see(900, windows=3)
+    await watch.until(lambda: watch.state is DriftState.COOLING)
+    assert "cannot be written" in watch.replanner.status.note
+
+
+async def test_a_router_that_is_away_is_asked_again(watch: Watch) -> None:
+    watch.router_is_down = True
+    await watch.see(900)
+    assert watch.published == []
+    watch.router_is_down = False
+    await watch.replanner.look()
+    assert watch.state is DriftState.SUSPECT
+
+
+async def test_stopping_ends_the_planner(watch: Watch) -> None:
+    await watch.see(900, windows=3)
+    running = asyncio.create_task(watch.replanner.run())
+    async with asyncio.timeout(5):
+        while not watch.planner.folders:  # noqa: ASYNC110 - the task has no event
+            await asyncio.sleep(0.001)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert watch.planner.cancelled
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def script(folder: Path, code: str) -> PlannerProcess:
+    path = folder / "planner.py"
+    path.write_text(f"import json, pathlib, sys, time\nfolder = pathlib.Path(sys.argv[1])\n{code}\n")
+    return PlannerProcess((str(path),))
+
+
+@asynccontextmanager
+async def waiting_process(folder: Path) -> AsyncIterator[tuple["asyncio.Task[ReplanAnswer]", list[psutil.Process]]]:
+    """A planner that has started a process of its own and will never end; with both processes."""
+    code = (
+        "import subprocess\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "(folder / 'pid').write_text(str(child.pid))\n"
+        "time.sleep(600)"
+    )
+    task = asyncio.create_task(script(folder, code).answer(folder))
+    pid_path = folder / "pid"
+    try:
+        async with asyncio.timeout(20):
+            while not (pid_path.exists() and pid_path.read_text()):  # noqa: ASYNC110 - another process writes
+                await asyncio.sleep(0.01)
+        child = psutil.Process(int(pid_path.read_text()))
+        yield task, [child.parent() or child, child]
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_the_answer_is_what_the_process_leaves(tmp_path: Path) -> None:
+    write_answer(tmp_path, ANSWER)
+    text = (tmp_path / "answer.json").read_text()
+    (tmp_path / "answer.json").unlink()
+    planner = script(tmp_path, f"(folder / 'answer.json').write_text({text!r})")
+    assert await planner.answer(tmp_path) == ANSWER
+
+
+async def test_a_process_that_fails_leaves_a_log(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"status 3.*planner\.log"):
+        await script(tmp_path, "print('no such device'); sys.exit(3)").answer(tmp_path)
+    assert (tmp_path / "planner.log").read_text() == "no such device\n"
+
+
+@pytest.mark.parametrize("left", [None, "half an ans", "{}", json.dumps({"changes": []})])
+async def test_no_answer_is_an_error(tmp_path: Path, left: str | None) -> None:
+    if left is not None:
+        (tmp_path / "answer.json").write_text(left)
+    with pytest.raises(InternalError, match="no answer"):
+        await script(tmp_path, "").answer(tmp_path)
+
+
+async def test_a_cancelled_planner_and_what_it_started_are_gone(tmp_path: Path) -> None:
+    async with waiting_process(tmp_path) as (task, processes):
+        assert all(process.is_running() for process in processes)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
