@@ -3,18 +3,22 @@
 import argparse
 import asyncio
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
-from cli.common import add_pid_argument, find_run, say
+from cli.common import add_pid_argument, find_run, say, table
+from core.replanning import ReplanStatus
 from core.session import InstanceStatus, LinkStats, Role
+from core.workload_profile import ProfileSnapshot
 from deploy.run_state import RunState
 from deploy.serving import fetch_fleet
 from wire.fleet import FleetDescription
 
 HELP = "show instances, load, KV memory and links"
 DESCRIPTION = """\
-Show the running cluster: addresses, each instance with its state and load, its KV blocks by owner, and each link over
-which KV has travelled with its road and speed."""
+Show the running cluster: addresses, each instance with its state and load, its KV blocks by owner, each link over which
+KV has travelled with its road and speed, and what requests have been like lately. Where a plan is served, also whether
+it still fits them, and which other one would do better."""
 EPILOG = """\
 examples:
   tandem status
@@ -23,6 +27,10 @@ examples:
 
 KV blocks: running (being computed or decoded), leased (computed, waiting to be fetched), cached (prefixes that may be
 used again, given up when memory is needed), leaked (owned by nobody: a fault, please report it).
+
+The plan is stable, suspect (requests have changed, perhaps for good), replanning, proposed (another plan would do
+better: its folder has the plan and a report), or cooling (no other is looked for, for a while). A change of strength 1
+or more may matter; 0 is chance.
 """
 
 
@@ -33,15 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     state = find_run(args.pid)
-    fleet = asyncio.run(fetch_fleet(state.control, state.cluster_token))
+    fleet = asyncio.run(fetch_fleet(state.control, state.cluster_token, with_profile=True))
     say(as_json(state, fleet) if args.json else as_text(state, fleet))
     return 0
 
 
 def as_json(state: RunState, fleet: FleetDescription) -> str:
-    """Everything but the token. Names of roles and states are as in `core/session.py`."""
+    """Everything but the token, and sampled lengths in brief. Names of roles and states are as in `core/session.py`."""
     public = {key: value for key, value in asdict(state).items() if key != "cluster_token"}
-    return json.dumps({"run": public, "fleet": asdict(fleet)}, default=lambda value: value.value)
+    brief = asdict(replace(fleet, profile=None))
+    if fleet.profile is not None:
+        brief["profile"] = _profile_fields(fleet.profile)
+    return json.dumps({"run": public, "fleet": brief}, default=lambda value: value.value)
 
 
 def as_text(state: RunState, fleet: FleetDescription) -> str:
@@ -52,15 +63,71 @@ def as_text(state: RunState, fleet: FleetDescription) -> str:
         f"  logs {state.log_folder}",
     ]
     if not fleet.instances:
-        return "\n".join([*lines, "", "no worker has reported yet"])
+        return "\n".join([*lines, *_requests(fleet), "", "no worker has reported yet"])
     header = ["INSTANCE", "STATE", "WAITING", "RUNNING", "KV BLOCKS", "STEPS", "MS/STEP", "ADDRESS"]
     instances = sorted(fleet.instances, key=lambda status: (status.role.value, status.instance_id), reverse=True)
-    lines += ["", *_table([header, *(_instance_row(status) for status in instances)])]
+    lines += ["", *table([header, *(_instance_row(status) for status in instances)])]
     receivers = (status for status in instances if status.role is Role.DECODE)  # both ends count; once is enough
     links = [_link_row(status, link) for status in receivers for link in status.links]
     if links:
-        lines += ["", *_table([["LINK FROM", "TO", "ROAD", "TRANSFERS", "BYTES", "SPEED", "FAILURES"], *links])]
-    return "\n".join(lines)
+        lines += ["", *table([["LINK FROM", "TO", "ROAD", "TRANSFERS", "BYTES", "SPEED", "FAILURES"], *links])]
+    return "\n".join([*lines, *_requests(fleet)])
+
+
+def _requests(fleet: FleetDescription) -> list[str]:
+    """What they are like, and whether the plan still fits them; nothing while nothing is known."""
+    lines = [] if fleet.profile is None else ["", _profile_line(fleet.profile)]
+    return lines if fleet.replan is None else [*lines, "", *_plan_lines(fleet.replan)]
+
+
+def _profile_line(profile: ProfileSnapshot) -> str:
+    fields = _profile_fields(profile)
+    return (
+        f"requests of {_duration(profile.window_s)}: {profile.rate:.2f}/s, "
+        f"prompts of {_spread_text(fields['prompt_tokens'])} tokens ({fields['cached_share']:.0%} cached), "
+        f"answers of {_spread_text(fields['output_tokens'])}"
+    )
+
+
+def _spread_text(spread: dict[str, float]) -> str:
+    return f"{spread['mean']:.0f} (p50 {spread['p50']:.0f}, p90 {spread['p90']:.0f})"
+
+
+def _profile_fields(profile: ProfileSnapshot) -> dict[str, Any]:
+    return {
+        "window_s": profile.window_s,
+        "arrivals": profile.arrivals,
+        "rate": profile.rate,
+        "arrival_cv": profile.arrival_cv,
+        "finished": profile.finished,
+        "prompt_tokens": _spread(profile.prompt_tokens),
+        "output_tokens": _spread(profile.output_tokens),
+        "cached_share": sum(profile.cached_tokens) / sum(profile.prompt_tokens),
+    }
+
+
+def _spread(values: tuple[int, ...]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        "mean": sum(ordered) / len(ordered),
+        "p50": ordered[len(ordered) // 2],
+        "p90": ordered[9 * len(ordered) // 10],
+    }
+
+
+def _plan_lines(replan: ReplanStatus) -> list[str]:
+    lines = [f"plan: {replan.state.value}; {replan.note}"]
+    if replan.changes:
+        rows = [
+            [change.name, f"{change.planned:.4g}", f"{change.live:.4g}", f"{change.strength:.2f}"]
+            for change in replan.changes
+        ]
+        lines += table([["REQUESTS", "PLANNED", "LIVE", "STRENGTH"], *rows])
+    if (proposal := replan.proposal) is not None:
+        lines += [f"proposal: gain {proposal.gain:+.0%}. {proposal.summary}"]
+        lines += [f"  {change}" for change in proposal.changes]
+        lines += [f"  plan and report in {proposal.folder}"]
+    return lines
 
 
 def _instance_row(status: InstanceStatus) -> list[str]:
@@ -91,11 +158,6 @@ def _link_row(status: InstanceStatus, link: LinkStats) -> list[str]:
         _speed(link.transfer_bytes, link.transfer_s),
         str(link.failures),
     ]
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _duration(seconds: float) -> str:

@@ -92,10 +92,11 @@ async def _ready_instances(channel: grpc.aio.Channel) -> set[str]:
     return {status.instance_id for status in fleet.instances if status.state is InstanceState.READY}
 
 
-async def fetch_fleet(control: str, token: str | None) -> FleetDescription:
-    """What the router at the control address says of itself and its workers. Raises a TandemError."""
+async def fetch_fleet(control: str, token: str | None, *, with_profile: bool = False) -> FleetDescription:
+    """What the router at the control address says of itself and its workers, and of its requests if asked to. Raises a
+    TandemError."""
     channel = open_channel(control, token)
     try:
-        return await describe_fleet(channel, _DESCRIBE_TIMEOUT_S)
+        return await describe_fleet(channel, _DESCRIBE_TIMEOUT_S, with_profile=with_profile)
     finally:
         await channel.close()

@@ -1,7 +1,10 @@
 import json
+from dataclasses import replace
 
 from cli.status import as_json, as_text
+from core.replanning import Change, DriftState, Proposal, ReplanStatus
 from core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
+from core.workload_profile import ProfileSnapshot
 from deploy.run_state import RunState
 from wire.fleet import FleetDescription
 
@@ -65,3 +68,48 @@ def test_json_is_whole_and_has_no_token() -> None:
     assert data["fleet"]["instances"][0]["role"] == "decode"
     assert data["fleet"]["instances"][0]["links"][0]["road"] == "shared_memory"
     assert data["fleet"]["instances"][1]["blocks"]["cached"] == 5
+
+
+PROFILE = ProfileSnapshot(
+    window=2,
+    window_s=300.0,
+    arrivals=600,
+    arrival_cv=1.5,
+    finished=590,
+    prompt_tokens=tuple(range(1, 101)),
+    output_tokens=(7,) * 100,
+    cached_tokens=(5, 0) * 50,
+    slo_class=(0,) * 100,
+)
+REPLAN = ReplanStatus(
+    DriftState.PROPOSED,
+    (Change("rate", 1.5, 2.0, 0.0), Change("prompt_tokens", 755.5, 50.5, 3.2)),
+    "another plan would gain +25%",
+    Proposal("Two colocated.", ("colocated tp1 on cpu: 1 -> 2",), 0.25, "/logs/replan-1"),
+)
+
+
+def test_requests_and_the_plan_that_they_are_compared_with() -> None:
+    lines = as_text(RUN, replace(FLEET, profile=PROFILE, replan=REPLAN)).splitlines()
+    profile = next(line for line in lines if line.startswith("requests of"))
+    assert profile == (
+        "requests of 5 min 0 s: 2.00/s, prompts of 50 (p50 51, p90 91) tokens (5% cached), answers of 7 (p50 7, p90 7)"
+    )
+    assert "plan: proposed; another plan would gain +25%" in lines
+    assert ["prompt_tokens", "755.5", "50.5", "3.20"] in [line.split() for line in lines]
+    assert "proposal: gain +25%. Two colocated." in lines
+    assert lines[-2:] == ["  colocated tp1 on cpu: 1 -> 2", "  plan and report in /logs/replan-1"]
+
+
+def test_a_plan_without_requests_yet() -> None:
+    lines = as_text(RUN, replace(FLEET, replan=ReplanStatus(DriftState.STABLE, note="nothing yet"))).splitlines()
+    assert lines[-1] == "plan: stable; nothing yet"
+
+
+def test_json_has_the_profile_in_brief() -> None:
+    fleet = json.loads(as_json(RUN, replace(FLEET, profile=PROFILE, replan=REPLAN)))["fleet"]
+    assert fleet["profile"]["rate"] == 2.0
+    assert fleet["profile"]["prompt_tokens"] == {"mean": 50.5, "p50": 51, "p90": 91}
+    assert fleet["replan"]["state"] == "proposed"
+    assert fleet["replan"]["proposal"]["changes"] == ["colocated tp1 on cpu: 1 -> 2"]
+    assert json.loads(as_json(RUN, FLEET))["fleet"]["profile"] is None
