@@ -136,6 +136,11 @@ class DecodeScheduler:
             self._sync(sequence)
         return sequence
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a sequence waits for a reservation."""
+        return bool(self._waiting)
+
     # --- coming in ---------------------------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:

@@ -20,7 +20,6 @@ class Attempt:
     __slots__ = (
         "avoid",
         "decode",
-        "has_second_token",
         "is_computed",
         "is_reserved",
         "num_handed_on",
@@ -43,7 +42,6 @@ class Attempt:
         self.transfer: Transfer | None = None
         self.num_handed_on = request.num_output_tokens
         self.is_computed = False  # its KV is complete
-        self.has_second_token = False
         self.is_reserved = False  # decode has blocks for it
         self.transfer_s = 0.0
         self.waiting_tokens = 0  # not yet computed, as the router knows

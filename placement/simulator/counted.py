@@ -41,6 +41,9 @@ class CountedSequence(Sequence):
     def append(self, token_id: int) -> None:
         self._num_tokens += 1
 
+    def extend(self, token_ids: list[int]) -> None:
+        self._num_tokens += len(token_ids)
+
 
 class CountedPool(BlockPool):
     """A pool whose blocks are all called 0. For schedulers without a prefix cache: nothing is shared, nothing kept."""

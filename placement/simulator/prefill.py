@@ -1,12 +1,13 @@
 """A prefill instance: `prefill_worker.loop` with a cost model in the engine's place."""
 
-from core.cost_model import StepCost, StepLoad, pairs
+from core.cost_model import StepLoad, pairs
 from core.errors import TandemError
 from placement.deployment import InstanceSpec
 from placement.result import InstanceUse
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt, Listener
 from placement.simulator.counted import CountedPool, CountedSequence
+from placement.simulator.use import StepTotals
 from scheduling.prefill import PrefillChunk, PrefillPolicy, PrefillScheduler
 from scheduling.prefix_index import PrefixIndex
 from scheduling.sequence import Sequence
@@ -29,7 +30,7 @@ class PrefillInstance:
         self._is_busy = False
         self._life = 0  # how often it was lost; what an earlier life computed is dropped
         self._results_s = 0.0  # when the results of the latest step come
-        self._use = _Use()
+        self._totals = StepTotals(spec.cost)
 
     @property
     def max_model_len(self) -> int:
@@ -71,15 +72,15 @@ class PrefillInstance:
         return InstanceUse(
             instance_id=self.spec.instance_id,
             role=self.spec.role,
-            steps=self._use.steps,
-            busy_s=self._use.busy_s,
+            steps=self._totals.steps,
+            busy_s=self._totals.busy_s,
             prefill_tokens=counts.computed_tokens,
             decode_tokens=0,
             cached_tokens=counts.cached_tokens,
             preemptions=0,
             peak_blocks=self._pool.peak_held,
             num_blocks=self.spec.num_blocks,
-            cost_terms_s=dict(self._use.cost_terms_s),
+            cost_terms_s=self._totals.cost_terms_s(),
         )
 
     def check_idle(self) -> None:
@@ -98,8 +99,7 @@ class PrefillInstance:
             if chunk.start == chunk.sequence.num_cached:
                 self._listener.prefill_started(_attempt(chunk), chunk.sequence.num_cached)
         cost = self.spec.cost.step(_load(chunks))
-        total_s = cost.total_s
-        self._use.count(cost, total_s)
+        total_s = self._totals.count_cost(cost)
         self._results_s = max(self._results_s, now_s + total_s)
         step = (chunks, self._life)
         if cost.interval_s < total_s:
@@ -138,23 +138,6 @@ class PrefillInstance:
             if chunk.is_last and attempt in self._held:
                 assert chunk.sequence.started_s is not None, "what is finished was started"
                 self._listener.prefill_finished(attempt, chunk.sequence.started_s)
-
-
-class _Use:
-    """Totals of steps."""
-
-    __slots__ = ("busy_s", "cost_terms_s", "steps")
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.busy_s = 0.0
-        self.cost_terms_s: dict[str, float] = {}
-
-    def count(self, cost: StepCost, total_s: float) -> None:
-        self.steps += 1
-        self.busy_s += min(total_s, cost.interval_s or total_s)
-        for name, seconds in cost.terms().items():
-            self.cost_terms_s[name] = self.cost_terms_s.get(name, 0.0) + seconds
 
 
 def _attempt(chunk: PrefillChunk) -> Attempt:

@@ -92,7 +92,8 @@ class Router:
         if attempt.number == 0 or not self._record.has(row, stages.FIRST_TOKEN):
             self._stamps[row, stages.PREFILL_STARTED] = started_s
             self._stamps[row, stages.FIRST_TOKEN] = token_s
-        if attempt.num_handed_on >= attempt.request.sampling.max_tokens:
+        num_tokens = len(attempt.request.token_ids) + 1
+        if attempt.num_handed_on >= attempt.request.sampling.max_tokens or num_tokens >= prefill.spec.max_model_len:
             self._cancel(attempt)
             self._finish(attempt, token_s)
         elif attempt.is_reserved:
@@ -114,7 +115,6 @@ class Router:
         self._close_prefill(attempt)
 
     def second_token(self, attempt: Attempt, admitted_s: float, token_s: float) -> None:
-        attempt.has_second_token = True
         if attempt.number == 0 or not self._record.has(attempt.row, stages.SECOND_TOKEN):
             self._stamps[attempt.row, stages.DECODE_ADMITTED] = admitted_s
             self._stamps[attempt.row, stages.SECOND_TOKEN] = token_s + self._spec.token_s
@@ -183,9 +183,8 @@ class Router:
 
     def _open_decode(self, attempt: Attempt) -> None:
         assert attempt.prefill is not None
-        node = attempt.prefill.spec.node if self._spec.same_node_only else None
         try:
-            decode = self._fleet.choose_decode(attempt.request, attempt.avoid, node)
+            decode = self._fleet.choose_decode(attempt.request, attempt.prefill.spec.instance_id, attempt.avoid)
         except TandemError as error:
             self._attempt_failed(attempt, error, frozenset())
             return

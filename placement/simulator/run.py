@@ -39,21 +39,27 @@ def simulate(
     *,
     until_s: float = math.inf,
     stop_when: Callable[[Progress], bool] | None = None,
+    step_by_step: bool = False,
 ) -> SimulationResult:
     """Every request from its arrival to its last token. The same arguments give the same result, bit for bit.
 
     Ends when all is done, at `until_s`, or when `stop_when`, asked every few hundred events, says so
     (`stopped_early`). An answer ends after exactly its `output_tokens`, which the scheduler knows as `max_tokens`.
+    `step_by_step` looks at every decode step alone: the same result up to rounding, slowly.
     """
     agenda = Agenda()
     record = Record(requests)
     network = Network(deployment.network, agenda)
     router = Router(deployment.router, requests, agenda, network, record)
     prefill = [PrefillInstance(spec, agenda, router) for spec in deployment.instances if spec.role == "prefill"]
-    decode = [DecodeInstance(spec, agenda, router) for spec in deployment.instances if spec.role == "decode"]
+    decode = [
+        DecodeInstance(spec, agenda, router, step_by_step=step_by_step)
+        for spec in deployment.instances
+        if spec.role == "decode"
+    ]
     everyone: list[PrefillInstance | DecodeInstance] = [*prefill, *decode]
     instances = {instance.spec.instance_id: instance for instance in everyone}
-    router.connect(Fleet(prefill, decode), instances)
+    router.connect(Fleet(prefill, decode, same_node_only=deployment.router.same_node_only), instances)
     for failure in deployment.failures:
         agenda.at(failure.at_s, router.instance_lost, failure.instance_id)
         if math.isfinite(failure.until_s):

@@ -2,6 +2,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from core.timeline import Stage
 from placement.deployment import Failure, NetworkSpec, RouterSpec
@@ -64,3 +66,50 @@ def test_with_a_role_gone_requests_are_refused() -> None:
     result = simulate(spec, stream)
     assert not result.finished[stream.arrival_s > 2.0].any()
     assert result.finished.any()
+
+
+@given(
+    prefill=st.integers(1, 3),
+    decode=st.integers(1, 3),
+    num_blocks=st.integers(14, 60),
+    max_batch=st.integers(2, 12),
+    horizon=st.sampled_from([0, 8, 64]),
+    rate=st.sampled_from([2.0, 20.0, 200.0]),
+    seed=st.integers(0, 1000),
+    network=st.sampled_from([NetworkSpec(), _SLOW_NETWORK]),
+    loses=st.booleans(),
+)
+@settings(max_examples=40, deadline=None, phases=[Phase.generate])  # shrinking simulations takes minutes
+def test_many_steps_at_once_give_the_same_as_each_alone(
+    prefill: int,
+    decode: int,
+    num_blocks: int,
+    max_batch: int,
+    horizon: int,
+    rate: float,
+    seed: int,
+    network: NetworkSpec,
+    loses: bool,
+) -> None:
+    spec = deployment(
+        prefill,
+        decode,
+        num_blocks=num_blocks,
+        max_batch=max_batch,
+        growth_horizon_tokens=horizon,
+        network=network,
+        nodes=2,
+    )
+    if loses:
+        spec = replace(spec, failures=(Failure("d0", 0.3123, 0.9),))
+    stream = poisson(40, rate, output=40, seed=seed)
+    fast, plain = simulate(spec, stream), simulate(spec, stream, step_by_step=True)
+    np.testing.assert_allclose(fast.stamps, plain.stamps, rtol=1e-9)
+    np.testing.assert_array_equal(fast.num_attempts, plain.num_attempts)
+    for one, other in zip(fast.instances, plain.instances, strict=True):
+        if loses:  # a step that was lost may have taken blocks
+            one = replace(one, peak_blocks=other.peak_blocks)
+        assert replace(one, busy_s=0, cost_terms_s={}) == replace(other, busy_s=0, cost_terms_s={})
+        assert one.busy_s == pytest.approx(other.busy_s)
+        assert one.cost_terms_s == pytest.approx(other.cost_terms_s)
+        assert sum(one.cost_terms_s.values()) == pytest.approx(one.busy_s)

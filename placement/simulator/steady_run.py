@@ -1,0 +1,47 @@
+"""Many decode steps of one batch as one event."""
+
+import math
+
+from scheduling.decode import SteadySteps
+
+
+class SteadyRun:
+    """`num_steps` steps from `start_s` on, of which step i (from 0) takes
+
+        base_s + per_kv_token_s * (kv_tokens + i * num_sequences)
+
+    since every sequence adds a token of KV per step; so the first n steps take n * first_step_s + n (n - 1) / 2 *
+    growth_s.
+    """
+
+    __slots__ = ("end_s", "first_step_s", "growth_s", "num_steps", "start_s", "steady")
+
+    def __init__(self, steady: SteadySteps, line: tuple[float, float], start_s: float) -> None:
+        """`line`: see `CostModel.decode_line`."""
+        base_s, per_kv_token_s = line
+        self.steady = steady
+        self.start_s = start_s
+        self.first_step_s = base_s + per_kv_token_s * steady.kv_tokens
+        self.growth_s = per_kv_token_s * steady.num_sequences
+        self.num_steps = steady.max_steps
+        self.end_s = self.end_of(steady.max_steps)
+
+    def end_of(self, num_steps: int) -> float:
+        return self.start_s + num_steps * (self.first_step_s + (num_steps - 1) / 2 * self.growth_s)
+
+    def cut(self, now_s: float) -> bool:
+        """Let it end with the step under way at `now_s`. Whether it ends earlier than before."""
+        elapsed_s, growth_s = now_s - self.start_s, self.growth_s
+        # growth/2 n^2 + (first - growth/2) n = elapsed, in the form that stays exact for growth near 0.
+        linear_s = self.first_step_s - growth_s / 2
+        root_s = linear_s + math.sqrt(linear_s * linear_s + 2 * growth_s * elapsed_s)
+        num_steps = max(1, math.ceil(2 * elapsed_s / root_s))
+        while num_steps > 1 and self.end_of(num_steps - 1) >= now_s:
+            num_steps -= 1
+        while self.end_of(num_steps) < now_s:
+            num_steps += 1
+        if num_steps >= self.num_steps:
+            return False
+        self.num_steps = num_steps
+        self.end_s = self.end_of(num_steps)
+        return True

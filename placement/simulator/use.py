@@ -1,0 +1,52 @@
+"""Totals of an instance's steps."""
+
+from core.cost_model import CostModel, StepCost, StepLoad
+from placement.simulator.steady_run import SteadyRun
+
+
+class StepTotals:
+    """Counts steps as they are taken, and says at the end what they spent their time on."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+        self._terms_s: dict[str, float] = {}
+        # By batch size, of runs: steps and tokens of KV read. A step's cost is affine in the latter, so their terms'
+        # totals are those of as many steps that read as much in all, equally.
+        self._run_steps: dict[int, int] = {}
+        self._run_kv_tokens: dict[int, int] = {}
+        self.steps = 0
+        self.busy_s = 0.0
+
+    def count_step(self, load: StepLoad) -> float:
+        """Returns the step's seconds."""
+        cost = self._cost.step(load)
+        return self.count_cost(cost)
+
+    def count_cost(self, cost: StepCost) -> float:
+        self._add(cost, 1)
+        total_s = sum(cost.terms().values())
+        self.steps += 1
+        self.busy_s += min(cost.interval_s, total_s) if cost.interval_s > 0 else total_s
+        return total_s
+
+    def count_run(self, run: SteadyRun) -> None:
+        steps, sequences = run.num_steps, run.steady.num_sequences
+        self.steps += steps
+        self.busy_s += run.end_of(steps) - run.start_s
+        kv_tokens = steps * run.steady.kv_tokens + steps * (steps - 1) // 2 * sequences
+        self._run_steps[sequences] = self._run_steps.get(sequences, 0) + steps
+        self._run_kv_tokens[sequences] = self._run_kv_tokens.get(sequences, 0) + kv_tokens
+
+    def cost_terms_s(self) -> dict[str, float]:
+        """Seconds by the names of `StepCost.terms`."""
+        for sequences, steps in self._run_steps.items():
+            kv_tokens, rest = divmod(self._run_kv_tokens[sequences], steps)
+            self._add(self._cost.step(StepLoad.of_decode(sequences, kv_tokens)), steps - rest)
+            self._add(self._cost.step(StepLoad.of_decode(sequences, kv_tokens + 1)), rest)
+        self._run_steps.clear()
+        self._run_kv_tokens.clear()
+        return dict(self._terms_s)
+
+    def _add(self, cost: StepCost, steps: int) -> None:
+        for name, seconds in cost.terms().items():
+            self._terms_s[name] = self._terms_s.get(name, 0.0) + steps * seconds
