@@ -5,12 +5,14 @@ the forms that they parametrise are in `placement.operators`. Latencies are seco
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 from placement.catalogue import find_name, read_yaml
+
+_SHARES = frozenset({"compute", "memory", "bandwidth", "send"})  # fields that are a share of a device's peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,56 +27,84 @@ class GemmEfficiency:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsEfficiency(GemmEfficiency):
+    """Of the grouped product of a mixture: each expert that is visited computes `padding_rows` rows in vain."""
+
+    padding_rows: float
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillAttentionEfficiency:
-    """Of a flash-attention kernel over prompts: score and value products, and Q, K, V, output once each."""
+    """Of a flash-attention kernel over prompts: score and value products at `compute`; Q, K, V and output once each at
+    `memory`; and what cores wait for the last of them, which grows with the root of the work: `idle`."""
 
     latency_s: float
     compute: float
     memory: float
+    idle: float
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeAttentionEfficiency:
     """Of a kernel that reads the KV of one-token queries. `idle` / (sequences * KV heads) more time goes by where
-    few sequences leave cores without work; `head_s` passes per sequence and query head."""
+    few sequences leave cores without work; `head_s` passes per sequence and KV head. Only where many query heads share
+    a latent are the products, at `compute`, what it waits for. Beside prompts, all this takes `mixed` times as long:
+    the kernel that does both splits no sequence's KV over cores."""
 
     latency_s: float
     memory: float
     idle: float
     head_s: float
+    compute: float
+    mixed: float
 
 
 @dataclass(frozen=True, slots=True)
 class LinkEfficiency:
-    """Collectives between the devices of a node: `latency_s` and `rank_s` per rank at least, then the link's
-    `bandwidth` share. `hand_off_s` is what a pipeline's stage boundary costs at least."""
+    """Between the devices of a node. A collective takes `latency_s` and `rank_s` per rank; then what the link's peak
+    would take, t, becomes t / `bandwidth` + sqrt(t * `ramp_s`): only large messages fill a link. From one device to
+    another, as between a pipeline's stages: `hand_off_s`, then `send` of the peak."""
 
     latency_s: float
     rank_s: float
+    ramp_s: float
     bandwidth: float
     hand_off_s: float
+    send: float
 
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
     gemm: GemmEfficiency
-    experts: GemmEfficiency
+    experts: ExpertsEfficiency
     prefill_attention: PrefillAttentionEfficiency
     decode_attention: DecodeAttentionEfficiency
     link: LinkEfficiency
     elementwise: GemmEfficiency  # norms, rotation, activation, residuals: `memory` only
 
+    def slowed(self, factor: float) -> "Efficiency":
+        """The same with every share of a peak divided by `factor`; latencies stay."""
+
+        slow: dict[str, Any] = {}
+        for part in fields(self):
+            fit = getattr(self, part.name)
+            shares = _SHARES & {field.name for field in fields(fit)}
+            slow[part.name] = replace(fit, **{name: getattr(fit, name) / factor for name in shares})
+        return Efficiency(**slow)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOverhead:
-    """What an engine's CPU side adds to a step: `step_s`, and `sequence_s` per sequence that samples. Launching one
-    layer's kernels takes it `eager_layer_s`, so that no step without CUDA graphs is shorter than that times the
-    layers; `graph_decode`: steps that only decode are one launch."""
+    """What an engine adds to a step: `step_s`, and `sequence_s` per sequence that samples. Launching one layer's
+    kernels takes its CPU `eager_layer_s`, so that no step without CUDA graphs is shorter than that times the layers;
+    `graph_decode`: steps that only decode are one launch. Its kernels take `slowdown` times what the efficiencies
+    say (older kernels, a device that is short of power)."""
 
     step_s: float
     sequence_s: float
     eager_layer_s: float
     graph_decode: bool
+    slowdown: float = 1.0
 
 
 def efficiency(family: str) -> Efficiency:
@@ -98,7 +128,7 @@ def parse(entry: Mapping[str, Any]) -> Efficiency:
     """One family's entry of efficiency.yaml."""
     return Efficiency(
         gemm=GemmEfficiency(**entry["gemm"]),
-        experts=GemmEfficiency(**entry["experts"]),
+        experts=ExpertsEfficiency(**entry["experts"]),
         prefill_attention=PrefillAttentionEfficiency(**entry["prefill_attention"]),
         decode_attention=DecodeAttentionEfficiency(**entry["decode_attention"]),
         link=LinkEfficiency(**entry["link"]),

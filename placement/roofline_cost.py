@@ -3,11 +3,12 @@
 from core.cost_model import StepCost, StepLoad
 from core.model_shape import ModelShape, MoeShape
 from core.parallel import ParallelShape
-from placement.efficiency import Efficiency, EngineOverhead
+from placement.efficiency import Efficiency, EngineOverhead, ExpertsEfficiency
 from placement.hardware import Device
 from placement.operators import (
     all_reduce_s,
     decode_attention_line,
+    experts_s,
     gemm_s,
     prefill_attention_s,
     product_s,
@@ -15,7 +16,26 @@ from placement.operators import (
 )
 
 _ACTIVATION_BYTES = 2.0
-_SAMPLER_BYTES = 24.0  # per sequence and logit: softmax, sort and draw pass over float32 logits some six times
+_SAMPLER_BYTES = 10.0  # per sequence and logit: two to three passes over float32 logits
+
+
+def elementwise_bytes(model: ModelShape, tp: int, tokens: float) -> float:
+    """Moved by one layer's norms, rotation, activation and residuals: each reads its input and writes its output."""
+    inner = model.intermediate_size if model.moe is None else model.moe.top_k * model.moe.intermediate_size
+    heads = model.num_heads + max(tp, model.num_kv_heads)
+    return _ACTIVATION_BYTES * tokens * (8 * model.hidden_size + (2 * model.head_dim * heads + 3 * inner) / tp)
+
+
+def mixture_s(
+    model: ModelShape, moe: MoeShape, tp: int, tokens: float, device: Device, fit: ExpertsEfficiency
+) -> float:
+    """One layer's routed experts on one rank. As many are touched as by independent, uniform choices: routing that is
+    skewed reads fewer and waits for the largest."""
+    weights = model.mlp_weights(moe.intermediate_size) / tp
+    touched = moe.num_experts * (1.0 - (1.0 - moe.top_k / moe.num_experts) ** tokens)
+    visits = moe.top_k * tokens
+    num_bytes = model.weight_bytes * touched * weights + 2.0 * _ACTIVATION_BYTES * visits * model.hidden_size
+    return experts_s(visits, touched, weights, num_bytes, device, fit)
 
 
 class RooflineCost:
@@ -56,7 +76,8 @@ class RooflineCost:
     ) -> None:
         """`shape` is legal for `model`."""
         assert model.allows(shape)
-        self._model, self._device, self._shape, self._fit, self._overhead = model, device, shape, fit, overhead
+        self._model, self._device, self._shape, self._overhead = model, device, shape, overhead
+        self._fit = fit.slowed(overhead.slowdown)
         self._node_size = devices_per_node
         self._stage_layers = -(-model.num_layers // shape.pp)
         self._heads = model.num_heads // shape.tp
@@ -76,6 +97,9 @@ class RooflineCost:
         linear_s, collective_s, hand_off_s = self._tokens_terms(load.tokens / batches)
         attention_s = self._prefill_attention_s(load, batches) if load.prefill_tokens else 0.0
         kv_fixed_s, kv_token_s = self._decode_terms(sequences / batches) if sequences else (0.0, 0.0)
+        if load.prefill_tokens:
+            kv_fixed_s *= self._fit.decode_attention.mixed
+            kv_token_s *= self._fit.decode_attention.mixed
         launch_s = 0.0
         if load.prefill_tokens or not self._overhead.graph_decode:
             launch_s = max(0.0, self._overhead.eager_layer_s - linear_s - collective_s - attention_s - kv_fixed_s)
@@ -164,23 +188,14 @@ class RooflineCost:
         return self._gemm_s(tokens, up_width, hidden) + self._gemm_s(tokens, hidden, inner)
 
     def _experts_s(self, tokens: float, moe: MoeShape) -> float:
-        """Router, routed and shared experts, each expert over all tp ranks. Weights are read of as many experts as
-        independent, uniform choices touch: routing that is skewed reads fewer and waits for the largest."""
-        model, device = self._model, self._device
-        weights = model.mlp_weights(moe.intermediate_size) / self._shape.tp
-        touched = moe.num_experts * (1.0 - (1.0 - moe.top_k / moe.num_experts) ** tokens)
-        visits = moe.top_k * tokens
-        num_bytes = model.weight_bytes * touched * weights + 2.0 * _ACTIVATION_BYTES * visits * model.hidden_size
-        routed_s = product_s(2.0 * visits * weights, num_bytes, device, self._fit.experts)
+        """Router, routed and shared experts, each expert over all tp ranks."""
+        model = self._model
+        routed_s = mixture_s(model, moe, self._shape.tp, tokens, self._device, self._fit.experts)
         shared_s = self._mlp_s(tokens, moe.num_shared * moe.intermediate_size) if moe.num_shared else 0.0
         return self._gemm_s(tokens, moe.num_experts, model.hidden_size) + routed_s + shared_s
 
     def _elementwise_s(self, tokens: float) -> float:
-        """Norms, rotation, activation, residuals: each reads its input and writes its output."""
-        model = self._model
-        inner = model.intermediate_size if model.moe is None else model.moe.top_k * model.moe.intermediate_size
-        per_rank = 2 * model.head_dim * (self._heads + self._kv_heads) + 3 * inner / self._shape.tp
-        num_bytes = _ACTIVATION_BYTES * tokens * (8 * model.hidden_size + per_rank)
+        num_bytes = elementwise_bytes(self._model, self._shape.tp, tokens)
         return product_s(0.0, num_bytes, self._device, self._fit.elementwise)
 
     # --- attention ---------------------------------------------------------------------------------------------------
@@ -211,7 +226,6 @@ class RooflineCost:
             stored = 2 * model.head_dim * kv_heads if mla is None else model.kv_elements_per_token_and_layer
             line = decode_attention_line(
                 sequences,
-                self._heads,
                 kv_heads,
                 model.kv_bytes * stored,
                 2.0 * self._heads * width,

@@ -1,0 +1,101 @@
+"""Fits the efficiencies of a family of devices to the samples that are not held out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from bench.cost_tables import Sample
+from placement.efficiency import Efficiency
+
+_OPERATORS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    # Part of Efficiency, operators that it is fitted to, and the fields that they determine
+    ("gemm", ("gemm",), ("latency_s", "compute", "memory", "sharpness")),
+    ("experts", ("experts",), ("latency_s", "compute", "memory", "sharpness", "padding_rows")),
+    ("prefill_attention", ("prefill_attention",), ("latency_s", "compute", "memory", "idle")),
+    ("decode_attention", ("decode_attention",), ("latency_s", "memory", "idle", "head_s")),
+    ("decode_attention", ("latent_decode",), ("compute",)),
+    ("decode_attention", ("mixed_attention",), ("mixed",)),
+    ("link", ("all_reduce",), ("latency_s", "rank_s", "ramp_s", "bandwidth")),
+    ("link", ("send",), ("hand_off_s", "send")),
+    ("elementwise", ("elementwise",), ("latency_s", "memory")),
+)
+_LEAST, _MOST = 1e-4, 1e4  # of a parameter, as a multiple of its start
+_MOST_SHARE = {"elementwise": 4.0}  # of a peak; what the kernel before has just written is read from the cache
+_MAX_SAMPLES = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Relative errors of predicted times, absolute values."""
+
+    operator: str
+    source: str
+    device: str
+    held_out: bool
+    count: int
+    median: float
+    p90: float
+    bias: float  # median of the signed ones
+
+
+def fit(samples: Sequence[Sample], start: Efficiency) -> Efficiency:
+    """The efficiency that makes the logarithms of predicted / measured least: their squares, large ones linearly.
+    What there are no samples for stays as in `start`. A share of a peak may reach 1.2: caches serve some reads."""
+    result = start
+    for part, operators, names in _OPERATORS:
+        chosen = [sample for sample in samples if sample.operator in operators and not sample.held_out]
+        if len(chosen) > 2 * len(names):
+            result = _fit_part(chosen[:: 1 + len(chosen) // _MAX_SAMPLES], result, part, names)
+    return result
+
+
+def _fit_part(samples: Sequence[Sample], start: Efficiency, part: str, names: Sequence[str]) -> Efficiency:
+    first = getattr(start, part)
+    scale = np.array([getattr(first, name) for name in names])
+    shares = [name in ("compute", "memory", "bandwidth", "send") for name in names]
+    most = np.where(shares, np.log(_MOST_SHARE.get(part, 1.2) / scale), np.log(_MOST))
+    least = np.where([name == "sharpness" for name in names], np.log(1.0 / scale), np.log(_LEAST))
+    measured = np.log([sample.seconds for sample in samples])
+
+    def at(logs: Any) -> Efficiency:
+        values = dict(zip(names, (scale * np.exp(logs)).tolist(), strict=True))
+        return replace(start, **{part: replace(first, **values)})
+
+    def residuals(logs: Any) -> Any:
+        trial = at(logs)
+        return np.log([sample.predict(trial) for sample in samples]) - measured
+
+    found = least_squares(
+        residuals,
+        np.minimum(np.zeros(len(names)), most - 1e-3),
+        bounds=(least, most),
+        loss="soft_l1",
+        f_scale=0.1,
+    )
+    return at(found.x)
+
+
+def errors(samples: Sequence[Sample], fitted: dict[str, Efficiency]) -> list[Error]:
+    """One for each operator, source and device, fitted and held out apart."""
+    groups: dict[tuple[str, str, str, bool], list[float]] = {}
+    for sample in samples:
+        key = sample.operator, sample.source, sample.device.name, sample.held_out
+        predicted = sample.predict(fitted[sample.device.family])
+        groups.setdefault(key, []).append(predicted / sample.seconds - 1)
+    return [Error(*key, len(group), *_quantiles(group)) for key, group in sorted(groups.items())]
+
+
+def _quantiles(signed: Sequence[float]) -> tuple[float, float, float]:
+    absolute = np.abs(signed)
+    return float(np.median(absolute)), float(np.quantile(absolute, 0.9)), float(np.median(signed))
+
+
+def as_yaml(efficiency: Efficiency) -> dict[str, dict[str, float]]:
+    """Rounded to three digits."""
+    return {
+        part: {name: float(f"{value:.3g}") for name, value in values.items()}
+        for part, values in asdict(efficiency).items()
+    }
