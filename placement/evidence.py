@@ -177,3 +177,16 @@ class Planned:
 
     plan: Plan
     evidence: PlanEvidence
+
+
+@dataclass(frozen=True, slots=True)
+class RunDescription:
+    """What a page says of a run beside its numbers. `inputs` are (name, text) of the files it was made from."""
+
+    title: str  # e.g. "Simulation of plan.yaml"
+    workload: str  # e.g. "data set sharegpt, Poisson arrivals, 12 req/s"
+    version: str
+    command: str = ""
+    seed: int | None = None
+    inputs: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()  # sentences: what to keep in mind with these numbers

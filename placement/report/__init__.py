@@ -1,6 +1,31 @@
-"""Pages for people: why a plan is as it is, and what a run, simulated or live, was like."""
+"""Pages for people: why a plan is as it is, and what a run, simulated or live, was like.
 
-from placement.report.plan_report import report_html, write_report
-from placement.report.run_report import RunDescription, simulation_report_html, write_simulation_report
+Each is one HTML file that loads nothing. What draws is imported when a page is written: matplotlib takes half a second,
+and the commands that import this package mostly write none.
+"""
 
-__all__ = ["RunDescription", "report_html", "simulation_report_html", "write_report", "write_simulation_report"]
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.slo import SloClass
+from placement.evidence import Planned, RunDescription
+from placement.result import SimulationResult
+
+__all__ = ["RunDescription", "write_report", "write_simulation_report"]
+
+
+def write_report(planned: Planned, path: Path) -> None:
+    """Write the page of a plan. Raises OSError."""
+    from placement.report.plan_report import report_html
+
+    path.write_text(report_html(planned), encoding="utf-8")
+
+
+def write_simulation_report(
+    result: SimulationResult, classes: Sequence[SloClass], description: RunDescription, path: Path
+) -> None:
+    """Write the page of a run. A live run comes in the same form (bench.load_result.LoadResult.as_simulation).
+    Raises OSError."""
+    from placement.report.run_report import simulation_report_html
+
+    path.write_text(simulation_report_html(result, classes, description), encoding="utf-8")

@@ -1,7 +1,5 @@
 """The report of a plan: one HTML file that says what to run, why, and how sure that is."""
 
-from pathlib import Path
-
 from core.plan import Plan
 from placement.evidence import Planned
 from placement.report import latency_figures, plan_figures, words
@@ -22,12 +20,8 @@ _SECTIONS = (
 _NUM_REJECTED = 8
 
 
-def write_report(planned: Planned, path: Path) -> None:
-    """Write the page. It loads nothing, and the same `planned` gives the same bytes."""
-    path.write_text(report_html(planned), encoding="utf-8")
-
-
 def report_html(planned: Planned) -> str:
+    """The page. The same `planned` gives the same bytes."""
     plan, evidence = planned.plan, planned.evidence
     expected = plan.expected
     boxes = floor_plan(plan, evidence.nodes)

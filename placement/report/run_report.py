@@ -1,13 +1,11 @@
 """The report of one run, simulated or live: the same page for both, so that they can be laid side by side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from core.slo import SloClass
-from placement.evidence import LatencySample, PhaseBound, WorkloadSummary
+from placement.evidence import LatencySample, PhaseBound, RunDescription, WorkloadSummary
 from placement.judgement import Judgement, judge
 from placement.report import latency_figures, plan_figures, run_figures, words
 from placement.report.page import render
@@ -17,27 +15,8 @@ _MAX_SAMPLES = 4000
 _MAX_INSTANCES = 24
 
 
-@dataclass(frozen=True, slots=True)
-class RunDescription:
-    """What a page says of a run beside its numbers. `inputs` are (name, text) of the files it was made from."""
-
-    title: str  # e.g. "Simulation of plan.yaml"
-    workload: str  # e.g. "data set sharegpt, Poisson arrivals, 12 req/s"
-    version: str
-    command: str = ""
-    seed: int | None = None
-    inputs: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()  # sentences: what to keep in mind with these numbers
-
-
-def write_simulation_report(
-    result: SimulationResult, classes: Sequence[SloClass], description: RunDescription, path: Path
-) -> None:
-    """Write the page of a run. A live run comes in the same form (bench.load_result.LoadResult.as_simulation)."""
-    path.write_text(simulation_report_html(result, classes, description), encoding="utf-8")
-
-
 def simulation_report_html(result: SimulationResult, classes: Sequence[SloClass], description: RunDescription) -> str:
+    """The page. The same run gives the same bytes."""
     judgement = judge(result, classes)
     samples = _samples(result, classes, judgement)
     workload = _workload(result, description.workload)

@@ -9,7 +9,9 @@ import pytest
 
 from core.slo import SloClass
 from placement.evidence import NodeSummary
-from placement.report import RunDescription, report_html, simulation_report_html, write_report
+from placement.report import RunDescription, write_report
+from placement.report.plan_report import report_html
+from placement.report.run_report import simulation_report_html
 from placement.report.words import headline, number, percent, seconds
 from tests.placement.planned import BATCH, CHAT, finished_run, planned
 

@@ -1,0 +1,222 @@
+"""`tandem plan`: from an SLO file to a plan, with a report of why."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from cli.common import say, table
+from cli.progress import Progress
+from cli.version import installed_version
+from core.config_file import apply_overrides, dump_config, load_config
+from core.errors import ConfigError
+from core.plan import Plan
+from core.slo_file import SloFile
+from placement.evidence import Planned
+from placement.hardware import devices
+from placement.models import published_models
+from placement.report import words, write_report
+from placement.report.words import number
+
+HELP = "find the best way to serve a model within its SLO"
+DESCRIPTION = """\
+Read what to serve, on what, for whom and how well (an SLO file), try the ways to do it in the simulator, and write the
+best one as a plan that `tandem serve` runs.
+
+Exit status: 0 a plan that meets the SLO, 3 none does (what comes nearest is still written), 2 a mistake in the file."""
+EPILOG = """\
+examples:
+  tandem plan slo.yaml                                   writes plan.yaml
+  tandem plan slo.yaml -o chat.yaml --report chat.html   and a page that says why
+  tandem plan slo.yaml --set workload.rate=20 --set search.max_tp=4
+  tandem plan --devices                                  the catalogue of devices
+  tandem plan --models                                   models known by name
+
+then:
+  tandem serve plan.yaml       run it
+  tandem simulate plan.yaml    see it under another load
+"""
+NO_PLAN = 3
+_NUM_REJECTED = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="SLO file (YAML)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the plan goes (default: plan.yaml, if there is none yet)",
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page (HTML) that says why")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that simulate (default: one per core)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="replace a setting of the file, e.g. workload.rate=20; may be given several times",
+    )
+    parser.add_argument("--devices", action="store_true", help="list the devices known by name, and end")
+    parser.add_argument("--models", action="store_true", help="list the models known by name, and end")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.devices or args.models:
+        for line in (_device_lines() if args.devices else []) + (_model_lines() if args.models else []):
+            say(line)
+        return 0
+    if args.file is None:
+        raise ConfigError("name an SLO file: tandem plan slo.yaml (or --devices, or --models)")
+    if args.workers < 0:
+        raise ConfigError(f"--workers must be 0 or more, not {args.workers}")
+    output = _output(args.output)
+    for path in filter(None, (output, args.report)):
+        _check_writable(path)
+    slo = apply_overrides(load_config(args.file, SloFile), args.set)
+    with Progress(sys.stderr) as progress:
+        planned = search(slo, args.file, progress, args.workers)
+    _write(planned, output, args.report)
+    for line in as_lines(planned):
+        say(line)
+    _print_next(planned.plan, output, args.report)
+    return NO_PLAN if planned.plan.verdict == "infeasible" else 0
+
+
+def search(slo: SloFile, file: Path, progress: Progress, workers: int) -> Planned:
+    """The planner's answer, which remembers the file that it answers. Raises ConfigError."""
+    from placement.planner import plan  # SciPy and the simulator, which the other commands have no use for
+
+    planned = plan(slo, progress=progress, workers=workers)
+    answer = planned.plan.model_copy(update={"slo_file": file.resolve()})
+    return dataclasses.replace(planned, plan=answer)
+
+
+def as_lines(planned: Planned) -> list[str]:
+    """The answer for a terminal: verdict, instances, what to expect, and what came nearest."""
+    plan, expected = planned.plan, planned.plan.expected
+    lines = [words.headline(planned)]
+    if plan.summary:
+        lines.append(plan.summary)
+    if plan.groups:
+        lines += ["", *_group_lines(plan)]
+    if expected is not None:
+        goodput, interval = words.rate(expected.goodput), words.interval(expected.goodput_ci)
+        lines += ["", f"goodput {goodput} (95 %: {interval}), {words.rate(expected.goodput_per_device)} per device"]
+        for one in expected.classes:
+            share, interval = words.percent(one.attainment), words.interval(one.attainment_ci, "percent")
+            lines.append(
+                f"at {words.rate(expected.rate)}, class {one.slo.name}: {share} meet both targets "
+                f"(95 %: {interval}; required {words.percent(one.slo.attainment)})"
+            )
+    rejected = words.best_rejected(planned, _NUM_REJECTED)
+    if rejected:
+        lines += ["", "the best that were rejected:"]
+        rows = [
+            [
+                f"  {one.description}",
+                f"{words.rate(one.goodput_per_device)} per device" if one.goodput else "-",
+                one.reason,
+            ]
+            for one in rejected
+        ]
+        lines += table(rows)
+    return lines
+
+
+def plan_text(planned: Planned) -> str:
+    """The plan file: the plan, below a few words for who opens it."""
+    return (
+        f"# {words.headline(planned)}\n"
+        f"# Written by tandem {installed_version('tandem-serve')}; edit it as you like: it is checked when read.\n"
+        f"# tandem serve runs it, tandem simulate tries it under another load.\n"
+        f"{dump_config(planned.plan)}"
+    )
+
+
+def _output(output: Path | None) -> Path:
+    if output is not None:
+        return output
+    if Path("plan.yaml").exists():
+        raise ConfigError("plan.yaml exists already; name it with -o plan.yaml to replace it")
+    return Path("plan.yaml")
+
+
+def _check_writable(path: Path) -> None:
+    """Before the search, which takes a while. Raises ConfigError."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"the folder {path.absolute().parent} does not exist")
+
+
+def _write(planned: Planned, output: Path, report: Path | None) -> None:
+    try:
+        output.write_text(plan_text(planned), encoding="utf-8")
+        if report is not None:
+            write_report(planned, report)
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be written ({error.strerror})") from error
+
+
+def _print_next(plan: Plan, output: Path, report: Path | None) -> None:
+    say(f"\nplan    {output}")
+    if report is not None:
+        say(f"report  {report}")
+    if not plan.groups:
+        return
+    if Path(plan.model).is_dir():
+        say(f"run it  tandem serve {output}")
+    else:
+        say(f"{plan.model} is only a name here; to serve it, give its checkpoint: --set model=FOLDER")
+
+
+def _group_lines(plan: Plan) -> list[str]:
+    rows = [["INSTANCES", "ROLE", "SHAPE", "DEVICE", "KV TOKENS", "BATCH", "WHERE"]]
+    for group in plan.groups:
+        batch = {
+            "prefill": f"{group.max_batch_tokens} tokens",
+            "decode": f"{group.max_batch} sequences",
+            "colocated": f"{group.max_batch} sequences + {group.max_batch_tokens} tokens, {group.policy}",
+        }[group.role]
+        where = " ".join("+".join(ranks) for ranks in group.devices) or "anywhere"
+        where = where if len(where) <= 40 else f"{where[:37]}..."
+        rows.append(
+            [str(group.instances), group.role, str(group.shape), group.device, f"{group.kv_tokens:,}", batch, where]
+        )
+    return table(rows)
+
+
+def _device_lines() -> list[str]:
+    rows = [["DEVICE", "BF16 TFLOPS", "MEMORY GB", "GB/S", "NVLINK GB/S", "NIC GBIT/S", "USD/HOUR"]]
+    for name, device in devices().items():
+        figures = (
+            device.flops / 1e12,
+            device.memory_bytes / 1e9,
+            device.memory_bytes_per_s / 1e9,
+            device.nvlink_bytes_per_s / 1e9 or None,
+            device.nic_bytes_per_s * 8 / 1e9 or None,
+            device.price_per_hour,
+        )
+        rows.append([name, *(number(figure) if figure else "-" for figure in figures)])
+    return table(rows)
+
+
+def _model_lines() -> list[str]:
+    rows = [["MODEL", "PARAMETERS", "LAYERS", "HEADS (KV)", "KV BYTES/TOKEN", "CONTEXT"]]
+    for name, shape in published_models().items():
+        heads = f"{shape.num_heads} ({'latent' if shape.mla else shape.num_kv_heads})"
+        rows.append(
+            [
+                name,
+                f"{number(shape.num_parameters / 1e9)} B",
+                str(shape.num_layers),
+                heads,
+                f"{shape.kv_bytes_per_token:,.0f}",
+                f"{shape.max_context_tokens:,}",
+            ]
+        )
+    return table(rows)
