@@ -210,8 +210,8 @@ class CalibratedSource:
 def fit_terms(measurements: Sequence[Measurement]) -> Terms:
     """Least squares of relative errors, over what is not held out.
 
-    Every number of rows, and every decode batch, that was measured and not held out becomes a knot if at least one
-    measurement lies there. Raises ValueError if there is nothing to fit prefill or decode with.
+    Every number of rows, and every decode batch, that was measured and not held out becomes a knot. More rows never
+    take less. Raises ValueError if there is nothing to fit prefill or decode with.
     """
     fitted = [one for one in measurements if not one.held_out]
     rows = sorted({one.load.tokens for one in fitted if not (one.prefill_tokens and one.decode_sequences)})
@@ -225,7 +225,8 @@ def fit_terms(measurements: Sequence[Measurement]) -> Terms:
     scale[scale == 0] = 1.0
     found, _ = nnls(matrix / scale, np.ones(len(fitted)))
     values = (found / scale).tolist()
-    linear, slopes = values[: len(rows)], values[len(rows) : len(rows) + len(batches)]
+    linear = np.cumsum(values[: len(rows)]).tolist()
+    slopes = values[len(rows) : len(rows) + len(batches)]
     pair, sequence, head, sampled = values[len(rows) + len(batches) :]
     return Terms(
         linear=tuple(zip(rows, linear, strict=True)),
@@ -272,12 +273,14 @@ class _Interpolation:
 
 
 def _row(load: StepLoad, rows: Sequence[int], batches: Sequence[int]) -> list[float]:
-    """What each coefficient is multiplied with in a step of this load."""
+    """What each coefficient is multiplied with in a step of this load. Of linear layers, a coefficient is by how much
+    its knot lies above the one before."""
+    steps_up = np.cumsum(_hats(load.tokens, rows)[::-1])[::-1]
     slopes = [0.0] * len(batches)
     if load.decode_sequences:
         slopes = (_hats(load.decode_sequences, batches) * load.decode_kv_tokens).tolist()
     others = (load.prefill_pairs, load.decode_sequences, float(load.sampled > 0), load.sampled)
-    return [*_hats(load.tokens, rows).tolist(), *slopes, *map(float, others)]
+    return [*steps_up.tolist(), *slopes, *map(float, others)]
 
 
 def _hats(count: int, knots: Sequence[int]) -> npt.NDArray[np.float64]:

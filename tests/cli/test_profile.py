@@ -1,0 +1,66 @@
+"""`tandem profile` on the built-in model: a short measurement, its file, and what it says of wrong arguments."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from cli import profile
+from core.cost_model import StepLoad
+from core.errors import TandemError
+from core.parallel import ParallelShape
+from placement.calibration import CalibratedSource, load_calibration
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    profile.add_arguments(parser)
+    return profile.run(parser.parse_args(arguments))
+
+
+def test_the_engine_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "calibration.yaml"
+    assert run("--no-cluster", "--seconds", "2", "--threads", "1", "--kv-memory", "64MiB", "-o", str(path)) == 0
+    calibration = load_calibration(path)
+    assert calibration.model == "tiny-python"
+    assert calibration.threads == 1
+    assert calibration.road is None
+    assert calibration.error.median < 1.0
+    assert any(one.prefill_tokens and one.decode_sequences for one in calibration.measurements), "mixed steps too"
+    cost = CalibratedSource({"cpu": calibration}).cost_model("cpu", ParallelShape())
+    assert cost is not None
+    # Held loosely, for the machine may have other work: a prompt costs more than a token, and more than a shorter one.
+    assert cost.step(StepLoad.of_prompts(1024)).total_s > 4 * cost.step(StepLoad.of_prompts(32)).total_s
+    assert cost.step(StepLoad.of_prompts(1024)).total_s > 4 * cost.step(StepLoad.of_decode(1, 100)).total_s
+    text = capsys.readouterr().out
+    assert "tiny-python in" in text
+    assert f"written to {path}" in text
+
+
+@pytest.mark.slow
+def test_a_cluster_too(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.yaml"
+    assert run("--seconds", "15", "--threads", "1", "--kv-memory", "64MiB", "-o", str(path)) == 0
+    calibration = load_calibration(path)
+    assert 0.3 < calibration.serving.prefill_factor < 10
+    assert 0.3 < calibration.serving.decode_factor < 10
+    road = calibration.road
+    assert road is not None
+    assert 0 < road.admission_s < 1
+    assert 0 <= road.transfer_latency_s < 1
+    assert road.transfer_bytes_per_s > 1e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--seconds", "0"], "--seconds must be more than 0"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--kv-memory", "much"], "--kv-memory much: write a number of bytes"),
+        (["-o", "/no/such/folder/c.yaml"], "there is no folder /no/such/folder"),
+        (["/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], complaint: str) -> None:
+    with pytest.raises(TandemError, match=complaint):
+        run(*arguments)
