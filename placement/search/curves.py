@@ -19,7 +19,7 @@ from placement.search.prefill_alone import ttft_alone
 POOL_SIZES = (1, 2, 4, 8)  # queues of more instances hardly share better
 _LADDER_STEP = 1.06
 _LADDER_LENGTH = 80
-_GOOD_ENOUGH = 0.998
+_NEARLY = 0.004  # as many requests more would meet their targets without any load
 _WARM_UP_SHARE = 0.25
 _LIFETIMES = 5  # of full batches that a run is to last
 
@@ -61,19 +61,20 @@ class Curve:
 
 
 def curve_of(key: CurveKey, *, stream: RequestStream, classes: Sequence[SloClass]) -> Curve:
-    """Where the attainment falls from nearly 1 to just below what is asked for. What is beyond counts as 0."""
+    """Where the attainment falls from what it is without load to just below what is asked for. What is beyond counts as 0."""
     asked = np.array([slo.attainment for slo in classes])
 
     def shares_at(step: int) -> Shares:
         return _shares(key, _rate(key, step), stream, classes)
 
+    unloaded = shares_at(_LADDER_LENGTH)
     first_good = _first(lambda step: bool(np.all(shares_at(step) >= asked)))
     rates: list[float] = []
     rows: list[Shares] = []
     for step in range(max(0, first_good - 1), _LADDER_LENGTH):
         rows.append(shares_at(step))
         rates.append(_rate(key, step))
-        if np.all(rows[-1] >= _GOOD_ENOUGH):
+        if np.all(rows[-1] >= unloaded - _NEARLY):
             break
     # More load never helps, whatever a few requests say.
     shares = np.minimum.accumulate(np.array(rows[::-1]).reshape(-1, len(classes)))

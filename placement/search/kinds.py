@@ -11,11 +11,11 @@ from placement.cost_source import CostSource
 from placement.deployment import ColocatedPolicy, Role
 from placement.requests import RequestStream
 
-_MAX_BATCH = 512
+_MAX_BATCH = 256  # what cost sources leave room for
 _PREFILL_BUDGETS = (512, 1024, 2048, 4096, 8192)
 _CHUNK_BUDGETS = (256, 512, 1024, 2048)
 _PROMPT_FIRST_BUDGET = 4096
-_BUDGET_WORTH = 0.85  # of the best budget's tokens per second; below that a budget is not worth a try
+_SATURATED = 0.9  # of the tokens per second of the best budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ def legal_kinds(
     a looser SLO has the same kinds to choose from.
 
     A shape is legal when weights fit and its KV holds the longest request of the stream, which nothing else could
-    serve. Prompt budgets below the one that saturates the device come as kinds of their own: small ones keep TTFT (or,
-    colocated, TPOT) low, large ones raise throughput.
+    serve. Colocated instances come with several budgets of prompt tokens per step: small ones keep TPOT low, large
+    ones raise throughput.
     """
     roles: dict[Role, list[InstanceKind]] = {"prefill": [], "decode": [], "colocated": []}
     ruled_out: list[RuledOut] = []
@@ -123,9 +123,9 @@ def _kinds_of_shape(
     device: str, shape: ParallelShape, cost: CostModel, kv_tokens: int, stream: RequestStream
 ) -> Iterator[InstanceKind]:
     max_batch = max(1, min(_MAX_BATCH, int(kv_tokens / resident_tokens(stream))))
-    for budget in _worthwhile_budgets(cost, stream):
-        yield InstanceKind("prefill", device, shape, kv_tokens, budget, max_batch, cost=cost)
-    yield InstanceKind("decode", device, shape, kv_tokens, _PREFILL_BUDGETS[-1], max_batch, cost=cost)
+    budget = saturating_budget(cost, stream)
+    yield InstanceKind("prefill", device, shape, kv_tokens, budget, max_batch, cost=cost)
+    yield InstanceKind("decode", device, shape, kv_tokens, budget, max_batch, cost=cost)
     for budget in _CHUNK_BUDGETS:
         batch = min(max_batch, budget)
         yield InstanceKind("colocated", device, shape, kv_tokens, budget, batch, "chunked", cost=cost)
@@ -134,11 +134,13 @@ def _kinds_of_shape(
     )
 
 
-def _worthwhile_budgets(cost: CostModel, stream: RequestStream) -> list[int]:
+def saturating_budget(cost: CostModel, stream: RequestStream) -> int:
+    """The fewest prompt tokens in a step that nearly saturate the device (DistServe's L_m): more of them would only
+    make those in front wait for those behind."""
     mean = max(1, int(stream.prompt_tokens.mean()))
     speed = {}
     for budget in _PREFILL_BUDGETS:
         lengths = (mean,) * max(1, budget // mean) if mean <= budget else (budget,)
         speed[budget] = sum(lengths) / cost.step(StepLoad.of_prompts(*lengths)).interval_s
     best = max(speed.values())
-    return [budget for budget in _PREFILL_BUDGETS if speed[budget] >= _BUDGET_WORTH * best]
+    return min(budget for budget in _PREFILL_BUDGETS if speed[budget] >= _SATURATED * best)
