@@ -65,7 +65,7 @@ def _anchor_folder(name: str, info: ValidationInfo) -> str:
 AnchoredPath = Annotated[Path, AfterValidator(_anchor)]
 ModelName = Annotated[str, AfterValidator(_anchor_folder)]
 """The name of a published model, or a checkpoint's folder: what is a folder beside the file is one."""
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0)]
 Address = Annotated[str, BeforeValidator(_check_address)]
 
 

@@ -1,11 +1,13 @@
 """The machines of a cluster: which devices stand where, how they are joined, what they cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 
 from core.errors import ConfigError
 from core.slo_file import ClusterSection, NodeSection
+from placement.calibration import Calibration, load_calibration
 from placement.efficiency import efficiency
 from placement.hardware import Device, device
 
@@ -21,22 +23,23 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Nodes are named 0, 1, ... in the order of the SLO file."""
+    """Nodes are named 0, 1, ... in the order of the SLO file. `calibrations`: what was measured, by type of device."""
 
     nodes: tuple[Node, ...]
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
 
     @classmethod
     def of(cls, section: ClusterSection) -> "Cluster":
-        """Raises ConfigError for a device that is not in the catalogue, for one that differs between two sections, and
-        for nodes without a known link."""
+        """Reads the calibrations that the section names. Raises ConfigError for one that cannot be read, for a device
+        that is not in the catalogue or differs between two sections, and for nodes without a known link."""
         nodes: list[Node] = []
-        known: dict[str, Device] = {}
+        known: dict[str, tuple[Device, Path | None]] = {}
         for index, described in enumerate(section.nodes):
             found = _device_of(described)
-            if known.setdefault(found.name, found) != found:
+            if known.setdefault(found.name, (found, described.calibration)) != (found, described.calibration):
                 raise ConfigError(
-                    f"cluster.nodes.{index}: {found.name} has another price or other links than before; devices of "
-                    "one name must be alike"
+                    f"cluster.nodes.{index}: {found.name} has another price, other links or another calibration than "
+                    "before; devices of one name must be alike"
                 )
             nodes += [Node(str(len(nodes) + i), found, described.devices) for i in range(described.count)]
         unlinked = next((node for node in nodes if not node.device.nic_bytes_per_s), None)
@@ -44,7 +47,8 @@ class Cluster:
             raise ConfigError(
                 f"how fast {unlinked.device.name} reaches other nodes is not known; set nic_gbits_per_s of its nodes"
             )
-        return cls(tuple(nodes))
+        measured = {name: load_calibration(path) for name, (_, path) in known.items() if path is not None}
+        return cls(tuple(nodes), measured)
 
     @property
     def num_devices(self) -> int:

@@ -1,7 +1,7 @@
 """From a plan to what the simulator runs: instances on nodes, with their costs, and the links between them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.errors import ConfigError
 from core.model_shape import ModelShape
@@ -20,15 +20,16 @@ def deployment_of(
     cluster: Cluster,
     model: ModelShape,
     *,
-    router: RouterSpec | None = None,
     failures: Sequence[Failure] = (),
 ) -> Deployment:
     """Instances are named prefill-0, prefill-1, ..., decode-0, ..., in the order of the plan's groups. Those without
     devices of their own are placed as `placed` says.
 
-    `router`: times of the router and the wire; its `same_node_only` is the plan's. Raises ConfigError if the plan does
-    not fit the cluster, or asks for a shape of which no cost is known.
+    Times of the router and the wire are those of the calibrations, 0 without. Raises ConfigError if the plan does not
+    fit the cluster, or asks for a shape of which no cost is known, and for a failure of an instance that is not there.
     """
+    if not plan.groups:
+        raise ConfigError("the plan has no groups, so there is nothing to run")
     whole = placed(plan, cluster)
     numbers = {"prefill": 0, "decode": 0, "colocated": 0}
     instances: list[InstanceSpec] = []
@@ -54,32 +55,44 @@ def deployment_of(
                 )
             )
             numbers[group.role] += 1
-    times = router or RouterSpec()
     return Deployment(
         instances=tuple(instances),
         network=network_of(whole, cluster, model),
-        router=RouterSpec(
-            admission_s=times.admission_s,
-            first_token_s=times.first_token_s,
-            token_s=times.token_s,
-            same_node_only=plan.same_node,
-        ),
+        router=replace(router_of(cluster), same_node_only=plan.same_node),
         failures=_checked(failures, instances),
+    )
+
+
+def router_of(cluster: Cluster) -> RouterSpec:
+    """The slowest of what was measured."""
+    measured = [calibration.router_spec() for calibration in cluster.calibrations.values()]
+    return RouterSpec(
+        admission_s=max((one.admission_s for one in measured), default=0.0),
+        first_token_s=max((one.first_token_s for one in measured), default=0.0),
+        token_s=max((one.token_s for one in measured), default=0.0),
     )
 
 
 def network_of(plan: Plan, cluster: Cluster, model: ModelShape) -> NetworkSpec:
     """Links of the slowest kind among the nodes in use: an instance's port has the links of all its ranks, a node's
-    link those of all its devices."""
-    ports, links = [], []
+    link those of all its devices. What a calibration measured on its node counts instead of the catalogue."""
+    ports, links, latency_s, kv_bytes = [], [], 0.0, model.kv_bytes_per_token
     for group in plan.groups:
         device = cluster.devices[_device_name(group, cluster)]
-        ports.append(group.shape.num_ranks * peer_bytes_per_s(device))
         links.append(cluster.devices_per_node[device.name] * nic_bytes_per_s(device))
+        calibration = cluster.calibrations.get(device.name)
+        if calibration is None:
+            ports.append(group.shape.num_ranks * peer_bytes_per_s(device))
+        else:
+            measured = calibration.network_spec()
+            ports.append(measured.intra_node_bytes_per_s)
+            latency_s = max(latency_s, measured.latency_s)
+            kv_bytes = measured.kv_bytes_per_token
     return NetworkSpec(
-        kv_bytes_per_token=model.kv_bytes_per_token,
+        kv_bytes_per_token=kv_bytes,
         intra_node_bytes_per_s=min(ports),
         inter_node_bytes_per_s=min(links),
+        latency_s=latency_s,
     )
 
 

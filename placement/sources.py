@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping
 
 from core.cost_model import CostModel
+from core.errors import ConfigError
 from core.model_shape import ModelShape
 from core.parallel import ParallelShape
 from core.slo_file import SloFile
+from placement.calibration import CalibratedSource
 from placement.cluster import Cluster
 from placement.cost_source import CostSource
 from placement.roofline import RooflineSource
@@ -17,13 +19,21 @@ def cost_source_of(slo: SloFile, model: ModelShape) -> CostSource:
     for a device that is unknown, and for a calibration that cannot be read or is of another model."""
     section = slo.cluster
     cluster = Cluster.of(section)
-    source: CostSource = RooflineSource(
-        model,
-        cluster.devices,
-        memory_share=section.memory_share,
-        devices_per_node=cluster.devices_per_node,
+    for name, calibration in cluster.calibrations.items():
+        if calibration.model != model.name:
+            raise ConfigError(f"the calibration of {name} is of the model {calibration.model}, not of {model.name}")
+    measured = CalibratedSource(cluster.calibrations, kv_memory_bytes=section.kv_memory)
+    rest = {name: device for name, device in cluster.devices.items() if name not in cluster.calibrations}
+    if not rest:
+        return measured
+    roofline: CostSource = RooflineSource(
+        model, rest, memory_share=section.memory_share, devices_per_node=cluster.devices_per_node
     )
-    return source if section.kv_memory is None else FixedPool(source, model, section.kv_memory)
+    if section.kv_memory is not None:
+        roofline = FixedPool(roofline, model, section.kv_memory)
+    if not cluster.calibrations:
+        return roofline
+    return SourcePerDevice(dict.fromkeys(rest, roofline) | dict.fromkeys(cluster.calibrations, measured))
 
 
 class SourcePerDevice:

@@ -7,7 +7,7 @@ random numbers. A larger `count` continues the same stream.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from placement.lengths import DATASETS, PairsOf, dataset, lengths_of, pairs_of_d
 from placement.requests import Floats, Ints, RequestStream
 from placement.traces import load_trace, read_trace
 
-__all__ = ["DATASETS", "WorkloadSummary", "load_trace", "make_stream"]
+__all__ = ["DATASETS", "arrival_cv", "describe", "load_trace", "make_stream", "shared_share"]
 
 _MAX_DRAWS_PER_REQUEST = 1000
 
@@ -56,46 +56,31 @@ def make_stream(
     return stream if section.prefix is None else _with_prefixes(stream, section.prefix, prefixes)
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Of tokens."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-
-    @classmethod
-    def of(cls, values: Ints) -> "Spread":
-        p50, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99))
-        return cls(float(values.mean()), float(p50), float(p90), float(p99))
+def shared_share(stream: RequestStream) -> float:
+    """Of all prompt tokens, those that repeat a prefix which an earlier request had; no prefix cache saves more."""
+    longest: dict[int, int] = {}
+    repeated = 0
+    for group, tokens in zip(stream.prefix_group.tolist(), stream.prefix_tokens.tolist(), strict=True):
+        if group >= 0:
+            known = longest.get(group, 0)
+            repeated += min(known, tokens)
+            longest[group] = max(known, tokens)
+    return repeated / max(1, int(stream.prompt_tokens.sum()))
 
 
-@dataclass(frozen=True, slots=True)
-class WorkloadSummary:
-    """`arrival_cv` is that of the times between arrivals: 1 for Poisson, more for bursts. `shared_share`: of all prompt
-    tokens, how many repeat a prefix that an earlier request had; no cache can save more."""
+def arrival_cv(stream: RequestStream) -> float:
+    """Coefficient of variation of the times between arrivals: 1 for Poisson, more for bursts; 0 if all come at once."""
+    gaps_s = np.diff(stream.arrival_s)
+    return float(gaps_s.std() / gaps_s.mean()) if len(gaps_s) and gaps_s.mean() > 0 else 0.0
 
-    requests: int
-    rate: float
-    arrival_cv: float
-    prompt_tokens: Spread
-    output_tokens: Spread
-    shared_share: float
 
-    @classmethod
-    def of(cls, stream: RequestStream) -> "WorkloadSummary":
-        """Of at least one request."""
-        assert len(stream) > 0
-        gaps = np.diff(stream.arrival_s)
-        return cls(
-            requests=len(stream),
-            rate=stream.rate,
-            arrival_cv=float(gaps.std() / gaps.mean()) if len(gaps) and gaps.mean() > 0 else 0.0,
-            prompt_tokens=Spread.of(stream.prompt_tokens),
-            output_tokens=Spread.of(stream.output_tokens),
-            shared_share=_repeated_tokens(stream) / int(stream.prompt_tokens.sum()),
-        )
+def describe(section: WorkloadSection) -> str:
+    """In a few words, e.g. 'data set sharegpt, Poisson arrivals'."""
+    if section.trace is not None:
+        return f"trace {section.trace.name}"
+    lengths = f"data set {section.dataset}" if section.dataset else "log-normal lengths"
+    bursts = "Poisson arrivals" if section.arrivals.process == "poisson" else f"arrivals of cv {section.arrivals.cv:g}"
+    return f"{lengths}, {bursts}"
 
 
 def _fitted(stream: RequestStream, section: WorkloadSection) -> RequestStream:
@@ -177,14 +162,3 @@ def _scaled(tokens: Ints, factor: float, least: int) -> Ints:
         return tokens
     scaled: Ints = np.maximum(least, np.rint(tokens * factor)).astype(np.int64)
     return scaled
-
-
-def _repeated_tokens(stream: RequestStream) -> int:
-    longest: dict[int, int] = {}
-    repeated = 0
-    for group, tokens in zip(stream.prefix_group.tolist(), stream.prefix_tokens.tolist(), strict=True):
-        if group >= 0:
-            known = longest.get(group, 0)
-            repeated += min(known, tokens)
-            longest[group] = max(known, tokens)
-    return repeated

@@ -6,9 +6,16 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from cli import schema
 from core.config import RouterConfig, ServeConfig, WorkerConfig
 from core.config_file import dump_config, load_config
+from core.parallel import ParallelShape
+from core.slo_file import SloFile
 from deploy.topology import Machine, plan_processes
+from placement.cluster import Cluster
+from placement.models import model_shape
+from placement.sources import cost_source_of
+from placement.workload import make_stream
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 KINDS: dict[str, type[BaseModel]] = {
@@ -17,7 +24,13 @@ KINDS: dict[str, type[BaseModel]] = {
     "prefill_worker.yaml": WorkerConfig,
     "decode_worker.yaml": WorkerConfig,
     "router.yaml": RouterConfig,
+    "slo-laptop.yaml": SloFile,
+    "slo-h100.yaml": SloFile,
+    "slo-a100.yaml": SloFile,
+    "slo-mixed.yaml": SloFile,
 }
+TINY = EXAMPLES.parent / "models" / "tiny-python"
+SLO_FILES = [name for name, kind in KINDS.items() if kind is SloFile]
 
 
 def test_every_file_has_a_kind() -> None:
@@ -27,7 +40,31 @@ def test_every_file_has_a_kind() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_it_loads(name: str) -> None:
     config = load_config(EXAMPLES / name, KINDS[name])
-    assert getattr(config, "model", None) == EXAMPLES.parent / "models" / "tiny-python"
+    if KINDS[name] is not SloFile:
+        assert getattr(config, "model", None) == TINY
+
+
+@pytest.mark.parametrize("name", SLO_FILES)
+def test_a_planner_can_begin_with_an_slo_file(name: str) -> None:
+    slo = load_config(EXAMPLES / name, SloFile)
+    model = model_shape(slo.model)
+    cluster, source = Cluster.of(slo.cluster), cost_source_of(slo, model)
+    shapes = [ParallelShape(tp) for tp in (1, 2, 4, 8) if tp <= slo.search.max_tp]
+    assert any(source.kv_tokens(device, shape) for device in cluster.devices for shape in shapes)
+    requests = make_stream(slo.workload, slo.slo, count=200, rate=1.0, seed=slo.search.seed)
+    assert int((requests.prompt_tokens + requests.output_tokens).max()) <= model.max_context_tokens
+
+
+@pytest.mark.parametrize("kind", schema.KINDS)
+def test_the_schemas_are_those_of_the_code(kind: str) -> None:
+    committed = (EXAMPLES / "schema" / f"{kind}.json").read_text()
+    assert committed == schema.schema_of(kind) + "\n", f"run: tandem schema {kind} > examples/schema/{kind}.json"
+
+
+@pytest.mark.parametrize("name", SLO_FILES)
+def test_an_editor_finds_the_schema(name: str) -> None:
+    first_line = (EXAMPLES / name).read_text().splitlines()[0]
+    assert (EXAMPLES / first_line.removeprefix("# yaml-language-server: $schema=")).is_file()
 
 
 def test_serve_yaml_has_every_setting_at_its_default() -> None:

@@ -1,0 +1,100 @@
+"""What `tandem simulate` does."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cli.common import say
+from cli.progress import Progress as ShownProgress
+from cli.version import installed_version
+from core.config_file import load_config
+from core.errors import ConfigError
+from core.plan import Plan
+from core.slo_file import SloFile, WorkloadSection
+from placement.cluster import Cluster
+from placement.deployment import Deployment, Failure
+from placement.models import model_shape
+from placement.plan_deployment import deployment_of
+from placement.report import RunDescription, write_simulation_report
+from placement.requests import RequestStream
+from placement.result import SimulationResult
+from placement.simulator import Progress, simulate
+from placement.sources import cost_source_of
+from placement.summary import as_json, render_text, summarise
+from placement.traces import load_trace
+from placement.workload import describe, make_stream
+
+
+def run_simulation(args: argparse.Namespace) -> int:
+    """With the arguments of `cli.simulate`. Raises ConfigError."""
+    plan = load_config(args.plan, Plan)
+    slo_path = args.slo or plan.slo_file
+    if slo_path is None:
+        raise ConfigError(f"{args.plan} names no SLO file, so there are no workload and no targets; give --slo FILE")
+    slo = load_config(slo_path, SloFile)
+    if args.trace is not None:
+        slo = slo.model_copy(update={"workload": WorkloadSection(trace=args.trace)})
+    seed = slo.search.seed if args.seed is None else args.seed
+    count = args.requests or slo.search.requests
+    requests = make_stream(slo.workload, slo.slo, count=count, rate=_rate(args, plan, slo, count), seed=seed)
+    result = _simulate(_deployment(plan, slo, args.fail), requests)
+    summary = summarise(result, slo.slo)
+    say(render_text(summary))
+    if args.json is not None:
+        with _written(args.json):
+            args.json.write_text(json.dumps(as_json(summary), indent=2) + "\n", encoding="utf-8")
+    if args.report is not None:
+        description = RunDescription(
+            title=f"Simulation of {args.plan.name}",
+            workload=f"{describe(slo.workload)}, {requests.rate:.3g} req/s",
+            version=installed_version("tandem-serve"),
+            seed=seed,
+            inputs=tuple((path.name, path.read_text("utf-8")) for path in (args.plan, slo_path)),
+        )
+        with _written(args.report):
+            write_simulation_report(result, slo.slo, description, args.report)
+    return 0
+
+
+def _rate(args: argparse.Namespace, plan: Plan, slo: SloFile, count: int) -> float:
+    """Asked for, or the trace's own, or what the plan was made for, or what the SLO file says."""
+    workload = slo.workload
+    if args.rate is not None:
+        return float(args.rate)
+    if workload.trace is not None:
+        rate = load_trace(workload.trace).head(count).rate
+        if rate == 0:
+            raise ConfigError(f"{workload.trace}: all requests arrive at once; give --rate R")
+        return rate
+    if plan.expected is not None:
+        return plan.expected.rate
+    if workload.rate != "max":
+        return workload.rate
+    raise ConfigError(f"neither {args.plan} nor its SLO file says how many requests come per second; give --rate R")
+
+
+def _deployment(plan: Plan, slo: SloFile, failures: Sequence[Failure]) -> Deployment:
+    model = model_shape(plan.model)
+    return deployment_of(plan, cost_source_of(slo, model), Cluster.of(slo.cluster), model, failures=failures)
+
+
+def _simulate(deployment: Deployment, requests: RequestStream) -> SimulationResult:
+    with ShownProgress(sys.stderr) as show:
+
+        def advance(progress: Progress) -> bool:
+            ended = progress.finished + progress.refused
+            show(ended / len(requests), f"{ended:,} of {len(requests):,} requests")
+            return False
+
+        return simulate(deployment, requests, stop_when=advance)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror})") from error

@@ -1,0 +1,53 @@
+"""Queues that have a closed form, as simulations that take no time: what judgements are checked against."""
+
+import numpy as np
+
+from core.timeline import Stage
+from placement.goodput import StopWhen
+from placement.requests import Floats, RequestStream
+from placement.result import STAGES, SimulationResult
+
+
+def result_of(
+    requests: RequestStream, first_token_s: Floats, finished_s: Floats, end_s: float | None = None
+) -> SimulationResult:
+    """A run that knows of three stages. NaN: it did not happen. With `end_s` it was stopped then."""
+    stamps = np.full((len(requests), len(STAGES)), np.nan)
+    stamps[:, STAGES.index(Stage.RECEIVED)] = requests.arrival_s
+    stamps[:, STAGES.index(Stage.FIRST_TOKEN)] = first_token_s
+    stamps[:, STAGES.index(Stage.FINISHED)] = finished_s
+    if end_s is not None:
+        stamps[stamps > end_s] = np.nan
+    ones = np.ones(len(requests), dtype=np.int64)
+    end = float(np.nanmax(stamps)) if end_s is None else end_s
+    return SimulationResult(requests, stamps, ones, ones * 0, end, (), stopped_early=end_s is not None)
+
+
+class SingleServer:
+    """First come, first served; a prompt's token takes `token_s`. Decoding costs nothing: `tpot_s` for each token."""
+
+    def __init__(self, token_s: float, tpot_s: float = 0.0) -> None:
+        self._token_s = token_s
+        self._tpot_s = tpot_s
+        self.runs = 0
+
+    def __call__(self, requests: RequestStream, stop_when: StopWhen | None = None) -> SimulationResult:
+        self.runs += 1
+        service_s = requests.prompt_tokens * self._token_s
+        done_s = np.cumsum(service_s)
+        start_s = np.maximum.accumulate(requests.arrival_s - (done_s - service_s)) + (done_s - service_s)
+        first_s = start_s + service_s
+        finished_s = first_s + (requests.output_tokens - 1) * self._tpot_s
+        if stop_when is not None:
+            ordered = np.sort(finished_s)
+            for count in range(100, len(requests), 100):
+                now_s = float(requests.arrival_s[count])
+                if stop_when(_Progress(now_s, int(np.searchsorted(ordered, now_s, side="right")))):
+                    return result_of(requests, first_s, finished_s, end_s=now_s)
+        return result_of(requests, first_s, finished_s)
+
+
+class _Progress:
+    def __init__(self, now_s: float, finished: int) -> None:
+        self.now_s = now_s
+        self.finished = finished
