@@ -1,5 +1,6 @@
 """What a worker that serves both phases on one device computes next. Pure bookkeeping: no clock, no tensors."""
 
+from bisect import bisect_right
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 from core.errors import OverloadedError
 from scheduling.admission import check_length, take_prompt_blocks
 from scheduling.block_pool import BlockPool
+from scheduling.decode import SteadySteps
 from scheduling.integrity import BlockTable, check_blocks
 from scheduling.keyed_heap import KeyedHeap
 from scheduling.prefix_index import PrefixIndex
@@ -82,6 +84,8 @@ class ColocatedScheduler:
     the oldest running sequence always advances and every sequence ends.
 
     The prefix cache is offered what prompts compute. Answers are not cached.
+
+    Where tokens have no content (a simulator), `steady` and `advance` take many steps at once.
     """
 
     __slots__ = (
@@ -115,7 +119,7 @@ class ColocatedScheduler:
         self._index = prefix_index
         self._block_size = prefix_index.block_size
         self.max_model_len = min(max_model_len, pool.num_blocks * prefix_index.block_size)
-        # More than that many could not all decode in one chunked step.
+        # In a chunked step every running sequence takes at least one token.
         self._max_running = policy.max_batch
         if policy.mixing == "chunked":
             self._max_running = min(policy.max_batch, policy.max_batch_tokens)
@@ -138,6 +142,15 @@ class ColocatedScheduler:
 
     def get(self, key: Hashable) -> Sequence | None:
         return self._sequences.get(key)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a sequence waits to be admitted, for the first time or again."""
+        return len(self._line) > 0
+
+    def length_limit(self, sequence: Sequence) -> int:
+        """Tokens, prompt and answer together, with which it ends at the latest."""
+        return min(sequence.request.max_total_tokens, self.max_model_len)
 
     def add(self, sequence: Sequence) -> None:
         """Queue it. Raises ContextLengthError if it can never fit, OverloadedError if the queue is full."""
@@ -164,11 +177,8 @@ class ColocatedScheduler:
         """
         if self._policy.mixing == "prompt_first":
             return self._prompt_chunks(self._policy.max_batch_tokens, now_s) or self._decode_chunks()
-        preemptions = self._preemptions
         chunks = self._decode_chunks()
-        budget = self._policy.max_batch_tokens - len(chunks)
-        # Who has just lost its memory must not get it back in the same step: somebody else needed it.
-        return chunks + self._prompt_chunks(budget, now_s, admit=self._preemptions == preemptions)
+        return chunks + self._prompt_chunks(self._policy.max_batch_tokens - len(chunks), now_s)
 
     def computed(self, chunk: ColocatedChunk) -> bool:
         """The KV of `chunk` is in its blocks. False when the sequence is gone meanwhile: drop the chunk's result."""
@@ -202,39 +212,45 @@ class ColocatedScheduler:
 
     # --- many steps at once ------------------------------------------------------------------------------------------
 
-    def steady_steps(self) -> int:
-        """For how many steps from now every running sequence just decodes: none reaches its length, none is admitted,
-        none preempted. 0: ask `next_batch`. The last of them may bring sequences to their full length."""
-        if self._prompts or not self._decoding:
-            return 0
-        if self._line and not self._first_is_blocked and len(self._decoding) < self._max_running:
-            return 0
-        steps = min(self._limit(sequence) - sequence.num_tokens for sequence in self._decoding.values())
-        if self._blocks_to_grow(steps) <= self._index.num_available:
-            return steps
-        fits, too_many = 0, steps
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if self._blocks_to_grow(middle) <= self._index.num_available:
-                fits = middle
-            else:
-                too_many = middle
-        return fits
+    def steady(self) -> SteadySteps | None:
+        """How long every running sequence just decodes: none reaches its `length_limit` before the last of these steps,
+        none is admitted or preempted. None: ask `next_batch`. `newcomers` have one token so far. O(sequences)."""
+        decoding = self._decoding.values()
+        if self._prompts or not decoding:
+            return None
+        if self._line and not self._first_is_blocked and len(decoding) < self._max_running:
+            return None
+        num_steps = min(self.length_limit(sequence) - sequence.num_tokens for sequence in decoding)
+        available = self._index.num_available
+        if self._blocks_to_grow(num_steps) > available:
+            num_steps = bisect_right(range(1, num_steps), available, key=self._blocks_to_grow)
+        if num_steps == 0:
+            return None
+        return SteadySteps(
+            max_steps=num_steps,
+            num_sequences=len(decoding),
+            kv_tokens=sum(sequence.num_tokens for sequence in decoding),
+            newcomers=[it for it in decoding if it.num_tokens == len(it.request.token_ids) + 1],
+        )
 
-    def advance(self, num_steps: int, token_id: int = 0) -> None:
-        """The same as `num_steps` single steps in each of which every sequence draws `token_id`, except for which block
-        is whose. At most `steady_steps()`. Finish those at their full length next."""
+    def advance(self, num_steps: int, now_s: float) -> list[Sequence]:
+        """The same as `num_steps` steps, at most those of `steady`; but for which block is whose, and every token drawn
+        is 0. Returns the sequences that have reached their limit, in the order of their chunks: `finish` each now.
+
+        `now_s`, when the first began, is of no account here: whoever decodes was started before.
+        """
         assert not self._prompts, "a prompt is being computed"
         has_room = self._index.make_room(self._blocks_to_grow(num_steps))
         assert has_room, "the batch does not stay the same for so long"
-        drawn = [token_id] * num_steps
+        drawn = [0] * num_steps
         for sequence in self._decoding.values():
             sequence.num_computed += num_steps
-            sequence.token_ids.extend(drawn)
+            sequence.extend(drawn)
             missing = self._blocks_for(sequence.num_computed) - len(sequence.block_table)
             if missing > 0:
                 sequence.block_table.extend(self._pool.allocate(missing))
         self._computed_tokens += num_steps * len(self._decoding)
+        return [it for it in self._decoding.values() if it.num_tokens >= self.length_limit(it)]
 
     # --- going out ---------------------------------------------------------------------------------------------------
 
@@ -286,7 +302,7 @@ class ColocatedScheduler:
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
-    def _prompt_chunks(self, budget: int, now_s: float, admit: bool = True) -> list[ColocatedChunk]:
+    def _prompt_chunks(self, budget: int, now_s: float) -> list[ColocatedChunk]:
         """Of prompts that run, then of the first in line; at most `budget` tokens, or one whole prompt."""
         whole = self._policy.mixing == "prompt_first"
         chunks: list[ColocatedChunk] = []
@@ -294,7 +310,7 @@ class ColocatedScheduler:
             if budget > 0:
                 chunks.append(_prompt_chunk(sequence, sequence.num_uncomputed if whole else budget))
                 budget -= chunks[-1].num_tokens
-        while admit and budget > 0 and len(self._prompts) + len(self._decoding) < self._max_running:
+        while budget > 0 and len(self._prompts) + len(self._decoding) < self._max_running:
             newcomer = self._admit_first(now_s, budget if whole and chunks else None)
             if newcomer is None:
                 break
@@ -319,10 +335,6 @@ class ColocatedScheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _limit(self, sequence: Sequence) -> int:
-        """Tokens at which it ends by length."""
-        return min(sequence.request.max_total_tokens, self.max_model_len)
-
     def _blocks_to_grow(self, num_steps: int) -> int:
         """Blocks that `num_steps` steps add to those that decode."""
         size = self._block_size
@@ -345,7 +357,7 @@ class ColocatedScheduler:
 
     def _claim_of(self, sequence: Sequence) -> int:
         """Blocks that it will hold at the horizon of its growth."""
-        grown = min(sequence.num_tokens + self._policy.growth_horizon_tokens, self._limit(sequence))
+        grown = min(sequence.num_tokens + self._policy.growth_horizon_tokens, self.length_limit(sequence))
         return self._blocks_for(max(grown, sequence.num_tokens))
 
     def _admit_first(self, now_s: float, max_uncomputed: int | None) -> Sequence | None:

@@ -10,11 +10,11 @@ from scheduling.prefix_index import PrefixIndex
 from scheduling.sequence import Sequence, SequenceState
 
 _BLOCK_SIZE = 4
-_TOKEN = 7
+_TOKEN = 0
 
 
 class Worker:
-    """A colocated worker without an engine, in which every drawn token is 7. `ended_at[name]` is the number of steps
+    """A colocated worker without an engine, in which every drawn token is 0. `ended_at[name]` is the number of steps
     after which it had its last token."""
 
     def __init__(self, num_blocks: int, policy: ColocatedPolicy, caching: bool = True) -> None:
@@ -49,14 +49,16 @@ class Worker:
 
     def skip(self, num_steps: int) -> None:
         """As many steps at once, in which everybody decodes."""
-        running = self.running()
-        self.scheduler.advance(num_steps, _TOKEN)
+        ended = self.scheduler.advance(num_steps, float(self.steps))
         self.steps += num_steps
-        for sequence in running:
-            self._finish_if_done(sequence)
+        for sequence in ended:
+            self.scheduler.finish(sequence.key)
+            self.ended_at[str(sequence.key)] = self.steps
 
-    def running(self) -> list[Sequence]:
-        return [sequence for sequence in self.sequences if sequence.state is SequenceState.RUNNING]
+    def max_steps(self) -> int:
+        """Steps that can be skipped."""
+        steady = self.scheduler.steady()
+        return 0 if steady is None else steady.max_steps
 
     def _finish_if_done(self, sequence: Sequence) -> None:
         if sequence.finish_reason_after(_TOKEN, frozenset(), self.scheduler.max_model_len) is not None:
@@ -114,6 +116,12 @@ def test_a_prompt_is_admitted_when_its_blocks_and_the_watermark_are_there() -> N
     assert [chunk.sequence.key for chunk in worker.step()] == ["a", "b"]
 
 
+def test_the_watermark_does_not_hold_back_who_would_run_alone() -> None:
+    worker = Worker(10, _policy(max_batch_tokens=40, watermark=0.5))
+    worker.add("alone", 36)
+    assert [chunk.sequence.key for chunk in worker.step()] == ["alone"]
+
+
 def test_a_horizon_provides_for_growth() -> None:
     for horizon, admitted in ((0, ["a", "b"]), (8, ["a"])):
         worker = Worker(7, _policy(horizon=horizon))
@@ -146,6 +154,15 @@ def test_an_equal_prefix_is_computed_once() -> None:
     assert _shown(chunks)[1] == ("b", 12, 2, True, True)
     assert worker.scheduler.counts().cached_tokens == 12
     worker.scheduler.check_integrity()
+
+
+def test_what_another_has_computed_meanwhile_may_let_the_first_in_line_fit() -> None:
+    worker = Worker(6, _policy(max_batch_tokens=10))
+    worker.add("a", 16)
+    worker.step()
+    worker.add("b", 17)
+    assert _shown(worker.step()) == [("a", 10, 6, True, True)]  # b finds 2 of its 5 blocks cached, and 2 free
+    assert _shown(worker.step()) == [("a", 16, 1, True, False), ("b", 16, 1, True, True)]
 
 
 def test_full_queue_and_too_long_prompts_are_refused() -> None:
@@ -246,18 +263,36 @@ def _checked_step(worker: Worker, policy: ColocatedPolicy) -> None:
 def test_steady_steps_reach_to_the_first_end_or_the_last_block() -> None:
     worker = Worker(10, _policy(), caching=False)
     worker.add("a", 4, max_tokens=9)
-    assert worker.scheduler.steady_steps() == 0
+    assert worker.max_steps() == 0
     worker.step()
-    assert worker.scheduler.steady_steps() == 8
+    assert worker.max_steps() == 8
     worker.add("b", 4, max_tokens=30)
-    assert worker.scheduler.steady_steps() == 0
+    assert worker.max_steps() == 0
     worker.step()
-    assert worker.scheduler.steady_steps() == 7
+    assert worker.max_steps() == 7
     worker.skip(7)
     assert worker.ended_at == {"a": 9}
     worker.add("c", 36, token=2)
     worker.step()  # finds no room for it
-    assert worker.scheduler.steady_steps() == 21
+    assert worker.max_steps() == 21
+
+
+def test_steady_steps_tell_what_they_read_and_who_decodes_for_the_first_time() -> None:
+    worker = Worker(40, _policy(max_batch_tokens=2))
+    worker.add("a", 2, max_tokens=20)
+    worker.step()
+    worker.step()
+    worker.add("b", 1, max_tokens=20, token=2)
+    worker.step()
+    worker.add("no tokens of a step are left for it", 1, token=3)
+    steady = worker.scheduler.steady()
+    assert steady is not None
+    assert (steady.max_steps, steady.num_sequences, steady.kv_tokens) == (17, 2, 5 + 2)
+    assert [sequence.key for sequence in steady.newcomers] == ["b"]
+    worker.skip(3)
+    steady = worker.scheduler.steady()
+    assert steady is not None
+    assert (steady.kv_tokens, steady.newcomers) == (13, [])
 
 
 @settings(deadline=None, max_examples=150)
@@ -277,7 +312,7 @@ def test_many_steps_at_once_equal_single_steps(
 def _run(slow: Worker, fast: Worker, num_steps: int) -> None:
     """Both until they have made `num_steps` steps or are idle; `fast` skips where it can, half of the way at times."""
     while num_steps > 0 and len(fast.scheduler):
-        steady = min(fast.scheduler.steady_steps(), num_steps)
+        steady = min(fast.max_steps(), num_steps)
         count = max(1, steady if num_steps % 2 else steady // 2)
         for _ in range(count):
             slow.step()

@@ -13,7 +13,7 @@ from scheduling.prefix_tracker import PrefixTracker
 from scheduling.routing import Choice, DecodeView, PrefillView, choose_decode, choose_prefill
 
 _BLOCK_SIZE = 10
-_SLACK_TOKENS = 60
+_SLACK_TOKENS = 25
 _PREFILL = PrefillView("a", "f", ready=True, max_model_len=1000, queued_tokens=0, running=0)
 _DECODE = DecodeView("a", "f", ready=True, max_model_len=99, block_size=10, total_blocks=10, free_blocks=10, running=0)
 
@@ -32,7 +32,7 @@ def _prefill_views(ids: st.SearchStrategy[str]) -> st.SearchStrategy[PrefillView
         fingerprint=st.sampled_from(["f", "f", "f", "g"]),
         ready=st.sampled_from([True, True, True, False]),
         max_model_len=st.sampled_from([50, 1000, 1000]),
-        queued_tokens=st.integers(0, 12).map(lambda tens: 10 * tens),
+        queued_tokens=st.integers(0, 5).map(lambda tens: 10 * tens),
         running=st.just(0),
     )
 
