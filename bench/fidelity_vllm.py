@@ -129,7 +129,7 @@ def compare(data: Path, run: VllmRun) -> list[tuple[str, ...]]:
     measured = read_requests(data, run)
     model = calibrated(read_vllm_tables(data, run.hardware, model_shape(run.model), run.tp), data, run, measured)
     result = replay(run, model, measured.stream)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, real, simulated in (
         ("TTFT", measured.ttft_s, result.ttft_s),
         ("TPOT", measured.tpot_s, result.tpot_s),
