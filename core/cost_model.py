@@ -76,13 +76,16 @@ class StepCost:
 
     def terms(self) -> dict[str, float]:
         """Name of the term -> seconds."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "interval_s"}
+        return {name: getattr(self, name) for name in _TERMS}
 
     @property
     def bound(self) -> str:
         """The largest term's name, without its unit."""
         terms = self.terms()
         return max(terms, key=terms.__getitem__).removesuffix("_s")
+
+
+_TERMS = tuple(field.name for field in fields(StepCost) if field.name != "interval_s")
 
 
 class CostModel(Protocol):

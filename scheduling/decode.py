@@ -265,12 +265,11 @@ class DecodeScheduler:
         for sequence in batch.newcomers:
             sequence.started_s = now_s
         batch.newcomers = []
-        count = batch.blocks_after(num_steps) - batch.held_blocks
-        batch.loose_blocks.extend(self._pool.allocate(count))
-        self._held_blocks += count
         self._claimed_blocks -= batch.claimed_blocks
-        batch.advance(num_steps)
+        count = batch.advance(num_steps)
         self._claimed_blocks += batch.claimed_blocks
+        self._held_blocks += count
+        batch.loose_blocks.extend(self._pool.allocate(count))
         self._computed_tokens += num_steps * len(batch)
         ended = batch.pop_ended()
         for sequence in ended:

@@ -29,6 +29,8 @@ class GrowingBlocks:
         self._residues[residue] += count
 
     def at(self, step: int) -> int:
+        if self._count == 0:
+            return 0
         full, part = divmod(step, self._block_size)
         # Those whose residue and `part` make up one more block.
         return self._full + self._count * full + sum(self._residues[self._block_size - part :])
@@ -114,14 +116,16 @@ class SteadyBatch:
         if sequence.started_s is None:
             self.newcomers.append(sequence)
 
-    def advance(self, num_steps: int) -> None:
-        """At most `steps_to_first_end`. The caller has put the blocks it takes into `loose_blocks`."""
-        self.held_blocks = self.blocks_after(num_steps)
+    def advance(self, num_steps: int) -> int:
+        """At most `steps_to_first_end`. Returns how many blocks it takes; the caller puts them into `loose_blocks`."""
+        held_blocks = self.blocks_after(num_steps)
+        count, self.held_blocks = held_blocks - self.held_blocks, held_blocks
         self.step += num_steps
         while self._settling and self._settling[0][0] <= self.step:
             _, start, final_claim = heapq.heappop(self._settling)
             self._claims.add(start, -1)
             self._settled_claims += final_claim
+        return count
 
     def sync(self, sequence: Sequence) -> None:
         """Bring its numbers up to date."""

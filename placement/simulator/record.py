@@ -33,6 +33,9 @@ class Record:
 
     def begin_attempt(self, row: int, now_s: float) -> None:
         self.num_attempts[row] += 1
+        if self.num_attempts[row] == 1:
+            self.stamps[row, PREFILL_QUEUED] = now_s
+            return
         stamps = self.stamps[row]
         if np.isnan(stamps[FIRST_TOKEN]):
             stamps[_BEFORE_FIRST_TOKEN] = np.nan

@@ -107,7 +107,6 @@ class Router:
             self._send(attempt)
 
     def transfer_committed(self, attempt: Attempt) -> None:
-        assert attempt.transfer is not None
         if attempt.number == 0 or not self._record.has(attempt.row, stages.SECOND_TOKEN):
             now_s = self._agenda.now_s
             self._stamps[attempt.row, stages.TRANSFER_STARTED] = now_s - attempt.transfer_s
@@ -206,6 +205,7 @@ class Router:
         assert attempt.decode is not None
         assert attempt.transfer is not None
         attempt.transfer_s = self._agenda.now_s - attempt.transfer.started_s
+        attempt.transfer = None
         attempt.prefill.release(attempt)
         attempt.decode.arrived(attempt)
 

@@ -1,7 +1,9 @@
 """Runs a deployment on a stream of requests, in virtual time."""
 
+import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from placement.deployment import Deployment
@@ -47,6 +49,29 @@ def simulate(
     (`stopped_early`). An answer ends after exactly its `output_tokens`, which the scheduler knows as `max_tokens`.
     `step_by_step` looks at every decode step alone: the same result up to rounding, slowly.
     """
+    with _no_search_for_cycles():
+        return _simulate(deployment, requests, until_s, stop_when, step_by_step)
+
+
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """A simulated request leaves no reference cycle behind; looking for them costs a tenth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _simulate(
+    deployment: Deployment,
+    requests: RequestStream,
+    until_s: float,
+    stop_when: Callable[[Progress], bool] | None,
+    step_by_step: bool,
+) -> SimulationResult:
     agenda = Agenda()
     record = Record(requests)
     network = Network(deployment.network, agenda)
