@@ -191,7 +191,7 @@ def _group_lines(plan: Plan) -> list[str]:
 
 
 def _device_lines() -> list[str]:
-    rows = [["DEVICE", "BF16 TFLOPS", "MEMORY GB", "GB/S", "NVLINK GB/S", "NIC GBIT/S", "USD/HOUR"]]
+    rows = [["DEVICE", "BF16 TFLOPS", "MEMORY GB", "MEMORY GB/S", "NVLINK GB/S", "NIC GBIT/S", "USD/HOUR"]]
     for name, device in devices().items():
         figures = (
             device.flops / 1e12,

@@ -7,7 +7,8 @@ import os
 import time
 from pathlib import Path
 
-from cli.common import add_config_arguments, read_config, say, state_folders
+from cli.common import add_config_arguments, say, state_folders
+from cli.serve_file import read_serve_file
 from cli.signals import StopSignals, ignore_signals, signals_interrupt
 from core.clock import SystemClock
 from core.config import ServeConfig
@@ -23,11 +24,14 @@ HELP = "start a model on this machine"
 DESCRIPTION = """\
 Start a router, prefill workers and decode workers on this machine under Ray, print where they listen, and keep them
 running: a worker that dies is started again. Ctrl-C (or `tandem stop`) ends everything, letting running requests
-finish first; a second Ctrl-C does not wait for them."""
+finish first; a second Ctrl-C does not wait for them.
+
+FILE is a serve file, a plan (of `tandem plan`), or an SLO file, which is planned for first."""
 EPILOG = """\
 examples:
   tandem serve                                        the built-in model, one prefill and one decode worker
   tandem serve examples/laptop-2p2d.yaml              what the file says
+  tandem serve plan.yaml                              a plan; --set changes the serve settings made of it
   tandem serve --set router.http=127.0.0.1:9000       another port; 127.0.0.1:0 takes any free one
   tandem serve --set model=~/models/Qwen3-0.6B --set decode.engine.kv_memory=2GiB
 
@@ -45,11 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     began_s = time.monotonic()
-    config = with_token(settle_addresses(read_config(args.file, args.set)))
+    machine = this_machine()
+    config = with_token(settle_addresses(read_serve_file(args.file, args.set, machine)))
     check_model_folder(config.model)
     folders = state_folders()
     folders.make()
-    ray, machine = LocalRay(), this_machine()
+    ray = LocalRay()
     state = _run_state(config, folders.new_log_folder(os.getpid()), ray.folder)
     with signals_interrupt():
         try:

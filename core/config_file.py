@@ -61,6 +61,16 @@ def load_config(path: Path, model: type[T]) -> T:
     return config
 
 
+def top_level_settings(path: Path) -> frozenset[str]:
+    """Names of the settings in the YAML file `path`, to tell what kind of file it is. Empty where it cannot be read as
+    one: `load_config` says why."""
+    try:
+        data = yaml.safe_load(_read_text(path))
+    except (ConfigError, yaml.YAMLError, ValueError, RecursionError):
+        return frozenset()
+    return frozenset(map(str, data)) if isinstance(data, dict) else frozenset()
+
+
 def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     """A copy of `config` with settings replaced, each given as `path.to.setting=value`; values are read as YAML.
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from core.plan import PlanGroup
+from core.plan import Plan, PlanGroup
 from placement.evidence import Candidate, Planned
 
 TERM_NAMES = {
@@ -112,11 +112,15 @@ def headline(planned: Planned) -> str:
 
 def answer(planned: Planned) -> str:
     """What to run and what it serves, or how near one comes, in one sentence."""
-    plan, expected = planned.plan, planned.plan.expected
-    if plan.verdict == "infeasible":
+    if planned.plan.verdict == "infeasible":
         nearest = planned.evidence.nearest or "nothing that was tried reaches the targets"
         return f"{nearest[:1].upper()}{nearest[1:].rstrip('.')}."
-    what = describe_groups(plan.groups)
+    return describe_plan(planned.plan)
+
+
+def describe_plan(plan: Plan) -> str:
+    """What it runs and, where that is known, what it serves, in one sentence."""
+    what, expected = describe_groups(plan.groups), plan.expected
     if expected is None:
         return f"{what}."
     serve = "serves" if sum(group.instances for group in plan.groups) == 1 else "serve"

@@ -1,0 +1,55 @@
+"""What `tandem serve` is given: a serve file, a plan, or an SLO file, told apart by their settings."""
+
+import sys
+from pathlib import Path
+
+import cli.plan
+from cli.common import read_config, say
+from cli.progress import Progress
+from core.config import ServeConfig
+from core.config_file import apply_overrides, load_config, top_level_settings
+from core.errors import ConfigError
+from core.plan import Plan
+from core.slo_file import SloFile
+from deploy.plan_serving import serve_config_of
+from deploy.topology import Machine
+from placement.report import words
+
+_ONLY_IN_PLANS = {"groups", "verdict", "expected"}
+_ONLY_IN_SLO_FILES = {"slo", "cluster", "workload"}
+
+
+def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -> ServeConfig:
+    """What to run. `overrides` change serve settings, whatever kind the file is of. An SLO file is planned for here,
+    which takes a while. Raises ConfigError."""
+    settings = frozenset[str]() if file is None else top_level_settings(file)
+    if file is not None and settings & _ONLY_IN_PLANS:
+        plan = load_config(file, Plan)
+        if plan.groups:
+            say(f"the plan: {words.describe_plan(plan)}")
+        return _config_of(plan, overrides, machine)
+    if file is not None and settings & _ONLY_IN_SLO_FILES:
+        return _config_of(_plan_for(file), overrides, machine)
+    return read_config(file, overrides)
+
+
+def _plan_for(file: Path) -> Plan:
+    slo = load_config(file, SloFile)
+    with Progress(sys.stderr) as progress:
+        planned = cli.plan.search(slo, file, progress, 0)
+    if planned.plan.verdict == "infeasible":
+        raise ConfigError(f"{words.headline(planned)[:-1]} (to see why: tandem plan {file} --report why.html)")
+    for line in cli.plan.as_lines(planned):
+        say(line)
+    say()
+    return planned.plan
+
+
+def _config_of(plan: Plan, overrides: list[str], machine: Machine) -> ServeConfig:
+    config = apply_overrides(serve_config_of(plan, machine), overrides)
+    if str(config.model) == plan.model and not config.model.is_dir():
+        raise ConfigError(
+            f"the plan is for {plan.model}, of which only the name is known here; give its checkpoint with "
+            "--set model=FOLDER"
+        )
+    return config

@@ -1,0 +1,106 @@
+"""A plan -> the serve file that runs it, as far as `tandem serve` can: one device per instance, on this machine."""
+
+import math
+
+from core.config import DecodeSection, EngineSection, PrefillSection, ServeConfig
+from core.config_file import load_config
+from core.errors import ConfigError
+from core.plan import Plan, PlanGroup
+from core.slo_file import SloFile
+from deploy.topology import Machine
+from placement.calibration import Calibration
+from placement.cluster import Cluster
+from placement.models import model_shape
+
+_CPU = "cpu"
+_WIDEST_NUMBER_BYTES = 4.0
+
+
+def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
+    """Instances, batch bounds and KV memory as planned; where the plan rests on a calibration, its threads and dtype
+    too, since what is expected of the plan holds for these. `plan.model` must be a checkpoint's folder.
+
+    Raises ConfigError, in a sentence that says what to do, for a plan that cannot be run here.
+    """
+    _check(plan, machine)
+    prefill, decode = _group(plan, "prefill"), _group(plan, "decode")
+    calibrations = _calibrations(plan)
+    return ServeConfig.model_validate(
+        {
+            "model": plan.model,
+            "prefill": PrefillSection(
+                instances=prefill.instances,
+                max_batch_tokens=prefill.max_batch_tokens,
+                engine=_engine(plan, prefill, calibrations.get(prefill.device.casefold())),
+            ),
+            "decode": DecodeSection(
+                instances=decode.instances,
+                max_batch=decode.max_batch,
+                engine=_engine(plan, decode, calibrations.get(decode.device.casefold())),
+            ),
+        }
+    )
+
+
+def _engine(plan: Plan, group: PlanGroup, calibration: Calibration | None) -> EngineSection:
+    device = _CPU if group.device.casefold() == _CPU else "cuda"
+    if calibration is not None:
+        memory = math.ceil(group.kv_tokens * calibration.kv_bytes_per_token)
+        return EngineSection.model_validate(
+            {"device": device, "kv_memory": memory, "dtype": calibration.dtype, "threads": calibration.threads}
+        )
+    shape = model_shape(plan.model)
+    per_token = shape.kv_bytes_per_token
+    if device == _CPU:  # the engine decides by what the CPU can multiply; there is room either way
+        per_token *= _WIDEST_NUMBER_BYTES / shape.kv_bytes
+    return EngineSection.model_validate({"device": device, "kv_memory": math.ceil(group.kv_tokens * per_token)})
+
+
+def _calibrations(plan: Plan) -> dict[str, Calibration]:
+    """By type of device, in small letters; empty where the plan names no SLO file, or one that is gone."""
+    if plan.slo_file is None or not plan.slo_file.is_file():
+        return {}
+    section = load_config(plan.slo_file, SloFile).cluster
+    return {name.casefold(): calibration for name, calibration in Cluster.of(section).calibrations.items()}
+
+
+def _group(plan: Plan, role: str) -> PlanGroup:
+    """The one group of this role; several that differ only in where they stand are one."""
+    groups = [group for group in plan.groups if group.role == role]
+    alike = {group.model_copy(update={"instances": 1, "devices": ()}) for group in groups}
+    if len(alike) > 1:
+        raise ConfigError(
+            f"the plan has {role} instances of {len(alike)} kinds, and `tandem serve` runs one kind of each role "
+            f"so far; make the plan's {role} groups alike"
+        )
+    return groups[0].model_copy(update={"instances": sum(group.instances for group in groups), "devices": ()})
+
+
+def _check(plan: Plan, machine: Machine) -> None:
+    if not plan.groups:
+        raise ConfigError("the plan has no instances: nothing that was tried meets its targets")
+    if any(group.role == "colocated" for group in plan.groups):
+        raise ConfigError(
+            "the plan has colocated instances, and `tandem serve` runs prefill and decode apart so far; "
+            "plan with --set search.layouts=[disaggregated]"
+        )
+    large = next((group for group in plan.groups if group.shape.num_ranks > 1), None)
+    if large is not None:
+        raise ConfigError(
+            f"the plan's {large.role} instances are {large.shape}, and `tandem serve` runs instances of one device so "
+            "far; plan with --set search.max_tp=1 --set search.max_pp=1"
+        )
+    nodes = {rank.rpartition(":")[0] for group in plan.groups for ranks in group.devices for rank in ranks}
+    if len(nodes) > 1:
+        raise ConfigError(
+            f"the plan stands on {len(nodes)} nodes, and `tandem serve` runs on one machine so far; "
+            "plan for one node (cluster.nodes)"
+        )
+    on_gpu = [group for group in plan.groups if group.device.casefold() != _CPU]
+    wanted = sum(group.num_devices for group in on_gpu)
+    if wanted > machine.gpus:
+        have = f"has {machine.gpus} GPUs" if machine.gpus else "has no GPU"
+        raise ConfigError(
+            f"the plan wants {wanted} x {on_gpu[0].device}, but this machine {have}; plan for what is here "
+            "(cluster.nodes.device: cpu, for one)"
+        )
