@@ -1,0 +1,88 @@
+"""What `tandem serve` makes of a plan and of an SLO file, up to the point where a cluster would start."""
+
+from pathlib import Path
+
+import pytest
+
+import cli.plan
+from cli.progress import Progress
+from cli.serve_file import read_serve_file
+from core.config_file import dump_config
+from core.errors import ConfigError
+from core.plan import Plan, PlanGroup
+from core.slo_file import SloFile
+from deploy.topology import Machine
+from placement.evidence import Planned
+from tests.placement.planned import plan_of, planned
+
+BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"
+MACHINE = Machine(cores=2)
+GROUPS = (
+    PlanGroup(role="prefill", instances=1, device="cpu", kv_tokens=1000),
+    PlanGroup(role="decode", instances=2, device="cpu", kv_tokens=1000),
+)
+SLO = f"""\
+model: {BUILT_IN}
+cluster: {{nodes: [{{device: cpu, devices: 3}}]}}
+slo: [{{ttft_s: 0.4, tpot_s: 0.04}}]
+workload: {{dataset: sharegpt, rate: 1}}
+"""
+
+
+def _written(folder: Path, plan: Plan) -> Path:
+    path = folder / "some.yaml"
+    path.write_text(f"# A plan\n{dump_config(plan)}")
+    return path
+
+
+def _answer_with(plan: Plan, monkeypatch: pytest.MonkeyPatch, **evidence: object) -> None:
+    def search(slo: SloFile, file: Path, progress: Progress, workers: int) -> Planned:
+        return Planned(plan, planned(plan.verdict, **evidence).evidence)
+
+    monkeypatch.setattr(cli.plan, "search", search)
+
+
+def test_a_plan_is_told_by_its_settings_and_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _written(tmp_path, plan_of(BUILT_IN, GROUPS))
+    config = read_serve_file(path, ["router.http=127.0.0.1:9000"], MACHINE)
+    assert (config.model, config.decode.instances, config.router.http) == (BUILT_IN, 2, "127.0.0.1:9000")
+    assert "1 prefill instance (tp1) and 2 decode instances (tp1) on cpu" in capsys.readouterr().out
+
+
+def test_a_serve_file_stays_one(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("model: m\nprefill: {instances: 3}\n")
+    assert read_serve_file(path, [], MACHINE).prefill.instances == 3
+
+
+def test_a_plan_of_a_name_needs_a_checkpoint(tmp_path: Path) -> None:
+    path = _written(tmp_path, plan_of(Path("Llama-3.1-8B"), GROUPS))
+    with pytest.raises(ConfigError, match=r"of which only the name is known here; .* --set model=FOLDER"):
+        read_serve_file(path, [], MACHINE)
+    assert read_serve_file(path, [f"model={BUILT_IN}"], MACHINE).model == BUILT_IN
+
+
+def test_an_slo_file_is_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "slo.yaml"
+    path.write_text(SLO)
+    _answer_with(plan_of(BUILT_IN, GROUPS), monkeypatch)
+    assert read_serve_file(path, [], MACHINE).decode.instances == 2
+    assert capsys.readouterr().out.startswith("Disaggregate: ")
+
+
+def test_nothing_is_started_for_an_slo_that_nothing_meets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "slo.yaml"
+    path.write_text(SLO)
+    _answer_with(Plan(model=str(BUILT_IN), verdict="infeasible", groups=()), monkeypatch)
+    with pytest.raises(ConfigError, match=r"^Infeasible: the best plan reaches 90 % .*tandem plan .* --report"):
+        read_serve_file(path, [], MACHINE)
+
+
+@pytest.mark.parametrize(("name", "text"), [("plan", "verdict: colocate\n"), ("SLO file", "slo: []\n")])
+def test_half_a_file_is_told_what_its_kind_is_missing(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / "half.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="model is missing"):
+        read_serve_file(path, [], MACHINE)

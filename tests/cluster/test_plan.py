@@ -1,0 +1,70 @@
+"""A plan file, `tandem serve`, an answer."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from core.config_file import dump_config
+from core.plan import PlanGroup
+from tests.placement.planned import plan_of
+
+ROOT = Path(__file__).parents[2]
+PORTS = [f"--set=router.{name}=127.0.0.1:0" for name in ("http", "grpc", "control")]
+READY_S = 120.0  # a minute of which a busy machine may need for Ray alone
+
+
+@pytest.mark.timeout(240)
+def test_a_plan_is_served(built_in_model: Path, tmp_path: Path) -> None:
+    groups = [
+        PlanGroup(role="prefill", instances=1, device="cpu", max_batch_tokens=256, kv_tokens=2048),
+        PlanGroup(role="decode", instances=1, device="cpu", max_batch=8, kv_tokens=2048),
+    ]
+    plan, output = tmp_path / "plan.yaml", tmp_path / "output"
+    plan.write_text(dump_config(plan_of(built_in_model, groups)))
+    environment = {**os.environ, "TANDEM_STATE_DIR": str(tmp_path / "state"), "OMP_NUM_THREADS": "1"}
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", "serve", str(plan), *PORTS],
+            env=environment,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        url = _wait_for(process, output, r"HTTP +(http://\S+/v1) ")
+        body = {"model": "tiny-python", "prompt": "import ", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        answer = httpx.post(f"{url}/completions", json=body, timeout=60.0)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 8
+        status = subprocess.run(
+            [sys.executable, "-m", "cli.main", "status", "--json"],
+            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        blocks = [instance["blocks"]["total"] for instance in json.loads(status.stdout)["fleet"]["instances"]]
+        assert all(total >= 2048 // 16 for total in blocks), "there is room for the KV that the plan counts on"
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            ended = process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    assert ended == 0, output.read_text()
+
+
+def _wait_for(process: subprocess.Popen[bytes], output: Path, pattern: str) -> str:
+    until_s = time.monotonic() + READY_S
+    while time.monotonic() < until_s:
+        if match := re.search(pattern, output.read_text()):
+            return match[1]
+        assert process.poll() is None, output.read_text()
+        time.sleep(0.1)
+    raise AssertionError(f"{pattern} was never printed:\n{output.read_text()}")

@@ -1,0 +1,108 @@
+"""From a plan to the serve file that runs it, and what cannot be run yet."""
+
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.config_file import dump_config
+from core.errors import ConfigError
+from core.plan import Plan, PlanGroup
+from deploy.plan_serving import serve_config_of
+from deploy.topology import Machine
+from placement.calibration import Calibration, FitError, Terms
+from tests.placement.planned import plan_of
+
+BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"
+LAPTOP = Machine(cores=4)
+
+
+def group(role: str, **settings: Any) -> PlanGroup:
+    return PlanGroup.model_validate({"role": role, "instances": 1, "device": "cpu", "kv_tokens": 1000} | settings)
+
+
+def test_instances_batches_and_memory_are_as_planned() -> None:
+    plan = plan_of(
+        BUILT_IN,
+        [
+            group("prefill", instances=2, max_batch_tokens=512, kv_tokens=4000, devices=(("0:0",), ("0:1",))),
+            group("decode", max_batch=24, kv_tokens=1600, devices=(("0:2",),)),
+        ],
+    )
+    config = serve_config_of(plan, LAPTOP)
+    assert config.model == BUILT_IN
+    assert (config.prefill.instances, config.prefill.max_batch_tokens) == (2, 512)
+    assert (config.decode.instances, config.decode.max_batch) == (1, 24)
+    assert config.prefill.engine.device == config.decode.engine.device == "cpu"
+    assert config.prefill.engine.kv_memory == 2.5 * config.decode.engine.kv_memory
+    per_token = config.decode.engine.kv_memory / 1600
+    assert per_token == 4 * 2 * 2 * 32 * 4, "layers, K and V, KV heads, numbers of a head, bytes of float32"
+
+
+def test_groups_that_differ_only_in_their_place_are_one() -> None:
+    plan = plan_of(BUILT_IN, [group("prefill"), group("decode"), group("decode", instances=2)])
+    assert serve_config_of(plan, LAPTOP).decode.instances == 3
+
+
+def test_a_calibration_says_threads_and_dtype(tmp_path: Path) -> None:
+    calibration = Calibration(
+        measured_on=date(2026, 11, 21),
+        device="some CPU",
+        cores=4,
+        model="tiny-python",
+        weights_hash="x",
+        dtype="bfloat16",
+        ops="torch",
+        threads=2,
+        kv_bytes_per_token=100.0,
+        kv_memory_bytes=1 << 20,
+        terms=Terms(linear=((1, 0.001),), attention_per_pair=0, kv_read=((1, 0),), kv_per_sequence=0, head=0,
+                    head_per_sampled=0),
+        error=FitError(median=0.05, mean=0.05, worst=0.1, fitted_median=0.02),
+    )  # fmt: skip
+    (tmp_path / "laptop.yaml").write_text(dump_config(calibration))
+    slo_path = tmp_path / "slo.yaml"
+    slo_path.write_text(
+        f"model: {BUILT_IN}\n"
+        "cluster: {nodes: [{device: cpu, devices: 2, calibration: laptop.yaml}]}\n"
+        "slo: [{ttft_s: 1, tpot_s: 0.1}]\n"
+        "workload: {dataset: sharegpt}\n"
+    )
+    plan = plan_of(BUILT_IN, [group("prefill"), group("decode")]).model_copy(update={"slo_file": slo_path})
+    engine = serve_config_of(plan, LAPTOP).prefill.engine
+    assert (engine.threads, engine.dtype, engine.kv_memory) == (2, "bfloat16", 100_000)
+    gone = plan.model_copy(update={"slo_file": tmp_path / "gone.yaml"})
+    assert serve_config_of(gone, LAPTOP).prefill.engine.threads == 0
+
+
+def test_planned_gpus_that_are_here_are_used() -> None:
+    plan = plan_of(BUILT_IN, [group("prefill", device="H100"), group("decode", device="H100", instances=2)])
+    config = serve_config_of(plan, Machine(cores=4, gpus=3))
+    assert config.prefill.engine.device == config.decode.engine.device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ([group("colocated")], ["colocated", "search.layouts=[disaggregated]"]),
+        ([group("prefill", tp=2), group("decode")], ["prefill instances are tp2", "search.max_tp=1"]),
+        ([group("prefill"), group("decode", max_batch=2), group("decode")], ["decode instances of 2 kinds"]),
+        (
+            [group("prefill", devices=(("0:0",),)), group("decode", devices=(("1:0",),))],
+            ["stands on 2 nodes", "one machine"],
+        ),
+        ([group("prefill"), group("decode", device="H100", instances=2)], ["wants 2 x H100", "has no GPU"]),
+    ],
+)
+def test_what_cannot_be_run_yet_is_said_with_what_could_be_done(groups: list[PlanGroup], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        serve_config_of(plan_of(BUILT_IN, groups), LAPTOP)
+    assert "\n" not in caught.value.message
+    for word in words:
+        assert word in caught.value.message
+
+
+def test_a_plan_that_nothing_meets_runs_nothing() -> None:
+    with pytest.raises(ConfigError, match="no instances"):
+        serve_config_of(Plan(model=str(BUILT_IN), verdict="infeasible", groups=()), LAPTOP)
