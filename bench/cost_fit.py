@@ -1,6 +1,6 @@
 """Fits the efficiencies of a family of devices to the samples that are not held out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -78,7 +78,7 @@ def _fit_part(samples: Sequence[Sample], start: Efficiency, part: str, names: Se
     return at(found.x)
 
 
-def errors(samples: Sequence[Sample], fitted: dict[str, Efficiency]) -> list[Error]:
+def errors(samples: Sequence[Sample], fitted: Mapping[str, Efficiency]) -> list[Error]:
     """One for each operator, source and device, fitted and held out apart."""
     groups: dict[tuple[str, str, str, bool], list[float]] = {}
     for sample in samples:

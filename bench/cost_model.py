@@ -62,7 +62,7 @@ _HEADER = """\
 # Written by `python -m bench.cost_model fit`; do not edit, but for `cpu`, which is a guess until one calibrates.
 # Fitted to half of: aiconfigurator systems/data (Apache-2.0, 095f58a), Vidur data/profiling (MIT, 7d47513),
 # LLMServingSim profiler/perf (MIT, 5daddb2); engines: Splitwise perf_model.csv (MIT, 8f99e7d), sarathi-serve
-# osdi-experiments (Apache-2.0, ceaa066), aiconfigurator silicon_sample.csv (vllm, trtllm, sglang: H100, 2026).
+# osdi-experiments (Apache-2.0, ceaa066), aiconfigurator silicon_sample.csv (vllm, trtllm: H100, 2026).
 # Meaning of the numbers: placement/efficiency.py. A family without any measurement (cdna3) takes `default`, hopper's.
 """
 
@@ -109,7 +109,7 @@ def _of(system: str, steps: Sequence[StepSample]) -> list[StepSample]:
 def _document(families: Mapping[str, Efficiency], engines: Mapping[str, EngineOverhead], error: float) -> str:
     previous: Any = yaml.safe_load((DATA / "efficiency.yaml").read_text("utf-8"))
     parts = {"default": as_yaml(families["hopper"])} | {name: as_yaml(family) for name, family in families.items()}
-    overheads = {name: _rounded(asdict(overhead)) for name, overhead in (engines | {"none": _NO_OVERHEAD}).items()}
+    overheads = {name: _rounded(asdict(overhead)) for name, overhead in {**engines, "none": _NO_OVERHEAD}.items()}
     data = {
         "step_error": round(error, 3),
         "engines": overheads,

@@ -151,11 +151,14 @@ def _llmservingsim(folder: Path) -> Iterator[StepSample]:
 
 
 def _silicon(folder: Path) -> Iterator[StepSample]:
-    """Served in a closed loop, colocated: a mean time per token is a decode step and its share of others' prefills."""
+    """Served in a closed loop, colocated: a mean time per token is a decode step and its share of others' prefills.
+
+    Of SGLang that is not so: it computes waiting prompts first, and a request waits for those behind it only.
+    """
     models = {"meta-llama/Llama-3.1-8B-Instruct": "Llama-3.1-8B", "Qwen/Qwen3-32B": "Qwen3-32B"}
     for row in read_rows(folder, "aic_e2e_silicon_sample.csv.gz"):
         is_plain = row["gemm_quant_mode"] == "" and row["mode"] == "agg" and row["system"] == "h100_sxm"
-        if not is_plain or row["model_path"] not in models or not row["silicon_tpot_ms"]:
+        if not is_plain or row["backend"] == "sglang" or row["model_path"] not in models or not row["silicon_tpot_ms"]:
             continue
         batch, prompt, output = int(row["concurrency"]), int(row["isl"]), int(row["osl"])
         if output < 2 or float(row["attention_dp_size"] or 1) != 1 or batch != int(float(row["batch_size"] or 0)):

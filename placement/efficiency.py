@@ -12,7 +12,7 @@ from typing import Any
 
 from placement.catalogue import find_name, read_yaml
 
-_SHARES = frozenset({"compute", "memory", "bandwidth", "send"})  # fields that are a share of a device's peak
+_SLOWED = frozenset({"compute", "bandwidth", "send"})  # shares of a peak that other kernels may not reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +83,13 @@ class Efficiency:
     elementwise: GemmEfficiency  # norms, rotation, activation, residuals: `memory` only
 
     def slowed(self, factor: float) -> "Efficiency":
-        """The same with every share of a peak divided by `factor`; latencies stay."""
+        """The same with what is computed and sent slower by `factor`. Latencies stay, and so does reading memory:
+        kernels of any age read weights and KV about as fast."""
 
         slow: dict[str, Any] = {}
         for part in fields(self):
             fit = getattr(self, part.name)
-            shares = _SHARES & {field.name for field in fields(fit)}
+            shares = _SLOWED & {field.name for field in fields(fit)}
             slow[part.name] = replace(fit, **{name: getattr(fit, name) / factor for name in shares})
         return Efficiency(**slow)
 
@@ -97,8 +98,8 @@ class Efficiency:
 class EngineOverhead:
     """What an engine adds to a step: `step_s`, and `sequence_s` per sequence that samples. Launching one layer's
     kernels takes its CPU `eager_layer_s`, so that no step without CUDA graphs is shorter than that times the layers;
-    `graph_decode`: steps that only decode are one launch. Its kernels take `slowdown` times what the efficiencies
-    say (older kernels, a device that is short of power)."""
+    `graph_decode`: steps that only decode are one launch. It computes and sends `slowdown` times slower than the
+    efficiencies say (older kernels, a device that is short of power)."""
 
     step_s: float
     sequence_s: float

@@ -1,0 +1,36 @@
+"""Loads of steps, and what their costs sum to."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.cost_model import StepCost, StepLoad, pairs
+
+
+def test_pairs_count_the_causal_triangle() -> None:
+    assert pairs(0, 4) == 1 + 2 + 3 + 4
+    assert pairs(10, 2) == 11 + 12
+    assert pairs(7, 0) == 0
+
+
+@given(start=st.integers(0, 50), first=st.integers(0, 50), second=st.integers(0, 50))
+def test_chunks_of_a_prompt_have_the_pairs_of_the_whole(start: int, first: int, second: int) -> None:
+    assert pairs(start, first) + pairs(start + first, second) == pairs(start, first + second)
+
+
+def test_loads_of_prompts_and_of_decode() -> None:
+    load = StepLoad.of_prompts(3, 5)
+    assert (load.tokens, load.prefill_sequences, load.prefill_pairs, load.sampled) == (8, 2, 6 + 15, 2)
+    assert load.prefill_kv_tokens == 8
+    # What published fits call the sum of squared lengths
+    assert 2 * load.prefill_pairs - load.prefill_tokens == 3**2 + 5**2
+    decode = StepLoad.of_decode(4, 100)
+    assert (decode.tokens, decode.decode_kv_tokens, decode.sampled) == (4, 100, 4)
+    assert StepLoad().tokens == 0
+
+
+def test_terms_sum_to_the_total_and_the_largest_one_binds() -> None:
+    cost = StepCost(linear_s=3e-3, kv_read_s=5e-3, overhead_s=1e-3, interval_s=4e-3)
+    assert cost.total_s == pytest.approx(9e-3)
+    assert "interval_s" not in cost.terms()
+    assert cost.bound == "kv_read"
