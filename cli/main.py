@@ -6,11 +6,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cli import chat, doctor, plan, scale, schema, serve, simulate, status, stop, version
+from cli import chat, doctor, plan, profile, scale, schema, serve, simulate, status, stop, version
 from cli.common import complain
 from core.errors import ConfigError, TandemError
 
-_COMMANDS = (plan, simulate, serve, status, chat, scale, stop, schema, doctor, version)
+_COMMANDS = (profile, plan, simulate, serve, status, chat, scale, stop, schema, doctor, version)
 _EPILOG = """\
 a first visit:
   tandem doctor        is this machine ready?

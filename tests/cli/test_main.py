@@ -9,7 +9,7 @@ import pytest
 
 from cli.main import main
 
-COMMANDS = ["plan", "serve", "status", "chat", "scale", "stop", "doctor", "version"]
+COMMANDS = ["profile", "plan", "serve", "status", "chat", "scale", "stop", "doctor", "version"]
 
 
 @pytest.fixture(autouse=True)
