@@ -1,4 +1,4 @@
-"""What a router's requests look like lately: how often they come, and samples of their lengths.
+"""What a router's requests look like lately: when they come, and samples of their lengths.
 
     window 0            window 1            window 2
     |-------------------|-------------------|-----------
@@ -8,13 +8,16 @@ Windows follow each other without overlap, so that two of them are independent s
 uniform sample (Vitter, "Random Sampling with a Reservoir", 1985, algorithm R): no text, no token ids, bounded memory.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileSnapshot:
-    """One closed window. The four tuples have one entry per sampled request, in no order that means anything.
+    """One closed window. The tuples of tokens and classes have one entry per sampled request, in no order that means
+    anything. `arrival_s` has the window's first arrivals, in order, from its beginning.
 
     `rate` counts arrivals per second, refused ones included; `arrival_cv` is the coefficient of variation of the times
     between them, 1 where there were too few to tell. `finished` requests had an answer, of which `output_tokens` counts
@@ -26,6 +29,7 @@ class ProfileSnapshot:
     arrivals: int
     arrival_cv: float
     finished: int
+    arrival_s: tuple[float, ...]
     prompt_tokens: tuple[int, ...]
     output_tokens: tuple[int, ...]
     cached_tokens: tuple[int, ...]
@@ -34,6 +38,33 @@ class ProfileSnapshot:
     @property
     def rate(self) -> float:
         return self.arrivals / self.window_s
+
+    @classmethod
+    def pooled(cls, snapshots: Sequence["ProfileSnapshot"]) -> "ProfileSnapshot":
+        """Windows that follow each other, at least one, as if they were one with a larger sample. Burstiness is their
+        mean; arrivals that were not kept leave a gap only where no later window follows."""
+        last = snapshots[-1]
+        arrivals = sum(one.arrivals for one in snapshots)
+        began_s = list(itertools.accumulate((one.kept_s for one in snapshots), initial=0.0))
+        return cls(
+            window=last.window,
+            window_s=sum(one.window_s for one in snapshots),
+            arrivals=arrivals,
+            arrival_cv=sum(one.arrival_cv for one in snapshots) / len(snapshots),
+            finished=sum(one.finished for one in snapshots),
+            arrival_s=tuple(
+                at_s + offset_s for one, offset_s in zip(snapshots, began_s, strict=False) for at_s in one.arrival_s
+            ),
+            prompt_tokens=tuple(itertools.chain.from_iterable(one.prompt_tokens for one in snapshots)),
+            output_tokens=tuple(itertools.chain.from_iterable(one.output_tokens for one in snapshots)),
+            cached_tokens=tuple(itertools.chain.from_iterable(one.cached_tokens for one in snapshots)),
+            slo_class=tuple(itertools.chain.from_iterable(one.slo_class for one in snapshots)),
+        )
+
+    @property
+    def kept_s(self) -> float:
+        """How much of the window `arrival_s` covers."""
+        return self.window_s if len(self.arrival_s) == self.arrivals else self.arrival_s[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +82,7 @@ class _Window:
     number: int
     began_s: float
     arrivals: int = 0
+    arrival_s: list[float] = field(default_factory=list)
     last_arrival_s: float = 0.0
     gaps: int = 0
     gaps_s: float = 0.0
@@ -66,7 +98,8 @@ class _Window:
 
 
 class WorkloadProfile:
-    """Counts requests as they come and go; constant time for each, `capacity` sampled requests for a window.
+    """Counts requests as they come and go; constant time for each, and `capacity` sampled requests, and as many
+    arrivals, for a window.
 
     A window lasts `window_s`, and longer where that is what `min_requests` finished ones need: a window can be judged.
     Times are monotonic seconds of one clock and never decrease.
@@ -94,6 +127,8 @@ class WorkloadProfile:
             window.squared_gaps += gap_s * gap_s
         window.arrivals += 1
         window.last_arrival_s = now_s
+        if len(window.arrival_s) < self._capacity:
+            window.arrival_s.append(now_s - window.began_s)
 
     def finished(self, request: ServedRequest, now_s: float) -> None:
         """A request is over, with an answer."""
@@ -118,6 +153,7 @@ class WorkloadProfile:
             arrivals=window.arrivals,
             arrival_cv=window.arrival_cv(),
             finished=window.finished,
+            arrival_s=tuple(window.arrival_s),
             prompt_tokens=tuple(request.prompt_tokens for request in window.sample),
             output_tokens=tuple(request.output_tokens for request in window.sample),
             cached_tokens=tuple(request.cached_tokens for request in window.sample),

@@ -7,6 +7,7 @@ It decides and says what it decided; nothing of the running cluster is changed.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class Replanner:
         self._folder = folder
         self._poll_s = poll_s
         self._detector = DriftDetector(planned_workload(plan, slo_file), limits_of(plan, slo_file), policy)
-        self._judged: ProfileSnapshot | None = None
+        self._judged: deque[ProfileSnapshot] = deque(maxlen=self._detector.most_windows_to_confirm)
         self._planning: asyncio.Task[ReplanAnswer] | None = None
         self._questions = 0
         self._proposal: Proposal | None = None
@@ -107,8 +108,8 @@ class Replanner:
             self._planning = None
         try:
             snapshot = await self._profile_source()
-            if snapshot is not None and snapshot != self._judged:
-                self._judged = snapshot
+            if snapshot is not None and (not self._judged or snapshot != self._judged[-1]):
+                self._judged.append(snapshot)
                 self._judge(snapshot)
             await self._publish(self.status)
         except TandemError as error:  # the router is being started again
@@ -124,18 +125,21 @@ class Replanner:
     def _judge(self, snapshot: ProfileSnapshot) -> None:
         match self._detector.observe(Workload.live(snapshot), self._clock.now_s()):
             case Decision.REPLAN:
-                self._ask(snapshot)
+                self._ask()
             case Decision.WITHDRAW:
                 self._proposal = None
                 self._tell("the requests that the proposal was for come no more; it is withdrawn")
             case Decision.NOTHING if self._detector.state in (DriftState.STABLE, DriftState.SUSPECT):
                 self._note = _say_state(self._detector.state)
 
-    def _ask(self, snapshot: ProfileSnapshot) -> None:
+    def _ask(self) -> None:
+        windows = list(self._judged)[-self._detector.windows_to_confirm :]
         self._questions += 1
         folder = self._folder / f"replan-{self._questions}"
         self._tell(f"requests are unlike those planned for ({_say_changes(self.status)}); planning again")
-        self._planning = asyncio.create_task(self._plan_again(folder, snapshot), name="plan again")
+        self._planning = asyncio.create_task(
+            self._plan_again(folder, ProfileSnapshot.pooled(windows)), name="plan again"
+        )
 
     async def _plan_again(self, folder: Path, snapshot: ProfileSnapshot) -> ReplanAnswer:
         try:

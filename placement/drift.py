@@ -13,9 +13,13 @@
                      the cool-down is over                          |
                                                   stays while requests are like those it is for
 
-Hysteresis has four parts. A change must persist for some windows, to come and to go. It begins at strength 1 and ends
-below `leave`. Nothing new begins during a cool-down, which doubles whenever a proposal or a plan has come to nothing
-soon, up to a bound. And where planning again gained nothing, requests like those are not planned for again.
+Hysteresis has four parts. A change must persist for some windows, to come and to go, and planning is for all of these
+windows together. It begins at strength 1 and ends below `leave`. Nothing new begins during a cool-down. And where
+planning again gained nothing, requests like those are not planned for again.
+
+Whenever a proposal or a plan soon came to nothing, cool-down and persistence are doubled, up to `most_patience` times;
+a proposal that lasts makes them short again. So what alternates fast is answered once, and what alternates slowly is
+followed.
 
 Time comes in as an argument, in seconds of any one clock.
 """
@@ -35,8 +39,8 @@ class DriftPolicy:
     leave: float = 0.7
     min_gain: float = 0.10
     cool_down_s: float = 1800.0
-    longest_cool_down_s: float = 6 * 3600.0
     short_lived_s: float = 2 * 3600.0
+    most_patience: int = 8
 
 
 class Decision(Enum):
@@ -57,13 +61,23 @@ class DriftDetector:
         self._asked: Workload | None = None  # what planning was last begun for
         self._futile: Workload | None = None  # for which planning gained nothing
         self._is_drifted = False
-        self._in_a_row = 0  # windows that speak for leaving the state
+        self._in_a_row: list[Workload] = []  # windows that speak for leaving the state
+        self._patience = 1  # times the policy's windows and cool-down
         self._proposed_s = 0.0
-        self._next_cool_down_s = self._policy.cool_down_s
         self._cool_until_s = 0.0
 
+    @property
+    def windows_to_confirm(self) -> int:
+        """How many windows in a row it takes, now, to begin planning or to withdraw."""
+        return self._policy.confirm_windows * self._patience
+
+    @property
+    def most_windows_to_confirm(self) -> int:
+        return self._policy.confirm_windows * self._policy.most_patience
+
     def observe(self, live: Workload, now_s: float) -> Decision:
-        """Judge one window. REPLAN: `answered` is to be called when planning is over."""
+        """Judge one window. REPLAN: planning is to begin for the last `windows_to_confirm` windows together, and
+        `answered` to be called when it is over."""
         self.changes = compare(self._planned, live, self._limits)
         self._judge(live)
         match self.state:
@@ -86,7 +100,7 @@ class DriftDetector:
             return True
         if gain is not None:
             self._futile = self._asked
-        self._cool(now_s, for_nothing=True)
+        self._cool(now_s, came_to_nothing=True)
         return False
 
     def _judge(self, live: Workload) -> None:
@@ -102,33 +116,32 @@ class DriftDetector:
             return Decision.NOTHING
         if self.state is DriftState.STABLE:
             self._enter(DriftState.SUSPECT)
-        self._in_a_row += 1
-        if self._in_a_row < self._policy.confirm_windows:
+        self._in_a_row.append(live)
+        if len(self._in_a_row) < self.windows_to_confirm:
             return Decision.NOTHING
-        self._asked = live
+        self._asked = Workload.pooled(self._in_a_row)
         self._enter(DriftState.REPLANNING)
         return Decision.REPLAN
 
     def _keep_or_withdraw(self, live: Workload, now_s: float) -> Decision:
         assert self._asked is not None, "a proposal is for some workload"
-        stays = self._is_drifted and self._strength_from(self._asked, live) < 1.0
-        self._in_a_row = 0 if stays else self._in_a_row + 1
-        if self._in_a_row < self._policy.confirm_windows:
+        if self._is_drifted and self._strength_from(self._asked, live) < 1.0:
+            self._in_a_row.clear()
             return Decision.NOTHING
-        self._cool(now_s, for_nothing=now_s - self._proposed_s < self._policy.short_lived_s)
+        self._in_a_row.append(live)
+        if len(self._in_a_row) < self.windows_to_confirm:
+            return Decision.NOTHING
+        self._cool(now_s, came_to_nothing=now_s - self._proposed_s < self._policy.short_lived_s)
         return Decision.WITHDRAW
 
     def _strength_from(self, other: Workload, live: Workload) -> float:
         return strength(compare(other, live, self._limits))
 
-    def _cool(self, now_s: float, *, for_nothing: bool) -> None:
-        if not for_nothing:
-            self._next_cool_down_s = self._policy.cool_down_s
-        self._cool_until_s = now_s + self._next_cool_down_s
-        if for_nothing:
-            self._next_cool_down_s = min(2 * self._next_cool_down_s, self._policy.longest_cool_down_s)
+    def _cool(self, now_s: float, *, came_to_nothing: bool) -> None:
+        self._patience = min(2 * self._patience, self._policy.most_patience) if came_to_nothing else 1
+        self._cool_until_s = now_s + self._policy.cool_down_s * self._patience
         self._enter(DriftState.COOLING)
 
     def _enter(self, state: DriftState) -> None:
         self.state = state
-        self._in_a_row = 0
+        self._in_a_row = []

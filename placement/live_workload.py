@@ -36,8 +36,8 @@ def planned_workload(plan: Plan, slo_file: SloFile) -> Workload:
 def write_question(folder: Path, running: Plan, slo_file: SloFile, snapshot: ProfileSnapshot) -> None:
     """Make `folder`, which must be new, with the three files. Raises OSError.
 
-    The sampled lengths come in random order, as many as the planner's simulations take, at the window's rate and
-    burstiness. What the prefix cache had becomes one common prefix of mean length, in as many requests as had some.
+    Arrivals are the kept ones, over and over if the planner's simulations take more; sampled lengths come in random
+    order. What the prefix cache had becomes one common prefix of mean length, in as many requests as had some.
     """
     folder.mkdir()
     trace = (folder / "workload.csv").resolve()
@@ -63,7 +63,7 @@ def _write_trace(path: Path, slo_file: SloFile, snapshot: ProfileSnapshot) -> No
     size = len(snapshot.prompt_tokens)
     repeats = -(-slo_file.search.requests // size)
     order = np.concatenate([rng.permutation(size) for _ in range(repeats)])[: slo_file.search.requests]
-    arrival_s = _arrivals(snapshot, len(order), rng)
+    arrival_s = _arrivals(snapshot, len(order))
     has_classes = any(snapshot.slo_class)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
@@ -73,8 +73,8 @@ def _write_trace(path: Path, slo_file: SloFile, snapshot: ProfileSnapshot) -> No
             rows.writerow([*row, slo_file.slo[snapshot.slo_class[place]].name] if has_classes else row)
 
 
-def _arrivals(snapshot: ProfileSnapshot, count: int, rng: np.random.Generator) -> Floats:
-    """`count` arrivals with gamma-distributed gaps: of the window's coefficient of variation, and exactly its rate."""
-    gaps = rng.standard_gamma(1.0 / max(0.1, snapshot.arrival_cv) ** 2, count)
-    arrival_s: Floats = np.cumsum(gaps) / (gaps.mean() * max(1, snapshot.arrivals) / snapshot.window_s)
+def _arrivals(snapshot: ProfileSnapshot, count: int) -> Floats:
+    kept_s = np.array(snapshot.arrival_s or (0.0,))
+    rounds = np.arange(-(-count // len(kept_s)))
+    arrival_s: Floats = (rounds[:, None] * snapshot.kept_s + kept_s).ravel()[:count]
     return arrival_s

@@ -11,6 +11,7 @@ requests every difference is significant. Size alone means nothing in a small wi
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -51,6 +52,18 @@ class Workload:
             rate=max(1, snapshot.arrivals) / snapshot.window_s,
             rate_error=snapshot.arrival_cv / math.sqrt(max(1, snapshot.arrivals)),
             cached_share=sum(snapshot.cached_tokens) / max(1, sum(snapshot.prompt_tokens)),
+        )
+
+    @classmethod
+    def pooled(cls, windows: Sequence["Workload"]) -> "Workload":
+        """Several windows, at least one, as one."""
+        count = len(windows)
+        return cls(
+            prompt_tokens=np.sort(np.concatenate([one.prompt_tokens for one in windows])),
+            output_tokens=np.sort(np.concatenate([one.output_tokens for one in windows])),
+            rate=sum(one.rate for one in windows) / count,
+            rate_error=math.hypot(*(one.rate_error for one in windows)) / count,
+            cached_share=sum(one.cached_share for one in windows) / count,
         )
 
 

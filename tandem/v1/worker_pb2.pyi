@@ -301,7 +301,7 @@ class DescribeResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., running_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ..., profile: _Optional[_Union[WorkloadProfile, _Mapping]] = ..., replan: _Optional[_Union[ReplanStatus, _Mapping]] = ...) -> None: ...
 
 class WorkloadProfile(_message.Message):
-    __slots__ = ("window", "window_s", "arrivals", "arrival_cv", "finished", "prompt_tokens", "output_tokens", "cached_tokens", "slo_class")
+    __slots__ = ("window", "window_s", "arrivals", "arrival_cv", "finished", "prompt_tokens", "output_tokens", "cached_tokens", "slo_class", "arrival_s")
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     WINDOW_S_FIELD_NUMBER: _ClassVar[int]
     ARRIVALS_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +311,7 @@ class WorkloadProfile(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SLO_CLASS_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_S_FIELD_NUMBER: _ClassVar[int]
     window: int
     window_s: float
     arrivals: int
@@ -320,7 +321,8 @@ class WorkloadProfile(_message.Message):
     output_tokens: _containers.RepeatedScalarFieldContainer[int]
     cached_tokens: _containers.RepeatedScalarFieldContainer[int]
     slo_class: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, window: _Optional[int] = ..., window_s: _Optional[float] = ..., arrivals: _Optional[int] = ..., arrival_cv: _Optional[float] = ..., finished: _Optional[int] = ..., prompt_tokens: _Optional[_Iterable[int]] = ..., output_tokens: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., slo_class: _Optional[_Iterable[int]] = ...) -> None: ...
+    arrival_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, window: _Optional[int] = ..., window_s: _Optional[float] = ..., arrivals: _Optional[int] = ..., arrival_cv: _Optional[float] = ..., finished: _Optional[int] = ..., prompt_tokens: _Optional[_Iterable[int]] = ..., output_tokens: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., slo_class: _Optional[_Iterable[int]] = ..., arrival_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ReplanStatus(_message.Message):
     __slots__ = ("state", "changes", "note", "proposal")

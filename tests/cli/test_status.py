@@ -76,6 +76,7 @@ PROFILE = ProfileSnapshot(
     arrivals=600,
     arrival_cv=1.5,
     finished=590,
+    arrival_s=(0.0, 1.0),
     prompt_tokens=tuple(range(1, 101)),
     output_tokens=(7,) * 100,
     cached_tokens=(5, 0) * 50,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.workload_profile import ServedRequest, WorkloadProfile
+from core.workload_profile import ProfileSnapshot, ServedRequest, WorkloadProfile
 
 
 def make_profile(**changes: float) -> WorkloadProfile:
@@ -41,6 +41,8 @@ def test_a_window_has_all_its_requests_when_they_fit() -> None:
     assert (snapshot.window, snapshot.window_s, snapshot.arrivals, snapshot.finished) == (0, 10.0, 4, 4)
     assert snapshot.rate == pytest.approx(0.4)
     assert snapshot.arrival_cv == pytest.approx(0.0)
+    assert snapshot.arrival_s == (1.0, 3.0, 5.0, 7.0)
+    assert snapshot.kept_s == 10.0
     assert snapshot.prompt_tokens == (1, 2, 3, 4)
     assert snapshot.output_tokens == (2, 4, 6, 8)
     assert snapshot.cached_tokens == (0, 1, 2, 3)
@@ -101,6 +103,27 @@ def test_every_request_is_equally_likely_in_the_sample() -> None:
         counts.update(snapshot.prompt_tokens)
     assert len(counts) == 60
     assert all(abs(count - 200) < 5 * 13.2 for count in counts.values())
+
+
+def test_of_many_arrivals_the_first_are_kept() -> None:
+    profile = make_profile()
+    fill(profile, [100.0 + 0.1 * i for i in range(60)])
+    snapshot = profile.snapshot(110.0)
+    assert snapshot is not None
+    assert snapshot.arrival_s == pytest.approx([0.1 * i for i in range(8)])
+    assert snapshot.kept_s == pytest.approx(0.7)
+
+
+def test_pooled_windows_follow_each_other() -> None:
+    one = ProfileSnapshot(4, 10.0, 2, 1.0, 2, (1.0, 6.0), (5, 6), (7, 8), (0, 1), (0, 0))
+    other = ProfileSnapshot(5, 30.0, 4, 2.0, 1, (0.5, 2.0), (9,), (3,), (2,), (1,))
+    pooled = ProfileSnapshot.pooled([one, other, one])
+    assert (pooled.window, pooled.window_s, pooled.arrivals, pooled.finished) == (4, 50.0, 8, 5)
+    assert pooled.arrival_cv == pytest.approx(4 / 3)
+    assert pooled.arrival_s == (1.0, 6.0, 10.5, 12.0, 13.0, 18.0), "the rest of the second window was not kept"
+    assert pooled.prompt_tokens == (5, 6, 9, 5, 6)
+    assert pooled.slo_class == (0, 0, 1, 0, 0)
+    assert ProfileSnapshot.pooled([one]) == one
 
 
 @given(st.lists(st.floats(0.0, 5.0), max_size=200), st.integers(0, 3))

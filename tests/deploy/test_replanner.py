@@ -41,7 +41,9 @@ PLAN = Plan.model_validate(
 
 
 def window(prompt_tokens: int) -> ProfileSnapshot:
-    return ProfileSnapshot(0, WINDOW_S, 600, 1.0, 600, (prompt_tokens,) * 600, (20,) * 600, (0,) * 600, (0,) * 600)
+    arrival_s = tuple(0.5 * i for i in range(600))
+    same = [(value,) * 600 for value in (prompt_tokens, 20, 0, 0)]
+    return ProfileSnapshot(0, WINDOW_S, 600, 1.0, 600, arrival_s, *same)
 
 
 @dataclass

@@ -42,6 +42,7 @@ def make_snapshot(**changes: object) -> ProfileSnapshot:
         "arrivals": 400,
         "arrival_cv": 2.0,
         "finished": 390,
+        "arrival_s": tuple(0.25 * i + 0.01 * second for i in range(200) for second in (0, 1)),
         "prompt_tokens": tuple(range(1, 201)),
         "output_tokens": tuple(range(201, 401)),
         "cached_tokens": (0,) * 200,
@@ -50,13 +51,13 @@ def make_snapshot(**changes: object) -> ProfileSnapshot:
     return ProfileSnapshot(**(values | changes))  # type: ignore[arg-type]
 
 
-def test_the_trace_has_the_sampled_pairs_at_the_windows_rate_and_burstiness(tmp_path: Path) -> None:
+def test_the_trace_has_the_sampled_pairs_at_the_windows_own_arrivals(tmp_path: Path) -> None:
     write_question(tmp_path / "q", PLAN, make_slo_file(), make_snapshot())
     stream = load_trace(tmp_path / "q" / "workload.csv")
     assert len(stream) == 500
     assert stream.rate == pytest.approx(8.0, rel=0.02)
-    gaps = np.diff(stream.arrival_s)
-    assert 1.5 < gaps.std() / gaps.mean() < 2.5
+    assert stream.arrival_s[:4].tolist() == [0.0, 0.01, 0.25, 0.26]
+    assert stream.arrival_s[400:402].tolist() == [50.0, 50.01], "the window over and over"
     assert np.array_equal(stream.output_tokens, stream.prompt_tokens + 200), "lengths of one request stay together"
     counts = np.bincount(stream.prompt_tokens)[1:]
     assert set(counts.tolist()) == {2, 3}, "each of 200 is taken once before any is taken again"
@@ -86,6 +87,11 @@ def test_classes_are_named_where_they_are_known(tmp_path: Path) -> None:
     question = load_config(tmp_path / "q" / QUESTION, SloFile)
     stream = make_stream(question.workload, question.slo, count=500, rate=8.0, seed=0)
     assert np.array_equal(stream.slo_class, (stream.prompt_tokens + 1) % 2)
+
+
+def test_a_window_in_which_nothing_came_is_a_very_slow_trace(tmp_path: Path) -> None:
+    write_question(tmp_path / "q", PLAN, make_slo_file(), make_snapshot(arrivals=0, arrival_s=()))
+    assert load_trace(tmp_path / "q" / "workload.csv").rate == pytest.approx(1 / 50.0)
 
 
 def test_a_plan_that_names_no_rate_cannot_be_compared() -> None:

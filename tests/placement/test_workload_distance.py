@@ -32,6 +32,7 @@ def drawn(seed: int, count: int, *, mean: float = 500.0, rate: float = 5.0, cv: 
         arrivals=arrivals,
         arrival_cv=cv,
         finished=count,
+        arrival_s=(),
         prompt_tokens=tuple(lengths[0].tolist()),
         output_tokens=tuple(lengths[1].tolist()),
         cached_tokens=(0,) * count,
@@ -96,7 +97,7 @@ def test_what_the_prefix_cache_has_counts() -> None:
         prefix_tokens=np.full(400, 60),
     )
     planned = Workload.planned(stream, 1.0)
-    snapshot = ProfileSnapshot(0, 400.0, 400, 1.0, 400, (100,) * 400, (10,) * 400, (0,) * 400, (0,) * 400)
+    snapshot = ProfileSnapshot(0, 400.0, 400, 1.0, 400, (0.0,), (100,) * 400, (10,) * 400, (0,) * 400, (0,) * 400)
     rate, prompt, output, cached = compare(planned, Workload.live(snapshot), Limits())
     assert (rate.strength, prompt.strength, output.strength) == (0.0, 0.0, 0.0)
     assert (cached.planned, cached.live) == (0.6, 0.0)
@@ -104,7 +105,7 @@ def test_what_the_prefix_cache_has_counts() -> None:
 
 
 def test_a_window_in_which_nothing_arrived_has_a_rate_all_the_same() -> None:
-    snapshot = ProfileSnapshot(0, 100.0, 0, 1.0, 200, (100,) * 200, (10,) * 200, (0,) * 200, (0,) * 200)
+    snapshot = ProfileSnapshot(0, 100.0, 0, 1.0, 200, (), (100,) * 200, (10,) * 200, (0,) * 200, (0,) * 200)
     rate = compare(drawn(0, 200), Workload.live(snapshot), Limits())[0]
     assert 1.0 < rate.strength < math.inf
 

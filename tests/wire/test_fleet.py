@@ -15,7 +15,7 @@ from wire.fleet import FleetDescription, FleetServicer, describe_fleet, report_r
 from wire.replanning import replan_from_pb
 from wire.server import bind, build_server
 
-PROFILE = ProfileSnapshot(3, 61.5, 200, 2.5, 190, (100, 7), (12, 1), (64, 0), (0, 1))
+PROFILE = ProfileSnapshot(3, 61.5, 200, 2.5, 190, (0.25, 1.5), (100, 7), (12, 1), (64, 0), (0, 1))
 PROPOSED = ReplanStatus(
     DriftState.PROPOSED,
     (Change("rate", 4.0, 6.5, 1.2), Change("prompt_tokens", 755.5, 1155.0, 0.0)),

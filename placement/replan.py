@@ -1,0 +1,119 @@
+"""Planning again for the requests as they are: what would change, and what it would gain over the plan that runs."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from core.plan import Plan, PlanGroup
+from core.slo_file import SloFile
+from placement.cluster import Cluster
+from placement.deployment import Deployment
+from placement.evidence import Planned
+from placement.goodput import StopWhen, goodput_at
+from placement.judgement import judge
+from placement.models import model_shape
+from placement.plan_deployment import deployment_of
+from placement.requests import RequestStream
+from placement.result import SimulationResult
+from placement.simulator import simulate
+from placement.sources import cost_source_of
+from placement.workload import make_stream
+
+PlanFor = Callable[[SloFile], Planned]
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """How a plan would do on some requests. `goodput` in requests per second of the whole plan; `attainment` is the
+    share of requests on time at the rate asked for, of the class that has least to spare, and `meets` whether all
+    classes keep theirs at that rate."""
+
+    goodput: float
+    attainment: float
+    meets: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replan:
+    """The planner's answer beside the plan that runs, both on the live requests. `gain`: see `gain_of`. `regains`: the
+    plan that runs would miss its targets at the live rate, the new one would keep them."""
+
+    planned: Planned
+    current: Forecast
+    gain: float
+    regains: bool
+    changes: tuple[str, ...]
+
+
+def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> Replan:
+    """`slo_file` has the live workload, which comes at `rate`. Raises ConfigError if the plan does not fit the cluster."""
+    forecast = forecast_of(current, slo_file, rate)
+    planned = plan_for(slo_file)
+    proposed = planned.plan
+    expected = proposed.expected
+    meets = expected is not None and proposed.verdict != "infeasible" and expected.goodput >= rate
+    return Replan(
+        planned=planned,
+        current=forecast,
+        gain=gain_of(current, forecast, proposed, slo_file),
+        regains=meets and not forecast.meets,
+        changes=changes_between(current, proposed),
+    )
+
+
+def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
+    """Simulates the plan as it is on the workload of `slo_file`, at `rate` and at what it can take."""
+    model = model_shape(slo_file.model)
+    deployment = deployment_of(plan, cost_source_of(slo_file, model), Cluster.of(slo_file.cluster), model)
+    search = slo_file.search
+    requests = make_stream(slo_file.workload, slo_file.slo, count=search.requests, rate=rate, seed=search.seed)
+    at_rate = judge(simulate(deployment, requests), slo_file.slo)
+    least = min(at_rate.classes, key=lambda judged: judged.margin)
+    goodput = goodput_at(partial(_run, deployment), requests, slo_file.slo, guess=rate)
+    return Forecast(goodput.rate, least.attainment, at_rate.meets)
+
+
+def _run(deployment: Deployment, requests: RequestStream, stop_when: StopWhen) -> SimulationResult:
+    return simulate(deployment, requests, stop_when=stop_when)
+
+
+def gain_of(current: Plan, forecast: Forecast, proposed: Plan, slo_file: SloFile) -> float:
+    """Relative. Goodput per device; or, where the cheapest plan was asked for and the one that runs would do, cost. 0
+    if the question has no answer, infinite where the plan that runs would have no goodput at all."""
+    expected = proposed.expected
+    if expected is None or proposed.verdict == "infeasible":
+        return 0.0
+    if slo_file.objective == "cheapest" and forecast.meets:
+        cost_before, cost_after = _costs(current, proposed)
+        return cost_before / cost_after - 1.0
+    before = forecast.goodput / current.num_devices
+    return expected.goodput_per_device / before - 1.0 if before > 0 else math.inf
+
+
+def _costs(current: Plan, proposed: Plan) -> tuple[float, float]:
+    """USD per hour, or devices where one of the plans has no price."""
+    before = current.expected.cost_per_hour if current.expected else None
+    after = proposed.expected.cost_per_hour if proposed.expected else None
+    if before is None or after is None:
+        return float(current.num_devices), float(proposed.num_devices)
+    return before, after
+
+
+def changes_between(current: Plan, proposed: Plan) -> tuple[str, ...]:
+    """One sentence for each kind of instance whose number differs; empty if only settings do."""
+    before, after = _instances(current), _instances(proposed)
+    kinds = list(dict.fromkeys((*before, *after)))
+    return tuple(f"{kind}: {before[kind]} -> {after[kind]}" for kind in kinds if before[kind] != after[kind])
+
+
+def _instances(plan: Plan) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for group in plan.groups:
+        counts[_kind(group)] += group.instances
+    return counts
+
+
+def _kind(group: PlanGroup) -> str:
+    return f"{group.role} {group.shape} on {group.device}"
