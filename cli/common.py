@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from core.config import ServeConfig
@@ -22,12 +21,6 @@ def say(text: str = "") -> None:
 
 def complain(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the cells of each column below each other; every row has as many cells as the first."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

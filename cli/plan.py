@@ -5,13 +5,14 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from cli.common import say, table
+from cli.common import say
 from cli.progress import Progress
 from cli.version import installed_version
 from core.config_file import apply_overrides, dump_config, load_config
 from core.errors import ConfigError
 from core.plan import Plan
 from core.slo_file import SloFile
+from core.text_table import text_table
 from placement.evidence import Planned
 from placement.hardware import devices
 from placement.models import published_models
@@ -123,7 +124,7 @@ def as_lines(planned: Planned) -> list[str]:
             ]
             for one in rejected
         ]
-        lines += table(rows)
+        lines += text_table(rows)
     return lines
 
 
@@ -187,7 +188,7 @@ def _group_lines(plan: Plan) -> list[str]:
         rows.append(
             [str(group.instances), group.role, str(group.shape), group.device, f"{group.kv_tokens:,}", batch, where]
         )
-    return table(rows)
+    return text_table(rows)
 
 
 def _device_lines() -> list[str]:
@@ -202,7 +203,7 @@ def _device_lines() -> list[str]:
             device.price_per_hour,
         )
         rows.append([name, *(number(figure) if figure else "-" for figure in figures)])
-    return table(rows)
+    return text_table(rows)
 
 
 def _model_lines() -> list[str]:
@@ -219,4 +220,4 @@ def _model_lines() -> list[str]:
                 f"{shape.max_context_tokens:,}",
             ]
         )
-    return table(rows)
+    return text_table(rows)

@@ -6,9 +6,10 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from cli.common import add_pid_argument, find_run, say, table
+from cli.common import add_pid_argument, find_run, say
 from core.replanning import ReplanStatus
 from core.session import InstanceStatus, LinkStats, Role
+from core.text_table import text_table
 from core.workload_profile import ProfileSnapshot
 from deploy.run_state import RunState
 from deploy.serving import fetch_fleet
@@ -66,11 +67,11 @@ def as_text(state: RunState, fleet: FleetDescription) -> str:
         return "\n".join([*lines, *_requests(fleet), "", "no worker has reported yet"])
     header = ["INSTANCE", "STATE", "WAITING", "RUNNING", "KV BLOCKS", "STEPS", "MS/STEP", "ADDRESS"]
     instances = sorted(fleet.instances, key=lambda status: (status.role.value, status.instance_id), reverse=True)
-    lines += ["", *table([header, *(_instance_row(status) for status in instances)])]
+    lines += ["", *text_table([header, *(_instance_row(status) for status in instances)])]
     receivers = (status for status in instances if status.role is Role.DECODE)  # both ends count; once is enough
     links = [_link_row(status, link) for status in receivers for link in status.links]
     if links:
-        lines += ["", *table([["LINK FROM", "TO", "ROAD", "TRANSFERS", "BYTES", "SPEED", "FAILURES"], *links])]
+        lines += ["", *text_table([["LINK FROM", "TO", "ROAD", "TRANSFERS", "BYTES", "SPEED", "FAILURES"], *links])]
     return "\n".join([*lines, *_requests(fleet)])
 
 
@@ -122,7 +123,7 @@ def _plan_lines(replan: ReplanStatus) -> list[str]:
             [change.name, f"{change.planned:.4g}", f"{change.live:.4g}", f"{change.strength:.2f}"]
             for change in replan.changes
         ]
-        lines += table([["REQUESTS", "PLANNED", "LIVE", "STRENGTH"], *rows])
+        lines += text_table([["REQUESTS", "PLANNED", "LIVE", "STRENGTH"], *rows])
     if (proposal := replan.proposal) is not None:
         lines += [f"proposal: gain {proposal.gain:+.0%}. {proposal.summary}"]
         lines += [f"  {change}" for change in proposal.changes]
