@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Never
 
-import numpy as np
 import uvloop
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from core.errors import ConfigError, TandemError
 from core.slo import SloClass
 from core.slo_file import SloFile
 from placement.requests import RequestStream
+from placement.summary import render_text, summarise
 from placement.workload import load_trace, make_stream
 
 GENERATOR_TOO_SLOW = 3
@@ -110,20 +110,6 @@ def _advance(bar: "tqdm[Never]") -> None:
     bar.update()
 
 
-def _summary_text(result: LoadResult, classes: Sequence[SloClass]) -> str:
-    """Attainment of each class, mean and percentiles of TTFT and TPOT."""
-    simulated, lines = result.as_simulation(), []
-    for index, slo in enumerate(classes):
-        chosen = simulated.requests.slo_class == index
-        ttft_s, tpot_s = simulated.ttft_s[chosen], simulated.tpot_s[chosen]
-        met = (ttft_s <= slo.ttft_s) & ((tpot_s <= slo.tpot_s) | (simulated.requests.output_tokens[chosen] < 2))
-        lines.append(f"{slo.name}: {met.mean():.1%} within both targets")
-        for name, values in (("TTFT", ttft_s), ("TPOT", tpot_s)):
-            p50, p90, p99 = np.nanpercentile(values, (50, 90, 99)) * 1e3
-            lines.append(f"  {name} mean {np.nanmean(values) * 1e3:.1f} p50 {p50:.1f} p90 {p90:.1f} p99 {p99:.1f} ms")
-    return "\n".join(lines)
-
-
 class _Report:
     """Prints each run and keeps it for the file."""
 
@@ -138,8 +124,8 @@ class _Report:
         failed = [record for record in result.records if record.error is not None]
         fault = result.health.fault(self._plan.max_lag_s)
         self.faults += fault is not None
-        print(f"\n{rate:g} requests/s, {sum(r.is_whole for r in result.records)} of {len(result.records)} answered")
-        print(_summary_text(result, self._plan.classes))
+        print(f"\n--- {rate:g} requests/s")
+        print(render_text(summarise(result.as_simulation(), self._plan.classes)))
         if failed:
             print(f"{len(failed)} failed; the first: {failed[0].error}")
         print(result.health.text())

@@ -1,5 +1,6 @@
 """What a load run says: a record per request, what the generator itself lost, and both in the simulator's form."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,25 +103,35 @@ class LoadResult:
     stopped: str | None = None
 
     def as_simulation(self) -> SimulationResult:
-        """The same in the simulator's form, so that one summary serves both: received is when a request was due."""
-        stamps = np.full((len(self.records), len(STAGES)), np.nan)
-        received, first, finished = map(STAGES.index, (Stage.RECEIVED, Stage.FIRST_TOKEN, Stage.FINISHED))
-        for row, record in zip(stamps, self.records, strict=True):
-            row[received] = record.scheduled_s
-            if record.first_s is not None:
-                row[first] = record.first_s
-            if record.is_whole and record.last_s is not None:
-                row[finished] = record.last_s
-        count = len(self.records)
-        return SimulationResult(
-            requests=self.stream,
-            stamps=stamps,
-            num_attempts=np.ones(count, dtype=np.int64),
-            num_cached_tokens=np.zeros(count, dtype=np.int64),
-            end_s=self.duration_s,
-            instances=(),
-            stopped_early=self.stopped is not None,
-        )
+        """See the function of that name."""
+        return as_simulation(self.stream, self.records, self.duration_s, stopped_early=self.stopped is not None)
+
+
+def as_simulation(
+    stream: RequestStream, records: Sequence[LoadRecord], duration_s: float, *, stopped_early: bool = False
+) -> SimulationResult:
+    """Records in the simulator's form, so that one summary serves both. Received is when a request was due; what the
+    server says of the stages between is laid backwards from the first token's arrival here."""
+    stamps = np.full((len(records), len(STAGES)), np.nan)
+    for row, record in zip(stamps, records, strict=True):
+        if record.timeline is not None and record.first_s is not None:
+            stages, ttft_s = record.timeline["stages"], record.timeline["ttft_s"]
+            assert isinstance(stages, dict)
+            assert isinstance(ttft_s, float)
+            for name, at_s in stages.items():
+                row[STAGES.index(Stage(name))] = record.first_s - ttft_s + at_s
+        row[STAGES.index(Stage.RECEIVED)] = record.scheduled_s
+        row[STAGES.index(Stage.FIRST_TOKEN)] = np.nan if record.first_s is None else record.first_s
+        row[STAGES.index(Stage.FINISHED)] = record.last_s if record.is_whole else np.nan
+    return SimulationResult(
+        requests=stream,
+        stamps=stamps,
+        num_attempts=np.ones(len(records), dtype=np.int64),
+        num_cached_tokens=np.zeros(len(records), dtype=np.int64),
+        end_s=duration_s,
+        instances=(),
+        stopped_early=stopped_early,
+    )
 
 
 def records_as_json(result: LoadResult) -> list[dict[str, object]]:

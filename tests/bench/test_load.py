@@ -13,9 +13,11 @@ from bench.load_client import LoadClient, ServerGoneError, served_model
 from bench.load_result import GeneratorHealth, LoadResult
 from bench.load_run import prompts_of, run_load
 from bench.processes import BenchError
+from core.timeline import Stage
 from placement.requests import RequestStream
 
 Reply = Callable[[dict[str, object], asyncio.StreamWriter], Awaitable[None]]
+TIMELINE = {"ttft_s": 0.03, "stages": {"received": 0.0, "prefill_started": 0.01, "first_token": 0.03, "finished": 0.04}}
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -31,7 +33,7 @@ def ending(prompt_tokens: int, completion_tokens: int) -> bytes:
     usage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
-        "tandem": {"timeline": {"ttft_s": 0.5}},
+        "tandem": {"timeline": TIMELINE},
     }
     return event({"choices": [], "usage": usage}) + piece(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
@@ -127,8 +129,10 @@ async def test_a_record_has_the_times_of_its_first_and_last_event_and_the_server
         assert record.tpot_s is not None
         assert record.ttft_s >= 0.05
         assert 0.1 <= record.tpot_s < 0.2, "0.2 s over the two tokens after the first"
-        assert record.timeline == {"ttft_s": 0.5}
+        assert record.timeline == TIMELINE
     simulated = result.as_simulation()
+    starts_s = simulated.stage(Stage.FIRST_TOKEN) - simulated.stage(Stage.PREFILL_STARTED)
+    assert starts_s.tolist() == pytest.approx([0.02, 0.02]), "a server's stage, on the client's clock"
     assert simulated.ttft_s.tolist() == [record.ttft_s for record in result.records]
     assert simulated.tpot_s.tolist() == pytest.approx([record.tpot_s for record in result.records])
 

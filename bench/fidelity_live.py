@@ -1,0 +1,255 @@
+"""How far the simulator is from a live cluster on this machine; writes a section of docs/fidelity.md.
+
+One prefill and one decode worker with a thread each serve a random checkpoint that is large enough for steps, not the
+road, to take the time. `tandem profile`'s measurement of that checkpoint is all that the simulator is told. Then, for
+two workloads and eight rates, `bench.load` loads the cluster, and the simulator gets the same requests at the same
+times. Rates are shares of what the prefill worker can take by its calibration, targets are multiples of its steps: the
+curves go from everything met to little met on any machine.
+
+Needs a machine with at least two cores and nothing else on them. What was measured stays in --folder: an interrupted
+run goes on where it stopped, and --fresh begins anew.
+
+    python -m bench.fidelity_live                        everything, some 23 minutes
+    python -m bench.fidelity_live --seconds 10 --repetitions 1 --folder /tmp/quick --no-write       to see that it works
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from bench.calibrate import calibrate
+from bench.fidelity_table import Comparison, Figures, replace_section, section_text
+from bench.load import make_streams
+from bench.load_result import LoadRecord, as_simulation
+from bench.processes import BenchError, Launcher
+from core.config import DecodeSection, EngineSection, PrefillSection
+from core.config_file import dump_config, load_config
+from core.cost_model import StepLoad
+from core.errors import TandemError
+from core.slo_file import SloFile
+from models.random_checkpoint import CheckpointShape, write_random_checkpoint
+from placement.calibration import CalibratedCost, Calibration, load_calibration
+from placement.deployment import Deployment, InstanceSpec
+from placement.judgement import judge
+from placement.requests import RequestStream
+from placement.result import SimulationResult
+from placement.simulator import simulate
+from placement.summary import parts_of
+
+_SHAPE = CheckpointShape(
+    hidden_size=640,
+    intermediate_size=1728,
+    num_hidden_layers=10,
+    num_attention_heads=10,
+    num_key_value_heads=5,
+    head_dim=64,
+    vocab_size=8192,
+)
+_ENGINE = EngineSection(threads=1, kv_memory=512 << 20)
+_LOADS = (0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0, 1.15)  # of the prompts that the prefill worker can compute
+_WORKLOADS: Mapping[str, Mapping[str, object]] = {
+    "ShareGPT (DistServe's lengths), a fifth": {"dataset": "distserve_sharegpt", "length_scale": 0.2},
+    "Azure 2023 conversations, an eighth": {"dataset": "azure_conv", "length_scale": 0.125},
+}
+_TTFT_STEPS, _TPOT_STEPS = 4.0, 1.35  # targets: of a mean prompt's step; of a step of four sequences
+_DOCUMENT = Path(__file__).parent.parent / "docs" / "fidelity.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run to be made: `share` of what prefill can take. `path` is where its records lie."""
+
+    workload: str
+    slo_path: Path
+    slo: SloFile
+    share: float
+    rate: float
+    count: int
+    repetition: int
+    path: Path
+
+    def stream(self, seed: int) -> RequestStream:
+        """The same for every repetition."""
+        return make_streams(self.slo, None, (self.rate,), self.count, seed)[0][1]
+
+
+def deployment_of_one_and_one(calibration: Calibration) -> Deployment:
+    """What `Launcher` starts with `_ENGINE`, as the simulator knows it."""
+    cost = CalibratedCost(calibration.terms, calibration.serving)
+    block_size = _ENGINE.block_size
+    num_blocks = int(calibration.kv_memory_bytes // (calibration.kv_bytes_per_token * block_size))
+    prefill, decode = PrefillSection(), DecodeSection()
+    common: dict[str, Any] = {"cost": cost, "num_blocks": num_blocks, "block_size": block_size}
+    return Deployment(
+        instances=(
+            InstanceSpec("prefill-0", "prefill", **common, max_batch_tokens=prefill.max_batch_tokens),
+            InstanceSpec("decode-0", "decode", **common, max_batch=decode.max_batch),
+        ),
+        network=calibration.network_spec(),
+        router=calibration.router_spec(),
+    )
+
+
+def plan_runs(folder: Path, model: Path, calibration: Calibration, args: argparse.Namespace) -> list[Run]:
+    """All runs of all workloads, rate by rate, so that repetitions lie apart in time."""
+    cost = CalibratedCost(calibration.terms, calibration.serving)
+    runs = []
+    for number, (name, workload) in enumerate(_WORKLOADS.items()):
+        path = folder / f"slo-{number}.yaml"
+        path.write_text(_slo_text(model, workload, ttft_s=1.0, tpot_s=1.0))
+        sample = make_streams(load_config(path, SloFile), None, (1.0,), 2000, args.seed)[0][1]
+        prompts_s = [cost.step(StepLoad.of_prompts(n)).total_s for n in sample.prompt_tokens.tolist()]
+        step_s = cost.step(StepLoad.of_decode(4, 4 * int(sample.prompt_tokens.mean()))).total_s
+        capacity = 1.0 / float(np.mean(prompts_s))
+        path.write_text(
+            _slo_text(
+                model,
+                workload,
+                ttft_s=round(_TTFT_STEPS / capacity, 2),
+                tpot_s=round(_TPOT_STEPS * step_s, 4),
+            )
+        )
+        slo = load_config(path, SloFile)
+        for repetition in range(args.repetitions):
+            for share in _LOADS:
+                rate = round(share * capacity, 2)
+                record = folder / f"run-{number}-{share:g}-{repetition}.json"
+                count = max(20, round(rate * args.seconds))
+                runs.append(Run(name, path, slo, share, rate, count, repetition, record))
+    return runs
+
+
+def _slo_text(model: Path, workload: Mapping[str, object], *, ttft_s: float, tpot_s: float) -> str:
+    return yaml.safe_dump(
+        {
+            "model": str(model),
+            "cluster": {"nodes": [{"device": "cpu", "devices": 2}]},
+            "slo": [{"ttft_s": ttft_s, "tpot_s": tpot_s}],
+            "workload": dict(workload),
+        }
+    )
+
+
+async def measure(model: Path, runs: Sequence[Run], seed: int) -> None:
+    """Those runs whose records are not there yet, on one cluster. Raises BenchError."""
+    missing = [run for run in runs if not run.path.exists()]
+    if not missing:
+        return
+    async with Launcher(model) as launcher:
+        router = await launcher.router()
+        await launcher.workers(router, _ENGINE.model_dump(mode="json"))
+        url = f"http://{router.http}"
+        await _load(url, missing[0], seed, requests=30, output=model.parent / "warm-up.json")
+        for run in tqdm(missing, desc="live runs", unit="run", disable=None):
+            await _load(url, run, seed, requests=run.count, output=run.path)
+
+
+async def _load(url: str, run: Run, seed: int, *, requests: int, output: Path) -> None:
+    """In a process of its own, as a user would; its file appears only when it is whole."""
+    partial = output.with_suffix(".partial")
+    command = [sys.executable, "-m", "bench.load", "--url", url, "--slo", str(run.slo_path), "--timelines"]
+    command += ["--rates", str(run.rate), "--requests", str(requests), "--seed", str(seed), "--json", str(partial)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    said, _ = await process.communicate()
+    if process.returncode not in (0, 3):  # 3: marked by the generator, which the table says
+        raise BenchError(f"bench.load ended with {process.returncode}: {said.decode()[-400:]}")
+    partial.rename(output)
+
+
+def compare(runs: Sequence[Run], calibration: Calibration, seed: int) -> Iterator[Comparison]:
+    """One for each workload and rate, over its repetitions."""
+    deployment = deployment_of_one_and_one(calibration)
+    for run in runs:
+        if run.repetition > 0:
+            continue
+        repeated = [other for other in runs if (other.workload, other.share) == (run.workload, run.share)]
+        stream, live, faults = run.stream(seed), [], 0
+        for other in repeated:
+            told = json.loads(other.path.read_text())["runs"][0]
+            faults += told["generator"]["fault"] is not None
+            records = tuple(LoadRecord(**one) for one in told["requests"])
+            live.append(_figures_of(as_simulation(stream, records, told["duration_s"]), run))
+        yield Comparison(
+            workload=run.workload,
+            share=run.share,
+            rate=run.rate,
+            requests=len(stream),
+            ttft_target_s=run.slo.slo[0].ttft_s,
+            tpot_target_s=run.slo.slo[0].tpot_s,
+            simulated=_figures_of(simulate(deployment, stream), run),
+            live=tuple(live),
+            marked=faults,
+        )
+
+
+def _figures_of(result: SimulationResult, run: Run) -> Figures:
+    judged = judge(result, run.slo.slo, transient=True).classes[0]
+    return Figures(
+        attainment=judged.attainment,
+        ttft_attainment=judged.ttft_attainment,
+        tpot_attainment=judged.tpot_attainment,
+        ttft_s=judged.ttft_s.mean,
+        tpot_s=judged.tpot_s.mean,
+        parts_s={name: float(values.mean()) for name, values in parts_of(result).items()},
+    )
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fidelity_live", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tandem-fidelity", metavar="DIR",
+                        help="for the checkpoint, the calibration and the records (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--seconds", type=float, default=35.0, help="of arrivals in a run (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=2, help="of each run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (default: %(default)s)")
+    parser.add_argument("--no-write", action="store_true", help="print the section, leave docs/fidelity.md alone")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    folder: Path = args.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.fresh:
+        for path in (folder / "calibration.yaml", *folder.glob("run-*.json")):
+            path.unlink(missing_ok=True)
+    model, calibration_path = folder / "model", folder / "calibration.yaml"
+    load_before = os.getloadavg()
+    try:
+        if not (model / "config.json").exists():
+            write_random_checkpoint(model, _SHAPE, dtype="bfloat16")
+        if not calibration_path.exists():
+            print("profile the model", file=sys.stderr, flush=True)
+            calibration_path.write_text(dump_config(calibrate(model, _ENGINE, today=datetime.now(UTC).date())))
+        calibration = load_calibration(calibration_path)
+        runs = plan_runs(folder, model, calibration, args)
+        asyncio.run(measure(model, runs, args.seed))
+        comparisons = list(compare(runs, calibration, args.seed))
+    except (BenchError, TandemError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    section = section_text(comparisons, calibration, args.repetitions, (load_before[0], os.getloadavg()[0]))
+    print(section)
+    (folder / "comparisons.json").write_text(json.dumps([asdict(one) for one in comparisons], indent=1))
+    if not args.no_write:
+        text = _DOCUMENT.read_text() if _DOCUMENT.exists() else ""
+        _DOCUMENT.write_text(replace_section(text, section))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The section "Our own cluster" of docs/fidelity.md: live runs beside simulated ones, and how far apart they are."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from placement.calibration import Calibration
+
+TITLE = "## Our own cluster"
+_ATTAINMENT_AIM = 0.03
+_LATENCY_AIM = 0.08
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one run, all its requests: shares that met both targets, or one; means in seconds, parts as in timelines."""
+
+    attainment: float
+    ttft_attainment: float
+    tpot_attainment: float
+    ttft_s: float
+    tpot_s: float
+    parts_s: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One workload at one rate. `live` has one entry per repetition, `marked` of which the load generator doubts."""
+
+    workload: str
+    share: float
+    rate: float
+    requests: int
+    ttft_target_s: float
+    tpot_target_s: float
+    simulated: Figures
+    live: tuple[Figures, ...]
+    marked: int
+
+    def live_mean(self, name: str) -> float:
+        return float(sum(getattr(one, name) for one in self.live)) / len(self.live)
+
+    def live_spread(self, name: str) -> float:
+        """Largest minus smallest."""
+        values = [getattr(one, name) for one in self.live]
+        return float(max(values) - min(values))
+
+    @property
+    def attainment_error(self) -> float:
+        """Simulated minus live, in shares."""
+        return self.simulated.attainment - self.live_mean("attainment")
+
+    def latency_error(self, name: str) -> float:
+        """Simulated against live, relative."""
+        return float(getattr(self.simulated, name)) / self.live_mean(name) - 1
+
+    @property
+    def is_met(self) -> bool:
+        errors = [abs(self.latency_error(name)) for name in ("ttft_s", "tpot_s")]
+        return abs(self.attainment_error) <= _ATTAINMENT_AIM and max(errors) <= _LATENCY_AIM
+
+
+def section_text(
+    comparisons: Sequence[Comparison], calibration: Calibration, repetitions: int, load: tuple[float, float]
+) -> str:
+    """`load`: the machine's load average before and after."""
+    lines = [TITLE, "", *_preamble(comparisons, calibration, repetitions, load)]
+    for workload in dict.fromkeys(one.workload for one in comparisons):
+        rows = [one for one in comparisons if one.workload == workload]
+        first = rows[0]
+        lines += ["", f"### {workload}", ""]
+        lines.append(f"Targets: TTFT {first.ttft_target_s:g} s, TPOT {1e3 * first.tpot_target_s:g} ms.")
+        lines += ["", *_table(rows), "", "Where the time goes, mean milliseconds, live / simulated:", ""]
+        lines += _parts_table(rows)
+    return "\n".join(lines) + "\n"
+
+
+def _preamble(
+    comparisons: Sequence[Comparison], calibration: Calibration, repetitions: int, load: tuple[float, float]
+) -> Iterator[str]:
+    met = sum(one.is_met for one in comparisons)
+    attainment = max(abs(one.attainment_error) for one in comparisons)
+    ttft, tpot = (max(abs(one.latency_error(name)) for one in comparisons) for name in ("ttft_s", "tpot_s"))
+    yield (
+        f"`python -m bench.fidelity_live`, {calibration.measured_on}: {calibration.device}, {calibration.cores} cores,"
+        f" {calibration.dtype}; one prefill and one decode worker, {calibration.threads} thread each. Load average"
+        f" {load[0]:.1f} before, {load[1]:.1f} after. {repetitions} live run(s) per row; every request counts."
+    )
+    yield ""
+    yield (
+        f"Aim: attainment within 3 points, mean TTFT and TPOT within 8 %. Met in {met} of {len(comparisons)} rows;"
+        f" largest differences {100 * attainment:.1f} points, TTFT {ttft:.1%}, TPOT {tpot:.1%}. The simulator knows"
+        f" only the calibration of `tandem profile` (error on steps not fitted: {calibration.error.median:.1%}, prompts"
+        f" {calibration.serving.prefill_factor:.2f} and decode {calibration.serving.decode_factor:.2f} times as long"
+        " beside a busy neighbour)."
+    )
+
+
+def _table(rows: Sequence[Comparison]) -> Iterator[str]:
+    yield (
+        "| req/s | requests | attainment live | simulated | points | TTFT live (ms) | simulated | % |"
+        " TPOT live (ms) | simulated | % | aim |"
+    )
+    yield "|---:" * 11 + "|---|"
+    for one in rows:
+        latencies = []
+        for name in ("ttft_s", "tpot_s"):
+            live, spread = 1e3 * one.live_mean(name), 500 * one.live_spread(name)
+            simulated = 1e3 * getattr(one.simulated, name)
+            latencies.append(f"{live:.1f} ± {spread:.1f} | {simulated:.1f} | {100 * one.latency_error(name):+.1f}")
+        live, spread = 100 * one.live_mean("attainment"), 50 * one.live_spread("attainment")
+        yield (
+            f"| {one.rate:g}{' !' if one.marked else ''} | {one.requests} | {live:.1f} ± {spread:.1f} %"
+            f" | {100 * one.simulated.attainment:.1f} % | {100 * one.attainment_error:+.1f} | {latencies[0]}"
+            f" | {latencies[1]} | {'met' if one.is_met else 'missed'} |"
+        )
+
+
+def _parts_table(rows: Sequence[Comparison]) -> Iterator[str]:
+    names = list(dict.fromkeys(name for one in rows for name in one.live[0].parts_s))
+    yield "| req/s | " + " | ".join(name.removesuffix("_s").replace("_", " ") for name in names) + " |"
+    yield "|---:" * (len(names) + 1) + "|"
+    for one in rows:
+        cells = []
+        for name in names:
+            live = sum(figures.parts_s.get(name, 0.0) for figures in one.live) / len(one.live)
+            cells.append(f"{1e3 * live:.1f} / {1e3 * one.simulated.parts_s.get(name, 0.0):.1f}")
+        yield f"| {one.rate:g} | " + " | ".join(cells) + " |"
+
+
+def replace_section(document: str, section: str) -> str:
+    """The document with this section put in the place of the old one, or at its end. Other sections stay."""
+    document = (
+        document or "# Fidelity\n\nHow far the simulator is from what was measured. Each section is a script's.\n"
+    )
+    pattern = re.compile(rf"^{re.escape(TITLE)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if pattern.search(document):
+        return pattern.sub(lambda _: section + "\n", document, count=1).rstrip("\n") + "\n"
+    return document.rstrip("\n") + "\n\n" + section
