@@ -1,4 +1,5 @@
-"""The `tandem` command. Exit status: 0 done, 1 it failed, 2 the command line or a configuration is wrong."""
+"""The `tandem` command. Exit status: 0 done, 1 it failed, 2 the command line or a configuration is wrong; 3 is
+`tandem plan`'s: nothing meets the SLO."""
 
 import argparse
 import os

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from cli.common import say
+from cli.common import complain, say
 from cli.progress import Progress
 from cli.version import installed_version
 from core.config_file import apply_overrides, dump_config, load_config
@@ -91,9 +91,20 @@ def search(slo: SloFile, file: Path, progress: Progress, workers: int) -> Planne
     """The planner's answer, which remembers the file that it answers. Raises ConfigError."""
     from placement.planner import plan  # SciPy and the simulator, which the other commands have no use for
 
+    for device in uncalibrated(slo):
+        complain(
+            f"note: no calibration of {device} is given, so its times are rough; for better ones: tandem profile, then "
+            "name its file in cluster.nodes.calibration"
+        )
     planned = plan(slo, progress=progress, workers=workers)
     answer = planned.plan.model_copy(update={"slo_file": file.resolve()})
     return dataclasses.replace(planned, plan=answer)
+
+
+def uncalibrated(slo: SloFile) -> list[str]:
+    """CPUs without a calibration. Those differ too much from each other for a catalogue."""
+    nodes = slo.cluster.nodes
+    return sorted({node.device for node in nodes if node.device.casefold() == "cpu" and node.calibration is None})
 
 
 def as_lines(planned: Planned) -> list[str]:

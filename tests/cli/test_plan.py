@@ -170,3 +170,14 @@ def test_progress_tells_a_pipe_now_and_then(monkeypatch: pytest.MonkeyPatch) -> 
             now_s += 6.0
             progress(share, "simulating")
     assert pipe.getvalue() == " 20% simulating\n"
+
+
+def test_a_cpu_that_nobody_measured_is_noted() -> None:
+    node = {"device": "cpu", "devices": 2}
+    question = {"model": "m", "slo": [{"ttft_s": 1, "tpot_s": 1}], "workload": {"dataset": "sharegpt"}}
+
+    def noted(*nodes: dict[str, object]) -> list[str]:
+        return cli.plan.uncalibrated(SloFile.model_validate(question | {"cluster": {"nodes": nodes}}))
+
+    assert noted(node) == ["cpu"]
+    assert noted(node | {"calibration": "laptop.yaml"}, {"device": "H100"}) == []
