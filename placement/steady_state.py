@@ -79,4 +79,4 @@ def _wilson(share: float, independent: float) -> Interval:
     z2 = _T_95 * _T_95 / independent
     centre = (share + z2 / 2) / (1 + z2)
     half = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # `share` may differ by rounding

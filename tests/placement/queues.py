@@ -6,6 +6,7 @@ from core.timeline import Stage
 from placement.goodput import StopWhen
 from placement.requests import Floats, RequestStream
 from placement.result import STAGES, SimulationResult
+from placement.simulator import Progress
 
 
 def result_of(
@@ -42,12 +43,7 @@ class SingleServer:
             ordered = np.sort(finished_s)
             for count in range(100, len(requests), 100):
                 now_s = float(requests.arrival_s[count])
-                if stop_when(_Progress(now_s, int(np.searchsorted(ordered, now_s, side="right")))):
+                finished = int(np.searchsorted(ordered, now_s, side="right"))
+                if stop_when(Progress(now_s, count, finished, refused=0, queued_prompt_tokens=0)):
                     return result_of(requests, first_s, finished_s, end_s=now_s)
         return result_of(requests, first_s, finished_s)
-
-
-class _Progress:
-    def __init__(self, now_s: float, finished: int) -> None:
-        self.now_s = now_s
-        self.finished = finished
