@@ -7,6 +7,7 @@ from core.request import GenerationRequest
 from placement.simulator.network import Transfer
 
 if TYPE_CHECKING:
+    from placement.simulator.colocated import ColocatedInstance
     from placement.simulator.decode import DecodeInstance
     from placement.simulator.prefill import PrefillInstance
 
@@ -19,6 +20,7 @@ class Attempt:
 
     __slots__ = (
         "avoid",
+        "colocated",
         "decode",
         "is_computed",
         "is_reserved",
@@ -39,6 +41,7 @@ class Attempt:
         self.avoid = avoid  # instances that have failed the request
         self.prefill: PrefillInstance | None = None
         self.decode: DecodeInstance | None = None
+        self.colocated: ColocatedInstance | None = None  # instead of the other two
         self.transfer: Transfer | None = None
         self.num_handed_on = request.num_output_tokens
         self.is_computed = False  # its KV is complete

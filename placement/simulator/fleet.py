@@ -4,12 +4,15 @@ from collections.abc import Iterable
 
 from core.request import GenerationRequest
 from placement.simulator.attempt import Attempt
+from placement.simulator.colocated import ColocatedInstance
 from placement.simulator.decode import DecodeInstance
 from placement.simulator.prefill import PrefillInstance
 from scheduling.load_book import DecodeBook, PrefillBook
 from scheduling.routing import DecodeView, PrefillView
 
 _SLACK_TOKENS = 4096  # as the live router's
+
+Instance = PrefillInstance | DecodeInstance | ColocatedInstance
 
 
 class _Load:
@@ -29,18 +32,31 @@ class Fleet:
     """Instances and their loads. Loads are exact and immediate, as in a live router that is alone."""
 
     def __init__(
-        self, prefill: Iterable[PrefillInstance], decode: Iterable[DecodeInstance], *, same_node_only: bool = False
+        self,
+        prefill: Iterable[PrefillInstance] = (),
+        decode: Iterable[DecodeInstance] = (),
+        colocated: Iterable[ColocatedInstance] = (),
+        *,
+        same_node_only: bool = False,
     ) -> None:
         self._prefill = {instance.spec.instance_id: instance for instance in prefill}
         self._decode = {instance.spec.instance_id: instance for instance in decode}
+        self._colocated = {instance.spec.instance_id: instance for instance in colocated}
         self._prefill_book = PrefillBook(_SLACK_TOKENS)
         self._decode_book = DecodeBook()
         self._loads: dict[str, _Load] = {}
-        instances: list[PrefillInstance | DecodeInstance] = [*self._prefill.values(), *self._decode.values()]
+        instances: list[Instance] = [*self._prefill.values(), *self._decode.values(), *self._colocated.values()]
         for spec in (instance.spec for instance in instances):
             # Instances with equal fingerprints can exchange KV.
-            self._loads[spec.instance_id] = _Load(str(spec.node) if same_node_only else "")
-            self._put(spec.instance_id)
+            is_bound = same_node_only and spec.role != "colocated"
+            self._loads[spec.instance_id] = _Load(str(spec.node) if is_bound else "")
+        for name in self._loads:
+            self._put(name)
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether its instances serve both phases."""
+        return bool(self._colocated)
 
     def choose_prefill(self, request: GenerationRequest, avoid: frozenset[str]) -> PrefillInstance:
         """Prefers others than `avoid`. Raises UnavailableError or ContextLengthError."""
@@ -54,9 +70,15 @@ class Fleet:
 
     def choose_decode(self, request: GenerationRequest, prefill: str, avoid: frozenset[str]) -> DecodeInstance:
         """As `choose_prefill`."""
+        return self._decode[self._least_loaded(request, self._loads[prefill].fingerprint, avoid)]
+
+    def choose_colocated(self, request: GenerationRequest, avoid: frozenset[str]) -> ColocatedInstance:
+        """As `choose_prefill`; the one with most memory and the smallest batch, as among decode instances."""
+        return self._colocated[self._least_loaded(request, "", avoid)]
+
+    def _least_loaded(self, request: GenerationRequest, fingerprint: str, avoid: frozenset[str]) -> str:
         num_tokens = len(request.token_ids)
         growth_tokens = request.sampling.max_tokens - request.num_output_tokens
-        fingerprint = self._loads[prefill].fingerprint
         name = self._decode_book.pick(
             num_tokens=num_tokens, growth_tokens=growth_tokens, fingerprint=fingerprint, avoid=avoid
         )
@@ -65,7 +87,7 @@ class Fleet:
                 num_tokens=num_tokens, growth_tokens=growth_tokens, fingerprint=fingerprint, avoid=avoid
             )
             name = choice.require()
-        return self._decode[name]
+        return name
 
     def lose(self, instance_id: str) -> list[Attempt]:
         """The instance is gone. Returns the attempts that were open there."""
@@ -95,6 +117,7 @@ class Fleet:
             self._put(instance_id)
 
     def opened_decode(self, instance_id: str, attempt: Attempt) -> None:
+        """Or colocated."""
         load = self._loads[instance_id]
         load.open[attempt] = None
         load.held_tokens += attempt.request.max_total_tokens
@@ -134,7 +157,7 @@ class Fleet:
             )
             self._prefill_book.put(view)
             return
-        decode = self._decode[instance_id]
+        decode = self._decode.get(instance_id) or self._colocated[instance_id]
         spec = decode.spec
         self._decode_book.put(
             DecodeView(

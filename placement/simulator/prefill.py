@@ -68,20 +68,8 @@ class PrefillInstance:
         self._is_up = True
 
     def use(self) -> InstanceUse:
-        counts = self._scheduler.counts()
-        return InstanceUse(
-            instance_id=self.spec.instance_id,
-            role=self.spec.role,
-            steps=self._totals.steps,
-            busy_s=self._totals.busy_s,
-            prefill_tokens=counts.computed_tokens,
-            decode_tokens=0,
-            cached_tokens=counts.cached_tokens,
-            preemptions=0,
-            peak_blocks=self._pool.peak_held,
-            num_blocks=self.spec.num_blocks,
-            cost_terms_s=self._totals.cost_terms_s(),
-        )
+        cached_tokens = self._scheduler.counts().cached_tokens
+        return self._totals.use(self.spec, cached_tokens=cached_tokens, preemptions=0, peak_blocks=self._pool.peak_held)
 
     def check_idle(self) -> None:
         """Assert that nothing is left of any request."""
@@ -98,8 +86,8 @@ class PrefillInstance:
         for chunk in chunks:
             if chunk.start == chunk.sequence.num_cached:
                 self._listener.prefill_started(_attempt(chunk), chunk.sequence.num_cached)
-        cost = self.spec.cost.step(_load(chunks))
-        total_s = self._totals.count_cost(cost)
+        cost = self._totals.count_step(_load(chunks))
+        total_s = cost.total_s
         self._results_s = max(self._results_s, now_s + total_s)
         step = (chunks, self._life)
         if cost.interval_s < total_s:

@@ -20,9 +20,9 @@ from placement.requests import RequestStream
 from placement.simulator import record as stages
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt
+from placement.simulator.colocated import ColocatedInstance
 from placement.simulator.counted import counted_request
-from placement.simulator.decode import DecodeInstance
-from placement.simulator.fleet import Fleet
+from placement.simulator.fleet import Fleet, Instance
 from placement.simulator.network import Network
 from placement.simulator.prefill import PrefillInstance
 from placement.simulator.record import Record
@@ -50,7 +50,7 @@ class Router:
         self._sampling: dict[int, SamplingParams] = {}
         self.num_refused = 0
 
-    def connect(self, fleet: Fleet, instances: Mapping[str, PrefillInstance | DecodeInstance]) -> None:
+    def connect(self, fleet: Fleet, instances: Mapping[str, Instance]) -> None:
         self._fleet = fleet
         self._instances = instances
 
@@ -66,7 +66,7 @@ class Router:
         request = counted_request(row, int(self._requests.prompt_tokens[row]), 0, sampling)
         attempt = Attempt(row, 0, request, frozenset())
         try:
-            instance = self._fleet.choose_prefill(request, attempt.avoid)
+            instance = self._choose_first(attempt)
         except TandemError:
             self.num_refused += 1
         else:
@@ -75,25 +75,27 @@ class Router:
     # --- what the workers tell ---------------------------------------------------------------------------------------
 
     def prefill_started(self, attempt: Attempt, num_cached_tokens: int) -> None:
-        assert attempt.prefill is not None
-        self._fleet.computed(attempt.prefill.spec.instance_id, attempt, num_cached_tokens)
         self._record.num_cached_tokens[attempt.row] = num_cached_tokens
+        if attempt.prefill is None:
+            return  # colocated: nothing to choose
+        self._fleet.computed(attempt.prefill.spec.instance_id, attempt, num_cached_tokens)
         request = attempt.request
         if request.sampling.max_tokens - request.num_output_tokens > 1:
             self._open_decode(attempt)
 
     def prefill_finished(self, attempt: Attempt, started_s: float) -> None:
         prefill, row = attempt.prefill, attempt.row
-        assert prefill is not None
         attempt.is_computed = True
         attempt.num_handed_on += 1
-        self._fleet.computed(prefill.spec.instance_id, attempt, len(attempt.request.token_ids))
         token_s = self._agenda.now_s + self._spec.first_token_s
         if attempt.number == 0 or not self._record.has(row, stages.FIRST_TOKEN):
             self._stamps[row, stages.PREFILL_STARTED] = started_s
             self._stamps[row, stages.FIRST_TOKEN] = token_s
-        num_tokens = len(attempt.request.token_ids) + 1
-        if attempt.num_handed_on >= attempt.request.sampling.max_tokens or num_tokens >= prefill.spec.max_model_len:
+        if prefill is None:
+            return  # colocated: it goes on by itself
+        num_tokens = len(attempt.request.token_ids)
+        self._fleet.computed(prefill.spec.instance_id, attempt, num_tokens)
+        if attempt.num_handed_on >= attempt.request.sampling.max_tokens or num_tokens + 1 >= prefill.spec.max_model_len:
             self._cancel(attempt)
             self._finish(attempt, token_s)
         elif attempt.is_reserved:
@@ -119,9 +121,11 @@ class Router:
             self._stamps[attempt.row, stages.SECOND_TOKEN] = token_s + self._spec.token_s
 
     def decode_finished(self, attempt: Attempt) -> None:
-        assert attempt.decode is not None
-        self._fleet.closed_decode(attempt.decode.spec.instance_id, attempt)
-        self._finish(attempt, self._agenda.now_s + self._spec.token_s)
+        instance = attempt.decode or attempt.colocated
+        assert instance is not None
+        self._fleet.closed_decode(instance.spec.instance_id, attempt)
+        is_first = self._requests.output_tokens[attempt.row] == 1
+        self._finish(attempt, self._agenda.now_s + (self._spec.first_token_s if is_first else self._spec.token_s))
 
     def failed(self, attempt: Attempt, instance_id: str, error: TandemError) -> None:
         self._attempt_failed(attempt, error, frozenset((instance_id,)))
@@ -151,8 +155,9 @@ class Router:
         old = failed.request
         num_new = failed.num_handed_on - old.num_output_tokens
         request = counted_request(failed.row, len(old.token_ids) + num_new, failed.num_handed_on, old.sampling)
+        attempt = Attempt(failed.row, failed.number + 1, request, failed.avoid)
         try:
-            prefill = self._fleet.choose_prefill(request, failed.avoid)
+            instance = self._choose_first(attempt)
         except UnavailableError:
             if self._agenda.now_s >= give_up_s:
                 self.num_refused += 1
@@ -161,8 +166,8 @@ class Router:
             self.num_refused += 1
             return
         else:
-            if paused or prefill.spec.instance_id not in failed.avoid:
-                self._begin(Attempt(failed.row, failed.number + 1, request, failed.avoid), prefill)
+            if paused or instance.spec.instance_id not in failed.avoid:
+                self._begin(attempt, instance)
                 return
             if isinstance(error, OverloadedError) and failed.num_handed_on == 0:
                 self.num_refused += 1  # every worker's queue is full
@@ -174,11 +179,21 @@ class Router:
 
     # --- an attempt's steps ------------------------------------------------------------------------------------------
 
-    def _begin(self, attempt: Attempt, prefill: PrefillInstance) -> None:
-        attempt.prefill = prefill
+    def _choose_first(self, attempt: Attempt) -> PrefillInstance | ColocatedInstance:
+        """Where it begins. Raises UnavailableError or ContextLengthError."""
+        if self._fleet.is_colocated:
+            return self._fleet.choose_colocated(attempt.request, attempt.avoid)
+        return self._fleet.choose_prefill(attempt.request, attempt.avoid)
+
+    def _begin(self, attempt: Attempt, instance: PrefillInstance | ColocatedInstance) -> None:
         self._record.begin_attempt(attempt.row, self._agenda.now_s)
-        self._fleet.opened_prefill(prefill.spec.instance_id, attempt)
-        prefill.submit(attempt)
+        if isinstance(instance, ColocatedInstance):
+            attempt.colocated = instance
+            self._fleet.opened_decode(instance.spec.instance_id, attempt)
+        else:
+            attempt.prefill = instance
+            self._fleet.opened_prefill(instance.spec.instance_id, attempt)
+        instance.submit(attempt)
 
     def _open_decode(self, attempt: Attempt) -> None:
         assert attempt.prefill is not None
@@ -219,8 +234,9 @@ class Router:
             self._network.abandon(attempt.transfer)
         if attempt.prefill is not None and self._close_prefill(attempt):
             attempt.prefill.release(attempt)
-        if attempt.decode is not None and self._fleet.closed_decode(attempt.decode.spec.instance_id, attempt):
-            attempt.decode.close(attempt)
+        instance = attempt.decode or attempt.colocated
+        if instance is not None and self._fleet.closed_decode(instance.spec.instance_id, attempt):
+            instance.close(attempt)
 
     def _finish(self, attempt: Attempt, token_s: float) -> None:
         self._stamps[attempt.row, stages.FINISHED] = token_s

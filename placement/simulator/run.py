@@ -10,8 +10,9 @@ from placement.deployment import Deployment
 from placement.requests import RequestStream
 from placement.result import SimulationResult
 from placement.simulator.agenda import Agenda
+from placement.simulator.colocated import ColocatedInstance
 from placement.simulator.decode import DecodeInstance
-from placement.simulator.fleet import Fleet
+from placement.simulator.fleet import Fleet, Instance
 from placement.simulator.network import Network
 from placement.simulator.prefill import PrefillInstance
 from placement.simulator.record import Record
@@ -82,9 +83,15 @@ def _simulate(
         for spec in deployment.instances
         if spec.role == "decode"
     ]
-    everyone: list[PrefillInstance | DecodeInstance] = [*prefill, *decode]
+    colocated = [
+        ColocatedInstance(spec, agenda, router, step_by_step=step_by_step)
+        for spec in deployment.instances
+        if spec.role == "colocated"
+    ]
+    assert not colocated or not (prefill or decode), "instances serve either one phase each, or both"
+    everyone: list[Instance] = [*prefill, *decode, *colocated]
     instances = {instance.spec.instance_id: instance for instance in everyone}
-    router.connect(Fleet(prefill, decode, same_node_only=deployment.router.same_node_only), instances)
+    router.connect(Fleet(prefill, decode, colocated, same_node_only=deployment.router.same_node_only), instances)
     for failure in deployment.failures:
         agenda.at(failure.at_s, router.instance_lost, failure.instance_id)
         if math.isfinite(failure.until_s):
@@ -105,7 +112,7 @@ def _simulate(
             agenda.run_next()
         num_events += 1
         if stop_when is not None and num_events % _EVENTS_PER_LOOK == 0:
-            queued_tokens = sum(instance.queued_tokens for instance in prefill)
+            queued_tokens = sum(it.queued_tokens for it in prefill) + sum(it.queued_tokens for it in colocated)
             progress = Progress(agenda.now_s, num_received, record.num_finished, router.num_refused, queued_tokens)
             if stop_when(progress):
                 stopped_early = True

@@ -1,11 +1,13 @@
 """Totals of an instance's steps."""
 
 from core.cost_model import CostModel, StepCost, StepLoad
+from placement.deployment import InstanceSpec
+from placement.result import InstanceUse
 from placement.simulator.steady_run import SteadyRun
 
 
 class StepTotals:
-    """Counts steps as they are taken, and says at the end what they spent their time on."""
+    """Counts steps as they begin, and says at the end what they spent their time on."""
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
@@ -14,31 +16,47 @@ class StepTotals:
         # totals are those of as many steps that read as much in all, equally.
         self._run_steps: dict[int, int] = {}
         self._run_kv_tokens: dict[int, int] = {}
-        self.steps = 0
-        self.busy_s = 0.0
+        self._steps = 0
+        self._busy_s = 0.0
+        self._prefill_tokens = 0
+        self._decode_tokens = 0
 
-    def count_step(self, load: StepLoad) -> float:
-        """Returns the step's seconds."""
+    def count_step(self, load: StepLoad) -> StepCost:
+        """What the step costs."""
         cost = self._cost.step(load)
-        return self.count_cost(cost)
-
-    def count_cost(self, cost: StepCost) -> float:
         self._add(cost, 1)
-        total_s = sum(cost.terms().values())
-        self.steps += 1
-        self.busy_s += min(cost.interval_s, total_s) if cost.interval_s > 0 else total_s
-        return total_s
+        self._prefill_tokens += load.prefill_tokens
+        self._decode_tokens += load.decode_sequences
+        self._steps += 1
+        self._busy_s += cost.interval_s if cost.interval_s > 0 else cost.total_s
+        return cost
 
     def count_run(self, run: SteadyRun) -> None:
         steps, sequences = run.num_steps, run.steady.num_sequences
-        self.steps += steps
-        self.busy_s += run.end_of(steps) - run.start_s
+        self._steps += steps
+        self._decode_tokens += steps * sequences
+        self._busy_s += run.end_of(steps) - run.start_s
         kv_tokens = steps * run.steady.kv_tokens + steps * (steps - 1) // 2 * sequences
         self._run_steps[sequences] = self._run_steps.get(sequences, 0) + steps
         self._run_kv_tokens[sequences] = self._run_kv_tokens.get(sequences, 0) + kv_tokens
 
-    def cost_terms_s(self) -> dict[str, float]:
-        """Seconds by the names of `StepCost.terms`."""
+    def use(self, spec: InstanceSpec, *, cached_tokens: int, preemptions: int, peak_blocks: int) -> InstanceUse:
+        return InstanceUse(
+            instance_id=spec.instance_id,
+            role=spec.role,
+            steps=self._steps,
+            busy_s=self._busy_s,
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            cached_tokens=cached_tokens,
+            preemptions=preemptions,
+            peak_blocks=peak_blocks,
+            num_blocks=spec.num_blocks,
+            cost_terms_s=self._cost_terms_s(),
+        )
+
+    def _cost_terms_s(self) -> dict[str, float]:
+        """Seconds by the names of `StepCost.terms`; runs' are added now."""
         for sequences, steps in self._run_steps.items():
             kv_tokens, rest = divmod(self._run_kv_tokens[sequences], steps)
             self._add(self._cost.step(StepLoad.of_decode(sequences, kv_tokens)), steps - rest)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from core.cost_model import StepCost, StepLoad
-from placement.deployment import Deployment, InstanceSpec, NetworkSpec, RouterSpec
+from placement.deployment import ColocatedPolicy, Deployment, InstanceSpec, NetworkSpec, Role, RouterSpec
 from placement.requests import RequestStream
 
 
@@ -54,15 +54,18 @@ def deployment(
     network: NetworkSpec | None = None,
     router: RouterSpec | None = None,
     nodes: int = 1,
+    policy: ColocatedPolicy | None = None,
 ) -> Deployment:
-    """Instances p0, p1 ... and d0, d1 ..., dealt to the nodes in turn."""
-    specs = [("prefill", f"p{i}", i % nodes) for i in range(prefill)]
-    specs += [("decode", f"d{i}", i % nodes) for i in range(decode)]
+    """Instances p0, p1 ... and d0, d1 ..., dealt to the nodes in turn. With a `policy` they are colocated."""
+    roles: list[Role] = ["prefill", "decode"] if policy is None else ["colocated", "colocated"]
+    specs = [(roles[0], f"p{i}", i % nodes) for i in range(prefill)]
+    specs += [(roles[1], f"d{i}", i % nodes) for i in range(decode)]
     return Deployment(
         tuple(
             InstanceSpec(
                 instance_id=name,
-                role="prefill" if role == "prefill" else "decode",
+                role=role,
+                policy=policy or "chunked",
                 cost=cost or LinearCost(),
                 num_blocks=num_blocks,
                 max_batch_tokens=max_batch_tokens,

@@ -6,7 +6,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from core.timeline import Stage
-from placement.deployment import Failure, NetworkSpec, RouterSpec
+from placement.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
 from placement.requests import RequestStream
 from placement.simulator import simulate
 from tests.placement.simulator.deployments import LinearCost, deployment, poisson
@@ -14,9 +14,11 @@ from tests.placement.simulator.deployments import LinearCost, deployment, poisso
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
 
 
-def test_every_request_finishes_and_its_parts_sum_to_its_time() -> None:
+@pytest.mark.parametrize("policy", [None, "chunked", "prompt_first"])
+def test_every_request_finishes_and_its_parts_sum_to_its_time(policy: ColocatedPolicy | None) -> None:
     stream = poisson(300, 8.0)
-    result = simulate(deployment(2, 2, network=_SLOW_NETWORK, router=RouterSpec(0.003, 0.001, 0.002)), stream)
+    router = RouterSpec(0.003, 0.001, 0.002)
+    result = simulate(deployment(2, 2, network=_SLOW_NETWORK, router=router, policy=policy), stream)
     assert result.finished.all()
     assert sum(use.prefill_tokens for use in result.instances) == stream.prompt_tokens.sum()
     assert sum(use.decode_tokens for use in result.instances) == (stream.output_tokens - 1).sum()
@@ -48,10 +50,12 @@ def test_one_prefill_instance_is_an_m_d_1_queue() -> None:
     assert abs(batches.mean() - expected_s) < 3 * batches.std(ddof=1) / np.sqrt(len(batches))
 
 
-def test_a_lost_instance_loses_no_request() -> None:
+@pytest.mark.parametrize("policy", [None, "chunked"])
+def test_a_lost_instance_loses_no_request(policy: ColocatedPolicy | None) -> None:
     stream, attempts = poisson(400, 25.0, output=40), []
     for name in ("p0", "p1", "d0"):
-        spec = replace(deployment(2, 2, network=_SLOW_NETWORK), failures=(Failure(name, 5.0, 9.0), Failure(name, 12.0)))
+        spec = deployment(2, 2, network=_SLOW_NETWORK, policy=policy)
+        spec = replace(spec, failures=(Failure(name, 5.0, 9.0), Failure(name, 12.0)))
         result = simulate(spec, stream)
         assert result.finished.all()
         attempts.append(result.num_attempts.max())
@@ -78,6 +82,7 @@ def test_with_a_role_gone_requests_are_refused() -> None:
     seed=st.integers(0, 1000),
     network=st.sampled_from([NetworkSpec(), _SLOW_NETWORK]),
     loses=st.booleans(),
+    policy=st.sampled_from([None, None, "chunked", "prompt_first"]),
 )
 @settings(max_examples=40, deadline=None, phases=[Phase.generate])  # shrinking simulations takes minutes
 def test_many_steps_at_once_give_the_same_as_each_alone(
@@ -90,6 +95,7 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
     seed: int,
     network: NetworkSpec,
     loses: bool,
+    policy: ColocatedPolicy | None,
 ) -> None:
     spec = deployment(
         prefill,
@@ -99,6 +105,7 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
         growth_horizon_tokens=horizon,
         network=network,
         nodes=2,
+        policy=policy,
     )
     if loses:
         spec = replace(spec, failures=(Failure("d0", 0.3123, 0.9),))

@@ -1,0 +1,101 @@
+"""An instance that serves both phases on one device: the baseline that disaggregation is judged against."""
+
+from core.cost_model import StepLoad, pairs
+from core.errors import TandemError
+from placement.deployment import InstanceSpec
+from placement.result import InstanceUse
+from placement.simulator.agenda import Agenda
+from placement.simulator.attempt import Attempt, Listener
+from placement.simulator.counted import CountedPool, CountedSequence
+from placement.simulator.stepping import SteppingInstance, attempt_of
+from scheduling.colocated import ColocatedChunk, ColocatedPolicy, ColocatedScheduler
+from scheduling.prefix_index import PrefixIndex
+from scheduling.sequence import Sequence
+
+
+class ColocatedInstance(SteppingInstance):
+    """`submit` an attempt; every token is its doing."""
+
+    def __init__(self, spec: InstanceSpec, agenda: Agenda, listener: Listener, *, step_by_step: bool = False) -> None:
+        self._pool = CountedPool(spec.num_blocks)
+        index = PrefixIndex(self._pool, spec.block_size, enabled=False)
+        policy = ColocatedPolicy(
+            max_batch=spec.max_batch,
+            max_queue=spec.max_queue,
+            max_batch_tokens=spec.max_batch_tokens,
+            mixing=spec.policy,
+            growth_horizon_tokens=spec.growth_horizon_tokens,
+        )
+        self._scheduler = ColocatedScheduler(policy, self._pool, index, spec.max_model_len)
+        super().__init__(spec, self._scheduler, agenda, listener, step_by_step=step_by_step)
+
+    @property
+    def queued_tokens(self) -> int:
+        return self._scheduler.counts().waiting_tokens
+
+    def submit(self, attempt: Attempt) -> None:
+        """Queue it."""
+        if self._scheduler.has_waiting:
+            self._submit(attempt)  # behind others, for whom the next step's end changes nothing
+        else:
+            self._command(self._submit, attempt)
+
+    def use(self) -> InstanceUse:
+        counts = self._scheduler.counts()
+        return self._totals.use(
+            self.spec,
+            cached_tokens=counts.cached_tokens,
+            preemptions=counts.preemptions,
+            peak_blocks=self._pool.peak_held,
+        )
+
+    def check_idle(self) -> None:
+        """Assert that nothing is left of any request."""
+        assert len(self._scheduler) == 0
+        assert self._pool.num_held == 0
+
+    def _submit(self, attempt: Attempt) -> None:
+        try:
+            self._scheduler.add(CountedSequence(attempt, attempt.request, self._agenda.now_s))
+        except TandemError as error:
+            self._listener.failed(attempt, self.spec.instance_id, error)
+
+    def _admit(self) -> None:
+        """The next batch takes newcomers in."""
+
+    def _compute(self) -> tuple[list[ColocatedChunk], float]:
+        chunks = self._scheduler.next_batch(self._agenda.now_s)
+        for chunk in chunks:
+            if chunk.is_prompt and chunk.start == chunk.sequence.num_cached:
+                self._listener.prefill_started(attempt_of(chunk.sequence), chunk.sequence.num_cached)
+        return chunks, self._totals.count_step(_load(chunks)).total_s if chunks else 0.0
+
+    def _computed(self, chunks: list[ColocatedChunk]) -> None:
+        for chunk in chunks:
+            if not self._scheduler.computed(chunk) or not chunk.samples:
+                continue
+            sequence = self._scheduler.generated(chunk.sequence.key, 0)
+            self._tell(sequence)
+            self._finish_if_long_enough(sequence)
+
+    def _tell(self, sequence: Sequence) -> None:
+        num_new = sequence.num_tokens - len(sequence.request.token_ids)
+        if num_new == 1:
+            assert sequence.started_s is not None, "what was computed was started"
+            self._listener.prefill_finished(attempt_of(sequence), sequence.started_s)
+        elif num_new == 2:
+            self._listener.second_token(attempt_of(sequence), self._began_s, self._agenda.now_s)
+
+
+def _load(chunks: list[ColocatedChunk]) -> StepLoad:
+    prompts = [chunk for chunk in chunks if chunk.is_prompt]
+    decoding = [chunk for chunk in chunks if not chunk.is_prompt]
+    return StepLoad(
+        prefill_tokens=sum(chunk.num_tokens for chunk in prompts),
+        prefill_sequences=len(prompts),
+        prefill_pairs=sum(pairs(chunk.start, chunk.num_tokens) for chunk in prompts),
+        prefill_kv_tokens=sum(chunk.start + chunk.num_tokens for chunk in prompts),
+        decode_sequences=len(decoding),
+        decode_kv_tokens=sum(chunk.start + 1 for chunk in decoding),
+        sampled=sum(chunk.samples for chunk in chunks),
+    )
