@@ -11,6 +11,7 @@ from core.config_file import apply_overrides, load_config, top_level_settings
 from core.errors import ConfigError
 from core.plan import Plan
 from core.slo_file import SloFile
+from deploy.checks import Grade, check_memory
 from deploy.plan_serving import serve_config_of
 from deploy.topology import Machine
 from placement.report import words
@@ -51,5 +52,11 @@ def _config_of(plan: Plan, overrides: list[str], machine: Machine) -> ServeConfi
         raise ConfigError(
             f"the plan is for {plan.model}, of which only the name is known here; give its checkpoint with "
             "--set model=FOLDER"
+        )
+    on_cpu = {config.prefill.engine.device, config.decode.engine.device} == {"cpu"}
+    if on_cpu and (finding := check_memory(config)).grade is Grade.FAILED:
+        raise ConfigError(
+            f"the plan does not fit this machine ({finding.text}); set cluster.kv_memory in the SLO file and plan "
+            "again, or --set prefill.engine.kv_memory and decode.engine.kv_memory"
         )
     return config

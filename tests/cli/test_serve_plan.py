@@ -62,6 +62,15 @@ def test_a_plan_of_a_name_needs_a_checkpoint(tmp_path: Path) -> None:
     assert read_serve_file(path, [f"model={BUILT_IN}"], MACHINE).model == BUILT_IN
 
 
+def test_pools_that_do_not_fit_the_machine_are_refused_at_once(tmp_path: Path) -> None:
+    huge = [group.model_copy(update={"kv_tokens": 10**12}) for group in GROUPS]
+    path = _written(tmp_path, plan_of(BUILT_IN, huge))
+    with pytest.raises(ConfigError, match=r"does not fit this machine .* set cluster\.kv_memory"):
+        read_serve_file(path, [], MACHINE)
+    smaller = ["prefill.engine.kv_memory=1MiB", "decode.engine.kv_memory=1MiB"]
+    assert read_serve_file(path, smaller, MACHINE).decode.engine.kv_memory == 1 << 20
+
+
 def test_an_slo_file_is_planned_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
