@@ -16,7 +16,7 @@ from typing import Protocol
 from core.clock import Clock
 from core.errors import TandemError, UnavailableError
 from core.plan import Plan
-from core.replanning import DriftState, Proposal, ReplanStatus
+from core.replanning import Change, DriftState, Proposal, ReplanStatus
 from core.slo_file import SloFile
 from core.workload_profile import ProfileSnapshot
 from placement.drift import Decision, DriftDetector, DriftPolicy
@@ -136,7 +136,7 @@ class Replanner:
         windows = list(self._judged)[-self._detector.windows_to_confirm :]
         self._questions += 1
         folder = self._folder / f"replan-{self._questions}"
-        self._tell(f"requests are unlike those planned for ({_say_changes(self.status)}); planning again")
+        self._tell(f"requests are unlike those planned for ({_say_strongest(self._detector.changes)}); planning again")
         self._planning = asyncio.create_task(
             self._plan_again(folder, ProfileSnapshot.pooled(windows)), name="plan again"
         )
@@ -173,6 +173,6 @@ def _say_state(state: DriftState) -> str:
     return "requests are as planned for" if state is DriftState.STABLE else "requests may have changed"
 
 
-def _say_changes(status: ReplanStatus) -> str:
-    strong = [change for change in status.changes if change.strength >= 1.0]
-    return ", ".join(f"{change.name} {change.planned:.3g} -> {change.live:.3g}" for change in strong)
+def _say_strongest(changes: tuple[Change, ...]) -> str:
+    change = max(changes, key=lambda change: change.strength)
+    return f"{change.name} {change.planned:.3g} -> {change.live:.3g}"

@@ -1,6 +1,6 @@
 """When to plan again: the workload has drifted, it stays so, and the answer would be worth something.
 
-                drifted                   `confirm_windows` in a row
+                drifted                   some windows in a row
     STABLE --------------> SUSPECT ------------------------------> REPLANNING
       ^  ^  not drifted      |                                      |      |
       |  +-------------------+                        worth it      |      |  no better plan, or no plan
@@ -17,9 +17,9 @@ Hysteresis has four parts. A change must persist for some windows, to come and t
 windows together. It begins at strength 1 and ends below `leave`. Nothing new begins during a cool-down. And where
 planning again gained nothing, requests like those are not planned for again.
 
-Whenever a proposal or a plan soon came to nothing, cool-down and persistence are doubled, up to `most_patience` times;
-a proposal that lasts makes them short again. So what alternates fast is answered once, and what alternates slowly is
-followed.
+Whenever a proposal or a plan soon came to nothing, the cool-down and the windows that it takes to plan are doubled, up
+to `most_patience` times; a proposal that lasts makes them short again. So what alternates fast is answered once, and
+what alternates slowly is followed.
 
 Time comes in as an argument, in seconds of any one clock.
 """
@@ -33,9 +33,11 @@ from placement.workload_distance import Limits, Workload, compare, strength
 
 @dataclass(frozen=True, slots=True)
 class DriftPolicy:
-    """`min_gain` is relative. A proposal that is withdrawn within `short_lived_s` was for nothing."""
+    """`min_gain` is relative. A proposal that is withdrawn within `short_lived_s` was for nothing. One that stands does
+    no harm, so that withdrawing takes more windows than proposing."""
 
     confirm_windows: int = 3
+    withdraw_windows: int = 6
     leave: float = 0.7
     min_gain: float = 0.10
     cool_down_s: float = 1800.0
@@ -68,7 +70,7 @@ class DriftDetector:
 
     @property
     def windows_to_confirm(self) -> int:
-        """How many windows in a row it takes, now, to begin planning or to withdraw."""
+        """How many windows in a row it takes, now, to begin planning."""
         return self._policy.confirm_windows * self._patience
 
     @property
@@ -129,7 +131,7 @@ class DriftDetector:
             self._in_a_row.clear()
             return Decision.NOTHING
         self._in_a_row.append(live)
-        if len(self._in_a_row) < self.windows_to_confirm:
+        if len(self._in_a_row) < self._policy.withdraw_windows:
             return Decision.NOTHING
         self._cool(now_s, came_to_nothing=now_s - self._proposed_s < self._policy.short_lived_s)
         return Decision.WITHDRAW

@@ -146,7 +146,7 @@ async def test_a_proposal_goes_with_the_drift(watch: Watch) -> None:
     watch.planner.answers = [ANSWER]
     await watch.see(900, windows=3)
     await watch.until(lambda: watch.state is DriftState.PROPOSED)
-    await watch.see(100, windows=3)
+    await watch.see(100, windows=6)
     assert watch.state is DriftState.COOLING
     assert watch.published[-1].proposal is None
     assert "withdrawn" in watch.published[-1].note

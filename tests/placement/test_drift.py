@@ -89,14 +89,14 @@ def test_between_the_two_thresholds_things_stay_as_they_are() -> None:
 def test_a_proposal_is_withdrawn_when_the_drift_is_gone_for_good() -> None:
     run = Run()
     run.see(*[OTHER] * 3)
-    assert run.see(PLANNED, PLANNED, OTHER, PLANNED, PLANNED) is DriftState.PROPOSED
+    assert run.see(*[PLANNED] * 5, OTHER, *[PLANNED] * 5) is DriftState.PROPOSED
     assert run.see(PLANNED) is DriftState.COOLING
     assert run.withdrawn_s == [run.now_s]
 
 
 def test_a_proposal_for_requests_that_come_no_more_is_withdrawn_and_a_new_one_made() -> None:
     run = Run()
-    run.see(*[OTHER] * 3, *[THIRD] * 3)
+    run.see(*[OTHER] * 3, *[THIRD] * 6)
     assert run.detector.state is DriftState.COOLING
     assert run.see(*[THIRD] * 18) is DriftState.PROPOSED
     assert len(run.proposed_s) == 2
@@ -138,17 +138,17 @@ def test_alternation_within_a_window_is_a_mixture_and_brings_one() -> None:
 
 @pytest.mark.parametrize("windows_each", [3, 4, 5])
 def test_alternation_as_fast_as_confirmation_brings_one(windows_each: int) -> None:
-    """200 h and more. Without patience it would be some hundred proposals."""
+    """50 h and more. Without patience it would be a hundred proposals."""
     run = Run()
-    for _ in range(400):
+    for _ in range(100):
         run.see(*[OTHER] * windows_each, *[PLANNED] * windows_each)
     assert len(run.proposed_s) == 1
 
 
-@pytest.mark.parametrize("windows_each", range(6, 24))
-def test_alternation_of_up_to_two_hours_is_soon_given_up(windows_each: int) -> None:
+@pytest.mark.parametrize("windows_each", [6, 8, 12, 16, 20])
+def test_alternation_of_up_to_100_minutes_is_soon_given_up(windows_each: int) -> None:
     run = Run()
-    for _ in range(200):
+    for _ in range(60):
         run.see(*[OTHER] * windows_each, *[PLANNED] * windows_each)
     assert len(run.proposed_s) <= 3
     assert run.proposed_s[-1] < 24 * 3600
@@ -163,7 +163,7 @@ def test_slow_alternation_is_followed() -> None:
         assert len(run.proposed_s) == len(run.withdrawn_s) == phase + 1
         began_s = phase * 2 * windows * WINDOW_S
         assert run.proposed_s[-1] - began_s == POLICY.confirm_windows * WINDOW_S
-        assert run.withdrawn_s[-1] - began_s == (windows + POLICY.confirm_windows) * WINDOW_S
+        assert run.withdrawn_s[-1] - began_s == (windows + POLICY.withdraw_windows) * WINDOW_S
 
 
 @given(
