@@ -17,13 +17,14 @@ _OPERATORS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("prefill_attention", ("prefill_attention",), ("latency_s", "compute", "memory", "idle")),
     ("decode_attention", ("decode_attention",), ("latency_s", "memory", "idle", "head_s")),
     ("decode_attention", ("latent_decode",), ("compute",)),
-    ("decode_attention", ("mixed_attention",), ("mixed",)),
+    ("decode_attention", ("mixed_attention",), ("mixed_rows",)),
     ("link", ("all_reduce",), ("latency_s", "rank_s", "ramp_s", "bandwidth")),
     ("link", ("send",), ("hand_off_s", "send")),
     ("elementwise", ("elementwise",), ("latency_s", "memory")),
 )
 _LEAST, _MOST = 1e-4, 1e4  # of a parameter, as a multiple of its start
 _MOST_SHARE = {"elementwise": 4.0}  # of a peak; what the kernel before has just written is read from the cache
+_GUESS = {"mixed_rows": 64.0}  # where the search begins, if not at the start: at 1 row nothing depends on rows
 _MAX_SAMPLES = 3000
 
 
@@ -57,7 +58,8 @@ def _fit_part(samples: Sequence[Sample], start: Efficiency, part: str, names: Se
     scale = np.array([getattr(first, name) for name in names])
     shares = [name in ("compute", "memory", "bandwidth", "send") for name in names]
     most = np.where(shares, np.log(_MOST_SHARE.get(part, 1.2) / scale), np.log(_MOST))
-    least = np.where([name == "sharpness" for name in names], np.log(1.0 / scale), np.log(_LEAST))
+    least = np.where([name in ("sharpness", "mixed_rows") for name in names], np.log(1.0 / scale), np.log(_LEAST))
+    guess = np.log([_GUESS.get(name, value) / value for name, value in zip(names, scale, strict=True)])
     measured = np.log([sample.seconds for sample in samples])
 
     def at(logs: Any) -> Efficiency:
@@ -70,7 +72,7 @@ def _fit_part(samples: Sequence[Sample], start: Efficiency, part: str, names: Se
 
     found = least_squares(
         residuals,
-        np.minimum(np.zeros(len(names)), most - 1e-3),
+        np.minimum(guess, most - 1e-3),
         bounds=(least, most),
         loss="soft_l1",
         f_scale=0.1,

@@ -42,7 +42,7 @@ _START = Efficiency(
     experts=ExpertsEfficiency(latency_s=20e-6, compute=0.6, memory=0.8, sharpness=2.0, padding_rows=32.0),
     prefill_attention=PrefillAttentionEfficiency(latency_s=10e-6, compute=0.6, memory=0.5, idle=0.3),
     decode_attention=DecodeAttentionEfficiency(
-        latency_s=12e-6, memory=0.9, idle=0.5, head_s=10e-9, compute=0.6, mixed=1.0
+        latency_s=12e-6, memory=0.9, idle=0.5, head_s=10e-9, compute=0.6, mixed_rows=1.0
     ),
     link=LinkEfficiency(latency_s=5e-6, rank_s=0.2e-6, ramp_s=20e-6, bandwidth=0.8, hand_off_s=10e-6, send=0.75),
     elementwise=GemmEfficiency(latency_s=8e-6, compute=1.0, memory=0.7, sharpness=1.0),

@@ -173,49 +173,51 @@ def _decode_attention(folder: Path) -> Iterator[Sample]:
 def _decodes(
     source: str, system: str, heads: int, kv_heads: int, sequences: int, tokens: int, seconds: float
 ) -> Iterator[Sample]:
-    """Nothing where the KV fits the cache: the measurement reads it from there again and again, but a model never
-    does, since the other layers' weights and KV go through the cache in between."""
-    kv_bytes = 4.0 * sequences * tokens * kv_heads * 128
-    if kv_bytes < _CACHE_BYTES[system]:
-        return
-    device = _device(system)
+    if not _fits_cache(system, kv_heads, sequences, tokens):
+        device, held_out = _device(system), _is_drawn(heads, kv_heads, sequences)
+        predict = _decode(device, heads, kv_heads, sequences, tokens)
+        yield Sample("decode_attention", source, device, seconds, predict, held_out)
 
+
+def _fits_cache(system: str, kv_heads: int, sequences: int, tokens: int) -> bool:
+    """Then the measurement reads the KV from the cache again and again, but a model never does, since the other
+    layers' weights and KV go through the cache in between."""
+    return 4.0 * sequences * tokens * kv_heads * 128 < _CACHE_BYTES[system]
+
+
+def _decode(
+    device: Device, heads: int, kv_heads: int, sequences: int, tokens: int, *, beside_prompts: bool = False
+) -> Callable[[Efficiency], float]:
     def predict(to: Efficiency) -> float:
+        fit, flops = to.decode_attention, 512.0 * heads
         fixed_s, per_token_s = decode_attention_line(
-            sequences, kv_heads, 512.0 * kv_heads, 512.0 * heads, device, to.decode_attention
+            sequences, kv_heads, 512.0 * kv_heads, flops, device, fit, beside_prompts=beside_prompts
         )
         return fixed_s + sequences * tokens * per_token_s
 
-    yield Sample("decode_attention", source, device, seconds, predict, _is_drawn(heads, kv_heads, sequences))
+    return predict
 
 
 def _mixed_attention(folder: Path) -> Iterator[Sample]:
     """Prompts' chunks and decoding sequences in one kernel."""
     for row in read_rows(folder, "llmservingsim_attention_us.csv.gz"):
-        chunk, history = int(row["prefill_chunk"]), int(row["kv_prefill"])
+        chunk, history, system = int(row["prefill_chunk"]), int(row["kv_prefill"]), row["hardware"]
         sequences, tokens = int(row["n_decode"]), int(row["kv_decode"])
         model, tp = _served_model(row["model"]), int(row["tp"])
         heads, kv_heads = model.num_heads // tp, model.num_kv_heads // tp
-        kv_bytes = 4.0 * sequences * tokens * kv_heads * 128
-        if not chunk or kv_bytes < _CACHE_BYTES[row["hardware"]]:
+        if not chunk or _fits_cache(system, kv_heads, sequences, tokens):
             continue
-        seconds = float(row["time_us"]) / 1e6
-        prompt = _prompts("LLMServingSim", row["hardware"], heads, kv_heads, 1, chunk, history, seconds)
-        (decode,) = _decodes("LLMServingSim", row["hardware"], heads, kv_heads, sequences, tokens, seconds)
-        yield Sample(
-            "mixed_attention",
-            "LLMServingSim",
-            decode.device,
-            seconds,
-            _both(prompt.predict, decode.predict),
-            _is_drawn(heads, kv_heads, chunk, sequences),
-        )
+        seconds, device = float(row["time_us"]) / 1e6, _device(system)
+        prompt = _prompts("LLMServingSim", system, heads, kv_heads, 1, chunk, history, seconds).predict
+        decode = _decode(device, heads, kv_heads, sequences, tokens, beside_prompts=True)
+        held_out = _is_drawn(heads, kv_heads, chunk, sequences)
+        yield Sample("mixed_attention", "LLMServingSim", device, seconds, _both(prompt, decode), held_out)
 
 
 def _both(
     prompt: Callable[[Efficiency], float], decode: Callable[[Efficiency], float]
 ) -> Callable[[Efficiency], float]:
-    return lambda to: prompt(to) + to.decode_attention.mixed * decode(to)
+    return lambda to: prompt(to) + decode(to)
 
 
 def _latent_attention(folder: Path) -> Iterator[Sample]:

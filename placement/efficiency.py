@@ -48,15 +48,15 @@ class PrefillAttentionEfficiency:
 class DecodeAttentionEfficiency:
     """Of a kernel that reads the KV of one-token queries. `idle` / (sequences * KV heads) more time goes by where
     few sequences leave cores without work; `head_s` passes per sequence and KV head. Only where many query heads share
-    a latent are the products, at `compute`, what it waits for. Beside prompts, all this takes `mixed` times as long:
-    the kernel that does both splits no sequence's KV over cores."""
+    a latent are the products, at `compute`, what it waits for; or beside prompts, where the kernel that does both
+    computes `mixed_rows` rows for each query."""
 
     latency_s: float
     memory: float
     idle: float
     head_s: float
     compute: float
-    mixed: float
+    mixed_rows: float
 
 
 @dataclass(frozen=True, slots=True)

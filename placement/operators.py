@@ -55,10 +55,13 @@ def decode_attention_line(
     flops_per_kv_token: float,
     device: Device,
     fit: DecodeAttentionEfficiency,
+    *,
+    beside_prompts: bool = False,
 ) -> tuple[float, float]:
     """(fixed seconds, seconds per KV token) of one layer's attention of `sequences` one-token queries."""
     read_s = bytes_per_kv_token / (device.memory_bytes_per_s * fit.memory)
-    compute_s = flops_per_kv_token / (device.flops * fit.compute)
+    rows = fit.mixed_rows if beside_prompts else 1.0
+    compute_s = rows * flops_per_kv_token / (device.flops * fit.compute)
     per_kv_token_s = max(read_s, compute_s) * (1.0 + fit.idle / (sequences * kv_heads))
     return fit.latency_s + fit.head_s * sequences * kv_heads, per_kv_token_s
 

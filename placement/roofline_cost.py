@@ -83,7 +83,7 @@ class RooflineCost:
         self._heads = model.num_heads // shape.tp
         self._kv_heads = max(1, model.num_kv_heads // shape.tp)
         self._by_tokens: dict[float, tuple[float, float, float]] = {}
-        self._by_sequences: dict[float, tuple[float, float]] = {}
+        self._by_sequences: dict[tuple[float, bool], tuple[float, float]] = {}
         self._by_sampled: dict[float, float] = {}
         self._lines: dict[int, tuple[float, float]] = {}
 
@@ -96,10 +96,9 @@ class RooflineCost:
         layers = self._model.num_layers if batches == 1 else pp * self._stage_layers
         linear_s, collective_s, hand_off_s = self._tokens_terms(load.tokens / batches)
         attention_s = self._prefill_attention_s(load, batches) if load.prefill_tokens else 0.0
-        kv_fixed_s, kv_token_s = self._decode_terms(sequences / batches) if sequences else (0.0, 0.0)
-        if load.prefill_tokens:
-            kv_fixed_s *= self._fit.decode_attention.mixed
-            kv_token_s *= self._fit.decode_attention.mixed
+        kv_fixed_s, kv_token_s = 0.0, 0.0
+        if sequences:
+            kv_fixed_s, kv_token_s = self._decode_terms(sequences / batches, beside_prompts=load.prefill_tokens > 0)
         launch_s = 0.0
         if load.prefill_tokens or not self._overhead.graph_decode:
             launch_s = max(0.0, self._overhead.eager_layer_s - linear_s - collective_s - attention_s - kv_fixed_s)
@@ -129,7 +128,7 @@ class RooflineCost:
             pp = self._shape.pp
             batches = min(pp, sequences)
             layers = self._model.num_layers if batches == 1 else pp * self._stage_layers
-            per_kv_token_s = layers * self._decode_terms(sequences / batches)[1] / batches
+            per_kv_token_s = layers * self._decode_terms(sequences / batches, beside_prompts=False)[1] / batches
             line = self.step(StepLoad.of_decode(sequences, 0)).total_s, per_kv_token_s
             self._lines[sequences] = line
         return line
@@ -216,9 +215,9 @@ class RooflineCost:
             self._fit.prefill_attention,
         )
 
-    def _decode_terms(self, sequences: float) -> tuple[float, float]:
+    def _decode_terms(self, sequences: float, *, beside_prompts: bool) -> tuple[float, float]:
         """Of a layer's attention: fixed seconds, and seconds per KV token of the micro-batch."""
-        line = self._by_sequences.get(sequences)
+        line = self._by_sequences.get((sequences, beside_prompts))
         if line is None:
             model, mla = self._model, self._model.mla
             width = 2 * model.head_dim if mla is None else 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
@@ -231,8 +230,9 @@ class RooflineCost:
                 2.0 * self._heads * width,
                 self._device,
                 self._fit.decode_attention,
+                beside_prompts=beside_prompts,
             )
-            self._by_sequences[sequences] = line
+            self._by_sequences[sequences, beside_prompts] = line
         return line
 
     # --- head --------------------------------------------------------------------------------------------------------
