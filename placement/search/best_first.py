@@ -149,8 +149,8 @@ class _BestFirst:
         prospects = [entry.subject for entry in entries if isinstance(entry.subject, Looked)]
         self._report(self._closed(), f"simulating {prospects[0].fleet}")
         best = 0.0 if self._best is None else self._best.goodput or 0.0
-        tasks = [self._task(prospect, best) for prospect in prospects]
-        outcomes = self._mapper(partial(_climb, self._space.problem), tasks)
+        tasks = [task_for(self._space, prospect, best) for prospect in prospects]
+        outcomes = self._mapper(partial(climb_of, self._space.problem), tasks)
         for prospect, task, outcome in zip(prospects, tasks, outcomes, strict=True):
             self._simulations += len(outcome.evaluations)
             goodput = min(outcome.rate * task.scale, prospect.bound)
@@ -158,14 +158,6 @@ class _BestFirst:
             self._looked.append(looked)
             if self._best is None or goodput > (self._best.goodput or 0.0):
                 self._best = looked if goodput > 0 else None
-
-    def _task(self, prospect: Looked, best: float) -> "_Task":
-        """The climb of a prospect's trial fleet, in that fleet's rates."""
-        trial = trial_of(prospect.fleet)
-        small = self._space.predictor.goodput(trial)
-        scale = prospect.predicted / small if small > 0 else 1.0
-        least = max(best, prospect.predicted / _FURTHEST)
-        return _Task(trial, prospect.predicted / scale, least / scale, scale)
 
     def _closed(self) -> float:
         """How near the best goodput is to the highest bound, 0 to 1."""
@@ -175,14 +167,25 @@ class _BestFirst:
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
-    """`scale`: what the fleet passes for each request per second of the trial fleet."""
+class Task:
+    """The climb of a fleet's trial, in the trial's rates. `scale`: what the fleet passes for each request per second of
+    the trial."""
 
     trial: Fleet
     guess: float
     at_least: float
     scale: float
+    apart: bool
 
 
-def _climb(problem: Problem, task: _Task) -> Outcome:
-    return climb(problem, task.trial, task.guess, task.at_least)
+def task_for(space: Space, prospect: Looked, best: float = 0.0) -> Task:
+    """It gives up where the prospect cannot have more than `best`."""
+    trial = trial_of(prospect.fleet)
+    small = space.predictor.goodput(trial)
+    scale = prospect.predicted / small if small > 0 else 1.0
+    least = max(best, prospect.predicted / _FURTHEST)
+    return Task(trial, prospect.predicted / scale, least / scale, scale, apart=trial != prospect.fleet)
+
+
+def climb_of(problem: Problem, task: Task) -> Outcome:
+    return climb(problem, task.trial, task.guess, task.at_least, apart=task.apart)

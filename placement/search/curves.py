@@ -61,7 +61,9 @@ class Curve:
 
 
 def curve_of(key: CurveKey, *, stream: RequestStream, classes: Sequence[SloClass]) -> Curve:
-    """Where the attainment falls from what it is without load to just below what is asked for. What is beyond counts as 0."""
+    """Where the attainment falls, from what it is without load to just below what is asked for; 0 beyond."""
+    if key.limit == 0:
+        return Curve(np.zeros(0), np.zeros((0, len(classes))))
     asked = np.array([slo.attainment for slo in classes])
 
     def shares_at(step: int) -> Shares:

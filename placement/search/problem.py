@@ -29,7 +29,8 @@ class NodeType:
 @dataclass(frozen=True, slots=True)
 class Problem:
     """`requests` are what fleets are simulated with (their rate does not matter), `computed` the same with prompts cut
-    by what a prefix cache saves. `rate`: requests per second to serve, None for as many as possible.
+    by what a prefix cache saves. `rate`: requests per second to serve, None for as many as possible. `cheapest`: the
+    least of the cluster that serves `rate`, instead of the most that the cluster can serve.
 
     Picklable: worker processes get it whole.
     """
@@ -42,6 +43,7 @@ class Problem:
     requests: RequestStream
     computed: RequestStream
     rate: float | None = None
+    cheapest: bool = False
 
     @property
     def node_types(self) -> tuple[NodeType, ...]:

@@ -26,22 +26,27 @@ class Space:
     limits: dict[InstanceKind, Limit]
     predictor: Predictor
 
+    @property
+    def allows_low_affinity(self) -> bool:
+        """KV may be kept inside nodes. By itself only where links between nodes are slow: it restricts the router."""
+        asked, cluster = self.problem.section.node_affinity, self.problem.cluster
+        return len(cluster.nodes) > 1 and (asked == "low" or (asked == "auto" and cluster.has_slow_links))
+
+    @property
+    def allows_high_affinity(self) -> bool:
+        return self.problem.section.node_affinity != "low" or len(self.problem.cluster.nodes) == 1
+
     def fleets(self, nodes: Sequence[NodeType]) -> Iterator[Fleet]:
         """Those that the SLO file's layouts and node affinity allow on these nodes, to which nothing can be added."""
-        layouts, affinity = self.problem.section.layouts, self.problem.section.node_affinity
-        one_node = sum(node.count for node in nodes) == 1
-        if affinity == "auto":
-            affinity = "low" if self.problem.cluster.has_slow_links else "high"
-        if "disaggregated" in layouts or "mixed" in layouts:
-            if affinity == "high" or one_node or self.problem.section.node_affinity == "auto":
-                anywhere = list(high_affinity(self.kinds, nodes))
-                anywhere += heterogeneous(self.kinds, self.limits, nodes)
-                if "disaggregated" in layouts:
-                    yield from anywhere
-                if "mixed" in layouts:
-                    yield from mixed(anywhere, self.kinds, self.limits, nodes)
-            if affinity == "low" and not one_node and "disaggregated" in layouts:
-                yield from low_affinity(self.kinds, nodes)
+        layouts = self.problem.section.layouts
+        if self.allows_high_affinity and not {"disaggregated", "mixed"}.isdisjoint(layouts):
+            anywhere = [*high_affinity(self.kinds, nodes), *heterogeneous(self.kinds, self.limits, nodes)]
+            if "disaggregated" in layouts:
+                yield from anywhere
+            if "mixed" in layouts:
+                yield from mixed(anywhere, self.kinds, self.limits, nodes)
+        if self.allows_low_affinity and "disaggregated" in layouts:
+            yield from low_affinity(self.kinds, nodes)
         if "colocated" in layouts:
             yield from colocated(self.kinds, nodes)
 

@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 from core.plan import Plan
-from placement.goodput import Evaluation, judge, stop_when_lost
-from placement.judgement import Judgement
+from placement.goodput import Evaluation, Judgement, StopWhen, judge, stop_when_lost
 from placement.plan_deployment import deployment_of
+from placement.requests import RequestStream
 from placement.result import SimulationResult
 from placement.search.fleet import Fleet, Pool
 from placement.search.problem import Problem
@@ -70,13 +70,18 @@ def plan_of(problem: Problem, fleet: Fleet, *, apart: bool = False) -> Plan:
     )
 
 
-def run(problem: Problem, fleet: Fleet, rate: float, *, apart: bool = False) -> tuple[SimulationResult, Judgement]:
-    """At `rate` requests per second; with more requests than asked for where these would not show a steady state."""
-    deployment = deployment_of(plan_of(problem, fleet, apart=apart), problem.source, problem.cluster, problem.model)
+def run(
+    problem: Problem, fleet: Fleet, rate: float, *, apart: bool = False, whole: bool = False
+) -> tuple[SimulationResult, Judgement]:
+    """At `rate` requests per second; with more requests than asked for where these would not show a steady state.
+    `apart`: as a part of a larger fleet. Given up when it cannot pass any more, unless the `whole` run is wanted."""
+    plan = plan_of(problem, fleet, apart=apart)
+    deployment = deployment_of(plan, problem.source, problem.cluster, problem.model)
     count = problem.section.requests
     for _ in range(_MOST_DOUBLINGS):
         requests = problem.requests.head(count).scaled_to(rate)
-        result = simulate(deployment, requests, stop_when=stop_when_lost(requests, problem.classes))
+        stop_when = None if whole else stop_when_lost(requests, problem.classes)
+        result = simulate(deployment, requests, stop_when=stop_when)
         judgement = judge(result, problem.classes)
         if judgement.long_enough or result.stopped_early or count >= len(problem.requests):
             break
@@ -84,7 +89,13 @@ def run(problem: Problem, fleet: Fleet, rate: float, *, apart: bool = False) -> 
     return result, judgement
 
 
-def climb(problem: Problem, fleet: Fleet, guess: float, at_least: float) -> Outcome:
+def simulated(problem: Problem, fleet: Fleet, requests: RequestStream, stop_when: StopWhen) -> SimulationResult:
+    """`fleet` on other requests, as `placement.goodput` wants it."""
+    deployment = deployment_of(plan_of(problem, fleet), problem.source, problem.cluster, problem.model)
+    return simulate(deployment, requests, stop_when=stop_when)
+
+
+def climb(problem: Problem, fleet: Fleet, guess: float, at_least: float, *, apart: bool = False) -> Outcome:
     """From the rung below `guess`, up while it passes or down until it does, but not below `at_least`.
 
     One rung at a time: so a fleet that passes wherever another one does never ends below it.
@@ -94,7 +105,7 @@ def climb(problem: Problem, fleet: Fleet, guess: float, at_least: float) -> Outc
     tried: dict[int, Judgement] = {}
 
     def passes(step: int) -> bool:
-        _, tried[step] = run(problem, fleet, rate_of(step))
+        _, tried[step] = run(problem, fleet, rate_of(step), apart=apart)
         return tried[step].meets
 
     if passes(rung):
