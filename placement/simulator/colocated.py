@@ -6,19 +6,27 @@ from placement.deployment import InstanceSpec
 from placement.result import InstanceUse
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt, Listener
-from placement.simulator.counted import CountedPool, CountedSequence
+from placement.simulator.counted import CountedSequence
+from placement.simulator.prefixes import BlockNames, pool_and_index
 from placement.simulator.stepping import SteppingInstance, attempt_of
 from scheduling.colocated import ColocatedChunk, ColocatedPolicy, ColocatedScheduler
-from scheduling.prefix_index import PrefixIndex
 from scheduling.sequence import Sequence
 
 
 class ColocatedInstance(SteppingInstance):
     """`submit` an attempt; every token is its doing."""
 
-    def __init__(self, spec: InstanceSpec, agenda: Agenda, listener: Listener, *, step_by_step: bool = False) -> None:
-        self._pool = CountedPool(spec.num_blocks)
-        index = PrefixIndex(self._pool, spec.block_size, enabled=False)
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        agenda: Agenda,
+        listener: Listener,
+        names: BlockNames | None = None,
+        *,
+        step_by_step: bool = False,
+    ) -> None:
+        self._pool, self._index = pool_and_index(spec, names)
+        self._names = names
         policy = ColocatedPolicy(
             max_batch=spec.max_batch,
             max_queue=spec.max_queue,
@@ -26,7 +34,7 @@ class ColocatedInstance(SteppingInstance):
             mixing=spec.policy,
             growth_horizon_tokens=spec.growth_horizon_tokens,
         )
-        self._scheduler = ColocatedScheduler(policy, self._pool, index, spec.max_model_len)
+        self._scheduler = ColocatedScheduler(policy, self._pool, self._index, spec.max_model_len)
         super().__init__(spec, self._scheduler, agenda, listener, step_by_step=step_by_step)
 
     @property
@@ -39,6 +47,10 @@ class ColocatedInstance(SteppingInstance):
             self._submit(attempt)  # behind others, for whom the next step's end changes nothing
         else:
             self._command(self._submit, attempt)
+
+    def fail(self) -> None:
+        super().fail()
+        self._index.clear()
 
     def use(self) -> InstanceUse:
         counts = self._scheduler.counts()
@@ -55,8 +67,11 @@ class ColocatedInstance(SteppingInstance):
         assert self._pool.num_held == 0
 
     def _submit(self, attempt: Attempt) -> None:
+        sequence = CountedSequence(attempt, attempt.request, self._agenda.now_s)
+        if self._names is not None and self.spec.prefix_cache:
+            sequence.block_hashes = self._names.of(attempt.row, attempt.request.max_total_tokens)
         try:
-            self._scheduler.add(CountedSequence(attempt, attempt.request, self._agenda.now_s))
+            self._scheduler.add(sequence)
         except TandemError as error:
             self._listener.failed(attempt, self.spec.instance_id, error)
 

@@ -18,12 +18,13 @@ def counted_request(row: int, num_tokens: int, num_output_tokens: int, sampling:
 
 
 class CountedSequence(Sequence):
-    """A sequence that knows how many tokens it has, and not which."""
+    """A sequence that knows how many tokens it has, and not which. For a prefix cache it is given the names of all its
+    blocks (see `prefixes`)."""
 
     __slots__ = ("_num_tokens",)
 
     def __post_init__(self) -> None:
-        self.token_ids = []
+        self.token_ids = cast(list[int], self.request.token_ids)  # a range; it does not grow
         self._num_tokens = len(self.request.token_ids)
 
     @property

@@ -7,10 +7,14 @@ from placement.simulator.attempt import Attempt
 from placement.simulator.colocated import ColocatedInstance
 from placement.simulator.decode import DecodeInstance
 from placement.simulator.prefill import PrefillInstance
+from placement.simulator.prefixes import BlockNames
 from scheduling.load_book import DecodeBook, PrefillBook
+from scheduling.prefix_tracker import PrefixTracker
 from scheduling.routing import DecodeView, PrefillView
 
-_SLACK_TOKENS = 4096  # as the live router's
+# As the live router's.
+_SLACK_TOKENS = 4096
+_MAX_TRACKED_BLOCKS = 65536
 
 Instance = PrefillInstance | DecodeInstance | ColocatedInstance
 
@@ -37,11 +41,15 @@ class Fleet:
         decode: Iterable[DecodeInstance] = (),
         colocated: Iterable[ColocatedInstance] = (),
         *,
+        names: BlockNames | None = None,
         same_node_only: bool = False,
     ) -> None:
+        """`names`, if prompts share prefixes that prefill instances cache."""
         self._prefill = {instance.spec.instance_id: instance for instance in prefill}
         self._decode = {instance.spec.instance_id: instance for instance in decode}
         self._colocated = {instance.spec.instance_id: instance for instance in colocated}
+        self._names = names
+        self._tracker = PrefixTracker(names.block_size, _MAX_TRACKED_BLOCKS) if names is not None else None
         self._prefill_book = PrefillBook(_SLACK_TOKENS)
         self._decode_book = DecodeBook()
         self._loads: dict[str, _Load] = {}
@@ -58,15 +66,22 @@ class Fleet:
         """Whether its instances serve both phases."""
         return bool(self._colocated)
 
-    def choose_prefill(self, request: GenerationRequest, avoid: frozenset[str]) -> PrefillInstance:
+    def choose_prefill(self, row: int, request: GenerationRequest, avoid: frozenset[str]) -> PrefillInstance:
         """Prefers others than `avoid`. Raises UnavailableError or ContextLengthError."""
         num_tokens = len(request.token_ids)
         fingerprints = self._decode_book.fingerprints_for(num_tokens)
-        name = self._prefill_book.pick(num_tokens=num_tokens, decode_fingerprints=fingerprints, avoid=avoid)
+        shared = self._names.shared(row) if self._names is not None else []
+        holders = self._tracker.holders(shared) if self._tracker is not None and shared else ()
+        name = self._prefill_book.pick(
+            num_tokens=num_tokens, decode_fingerprints=fingerprints, holders=holders, avoid=avoid
+        )
         if name is None:
             choice = self._prefill_book.choose(num_tokens=num_tokens, decode_fingerprints=fingerprints, avoid=avoid)
             name = choice.require()
-        return self._prefill[name]
+        instance = self._prefill[name]
+        if self._tracker is not None and shared and instance.spec.prefix_cache:
+            self._tracker.record(name, shared)
+        return instance
 
     def choose_decode(self, request: GenerationRequest, prefill: str, avoid: frozenset[str]) -> DecodeInstance:
         """As `choose_prefill`."""
@@ -94,6 +109,8 @@ class Fleet:
         load = self._loads[instance_id]
         load.is_ready = False
         self._put(instance_id)
+        if self._tracker is not None:
+            self._tracker.forget(instance_id)
         return list(load.open)
 
     def found(self, instance_id: str) -> None:

@@ -6,10 +6,10 @@ from placement.deployment import InstanceSpec
 from placement.result import InstanceUse
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt, Listener
-from placement.simulator.counted import CountedPool, CountedSequence
+from placement.simulator.counted import CountedSequence
+from placement.simulator.prefixes import BlockNames, pool_and_index
 from placement.simulator.use import StepTotals
 from scheduling.prefill import PrefillChunk, PrefillPolicy, PrefillScheduler
-from scheduling.prefix_index import PrefixIndex
 from scheduling.sequence import Sequence
 
 
@@ -17,12 +17,12 @@ class PrefillInstance:
     """Computed KV stays until `release`. Through a pipeline a step may begin while earlier ones are still under way;
     their results come in order."""
 
-    def __init__(self, spec: InstanceSpec, agenda: Agenda, listener: Listener) -> None:
+    def __init__(self, spec: InstanceSpec, agenda: Agenda, listener: Listener, names: BlockNames | None = None) -> None:
         self.spec = spec
         self._agenda = agenda
         self._listener = listener
-        self._pool = CountedPool(spec.num_blocks)
-        self._index = PrefixIndex(self._pool, spec.block_size, enabled=False)
+        self._pool, self._index = pool_and_index(spec, names)
+        self._names = names
         policy = PrefillPolicy(spec.max_batch_tokens, spec.max_queue)
         self._scheduler = PrefillScheduler(policy, self._pool, self._index, spec.block_size, spec.max_model_len)
         self._held: dict[Attempt, Sequence] = {}
@@ -42,8 +42,11 @@ class PrefillInstance:
 
     def submit(self, attempt: Attempt) -> None:
         """Queue it."""
+        sequence = CountedSequence(attempt, attempt.request, self._agenda.now_s)
+        if self._names is not None and self.spec.prefix_cache:
+            sequence.block_hashes = self._names.of(attempt.row, attempt.request.max_total_tokens)
         try:
-            self._scheduler.add(CountedSequence(attempt, attempt.request, self._agenda.now_s))
+            self._scheduler.add(sequence)
         except TandemError as error:
             self._listener.failed(attempt, self.spec.instance_id, error)
         if not self._is_busy:
@@ -63,6 +66,7 @@ class PrefillInstance:
         self._is_up = self._is_busy = False
         self._life += 1
         self._results_s = 0.0
+        self._index.clear()
 
     def restart(self) -> None:
         self._is_up = True

@@ -183,7 +183,7 @@ class Router:
         """Where it begins. Raises UnavailableError or ContextLengthError."""
         if self._fleet.is_colocated:
             return self._fleet.choose_colocated(attempt.request, attempt.avoid)
-        return self._fleet.choose_prefill(attempt.request, attempt.avoid)
+        return self._fleet.choose_prefill(attempt.row, attempt.request, attempt.avoid)
 
     def _begin(self, attempt: Attempt, instance: PrefillInstance | ColocatedInstance) -> None:
         self._record.begin_attempt(attempt.row, self._agenda.now_s)

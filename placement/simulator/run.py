@@ -15,6 +15,7 @@ from placement.simulator.decode import DecodeInstance
 from placement.simulator.fleet import Fleet, Instance
 from placement.simulator.network import Network
 from placement.simulator.prefill import PrefillInstance
+from placement.simulator.prefixes import BlockNames
 from placement.simulator.record import Record
 from placement.simulator.router import Router
 
@@ -77,21 +78,23 @@ def _simulate(
     record = Record(requests)
     network = Network(deployment.network, agenda)
     router = Router(deployment.router, requests, agenda, network, record)
-    prefill = [PrefillInstance(spec, agenda, router) for spec in deployment.instances if spec.role == "prefill"]
+    names = _block_names(deployment, requests)
+    prefill = [PrefillInstance(spec, agenda, router, names) for spec in deployment.instances if spec.role == "prefill"]
     decode = [
         DecodeInstance(spec, agenda, router, step_by_step=step_by_step)
         for spec in deployment.instances
         if spec.role == "decode"
     ]
     colocated = [
-        ColocatedInstance(spec, agenda, router, step_by_step=step_by_step)
+        ColocatedInstance(spec, agenda, router, names, step_by_step=step_by_step)
         for spec in deployment.instances
         if spec.role == "colocated"
     ]
     assert not colocated or not (prefill or decode), "instances serve either one phase each, or both"
     everyone: list[Instance] = [*prefill, *decode, *colocated]
     instances = {instance.spec.instance_id: instance for instance in everyone}
-    router.connect(Fleet(prefill, decode, colocated, same_node_only=deployment.router.same_node_only), instances)
+    same_node_only = deployment.router.same_node_only
+    router.connect(Fleet(prefill, decode, colocated, names=names, same_node_only=same_node_only), instances)
     for failure in deployment.failures:
         agenda.at(failure.at_s, router.instance_lost, failure.instance_id)
         if math.isfinite(failure.until_s):
@@ -132,3 +135,11 @@ def _simulate(
         instances=tuple(instances[spec.instance_id].use() for spec in deployment.instances),
         stopped_early=stopped_early,
     )
+
+
+def _block_names(deployment: Deployment, requests: RequestStream) -> BlockNames | None:
+    """None where no prefix is shared, or nobody caches any."""
+    sizes = [spec.block_size for spec in deployment.instances if spec.prefix_cache and spec.role != "decode"]
+    if not sizes or not (requests.prefix_group >= 0).any():
+        return None
+    return BlockNames(requests, sizes[0])

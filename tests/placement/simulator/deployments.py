@@ -55,6 +55,7 @@ def deployment(
     router: RouterSpec | None = None,
     nodes: int = 1,
     policy: ColocatedPolicy | None = None,
+    prefix_cache: bool = False,
 ) -> Deployment:
     """Instances p0, p1 ... and d0, d1 ..., dealt to the nodes in turn. With a `policy` they are colocated."""
     roles: list[Role] = ["prefill", "decode"] if policy is None else ["colocated", "colocated"]
@@ -71,7 +72,7 @@ def deployment(
                 max_batch_tokens=max_batch_tokens,
                 max_batch=max_batch,
                 growth_horizon_tokens=growth_horizon_tokens,
-                prefix_cache=False,
+                prefix_cache=prefix_cache,
                 node=node,
             )
             for role, name, node in specs

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from core.timeline import Stage
 from placement.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
 from placement.requests import RequestStream
-from placement.simulator import simulate
+from placement.simulator import Progress, simulate
 from tests.placement.simulator.deployments import LinearCost, deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
@@ -120,3 +120,58 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
         assert one.busy_s == pytest.approx(other.busy_s)
         assert one.cost_terms_s == pytest.approx(other.cost_terms_s)
         assert sum(one.cost_terms_s.values()) == pytest.approx(one.busy_s)
+
+
+@pytest.mark.parametrize("policy", [None, "chunked"])
+def test_a_shared_prefix_is_computed_once_per_instance(policy: ColocatedPolicy | None) -> None:
+    n = 30
+    stream = RequestStream.make(
+        np.arange(n) * 1.0,
+        np.full(n, 100),
+        np.full(n, 4),
+        prefix_group=np.arange(n) % 2,
+        prefix_tokens=np.full(n, 80),
+    )
+    result = simulate(deployment(1, 0 if policy else 1, policy=policy, prefix_cache=True), stream)
+    assert result.num_cached_tokens.tolist() == [0, 0] + [80] * (n - 2)
+    assert result.instances[0].prefill_tokens == 200 + 20 * (n - 2)
+    assert result.finished.all()
+
+
+def test_shared_prefixes_draw_requests_to_where_they_are() -> None:
+    n = 40
+    stream = RequestStream.make(
+        np.arange(n) * 0.5,
+        np.full(n, 100),
+        np.full(n, 4),
+        prefix_group=np.arange(n) % 3,
+        prefix_tokens=np.full(n, 80),
+    )
+    result = simulate(deployment(4, 1, prefix_cache=True), stream)
+    assert (result.num_cached_tokens[3:] == 80).all()
+
+
+def test_it_can_be_stopped() -> None:
+    stream = poisson(2000, 50.0)
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> bool:
+        seen.append(progress)
+        return progress.received > 500
+
+    result = simulate(deployment(), stream, stop_when=stop)
+    assert result.stopped_early
+    assert 500 < seen[-1].received < 1500
+    assert result.finished.sum() == seen[-1].finished
+    cut = simulate(deployment(), stream, until_s=5.0)
+    assert cut.end_s == 5.0
+    assert not cut.stopped_early
+    assert np.nanmax(cut.stage(Stage.RECEIVED)) < 5.0
+
+
+def test_a_pipeline_takes_the_next_prompt_before_it_has_the_first_token_of_the_last() -> None:
+    cost = LinearCost(fixed_s=0.0, token_s=0.001, stages=4)
+    stream = RequestStream.make(np.zeros(3), np.full(3, 400), np.ones(3))
+    result = simulate(deployment(cost=cost, max_batch_tokens=400), stream)
+    assert result.stage(Stage.PREFILL_STARTED) == pytest.approx([0.0, 0.1, 0.2])
+    assert result.ttft_s == pytest.approx([0.4, 0.5, 0.6])

@@ -1,0 +1,65 @@
+import pytest
+
+from placement.deployment import InstanceSpec, NetworkSpec
+from placement.simulator.agenda import Agenda
+from placement.simulator.network import Network
+from tests.placement.simulator.deployments import LinearCost
+
+
+def _instance(name: str, node: int) -> InstanceSpec:
+    return InstanceSpec(name, "prefill", LinearCost(), 10, node=node)
+
+
+class Wire:
+    """100 bytes/s between nodes, 1000 inside one; a token is one byte. `arrived` says when."""
+
+    def __init__(self, latency_s: float = 0.0) -> None:
+        self.agenda = Agenda()
+        self.network = Network(NetworkSpec(1.0, 1000.0, 100.0, latency_s), self.agenda)
+        self.arrived: dict[str, float] = {}
+
+    def send_at(self, time_s: float, name: str, source: InstanceSpec, destination: InstanceSpec, size: int) -> None:
+        self.agenda.at(time_s, lambda _: self.network.send(source, destination, size, self._arrive, name), None)
+
+    def _arrive(self, name: str) -> None:
+        self.arrived[name] = self.agenda.now_s
+
+    def run(self) -> dict[str, float]:
+        while self.agenda.next_s() < float("inf"):
+            self.agenda.run_next()
+        return self.arrived
+
+
+_A, _B, _C, _D = _instance("a", 0), _instance("b", 1), _instance("c", 2), _instance("d", 0)
+
+
+def test_two_on_one_link_get_half_each_while_both_are_there() -> None:
+    wire = Wire()
+    wire.send_at(0.0, "long", _A, _B, 300)
+    wire.send_at(1.0, "short", _A, _C, 50)  # out of node 0 as well
+    # 100 bytes alone, then 50 + 50 in a second, then the last 150 alone.
+    assert wire.run() == pytest.approx({"short": 2.0, "long": 3.5})
+
+
+def test_the_narrower_of_two_shares_counts() -> None:
+    wire = Wire(latency_s=0.5)
+    wire.send_at(0.0, "one", _A, _B, 100)
+    wire.send_at(0.0, "two", _A, _C, 100)
+    wire.send_at(0.0, "three", _B, _C, 50)  # meets "two" on the way into node 2
+    assert wire.run() == pytest.approx({"three": 1.5, "one": 2.5, "two": 2.5})
+
+
+def test_inside_a_node_each_instance_has_its_own_port() -> None:
+    wire = Wire()
+    wire.send_at(0.0, "inside", _A, _D, 1000)
+    wire.send_at(0.0, "other way", _D, _A, 1000)
+    wire.send_at(0.0, "out", _A, _B, 100)
+    assert wire.run() == pytest.approx({"inside": 1.0, "other way": 1.0, "out": 1.0})
+
+
+def test_what_is_abandoned_frees_its_link() -> None:
+    wire = Wire()
+    wire.send_at(0.0, "kept", _A, _B, 200)
+    transfer = wire.network.send(_A, _B, 1000, lambda _: pytest.fail("it was abandoned"), None)
+    wire.agenda.at(2.0, lambda _: wire.network.abandon(transfer), None)
+    assert wire.run() == pytest.approx({"kept": 3.0})
