@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from core.plan import Plan, PlanGroup
 from placement.evidence import NodeSummary
 
-MAX_NODES = 24
+_FEW_NODES = 4
+_MAX_BOXES = 24
 _LETTERS = {"prefill": "P", "decode": "D", "colocated": "C"}
 
 
@@ -28,8 +29,26 @@ class NodeBox:
     cells: tuple[DeviceCell, ...]
 
 
-def floor_plan(plan: Plan, nodes: Sequence[NodeSummary]) -> tuple[NodeBox, ...]:
-    """The nodes with their devices, then the instances whose place is left to Ray."""
+@dataclass(frozen=True, slots=True)
+class FloorPlan:
+    """What is drawn, and how many nodes are not: `num_free` have no instance, `num_hidden` are too many to see."""
+
+    boxes: tuple[NodeBox, ...]
+    num_free: int
+    num_hidden: int
+
+    def in_words(self) -> str:
+        """For those who do not see the picture: 'node 0 (H100): 0:0 prefill P1, ...'."""
+        sentences = []
+        for box in self.boxes:
+            cells = [f"{cell.name} {cell.role} {cell.label}".rstrip() for cell in box.cells]
+            sentences.append(f"{box.name} ({box.device}): {', '.join(cells)}.")
+        return " ".join(sentences)
+
+
+def floor_plan(plan: Plan, nodes: Sequence[NodeSummary]) -> FloorPlan:
+    """The nodes with their devices, then the instances whose place is left to Ray. Nodes without an instance are drawn
+    where there are few."""
     placed: dict[str, tuple[str, str]] = {}
     unplaced: list[NodeBox] = []
     for group, labels in zip(plan.groups, instance_labels(plan.groups), strict=True):
@@ -40,7 +59,10 @@ def floor_plan(plan: Plan, nodes: Sequence[NodeSummary]) -> tuple[NodeBox, ...]:
                 cells = tuple(DeviceCell("any device", group.role, label) for _ in range(group.shape.num_ranks))
                 unplaced.append(NodeBox(f"{group.role} {label}", group.device, cells))
     boxes = [NodeBox(f"node {node.name}", node.device, _cells(node, placed)) for node in nodes]
-    return tuple(boxes) + tuple(unplaced)
+    used = [box for box in boxes if any(cell.label for cell in box.cells)]
+    shown = (boxes if len(boxes) <= _FEW_NODES else used) + unplaced
+    num_free = 0 if len(boxes) <= _FEW_NODES else len(boxes) - len(used)
+    return FloorPlan(tuple(shown[:_MAX_BOXES]), num_free, max(0, len(shown) - _MAX_BOXES))
 
 
 def instance_labels(groups: Sequence[PlanGroup]) -> list[list[str]]:
@@ -52,15 +74,6 @@ def instance_labels(groups: Sequence[PlanGroup]) -> list[list[str]]:
         counts[group.role] += group.instances
         labels.append([f"{_LETTERS[group.role]}{number}" for number in range(first, first + group.instances)])
     return labels
-
-
-def describe_floor(boxes: Sequence[NodeBox]) -> str:
-    """For those who do not see the picture: 'node n0: n0:0 prefill P1, ...'."""
-    sentences = []
-    for box in boxes:
-        used = [f"{cell.name} {cell.role} {cell.label}".rstrip() for cell in box.cells]
-        sentences.append(f"{box.name} ({box.device}): {', '.join(used)}.")
-    return " ".join(sentences)
 
 
 def _cells(node: NodeSummary, placed: dict[str, tuple[str, str]]) -> tuple[DeviceCell, ...]:

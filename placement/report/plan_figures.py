@@ -1,6 +1,7 @@
 """Plots of why this plan: candidates, bounds, sensitivity, error. Each is an `<svg>`, or None without data."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
@@ -30,6 +31,7 @@ _AXIS_STYLES = {  # label, colour, marker, dashes
     "tpot_target": ("TPOT target", "amber", "v", "--"),
 }
 _MAX_BARS = 12
+_LABEL_WIDTH = 46
 
 
 def candidate_bars(candidates: Sequence[Candidate]) -> Markup | None:
@@ -40,12 +42,14 @@ def candidate_bars(candidates: Sequence[Candidate]) -> Markup | None:
     if not shown:
         return None
     with drawing_style():
-        figure = new_figure(WIDE, 0.7 + 0.36 * len(shown))
+        labels = [textwrap.fill(candidate.description, _LABEL_WIDTH) for candidate in shown]
+        lines = 1 + max(label.count("\n") for label in labels)
+        figure = new_figure(WIDE, 0.7 + (0.22 + 0.14 * lines) * len(shown))
         axes = figure.add_subplot()
         top = max(_high_per_device(candidate) for candidate in shown) or 1.0
         for row, candidate in enumerate(shown):
             _candidate_bar(axes, row, candidate, top)
-        axes.set_yticks(range(len(shown)), [candidate.description for candidate in shown])
+        axes.set_yticks(range(len(shown)), labels)
         for label, candidate in zip(axes.get_yticklabels(), shown, strict=True):
             label.set_fontweight("bold" if candidate.chosen else "normal")
         axes.invert_yaxis()

@@ -3,7 +3,7 @@
 from core.plan import Plan
 from placement.evidence import Planned
 from placement.report import latency_figures, plan_figures, words
-from placement.report.floor import MAX_NODES, describe_floor, floor_plan, instance_labels
+from placement.report.floor import floor_plan, instance_labels
 from placement.report.page import render
 
 _SECTIONS = (
@@ -24,7 +24,6 @@ def report_html(planned: Planned) -> str:
     """The page. The same `planned` gives the same bytes."""
     plan, evidence = planned.plan, planned.evidence
     expected = plan.expected
-    boxes = floor_plan(plan, evidence.nodes)
     asked = None if expected is None else expected.rate
     return render(
         "plan.html",
@@ -42,9 +41,7 @@ def report_html(planned: Planned) -> str:
         judged_rate=words.rate(asked),
         evidence=evidence,
         error=evidence.error,
-        floor=boxes[:MAX_NODES],
-        floor_words=describe_floor(boxes[:MAX_NODES]),
-        hidden_nodes=max(0, len(boxes) - MAX_NODES),
+        floor=floor_plan(plan, evidence.nodes),
         roles=list(dict.fromkeys(group.role for group in plan.groups)),
         group_labels=[_range(labels) for labels in instance_labels(plan.groups)],
         candidates_plot=plan_figures.candidate_bars(evidence.candidates),

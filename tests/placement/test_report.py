@@ -18,6 +18,12 @@ from tests.placement.planned import BATCH, CHAT, finished_run, planned
 DESCRIPTION = RunDescription("Simulation of plan.yaml", "10 req/s, Poisson", "0.1.0", inputs=(("plan.yaml", "a: <1>"),))
 
 
+@pytest.fixture(scope="module")
+def page() -> str:
+    """Of a plan for two classes."""
+    return report_html(planned(classes=(CHAT, BATCH)))
+
+
 def _svgs(page: str) -> list[ElementTree.Element]:
     """Every SVG of the page. Raises ParseError if one is not well-formed XML."""
     return [ElementTree.fromstring(text) for text in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
@@ -27,8 +33,7 @@ def _text(page: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", page))
 
 
-def test_the_page_of_a_plan_answers_every_question() -> None:
-    page = report_html(planned(classes=(CHAT, BATCH)))
+def test_the_page_of_a_plan_answers_every_question(page: str) -> None:
     for section in (
         "plan",
         "candidates",
@@ -54,8 +59,8 @@ def test_the_page_of_a_plan_answers_every_question() -> None:
     assert "seed 7" in text
 
 
-def test_every_plot_is_well_formed_and_has_words_for_those_who_do_not_see_it() -> None:
-    svgs = _svgs(report_html(planned(classes=(CHAT, BATCH))))
+def test_every_plot_is_well_formed_and_has_words_for_those_who_do_not_see_it(page: str) -> None:
+    svgs = _svgs(page)
     names = {svg.attrib["aria-labelledby"].split("-title")[0] for svg in svgs}
     assert names == {
         "candidates", "attainment-0", "attainment-1", "ttft", "tpot", "bounds", "sensitivity-goodput",
@@ -69,13 +74,12 @@ def test_every_plot_is_well_formed_and_has_words_for_those_who_do_not_see_it() -
         assert description.text
 
 
-def test_ids_are_unique_on_the_page() -> None:
-    ids = re.findall(r'\bid="([^"]*)"', report_html(planned(classes=(CHAT, BATCH))))
+def test_ids_are_unique_on_the_page(page: str) -> None:
+    ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
 
 
-def test_the_page_loads_nothing_and_is_small() -> None:
-    page = report_html(planned(classes=(CHAT, BATCH)))
+def test_the_page_loads_nothing_and_is_small(page: str) -> None:
     assert not re.search(r'(src|href)="(?!#)', page)
     assert "@import" not in page
     assert len(page.encode()) < 1_500_000
@@ -95,8 +99,7 @@ def test_names_from_files_are_escaped() -> None:
     _svgs(page)
 
 
-def test_colours_of_plots_follow_the_reader_s_scheme() -> None:
-    page = report_html(planned())
+def test_colours_of_plots_follow_the_reader_s_scheme(page: str) -> None:
     assert "prefers-color-scheme:dark" in page
     styles = re.findall(r'style="([^"]*)"', page)
     assert any("var(--prefill)" in style for style in styles)
@@ -114,6 +117,12 @@ def test_the_picture_shows_who_stands_where_and_what_is_free() -> None:
         ("prefill", "1:0: prefill P2"),
         ("prefill", "1:1: prefill P2"),
     ]
+
+
+def test_of_many_nodes_only_those_in_use_are_drawn() -> None:
+    page = report_html(planned(nodes=tuple(NodeSummary(str(index), "H100", 8) for index in range(50))))
+    assert page.count('class="node"') == 2
+    assert "48 nodes without instances not drawn" in page
 
 
 def test_instances_without_devices_are_drawn_beside_the_nodes() -> None:
