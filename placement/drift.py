@@ -13,9 +13,10 @@
                      the cool-down is over                          |
                                                   stays while requests are like those it is for
 
-Hysteresis has four parts. A change must persist for some windows, to come and to go, and planning is for all of these
-windows together. It begins at strength 1 and ends below `leave`. Nothing new begins during a cool-down. And where
-planning again gained nothing, requests like those are not planned for again.
+Hysteresis has four parts. A change must persist for some windows, to come and to go, and hold for all of them together,
+so that two kinds of requests in turns are one mixture; planning is for these windows together. It begins at strength 1
+and ends below `leave`. Nothing new begins during a cool-down. And where planning again gained nothing, requests like
+those are not planned for again.
 
 Whenever a proposal or a plan soon came to nothing, the cool-down and the windows that it takes to plan are doubled, up
 to `most_patience` times; a proposal that lasts makes them short again. So what alternates fast is answered once, and
@@ -106,11 +107,12 @@ class DriftDetector:
         return False
 
     def _judge(self, live: Workload) -> None:
-        """Drifted is what is like neither the plan's requests nor those that nothing was gained for."""
-        size = strength(self.changes)
-        if self._futile is not None:
-            size = min(size, self._strength_from(self._futile, live))
-        self._is_drifted = size >= (self._policy.leave if self._is_drifted else 1.0)
+        self._is_drifted = self._size(live) >= (self._policy.leave if self._is_drifted else 1.0)
+
+    def _size(self, live: Workload) -> float:
+        """How far it is from what the plan was made for, or from what nothing was gained for, whichever is nearer."""
+        size = self._strength_from(self._planned, live)
+        return size if self._futile is None else min(size, self._strength_from(self._futile, live))
 
     def _watch(self, live: Workload) -> Decision:
         if not self._is_drifted:
@@ -121,20 +123,31 @@ class DriftDetector:
         self._in_a_row.append(live)
         if len(self._in_a_row) < self.windows_to_confirm:
             return Decision.NOTHING
-        self._asked = Workload.pooled(self._in_a_row)
+        together = Workload.pooled(self._in_a_row)
+        if self._size(together) < self._policy.leave:
+            self._in_a_row.clear()
+            return Decision.NOTHING
+        self._asked = together
         self._enter(DriftState.REPLANNING)
         return Decision.REPLAN
 
     def _keep_or_withdraw(self, live: Workload, now_s: float) -> Decision:
-        assert self._asked is not None, "a proposal is for some workload"
-        if self._is_drifted and self._strength_from(self._asked, live) < 1.0:
+        if self._suits_proposal(live, is_drifted=self._is_drifted):
             self._in_a_row.clear()
             return Decision.NOTHING
         self._in_a_row.append(live)
         if len(self._in_a_row) < self._policy.withdraw_windows:
             return Decision.NOTHING
+        together = Workload.pooled(self._in_a_row)
+        if self._suits_proposal(together, is_drifted=self._size(together) >= self._policy.leave):
+            self._in_a_row.clear()
+            return Decision.NOTHING
         self._cool(now_s, came_to_nothing=now_s - self._proposed_s < self._policy.short_lived_s)
         return Decision.WITHDRAW
+
+    def _suits_proposal(self, live: Workload, *, is_drifted: bool) -> bool:
+        assert self._asked is not None, "a proposal is for some workload"
+        return is_drifted and self._strength_from(self._asked, live) < 1.0
 
     def _strength_from(self, other: Workload, live: Workload) -> float:
         return strength(compare(other, live, self._limits))

@@ -4,7 +4,7 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.workload_profile import ProfileSnapshot, ServedRequest, WorkloadProfile
@@ -126,6 +126,7 @@ def test_pooled_windows_follow_each_other() -> None:
     assert ProfileSnapshot.pooled([one]) == one
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 5.0), max_size=200), st.integers(0, 3))
 def test_counts_and_bounds_hold_for_any_arrivals(gaps_s: list[float], seed: int) -> None:
     profile = make_profile(seed=seed)

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.replanning import DriftState
@@ -130,6 +130,21 @@ def test_fast_alternation_brings_no_proposal() -> None:
         assert run.replanned_s == []
 
 
+def test_a_mixture_keeps_its_proposal_when_its_parts_come_in_turns() -> None:
+    run = Run()
+    run.see(*[mixed(0.5)] * 3)
+    assert run.see(*[mixed(0.1), mixed(0.9)] * 50) is DriftState.PROPOSED
+    assert run.see(*[mixed(0.0)] * 12) is DriftState.COOLING
+
+
+def test_changes_that_undo_each_other_are_none() -> None:
+    """Neither kind is what was planned for, but the plan was made for both."""
+    run = Run()
+    run.detector = DriftDetector(mixed(0.5), Limits(), POLICY)
+    assert run.see(*[mixed(0.2), mixed(0.8)] * 50) is DriftState.SUSPECT
+    assert run.replanned_s == []
+
+
 def test_alternation_within_a_window_is_a_mixture_and_brings_one() -> None:
     run = Run()
     assert run.see(*[mixed(0.5)] * 300) is DriftState.PROPOSED
@@ -166,6 +181,7 @@ def test_slow_alternation_is_followed() -> None:
         assert run.withdrawn_s[-1] - began_s == (windows + POLICY.withdraw_windows) * WINDOW_S
 
 
+@settings(deadline=None)
 @given(
     windows=st.lists(st.sampled_from([PLANNED, OTHER, THIRD, mixed(0.2), mixed(0.5)]), max_size=300),
     gains=st.lists(st.sampled_from([None, 0.0, 0.05, 0.1, 0.5]), min_size=1, max_size=20),
@@ -187,6 +203,7 @@ def test_whatever_comes_planning_is_rare_and_every_proposal_is_worth_it(
     assert all(pause_s >= least_s for pause_s in np.diff(run.replanned_s))
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=400))
 def test_random_alternation_proposes_at_most_once_in_a_cool_down(is_other: list[bool]) -> None:
     run = Run()

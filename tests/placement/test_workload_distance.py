@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.parallel import ParallelShape
@@ -41,6 +41,7 @@ def drawn(seed: int, count: int, *, mean: float = 500.0, rate: float = 5.0, cv: 
     return Workload.live(snapshot)
 
 
+@settings(deadline=None)
 @given(Lengths, Lengths)
 def test_ks_is_the_largest_distance_of_the_distribution_functions(first: list[int], second: list[int]) -> None:
     expected = max(
