@@ -123,7 +123,7 @@ def plan_runs(folder: Path, model: Path, calibration: Calibration, args: argpars
         )
         slo = load_config(path, SloFile)
         for repetition in range(args.repetitions):
-            for share in _LOADS:
+            for share in args.loads:
                 rate = round(share * capacity, 2)
                 record = folder / f"run-{number}-{share:g}-{repetition}.json"
                 count = max(20, round(rate * args.seconds))
@@ -213,11 +213,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tandem-fidelity", metavar="DIR",
                         help="for the checkpoint, the calibration and the records (default: %(default)s)")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--loads", type=_shares, default=_LOADS, metavar="X,X,..",
+                        help="rates, as shares of what prefill can take (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=35.0, help="of arrivals in a run (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=2, help="of each run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (default: %(default)s)")
     parser.add_argument("--no-write", action="store_true", help="print the section, leave docs/fidelity.md alone")
     return parser.parse_args(argv)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

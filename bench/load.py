@@ -3,7 +3,7 @@
 The SLO file says which requests (lengths, arrivals, classes) and what counts as served well. Each rate is one run of
 `--requests` requests over HTTP, streamed, greedy, with answers of exactly the lengths drawn; the same lengths and the
 same arrivals, stretched, at every rate. With --trace the requests and arrivals are the file's, stretched to each rate
-if any is given. Latency counts from the time at which a request was due.
+if any is given. What prompts say is new in every run. Latency counts from the time at which a request was due.
 
 The generator is one process with one thread. Every run says how late it sent, how late its event loop was and how much
 of a core it used; a run in which that may have bent the figures is marked, and the exit status is then 3.
@@ -49,7 +49,6 @@ class LoadPlan:
     model: str
     classes: tuple[SloClass, ...]
     streams: tuple[tuple[float, RequestStream], ...]
-    seed: int
     timeout_s: float
     max_lag_s: float
     with_timelines: bool
@@ -95,7 +94,6 @@ async def _run_one(plan: LoadPlan, rate: float, stream: RequestStream, stop: asy
             client,
             stream,
             plan.model,
-            seed=plan.seed,
             timeout_s=plan.timeout_s,
             with_timelines=plan.with_timelines,
             stop=stop,
@@ -155,7 +153,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", type=_rates, default=(), metavar="R,R,..", help="requests per second, a run each")
     parser.add_argument("--requests", type=int, default=200, metavar="N", help="in each run (default: %(default)s)")
     parser.add_argument("--model", help="name in the API (default: the first one served)")
-    parser.add_argument("--seed", type=int, default=0, help="of lengths, arrivals and prompts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (default: %(default)s)")
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="for one answer (default: %(default)s)"
     )
@@ -184,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             model=args.model or served_model(args.url),
             classes=slo.slo,
             streams=make_streams(slo, args.trace, args.rates, args.requests, args.seed),
-            seed=args.seed,
             timeout_s=args.timeout,
             max_lag_s=args.max_lag_ms / 1e3,
             with_timelines=args.timelines,
@@ -197,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     if args.json is not None:
-        args.json.write_text(json.dumps({"url": plan.url, "model": plan.model, "seed": plan.seed, "runs": report.runs}))
+        args.json.write_text(json.dumps({"url": plan.url, "model": plan.model, "seed": args.seed, "runs": report.runs}))
     if report.stopped is not None:
         return 130 if report.stopped == "interrupted" else 1
     return GENERATOR_TOO_SLOW if report.faults else 0

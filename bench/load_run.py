@@ -23,8 +23,9 @@ _TICK_S = 0.01
 _OPEN_FIRST = 8  # connections
 
 
-def prompts_of(stream: RequestStream, seed: int) -> list[list[int]]:
-    """Token ids of every prompt: random, but for what a request shares with its group."""
+def prompts_of(stream: RequestStream, seed: int | None) -> list[list[int]]:
+    """Token ids of every prompt: random, but for what a request shares with its group. Without a seed they are new each
+    time, so that no server knows them from an earlier run."""
     draw = np.random.default_rng(seed)
     longest = {int(group): 0 for group in np.unique(stream.prefix_group) if group >= 0}
     for group, length in zip(stream.prefix_group.tolist(), stream.prefix_tokens.tolist(), strict=True):
@@ -107,7 +108,7 @@ async def run_load(
     stream: RequestStream,
     model: str,
     *,
-    seed: int = 0,
+    prompt_seed: int | None = None,
     timeout_s: float = 600.0,
     with_timelines: bool = False,
     stop: asyncio.Event | None = None,
@@ -123,7 +124,7 @@ async def run_load(
     records = [LoadRecord(i, due[i], *row) for i, row in enumerate(rows)]
     requests = [
         client.completion_request(model, prompt, record.num_output_tokens, with_timeline=with_timelines)
-        for prompt, record in zip(prompts_of(stream, seed), records, strict=True)
+        for prompt, record in zip(prompts_of(stream, prompt_seed), records, strict=True)
     ]
     await client.open(min(_OPEN_FIRST, len(stream)))
     began_s, cpu_before_s = time.monotonic(), time.process_time()
