@@ -63,6 +63,7 @@ def grid(max_batch_tokens: int, max_batch: int, max_model_len: int) -> list[Cell
         cell
         for cell in cells
         if cell.load.prefill_tokens <= max_batch_tokens
+        and cell.load.decode_sequences <= max_batch
         and all(part.start + part.num_tokens < max_model_len for part in (*cell.prompts, *cell.decodes))
     ]
     return sorted(fitting, key=lambda cell: (cell.load.tokens, cell.load.prefill_pairs, cell.load.decode_kv_tokens))

@@ -1,0 +1,33 @@
+"""The table of live against simulated, and its place in the document."""
+
+from dataclasses import replace
+
+from bench.fidelity_table import TITLE, Comparison, Figures, replace_section
+
+LIVE = Figures(0.90, 0.92, 0.95, 0.200, 0.0100, {"prefill_s": 0.15})
+SAME = Comparison("w", 0.5, 2.0, 100, 0.5, 0.02, LIVE, (LIVE, LIVE), 0)
+
+
+def test_the_aim_is_three_points_and_eight_percent() -> None:
+    assert SAME.is_met
+    assert replace(SAME, simulated=replace(LIVE, attainment=0.925, ttft_s=0.212, tpot_s=0.0095)).is_met
+    assert not replace(SAME, simulated=replace(LIVE, attainment=0.86)).is_met
+    assert not replace(SAME, simulated=replace(LIVE, ttft_s=0.220)).is_met
+    assert not replace(SAME, simulated=replace(LIVE, tpot_s=0.0090)).is_met
+
+
+def test_repetitions_are_averaged_and_their_spread_is_told() -> None:
+    two = replace(SAME, live=(replace(LIVE, attainment=0.8), replace(LIVE, attainment=0.9)))
+    assert abs(two.live_mean("attainment") - 0.85) < 1e-12
+    assert abs(two.live_spread("attainment") - 0.1) < 1e-12
+    assert abs(two.attainment_error - 0.05) < 1e-12
+
+
+def test_a_section_is_replaced_and_the_others_stay() -> None:
+    document = f"# Fidelity\n\nText.\n\n{TITLE}\n\nold\n\n### sub\n\nold too\n\n## vLLM\n\nkept\n"
+    changed = replace_section(document, f"{TITLE}\n\nnew\n")
+    assert changed == f"# Fidelity\n\nText.\n\n{TITLE}\n\nnew\n\n## vLLM\n\nkept\n"
+    assert replace_section(changed, f"{TITLE}\n\nnew\n") == changed
+    only = replace_section("", f"{TITLE}\n\nnew\n")
+    assert only.startswith("# Fidelity\n")
+    assert only.endswith(f"\n\n{TITLE}\n\nnew\n")
