@@ -64,8 +64,8 @@ class SimulationResult:
         return ~np.isnan(self.stage(Stage.FINISHED))
 
     def timelines(self) -> Iterator[Timeline]:
-        """One per request, in order of arrival."""
-        for i in range(len(self.requests)):
+        """One per request, in order of arrival; none for those that had not arrived when the simulation was stopped."""
+        for i in np.flatnonzero(~np.isnan(self.stage(Stage.RECEIVED))):
             row = self.stamps[i]
             yield Timeline(
                 stamps={stage: float(row[k]) for k, stage in enumerate(STAGES) if not np.isnan(row[k])},

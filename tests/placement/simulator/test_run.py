@@ -167,6 +167,7 @@ def test_it_can_be_stopped() -> None:
     assert cut.end_s == 5.0
     assert not cut.stopped_early
     assert np.nanmax(cut.stage(Stage.RECEIVED)) < 5.0
+    assert len(list(cut.timelines())) == (stream.arrival_s < 5.0).sum()
 
 
 def test_a_pipeline_takes_the_next_prompt_before_it_has_the_first_token_of_the_last() -> None:
