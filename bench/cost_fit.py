@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from bench.cost_tables import Sample
+from bench.cost_samples import Sample
 from placement.efficiency import Efficiency
 
 _OPERATORS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (

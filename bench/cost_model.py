@@ -19,8 +19,9 @@ import yaml
 from tqdm import tqdm
 
 from bench.cost_fit import as_yaml, errors, fit
+from bench.cost_samples import Sample
 from bench.cost_steps import StepSample, fit_overhead, read_steps
-from bench.cost_tables import Sample, read_samples
+from bench.cost_tables import read_samples
 from core.errors import ConfigError
 from placement.catalogue import DATA
 from placement.efficiency import (

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 from scipy.optimize import least_squares
 
-from bench.cost_tables import layer_times, read_rows
+from bench.cost_samples import is_drawn, read_rows, served_model
+from bench.cost_tables import layer_times
 from core.cost_model import StepLoad, pairs
 from core.model_shape import ModelShape
 from core.parallel import ParallelShape
@@ -59,10 +59,6 @@ def read_steps(folder: Path) -> list[StepSample]:
     return [*_splitwise(folder), *_sarathi(folder), *_llmservingsim(folder), *_silicon(folder)]
 
 
-def _is_drawn(*configuration: object) -> bool:
-    return crc32(repr(configuration).encode()) % 2 == 1
-
-
 def _splitwise(folder: Path) -> Iterator[StepSample]:
     """A batch of equal prompts, then decoding; vLLM of 2023. One entry per host, for its CPU bounds decode."""
     hosts = {"a100-80gb": ("splitwise-a100", "A100-80GB-SXM4"), "h100-80gb": ("splitwise-h100", "H100-80GB-SXM5")}
@@ -74,7 +70,7 @@ def _splitwise(folder: Path) -> Iterator[StepSample]:
             continue
         system, device = hosts[row["hardware"]]
         model = _BLOOM if row["model"] == "bloom-176b" else model_shape("Llama-2-70B")
-        held_out = _is_drawn(row["model"], tp, prompt, batch)
+        held_out = is_drawn(row["model"], tp, prompt, batch)
         mean_context = prompt + int(row["token_size"]) // 2
         for phase, load, column in (
             ("prefill", StepLoad.of_prompts(*[prompt] * batch), "prompt_time_ms"),
@@ -99,7 +95,7 @@ def _sarathi(folder: Path) -> Iterator[StepSample]:
             sampled = loads[0].sampled + decode
             loads = [replace(loads[0], decode_sequences=decode, decode_kv_tokens=kv_tokens, sampled=sampled)]
         phase = "mixed" if prompt and decode else "prefill" if prompt else "decode"
-        held_out = _is_drawn(prompt, decode, chunk)
+        held_out = is_drawn(prompt, decode, chunk)
         counted = tuple((load, 1) for load in loads)
         yield StepSample("sarathi", phase, _YI, pair, ParallelShape(2), counted, float(row["time_ms"]) / 1e3, held_out)
 
@@ -128,7 +124,7 @@ def _llmservingsim(folder: Path) -> Iterator[StepSample]:
         chunk, decode, tp = int(row["prefill_chunk"]), int(row["n_decode"]), int(row["tp"])
         key = row["hardware"], row["model"], tp
         tokens, sampled = chunk + decode, decode + (chunk > 0)
-        layer, model = layers.get((*key, tokens)), model_shape(row["model"].removesuffix("-Instruct-2507"))
+        layer, model = layers.get((*key, tokens)), served_model(row["model"])
         head = heads.get((*key, "lm_head", sampled)), heads.get((*key, "sampler", sampled))
         if tp != 1 or layer is None or None in head or model.moe is not None:
             continue
@@ -173,7 +169,7 @@ def _silicon(folder: Path) -> Iterator[StepSample]:
             shape,
             ((decode, output), (StepLoad.of_prompts(prompt), batch)),
             output * float(row["silicon_tpot_ms"]) / 1e3,
-            _is_drawn(row["model_path"], shape, prompt, batch),
+            is_drawn(row["model_path"], shape, prompt, batch),
         )
 
 

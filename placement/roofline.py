@@ -21,8 +21,8 @@ class RooflineSource:
 
     `memory_share` of a device's memory holds weights, KV, the activations of a step of `batch_tokens` prompt tokens
     and `max_batch` sampled ones, and the runtime. `engine` names whose overheads steps carry (`efficiency.yaml`).
-    `devices_per_node`: a stage boundary beyond it crosses the NIC, and tp beyond it is no shape; a device left out
-    is in nodes large enough.
+    `devices_per_node`: a pipeline beyond it crosses the NIC (which must be known), and tp beyond it is no shape; a
+    device left out is in nodes large enough.
     """
 
     __slots__ = ("_batch_tokens", "_cost_models", "_devices", "_max_batch", "_memory_share", "_model", "_node", "_over")
@@ -78,5 +78,8 @@ class RooflineSource:
         return step_error()
 
     def _is_legal(self, device: str, shape: ParallelShape) -> bool:
-        fits_node = shape.tp <= self._node.get(device, shape.tp)
-        return device in self._devices and fits_node and self._model.allows(shape)
+        if device not in self._devices or not self._model.allows(shape):
+            return False
+        node_size = self._node.get(device, shape.num_ranks)
+        is_reachable = shape.num_ranks <= node_size or self._devices[device].nic_bytes_per_s > 0
+        return shape.tp <= node_size and is_reachable

@@ -7,8 +7,8 @@ import pytest
 
 from bench.cost_fit import errors, fit
 from bench.cost_model import main
+from bench.cost_samples import Sample
 from bench.cost_steps import StepSample, fit_overhead
-from bench.cost_tables import Sample
 from core.cost_model import StepLoad
 from core.parallel import ParallelShape
 from placement.efficiency import EngineOverhead, efficiency

@@ -171,6 +171,9 @@ def test_stages_on_another_node_hand_over_through_the_nic() -> None:
     too_small = RooflineSource(model, devices(), devices_per_node={_H100: 2})
     assert too_small.cost_model(_H100, ParallelShape(4)) is None  # tp stays inside a node
     assert too_small.kv_tokens(_H100, ParallelShape(4)) == 0
+    no_network = RooflineSource(model, devices(), devices_per_node={"RTX4090": 4})
+    assert no_network.cost_model("RTX4090", ParallelShape(4)) is not None
+    assert no_network.cost_model("RTX4090", ParallelShape(4, 2)) is None
 
 
 def test_what_is_no_shape_of_the_model_or_no_device_has_no_cost() -> None:

@@ -1,0 +1,169 @@
+"""Public tables of measured attention times, as samples: of prompts, of decoding, of both at once, of latents."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench.cost_samples import Sample, device_of, is_drawn, read_rows, served_model
+from core.cost_model import pairs
+from placement.efficiency import Efficiency
+from placement.hardware import Device
+from placement.operators import decode_attention_line, prefill_attention_s
+
+_CACHE_BYTES = {  # last-level cache, from the data sheets
+    "a100_sxm": 40e6,
+    "h100_sxm": 50e6,
+    "h200_sxm": 50e6,
+    "b200_sxm": 126e6,
+    "l40s": 96e6,
+    "RTX4090": 72e6,
+    "RTXPRO6000": 128e6,
+}
+_LEAST_PROMPT_TOKENS = 512  # attention to fewer is all latency, and next to nothing beside the linear layers
+
+
+def read_attention(folder: Path) -> Iterator[Sample]:
+    yield from _prefill_attention(folder)
+    yield from _decode_attention(folder)
+    yield from _mixed_attention(folder)
+    yield from _latent_attention(folder)
+
+
+def _prefill_attention(folder: Path) -> Iterator[Sample]:
+    for row in read_rows(folder, "aic_context_attention_vllm.csv.gz"):
+        heads, kv_heads = int(row["num_heads"]), int(row["num_kv_heads"])
+        sequences, tokens = int(row["batch_size"]), int(row["query_len"])
+        if row["kv_cache_dtype"] != "bfloat16" or sequences * tokens < _LEAST_PROMPT_TOKENS:
+            continue
+        yield _prompts(
+            "aiconfigurator", row["system"], heads, kv_heads, sequences, tokens, 0, float(row["latency_ms"]) / 1e3
+        )
+    name = "llmservingsim_h100_llama70b_tp4_attention_ms.csv.gz"
+    for row in read_rows(folder, name):
+        chunk, history = int(row["prefill_chunk_size"]), int(row["kv_cache_size"])
+        if row["is_prefill"] == "True" and chunk >= _LEAST_PROMPT_TOKENS:
+            seconds = float(row["latency_ms"]) / 1e3
+            yield _prompts("LLMServingSim", "h100_sxm", 16, 2, 1, chunk, history, seconds)
+    for row in read_rows(folder, "llmservingsim_attention_us.csv.gz"):
+        chunk, history = int(row["prefill_chunk"]), int(row["kv_prefill"])
+        if chunk >= _LEAST_PROMPT_TOKENS and row["n_decode"] == "0":
+            model, tp = served_model(row["model"]), int(row["tp"])
+            heads, kv_heads = model.num_heads // tp, model.num_kv_heads // tp
+            seconds = float(row["time_us"]) / 1e6
+            yield _prompts("LLMServingSim", row["hardware"], heads, kv_heads, 1, chunk, history, seconds)
+
+
+def _prompts(
+    source: str, system: str, heads: int, kv_heads: int, sequences: int, tokens: int, history: int, seconds: float
+) -> Sample:
+    device = device_of(system)
+    num_pairs = sequences * pairs(history, tokens)
+    num_bytes = 2.0 * sequences * 128 * (2 * heads * tokens + 2 * kv_heads * (history + tokens))
+    return Sample(
+        "prefill_attention",
+        source,
+        device,
+        seconds,
+        lambda to: prefill_attention_s(num_pairs, num_bytes, heads, 128, device, to.prefill_attention),
+        is_drawn(heads, kv_heads, history) or (source, system) == ("LLMServingSim", "h100_sxm"),
+    )
+
+
+def _decode_attention(folder: Path) -> Iterator[Sample]:
+    for row in read_rows(folder, "aic_generation_attention_vllm.csv.gz"):
+        if row["kv_cache_dtype"] == "bfloat16":
+            heads, kv_heads = int(row["num_heads"]), int(row["num_kv_heads"])
+            sequences, tokens = int(row["batch_size"]), int(row["past_kv_len"]) + 1
+            seconds = float(row["latency_ms"]) / 1e3
+            yield from _decodes("aiconfigurator", row["system"], heads, kv_heads, sequences, tokens, seconds)
+    for row in read_rows(folder, "llmservingsim_attention_us.csv.gz"):
+        if row["prefill_chunk"] == "0":
+            model, tp = served_model(row["model"]), int(row["tp"])
+            heads, kv_heads = model.num_heads // tp, model.num_kv_heads // tp
+            sequences, tokens = int(row["n_decode"]), int(row["kv_decode"])
+            seconds = float(row["time_us"]) / 1e6
+            yield from _decodes("LLMServingSim", row["hardware"], heads, kv_heads, sequences, tokens, seconds)
+
+
+def _decodes(
+    source: str, system: str, heads: int, kv_heads: int, sequences: int, tokens: int, seconds: float
+) -> Iterator[Sample]:
+    if not _fits_cache(system, kv_heads, sequences, tokens):
+        device, held_out = device_of(system), is_drawn(heads, kv_heads, sequences)
+        predict = _decode(device, heads, kv_heads, sequences, tokens)
+        yield Sample("decode_attention", source, device, seconds, predict, held_out)
+
+
+def _fits_cache(system: str, kv_heads: int, sequences: int, tokens: int) -> bool:
+    """Then the measurement reads the KV from the cache again and again, but a model never does, since the other
+    layers' weights and KV go through the cache in between."""
+    return 4.0 * sequences * tokens * kv_heads * 128 < _CACHE_BYTES[system]
+
+
+def _decode(
+    device: Device, heads: int, kv_heads: int, sequences: int, tokens: int, *, beside_prompts: bool = False
+) -> Callable[[Efficiency], float]:
+    def predict(to: Efficiency) -> float:
+        fit, flops = to.decode_attention, 512.0 * heads
+        fixed_s, per_token_s = decode_attention_line(
+            sequences, kv_heads, 512.0 * kv_heads, flops, device, fit, beside_prompts=beside_prompts
+        )
+        return fixed_s + sequences * tokens * per_token_s
+
+    return predict
+
+
+def _mixed_attention(folder: Path) -> Iterator[Sample]:
+    """Prompts' chunks and decoding sequences in one kernel."""
+    for row in read_rows(folder, "llmservingsim_attention_us.csv.gz"):
+        chunk, history, system = int(row["prefill_chunk"]), int(row["kv_prefill"]), row["hardware"]
+        sequences, tokens = int(row["n_decode"]), int(row["kv_decode"])
+        model, tp = served_model(row["model"]), int(row["tp"])
+        heads, kv_heads = model.num_heads // tp, model.num_kv_heads // tp
+        if not chunk or _fits_cache(system, kv_heads, sequences, tokens):
+            continue
+        seconds, device = float(row["time_us"]) / 1e6, device_of(system)
+        prompt = _prompts("LLMServingSim", system, heads, kv_heads, 1, chunk, history, seconds).predict
+        decode = _decode(device, heads, kv_heads, sequences, tokens, beside_prompts=True)
+        held_out = is_drawn(heads, kv_heads, chunk, sequences)
+        yield Sample("mixed_attention", "LLMServingSim", device, seconds, _both(prompt, decode), held_out)
+
+
+def _both(
+    prompt: Callable[[Efficiency], float], decode: Callable[[Efficiency], float]
+) -> Callable[[Efficiency], float]:
+    return lambda to: prompt(to) + decode(to)
+
+
+def _latent_attention(folder: Path) -> Iterator[Sample]:
+    """DeepSeek-V3's, held out but for the products of decode, of which the other tables know nothing. A100s are held
+    out wholly: their kernel, in Triton, has nothing in common with the others."""
+    for row in read_rows(folder, "aic_mla.csv.gz"):
+        sequences, tokens, heads = int(row["batch_size"]), int(row["len_tokens"]), int(row["num_heads"])
+        if row["kv_cache_dtype"] != "bfloat16" or sequences * tokens < _LEAST_PROMPT_TOKENS:
+            continue
+        device, seconds = device_of(row["system"]), float(row["latency_ms"]) / 1e3
+        is_prompt = row["phase"] == "context"
+        yield Sample(
+            "latent_prefill" if is_prompt else "latent_decode",
+            "aiconfigurator",
+            device,
+            seconds,
+            _latent_prompts(device, sequences, tokens, heads)
+            if is_prompt
+            else _latent_decode(device, sequences, tokens, heads),
+            is_prompt or row["system"] == "a100_sxm" or is_drawn(heads, sequences),
+        )
+
+
+def _latent_prompts(device: Device, sequences: int, tokens: int, heads: int) -> Callable[[Efficiency], float]:
+    num_pairs, num_bytes = sequences * pairs(0, tokens), 4.0 * sequences * tokens * heads * (192 + 128)
+    return lambda to: prefill_attention_s(num_pairs, num_bytes, heads, 160, device, to.prefill_attention)
+
+
+def _latent_decode(device: Device, sequences: int, tokens: int, heads: int) -> Callable[[Efficiency], float]:
+    def predict(to: Efficiency) -> float:
+        flops = 2.0 * heads * (2 * 512 + 64)
+        fixed_s, per_token_s = decode_attention_line(sequences, 1, 1152.0, flops, device, to.decode_attention)
+        return fixed_s + sequences * tokens * per_token_s
+
+    return predict
