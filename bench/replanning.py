@@ -70,6 +70,7 @@ class Outcome:
 
     windows: int = 0
     drifted: int = 0  # windows whose strongest change is 1 or more
+    onsets: int = 0  # of them, those after one that is not: what would be planned for without hysteresis
     replans: int = 0
     proposals: int = 0
     withdrawn: int = 0
@@ -183,6 +184,7 @@ class Replay:
         self._profile = WorkloadProfile(window_s=_WINDOW_S, random=Random(0), now_s=0.0)
         self._status = ReplanStatus(DriftState.STABLE)
         self._windows = 0
+        self._was_drifted = False
         self._phase_began_s = 0.0
         self._replanner = Replanner(
             plan, SLO_FILE, self._snapshot, self._publish, planner=planner, clock=self._clock, folder=folder
@@ -220,7 +222,10 @@ class Replay:
         outcome, now_s = self.outcome, self._clock.now_s()
         if self._windows > outcome.windows:
             outcome.windows = self._windows
-            outcome.drifted += status.drift >= 1.0
+            is_drifted = status.drift >= 1.0
+            outcome.drifted += is_drifted
+            outcome.onsets += is_drifted and not self._was_drifted
+            self._was_drifted = is_drifted
         if status.state is not self._status.state:
             outcome.events.append(f"{now_s / 3600:6.2f} h  {status.state.value:<10} {status.note}")
             outcome.replans += status.state is DriftState.REPLANNING
@@ -239,6 +244,7 @@ def row(case: Case, outcome: Outcome) -> list[str]:
         case.name,
         str(outcome.windows),
         f"{outcome.drifted / outcome.windows:.0%}",
+        str(outcome.onsets),
         str(outcome.replans),
         str(outcome.proposals),
         str(outcome.in_first_day),
@@ -260,7 +266,20 @@ async def measure(streams: dict[str, RequestStream], hours: float, show_events: 
         f"{_MODEL} on {plan.num_devices} x {_DEVICE}, {_TP} for an instance; windows of {_WINDOW_S:.0f} s, {hours:g} h"
     )
     print(f"the plan for conversation: {plan.groups[0].instances} prefill, {plan.groups[1].instances} decode")
-    rows = [["PHASES", "WINDOWS", "DRIFTED", "REPLANS", "PROPOSALS", "FIRST DAY", "WITHDRAWN", "DELAY", "LEAST GAIN"]]
+    rows = [
+        [
+            "PHASES",
+            "WINDOWS",
+            "DRIFTED",
+            "ONSETS",
+            "REPLANS",
+            "PROPOSALS",
+            "FIRST DAY",
+            "WITHDRAWN",
+            "DELAY",
+            "LEAST GAIN",
+        ]
+    ]
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
             outcome = await Replay(plan, planner, Path(folder)).run(traffic(case, streams, hours * 3600))

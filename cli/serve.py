@@ -13,6 +13,7 @@ from cli.signals import StopSignals, ignore_signals, signals_interrupt
 from core.clock import SystemClock
 from core.config import ServeConfig
 from core.errors import TandemError
+from core.plan import Plan
 from deploy.controller import Event, Failed, Loading, Stopped, Up
 from deploy.machine import settle_addresses, this_machine
 from deploy.model_folder import check_model_folder
@@ -50,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     began_s = time.monotonic()
     machine = this_machine()
-    config = with_token(settle_addresses(read_serve_file(args.file, args.set, machine)))
+    to_serve = read_serve_file(args.file, args.set, machine)
+    config = with_token(settle_addresses(to_serve.config))
     check_model_folder(config.model)
     folders = state_folders()
     folders.make()
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             say("  starting Ray")
             ray.start(1 + config.prefill.instances + config.decode.instances, machine.gpus)
             serving = Serving(config, machine, RayLauncher(Path(state.log_folder)), SystemClock())
-            return asyncio.run(_serve(serving, state, folders, args.grace, began_s))
+            return asyncio.run(_serve(serving, state, folders, args.grace, began_s, to_serve.plan))
         except (KeyboardInterrupt, SystemExit):
             say("interrupted")
             return 130
@@ -89,13 +91,17 @@ def _run_state(config: ServeConfig, log_folder: Path, ray_folder: Path) -> RunSt
     )
 
 
-async def _serve(serving: Serving, state: RunState, folders: StateFolders, grace_s: float, began_s: float) -> int:
+async def _serve(
+    serving: Serving, state: RunState, folders: StateFolders, grace_s: float, began_s: float, plan: Plan | None
+) -> int:
     signals = StopSignals()
-    printer = asyncio.create_task(_print_events(serving), name="print events")
+    helpers = [asyncio.create_task(_print_events(serving), name="print events")]
     try:
         await signals.unless_stopped(serving.start())
         if not signals.stop.is_set():
             _print_welcome(serving.config, state, time.monotonic() - began_s)
+            if plan is not None:
+                helpers.append(asyncio.create_task(_watch(plan, serving, state), name="watch the plan"))
         while not signals.stop.is_set():
             await signals.changed()
             if signals.take_scale():
@@ -104,8 +110,9 @@ async def _serve(serving: Serving, state: RunState, folders: StateFolders, grace
         return 0
     finally:
         await _stop(serving, signals, grace_s if signals.stop.is_set() else 0.0)
-        printer.cancel()
-        await asyncio.gather(printer, return_exceptions=True)
+        for helper in helpers:
+            helper.cancel()
+        await asyncio.gather(*helpers, return_exceptions=True)
         while not serving.controller.events.empty():
             _print_event(serving.controller.events.get_nowait())
 
@@ -133,6 +140,12 @@ async def _scale(serving: Serving, folders: StateFolders, grace_s: float) -> Non
         say("scaled")
     except TandemError as error:
         say(f"could not scale: {error.message}")
+
+
+async def _watch(plan: Plan, serving: Serving, state: RunState) -> None:
+    from deploy.plan_watch import watch_plan  # SciPy, which a serve file has no use for
+
+    await watch_plan(plan, serving.config, Path(state.log_folder), lambda note: say(f"  plan: {note}"))
 
 
 async def _print_events(serving: Serving) -> None:

@@ -1,6 +1,7 @@
 """What `tandem serve` is given: a serve file, a plan, or an SLO file, told apart by their settings."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import cli.plan
@@ -20,7 +21,15 @@ _ONLY_IN_PLANS = {"groups", "verdict", "expected"}
 _ONLY_IN_SLO_FILES = {"slo", "cluster", "workload"}
 
 
-def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -> ServeConfig:
+@dataclass(frozen=True, slots=True)
+class ToServe:
+    """`plan`: what the configuration was made of; None for a serve file."""
+
+    config: ServeConfig
+    plan: Plan | None = None
+
+
+def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -> ToServe:
     """What to run. `overrides` change serve settings, whatever kind the file is of. An SLO file is planned for here,
     which takes a while. Raises ConfigError."""
     settings = frozenset[str]() if file is None else top_level_settings(file)
@@ -28,10 +37,11 @@ def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -
         plan = load_config(file, Plan)
         if plan.groups:
             say(f"the plan: {words.describe_plan(plan)}")
-        return _config_of(plan, overrides, machine)
+        return ToServe(_config_of(plan, overrides, machine), plan)
     if file is not None and settings & _ONLY_IN_SLO_FILES:
-        return _config_of(_plan_for(file), overrides, machine)
-    return read_config(file, overrides)
+        plan = _plan_for(file)
+        return ToServe(_config_of(plan, overrides, machine), plan)
+    return ToServe(read_config(file, overrides))
 
 
 def _plan_for(file: Path) -> Plan:

@@ -52,7 +52,8 @@ Publish = Callable[[ReplanStatus], Awaitable[None]]
 
 class Replanner:
     """Of one plan. `profile_source` gives the last closed window; every window is judged once. `publish` is told the
-    status at every look, so that a router which was started again hears of it too. Questions and answers go to
+    status at every look, so that a router which was started again hears of it too; `tell`, of each event once, in a
+    sentence. Questions and answers go to
     `folder`/replan-1, replan-2, ...
 
     Raises ConfigError if the plan's own workload cannot be made out.
@@ -68,6 +69,7 @@ class Replanner:
         planner: Planner,
         clock: Clock,
         folder: Path,
+        tell: Callable[[str], None] = logger.info,
         policy: DriftPolicy | None = None,
         poll_s: float = 5.0,
     ) -> None:
@@ -78,6 +80,7 @@ class Replanner:
         self._planner = planner
         self._clock = clock
         self._folder = folder
+        self._tell_someone = tell
         self._poll_s = poll_s
         self._detector = DriftDetector(planned_workload(plan, slo_file), limits_of(plan, slo_file), policy)
         self._judged: deque[ProfileSnapshot] = deque(maxlen=self._detector.most_windows_to_confirm)
@@ -166,7 +169,7 @@ class Replanner:
 
     def _tell(self, note: str) -> None:
         self._note = note
-        logger.info("plan: %s", note)
+        self._tell_someone(note)
 
 
 def _say_state(state: DriftState) -> str:

@@ -73,6 +73,7 @@ class Watch:
         self.clock = ManualClock()
         self.planner = FakePlanner()
         self.published: list[ReplanStatus] = []
+        self.told: list[str] = []
         self.closed_window: ProfileSnapshot | None = None
         self.router_is_down = False
         self.replanner = Replanner(
@@ -83,6 +84,7 @@ class Watch:
             planner=self.planner,
             clock=self.clock,
             folder=folder,
+            tell=self.told.append,
             poll_s=0.001,
         )
 
@@ -150,6 +152,7 @@ async def test_a_proposal_goes_with_the_drift(watch: Watch) -> None:
     assert watch.state is DriftState.COOLING
     assert watch.published[-1].proposal is None
     assert "withdrawn" in watch.published[-1].note
+    assert [note.split(" ")[0] for note in watch.told] == ["requests", "another", "the"], "each event is told once"
 
 
 @pytest.mark.parametrize("gain", [0.02, -0.5])

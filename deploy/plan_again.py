@@ -1,0 +1,63 @@
+"""`python -m deploy.plan_again FOLDER`: the planner's side of `deploy.planner_process`, at the lowest priority.
+
+Reads running_plan.yaml and slo.yaml in FOLDER; writes plan.yaml, report.html and answer.json there.
+"""
+
+import argparse
+import os
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+from core.config_file import dump_config, load_config
+from core.errors import TandemError
+from core.plan import Plan
+from core.slo_file import SloFile
+from deploy.planner_process import write_answer
+from deploy.replanner import ReplanAnswer
+from placement.live_workload import QUESTION, RUNNING_PLAN
+from placement.planner import plan
+from placement.replan import replan
+from placement.report import write_report
+from placement.traces import load_trace
+
+
+def answer_question(folder: Path) -> None:
+    """Raises a TandemError."""
+    question_path = (folder / QUESTION).resolve()
+    question = load_config(question_path, SloFile)
+    assert question.workload.trace is not None, "live requests are a trace"
+    rate = load_trace(question.workload.trace).rate
+    one_process = partial(plan, workers=1)  # more would take from serving what the priority leaves it
+    answer = replan(load_config(folder / RUNNING_PLAN, Plan), question, rate, one_process)
+    proposed = answer.planned.plan.model_copy(update={"slo_file": question_path})
+    (folder / "plan.yaml").write_text(dump_config(proposed))
+    write_report(answer.planned, folder / "report.html")
+    write_answer(
+        folder,
+        ReplanAnswer(proposed.summary, answer.changes, answer.gain, answer.regains, answer.current.attainment),
+    )
+
+
+def _end_with_whoever_asked() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m deploy.plan_again", description="Plan for live requests.")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    os.nice(19)
+    threading.Thread(target=_end_with_whoever_asked, daemon=True).start()
+    try:
+        answer_question(folder)
+    except TandemError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Watches the plan of a running cluster, through its router's control port."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+
+from core.clock import SystemClock
+from core.config import ServeConfig
+from core.config_file import load_config
+from core.errors import TandemError
+from core.plan import Plan
+from core.replanning import ReplanStatus
+from core.slo_file import SloFile
+from core.workload_profile import ProfileSnapshot
+from deploy.planner_process import PlannerProcess
+from deploy.replanner import Replanner
+from wire.channels import open_channel
+from wire.fleet import describe_fleet, report_replan
+
+_TIMEOUT_S = 2.0
+
+
+class RouterWindow:
+    """What the router knows of its requests, and what it is told of the plan."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+
+    async def profile(self) -> ProfileSnapshot | None:
+        return (await describe_fleet(self._channel, _TIMEOUT_S, with_profile=True)).profile
+
+    async def publish(self, status: ReplanStatus) -> None:
+        await report_replan(self._channel, status, _TIMEOUT_S)
+
+
+async def watch_plan(plan: Plan, config: ServeConfig, folder: Path, tell: Callable[[str], None]) -> None:
+    """Until cancelled; or until it is clear that there is nothing to compare with, of which it tells. What planning
+    again takes and gives is in `folder`."""
+    if plan.slo_file is None:
+        tell("the plan names no SLO file, so nobody can watch whether it still fits its requests")
+        return
+    channel = open_channel(config.router.control, config.cluster_token)
+    try:
+        slo_file = load_config(plan.slo_file, SloFile)
+        router = RouterWindow(channel)
+        replanner = await asyncio.to_thread(
+            Replanner,
+            plan,
+            slo_file,
+            router.profile,
+            router.publish,
+            planner=PlannerProcess(),
+            clock=SystemClock(),
+            folder=folder,
+            tell=tell,
+        )
+        await replanner.run()
+    except TandemError as error:
+        tell(f"nobody watches whether the plan still fits its requests: {error.message}")
+    finally:
+        await channel.close()
