@@ -48,7 +48,7 @@ class Replan:
 
 
 def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> Replan:
-    """`slo_file` has the live workload, which comes at `rate`. Raises ConfigError if a plan does not fit the cluster."""
+    """`slo_file` has the live workload, which comes at `rate`. Raises ConfigError if a plan cannot run there."""
     forecast = forecast_of(current, slo_file, rate)
     planned = plan_for(slo_file)
     proposed = planned.plan
