@@ -13,8 +13,8 @@ from core.config import DecodeSection, EngineSection, PrefillSection
 from deploy.machine import usable_cores
 from placement.calibration import Calibration, fit_error, fit_terms
 
-Progress = Callable[[str, float], None]
-"""(what is being done, share of it that is done)."""
+Progress = Callable[[float, str], None]
+"""(share of the measuring that is done, what is being done)."""
 
 
 def calibrate(
@@ -24,7 +24,7 @@ def calibrate(
     today: date,
     engine_s: float = 45.0,
     serving_s: float = 30.0,
-    progress: Progress = lambda doing, share: None,
+    progress: Progress = lambda share, doing: None,
 ) -> Calibration:
     """Takes `engine_s` and `serving_s`, and what loading takes; without `serving_s` no cluster is started.
 
@@ -32,11 +32,12 @@ def calibrate(
     CheckpointError, ConfigError, or `bench.processes.BenchError`.
     """
     assert engine.threads > 0, "a calibration is of so many threads"
-    progress("load the model", 0.0)
+    engine_share = engine_s / (engine_s + serving_s)
+    progress(0.0, "load the model")
     profiler = EngineProfiler(model, engine)
     layout, ops = profiler.engine.layout, profiler.engine.ops_name
     cells = grid(PrefillSection().max_batch_tokens, DecodeSection().max_batch, profiler.engine.capacity().max_model_len)
-    measurements = profiler.measure(cells, engine_s, lambda share: progress("engine steps", share))
+    measurements = profiler.measure(cells, engine_s, lambda share: progress(engine_share * share, "engine steps"))
     profiler.close()
     terms = fit_terms(measurements)
     kv_bytes_per_token = layout.block_bytes / layout.block_size
@@ -57,7 +58,7 @@ def calibrate(
     )
     if serving_s <= 0:
         return calibration
-    progress("start a cluster", 0.0)
+    progress(engine_share, "start a cluster")
     serving, road = asyncio.run(
         measure_serving(
             model,
@@ -65,7 +66,7 @@ def calibrate(
             terms,
             kv_bytes_per_token,
             serving_s,
-            lambda share: progress("serving", share),
+            lambda share: progress(engine_share + (1 - engine_share) * share, "prefill and decode side by side"),
         )
     )
     return calibration.model_copy(update={"serving": serving, "road": road})

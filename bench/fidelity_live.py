@@ -184,7 +184,7 @@ def compare(runs: Sequence[Run], calibration: Calibration, seed: int) -> Iterato
         yield Comparison(
             workload=run.workload,
             share=run.share,
-            rate=run.rate,
+            rate=round(stream.rate, 2),
             requests=len(stream),
             ttft_target_s=run.slo.slo[0].ttft_s,
             tpot_target_s=run.slo.slo[0].tpot_s,

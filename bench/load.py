@@ -9,7 +9,7 @@ The generator is one process with one thread. Every run says how late it sent, h
 of a core it used; a run in which that may have bent the figures is marked, and the exit status is then 3.
 
     tandem serve &
-    python -m bench.load --url http://127.0.0.1:8000 --slo examples/laptop-slo.yaml --rates 1,2,4 --requests 200
+    python -m bench.load --url http://127.0.0.1:8000 --slo examples/slo-laptop.yaml --rates 1,2,4 --requests 200
 """
 
 import argparse
@@ -33,7 +33,7 @@ from bench.processes import BenchError
 from core.config_file import load_config
 from core.errors import ConfigError, TandemError
 from core.slo import SloClass
-from core.slo_file import SloFile
+from core.slo_file import SloFile, WorkloadSection
 from placement.requests import RequestStream
 from placement.summary import render_text, summarise
 from placement.workload import load_trace, make_stream
@@ -57,20 +57,16 @@ class LoadPlan:
 def make_streams(
     slo: SloFile, trace: Path | None, rates: Sequence[float], count: int, seed: int
 ) -> tuple[tuple[float, RequestStream], ...]:
-    """(rate, requests) of each run: equal but for their times. Without rates: the workload's own."""
-    if trace is not None:
-        stream = load_trace(trace).head(count)
-    else:
-        own = slo.workload.rate if slo.workload.rate != "max" else None
-        if not rates and own is None:
-            raise ConfigError("the SLO file's workload has no rate; give --rates")
-        first = rates[0] if rates else own
-        assert isinstance(first, float)
-        stream = make_stream(slo.workload, slo.slo, count=count, rate=first, seed=seed)
-        rates = rates or (first,)
-    if not len(stream):
-        raise ConfigError("the workload has no requests")
-    return tuple((rate, stream.scaled_to(rate)) for rate in rates) or ((stream.rate, stream),)
+    """(rate, requests) of each run, equal but for their times, and equal to what `tandem simulate` makes of the same
+    file, rate, count and seed. Without rates: the trace's own, or the workload's. Raises ConfigError."""
+    section = slo.workload if trace is None else WorkloadSection(trace=trace)
+    if not rates and section.trace is not None:
+        rates = (load_trace(section.trace).head(count).rate,)
+    elif not rates and section.rate != "max":
+        rates = (section.rate,)
+    if not rates or min(rates) <= 0:
+        raise ConfigError("neither the SLO file nor the trace says how many requests come per second; give --rates")
+    return tuple((rate, make_stream(section, slo.slo, count=count, rate=rate, seed=seed)) for rate in rates)
 
 
 async def run_plan(plan: LoadPlan, on_result: Callable[[float, LoadResult], None]) -> None:
@@ -153,7 +149,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", type=_rates, default=(), metavar="R,R,..", help="requests per second, a run each")
     parser.add_argument("--requests", type=int, default=200, metavar="N", help="in each run (default: %(default)s)")
     parser.add_argument("--model", help="name in the API (default: the first one served)")
-    parser.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of lengths and arrivals (default: the SLO file's search.seed)")
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="for one answer (default: %(default)s)"
     )
@@ -177,11 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         slo = load_config(args.slo, SloFile)
+        seed = slo.search.seed if args.seed is None else args.seed
         plan = LoadPlan(
             url=args.url,
             model=args.model or served_model(args.url),
             classes=slo.slo,
-            streams=make_streams(slo, args.trace, args.rates, args.requests, args.seed),
+            streams=make_streams(slo, args.trace, args.rates, args.requests, seed),
             timeout_s=args.timeout,
             max_lag_s=args.max_lag_ms / 1e3,
             with_timelines=args.timelines,
@@ -194,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     if args.json is not None:
-        args.json.write_text(json.dumps({"url": plan.url, "model": plan.model, "seed": args.seed, "runs": report.runs}))
+        args.json.write_text(json.dumps({"url": plan.url, "model": plan.model, "seed": seed, "runs": report.runs}))
     if report.stopped is not None:
         return 130 if report.stopped == "interrupted" else 1
     return GENERATOR_TOO_SLOW if report.faults else 0

@@ -1,13 +1,13 @@
 """`tandem profile`: measure the engine on this machine, for the planner and the simulator."""
 
 import argparse
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tqdm import tqdm
-
 from bench.processes import BenchError
 from cli.common import BUILT_IN_MODEL, say
+from cli.progress import Progress
 from core.config import EngineSection, parse_bytes
 from core.config_file import dump_config
 from core.errors import ConfigError, UnavailableError
@@ -51,13 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--seconds must be more than 0")
     if not args.output.absolute().parent.is_dir():
         raise ConfigError(f"there is no folder {args.output.absolute().parent} to write {args.output.name} into")
-    with tqdm(total=100, bar_format="{desc:18} {bar} {percentage:3.0f}%", disable=None, leave=False) as bar:
-
-        def progress(doing: str, share: float) -> None:
-            bar.set_description_str(doing, refresh=False)
-            bar.n = round(100 * share)
-            bar.refresh()
-
+    with Progress(sys.stderr) as progress:
         try:
             calibration = calibrate(
                 args.model,
