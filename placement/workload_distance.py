@@ -92,7 +92,7 @@ def limits_of(plan: Plan, slo_file: SloFile) -> Limits:
     usual = Limits()
     room = plan.expected.goodput / plan.expected.rate if plan.expected else usual.rate_rise
     return Limits(
-        rate_rise=min(usual.rate_rise, max(1.1, room)),
+        rate_rise=max(1.1, room),
         rate_fall=usual.rate_fall if slo_file.objective == "cheapest" else math.inf,
     )
 
