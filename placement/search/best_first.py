@@ -12,7 +12,8 @@
 Whatever has the highest bound is looked at next; when no bound beats the best goodput found, that is the best of all.
 So the answer is the maximum, over all fleets of all parts of the cluster, of a number that depends on the fleet alone.
 A larger cluster has all the parts of a smaller one: more devices never lower the answer. How many processes help, and
-when, does not change it either.
+when, does not change it either. (Where predictions are far too high, simulations would have to rule out half of all
+fleets; the search gives up after a dozen in a row that did not beat the best.)
 """
 
 import heapq
@@ -29,7 +30,7 @@ from placement.search.trial import LADDER_STEP, Outcome, climb, trial_of
 
 MARGIN = 1.05  # by which a simulation may exceed the prediction
 _FLEETS_AT_ONCE = 48
-_FURTHEST = 4.0  # below a quarter of its prediction nothing is looked for
+_MOST_FAILURES = 12  # fleets in a row that were simulated and did not beat the best
 
 Report = Callable[[float, str], None]
 Nodes = tuple[NodeType, ...]
@@ -59,9 +60,11 @@ class Found:
 
 @dataclass(order=True, slots=True)
 class _Entry:
-    """The highest bound first; of equal ones that of the fewest devices, then the one named first."""
+    """The highest bound first; of equal ones the highest prediction, then the fewest devices, then the one named
+    first."""
 
     negative_bound: float
+    negative_prediction: float
     num_devices: int
     order: int
     subject: Nodes | Fleet | Looked = field(compare=False)
@@ -83,10 +86,11 @@ class _BestFirst:
         self._parts: set[Nodes] = set()
         self._named = 0
         self._simulations = 0
+        self._failures = 0
 
     def find(self) -> Found:
         self._add_part(self._space.problem.node_types)
-        while self._heap and self._bound() > self._to_beat():
+        while self._heap and self._bound() > self._to_beat() and self._failures < _MOST_FAILURES:
             subject = self._heap[0].subject
             if isinstance(subject, Fleet):
                 self._predict(self._pop(Fleet, _FLEETS_AT_ONCE))
@@ -106,7 +110,8 @@ class _BestFirst:
 
     def _push(self, bound: float, num_devices: int, subject: Nodes | Fleet | Looked) -> None:
         if bound > self._to_beat():
-            heapq.heappush(self._heap, _Entry(-bound, num_devices, self._named, subject))
+            prediction = subject.predicted if isinstance(subject, Looked) else bound
+            heapq.heappush(self._heap, _Entry(-bound, -prediction, num_devices, self._named, subject))
 
     def _pop(self, sort: type, most: int) -> list[_Entry]:
         """The first entry and those of its sort among the next, as long as their bounds are still worth it."""
@@ -156,8 +161,9 @@ class _BestFirst:
             goodput = min(outcome.rate * task.scale, prospect.bound)
             looked = replace(prospect, goodput=goodput, outcome=outcome)
             self._looked.append(looked)
-            if self._best is None or goodput > (self._best.goodput or 0.0):
-                self._best = looked if goodput > 0 else None
+            self._failures += 1
+            if goodput > best:
+                self._best, self._failures, best = looked, 0, goodput
 
     def _closed(self) -> float:
         """How near the best goodput is to the highest bound, 0 to 1."""
@@ -183,8 +189,7 @@ def task_for(space: Space, prospect: Looked, best: float = 0.0) -> Task:
     trial = trial_of(prospect.fleet)
     small = space.predictor.goodput(trial)
     scale = prospect.predicted / small if small > 0 else 1.0
-    least = max(best, prospect.predicted / _FURTHEST)
-    return Task(trial, prospect.predicted / scale, least / scale, scale, apart=trial != prospect.fleet)
+    return Task(trial, prospect.predicted / scale, best / scale, scale, apart=trial != prospect.fleet)
 
 
 def climb_of(problem: Problem, task: Task) -> Outcome:

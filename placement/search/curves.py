@@ -14,7 +14,7 @@ from placement.requests import Floats, RequestStream
 from placement.search.colocated_alone import latencies_colocated
 from placement.search.decode_alone import decode_time_alone
 from placement.search.kinds import InstanceKind
-from placement.search.prefill_alone import ttft_alone
+from placement.search.prefill_alone import StepTimes, ttft_alone
 
 POOL_SIZES = (1, 2, 4, 8)  # queues of more instances hardly share better
 _LADDER_STEP = 1.06
@@ -65,9 +65,10 @@ def curve_of(key: CurveKey, *, stream: RequestStream, classes: Sequence[SloClass
     if key.limit == 0:
         return Curve(np.zeros(0), np.zeros((0, len(classes))))
     asked = np.array([slo.attainment for slo in classes])
+    times = StepTimes(key.kind.cost)
 
     def shares_at(step: int) -> Shares:
-        return _shares(key, _rate(key, step), stream, classes)
+        return _shares(key, times, stream.scaled_to(_rate(key, step) * key.instances), classes)
 
     unloaded = shares_at(_LADDER_LENGTH)
     first_good = _first(lambda step: bool(np.all(shares_at(step) >= asked)))
@@ -96,10 +97,9 @@ def _first(holds: Callable[[int], bool]) -> int:
     return low
 
 
-def _shares(key: CurveKey, rate: float, stream: RequestStream, classes: Sequence[SloClass]) -> Shares:
-    """Of each class's requests that meet the targets of the kind's role at `rate` per instance."""
-    requests = stream.scaled_to(rate * key.instances)
-    met = _targets_met(key, requests, classes)
+def _shares(key: CurveKey, times: StepTimes, requests: RequestStream, classes: Sequence[SloClass]) -> Shares:
+    """Of each class's requests that meet the targets of the kind's role."""
+    met = _targets_met(key, times, requests, classes)
     steady = slice(int(_WARM_UP_SHARE * len(requests)), None)
     met, slo_class = met[steady], requests.slo_class[steady]
     return np.array(
@@ -107,7 +107,9 @@ def _shares(key: CurveKey, rate: float, stream: RequestStream, classes: Sequence
     )
 
 
-def _targets_met(key: CurveKey, requests: RequestStream, classes: Sequence[SloClass]) -> npt.NDArray[np.bool_]:
+def _targets_met(
+    key: CurveKey, times: StepTimes, requests: RequestStream, classes: Sequence[SloClass]
+) -> npt.NDArray[np.bool_]:
     kind, arrival_s = key.kind, requests.arrival_s
     prompts, outputs = requests.prompt_tokens.tolist(), requests.output_tokens.tolist()
     ttft_target_s = np.array([slo.ttft_s for slo in classes])[requests.slo_class]
@@ -116,7 +118,7 @@ def _targets_met(key: CurveKey, requests: RequestStream, classes: Sequence[SloCl
     met: npt.NDArray[np.bool_]
     if kind.role == "prefill":
         budget = kind.max_batch_tokens
-        ttft_s = ttft_alone(kind.cost, arrival_s, prompts, instances=key.instances, max_batch_tokens=budget)
+        ttft_s = ttft_alone(times, arrival_s, prompts, instances=key.instances, max_batch_tokens=budget)
         met = ttft_s <= ttft_target_s
     elif kind.role == "decode":
         time_s = decode_time_alone(kind, arrival_s, prompts, outputs, instances=key.instances)

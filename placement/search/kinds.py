@@ -1,7 +1,7 @@
 """What an instance can be: a role, a device type and a parallel shape that memory and the model allow."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from core.cost_model import CostModel, StepLoad
 from core.model_shape import ModelShape
@@ -119,13 +119,21 @@ def resident_tokens(stream: RequestStream) -> float:
     return float((steps * (stream.prompt_tokens + stream.output_tokens / 2)).sum() / steps.sum())
 
 
+def phase_kind(
+    role: Role, device: str, shape: ParallelShape, cost: CostModel, kv_tokens: int, stream: RequestStream
+) -> InstanceKind:
+    """A prefill or decode instance, with the batches that suit the stream."""
+    max_batch = max(1, min(_MAX_BATCH, int(kv_tokens / resident_tokens(stream))))
+    return InstanceKind(role, device, shape, kv_tokens, saturating_budget(cost, stream), max_batch, cost=cost)
+
+
 def _kinds_of_shape(
     device: str, shape: ParallelShape, cost: CostModel, kv_tokens: int, stream: RequestStream
 ) -> Iterator[InstanceKind]:
-    max_batch = max(1, min(_MAX_BATCH, int(kv_tokens / resident_tokens(stream))))
-    budget = saturating_budget(cost, stream)
-    yield InstanceKind("prefill", device, shape, kv_tokens, budget, max_batch, cost=cost)
-    yield InstanceKind("decode", device, shape, kv_tokens, budget, max_batch, cost=cost)
+    prefill = phase_kind("prefill", device, shape, cost, kv_tokens, stream)
+    max_batch = prefill.max_batch
+    yield prefill
+    yield replace(prefill, role="decode")
     for budget in _CHUNK_BUDGETS:
         batch = min(max_batch, budget)
         yield InstanceKind("colocated", device, shape, kv_tokens, budget, batch, "chunked", cost=cost)

@@ -14,7 +14,7 @@ from placement.requests import Floats
 
 
 def ttft_alone(
-    cost: CostModel, arrival_s: Floats, prompt_tokens: list[int], *, instances: int, max_batch_tokens: int
+    times: "StepTimes", arrival_s: Floats, prompt_tokens: list[int], *, instances: int, max_batch_tokens: int
 ) -> Floats:
     """Seconds from arrival to the first token, of each request, in order of arrival."""
     arrivals = arrival_s.tolist()
@@ -22,7 +22,6 @@ def ttft_alone(
     first_token_s = [0.0] * num_requests
     free = [(0.0, server) for server in range(instances)]  # when each can start its next step
     begun: dict[int, tuple[int, int]] = {}  # server -> the prompt it has computed a part of, and how much
-    times = _StepTimes(cost)
     following = 0
     while free:
         now_s, server = free[0]
@@ -58,7 +57,7 @@ def ttft_alone(
     return np.asarray(first_token_s) - arrival_s
 
 
-class _StepTimes:
+class StepTimes:
     """(total_s, interval_s) of steps; those of one whole prompt, by far the most, are asked for once."""
 
     __slots__ = ("_cost", "_whole")

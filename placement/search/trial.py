@@ -23,6 +23,7 @@ from placement.simulator import simulate
 LADDER_STEP = 1.025
 MOST_INSTANCES = 6
 _MOST_DOUBLINGS = 4
+_FURTHEST = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,14 @@ def simulated(problem: Problem, fleet: Fleet, requests: RequestStream, stop_when
 
 
 def climb(problem: Problem, fleet: Fleet, guess: float, at_least: float, *, apart: bool = False) -> Outcome:
-    """From the rung below `guess`, up while it passes or down until it does, but not below `at_least`.
+    """The highest rung that passes, above `at_least` if that is given; else from the rung below `guess` on, and not
+    below a quarter of it.
 
-    One rung at a time: so a fleet that passes wherever another one does never ends below it.
+    One rung at a time, up while it passes or down until it does: so a fleet that passes wherever another one does never
+    ends below it.
     """
-    lowest = rung_below(at_least) + 1
-    rung = max(rung_below(guess), lowest)
+    lowest = rung_below(at_least or guess / _FURTHEST) + 1
+    rung = lowest if at_least else max(rung_below(guess), lowest)
     tried: dict[int, Judgement] = {}
 
     def passes(step: int) -> bool:

@@ -1,0 +1,119 @@
+"""What the search promises, whatever the problem: on small ones, with the true simulator in the loop."""
+
+from collections import Counter
+
+import pytest
+
+from core.slo import SloClass
+from core.slo_file import NodeSection
+from placement.planner import Answer, search
+from placement.search.parallel import Serial, local_mapper
+from placement.search.problem import Problem
+from placement.search.room import places
+from placement.search.trial import plan_of
+from tests.placement.search.problems import A100, H100, MODEL, SLO, ToySource, problem
+
+
+def ask(question: Problem) -> Answer:
+    return search(question, Serial(), lambda share, text: None)
+
+
+def goodput(question: Problem) -> float:
+    looked = ask(question).looked
+    return 0.0 if looked is None else looked.goodput or 0.0
+
+
+def test_more_devices_never_lower_the_goodput() -> None:
+    found = [goodput(problem(devices)) for devices in range(2, 8)]
+    assert found == sorted(found)
+    assert found[-1] > 2 * found[0]
+
+
+def test_more_nodes_never_lower_the_goodput() -> None:
+    found = [goodput(problem(3, nodes)) for nodes in range(1, 4)]
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize(("ttft_s", "tpot_s"), [(0.25, 0.03), (0.2, 0.05), (0.5, 0.1)])
+def test_a_looser_slo_never_lowers_the_goodput(ttft_s: float, tpot_s: float) -> None:
+    assert goodput(problem(5, slo=SloClass(ttft_s=ttft_s, tpot_s=tpot_s))) >= goodput(problem(5))
+
+
+def test_two_searches_are_equal_and_so_is_one_with_helpers() -> None:
+    first, second = ask(problem(5)), ask(problem(5))
+    assert first.looked == second.looked
+    with local_mapper(2) as mapper:
+        helped = search(problem(5), mapper, lambda share, text: None)
+    assert helped.looked is not None
+    assert first.looked is not None
+    assert (helped.looked.fleet, helped.looked.goodput) == (first.looked.fleet, first.looked.goodput)
+
+
+def test_a_plan_fits_its_devices_and_its_memory() -> None:
+    question = problem(3, 2, more=[NodeSection(device=H100, devices=2, count=1)])
+    for looked in ask(question).found.looked:
+        plan = plan_of(question, looked.fleet)
+        used = Counter(name for group in plan.groups for ranks in group.devices for name in ranks)
+        assert max(used.values()) == 1
+        for group in plan.groups:
+            of_type = {node.name for node in question.cluster.nodes if node.device.name == group.device}
+            assert all(name.split(":")[0] in of_type for ranks in group.devices for name in ranks)
+            assert group.kv_tokens <= question.source.kv_tokens(group.device, group.shape)
+
+
+def test_low_affinity_keeps_both_phases_of_a_unit_on_one_node() -> None:
+    question = problem(3, 3, affinity="low")
+    fleet = ask(question).looked.fleet  # type: ignore[union-attr]
+    assert fleet.same_node
+    prefill, decode = (
+        [{name.split(":")[0] for name in ranks} for ranks in instances] for instances in places(fleet, question.cluster)
+    )
+    assert all(len(nodes) == 1 for nodes in (*prefill, *decode))
+    assert {*map(min, prefill)} == {*map(min, decode)}
+
+
+def test_a_model_that_does_not_fit_is_not_served() -> None:
+    answer = ask(problem(2, source=ToySource(tokens=100)))
+    assert answer.looked is None
+    assert "longest request" in answer.space.kinds.ruled_out[0].reason
+
+
+def test_an_slo_out_of_reach_is_answered_by_the_nearest_in_reach() -> None:
+    answer = ask(problem(3, slo=SloClass(ttft_s=0.2, tpot_s=0.002)))
+    assert not answer.met
+    assert answer.looked is not None
+    (nearest,) = answer.space.problem.classes
+    assert nearest.ttft_s == 0.2
+    assert 0.005 < nearest.tpot_s < 0.01
+
+
+def test_the_cheapest_fleet_serves_the_rate_and_a_larger_rate_costs_no_less() -> None:
+    costs = []
+    for rate in (3.0, 12.0, 24.0):
+        answer = ask(problem(8, rate=rate))
+        assert answer.met
+        assert answer.looked is not None
+        costs.append(answer.looked.fleet.num_devices)
+    assert costs == sorted(costs)
+    assert costs[0] == 2 < costs[-1]
+
+
+def test_a_rate_beyond_the_cluster_is_answered_by_the_most_that_it_serves() -> None:
+    answer = ask(problem(3, rate=1000.0))
+    assert not answer.met
+    assert answer.looked is not None
+    assert 0 < (answer.looked.goodput or 0) < 1000
+
+
+def test_phases_may_have_devices_of_different_types() -> None:
+    question = problem(1, more=[NodeSection(device=H100, devices=1, nic_gbits_per_s=400)], affinity="high")
+    fleet = ask(question).looked.fleet  # type: ignore[union-attr]
+    assert fleet.devices == {A100: 1, H100: 1}
+
+
+def test_colocation_is_the_answer_where_it_serves_more() -> None:
+    """One device cannot be shared by two instances, and the question allows all layouts."""
+    answer = ask(problem(1, slo=SLO, layouts=("disaggregated", "colocated", "mixed")))
+    assert answer.looked is not None
+    assert answer.looked.fleet.layout == "colocated"
+    assert MODEL.name == "toy"
