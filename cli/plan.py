@@ -13,6 +13,8 @@ from core.errors import ConfigError
 from core.plan import Plan
 from core.slo_file import SloFile
 from core.text_table import text_table
+from deploy.machine import this_machine
+from deploy.plan_serving import serve_config_of
 from placement.evidence import Planned
 from placement.hardware import devices
 from placement.models import published_models
@@ -180,10 +182,13 @@ def _print_next(plan: Plan, output: Path, report: Path | None) -> None:
         say(f"report  {report}")
     if not plan.groups:
         return
-    if Path(plan.model).is_dir():
-        say(f"run it  tandem serve {output}")
-    else:
-        say(f"{plan.model} is only a name here; to serve it, give its checkpoint: --set model=FOLDER")
+    try:
+        serve_config_of(plan, this_machine())
+    except ConfigError as error:
+        say(f"not for this machine yet: {error.message}")
+        return
+    folder = "" if Path(plan.model).is_dir() else " --set model=FOLDER"
+    say(f"run it  tandem serve {output}{folder}")
 
 
 def _group_lines(plan: Plan) -> list[str]:

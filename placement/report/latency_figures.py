@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from core.slo import SloClass
 from placement.evidence import AttainmentCurve, LatencySample, WorkloadSummary
@@ -15,6 +15,7 @@ from placement.report.style import HALF, WIDE, as_svg, drawing_style, light, new
 
 _CLASS_STYLES = (("prefill", "-"), ("decode", "--"), ("colocated", "-."), ("mixed", ":"))
 _MAX_CDF_POINTS = 300
+_LOG_RATIO = 40  # longest to shortest latency from which an axis is logarithmic
 
 
 def attainment_curve(curve: AttainmentCurve, judged_rate: float | None, name: str) -> Markup | None:
@@ -114,9 +115,10 @@ def _cdf(lines: Sequence[tuple[SloClass, Sequence[float], float]], name: str, ti
             met = float(np.mean(np.asarray(times) <= target_s))
             said.append(f"{words.percent(met)} of class {slo.name} are within {words.seconds(target_s)}.")
         low, high = min(low, *(t for _, _, t in lines)), max(high, *(t for _, _, t in lines))
-        if low > 0 and high / low > 20:
+        if low > 0 and high / low > _LOG_RATIO:
             axes.set_xscale("log")
             axes.set_xlim(low / 1.3, high * 1.3)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_xlim(0, 1.08 * high)

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ _AXIS_STYLES = {  # label, colour, marker, dashes
     "tpot_target": ("TPOT target", "amber", "v", "--"),
 }
 _MAX_BARS = 12
-_LABEL_WIDTH = 46
+_LABEL_WIDTH = 48
 
 
 def candidate_bars(candidates: Sequence[Candidate]) -> Markup | None:
@@ -42,7 +42,7 @@ def candidate_bars(candidates: Sequence[Candidate]) -> Markup | None:
     if not shown:
         return None
     with drawing_style():
-        labels = [textwrap.fill(candidate.description, _LABEL_WIDTH) for candidate in shown]
+        labels = [textwrap.fill(candidate.description, _LABEL_WIDTH, break_on_hyphens=False) for candidate in shown]
         lines = 1 + max(label.count("\n") for label in labels)
         figure = new_figure(WIDE, 0.7 + (0.22 + 0.14 * lines) * len(shown))
         axes = figure.add_subplot()
@@ -125,67 +125,54 @@ def phase_bounds(bounds: Sequence[PhaseBound]) -> Markup | None:
         return as_svg(figure, "bounds", "What bounds each phase", said)
 
 
-def sensitivity(points: Sequence[SensitivityPoint], goodput: float | None) -> tuple[Markup | None, Markup | None]:
-    """Goodput of the same plan, and attainment at its rate, when one thing of the question changes."""
-    changed = _sensitivity_plot(
-        points,
-        "sensitivity-goodput",
-        "Goodput of this plan",
-        lambda point: point.goodput,
-        words.tick,
-        goodput,
+def sensitivity(points: Sequence[SensitivityPoint], expected: Expected | None) -> tuple[Markup | None, Markup | None]:
+    """Goodput of the same plan, and attainment at its rate, when one thing of the question changes. What was asked
+    itself, factor 1, is taken from `expected`."""
+    goodput = [(point.axis, point.factor, point.goodput) for point in points if point.goodput is not None]
+    attainment = [(point.axis, point.factor, point.attainment) for point in points if point.attainment is not None]
+    if expected is not None:
+        goodput += [(axis, 1.0, expected.goodput) for axis in {axis for axis, _, _ in goodput}]
+        worst = min(expected.classes, key=lambda one: one.attainment - one.slo.attainment, default=None)
+        if worst is not None:
+            attainment += [(axis, 1.0, worst.attainment) for axis in {axis for axis, _, _ in attainment}]
+    return (
+        _sensitivity_plot(goodput, "sensitivity-goodput", "Goodput of this plan, requests per second", words.tick),
+        _sensitivity_plot(attainment, "sensitivity-attainment", "Attainment at the plan's rate", words.percent),
     )
-    kept = _sensitivity_plot(
-        points,
-        "sensitivity-attainment",
-        "Attainment at the plan's rate",
-        lambda point: point.attainment,
-        words.percent,
-        None,
-    )
-    return changed, kept
 
 
 def _sensitivity_plot(
-    points: Sequence[SensitivityPoint],
-    name: str,
-    title: str,
-    value_of: Callable[[SensitivityPoint], float | None],
-    show: Callable[[float], str],
-    reference: float | None,
+    points: Sequence[tuple[str, float, float]], name: str, title: str, show: Callable[[float], str]
 ) -> Markup | None:
-    known = [(point, value) for point in points if (value := value_of(point)) is not None]
-    if not known:
+    """Of (axis, factor, value)."""
+    if not points:
         return None
     said = []
     with drawing_style():
         figure = new_figure(HALF, 3.3)
         axes = figure.add_subplot()
         for axis, (label, colour, marker, dashes) in _AXIS_STYLES.items():
-            line = sorted((point.factor, value) for point, value in known if point.axis == axis)
+            line = sorted({factor: value for one, factor, value in points if one == axis}.items())
             if line:
                 xs, ys = zip(*line, strict=True)
                 axes.plot(xs, ys, color=light(colour), marker=marker, markersize=4, linestyle=dashes, label=label)
                 said.append(
-                    f"{label} times {words.number(xs[0])} to {words.number(xs[-1])}: {show(ys[0])} to {show(ys[-1])}."
+                    f"{label} times {words.tick(xs[0])} to {words.tick(xs[-1])}: {show(ys[0])} to {show(ys[-1])}."
                 )
-        if reference is not None:
-            axes.axhline(reference, color=light("soft"), linewidth=0.9, linestyle=(0, (5, 3)))
         axes.axvline(1.0, color=light("soft"), linewidth=0.9, linestyle=(0, (5, 3)))
         axes.set_xscale("log")
-        factors = sorted({point.factor for point, _ in known} | {1.0})
-        axes.xaxis.set_major_locator(FixedLocator(_apart(factors)))
+        axes.xaxis.set_major_locator(FixedLocator(_apart({factor for _, factor, _ in points})))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda factor, _: f"×{words.tick(factor)}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
         axes.set_ylim(bottom=0)
-        axes.set_title(title + (", requests per second" if reference is not None else ""))
+        axes.set_title(title)
         axes.set_xlabel("times what was asked")
         figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2)
         return as_svg(figure, name, title, " ".join(said))
 
 
-def _apart(factors: Sequence[float]) -> list[float]:
+def _apart(factors: Collection[float]) -> list[float]:
     """Those factors that leave room for each other's labels on a logarithmic axis; 1 always."""
     kept = [1.0]
     for factor in sorted(factors, key=lambda f: -abs(math.log(f))):
@@ -195,32 +182,40 @@ def _apart(factors: Sequence[float]) -> list[float]:
 
 
 def error_intervals(error: ErrorBudget, expected: Expected | None) -> Markup | None:
-    """The goodput claimed, as an interval for each reason why it may be wrong."""
+    """The goodput claimed, as an interval for each reason why it may be wrong. The transient's claim can be many times
+    larger: then it is an arrow."""
     if expected is None:
         return None
-    goodput, goodput_ci = expected.goodput, expected.goodput_ci
-    rows = [("chance of the draw (95 %)", goodput_ci)]
+    goodput = expected.goodput
+    rows = [("chance of the draw (95 %)", expected.goodput_ci)]
     if error.goodput_if_slower is not None and error.goodput_if_faster is not None:
         rows.append(
             (f"model error ±{words.percent(error.model_error)}", (error.goodput_if_slower, error.goodput_if_faster))
         )
-    if error.transient_goodput is not None:
-        rows.append(("from an empty start (transient)", (error.transient_goodput, error.transient_goodput)))
+    right = 1.6 * max([goodput, *(high for _, (_, high) in rows)]) or 1.0
+    labels = [label for label, _ in rows]
     with drawing_style():
-        figure = new_figure(WIDE, 0.75 + 0.4 * len(rows))
+        figure = new_figure(WIDE, 0.75 + 0.4 * (len(rows) + (error.transient_goodput is not None)))
         axes = figure.add_subplot()
+        axes.set_xlim(0, right)
         for row, (_, (low, high)) in enumerate(rows):
-            point = "D" if low == high else "|"
             axes.plot([low, high], [row, row], color=light("prefill"), linewidth=5, alpha=0.35, solid_capstyle="butt")
-            axes.plot([low, high], [row, row], color=light("prefill"), linestyle="none", marker=point, markersize=7)
-            text = words.number(low) if low == high else words.interval((low, high))
-            axes.annotate(text, (high, row), xytext=(8, 0), textcoords="offset points", va="center")
+            axes.plot([low, high], [row, row], color=light("prefill"), linestyle="none", marker="|", markersize=9)
+            _beside(axes, high, row, words.interval((low, high)))
+        if (transient := error.transient_goodput) is not None:
+            inside = transient <= 0.9 * right
+            place = transient if inside else 0.9 * right
+            axes.plot(place, len(rows), color=light("bad"), marker="D" if inside else ">", markersize=7)
+            _beside(axes, place, len(rows), words.number(transient))
+            labels.append("from an empty start (transient)")
         axes.axvline(goodput, color=light("ink"), linewidth=1.2)
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        right = max(high for _, (_, high) in rows)
-        axes.set_xlim(0, 1.2 * max(right, goodput) or 1.0)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlabel(f"goodput, requests per second (line: the claim, {words.number(goodput)})")
         only_vertical_grid(axes)
         said = " ".join(f"{label}: {words.interval(bounds)}." for label, bounds in rows)
         return as_svg(figure, "error", "How wrong the goodput may be", said)
+
+
+def _beside(axes: Axes, value: float, row: int, text: str) -> None:
+    axes.annotate(text, (value, row), xytext=(8, 0), textcoords="offset points", va="center")

@@ -53,9 +53,7 @@ def report_html(planned: Planned) -> str:
         ttft_plot=latency_figures.ttft_cdf(evidence.latencies),
         tpot_plot=latency_figures.tpot_cdf(evidence.latencies),
         bounds_plot=plan_figures.phase_bounds(evidence.bounds),
-        sensitivity_plots=plan_figures.sensitivity(
-            evidence.sensitivity, None if expected is None else expected.goodput
-        ),
+        sensitivity_plots=plan_figures.sensitivity(evidence.sensitivity, expected),
         error_plot=plan_figures.error_intervals(evidence.error, expected),
         workload_plots=latency_figures.workload_histograms(evidence.workload),
     )

@@ -10,11 +10,12 @@ import cli.plan
 from cli.main import main
 from cli.progress import Progress
 from core.config_file import load_config
-from core.plan import Plan
+from core.plan import Plan, PlanGroup
 from core.slo_file import SloFile
 from placement.evidence import Planned
 from tests.placement.planned import planned
 
+BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"
 SLO = """\
 model: Llama-3.1-70B
 cluster: {nodes: [{device: H100, devices: 4}]}
@@ -63,17 +64,22 @@ def test_it_writes_a_plan_that_reads_back_and_says_what_to_do(
     assert "0:0+0:1 1:0+1:1" in out, "where the instances stand"
     assert "92.1 % meet both targets (95 %: 90.5 to 93.6 %; required 90 %)" in out
     assert "TTFT is 1.4 x its target" in out
-    assert "Llama-3.1-70B is only a name here" in out
+    assert "not for this machine yet: the plan's prefill instances are tp2" in out
     assert not (folder / "plan.html").exists()
 
 
-def test_a_model_that_is_here_can_be_served(
-    folder: Path, answer: Callable[[Planned], list[SloFile]], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("model", "more"), [(str(BUILT_IN), ""), ("Llama-3.1-8B", " --set model=FOLDER")])
+def test_it_says_how_to_run_what_can_be_run_here(
+    model: str, more: str, answer: Callable[[Planned], list[SloFile]], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    groups = tuple(
+        PlanGroup.model_validate({"role": role, "instances": 1, "device": "cpu", "kv_tokens": 1000})
+        for role in ("prefill", "decode")
+    )
     value = planned()
-    answer(Planned(value.plan.model_copy(update={"model": str(folder)}), value.evidence))
+    answer(Planned(value.plan.model_copy(update={"model": model, "groups": groups}), value.evidence))
     assert main(["plan", "slo.yaml", "-o", "chat.yaml"]) == 0
-    assert "run it  tandem serve chat.yaml" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"\nrun it  tandem serve chat.yaml{more}\n")
 
 
 def test_settings_replace_those_of_the_file(answer: Callable[[Planned], list[SloFile]]) -> None:
