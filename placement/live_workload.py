@@ -18,6 +18,7 @@ from placement.requests import Floats
 from placement.workload import make_stream
 from placement.workload_distance import Workload
 
+SPARE_REQUESTS = 8  # times `search.requests`: simulations take more where few do not show a steady state
 QUESTION = "slo.yaml"
 RUNNING_PLAN = "running_plan.yaml"
 
@@ -61,8 +62,8 @@ def _live_section(slo_file: SloFile, snapshot: ProfileSnapshot, trace: Path) -> 
 def _write_trace(path: Path, slo_file: SloFile, snapshot: ProfileSnapshot) -> None:
     rng = np.random.default_rng(slo_file.search.seed)
     size = len(snapshot.prompt_tokens)
-    repeats = -(-slo_file.search.requests // size)
-    order = np.concatenate([rng.permutation(size) for _ in range(repeats)])[: slo_file.search.requests]
+    count = SPARE_REQUESTS * slo_file.search.requests
+    order = np.concatenate([rng.permutation(size) for _ in range(-(-count // size))])[:count]
     arrival_s = _arrivals(snapshot, len(order))
     has_classes = any(snapshot.slo_class)
     with path.open("w", newline="") as file:

@@ -2,17 +2,18 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from core.plan import Plan, PlanGroup
+from core.slo import SloClass
 from core.slo_file import SloFile
 from placement.cluster import Cluster
 from placement.deployment import Deployment
 from placement.evidence import Planned
-from placement.goodput import StopWhen, goodput_at
+from placement.goodput import StopWhen, goodput_at, stop_when_lost
 from placement.judgement import judge
+from placement.live_workload import SPARE_REQUESTS
 from placement.models import model_shape
 from placement.plan_deployment import deployment_of
 from placement.requests import RequestStream
@@ -67,16 +68,30 @@ def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
     """Simulates the plan as it is on the workload of `slo_file`, at `rate` and at what it can take."""
     model = model_shape(slo_file.model)
     deployment = deployment_of(plan, cost_source_of(slo_file, model), Cluster.of(slo_file.cluster), model)
-    search = slo_file.search
-    requests = make_stream(slo_file.workload, slo_file.slo, count=search.requests, rate=rate, seed=search.seed)
-    at_rate = judge(simulate(deployment, requests), slo_file.slo)
+    search, classes = slo_file.search, slo_file.slo
+    requests = make_stream(
+        slo_file.workload, classes, count=SPARE_REQUESTS * search.requests, rate=rate, seed=search.seed
+    )
+
+    def run(stream: RequestStream, _: StopWhen) -> SimulationResult:
+        return _run_steady(deployment, requests.scaled_to(stream.rate), classes, search.requests)
+
+    few = requests.head(search.requests)
+    at_rate = judge(simulate(deployment, requests), classes)
     least = min(at_rate.classes, key=lambda judged: judged.margin)
-    goodput = goodput_at(partial(_run, deployment), requests, slo_file.slo, guess=rate)
-    return Forecast(goodput.rate, least.attainment, at_rate.meets)
+    return Forecast(goodput_at(run, few, classes, guess=rate).rate, least.attainment, at_rate.meets)
 
 
-def _run(deployment: Deployment, requests: RequestStream, stop_when: StopWhen) -> SimulationResult:
-    return simulate(deployment, requests, stop_when=stop_when)
+def _run_steady(
+    deployment: Deployment, requests: RequestStream, classes: Sequence[SloClass], count: int
+) -> SimulationResult:
+    """The first `count` requests, and more of them where these would not show a steady state: as the planner does."""
+    while True:
+        stream = requests.head(count)
+        result = simulate(deployment, stream, stop_when=stop_when_lost(stream, classes))
+        if result.stopped_early or count >= len(requests) or judge(result, classes).long_enough:
+            return result
+        count *= 2
 
 
 def gain_of(current: Plan, forecast: Forecast, proposed: Plan, slo_file: SloFile) -> float:
