@@ -31,6 +31,7 @@ from core.slo import SloClass
 from core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
 from core.text_table import text_table
 from placement.cost_source import CostSource
+from placement.deployment import Role
 from placement.planner import Answer, problem_of, search
 from placement.published import DEVICE, DistServeSource
 from placement.search.fleet import Fleet, Pool
@@ -145,7 +146,8 @@ def _judge(problem: Problem, fleet: Fleet, predictor: Predictor, mapper: Mapper)
 def _their_fleet(known: Known, problem: Problem) -> Fleet:
     cross, *shape = known.config
     pools = []
-    for role, (tp, pp) in (("prefill", shape[:2]), ("decode", shape[2:])):
+    roles: tuple[Role, Role] = ("prefill", "decode")
+    for role, (tp, pp) in zip(roles, (shape[:2], shape[2:]), strict=True):
         parallel = ParallelShape(tp, pp * cross)
         cost, tokens = problem.source.cost_model(DEVICE, parallel), problem.source.kv_tokens(DEVICE, parallel)
         assert cost is not None

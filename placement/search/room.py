@@ -2,7 +2,7 @@
 longer pipeline takes whole nodes, each with as many stages as fit."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.cluster import Cluster
 from placement.search.fleet import Fleet, Pool
@@ -12,22 +12,22 @@ from placement.search.problem import NodeType
 
 def capacity(nodes: Sequence[NodeType], kind: InstanceKind) -> int:
     """Instances of `kind` that fit on empty nodes."""
-    return sum(_alone(node, kind) for node in nodes if node.device == kind.device)
+    return beside(nodes, (), kind)
 
 
 def beside(nodes: Sequence[NodeType], pools: Sequence[Pool], kind: InstanceKind) -> int:
     """Instances of `kind` that fit beside `pools`, which are put on the nodes one after the other."""
-    free = list(nodes)
+    free = [_Free(node.device, node.devices, node.devices, node.count) for node in nodes]
     for pool in pools:
         rest = pool.instances
-        left: list[NodeType] = []
-        for node in free:
-            taken = min(rest, _alone(node, pool.kind)) if node.device == pool.kind.device else 0
+        left: list[_Free] = []
+        for room in free:
+            taken = min(rest, room.fitting(pool.kind))
             rest -= taken
-            left += _after(node, pool.kind, taken) if taken else [node]
+            left += room.after(pool.kind, taken) if taken else [room]
         assert rest == 0, "the pools do not fit by themselves"
         free = left
-    return capacity(free, kind)
+    return sum(room.fitting(kind) for room in free)
 
 
 def places(fleet: Fleet, cluster: Cluster, *, apart: bool = False) -> list[tuple[tuple[str, ...], ...]]:
@@ -89,26 +89,35 @@ def _take(nodes: list[_Node], kind: InstanceKind) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _alone(node: NodeType, kind: InstanceKind) -> int:
-    """Instances on these nodes, all empty."""
-    if kind.num_devices <= node.devices:
-        return node.count * (node.devices // kind.num_devices)
-    return node.count // _nodes_per_instance(node, kind) if kind.shape.tp <= node.devices else 0
+@dataclass(frozen=True, slots=True)
+class _Free:
+    """`count` nodes of `devices` devices, of which `free` each are free."""
 
+    device: str
+    devices: int
+    free: int
+    count: int
 
-def _nodes_per_instance(node: NodeType, kind: InstanceKind) -> int:
-    return -(-kind.shape.pp // (node.devices // kind.shape.tp))
+    def fitting(self, kind: InstanceKind) -> int:
+        if kind.device != self.device:
+            return 0
+        if kind.num_devices <= self.devices:
+            return self.count * (self.free // kind.num_devices)
+        is_empty = self.free == self.devices and kind.shape.tp <= self.devices
+        return self.count // self._nodes_of(kind) if is_empty else 0
 
+    def after(self, kind: InstanceKind, taken: int) -> Iterator["_Free"]:
+        """The same nodes once `taken` instances stand on them: full ones, one in part, untouched ones."""
+        if kind.num_devices > self.devices:
+            yield replace(self, count=self.count - taken * self._nodes_of(kind))
+            return
+        each = self.free // kind.num_devices
+        full, part = divmod(taken, each)
+        yield replace(self, free=self.free - each * kind.num_devices, count=full)
+        if part:
+            yield replace(self, free=self.free - part * kind.num_devices, count=1)
+        yield replace(self, count=self.count - full - (1 if part else 0))
 
-def _after(node: NodeType, kind: InstanceKind, taken: int) -> Iterator[NodeType]:
-    """What is left of these nodes once `taken` instances stand on them: full nodes, one in part, untouched ones."""
-    size, device = kind.num_devices, node.device
-    if size > node.devices:  # the rest of its last node stays free for nobody: `places` may have needed it
-        yield NodeType(device, node.devices, node.count - taken * _nodes_per_instance(node, kind))
-        return
-    each = node.devices // size
-    full, part = divmod(taken, each)
-    yield NodeType(device, node.devices - each * size, full)
-    if part:
-        yield NodeType(device, node.devices - part * size, 1)
-    yield NodeType(device, node.devices, node.count - full - (1 if part else 0))
+    def _nodes_of(self, kind: InstanceKind) -> int:
+        """Nodes that a pipeline longer than any of them takes whole."""
+        return -(-kind.shape.pp // (self.devices // kind.shape.tp))

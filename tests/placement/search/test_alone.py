@@ -1,0 +1,88 @@
+"""The quick models of each phase against queues whose answer is known, and against the simulator."""
+
+import numpy as np
+import pytest
+
+from core.cost_model import StepLoad
+from core.parallel import ParallelShape
+from placement.search.curves import CurveKey, curve_of
+from placement.search.decode_alone import decode_time_alone, steps_until
+from placement.search.fleet import Fleet, Pool
+from placement.search.kinds import InstanceKind
+from placement.search.limits import limit_of
+from placement.search.parallel import Serial
+from placement.search.prefill_alone import StepTimes, ttft_alone
+from placement.search.space import survey
+from placement.search.trial import run
+from tests.placement.search.problems import SLO, ToyCost, problem
+
+COST = ToyCost(1.0)
+
+
+def test_a_lone_prompt_waits_for_nobody() -> None:
+    ttft_s = ttft_alone(StepTimes(COST), np.array([0.0, 5.0]), [100, 300], instances=1, max_batch_tokens=512)
+    assert ttft_s == pytest.approx([COST.step(StepLoad.of_prompts(n)).total_s for n in (100, 300)])
+
+
+def test_prefill_is_an_m_d_1_queue() -> None:
+    """Equal prompts, one in a step: the mean wait is R D^2 / (2 (1 - R D))."""
+    rng = np.random.default_rng(1)
+    service_s = COST.step(StepLoad.of_prompts(450)).total_s
+    rate = 0.6 / service_s
+    arrival_s = np.cumsum(rng.exponential(1 / rate, 40_000))
+    ttft_s = ttft_alone(StepTimes(COST), arrival_s, [450] * 40_000, instances=1, max_batch_tokens=450)
+    assert ttft_s.mean() == pytest.approx(service_s + rate * service_s**2 / (2 * (1 - 0.6)), rel=0.05)
+
+
+def test_a_long_prompt_takes_several_steps() -> None:
+    (ttft_s,) = ttft_alone(StepTimes(COST), np.array([0.0]), [1000], instances=1, max_batch_tokens=400)
+    assert ttft_s == pytest.approx(3 * 5e-3 + 1000 * 1e-4)
+
+
+def test_a_lone_sequence_decodes_step_by_step() -> None:
+    kind = InstanceKind("decode", "A", ParallelShape(), 10_000, 512, 8, cost=COST)
+    (time_s,) = decode_time_alone(kind, np.array([0.0]), [100], [11], instances=1)
+    steps = [COST.step(StepLoad.of_decode(1, 101 + k)).total_s for k in range(10)]
+    assert time_s == pytest.approx(sum(steps))
+
+
+def test_a_sequence_waits_for_memory() -> None:
+    """Both together do not fit: the second one begins when the first has ended."""
+    kind = InstanceKind("decode", "A", ParallelShape(), 150, 512, 8, cost=COST)
+    first_s, second_s = decode_time_alone(kind, np.array([0.0, 0.0]), [100, 100], [11, 11], instances=1)
+    assert second_s == pytest.approx(2 * first_s)
+
+
+@pytest.mark.parametrize("growth_s", [0.0, 1e-3])
+def test_steps_until_is_the_least_number_that_suffices(growth_s: float) -> None:
+    for time_s in (0.001, 0.01, 0.015, 0.5, 2.0):
+        count = int(steps_until(time_s, 0.01, growth_s))
+        taken = [0.01 * n + growth_s * n * (n - 1) / 2 for n in (count - 1, count)]
+        assert taken[1] >= time_s - 1e-9
+        assert count == 1 or taken[0] < time_s + 1e-9
+
+
+@pytest.mark.parametrize("rate", [10.0, 20.0])
+def test_the_quick_models_agree_with_the_simulator(rate: float) -> None:
+    question = problem(4)
+    space = survey(question, Serial())
+    prefill = next(kind for kind in space.kinds.prefill if kind.num_devices == 1)
+    decode = next(kind for kind in space.kinds.decode if kind.num_devices == 1)
+    fleet = Fleet((Pool(prefill, 2), Pool(decode, 2)))
+    _, judgement = run(question, fleet, rate)
+    product = 1.0
+    for pool in fleet.pools:
+        key = CurveKey.of(pool.kind, 2, space.limits[pool.kind].rate, 0.0, len(question.computed))
+        curve = curve_of(key, stream=question.computed, classes=(SLO.model_copy(update={"attainment": 0.3}),))
+        product *= float(curve.at(rate / 2)[0])
+    assert product == pytest.approx(judgement.classes[0].attainment, abs=0.04)
+
+
+def test_nothing_passes_more_than_its_limit() -> None:
+    question = problem(2)
+    space = survey(question, Serial())
+    for kind in (*space.kinds.prefill, *space.kinds.decode):
+        its = limit_of(kind, (SLO,), question.requests)
+        key = CurveKey.of(kind, 1, 2 * its.rate, 0.0, len(question.computed))
+        curve = curve_of(key, stream=question.requests, classes=(SLO,))
+        assert curve.rates[curve.shares[:, 0] >= SLO.attainment].max() <= 1.1 * its.rate

@@ -1,0 +1,62 @@
+"""From an SLO file to a plan and its evidence."""
+
+import math
+
+import pytest
+
+from core.plan import Plan
+from core.slo import SloClass
+from core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
+from placement.planner import plan
+from placement.published import DEVICE, DistServeSource
+
+
+def slo_file(**changed: object) -> SloFile:
+    asked = {
+        "model": "OPT-13B",
+        "cluster": ClusterSection(nodes=(NodeSection(device=DEVICE, devices=2),)),
+        "slo": (SloClass(ttft_s=0.4, tpot_s=0.1),),
+        "workload": WorkloadSection(dataset="distserve_sharegpt"),
+        "search": SearchSection(layouts=("disaggregated",), max_tp=1, max_pp=1, requests=200),
+    }
+    return SloFile.model_validate({**asked, **changed})
+
+
+def test_a_plan_says_what_to_expect_and_why() -> None:
+    told: list[float] = []
+    planned = plan(
+        slo_file(), progress=lambda share, _: told.append(share), workers=1, source=DistServeSource("OPT-13B")
+    )
+    answer, evidence = planned.plan, planned.evidence
+    assert answer.verdict == "disaggregate"
+    assert [group.devices for group in answer.groups] == [(("0:0",),), (("0:1",),)]
+    assert answer.expected is not None
+    low, high = answer.expected.goodput_ci
+    assert 0 < low <= answer.expected.goodput <= high
+    assert answer.expected.classes[0].attainment >= 0.9
+    (curve,) = evidence.curves
+    rates = [point.rate for point in curve.points]
+    assert rates == sorted(rates)
+    assert curve.points[0].both > curve.points[-1].both
+    assert curve.knee_rate == pytest.approx(answer.expected.goodput)
+    assert {bound.role for bound in evidence.bounds} == {"prefill", "decode"}
+    assert {point.axis for point in evidence.sensitivity} >= {"rate", "prompt_tokens", "ttft_target"}
+    assert math.isnan(evidence.error.model_error)
+    assert sum(candidate.chosen for candidate in evidence.candidates) == 1
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    assert Plan.model_validate(answer.model_dump()) == answer
+
+
+def test_targets_out_of_reach_are_named_with_the_nearest_in_reach() -> None:
+    asked = slo_file(slo=(SloClass(ttft_s=0.01, tpot_s=0.1),))
+    answer = plan(asked, workers=1, source=DistServeSource("OPT-13B"))
+    assert answer.plan.verdict == "infeasible"
+    assert "the nearest that can is" in answer.evidence.nearest
+
+
+def test_a_model_that_fits_nowhere_has_a_plan_without_groups() -> None:
+    asked = slo_file(model="OPT-66B")
+    answer = plan(asked, workers=1, source=DistServeSource("OPT-66B"))
+    assert answer.plan.verdict == "infeasible"
+    assert answer.plan.groups == ()
