@@ -55,9 +55,9 @@ class Cell:
 
 
 def grid(max_batch_tokens: int, max_batch: int, max_model_len: int) -> list[Cell]:
-    """Cells in order of size. Powers of two are fitted; what lies between them, and other shapes of equal size, is held
-    out. Prompts: whole, several in a step, after a cached beginning, and without a draw. Decode: batches by context.
-    Mixed: both in one step."""
+    """Cells in order of size. Two sizes in each octave are fitted; what lies between them, and other shapes of equal
+    size, is held out. Prompts: whole, several in a step, after a cached beginning, and without a draw. Decode: batches
+    by context. Mixed: both in one step."""
     cells = [*_prompt_cells(max_batch_tokens), *_decode_cells(max_batch), *_mixed_cells()]
     fitting = [
         cell
@@ -70,28 +70,29 @@ def grid(max_batch_tokens: int, max_batch: int, max_model_len: int) -> list[Cell
 
 
 def _prompt_cells(max_tokens: int) -> Iterator[Cell]:
-    size = 4
-    while size <= max_tokens:
+    for octave in range(2, max_tokens.bit_length()):
+        size = 1 << octave
         yield Cell(prompts=(Part(size),))
-        yield Cell(prompts=(Part(size + size // 2),), held_out=True)
+        yield Cell(prompts=(Part(size + size // 2),))
+        yield Cell(prompts=(Part(size + size // 4),), held_out=True)
         if size in (64, 256):
             yield Cell(prompts=(Part(size // 4),) * 4)
             yield Cell(prompts=(Part(size, start=256),))
             yield Cell(prompts=(Part(size, draws=False),))
             yield Cell(prompts=(Part(size // 8), Part(size // 4), Part(size)), held_out=True)
-        size *= 2
 
 
 def _decode_cells(max_batch: int) -> Iterator[Cell]:
-    batch = 1
-    while batch <= max_batch:
-        for start in (32, 256, 1024):
-            yield Cell(decodes=(Part(1, start),) * batch)
-        yield Cell(decodes=(Part(1, 128),) * batch, held_out=True)
-        between = batch + batch // 2
-        if batch < between <= max_batch:
+    for octave in range(max_batch.bit_length()):
+        size = 1 << octave
+        for batch in sorted({size, size + size // 2}):
+            yield Cell(decodes=(Part(1, 32),) * batch)
+            yield Cell(decodes=(Part(1, 256),) * batch)
+        yield Cell(decodes=(Part(1, 1024),) * size)
+        yield Cell(decodes=(Part(1, 128),) * size, held_out=True)
+        if size >= 4:
+            between = size + size // 4
             yield Cell(decodes=tuple(Part(1, 64 + 512 * i // between) for i in range(between)), held_out=True)
-        batch *= 2
 
 
 def _mixed_cells() -> Iterator[Cell]:

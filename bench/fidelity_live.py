@@ -58,7 +58,7 @@ _SHAPE = CheckpointShape(
     vocab_size=8192,
 )
 _ENGINE = EngineSection(threads=1, kv_memory=512 << 20)
-_LOADS = (0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0, 1.15)  # of the prompts that the prefill worker can compute
+_LOADS = (0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 1.05)  # of the prompts that the prefill worker can compute
 _WORKLOADS: Mapping[str, Mapping[str, object]] = {
     "ShareGPT (DistServe's lengths), a fifth": {"dataset": "distserve_sharegpt", "length_scale": 0.2},
     "Azure 2023 conversations, an eighth": {"dataset": "azure_conv", "length_scale": 0.125},

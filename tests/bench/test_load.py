@@ -4,15 +4,20 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import orjson
 import pytest
 
+from bench.load import main, make_streams
 from bench.load_client import LoadClient, ServerGoneError, served_model
 from bench.load_result import GeneratorHealth, LoadResult
 from bench.load_run import prompts_of, run_load
 from bench.processes import BenchError
+from core.config_file import dump_config
+from core.errors import ConfigError
+from core.slo_file import SloFile
 from core.timeline import Stage
 from placement.requests import RequestStream
 
@@ -238,6 +243,42 @@ async def test_stop_ends_a_run_at_once() -> None:
     assert result.stopped == "interrupted"
     assert result.duration_s < 1
     assert not any(record.is_whole for record in result.records)
+
+
+SLO = SloFile.model_validate(
+    {
+        "model": "m",
+        "cluster": {"nodes": [{"device": "cpu"}]},
+        "slo": [{"ttft_s": 1, "tpot_s": 0.1}],
+        "workload": {"dataset": "sharegpt"},
+    }
+)
+
+
+def test_rates_stretch_the_same_requests() -> None:
+    (first, slow), (second, fast) = make_streams(SLO, None, (2.0, 8.0), 50, seed=3)
+    assert (first, second) == (2.0, 8.0)
+    assert slow.arrival_s.tolist() == pytest.approx((4 * fast.arrival_s).tolist())
+    assert slow.prompt_tokens.tolist() == fast.prompt_tokens.tolist()
+    with pytest.raises(ConfigError, match="--rates"):
+        make_streams(SLO, None, (), 50, seed=3)
+
+
+def test_a_trace_is_replayed_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1,20,6\n4,30,7\n")
+    ((rate, stream),) = make_streams(SLO, path, (), 10, seed=0)
+    assert rate == pytest.approx(0.5)
+    assert stream.arrival_s.tolist() == pytest.approx([0, 1, 4])
+    assert stream.output_tokens.tolist() == [5, 6, 7]
+
+
+def test_without_a_server_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "slo.yaml"
+    path.write_text(dump_config(SLO))
+    assert main(["--url", "http://127.0.0.1:1", "--slo", str(path), "--rates", "1"]) == 1
+    assert "nothing answers at http://127.0.0.1:1" in capsys.readouterr().err
+    assert main(["--slo", str(tmp_path / "none.yaml")]) == 2
 
 
 def test_prompts_share_what_their_group_shares_and_nothing_else() -> None:
