@@ -49,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    began_s = time.monotonic()
     machine = this_machine()
     to_serve = read_serve_file(args.file, args.set, machine)
     config = with_token(settle_addresses(to_serve.config))
     check_model_folder(config.model)
+    began_s = time.monotonic()
     folders = state_folders()
     folders.make()
     ray = LocalRay()

@@ -130,7 +130,7 @@ def _cdf(lines: Sequence[tuple[SloClass, Sequence[float], float]], name: str, ti
         if len(lines) > 1:
             figure.legend(loc="outside lower center", ncols=min(3, len(lines) + 1))
         else:
-            axes.legend(loc="upper left")
+            axes.legend(loc="best")
         return as_svg(figure, name, f"{title}, cumulative distribution", " ".join(said))
 
 
@@ -158,6 +158,7 @@ def _length_histogram(tokens: Sequence[int], name: str, title: str, colour: str)
         if high > 30 * low:
             edges = np.geomspace(low, high + 1, 41)
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             edges = np.linspace(low, high + 1, min(40, high + 1 - low) + 1)

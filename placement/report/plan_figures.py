@@ -206,7 +206,7 @@ def error_intervals(error: ErrorBudget, expected: Expected | None) -> Markup | N
             inside = transient <= 0.9 * right
             place = transient if inside else 0.9 * right
             axes.plot(place, len(rows), color=light("bad"), marker="D" if inside else ">", markersize=7)
-            _beside(axes, place, len(rows), words.number(transient))
+            _beside(axes, place, len(rows), words.transient_claim(transient, goodput))
             labels.append("from an empty start (transient)")
         axes.axvline(goodput, color=light("ink"), linewidth=1.2)
         axes.set_yticks(range(len(labels)), labels)

@@ -1,6 +1,6 @@
 """The report of a plan: one HTML file that says what to run, why, and how sure that is."""
 
-from core.plan import Plan
+from core.plan import Expected, Plan
 from placement.evidence import Planned
 from placement.report import latency_figures, plan_figures, words
 from placement.report.floor import floor_plan, instance_labels
@@ -41,6 +41,7 @@ def report_html(planned: Planned) -> str:
         judged_rate=words.rate(asked),
         evidence=evidence,
         error=evidence.error,
+        transient=_transient(evidence.error.transient_goodput, expected),
         floor=floor_plan(plan, evidence.nodes),
         roles=list(dict.fromkeys(group.role for group in plan.groups)),
         group_labels=[_range(labels) for labels in instance_labels(plan.groups)],
@@ -57,6 +58,13 @@ def report_html(planned: Planned) -> str:
         error_plot=plan_figures.error_intervals(evidence.error, expected),
         workload_plots=latency_figures.workload_histograms(evidence.workload),
     )
+
+
+def _transient(transient_goodput: float | None, expected: Expected | None) -> str:
+    """Empty where nobody looked."""
+    if transient_goodput is None or expected is None:
+        return ""
+    return words.transient_claim(transient_goodput, expected.goodput)
 
 
 def _key_figures(plan: Plan) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ TERM_NAMES = {
     "head": "embedding and sampling",
     "overhead": "overhead",
 }
+_NO_LIMIT = 50.0
 VERDICT_NAMES = {
     "disaggregate": "Disaggregate",
     "colocate": "Colocate",
@@ -51,6 +52,8 @@ def seconds(value: float | None) -> str:
     """With the unit that fits: 85.2 µs, 12.3 ms, 1.23 s, 12.3 min."""
     if value is None or not math.isfinite(value):
         return "–"
+    if value == 0:
+        return "0 s"
     size = abs(value)
     for limit, factor, unit in ((0.0009995, 1e6, "µs"), (0.9995, 1e3, "ms"), (599.5, 1.0, "s")):
         if size < limit:
@@ -126,6 +129,11 @@ def describe_plan(plan: Plan) -> str:
     serve = "serves" if sum(group.instances for group in plan.groups) == 1 else "serve"
     per_device = number(expected.goodput_per_device)
     return f"{what} {serve} {rate(expected.goodput)} within the targets, {per_device} per device."
+
+
+def transient_claim(transient: float, goodput: float) -> str:
+    """A few hundred requests can be over before any queue has grown, whatever their rate."""
+    return "no limit" if transient > _NO_LIMIT * max(goodput, 1e-9) else rate(transient)
 
 
 def best_rejected(planned: Planned, count: int) -> list[Candidate]:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from core.slo import SloClass
-from placement.evidence import NodeSummary
+from placement.evidence import ErrorBudget, NodeSummary
 from placement.report import RunDescription, write_report
 from placement.report.plan_report import report_html
 from placement.report.run_report import simulation_report_html
@@ -181,6 +181,11 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 )
 def test_times_have_the_unit_that_fits(time_s: float, text: str) -> None:
     assert seconds(time_s) == text
+
+
+def test_a_start_up_that_is_over_before_queues_grow_limits_nothing() -> None:
+    endless = planned(error=ErrorBudget(0.08, transient_goodput=1e10))
+    assert "goodput would have been: no limit." in _text(report_html(endless))
 
 
 def test_a_share_is_whole_only_when_it_is() -> None:
