@@ -55,7 +55,8 @@ def explained(
     report(0.0, "the chosen fleet, over rates")
     verdict = verdict_on(problem, tried, (looked.goodput or looked.predicted) / scale, mapper, apart=apart)
     goodput = verdict.goodput * scale
-    met = met and (problem.rate is None or goodput >= problem.rate * (1 - 1e-9))
+    most = max(goodput, looked.goodput or 0.0)
+    met = met and (problem.rate is None or most >= problem.rate)
     rate = problem.rate if problem.rate is not None and met else goodput
     report(0.4, "the chosen fleet, at its rate")
     seen = observe(problem, tried, apart, rate / scale)

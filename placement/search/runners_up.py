@@ -10,7 +10,7 @@ from placement.search.kinds import InstanceKind
 from placement.search.parallel import Mapper
 from placement.search.space import Space
 
-_COUNT = 4
+_COUNT = 3
 
 
 def with_runners_up(space: Space, looked: Sequence[Looked], chosen: Fleet, mapper: Mapper) -> tuple[Looked, ...]:

@@ -1,7 +1,7 @@
 """How much the answer depends on the question: the same fleet under other lengths, targets and speeds.
 
-Attainment at the plan's rate comes from simulations. Goodput comes from the quick model of each phase alone, as a ratio
-to what that says of the question as asked.
+Attainment comes from simulations, at other rates from those of the verdict. Goodput comes from the quick model of each
+phase alone, as a ratio to what that says of the question as asked.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from placement.search.trial import run
 from placement.search.verdict import Verdict
 
 _FACTORS = (0.75, 1.5)
-_RATE_FACTORS = (0.8, 0.9, 1.1, 1.2)
+_FURTHEST_RATE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,9 @@ def sensitivity_of(
 ) -> tuple[SensitivityPoint, ...]:
     """Of the fleet of `verdict`, judged at `rate`."""
     points = [
-        SensitivityPoint("rate", factor, attainment=_least(judged))
-        for factor, judged in zip(
-            _RATE_FACTORS,
-            mapper(partial(_judged, problem, verdict.fleet, apart), [rate * factor for factor in _RATE_FACTORS]),
-            strict=True,
-        )
+        SensitivityPoint("rate", one.rate / rate, attainment=_least(one.judgement))
+        for one in verdict.evaluations
+        if rate / _FURTHEST_RATE <= one.rate <= rate * _FURTHEST_RATE
     ]
     changes = list(_changes(problem))
     asked = predicted(problem, verdict.fleet)
@@ -104,7 +101,7 @@ def _changed(fleet: Fleet, apart: bool, rate: float, change: _Change) -> tuple[f
 
 
 def _judged(problem: Problem, fleet: Fleet, apart: bool, rate: float) -> Judgement:
-    return run(problem, fleet, rate, apart=apart, whole=True)[1]
+    return run(problem, fleet, rate, apart=apart)[1]
 
 
 def _least(judgement: Judgement) -> float:
