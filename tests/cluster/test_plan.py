@@ -1,4 +1,4 @@
-"""A plan file, `tandem serve`, an answer."""
+"""An SLO file, `tandem plan`, `tandem serve`, an answer."""
 
 import json
 import os
@@ -12,23 +12,30 @@ from pathlib import Path
 import httpx
 import pytest
 
-from core.config_file import dump_config
-from core.plan import PlanGroup
-from tests.placement.planned import plan_of
+from cli.main import main
+from core.config_file import load_config
+from core.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 PORTS = [f"--set=router.{name}=127.0.0.1:0" for name in ("http", "grpc", "control")]
+SLO = """\
+model: {model}
+cluster: {{nodes: [{{device: cpu, devices: 2}}], kv_memory: 4MiB}}
+slo: [{{ttft_s: 0.5, tpot_s: 0.05}}]
+workload:
+  prompt_tokens: {{mean: 100, cv: 0}}
+  output_tokens: {{mean: 10, cv: 0}}
+search: {{layouts: [disaggregated], requests: 100}}
+"""
 READY_S = 120.0  # a minute of which a busy machine may need for Ray alone
 
 
 @pytest.mark.timeout(240)
-def test_a_plan_is_served(built_in_model: Path, tmp_path: Path) -> None:
-    groups = [
-        PlanGroup(role="prefill", instances=1, device="cpu", max_batch_tokens=256, kv_tokens=2048),
-        PlanGroup(role="decode", instances=1, device="cpu", max_batch=8, kv_tokens=2048),
-    ]
-    plan, output = tmp_path / "plan.yaml", tmp_path / "output"
-    plan.write_text(dump_config(plan_of(built_in_model, groups)))
+def test_what_was_planned_is_served(built_in_model: Path, tmp_path: Path) -> None:
+    slo, plan, output = tmp_path / "slo.yaml", tmp_path / "plan.yaml", tmp_path / "output"
+    slo.write_text(SLO.format(model=built_in_model))
+    assert main(["plan", str(slo), "-o", str(plan), "--workers", "1"]) == 0
+    kv_tokens = {group.role: group.kv_tokens for group in load_config(plan, Plan).groups}
     environment = {**os.environ, "TANDEM_STATE_DIR": str(tmp_path / "state"), "OMP_NUM_THREADS": "1"}
     with output.open("w") as file:
         process = subprocess.Popen(
@@ -48,8 +55,10 @@ def test_a_plan_is_served(built_in_model: Path, tmp_path: Path) -> None:
             [sys.executable, "-m", "cli.main", "status", "--json"],
             env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
-        blocks = [instance["blocks"]["total"] for instance in json.loads(status.stdout)["fleet"]["instances"]]
-        assert all(total >= 2048 // 16 for total in blocks), "there is room for the KV that the plan counts on"
+        instances = json.loads(status.stdout)["fleet"]["instances"]
+        assert {instance["role"] for instance in instances} == set(kv_tokens) == {"prefill", "decode"}
+        for instance in instances:
+            assert instance["blocks"]["total"] >= kv_tokens[instance["role"]] // 16, "room for what the plan counts on"
     finally:
         process.send_signal(signal.SIGINT)
         try:
