@@ -103,7 +103,8 @@ class SplitPlanner:
         running = load_config(folder / RUNNING_PLAN, Plan)
         proposed = self.best(question, rate)
         forecast = self._forecast(running.groups[0].instances, question, rate)
-        gain = gain_of(running, forecast, proposed, question)
+        rival = self._forecast(proposed.groups[0].instances, question, rate)
+        gain = gain_of((running, forecast), (proposed, rival), question)
         changes = changes_between(running, proposed)
         return ReplanAnswer("; ".join(changes), changes, gain, regains=False, attainment=forecast.attainment)
 

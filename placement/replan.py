@@ -52,13 +52,14 @@ def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> 
     """`slo_file` has the live workload, which comes at `rate`. Raises ConfigError if a plan cannot run there."""
     forecast = forecast_of(current, slo_file, rate)
     planned = plan_for(slo_file)
-    proposed = planned.plan
-    expected = proposed.expected
-    meets = expected is not None and proposed.verdict != "infeasible" and expected.goodput >= rate
+    proposed, gain, meets = planned.plan, 0.0, False
+    if proposed.groups and proposed.verdict != "infeasible":
+        rival = forecast_of(proposed, slo_file, rate)  # by the same measure, not by what its own search says
+        gain, meets = gain_of((current, forecast), (proposed, rival), slo_file), rival.meets
     return Replan(
         planned=planned,
         current=forecast,
-        gain=gain_of(current, forecast, proposed, slo_file),
+        gain=gain,
         regains=meets and not forecast.meets,
         changes=changes_between(current, proposed),
     )
@@ -94,17 +95,16 @@ def _run_steady(
         count *= 2
 
 
-def gain_of(current: Plan, forecast: Forecast, proposed: Plan, slo_file: SloFile) -> float:
-    """Relative. Goodput per device; or, where the cheapest plan was asked for and the one that runs would do, cost. 0
-    if the question has no answer, infinite where the plan that runs would have no goodput at all."""
-    expected = proposed.expected
-    if expected is None or proposed.verdict == "infeasible":
-        return 0.0
-    if slo_file.objective == "cheapest" and forecast.meets:
-        cost_before, cost_after = _costs(current, proposed)
+def gain_of(current: tuple[Plan, Forecast], proposed: tuple[Plan, Forecast], slo_file: SloFile) -> float:
+    """Relative. Goodput per device; or, where the cheapest plan was asked for and the one that runs would do, cost.
+    Infinite where the plan that runs would have no goodput at all."""
+    (before, now), (after, then) = current, proposed
+    if slo_file.objective == "cheapest" and now.meets:
+        cost_before, cost_after = _costs(before, after)
         return cost_before / cost_after - 1.0
-    before = forecast.goodput / current.num_devices
-    return expected.goodput_per_device / before - 1.0 if before > 0 else math.inf
+    if now.goodput == 0:
+        return math.inf
+    return (then.goodput / after.num_devices) / (now.goodput / before.num_devices) - 1.0
 
 
 def _costs(current: Plan, proposed: Plan) -> tuple[float, float]:

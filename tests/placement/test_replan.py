@@ -24,7 +24,7 @@ def make_slo_file(objective: str = "goodput", *, prompt_tokens: int = 1000, outp
                 "rate": 4.0,
             },
             "objective": objective,
-            "search": {"requests": 300},
+            "search": {"requests": 100},
         }
     )
 
@@ -79,40 +79,53 @@ def test_a_rate_beyond_goodput_is_not_met() -> None:
     assert beyond.goodput == pytest.approx(forecast.goodput, rel=0.1), "what a plan can take does not depend on it"
 
 
-def test_the_answer_compares_both_plans_on_the_live_requests() -> None:
+def test_the_answer_compares_both_plans_by_one_measure() -> None:
     slo_file, running = make_slo_file(), split(1, 3)
-    before = forecast_of(running, slo_file, 4.0)
-    planner = Planner(split(3, 1, goodput=2 * before.goodput))
+    before, after = (forecast_of(split(prefill, 4 - prefill), slo_file, 4.0) for prefill in (1, 3))
+    planner = Planner(split(3, 1, goodput=1e6))
     answer = replan(running, slo_file, 4.0, planner)
     assert planner.asked == [slo_file]
     assert answer.current == before
-    assert answer.gain == pytest.approx(1.0)
+    assert answer.gain == pytest.approx(after.goodput / before.goodput - 1), "whatever the search promises"
     assert not answer.regains, "the plan that runs would do at this rate"
     assert set(answer.changes) == {f"prefill tp1 on {DEVICE}: 1 -> 3", f"decode tp1 on {DEVICE}: 3 -> 1"}
 
 
+def test_the_same_plan_gains_nothing() -> None:
+    answer = replan(split(1, 3), make_slo_file(), 4.0, Planner(split(1, 3, goodput=1e6)))
+    assert (answer.gain, answer.changes) == (0.0, ())
+
+
 def test_targets_are_regained_where_only_the_new_plan_keeps_them() -> None:
     slo_file, running = make_slo_file(), split(1, 3)
-    goodput = forecast_of(running, slo_file, 4.0).goodput
-    enough, too_little = (replan(running, slo_file, 1.5 * goodput, Planner(split(3, 1, g * goodput))) for g in (2, 1.2))
-    assert enough.regains
-    assert not too_little.regains
+    rate = 1.5 * forecast_of(running, slo_file, 4.0).goodput
+    assert replan(running, slo_file, rate, Planner(split(3, 1))).regains
+    assert not replan(running, slo_file, rate, Planner(split(1, 3))).regains
+
+
+def test_an_infeasible_answer_gains_nothing() -> None:
+    infeasible = Plan(model="Llama-3.1-8B", verdict="infeasible", groups=())
+    answer = replan(split(1, 3), make_slo_file(), 4.0, Planner(infeasible))
+    assert (answer.gain, answer.regains) == (0.0, False)
 
 
 def test_the_cheapest_plan_gains_money_while_the_running_one_would_do() -> None:
     slo_file = make_slo_file("cheapest")
-    fine, lost = Forecast(10.0, 0.99, meets=True), Forecast(2.0, 0.5, meets=False)
+    fine, lost, small = (
+        Forecast(10.0, 0.99, meets=True),
+        Forecast(2.0, 0.5, meets=False),
+        Forecast(4.0, 0.95, meets=True),
+    )
     running, smaller = split(2, 2, 8.0, cost_per_hour=12.0), split(1, 1, 4.0, cost_per_hour=6.0)
-    assert gain_of(running, fine, smaller, slo_file) == pytest.approx(1.0)
-    assert gain_of(running, lost, smaller, slo_file) == pytest.approx(4.0 / 2 / (2.0 / 4) - 1)
-    assert gain_of(split(2, 2), fine, split(1, 2, 4.0), slo_file) == pytest.approx(4 / 3 - 1), "devices, without prices"
+    assert gain_of((running, fine), (smaller, small), slo_file) == pytest.approx(1.0)
+    assert gain_of((running, lost), (smaller, small), slo_file) == pytest.approx((4.0 / 2) / (2.0 / 4) - 1)
+    in_devices = gain_of((split(2, 2), fine), (split(1, 2, 4.0), small), slo_file)
+    assert in_devices == pytest.approx(4 / 3 - 1), "devices, without prices"
 
 
-def test_no_answer_gains_nothing_and_no_goodput_is_infinitely_little() -> None:
-    infeasible = Plan(model="Llama-3.1-8B", verdict="infeasible", groups=())
-    slo_file = make_slo_file()
-    assert gain_of(split(1, 3), Forecast(5.0, 1.0, meets=True), infeasible, slo_file) == 0.0
-    assert gain_of(split(1, 3), Forecast(0.0, 0.0, meets=False), split(3, 1, 5.0), slo_file) == math.inf
+def test_anything_is_infinitely_more_than_no_goodput() -> None:
+    nothing, some = Forecast(0.0, 0.0, meets=False), Forecast(5.0, 1.0, meets=True)
+    assert gain_of((split(1, 3), nothing), (split(3, 1), some), make_slo_file()) == math.inf
 
 
 def test_plans_that_differ_in_settings_only_change_no_instance() -> None:
