@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from scipy.optimize import nnls
 
 from core.config_file import load_config
 from core.cost_model import StepCost, StepLoad
@@ -213,6 +212,8 @@ def fit_terms(measurements: Sequence[Measurement]) -> Terms:
     Every number of rows, and every decode batch, that was measured and not held out becomes a knot. More rows never
     take less. Raises ValueError if there is nothing to fit prefill or decode with.
     """
+    from scipy.optimize import nnls  # a third of a second, which commands that only read a calibration do not wait
+
     fitted = [one for one in measurements if not one.held_out]
     rows = sorted({one.load.tokens for one in fitted if not (one.prefill_tokens and one.decode_sequences)})
     batches = sorted({one.decode_sequences for one in fitted if one.decode_sequences and not one.prefill_tokens})

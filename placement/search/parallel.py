@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -41,7 +43,9 @@ class Processes:
     def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         if len(items) < 2:
             return [function(item) for item in items]
-        return list(self._pool.map(function, items))
+        with _ctrl_c_held_back():  # from the processes that this starts: their tracebacks would be no answer
+            answers = self._pool.map(function, items)
+        return list(answers)
 
 
 @contextmanager
@@ -54,11 +58,28 @@ def local_mapper(workers: int = 0) -> Iterator[Mapper]:
     if count == 1:
         yield Serial()
         return
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
     try:
         yield Processes(pool, count)
+    except BaseException:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()  # nobody waits for what they compute
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """A Ctrl-C that comes meanwhile is delivered afterwards. Processes started meanwhile never see one."""
+    resource_tracker.ensure_running()  # its own start would let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def available_cores() -> int:
