@@ -99,7 +99,20 @@ class _BestFirst:
             else:
                 self._open(self._pop(tuple, 1)[0])
         self._looked += [entry.subject for entry in self._heap if isinstance(entry.subject, Looked)]
+        self._looked += self._best_of_other_layouts()
         return Found(self._best, tuple(self._looked), self._named, self._simulations)
+
+    def _best_of_other_layouts(self) -> list[Looked]:
+        """Of layouts whose bound was too low for a prediction: what a reader wants to see the answer beside."""
+        firsts: dict[str, Fleet] = {}
+        for entry in sorted(self._heap):
+            if isinstance(entry.subject, Fleet):
+                firsts.setdefault(entry.subject.layout, entry.subject)
+        seen = {looked.fleet.layout for looked in self._looked}
+        fleets = [fleet for layout, fleet in firsts.items() if layout not in seen]
+        predictor = self._space.predictor
+        predictor.prepare(fleets)
+        return [Looked(fleet, predictor.goodput(fleet), predictor.limit(fleet)) for fleet in fleets]
 
     def _bound(self) -> float:
         return -self._heap[0].negative_bound

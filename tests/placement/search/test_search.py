@@ -11,7 +11,7 @@ from placement.search.parallel import Serial, local_mapper
 from placement.search.problem import Problem
 from placement.search.room import places
 from placement.search.trial import plan_of
-from tests.placement.search.problems import A100, H100, MODEL, SLO, ToySource, problem
+from tests.placement.search.problems import A100, H100, ToySource, problem
 
 
 def ask(question: Problem) -> Answer:
@@ -111,9 +111,12 @@ def test_phases_may_have_devices_of_different_types() -> None:
     assert fleet.devices == {A100: 1, H100: 1}
 
 
-def test_colocation_is_the_answer_where_it_serves_more() -> None:
-    """One device cannot be shared by two instances, and the question allows all layouts."""
-    answer = ask(problem(1, slo=SLO, layouts=("disaggregated", "colocated", "mixed")))
+def test_one_device_cannot_be_shared_by_two_phases_on_their_own() -> None:
+    answer = ask(problem(1, layouts=("disaggregated", "colocated", "mixed")))
     assert answer.looked is not None
     assert answer.looked.fleet.layout == "colocated"
-    assert MODEL.name == "toy"
+
+
+def test_every_layout_asked_for_is_looked_at() -> None:
+    answer = ask(problem(4, layouts=("disaggregated", "colocated")))
+    assert {looked.fleet.layout for looked in answer.found.looked} == {"disaggregated", "colocated"}
