@@ -5,9 +5,9 @@ from pathlib import Path
 
 from bench.cost_samples import Sample, device_of, is_drawn, read_rows, served_model
 from core.cost_model import pairs
-from placement.efficiency import Efficiency
-from placement.hardware import Device
-from placement.operators import decode_attention_line, prefill_attention_s
+from placement.costs.efficiency import Efficiency
+from placement.costs.hardware import Device
+from placement.costs.operators import decode_attention_line, prefill_attention_s
 
 _CACHE_BYTES = {  # last-level cache, from the data sheets
     "a100_sxm": 40e6,

@@ -23,8 +23,8 @@ from bench.cost_samples import Sample
 from bench.cost_steps import StepSample, fit_overhead, read_steps
 from bench.cost_tables import read_samples
 from core.errors import ConfigError
-from placement.catalogue import DATA
-from placement.efficiency import (
+from placement.costs.catalogue import DATA
+from placement.costs.efficiency import (
     DecodeAttentionEfficiency,
     Efficiency,
     EngineOverhead,
@@ -64,7 +64,7 @@ _HEADER = """\
 # Fitted to half of: aiconfigurator systems/data (Apache-2.0, 095f58a), Vidur data/profiling (MIT, 7d47513),
 # LLMServingSim profiler/perf (MIT, 5daddb2); engines: Splitwise perf_model.csv (MIT, 8f99e7d), sarathi-serve
 # osdi-experiments (Apache-2.0, ceaa066), aiconfigurator silicon_sample.csv (vllm, trtllm: H100, 2026).
-# Meaning of the numbers: placement/efficiency.py. A family without any measurement (cdna3) takes `default`, hopper's.
+# Meaning of the numbers: placement/costs/efficiency.py. A family nobody measured (cdna3) takes `default`, hopper's.
 """
 
 

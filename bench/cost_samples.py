@@ -9,9 +9,9 @@ from zlib import crc32
 
 from core.errors import ConfigError
 from core.model_shape import ModelShape
-from placement.efficiency import Efficiency
-from placement.hardware import Device, devices
-from placement.models import model_shape
+from placement.costs.efficiency import Efficiency
+from placement.costs.hardware import Device, devices
+from placement.costs.models import model_shape
 
 _SYSTEMS = {
     "a100_sxm": "A100-80GB-SXM4",

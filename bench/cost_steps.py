@@ -18,10 +18,10 @@ from bench.cost_tables import layer_times
 from core.cost_model import StepLoad, pairs
 from core.model_shape import ModelShape
 from core.parallel import ParallelShape
-from placement.efficiency import Efficiency, EngineOverhead
-from placement.hardware import Device, devices
-from placement.models import model_shape
-from placement.roofline_cost import RooflineCost
+from placement.costs.efficiency import Efficiency, EngineOverhead
+from placement.costs.hardware import Device, devices
+from placement.costs.models import model_shape
+from placement.costs.roofline_cost import RooflineCost
 
 _BLOOM = ModelShape("BLOOM-176B", 70, 14336, 112, 112, 128, 57344, 250880, 2048, gated_mlp=False, tied_embeddings=True)
 _YI = ModelShape("Yi-34B", 60, 7168, 56, 8, 128, 20480, 64000, 200000)

@@ -10,9 +10,9 @@ from pathlib import Path
 from bench.cost_attention_tables import read_attention
 from bench.cost_samples import Sample, device_of, is_drawn, read_rows, served_model
 from core.model_shape import ModelShape
-from placement.models import model_shape
-from placement.operators import all_reduce_s, gemm_s, product_s, send_s
-from placement.roofline_cost import elementwise_bytes, mixture_s
+from placement.costs.models import model_shape
+from placement.costs.operators import all_reduce_s, gemm_s, product_s, send_s
+from placement.costs.roofline_cost import elementwise_bytes, mixture_s
 
 _CUSTOM_ALL_REDUCE_BYTES = 8 << 20  # vLLM takes its own kernel up to here and NCCL beyond
 

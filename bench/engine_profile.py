@@ -14,7 +14,7 @@ from core.cost_model import StepLoad, pairs
 from core.request import SamplingParams
 from engine.engine import Engine
 from engine.step import SampleRequest, SequenceSlice
-from placement.calibration import Measurement
+from placement.costs.calibration import Measurement
 from worker.engine_setup import load_worker_engine
 
 _MAX_CELL_S = 8.0  # a cell that would take longer, to judge from the one before it, is left out

@@ -1,8 +1,8 @@
 """The simulator beside the curves that DistServe published (OSDI 2024, Figure 8), and its steady state beside both.
 
 OPT-13B and OPT-66B on ShareGPT, DistServe and its baseline vLLM 0.2.3, at the paper's placements and targets, with the
-published coefficients (`placement.published`). The coefficients were fitted on wall times through Ray; the Ray overhead
-that DistServe's own simulator adds once more is left out.
+published coefficients (`placement.costs.published`). The coefficients were fitted on wall times through Ray; the Ray
+overhead that DistServe's own simulator adds once more is left out.
 
 The experiments sent a few hundred requests a point, which is a transient, and the lengths that they drew are not
 published. So each point is simulated with as many requests, drawn from the published means, for many seeds: the table
@@ -28,12 +28,12 @@ from bench.fidelity_page import PAGE, markdown_table, write_section
 from core.parallel import ParallelShape
 from core.slo import SloClass
 from core.slo_file import WorkloadSection
-from placement.deployment import Deployment, InstanceSpec, Role
-from placement.goodput import goodput_at
-from placement.published import DEVICE, DistServeSource, Engine
-from placement.requests import Floats
+from placement.costs.published import DEVICE, DistServeSource, Engine
+from placement.judging.goodput import goodput_at
 from placement.simulator import simulate
-from placement.workload import make_stream
+from placement.simulator.deployment import Deployment, InstanceSpec, Role
+from placement.workload.requests import Floats
+from placement.workload.streams import make_stream
 
 _CURVES = Path("reference") / "distserve_slo_attainment_curves.csv"
 _WORKLOAD = WorkloadSection(dataset="distserve_sharegpt")

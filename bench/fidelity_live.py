@@ -40,13 +40,13 @@ from core.cost_model import StepLoad
 from core.errors import TandemError
 from core.slo_file import SloFile
 from models.random_checkpoint import CheckpointShape, write_random_checkpoint
-from placement.calibration import CalibratedCost, Calibration, load_calibration
-from placement.deployment import Deployment, InstanceSpec
-from placement.judgement import judge
-from placement.requests import RequestStream
-from placement.result import SimulationResult
+from placement.costs.calibration import CalibratedCost, Calibration, load_calibration
+from placement.judging.judgement import judge
+from placement.judging.summary import parts_of
 from placement.simulator import simulate
-from placement.summary import parts_of
+from placement.simulator.deployment import Deployment, InstanceSpec
+from placement.simulator.result import SimulationResult
+from placement.workload.requests import RequestStream
 
 _SHAPE = CheckpointShape(
     hidden_size=640,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from placement.calibration import Calibration
+from placement.costs.calibration import Calibration
 
 TITLE = "## Our own cluster"
 _ATTAINMENT_AIM = 0.03

@@ -34,9 +34,9 @@ from core.config_file import load_config
 from core.errors import ConfigError, TandemError
 from core.slo import SloClass
 from core.slo_file import SloFile, WorkloadSection
-from placement.requests import RequestStream
-from placement.summary import render_text, summarise
-from placement.workload import load_trace, make_stream
+from placement.judging.summary import render_text, summarise
+from placement.workload.requests import RequestStream
+from placement.workload.streams import load_trace, make_stream
 
 GENERATOR_TOO_SLOW = 3
 

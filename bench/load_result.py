@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from core.timeline import Stage
-from placement.requests import RequestStream
-from placement.result import STAGES, SimulationResult
+from placement.simulator.result import STAGES, SimulationResult
+from placement.workload.requests import RequestStream
 
 Floats = npt.NDArray[np.float64]
 

@@ -30,10 +30,9 @@ from core.parallel import ParallelShape
 from core.slo import SloClass
 from core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
 from core.text_table import text_table
-from placement.cost_source import CostSource
-from placement.deployment import Role
+from placement.costs.cost_source import CostSource
+from placement.costs.published import DEVICE, DistServeSource
 from placement.planner import Answer, problem_of, search
-from placement.published import DEVICE, DistServeSource
 from placement.search.fleet import Fleet, Pool
 from placement.search.kinds import phase_kind
 from placement.search.parallel import Mapper, local_mapper
@@ -41,6 +40,7 @@ from placement.search.predict import Predictor
 from placement.search.problem import Problem
 from placement.search.trial import trial_of
 from placement.search.verdict import verdict_on
+from placement.simulator.deployment import Role
 
 PARTS = ("distserve", "gpus", "requests", "rate")
 _AIM = 100  # times faster than DistServe's search

@@ -22,11 +22,11 @@ from core.replanning import DriftState, ReplanStatus
 from core.slo_file import SloFile
 from core.workload_profile import ProfileSnapshot, ServedRequest, WorkloadProfile
 from deploy.replanner import Planner, ReplanAnswer, Replanner
-from placement.live_workload import QUESTION, RUNNING_PLAN
-from placement.replan import Forecast, changes_between, forecast_of, gain_of
-from placement.requests import RequestStream
-from placement.traces import load_trace
-from placement.workload import make_stream
+from placement.replanning.live_workload import QUESTION, RUNNING_PLAN
+from placement.replanning.replan import Forecast, changes_between, forecast_of, gain_of
+from placement.workload.requests import RequestStream
+from placement.workload.streams import make_stream
+from placement.workload.traces import load_trace
 
 _MODEL, _DEVICE, _TP = "Llama-3.1-70B", "H100-80GB-SXM5", 2
 _INSTANCES = 8

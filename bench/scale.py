@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from core.parallel import ParallelShape
 from core.timeline import Stage
-from placement.deployment import Deployment, InstanceSpec, NetworkSpec
-from placement.hardware import devices
-from placement.models import model_shape
-from placement.requests import Floats, RequestStream
-from placement.roofline import RooflineSource
+from placement.costs.hardware import devices
+from placement.costs.models import model_shape
+from placement.costs.roofline import RooflineSource
 from placement.simulator import simulate
+from placement.simulator.deployment import Deployment, InstanceSpec, NetworkSpec
+from placement.workload.requests import Floats, RequestStream
 
 _RATES = Path("traces") / "azure_2024_hourly_rate_digitised.csv"
 _LENGTHS = Path("lengths") / "azure_2024_cdf_digitised.csv"

@@ -20,7 +20,7 @@ from bench.load_client import LoadClient, Stamped
 from bench.load_run import FIRST_ID, LAST_ID
 from bench.processes import MODEL_NAME, BenchError, Launcher
 from core.cost_model import StepLoad
-from placement.calibration import CalibratedCost, RoadCosts, ServingCosts, Terms
+from placement.costs.calibration import CalibratedCost, RoadCosts, ServingCosts, Terms
 
 _LENGTHS = (32, 256, 64, 160)  # of prompts, in turns
 _BATCHES = (1, 4, 12)

@@ -15,9 +15,9 @@ from core.slo_file import SloFile
 from core.text_table import text_table
 from deploy.machine import this_machine
 from deploy.plan_serving import serve_config_of
+from placement.costs.hardware import devices
+from placement.costs.models import published_models
 from placement.evidence import Planned
-from placement.hardware import devices
-from placement.models import published_models
 from placement.report import words, write_report
 from placement.report.words import number
 

@@ -13,7 +13,7 @@ from core.config_file import dump_config
 from core.errors import ConfigError, UnavailableError
 from deploy.machine import usable_cores
 from deploy.model_folder import check_model_folder
-from placement.calibration import Calibration
+from placement.costs.calibration import Calibration
 
 HELP = "measure a model on this machine, for plans and simulations"
 DESCRIPTION = """\

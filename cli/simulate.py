@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from placement.deployment import Failure
+from placement.simulator.deployment import Failure
 
 HELP = "run a plan on a simulated cluster"
 DESCRIPTION = """\

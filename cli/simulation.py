@@ -15,17 +15,17 @@ from core.errors import ConfigError
 from core.plan import Plan
 from core.slo_file import SloFile, WorkloadSection
 from placement.cluster import Cluster
-from placement.deployment import Deployment, Failure
-from placement.models import model_shape
+from placement.costs.models import model_shape
+from placement.costs.sources import cost_source_of
+from placement.judging.summary import as_json, render_text, summarise
 from placement.plan_deployment import deployment_of
 from placement.report import RunDescription, write_simulation_report
-from placement.requests import RequestStream
-from placement.result import SimulationResult
 from placement.simulator import Progress, simulate
-from placement.sources import cost_source_of
-from placement.summary import as_json, render_text, summarise
-from placement.traces import load_trace
-from placement.workload import describe, make_stream
+from placement.simulator.deployment import Deployment, Failure
+from placement.simulator.result import SimulationResult
+from placement.workload.requests import RequestStream
+from placement.workload.streams import describe, make_stream
+from placement.workload.traces import load_trace
 
 
 def run_simulation(args: argparse.Namespace) -> int:

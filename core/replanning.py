@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class DriftState(Enum):
-    """See the picture in `placement/drift.py`."""
+    """See the picture in `placement/replanning/drift.py`."""
 
     STABLE = "stable"
     SUSPECT = "suspect"

@@ -16,11 +16,11 @@ from core.plan import Plan
 from core.slo_file import SloFile
 from deploy.planner_process import write_answer
 from deploy.replanner import ReplanAnswer
-from placement.live_workload import QUESTION, RUNNING_PLAN
 from placement.planner import plan
-from placement.replan import replan
+from placement.replanning.live_workload import QUESTION, RUNNING_PLAN
+from placement.replanning.replan import replan
 from placement.report import write_report
-from placement.traces import load_trace
+from placement.workload.traces import load_trace
 
 
 def answer_question(folder: Path) -> None:

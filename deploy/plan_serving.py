@@ -8,9 +8,9 @@ from core.errors import ConfigError
 from core.plan import Plan, PlanGroup
 from core.slo_file import SloFile
 from deploy.topology import Machine
-from placement.calibration import Calibration
 from placement.cluster import Cluster
-from placement.models import model_shape
+from placement.costs.calibration import Calibration
+from placement.costs.models import model_shape
 
 _CPU = "cpu"
 _WIDEST_NUMBER_BYTES = 4.0

@@ -19,16 +19,16 @@ from core.plan import Plan
 from core.replanning import Change, DriftState, Proposal, ReplanStatus
 from core.slo_file import SloFile
 from core.workload_profile import ProfileSnapshot
-from placement.drift import Decision, DriftDetector, DriftPolicy
-from placement.live_workload import planned_workload, write_question
-from placement.workload_distance import Workload, limits_of
+from placement.replanning.drift import Decision, DriftDetector, DriftPolicy
+from placement.replanning.live_workload import planned_workload, write_question
+from placement.replanning.workload_distance import Workload, limits_of
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ReplanAnswer:
-    """`gain` and `regains`: see `placement.replan`. `attainment`: of the plan that runs, on the live requests."""
+    """`gain` and `regains`: see `placement.replanning.replan`. `attainment`: of the running plan, on live requests."""
 
     summary: str
     changes: tuple[str, ...]
@@ -39,7 +39,7 @@ class ReplanAnswer:
 
 class Planner(Protocol):
     async def answer(self, folder: Path) -> ReplanAnswer:
-        """Plan for the question that `placement.live_workload.write_question` has left in `folder`.
+        """Plan for the question that `placement.replanning.live_workload.write_question` has left in `folder`.
 
         May take minutes. Raises a TandemError; when cancelled, nothing of it runs on.
         """

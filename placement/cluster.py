@@ -7,9 +7,9 @@ from types import MappingProxyType
 
 from core.errors import ConfigError
 from core.slo_file import ClusterSection, NodeSection
-from placement.calibration import Calibration, load_calibration
-from placement.efficiency import efficiency
-from placement.hardware import Device, device
+from placement.costs.calibration import Calibration, load_calibration
+from placement.costs.efficiency import efficiency
+from placement.costs.hardware import Device, device
 
 
 @dataclass(frozen=True, slots=True)

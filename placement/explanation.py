@@ -24,8 +24,7 @@ from placement.evidence import (
     Reproduction,
     WorkloadSummary,
 )
-from placement.goodput import goodput_at
-from placement.requests import RequestStream
+from placement.judging.goodput import goodput_at
 from placement.search import words
 from placement.search.best_first import Found, Looked, Report
 from placement.search.fleet import Fleet
@@ -36,6 +35,7 @@ from placement.search.sensitivity import predicted, sensitivity_of
 from placement.search.space import Space
 from placement.search.trial import plan_of, simulated, trial_of
 from placement.search.verdict import Observation, Verdict, curves_of, observe, verdict_on
+from placement.workload.requests import RequestStream
 
 _WHOLE_FLEET = 16  # instances up to which the final figures come from the fleet itself
 _ALTERNATIVES = 8

@@ -8,8 +8,8 @@ from core.model_shape import ModelShape
 from core.parallel import ParallelShape
 from core.plan import Plan, PlanGroup
 from placement.cluster import Cluster, Node, nic_bytes_per_s, peer_bytes_per_s
-from placement.cost_source import CostSource
-from placement.deployment import Deployment, Failure, InstanceSpec, NetworkSpec, RouterSpec
+from placement.costs.cost_source import CostSource
+from placement.simulator.deployment import Deployment, Failure, InstanceSpec, NetworkSpec, RouterSpec
 
 BLOCK_SIZE = 16
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from core.slo_file import SloFile
 from placement.cluster import Cluster
-from placement.cost_source import CostSource
+from placement.costs.cost_source import CostSource
+from placement.costs.models import model_shape
+from placement.costs.sources import cost_source_of
 from placement.evidence import Planned
 from placement.explanation import explained, unanswered
-from placement.models import model_shape
 from placement.search.best_first import Found, Looked, find_best
 from placement.search.cheapest import find_cheapest
 from placement.search.nearest import nearest_question
@@ -21,8 +22,7 @@ from placement.search.parallel import Mapper, local_mapper
 from placement.search.problem import Problem, without_cached
 from placement.search.space import Space, survey
 from placement.search.trim import trimmed
-from placement.sources import cost_source_of
-from placement.workload import make_stream
+from placement.workload.streams import make_stream
 
 Progress = Callable[[float, str], None]
 

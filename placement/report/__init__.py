@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core.slo import SloClass
 from placement.evidence import Planned, RunDescription
-from placement.result import SimulationResult
+from placement.simulator.result import SimulationResult
 
 __all__ = ["RunDescription", "write_report", "write_simulation_report"]
 

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter
 from core.timeline import PARTS, Stage
 from placement.report import words
 from placement.report.style import HALF, as_svg, drawing_style, light, new_figure, only_vertical_grid
-from placement.result import STAGES, Floats, SimulationResult
+from placement.simulator.result import STAGES, Floats, SimulationResult
 
 _NUM_BINS = 60
 _PART_NAMES = {

@@ -6,10 +6,10 @@ import numpy as np
 
 from core.slo import SloClass
 from placement.evidence import LatencySample, PhaseBound, RunDescription, WorkloadSummary
-from placement.judgement import Judgement, judge
+from placement.judging.judgement import Judgement, judge
 from placement.report import latency_figures, plan_figures, run_figures, words
 from placement.report.page import render
-from placement.result import InstanceUse, SimulationResult
+from placement.simulator.result import InstanceUse, SimulationResult
 
 _MAX_SAMPLES = 4000
 _MAX_INSTANCES = 24

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from placement.goodput import Evaluation
+from placement.judging.goodput import Evaluation
 from placement.search.best_first import MARGIN, Found, Looked, Report
 from placement.search.disaggregated import low_affinity
 from placement.search.fleet import Fleet, Pool

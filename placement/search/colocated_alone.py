@@ -11,9 +11,9 @@ from collections import deque
 import numpy as np
 
 from core.cost_model import CostModel, StepLoad, pairs
-from placement.requests import Floats
 from placement.search.decode_alone import steps_until
 from placement.search.kinds import InstanceKind
+from placement.workload.requests import Floats
 
 
 def latencies_colocated(

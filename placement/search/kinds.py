@@ -7,9 +7,9 @@ from core.cost_model import CostModel, StepLoad
 from core.model_shape import ModelShape
 from core.parallel import ParallelShape
 from core.slo_file import SearchSection
-from placement.cost_source import CostSource
-from placement.deployment import ColocatedPolicy, Role
-from placement.requests import RequestStream
+from placement.costs.cost_source import CostSource
+from placement.simulator.deployment import ColocatedPolicy, Role
+from placement.workload.requests import RequestStream
 
 _MAX_BATCH = 256  # what cost sources leave room for
 _PREFILL_BUDGETS = (512, 1024, 2048, 4096, 8192)

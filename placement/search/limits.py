@@ -12,8 +12,8 @@ import numpy as np
 
 from core.cost_model import StepLoad, pairs
 from core.slo import SloClass
-from placement.requests import RequestStream
 from placement.search.kinds import InstanceKind, resident_tokens
+from placement.workload.requests import RequestStream
 
 # The mean over a request's steps decides its TPOT, and a share of the requests may miss it: somewhat slower mean steps
 # than the target can still do.

@@ -10,7 +10,7 @@ import heapq
 import numpy as np
 
 from core.cost_model import CostModel, StepLoad, pairs
-from placement.requests import Floats
+from placement.workload.requests import Floats
 
 
 def ttft_alone(

@@ -9,8 +9,8 @@ from core.model_shape import ModelShape
 from core.slo import SloClass
 from core.slo_file import SearchSection
 from placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
-from placement.cost_source import CostSource
-from placement.requests import RequestStream
+from placement.costs.cost_source import CostSource
+from placement.workload.requests import RequestStream
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ import numpy as np
 
 from core.cost_model import CostModel, StepCost, StepLoad
 from placement.evidence import SensitivityPoint
-from placement.goodput import Judgement
-from placement.requests import Ints, RequestStream
+from placement.judging.goodput import Judgement
 from placement.search.curves import curve_of
 from placement.search.fleet import Fleet, Pool
 from placement.search.limits import limit_of
@@ -22,6 +21,7 @@ from placement.search.predict import Predictor
 from placement.search.problem import Problem
 from placement.search.trial import run
 from placement.search.verdict import Verdict
+from placement.workload.requests import Ints, RequestStream
 
 _FACTORS = (0.75, 1.5)
 _FURTHEST_RATE = 2.0

@@ -11,14 +11,14 @@ import math
 from dataclasses import dataclass
 
 from core.plan import Plan
-from placement.goodput import Evaluation, Judgement, StopWhen, judge, stop_when_lost
+from placement.judging.goodput import Evaluation, Judgement, StopWhen, judge, stop_when_lost
 from placement.plan_deployment import deployment_of
-from placement.requests import RequestStream
-from placement.result import SimulationResult
 from placement.search.fleet import Fleet, Pool
 from placement.search.problem import Problem
 from placement.search.room import places
 from placement.simulator import simulate
+from placement.simulator.result import SimulationResult
+from placement.workload.requests import RequestStream
 
 LADDER_STEP = 1.025
 MOST_INSTANCES = 6
@@ -91,7 +91,7 @@ def run(
 
 
 def simulated(problem: Problem, fleet: Fleet, requests: RequestStream, stop_when: StopWhen) -> SimulationResult:
-    """`fleet` on other requests, as `placement.goodput` wants it."""
+    """`fleet` on other requests, as `placement.judging.goodput` wants it."""
     deployment = deployment_of(plan_of(problem, fleet), problem.source, problem.cluster, problem.model)
     return simulate(deployment, requests, stop_when=stop_when)
 

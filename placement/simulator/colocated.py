@@ -2,12 +2,12 @@
 
 from core.cost_model import StepLoad, pairs
 from core.errors import TandemError
-from placement.deployment import InstanceSpec
-from placement.result import InstanceUse
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt, Listener
 from placement.simulator.counted import CountedSequence
+from placement.simulator.deployment import InstanceSpec
 from placement.simulator.prefixes import BlockNames, pool_and_index
+from placement.simulator.result import InstanceUse
 from placement.simulator.stepping import SteppingInstance, attempt_of
 from scheduling.colocated import ColocatedChunk, ColocatedPolicy, ColocatedScheduler
 from scheduling.sequence import Sequence

@@ -2,11 +2,11 @@
 
 from core.cost_model import StepLoad, pairs
 from core.errors import TandemError
-from placement.deployment import InstanceSpec
-from placement.result import InstanceUse
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt, Listener
 from placement.simulator.counted import CountedPool, CountedSequence
+from placement.simulator.deployment import InstanceSpec
+from placement.simulator.result import InstanceUse
 from placement.simulator.stepping import SteppingInstance, attempt_of
 from scheduling.decode import DecodeChunk, DecodePolicy, DecodeScheduler
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from placement.deployment import InstanceSpec, NetworkSpec
 from placement.simulator.agenda import Agenda
+from placement.simulator.deployment import InstanceSpec, NetworkSpec
 
 
 class Transfer:

@@ -1,8 +1,8 @@
 """Shared prefixes, and the pools in which they are cached."""
 
-from placement.deployment import InstanceSpec
-from placement.requests import RequestStream
 from placement.simulator.counted import CountedPool
+from placement.simulator.deployment import InstanceSpec
+from placement.workload.requests import RequestStream
 from scheduling.block_pool import BlockPool
 from scheduling.prefix_index import PrefixIndex
 

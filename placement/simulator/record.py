@@ -3,8 +3,8 @@
 import numpy as np
 
 from core.timeline import Stage
-from placement.requests import RequestStream
-from placement.result import STAGES
+from placement.simulator.result import STAGES
+from placement.workload.requests import RequestStream
 
 _COLUMN = {stage: column for column, stage in enumerate(STAGES)}
 RECEIVED, ADMITTED = _COLUMN[Stage.RECEIVED], _COLUMN[Stage.ADMITTED]

@@ -15,17 +15,17 @@ from core.errors import (
     UnavailableError,
 )
 from core.request import SamplingParams
-from placement.deployment import RouterSpec
-from placement.requests import RequestStream
 from placement.simulator import record as stages
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt
 from placement.simulator.colocated import ColocatedInstance
 from placement.simulator.counted import counted_request
+from placement.simulator.deployment import RouterSpec
 from placement.simulator.fleet import Fleet, Instance
 from placement.simulator.network import Network
 from placement.simulator.prefill import PrefillInstance
 from placement.simulator.record import Record
+from placement.workload.requests import RequestStream
 
 # As `router.running.RetryPolicy`.
 _MAX_ATTEMPTS = 3

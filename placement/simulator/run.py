@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from placement.deployment import Deployment
-from placement.requests import RequestStream
-from placement.result import SimulationResult
 from placement.simulator.agenda import Agenda
 from placement.simulator.colocated import ColocatedInstance
 from placement.simulator.decode import DecodeInstance
+from placement.simulator.deployment import Deployment
 from placement.simulator.fleet import Fleet, Instance
 from placement.simulator.network import Network
 from placement.simulator.prefill import PrefillInstance
 from placement.simulator.prefixes import BlockNames
 from placement.simulator.record import Record
+from placement.simulator.result import SimulationResult
 from placement.simulator.router import Router
+from placement.workload.requests import RequestStream
 
 _EVENTS_PER_LOOK = 512
 

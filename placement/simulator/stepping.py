@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from placement.deployment import InstanceSpec
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt, Listener
+from placement.simulator.deployment import InstanceSpec
 from placement.simulator.steady_run import SteadyRun
 from placement.simulator.use import StepTotals
 from scheduling.colocated import ColocatedScheduler

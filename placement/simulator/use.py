@@ -1,8 +1,8 @@
 """Totals of an instance's steps."""
 
 from core.cost_model import CostModel, StepCost, StepLoad
-from placement.deployment import InstanceSpec
-from placement.result import InstanceUse
+from placement.simulator.deployment import InstanceSpec
+from placement.simulator.result import InstanceUse
 from placement.simulator.steady_run import SteadyRun
 
 

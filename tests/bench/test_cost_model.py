@@ -11,10 +11,10 @@ from bench.cost_samples import Sample
 from bench.cost_steps import StepSample, fit_overhead
 from core.cost_model import StepLoad
 from core.parallel import ParallelShape
-from placement.efficiency import EngineOverhead, efficiency
-from placement.hardware import devices
-from placement.models import published_models
-from placement.operators import gemm_s
+from placement.costs.efficiency import EngineOverhead, efficiency
+from placement.costs.hardware import devices
+from placement.costs.models import published_models
+from placement.costs.operators import gemm_s
 
 _H100 = devices()["H100-80GB-SXM5"]
 

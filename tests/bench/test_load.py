@@ -19,7 +19,7 @@ from core.config_file import dump_config
 from core.errors import ConfigError
 from core.slo_file import SloFile
 from core.timeline import Stage
-from placement.requests import RequestStream
+from placement.workload.requests import RequestStream
 
 Reply = Callable[[dict[str, object], asyncio.StreamWriter], Awaitable[None]]
 TIMELINE = {"ttft_s": 0.03, "stages": {"received": 0.0, "prefill_started": 0.01, "first_token": 0.03, "finished": 0.04}}

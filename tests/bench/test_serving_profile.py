@@ -5,7 +5,7 @@ import pytest
 from bench.engine_profile import Cell, Part, grid
 from bench.serving_profile import Decoded, Prompted, road_costs, serving_costs
 from core.cost_model import StepLoad
-from placement.calibration import CalibratedCost, Terms
+from placement.costs.calibration import CalibratedCost, Terms
 
 ALONE = CalibratedCost(
     Terms(

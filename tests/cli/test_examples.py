@@ -13,9 +13,9 @@ from core.parallel import ParallelShape
 from core.slo_file import SloFile
 from deploy.topology import Machine, plan_processes
 from placement.cluster import Cluster
-from placement.models import model_shape
-from placement.sources import cost_source_of
-from placement.workload import make_stream
+from placement.costs.models import model_shape
+from placement.costs.sources import cost_source_of
+from placement.workload.streams import make_stream
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 KINDS: dict[str, type[BaseModel]] = {

@@ -9,7 +9,7 @@ from cli import profile
 from core.cost_model import StepLoad
 from core.errors import TandemError
 from core.parallel import ParallelShape
-from placement.calibration import CalibratedSource, load_calibration
+from placement.costs.calibration import CalibratedSource, load_calibration
 
 
 def run(*arguments: str) -> int:

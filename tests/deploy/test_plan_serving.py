@@ -11,7 +11,7 @@ from core.errors import ConfigError
 from core.plan import Plan, PlanGroup
 from deploy.plan_serving import serve_config_of
 from deploy.topology import Machine
-from placement.calibration import Calibration, FitError, Terms
+from placement.costs.calibration import Calibration, FitError, Terms
 from tests.placement.planned import plan_of
 
 BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"

@@ -24,8 +24,8 @@ from placement.evidence import (
     SensitivityPoint,
     WorkloadSummary,
 )
-from placement.requests import RequestStream
-from placement.result import STAGES, InstanceUse, SimulationResult
+from placement.simulator.result import STAGES, InstanceUse, SimulationResult
+from placement.workload.requests import RequestStream
 
 CHAT = SloClass(name="chat", ttft_s=0.4, tpot_s=0.04)
 BATCH = SloClass(name="batch", ttft_s=4.0, tpot_s=0.1, attainment=0.95, share=0.3)

@@ -3,10 +3,10 @@
 import numpy as np
 
 from core.timeline import Stage
-from placement.goodput import StopWhen
-from placement.requests import Floats, RequestStream
-from placement.result import STAGES, SimulationResult
+from placement.judging.goodput import StopWhen
 from placement.simulator import Progress
+from placement.simulator.result import STAGES, SimulationResult
+from placement.workload.requests import Floats, RequestStream
 
 
 def result_of(

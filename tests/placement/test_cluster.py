@@ -11,10 +11,10 @@ from core.errors import ConfigError
 from core.model_shape import ModelShape
 from core.parallel import ParallelShape
 from core.slo_file import ClusterSection, SloFile
-from placement.calibration import Calibration
 from placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
-from placement.models import model_shape
-from placement.sources import cost_source_of
+from placement.costs.calibration import Calibration
+from placement.costs.models import model_shape
+from placement.costs.sources import cost_source_of
 
 H100, A100 = "H100-80GB-SXM5", "A100-80GB-SXM4"
 ONE = ParallelShape()

@@ -13,9 +13,9 @@ from core.parallel import ParallelShape
 from core.plan import Plan
 from core.slo_file import ClusterSection
 from placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
-from placement.deployment import Failure
-from placement.models import model_shape
+from placement.costs.models import model_shape
 from placement.plan_deployment import deployment_of, placed
+from placement.simulator.deployment import Failure
 from tests.placement.simulator.deployments import LinearCost
 from tests.placement.test_cluster import write_calibration
 

@@ -7,8 +7,8 @@ import pytest
 from core.plan import Plan
 from core.slo import SloClass
 from core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
+from placement.costs.published import DEVICE, DistServeSource
 from placement.planner import plan
-from placement.published import DEVICE, DistServeSource
 
 
 def slo_file(**changed: object) -> SloFile:

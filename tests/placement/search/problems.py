@@ -11,8 +11,8 @@ from core.parallel import ParallelShape
 from core.slo import SloClass
 from core.slo_file import ClusterSection, Layout, NodeSection, SearchSection
 from placement.cluster import Cluster
-from placement.requests import RequestStream
 from placement.search.problem import Problem
+from placement.workload.requests import RequestStream
 
 MODEL = ModelShape("toy", 8, 1024, 8, 8, 128, 4096, 32000, 4096)
 A100, H100 = "A100-80GB-SXM4", "H100-80GB-SXM5"

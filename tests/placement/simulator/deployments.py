@@ -3,8 +3,8 @@
 import numpy as np
 
 from core.cost_model import StepCost, StepLoad
-from placement.deployment import ColocatedPolicy, Deployment, InstanceSpec, NetworkSpec, Role, RouterSpec
-from placement.requests import RequestStream
+from placement.simulator.deployment import ColocatedPolicy, Deployment, InstanceSpec, NetworkSpec, Role, RouterSpec
+from placement.workload.requests import RequestStream
 
 
 class LinearCost:

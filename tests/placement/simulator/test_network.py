@@ -1,7 +1,7 @@
 import pytest
 
-from placement.deployment import InstanceSpec, NetworkSpec
 from placement.simulator.agenda import Agenda
+from placement.simulator.deployment import InstanceSpec, NetworkSpec
 from placement.simulator.network import Network
 from tests.placement.simulator.deployments import LinearCost
 

@@ -6,9 +6,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from core.timeline import Stage
-from placement.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
-from placement.requests import RequestStream
 from placement.simulator import Progress, simulate
+from placement.simulator.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
+from placement.workload.requests import RequestStream
 from tests.placement.simulator.deployments import LinearCost, deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)

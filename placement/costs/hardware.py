@@ -1,0 +1,68 @@
+"""The catalogue of devices: what a cost model needs to know of them, and what they cost to rent."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+from placement.costs.catalogue import find_name, read_yaml
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator (or a CPU) and its share of the node's links. Peaks, not what is reached; SI units.
+
+    `family` is the architecture that efficiencies are fitted for. `flops`: dense bf16 with float32 sums, per second.
+    Links are one direction: `nvlink_bytes_per_s` to all devices of the node together, 0 without NVLink (then
+    `peer_bytes_per_s` is PCIe's); `nic_bytes_per_s` to other nodes, 0 if unknown. `price_per_hour`: USD on demand,
+    None if unknown, with its source and date in `price_note`; prices move, so treat them as +-50 %.
+    """
+
+    name: str
+    family: str
+    flops: float
+    memory_bytes: float
+    memory_bytes_per_s: float
+    nvlink_bytes_per_s: float
+    pcie_bytes_per_s: float
+    nic_bytes_per_s: float
+    num_cores: int  # streaming multiprocessors or compute units: work comes in waves of them
+    price_per_hour: float | None = None
+    price_note: str = ""
+    source: str = ""
+
+    @property
+    def peer_bytes_per_s(self) -> float:
+        """To another device of the same node."""
+        return self.nvlink_bytes_per_s or self.pcie_bytes_per_s
+
+
+@cache
+def devices() -> Mapping[str, Device]:
+    """The catalogue, by name, `cpu` included."""
+    entries: dict[str, dict[str, Any]] = read_yaml("hardware.yaml")["devices"]
+    return MappingProxyType({name: _device(name, entry) for name, entry in entries.items()})
+
+
+def device(name: str) -> Device:
+    """The device of that name, whatever its case. Raises ConfigError with the nearest names."""
+    known = devices()
+    return known[find_name(name, known, "device")]
+
+
+def _device(name: str, entry: dict[str, Any]) -> Device:
+    return Device(
+        name=name,
+        family=entry["family"],
+        flops=entry["bf16_tflops"] * 1e12,
+        memory_bytes=entry["memory_gb"] * 1e9,
+        memory_bytes_per_s=entry["memory_gbytes_per_s"] * 1e9,
+        nvlink_bytes_per_s=(entry.get("nvlink_gbytes_per_s") or 0) * 1e9,
+        pcie_bytes_per_s=entry["pcie_gbytes_per_s"] * 1e9,
+        nic_bytes_per_s=(entry.get("nic_gbits_per_s") or 0) * 1e9 / 8,
+        num_cores=entry["num_cores"],
+        price_per_hour=entry.get("price_per_hour"),
+        price_note=entry.get("price_note", ""),
+        source=entry["source"],
+    )

@@ -1,0 +1,58 @@
+"""Model shapes by name: published models, and checkpoints in folders."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from core.errors import CheckpointError
+from core.model_shape import MlaShape, ModelShape, MoeShape
+from core.model_spec import ModelSpec
+from placement.costs.catalogue import find_name, read_yaml
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@cache
+def published_models() -> Mapping[str, ModelShape]:
+    """Shapes of well-known models, by name, in bf16."""
+    entries: dict[str, dict[str, Any]] = read_yaml("models.yaml")["models"]
+    return MappingProxyType({name: _shape(name, entry) for name, entry in entries.items()})
+
+
+def model_shape(name_or_folder: str) -> ModelShape:
+    """Of a published model, whatever the name's case, or of the checkpoint in a folder.
+
+    Raises ConfigError for an unknown name, with the nearest ones, and CheckpointError for a folder whose config.json
+    the engine could not serve.
+    """
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return _checkpoint_shape(folder)
+    known = published_models()
+    return known[find_name(name_or_folder, known, "model, nor a folder")]
+
+
+def _checkpoint_shape(folder: Path) -> ModelShape:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    spec = ModelSpec.from_config_json(config)
+    return ModelShape.from_spec(folder.resolve().name, spec, _DTYPE_BYTES.get(spec.dtype, 2))
+
+
+def _shape(name: str, entry: dict[str, Any]) -> ModelShape:
+    parts = dict(entry)
+    if "moe" in parts:
+        parts["moe"] = MoeShape(**parts["moe"])
+    if "mla" in parts:
+        parts["mla"] = MlaShape(**parts["mla"])
+    return ModelShape(name=name, **parts)

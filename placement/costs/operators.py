@@ -1,0 +1,79 @@
+"""Seconds of one operator on one device: smooth rooflines, each increasing in every size, decreasing in every peak."""
+
+from math import sqrt
+
+from placement.costs.efficiency import (
+    DecodeAttentionEfficiency,
+    ExpertsEfficiency,
+    GemmEfficiency,
+    LinkEfficiency,
+    PrefillAttentionEfficiency,
+)
+from placement.costs.hardware import Device
+
+_TILE_ROWS = 128  # queries that a core of a flash-attention kernel takes at a time
+
+
+def product_s(flops: float, num_bytes: float, device: Device, fit: GemmEfficiency) -> float:
+    """Of a kernel that computes `flops` and moves `num_bytes`."""
+    compute_s = flops / (device.flops * fit.compute)
+    memory_s = num_bytes / (device.memory_bytes_per_s * fit.memory)
+    longer, shorter = max(compute_s, memory_s), min(compute_s, memory_s)
+    if longer == 0.0:
+        return 0.0
+    return float(fit.latency_s + longer * (1.0 + (shorter / longer) ** fit.sharpness) ** (1.0 / fit.sharpness))
+
+
+def gemm_s(m: float, n: float, k: float, weight_bytes: float, device: Device, fit: GemmEfficiency) -> float:
+    """y[m, n] = x[m, k] W, with weights of `weight_bytes` per number and activations of 2."""
+    return product_s(2.0 * m * n * k, weight_bytes * n * k + 2.0 * m * (n + k), device, fit)
+
+
+def experts_s(
+    visits: float, touched: float, weights: float, num_bytes: float, device: Device, fit: ExpertsEfficiency
+) -> float:
+    """Of `visits` of tokens to `touched` experts of `weights` weights each, moving `num_bytes`."""
+    return product_s(2.0 * weights * (visits + fit.padding_rows * touched), num_bytes, device, fit)
+
+
+def prefill_attention_s(
+    pairs: float, num_bytes: float, heads: float, head_dim: float, device: Device, fit: PrefillAttentionEfficiency
+) -> float:
+    """Of one layer over `pairs` of query and key, moving `num_bytes` of Q, K, V and output. `head_dim` is the mean of
+    the keys' and the values'."""
+    if pairs == 0:
+        return 0.0
+    compute_s = 4.0 * pairs * heads * head_dim / (device.flops * fit.compute)
+    wait_s = 4.0 * sqrt(pairs) * _TILE_ROWS * head_dim * fit.idle / (device.flops / device.num_cores)
+    return fit.latency_s + compute_s + wait_s + num_bytes / (device.memory_bytes_per_s * fit.memory)
+
+
+def decode_attention_line(
+    sequences: float,
+    kv_heads: float,
+    bytes_per_kv_token: float,
+    flops_per_kv_token: float,
+    device: Device,
+    fit: DecodeAttentionEfficiency,
+    *,
+    beside_prompts: bool = False,
+) -> tuple[float, float]:
+    """(fixed seconds, seconds per KV token) of one layer's attention of `sequences` one-token queries."""
+    read_s = bytes_per_kv_token / (device.memory_bytes_per_s * fit.memory)
+    rows = fit.mixed_rows if beside_prompts else 1.0
+    compute_s = rows * flops_per_kv_token / (device.flops * fit.compute)
+    per_kv_token_s = max(read_s, compute_s) * (1.0 + fit.idle / (sequences * kv_heads))
+    return fit.latency_s + fit.head_s * sequences * kv_heads, per_kv_token_s
+
+
+def all_reduce_s(num_bytes: float, ranks: int, device: Device, fit: LinkEfficiency) -> float:
+    """Of `num_bytes` on each of `ranks` devices of a node."""
+    if ranks == 1 or num_bytes == 0:
+        return 0.0
+    wire_s = 2.0 * num_bytes * (ranks - 1) / ranks / device.peer_bytes_per_s
+    return fit.latency_s + fit.rank_s * ranks + wire_s / fit.bandwidth + sqrt(wire_s * fit.ramp_s)
+
+
+def send_s(num_bytes: float, bytes_per_s: float, fit: LinkEfficiency) -> float:
+    """From one pipeline stage to the next."""
+    return fit.hand_off_s + num_bytes / (bytes_per_s * fit.send)

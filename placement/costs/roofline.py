@@ -1,0 +1,85 @@
+"""Costs from first principles: every operator of every layer takes what its FLOPs, bytes and messages need on the
+device, at the efficiency that such operators were measured to reach (`placement.costs.efficiency`).
+
+It answers for any model on any device in any parallel shape; how well, `RooflineSource.error` and the tables of
+`python -m bench.cost_model check` say.
+"""
+
+from collections.abc import Mapping
+
+from core.model_shape import ModelShape
+from core.parallel import ParallelShape
+from placement.costs.efficiency import efficiency, engine_overhead, step_error
+from placement.costs.hardware import Device
+from placement.costs.roofline_cost import RooflineCost
+
+_RUNTIME_BYTES = 1.0e9  # context, workspaces, buffers of collectives; two thirds of it vLLM reports by itself
+
+
+class RooflineSource:
+    """`devices`: by their names in the cluster, with the links they have there.
+
+    `memory_share` of a device's memory holds weights, KV, the activations of a step of `batch_tokens` prompt tokens
+    and `max_batch` sampled ones, and the runtime. `engine` names whose overheads steps carry (`efficiency.yaml`).
+    `devices_per_node`: a pipeline beyond it crosses the NIC (which must be known), and tp beyond it is no shape; a
+    device left out is in nodes large enough.
+    """
+
+    __slots__ = ("_batch_tokens", "_cost_models", "_devices", "_max_batch", "_memory_share", "_model", "_node", "_over")
+
+    def __init__(
+        self,
+        model: ModelShape,
+        devices: Mapping[str, Device],
+        *,
+        memory_share: float = 0.9,
+        engine: str = "vllm",
+        batch_tokens: int = 8192,
+        max_batch: int = 256,
+        devices_per_node: Mapping[str, int] | None = None,
+    ) -> None:
+        """Raises ConfigError for an unknown engine."""
+        self._model = model
+        self._devices = dict(devices)
+        self._memory_share = memory_share
+        self._over = engine_overhead(engine)
+        self._batch_tokens = batch_tokens
+        self._max_batch = max_batch
+        self._node = dict(devices_per_node or {})
+        self._cost_models: dict[tuple[str, ParallelShape], RooflineCost] = {}
+
+    def cost_model(self, device: str, shape: ParallelShape) -> RooflineCost | None:
+        if not self._is_legal(device, shape):
+            return None
+        key = device, shape
+        if key not in self._cost_models:
+            known = self._devices[device]
+            self._cost_models[key] = RooflineCost(
+                self._model,
+                known,
+                shape,
+                efficiency(known.family),
+                self._over,
+                devices_per_node=self._node.get(device, shape.num_ranks),
+            )
+        return self._cost_models[key]
+
+    def kv_tokens(self, device: str, shape: ParallelShape) -> int:
+        if not self._is_legal(device, shape):
+            return 0
+        model = self._model
+        free = self._memory_share * self._devices[device].memory_bytes - _RUNTIME_BYTES
+        free -= model.weight_bytes_per_rank(shape)
+        free -= model.activation_bytes_per_rank(shape, self._batch_tokens, self._max_batch)
+        return max(0, int(free / model.kv_bytes_per_token_and_rank(shape)))
+
+    @property
+    def error(self) -> float:
+        return step_error()
+
+    def _is_legal(self, device: str, shape: ParallelShape) -> bool:
+        if device not in self._devices or not self._model.allows(shape):
+            return False
+        node_size = self._node.get(device, shape.num_ranks)
+        is_reachable = shape.num_ranks <= node_size or self._devices[device].nic_bytes_per_s > 0
+        return shape.tp <= node_size and is_reachable

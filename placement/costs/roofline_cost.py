@@ -1,0 +1,252 @@
+"""The roofline's cost of a step of one model on one device in one parallel shape."""
+
+from core.cost_model import StepCost, StepLoad
+from core.model_shape import ModelShape, MoeShape
+from core.parallel import ParallelShape
+from placement.costs.efficiency import Efficiency, EngineOverhead, ExpertsEfficiency
+from placement.costs.hardware import Device
+from placement.costs.operators import (
+    all_reduce_s,
+    decode_attention_line,
+    experts_s,
+    gemm_s,
+    prefill_attention_s,
+    product_s,
+    send_s,
+)
+
+_ACTIVATION_BYTES = 2.0
+_SAMPLER_BYTES = 10.0  # per sequence and logit: two to three passes over float32 logits
+
+
+def elementwise_bytes(model: ModelShape, tp: int, tokens: float) -> float:
+    """Moved by one layer's norms, rotation, activation and residuals: each reads its input and writes its output."""
+    inner = model.intermediate_size if model.moe is None else model.moe.top_k * model.moe.intermediate_size
+    heads = model.num_heads + max(tp, model.num_kv_heads)
+    return _ACTIVATION_BYTES * tokens * (8 * model.hidden_size + (2 * model.head_dim * heads + 3 * inner) / tp)
+
+
+def mixture_s(
+    model: ModelShape, moe: MoeShape, tp: int, tokens: float, device: Device, fit: ExpertsEfficiency
+) -> float:
+    """One layer's routed experts on one rank. As many are touched as by independent, uniform choices: routing that is
+    skewed reads fewer and waits for the largest."""
+    weights = model.mlp_weights(moe.intermediate_size) / tp
+    touched = moe.num_experts * (1.0 - (1.0 - moe.top_k / moe.num_experts) ** tokens)
+    visits = moe.top_k * tokens
+    num_bytes = model.weight_bytes * touched * weights + 2.0 * _ACTIVATION_BYTES * visits * model.hidden_size
+    return experts_s(visits, touched, weights, num_bytes, device, fit)
+
+
+class RooflineCost:
+    """A `core.cost_model.CostModel`.
+
+    With pp > 1, a step with decoding sequences is a round of up to pp micro-batches, each on another stage at a time:
+    it lasts pp times what the fullest stage needs for one of them. A step of prompts alone passes the stages one after
+    the other and leaves the first one free for the next.
+
+    What depends on a number of tokens or sequences only is computed once for each number that occurs.
+    """
+
+    __slots__ = (
+        "_by_sampled",
+        "_by_sequences",
+        "_by_tokens",
+        "_device",
+        "_fit",
+        "_heads",
+        "_kv_heads",
+        "_lines",
+        "_model",
+        "_node_size",
+        "_overhead",
+        "_shape",
+        "_stage_layers",
+    )
+
+    def __init__(
+        self,
+        model: ModelShape,
+        device: Device,
+        shape: ParallelShape,
+        fit: Efficiency,
+        overhead: EngineOverhead,
+        *,
+        devices_per_node: int,
+    ) -> None:
+        """`shape` is legal for `model`."""
+        assert model.allows(shape)
+        self._model, self._device, self._shape, self._overhead = model, device, shape, overhead
+        self._fit = fit.slowed(overhead.slowdown)
+        self._node_size = devices_per_node
+        self._stage_layers = -(-model.num_layers // shape.pp)
+        self._heads = model.num_heads // shape.tp
+        self._kv_heads = max(1, model.num_kv_heads // shape.tp)
+        self._by_tokens: dict[float, tuple[float, float, float]] = {}
+        self._by_sequences: dict[tuple[float, bool], tuple[float, float]] = {}
+        self._by_sampled: dict[float, float] = {}
+        self._lines: dict[int, tuple[float, float]] = {}
+
+    def step(self, load: StepLoad) -> StepCost:
+        """A few microseconds; a load without tokens costs nothing."""
+        if load.tokens == 0:
+            return StepCost()
+        sequences, pp = load.decode_sequences, self._shape.pp
+        batches = min(pp, sequences) or 1
+        layers = self._model.num_layers if batches == 1 else pp * self._stage_layers
+        linear_s, collective_s, hand_off_s = self._tokens_terms(load.tokens / batches)
+        attention_s = self._prefill_attention_s(load, batches) if load.prefill_tokens else 0.0
+        kv_fixed_s, kv_token_s = 0.0, 0.0
+        if sequences:
+            kv_fixed_s, kv_token_s = self._decode_terms(sequences / batches, beside_prompts=load.prefill_tokens > 0)
+        launch_s = 0.0
+        if load.prefill_tokens or not self._overhead.graph_decode:
+            launch_s = max(0.0, self._overhead.eager_layer_s - linear_s - collective_s - attention_s - kv_fixed_s)
+        head_s = batches * self._head_s(load.sampled / batches)
+        fixed_s = self._overhead.step_s + self._overhead.sequence_s * load.sampled
+        kv_read_s = kv_fixed_s + kv_token_s * load.decode_kv_tokens / batches
+        layer_s = linear_s + collective_s + attention_s + kv_read_s + launch_s
+        pipeline_s = (pp - 1) * hand_off_s
+        if pp == 1 or sequences:
+            interval_s = layers * layer_s + pipeline_s + head_s + fixed_s
+        else:
+            interval_s = self._stage_layers * layer_s + hand_off_s + head_s + fixed_s
+        return StepCost(
+            linear_s=layers * linear_s,
+            attention_s=layers * attention_s,
+            kv_read_s=layers * kv_read_s,
+            collective_s=layers * collective_s,
+            pipeline_s=pipeline_s,
+            head_s=head_s,
+            overhead_s=layers * launch_s + fixed_s,
+            interval_s=interval_s,
+        )
+
+    def decode_line(self, sequences: int) -> tuple[float, float]:
+        line = self._lines.get(sequences)
+        if line is None:
+            pp = self._shape.pp
+            batches = min(pp, sequences)
+            layers = self._model.num_layers if batches == 1 else pp * self._stage_layers
+            per_kv_token_s = layers * self._decode_terms(sequences / batches, beside_prompts=False)[1] / batches
+            line = self.step(StepLoad.of_decode(sequences, 0)).total_s, per_kv_token_s
+            self._lines[sequences] = line
+        return line
+
+    # --- by number of tokens -----------------------------------------------------------------------------------------
+
+    def _tokens_terms(self, tokens: float) -> tuple[float, float, float]:
+        """Seconds of linear layers and of collectives in a layer (the mean one), and of one hand-off to a stage."""
+        terms = self._by_tokens.get(tokens)
+        if terms is None:
+            message_bytes = _ACTIVATION_BYTES * tokens * self._model.hidden_size
+            terms = (
+                self._linear_s(tokens),
+                2.0 * all_reduce_s(message_bytes, self._shape.tp, self._device, self._fit.link),
+                self._hand_off_s(message_bytes),
+            )
+            self._by_tokens[tokens] = terms
+        return terms
+
+    def _hand_off_s(self, message_bytes: float) -> float:
+        if self._shape.pp == 1:
+            return 0.0
+        inside = self._shape.num_ranks <= self._node_size
+        bandwidth = self._device.peer_bytes_per_s if inside else self._device.nic_bytes_per_s
+        return send_s(message_bytes, bandwidth, self._fit.link)
+
+    def _linear_s(self, tokens: float) -> float:
+        model = self._model
+        total_s = model.num_layers * (self._projections_s(tokens) + self._elementwise_s(tokens))
+        total_s += (model.num_layers - model.num_moe_layers) * self._mlp_s(tokens, model.intermediate_size)
+        if model.moe is not None:
+            total_s += model.num_moe_layers * self._experts_s(tokens, model.moe)
+        return total_s / model.num_layers
+
+    def _gemm_s(self, m: float, n: float, k: float) -> float:
+        return gemm_s(m, n, k, self._model.weight_bytes, self._device, self._fit.gemm)
+
+    def _projections_s(self, tokens: float) -> float:
+        """Of the attention's inputs and output."""
+        model, hidden, heads = self._model, self._model.hidden_size, self._heads
+        if (mla := model.mla) is None:
+            width = model.head_dim * (heads + 2 * self._kv_heads)
+            return self._gemm_s(tokens, width, hidden) + self._gemm_s(tokens, hidden, heads * model.head_dim)
+        query_width = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+        down_width = mla.q_lora_rank + mla.kv_lora_rank + mla.qk_rope_head_dim  # on every rank
+        return (
+            self._gemm_s(tokens, down_width, hidden)
+            + self._gemm_s(tokens, query_width, mla.q_lora_rank or hidden)
+            + self._gemm_s(tokens, heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+            + self._gemm_s(tokens, hidden, heads * mla.v_head_dim)
+        )
+
+    def _mlp_s(self, tokens: float, intermediate_size: int) -> float:
+        inner, hidden = intermediate_size / self._shape.tp, self._model.hidden_size
+        up_width = (2 if self._model.gated_mlp else 1) * inner
+        return self._gemm_s(tokens, up_width, hidden) + self._gemm_s(tokens, hidden, inner)
+
+    def _experts_s(self, tokens: float, moe: MoeShape) -> float:
+        """Router, routed and shared experts, each expert over all tp ranks."""
+        model = self._model
+        routed_s = mixture_s(model, moe, self._shape.tp, tokens, self._device, self._fit.experts)
+        shared_s = self._mlp_s(tokens, moe.num_shared * moe.intermediate_size) if moe.num_shared else 0.0
+        return self._gemm_s(tokens, moe.num_experts, model.hidden_size) + routed_s + shared_s
+
+    def _elementwise_s(self, tokens: float) -> float:
+        num_bytes = elementwise_bytes(self._model, self._shape.tp, tokens)
+        return product_s(0.0, num_bytes, self._device, self._fit.elementwise)
+
+    # --- attention ---------------------------------------------------------------------------------------------------
+
+    def _prefill_attention_s(self, load: StepLoad, batches: int) -> float:
+        model, heads = self._model, self._heads
+        key_dim, value_dim, kv_width = model.head_dim, model.head_dim, 2 * model.head_dim * self._kv_heads
+        if (mla := model.mla) is not None:  # keys and values are expanded from the latent for each head
+            key_dim, value_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim, mla.v_head_dim
+            kv_width = heads * (key_dim + value_dim)
+        moved = heads * (key_dim + value_dim) * load.prefill_tokens + kv_width * load.prefill_kv_tokens
+        return prefill_attention_s(
+            load.prefill_pairs / batches,
+            _ACTIVATION_BYTES * moved / batches,
+            heads,
+            (key_dim + value_dim) / 2,
+            self._device,
+            self._fit.prefill_attention,
+        )
+
+    def _decode_terms(self, sequences: float, *, beside_prompts: bool) -> tuple[float, float]:
+        """Of a layer's attention: fixed seconds, and seconds per KV token of the micro-batch."""
+        line = self._by_sequences.get((sequences, beside_prompts))
+        if line is None:
+            model, mla = self._model, self._model.mla
+            width = 2 * model.head_dim if mla is None else 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
+            kv_heads = self._kv_heads if mla is None else 1
+            stored = 2 * model.head_dim * kv_heads if mla is None else model.kv_elements_per_token_and_layer
+            line = decode_attention_line(
+                sequences,
+                kv_heads,
+                model.kv_bytes * stored,
+                2.0 * self._heads * width,
+                self._device,
+                self._fit.decode_attention,
+                beside_prompts=beside_prompts,
+            )
+            self._by_sequences[sequences, beside_prompts] = line
+        return line
+
+    # --- head --------------------------------------------------------------------------------------------------------
+
+    def _head_s(self, sampled: float) -> float:
+        """Logits, gathered from all ranks, and the draw."""
+        if sampled == 0:
+            return 0.0
+        seconds = self._by_sampled.get(sampled)
+        if seconds is None:
+            model, tp, vocab = self._model, self._shape.tp, self._model.vocab_size
+            seconds = self._gemm_s(sampled, vocab / tp, model.hidden_size)
+            seconds += product_s(0.0, _SAMPLER_BYTES * sampled * vocab, self._device, self._fit.elementwise)
+            gathered = _ACTIVATION_BYTES * sampled * vocab / 2  # half of an all-reduce's traffic
+            seconds += all_reduce_s(gathered, tp, self._device, self._fit.link)
+            self._by_sampled[sampled] = seconds
+        return seconds

@@ -1,0 +1,79 @@
+"""Which numbers a plan rests on: a calibration where a node has one, the roofline elsewhere."""
+
+import math
+from collections.abc import Mapping
+
+from core.cost_model import CostModel
+from core.errors import ConfigError
+from core.model_shape import ModelShape
+from core.parallel import ParallelShape
+from core.slo_file import SloFile
+from placement.cluster import Cluster
+from placement.costs.calibration import CalibratedSource
+from placement.costs.cost_source import CostSource
+from placement.costs.roofline import RooflineSource
+
+
+def cost_source_of(slo: SloFile, model: ModelShape) -> CostSource:
+    """Costs of `model` on the devices of the SLO file's cluster, by their names in the catalogue. Raises ConfigError
+    for a device that is unknown, and for a calibration that cannot be read or is of another model."""
+    section = slo.cluster
+    cluster = Cluster.of(section)
+    for name, calibration in cluster.calibrations.items():
+        if calibration.model != model.name:
+            raise ConfigError(f"the calibration of {name} is of the model {calibration.model}, not of {model.name}")
+    measured = CalibratedSource(cluster.calibrations, kv_memory_bytes=section.kv_memory)
+    rest = {name: device for name, device in cluster.devices.items() if name not in cluster.calibrations}
+    if not rest:
+        return measured
+    roofline: CostSource = RooflineSource(
+        model, rest, memory_share=section.memory_share, devices_per_node=cluster.devices_per_node
+    )
+    if section.kv_memory is not None:
+        roofline = FixedPool(roofline, model, section.kv_memory)
+    if not cluster.calibrations:
+        return roofline
+    return SourcePerDevice(dict.fromkeys(rest, roofline) | dict.fromkeys(cluster.calibrations, measured))
+
+
+class SourcePerDevice:
+    """Asks for each device the source that knows it."""
+
+    def __init__(self, sources: Mapping[str, CostSource]) -> None:
+        self._sources = dict(sources)
+
+    def cost_model(self, device: str, shape: ParallelShape) -> CostModel | None:
+        source = self._sources.get(device)
+        return None if source is None else source.cost_model(device, shape)
+
+    def kv_tokens(self, device: str, shape: ParallelShape) -> int:
+        source = self._sources.get(device)
+        return 0 if source is None else source.kv_tokens(device, shape)
+
+    @property
+    def error(self) -> float:
+        """The largest; NaN if one of them is unknown."""
+        errors = [source.error for source in self._sources.values()]
+        return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+class FixedPool:
+    """Another source, but with a KV pool of `pool_bytes` on each rank, as a configuration may set it."""
+
+    def __init__(self, source: CostSource, model: ModelShape, pool_bytes: int) -> None:
+        self._source = source
+        self._model = model
+        self._pool_bytes = pool_bytes
+
+    def cost_model(self, device: str, shape: ParallelShape) -> CostModel | None:
+        return self._source.cost_model(device, shape)
+
+    def kv_tokens(self, device: str, shape: ParallelShape) -> int:
+        """0 still where weights leave no room at all."""
+        if self._source.kv_tokens(device, shape) == 0:
+            return 0
+        return int(self._pool_bytes / self._model.kv_bytes_per_token_and_rank(shape))
+
+    @property
+    def error(self) -> float:
+        return self._source.error

@@ -1,0 +1,1 @@
+"""What came of a run: steady state, attainment, goodput, and the summary that people read."""

@@ -1,0 +1,1 @@
+"""Whether a running cluster still fits its traffic, and what another plan would gain."""

@@ -1,0 +1,1 @@
+"""What is asked of a cluster: traces, length and arrival distributions, streams of requests."""

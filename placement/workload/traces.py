@@ -1,0 +1,209 @@
+"""Traces of real traffic: when requests came, how long they were, what they shared.
+
+Two kinds of file, either of them plain or .gz:
+
+    CSV         a header; arrival_s (or Azure's TIMESTAMP), prompt_tokens (or input_tokens, ContextTokens),
+                output_tokens (or GeneratedTokens), and, if one likes, slo_class with the name of a class
+    JSON lines  Mooncake's: timestamp [ms], input_length, output_length, hash_ids (which may be missing)
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from core.errors import ConfigError
+from core.slo import SloClass
+from placement.workload.prefix_tree import prefix_groups
+from placement.workload.requests import RequestStream
+
+_PROMPT_COLUMNS = ("prompt_tokens", "input_tokens", "ContextTokens")
+_OUTPUT_COLUMNS = ("output_tokens", "GeneratedTokens")
+_MAX_TOKENS = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """`has_classes`: the file names the SLO class of each request; else all are of the first."""
+
+    requests: RequestStream
+    has_classes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    slo_class: int = 0
+    blocks: tuple[int, ...] = ()
+
+
+def load_trace(path: Path) -> RequestStream:
+    """The requests of a trace in order of arrival, the first at 0. Raises ConfigError, with the line."""
+    return read_trace(path, ()).requests
+
+
+def read_trace(path: Path, classes: Sequence[SloClass]) -> Trace:
+    """The same, with the names in a slo_class column looked up in `classes`; without classes it is not looked at."""
+    try:
+        with _open(path) as file:
+            rows, has_classes = _read_json_lines(path, file) if _is_json_lines(path) else _read_csv(path, file, classes)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ConfigError(f"{path} is not a whole .gz file ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text; a trace is CSV or JSON lines") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+    if not rows:
+        raise ConfigError(f"{path} holds no requests")
+    rows.sort(key=lambda row: row.arrival_s)  # stable: those of one moment keep their order
+    return Trace(_as_stream(path, rows), has_classes)
+
+
+def _as_stream(path: Path, rows: Sequence[_Row]) -> RequestStream:
+    prompts = np.array([row.prompt_tokens for row in rows], dtype=np.int64)
+    groups = tokens = None
+    if any(row.blocks for row in rows):
+        try:
+            groups, tokens = prefix_groups([row.blocks for row in rows], prompts)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    arrival_s = np.array([row.arrival_s for row in rows])
+    return RequestStream.make(
+        arrival_s - arrival_s[0],
+        prompts,
+        np.array([row.output_tokens for row in rows], dtype=np.int64),
+        slo_class=np.array([row.slo_class for row in rows], dtype=np.int64),
+        prefix_group=groups,
+        prefix_tokens=tokens,
+    )
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _is_json_lines(path: Path) -> bool:
+    return path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
+
+
+def _read_csv(path: Path, file: TextIO, classes: Sequence[SloClass]) -> tuple[list[_Row], bool]:
+    reader = csv.DictReader(file)
+    columns = reader.fieldnames or ()
+    arrival = _column(path, columns, ("arrival_s", "TIMESTAMP"))
+    prompt, output = _column(path, columns, _PROMPT_COLUMNS), _column(path, columns, _OUTPUT_COLUMNS)
+    has_classes = "slo_class" in columns and len(classes) > 0
+    index = {slo.name: position for position, slo in enumerate(classes)}
+    rows = []
+    try:
+        for values in reader:
+            fields = _Fields(f"{path} line {reader.line_num}", values)
+            rows.append(
+                _Row(
+                    fields.moment(arrival) if arrival == "TIMESTAMP" else fields.seconds(arrival),
+                    fields.tokens(prompt),
+                    fields.tokens(output),
+                    fields.one_of("slo_class", index) if has_classes else 0,
+                )
+            )
+    except csv.Error as error:
+        raise ConfigError(f"{path} line {reader.line_num}: is not CSV ({error})") from error
+    return rows, has_classes
+
+
+def _read_json_lines(path: Path, file: TextIO) -> tuple[list[_Row], bool]:
+    rows = []
+    for where, values in _json_objects(path, file):
+        fields = _Fields(where, values)
+        rows.append(
+            _Row(
+                fields.seconds("timestamp") / 1000.0,
+                fields.tokens("input_length"),
+                fields.tokens("output_length"),
+                blocks=fields.block_ids("hash_ids"),
+            )
+        )
+    return rows, False
+
+
+def _json_objects(path: Path, file: TextIO) -> Iterator[tuple[str, Mapping[str, object]]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}: is not a JSON object; a trace in JSON has one on each line") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where}: is not a JSON object; a trace in JSON has one on each line")
+        yield where, values
+
+
+def _column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str:
+    found = next((name for name in names if name in columns), None)
+    if found is None:
+        has = f"it has {', '.join(columns)}" if columns else "it is empty"
+        raise ConfigError(f"{path} line 1: has no column {names[0]}; {has}")
+    return found
+
+
+class _Fields:
+    """One row. Every method raises ConfigError with file, line and field for a value of the wrong kind."""
+
+    def __init__(self, where: str, values: Mapping[str, object]) -> None:
+        self._where = where
+        self._values = values
+
+    def seconds(self, name: str) -> float:
+        value = self._values.get(name)
+        try:
+            number = float(value) if isinstance(value, (str, int, float)) else -1.0
+        except (ValueError, OverflowError):
+            number = -1.0
+        if isinstance(value, bool) or not 0 <= number < 1e12:
+            raise self._wrong(name, "a number of at least 0", value)
+        return number
+
+    def moment(self, name: str) -> float:
+        value = self._values.get(name)
+        try:
+            return datetime.fromisoformat(str(value)).timestamp()
+        except ValueError as error:
+            raise self._wrong(name, "a date and time, e.g. 2023-11-16 18:15:46.680590", value) from error
+
+    def tokens(self, name: str) -> int:
+        value = self._values.get(name)
+        number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < _MAX_TOKENS:
+            raise self._wrong(name, "a whole number of at least 1", value)
+        return number
+
+    def one_of(self, name: str, index: Mapping[str, int]) -> int:
+        value = self._values.get(name)
+        if not isinstance(value, str) or value not in index:
+            raise self._wrong(name, f"one of the SLO classes {', '.join(index)}", value)
+        return index[value]
+
+    def block_ids(self, name: str) -> tuple[int, ...]:
+        value = self._values.get(name, [])
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self._wrong(name, "a list of whole numbers", value)
+        return tuple(value)
+
+    def _wrong(self, name: str, expected: str, value: object) -> ConfigError:
+        shown = "missing" if value is None else f"{value!r}"
+        return ConfigError(f"{self._where}: {name} must be {expected}, not {shown[:60]}")

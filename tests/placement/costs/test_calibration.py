@@ -1,0 +1,180 @@
+"""A calibration's fit, its file, and the cost model that answers from it."""
+
+import math
+from datetime import date
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.config_file import dump_config
+from core.cost_model import StepLoad
+from core.errors import ConfigError
+from core.parallel import ParallelShape
+from placement.costs.calibration import (
+    CalibratedCost,
+    CalibratedSource,
+    Calibration,
+    FitError,
+    Measurement,
+    RoadCosts,
+    ServingCosts,
+    Terms,
+    fit_error,
+    fit_terms,
+    load_calibration,
+)
+
+TRUE = Terms(
+    linear=((1, 0.010), (4, 0.011), (16, 0.030), (64, 0.100), (256, 0.360), (1024, 1.5)),
+    attention_per_pair=2e-7,
+    kv_read=((1, 1e-6), (4, 2e-6), (16, 2.5e-6), (64, 2.5e-6)),
+    kv_per_sequence=1e-5,
+    head=0.0,
+    head_per_sampled=2e-4,
+)
+
+
+def measured(load: StepLoad, seconds: float, *, held_out: bool = False) -> Measurement:
+    values = {name: getattr(load, name) for name in StepLoad.__dataclass_fields__}
+    return Measurement(**values, seconds=seconds, held_out=held_out)
+
+
+def grid_of(terms: Terms) -> list[Measurement]:
+    """A noiseless machine: prompts whole, in several pieces and undrawn; decode by batch and context; some held out."""
+    loads = [StepLoad.of_prompts(n) for n in (4, 16, 64, 256, 1024)]
+    loads += [StepLoad.of_prompts(*[n // 4] * 4) for n in (64, 256)]
+    loads += [StepLoad.of_decode(batch, batch * context) for batch in (1, 4, 16, 64) for context in (32, 256, 1024)]
+    loads += [StepLoad(prefill_tokens=64, prefill_sequences=1, prefill_pairs=2080, prefill_kv_tokens=64)]
+    cost = CalibratedCost(terms)
+    fitted = [measured(load, cost.step(load).total_s) for load in loads]
+    others = [StepLoad.of_prompts(100), StepLoad.of_prompts(30, 200), StepLoad.of_decode(8, 3000)]
+    return fitted + [measured(load, cost.step(load).total_s, held_out=True) for load in others]
+
+
+FEW = [
+    measured(StepLoad.of_prompts(16), 0.100),
+    measured(StepLoad.of_prompts(18), 0.100),
+    measured(StepLoad.of_decode(1, 100), 0.010),
+    measured(StepLoad.of_decode(1, 1000), 0.011),
+]
+
+
+def calibration(**changes: object) -> Calibration:
+    values: dict[str, object] = {
+        "measured_on": date(2026, 11, 21),
+        "device": "a CPU",
+        "cores": 2,
+        "model": "tiny",
+        "weights_hash": "abc",
+        "dtype": "float32",
+        "ops": "native",
+        "threads": 1,
+        "kv_bytes_per_token": 1024.0,
+        "kv_memory_bytes": 1 << 20,
+        "terms": TRUE,
+        "error": FitError(median=0.03, mean=0.04, worst=0.1, fitted_median=0.01),
+    }
+    return Calibration.model_validate(values | changes)
+
+
+def test_a_fit_predicts_what_it_has_not_seen() -> None:
+    grid = grid_of(TRUE)
+    fitted = fit_terms(grid)
+    error = fit_error(fitted, grid)
+    assert error.worst < 1e-6
+    assert fitted.attention_per_pair == pytest.approx(TRUE.attention_per_pair, rel=1e-3)
+    assert dict(fitted.kv_read) == pytest.approx(dict(TRUE.kv_read), rel=1e-3)
+
+
+def test_noise_does_not_make_more_rows_cheaper() -> None:
+    noisy = [one.model_copy(update={"seconds": one.seconds * (1.2 if one.load.tokens == 16 else 0.9)}) for one in FEW]
+    linear = fit_terms(noisy).linear
+    assert [value for _, value in linear] == sorted(value for _, value in linear)
+
+
+def test_what_is_held_out_is_not_fitted_and_makes_the_error() -> None:
+    grid = grid_of(TRUE)
+    wrong = [one.model_copy(update={"seconds": one.seconds * 1.25}) if one.held_out else one for one in grid]
+    assert fit_terms(wrong) == fit_terms(grid)
+    error = fit_error(fit_terms(wrong), wrong)
+    assert error.median == pytest.approx(0.2, abs=1e-3)
+    assert error.fitted_median < 1e-6
+    assert math.isnan(fit_error(TRUE, [one for one in grid if not one.held_out]).median)
+
+
+def test_nothing_to_fit_with_is_said() -> None:
+    only_prompts = [one for one in grid_of(TRUE) if one.prefill_tokens]
+    with pytest.raises(ValueError, match="both"):
+        fit_terms(only_prompts)
+
+
+@given(
+    batch=st.integers(1, 300),
+    kv_tokens=st.integers(0, 1 << 20),
+    factor=st.floats(0.5, 3),
+    turn_s=st.floats(0, 0.01),
+)
+def test_decode_is_affine_in_the_kv_that_it_reads(batch: int, kv_tokens: int, factor: float, turn_s: float) -> None:
+    cost = CalibratedCost(TRUE, ServingCosts(decode_factor=factor, turn_s=turn_s))
+    base_s, per_token_s = cost.decode_line(batch)
+    step = cost.step(StepLoad.of_decode(batch, kv_tokens))
+    assert step.total_s == pytest.approx(base_s + kv_tokens * per_token_s, rel=1e-9)
+    assert step.interval_s == pytest.approx(step.total_s, rel=1e-9)
+    assert step.total_s > 0
+
+
+@given(tokens=st.integers(1, 5000), more=st.integers(1, 500))
+def test_a_longer_prompt_never_takes_less(tokens: int, more: int) -> None:
+    cost = CalibratedCost(TRUE)
+    shorter, longer = (cost.step(StepLoad.of_prompts(n)).total_s for n in (tokens, tokens + more))
+    assert 0 < shorter <= longer
+
+
+def test_serving_factors_are_of_their_own_role() -> None:
+    alone, served = CalibratedCost(TRUE), CalibratedCost(TRUE, ServingCosts(prefill_factor=1.5, decode_factor=2.0))
+    prompts, decode = StepLoad.of_prompts(64), StepLoad.of_decode(4, 400)
+    assert served.step(prompts).total_s == pytest.approx(1.5 * alone.step(prompts).total_s)
+    assert served.step(decode).total_s == pytest.approx(2.0 * alone.step(decode).total_s)
+    assert alone.step(StepLoad()).total_s == 0
+
+
+def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    road = RoadCosts(
+        admission_s=0.002,
+        first_token_s=0.001,
+        token_s=0.001,
+        transfer_latency_s=0.004,
+        transfer_bytes_per_s=2e9,
+    )
+    written = calibration(measurements=tuple(grid_of(TRUE)), road=road, serving=ServingCosts(turn_s=0.001))
+    path = tmp_path / "calibration.yaml"
+    path.write_text(dump_config(written))
+    read = load_calibration(path)
+    assert read == written
+    assert read.router_spec().admission_s == 0.002
+    assert read.network_spec().latency_s == 0.004
+    assert read.network_spec().intra_node_bytes_per_s == 2e9
+    assert calibration().network_spec().intra_node_bytes_per_s == math.inf
+
+
+def test_knots_out_of_order_are_a_mistake_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.yaml"
+    terms = TRUE.model_copy(update={"linear": ((4, 0.1), (1, 0.2))})
+    path.write_text(dump_config(calibration().model_copy(update={"terms": terms})))
+    with pytest.raises(ConfigError, match="ascend"):
+        load_calibration(path)
+
+
+def test_a_source_knows_the_shapes_that_were_measured() -> None:
+    source = CalibratedSource({"cpu": calibration()})
+    assert source.cost_model("cpu", ParallelShape()) is not None
+    assert source.cost_model("cpu", ParallelShape(2)) is None
+    assert source.cost_model("H100", ParallelShape()) is None
+    assert source.kv_tokens("cpu", ParallelShape()) == 1024
+    assert source.kv_tokens("cpu", ParallelShape(2)) == 0
+    assert CalibratedSource({"cpu": calibration()}, kv_memory_bytes=1 << 21).kv_tokens("cpu", ParallelShape()) == 2048
+    assert source.error == 0.03
+    with pytest.raises(ConfigError, match="different models: other, tiny"):
+        CalibratedSource({"cpu": calibration(), "gpu": calibration(model="other")})

@@ -1,0 +1,248 @@
+"""The roofline: monotone in loads and devices, additive, affine in decode's KV, and near what others measured."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.cost_model import StepLoad
+from core.errors import ConfigError
+from core.parallel import ParallelShape
+from placement.costs.efficiency import Efficiency, efficiency
+from placement.costs.hardware import devices
+from placement.costs.models import published_models
+from placement.costs.roofline import RooflineSource
+from placement.costs.roofline_cost import RooflineCost
+
+_H100 = "H100-80GB-SXM5"
+_MODELS = ("Llama-3.1-8B", "OPT-13B", "Mixtral-8x7B", "DeepSeek-V2-Lite")
+_ENGINES = ("vllm", "splitwise-a100", "none")
+
+_models = st.sampled_from(_MODELS)
+_names = st.sampled_from(sorted(devices()))
+_shapes = st.sampled_from([ParallelShape(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3)])
+_prompts = st.lists(st.integers(1, 4000), max_size=4)
+_sequences = st.integers(0, 300)
+
+
+def _cost(model: str, device: str, shape: ParallelShape, engine: str = "vllm") -> RooflineCost:
+    cost = RooflineSource(published_models()[model], devices(), engine=engine).cost_model(device, shape)
+    assert cost is not None
+    return cost
+
+
+def _load(prompts: list[int], sequences: int, kv_tokens: int) -> StepLoad:
+    load, decode = StepLoad.of_prompts(*prompts), StepLoad.of_decode(sequences, kv_tokens)
+    return replace(
+        load,
+        decode_sequences=sequences,
+        decode_kv_tokens=decode.decode_kv_tokens if sequences else 0,
+        sampled=load.sampled + sequences,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model=_models,
+    device=_names,
+    tp=st.sampled_from([1, 2, 4]),
+    engine=st.sampled_from(_ENGINES),
+    prompts=_prompts,
+    sequences=_sequences,
+    kv_tokens=st.integers(300, 100_000),
+    more_prompts=_prompts,
+    more_sequences=_sequences,
+    more_kv_tokens=st.integers(0, 100_000),
+)
+def test_more_work_never_costs_less(
+    model: str,
+    device: str,
+    tp: int,
+    engine: str,
+    prompts: list[int],
+    sequences: int,
+    kv_tokens: int,
+    more_prompts: list[int],
+    more_sequences: int,
+    more_kv_tokens: int,
+) -> None:
+    cost = _cost(model, device, ParallelShape(tp), engine)
+    less = cost.step(_load(prompts, sequences, kv_tokens))
+    more = cost.step(_load(prompts + more_prompts, sequences + more_sequences, kv_tokens + more_kv_tokens))
+    assert more.total_s >= less.total_s * (1 - 1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model=_models,
+    name=_names,
+    shape=_shapes,
+    prompts=_prompts,
+    sequences=_sequences,
+    faster=st.floats(1.0, 10.0),
+    what=st.sampled_from(["flops", "memory_bytes_per_s", "nvlink_bytes_per_s", "pcie_bytes_per_s"]),
+)
+def test_a_faster_device_is_never_slower(
+    model: str, name: str, shape: ParallelShape, prompts: list[int], sequences: int, faster: float, what: str
+) -> None:
+    device = devices()[name]
+    better = replace(device, **{what: getattr(device, what) * faster})
+    source = RooflineSource(published_models()[model], {"old": device, "new": better})
+    old, new = source.cost_model("old", shape), source.cost_model("new", shape)
+    assert old is not None
+    assert new is not None
+    load = _load(prompts, sequences, 500 * sequences)
+    assert new.step(load).total_s <= old.step(load).total_s * (1 + 1e-12)
+    assert new.step(load).interval_s <= old.step(load).interval_s * (1 + 1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    model=_models,
+    device=_names,
+    shape=_shapes,
+    engine=st.sampled_from(_ENGINES),
+    sequences=st.integers(1, 500),
+    kv_tokens=st.integers(1, 1_000_000),
+)
+def test_the_line_is_the_step(
+    model: str, device: str, shape: ParallelShape, engine: str, sequences: int, kv_tokens: int
+) -> None:
+    cost = _cost(model, device, shape, engine)
+    base_s, per_kv_token_s = cost.decode_line(sequences)
+    step = cost.step(StepLoad.of_decode(sequences, kv_tokens))
+    assert base_s + kv_tokens * per_kv_token_s == pytest.approx(step.total_s, rel=1e-12)
+    assert step.interval_s == pytest.approx(step.total_s, rel=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(model=_models, device=_names, shape=_shapes, prompts=_prompts, sequences=_sequences)
+def test_terms_are_finite_and_the_interval_is_the_total_without_a_pipeline(
+    model: str, device: str, shape: ParallelShape, prompts: list[int], sequences: int
+) -> None:
+    load = _load(prompts, sequences, 100 * sequences)
+    step = _cost(model, device, shape).step(load)
+    assert all(math.isfinite(term) and term >= 0 for term in step.terms().values())
+    assert (step.total_s > 0) == (load.tokens > 0)
+    if shape.pp == 1 or sequences:
+        assert step.interval_s == pytest.approx(step.total_s)
+    elif prompts:
+        assert step.interval_s < step.total_s
+    assert (step.collective_s > 0) == (shape.tp > 1 and load.tokens > 0)
+
+
+def test_every_model_has_a_price_on_every_device() -> None:
+    for model in published_models().values():
+        source = RooflineSource(model, devices())
+        for name in devices():
+            for shape in (ParallelShape(4), ParallelShape(2, 4)):
+                cost = source.cost_model(name, shape)
+                assert cost is not None
+                assert 0 < cost.step(StepLoad.of_decode(1, 1)).total_s < cost.step(StepLoad.of_prompts(2000)).total_s
+
+
+def test_a_pipeline_starts_prompts_more_often_but_does_not_finish_them_sooner() -> None:
+    load = StepLoad.of_prompts(2048)
+    one, four = (_cost("Llama-3.1-70B", _H100, ParallelShape(2, pp), "none").step(load) for pp in (1, 4))
+    assert one.total_s < four.total_s < 1.1 * one.total_s
+    assert four.interval_s == pytest.approx(four.total_s / 4, rel=0.1)
+
+
+def test_pipelined_decode_is_a_round_of_micro_batches() -> None:
+    """Weights are read once by each stage for each micro-batch: a round costs what one pass over all layers costs."""
+    one = _cost("Llama-3.1-70B", _H100, ParallelShape(2, 1), "none").step(StepLoad.of_decode(16, 16_000))
+    four = _cost("Llama-3.1-70B", _H100, ParallelShape(2, 4), "none").step(StepLoad.of_decode(64, 64_000))
+    assert four.linear_s == pytest.approx(one.linear_s)
+    assert four.kv_read_s == pytest.approx(one.kv_read_s)
+
+
+def test_stages_on_another_node_hand_over_through_the_nic() -> None:
+    model = published_models()["Llama-3.1-70B"]
+    whole, split = (
+        RooflineSource(model, devices(), devices_per_node={_H100: size}).cost_model(_H100, ParallelShape(4, 2))
+        for size in (8, 4)
+    )
+    assert whole is not None
+    assert split is not None
+    load = StepLoad.of_prompts(4096)
+    assert split.step(load).pipeline_s > 2 * whole.step(load).pipeline_s
+    too_small = RooflineSource(model, devices(), devices_per_node={_H100: 2})
+    assert too_small.cost_model(_H100, ParallelShape(4)) is None  # tp stays inside a node
+    assert too_small.kv_tokens(_H100, ParallelShape(4)) == 0
+    no_network = RooflineSource(model, devices(), devices_per_node={"RTX4090": 4})
+    assert no_network.cost_model("RTX4090", ParallelShape(4)) is not None
+    assert no_network.cost_model("RTX4090", ParallelShape(4, 2)) is None
+
+
+def test_what_is_no_shape_of_the_model_or_no_device_has_no_cost() -> None:
+    source = RooflineSource(published_models()["Llama-3.1-8B"], {_H100: devices()[_H100]})
+    assert source.cost_model(_H100, ParallelShape(3)) is None
+    assert source.cost_model("L4", ParallelShape()) is None
+    assert source.kv_tokens(_H100, ParallelShape(3)) == 0
+    assert source.cost_model(_H100, ParallelShape()) is source.cost_model(_H100, ParallelShape())
+    with pytest.raises(ConfigError, match="did you mean vllm"):
+        RooflineSource(published_models()["Llama-3.1-8B"], devices(), engine="vlm")
+
+
+def test_kv_fills_what_weights_leave() -> None:
+    source = RooflineSource(published_models()["Llama-3.1-8B"], devices())
+    as_vllm = RooflineSource(published_models()["Llama-3.1-8B"], devices(), batch_tokens=2048, max_batch=256)
+    assert as_vllm.kv_tokens("RTX4090", ParallelShape()) == pytest.approx(41_408, rel=0.08)  # vLLM 0.19 reported
+    assert source.kv_tokens(_H100, ParallelShape(2)) > 2 * source.kv_tokens(_H100, ParallelShape())
+    large = RooflineSource(published_models()["Llama-3.1-70B"], devices())
+    assert large.kv_tokens(_H100, ParallelShape()) == 0
+    assert large.kv_tokens(_H100, ParallelShape(4)) > 0
+    assert 0 < source.error < 0.2
+
+
+def test_prompts_beside_decoding_slow_its_attention_down() -> None:
+    """On kernels that do both at once; measured on RTX cards."""
+    cost = _cost("Llama-3.1-8B", "RTX4090", ParallelShape(), "none")
+    alone = cost.step(StepLoad.of_decode(16, 16_000))
+    beside = cost.step(_load([512], 16, 16_000))
+    assert beside.kv_read_s > 1.2 * alone.kv_read_s
+
+
+def test_engines_differ_in_their_overheads() -> None:
+    load = StepLoad.of_decode(1, 500)
+    free, graphs, eager = (
+        _cost("Llama-2-70B", _H100, ParallelShape(8), engine).step(load)
+        for engine in ("none", "vllm", "splitwise-h100")
+    )
+    assert free.overhead_s == 0
+    assert 0 < graphs.overhead_s < 2e-3
+    assert eager.total_s > 25e-3 > graphs.total_s  # Splitwise measured 30 ms: its CPU bounds it
+    assert eager.bound == "overhead"
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "tp", "engine", "load", "measured_s"),
+    [
+        # Splitwise, perf_model.csv (MIT): prompt_time_ms and token_time_ms
+        ("Llama-2-70B", "A100-80GB-SXM4", 4, "splitwise-a100", StepLoad.of_prompts(1024), 0.2271),
+        ("Llama-2-70B", "A100-80GB-SXM4", 4, "splitwise-a100", StepLoad.of_decode(16, 16 * 576), 0.0485),
+        ("Llama-2-70B", _H100, 2, "splitwise-h100", StepLoad.of_prompts(2048), 0.3103),
+        ("Llama-2-70B", _H100, 2, "splitwise-h100", StepLoad.of_decode(8, 8 * 576), 0.0404),
+        # aiconfigurator, silicon_sample.csv (Apache-2.0): vLLM at 1024 tokens in, 1024 out, 32 at a time; prefills 5 %
+        ("Qwen3-32B", _H100, 4, "vllm", StepLoad.of_decode(32, 32 * 1536), 0.0137),
+    ],
+)
+def test_steps_are_near_what_was_measured(
+    model: str, device: str, tp: int, engine: str, load: StepLoad, measured_s: float
+) -> None:
+    assert _cost(model, device, ParallelShape(tp), engine).step(load).total_s == pytest.approx(measured_s, rel=0.2)
+
+
+def test_unmeasured_families_take_the_default() -> None:
+    assert efficiency("cdna3") == efficiency("default")
+    assert efficiency("cpu") != efficiency("default")
+
+
+def test_slowed_kernels_reach_less_of_every_peak() -> None:
+    fit: Efficiency = efficiency("hopper")
+    slow = fit.slowed(2.0)
+    assert slow.gemm.compute == fit.gemm.compute / 2
+    assert slow.link.bandwidth == fit.link.bandwidth / 2
+    assert slow.gemm.latency_s == fit.gemm.latency_s

@@ -1,0 +1,244 @@
+"""Judgements and goodput, against queues whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.slo import SloClass
+from core.slo_file import WorkloadSection
+from placement.judging.goodput import goodput_at, judge, stop_when_lost
+from placement.judging.steady_state import is_drifting, share_interval, warm_up_length
+from placement.simulator import Progress
+from placement.workload.requests import RequestStream
+from placement.workload.streams import make_stream
+from tests.placement.queues import SingleServer, result_of
+
+SERVICE_S = 0.1  # of a prompt of 100 tokens
+SERVER = SingleServer(token_s=SERVICE_S / 100)
+CHAT = SloClass(ttft_s=4 * SERVICE_S, tpot_s=1.0)  # waits up to three service times
+FIXED = WorkloadSection.model_validate(
+    {"prompt_tokens": {"mean": 100, "cv": 0}, "output_tokens": {"mean": 1, "cv": 0}, "rate": 1}
+)
+
+
+def poisson(
+    count: int = 2000, *, rate: float = 1.0, seed: int = 0, slo: tuple[SloClass, ...] = (CHAT,)
+) -> RequestStream:
+    return make_stream(FIXED, slo, count=count, rate=rate, seed=seed)
+
+
+def wait_within(services: float, load: float) -> float:
+    """M/D/1: the share of requests that wait at most so many service times (Erlang, 1909)."""
+    terms = range(math.floor(services) + 1)
+    return (1 - load) * sum(
+        (-load * (services - k)) ** k / math.factorial(k) * math.exp(load * (services - k)) for k in terms
+    )
+
+
+def rate_that_keeps(attainment: float) -> float:
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if wait_within(3, middle) >= attainment else (low, middle)
+    return low / SERVICE_S
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.7])
+def test_attainment_is_that_of_the_queue(load: float) -> None:
+    judgement = judge(SERVER(poisson(40_000).scaled_to(load / SERVICE_S)), (CHAT,))
+    (chat,) = judgement.classes
+    assert chat.attainment == pytest.approx(wait_within(3, load), abs=0.01)
+    assert chat.attainment == chat.ttft_attainment
+    assert judgement.stable
+    assert judgement.long_enough
+
+
+@pytest.mark.parametrize("load", [0.5, 0.7])
+def test_the_interval_holds_the_truth_most_of_the_time(load: float) -> None:
+    truth, held, narrow = wait_within(3, load), 0, 0
+    for seed in range(60):
+        (chat,) = judge(SERVER(poisson(rate=load / SERVICE_S, seed=seed)), (CHAT,)).classes
+        low, high = chat.attainment_ci
+        held += low <= truth <= high
+        half = 1.96 * math.sqrt(truth * (1 - truth) / chat.requests)  # as if requests were independent
+        narrow += truth - half <= chat.attainment <= truth + half
+    assert held >= 0.85 * 60
+    assert held > narrow  # correlation is what the wider one is for
+
+
+def test_a_queue_that_grows_is_called_unstable_and_a_busy_one_is_not() -> None:
+    verdicts = [judge(SERVER(poisson(rate=1.2 / SERVICE_S, seed=seed)), (CHAT,)).stable for seed in range(20)]
+    assert not any(verdicts)
+    verdicts = [judge(SERVER(poisson(rate=0.75 / SERVICE_S, seed=seed)), (CHAT,)).stable for seed in range(20)]
+    assert all(verdicts)
+
+
+def test_the_start_that_is_not_like_the_rest_is_left_out() -> None:
+    requests = RequestStream.make(np.arange(1000.0), np.full(1000, 10), np.full(1000, 1))
+    slow_start = np.where(np.arange(1000) < 100, 3.0, 0.5) + np.random.default_rng(0).random(1000) * 0.1
+    result = result_of(requests, requests.arrival_s + slow_start, requests.arrival_s + slow_start)
+    slo = SloClass(ttft_s=1, tpot_s=1)
+    judgement = judge(result, (slo,))
+    assert judgement.warm_up == 100
+    assert judgement.classes[0].attainment == 1.0
+    assert judge(result, (slo,), transient=True).classes[0].attainment == 0.9
+
+
+def test_the_warm_up_lasts_at_least_until_the_first_answers_could_be_done() -> None:
+    requests = RequestStream.make(np.arange(1000.0), np.full(1000, 10), np.full(1000, 101))
+    result = result_of(requests, requests.arrival_s + 0.1, requests.arrival_s + 100.1)
+    judgement = judge(result, (SloClass(ttft_s=1, tpot_s=2),))
+    assert judgement.warm_up == 101
+    assert judgement.tail == 101  # after these nobody came
+    short = judge(result_of(requests.head(150), *[requests.head(150).arrival_s + s for s in (0.1, 100.1)]), (CHAT,))
+    assert not short.long_enough
+
+
+def test_lost_requests_miss_and_answers_of_one_token_have_no_tpot() -> None:
+    requests = RequestStream.make(np.arange(4.0), np.full(4, 10), np.array([1, 11, 11, 11]))
+    first_s = requests.arrival_s + np.array([0.5, 0.5, 2.0, np.nan])
+    finished_s = first_s + np.array([0.0, 1.0, 1.0, np.nan])
+    judged = judge(result_of(requests, first_s, finished_s), (SloClass(ttft_s=1, tpot_s=0.1),), transient=True)
+    (only,) = judged.classes
+    assert only.attainment == 0.5
+    assert only.ttft_attainment == 0.5
+    assert only.tpot_attainment == 0.75
+    assert only.tpot_s.p50 == pytest.approx(0.1)
+
+
+def test_of_a_run_that_was_stopped_only_those_count_who_had_time() -> None:
+    requests = RequestStream.make(np.arange(100.0), np.full(100, 10), np.full(100, 11))
+    slow_s = np.where(np.arange(100) % 2 == 0, 1.0, 8.0)  # every other one is late
+    result = result_of(requests, requests.arrival_s + 0.1, requests.arrival_s + slow_s, end_s=50.0)
+    (only,) = judge(result, (SloClass(ttft_s=1, tpot_s=0.2),), transient=True).classes
+    assert only.requests == 48  # due by 3 s after they came
+    assert only.attainment == 0.5  # those that finish in time do not push out those that do not
+
+
+def test_every_class_has_to_keep_its_own() -> None:
+    easy = SloClass(name="easy", ttft_s=100, tpot_s=1)
+    hard = SloClass(name="hard", ttft_s=SERVICE_S * 1.5, tpot_s=1)
+    result = SERVER(poisson(slo=(easy, hard), rate=0.6 / SERVICE_S))
+    judgement = judge(result, (easy, hard))
+    by_name = {judged.slo.name: judged for judged in judgement.classes}
+    assert by_name["easy"].attainment == 1
+    assert by_name["hard"].attainment < 0.9
+    assert not judgement.meets
+    assert judgement.margin == by_name["hard"].margin
+    assert judge(result, (easy, easy.model_copy(update={"name": "other"}))).meets
+
+
+def test_a_judgement_becomes_what_a_plan_expects() -> None:
+    (chat,) = judge(SERVER(poisson(rate=5)), (CHAT,)).classes
+    expected = chat.expected()
+    assert expected.slo == CHAT
+    assert expected.attainment_ci[0] <= expected.attainment <= expected.attainment_ci[1]
+    assert math.isnan(expected.tpot_s.mean)  # answers of one token
+
+
+# --- the highest rate ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guess", [0.01, 5.0, 500.0])
+def test_goodput_is_that_of_the_queue(guess: float) -> None:
+    truth = rate_that_keeps(0.9)
+    found = goodput_at(SERVER, poisson(20_000), (CHAT,), guess=guess)
+    assert found.rate == pytest.approx(truth, rel=0.03)
+    assert found.ci[0] <= truth <= found.ci[1]
+    assert found.ci[1] - found.ci[0] < 0.15 * truth
+    at_rate = found.at_rate
+    assert at_rate is not None
+    assert at_rate.meets
+    rates = [one.rate for one in found.evaluations]
+    assert rates == sorted(rates)
+    assert not any(one.judgement.meets for one in found.evaluations if one.rate > found.rate)
+
+
+def test_a_short_run_from_an_empty_start_promises_what_cannot_last() -> None:
+    patient = (SloClass(ttft_s=40 * SERVICE_S, tpot_s=1),)
+    transient = goodput_at(SERVER, poisson(300), patient, guess=5, transient=True)
+    assert transient.rate > 1.05 / SERVICE_S  # more than the server can do
+    assert goodput_at(SERVER, poisson(8000), patient, guess=5).rate < 1.0 / SERVICE_S
+
+
+def test_targets_that_nothing_meets_have_no_goodput() -> None:
+    found = goodput_at(SERVER, poisson(200), (SloClass(ttft_s=SERVICE_S / 2, tpot_s=1),), guess=1)
+    assert found.rate == 0
+    assert found.at_rate is None
+
+
+def test_it_takes_few_runs() -> None:
+    server = SingleServer(token_s=SERVICE_S / 100)
+    found = goodput_at(server, poisson(), (CHAT,), guess=6, tolerance=0.02)
+    assert server.runs == len(found.evaluations) <= 9
+
+
+@given(load=st.floats(0.3, 2.0), ttft_s=st.floats(0.15, 5.0), attainment=st.floats(0.5, 1.0), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_giving_up_early_never_changes_a_verdict(load: float, ttft_s: float, attainment: float, seed: int) -> None:
+    slo = (SloClass(ttft_s=ttft_s, tpot_s=1, attainment=attainment),)
+    requests = poisson(500, rate=load / SERVICE_S, seed=seed)
+    stopped = SERVER(requests, stop_when_lost(requests, slo))
+    if stopped.stopped_early:
+        assert not judge(SERVER(requests), slo, transient=True).meets
+
+
+def test_a_lost_run_is_given_up() -> None:
+    requests = poisson(rate=2 / SERVICE_S)
+    stopped = SERVER(requests, stop_when_lost(requests, (CHAT,)))
+    assert stopped.stopped_early
+    assert stopped.end_s < requests.duration_s / 2
+    assert not judge(stopped, (CHAT,)).meets
+    lost = stop_when_lost(requests, (CHAT,))
+    assert not lost(Progress(0.0, 1, 0, 0, 0))
+
+
+# --- series ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_warm_up_of_a_level_series_is_short() -> None:
+    lengths = [warm_up_length(np.random.default_rng(seed).random(1000)) for seed in range(20)]
+    assert float(np.median(lengths)) <= 100
+    assert warm_up_length(np.ones(1000)) == 0
+    assert warm_up_length(np.array([9.0, 1.0])) == 0
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.02, 0.98), st.integers(40, 3000))
+@settings(max_examples=40, deadline=None)
+def test_an_interval_holds_its_share_and_stays_within_bounds(seed: int, share: float, count: int) -> None:
+    hits = np.random.default_rng(seed).random(count) < share
+    low, high = share_interval(hits, hits.astype(float))
+    assert 0 <= low <= hits.mean() <= high <= 1
+    assert low < high
+
+
+def test_correlated_requests_say_less() -> None:
+    rng = np.random.default_rng(0)
+    independent = rng.random(4000) < 0.9
+    in_runs = np.repeat(rng.random(100) < 0.9, 40)
+    width = [high - low for low, high in (share_interval(h, h.astype(float)) for h in (independent, in_runs))]
+    assert width[1] > 3 * width[0]
+    assert share_interval(np.array([], dtype=bool), np.array([])) == (0.0, 1.0)
+
+
+def test_all_hits_still_leave_a_doubt_that_more_requests_lessen() -> None:
+    use = np.random.default_rng(0).random(1000)
+    low, high = share_interval(np.ones(1000, dtype=bool), use)
+    assert high == 1.0
+    assert 0.99 < low < 1.0
+    assert share_interval(np.ones(100, dtype=bool), use[:100])[0] < low
+
+
+def test_growth_is_told_from_noise() -> None:
+    noise = np.random.default_rng(0).random(1000)
+    assert not is_drifting(noise)
+    assert is_drifting(noise + np.linspace(0, 2, 1000))
+    assert not is_drifting(noise * 0.1 + np.linspace(0, 0.4, 1000))  # far from its target, even in another run
+    assert not is_drifting(noise + np.linspace(2, 0, 1000))
+    assert not is_drifting(np.linspace(0, 9, 30))  # too few to tell
