@@ -18,6 +18,7 @@ from placement.costs.calibration import Measurement
 from worker.engine_setup import load_worker_engine
 
 _MAX_CELL_S = 8.0  # a cell that would take longer, to judge from the one before it, is left out
+_BURST_S = 0.1
 _GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -131,18 +132,18 @@ class EngineProfiler:
         for index, cell in enumerate(cells):
             if index and seconds[index - 1][0] * cell.load.tokens / cells[index - 1].load.tokens > _MAX_CELL_S:
                 break  # all that follow are at least as large
-            seconds[index] = [self._time(cell)]
+            seconds[index] = self._times(cell)
             progress(min(1.0, (time.perf_counter() - began_s) / budget_s))
         while (used_s := time.perf_counter() - began_s) < budget_s:
             index = min(seconds, key=lambda index: sum(seconds[index]))  # the cell that has had the least time
-            seconds[index].append(self._time(cells[index]))
+            seconds[index] += self._times(cells[index])
             progress(min(1.0, used_s / budget_s))
         progress(1.0)
         return [
             Measurement(
                 **_load_fields(cells[index].load),
-                seconds=median(times[1:] or times),  # the first one pays for first touches
-                rounds=len(times[1:] or times),
+                seconds=median(times),
+                rounds=len(times),
                 held_out=cells[index].held_out,
             )
             for index, times in seconds.items()
@@ -150,6 +151,14 @@ class EngineProfiler:
 
     def close(self) -> None:
         self._engine.close()
+
+    def _times(self, cell: Cell) -> list[float]:
+        """Of steps in a row, as a worker takes them: short ones find in the caches what the one before them left. The
+        first of several does not count."""
+        times = [self._time(cell)]
+        while sum(times) < _BURST_S:
+            times.append(self._time(cell))
+        return times[1:] or times
 
     def _time(self, cell: Cell) -> float:
         """A step of new random tokens, every sequence in blocks of its own."""

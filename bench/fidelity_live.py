@@ -64,6 +64,7 @@ _WORKLOADS: Mapping[str, Mapping[str, object]] = {
     "Azure 2023 conversations, an eighth": {"dataset": "azure_conv", "length_scale": 0.125},
 }
 _TTFT_STEPS, _TPOT_STEPS = 4.0, 1.35  # targets: of a mean prompt's step; of a step of four sequences
+_SETTLING_ROUNDS = 4
 _DOCUMENT = Path(__file__).parent.parent / "docs" / "fidelity.md"
 
 
@@ -85,17 +86,30 @@ class Run:
         return make_streams(self.slo, None, (self.rate,), self.count, seed)[0][1]
 
 
-def deployment_of_one_and_one(calibration: Calibration) -> Deployment:
-    """What `Launcher` starts with `_ENGINE`, as the simulator knows it."""
-    cost = CalibratedCost(calibration.terms, calibration.serving)
+def simulate_one_and_one(calibration: Calibration, stream: RequestStream) -> SimulationResult:
+    """How busy each worker is slows the other one down, and follows from the simulation: it is repeated with the shares
+    that it has found, until they agree."""
+    busy = {"prefill": 0.5, "decode": 0.5}
+    for _ in range(_SETTLING_ROUNDS):
+        result = simulate(deployment_of_one_and_one(calibration, busy), stream)
+        busy = {use.role: min(1.0, use.busy_s / result.end_s) for use in result.instances}
+    return result
+
+
+def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float]) -> Deployment:
+    """What `Launcher` starts with `_ENGINE`, as the simulator knows it. `busy`: each role's share of the time."""
     block_size = _ENGINE.block_size
     num_blocks = int(calibration.kv_memory_bytes // (calibration.kv_bytes_per_token * block_size))
     prefill, decode = PrefillSection(), DecodeSection()
-    common: dict[str, Any] = {"cost": cost, "num_blocks": num_blocks, "block_size": block_size}
+    pool: dict[str, Any] = {"num_blocks": num_blocks, "block_size": block_size}
+    beside = {
+        role: CalibratedCost(calibration.terms, calibration.serving, neighbour_busy=share)
+        for role, share in busy.items()
+    }
     return Deployment(
         instances=(
-            InstanceSpec("prefill-0", "prefill", **common, max_batch_tokens=prefill.max_batch_tokens),
-            InstanceSpec("decode-0", "decode", **common, max_batch=decode.max_batch),
+            InstanceSpec("prefill-0", "prefill", beside["decode"], **pool, max_batch_tokens=prefill.max_batch_tokens),
+            InstanceSpec("decode-0", "decode", beside["prefill"], **pool, max_batch=decode.max_batch),
         ),
         network=calibration.network_spec(),
         router=calibration.router_spec(),
@@ -170,7 +184,6 @@ async def _load(url: str, run: Run, seed: int, *, requests: int, output: Path) -
 
 def compare(runs: Sequence[Run], calibration: Calibration, seed: int) -> Iterator[Comparison]:
     """One for each workload and rate, over its repetitions."""
-    deployment = deployment_of_one_and_one(calibration)
     for run in runs:
         if run.repetition > 0:
             continue
@@ -188,7 +201,7 @@ def compare(runs: Sequence[Run], calibration: Calibration, seed: int) -> Iterato
             requests=len(stream),
             ttft_target_s=run.slo.slo[0].ttft_s,
             tpot_target_s=run.slo.slo[0].tpot_s,
-            simulated=_figures_of(simulate(deployment, stream), run),
+            simulated=_figures_of(simulate_one_and_one(calibration, stream), run),
             live=tuple(live),
             marked=faults,
         )

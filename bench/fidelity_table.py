@@ -90,9 +90,8 @@ def _preamble(
     yield (
         f"Aim: attainment within 3 points, mean TTFT and TPOT within 8 %. Met in {met} of {len(comparisons)} rows;"
         f" largest differences {100 * attainment:.1f} points, TTFT {ttft:.1%}, TPOT {tpot:.1%}. The simulator knows"
-        f" only the calibration of `tandem profile` (error on steps not fitted: {calibration.error.median:.1%}, prompts"
-        f" {calibration.serving.prefill_factor:.2f} and decode {calibration.serving.decode_factor:.2f} times as long"
-        " beside a busy neighbour)."
+        f" only the calibration of `tandem profile`, whose error on steps that were not fitted is"
+        f" {calibration.error.median:.1%}."
     )
 
 

@@ -1,14 +1,14 @@
 """Measures what running workers add to the engine's steps, and the road around them, on a cluster of one of each role.
 
-Both workers are kept busy at once, as they are under load, since on one machine they share memory, caches and cores.
-Long answers keep decode busy with a known batch, while one prompt after another, each waiting for nobody, keeps prefill
-busy. What their timelines and clients say is compared with the cost model of the engine by itself.
+On one machine the two workers share memory, caches and cores, so each is measured alone and while the other computes.
+Long answers keep decode busy with a known batch; one prompt after another, each waiting for nobody, keeps prefill busy.
+What their timelines and clients say is compared with the cost model of the engine by itself.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -20,10 +20,10 @@ from bench.load_client import LoadClient, Stamped
 from bench.load_run import FIRST_ID, LAST_ID
 from bench.processes import MODEL_NAME, BenchError, Launcher
 from core.cost_model import StepLoad
-from placement.costs.calibration import CalibratedCost, RoadCosts, ServingCosts, Terms
+from placement.costs.calibration import CalibratedCost, Knots, RoadCosts, ServingCosts, Terms
 
 _LENGTHS = (32, 256, 64, 160)  # of prompts, in turns
-_BATCHES = (1, 4, 12)
+_BATCHES = (1, 2, 4, 8, 16)
 _LONG_PROMPT = 16
 _TIMEOUT_S = 60.0
 _FASTEST_BYTES_PER_S = 1e12  # where no time per token can be seen
@@ -69,31 +69,53 @@ async def measure_serving(
         try:
             probe = _Probe(client, cost)
             await probe.run(batch=2, duration_s=1.0, max_tokens=3)  # first touches
-            one, two = [], []
-            decoded: list[Decoded] = []
+            measured = _Measured()
             for index, batch in enumerate(_BATCHES):
+                part_s = budget_s / len(_BATCHES)
+                measured.prompted_alone += await probe.prompts(0.15 * part_s)
+                measured.decoded_alone.append(await probe.decode(batch, 0.2 * part_s))
                 # Answers of one token leave decode to the long ones; those of three show the transfer.
-                prompted, long = await probe.run(batch, 0.7 * budget_s / len(_BATCHES), max_tokens=1)
-                one += prompted
-                decoded.append(long)
-                prompted, _ = await probe.run(batch, 0.3 * budget_s / len(_BATCHES), max_tokens=3)
-                two += prompted
+                prompted, decoded = await probe.run(batch, 0.5 * part_s, max_tokens=1)
+                measured.prompted_beside += prompted
+                measured.decoded_beside.append(decoded)
+                measured.carried += (await probe.run(batch, 0.15 * part_s, max_tokens=3))[0]
                 progress((index + 1) / len(_BATCHES))
         finally:
             client.close()
-    return serving_costs(cost, one, decoded), road_costs(one, two, kv_bytes_per_token)
+    serving = ServingCosts(
+        prefill_alone=prefill_factor(cost, measured.prompted_alone),
+        prefill_beside=prefill_factor(cost, measured.prompted_beside),
+        decode_alone=decode_factors(cost, measured.decoded_alone),
+        decode_beside=decode_factors(cost, measured.decoded_beside),
+    )
+    answered = [*measured.prompted_alone, *measured.prompted_beside]
+    return serving, road_costs(answered, measured.carried, kv_bytes_per_token)
 
 
-def serving_costs(cost: CalibratedCost, prompted: Sequence[Prompted], decoded: Sequence[Decoded]) -> ServingCosts:
-    """`cost` is of the engine by itself; each prompt was computed in a step of its own."""
+@dataclass(slots=True)
+class _Measured:
+    """What was collected so far: while the other worker had nothing to do, beside a busy one, and with a transfer."""
+
+    prompted_alone: list[Prompted] = field(default_factory=list)
+    prompted_beside: list[Prompted] = field(default_factory=list)
+    decoded_alone: list[Decoded] = field(default_factory=list)
+    decoded_beside: list[Decoded] = field(default_factory=list)
+    carried: list[Prompted] = field(default_factory=list)
+
+
+def prefill_factor(cost: CalibratedCost, prompted: Sequence[Prompted]) -> float:
+    """Time taken over time predicted; each prompt was computed in a step of its own."""
     taken_s = sum(one.parts["prefill_s"] for one in prompted)
-    predicted_s = sum(cost.step(StepLoad.of_prompts(one.num_tokens)).total_s for one in prompted)
-    lines = [cost.decode_line(one.batch) for one in decoded]
-    steps_s = [base_s + one.kv_tokens * per_token_s for one, (base_s, per_token_s) in zip(decoded, lines, strict=True)]
-    matrix = np.column_stack((steps_s, np.ones(len(steps_s))))
-    weights = np.array([1.0 / one.tpot_s for one in decoded])
-    (decode_factor, turn_s), _ = nnls(matrix * weights[:, None], np.ones(len(decoded)))
-    return ServingCosts(prefill_factor=taken_s / predicted_s, decode_factor=float(decode_factor), turn_s=float(turn_s))
+    return taken_s / sum(cost.step(StepLoad.of_prompts(one.num_tokens)).total_s for one in prompted)
+
+
+def decode_factors(cost: CalibratedCost, decoded: Sequence[Decoded]) -> Knots:
+    """By batch: time taken over time predicted."""
+    factors = []
+    for one in decoded:
+        base_s, per_token_s = cost.decode_line(one.batch)
+        factors.append((one.batch, one.tpot_s / (base_s + one.kv_tokens * per_token_s)))
+    return tuple(factors)
 
 
 def road_costs(answered: Sequence[Prompted], carried: Sequence[Prompted], kv_bytes_per_token: float) -> RoadCosts:
@@ -123,16 +145,29 @@ class _Probe:
 
     async def run(self, batch: int, duration_s: float, max_tokens: int) -> tuple[list[Prompted], Decoded]:
         """`batch` long answers that take about `duration_s`, and prompts one after the other as long as they last."""
-        step_s = self._cost.step(StepLoad.of_decode(batch, batch * 100)).total_s
-        num_long = max(8, int(duration_s / step_s))
         prompted: list[Prompted] = []
         prompting = asyncio.create_task(self._prompt_on(prompted, max_tokens), name="prompts")
-        long = await asyncio.gather(*(self._ask(_LONG_PROMPT, num_long) for _ in range(batch)))
+        decoded = await self.decode(batch, duration_s)
         prompting.cancel()
         with suppress(asyncio.CancelledError):
             await prompting
-        gaps = [(one.last_s - one.first_s) / (num_long - 1) for one in long if one.first_s is not None]
-        return prompted, Decoded(batch, batch * (_LONG_PROMPT + num_long / 2), float(np.mean(gaps)))
+        return prompted, decoded
+
+    async def prompts(self, duration_s: float) -> list[Prompted]:
+        """Prompts one after the other, each answered by one token, and no decode."""
+        prompted: list[Prompted] = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(duration_s):
+                await self._prompt_on(prompted, max_tokens=1)
+        return prompted
+
+    async def decode(self, batch: int, duration_s: float) -> Decoded:
+        """`batch` long answers that take about `duration_s`."""
+        step_s = self._cost.step(StepLoad.of_decode(batch, batch * 100)).total_s
+        num_tokens = max(8, int(duration_s / step_s))
+        long = await asyncio.gather(*(self._ask(_LONG_PROMPT, num_tokens) for _ in range(batch)))
+        gaps_s = [(one.last_s - one.first_s) / (num_tokens - 1) for one in long if one.first_s is not None]
+        return Decoded(batch, batch * (_LONG_PROMPT + num_tokens / 2), float(np.mean(gaps_s)))
 
     async def _prompt_on(self, answers: list[Prompted], max_tokens: int) -> None:
         while True:

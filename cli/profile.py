@@ -81,8 +81,10 @@ def as_text(calibration: Calibration) -> str:
         f" {error.median:.1%} (median), {error.worst:.1%} (worst)",
         f"  prompts       {_tokens_per_s(calibration, 256):.0f} tokens/s at 256 tokens",
         f"  decode        {1e3 * terms.linear[0][1]:.1f} ms a step with little to read, one sequence",
-        f"  side by side  prompts take {serving.prefill_factor:.2f} times as long, decode {serving.decode_factor:.2f}"
-        f" times, and {1e3 * serving.turn_s:.2f} ms between steps",
+        f"  side by side  prompts take {serving.prefill_beside / serving.prefill_alone - 1:+.0%}, decode of"
+        f" {serving.decode_alone[0][0]} to {serving.decode_alone[-1][0]} sequences"
+        f" {serving.decode_beside[0][1] / serving.decode_alone[0][1] - 1:+.0%} to"
+        f" {serving.decode_beside[-1][1] / serving.decode_alone[-1][1] - 1:+.0%}",
     ]
     if (road := calibration.road) is not None:
         lines.append(

@@ -63,12 +63,14 @@ class Terms(_Frozen):
 
 
 class ServingCosts(_Frozen):
-    """What a step takes in a running worker, beside its neighbour that is busy too, against the engine by itself: a
-    factor on every term, and for decode `turn_s` between two steps."""
+    """How much longer steps take in a running worker than of the engine by itself, as factors on every term: while the
+    other role's worker is idle (`alone`), and while it computes on the same machine (`beside`), with whom it shares
+    memory, caches and cores. Decode's are by sequences in the batch, and what passes between two steps is in them."""
 
-    prefill_factor: float = Field(default=1.0, gt=0)
-    decode_factor: float = Field(default=1.0, gt=0)
-    turn_s: float = Field(default=0.0, ge=0)
+    prefill_alone: float = Field(default=1.0, gt=0)
+    prefill_beside: float = Field(default=1.0, gt=0)
+    decode_alone: Knots = ((1, 1.0),)
+    decode_beside: Knots = ((1, 1.0),)
 
 
 class RoadCosts(_Frozen):
@@ -112,7 +114,7 @@ class Calibration(_Frozen):
 
     @model_validator(mode="after")
     def _check_knots(self) -> "Calibration":
-        for knots in (self.terms.linear, self.terms.kv_read):
+        for knots in (self.terms.linear, self.terms.kv_read, self.serving.decode_alone, self.serving.decode_beside):
             counts = [count for count, _ in knots]
             if counts != sorted(set(counts)) or min(value for _, value in knots) < 0:
                 raise ValueError("knots must ascend, and their values be at least 0")
@@ -140,19 +142,23 @@ def load_calibration(path: Path) -> Calibration:
 class CalibratedCost:
     """A `core.cost_model.CostModel` of one instance with one rank."""
 
-    __slots__ = ("_kv_slope", "_linear", "_serving", "_terms")
+    __slots__ = ("_decode_alone", "_decode_beside", "_kv_slope", "_linear", "_neighbour_busy", "_serving", "_terms")
 
-    def __init__(self, terms: Terms, serving: ServingCosts | None = None) -> None:
+    def __init__(self, terms: Terms, serving: ServingCosts | None = None, *, neighbour_busy: float = 1.0) -> None:
+        """`neighbour_busy`: share of the time in which the machine's other workers compute. 1 is never too fast."""
         self._terms = terms
         self._serving = serving or ServingCosts()
+        self._neighbour_busy = neighbour_busy
         self._linear = _Interpolation(terms.linear)
         self._kv_slope = _Interpolation(terms.kv_read)
+        self._decode_alone = _Interpolation(self._serving.decode_alone)
+        self._decode_beside = _Interpolation(self._serving.decode_beside)
 
     def step(self, load: StepLoad) -> StepCost:
         if load.tokens == 0:
             return StepCost()
-        terms, is_prefill = self._terms, load.prefill_tokens > 0
-        factor = self._serving.prefill_factor if is_prefill else self._serving.decode_factor
+        terms = self._terms
+        factor = self._prefill_factor() if load.prefill_tokens else self._decode_factor(load.decode_sequences)
         linear_s = factor * self._linear(load.tokens)
         attention_s = factor * terms.attention_per_pair * load.prefill_pairs
         kv_read_s = 0.0
@@ -160,19 +166,27 @@ class CalibratedCost:
             slope = self._kv_slope(load.decode_sequences)
             kv_read_s = factor * (slope * load.decode_kv_tokens + terms.kv_per_sequence * load.decode_sequences)
         head_s = factor * (terms.head + terms.head_per_sampled * load.sampled) if load.sampled else 0.0
-        overhead_s = 0.0 if is_prefill and not load.decode_sequences else self._serving.turn_s
         return StepCost(
             linear_s=linear_s,
             attention_s=attention_s,
             kv_read_s=kv_read_s,
             head_s=head_s,
-            overhead_s=overhead_s,
-            interval_s=linear_s + attention_s + kv_read_s + head_s + overhead_s,
+            interval_s=linear_s + attention_s + kv_read_s + head_s,
         )
 
     def decode_line(self, sequences: int) -> tuple[float, float]:
         base_s = self.step(StepLoad.of_decode(sequences, 0)).total_s
-        return base_s, self._serving.decode_factor * self._kv_slope(sequences)
+        return base_s, self._decode_factor(sequences) * self._kv_slope(sequences)
+
+    def _prefill_factor(self) -> float:
+        alone, beside = self._serving.prefill_alone, self._serving.prefill_beside
+        return alone + self._neighbour_busy * (beside - alone)
+
+    def _decode_factor(self, sequences: int) -> float:
+        serving = self._serving  # larger batches than were measured are served like the largest that was
+        alone = self._decode_alone(min(sequences, serving.decode_alone[-1][0]))
+        beside = self._decode_beside(min(sequences, serving.decode_beside[-1][0]))
+        return alone + self._neighbour_busy * (beside - alone)
 
 
 class CalibratedSource:

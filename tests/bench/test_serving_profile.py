@@ -3,7 +3,7 @@
 import pytest
 
 from bench.engine_profile import Cell, Part, grid
-from bench.serving_profile import Decoded, Prompted, road_costs, serving_costs
+from bench.serving_profile import Decoded, Prompted, decode_factors, prefill_factor, road_costs
 from core.cost_model import StepLoad
 from placement.costs.calibration import CalibratedCost, Terms
 
@@ -35,13 +35,11 @@ def prompted(num_tokens: int, prefill_s: float, transfer_s: float = 0.0) -> Prom
 def test_factors_are_what_serving_adds_to_the_engine() -> None:
     prompts = [prompted(n, 1.2 * ALONE.step(StepLoad.of_prompts(n)).total_s) for n in (32, 64, 256)]
     decoded = []
-    for batch, kv_tokens in ((1, 100.0), (4, 1000.0), (12, 30000.0)):
+    for batch, kv_tokens, factor in ((1, 100.0, 1.5), (4, 1000.0, 1.25), (12, 30000.0, 1.125)):
         base_s, per_token_s = ALONE.decode_line(batch)
-        decoded.append(Decoded(batch, kv_tokens, 1.1 * (base_s + kv_tokens * per_token_s) + 0.0005))
-    serving = serving_costs(ALONE, prompts, decoded)
-    assert serving.prefill_factor == pytest.approx(1.2)
-    assert serving.decode_factor == pytest.approx(1.1)
-    assert serving.turn_s == pytest.approx(0.0005)
+        decoded.append(Decoded(batch, kv_tokens, factor * (base_s + kv_tokens * per_token_s)))
+    assert prefill_factor(ALONE, prompts) == pytest.approx(1.2)
+    assert dict(decode_factors(ALONE, decoded)) == pytest.approx({1: 1.5, 4: 1.25, 12: 1.125})
 
 
 def test_a_transfer_has_a_latency_and_a_speed() -> None:

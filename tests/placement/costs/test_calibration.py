@@ -36,6 +36,14 @@ TRUE = Terms(
 )
 
 
+SERVED = ServingCosts(
+    prefill_alone=1.0,
+    prefill_beside=1.5,
+    decode_alone=((1, 0.8), (7, 1.0)),
+    decode_beside=((1, 2.0), (7, 1.0)),
+)
+
+
 def measured(load: StepLoad, seconds: float, *, held_out: bool = False) -> Measurement:
     values = {name: getattr(load, name) for name in StepLoad.__dataclass_fields__}
     return Measurement(**values, seconds=seconds, held_out=held_out)
@@ -110,14 +118,9 @@ def test_nothing_to_fit_with_is_said() -> None:
         fit_terms(only_prompts)
 
 
-@given(
-    batch=st.integers(1, 300),
-    kv_tokens=st.integers(0, 1 << 20),
-    factor=st.floats(0.5, 3),
-    turn_s=st.floats(0, 0.01),
-)
-def test_decode_is_affine_in_the_kv_that_it_reads(batch: int, kv_tokens: int, factor: float, turn_s: float) -> None:
-    cost = CalibratedCost(TRUE, ServingCosts(decode_factor=factor, turn_s=turn_s))
+@given(batch=st.integers(1, 300), kv_tokens=st.integers(0, 1 << 20), busy=st.floats(0, 1))
+def test_decode_is_affine_in_the_kv_that_it_reads(batch: int, kv_tokens: int, busy: float) -> None:
+    cost = CalibratedCost(TRUE, SERVED, neighbour_busy=busy)
     base_s, per_token_s = cost.decode_line(batch)
     step = cost.step(StepLoad.of_decode(batch, kv_tokens))
     assert step.total_s == pytest.approx(base_s + kv_tokens * per_token_s, rel=1e-9)
@@ -132,12 +135,18 @@ def test_a_longer_prompt_never_takes_less(tokens: int, more: int) -> None:
     assert 0 < shorter <= longer
 
 
-def test_serving_factors_are_of_their_own_role() -> None:
-    alone, served = CalibratedCost(TRUE), CalibratedCost(TRUE, ServingCosts(prefill_factor=1.5, decode_factor=2.0))
-    prompts, decode = StepLoad.of_prompts(64), StepLoad.of_decode(4, 400)
-    assert served.step(prompts).total_s == pytest.approx(1.5 * alone.step(prompts).total_s)
-    assert served.step(decode).total_s == pytest.approx(2.0 * alone.step(decode).total_s)
-    assert alone.step(StepLoad()).total_s == 0
+@pytest.mark.parametrize(
+    ("busy", "prefill", "batch", "decode"),
+    [(0.0, 1.0, 1, 0.8), (1.0, 1.5, 1, 2.0), (0.5, 1.25, 1, 1.4), (1.0, 1.5, 4, 1.5), (1.0, 1.5, 100, 1.0)],
+)
+def test_serving_factors_are_of_the_role_the_batch_and_the_neighbour(
+    busy: float, prefill: float, batch: int, decode: float
+) -> None:
+    bare, served = CalibratedCost(TRUE), CalibratedCost(TRUE, SERVED, neighbour_busy=busy)
+    prompts, decoding = StepLoad.of_prompts(64), StepLoad.of_decode(batch, 400)
+    assert served.step(prompts).total_s == pytest.approx(prefill * bare.step(prompts).total_s)
+    assert served.step(decoding).total_s == pytest.approx(decode * bare.step(decoding).total_s)
+    assert served.step(StepLoad()).total_s == 0
 
 
 def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -148,7 +157,7 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         transfer_latency_s=0.004,
         transfer_bytes_per_s=2e9,
     )
-    written = calibration(measurements=tuple(grid_of(TRUE)), road=road, serving=ServingCosts(turn_s=0.001))
+    written = calibration(measurements=tuple(grid_of(TRUE)), road=road, serving=SERVED)
     path = tmp_path / "calibration.yaml"
     path.write_text(dump_config(written))
     read = load_calibration(path)
