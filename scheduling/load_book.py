@@ -5,6 +5,7 @@ Both books give exactly the winner of `scheduling.routing`'s full comparison, at
     book.put(view)       an instance is there, or its load has changed
     book.remove(id)      it is gone
     book.pick(...)       the winner's id, None if no instance can take the request
+    book.peek(...)       the winner with its score, which is not chosen by that
     book.choose(...)     the same as a `Choice`: with the comparison to the next few, or why there is none
 
 A pick counts as chosen: among equals it is another's turn next. Instances in `avoid` are a last resort.
@@ -111,6 +112,13 @@ class PrefillBook(_Book[PrefillView]):
         """`holders` are the instances that have leading tokens of the prompt cached."""
         best = self._best_of(_Prompt(num_tokens, decode_fingerprints, tuple(holders)), avoid, 1)
         return self._take(best[0].rank[3]) if best else None
+
+    def peek(
+        self, *, num_tokens: int, decode_fingerprints: Container[str], holders: Holders = (), avoid: Set[str] = NOBODY
+    ) -> Scored | None:
+        """What `pick` would choose. It does not count as chosen."""
+        best = self._best_of(_Prompt(num_tokens, decode_fingerprints, tuple(holders)), avoid, 1)
+        return best[0] if best else None
 
     def choose(
         self, *, num_tokens: int, decode_fingerprints: Container[str], holders: Holders = (), avoid: Set[str] = NOBODY
@@ -273,6 +281,11 @@ class DecodeBook(_Book[DecodeView]):
     def pick(self, *, num_tokens: int, growth_tokens: int, fingerprint: str, avoid: Set[str] = NOBODY) -> str | None:
         best = self._best_of(num_tokens, growth_tokens, fingerprint, avoid, 1)
         return self._take(best[0].rank[3]) if best else None
+
+    def peek(self, *, num_tokens: int, growth_tokens: int, fingerprint: str, avoid: Set[str] = NOBODY) -> Scored | None:
+        """What `pick` would choose. It does not count as chosen."""
+        best = self._best_of(num_tokens, growth_tokens, fingerprint, avoid, 1)
+        return best[0] if best else None
 
     def choose(self, *, num_tokens: int, growth_tokens: int, fingerprint: str, avoid: Set[str] = NOBODY) -> Choice:
         """As `pick`, with the comparison."""

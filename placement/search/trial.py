@@ -17,6 +17,7 @@ from placement.search.fleet import Fleet, Pool
 from placement.search.problem import Problem
 from placement.search.room import places
 from placement.simulator import simulate
+from placement.simulator.deployment import Deployment
 from placement.simulator.result import SimulationResult
 from placement.workload.requests import RequestStream
 
@@ -76,8 +77,7 @@ def run(
 ) -> tuple[SimulationResult, Judgement]:
     """At `rate` requests per second; with more requests than asked for where these would not show a steady state.
     `apart`: as a part of a larger fleet. Given up when it cannot pass any more, unless the `whole` run is wanted."""
-    plan = plan_of(problem, fleet, apart=apart)
-    deployment = deployment_of(plan, problem.source, problem.cluster, problem.model)
+    deployment = _deployment(problem, fleet, apart=apart)
     count = problem.section.requests
     for _ in range(_MOST_DOUBLINGS):
         requests = problem.requests.head(count).scaled_to(rate)
@@ -92,8 +92,7 @@ def run(
 
 def simulated(problem: Problem, fleet: Fleet, requests: RequestStream, stop_when: StopWhen) -> SimulationResult:
     """`fleet` on other requests, as `placement.judging.goodput` wants it."""
-    deployment = deployment_of(plan_of(problem, fleet), problem.source, problem.cluster, problem.model)
-    return simulate(deployment, requests, stop_when=stop_when)
+    return simulate(_deployment(problem, fleet), requests, stop_when=stop_when)
 
 
 def climb(problem: Problem, fleet: Fleet, guess: float, at_least: float, *, apart: bool = False) -> Outcome:
@@ -120,3 +119,8 @@ def climb(problem: Problem, fleet: Fleet, guess: float, at_least: float, *, apar
             rung -= 1
     evaluations = tuple(Evaluation(rate_of(step), tried[step]) for step in sorted(tried))
     return Outcome(rung if rung >= lowest else None, evaluations)
+
+
+def _deployment(problem: Problem, fleet: Fleet, *, apart: bool = False) -> Deployment:
+    plan = plan_of(problem, fleet, apart=apart)
+    return deployment_of(plan, problem.source, problem.cluster, problem.model, classes=problem.classes)

@@ -49,6 +49,28 @@ class Attempt:
         self.transfer_s = 0.0
         self.waiting_tokens = 0  # not yet computed, as the router knows
 
+    @property
+    def num_tokens(self) -> int:
+        """Those to compute before the first new one."""
+        return len(self.request.token_ids)
+
+    @property
+    def growth_tokens(self) -> int:
+        """Those still to come."""
+        return self.request.sampling.max_tokens - self.request.num_output_tokens
+
+    @property
+    def prompt_tokens_per_step(self) -> float:
+        """See `scheduling.mixed_routing.colocated_offer`."""
+        return self.num_tokens / max(1, self.growth_tokens)
+
+    @property
+    def begun_on(self) -> "PrefillInstance | ColocatedInstance":
+        """The instance that computes its prompt."""
+        instance = self.prefill or self.colocated
+        assert instance is not None, "an attempt that has not begun"
+        return instance
+
 
 class Listener(Protocol):
     """The router, as its workers' events reach it. Calls come at the moment they are about."""

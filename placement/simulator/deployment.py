@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from core.cost_model import CostModel
+from core.slo import SloClass
 
 Role = Literal["prefill", "decode", "colocated"]
 ColocatedPolicy = Literal["chunked", "prompt_first"]
@@ -47,13 +48,15 @@ class RouterSpec:
     """Fixed times that the router and the wire add. `same_node_only`: decode is chosen on the prefill instance's node.
 
     `admission_s`: received until the prefill worker has it. `first_token_s` and `token_s`: from the worker to the
-    client.
+    client. `classes`: the targets that requests are sent by where some instances serve one phase and some both; the
+    streams' `slo_class` counts them. None: usual ones.
     """
 
     admission_s: float = 0.0
     first_token_s: float = 0.0
     token_s: float = 0.0
     same_node_only: bool = False
+    classes: tuple[SloClass, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class Router:
         self._network = network
         self._record = record
         self._stamps = record.stamps
+        self._class_of = requests.slo_class.tolist()
         self._sampling: dict[int, SamplingParams] = {}
         self.num_refused = 0
 
@@ -66,7 +67,7 @@ class Router:
         request = counted_request(row, int(self._requests.prompt_tokens[row]), 0, sampling)
         attempt = Attempt(row, 0, request, frozenset())
         try:
-            instance = self._choose_first(attempt)
+            instance = self._fleet.choose_first(attempt, self._class_of[attempt.row])
         except TandemError:
             self.num_refused += 1
         else:
@@ -76,26 +77,28 @@ class Router:
 
     def prefill_started(self, attempt: Attempt, num_cached_tokens: int) -> None:
         self._record.num_cached_tokens[attempt.row] = num_cached_tokens
+        self._fleet.computed(attempt.begun_on.spec.instance_id, attempt, num_cached_tokens)
         if attempt.prefill is None:
             return  # colocated: nothing to choose
-        self._fleet.computed(attempt.prefill.spec.instance_id, attempt, num_cached_tokens)
-        request = attempt.request
-        if request.sampling.max_tokens - request.num_output_tokens > 1:
+        if attempt.growth_tokens > 1:
             self._open_decode(attempt)
 
     def prefill_finished(self, attempt: Attempt, started_s: float) -> None:
-        prefill, row = attempt.prefill, attempt.row
+        begun_on, row = attempt.begun_on, attempt.row
         attempt.is_computed = True
         attempt.num_handed_on += 1
         token_s = self._agenda.now_s + self._spec.first_token_s
         if attempt.number == 0 or not self._record.has(row, stages.FIRST_TOKEN):
             self._stamps[row, stages.PREFILL_STARTED] = started_s
             self._stamps[row, stages.FIRST_TOKEN] = token_s
-        if prefill is None:
-            return  # colocated: it goes on by itself
-        num_tokens = len(attempt.request.token_ids)
-        self._fleet.computed(prefill.spec.instance_id, attempt, num_tokens)
-        if attempt.num_handed_on >= attempt.request.sampling.max_tokens or num_tokens + 1 >= prefill.spec.max_model_len:
+        num_tokens = attempt.num_tokens
+        self._fleet.computed(begun_on.spec.instance_id, attempt, num_tokens)
+        if attempt.colocated is not None:
+            return  # it goes on by itself
+        if (
+            attempt.num_handed_on >= attempt.request.sampling.max_tokens
+            or num_tokens + 1 >= begun_on.spec.max_model_len
+        ):
             self._cancel(attempt)
             self._finish(attempt, token_s)
         elif attempt.is_reserved:
@@ -157,7 +160,7 @@ class Router:
         request = counted_request(failed.row, len(old.token_ids) + num_new, failed.num_handed_on, old.sampling)
         attempt = Attempt(failed.row, failed.number + 1, request, failed.avoid)
         try:
-            instance = self._choose_first(attempt)
+            instance = self._fleet.choose_first(attempt, self._class_of[attempt.row])
         except UnavailableError:
             if self._agenda.now_s >= give_up_s:
                 self.num_refused += 1
@@ -179,17 +182,11 @@ class Router:
 
     # --- an attempt's steps ------------------------------------------------------------------------------------------
 
-    def _choose_first(self, attempt: Attempt) -> PrefillInstance | ColocatedInstance:
-        """Where it begins. Raises UnavailableError or ContextLengthError."""
-        if self._fleet.is_colocated:
-            return self._fleet.choose_colocated(attempt.request, attempt.avoid)
-        return self._fleet.choose_prefill(attempt.row, attempt.request, attempt.avoid)
-
     def _begin(self, attempt: Attempt, instance: PrefillInstance | ColocatedInstance) -> None:
         self._record.begin_attempt(attempt.row, self._agenda.now_s)
         if isinstance(instance, ColocatedInstance):
             attempt.colocated = instance
-            self._fleet.opened_decode(instance.spec.instance_id, attempt)
+            self._fleet.opened_colocated(instance.spec.instance_id, attempt)
         else:
             attempt.prefill = instance
             self._fleet.opened_prefill(instance.spec.instance_id, attempt)
@@ -198,7 +195,7 @@ class Router:
     def _open_decode(self, attempt: Attempt) -> None:
         assert attempt.prefill is not None
         try:
-            decode = self._fleet.choose_decode(attempt.request, attempt.prefill.spec.instance_id, attempt.avoid)
+            decode = self._fleet.choose_decode(attempt)
         except TandemError as error:
             self._attempt_failed(attempt, error, frozenset())
             return
@@ -209,7 +206,7 @@ class Router:
     def _send(self, attempt: Attempt) -> None:
         assert attempt.prefill is not None
         assert attempt.decode is not None
-        num_tokens = len(attempt.request.token_ids)
+        num_tokens = attempt.num_tokens
         attempt.transfer = self._network.send(
             attempt.prefill.spec, attempt.decode.spec, num_tokens, self._acknowledge, attempt
         )

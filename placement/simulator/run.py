@@ -90,11 +90,9 @@ def _simulate(
         for spec in deployment.instances
         if spec.role == "colocated"
     ]
-    assert not colocated or not (prefill or decode), "instances serve either one phase each, or both"
     everyone: list[Instance] = [*prefill, *decode, *colocated]
     instances = {instance.spec.instance_id: instance for instance in everyone}
-    same_node_only = deployment.router.same_node_only
-    router.connect(Fleet(prefill, decode, colocated, names=names, same_node_only=same_node_only), instances)
+    router.connect(Fleet(prefill, decode, colocated, deployment.router, names), instances)
     for failure in deployment.failures:
         agenda.at(failure.at_s, router.instance_lost, failure.instance_id)
         if math.isfinite(failure.until_s):

@@ -46,6 +46,7 @@ def deployment(
     prefill: int = 1,
     decode: int = 1,
     *,
+    colocated: int = 0,
     cost: LinearCost | None = None,
     num_blocks: int = 1000,
     max_batch: int = 64,
@@ -57,10 +58,12 @@ def deployment(
     policy: ColocatedPolicy | None = None,
     prefix_cache: bool = False,
 ) -> Deployment:
-    """Instances p0, p1 ... and d0, d1 ..., dealt to the nodes in turn. With a `policy` they are colocated."""
+    """Instances p0, p1 ... and d0, d1 ..., dealt to the nodes in turn. With a `policy` they are colocated; without, c0,
+    c1 ... are colocated beside them."""
     roles: list[Role] = ["prefill", "decode"] if policy is None else ["colocated", "colocated"]
     specs = [(roles[0], f"p{i}", i % nodes) for i in range(prefill)]
     specs += [(roles[1], f"d{i}", i % nodes) for i in range(decode)]
+    specs += [("colocated", f"c{i}", i % nodes) for i in range(colocated)]
     return Deployment(
         tuple(
             InstanceSpec(

@@ -1,0 +1,114 @@
+"""Deployments of which some instances serve one phase each, and some both."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from core.slo import SloClass
+from placement.judging.goodput import StopWhen, goodput_at
+from placement.simulator import simulate
+from placement.simulator.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
+from placement.simulator.result import SimulationResult
+from placement.workload.requests import RequestStream
+from tests.placement.simulator.deployments import LinearCost, deployment, poisson
+
+_SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
+
+
+@given(
+    prefill=st.integers(1, 2),
+    decode=st.integers(1, 2),
+    colocated=st.integers(1, 2),
+    num_blocks=st.integers(18, 60),
+    max_batch=st.integers(2, 12),
+    rate=st.sampled_from([2.0, 20.0, 200.0]),
+    seed=st.integers(0, 1000),
+    lost=st.sampled_from([None, "p0", "d0", "c0"]),
+    mixing=st.sampled_from(["chunked", "prompt_first"]),
+    same_node_only=st.booleans(),
+)
+@settings(max_examples=30, deadline=None, phases=[Phase.generate])  # shrinking simulations takes minutes
+def test_no_request_is_lost_and_every_run_is_the_same(
+    prefill: int,
+    decode: int,
+    colocated: int,
+    num_blocks: int,
+    max_batch: int,
+    rate: float,
+    seed: int,
+    lost: str | None,
+    mixing: ColocatedPolicy,
+    same_node_only: bool,
+) -> None:
+    spec = deployment(
+        prefill,
+        decode,
+        colocated=colocated,
+        num_blocks=num_blocks,
+        max_batch=max_batch,
+        network=_SLOW_NETWORK,
+        router=RouterSpec(0.003, 0.001, 0.002, same_node_only=same_node_only),
+        nodes=2 if min(prefill, decode) > 1 else 1,
+    )
+    spec = replace(spec, instances=tuple(replace(instance, policy=mixing) for instance in spec.instances))
+    if lost is not None:
+        spec = replace(spec, failures=(Failure(lost, 0.3123, 0.9),))
+    stream = poisson(40, rate, output=40, seed=seed)
+    first = simulate(spec, stream)  # which asserts that no instance keeps anything of a request
+    assert first.finished.all()
+    assert simulate(spec, stream).stamps.tobytes() == first.stamps.tobytes()
+    plain = simulate(spec, stream, step_by_step=True)
+    np.testing.assert_allclose(first.stamps, plain.stamps, rtol=1e-9)
+    for one, other in zip(first.instances, plain.instances, strict=True):
+        assert (one.prefill_tokens, one.decode_tokens) == (other.prefill_tokens, other.decode_tokens)
+    if lost is None:
+        tokens = sum(use.prefill_tokens + use.decode_tokens for use in first.instances)
+        again = sum(use.preemptions for use in first.instances)
+        expected = (stream.prompt_tokens + stream.output_tokens - 1).sum()
+        assert tokens == expected if again == 0 else tokens > expected
+    for timeline in first.timelines():
+        assert sum(timeline.parts().values()) == pytest.approx(timeline.total_s)
+
+
+def test_both_sorts_are_used_and_one_is_used_while_the_other_is_gone() -> None:
+    stream = poisson(300, 30.0)
+    spec = deployment(1, 1, colocated=1)
+    assert all(use.decode_tokens > 0 for use in simulate(spec, stream).instances[1:])
+    for gone in ("p0", "d0", "c0"):
+        result = simulate(replace(spec, failures=(Failure(gone, 0.0),)), stream)
+        assert result.finished.all()
+        served = {use.instance_id for use in result.instances if use.decode_tokens > 0}
+        assert served == ({"d0"} if gone == "c0" else {"c0"})
+
+
+@pytest.mark.parametrize(
+    ("slo", "prompt", "output"),
+    [
+        (SloClass(ttft_s=0.8, tpot_s=0.05), 1000, 40),  # the pair is bound by its prefill
+        (SloClass(ttft_s=0.4, tpot_s=0.016), 100, 200),  # and here by its decode
+    ],
+)
+def test_together_they_serve_what_they_serve_apart(slo: SloClass, prompt: int, output: int) -> None:
+    """One pair, and one colocated instance on a device of half their speed."""
+    stream = poisson(800, 1.0, prompt=prompt, output=output)
+    spec = deployment(
+        colocated=1, num_blocks=8000, max_batch=128, max_batch_tokens=1024, router=RouterSpec(classes=(slo,))
+    )
+    slow = LinearCost(0.01, 2e-4, 2e-6)
+    instances = tuple(replace(one, cost=slow) if one.role == "colocated" else one for one in spec.instances)
+    spec = replace(spec, instances=instances)
+
+    def goodput(*roles: str) -> float:
+        part = replace(spec, instances=tuple(one for one in spec.instances if one.role in roles))
+
+        def run(requests: RequestStream, stop_when: StopWhen) -> SimulationResult:
+            return simulate(part, requests, stop_when=stop_when)
+
+        return goodput_at(run, stream, (slo,), guess=6.0, tolerance=0.03).rate
+
+    pair, colocated = goodput("prefill", "decode"), goodput("colocated")
+    assert colocated > 0.15 * pair, "it counts"
+    assert goodput("prefill", "decode", "colocated") >= 0.97 * (pair + colocated)
