@@ -7,19 +7,20 @@ from pathlib import Path
 
 from cli.common import complain, say
 from cli.progress import Progress
-from cli.version import installed_version
-from core.config_file import apply_overrides, dump_config, load_config
+from core.config_file import apply_overrides, load_config
 from core.errors import ConfigError
 from core.plan import Plan
 from core.slo_file import SloFile
 from core.text_table import text_table
 from deploy.machine import this_machine
 from deploy.plan_serving import serve_config_of
+from deploy.ray_mapper import ray_mapper
 from placement.costs.hardware import devices
 from placement.costs.models import published_models
 from placement.evidence import Planned
-from placement.report import words, write_report
+from placement.report import words, write_plan, write_report
 from placement.report.words import number
+from placement.search.parallel import local_mapper
 
 HELP = "find the best way to serve a model within its SLO"
 DESCRIPTION = """\
@@ -32,6 +33,7 @@ examples:
   tandem plan slo.yaml                                   writes plan.yaml
   tandem plan slo.yaml -o chat.yaml --report chat.html   and a page that says why
   tandem plan slo.yaml --set workload.rate=20 --set search.max_tp=4
+  tandem plan slo.yaml --ray 10.0.0.5:6379               with the cores of a Ray cluster
   tandem plan --devices                                  the catalogue of devices
   tandem plan --models                                   models known by name
 
@@ -57,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=0, metavar="N", help="processes that simulate (default: one per core)"
     )
     parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="simulate on a Ray cluster instead: host:port of its head, auto for the one that this machine is part of, "
+        "or local for one started for this. The plan is the same whoever simulates",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -76,12 +84,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("name an SLO file: tandem plan slo.yaml (or --devices, or --models)")
     if args.workers < 0:
         raise ConfigError(f"--workers must be 0 or more, not {args.workers}")
+    if args.workers and args.ray:
+        raise ConfigError("--workers is of this machine alone; a Ray cluster says itself how many cores it has")
     output = _output(args.output)
     for path in filter(None, (output, args.report)):
         _check_writable(path)
     slo = apply_overrides(load_config(args.file, SloFile), args.set)
     with Progress(sys.stderr) as progress:
-        planned = search(slo, args.file, progress, args.workers)
+        planned = search(slo, args.file, progress, args.workers, args.ray)
     _write(planned, output, args.report)
     for line in as_lines(planned):
         say(line)
@@ -89,8 +99,11 @@ def run(args: argparse.Namespace) -> int:
     return NO_PLAN if planned.plan.verdict == "infeasible" else 0
 
 
-def search(slo: SloFile, file: Path, progress: Progress, workers: int) -> Planned:
-    """The planner's answer, which remembers the file that it answers. Raises ConfigError."""
+def search(slo: SloFile, file: Path, progress: Progress, workers: int = 0, ray: str | None = None) -> Planned:
+    """The planner's answer, which remembers the file that it answers. `ray`: see `deploy.ray_mapper.ray_mapper`.
+
+    Raises ConfigError, and UnavailableError where there is no such Ray.
+    """
     from placement.planner import plan  # SciPy and the simulator, which the other commands have no use for
 
     for device in uncalibrated(slo):
@@ -98,7 +111,8 @@ def search(slo: SloFile, file: Path, progress: Progress, workers: int) -> Planne
             f"note: no calibration of {device} is given, so its times are rough; for better ones: tandem profile, then "
             "name its file in cluster.nodes.calibration"
         )
-    planned = plan(slo, progress=progress, workers=workers)
+    with local_mapper(workers) if ray is None else ray_mapper(ray) as mapper:
+        planned = plan(slo, progress=progress, mapper=mapper)
     answer = planned.plan.model_copy(update={"slo_file": file.resolve()})
     return dataclasses.replace(planned, plan=answer)
 
@@ -113,8 +127,6 @@ def as_lines(planned: Planned) -> list[str]:
     """The answer for a terminal: verdict, instances, what to expect, and what came nearest."""
     plan, expected = planned.plan, planned.plan.expected
     lines = [words.headline(planned)]
-    if plan.summary:
-        lines.append(plan.summary)
     if plan.groups:
         lines += ["", *_group_lines(plan)]
     if expected is not None:
@@ -126,6 +138,9 @@ def as_lines(planned: Planned) -> list[str]:
                 f"at {words.rate(expected.rate)}, class {one.slo.name}: {share} meet both targets "
                 f"(95 %: {interval}; required {words.percent(one.slo.attainment)})"
             )
+        bounds = [f"{role} by {words.TERM_NAMES.get(bound, bound)}" for role, bound in expected.bounds.items()]
+        lines += [f"bound: {', '.join(bounds)}"] if bounds else []
+        lines += [f"cost: {number(expected.cost_per_hour)} USD per hour"] if expected.cost_per_hour else []
     rejected = words.best_rejected(planned, _NUM_REJECTED)
     if rejected:
         lines += ["", "the best that were rejected:"]
@@ -139,16 +154,6 @@ def as_lines(planned: Planned) -> list[str]:
         ]
         lines += text_table(rows)
     return lines
-
-
-def plan_text(planned: Planned) -> str:
-    """The plan file: the plan, below a few words for who opens it."""
-    return (
-        f"# {words.headline(planned)}\n"
-        f"# Written by tandem {installed_version('tandem-serve')}; edit it as you like: it is checked when read.\n"
-        f"# tandem serve runs it, tandem simulate tries it under another load.\n"
-        f"{dump_config(planned.plan)}"
-    )
 
 
 def _output(output: Path | None) -> Path:
@@ -169,7 +174,7 @@ def _check_writable(path: Path) -> None:
 
 def _write(planned: Planned, output: Path, report: Path | None) -> None:
     try:
-        output.write_text(plan_text(planned), encoding="utf-8")
+        write_plan(planned, output)
         if report is not None:
             write_report(planned, report)
     except OSError as error:

@@ -37,6 +37,11 @@ def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -
         plan = load_config(file, Plan)
         if plan.groups:
             say(f"the plan: {words.describe_plan(plan)}")
+        if plan.groups and plan.verdict == "infeasible":
+            raise ConfigError(
+                f"{file}: this plan misses its targets ({plan.summary.rstrip('.')}); plan for others, or set its "
+                "verdict to disaggregate to run it all the same"
+            )
         return ToServe(_config_of(plan, overrides, machine), plan)
     if file is not None and settings & _ONLY_IN_SLO_FILES:
         plan = _plan_for(file)

@@ -7,10 +7,11 @@ import argparse
 import os
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from core.config_file import dump_config, load_config
+from core.config_file import load_config
 from core.errors import TandemError
 from core.plan import Plan
 from core.slo_file import SloFile
@@ -19,7 +20,7 @@ from deploy.replanner import ReplanAnswer
 from placement.planner import plan
 from placement.replanning.live_workload import QUESTION, RUNNING_PLAN
 from placement.replanning.replan import replan
-from placement.report import write_report
+from placement.report import write_plan, write_report
 from placement.workload.traces import load_trace
 
 
@@ -32,8 +33,9 @@ def answer_question(folder: Path) -> None:
     one_process = partial(plan, workers=1)  # more would take from serving what the priority leaves it
     answer = replan(load_config(folder / RUNNING_PLAN, Plan), question, rate, one_process)
     proposed = answer.planned.plan.model_copy(update={"slo_file": question_path})
-    (folder / "plan.yaml").write_text(dump_config(proposed))
-    write_report(answer.planned, folder / "report.html")
+    planned = replace(answer.planned, plan=proposed)
+    write_plan(planned, folder / "plan.yaml")
+    write_report(planned, folder / "report.html")
     write_answer(
         folder,
         ReplanAnswer(proposed.summary, answer.changes, answer.gain, answer.regains, answer.current.attainment),

@@ -69,7 +69,7 @@ class LocalRay:
             file.write(secrets.token_hex(32))
         os.environ.update(local_ray_environment(token_path))
         os.environ.pop("RAY_ADDRESS", None)
-        ray = _import_ray()
+        ray = import_ray()
         try:
             ray.init(
                 address="local",
@@ -89,7 +89,7 @@ class LocalRay:
 
     def stop(self) -> None:
         """End every process that Ray started here and remove the folder. Does no harm when nothing runs."""
-        ray = _import_ray()
+        ray = import_ray()
         ray.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -99,7 +99,7 @@ class RayLauncher:
 
     def __init__(self, log_folder: Path) -> None:
         self._log_folder = log_folder
-        self._ray = _import_ray()
+        self._ray = import_ray()
 
     async def launch(self, spec: ProcessSpec) -> RunningProcess:
         """Raises what the application raised, or UnavailableError if Ray has no room or the process died."""
@@ -176,7 +176,7 @@ def _start_error(report: StartReport, log_path: str) -> TandemError:
     return error_from_code(report.error_code, message)
 
 
-def _import_ray() -> ModuleType:
+def import_ray() -> ModuleType:
     """Ray, imported late: it reads its variables then, and takes most of a second."""
     import ray
     import ray.util.scheduling_strategies

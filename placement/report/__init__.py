@@ -1,7 +1,7 @@
-"""Pages for people: why a plan is as it is, and what a run, simulated or live, was like.
+"""The plan file, and pages for people: why a plan is as it is, and what a run, simulated or live, was like.
 
-Each is one HTML file that loads nothing. What draws is imported when a page is written: matplotlib takes half a second,
-and the commands that import this package mostly write none.
+Each page is one HTML file that loads nothing. What draws is imported when a page is written: matplotlib takes half a
+second, and the commands that import this package mostly write none.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from pathlib import Path
 
 from core.slo import SloClass
 from placement.evidence import Planned, RunDescription
+from placement.report.plan_file import write_plan
 from placement.simulator.result import SimulationResult
 
-__all__ = ["RunDescription", "write_report", "write_simulation_report"]
+__all__ = ["RunDescription", "write_plan", "write_report", "write_simulation_report"]
 
 
 def write_report(planned: Planned, path: Path) -> None:

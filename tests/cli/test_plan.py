@@ -22,7 +22,6 @@ cluster: {nodes: [{device: H100, devices: 4}]}
 slo: [{ttft_s: 0.4, tpot_s: 0.04}]
 workload: {dataset: sharegpt, rate: 10}
 """
-Search = Callable[[SloFile, Path, Progress, int], Planned]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +38,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Planned], list[SloFile]
     def use(value: Planned) -> list[SloFile]:
         asked: list[SloFile] = []
 
-        def search(slo: SloFile, file: Path, progress: Progress, workers: int) -> Planned:
+        def search(slo: SloFile, file: Path, progress: Progress, workers: int, ray: str | None) -> Planned:
             progress(0.5, "simulating")
             asked.append(slo)
             return value
@@ -63,6 +62,7 @@ def test_it_writes_a_plan_that_reads_back_and_says_what_to_do(
     out = capsys.readouterr().out
     assert "0:0+0:1 1:0+1:1" in out, "where the instances stand"
     assert "92.1 % meet both targets (95 %: 90.5 to 93.6 %; required 90 %)" in out
+    assert "bound: prefill by linear layers, decode by KV reads" in out
     assert "TTFT is 1.4 x its target" in out
     assert "not for this machine yet: the plan's prefill instances are tp2" in out
     assert not (folder / "plan.html").exists()
@@ -117,6 +117,7 @@ def test_a_plan_edited_by_hand_is_not_replaced_by_chance(
         ([], "name an SLO file: tandem plan slo.yaml (or --devices, or --models)"),
         (["none.yaml"], "none.yaml does not exist"),
         (["slo.yaml", "--workers", "-1"], "--workers must be 0 or more, not -1"),
+        (["slo.yaml", "--ray", "local", "--workers", "2"], "--workers is of this machine alone"),
         (["slo.yaml", "-o", "."], ". is a folder; name a file"),
         (
             ["slo.yaml", "--set", "workload.rat=2"],

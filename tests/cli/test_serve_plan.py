@@ -92,6 +92,12 @@ def test_nothing_is_started_for_an_slo_that_nothing_meets(tmp_path: Path, monkey
         read_serve_file(path, [], MACHINE)
 
 
+def test_a_plan_that_misses_its_targets_is_not_run_by_chance(tmp_path: Path) -> None:
+    plan = plan_of(BUILT_IN, GROUPS).model_copy(update={"verdict": "infeasible", "summary": "Too slow."})
+    with pytest.raises(ConfigError, match=r"some\.yaml: this plan misses its targets \(Too slow\); .* set its verdict"):
+        read_serve_file(_written(tmp_path, plan), [], MACHINE)
+
+
 @pytest.mark.parametrize(("name", "text"), [("plan", "verdict: colocate\n"), ("SLO file", "slo: []\n")])
 def test_half_a_file_is_told_what_its_kind_is_missing(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / "half.yaml"

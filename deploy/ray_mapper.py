@@ -1,0 +1,114 @@
+"""The planner's simulations spread over a Ray cluster: a `placement.search.parallel.Mapper` of Ray tasks.
+
+A cluster's machines need this package in the same version: functions travel by name, their arguments by value.
+"""
+
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, TypeVar
+
+from core.config import split_address
+from core.errors import ConfigError, UnavailableError
+from deploy.machine import usable_cores
+from deploy.ray_cluster import LocalRay, import_ray
+
+LOCAL = "local"
+RUNNING = "auto"  # the Ray that this machine is part of
+_CLIENT = "ray://"
+_CHUNKS_PER_WORKER = 4  # so that none has nothing to do while another has much, at little cost for each
+_REACH_S = 5.0
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class RayMapper:
+    """Ray tasks of one core each, several items in each where there are many. A single item is worked on here."""
+
+    def __init__(self, ray: ModuleType, workers: int) -> None:
+        """`ray` has been started or joined."""
+        self.workers = workers
+        self._ray = ray
+        self._task: Any = ray.remote(num_cpus=1)(_apply)
+
+    def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """Raises what the function raises, and UnavailableError when Ray loses a task for good."""
+        if len(items) < 2:
+            return [function(item) for item in items]
+        ray = self._ray
+        shared = ray.put(function)  # with its arguments, which may be large: once for all tasks
+        size = -(-len(items) // (_CHUNKS_PER_WORKER * self.workers))
+        tasks = [self._task.remote(shared, items[begin : begin + size]) for begin in range(0, len(items), size)]
+        return [answer for chunk in self._answers(tasks) for answer in chunk]
+
+    def _answers(self, tasks: list[Any]) -> list[Any]:
+        ray = self._ray
+        try:
+            answers: list[Any] = ray.get(tasks)
+        except BaseException as error:
+            for task in tasks:
+                ray.cancel(task, force=True)
+            if isinstance(error, ray.exceptions.RayTaskError):
+                if isinstance(error.cause, ImportError):
+                    raise UnavailableError(
+                        f"the cluster's machines lack this version of tandem ({error.cause})"
+                    ) from error
+                raise error.cause from None
+            if isinstance(error, ray.exceptions.RayError):
+                raise UnavailableError(f"Ray lost a part of the work ({type(error).__name__})") from error
+            raise
+        return answers
+
+
+@contextmanager
+def ray_mapper(address: str) -> Iterator[RayMapper]:
+    """`address`: `local` for a Ray of our own on this machine, gone at the end; `auto` for the one that this machine is
+    part of; host:port of a cluster's head, or ray://host:port to come from outside.
+
+    Raises UnavailableError where there is none, ConfigError for what is no address.
+    """
+    if address == LOCAL:
+        own = LocalRay()
+        cores = usable_cores()
+        own.start(processes=cores, gpus=0)
+        try:
+            yield RayMapper(import_ray(), cores)
+        finally:
+            own.stop()
+        return
+    ray = _joined(address)
+    try:
+        yield RayMapper(ray, max(1, int(ray.cluster_resources().get("CPU", 1))))
+    finally:
+        ray.shutdown()
+
+
+def _joined(address: str) -> ModuleType:
+    """Ray, connected. It is asked whether anybody listens there before Ray is: that would try for a minute, and then
+    end the process."""
+    if address != RUNNING:
+        try:
+            host, port = split_address(address.removeprefix(_CLIENT))
+        except ConfigError as error:
+            raise ConfigError(f"--ray {address}: give host:port of a Ray cluster's head, auto or local") from error
+        try:
+            socket.create_connection((host, port), timeout=_REACH_S).close()
+        except OSError as error:
+            reason = error.strerror or "no answer"
+            raise UnavailableError(
+                f"no Ray answers at {address} ({reason}); start one with `ray start --head`, or plan without --ray"
+            ) from error
+    ray = import_ray()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    except Exception as error:  # a bare Exception is what Ray raises when it takes too long
+        reason = str(error).partition("\n")[0]
+        raise UnavailableError(f"the Ray cluster at {address} cannot be joined ({reason})") from error
+    return ray
+
+
+def _apply(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    return [function(item) for item in items]
