@@ -38,7 +38,8 @@ from core.config import DecodeSection, EngineSection, PrefillSection
 from core.config_file import dump_config, load_config
 from core.cost_model import StepLoad
 from core.errors import TandemError
-from core.slo_file import SloFile
+from core.slo import SloClass
+from core.slo_file import SloFile, WorkloadSection
 from models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from placement.costs.calibration import CalibratedCost, Calibration, load_calibration
 from placement.judging.judgement import judge
@@ -47,6 +48,7 @@ from placement.simulator import simulate
 from placement.simulator.deployment import Deployment, InstanceSpec
 from placement.simulator.result import SimulationResult
 from placement.workload.requests import RequestStream
+from placement.workload.streams import make_stream
 
 _SHAPE = CheckpointShape(
     hidden_size=640,
@@ -117,41 +119,37 @@ def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float
 
 
 def plan_runs(folder: Path, model: Path, calibration: Calibration, args: argparse.Namespace) -> list[Run]:
-    """All runs of all workloads, rate by rate, so that repetitions lie apart in time."""
-    cost = CalibratedCost(calibration.terms, calibration.serving)
+    """All runs of all workloads; repetitions lie apart in time. Targets and rates are chosen once for a folder."""
     runs = []
     for number, (name, workload) in enumerate(_WORKLOADS.items()):
         path = folder / f"slo-{number}.yaml"
-        path.write_text(_slo_text(model, workload, ttft_s=1.0, tpot_s=1.0))
-        sample = make_streams(load_config(path, SloFile), None, (1.0,), 2000, args.seed)[0][1]
-        prompts_s = [cost.step(StepLoad.of_prompts(n)).total_s for n in sample.prompt_tokens.tolist()]
-        step_s = cost.step(StepLoad.of_decode(4, 4 * int(sample.prompt_tokens.mean()))).total_s
-        capacity = 1.0 / float(np.mean(prompts_s))
-        path.write_text(
-            _slo_text(
-                model,
-                workload,
-                ttft_s=round(_TTFT_STEPS / capacity, 2),
-                tpot_s=round(_TPOT_STEPS * step_s, 4),
-            )
-        )
+        if not path.exists():
+            path.write_text(_slo_text(model, workload, calibration, args.seed))
         slo = load_config(path, SloFile)
+        assert isinstance(slo.workload.rate, float), "the rate that prefill can take"
         for repetition in range(args.repetitions):
             for share in args.loads:
-                rate = round(share * capacity, 2)
+                rate = round(share * slo.workload.rate, 2)
                 record = folder / f"run-{number}-{share:g}-{repetition}.json"
                 count = max(20, round(rate * args.seconds))
                 runs.append(Run(name, path, slo, share, rate, count, repetition, record))
     return runs
 
 
-def _slo_text(model: Path, workload: Mapping[str, object], *, ttft_s: float, tpot_s: float) -> str:
+def _slo_text(model: Path, workload: Mapping[str, object], calibration: Calibration, seed: int) -> str:
+    """An SLO file for this machine; its rate is what the prefill worker can take."""
+    cost = CalibratedCost(calibration.terms, calibration.serving)
+    section = WorkloadSection.model_validate(workload)
+    sample = make_stream(section, (SloClass(ttft_s=1.0, tpot_s=1.0),), count=2000, rate=1.0, seed=seed)
+    prompt_s = float(np.mean([cost.step(StepLoad.of_prompts(n)).total_s for n in sample.prompt_tokens.tolist()]))
+    decode_s = cost.step(StepLoad.of_decode(4, 4 * int(sample.prompt_tokens.mean()))).total_s
+    targets = {"ttft_s": round(_TTFT_STEPS * prompt_s, 2), "tpot_s": round(_TPOT_STEPS * decode_s, 4)}
     return yaml.safe_dump(
         {
             "model": str(model),
             "cluster": {"nodes": [{"device": "cpu", "devices": 2}]},
-            "slo": [{"ttft_s": ttft_s, "tpot_s": tpot_s}],
-            "workload": dict(workload),
+            "slo": [targets],
+            "workload": {**workload, "rate": round(1.0 / prompt_s, 2)},
         }
     )
 
@@ -244,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     if args.fresh:
-        for path in (folder / "calibration.yaml", *folder.glob("run-*.json")):
+        for path in (folder / "calibration.yaml", *folder.glob("slo-*.yaml"), *folder.glob("run-*.json")):
             path.unlink(missing_ok=True)
     model, calibration_path = folder / "model", folder / "calibration.yaml"
     load_before = os.getloadavg()

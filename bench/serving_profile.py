@@ -1,11 +1,15 @@
 """Measures what running workers add to the engine's steps, and the road around them, on a cluster of one of each role.
 
 On one machine the two workers share memory, caches and cores, so each is measured alone and while the other computes.
-Long answers keep decode busy with a known batch; one prompt after another, each waiting for nobody, keeps prefill busy.
+Answers of a few dozen tokens, as many at once as a batch is to have, keep decode busy; that they come and go is part of
+what is measured, since steps after a pause find colder caches. One prompt after another, each waiting for nobody, keeps
+prefill busy.
 What their timelines and clients say is compared with the cost model of the engine by itself.
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,7 +28,8 @@ from placement.costs.calibration import CalibratedCost, Knots, RoadCosts, Servin
 
 _LENGTHS = (32, 256, 64, 160)  # of prompts, in turns
 _BATCHES = (1, 2, 4, 8, 16)
-_LONG_PROMPT = 16
+_SHORT_PROMPT = 16
+_ANSWER_TOKENS = 32
 _TIMEOUT_S = 60.0
 _FASTEST_BYTES_PER_S = 1e12  # where no time per token can be seen
 
@@ -43,11 +48,13 @@ class Prompted:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Long answers: time per token over all of them, and the mean KV tokens of their steps."""
+    """Answers of `batch` clients, each of whom asks again at once: the mean time of a step, and the mean number of
+    sequences that an answer's steps had. `kv_tokens`: of one sequence, on average."""
 
     batch: int
+    sequences: float
     kv_tokens: float
-    tpot_s: float
+    step_s: float
 
 
 async def measure_serving(
@@ -74,7 +81,7 @@ async def measure_serving(
                 part_s = budget_s / len(_BATCHES)
                 measured.prompted_alone += await probe.prompts(0.15 * part_s)
                 measured.decoded_alone.append(await probe.decode(batch, 0.2 * part_s))
-                # Answers of one token leave decode to the long ones; those of three show the transfer.
+                # Prompts answered by one token leave decode to the others; those of three show the transfer.
                 prompted, decoded = await probe.run(batch, 0.5 * part_s, max_tokens=1)
                 measured.prompted_beside += prompted
                 measured.decoded_beside.append(decoded)
@@ -111,11 +118,17 @@ def prefill_factor(cost: CalibratedCost, prompted: Sequence[Prompted]) -> float:
 
 def decode_factors(cost: CalibratedCost, decoded: Sequence[Decoded]) -> Knots:
     """By batch: time taken over time predicted."""
-    factors = []
-    for one in decoded:
-        base_s, per_token_s = cost.decode_line(one.batch)
-        factors.append((one.batch, one.tpot_s / (base_s + one.kv_tokens * per_token_s)))
-    return tuple(factors)
+    return tuple((one.batch, one.step_s / _step_s(cost, one)) for one in decoded)
+
+
+def _step_s(cost: CalibratedCost, decoded: Decoded) -> float:
+    """Predicted, at a mean number of sequences that lies between two whole ones."""
+    fewer = math.floor(decoded.sequences)
+    below_s, above_s = (
+        base_s + batch * decoded.kv_tokens * per_token_s
+        for batch, (base_s, per_token_s) in ((n, cost.decode_line(n)) for n in (fewer, fewer + 1))
+    )
+    return below_s + (decoded.sequences - fewer) * (above_s - below_s)
 
 
 def road_costs(answered: Sequence[Prompted], carried: Sequence[Prompted], kv_bytes_per_token: float) -> RoadCosts:
@@ -144,7 +157,7 @@ class _Probe:
         self._draw = Random(0)
 
     async def run(self, batch: int, duration_s: float, max_tokens: int) -> tuple[list[Prompted], Decoded]:
-        """`batch` long answers that take about `duration_s`, and prompts one after the other as long as they last."""
+        """`batch` answers at once for about `duration_s`, and prompts one after the other as long as they last."""
         prompted: list[Prompted] = []
         prompting = asyncio.create_task(self._prompt_on(prompted, max_tokens), name="prompts")
         decoded = await self.decode(batch, duration_s)
@@ -162,12 +175,24 @@ class _Probe:
         return prompted
 
     async def decode(self, batch: int, duration_s: float) -> Decoded:
-        """`batch` long answers that take about `duration_s`."""
-        step_s = self._cost.step(StepLoad.of_decode(batch, batch * 100)).total_s
-        num_tokens = max(8, int(duration_s / step_s))
-        long = await asyncio.gather(*(self._ask(_LONG_PROMPT, num_tokens) for _ in range(batch)))
-        gaps_s = [(one.last_s - one.first_s) / (num_tokens - 1) for one in long if one.first_s is not None]
-        return Decoded(batch, batch * (_LONG_PROMPT + num_tokens / 2), float(np.mean(gaps_s)))
+        """`batch` clients for `duration_s`, each with one answer after the other."""
+        began_s = time.monotonic()
+        answers: list[Stamped] = []
+
+        async def ask_on() -> None:
+            while not answers or time.monotonic() - began_s < duration_s:
+                answers.append(await self._ask(_SHORT_PROMPT, _ANSWER_TOKENS))
+
+        await asyncio.gather(*(ask_on() for _ in range(batch)))
+        ended_s = time.monotonic()
+        decoding_s = [_decoding_s(answer) for answer in answers]
+        others = (sum(decoding_s) / (ended_s - began_s)) * (batch - 1) / batch  # who decode beside an answer
+        return Decoded(
+            batch=batch,
+            sequences=1 + others,
+            kv_tokens=_SHORT_PROMPT + _ANSWER_TOKENS / 2,
+            step_s=float(np.mean(decoding_s)) / (_ANSWER_TOKENS - 1),
+        )
 
     async def _prompt_on(self, answers: list[Prompted], max_tokens: int) -> None:
         while True:
@@ -182,6 +207,21 @@ class _Probe:
         if stamped.error is not None or stamped.first_s is None:
             raise BenchError(f"the measured cluster failed: {stamped.error}")
         return stamped
+
+
+def _parts(stamped: Stamped) -> Mapping[str, float]:
+    assert stamped.usage is not None
+    extra = stamped.usage["tandem"]
+    assert isinstance(extra, dict), "timelines were asked for"
+    parts: Mapping[str, float] = extra["timeline"]["parts"]
+    return parts
+
+
+def _decoding_s(stamped: Stamped) -> float:
+    """From when decode could begin to the last token."""
+    assert stamped.first_s is not None
+    parts = _parts(stamped)
+    return stamped.last_s - stamped.first_s - parts.get("transfer_s", 0.0) - parts.get("decode_queue_s", 0.0)
 
 
 def _prompted(num_tokens: int, stamped: Stamped) -> Prompted:

@@ -35,9 +35,9 @@ def prompted(num_tokens: int, prefill_s: float, transfer_s: float = 0.0) -> Prom
 def test_factors_are_what_serving_adds_to_the_engine() -> None:
     prompts = [prompted(n, 1.2 * ALONE.step(StepLoad.of_prompts(n)).total_s) for n in (32, 64, 256)]
     decoded = []
-    for batch, kv_tokens, factor in ((1, 100.0, 1.5), (4, 1000.0, 1.25), (12, 30000.0, 1.125)):
+    for batch, kv_tokens, factor in ((1, 100.0, 1.5), (4, 250.0, 1.25), (12, 2500.0, 1.125)):
         base_s, per_token_s = ALONE.decode_line(batch)
-        decoded.append(Decoded(batch, kv_tokens, factor * (base_s + kv_tokens * per_token_s)))
+        decoded.append(Decoded(batch, float(batch), kv_tokens, factor * (base_s + batch * kv_tokens * per_token_s)))
     assert prefill_factor(ALONE, prompts) == pytest.approx(1.2)
     assert dict(decode_factors(ALONE, decoded)) == pytest.approx({1: 1.5, 4: 1.25, 12: 1.125})
 
