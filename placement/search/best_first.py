@@ -28,7 +28,8 @@ from placement.search.problem import NodeType, Problem
 from placement.search.space import Space
 from placement.search.trial import LADDER_STEP, Outcome, climb, trial_of
 
-MARGIN = 1.05  # by which a simulation may exceed the prediction
+_MARGIN = 1.05  # by which a simulation may exceed the prediction
+_MIXED_MARGIN = 1.1  # which knows nothing of parts that relieve each other
 _FLEETS_AT_ONCE = 48
 _MOST_FAILURES = 12  # fleets in a row that were simulated and did not beat the best
 
@@ -160,7 +161,7 @@ class _BestFirst:
         predictor.prepare(fleets)
         for entry, fleet in zip(entries, fleets, strict=True):
             predicted = predictor.goodput(fleet)
-            bound = min(-entry.negative_bound, predicted * MARGIN)
+            bound = min(-entry.negative_bound, most_of(fleet, predicted))
             self._push(bound, fleet.num_devices, Looked(fleet, predicted, bound))
 
     def _try(self, entries: list[_Entry]) -> None:
@@ -183,6 +184,11 @@ class _BestFirst:
         if self._best is None or not self._heap:
             return 0.0
         return min(1.0, (self._best.goodput or 0.0) / self._bound())
+
+
+def most_of(fleet: Fleet, predicted: float) -> float:
+    """Requests per second that a simulation of it may pass, as far as the prediction can be trusted."""
+    return predicted * (_MIXED_MARGIN if fleet.layout == "mixed" else _MARGIN)
 
 
 @dataclass(frozen=True, slots=True)

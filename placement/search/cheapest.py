@@ -9,9 +9,10 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from placement.judging.goodput import Evaluation
-from placement.search.best_first import MARGIN, Found, Looked, Report
+from placement.search.best_first import Found, Looked, Report, most_of
 from placement.search.disaggregated import low_affinity
 from placement.search.fleet import Fleet, Pool
 from placement.search.kinds import InstanceKind
@@ -23,6 +24,8 @@ from placement.search.trial import Outcome, run, rung_below, trial_of
 _GROWTH = 0.03  # of a pool's instances, at least one
 _FLEETS_AT_ONCE = 16
 _MOST_LOOKS = 4000
+_FEWER = 2  # instances of a pool that colocated ones may stand in for
+_MOST_MIXTURES = 128
 
 
 @dataclass(order=True, slots=True)
@@ -71,12 +74,14 @@ class _CheapestFirst:
                     for later in entries[place + 1 :]:
                         heapq.heappush(self._heap, later)
                     break
+        if best is not None and "mixed" in self._space.problem.section.layouts:
+            best = self._mixture(best) or best
         return Found(best, tuple(self._looked), len(self._known), self._simulations)
 
     def _look(self, fleet: Fleet) -> Looked:
         predictor = self._space.predictor
         predicted = predictor.goodput(fleet)
-        looked = Looked(fleet, predicted, min(predictor.limit(fleet), predicted * MARGIN))
+        looked = Looked(fleet, predicted, min(predictor.limit(fleet), most_of(fleet, predicted)))
         if looked.bound < self._rate:
             return looked
         self._report(min(0.9, self._simulations / 20), f"simulating {fleet}")
@@ -89,11 +94,43 @@ class _CheapestFirst:
         outcome = Outcome(rung, (Evaluation(rate, judgement),))
         return replace(looked, goodput=self._rate if judgement.meets else 0.0, outcome=outcome)
 
+    def _mixture(self, best: Looked) -> Looked | None:
+        """Cheaper than `best`, and passing; None if none is found among the cheapest."""
+        fleets = sorted(self._mixtures(best.fleet), key=self._price)[:_MOST_MIXTURES]
+        for begin in range(0, len(fleets), _FLEETS_AT_ONCE):
+            batch = fleets[begin : begin + _FLEETS_AT_ONCE]
+            self._known.update(batch)
+            self._space.predictor.prepare(batch)
+            for fleet in batch:
+                looked = self._look(fleet)
+                self._looked.append(looked)
+                if looked.goodput:
+                    return looked
+        return None
+
+    def _mixtures(self, fleet: Fleet) -> Iterator[Fleet]:
+        """Cheaper than `fleet`, with as many colocated instances as the limits demand for what the rest cannot pass."""
+        if fleet.layout != "disaggregated" or fleet.same_node:
+            return
+        price, predictor = self._price(fleet), self._space.predictor
+        counts = (range(max(1, pool.instances - _FEWER), pool.instances + 1) for pool in fleet.pools)
+        for instances in product(*counts):
+            pools = tuple(Pool(pool.kind, count) for pool, count in zip(fleet.pools, instances, strict=True))
+            missing = self._rate - predictor.limit(Fleet(pools))
+            if missing <= 0:
+                continue
+            for kind in self._space.kinds.colocated:
+                mixture = Fleet((*pools, self._least(kind, missing)))
+                if self._price(mixture) < price and self._fits(mixture):
+                    yield mixture
+
+    def _price(self, fleet: Fleet) -> float:
+        return self._space.problem.price_per_hour(fleet.devices)
+
     def _push(self, fleet: Fleet) -> None:
         if fleet not in self._known and self._fits(fleet):
             self._known.add(fleet)
-            price = self._space.problem.price_per_hour(fleet.devices)
-            heapq.heappush(self._heap, _Entry(price, len(self._known), fleet))
+            heapq.heappush(self._heap, _Entry(self._price(fleet), len(self._known), fleet))
 
     def _fits(self, fleet: Fleet) -> bool:
         nodes = self._space.problem.node_types
@@ -113,7 +150,7 @@ class _CheapestFirst:
             if self._space.allows_high_affinity:
                 for prefill in kinds.prefill:
                     for decode in kinds.decode:
-                        yield Fleet((self._least(prefill), self._least(decode)))
+                        yield Fleet((self._least(prefill, self._rate), self._least(decode, self._rate)))
             if self._space.allows_low_affinity:
                 for node in self._space.problem.node_types:
                     for span in range(1, node.count + 1):
@@ -122,10 +159,11 @@ class _CheapestFirst:
                                 passed = self._space.predictor.limit(unit)
                                 yield _units(unit, max(1, math.ceil(self._rate / passed - 1e-9)))
         if "colocated" in section.layouts:
-            yield from (Fleet((self._least(kind),)) for kind in kinds.colocated)
+            yield from (Fleet((self._least(kind, self._rate),)) for kind in kinds.colocated)
 
-    def _least(self, kind: InstanceKind) -> Pool:
-        return Pool(kind, max(1, math.ceil(self._rate / self._space.limits[kind].rate - 1e-9)))
+    def _least(self, kind: InstanceKind, rate: float) -> Pool:
+        """As few as the limit allows."""
+        return Pool(kind, max(1, math.ceil(rate / self._space.limits[kind].rate - 1e-9)))
 
     def _larger(self, fleet: Fleet) -> Iterator[Fleet]:
         if fleet.same_node:

@@ -1,8 +1,9 @@
 """Fleets of which a part is disaggregated and a part colocated.
 
-Neither part gains from the other, so a mixture beats both only where devices are left over, or differ: a pair of
-phases that leaves two devices of a node idle, H100s for both phases and a few A100s beside them. Every fleet of one
-layout is therefore offered with the best of the other kind in the room that it leaves, and with one instance less.
+The parts gain little from each other (what one cannot take at a moment, the other often can), so a mixture beats both
+only where devices are left over, or differ: a pair of phases that leaves two devices of a node idle, H100s for both
+phases and a few A100s beside them. Every disaggregated fleet is therefore offered with the best colocated instances in
+the room that it leaves, and with one instance less.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -4,7 +4,7 @@
                plain minimum over the phases
     predicted  a request meets its SLO when both phases keep their target. Queues of the two phases are nearly
                independent, so their attainments multiply; goodput is the highest rate at which the product is what is
-               asked for. Colocated instances beside them add theirs.
+               asked for. Colocated instances beside them add theirs (and a little more: see `best_first.most_of`).
 
 DistServe divides a rate by the goodput of each phase at the full attainment, which plans for 81 % where 90 % was asked.
 """

@@ -55,9 +55,12 @@ def ruled_out(kinds: Kinds, limits: dict[InstanceKind, Limit]) -> tuple[Candidat
 
 
 def bottleneck(space: Space, fleet: Fleet) -> str:
-    """Which phase of a fleet can pass the least, and what sets that."""
+    """Which phase of a fleet can pass the least, and what sets that. Colocated instances beside others hold nobody
+    back."""
     passes: dict[str, list[tuple[float, str]]] = {}
     for pool in fleet.pools:
+        if fleet.layout == "mixed" and pool.kind.role == "colocated":
+            continue
         its = space.limits[pool.kind]
         passes.setdefault(pool.kind.role, []).append((pool.instances * its.rate, its.reason))
     least = min(passes, key=lambda role: sum(rate for rate, _ in passes[role]))

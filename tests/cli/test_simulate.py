@@ -49,6 +49,19 @@ def told(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return capsys.readouterr().err
 
 
+def test_a_mixed_plan_runs_on_both_sorts_of_instances(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "slo.yaml").write_text(SLO)
+    path = tmp_path / "mixed.yaml"
+    colocated = "  - {role: colocated, instances: 1, device: H100-80GB-SXM5, kv_tokens: 300000}\n"
+    path.write_text(PLAN.replace("disaggregate", "mixed").replace("instances: 2", "instances: 1") + colocated)
+    page = tmp_path / "run.html"
+    text = simulated(capsys, path, "--rate", 60, "--report", page)
+    assert "300 finished" in text
+    for name in ("prefill-0", "decode-0", "colocated-0"):
+        assert name in page.read_text()
+    assert "300 finished" in simulated(capsys, path, "--rate", 60, "--fail", "colocated-0@1")
+
+
 def test_it_says_what_each_class_keeps(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = simulated(capsys, plan, "--rate", 5)
     assert text.startswith("300 requests at ")

@@ -120,3 +120,33 @@ def test_one_device_cannot_be_shared_by_two_phases_on_their_own() -> None:
 def test_every_layout_asked_for_is_looked_at() -> None:
     answer = ask(problem(4, layouts=("disaggregated", "colocated")))
     assert {looked.fleet.layout for looked in answer.found.looked} == {"disaggregated", "colocated"}
+
+
+def test_a_mixture_is_simulated_whole_and_serves_more_than_one_layout_where_devices_differ() -> None:
+    more = [NodeSection(device=H100, devices=1)]
+    alone = goodput(problem(2, more=more, max_tp=1, layouts=("disaggregated", "colocated")))
+    answer = ask(problem(2, more=more, max_tp=1, layouts=("disaggregated", "colocated", "mixed")))
+    assert answer.looked is not None
+    assert answer.looked.fleet.layout == "mixed"
+    assert answer.looked.outcome is not None
+    assert answer.looked.goodput is not None
+    assert answer.looked.goodput > alone
+
+
+def test_a_mixture_saves_what_whole_instances_cost_too_much() -> None:
+    prices = []
+    for layouts in (("disaggregated", "colocated"), ("disaggregated", "colocated", "mixed")):
+        question = problem(
+            4,
+            more=[NodeSection(device=H100, devices=3)],
+            max_tp=1,
+            rate=95.0,
+            layouts=layouts,  # type: ignore[arg-type]
+        )
+        answer = ask(question)
+        assert answer.met
+        assert answer.looked is not None
+        assert answer.looked.goodput == 95.0
+        prices.append(question.price_per_hour(answer.looked.fleet.devices))
+    assert answer.looked.fleet.layout == "mixed"
+    assert prices[1] < prices[0]
