@@ -16,7 +16,6 @@ run goes on where it stopped, and --fresh begins anew.
 import argparse
 import asyncio
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -229,6 +228,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=35.0, help="of arrivals in a run (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=2, help="of each run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (default: %(default)s)")
+    parser.add_argument("--note", default="", help="a sentence for the section, on how it was measured")
     parser.add_argument("--no-write", action="store_true", help="print the section, leave docs/fidelity.md alone")
     return parser.parse_args(argv)
 
@@ -245,7 +245,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in (folder / "calibration.yaml", *folder.glob("slo-*.yaml"), *folder.glob("run-*.json")):
             path.unlink(missing_ok=True)
     model, calibration_path = folder / "model", folder / "calibration.yaml"
-    load_before = os.getloadavg()
     try:
         if not (model / "config.json").exists():
             write_random_checkpoint(model, _SHAPE, dtype="bfloat16")
@@ -259,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BenchError, TandemError) as error:
         print(error, file=sys.stderr)
         return 1
-    section = section_text(comparisons, calibration, args.repetitions, (load_before[0], os.getloadavg()[0]))
+    section = section_text(comparisons, calibration, args.note)
     print(section)
     (folder / "comparisons.json").write_text(json.dumps([asdict(one) for one in comparisons], indent=1))
     if not args.no_write:

@@ -60,11 +60,10 @@ class Comparison:
         return abs(self.attainment_error) <= _ATTAINMENT_AIM and max(errors) <= _LATENCY_AIM
 
 
-def section_text(
-    comparisons: Sequence[Comparison], calibration: Calibration, repetitions: int, load: tuple[float, float]
-) -> str:
-    """`load`: the machine's load average before and after."""
-    lines = [TITLE, "", *_preamble(comparisons, calibration, repetitions, load)]
+def section_text(comparisons: Sequence[Comparison], calibration: Calibration, note: str = "") -> str:
+    """`note`: what a reader must know of this measurement."""
+    lines = [TITLE, "", *_preamble(comparisons, calibration)]
+    lines += ["", note] if note else []
     for workload in dict.fromkeys(one.workload for one in comparisons):
         rows = [one for one in comparisons if one.workload == workload]
         first = rows[0]
@@ -75,16 +74,14 @@ def section_text(
     return "\n".join(lines) + "\n"
 
 
-def _preamble(
-    comparisons: Sequence[Comparison], calibration: Calibration, repetitions: int, load: tuple[float, float]
-) -> Iterator[str]:
+def _preamble(comparisons: Sequence[Comparison], calibration: Calibration) -> Iterator[str]:
     met = sum(one.is_met for one in comparisons)
     attainment = max(abs(one.attainment_error) for one in comparisons)
     ttft, tpot = (max(abs(one.latency_error(name)) for one in comparisons) for name in ("ttft_s", "tpot_s"))
     yield (
         f"`python -m bench.fidelity_live`, {calibration.measured_on}: {calibration.device}, {calibration.cores} cores,"
-        f" {calibration.dtype}; one prefill and one decode worker, {calibration.threads} thread each. Load average"
-        f" {load[0]:.1f} before, {load[1]:.1f} after. {repetitions} live run(s) per row; every request counts."
+        f" {calibration.dtype}; one prefill and one decode worker, {calibration.threads} thread each."
+        f" {len(comparisons[0].live)} live run(s) per row (± half their range); every request counts."
     )
     yield ""
     yield (
@@ -106,10 +103,12 @@ def _table(rows: Sequence[Comparison]) -> Iterator[str]:
         for name in ("ttft_s", "tpot_s"):
             live, spread = 1e3 * one.live_mean(name), 500 * one.live_spread(name)
             simulated = 1e3 * getattr(one.simulated, name)
-            latencies.append(f"{live:.1f} ± {spread:.1f} | {simulated:.1f} | {100 * one.latency_error(name):+.1f}")
+            live_text = f"{live:.1f} ± {spread:.1f}" if len(one.live) > 1 else f"{live:.1f}"
+            latencies.append(f"{live_text} | {simulated:.1f} | {100 * one.latency_error(name):+.1f}")
         live, spread = 100 * one.live_mean("attainment"), 50 * one.live_spread("attainment")
+        live_text = f"{live:.1f} ± {spread:.1f}" if len(one.live) > 1 else f"{live:.1f}"
         yield (
-            f"| {one.rate:g}{' !' if one.marked else ''} | {one.requests} | {live:.1f} ± {spread:.1f} %"
+            f"| {one.rate:g}{' !' if one.marked else ''} | {one.requests} | {live_text} %"
             f" | {100 * one.simulated.attainment:.1f} % | {100 * one.attainment_error:+.1f} | {latencies[0]}"
             f" | {latencies[1]} | {'met' if one.is_met else 'missed'} |"
         )

@@ -191,7 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     if args.json is not None:
-        args.json.write_text(json.dumps({"url": plan.url, "model": plan.model, "seed": seed, "runs": report.runs}))
+        args.json.write_text(
+            json.dumps({"url": plan.url, "model": plan.model, "seed": seed, "load_average": load, "runs": report.runs})
+        )
     if report.stopped is not None:
         return 130 if report.stopped == "interrupted" else 1
     return GENERATOR_TOO_SLOW if report.faults else 0

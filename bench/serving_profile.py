@@ -8,14 +8,15 @@ What their timelines and clients say is compared with the cost model of the engi
 """
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -48,13 +49,13 @@ class Prompted:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Answers of `batch` clients, each of whom asks again at once: the mean time of a step, and the mean number of
-    sequences that an answer's steps had. `kv_tokens`: of one sequence, on average."""
+    """Answers of `batch` clients, each of whom asks again at once. `spans`: from when to when each answer had its
+    steps, `steps_each` of them. `kv_tokens`: of one sequence, on average."""
 
     batch: int
-    sequences: float
     kv_tokens: float
-    step_s: float
+    steps_each: int
+    spans: tuple[tuple[float, float], ...]
 
 
 async def measure_serving(
@@ -118,17 +119,19 @@ def prefill_factor(cost: CalibratedCost, prompted: Sequence[Prompted]) -> float:
 
 def decode_factors(cost: CalibratedCost, decoded: Sequence[Decoded]) -> Knots:
     """By batch: time taken over time predicted."""
-    return tuple((one.batch, one.step_s / _step_s(cost, one)) for one in decoded)
+    return tuple((one.batch, _predicted_steps(cost, one) / (one.steps_each * len(one.spans))) for one in decoded)
 
 
-def _step_s(cost: CalibratedCost, decoded: Decoded) -> float:
-    """Predicted, at a mean number of sequences that lies between two whole ones."""
-    fewer = math.floor(decoded.sequences)
-    below_s, above_s = (
-        base_s + batch * decoded.kv_tokens * per_token_s
-        for batch, (base_s, per_token_s) in ((n, cost.decode_line(n)) for n in (fewer, fewer + 1))
-    )
-    return below_s + (decoded.sequences - fewer) * (above_s - below_s)
+def _predicted_steps(cost: CalibratedCost, decoded: Decoded) -> float:
+    """How many steps all answers together would have had in their spans, with as many at once as there were."""
+    changes = sorted([(start_s, 1) for start_s, _ in decoded.spans] + [(end_s, -1) for _, end_s in decoded.spans])
+    steps, at_once = 0.0, 0
+    for (at_s, change), (next_s, _) in pairwise(changes):
+        at_once += change
+        if at_once:
+            base_s, per_token_s = cost.decode_line(at_once)
+            steps += at_once * (next_s - at_s) / (base_s + at_once * decoded.kv_tokens * per_token_s)
+    return steps
 
 
 def road_costs(answered: Sequence[Prompted], carried: Sequence[Prompted], kv_bytes_per_token: float) -> RoadCosts:
@@ -184,14 +187,11 @@ class _Probe:
                 answers.append(await self._ask(_SHORT_PROMPT, _ANSWER_TOKENS))
 
         await asyncio.gather(*(ask_on() for _ in range(batch)))
-        ended_s = time.monotonic()
-        decoding_s = [_decoding_s(answer) for answer in answers]
-        others = (sum(decoding_s) / (ended_s - began_s)) * (batch - 1) / batch  # who decode beside an answer
         return Decoded(
             batch=batch,
-            sequences=1 + others,
             kv_tokens=_SHORT_PROMPT + _ANSWER_TOKENS / 2,
-            step_s=float(np.mean(decoding_s)) / (_ANSWER_TOKENS - 1),
+            steps_each=_ANSWER_TOKENS - 1,
+            spans=tuple((_decode_began_s(answer), answer.last_s) for answer in answers),
         )
 
     async def _prompt_on(self, answers: list[Prompted], max_tokens: int) -> None:
@@ -209,27 +209,16 @@ class _Probe:
         return stamped
 
 
-def _parts(stamped: Stamped) -> Mapping[str, float]:
-    assert stamped.usage is not None
-    extra = stamped.usage["tandem"]
-    assert isinstance(extra, dict), "timelines were asked for"
-    parts: Mapping[str, float] = extra["timeline"]["parts"]
-    return parts
-
-
-def _decoding_s(stamped: Stamped) -> float:
-    """From when decode could begin to the last token."""
+def _decode_began_s(stamped: Stamped) -> float:
+    """When its KV was there and a step could take it."""
     assert stamped.first_s is not None
-    parts = _parts(stamped)
-    return stamped.last_s - stamped.first_s - parts.get("transfer_s", 0.0) - parts.get("decode_queue_s", 0.0)
+    parts = _timeline(stamped)["parts"]
+    return stamped.first_s + float(parts.get("transfer_s", 0.0) + parts.get("decode_queue_s", 0.0))
 
 
 def _prompted(num_tokens: int, stamped: Stamped) -> Prompted:
     assert stamped.first_s is not None
-    assert stamped.usage is not None
-    extra = stamped.usage["tandem"]
-    assert isinstance(extra, dict), "timelines were asked for"
-    timeline = extra["timeline"]
+    timeline = _timeline(stamped)
     return Prompted(
         num_tokens=num_tokens,
         first_s=stamped.first_s - stamped.sent_s,
@@ -238,3 +227,11 @@ def _prompted(num_tokens: int, stamped: Stamped) -> Prompted:
         total_s=timeline["total_s"],
         parts=timeline["parts"],
     )
+
+
+def _timeline(stamped: Stamped) -> dict[str, Any]:
+    assert stamped.usage is not None
+    extra = stamped.usage["tandem"]
+    assert isinstance(extra, dict), "timelines were asked for"
+    timeline: dict[str, Any] = extra["timeline"]
+    return timeline

@@ -34,12 +34,20 @@ def prompted(num_tokens: int, prefill_s: float, transfer_s: float = 0.0) -> Prom
 
 def test_factors_are_what_serving_adds_to_the_engine() -> None:
     prompts = [prompted(n, 1.2 * ALONE.step(StepLoad.of_prompts(n)).total_s) for n in (32, 64, 256)]
-    decoded = []
-    for batch, kv_tokens, factor in ((1, 100.0, 1.5), (4, 250.0, 1.25), (12, 2500.0, 1.125)):
-        base_s, per_token_s = ALONE.decode_line(batch)
-        decoded.append(Decoded(batch, float(batch), kv_tokens, factor * (base_s + batch * kv_tokens * per_token_s)))
     assert prefill_factor(ALONE, prompts) == pytest.approx(1.2)
-    assert dict(decode_factors(ALONE, decoded)) == pytest.approx({1: 1.5, 4: 1.25, 12: 1.125})
+
+
+def test_decode_is_compared_with_as_many_at_once_as_there_were() -> None:
+    def step_s(batch: int) -> float:
+        base_s, per_token_s = ALONE.decode_line(batch)
+        return base_s + batch * 100 * per_token_s
+
+    # Two answers of ten steps; for five of them they are together, and every step takes 1.5 times as long as predicted.
+    alone_s, both_s = 5 * 1.5 * step_s(1), 5 * 1.5 * step_s(2)
+    first = (0.0, alone_s + both_s)
+    second = (alone_s, alone_s + both_s + alone_s)
+    (known,) = decode_factors(ALONE, [Decoded(2, 100.0, 10, (first, second))])
+    assert known == (2, pytest.approx(1.5))
 
 
 def test_a_transfer_has_a_latency_and_a_speed() -> None:
