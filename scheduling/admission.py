@@ -1,18 +1,8 @@
-"""What the schedulers ask of a prompt before they take it in: that it can ever fit, and that it fits now."""
+"""How a prompt gets its blocks, some of them from the prefix cache."""
 
-from core.errors import ContextLengthError
 from scheduling.block_pool import BlockPool
 from scheduling.prefix_index import PrefixIndex
 from scheduling.sequence import Sequence
-
-
-def check_length(sequence: Sequence, max_model_len: int) -> None:
-    """Raises ContextLengthError if there is no room for `sequence` and one more token, however idle the worker is."""
-    if sequence.num_tokens >= max_model_len:
-        raise ContextLengthError(
-            f"The prompt has {sequence.num_tokens} tokens; this model takes at most {max_model_len} tokens,"
-            " prompt and answer together."
-        )
 
 
 def take_prompt_blocks(

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from core.errors import OverloadedError
-from scheduling.admission import check_length, take_prompt_blocks
+from scheduling.admission import take_prompt_blocks
 from scheduling.block_pool import BlockPool
-from scheduling.decode import SteadySteps
 from scheduling.integrity import BlockTable, check_blocks
 from scheduling.keyed_heap import KeyedHeap
 from scheduling.prefix_index import PrefixIndex
+from scheduling.scheduler import Chunk, Scheduler
 from scheduling.sequence import Sequence, SequenceState
+from scheduling.steady import SteadySteps
 
 Mixing = Literal["chunked", "prompt_first"]
 
@@ -41,16 +42,13 @@ class ColocatedPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class ColocatedChunk:
-    """Tokens `[start, start + num_tokens)` of `sequence`. Only after a chunk that `samples` is a token drawn.
+class ColocatedChunk(Chunk):
+    """Only after a chunk that `samples` is a token drawn.
 
     A prompt's chunk computes tokens before the first drawn one, or anew after a preemption; a chunk that is not a
     prompt's is one token of decoding.
     """
 
-    sequence: Sequence
-    start: int
-    num_tokens: int
     samples: bool
     is_prompt: bool
 
@@ -70,7 +68,7 @@ class ColocatedCounts:
     preemptions: int
 
 
-class ColocatedScheduler:
+class ColocatedScheduler(Scheduler[ColocatedChunk]):
     """Sequences from `add` until `finish` or `cancel`. One thread; between two steps.
 
         add(sequence)             -> WAITING
@@ -89,10 +87,7 @@ class ColocatedScheduler:
     """
 
     __slots__ = (
-        "_block_size",
         "_cached_tokens",
-        "_computed_tokens",
-        "_deadlines",
         "_decoding",
         "_first_is_blocked",
         "_index",
@@ -100,72 +95,50 @@ class ColocatedScheduler:
         "_max_running",
         "_next_order",
         "_policy",
-        "_pool",
         "_preemptions",
         "_prompts",
-        "_sequences",
         "_spare_blocks",
         "_waiting",
         "_waiting_tokens",
-        "max_model_len",
     )
 
     def __init__(self, policy: ColocatedPolicy, pool: BlockPool, prefix_index: PrefixIndex, max_model_len: int) -> None:
-        """`max_model_len` counts prompt plus answer; the attribute of that name is less where the pool is smaller."""
+        super().__init__(pool, prefix_index.block_size, max_model_len)
         assert policy.max_batch > 0
         assert policy.max_batch_tokens > 0
         self._policy = policy
-        self._pool = pool
         self._index = prefix_index
-        self._block_size = prefix_index.block_size
-        self.max_model_len = min(max_model_len, pool.num_blocks * prefix_index.block_size)
         # In a chunked step every running sequence takes at least one token.
         self._max_running = policy.max_batch
         if policy.mixing == "chunked":
             self._max_running = min(policy.max_batch, policy.max_batch_tokens)
         self._spare_blocks = int(policy.watermark * pool.num_blocks)
-        self._sequences: dict[Hashable, Sequence] = {}
         self._line: KeyedHeap[Hashable] = KeyedHeap()  # waiting and preempted, by age
         self._prompts: dict[Hashable, Sequence] = {}  # running, not decoding yet; oldest first
         self._decoding: dict[Hashable, Sequence] = {}  # running, all but their last token computed
-        self._deadlines: KeyedHeap[Hashable] = KeyedHeap()
         self._first_is_blocked = False  # memory was too short for the first in line, and none was given back since
         self._waiting = 0
         self._waiting_tokens = 0
         self._next_order = 0
-        self._computed_tokens = 0
         self._cached_tokens = 0
         self._preemptions = 0
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def get(self, key: Hashable) -> Sequence | None:
-        return self._sequences.get(key)
 
     @property
     def has_waiting(self) -> bool:
         """Whether a sequence waits to be admitted, for the first time or again."""
         return len(self._line) > 0
 
-    def length_limit(self, sequence: Sequence) -> int:
-        """Tokens, prompt and answer together, with which it ends at the latest."""
-        return min(sequence.request.max_total_tokens, self.max_model_len)
-
     def add(self, sequence: Sequence) -> None:
         """Queue it. Raises ContextLengthError if it can never fit, OverloadedError if the queue is full."""
-        assert sequence.key not in self._sequences, f"{sequence.key!r} is scheduled already"
-        check_length(sequence, self.max_model_len)
+        self._check_length(sequence)
         if self._waiting >= self._policy.max_queue:
             raise OverloadedError("The queue is full; try again later.")
+        self._enter(sequence)
         sequence.order = self._next_order
         self._next_order += 1
-        self._sequences[sequence.key] = sequence
         self._line.push(sequence.key, sequence.order)
         self._waiting += 1
         self._waiting_tokens += sequence.num_tokens
-        if sequence.request.deadline_s != float("inf"):
-            self._deadlines.push(sequence.key, sequence.request.deadline_s)
 
     # --- stepping ----------------------------------------------------------------------------------------------------
 
@@ -181,14 +154,10 @@ class ColocatedScheduler:
         return chunks + self._prompt_chunks(self._policy.max_batch_tokens - len(chunks), now_s)
 
     def computed(self, chunk: ColocatedChunk) -> bool:
-        """The KV of `chunk` is in its blocks. False when the sequence is gone meanwhile: drop the chunk's result."""
-        sequence = chunk.sequence
-        if self._sequences.get(sequence.key) is not sequence:
+        if not super().computed(chunk):
             return False
-        assert chunk.start == sequence.num_computed, "a chunk computed twice, or out of order"
-        sequence.num_computed += chunk.num_tokens
-        self._computed_tokens += chunk.num_tokens
         if chunk.is_prompt:
+            sequence = chunk.sequence
             self._waiting_tokens -= chunk.num_tokens
             self._index.insert(
                 sequence.token_ids,
@@ -332,9 +301,6 @@ class ColocatedScheduler:
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
     def _blocks_to_grow(self, num_steps: int) -> int:
         """Blocks that `num_steps` steps add to those that decode."""
         size = self._block_size
@@ -356,9 +322,7 @@ class ColocatedScheduler:
         return blocks
 
     def _claim_of(self, sequence: Sequence) -> int:
-        """Blocks that it will hold at the horizon of its growth."""
-        grown = min(sequence.num_tokens + self._policy.growth_horizon_tokens, self.length_limit(sequence))
-        return self._blocks_for(max(grown, sequence.num_tokens))
+        return self._grown_blocks(sequence, self._policy.growth_horizon_tokens)
 
     def _admit_first(self, now_s: float, max_uncomputed: int | None) -> Sequence | None:
         """Let the first in line run, if it fits. Found too large for memory once, it is not looked at again before that
@@ -394,8 +358,7 @@ class ColocatedScheduler:
 
     def _remove(self, sequence: Sequence) -> None:
         self._leave(sequence)
-        del self._sequences[sequence.key]
-        self._deadlines.discard(sequence.key)
+        self._forget(sequence)
         self._pool.release(sequence.take_blocks())
         sequence.move_to(SequenceState.FINISHED)
         self._first_is_blocked = False

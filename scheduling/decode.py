@@ -1,17 +1,15 @@
 """Which sequences a decode worker admits, and which tokens it computes next. Pure bookkeeping: no clock, no tensors."""
 
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from core.errors import ContextLengthError, OverloadedError
+from core.errors import OverloadedError
 from scheduling.block_pool import BlockPool
 from scheduling.integrity import BlockTable, check_blocks
 from scheduling.keyed_heap import KeyedHeap
+from scheduling.scheduler import Chunk, Scheduler
 from scheduling.sequence import Sequence, SequenceState
-from scheduling.steady import SteadyBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +28,9 @@ class DecodePolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeChunk:
-    """Tokens `[start, start + num_tokens)` of `sequence`. Only after a chunk that `samples` is a token drawn."""
+class DecodeChunk(Chunk):
+    """Only after a chunk that `samples` is a token drawn."""
 
-    sequence: Sequence
-    start: int
-    num_tokens: int
     samples: bool
 
 
@@ -56,17 +51,7 @@ class DecodeCounts:
     preemptions: int
 
 
-class SteadySteps(NamedTuple):
-    """At least one and at most `max_steps` steps. The first reads `kv_tokens` tokens of KV, new ones included, each
-    after it `num_sequences` more. For `newcomers` the first is the first of all."""
-
-    max_steps: int
-    num_sequences: int
-    kv_tokens: int
-    newcomers: list[Sequence]
-
-
-class DecodeScheduler:
+class DecodeScheduler(Scheduler[DecodeChunk]):
     """Sequences from `add` until `finish`, `cancel` or `detach`. One thread; between two steps.
 
         add(sequence)                    -> WAITING
@@ -76,8 +61,6 @@ class DecodeScheduler:
         computed(chunk) for each chunk, then generated(key, token) for each that samples, then finish(key) where it ends
         expired(now)                     -> end each with cancel, or with detach while its transfer may still write
 
-    Where tokens have no content (a simulator), `steady` and `advance` take many steps at once.
-
     Memory. A sequence *claims* the blocks it will need at the end of its growth horizon. A newcomer is admitted, in
     order of arrival, when its claim fits beside all claims. When the horizon was too short and memory runs out, the
     youngest running sequence is preempted: its blocks are freed, and before any newcomer it is admitted again and
@@ -86,55 +69,32 @@ class DecodeScheduler:
     """
 
     __slots__ = (
-        "_block_size",
         "_claimed_blocks",
         "_claims",
-        "_computed_tokens",
-        "_deadlines",
         "_held_blocks",
         "_next_order",
         "_policy",
-        "_pool",
         "_preempted",
         "_preemptions",
         "_running",
-        "_sequences",
-        "_steady",
         "_waiting",
         "_waiting_tokens",
-        "max_model_len",
     )
 
     def __init__(self, policy: DecodePolicy, pool: BlockPool, block_size: int, max_model_len: int) -> None:
-        """`max_model_len` counts prompt plus answer; the attribute of that name is less where the pool is smaller."""
+        super().__init__(pool, block_size, max_model_len)
         assert policy.max_batch > 0
         assert policy.max_chunk_tokens > 0
         self._policy = policy
-        self._pool = pool
-        self._block_size = block_size
-        self.max_model_len = min(max_model_len, pool.num_blocks * block_size)
-        self._sequences: dict[Hashable, Sequence] = {}
         self._waiting: OrderedDict[Hashable, Sequence] = OrderedDict()  # the next to be reserved first
         self._running: OrderedDict[Hashable, Sequence] = OrderedDict()  # the next to take part in a step first
         self._preempted: KeyedHeap[Hashable] = KeyedHeap()  # by age
-        self._deadlines: KeyedHeap[Hashable] = KeyedHeap()
         self._claims: dict[Hashable, int] = {}  # of reserved and running sequences
         self._claimed_blocks = 0
         self._held_blocks = 0
         self._waiting_tokens = 0
         self._next_order = 0
-        self._computed_tokens = 0
         self._preemptions = 0
-        self._steady: SteadyBatch | None = None  # holds all of _running while it is there
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def get(self, key: Hashable) -> Sequence | None:
-        sequence = self._sequences.get(key)
-        if sequence is not None:
-            self._sync(sequence)
-        return sequence
 
     @property
     def has_waiting(self) -> bool:
@@ -145,21 +105,14 @@ class DecodeScheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue it for a reservation. Raises ContextLengthError if it can never fit, OverloadedError if full."""
-        assert sequence.key not in self._sequences, f"{sequence.key!r} is scheduled already"
-        if sequence.num_tokens >= self.max_model_len:
-            raise ContextLengthError(
-                f"The prompt has {sequence.num_tokens} tokens; this model takes at most {self.max_model_len} tokens,"
-                " prompt and answer together."
-            )
+        self._check_length(sequence)
         if len(self._waiting) >= self._policy.max_queue:
             raise OverloadedError("The decode queue is full; try again later.")
+        self._enter(sequence)
         sequence.order = self._next_order
         self._next_order += 1
-        self._sequences[sequence.key] = sequence
         self._waiting[sequence.key] = sequence
         self._waiting_tokens += sequence.num_tokens
-        if sequence.request.deadline_s != float("inf"):
-            self._deadlines.push(sequence.key, sequence.request.deadline_s)
 
     def reserve(self, now_s: float) -> list[Sequence]:
         """Give waiting sequences blocks for their KV to arrive in, first come first served, while claims fit.
@@ -177,7 +130,7 @@ class DecodeScheduler:
             reserved.append(sequence)
         return reserved
 
-    def committed(self, key: Hashable, first_token_id: int, now_s: float) -> None:
+    def committed(self, key: Hashable, first_token_id: int, now_s: float) -> Sequence:
         """The KV of all tokens of the request is in the blocks; `first_token_id` is what prefill drew from it."""
         sequence = self._sequences[key]
         assert sequence.state is SequenceState.RESERVED, "a transfer into blocks that were not reserved"
@@ -187,8 +140,7 @@ class DecodeScheduler:
         sequence.move_to(SequenceState.RUNNING)
         self._running[key] = sequence
         self._claim(sequence)
-        if self._steady is not None:
-            self._steady.join(sequence, self.length_limit(sequence))
+        return sequence
 
     # --- stepping ----------------------------------------------------------------------------------------------------
 
@@ -198,7 +150,6 @@ class DecodeScheduler:
         Empty only when none is running. When more are ready they take turns. Each chunk's blocks are in its sequence's
         block table.
         """
-        self._end_steady()
         self._readmit()
         chunks = self._grow(self._pick())
         while not chunks and self._running:  # all whose turn it was lost their memory: it is the older ones' turn
@@ -211,16 +162,6 @@ class DecodeScheduler:
                 self._running.move_to_end(sequence.key)
         return chunks
 
-    def computed(self, chunk: DecodeChunk) -> bool:
-        """The KV of `chunk` is in its blocks. False when the sequence is gone meanwhile: drop the chunk's result."""
-        sequence = chunk.sequence
-        if self._sequences.get(sequence.key) is not sequence:
-            return False
-        assert chunk.start == sequence.num_computed, "a chunk computed twice, or out of order"
-        sequence.num_computed += chunk.num_tokens
-        self._computed_tokens += chunk.num_tokens
-        return True
-
     def generated(self, key: Hashable, token_id: int) -> Sequence:
         """Append the token drawn after a chunk that samples. Ask the sequence's `finish_reason_after` next."""
         sequence = self._sequences[key]
@@ -228,66 +169,6 @@ class DecodeScheduler:
         sequence.append(token_id)
         self._claim(sequence)
         return sequence
-
-    # --- many steps at once ------------------------------------------------------------------------------------------
-
-    def steady(self) -> SteadySteps | None:
-        """How long every running sequence just computes one token per step: none reaches its `length_limit` before
-        the last of these steps, none is preempted or admitted again. None: ask `next_batch`.
-
-        O(1) from call to call, but for the first one and whenever `next_batch` was asked in between.
-        """
-        if not 0 < len(self._running) <= self._policy.max_batch or self._preempted:
-            return None
-        if self._steady is None:
-            if any(sequence.num_uncomputed != 1 for sequence in self._running.values()):
-                return None
-            self._steady = SteadyBatch(self._block_size, self._policy.growth_horizon_tokens)
-            for sequence in self._running.values():
-                self._steady.join(sequence, self.length_limit(sequence))
-        batch = self._steady
-        assert len(batch) == len(self._running), "finish what has reached its limit"
-        free_blocks = self._pool.num_free + batch.held_blocks
-        num_steps = batch.steps_to_first_end
-        if batch.blocks_after(num_steps) > free_blocks:
-            num_steps = bisect_right(range(1, num_steps), free_blocks, key=batch.blocks_after)
-        return SteadySteps(num_steps, len(batch), batch.kv_tokens, batch.newcomers) if num_steps > 0 else None
-
-    def advance(self, num_steps: int, now_s: float) -> list[Sequence]:
-        """The same as `num_steps` steps, at most those of `steady`, of which the first began at `now_s`; but for which
-        block is whose, and every token drawn is 0. Returns the sequences that have reached their limit, in the order
-        of their chunks: `finish` each now.
-
-        The other sequences' own numbers lag behind until `get`, `next_batch` or `block_tables` is asked.
-        """
-        batch = self._steady
-        assert batch is not None, "ask `steady` first"
-        for sequence in batch.newcomers:
-            sequence.started_s = now_s
-        batch.newcomers = []
-        self._claimed_blocks -= batch.claimed_blocks
-        count = batch.advance(num_steps)
-        self._claimed_blocks += batch.claimed_blocks
-        self._held_blocks += count
-        batch.loose_blocks.extend(self._pool.allocate(count))
-        self._computed_tokens += num_steps * len(batch)
-        ended = batch.pop_ended()
-        for sequence in ended:
-            self._claims[sequence.key] = self._claim_of(sequence)
-        return ended
-
-    def _sync(self, sequence: Sequence) -> None:
-        if self._steady is not None and sequence.key in self._steady.synced:
-            self._steady.sync(sequence)
-            self._claims[sequence.key] = self._claim_of(sequence)
-
-    def _end_steady(self) -> None:
-        """From here on the sequences' own numbers count."""
-        if self._steady is not None:
-            for sequence in self._running.values():
-                self._sync(sequence)
-            assert not self._steady.loose_blocks, "a block that no sequence missed"
-            self._steady = None
 
     # --- going out ---------------------------------------------------------------------------------------------------
 
@@ -302,8 +183,6 @@ class DecodeScheduler:
 
         Not while a transfer may still write into its blocks: `detach` it then.
         """
-        if key in self._running:
-            self._end_steady()
         sequence = self._sequences.get(key)
         if sequence is not None:
             self._pool.release(self._remove(sequence))
@@ -333,12 +212,10 @@ class DecodeScheduler:
         )
 
     def block_tables(self) -> list[BlockTable]:
-        self._end_steady()
         return [self._sequences[key].block_table for key in self._claims]
 
     def check_integrity(self, other_owners: Iterable[BlockTable] = ()) -> None:
         """Every held block is a live sequence's or one of `other_owners` (quarantined); assert, O(num_blocks)."""
-        self._end_steady()
         assert len(self._sequences) == len(self._waiting) + len(self._claims) + len(self._preempted)
         assert self._claimed_blocks == sum(self._claims.values())
         assert self._held_blocks == sum(len(table) for table in self.block_tables())
@@ -349,17 +226,8 @@ class DecodeScheduler:
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
-    def length_limit(self, sequence: Sequence) -> int:
-        """Tokens, prompt and answer together, with which it ends at the latest."""
-        return min(sequence.request.max_total_tokens, self.max_model_len)
-
     def _claim_of(self, sequence: Sequence) -> int:
-        limit = self.length_limit(sequence)
-        grown = min(sequence.num_tokens + self._policy.growth_horizon_tokens, limit)
-        return self._blocks_for(max(grown, sequence.num_tokens))
+        return self._grown_blocks(sequence, self._policy.growth_horizon_tokens)
 
     def _claim(self, sequence: Sequence) -> None:
         claim = self._claim_of(sequence)
@@ -443,10 +311,9 @@ class DecodeScheduler:
 
     def _remove(self, sequence: Sequence) -> list[int]:
         """Forget it; its blocks are the caller's."""
-        del self._sequences[sequence.key]
+        self._forget(sequence)
         self._leave_queue(sequence)
         self._running.pop(sequence.key, None)
         self._preempted.discard(sequence.key)
-        self._deadlines.discard(sequence.key)
         sequence.move_to(SequenceState.FINISHED)
         return self._take_blocks(sequence)

@@ -5,11 +5,12 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from core.errors import OverloadedError
-from scheduling.admission import check_length, take_prompt_blocks
+from scheduling.admission import take_prompt_blocks
 from scheduling.block_pool import BlockPool
 from scheduling.integrity import BlockTable, check_blocks
 from scheduling.keyed_heap import KeyedHeap
 from scheduling.prefix_index import PrefixIndex
+from scheduling.scheduler import Chunk, Scheduler
 from scheduling.sequence import Sequence, SequenceState
 
 
@@ -33,12 +34,9 @@ class PrefillPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """Tokens `[start, start + num_tokens)` of `sequence`. The token drawn after the last chunk is the first output."""
+class PrefillChunk(Chunk):
+    """The token drawn after the last chunk is the first output."""
 
-    sequence: Sequence
-    start: int
-    num_tokens: int
     is_last: bool
 
 
@@ -56,7 +54,7 @@ class PrefillCounts:
     expired: int
 
 
-class PrefillScheduler:
+class PrefillScheduler(Scheduler[PrefillChunk]):
     """Sequences from `add` until their last chunk is computed.
 
     The worker's loop, all of it between two steps and on one thread:
@@ -74,20 +72,15 @@ class PrefillScheduler:
 
     __slots__ = (
         "_cached_tokens",
-        "_computed_tokens",
-        "_deadlines",
         "_expired",
         "_index",
         "_num_expired",
         "_order",
         "_policy",
-        "_pool",
         "_running",
         "_running_blocks",
-        "_sequences",
         "_waiting",
         "_waiting_tokens",
-        "max_model_len",
     )
 
     def __init__(
@@ -98,39 +91,25 @@ class PrefillScheduler:
         block_size: int,
         max_model_len: int,
     ) -> None:
-        """`max_model_len` counts prompt plus answer; the attribute of that name is less where the pool is smaller."""
+        super().__init__(pool, block_size, max_model_len)
         self._policy = policy
         self._order = ORDERS[policy.order]
-        self._pool = pool
         self._index = prefix_index
-        self.max_model_len = min(max_model_len, pool.num_blocks * block_size)
-        self._sequences: dict[Hashable, Sequence] = {}
         self._waiting: KeyedHeap[Hashable] = KeyedHeap()
         self._running: OrderedDict[Hashable, Sequence] = OrderedDict()  # the oldest first
-        self._deadlines: KeyedHeap[Hashable] = KeyedHeap()
         self._expired: list[Sequence] = []
         self._waiting_tokens = 0
         self._running_blocks = 0
-        self._computed_tokens = 0
         self._cached_tokens = 0
         self._num_expired = 0
 
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def get(self, key: Hashable) -> Sequence | None:
-        return self._sequences.get(key)
-
     def add(self, sequence: Sequence) -> None:
         """Queue it. Raises ContextLengthError if it can never fit, OverloadedError if the queue is full."""
-        assert sequence.key not in self._sequences, f"{sequence.key!r} is scheduled already"
-        check_length(sequence, self.max_model_len)
+        self._check_length(sequence)
         if len(self._waiting) >= self._policy.max_queue:
             raise OverloadedError("The prefill queue is full; try again later.")
-        self._sequences[sequence.key] = sequence
+        self._enter(sequence)
         self._waiting.push(sequence.key, self._order(sequence))
-        if sequence.request.deadline_s != float("inf"):
-            self._deadlines.push(sequence.key, sequence.request.deadline_s)
         self._waiting_tokens += sequence.num_tokens
 
     def cancel(self, key: Hashable) -> Sequence | None:
@@ -167,14 +146,10 @@ class PrefillScheduler:
         return chunks
 
     def computed(self, chunk: PrefillChunk) -> bool:
-        """The KV of `chunk` is in its blocks. False when the sequence is gone meanwhile: drop the chunk's result."""
-        sequence = chunk.sequence
-        if self._sequences.get(sequence.key) is not sequence:
+        if not super().computed(chunk):
             return False
-        assert chunk.start == sequence.num_computed, "a chunk computed twice, or out of order"
-        sequence.num_computed += chunk.num_tokens
+        sequence = chunk.sequence
         self._waiting_tokens -= chunk.num_tokens
-        self._computed_tokens += chunk.num_tokens
         self._index.insert(
             sequence.token_ids,
             sequence.block_table,
@@ -230,9 +205,8 @@ class PrefillScheduler:
         return True
 
     def _remove(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.key]
+        self._forget(sequence)
         self._waiting.discard(sequence.key)
-        self._deadlines.discard(sequence.key)
         if self._running.pop(sequence.key, None) is not None:
             self._running_blocks -= len(sequence.block_table)
         self._waiting_tokens -= sequence.num_uncomputed

@@ -37,6 +37,8 @@ class Sequence:
                                                        out of memory v   | recompute
                                                                    PREEMPTED
 
+    colocated WAITING --admitted--> RUNNING --last token--> FINISHED, preempted as in decode
+
     Every state but FINISHED also goes to FINISHED by cancel, deadline or failure.
 
     `token_ids` starts as the request's tokens and grows by each generated one; `block_table[i]` holds the KV of tokens

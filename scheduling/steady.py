@@ -6,8 +6,19 @@ follow from sums that change only when a sequence joins or leaves.
 
 import heapq
 from collections.abc import Hashable
+from typing import NamedTuple
 
 from scheduling.sequence import Sequence
+
+
+class SteadySteps(NamedTuple):
+    """At least one and at most `max_steps` steps. The first reads `kv_tokens` tokens of KV, new ones included, each
+    after it `num_sequences` more. For `newcomers` the first is the first of all."""
+
+    max_steps: int
+    num_sequences: int
+    kv_tokens: int
+    newcomers: list[Sequence]
 
 
 class GrowingBlocks:

@@ -8,7 +8,8 @@ from placement.simulator.counted import CountedPool, CountedSequence
 from placement.simulator.deployment import InstanceSpec
 from placement.simulator.result import InstanceUse
 from placement.simulator.stepping import SteppingInstance, attempt_of
-from scheduling.decode import DecodeChunk, DecodePolicy, DecodeScheduler
+from scheduling.decode import DecodeChunk, DecodePolicy
+from scheduling.steady_decode import SteadyDecodeScheduler
 
 
 class DecodeInstance(SteppingInstance):
@@ -17,7 +18,7 @@ class DecodeInstance(SteppingInstance):
     def __init__(self, spec: InstanceSpec, agenda: Agenda, listener: Listener, *, step_by_step: bool = False) -> None:
         self._pool = CountedPool(spec.num_blocks)
         policy = DecodePolicy(spec.max_batch, spec.max_queue, spec.growth_horizon_tokens)
-        self._scheduler = DecodeScheduler(policy, self._pool, spec.block_size, spec.max_model_len)
+        self._scheduler = SteadyDecodeScheduler(policy, self._pool, spec.block_size, spec.max_model_len)
         super().__init__(spec, self._scheduler, agenda, listener, step_by_step=step_by_step)
 
     def open(self, attempt: Attempt) -> None:

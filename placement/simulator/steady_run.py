@@ -2,7 +2,7 @@
 
 import math
 
-from scheduling.decode import SteadySteps
+from scheduling.steady import SteadySteps
 
 
 class SteadyRun:

@@ -10,8 +10,8 @@ from placement.simulator.deployment import InstanceSpec
 from placement.simulator.steady_run import SteadyRun
 from placement.simulator.use import StepTotals
 from scheduling.colocated import ColocatedScheduler
-from scheduling.decode import DecodeScheduler
 from scheduling.sequence import Sequence, SequenceState
+from scheduling.steady_decode import SteadyDecodeScheduler
 
 
 class SteppingInstance(ABC):
@@ -25,7 +25,7 @@ class SteppingInstance(ABC):
     def __init__(
         self,
         spec: InstanceSpec,
-        scheduler: DecodeScheduler | ColocatedScheduler,
+        scheduler: SteadyDecodeScheduler | ColocatedScheduler,
         agenda: Agenda,
         listener: Listener,
         *,

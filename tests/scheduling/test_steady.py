@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from core.request import GenerationRequest, SamplingParams
 from scheduling.block_pool import BlockPool
-from scheduling.decode import DecodePolicy, DecodeScheduler
+from scheduling.decode import DecodePolicy
 from scheduling.sequence import Sequence
 from scheduling.steady import GrowingBlocks
+from scheduling.steady_decode import SteadyDecodeScheduler
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks)
-        self.scheduler = DecodeScheduler(self.policy, self.pool, self.block_size, max_model_len=60)
+        self.scheduler = SteadyDecodeScheduler(self.policy, self.pool, self.block_size, max_model_len=60)
 
     def add(self, key: int, num_tokens: int, max_tokens: int) -> None:
         request = GenerationRequest(str(key), (1,) * num_tokens, SamplingParams(max_tokens=max_tokens))
