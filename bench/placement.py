@@ -44,7 +44,6 @@ from placement.simulator.deployment import Role
 
 PARTS = ("distserve", "gpus", "requests", "rate")
 _AIM = 100  # times faster than DistServe's search
-_LARGEST_AIM_S = 60.0
 _GPUS = (8, 32, 128, 512, 1024)
 _REQUESTS = (1000, 2000, 4000, 8000)
 _RATES = (5.0, 20.0, 60.0)

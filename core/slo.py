@@ -2,8 +2,6 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from core.timeline import Timeline
-
 
 class SloClass(BaseModel):
     """Targets of one class of requests. `attainment` is the share of its requests that must meet both targets."""
@@ -19,6 +17,3 @@ class SloClass(BaseModel):
     def is_met(self, ttft_s: float | None, tpot_s: float | None) -> bool:
         """A request without a first token misses; an answer of one token has no TPOT and cannot miss it."""
         return ttft_s is not None and ttft_s <= self.ttft_s and (tpot_s is None or tpot_s <= self.tpot_s)
-
-    def is_met_by(self, timeline: Timeline) -> bool:
-        return self.is_met(timeline.ttft_s, timeline.tpot_s)

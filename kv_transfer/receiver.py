@@ -164,11 +164,6 @@ class KvReceiver:
         """Totals of every peer since it was first linked or last dropped."""
         return tuple(totals.stats() for totals in self._totals.values())
 
-    def bandwidth(self, peer_id: str) -> float | None:
-        """Bytes per second measured when the peer was linked; None when it is not."""
-        link = self._links.get(peer_id)
-        return link.end.bytes_per_s if link else None
-
     def drop(self, peer_id: str) -> None:
         """That instance is gone: end its link and forget it. Fetches from it fail."""
         self._unlink(peer_id)

@@ -26,5 +26,4 @@ def take_prompt_blocks(
     index.make_room(missing)
     sequence.block_table = cached + pool.allocate(missing)
     sequence.num_cached = sequence.num_computed = num_cached
-    index.count_query(sequence.num_tokens, num_cached)
     return True

@@ -1,6 +1,6 @@
 """Computed KV that waits to be fetched. Each lease ends, so that a reader that is gone frees its blocks."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from core.errors import DuplicateRequestError
 from scheduling.keyed_heap import KeyedHeap
@@ -41,11 +41,6 @@ class LeaseTable:
         """Blocks under lease; one that two leases share counts twice."""
         return self._num_blocks
 
-    @property
-    def next_expiry_s(self) -> float | None:
-        first = self._expiry.peek()
-        return None if first is None else first[0]
-
     def block_tables(self) -> list[tuple[int, ...]]:
         return [lease.block_ids for lease in self._leases.values()]
 
@@ -67,15 +62,6 @@ class LeaseTable:
         """The lease, if it is still in force."""
         lease = self._leases.get((request_id, epoch))
         return lease if lease is not None and now_s < lease.expires_s else None
-
-    def renew(self, request_id: str, epoch: int, expires_s: float, now_s: float) -> bool:
-        """Let it last until `expires_s`. False when it has ended: an ended lease never comes back."""
-        lease = self.find(request_id, epoch, now_s)
-        if lease is None:
-            return False
-        self._leases[request_id, epoch] = replace(lease, expires_s=expires_s)
-        self._expiry.push((request_id, epoch), expires_s)
-        return True
 
     def acknowledge(self, request_id: str, epoch: int, now_s: float) -> Lease | None:
         """The reader has everything: end the lease and return it. None when stale or expired: the reader must

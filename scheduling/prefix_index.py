@@ -45,9 +45,6 @@ class PrefixIndex:
         "_pool",
         "block_size",
         "enabled",
-        "evictions",
-        "hit_tokens",
-        "queried_tokens",
     )
 
     def __init__(self, pool: BlockPool, block_size: int, enabled: bool = True) -> None:
@@ -57,9 +54,6 @@ class PrefixIndex:
         self.enabled = enabled
         self._block_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
-        self.queried_tokens = 0
-        self.hit_tokens = 0
-        self.evictions = 0
 
     @property
     def num_blocks(self) -> int:
@@ -89,11 +83,6 @@ class PrefixIndex:
             found.append(block_id)
         self._pool.share(found)
         return found
-
-    def count_query(self, num_tokens: int, num_hit: int) -> None:
-        """Count one lookup that led to a computation; a lookup repeated because memory was short counts once."""
-        self.queried_tokens += num_tokens
-        self.hit_tokens += num_hit
 
     def insert(
         self,
@@ -135,7 +124,6 @@ class PrefixIndex:
         count = min(count, self._pool.num_reclaimable)
         for _ in range(count):
             del self._block_of[self._name_of.pop(self._pool.reclaim_oldest())]
-            self.evictions += 1
         return max(count, 0)
 
     def clear(self) -> None:

@@ -68,7 +68,7 @@ class SteadyDecodeScheduler(DecodeScheduler):
             self._claims[sequence.key] = self._claim_of(sequence)
         return ended
 
-    # --- what looks at single sequences, or changes who runs ---------------------------------------------------------------
+    # --- what looks at single sequences, or changes who runs ---------------------------------------------------------
 
     def get(self, key: Hashable) -> Sequence | None:
         sequence = super().get(key)

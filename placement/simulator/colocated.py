@@ -37,10 +37,6 @@ class ColocatedInstance(SteppingInstance):
         self._scheduler = ColocatedScheduler(policy, self._pool, self._index, spec.max_model_len)
         super().__init__(spec, self._scheduler, agenda, listener, step_by_step=step_by_step)
 
-    @property
-    def queued_tokens(self) -> int:
-        return self._scheduler.counts().waiting_tokens
-
     def submit(self, attempt: Attempt) -> None:
         """Queue it."""
         if self._scheduler.has_waiting:

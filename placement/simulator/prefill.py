@@ -36,10 +36,6 @@ class PrefillInstance:
     def max_model_len(self) -> int:
         return self._scheduler.max_model_len
 
-    @property
-    def queued_tokens(self) -> int:
-        return self._scheduler.counts().waiting_tokens
-
     def submit(self, attempt: Attempt) -> None:
         """Queue it."""
         sequence = CountedSequence(attempt, attempt.request, self._agenda.now_s)

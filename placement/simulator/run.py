@@ -30,11 +30,6 @@ class Progress:
     received: int
     finished: int
     refused: int
-    queued_prompt_tokens: int  # not yet computed, on all instances
-
-    @property
-    def in_flight(self) -> int:
-        return self.received - self.finished - self.refused
 
 
 def simulate(
@@ -113,8 +108,7 @@ def _simulate(
             agenda.run_next()
         num_events += 1
         if stop_when is not None and num_events % _EVENTS_PER_LOOK == 0:
-            queued_tokens = sum(it.queued_tokens for it in prefill) + sum(it.queued_tokens for it in colocated)
-            progress = Progress(agenda.now_s, num_received, record.num_finished, router.num_refused, queued_tokens)
+            progress = Progress(agenda.now_s, num_received, record.num_finished, router.num_refused)
             if stop_when(progress):
                 stopped_early = True
                 break

@@ -80,7 +80,6 @@ async def test_random_blocks_arrive_equal_and_others_stay(road: Road | str) -> N
         assert prefill.holder.acknowledged == [("r", epoch) for epoch in range(12)]
         (stats,) = receiver.links()
         assert (stats.transfers, stats.failures, stats.road) == (12, 0, fetched.road.value)
-        assert (receiver.bandwidth("prefill-0") or 0.0) > 1e6
 
 
 async def test_windows_smaller_than_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:

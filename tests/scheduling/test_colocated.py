@@ -331,5 +331,5 @@ def _state(worker: Worker) -> object:
         for sequence in worker.sequences
     ]
     pool, index = worker.pool, worker.index
-    cache = (pool.num_free, pool.num_reclaimable, index.num_blocks, index.evictions, index.hit_tokens)
+    cache = (pool.num_free, pool.num_reclaimable, index.num_blocks)
     return worker.scheduler.counts(), sequences, cache, worker.ended_at

@@ -26,20 +26,17 @@ def test_a_late_acknowledgement_is_refused_even_before_the_table_was_swept() -> 
     leases.hold("r", 0, [0, 1], expires_s=10.0)
     assert not leases.acknowledge("r", 0, 10.0)
     assert leases.find("r", 0, 10.0) is None
-    assert not leases.renew("r", 0, 20.0, now_s=10.0)
     assert [lease.request_id for lease in leases.expire(10.0)] == ["r"]
     assert leases.expire(99.0) == []
 
 
 def test_expiry_ends_only_what_is_due() -> None:
     leases = LeaseTable()
-    for request_id, expires_s in (("late", 30.0), ("early", 10.0), ("renewed", 10.0)):
+    for request_id, expires_s in (("late", 30.0), ("early", 10.0), ("latest", 40.0)):
         leases.hold(request_id, 0, [3], expires_s)
-    assert leases.renew("renewed", 0, 40.0, now_s=5.0)
-    assert leases.next_expiry_s == 10.0
     assert [lease.request_id for lease in leases.expire(29.0)] == ["early"]
-    assert [lease.request_id for lease in leases.expire(50.0)] == ["late", "renewed"]
-    assert leases.next_expiry_s is None
+    assert [lease.request_id for lease in leases.expire(50.0)] == ["late", "latest"]
+    assert len(leases) == 0
 
 
 def test_drop_ends_it_at_once() -> None:

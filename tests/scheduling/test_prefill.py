@@ -60,7 +60,6 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
     assert worker.step() == [("b", 8, 1)]
     assert again.num_cached == 8
     assert worker.scheduler.counts().cached_tokens == 8
-    assert (worker.index.queried_tokens, worker.index.hit_tokens) == (18, 8)
 
 
 def test_prompt_logprobs_need_the_whole_prompt_computed() -> None:
@@ -101,7 +100,7 @@ def test_the_cache_gives_way_to_work() -> None:
     assert worker.pool.num_reclaimable == 2
     worker.add("b", range(50, 64))
     assert worker.step() == [("b", 0, 10)]
-    assert worker.index.evictions == 2
+    assert worker.index.num_blocks == 0
 
 
 def test_cancel_frees_in_every_state() -> None:
