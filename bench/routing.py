@@ -7,7 +7,8 @@ from collections import defaultdict
 from dataclasses import replace
 from statistics import mean, median
 
-from scheduling.load_book import DecodeBook, PrefillBook
+from scheduling.decode_book import DecodeBook
+from scheduling.prefill_book import PrefillBook
 from scheduling.prefix_tracker import PrefixTracker
 from scheduling.routing import DecodeView, PrefillView, choose_decode, choose_prefill
 

@@ -13,7 +13,3 @@ class SloClass(BaseModel):
     tpot_s: float = Field(gt=0, description="Time per output token after the first, seconds")
     attainment: float = Field(default=0.9, gt=0, le=1, description="Share of requests that must meet both targets")
     share: float = Field(default=1.0, gt=0, description="Share of the traffic, relative to the other classes")
-
-    def is_met(self, ttft_s: float | None, tpot_s: float | None) -> bool:
-        """A request without a first token misses; an answer of one token has no TPOT and cannot miss it."""
-        return ttft_s is not None and ttft_s <= self.ttft_s and (tpot_s is None or tpot_s <= self.tpot_s)

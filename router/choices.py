@@ -6,7 +6,8 @@ from core.request import GenerationRequest
 from core.session import Role
 from router.fleet import Fleet
 from router.instances import Instance
-from scheduling.load_book import DecodeBook, PrefillBook
+from scheduling.decode_book import DecodeBook
+from scheduling.prefill_book import PrefillBook
 from scheduling.prefix_index import block_hashes
 from scheduling.prefix_tracker import PrefixTracker
 from scheduling.routing import Choice, DecodeView, PrefillView

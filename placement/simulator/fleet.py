@@ -9,8 +9,9 @@ from placement.simulator.decode import DecodeInstance
 from placement.simulator.deployment import RouterSpec
 from placement.simulator.prefill import PrefillInstance
 from placement.simulator.prefixes import BlockNames
-from scheduling.load_book import DecodeBook, Holders, PrefillBook
+from scheduling.decode_book import DecodeBook
 from scheduling.mixed_routing import Offer, Pace, Targets, choose_offer, colocated_offer, pair_offer
+from scheduling.prefill_book import Holders, PrefillBook
 from scheduling.prefix_tracker import PrefixTracker
 from scheduling.routing import DecodeView, PrefillView
 

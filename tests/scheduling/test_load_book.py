@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import ContextLengthError, UnavailableError
-from scheduling.load_book import DecodeBook, PrefillBook
+from scheduling.decode_book import DecodeBook
+from scheduling.prefill_book import PrefillBook
 from scheduling.prefix_tracker import PrefixTracker
 from scheduling.routing import Choice, DecodeView, PrefillView, choose_decode, choose_prefill
 
