@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
 from core.config_file import dump_config
 from core.plan import Alternative, Expected, Plan
-from core.slo_file import SloFile, WorkloadSection
+from core.slo_file import SloFile
 from placement.evidence import (
     Candidate,
     ErrorBudget,
@@ -22,7 +20,6 @@ from placement.evidence import (
     PlanEvidence,
     Planned,
     Reproduction,
-    WorkloadSummary,
 )
 from placement.judging.goodput import goodput_at
 from placement.search import words
@@ -35,11 +32,10 @@ from placement.search.sensitivity import predicted, sensitivity_of
 from placement.search.space import Space
 from placement.search.trial import plan_of, simulated, trial_of
 from placement.search.verdict import Observation, Verdict, curves_of, observe, verdict_on
-from placement.workload.requests import RequestStream
+from placement.workload.description import describe, summary_of
 
 _WHOLE_FLEET = 16  # instances up to which the final figures come from the fleet itself
 _ALTERNATIVES = 8
-_LENGTHS_SHOWN = 2000
 _TRANSIENT_REQUESTS = 300  # as DistServe's simulator has them
 
 
@@ -103,7 +99,7 @@ def explained(
                 replace(point, goodput=None if point.goodput is None else point.goodput * scale) for point in points
             ),
             error=_error(space, verdict, seen, fleet, scale, found.num_simulations),
-            workload=_workload(slo_file.workload, problem.requests.head(seen.requests)),
+            workload=summary_of(problem.requests.head(seen.requests), describe(slo_file.workload)),
             nodes=_nodes(problem),
             reproduction=_reproduction(slo_file, problem),
             nearest=nearest,
@@ -127,7 +123,7 @@ def unanswered(slo_file: SloFile, space: Space) -> Planned:
             bounds=(),
             sensitivity=(),
             error=ErrorBudget(model_error=problem.source.error),
-            workload=_workload(slo_file.workload, problem.requests.head(problem.section.requests)),
+            workload=summary_of(problem.requests.head(problem.section.requests), describe(slo_file.workload)),
             nodes=_nodes(problem),
             reproduction=_reproduction(slo_file, problem),
             nearest=nearest,
@@ -212,24 +208,6 @@ def _transient(problem: Problem, verdict: Verdict) -> float:
         tolerance=0.1,
         transient=True,
     ).rate
-
-
-def _workload(section: WorkloadSection, requests: RequestStream) -> WorkloadSummary:
-    gaps = np.diff(requests.arrival_s)
-    lengths = "distributions of lengths"
-    if section.trace is not None:
-        lengths = f"trace {section.trace.name}"
-    elif section.dataset is not None:
-        lengths = f"data set {section.dataset}"
-    arrivals = "its own arrivals" if section.trace is not None else f"{section.arrivals.process} arrivals"
-    return WorkloadSummary(
-        source=f"{lengths}, {arrivals}",
-        num_requests=len(requests),
-        prompt_tokens=tuple(requests.prompt_tokens[:_LENGTHS_SHOWN].tolist()),
-        output_tokens=tuple(requests.output_tokens[:_LENGTHS_SHOWN].tolist()),
-        arrival_cv=float(gaps.std() / gaps.mean()) if len(gaps) and gaps.mean() > 0 else 0.0,
-        shared_prefix_share=float(requests.prefix_tokens.sum() / requests.prompt_tokens.sum()),
-    )
 
 
 def _nodes(problem: Problem) -> tuple[NodeSummary, ...]:

@@ -6,10 +6,11 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter
 
-from core.timeline import PARTS, Stage
+from core.timeline import Stage
+from placement.judging.summary import parts_of
 from placement.report import words
 from placement.report.style import HALF, as_svg, drawing_style, light, new_figure, only_vertical_grid
-from placement.simulator.result import STAGES, Floats, SimulationResult
+from placement.simulator.result import Floats, SimulationResult
 
 _NUM_BINS = 60
 _PART_NAMES = {
@@ -73,7 +74,7 @@ def _inside_plot(edges_s: Floats, inside: Floats) -> Markup:
 
 def timeline_parts(result: SimulationResult) -> Markup | None:
     """Mean and 99th percentile of each part of a request's timeline. None for a run that was seen from outside only."""
-    parts = parts_s(result)
+    parts = parts_of(result)
     if "prefill_queue_s" not in parts:
         return None
     with drawing_style():
@@ -96,20 +97,3 @@ def timeline_parts(result: SimulationResult) -> Markup | None:
         only_vertical_grid(axes)
         said = "; ".join(f"{_PART_NAMES[name]} {words.seconds(float(np.mean(v)))}" for name, v in parts.items())
         return as_svg(figure, "parts", "Where a request's time went, mean", said)
-
-
-def parts_s(result: SimulationResult) -> dict[str, Floats]:
-    """`Timeline.parts` of all finished requests at once; parts that nobody has are left out."""
-    stamps = result.stamps[result.finished]
-    parts: dict[str, Floats] = {}
-    if not len(stamps):
-        return parts
-    previous_s = stamps[:, STAGES.index(Stage.RECEIVED)]
-    for stage, name in PARTS:
-        stamp_s = stamps[:, STAGES.index(stage)]
-        if np.isnan(stamp_s).all():
-            continue
-        reached_s = np.fmax(previous_s, stamp_s)
-        parts[name] = reached_s - previous_s
-        previous_s = reached_s
-    return parts

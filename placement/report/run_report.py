@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from core.slo import SloClass
-from placement.evidence import LatencySample, PhaseBound, RunDescription, WorkloadSummary
+from placement.evidence import LatencySample, PhaseBound, RunDescription
 from placement.judging.judgement import Judgement, judge
 from placement.report import latency_figures, plan_figures, run_figures, words
 from placement.report.page import render
 from placement.simulator.result import InstanceUse, SimulationResult
+from placement.workload.description import summary_of
 
 _MAX_SAMPLES = 4000
 _MAX_INSTANCES = 24
@@ -19,7 +20,7 @@ def simulation_report_html(result: SimulationResult, classes: Sequence[SloClass]
     """The page. The same run gives the same bytes."""
     judgement = judge(result, classes)
     samples = _samples(result, classes, judgement)
-    workload = _workload(result, description.workload)
+    workload = summary_of(result.requests, description.workload)
     bounds = _bounds(result)
     sections = [("attainment", "Attainment"), ("latency", "Latencies"), ("time", "Over time")]
     sections += [("bounds", "Instances")] if bounds else []
@@ -113,19 +114,4 @@ def _bound(uses: Sequence[InstanceUse], end_s: float) -> PhaseBound:
         utilisation=sum(use.busy_s for use in uses) / (len(uses) * end_s) if end_s > 0 else 0.0,
         kv_peak=max(use.peak_blocks / max(1, use.num_blocks) for use in uses),
         tokens_per_step=sum(use.prefill_tokens + use.decode_tokens for use in uses) / max(1, steps),
-    )
-
-
-def _workload(result: SimulationResult, source: str) -> WorkloadSummary:
-    requests = result.requests
-    step = max(1, len(requests) // _MAX_SAMPLES)
-    gaps_s = np.diff(requests.arrival_s)
-    shared = np.minimum(requests.prefix_tokens, requests.prompt_tokens)[requests.prefix_group >= 0].sum()
-    return WorkloadSummary(
-        source=source,
-        num_requests=len(requests),
-        prompt_tokens=tuple(requests.prompt_tokens[::step].tolist()),
-        output_tokens=tuple(requests.output_tokens[::step].tolist()),
-        arrival_cv=float(gaps_s.std() / gaps_s.mean()) if len(gaps_s) and gaps_s.mean() > 0 else 0.0,
-        shared_prefix_share=float(shared / max(1, requests.prompt_tokens.sum())),
     )

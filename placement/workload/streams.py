@@ -18,7 +18,7 @@ from placement.workload.lengths import DATASETS, PairsOf, dataset, lengths_of, p
 from placement.workload.requests import Floats, Ints, RequestStream
 from placement.workload.traces import load_trace, read_trace
 
-__all__ = ["DATASETS", "arrival_cv", "describe", "load_trace", "make_stream", "shared_share"]
+__all__ = ["DATASETS", "load_trace", "make_stream"]
 
 _MAX_DRAWS_PER_REQUEST = 1000
 
@@ -54,33 +54,6 @@ def make_stream(
             slo_class=_draw_classes(classes, count, choice),
         )
     return stream if section.prefix is None else _with_prefixes(stream, section.prefix, prefixes)
-
-
-def shared_share(stream: RequestStream) -> float:
-    """Of all prompt tokens, those that repeat a prefix which an earlier request had; no prefix cache saves more."""
-    longest: dict[int, int] = {}
-    repeated = 0
-    for group, tokens in zip(stream.prefix_group.tolist(), stream.prefix_tokens.tolist(), strict=True):
-        if group >= 0:
-            known = longest.get(group, 0)
-            repeated += min(known, tokens)
-            longest[group] = max(known, tokens)
-    return repeated / max(1, int(stream.prompt_tokens.sum()))
-
-
-def arrival_cv(stream: RequestStream) -> float:
-    """Coefficient of variation of the times between arrivals: 1 for Poisson, more for bursts; 0 if all come at once."""
-    gaps_s = np.diff(stream.arrival_s)
-    return float(gaps_s.std() / gaps_s.mean()) if len(gaps_s) and gaps_s.mean() > 0 else 0.0
-
-
-def describe(section: WorkloadSection) -> str:
-    """In a few words, e.g. 'data set sharegpt, Poisson arrivals'."""
-    if section.trace is not None:
-        return f"trace {section.trace.name}"
-    lengths = f"data set {section.dataset}" if section.dataset else "log-normal lengths"
-    bursts = "Poisson arrivals" if section.arrivals.process == "poisson" else f"arrivals of cv {section.arrivals.cv:g}"
-    return f"{lengths}, {bursts}"
 
 
 def _fitted(stream: RequestStream, section: WorkloadSection) -> RequestStream:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from core.errors import ConfigError
 from core.slo import SloClass
 from core.slo_file import WorkloadSection
+from placement.workload.description import arrival_cv, shared_share
 from placement.workload.lengths import DATASETS, TruncatedLogNormal
 from placement.workload.requests import RequestStream
-from placement.workload.streams import arrival_cv, describe, load_trace, make_stream, shared_share
+from placement.workload.streams import load_trace, make_stream
 
 ONE = (SloClass(ttft_s=1, tpot_s=0.1),)
 TWO = (SloClass(name="fast", ttft_s=1, tpot_s=0.1, share=3), SloClass(name="slow", ttft_s=9, tpot_s=1))
@@ -168,12 +169,6 @@ def test_prefixes_are_shared_by_their_share() -> None:
 def test_a_prefix_is_no_longer_than_its_prompt() -> None:
     short = stream({"dataset": "sharegpt", "prefix": {"share": 1, "tokens": 1000}})
     assert np.all(short.prefix_tokens == np.minimum(1000, short.prompt_tokens))
-
-
-def test_a_workload_describes_itself() -> None:
-    assert describe(WorkloadSection(dataset="sharegpt")) == "data set sharegpt, Poisson arrivals"
-    bursty = WorkloadSection.model_validate(FIXED | {"arrivals": {"process": "gamma", "cv": 2.5}})
-    assert describe(bursty) == "log-normal lengths, arrivals of cv 2.5"
 
 
 # --- traces ----------------------------------------------------------------------------------------------------------

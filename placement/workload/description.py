@@ -1,0 +1,49 @@
+"""What requests are like, in words and figures, for those who read a plan or a run."""
+
+import numpy as np
+
+from core.slo_file import WorkloadSection
+from placement.evidence import WorkloadSummary
+from placement.workload.requests import RequestStream
+
+_MAX_LENGTHS = 4000
+
+
+def describe(section: WorkloadSection) -> str:
+    """In a few words, e.g. 'data set sharegpt, Poisson arrivals'."""
+    if section.trace is not None:
+        return f"trace {section.trace.name}"
+    lengths = f"data set {section.dataset}" if section.dataset else "log-normal lengths"
+    bursts = "Poisson arrivals" if section.arrivals.process == "poisson" else f"arrivals of cv {section.arrivals.cv:g}"
+    return f"{lengths}, {bursts}"
+
+
+def summary_of(requests: RequestStream, source: str) -> WorkloadSummary:
+    """`source`: where they come from, as `describe` says it."""
+    step = max(1, -(-len(requests) // _MAX_LENGTHS))
+    return WorkloadSummary(
+        source=source,
+        num_requests=len(requests),
+        prompt_tokens=tuple(requests.prompt_tokens[::step].tolist()),
+        output_tokens=tuple(requests.output_tokens[::step].tolist()),
+        arrival_cv=arrival_cv(requests),
+        shared_prefix_share=shared_share(requests),
+    )
+
+
+def shared_share(stream: RequestStream) -> float:
+    """Of all prompt tokens, those that repeat a prefix which an earlier request had; no prefix cache saves more."""
+    longest: dict[int, int] = {}
+    repeated = 0
+    for group, tokens in zip(stream.prefix_group.tolist(), stream.prefix_tokens.tolist(), strict=True):
+        if group >= 0:
+            known = longest.get(group, 0)
+            repeated += min(known, tokens)
+            longest[group] = max(known, tokens)
+    return repeated / max(1, int(stream.prompt_tokens.sum()))
+
+
+def arrival_cv(stream: RequestStream) -> float:
+    """Coefficient of variation of the times between arrivals: 1 for Poisson, more for bursts; 0 if all come at once."""
+    gaps_s = np.diff(stream.arrival_s)
+    return float(gaps_s.std() / gaps_s.mean()) if len(gaps_s) and gaps_s.mean() > 0 else 0.0
