@@ -23,8 +23,8 @@ from placement.report import RunDescription, write_simulation_report
 from placement.simulator import Progress, simulate
 from placement.simulator.deployment import Deployment, Failure
 from placement.simulator.result import SimulationResult
-from placement.workload.requests import RequestStream
 from placement.workload.description import describe
+from placement.workload.requests import RequestStream
 from placement.workload.streams import make_stream
 from placement.workload.traces import load_trace
 

@@ -10,20 +10,9 @@ from core.slo import SloClass
 from core.text_table import text_table
 from core.timeline import PARTS, Stage
 from placement.judging.judgement import Judgement, judge
-from placement.report.words import interval, number, percent, rate, seconds
+from placement.report.words import PART_NAMES, interval, number, percent, rate, seconds
 from placement.simulator.result import STAGES, SimulationResult
 from placement.workload.requests import Floats
-
-_PART_TITLES = {
-    "admission_s": "admission",
-    "dispatch_s": "dispatch",
-    "prefill_queue_s": "prefill queue",
-    "prefill_s": "prefill",
-    "transfer_s": "KV transfer",
-    "decode_queue_s": "decode queue",
-    "second_token_s": "second token",
-    "decode_s": "decode",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +142,7 @@ def _latency_rows(judgement: Judgement) -> list[list[str]]:
 def _part_lines(parts_s: Mapping[str, float]) -> list[str]:
     total_s = sum(parts_s.values())
     rows = [
-        [f"  {_PART_TITLES[name]}", seconds(part_s), percent(part_s / total_s if total_s else 0.0)]
+        [f"  {PART_NAMES[name]}", seconds(part_s), percent(part_s / total_s if total_s else 0.0)]
         for name, part_s in parts_s.items()
     ]
     return text_table([*rows, ["  total", seconds(total_s), ""]])

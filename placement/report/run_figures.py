@@ -13,16 +13,6 @@ from placement.report.style import HALF, as_svg, drawing_style, light, new_figur
 from placement.simulator.result import Floats, SimulationResult
 
 _NUM_BINS = 60
-_PART_NAMES = {
-    "admission_s": "admission",
-    "dispatch_s": "dispatch",
-    "prefill_queue_s": "waiting for prefill",
-    "prefill_s": "prefill",
-    "transfer_s": "KV transfer",
-    "decode_queue_s": "waiting for decode",
-    "second_token_s": "second token",
-    "decode_s": "further tokens",
-}
 
 
 def load_over_time(result: SimulationResult) -> tuple[Markup | None, Markup | None]:
@@ -89,11 +79,11 @@ def timeline_parts(result: SimulationResult) -> Markup | None:
             axes.plot(p99[name], row, marker="|", markersize=9, color=light("soft"))
             text = f"{words.seconds(mean)} (99 %: {words.seconds(p99[name])})"
             axes.text(max(mean, p99[name]) + 0.012 * top, row, text, va="center")
-        axes.set_yticks(range(len(parts)), [_PART_NAMES[name] for name in parts])
+        axes.set_yticks(range(len(parts)), [words.PART_NAMES[name] for name in parts])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.3 * top)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda time_s, _: words.tick(time_s)))
         axes.set_xlabel("seconds, mean of all requests (line: to the 99th percentile)")
         only_vertical_grid(axes)
-        said = "; ".join(f"{_PART_NAMES[name]} {words.seconds(float(np.mean(v)))}" for name, v in parts.items())
+        said = "; ".join(f"{words.PART_NAMES[name]} {words.seconds(float(np.mean(v)))}" for name, v in parts.items())
         return as_svg(figure, "parts", "Where a request's time went, mean", said)

@@ -15,6 +15,16 @@ TERM_NAMES = {
     "head": "embedding and sampling",
     "overhead": "overhead",
 }
+PART_NAMES = {  # see core.timeline.PARTS
+    "admission_s": "admission",
+    "dispatch_s": "dispatch",
+    "prefill_queue_s": "prefill queue",
+    "prefill_s": "prefill",
+    "transfer_s": "KV transfer",
+    "decode_queue_s": "decode queue",
+    "second_token_s": "second token",
+    "decode_s": "decode",
+}
 _NO_LIMIT = 50.0
 VERDICT_NAMES = {
     "disaggregate": "Disaggregate",
