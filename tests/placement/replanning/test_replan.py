@@ -1,15 +1,21 @@
 """Planning again: the running plan's own forecast, and what another one gains over it."""
 
 import math
+from collections.abc import Iterator
+from functools import cache
+from unittest import mock
 
 import pytest
 
 from core.plan import Expected, Plan, PlanGroup
 from core.slo_file import SloFile
 from placement.evidence import Planned
-from placement.replanning.replan import Forecast, changes_between, forecast_of, gain_of, replan
+from placement.replanning import replan as replan_module
+from placement.replanning.replan import Forecast, changes_between, gain_of, replan
+from placement.replanning.replan import forecast_of as real_forecast_of
 
 DEVICE = "H100-80GB-SXM5"
+RATE = 30.0  # which either plan can take
 
 
 def make_slo_file(objective: str = "goodput", *, prompt_tokens: int = 1000, output_tokens: int = 50) -> SloFile:
@@ -62,10 +68,27 @@ class Planner:
         return Planned(self.plan, evidence=None)  # type: ignore[arg-type]
 
 
+@cache
+def _simulated(plan: str, slo_file: str, rate: float) -> Forecast:
+    return real_forecast_of(Plan.model_validate_json(plan), SloFile.model_validate_json(slo_file), rate)
+
+
+def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
+    """The real one, of the same question once only: it is dozens of simulations."""
+    bare = plan.model_copy(update={"expected": None})
+    return _simulated(bare.model_dump_json(), slo_file.model_dump_json(), rate)
+
+
+@pytest.fixture(autouse=True)
+def replan_forecasts_once() -> Iterator[None]:
+    with mock.patch.object(replan_module, "forecast_of", forecast_of):
+        yield
+
+
 def test_a_forecast_knows_what_prompts_need() -> None:
     """Three prefill instances take more of long prompts with short answers than one does."""
     slo_file = make_slo_file()
-    few, many = (forecast_of(split(prefill, 4 - prefill), slo_file, 4.0) for prefill in (1, 3))
+    few, many = (forecast_of(split(prefill, 4 - prefill), slo_file, RATE) for prefill in (1, 3))
     assert 0 < few.goodput < 0.6 * many.goodput
     assert many.meets
     assert many.attainment > 0.95
@@ -73,17 +96,17 @@ def test_a_forecast_knows_what_prompts_need() -> None:
 
 def test_a_rate_beyond_goodput_is_not_met() -> None:
     slo_file = make_slo_file()
-    forecast = forecast_of(split(1, 3), slo_file, 4.0)
-    beyond = forecast_of(split(1, 3), slo_file, 2 * forecast.goodput)
+    forecast = forecast_of(split(1, 3), slo_file, RATE)
+    beyond = forecast_of(split(1, 3), slo_file, 1.5 * forecast.goodput)
     assert not beyond.meets
     assert beyond.goodput == pytest.approx(forecast.goodput, rel=0.1), "what a plan can take does not depend on it"
 
 
 def test_the_answer_compares_both_plans_by_one_measure() -> None:
     slo_file, running = make_slo_file(), split(1, 3)
-    before, after = (forecast_of(split(prefill, 4 - prefill), slo_file, 4.0) for prefill in (1, 3))
+    before, after = (forecast_of(split(prefill, 4 - prefill), slo_file, RATE) for prefill in (1, 3))
     planner = Planner(split(3, 1, goodput=1e6))
-    answer = replan(running, slo_file, 4.0, planner)
+    answer = replan(running, slo_file, RATE, planner)
     assert planner.asked == [slo_file]
     assert answer.current == before
     assert answer.gain == pytest.approx(after.goodput / before.goodput - 1), "whatever the search promises"
@@ -92,20 +115,20 @@ def test_the_answer_compares_both_plans_by_one_measure() -> None:
 
 
 def test_the_same_plan_gains_nothing() -> None:
-    answer = replan(split(1, 3), make_slo_file(), 4.0, Planner(split(1, 3, goodput=1e6)))
+    answer = replan(split(1, 3), make_slo_file(), RATE, Planner(split(1, 3, goodput=1e6)))
     assert (answer.gain, answer.changes) == (0.0, ())
 
 
 def test_targets_are_regained_where_only_the_new_plan_keeps_them() -> None:
     slo_file, running = make_slo_file(), split(1, 3)
-    rate = 1.5 * forecast_of(running, slo_file, 4.0).goodput
+    rate = 1.5 * forecast_of(running, slo_file, RATE).goodput
     assert replan(running, slo_file, rate, Planner(split(3, 1))).regains
     assert not replan(running, slo_file, rate, Planner(split(1, 3))).regains
 
 
 def test_an_infeasible_answer_gains_nothing() -> None:
     infeasible = Plan(model="Llama-3.1-8B", verdict="infeasible", groups=())
-    answer = replan(split(1, 3), make_slo_file(), 4.0, Planner(infeasible))
+    answer = replan(split(1, 3), make_slo_file(), RATE, Planner(infeasible))
     assert (answer.gain, answer.regains) == (0.0, False)
 
 
