@@ -1,11 +1,12 @@
 """An instance that serves both phases on one device: the baseline that disaggregation is judged against."""
 
-from core.cost_model import StepLoad, pairs
+from core.cost_model import StepLoad
 from core.errors import TandemError
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt, Listener
 from placement.simulator.counted import CountedSequence
 from placement.simulator.deployment import InstanceSpec
+from placement.simulator.load import load_of
 from placement.simulator.prefixes import BlockNames, pool_and_index
 from placement.simulator.result import InstanceUse
 from placement.simulator.stepping import SteppingInstance, attempt_of
@@ -101,12 +102,4 @@ class ColocatedInstance(SteppingInstance):
 def _load(chunks: list[ColocatedChunk]) -> StepLoad:
     prompts = [chunk for chunk in chunks if chunk.is_prompt]
     decoding = [chunk for chunk in chunks if not chunk.is_prompt]
-    return StepLoad(
-        prefill_tokens=sum(chunk.num_tokens for chunk in prompts),
-        prefill_sequences=len(prompts),
-        prefill_pairs=sum(pairs(chunk.start, chunk.num_tokens) for chunk in prompts),
-        prefill_kv_tokens=sum(chunk.start + chunk.num_tokens for chunk in prompts),
-        decode_sequences=len(decoding),
-        decode_kv_tokens=sum(chunk.start + 1 for chunk in decoding),
-        sampled=sum(chunk.samples for chunk in chunks),
-    )
+    return load_of(prompts, decoding, sampled=sum(chunk.samples for chunk in chunks))

@@ -1,11 +1,12 @@
 """A decode instance: `decode_worker.loop` with a cost model in the engine's place."""
 
-from core.cost_model import StepLoad, pairs
+from core.cost_model import StepLoad
 from core.errors import TandemError
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt, Listener
 from placement.simulator.counted import CountedPool, CountedSequence
 from placement.simulator.deployment import InstanceSpec
+from placement.simulator.load import load_of
 from placement.simulator.result import InstanceUse
 from placement.simulator.stepping import SteppingInstance, attempt_of
 from scheduling.decode import DecodeChunk, DecodePolicy
@@ -77,12 +78,4 @@ def _load(chunks: list[DecodeChunk]) -> StepLoad:
     """Sequences that are recomputed count as prompts."""
     again = [chunk for chunk in chunks if chunk.num_tokens > 1]
     steady = [chunk for chunk in chunks if chunk.num_tokens == 1]
-    return StepLoad(
-        prefill_tokens=sum(chunk.num_tokens for chunk in again),
-        prefill_sequences=len(again),
-        prefill_pairs=sum(pairs(chunk.start, chunk.num_tokens) for chunk in again),
-        prefill_kv_tokens=sum(chunk.start + chunk.num_tokens for chunk in again),
-        decode_sequences=len(steady),
-        decode_kv_tokens=sum(chunk.start + 1 for chunk in steady),
-        sampled=sum(chunk.samples for chunk in chunks),
-    )
+    return load_of(again, steady, sampled=sum(chunk.samples for chunk in chunks))

@@ -1,11 +1,12 @@
 """A prefill instance: `prefill_worker.loop` with a cost model in the engine's place."""
 
-from core.cost_model import StepLoad, pairs
+from core.cost_model import StepLoad
 from core.errors import TandemError
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt, Listener
 from placement.simulator.counted import CountedSequence
 from placement.simulator.deployment import InstanceSpec
+from placement.simulator.load import load_of
 from placement.simulator.prefixes import BlockNames, pool_and_index
 from placement.simulator.result import InstanceUse
 from placement.simulator.use import StepTotals
@@ -135,10 +136,4 @@ def _attempt(chunk: PrefillChunk) -> Attempt:
 
 
 def _load(chunks: list[PrefillChunk]) -> StepLoad:
-    return StepLoad(
-        prefill_tokens=sum(chunk.num_tokens for chunk in chunks),
-        prefill_sequences=len(chunks),
-        prefill_pairs=sum(pairs(chunk.start, chunk.num_tokens) for chunk in chunks),
-        prefill_kv_tokens=sum(chunk.start + chunk.num_tokens for chunk in chunks),
-        sampled=sum(chunk.is_last for chunk in chunks),
-    )
+    return load_of(chunks, sampled=sum(chunk.is_last for chunk in chunks))
