@@ -45,21 +45,17 @@ class RayMapper:
         return [answer for chunk in self._answers(tasks) for answer in chunk]
 
     def _answers(self, tasks: list[Any]) -> list[Any]:
+        """After a failure other tasks may go on; they end with the connection. (Cancelling one that is about to end
+        makes Ray 2.60 end this process: "Tried to complete task that was not pending".)"""
         ray = self._ray
         try:
             answers: list[Any] = ray.get(tasks)
-        except BaseException as error:
-            for task in tasks:
-                ray.cancel(task, force=True)
-            if isinstance(error, ray.exceptions.RayTaskError):
-                if isinstance(error.cause, ImportError):
-                    raise UnavailableError(
-                        f"the cluster's machines lack this version of tandem ({error.cause})"
-                    ) from error
-                raise error.cause from None
-            if isinstance(error, ray.exceptions.RayError):
-                raise UnavailableError(f"Ray lost a part of the work ({type(error).__name__})") from error
-            raise
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ImportError):
+                raise UnavailableError(f"the cluster's machines lack this version of tandem ({error.cause})") from error
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            raise UnavailableError(f"Ray lost a part of the work ({type(error).__name__})") from error
         return answers
 
 
@@ -73,8 +69,8 @@ def ray_mapper(address: str) -> Iterator[RayMapper]:
     if address == LOCAL:
         own = LocalRay()
         cores = usable_cores()
-        own.start(processes=cores, gpus=0)
         try:
+            own.start(processes=cores, gpus=0)
             yield RayMapper(import_ray(), cores)
         finally:
             own.stop()

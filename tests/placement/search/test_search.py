@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from core.slo import SloClass
-from core.slo_file import NodeSection
+from core.slo_file import Layout, NodeSection
 from placement.planner import Answer, search
 from placement.search.parallel import Serial, local_mapper
 from placement.search.problem import Problem
@@ -134,19 +134,15 @@ def test_a_mixture_is_simulated_whole_and_serves_more_than_one_layout_where_devi
 
 
 def test_a_mixture_saves_what_whole_instances_cost_too_much() -> None:
-    prices = []
-    for layouts in (("disaggregated", "colocated"), ("disaggregated", "colocated", "mixed")):
-        question = problem(
-            4,
-            more=[NodeSection(device=H100, devices=3)],
-            max_tp=1,
-            rate=95.0,
-            layouts=layouts,  # type: ignore[arg-type]
-        )
+    def cheapest(*layouts: Layout) -> tuple[Layout, float]:
+        more = [NodeSection(device=H100, devices=3)]
+        question = problem(4, more=more, max_tp=1, rate=95.0, layouts=layouts)
         answer = ask(question)
         assert answer.met
         assert answer.looked is not None
         assert answer.looked.goodput == 95.0
-        prices.append(question.price_per_hour(answer.looked.fleet.devices))
-    assert answer.looked.fleet.layout == "mixed"
-    assert prices[1] < prices[0]
+        return answer.looked.fleet.layout, question.price_per_hour(answer.looked.fleet.devices)
+
+    layout, price = cheapest("disaggregated", "colocated", "mixed")
+    assert layout == "mixed"
+    assert price < cheapest("disaggregated", "colocated")[1]
