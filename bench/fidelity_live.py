@@ -29,7 +29,8 @@ import yaml
 from tqdm import tqdm
 
 from bench.calibrate import calibrate
-from bench.fidelity_table import Comparison, Figures, replace_section, section_text
+from bench.fidelity_page import write_section
+from bench.fidelity_table import TITLE, Comparison, Figures, section_text
 from bench.load import make_streams
 from bench.load_result import LoadRecord, as_simulation
 from bench.processes import BenchError, Launcher
@@ -66,7 +67,6 @@ _WORKLOADS: Mapping[str, Mapping[str, object]] = {
 }
 _TTFT_STEPS, _TPOT_STEPS = 4.0, 1.35  # targets: of a mean prompt's step; of a step of four sequences
 _SETTLING_ROUNDS = 4
-_DOCUMENT = Path(__file__).parent.parent / "docs" / "fidelity.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(section)
     (folder / "comparisons.json").write_text(json.dumps([asdict(one) for one in comparisons], indent=1))
     if not args.no_write:
-        text = _DOCUMENT.read_text() if _DOCUMENT.exists() else ""
-        _DOCUMENT.write_text(replace_section(text, section))
+        write_section(TITLE, section)
     return 0
 
 

@@ -1,20 +1,27 @@
-"""docs/fidelity.md, whose sections are written by the scripts that measure them."""
+"""docs/fidelity.md, each of whose sections is written by the script that measures it."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "fidelity.md"
+_HEAD = "# Fidelity\n\nHow far the simulator is from what was measured. Each section is a script's.\n"
 
 
 def write_section(title: str, text: str, page: Path = PAGE) -> None:
-    """Replace what stands between the markers of `title`, or add the markers and the text at the end."""
-    begin, end = f"<!-- begin {title} -->", f"<!-- end {title} -->"
-    block = f"{begin}\n{text.strip()}\n{end}"
-    old = page.read_text(encoding="utf-8") if page.exists() else "# How far the simulator can be trusted\n"
-    before, found, rest = old.partition(begin)
-    appended = f"{old.rstrip()}\n\n## {title}\n\n{block}\n"
-    new = before + block + rest.partition(end)[2] if found else appended
-    page.write_text(new, encoding="utf-8")
+    """Put the section in the place of the old one, or at the page's end. Other sections stay."""
+    document = page.read_text(encoding="utf-8") if page.exists() else ""
+    page.write_text(replace_section(document, title, text), encoding="utf-8")
+
+
+def replace_section(document: str, title: str, text: str) -> str:
+    """`document` with `text` under the heading `title` instead of what stood there."""
+    section = f"## {title}\n\n{text.strip()}\n"
+    document = document or _HEAD
+    pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if pattern.search(document):
+        return pattern.sub(lambda _: section + "\n", document, count=1).rstrip("\n") + "\n"
+    return document.rstrip("\n") + "\n\n" + section
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

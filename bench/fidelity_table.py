@@ -1,12 +1,11 @@
 """The section "Our own cluster" of docs/fidelity.md: live runs beside simulated ones, and how far apart they are."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from placement.costs.calibration import Calibration
 
-TITLE = "## Our own cluster"
+TITLE = "Our own cluster"
 _ATTAINMENT_AIM = 0.03
 _LATENCY_AIM = 0.08
 
@@ -61,8 +60,8 @@ class Comparison:
 
 
 def section_text(comparisons: Sequence[Comparison], calibration: Calibration, note: str = "") -> str:
-    """`note`: what a reader must know of this measurement."""
-    lines = [TITLE, "", *_preamble(comparisons, calibration)]
+    """What stands under `TITLE`. `note`: what a reader must know of this measurement."""
+    lines = [*_preamble(comparisons, calibration)]
     lines += ["", note] if note else []
     for workload in dict.fromkeys(one.workload for one in comparisons):
         rows = [one for one in comparisons if one.workload == workload]
@@ -124,14 +123,3 @@ def _parts_table(rows: Sequence[Comparison]) -> Iterator[str]:
             live = sum(figures.parts_s.get(name, 0.0) for figures in one.live) / len(one.live)
             cells.append(f"{1e3 * live:.1f} / {1e3 * one.simulated.parts_s.get(name, 0.0):.1f}")
         yield f"| {one.rate:g} | " + " | ".join(cells) + " |"
-
-
-def replace_section(document: str, section: str) -> str:
-    """The document with this section put in the place of the old one, or at its end. Other sections stay."""
-    document = (
-        document or "# Fidelity\n\nHow far the simulator is from what was measured. Each section is a script's.\n"
-    )
-    pattern = re.compile(rf"^{re.escape(TITLE)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    if pattern.search(document):
-        return pattern.sub(lambda _: section + "\n", document, count=1).rstrip("\n") + "\n"
-    return document.rstrip("\n") + "\n\n" + section

@@ -1,8 +1,8 @@
-"""The table of live against simulated, and its place in the document."""
+"""The table of live against simulated."""
 
 from dataclasses import replace
 
-from bench.fidelity_table import TITLE, Comparison, Figures, replace_section
+from bench.fidelity_table import Comparison, Figures
 
 LIVE = Figures(0.90, 0.92, 0.95, 0.200, 0.0100, {"prefill_s": 0.15})
 SAME = Comparison("w", 0.5, 2.0, 100, 0.5, 0.02, LIVE, (LIVE, LIVE), 0)
@@ -21,13 +21,3 @@ def test_repetitions_are_averaged_and_their_spread_is_told() -> None:
     assert abs(two.live_mean("attainment") - 0.85) < 1e-12
     assert abs(two.live_spread("attainment") - 0.1) < 1e-12
     assert abs(two.attainment_error - 0.05) < 1e-12
-
-
-def test_a_section_is_replaced_and_the_others_stay() -> None:
-    document = f"# Fidelity\n\nText.\n\n{TITLE}\n\nold\n\n### sub\n\nold too\n\n## vLLM\n\nkept\n"
-    changed = replace_section(document, f"{TITLE}\n\nnew\n")
-    assert changed == f"# Fidelity\n\nText.\n\n{TITLE}\n\nnew\n\n## vLLM\n\nkept\n"
-    assert replace_section(changed, f"{TITLE}\n\nnew\n") == changed
-    only = replace_section("", f"{TITLE}\n\nnew\n")
-    assert only.startswith("# Fidelity\n")
-    assert only.endswith(f"\n\n{TITLE}\n\nnew\n")
