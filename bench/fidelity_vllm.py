@@ -45,6 +45,13 @@ class VllmRun:
     kv_tokens: int | None
 
 
+_PREAMBLE = """\
+`python -m bench.fidelity_vllm`: 300 ShareGPT requests at 10 a second on vLLM 0.19, measured by LLMServingSim; both
+runs are saturated, so that most of TTFT is queueing. The policy `chunked` plays vLLM's scheduler, with its limits
+(2,048 tokens a step, 256 or 128 sequences, 41,408 tokens of KV on the RTX 4090); a step's time comes from the same
+source's layer tables. On two GPUs the tables have no all-reduce: its latency and bandwidth are read off the run's
+own first steps and seconds. Nothing else is fitted. Aim: TPOT within 5 %, TTFT within 10 %."""
+
 RUNS = (
     VllmRun("RTX4090", "Llama-3.1-8B", 1, 256, 41_408),
     VllmRun("RTXPRO6000", "Qwen3-32B", 2, 128, None),
@@ -171,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(f"{error.filename} does not exist; give the data folder with --data", file=sys.stderr)
         return 1
-    text = "\n".join(markdown_table(("run", "latency", "measured", "simulated", "error"), rows))
+    text = "\n".join([_PREAMBLE, "", *markdown_table(("run", "latency", "measured", "simulated", "error"), rows)])
     print(text)
     if options.write:
         write_section("Real vLLM", text)
