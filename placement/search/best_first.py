@@ -29,7 +29,7 @@ from placement.search.space import Space
 from placement.search.trial import LADDER_STEP, Outcome, climb, trial_of
 
 _MARGIN = 1.05  # by which a simulation may exceed the prediction
-_MIXED_MARGIN = 1.1  # which knows nothing of parts that relieve each other
+_COLOCATED_MARGIN = 1.1  # with colocated instances: their model is rougher, and it knows no parts that relieve others
 _FLEETS_AT_ONCE = 48
 _MOST_FAILURES = 12  # fleets in a row that were simulated and did not beat the best
 
@@ -188,7 +188,7 @@ class _BestFirst:
 
 def most_of(fleet: Fleet, predicted: float) -> float:
     """Requests per second that a simulation of it may pass, as far as the prediction can be trusted."""
-    return predicted * (_MIXED_MARGIN if fleet.layout == "mixed" else _MARGIN)
+    return predicted * (_MARGIN if fleet.layout == "disaggregated" else _COLOCATED_MARGIN)
 
 
 @dataclass(frozen=True, slots=True)

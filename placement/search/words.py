@@ -22,7 +22,7 @@ def candidates(space: Space, chosen: Looked, goodput: float, others: Iterable[Lo
         kinds = tuple(pool.kind for pool in looked.fleet.pools)
         if looked.fleet != chosen.fleet and (kinds not in best or _rank(looked) > _rank(best[kinds])):
             best[kinds] = looked
-    listed = [_candidate(problem, looked, _reason(space, looked, goodput)) for looked in best.values()]
+    listed = [_candidate(problem, looked, _reason(space, looked, chosen, goodput)) for looked in best.values()]
     listed.sort(key=lambda one: (-(one.goodput_per_device or 0.0), one.description))
     mine = Candidate(
         str(chosen.fleet),
@@ -83,11 +83,12 @@ def _candidate(problem: Problem, looked: Looked, reason: str) -> Candidate:
     )
 
 
-def _reason(space: Space, looked: Looked, goodput: float) -> str:
+def _reason(space: Space, looked: Looked, chosen: Looked, goodput: float) -> str:
     held_back = f"its {bottleneck(space, looked.fleet)} holds it back"
     if looked.goodput:
         if looked.goodput >= goodput:
-            return "needs more devices for the same"
+            is_larger = looked.fleet.num_devices > chosen.fleet.num_devices
+            return "needs more devices for the same" if is_larger else "was not expected to serve as much"
         return f"{1 - looked.goodput / goodput:.0%} less goodput: {held_back}"
     if looked.goodput == 0.0:
         return f"misses its targets at the rate that the chosen one serves: {held_back}"

@@ -136,11 +136,11 @@ def test_a_mixture_is_simulated_whole_and_serves_more_than_one_layout_where_devi
 def test_a_mixture_saves_what_whole_instances_cost_too_much() -> None:
     def cheapest(*layouts: Layout) -> tuple[Layout, float]:
         more = [NodeSection(device=H100, devices=3)]
-        question = problem(4, more=more, max_tp=1, rate=95.0, layouts=layouts)
+        question = problem(4, more=more, max_tp=1, rate=110.0, layouts=layouts)
         answer = ask(question)
         assert answer.met
         assert answer.looked is not None
-        assert answer.looked.goodput == 95.0
+        assert answer.looked.goodput == 110.0
         return answer.looked.fleet.layout, question.price_per_hour(answer.looked.fleet.devices)
 
     layout, price = cheapest("disaggregated", "colocated", "mixed")
