@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cli.common import complain, say
 from cli.progress import Progress
+from cli.signals import signals_interrupt
 from core.config_file import apply_overrides, load_config
 from core.errors import ConfigError
 from core.plan import Plan
@@ -25,7 +26,7 @@ from placement.search.parallel import local_mapper
 HELP = "find the best way to serve a model within its SLO"
 DESCRIPTION = """\
 Read what to serve, on what, for whom and how well (an SLO file), try the ways to do it in the simulator, and write the
-best one as a plan that `tandem serve` runs.
+best one as a plan, which `tandem serve` runs where its instances are one device each and on this machine.
 
 Exit status: 0 a plan that meets the SLO, 3 none does (what comes nearest is still written), 2 a mistake in the file."""
 EPILOG = """\
@@ -87,9 +88,8 @@ def run(args: argparse.Namespace) -> int:
     if args.workers and args.ray:
         raise ConfigError("--workers is of this machine alone; a Ray cluster says itself how many cores it has")
     output = _output(args.output)
-    for path in filter(None, (output, args.report)):
-        _check_writable(path)
     slo = apply_overrides(load_config(args.file, SloFile), args.set)
+    _check_outputs(args.file, output, args.report)
     with Progress(sys.stderr) as progress:
         planned = search(slo, args.file, progress, args.workers, args.ray)
     _write(planned, output, args.report)
@@ -111,7 +111,7 @@ def search(slo: SloFile, file: Path, progress: Progress, workers: int = 0, ray: 
             f"note: no calibration of {device} is given, so its times are rough; for better ones: tandem profile, then "
             "name its file in cluster.nodes.calibration"
         )
-    with local_mapper(workers) if ray is None else ray_mapper(ray) as mapper:
+    with signals_interrupt(), local_mapper(workers) if ray is None else ray_mapper(ray) as mapper:
         planned = plan(slo, progress=progress, mapper=mapper)
     answer = planned.plan.model_copy(update={"slo_file": file.resolve()})
     return dataclasses.replace(planned, plan=answer)
@@ -164,12 +164,19 @@ def _output(output: Path | None) -> Path:
     return Path("plan.yaml")
 
 
-def _check_writable(path: Path) -> None:
+def _check_outputs(file: Path, output: Path, report: Path | None) -> None:
     """Before the search, which takes a while. Raises ConfigError."""
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"the folder {path.absolute().parent} does not exist")
+    taken = {file.resolve(): "the SLO file"}
+    for path, name in ((output, "the plan"), (report, "the report")):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; name a file")
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"the folder {path.absolute().parent} does not exist")
+        if path.resolve() in taken:
+            raise ConfigError(f"{path} would be both {taken[path.resolve()]} and {name}; name another file")
+        taken[path.resolve()] = name
 
 
 def _write(planned: Planned, output: Path, report: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import cli.plan
@@ -21,6 +22,20 @@ _ONLY_IN_PLANS = {"groups", "verdict", "expected"}
 _ONLY_IN_SLO_FILES = {"slo", "cluster", "workload"}
 
 
+class FileKind(Enum):
+    SERVE = "serve file"
+    PLAN = "plan"
+    SLO = "SLO file"
+
+
+def kind_of(file: Path) -> FileKind:
+    """By its settings; what cannot be read counts as a serve file."""
+    settings = top_level_settings(file)
+    if settings & _ONLY_IN_PLANS:
+        return FileKind.PLAN
+    return FileKind.SLO if settings & _ONLY_IN_SLO_FILES else FileKind.SERVE
+
+
 @dataclass(frozen=True, slots=True)
 class ToServe:
     """`plan`: what the configuration was made of; None for a serve file."""
@@ -32,8 +47,8 @@ class ToServe:
 def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -> ToServe:
     """What to run. `overrides` change serve settings, whatever kind the file is of. An SLO file is planned for here,
     which takes a while. Raises ConfigError."""
-    settings = frozenset[str]() if file is None else top_level_settings(file)
-    if file is not None and settings & _ONLY_IN_PLANS:
+    kind = FileKind.SERVE if file is None else kind_of(file)
+    if file is not None and kind is FileKind.PLAN:
         plan = load_config(file, Plan)
         if plan.groups:
             say(f"the plan: {words.describe_plan(plan)}")
@@ -43,7 +58,7 @@ def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -
                 "verdict to disaggregate to run it all the same"
             )
         return ToServe(_config_of(plan, overrides, machine), plan)
-    if file is not None and settings & _ONLY_IN_SLO_FILES:
+    if file is not None and kind is FileKind.SLO:
         plan = _plan_for(file)
         return ToServe(_config_of(plan, overrides, machine), plan)
     return ToServe(read_config(file, overrides))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cli.common import say
 from cli.progress import Progress as ShownProgress
+from cli.serve_file import FileKind, kind_of
 from cli.version import installed_version
 from core.config_file import load_config
 from core.errors import ConfigError
@@ -31,6 +32,8 @@ from placement.workload.traces import load_trace
 
 def run_simulation(args: argparse.Namespace) -> int:
     """With the arguments of `cli.simulate`. Raises ConfigError."""
+    if kind_of(args.plan) is FileKind.SLO:
+        raise ConfigError(f"{args.plan} is an SLO file; make a plan of it first: tandem plan {args.plan} -o plan.yaml")
     plan = load_config(args.plan, Plan)
     slo_path = args.slo or plan.slo_file
     if slo_path is None:
@@ -44,6 +47,15 @@ def run_simulation(args: argparse.Namespace) -> int:
     result = _simulate(_deployment(plan, slo, args.fail), requests)
     summary = summarise(result, slo.slo)
     say(render_text(summary))
+    judged_from_s = float(requests.arrival_s[min(summary.judgement.warm_up, len(requests) - 1)])
+    for failure in args.fail:
+        if failure.until_s <= judged_from_s:
+            say(
+                f"note: {failure.instance_id} was back before the requests that are judged came, from second "
+                f"{judged_from_s:.0f} on; lose it later, or ask for more --requests"
+            )
+        elif failure.at_s > result.end_s:
+            say(f"note: {failure.instance_id} was to be lost at {failure.at_s:g} s, after the end of the run")
     if args.json is not None:
         with _written(args.json):
             args.json.write_text(json.dumps(as_json(summary), indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ def write_plan(planned: Planned, path: Path) -> None:
     text = (
         f"# {words.headline(planned)}\n"
         f"# Written by tandem {planned.evidence.reproduction.version}; edit it as you like: it is checked when read.\n"
-        f"# tandem serve runs it, tandem simulate tries it under another load.\n"
+        f"# tandem simulate tries it under another load; tandem serve runs it, or says what it cannot run yet.\n"
         f"{dump_config(planned.plan)}"
     )
     path.write_text(text, encoding="utf-8")

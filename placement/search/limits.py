@@ -119,8 +119,10 @@ def _decode_limit(
     if not allowed:
         return Limit(0.0, f"no batch keeps TPOT within {tightest.tpot_s:g} s")
     rate, batch = max(allowed)
-    by_memory = batch == rates[-1][0]
-    return Limit(rate, f"KV memory, {batch} sequences" if by_memory else f"TPOT, {batch} sequences")
+    if batch < rates[-1][0]:
+        return Limit(rate, f"TPOT, {batch} sequences")
+    is_full = kind.kv_tokens < (kind.max_batch + 1) * resident_tokens(stream)
+    return Limit(rate, f"KV memory, {batch} sequences" if is_full else f"the largest batch, {batch} sequences")
 
 
 def _interval_s(kind: InstanceKind, chunks: list[tuple[int, int]]) -> float:

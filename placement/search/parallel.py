@@ -3,11 +3,15 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from typing import Protocol, TypeVar
+
+from core.errors import UnavailableError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,7 +38,10 @@ class Serial:
 
 
 class Processes:
-    """Processes of this machine. A single item is worked on here, which costs no trip."""
+    """Processes of this machine. A single item is worked on here, which costs no trip.
+
+    Raises UnavailableError when one of them is killed.
+    """
 
     def __init__(self, pool: ProcessPoolExecutor, workers: int) -> None:
         self._pool = pool
@@ -43,9 +50,14 @@ class Processes:
     def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         if len(items) < 2:
             return [function(item) for item in items]
-        with _ctrl_c_held_back():  # from the processes that this starts: their tracebacks would be no answer
-            answers = self._pool.map(function, items)
-        return list(answers)
+        try:
+            with _ctrl_c_held_back():  # from the processes that this starts: their tracebacks would be no answer
+                answers = self._pool.map(function, items)
+            return list(answers)
+        except BrokenProcessPool as error:
+            raise UnavailableError(
+                "A process that simulates was killed, most often for want of memory; try --workers 1."
+            ) from error
 
 
 @contextmanager
@@ -59,7 +71,8 @@ def local_mapper(workers: int = 0) -> Iterator[Mapper]:
         yield Serial()
         return
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
     try:
         yield Processes(pool, count)
     except BaseException:
@@ -80,6 +93,18 @@ def _ctrl_c_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """A helper whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a helper was started by somebody"
+
+    def wait() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def available_cores() -> int:

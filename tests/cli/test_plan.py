@@ -136,6 +136,18 @@ def test_mistakes_are_told_in_a_sentence(
     assert f"tandem plan: {sentence}" in capsys.readouterr().err
 
 
+def test_no_file_is_written_over_another_of_the_same_command(
+    folder: Path, answer: Callable[[Planned], list[SloFile]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = answer(planned())
+    assert main(["plan", "slo.yaml", "-o", str(folder / "slo.yaml")]) == 2
+    assert "would be both the SLO file and the plan" in capsys.readouterr().err
+    assert main(["plan", "slo.yaml", "-o", "out", "--report", "./out"]) == 2
+    assert "would be both the plan and the report" in capsys.readouterr().err
+    assert not asked, "told before the search"
+    assert (folder / "slo.yaml").read_text() == SLO
+
+
 def test_ctrl_c_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> Planned:
         raise KeyboardInterrupt

@@ -142,6 +142,19 @@ def test_wrong_arguments_are_told(
     assert sentence in capsys.readouterr().err
 
 
+def test_an_outage_that_nothing_judged_has_seen_is_noted(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    early = simulated(capsys, plan, "--rate", 20, "--fail", "decode-0@0-0.05")
+    assert "note: decode-0 was back before the requests that are judged came" in early
+    late = simulated(capsys, plan, "--rate", 20, "--fail", "decode-0@100000")
+    assert "note: decode-0 was to be lost at 100000 s, after the end of the run" in late
+    seen = simulated(capsys, plan, "--rate", 20, "--fail", "decode-0@0")
+    assert "note:" not in seen
+
+
+def test_an_slo_file_is_no_plan(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is an SLO file; make a plan of it first: tandem plan" in told(capsys, plan.parent / "slo.yaml")
+
+
 def test_a_rate_must_be_known(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "says how many requests come per second; give --rate R" in told(capsys, plan)
     (plan.parent / "slo.yaml").write_text(SLO.replace("workload:\n", "workload:\n  rate: 3\n"))

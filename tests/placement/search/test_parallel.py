@@ -1,12 +1,17 @@
-"""The processes that simulate: what Ctrl-C does to them."""
+"""The processes that simulate: what Ctrl-C, and the death of one of them or of their parent, does."""
 
 import multiprocessing
 import multiprocessing.process
+import os
 import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
+from core.errors import UnavailableError
 from placement.search.parallel import local_mapper
 
 
@@ -30,3 +35,30 @@ def test_ctrl_c_is_for_the_caller_alone_and_ends_them() -> None:
     while multiprocessing.active_children() != others:
         assert time.monotonic() < until_s, "they are still there"
         time.sleep(0.02)
+
+
+def _die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_helper_is_told_in_a_sentence() -> None:
+    with local_mapper(2) as mapper, pytest.raises(UnavailableError, match="was killed"):
+        mapper(_die, [0, 1])
+
+
+def test_helpers_end_with_a_parent_that_was_killed() -> None:
+    script = (
+        "from placement.search.parallel import local_mapper\n"
+        "if __name__ == '__main__':\n"
+        "    with local_mapper(2) as mapper:\n"
+        "        print(*mapper(abs, [1, 2]), flush=True)\n"
+        "        input()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"1 2\n"
+        helpers = psutil.Process(parent.pid).children(recursive=True)
+        assert helpers
+        parent.kill()
+    _, alive = psutil.wait_procs(helpers, timeout=10)
+    assert not alive
