@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--workers must be 0 or more, not {args.workers}")
     if args.workers and args.ray:
         raise ConfigError("--workers is of this machine alone; a Ray cluster says itself how many cores it has")
-    output = _output(args.output)
     slo = apply_overrides(load_config(args.file, SloFile), args.set)
+    output = _output(args.output)
     _check_outputs(args.file, output, args.report)
     with Progress(sys.stderr) as progress:
         planned = search(slo, args.file, progress, args.workers, args.ray)
@@ -138,8 +138,8 @@ def as_lines(planned: Planned) -> list[str]:
                 f"at {words.rate(expected.rate)}, class {one.slo.name}: {share} meet both targets "
                 f"(95 %: {interval}; required {words.percent(one.slo.attainment)})"
             )
-        bounds = [f"{role} by {words.TERM_NAMES.get(bound, bound)}" for role, bound in expected.bounds.items()]
-        lines += [f"bound: {', '.join(bounds)}"] if bounds else []
+        bounds = [f"{words.TERM_NAMES.get(bound, bound)} in {role}" for role, bound in expected.bounds.items()]
+        lines += [f"a step is mostly {', '.join(bounds)}"] if bounds else []
         lines += [f"cost: {number(expected.cost_per_hour)} USD per hour"] if expected.cost_per_hour else []
     rejected = words.best_rejected(planned, _NUM_REJECTED)
     if rejected:
