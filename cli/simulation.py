@@ -54,7 +54,7 @@ def run_simulation(args: argparse.Namespace) -> int:
                 f"note: {failure.instance_id} was back before the requests that are judged came, from second "
                 f"{judged_from_s:.0f} on; lose it later, or ask for more --requests"
             )
-        elif failure.at_s > result.end_s:
+        elif failure.at_s > float(requests.arrival_s[0]) + summary.duration_s:
             say(f"note: {failure.instance_id} was to be lost at {failure.at_s:g} s, after the end of the run")
     if args.json is not None:
         with _written(args.json):
