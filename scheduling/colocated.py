@@ -15,7 +15,7 @@ from scheduling.scheduler import Chunk, Scheduler
 from scheduling.sequence import Sequence, SequenceState
 from scheduling.steady import SteadySteps
 
-Mixing = Literal["chunked", "prompt_first"]
+Mixing = Literal["chunked", "prompt_first", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,8 @@ class ColocatedPolicy:
                   chunks of prompts into what is left of `max_batch_tokens`. Decoding never stalls.
     prompt_first  vLLM 0.2: while prompts wait and fit, steps of whole prompts only, `max_batch_tokens` together (a
                   longer one goes alone); otherwise steps of all that decode. Every prompt stalls decoding.
+    padded        vLLM 0.2.3: as prompt_first, but a step computes each prompt at the length of its longest.
+                  The padding counts in `max_batch_tokens` and is at most `max_padding_tokens`.
 
     `max_batch` bounds the sequences that run, `max_queue` those that wait. A prompt is admitted when its blocks are
     there, a share `watermark` of the pool stays available beside them, and every sequence could still grow by
@@ -39,6 +41,7 @@ class ColocatedPolicy:
     mixing: Mixing = "chunked"
     growth_horizon_tokens: int = 0
     watermark: float = 0.01
+    max_padding_tokens: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,7 @@ class ColocatedScheduler(Scheduler[ColocatedChunk]):
         Each chunk's blocks are in its sequence's block table. Decoding sequences come first, then prompts, oldest
         first.
         """
-        if self._policy.mixing == "prompt_first":
+        if self._policy.mixing != "chunked":
             return self._prompt_chunks(self._policy.max_batch_tokens, now_s) or self._decode_chunks()
         chunks = self._decode_chunks()
         return chunks + self._prompt_chunks(self._policy.max_batch_tokens - len(chunks), now_s)
@@ -273,19 +276,31 @@ class ColocatedScheduler(Scheduler[ColocatedChunk]):
 
     def _prompt_chunks(self, budget: int, now_s: float) -> list[ColocatedChunk]:
         """Of prompts that run, then of the first in line; at most `budget` tokens, or one whole prompt."""
-        whole = self._policy.mixing == "prompt_first"
+        whole, padded = self._policy.mixing != "chunked", self._policy.mixing == "padded"
         chunks: list[ColocatedChunk] = []
         for sequence in self._prompts.values():
             if budget > 0:
                 chunks.append(_prompt_chunk(sequence, sequence.num_uncomputed if whole else budget))
                 budget -= chunks[-1].num_tokens
         while budget > 0 and len(self._prompts) + len(self._decoding) < self._max_running:
+            if padded and chunks and self._pads_too_much(chunks):
+                break
             newcomer = self._admit_first(now_s, budget if whole and chunks else None)
             if newcomer is None:
                 break
             chunks.append(_prompt_chunk(newcomer, newcomer.num_uncomputed if whole else budget))
             budget -= chunks[-1].num_tokens
         return chunks
+
+    def _pads_too_much(self, chunks: list[ColocatedChunk]) -> bool:
+        """Whether the first in line, as if nothing of it were cached, must not be padded together with `chunks`."""
+        first = self._line.peek()
+        if first is None:
+            return False
+        lengths = [*(chunk.num_tokens for chunk in chunks), self._sequences[first[1]].num_uncomputed]
+        padded_tokens = len(lengths) * max(lengths)
+        policy = self._policy
+        return padded_tokens > policy.max_batch_tokens or padded_tokens - sum(lengths) > policy.max_padding_tokens
 
     def _decode_chunks(self) -> list[ColocatedChunk]:
         """A token of each that decodes and is not preempted to make room for the others."""

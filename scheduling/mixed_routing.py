@@ -48,7 +48,7 @@ class Pace:
 
     def prompt_tokens_per_s_beside(self, sequences: int, kv_tokens: int) -> float:
         """While so many sequences decode over so much KV: chunks share their steps with them, whole prompts do not."""
-        if self.mixing == "prompt_first" or sequences == 0:
+        if self.mixing != "chunked" or sequences == 0:
             return self.prompt_tokens_per_s
         chunk = max(1, self.max_batch_tokens - sequences)
         load = StepLoad(

@@ -80,7 +80,16 @@ class ColocatedInstance(SteppingInstance):
         for chunk in chunks:
             if chunk.is_prompt and chunk.start == chunk.sequence.num_cached:
                 self._listener.prefill_started(attempt_of(chunk.sequence), chunk.sequence.num_cached)
-        return chunks, self._totals.count_step(_load(chunks)).total_s if chunks else 0.0
+        return chunks, self._totals.count_step(self._load(chunks)).total_s if chunks else 0.0
+
+    def _load(self, chunks: list[ColocatedChunk]) -> StepLoad:
+        """What the step computes, padding included."""
+        prompts = [chunk for chunk in chunks if chunk.is_prompt]
+        if prompts and self.spec.policy == "padded":
+            longest = max(chunk.num_tokens for chunk in prompts)
+            return StepLoad.of_prompts(*[longest] * len(prompts))
+        decoding = [chunk for chunk in chunks if not chunk.is_prompt]
+        return load_of(prompts, decoding, sampled=sum(chunk.samples for chunk in chunks))
 
     def _computed(self, chunks: list[ColocatedChunk]) -> None:
         for chunk in chunks:
@@ -97,9 +106,3 @@ class ColocatedInstance(SteppingInstance):
             self._listener.prefill_finished(attempt_of(sequence), sequence.started_s)
         elif num_new == 2:
             self._listener.second_token(attempt_of(sequence), self._began_s, self._agenda.now_s)
-
-
-def _load(chunks: list[ColocatedChunk]) -> StepLoad:
-    prompts = [chunk for chunk in chunks if chunk.is_prompt]
-    decoding = [chunk for chunk in chunks if not chunk.is_prompt]
-    return load_of(prompts, decoding, sampled=sum(chunk.samples for chunk in chunks))

@@ -7,7 +7,7 @@ from core.cost_model import CostModel
 from core.slo import SloClass
 
 Role = Literal["prefill", "decode", "colocated"]
-ColocatedPolicy = Literal["chunked", "prompt_first"]
+ColocatedPolicy = Literal["chunked", "prompt_first", "padded"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,6 +110,19 @@ def test_prompt_first_stalls_decoding_for_whole_prompts() -> None:
     ]
 
 
+def test_padded_prompts_share_a_step_while_budget_and_padding_allow() -> None:
+    policy = replace(_policy("padded", max_batch_tokens=24), max_padding_tokens=3)
+    worker = Worker(40, policy, caching=False)
+    for key, num_tokens in (("a", 5), ("longer", 8), ("b", 8), ("c", 8), ("short", 4)):
+        worker.add(key, num_tokens, token=num_tokens)
+    # a + longer are 16 tokens, 3 of them padding; with b 24 and 3; c would make it 32
+    assert [chunk.sequence.key for chunk in worker.step()] == ["a", "longer", "b"]
+    # short would be padded by 4
+    assert [chunk.sequence.key for chunk in worker.step()] == ["c"]
+    assert [chunk.sequence.key for chunk in worker.step()] == ["short"]
+    assert [chunk.is_prompt for chunk in worker.step()] == [False] * 5
+
+
 def test_a_prompt_is_admitted_when_its_blocks_and_the_watermark_are_there() -> None:
     worker = Worker(100, _policy(max_batch_tokens=400, watermark=0.05), caching=False)
     worker.add("a", 199, token=1)  # 50 blocks
@@ -193,7 +208,7 @@ _WORKERS = st.tuples(
     st.integers(6, 30),
     st.builds(
         _policy,
-        mixing=st.sampled_from(["chunked", "prompt_first"]),
+        mixing=st.sampled_from(["chunked", "prompt_first", "padded"]),
         max_batch=st.integers(1, 5),
         max_batch_tokens=st.integers(1, 20),
         horizon=st.sampled_from([0, 0, 6]),
@@ -258,6 +273,8 @@ def _checked_step(worker: Worker, policy: ColocatedPolicy) -> None:
         assert prompts in ([], chunks), "a step of prompts and decoding"
         if prompts:
             assert num_tokens <= policy.max_batch_tokens or len(prompts) == 1
+        if len(prompts) > 1 and policy.mixing == "padded":
+            assert len(prompts) * max(chunk.num_tokens for chunk in prompts) <= policy.max_batch_tokens
 
 
 def test_steady_steps_reach_to_the_first_end_or_the_last_block() -> None:

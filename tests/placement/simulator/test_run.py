@@ -82,7 +82,7 @@ def test_with_a_role_gone_requests_are_refused() -> None:
     seed=st.integers(0, 1000),
     network=st.sampled_from([NetworkSpec(), _SLOW_NETWORK]),
     loses=st.booleans(),
-    policy=st.sampled_from([None, None, "chunked", "prompt_first"]),
+    policy=st.sampled_from([None, None, "chunked", "prompt_first", "padded"]),
 )
 @settings(max_examples=40, deadline=None, phases=[Phase.generate])  # shrinking simulations takes minutes
 def test_many_steps_at_once_give_the_same_as_each_alone(

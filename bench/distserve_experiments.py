@@ -1,0 +1,162 @@
+"""The experiments behind DistServe's published curves (OSDI 2024, Figure 8), as deployments for the simulator."""
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from bench.distserve_runs import RecordedRuns, fits_to_run
+from core.parallel import ParallelShape
+from core.slo import SloClass
+from core.slo_file import WorkloadSection
+from placement.costs.published import DEVICE, DistServeCost, DistServeSource, Engine
+from placement.judging.goodput import goodput_at
+from placement.simulator import simulate
+from placement.simulator.deployment import Deployment, InstanceSpec, Role
+from placement.simulator.result import SimulationResult
+from placement.workload.requests import RequestStream
+from placement.workload.streams import make_stream
+
+CURVES = Path("reference") / "distserve_slo_attainment_curves.csv"
+_WORKLOAD = WorkloadSection(dataset="distserve_sharegpt")
+_MAX_MODEL_LEN = 2048
+_BLOCK_TOKENS = 16
+_STEADY_REQUESTS = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    role: Role
+    shape: ParallelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One curve of the figure. `num_requests` is what its authors sent at each rate. `cost` is instead of the published
+    coefficients, on every instance."""
+
+    model: str
+    system: str
+    engine: Engine
+    groups: tuple[Group, ...]
+    slo: SloClass
+    num_requests: int
+    cost: DistServeCost | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.system == "vLLM"
+
+    @property
+    def num_devices(self) -> int:
+        return sum(group.shape.num_ranks for group in self.groups)
+
+    def deployment(self) -> Deployment:
+        """Limits of a step as in the scripts of the paper's runs."""
+        source = DistServeSource(self.model, self.engine, ray_overhead=False)
+        instances = []
+        for group in self.groups:
+            cost = self.cost or source.cost_model(DEVICE, group.shape)
+            assert cost is not None, "the figure's shapes have coefficients"
+            spec = InstanceSpec(
+                instance_id=group.role,
+                role=group.role,
+                cost=cost,
+                num_blocks=source.kv_tokens(DEVICE, group.shape) // _BLOCK_TOKENS,
+                block_size=_BLOCK_TOKENS,
+                max_model_len=_MAX_MODEL_LEN,
+                max_batch_tokens=65536 if self.is_baseline else 8192,
+                max_batch=1024,
+                policy="padded",
+                growth_horizon_tokens=0,
+            )
+            instances.append(spec)
+        return Deployment(tuple(instances))
+
+
+def _shape(text: str) -> ParallelShape:
+    return ParallelShape.parse(text)
+
+
+_SLO_13B, _SLO_66B = SloClass(ttft_s=0.25, tpot_s=0.1), SloClass(ttft_s=2.5, tpot_s=0.15)
+EXPERIMENTS = (
+    Experiment(
+        "OPT-13B",
+        "DistServe",
+        "distserve",
+        (Group("prefill", _shape("tp2")), Group("decode", _shape("tp1"))),
+        _SLO_13B,
+        300,
+    ),
+    Experiment("OPT-13B", "vLLM", "vllm", (Group("colocated", _shape("tp1")),), _SLO_13B, 100),
+    Experiment(
+        "OPT-66B",
+        "DistServe",
+        "distserve",
+        (Group("prefill", _shape("tp4")), Group("decode", _shape("tp2pp2"))),
+        _SLO_66B,
+        200,
+    ),
+    Experiment("OPT-66B", "vLLM", "vllm", (Group("colocated", _shape("tp4")),), _SLO_66B, 100),
+)
+
+
+def published_curve(data: Path, model: str, system: str) -> dict[float, float]:
+    """Rate per device -> attainment in percent. Raises FileNotFoundError."""
+    with (data / CURVES).open(encoding="utf-8", newline="") as file:
+        return {
+            float(row["x"]): float(row["slo_attainment_pct"])
+            for row in csv.DictReader(file)
+            if (row["figure"], row["model"], row["workload"], row["system"]) == ("Fig8-top", model, "ShareGPT", system)
+            and row["slo_attainment_pct"]
+        }
+
+
+def attainment_pct(slo: SloClass, result: SimulationResult) -> float:
+    """Of all requests sent, as the experiments counted; the start is not cut off."""
+    met = (result.ttft_s <= slo.ttft_s) & (np.isnan(result.tpot_s) | (result.tpot_s <= slo.tpot_s)) & result.finished
+    return 100.0 * float(met.mean())
+
+
+def drawn_attainment_pct(experiment: Experiment, rate_per_device: float, seed: int) -> float:
+    rate = rate_per_device * experiment.num_devices
+    stream = make_stream(_WORKLOAD, (experiment.slo,), count=experiment.num_requests, rate=rate, seed=seed)
+    return attainment_pct(experiment.slo, simulate(experiment.deployment(), stream))
+
+
+def fitted(experiment: Experiment, recorded: RecordedRuns) -> list[Experiment]:
+    """The experiment with the step times that fit the recorded run of its model and engine, the nearest first."""
+
+    def simulate_with(cost: DistServeCost, stream: RequestStream) -> SimulationResult:
+        return simulate(replace(experiment, cost=cost).deployment(), stream)
+
+    (published,) = (instance.cost for instance in experiment.deployment().instances)
+    assert isinstance(published, DistServeCost)
+    return [replace(experiment, cost=cost) for cost in fits_to_run(published, recorded, simulate_with)]
+
+
+def steady_goodput(experiment: Experiment) -> float:
+    """Requests per second and device at 90 % in steady state."""
+    deployment = experiment.deployment()
+    stream = make_stream(_WORKLOAD, (experiment.slo,), count=_STEADY_REQUESTS, rate=1.0, seed=0)
+    found = goodput_at(
+        lambda requests, stop: simulate(deployment, requests, stop_when=stop),
+        stream,
+        (experiment.slo,),
+        guess=experiment.num_devices * 1.0,
+    )
+    return found.rate / experiment.num_devices
+
+
+def goodput_of(curve: dict[float, float], target_pct: float = 90.0) -> float:
+    """Where the curve falls below the target for the first time; the last rate if it never does."""
+    previous: tuple[float, float] | None = None
+    for rate, attainment in sorted(curve.items()):
+        if attainment < target_pct:
+            if previous is None:
+                return 0.0
+            before_rate, before = previous
+            return before_rate + (rate - before_rate) * (before - target_pct) / (before - attainment)
+        previous = (rate, attainment)
+    return max(curve)
