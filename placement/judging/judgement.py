@@ -78,6 +78,9 @@ def judge(result: SimulationResult, classes: Sequence[SloClass], *, transient: b
     could be gone, while batches still fill; at most half. Behind, those who came so late that nobody came after them to
     share their batches; at most a fifth. In a run that was stopped early, those who would have had time left.
     A request that was refused or never ended missed its targets.
+
+    What is left out does not depend on the targets, and each latency is asked by itself whether it grows. So, of one
+    run in which every request ended, looser targets never make `meets` false.
     """
     requests = result.requests
     use = _budget_use(result, classes)
@@ -88,12 +91,12 @@ def judge(result: SimulationResult, classes: Sequence[SloClass], *, transient: b
     if not transient and within.any():
         stay_s = _time_in_system(result)[within]
         p50_s, p90_s = np.quantile(stay_s, (0.5, 0.9))
-        warm_up = _warm_up(requests, use[within], float(p90_s))
+        warm_up = _warm_up(requests, _slowness(result)[within], float(p90_s))
         tail = 0 if result.stopped_early else _tail(requests, float(p50_s))
         position = np.arange(len(requests))
         chosen = within & (position >= warm_up) & (position < len(requests) - tail)
         long_enough = bool(requests.duration_s >= 3 * p90_s)
-        stable = not is_drifting(use[chosen])
+        stable = not any(is_drifting(series[chosen & ~np.isnan(series)]) for series in _budget_uses(result, classes))
     return Judgement(
         classes=tuple(
             _judge_class(slo, result, use, chosen & (requests.slo_class == index)) for index, slo in enumerate(classes)
@@ -113,11 +116,32 @@ def deadlines_s(requests: RequestStream, classes: Sequence[SloClass]) -> Floats:
     return latest
 
 
-def _budget_use(result: SimulationResult, classes: Sequence[SloClass]) -> Floats:
-    """The larger of TTFT and TPOT, each in units of its target: at most 1 for a request that met both. Finite."""
+def _budget_uses(result: SimulationResult, classes: Sequence[SloClass]) -> tuple[Floats, Floats]:
+    """TTFT and TPOT, each in units of its target, of a lost request at least `_LOST_USE`. An answer of one token has no
+    TPOT: NaN."""
     ttft_target = np.array([slo.ttft_s for slo in classes])[result.requests.slo_class]
     tpot_target = np.array([slo.tpot_s for slo in classes])[result.requests.slo_class]
-    use = np.fmax(result.ttft_s / ttft_target, result.tpot_s / tpot_target)
+    return _with_lost(result, result.ttft_s / ttft_target), _with_lost(result, result.tpot_s / tpot_target)
+
+
+def _budget_use(result: SimulationResult, classes: Sequence[SloClass]) -> Floats:
+    """The larger of the two: at most 1 for a request that met both targets. Finite."""
+    use: Floats = np.fmax(*_budget_uses(result, classes))
+    return use
+
+
+def _slowness(result: SimulationResult) -> Floats:
+    """The larger of TTFT and TPOT, each in units of what nine of ten requests of the run stay below. Finite."""
+    parts = []
+    for values in (result.ttft_s, result.tpot_s):
+        known = values[~np.isnan(values)]
+        usual = float(np.quantile(known, 0.9)) if len(known) else 0.0
+        parts.append(_with_lost(result, values / (usual or 1.0)))
+    slowness: Floats = np.fmax(*parts)
+    return slowness
+
+
+def _with_lost(result: SimulationResult, use: Floats) -> Floats:
     finite: Floats = np.where(result.finished, use, np.fmax(use, _LOST_USE))
     return finite
 
@@ -134,9 +158,9 @@ def _time_in_system(result: SimulationResult) -> Floats:
     return stay_s
 
 
-def _warm_up(requests: RequestStream, use: Floats, fill_s: float) -> int:
+def _warm_up(requests: RequestStream, slowness: Floats, fill_s: float) -> int:
     filled = int(np.searchsorted(requests.arrival_s, requests.arrival_s[0] + fill_s))
-    return min(max(warm_up_length(np.minimum(use, _LOST_USE)), filled), len(requests) // 2)
+    return min(max(warm_up_length(np.minimum(slowness, _LOST_USE)), filled), len(requests) // 2)
 
 
 def _tail(requests: RequestStream, stay_s: float) -> int:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from core.slo import SloClass
 from core.slo_file import WorkloadSection
+from core.timeline import Stage
 from placement.judging.goodput import goodput_at, judge, stop_when_lost
 from placement.judging.steady_state import is_drifting, share_interval, warm_up_length
 from placement.simulator import Progress
@@ -77,6 +78,28 @@ def test_a_queue_that_grows_is_called_unstable_and_a_busy_one_is_not() -> None:
     assert not any(verdicts)
     verdicts = [judge(SERVER(poisson(rate=0.75 / SERVICE_S, seed=seed)), (CHAT,)).stable for seed in range(20)]
     assert all(verdicts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    load=st.floats(0.3, 1.3),
+    ramp=st.floats(0.0, 3.0),
+    seed=st.integers(0, 1000),
+    targets=st.tuples(st.floats(0.05, 2.0), st.floats(0.005, 0.1), st.floats(0.5, 0.99)),
+    looser=st.tuples(st.floats(1.0, 4.0), st.floats(1.0, 4.0), st.floats(0.5, 1.0)),
+)
+def test_a_looser_slo_never_turns_a_run_that_meets_into_one_that_does_not(
+    load: float, ramp: float, seed: int, targets: tuple[float, float, float], looser: tuple[float, float, float]
+) -> None:
+    requests = poisson(600, rate=load / SERVICE_S, seed=seed)
+    requests = RequestStream.make(requests.arrival_s, requests.prompt_tokens, np.full(600, 21))
+    first_s = SERVER(requests).stage(Stage.FIRST_TOKEN)
+    draw = np.random.default_rng(seed)
+    tpot_s = 0.02 * (draw.lognormal(0, 0.5, 600) + np.linspace(0, ramp, 600))
+    result = result_of(requests, first_s, first_s + 20 * tpot_s)
+    tight = SloClass(ttft_s=targets[0], tpot_s=targets[1], attainment=targets[2])
+    loose = SloClass(ttft_s=targets[0] * looser[0], tpot_s=targets[1] * looser[1], attainment=targets[2] * looser[2])
+    assert judge(result, (loose,)).meets or not judge(result, (tight,)).meets
 
 
 def test_the_start_that_is_not_like_the_rest_is_left_out() -> None:
