@@ -102,6 +102,18 @@ def test_a_looser_slo_never_turns_a_run_that_meets_into_one_that_does_not(
     assert judge(result, (loose,)).meets or not judge(result, (tight,)).meets
 
 
+def test_one_latency_does_not_hide_that_the_other_grows() -> None:
+    requests = RequestStream.make(np.arange(1000.0), np.full(1000, 10), np.full(1000, 11))
+    noise = 0.02 * np.random.default_rng(0).random(1000)
+    result = result_of(
+        requests,
+        first_s := requests.arrival_s + np.linspace(0.2, 0.9, 1000) + noise,
+        first_s + 9.5,
+    )
+    for tpot_s in (0.96, 5.0):  # the first is nearly all taken
+        assert not judge(result, (SloClass(ttft_s=1, tpot_s=tpot_s),)).stable
+
+
 def test_the_start_that_is_not_like_the_rest_is_left_out() -> None:
     requests = RequestStream.make(np.arange(1000.0), np.full(1000, 10), np.full(1000, 1))
     slow_start = np.where(np.arange(1000) < 100, 3.0, 0.5) + np.random.default_rng(0).random(1000) * 0.1
