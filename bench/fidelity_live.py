@@ -1,10 +1,11 @@
 """How far the simulator is from a live cluster on this machine; writes a section of docs/fidelity.md.
 
 One prefill and one decode worker with a thread each serve a random checkpoint that is large enough for steps, not the
-road, to take the time. `tandem profile`'s measurement of that checkpoint is all that the simulator is told. Then, for
-two workloads and eight rates, `bench.load` loads the cluster, and the simulator gets the same requests at the same
-times. Rates are shares of what the prefill worker can take by its calibration, targets are multiples of its steps: the
-curves go from everything met to little met on any machine.
+road, to take the time. For each of two workloads, `tandem profile`'s measurement of that checkpoint, made just before,
+is all that the simulator is told: a virtual machine changes its pace within minutes. Then, at eight rates, `bench.load`
+loads the cluster, and the simulator gets the same requests at the same times. Rates are shares of what the prefill
+worker can take by its calibration, targets are multiples of its steps: the curves go from everything met to little met
+on any machine.
 
 Needs a machine with at least two cores and nothing else on them. What was measured stays in --folder: an interrupted
 run goes on where it stopped, and --fresh begins anew.
@@ -71,9 +72,11 @@ _SETTLING_ROUNDS = 4
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run to be made: `share` of what prefill can take. `path` is where its records lie."""
+    """One run to be made: `share` of what prefill can take. `path` is where its records lie, `calibration` was measured
+    before it."""
 
     workload: str
+    calibration: Calibration
     slo_path: Path
     slo: SloFile
     share: float
@@ -117,22 +120,31 @@ def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float
     )
 
 
-def plan_runs(folder: Path, model: Path, calibration: Calibration, args: argparse.Namespace) -> list[Run]:
-    """All runs of all workloads; repetitions lie apart in time. Targets and rates are chosen once for a folder."""
+def plan_runs(folder: Path, model: Path, number: int, args: argparse.Namespace) -> list[Run]:
+    """All runs of a workload; repetitions lie apart in time. The machine is measured, and targets and rates are chosen,
+    once for a folder."""
+    name, workload = list(_WORKLOADS.items())[number]
+    calibration = _calibration(folder / f"calibration-{number}.yaml", model)
+    path = folder / f"slo-{number}.yaml"
+    if not path.exists():
+        path.write_text(_slo_text(model, workload, calibration, args.seed))
+    slo = load_config(path, SloFile)
+    assert isinstance(slo.workload.rate, float), "the rate that prefill can take"
     runs = []
-    for number, (name, workload) in enumerate(_WORKLOADS.items()):
-        path = folder / f"slo-{number}.yaml"
-        if not path.exists():
-            path.write_text(_slo_text(model, workload, calibration, args.seed))
-        slo = load_config(path, SloFile)
-        assert isinstance(slo.workload.rate, float), "the rate that prefill can take"
-        for repetition in range(args.repetitions):
-            for share in args.loads:
-                rate = round(share * slo.workload.rate, 2)
-                record = folder / f"run-{number}-{share:g}-{repetition}.json"
-                count = max(20, round(rate * args.seconds))
-                runs.append(Run(name, path, slo, share, rate, count, repetition, record))
+    for repetition in range(args.repetitions):
+        for share in args.loads:
+            rate = round(share * slo.workload.rate, 2)
+            record = folder / f"run-{number}-{share:g}-{repetition}.json"
+            count = max(20, round(rate * args.seconds))
+            runs.append(Run(name, calibration, path, slo, share, rate, count, repetition, record))
     return runs
+
+
+def _calibration(path: Path, model: Path) -> Calibration:
+    if not path.exists():
+        print("profile the model", file=sys.stderr, flush=True)
+        path.write_text(dump_config(calibrate(model, _ENGINE, today=datetime.now(UTC).date())))
+    return load_calibration(path)
 
 
 def _slo_text(model: Path, workload: Mapping[str, object], calibration: Calibration, seed: int) -> str:
@@ -179,7 +191,7 @@ async def _load(url: str, run: Run, seed: int, *, requests: int, output: Path) -
     partial.rename(output)
 
 
-def compare(runs: Sequence[Run], calibration: Calibration, seed: int) -> Iterator[Comparison]:
+def compare(runs: Sequence[Run], seed: int) -> Iterator[Comparison]:
     """One for each workload and rate, over its repetitions."""
     for run in runs:
         if run.repetition > 0:
@@ -198,7 +210,7 @@ def compare(runs: Sequence[Run], calibration: Calibration, seed: int) -> Iterato
             requests=len(stream),
             ttft_target_s=run.slo.slo[0].ttft_s,
             tpot_target_s=run.slo.slo[0].tpot_s,
-            simulated=_figures_of(simulate_one_and_one(calibration, stream), run),
+            simulated=_figures_of(simulate_one_and_one(run.calibration, stream), run),
             live=tuple(live),
             marked=faults,
         )
@@ -242,23 +254,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     if args.fresh:
-        for path in (folder / "calibration.yaml", *folder.glob("slo-*.yaml"), *folder.glob("run-*.json")):
-            path.unlink(missing_ok=True)
-    model, calibration_path = folder / "model", folder / "calibration.yaml"
+        for pattern in ("calibration-*.yaml", "slo-*.yaml", "run-*.json"):
+            for path in folder.glob(pattern):
+                path.unlink()
+    model, runs = folder / "model", list[Run]()
     try:
         if not (model / "config.json").exists():
             write_random_checkpoint(model, _SHAPE, dtype="bfloat16")
-        if not calibration_path.exists():
-            print("profile the model", file=sys.stderr, flush=True)
-            calibration_path.write_text(dump_config(calibrate(model, _ENGINE, today=datetime.now(UTC).date())))
-        calibration = load_calibration(calibration_path)
-        runs = plan_runs(folder, model, calibration, args)
-        asyncio.run(measure(model, runs, args.seed))
-        comparisons = list(compare(runs, calibration, args.seed))
+        for number in range(len(_WORKLOADS)):
+            of_workload = plan_runs(folder, model, number, args)
+            asyncio.run(measure(model, of_workload, args.seed))
+            runs += of_workload
+        comparisons = list(compare(runs, args.seed))
     except (BenchError, TandemError) as error:
         print(error, file=sys.stderr)
         return 1
-    section = section_text(comparisons, calibration, args.note)
+    section = section_text(comparisons, {run.workload: run.calibration for run in runs}, args.note)
     print(section)
     (folder / "comparisons.json").write_text(json.dumps([asdict(one) for one in comparisons], indent=1))
     if not args.no_write:

@@ -59,9 +59,10 @@ class Comparison:
         return abs(self.attainment_error) <= _ATTAINMENT_AIM and max(errors) <= _LATENCY_AIM
 
 
-def section_text(comparisons: Sequence[Comparison], calibration: Calibration, note: str = "") -> str:
-    """What stands under `TITLE`. `note`: what a reader must know of this measurement."""
-    lines = [*_preamble(comparisons, calibration)]
+def section_text(comparisons: Sequence[Comparison], calibrations: Mapping[str, Calibration], note: str = "") -> str:
+    """What stands under `TITLE`. `calibrations`: of each workload, made before it. `note`: what a reader must know of
+    this measurement."""
+    lines = [*_preamble(comparisons, list(calibrations.values()))]
     lines += ["", note] if note else []
     for workload in dict.fromkeys(one.workload for one in comparisons):
         rows = [one for one in comparisons if one.workload == workload]
@@ -73,7 +74,9 @@ def section_text(comparisons: Sequence[Comparison], calibration: Calibration, no
     return "\n".join(lines) + "\n"
 
 
-def _preamble(comparisons: Sequence[Comparison], calibration: Calibration) -> Iterator[str]:
+def _preamble(comparisons: Sequence[Comparison], calibrations: Sequence[Calibration]) -> Iterator[str]:
+    calibration = calibrations[0]
+    errors = ", ".join(f"{one.error.median:.1%}" for one in calibrations)
     met = sum(one.is_met for one in comparisons)
     attainment = max(abs(one.attainment_error) for one in comparisons)
     ttft, tpot = (max(abs(one.latency_error(name)) for one in comparisons) for name in ("ttft_s", "tpot_s"))
@@ -86,8 +89,8 @@ def _preamble(comparisons: Sequence[Comparison], calibration: Calibration) -> It
     yield (
         f"Aim: attainment within 3 points, mean TTFT and TPOT within 8 %. Met in {met} of {len(comparisons)} rows;"
         f" largest differences {100 * attainment:.1f} points, TTFT {ttft:.1%}, TPOT {tpot:.1%}. The simulator knows"
-        f" only the calibration of `tandem profile`, whose error on steps that were not fitted is"
-        f" {calibration.error.median:.1%}."
+        f" only the calibration of `tandem profile`, made before each workload; its error on steps that were not"
+        f" fitted: {errors}."
     )
 
 
