@@ -7,17 +7,9 @@ from bench.cost_samples import Sample, device_of, is_drawn, read_rows, served_mo
 from core.cost_model import pairs
 from placement.costs.efficiency import Efficiency
 from placement.costs.hardware import Device
-from placement.costs.operators import decode_attention_line, prefill_attention_s
+from placement.costs.operators import decode_attention_line, mixed_attention_s, prefill_attention_s
 
-_CACHE_BYTES = {  # last-level cache, from the data sheets
-    "a100_sxm": 40e6,
-    "h100_sxm": 50e6,
-    "h200_sxm": 50e6,
-    "b200_sxm": 126e6,
-    "l40s": 96e6,
-    "RTX4090": 72e6,
-    "RTXPRO6000": 128e6,
-}
+_HEAD_BYTES = 512.0  # of a token's K and V for one KV head of 128 numbers
 _LEAST_PROMPT_TOKENS = 512  # attention to fewer is all latency, and next to nothing beside the linear layers
 
 
@@ -63,7 +55,7 @@ def _prompts(
         source,
         device,
         seconds,
-        lambda to: prefill_attention_s(num_pairs, num_bytes, heads, 128, device, to.prefill_attention),
+        lambda to: prefill_attention_s(num_pairs, num_bytes, sequences, heads, 128, device, to.prefill_attention),
         is_drawn(heads, kv_heads, history) or (source, system) == ("LLMServingSim", "h100_sxm"),
     )
 
@@ -87,25 +79,22 @@ def _decode_attention(folder: Path) -> Iterator[Sample]:
 def _decodes(
     source: str, system: str, heads: int, kv_heads: int, sequences: int, tokens: int, seconds: float
 ) -> Iterator[Sample]:
-    if not _fits_cache(system, kv_heads, sequences, tokens):
-        device, held_out = device_of(system), is_drawn(heads, kv_heads, sequences)
+    device, held_out = device_of(system), is_drawn(heads, kv_heads, sequences)
+    if not _fits_cache(device, kv_heads, sequences, tokens):
         predict = _decode(device, heads, kv_heads, sequences, tokens)
         yield Sample("decode_attention", source, device, seconds, predict, held_out)
 
 
-def _fits_cache(system: str, kv_heads: int, sequences: int, tokens: int) -> bool:
+def _fits_cache(device: Device, kv_heads: int, sequences: int, tokens: int) -> bool:
     """Then the measurement reads the KV from the cache again and again, but a model never does, since the other
     layers' weights and KV go through the cache in between."""
-    return 4.0 * sequences * tokens * kv_heads * 128 < _CACHE_BYTES[system]
+    return _HEAD_BYTES * sequences * tokens * kv_heads < device.cache_bytes
 
 
-def _decode(
-    device: Device, heads: int, kv_heads: int, sequences: int, tokens: int, *, beside_prompts: bool = False
-) -> Callable[[Efficiency], float]:
+def _decode(device: Device, heads: int, kv_heads: int, sequences: int, tokens: int) -> Callable[[Efficiency], float]:
     def predict(to: Efficiency) -> float:
-        fit, flops = to.decode_attention, 512.0 * heads
         fixed_s, per_token_s = decode_attention_line(
-            sequences, kv_heads, 512.0 * kv_heads, flops, device, fit, beside_prompts=beside_prompts
+            sequences, kv_heads, kv_heads, _HEAD_BYTES * kv_heads, 512.0 * heads, device, to.decode_attention
         )
         return fixed_s + sequences * tokens * per_token_s
 
@@ -113,30 +102,43 @@ def _decode(
 
 
 def _mixed_attention(folder: Path) -> Iterator[Sample]:
-    """Prompts' chunks and decoding sequences in one kernel."""
+    """Prompts' chunks, however short, and decoding sequences in one kernel."""
     for row in read_rows(folder, "llmservingsim_attention_us.csv.gz"):
         chunk, history, system = int(row["prefill_chunk"]), int(row["kv_prefill"]), row["hardware"]
         sequences, tokens = int(row["n_decode"]), int(row["kv_decode"])
         model, tp = served_model(row["model"]), int(row["tp"])
         heads, kv_heads = model.num_heads // tp, model.num_kv_heads // tp
-        if not chunk or _fits_cache(system, kv_heads, sequences, tokens):
-            continue
         seconds, device = float(row["time_us"]) / 1e6, device_of(system)
-        prompt = _prompts("LLMServingSim", system, heads, kv_heads, 1, chunk, history, seconds).predict
-        decode = _decode(device, heads, kv_heads, sequences, tokens, beside_prompts=True)
+        if not chunk or (sequences and _fits_cache(device, kv_heads, sequences, tokens)):
+            continue
         held_out = is_drawn(heads, kv_heads, chunk, sequences)
-        yield Sample("mixed_attention", "LLMServingSim", device, seconds, _both(prompt, decode), held_out)
+        predict = _mixed(device, heads, kv_heads, chunk, history, sequences, tokens)
+        yield Sample("mixed_attention", "LLMServingSim", device, seconds, predict, held_out)
 
 
-def _both(
-    prompt: Callable[[Efficiency], float], decode: Callable[[Efficiency], float]
+def _mixed(
+    device: Device, heads: int, kv_heads: int, chunk: int, history: int, sequences: int, tokens: int
 ) -> Callable[[Efficiency], float]:
-    return lambda to: prompt(to) + decode(to)
+    def predict(to: Efficiency) -> float:
+        assert to.mixed_attention is not None
+        return mixed_attention_s(
+            pairs(history, chunk),
+            history + chunk,
+            sequences,
+            sequences * tokens,
+            heads,
+            kv_heads,
+            _HEAD_BYTES,
+            128,
+            device,
+            to.mixed_attention,
+        )
+
+    return predict
 
 
 def _latent_attention(folder: Path) -> Iterator[Sample]:
-    """DeepSeek-V3's, held out but for the products of decode, of which the other tables know nothing. A100s are held
-    out wholly: their kernel, in Triton, has nothing in common with the others."""
+    """DeepSeek-V3's. On A100s its times include launches, 0.3 ms, which the others' do not."""
     for row in read_rows(folder, "aic_mla.csv.gz"):
         sequences, tokens, heads = int(row["batch_size"]), int(row["len_tokens"]), int(row["num_heads"])
         if row["kv_cache_dtype"] != "bfloat16" or sequences * tokens < _LEAST_PROMPT_TOKENS:
@@ -151,19 +153,19 @@ def _latent_attention(folder: Path) -> Iterator[Sample]:
             _latent_prompts(device, sequences, tokens, heads)
             if is_prompt
             else _latent_decode(device, sequences, tokens, heads),
-            is_prompt or row["system"] == "a100_sxm" or is_drawn(heads, sequences),
+            is_drawn(heads, sequences),
         )
 
 
 def _latent_prompts(device: Device, sequences: int, tokens: int, heads: int) -> Callable[[Efficiency], float]:
     num_pairs, num_bytes = sequences * pairs(0, tokens), 4.0 * sequences * tokens * heads * (192 + 128)
-    return lambda to: prefill_attention_s(num_pairs, num_bytes, heads, 160, device, to.prefill_attention)
+    return lambda to: prefill_attention_s(num_pairs, num_bytes, sequences, heads, 160, device, to.latent_prefill)
 
 
 def _latent_decode(device: Device, sequences: int, tokens: int, heads: int) -> Callable[[Efficiency], float]:
     def predict(to: Efficiency) -> float:
         flops = 2.0 * heads * (2 * 512 + 64)
-        fixed_s, per_token_s = decode_attention_line(sequences, 1, 1152.0, flops, device, to.decode_attention)
+        fixed_s, per_token_s = decode_attention_line(sequences, 1, heads, 1152.0, flops, device, to.latent_decode)
         return fixed_s + sequences * tokens * per_token_s
 
     return predict

@@ -14,17 +14,26 @@ _OPERATORS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     # Part of Efficiency, operators that it is fitted to, and the fields that they determine
     ("gemm", ("gemm",), ("latency_s", "compute", "memory", "sharpness")),
     ("experts", ("experts",), ("latency_s", "compute", "memory", "sharpness", "padding_rows")),
-    ("prefill_attention", ("prefill_attention",), ("latency_s", "compute", "memory", "idle")),
+    ("prefill_attention", ("prefill_attention",), ("latency_s", "compute", "memory", "idle", "head_s")),
     ("decode_attention", ("decode_attention",), ("latency_s", "memory", "idle", "head_s")),
-    ("decode_attention", ("latent_decode",), ("compute",)),
-    ("decode_attention", ("mixed_attention",), ("mixed_rows",)),
+    ("latent_prefill", ("latent_prefill",), ("latency_s", "compute", "memory", "idle", "head_s")),
+    ("latent_decode", ("latent_decode",), ("latency_s", "memory", "idle", "head_s", "compute")),
+    (
+        "mixed_attention",
+        ("mixed_attention",),
+        ("latency_s", "compute", "memory", "query_rows", "cached", "in_flight", "walk_s", "tail", "head_s"),
+    ),
     ("link", ("all_reduce",), ("latency_s", "rank_s", "ramp_s", "bandwidth")),
     ("link", ("send",), ("hand_off_s", "send")),
-    ("elementwise", ("elementwise",), ("latency_s", "memory")),
+    ("elementwise", ("elementwise",), ("latency_s", "core_bytes_per_s", "memory", "cached")),
 )
-_LEAST, _MOST = 1e-4, 1e4  # of a parameter, as a multiple of its start
-_MOST_SHARE = {"elementwise": 4.0}  # of a peak; what the kernel before has just written is read from the cache
-_GUESS = {"mixed_rows": 64.0}  # where the search begins, if not at the start: at 1 row nothing depends on rows
+_LEAST, _MOST = 1e-4, 1e4  # of other parameters, as a multiple of their start
+_SHARES = frozenset({"compute", "memory", "bandwidth", "send"})  # of a peak
+_MOST_SHARE = {  # by part
+    "gemm": 1.0,  # a benchmark may find weights in the cache, a model's step never does
+    "elementwise": 4.0,  # what the kernel before has just written is read from the cache
+}
+_MOST_SHARE_ELSEWHERE = 1.2  # caches serve some reads
 _MAX_SAMPLES = 3000
 
 
@@ -44,7 +53,7 @@ class Error:
 
 def fit(samples: Sequence[Sample], start: Efficiency) -> Efficiency:
     """The efficiency that makes the logarithms of predicted / measured least: their squares, large ones linearly.
-    What there are no samples for stays as in `start`. A share of a peak may reach 1.2: caches serve some reads."""
+    What there are no samples for stays as in `start`."""
     result = start
     for part, operators, names in _OPERATORS:
         chosen = [sample for sample in samples if sample.operator in operators and not sample.held_out]
@@ -56,10 +65,8 @@ def fit(samples: Sequence[Sample], start: Efficiency) -> Efficiency:
 def _fit_part(samples: Sequence[Sample], start: Efficiency, part: str, names: Sequence[str]) -> Efficiency:
     first = getattr(start, part)
     scale = np.array([getattr(first, name) for name in names])
-    shares = [name in ("compute", "memory", "bandwidth", "send") for name in names]
-    most = np.where(shares, np.log(_MOST_SHARE.get(part, 1.2) / scale), np.log(_MOST))
-    least = np.where([name in ("sharpness", "mixed_rows") for name in names], np.log(1.0 / scale), np.log(_LEAST))
-    guess = np.log([_GUESS.get(name, value) / value for name, value in zip(names, scale, strict=True)])
+    most = np.log([_most(part, name, value) for name, value in zip(names, scale, strict=True)])
+    least = np.where([name == "sharpness" for name in names], np.log(1.0 / scale), np.log(_LEAST))
     measured = np.log([sample.seconds for sample in samples])
 
     def at(logs: Any) -> Efficiency:
@@ -72,12 +79,17 @@ def _fit_part(samples: Sequence[Sample], start: Efficiency, part: str, names: Se
 
     found = least_squares(
         residuals,
-        np.minimum(guess, most - 1e-3),
+        np.minimum(0.0, most - 1e-3),
         bounds=(least, most),
         loss="soft_l1",
         f_scale=0.1,
     )
     return at(found.x)
+
+
+def _most(part: str, name: str, value: float) -> float:
+    """As a multiple of `value`."""
+    return _MOST_SHARE.get(part, _MOST_SHARE_ELSEWHERE) / value if name in _SHARES else _MOST
 
 
 def errors(samples: Sequence[Sample], fitted: Mapping[str, Efficiency]) -> list[Error]:
@@ -100,4 +112,5 @@ def as_yaml(efficiency: Efficiency) -> dict[str, dict[str, float]]:
     return {
         part: {name: float(f"{value:.3g}") for name, value in values.items()}
         for part, values in asdict(efficiency).items()
+        if values is not None  # a mixed kernel that the family does not have
     }

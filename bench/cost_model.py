@@ -10,7 +10,7 @@ Sarathi); --data names the folder that has them under latency/.
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +27,12 @@ from placement.costs.catalogue import DATA
 from placement.costs.efficiency import (
     DecodeAttentionEfficiency,
     Efficiency,
+    ElementwiseEfficiency,
     EngineOverhead,
     ExpertsEfficiency,
     GemmEfficiency,
     LinkEfficiency,
+    MixedAttentionEfficiency,
     PrefillAttentionEfficiency,
     efficiency,
     engine_overhead,
@@ -41,12 +43,24 @@ T = TypeVar("T")
 _START = Efficiency(
     gemm=GemmEfficiency(latency_s=5e-6, compute=0.8, memory=0.8, sharpness=3.0),
     experts=ExpertsEfficiency(latency_s=20e-6, compute=0.6, memory=0.8, sharpness=2.0, padding_rows=32.0),
-    prefill_attention=PrefillAttentionEfficiency(latency_s=10e-6, compute=0.6, memory=0.5, idle=0.3),
-    decode_attention=DecodeAttentionEfficiency(
-        latency_s=12e-6, memory=0.9, idle=0.5, head_s=10e-9, compute=0.6, mixed_rows=1.0
-    ),
+    prefill_attention=PrefillAttentionEfficiency(latency_s=10e-6, compute=0.6, memory=0.5, idle=0.3, head_s=1e-6),
+    decode_attention=DecodeAttentionEfficiency(latency_s=12e-6, memory=0.9, idle=0.5, head_s=10e-9, compute=0.6),
+    latent_prefill=PrefillAttentionEfficiency(latency_s=10e-6, compute=0.6, memory=0.8, idle=0.5, head_s=1e-6),
+    latent_decode=DecodeAttentionEfficiency(latency_s=12e-6, memory=0.8, idle=1.0, head_s=1e-9, compute=0.6),
+    mixed_attention=None,
     link=LinkEfficiency(latency_s=5e-6, rank_s=0.2e-6, ramp_s=20e-6, bandwidth=0.8, hand_off_s=10e-6, send=0.75),
-    elementwise=GemmEfficiency(latency_s=8e-6, compute=1.0, memory=0.7, sharpness=1.0),
+    elementwise=ElementwiseEfficiency(latency_s=10e-6, core_bytes_per_s=20e9, memory=1.5, cached=1.0),
+)
+_MIXED_START = MixedAttentionEfficiency(
+    latency_s=8e-6,
+    compute=0.6,
+    memory=0.8,
+    query_rows=64.0,
+    cached=0.5,
+    in_flight=0.75,
+    walk_s=20e-9,
+    tail=0.3,
+    head_s=10e-9,
 )
 _FAMILIES = {  # what stays of a family without measurements comes from another one
     "hopper": None,
@@ -95,7 +109,10 @@ def _fit_families(samples: Sequence[Sample]) -> dict[str, Efficiency]:
     families: dict[str, Efficiency] = {}
     for family, base in _progress(_FAMILIES.items()):
         measured = [sample for sample in samples if sample.device.family == family]
-        families[family] = fit(measured, _START if base is None else families[base])
+        start = _START if base is None else families[base]
+        if any(sample.operator == "mixed_attention" for sample in measured):
+            start = replace(start, mixed_attention=_MIXED_START)
+        families[family] = fit(measured, start)
     return families
 
 

@@ -11,7 +11,7 @@ from bench.cost_attention_tables import read_attention
 from bench.cost_samples import Sample, device_of, is_drawn, read_rows, served_model
 from core.model_shape import ModelShape
 from placement.costs.models import model_shape
-from placement.costs.operators import all_reduce_s, gemm_s, product_s, send_s
+from placement.costs.operators import all_reduce_s, elementwise_s, gemm_s, send_s
 from placement.costs.roofline_cost import elementwise_bytes, mixture_s
 
 _CUSTOM_ALL_REDUCE_BYTES = 8 << 20  # vLLM takes its own kernel up to here and NCCL beyond
@@ -128,7 +128,7 @@ def _elementwise(
         source,
         device,
         seconds,
-        lambda to: product_s(0.0, num_bytes, device, to.elementwise),
+        lambda to: elementwise_s(num_bytes, device, to.elementwise),
         held_out,
     )
 

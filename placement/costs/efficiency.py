@@ -35,29 +35,62 @@ class ExpertsEfficiency(GemmEfficiency):
 
 
 @dataclass(frozen=True, slots=True)
+class ElementwiseEfficiency:
+    """Of norms, rotation, activation and residuals. Each core moves `core_bytes_per_s`, from wherever; what is beyond
+    `cached` times the last-level cache comes from memory, at `memory` of the bandwidth, since a kernel reads what the
+    one before has just written."""
+
+    latency_s: float
+    core_bytes_per_s: float
+    memory: float
+    cached: float
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillAttentionEfficiency:
     """Of a flash-attention kernel over prompts: score and value products at `compute`; Q, K, V and output once each at
-    `memory`; and what cores wait for the last of them, which grows with the root of the work: `idle`."""
+    `memory`; what cores wait for the last of them, which grows with the root of the work: `idle`; and `head_s` that a
+    core spends on each sequence and head, however short."""
 
     latency_s: float
     compute: float
     memory: float
     idle: float
+    head_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeAttentionEfficiency:
     """Of a kernel that reads the KV of one-token queries. `idle` / (sequences * KV heads) more time goes by where
-    few sequences leave cores without work; `head_s` passes per sequence and KV head. Only where many query heads share
-    a latent are the products, at `compute`, what it waits for; or beside prompts, where the kernel that does both
-    computes `mixed_rows` rows for each query."""
+    few sequences leave cores without work; `head_s` passes per sequence and KV head (query head, where all of them
+    share a latent). Only there are the products, at `compute`, what it waits for."""
 
     latency_s: float
     memory: float
     idle: float
     head_s: float
     compute: float
-    mixed_rows: float
+
+
+@dataclass(frozen=True, slots=True)
+class MixedAttentionEfficiency:
+    """Of one kernel over prompts and one-token queries at once, which computes in tiles of many rows.
+
+    A query of one token costs the products of `query_rows`, at `compute`. KV is read at `memory` of the bandwidth; not
+    once for every KV head but for every query head, of what exceeds both `cached` times the last-level cache and the
+    sequences that are in work at once (`in_flight` * cores * KV heads / heads). A core passes along a prompt's KV at
+    `walk_s` a token: the kernel lasts as long as the longest such walk, and `tail` of it beyond the work. `head_s`
+    passes per decoding sequence and head."""
+
+    latency_s: float
+    compute: float
+    memory: float
+    query_rows: float
+    cached: float
+    in_flight: float
+    walk_s: float
+    tail: float
+    head_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +113,11 @@ class Efficiency:
     experts: ExpertsEfficiency
     prefill_attention: PrefillAttentionEfficiency
     decode_attention: DecodeAttentionEfficiency
+    latent_prefill: PrefillAttentionEfficiency  # latent attention has kernels of its own
+    latent_decode: DecodeAttentionEfficiency
+    mixed_attention: MixedAttentionEfficiency | None  # None: prompts and decoding are two kernels
     link: LinkEfficiency
-    elementwise: GemmEfficiency  # norms, rotation, activation, residuals: `memory` only
+    elementwise: ElementwiseEfficiency
 
     def slowed(self, factor: float) -> "Efficiency":
         """The same with what is computed and sent slower by `factor`. Latencies stay, and so does reading memory:
@@ -89,7 +125,9 @@ class Efficiency:
 
         slow: dict[str, Any] = {}
         for part in fields(self):
-            fit = getattr(self, part.name)
+            if (fit := getattr(self, part.name)) is None:
+                slow[part.name] = None
+                continue
             shares = _SLOWED & {field.name for field in fields(fit)}
             slow[part.name] = replace(fit, **{name: getattr(fit, name) / factor for name in shares})
         return Efficiency(**slow)
@@ -98,15 +136,20 @@ class Efficiency:
 @dataclass(frozen=True, slots=True)
 class EngineOverhead:
     """What an engine adds to a step: `step_s`, and `sequence_s` per sequence that samples. Launching one layer's
-    kernels takes its CPU `eager_layer_s`, so that no step without CUDA graphs is shorter than that times the layers;
-    `graph_decode`: steps that only decode are one launch. It computes and sends `slowdown` times slower than the
-    efficiencies say (older kernels, a device that is short of power)."""
+    kernels takes its CPU `eager_layer_s`, and `prompt_layer_s` more where there are prompts, so that no step without
+    CUDA graphs is shorter than that times the layers; `graph_decode`: steps that only decode are one launch. It
+    computes and sends `slowdown` times slower than the efficiencies say (older kernels, a device that is short of
+    power). Collectives of more than two ranks are congested beyond `free_bytes` a message: what is beyond takes
+    `congestion_s` a byte more, times (ranks - 2) / ranks."""
 
     step_s: float
     sequence_s: float
     eager_layer_s: float
     graph_decode: bool
     slowdown: float = 1.0
+    prompt_layer_s: float = 0.0
+    free_bytes: float = 0.0
+    congestion_s: float = 0.0
 
 
 def efficiency(family: str) -> Efficiency:
@@ -128,13 +171,17 @@ def step_error() -> float:
 
 def parse(entry: Mapping[str, Any]) -> Efficiency:
     """One family's entry of efficiency.yaml."""
+    mixed = entry.get("mixed_attention")
     return Efficiency(
         gemm=GemmEfficiency(**entry["gemm"]),
         experts=ExpertsEfficiency(**entry["experts"]),
         prefill_attention=PrefillAttentionEfficiency(**entry["prefill_attention"]),
         decode_attention=DecodeAttentionEfficiency(**entry["decode_attention"]),
+        latent_prefill=PrefillAttentionEfficiency(**entry["latent_prefill"]),
+        latent_decode=DecodeAttentionEfficiency(**entry["latent_decode"]),
+        mixed_attention=None if mixed is None else MixedAttentionEfficiency(**mixed),
         link=LinkEfficiency(**entry["link"]),
-        elementwise=GemmEfficiency(**entry["elementwise"]),
+        elementwise=ElementwiseEfficiency(**entry["elementwise"]),
     )
 
 

@@ -28,6 +28,7 @@ class Device:
     pcie_bytes_per_s: float
     nic_bytes_per_s: float
     num_cores: int  # streaming multiprocessors or compute units: work comes in waves of them
+    cache_bytes: float  # last-level cache
     price_per_hour: float | None = None
     price_note: str = ""
     source: str = ""
@@ -62,6 +63,7 @@ def _device(name: str, entry: dict[str, Any]) -> Device:
         pcie_bytes_per_s=entry["pcie_gbytes_per_s"] * 1e9,
         nic_bytes_per_s=(entry.get("nic_gbits_per_s") or 0) * 1e9 / 8,
         num_cores=entry["num_cores"],
+        cache_bytes=entry["cache_mb"] * 1e6,
         price_per_hour=entry.get("price_per_hour"),
         price_note=entry.get("price_note", ""),
         source=entry["source"],

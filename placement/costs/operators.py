@@ -4,14 +4,17 @@ from math import sqrt
 
 from placement.costs.efficiency import (
     DecodeAttentionEfficiency,
+    ElementwiseEfficiency,
     ExpertsEfficiency,
     GemmEfficiency,
     LinkEfficiency,
+    MixedAttentionEfficiency,
     PrefillAttentionEfficiency,
 )
 from placement.costs.hardware import Device
 
 _TILE_ROWS = 128  # queries that a core of a flash-attention kernel takes at a time
+_RIDGE = 3.0  # how sharply a mixed kernel turns from what it computes to what it reads, see GemmEfficiency.sharpness
 
 
 def product_s(flops: float, num_bytes: float, device: Device, fit: GemmEfficiency) -> float:
@@ -36,8 +39,23 @@ def experts_s(
     return product_s(2.0 * weights * (visits + fit.padding_rows * touched), num_bytes, device, fit)
 
 
+def elementwise_s(num_bytes: float, device: Device, fit: ElementwiseEfficiency) -> float:
+    """Of kernels that move `num_bytes` and compute next to nothing."""
+    if num_bytes == 0:
+        return 0.0
+    cores_s = num_bytes / (device.num_cores * fit.core_bytes_per_s)
+    beyond_bytes = max(0.0, num_bytes - fit.cached * device.cache_bytes)
+    return fit.latency_s + cores_s + beyond_bytes / (device.memory_bytes_per_s * fit.memory)
+
+
 def prefill_attention_s(
-    pairs: float, num_bytes: float, heads: float, head_dim: float, device: Device, fit: PrefillAttentionEfficiency
+    pairs: float,
+    num_bytes: float,
+    sequences: float,
+    heads: float,
+    head_dim: float,
+    device: Device,
+    fit: PrefillAttentionEfficiency,
 ) -> float:
     """Of one layer over `pairs` of query and key, moving `num_bytes` of Q, K, V and output. `head_dim` is the mean of
     the keys' and the values'."""
@@ -45,25 +63,51 @@ def prefill_attention_s(
         return 0.0
     compute_s = 4.0 * pairs * heads * head_dim / (device.flops * fit.compute)
     wait_s = 4.0 * sqrt(pairs) * _TILE_ROWS * head_dim * fit.idle / (device.flops / device.num_cores)
-    return fit.latency_s + compute_s + wait_s + num_bytes / (device.memory_bytes_per_s * fit.memory)
+    tiles_s = sequences * heads * fit.head_s / device.num_cores
+    return fit.latency_s + compute_s + wait_s + tiles_s + num_bytes / (device.memory_bytes_per_s * fit.memory)
 
 
 def decode_attention_line(
     sequences: float,
     kv_heads: float,
+    query_heads: float,
     bytes_per_kv_token: float,
     flops_per_kv_token: float,
     device: Device,
     fit: DecodeAttentionEfficiency,
-    *,
-    beside_prompts: bool = False,
 ) -> tuple[float, float]:
-    """(fixed seconds, seconds per KV token) of one layer's attention of `sequences` one-token queries."""
+    """(fixed seconds, seconds per KV token) of one layer's attention of `sequences` one-token queries, each of
+    `query_heads` that the kernel takes one by one."""
     read_s = bytes_per_kv_token / (device.memory_bytes_per_s * fit.memory)
-    rows = fit.mixed_rows if beside_prompts else 1.0
-    compute_s = rows * flops_per_kv_token / (device.flops * fit.compute)
+    compute_s = flops_per_kv_token / (device.flops * fit.compute)
     per_kv_token_s = max(read_s, compute_s) * (1.0 + fit.idle / (sequences * kv_heads))
-    return fit.latency_s + fit.head_s * sequences * kv_heads, per_kv_token_s
+    return fit.latency_s + fit.head_s * sequences * query_heads, per_kv_token_s
+
+
+def mixed_attention_s(
+    pairs: float,
+    prompt_kv_tokens: float,
+    sequences: float,
+    kv_tokens: float,
+    heads: float,
+    kv_heads: float,
+    head_bytes: float,
+    head_dim: float,
+    device: Device,
+    fit: MixedAttentionEfficiency,
+) -> float:
+    """Of one layer over prompts (`pairs`, over `prompt_kv_tokens`) and `sequences` that decode over `kv_tokens`
+    together, in one kernel. `head_bytes`: of a token's K and V for one KV head."""
+    rows = pairs + fit.query_rows * kv_tokens
+    compute_s = 4.0 * rows * heads * head_dim / (device.flops * fit.compute)
+    in_flight = fit.in_flight * device.num_cores * kv_heads / heads
+    waiting = max(0.0, 1.0 - in_flight / sequences) if sequences else 0.0  # share of the sequences
+    missed_tokens = max(0.0, waiting * kv_tokens - fit.cached * device.cache_bytes / head_bytes)
+    num_bytes = head_bytes * (kv_heads * kv_tokens + (heads - kv_heads) * missed_tokens)
+    memory_s = num_bytes / (device.memory_bytes_per_s * fit.memory)
+    work_s = float((compute_s**_RIDGE + memory_s**_RIDGE) ** (1.0 / _RIDGE))
+    walk_s = fit.walk_s * prompt_kv_tokens
+    return fit.latency_s + max(walk_s, work_s + fit.tail * walk_s) + fit.head_s * sequences * heads
 
 
 def all_reduce_s(num_bytes: float, ranks: int, device: Device, fit: LinkEfficiency) -> float:

@@ -8,10 +8,11 @@ from placement.costs.hardware import Device
 from placement.costs.operators import (
     all_reduce_s,
     decode_attention_line,
+    elementwise_s,
     experts_s,
     gemm_s,
+    mixed_attention_s,
     prefill_attention_s,
-    product_s,
     send_s,
 )
 
@@ -83,7 +84,7 @@ class RooflineCost:
         self._heads = model.num_heads // shape.tp
         self._kv_heads = max(1, model.num_kv_heads // shape.tp)
         self._by_tokens: dict[float, tuple[float, float, float]] = {}
-        self._by_sequences: dict[tuple[float, bool], tuple[float, float]] = {}
+        self._by_sequences: dict[float, tuple[float, float]] = {}
         self._by_sampled: dict[float, float] = {}
         self._lines: dict[int, tuple[float, float]] = {}
 
@@ -98,13 +99,18 @@ class RooflineCost:
         attention_s = self._prefill_attention_s(load, batches) if load.prefill_tokens else 0.0
         kv_fixed_s, kv_token_s = 0.0, 0.0
         if sequences:
-            kv_fixed_s, kv_token_s = self._decode_terms(sequences / batches, beside_prompts=load.prefill_tokens > 0)
+            kv_fixed_s, kv_token_s = self._decode_terms(sequences / batches)
         launch_s = 0.0
         if load.prefill_tokens or not self._overhead.graph_decode:
-            launch_s = max(0.0, self._overhead.eager_layer_s - linear_s - collective_s - attention_s - kv_fixed_s)
+            launch_s = self._overhead.eager_layer_s + (self._overhead.prompt_layer_s if load.prefill_tokens else 0.0)
+            launch_s = max(0.0, launch_s - linear_s - collective_s - attention_s - kv_fixed_s)
         head_s = batches * self._head_s(load.sampled / batches)
         fixed_s = self._overhead.step_s + self._overhead.sequence_s * load.sampled
         kv_read_s = kv_fixed_s + kv_token_s * load.decode_kv_tokens / batches
+        if sequences and load.prefill_tokens:
+            mixed_s = self._mixed_attention_s(load, batches, sequences, load.decode_kv_tokens)
+            if mixed_s > 0:  # of one kernel, what decoding adds to the prompts alone
+                kv_read_s = max(mixed_s, kv_read_s, attention_s) - attention_s
         layer_s = linear_s + collective_s + attention_s + kv_read_s + launch_s
         pipeline_s = (pp - 1) * hand_off_s
         if pp == 1 or sequences:
@@ -128,7 +134,7 @@ class RooflineCost:
             pp = self._shape.pp
             batches = min(pp, sequences)
             layers = self._model.num_layers if batches == 1 else pp * self._stage_layers
-            per_kv_token_s = layers * self._decode_terms(sequences / batches, beside_prompts=False)[1] / batches
+            per_kv_token_s = layers * self._decode_terms(sequences / batches)[1] / batches
             line = self.step(StepLoad.of_decode(sequences, 0)).total_s, per_kv_token_s
             self._lines[sequences] = line
         return line
@@ -142,11 +148,16 @@ class RooflineCost:
             message_bytes = _ACTIVATION_BYTES * tokens * self._model.hidden_size
             terms = (
                 self._linear_s(tokens),
-                2.0 * all_reduce_s(message_bytes, self._shape.tp, self._device, self._fit.link),
+                2.0 * self._all_reduce_s(message_bytes),
                 self._hand_off_s(message_bytes),
             )
             self._by_tokens[tokens] = terms
         return terms
+
+    def _all_reduce_s(self, message_bytes: float) -> float:
+        tp, overhead = self._shape.tp, self._overhead
+        congested_bytes = max(0.0, message_bytes - overhead.free_bytes) * max(0, tp - 2) / tp
+        return all_reduce_s(message_bytes, tp, self._device, self._fit.link) + overhead.congestion_s * congested_bytes
 
     def _hand_off_s(self, message_bytes: float) -> float:
         if self._shape.pp == 1:
@@ -195,7 +206,7 @@ class RooflineCost:
 
     def _elementwise_s(self, tokens: float) -> float:
         num_bytes = elementwise_bytes(self._model, self._shape.tp, tokens)
-        return product_s(0.0, num_bytes, self._device, self._fit.elementwise)
+        return elementwise_s(num_bytes, self._device, self._fit.elementwise)
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
@@ -206,18 +217,47 @@ class RooflineCost:
             key_dim, value_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim, mla.v_head_dim
             kv_width = heads * (key_dim + value_dim)
         moved = heads * (key_dim + value_dim) * load.prefill_tokens + kv_width * load.prefill_kv_tokens
-        return prefill_attention_s(
+        seconds = self._expansion_s(load, batches) + prefill_attention_s(
             load.prefill_pairs / batches,
             _ACTIVATION_BYTES * moved / batches,
+            load.prefill_sequences / batches,
             heads,
             (key_dim + value_dim) / 2,
             self._device,
-            self._fit.prefill_attention,
+            self._fit.prefill_attention if mla is None else self._fit.latent_prefill,
+        )
+        return max(seconds, self._mixed_attention_s(load, batches, 0, 0))
+
+    def _expansion_s(self, load: StepLoad, batches: int) -> float:
+        """Of the keys and values that a chunk expands anew from the latents of the tokens before it; its own tokens'
+        are among the projections."""
+        before, mla = load.prefill_kv_tokens - load.prefill_tokens, self._model.mla
+        if mla is None or before <= 0:
+            return 0.0
+        width = self._heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        return self._gemm_s(before / batches, width, mla.kv_lora_rank)
+
+    def _mixed_attention_s(self, load: StepLoad, batches: int, sequences: int, kv_tokens: int) -> float:
+        """Of the one kernel for the load's prompts and these decoding sequences; 0 where there are two."""
+        fit = self._fit.mixed_attention
+        if fit is None or self._model.mla is not None:
+            return 0.0
+        return mixed_attention_s(
+            load.prefill_pairs / batches,
+            load.prefill_kv_tokens / batches,
+            sequences / batches,
+            kv_tokens / batches,
+            self._heads,
+            self._kv_heads,
+            2.0 * self._model.head_dim * self._model.kv_bytes,
+            self._model.head_dim,
+            self._device,
+            fit,
         )
 
-    def _decode_terms(self, sequences: float, *, beside_prompts: bool) -> tuple[float, float]:
+    def _decode_terms(self, sequences: float) -> tuple[float, float]:
         """Of a layer's attention: fixed seconds, and seconds per KV token of the micro-batch."""
-        line = self._by_sequences.get((sequences, beside_prompts))
+        line = self._by_sequences.get(sequences)
         if line is None:
             model, mla = self._model, self._model.mla
             width = 2 * model.head_dim if mla is None else 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
@@ -226,13 +266,13 @@ class RooflineCost:
             line = decode_attention_line(
                 sequences,
                 kv_heads,
+                kv_heads if mla is None else self._heads,
                 model.kv_bytes * stored,
                 2.0 * self._heads * width,
                 self._device,
-                self._fit.decode_attention,
-                beside_prompts=beside_prompts,
+                self._fit.decode_attention if mla is None else self._fit.latent_decode,
             )
-            self._by_sequences[sequences, beside_prompts] = line
+            self._by_sequences[sequences] = line
         return line
 
     # --- head --------------------------------------------------------------------------------------------------------
@@ -245,7 +285,7 @@ class RooflineCost:
         if seconds is None:
             model, tp, vocab = self._model, self._shape.tp, self._model.vocab_size
             seconds = self._gemm_s(sampled, vocab / tp, model.hidden_size)
-            seconds += product_s(0.0, _SAMPLER_BYTES * sampled * vocab, self._device, self._fit.elementwise)
+            seconds += elementwise_s(_SAMPLER_BYTES * sampled * vocab, self._device, self._fit.elementwise)
             gathered = _ACTIVATION_BYTES * sampled * vocab / 2  # half of an all-reduce's traffic
             seconds += all_reduce_s(gathered, tp, self._device, self._fit.link)
             self._by_sampled[sampled] = seconds

@@ -12,7 +12,7 @@ def test_every_entry_is_complete_and_says_where_it_comes_from() -> None:
     for name, entry in devices().items():
         assert entry.name == name
         assert min(entry.flops, entry.memory_bytes, entry.memory_bytes_per_s, entry.peer_bytes_per_s) > 0
-        assert entry.num_cores > 0
+        assert min(entry.num_cores, entry.cache_bytes) > 0
         assert entry.source
         assert (entry.price_per_hour is None) == (entry.price_note == "")
         assert efficiency(entry.family)

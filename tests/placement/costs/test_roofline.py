@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.cost_model import StepLoad
+from core.cost_model import StepLoad, pairs
 from core.errors import ConfigError
 from core.parallel import ParallelShape
-from placement.costs.efficiency import Efficiency, efficiency
+from placement.costs.efficiency import Efficiency, efficiency, engine_overhead
 from placement.costs.hardware import devices
 from placement.costs.models import published_models
 from placement.costs.roofline import RooflineSource
@@ -51,10 +51,10 @@ def _load(prompts: list[int], sequences: int, kv_tokens: int) -> StepLoad:
     engine=st.sampled_from(_ENGINES),
     prompts=_prompts,
     sequences=_sequences,
-    kv_tokens=st.integers(300, 100_000),
+    context_tokens=st.integers(1, 10_000),
     more_prompts=_prompts,
     more_sequences=_sequences,
-    more_kv_tokens=st.integers(0, 100_000),
+    more_context_tokens=st.integers(0, 10_000),
 )
 def test_more_work_never_costs_less(
     model: str,
@@ -63,14 +63,16 @@ def test_more_work_never_costs_less(
     engine: str,
     prompts: list[int],
     sequences: int,
-    kv_tokens: int,
+    context_tokens: int,
     more_prompts: list[int],
     more_sequences: int,
-    more_kv_tokens: int,
+    more_context_tokens: int,
 ) -> None:
+    """Contexts are means: the same KV over more sequences may take less, since cores then share the work better."""
     cost = _cost(model, device, ParallelShape(tp), engine)
-    less = cost.step(_load(prompts, sequences, kv_tokens))
-    more = cost.step(_load(prompts + more_prompts, sequences + more_sequences, kv_tokens + more_kv_tokens))
+    less = cost.step(_load(prompts, sequences, sequences * context_tokens))
+    more_kv_tokens = (sequences + more_sequences) * (context_tokens + more_context_tokens)
+    more = cost.step(_load(prompts + more_prompts, sequences + more_sequences, more_kv_tokens))
     assert more.total_s >= less.total_s * (1 - 1e-12)
 
 
@@ -200,9 +202,57 @@ def test_kv_fills_what_weights_leave() -> None:
 def test_prompts_beside_decoding_slow_its_attention_down() -> None:
     """On kernels that do both at once; measured on RTX cards."""
     cost = _cost("Llama-3.1-8B", "RTX4090", ParallelShape(), "none")
-    alone = cost.step(StepLoad.of_decode(16, 16_000))
-    beside = cost.step(_load([512], 16, 16_000))
+    alone = cost.step(StepLoad.of_decode(16, 64_000))
+    beside = cost.step(_load([512], 16, 64_000))
     assert beside.kv_read_s > 1.2 * alone.kv_read_s
+    assert beside.attention_s == cost.step(StepLoad.of_prompts(512)).attention_s
+
+
+def test_two_kernels_take_no_longer_beside_each_other() -> None:
+    cost = _cost("Llama-3.1-8B", _H100, ParallelShape(), "none")
+    assert cost.step(_load([512], 16, 64_000)).kv_read_s == cost.step(StepLoad.of_decode(16, 64_000)).kv_read_s
+
+
+def test_a_later_chunk_expands_the_latents_before_it_anew() -> None:
+    """Of latent attention; where keys and values are cached, chunks attend to no more than the whole prompt does."""
+    whole = StepLoad.of_prompts(4096)
+    half = StepLoad(prefill_tokens=2048, prefill_sequences=1, prefill_pairs=pairs(2048, 2048), prefill_kv_tokens=4096)
+    dense, latent = (_cost(model, _H100, ParallelShape(), "none") for model in ("Llama-3.1-8B", "DeepSeek-V2-Lite"))
+    chunked_s = {
+        cost: cost.step(StepLoad.of_prompts(2048)).attention_s + cost.step(half).attention_s for cost in (dense, latent)
+    }
+    assert chunked_s[dense] < 1.2 * dense.step(whole).attention_s
+    expansion_s = 2.0 * 2048 * 512 * 16 * 256 / devices()[_H100].flops * 27  # at the device's peak, in all layers
+    assert chunked_s[latent] > latent.step(whole).attention_s + expansion_s
+
+
+def test_prompts_launch_more_than_decoding() -> None:
+    eager = replace(engine_overhead("none"), eager_layer_s=1e-3, prompt_layer_s=1e-3, graph_decode=False)
+    cost = RooflineCost(
+        published_models()["Llama-3.1-8B"],
+        devices()[_H100],
+        ParallelShape(),
+        efficiency("hopper"),
+        eager,
+        devices_per_node=1,
+    )
+    prompt, decode = cost.step(StepLoad.of_prompts(1)), cost.step(StepLoad.of_decode(1, 1))
+    assert prompt.total_s - prompt.head_s == pytest.approx(32 * 2e-3)
+    assert decode.total_s - decode.head_s == pytest.approx(32 * 1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize(("tp", "tokens", "is_congested"), [(2, 8192, False), (4, 1024, False), (4, 8192, True)])
+def test_large_messages_of_more_than_a_pair_may_be_congested(tp: int, tokens: int, is_congested: bool) -> None:
+    model = published_models()["Llama-2-70B"]
+    congested = replace(engine_overhead("none"), free_bytes=1024 * 8192 * 2.0, congestion_s=1e-11)
+    free, slow = (
+        RooflineCost(
+            model, devices()[_H100], ParallelShape(tp), efficiency("hopper"), overhead, devices_per_node=8
+        ).step(StepLoad.of_prompts(tokens))
+        for overhead in (engine_overhead("none"), congested)
+    )
+    extra_s = 160 * 7168 * 8192 * 2.0 * 1e-11 / 2 if is_congested else 0.0
+    assert slow.collective_s - free.collective_s == pytest.approx(extra_s)
 
 
 def test_engines_differ_in_their_overheads() -> None:
