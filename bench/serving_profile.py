@@ -69,27 +69,40 @@ async def measure_serving(
     """Starts a cluster whose instances have the settings `engine`, measures for about `budget_s`, and ends it.
 
     Raises BenchError."""
-    cost = CalibratedCost(terms)
     async with Launcher(model) as launcher:
         router = await launcher.router()
         await launcher.workers(router, engine)
-        client = LoadClient(f"http://{router.http}")
-        try:
-            probe = _Probe(client, cost)
-            await probe.run(batch=2, duration_s=1.0, max_tokens=3)  # first touches
-            measured = _Measured()
-            for index, batch in enumerate(_BATCHES):
-                part_s = budget_s / len(_BATCHES)
-                measured.prompted_alone += await probe.prompts(0.15 * part_s)
-                measured.decoded_alone.append(await probe.decode(batch, 0.2 * part_s))
-                # Prompts answered by one token leave decode to the others; those of three show the transfer.
-                prompted, decoded = await probe.run(batch, 0.5 * part_s, max_tokens=1)
-                measured.prompted_beside += prompted
-                measured.decoded_beside.append(decoded)
-                measured.carried += (await probe.run(batch, 0.15 * part_s, max_tokens=3))[0]
-                progress((index + 1) / len(_BATCHES))
-        finally:
-            client.close()
+        return await measure_running(f"http://{router.http}", terms, kv_bytes_per_token, budget_s, progress)
+
+
+async def measure_running(
+    url: str,
+    terms: Terms,
+    kv_bytes_per_token: float,
+    budget_s: float,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[ServingCosts, RoadCosts]:
+    """The same of a cluster of one worker of each role that runs already and has nothing else to do.
+
+    Raises BenchError."""
+    cost = CalibratedCost(terms)
+    client = LoadClient(url)
+    try:
+        probe = _Probe(client, cost)
+        await probe.run(batch=2, duration_s=1.0, max_tokens=3)  # first touches
+        measured = _Measured()
+        for index, batch in enumerate(_BATCHES):
+            part_s = budget_s / len(_BATCHES)
+            measured.prompted_alone += await probe.prompts(0.15 * part_s)
+            measured.decoded_alone.append(await probe.decode(batch, 0.2 * part_s))
+            # Prompts answered by one token leave decode to the others; those of three show the transfer.
+            prompted, decoded = await probe.run(batch, 0.5 * part_s, max_tokens=1)
+            measured.prompted_beside += prompted
+            measured.decoded_beside.append(decoded)
+            measured.carried += (await probe.run(batch, 0.15 * part_s, max_tokens=3))[0]
+            progress((index + 1) / len(_BATCHES))
+    finally:
+        client.close()
     serving = ServingCosts(
         prefill_alone=prefill_factor(cost, measured.prompted_alone),
         prefill_beside=prefill_factor(cost, measured.prompted_beside),

@@ -169,7 +169,10 @@ class _BestFirst:
         self._report(self._closed(), f"simulating {prospects[0].fleet}")
         best = 0.0 if self._best is None else self._best.goodput or 0.0
         tasks = [task_for(self._space, prospect, best) for prospect in prospects]
-        outcomes = self._mapper(partial(climb_of, self._space.problem), tasks)
+        if len(tasks) == 1:
+            outcomes = [climb_of(self._space.problem, tasks[0], self._mapper)]
+        else:
+            outcomes = self._mapper(partial(climb_of, self._space.problem), tasks)
         for prospect, task, outcome in zip(prospects, tasks, outcomes, strict=True):
             self._simulations += len(outcome.evaluations)
             goodput = min(outcome.rate * task.scale, prospect.bound)
@@ -211,5 +214,5 @@ def task_for(space: Space, prospect: Looked, best: float = 0.0) -> Task:
     return Task(trial, prospect.predicted / scale, best / scale, scale, apart=trial != prospect.fleet)
 
 
-def climb_of(problem: Problem, task: Task) -> Outcome:
-    return climb(problem, task.trial, task.guess, task.at_least, apart=task.apart)
+def climb_of(problem: Problem, task: Task, mapper: Mapper | None = None) -> Outcome:
+    return climb(problem, task.trial, task.guess, task.at_least, mapper, apart=task.apart)

@@ -5,6 +5,7 @@ Its rates are a fixed ladder below the kind's limit, so that equal questions hav
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,7 @@ def curve_of(key: CurveKey, *, stream: RequestStream, classes: Sequence[SloClass
     asked = np.array([slo.attainment for slo in classes])
     times = StepTimes(key.kind.cost)
 
+    @cache
     def shares_at(step: int) -> Shares:
         return _shares(key, times, stream.scaled_to(_rate(key, step) * key.instances), classes)
 

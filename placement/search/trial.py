@@ -9,11 +9,13 @@ about a ratio that six do not say.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from core.plan import Plan
 from placement.judging.goodput import Evaluation, Judgement, StopWhen, judge, stop_when_lost
 from placement.plan_deployment import deployment_of
 from placement.search.fleet import Fleet, Pool
+from placement.search.parallel import Mapper, Serial
 from placement.search.problem import Problem
 from placement.search.room import places
 from placement.simulator import simulate
@@ -95,30 +97,42 @@ def simulated(problem: Problem, fleet: Fleet, requests: RequestStream, stop_when
     return simulate(_deployment(problem, fleet), requests, stop_when=stop_when)
 
 
-def climb(problem: Problem, fleet: Fleet, guess: float, at_least: float, *, apart: bool = False) -> Outcome:
+def climb(
+    problem: Problem, fleet: Fleet, guess: float, at_least: float, mapper: Mapper | None = None, *, apart: bool = False
+) -> Outcome:
     """The highest rung that passes, above `at_least` if that is given; else from the rung below `guess` on, and not
     below a quarter of it.
 
     One rung at a time, up while it passes or down until it does: so a fleet that passes wherever another one does never
-    ends below it.
+    ends below it. `mapper` looks at as many of the next rungs at once as it has workers; what that finds beyond the
+    last rung needed is not told, so that the outcome is the same.
     """
     lowest = rung_below(at_least or guess / _FURTHEST) + 1
-    rung = lowest if at_least else max(rung_below(guess), lowest)
+    start = lowest if at_least else max(rung_below(guess), lowest)
+    spread = mapper or Serial()
     tried: dict[int, Judgement] = {}
 
-    def passes(step: int) -> bool:
-        _, tried[step] = run(problem, fleet, rate_of(step), apart=apart)
-        return tried[step].meets
+    def passes(rung: int, step: int) -> bool:
+        if rung not in tried:
+            ahead = [rung + step * i for i in range(spread.workers) if rung + step * i >= lowest]
+            tried.update(zip(ahead, spread(partial(_judgement, problem, fleet, apart), ahead), strict=True))
+        return tried[rung].meets
 
-    if passes(rung):
-        while passes(rung + 1):
+    rung = start
+    if passes(rung, 1):
+        while passes(rung + 1, 1):
             rung += 1
+        needed = range(start, rung + 2)
     else:
-        rung -= 1
-        while rung >= lowest and not passes(rung):
+        while rung >= lowest and not passes(rung, -1):
             rung -= 1
-    evaluations = tuple(Evaluation(rate_of(step), tried[step]) for step in sorted(tried))
+        needed = range(max(rung, lowest), start + 1)
+    evaluations = tuple(Evaluation(rate_of(one), tried[one]) for one in needed)
     return Outcome(rung if rung >= lowest else None, evaluations)
+
+
+def _judgement(problem: Problem, fleet: Fleet, apart: bool, rung: int) -> Judgement:
+    return run(problem, fleet, rate_of(rung), apart=apart)[1]
 
 
 def _deployment(problem: Problem, fleet: Fleet, *, apart: bool = False) -> Deployment:
