@@ -18,6 +18,7 @@ from placement.costs.calibration import Measurement
 from worker.engine_setup import load_worker_engine
 
 _MAX_CELL_S = 8.0  # a cell that would take longer, to judge from the one before it, is left out
+_LEAST_ROUNDS = 3
 _BURST_S = 0.1
 _GREEDY = SamplingParams(temperature=0.0)
 
@@ -81,6 +82,8 @@ def _prompt_cells(max_tokens: int) -> Iterator[Cell]:
             yield Cell(prompts=(Part(size, start=256),))
             yield Cell(prompts=(Part(size, draws=False),))
             yield Cell(prompts=(Part(size // 8), Part(size // 4), Part(size)), held_out=True)
+        if size in (512, 1024, 2048):  # many rows and few pairs: which of the two takes the time
+            yield Cell(prompts=(Part(size // 8),) * 8)
 
 
 def _decode_cells(max_batch: int) -> Iterator[Cell]:
@@ -119,8 +122,8 @@ class EngineProfiler:
     def measure(
         self, cells: Sequence[Cell], budget_s: float, progress: Callable[[float], None] = lambda share: None
     ) -> list[Measurement]:
-        """Each cell at least once, then in turns, so that each gets as much of `budget_s` as any other, and what
-        disturbs the machine for a while spoils no median.
+        """Each cell at least once, then in turns, so that what disturbs the machine for a while spoils no median. The
+        large ones get three rounds, and otherwise each as much of `budget_s` as any other.
 
         `cells` ascend in size. Those that the pool cannot hold, or that would take much too long, are left out.
         `progress` hears which share of the budget is used.
@@ -135,7 +138,8 @@ class EngineProfiler:
             seconds[index] = self._times(cell)
             progress(min(1.0, (time.perf_counter() - began_s) / budget_s))
         while (used_s := time.perf_counter() - began_s) < budget_s:
-            index = min(seconds, key=lambda index: sum(seconds[index]))  # the cell that has had the least time
+            # The cell that has had the least time, of those with too few rounds if there are any.
+            index = min(seconds, key=lambda index: (len(seconds[index]) >= _LEAST_ROUNDS, sum(seconds[index])))
             seconds[index] += self._times(cells[index])
             progress(min(1.0, used_s / budget_s))
         progress(1.0)

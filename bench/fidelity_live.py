@@ -1,16 +1,16 @@
 """How far the simulator is from a live cluster on this machine; writes a section of docs/fidelity.md.
 
 One prefill and one decode worker with a thread each serve a random checkpoint that is large enough for steps, not the
-road, to take the time. For each of two workloads, `tandem profile`'s measurement of that checkpoint, made just before,
-is all that the simulator is told: a virtual machine changes its pace within minutes. Then, at eight rates, `bench.load`
-loads the cluster, and the simulator gets the same requests at the same times. Rates are shares of what the prefill
-worker can take by its calibration, targets are multiples of its steps: the curves go from everything met to little met
-on any machine.
+road, to take the time. At eight rates of two workloads, `bench.load` loads the cluster, and the simulator gets the same
+requests at the same times. It is told what `tandem profile` measures of that checkpoint: the engine's steps once, what
+serving adds to them before each workload, for twice as long. The machine must keep its pace (`bench.fidelity_runs`).
+Rates are shares of what the prefill worker can take by its calibration, targets are multiples of its steps: the curves
+go from everything met to little met on any machine.
 
 Needs a machine with at least two cores and nothing else on them. What was measured stays in --folder: an interrupted
 run goes on where it stopped, and --fresh begins anew.
 
-    python -m bench.fidelity_live                        everything, some 23 minutes
+    python -m bench.fidelity_live                        everything, some 30 minutes
     python -m bench.fidelity_live --seconds 10 --repetitions 1 --folder /tmp/quick --no-write       to see that it works
 """
 
@@ -20,21 +20,21 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from tqdm import tqdm
 
 from bench.calibrate import calibrate
 from bench.fidelity_page import write_section
+from bench.fidelity_runs import Run, measure
 from bench.fidelity_table import TITLE, Comparison, Figures, section_text
-from bench.load import make_streams
 from bench.load_result import LoadRecord, as_simulation
-from bench.processes import BenchError, Launcher
+from bench.processes import BenchError
 from core.config import DecodeSection, EngineSection, PrefillSection
 from core.config_file import dump_config, load_config
 from core.cost_model import StepLoad
@@ -70,26 +70,6 @@ _TTFT_STEPS, _TPOT_STEPS = 4.0, 1.35  # targets: of a mean prompt's step; of a s
 _SETTLING_ROUNDS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One run to be made: `share` of what prefill can take. `path` is where its records lie, `calibration` was measured
-    before it."""
-
-    workload: str
-    calibration: Calibration
-    slo_path: Path
-    slo: SloFile
-    share: float
-    rate: float
-    count: int
-    repetition: int
-    path: Path
-
-    def stream(self, seed: int) -> RequestStream:
-        """The same for every repetition."""
-        return make_streams(self.slo, None, (self.rate,), self.count, seed)[0][1]
-
-
 def simulate_one_and_one(calibration: Calibration, stream: RequestStream) -> SimulationResult:
     """How busy each worker is slows the other one down, and follows from the simulation: it is repeated with the shares
     that it has found, until they agree."""
@@ -115,16 +95,16 @@ def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float
             InstanceSpec("prefill-0", "prefill", beside["decode"], **pool, max_batch_tokens=prefill.max_batch_tokens),
             InstanceSpec("decode-0", "decode", beside["prefill"], **pool, max_batch=decode.max_batch),
         ),
-        network=calibration.network_spec(),
-        router=calibration.router_spec(),
+        network=calibration.network_spec(neighbour_busy=busy["prefill"]),
+        router=calibration.router_spec(neighbour_busy=busy["decode"]),
     )
 
 
-def plan_runs(folder: Path, model: Path, number: int, args: argparse.Namespace) -> list[Run]:
-    """All runs of a workload; repetitions lie apart in time. The machine is measured, and targets and rates are chosen,
-    once for a folder."""
+def plan_runs(folder: Path, model: Path, number: int, args: argparse.Namespace, calibration: Calibration) -> list[Run]:
+    """All runs of a workload; repetitions lie apart in time. What was measured, and targets and rates by it, are kept
+    in the folder."""
     name, workload = list(_WORKLOADS.items())[number]
-    calibration = _calibration(folder / f"calibration-{number}.yaml", model)
+    _calibration_path(folder, number).write_text(dump_config(calibration))
     path = folder / f"slo-{number}.yaml"
     if not path.exists():
         path.write_text(_slo_text(model, workload, calibration, args.seed))
@@ -140,10 +120,25 @@ def plan_runs(folder: Path, model: Path, number: int, args: argparse.Namespace) 
     return runs
 
 
-def _calibration(path: Path, model: Path) -> Calibration:
+def measure_runs(folder: Path, model: Path, number: int, args: argparse.Namespace) -> list[Run]:
+    """Those that are not there yet; answers with all. Raises BenchError or a TandemError."""
+    engine, path = _engine_calibration(folder / "engine.yaml", model), _calibration_path(folder, number)
+    plan = partial(plan_runs, folder, model, number, args)
+    known = load_calibration(path) if path.exists() else None
+    if known is None or not all(run.pace_path.exists() for run in plan(known)):
+        asyncio.run(measure(model, _ENGINE.model_dump(mode="json"), engine, known, plan, args.seed))
+    return plan(load_calibration(path))
+
+
+def _calibration_path(folder: Path, number: int) -> Path:
+    return folder / f"calibration-{number}.yaml"
+
+
+def _engine_calibration(path: Path, model: Path) -> Calibration:
+    """Of the engine by itself, which keeps its pace."""
     if not path.exists():
-        print("profile the model", file=sys.stderr, flush=True)
-        path.write_text(dump_config(calibrate(model, _ENGINE, today=datetime.now(UTC).date())))
+        print("profile the engine", file=sys.stderr, flush=True)
+        path.write_text(dump_config(calibrate(model, _ENGINE, today=datetime.now(UTC).date(), serving_s=0.0)))
     return load_calibration(path)
 
 
@@ -165,42 +160,16 @@ def _slo_text(model: Path, workload: Mapping[str, object], calibration: Calibrat
     )
 
 
-async def measure(model: Path, runs: Sequence[Run], seed: int) -> None:
-    """Those runs whose records are not there yet, on one cluster. Raises BenchError."""
-    missing = [run for run in runs if not run.path.exists()]
-    if not missing:
-        return
-    async with Launcher(model) as launcher:
-        router = await launcher.router()
-        await launcher.workers(router, _ENGINE.model_dump(mode="json"))
-        url = f"http://{router.http}"
-        await _load(url, missing[0], seed, requests=30, output=model.parent / "warm-up.json")
-        for run in tqdm(missing, desc="live runs", unit="run", disable=None):
-            await _load(url, run, seed, requests=run.count, output=run.path)
-
-
-async def _load(url: str, run: Run, seed: int, *, requests: int, output: Path) -> None:
-    """In a process of its own, as a user would; its file appears only when it is whole."""
-    partial = output.with_suffix(".partial")
-    command = [sys.executable, "-m", "bench.load", "--url", url, "--slo", str(run.slo_path), "--timelines"]
-    command += ["--rates", str(run.rate), "--requests", str(requests), "--seed", str(seed), "--json", str(partial)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    said, _ = await process.communicate()
-    if process.returncode not in (0, 3):  # 3: marked by the generator, which the table says
-        raise BenchError(f"bench.load ended with {process.returncode}: {said.decode()[-400:]}")
-    partial.rename(output)
-
-
 def compare(runs: Sequence[Run], seed: int) -> Iterator[Comparison]:
     """One for each workload and rate, over its repetitions."""
     for run in runs:
         if run.repetition > 0:
             continue
         repeated = [other for other in runs if (other.workload, other.share) == (run.workload, run.share)]
-        stream, live, faults = run.stream(seed), [], 0
+        stream, live, marked = run.stream(seed), [], 0
         for other in repeated:
             told = json.loads(other.path.read_text())["runs"][0]
-            faults += told["generator"]["fault"] is not None
+            marked += told["generator"]["fault"] is not None or not other.paced().is_steady
             records = tuple(LoadRecord(**one) for one in told["requests"])
             live.append(_figures_of(as_simulation(stream, records, told["duration_s"]), run))
         yield Comparison(
@@ -212,7 +181,7 @@ def compare(runs: Sequence[Run], seed: int) -> Iterator[Comparison]:
             tpot_target_s=run.slo.slo[0].tpot_s,
             simulated=_figures_of(simulate_one_and_one(run.calibration, stream), run),
             live=tuple(live),
-            marked=faults,
+            marked=marked,
         )
 
 
@@ -225,6 +194,15 @@ def _figures_of(result: SimulationResult, run: Run) -> Figures:
         ttft_s=judged.ttft_s.mean,
         tpot_s=judged.tpot_s.mean,
         parts_s={name: float(values.mean()) for name, values in parts_of(result).items()},
+    )
+
+
+def _pace_note(runs: Sequence[Run]) -> str:
+    paced = [run.paced() for run in runs]
+    paces = sorted(value for one in paced for pace in (one.before, one.after) for value in asdict(pace).values())
+    return (
+        f"Around the runs, steps took {paces[0]:.2f} to {paces[-1]:.2f} times what their calibration says (median"
+        f" {paces[len(paces) // 2]:.2f})."
     )
 
 
@@ -254,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     if args.fresh:
-        for pattern in ("calibration-*.yaml", "slo-*.yaml", "run-*.json"):
+        for pattern in ("engine.yaml", "calibration-*", "slo-*.yaml", "run-*"):
             for path in folder.glob(pattern):
                 path.unlink()
     model, runs = folder / "model", list[Run]()
@@ -262,14 +240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (model / "config.json").exists():
             write_random_checkpoint(model, _SHAPE, dtype="bfloat16")
         for number in range(len(_WORKLOADS)):
-            of_workload = plan_runs(folder, model, number, args)
-            asyncio.run(measure(model, of_workload, args.seed))
-            runs += of_workload
+            runs += measure_runs(folder, model, number, args)
         comparisons = list(compare(runs, args.seed))
     except (BenchError, TandemError) as error:
         print(error, file=sys.stderr)
         return 1
-    section = section_text(comparisons, {run.workload: run.calibration for run in runs}, args.note)
+    section = section_text(comparisons, runs[0].calibration, " ".join((_pace_note(runs), args.note)).strip())
     print(section)
     (folder / "comparisons.json").write_text(json.dumps([asdict(one) for one in comparisons], indent=1))
     if not args.no_write:

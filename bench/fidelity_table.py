@@ -24,7 +24,8 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One workload at one rate. `live` has one entry per repetition, `marked` of which the load generator doubts."""
+    """One workload at one rate. `live` has one entry per repetition, `marked` of which are in doubt: the load
+    generator says so, or the machine did not keep its pace."""
 
     workload: str
     share: float
@@ -59,10 +60,10 @@ class Comparison:
         return abs(self.attainment_error) <= _ATTAINMENT_AIM and max(errors) <= _LATENCY_AIM
 
 
-def section_text(comparisons: Sequence[Comparison], calibrations: Mapping[str, Calibration], note: str = "") -> str:
-    """What stands under `TITLE`. `calibrations`: of each workload, made before it. `note`: what a reader must know of
-    this measurement."""
-    lines = [*_preamble(comparisons, list(calibrations.values()))]
+def section_text(comparisons: Sequence[Comparison], calibration: Calibration, note: str = "") -> str:
+    """What stands under `TITLE`. `calibration`: one of those used. `note`: what a reader must know of this
+    measurement."""
+    lines = [*_preamble(comparisons, calibration)]
     lines += ["", note] if note else []
     for workload in dict.fromkeys(one.workload for one in comparisons):
         rows = [one for one in comparisons if one.workload == workload]
@@ -74,9 +75,7 @@ def section_text(comparisons: Sequence[Comparison], calibrations: Mapping[str, C
     return "\n".join(lines) + "\n"
 
 
-def _preamble(comparisons: Sequence[Comparison], calibrations: Sequence[Calibration]) -> Iterator[str]:
-    calibration = calibrations[0]
-    errors = ", ".join(f"{one.error.median:.1%}" for one in calibrations)
+def _preamble(comparisons: Sequence[Comparison], calibration: Calibration) -> Iterator[str]:
     met = sum(one.is_met for one in comparisons)
     attainment = max(abs(one.attainment_error) for one in comparisons)
     ttft, tpot = (max(abs(one.latency_error(name)) for one in comparisons) for name in ("ttft_s", "tpot_s"))
@@ -89,8 +88,9 @@ def _preamble(comparisons: Sequence[Comparison], calibrations: Sequence[Calibrat
     yield (
         f"Aim: attainment within 3 points, mean TTFT and TPOT within 8 %. Met in {met} of {len(comparisons)} rows;"
         f" largest differences {100 * attainment:.1f} points, TTFT {ttft:.1%}, TPOT {tpot:.1%}. The simulator knows"
-        f" only the calibration of `tandem profile`, made before each workload; its error on steps that were not"
-        f" fitted: {errors}."
+        f" only what `tandem profile` measures: the engine's steps (error on those that were not fitted:"
+        f" {calibration.error.median:.1%}), and what serving adds to them, before each workload. A row with ! has a run"
+        f" in doubt: the load generator was late, or the machine did not keep its pace."
     )
 
 

@@ -14,6 +14,7 @@ from core.errors import ConfigError, UnavailableError
 from deploy.machine import usable_cores
 from deploy.model_folder import check_model_folder
 from placement.costs.calibration import Calibration
+from placement.costs.serving import ServedStep
 
 HELP = "measure a model on this machine, for plans and simulations"
 DESCRIPTION = """\
@@ -81,17 +82,25 @@ def as_text(calibration: Calibration) -> str:
         f" {error.median:.1%} (median), {error.worst:.1%} (worst)",
         f"  prompts       {_tokens_per_s(calibration, 256):.0f} tokens/s at 256 tokens",
         f"  decode        {1e3 * terms.linear[0][1]:.1f} ms a step with little to read, one sequence",
-        f"  side by side  prompts take {serving.prefill_beside / serving.prefill_alone - 1:+.0%}, decode of"
-        f" {serving.decode_alone[0][0]} to {serving.decode_alone[-1][0]} sequences"
-        f" {serving.decode_beside[0][1] / serving.decode_alone[0][1] - 1:+.0%} to"
-        f" {serving.decode_beside[-1][1] / serving.decode_alone[-1][1] - 1:+.0%}",
+        f"  side by side  {_added('prompts', serving.prefill_alone, serving.prefill_beside)};"
+        f" {_added('decode', serving.decode_alone, serving.decode_beside)}",
     ]
     if (road := calibration.road) is not None:
         lines.append(
             f"  road          {1e3 * road.admission_s:.1f} ms until a worker has a request,"
-            f" {1e3 * road.transfer_latency_s:.1f} ms for its KV and 1 s per {road.transfer_bytes_per_s / 1e9:.2f} GB"
+            f" {1e3 * road.transfer_alone_s:.1f} to {1e3 * road.transfer_beside_s:.1f} ms for its KV and 1 s per"
+            f" {road.transfer_bytes_per_s / 1e9:.2f} GB"
         )
     return "\n".join(lines)
+
+
+def _added(name: str, alone: ServedStep, beside: ServedStep) -> str:
+    """What a step takes in a worker, of what it takes the engine by itself."""
+
+    def text(step: ServedStep) -> str:
+        return f"{step.factor:.2f} x + {1e3 * step.constant_s:.1f} ms"
+
+    return f"{name} {text(alone)} alone, {text(beside)} beside"
 
 
 def _tokens_per_s(calibration: Calibration, tokens: int) -> float:

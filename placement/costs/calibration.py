@@ -20,6 +20,7 @@ from core.config_file import load_config
 from core.cost_model import StepCost, StepLoad
 from core.errors import ConfigError
 from core.parallel import ParallelShape
+from placement.costs.serving import RoadCosts, ServingCosts
 from placement.simulator.deployment import NetworkSpec, RouterSpec
 
 Knots = tuple[tuple[int, float], ...]
@@ -62,27 +63,6 @@ class Terms(_Frozen):
     head_per_sampled: float = Field(ge=0)
 
 
-class ServingCosts(_Frozen):
-    """How much longer steps take in a running worker than of the engine by itself, as factors on every term: while the
-    other role's worker is idle (`alone`), and while it computes on the same machine (`beside`), with whom it shares
-    memory, caches and cores. Decode's are by sequences in the batch, and what passes between two steps is in them."""
-
-    prefill_alone: float = Field(default=1.0, gt=0)
-    prefill_beside: float = Field(default=1.0, gt=0)
-    decode_alone: Knots = ((1, 1.0),)
-    decode_beside: Knots = ((1, 1.0),)
-
-
-class RoadCosts(_Frozen):
-    """Around the steps, measured on a cluster of one worker of each role on this machine."""
-
-    admission_s: float = Field(ge=0, description="Received until the prefill worker has it")
-    first_token_s: float = Field(ge=0, description="From the prefill worker to the client")
-    token_s: float = Field(ge=0, description="From the decode worker to the client")
-    transfer_latency_s: float = Field(ge=0, description="First token until decode has the KV of a short prompt")
-    transfer_bytes_per_s: float = Field(gt=0, description="How much longer a long prompt's KV takes")
-
-
 class FitError(_Frozen):
     """Relative, absolute values, of what was held out; `fitted_median` is of the rest."""
 
@@ -114,24 +94,24 @@ class Calibration(_Frozen):
 
     @model_validator(mode="after")
     def _check_knots(self) -> "Calibration":
-        for knots in (self.terms.linear, self.terms.kv_read, self.serving.decode_alone, self.serving.decode_beside):
+        for knots in (self.terms.linear, self.terms.kv_read):
             counts = [count for count, _ in knots]
             if counts != sorted(set(counts)) or min(value for _, value in knots) < 0:
                 raise ValueError("knots must ascend, and their values be at least 0")
         return self
 
-    def router_spec(self) -> RouterSpec:
-        """Of the cluster that was measured; free of cost if none was."""
-        if self.road is None:
-            return RouterSpec()
-        return RouterSpec(self.road.admission_s, self.road.first_token_s, self.road.token_s)
+    def router_spec(self, *, neighbour_busy: float = 1.0) -> RouterSpec:
+        """Of the cluster that was measured; free of cost if none was. Decode computes for `neighbour_busy` of the
+        time."""
+        return (
+            RouterSpec() if self.road is None else self.road.router_spec(neighbour_busy * self.serving.prefill_wake_s)
+        )
 
-    def network_spec(self) -> NetworkSpec:
-        """All instances on this machine."""
+    def network_spec(self, *, neighbour_busy: float = 1.0) -> NetworkSpec:
+        """All instances on this machine, which compute for `neighbour_busy` of the time."""
         if self.road is None:
             return NetworkSpec(self.kv_bytes_per_token)
-        rate = self.road.transfer_bytes_per_s
-        return NetworkSpec(self.kv_bytes_per_token, rate, rate, self.road.transfer_latency_s)
+        return self.road.network_spec(self.kv_bytes_per_token, neighbour_busy)
 
 
 def load_calibration(path: Path) -> Calibration:
@@ -142,23 +122,23 @@ def load_calibration(path: Path) -> Calibration:
 class CalibratedCost:
     """A `core.cost_model.CostModel` of one instance with one rank."""
 
-    __slots__ = ("_decode_alone", "_decode_beside", "_kv_slope", "_linear", "_neighbour_busy", "_serving", "_terms")
+    __slots__ = ("_decode", "_kv_slope", "_linear", "_prefill", "_terms")
 
     def __init__(self, terms: Terms, serving: ServingCosts | None = None, *, neighbour_busy: float = 1.0) -> None:
         """`neighbour_busy`: share of the time in which the machine's other workers compute. 1 is never too fast."""
+        serving = serving or ServingCosts()
         self._terms = terms
-        self._serving = serving or ServingCosts()
-        self._neighbour_busy = neighbour_busy
+        self._prefill = serving.prefill(neighbour_busy)
+        self._decode = serving.decode(neighbour_busy)
         self._linear = _Interpolation(terms.linear)
         self._kv_slope = _Interpolation(terms.kv_read)
-        self._decode_alone = _Interpolation(self._serving.decode_alone)
-        self._decode_beside = _Interpolation(self._serving.decode_beside)
 
     def step(self, load: StepLoad) -> StepCost:
         if load.tokens == 0:
             return StepCost()
         terms = self._terms
-        factor = self._prefill_factor() if load.prefill_tokens else self._decode_factor(load.decode_sequences)
+        served = self._prefill if load.prefill_tokens else self._decode
+        factor = served.factor
         linear_s = factor * self._linear(load.tokens)
         attention_s = factor * terms.attention_per_pair * load.prefill_pairs
         kv_read_s = 0.0
@@ -171,22 +151,13 @@ class CalibratedCost:
             attention_s=attention_s,
             kv_read_s=kv_read_s,
             head_s=head_s,
-            interval_s=linear_s + attention_s + kv_read_s + head_s,
+            overhead_s=served.constant_s,
+            interval_s=linear_s + attention_s + kv_read_s + head_s + served.constant_s,
         )
 
     def decode_line(self, sequences: int) -> tuple[float, float]:
         base_s = self.step(StepLoad.of_decode(sequences, 0)).total_s
-        return base_s, self._decode_factor(sequences) * self._kv_slope(sequences)
-
-    def _prefill_factor(self) -> float:
-        alone, beside = self._serving.prefill_alone, self._serving.prefill_beside
-        return alone + self._neighbour_busy * (beside - alone)
-
-    def _decode_factor(self, sequences: int) -> float:
-        serving = self._serving  # larger batches than were measured are served like the largest that was
-        alone = self._decode_alone(min(sequences, serving.decode_alone[-1][0]))
-        beside = self._decode_beside(min(sequences, serving.decode_beside[-1][0]))
-        return alone + self._neighbour_busy * (beside - alone)
+        return base_s, self._decode.factor * self._kv_slope(sequences)
 
 
 class CalibratedSource:

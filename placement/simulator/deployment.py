@@ -33,14 +33,15 @@ class InstanceSpec:
 
 @dataclass(frozen=True, slots=True)
 class NetworkSpec:
-    """KV roads. A transfer of n tokens takes `latency_s` + n * `kv_bytes_per_token` / bandwidth, and transfers share:
-    a node's outgoing link, its incoming link, and inside a node each instance's own port, are divided equally among
-    the transfers on them. Infinite bandwidth means that a transfer takes `latency_s`."""
+    """KV roads. A transfer of n tokens takes `latency_s` + `turn_s` + n * `kv_bytes_per_token` / bandwidth, and all but
+    the latency is shared: a node's outgoing link, its incoming link, and inside a node each instance's own port, are
+    divided equally among the transfers on them. Infinite bandwidth means that a transfer takes `latency_s`."""
 
     kv_bytes_per_token: float = 0.0
     intra_node_bytes_per_s: float = float("inf")
     inter_node_bytes_per_s: float = float("inf")
     latency_s: float = 0.0
+    turn_s: float = 0.0  # of a link, for what a transfer takes beside its bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,9 +55,10 @@ class Network:
     ) -> Transfer:
         """Call `on_arrival(argument)` when the KV of `num_tokens` tokens has arrived; never before this returns."""
         spec, now_s = self._spec, self._agenda.now_s
-        transfer = Transfer(on_arrival, argument, now_s, num_tokens * spec.kv_bytes_per_token)
         same_node = source.node == destination.node
         bytes_per_s = spec.intra_node_bytes_per_s if same_node else spec.inter_node_bytes_per_s
+        turn_bytes = spec.turn_s * bytes_per_s if spec.turn_s else 0.0  # a turn is as good as so many bytes
+        transfer = Transfer(on_arrival, argument, now_s, turn_bytes + num_tokens * spec.kv_bytes_per_token)
         if math.isinf(bytes_per_s) or transfer.left_bytes == 0:
             self._agenda.at(now_s + spec.latency_s, self._arrive, transfer)
             return transfer

@@ -43,13 +43,17 @@ def test_a_cluster_too(tmp_path: Path) -> None:
     assert run("--seconds", "15", "--threads", "1", "--kv-memory", "64MiB", "-o", str(path)) == 0
     calibration = load_calibration(path)
     serving = calibration.serving
-    factors = [serving.prefill_alone, serving.prefill_beside]
-    factors += [factor for _, factor in (*serving.decode_alone, *serving.decode_beside)]
-    assert all(0.3 < factor < 10 for factor in factors)
+    cost = CalibratedSource({"cpu": calibration}).cost_model("cpu", ParallelShape())
+    assert cost is not None
+    prompt_s = cost.step(StepLoad.of_prompts(256)).total_s
+    assert 0.3 < serving.prefill_beside.seconds(prompt_s) / prompt_s < 10
+    decode_s = cost.step(StepLoad.of_decode(4, 400)).total_s
+    assert 0.3 < serving.decode_beside.seconds(decode_s) / decode_s < 10
     road = calibration.road
     assert road is not None
     assert 0 < road.admission_s < 1
-    assert 0 <= road.transfer_latency_s < 1
+    assert 0 <= road.transfer_alone_s <= road.transfer_beside_s < 1
+    assert 0 <= road.transfer_turn_s < 1
     assert road.transfer_bytes_per_s > 1e6
 
 

@@ -61,7 +61,9 @@ def write_calibration(path: Path, model: str = "tiny-python") -> Path:
                 "admission_s": 0.002,
                 "first_token_s": 0.001,
                 "token_s": 0.0005,
-                "transfer_latency_s": 0.003,
+                "transfer_alone_s": 0.002,
+                "transfer_beside_s": 0.003,
+                "transfer_turn_s": 0.0005,
                 "transfer_bytes_per_s": 1e9,
             },
         }

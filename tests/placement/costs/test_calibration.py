@@ -18,13 +18,12 @@ from placement.costs.calibration import (
     Calibration,
     FitError,
     Measurement,
-    RoadCosts,
-    ServingCosts,
     Terms,
     fit_error,
     fit_terms,
     load_calibration,
 )
+from placement.costs.serving import RoadCosts, ServedStep, ServingCosts
 
 TRUE = Terms(
     linear=((1, 0.010), (4, 0.011), (16, 0.030), (64, 0.100), (256, 0.360), (1024, 1.5)),
@@ -37,10 +36,11 @@ TRUE = Terms(
 
 
 SERVED = ServingCosts(
-    prefill_alone=1.0,
-    prefill_beside=1.5,
-    decode_alone=((1, 0.8), (7, 1.0)),
-    decode_beside=((1, 2.0), (7, 1.0)),
+    prefill_alone=ServedStep(constant_s=0.0, factor=1.0),
+    prefill_beside=ServedStep(constant_s=0.004, factor=1.5),
+    prefill_wake_s=0.01,
+    decode_alone=ServedStep(constant_s=0.001, factor=0.8),
+    decode_beside=ServedStep(constant_s=0.002, factor=1.2),
 )
 
 
@@ -136,16 +136,21 @@ def test_a_longer_prompt_never_takes_less(tokens: int, more: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("busy", "prefill", "batch", "decode"),
-    [(0.0, 1.0, 1, 0.8), (1.0, 1.5, 1, 2.0), (0.5, 1.25, 1, 1.4), (1.0, 1.5, 4, 1.5), (1.0, 1.5, 100, 1.0)],
+    ("busy", "prefill", "decode"),
+    [(0.0, (0.0, 1.0), (0.001, 0.8)), (1.0, (0.004, 1.5), (0.002, 1.2)), (0.5, (0.002, 1.25), (0.0015, 1.0))],
 )
-def test_serving_factors_are_of_the_role_the_batch_and_the_neighbour(
-    busy: float, prefill: float, batch: int, decode: float
+def test_what_serving_adds_is_of_the_role_and_the_neighbour(
+    busy: float, prefill: tuple[float, float], decode: tuple[float, float]
 ) -> None:
     bare, served = CalibratedCost(TRUE), CalibratedCost(TRUE, SERVED, neighbour_busy=busy)
-    prompts, decoding = StepLoad.of_prompts(64), StepLoad.of_decode(batch, 400)
-    assert served.step(prompts).total_s == pytest.approx(prefill * bare.step(prompts).total_s)
-    assert served.step(decoding).total_s == pytest.approx(decode * bare.step(decoding).total_s)
+    for load, (constant_s, factor) in (
+        (StepLoad.of_prompts(64), prefill),
+        (StepLoad.of_decode(3, 400), decode),
+        (StepLoad(prefill_tokens=8, prefill_sequences=1, prefill_pairs=36, decode_sequences=2, sampled=3), prefill),
+    ):
+        step = served.step(load)
+        assert step.total_s == pytest.approx(constant_s + factor * bare.step(load).total_s)
+        assert step.overhead_s == pytest.approx(constant_s)
     assert served.step(StepLoad()).total_s == 0
 
 
@@ -154,7 +159,9 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         admission_s=0.002,
         first_token_s=0.001,
         token_s=0.001,
-        transfer_latency_s=0.004,
+        transfer_alone_s=0.004,
+        transfer_beside_s=0.008,
+        transfer_turn_s=0.001,
         transfer_bytes_per_s=2e9,
     )
     written = calibration(measurements=tuple(grid_of(TRUE)), road=road, serving=SERVED)
@@ -162,8 +169,11 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     path.write_text(dump_config(written))
     read = load_calibration(path)
     assert read == written
-    assert read.router_spec().admission_s == 0.002
-    assert read.network_spec().latency_s == 0.004
+    assert read.router_spec().admission_s == pytest.approx(0.012), "and what it takes to wake a worker"
+    assert read.router_spec(neighbour_busy=0.0).admission_s == 0.002
+    assert read.network_spec().latency_s == 0.008
+    assert read.network_spec(neighbour_busy=0.25).latency_s == pytest.approx(0.005)
+    assert read.network_spec().turn_s == 0.001
     assert read.network_spec().intra_node_bytes_per_s == 2e9
     assert calibration().network_spec().intra_node_bytes_per_s == math.inf
 

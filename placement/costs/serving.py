@@ -1,0 +1,80 @@
+"""What running workers add to the engine's own steps, and the road around them, as `tandem profile` measures them."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from placement.simulator.deployment import NetworkSpec, RouterSpec
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServedStep(_Frozen):
+    """A step in a running worker takes `constant_s` and `factor` times what it takes the engine by itself.
+
+    Every step reads all weights, through caches that others have filled meanwhile, and something passes between two
+    steps: the constant. What is computed is slowed by whoever shares the machine: the factor.
+    """
+
+    constant_s: float = Field(default=0.0, ge=0)
+    factor: float = Field(default=1.0, ge=0)
+
+    def toward(self, other: "ServedStep", share: float) -> "ServedStep":
+        """This if `share` is 0, `other` if it is 1, between them otherwise."""
+        return ServedStep(
+            constant_s=_between(self.constant_s, other.constant_s, share),
+            factor=_between(self.factor, other.factor, share),
+        )
+
+    def seconds(self, engine_s: float) -> float:
+        return self.constant_s + self.factor * engine_s
+
+
+class ServingCosts(_Frozen):
+    """Steps while the other role's worker is idle (`alone`), and while it computes on the same machine (`beside`), with
+    whom memory, caches and cores are shared."""
+
+    prefill_alone: ServedStep = ServedStep()
+    prefill_beside: ServedStep = ServedStep()
+    prefill_wake_s: float = Field(default=0.0, ge=0, description="More for the first step after a pause, beside decode")
+    decode_alone: ServedStep = ServedStep()
+    decode_beside: ServedStep = ServedStep()
+
+    def prefill(self, neighbour_busy: float) -> ServedStep:
+        """`neighbour_busy`: share of the time in which the machine's other workers compute."""
+        return self.prefill_alone.toward(self.prefill_beside, neighbour_busy)
+
+    def decode(self, neighbour_busy: float) -> ServedStep:
+        return self.decode_alone.toward(self.decode_beside, neighbour_busy)
+
+
+class RoadCosts(_Frozen):
+    """Around the steps, measured on a cluster of one worker of each role on this machine."""
+
+    admission_s: float = Field(ge=0, description="Received until the prefill worker has it")
+    first_token_s: float = Field(ge=0, description="From the prefill worker to the client")
+    token_s: float = Field(ge=0, description="From the decode worker to the client")
+    transfer_alone_s: float = Field(
+        ge=0,
+        description="First token until decode has a short prompt's KV, beside its turn, if neither computes",
+    )
+    transfer_beside_s: float = Field(
+        ge=0, description="The same if both do; without the rest of decode's step, which it has to wait for"
+    )
+    transfer_turn_s: float = Field(ge=0, description="More for each transfer at the same time, and for itself")
+    transfer_bytes_per_s: float = Field(gt=0, description="How much longer a long prompt's KV takes")
+
+    def router_spec(self, wake_s: float = 0.0) -> RouterSpec:
+        """`wake_s` delays requests like admission: a prefill worker that has something to do does not notice it, one
+        that has paused begins so much later, as if it took longer for its first step."""
+        return RouterSpec(self.admission_s + wake_s, self.first_token_s, self.token_s)
+
+    def network_spec(self, kv_bytes_per_token: float, neighbour_busy: float) -> NetworkSpec:
+        """All instances on this machine."""
+        rate = self.transfer_bytes_per_s
+        latency_s = _between(self.transfer_alone_s, self.transfer_beside_s, neighbour_busy)
+        return NetworkSpec(kv_bytes_per_token, rate, rate, latency_s, self.transfer_turn_s)
+
+
+def _between(low: float, high: float, share: float) -> float:
+    return low + share * (high - low)
