@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -206,10 +207,19 @@ def test_ctrl_c_leaves_nothing(served: Served, folder: Path) -> None:
 
 
 def _until_completion(served: Served) -> None:
+    """A worker that is up is unavailable until its router has heard of it, a heartbeat later."""
     body = json.dumps({"model": "little", "prompt": "x", "max_tokens": 4}).encode()
     request = urllib.request.Request(f"http://{served.http}/v1/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        assert json.load(response)["usage"]["completion_tokens"] > 0
+    deadline_s = time.monotonic() + 30
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                assert json.load(response)["usage"]["completion_tokens"] > 0
+                return
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or time.monotonic() > deadline_s:
+                raise
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
