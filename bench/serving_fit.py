@@ -74,6 +74,11 @@ class Answers:
     decoded_beside: list[Decoded] = field(default_factory=list)
     carried_beside: list[tuple[list[Prompted], Decoded]] = field(default_factory=list)
 
+    @property
+    def is_enough(self) -> bool:
+        """Whether there is something to fit with."""
+        return bool(self.prompted_beside) and any(prompted for prompted, _ in self.carried_beside)
+
     def serving(self, cost: CalibratedCost) -> ServingCosts:
         """`cost`: of the engine by itself."""
         beside, wake_s = served_prompts_beside(cost, self.prompted_beside)

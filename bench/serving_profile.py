@@ -76,6 +76,8 @@ async def measure_running(
             progress((index + 1) / len(_BATCHES))
     finally:
         client.close()
+    if not measured.is_enough:
+        raise BenchError(f"in {budget_s:.0f} s no prompt was answered beside decode; measure for longer")
     return measured.serving(CalibratedCost(terms)), measured.road(kv_bytes_per_token)
 
 

@@ -103,9 +103,9 @@ class Calibration(_Frozen):
     def router_spec(self, *, neighbour_busy: float = 1.0) -> RouterSpec:
         """Of the cluster that was measured; free of cost if none was. Decode computes for `neighbour_busy` of the
         time."""
-        return (
-            RouterSpec() if self.road is None else self.road.router_spec(neighbour_busy * self.serving.prefill_wake_s)
-        )
+        if self.road is None:
+            return RouterSpec()
+        return self.road.router_spec(neighbour_busy * self.serving.prefill_wake_s)
 
     def network_spec(self, *, neighbour_busy: float = 1.0) -> NetworkSpec:
         """All instances on this machine, which compute for `neighbour_busy` of the time."""

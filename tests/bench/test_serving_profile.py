@@ -126,6 +126,14 @@ def test_transfers_that_do_not_grow_with_the_prompt_are_endlessly_fast_but_finit
     assert 0 < answers.road(kv_bytes_per_token=12288.0).transfer_bytes_per_s < float("inf")
 
 
+def test_what_was_measured_too_shortly_is_not_fitted() -> None:
+    decoded = Decoded(1, 100.0, 10, ((0.0, 0.2),))
+    one = prompted(32, 0.1)
+    assert Answers(prompted_beside=[one], carried_beside=[([], decoded), ([one], decoded)]).is_enough
+    assert not Answers(prompted_beside=[one], carried_beside=[([], decoded)]).is_enough
+    assert not Answers(carried_beside=[([one], decoded)]).is_enough
+
+
 @pytest.mark.parametrize(("prefill", "decode", "usual"), [(1.05, 0.95, True), (1.07, 1.0, False), (1.0, 0.93, False)])
 def test_a_machines_pace_is_compared_with_its_calibration(prefill: float, decode: float, usual: bool) -> None:
     assert Pace(prefill, decode).is_usual(0.06) is usual
