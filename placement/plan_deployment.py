@@ -37,6 +37,7 @@ def deployment_of(
     numbers = {"prefill": 0, "decode": 0, "colocated": 0}
     instances: list[InstanceSpec] = []
     for group in whole.groups:
+        calibration = cluster.calibrations.get(_device_name(group, cluster))
         cost = source.cost_model(_device_name(group, cluster), group.shape)
         if cost is None:
             raise ConfigError(
@@ -55,6 +56,7 @@ def deployment_of(
                     max_batch=group.max_batch,
                     policy=group.policy,
                     node=_node_index(ranks[0], cluster),
+                    join_s=calibration.serving.decode_join_s if calibration and group.role == "decode" else 0.0,
                 )
             )
             numbers[group.role] += 1

@@ -144,7 +144,7 @@ class CalibratedCost:
         kv_read_s = 0.0
         if load.decode_sequences:
             slope = self._kv_slope(load.decode_sequences)
-            kv_read_s = factor * (slope * load.decode_kv_tokens + terms.kv_per_sequence * load.decode_sequences)
+            kv_read_s = slope * load.decode_kv_tokens + terms.kv_per_sequence * load.decode_sequences
         head_s = factor * (terms.head + terms.head_per_sampled * load.sampled) if load.sampled else 0.0
         return StepCost(
             linear_s=linear_s,
@@ -157,7 +157,7 @@ class CalibratedCost:
 
     def decode_line(self, sequences: int) -> tuple[float, float]:
         base_s = self.step(StepLoad.of_decode(sequences, 0)).total_s
-        return base_s, self._decode.factor * self._kv_slope(sequences)
+        return base_s, self._kv_slope(sequences)
 
 
 class CalibratedSource:

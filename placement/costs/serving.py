@@ -10,10 +10,12 @@ class _Frozen(BaseModel):
 
 
 class ServedStep(_Frozen):
-    """A step in a running worker takes `constant_s` and `factor` times what it takes the engine by itself.
+    """A step in a running worker takes `constant_s` and `factor` times what it takes the engine by itself, but for
+    reading KV, which takes as long.
 
     Every step reads all weights, through caches that others have filled meanwhile, and something passes between two
-    steps: the constant. What is computed is slowed by whoever shares the machine: the factor.
+    steps: the constant. What is computed is slowed by whoever shares the machine: the factor. (KV is read in one
+    stream by few rows; live runs with long and short sequences agree with a factor of 1 for it.)
     """
 
     constant_s: float = Field(default=0.0, ge=0)
@@ -39,6 +41,7 @@ class ServingCosts(_Frozen):
     prefill_wake_s: float = Field(default=0.0, ge=0, description="More for the first step after a pause, beside decode")
     decode_alone: ServedStep = ServedStep()
     decode_beside: ServedStep = ServedStep()
+    decode_join_s: float = Field(default=0.0, ge=0, description="More for each sequence that has its first step")
 
     def prefill(self, neighbour_busy: float) -> ServedStep:
         """`neighbour_busy`: share of the time in which the machine's other workers compute."""

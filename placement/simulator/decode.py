@@ -61,17 +61,26 @@ class DecodeInstance(SteppingInstance):
 
     def _compute(self) -> tuple[list[DecodeChunk], float]:
         chunks = self._scheduler.next_batch(self._agenda.now_s)
-        return chunks, self._totals.count_step(_load(chunks)).total_s if chunks else 0.0
+        if not chunks:
+            return chunks, 0.0
+        join_s = self.spec.join_s * sum(_has_its_first_step(chunk) for chunk in chunks)
+        return chunks, join_s + self._totals.count_step(_load(chunks), join_s).total_s
 
     def _computed(self, chunks: list[DecodeChunk]) -> None:
         for chunk in chunks:
             if not self._scheduler.computed(chunk) or not chunk.samples:
                 continue
+            is_first = _has_its_first_step(chunk)
             sequence = self._scheduler.generated(chunk.sequence.key, 0)
-            if sequence.num_tokens == len(sequence.request.token_ids) + 2:  # prefill's, and the first of its own
+            if is_first:
                 assert sequence.started_s is not None, "what was computed was started"
                 self._listener.second_token(attempt_of(sequence), sequence.started_s, self._agenda.now_s)
             self._finish_if_long_enough(sequence)
+
+
+def _has_its_first_step(chunk: DecodeChunk) -> bool:
+    """It has no token but prefill's, and gets one."""
+    return chunk.samples and chunk.sequence.num_tokens == len(chunk.sequence.request.token_ids) + 1
 
 
 def _load(chunks: list[DecodeChunk]) -> StepLoad:

@@ -14,7 +14,8 @@ ColocatedPolicy = Literal["chunked", "prompt_first", "padded"]
 class InstanceSpec:
     """One instance. `num_blocks` blocks of `block_size` tokens are its KV pool. `max_batch_tokens` bounds the prompt
     tokens of one step (prefill, colocated), `max_batch` the sequences decoded in one step. `node` is where its first
-    device stands."""
+    device stands. `join_s` is how much longer decode's step takes for each sequence whose KV
+    came from elsewhere and that has its first one."""
 
     instance_id: str
     role: Role
@@ -29,6 +30,7 @@ class InstanceSpec:
     prefix_cache: bool = True
     node: int = 0
     growth_horizon_tokens: int = 256
+    join_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

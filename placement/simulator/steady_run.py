@@ -6,7 +6,7 @@ from scheduling.steady import SteadySteps
 
 
 class SteadyRun:
-    """`num_steps` steps from `start_s` on, of which step i (from 0) takes
+    """`num_steps` steps from `began_s` + `join_s` on, of which step i (from 0) takes
 
         base_s + per_kv_token_s * (kv_tokens + i * num_sequences)
 
@@ -14,24 +14,25 @@ class SteadyRun:
     growth_s.
     """
 
-    __slots__ = ("end_s", "first_step_s", "growth_s", "num_steps", "start_s", "steady")
+    __slots__ = ("began_s", "end_s", "first_step_s", "growth_s", "join_s", "num_steps", "steady")
 
-    def __init__(self, steady: SteadySteps, line: tuple[float, float], start_s: float) -> None:
-        """`line`: see `CostModel.decode_line`."""
+    def __init__(self, steady: SteadySteps, line: tuple[float, float], began_s: float, join_s: float = 0.0) -> None:
+        """`line`: see `CostModel.decode_line`. `join_s`: what the newcomers add to the first step."""
         base_s, per_kv_token_s = line
         self.steady = steady
-        self.start_s = start_s
+        self.began_s = began_s
+        self.join_s = join_s
         self.first_step_s = base_s + per_kv_token_s * steady.kv_tokens
         self.growth_s = per_kv_token_s * steady.num_sequences
         self.num_steps = steady.max_steps
         self.end_s = self.end_of(steady.max_steps)
 
     def end_of(self, num_steps: int) -> float:
-        return self.start_s + num_steps * (self.first_step_s + (num_steps - 1) / 2 * self.growth_s)
+        return self.began_s + self.join_s + num_steps * (self.first_step_s + (num_steps - 1) / 2 * self.growth_s)
 
     def cut(self, now_s: float) -> bool:
         """Let it end with the step under way at `now_s`. Whether it ends earlier than before."""
-        elapsed_s, growth_s = now_s - self.start_s, self.growth_s
+        elapsed_s, growth_s = max(0.0, now_s - self.began_s - self.join_s), self.growth_s
         # growth/2 n^2 + (first - growth/2) n = elapsed, in the form that stays exact for growth near 0.
         linear_s = self.first_step_s - growth_s / 2
         root_s = linear_s + math.sqrt(linear_s * linear_s + 2 * growth_s * elapsed_s)

@@ -103,7 +103,8 @@ class SteppingInstance(ABC):
         self._admit()
         steady = None if self._step_by_step else self._steady_scheduler.steady()
         if steady is not None:
-            self._step = run = SteadyRun(steady, self.spec.cost.decode_line(steady.num_sequences), now_s)
+            line, join_s = self.spec.cost.decode_line(steady.num_sequences), self.spec.join_s * len(steady.newcomers)
+            self._step = run = SteadyRun(steady, line, now_s, join_s)
             self._agenda.at_step_end(run.end_s, self._end_run, run)
             return
         chunks, step_s = self._compute()
@@ -127,10 +128,10 @@ class SteppingInstance(ABC):
         self._totals.count_run(run)
         if num_done == 0:
             return
-        second_s = run.start_s + run.first_step_s
+        second_s = run.end_of(1)
         for sequence in run.steady.newcomers:
-            self._listener.second_token(attempt_of(sequence), run.start_s, second_s)
-        for sequence in self._steady_scheduler.advance(num_done, run.start_s):
+            self._listener.second_token(attempt_of(sequence), run.began_s, second_s)
+        for sequence in self._steady_scheduler.advance(num_done, run.began_s):
             self._finish(sequence)
 
     def _finish(self, sequence: Sequence) -> None:

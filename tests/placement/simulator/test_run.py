@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from core.timeline import Stage
 from placement.simulator import Progress, simulate
 from placement.simulator.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
+from placement.simulator.result import STAGES
 from placement.workload.requests import RequestStream
 from tests.placement.simulator.deployments import LinearCost, deployment, poisson
 
@@ -72,6 +73,19 @@ def test_with_a_role_gone_requests_are_refused() -> None:
     assert result.finished.any()
 
 
+def test_a_sequence_that_joins_decode_delays_everyones_step_once() -> None:
+    """The second comes while the first decodes: its own first step is longer, and so is that step for the other."""
+    stream = RequestStream.make(np.array([0.0, 0.2]), np.full(2, 100), np.array([60, 10]))
+    free, slow = (simulate(deployment(join_s=join_s), stream) for join_s in (0.0, 0.005))
+    later_s = slow.stamps[:, STAGES.index(Stage.FINISHED)] - free.stamps[:, STAGES.index(Stage.FINISHED)]
+    assert later_s[0] == pytest.approx(2 * 0.005)
+    assert 0.005 <= later_s[1] + 1e-9 <= 2 * 0.005 + 2e-9, "its turn may come later by what the other's step was longer"
+    assert slow.instances[1].cost_terms_s["overhead_s"] == pytest.approx(
+        free.instances[1].cost_terms_s["overhead_s"] + 2 * 0.005
+    )
+    assert slow.instances[1].busy_s == pytest.approx(free.instances[1].busy_s + 2 * 0.005)
+
+
 @given(
     prefill=st.integers(1, 3),
     decode=st.integers(1, 3),
@@ -83,6 +97,7 @@ def test_with_a_role_gone_requests_are_refused() -> None:
     network=st.sampled_from([NetworkSpec(), _SLOW_NETWORK]),
     loses=st.booleans(),
     policy=st.sampled_from([None, None, "chunked", "prompt_first", "padded"]),
+    join_s=st.sampled_from([0.0, 0.0031]),
 )
 @settings(max_examples=40, deadline=None, phases=[Phase.generate])  # shrinking simulations takes minutes
 def test_many_steps_at_once_give_the_same_as_each_alone(
@@ -96,6 +111,7 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
     network: NetworkSpec,
     loses: bool,
     policy: ColocatedPolicy | None,
+    join_s: float,
 ) -> None:
     spec = deployment(
         prefill,
@@ -106,6 +122,7 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
         network=network,
         nodes=2,
         policy=policy,
+        join_s=join_s,
     )
     if loses:
         spec = replace(spec, failures=(Failure("d0", 0.3123, 0.9),))
