@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from bench.engine_profile import EngineProfiler, grid
+from bench.serving_fit import with_serving
 from bench.serving_profile import measure_serving
 from core.config import DecodeSection, EngineSection, PrefillSection
 from deploy.machine import usable_cores
@@ -36,7 +37,8 @@ def calibrate(
     progress(0.0, "load the model")
     profiler = EngineProfiler(model, engine)
     layout, ops = profiler.engine.layout, profiler.engine.ops_name
-    cells = grid(PrefillSection().max_batch_tokens, DecodeSection().max_batch, profiler.engine.capacity().max_model_len)
+    max_model_len = profiler.engine.capacity().max_model_len
+    cells = grid(PrefillSection().max_batch_tokens, DecodeSection().max_batch, max_model_len)
     measurements = profiler.measure(cells, engine_s, lambda share: progress(engine_share * share, "engine steps"))
     profiler.close()
     terms = fit_terms(measurements)
@@ -59,17 +61,16 @@ def calibrate(
     if serving_s <= 0:
         return calibration
     progress(engine_share, "start a cluster")
-    serving, road = asyncio.run(
+    answers = asyncio.run(
         measure_serving(
             model,
             engine.model_dump(mode="json"),
-            terms,
-            kv_bytes_per_token,
             serving_s,
             lambda share: progress(engine_share + (1 - engine_share) * share, "prefill and decode side by side"),
+            max_model_len=max_model_len,
         )
     )
-    return calibration.model_copy(update={"serving": serving, "road": road})
+    return with_serving(calibration, answers)
 
 
 def device_name(device: str) -> str:

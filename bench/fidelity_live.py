@@ -3,7 +3,8 @@
 One prefill and one decode worker with a thread each serve a random checkpoint that is large enough for steps, not the
 road, to take the time. At eight rates of two workloads, `bench.load` loads the cluster, and the simulator gets the same
 requests at the same times. It is told what `tandem profile` measures of that checkpoint: the engine's steps once, what
-serving adds to them before each workload, for twice as long. The machine must keep its pace (`bench.fidelity_runs`).
+serving adds to them before each workload and a bit more after each run. The machine must keep its pace
+(`bench.fidelity_runs`).
 Rates are shares of what the prefill worker can take by its calibration, targets are multiples of its steps: the curves
 go from everything met to little met on any machine.
 
@@ -15,7 +16,6 @@ run goes on where it stopped, and --fresh begins anew.
 """
 
 import argparse
-import asyncio
 import json
 import sys
 import tempfile
@@ -93,7 +93,14 @@ def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float
     return Deployment(
         instances=(
             InstanceSpec("prefill-0", "prefill", beside["decode"], **pool, max_batch_tokens=prefill.max_batch_tokens),
-            InstanceSpec("decode-0", "decode", beside["prefill"], **pool, max_batch=decode.max_batch),
+            InstanceSpec(
+                "decode-0",
+                "decode",
+                beside["prefill"],
+                **pool,
+                max_batch=decode.max_batch,
+                join_s=calibration.serving.decode_join_s,
+            ),
         ),
         network=calibration.network_spec(neighbour_busy=busy["prefill"]),
         router=calibration.router_spec(neighbour_busy=busy["decode"]),
@@ -101,10 +108,9 @@ def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float
 
 
 def plan_runs(folder: Path, model: Path, number: int, args: argparse.Namespace, calibration: Calibration) -> list[Run]:
-    """All runs of a workload; repetitions lie apart in time. What was measured, and targets and rates by it, are kept
-    in the folder."""
+    """All runs of a workload; repetitions lie apart in time. Targets and rates, by the first calibration, are kept in
+    the folder."""
     name, workload = list(_WORKLOADS.items())[number]
-    _calibration_path(folder, number).write_text(dump_config(calibration))
     path = folder / f"slo-{number}.yaml"
     if not path.exists():
         path.write_text(_slo_text(model, workload, calibration, args.seed))
@@ -122,16 +128,12 @@ def plan_runs(folder: Path, model: Path, number: int, args: argparse.Namespace, 
 
 def measure_runs(folder: Path, model: Path, number: int, args: argparse.Namespace) -> list[Run]:
     """Those that are not there yet; answers with all. Raises BenchError or a TandemError."""
-    engine, path = _engine_calibration(folder / "engine.yaml", model), _calibration_path(folder, number)
+    engine, serving_path = _engine_calibration(folder / "engine.yaml", model), folder / f"serving-{number}.json"
     plan = partial(plan_runs, folder, model, number, args)
-    known = load_calibration(path) if path.exists() else None
-    if known is None or not all(run.pace_path.exists() for run in plan(known)):
-        asyncio.run(measure(model, _ENGINE.model_dump(mode="json"), engine, known, plan, args.seed))
-    return plan(load_calibration(path))
-
-
-def _calibration_path(folder: Path, number: int) -> Path:
-    return folder / f"calibration-{number}.yaml"
+    settings = _ENGINE.model_dump(mode="json")
+    calibration = measure(model, settings, engine, serving_path, plan, args.seed)
+    (folder / f"calibration-{number}.yaml").write_text(dump_config(calibration))
+    return plan(calibration)
 
 
 def _engine_calibration(path: Path, model: Path) -> Calibration:
@@ -169,7 +171,7 @@ def compare(runs: Sequence[Run], seed: int) -> Iterator[Comparison]:
         stream, live, marked = run.stream(seed), [], 0
         for other in repeated:
             told = json.loads(other.path.read_text())["runs"][0]
-            marked += told["generator"]["fault"] is not None or not other.paced().is_steady
+            marked += told["generator"]["fault"] is not None or not other.around().is_steady
             records = tuple(LoadRecord(**one) for one in told["requests"])
             live.append(_figures_of(as_simulation(stream, records, told["duration_s"]), run))
         yield Comparison(
@@ -198,10 +200,10 @@ def _figures_of(result: SimulationResult, run: Run) -> Figures:
 
 
 def _pace_note(runs: Sequence[Run]) -> str:
-    paced = [run.paced() for run in runs]
-    paces = sorted(value for one in paced for pace in (one.before, one.after) for value in asdict(pace).values())
+    around = [run.around() for run in runs]
+    paces = sorted(value for one in around for pace in (one.before, one.after) for value in asdict(pace).values())
     return (
-        f"Around the runs, steps took {paces[0]:.2f} to {paces[-1]:.2f} times what their calibration says (median"
+        f"Around the runs, steps took {paces[0]:.2f} to {paces[-1]:.2f} times what the first calibration says (median"
         f" {paces[len(paces) // 2]:.2f})."
     )
 
@@ -232,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     if args.fresh:
-        for pattern in ("engine.yaml", "calibration-*", "slo-*.yaml", "run-*"):
+        for pattern in ("engine.yaml", "serving-*", "calibration-*", "slo-*.yaml", "run-*"):
             for path in folder.glob(pattern):
                 path.unlink()
     model, runs = folder / "model", list[Run]()

@@ -1,48 +1,50 @@
 """The live runs of `bench.fidelity_live`: one cluster is loaded with one run after another, each at a known pace.
 
 A virtual machine shares its memory with strangers, and changes its pace for minutes. So the pace is looked at before
-and after every run, and a run around which it was not that of the calibration is made again, some times. (To measure
-anew what serving adds, whenever the pace has changed, was worse: it measures the disturbance, which goes.)
+and after every run, and a run around which it was not that of the first calibration is made again, some times. What
+serving adds to the engine's steps is measured first, for rates and targets, and a bit of it after every run: what the
+simulator is told is of the same hour as what it is compared with. (To measure it anew only where the pace had changed
+was worse: that measures the disturbance, which goes.)
 """
 
 import asyncio
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from bench.load import make_streams
-from bench.pace import Pace, measure_pace
+from bench.pace import Pace, pace_of
 from bench.processes import BenchError, Launcher
-from bench.serving_profile import measure_running
+from bench.serving_answers import Answers
+from bench.serving_fit import with_serving
+from bench.serving_profile import measure_running, probing
 from core.slo_file import SloFile
 from placement.costs.calibration import Calibration
 from placement.workload.requests import RequestStream
 
-_PACE_S = 6.0
+_PACE_S, _PACE_BATCH = 5.0, 4
+_PART_S, _PART_BATCHES = 10.0, (1, 2, 4, 8)  # after each run, in turns
 _SERVING_S = 60.0  # twice as long as `tandem profile`, for serving varies by the second
 _TOLERANCE = 0.1  # a pace is measured to 3 %, and so is what it is compared with
 _ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Paced:
-    """The machine's pace before a run and after it."""
+class Around:
+    """What was measured around a run: the machine's pace before it and after it, and what serving adds, after it."""
 
     before: Pace
     after: Pace
+    answers: Answers
 
     @property
     def is_steady(self) -> bool:
         return self.before.is_usual(_TOLERANCE) and self.after.is_usual(_TOLERANCE)
-
-    @classmethod
-    def read(cls, path: Path) -> "Paced":
-        told = json.loads(path.read_text())
-        return cls(Pace(**told["before"]), Pace(**told["after"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +62,19 @@ class Run:
     path: Path
 
     @property
-    def pace_path(self) -> Path:
+    def around_path(self) -> Path:
         """Written last: where it is, the run is whole."""
-        return self.path.with_suffix(".pace")
+        return self.path.with_suffix(".around")
 
-    def paced(self) -> Paced:
-        return Paced.read(self.pace_path)
+    def around(self) -> Around:
+        return _AROUND.validate_json(self.around_path.read_bytes())
 
     def stream(self, seed: int) -> RequestStream:
         """The same for every repetition."""
         return make_streams(self.slo, None, (self.rate,), self.count, seed)[0][1]
+
+
+_ANSWERS, _AROUND = TypeAdapter(Answers), TypeAdapter(Around)
 
 
 class _Cluster:
@@ -77,20 +82,25 @@ class _Cluster:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._batches = cycle(_PART_BATCHES)
 
-    async def calibrate(self, engine: Calibration) -> Calibration:
-        """That of the engine with what serving adds; measured again, some times, if the machine changed its pace
-        meanwhile. Raises BenchError."""
+    async def measure_serving(self, engine: Calibration) -> Answers:
+        """Again, some times, if the machine changed its pace meanwhile. Raises BenchError."""
         for _ in range(_ATTEMPTS):
-            serving, road = await measure_running(self._url, engine.terms, engine.kv_bytes_per_token, _SERVING_S)
-            calibration = engine.model_copy(update={"serving": serving, "road": road})
-            if (await self.pace(calibration)).is_usual(_TOLERANCE / 2):
-                return calibration
+            answers = await measure_running(self._url, _SERVING_S)
+            pace, _ = await self.look(with_serving(engine, answers))
+            if pace.is_usual(_TOLERANCE / 2):
+                return answers
         print("the machine does not keep its pace", file=sys.stderr, flush=True)
-        return calibration
+        return answers
 
-    async def pace(self, calibration: Calibration) -> Pace:
-        return await measure_pace(self._url, calibration, _PACE_S)
+    async def look(self, calibration: Calibration) -> tuple[Pace, Answers]:
+        """The pace by this calibration, and a bit of what it was made of. Raises BenchError."""
+        async with probing(self._url) as probe:
+            loaded = await probe.steady(_PACE_BATCH, _PACE_S)
+            answers = await probe.part(next(self._batches), _PART_S)
+        answers.steady.append(loaded)
+        return pace_of(loaded, calibration), answers
 
     async def load(self, run: Run, seed: int) -> None:
         """In a process of its own, as a user would; its file appears only when it is whole."""
@@ -104,29 +114,67 @@ class _Cluster:
         partial.rename(run.path)
 
 
-async def measure(
+def measure(
     model: Path,
     settings: Mapping[str, object],
     engine: Calibration,
-    known: Calibration | None,
+    serving_path: Path,
     plan: Callable[[Calibration], Sequence[Run]],
     seed: int,
-) -> None:
+) -> Calibration:
     """Those runs of one workload whose records are not there yet, on one cluster whose instances have the engine
-    `settings`. `engine`: the calibration of the engine by itself; `known`: of that with serving, None if it is to be
-    measured first. `plan`: the runs, by that one. Raises BenchError."""
+    `settings`; answers with the calibration of everything that was measured beside them.
+
+    `engine`: the calibration of the engine by itself. `serving_path`: where the first answers lie, or are to lie.
+    `plan`: the runs, by the calibration with those. Raises BenchError."""
+
+    answers = _read_answers(serving_path)
+    if answers is None or any(not run.around_path.exists() for run in plan(with_serving(engine, answers))):
+        answers = asyncio.run(_measure_missing(model, settings, engine, serving_path, plan, seed))
+    for run in plan(with_serving(engine, answers)):
+        answers.add(run.around().answers)
+    return with_serving(engine, answers)
+
+
+async def _measure_missing(
+    model: Path,
+    settings: Mapping[str, object],
+    engine: Calibration,
+    serving_path: Path,
+    plan: Callable[[Calibration], Sequence[Run]],
+    seed: int,
+) -> Answers:
+    """With the first answers."""
     async with Launcher(model) as launcher:
         router = await launcher.router()
         await launcher.workers(router, settings)
         cluster = _Cluster(f"http://{router.http}")
-        calibration = known or await cluster.calibrate(engine)
-        missing = [run for run in plan(calibration) if not run.pace_path.exists()]
-        before = await cluster.pace(calibration)
-        for run in tqdm(missing, desc="live runs", unit="run", disable=None):
-            for _ in range(_ATTEMPTS):
-                await cluster.load(run, seed)
-                after = await cluster.pace(calibration)
-                paced, before = Paced(before, after), after
-                if paced.is_steady:
-                    break
-            run.pace_path.write_text(json.dumps(asdict(paced)))
+        answers = _read_answers(serving_path)
+        if answers is None:
+            answers = await cluster.measure_serving(engine)
+            _write(serving_path, _ANSWERS.dump_json(answers))
+        await _run_all(cluster, plan, with_serving(engine, answers), seed)
+    return answers
+
+
+async def _run_all(
+    cluster: _Cluster, plan: Callable[[Calibration], Sequence[Run]], calibration: Calibration, seed: int
+) -> None:
+    missing = [run for run in plan(calibration) if not run.around_path.exists()]
+    before, _ = await cluster.look(calibration)
+    for run in tqdm(missing, desc="live runs", unit="run", disable=None):
+        for _ in range(_ATTEMPTS):
+            await cluster.load(run, seed)
+            after, answers = await cluster.look(calibration)
+            around, before = Around(before, after, answers), after
+            if around.is_steady:
+                break
+        _write(run.around_path, _AROUND.dump_json(around))
+
+
+def _read_answers(path: Path) -> Answers | None:
+    return _ANSWERS.validate_json(path.read_bytes()) if path.exists() else None
+
+
+def _write(path: Path, told: bytes) -> None:
+    path.write_bytes(told)

@@ -89,8 +89,8 @@ def _preamble(comparisons: Sequence[Comparison], calibration: Calibration) -> It
         f"Aim: attainment within 3 points, mean TTFT and TPOT within 8 %. Met in {met} of {len(comparisons)} rows;"
         f" largest differences {100 * attainment:.1f} points, TTFT {ttft:.1%}, TPOT {tpot:.1%}. The simulator knows"
         f" only what `tandem profile` measures: the engine's steps (error on those that were not fitted:"
-        f" {calibration.error.median:.1%}), and what serving adds to them, before each workload. A row with ! has a run"
-        f" in doubt: the load generator was late, or the machine did not keep its pace."
+        f" {calibration.error.median:.1%}), and what serving adds to them, before and between the runs. A row with !"
+        f" has a run in doubt: the load generator was late, or the machine did not keep its pace."
     )
 
 

@@ -7,12 +7,9 @@ prediction's numbers were.
 
 from dataclasses import dataclass
 
-from bench.load_client import LoadClient
-from bench.serving_fit import decode_pace, prefill_pace
-from bench.serving_profile import Probe
+from bench.serving_answers import Loaded
+from bench.serving_fit import decode_step, prefill_steps
 from placement.costs.calibration import CalibratedCost, Calibration
-
-_BATCH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +24,11 @@ class Pace:
         return abs(self.prefill - 1) <= tolerance and abs(self.decode - 1) <= tolerance
 
 
-async def measure_pace(url: str, calibration: Calibration, duration_s: float) -> Pace:
-    """Keeps both workers busy of a cluster that has one of each role and nothing else to do. Raises BenchError."""
-    cost = CalibratedCost(calibration.terms, calibration.serving, neighbour_busy=1.0)  # no pauses: no waking either
-    client = LoadClient(url)
-    try:
-        prompted, decoded = await Probe(client).run(_BATCH, duration_s, max_tokens=1)
-    finally:
-        client.close()
-    return Pace(prefill=prefill_pace(cost, prompted), decode=decode_pace(cost, decoded))
+def pace_of(loaded: Loaded, calibration: Calibration) -> Pace:
+    """Of a cluster of one worker of each role while both were kept busy, without pauses."""
+    cost, serving = CalibratedCost(calibration.terms), calibration.serving
+    steps = [one for one in prefill_steps(cost, loaded) if not one.is_woken]
+    prefill_s = sum(serving.prefill(one.beside).seconds(one.engine_s) for one in steps)
+    decode = decode_step(cost, loaded)
+    decode_s = serving.decode(decode.beside).seconds(decode.engine_s) + serving.decode_join_s * decode.joined
+    return Pace(prefill=sum(one.taken_s for one in steps) / prefill_s, decode=decode.taken_s / decode_s)

@@ -8,7 +8,8 @@ clients say is compared with the cost model of the engine by itself (`bench.serv
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -17,15 +18,14 @@ from typing import Any
 from bench.load_client import LoadClient, Stamped
 from bench.load_run import FIRST_ID, LAST_ID
 from bench.processes import MODEL_NAME, BenchError, Launcher
-from bench.serving_fit import Answers, Decoded, Prompted
-from placement.costs.calibration import CalibratedCost, Terms
-from placement.costs.serving import RoadCosts, ServingCosts
+from bench.serving_answers import Answers, Decoded, Loaded, Prompted
 
 _LENGTHS = (32, 384, 64, 160)  # of prompts, in turns
-_BATCHES = (1, 2, 4, 8, 16)
+_BATCHES = (1, 2, 4, 8)
 _SHORT_PROMPT = 4  # of decode's answers: next to nothing, in whatever step of prefill it comes to be
+_TOKENS_AFTER_PROMPT = 3  # the fewest that show a transfer and a step of decode after it
 _ANSWER_TOKENS = (16, 48)  # at least, at most: answers that end together would leave decode idle meanwhile
-_CLIENTS = 4  # whose prompts come to be computed, and carried, together
+_CROWD = 8  # clients whose prompts come to be computed, and carried, together
 _LONGEST_PAUSE_S = 0.3  # between prompts: the first step after a pause takes longer
 _TIMEOUT_S = 60.0
 
@@ -33,70 +33,79 @@ _TIMEOUT_S = 60.0
 async def measure_serving(
     model: Path,
     engine: Mapping[str, object],
-    terms: Terms,
-    kv_bytes_per_token: float,
     budget_s: float,
     progress: Callable[[float], None] = lambda share: None,
-) -> tuple[ServingCosts, RoadCosts]:
+    *,
+    max_model_len: int | None = None,
+) -> Answers:
     """Starts a cluster whose instances have the settings `engine`, measures for about `budget_s`, and ends it.
+    `max_model_len`: of the model; None: long enough for all that is asked here.
 
     Raises BenchError."""
     async with Launcher(model) as launcher:
         router = await launcher.router()
         await launcher.workers(router, engine)
-        return await measure_running(f"http://{router.http}", terms, kv_bytes_per_token, budget_s, progress)
+        return await measure_running(f"http://{router.http}", budget_s, progress, max_model_len=max_model_len)
 
 
 async def measure_running(
     url: str,
-    terms: Terms,
-    kv_bytes_per_token: float,
     budget_s: float,
     progress: Callable[[float], None] = lambda share: None,
-) -> tuple[ServingCosts, RoadCosts]:
+    *,
+    max_model_len: int | None = None,
+) -> Answers:
     """The same of a cluster of one worker of each role that runs already and has nothing else to do.
 
     Raises BenchError."""
-    client = LoadClient(url)
-    try:
-        probe = Probe(client)
-        await probe.run(batch=2, duration_s=1.0, max_tokens=3)  # first touches
-        measured = Answers()
+    measured = Answers()
+    async with probing(url, max_model_len) as probe:
+        await probe.steady(batch=2, duration_s=1.0)  # first touches
         for index, batch in enumerate(_BATCHES):
-            part_s = budget_s / len(_BATCHES)
-            # Answers of one token leave decode to the others; those of three show the transfer.
-            measured.prompted_alone += await probe.prompts(0.15 * part_s, max_tokens=3)
-            measured.decoded_alone.append(await probe.decode(batch, 0.2 * part_s))
-            for longest_pause_s in (0.0, _LONGEST_PAUSE_S):
-                prompted, decoded = await probe.run(batch, 0.25 * part_s, 1, longest_pause_s=longest_pause_s)
-                measured.prompted_beside += [one for one in prompted if decoded.is_busy(one.began_s, one.ended_s)]
-                if longest_pause_s == 0:
-                    measured.decoded_beside.append(decoded)
-            measured.carried_beside.append(await probe.run(batch, 0.15 * part_s, max_tokens=3, clients=_CLIENTS))
+            measured.add(await probe.part(batch, budget_s / len(_BATCHES)))
             progress((index + 1) / len(_BATCHES))
-    finally:
-        client.close()
     if not measured.is_enough:
         raise BenchError(f"in {budget_s:.0f} s no prompt was answered beside decode; measure for longer")
-    return measured.serving(CalibratedCost(terms)), measured.road(kv_bytes_per_token)
+    return measured
+
+
+@asynccontextmanager
+async def probing(url: str, max_model_len: int | None = None) -> AsyncIterator["Probe"]:
+    client = LoadClient(url)
+    try:
+        yield Probe(client, max_model_len)
+    finally:
+        client.close()
 
 
 class Probe:
     """Sends what keeps both workers busy, and collects what comes of it."""
 
-    def __init__(self, client: LoadClient) -> None:
+    def __init__(self, client: LoadClient, max_model_len: int | None = None) -> None:
         self._client = client
-        self._lengths = cycle(_LENGTHS)
+        longest = max(_LENGTHS) if max_model_len is None else max_model_len - max(_ANSWER_TOKENS)
+        self._lengths = cycle(min(length, longest) for length in _LENGTHS)
         self._draw = Random()  # not the same prompts again, which would be in the cluster's prefix cache
 
-    async def run(
-        self, batch: int, duration_s: float, max_tokens: int, *, longest_pause_s: float = 0.0, clients: int = 1
-    ) -> tuple[list[Prompted], Decoded]:
+    async def part(self, batch: int, duration_s: float) -> Answers:
+        """A bit of everything, beside `batch` answers at once."""
+        alone = await self.prompts(0.1 * duration_s)
+        decoded = await self.decode(batch, 0.15 * duration_s)
+        steady = await self.steady(batch, 0.25 * duration_s)
+        paused = await self.run(batch, 0.25 * duration_s, clients=1, longest_pause_s=_LONGEST_PAUSE_S)
+        crowded = await self.run(batch, 0.25 * duration_s, clients=_CROWD)
+        return Answers(alone, [decoded], [steady], [paused], [crowded])
+
+    async def steady(self, batch: int, duration_s: float) -> Loaded:
+        """Prefill has one prompt after the other, and sends one while it computes the next."""
+        return await self.run(batch, duration_s, clients=2)
+
+    async def run(self, batch: int, duration_s: float, *, clients: int, longest_pause_s: float = 0.0) -> Loaded:
         """`batch` answers at once for about `duration_s`, and as long as they last prompts of some clients, who each
         send one after the other."""
         prompted: list[Prompted] = []
         prompting = [
-            asyncio.create_task(self._prompt_on(prompted, max_tokens, longest_pause_s), name=f"prompts-{client}")
+            asyncio.create_task(self._prompt_on(prompted, longest_pause_s), name=f"prompts-{client}")
             for client in range(clients)
         ]
         decoded = await self.decode(batch, duration_s)
@@ -106,14 +115,14 @@ class Probe:
         for error in ended:
             if isinstance(error, Exception):
                 raise error
-        return prompted, decoded
+        return Loaded(tuple(prompted), decoded)
 
-    async def prompts(self, duration_s: float, max_tokens: int) -> list[Prompted]:
-        """Prompts one after the other for `duration_s`, at least one, each answered by some tokens; nothing else."""
+    async def prompts(self, duration_s: float) -> list[Prompted]:
+        """Prompts one after the other for `duration_s`, at least one; nothing else."""
         began_s = time.monotonic()
-        prompted = [await self._prompt(max_tokens)]
+        prompted = [await self._prompt()]
         while time.monotonic() - began_s < duration_s:
-            prompted.append(await self._prompt(max_tokens))
+            prompted.append(await self._prompt())
         return prompted
 
     async def decode(self, batch: int, duration_s: float) -> Decoded:
@@ -133,18 +142,17 @@ class Probe:
             batch=batch,
             kv_tokens=_SHORT_PROMPT + sum(n * n for n in num_tokens) / sum(num_tokens) / 2,
             num_steps=sum(num_tokens) - len(num_tokens),
-            spans=tuple((_decode_began_s(answer), answer.last_s) for answer in answers),
+            prompted=tuple(_prompted(_SHORT_PROMPT, answer) for answer in answers),
         )
 
-    async def _prompt_on(self, answers: list[Prompted], max_tokens: int, longest_pause_s: float) -> None:
+    async def _prompt_on(self, answers: list[Prompted], longest_pause_s: float) -> None:
         while True:
-            paused_s = self._draw.uniform(0.0, longest_pause_s)
-            await asyncio.sleep(paused_s)
-            answers.append(await self._prompt(max_tokens, paused_s))
+            await asyncio.sleep(self._draw.uniform(0.0, longest_pause_s))
+            answers.append(await self._prompt())
 
-    async def _prompt(self, max_tokens: int, paused_s: float = 0.0) -> Prompted:
+    async def _prompt(self) -> Prompted:
         num_tokens = next(self._lengths)
-        return _prompted(num_tokens, await self._ask(num_tokens, max_tokens), paused_s)
+        return _prompted(num_tokens, await self._ask(num_tokens, _TOKENS_AFTER_PROMPT))
 
     async def _ask(self, num_tokens: int, max_tokens: int) -> Stamped:
         prompt = [self._draw.randrange(FIRST_ID, LAST_ID) for _ in range(num_tokens)]
@@ -155,19 +163,11 @@ class Probe:
         return stamped
 
 
-def _decode_began_s(stamped: Stamped) -> float:
-    """When its KV was there and a step could take it."""
-    assert stamped.first_s is not None
-    parts = _timeline(stamped)["parts"]
-    return stamped.first_s + float(parts.get("transfer_s", 0.0) + parts.get("decode_queue_s", 0.0))
-
-
-def _prompted(num_tokens: int, stamped: Stamped, paused_s: float) -> Prompted:
+def _prompted(num_tokens: int, stamped: Stamped) -> Prompted:
     assert stamped.first_s is not None
     timeline = _timeline(stamped)
     return Prompted(
         num_tokens=num_tokens,
-        paused_s=paused_s,
         began_s=stamped.first_s - timeline["parts"]["prefill_s"],
         first_s=stamped.first_s - stamped.sent_s,
         whole_s=stamped.last_s - stamped.sent_s,

@@ -29,6 +29,7 @@ examples:
   tandem profile --threads 4 --kv-memory 2GiB         as the instances will be served
 """
 _ENGINE_SHARE = 0.6  # of the time
+_UNSEEN_BYTES_PER_S = 1e11  # from here on a prompt's KV takes next to nothing, beside what any takes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,13 +84,15 @@ def as_text(calibration: Calibration) -> str:
         f"  prompts       {_tokens_per_s(calibration, 256):.0f} tokens/s at 256 tokens",
         f"  decode        {1e3 * terms.linear[0][1]:.1f} ms a step with little to read, one sequence",
         f"  side by side  {_added('prompts', serving.prefill_alone, serving.prefill_beside)};"
-        f" {_added('decode', serving.decode_alone, serving.decode_beside)}",
+        f" {_added('decode', serving.decode_alone, serving.decode_beside)},"
+        f" {1e3 * serving.decode_join_s:.1f} ms more for each sequence that joins",
     ]
     if (road := calibration.road) is not None:
+        per_byte = f" and 1 s per {road.transfer_bytes_per_s / 1e9:.2f} GB"
         lines.append(
             f"  road          {1e3 * road.admission_s:.1f} ms until a worker has a request,"
-            f" {1e3 * road.transfer_alone_s:.1f} to {1e3 * road.transfer_beside_s:.1f} ms for its KV and 1 s per"
-            f" {road.transfer_bytes_per_s / 1e9:.2f} GB"
+            f" {1e3 * road.transfer_alone_s:.1f} to {1e3 * road.transfer_beside_s:.1f} ms for its KV"
+            + (per_byte if road.transfer_bytes_per_s < _UNSEEN_BYTES_PER_S else ", however much that is")
         )
     return "\n".join(lines)
 

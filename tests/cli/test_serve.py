@@ -6,87 +6,21 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
 from models.random_checkpoint import CheckpointShape, write_random_checkpoint
+from tests.cli.served import FREE_PORTS, ROOT, Served, family_of, run_python, serving, start, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(300)
 _SMALL = [f"--set={role}.engine.kv_memory=8MiB" for role in ("prefill", "decode")]
-_PORTS = [f"--set=router.{name}=127.0.0.1:0" for name in ("http", "grpc", "control")]
-
-
-@dataclass
-class Served:
-    process: subprocess.Popen[str]
-    environment: dict[str, str]
-    output: Path
-    http: str
-    grpc: str
-
-    def tandem(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return run_python(["-m", "cli.main", *arguments], self.environment, stdin)
-
-    def wait_for(self, pattern: str) -> "re.Match[str]":
-        return wait_for(self.process, self.output, pattern)
-
-
-def run_python(arguments: list[str], environment: dict[str, str], stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def wait_for(process: subprocess.Popen[str], output: Path, pattern: str) -> "re.Match[str]":
-    until_s = time.monotonic() + 120
-    while time.monotonic() < until_s:
-        if match := re.search(pattern, output.read_text(), re.MULTILINE):
-            return match
-        assert process.poll() is None, output.read_text()
-        time.sleep(0.05)
-    raise AssertionError(f"{pattern} was never printed:\n{output.read_text()}")
-
-
-def start(model: Path, folder: Path) -> tuple[subprocess.Popen[str], dict[str, str], Path]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "TANDEM_STATE_DIR": str(folder / "state"),
-        "TMPDIR": str(folder),
-        "OMP_NUM_THREADS": "1",
-    }
-    output = folder / "output"
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cli.main", "serve", f"--set=model={model}", *_PORTS, *_SMALL],
-            env=environment,
-            cwd=ROOT,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    return process, environment, output
-
-
-def family_of(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +37,8 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def served(model: Path, folder: Path) -> Iterator[Served]:
-    process, environment, output = start(model, folder)
-    try:
-        wait_for(process, output, r"^Ctrl-C ends it\.$")
-        text = output.read_text()
-        http = re.search(r"HTTP  http://(\S+)/v1", text)
-        grpc = re.search(r"gRPC  (\S+)", text)
-        assert http is not None
-        assert grpc is not None
-        yield Served(process, environment, output, http[1], grpc[1])
-    finally:
-        family = family_of(process.pid) if process.poll() is None else []
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
-        psutil.wait_procs(family, timeout=10)
+    with serving(folder, f"--set=model={model}", *_SMALL) as served:
+        yield served
 
 
 def test_the_printed_commands_work(served: Served) -> None:
@@ -164,7 +85,7 @@ def test_status_and_doctor(served: Served, model: Path) -> None:
     assert {instance["state"] for instance in instances.values()} == {"ready"}
     assert [link["road"] for link in instances["decode"]["links"]] == ["shared_memory"]
     assert "prefill-" in served.tandem("status").stdout
-    doctor = served.tandem("doctor", f"--set=model={model}", *_PORTS, *_SMALL)
+    doctor = served.tandem("doctor", f"--set=model={model}", *FREE_PORTS, *_SMALL)
     assert re.search(r"^ok +cluster: little .* 2 of 2 workers ready$", doctor.stdout, re.MULTILINE), doctor.stdout
     assert re.search(r"^ok +link: prefill-\w+ -> decode-\w+: shared_memory", doctor.stdout, re.MULTILINE)
 
@@ -229,7 +150,7 @@ def _until_completion(served: Served) -> None:
 def test_an_early_end_leaves_nothing(model: Path, after: str, number: signal.Signals) -> None:
     with tempfile.TemporaryDirectory(prefix="t") as name:
         folder = Path(name)
-        process, environment, output = start(model, folder)
+        process, environment, output = start(folder, f"--set=model={model}", *_SMALL)
         wait_for(process, output, after)
         time.sleep(1.0)
         family = family_of(process.pid)

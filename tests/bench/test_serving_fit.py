@@ -1,0 +1,237 @@
+"""What is made of a measured cluster's answers."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from pydantic import TypeAdapter
+
+from bench.pace import Pace, pace_of
+from bench.serving_answers import Answers, Decoded, Loaded, Prompted, steps_of
+from bench.serving_fit import Taken, decode_step, road_costs, served, serving_costs, wake_s
+from core.cost_model import StepLoad
+from placement.costs.calibration import CalibratedCost, Calibration, Terms
+from placement.costs.serving import ServedStep
+
+TERMS = Terms(
+    linear=((1, 0.010), (256, 0.300)),
+    attention_per_pair=0.0,
+    kv_read=((1, 1e-6),),
+    kv_per_sequence=0.0,
+    head=0.0,
+    head_per_sampled=0.0,
+)
+ALONE = CalibratedCost(TERMS)  # the engine by itself
+KV_TOKENS = 100.0  # of each sequence, while it has its steps
+
+
+def prompt_s(*lengths: int) -> float:
+    return ALONE.step(StepLoad.of_prompts(*lengths)).total_s
+
+
+def step_s(batch: int) -> float:
+    base_s, per_token_s = ALONE.decode_line(batch)
+    return base_s + batch * KV_TOKENS * per_token_s
+
+
+def prompted(
+    num_tokens: int, prefill_s: float, transfer_s: float = 0.0, began_s: float = 0.0, decode_s: float = 0.0
+) -> Prompted:
+    before = {"admission_s": 0.001, "dispatch_s": 0.0005, "prefill_queue_s": 0.0025, "prefill_s": prefill_s}
+    ttft_s = sum(before.values())
+    after = {"transfer_s": transfer_s, "decode_queue_s": 0.0, "decode_s": decode_s}
+    total_s = ttft_s + sum(after.values())
+    return Prompted(
+        num_tokens=num_tokens,
+        began_s=began_s,
+        first_s=ttft_s + 0.002,
+        whole_s=total_s + 0.003,
+        ttft_s=ttft_s,
+        total_s=total_s,
+        parts=before | after,
+    )
+
+
+def answer(start_s: float, end_s: float) -> Prompted:
+    """Whose steps of decode are from when to when, and whose prompt took 1 ms before."""
+    # 1 ms less: what its last token takes to its client is longer than what its first one takes.
+    return prompted(4, prefill_s=0.001, began_s=start_s - 0.001, decode_s=end_s - start_s - 0.001)
+
+
+def decoded(num_steps: int, *spans: tuple[float, float]) -> Decoded:
+    return Decoded(len(spans), KV_TOKENS, num_steps, tuple(answer(*span) for span in spans))
+
+
+def test_prompts_whose_steps_overlap_were_in_one() -> None:
+    first, second = prompted(32, 0.100, began_s=1.0), prompted(64, 0.100, began_s=1.004)
+    third, later = prompted(160, 0.200, began_s=1.102), prompted(8, 0.010, began_s=1.5)
+    steps = steps_of([third, later, second, first])
+    assert [step.lengths for step in steps] == [(32, 64), (160,), (8,)]
+    assert [step.idle_s for step in steps] == pytest.approx([float("inf"), 0.002, 0.198])
+    assert [step.taken_s for step in steps] == pytest.approx([0.1, 0.2, 0.01])
+
+
+def test_prompts_of_others_are_computed_too_and_keep_the_worker_busy() -> None:
+    mine, with_it, alone = prompted(64, 0.1, began_s=2.0), prompted(4, 0.1, began_s=2.0), prompted(4, 0.3, began_s=1.6)
+    (step,) = steps_of([mine], [with_it, alone])
+    assert step.lengths == (64, 4)
+    assert step.idle_s == pytest.approx(0.1)
+
+
+def test_how_much_of_a_step_was_beside_decode() -> None:
+    loaded = Loaded((prompted(8, 0.5, began_s=9.0, decode_s=0.499),), decoded(2, (1.0, 2.0), (1.5, 3.0)))
+    assert loaded.decode_share(1.0, 3.0) == pytest.approx(1.0)
+    assert loaded.decode_share(0.0, 2.0) == pytest.approx(0.5)
+    assert loaded.decode_share(3.5, 4.0) == 0
+    assert loaded.decode_share(9.4, 10.1) == pytest.approx(5 / 7), "the prompts' own answers have steps of decode, too"
+
+
+@pytest.mark.parametrize("shares", [(0.0, 1.0), (0.1, 0.8), (0.0, 0.2, 0.9)])
+def test_serving_adds_a_constant_and_a_factor_more_beside_the_other(shares: Sequence[float]) -> None:
+    alone, beside = ServedStep(constant_s=0.001, factor=1.02), ServedStep(constant_s=0.003, factor=1.2)
+    steps = [
+        Taken(engine_s, alone.toward(beside, share).seconds(engine_s), share)
+        for engine_s in (0.02, 0.1, 0.4)
+        for share in shares
+    ]
+    *found, join_s = served(steps)
+    assert join_s == 0
+    for one, expected in zip(found, (alone, beside), strict=True):
+        assert (one.constant_s, one.factor) == pytest.approx((expected.constant_s, expected.factor))
+
+
+def test_steps_that_were_slowed_by_chance_count_as_much_as_others() -> None:
+    taken_s = {0.1: (0.10, 0.14), 0.2: (0.22, 0.26)}
+    _, beside, _ = served([Taken(engine_s, one, 1.0) for engine_s, both in taken_s.items() for one in both])
+    assert beside.seconds(0.1) == pytest.approx(0.12), "their mean"
+    assert beside.seconds(0.2) == pytest.approx(0.24)
+
+
+def test_steps_while_a_stranger_had_the_machine_are_left_out() -> None:
+    usual = [Taken(0.1, 0.12, 1.0)] * 9 + [Taken(0.2, 0.24, 1.0)] * 9
+    _, beside, _ = served([*usual, Taken(0.1, 0.25, 1.0), Taken(0.2, 0.6, 1.0)])
+    assert beside.seconds(0.1) == pytest.approx(0.12)
+    assert beside.seconds(0.2) == pytest.approx(0.24)
+
+
+def test_a_sequence_that_joins_makes_a_step_longer() -> None:
+    beside = ServedStep(constant_s=0.001, factor=1.2)
+    steps = [
+        Taken(engine_s, beside.seconds(engine_s) + 0.004 * joined, 1.0, joined)
+        for engine_s in (0.006, 0.012)
+        for joined in (0.02, 0.3)
+    ]
+    _, found, join_s = served(steps)
+    assert join_s == pytest.approx(0.004)
+    assert (found.constant_s, found.factor) == pytest.approx((0.001, 1.2))
+
+
+def test_the_first_step_after_a_pause_takes_longer() -> None:
+    beside = ServedStep(constant_s=0.003, factor=1.2)
+    woken = [Taken(one, beside.seconds(one) + more, 1.0, is_woken=True) for one, more in ((0.1, 0.004), (0.2, 0.006))]
+    others = [Taken(0.1, 0.05, 0.3, is_woken=True), Taken(0.1, 0.05, 1.0)]
+    assert wake_s(beside, woken + others) == pytest.approx(0.005), "of those beside decode"
+    assert wake_s(beside, [Taken(0.1, 0.05, 1.0, is_woken=True)]) == 0
+    assert wake_s(beside, others) == 0
+
+
+def test_decode_is_compared_with_as_many_at_once_as_there_were() -> None:
+    # Two answers of ten steps; for five of them they are together, and every step takes 1.5 times as long as predicted.
+    alone_s, both_s = 5 * 1.5 * step_s(1), 5 * 1.5 * step_s(2)
+    first = (0.0, alone_s + both_s)
+    second = (alone_s, alone_s + both_s + alone_s)
+    step = decode_step(ALONE, Loaded((), decoded(20, first, second)))
+    assert step.taken_s / step.engine_s == pytest.approx(1.5, rel=0.01), "a bit more: KV is read as fast"
+    assert step.joined == pytest.approx(2 / 15, rel=0.03), "two, in so many steps"
+    assert step.beside == pytest.approx(0.001 / (2 * alone_s + both_s)), "the second one's prompt"
+
+
+def test_answers_that_join_for_some_steps_make_them_longer() -> None:
+    alone_s, both_s = 5 * step_s(1), 5 * step_s(2)
+    other = prompted(8, 0.25 * alone_s, began_s=0.75 * alone_s, decode_s=both_s - 0.001)
+    step = decode_step(ALONE, Loaded((other,), decoded(10, (0.0, alone_s + both_s))))
+    assert step.taken_s == pytest.approx(step.engine_s)
+    assert step.joined == pytest.approx(2 / 10)
+    assert step.beside == pytest.approx(0.25 * alone_s / (alone_s + both_s))
+
+
+def test_reading_kv_takes_as_long_in_a_worker() -> None:
+    read_s = KV_TOKENS * ALONE.decode_line(1)[1]
+    step = decode_step(ALONE, Loaded((), decoded(10, (0.0, 10 * (1.3 * (step_s(1) - read_s) + read_s)))))
+    assert step.taken_s / step.engine_s == pytest.approx(1.3)
+    assert step.engine_s == pytest.approx(step_s(1) - read_s)
+
+
+def measured(prefill: ServedStep, decode: ServedStep) -> Answers:
+    """Of a cluster whose workers take so long beside each other, and alone what the engine takes."""
+
+    def loaded(began_s: float, *lengths: int) -> Loaded:
+        taken_s = prefill.seconds(prompt_s(*lengths))
+        prompts = tuple(prompted(n, taken_s, 0.01, began_s, decode_s=-0.011) for n in lengths)
+        num_steps = round(taken_s / decode.seconds(step_s(1)))
+        return Loaded(prompts, decoded(num_steps, (began_s, began_s + taken_s)))
+
+    alone = [prompted(n, prompt_s(n), transfer_s=0.004 + n * 1e-5, began_s=10.0 * n) for n in (32, 64, 160)]
+    steady = [loaded(10.0 * n, n) for n in (32, 64, 256)]
+    return Answers(alone, [decoded(100, (0.0, 100 * step_s(1)))], steady, [], [loaded(70.0, 32, 64)])
+
+
+def test_what_was_measured_is_what_is_predicted() -> None:
+    answers = measured(ServedStep(constant_s=0.003, factor=1.2), ServedStep(factor=1.3))
+    costs = serving_costs(ALONE, answers)
+    assert costs.prefill_beside.seconds(0.1) == pytest.approx(0.123)
+    assert costs.prefill_alone.seconds(0.1) == pytest.approx(0.1)
+    assert costs.decode_beside.seconds(step_s(1)) == pytest.approx(1.3 * step_s(1), rel=0.1), "in whole steps"
+    calibration = SimpleNamespace(terms=TERMS, serving=costs)
+    for loaded in answers.steady:
+        assert pace_of(loaded, cast(Calibration, calibration)).prefill == pytest.approx(1.0)
+
+
+def test_answers_are_kept_in_files_and_added_up() -> None:
+    adapter = TypeAdapter(Answers)
+    answers = measured(ServedStep(), ServedStep())
+    again = adapter.validate_json(adapter.dump_json(answers))
+    assert again == answers
+    again.add(answers)
+    assert again.steady == answers.steady * 2
+    assert again.prompted_alone == answers.prompted_alone * 2
+
+
+def test_a_transfer_has_a_latency_a_speed_and_a_turn() -> None:
+    """Alone: 4 ms and 10 us a token, of which 1 ms is its turn. Beside decode, whose steps take 20 ms: 6 ms and a turn
+    for each of the transfers of one step."""
+    alone = [prompted(n, 0.1, transfer_s=0.004 + n * 1e-5) for n in (32, 32, 64, 160, 256)]
+    beside = tuple(
+        prompted(n, 0.1, transfer_s=0.006 + together * 0.001 + n * 1e-5 + 0.010, began_s=began_s)
+        for began_s, together in ((1.0, 1), (2.0, 3), (3.0, 2))
+        for n in (32, 64, 160)[:together]
+    )
+    answers = Answers(prompted_alone=alone, crowded=[Loaded(beside, decoded(10, (0.0, 0.2)))])
+    road = road_costs(answers, kv_bytes_per_token=12288.0)
+    assert road.transfer_alone_s == pytest.approx(0.003)
+    assert road.transfer_beside_s == pytest.approx(0.006)
+    assert road.transfer_turn_s == pytest.approx(0.001)
+    assert road.transfer_bytes_per_s == pytest.approx(12288.0 / 1e-5)
+    assert road.admission_s == pytest.approx(0.004), "until the step began, less what waits for the answer"
+    assert road.first_token_s == pytest.approx(0.002)
+    assert road.token_s == pytest.approx(0.003)
+
+
+def test_transfers_that_do_not_grow_with_the_prompt_are_endlessly_fast_but_finite() -> None:
+    alone = [prompted(n, 0.1, transfer_s=0.01 - n * 1e-6) for n in (32, 64, 160, 256)]
+    crowded = [Loaded((prompted(32, 0.1, transfer_s=0.02),), decoded(10, (0.0, 0.2)))]
+    road = road_costs(Answers(prompted_alone=alone, crowded=crowded), kv_bytes_per_token=12288.0)
+    assert 0 < road.transfer_bytes_per_s < float("inf")
+
+
+def test_what_was_measured_too_shortly_is_not_fitted() -> None:
+    some, none = Loaded((prompted(32, 0.1),), decoded(10, (0.0, 0.2))), Loaded((), decoded(10, (0.0, 0.2)))
+    assert Answers(steady=[some], crowded=[none, some]).is_enough
+    assert not Answers(steady=[some], crowded=[none]).is_enough
+    assert not Answers(steady=[none], crowded=[some]).is_enough
+
+
+@pytest.mark.parametrize(("prefill", "decode", "usual"), [(1.05, 0.95, True), (1.07, 1.0, False), (1.0, 0.93, False)])
+def test_a_machines_pace_is_compared_with_its_calibration(prefill: float, decode: float, usual: bool) -> None:
+    assert Pace(prefill, decode).is_usual(0.06) is usual

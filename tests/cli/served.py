@@ -1,0 +1,100 @@
+"""`tandem serve` as a process of a test's own, with the files and Ray's sockets in the test's folder."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+FREE_PORTS = tuple(f"--set=router.{name}=127.0.0.1:0" for name in ("http", "grpc", "control"))
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen[str]
+    environment: dict[str, str]
+    output: Path
+    http: str
+    grpc: str
+
+    def tandem(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return run_python(["-m", "cli.main", *arguments], self.environment, stdin)
+
+    def wait_for(self, pattern: str) -> "re.Match[str]":
+        return wait_for(self.process, self.output, pattern)
+
+
+def run_python(arguments: list[str], environment: dict[str, str], stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=ROOT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], output: Path, pattern: str) -> "re.Match[str]":
+    until_s = time.monotonic() + 120
+    while time.monotonic() < until_s:
+        if match := re.search(pattern, output.read_text(), re.MULTILINE):
+            return match
+        assert process.poll() is None, output.read_text()
+        time.sleep(0.05)
+    raise AssertionError(f"{pattern} was never printed:\n{output.read_text()}")
+
+
+def start(folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], dict[str, str], Path]:
+    """`folder` has a short path, as those of Ray's sockets must be."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TANDEM_STATE_DIR": str(folder / "state"),
+        "TMPDIR": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
+    output = folder / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", "serve", *arguments, *FREE_PORTS],
+            env=environment,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    return process, environment, output
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str) -> Iterator[Served]:
+    """Ready, and stopped at the end unless it has ended before."""
+    process, environment, output = start(folder, *arguments)
+    try:
+        wait_for(process, output, r"^Ctrl-C ends it\.$")
+        text = output.read_text()
+        http = re.search(r"HTTP  http://(\S+)/v1", text)
+        grpc = re.search(r"gRPC  (\S+)", text)
+        assert http is not None
+        assert grpc is not None
+        yield Served(process, environment, output, http[1], grpc[1])
+    finally:
+        family = family_of(process.pid) if process.poll() is None else []
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+        psutil.wait_procs(family, timeout=10)
+
+
+def family_of(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
