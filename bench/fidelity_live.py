@@ -33,7 +33,7 @@ from bench.calibrate import calibrate
 from bench.fidelity_page import write_section
 from bench.fidelity_runs import Run, measure
 from bench.fidelity_table import TITLE, Comparison, Figures, section_text
-from bench.load_result import LoadRecord, as_simulation
+from bench.load_result import as_simulation
 from bench.processes import BenchError
 from core.config import DecodeSection, EngineSection, PrefillSection
 from core.config_file import dump_config, load_config
@@ -170,10 +170,9 @@ def compare(runs: Sequence[Run], seed: int) -> Iterator[Comparison]:
         repeated = [other for other in runs if (other.workload, other.share) == (run.workload, run.share)]
         stream, live, marked = run.stream(seed), [], 0
         for other in repeated:
-            told = json.loads(other.path.read_text())["runs"][0]
-            marked += told["generator"]["fault"] is not None or not other.around().is_steady
-            records = tuple(LoadRecord(**one) for one in told["requests"])
-            live.append(_figures_of(as_simulation(stream, records, told["duration_s"]), run))
+            told = other.told()
+            marked += told["generator"]["fault"] is not None or not other.is_steady(other.around())
+            live.append(_figures_of(as_simulation(stream, other.records(), told["duration_s"]), run))
         yield Comparison(
             workload=run.workload,
             share=run.share,

@@ -1,26 +1,30 @@
 """The live runs of `bench.fidelity_live`: one cluster is loaded with one run after another, each at a known pace.
 
-A virtual machine shares its memory with strangers, and changes its pace for minutes. So the pace is looked at before
-and after every run, and a run around which it was not that of the first calibration is made again, some times. What
-serving adds to the engine's steps is measured first, for rates and targets, and a bit of it after every run: what the
-simulator is told is of the same hour as what it is compared with. (To measure it anew only where the pace had changed
-was worse: that measures the disturbance, which goes.)
+A virtual machine shares its memory with strangers, and changes its pace for minutes or for seconds. So the pace is
+looked at before and after every run, and in the run's own steps: one around which it was not that of the first
+calibration, or in which steps took much longer for some seconds, is made again, some times. What serving adds to the
+engine's steps is measured first, for rates and targets, and a bit of it after every run: what the simulator is told is
+of the same hour as what it is compared with. (To measure it anew only where the pace had changed was worse: that
+measures the disturbance, which goes.)
 """
 
 import asyncio
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from bench.load import make_streams
-from bench.pace import Pace, pace_of
+from bench.load_result import LoadRecord
+from bench.pace import Pace, disturbed_s, pace_of
 from bench.processes import BenchError, Launcher
-from bench.serving_answers import Answers
+from bench.serving_answers import Answers, prompted_of
 from bench.serving_fit import with_serving
 from bench.serving_profile import measure_running, probing
 from core.slo_file import SloFile
@@ -31,6 +35,7 @@ _PACE_S, _PACE_BATCH = 5.0, 4
 _PART_S, _PART_BATCHES = 10.0, (1, 2, 4, 8)  # after each run, in turns
 _SERVING_S = 60.0  # twice as long as `tandem profile`, for serving varies by the second
 _TOLERANCE = 0.1  # a pace is measured to 3 %, and so is what it is compared with
+_DISTURBED_S = 2.0  # of a run
 _ATTEMPTS = 3
 
 
@@ -68,6 +73,19 @@ class Run:
 
     def around(self) -> Around:
         return _AROUND.validate_json(self.around_path.read_bytes())
+
+    def told(self) -> dict[str, Any]:
+        """What `bench.load` says of it."""
+        told: dict[str, Any] = json.loads(self.path.read_bytes())["runs"][0]
+        return told
+
+    def records(self) -> tuple[LoadRecord, ...]:
+        return tuple(LoadRecord(**one) for one in self.told()["requests"])
+
+    def is_steady(self, around: Around) -> bool:
+        """Whether the machine kept its pace."""
+        prompted = [one for record in self.records() if (one := prompted_of(record)) is not None]
+        return around.is_steady and disturbed_s(prompted, self.calibration) <= _DISTURBED_S
 
     def stream(self, seed: int) -> RequestStream:
         """The same for every repetition."""
@@ -167,7 +185,7 @@ async def _run_all(
             await cluster.load(run, seed)
             after, answers = await cluster.look(calibration)
             around, before = Around(before, after, answers), after
-            if around.is_steady:
+            if run.is_steady(around):
                 break
         _write(run.around_path, _AROUND.dump_json(around))
 

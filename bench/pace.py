@@ -1,15 +1,22 @@
 """How fast a cluster's steps are now, by a calibration that was made of it before.
 
 A virtual machine shares its memory with strangers: the same steps of the same processes may take half as long again in
-one minute as in the next. What is compared with a prediction should be measured while the machine is as it was when the
-prediction's numbers were.
+one minute as in the next, and twice as long for some seconds. What is compared with a prediction should be measured
+while the machine is as it was when the prediction's numbers were.
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.serving_answers import Loaded
+from bench.serving_answers import Loaded, Prompted, steps_of
 from bench.serving_fit import decode_step, prefill_steps
+from core.cost_model import StepLoad
 from placement.costs.calibration import CalibratedCost, Calibration
+
+_WINDOW_S = 2.0
+_ENOUGH_S = 0.2  # of steps in a window, to tell by
+_DISTURBED = 1.3  # times what is usual; somebody else makes it 1.8 or 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,20 @@ class Pace:
     def is_usual(self, tolerance: float) -> bool:
         """Whether neither phase differs from the calibration by more than `tolerance`."""
         return abs(self.prefill - 1) <= tolerance and abs(self.decode - 1) <= tolerance
+
+
+def disturbed_s(prompted: Sequence[Prompted], calibration: Calibration) -> float:
+    """For how many seconds of a run its prefill steps took much longer than they do: somebody else had the machine.
+    What a calibration may be wrong by is far from that."""
+    cost = CalibratedCost(calibration.terms, calibration.serving, neighbour_busy=1.0)
+    taken_s, usual_s = defaultdict[int, float](float), defaultdict[int, float](float)
+    for step in steps_of(prompted):
+        window = int(step.began_s // _WINDOW_S)
+        taken_s[window] += step.taken_s
+        usual_s[window] += cost.step(StepLoad.of_prompts(*step.lengths)).total_s
+    return _WINDOW_S * sum(
+        seconds >= _ENOUGH_S and taken_s[window] > _DISTURBED * seconds for window, seconds in usual_s.items()
+    )
 
 
 def pace_of(loaded: Loaded, calibration: Calibration) -> Pace:

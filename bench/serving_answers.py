@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import median
+from typing import Any
+
+from bench.load_result import LoadRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,25 @@ class Prompted:
         """From when its KV was there and a step could take it, to its end."""
         ready_s = self.ended_s + self.parts["transfer_s"] + self.parts["decode_queue_s"]
         return ready_s, self.ended_s + self.whole_s - self.first_s
+
+
+def prompted_of(record: LoadRecord) -> Prompted | None:
+    """None if the request was not answered in whole."""
+    if not record.is_whole or record.timeline is None:
+        return None
+    assert record.sent_s is not None, "it is whole"
+    assert record.first_s is not None
+    assert record.last_s is not None
+    timeline: Any = record.timeline
+    return Prompted(
+        num_tokens=record.num_prompt_tokens,
+        began_s=record.first_s - timeline["parts"]["prefill_s"],
+        first_s=record.first_s - record.sent_s,
+        whole_s=record.last_s - record.sent_s,
+        ttft_s=timeline["ttft_s"],
+        total_s=timeline["total_s"],
+        parts=timeline["parts"],
+    )
 
 
 @dataclass(frozen=True, slots=True)

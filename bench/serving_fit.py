@@ -17,6 +17,7 @@ _FASTEST_BYTES_PER_S = 1e12  # where no time per token can be seen
 _PAUSE_S = 0.03  # from when on a worker has paused
 _FAR_OFF = 0.25  # steps differ by 8 %
 _STRANGE = 1.6  # times what is usual: a pause does not explain it
+_FEW = 12  # steps: fewer of an octave do not count as much as many of another
 _BUSY = 0.9  # from which share of a step on the other worker was busy
 
 
@@ -123,7 +124,7 @@ def served(steps: Sequence[Taken]) -> tuple[ServedStep, ServedStep, float]:
     alone = 1 - beside
     matrix = np.column_stack((alone, alone * engine, beside, beside * engine, joined))
     _, octave, members = np.unique(np.floor(np.log2(engine)), return_inverse=True, return_counts=True)
-    weight = 1 / np.sqrt(engine * members[octave])
+    weight = 1 / np.sqrt(engine * np.maximum(members[octave], _FEW))
     found, _ = nnls(matrix * weight[:, None], taken * weight)
     weight *= np.abs(taken / (matrix @ found) - 1) <= _FAR_OFF
     found, _ = nnls(matrix * weight[:, None], taken * weight)

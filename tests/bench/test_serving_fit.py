@@ -7,12 +7,13 @@ from typing import cast
 import pytest
 from pydantic import TypeAdapter
 
-from bench.pace import Pace, pace_of
-from bench.serving_answers import Answers, Decoded, Loaded, Prompted, steps_of
+from bench.load_result import LoadRecord
+from bench.pace import Pace, disturbed_s, pace_of
+from bench.serving_answers import Answers, Decoded, Loaded, Prompted, prompted_of, steps_of
 from bench.serving_fit import Taken, decode_step, road_costs, served, serving_costs, wake_s
 from core.cost_model import StepLoad
 from placement.costs.calibration import CalibratedCost, Calibration, Terms
-from placement.costs.serving import ServedStep
+from placement.costs.serving import ServedStep, ServingCosts
 
 TERMS = Terms(
     linear=((1, 0.010), (256, 0.300)),
@@ -177,15 +178,19 @@ def measured(prefill: ServedStep, decode: ServedStep) -> Answers:
     return Answers(alone, [decoded(100, (0.0, 100 * step_s(1)))], steady, [], [loaded(70.0, 32, 64)])
 
 
+def calibration(serving: ServingCosts) -> Calibration:
+    """The parts of one that count here."""
+    return cast(Calibration, SimpleNamespace(terms=TERMS, serving=serving))
+
+
 def test_what_was_measured_is_what_is_predicted() -> None:
     answers = measured(ServedStep(constant_s=0.003, factor=1.2), ServedStep(factor=1.3))
     costs = serving_costs(ALONE, answers)
     assert costs.prefill_beside.seconds(0.1) == pytest.approx(0.123)
     assert costs.prefill_alone.seconds(0.1) == pytest.approx(0.1)
     assert costs.decode_beside.seconds(step_s(1)) == pytest.approx(1.3 * step_s(1), rel=0.1), "in whole steps"
-    calibration = SimpleNamespace(terms=TERMS, serving=costs)
     for loaded in answers.steady:
-        assert pace_of(loaded, cast(Calibration, calibration)).prefill == pytest.approx(1.0)
+        assert pace_of(loaded, calibration(costs)).prefill == pytest.approx(1.0)
 
 
 def test_answers_are_kept_in_files_and_added_up() -> None:
@@ -235,3 +240,26 @@ def test_what_was_measured_too_shortly_is_not_fitted() -> None:
 @pytest.mark.parametrize(("prefill", "decode", "usual"), [(1.05, 0.95, True), (1.07, 1.0, False), (1.0, 0.93, False)])
 def test_a_machines_pace_is_compared_with_its_calibration(prefill: float, decode: float, usual: bool) -> None:
     assert Pace(prefill, decode).is_usual(0.06) is usual
+
+
+@pytest.mark.parametrize(("slow_s", "times", "disturbed"), [(0.0, 1.0, 0.0), (6.0, 2.0, 6.0), (6.0, 1.15, 0.0)])
+def test_a_stranger_is_seen_in_a_runs_own_steps(slow_s: float, times: float, disturbed: float) -> None:
+    """A second between the prompts; from the tenth on those of `slow_s` take longer than they should."""
+    usual_s = prompt_s(200)
+    prompts = [
+        prompted(200, usual_s * (times if 10.0 <= at_s < 10.0 + slow_s else 1.0), began_s=at_s)
+        for at_s in map(float, range(30))
+    ]
+    assert disturbed_s(prompts, calibration(ServingCosts())) == disturbed
+
+
+def test_an_answer_of_a_load_run_is_an_answer_too() -> None:
+    parts = {"prefill_s": 0.2, "transfer_s": 0.01, "decode_queue_s": 0.0, "decode_s": 0.5}
+    timeline: dict[str, object] = {"parts": parts, "ttft_s": 0.24, "total_s": 0.75}
+    record = LoadRecord(3, 9.9, 64, 16, 0, sent_s=10.0, first_s=10.25, last_s=10.77, timeline=timeline)
+    one = prompted_of(record)
+    assert one is not None
+    assert (one.num_tokens, one.first_s, one.whole_s) == pytest.approx((64, 0.25, 0.77))
+    assert (one.began_s, one.ended_s) == pytest.approx((10.05, 10.25))
+    assert one.decode_span == pytest.approx((10.26, 10.77))
+    assert prompted_of(LoadRecord(4, 9.9, 64, 16, 0, sent_s=10.0, error="gone")) is None
