@@ -3,8 +3,8 @@
 One prefill and one decode worker with a thread each serve a random checkpoint that is large enough for steps, not the
 road, to take the time. At eight rates of two workloads, `bench.load` loads the cluster, and the simulator gets the same
 requests at the same times. It is told what `tandem profile` measures of that checkpoint: the engine's steps once, what
-serving adds to them before each workload and a bit more after each run. The machine must keep its pace
-(`bench.fidelity_runs`).
+serving adds to them before each workload and a bit more after each run, all of it together. The machine must keep its
+pace (`bench.fidelity_runs`).
 Rates are shares of what the prefill worker can take by its calibration, targets are multiples of its steps: the curves
 go from everything met to little met on any machine.
 
@@ -35,6 +35,8 @@ from bench.fidelity_runs import Run, measure
 from bench.fidelity_table import TITLE, Comparison, Figures, section_text
 from bench.load_result import as_simulation
 from bench.processes import BenchError
+from bench.serving_answers import Answers
+from bench.serving_fit import with_serving
 from core.config import DecodeSection, EngineSection, PrefillSection
 from core.config_file import dump_config, load_config
 from core.cost_model import StepLoad
@@ -126,14 +128,18 @@ def plan_runs(folder: Path, model: Path, number: int, args: argparse.Namespace, 
     return runs
 
 
-def measure_runs(folder: Path, model: Path, number: int, args: argparse.Namespace) -> list[Run]:
-    """Those that are not there yet; answers with all. Raises BenchError or a TandemError."""
-    engine, serving_path = _engine_calibration(folder / "engine.yaml", model), folder / f"serving-{number}.json"
-    plan = partial(plan_runs, folder, model, number, args)
+def measure_all(folder: Path, model: Path, args: argparse.Namespace) -> list[Run]:
+    """Those runs that are not there yet; returns all, with what was measured beside any of them as their calibration.
+
+    Raises BenchError or a TandemError."""
+    engine, answers = _engine_calibration(folder / "engine.yaml", model), Answers()
     settings = _ENGINE.model_dump(mode="json")
-    calibration = measure(model, settings, engine, serving_path, plan, args.seed)
-    (folder / f"calibration-{number}.yaml").write_text(dump_config(calibration))
-    return plan(calibration)
+    plans = [partial(plan_runs, folder, model, number, args) for number in range(len(_WORKLOADS))]
+    for number, plan in enumerate(plans):
+        answers.add(measure(model, settings, engine, folder / f"serving-{number}.json", plan, args.seed))
+    calibration = with_serving(engine, answers)
+    (folder / "calibration.yaml").write_text(dump_config(calibration))
+    return [run for plan in plans for run in plan(calibration)]
 
 
 def _engine_calibration(path: Path, model: Path) -> Calibration:
@@ -233,15 +239,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     if args.fresh:
-        for pattern in ("engine.yaml", "serving-*", "calibration-*", "slo-*.yaml", "run-*"):
+        for pattern in ("engine.yaml", "serving-*", "calibration.yaml", "slo-*.yaml", "run-*"):
             for path in folder.glob(pattern):
                 path.unlink()
-    model, runs = folder / "model", list[Run]()
+    model = folder / "model"
     try:
         if not (model / "config.json").exists():
             write_random_checkpoint(model, _SHAPE, dtype="bfloat16")
-        for number in range(len(_WORKLOADS)):
-            runs += measure_runs(folder, model, number, args)
+        runs = measure_all(folder, model, args)
         comparisons = list(compare(runs, args.seed))
     except (BenchError, TandemError) as error:
         print(error, file=sys.stderr)

@@ -35,7 +35,6 @@ _PACE_S, _PACE_BATCH = 5.0, 4
 _PART_S, _PART_BATCHES = 10.0, (1, 2, 4, 8)  # after each run, in turns
 _SERVING_S = 60.0  # twice as long as `tandem profile`, for serving varies by the second
 _TOLERANCE = 0.1  # a pace is measured to 3 %, and so is what it is compared with
-_DISTURBED_S = 2.0  # of a run
 _ATTEMPTS = 3
 
 
@@ -85,7 +84,7 @@ class Run:
     def is_steady(self, around: Around) -> bool:
         """Whether the machine kept its pace."""
         prompted = [one for record in self.records() if (one := prompted_of(record)) is not None]
-        return around.is_steady and disturbed_s(prompted, self.calibration) <= _DISTURBED_S
+        return around.is_steady and disturbed_s(prompted, self.calibration) == 0
 
     def stream(self, seed: int) -> RequestStream:
         """The same for every repetition."""
@@ -139,9 +138,9 @@ def measure(
     serving_path: Path,
     plan: Callable[[Calibration], Sequence[Run]],
     seed: int,
-) -> Calibration:
+) -> Answers:
     """Those runs of one workload whose records are not there yet, on one cluster whose instances have the engine
-    `settings`; answers with the calibration of everything that was measured beside them.
+    `settings`; returns everything that was measured beside them.
 
     `engine`: the calibration of the engine by itself. `serving_path`: where the first answers lie, or are to lie.
     `plan`: the runs, by the calibration with those. Raises BenchError."""
@@ -151,7 +150,7 @@ def measure(
         answers = asyncio.run(_measure_missing(model, settings, engine, serving_path, plan, seed))
     for run in plan(with_serving(engine, answers)):
         answers.add(run.around().answers)
-    return with_serving(engine, answers)
+    return answers
 
 
 async def _measure_missing(

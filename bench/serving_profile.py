@@ -24,7 +24,9 @@ _LENGTHS = (32, 384, 64, 160)  # of prompts, in turns
 _BATCHES = (1, 2, 4, 8)
 _SHORT_PROMPT = 4  # of decode's answers: next to nothing, in whatever step of prefill it comes to be
 _TOKENS_AFTER_PROMPT = 3  # the fewest that show a transfer and a step of decode after it
-_ANSWER_TOKENS = (16, 48)  # at least, at most: answers that end together would leave decode idle meanwhile
+# Of answers, at least and at most, in turns: those that end together would leave decode idle meanwhile, and those that
+# are shorter have more sequences join.
+_ANSWER_TOKENS = ((8, 24), (16, 48), (40, 100))
 _CROWD = 8  # clients whose prompts come to be computed, and carried, together
 _LONGEST_PAUSE_S = 0.3  # between prompts: the first step after a pause takes longer
 _TIMEOUT_S = 60.0
@@ -83,8 +85,9 @@ class Probe:
 
     def __init__(self, client: LoadClient, max_model_len: int | None = None) -> None:
         self._client = client
-        longest = max(_LENGTHS) if max_model_len is None else max_model_len - max(_ANSWER_TOKENS)
+        longest = max(_LENGTHS) if max_model_len is None else max_model_len - max(most for _, most in _ANSWER_TOKENS)
         self._lengths = cycle(min(length, longest) for length in _LENGTHS)
+        self._answer_tokens = cycle(_ANSWER_TOKENS)
         self._draw = Random()  # not the same prompts again, which would be in the cluster's prefix cache
 
     async def part(self, batch: int, duration_s: float) -> Answers:
@@ -127,13 +130,13 @@ class Probe:
 
     async def decode(self, batch: int, duration_s: float) -> Decoded:
         """`batch` clients for `duration_s`, each with one answer after the other."""
-        began_s = time.monotonic()
+        began_s, answer_tokens = time.monotonic(), next(self._answer_tokens)
         answers: list[Stamped] = []
         num_tokens: list[int] = []
 
         async def ask_on() -> None:
             while not answers or time.monotonic() - began_s < duration_s:
-                length = self._draw.randint(*_ANSWER_TOKENS)
+                length = self._draw.randint(*answer_tokens)
                 answers.append(await self._ask(_SHORT_PROMPT, length))
                 num_tokens.append(length)
 
