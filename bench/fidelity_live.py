@@ -92,20 +92,28 @@ def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float
         role: CalibratedCost(calibration.terms, calibration.serving, neighbour_busy=share)
         for role, share in busy.items()
     }
+    serving = calibration.serving
     return Deployment(
         instances=(
-            InstanceSpec("prefill-0", "prefill", beside["decode"], **pool, max_batch_tokens=prefill.max_batch_tokens),
+            InstanceSpec(
+                "prefill-0",
+                "prefill",
+                beside["decode"],
+                **pool,
+                max_batch_tokens=prefill.max_batch_tokens,
+                wake_share=busy["decode"] * serving.prefill_wake,
+            ),
             InstanceSpec(
                 "decode-0",
                 "decode",
                 beside["prefill"],
                 **pool,
                 max_batch=decode.max_batch,
-                join_s=calibration.serving.decode_join_s,
+                join_s=serving.decode_join_s,
             ),
         ),
         network=calibration.network_spec(neighbour_busy=busy["prefill"]),
-        router=calibration.router_spec(neighbour_busy=busy["decode"]),
+        router=calibration.router_spec(),
     )
 
 
@@ -169,16 +177,17 @@ def _slo_text(model: Path, workload: Mapping[str, object], calibration: Calibrat
 
 
 def compare(runs: Sequence[Run], seed: int) -> Iterator[Comparison]:
-    """One for each workload and rate, over its repetitions."""
+    """One for each workload and rate, over its repetitions. Those in doubt count only where all are."""
     for run in runs:
         if run.repetition > 0:
             continue
         repeated = [other for other in runs if (other.workload, other.share) == (run.workload, run.share)]
-        stream, live, marked = run.stream(seed), [], 0
+        stream, sound, doubtful = run.stream(seed), list[Figures](), list[Figures]()
         for other in repeated:
             told = other.told()
-            marked += told["generator"]["fault"] is not None or not other.is_steady(other.around())
-            live.append(_figures_of(as_simulation(stream, other.records(), told["duration_s"]), run))
+            is_sound = told["generator"]["fault"] is None and other.is_steady(other.around())
+            figures = _figures_of(as_simulation(stream, other.records(), told["duration_s"]), run)
+            (sound if is_sound else doubtful).append(figures)
         yield Comparison(
             workload=run.workload,
             share=run.share,
@@ -187,8 +196,9 @@ def compare(runs: Sequence[Run], seed: int) -> Iterator[Comparison]:
             ttft_target_s=run.slo.slo[0].ttft_s,
             tpot_target_s=run.slo.slo[0].tpot_s,
             simulated=_figures_of(simulate_one_and_one(run.calibration, stream), run),
-            live=tuple(live),
-            marked=marked,
+            live=tuple(sound or doubtful),
+            left_out=len(doubtful) if sound else 0,
+            is_in_doubt=not sound,
         )
 
 

@@ -140,7 +140,7 @@ def measure(
     seed: int,
 ) -> Answers:
     """Those runs of one workload whose records are not there yet, on one cluster whose instances have the engine
-    `settings`; returns everything that was measured beside them.
+    `settings`; returns everything that was measured beside those in which the machine kept its pace.
 
     `engine`: the calibration of the engine by itself. `serving_path`: where the first answers lie, or are to lie.
     `plan`: the runs, by the calibration with those. Raises BenchError."""
@@ -149,7 +149,8 @@ def measure(
     if answers is None or any(not run.around_path.exists() for run in plan(with_serving(engine, answers))):
         answers = asyncio.run(_measure_missing(model, settings, engine, serving_path, plan, seed))
     for run in plan(with_serving(engine, answers)):
-        answers.add(run.around().answers)
+        if run.is_steady(around := run.around()):
+            answers.add(around.answers)
     return answers
 
 

@@ -24,8 +24,8 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One workload at one rate. `live` has one entry per repetition, `marked` of which are in doubt: the load
-    generator says so, or the machine did not keep its pace."""
+    """One workload at one rate. `live` has one entry per repetition, without `left_out` ones that are in doubt: the
+    load generator says so, or the machine did not keep its pace. `is_in_doubt`: all of them are, and none left out."""
 
     workload: str
     share: float
@@ -35,7 +35,8 @@ class Comparison:
     tpot_target_s: float
     simulated: Figures
     live: tuple[Figures, ...]
-    marked: int
+    left_out: int = 0
+    is_in_doubt: bool = False
 
     def live_mean(self, name: str) -> float:
         return float(sum(getattr(one, name) for one in self.live)) / len(self.live)
@@ -82,7 +83,9 @@ def _preamble(comparisons: Sequence[Comparison], calibration: Calibration) -> It
     yield (
         f"`python -m bench.fidelity_live`, {calibration.measured_on}: {calibration.device}, {calibration.cores} cores,"
         f" {calibration.dtype}; one prefill and one decode worker, {calibration.threads} thread each."
-        f" {len(comparisons[0].live)} live run(s) per row (± half their range); every request counts."
+        f" {len(comparisons[0].live) + comparisons[0].left_out} live run(s) per row (± half their range),"
+        f" {sum(one.left_out for one in comparisons)} of all left out, because the load generator was late or the"
+        f" machine did not keep its pace; every request counts."
     )
     yield ""
     yield (
@@ -90,7 +93,7 @@ def _preamble(comparisons: Sequence[Comparison], calibration: Calibration) -> It
         f" largest differences {100 * attainment:.1f} points, TTFT {ttft:.1%}, TPOT {tpot:.1%}. The simulator knows"
         f" only what `tandem profile` measures: the engine's steps (error on those that were not fitted:"
         f" {calibration.error.median:.1%}), and what serving adds to them, before and between the runs. A row with !"
-        f" has a run in doubt: the load generator was late, or the machine did not keep its pace."
+        f" has only runs in doubt."
     )
 
 
@@ -110,7 +113,7 @@ def _table(rows: Sequence[Comparison]) -> Iterator[str]:
         live, spread = 100 * one.live_mean("attainment"), 50 * one.live_spread("attainment")
         live_text = f"{live:.1f} ± {spread:.1f}" if len(one.live) > 1 else f"{live:.1f}"
         yield (
-            f"| {one.rate:g}{' !' if one.marked else ''} | {one.requests} | {live_text} %"
+            f"| {one.rate:g}{' !' if one.is_in_doubt else ''} | {one.requests} | {live_text} %"
             f" | {100 * one.simulated.attainment:.1f} % | {100 * one.attainment_error:+.1f} | {latencies[0]}"
             f" | {latencies[1]} | {'met' if one.is_met else 'missed'} |"
         )

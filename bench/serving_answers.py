@@ -26,9 +26,9 @@ class Prompted:
 
     @property
     def decode_span(self) -> tuple[float, float]:
-        """From when its KV was there and a step could take it, to its end."""
+        """From when its KV was there and a step could take it, to its end. Empty if the client saw both at once."""
         ready_s = self.ended_s + self.parts["transfer_s"] + self.parts["decode_queue_s"]
-        return ready_s, self.ended_s + self.whole_s - self.first_s
+        return ready_s, max(ready_s, self.ended_s + self.whole_s - self.first_s)
 
 
 def prompted_of(record: LoadRecord) -> Prompted | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import mean, median
+from statistics import median
 
 import numpy as np
 from scipy.optimize import nnls
@@ -12,13 +12,12 @@ from bench.serving_answers import Answers, Decoded, Loaded, PrefillStep, Prompte
 from core.cost_model import StepLoad
 from placement.costs.calibration import CalibratedCost, Calibration
 from placement.costs.serving import RoadCosts, ServedStep, ServingCosts
+from placement.simulator.deployment import PAUSE_S
 
 _FASTEST_BYTES_PER_S = 1e12  # where no time per token can be seen
-_PAUSE_S = 0.03  # from when on a worker has paused
 _FAR_OFF = 0.25  # steps differ by 8 %
 _STRANGE = 1.6  # times what is usual: a pause does not explain it
 _FEW = 12  # steps: fewer of an octave do not count as much as many of another
-_BUSY = 0.9  # from which share of a step on the other worker was busy
 
 
 Spans = Sequence[tuple[float, float]]
@@ -42,7 +41,7 @@ def serving_costs(cost: CalibratedCost, answers: Answers) -> ServingCosts:
     return ServingCosts(
         prefill_alone=prefill_alone,
         prefill_beside=prefill_beside,
-        prefill_wake_s=wake_s(prefill_beside, beside),
+        prefill_wake=wake(prefill_alone, prefill_beside, beside),
         decode_alone=decode_alone,
         decode_beside=decode_beside,
         decode_join_s=join_s,
@@ -88,7 +87,7 @@ def prefill_steps(cost: CalibratedCost, loaded: Loaded) -> list[Taken]:
             engine_s=_step_s(cost, step),
             taken_s=step.taken_s,
             beside=loaded.decode_share(step.began_s, step.ended_s),
-            is_woken=step.idle_s > _PAUSE_S,
+            is_woken=step.idle_s > PAUSE_S,
         )
         for step in loaded.steps()
     ]
@@ -136,14 +135,15 @@ def served(steps: Sequence[Taken]) -> tuple[ServedStep, ServedStep, float]:
     )
 
 
-def wake_s(beside: ServedStep, steps: Sequence[Taken]) -> float:
-    """How much longer the first steps after a pause took than others beside decode."""
-    late_s = [
-        one.taken_s - beside.seconds(one.engine_s)
-        for one in steps
-        if one.is_woken and one.beside >= _BUSY and one.taken_s < _STRANGE * beside.seconds(one.engine_s)
-    ]
-    return max(0.0, mean(late_s)) if late_s else 0.0
+def wake(alone: ServedStep, beside: ServedStep, steps: Sequence[Taken]) -> float:
+    """How much longer, relatively, the first steps after a pause took than others, beside decode."""
+    late_s = usual_s = 0.0
+    for one in steps:
+        step_s = alone.toward(beside, one.beside).seconds(one.engine_s)
+        if one.is_woken and one.taken_s < _STRANGE * step_s:
+            late_s += one.taken_s - step_s
+            usual_s += one.beside * step_s
+    return max(0.0, late_s / usual_s) if usual_s else 0.0
 
 
 def _step_s(cost: CalibratedCost, step: PrefillStep) -> float:
@@ -158,7 +158,7 @@ def _predicted_steps(cost: CalibratedCost, decoded: Decoded, joined: Spans) -> t
     steps, kv_s, own, at_once = 0.0, 0.0, 0, 0
     for (at_s, more_own, more), (next_s, *_) in pairwise(sorted(changes)):
         own, at_once = own + more_own, at_once + more
-        if own:
+        if own and next_s > at_s:
             base_s, per_token_s = cost.decode_line(at_once)
             read_s = at_once * decoded.kv_tokens * per_token_s
             count = own * (next_s - at_s) / (base_s + read_s)

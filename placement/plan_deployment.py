@@ -10,6 +10,7 @@ from core.plan import Plan, PlanGroup
 from core.slo import SloClass
 from placement.cluster import Cluster, Node, nic_bytes_per_s, peer_bytes_per_s
 from placement.costs.cost_source import CostSource
+from placement.costs.serving import ServingCosts
 from placement.simulator.deployment import Deployment, Failure, InstanceSpec, NetworkSpec, RouterSpec
 
 BLOCK_SIZE = 16
@@ -38,6 +39,7 @@ def deployment_of(
     instances: list[InstanceSpec] = []
     for group in whole.groups:
         calibration = cluster.calibrations.get(_device_name(group, cluster))
+        serving = ServingCosts() if calibration is None else calibration.serving
         cost = source.cost_model(_device_name(group, cluster), group.shape)
         if cost is None:
             raise ConfigError(
@@ -56,7 +58,8 @@ def deployment_of(
                     max_batch=group.max_batch,
                     policy=group.policy,
                     node=_node_index(ranks[0], cluster),
-                    join_s=calibration.serving.decode_join_s if calibration and group.role == "decode" else 0.0,
+                    join_s=serving.decode_join_s if group.role == "decode" else 0.0,
+                    wake_share=serving.prefill_wake if group.role == "prefill" else 0.0,
                 )
             )
             numbers[group.role] += 1

@@ -100,12 +100,9 @@ class Calibration(_Frozen):
                 raise ValueError("knots must ascend, and their values be at least 0")
         return self
 
-    def router_spec(self, *, neighbour_busy: float = 1.0) -> RouterSpec:
-        """Of the cluster that was measured; free of cost if none was. Decode computes for `neighbour_busy` of the
-        time."""
-        if self.road is None:
-            return RouterSpec()
-        return self.road.router_spec(neighbour_busy * self.serving.prefill_wake_s)
+    def router_spec(self) -> RouterSpec:
+        """Of the cluster that was measured; free of cost if none was."""
+        return RouterSpec() if self.road is None else self.road.router_spec()
 
     def network_spec(self, *, neighbour_busy: float = 1.0) -> NetworkSpec:
         """All instances on this machine, which compute for `neighbour_busy` of the time."""

@@ -38,7 +38,9 @@ class ServingCosts(_Frozen):
 
     prefill_alone: ServedStep = ServedStep()
     prefill_beside: ServedStep = ServedStep()
-    prefill_wake_s: float = Field(default=0.0, ge=0, description="More for the first step after a pause, beside decode")
+    prefill_wake: float = Field(
+        default=0.0, ge=0, description="How much longer, relatively, the first step after a pause takes, beside decode"
+    )
     decode_alone: ServedStep = ServedStep()
     decode_beside: ServedStep = ServedStep()
     decode_join_s: float = Field(default=0.0, ge=0, description="More for each sequence that has its first step")
@@ -67,10 +69,8 @@ class RoadCosts(_Frozen):
     transfer_turn_s: float = Field(ge=0, description="More for each transfer at the same time, and for itself")
     transfer_bytes_per_s: float = Field(gt=0, description="How much longer a long prompt's KV takes")
 
-    def router_spec(self, wake_s: float = 0.0) -> RouterSpec:
-        """`wake_s` delays requests like admission: a prefill worker that has something to do does not notice it, one
-        that has paused begins so much later, as if it took longer for its first step."""
-        return RouterSpec(self.admission_s + wake_s, self.first_token_s, self.token_s)
+    def router_spec(self) -> RouterSpec:
+        return RouterSpec(self.admission_s, self.first_token_s, self.token_s)
 
     def network_spec(self, kv_bytes_per_token: float, neighbour_busy: float) -> NetworkSpec:
         """All instances on this machine."""

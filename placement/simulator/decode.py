@@ -64,7 +64,8 @@ class DecodeInstance(SteppingInstance):
         if not chunks:
             return chunks, 0.0
         join_s = self.spec.join_s * sum(_has_its_first_step(chunk) for chunk in chunks)
-        return chunks, join_s + self._totals.count_step(_load(chunks), join_s).total_s
+        self._totals.count_more(join_s)
+        return chunks, join_s + self._totals.count_step(_load(chunks)).total_s
 
     def _computed(self, chunks: list[DecodeChunk]) -> None:
         for chunk in chunks:

@@ -8,6 +8,8 @@ from core.slo import SloClass
 
 Role = Literal["prefill", "decode", "colocated"]
 ColocatedPolicy = Literal["chunked", "prompt_first", "padded"]
+PAUSE_S = 0.03
+"""From when on a worker that had nothing to do has paused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,8 @@ class InstanceSpec:
     """One instance. `num_blocks` blocks of `block_size` tokens are its KV pool. `max_batch_tokens` bounds the prompt
     tokens of one step (prefill, colocated), `max_batch` the sequences decoded in one step. `node` is where its first
     device stands. `join_s` is how much longer decode's step takes for each sequence whose KV
-    came from elsewhere and that has its first one."""
+    came from elsewhere and that has its first one; `wake_share` how much longer, relatively, prefill's takes after a
+    pause."""
 
     instance_id: str
     role: Role
@@ -31,6 +34,7 @@ class InstanceSpec:
     node: int = 0
     growth_horizon_tokens: int = 256
     join_s: float = 0.0
+    wake_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

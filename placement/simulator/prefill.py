@@ -5,7 +5,7 @@ from core.errors import TandemError
 from placement.simulator.agenda import Agenda
 from placement.simulator.attempt import Attempt, Listener
 from placement.simulator.counted import CountedSequence
-from placement.simulator.deployment import InstanceSpec
+from placement.simulator.deployment import PAUSE_S, InstanceSpec
 from placement.simulator.load import load_of
 from placement.simulator.prefixes import BlockNames, pool_and_index
 from placement.simulator.result import InstanceUse
@@ -88,11 +88,12 @@ class PrefillInstance:
             if chunk.start == chunk.sequence.num_cached:
                 self._listener.prefill_started(_attempt(chunk), chunk.sequence.num_cached)
         cost = self._totals.count_step(_load(chunks))
-        total_s = cost.total_s
-        self._results_s = max(self._results_s, now_s + total_s)
+        wake_s = self.spec.wake_share * cost.total_s if now_s - self._results_s > PAUSE_S else 0.0
+        self._totals.count_more(wake_s)
+        self._results_s = max(self._results_s, now_s + wake_s + cost.total_s)
         step = (chunks, self._life)
-        if cost.interval_s < total_s:
-            self._agenda.at_step_end(now_s + cost.interval_s, self._next_step, step)
+        if cost.interval_s < cost.total_s:
+            self._agenda.at_step_end(now_s + wake_s + cost.interval_s, self._next_step, step)
             self._agenda.at_step_end(self._results_s, self._end_pipeline, step)
         else:
             self._agenda.at_step_end(self._results_s, self._end_step, step)

@@ -16,29 +16,33 @@ class StepTotals:
         # totals are those of as many steps that read as much in all, equally.
         self._run_steps: dict[int, int] = {}
         self._run_kv_tokens: dict[int, int] = {}
-        self._join_s = 0.0
+        self._more_s = 0.0
         self._steps = 0
         self._busy_s = 0.0
         self._prefill_tokens = 0
         self._decode_tokens = 0
 
-    def count_step(self, load: StepLoad, join_s: float = 0.0) -> StepCost:
-        """What the step costs, without `join_s` for the sequences that join."""
+    def count_step(self, load: StepLoad) -> StepCost:
+        """What the step costs."""
         cost = self._cost.step(load)
         self._add(cost, 1)
         self._prefill_tokens += load.prefill_tokens
         self._decode_tokens += load.decode_sequences
         self._steps += 1
-        self._join_s += join_s
-        self._busy_s += join_s + (cost.interval_s if cost.interval_s > 0 else cost.total_s)
+        self._busy_s += cost.interval_s if cost.interval_s > 0 else cost.total_s
         return cost
+
+    def count_more(self, seconds: float) -> None:
+        """What a step takes that its cost does not know of."""
+        self._more_s += seconds
+        self._busy_s += seconds
 
     def count_run(self, run: SteadyRun) -> None:
         steps, sequences = run.num_steps, run.steady.num_sequences
         self._steps += steps
         self._decode_tokens += steps * sequences
-        self._join_s += run.join_s
         self._busy_s += run.end_of(steps) - run.began_s
+        self._more_s += run.join_s
         kv_tokens = steps * run.steady.kv_tokens + steps * (steps - 1) // 2 * sequences
         self._run_steps[sequences] = self._run_steps.get(sequences, 0) + steps
         self._run_kv_tokens[sequences] = self._run_kv_tokens.get(sequences, 0) + kv_tokens
@@ -66,8 +70,8 @@ class StepTotals:
             self._add(self._cost.step(StepLoad.of_decode(sequences, kv_tokens + 1)), rest)
         self._run_steps.clear()
         self._run_kv_tokens.clear()
-        joined = {"overhead_s": self._terms_s.get("overhead_s", 0.0) + self._join_s} if self._join_s else {}
-        return self._terms_s | joined
+        more = {"overhead_s": self._terms_s.get("overhead_s", 0.0) + self._more_s} if self._more_s else {}
+        return self._terms_s | more
 
     def _add(self, cost: StepCost, steps: int) -> None:
         for name, seconds in cost.terms().items():

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from bench.load_result import LoadRecord
 from bench.pace import Pace, disturbed_s, pace_of
 from bench.serving_answers import Answers, Decoded, Loaded, Prompted, prompted_of, steps_of
-from bench.serving_fit import Taken, decode_step, road_costs, served, serving_costs, wake_s
+from bench.serving_fit import Taken, decode_step, road_costs, served, serving_costs, wake
 from core.cost_model import StepLoad
 from placement.costs.calibration import CalibratedCost, Calibration, Terms
 from placement.costs.serving import ServedStep, ServingCosts
@@ -129,12 +129,17 @@ def test_a_sequence_that_joins_makes_a_step_longer() -> None:
 
 
 def test_the_first_step_after_a_pause_takes_longer() -> None:
-    beside = ServedStep(constant_s=0.003, factor=1.2)
-    woken = [Taken(one, beside.seconds(one) + more, 1.0, is_woken=True) for one, more in ((0.1, 0.004), (0.2, 0.006))]
-    others = [Taken(0.1, 0.05, 0.3, is_woken=True), Taken(0.1, 0.05, 1.0)]
-    assert wake_s(beside, woken + others) == pytest.approx(0.005), "of those beside decode"
-    assert wake_s(beside, [Taken(0.1, 0.05, 1.0, is_woken=True)]) == 0
-    assert wake_s(beside, others) == 0
+    alone, beside = ServedStep(factor=1.1), ServedStep(constant_s=0.003, factor=1.2)
+    woken = [
+        Taken(engine_s, usual_s * (1 + 0.08 * share), share, is_woken=True)
+        for engine_s in (0.05, 0.2)
+        for share in (1.0, 0.4, 0.0)
+        if (usual_s := alone.toward(beside, share).seconds(engine_s))
+    ]
+    others = [Taken(0.1, 0.15, 1.0), Taken(0.1, 0.5, 1.0, is_woken=True)]  # not woken; with a stranger
+    assert wake(alone, beside, woken + others) == pytest.approx(0.08)
+    assert wake(alone, beside, [Taken(0.1, 0.05, 1.0, is_woken=True)]) == 0
+    assert wake(alone, beside, others) == 0
 
 
 def test_decode_is_compared_with_as_many_at_once_as_there_were() -> None:
@@ -155,6 +160,14 @@ def test_answers_that_join_for_some_steps_make_them_longer() -> None:
     assert step.taken_s == pytest.approx(step.engine_s)
     assert step.joined == pytest.approx(2 / 10)
     assert step.beside == pytest.approx(0.25 * alone_s / (alone_s + both_s))
+
+
+def test_an_answer_whose_client_saw_all_of_it_at_once_counts_for_no_time() -> None:
+    at_once = prompted(8, 0.1, transfer_s=0.02, began_s=0.1, decode_s=-0.02)
+    assert at_once.decode_span == pytest.approx((0.22, 0.22))
+    alone = decode_step(ALONE, Loaded((), decoded(10, (0.0, 10 * step_s(1)))))
+    beside = decode_step(ALONE, Loaded((at_once,), decoded(10, (0.0, 10 * step_s(1)))))
+    assert beside.engine_s == pytest.approx(alone.engine_s)
 
 
 def test_reading_kv_takes_as_long_in_a_worker() -> None:

@@ -38,7 +38,8 @@ TRUE = Terms(
 SERVED = ServingCosts(
     prefill_alone=ServedStep(constant_s=0.0, factor=1.0),
     prefill_beside=ServedStep(constant_s=0.004, factor=1.5),
-    prefill_wake_s=0.01,
+    prefill_wake=0.1,
+    decode_join_s=0.002,
     decode_alone=ServedStep(constant_s=0.001, factor=0.8),
     decode_beside=ServedStep(constant_s=0.002, factor=1.2),
 )
@@ -170,8 +171,7 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     path.write_text(dump_config(written))
     read = load_calibration(path)
     assert read == written
-    assert read.router_spec().admission_s == pytest.approx(0.012), "and what it takes to wake a worker"
-    assert read.router_spec(neighbour_busy=0.0).admission_s == 0.002
+    assert read.router_spec().admission_s == 0.002
     assert read.network_spec().latency_s == 0.008
     assert read.network_spec(neighbour_busy=0.25).latency_s == pytest.approx(0.005)
     assert read.network_spec().turn_s == 0.001

@@ -86,6 +86,18 @@ def test_a_sequence_that_joins_decode_delays_everyones_step_once() -> None:
     assert slow.instances[1].busy_s == pytest.approx(free.instances[1].busy_s + 2 * 0.005)
 
 
+def test_prefills_first_step_after_a_pause_takes_longer() -> None:
+    """The second comes while the first is computed, the third long after."""
+    stream = RequestStream.make(np.array([0.0, 0.001, 1.0]), np.full(3, 100), np.full(3, 1))
+    plain = deployment(cost=LinearCost(0.01, 1e-4, 0.0))
+    woken = replace(plain, instances=tuple(replace(one, wake_share=0.1) for one in plain.instances))
+    usual, slow = simulate(plain, stream), simulate(woken, stream)
+    step_s, first = 0.02, STAGES.index(Stage.FIRST_TOKEN)
+    later_s = slow.stamps[:, first] - usual.stamps[:, first]
+    assert later_s == pytest.approx([0.0, 0.0, 0.1 * step_s]), "at the start it has not paused yet"
+    assert slow.instances[0].busy_s == pytest.approx(usual.instances[0].busy_s + 0.1 * step_s)
+
+
 @given(
     prefill=st.integers(1, 3),
     decode=st.integers(1, 3),
