@@ -20,6 +20,19 @@ class Prompted:
     total_s: float
     parts: Mapping[str, float]
 
+    @classmethod
+    def seen(cls, num_tokens: int, sent_s: float, first_s: float, last_s: float, timeline: Any) -> "Prompted":
+        """By a client, on its clock, with the server's `timeline` (docs/http-api.md)."""
+        return cls(
+            num_tokens=num_tokens,
+            began_s=first_s - timeline["parts"]["prefill_s"],
+            first_s=first_s - sent_s,
+            whole_s=last_s - sent_s,
+            ttft_s=timeline["ttft_s"],
+            total_s=timeline["total_s"],
+            parts=timeline["parts"],
+        )
+
     @property
     def ended_s(self) -> float:
         return self.began_s + self.parts["prefill_s"]
@@ -38,16 +51,7 @@ def prompted_of(record: LoadRecord) -> Prompted | None:
     assert record.sent_s is not None, "it is whole"
     assert record.first_s is not None
     assert record.last_s is not None
-    timeline: Any = record.timeline
-    return Prompted(
-        num_tokens=record.num_prompt_tokens,
-        began_s=record.first_s - timeline["parts"]["prefill_s"],
-        first_s=record.first_s - record.sent_s,
-        whole_s=record.last_s - record.sent_s,
-        ttft_s=timeline["ttft_s"],
-        total_s=timeline["total_s"],
-        parts=timeline["parts"],
-    )
+    return Prompted.seen(record.num_prompt_tokens, record.sent_s, record.first_s, record.last_s, record.timeline)
 
 
 @dataclass(frozen=True, slots=True)

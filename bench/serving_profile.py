@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 from itertools import cycle
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from bench.load_client import LoadClient, Stamped
 from bench.load_run import FIRST_ID, LAST_ID
@@ -168,21 +167,7 @@ class Probe:
 
 def _prompted(num_tokens: int, stamped: Stamped) -> Prompted:
     assert stamped.first_s is not None
-    timeline = _timeline(stamped)
-    return Prompted(
-        num_tokens=num_tokens,
-        began_s=stamped.first_s - timeline["parts"]["prefill_s"],
-        first_s=stamped.first_s - stamped.sent_s,
-        whole_s=stamped.last_s - stamped.sent_s,
-        ttft_s=timeline["ttft_s"],
-        total_s=timeline["total_s"],
-        parts=timeline["parts"],
-    )
-
-
-def _timeline(stamped: Stamped) -> dict[str, Any]:
     assert stamped.usage is not None
     extra = stamped.usage["tandem"]
     assert isinstance(extra, dict), "timelines were asked for"
-    timeline: dict[str, Any] = extra["timeline"]
-    return timeline
+    return Prompted.seen(num_tokens, stamped.sent_s, stamped.first_s, stamped.last_s, extra["timeline"])
