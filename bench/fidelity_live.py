@@ -11,7 +11,7 @@ go from everything met to little met on any machine.
 Needs a machine with at least two cores and nothing else on them. What was measured stays in --folder: an interrupted
 run goes on where it stopped, and --fresh begins anew.
 
-    python -m bench.fidelity_live                        everything, some 30 minutes
+    python -m bench.fidelity_live                        everything, some 45 minutes
     python -m bench.fidelity_live --seconds 10 --repetitions 1 --folder /tmp/quick --no-write       to see that it works
 """
 

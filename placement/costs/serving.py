@@ -14,8 +14,8 @@ class ServedStep(_Frozen):
     reading KV, which takes as long.
 
     Every step reads all weights, through caches that others have filled meanwhile, and something passes between two
-    steps: the constant. What is computed is slowed by whoever shares the machine: the factor. (KV is read in one
-    stream by few rows; live runs with long and short sequences agree with a factor of 1 for it.)
+    steps: the constant. What is computed is slowed by whoever shares the machine: the factor. (Without a
+    factor for reading KV, live steps are predicted within 1 % on average; with decode's, 4 % too slow.)
     """
 
     constant_s: float = Field(default=0.0, ge=0)
