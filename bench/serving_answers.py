@@ -80,10 +80,9 @@ class PrefillStep:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Answers of `batch` clients, each of whom asks again at once; their prompts are next to nothing. `kv_tokens`: of
+    """Answers of some clients, each of whom asks again at once; their prompts are next to nothing. `kv_tokens`: of
     one sequence, on average."""
 
-    batch: int
     kv_tokens: float
     num_steps: int  # of all answers together
     prompted: tuple[Prompted, ...]

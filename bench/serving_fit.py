@@ -19,7 +19,6 @@ _FAR_OFF = 0.25  # steps differ by 8 %
 _STRANGE = 1.6  # times what is usual: a pause does not explain it
 _FEW = 12  # steps: fewer of an octave do not count as much as many of another
 
-
 Spans = Sequence[tuple[float, float]]
 
 

@@ -141,7 +141,6 @@ class Probe:
 
         await asyncio.gather(*(ask_on() for _ in range(batch)))
         return Decoded(
-            batch=batch,
             kv_tokens=_SHORT_PROMPT + sum(n * n for n in num_tokens) / sum(num_tokens) / 2,
             num_steps=sum(num_tokens) - len(num_tokens),
             prompted=tuple(_prompted(_SHORT_PROMPT, answer) for answer in answers),

@@ -61,7 +61,7 @@ def answer(start_s: float, end_s: float) -> Prompted:
 
 
 def decoded(num_steps: int, *spans: tuple[float, float]) -> Decoded:
-    return Decoded(len(spans), KV_TOKENS, num_steps, tuple(answer(*span) for span in spans))
+    return Decoded(KV_TOKENS, num_steps, tuple(answer(*span) for span in spans))
 
 
 def test_prompts_whose_steps_overlap_were_in_one() -> None:
