@@ -33,7 +33,7 @@ from bench.calibrate import calibrate
 from bench.fidelity_page import write_section
 from bench.fidelity_runs import Run, measure
 from bench.fidelity_table import TITLE, Comparison, Figures, section_text
-from bench.load_result import as_simulation
+from bench.pace import pace_in, with_pace
 from bench.processes import BenchError
 from bench.serving_answers import Answers
 from bench.serving_fit import with_serving
@@ -109,7 +109,7 @@ def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float
                 beside["prefill"],
                 **pool,
                 max_batch=decode.max_batch,
-                join_s=serving.decode_join_s,
+                open_s=serving.decode_open_s,
             ),
         ),
         network=calibration.network_spec(neighbour_busy=busy["prefill"]),
@@ -182,12 +182,13 @@ def compare(runs: Sequence[Run], seed: int) -> Iterator[Comparison]:
         if run.repetition > 0:
             continue
         repeated = [other for other in runs if (other.workload, other.share) == (run.workload, run.share)]
-        stream, sound, doubtful = run.stream(seed), list[Figures](), list[Figures]()
+        stream, sound, doubtful = run.stream(seed), list[Run](), list[Run]()
         for other in repeated:
-            told = other.told()
-            is_sound = told["generator"]["fault"] is None and other.is_steady(other.around())
-            figures = _figures_of(as_simulation(stream, other.records(), told["duration_s"]), run)
-            (sound if is_sound else doubtful).append(figures)
+            is_sound = other.told()["generator"]["fault"] is None and other.is_steady(other.around())
+            (sound if is_sound else doubtful).append(other)
+        counted = sound or doubtful
+        paces = tuple(pace_in(one.answers(), run.calibration) for one in counted)
+        at_pace = (simulate_one_and_one(with_pace(run.calibration, pace), stream) for pace in paces)
         yield Comparison(
             workload=run.workload,
             share=run.share,
@@ -196,7 +197,9 @@ def compare(runs: Sequence[Run], seed: int) -> Iterator[Comparison]:
             ttft_target_s=run.slo.slo[0].ttft_s,
             tpot_target_s=run.slo.slo[0].tpot_s,
             simulated=_figures_of(simulate_one_and_one(run.calibration, stream), run),
-            live=tuple(sound or doubtful),
+            live=tuple(_figures_of(one.seen(stream), run) for one in counted),
+            paces=paces,
+            at_pace=tuple(_figures_of(one, run) for one in at_pace),
             left_out=len(doubtful) if sound else 0,
             is_in_doubt=not sound,
         )

@@ -15,20 +15,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from bench.load import make_streams
-from bench.load_result import LoadRecord
+from bench.load_result import LoadRecord, as_simulation
 from bench.pace import Pace, disturbed_s, pace_of
 from bench.processes import BenchError, Launcher
-from bench.serving_answers import Answers, prompted_of
+from bench.serving_answers import Answers, Prompted, prompted_of
 from bench.serving_fit import with_serving
 from bench.serving_profile import measure_running, probing
 from core.slo_file import SloFile
 from placement.costs.calibration import Calibration
+from placement.simulator.result import SimulationResult
 from placement.workload.requests import RequestStream
 
 _PACE_S, _PACE_BATCH = 5.0, 4
@@ -36,6 +37,8 @@ _PART_S, _PART_BATCHES = 10.0, (1, 2, 4, 8)  # after each run, in turns
 _SERVING_S = 60.0  # twice as long as `tandem profile`, for serving varies by the second
 _TOLERANCE = 0.1  # a pace is measured to 3 %, and so is what it is compared with
 _ATTEMPTS = 3
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,8 @@ class Run:
         return self.path.with_suffix(".around")
 
     def around(self) -> Around:
-        return _AROUND.validate_json(self.around_path.read_bytes())
+        """Raises BenchError."""
+        return _read(self.around_path, _AROUND)
 
     def told(self) -> dict[str, Any]:
         """What `bench.load` says of it."""
@@ -81,10 +85,16 @@ class Run:
     def records(self) -> tuple[LoadRecord, ...]:
         return tuple(LoadRecord(**one) for one in self.told()["requests"])
 
+    def seen(self, stream: RequestStream) -> SimulationResult:
+        """What became of `stream`, in the form of a simulation's result."""
+        return as_simulation(stream, self.records(), self.told()["duration_s"])
+
+    def answers(self) -> list[Prompted]:
+        return [one for record in self.records() if (one := prompted_of(record)) is not None]
+
     def is_steady(self, around: Around) -> bool:
         """Whether the machine kept its pace."""
-        prompted = [one for record in self.records() if (one := prompted_of(record)) is not None]
-        return around.is_steady and disturbed_s(prompted, self.calibration) == 0
+        return around.is_steady and disturbed_s(self.answers(), self.calibration) == 0
 
     def stream(self, seed: int) -> RequestStream:
         """The same for every repetition."""
@@ -191,7 +201,14 @@ async def _run_all(
 
 
 def _read_answers(path: Path) -> Answers | None:
-    return _ANSWERS.validate_json(path.read_bytes()) if path.exists() else None
+    return _read(path, _ANSWERS) if path.exists() else None
+
+
+def _read(path: Path, form: TypeAdapter[T]) -> T:
+    try:
+        return form.validate_json(path.read_bytes())
+    except ValidationError:
+        raise BenchError(f"{path} was written by another version of this script: measure anew, with --fresh") from None
 
 
 def _write(path: Path, told: bytes) -> None:

@@ -1,8 +1,10 @@
 """The section "Our own cluster" of docs/fidelity.md: live runs beside simulated ones, and how far apart they are."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 
+from bench.pace import Pace
 from placement.costs.calibration import Calibration
 
 TITLE = "Our own cluster"
@@ -25,7 +27,8 @@ class Figures:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One workload at one rate. `live` has one entry per repetition, without `left_out` ones that are in doubt: the
-    load generator says so, or the machine did not keep its pace. `is_in_doubt`: all of them are, and none left out."""
+    load generator says so, or the machine did not keep its pace. `is_in_doubt`: all of them are, and none left out.
+    `paces` are the live runs' own, and `at_pace` what is simulated for each if that is known."""
 
     workload: str
     share: float
@@ -35,6 +38,8 @@ class Comparison:
     tpot_target_s: float
     simulated: Figures
     live: tuple[Figures, ...]
+    paces: tuple[Pace, ...]
+    at_pace: tuple[Figures, ...]
     left_out: int = 0
     is_in_doubt: bool = False
 
@@ -55,6 +60,10 @@ class Comparison:
         """Simulated against live, relative."""
         return float(getattr(self.simulated, name)) / self.live_mean(name) - 1
 
+    def knowing_the_pace(self) -> "Comparison":
+        """The same with what is simulated at each run's own pace, on average."""
+        return replace(self, simulated=_mean(self.at_pace))
+
     @property
     def is_met(self) -> bool:
         errors = [abs(self.latency_error(name)) for name in ("ttft_s", "tpot_s")]
@@ -73,13 +82,23 @@ def section_text(comparisons: Sequence[Comparison], calibration: Calibration, no
         lines.append(f"Targets: TTFT {first.ttft_target_s:g} s, TPOT {1e3 * first.tpot_target_s:g} ms.")
         lines += ["", *_table(rows), "", "Where the time goes, mean milliseconds, live / simulated:", ""]
         lines += _parts_table(rows)
+        lines += ["", "At the pace of each run's own steps, over the calibration's:", "", *_pace_table(rows)]
     return "\n".join(lines) + "\n"
 
 
+def _mean(figures: Sequence[Figures]) -> Figures:
+    names = dict.fromkeys(name for one in figures for name in one.parts_s)
+    return Figures(
+        attainment=fmean(one.attainment for one in figures),
+        ttft_attainment=fmean(one.ttft_attainment for one in figures),
+        tpot_attainment=fmean(one.tpot_attainment for one in figures),
+        ttft_s=fmean(one.ttft_s for one in figures),
+        tpot_s=fmean(one.tpot_s for one in figures),
+        parts_s={name: fmean(one.parts_s.get(name, 0.0) for one in figures) for name in names},
+    )
+
+
 def _preamble(comparisons: Sequence[Comparison], calibration: Calibration) -> Iterator[str]:
-    met = sum(one.is_met for one in comparisons)
-    attainment = max(abs(one.attainment_error) for one in comparisons)
-    ttft, tpot = (max(abs(one.latency_error(name)) for one in comparisons) for name in ("ttft_s", "tpot_s"))
     yield (
         f"`python -m bench.fidelity_live`, {calibration.measured_on}: {calibration.device}, {calibration.cores} cores,"
         f" {calibration.dtype}; one prefill and one decode worker, {calibration.threads} thread each."
@@ -89,11 +108,28 @@ def _preamble(comparisons: Sequence[Comparison], calibration: Calibration) -> It
     )
     yield ""
     yield (
-        f"Aim: attainment within 3 points, mean TTFT and TPOT within 8 %. Met in {met} of {len(comparisons)} rows;"
-        f" largest differences {100 * attainment:.1f} points, TTFT {ttft:.1%}, TPOT {tpot:.1%}. The simulator knows"
-        f" only what `tandem profile` measures: the engine's steps (error on those that were not fitted:"
+        f"Aim: attainment within 3 points, mean TTFT and TPOT within 8 %. Met in {_met(comparisons)}. The simulator"
+        f" knows only what `tandem profile` measures: the engine's steps (error on those that were not fitted:"
         f" {calibration.error.median:.1%}), and what serving adds to them, before and between the runs. A row with !"
         f" has only runs in doubt."
+    )
+    yield ""
+    paces = sorted(pace for one in comparisons for each in one.paces for pace in (each.prefill, each.decode))
+    yield (
+        f"From one run to the next the same steps take longer or shorter: {paces[0]:.2f} to {paces[-1]:.2f} times what"
+        f" the calibration says. If the simulator is told this of each run, two numbers, one for each phase, it meets"
+        f" the aim in {_met([one.knowing_the_pace() for one in comparisons])}: that is how wrong its queues, batches"
+        f" and transfers are; the rest is how the machine's pace in a run differs from the pace beside it."
+    )
+
+
+def _met(comparisons: Sequence[Comparison]) -> str:
+    met = sum(one.is_met for one in comparisons)
+    attainment = max(abs(one.attainment_error) for one in comparisons)
+    ttft, tpot = (max(abs(one.latency_error(name)) for one in comparisons) for name in ("ttft_s", "tpot_s"))
+    return (
+        f"{met} of {len(comparisons)} rows; largest differences {100 * attainment:.1f} points, TTFT {ttft:.1%},"
+        f" TPOT {tpot:.1%}"
     )
 
 
@@ -129,3 +165,21 @@ def _parts_table(rows: Sequence[Comparison]) -> Iterator[str]:
             live = sum(figures.parts_s.get(name, 0.0) for figures in one.live) / len(one.live)
             cells.append(f"{1e3 * live:.1f} / {1e3 * one.simulated.parts_s.get(name, 0.0):.1f}")
         yield f"| {one.rate:g} | " + " | ".join(cells) + " |"
+
+
+def _pace_table(rows: Sequence[Comparison]) -> Iterator[str]:
+    yield "| req/s | prefill's steps | decode's | points | TTFT % | TPOT % | aim |"
+    yield "|---:" * 6 + "|---|"
+    for one in rows:
+        told = one.knowing_the_pace()
+        paces = [_range([getattr(pace, phase) for pace in one.paces]) for phase in ("prefill", "decode")]
+        yield (
+            f"| {one.rate:g} | {' | '.join(paces)} | {100 * told.attainment_error:+.1f}"
+            f" | {100 * told.latency_error('ttft_s'):+.1f} | {100 * told.latency_error('tpot_s'):+.1f}"
+            f" | {'met' if told.is_met else 'missed'} |"
+        )
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"

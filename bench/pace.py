@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.serving_answers import Loaded, Prompted, steps_of
-from bench.serving_fit import decode_step, prefill_steps
+from bench.serving_answers import Loaded, PrefillStep, Prompted, steps_of
+from bench.serving_fit import decode_steps, prefill_steps
 from core.cost_model import StepLoad
 from placement.costs.calibration import CalibratedCost, Calibration
+from placement.costs.serving import ServedStep
 
 _WINDOW_S = 2.0
 _ENOUGH_S = 0.2  # of steps in a window, to tell by
@@ -46,10 +47,44 @@ def disturbed_s(prompted: Sequence[Prompted], calibration: Calibration) -> float
 
 
 def pace_of(loaded: Loaded, calibration: Calibration) -> Pace:
-    """Of a cluster of one worker of each role while both were kept busy, without pauses."""
+    """Of a cluster of one worker of each role while both were kept busy."""
+    return _pace(loaded.steps(), loaded, calibration)
+
+
+def pace_in(run: Sequence[Prompted], calibration: Calibration) -> Pace:
+    """Of such a cluster while it answered these."""
+    return _pace(steps_of(run), Loaded(tuple(run)), calibration)
+
+
+def with_pace(calibration: Calibration, pace: Pace) -> Calibration:
+    """What it would have been at this pace."""
+
+    def paced(step: ServedStep, times: float) -> ServedStep:
+        return ServedStep(constant_s=times * step.constant_s, factor=times * step.factor)
+
+    serving = calibration.serving
+    changed = {
+        "prefill_alone": paced(serving.prefill_alone, pace.prefill),
+        "prefill_beside": paced(serving.prefill_beside, pace.prefill),
+        "decode_alone": paced(serving.decode_alone, pace.decode),
+        "decode_beside": paced(serving.decode_beside, pace.decode),
+        "decode_open_s": pace.decode * serving.decode_open_s,
+    }
+    return calibration.model_copy(update={"serving": serving.model_copy(update=changed)})
+
+
+def _pace(steps: Sequence[PrefillStep], loaded: Loaded, calibration: Calibration) -> Pace:
     cost, serving = CalibratedCost(calibration.terms), calibration.serving
-    steps = [one for one in prefill_steps(cost, loaded) if not one.is_woken]
-    prefill_s = sum(serving.prefill(one.beside).seconds(one.engine_s) for one in steps)
-    decode = decode_step(cost, loaded)
-    decode_s = serving.decode(decode.beside).seconds(decode.engine_s) + serving.decode_join_s * decode.joined
-    return Pace(prefill=sum(one.taken_s for one in steps) / prefill_s, decode=decode.taken_s / decode_s)
+    prefill, decode = prefill_steps(cost, steps, loaded), decode_steps(cost, loaded)
+    prefill_s = sum(
+        serving.prefill(one.beside).seconds(one.engine_s) * (1 + one.is_woken * one.beside * serving.prefill_wake)
+        for one in prefill
+    )
+    decode_s = sum(
+        one.count * (serving.decode(one.beside).seconds(one.engine_s) + serving.decode_open_s * one.opened)
+        for one in decode
+    )
+    return Pace(
+        prefill=sum(one.taken_s for one in prefill) / prefill_s,
+        decode=sum(one.count * one.taken_s for one in decode) / decode_s,
+    )

@@ -6,13 +6,17 @@ from statistics import median
 from typing import Any
 
 from bench.load_result import LoadRecord
+from core.config import PrefillSection
+
+_BATCH_TOKENS = PrefillSection().max_batch_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
-    """An answer to a prompt: its length, what its client waited, and the parts of its timeline."""
+    """An answer to a prompt: their lengths, what its client waited, and the parts of its timeline."""
 
-    num_tokens: int
+    num_tokens: int  # of the prompt
+    num_output_tokens: int
     began_s: float  # its step, on the client's clock
     first_s: float  # since it was sent
     whole_s: float
@@ -21,10 +25,13 @@ class Prompted:
     parts: Mapping[str, float]
 
     @classmethod
-    def seen(cls, num_tokens: int, sent_s: float, first_s: float, last_s: float, timeline: Any) -> "Prompted":
+    def seen(
+        cls, num_tokens: int, num_output_tokens: int, sent_s: float, first_s: float, last_s: float, timeline: Any
+    ) -> "Prompted":
         """By a client, on its clock, with the server's `timeline` (docs/http-api.md)."""
         return cls(
             num_tokens=num_tokens,
+            num_output_tokens=num_output_tokens,
             began_s=first_s - timeline["parts"]["prefill_s"],
             first_s=first_s - sent_s,
             whole_s=last_s - sent_s,
@@ -38,9 +45,24 @@ class Prompted:
         return self.began_s + self.parts["prefill_s"]
 
     @property
+    def arrived_s(self) -> float:
+        """When decode had its KV. It got to know of it when its step of prefill began."""
+        return self.ended_s + self.parts["transfer_s"]
+
+    @property
+    def num_steps(self) -> int:
+        """Of decode."""
+        return self.num_output_tokens - 1
+
+    @property
+    def kv_tokens(self) -> float:
+        """That a step of decode reads, on average."""
+        return self.num_tokens + self.num_output_tokens / 2
+
+    @property
     def decode_span(self) -> tuple[float, float]:
         """From when its KV was there and a step could take it, to its end. Empty if the client saw both at once."""
-        ready_s = self.ended_s + self.parts["transfer_s"] + self.parts["decode_queue_s"]
+        ready_s = self.arrived_s + self.parts["decode_queue_s"]
         return ready_s, max(ready_s, self.ended_s + self.whole_s - self.first_s)
 
 
@@ -51,19 +73,24 @@ def prompted_of(record: LoadRecord) -> Prompted | None:
     assert record.sent_s is not None, "it is whole"
     assert record.first_s is not None
     assert record.last_s is not None
-    return Prompted.seen(record.num_prompt_tokens, record.sent_s, record.first_s, record.last_s, record.timeline)
+    return Prompted.seen(
+        record.num_prompt_tokens,
+        record.num_output_tokens,
+        record.sent_s,
+        record.first_s,
+        record.last_s,
+        record.timeline,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillStep:
-    """One step of the prefill worker, which had had nothing to do for `idle_s`."""
+    """One step of the prefill worker, which had had nothing to do for `idle_s`: the prompts that were begun in it, and
+    how many tokens it computed of each, the rest of the one that the step before left unfinished included."""
 
     prompts: tuple[Prompted, ...]
+    lengths: tuple[int, ...]
     idle_s: float
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(one.num_tokens for one in self.prompts)
 
     @property
     def began_s(self) -> float:
@@ -79,61 +106,30 @@ class PrefillStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
-    """Answers of some clients, each of whom asks again at once; their prompts are next to nothing. `kv_tokens`: of
-    one sequence, on average."""
-
-    kv_tokens: float
-    num_steps: int  # of all answers together
-    prompted: tuple[Prompted, ...]
-
-    @property
-    def spans(self) -> list[tuple[float, float]]:
-        """From when to when each answer had its steps."""
-        return [one.decode_span for one in self.prompted]
-
-    @property
-    def step_s(self) -> float:
-        """A mean step, as the answers saw it."""
-        return self.seconds / self.num_steps
-
-    @property
-    def busy_s(self) -> float:
-        """For how long there was anybody to decode for."""
-        return sum(end_s - start_s for start_s, end_s in _union(self.spans))
-
-    @property
-    def seconds(self) -> float:
-        """Of all answers together."""
-        return sum(end_s - start_s for start_s, end_s in self.spans)
-
-
-@dataclass(frozen=True, slots=True)
 class Loaded:
-    """Prompts while others decoded."""
+    """Answers of some clients, each of whom asked again at once and whose prompts are next to nothing, and what was
+    prompted while they decoded."""
 
-    prompted: tuple[Prompted, ...]
-    decoded: Decoded
-
-    @property
-    def joined(self) -> list[tuple[float, float]]:
-        """From when to when the prompts' answers had steps of decode, too."""
-        return [one.decode_span for one in self.prompted]
+    decoded: tuple[Prompted, ...]
+    prompted: tuple[Prompted, ...] = ()
 
     def steps(self) -> list[PrefillStep]:
         """Those with any of the prompts."""
-        return steps_of(self.prompted, self.decoded.prompted)
+        return steps_of(self.prompted, self.decoded)
 
     def decode_share(self, start_s: float, end_s: float) -> float:
         """Of the time between, in which there was somebody to decode for."""
-        return _covered([*self.decoded.spans, *self.joined], start_s, end_s) / (end_s - start_s)
+        return _share([one.decode_span for one in (*self.decoded, *self.prompted)], start_s, end_s)
+
+    def prefill_share(self, start_s: float, end_s: float) -> float:
+        """Of the time between, in which a prompt was computed."""
+        return _share([(one.began_s, one.ended_s) for one in (*self.decoded, *self.prompted)], start_s, end_s)
 
     @property
-    def prefill_share(self) -> float:
-        """Of the time in which decode was busy: that in which prefill was, too."""
-        steps = [(one.began_s, one.ended_s) for one in (*self.prompted, *self.decoded.prompted)]
-        both_s = sum(_covered(steps, start_s, end_s) for start_s, end_s in _union(self.decoded.spans))
-        return both_s / self.decoded.busy_s
+    def decode_step_s(self) -> float:
+        """A mean step, as the answers saw it."""
+        spans = [one.decode_span for one in self.decoded]
+        return sum(end_s - start_s for start_s, end_s in spans) / sum(one.num_steps for one in self.decoded)
 
 
 @dataclass(slots=True)
@@ -142,7 +138,7 @@ class Answers:
     another, with pauses between them, and with several at once, which are carried while decode computes."""
 
     prompted_alone: list[Prompted] = field(default_factory=list)
-    decoded_alone: list[Decoded] = field(default_factory=list)
+    decoded_alone: list[Loaded] = field(default_factory=list)
     steady: list[Loaded] = field(default_factory=list)
     paused: list[Loaded] = field(default_factory=list)
     crowded: list[Loaded] = field(default_factory=list)
@@ -163,21 +159,32 @@ class Answers:
 
 def steps_of(prompted: Sequence[Prompted], others: Sequence[Prompted] = ()) -> list[PrefillStep]:
     """The steps that computed the prompts, and `others` with them. One worker has one step at a time, so that prompts
-    whose steps overlap by half were in one. Steps of others only make the worker busy."""
+    whose steps overlap were in one. Steps of others only make the worker busy."""
     asked = {id(one) for one in prompted}
     together: list[list[Prompted]] = []
     for one in sorted((*prompted, *others), key=lambda one: one.began_s):
-        if together and together[-1][0].ended_s - one.began_s > one.parts["prefill_s"] / 2:
+        if together and _is_in(together[-1], one):
             together[-1].append(one)
         else:
             together.append([one])
-    steps, ended_s = list[PrefillStep](), float("-inf")
+    steps, ended_s, rest = list[PrefillStep](), float("-inf"), 0
     for members in together:
-        step = PrefillStep(tuple(members), idle_s=max(0.0, members[0].began_s - ended_s))
+        lengths = [rest, *(one.num_tokens for one in sorted(members, key=lambda one: one.ended_s))]
+        rest = max(0, sum(lengths) - _BATCH_TOKENS) if len(members) > 1 else 0
+        lengths[-1] -= rest  # whoever was not finished with the others ended in the next step
+        step = PrefillStep(
+            tuple(members), tuple(n for n in lengths if n > 0), idle_s=max(0.0, members[0].began_s - ended_s)
+        )
         ended_s = step.ended_s
         if any(id(one) in asked for one in members):
             steps.append(step)
     return steps
+
+
+def _is_in(members: Sequence[Prompted], one: Prompted) -> bool:
+    """Whether it was begun in the step of these: half of the step, or of what is known of it, was its own, too."""
+    ended_s = min(other.ended_s for other in members)
+    return ended_s - one.began_s > min(one.parts["prefill_s"], ended_s - members[0].began_s) / 2
 
 
 def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -191,8 +198,9 @@ def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return apart
 
 
-def _covered(spans: Sequence[tuple[float, float]], start_s: float, end_s: float) -> float:
-    """How many of the seconds between any span covers."""
-    return sum(
+def _share(spans: Sequence[tuple[float, float]], start_s: float, end_s: float) -> float:
+    """Of the time between: that which any span covers."""
+    covered_s = sum(
         max(0.0, min(end_s, span_end_s) - max(start_s, span_start_s)) for span_start_s, span_end_s in _union(spans)
     )
+    return covered_s / (end_s - start_s)

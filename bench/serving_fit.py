@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import nnls
 
-from bench.serving_answers import Answers, Decoded, Loaded, PrefillStep, Prompted, steps_of
+from bench.serving_answers import Answers, Loaded, PrefillStep, Prompted, steps_of
 from core.cost_model import StepLoad
 from placement.costs.calibration import CalibratedCost, Calibration
 from placement.costs.serving import RoadCosts, ServedStep, ServingCosts
@@ -18,8 +18,9 @@ _FASTEST_BYTES_PER_S = 1e12  # where no time per token can be seen
 _FAR_OFF = 0.25  # steps differ by 8 %
 _STRANGE = 1.6  # times what is usual: a pause does not explain it
 _FEW = 12  # steps: fewer of an octave do not count as much as many of another
+_FEW_STEPS = 8  # of an answer: too few to tell a mean one by
 
-Spans = Sequence[tuple[float, float]]
+Floats = npt.NDArray[np.float64]
 
 
 def with_serving(engine: Calibration, answers: Answers) -> Calibration:
@@ -31,11 +32,10 @@ def with_serving(engine: Calibration, answers: Answers) -> Calibration:
 def serving_costs(cost: CalibratedCost, answers: Answers) -> ServingCosts:
     """`cost`: of the engine by itself."""
     alone = [Taken(_step_s(cost, step), step.taken_s, beside=0.0) for step in steps_of(answers.prompted_alone)]
-    beside = [one for loaded in answers.loaded for one in prefill_steps(cost, loaded)]
+    beside = [one for loaded in answers.loaded for one in prefill_steps(cost, loaded.steps(), loaded)]
     prefill_alone, prefill_beside, _ = served(alone + [one for one in beside if not one.is_woken])
-    decode_alone, decode_beside, join_s = served(
-        [_decode_step(cost, one) for one in answers.decoded_alone]
-        + [decode_step(cost, loaded) for loaded in answers.loaded]
+    decode_alone, decode_beside, open_s = served(
+        [one for loaded in (*answers.decoded_alone, *answers.loaded) for one in decode_steps(cost, loaded)]
     )
     return ServingCosts(
         prefill_alone=prefill_alone,
@@ -43,7 +43,7 @@ def serving_costs(cost: CalibratedCost, answers: Answers) -> ServingCosts:
         prefill_wake=wake(prefill_alone, prefill_beside, beside),
         decode_alone=decode_alone,
         decode_beside=decode_beside,
-        decode_join_s=join_s,
+        decode_open_s=open_s,
     )
 
 
@@ -70,17 +70,18 @@ def road_costs(answers: Answers, kv_bytes_per_token: float) -> RoadCosts:
 @dataclass(frozen=True, slots=True)
 class Taken:
     """What a step takes the engine by itself, and took the worker; for which share of it the other one computed, how
-    many sequences joined, and whether the worker had paused."""
+    many requests came to decode meanwhile, and whether the worker had paused. The mean of `count` steps."""
 
     engine_s: float
     taken_s: float
     beside: float
-    joined: float = 0.0
+    opened: float = 0.0
     is_woken: bool = False
+    count: int = 1
 
 
-def prefill_steps(cost: CalibratedCost, loaded: Loaded) -> list[Taken]:
-    """`cost`: of the engine by itself."""
+def prefill_steps(cost: CalibratedCost, steps: Sequence[PrefillStep], loaded: Loaded) -> list[Taken]:
+    """`steps` of those that were `loaded`. `cost`: of the engine by itself."""
     return [
         Taken(
             engine_s=_step_s(cost, step),
@@ -88,49 +89,85 @@ def prefill_steps(cost: CalibratedCost, loaded: Loaded) -> list[Taken]:
             beside=loaded.decode_share(step.began_s, step.ended_s),
             is_woken=step.idle_s > PAUSE_S,
         )
-        for step in loaded.steps()
+        for step in steps
     ]
 
 
-def decode_step(cost: CalibratedCost, loaded: Loaded) -> Taken:
-    """The mean one. `cost`: of the engine by itself."""
-    return _decode_step(cost, loaded.decoded, loaded.prefill_share, loaded.joined)
+def decode_steps(cost: CalibratedCost, loaded: Loaded) -> list[Taken]:
+    """The mean one of each answer that had enough. Without reading KV, which takes as long as it takes the engine.
+    `cost`: of the engine by itself.
+
+    A request costs decode something as it is opened, and something while its KV comes: each is half a request.
+    """
+    everyone = (*loaded.decoded, *loaded.prompted)
+    changed_s, steps, kv_s = _steps_until(cost, everyone)
+    opened_s, arrived_s = np.sort([one.began_s for one in everyone]), np.sort([one.arrived_s for one in everyone])
+    taken = []
+    for one in loaded.decoded:
+        span = one.decode_span
+        if one.num_steps < _FEW_STEPS or span[0] == span[1]:
+            continue
+        expected, read_s = (float(np.diff(np.interp(span, changed_s, until))[0]) for until in (steps, kv_s))
+        came = sum(int(np.diff(np.searchsorted(times_s, span, side="right"))[0]) for times_s in (opened_s, arrived_s))
+        seconds = span[1] - span[0]
+        taken.append(
+            Taken(
+                engine_s=(seconds - read_s) / expected,
+                taken_s=seconds / one.num_steps - read_s / expected,
+                beside=loaded.prefill_share(*span),
+                opened=came / 2 / one.num_steps,
+                count=one.num_steps,
+            )
+        )
+    return taken
 
 
-def _decode_step(cost: CalibratedCost, decoded: Decoded, beside: float = 0.0, joined: Spans = ()) -> Taken:
-    """`joined`: spans of others' answers. Without reading KV, which takes as long as it takes the engine."""
-    steps, kv_s = _predicted_steps(cost, decoded, joined)
-    return Taken(
-        engine_s=decoded.seconds / steps - kv_s,
-        taken_s=decoded.step_s - kv_s,
-        beside=beside,
-        joined=(len(decoded.spans) + len(joined)) * decoded.step_s / decoded.busy_s,
-    )
+def _steps_until(cost: CalibratedCost, answers: Sequence[Prompted]) -> tuple[Floats, Floats, Floats]:
+    """(times, steps, seconds): how many steps an answer would have had until then that was there all along, with as
+    many others at once as there were, and for how long they would have read KV."""
+    spans = np.array([one.decode_span for one in answers])
+    kv_tokens = np.array([one.kv_tokens for one in answers])
+    times_s, one_each = spans.T.ravel(), np.ones(len(spans))
+    order = np.argsort(times_s)
+    times_s = times_s[order]
+    at_once = np.cumsum(np.concatenate((one_each, -one_each))[order])[:-1]
+    kv_tokens = np.cumsum(np.concatenate((kv_tokens, -kv_tokens))[order])[:-1]
+    base_s, per_token_s = np.array([cost.decode_line(int(n)) if n > 0 else (np.inf, 0.0) for n in at_once]).T
+    read_s = kv_tokens * per_token_s
+    steps = np.diff(times_s) / (base_s + read_s)
+    return times_s, _sums(steps), _sums(steps * read_s)
+
+
+def _sums(parts: Floats) -> Floats:
+    """Of the first none, one, two, ..."""
+    return np.concatenate(([0.0], np.cumsum(parts)))
 
 
 def served(steps: Sequence[Taken]) -> tuple[ServedStep, ServedStep, float]:
-    """(alone, beside, join_s): a step lies between the first two by its share, and takes the last one longer for each
-    sequence that joins.
+    """(alone, beside, open_s): a step lies between the first two by its share, and takes the last one longer for each
+    request that comes meanwhile.
 
     Least squares: what takes longer varies as the root of its time, and every octave of steps counts as much as any
     other, however few were seen. Those that are far off, while a stranger had the machine, are left out.
     """
     engine = np.array([one.engine_s for one in steps])
     beside = np.array([one.beside for one in steps])
-    joined = np.array([one.joined for one in steps])
+    opened = np.array([one.opened for one in steps])
+    count = np.array([one.count for one in steps])
     taken = np.array([one.taken_s for one in steps])
     alone = 1 - beside
-    matrix = np.column_stack((alone, alone * engine, beside, beside * engine, joined))
-    _, octave, members = np.unique(np.floor(np.log2(engine)), return_inverse=True, return_counts=True)
-    weight = 1 / np.sqrt(engine * np.maximum(members[octave], _FEW))
+    matrix = np.column_stack((alone, alone * engine, beside, beside * engine, opened))
+    _, octave = np.unique(np.floor(np.log2(engine)), return_inverse=True)
+    members = np.bincount(octave, weights=count)
+    weight = np.sqrt(count / (engine * np.maximum(members[octave], _FEW)))
     found, _ = nnls(matrix * weight[:, None], taken * weight)
     weight *= np.abs(taken / (matrix @ found) - 1) <= _FAR_OFF
     found, _ = nnls(matrix * weight[:, None], taken * weight)
-    alone_s, alone_factor, beside_s, beside_factor, join_s = map(float, found)
+    alone_s, alone_factor, beside_s, beside_factor, open_s = map(float, found)
     return (
         ServedStep(constant_s=alone_s, factor=alone_factor),
         ServedStep(constant_s=beside_s, factor=beside_factor),
-        join_s,
+        open_s,
     )
 
 
@@ -147,22 +184,6 @@ def wake(alone: ServedStep, beside: ServedStep, steps: Sequence[Taken]) -> float
 
 def _step_s(cost: CalibratedCost, step: PrefillStep) -> float:
     return cost.step(StepLoad.of_prompts(*step.lengths)).total_s
-
-
-def _predicted_steps(cost: CalibratedCost, decoded: Decoded, joined: Spans) -> tuple[float, float]:
-    """How many steps all answers together would have had in their spans, with as many at once as there were, and the
-    mean seconds of these steps in which KV is read."""
-    changes = [change for start_s, end_s in decoded.spans for change in ((start_s, 1, 1), (end_s, -1, -1))]
-    changes += [change for start_s, end_s in joined for change in ((start_s, 0, 1), (end_s, 0, -1))]
-    steps, kv_s, own, at_once = 0.0, 0.0, 0, 0
-    for (at_s, more_own, more), (next_s, *_) in pairwise(sorted(changes)):
-        own, at_once = own + more_own, at_once + more
-        if own and next_s > at_s:
-            base_s, per_token_s = cost.decode_line(at_once)
-            read_s = at_once * decoded.kv_tokens * per_token_s
-            count = own * (next_s - at_s) / (base_s + read_s)
-            steps, kv_s = steps + count, kv_s + count * read_s
-    return steps, kv_s / steps
 
 
 def transfer_line(carried: Sequence[Prompted]) -> tuple[float, float]:
@@ -185,7 +206,7 @@ def transfers_beside(crowded: Sequence[Loaded], per_token_s: float) -> tuple[flo
     for loaded in crowded:
         for step in loaded.steps():
             together += [len(step.prompts)] * len(step.prompts)
-            waited_s = loaded.decoded.step_s / 2
+            waited_s = loaded.decode_step_s / 2
             seconds += [one.parts["transfer_s"] - per_token_s * one.num_tokens - waited_s for one in step.prompts]
     matrix = np.column_stack((np.ones(len(seconds)), together))
     (latency_s, turn_s), _ = nnls(matrix, np.array(seconds))

@@ -14,18 +14,19 @@ from itertools import cycle
 from pathlib import Path
 from random import Random
 
-from bench.load_client import LoadClient, Stamped
+from bench.load_client import LoadClient
 from bench.load_run import FIRST_ID, LAST_ID
 from bench.processes import MODEL_NAME, BenchError, Launcher
-from bench.serving_answers import Answers, Decoded, Loaded, Prompted
+from bench.serving_answers import Answers, Loaded, Prompted
 
 _LENGTHS = (32, 384, 64, 160)  # of prompts, in turns
 _BATCHES = (1, 2, 4, 8)
 _SHORT_PROMPT = 4  # of decode's answers: next to nothing, in whatever step of prefill it comes to be
 _TOKENS_AFTER_PROMPT = 3  # the fewest that show a transfer and a step of decode after it
-# Of answers, at least and at most, in turns: those that end together would leave decode idle meanwhile, and those that
-# are shorter have more sequences join.
-_ANSWER_TOKENS = ((8, 24), (16, 48), (40, 100))
+# Of answers, at least and at most, in turns: those that end together would leave decode idle meanwhile, and the shorter
+# they are, the more requests come.
+_ANSWER_TOKENS = ((8, 24), (16, 48), (24, 72), (40, 100))
+_LONG_ANSWERS = _ANSWER_TOKENS[-1]  # their own prompts, which would fill prefill's pauses, come seldom
 _CROWD = 8  # clients whose prompts come to be computed, and carried, together
 _LONGEST_PAUSE_S = 0.3  # between prompts: the first step after a pause takes longer
 _TIMEOUT_S = 60.0
@@ -92,17 +93,25 @@ class Probe:
     async def part(self, batch: int, duration_s: float) -> Answers:
         """A bit of everything, beside `batch` answers at once."""
         alone = await self.prompts(0.1 * duration_s)
-        decoded = await self.decode(batch, 0.15 * duration_s)
+        decoded = Loaded(await self.decode(batch, 0.15 * duration_s, next(self._answer_tokens)))
         steady = await self.steady(batch, 0.25 * duration_s)
-        paused = await self.run(batch, 0.25 * duration_s, clients=1, longest_pause_s=_LONGEST_PAUSE_S)
-        crowded = await self.run(batch, 0.25 * duration_s, clients=_CROWD)
+        paused = await self.run(batch, 0.25 * duration_s, _LONG_ANSWERS, clients=1, longest_pause_s=_LONGEST_PAUSE_S)
+        crowded = await self.run(batch, 0.25 * duration_s, next(self._answer_tokens), clients=_CROWD)
         return Answers(alone, [decoded], [steady], [paused], [crowded])
 
     async def steady(self, batch: int, duration_s: float) -> Loaded:
         """Prefill has one prompt after the other, and sends one while it computes the next."""
-        return await self.run(batch, duration_s, clients=2)
+        return await self.run(batch, duration_s, next(self._answer_tokens), clients=2)
 
-    async def run(self, batch: int, duration_s: float, *, clients: int, longest_pause_s: float = 0.0) -> Loaded:
+    async def run(
+        self,
+        batch: int,
+        duration_s: float,
+        answer_tokens: tuple[int, int],
+        *,
+        clients: int,
+        longest_pause_s: float = 0.0,
+    ) -> Loaded:
         """`batch` answers at once for about `duration_s`, and as long as they last prompts of some clients, who each
         send one after the other."""
         prompted: list[Prompted] = []
@@ -110,14 +119,14 @@ class Probe:
             asyncio.create_task(self._prompt_on(prompted, longest_pause_s), name=f"prompts-{client}")
             for client in range(clients)
         ]
-        decoded = await self.decode(batch, duration_s)
+        decoded = await self.decode(batch, duration_s, answer_tokens)
         for task in prompting:
             task.cancel()
         ended = await asyncio.gather(*prompting, return_exceptions=True)
         for error in ended:
             if isinstance(error, Exception):
                 raise error
-        return Loaded(tuple(prompted), decoded)
+        return Loaded(decoded, tuple(prompted))
 
     async def prompts(self, duration_s: float) -> list[Prompted]:
         """Prompts one after the other for `duration_s`, at least one; nothing else."""
@@ -127,24 +136,18 @@ class Probe:
             prompted.append(await self._prompt())
         return prompted
 
-    async def decode(self, batch: int, duration_s: float) -> Decoded:
-        """`batch` clients for `duration_s`, each with one answer after the other."""
-        began_s, answer_tokens = time.monotonic(), next(self._answer_tokens)
-        answers: list[Stamped] = []
-        num_tokens: list[int] = []
+    async def decode(self, batch: int, duration_s: float, answer_tokens: tuple[int, int]) -> tuple[Prompted, ...]:
+        """`batch` clients for `duration_s`, each with one answer after the other, of at least and at most so many
+        tokens."""
+        began_s = time.monotonic()
+        answers: list[Prompted] = []
 
         async def ask_on() -> None:
             while not answers or time.monotonic() - began_s < duration_s:
-                length = self._draw.randint(*answer_tokens)
-                answers.append(await self._ask(_SHORT_PROMPT, length))
-                num_tokens.append(length)
+                answers.append(await self._ask(_SHORT_PROMPT, self._draw.randint(*answer_tokens)))
 
         await asyncio.gather(*(ask_on() for _ in range(batch)))
-        return Decoded(
-            kv_tokens=_SHORT_PROMPT + sum(n * n for n in num_tokens) / sum(num_tokens) / 2,
-            num_steps=sum(num_tokens) - len(num_tokens),
-            prompted=tuple(_prompted(_SHORT_PROMPT, answer) for answer in answers),
-        )
+        return tuple(answers)
 
     async def _prompt_on(self, answers: list[Prompted], longest_pause_s: float) -> None:
         while True:
@@ -152,21 +155,15 @@ class Probe:
             answers.append(await self._prompt())
 
     async def _prompt(self) -> Prompted:
-        num_tokens = next(self._lengths)
-        return _prompted(num_tokens, await self._ask(num_tokens, _TOKENS_AFTER_PROMPT))
+        return await self._ask(next(self._lengths), _TOKENS_AFTER_PROMPT)
 
-    async def _ask(self, num_tokens: int, max_tokens: int) -> Stamped:
+    async def _ask(self, num_tokens: int, max_tokens: int) -> Prompted:
         prompt = [self._draw.randrange(FIRST_ID, LAST_ID) for _ in range(num_tokens)]
         request = self._client.completion_request(MODEL_NAME, prompt, max_tokens, with_timeline=True)
         stamped = await self._client.ask(request, _TIMEOUT_S)
         if stamped.error is not None or stamped.first_s is None:
             raise BenchError(f"the measured cluster failed: {stamped.error}")
-        return stamped
-
-
-def _prompted(num_tokens: int, stamped: Stamped) -> Prompted:
-    assert stamped.first_s is not None
-    assert stamped.usage is not None
-    extra = stamped.usage["tandem"]
-    assert isinstance(extra, dict), "timelines were asked for"
-    return Prompted.seen(num_tokens, stamped.sent_s, stamped.first_s, stamped.last_s, extra["timeline"])
+        assert stamped.usage is not None
+        extra = stamped.usage["tandem"]
+        assert isinstance(extra, dict), "timelines were asked for"
+        return Prompted.seen(num_tokens, max_tokens, stamped.sent_s, stamped.first_s, stamped.last_s, extra["timeline"])

@@ -85,7 +85,7 @@ def as_text(calibration: Calibration) -> str:
         f"  decode        {1e3 * terms.linear[0][1]:.1f} ms a step with little to read, one sequence",
         f"  side by side  {_added('prompts', serving.prefill_alone, serving.prefill_beside)};"
         f" {_added('decode', serving.decode_alone, serving.decode_beside)},"
-        f" {1e3 * serving.decode_join_s:.1f} ms more for each sequence that joins",
+        f" {1e3 * serving.decode_open_s:.1f} ms more for each request that comes",
     ]
     if (road := calibration.road) is not None:
         per_byte = f" and 1 s per {road.transfer_bytes_per_s / 1e9:.2f} GB"

@@ -58,7 +58,7 @@ def deployment_of(
                     max_batch=group.max_batch,
                     policy=group.policy,
                     node=_node_index(ranks[0], cluster),
-                    join_s=serving.decode_join_s if group.role == "decode" else 0.0,
+                    open_s=serving.decode_open_s if group.role == "decode" else 0.0,
                     wake_share=serving.prefill_wake if group.role == "prefill" else 0.0,
                 )
             )

@@ -43,7 +43,9 @@ class ServingCosts(_Frozen):
     )
     decode_alone: ServedStep = ServedStep()
     decode_beside: ServedStep = ServedStep()
-    decode_join_s: float = Field(default=0.0, ge=0, description="More for each sequence that has its first step")
+    decode_open_s: float = Field(
+        default=0.0, ge=0, description="More for each request that is opened meanwhile, its KV's coming included"
+    )
 
     def prefill(self, neighbour_busy: float) -> ServedStep:
         """`neighbour_busy`: share of the time in which the machine's other workers compute."""

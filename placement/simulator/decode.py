@@ -24,10 +24,10 @@ class DecodeInstance(SteppingInstance):
 
     def open(self, attempt: Attempt) -> None:
         """Queue it for a reservation."""
-        if self._scheduler.has_waiting:
+        if self._scheduler.has_waiting and self.spec.open_s == 0:
             self._open(attempt)  # behind others, for whom the next step's end changes nothing
         else:
-            self._command(self._open, attempt)
+            self._command(self._open, attempt, self.spec.open_s)
 
     def arrived(self, attempt: Attempt) -> None:
         """Its KV is here."""
@@ -63,25 +63,18 @@ class DecodeInstance(SteppingInstance):
         chunks = self._scheduler.next_batch(self._agenda.now_s)
         if not chunks:
             return chunks, 0.0
-        join_s = self.spec.join_s * sum(_has_its_first_step(chunk) for chunk in chunks)
-        self._totals.count_more(join_s)
-        return chunks, join_s + self._totals.count_step(_load(chunks)).total_s
+        return chunks, self._totals.count_step(_load(chunks)).total_s
 
     def _computed(self, chunks: list[DecodeChunk]) -> None:
         for chunk in chunks:
             if not self._scheduler.computed(chunk) or not chunk.samples:
                 continue
-            is_first = _has_its_first_step(chunk)
+            is_first = chunk.sequence.num_tokens == len(chunk.sequence.request.token_ids) + 1
             sequence = self._scheduler.generated(chunk.sequence.key, 0)
             if is_first:
                 assert sequence.started_s is not None, "what was computed was started"
                 self._listener.second_token(attempt_of(sequence), sequence.started_s, self._agenda.now_s)
             self._finish_if_long_enough(sequence)
-
-
-def _has_its_first_step(chunk: DecodeChunk) -> bool:
-    """It has no token but prefill's, and gets one."""
-    return chunk.samples and chunk.sequence.num_tokens == len(chunk.sequence.request.token_ids) + 1
 
 
 def _load(chunks: list[DecodeChunk]) -> StepLoad:

@@ -16,8 +16,8 @@ PAUSE_S = 0.03
 class InstanceSpec:
     """One instance. `num_blocks` blocks of `block_size` tokens are its KV pool. `max_batch_tokens` bounds the prompt
     tokens of one step (prefill, colocated), `max_batch` the sequences decoded in one step. `node` is where its first
-    device stands. `join_s` is how much longer decode's step takes for each sequence that has its first one, its KV
-    having come from elsewhere; `wake_share` how much longer, relatively, prefill's takes after a pause."""
+    device stands. `open_s` is how much longer decode's step takes for each request that is opened meanwhile;
+    `wake_share` how much longer, relatively, prefill's takes after a pause."""
 
     instance_id: str
     role: Role
@@ -32,7 +32,7 @@ class InstanceSpec:
     prefix_cache: bool = True
     node: int = 0
     growth_horizon_tokens: int = 256
-    join_s: float = 0.0
+    open_s: float = 0.0
     wake_share: float = 0.0
 
 

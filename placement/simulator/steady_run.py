@@ -6,33 +6,35 @@ from scheduling.steady import SteadySteps
 
 
 class SteadyRun:
-    """`num_steps` steps from `began_s` + `join_s` on, of which step i (from 0) takes
+    """`num_steps` steps from `began_s` on, of which step i (from 0) takes
 
         base_s + per_kv_token_s * (kv_tokens + i * num_sequences)
 
     since every sequence adds a token of KV per step; so the first n steps take n * first_step_s + n (n - 1) / 2 *
-    growth_s.
+    growth_s. The last one takes `late_s` longer.
     """
 
-    __slots__ = ("began_s", "end_s", "first_step_s", "growth_s", "join_s", "num_steps", "steady")
+    __slots__ = ("began_s", "end_s", "first_step_s", "growth_s", "late_s", "num_steps", "steady")
 
-    def __init__(self, steady: SteadySteps, line: tuple[float, float], began_s: float, join_s: float = 0.0) -> None:
-        """`line`: see `CostModel.decode_line`. `join_s`: what the newcomers add to the first step."""
+    def __init__(self, steady: SteadySteps, line: tuple[float, float], began_s: float) -> None:
+        """`line`: see `CostModel.decode_line`."""
         base_s, per_kv_token_s = line
         self.steady = steady
         self.began_s = began_s
-        self.join_s = join_s
         self.first_step_s = base_s + per_kv_token_s * steady.kv_tokens
         self.growth_s = per_kv_token_s * steady.num_sequences
         self.num_steps = steady.max_steps
+        self.late_s = 0.0
         self.end_s = self.end_of(steady.max_steps)
 
     def end_of(self, num_steps: int) -> float:
-        return self.began_s + self.join_s + num_steps * (self.first_step_s + (num_steps - 1) / 2 * self.growth_s)
+        """Of so many of its steps."""
+        late_s = self.late_s if num_steps == self.num_steps else 0.0
+        return self.began_s + late_s + num_steps * (self.first_step_s + (num_steps - 1) / 2 * self.growth_s)
 
-    def cut(self, now_s: float) -> bool:
-        """Let it end with the step under way at `now_s`. Whether it ends earlier than before."""
-        elapsed_s, growth_s = max(0.0, now_s - self.began_s - self.join_s), self.growth_s
+    def cut(self, now_s: float, late_s: float = 0.0) -> bool:
+        """Let it end with the step under way at `now_s`, which takes so much longer. Whether its end is another now."""
+        elapsed_s, growth_s = max(0.0, now_s - self.began_s), self.growth_s
         # growth/2 n^2 + (first - growth/2) n = elapsed, in the form that stays exact for growth near 0.
         linear_s = self.first_step_s - growth_s / 2
         root_s = linear_s + math.sqrt(linear_s * linear_s + 2 * growth_s * elapsed_s)
@@ -41,8 +43,9 @@ class SteadyRun:
             num_steps -= 1
         while self.end_of(num_steps) < now_s:
             num_steps += 1
-        if num_steps >= self.num_steps:
+        if num_steps >= self.num_steps and late_s == 0:
             return False
-        self.num_steps = num_steps
-        self.end_s = self.end_of(num_steps)
+        self.num_steps = min(num_steps, self.num_steps)
+        self.late_s += late_s
+        self.end_s = self.end_of(self.num_steps)
         return True

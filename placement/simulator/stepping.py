@@ -40,6 +40,7 @@ class SteppingInstance(ABC):
         self._is_up = True
         self._step: list[Any] | SteadyRun | None = None  # what is computed now: chunks, or a run
         self._began_s = 0.0  # when it began
+        self._late_s = 0.0  # how much later its chunks are computed than they would be without the commands meanwhile
         self._totals = StepTotals(spec.cost)
 
     @property
@@ -55,6 +56,8 @@ class SteppingInstance(ABC):
         if isinstance(self._step, SteadyRun):
             self._step.cut(self._agenda.now_s)
             self._take_run(self._step, self._step.num_steps - 1)  # without the one under way
+        self._totals.count_more(self._late_s)
+        self._late_s = 0.0
         self._is_up = False
         self._step = None
         self._commands.clear()
@@ -74,14 +77,17 @@ class SteppingInstance(ABC):
     def _computed(self, chunks: list[Any]) -> None:
         """Take their results up."""
 
-    def _command(self, apply: Callable[[Attempt], None], attempt: Attempt) -> None:
+    def _command(self, apply: Callable[[Attempt], None], attempt: Attempt, late_s: float = 0.0) -> None:
+        """`late_s`: how much longer a step takes during which it comes."""
         if not self._is_up:
             apply(attempt)
             return
         self._commands.append((apply, attempt))
         if self._step is None:
             self._turn()
-        elif isinstance(self._step, SteadyRun) and self._step.cut(self._agenda.now_s):
+        elif not isinstance(self._step, SteadyRun):
+            self._late_s += late_s
+        elif self._step.cut(self._agenda.now_s, late_s):
             self._agenda.at_step_end(self._step.end_s, self._end_run, self._step)
 
     def _close(self, attempt: Attempt) -> None:
@@ -103,8 +109,8 @@ class SteppingInstance(ABC):
         self._admit()
         steady = None if self._step_by_step else self._steady_scheduler.steady()
         if steady is not None:
-            line, join_s = self.spec.cost.decode_line(steady.num_sequences), self.spec.join_s * len(steady.newcomers)
-            self._step = run = SteadyRun(steady, line, now_s, join_s)
+            line = self.spec.cost.decode_line(steady.num_sequences)
+            self._step = run = SteadyRun(steady, line, now_s)
             self._agenda.at_step_end(run.end_s, self._end_run, run)
             return
         chunks, step_s = self._compute()
@@ -113,9 +119,15 @@ class SteppingInstance(ABC):
             self._agenda.at_step_end(now_s + step_s, self._end_step, chunks)
 
     def _end_step(self, chunks: list[Any]) -> None:
-        if self._step is chunks:  # else it was lost with the instance
-            self._computed(chunks)
-            self._turn()
+        if self._step is not chunks:
+            return  # lost with the instance
+        if self._late_s > 0:
+            late_s, self._late_s = self._late_s, 0.0
+            self._totals.count_more(late_s)
+            self._agenda.at_step_end(self._agenda.now_s + late_s, self._end_step, chunks)
+            return
+        self._computed(chunks)
+        self._turn()
 
     def _end_run(self, run: SteadyRun) -> None:
         if self._step is not run or run.end_s != self._agenda.now_s:

@@ -42,7 +42,7 @@ class StepTotals:
         self._steps += steps
         self._decode_tokens += steps * sequences
         self._busy_s += run.end_of(steps) - run.began_s
-        self._more_s += run.join_s
+        self._more_s += run.late_s
         kv_tokens = steps * run.steady.kv_tokens + steps * (steps - 1) // 2 * sequences
         self._run_steps[sequences] = self._run_steps.get(sequences, 0) + steps
         self._run_kv_tokens[sequences] = self._run_kv_tokens.get(sequences, 0) + kv_tokens

@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
+
 from bench.fidelity_table import Comparison, Figures
+from bench.pace import Pace
 
 LIVE = Figures(0.90, 0.92, 0.95, 0.200, 0.0100, {"prefill_s": 0.15})
-SAME = Comparison("w", 0.5, 2.0, 100, 0.5, 0.02, LIVE, (LIVE, LIVE))
+SAME = Comparison("w", 0.5, 2.0, 100, 0.5, 0.02, LIVE, (LIVE, LIVE), paces=(Pace(1.0, 1.0),) * 2, at_pace=(LIVE, LIVE))
 
 
 def test_the_aim_is_three_points_and_eight_percent() -> None:
@@ -21,3 +24,10 @@ def test_repetitions_are_averaged_and_their_spread_is_told() -> None:
     assert abs(two.live_mean("attainment") - 0.85) < 1e-12
     assert abs(two.live_spread("attainment") - 0.1) < 1e-12
     assert abs(two.attainment_error - 0.05) < 1e-12
+
+
+def test_at_each_runs_pace_the_mean_of_what_is_simulated_counts() -> None:
+    told = replace(SAME, simulated=replace(LIVE, ttft_s=0.3), at_pace=(LIVE, replace(LIVE, ttft_s=0.210)))
+    assert not told.is_met
+    assert told.knowing_the_pace().is_met
+    assert told.knowing_the_pace().simulated.ttft_s == pytest.approx(0.205)

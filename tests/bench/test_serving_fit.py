@@ -1,5 +1,6 @@
 """What is made of a measured cluster's answers."""
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
@@ -9,8 +10,8 @@ from pydantic import TypeAdapter
 
 from bench.load_result import LoadRecord
 from bench.pace import Pace, disturbed_s, pace_of
-from bench.serving_answers import Answers, Decoded, Loaded, Prompted, prompted_of, steps_of
-from bench.serving_fit import Taken, decode_step, road_costs, served, serving_costs, wake
+from bench.serving_answers import Answers, Loaded, Prompted, prompted_of, steps_of
+from bench.serving_fit import Taken, decode_steps, road_costs, served, serving_costs, wake
 from core.cost_model import StepLoad
 from placement.costs.calibration import CalibratedCost, Calibration, Terms
 from placement.costs.serving import ServedStep, ServingCosts
@@ -24,7 +25,7 @@ TERMS = Terms(
     head_per_sampled=0.0,
 )
 ALONE = CalibratedCost(TERMS)  # the engine by itself
-KV_TOKENS = 100.0  # of each sequence, while it has its steps
+KV_TOKENS = 100  # of each sequence, on average, while it has its steps
 
 
 def prompt_s(*lengths: int) -> float:
@@ -37,7 +38,12 @@ def step_s(batch: int) -> float:
 
 
 def prompted(
-    num_tokens: int, prefill_s: float, transfer_s: float = 0.0, began_s: float = 0.0, decode_s: float = 0.0
+    num_tokens: int,
+    prefill_s: float,
+    transfer_s: float = 0.0,
+    began_s: float = 0.0,
+    decode_s: float = 0.0,
+    num_output_tokens: int = 3,
 ) -> Prompted:
     before = {"admission_s": 0.001, "dispatch_s": 0.0005, "prefill_queue_s": 0.0025, "prefill_s": prefill_s}
     ttft_s = sum(before.values())
@@ -45,6 +51,7 @@ def prompted(
     total_s = ttft_s + sum(after.values())
     return Prompted(
         num_tokens=num_tokens,
+        num_output_tokens=num_output_tokens,
         began_s=began_s,
         first_s=ttft_s + 0.002,
         whole_s=total_s + 0.003,
@@ -54,14 +61,22 @@ def prompted(
     )
 
 
-def answer(start_s: float, end_s: float) -> Prompted:
+def answer(num_steps: int, start_s: float, end_s: float) -> Prompted:
     """Whose steps of decode are from when to when, and whose prompt took 1 ms before."""
     # 1 ms less: what its last token takes to its client is longer than what its first one takes.
-    return prompted(4, prefill_s=0.001, began_s=start_s - 0.001, decode_s=end_s - start_s - 0.001)
+    decode_s, num_output_tokens = end_s - start_s - 0.001, num_steps + 1
+    return prompted(
+        KV_TOKENS - num_output_tokens // 2,
+        prefill_s=0.001,
+        began_s=start_s - 0.001,
+        decode_s=decode_s,
+        num_output_tokens=num_output_tokens,
+    )
 
 
-def decoded(num_steps: int, *spans: tuple[float, float]) -> Decoded:
-    return Decoded(KV_TOKENS, num_steps, tuple(answer(*span) for span in spans))
+def decoded(num_steps: int, *spans: tuple[float, float]) -> tuple[Prompted, ...]:
+    """So many steps each."""
+    return tuple(answer(num_steps, *span) for span in spans)
 
 
 def test_prompts_whose_steps_overlap_were_in_one() -> None:
@@ -73,6 +88,15 @@ def test_prompts_whose_steps_overlap_were_in_one() -> None:
     assert [step.taken_s for step in steps] == pytest.approx([0.1, 0.2, 0.01])
 
 
+def test_what_is_too_much_for_one_step_is_computed_in_the_next() -> None:
+    """The second prompt ends with the third, which is begun when the first has ended."""
+    first, second = prompted(2000, 0.5, began_s=1.0), prompted(148, 0.7, began_s=1.001)
+    third, fourth = prompted(300, 0.2, began_s=1.5), prompted(100, 0.1, began_s=1.9)
+    steps = steps_of([first, second, third, fourth])
+    assert [step.lengths for step in steps] == [(2000, 48), (100, 300), (100,)]
+    assert [step.ended_s for step in steps][1:] == pytest.approx([1.7, 2.0])
+
+
 def test_prompts_of_others_are_computed_too_and_keep_the_worker_busy() -> None:
     mine, with_it, alone = prompted(64, 0.1, began_s=2.0), prompted(4, 0.1, began_s=2.0), prompted(4, 0.3, began_s=1.6)
     (step,) = steps_of([mine], [with_it, alone])
@@ -81,7 +105,7 @@ def test_prompts_of_others_are_computed_too_and_keep_the_worker_busy() -> None:
 
 
 def test_how_much_of_a_step_was_beside_decode() -> None:
-    loaded = Loaded((prompted(8, 0.5, began_s=9.0, decode_s=0.499),), decoded(2, (1.0, 2.0), (1.5, 3.0)))
+    loaded = Loaded(decoded(1, (1.0, 2.0), (1.5, 3.0)), (prompted(8, 0.5, began_s=9.0, decode_s=0.499),))
     assert loaded.decode_share(1.0, 3.0) == pytest.approx(1.0)
     assert loaded.decode_share(0.0, 2.0) == pytest.approx(0.5)
     assert loaded.decode_share(3.5, 4.0) == 0
@@ -96,8 +120,8 @@ def test_serving_adds_a_constant_and_a_factor_more_beside_the_other(shares: Sequ
         for engine_s in (0.02, 0.1, 0.4)
         for share in shares
     ]
-    *found, join_s = served(steps)
-    assert join_s == 0
+    *found, open_s = served(steps)
+    assert open_s == 0
     for one, expected in zip(found, (alone, beside), strict=True):
         assert (one.constant_s, one.factor) == pytest.approx((expected.constant_s, expected.factor))
 
@@ -116,15 +140,15 @@ def test_steps_while_a_stranger_had_the_machine_are_left_out() -> None:
     assert beside.seconds(0.2) == pytest.approx(0.24)
 
 
-def test_a_sequence_that_joins_makes_a_step_longer() -> None:
+def test_a_step_takes_longer_during_which_a_request_comes() -> None:
     beside = ServedStep(constant_s=0.001, factor=1.2)
     steps = [
-        Taken(engine_s, beside.seconds(engine_s) + 0.004 * joined, 1.0, joined)
+        Taken(engine_s, beside.seconds(engine_s) + 0.004 * opened, 1.0, opened, count=20)
         for engine_s in (0.006, 0.012)
-        for joined in (0.02, 0.3)
+        for opened in (0.02, 0.3)
     ]
-    _, found, join_s = served(steps)
-    assert join_s == pytest.approx(0.004)
+    _, found, open_s = served(steps)
+    assert open_s == pytest.approx(0.004)
     assert (found.constant_s, found.factor) == pytest.approx((0.001, 1.2))
 
 
@@ -145,35 +169,43 @@ def test_the_first_step_after_a_pause_takes_longer() -> None:
 def test_decode_is_compared_with_as_many_at_once_as_there_were() -> None:
     # Two answers of ten steps; for five of them they are together, and every step takes 1.5 times as long as predicted.
     alone_s, both_s = 5 * 1.5 * step_s(1), 5 * 1.5 * step_s(2)
-    first = (0.0, alone_s + both_s)
-    second = (alone_s, alone_s + both_s + alone_s)
-    step = decode_step(ALONE, Loaded((), decoded(20, first, second)))
-    assert step.taken_s / step.engine_s == pytest.approx(1.5, rel=0.01), "a bit more: KV is read as fast"
-    assert step.joined == pytest.approx(2 / 15, rel=0.03), "two, in so many steps"
-    assert step.beside == pytest.approx(0.001 / (2 * alone_s + both_s)), "the second one's prompt"
+    spans = (0.0, alone_s + both_s), (alone_s, alone_s + both_s + alone_s)
+    first, second = decode_steps(ALONE, Loaded(decoded(10, *spans)))
+    for step in (first, second):
+        assert step.taken_s / step.engine_s == pytest.approx(1.5, rel=0.01), "a bit more: KV is read as fast"
+        assert step.count == 10
+    assert first.opened == pytest.approx(1 / 10), "the second one, and its KV"
+    assert second.opened == 0
+    assert first.beside == pytest.approx(0.001 / (alone_s + both_s)), "the second one's prompt"
+    assert second.beside == 0
 
 
-def test_answers_that_join_for_some_steps_make_them_longer() -> None:
+def test_answers_to_prompts_that_come_meanwhile_make_the_batch_larger() -> None:
     alone_s, both_s = 5 * step_s(1), 5 * step_s(2)
-    other = prompted(8, 0.25 * alone_s, began_s=0.75 * alone_s, decode_s=both_s - 0.001)
-    step = decode_step(ALONE, Loaded((other,), decoded(10, (0.0, alone_s + both_s))))
-    assert step.taken_s == pytest.approx(step.engine_s)
-    assert step.joined == pytest.approx(2 / 10)
+    began_s, decode_s = 0.75 * alone_s, both_s - 0.001
+    other = prompted(KV_TOKENS - 1, 0.25 * alone_s, began_s=began_s, decode_s=decode_s, num_output_tokens=2)
+    (step,) = decode_steps(ALONE, Loaded(decoded(10, (0.0, alone_s + both_s)), (other,)))
+    assert step.taken_s == pytest.approx(step.engine_s, rel=1e-3)
+    assert step.opened == pytest.approx(1 / 10)
     assert step.beside == pytest.approx(0.25 * alone_s / (alone_s + both_s))
 
 
 def test_an_answer_whose_client_saw_all_of_it_at_once_counts_for_no_time() -> None:
     at_once = prompted(8, 0.1, transfer_s=0.02, began_s=0.1, decode_s=-0.02)
     assert at_once.decode_span == pytest.approx((0.22, 0.22))
-    alone = decode_step(ALONE, Loaded((), decoded(10, (0.0, 10 * step_s(1)))))
-    beside = decode_step(ALONE, Loaded((at_once,), decoded(10, (0.0, 10 * step_s(1)))))
+    mine = decoded(30, (0.0, 30 * step_s(1)))
+    (alone,), (beside,) = decode_steps(ALONE, Loaded(mine)), decode_steps(ALONE, Loaded(mine, (at_once,)))
     assert beside.engine_s == pytest.approx(alone.engine_s)
+
+
+def test_answers_of_few_steps_tell_nothing() -> None:
+    assert decode_steps(ALONE, Loaded(decoded(3, (0.0, 3 * step_s(1))))) == []
 
 
 def test_reading_kv_takes_as_long_in_a_worker() -> None:
     read_s = KV_TOKENS * ALONE.decode_line(1)[1]
-    step = decode_step(ALONE, Loaded((), decoded(10, (0.0, 10 * (1.3 * (step_s(1) - read_s) + read_s)))))
-    assert step.taken_s / step.engine_s == pytest.approx(1.3)
+    (step,) = decode_steps(ALONE, Loaded(decoded(10, (0.0, 10 * (1.3 * (step_s(1) - read_s) + read_s)))))
+    assert step.taken_s / step.engine_s == pytest.approx(1.3, rel=0.01)
     assert step.engine_s == pytest.approx(step_s(1) - read_s)
 
 
@@ -183,12 +215,14 @@ def measured(prefill: ServedStep, decode: ServedStep) -> Answers:
     def loaded(began_s: float, *lengths: int) -> Loaded:
         taken_s = prefill.seconds(prompt_s(*lengths))
         prompts = tuple(prompted(n, taken_s, 0.01, began_s, decode_s=-0.011) for n in lengths)
-        num_steps = round(taken_s / decode.seconds(step_s(1)))
-        return Loaded(prompts, decoded(num_steps, (began_s, began_s + taken_s)))
+        steps_beside = taken_s / decode.seconds(step_s(1))
+        num_steps = max(10, math.ceil(steps_beside))
+        ended_s = began_s + taken_s + (num_steps - steps_beside) * step_s(1)
+        return Loaded(decoded(num_steps, (began_s, ended_s)), prompts)
 
     alone = [prompted(n, prompt_s(n), transfer_s=0.004 + n * 1e-5, began_s=10.0 * n) for n in (32, 64, 160)]
     steady = [loaded(10.0 * n, n) for n in (32, 64, 256)]
-    return Answers(alone, [decoded(100, (0.0, 100 * step_s(1)))], steady, [], [loaded(70.0, 32, 64)])
+    return Answers(alone, [Loaded(decoded(100, (0.0, 100 * step_s(1))))], steady, [], [loaded(70.0, 32, 64)])
 
 
 def calibration(serving: ServingCosts) -> Calibration:
@@ -225,7 +259,7 @@ def test_a_transfer_has_a_latency_a_speed_and_a_turn() -> None:
         for began_s, together in ((1.0, 1), (2.0, 3), (3.0, 2))
         for n in (32, 64, 160)[:together]
     )
-    answers = Answers(prompted_alone=alone, crowded=[Loaded(beside, decoded(10, (0.0, 0.2)))])
+    answers = Answers(prompted_alone=alone, crowded=[Loaded(decoded(10, (0.0, 0.2)), beside)])
     road = road_costs(answers, kv_bytes_per_token=12288.0)
     assert road.transfer_alone_s == pytest.approx(0.003)
     assert road.transfer_beside_s == pytest.approx(0.006)
@@ -238,13 +272,14 @@ def test_a_transfer_has_a_latency_a_speed_and_a_turn() -> None:
 
 def test_transfers_that_do_not_grow_with_the_prompt_are_endlessly_fast_but_finite() -> None:
     alone = [prompted(n, 0.1, transfer_s=0.01 - n * 1e-6) for n in (32, 64, 160, 256)]
-    crowded = [Loaded((prompted(32, 0.1, transfer_s=0.02),), decoded(10, (0.0, 0.2)))]
+    crowded = [Loaded(decoded(10, (0.0, 0.2)), (prompted(32, 0.1, transfer_s=0.02),))]
     road = road_costs(Answers(prompted_alone=alone, crowded=crowded), kv_bytes_per_token=12288.0)
     assert 0 < road.transfer_bytes_per_s < float("inf")
 
 
 def test_what_was_measured_too_shortly_is_not_fitted() -> None:
-    some, none = Loaded((prompted(32, 0.1),), decoded(10, (0.0, 0.2))), Loaded((), decoded(10, (0.0, 0.2)))
+    none = Loaded(decoded(10, (0.0, 0.2)))
+    some = Loaded(none.decoded, (prompted(32, 0.1),))
     assert Answers(steady=[some], crowded=[none, some]).is_enough
     assert not Answers(steady=[some], crowded=[none]).is_enough
     assert not Answers(steady=[none], crowded=[some]).is_enough

@@ -39,7 +39,7 @@ SERVED = ServingCosts(
     prefill_alone=ServedStep(constant_s=0.0, factor=1.0),
     prefill_beside=ServedStep(constant_s=0.004, factor=1.5),
     prefill_wake=0.1,
-    decode_join_s=0.002,
+    decode_open_s=0.002,
     decode_alone=ServedStep(constant_s=0.001, factor=0.8),
     decode_beside=ServedStep(constant_s=0.002, factor=1.2),
 )

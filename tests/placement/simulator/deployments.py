@@ -57,7 +57,7 @@ def deployment(
     nodes: int = 1,
     policy: ColocatedPolicy | None = None,
     prefix_cache: bool = False,
-    join_s: float = 0.0,
+    open_s: float = 0.0,
 ) -> Deployment:
     """Instances p0, p1 ... and d0, d1 ..., dealt to the nodes in turn. With a `policy` they are colocated; without, c0,
     c1 ... are colocated beside them."""
@@ -78,7 +78,7 @@ def deployment(
                 growth_horizon_tokens=growth_horizon_tokens,
                 prefix_cache=prefix_cache,
                 node=node,
-                join_s=join_s if role == "decode" else 0.0,
+                open_s=open_s if role == "decode" else 0.0,
             )
             for role, name, node in specs
         ),

@@ -73,17 +73,19 @@ def test_with_a_role_gone_requests_are_refused() -> None:
     assert result.finished.any()
 
 
-def test_a_sequence_that_joins_decode_delays_everyones_step_once() -> None:
-    """The second comes while the first decodes: its own first step is longer, and so is that step for the other."""
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_a_request_that_is_opened_makes_decodes_step_longer(step_by_step: bool) -> None:
+    """The second is opened while the first decodes; when the first one is, nothing is under way."""
     stream = RequestStream.make(np.array([0.0, 0.2]), np.full(2, 100), np.array([60, 10]))
-    free, slow = (simulate(deployment(join_s=join_s), stream) for join_s in (0.0, 0.005))
-    later_s = slow.stamps[:, STAGES.index(Stage.FINISHED)] - free.stamps[:, STAGES.index(Stage.FINISHED)]
-    assert later_s[0] == pytest.approx(2 * 0.005)
-    assert 0.005 <= later_s[1] + 1e-9 <= 2 * 0.005 + 2e-9, "its turn may come later by what the other's step was longer"
+    free, slow = (simulate(deployment(open_s=open_s), stream, step_by_step=step_by_step) for open_s in (0.0, 0.005))
+    finished, admitted = STAGES.index(Stage.FINISHED), STAGES.index(Stage.DECODE_ADMITTED)
+    assert slow.stamps[0, finished] == pytest.approx(free.stamps[0, finished] + 0.005)
+    free_s, slow_s = (one.stamps[1, finished] - one.stamps[1, admitted] for one in (free, slow))
+    assert slow_s == pytest.approx(free_s), "the second one's own steps take as long"
     assert slow.instances[1].cost_terms_s["overhead_s"] == pytest.approx(
-        free.instances[1].cost_terms_s["overhead_s"] + 2 * 0.005
+        free.instances[1].cost_terms_s["overhead_s"] + 0.005
     )
-    assert slow.instances[1].busy_s == pytest.approx(free.instances[1].busy_s + 2 * 0.005)
+    assert slow.instances[1].busy_s == pytest.approx(free.instances[1].busy_s + 0.005)
 
 
 def test_prefills_first_step_after_a_pause_takes_longer() -> None:
@@ -109,7 +111,7 @@ def test_prefills_first_step_after_a_pause_takes_longer() -> None:
     network=st.sampled_from([NetworkSpec(), _SLOW_NETWORK]),
     loses=st.booleans(),
     policy=st.sampled_from([None, None, "chunked", "prompt_first", "padded"]),
-    join_s=st.sampled_from([0.0, 0.0031]),
+    open_s=st.sampled_from([0.0, 0.0031]),
 )
 @settings(max_examples=40, deadline=None, phases=[Phase.generate])  # shrinking simulations takes minutes
 def test_many_steps_at_once_give_the_same_as_each_alone(
@@ -123,7 +125,7 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
     network: NetworkSpec,
     loses: bool,
     policy: ColocatedPolicy | None,
-    join_s: float,
+    open_s: float,
 ) -> None:
     spec = deployment(
         prefill,
@@ -134,7 +136,7 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
         network=network,
         nodes=2,
         policy=policy,
-        join_s=join_s,
+        open_s=open_s,
     )
     if loses:
         spec = replace(spec, failures=(Failure("d0", 0.3123, 0.9),))
