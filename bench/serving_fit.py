@@ -15,7 +15,7 @@ from placement.costs.serving import RoadCosts, ServedStep, ServingCosts
 from placement.simulator.deployment import PAUSE_S
 
 _FASTEST_BYTES_PER_S = 1e12  # where no time per token can be seen
-_FAR_OFF = 0.25  # steps differ by 8 %
+_FAR_OFF = 0.5  # steps differ by 10 %, and a stranger makes them take twice as long
 _STRANGE = 1.6  # times what is usual: a pause does not explain it
 _FEW = 12  # steps: fewer of an octave do not count as much as many of another
 _FEW_STEPS = 8  # of an answer: too few to tell a mean one by
@@ -33,8 +33,8 @@ def serving_costs(cost: CalibratedCost, answers: Answers) -> ServingCosts:
     """`cost`: of the engine by itself."""
     alone = [Taken(_step_s(cost, step), step.taken_s, beside=0.0) for step in steps_of(answers.prompted_alone)]
     beside = [one for loaded in answers.loaded for one in prefill_steps(cost, loaded.steps(), loaded)]
-    prefill_alone, prefill_beside, _ = served(alone + [one for one in beside if not one.is_woken])
-    decode_alone, decode_beside, open_s = served(
+    prefill_alone, prefill_beside = served_prefill(alone + [one for one in beside if not one.is_woken])
+    decode_alone, decode_beside, open_s = served_decode(
         [one for loaded in (*answers.decoded_alone, *answers.loaded) for one in decode_steps(cost, loaded)]
     )
     return ServingCosts(
@@ -143,32 +143,41 @@ def _sums(parts: Floats) -> Floats:
     return np.concatenate(([0.0], np.cumsum(parts)))
 
 
-def served(steps: Sequence[Taken]) -> tuple[ServedStep, ServedStep, float]:
+def served_prefill(steps: Sequence[Taken]) -> tuple[ServedStep, ServedStep]:
+    """(alone, beside): a step lies between them by its share."""
+    engine, beside = np.array([(one.engine_s, one.beside) for one in steps]).T
+    alone = 1 - beside
+    found = _fit(steps, np.column_stack((alone, alone * engine, beside, beside * engine)))
+    alone_s, alone_factor, beside_s, beside_factor = map(float, found)
+    return (
+        ServedStep(constant_s=alone_s, factor=alone_factor),
+        ServedStep(constant_s=beside_s, factor=beside_factor),
+    )
+
+
+def served_decode(steps: Sequence[Taken]) -> tuple[ServedStep, ServedStep, float]:
     """(alone, beside, open_s): a step lies between the first two by its share, and takes the last one longer for each
     request that comes meanwhile.
 
-    Least squares: what takes longer varies as the root of its time, and every octave of steps counts as much as any
-    other, however few were seen. Those that are far off, while a stranger had the machine, are left out.
+    Without a constant: in live runs there is none, and with little measured it would be found in `open_s`' place.
     """
-    engine = np.array([one.engine_s for one in steps])
-    beside = np.array([one.beside for one in steps])
-    opened = np.array([one.opened for one in steps])
-    count = np.array([one.count for one in steps])
-    taken = np.array([one.taken_s for one in steps])
-    alone = 1 - beside
-    matrix = np.column_stack((alone, alone * engine, beside, beside * engine, opened))
+    engine, beside, opened = np.array([(one.engine_s, one.beside, one.opened) for one in steps]).T
+    found = _fit(steps, np.column_stack(((1 - beside) * engine, beside * engine, opened)))
+    alone_factor, beside_factor, open_s = map(float, found)
+    return ServedStep(factor=alone_factor), ServedStep(factor=beside_factor), open_s
+
+
+def _fit(steps: Sequence[Taken], matrix: Floats) -> Floats:
+    """Least squares: what takes longer varies as the root of its time, and every octave of steps counts as much as any
+    other, however few were seen. Those that are far off, while a stranger had the machine, are left out."""
+    engine, taken, count = np.array([(one.engine_s, one.taken_s, one.count) for one in steps]).T
     _, octave = np.unique(np.floor(np.log2(engine)), return_inverse=True)
     members = np.bincount(octave, weights=count)
     weight = np.sqrt(count / (engine * np.maximum(members[octave], _FEW)))
     found, _ = nnls(matrix * weight[:, None], taken * weight)
     weight *= np.abs(taken / (matrix @ found) - 1) <= _FAR_OFF
     found, _ = nnls(matrix * weight[:, None], taken * weight)
-    alone_s, alone_factor, beside_s, beside_factor, open_s = map(float, found)
-    return (
-        ServedStep(constant_s=alone_s, factor=alone_factor),
-        ServedStep(constant_s=beside_s, factor=beside_factor),
-        open_s,
-    )
+    return np.asarray(found)
 
 
 def wake(alone: ServedStep, beside: ServedStep, steps: Sequence[Taken]) -> float:

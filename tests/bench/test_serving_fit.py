@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from bench.load_result import LoadRecord
 from bench.pace import Pace, disturbed_s, pace_of
 from bench.serving_answers import Answers, Loaded, Prompted, prompted_of, steps_of
-from bench.serving_fit import Taken, decode_steps, road_costs, served, serving_costs, wake
+from bench.serving_fit import Taken, decode_steps, road_costs, served_decode, served_prefill, serving_costs, wake
 from core.cost_model import StepLoad
 from placement.costs.calibration import CalibratedCost, Calibration, Terms
 from placement.costs.serving import ServedStep, ServingCosts
@@ -120,36 +120,35 @@ def test_serving_adds_a_constant_and_a_factor_more_beside_the_other(shares: Sequ
         for engine_s in (0.02, 0.1, 0.4)
         for share in shares
     ]
-    *found, open_s = served(steps)
-    assert open_s == 0
-    for one, expected in zip(found, (alone, beside), strict=True):
+    for one, expected in zip(served_prefill(steps), (alone, beside), strict=True):
         assert (one.constant_s, one.factor) == pytest.approx((expected.constant_s, expected.factor))
 
 
 def test_steps_that_were_slowed_by_chance_count_as_much_as_others() -> None:
     taken_s = {0.1: (0.10, 0.14), 0.2: (0.22, 0.26)}
-    _, beside, _ = served([Taken(engine_s, one, 1.0) for engine_s, both in taken_s.items() for one in both])
+    _, beside = served_prefill([Taken(engine_s, one, 1.0) for engine_s, both in taken_s.items() for one in both])
     assert beside.seconds(0.1) == pytest.approx(0.12), "their mean"
     assert beside.seconds(0.2) == pytest.approx(0.24)
 
 
 def test_steps_while_a_stranger_had_the_machine_are_left_out() -> None:
     usual = [Taken(0.1, 0.12, 1.0)] * 9 + [Taken(0.2, 0.24, 1.0)] * 9
-    _, beside, _ = served([*usual, Taken(0.1, 0.25, 1.0), Taken(0.2, 0.6, 1.0)])
+    _, beside = served_prefill([*usual, Taken(0.1, 0.25, 1.0), Taken(0.2, 0.6, 1.0)])
     assert beside.seconds(0.1) == pytest.approx(0.12)
     assert beside.seconds(0.2) == pytest.approx(0.24)
 
 
 def test_a_step_takes_longer_during_which_a_request_comes() -> None:
-    beside = ServedStep(constant_s=0.001, factor=1.2)
     steps = [
-        Taken(engine_s, beside.seconds(engine_s) + 0.004 * opened, 1.0, opened, count=20)
+        Taken(engine_s, (1.1 + 0.1 * share) * engine_s + 0.004 * opened, share, opened, count=20)
         for engine_s in (0.006, 0.012)
         for opened in (0.02, 0.3)
+        for share in (0.0, 0.7)
     ]
-    _, found, open_s = served(steps)
+    alone, beside, open_s = served_decode(steps)
     assert open_s == pytest.approx(0.004)
-    assert (found.constant_s, found.factor) == pytest.approx((0.001, 1.2))
+    assert (alone.factor, beside.factor) == pytest.approx((1.1, 1.2))
+    assert alone.constant_s == beside.constant_s == 0
 
 
 def test_the_first_step_after_a_pause_takes_longer() -> None:
