@@ -44,7 +44,7 @@ class Comparison:
     is_in_doubt: bool = False
 
     def live_mean(self, name: str) -> float:
-        return float(sum(getattr(one, name) for one in self.live)) / len(self.live)
+        return fmean(getattr(one, name) for one in self.live)
 
     def live_spread(self, name: str) -> float:
         """Largest minus smallest."""
@@ -118,8 +118,8 @@ def _preamble(comparisons: Sequence[Comparison], calibration: Calibration) -> It
     yield (
         f"From one run to the next the same steps take longer or shorter: {paces[0]:.2f} to {paces[-1]:.2f} times what"
         f" the calibration says. If the simulator is told this of each run, two numbers, one for each phase, it meets"
-        f" the aim in {_met([one.knowing_the_pace() for one in comparisons])}: that is how wrong its queues, batches"
-        f" and transfers are; the rest is how the machine's pace in a run differs from the pace beside it."
+        f" the aim in {_met([one.knowing_the_pace() for one in comparisons])}: the rest is the machine's pace,"
+        f" which is another one in a run than beside it, and changes within a run, too."
     )
 
 
@@ -160,10 +160,8 @@ def _parts_table(rows: Sequence[Comparison]) -> Iterator[str]:
     yield "| req/s | " + " | ".join(name.removesuffix("_s").replace("_", " ") for name in names) + " |"
     yield "|---:" * (len(names) + 1) + "|"
     for one in rows:
-        cells = []
-        for name in names:
-            live = sum(figures.parts_s.get(name, 0.0) for figures in one.live) / len(one.live)
-            cells.append(f"{1e3 * live:.1f} / {1e3 * one.simulated.parts_s.get(name, 0.0):.1f}")
+        live, simulated = _mean(one.live).parts_s, one.simulated.parts_s
+        cells = [f"{1e3 * live.get(name, 0.0):.1f} / {1e3 * simulated.get(name, 0.0):.1f}" for name in names]
         yield f"| {one.rate:g} | " + " | ".join(cells) + " |"
 
 

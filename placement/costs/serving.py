@@ -15,7 +15,7 @@ class ServedStep(_Frozen):
 
     Every step of prefill reads all weights, through caches that others have filled meanwhile: the constant. What is
     computed is slowed by whoever shares the machine: the factor. (Without a factor for reading KV, live steps of decode
-    are predicted within 3 % for batches of 1 to 16; with one, those of large batches 7 % too slow.)
+    that take the engine 6 to 20 ms are predicted within 3 %; with one, the longest 7 % too slow.)
     """
 
     constant_s: float = Field(default=0.0, ge=0)
