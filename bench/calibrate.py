@@ -10,9 +10,9 @@ import torch
 from bench.engine_profile import EngineProfiler, grid
 from bench.serving_fit import with_serving
 from bench.serving_profile import measure_serving
-from core.config import DecodeSection, EngineSection, PrefillSection
-from deploy.machine import usable_cores
-from placement.costs.calibration import Calibration, fit_error, fit_terms
+from tandem.core.config import DecodeSection, EngineSection, PrefillSection
+from tandem.deploy.machine import usable_cores
+from tandem.placement.costs.calibration import Calibration, fit_error, fit_terms
 
 Progress = Callable[[float, str], None]
 """(share of the measuring that is done, what is being done)."""

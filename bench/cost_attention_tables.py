@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.cost_samples import Sample, device_of, is_drawn, read_rows, served_model
-from core.cost_model import pairs
-from placement.costs.efficiency import Efficiency
-from placement.costs.hardware import Device
-from placement.costs.operators import decode_attention_line, mixed_attention_s, prefill_attention_s
+from tandem.core.cost_model import pairs
+from tandem.placement.costs.efficiency import Efficiency
+from tandem.placement.costs.hardware import Device
+from tandem.placement.costs.operators import decode_attention_line, mixed_attention_s, prefill_attention_s
 
 _HEAD_BYTES = 512.0  # of a token's K and V for one KV head of 128 numbers
 _LEAST_PROMPT_TOKENS = 512  # attention to fewer is all latency, and next to nothing beside the linear layers

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from bench.cost_samples import Sample
-from placement.costs.efficiency import Efficiency
+from tandem.placement.costs.efficiency import Efficiency
 
 _OPERATORS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     # Part of Efficiency, operators that it is fitted to, and the fields that they determine

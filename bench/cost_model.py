@@ -22,9 +22,9 @@ from bench.cost_fit import as_yaml, errors, fit
 from bench.cost_samples import Sample
 from bench.cost_steps import StepSample, fit_overhead, read_steps
 from bench.cost_tables import read_samples
-from core.errors import ConfigError
-from placement.costs.catalogue import DATA
-from placement.costs.efficiency import (
+from tandem.core.errors import ConfigError
+from tandem.placement.costs.catalogue import DATA
+from tandem.placement.costs.efficiency import (
     DecodeAttentionEfficiency,
     Efficiency,
     ElementwiseEfficiency,

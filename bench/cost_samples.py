@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from zlib import crc32
 
-from core.errors import ConfigError
-from core.model_shape import ModelShape
-from placement.costs.efficiency import Efficiency
-from placement.costs.hardware import Device, devices
-from placement.costs.models import model_shape
+from tandem.core.errors import ConfigError
+from tandem.core.model_shape import ModelShape
+from tandem.placement.costs.efficiency import Efficiency
+from tandem.placement.costs.hardware import Device, devices
+from tandem.placement.costs.models import model_shape
 
 _SYSTEMS = {
     "a100_sxm": "A100-80GB-SXM4",

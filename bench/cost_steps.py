@@ -15,13 +15,13 @@ from scipy.optimize import least_squares
 
 from bench.cost_samples import is_drawn, read_rows, served_model
 from bench.cost_tables import layer_times
-from core.cost_model import StepLoad, pairs
-from core.model_shape import ModelShape
-from core.parallel import ParallelShape
-from placement.costs.efficiency import Efficiency, EngineOverhead
-from placement.costs.hardware import Device, devices
-from placement.costs.models import model_shape
-from placement.costs.roofline_cost import RooflineCost
+from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.model_shape import ModelShape
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.efficiency import Efficiency, EngineOverhead
+from tandem.placement.costs.hardware import Device, devices
+from tandem.placement.costs.models import model_shape
+from tandem.placement.costs.roofline_cost import RooflineCost
 
 _BLOOM = ModelShape("BLOOM-176B", 70, 14336, 112, 112, 128, 57344, 250880, 2048, gated_mlp=False, tied_embeddings=True)
 _YI = ModelShape("Yi-34B", 60, 7168, 56, 8, 128, 20480, 64000, 200000)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from bench.cost_attention_tables import read_attention
 from bench.cost_samples import Sample, device_of, is_drawn, read_rows, served_model
-from core.model_shape import ModelShape
-from placement.costs.models import model_shape
-from placement.costs.operators import all_reduce_s, elementwise_s, gemm_s, send_s
-from placement.costs.roofline_cost import elementwise_bytes, mixture_s
+from tandem.core.model_shape import ModelShape
+from tandem.placement.costs.models import model_shape
+from tandem.placement.costs.operators import all_reduce_s, elementwise_s, gemm_s, send_s
+from tandem.placement.costs.roofline_cost import elementwise_bytes, mixture_s
 
 _CUSTOM_ALL_REDUCE_BYTES = 8 << 20  # vLLM takes its own kernel up to here and NCCL beyond
 

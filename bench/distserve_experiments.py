@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from bench.distserve_runs import RecordedRuns, fits_to_run
-from core.parallel import ParallelShape
-from core.slo import SloClass
-from core.slo_file import WorkloadSection
-from placement.costs.published import DEVICE, DistServeCost, DistServeSource, Engine
-from placement.judging.goodput import goodput_at
-from placement.simulator import simulate
-from placement.simulator.deployment import Deployment, InstanceSpec, Role
-from placement.simulator.result import SimulationResult
-from placement.workload.requests import RequestStream
-from placement.workload.streams import make_stream
+from tandem.core.parallel import ParallelShape
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import WorkloadSection
+from tandem.placement.costs.published import DEVICE, DistServeCost, DistServeSource, Engine
+from tandem.placement.judging.goodput import goodput_at
+from tandem.placement.simulator import simulate
+from tandem.placement.simulator.deployment import Deployment, InstanceSpec, Role
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.streams import make_stream
 
 CURVES = Path("reference") / "distserve_slo_attainment_curves.csv"
 _WORKLOAD = WorkloadSection(dataset="distserve_sharegpt")

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 from scipy.optimize import minimize
 
-from placement.costs.published import Coefficients, DistServeCost
-from placement.workload.requests import Floats, Ints, RequestStream
+from tandem.placement.costs.published import Coefficients, DistServeCost
+from tandem.placement.workload.requests import Floats, Ints, RequestStream
 
 _RUNS = Path(__file__).parent / "data" / "distserve_vllm_opt13b_runs.csv"
 FITTED_RATE = 1

@@ -9,13 +9,13 @@ from statistics import median
 
 import torch
 
-from core.config import EngineSection
-from core.cost_model import StepLoad, pairs
-from core.request import SamplingParams
-from engine.engine import Engine
-from engine.step import SampleRequest, SequenceSlice
-from placement.costs.calibration import Measurement
-from worker.engine_setup import load_worker_engine
+from tandem.core.config import EngineSection
+from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.request import SamplingParams
+from tandem.engine.engine import Engine
+from tandem.engine.step import SampleRequest, SequenceSlice
+from tandem.placement.costs.calibration import Measurement
+from tandem.worker.engine_setup import load_worker_engine
 
 _MAX_CELL_S = 8.0  # a cell that would take longer, to judge from the one before it, is left out
 _LEAST_ROUNDS = 3

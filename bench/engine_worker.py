@@ -46,8 +46,8 @@ class TandemRunner:
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
         import torch
 
-        from engine.config import EngineConfig
-        from engine.engine import load_engine
+        from tandem.engine.config import EngineConfig
+        from tandem.engine.engine import load_engine
 
         config = EngineConfig(model, dtype=dtype, device="cpu", num_threads=threads, kv_memory_bytes=2 << 30, ops=ops)
         self._engine = load_engine(config)
@@ -70,8 +70,8 @@ class TandemRunner:
 
     def _step(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[int]:
         """Greedy. Sequence i owns the i-th part of the pool."""
-        from core.request import SamplingParams
-        from engine.step import SampleRequest, SequenceSlice
+        from tandem.core.request import SamplingParams
+        from tandem.engine.step import SampleRequest, SequenceSlice
 
         blocks_each = self._engine.layout.num_blocks // _MAX_BATCH
         greedy = SamplingParams(temperature=0.0)

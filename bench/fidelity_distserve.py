@@ -40,8 +40,8 @@ from bench.distserve_experiments import (
 )
 from bench.distserve_runs import FITTED_RATE, RecordedRuns, read_runs
 from bench.fidelity_page import PAGE, markdown_table, write_section
-from placement.simulator import simulate
-from placement.workload.requests import Floats
+from tandem.placement.simulator import simulate
+from tandem.placement.workload.requests import Floats
 
 
 @dataclass(frozen=True, slots=True)

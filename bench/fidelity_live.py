@@ -37,21 +37,21 @@ from bench.pace import pace_in, with_pace
 from bench.processes import BenchError
 from bench.serving_answers import Answers
 from bench.serving_fit import with_serving
-from core.config import DecodeSection, EngineSection, PrefillSection
-from core.config_file import dump_config, load_config
-from core.cost_model import StepLoad
-from core.errors import TandemError
-from core.slo import SloClass
-from core.slo_file import SloFile, WorkloadSection
-from models.random_checkpoint import CheckpointShape, write_random_checkpoint
-from placement.costs.calibration import CalibratedCost, Calibration, load_calibration
-from placement.judging.judgement import judge
-from placement.judging.summary import parts_of
-from placement.simulator import simulate
-from placement.simulator.deployment import Deployment, InstanceSpec
-from placement.simulator.result import SimulationResult
-from placement.workload.requests import RequestStream
-from placement.workload.streams import make_stream
+from tandem.core.config import DecodeSection, EngineSection, PrefillSection
+from tandem.core.config_file import dump_config, load_config
+from tandem.core.cost_model import StepLoad
+from tandem.core.errors import TandemError
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import SloFile, WorkloadSection
+from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
+from tandem.placement.costs.calibration import CalibratedCost, Calibration, load_calibration
+from tandem.placement.judging.judgement import judge
+from tandem.placement.judging.summary import parts_of
+from tandem.placement.simulator import simulate
+from tandem.placement.simulator.deployment import Deployment, InstanceSpec
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.streams import make_stream
 
 _SHAPE = CheckpointShape(
     hidden_size=640,

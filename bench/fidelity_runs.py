@@ -27,10 +27,10 @@ from bench.processes import BenchError, Launcher
 from bench.serving_answers import Answers, Prompted, prompted_of
 from bench.serving_fit import with_serving
 from bench.serving_profile import measure_running, probing
-from core.slo_file import SloFile
-from placement.costs.calibration import Calibration
-from placement.simulator.result import SimulationResult
-from placement.workload.requests import RequestStream
+from tandem.core.slo_file import SloFile
+from tandem.placement.costs.calibration import Calibration
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.requests import RequestStream
 
 _PACE_S, _PACE_BATCH = 5.0, 4
 _PART_S, _PART_BATCHES = 10.0, (1, 2, 4, 8)  # after each run, in turns

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from bench.pace import Pace
-from placement.costs.calibration import Calibration
+from tandem.placement.costs.calibration import Calibration
 
 TITLE = "Our own cluster"
 _ATTAINMENT_AIM = 0.03

@@ -23,12 +23,12 @@ import numpy as np
 
 from bench.fidelity_page import PAGE, markdown_table, write_section
 from bench.vllm_tables import VllmTableModel, read_vllm_tables
-from core.cost_model import StepLoad
-from placement.costs.models import model_shape
-from placement.simulator import simulate
-from placement.simulator.deployment import Deployment, InstanceSpec
-from placement.simulator.result import SimulationResult
-from placement.workload.requests import Floats, RequestStream
+from tandem.core.cost_model import StepLoad
+from tandem.placement.costs.models import model_shape
+from tandem.placement.simulator import simulate
+from tandem.placement.simulator.deployment import Deployment, InstanceSpec
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.requests import Floats, RequestStream
 
 _BLOCK_TOKENS = 16
 _MAX_BATCH_TOKENS = 2048

@@ -16,18 +16,18 @@ from statistics import median
 
 import torch
 
-from core.clock import SystemClock
-from core.kv_layout import KvLayout
-from core.request import SampledToken
-from core.shipment import Manifest, hash_token_ids
-from core.transfer import Road
-from kv_transfer.pool import SharedPool
-from kv_transfer.receiver import KvReceiver
-from kv_transfer.sender import KvSender
+from tandem.core.clock import SystemClock
+from tandem.core.kv_layout import KvLayout
+from tandem.core.request import SampledToken
+from tandem.core.shipment import Manifest, hash_token_ids
+from tandem.core.transfer import Road
+from tandem.kv_transfer.pool import SharedPool
+from tandem.kv_transfer.receiver import KvReceiver
+from tandem.kv_transfer.sender import KvSender
 from tandem.v1 import transfer_pb2_grpc
-from wire.channels import open_channel
-from wire.server import bind, build_server
-from wire.transfer import KvTransferClient, KvTransferServicer
+from tandem.wire.channels import open_channel
+from tandem.wire.server import bind, build_server
+from tandem.wire.transfer import KvTransferClient, KvTransferServicer
 
 SOURCE_ID = "bench-source"
 CPU_ROADS = (Road.SHARED_MEMORY, Road.GLOO)

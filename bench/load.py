@@ -30,13 +30,13 @@ from bench.load_client import LoadClient, served_model
 from bench.load_result import LoadResult, records_as_json
 from bench.load_run import run_load
 from bench.processes import BenchError
-from core.config_file import load_config
-from core.errors import ConfigError, TandemError
-from core.slo import SloClass
-from core.slo_file import SloFile, WorkloadSection
-from placement.judging.summary import render_text, summarise
-from placement.workload.requests import RequestStream
-from placement.workload.streams import load_trace, make_stream
+from tandem.core.config_file import load_config
+from tandem.core.errors import ConfigError, TandemError
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import SloFile, WorkloadSection
+from tandem.placement.judging.summary import render_text, summarise
+from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.streams import load_trace, make_stream
 
 GENERATOR_TOO_SLOW = 3
 

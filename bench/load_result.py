@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from core.timeline import Stage
-from placement.simulator.result import STAGES, SimulationResult
-from placement.workload.requests import RequestStream
+from tandem.core.timeline import Stage
+from tandem.placement.simulator.result import STAGES, SimulationResult
+from tandem.placement.workload.requests import RequestStream
 
 Floats = npt.NDArray[np.float64]
 

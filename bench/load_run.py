@@ -16,7 +16,7 @@ import numpy as np
 
 from bench.load_client import LoadClient, ServerGoneError, Stamped
 from bench.load_result import GeneratorHealth, LoadRecord, LoadResult
-from placement.workload.requests import RequestStream
+from tandem.placement.workload.requests import RequestStream
 
 FIRST_ID, LAST_ID = 300, 1000  # ids of prompts: plain tokens of every vocabulary of more than a thousand
 _TICK_S = 0.01

@@ -34,7 +34,7 @@ from bench.figures import Sample, figures_of, figures_table
 from bench.processes import BenchError, Launcher
 from bench.road import measure_road
 from bench.router_cost import measure_routers
-from core.kv_layout import KvLayout
+from tandem.core.kv_layout import KvLayout
 
 PARTS = ("router", "road", "handover")
 _MODEL = Path(__file__).parent.parent / "models" / "tiny-python"

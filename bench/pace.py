@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from bench.serving_answers import Loaded, PrefillStep, Prompted, steps_of
 from bench.serving_fit import decode_steps, prefill_steps
-from core.cost_model import StepLoad
-from placement.costs.calibration import CalibratedCost, Calibration
-from placement.costs.serving import ServedStep
+from tandem.core.cost_model import StepLoad
+from tandem.placement.costs.calibration import CalibratedCost, Calibration
+from tandem.placement.costs.serving import ServedStep
 
 _WINDOW_S = 2.0
 _ENOUGH_S = 0.2  # of steps in a window, to tell by

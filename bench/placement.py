@@ -26,21 +26,21 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
-from core.parallel import ParallelShape
-from core.slo import SloClass
-from core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
-from core.text_table import text_table
-from placement.costs.cost_source import CostSource
-from placement.costs.published import DEVICE, DistServeSource
-from placement.planner import Answer, problem_of, search
-from placement.search.fleet import Fleet, Pool
-from placement.search.kinds import phase_kind
-from placement.search.parallel import Mapper, local_mapper
-from placement.search.predict import Predictor
-from placement.search.problem import Problem
-from placement.search.trial import trial_of
-from placement.search.verdict import verdict_on
-from placement.simulator.deployment import Role
+from tandem.core.parallel import ParallelShape
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
+from tandem.core.text_table import text_table
+from tandem.placement.costs.cost_source import CostSource
+from tandem.placement.costs.published import DEVICE, DistServeSource
+from tandem.placement.planner import Answer, problem_of, search
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.kinds import phase_kind
+from tandem.placement.search.parallel import Mapper, local_mapper
+from tandem.placement.search.predict import Predictor
+from tandem.placement.search.problem import Problem
+from tandem.placement.search.trial import trial_of
+from tandem.placement.search.verdict import verdict_on
+from tandem.placement.simulator.deployment import Role
 
 PARTS = ("distserve", "gpus", "requests", "rate")
 _AIM = 100  # times faster than DistServe's search

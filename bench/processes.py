@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import yaml
 
-from core.session import InstanceStatus, Role
 from tandem.client import AsyncClient
-from wire.channels import open_channel
-from wire.fleet import describe_fleet
+from tandem.core.session import InstanceStatus, Role
+from tandem.wire.channels import open_channel
+from tandem.wire.fleet import describe_fleet
 
 MODEL_NAME = "measured"
 CLUSTER_TOKEN = "bench-token"

@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from core.clock import ManualClock
-from core.config_file import load_config
-from core.plan import Expected, Plan, PlanGroup
-from core.replanning import DriftState, ReplanStatus
-from core.slo_file import SloFile
-from core.workload_profile import ProfileSnapshot, ServedRequest, WorkloadProfile
-from deploy.replanner import Planner, ReplanAnswer, Replanner
-from placement.replanning.live_workload import QUESTION, RUNNING_PLAN
-from placement.replanning.replan import Forecast, changes_between, forecast_of, gain_of
-from placement.workload.requests import RequestStream
-from placement.workload.streams import make_stream
-from placement.workload.traces import load_trace
+from tandem.core.clock import ManualClock
+from tandem.core.config_file import load_config
+from tandem.core.plan import Expected, Plan, PlanGroup
+from tandem.core.replanning import DriftState, ReplanStatus
+from tandem.core.slo_file import SloFile
+from tandem.core.workload_profile import ProfileSnapshot, ServedRequest, WorkloadProfile
+from tandem.deploy.replanner import Planner, ReplanAnswer, Replanner
+from tandem.placement.replanning.live_workload import QUESTION, RUNNING_PLAN
+from tandem.placement.replanning.replan import Forecast, changes_between, forecast_of, gain_of
+from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.streams import make_stream
+from tandem.placement.workload.traces import load_trace
 
 _MODEL, _DEVICE, _TP = "Llama-3.1-70B", "H100-80GB-SXM5", 2
 _INSTANCES = 8

@@ -8,7 +8,7 @@ from bench.figures import Quantity, Sample
 from bench.processes import HEARTBEAT_S, Launcher, Process, Router
 from bench.router_cost import SHORT_TOKENS, STREAMS, rounds_of_short
 from bench.streams import Api, Client, ask_all, connect
-from core.session import Role
+from tandem.core.session import Role
 
 _REPORT_S = HEARTBEAT_S + 0.2  # after so long a heartbeat has told of the last step
 

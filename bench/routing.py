@@ -7,10 +7,10 @@ from collections import defaultdict
 from dataclasses import replace
 from statistics import mean, median
 
-from scheduling.decode_book import DecodeBook
-from scheduling.prefill_book import PrefillBook
-from scheduling.prefix_tracker import PrefixTracker
-from scheduling.routing import DecodeView, PrefillView, choose_decode, choose_prefill
+from tandem.scheduling.decode_book import DecodeBook
+from tandem.scheduling.prefill_book import PrefillBook
+from tandem.scheduling.prefix_tracker import PrefixTracker
+from tandem.scheduling.routing import DecodeView, PrefillView, choose_decode, choose_prefill
 
 _NUM_INSTANCES = (2, 10, 100, 1000, 4000)
 _BLOCK_SIZE = 16

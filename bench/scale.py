@@ -27,14 +27,14 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from core.parallel import ParallelShape
-from core.timeline import Stage
-from placement.costs.hardware import devices
-from placement.costs.models import model_shape
-from placement.costs.roofline import RooflineSource
-from placement.simulator import simulate
-from placement.simulator.deployment import Deployment, InstanceSpec, NetworkSpec
-from placement.workload.requests import Floats, RequestStream
+from tandem.core.parallel import ParallelShape
+from tandem.core.timeline import Stage
+from tandem.placement.costs.hardware import devices
+from tandem.placement.costs.models import model_shape
+from tandem.placement.costs.roofline import RooflineSource
+from tandem.placement.simulator import simulate
+from tandem.placement.simulator.deployment import Deployment, InstanceSpec, NetworkSpec
+from tandem.placement.workload.requests import Floats, RequestStream
 
 _RATES = Path("traces") / "azure_2024_hourly_rate_digitised.csv"
 _LENGTHS = Path("lengths") / "azure_2024_cdf_digitised.csv"

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from bench.processes import HEARTBEAT_S
-from core.clock import SystemClock
-from core.errors import TandemError
-from core.request import FinishReason, GenerationRequest, SampledToken
-from core.session import (
+from tandem.core.clock import SystemClock
+from tandem.core.errors import TandemError
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken
+from tandem.core.session import (
     BlockCounts,
     Cancel,
     DecodeCommand,
@@ -33,10 +33,10 @@ from core.session import (
     TransferCommitted,
 )
 from tandem.v1 import worker_pb2_grpc
-from wire.channels import open_channel
-from wire.fleet import send_heartbeat
-from wire.server import bind, build_server
-from wire.sessions import DecodeServicer, Outbox, PrefillServicer
+from tandem.wire.channels import open_channel
+from tandem.wire.fleet import send_heartbeat
+from tandem.wire.server import bind, build_server
+from tandem.wire.sessions import DecodeServicer, Outbox, PrefillServicer
 
 _LETTERS = range(40, 72)  # ids that are one letter each in byte-level vocabularies whose first ids are the bytes
 

@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from bench.load_result import LoadRecord
-from core.config import PrefillSection
+from tandem.core.config import PrefillSection
 
 _BATCH_TOKENS = PrefillSection().max_batch_tokens
 

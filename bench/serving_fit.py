@@ -9,10 +9,10 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from bench.serving_answers import Answers, Loaded, PrefillStep, Prompted, steps_of
-from core.cost_model import StepLoad
-from placement.costs.calibration import CalibratedCost, Calibration
-from placement.costs.serving import RoadCosts, ServedStep, ServingCosts
-from placement.simulator.deployment import PAUSE_S
+from tandem.core.cost_model import StepLoad
+from tandem.placement.costs.calibration import CalibratedCost, Calibration
+from tandem.placement.costs.serving import RoadCosts, ServedStep, ServingCosts
+from tandem.placement.simulator.deployment import PAUSE_S
 
 _FASTEST_BYTES_PER_S = 1e12  # where no time per token can be seen
 _FAR_OFF = 0.5  # steps differ by 10 %, and a stranger makes them take twice as long

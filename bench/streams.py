@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import grpc
 
 from bench.processes import MODEL_NAME, BenchError, Router
-from core.config import split_address
+from tandem.core.config import split_address
 from tandem.v1 import common_pb2, inference_pb2
-from wire.channels import open_channel
+from tandem.wire.channels import open_channel
 
 _GENERATE = "/tandem.v1.InferenceService/Generate"
 

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-from core.cost_model import StepCost, StepLoad
-from core.model_shape import ModelShape
-from placement.workload.requests import Floats
+from tandem.core.cost_model import StepCost, StepLoad
+from tandem.core.model_shape import ModelShape
+from tandem.placement.workload.requests import Floats
 
 _PER_LAYER = {"qkv_proj": 1, "o_proj": 1, "gate_up_proj": 1, "down_proj": 1, "act_fn": 1, "rotary_emb": 1}
 _PER_LAYER |= {"layernorm": 2, "qk_norm": 1}

@@ -5,10 +5,10 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from cli.common import DEFAULT_GRPC, complain, say, state_folders
-from core.errors import TandemError
+from tandem.cli.common import DEFAULT_GRPC, complain, say, state_folders
 from tandem.client import Client
 from tandem.completion import Delta, GenerateOptions
+from tandem.core.errors import TandemError
 
 HELP = "talk to the model"
 DESCRIPTION = """\

@@ -5,10 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-from core.config import ServeConfig
-from core.config_file import apply_overrides, load_config
-from core.errors import ConfigError, UnavailableError
-from deploy.run_state import RunState, StateFolders
+from tandem.core.config import ServeConfig
+from tandem.core.config_file import apply_overrides, load_config
+from tandem.core.errors import ConfigError, UnavailableError
+from tandem.deploy.run_state import RunState, StateFolders
 
 BUILT_IN_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-python"
 DEFAULT_GRPC = "127.0.0.1:8001"

@@ -4,13 +4,13 @@ import argparse
 import asyncio
 from collections.abc import Iterator
 
-from cli.common import add_config_arguments, read_config, say, state_folders
-from core.config import ServeConfig
-from core.errors import TandemError
-from deploy import checks
-from deploy.checks import Finding, Grade
-from deploy.run_state import RunState
-from deploy.serving import fetch_fleet
+from tandem.cli.common import add_config_arguments, read_config, say, state_folders
+from tandem.core.config import ServeConfig
+from tandem.core.errors import TandemError
+from tandem.deploy import checks
+from tandem.deploy.checks import Finding, Grade
+from tandem.deploy.run_state import RunState
+from tandem.deploy.serving import fetch_fleet
 
 HELP = "check this machine, the model and the running cluster"
 DESCRIPTION = """\

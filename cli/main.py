@@ -7,9 +7,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cli import chat, doctor, plan, profile, scale, schema, serve, simulate, status, stop, version
-from cli.common import complain
-from core.errors import ConfigError, TandemError
+from tandem.cli import chat, doctor, plan, profile, scale, schema, serve, simulate, status, stop, version
+from tandem.cli.common import complain
+from tandem.core.errors import ConfigError, TandemError
 
 _COMMANDS = (profile, plan, simulate, serve, status, chat, scale, stop, schema, doctor, version)
 _EPILOG = """\

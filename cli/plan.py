@@ -5,23 +5,23 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from cli.common import complain, say
-from cli.progress import Progress
-from cli.signals import signals_interrupt
-from core.config_file import apply_overrides, load_config
-from core.errors import ConfigError
-from core.plan import Plan
-from core.slo_file import SloFile
-from core.text_table import text_table
-from deploy.machine import this_machine
-from deploy.plan_serving import serve_config_of
-from deploy.ray_mapper import ray_mapper
-from placement.costs.hardware import devices
-from placement.costs.models import published_models
-from placement.evidence import Planned
-from placement.report import words, write_plan, write_report
-from placement.report.words import number
-from placement.search.parallel import local_mapper
+from tandem.cli.common import complain, say
+from tandem.cli.progress import Progress
+from tandem.cli.signals import signals_interrupt
+from tandem.core.config_file import apply_overrides, load_config
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan
+from tandem.core.slo_file import SloFile
+from tandem.core.text_table import text_table
+from tandem.deploy.machine import this_machine
+from tandem.deploy.plan_serving import serve_config_of
+from tandem.deploy.ray_mapper import ray_mapper
+from tandem.placement.costs.hardware import devices
+from tandem.placement.costs.models import published_models
+from tandem.placement.evidence import Planned
+from tandem.placement.report import words, write_plan, write_report
+from tandem.placement.report.words import number
+from tandem.placement.search.parallel import local_mapper
 
 HELP = "find the best way to serve a model within its SLO"
 DESCRIPTION = """\
@@ -104,7 +104,7 @@ def search(slo: SloFile, file: Path, progress: Progress, workers: int = 0, ray: 
 
     Raises ConfigError, and UnavailableError where there is no such Ray.
     """
-    from placement.planner import plan  # SciPy and the simulator, which the other commands have no use for
+    from tandem.placement.planner import plan  # SciPy and the simulator, which the other commands have no use for
 
     for device in uncalibrated(slo):
         complain(

@@ -6,15 +6,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.processes import BenchError
-from cli.common import BUILT_IN_MODEL, say
-from cli.progress import Progress
-from core.config import EngineSection, parse_bytes
-from core.config_file import dump_config
-from core.errors import ConfigError, UnavailableError
-from deploy.machine import usable_cores
-from deploy.model_folder import check_model_folder
-from placement.costs.calibration import Calibration
-from placement.costs.serving import ServedStep
+from tandem.cli.common import BUILT_IN_MODEL, say
+from tandem.cli.progress import Progress
+from tandem.core.config import EngineSection, parse_bytes
+from tandem.core.config_file import dump_config
+from tandem.core.errors import ConfigError, UnavailableError
+from tandem.deploy.machine import usable_cores
+from tandem.deploy.model_folder import check_model_folder
+from tandem.placement.costs.calibration import Calibration
+from tandem.placement.costs.serving import ServedStep
 
 HELP = "measure a model on this machine, for plans and simulations"
 DESCRIPTION = """\

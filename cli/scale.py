@@ -4,8 +4,8 @@ import argparse
 import os
 import signal
 
-from cli.common import add_pid_argument, find_run, say, state_folders
-from core.errors import ConfigError
+from tandem.cli.common import add_pid_argument, find_run, say, state_folders
+from tandem.core.errors import ConfigError
 
 HELP = "change the number of workers"
 DESCRIPTION = """\

@@ -5,10 +5,10 @@ import json
 
 from pydantic import BaseModel
 
-from cli.common import say
-from core.config import ServeConfig
-from core.plan import Plan
-from core.slo_file import SloFile
+from tandem.cli.common import say
+from tandem.core.config import ServeConfig
+from tandem.core.plan import Plan
+from tandem.core.slo_file import SloFile
 
 HELP = "print the JSON schema of a file, for editors"
 DESCRIPTION = """\

@@ -7,19 +7,19 @@ import os
 import time
 from pathlib import Path
 
-from cli.common import add_config_arguments, say, state_folders
-from cli.serve_file import read_serve_file
-from cli.signals import StopSignals, ignore_signals, signals_interrupt
-from core.clock import SystemClock
-from core.config import ServeConfig
-from core.errors import TandemError
-from core.plan import Plan
-from deploy.controller import Event, Failed, Loading, Stopped, Up
-from deploy.machine import settle_addresses, this_machine
-from deploy.model_folder import check_model_folder
-from deploy.ray_cluster import LocalRay, RayLauncher
-from deploy.run_state import RunState, StateFolders, process_started_s
-from deploy.serving import Serving, expected_road, with_token
+from tandem.cli.common import add_config_arguments, say, state_folders
+from tandem.cli.serve_file import read_serve_file
+from tandem.cli.signals import StopSignals, ignore_signals, signals_interrupt
+from tandem.core.clock import SystemClock
+from tandem.core.config import ServeConfig
+from tandem.core.errors import TandemError
+from tandem.core.plan import Plan
+from tandem.deploy.controller import Event, Failed, Loading, Stopped, Up
+from tandem.deploy.machine import settle_addresses, this_machine
+from tandem.deploy.model_folder import check_model_folder
+from tandem.deploy.ray_cluster import LocalRay, RayLauncher
+from tandem.deploy.run_state import RunState, StateFolders, process_started_s
+from tandem.deploy.serving import Serving, expected_road, with_token
 
 HELP = "start a model on this machine"
 DESCRIPTION = """\
@@ -143,7 +143,7 @@ async def _scale(serving: Serving, folders: StateFolders, grace_s: float) -> Non
 
 
 async def _watch(plan: Plan, serving: Serving, state: RunState) -> None:
-    from deploy.plan_watch import watch_plan  # SciPy, which a serve file has no use for
+    from tandem.deploy.plan_watch import watch_plan  # SciPy, which a serve file has no use for
 
     await watch_plan(plan, serving.config, Path(state.log_folder), lambda note: say(f"  plan: {note}"))
 

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-import cli.plan
-from cli.common import read_config, say
-from cli.progress import Progress
-from core.config import ServeConfig
-from core.config_file import apply_overrides, load_config, top_level_settings
-from core.errors import ConfigError
-from core.plan import Plan
-from core.slo_file import SloFile
-from deploy.checks import Grade, check_memory
-from deploy.plan_serving import serve_config_of
-from deploy.topology import Machine
-from placement.report import words
+import tandem.cli.plan
+from tandem.cli.common import read_config, say
+from tandem.cli.progress import Progress
+from tandem.core.config import ServeConfig
+from tandem.core.config_file import apply_overrides, load_config, top_level_settings
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan
+from tandem.core.slo_file import SloFile
+from tandem.deploy.checks import Grade, check_memory
+from tandem.deploy.plan_serving import serve_config_of
+from tandem.deploy.topology import Machine
+from tandem.placement.report import words
 
 _ONLY_IN_PLANS = {"groups", "verdict", "expected"}
 _ONLY_IN_SLO_FILES = {"slo", "cluster", "workload"}
@@ -67,10 +67,10 @@ def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -
 def _plan_for(file: Path) -> Plan:
     slo = load_config(file, SloFile)
     with Progress(sys.stderr) as progress:
-        planned = cli.plan.search(slo, file, progress, 0)
+        planned = tandem.cli.plan.search(slo, file, progress, 0)
     if planned.plan.verdict == "infeasible":
         raise ConfigError(f"{words.headline(planned)[:-1]} (to see why: tandem plan {file} --report why.html)")
-    for line in cli.plan.as_lines(planned):
+    for line in tandem.cli.plan.as_lines(planned):
         say(line)
     say()
     return planned.plan

@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from placement.simulator.deployment import Failure
+from tandem.placement.simulator.deployment import Failure
 
 HELP = "run a plan on a simulated cluster"
 DESCRIPTION = """\
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cli.simulation import run_simulation  # SciPy and the simulator, which other commands have no use for
+    from tandem.cli.simulation import run_simulation  # SciPy and the simulator, which other commands have no use for
 
     return run_simulation(args)
 

@@ -7,27 +7,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cli.common import say
-from cli.progress import Progress as ShownProgress
-from cli.serve_file import FileKind, kind_of
-from cli.version import installed_version
-from core.config_file import load_config
-from core.errors import ConfigError
-from core.plan import Plan
-from core.slo_file import SloFile, WorkloadSection
-from placement.cluster import Cluster
-from placement.costs.models import model_shape
-from placement.costs.sources import cost_source_of
-from placement.judging.summary import as_json, render_text, summarise
-from placement.plan_deployment import deployment_of
-from placement.report import RunDescription, write_simulation_report
-from placement.simulator import Progress, simulate
-from placement.simulator.deployment import Deployment, Failure
-from placement.simulator.result import SimulationResult
-from placement.workload.description import describe
-from placement.workload.requests import RequestStream
-from placement.workload.streams import make_stream
-from placement.workload.traces import load_trace
+from tandem.cli.common import say
+from tandem.cli.progress import Progress as ShownProgress
+from tandem.cli.serve_file import FileKind, kind_of
+from tandem.cli.version import installed_version
+from tandem.core.config_file import load_config
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan
+from tandem.core.slo_file import SloFile, WorkloadSection
+from tandem.placement.cluster import Cluster
+from tandem.placement.costs.models import model_shape
+from tandem.placement.costs.sources import cost_source_of
+from tandem.placement.judging.summary import as_json, render_text, summarise
+from tandem.placement.plan_deployment import deployment_of
+from tandem.placement.report import RunDescription, write_simulation_report
+from tandem.placement.simulator import Progress, simulate
+from tandem.placement.simulator.deployment import Deployment, Failure
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.description import describe
+from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.streams import make_stream
+from tandem.placement.workload.traces import load_trace
 
 
 def run_simulation(args: argparse.Namespace) -> int:

@@ -6,14 +6,14 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from cli.common import add_pid_argument, find_run, say
-from core.replanning import ReplanStatus
-from core.session import InstanceStatus, LinkStats, Role
-from core.text_table import text_table
-from core.workload_profile import ProfileSnapshot
-from deploy.run_state import RunState
-from deploy.serving import fetch_fleet
-from wire.fleet import FleetDescription
+from tandem.cli.common import add_pid_argument, find_run, say
+from tandem.core.replanning import ReplanStatus
+from tandem.core.session import InstanceStatus, LinkStats, Role
+from tandem.core.text_table import text_table
+from tandem.core.workload_profile import ProfileSnapshot
+from tandem.deploy.run_state import RunState
+from tandem.deploy.serving import fetch_fleet
+from tandem.wire.fleet import FleetDescription
 
 HELP = "show instances, load, KV memory and links"
 DESCRIPTION = """\

@@ -6,8 +6,8 @@ import os
 import signal
 import time
 
-from cli.common import add_pid_argument, complain, find_run, say
-from deploy.run_state import is_alive
+from tandem.cli.common import add_pid_argument, complain, find_run, say
+from tandem.deploy.run_state import is_alive
 
 HELP = "stop the running cluster"
 DESCRIPTION = """\

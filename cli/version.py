@@ -4,7 +4,7 @@ import argparse
 import importlib.metadata
 import platform
 
-from cli.common import say
+from tandem.cli.common import say
 
 HELP = "show the version"
 DESCRIPTION = "Show the version of tandem and of what it stands on."

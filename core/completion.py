@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
-from core.request import FinishReason, SampledToken, SamplingParams, TokenLogprob
-from core.timeline import Timeline
+from tandem.core.request import FinishReason, SampledToken, SamplingParams, TokenLogprob
+from tandem.core.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)

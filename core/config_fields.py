@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from core.errors import CheckpointError
+from tandem.core.errors import CheckpointError
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

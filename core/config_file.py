@@ -12,9 +12,9 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from core.config import relative_to
-from core.config_mistakes import describe, location, mistakes_of
-from core.errors import ConfigError
+from tandem.core.config import relative_to
+from tandem.core.config_mistakes import describe, location, mistakes_of
+from tandem.core.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
 _Loc = tuple[int | str, ...]

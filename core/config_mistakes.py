@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from core.config import WrongSetting
+from tandem.core.config import WrongSetting
 
 _EXPECTED = {
     "int_type": "a whole number",

@@ -3,8 +3,8 @@
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
-from core.timeline import Timeline
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
+from tandem.core.timeline import Timeline
 
 
 class Generation(Protocol):

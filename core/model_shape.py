@@ -7,8 +7,8 @@ sizes; norms and biases, below 0.1 % of any model, are left out.
 
 from dataclasses import dataclass
 
-from core.model_spec import ModelSpec
-from core.parallel import ParallelShape
+from tandem.core.model_spec import ModelSpec
+from tandem.core.parallel import ParallelShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from core.config_fields import Fields
-from core.errors import CheckpointError
+from tandem.core.config_fields import Fields
+from tandem.core.errors import CheckpointError
 
 Family = Literal["llama", "opt"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from core.config import AnchoredPath, ModelName, WrongSetting
-from core.parallel import ParallelShape
-from core.slo import SloClass
+from tandem.core.config import AnchoredPath, ModelName, WrongSetting
+from tandem.core.parallel import ParallelShape
+from tandem.core.slo import SloClass
 
 
 class _Frozen(BaseModel):

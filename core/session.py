@@ -17,7 +17,7 @@ that dies leaves no orphans.
 from dataclasses import dataclass
 from enum import Enum
 
-from core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
 
 
 class Role(Enum):

@@ -5,8 +5,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.errors import IncompatiblePeerError, StaleEpochError, TransferError
-from core.request import SampledToken
+from tandem.core.errors import IncompatiblePeerError, StaleEpochError, TransferError
+from tandem.core.request import SampledToken
 
 
 def hash_token_ids(token_ids: Sequence[int]) -> str:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from core.config import AnchoredPath, Bytes, ModelName, WrongSetting
-from core.slo import SloClass
+from tandem.core.config import AnchoredPath, Bytes, ModelName, WrongSetting
+from tandem.core.slo import SloClass
 
 
 class _Frozen(BaseModel):

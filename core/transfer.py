@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from core.errors import UnavailableError
-from core.session import LinkStats
-from core.shipment import Manifest
+from tandem.core.errors import UnavailableError
+from tandem.core.session import LinkStats
+from tandem.core.shipment import Manifest
 
 
 class PeerGoneError(UnavailableError):

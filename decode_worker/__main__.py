@@ -2,8 +2,8 @@
 
 import sys
 
-from decode_worker.app import DecodeWorker
-from worker.process import run_from_command_line
+from tandem.decode_worker.app import DecodeWorker
+from tandem.worker.process import run_from_command_line
 
 if __name__ == "__main__":
     sys.exit(run_from_command_line("decode", DecodeWorker))

@@ -2,18 +2,18 @@
 
 import grpc
 
-from core.config import WorkerConfig
-from core.session import LinkStats, Role
-from decode_worker.loop import DecodeLoop, LoopCommand, LoopEvent
-from decode_worker.peers import Peers
-from decode_worker.service import DecodeService
-from engine.engine import Engine
-from kv_transfer.pool import SharedPool
-from kv_transfer.receiver import KvReceiver
+from tandem.core.config import WorkerConfig
+from tandem.core.session import LinkStats, Role
+from tandem.decode_worker.loop import DecodeLoop, LoopCommand, LoopEvent
+from tandem.decode_worker.peers import Peers
+from tandem.decode_worker.service import DecodeService
+from tandem.engine.engine import Engine
+from tandem.kv_transfer.pool import SharedPool
+from tandem.kv_transfer.receiver import KvReceiver
 from tandem.v1 import worker_pb2_grpc
-from wire.sessions import DecodeServicer
-from worker.instance import LoopReport
-from worker.role import RoleWorker
+from tandem.wire.sessions import DecodeServicer
+from tandem.worker.instance import LoopReport
+from tandem.worker.role import RoleWorker
 
 
 class DecodeWorker(RoleWorker[LoopCommand, LoopEvent]):

@@ -12,11 +12,11 @@ import logging
 from collections import defaultdict
 from dataclasses import dataclass
 
-from core.clock import Clock
-from core.config import DecodeSection
-from core.errors import DeadlineError, TandemError, UnavailableError
-from core.request import SampledToken
-from core.session import (
+from tandem.core.clock import Clock
+from tandem.core.config import DecodeSection
+from tandem.core.errors import DeadlineError, TandemError, UnavailableError
+from tandem.core.request import SampledToken
+from tandem.core.session import (
     DecodeEvent,
     DecodeFrame,
     DecodeReserved,
@@ -26,16 +26,16 @@ from core.session import (
     RequestFailed,
     TransferCommitted,
 )
-from core.transfer import Road
-from engine.engine import Engine
-from engine.step import SampleRequest, SequenceSlice, StepOutput
-from scheduling.block_pool import BlockPool
-from scheduling.decode import DecodeChunk, DecodePolicy, DecodeScheduler
-from scheduling.integrity import count_blocks
-from scheduling.sequence import Sequence, SequenceState
-from worker.admission import check_request
-from worker.attempt_key import Key, key_of
-from worker.instance import REPORT_EVERY_S, LoopReport
+from tandem.core.transfer import Road
+from tandem.engine.engine import Engine
+from tandem.engine.step import SampleRequest, SequenceSlice, StepOutput
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.decode import DecodeChunk, DecodePolicy, DecodeScheduler
+from tandem.scheduling.integrity import count_blocks
+from tandem.scheduling.sequence import Sequence, SequenceState
+from tandem.worker.admission import check_request
+from tandem.worker.attempt_key import Key, key_of
+from tandem.worker.instance import REPORT_EVERY_S, LoopReport
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from collections import OrderedDict
 
 import grpc
 
-from core.session import KvSource
-from wire.channels import open_channel
-from wire.transfer import KvTransferClient
+from tandem.core.session import KvSource
+from tandem.wire.channels import open_channel
+from tandem.wire.transfer import KvTransferClient
 
 MAX_PEERS = 1024
 

@@ -5,14 +5,14 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from core.errors import CancelledError, InternalError, TandemError
-from core.session import Cancel, DecodeCommand, DecodeEvent, OpenDecode
-from core.transfer import PeerGoneError
-from decode_worker.loop import Abandon, Arrived, Close, Fetch, FetchFailed, LoopCommand, LoopEvent, Open, Tell
-from decode_worker.peers import Peers
-from kv_transfer.receiver import KvReceiver
-from wire.sessions import Outbox
-from worker.attempt_key import Key
+from tandem.core.errors import CancelledError, InternalError, TandemError
+from tandem.core.session import Cancel, DecodeCommand, DecodeEvent, OpenDecode
+from tandem.core.transfer import PeerGoneError
+from tandem.decode_worker.loop import Abandon, Arrived, Close, Fetch, FetchFailed, LoopCommand, LoopEvent, Open, Tell
+from tandem.decode_worker.peers import Peers
+from tandem.kv_transfer.receiver import KvReceiver
+from tandem.wire.sessions import Outbox
+from tandem.worker.attempt_key import Key
 
 log = logging.getLogger(__name__)
 

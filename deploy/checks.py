@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from core.config import ServeConfig
-from core.errors import ConfigError, TandemError
-from core.session import InstanceStatus, Role
-from deploy.machine import available_memory_bytes, check_address, usable_cores
-from deploy.model_folder import check_model_folder, weight_bytes
+from tandem.core.config import ServeConfig
+from tandem.core.errors import ConfigError, TandemError
+from tandem.core.session import InstanceStatus, Role
+from tandem.deploy.machine import available_memory_bytes, check_address, usable_cores
+from tandem.deploy.model_folder import check_model_folder, weight_bytes
 
 _GIB = 1 << 30
 _RAY_DISK_BYTES = 1 << 30
@@ -114,7 +114,7 @@ def check_memory(config: ServeConfig, available_bytes: int | None = None) -> Fin
 
 def check_shared_memory(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
     """The KV pool as another process maps it, and room for what Ray and torch put elsewhere."""
-    from kv_transfer.pool import SharedPool, map_read_only
+    from tandem.kv_transfer.pool import SharedPool, map_read_only
 
     try:
         pool = SharedPool.create(1 << 20)
@@ -179,7 +179,7 @@ def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
     """Whether the model's files are complete and of a family the engine knows. Reads the files' headers and hashes."""
     try:
         check_model_folder(config.model)
-        from engine.checkpoint import open_checkpoint
+        from tandem.engine.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(config.model)
     except TandemError as error:
@@ -201,7 +201,7 @@ def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
 
 def check_gloo(timeout_s: float = 10.0) -> Finding:
     """Two ranks in two threads on loopback: some bytes go from one to the other and arrive unchanged."""
-    from deploy.gloo_check import send_once
+    from tandem.deploy.gloo_check import send_once
 
     try:
         send_once(timeout_s)

@@ -15,9 +15,9 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from core.clock import Clock
-from core.errors import TandemError
-from deploy.topology import ProcessRole, ProcessSpec
+from tandem.core.clock import Clock
+from tandem.core.errors import TandemError
+from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 Result = TypeVar("Result")
 

@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from core.errors import TransferError
-from kv_transfer.pair import GlooDevice, GlooPair
-from kv_transfer.rendezvous import LocalBoard
+from tandem.core.errors import TransferError
+from tandem.kv_transfer.pair import GlooDevice, GlooPair
+from tandem.kv_transfer.rendezvous import LocalBoard
 
 _NUM_BYTES = 1 << 16
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import psutil
 
-from core.config import RouterSection, ServeConfig, split_address
-from core.errors import ConfigError
-from deploy.topology import Machine
+from tandem.core.config import RouterSection, ServeConfig, split_address
+from tandem.core.errors import ConfigError
+from tandem.deploy.topology import Machine
 
 
 def this_machine() -> Machine:

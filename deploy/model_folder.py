@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from core.errors import CheckpointError
-from core.model_spec import ModelSpec
+from tandem.core.errors import CheckpointError
+from tandem.core.model_spec import ModelSpec
 
 
 def check_model_folder(path: Path) -> ModelSpec:

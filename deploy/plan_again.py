@@ -11,17 +11,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from core.config_file import load_config
-from core.errors import TandemError
-from core.plan import Plan
-from core.slo_file import SloFile
-from deploy.planner_process import write_answer
-from deploy.replanner import ReplanAnswer
-from placement.planner import plan
-from placement.replanning.live_workload import QUESTION, RUNNING_PLAN
-from placement.replanning.replan import replan
-from placement.report import write_plan, write_report
-from placement.workload.traces import load_trace
+from tandem.core.config_file import load_config
+from tandem.core.errors import TandemError
+from tandem.core.plan import Plan
+from tandem.core.slo_file import SloFile
+from tandem.deploy.planner_process import write_answer
+from tandem.deploy.replanner import ReplanAnswer
+from tandem.placement.planner import plan
+from tandem.placement.replanning.live_workload import QUESTION, RUNNING_PLAN
+from tandem.placement.replanning.replan import replan
+from tandem.placement.report import write_plan, write_report
+from tandem.placement.workload.traces import load_trace
 
 
 def answer_question(folder: Path) -> None:

@@ -2,15 +2,15 @@
 
 import math
 
-from core.config import DecodeSection, EngineSection, PrefillSection, ServeConfig
-from core.config_file import load_config
-from core.errors import ConfigError
-from core.plan import Plan, PlanGroup
-from core.slo_file import SloFile
-from deploy.topology import Machine
-from placement.cluster import Cluster
-from placement.costs.calibration import Calibration
-from placement.costs.models import model_shape
+from tandem.core.config import DecodeSection, EngineSection, PrefillSection, ServeConfig
+from tandem.core.config_file import load_config
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan, PlanGroup
+from tandem.core.slo_file import SloFile
+from tandem.deploy.topology import Machine
+from tandem.placement.cluster import Cluster
+from tandem.placement.costs.calibration import Calibration
+from tandem.placement.costs.models import model_shape
 
 _CPU = "cpu"
 _WIDEST_NUMBER_BYTES = 4.0

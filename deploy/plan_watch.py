@@ -6,18 +6,18 @@ from pathlib import Path
 
 import grpc
 
-from core.clock import SystemClock
-from core.config import ServeConfig
-from core.config_file import load_config
-from core.errors import TandemError
-from core.plan import Plan
-from core.replanning import ReplanStatus
-from core.slo_file import SloFile
-from core.workload_profile import ProfileSnapshot
-from deploy.planner_process import PlannerProcess
-from deploy.replanner import Replanner
-from wire.channels import open_channel
-from wire.fleet import describe_fleet, report_replan
+from tandem.core.clock import SystemClock
+from tandem.core.config import ServeConfig
+from tandem.core.config_file import load_config
+from tandem.core.errors import TandemError
+from tandem.core.plan import Plan
+from tandem.core.replanning import ReplanStatus
+from tandem.core.slo_file import SloFile
+from tandem.core.workload_profile import ProfileSnapshot
+from tandem.deploy.planner_process import PlannerProcess
+from tandem.deploy.replanner import Replanner
+from tandem.wire.channels import open_channel
+from tandem.wire.fleet import describe_fleet, report_replan
 
 _TIMEOUT_S = 2.0
 

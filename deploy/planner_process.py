@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from core.errors import InternalError, UnavailableError
-from deploy.replanner import ReplanAnswer
+from tandem.core.errors import InternalError, UnavailableError
+from tandem.deploy.replanner import ReplanAnswer
 
 _ANSWER = "answer.json"
 _LOG = "planner.log"
@@ -25,7 +25,7 @@ class PlannerProcess:
     """Implements `deploy.replanner.Planner`: one process for each question. `arguments` are Python's, before the
     folder."""
 
-    def __init__(self, arguments: Sequence[str] = ("-m", "deploy.plan_again")) -> None:
+    def __init__(self, arguments: Sequence[str] = ("-m", "tandem.deploy.plan_again")) -> None:
         self._arguments = tuple(arguments)
 
     async def answer(self, folder: Path) -> ReplanAnswer:

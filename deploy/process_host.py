@@ -11,8 +11,8 @@ import traceback
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.errors import InternalError, TandemError
-from deploy.topology import ProcessSpec
+from tandem.core.errors import InternalError, TandemError
+from tandem.deploy.topology import ProcessSpec
 
 _CLOSE_S = 6.0  # beyond its grace, for closing sockets and giving memory back
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from core.errors import InternalError, TandemError, UnavailableError, error_from_code
-from deploy.controller import ProcessInfo, RunningProcess
-from deploy.process_host import ProcessHost, StartReport
-from deploy.topology import ProcessSpec
+from tandem.core.errors import InternalError, TandemError, UnavailableError, error_from_code
+from tandem.deploy.controller import ProcessInfo, RunningProcess
+from tandem.deploy.process_host import ProcessHost, StartReport
+from tandem.deploy.topology import ProcessSpec
 
 # Cores are shared out by deploy/topology.py, so Ray counts places only. Of CPUs it is told as many as there will be
 # processes, because that many Python processes it warms up while it starts.

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeVar
 
-from core.config import split_address
-from core.errors import ConfigError, UnavailableError
-from deploy.machine import usable_cores
-from deploy.ray_cluster import LocalRay, import_ray
+from tandem.core.config import split_address
+from tandem.core.errors import ConfigError, UnavailableError
+from tandem.deploy.machine import usable_cores
+from tandem.deploy.ray_cluster import LocalRay, import_ray
 
 LOCAL = "local"
 RUNNING = "auto"  # the Ray that this machine is part of

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from core.clock import Clock
-from core.errors import TandemError, UnavailableError
-from core.plan import Plan
-from core.replanning import Change, DriftState, Proposal, ReplanStatus
-from core.slo_file import SloFile
-from core.workload_profile import ProfileSnapshot
-from placement.replanning.drift import Decision, DriftDetector, DriftPolicy
-from placement.replanning.live_workload import planned_workload, write_question
-from placement.replanning.workload_distance import Workload, limits_of
+from tandem.core.clock import Clock
+from tandem.core.errors import TandemError, UnavailableError
+from tandem.core.plan import Plan
+from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
+from tandem.core.slo_file import SloFile
+from tandem.core.workload_profile import ProfileSnapshot
+from tandem.placement.replanning.drift import Decision, DriftDetector, DriftPolicy
+from tandem.placement.replanning.live_workload import planned_workload, write_question
+from tandem.placement.replanning.workload_distance import Workload, limits_of
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from core.errors import ConfigError
+from tandem.core.errors import ConfigError
 
 _KEPT_LOG_FOLDERS = 5
 

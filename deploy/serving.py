@@ -5,15 +5,15 @@ import secrets
 
 import grpc
 
-from core.clock import Clock
-from core.config import ServeConfig
-from core.errors import UnavailableError
-from core.session import InstanceState
-from deploy.controller import Controller, Launcher
-from deploy.machine import this_machine
-from deploy.topology import Machine, ProcessRole, plan_processes
-from wire.channels import open_channel
-from wire.fleet import FleetDescription, describe_fleet
+from tandem.core.clock import Clock
+from tandem.core.config import ServeConfig
+from tandem.core.errors import UnavailableError
+from tandem.core.session import InstanceState
+from tandem.deploy.controller import Controller, Launcher
+from tandem.deploy.machine import this_machine
+from tandem.deploy.topology import Machine, ProcessRole, plan_processes
+from tandem.wire.channels import open_channel
+from tandem.wire.fleet import FleetDescription, describe_fleet
 
 _DESCRIBE_TIMEOUT_S = 2.0
 _REGISTER_TIMEOUT_S = 15.0

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from core.config import EngineSection, RouterConfig, ServeConfig, WorkerConfig
+from tandem.core.config import EngineSection, RouterConfig, ServeConfig, WorkerConfig
 
 
 class ProcessRole(Enum):
@@ -15,9 +15,9 @@ class ProcessRole(Enum):
 
 # Where each role's application class lives: `HostedApp` of deploy/process_host.py.
 ENTRIES = {
-    ProcessRole.ROUTER: "router.app:RouterApp",
-    ProcessRole.PREFILL: "prefill_worker.app:PrefillWorker",
-    ProcessRole.DECODE: "decode_worker.app:DecodeWorker",
+    ProcessRole.ROUTER: "tandem.router.app:RouterApp",
+    ProcessRole.PREFILL: "tandem.prefill_worker.app:PrefillWorker",
+    ProcessRole.DECODE: "tandem.decode_worker.app:DecodeWorker",
 }
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.kv_layout import KvLayout
-from engine.models.base import StepBatch
-from engine.ops.interface import AttentionMeta
-from engine.step import SequenceSlice
+from tandem.core.kv_layout import KvLayout
+from tandem.engine.models.base import StepBatch
+from tandem.engine.ops.interface import AttentionMeta
+from tandem.engine.step import SequenceSlice
 
 _Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 

@@ -16,8 +16,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from core.errors import CheckpointError
-from core.model_spec import ModelSpec
+from tandem.core.errors import CheckpointError
+from tandem.core.model_spec import ModelSpec
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"

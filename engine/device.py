@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from core.errors import ConfigError
-from core.model_spec import ModelSpec
+from tandem.core.errors import ConfigError
+from tandem.core.model_spec import ModelSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

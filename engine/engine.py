@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from core.errors import ConfigError, InternalError
-from core.kv_layout import KvLayout
-from core.model_spec import ModelSpec
-from core.request import SamplingParams, TokenLogprob
-from engine.batching import decodes_first, num_wanted_rows, pack
-from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.config import Capacity, EngineConfig
-from engine.device import choose_device, choose_dtype, choose_threads
-from engine.models.base import Model
-from engine.models.load import load_model
-from engine.ops.choose import choose_ops
-from engine.sampler import logprobs, not_a_number, sample
-from engine.step import SampleRequest, SequenceSlice, StepOutput
+from tandem.core.errors import ConfigError, InternalError
+from tandem.core.kv_layout import KvLayout
+from tandem.core.model_spec import ModelSpec
+from tandem.core.request import SamplingParams, TokenLogprob
+from tandem.engine.batching import decodes_first, num_wanted_rows, pack
+from tandem.engine.checkpoint import Checkpoint, open_checkpoint
+from tandem.engine.config import Capacity, EngineConfig
+from tandem.engine.device import choose_device, choose_dtype, choose_threads
+from tandem.engine.models.base import Model
+from tandem.engine.models.load import load_model
+from tandem.engine.ops.choose import choose_ops
+from tandem.engine.sampler import logprobs, not_a_number, sample
+from tandem.engine.step import SampleRequest, SequenceSlice, StepOutput
 
 # Logits of a long prompt are computed in parts of at most so many numbers.
 _MAX_LOGITS = 1 << 24

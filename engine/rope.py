@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from core.model_spec import RopeSpec
+from tandem.core.model_spec import RopeSpec
 
 
 def cos_sin_table(rope: RopeSpec, head_dim: int, max_positions: int) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.request import SamplingParams, TokenLogprob
+from tandem.core.request import SamplingParams, TokenLogprob
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], noise: Sequence[float]) -> list[int | None]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.request import SamplingParams, TokenLogprob
+from tandem.core.request import SamplingParams, TokenLogprob
 
 _Floats: TypeAlias = NDArray[np.float32]
 _Indices: TypeAlias = NDArray[np.int64]

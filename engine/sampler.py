@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.errors import InternalError
-from core.request import SampledToken, SamplingParams, TokenLogprob
-from engine import sample_batch, sample_row
-from engine.noise import uniform
-from engine.step import SampleRequest
+from tandem.core.errors import InternalError
+from tandem.core.request import SampledToken, SamplingParams, TokenLogprob
+from tandem.engine import sample_batch, sample_row
+from tandem.engine.noise import uniform
+from tandem.engine.step import SampleRequest
 
 
 def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken | InternalError]:

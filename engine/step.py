@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.errors import InternalError
-from core.request import SampledToken, SamplingParams, TokenLogprob
+from tandem.core.errors import InternalError
+from tandem.core.request import SampledToken, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ import re
 import torch
 from torch import Tensor
 
-from core.errors import CheckpointError
-from engine.checkpoint import Checkpoint
+from tandem.core.errors import CheckpointError
+from tandem.engine.checkpoint import Checkpoint
 
 # Buffers that old versions of transformers saved, and that are computed from the configuration.
 _HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from core.errors import TransferError
-from core.kv_layout import DTYPE_BYTES, KvLayout
-from core.transfer import Portion
+from tandem.core.errors import TransferError
+from tandem.core.kv_layout import DTYPE_BYTES, KvLayout
+from tandem.core.transfer import Portion
 
 # torch spreads a copy over several threads from this many elements on. Pieces stay below it: decode's steps need the
 # other cores, and the threads would have to be started and to wait for each other.

@@ -11,8 +11,8 @@ import struct
 import threading
 from pathlib import Path
 
-from core.errors import TransferError
-from core.transfer import HostIdentity
+from tandem.core.errors import TransferError
+from tandem.core.transfer import HostIdentity
 
 NONCE_BYTES = 32
 _SOCKET_TIMEOUT_S = 1.0

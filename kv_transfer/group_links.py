@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import torch
 
-from core.errors import TransferError
-from core.transfer import Road
-from kv_transfer.blocks import Gate, PoolView, Window
-from kv_transfer.config import LinkConfig
-from kv_transfer.owner_thread import OwnerThread
-from kv_transfer.pair import (
+from tandem.core.errors import TransferError
+from tandem.core.transfer import Road
+from tandem.kv_transfer.blocks import Gate, PoolView, Window
+from tandem.kv_transfer.config import LinkConfig
+from tandem.kv_transfer.owner_thread import OwnerThread
+from tandem.kv_transfer.pair import (
     PREFILL_RANK,
     GlooDevice,
     GlooPair,
@@ -27,8 +27,8 @@ from kv_transfer.pair import (
     receive_windows,
     send_windows,
 )
-from kv_transfer.pair_nccl import NcclPair
-from kv_transfer.rendezvous import Board
+from tandem.kv_transfer.pair_nccl import NcclPair
+from tandem.kv_transfer.rendezvous import Board
 
 PROBE_BYTES = 4 << 20
 _PROBES = 3  # the first ones only warm the connection up

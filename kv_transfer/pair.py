@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import ProcessGroupGloo
 
-from core.errors import TransferError
-from kv_transfer.blocks import Gate, PoolView, Window, crc32
-from kv_transfer.rendezvous import Board, BoardStore
+from tandem.core.errors import TransferError
+from tandem.kv_transfer.blocks import Gate, PoolView, Window, crc32
+from tandem.kv_transfer.rendezvous import Board, BoardStore
 
 PREFILL_RANK = 0
 DECODE_RANK = 1

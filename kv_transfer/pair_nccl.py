@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-from core.errors import TransferError
-from kv_transfer.pair import Pending
-from kv_transfer.rendezvous import Board, BoardStore
+from tandem.core.errors import TransferError
+from tandem.kv_transfer.pair import Pending
+from tandem.kv_transfer.rendezvous import Board, BoardStore
 
 _POLL_S = 0.0002
 _MAX_CTAS = 4

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import torch
 
-from core.errors import TransferError
+from tandem.core.errors import TransferError
 
 # <linux/fcntl.h>; Python 3.11 does not name it. New mappings are read-only, the one made before stays writable.
 _F_SEAL_FUTURE_WRITE = 0x0010

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from core.errors import (
+from tandem.core.errors import (
     ConfigError,
     DeadlineError,
     IncompatiblePeerError,
@@ -17,20 +17,20 @@ from core.errors import (
     TandemError,
     TransferError,
 )
-from core.kv_layout import KvLayout
-from core.request import SampledToken
-from core.session import LinkStats
-from core.shipment import Manifest
-from core.transfer import Grant, LinkOffer, LinkReply, PeerControl, Road
-from kv_transfer.blocks import Gate, Pieces, PoolView, Window, windows
-from kv_transfer.config import LinkConfig
-from kv_transfer.descriptors import host_identity
-from kv_transfer.group_links import GroupLink, PairMaker
-from kv_transfer.pair import DECODE_RANK
-from kv_transfer.rendezvous import RemoteBoard
-from kv_transfer.reshard import RankGrid, plan_copies
-from kv_transfer.shared_link import SharedLink, UnreachableMemoryError
-from kv_transfer.totals import LinkTotals
+from tandem.core.kv_layout import KvLayout
+from tandem.core.request import SampledToken
+from tandem.core.session import LinkStats
+from tandem.core.shipment import Manifest
+from tandem.core.transfer import Grant, LinkOffer, LinkReply, PeerControl, Road
+from tandem.kv_transfer.blocks import Gate, Pieces, PoolView, Window, windows
+from tandem.kv_transfer.config import LinkConfig
+from tandem.kv_transfer.descriptors import host_identity
+from tandem.kv_transfer.group_links import GroupLink, PairMaker
+from tandem.kv_transfer.pair import DECODE_RANK
+from tandem.kv_transfer.rendezvous import RemoteBoard
+from tandem.kv_transfer.reshard import RankGrid, plan_copies
+from tandem.kv_transfer.shared_link import SharedLink, UnreachableMemoryError
+from tandem.kv_transfer.totals import LinkTotals
 
 _log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch._C._distributed_c10d import Store
 
-from core.errors import DeadlineError, TransferError
-from core.transfer import PeerControl
+from tandem.core.errors import DeadlineError, TransferError
+from tandem.core.transfer import PeerControl
 
 Value = TypeVar("Value")
 

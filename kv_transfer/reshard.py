@@ -9,7 +9,7 @@ Today every instance has one rank, and the list has one entry; the roads copy wh
 
 from dataclasses import dataclass
 
-from core.transfer import Portion
+from tandem.core.transfer import Portion
 
 
 @dataclass(frozen=True, slots=True)

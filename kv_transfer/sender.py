@@ -9,19 +9,19 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from core.errors import IncompatiblePeerError, OverloadedError, StaleEpochError, TransferError
-from core.kv_layout import KvLayout
-from core.session import LinkStats
-from core.shipment import Manifest
-from core.transfer import Grant, GrantReply, LinkOffer, LinkReply, Road
-from kv_transfer.blocks import PoolView, Window, gather_checksum, windows
-from kv_transfer.config import LinkConfig
-from kv_transfer.descriptors import DescriptorServer, host_identity
-from kv_transfer.group_links import GroupLink, PairMaker
-from kv_transfer.pair import PREFILL_RANK
-from kv_transfer.pool import SharedPool
-from kv_transfer.rendezvous import LocalBoard
-from kv_transfer.totals import LinkTotals
+from tandem.core.errors import IncompatiblePeerError, OverloadedError, StaleEpochError, TransferError
+from tandem.core.kv_layout import KvLayout
+from tandem.core.session import LinkStats
+from tandem.core.shipment import Manifest
+from tandem.core.transfer import Grant, GrantReply, LinkOffer, LinkReply, Road
+from tandem.kv_transfer.blocks import PoolView, Window, gather_checksum, windows
+from tandem.kv_transfer.config import LinkConfig
+from tandem.kv_transfer.descriptors import DescriptorServer, host_identity
+from tandem.kv_transfer.group_links import GroupLink, PairMaker
+from tandem.kv_transfer.pair import PREFILL_RANK
+from tandem.kv_transfer.pool import SharedPool
+from tandem.kv_transfer.rendezvous import LocalBoard
+from tandem.kv_transfer.totals import LinkTotals
 
 _log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from typing import TypeVar
 
 import torch
 
-from core.errors import TransferError
-from core.kv_layout import KvLayout
-from core.transfer import LinkReply, Portion
-from kv_transfer.blocks import Gate, Pieces, PoolView, Window, copy_blocks, gather_checksum
-from kv_transfer.descriptors import fetch_descriptor
-from kv_transfer.owner_thread import OwnerThread
-from kv_transfer.pool import map_read_only
+from tandem.core.errors import TransferError
+from tandem.core.kv_layout import KvLayout
+from tandem.core.transfer import LinkReply, Portion
+from tandem.kv_transfer.blocks import Gate, Pieces, PoolView, Window, copy_blocks, gather_checksum
+from tandem.kv_transfer.descriptors import fetch_descriptor
+from tandem.kv_transfer.owner_thread import OwnerThread
+from tandem.kv_transfer.pool import map_read_only
 
 _MEASURED_BYTES = 16 << 20
 

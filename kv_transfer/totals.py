@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from core.session import LinkStats
-from core.transfer import Road
+from tandem.core.session import LinkStats
+from tandem.core.transfer import Road
 
 
 @dataclass(slots=True)

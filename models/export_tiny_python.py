@@ -20,8 +20,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from models.stdlib_corpus import SourceFile
-from models.tiny_tokenizer import ASSISTANT, BEGIN, END, USER, write_tokenizer
+from tandem.models.stdlib_corpus import SourceFile
+from tandem.models.tiny_tokenizer import ASSISTANT, BEGIN, END, USER, write_tokenizer
 
 CODE_PROMPT = "def read_json(path):"
 CHAT_QUESTION = "Write a function is_even that returns True if the number is even."

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.export_tiny_python import TrainingRecord, export
-from models.muon import Muon
-from models.stdlib_corpus import (
+from tandem.models.export_tiny_python import TrainingRecord, export
+from tandem.models.muon import Muon
+from tandem.models.stdlib_corpus import (
     SourceFile,
     chats,
     corpus_digest,
@@ -34,7 +34,7 @@ from models.stdlib_corpus import (
     split_held_out,
     standard_library,
 )
-from models.tiny_tokenizer import BEGIN, END, render_chat, train_tokenizer
+from tandem.models.tiny_tokenizer import BEGIN, END, render_chat, train_tokenizer
 
 HELD_OUT_FRACTION = 0.04
 INTRODUCTION_COPIES = 40

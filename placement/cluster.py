@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from core.errors import ConfigError
-from core.slo_file import ClusterSection, NodeSection
-from placement.costs.calibration import Calibration, load_calibration
-from placement.costs.efficiency import efficiency
-from placement.costs.hardware import Device, device
+from tandem.core.errors import ConfigError
+from tandem.core.slo_file import ClusterSection, NodeSection
+from tandem.placement.costs.calibration import Calibration, load_calibration
+from tandem.placement.costs.efficiency import efficiency
+from tandem.placement.costs.hardware import Device, device
 
 
 @dataclass(frozen=True, slots=True)

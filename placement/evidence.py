@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from core.plan import Plan
-from core.slo import SloClass
-from core.slo_file import Layout
+from tandem.core.plan import Plan
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import Layout
 
 Interval = tuple[float, float]
 

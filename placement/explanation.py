@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from core.config_file import dump_config
-from core.plan import Alternative, Expected, Plan
-from core.slo_file import SloFile
-from placement.evidence import (
+from tandem.core.config_file import dump_config
+from tandem.core.plan import Alternative, Expected, Plan
+from tandem.core.slo_file import SloFile
+from tandem.placement.evidence import (
     Candidate,
     ErrorBudget,
     NodeSummary,
@@ -21,18 +21,18 @@ from placement.evidence import (
     Planned,
     Reproduction,
 )
-from placement.judging.goodput import goodput_at
-from placement.search import words
-from placement.search.best_first import Found, Looked, Report
-from placement.search.fleet import Fleet
-from placement.search.parallel import Mapper
-from placement.search.problem import Problem
-from placement.search.runners_up import with_runners_up
-from placement.search.sensitivity import predicted, sensitivity_of
-from placement.search.space import Space
-from placement.search.trial import plan_of, simulated, trial_of
-from placement.search.verdict import Observation, Verdict, curves_of, observe, verdict_on
-from placement.workload.description import describe, summary_of
+from tandem.placement.judging.goodput import goodput_at
+from tandem.placement.search import words
+from tandem.placement.search.best_first import Found, Looked, Report
+from tandem.placement.search.fleet import Fleet
+from tandem.placement.search.parallel import Mapper
+from tandem.placement.search.problem import Problem
+from tandem.placement.search.runners_up import with_runners_up
+from tandem.placement.search.sensitivity import predicted, sensitivity_of
+from tandem.placement.search.space import Space
+from tandem.placement.search.trial import plan_of, simulated, trial_of
+from tandem.placement.search.verdict import Observation, Verdict, curves_of, observe, verdict_on
+from tandem.placement.workload.description import describe, summary_of
 
 _WHOLE_FLEET = 16  # instances up to which the final figures come from the fleet itself
 _ALTERNATIVES = 8

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from core.errors import ConfigError
-from core.model_shape import ModelShape
-from core.parallel import ParallelShape
-from core.plan import Plan, PlanGroup
-from core.slo import SloClass
-from placement.cluster import Cluster, Node, nic_bytes_per_s, peer_bytes_per_s
-from placement.costs.cost_source import CostSource
-from placement.costs.serving import ServingCosts
-from placement.simulator.deployment import Deployment, Failure, InstanceSpec, NetworkSpec, RouterSpec
+from tandem.core.errors import ConfigError
+from tandem.core.model_shape import ModelShape
+from tandem.core.parallel import ParallelShape
+from tandem.core.plan import Plan, PlanGroup
+from tandem.core.slo import SloClass
+from tandem.placement.cluster import Cluster, Node, nic_bytes_per_s, peer_bytes_per_s
+from tandem.placement.costs.cost_source import CostSource
+from tandem.placement.costs.serving import ServingCosts
+from tandem.placement.simulator.deployment import Deployment, Failure, InstanceSpec, NetworkSpec, RouterSpec
 
 BLOCK_SIZE = 16
 

@@ -8,21 +8,21 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from core.slo_file import SloFile
-from placement.cluster import Cluster
-from placement.costs.cost_source import CostSource
-from placement.costs.models import model_shape
-from placement.costs.sources import cost_source_of
-from placement.evidence import Planned
-from placement.explanation import explained, unanswered
-from placement.search.best_first import Found, Looked, find_best
-from placement.search.cheapest import find_cheapest
-from placement.search.nearest import nearest_question
-from placement.search.parallel import Mapper, local_mapper
-from placement.search.problem import Problem, without_cached
-from placement.search.space import Space, survey
-from placement.search.trim import trimmed
-from placement.workload.streams import make_stream
+from tandem.core.slo_file import SloFile
+from tandem.placement.cluster import Cluster
+from tandem.placement.costs.cost_source import CostSource
+from tandem.placement.costs.models import model_shape
+from tandem.placement.costs.sources import cost_source_of
+from tandem.placement.evidence import Planned
+from tandem.placement.explanation import explained, unanswered
+from tandem.placement.search.best_first import Found, Looked, find_best
+from tandem.placement.search.cheapest import find_cheapest
+from tandem.placement.search.nearest import nearest_question
+from tandem.placement.search.parallel import Mapper, local_mapper
+from tandem.placement.search.problem import Problem, without_cached
+from tandem.placement.search.space import Space, survey
+from tandem.placement.search.trim import trimmed
+from tandem.placement.workload.streams import make_stream
 
 Progress = Callable[[float, str], None]
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from prefill_worker.app import PrefillWorker
-from worker.process import run_from_command_line
+from tandem.prefill_worker.app import PrefillWorker
+from tandem.worker.process import run_from_command_line
 
 if __name__ == "__main__":
     sys.exit(run_from_command_line("prefill", PrefillWorker))

@@ -4,18 +4,18 @@ import asyncio
 
 import grpc
 
-from core.config import WorkerConfig
-from core.session import LinkStats, Role
-from engine.engine import Engine
-from kv_transfer.pool import SharedPool
-from kv_transfer.sender import KvSender
-from prefill_worker.loop import LoopCommand, LoopEvent, PrefillLoop
-from prefill_worker.service import PrefillService
+from tandem.core.config import WorkerConfig
+from tandem.core.session import LinkStats, Role
+from tandem.engine.engine import Engine
+from tandem.kv_transfer.pool import SharedPool
+from tandem.kv_transfer.sender import KvSender
+from tandem.prefill_worker.loop import LoopCommand, LoopEvent, PrefillLoop
+from tandem.prefill_worker.service import PrefillService
 from tandem.v1 import transfer_pb2_grpc, worker_pb2_grpc
-from wire.sessions import PrefillServicer
-from wire.transfer import KvTransferServicer
-from worker.instance import LoopReport
-from worker.role import RoleWorker
+from tandem.wire.sessions import PrefillServicer
+from tandem.wire.transfer import KvTransferServicer
+from tandem.worker.instance import LoopReport
+from tandem.worker.role import RoleWorker
 
 
 class PrefillWorker(RoleWorker[LoopCommand, LoopEvent]):

@@ -11,28 +11,28 @@ never waits for a step; the loop frees the blocks when it is told.
 import logging
 from dataclasses import dataclass, field
 
-from core.clock import Clock
-from core.config import PrefillSection
-from core.errors import DeadlineError, TandemError, UnavailableError
-from core.request import SampledToken, TokenLogprob
-from core.session import (
+from tandem.core.clock import Clock
+from tandem.core.config import PrefillSection
+from tandem.core.errors import DeadlineError, TandemError, UnavailableError
+from tandem.core.request import SampledToken, TokenLogprob
+from tandem.core.session import (
     PrefillEvent,
     PrefillFinished,
     PrefillStarted,
     RequestFailed,
     SubmitPrefill,
 )
-from core.shipment import Manifest, hash_token_ids
-from engine.engine import Engine
-from engine.step import SampleRequest, SequenceSlice, StepOutput
-from scheduling.block_pool import BlockPool
-from scheduling.integrity import count_blocks
-from scheduling.prefill import PrefillChunk, PrefillPolicy, PrefillScheduler
-from scheduling.prefix_index import PrefixIndex
-from scheduling.sequence import Sequence
-from worker.admission import check_request
-from worker.attempt_key import Key, key_of
-from worker.instance import REPORT_EVERY_S, LoopReport
+from tandem.core.shipment import Manifest, hash_token_ids
+from tandem.engine.engine import Engine
+from tandem.engine.step import SampleRequest, SequenceSlice, StepOutput
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.integrity import count_blocks
+from tandem.scheduling.prefill import PrefillChunk, PrefillPolicy, PrefillScheduler
+from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.sequence import Sequence
+from tandem.worker.admission import check_request
+from tandem.worker.attempt_key import Key, key_of
+from tandem.worker.instance import REPORT_EVERY_S, LoopReport
 
 log = logging.getLogger(__name__)
 

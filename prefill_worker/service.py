@@ -12,14 +12,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from core.clock import Clock
-from core.errors import DeadlineError, DuplicateRequestError, StaleEpochError, TandemError, error_from_code
-from core.session import Cancel, PrefillCommand, PrefillEvent, PrefillFinished, RequestFailed, SubmitPrefill
-from core.shipment import Manifest
-from prefill_worker.loop import Hold, LoopCommand, LoopEvent, Release, Submit, Tell
-from scheduling.leases import LeaseTable
-from wire.sessions import Outbox
-from worker.attempt_key import Key
+from tandem.core.clock import Clock
+from tandem.core.errors import DeadlineError, DuplicateRequestError, StaleEpochError, TandemError, error_from_code
+from tandem.core.session import Cancel, PrefillCommand, PrefillEvent, PrefillFinished, RequestFailed, SubmitPrefill
+from tandem.core.shipment import Manifest
+from tandem.prefill_worker.loop import Hold, LoopCommand, LoopEvent, Release, Submit, Tell
+from tandem.scheduling.leases import LeaseTable
+from tandem.wire.sessions import Outbox
+from tandem.worker.attempt_key import Key
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import uvloop
 
-from core.config import RouterConfig
-from core.config_file import load_config
-from core.errors import TandemError
-from router.app import RouterApp
+from tandem.core.config import RouterConfig
+from tandem.core.config_file import load_config
+from tandem.core.errors import TandemError
+from tandem.router.app import RouterApp
 
 
 async def serve(config: RouterConfig, grace_s: float) -> None:

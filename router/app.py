@@ -19,27 +19,27 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from core.clock import Clock, SystemClock
-from core.config import RouterConfig
-from core.replanning import ReplanStatus
-from core.session import InstanceStatus
-from core.workload_profile import ProfileSnapshot, WorkloadProfile
-from router.choices import LoadChooser
-from router.completion import TextService
-from router.dispatch import Dispatcher, DispatchLimits
-from router.fleet import Fleet
-from router.http_app import HttpApp
-from router.http_server import HttpServer
-from router.metrics import Metrics
-from router.profile import ProfileObserver
-from router.records import RequestLog
-from router.running import RetryPolicy
-from router.tokenizer import TextTokenizer
-from router.worker_sessions import GrpcSessions
+from tandem.core.clock import Clock, SystemClock
+from tandem.core.config import RouterConfig
+from tandem.core.replanning import ReplanStatus
+from tandem.core.session import InstanceStatus
+from tandem.core.workload_profile import ProfileSnapshot, WorkloadProfile
+from tandem.router.choices import LoadChooser
+from tandem.router.completion import TextService
+from tandem.router.dispatch import Dispatcher, DispatchLimits
+from tandem.router.fleet import Fleet
+from tandem.router.http_app import HttpApp
+from tandem.router.http_server import HttpServer
+from tandem.router.metrics import Metrics
+from tandem.router.profile import ProfileObserver
+from tandem.router.records import RequestLog
+from tandem.router.running import RetryPolicy
+from tandem.router.tokenizer import TextTokenizer
+from tandem.router.worker_sessions import GrpcSessions
 from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
-from wire.fleet import FleetDescription, FleetServicer
-from wire.inference import InferenceServicer
-from wire.server import bind, build_server
+from tandem.wire.fleet import FleetDescription, FleetServicer
+from tandem.wire.inference import InferenceServicer
+from tandem.wire.server import bind, build_server
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 

@@ -12,9 +12,9 @@ since its handles are no longer open.
 from collections.abc import Iterator
 from typing import Protocol
 
-from core.errors import InternalError, TandemError, TransferError, UnavailableError
-from core.request import FinishReason, GenerationRequest, SampledToken
-from core.session import (
+from tandem.core.errors import InternalError, TandemError, TransferError, UnavailableError
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken
+from tandem.core.session import (
     DecodeReserved,
     DecodeTokens,
     KvSource,
@@ -24,10 +24,10 @@ from core.session import (
     SubmitPrefill,
     TransferCommitted,
 )
-from router.choices import Chosen
-from router.instances import Instance, ProgressEvent
-from router.records import AttemptRecord
-from router.stamps import Stamps
+from tandem.router.choices import Chosen
+from tandem.router.instances import Instance, ProgressEvent
+from tandem.router.records import AttemptRecord
+from tandem.router.stamps import Stamps
 
 
 class AttemptOwner(Protocol):

@@ -16,10 +16,10 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from core.clock import Clock
-from core.completion import ChatMessage
-from core.errors import CheckpointError, InvalidRequestError
-from router.limits import clipped
+from tandem.core.clock import Clock
+from tandem.core.completion import ChatMessage
+from tandem.core.errors import CheckpointError, InvalidRequestError
+from tandem.router.limits import clipped
 
 MAX_RENDERED_CHARS = 32 << 20
 MAX_RENDER_S = 5.0

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from core.request import GenerationRequest
-from core.session import Role
-from router.fleet import Fleet
-from router.instances import Instance
-from scheduling.decode_book import DecodeBook
-from scheduling.prefill_book import PrefillBook
-from scheduling.prefix_index import block_hashes
-from scheduling.prefix_tracker import PrefixTracker
-from scheduling.routing import Choice, DecodeView, PrefillView
+from tandem.core.request import GenerationRequest
+from tandem.core.session import Role
+from tandem.router.fleet import Fleet
+from tandem.router.instances import Instance
+from tandem.scheduling.decode_book import DecodeBook
+from tandem.scheduling.prefill_book import PrefillBook
+from tandem.scheduling.prefix_index import block_hashes
+from tandem.scheduling.prefix_tracker import PrefixTracker
+from tandem.scheduling.routing import Choice, DecodeView, PrefillView
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from random import Random
 from types import TracebackType
 from typing import Protocol, Self
 
-from core.completion import (
+from tandem.core.completion import (
     ChatPrompt,
     CompletionRequest,
     Delta,
@@ -23,12 +23,12 @@ from core.completion import (
     TextPrompt,
     TokenPrompt,
 )
-from core.errors import ModelNotFoundError, TandemError, UnavailableError
-from core.generation import Generation, TokenGenerator
-from core.request import FinishReason, GenerationRequest, SampledToken
-from router.limits import answer_length, check_request, clipped
-from router.stop import StopMatcher, StopStrings
-from router.tokenizer import TextTokenizer
+from tandem.core.errors import ModelNotFoundError, TandemError, UnavailableError
+from tandem.core.generation import Generation, TokenGenerator
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken
+from tandem.router.limits import answer_length, check_request, clipped
+from tandem.router.stop import StopMatcher, StopStrings
+from tandem.router.tokenizer import TextTokenizer
 
 _SEED_MASK = (1 << 63) - 1
 

@@ -5,20 +5,20 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from core.clock import Clock
-from core.errors import (
+from tandem.core.clock import Clock
+from tandem.core.errors import (
     DeadlineError,
     DuplicateRequestError,
     OverloadedError,
     TandemError,
     UnavailableError,
 )
-from core.request import GenerationRequest
-from router.choices import Chosen, LoadChooser
-from router.fleet import Fleet
-from router.instances import Instance
-from router.records import ArrivalObserver, RequestObserver, RequestRecord
-from router.running import RetryPolicy, RunningRequest
+from tandem.core.request import GenerationRequest
+from tandem.router.choices import Chosen, LoadChooser
+from tandem.router.fleet import Fleet
+from tandem.router.instances import Instance
+from tandem.router.records import ArrivalObserver, RequestObserver, RequestRecord
+from tandem.router.running import RetryPolicy, RunningRequest
 
 
 @dataclass(frozen=True, slots=True)

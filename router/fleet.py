@@ -11,10 +11,10 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from core.clock import Clock
-from core.errors import ContextLengthError, IncompatiblePeerError, TandemError, UnavailableError
-from core.session import InstanceState, InstanceStatus, Role
-from router.instances import Instance, SessionOpener
+from tandem.core.clock import Clock
+from tandem.core.errors import ContextLengthError, IncompatiblePeerError, TandemError, UnavailableError
+from tandem.core.session import InstanceState, InstanceStatus, Role
+from tandem.router.instances import Instance, SessionOpener
 
 logger = logging.getLogger(__name__)
 

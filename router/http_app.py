@@ -17,16 +17,16 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, Protocol
 
-from core.clock import Clock
-from core.config import RouterSection
-from core.errors import InternalError, InvalidRequestError, ModelNotFoundError, TandemError
-from router.completion import TextService
-from router.http_body import ClientGoneError, Message, Receive, Send, header, parse_json, read_body
-from router.http_exchange import Exchange
-from router.limits import clipped
-from router.openai.answering import answer
-from router.openai.endpoints import Arrival, Plan, plan_chat, plan_completion
-from router.tokenizer import TextTokenizer
+from tandem.core.clock import Clock
+from tandem.core.config import RouterSection
+from tandem.core.errors import InternalError, InvalidRequestError, ModelNotFoundError, TandemError
+from tandem.router.completion import TextService
+from tandem.router.http_body import ClientGoneError, Message, Receive, Send, header, parse_json, read_body
+from tandem.router.http_exchange import Exchange
+from tandem.router.limits import clipped
+from tandem.router.openai.answering import answer
+from tandem.router.openai.endpoints import Arrival, Plan, plan_chat, plan_completion
+from tandem.router.tokenizer import TextTokenizer
 
 _LOG = logging.getLogger(__name__)
 

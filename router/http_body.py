@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from core.errors import InvalidRequestError, PayloadTooLargeError
+from tandem.core.errors import InvalidRequestError, PayloadTooLargeError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

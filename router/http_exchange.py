@@ -5,9 +5,9 @@ from typing import Any
 
 import orjson
 
-from core.errors import TandemError
-from router.http_body import Headers, Receive, Send, drain
-from router.openai.shapes import DONE, error_body
+from tandem.core.errors import TandemError
+from tandem.router.http_body import Headers, Receive, Send, drain
+from tandem.router.openai.shapes import DONE, error_body
 
 _JSON = b"application/json"
 _EVENTS = b"text/event-stream; charset=utf-8"

@@ -8,8 +8,8 @@ from typing import Any
 
 import uvicorn
 
-from core.config import split_address
-from core.errors import ConfigError
+from tandem.core.config import split_address
+from tandem.core.errors import ConfigError
 
 
 class _Server(uvicorn.Server):

@@ -4,9 +4,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.errors import TandemError, UnavailableError, error_from_code
-from core.request import GenerationRequest
-from core.session import (
+from tandem.core.errors import TandemError, UnavailableError, error_from_code
+from tandem.core.request import GenerationRequest
+from tandem.core.session import (
     Cancel,
     DecodeEvent,
     DecodeFrame,

@@ -2,9 +2,9 @@
 
 import math
 
-from core.completion import ChatPrompt, CompletionRequest, Prompt, TokenPrompt
-from core.errors import ContextLengthError, InvalidRequestError
-from core.request import SamplingParams
+from tandem.core.completion import ChatPrompt, CompletionRequest, Prompt, TokenPrompt
+from tandem.core.errors import ContextLengthError, InvalidRequestError
+from tandem.core.request import SamplingParams
 
 MAX_CHOICES_PER_PROMPT = 16
 MAX_CHOICES = 128

@@ -12,16 +12,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from core import errors
-from core.errors import TandemError
-from core.replanning import DriftState, ReplanStatus
-from core.request import FinishReason
-from core.session import InstanceStatus
-from core.timeline import PARTS
-from router.dispatch import Dispatcher
-from router.fleet import Fleet
-from router.instances import Instance
-from router.records import RequestRecord
+from tandem.core import errors
+from tandem.core.errors import TandemError
+from tandem.core.replanning import DriftState, ReplanStatus
+from tandem.core.request import FinishReason
+from tandem.core.session import InstanceStatus
+from tandem.core.timeline import PARTS
+from tandem.router.dispatch import Dispatcher
+from tandem.router.fleet import Fleet
+from tandem.router.instances import Instance
+from tandem.router.records import RequestRecord
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 

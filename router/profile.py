@@ -1,9 +1,9 @@
 """Where a router's requests meet its workload profile."""
 
-from core.errors import TandemError
-from core.timeline import Stage
-from core.workload_profile import ServedRequest, WorkloadProfile
-from router.records import RequestRecord
+from tandem.core.errors import TandemError
+from tandem.core.timeline import Stage
+from tandem.core.workload_profile import ServedRequest, WorkloadProfile
+from tandem.router.records import RequestRecord
 
 
 class ProfileObserver:

@@ -6,9 +6,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from core.errors import TandemError
-from core.timeline import Timeline
-from scheduling.routing import Choice
+from tandem.core.errors import TandemError
+from tandem.core.timeline import Timeline
+from tandem.scheduling.routing import Choice
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, Self
 
-from core.clock import Clock
-from core.errors import (
+from tandem.core.clock import Clock
+from tandem.core.errors import (
     DeadlineError,
     IncompatiblePeerError,
     InternalError,
@@ -25,14 +25,14 @@ from core.errors import (
     TransferError,
     UnavailableError,
 )
-from core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
-from core.session import PrefillFinished
-from core.timeline import Timeline
-from router.attempt import Attempt
-from router.choices import Chosen
-from router.instances import Instance
-from router.records import RequestRecord
-from router.stamps import Stamps
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
+from tandem.core.session import PrefillFinished
+from tandem.core.timeline import Timeline
+from tandem.router.attempt import Attempt
+from tandem.router.choices import Chosen
+from tandem.router.instances import Instance
+from tandem.router.records import RequestRecord
+from tandem.router.stamps import Stamps
 
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 

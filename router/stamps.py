@@ -1,7 +1,7 @@
 """Collects the stamps of one request over all its attempts."""
 
-from core.session import PrefillFinished, TransferCommitted
-from core.timeline import Stage, Timeline
+from tandem.core.session import PrefillFinished, TransferCommitted
+from tandem.core.timeline import Stage, Timeline
 
 _BEFORE_FIRST_TOKEN = (Stage.PREFILL_QUEUED, Stage.PREFILL_STARTED)
 _BEFORE_SECOND_TOKEN = (

@@ -10,11 +10,11 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from tokenizers import Tokenizer, decoders
 
-from core.clock import Clock
-from core.completion import ChatMessage
-from core.errors import CheckpointError, InvalidRequestError
-from router.chat_template import ChatTemplate
-from router.detokenizer import ByteDetokenizer, ByteTable, Detokenizer, WindowDetokenizer
+from tandem.core.clock import Clock
+from tandem.core.completion import ChatMessage
+from tandem.core.errors import CheckpointError, InvalidRequestError
+from tandem.router.chat_template import ChatTemplate
+from tandem.router.detokenizer import ByteDetokenizer, ByteTable, Detokenizer, WindowDetokenizer
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

@@ -5,11 +5,11 @@ from typing import Any
 
 import grpc
 
-from core.clock import Clock
-from core.session import InstanceStatus, Role
-from router.instances import WorkerCommand, WorkerEvent
-from wire.channels import open_channel
-from wire.sessions import DecodeSession, PrefillSession
+from tandem.core.clock import Clock
+from tandem.core.session import InstanceStatus, Role
+from tandem.router.instances import WorkerCommand, WorkerEvent
+from tandem.wire.channels import open_channel
+from tandem.wire.sessions import DecodeSession, PrefillSession
 
 
 class _ChannelSession:

@@ -1,8 +1,8 @@
 """How a prompt gets its blocks, some of them from the prefix cache."""
 
-from scheduling.block_pool import BlockPool
-from scheduling.prefix_index import PrefixIndex
-from scheduling.sequence import Sequence
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.sequence import Sequence
 
 
 def take_prompt_blocks(

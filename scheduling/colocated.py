@@ -5,15 +5,15 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from core.errors import OverloadedError
-from scheduling.admission import take_prompt_blocks
-from scheduling.block_pool import BlockPool
-from scheduling.integrity import BlockTable, check_blocks
-from scheduling.keyed_heap import KeyedHeap
-from scheduling.prefix_index import PrefixIndex
-from scheduling.scheduler import Chunk, Scheduler
-from scheduling.sequence import Sequence, SequenceState
-from scheduling.steady import SteadySteps
+from tandem.core.errors import OverloadedError
+from tandem.scheduling.admission import take_prompt_blocks
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.integrity import BlockTable, check_blocks
+from tandem.scheduling.keyed_heap import KeyedHeap
+from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.scheduler import Chunk, Scheduler
+from tandem.scheduling.sequence import Sequence, SequenceState
+from tandem.scheduling.steady import SteadySteps
 
 Mixing = Literal["chunked", "prompt_first", "padded"]
 

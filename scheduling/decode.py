@@ -4,12 +4,12 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-from core.errors import OverloadedError
-from scheduling.block_pool import BlockPool
-from scheduling.integrity import BlockTable, check_blocks
-from scheduling.keyed_heap import KeyedHeap
-from scheduling.scheduler import Chunk, Scheduler
-from scheduling.sequence import Sequence, SequenceState
+from tandem.core.errors import OverloadedError
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.integrity import BlockTable, check_blocks
+from tandem.scheduling.keyed_heap import KeyedHeap
+from tandem.scheduling.scheduler import Chunk, Scheduler
+from tandem.scheduling.sequence import Sequence, SequenceState
 
 
 @dataclass(frozen=True, slots=True)

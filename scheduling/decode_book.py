@@ -3,9 +3,9 @@
 from collections.abc import Container, Set
 from itertools import islice
 
-from scheduling.load_book import NOBODY, SHOWN, LoadBook
-from scheduling.load_order import LoadOrder
-from scheduling.routing import Choice, DecodeView, Scored, choice_of, choose_decode, score_decode
+from tandem.scheduling.load_book import NOBODY, SHOWN, LoadBook
+from tandem.scheduling.load_order import LoadOrder
+from tandem.scheduling.routing import Choice, DecodeView, Scored, choice_of, choose_decode, score_decode
 
 
 class _Group:

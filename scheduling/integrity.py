@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from core.session import BlockCounts
-from scheduling.block_pool import BlockPool
+from tandem.core.session import BlockCounts
+from tandem.scheduling.block_pool import BlockPool
 
 BlockTable = list[int] | tuple[int, ...]
 

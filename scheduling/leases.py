@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from core.errors import DuplicateRequestError
-from scheduling.keyed_heap import KeyedHeap
+from tandem.core.errors import DuplicateRequestError
+from tandem.scheduling.keyed_heap import KeyedHeap
 
 
 @dataclass(frozen=True, slots=True)

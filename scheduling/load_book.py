@@ -16,7 +16,7 @@ Where KV may move inside a node only, let the fingerprints name the node, too.
 from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
-from scheduling.routing import DecodeView, PrefillView
+from tandem.scheduling.routing import DecodeView, PrefillView
 
 NOBODY: frozenset[str] = frozenset()
 SHOWN = 3  # candidates of a choice that are written down

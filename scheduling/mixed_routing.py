@@ -14,9 +14,9 @@ decoding can take.)
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from core.cost_model import CostModel, StepLoad, pairs
-from scheduling.colocated import Mixing
-from scheduling.routing import Choice, DecodeView, Scored, choice_of
+from tandem.core.cost_model import CostModel, StepLoad, pairs
+from tandem.scheduling.colocated import Mixing
+from tandem.scheduling.routing import Choice, DecodeView, Scored, choice_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-from core.errors import OverloadedError
-from scheduling.admission import take_prompt_blocks
-from scheduling.block_pool import BlockPool
-from scheduling.integrity import BlockTable, check_blocks
-from scheduling.keyed_heap import KeyedHeap
-from scheduling.prefix_index import PrefixIndex
-from scheduling.scheduler import Chunk, Scheduler
-from scheduling.sequence import Sequence, SequenceState
+from tandem.core.errors import OverloadedError
+from tandem.scheduling.admission import take_prompt_blocks
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.integrity import BlockTable, check_blocks
+from tandem.scheduling.keyed_heap import KeyedHeap
+from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.scheduler import Chunk, Scheduler
+from tandem.scheduling.sequence import Sequence, SequenceState
 
 
 def fcfs(sequence: Sequence) -> float:

@@ -3,9 +3,9 @@
 from collections.abc import Container, Iterable, Set
 from dataclasses import dataclass, replace
 
-from scheduling.load_book import NOBODY, SHOWN, LoadBook
-from scheduling.load_order import Entry, LoadOrder
-from scheduling.routing import Choice, PrefillView, Scored, choice_of, choose_prefill, score_prefill
+from tandem.scheduling.load_book import NOBODY, SHOWN, LoadBook
+from tandem.scheduling.load_order import Entry, LoadOrder
+from tandem.scheduling.routing import Choice, PrefillView, Scored, choice_of, choose_prefill, score_prefill
 
 Holders = Iterable[tuple[int, Set[str]]]  # as `PrefixTracker.holders` gives them
 

@@ -7,7 +7,7 @@ the tenant's salt, so that only requests with equal salts can meet.
 import hashlib
 from array import array
 
-from scheduling.block_pool import BlockPool
+from tandem.scheduling.block_pool import BlockPool
 
 TokenIds = list[int] | tuple[int, ...]
 

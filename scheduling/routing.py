@@ -6,7 +6,7 @@ They compare every instance: the definition of the policy. `scheduling.load_book
 from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 
-from core.errors import ContextLengthError, UnavailableError
+from tandem.core.errors import ContextLengthError, UnavailableError
 
 
 @dataclass(frozen=True, slots=True)

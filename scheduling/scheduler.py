@@ -4,10 +4,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from core.errors import ContextLengthError
-from scheduling.block_pool import BlockPool
-from scheduling.keyed_heap import KeyedHeap
-from scheduling.sequence import Sequence
+from tandem.core.errors import ContextLengthError
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.keyed_heap import KeyedHeap
+from tandem.scheduling.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from core.request import FinishReason, GenerationRequest
+from tandem.core.request import FinishReason, GenerationRequest
 
 
 class SequenceState(Enum):

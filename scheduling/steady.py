@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from scheduling.sequence import Sequence
+from tandem.scheduling.sequence import Sequence
 
 
 class SteadySteps(NamedTuple):

@@ -3,11 +3,11 @@
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable
 
-from scheduling.block_pool import BlockPool
-from scheduling.decode import DecodeChunk, DecodePolicy, DecodeScheduler
-from scheduling.integrity import BlockTable
-from scheduling.sequence import Sequence
-from scheduling.steady import SteadyBatch, SteadySteps
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.decode import DecodeChunk, DecodePolicy, DecodeScheduler
+from tandem.scheduling.integrity import BlockTable
+from tandem.scheduling.sequence import Sequence
+from tandem.scheduling.steady import SteadyBatch, SteadySteps
 
 
 class SteadyDecodeScheduler(DecodeScheduler):

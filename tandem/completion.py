@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from core.errors import UnavailableError
-from core.request import FinishReason, TokenLogprob
-from core.timeline import Timeline
+from tandem.core.errors import UnavailableError
+from tandem.core.request import FinishReason, TokenLogprob
+from tandem.core.timeline import Timeline
 
 
 class GenerateOptions(TypedDict, total=False):

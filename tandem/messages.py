@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from core.errors import InvalidRequestError
-from core.request import FinishReason, TokenLogprob
-from core.timeline import Stage, Timeline
 from tandem.completion import Delta, GenerateOptions, Usage
+from tandem.core.errors import InvalidRequestError
+from tandem.core.request import FinishReason, TokenLogprob
+from tandem.core.timeline import Stage, Timeline
 from tandem.v1 import common_pb2, inference_pb2
 
 _FINISH_REASONS = {

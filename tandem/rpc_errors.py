@@ -4,7 +4,14 @@ from typing import Any, Protocol
 
 import grpc
 
-from core.errors import CancelledError, DeadlineError, InternalError, TandemError, UnavailableError, error_from_code
+from tandem.core.errors import (
+    CancelledError,
+    DeadlineError,
+    InternalError,
+    TandemError,
+    UnavailableError,
+    error_from_code,
+)
 
 CODE_KEY = "tandem-code"
 PARAM_KEY = "tandem-param"

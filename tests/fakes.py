@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from core.errors import InternalError
-from core.kv_layout import KvLayout
-from core.request import SampledToken, TokenLogprob
-from engine.config import Capacity
-from engine.step import SequenceSlice, StepOutput
+from tandem.core.errors import InternalError
+from tandem.core.kv_layout import KvLayout
+from tandem.core.request import SampledToken, TokenLogprob
+from tandem.engine.config import Capacity
+from tandem.engine.step import SequenceSlice, StepOutput
 
 LAYOUT = KvLayout(2, 32, 1, 4, 8, "float32", "fake")
 EOS = 99

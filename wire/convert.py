@@ -3,9 +3,9 @@
 `*_to_pb` writes a message, `*_from_pb` reads one and re-validates it: an internal peer is not trusted to be sane.
 """
 
-from core.errors import InvalidRequestError
-from core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
-from core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
+from tandem.core.errors import InvalidRequestError
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
+from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.v1 import common_pb2, worker_pb2
 
 _FINISH_TO_PB = {

@@ -5,14 +5,14 @@ from typing import Any, Protocol
 
 import grpc
 
-from core.errors import TandemError
-from core.replanning import ReplanStatus
-from core.session import InstanceStatus
-from core.workload_profile import ProfileSnapshot
+from tandem.core.errors import TandemError
+from tandem.core.replanning import ReplanStatus
+from tandem.core.session import InstanceStatus
+from tandem.core.workload_profile import ProfileSnapshot
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import worker_pb2, worker_pb2_grpc
-from wire import convert, replanning
-from wire.status import abort
+from tandem.wire import convert, replanning
+from tandem.wire.status import abort
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 import grpc
 
-from core.clock import Clock
-from core.completion import (
+from tandem.core.clock import Clock
+from tandem.core.completion import (
     ChatMessage,
     ChatPrompt,
     CompletionRequest,
@@ -18,11 +18,11 @@ from core.completion import (
     TextPrompt,
     TokenPrompt,
 )
-from core.errors import InternalError, InvalidRequestError, TandemError
-from core.timeline import Stage, Timeline
+from tandem.core.errors import InternalError, InvalidRequestError, TandemError
+from tandem.core.timeline import Stage, Timeline
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
-from wire.convert import finish_to_pb, logprob_to_pb, prompt_logprobs_to_pb, sampling_from_pb
-from wire.status import abort
+from tandem.wire.convert import finish_to_pb, logprob_to_pb, prompt_logprobs_to_pb, sampling_from_pb
+from tandem.wire.status import abort
 
 _LOG = logging.getLogger(__name__)
 

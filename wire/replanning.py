@@ -1,8 +1,8 @@
 """The live profile and the state of replanning, to messages and back."""
 
-from core.errors import InvalidRequestError
-from core.replanning import Change, DriftState, Proposal, ReplanStatus
-from core.workload_profile import ProfileSnapshot
+from tandem.core.errors import InvalidRequestError
+from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
+from tandem.core.workload_profile import ProfileSnapshot
 from tandem.v1 import worker_pb2
 
 

@@ -8,9 +8,9 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from core.config import split_address
-from core.errors import ConfigError
-from wire.channels import KEEPALIVE_MS, MAX_MESSAGE_BYTES, TOKEN_KEY
+from tandem.core.config import split_address
+from tandem.core.errors import ConfigError
+from tandem.wire.channels import KEEPALIVE_MS, MAX_MESSAGE_BYTES, TOKEN_KEY
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it

@@ -1,8 +1,8 @@
 """Session commands and events (core/session.py) <-> their messages, in both directions."""
 
-from core.errors import InvalidRequestError
-from core.request import SampledToken
-from core.session import (
+from tandem.core.errors import InvalidRequestError
+from tandem.core.request import SampledToken
+from tandem.core.session import (
     Cancel,
     DecodeCommand,
     DecodeEvent,
@@ -20,7 +20,7 @@ from core.session import (
     TransferCommitted,
 )
 from tandem.v1 import worker_pb2
-from wire import convert
+from tandem.wire import convert
 
 
 def prefill_command_to_pb(command: PrefillCommand, now_s: float) -> worker_pb2.PrefillSessionRequest:

@@ -11,14 +11,14 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import grpc
 
-from core.clock import Clock, SystemClock
-from core.errors import CancelledError, InvalidRequestError, TandemError, UnavailableError
-from core.session import DecodeCommand, DecodeEvent, PrefillCommand, PrefillEvent
+from tandem.core.clock import Clock, SystemClock
+from tandem.core.errors import CancelledError, InvalidRequestError, TandemError, UnavailableError
+from tandem.core.session import DecodeCommand, DecodeEvent, PrefillCommand, PrefillEvent
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import worker_pb2_grpc
-from wire import session_messages as messages
-from wire.channels import token_metadata
-from wire.status import abort
+from tandem.wire import session_messages as messages
+from tandem.wire.channels import token_metadata
+from tandem.wire.status import abort
 
 Command = TypeVar("Command")
 CommandIn = TypeVar("CommandIn", contravariant=True)

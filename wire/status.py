@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from core.errors import TandemError
+from tandem.core.errors import TandemError
 from tandem.rpc_errors import CODE_KEY, PARAM_KEY, error_from_rpc
 
 __all__ = ["abort", "error_from_rpc"]

@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 import grpc
 
-from core.clock import Clock
-from core.errors import DeadlineError, InvalidRequestError, TandemError, TransferError
-from core.shipment import Manifest
-from core.transfer import (
+from tandem.core.clock import Clock
+from tandem.core.errors import DeadlineError, InvalidRequestError, TandemError, TransferError
+from tandem.core.shipment import Manifest
+from tandem.core.transfer import (
     Grant,
     GrantReply,
     HostIdentity,
@@ -23,9 +23,9 @@ from core.transfer import (
 )
 from tandem.rpc_errors import CODE_KEY
 from tandem.v1 import transfer_pb2, transfer_pb2_grpc
-from wire.channels import token_metadata
-from wire.convert import sampled_from_pb, sampled_to_pb
-from wire.status import abort, error_from_rpc
+from tandem.wire.channels import token_metadata
+from tandem.wire.convert import sampled_from_pb, sampled_to_pb
+from tandem.wire.status import abort, error_from_rpc
 
 MAX_NAME_LENGTH = 256
 MAX_ROADS = 8

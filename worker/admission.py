@@ -1,8 +1,8 @@
 """What a worker itself checks of a request: no router is trusted to be sane, and no bad token must reach a step."""
 
-from core.errors import InvalidRequestError
-from core.model_spec import ModelSpec
-from core.request import GenerationRequest
+from tandem.core.errors import InvalidRequestError
+from tandem.core.model_spec import ModelSpec
+from tandem.core.request import GenerationRequest
 
 
 def check_request(request: GenerationRequest, spec: ModelSpec) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from scheduling.sequence import Sequence
+from tandem.scheduling.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

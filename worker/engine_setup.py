@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from core.config import EngineSection
-from engine.config import EngineConfig
-from engine.device import choose_device
-from engine.engine import Engine, load_engine
-from kv_transfer.pool import SharedPool
+from tandem.core.config import EngineSection
+from tandem.engine.config import EngineConfig
+from tandem.engine.device import choose_device
+from tandem.engine.engine import Engine, load_engine
+from tandem.kv_transfer.pool import SharedPool
 
 
 def load_worker_engine(model: Path, section: EngineSection) -> tuple[Engine, SharedPool]:

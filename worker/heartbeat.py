@@ -4,10 +4,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from core.errors import TandemError
-from core.session import InstanceStatus
-from wire.channels import open_channel
-from wire.fleet import send_heartbeat
+from tandem.core.errors import TandemError
+from tandem.core.session import InstanceStatus
+from tandem.wire.channels import open_channel
+from tandem.wire.fleet import send_heartbeat
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
-from core.config import WorkerConfig
-from core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
-from wire.server import bind, build_server
-from worker.heartbeat import Heartbeat
+from tandem.core.config import WorkerConfig
+from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
+from tandem.wire.server import bind, build_server
+from tandem.worker.heartbeat import Heartbeat
 
 REPORT_EVERY_S = 0.1  # between two reports of a busy loop: counting blocks by owner takes time
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from worker.mailbox import Mailbox
+from tandem.worker.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 

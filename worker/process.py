@@ -16,9 +16,9 @@ from typing import Protocol
 
 import uvloop
 
-from core.config import WorkerConfig
-from core.config_file import load_config
-from core.errors import TandemError
+from tandem.core.config import WorkerConfig
+from tandem.core.config_file import load_config
+from tandem.core.errors import TandemError
 
 DRAIN_GRACE_S = 10.0
 

@@ -10,16 +10,16 @@ from typing import Generic, TypeVar
 
 import grpc
 
-from core.clock import SystemClock
-from core.config import EngineSection, WorkerConfig, split_address
-from core.session import LinkStats, Role
-from engine.engine import Engine
-from kv_transfer.config import LinkConfig
-from kv_transfer.pool import SharedPool
-from worker.engine_setup import load_worker_engine
-from worker.instance import Instance, LoopReport
-from worker.loop_thread import LoopThread, StepLoop
-from worker.process import new_instance_id
+from tandem.core.clock import SystemClock
+from tandem.core.config import EngineSection, WorkerConfig, split_address
+from tandem.core.session import LinkStats, Role
+from tandem.engine.engine import Engine
+from tandem.kv_transfer.config import LinkConfig
+from tandem.kv_transfer.pool import SharedPool
+from tandem.worker.engine_setup import load_worker_engine
+from tandem.worker.instance import Instance, LoopReport
+from tandem.worker.loop_thread import LoopThread, StepLoop
+from tandem.worker.process import new_instance_id
 
 Command = TypeVar("Command")
 Event = TypeVar("Event")

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.ops.interface import AttentionMeta
+from tandem.engine.ops.interface import AttentionMeta
 
 
 @dataclass(frozen=True, slots=True)

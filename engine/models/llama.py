@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from core.model_spec import ModelSpec
-from engine.models.base import StepBatch
-from engine.ops.interface import HeadShape, Ops, PackedLinear
-from engine.rope import cos_sin_table
-from engine.weights import WeightLoader
+from tandem.core.model_spec import ModelSpec
+from tandem.engine.models.base import StepBatch
+from tandem.engine.ops.interface import HeadShape, Ops, PackedLinear
+from tandem.engine.rope import cos_sin_table
+from tandem.engine.weights import WeightLoader
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,12 @@
 
 import torch
 
-from engine.checkpoint import Checkpoint
-from engine.models.base import Model
-from engine.models.llama import load_llama
-from engine.models.opt import load_opt
-from engine.ops.interface import Ops
-from engine.weights import WeightLoader
+from tandem.engine.checkpoint import Checkpoint
+from tandem.engine.models.base import Model
+from tandem.engine.models.llama import load_llama
+from tandem.engine.models.opt import load_opt
+from tandem.engine.ops.interface import Ops
+from tandem.engine.weights import WeightLoader
 
 
 def load_model(checkpoint: Checkpoint, ops: Ops, dtype: torch.dtype, device: torch.device, max_positions: int) -> Model:

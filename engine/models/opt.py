@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from core.model_spec import OPT_POSITION_OFFSET, ModelSpec
-from engine.models.base import StepBatch
-from engine.ops.interface import HeadShape, Ops, PackedLinear
-from engine.weights import WeightLoader
+from tandem.core.model_spec import OPT_POSITION_OFFSET, ModelSpec
+from tandem.engine.models.base import StepBatch
+from tandem.engine.ops.interface import HeadShape, Ops, PackedLinear
+from tandem.engine.weights import WeightLoader
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,11 @@ import logging
 
 import torch
 
-from core.errors import ConfigError
-from engine.ops.interface import Ops
-from engine.ops.native_library import NativeUnavailableError, load_native_library
-from engine.ops.native_ops import MAX_HEAD_DIM, NativeOps
-from engine.ops.torch_ops import TorchOps
+from tandem.core.errors import ConfigError
+from tandem.engine.ops.interface import Ops
+from tandem.engine.ops.native_library import NativeUnavailableError, load_native_library
+from tandem.engine.ops.native_ops import MAX_HEAD_DIM, NativeOps
+from tandem.engine.ops.torch_ops import TorchOps
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from engine.ops.huge_pages import HugePageArena
-from engine.ops.interface import AttentionMeta, HeadShape, PackedLinear
+from tandem.engine.ops.huge_pages import HugePageArena
+from tandem.engine.ops.interface import AttentionMeta, HeadShape, PackedLinear
 
 _PANEL = 32  # columns of a packed panel, as in engine/native/gemm.h
 MAX_HEAD_DIM = 256  # of the attention kernel, as in engine/native/attention.h

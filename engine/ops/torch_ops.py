@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.interface import AttentionMeta, HeadShape, PackedLinear
+from tandem.engine.ops.interface import AttentionMeta, HeadShape, PackedLinear
 
 
 class TorchLinear(PackedLinear):

@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from core.config_file import load_config
-from core.cost_model import StepCost, StepLoad
-from core.errors import ConfigError
-from core.parallel import ParallelShape
-from placement.costs.serving import RoadCosts, ServingCosts
-from placement.simulator.deployment import NetworkSpec, RouterSpec
+from tandem.core.config_file import load_config
+from tandem.core.cost_model import StepCost, StepLoad
+from tandem.core.errors import ConfigError
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.serving import RoadCosts, ServingCosts
+from tandem.placement.simulator.deployment import NetworkSpec, RouterSpec
 
 Knots = tuple[tuple[int, float], ...]
 """(count, value) in ascending order of count: straight lines between, the last line goes on, the first value before."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from core.errors import ConfigError
+from tandem.core.errors import ConfigError
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
-from core.cost_model import CostModel
-from core.parallel import ParallelShape
+from tandem.core.cost_model import CostModel
+from tandem.core.parallel import ParallelShape
 
 
 class CostSource(Protocol):

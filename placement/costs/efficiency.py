@@ -11,7 +11,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from placement.costs.catalogue import find_name, read_yaml
+from tandem.placement.costs.catalogue import find_name, read_yaml
 
 _SLOWED = frozenset({"compute", "bandwidth", "send"})  # shares of a peak that other kernels may not reach
 

@@ -6,7 +6,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from placement.costs.catalogue import find_name, read_yaml
+from tandem.placement.costs.catalogue import find_name, read_yaml
 
 
 @dataclass(frozen=True, slots=True)

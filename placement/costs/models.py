@@ -7,10 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from core.errors import CheckpointError
-from core.model_shape import MlaShape, ModelShape, MoeShape
-from core.model_spec import ModelSpec
-from placement.costs.catalogue import find_name, read_yaml
+from tandem.core.errors import CheckpointError
+from tandem.core.model_shape import MlaShape, ModelShape, MoeShape
+from tandem.core.model_spec import ModelSpec
+from tandem.placement.costs.catalogue import find_name, read_yaml
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

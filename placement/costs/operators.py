@@ -2,7 +2,7 @@
 
 from math import sqrt
 
-from placement.costs.efficiency import (
+from tandem.placement.costs.efficiency import (
     DecodeAttentionEfficiency,
     ElementwiseEfficiency,
     ExpertsEfficiency,
@@ -11,7 +11,7 @@ from placement.costs.efficiency import (
     MixedAttentionEfficiency,
     PrefillAttentionEfficiency,
 )
-from placement.costs.hardware import Device
+from tandem.placement.costs.hardware import Device
 
 _TILE_ROWS = 128  # queries that a core of a flash-attention kernel takes at a time
 _RIDGE = 3.0  # how sharply a mixed kernel turns from what it computes to what it reads, see GemmEfficiency.sharpness

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from core.cost_model import StepCost, StepLoad
-from core.model_shape import ModelShape
-from core.parallel import ParallelShape
-from placement.costs.catalogue import DATA
-from placement.costs.models import model_shape
+from tandem.core.cost_model import StepCost, StepLoad
+from tandem.core.model_shape import ModelShape
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.catalogue import DATA
+from tandem.placement.costs.models import model_shape
 
 Engine = Literal["distserve", "vllm"]
 DEVICE = "A100-80GB-SXM4"

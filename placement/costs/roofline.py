@@ -7,11 +7,11 @@ It answers for any model on any device in any parallel shape; how well, `Rooflin
 
 from collections.abc import Mapping
 
-from core.model_shape import ModelShape
-from core.parallel import ParallelShape
-from placement.costs.efficiency import efficiency, engine_overhead, step_error
-from placement.costs.hardware import Device
-from placement.costs.roofline_cost import RooflineCost
+from tandem.core.model_shape import ModelShape
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.efficiency import efficiency, engine_overhead, step_error
+from tandem.placement.costs.hardware import Device
+from tandem.placement.costs.roofline_cost import RooflineCost
 
 _RUNTIME_BYTES = 1.0e9  # context, workspaces, buffers of collectives; two thirds of it vLLM reports by itself
 

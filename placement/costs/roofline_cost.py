@@ -1,11 +1,11 @@
 """The roofline's cost of a step of one model on one device in one parallel shape."""
 
-from core.cost_model import StepCost, StepLoad
-from core.model_shape import ModelShape, MoeShape
-from core.parallel import ParallelShape
-from placement.costs.efficiency import Efficiency, EngineOverhead, ExpertsEfficiency
-from placement.costs.hardware import Device
-from placement.costs.operators import (
+from tandem.core.cost_model import StepCost, StepLoad
+from tandem.core.model_shape import ModelShape, MoeShape
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.efficiency import Efficiency, EngineOverhead, ExpertsEfficiency
+from tandem.placement.costs.hardware import Device
+from tandem.placement.costs.operators import (
     all_reduce_s,
     decode_attention_line,
     elementwise_s,

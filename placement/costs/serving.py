@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from placement.simulator.deployment import NetworkSpec, RouterSpec
+from tandem.placement.simulator.deployment import NetworkSpec, RouterSpec
 
 
 class _Frozen(BaseModel):

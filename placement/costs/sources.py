@@ -3,15 +3,15 @@
 import math
 from collections.abc import Mapping
 
-from core.cost_model import CostModel
-from core.errors import ConfigError
-from core.model_shape import ModelShape
-from core.parallel import ParallelShape
-from core.slo_file import SloFile
-from placement.cluster import Cluster
-from placement.costs.calibration import CalibratedSource
-from placement.costs.cost_source import CostSource
-from placement.costs.roofline import RooflineSource
+from tandem.core.cost_model import CostModel
+from tandem.core.errors import ConfigError
+from tandem.core.model_shape import ModelShape
+from tandem.core.parallel import ParallelShape
+from tandem.core.slo_file import SloFile
+from tandem.placement.cluster import Cluster
+from tandem.placement.costs.calibration import CalibratedSource
+from tandem.placement.costs.cost_source import CostSource
+from tandem.placement.costs.roofline import RooflineSource
 
 
 def cost_source_of(slo: SloFile, model: ModelShape) -> CostSource:

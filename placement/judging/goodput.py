@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.slo import SloClass
-from placement.judging.judgement import ClassJudgement, Judgement, deadlines_s, judge
-from placement.judging.steady_state import Interval
-from placement.simulator.result import SimulationResult
-from placement.simulator.run import Progress
-from placement.workload.requests import RequestStream
+from tandem.core.slo import SloClass
+from tandem.placement.judging.judgement import ClassJudgement, Judgement, deadlines_s, judge
+from tandem.placement.judging.steady_state import Interval
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.simulator.run import Progress
+from tandem.placement.workload.requests import RequestStream
 
 __all__ = ["ClassJudgement", "Evaluation", "Goodput", "Judgement", "goodput_at", "judge", "stop_when_lost"]
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from core.plan import ExpectedClass, Quantiles
-from core.slo import SloClass
-from core.timeline import Stage
-from placement.judging.steady_state import Interval, is_drifting, share_interval, warm_up_length
-from placement.simulator.result import SimulationResult
-from placement.workload.requests import Floats, RequestStream
+from tandem.core.plan import ExpectedClass, Quantiles
+from tandem.core.slo import SloClass
+from tandem.core.timeline import Stage
+from tandem.placement.judging.steady_state import Interval, is_drifting, share_interval, warm_up_length
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.requests import Floats, RequestStream
 
 _LOST_USE = 4.0  # a request that never ended counts like one that took this much of its budget; more tells no more
 _MAX_TAIL = 0.2

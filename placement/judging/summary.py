@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from core.plan import Quantiles
-from core.slo import SloClass
-from core.text_table import text_table
-from core.timeline import PARTS, Stage
-from placement.judging.judgement import Judgement, judge
-from placement.report.words import PART_NAMES, interval, number, percent, rate, seconds
-from placement.simulator.result import STAGES, SimulationResult
-from placement.workload.requests import Floats
+from tandem.core.plan import Quantiles
+from tandem.core.slo import SloClass
+from tandem.core.text_table import text_table
+from tandem.core.timeline import PARTS, Stage
+from tandem.placement.judging.judgement import Judgement, judge
+from tandem.placement.report.words import PART_NAMES, interval, number, percent, rate, seconds
+from tandem.placement.simulator.result import STAGES, SimulationResult
+from tandem.placement.workload.requests import Floats
 
 
 @dataclass(frozen=True, slots=True)

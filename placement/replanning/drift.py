@@ -28,8 +28,8 @@ Time comes in as an argument, in seconds of any one clock.
 from dataclasses import dataclass
 from enum import Enum
 
-from core.replanning import Change, DriftState
-from placement.replanning.workload_distance import Limits, Workload, compare, strength
+from tandem.core.replanning import Change, DriftState
+from tandem.placement.replanning.workload_distance import Limits, Workload, compare, strength
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from core.config_file import dump_config
-from core.errors import ConfigError
-from core.plan import Plan
-from core.slo_file import PrefixSection, SloFile, WorkloadSection
-from core.workload_profile import ProfileSnapshot
-from placement.replanning.workload_distance import Workload
-from placement.workload.requests import Floats
-from placement.workload.streams import make_stream
+from tandem.core.config_file import dump_config
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan
+from tandem.core.slo_file import PrefixSection, SloFile, WorkloadSection
+from tandem.core.workload_profile import ProfileSnapshot
+from tandem.placement.replanning.workload_distance import Workload
+from tandem.placement.workload.requests import Floats
+from tandem.placement.workload.streams import make_stream
 
 SPARE_REQUESTS = 8  # times `search.requests`: simulations take more where few do not show a steady state
 QUESTION = "slo.yaml"

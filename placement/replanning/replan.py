@@ -5,22 +5,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from core.plan import Plan, PlanGroup
-from core.slo import SloClass
-from core.slo_file import SloFile
-from placement.cluster import Cluster
-from placement.costs.models import model_shape
-from placement.costs.sources import cost_source_of
-from placement.evidence import Planned
-from placement.judging.goodput import StopWhen, goodput_at, stop_when_lost
-from placement.judging.judgement import judge
-from placement.plan_deployment import deployment_of
-from placement.replanning.live_workload import SPARE_REQUESTS
-from placement.simulator import simulate
-from placement.simulator.deployment import Deployment
-from placement.simulator.result import SimulationResult
-from placement.workload.requests import RequestStream
-from placement.workload.streams import make_stream
+from tandem.core.plan import Plan, PlanGroup
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import SloFile
+from tandem.placement.cluster import Cluster
+from tandem.placement.costs.models import model_shape
+from tandem.placement.costs.sources import cost_source_of
+from tandem.placement.evidence import Planned
+from tandem.placement.judging.goodput import StopWhen, goodput_at, stop_when_lost
+from tandem.placement.judging.judgement import judge
+from tandem.placement.plan_deployment import deployment_of
+from tandem.placement.replanning.live_workload import SPARE_REQUESTS
+from tandem.placement.simulator import simulate
+from tandem.placement.simulator.deployment import Deployment
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.streams import make_stream
 
 PlanFor = Callable[[SloFile], Planned]
 

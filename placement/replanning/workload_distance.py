@@ -18,11 +18,11 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from core.plan import Plan
-from core.replanning import Change
-from core.slo_file import SloFile
-from core.workload_profile import ProfileSnapshot
-from placement.workload.requests import RequestStream
+from tandem.core.plan import Plan
+from tandem.core.replanning import Change
+from tandem.core.slo_file import SloFile
+from tandem.core.workload_profile import ProfileSnapshot
+from tandem.placement.workload.requests import RequestStream
 
 Ints = npt.NDArray[np.int64]
 

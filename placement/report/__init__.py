@@ -7,17 +7,17 @@ second, and the commands that import this package mostly write none.
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.slo import SloClass
-from placement.evidence import Planned, RunDescription
-from placement.report.plan_file import write_plan
-from placement.simulator.result import SimulationResult
+from tandem.core.slo import SloClass
+from tandem.placement.evidence import Planned, RunDescription
+from tandem.placement.report.plan_file import write_plan
+from tandem.placement.simulator.result import SimulationResult
 
 __all__ = ["RunDescription", "write_plan", "write_report", "write_simulation_report"]
 
 
 def write_report(planned: Planned, path: Path) -> None:
     """Write the page of a plan. Raises OSError."""
-    from placement.report.plan_report import report_html
+    from tandem.placement.report.plan_report import report_html
 
     path.write_text(report_html(planned), encoding="utf-8")
 
@@ -27,6 +27,6 @@ def write_simulation_report(
 ) -> None:
     """Write the page of a run. A live run comes in the same form (bench.load_result.LoadResult.as_simulation).
     Raises OSError."""
-    from placement.report.run_report import simulation_report_html
+    from tandem.placement.report.run_report import simulation_report_html
 
     path.write_text(simulation_report_html(result, classes, description), encoding="utf-8")

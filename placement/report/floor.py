@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.plan import Plan, PlanGroup
-from placement.evidence import NodeSummary
+from tandem.core.plan import Plan, PlanGroup
+from tandem.placement.evidence import NodeSummary
 
 _FEW_NODES = 4
 _MAX_BOXES = 24

@@ -8,10 +8,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from core.slo import SloClass
-from placement.evidence import AttainmentCurve, LatencySample, WorkloadSummary
-from placement.report import words
-from placement.report.style import HALF, WIDE, as_svg, drawing_style, light, new_figure
+from tandem.core.slo import SloClass
+from tandem.placement.evidence import AttainmentCurve, LatencySample, WorkloadSummary
+from tandem.placement.report import words
+from tandem.placement.report.style import HALF, WIDE, as_svg, drawing_style, light, new_figure
 
 _CLASS_STYLES = (("prefill", "-"), ("decode", "--"), ("colocated", "-."), ("mixed", ":"))
 _MAX_CDF_POINTS = 300

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from placement.report import words
-from placement.report.style import css_variables
+from tandem.placement.report import words
+from tandem.placement.report.style import css_variables
 
 
 def render(template: str, **values: object) -> str:

@@ -8,10 +8,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from core.plan import Expected
-from placement.evidence import Candidate, ErrorBudget, PhaseBound, SensitivityPoint
-from placement.report import words
-from placement.report.style import HALF, WIDE, as_svg, drawing_style, light, new_figure, only_vertical_grid
+from tandem.core.plan import Expected
+from tandem.placement.evidence import Candidate, ErrorBudget, PhaseBound, SensitivityPoint
+from tandem.placement.report import words
+from tandem.placement.report.style import HALF, WIDE, as_svg, drawing_style, light, new_figure, only_vertical_grid
 
 _LAYOUT_COLOURS = {"disaggregated": "prefill", "colocated": "colocated", "mixed": "mixed"}
 _TERM_COLOURS = {

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from core.config_file import dump_config
-from placement.evidence import Planned
-from placement.report import words
+from tandem.core.config_file import dump_config
+from tandem.placement.evidence import Planned
+from tandem.placement.report import words
 
 
 def write_plan(planned: Planned, path: Path) -> None:

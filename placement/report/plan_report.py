@@ -1,10 +1,10 @@
 """The report of a plan: one HTML file that says what to run, why, and how sure that is."""
 
-from core.plan import Expected, Plan
-from placement.evidence import Planned
-from placement.report import latency_figures, plan_figures, words
-from placement.report.floor import floor_plan, instance_labels
-from placement.report.page import render
+from tandem.core.plan import Expected, Plan
+from tandem.placement.evidence import Planned
+from tandem.placement.report import latency_figures, plan_figures, words
+from tandem.placement.report.floor import floor_plan, instance_labels
+from tandem.placement.report.page import render
 
 _SECTIONS = (
     ("plan", "Plan"),

@@ -6,11 +6,11 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter
 
-from core.timeline import Stage
-from placement.judging.summary import parts_of
-from placement.report import words
-from placement.report.style import HALF, as_svg, drawing_style, light, new_figure, only_vertical_grid
-from placement.simulator.result import Floats, SimulationResult
+from tandem.core.timeline import Stage
+from tandem.placement.judging.summary import parts_of
+from tandem.placement.report import words
+from tandem.placement.report.style import HALF, as_svg, drawing_style, light, new_figure, only_vertical_grid
+from tandem.placement.simulator.result import Floats, SimulationResult
 
 _NUM_BINS = 60
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from core.slo import SloClass
-from placement.evidence import LatencySample, PhaseBound, RunDescription
-from placement.judging.judgement import Judgement, judge
-from placement.report import latency_figures, plan_figures, run_figures, words
-from placement.report.page import render
-from placement.simulator.result import InstanceUse, SimulationResult
-from placement.workload.description import summary_of
+from tandem.core.slo import SloClass
+from tandem.placement.evidence import LatencySample, PhaseBound, RunDescription
+from tandem.placement.judging.judgement import Judgement, judge
+from tandem.placement.report import latency_figures, plan_figures, run_figures, words
+from tandem.placement.report.page import render
+from tandem.placement.simulator.result import InstanceUse, SimulationResult
+from tandem.placement.workload.description import summary_of
 
 _MAX_SAMPLES = 4000
 _MAX_INSTANCES = 24

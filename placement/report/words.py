@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from core.plan import Plan, PlanGroup
-from placement.evidence import Candidate, Planned
+from tandem.core.plan import Plan, PlanGroup
+from tandem.placement.evidence import Candidate, Planned
 
 TERM_NAMES = {
     "linear": "linear layers",

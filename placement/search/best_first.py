@@ -21,12 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from placement.search.fleet import Fleet
-from placement.search.parallel import Mapper
-from placement.search.predict import limit_of_nodes
-from placement.search.problem import NodeType, Problem
-from placement.search.space import Space
-from placement.search.trial import LADDER_STEP, Outcome, climb, trial_of
+from tandem.placement.search.fleet import Fleet
+from tandem.placement.search.parallel import Mapper
+from tandem.placement.search.predict import limit_of_nodes
+from tandem.placement.search.problem import NodeType, Problem
+from tandem.placement.search.space import Space
+from tandem.placement.search.trial import LADDER_STEP, Outcome, climb, trial_of
 
 _MARGIN = 1.05  # by which a simulation may exceed the prediction
 _COLOCATED_MARGIN = 1.1  # with colocated instances: their model is rougher, and it knows no parts that relieve others

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from placement.judging.goodput import Evaluation
-from placement.search.best_first import Found, Looked, Report, most_of
-from placement.search.disaggregated import low_affinity
-from placement.search.fleet import Fleet, Pool
-from placement.search.kinds import InstanceKind
-from placement.search.parallel import Mapper
-from placement.search.room import beside
-from placement.search.space import Space
-from placement.search.trial import Outcome, run, rung_below, trial_of
+from tandem.placement.judging.goodput import Evaluation
+from tandem.placement.search.best_first import Found, Looked, Report, most_of
+from tandem.placement.search.disaggregated import low_affinity
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.search.parallel import Mapper
+from tandem.placement.search.room import beside
+from tandem.placement.search.space import Space
+from tandem.placement.search.trial import Outcome, run, rung_below, trial_of
 
 _GROWTH = 0.03  # of a pool's instances, at least one
 _FLEETS_AT_ONCE = 16

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from placement.search.fleet import Fleet, Pool
-from placement.search.kinds import Kinds
-from placement.search.problem import NodeType
-from placement.search.room import capacity
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.kinds import Kinds
+from tandem.placement.search.problem import NodeType
+from tandem.placement.search.room import capacity
 
 
 def colocated(kinds: Kinds, nodes: Sequence[NodeType]) -> Iterator[Fleet]:

@@ -10,10 +10,10 @@ from collections import deque
 
 import numpy as np
 
-from core.cost_model import CostModel, StepLoad, pairs
-from placement.search.decode_alone import steps_until
-from placement.search.kinds import InstanceKind
-from placement.workload.requests import Floats
+from tandem.core.cost_model import CostModel, StepLoad, pairs
+from tandem.placement.search.decode_alone import steps_until
+from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.workload.requests import Floats
 
 
 def latencies_colocated(

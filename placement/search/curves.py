@@ -10,12 +10,12 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from core.slo import SloClass
-from placement.search.colocated_alone import latencies_colocated
-from placement.search.decode_alone import decode_time_alone
-from placement.search.kinds import InstanceKind
-from placement.search.prefill_alone import StepTimes, ttft_alone
-from placement.workload.requests import Floats, RequestStream
+from tandem.core.slo import SloClass
+from tandem.placement.search.colocated_alone import latencies_colocated
+from tandem.placement.search.decode_alone import decode_time_alone
+from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.search.prefill_alone import StepTimes, ttft_alone
+from tandem.placement.workload.requests import Floats, RequestStream
 
 POOL_SIZES = (1, 2, 4, 8)  # queues of more instances hardly share better
 _LADDER_STEP = 1.06

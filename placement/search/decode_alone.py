@@ -10,8 +10,8 @@ import heapq
 import math
 from collections import deque
 
-from placement.search.kinds import InstanceKind
-from placement.workload.requests import Floats
+from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.workload.requests import Floats
 
 
 def decode_time_alone(

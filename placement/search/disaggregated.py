@@ -12,10 +12,10 @@ Only fleets to which no instance can be added are named: those with fewer are fo
 
 from collections.abc import Iterator, Sequence
 
-from placement.search.fleet import Fleet, Pool
-from placement.search.kinds import InstanceKind, Kinds
-from placement.search.problem import NodeType
-from placement.search.room import beside, capacity
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.kinds import InstanceKind, Kinds
+from tandem.placement.search.problem import NodeType
+from tandem.placement.search.room import beside, capacity
 
 _EXACT_COUNT = 12
 _COUNT_STEP = 1.05

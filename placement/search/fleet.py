@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.plan import PlanGroup
-from core.slo_file import Layout
-from placement.search.kinds import InstanceKind
+from tandem.core.plan import PlanGroup
+from tandem.core.slo_file import Layout
+from tandem.placement.search.kinds import InstanceKind
 
 
 @dataclass(frozen=True, slots=True)

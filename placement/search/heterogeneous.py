@@ -8,12 +8,12 @@ is `mixed`.)
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from placement.search.disaggregated import high_affinity
-from placement.search.fleet import Fleet, Pool
-from placement.search.kinds import InstanceKind, Kinds
-from placement.search.predict import Limits
-from placement.search.problem import NodeType
-from placement.search.room import capacity
+from tandem.placement.search.disaggregated import high_affinity
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.kinds import InstanceKind, Kinds
+from tandem.placement.search.predict import Limits
+from tandem.placement.search.problem import NodeType
+from tandem.placement.search.room import capacity
 
 
 def heterogeneous(kinds: Kinds, limits: Limits, nodes: Sequence[NodeType]) -> Iterator[Fleet]:

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from core.cost_model import CostModel, StepLoad
-from core.model_shape import ModelShape
-from core.parallel import ParallelShape
-from core.slo_file import SearchSection
-from placement.costs.cost_source import CostSource
-from placement.simulator.deployment import ColocatedPolicy, Role
-from placement.workload.requests import RequestStream
+from tandem.core.cost_model import CostModel, StepLoad
+from tandem.core.model_shape import ModelShape
+from tandem.core.parallel import ParallelShape
+from tandem.core.slo_file import SearchSection
+from tandem.placement.costs.cost_source import CostSource
+from tandem.placement.simulator.deployment import ColocatedPolicy, Role
+from tandem.placement.workload.requests import RequestStream
 
 _MAX_BATCH = 256  # what cost sources leave room for
 _PREFILL_BUDGETS = (512, 1024, 2048, 4096, 8192)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.cost_model import StepLoad, pairs
-from core.slo import SloClass
-from placement.search.kinds import InstanceKind, resident_tokens
-from placement.workload.requests import RequestStream
+from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.slo import SloClass
+from tandem.placement.search.kinds import InstanceKind, resident_tokens
+from tandem.placement.workload.requests import RequestStream
 
 # The mean over a request's steps decides its TPOT, and a share of the requests may miss it: somewhat slower mean steps
 # than the target can still do.

@@ -8,11 +8,11 @@ the room that it leaves, and with one instance less.
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from placement.search.fleet import Fleet, Pool
-from placement.search.kinds import Kinds
-from placement.search.predict import Limits
-from placement.search.problem import NodeType
-from placement.search.room import beside
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.kinds import Kinds
+from tandem.placement.search.predict import Limits
+from tandem.placement.search.problem import NodeType
+from tandem.placement.search.room import beside
 
 
 def mixed(fleets: Iterable[Fleet], kinds: Kinds, limits: Limits, nodes: Sequence[NodeType]) -> Iterator[Fleet]:

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from core.cost_model import StepLoad
-from core.slo import SloClass
-from placement.search.kinds import InstanceKind, legal_kinds, resident_tokens
-from placement.search.problem import Problem
+from tandem.core.cost_model import StepLoad
+from tandem.core.slo import SloClass
+from tandem.placement.search.kinds import InstanceKind, legal_kinds, resident_tokens
+from tandem.placement.search.problem import Problem
 
 _HEADROOM = 1.25  # over what an idle cluster reaches: room for some load
 

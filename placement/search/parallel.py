@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from multiprocessing import connection, resource_tracker
 from typing import Protocol, TypeVar
 
-from core.errors import UnavailableError
+from tandem.core.errors import UnavailableError
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.search.curves import Curve, CurveKey
-from placement.search.fleet import Fleet, Pool
-from placement.search.kinds import InstanceKind
-from placement.search.limits import Limit
-from placement.search.problem import NodeType, Problem
+from tandem.placement.search.curves import Curve, CurveKey
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.search.limits import Limit
+from tandem.placement.search.problem import NodeType, Problem
 
 _BISECTIONS = 24
 _MULTIPLIERS = 101

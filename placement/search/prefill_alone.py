@@ -9,8 +9,8 @@ import heapq
 
 import numpy as np
 
-from core.cost_model import CostModel, StepLoad, pairs
-from placement.workload.requests import Floats
+from tandem.core.cost_model import CostModel, StepLoad, pairs
+from tandem.placement.workload.requests import Floats
 
 
 def ttft_alone(

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from core.model_shape import ModelShape
-from core.slo import SloClass
-from core.slo_file import SearchSection
-from placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
-from placement.costs.cost_source import CostSource
-from placement.workload.requests import RequestStream
+from tandem.core.model_shape import ModelShape
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import SearchSection
+from tandem.placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
+from tandem.placement.costs.cost_source import CostSource
+from tandem.placement.workload.requests import RequestStream
 
 
 @dataclass(frozen=True, slots=True)

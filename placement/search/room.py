@@ -4,10 +4,10 @@ longer pipeline takes whole nodes, each with as many stages as fit."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from placement.cluster import Cluster
-from placement.search.fleet import Fleet, Pool
-from placement.search.kinds import InstanceKind
-from placement.search.problem import NodeType
+from tandem.placement.cluster import Cluster
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.search.problem import NodeType
 
 
 def capacity(nodes: Sequence[NodeType], kind: InstanceKind) -> int:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from placement.search.best_first import Looked, climb_of, task_for
-from placement.search.fleet import Fleet
-from placement.search.kinds import InstanceKind
-from placement.search.parallel import Mapper
-from placement.search.space import Space
+from tandem.placement.search.best_first import Looked, climb_of, task_for
+from tandem.placement.search.fleet import Fleet
+from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.search.parallel import Mapper
+from tandem.placement.search.space import Space
 
 _COUNT = 3
 

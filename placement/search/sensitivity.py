@@ -10,18 +10,18 @@ from functools import partial
 
 import numpy as np
 
-from core.cost_model import CostModel, StepCost, StepLoad
-from placement.evidence import SensitivityPoint
-from placement.judging.goodput import Judgement
-from placement.search.curves import curve_of
-from placement.search.fleet import Fleet, Pool
-from placement.search.limits import limit_of
-from placement.search.parallel import Mapper, Serial
-from placement.search.predict import Predictor
-from placement.search.problem import Problem
-from placement.search.trial import run
-from placement.search.verdict import Verdict
-from placement.workload.requests import Ints, RequestStream
+from tandem.core.cost_model import CostModel, StepCost, StepLoad
+from tandem.placement.evidence import SensitivityPoint
+from tandem.placement.judging.goodput import Judgement
+from tandem.placement.search.curves import curve_of
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.limits import limit_of
+from tandem.placement.search.parallel import Mapper, Serial
+from tandem.placement.search.predict import Predictor
+from tandem.placement.search.problem import Problem
+from tandem.placement.search.trial import run
+from tandem.placement.search.verdict import Verdict
+from tandem.placement.workload.requests import Ints, RequestStream
 
 _FACTORS = (0.75, 1.5)
 _FURTHEST_RATE = 2.0

@@ -4,17 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from placement.search.colocated import colocated
-from placement.search.curves import curve_of
-from placement.search.disaggregated import high_affinity, low_affinity
-from placement.search.fleet import Fleet
-from placement.search.heterogeneous import heterogeneous
-from placement.search.kinds import InstanceKind, Kinds, legal_kinds
-from placement.search.limits import Limit, limit_of
-from placement.search.mixed import mixed
-from placement.search.parallel import Mapper
-from placement.search.predict import Predictor
-from placement.search.problem import NodeType, Problem
+from tandem.placement.search.colocated import colocated
+from tandem.placement.search.curves import curve_of
+from tandem.placement.search.disaggregated import high_affinity, low_affinity
+from tandem.placement.search.fleet import Fleet
+from tandem.placement.search.heterogeneous import heterogeneous
+from tandem.placement.search.kinds import InstanceKind, Kinds, legal_kinds
+from tandem.placement.search.limits import Limit, limit_of
+from tandem.placement.search.mixed import mixed
+from tandem.placement.search.parallel import Mapper
+from tandem.placement.search.predict import Predictor
+from tandem.placement.search.problem import NodeType, Problem
 
 
 @dataclass(frozen=True, slots=True)

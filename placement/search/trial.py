@@ -11,17 +11,17 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from core.plan import Plan
-from placement.judging.goodput import Evaluation, Judgement, StopWhen, judge, stop_when_lost
-from placement.plan_deployment import deployment_of
-from placement.search.fleet import Fleet, Pool
-from placement.search.parallel import Mapper, Serial
-from placement.search.problem import Problem
-from placement.search.room import places
-from placement.simulator import simulate
-from placement.simulator.deployment import Deployment
-from placement.simulator.result import SimulationResult
-from placement.workload.requests import RequestStream
+from tandem.core.plan import Plan
+from tandem.placement.judging.goodput import Evaluation, Judgement, StopWhen, judge, stop_when_lost
+from tandem.placement.plan_deployment import deployment_of
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.parallel import Mapper, Serial
+from tandem.placement.search.problem import Problem
+from tandem.placement.search.room import places
+from tandem.placement.simulator import simulate
+from tandem.placement.simulator.deployment import Deployment
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.requests import RequestStream
 
 LADDER_STEP = 1.025
 MOST_INSTANCES = 6

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from placement.search.best_first import Looked
-from placement.search.fleet import Fleet, Pool
-from placement.search.space import Space
-from placement.search.trial import MOST_INSTANCES, run
+from tandem.placement.search.best_first import Looked
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.space import Space
+from tandem.placement.search.trial import MOST_INSTANCES, run
 
 
 def trimmed(space: Space, looked: Looked) -> Looked:

@@ -6,14 +6,14 @@ from functools import partial
 
 import numpy as np
 
-from core.slo import SloClass
-from placement.evidence import AttainmentCurve, AttainmentPoint, LatencySample, PhaseBound
-from placement.judging.goodput import Evaluation, Judgement
-from placement.search.fleet import Fleet
-from placement.search.parallel import Mapper
-from placement.search.problem import Problem
-from placement.search.trial import LADDER_STEP, run
-from placement.simulator.result import InstanceUse, SimulationResult
+from tandem.core.slo import SloClass
+from tandem.placement.evidence import AttainmentCurve, AttainmentPoint, LatencySample, PhaseBound
+from tandem.placement.judging.goodput import Evaluation, Judgement
+from tandem.placement.search.fleet import Fleet
+from tandem.placement.search.parallel import Mapper
+from tandem.placement.search.problem import Problem
+from tandem.placement.search.trial import LADDER_STEP, run
+from tandem.placement.simulator.result import InstanceUse, SimulationResult
 
 _AROUND = (0.3, 0.6, 0.8, 0.9, 1 / LADDER_STEP, 1.0, LADDER_STEP, 1.1, 1.2, 1.5)
 _MOST_STEPS = 24

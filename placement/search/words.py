@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 
-from placement.evidence import Candidate
-from placement.search.best_first import Looked
-from placement.search.fleet import Fleet
-from placement.search.kinds import InstanceKind, Kinds
-from placement.search.limits import Limit
-from placement.search.problem import Problem
-from placement.search.space import Space
+from tandem.placement.evidence import Candidate
+from tandem.placement.search.best_first import Looked
+from tandem.placement.search.fleet import Fleet
+from tandem.placement.search.kinds import InstanceKind, Kinds
+from tandem.placement.search.limits import Limit
+from tandem.placement.search.problem import Problem
+from tandem.placement.search.space import Space
 
 _MOST = 24
 

@@ -1,5 +1,5 @@
 """The cluster on a virtual clock: `scheduling/`'s code, a cost model instead of an engine, links instead of sockets."""
 
-from placement.simulator.run import Progress, simulate
+from tandem.placement.simulator.run import Progress, simulate
 
 __all__ = ["Progress", "simulate"]

@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Protocol
 
-from core.errors import TandemError
-from core.request import GenerationRequest
-from placement.simulator.network import Transfer
+from tandem.core.errors import TandemError
+from tandem.core.request import GenerationRequest
+from tandem.placement.simulator.network import Transfer
 
 if TYPE_CHECKING:
-    from placement.simulator.colocated import ColocatedInstance
-    from placement.simulator.decode import DecodeInstance
-    from placement.simulator.prefill import PrefillInstance
+    from tandem.placement.simulator.colocated import ColocatedInstance
+    from tandem.placement.simulator.decode import DecodeInstance
+    from tandem.placement.simulator.prefill import PrefillInstance
 
 
 class Attempt:

@@ -1,17 +1,17 @@
 """An instance that serves both phases on one device: the baseline that disaggregation is judged against."""
 
-from core.cost_model import StepLoad
-from core.errors import TandemError
-from placement.simulator.agenda import Agenda
-from placement.simulator.attempt import Attempt, Listener
-from placement.simulator.counted import CountedSequence
-from placement.simulator.deployment import InstanceSpec
-from placement.simulator.load import load_of
-from placement.simulator.prefixes import BlockNames, pool_and_index
-from placement.simulator.result import InstanceUse
-from placement.simulator.stepping import SteppingInstance, attempt_of
-from scheduling.colocated import ColocatedChunk, ColocatedPolicy, ColocatedScheduler
-from scheduling.sequence import Sequence
+from tandem.core.cost_model import StepLoad
+from tandem.core.errors import TandemError
+from tandem.placement.simulator.agenda import Agenda
+from tandem.placement.simulator.attempt import Attempt, Listener
+from tandem.placement.simulator.counted import CountedSequence
+from tandem.placement.simulator.deployment import InstanceSpec
+from tandem.placement.simulator.load import load_of
+from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
+from tandem.placement.simulator.result import InstanceUse
+from tandem.placement.simulator.stepping import SteppingInstance, attempt_of
+from tandem.scheduling.colocated import ColocatedChunk, ColocatedPolicy, ColocatedScheduler
+from tandem.scheduling.sequence import Sequence
 
 
 class ColocatedInstance(SteppingInstance):

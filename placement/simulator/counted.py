@@ -6,9 +6,9 @@ see the same numbers as live.
 
 from typing import cast
 
-from core.request import GenerationRequest, SamplingParams
-from scheduling.block_pool import BlockPool
-from scheduling.sequence import Sequence
+from tandem.core.request import GenerationRequest, SamplingParams
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.sequence import Sequence
 
 
 def counted_request(row: int, num_tokens: int, num_output_tokens: int, sampling: SamplingParams) -> GenerationRequest:

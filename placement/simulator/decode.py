@@ -1,16 +1,16 @@
 """A decode instance: `decode_worker.loop` with a cost model in the engine's place."""
 
-from core.cost_model import StepLoad
-from core.errors import TandemError
-from placement.simulator.agenda import Agenda
-from placement.simulator.attempt import Attempt, Listener
-from placement.simulator.counted import CountedPool, CountedSequence
-from placement.simulator.deployment import InstanceSpec
-from placement.simulator.load import load_of
-from placement.simulator.result import InstanceUse
-from placement.simulator.stepping import SteppingInstance, attempt_of
-from scheduling.decode import DecodeChunk, DecodePolicy
-from scheduling.steady_decode import SteadyDecodeScheduler
+from tandem.core.cost_model import StepLoad
+from tandem.core.errors import TandemError
+from tandem.placement.simulator.agenda import Agenda
+from tandem.placement.simulator.attempt import Attempt, Listener
+from tandem.placement.simulator.counted import CountedPool, CountedSequence
+from tandem.placement.simulator.deployment import InstanceSpec
+from tandem.placement.simulator.load import load_of
+from tandem.placement.simulator.result import InstanceUse
+from tandem.placement.simulator.stepping import SteppingInstance, attempt_of
+from tandem.scheduling.decode import DecodeChunk, DecodePolicy
+from tandem.scheduling.steady_decode import SteadyDecodeScheduler
 
 
 class DecodeInstance(SteppingInstance):

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from core.cost_model import CostModel
-from core.slo import SloClass
+from tandem.core.cost_model import CostModel
+from tandem.core.slo import SloClass
 
 Role = Literal["prefill", "decode", "colocated"]
 ColocatedPolicy = Literal["chunked", "prompt_first", "padded"]

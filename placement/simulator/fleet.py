@@ -2,18 +2,18 @@
 
 from collections.abc import Iterable
 
-from core.errors import ContextLengthError
-from placement.simulator.attempt import Attempt
-from placement.simulator.colocated import ColocatedInstance
-from placement.simulator.decode import DecodeInstance
-from placement.simulator.deployment import RouterSpec
-from placement.simulator.prefill import PrefillInstance
-from placement.simulator.prefixes import BlockNames
-from scheduling.decode_book import DecodeBook
-from scheduling.mixed_routing import Offer, Pace, Targets, choose_offer, colocated_offer, pair_offer
-from scheduling.prefill_book import Holders, PrefillBook
-from scheduling.prefix_tracker import PrefixTracker
-from scheduling.routing import DecodeView, PrefillView
+from tandem.core.errors import ContextLengthError
+from tandem.placement.simulator.attempt import Attempt
+from tandem.placement.simulator.colocated import ColocatedInstance
+from tandem.placement.simulator.decode import DecodeInstance
+from tandem.placement.simulator.deployment import RouterSpec
+from tandem.placement.simulator.prefill import PrefillInstance
+from tandem.placement.simulator.prefixes import BlockNames
+from tandem.scheduling.decode_book import DecodeBook
+from tandem.scheduling.mixed_routing import Offer, Pace, Targets, choose_offer, colocated_offer, pair_offer
+from tandem.scheduling.prefill_book import Holders, PrefillBook
+from tandem.scheduling.prefix_tracker import PrefixTracker
+from tandem.scheduling.routing import DecodeView, PrefillView
 
 # As the live router's.
 _SLACK_TOKENS = 4096

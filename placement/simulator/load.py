@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from core.cost_model import StepLoad, pairs
-from scheduling.scheduler import Chunk
+from tandem.core.cost_model import StepLoad, pairs
+from tandem.scheduling.scheduler import Chunk
 
 
 def load_of(prompts: Sequence[Chunk], decoding: Sequence[Chunk] = (), *, sampled: int) -> StepLoad:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from placement.simulator.agenda import Agenda
-from placement.simulator.deployment import InstanceSpec, NetworkSpec
+from tandem.placement.simulator.agenda import Agenda
+from tandem.placement.simulator.deployment import InstanceSpec, NetworkSpec
 
 
 class Transfer:

@@ -1,17 +1,17 @@
 """A prefill instance: `prefill_worker.loop` with a cost model in the engine's place."""
 
-from core.cost_model import StepLoad
-from core.errors import TandemError
-from placement.simulator.agenda import Agenda
-from placement.simulator.attempt import Attempt, Listener
-from placement.simulator.counted import CountedSequence
-from placement.simulator.deployment import PAUSE_S, InstanceSpec
-from placement.simulator.load import load_of
-from placement.simulator.prefixes import BlockNames, pool_and_index
-from placement.simulator.result import InstanceUse
-from placement.simulator.use import StepTotals
-from scheduling.prefill import PrefillChunk, PrefillPolicy, PrefillScheduler
-from scheduling.sequence import Sequence
+from tandem.core.cost_model import StepLoad
+from tandem.core.errors import TandemError
+from tandem.placement.simulator.agenda import Agenda
+from tandem.placement.simulator.attempt import Attempt, Listener
+from tandem.placement.simulator.counted import CountedSequence
+from tandem.placement.simulator.deployment import PAUSE_S, InstanceSpec
+from tandem.placement.simulator.load import load_of
+from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
+from tandem.placement.simulator.result import InstanceUse
+from tandem.placement.simulator.use import StepTotals
+from tandem.scheduling.prefill import PrefillChunk, PrefillPolicy, PrefillScheduler
+from tandem.scheduling.sequence import Sequence
 
 
 class PrefillInstance:

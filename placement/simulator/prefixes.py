@@ -1,10 +1,10 @@
 """Shared prefixes, and the pools in which they are cached."""
 
-from placement.simulator.counted import CountedPool
-from placement.simulator.deployment import InstanceSpec
-from placement.workload.requests import RequestStream
-from scheduling.block_pool import BlockPool
-from scheduling.prefix_index import PrefixIndex
+from tandem.placement.simulator.counted import CountedPool
+from tandem.placement.simulator.deployment import InstanceSpec
+from tandem.placement.workload.requests import RequestStream
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.prefix_index import PrefixIndex
 
 
 class BlockNames:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from core.timeline import Stage
-from placement.simulator.result import STAGES
-from placement.workload.requests import RequestStream
+from tandem.core.timeline import Stage
+from tandem.placement.simulator.result import STAGES
+from tandem.placement.workload.requests import RequestStream
 
 _COLUMN = {stage: column for column, stage in enumerate(STAGES)}
 RECEIVED, ADMITTED = _COLUMN[Stage.RECEIVED], _COLUMN[Stage.ADMITTED]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from core.timeline import Stage, Timeline
-from placement.workload.requests import RequestStream
+from tandem.core.timeline import Stage, Timeline
+from tandem.placement.workload.requests import RequestStream
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

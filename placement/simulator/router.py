@@ -7,25 +7,25 @@ arrive -> prefill queued -> started -> first token ---------------+
 
 from collections.abc import Mapping
 
-from core.errors import (
+from tandem.core.errors import (
     IncompatiblePeerError,
     OverloadedError,
     TandemError,
     TransferError,
     UnavailableError,
 )
-from core.request import SamplingParams
-from placement.simulator import record as stages
-from placement.simulator.agenda import Agenda
-from placement.simulator.attempt import Attempt
-from placement.simulator.colocated import ColocatedInstance
-from placement.simulator.counted import counted_request
-from placement.simulator.deployment import RouterSpec
-from placement.simulator.fleet import Fleet, Instance
-from placement.simulator.network import Network
-from placement.simulator.prefill import PrefillInstance
-from placement.simulator.record import Record
-from placement.workload.requests import RequestStream
+from tandem.core.request import SamplingParams
+from tandem.placement.simulator import record as stages
+from tandem.placement.simulator.agenda import Agenda
+from tandem.placement.simulator.attempt import Attempt
+from tandem.placement.simulator.colocated import ColocatedInstance
+from tandem.placement.simulator.counted import counted_request
+from tandem.placement.simulator.deployment import RouterSpec
+from tandem.placement.simulator.fleet import Fleet, Instance
+from tandem.placement.simulator.network import Network
+from tandem.placement.simulator.prefill import PrefillInstance
+from tandem.placement.simulator.record import Record
+from tandem.placement.workload.requests import RequestStream
 
 # As `router.running.RetryPolicy`.
 _MAX_ATTEMPTS = 3

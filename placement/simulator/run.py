@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from placement.simulator.agenda import Agenda
-from placement.simulator.colocated import ColocatedInstance
-from placement.simulator.decode import DecodeInstance
-from placement.simulator.deployment import Deployment
-from placement.simulator.fleet import Fleet, Instance
-from placement.simulator.network import Network
-from placement.simulator.prefill import PrefillInstance
-from placement.simulator.prefixes import BlockNames
-from placement.simulator.record import Record
-from placement.simulator.result import SimulationResult
-from placement.simulator.router import Router
-from placement.workload.requests import RequestStream
+from tandem.placement.simulator.agenda import Agenda
+from tandem.placement.simulator.colocated import ColocatedInstance
+from tandem.placement.simulator.decode import DecodeInstance
+from tandem.placement.simulator.deployment import Deployment
+from tandem.placement.simulator.fleet import Fleet, Instance
+from tandem.placement.simulator.network import Network
+from tandem.placement.simulator.prefill import PrefillInstance
+from tandem.placement.simulator.prefixes import BlockNames
+from tandem.placement.simulator.record import Record
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.simulator.router import Router
+from tandem.placement.workload.requests import RequestStream
 
 _EVENTS_PER_LOOK = 512
 

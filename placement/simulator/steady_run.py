@@ -2,7 +2,7 @@
 
 import math
 
-from scheduling.steady import SteadySteps
+from tandem.scheduling.steady import SteadySteps
 
 
 class SteadyRun:

@@ -4,14 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from placement.simulator.agenda import Agenda
-from placement.simulator.attempt import Attempt, Listener
-from placement.simulator.deployment import InstanceSpec
-from placement.simulator.steady_run import SteadyRun
-from placement.simulator.use import StepTotals
-from scheduling.colocated import ColocatedScheduler
-from scheduling.sequence import Sequence, SequenceState
-from scheduling.steady_decode import SteadyDecodeScheduler
+from tandem.placement.simulator.agenda import Agenda
+from tandem.placement.simulator.attempt import Attempt, Listener
+from tandem.placement.simulator.deployment import InstanceSpec
+from tandem.placement.simulator.steady_run import SteadyRun
+from tandem.placement.simulator.use import StepTotals
+from tandem.scheduling.colocated import ColocatedScheduler
+from tandem.scheduling.sequence import Sequence, SequenceState
+from tandem.scheduling.steady_decode import SteadyDecodeScheduler
 
 
 class SteppingInstance(ABC):

@@ -1,9 +1,9 @@
 """Totals of an instance's steps."""
 
-from core.cost_model import CostModel, StepCost, StepLoad
-from placement.simulator.deployment import InstanceSpec
-from placement.simulator.result import InstanceUse
-from placement.simulator.steady_run import SteadyRun
+from tandem.core.cost_model import CostModel, StepCost, StepLoad
+from tandem.placement.simulator.deployment import InstanceSpec
+from tandem.placement.simulator.result import InstanceUse
+from tandem.placement.simulator.steady_run import SteadyRun
 
 
 class StepTotals:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from core.slo_file import WorkloadSection
-from placement.evidence import WorkloadSummary
-from placement.workload.requests import RequestStream
+from tandem.core.slo_file import WorkloadSection
+from tandem.placement.evidence import WorkloadSummary
+from tandem.placement.workload.requests import RequestStream
 
 _MAX_LENGTHS = 4000
 

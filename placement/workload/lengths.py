@@ -17,9 +17,9 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from core.errors import ConfigError
-from core.slo_file import LengthSection
-from placement.workload.requests import Floats, Ints
+from tandem.core.errors import ConfigError
+from tandem.core.slo_file import LengthSection
+from tandem.placement.workload.requests import Floats, Ints
 
 PairsOf = Callable[[Floats], Ints]
 """Uniform numbers in [0, 1), [n, 2] -> prompt and output tokens, [n, 2], each at least 1."""
@@ -168,7 +168,7 @@ def dataset(name: str) -> Dataset:
 
 @cache
 def _read_table(name: str) -> Ints:
-    packed = files("placement").joinpath("data", name).read_bytes()
+    packed = files("tandem.placement").joinpath("data", name).read_bytes()
     rows = csv.reader(gzip.decompress(packed).decode().splitlines()[1:])
     table = np.array([[int(prompt), int(output)] for prompt, output in rows], dtype=np.int64)
     table.setflags(write=False)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from placement.workload.requests import Ints
+from tandem.placement.workload.requests import Ints
 
 _BLOCK_SIZES = tuple(1 << power for power in range(12, 2, -1))
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from core.errors import ConfigError
-from core.slo import SloClass
-from core.slo_file import ArrivalSection, PrefixSection, WorkloadSection
-from placement.workload.lengths import DATASETS, PairsOf, dataset, lengths_of, pairs_of_distributions
-from placement.workload.requests import Floats, Ints, RequestStream
-from placement.workload.traces import load_trace, read_trace
+from tandem.core.errors import ConfigError
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import ArrivalSection, PrefixSection, WorkloadSection
+from tandem.placement.workload.lengths import DATASETS, PairsOf, dataset, lengths_of, pairs_of_distributions
+from tandem.placement.workload.requests import Floats, Ints, RequestStream
+from tandem.placement.workload.traces import load_trace, read_trace
 
 __all__ = ["DATASETS", "load_trace", "make_stream"]
 

@@ -20,10 +20,10 @@ from typing import TextIO
 
 import numpy as np
 
-from core.errors import ConfigError
-from core.slo import SloClass
-from placement.workload.prefix_tree import prefix_groups
-from placement.workload.requests import RequestStream
+from tandem.core.errors import ConfigError
+from tandem.core.slo import SloClass
+from tandem.placement.workload.prefix_tree import prefix_groups
+from tandem.placement.workload.requests import RequestStream
 
 _PROMPT_COLUMNS = ("prompt_tokens", "input_tokens", "ContextTokens")
 _OUTPUT_COLUMNS = ("output_tokens", "GeneratedTokens")

@@ -1,10 +1,10 @@
 """Runs a plan: deltas in, one JSON object or a stream of events out."""
 
-from core.completion import Completion, CompletionService, Finish
-from core.errors import TandemError
-from router.http_exchange import Exchange
-from router.openai.endpoints import Plan
-from router.openai.shapes import DONE, Answer, usage_body
+from tandem.core.completion import Completion, CompletionService, Finish
+from tandem.core.errors import TandemError
+from tandem.router.http_exchange import Exchange
+from tandem.router.openai.endpoints import Plan
+from tandem.router.openai.shapes import DONE, Answer, usage_body
 
 
 async def answer(service: CompletionService, plan: Plan, exchange: Exchange) -> None:

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from core.completion import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from core.errors import InvalidRequestError
-from core.request import SamplingParams
-from router.limits import clipped
+from tandem.core.completion import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from tandem.core.errors import InvalidRequestError
+from tandem.core.request import SamplingParams
+from tandem.router.limits import clipped
 
 B = TypeVar("B", bound="CommonBody")
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import orjson
 
-from core.completion import Delta
-from router.openai.shapes import FINISH_WORDS, Answer, chat_logprobs
-from router.tokenizer import TextTokenizer
+from tandem.core.completion import Delta
+from tandem.router.openai.shapes import FINISH_WORDS, Answer, chat_logprobs
+from tandem.router.tokenizer import TextTokenizer
 
 
 class ChatWriter:

@@ -5,10 +5,10 @@ from typing import Any
 
 import orjson
 
-from core.completion import Delta, Prompt, TextPrompt
-from core.request import SampledToken, TokenLogprob
-from router.openai.shapes import FINISH_WORDS, Answer, LegacyLogprobs
-from router.tokenizer import TextTokenizer
+from tandem.core.completion import Delta, Prompt, TextPrompt
+from tandem.core.request import SampledToken, TokenLogprob
+from tandem.router.openai.shapes import FINISH_WORDS, Answer, LegacyLogprobs
+from tandem.router.tokenizer import TextTokenizer
 
 
 class CompletionWriter:

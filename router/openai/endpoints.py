@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from core.completion import CompletionRequest, Prompt
-from core.errors import InvalidRequestError
-from router.openai.bodies import DEFAULT_COMPLETION_TOKENS, CommonBody, parse_chat, parse_completion
-from router.openai.chat import ChatWriter
-from router.openai.completions import CompletionWriter
-from router.tokenizer import TextTokenizer
+from tandem.core.completion import CompletionRequest, Prompt
+from tandem.core.errors import InvalidRequestError
+from tandem.router.openai.bodies import DEFAULT_COMPLETION_TOKENS, CommonBody, parse_chat, parse_completion
+from tandem.router.openai.chat import ChatWriter
+from tandem.router.openai.completions import CompletionWriter
+from tandem.router.tokenizer import TextTokenizer
 
 Writer = ChatWriter | CompletionWriter
 

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.completion import Delta, Finish
-from core.errors import InternalError, TandemError
-from core.request import FinishReason, SampledToken, TokenLogprob
-from core.timeline import Stage, Timeline
-from router.tokenizer import TextTokenizer
+from tandem.core.completion import Delta, Finish
+from tandem.core.errors import InternalError, TandemError
+from tandem.core.request import FinishReason, SampledToken, TokenLogprob
+from tandem.core.timeline import Stage, Timeline
+from tandem.router.tokenizer import TextTokenizer
 
 DONE = b"data: [DONE]\n\n"
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity

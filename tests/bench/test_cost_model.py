@@ -9,12 +9,12 @@ from bench.cost_fit import errors, fit
 from bench.cost_model import main
 from bench.cost_samples import Sample
 from bench.cost_steps import StepSample, fit_overhead
-from core.cost_model import StepLoad
-from core.parallel import ParallelShape
-from placement.costs.efficiency import EngineOverhead, efficiency
-from placement.costs.hardware import devices
-from placement.costs.models import published_models
-from placement.costs.operators import gemm_s
+from tandem.core.cost_model import StepLoad
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.efficiency import EngineOverhead, efficiency
+from tandem.placement.costs.hardware import devices
+from tandem.placement.costs.models import published_models
+from tandem.placement.costs.operators import gemm_s
 
 _H100 = devices()["H100-80GB-SXM5"]
 

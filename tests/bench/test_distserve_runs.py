@@ -3,8 +3,8 @@ import pytest
 
 from bench.distserve_experiments import goodput_of
 from bench.distserve_runs import RecordedRun, RecordedRuns, fits_to_run, read_runs
-from placement.costs.published import Coefficients, DistServeCost
-from placement.workload.requests import RequestStream
+from tandem.placement.costs.published import Coefficients, DistServeCost
+from tandem.placement.workload.requests import RequestStream
 
 
 def test_the_recorded_runs_have_the_means_that_were_recorded_with_them() -> None:

@@ -1,7 +1,7 @@
 """What the engine is measured with."""
 
 from bench.engine_profile import Cell, Part, grid
-from core.cost_model import StepLoad
+from tandem.core.cost_model import StepLoad
 
 
 def test_a_cells_load_is_what_the_engine_is_given() -> None:

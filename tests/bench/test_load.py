@@ -15,11 +15,11 @@ from bench.load_client import LoadClient, ServerGoneError, served_model
 from bench.load_result import GeneratorHealth, LoadResult
 from bench.load_run import prompts_of, run_load
 from bench.processes import BenchError
-from core.config_file import dump_config
-from core.errors import ConfigError
-from core.slo_file import SloFile
-from core.timeline import Stage
-from placement.workload.requests import RequestStream
+from tandem.core.config_file import dump_config
+from tandem.core.errors import ConfigError
+from tandem.core.slo_file import SloFile
+from tandem.core.timeline import Stage
+from tandem.placement.workload.requests import RequestStream
 
 Reply = Callable[[dict[str, object], asyncio.StreamWriter], Awaitable[None]]
 TIMELINE = {"ttft_s": 0.03, "stages": {"received": 0.0, "prefill_started": 0.01, "first_token": 0.03, "finished": 0.04}}

@@ -8,9 +8,9 @@ import pytest
 from bench.figures import Quantity, Sample, figures_of, figures_table
 from bench.road import cpu_beside_engine_s
 from bench.scripted_workers import ScriptedDecode
-from core.request import FinishReason, GenerationRequest, SamplingParams
-from core.session import Cancel, DecodeEvent, DecodeFrame, KvSource, OpenDecode
-from wire.sessions import Outbox
+from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
+from tandem.core.session import Cancel, DecodeEvent, DecodeFrame, KvSource, OpenDecode
+from tandem.wire.sessions import Outbox
 
 
 def test_a_figure_is_the_median_of_its_rounds_beside_its_aim() -> None:

@@ -12,9 +12,9 @@ from bench.load_result import LoadRecord
 from bench.pace import Pace, disturbed_s, pace_of
 from bench.serving_answers import Answers, Loaded, Prompted, prompted_of, steps_of
 from bench.serving_fit import Taken, decode_steps, road_costs, served_decode, served_prefill, serving_costs, wake
-from core.cost_model import StepLoad
-from placement.costs.calibration import CalibratedCost, Calibration, Terms
-from placement.costs.serving import ServedStep, ServingCosts
+from tandem.core.cost_model import StepLoad
+from tandem.placement.costs.calibration import CalibratedCost, Calibration, Terms
+from tandem.placement.costs.serving import ServedStep, ServingCosts
 
 TERMS = Terms(
     linear=((1, 0.010), (256, 0.300)),

@@ -25,7 +25,7 @@ class Served:
     grpc: str
 
     def tandem(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return run_python(["-m", "cli.main", *arguments], self.environment, stdin)
+        return run_python(["-m", "tandem.cli.main", *arguments], self.environment, stdin)
 
     def wait_for(self, pattern: str) -> "re.Match[str]":
         return wait_for(self.process, self.output, pattern)
@@ -66,7 +66,7 @@ def start(folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], dict[st
     output = folder / "output"
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cli.main", "serve", *arguments, *FREE_PORTS],
+            [sys.executable, "-m", "tandem.cli.main", "serve", *arguments, *FREE_PORTS],
             env=environment,
             cwd=ROOT,
             stdout=file,

@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
-from cli.chat import Conversation, add_arguments
 from tandem import Client
+from tandem.cli.chat import Conversation, add_arguments
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import main
-from core.config import ServeConfig
-from core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
-from deploy import checks
-from deploy.checks import Finding, Grade
-from deploy.run_state import RunState, StateFolders, process_started_s
-from models.random_checkpoint import CheckpointShape, write_random_checkpoint
+from tandem.cli.main import main
+from tandem.core.config import ServeConfig
+from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
+from tandem.deploy import checks
+from tandem.deploy.checks import Finding, Grade
+from tandem.deploy.run_state import RunState, StateFolders, process_started_s
+from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 
 PORTS = [f"--set=router.{name}=127.0.0.1:0" for name in ("http", "grpc", "control")]
 SMALL = ["--set=prefill.engine.kv_memory=1MiB", "--set=decode.engine.kv_memory=1MiB"]

@@ -6,16 +6,16 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from cli import schema
-from core.config import RouterConfig, ServeConfig, WorkerConfig
-from core.config_file import dump_config, load_config
-from core.parallel import ParallelShape
-from core.slo_file import SloFile
-from deploy.topology import Machine, plan_processes
-from placement.cluster import Cluster
-from placement.costs.models import model_shape
-from placement.costs.sources import cost_source_of
-from placement.workload.streams import make_stream
+from tandem.cli import schema
+from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
+from tandem.core.config_file import dump_config, load_config
+from tandem.core.parallel import ParallelShape
+from tandem.core.slo_file import SloFile
+from tandem.deploy.topology import Machine, plan_processes
+from tandem.placement.cluster import Cluster
+from tandem.placement.costs.models import model_shape
+from tandem.placement.costs.sources import cost_source_of
+from tandem.placement.workload.streams import make_stream
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 KINDS: dict[str, type[BaseModel]] = {

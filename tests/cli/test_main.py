@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import main
+from tandem.cli.main import main
 
 COMMANDS = ["profile", "plan", "serve", "status", "chat", "scale", "stop", "doctor", "version"]
 

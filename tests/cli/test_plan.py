@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import cli.plan
-from cli.main import main
-from cli.progress import Progress
-from core.config_file import load_config
-from core.plan import Plan, PlanGroup
-from core.slo_file import SloFile
-from placement.evidence import Planned
+import tandem.cli.plan
+from tandem.cli.main import main
+from tandem.cli.progress import Progress
+from tandem.core.config_file import load_config
+from tandem.core.plan import Plan, PlanGroup
+from tandem.core.slo_file import SloFile
+from tandem.placement.evidence import Planned
 from tests.placement.planned import planned
 
 BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"
@@ -43,7 +43,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Planned], list[SloFile]
             asked.append(slo)
             return value
 
-        monkeypatch.setattr(cli.plan, "search", search)
+        monkeypatch.setattr(tandem.cli.plan, "search", search)
         return asked
 
     return use
@@ -152,7 +152,7 @@ def test_ctrl_c_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     def interrupted(*_: object) -> Planned:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.plan, "search", interrupted)
+    monkeypatch.setattr(tandem.cli.plan, "search", interrupted)
     assert main(["plan", "slo.yaml"]) == 130
     assert not (folder / "plan.yaml").exists()
 
@@ -182,7 +182,7 @@ def test_progress_draws_a_bar_only_on_a_terminal() -> None:
 
 def test_progress_tells_a_pipe_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
-    monkeypatch.setattr("cli.progress.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("tandem.cli.progress.time.monotonic", lambda: now_s)
     pipe = io.StringIO()
     with Progress(pipe) as progress:
         for share in (0.1, 0.2, 0.3):
@@ -196,7 +196,7 @@ def test_a_cpu_that_nobody_measured_is_noted() -> None:
     question = {"model": "m", "slo": [{"ttft_s": 1, "tpot_s": 1}], "workload": {"dataset": "sharegpt"}}
 
     def noted(*nodes: dict[str, object]) -> list[str]:
-        return cli.plan.uncalibrated(SloFile.model_validate(question | {"cluster": {"nodes": nodes}}))
+        return tandem.cli.plan.uncalibrated(SloFile.model_validate(question | {"cluster": {"nodes": nodes}}))
 
     assert noted(node) == ["cpu"]
     assert noted(node | {"calibration": "laptop.yaml"}, {"device": "H100"}) == []

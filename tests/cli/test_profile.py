@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cli import profile
-from core.cost_model import StepLoad
-from core.errors import TandemError
-from core.parallel import ParallelShape
-from placement.costs.calibration import CalibratedSource, load_calibration
+from tandem.cli import profile
+from tandem.core.cost_model import StepLoad
+from tandem.core.errors import TandemError
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.calibration import CalibratedSource, load_calibration
 
 
 def run(*arguments: str) -> int:

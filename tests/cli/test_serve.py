@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from models.random_checkpoint import CheckpointShape, write_random_checkpoint
+from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tests.cli.served import FREE_PORTS, ROOT, Served, family_of, run_python, serving, start, wait_for
 
 pytestmark = pytest.mark.timeout(300)
@@ -159,6 +159,6 @@ def test_an_early_end_leaves_nothing(model: Path, after: str, number: signal.Sig
         # After a SIGKILL all that serves ends at once, by the kernel's hand; two idle agents of Ray take longer.
         _, alive = psutil.wait_procs(family, timeout=180)
         assert alive == []
-        run_python(["-m", "cli.main", "status"], environment)  # clears away what a killed one could not
+        run_python(["-m", "tandem.cli.main", "status"], environment)  # clears away what a killed one could not
         assert {path.name for path in folder.iterdir()} == {"output", "state"}
         assert "Traceback" not in output.read_text()

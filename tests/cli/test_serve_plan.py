@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-import cli.plan
-from cli.progress import Progress
-from cli.serve_file import read_serve_file
-from core.config_file import dump_config
-from core.errors import ConfigError
-from core.plan import Plan, PlanGroup
-from core.slo_file import SloFile
-from deploy.topology import Machine
-from placement.evidence import Planned
+import tandem.cli.plan
+from tandem.cli.progress import Progress
+from tandem.cli.serve_file import read_serve_file
+from tandem.core.config_file import dump_config
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan, PlanGroup
+from tandem.core.slo_file import SloFile
+from tandem.deploy.topology import Machine
+from tandem.placement.evidence import Planned
 from tests.placement.planned import plan_of, planned
 
 BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"
@@ -39,7 +39,7 @@ def _answer_with(plan: Plan, monkeypatch: pytest.MonkeyPatch, **evidence: object
     def search(slo: SloFile, file: Path, progress: Progress, workers: int) -> Planned:
         return Planned(plan, planned(plan.verdict, **evidence).evidence)
 
-    monkeypatch.setattr(cli.plan, "search", search)
+    monkeypatch.setattr(tandem.cli.plan, "search", search)
 
 
 def test_a_plan_is_told_by_its_settings_and_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

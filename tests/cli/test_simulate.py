@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cli.main import main
+from tandem.cli.main import main
 
 SLO = """\
 model: Llama-3.1-8B

@@ -1,12 +1,12 @@
 import json
 from dataclasses import replace
 
-from cli.status import as_json, as_text
-from core.replanning import Change, DriftState, Proposal, ReplanStatus
-from core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
-from core.workload_profile import ProfileSnapshot
-from deploy.run_state import RunState
-from wire.fleet import FleetDescription
+from tandem.cli.status import as_json, as_text
+from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
+from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
+from tandem.core.workload_profile import ProfileSnapshot
+from tandem.deploy.run_state import RunState
+from tandem.wire.fleet import FleetDescription
 
 RUN = RunState(7, 1.0, "tiny", "127.0.0.1:8000", "127.0.0.1:8001", "127.0.0.1:8002", "secret", "/logs", "/ray")
 

@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import yaml
 
-from core.session import InstanceStatus, Role
-from wire.channels import open_channel
-from wire.fleet import FleetDescription, describe_fleet
+from tandem.core.session import InstanceStatus, Role
+from tandem.wire.channels import open_channel
+from tandem.wire.fleet import FleetDescription, describe_fleet
 
 START_TIMEOUT_S = 180.0  # three imports of torch at once on a busy machine
 
@@ -77,7 +77,7 @@ class Cluster:
         )
         with self.log_path(name).open("wb") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, "--config", str(path)],
+                [sys.executable, "-m", f"tandem.{module}", "--config", str(path)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},

@@ -8,8 +8,8 @@ import time
 import httpx
 import pytest
 
-from core.errors import DeadlineError
 from tandem import AsyncClient
+from tandem.core.errors import DeadlineError
 from tests.cluster.harness import Cluster
 
 NUM_ABORTED = 500

@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from core.errors import UnavailableError
-from core.session import Role
 from tandem import AsyncClient
+from tandem.core.errors import UnavailableError
+from tandem.core.session import Role
 from tests.cluster.harness import Cluster, running_cluster
 
 PROMPTS = [[7 + i, 40 + i, 99, 12] * 8 for i in range(8)]

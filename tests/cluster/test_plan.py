@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli.main import main
-from core.config_file import load_config
-from core.plan import Plan
+from tandem.cli.main import main
+from tandem.core.config_file import load_config
+from tandem.core.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 PORTS = [f"--set=router.{name}=127.0.0.1:0" for name in ("http", "grpc", "control")]
@@ -39,7 +39,7 @@ def test_what_was_planned_is_served(built_in_model: Path, tmp_path: Path) -> Non
     environment = {**os.environ, "TANDEM_STATE_DIR": str(tmp_path / "state"), "OMP_NUM_THREADS": "1"}
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cli.main", "serve", str(plan), *PORTS],
+            [sys.executable, "-m", "tandem.cli.main", "serve", str(plan), *PORTS],
             env=environment,
             cwd=ROOT,
             stdout=file,
@@ -52,7 +52,7 @@ def test_what_was_planned_is_served(built_in_model: Path, tmp_path: Path) -> Non
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] == 8
         status = subprocess.run(
-            [sys.executable, "-m", "cli.main", "status", "--json"],
+            [sys.executable, "-m", "tandem.cli.main", "status", "--json"],
             env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
         instances = json.loads(status.stdout)["fleet"]["instances"]

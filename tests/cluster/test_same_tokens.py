@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tandem import AsyncClient
+from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tests.cluster.harness import Cluster, running_cluster
 
 NUM_PROMPTS = 64

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from core.timeline import PARTS
 from tandem import AsyncClient
+from tandem.core.timeline import PARTS
 from tests.cluster.harness import Cluster
 
 NUM_REQUESTS = 15

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import RouterConfig, ServeConfig, WorkerConfig
-from core.config_file import apply_overrides, dump_config, load_config
-from core.errors import ConfigError
+from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
+from tandem.core.config_file import apply_overrides, dump_config, load_config
+from tandem.core.errors import ConfigError
 
 MISTAKES = {
     "unknown setting": (

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.cost_model import StepCost, StepLoad, pairs
+from tandem.core.cost_model import StepCost, StepLoad, pairs
 
 
 def test_pairs_count_the_causal_triangle() -> None:

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.model_shape import MlaShape, ModelShape, MoeShape
-from core.model_spec import ModelSpec
-from core.parallel import ParallelShape
+from tandem.core.model_shape import MlaShape, ModelShape, MoeShape
+from tandem.core.model_spec import ModelSpec
+from tandem.core.parallel import ParallelShape
 
 _DENSE = ModelShape("dense", 8, 256, 8, 4, 32, 1024, 1000, 4096)
 _MOE = ModelShape("moe", 8, 256, 8, 4, 32, 1024, 1000, 4096, moe=MoeShape(16, 2, 128, num_shared=1, dense_layers=2))

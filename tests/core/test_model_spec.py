@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from core.errors import CheckpointError
-from core.model_spec import ModelSpec
+from tandem.core.errors import CheckpointError
+from tandem.core.model_spec import ModelSpec
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from core.config_file import dump_config, load_config
-from core.errors import ConfigError
-from core.plan import Alternative, Expected, ExpectedClass, Plan, PlanGroup, Quantiles
-from core.slo import SloClass
+from tandem.core.config_file import dump_config, load_config
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Alternative, Expected, ExpectedClass, Plan, PlanGroup, Quantiles
+from tandem.core.slo import SloClass
 
 PREFILL = PlanGroup(
     role="prefill", instances=2, device="H100", tp=2, devices=(("0:0", "0:1"), ("1:0", "1:1")), kv_tokens=9

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from core.config_file import apply_overrides, dump_config, load_config
-from core.errors import ConfigError
-from core.plan import Plan
-from core.slo_file import SloFile
+from tandem.core.config_file import apply_overrides, dump_config, load_config
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan
+from tandem.core.slo_file import SloFile
 
 SLO = """\
 model: Llama-3.1-70B

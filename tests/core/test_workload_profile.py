@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.workload_profile import ProfileSnapshot, ServedRequest, WorkloadProfile
+from tandem.core.workload_profile import ProfileSnapshot, ServedRequest, WorkloadProfile
 
 
 def make_profile(**changes: float) -> WorkloadProfile:

@@ -5,15 +5,15 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.clock import ManualClock
-from core.config import DecodeSection
-from core.errors import CancelledError, TransferError
-from core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams
-from core.session import DecodeFrame, DecodeReserved, KvSource, OpenDecode, RequestFailed, TransferCommitted
-from core.transfer import Road
-from decode_worker.loop import Abandon, Arrived, Close, DecodeLoop, Fetch, FetchFailed, LoopEvent, Open, Tell
+from tandem.core.clock import ManualClock
+from tandem.core.config import DecodeSection
+from tandem.core.errors import CancelledError, TransferError
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams
+from tandem.core.session import DecodeFrame, DecodeReserved, KvSource, OpenDecode, RequestFailed, TransferCommitted
+from tandem.core.transfer import Road
+from tandem.decode_worker.loop import Abandon, Arrived, Close, DecodeLoop, Fetch, FetchFailed, LoopEvent, Open, Tell
+from tandem.worker.attempt_key import Key
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
-from worker.attempt_key import Key
 
 PROMPT = tuple(range(1, 11))
 SOURCE = KvSource("prefill-1", "127.0.0.1:1")

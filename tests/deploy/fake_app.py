@@ -4,8 +4,8 @@ import asyncio
 import os
 import uuid
 
-from core.config import WorkerConfig
-from core.errors import CheckpointError
+from tandem.core.config import WorkerConfig
+from tandem.core.errors import CheckpointError
 
 
 class FakeApp:

@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from core.clock import SystemClock
-from core.config import WorkerConfig
-from core.errors import CheckpointError, TandemError, UnavailableError
-from deploy.controller import Backoff, Controller, Event, Failed, Loading, ProcessInfo, RunningProcess, Stopped, Up
-from deploy.topology import ProcessRole, ProcessSpec
+from tandem.core.clock import SystemClock
+from tandem.core.config import WorkerConfig
+from tandem.core.errors import CheckpointError, TandemError, UnavailableError
+from tandem.deploy.controller import (
+    Backoff,
+    Controller,
+    Event,
+    Failed,
+    Loading,
+    ProcessInfo,
+    RunningProcess,
+    Stopped,
+    Up,
+)
+from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 FAST = Backoff(first_s=0.001, longest_s=0.004, healthy_after_s=60.0)
 

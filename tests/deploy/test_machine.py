@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from core.config import RouterSection, ServeConfig, split_address
-from core.errors import ConfigError
-from deploy.machine import check_address, listening_process, settle_addresses, usable_cores
+from tandem.core.config import RouterSection, ServeConfig, split_address
+from tandem.core.errors import ConfigError
+from tandem.deploy.machine import check_address, listening_process, settle_addresses, usable_cores
 
 
 @pytest.fixture

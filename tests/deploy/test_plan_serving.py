@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from core.config_file import dump_config
-from core.errors import ConfigError
-from core.plan import Plan, PlanGroup
-from deploy.plan_serving import serve_config_of
-from deploy.topology import Machine
-from placement.costs.calibration import Calibration, FitError, Terms
+from tandem.core.config_file import dump_config
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan, PlanGroup
+from tandem.deploy.plan_serving import serve_config_of
+from tandem.deploy.topology import Machine
+from tandem.placement.costs.calibration import Calibration, FitError, Terms
 from tests.placement.planned import plan_of
 
 BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"

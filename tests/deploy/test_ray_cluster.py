@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.clock import SystemClock
-from core.config import WorkerConfig
-from core.errors import CheckpointError, InternalError, UnavailableError
-from deploy.controller import Backoff, Controller, Failed, Up
-from deploy.ray_cluster import LocalRay, RayLauncher
-from deploy.topology import ProcessRole, ProcessSpec
+from tandem.core.clock import SystemClock
+from tandem.core.config import WorkerConfig
+from tandem.core.errors import CheckpointError, InternalError, UnavailableError
+from tandem.deploy.controller import Backoff, Controller, Failed, Up
+from tandem.deploy.ray_cluster import LocalRay, RayLauncher
+from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.config import split_address
-from core.errors import ConfigError, UnavailableError
-from deploy.ray_mapper import ray_mapper
+from tandem.core.config import split_address
+from tandem.core.errors import ConfigError, UnavailableError
+from tandem.deploy.ray_mapper import ray_mapper
 
 _ROOT = Path(__file__).parents[2]
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.clock import ManualClock
-from core.errors import InternalError, UnavailableError
-from core.plan import Plan
-from core.replanning import DriftState, ReplanStatus
-from core.slo_file import SloFile
-from core.workload_profile import ProfileSnapshot
-from deploy.planner_process import PlannerProcess, write_answer
-from deploy.replanner import ReplanAnswer, Replanner
+from tandem.core.clock import ManualClock
+from tandem.core.errors import InternalError, UnavailableError
+from tandem.core.plan import Plan
+from tandem.core.replanning import DriftState, ReplanStatus
+from tandem.core.slo_file import SloFile
+from tandem.core.workload_profile import ProfileSnapshot
+from tandem.deploy.planner_process import PlannerProcess, write_answer
+from tandem.deploy.replanner import ReplanAnswer, Replanner
 
 WINDOW_S = 300.0
 ANSWER = ReplanAnswer("Colocate.", ("colocated tp1 on cpu: 1 -> 2",), gain=0.25, regains=False, attainment=0.7)

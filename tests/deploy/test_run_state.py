@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import ConfigError
-from deploy.run_state import RunState, StateFolders, process_started_s
+from tandem.core.errors import ConfigError
+from tandem.deploy.run_state import RunState, StateFolders, process_started_s
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import DecodeSection, EngineSection, PrefillSection, RouterConfig, ServeConfig, WorkerConfig
-from deploy.topology import Machine, ProcessRole, ProcessSpec, plan_processes, share_threads
+from tandem.core.config import DecodeSection, EngineSection, PrefillSection, RouterConfig, ServeConfig, WorkerConfig
+from tandem.deploy.topology import Machine, ProcessRole, ProcessSpec, plan_processes, share_threads
 
 
 def serve_config(prefill: int = 1, decode: int = 1, **engine: object) -> ServeConfig:

@@ -4,9 +4,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from core.request import SampledToken, SamplingParams
-from engine.engine import Engine
-from engine.step import SampleRequest, SequenceSlice
+from tandem.core.request import SampledToken, SamplingParams
+from tandem.engine.engine import Engine
+from tandem.engine.step import SampleRequest, SequenceSlice
 
 GREEDY = SamplingParams(temperature=0.0)
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from core.kv_layout import KvLayout
-from core.request import SamplingParams
-from engine.batching import decodes_first, pack
-from engine.step import SampleRequest, SequenceSlice
+from tandem.core.kv_layout import KvLayout
+from tandem.core.request import SamplingParams
+from tandem.engine.batching import decodes_first, pack
+from tandem.engine.step import SampleRequest, SequenceSlice
 
 _LAYOUT = KvLayout(
     num_layers=1, num_blocks=10, num_kv_heads=1, block_size=4, head_dim=2, dtype="float32", weights_hash=""

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.errors import CheckpointError
-from engine import checkpoint as checkpoint_module
-from engine.checkpoint import open_checkpoint
-from engine.config import EngineConfig
-from engine.engine import Engine, load_engine
-from engine.step import SequenceSlice
+from tandem.core.errors import CheckpointError
+from tandem.engine import checkpoint as checkpoint_module
+from tandem.engine.checkpoint import open_checkpoint
+from tandem.engine.config import EngineConfig
+from tandem.engine.engine import Engine, load_engine
+from tandem.engine.step import SequenceSlice
 from tests.engine.conftest import CONFIGS, Checkpoints, write_checkpoint
 
 _FILE = "model.safetensors"

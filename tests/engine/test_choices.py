@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.errors import ConfigError
-from core.model_spec import ModelSpec
-from engine import device as device_module
-from engine.config import EngineConfig
-from engine.device import choose_device, choose_dtype, choose_threads
-from engine.engine import load_engine
-from engine.ops.choose import choose_ops
+from tandem.core.errors import ConfigError
+from tandem.core.model_spec import ModelSpec
+from tandem.engine import device as device_module
+from tandem.engine.config import EngineConfig
+from tandem.engine.device import choose_device, choose_dtype, choose_threads
+from tandem.engine.engine import load_engine
+from tandem.engine.ops.choose import choose_ops
 from tests.engine.conftest import Checkpoints
 
 _CPU = torch.device("cpu")

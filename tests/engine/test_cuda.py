@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from core.request import SamplingParams
-from engine.config import EngineConfig
-from engine.engine import Engine, load_engine
+from tandem.core.request import SamplingParams
+from tandem.engine.config import EngineConfig
+from tandem.engine.engine import Engine, load_engine
 from tests.engine.conftest import CONFIGS, Checkpoints
 from tests.engine.driver import Driver
 

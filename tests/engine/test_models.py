@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
-from core.errors import ConfigError
-from core.request import SamplingParams
-from engine.config import EngineConfig
-from engine.engine import Engine, load_engine
-from engine.ops.native_library import NativeUnavailableError, load_native_library
-from engine.step import SampleRequest, SequenceSlice
+from tandem.core.errors import ConfigError
+from tandem.core.request import SamplingParams
+from tandem.engine.config import EngineConfig
+from tandem.engine.engine import Engine, load_engine
+from tandem.engine.ops.native_library import NativeUnavailableError, load_native_library
+from tandem.engine.step import SampleRequest, SequenceSlice
 from tests.engine.conftest import CONFIGS, Checkpoints, write_checkpoint
 from tests.engine.driver import Driver
 

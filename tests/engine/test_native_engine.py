@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import ConfigError
-from core.request import SamplingParams
-from engine.config import EngineConfig
-from engine.engine import Engine, load_engine
-from engine.ops import choose
-from engine.ops.native_library import NativeUnavailableError, load_native_library
+from tandem.core.errors import ConfigError
+from tandem.core.request import SamplingParams
+from tandem.engine.config import EngineConfig
+from tandem.engine.engine import Engine, load_engine
+from tandem.engine.ops import choose
+from tandem.engine.ops.native_library import NativeUnavailableError, load_native_library
 from tests.engine.conftest import CONFIGS, Checkpoints
 from tests.engine.driver import Driver
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.ops import native_library
-from engine.ops.native_library import NativeUnavailableError, load_native_library
+from tandem.engine.ops import native_library
+from tandem.engine.ops.native_library import NativeUnavailableError, load_native_library
 
 
 def _answer(number: int) -> str:

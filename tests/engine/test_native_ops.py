@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.ops.interface import AttentionMeta, HeadShape
-from engine.ops.native_library import NativeUnavailableError, load_native_library
-from engine.ops.native_ops import NativeOps
-from engine.ops.torch_ops import TorchOps
+from tandem.engine.ops.interface import AttentionMeta, HeadShape
+from tandem.engine.ops.native_library import NativeUnavailableError, load_native_library
+from tandem.engine.ops.native_ops import NativeOps
+from tandem.engine.ops.torch_ops import TorchOps
 
 DTYPES = [torch.float32, torch.bfloat16]
 MakeOps = Callable[[int], NativeOps]

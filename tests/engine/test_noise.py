@@ -3,7 +3,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.noise import uniform
+from tandem.engine.noise import uniform
 
 _integers = st.integers(min_value=-(1 << 70), max_value=1 << 70)
 

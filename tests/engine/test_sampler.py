@@ -21,11 +21,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from core.errors import InternalError
-from core.request import SampledToken, SamplingParams
-from engine import sample_batch, sample_row
-from engine.sampler import logprobs, sample
-from engine.step import SampleRequest
+from tandem.core.errors import InternalError
+from tandem.core.request import SampledToken, SamplingParams
+from tandem.engine import sample_batch, sample_row
+from tandem.engine.sampler import logprobs, sample
+from tandem.engine.step import SampleRequest
 
 _VOCAB = 40
 

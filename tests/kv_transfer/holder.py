@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from core.clock import SystemClock
-from core.errors import DeadlineError, StaleEpochError
-from core.kv_layout import KvLayout
-from core.request import SampledToken
-from core.shipment import Manifest, hash_token_ids
-from kv_transfer.config import LinkConfig
-from kv_transfer.pool import SharedPool
-from kv_transfer.sender import KvSender
+from tandem.core.clock import SystemClock
+from tandem.core.errors import DeadlineError, StaleEpochError
+from tandem.core.kv_layout import KvLayout
+from tandem.core.request import SampledToken
+from tandem.core.shipment import Manifest, hash_token_ids
+from tandem.kv_transfer.config import LinkConfig
+from tandem.kv_transfer.pool import SharedPool
+from tandem.kv_transfer.sender import KvSender
 from tandem.v1 import transfer_pb2_grpc
-from wire.channels import open_channel
-from wire.server import bind, build_server
-from wire.transfer import KvTransferClient, KvTransferServicer
+from tandem.wire.channels import open_channel
+from tandem.wire.server import bind, build_server
+from tandem.wire.transfer import KvTransferClient, KvTransferServicer
 
 LAYOUT = KvLayout(
     num_layers=3, num_blocks=40, num_kv_heads=2, block_size=4, head_dim=8, dtype="bfloat16", weights_hash="w"

@@ -11,12 +11,12 @@ from itertools import count
 
 import torch
 
-from core.kv_layout import KvLayout
-from kv_transfer.pair import GlooPair, Pending
-from kv_transfer.receiver import KvReceiver
+from tandem.core.kv_layout import KvLayout
+from tandem.kv_transfer.pair import GlooPair, Pending
+from tandem.kv_transfer.receiver import KvReceiver
+from tandem.wire.channels import open_channel
+from tandem.wire.transfer import KvTransferClient
 from tests.kv_transfer.holder import FakeHolder, serve_prefill, tokens
-from wire.channels import open_channel
-from wire.transfer import KvTransferClient
 
 BIG = KvLayout(8, 512, 4, 16, 64, "bfloat16", "w")  # 64 MiB
 SEND = GlooPair.send

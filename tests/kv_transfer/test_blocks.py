@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import TransferError
-from core.kv_layout import KvLayout
-from core.transfer import Portion
-from kv_transfer import blocks
-from kv_transfer.blocks import Gate, PoolView, copy_blocks, gather_checksum, windows
+from tandem.core.errors import TransferError
+from tandem.core.kv_layout import KvLayout
+from tandem.core.transfer import Portion
+from tandem.kv_transfer import blocks
+from tandem.kv_transfer.blocks import Gate, PoolView, copy_blocks, gather_checksum, windows
 
 block_lists = st.integers(1, 12).flatmap(
     lambda count: st.tuples(*[st.permutations(range(16)).map(lambda ids, count=count: ids[:count]) for _ in range(2)])

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.errors import TandemError, TransferError
-from core.transfer import PeerGoneError, Road
-from kv_transfer import shared_link
-from kv_transfer.config import LinkConfig
-from kv_transfer.receiver import KvReceiver
+from tandem.core.errors import TandemError, TransferError
+from tandem.core.transfer import PeerGoneError, Road
+from tandem.kv_transfer import shared_link
+from tandem.kv_transfer.config import LinkConfig
+from tandem.kv_transfer.receiver import KvReceiver
+from tandem.wire.channels import open_channel
+from tandem.wire.transfer import KvTransferClient
 from tests.kv_transfer.holder import serve_prefill, tokens
 from tests.kv_transfer.side_process import BIG, ReadyHolder
-from wire.channels import open_channel
-from wire.transfer import KvTransferClient
 
 CONFIG = LinkConfig(stall_s=2.0)
 EVERYTHING = list(range(BIG.num_blocks))

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core.errors import (
+from tandem.core.errors import (
     ConfigError,
     DeadlineError,
     IncompatiblePeerError,
@@ -20,18 +20,18 @@ from core.errors import (
     StaleEpochError,
     TransferError,
 )
-from core.kv_layout import KvLayout
-from core.transfer import Grant, LinkOffer, PeerGoneError, Portion, Road
-from kv_transfer import receiver as receiver_module
-from kv_transfer import shared_link
-from kv_transfer.blocks import Gate, Pieces
-from kv_transfer.config import LinkConfig
-from kv_transfer.descriptors import host_identity
-from kv_transfer.pair import GlooPair
-from kv_transfer.receiver import Fetched, KvReceiver
+from tandem.core.kv_layout import KvLayout
+from tandem.core.transfer import Grant, LinkOffer, PeerGoneError, Portion, Road
+from tandem.kv_transfer import receiver as receiver_module
+from tandem.kv_transfer import shared_link
+from tandem.kv_transfer.blocks import Gate, Pieces
+from tandem.kv_transfer.config import LinkConfig
+from tandem.kv_transfer.descriptors import host_identity
+from tandem.kv_transfer.pair import GlooPair
+from tandem.kv_transfer.receiver import Fetched, KvReceiver
+from tandem.wire.channels import open_channel
+from tandem.wire.transfer import KvTransferClient
 from tests.kv_transfer.holder import LAYOUT, Prefill, blocks_of, serve_prefill, tokens
-from wire.channels import open_channel
-from wire.transfer import KvTransferClient
 
 ROADS = (Road.SHARED_MEMORY, Road.GLOO)
 CONFIG = LinkConfig(stall_s=2.0)

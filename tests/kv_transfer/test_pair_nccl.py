@@ -5,13 +5,13 @@ import threading
 import pytest
 import torch
 
-from core.errors import TransferError
-from core.kv_layout import KvLayout
-from core.transfer import Portion
-from kv_transfer.blocks import Gate, PoolView, windows
-from kv_transfer.pair import DECODE_RANK, PREFILL_RANK, Staging, receive_windows, send_windows
-from kv_transfer.pair_nccl import NcclPair
-from kv_transfer.rendezvous import LocalBoard
+from tandem.core.errors import TransferError
+from tandem.core.kv_layout import KvLayout
+from tandem.core.transfer import Portion
+from tandem.kv_transfer.blocks import Gate, PoolView, windows
+from tandem.kv_transfer.pair import DECODE_RANK, PREFILL_RANK, Staging, receive_windows, send_windows
+from tandem.kv_transfer.pair_nccl import NcclPair
+from tandem.kv_transfer.rendezvous import LocalBoard
 
 pytestmark = [
     pytest.mark.gpu,

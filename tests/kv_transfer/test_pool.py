@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from core.errors import TransferError
-from kv_transfer.descriptors import DescriptorServer, fetch_descriptor
-from kv_transfer.pool import SharedPool, map_read_only
+from tandem.core.errors import TransferError
+from tandem.kv_transfer.descriptors import DescriptorServer, fetch_descriptor
+from tandem.kv_transfer.pool import SharedPool, map_read_only
 
 
 def test_a_mapping_sees_what_the_owner_writes() -> None:

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.transfer import Portion
-from kv_transfer.reshard import RankGrid, plan_copies
+from tandem.core.transfer import Portion
+from tandem.kv_transfer.reshard import RankGrid, plan_copies
 
 
 @st.composite

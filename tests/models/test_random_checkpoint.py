@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from models.random_checkpoint import ARCHITECTURES, CheckpointShape, read_shape, write_random_checkpoint
+from tandem.models.random_checkpoint import ARCHITECTURES, CheckpointShape, read_shape, write_random_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "models" / "random_checkpoint.py"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.stdlib_corpus import SourceFile, chats, corpus_digest, pieces, split_held_out, standard_library
+from tandem.models.stdlib_corpus import SourceFile, chats, corpus_digest, pieces, split_held_out, standard_library
 
 MODULE = '''"""A module."""
 import os

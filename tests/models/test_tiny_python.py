@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from models.export_tiny_python import CODE_PROMPT, greedy, held_out_loss, model_card
-from models.tiny_tokenizer import BEGIN, SPECIAL_TOKENS, render_chat
+from tandem.models.export_tiny_python import CODE_PROMPT, greedy, held_out_loss, model_card
+from tandem.models.tiny_tokenizer import BEGIN, SPECIAL_TOKENS, render_chat
 
 FOLDER = Path(__file__).parents[2] / "models" / "tiny-python"
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from models.muon import orthogonalized
-from models.tiny_tokenizer import train_tokenizer
-from models.train_tiny_python import (
+from tandem.models.muon import orthogonalized
+from tandem.models.tiny_tokenizer import train_tokenizer
+from tandem.models.train_tiny_python import (
     Recipe,
     Run,
     batch_at,

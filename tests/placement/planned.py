@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from core.plan import Expected, ExpectedClass, Plan, PlanGroup, Quantiles
-from core.slo import SloClass
-from core.timeline import Stage
-from placement.evidence import (
+from tandem.core.plan import Expected, ExpectedClass, Plan, PlanGroup, Quantiles
+from tandem.core.slo import SloClass
+from tandem.core.timeline import Stage
+from tandem.placement.evidence import (
     AttainmentCurve,
     AttainmentPoint,
     Candidate,
@@ -24,8 +24,8 @@ from placement.evidence import (
     SensitivityPoint,
     WorkloadSummary,
 )
-from placement.simulator.result import STAGES, InstanceUse, SimulationResult
-from placement.workload.requests import RequestStream
+from tandem.placement.simulator.result import STAGES, InstanceUse, SimulationResult
+from tandem.placement.workload.requests import RequestStream
 
 CHAT = SloClass(name="chat", ttft_s=0.4, tpot_s=0.04)
 BATCH = SloClass(name="batch", ttft_s=4.0, tpot_s=0.1, attainment=0.95, share=0.3)

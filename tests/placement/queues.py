@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from core.timeline import Stage
-from placement.judging.goodput import StopWhen
-from placement.simulator import Progress
-from placement.simulator.result import STAGES, SimulationResult
-from placement.workload.requests import Floats, RequestStream
+from tandem.core.timeline import Stage
+from tandem.placement.judging.goodput import StopWhen
+from tandem.placement.simulator import Progress
+from tandem.placement.simulator.result import STAGES, SimulationResult
+from tandem.placement.workload.requests import Floats, RequestStream
 
 
 def result_of(

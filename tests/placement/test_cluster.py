@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from core.config_file import dump_config
-from core.errors import ConfigError
-from core.model_shape import ModelShape
-from core.parallel import ParallelShape
-from core.slo_file import ClusterSection, SloFile
-from placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
-from placement.costs.calibration import Calibration
-from placement.costs.models import model_shape
-from placement.costs.sources import cost_source_of
+from tandem.core.config_file import dump_config
+from tandem.core.errors import ConfigError
+from tandem.core.model_shape import ModelShape
+from tandem.core.parallel import ParallelShape
+from tandem.core.slo_file import ClusterSection, SloFile
+from tandem.placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
+from tandem.placement.costs.calibration import Calibration
+from tandem.placement.costs.models import model_shape
+from tandem.placement.costs.sources import cost_source_of
 
 H100, A100 = "H100-80GB-SXM5", "A100-80GB-SXM4"
 ONE = ParallelShape()

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from core.cost_model import CostModel
-from core.errors import ConfigError
-from core.parallel import ParallelShape
-from core.plan import Plan
-from core.slo_file import ClusterSection
-from placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
-from placement.costs.models import model_shape
-from placement.plan_deployment import deployment_of, placed
-from placement.simulator.deployment import Failure
+from tandem.core.cost_model import CostModel
+from tandem.core.errors import ConfigError
+from tandem.core.parallel import ParallelShape
+from tandem.core.plan import Plan
+from tandem.core.slo_file import ClusterSection
+from tandem.placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
+from tandem.placement.costs.models import model_shape
+from tandem.placement.plan_deployment import deployment_of, placed
+from tandem.placement.simulator.deployment import Failure
 from tests.placement.simulator.deployments import LinearCost
 from tests.placement.test_cluster import write_calibration
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from core.plan import Plan
-from core.slo import SloClass
-from core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
-from placement.costs.published import DEVICE, DistServeSource
-from placement.planner import plan
+from tandem.core.plan import Plan
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
+from tandem.placement.costs.published import DEVICE, DistServeSource
+from tandem.placement.planner import plan
 
 
 def slo_file(**changed: object) -> SloFile:

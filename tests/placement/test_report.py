@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from core.slo import SloClass
-from placement.evidence import ErrorBudget, NodeSummary
-from placement.report import RunDescription, write_report
-from placement.report.plan_report import report_html
-from placement.report.run_report import simulation_report_html
-from placement.report.words import headline, number, percent, seconds
+from tandem.core.slo import SloClass
+from tandem.placement.evidence import ErrorBudget, NodeSummary
+from tandem.placement.report import RunDescription, write_report
+from tandem.placement.report.plan_report import report_html
+from tandem.placement.report.run_report import simulation_report_html
+from tandem.placement.report.words import headline, number, percent, seconds
 from tests.placement.planned import BATCH, CHAT, finished_run, planned
 
 DESCRIPTION = RunDescription("Simulation of plan.yaml", "10 req/s, Poisson", "0.1.0", inputs=(("plan.yaml", "a: <1>"),))

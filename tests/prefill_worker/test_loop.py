@@ -3,14 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
-from core.clock import ManualClock
-from core.config import PrefillSection
-from core.request import FinishReason, GenerationRequest, SamplingParams
-from core.session import PrefillFinished, PrefillStarted, RequestFailed, SubmitPrefill
-from core.shipment import hash_token_ids
-from prefill_worker.loop import Hold, LoopEvent, PrefillLoop, Release, Submit, Tell
+from tandem.core.clock import ManualClock
+from tandem.core.config import PrefillSection
+from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
+from tandem.core.session import PrefillFinished, PrefillStarted, RequestFailed, SubmitPrefill
+from tandem.core.shipment import hash_token_ids
+from tandem.prefill_worker.loop import Hold, LoopEvent, PrefillLoop, Release, Submit, Tell
+from tandem.worker.attempt_key import Key
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
-from worker.attempt_key import Key
 
 PROMPT = tuple(range(1, 11))
 

@@ -5,15 +5,15 @@ from collections.abc import Awaitable
 
 import pytest
 
-from core.clock import ManualClock
-from core.errors import DeadlineError, OverloadedError, StaleEpochError
-from core.request import FinishReason, GenerationRequest, SampledToken
-from core.session import Cancel, PrefillEvent, PrefillFinished, RequestFailed, SubmitPrefill
-from core.shipment import Manifest
-from prefill_worker.loop import Hold, LoopCommand, Release, Submit, Tell
-from prefill_worker.service import PrefillService
-from wire.sessions import Outbox
-from worker.attempt_key import Key
+from tandem.core.clock import ManualClock
+from tandem.core.errors import DeadlineError, OverloadedError, StaleEpochError
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken
+from tandem.core.session import Cancel, PrefillEvent, PrefillFinished, RequestFailed, SubmitPrefill
+from tandem.core.shipment import Manifest
+from tandem.prefill_worker.loop import Hold, LoopCommand, Release, Submit, Tell
+from tandem.prefill_worker.service import PrefillService
+from tandem.wire.sessions import Outbox
+from tandem.worker.attempt_key import Key
 
 REQUEST = GenerationRequest("r", (1, 2, 3), epoch=1)
 MANIFEST = Manifest("r", 1, 3, "hash", (7,), "layout", 64, SampledToken(5))

@@ -8,8 +8,8 @@ import pytest
 import pytest_asyncio
 from tokenizers import Tokenizer
 
-from core.clock import SystemClock
-from router.tokenizer import TextTokenizer
+from tandem.core.clock import SystemClock
+from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import Front, serve_front, write_checkpoint
 
 

@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from core.clock import SystemClock
-from core.errors import TandemError, UnavailableError
-from core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams
-from core.session import (
+from tandem.core.clock import SystemClock
+from tandem.core.errors import TandemError, UnavailableError
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams
+from tandem.core.session import (
     BlockCounts,
     Cancel,
     DecodeFrame,
@@ -25,12 +25,12 @@ from core.session import (
     SubmitPrefill,
     TransferCommitted,
 )
-from router.choices import LoadChooser
-from router.dispatch import Dispatcher, DispatchLimits
-from router.fleet import Fleet
-from router.instances import Instance, WorkerCommand, WorkerEvent
-from router.records import ArrivalObserver, RequestLog, RequestRecord
-from router.running import RetryPolicy, RunningRequest
+from tandem.router.choices import LoadChooser
+from tandem.router.dispatch import Dispatcher, DispatchLimits
+from tandem.router.fleet import Fleet
+from tandem.router.instances import Instance, WorkerCommand, WorkerEvent
+from tandem.router.records import ArrivalObserver, RequestLog, RequestRecord
+from tandem.router.running import RetryPolicy, RunningRequest
 
 MODEL = "tiny"
 Command = TypeVar("Command", SubmitPrefill, OpenDecode, Cancel)

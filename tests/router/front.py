@@ -13,14 +13,14 @@ import httpx
 import openai
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from core.clock import SystemClock
-from core.config import RouterSection
-from core.errors import TandemError
-from core.request import GenerationRequest
-from router.completion import TextService
-from router.http_app import HttpApp
-from router.http_server import HttpServer
-from router.tokenizer import TextTokenizer
+from tandem.core.clock import SystemClock
+from tandem.core.config import RouterSection
+from tandem.core.errors import TandemError
+from tandem.core.request import GenerationRequest
+from tandem.router.completion import TextService
+from tandem.router.http_app import HttpApp
+from tandem.router.http_server import HttpServer
+from tandem.router.tokenizer import TextTokenizer
 from tests.router.text_fakes import ScriptedGenerator
 
 MODEL = "tiny"

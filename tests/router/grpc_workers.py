@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from core.clock import SystemClock
-from core.errors import TandemError
-from core.request import FinishReason, GenerationRequest, SampledToken
-from core.session import (
+from tandem.core.clock import SystemClock
+from tandem.core.errors import TandemError
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken
+from tandem.core.session import (
     Cancel,
     DecodeCommand,
     DecodeEvent,
@@ -23,11 +23,11 @@ from core.session import (
     TransferCommitted,
 )
 from tandem.v1 import worker_pb2_grpc
+from tandem.wire.channels import open_channel
+from tandem.wire.fleet import send_heartbeat
+from tandem.wire.server import bind, build_server
+from tandem.wire.sessions import DecodeServicer, Outbox, PrefillServicer
 from tests.router.fakes import make_status
-from wire.channels import open_channel
-from wire.fleet import send_heartbeat
-from wire.server import bind, build_server
-from wire.sessions import DecodeServicer, Outbox, PrefillServicer
 
 TOKEN_ID = 65
 

@@ -14,14 +14,14 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from core.config import RouterConfig, RouterSection
-from core.errors import CheckpointError, ConfigError
-from router.app import RouterApp
+from tandem.core.config import RouterConfig, RouterSection
+from tandem.core.errors import CheckpointError, ConfigError
+from tandem.router.app import RouterApp
 from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem.wire.channels import open_channel
+from tandem.wire.fleet import describe_fleet
 from tests.router.fakes import until
 from tests.router.grpc_workers import serve_pair
-from wire.channels import open_channel
-from wire.fleet import describe_fleet
 
 T = TypeVar("T")
 
@@ -169,7 +169,7 @@ def write_config(folder: Path, model: Path, http: str = ANY_PORT) -> Path:
 async def start_process(config: Path) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "router", "--config", str(config), "--grace", "30"),
+        *("-m", "tandem.router", "--config", str(config), "--grace", "30"),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from core.errors import DeadlineError
-from core.request import FinishReason
-from core.session import Cancel
-from core.timeline import Stage
+from tandem.core.errors import DeadlineError
+from tandem.core.request import FinishReason
+from tandem.core.session import Cancel
+from tandem.core.timeline import Stage
 from tests.router.fakes import (
     Player,
     Step,

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from core.errors import UnavailableError
+from tandem.core.errors import UnavailableError
 from tests.router.front import MODEL, Front
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

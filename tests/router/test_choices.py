@@ -2,10 +2,10 @@
 
 import pytest
 
-from core.errors import ContextLengthError
-from core.request import SamplingParams
-from core.session import BlockCounts, Cancel, InstanceState, Role, SubmitPrefill
-from router.choices import LoadChooser
+from tandem.core.errors import ContextLengthError
+from tandem.core.request import SamplingParams
+from tandem.core.session import BlockCounts, Cancel, InstanceState, Role, SubmitPrefill
+from tandem.router.choices import LoadChooser
 from tests.router.fakes import Cluster, Player, make_request, make_status, running_cluster, until
 
 NOTHING: frozenset[str] = frozenset()

@@ -7,11 +7,11 @@ from random import Random
 
 import pytest
 
-from core.completion import ChatMessage, ChatPrompt, CompletionRequest, Delta, Prompt, TextPrompt, TokenPrompt
-from core.errors import InvalidRequestError, TandemError, UnavailableError
-from core.request import FinishReason, SamplingParams
-from router.completion import TextService, derive_seed
-from router.tokenizer import TextTokenizer
+from tandem.core.completion import ChatMessage, ChatPrompt, CompletionRequest, Delta, Prompt, TextPrompt, TokenPrompt
+from tandem.core.errors import InvalidRequestError, TandemError, UnavailableError
+from tandem.core.request import FinishReason, SamplingParams
+from tandem.router.completion import TextService, derive_seed
+from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, Refusals, echo_script
 from tests.router.text_fakes import ScriptedGenerator
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from core.errors import (
+from tandem.core.errors import (
     ContextLengthError,
     DuplicateRequestError,
     OverloadedError,
     UnavailableError,
 )
-from core.request import FinishReason, SamplingParams
-from core.session import (
+from tandem.core.request import FinishReason, SamplingParams
+from tandem.core.session import (
     Cancel,
     DecodeFrame,
     DecodeTokens,
@@ -23,7 +23,7 @@ from core.session import (
     Role,
     SubmitPrefill,
 )
-from core.timeline import PARTS, Stage
+from tandem.core.timeline import PARTS, Stage
 from tests.router.fakes import (
     Player,
     both_prefills,

@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from core.clock import ManualClock
-from core.errors import IncompatiblePeerError, UnavailableError
-from core.session import InstanceState, Role
-from router.fleet import Fleet
+from tandem.core.clock import ManualClock
+from tandem.core.errors import IncompatiblePeerError, UnavailableError
+from tandem.core.session import InstanceState, Role
+from tandem.router.fleet import Fleet
 from tests.router.fakes import MODEL, FakeWorkers, make_status, running_cluster, settle, until
 
 

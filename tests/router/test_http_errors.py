@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from core.config import RouterSection
-from core.errors import DuplicateRequestError, OverloadedError
-from router.tokenizer import TextTokenizer
+from tandem.core.config import RouterSection
+from tandem.core.errors import DuplicateRequestError, OverloadedError
+from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, Front, serve_front
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

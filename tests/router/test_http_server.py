@@ -7,9 +7,9 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from core.errors import ConfigError
-from router.http_server import HttpServer
-from router.tokenizer import TextTokenizer
+from tandem.core.errors import ConfigError
+from tandem.router.http_server import HttpServer
+from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, serve_front
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.clock import SystemClock
-from core.errors import TandemError, UnavailableError
-from core.request import FinishReason, GenerationRequest, SamplingParams
-from core.session import (
+from tandem.core.clock import SystemClock
+from tandem.core.errors import TandemError, UnavailableError
+from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
+from tandem.core.session import (
     Cancel,
     DecodeFrame,
     DecodeReserved,
@@ -22,8 +22,8 @@ from core.session import (
     SubmitPrefill,
     TransferCommitted,
 )
-from router.instances import WorkerCommand, WorkerEvent
-from router.running import RetryPolicy, RunningRequest
+from tandem.router.instances import WorkerCommand, WorkerEvent
+from tandem.router.running import RetryPolicy, RunningRequest
 from tests.router.fakes import Cluster, expected_tokens, finished_event, make_cluster, make_status, next_tokens
 
 PAIRS = (("p1", Role.PREFILL), ("p2", Role.PREFILL), ("d1", Role.DECODE), ("d2", Role.DECODE))

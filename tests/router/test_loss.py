@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from core.errors import (
+from tandem.core.errors import (
     ContextLengthError,
     InternalError,
     InvalidRequestError,
@@ -15,12 +15,12 @@ from core.errors import (
     TransferError,
     UnavailableError,
 )
-from core.request import SamplingParams
-from core.session import (
+from tandem.core.request import SamplingParams
+from tandem.core.session import (
     Cancel,
     RequestFailed,
 )
-from router.running import RetryPolicy
+from tandem.router.running import RetryPolicy
 from tests.router.fakes import (
     Cluster,
     Player,

@@ -4,15 +4,15 @@ import asyncio
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from core.errors import OverloadedError, TandemError
-from core.replanning import Change, DriftState, Proposal, ReplanStatus
-from core.request import FinishReason
-from core.session import BlockCounts, LinkStats, Role
-from core.timeline import PARTS, Stage, Timeline
-from router import metrics
-from router.metrics import OUTCOMES, Metrics
-from router.records import AttemptRecord, RequestRecord
-from scheduling.routing import Choice
+from tandem.core.errors import OverloadedError, TandemError
+from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
+from tandem.core.request import FinishReason
+from tandem.core.session import BlockCounts, LinkStats, Role
+from tandem.core.timeline import PARTS, Stage, Timeline
+from tandem.router import metrics
+from tandem.router.metrics import OUTCOMES, Metrics
+from tandem.router.records import AttemptRecord, RequestRecord
+from tandem.scheduling.routing import Choice
 from tests.router.fakes import Cluster, make_request, make_status, running_cluster
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

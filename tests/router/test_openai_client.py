@@ -3,7 +3,7 @@
 import openai
 import pytest
 
-from core.errors import OverloadedError, UnavailableError
+from tandem.core.errors import OverloadedError, UnavailableError
 from tests.router.front import MODEL, Front
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -4,12 +4,12 @@ from random import Random
 
 import pytest
 
-from core.clock import SystemClock
-from core.errors import OverloadedError
-from core.timeline import Stage, Timeline
-from core.workload_profile import WorkloadProfile
-from router.profile import ProfileObserver
-from router.records import RequestRecord
+from tandem.core.clock import SystemClock
+from tandem.core.errors import OverloadedError
+from tandem.core.timeline import Stage, Timeline
+from tandem.core.workload_profile import WorkloadProfile
+from tandem.router.profile import ProfileObserver
+from tandem.router.records import RequestRecord
 from tests.router.fakes import make_request, running_cluster
 
 

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 
-from core.errors import UnavailableError
-from core.timeline import Stage, Timeline
-from router.records import AttemptRecord, RequestLog, RequestRecord
-from scheduling.routing import Candidate, Choice
+from tandem.core.errors import UnavailableError
+from tandem.core.timeline import Stage, Timeline
+from tandem.router.records import AttemptRecord, RequestLog, RequestRecord
+from tandem.scheduling.routing import Candidate, Choice
 
 
 def make_choice(chosen: str, other: str) -> Choice:
@@ -27,7 +27,7 @@ def make_record(request_id: str, outcome: str = "length") -> RequestRecord:
 
 
 def test_one_line_says_all_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "router.records"):
+    with caplog.at_level(logging.INFO, "tandem.router.records"):
         RequestLog().finished(make_record("r\n1"))
     (line,) = caplog.messages
     assert "\n" not in line, "a client's id must not start a line of its own"
@@ -62,6 +62,6 @@ def test_remembers_only_the_last() -> None:
 
 
 def test_refusal_is_written(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "router.records"):
+    with caplog.at_level(logging.INFO, "tandem.router.records"):
         RequestLog().refused(UnavailableError("no decode worker is ready"))
     assert caplog.messages == ["request refused: unavailable: no decode worker is ready"]

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from router.stop import StopMatcher, StopStrings
+from tandem.router.stop import StopMatcher, StopStrings
 
 WORDS = st.text("ab", min_size=1, max_size=5)
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from core.clock import ManualClock, SystemClock
-from core.completion import ChatMessage
-from core.errors import CheckpointError, InvalidRequestError
-from router.chat_template import MAX_RENDER_S, ChatTemplate
-from router.detokenizer import byte_level_alphabet
-from router.tokenizer import TextTokenizer
+from tandem.core.clock import ManualClock, SystemClock
+from tandem.core.completion import ChatMessage
+from tandem.core.errors import CheckpointError, InvalidRequestError
+from tandem.router.chat_template import MAX_RENDER_S, ChatTemplate
+from tandem.router.detokenizer import byte_level_alphabet
+from tandem.router.tokenizer import TextTokenizer
 
 TALK = (ChatMessage("system", "Be <brief>."), ChatMessage("user", "Grüße!\n"), ChatMessage("assistant", "你好"))
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
-from core.clock import Clock, SystemClock
-from core.errors import DuplicateRequestError, TandemError, UnavailableError
-from core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
-from core.timeline import Stage, Timeline
+from tandem.core.clock import Clock, SystemClock
+from tandem.core.errors import DuplicateRequestError, TandemError, UnavailableError
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
+from tandem.core.timeline import Stage, Timeline
 
 Script = Callable[[GenerationRequest], Iterable[int]]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from scheduling.block_pool import BlockPool
+from tandem.scheduling.block_pool import BlockPool
 
 
 def test_allocates_each_block_once_and_takes_it_back() -> None:

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import ContextLengthError, OverloadedError
-from core.request import GenerationRequest, SamplingParams
-from scheduling.block_pool import BlockPool
-from scheduling.colocated import ColocatedChunk, ColocatedPolicy, ColocatedScheduler, Mixing
-from scheduling.prefix_index import PrefixIndex
-from scheduling.sequence import Sequence, SequenceState
+from tandem.core.errors import ContextLengthError, OverloadedError
+from tandem.core.request import GenerationRequest, SamplingParams
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.colocated import ColocatedChunk, ColocatedPolicy, ColocatedScheduler, Mixing
+from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.sequence import Sequence, SequenceState
 
 _BLOCK_SIZE = 4
 _TOKEN = 0

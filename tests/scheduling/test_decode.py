@@ -2,11 +2,11 @@ from collections import Counter
 
 import pytest
 
-from core.errors import ContextLengthError, OverloadedError
-from core.request import GenerationRequest, SamplingParams
-from scheduling.block_pool import BlockPool
-from scheduling.decode import DecodePolicy, DecodeScheduler
-from scheduling.sequence import Sequence, SequenceState
+from tandem.core.errors import ContextLengthError, OverloadedError
+from tandem.core.request import GenerationRequest, SamplingParams
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.decode import DecodePolicy, DecodeScheduler
+from tandem.scheduling.sequence import Sequence, SequenceState
 
 _BLOCK_SIZE = 4
 

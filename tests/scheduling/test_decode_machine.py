@@ -4,11 +4,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from core.errors import ContextLengthError, OverloadedError
-from core.request import GenerationRequest, SamplingParams
-from scheduling.block_pool import BlockPool
-from scheduling.decode import DecodePolicy, DecodeScheduler
-from scheduling.sequence import Sequence, SequenceState
+from tandem.core.errors import ContextLengthError, OverloadedError
+from tandem.core.request import GenerationRequest, SamplingParams
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.decode import DecodePolicy, DecodeScheduler
+from tandem.scheduling.sequence import Sequence, SequenceState
 from tests.scheduling.fake_kv import FakeKv
 
 _MAX_QUEUE = 6

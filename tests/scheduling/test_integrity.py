@@ -1,8 +1,8 @@
 import pytest
 
-from core.session import BlockCounts
-from scheduling.block_pool import BlockPool
-from scheduling.integrity import check_blocks, count_blocks
+from tandem.core.session import BlockCounts
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.integrity import check_blocks, count_blocks
 
 
 def test_a_leak_and_a_stolen_block_are_found() -> None:

@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.keyed_heap import KeyedHeap
+from tandem.scheduling.keyed_heap import KeyedHeap
 
 _OPERATIONS = st.lists(
     st.tuples(st.sampled_from(["push", "push", "discard", "pop", "pop_until"]), st.integers(0, 9), st.integers(0, 5)),

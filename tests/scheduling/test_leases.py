@@ -1,7 +1,7 @@
 import pytest
 
-from core.errors import DuplicateRequestError
-from scheduling.leases import LeaseTable
+from tandem.core.errors import DuplicateRequestError
+from tandem.scheduling.leases import LeaseTable
 
 
 def test_a_lease_is_acknowledged_once() -> None:

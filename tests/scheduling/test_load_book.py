@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import ContextLengthError, UnavailableError
-from scheduling.decode_book import DecodeBook
-from scheduling.prefill_book import PrefillBook
-from scheduling.prefix_tracker import PrefixTracker
-from scheduling.routing import Choice, DecodeView, PrefillView, choose_decode, choose_prefill
+from tandem.core.errors import ContextLengthError, UnavailableError
+from tandem.scheduling.decode_book import DecodeBook
+from tandem.scheduling.prefill_book import PrefillBook
+from tandem.scheduling.prefix_tracker import PrefixTracker
+from tandem.scheduling.routing import Choice, DecodeView, PrefillView, choose_decode, choose_prefill
 
 _BLOCK_SIZE = 10
 _SLACK_TOKENS = 25

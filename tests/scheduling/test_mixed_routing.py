@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from core.cost_model import StepCost, StepLoad
-from scheduling.mixed_routing import Offer, Pace, Targets, choose_offer, colocated_offer, pair_offer
-from scheduling.routing import DecodeView
+from tandem.core.cost_model import StepCost, StepLoad
+from tandem.scheduling.mixed_routing import Offer, Pace, Targets, choose_offer, colocated_offer, pair_offer
+from tandem.scheduling.routing import DecodeView
 
 _VIEW = DecodeView("c", "", ready=True, max_model_len=999, block_size=10, total_blocks=100, free_blocks=100, running=0)
 

@@ -4,14 +4,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from core.errors import ContextLengthError, OverloadedError
-from core.request import GenerationRequest, SamplingParams
-from scheduling.block_pool import BlockPool
-from scheduling.integrity import count_blocks
-from scheduling.leases import LeaseTable
-from scheduling.prefill import PrefillPolicy, PrefillScheduler
-from scheduling.prefix_index import PrefixIndex
-from scheduling.sequence import Sequence, SequenceState
+from tandem.core.errors import ContextLengthError, OverloadedError
+from tandem.core.request import GenerationRequest, SamplingParams
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.integrity import count_blocks
+from tandem.scheduling.leases import LeaseTable
+from tandem.scheduling.prefill import PrefillPolicy, PrefillScheduler
+from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.sequence import Sequence, SequenceState
 from tests.scheduling.fake_kv import FakeKv
 
 _MAX_QUEUE = 6

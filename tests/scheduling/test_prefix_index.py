@@ -1,8 +1,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.block_pool import BlockPool
-from scheduling.prefix_index import PrefixIndex, block_hashes, extend_block_hashes
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.prefix_index import PrefixIndex, block_hashes, extend_block_hashes
 
 _TOKENS = st.lists(st.integers(0, 2), max_size=24)
 

@@ -1,8 +1,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.prefix_index import block_hashes
-from scheduling.prefix_tracker import PrefixTracker
+from tandem.scheduling.prefix_index import block_hashes
+from tandem.scheduling.prefix_tracker import PrefixTracker
 
 
 def test_counts_leading_tokens_seen_by_that_instance() -> None:

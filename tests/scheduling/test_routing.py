@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import ContextLengthError, UnavailableError
-from scheduling.routing import Choice, DecodeView, PrefillView, choose_decode, choose_prefill
+from tandem.core.errors import ContextLengthError, UnavailableError
+from tandem.scheduling.routing import Choice, DecodeView, PrefillView, choose_decode, choose_prefill
 
 _PREFILL = PrefillView("a", "f", ready=True, max_model_len=1000, queued_tokens=0, running=0)
 _DECODE = DecodeView(

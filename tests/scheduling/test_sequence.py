@@ -1,7 +1,7 @@
 import pytest
 
-from core.request import FinishReason, GenerationRequest, SamplingParams
-from scheduling.sequence import Sequence, SequenceState
+from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
+from tandem.scheduling.sequence import Sequence, SequenceState
 
 _EOS = frozenset({9})
 

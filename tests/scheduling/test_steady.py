@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.request import GenerationRequest, SamplingParams
-from scheduling.block_pool import BlockPool
-from scheduling.decode import DecodePolicy
-from scheduling.sequence import Sequence
-from scheduling.steady import GrowingBlocks
-from scheduling.steady_decode import SteadyDecodeScheduler
+from tandem.core.request import GenerationRequest, SamplingParams
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.decode import DecodePolicy
+from tandem.scheduling.sequence import Sequence
+from tandem.scheduling.steady import GrowingBlocks
+from tandem.scheduling.steady_decode import SteadyDecodeScheduler
 
 
 @dataclass

@@ -10,7 +10,9 @@ from typing import Any
 import grpc
 import pytest
 
-from core.errors import (
+from tandem import AsyncClient, Client
+from tandem.completion import ModelInfo, Usage
+from tandem.core.errors import (
     DeadlineError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -18,10 +20,8 @@ from core.errors import (
     TandemError,
     UnavailableError,
 )
-from core.request import FinishReason, TokenLogprob
-from core.timeline import Stage
-from tandem import AsyncClient, Client
-from tandem.completion import ModelInfo, Usage
+from tandem.core.request import FinishReason, TokenLogprob
+from tandem.core.timeline import Stage
 from tandem.rpc_errors import CODE_KEY, PARAM_KEY
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 

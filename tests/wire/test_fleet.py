@@ -5,15 +5,15 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from core.errors import InvalidRequestError
-from core.replanning import Change, DriftState, Proposal, ReplanStatus
-from core.session import InstanceStatus
-from core.workload_profile import ProfileSnapshot
+from tandem.core.errors import InvalidRequestError
+from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
+from tandem.core.session import InstanceStatus
+from tandem.core.workload_profile import ProfileSnapshot
 from tandem.v1 import worker_pb2, worker_pb2_grpc
-from wire.channels import open_channel
-from wire.fleet import FleetDescription, FleetServicer, describe_fleet, report_replan
-from wire.replanning import replan_from_pb
-from wire.server import bind, build_server
+from tandem.wire.channels import open_channel
+from tandem.wire.fleet import FleetDescription, FleetServicer, describe_fleet, report_replan
+from tandem.wire.replanning import replan_from_pb
+from tandem.wire.server import bind, build_server
 
 PROFILE = ProfileSnapshot(3, 61.5, 200, 2.5, 190, (0.25, 1.5), (100, 7), (12, 1), (64, 0), (0, 1))
 PROPOSED = ReplanStatus(

@@ -12,8 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
-from core.clock import SystemClock
-from core.errors import (
+from tandem import AsyncClient
+from tandem.completion import Delta, ModelInfo
+from tandem.core.clock import SystemClock
+from tandem.core.errors import (
     ContextLengthError,
     DeadlineError,
     DuplicateRequestError,
@@ -24,16 +26,14 @@ from core.errors import (
     TandemError,
     UnavailableError,
 )
-from core.request import FinishReason
-from router.completion import TextService
-from router.tokenizer import TextTokenizer
-from tandem import AsyncClient
-from tandem.completion import Delta, ModelInfo
+from tandem.core.request import FinishReason
+from tandem.router.completion import TextService
+from tandem.router.tokenizer import TextTokenizer
 from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem.wire.inference import InferenceServicer
+from tandem.wire.server import bind, build_server
 from tests.router.front import MODEL, echo_script, write_checkpoint
 from tests.router.text_fakes import ScriptedGenerator
-from wire.inference import InferenceServicer
-from wire.server import bind, build_server
 
 CHAT = [{"role": "user", "content": "hi"}]
 

@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
-from core.clock import ManualClock, SystemClock
-from core.errors import ConfigError, UnavailableError
-from core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
-from core.session import (
+from tandem.core.clock import ManualClock, SystemClock
+from tandem.core.errors import ConfigError, UnavailableError
+from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
+from tandem.core.session import (
     Cancel,
     DecodeCommand,
     DecodeEvent,
@@ -26,10 +26,10 @@ from core.session import (
     TransferCommitted,
 )
 from tandem.v1 import worker_pb2_grpc
-from wire import session_messages as messages
-from wire.channels import open_channel
-from wire.server import bind, build_server
-from wire.sessions import DecodeServicer, DecodeSession, Outbox
+from tandem.wire import session_messages as messages
+from tandem.wire.channels import open_channel
+from tandem.wire.server import bind, build_server
+from tandem.wire.sessions import DecodeServicer, DecodeSession, Outbox
 
 SAMPLING = SamplingParams(
     temperature=0.7,

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 
-from core.clock import SystemClock
-from core.errors import DeadlineError, InvalidRequestError, StaleEpochError, TransferError, UnavailableError
-from core.request import SampledToken, TokenLogprob
-from core.session import LinkStats
-from core.shipment import Manifest
-from core.transfer import Grant, GrantReply, HostIdentity, LinkOffer, LinkReply, PeerGoneError, Portion, Road
+from tandem.core.clock import SystemClock
+from tandem.core.errors import DeadlineError, InvalidRequestError, StaleEpochError, TransferError, UnavailableError
+from tandem.core.request import SampledToken, TokenLogprob
+from tandem.core.session import LinkStats
+from tandem.core.shipment import Manifest
+from tandem.core.transfer import Grant, GrantReply, HostIdentity, LinkOffer, LinkReply, PeerGoneError, Portion, Road
 from tandem.v1 import transfer_pb2, transfer_pb2_grpc
-from wire.channels import open_channel
-from wire.server import bind, build_server
-from wire.transfer import KvTransferClient, KvTransferServicer
+from tandem.wire.channels import open_channel
+from tandem.wire.server import bind, build_server
+from tandem.wire.transfer import KvTransferClient, KvTransferServicer
 
 OFFER = LinkOffer("decode-0", "f" * 32, HostIdentity("boot", 1000), (Road.NCCL, Road.SHARED_MEMORY, Road.GLOO))
 REPLY = LinkReply("link-1", "prefill-0", "f" * 32, Road.SHARED_MEMORY, 77, "socket", b"\x00nonce")

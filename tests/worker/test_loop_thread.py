@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from core.errors import CheckpointError
-from worker.loop_thread import LoopThread, StepLoop
+from tandem.core.errors import CheckpointError
+from tandem.worker.loop_thread import LoopThread, StepLoop
 
 
 class Doubler:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config_file import dump_config
-from core.cost_model import StepLoad
-from core.errors import ConfigError
-from core.parallel import ParallelShape
-from placement.costs.calibration import (
+from tandem.core.config_file import dump_config
+from tandem.core.cost_model import StepLoad
+from tandem.core.errors import ConfigError
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.calibration import (
     CalibratedCost,
     CalibratedSource,
     Calibration,
@@ -23,7 +23,7 @@ from placement.costs.calibration import (
     fit_terms,
     load_calibration,
 )
-from placement.costs.serving import RoadCosts, ServedStep, ServingCosts
+from tandem.placement.costs.serving import RoadCosts, ServedStep, ServingCosts
 
 TRUE = Terms(
     linear=((1, 0.010), (4, 0.011), (16, 0.030), (64, 0.100), (256, 0.360), (1024, 1.5)),

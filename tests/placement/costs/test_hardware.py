@@ -2,9 +2,9 @@
 
 import pytest
 
-from core.errors import ConfigError
-from placement.costs.efficiency import efficiency
-from placement.costs.hardware import device, devices
+from tandem.core.errors import ConfigError
+from tandem.placement.costs.efficiency import efficiency
+from tandem.placement.costs.hardware import device, devices
 
 
 def test_every_entry_is_complete_and_says_where_it_comes_from() -> None:

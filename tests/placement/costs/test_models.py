@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import CheckpointError, ConfigError
-from placement.costs.models import model_shape, published_models
+from tandem.core.errors import CheckpointError, ConfigError
+from tandem.placement.costs.models import model_shape, published_models
 
 # Name, parameters, parameters that a token is multiplied with (embeddings in full), bytes of KV per token in bf16
 _PUBLISHED = [

@@ -6,9 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.costs.efficiency import ElementwiseEfficiency, MixedAttentionEfficiency, efficiency
-from placement.costs.hardware import Device, devices
-from placement.costs.operators import decode_attention_line, elementwise_s, mixed_attention_s, prefill_attention_s
+from tandem.placement.costs.efficiency import ElementwiseEfficiency, MixedAttentionEfficiency, efficiency
+from tandem.placement.costs.hardware import Device, devices
+from tandem.placement.costs.operators import (
+    decode_attention_line,
+    elementwise_s,
+    mixed_attention_s,
+    prefill_attention_s,
+)
 
 _RTX = devices()["RTX4090"]
 _MIXED_FAMILIES = ("ada-rtx", "blackwell-rtx")

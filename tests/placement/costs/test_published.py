@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from core.cost_model import StepLoad
-from core.errors import ConfigError
-from core.parallel import ParallelShape
-from placement.costs.published import DEVICE, DistServeSource
+from tandem.core.cost_model import StepLoad
+from tandem.core.errors import ConfigError
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.published import DEVICE, DistServeSource
 
 _TABLE = Path(__file__).parent / "distserve_max_num_tokens.csv"  # simdistserve/estimators/profile_data, Apache-2.0
 

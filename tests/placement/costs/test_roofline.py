@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.cost_model import StepLoad, pairs
-from core.errors import ConfigError
-from core.parallel import ParallelShape
-from placement.costs.efficiency import Efficiency, efficiency, engine_overhead
-from placement.costs.hardware import devices
-from placement.costs.models import published_models
-from placement.costs.roofline import RooflineSource
-from placement.costs.roofline_cost import RooflineCost
+from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.errors import ConfigError
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.efficiency import Efficiency, efficiency, engine_overhead
+from tandem.placement.costs.hardware import devices
+from tandem.placement.costs.models import published_models
+from tandem.placement.costs.roofline import RooflineSource
+from tandem.placement.costs.roofline_cost import RooflineCost
 
 _H100 = "H100-80GB-SXM5"
 _MODELS = ("Llama-3.1-8B", "OPT-13B", "Mixtral-8x7B", "DeepSeek-V2-Lite")

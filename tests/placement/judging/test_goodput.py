@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.slo import SloClass
-from core.slo_file import WorkloadSection
-from core.timeline import Stage
-from placement.judging.goodput import goodput_at, judge, stop_when_lost
-from placement.judging.steady_state import is_drifting, share_interval, warm_up_length
-from placement.simulator import Progress
-from placement.workload.requests import RequestStream
-from placement.workload.streams import make_stream
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import WorkloadSection
+from tandem.core.timeline import Stage
+from tandem.placement.judging.goodput import goodput_at, judge, stop_when_lost
+from tandem.placement.judging.steady_state import is_drifting, share_interval, warm_up_length
+from tandem.placement.simulator import Progress
+from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.streams import make_stream
 from tests.placement.queues import SingleServer, result_of
 
 SERVICE_S = 0.1  # of a prompt of 100 tokens

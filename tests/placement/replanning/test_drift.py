@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.replanning import DriftState
-from placement.replanning.drift import Decision, DriftDetector, DriftPolicy
-from placement.replanning.workload_distance import Limits, Workload
+from tandem.core.replanning import DriftState
+from tandem.placement.replanning.drift import Decision, DriftDetector, DriftPolicy
+from tandem.placement.replanning.workload_distance import Limits, Workload
 
 WINDOW_S = 300.0
 POLICY = DriftPolicy()

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.config_file import load_config
-from core.errors import ConfigError
-from core.plan import Plan
-from core.slo_file import SloFile
-from core.workload_profile import ProfileSnapshot
-from placement.replanning.live_workload import QUESTION, RUNNING_PLAN, planned_workload, write_question
-from placement.workload.streams import make_stream
-from placement.workload.traces import load_trace
+from tandem.core.config_file import load_config
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan
+from tandem.core.slo_file import SloFile
+from tandem.core.workload_profile import ProfileSnapshot
+from tandem.placement.replanning.live_workload import QUESTION, RUNNING_PLAN, planned_workload, write_question
+from tandem.placement.workload.streams import make_stream
+from tandem.placement.workload.traces import load_trace
 
 PLAN = Plan.model_validate(
     {

@@ -7,12 +7,12 @@ from unittest import mock
 
 import pytest
 
-from core.plan import Expected, Plan, PlanGroup
-from core.slo_file import SloFile
-from placement.evidence import Planned
-from placement.replanning import replan as replan_module
-from placement.replanning.replan import Forecast, changes_between, gain_of, replan
-from placement.replanning.replan import forecast_of as real_forecast_of
+from tandem.core.plan import Expected, Plan, PlanGroup
+from tandem.core.slo_file import SloFile
+from tandem.placement.evidence import Planned
+from tandem.placement.replanning import replan as replan_module
+from tandem.placement.replanning.replan import Forecast, changes_between, gain_of, replan
+from tandem.placement.replanning.replan import forecast_of as real_forecast_of
 
 DEVICE = "H100-80GB-SXM5"
 RATE = 30.0  # which either plan can take

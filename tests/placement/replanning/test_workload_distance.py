@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.parallel import ParallelShape
-from core.plan import Expected, Plan, PlanGroup
-from core.slo_file import SloFile
-from core.workload_profile import ProfileSnapshot
-from placement.replanning.workload_distance import (
+from tandem.core.parallel import ParallelShape
+from tandem.core.plan import Expected, Plan, PlanGroup
+from tandem.core.slo_file import SloFile
+from tandem.core.workload_profile import ProfileSnapshot
+from tandem.placement.replanning.workload_distance import (
     Limits,
     Workload,
     compare,
@@ -20,7 +20,7 @@ from placement.replanning.workload_distance import (
     limits_of,
     strength,
 )
-from placement.workload.requests import RequestStream
+from tandem.placement.workload.requests import RequestStream
 
 Lengths = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.cost_model import StepCost, StepLoad
-from core.model_shape import ModelShape
-from core.parallel import ParallelShape
-from core.slo import SloClass
-from core.slo_file import ClusterSection, Layout, NodeSection, SearchSection
-from placement.cluster import Cluster
-from placement.search.problem import Problem
-from placement.workload.requests import RequestStream
+from tandem.core.cost_model import StepCost, StepLoad
+from tandem.core.model_shape import ModelShape
+from tandem.core.parallel import ParallelShape
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import ClusterSection, Layout, NodeSection, SearchSection
+from tandem.placement.cluster import Cluster
+from tandem.placement.search.problem import Problem
+from tandem.placement.workload.requests import RequestStream
 
 MODEL = ModelShape("toy", 8, 1024, 8, 8, 128, 4096, 32000, 4096)
 A100, H100 = "A100-80GB-SXM4", "H100-80GB-SXM5"

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from core.cost_model import StepLoad
-from core.parallel import ParallelShape
-from placement.search.curves import CurveKey, curve_of
-from placement.search.decode_alone import decode_time_alone, steps_until
-from placement.search.fleet import Fleet, Pool
-from placement.search.kinds import InstanceKind
-from placement.search.limits import limit_of
-from placement.search.parallel import Serial
-from placement.search.prefill_alone import StepTimes, ttft_alone
-from placement.search.space import survey
-from placement.search.trial import run
+from tandem.core.cost_model import StepLoad
+from tandem.core.parallel import ParallelShape
+from tandem.placement.search.curves import CurveKey, curve_of
+from tandem.placement.search.decode_alone import decode_time_alone, steps_until
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.search.limits import limit_of
+from tandem.placement.search.parallel import Serial
+from tandem.placement.search.prefill_alone import StepTimes, ttft_alone
+from tandem.placement.search.space import survey
+from tandem.placement.search.trial import run
 from tests.placement.search.problems import SLO, ToyCost, problem
 
 COST = ToyCost(1.0)

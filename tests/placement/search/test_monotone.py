@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.slo import SloClass
-from core.slo_file import Layout
-from placement.planner import search
-from placement.search.parallel import Serial
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import Layout
+from tandem.placement.planner import search
+from tandem.placement.search.parallel import Serial
 from tests.placement.search.problems import ToySource, problem
 
 FEW = settings(max_examples=6, derandomize=True, database=None, deadline=None)

@@ -11,8 +11,8 @@ import time
 import psutil
 import pytest
 
-from core.errors import UnavailableError
-from placement.search.parallel import local_mapper
+from tandem.core.errors import UnavailableError
+from tandem.placement.search.parallel import local_mapper
 
 
 def _blocks_ctrl_c(_: int) -> bool:

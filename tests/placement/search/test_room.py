@@ -3,13 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.parallel import ParallelShape
-from core.slo_file import ClusterSection, NodeSection
-from placement.cluster import Cluster
-from placement.search.fleet import Fleet, Pool
-from placement.search.kinds import InstanceKind
-from placement.search.problem import NodeType
-from placement.search.room import beside, capacity, places
+from tandem.core.parallel import ParallelShape
+from tandem.core.slo_file import ClusterSection, NodeSection
+from tandem.placement.cluster import Cluster
+from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.search.problem import NodeType
+from tandem.placement.search.room import beside, capacity, places
 from tests.placement.search.problems import A100, ToyCost
 
 SHAPES = st.builds(ParallelShape, st.sampled_from((1, 2, 3, 4)), st.sampled_from((1, 2, 4)))

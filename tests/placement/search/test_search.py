@@ -4,13 +4,13 @@ from collections import Counter
 
 import pytest
 
-from core.slo import SloClass
-from core.slo_file import Layout, NodeSection
-from placement.planner import Answer, search
-from placement.search.parallel import Serial, local_mapper
-from placement.search.problem import Problem
-from placement.search.room import places
-from placement.search.trial import plan_of
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import Layout, NodeSection
+from tandem.placement.planner import Answer, search
+from tandem.placement.search.parallel import Serial, local_mapper
+from tandem.placement.search.problem import Problem
+from tandem.placement.search.room import places
+from tandem.placement.search.trial import plan_of
 from tests.placement.search.problems import A100, H100, ToySource, problem
 
 

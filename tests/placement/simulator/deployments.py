@@ -2,9 +2,16 @@
 
 import numpy as np
 
-from core.cost_model import StepCost, StepLoad
-from placement.simulator.deployment import ColocatedPolicy, Deployment, InstanceSpec, NetworkSpec, Role, RouterSpec
-from placement.workload.requests import RequestStream
+from tandem.core.cost_model import StepCost, StepLoad
+from tandem.placement.simulator.deployment import (
+    ColocatedPolicy,
+    Deployment,
+    InstanceSpec,
+    NetworkSpec,
+    Role,
+    RouterSpec,
+)
+from tandem.placement.workload.requests import RequestStream
 
 
 class LinearCost:

@@ -1,4 +1,4 @@
-from placement.simulator.agenda import Agenda
+from tandem.placement.simulator.agenda import Agenda
 
 
 def test_equal_times_keep_their_order_and_steps_end_last() -> None:

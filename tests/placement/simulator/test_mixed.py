@@ -7,12 +7,12 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from core.slo import SloClass
-from placement.judging.goodput import StopWhen, goodput_at
-from placement.simulator import simulate
-from placement.simulator.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
-from placement.simulator.result import SimulationResult
-from placement.workload.requests import RequestStream
+from tandem.core.slo import SloClass
+from tandem.placement.judging.goodput import StopWhen, goodput_at
+from tandem.placement.simulator import simulate
+from tandem.placement.simulator.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.requests import RequestStream
 from tests.placement.simulator.deployments import LinearCost, deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)

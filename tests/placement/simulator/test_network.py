@@ -1,8 +1,8 @@
 import pytest
 
-from placement.simulator.agenda import Agenda
-from placement.simulator.deployment import InstanceSpec, NetworkSpec
-from placement.simulator.network import Network
+from tandem.placement.simulator.agenda import Agenda
+from tandem.placement.simulator.deployment import InstanceSpec, NetworkSpec
+from tandem.placement.simulator.network import Network
 from tests.placement.simulator.deployments import LinearCost
 
 

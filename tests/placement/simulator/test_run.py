@@ -5,11 +5,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from core.timeline import Stage
-from placement.simulator import Progress, simulate
-from placement.simulator.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
-from placement.simulator.result import STAGES
-from placement.workload.requests import RequestStream
+from tandem.core.timeline import Stage
+from tandem.placement.simulator import Progress, simulate
+from tandem.placement.simulator.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
+from tandem.placement.simulator.result import STAGES
+from tandem.placement.workload.requests import RequestStream
 from tests.placement.simulator.deployments import LinearCost, deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)

@@ -4,9 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.slo_file import WorkloadSection
-from placement.workload.description import describe, summary_of
-from placement.workload.requests import RequestStream
+from tandem.core.slo_file import WorkloadSection
+from tandem.placement.workload.description import describe, summary_of
+from tandem.placement.workload.requests import RequestStream
 
 FIXED = {"prompt_tokens": {"mean": 100, "cv": 0}, "output_tokens": {"mean": 10, "cv": 0}}
 

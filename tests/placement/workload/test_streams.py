@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import ConfigError
-from core.slo import SloClass
-from core.slo_file import WorkloadSection
-from placement.workload.description import arrival_cv, shared_share
-from placement.workload.lengths import DATASETS, TruncatedLogNormal
-from placement.workload.requests import RequestStream
-from placement.workload.streams import load_trace, make_stream
+from tandem.core.errors import ConfigError
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import WorkloadSection
+from tandem.placement.workload.description import arrival_cv, shared_share
+from tandem.placement.workload.lengths import DATASETS, TruncatedLogNormal
+from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.streams import load_trace, make_stream
 
 ONE = (SloClass(ttft_s=1, tpot_s=0.1),)
 TWO = (SloClass(name="fast", ttft_s=1, tpot_s=0.1, share=3), SloClass(name="slow", ttft_s=9, tpot_s=1))
