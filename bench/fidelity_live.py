@@ -1,8 +1,9 @@
 """How far the simulator is from a live cluster on this machine; writes a section of docs/fidelity.md.
 
 One prefill and one decode worker with a thread each serve a random checkpoint that is large enough for steps, not the
-road, to take the time. At eight rates of two workloads, `bench.load` loads the cluster, and the simulator gets the same
-requests at the same times. It is told what `tandem profile` measures of that checkpoint: the engine's steps once, what
+request path, to take the time. At eight rates of two workloads, `bench.load` loads the cluster, and the simulator gets
+the same requests at the same times.
+It is told what `tandem profile` measures of that checkpoint: the engine's steps once, what
 serving adds to them before each workload and a bit more after each run, all of it together. The machine must keep its
 pace (`bench.fidelity_runs`).
 Rates are shares of what the prefill worker can take by its calibration, targets are multiples of its steps: the curves

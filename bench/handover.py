@@ -1,4 +1,4 @@
-"""Time of a KV hand-over between two processes, per road, beside a plain copy of the same bytes in the same run.
+"""Time of a KV hand-over between two processes, per transport, beside a plain copy of the same bytes in the same run.
 
 The source is a prefill worker without an engine, in a process of its own: `python -m bench.handover` prints a table.
 A hand-over is everything a decode worker waits for once the prefill is finished: pull, check, copy, acknowledge.
@@ -20,7 +20,7 @@ from tandem.core.clock import SystemClock
 from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
 from tandem.core.shipment import Manifest, hash_token_ids
-from tandem.core.transfer import Road
+from tandem.core.transfer import Transport
 from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.receiver import KvReceiver
 from tandem.kv_transfer.sender import KvSender
@@ -30,14 +30,14 @@ from tandem.wire.server import bind, build_server
 from tandem.wire.transfer import KvTransferClient, KvTransferServicer
 
 SOURCE_ID = "bench-source"
-CPU_ROADS = (Road.SHARED_MEMORY, Road.GLOO)
+CPU_TRANSPORTS = (Transport.SHARED_MEMORY, Transport.GLOO)
 
 
 @dataclass(frozen=True, slots=True)
 class HandoverTime:
     """Medians over the repetitions. `plain_s` is one thread's copy of as many contiguous bytes, warm."""
 
-    road: Road
+    transport: Transport
     num_bytes: int
     handover_s: float
     plain_s: float
@@ -95,18 +95,21 @@ async def measure(
     layout: KvLayout,
     num_blocks: int,
     *,
-    roads: Sequence[Road] = CPU_ROADS,
+    transports: Sequence[Transport] = CPU_TRANSPORTS,
     scattered: bool = False,
     repetitions: int = 9,
 ) -> list[HandoverTime]:
-    """Hand over `num_blocks` blocks of a pool like `layout` on each road. Copies and roads take turns."""
+    """Hand over `num_blocks` blocks of a pool like `layout` on each transport. Copies and transports take turns."""
     torch.set_num_threads(1)
     pool = SharedPool.create(layout.pool_bytes)
     num_bytes = num_blocks * layout.block_bytes
     plain_from, plain_to = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
     plain_s: list[float] = []
-    handover_s: dict[Road, list[float]] = {road: [] for road in roads}
-    receivers = {road: KvReceiver(layout, pool.tensor, f"bench-{road.value}", road=road) for road in roads}
+    handover_s: dict[Transport, list[float]] = {transport: [] for transport in transports}
+    receivers = {
+        transport: KvReceiver(layout, pool.tensor, f"bench-{transport.value}", transport=transport)
+        for transport in transports
+    }
     try:
         async with _source(layout) as peer:
             for i in range(repetitions + 1):
@@ -114,7 +117,7 @@ async def measure(
                 plain_to.copy_(plain_from)
                 plain_s.append(time.perf_counter() - started_s)
                 seeds = (2 * i + 1, 2 * i + 2) if scattered else (0, 0)
-                for road, receiver in receivers.items():
+                for transport, receiver in receivers.items():
                     deadline_s = time.monotonic() + 60.0
                     started_s = time.perf_counter()
                     await receiver.fetch(
@@ -125,13 +128,13 @@ async def measure(
                         block_ids_of(seeds[1], num_blocks, layout),
                         deadline_s,
                     )
-                    handover_s[road].append(time.perf_counter() - started_s)
+                    handover_s[transport].append(time.perf_counter() - started_s)
     finally:
         for receiver in receivers.values():
             await receiver.close()
         pool.close()
     plain = median(plain_s[1:])  # the first of each warms up: pages, links
-    return [HandoverTime(road, num_bytes, median(times[1:]), plain) for road, times in handover_s.items()]
+    return [HandoverTime(transport, num_bytes, median(times[1:]), plain) for transport, times in handover_s.items()]
 
 
 @asynccontextmanager
@@ -177,7 +180,7 @@ def _layout_of(fields: Sequence[str]) -> KvLayout:
 
 
 async def _print_table() -> None:
-    print(f"{'block':>9} {'bytes':>10} {'blocks':>9} {'road':>14} {'ms':>8} {'GB/s':>6} {'of plain copy':>14}")
+    print(f"{'block':>9} {'bytes':>10} {'blocks':>9} {'transport':>14} {'ms':>8} {'GB/s':>6} {'of plain copy':>14}")
     for layers, heads, head_dim in ((8, 4, 64), (28, 2, 128), (32, 8, 128)):
         block_bytes = KvLayout(layers, 1, heads, 16, head_dim, "bfloat16", "bench").block_bytes
         layout = KvLayout(layers, (256 << 20) // block_bytes, heads, 16, head_dim, "bfloat16", "bench")
@@ -186,7 +189,7 @@ async def _print_table() -> None:
                 for result in await measure(layout, (megabytes << 20) // block_bytes, scattered=scattered):
                     print(
                         f"{block_bytes >> 10:>5} KiB {result.num_bytes / 1e6:>7.1f} MB"
-                        f" {'scattered' if scattered else 'one run':>9} {result.road.value:>14}"
+                        f" {'scattered' if scattered else 'one run':>9} {result.transport.value:>14}"
                         f" {result.handover_s * 1e3:>8.2f} {result.gigabytes_per_s:>6.2f}"
                         f" {result.share_of_plain:>13.0%}"
                     )

@@ -1,9 +1,10 @@
-"""What the road costs beside the engine.
+"""What the request path costs beside the engine.
 
 router     CPU time of a router process per request, and per token and request, over HTTP SSE and over gRPC, with 1, 8
            and 32 streams at once. Its workers are scripted: they keep the pace of an engine and compute nothing.
-road       A router, a prefill and a decode worker on a real model. Wall time per request: what the client waits beyond
-           the two engine steps of an answer of two tokens. Wall time per token and request: what the decode of long
+request_path  A router, a prefill and a decode worker on a real model. Wall time per request: what the client waits
+           beyond the two engine steps of an answer of two tokens.
+           Wall time per token and request: what the decode of long
            answers takes beyond the engine's steps, divided by their tokens. CPU time: of all three processes, without
            the threads that compute.
 handover   Time per megabyte of KV from pool to pool, with everything a decode worker waits for, and a plain memory
@@ -32,11 +33,11 @@ from typing import Any
 from bench import handover
 from bench.figures import Sample, figures_of, figures_table
 from bench.processes import BenchError, Launcher
-from bench.road import measure_road
+from bench.request_path import measure_request_path
 from bench.router_cost import measure_routers
 from tandem.core.kv_layout import KvLayout
 
-PARTS = ("router", "road", "handover")
+PARTS = ("router", "request_path", "handover")
 _MODEL = Path(__file__).parent.parent / "models" / "tiny-python"
 _HANDOVER_AIM = 0.7  # of a plain memory copy's speed
 _HANDOVER_BYTES = 64 << 20
@@ -66,7 +67,7 @@ def _print_figures(title: str, samples: Sequence[Sample], clock_with_aims: str) 
 
 async def _print_handover(effort: Effort) -> list[dict[str, Any]]:
     print("\nHand-over of 64 MiB, from pool to pool in two processes")
-    print(f"{'blocks':>24} {'road':>14} {'ms per MB':>10} {'plain copy':>10} {'of its speed':>12}  aim")
+    print(f"{'blocks':>24} {'transport':>14} {'ms per MB':>10} {'plain copy':>10} {'of its speed':>12}  aim")
     rows: list[dict[str, Any]] = []
     for name, (layers, heads, head_dim) in _HANDOVER_LAYOUTS.items():
         block_bytes = KvLayout(layers, 1, heads, 16, head_dim, "bfloat16", "bench").block_bytes
@@ -83,12 +84,12 @@ async def _print_handover(effort: Effort) -> list[dict[str, Any]]:
                     verdict = f"{'met' if result.share_of_plain >= _HANDOVER_AIM else 'missed'} ({_HANDOVER_AIM:.0%})"
                 plain_ms = result.plain_s / result.num_bytes * 1e9
                 print(
-                    f"{blocks:>24} {result.road.value:>14} {result.seconds_per_megabyte * 1e3:>10.3f} {plain_ms:>10.3f}"
-                    f" {result.share_of_plain:>12.0%}  {verdict}".rstrip(),
+                    f"{blocks:>24} {result.transport.value:>14} {result.seconds_per_megabyte * 1e3:>10.3f}"
+                    f" {plain_ms:>10.3f} {result.share_of_plain:>12.0%}  {verdict}".rstrip(),
                     flush=True,
                 )
                 rows.append({"blocks": blocks, "share_of_plain": result.share_of_plain, **asdict(result)})
-                rows[-1]["road"] = result.road.value
+                rows[-1]["transport"] = result.transport.value
     return rows
 
 
@@ -102,10 +103,12 @@ async def measure(parts: Sequence[str], effort: Effort, model: Path, against: Pa
         async with Launcher(model) as launcher:
             samples = await measure_routers(launcher, against, num_rounds, num_tokens, num_short)
         result["router"] = _print_figures("Router alone (scripted workers, a token every 10 ms)", samples, "CPU")
-    if "road" in parts:
+    if "request_path" in parts:
         async with Launcher(model) as launcher:
-            samples = await measure_road(launcher, num_rounds, num_tokens, num_short)
-        result["road"] = _print_figures(f"Whole road ({model.name}, one thread for each worker)", samples, "wall")
+            samples = await measure_request_path(launcher, num_rounds, num_tokens, num_short)
+        result["request_path"] = _print_figures(
+            f"whole request path ({model.name}, one thread for each worker)", samples, "wall"
+        )
     if "handover" in parts:
         result["handover"] = await _print_handover(effort)
     return result

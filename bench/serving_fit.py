@@ -1,4 +1,4 @@
-"""From the answers of a measured cluster to what serving adds to the engine's steps, and what the road takes."""
+"""From the answers of a measured cluster to what serving adds to steps, and what the request path takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 from bench.serving_answers import Answers, Loaded, PrefillStep, Prompted, steps_of
 from tandem.core.cost_model import StepLoad
 from tandem.placement.costs.calibration import CalibratedCost, Calibration
-from tandem.placement.costs.serving import RoadCosts, ServedStep, ServingCosts
+from tandem.placement.costs.serving import PathCosts, ServedStep, ServingCosts
 from tandem.placement.simulator.deployment import PAUSE_S
 
 _FASTEST_BYTES_PER_S = 1e12  # where no time per token can be seen
@@ -26,7 +26,9 @@ Floats = npt.NDArray[np.float64]
 def with_serving(engine: Calibration, answers: Answers) -> Calibration:
     """That of the engine by itself, and what serving adds. The answers must be enough."""
     serving = serving_costs(CalibratedCost(engine.terms), answers)
-    return engine.model_copy(update={"serving": serving, "road": road_costs(answers, engine.kv_bytes_per_token)})
+    return engine.model_copy(
+        update={"serving": serving, "request_path": path_costs(answers, engine.kv_bytes_per_token)}
+    )
 
 
 def serving_costs(cost: CalibratedCost, answers: Answers) -> ServingCosts:
@@ -47,7 +49,7 @@ def serving_costs(cost: CalibratedCost, answers: Answers) -> ServingCosts:
     )
 
 
-def road_costs(answers: Answers, kv_bytes_per_token: float) -> RoadCosts:
+def path_costs(answers: Answers, kv_bytes_per_token: float) -> PathCosts:
     before = [
         one.parts["admission_s"] + one.parts["dispatch_s"] + one.parts["prefill_queue_s"]
         for one in answers.prompted_alone  # beside decode, its prompts may be in the queue
@@ -56,7 +58,7 @@ def road_costs(answers: Answers, kv_bytes_per_token: float) -> RoadCosts:
     alone_s, per_token_s = transfer_line(answers.prompted_alone)
     beside_s, turn_s = transfers_beside(answers.crowded, per_token_s)
     alone_s = max(0.0, alone_s - turn_s)
-    return RoadCosts(
+    return PathCosts(
         admission_s=median(before),
         first_token_s=max(0.0, median(one.first_s - one.ttft_s for one in answered)),
         token_s=max(0.0, median(one.whole_s - one.total_s for one in answered)),

@@ -1,4 +1,4 @@
-"""Measures what running workers add to the engine's steps, and the road around them, on a cluster of one of each role.
+"""Measures what running workers add to the engine's steps, and the request path around them, on a small cluster.
 
 On one machine the two workers share memory, caches and cores, so each is measured alone and while the other computes.
 Answers of a few dozen tokens, as many at once as a batch is to have, keep decode busy. One prompt after another, at

@@ -15,8 +15,8 @@ from tandem.deploy.serving import fetch_fleet
 HELP = "check this machine, the model and the running cluster"
 DESCRIPTION = """\
 Check Python and packages, CPU and compiler, memory, ports, Ray, the checkpoint, the ways in which KV can travel, and,
-if a cluster is running, whether its links took the fast road. Says what to do about whatever is wrong. Starts nothing
-and changes nothing. Exit status 1 if something failed."""
+if a cluster is running, whether its links took the fast transport. Says what to do about whatever is wrong. Starts
+nothing and changes nothing. Exit status 1 if something failed."""
 EPILOG = """\
 examples:
   tandem doctor                          the built-in deployment
@@ -69,4 +69,4 @@ def _check_run(run: RunState) -> Iterator[Finding]:
     yield Finding(
         "cluster", Grade.OK, f"{fleet.model} (pid {run.pid}): {ready} of {len(fleet.instances)} workers ready"
     )
-    yield from checks.check_links(fleet.instances, run.expected_road)
+    yield from checks.check_links(fleet.instances, run.expected_transport)

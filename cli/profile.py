@@ -19,8 +19,8 @@ from tandem.placement.costs.serving import ServedStep
 HELP = "measure a model on this machine, for plans and simulations"
 DESCRIPTION = """\
 Measure how long the engine's steps take on this machine, prompts and decode, alone and as a prefill worker and a
-decode worker take them side by side, and what the road around them adds. The calibration file that it writes goes into
-an SLO file (cluster.nodes.calibration); what was held out of the fit tells its error. It takes less than two minutes;
+decode worker take them side by side, and what the request path adds. The calibration file that it writes goes into an
+SLO file (cluster.nodes.calibration); what was held out of the fit tells its error. It takes less than two minutes;
 leave the machine alone meanwhile."""
 EPILOG = """\
 examples:
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=75.0, help="to measure for, loading not counted (default: %(default)s)"
     )
-    parser.add_argument("--no-cluster", action="store_true", help="only the engine: no serving factors, no road")
+    parser.add_argument(
+        "--no-cluster", action="store_true", help="only the engine: no serving factors, no request path"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,12 +89,12 @@ def as_text(calibration: Calibration) -> str:
         f" {_added('decode', serving.decode_alone, serving.decode_beside)},"
         f" {1e3 * serving.decode_open_s:.1f} ms more for each request that comes",
     ]
-    if (road := calibration.road) is not None:
-        per_byte = f" and 1 s per {road.transfer_bytes_per_s / 1e9:.2f} GB"
+    if (request_path := calibration.request_path) is not None:
+        per_byte = f" and 1 s per {request_path.transfer_bytes_per_s / 1e9:.2f} GB"
         lines.append(
-            f"  road          {1e3 * road.admission_s:.1f} ms until a worker has a request,"
-            f" {1e3 * road.transfer_alone_s:.1f} to {1e3 * road.transfer_beside_s:.1f} ms for its KV"
-            + (per_byte if road.transfer_bytes_per_s < _UNSEEN_BYTES_PER_S else ", however much that is")
+            f"  request_path          {1e3 * request_path.admission_s:.1f} ms until a worker has a request,"
+            f" {1e3 * request_path.transfer_alone_s:.1f} to {1e3 * request_path.transfer_beside_s:.1f} ms for its KV"
+            + (per_byte if request_path.transfer_bytes_per_s < _UNSEEN_BYTES_PER_S else ", however much that is")
         )
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from tandem.deploy.machine import settle_addresses, this_machine
 from tandem.deploy.model_folder import check_model_folder
 from tandem.deploy.ray_cluster import LocalRay, RayLauncher
 from tandem.deploy.run_state import RunState, StateFolders, process_started_s
-from tandem.deploy.serving import Serving, expected_road, with_token
+from tandem.deploy.serving import Serving, expected_transport, with_token
 
 HELP = "start a model on this machine"
 DESCRIPTION = """\
@@ -87,7 +87,7 @@ def _run_state(config: ServeConfig, log_folder: Path, ray_folder: Path) -> RunSt
         cluster_token=config.cluster_token or "",
         log_folder=str(log_folder),
         ray_folder=str(ray_folder),
-        expected_road=expected_road(config),
+        expected_transport=expected_transport(config),
     )
 
 

@@ -1,4 +1,4 @@
-"""`tandem status`: who runs, how busy, and by which road KV travels."""
+"""`tandem status`: who runs, how busy, and by which transport KV travels."""
 
 import argparse
 import asyncio
@@ -18,8 +18,8 @@ from tandem.wire.fleet import FleetDescription
 HELP = "show instances, load, KV memory and links"
 DESCRIPTION = """\
 Show the running cluster: addresses, each instance with its state and load, its KV blocks by owner, each link over which
-KV has travelled with its road and speed, and what requests have been like lately. Where a plan is served, also whether
-it still fits them, and which other one would do better."""
+KV has travelled with its transport and speed, and what requests have been like lately. Where a plan is served, also
+whether it still fits them, and which other one would do better."""
 EPILOG = """\
 examples:
   tandem status
@@ -71,7 +71,10 @@ def as_text(state: RunState, fleet: FleetDescription) -> str:
     receivers = (status for status in instances if status.role is Role.DECODE)  # both ends count; once is enough
     links = [_link_row(status, link) for status in receivers for link in status.links]
     if links:
-        lines += ["", *text_table([["LINK FROM", "TO", "ROAD", "TRANSFERS", "BYTES", "SPEED", "FAILURES"], *links])]
+        lines += [
+            "",
+            *text_table([["LINK FROM", "TO", "TRANSPORT", "TRANSFERS", "BYTES", "SPEED", "FAILURES"], *links]),
+        ]
     return "\n".join([*lines, *_requests(fleet)])
 
 
@@ -153,7 +156,7 @@ def _link_row(status: InstanceStatus, link: LinkStats) -> list[str]:
     return [
         link.peer_id,
         status.instance_id,
-        link.road,
+        link.transport,
         str(link.transfers),
         _bytes(link.transfer_bytes),
         _speed(link.transfer_bytes, link.transfer_s),

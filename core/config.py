@@ -100,7 +100,7 @@ class DecodeSection(_Frozen):
     max_batch: int = Field(default=64, ge=1, description="Sequences decoded together in one step")
     max_queue: int = Field(default=1024, ge=1, description="Requests waiting for KV memory before it refuses more")
     transfer_timeout_s: float = Field(default=10.0, gt=0)
-    road: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
+    transport: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
     checksum: bool | None = Field(default=None, description="Check shipments' bytes; default: over networks")
 
 

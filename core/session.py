@@ -116,7 +116,7 @@ class TransferCommitted:
     handle: int
     transfer_s: float
     transfer_bytes: int
-    road: str
+    transport: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class LinkStats:
     """Totals of one link between two instances, since it was made."""
 
     peer_id: str
-    road: str
+    transport: str
     transfers: int
     transfer_bytes: int
     transfer_s: float

@@ -3,7 +3,7 @@
 `wire` carries these over gRPC; `kv_transfer` speaks only to the protocols at the end of this file.
 
     decode (KvReceiver)                          prefill (KvSender, KvHolder)
-      | link(LinkOffer)                   ----->  |  once per pair: refuse other layouts, agree on a road
+      | link(LinkOffer)                   ----->  |  once per pair: refuse other layouts, agree on a transport
       |<- LinkReply                               |
       | rendezvous set/get (gloo, nccl)   <---->  |  the two ranks of a process group find each other
       | pull(request_id, epoch)           ----->  |  answered when that attempt's prefill is finished
@@ -27,7 +27,7 @@ class PeerGoneError(UnavailableError):
     """The other side of a link cannot be reached; an UnavailableError that is not one of its own answers."""
 
 
-class Road(StrEnum):
+class Transport(StrEnum):
     """How KV bytes get from one instance to another."""
 
     SHARED_MEMORY = "shared_memory"  # one host: decode copies out of the prefill worker's mapped pool
@@ -45,12 +45,12 @@ class HostIdentity:
 
 @dataclass(frozen=True, slots=True)
 class LinkOffer:
-    """Decode's side of a link: who it is, and the roads it can take, best first."""
+    """Decode's side of a link: who it is, and the transports it can take, best first."""
 
     instance_id: str
     fingerprint: str
     host: HostIdentity
-    roads: tuple[Road, ...]
+    transports: tuple[Transport, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +58,14 @@ class LinkReply:
     """Prefill's side. `link_id` is new for every link; a link that failed is never used again. Either side's death, or
     `unlink`, ends the link on the other side too.
 
-    `socket_name` (an abstract Unix socket) and `nonce` (good for one use) lead to the pool's descriptor when the road
-    is shared memory; they are empty otherwise.
+    `socket_name` (an abstract Unix socket) and `nonce` (good for one use) lead to the pool's descriptor when the
+    transport is shared memory; they are empty otherwise.
     """
 
     link_id: str
     instance_id: str
     fingerprint: str
-    road: Road
+    transport: Transport
     num_blocks: int
     socket_name: str = ""
     nonce: bytes = b""

@@ -44,7 +44,7 @@ class DecodeWorker(RoleWorker[LoopCommand, LoopEvent]):
             engine.layout,
             engine.pool,
             self.instance_id,
-            road=section.road,
+            transport=section.transport,
             checksum=section.checksum,
             timeout_s=section.transfer_timeout_s,
             link_config=self.link_config,

@@ -26,7 +26,7 @@ from tandem.core.session import (
     RequestFailed,
     TransferCommitted,
 )
-from tandem.core.transfer import Road
+from tandem.core.transfer import Transport
 from tandem.engine.engine import Engine
 from tandem.engine.step import SampleRequest, SequenceSlice, StepOutput
 from tandem.scheduling.block_pool import BlockPool
@@ -64,7 +64,7 @@ class Arrived:
     first_token: SampledToken
     transfer_s: float
     transfer_bytes: int
-    road: Road
+    transport: Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,9 @@ class DecodeLoop:
             return
         now_s = self._clock.now_s()
         self._scheduler.committed(key, arrived.first_token.token_id, now_s)
-        self._tell(key, TransferCommitted(key.handle, arrived.transfer_s, arrived.transfer_bytes, arrived.road.value))
+        self._tell(
+            key, TransferCommitted(key.handle, arrived.transfer_s, arrived.transfer_bytes, arrived.transport.value)
+        )
 
     def _fetch_failed(self, key: Key, error: TandemError) -> None:
         if (block_ids := self._quarantine.pop(key, None)) is not None:

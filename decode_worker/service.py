@@ -91,7 +91,7 @@ class DecodeService:
             self._peers.forget(source.instance_id)
             self._receiver.drop(source.instance_id)
             raise
-        return Arrived(fetch.key, fetched.first_token, fetched.seconds, fetched.bytes, fetched.road)
+        return Arrived(fetch.key, fetched.first_token, fetched.seconds, fetched.bytes, fetched.transport)
 
     def _fetch_ended(self, fetch: Fetch, task: asyncio.Task[Arrived]) -> None:
         """Tell the loop, however it ended (a task cancelled before its first step runs none of its own code)."""

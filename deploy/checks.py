@@ -211,10 +211,10 @@ def check_gloo(timeout_s: float = 10.0) -> Finding:
     return Finding("gloo", Grade.OK, "a pair on loopback sends and receives")
 
 
-def check_links(instances: Iterable[InstanceStatus], expected_road: str | None) -> Iterator[Finding]:
-    """Whether KV between workers of one host travels by the fast road, and no block is without an owner.
+def check_links(instances: Iterable[InstanceStatus], expected_transport: str | None) -> Iterator[Finding]:
+    """Whether KV between workers of one host travels by the fast transport, and no block is without an owner.
 
-    `expected_road` None means any will do.
+    `expected_transport` None means any will do.
     """
     for status in instances:
         if status.blocks.leaked:
@@ -222,14 +222,14 @@ def check_links(instances: Iterable[InstanceStatus], expected_road: str | None) 
             yield Finding("blocks", Grade.FAILED, text, "a fault of tandem: please report it with the logs; restart it")
         for link in status.links if status.role is Role.DECODE else ():  # both ends count; once is enough
             name = f"{link.peer_id} -> {status.instance_id}"
-            if expected_road is not None and link.road != expected_road:
-                advice = f"it should be {expected_road}: see the log of {status.instance_id} for why that failed"
-                yield Finding("link", Grade.FAILED, f"{name} took the road {link.road}", advice)
+            if expected_transport is not None and link.transport != expected_transport:
+                advice = f"it should be {expected_transport}: see the log of {status.instance_id} for why that failed"
+                yield Finding("link", Grade.FAILED, f"{name} took the transport {link.transport}", advice)
             elif link.failures:
                 advice = f"see the log of {status.instance_id}"
                 yield Finding("link", Grade.WARNING, f"{name}: {link.failures} transfers failed", advice)
             else:
-                yield Finding("link", Grade.OK, f"{name}: {link.road}, {link.transfers} transfers")
+                yield Finding("link", Grade.OK, f"{name}: {link.transport}, {link.transfers} transfers")
 
 
 def _gib(count: int) -> str:

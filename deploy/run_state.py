@@ -25,8 +25,8 @@ _KEPT_LOG_FOLDERS = 5
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """`process_started_s` tells the process from a later one that was given the same pid. `expected_road` is the one
-    that KV should take between its workers, None if any will do."""
+    """`process_started_s` tells the process from a later one that was given the same pid. `expected_transport` is the
+    one that KV should take between its workers, None if any will do."""
 
     pid: int
     process_started_s: float
@@ -37,7 +37,7 @@ class RunState:
     cluster_token: str
     log_folder: str
     ray_folder: str
-    expected_road: str | None = None
+    expected_transport: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

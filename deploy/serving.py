@@ -36,10 +36,10 @@ def with_instances(config: ServeConfig, prefill: int, decode: int) -> ServeConfi
     )
 
 
-def expected_road(config: ServeConfig) -> str | None:
-    """The road that KV should take between workers of one host; None where the machine decides (a GPU, perhaps)."""
-    if config.decode.road != "auto":
-        return config.decode.road
+def expected_transport(config: ServeConfig) -> str | None:
+    """The transport that KV should take on one host; None where the machine decides (a GPU, perhaps)."""
+    if config.decode.transport != "auto":
+        return config.decode.transport
     on_cpu = {config.prefill.engine.device, config.decode.engine.device} == {"cpu"}
     return "shared_memory" if on_cpu or not this_machine().gpus else None
 

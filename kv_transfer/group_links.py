@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from tandem.core.errors import TransferError
-from tandem.core.transfer import Road
+from tandem.core.transfer import Transport
 from tandem.kv_transfer.blocks import Gate, PoolView, Window
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.owner_thread import OwnerThread
@@ -45,9 +45,9 @@ class PairMaker:
         self._gloo = GlooDevice(config.bind_host)
 
     @property
-    def road(self) -> Road:
-        """The road by which pools on this device travel."""
-        return Road.GLOO if self._device.type == "cpu" else Road.NCCL
+    def transport(self) -> Transport:
+        """The transport by which pools on this device travel."""
+        return Transport.GLOO if self._device.type == "cpu" else Transport.NCCL
 
     def close(self) -> None:
         """Give back what all pairs shared. It is made again when needed."""
@@ -55,7 +55,7 @@ class PairMaker:
 
     def connect(self, rank: int, board: Board) -> Pair:
         """Blocks until the other rank does the same. Raises TransferError."""
-        if self.road is Road.GLOO:
+        if self.transport is Transport.GLOO:
             return GlooPair.connect(rank, board, self._gloo, self._config.link_timeout_s)
         return NcclPair.connect(rank, board, self._device, self._config.link_timeout_s)
 

@@ -21,7 +21,7 @@ from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
 from tandem.core.session import LinkStats
 from tandem.core.shipment import Manifest
-from tandem.core.transfer import Grant, LinkOffer, LinkReply, PeerControl, Road
+from tandem.core.transfer import Grant, LinkOffer, LinkReply, PeerControl, Transport
 from tandem.kv_transfer.blocks import Gate, Pieces, PoolView, Window, windows
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import host_identity
@@ -47,7 +47,7 @@ class Fetched:
     manifest: Manifest
     bytes: int
     seconds: float
-    road: Road
+    transport: Transport
 
     @property
     def first_token(self) -> SampledToken:
@@ -83,15 +83,15 @@ class KvReceiver:
         pool: torch.Tensor,
         instance_id: str,
         *,
-        road: Road | str = "auto",
+        transport: Transport | str = "auto",
         checksum: bool | None = None,
         timeout_s: float = 10.0,
         link_config: LinkConfig | None = None,
     ) -> None:
-        """`road` "auto" takes the fastest that can be had, a named one is taken or it is an error. `checksum` None
+        """`transport` "auto" takes the fastest that can be had, a named one is taken or it is an error. `checksum` None
         checks what came over sockets. `timeout_s` bounds a hand-over from manifest to acknowledgement.
 
-        Raises ConfigError for an unknown road.
+        Raises ConfigError for an unknown transport.
         """
         self._layout = layout
         one_rank = RankGrid(layout.num_layers, layout.num_kv_heads)
@@ -100,7 +100,7 @@ class KvReceiver:
         self._view = PoolView.over(pool, layout, self._portion)
         self._pieces: Pieces | None = None
         self._instance_id = instance_id
-        self._road = _parse_road(road)
+        self._transport = _parse_transport(transport)
         self._checksum = checksum
         self._timeout_s = timeout_s
         self._link_config = link_config or LinkConfig()
@@ -158,7 +158,7 @@ class KvReceiver:
         num_bytes = needed * self._layout.block_bytes
         if totals := self._totals.get(peer.instance_id):  # unless it was dropped meanwhile
             totals.count(num_bytes, seconds)
-        return Fetched(manifest, num_bytes, seconds, link.reply.road)
+        return Fetched(manifest, num_bytes, seconds, link.reply.transport)
 
     def links(self) -> tuple[LinkStats, ...]:
         """Totals of every peer since it was first linked or last dropped."""
@@ -199,32 +199,36 @@ class KvReceiver:
             link = await self._make_link(peer, timeout_s)
             self._unlink(peer.instance_id)  # one made meanwhile, after a drop
             self._links[peer.instance_id] = link
-            road = link.reply.road
-            self._totals.setdefault(peer.instance_id, LinkTotals(peer.instance_id, road)).road = road
+            transport = link.reply.transport
+            self._totals.setdefault(peer.instance_id, LinkTotals(peer.instance_id, transport)).transport = transport
             speed = f"{link.end.bytes_per_s / 1e9:.2f} GB/s"
-            _log.info("linked to %s: road %s, measured %s", peer.instance_id, road.value, speed)
+            _log.info("linked to %s: transport %s, measured %s", peer.instance_id, transport.value, speed)
             return link
 
     async def _make_link(self, peer: PeerControl, timeout_s: float) -> _Link:
         try:
             async with asyncio.timeout(timeout_s):
                 try:
-                    return await self._try_roads(peer, self._roads(), timeout_s)
+                    return await self._try_transports(peer, self._transports(), timeout_s)
                 except UnreachableMemoryError as error:
-                    if self._road is not None:
+                    if self._transport is not None:
                         raise
                     _log.warning("no shared memory with %s: %s", peer.instance_id, error.message)
-                    return await self._try_roads(peer, (self._pairs.road,), timeout_s)
+                    return await self._try_transports(peer, (self._pairs.transport,), timeout_s)
         except TimeoutError as error:
             raise TransferError("the KV link could not be made in time") from error
 
-    async def _try_roads(self, peer: PeerControl, roads: tuple[Road, ...], timeout_s: float) -> _Link:
-        offer = LinkOffer(self._instance_id, self._layout.fingerprint, host_identity(), roads)
+    async def _try_transports(self, peer: PeerControl, transports: tuple[Transport, ...], timeout_s: float) -> _Link:
+        offer = LinkOffer(self._instance_id, self._layout.fingerprint, host_identity(), transports)
         reply = await peer.link(offer, timeout_s)
         try:
             if reply.instance_id != peer.instance_id:
                 raise TransferError("the prefill worker was restarted")
-            if reply.fingerprint != self._layout.fingerprint or reply.road not in roads or reply.num_blocks < 1:
+            if (
+                reply.fingerprint != self._layout.fingerprint
+                or reply.transport not in transports
+                or reply.num_blocks < 1
+            ):
                 raise IncompatiblePeerError("the prefill worker's answer does not fit the offer")
             return _Link(peer, reply, await self._open_end(peer, reply, timeout_s))
         except BaseException:
@@ -233,7 +237,7 @@ class KvReceiver:
 
     async def _open_end(self, peer: PeerControl, reply: LinkReply, timeout_s: float) -> SharedLink | GroupLink:
         name = f"kv-from-{peer.instance_id}"
-        if reply.road is Road.SHARED_MEMORY:
+        if reply.transport is Transport.SHARED_MEMORY:
             source_layout = replace(self._layout, num_blocks=reply.num_blocks)
             return await SharedLink.open(reply, source_layout, self._portion, name)
         board = RemoteBoard(peer, reply.link_id, asyncio.get_running_loop(), timeout_s)
@@ -245,11 +249,11 @@ class KvReceiver:
             raise
         return group
 
-    def _roads(self) -> tuple[Road, ...]:
-        if self._road is not None:
-            return (self._road,)
-        by_group = self._pairs.road
-        return (Road.SHARED_MEMORY, by_group) if by_group is Road.GLOO else (by_group,)
+    def _transports(self) -> tuple[Transport, ...]:
+        if self._transport is not None:
+            return (self._transport,)
+        by_group = self._pairs.transport
+        return (Transport.SHARED_MEMORY, by_group) if by_group is Transport.GLOO else (by_group,)
 
     def _unlink(self, peer_id: str) -> None:
         if link := self._links.pop(peer_id, None):
@@ -317,7 +321,7 @@ class KvReceiver:
         gate: Gate,
         deadline_s: float,
     ) -> None:
-        checksum = self._checksum if self._checksum is not None else link.reply.road is Road.GLOO
+        checksum = self._checksum if self._checksum is not None else link.reply.transport is Transport.GLOO
         grant = self._grant(link, manifest, checksum)
         plan = self._plan(len(block_ids))
         try:
@@ -367,8 +371,8 @@ def _remaining_s(deadline_s: float) -> float:
     return min(remaining_s, _DAY_S)
 
 
-def _parse_road(road: Road | str) -> Road | None:
+def _parse_transport(transport: Transport | str) -> Transport | None:
     try:
-        return None if road == "auto" else Road(road)
+        return None if transport == "auto" else Transport(transport)
     except ValueError as error:
-        raise ConfigError(f"'{road}' is no road for KV") from error
+        raise ConfigError(f"'{transport}' is no transport for KV") from error

@@ -4,7 +4,7 @@ An instance is tp x pp ranks: tensor parallelism cuts the KV heads, pipeline par
 consecutive ranges whose sizes differ by one at most, larger ones first. With more tensor-parallel ranks than KV heads
 each head lives on several ranks (replicas).
 
-Today every instance has one rank, and the list has one entry; the roads copy whatever is in it.
+Today every instance has one rank, and the list has one entry; the transports copy whatever is in it.
 """
 
 from dataclasses import dataclass

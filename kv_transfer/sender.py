@@ -13,7 +13,7 @@ from tandem.core.errors import IncompatiblePeerError, OverloadedError, StaleEpoc
 from tandem.core.kv_layout import KvLayout
 from tandem.core.session import LinkStats
 from tandem.core.shipment import Manifest
-from tandem.core.transfer import Grant, GrantReply, LinkOffer, LinkReply, Road
+from tandem.core.transfer import Grant, GrantReply, LinkOffer, LinkReply, Transport
 from tandem.kv_transfer.blocks import PoolView, Window, gather_checksum, windows
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import DescriptorServer, host_identity
@@ -32,7 +32,7 @@ MAX_WINDOW_BYTES = 64 << 20
 class _Link:
     link_id: str
     peer_id: str
-    road: Road
+    transport: Transport
     board: LocalBoard = field(default_factory=LocalBoard)
     group: GroupLink | None = None
     next_sequence: int = 0
@@ -59,21 +59,21 @@ class KvSender:
         self._killed: list[GroupLink] = []
 
     async def link(self, offer: LinkOffer) -> LinkReply:
-        """Agree on a road with a decode instance. An earlier link of the same instance ends.
+        """Agree on a transport with a decode instance. An earlier link of the same instance ends.
 
-        Raises IncompatiblePeerError (another layout, or no road in common) or OverloadedError (too many links).
+        Raises IncompatiblePeerError (another layout, or no transport in common) or OverloadedError (too many links).
         """
         if offer.fingerprint != self._layout.fingerprint:
             raise IncompatiblePeerError("the two workers' KV layouts differ (model weights, dtype or block size)")
-        possible = self._roads(offer)
-        road = next((road for road in offer.roads if road in possible), None)
-        if road is None:
-            raise IncompatiblePeerError("the two workers have no road for KV in common")
+        possible = self._transports(offer)
+        transport = next((transport for transport in offer.transports if transport in possible), None)
+        if transport is None:
+            raise IncompatiblePeerError("the two workers have no transport for KV in common")
         self.drop(offer.instance_id)
         self._make_room()
-        link = _Link(secrets.token_hex(16), offer.instance_id, road, used_s=time.monotonic())
+        link = _Link(secrets.token_hex(16), offer.instance_id, transport, used_s=time.monotonic())
         socket_name, nonce = "", b""
-        if road is Road.SHARED_MEMORY:
+        if transport is Transport.SHARED_MEMORY:
             assert self._pool.fd is not None
             self._descriptors = self._descriptors or DescriptorServer.start(self._pool.fd)
             socket_name, nonce = self._descriptors.name, self._descriptors.invite()
@@ -81,12 +81,12 @@ class KvSender:
             name = f"kv-send-{offer.instance_id}"
             link.group = GroupLink.start(self._pairs, self._config, PREFILL_RANK, link.board, name)
         self._links[link.link_id] = link
-        self._totals.setdefault(offer.instance_id, LinkTotals(offer.instance_id, road)).road = road
+        self._totals.setdefault(offer.instance_id, LinkTotals(offer.instance_id, transport)).transport = transport
         return LinkReply(
             link_id=link.link_id,
             instance_id=self._instance_id,
             fingerprint=self._layout.fingerprint,
-            road=road,
+            transport=transport,
             num_blocks=self._layout.num_blocks,
             socket_name=socket_name,
             nonce=nonce,
@@ -167,11 +167,11 @@ class KvSender:
             self._descriptors.close()
             self._descriptors = None
 
-    def _roads(self, offer: LinkOffer) -> set[Road]:
-        roads = {self._pairs.road}
+    def _transports(self, offer: LinkOffer) -> set[Transport]:
+        transports = {self._pairs.transport}
         if self._pool.fd is not None and offer.host == host_identity():
-            roads.add(Road.SHARED_MEMORY)
-        return roads
+            transports.add(Transport.SHARED_MEMORY)
+        return transports
 
     def _make_room(self) -> None:
         if len(self._links) < self._config.max_links:

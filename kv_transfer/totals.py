@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tandem.core.session import LinkStats
-from tandem.core.transfer import Road
+from tandem.core.transfer import Transport
 
 
 @dataclass(slots=True)
@@ -11,7 +11,7 @@ class LinkTotals:
     """Counters of one peer; they outlive a link that failed and was made again. Owned by the event loop."""
 
     peer_id: str
-    road: Road
+    transport: Transport
     transfers: int = 0
     transfer_bytes: int = 0
     transfer_s: float = 0.0
@@ -24,5 +24,5 @@ class LinkTotals:
 
     def stats(self) -> LinkStats:
         return LinkStats(
-            self.peer_id, self.road.value, self.transfers, self.transfer_bytes, self.transfer_s, self.failures
+            self.peer_id, self.transport.value, self.transfers, self.transfer_bytes, self.transfer_s, self.failures
         )

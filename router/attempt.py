@@ -155,7 +155,7 @@ class Attempt:
     def _on_transfer(self, event: TransferCommitted) -> None:
         self._has_transfer = True
         self._owner.stamps.transfer_committed(event, self._owner.now_s())
-        self.record.road, self.record.transfer_s = event.road, event.transfer_s
+        self.record.transport, self.record.transfer_s = event.transport, event.transfer_s
         self.record.transfer_bytes = event.transfer_bytes
         if self._has_first_token:
             self._prefill.release(self._handle)

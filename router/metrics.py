@@ -69,7 +69,7 @@ RUNNING = Description("tandem_running_requests", "Requests whose first token is 
 QUEUED = Description("tandem_queued_requests", "Requests that wait for their first token")
 
 _BY_INSTANCE = ("instance", "role")
-_BY_LINK = ("instance", "peer", "road")
+_BY_LINK = ("instance", "peer", "transport")
 UP = Description("tandem_instance_up", "1 if the instance takes work, 0 if it is registered and does not", _BY_INSTANCE)
 OPEN = Description("tandem_instance_open_requests", "Requests that this router has open there", _BY_INSTANCE)
 WAITING = Description("tandem_instance_waiting_requests", "Queue length the instance reports", _BY_INSTANCE)
@@ -203,7 +203,7 @@ def _links(instances: tuple[Instance, ...]) -> Iterator[Metric]:
     ]
     for instance in instances:
         for link in instance.status.links:
-            labels = [instance.instance_id, link.peer_id, link.road]
+            labels = [instance.instance_id, link.peer_id, link.transport]
             totals = (link.transfers, link.transfer_bytes, link.transfer_s, link.failures)
             for family, total in zip(families, totals, strict=True):
                 family.add_metric(labels, total)

@@ -22,7 +22,7 @@ class AttemptRecord:
     prefill_choice: Choice
     decode_id: str | None = None
     decode_choice: Choice | None = None
-    road: str | None = None
+    transport: str | None = None
     transfer_s: float | None = None
     transfer_bytes: int | None = None
     failure: str | None = None

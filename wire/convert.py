@@ -161,7 +161,7 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         links=[
             worker_pb2.LinkStats(
                 peer_id=link.peer_id,
-                road=link.road,
+                transport=link.transport,
                 transfers=link.transfers,
                 transfer_bytes=link.transfer_bytes,
                 transfer_s=link.transfer_s,
@@ -197,7 +197,7 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         cached_tokens=pb.cached_tokens,
         preemptions=pb.preemptions,
         links=tuple(
-            LinkStats(link.peer_id, link.road, link.transfers, link.transfer_bytes, link.transfer_s, link.failures)
+            LinkStats(link.peer_id, link.transport, link.transfers, link.transfer_bytes, link.transfer_s, link.failures)
             for link in pb.links
         ),
     )

@@ -144,9 +144,9 @@ def decode_event_to_pb(event: DecodeEvent) -> worker_pb2.DecodeSessionResponse:
             return worker_pb2.DecodeSessionResponse(frame=frame)
         case DecodeReserved(handle):
             return worker_pb2.DecodeSessionResponse(reserved=worker_pb2.DecodeReservedEvent(handle=handle))
-        case TransferCommitted(handle, transfer_s, transfer_bytes, road):
+        case TransferCommitted(handle, transfer_s, transfer_bytes, transport):
             committed = worker_pb2.TransferCommittedEvent(
-                handle=handle, transfer_s=transfer_s, transfer_bytes=transfer_bytes, road=road
+                handle=handle, transfer_s=transfer_s, transfer_bytes=transfer_bytes, transport=transport
             )
             return worker_pb2.DecodeSessionResponse(committed=committed)
         case RequestFailed(handle, code, message):
@@ -163,7 +163,9 @@ def decode_event_from_pb(pb: worker_pb2.DecodeSessionResponse) -> DecodeEvent:
             return DecodeReserved(pb.reserved.handle)
         case "committed":
             committed = pb.committed
-            return TransferCommitted(committed.handle, committed.transfer_s, committed.transfer_bytes, committed.road)
+            return TransferCommitted(
+                committed.handle, committed.transfer_s, committed.transfer_bytes, committed.transport
+            )
         case "failed":
             return RequestFailed(pb.failed.handle, pb.failed.code, pb.failed.message)
         case _:

@@ -19,7 +19,7 @@ from tandem.core.transfer import (
     LinkReply,
     PeerGoneError,
     Portion,
-    Road,
+    Transport,
 )
 from tandem.rpc_errors import CODE_KEY
 from tandem.v1 import transfer_pb2, transfer_pb2_grpc
@@ -28,14 +28,14 @@ from tandem.wire.convert import sampled_from_pb, sampled_to_pb
 from tandem.wire.status import abort, error_from_rpc
 
 MAX_NAME_LENGTH = 256
-MAX_ROADS = 8
+MAX_TRANSPORTS = 8
 
-_ROAD_TO_PB = {
-    Road.SHARED_MEMORY: transfer_pb2.ROAD_SHARED_MEMORY,
-    Road.GLOO: transfer_pb2.ROAD_GLOO,
-    Road.NCCL: transfer_pb2.ROAD_NCCL,
+_TRANSPORT_TO_PB = {
+    Transport.SHARED_MEMORY: transfer_pb2.TRANSPORT_SHARED_MEMORY,
+    Transport.GLOO: transfer_pb2.TRANSPORT_GLOO,
+    Transport.NCCL: transfer_pb2.TRANSPORT_NCCL,
 }
-_ROAD_FROM_PB = {value: key for key, value in _ROAD_TO_PB.items()}
+_TRANSPORT_FROM_PB = {value: key for key, value in _TRANSPORT_TO_PB.items()}
 
 Reply = TypeVar("Reply")
 
@@ -62,7 +62,7 @@ class KvTransferClient:
             fingerprint=offer.fingerprint,
             boot_id=offer.host.boot_id,
             uid=offer.host.uid,
-            roads=[_ROAD_TO_PB[road] for road in offer.roads],
+            transports=[_TRANSPORT_TO_PB[transport] for transport in offer.transports],
         )
         call = self._stub.Link(request, metadata=self._metadata)
         try:
@@ -76,17 +76,17 @@ class KvTransferClient:
         except BaseException:
             call.cancel()
             raise
-        road = _ROAD_FROM_PB.get(reply.road) if reply is not grpc.aio.EOF else None
-        if road is None:
+        transport = _TRANSPORT_FROM_PB.get(reply.transport) if reply is not grpc.aio.EOF else None
+        if transport is None:
             call.cancel()
-            raise TransferError("the prefill worker's answer names no road")
+            raise TransferError("the prefill worker's answer names no transport")
         self._link_calls = {link_id: other for link_id, other in self._link_calls.items() if not other.done()}
         self._link_calls[reply.link_id] = call
         return LinkReply(
             link_id=reply.link_id,
             instance_id=reply.instance_id,
             fingerprint=reply.fingerprint,
-            road=road,
+            transport=transport,
             num_blocks=reply.num_blocks,
             socket_name=reply.socket_name,
             nonce=reply.nonce,
@@ -170,12 +170,14 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
     async def Link(self, request: transfer_pb2.LinkRequest, context: Any) -> AsyncIterator[transfer_pb2.LinkResponse]:
         async def answer() -> LinkReply:
             _check_names(request.instance_id, request.fingerprint, request.boot_id)
-            _require(len(request.roads) <= MAX_ROADS, "too many roads are offered")
+            _require(len(request.transports) <= MAX_TRANSPORTS, "too many transports are offered")
             offer = LinkOffer(
                 instance_id=request.instance_id,
                 fingerprint=request.fingerprint,
                 host=HostIdentity(request.boot_id, request.uid),
-                roads=tuple(_ROAD_FROM_PB[road] for road in request.roads if road in _ROAD_FROM_PB),
+                transports=tuple(
+                    _TRANSPORT_FROM_PB[transport] for transport in request.transports if transport in _TRANSPORT_FROM_PB
+                ),
             )
             return await self._links.link(offer)
 
@@ -185,7 +187,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
                 link_id=reply.link_id,
                 instance_id=reply.instance_id,
                 fingerprint=reply.fingerprint,
-                road=_ROAD_TO_PB[reply.road],
+                transport=_TRANSPORT_TO_PB[reply.transport],
                 num_blocks=reply.num_blocks,
                 socket_name=reply.socket_name,
                 nonce=reply.nonce,

@@ -20,7 +20,7 @@ from tandem.core.config_file import load_config
 from tandem.core.cost_model import StepCost, StepLoad
 from tandem.core.errors import ConfigError
 from tandem.core.parallel import ParallelShape
-from tandem.placement.costs.serving import RoadCosts, ServingCosts
+from tandem.placement.costs.serving import PathCosts, ServingCosts
 from tandem.placement.simulator.deployment import NetworkSpec, RouterSpec
 
 Knots = tuple[tuple[int, float], ...]
@@ -89,7 +89,7 @@ class Calibration(_Frozen):
     terms: Terms
     error: FitError
     serving: ServingCosts = ServingCosts()
-    road: RoadCosts | None = Field(default=None, description="None: no cluster was measured")
+    request_path: PathCosts | None = Field(default=None, description="None: no cluster was measured")
     measurements: tuple[Measurement, ...] = ()
 
     @model_validator(mode="after")
@@ -102,13 +102,13 @@ class Calibration(_Frozen):
 
     def router_spec(self) -> RouterSpec:
         """Of the cluster that was measured; free of cost if none was."""
-        return RouterSpec() if self.road is None else self.road.router_spec()
+        return RouterSpec() if self.request_path is None else self.request_path.router_spec()
 
     def network_spec(self, *, neighbour_busy: float = 1.0) -> NetworkSpec:
         """All instances on this machine, which compute for `neighbour_busy` of the time."""
-        if self.road is None:
+        if self.request_path is None:
             return NetworkSpec(self.kv_bytes_per_token)
-        return self.road.network_spec(self.kv_bytes_per_token, neighbour_busy)
+        return self.request_path.network_spec(self.kv_bytes_per_token, neighbour_busy)
 
 
 def load_calibration(path: Path) -> Calibration:

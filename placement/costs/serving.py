@@ -1,4 +1,4 @@
-"""What running workers add to the engine's own steps, and the road around them, as `tandem profile` measures them."""
+"""What running workers add to the engine's own steps, and the request path, as `tandem profile` measures them."""
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -55,7 +55,7 @@ class ServingCosts(_Frozen):
         return self.decode_alone.toward(self.decode_beside, neighbour_busy)
 
 
-class RoadCosts(_Frozen):
+class PathCosts(_Frozen):
     """Around the steps, measured on a cluster of one worker of each role on this machine."""
 
     admission_s: float = Field(ge=0, description="Received until the prefill worker has it")

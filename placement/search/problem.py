@@ -55,7 +55,7 @@ class Problem:
         return tuple(NodeType(device, devices, count) for (device, devices), count in counts.items())
 
     def transfer_s_per_token(self, devices: Sequence[str], ranks: int, *, same_node: bool) -> float:
-        """KV of one token on its way between instances of `ranks` ranks at least, with the road to itself."""
+        """KV of one token on its way between instances of `ranks` ranks at least, with the request path to itself."""
         if same_node:
             speed = min(ranks * peer_bytes_per_s(self.cluster.devices[name]) for name in devices)
         else:

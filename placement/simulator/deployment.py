@@ -38,7 +38,7 @@ class InstanceSpec:
 
 @dataclass(frozen=True, slots=True)
 class NetworkSpec:
-    """KV roads. A transfer of n tokens takes `latency_s` + `turn_s` + n * `kv_bytes_per_token` / bandwidth, and all but
+    """KV links. A transfer of n tokens takes `latency_s` + `turn_s` + n * `kv_bytes_per_token` / bandwidth, and all but
     the latency is shared: a node's outgoing link, its incoming link, and inside a node each instance's own port, are
     divided equally among the transfers on them. Infinite bandwidth means that a transfer takes `latency_s`."""
 

@@ -8,48 +8,48 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class Road(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    ROAD_UNSPECIFIED: _ClassVar[Road]
-    ROAD_SHARED_MEMORY: _ClassVar[Road]
-    ROAD_GLOO: _ClassVar[Road]
-    ROAD_NCCL: _ClassVar[Road]
-ROAD_UNSPECIFIED: Road
-ROAD_SHARED_MEMORY: Road
-ROAD_GLOO: Road
-ROAD_NCCL: Road
+    TRANSPORT_UNSPECIFIED: _ClassVar[Transport]
+    TRANSPORT_SHARED_MEMORY: _ClassVar[Transport]
+    TRANSPORT_GLOO: _ClassVar[Transport]
+    TRANSPORT_NCCL: _ClassVar[Transport]
+TRANSPORT_UNSPECIFIED: Transport
+TRANSPORT_SHARED_MEMORY: Transport
+TRANSPORT_GLOO: Transport
+TRANSPORT_NCCL: Transport
 
 class LinkRequest(_message.Message):
-    __slots__ = ("instance_id", "fingerprint", "boot_id", "uid", "roads")
+    __slots__ = ("instance_id", "fingerprint", "boot_id", "uid", "transports")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
-    ROADS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     fingerprint: str
     boot_id: str
     uid: int
-    roads: _containers.RepeatedScalarFieldContainer[Road]
-    def __init__(self, instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., boot_id: _Optional[str] = ..., uid: _Optional[int] = ..., roads: _Optional[_Iterable[_Union[Road, str]]] = ...) -> None: ...
+    transports: _containers.RepeatedScalarFieldContainer[Transport]
+    def __init__(self, instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., boot_id: _Optional[str] = ..., uid: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ...) -> None: ...
 
 class LinkResponse(_message.Message):
-    __slots__ = ("link_id", "instance_id", "fingerprint", "road", "num_blocks", "socket_name", "nonce")
+    __slots__ = ("link_id", "instance_id", "fingerprint", "transport", "num_blocks", "socket_name", "nonce")
     LINK_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
-    ROAD_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SOCKET_NAME_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     link_id: str
     instance_id: str
     fingerprint: str
-    road: Road
+    transport: Transport
     num_blocks: int
     socket_name: str
     nonce: bytes
-    def __init__(self, link_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., road: _Optional[_Union[Road, str]] = ..., num_blocks: _Optional[int] = ..., socket_name: _Optional[str] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, link_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., num_blocks: _Optional[int] = ..., socket_name: _Optional[str] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class RendezvousSetRequest(_message.Message):
     __slots__ = ("link_id", "key", "value")

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\"\xb5\x01\n\x0e\x41ttemptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x19\n\x11num_output_tokens\x18\x04 \x01(\x05\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x11\n\ttimeout_s\x18\x07 \x01(\x01\"J\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12(\n\x07logprob\x18\x02 \x01(\x0b\x32\x17.tandem.v1.TokenLogprob\"\x1f\n\rCancelCommand\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"<\n\x0b\x46\x61iledEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"R\n\x14SubmitPrefillCommand\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.tandem.v1.AttemptRequest\"\x81\x01\n\x15PrefillSessionRequest\x12\x31\n\x06submit\x18\x01 \x01(\x0b\x32\x1f.tandem.v1.SubmitPrefillCommandH\x00\x12*\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x18.tandem.v1.CancelCommandH\x00\x42\t\n\x07\x63ommand\"@\n\x13PrefillStartedEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\x05\"\xef\x01\n\x14PrefillFinishedEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x05token\x18\x02 \x01(\x0b\x32\x17.tandem.v1.SampledToken\x12\x30\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\x05\x12\x0f\n\x07queue_s\x18\x06 \x01(\x01\x12\x11\n\tcompute_s\x18\x07 \x01(\x01\"\xb3\x01\n\x16PrefillSessionResponse\x12\x31\n\x07started\x18\x01 \x01(\x0b\x32\x1e.tandem.v1.PrefillStartedEventH\x00\x12\x33\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1f.tandem.v1.PrefillFinishedEventH\x00\x12(\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x16.tandem.v1.FailedEventH\x00\x42\x07\n\x05\x65vent\"\x83\x01\n\x11OpenDecodeCommand\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.tandem.v1.AttemptRequest\x12\x1a\n\x12source_instance_id\x18\x03 \x01(\t\x12\x16\n\x0esource_address\x18\x04 \x01(\t\"{\n\x14\x44\x65\x63odeSessionRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.tandem.v1.OpenDecodeCommandH\x00\x12*\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x18.tandem.v1.CancelCommandH\x00\x42\t\n\x07\x63ommand\"%\n\x13\x44\x65\x63odeReservedEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"b\n\x16TransferCommittedEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\ntransfer_s\x18\x02 \x01(\x01\x12\x16\n\x0etransfer_bytes\x18\x03 \x01(\x03\x12\x0c\n\x04road\x18\x04 \x01(\t\"\xae\x01\n\x0c\x44\x65\x63odeTokens\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x14\n\x07queue_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_queue_s\"J\n\x10\x44\x65\x63odeFrameEvent\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.tandem.v1.DecodeTokens\x12\x0e\n\x06step_s\x18\x02 \x01(\x01\"\xe4\x01\n\x15\x44\x65\x63odeSessionResponse\x12\x32\n\x08reserved\x18\x01 \x01(\x0b\x32\x1e.tandem.v1.DecodeReservedEventH\x00\x12\x36\n\tcommitted\x18\x02 \x01(\x0b\x32!.tandem.v1.TransferCommittedEventH\x00\x12,\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x1b.tandem.v1.DecodeFrameEventH\x00\x12(\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x16.tandem.v1.FailedEventH\x00\x42\x07\n\x05\x65vent\"k\n\x0b\x42lockCounts\x12\r\n\x05total\x18\x01 \x01(\x03\x12\x0c\n\x04\x66ree\x18\x02 \x01(\x03\x12\x0f\n\x07running\x18\x03 \x01(\x03\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x03\x12\x0e\n\x06leased\x18\x05 \x01(\x03\x12\x0e\n\x06leaked\x18\x06 \x01(\x03\"{\n\tLinkStats\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04road\x18\x02 \x01(\t\x12\x11\n\ttransfers\x18\x03 \x01(\x03\x12\x16\n\x0etransfer_bytes\x18\x04 \x01(\x03\x12\x12\n\ntransfer_s\x18\x05 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x06 \x01(\x03\"\xca\x03\n\x0eInstanceStatus\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Role\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.tandem.v1.InstanceState\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x15\n\rmax_model_len\x18\x07 \x01(\x05\x12\x12\n\nblock_size\x18\x08 \x01(\x05\x12&\n\x06\x62locks\x18\t \x01(\x0b\x32\x16.tandem.v1.BlockCounts\x12\x18\n\x10waiting_requests\x18\n \x01(\x05\x12\x18\n\x10running_requests\x18\x0b \x01(\x05\x12\x16\n\x0ewaiting_tokens\x18\x0c \x01(\x05\x12\r\n\x05steps\x18\r \x01(\x03\x12\x0e\n\x06step_s\x18\x0e \x01(\x01\x12\x17\n\x0f\x63omputed_tokens\x18\x0f \x01(\x03\x12\x15\n\rcached_tokens\x18\x10 \x01(\x03\x12\x13\n\x0bpreemptions\x18\x11 \x01(\x03\x12#\n\x05links\x18\x12 \x03(\x0b\x32\x14.tandem.v1.LinkStats\"=\n\x10HeartbeatRequest\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.tandem.v1.InstanceStatus\"\x13\n\x11HeartbeatResponse\"\'\n\x0f\x44\x65scribeRequest\x12\x14\n\x0cwith_profile\x18\x01 \x01(\x08\"\xea\x01\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12,\n\tinstances\x18\x03 \x03(\x0b\x32\x19.tandem.v1.InstanceStatus\x12\x18\n\x10running_requests\x18\x04 \x01(\x05\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\x05\x12+\n\x07profile\x18\x06 \x01(\x0b\x32\x1a.tandem.v1.WorkloadProfile\x12\'\n\x06replan\x18\x07 \x01(\x0b\x32\x17.tandem.v1.ReplanStatus\"\xd6\x01\n\x0fWorkloadProfile\x12\x0e\n\x06window\x18\x01 \x01(\x03\x12\x10\n\x08window_s\x18\x02 \x01(\x01\x12\x10\n\x08\x61rrivals\x18\x03 \x01(\x03\x12\x12\n\narrival_cv\x18\x04 \x01(\x01\x12\x10\n\x08\x66inished\x18\x05 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x06 \x03(\x05\x12\x15\n\routput_tokens\x18\x07 \x03(\x05\x12\x15\n\rcached_tokens\x18\x08 \x03(\x05\x12\x11\n\tslo_class\x18\t \x03(\x05\x12\x11\n\tarrival_s\x18\n \x03(\x01\"\xa5\x02\n\x0cReplanStatus\x12\r\n\x05state\x18\x01 \x01(\t\x12/\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x1e.tandem.v1.ReplanStatus.Change\x12\x0c\n\x04note\x18\x03 \x01(\t\x12\x32\n\x08proposal\x18\x04 \x01(\x0b\x32 .tandem.v1.ReplanStatus.Proposal\x1aG\n\x06\x43hange\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07planned\x18\x02 \x01(\x01\x12\x0c\n\x04live\x18\x03 \x01(\x01\x12\x10\n\x08strength\x18\x04 \x01(\x01\x1aJ\n\x08Proposal\x12\x0f\n\x07summary\x18\x01 \x01(\t\x12\x0f\n\x07\x63hanges\x18\x02 \x03(\t\x12\x0c\n\x04gain\x18\x03 \x01(\x01\x12\x0e\n\x06\x66older\x18\x04 \x01(\t\">\n\x13ReportReplanRequest\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.tandem.v1.ReplanStatus\"\x16\n\x14ReportReplanResponse*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*\x82\x01\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16INSTANCE_STATE_LOADING\x10\x01\x12\x18\n\x14INSTANCE_STATE_READY\x10\x02\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x03\x32\x64\n\x0ePrefillService\x12R\n\x07Session\x12 .tandem.v1.PrefillSessionRequest\x1a!.tandem.v1.PrefillSessionResponse(\x01\x30\x01\x32\x61\n\rDecodeService\x12P\n\x07Session\x12\x1f.tandem.v1.DecodeSessionRequest\x1a .tandem.v1.DecodeSessionResponse(\x01\x30\x01\x32\xec\x01\n\x0c\x46leetService\x12\x46\n\tHeartbeat\x12\x1b.tandem.v1.HeartbeatRequest\x1a\x1c.tandem.v1.HeartbeatResponse\x12\x43\n\x08\x44\x65scribe\x12\x1a.tandem.v1.DescribeRequest\x1a\x1b.tandem.v1.DescribeResponse\x12O\n\x0cReportReplan\x12\x1e.tandem.v1.ReportReplanRequest\x1a\x1f.tandem.v1.ReportReplanResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\"\xb5\x01\n\x0e\x41ttemptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x19\n\x11num_output_tokens\x18\x04 \x01(\x05\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x11\n\ttimeout_s\x18\x07 \x01(\x01\"J\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12(\n\x07logprob\x18\x02 \x01(\x0b\x32\x17.tandem.v1.TokenLogprob\"\x1f\n\rCancelCommand\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"<\n\x0b\x46\x61iledEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"R\n\x14SubmitPrefillCommand\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.tandem.v1.AttemptRequest\"\x81\x01\n\x15PrefillSessionRequest\x12\x31\n\x06submit\x18\x01 \x01(\x0b\x32\x1f.tandem.v1.SubmitPrefillCommandH\x00\x12*\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x18.tandem.v1.CancelCommandH\x00\x42\t\n\x07\x63ommand\"@\n\x13PrefillStartedEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\x05\"\xef\x01\n\x14PrefillFinishedEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x05token\x18\x02 \x01(\x0b\x32\x17.tandem.v1.SampledToken\x12\x30\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\x05\x12\x0f\n\x07queue_s\x18\x06 \x01(\x01\x12\x11\n\tcompute_s\x18\x07 \x01(\x01\"\xb3\x01\n\x16PrefillSessionResponse\x12\x31\n\x07started\x18\x01 \x01(\x0b\x32\x1e.tandem.v1.PrefillStartedEventH\x00\x12\x33\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1f.tandem.v1.PrefillFinishedEventH\x00\x12(\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x16.tandem.v1.FailedEventH\x00\x42\x07\n\x05\x65vent\"\x83\x01\n\x11OpenDecodeCommand\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.tandem.v1.AttemptRequest\x12\x1a\n\x12source_instance_id\x18\x03 \x01(\t\x12\x16\n\x0esource_address\x18\x04 \x01(\t\"{\n\x14\x44\x65\x63odeSessionRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.tandem.v1.OpenDecodeCommandH\x00\x12*\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x18.tandem.v1.CancelCommandH\x00\x42\t\n\x07\x63ommand\"%\n\x13\x44\x65\x63odeReservedEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"g\n\x16TransferCommittedEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\ntransfer_s\x18\x02 \x01(\x01\x12\x16\n\x0etransfer_bytes\x18\x03 \x01(\x03\x12\x11\n\ttransport\x18\x04 \x01(\t\"\xae\x01\n\x0c\x44\x65\x63odeTokens\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x14\n\x07queue_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_queue_s\"J\n\x10\x44\x65\x63odeFrameEvent\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.tandem.v1.DecodeTokens\x12\x0e\n\x06step_s\x18\x02 \x01(\x01\"\xe4\x01\n\x15\x44\x65\x63odeSessionResponse\x12\x32\n\x08reserved\x18\x01 \x01(\x0b\x32\x1e.tandem.v1.DecodeReservedEventH\x00\x12\x36\n\tcommitted\x18\x02 \x01(\x0b\x32!.tandem.v1.TransferCommittedEventH\x00\x12,\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x1b.tandem.v1.DecodeFrameEventH\x00\x12(\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x16.tandem.v1.FailedEventH\x00\x42\x07\n\x05\x65vent\"k\n\x0b\x42lockCounts\x12\r\n\x05total\x18\x01 \x01(\x03\x12\x0c\n\x04\x66ree\x18\x02 \x01(\x03\x12\x0f\n\x07running\x18\x03 \x01(\x03\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x03\x12\x0e\n\x06leased\x18\x05 \x01(\x03\x12\x0e\n\x06leaked\x18\x06 \x01(\x03\"\x80\x01\n\tLinkStats\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x11\n\ttransfers\x18\x03 \x01(\x03\x12\x16\n\x0etransfer_bytes\x18\x04 \x01(\x03\x12\x12\n\ntransfer_s\x18\x05 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x06 \x01(\x03\"\xca\x03\n\x0eInstanceStatus\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Role\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.tandem.v1.InstanceState\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x15\n\rmax_model_len\x18\x07 \x01(\x05\x12\x12\n\nblock_size\x18\x08 \x01(\x05\x12&\n\x06\x62locks\x18\t \x01(\x0b\x32\x16.tandem.v1.BlockCounts\x12\x18\n\x10waiting_requests\x18\n \x01(\x05\x12\x18\n\x10running_requests\x18\x0b \x01(\x05\x12\x16\n\x0ewaiting_tokens\x18\x0c \x01(\x05\x12\r\n\x05steps\x18\r \x01(\x03\x12\x0e\n\x06step_s\x18\x0e \x01(\x01\x12\x17\n\x0f\x63omputed_tokens\x18\x0f \x01(\x03\x12\x15\n\rcached_tokens\x18\x10 \x01(\x03\x12\x13\n\x0bpreemptions\x18\x11 \x01(\x03\x12#\n\x05links\x18\x12 \x03(\x0b\x32\x14.tandem.v1.LinkStats\"=\n\x10HeartbeatRequest\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.tandem.v1.InstanceStatus\"\x13\n\x11HeartbeatResponse\"\'\n\x0f\x44\x65scribeRequest\x12\x14\n\x0cwith_profile\x18\x01 \x01(\x08\"\xea\x01\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12,\n\tinstances\x18\x03 \x03(\x0b\x32\x19.tandem.v1.InstanceStatus\x12\x18\n\x10running_requests\x18\x04 \x01(\x05\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\x05\x12+\n\x07profile\x18\x06 \x01(\x0b\x32\x1a.tandem.v1.WorkloadProfile\x12\'\n\x06replan\x18\x07 \x01(\x0b\x32\x17.tandem.v1.ReplanStatus\"\xd6\x01\n\x0fWorkloadProfile\x12\x0e\n\x06window\x18\x01 \x01(\x03\x12\x10\n\x08window_s\x18\x02 \x01(\x01\x12\x10\n\x08\x61rrivals\x18\x03 \x01(\x03\x12\x12\n\narrival_cv\x18\x04 \x01(\x01\x12\x10\n\x08\x66inished\x18\x05 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x06 \x03(\x05\x12\x15\n\routput_tokens\x18\x07 \x03(\x05\x12\x15\n\rcached_tokens\x18\x08 \x03(\x05\x12\x11\n\tslo_class\x18\t \x03(\x05\x12\x11\n\tarrival_s\x18\n \x03(\x01\"\xa5\x02\n\x0cReplanStatus\x12\r\n\x05state\x18\x01 \x01(\t\x12/\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x1e.tandem.v1.ReplanStatus.Change\x12\x0c\n\x04note\x18\x03 \x01(\t\x12\x32\n\x08proposal\x18\x04 \x01(\x0b\x32 .tandem.v1.ReplanStatus.Proposal\x1aG\n\x06\x43hange\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07planned\x18\x02 \x01(\x01\x12\x0c\n\x04live\x18\x03 \x01(\x01\x12\x10\n\x08strength\x18\x04 \x01(\x01\x1aJ\n\x08Proposal\x12\x0f\n\x07summary\x18\x01 \x01(\t\x12\x0f\n\x07\x63hanges\x18\x02 \x03(\t\x12\x0c\n\x04gain\x18\x03 \x01(\x01\x12\x0e\n\x06\x66older\x18\x04 \x01(\t\">\n\x13ReportReplanRequest\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.tandem.v1.ReplanStatus\"\x16\n\x14ReportReplanResponse*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*\x82\x01\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16INSTANCE_STATE_LOADING\x10\x01\x12\x18\n\x14INSTANCE_STATE_READY\x10\x02\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x03\x32\x64\n\x0ePrefillService\x12R\n\x07Session\x12 .tandem.v1.PrefillSessionRequest\x1a!.tandem.v1.PrefillSessionResponse(\x01\x30\x01\x32\x61\n\rDecodeService\x12P\n\x07Session\x12\x1f.tandem.v1.DecodeSessionRequest\x1a .tandem.v1.DecodeSessionResponse(\x01\x30\x01\x32\xec\x01\n\x0c\x46leetService\x12\x46\n\tHeartbeat\x12\x1b.tandem.v1.HeartbeatRequest\x1a\x1c.tandem.v1.HeartbeatResponse\x12\x43\n\x08\x44\x65scribe\x12\x1a.tandem.v1.DescribeRequest\x1a\x1b.tandem.v1.DescribeResponse\x12O\n\x0cReportReplan\x12\x1e.tandem.v1.ReportReplanRequest\x1a\x1f.tandem.v1.ReportReplanResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=3662
-  _globals['_ROLE']._serialized_end=3725
-  _globals['_INSTANCESTATE']._serialized_start=3728
-  _globals['_INSTANCESTATE']._serialized_end=3858
+  _globals['_ROLE']._serialized_start=3673
+  _globals['_ROLE']._serialized_end=3736
+  _globals['_INSTANCESTATE']._serialized_start=3739
+  _globals['_INSTANCESTATE']._serialized_end=3869
   _globals['_ATTEMPTREQUEST']._serialized_start=62
   _globals['_ATTEMPTREQUEST']._serialized_end=243
   _globals['_SAMPLEDTOKEN']._serialized_start=245
@@ -61,43 +61,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODERESERVEDEVENT']._serialized_start=1381
   _globals['_DECODERESERVEDEVENT']._serialized_end=1418
   _globals['_TRANSFERCOMMITTEDEVENT']._serialized_start=1420
-  _globals['_TRANSFERCOMMITTEDEVENT']._serialized_end=1518
-  _globals['_DECODETOKENS']._serialized_start=1521
-  _globals['_DECODETOKENS']._serialized_end=1695
-  _globals['_DECODEFRAMEEVENT']._serialized_start=1697
-  _globals['_DECODEFRAMEEVENT']._serialized_end=1771
-  _globals['_DECODESESSIONRESPONSE']._serialized_start=1774
-  _globals['_DECODESESSIONRESPONSE']._serialized_end=2002
-  _globals['_BLOCKCOUNTS']._serialized_start=2004
-  _globals['_BLOCKCOUNTS']._serialized_end=2111
-  _globals['_LINKSTATS']._serialized_start=2113
-  _globals['_LINKSTATS']._serialized_end=2236
-  _globals['_INSTANCESTATUS']._serialized_start=2239
-  _globals['_INSTANCESTATUS']._serialized_end=2697
-  _globals['_HEARTBEATREQUEST']._serialized_start=2699
-  _globals['_HEARTBEATREQUEST']._serialized_end=2760
-  _globals['_HEARTBEATRESPONSE']._serialized_start=2762
-  _globals['_HEARTBEATRESPONSE']._serialized_end=2781
-  _globals['_DESCRIBEREQUEST']._serialized_start=2783
-  _globals['_DESCRIBEREQUEST']._serialized_end=2822
-  _globals['_DESCRIBERESPONSE']._serialized_start=2825
-  _globals['_DESCRIBERESPONSE']._serialized_end=3059
-  _globals['_WORKLOADPROFILE']._serialized_start=3062
-  _globals['_WORKLOADPROFILE']._serialized_end=3276
-  _globals['_REPLANSTATUS']._serialized_start=3279
-  _globals['_REPLANSTATUS']._serialized_end=3572
-  _globals['_REPLANSTATUS_CHANGE']._serialized_start=3425
-  _globals['_REPLANSTATUS_CHANGE']._serialized_end=3496
-  _globals['_REPLANSTATUS_PROPOSAL']._serialized_start=3498
-  _globals['_REPLANSTATUS_PROPOSAL']._serialized_end=3572
-  _globals['_REPORTREPLANREQUEST']._serialized_start=3574
-  _globals['_REPORTREPLANREQUEST']._serialized_end=3636
-  _globals['_REPORTREPLANRESPONSE']._serialized_start=3638
-  _globals['_REPORTREPLANRESPONSE']._serialized_end=3660
-  _globals['_PREFILLSERVICE']._serialized_start=3860
-  _globals['_PREFILLSERVICE']._serialized_end=3960
-  _globals['_DECODESERVICE']._serialized_start=3962
-  _globals['_DECODESERVICE']._serialized_end=4059
-  _globals['_FLEETSERVICE']._serialized_start=4062
-  _globals['_FLEETSERVICE']._serialized_end=4298
+  _globals['_TRANSFERCOMMITTEDEVENT']._serialized_end=1523
+  _globals['_DECODETOKENS']._serialized_start=1526
+  _globals['_DECODETOKENS']._serialized_end=1700
+  _globals['_DECODEFRAMEEVENT']._serialized_start=1702
+  _globals['_DECODEFRAMEEVENT']._serialized_end=1776
+  _globals['_DECODESESSIONRESPONSE']._serialized_start=1779
+  _globals['_DECODESESSIONRESPONSE']._serialized_end=2007
+  _globals['_BLOCKCOUNTS']._serialized_start=2009
+  _globals['_BLOCKCOUNTS']._serialized_end=2116
+  _globals['_LINKSTATS']._serialized_start=2119
+  _globals['_LINKSTATS']._serialized_end=2247
+  _globals['_INSTANCESTATUS']._serialized_start=2250
+  _globals['_INSTANCESTATUS']._serialized_end=2708
+  _globals['_HEARTBEATREQUEST']._serialized_start=2710
+  _globals['_HEARTBEATREQUEST']._serialized_end=2771
+  _globals['_HEARTBEATRESPONSE']._serialized_start=2773
+  _globals['_HEARTBEATRESPONSE']._serialized_end=2792
+  _globals['_DESCRIBEREQUEST']._serialized_start=2794
+  _globals['_DESCRIBEREQUEST']._serialized_end=2833
+  _globals['_DESCRIBERESPONSE']._serialized_start=2836
+  _globals['_DESCRIBERESPONSE']._serialized_end=3070
+  _globals['_WORKLOADPROFILE']._serialized_start=3073
+  _globals['_WORKLOADPROFILE']._serialized_end=3287
+  _globals['_REPLANSTATUS']._serialized_start=3290
+  _globals['_REPLANSTATUS']._serialized_end=3583
+  _globals['_REPLANSTATUS_CHANGE']._serialized_start=3436
+  _globals['_REPLANSTATUS_CHANGE']._serialized_end=3507
+  _globals['_REPLANSTATUS_PROPOSAL']._serialized_start=3509
+  _globals['_REPLANSTATUS_PROPOSAL']._serialized_end=3583
+  _globals['_REPORTREPLANREQUEST']._serialized_start=3585
+  _globals['_REPORTREPLANREQUEST']._serialized_end=3647
+  _globals['_REPORTREPLANRESPONSE']._serialized_start=3649
+  _globals['_REPORTREPLANRESPONSE']._serialized_end=3671
+  _globals['_PREFILLSERVICE']._serialized_start=3871
+  _globals['_PREFILLSERVICE']._serialized_end=3971
+  _globals['_DECODESERVICE']._serialized_start=3973
+  _globals['_DECODESERVICE']._serialized_end=4070
+  _globals['_FLEETSERVICE']._serialized_start=4073
+  _globals['_FLEETSERVICE']._serialized_end=4309
 # @@protoc_insertion_point(module_scope)

@@ -149,16 +149,16 @@ class DecodeReservedEvent(_message.Message):
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class TransferCommittedEvent(_message.Message):
-    __slots__ = ("handle", "transfer_s", "transfer_bytes", "road")
+    __slots__ = ("handle", "transfer_s", "transfer_bytes", "transport")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
-    ROAD_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     handle: int
     transfer_s: float
     transfer_bytes: int
-    road: str
-    def __init__(self, handle: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., road: _Optional[str] = ...) -> None: ...
+    transport: str
+    def __init__(self, handle: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class DecodeTokens(_message.Message):
     __slots__ = ("handle", "token_ids", "logprobs", "finish_reason", "queue_s")
@@ -211,20 +211,20 @@ class BlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., running: _Optional[int] = ..., cached: _Optional[int] = ..., leased: _Optional[int] = ..., leaked: _Optional[int] = ...) -> None: ...
 
 class LinkStats(_message.Message):
-    __slots__ = ("peer_id", "road", "transfers", "transfer_bytes", "transfer_s", "failures")
+    __slots__ = ("peer_id", "transport", "transfers", "transfer_bytes", "transfer_s", "failures")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
-    ROAD_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
-    road: str
+    transport: str
     transfers: int
     transfer_bytes: int
     transfer_s: float
     failures: int
-    def __init__(self, peer_id: _Optional[str] = ..., road: _Optional[str] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., failures: _Optional[int] = ...) -> None: ...
+    def __init__(self, peer_id: _Optional[str] = ..., transport: _Optional[str] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., failures: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
     __slots__ = ("instance_id", "role", "state", "address", "model", "fingerprint", "max_model_len", "block_size", "blocks", "waiting_requests", "running_requests", "waiting_tokens", "steps", "step_s", "computed_tokens", "cached_tokens", "preemptions", "links")

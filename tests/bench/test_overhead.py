@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 
 from bench.figures import Quantity, Sample, figures_of, figures_table
-from bench.road import cpu_beside_engine_s
+from bench.request_path import cpu_beside_engine_s
 from bench.scripted_workers import ScriptedDecode
 from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
 from tandem.core.session import Cancel, DecodeEvent, DecodeFrame, KvSource, OpenDecode
@@ -14,7 +14,7 @@ from tandem.wire.sessions import Outbox
 
 
 def test_a_figure_is_the_median_of_its_rounds_beside_its_aim() -> None:
-    slow, fast = "slow road", "fast road"
+    slow, fast = "slow request path", "fast request path"
     samples = [Sample(fast, 32, Quantity.PER_TOKEN, "CPU", seconds) for seconds in (90e-6, 50e-6, 70e-6)]
     samples.append(Sample(slow, 32, Quantity.PER_TOKEN, "CPU", 100e-6))
     samples.append(Sample(slow, 8, Quantity.PER_TOKEN, "CPU", 900e-6))

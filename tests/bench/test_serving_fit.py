@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from bench.load_result import LoadRecord
 from bench.pace import Pace, disturbed_s, pace_of
 from bench.serving_answers import Answers, Loaded, Prompted, prompted_of, steps_of
-from bench.serving_fit import Taken, decode_steps, road_costs, served_decode, served_prefill, serving_costs, wake
+from bench.serving_fit import Taken, decode_steps, path_costs, served_decode, served_prefill, serving_costs, wake
 from tandem.core.cost_model import StepLoad
 from tandem.placement.costs.calibration import CalibratedCost, Calibration, Terms
 from tandem.placement.costs.serving import ServedStep, ServingCosts
@@ -259,21 +259,21 @@ def test_a_transfer_has_a_latency_a_speed_and_a_turn() -> None:
         for n in (32, 64, 160)[:together]
     )
     answers = Answers(prompted_alone=alone, crowded=[Loaded(decoded(10, (0.0, 0.2)), beside)])
-    road = road_costs(answers, kv_bytes_per_token=12288.0)
-    assert road.transfer_alone_s == pytest.approx(0.003)
-    assert road.transfer_beside_s == pytest.approx(0.006)
-    assert road.transfer_turn_s == pytest.approx(0.001)
-    assert road.transfer_bytes_per_s == pytest.approx(12288.0 / 1e-5)
-    assert road.admission_s == pytest.approx(0.004), "until the step began, less what waits for the answer"
-    assert road.first_token_s == pytest.approx(0.002)
-    assert road.token_s == pytest.approx(0.003)
+    request_path = path_costs(answers, kv_bytes_per_token=12288.0)
+    assert request_path.transfer_alone_s == pytest.approx(0.003)
+    assert request_path.transfer_beside_s == pytest.approx(0.006)
+    assert request_path.transfer_turn_s == pytest.approx(0.001)
+    assert request_path.transfer_bytes_per_s == pytest.approx(12288.0 / 1e-5)
+    assert request_path.admission_s == pytest.approx(0.004), "until the step began, less what waits for the answer"
+    assert request_path.first_token_s == pytest.approx(0.002)
+    assert request_path.token_s == pytest.approx(0.003)
 
 
 def test_transfers_that_do_not_grow_with_the_prompt_are_endlessly_fast_but_finite() -> None:
     alone = [prompted(n, 0.1, transfer_s=0.01 - n * 1e-6) for n in (32, 64, 160, 256)]
     crowded = [Loaded(decoded(10, (0.0, 0.2)), (prompted(32, 0.1, transfer_s=0.02),))]
-    road = road_costs(Answers(prompted_alone=alone, crowded=crowded), kv_bytes_per_token=12288.0)
-    assert 0 < road.transfer_bytes_per_s < float("inf")
+    request_path = path_costs(Answers(prompted_alone=alone, crowded=crowded), kv_bytes_per_token=12288.0)
+    assert 0 < request_path.transfer_bytes_per_s < float("inf")
 
 
 def test_what_was_measured_too_shortly_is_not_fitted() -> None:

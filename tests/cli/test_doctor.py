@@ -81,7 +81,7 @@ def test_an_old_cpu(tmp_path: Path) -> None:
     assert cpu.grade is Grade.WARNING or "no vector extension known" in cpu.text
 
 
-def status(road: str, leaked: int = 0, failures: int = 0) -> InstanceStatus:
+def status(transport: str, leaked: int = 0, failures: int = 0) -> InstanceStatus:
     return InstanceStatus(
         instance_id="decode-1",
         role=Role.DECODE,
@@ -95,14 +95,14 @@ def status(road: str, leaked: int = 0, failures: int = 0) -> InstanceStatus:
         waiting_requests=0,
         running_requests=0,
         waiting_tokens=0,
-        links=(LinkStats("prefill-1", road, 3, 100, 0.1, failures),),
+        links=(LinkStats("prefill-1", transport, 3, 100, 0.1, failures),),
     )
 
 
-def test_a_slow_road_is_an_error() -> None:
+def test_a_slow_transport_is_an_error() -> None:
     (finding,) = checks.check_links([status("gloo")], "shared_memory")
     assert finding.grade is Grade.FAILED
-    assert finding.text == "prefill-1 -> decode-1 took the road gloo"
+    assert finding.text == "prefill-1 -> decode-1 took the transport gloo"
     assert "it should be shared_memory" in finding.advice
     assert [f.grade for f in checks.check_links([status("gloo")], None)] == [Grade.OK]
     assert [f.grade for f in checks.check_links([status("shared_memory", failures=1)], None)] == [Grade.WARNING]

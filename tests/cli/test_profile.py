@@ -24,7 +24,7 @@ def test_the_engine_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     calibration = load_calibration(path)
     assert calibration.model == "tiny-python"
     assert calibration.threads == 1
-    assert calibration.road is None
+    assert calibration.request_path is None
     assert calibration.error.median < 1.0
     assert any(one.prefill_tokens and one.decode_sequences for one in calibration.measurements), "mixed steps too"
     cost = CalibratedSource({"cpu": calibration}).cost_model("cpu", ParallelShape())
@@ -49,12 +49,12 @@ def test_a_cluster_too(tmp_path: Path) -> None:
     assert 0.3 < serving.prefill_beside.seconds(prompt_s) / prompt_s < 10
     decode_s = cost.step(StepLoad.of_decode(4, 400)).total_s
     assert 0.3 < serving.decode_beside.seconds(decode_s) / decode_s < 10
-    road = calibration.road
-    assert road is not None
-    assert 0 < road.admission_s < 1
-    assert 0 <= road.transfer_alone_s <= road.transfer_beside_s < 1
-    assert 0 <= road.transfer_turn_s < 1
-    assert road.transfer_bytes_per_s > 1e6
+    request_path = calibration.request_path
+    assert request_path is not None
+    assert 0 < request_path.admission_s < 1
+    assert 0 <= request_path.transfer_alone_s <= request_path.transfer_beside_s < 1
+    assert 0 <= request_path.transfer_turn_s < 1
+    assert request_path.transfer_bytes_per_s > 1e6
 
 
 @pytest.mark.parametrize(

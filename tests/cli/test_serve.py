@@ -83,7 +83,7 @@ def test_status_and_doctor(served: Served, model: Path) -> None:
     instances = {instance["role"]: instance for instance in status["fleet"]["instances"]}
     assert set(instances) == {"prefill", "decode"}
     assert {instance["state"] for instance in instances.values()} == {"ready"}
-    assert [link["road"] for link in instances["decode"]["links"]] == ["shared_memory"]
+    assert [link["transport"] for link in instances["decode"]["links"]] == ["shared_memory"]
     assert "prefill-" in served.tandem("status").stdout
     doctor = served.tandem("doctor", f"--set=model={model}", *FREE_PORTS, *_SMALL)
     assert re.search(r"^ok +cluster: little .* 2 of 2 workers ready$", doctor.stdout, re.MULTILINE), doctor.stdout

@@ -66,7 +66,7 @@ def test_json_is_whole_and_has_no_token() -> None:
     data = json.loads(text)
     assert data["run"]["http"] == "127.0.0.1:8000"
     assert data["fleet"]["instances"][0]["role"] == "decode"
-    assert data["fleet"]["instances"][0]["links"][0]["road"] == "shared_memory"
+    assert data["fleet"]["instances"][0]["links"][0]["transport"] == "shared_memory"
     assert data["fleet"]["instances"][1]["blocks"]["cached"] == 5
 
 

@@ -17,11 +17,11 @@ def built_in_model() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_cluster(built_in_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One prefill worker; two decode workers, one on each road there is between CPUs. Long prompts go in chunks."""
+    """One prefill worker; two decode workers, one on each transport between CPUs. Long prompts go in chunks."""
     with running_cluster(
         built_in_model,
         tmp_path_factory.mktemp("cluster"),
-        decode_roads=("shared_memory", "gloo"),
+        decode_transports=("shared_memory", "gloo"),
         prefill={"max_batch_tokens": 512},
     ) as cluster:
         yield cluster

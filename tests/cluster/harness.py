@@ -159,12 +159,12 @@ def running_cluster(
     folder: Path,
     *,
     num_prefill: int = 1,
-    decode_roads: tuple[str, ...] = ("auto",),
+    decode_transports: tuple[str, ...] = ("auto",),
     prefill: dict[str, Any] | None = None,
     decode: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
 ) -> Iterator[Cluster]:
-    """Up, ready, and at the end stopped and free of leaks. One decode worker for each of `decode_roads`."""
+    """Up, ready, and at the end stopped and free of leaks. One decode worker for each of `decode_transports`."""
     engine = {"threads": 1, "kv_memory": "64MiB", "dtype": "float32"}
     cluster = Cluster(
         model,
@@ -177,9 +177,9 @@ def running_cluster(
         cluster.start_router()
         for index in range(num_prefill):
             cluster.start_worker(f"prefill-{index}", Role.PREFILL)
-        for index, road in enumerate(decode_roads):
-            cluster.start_worker(f"decode-{index}", Role.DECODE, road=road)
-        cluster.wait_ready(num_prefill, len(decode_roads))
+        for index, transport in enumerate(decode_transports):
+            cluster.start_worker(f"decode-{index}", Role.DECODE, transport=transport)
+        cluster.wait_ready(num_prefill, len(decode_transports))
         yield cluster
         cluster.wait_idle(timeout_s=5.0)
     except BaseException:

@@ -28,7 +28,7 @@ async def _answers(cluster: Cluster, max_tokens: int = 120) -> list[tuple[int, .
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("victim", [Role.PREFILL, Role.DECODE])
 def test_a_killed_worker_changes_no_token(victim: Role, built_in_model: Path, tmp_path: Path) -> None:
-    with running_cluster(built_in_model, tmp_path, num_prefill=2, decode_roads=("auto", "auto")) as cluster:
+    with running_cluster(built_in_model, tmp_path, num_prefill=2, decode_transports=("auto", "auto")) as cluster:
         undisturbed = asyncio.run(_answers(cluster))
 
         async def disturbed() -> list[tuple[int, ...]]:
@@ -46,7 +46,7 @@ def test_a_killed_worker_changes_no_token(victim: Role, built_in_model: Path, tm
 
 @pytest.mark.timeout(180)
 def test_a_worker_that_is_told_to_leave_finishes_what_it_has(built_in_model: Path, tmp_path: Path) -> None:
-    with running_cluster(built_in_model, tmp_path, decode_roads=("auto", "auto")) as cluster:
+    with running_cluster(built_in_model, tmp_path, decode_transports=("auto", "auto")) as cluster:
 
         async def leave_under_load() -> list[tuple[int, ...]]:
             running = asyncio.create_task(_answers(cluster, 60))

@@ -67,8 +67,8 @@ def check_tokens(cluster: Cluster, vocab_size: int) -> None:
     """64 prompts at once; one decode worker fetches over shared memory, the other over gloo."""
     prompt_ids = prompts(vocab_size, seed=7)
     answers = asyncio.run(cluster_tokens(cluster, prompt_ids))
-    roads = {link.road for status in cluster.instances() for link in status.links if link.transfers}
-    assert roads == {"shared_memory", "gloo"}
+    transports = {link.transport for status in cluster.instances() for link in status.links if link.transfers}
+    assert transports == {"shared_memory", "gloo"}
     wrong = [
         (len(prompt), got, want)
         for prompt, got, want in zip(prompt_ids, answers, reference_tokens(cluster.model, prompt_ids), strict=True)
@@ -99,5 +99,5 @@ def test_family(family: str, tmp_path: Path) -> None:
     )
     model = write_random_checkpoint(tmp_path / family, shape, seed=3)
     prefill = {"max_batch_tokens": 512}  # long prompts go in several chunks, beside others
-    with running_cluster(model, tmp_path, decode_roads=("shared_memory", "gloo"), prefill=prefill) as cluster:
+    with running_cluster(model, tmp_path, decode_transports=("shared_memory", "gloo"), prefill=prefill) as cluster:
         check_tokens(cluster, 320)

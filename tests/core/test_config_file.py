@@ -48,8 +48,8 @@ MISTAKES = {
         "FILE line 3: prefill.lease_s must be more than 0, not -1",
     ),
     "unknown choice": (
-        "model: m\ndecode:\n  road: rdma\n",
-        "FILE line 3: decode.road must be one of auto, shared_memory, gloo or nccl, not 'rdma'",
+        "model: m\ndecode:\n  transport: rdma\n",
+        "FILE line 3: decode.transport must be one of auto, shared_memory, gloo or nccl, not 'rdma'",
     ),
     "bad size": (
         "model: m\nprefill:\n  engine:\n    kv_memory: plenty\n",
@@ -240,7 +240,10 @@ def test_overrides_replace_settings() -> None:
             "or remove it",
         ),
         ("model.x=3", "--set model.x=3: model must be the path of a file or folder, not a section"),
-        ("decode.road=[", "--set decode.road=[: decode.road must be one of auto, shared_memory, gloo or nccl, not '['"),
+        (
+            "decode.transport=[",
+            "--set decode.transport=[: decode.transport must be one of auto, shared_memory, gloo or nccl, not '['",
+        ),
     ],
 )
 def test_wrong_overrides_are_told_in_one_sentence(override: str, sentence: str) -> None:

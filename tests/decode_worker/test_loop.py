@@ -10,7 +10,7 @@ from tandem.core.config import DecodeSection
 from tandem.core.errors import CancelledError, TransferError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams
 from tandem.core.session import DecodeFrame, DecodeReserved, KvSource, OpenDecode, RequestFailed, TransferCommitted
-from tandem.core.transfer import Road
+from tandem.core.transfer import Transport
 from tandem.decode_worker.loop import Abandon, Arrived, Close, DecodeLoop, Fetch, FetchFailed, LoopEvent, Open, Tell
 from tandem.worker.attempt_key import Key
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
@@ -32,7 +32,7 @@ def open_(
 
 
 def arrived(handle: int, token_id: int = 50, session: int = 0) -> Arrived:
-    return Arrived(Key(session, handle), SampledToken(token_id), 0.1, 1000, Road.SHARED_MEMORY)
+    return Arrived(Key(session, handle), SampledToken(token_id), 0.1, 1000, Transport.SHARED_MEMORY)
 
 
 def turn(loop: DecodeLoop) -> list[LoopEvent]:

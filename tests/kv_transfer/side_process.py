@@ -1,4 +1,4 @@
-"""One side of a hand-over in a process of its own, to be killed or stopped: `prefill`, or `decode ADDRESS ROAD`.
+"""One side of a hand-over in a process of its own, to be killed or stopped: `prefill`, or `decode ADDRESS TRANSPORT`.
 
 Every attempt of the prefill side is finished at once: request "a-b" has blocks a..b-1. The decode side fetches the
 whole pool again and again.
@@ -43,9 +43,9 @@ async def prefill(instance_id: str) -> None:
         await asyncio.to_thread(sys.stdin.read)
 
 
-async def decode(address: str, road: str) -> None:
+async def decode(address: str, transport: str) -> None:
     pool = torch.zeros(BIG.pool_bytes, dtype=torch.uint8)
-    receiver = KvReceiver(BIG, pool, "decode-0", road=road)
+    receiver = KvReceiver(BIG, pool, "decode-0", transport=transport)
     peer = KvTransferClient(open_channel(address), "prefill-0")
     everything = range(BIG.num_blocks)
     for epoch in count():

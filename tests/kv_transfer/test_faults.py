@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tandem.core.errors import TandemError, TransferError
-from tandem.core.transfer import PeerGoneError, Road
+from tandem.core.transfer import PeerGoneError, Transport
 from tandem.kv_transfer import shared_link
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.receiver import KvReceiver
@@ -78,15 +78,15 @@ def resources() -> tuple[int, int, int]:
     return len(threads), sum("gloo" in comm for comm in comms), pools
 
 
-async def fetch_all(receiver: KvReceiver, peer: KvTransferClient, epoch: int, timeout_s: float = 20.0) -> Road:
+async def fetch_all(receiver: KvReceiver, peer: KvTransferClient, epoch: int, timeout_s: float = 20.0) -> Transport:
     token_ids = tokens(BIG.num_blocks, BIG)
-    return (await receiver.fetch(peer, ALL, epoch, token_ids, EVERYTHING, time.monotonic() + timeout_s)).road
+    return (await receiver.fetch(peer, ALL, epoch, token_ids, EVERYTHING, time.monotonic() + timeout_s)).transport
 
 
 async def test_prefill_killed_or_stopped_while_bytes_move(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resources()
     pool = torch.zeros(BIG.pool_bytes, dtype=torch.uint8)
-    receiver = KvReceiver(BIG, pool, "decode-0", road=Road.GLOO, timeout_s=15.0, link_config=CONFIG)
+    receiver = KvReceiver(BIG, pool, "decode-0", transport=Transport.GLOO, timeout_s=15.0, link_config=CONFIG)
     first_block, last_block = pool[: BIG.segment_bytes], pool[-BIG.segment_bytes :]
 
     async def in_mid_payload(process: asyncio.subprocess.Process, peer: KvTransferClient, fault: int) -> float:
@@ -106,14 +106,14 @@ async def test_prefill_killed_or_stopped_while_bytes_move(monkeypatch: pytest.Mo
         return took_s
 
     async with prefill_at("prefill-0") as (process, peer):
-        assert await fetch_all(receiver, peer, 9) is Road.GLOO
+        assert await fetch_all(receiver, peer, 9) is Transport.GLOO
         assert await in_mid_payload(process, peer, signal.SIGSTOP) < 8.0  # stall_s, and the machine's own delays
         process.send_signal(signal.SIGCONT)
-        assert await fetch_all(receiver, peer, 1) is Road.GLOO  # over a new pair
+        assert await fetch_all(receiver, peer, 1) is Transport.GLOO  # over a new pair
         assert await in_mid_payload(process, peer, signal.SIGKILL) < CONFIG.stall_s  # not by a timeout
     await receiver.close()
 
-    receiver = KvReceiver(BIG, pool, "decode-0", road=Road.SHARED_MEMORY, link_config=CONFIG)
+    receiver = KvReceiver(BIG, pool, "decode-0", transport=Transport.SHARED_MEMORY, link_config=CONFIG)
     async with prefill_at("prefill-1") as (process, peer):
         copy = shared_link.copy_blocks
 
@@ -130,15 +130,17 @@ async def test_prefill_killed_or_stopped_while_bytes_move(monkeypatch: pytest.Mo
     assert resources() == before
 
 
-@pytest.mark.parametrize("road", [Road.SHARED_MEMORY, Road.GLOO])
-async def test_decode_killed_while_bytes_move(road: Road) -> None:
+@pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.GLOO])
+async def test_decode_killed_while_bytes_move(transport: Transport) -> None:
     before = resources()
     async with serve_prefill(BIG, holder=ReadyHolder(BIG), config=CONFIG) as prefill:
-        async with side("decode", prefill.address, road.value) as process:
+        async with side("decode", prefill.address, transport.value) as process:
             assert await line_of(process) == "0"
             assert len(prefill.sender._links) == 1
             await asyncio.sleep(0.02)
             process.kill()
         await until(lambda: not prefill.sender._links)
-        await until(lambda: resources()[0] <= (road is Road.SHARED_MEMORY))  # but for the descriptor server's thread
+        await until(
+            lambda: resources()[0] <= (transport is Transport.SHARED_MEMORY)
+        )  # but for the descriptor server's thread
     assert resources() == before

@@ -21,7 +21,7 @@ from tandem.core.errors import (
     TransferError,
 )
 from tandem.core.kv_layout import KvLayout
-from tandem.core.transfer import Grant, LinkOffer, PeerGoneError, Portion, Road
+from tandem.core.transfer import Grant, LinkOffer, PeerGoneError, Portion, Transport
 from tandem.kv_transfer import receiver as receiver_module
 from tandem.kv_transfer import shared_link
 from tandem.kv_transfer.blocks import Gate, Pieces
@@ -33,7 +33,7 @@ from tandem.wire.channels import open_channel
 from tandem.wire.transfer import KvTransferClient
 from tests.kv_transfer.holder import LAYOUT, Prefill, blocks_of, serve_prefill, tokens
 
-ROADS = (Road.SHARED_MEMORY, Road.GLOO)
+TRANSPORTS = (Transport.SHARED_MEMORY, Transport.GLOO)
 CONFIG = LinkConfig(stall_s=2.0)
 
 
@@ -61,10 +61,13 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
-@pytest.mark.parametrize("road", [*ROADS, "auto"])
-async def test_random_blocks_arrive_equal_and_others_stay(road: Road | str) -> None:
+@pytest.mark.parametrize("transport", [*TRANSPORTS, "auto"])
+async def test_random_blocks_arrive_equal_and_others_stay(transport: Transport | str) -> None:
     rng = random.Random(3)
-    async with serve_prefill() as prefill, receiving(road=road, checksum=rng.random() < 0.5) as (receiver, pool):
+    async with (
+        serve_prefill() as prefill,
+        receiving(transport=transport, checksum=rng.random() < 0.5) as (receiver, pool),
+    ):
         for epoch in range(12):
             count = rng.randint(1, 20)
             theirs, ours = (rng.sample(range(LAYOUT.num_blocks), count) for _ in range(2))
@@ -76,15 +79,15 @@ async def test_random_blocks_arrive_equal_and_others_stay(road: Road | str) -> N
             assert bool((blocks_of(pool, LAYOUT, rest) == epoch).all())
             assert fetched.bytes == count * LAYOUT.block_bytes
             assert fetched.first_token.token_id == 7
-            assert fetched.road is (Road.SHARED_MEMORY if road == "auto" else road)
+            assert fetched.transport is (Transport.SHARED_MEMORY if transport == "auto" else transport)
         assert prefill.holder.acknowledged == [("r", epoch) for epoch in range(12)]
         (stats,) = receiver.links()
-        assert (stats.transfers, stats.failures, stats.road) == (12, 0, fetched.road.value)
+        assert (stats.transfers, stats.failures, stats.transport) == (12, 0, fetched.transport.value)
 
 
 async def test_windows_smaller_than_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiver_module, "WINDOW_BYTES", 1000)
-    async with serve_prefill() as prefill, receiving(road=Road.GLOO) as (receiver, pool):
+    async with serve_prefill() as prefill, receiving(transport=Transport.GLOO) as (receiver, pool):
         prefill.holder.finish("r", 0, list(range(20, 40)))
         await fetch(prefill, receiver, list(range(20)))
         assert torch.equal(
@@ -101,9 +104,9 @@ async def test_a_pull_waits_for_the_prefill_and_links_meanwhile() -> None:
         assert (await fetching).bytes == 2 * LAYOUT.block_bytes
 
 
-@pytest.mark.parametrize("road", ROADS)
-async def test_many_at_once_over_one_link(road: Road) -> None:
-    async with serve_prefill() as prefill, receiving(road=road) as (receiver, pool):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_many_at_once_over_one_link(transport: Transport) -> None:
+    async with serve_prefill() as prefill, receiving(transport=transport) as (receiver, pool):
         for i in range(20):
             prefill.holder.finish(f"r{i}", 0, [i, i + 20])
         await asyncio.gather(*(fetch(prefill, receiver, [i, i + 20], f"r{i}") for i in range(20)))
@@ -163,7 +166,7 @@ async def test_a_manifest_that_does_not_fit_is_refused(changes: dict[str, object
 async def test_a_grant_that_does_not_fit_moves_nothing(changes: dict[str, object]) -> None:
     async with serve_prefill() as prefill:
         prefill.holder.finish("r", 0, [3, 4])
-        offer = LinkOffer("decode-0", LAYOUT.fingerprint, host_identity(), (Road.SHARED_MEMORY,))
+        offer = LinkOffer("decode-0", LAYOUT.fingerprint, host_identity(), (Transport.SHARED_MEMORY,))
         reply = await prefill.peer.link(offer, 5.0)
         fits = Grant(reply.link_id, "r", 0, 0, Portion(0, 3, 0, 2), 2 * LAYOUT.block_bytes, 4096, True)
         with pytest.raises(TransferError):
@@ -172,9 +175,9 @@ async def test_a_grant_that_does_not_fit_moves_nothing(changes: dict[str, object
         prefill.peer.unlink(reply.link_id)
 
 
-@pytest.mark.parametrize("road", ROADS)
-async def test_a_lease_that_ended_before_the_acknowledgement(road: Road) -> None:
-    async with serve_prefill() as prefill, receiving(road=road) as (receiver, _):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_lease_that_ended_before_the_acknowledgement(transport: Transport) -> None:
+    async with serve_prefill() as prefill, receiving(transport=transport) as (receiver, _):
         prefill.holder.finish("r", 0, [3, 4])
         prefill.holder.lease_lost = True
         with pytest.raises(StaleEpochError):
@@ -196,7 +199,7 @@ async def test_a_byte_corrupted_on_the_way_is_found(monkeypatch: pytest.MonkeyPa
         data[len(data) // 2] ^= 1
         return send(pair, data)
 
-    async with serve_prefill() as prefill, receiving(road=Road.GLOO) as (receiver, _):
+    async with serve_prefill() as prefill, receiving(transport=Transport.GLOO) as (receiver, _):
         prefill.holder.finish("r", 0, [3, 4])
         with monkeypatch.context() as patch:
             patch.setattr(GlooPair, "send", corrupt)
@@ -209,7 +212,10 @@ async def test_a_byte_corrupted_on_the_way_is_found(monkeypatch: pytest.MonkeyPa
 async def test_a_byte_corrupted_in_the_copy_is_found_where_checksums_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with serve_prefill() as prefill, receiving(road=Road.SHARED_MEMORY, checksum=True) as (receiver, pool):
+    async with (
+        serve_prefill() as prefill,
+        receiving(transport=Transport.SHARED_MEMORY, checksum=True) as (receiver, pool),
+    ):
         copy = shared_link.copy_blocks
 
         def corrupt(*arguments: object) -> None:
@@ -268,11 +274,13 @@ def mid_send(monkeypatch: pytest.MonkeyPatch) -> Pause:
     return pause
 
 
-@pytest.mark.parametrize("road", ROADS)
-async def test_a_cancelled_fetch_leaves_its_blocks_at_once(road: Road, mid_copy: Pause, mid_send: Pause) -> None:
-    pause = mid_copy if road is Road.SHARED_MEMORY else mid_send
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_cancelled_fetch_leaves_its_blocks_at_once(
+    transport: Transport, mid_copy: Pause, mid_send: Pause
+) -> None:
+    pause = mid_copy if transport is Transport.SHARED_MEMORY else mid_send
     block_ids = list(range(LAYOUT.num_blocks))
-    async with serve_prefill() as prefill, receiving(road=road) as (receiver, pool):
+    async with serve_prefill() as prefill, receiving(transport=transport) as (receiver, pool):
         prefill.holder.finish("r", 0, block_ids)
         fetching = asyncio.create_task(fetch(prefill, receiver, block_ids))
         await until(pause.reached.is_set)
@@ -290,7 +298,7 @@ async def test_a_cancelled_fetch_leaves_its_blocks_at_once(road: Road, mid_copy:
 
 
 async def test_others_are_not_hurt_by_a_cancelled_neighbour(mid_send: Pause) -> None:
-    async with serve_prefill() as prefill, receiving(road=Road.GLOO) as (receiver, pool):
+    async with serve_prefill() as prefill, receiving(transport=Transport.GLOO) as (receiver, pool):
         for i in range(5):
             prefill.holder.finish(f"r{i}", 0, [i, i + 5, i + 10])
         fetching = [asyncio.create_task(fetch(prefill, receiver, [i, i + 5, i + 10], f"r{i}")) for i in range(5)]
@@ -316,10 +324,10 @@ async def test_no_shared_memory_between_hosts(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(receiver_module, "host_identity", lambda: elsewhere)
     async with serve_prefill() as prefill:
         prefill.holder.finish("r", 0, [1])
-        async with receiving(road="auto") as (receiver, _):
-            assert (await fetch(prefill, receiver, [1])).road is Road.GLOO
-        async with receiving(road="shared_memory") as (receiver, _):
-            with pytest.raises(IncompatiblePeerError):  # never a silent slow road
+        async with receiving(transport="auto") as (receiver, _):
+            assert (await fetch(prefill, receiver, [1])).transport is Transport.GLOO
+        async with receiving(transport="shared_memory") as (receiver, _):
+            with pytest.raises(IncompatiblePeerError):  # never a silent slow transport
                 await fetch(prefill, receiver, [1])
 
 
@@ -330,16 +338,16 @@ async def test_shared_memory_that_cannot_be_reached(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(shared_link, "fetch_descriptor", unreachable)
     async with serve_prefill() as prefill:
         prefill.holder.finish("r", 0, [1])
-        async with receiving(road="auto") as (receiver, _):
-            assert (await fetch(prefill, receiver, [1])).road is Road.GLOO
-        async with receiving(road="shared_memory") as (receiver, _):
+        async with receiving(transport="auto") as (receiver, _):
+            assert (await fetch(prefill, receiver, [1])).transport is Transport.GLOO
+        async with receiving(transport="shared_memory") as (receiver, _):
             with pytest.raises(TransferError):
                 await fetch(prefill, receiver, [1])
 
 
-def test_an_unknown_road_is_a_configuration_error() -> None:
+def test_an_unknown_transport_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError):
-        KvReceiver(LAYOUT, torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8), "decode-0", road="pigeon")
+        KvReceiver(LAYOUT, torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8), "decode-0", transport="pigeon")
 
 
 async def test_a_worker_that_was_restarted_is_another_peer() -> None:
@@ -381,9 +389,9 @@ async def test_links_are_bounded_and_the_idle_go_first() -> None:
             await receiver.close()
 
 
-@pytest.mark.parametrize("road", ROADS)
-async def test_dropping_a_peer_ends_the_link_on_both_sides(road: Road) -> None:
-    async with serve_prefill() as prefill, receiving(road=road) as (receiver, _):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_dropping_a_peer_ends_the_link_on_both_sides(transport: Transport) -> None:
+    async with serve_prefill() as prefill, receiving(transport=transport) as (receiver, _):
         prefill.holder.finish("r", 0, [1])
         await fetch(prefill, receiver, [1])
         assert len(prefill.sender._links) == 1

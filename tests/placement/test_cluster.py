@@ -57,7 +57,7 @@ def write_calibration(path: Path, model: str = "tiny-python") -> Path:
                 "head_per_sampled": 0,
             },
             "error": {"median": 0.03, "mean": 0.04, "worst": 0.2, "fitted_median": 0.02},
-            "road": {
+            "request_path": {
                 "admission_s": 0.002,
                 "first_token_s": 0.001,
                 "token_s": 0.0005,

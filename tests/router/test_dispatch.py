@@ -42,7 +42,7 @@ from tests.router.fakes import (
 # --- the usual way ---------------------------------------------------------------------------------------------------
 
 
-async def test_whole_road() -> None:
+async def test_whole_transport() -> None:
     async with running_cluster("p1", "d1") as cluster:
         request = make_request()
         running = cluster.start(request)

@@ -104,7 +104,7 @@ async def test_fleet_as_the_heartbeats_tell_it() -> None:
             for owner in metrics.BLOCK_OWNERS
         }
         assert owners == {"total": 64, "free": 40, "running": 20, "cached": 0, "leased": 3, "leaked": 1}
-        on_link = (("instance", "d1"), ("peer", "p1"), ("road", "shared_memory"))
+        on_link = (("instance", "d1"), ("peer", "p1"), ("transport", "shared_memory"))
         assert samples["tandem_transfers_total", on_link] == 3
         assert samples["tandem_transfer_bytes_total", on_link] == 4096
         assert samples["tandem_transfer_seconds_total", on_link] == 0.5

@@ -13,14 +13,25 @@ from tandem.core.errors import DeadlineError, InvalidRequestError, StaleEpochErr
 from tandem.core.request import SampledToken, TokenLogprob
 from tandem.core.session import LinkStats
 from tandem.core.shipment import Manifest
-from tandem.core.transfer import Grant, GrantReply, HostIdentity, LinkOffer, LinkReply, PeerGoneError, Portion, Road
+from tandem.core.transfer import (
+    Grant,
+    GrantReply,
+    HostIdentity,
+    LinkOffer,
+    LinkReply,
+    PeerGoneError,
+    Portion,
+    Transport,
+)
 from tandem.v1 import transfer_pb2, transfer_pb2_grpc
 from tandem.wire.channels import open_channel
 from tandem.wire.server import bind, build_server
 from tandem.wire.transfer import KvTransferClient, KvTransferServicer
 
-OFFER = LinkOffer("decode-0", "f" * 32, HostIdentity("boot", 1000), (Road.NCCL, Road.SHARED_MEMORY, Road.GLOO))
-REPLY = LinkReply("link-1", "prefill-0", "f" * 32, Road.SHARED_MEMORY, 77, "socket", b"\x00nonce")
+OFFER = LinkOffer(
+    "decode-0", "f" * 32, HostIdentity("boot", 1000), (Transport.NCCL, Transport.SHARED_MEMORY, Transport.GLOO)
+)
+REPLY = LinkReply("link-1", "prefill-0", "f" * 32, Transport.SHARED_MEMORY, 77, "socket", b"\x00nonce")
 TOKEN = SampledToken(3, TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0))))
 MANIFEST = Manifest("r", 2, 5, "h" * 32, (9, 0, 4), "f" * 32, 1 << 40, TOKEN)
 GRANT = Grant("link-1", "r", 2, 6, Portion(1, 2, 3, 4), 1 << 40, 1 << 20, True)

@@ -23,7 +23,7 @@ from tandem.placement.costs.calibration import (
     fit_terms,
     load_calibration,
 )
-from tandem.placement.costs.serving import RoadCosts, ServedStep, ServingCosts
+from tandem.placement.costs.serving import PathCosts, ServedStep, ServingCosts
 
 TRUE = Terms(
     linear=((1, 0.010), (4, 0.011), (16, 0.030), (64, 0.100), (256, 0.360), (1024, 1.5)),
@@ -157,7 +157,7 @@ def test_what_serving_adds_is_of_the_role_and_the_neighbour(
 
 
 def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    road = RoadCosts(
+    request_path = PathCosts(
         admission_s=0.002,
         first_token_s=0.001,
         token_s=0.001,
@@ -166,7 +166,7 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         transfer_turn_s=0.001,
         transfer_bytes_per_s=2e9,
     )
-    written = calibration(measurements=tuple(grid_of(TRUE)), road=road, serving=SERVED)
+    written = calibration(measurements=tuple(grid_of(TRUE)), request_path=request_path, serving=SERVED)
     path = tmp_path / "calibration.yaml"
     path.write_text(dump_config(written))
     read = load_calibration(path)

@@ -49,7 +49,7 @@ def cpu_beside_engine_s(before: Sequence[dict[int, float]], after: Sequence[dict
     return total_s - computing_s
 
 
-async def measure_road(launcher: Launcher, num_rounds: int, num_tokens: int, num_short: int) -> list[Sample]:
+async def measure_request_path(launcher: Launcher, num_rounds: int, num_tokens: int, num_short: int) -> list[Sample]:
     samples: list[Sample] = []
     async with AsyncExitStack() as stack:
         router = await launcher.router()
