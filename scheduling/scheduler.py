@@ -1,40 +1,132 @@
-"""What the schedulers have in common: the sequences that are here, their deadlines, and their length in blocks."""
+"""Which tokens an instance computes next, of prompts and of answers. Pure bookkeeping: no clock, no tensors."""
 
-from collections.abc import Hashable
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from itertools import chain, islice
 
-from tandem.core.errors import ContextLengthError
+from tandem.core.errors import ContextLengthError, OverloadedError
 from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.budget import StepBudget
+from tandem.scheduling.integrity import BlockTable, check_blocks
 from tandem.scheduling.keyed_heap import KeyedHeap
-from tandem.scheduling.sequence import Sequence
+from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.sequence import Sequence, SequenceState
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `[start, start + num_tokens)` of `sequence`, computed in one step."""
+    """Tokens `[start, start + num_tokens)` of `sequence`, computed in one step.
+
+    A chunk of a prompt (`is_prompt`) computes tokens before the first drawn one, or computes them anew after a
+    preemption; any other chunk is one token of decoding. Only after a chunk that `samples` is a token drawn.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    samples: bool
+    is_prompt: bool
 
 
-ChunkT = TypeVar("ChunkT", bound=Chunk)
+@dataclass(frozen=True, slots=True)
+class SchedulerCounts:
+    """Sequences by state, then tokens, then totals since the start.
+
+    `waiting` have a prompt to compute here, `unreserved` wait for blocks for KV that comes from elsewhere; `prompts` and
+    `decoding` run. `uncomputed_tokens` are of waiting, preempted and running prompts, `unreserved_tokens` of the unreserved.
+    """
+
+    waiting: int
+    unreserved: int
+    receiving: int
+    prompts: int
+    decoding: int
+    preempted: int
+    uncomputed_tokens: int
+    unreserved_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+    preemptions: int
 
 
-class Scheduler(Generic[ChunkT]):
-    """Sequences by key, from `_enter` until `_forget`. Who waits and who runs is the subclass's affair."""
+class Scheduler:
+    """Sequences from `add` until `finish`, `cancel` or `detach`, or until their KV is held for another instance.
 
-    __slots__ = ("_block_size", "_computed_tokens", "_deadlines", "_pool", "_sequences", "max_model_len")
+    The worker's loop, all of it between two steps and on one thread:
 
-    def __init__(self, pool: BlockPool, block_size: int, max_model_len: int) -> None:
+        add(sequence)                    -> WAITING
+        for each of expired(now)         -> end it with cancel, or with detach while its transfer may still write
+        for each of reserve(now)         -> RECEIVING: start the transfer into its block_table
+        committed(key, first token, now) -> RUNNING:   the KV has arrived
+        chunks = next_batch(now)         -> one step; the engine computes it
+        computed(chunk) for each chunk   -> a prompt to be handed over is HELD after its last chunk, and the worker's, who
+                                            calls `release` once nobody reads its blocks
+        generated(key, token) for each other chunk that samples, then finish(key) where it ends
+
+    Memory. A running or receiving sequence *claims* the blocks that it needs at the end of its growth horizon. A newcomer
+    is admitted when its claim fits beside all claims (`StepBudget`). Newcomers wait in two lines by age, one for prompts to
+    compute, one for KV that arrives; within a line nobody overtakes, and memory goes to the older of the first two. When
+    the horizon was too short and memory runs out, the youngest running sequence is preempted: its blocks are freed, and
+    before any newcomer it is admitted again and computes its KV anew, in chunks like a prompt. The oldest running sequence
+    therefore always advances, and every sequence ends.
+
+    The prefix cache is offered what chunks of prompts compute. Answers are not cached.
+    """
+
+    __slots__ = (
+        "_block_size",
+        "_cached_tokens",
+        "_claimed_blocks",
+        "_claims",
+        "_computed_tokens",
+        "_deadlines",
+        "_decoding",
+        "_held_blocks",
+        "_index",
+        "_line",
+        "_memory_changed",
+        "_next_order",
+        "_num_waiting",
+        "_pool",
+        "_preemptions",
+        "_prompts",
+        "_sequences",
+        "_short_at",
+        "_short_for",
+        "_uncomputed_tokens",
+        "_unreserved",
+        "_unreserved_tokens",
+        "budget",
+        "max_model_len",
+    )
+
+    def __init__(self, budget: StepBudget, pool: BlockPool, prefix_index: PrefixIndex, max_model_len: int) -> None:
         """`max_model_len` counts prompt plus answer; the attribute of that name is less where the pool is smaller."""
+        self.budget = budget
+        self.max_model_len = min(max_model_len, pool.num_blocks * prefix_index.block_size)
         self._pool = pool
-        self._block_size = block_size
-        self.max_model_len = min(max_model_len, pool.num_blocks * block_size)
+        self._index = prefix_index
+        self._block_size = prefix_index.block_size
         self._sequences: dict[Hashable, Sequence] = {}
         self._deadlines: KeyedHeap[Hashable] = KeyedHeap()
+        self._line: KeyedHeap[Hashable] = KeyedHeap()  # prompts that wait, and the preempted, by age
+        self._unreserved: OrderedDict[Hashable, Sequence] = OrderedDict()  # KV from elsewhere, by age
+        self._prompts: dict[Hashable, Sequence] = {}  # running, not decoding yet; admitted first comes first
+        self._decoding: OrderedDict[Hashable, Sequence] = OrderedDict()  # running; the next to take part comes first
+        self._claims: dict[Hashable, int] = {}  # of receiving and running sequences
+        self._claimed_blocks = 0
+        self._held_blocks = 0  # sum of the block tables of those that claim
+        self._short_for: Hashable | None = None  # the first in line for which memory was too short,
+        self._short_at = 0  # when so many blocks were available,
+        self._memory_changed = False  # and whether it may fit since then though no more are available
+        self._num_waiting = 0
+        self._uncomputed_tokens = 0
+        self._unreserved_tokens = 0
+        self._next_order = 0
         self._computed_tokens = 0
+        self._cached_tokens = 0
+        self._preemptions = 0
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -42,11 +134,98 @@ class Scheduler(Generic[ChunkT]):
     def get(self, key: Hashable) -> Sequence | None:
         return self._sequences.get(key)
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a sequence waits to be admitted, for the first time or again."""
+        return len(self._line) > 0 or len(self._unreserved) > 0
+
     def length_limit(self, sequence: Sequence) -> int:
         """Tokens, prompt and answer together, with which it ends at the latest."""
         return min(sequence.request.max_total_tokens, self.max_model_len)
 
-    def computed(self, chunk: ChunkT) -> bool:
+    def set_budget(self, budget: StepBudget) -> None:
+        """From the next step on. What runs goes on, even where the new budget would not have admitted it."""
+        self.budget = budget
+        self._memory_changed = True
+        for key in self._claims:
+            self._claim(self._sequences[key])
+
+    # --- coming in ---------------------------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue it. Raises ContextLengthError if it can never fit, OverloadedError if the queue is full."""
+        assert sequence.key not in self._sequences, f"{sequence.key!r} is scheduled already"
+        if sequence.num_tokens >= self.max_model_len:
+            raise ContextLengthError(
+                f"The prompt has {sequence.num_tokens} tokens; this model takes at most {self.max_model_len} tokens,"
+                " prompt and answer together."
+            )
+        if self._num_waiting + len(self._unreserved) >= self.budget.max_queue:
+            raise OverloadedError("The queue of this instance is full; try again later.")
+        self._sequences[sequence.key] = sequence
+        if sequence.request.deadline_s != float("inf"):
+            self._deadlines.push(sequence.key, sequence.request.deadline_s)
+        sequence.order = self._next_order
+        self._next_order += 1
+        if sequence.is_remote:
+            self._unreserved[sequence.key] = sequence
+            self._unreserved_tokens += sequence.num_tokens
+        else:
+            self._line.push(sequence.key, sequence.order)
+            self._num_waiting += 1
+            self._uncomputed_tokens += sequence.num_tokens
+
+    def reserve(self, now_s: float) -> list[Sequence]:
+        """Give those that wait for KV from elsewhere their blocks, first come first served, while claims fit.
+
+        End what is `expired` first. No newcomer is admitted while a preempted sequence waits.
+        """
+        reserved: list[Sequence] = []
+        while self._unreserved and len(self._line) == self._num_waiting:
+            sequence = next(iter(self._unreserved.values()))
+            first = self._line.peek()
+            if first is not None and first[1] == self._short_for and first[0] < sequence.order:
+                break
+            count = self._blocks_for(sequence.num_tokens)
+            if not self._fits(sequence, count):
+                break
+            self._index.make_room(count)
+            self._leave(sequence)
+            self._hold(sequence, self._pool.allocate(count))
+            sequence.move_to(SequenceState.RECEIVING)
+            reserved.append(sequence)
+        return reserved
+
+    def committed(self, key: Hashable, first_token_id: int, now_s: float) -> Sequence:
+        """The KV of all tokens of the request is in the blocks; `first_token_id` is what prefill drew from it."""
+        sequence = self._sequences[key]
+        assert sequence.state is SequenceState.RECEIVING, "a transfer into blocks that were not reserved"
+        sequence.num_computed = sequence.num_tokens
+        sequence.committed_s = now_s
+        sequence.append(first_token_id)
+        sequence.move_to(SequenceState.RUNNING)
+        self._decoding[key] = sequence
+        self._claim(sequence)
+        return sequence
+
+    # --- stepping ----------------------------------------------------------------------------------------------------
+
+    def next_batch(self, now_s: float) -> list[Chunk]:
+        """The chunks of the next step, decoding sequences first. Call `computed` for each before asking again.
+
+        When more sequences decode than `max_batch`, they take turns. Each chunk's blocks are in its sequence's block
+        table. Empty when nothing runs and nothing can be admitted.
+        """
+        budget = self.budget
+        if budget.mixing == "prompt_first":
+            return self._prompt_chunks(budget.max_prefill_tokens, now_s) or self._decode_chunks()
+        chunks = self._decode_chunks()
+        left = min(budget.max_prefill_tokens, budget.max_batch_tokens - len(chunks))
+        if left > 0 and (self._prompts or self._line):
+            chunks += self._prompt_chunks(left, now_s)
+        return chunks
+
+    def computed(self, chunk: Chunk) -> bool:
         """The KV of `chunk` is in its blocks. False when the sequence is gone meanwhile: drop the chunk's result."""
         sequence = chunk.sequence
         if self._sequences.get(sequence.key) is not sequence:
@@ -54,30 +233,264 @@ class Scheduler(Generic[ChunkT]):
         assert chunk.start == sequence.num_computed, "a chunk computed twice, or out of order"
         sequence.num_computed += chunk.num_tokens
         self._computed_tokens += chunk.num_tokens
+        if chunk.is_prompt:
+            self._uncomputed_tokens -= chunk.num_tokens
+            self._index.insert(
+                sequence.token_ids,
+                sequence.block_table,
+                sequence.num_computed,
+                sequence.request.cache_salt,
+                sequence.block_hashes,
+                start=chunk.start,
+            )
+            self._memory_changed = True  # the first in line may find more of its prompt cached
+            if chunk.samples and sequence.hand_over:
+                self._remove(sequence)
+                sequence.move_to(SequenceState.HELD)
         return True
 
-    def _check_length(self, sequence: Sequence) -> None:
-        """Raises ContextLengthError if there is no room for `sequence` and one more token, however idle the worker."""
-        if sequence.num_tokens >= self.max_model_len:
-            raise ContextLengthError(
-                f"The prompt has {sequence.num_tokens} tokens; this model takes at most {self.max_model_len} tokens,"
-                " prompt and answer together."
-            )
+    def generated(self, key: Hashable, token_id: int) -> Sequence:
+        """Append the token drawn after a chunk that samples. Ask the sequence's `finish_reason_after` next."""
+        sequence = self._sequences[key]
+        assert sequence.num_uncomputed == 0, "a token drawn from a place that is not the end"
+        sequence.append(token_id)
+        if self._prompts and self._prompts.pop(key, None) is not None:
+            self._decoding[key] = sequence
+        self._claim(sequence)
+        return sequence
 
-    def _enter(self, sequence: Sequence) -> None:
-        assert sequence.key not in self._sequences, f"{sequence.key!r} is scheduled already"
-        self._sequences[sequence.key] = sequence
-        if sequence.request.deadline_s != float("inf"):
-            self._deadlines.push(sequence.key, sequence.request.deadline_s)
+    # --- going out ---------------------------------------------------------------------------------------------------
 
-    def _forget(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.key]
-        self._deadlines.discard(sequence.key)
+    def finish(self, key: Hashable) -> Sequence:
+        """It has its last token: free its blocks."""
+        sequence = self._sequences[key]
+        self._end(sequence)
+        return sequence
+
+    def cancel(self, key: Hashable) -> Sequence | None:
+        """Drop it in any state and free its blocks. None when it is not (or no longer) here.
+
+        Not while a transfer may still write into its blocks: `detach` it then.
+        """
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            self._end(sequence)
+        return sequence
+
+    def detach(self, key: Hashable) -> list[int]:
+        """Drop it, but keep its blocks allocated: the caller releases them to the pool once nobody writes there."""
+        sequence = self._sequences[key]
+        self._remove(sequence)
+        sequence.move_to(SequenceState.FINISHED)
+        return sequence.take_blocks()
+
+    def release(self, sequence: Sequence) -> None:
+        """Free a HELD sequence: its KV was fetched, or is wanted by nobody."""
+        self._pool.release(sequence.take_blocks())
+        sequence.move_to(SequenceState.FINISHED)
+
+    def expired(self, now_s: float) -> list[Sequence]:
+        """Sequences whose deadline has passed, each reported once, nothing freed: `cancel` or `detach` each now."""
+        return [self._sequences[key] for key in self._deadlines.pop_until(now_s)]
+
+    # --- for status and tests ----------------------------------------------------------------------------------------
+
+    def counts(self) -> SchedulerCounts:
+        return SchedulerCounts(
+            waiting=self._num_waiting,
+            unreserved=len(self._unreserved),
+            receiving=len(self._claims) - len(self._prompts) - len(self._decoding),
+            prompts=len(self._prompts),
+            decoding=len(self._decoding),
+            preempted=len(self._line) - self._num_waiting,
+            uncomputed_tokens=self._uncomputed_tokens,
+            unreserved_tokens=self._unreserved_tokens,
+            computed_tokens=self._computed_tokens,
+            cached_tokens=self._cached_tokens,
+            preemptions=self._preemptions,
+        )
+
+    def block_tables(self) -> list[BlockTable]:
+        return [self._sequences[key].block_table for key in self._claims]
+
+    def check_integrity(self, other_owners: Iterable[BlockTable] = ()) -> None:
+        """Every held block is a live sequence's or one of `other_owners` (held for a reader, or still written by a
+        transfer that was given up); assert, O(num_blocks)."""
+        in_line = [sequence for sequence in self._sequences.values() if sequence.key in self._line]
+        running = (*self._prompts.values(), *self._decoding.values())
+        assert len(in_line) == len(self._line)
+        assert len(self._sequences) == len(in_line) + len(self._unreserved) + len(self._claims)
+        assert self._num_waiting == sum(sequence.state is SequenceState.WAITING for sequence in in_line)
+        assert all(sequence.state is SequenceState.RUNNING for sequence in running)
+        assert all(sequence.num_uncomputed == 1 for sequence in self._decoding.values()), "decoding with a gap"
+        assert self._uncomputed_tokens == sum(s.num_uncomputed for s in (*in_line, *self._prompts.values()))
+        assert self._unreserved_tokens == sum(sequence.num_tokens for sequence in self._unreserved.values())
+        assert self._claimed_blocks == sum(self._claims.values())
+        assert self._held_blocks == sum(len(table) for table in self.block_tables())
+        for key, claim in self._claims.items():
+            assert len(self._sequences[key].block_table) <= claim, "a sequence holds more than it claims"
+        self._index.check_integrity()
+        check_blocks(self._pool, [*self.block_tables(), *other_owners])
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def _decode_chunks(self) -> list[Chunk]:
+        """A token of each whose turn it is, and that is not preempted to make room for the others."""
+        size, max_batch = self._block_size, self.budget.max_batch
+        while True:
+            picked = list(islice(self._decoding.values(), max_batch))
+            growing = [sequence for sequence in picked if len(sequence.token_ids) > len(sequence.block_table) * size]
+            if self._index.make_room(len(growing)):
+                break
+            running = chain(self._prompts.values(), self._decoding.values())
+            self._preempt(max(running, key=lambda sequence: sequence.order))
+        for sequence in growing:
+            sequence.block_table.extend(self._pool.allocate(1))
+        self._held_blocks += len(growing)
+        chunks = [Chunk(sequence, sequence.num_computed, 1, samples=True, is_prompt=False) for sequence in picked]
+        if len(chunks) < len(self._decoding):
+            for chunk in chunks:
+                self._decoding.move_to_end(chunk.sequence.key)
+        return chunks
+
+    def _prompt_chunks(self, max_tokens: int, now_s: float) -> list[Chunk]:
+        """Of prompts that run, then of the first in line; at most `max_tokens`, or one whole prompt."""
+        whole = self.budget.mixing == "prompt_first"
+        max_running = min(self.budget.max_batch, self.budget.max_batch_tokens)  # each takes a token of a step at least
+        chunks: list[Chunk] = []
+        for sequence in self._prompts.values():
+            if max_tokens > 0:
+                chunks.append(_prompt_chunk(sequence, sequence.num_uncomputed if whole else max_tokens))
+                max_tokens -= chunks[-1].num_tokens
+        while max_tokens > 0 and len(self._prompts) + len(self._decoding) < max_running:
+            newcomer = self._admit_first(now_s, max_tokens if whole and chunks else None)
+            if newcomer is None:
+                break
+            chunks.append(_prompt_chunk(newcomer, newcomer.num_uncomputed if whole else max_tokens))
+            max_tokens -= chunks[-1].num_tokens
+        return chunks
+
+    # --- memory ------------------------------------------------------------------------------------------------------
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _grown_blocks(self, sequence: Sequence, growth_tokens: int) -> int:
-        """Blocks that it holds when it has grown by so many tokens, or up to its limit, if that is less."""
+    def _claim_of(self, sequence: Sequence) -> int:
+        """Blocks that it holds at the end of its growth horizon."""
         num_tokens = sequence.num_tokens
-        return self._blocks_for(max(num_tokens, min(num_tokens + growth_tokens, self.length_limit(sequence))))
+        if not sequence.hand_over:
+            grown = min(num_tokens + self.budget.growth_horizon_tokens, self.length_limit(sequence))
+            num_tokens = max(num_tokens, grown)
+        return -(-num_tokens // self._block_size)
+
+    def _claim(self, sequence: Sequence) -> None:
+        claim = self._claim_of(sequence)
+        self._claimed_blocks += claim - self._claims.get(sequence.key, 0)
+        self._claims[sequence.key] = claim
+
+    def _hold(self, sequence: Sequence, block_table: list[int]) -> None:
+        sequence.block_table = block_table
+        self._held_blocks += len(block_table)
+        self._claim(sequence)
+
+    def _fits(self, newcomer: Sequence, num_missing: int) -> bool:
+        """Whether it can be given `num_missing` blocks, and all can grow."""
+        growth = self._claimed_blocks - self._held_blocks + self._claim_of(newcomer)
+        growth -= self._blocks_for(newcomer.num_tokens)
+        spare = int(self.budget.watermark * self._pool.num_blocks) if self._claims else 0
+        return num_missing + growth + spare <= self._index.num_available
+
+    @property
+    def _first_is_blocked(self) -> bool:
+        """Memory was too short for the first in line, and nothing has changed that."""
+        first = self._line.peek()
+        return (
+            first is not None
+            and first[1] == self._short_for
+            and not self._memory_changed
+            and self._index.num_available <= self._short_at
+        )
+
+    def _admit_first(self, now_s: float, max_uncomputed: int | None) -> Sequence | None:
+        """Let the first in line run, if it fits and has at most `max_uncomputed` tokens to compute."""
+        first = self._line.peek()
+        if first is None or self._first_is_blocked:
+            return None
+        sequence = self._sequences[first[1]]
+        if self._unreserved and next(iter(self._unreserved.values())).order < sequence.order:
+            return None  # an older one waits for memory
+        if not self._take_prompt_blocks(sequence, max_uncomputed):
+            return None
+        self._line.discard(sequence.key)
+        self._num_waiting -= sequence.state is SequenceState.WAITING
+        self._uncomputed_tokens -= sequence.num_cached
+        self._cached_tokens += sequence.num_cached
+        if sequence.started_s is None:
+            sequence.started_s = now_s
+        sequence.move_to(SequenceState.RUNNING)
+        self._prompts[sequence.key] = sequence
+        return sequence
+
+    def _take_prompt_blocks(self, sequence: Sequence, max_uncomputed: int | None) -> bool:
+        """Give `sequence` blocks for all its tokens, and count as computed what the prefix cache has of them.
+
+        False, and nothing changed, when they do not fit, or when more than `max_uncomputed` tokens are left to compute.
+        """
+        cached: list[int] = []
+        if sequence.request.sampling.prompt_logprobs is None:  # those need every prompt token to be computed
+            cached = self._index.match(sequence.token_ids, sequence.request.cache_salt, sequence.block_hashes)
+        num_missing = self._blocks_for(sequence.num_tokens) - len(cached)
+        num_cached = len(cached) * self._block_size
+        too_many = max_uncomputed is not None and sequence.num_tokens - num_cached > max_uncomputed
+        if too_many or not self._fits(sequence, num_missing):
+            self._pool.release(cached)
+            if not too_many:
+                self._short_for, self._short_at = sequence.key, self._index.num_available
+                self._memory_changed = False
+            return False
+        self._index.make_room(num_missing)
+        self._hold(sequence, cached + self._pool.allocate(num_missing))
+        sequence.num_cached = sequence.num_computed = num_cached
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        self._pool.release(sequence.take_blocks())
+        sequence.move_to(SequenceState.PREEMPTED)
+        self._line.push(sequence.key, sequence.order)
+        self._uncomputed_tokens += sequence.num_tokens
+        self._preemptions += 1
+
+    def _end(self, sequence: Sequence) -> None:
+        self._remove(sequence)
+        self._pool.release(sequence.take_blocks())
+        sequence.move_to(SequenceState.FINISHED)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Forget it; its blocks are the caller's."""
+        self._leave(sequence)
+        del self._sequences[sequence.key]
+        self._deadlines.discard(sequence.key)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take it out of the line or the batch it is in, and give up its claim."""
+        key = sequence.key
+        self._memory_changed = True
+        if (claim := self._claims.pop(key, None)) is not None:
+            self._claimed_blocks -= claim
+            self._held_blocks -= len(sequence.block_table)
+        if self._decoding.pop(key, None) is not None or sequence.state is SequenceState.RECEIVING:
+            return
+        if self._unreserved.pop(key, None) is not None:
+            self._unreserved_tokens -= sequence.num_tokens
+            return
+        self._uncomputed_tokens -= sequence.num_uncomputed
+        self._prompts.pop(key, None)
+        self._line.discard(key)
+        self._num_waiting -= sequence.state is SequenceState.WAITING
+
+
+def _prompt_chunk(sequence: Sequence, max_tokens: int) -> Chunk:
+    num_uncomputed = sequence.num_uncomputed
+    num_tokens = min(num_uncomputed, max_tokens)
+    return Chunk(sequence, sequence.num_computed, num_tokens, samples=num_tokens == num_uncomputed, is_prompt=True)

@@ -1,4 +1,4 @@
-"""One attempt of one request on one worker: its tokens, its blocks, and the state it is in."""
+"""One attempt of one request on one instance: its tokens, its blocks, and its state."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -9,16 +9,16 @@ from tandem.core.request import FinishReason, GenerationRequest
 
 class SequenceState(Enum):
     WAITING = "waiting"  # queued, holds no block
-    RESERVED = "reserved"  # decode: holds blocks into which a transfer writes
+    RECEIVING = "receiving"  # holds blocks into which a transfer writes
     RUNNING = "running"  # takes part in steps
-    PREEMPTED = "preempted"  # decode: lost its blocks, first in line to get new ones and recompute
-    HELD = "held"  # prefill: computed, its blocks wait to be fetched; the worker owns them, not the scheduler
+    PREEMPTED = "preempted"  # lost its blocks, computes its KV anew once it is admitted again
+    HELD = "held"  # its prompt is computed, its blocks wait for a reader; the worker owns them, not the scheduler
     FINISHED = "finished"  # holds nothing; the only state without an exit
 
 
 _NEXT_STATES: dict[SequenceState, frozenset[SequenceState]] = {
-    SequenceState.WAITING: frozenset({SequenceState.RUNNING, SequenceState.RESERVED, SequenceState.FINISHED}),
-    SequenceState.RESERVED: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
+    SequenceState.WAITING: frozenset({SequenceState.RUNNING, SequenceState.RECEIVING, SequenceState.FINISHED}),
+    SequenceState.RECEIVING: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
     SequenceState.RUNNING: frozenset({SequenceState.PREEMPTED, SequenceState.HELD, SequenceState.FINISHED}),
     SequenceState.PREEMPTED: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
     SequenceState.HELD: frozenset({SequenceState.FINISHED}),
@@ -28,28 +28,28 @@ _NEXT_STATES: dict[SequenceState, frozenset[SequenceState]] = {
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Mutable, owned by one worker's loop, equal only to itself.
+    """Mutable, owned by one instance's loop, equal only to itself.
 
-    prefill   WAITING --first chunk--> RUNNING --last chunk--> HELD --fetched, lease over--> FINISHED
-
-    decode    WAITING --blocks reserved--> RESERVED --KV arrived--> RUNNING --last token--> FINISHED
-                                                                     |   ^
-                                                       out of memory v   | recompute
-                                                                   PREEMPTED
-
-    colocated WAITING --admitted--> RUNNING --last token--> FINISHED, preempted as in decode
+        WAITING --blocks--> RUNNING (prompt in chunks) --last chunk--> RUNNING (decoding) --last token--> FINISHED
+           |                   |  ^                |
+           |     out of memory v  | again          | last chunk, `hand_over`
+           |                 PREEMPTED             +--> HELD --acknowledged, or the lease is over--> FINISHED
+           |
+           +--blocks, `is_remote`--> RECEIVING --KV committed--> RUNNING (decoding)
 
     Every state but FINISHED also goes to FINISHED by cancel, deadline or failure.
 
-    `token_ids` starts as the request's tokens and grows by each generated one; `block_table[i]` holds the KV of tokens
-    `[i * block_size, (i + 1) * block_size)`; the first `num_computed` tokens have their KV there. Of these the first
+    `token_ids` starts as the request's tokens and grows by each generated token. `block_table[i]` holds the KV of tokens
+    `[i * block_size, (i + 1) * block_size)`. The first `num_computed` tokens have their KV there; of these the first
     `num_cached` came from the prefix cache. `block_hashes` is the hash chain of the leading full blocks, as far as it
-    was needed (see `prefix_index`). `order` is the age among a decode scheduler's sequences, lower is older.
+    was needed (see `prefix_index`). `order` is the age among the scheduler's sequences, lower is older.
     """
 
-    key: Hashable  # chosen by the worker, e.g. (session id, handle)
+    key: Hashable  # chosen by the worker
     request: GenerationRequest
     arrival_s: float
+    is_remote: bool = False  # the KV of its tokens comes from another instance
+    hand_over: bool = False  # its KV goes to another instance
     token_ids: list[int] = field(init=False)
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -57,11 +57,11 @@ class Sequence:
     num_cached: int = 0
     state: SequenceState = SequenceState.WAITING
     order: int = -1
-    reserved_s: float | None = None  # decode: when it got its blocks
-    committed_s: float | None = None  # decode: when its KV had arrived
-    started_s: float | None = None  # when its first step was scheduled
+    started_s: float | None = None  # when its first prompt chunk was scheduled
+    committed_s: float | None = None  # when its KV had arrived
 
     def __post_init__(self) -> None:
+        assert not (self.is_remote and self.hand_over), "KV that came from elsewhere is not handed over"
         self.token_ids = list(self.request.token_ids)
 
     @property
@@ -96,7 +96,7 @@ class Sequence:
     def finish_reason_after(
         self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int
     ) -> FinishReason | None:
-        """Whether `token_id`, which has just been appended, ends the generation, and why."""
+        """Whether `token_id`, the last one appended, ends the generation, and why."""
         assert self.token_ids[-1] == token_id, "append the token first"
         sampling = self.request.sampling
         if token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from tandem.scheduling.sequence import Sequence
 
 
-class SteadySteps(NamedTuple):
+class FastForward(NamedTuple):
     """At least one and at most `max_steps` steps. The first reads `kv_tokens` tokens of KV, new ones included, each
-    after it `num_sequences` more. For `newcomers` the first is the first of all."""
+    later step `num_sequences` more. For `newcomers` the first step brings the first token after the prompt's."""
 
     max_steps: int
     num_sequences: int
@@ -21,7 +21,7 @@ class SteadySteps(NamedTuple):
     newcomers: list[Sequence]
 
 
-class GrowingBlocks:
+class BlockGrowth:
     """The sum of ceil((start + step) / block_size) over a changing set of starts, for any step. All O(block_size)."""
 
     __slots__ = ("_block_size", "_count", "_full", "_residues")
@@ -43,12 +43,12 @@ class GrowingBlocks:
         if self._count == 0:
             return 0
         full, part = divmod(step, self._block_size)
-        # Those whose residue and `part` make up one more block.
+        # Starts whose residue and `part` make up one more block.
         return self._full + self._count * full + sum(self._residues[self._block_size - part :])
 
 
-class SteadyBatch:
-    """All running sequences of a decode scheduler, while each computes one token per step and none leaves.
+class EvenBatch:
+    """All decoding sequences of a scheduler, while each computes one token per step and none leaves.
 
     The sequences' own numbers lag behind by `step - synced[key]` steps; `held_blocks` and `claimed_blocks` do not.
     Blocks allocated meanwhile lie in `loose_blocks`, and are dealt when a sequence is brought up to date.
@@ -74,8 +74,8 @@ class SteadyBatch:
     def __init__(self, block_size: int, growth_horizon_tokens: int) -> None:
         self._block_size = block_size
         self._horizon_tokens = growth_horizon_tokens
-        self._held = GrowingBlocks(block_size)
-        self._claims = GrowingBlocks(block_size)  # of sequences whose horizon still moves
+        self._held = BlockGrowth(block_size)
+        self._claims = BlockGrowth(block_size)  # of sequences whose horizon still moves
         self._settled_claims = 0  # of those that claim up to their limit
         self._settling: list[tuple[int, int, int]] = []  # heap of (step, start of the claim, claim from then on)
         self._ends: list[tuple[int, int, int, Sequence]] = []  # heap of (step, place in the batch, limit, sequence)
@@ -105,7 +105,7 @@ class SteadyBatch:
         return self._ends[0][0] - self.step
 
     def blocks_after(self, num_steps: int) -> int:
-        """Blocks held after so many more steps, at least one."""
+        """Blocks held after that many more steps, at least one."""
         return self._held.at(self.step + num_steps)
 
     def join(self, sequence: Sequence, limit: int) -> None:
@@ -124,7 +124,7 @@ class SteadyBatch:
         heapq.heappush(self._ends, (limit - start, self._next_number, limit, sequence))
         self._next_number += 1
         self.synced[sequence.key] = self.step
-        if sequence.started_s is None:
+        if sequence.num_tokens == len(sequence.request.token_ids) + 1:
             self.newcomers.append(sequence)
 
     def advance(self, num_steps: int) -> int:
@@ -132,6 +132,7 @@ class SteadyBatch:
         held_blocks = self.blocks_after(num_steps)
         count, self.held_blocks = held_blocks - self.held_blocks, held_blocks
         self.step += num_steps
+        self.newcomers = []
         while self._settling and self._settling[0][0] <= self.step:
             _, start, final_claim = heapq.heappop(self._settling)
             self._claims.add(start, -1)

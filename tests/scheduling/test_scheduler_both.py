@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,8 +5,10 @@ from hypothesis import strategies as st
 from tandem.core.errors import ContextLengthError, OverloadedError
 from tandem.core.request import GenerationRequest, SamplingParams
 from tandem.scheduling.block_pool import BlockPool
-from tandem.scheduling.colocated import ColocatedChunk, ColocatedPolicy, ColocatedScheduler, Mixing
+from tandem.scheduling.budget import Mixing, StepBudget
+from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.sequence import Sequence, SequenceState
 
 _BLOCK_SIZE = 4
@@ -16,13 +16,13 @@ _TOKEN = 0
 
 
 class Worker:
-    """A colocated worker without an engine, in which every drawn token is 0. `ended_at[name]` is the number of steps
+    """An instance without an engine that serves both phases, in which every drawn token is 0. `ended_at[name]` is the number of steps
     after which it had its last token."""
 
-    def __init__(self, num_blocks: int, policy: ColocatedPolicy, caching: bool = True) -> None:
+    def __init__(self, num_blocks: int, budget: StepBudget, caching: bool = True) -> None:
         self.pool = BlockPool(num_blocks)
         self.index = PrefixIndex(self.pool, _BLOCK_SIZE, caching)
-        self.scheduler = ColocatedScheduler(policy, self.pool, self.index, max_model_len=200)
+        self.scheduler = FastForwardScheduler(budget, self.pool, self.index, max_model_len=200)
         self.sequences: list[Sequence] = []
         self.steps = 0
         self.ended_at: dict[str, int] = {}
@@ -38,7 +38,7 @@ class Worker:
         self.sequences.append(sequence)
         return sequence
 
-    def step(self) -> list[ColocatedChunk]:
+    def step(self) -> list[Chunk]:
         chunks = self.scheduler.next_batch(float(self.steps))
         self.steps += 1
         for chunk in chunks:
@@ -51,7 +51,7 @@ class Worker:
 
     def skip(self, num_steps: int) -> None:
         """As many steps at once, in which everybody decodes."""
-        ended = self.scheduler.advance(num_steps, float(self.steps))
+        ended = self.scheduler.advance(num_steps)
         self.steps += num_steps
         for sequence in ended:
             self.scheduler.finish(sequence.key)
@@ -59,8 +59,8 @@ class Worker:
 
     def max_steps(self) -> int:
         """Steps that can be skipped."""
-        steady = self.scheduler.steady()
-        return 0 if steady is None else steady.max_steps
+        steps = self.scheduler.fast_forward()
+        return 0 if steps is None else steps.max_steps
 
     def _finish_if_done(self, sequence: Sequence) -> None:
         if sequence.finish_reason_after(_TOKEN, frozenset(), self.scheduler.max_model_len) is not None:
@@ -68,18 +68,18 @@ class Worker:
             self.ended_at[str(sequence.key)] = self.steps
 
 
-def _policy(
+def _budget(
     mixing: Mixing = "chunked", max_batch: int = 8, max_batch_tokens: int = 16, horizon: int = 0, watermark: float = 0.0
-) -> ColocatedPolicy:
-    return ColocatedPolicy(max_batch, 8, max_batch_tokens, mixing, horizon, watermark)
+) -> StepBudget:
+    return StepBudget(max_batch, max_batch_tokens, max_batch_tokens, 8, mixing, horizon, watermark)
 
 
-def _shown(chunks: list[ColocatedChunk]) -> list[tuple[object, int, int, bool, bool]]:
+def _shown(chunks: list[Chunk]) -> list[tuple[object, int, int, bool, bool]]:
     return [(chunk.sequence.key, chunk.start, chunk.num_tokens, chunk.samples, chunk.is_prompt) for chunk in chunks]
 
 
 def test_chunked_decodes_first_and_fills_the_step_with_prompts() -> None:
-    worker = Worker(40, _policy(max_batch_tokens=10))
+    worker = Worker(40, _budget(max_batch_tokens=10))
     worker.add("a", 4, token=1)
     assert _shown(worker.step()) == [("a", 0, 4, True, True)]
     worker.add("b", 15, token=2)
@@ -94,7 +94,7 @@ def test_chunked_decodes_first_and_fills_the_step_with_prompts() -> None:
 
 
 def test_prompt_first_stalls_decoding_for_whole_prompts() -> None:
-    worker = Worker(40, _policy("prompt_first", max_batch_tokens=10))
+    worker = Worker(40, _budget("prompt_first", max_batch_tokens=10))
     worker.add("a", 4, token=1)
     worker.step()
     worker.add("b", 5, token=2)
@@ -110,21 +110,8 @@ def test_prompt_first_stalls_decoding_for_whole_prompts() -> None:
     ]
 
 
-def test_padded_prompts_share_a_step_while_budget_and_padding_allow() -> None:
-    policy = replace(_policy("padded", max_batch_tokens=24), max_padding_tokens=3)
-    worker = Worker(40, policy, caching=False)
-    for key, num_tokens in (("a", 5), ("longer", 8), ("b", 8), ("c", 8), ("short", 4)):
-        worker.add(key, num_tokens, token=num_tokens)
-    # a + longer are 16 tokens, 3 of them padding; with b 24 and 3; c would make it 32
-    assert [chunk.sequence.key for chunk in worker.step()] == ["a", "longer", "b"]
-    # short would be padded by 4
-    assert [chunk.sequence.key for chunk in worker.step()] == ["c"]
-    assert [chunk.sequence.key for chunk in worker.step()] == ["short"]
-    assert [chunk.is_prompt for chunk in worker.step()] == [False] * 5
-
-
 def test_a_prompt_is_admitted_when_its_blocks_and_the_watermark_are_there() -> None:
-    worker = Worker(100, _policy(max_batch_tokens=400, watermark=0.05), caching=False)
+    worker = Worker(100, _budget(max_batch_tokens=400, watermark=0.05), caching=False)
     worker.add("a", 199, token=1)  # 50 blocks
     worker.add("b", 180, token=2)  # 45 blocks: 5 are left
     worker.add("c", 4, token=3)  # one block, which would leave 4
@@ -132,21 +119,21 @@ def test_a_prompt_is_admitted_when_its_blocks_and_the_watermark_are_there() -> N
 
 
 def test_the_watermark_does_not_hold_back_who_would_run_alone() -> None:
-    worker = Worker(10, _policy(max_batch_tokens=40, watermark=0.5))
+    worker = Worker(10, _budget(max_batch_tokens=40, watermark=0.5))
     worker.add("alone", 36)
     assert [chunk.sequence.key for chunk in worker.step()] == ["alone"]
 
 
 def test_a_horizon_provides_for_growth() -> None:
     for horizon, admitted in ((0, ["a", "b"]), (8, ["a"])):
-        worker = Worker(7, _policy(horizon=horizon))
+        worker = Worker(7, _budget(horizon=horizon))
         worker.add("a", 8, token=1)
         worker.add("b", 8, token=2)
         assert [chunk.sequence.key for chunk in worker.step()] == admitted
 
 
 def test_out_of_memory_the_youngest_recomputes_before_any_newcomer() -> None:
-    worker = Worker(4, _policy(max_batch_tokens=20), caching=False)
+    worker = Worker(4, _budget(max_batch_tokens=20), caching=False)
     old, young = worker.add("old", 8, max_tokens=5, token=1), worker.add("young", 8, max_tokens=5, token=2)
     worker.step()
     late = worker.add("late", 2, token=3)
@@ -161,7 +148,7 @@ def test_out_of_memory_the_youngest_recomputes_before_any_newcomer() -> None:
 
 
 def test_an_equal_prefix_is_computed_once() -> None:
-    worker = Worker(40, _policy(max_batch_tokens=50))
+    worker = Worker(40, _budget(max_batch_tokens=50))
     worker.add("a", 12)
     worker.step()
     worker.add("b", 14)
@@ -172,7 +159,7 @@ def test_an_equal_prefix_is_computed_once() -> None:
 
 
 def test_what_another_has_computed_meanwhile_may_let_the_first_in_line_fit() -> None:
-    worker = Worker(6, _policy(max_batch_tokens=10))
+    worker = Worker(6, _budget(max_batch_tokens=10))
     worker.add("a", 16)
     worker.step()
     worker.add("b", 17)
@@ -181,7 +168,7 @@ def test_what_another_has_computed_meanwhile_may_let_the_first_in_line_fit() -> 
 
 
 def test_full_queue_and_too_long_prompts_are_refused() -> None:
-    worker = Worker(10, _policy())
+    worker = Worker(10, _budget())
     with pytest.raises(ContextLengthError):
         worker.add("long", 40)
     for i in range(8):
@@ -191,7 +178,7 @@ def test_full_queue_and_too_long_prompts_are_refused() -> None:
 
 
 def test_cancel_and_deadline_free_everything_in_any_state() -> None:
-    worker = Worker(10, _policy(max_batch=2, max_batch_tokens=6), caching=False)
+    worker = Worker(10, _budget(max_batch=2, max_batch_tokens=6), caching=False)
     for name, tokens in (("decoding", 4), ("prompt", 12), ("waiting", 4)):
         worker.add(name, tokens, deadline_s=5.0)
     worker.step()
@@ -201,14 +188,14 @@ def test_cancel_and_deadline_free_everything_in_any_state() -> None:
         worker.scheduler.check_integrity()
     assert worker.scheduler.cancel("prompt") is None
     assert (len(worker.scheduler), worker.pool.num_free) == (0, 10)
-    assert worker.scheduler.counts().waiting_tokens == 0
+    assert worker.scheduler.counts().uncomputed_tokens == 0
 
 
 _WORKERS = st.tuples(
     st.integers(6, 30),
     st.builds(
-        _policy,
-        mixing=st.sampled_from(["chunked", "prompt_first", "padded"]),
+        _budget,
+        mixing=st.sampled_from(["chunked", "prompt_first"]),
         max_batch=st.integers(1, 5),
         max_batch_tokens=st.integers(1, 20),
         horizon=st.sampled_from([0, 0, 6]),
@@ -224,26 +211,26 @@ _ARRIVALS = st.lists(
 
 @settings(deadline=None, max_examples=150)
 @given(_WORKERS, _ARRIVALS, st.data())
-def test_every_sequence_ends_and_every_step_keeps_the_policy(
-    worker_args: tuple[int, ColocatedPolicy, bool], arrivals: list[tuple[int, int, int, int]], data: st.DataObject
+def test_every_sequence_ends_and_every_step_keeps_the_budget(
+    worker_args: tuple[int, StepBudget, bool], arrivals: list[tuple[int, int, int, int]], data: st.DataObject
 ) -> None:
     worker = Worker(*worker_args)
-    scheduler, policy = worker.scheduler, worker_args[1]
+    scheduler, budget = worker.scheduler, worker_args[1]
     added: list[Sequence] = []
     cancelled = data.draw(st.sets(st.integers(0, len(arrivals) - 1)))
     for number, (pause, num_tokens, max_tokens, token) in enumerate(arrivals):
         added.append(worker.add(str(number), num_tokens, max_tokens, token))
         for _ in range(pause):
-            _checked_step(worker, policy)
+            _checked_step(worker, budget)
         if number in cancelled:
             scheduler.cancel(str(number))
     for _ in range(2000):
         if not len(scheduler):
             break
-        _checked_step(worker, policy)
+        _checked_step(worker, budget)
     assert not len(scheduler), "a sequence never ended"
     assert worker.pool.num_held == 0
-    assert scheduler.counts().waiting_tokens == 0
+    assert scheduler.counts().uncomputed_tokens == 0
     for number, sequence in enumerate(added):
         assert sequence.state is SequenceState.FINISHED
         if number not in cancelled:
@@ -252,7 +239,7 @@ def test_every_sequence_ends_and_every_step_keeps_the_policy(
             )
 
 
-def _checked_step(worker: Worker, policy: ColocatedPolicy) -> None:
+def _checked_step(worker: Worker, budget: StepBudget) -> None:
     scheduler = worker.scheduler
     before, computed = scheduler.counts(), scheduler.counts().computed_tokens
     chunks = worker.step()
@@ -261,24 +248,22 @@ def _checked_step(worker: Worker, policy: ColocatedPolicy) -> None:
     assert bool(chunks) == bool(before.waiting + before.preempted + before.prompts + before.decoding)
     assert after.computed_tokens - computed == sum(chunk.num_tokens for chunk in chunks)
     assert len({chunk.sequence.key for chunk in chunks}) == len(chunks)
-    assert len(chunks) <= policy.max_batch
+    assert len(chunks) <= budget.max_batch
     prompts = [chunk for chunk in chunks if chunk.is_prompt]
     num_tokens = sum(chunk.num_tokens for chunk in chunks)
-    if policy.mixing == "chunked":
-        assert num_tokens <= policy.max_batch_tokens
+    if budget.mixing == "chunked":
+        assert num_tokens <= budget.max_batch_tokens
         preempted = after.preemptions - before.preemptions
         assert len(chunks) - len(prompts) >= before.decoding - preempted, "a prompt stalled decoding"
     else:
         assert all(chunk.samples for chunk in prompts), "a prompt was cut"
         assert prompts in ([], chunks), "a step of prompts and decoding"
         if prompts:
-            assert num_tokens <= policy.max_batch_tokens or len(prompts) == 1
-        if len(prompts) > 1 and policy.mixing == "padded":
-            assert len(prompts) * max(chunk.num_tokens for chunk in prompts) <= policy.max_batch_tokens
+            assert num_tokens <= budget.max_batch_tokens or len(prompts) == 1
 
 
 def test_steady_steps_reach_to_the_first_end_or_the_last_block() -> None:
-    worker = Worker(10, _policy(), caching=False)
+    worker = Worker(10, _budget(), caching=False)
     worker.add("a", 4, max_tokens=9)
     assert worker.max_steps() == 0
     worker.step()
@@ -295,27 +280,27 @@ def test_steady_steps_reach_to_the_first_end_or_the_last_block() -> None:
 
 
 def test_steady_steps_tell_what_they_read_and_who_decodes_for_the_first_time() -> None:
-    worker = Worker(40, _policy(max_batch_tokens=2))
+    worker = Worker(40, _budget(max_batch_tokens=2))
     worker.add("a", 2, max_tokens=20)
     worker.step()
     worker.step()
     worker.add("b", 1, max_tokens=20, token=2)
     worker.step()
     worker.add("no tokens of a step are left for it", 1, token=3)
-    steady = worker.scheduler.steady()
-    assert steady is not None
-    assert (steady.max_steps, steady.num_sequences, steady.kv_tokens) == (17, 2, 5 + 2)
-    assert [sequence.key for sequence in steady.newcomers] == ["b"]
+    steps = worker.scheduler.fast_forward()
+    assert steps is not None
+    assert (steps.max_steps, steps.num_sequences, steps.kv_tokens) == (17, 2, 5 + 2)
+    assert [sequence.key for sequence in steps.newcomers] == ["b"]
     worker.skip(3)
-    steady = worker.scheduler.steady()
-    assert steady is not None
-    assert (steady.kv_tokens, steady.newcomers) == (13, [])
+    steps = worker.scheduler.fast_forward()
+    assert steps is not None
+    assert (steps.kv_tokens, steps.newcomers) == (13, [])
 
 
 @settings(deadline=None, max_examples=150)
 @given(_WORKERS, _ARRIVALS)
 def test_many_steps_at_once_equal_single_steps(
-    worker_args: tuple[int, ColocatedPolicy, bool], arrivals: list[tuple[int, int, int, int]]
+    worker_args: tuple[int, StepBudget, bool], arrivals: list[tuple[int, int, int, int]]
 ) -> None:
     slow, fast = Worker(*worker_args), Worker(*worker_args)
     for number, (pause, *request) in enumerate(arrivals):
@@ -329,11 +314,11 @@ def test_many_steps_at_once_equal_single_steps(
 def _run(slow: Worker, fast: Worker, num_steps: int) -> None:
     """Both until they have made `num_steps` steps or are idle; `fast` skips where it can, half of the way at times."""
     while num_steps > 0 and len(fast.scheduler):
-        steady = min(fast.max_steps(), num_steps)
-        count = max(1, steady if num_steps % 2 else steady // 2)
+        steps = min(fast.max_steps(), num_steps)
+        count = max(1, steps if num_steps % 2 else steps // 2)
         for _ in range(count):
             slow.step()
-        if steady:
+        if steps:
             fast.skip(count)
         else:
             fast.step()
@@ -343,6 +328,7 @@ def _run(slow: Worker, fast: Worker, num_steps: int) -> None:
 
 
 def _state(worker: Worker) -> object:
+    worker.scheduler.block_tables()  # brings the sequences up to date
     sequences = [
         (sequence.state, sequence.num_computed, tuple(sequence.token_ids), len(sequence.block_table))
         for sequence in worker.sequences

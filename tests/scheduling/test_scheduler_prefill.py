@@ -3,21 +3,22 @@ import pytest
 from tandem.core.errors import ContextLengthError, OverloadedError
 from tandem.core.request import GenerationRequest, SamplingParams
 from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.leases import LeaseTable
-from tandem.scheduling.prefill import PrefillPolicy, PrefillScheduler
 from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.scheduler import Scheduler
 from tandem.scheduling.sequence import Sequence, SequenceState
 
 
 class Worker:
-    """A prefill worker without an engine. `step` computes one batch and releases what is finished."""
+    """An instance without an engine that prefills for others. `step` computes one batch and releases what is finished."""
 
     def __init__(self, num_blocks: int = 100, max_batch_tokens: int = 10, max_queue: int = 10) -> None:
         self.pool = BlockPool(num_blocks)
         self.leases = LeaseTable()
         self.index = PrefixIndex(self.pool, block_size=4)
-        policy = PrefillPolicy(max_batch_tokens, max_queue)
-        self.scheduler = PrefillScheduler(policy, self.pool, self.index, block_size=4, max_model_len=200)
+        budget = StepBudget(max_batch_tokens, max_batch_tokens, max_batch_tokens, max_queue)
+        self.scheduler = Scheduler(budget, self.pool, self.index, max_model_len=200)
         self.finished: list[Sequence] = []
 
     def add(
@@ -25,7 +26,7 @@ class Worker:
     ) -> Sequence:
         sampling = SamplingParams(prompt_logprobs=prompt_logprobs)
         request = GenerationRequest(name, tuple(token_ids), sampling, deadline_s=deadline_s)
-        sequence = Sequence(name, request, arrival_s=0.0)
+        sequence = Sequence(name, request, arrival_s=0.0, hand_over=True)
         self.scheduler.add(sequence)
         return sequence
 
@@ -33,7 +34,7 @@ class Worker:
         chunks = self.scheduler.next_batch(now_s)
         for chunk in chunks:
             assert self.scheduler.computed(chunk)
-            if chunk.is_last:
+            if chunk.samples:
                 self.finished.append(chunk.sequence)
                 self.scheduler.release(chunk.sequence)
         self.scheduler.check_integrity(self.leases.block_tables())
@@ -44,12 +45,12 @@ def test_packs_short_prompts_and_chunks_long_ones_in_order() -> None:
     worker = Worker(max_batch_tokens=10)
     for name, prompt in (("a", range(3)), ("b", range(100, 118)), ("c", range(50, 54))):
         worker.add(name, prompt)
-    assert worker.scheduler.counts().waiting_tokens == 25
+    assert worker.scheduler.counts().uncomputed_tokens == 25
     assert worker.step() == [("a", 0, 3), ("b", 0, 7)]
     assert worker.step() == [("b", 7, 10)]
     assert worker.step() == [("b", 17, 1), ("c", 0, 4)]
     assert worker.step() == []
-    assert worker.scheduler.counts().waiting_tokens == 0
+    assert worker.scheduler.counts().uncomputed_tokens == 0
 
 
 def test_a_cached_prefix_is_not_computed_again() -> None:
@@ -122,10 +123,12 @@ def test_deadlines_end_waiting_and_running_sequences_once() -> None:
     worker.add("waiting", range(50, 55), deadline_s=3.0)
     patient = worker.add("patient", range(60, 65))
     worker.step()
-    assert worker.scheduler.take_expired(2.9) == []
+    assert worker.scheduler.expired(2.9) == []
+    expired = worker.scheduler.expired(3.0)
+    assert {sequence.key for sequence in expired} == {"running", "waiting"}
+    for sequence in expired:
+        worker.scheduler.cancel(sequence.key)
     assert worker.step(3.0) == [("patient", 0, 5)]
     assert running.block_table == []
-    assert {sequence.key for sequence in worker.scheduler.take_expired(3.0)} == {"running", "waiting"}
-    assert worker.scheduler.take_expired(9.0) == []
+    assert worker.scheduler.expired(9.0) == []
     assert worker.finished == [patient]
-    assert worker.scheduler.counts().expired == 2

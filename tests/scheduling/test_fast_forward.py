@@ -7,31 +7,34 @@ from hypothesis import strategies as st
 
 from tandem.core.request import GenerationRequest, SamplingParams
 from tandem.scheduling.block_pool import BlockPool
-from tandem.scheduling.decode import DecodePolicy
+from tandem.scheduling.budget import StepBudget
+from tandem.scheduling.fast_forward import BlockGrowth
+from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
+from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.sequence import Sequence
-from tandem.scheduling.steady import GrowingBlocks
-from tandem.scheduling.steady_decode import SteadyDecodeScheduler
 
 
 @dataclass
 class Worker:
-    """A decode worker without an engine, in which every drawn token is 0. `finished` are (step, key)."""
+    """An instance without an engine that decodes what others have prefilled, in which every drawn token is 0. `finished` are (step, key)."""
 
     num_blocks: int
     block_size: int
-    policy: DecodePolicy
+    budget: StepBudget
     step: int = 0
     finished: list[tuple[int, object]] = field(default_factory=list)
-    started: dict[object, float | None] = field(default_factory=dict)
+    decoded_s: dict[object, int] = field(default_factory=dict)  # when the first step of decoding began
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks)
-        self.scheduler = SteadyDecodeScheduler(self.policy, self.pool, self.block_size, max_model_len=60)
+        self.scheduler = FastForwardScheduler(
+            self.budget, self.pool, PrefixIndex(self.pool, self.block_size, enabled=False), max_model_len=60
+        )
 
     def add(self, key: int, num_tokens: int, max_tokens: int) -> None:
         request = GenerationRequest(str(key), (1,) * num_tokens, SamplingParams(max_tokens=max_tokens))
         if num_tokens < self.scheduler.max_model_len:
-            self.scheduler.add(Sequence(key, request, 0.0))
+            self.scheduler.add(Sequence(key, request, 0.0, is_remote=True))
 
     def admit(self) -> None:
         for sequence in self.scheduler.reserve(self.step):
@@ -45,12 +48,14 @@ class Worker:
     def fast(self, until_step: int) -> None:
         while self.step < until_step:
             self.admit()
-            steady = self.scheduler.steady()
-            if steady is None:
+            steps = self.scheduler.fast_forward()
+            if steps is None:
                 self._one_step()
                 continue
-            num_steps = min(steady.max_steps, until_step - self.step)
-            ended = self.scheduler.advance(num_steps, self.step)
+            num_steps = min(steps.max_steps, until_step - self.step)
+            for sequence in steps.newcomers:
+                self.decoded_s[sequence.key] = self.step
+            ended = self.scheduler.advance(num_steps)
             self.step += num_steps
             for sequence in ended:
                 self._finish(sequence)
@@ -61,6 +66,8 @@ class Worker:
         for chunk in chunks:
             assert self.scheduler.computed(chunk)
             if chunk.samples:
+                if chunk.sequence.num_tokens == len(chunk.sequence.request.token_ids) + 1:
+                    self.decoded_s[chunk.sequence.key] = self.step - 1
                 sequence = self.scheduler.generated(chunk.sequence.key, 0)
                 if sequence.num_tokens >= self.scheduler.length_limit(sequence):
                     self._finish(sequence)
@@ -68,13 +75,12 @@ class Worker:
     def _finish(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence.key)
         self.finished.append((self.step, sequence.key))
-        self.started[sequence.key] = sequence.started_s
 
     def state(self) -> tuple[object, ...]:
         """Everything that may be told of it, but which block is whose."""
         tables = [len(table) for table in self.scheduler.block_tables()]
         self.scheduler.check_integrity()
-        return self.scheduler.counts(), tables, self.pool.num_free, self.finished, self.started
+        return self.scheduler.counts(), tables, self.pool.num_free, self.finished, self.decoded_s
 
 
 _ADDED = st.lists(st.tuples(st.integers(1, 30), st.integers(2, 40)), max_size=4)
@@ -96,8 +102,8 @@ def test_advance_equals_single_steps(
     rounds: list[tuple[list[tuple[int, int]], int, int]],
     looks: bool,
 ) -> None:
-    policy = DecodePolicy(max_batch, 1000, horizon, max_chunk_tokens=7)
-    plain, fast = Worker(num_blocks, block_size, policy), Worker(num_blocks, block_size, policy)
+    budget = StepBudget(max_batch, max_batch + 7, 7, 1000, growth_horizon_tokens=horizon)
+    plain, fast = Worker(num_blocks, block_size, budget), Worker(num_blocks, block_size, budget)
     key = until_step = 0
     for added, cancelled, num_steps in rounds:
         for num_tokens, max_tokens in added:
@@ -120,20 +126,20 @@ def test_advance_equals_single_steps(
     assert plain.state() == fast.state()
 
 
-def test_no_step_is_looked_at_alone_while_a_batch_is_steady() -> None:
-    worker = Worker(60, 4, DecodePolicy(8, 8, growth_horizon_tokens=4))
+def test_no_step_is_looked_at_alone_while_a_batch_stays_the_same() -> None:
+    worker = Worker(60, 4, StepBudget(8, 15, 7, 8, growth_horizon_tokens=4))
     worker.add(0, 9, 20)
     worker.add(1, 3, 30)
     worker.admit()
-    steady = worker.scheduler.steady()
-    assert steady is not None
-    assert (steady.max_steps, steady.num_sequences, steady.kv_tokens) == (19, 2, 14)
-    assert [sequence.key for sequence in worker.scheduler.advance(19, 0.0)] == [0]
+    steps = worker.scheduler.fast_forward()
+    assert steps is not None
+    assert (steps.max_steps, steps.num_sequences, steps.kv_tokens) == (19, 2, 14)
+    assert [sequence.key for sequence in worker.scheduler.advance(19)] == [0]
 
 
 @given(st.integers(1, 7), st.lists(st.integers(-20, 40)), st.integers(0, 50))
-def test_growing_blocks_add_up(block_size: int, starts: list[int], step: int) -> None:
-    blocks = GrowingBlocks(block_size)
+def test_block_growth_adds_up(block_size: int, starts: list[int], step: int) -> None:
+    blocks = BlockGrowth(block_size)
     for start in starts:
         blocks.add(start)
     assert blocks.at(step) == sum(-(-(start + step) // block_size) for start in starts)

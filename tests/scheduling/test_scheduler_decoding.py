@@ -5,23 +5,26 @@ import pytest
 from tandem.core.errors import ContextLengthError, OverloadedError
 from tandem.core.request import GenerationRequest, SamplingParams
 from tandem.scheduling.block_pool import BlockPool
-from tandem.scheduling.decode import DecodePolicy, DecodeScheduler
+from tandem.scheduling.budget import StepBudget
+from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.scheduler import Scheduler
 from tandem.scheduling.sequence import Sequence, SequenceState
 
 _BLOCK_SIZE = 4
 
 
 class Worker:
-    """A decode worker without an engine, in which every drawn token is 7."""
+    """An instance without an engine that decodes what others have prefilled; every drawn token is 7."""
 
-    def __init__(self, num_blocks: int, policy: DecodePolicy) -> None:
+    def __init__(self, num_blocks: int, budget: StepBudget) -> None:
         self.pool = BlockPool(num_blocks)
-        self.scheduler = DecodeScheduler(policy, self.pool, _BLOCK_SIZE, max_model_len=200)
+        index = PrefixIndex(self.pool, _BLOCK_SIZE, enabled=False)
+        self.scheduler = Scheduler(budget, self.pool, index, max_model_len=200)
 
     def add(self, name: str, num_tokens: int, max_tokens: int = 50, deadline_s: float = float("inf")) -> Sequence:
         sampling = SamplingParams(max_tokens=max_tokens)
         request = GenerationRequest(name, (1,) * num_tokens, sampling, deadline_s=deadline_s)
-        sequence = Sequence(name, request, arrival_s=0.0)
+        sequence = Sequence(name, request, arrival_s=0.0, is_remote=True)
         self.scheduler.add(sequence)
         return sequence
 
@@ -45,14 +48,12 @@ class Worker:
         return [(chunk.sequence.key, chunk.start, chunk.num_tokens) for chunk in chunks]
 
 
-def _policy(
-    max_batch: int = 8, max_queue: int = 8, growth_horizon_tokens: int = 8, max_chunk_tokens: int = 6
-) -> DecodePolicy:
-    return DecodePolicy(max_batch, max_queue, growth_horizon_tokens, max_chunk_tokens)
+def _budget(max_batch: int = 8, max_queue: int = 8, growth_horizon_tokens: int = 8) -> StepBudget:
+    return StepBudget(max_batch, max_batch + 6, 6, max_queue, growth_horizon_tokens=growth_horizon_tokens)
 
 
 def test_one_token_each_per_step_until_the_last() -> None:
-    worker = Worker(20, _policy())
+    worker = Worker(20, _budget())
     one, two = worker.add("a", 4, max_tokens=4), worker.add("b", 6, max_tokens=3)
     worker.admit()
     assert one.block_table
@@ -65,25 +66,24 @@ def test_one_token_each_per_step_until_the_last() -> None:
 
 
 def test_admission_counts_the_growth_of_all_and_keeps_the_order() -> None:
-    worker = Worker(8, _policy(growth_horizon_tokens=8))
+    worker = Worker(8, _budget(growth_horizon_tokens=8))
     worker.add("a", 8)  # claims 4 of 8 blocks: 8 tokens and 8 to come
     worker.add("b", 12)  # claims 5
     worker.add("c", 1)  # claims 3, would fit, must not pass
     assert worker.reserve() == ["a"]
-    assert worker.scheduler.counts().claimed_blocks == 4
     worker.scheduler.cancel("a")
     assert worker.reserve() == ["b", "c"]
 
 
 def test_growth_is_limited_by_max_tokens() -> None:
-    worker = Worker(4, _policy(growth_horizon_tokens=100))
+    worker = Worker(4, _budget(growth_horizon_tokens=100))
     worker.add("a", 4, max_tokens=4)
     worker.add("b", 4, max_tokens=4)
     assert worker.reserve() == ["a", "b"]
 
 
 def test_what_can_never_fit_is_refused_and_so_is_a_full_queue() -> None:
-    worker = Worker(4, _policy(max_queue=1))
+    worker = Worker(4, _budget(max_queue=1))
     assert worker.scheduler.max_model_len == 16
     with pytest.raises(ContextLengthError, match="has 16 tokens"):
         worker.add("long", 16)
@@ -93,7 +93,7 @@ def test_what_can_never_fit_is_refused_and_so_is_a_full_queue() -> None:
 
 
 def test_the_youngest_is_preempted_and_recomputed_in_chunks_beside_the_others() -> None:
-    worker = Worker(4, _policy(growth_horizon_tokens=0))
+    worker = Worker(4, _budget(growth_horizon_tokens=0))
     old, young = worker.add("old", 7, max_tokens=4), worker.add("young", 7, max_tokens=5)
     worker.admit()
     assert worker.step() == [("old", 7, 1), ("young", 7, 1)]
@@ -107,12 +107,12 @@ def test_the_youngest_is_preempted_and_recomputed_in_chunks_beside_the_others() 
     assert worker.step() == [("young", 0, 6)]
     worker.admit()
     assert newcomer.state is SequenceState.RUNNING
-    assert worker.step() == [("young", 6, 3), ("newcomer", 1, 1)]
+    assert worker.step() == [("newcomer", 1, 1), ("young", 6, 3)]
     assert young.num_generated == 3
 
 
 def test_takes_turns_when_more_are_ready_than_fit_in_a_step() -> None:
-    worker = Worker(100, _policy(max_batch=3, growth_horizon_tokens=0))
+    worker = Worker(100, _budget(max_batch=3, growth_horizon_tokens=0))
     for i in range(7):
         worker.add(str(i), 4)
     worker.admit()
@@ -121,7 +121,7 @@ def test_takes_turns_when_more_are_ready_than_fit_in_a_step() -> None:
 
 
 def test_a_step_is_never_empty_while_one_is_running() -> None:
-    worker = Worker(4, _policy(max_batch=1, growth_horizon_tokens=0))
+    worker = Worker(4, _budget(max_batch=1, growth_horizon_tokens=0))
     for name in ("a", "b"):
         worker.add(name, 8)
     assert worker.reserve() == ["a", "b"]
@@ -131,7 +131,7 @@ def test_a_step_is_never_empty_while_one_is_running() -> None:
 
 
 def test_detached_blocks_stay_out_of_use_until_released() -> None:
-    worker = Worker(4, _policy(growth_horizon_tokens=0))
+    worker = Worker(4, _budget(growth_horizon_tokens=0))
     worker.add("a", 12)
     worker.add("b", 8)
     assert worker.reserve() == ["a"]
@@ -144,7 +144,7 @@ def test_detached_blocks_stay_out_of_use_until_released() -> None:
 
 
 def test_admission_claims_nothing_of_what_is_quarantined() -> None:
-    worker = Worker(8, _policy(growth_horizon_tokens=8))
+    worker = Worker(8, _budget(growth_horizon_tokens=8))
     worker.add("a", 16)
     worker.reserve()
     blocks = worker.scheduler.detach("a")
@@ -155,7 +155,7 @@ def test_admission_claims_nothing_of_what_is_quarantined() -> None:
 
 
 def test_cancel_frees_at_once_in_every_state() -> None:
-    worker = Worker(4, _policy(growth_horizon_tokens=0))
+    worker = Worker(4, _budget(growth_horizon_tokens=0))
     for name in ("old", "young"):
         worker.add(name, 8)
     worker.admit()
@@ -175,13 +175,13 @@ def test_cancel_frees_at_once_in_every_state() -> None:
 
 
 def test_expired_sequences_are_reported_once_and_left_to_the_worker() -> None:
-    worker = Worker(8, _policy())
+    worker = Worker(8, _budget())
     late = worker.add("late", 4, deadline_s=3.0)
     worker.add("patient", 4)
     worker.reserve()
     assert worker.scheduler.expired(2.9) == []
     assert worker.scheduler.expired(3.0) == [late]
     assert worker.scheduler.expired(3.0) == []
-    assert late.state is SequenceState.RESERVED
+    assert late.state is SequenceState.RECEIVING
     assert worker.scheduler.detach("late")
     assert len(worker.scheduler) == 1

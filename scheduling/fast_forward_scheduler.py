@@ -1,0 +1,114 @@
+"""A scheduler that also takes many equal steps at once, for a simulator, where tokens have no content."""
+
+from bisect import bisect_right
+from collections.abc import Hashable, Iterable
+
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.budget import StepBudget
+from tandem.scheduling.fast_forward import EvenBatch, FastForward
+from tandem.scheduling.integrity import BlockTable
+from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.scheduler import Chunk, Scheduler
+from tandem.scheduling.sequence import Sequence
+
+
+class FastForwardScheduler(Scheduler):
+    """The same decisions as a `Scheduler`'s, and between two steps also
+
+        fast_forward()        -> for how many steps nothing is left to decide
+        advance(num_steps)    -> that many steps, or fewer; then finish(key) of each that ended
+
+    Meanwhile the sequences' own numbers lag behind, until `get`, `next_batch` or `block_tables` is asked. Which block is
+    whose may differ from single steps, and every token drawn is 0.
+    """
+
+    __slots__ = ("_batch",)
+
+    def __init__(self, budget: StepBudget, pool: BlockPool, prefix_index: PrefixIndex, max_model_len: int) -> None:
+        super().__init__(budget, pool, prefix_index, max_model_len)
+        self._batch: EvenBatch | None = None  # holds all of _decoding while it is there
+
+    def fast_forward(self) -> FastForward | None:
+        """How long every decoding sequence just computes one token per step: none reaches its `length_limit` before
+        the last of these steps, none is admitted, preempted or admitted again. None: ask `next_batch`.
+
+        O(1) from call to call, but for the first one and whenever `next_batch` was asked in between.
+        """
+        num_decoding, max_batch = len(self._decoding), self.budget.max_batch
+        if self._prompts or not 0 < num_decoding <= max_batch:
+            return None
+        if self._line and num_decoding < min(max_batch, self.budget.max_batch_tokens) and not self._first_is_blocked:
+            return None
+        batch = self._batch
+        if batch is None:
+            batch = self._batch = EvenBatch(self._block_size, self.budget.growth_horizon_tokens)
+            for sequence in self._decoding.values():
+                batch.join(sequence, self.length_limit(sequence))
+        assert len(batch) == num_decoding, "finish what has reached its limit"
+        available = self._index.num_available + batch.held_blocks
+        num_steps = batch.steps_to_first_end
+        if batch.blocks_after(num_steps) > available:
+            num_steps = bisect_right(range(1, num_steps), available, key=batch.blocks_after)
+        return FastForward(num_steps, num_decoding, batch.kv_tokens, batch.newcomers) if num_steps > 0 else None
+
+    def advance(self, num_steps: int) -> list[Sequence]:
+        """The same as `num_steps` steps, at most those of `fast_forward`. Returns the sequences that have reached
+        their limit, in the order of their chunks: `finish` each now."""
+        batch = self._batch
+        assert batch is not None, "ask `fast_forward` first"
+        self._claimed_blocks -= batch.claimed_blocks
+        count = batch.advance(num_steps)
+        self._claimed_blocks += batch.claimed_blocks
+        self._held_blocks += count
+        has_blocks = self._index.make_room(count)
+        assert has_blocks, "the batch does not stay the same for so long"
+        batch.loose_blocks.extend(self._pool.allocate(count))
+        self._computed_tokens += num_steps * len(batch)
+        ended = batch.pop_ended()
+        for sequence in ended:
+            self._claims[sequence.key] = self._claim_of(sequence)
+        return ended
+
+    # --- what looks at single sequences, or changes who runs ---------------------------------------------------------
+
+    def get(self, key: Hashable) -> Sequence | None:
+        sequence = super().get(key)
+        if sequence is not None:
+            self._sync(sequence)
+        return sequence
+
+    def committed(self, key: Hashable, first_token_id: int, now_s: float) -> Sequence:
+        sequence = super().committed(key, first_token_id, now_s)
+        if self._batch is not None:
+            self._batch.join(sequence, self.length_limit(sequence))
+        return sequence
+
+    def next_batch(self, now_s: float) -> list[Chunk]:
+        self._end_batch()
+        return super().next_batch(now_s)
+
+    def cancel(self, key: Hashable) -> Sequence | None:
+        if key in self._decoding:
+            self._end_batch()
+        return super().cancel(key)
+
+    def block_tables(self) -> list[BlockTable]:
+        self._end_batch()
+        return super().block_tables()
+
+    def check_integrity(self, other_owners: Iterable[BlockTable] = ()) -> None:
+        self._end_batch()
+        super().check_integrity(other_owners)
+
+    def _sync(self, sequence: Sequence) -> None:
+        if self._batch is not None and sequence.key in self._batch.synced:
+            self._batch.sync(sequence)
+            self._claims[sequence.key] = self._claim_of(sequence)
+
+    def _end_batch(self) -> None:
+        """From here on the sequences' own numbers count."""
+        if self._batch is not None:
+            for sequence in self._decoding.values():
+                self._sync(sequence)
+            assert not self._batch.loose_blocks, "a block that no sequence missed"
+            self._batch = None
