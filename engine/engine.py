@@ -1,34 +1,33 @@
-"""The engine: token ids in, token ids out. One model on one device, over one pool of KV blocks."""
+"""The engine: token ids in, token ids out. One model on one device with one pool of KV blocks."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from tandem.core.errors import ConfigError, InternalError
+from tandem.core.errors import ConfigError
 from tandem.core.kv_layout import KvLayout
 from tandem.core.model_spec import ModelSpec
-from tandem.core.request import SamplingParams, TokenLogprob
-from tandem.engine.batching import decodes_first, num_wanted_rows, pack
+from tandem.core.request import SamplingParams
+from tandem.engine.batching import pack
 from tandem.engine.checkpoint import Checkpoint, open_checkpoint
 from tandem.engine.config import Capacity, EngineConfig
 from tandem.engine.device import choose_device, choose_dtype, choose_threads
 from tandem.engine.models.base import Model
 from tandem.engine.models.load import load_model
 from tandem.engine.ops.choose import choose_ops
-from tandem.engine.sampler import logprobs, not_a_number, sample
-from tandem.engine.step import SampleRequest, SequenceSlice, StepOutput
-
-# Logits of a long prompt are computed in parts of at most so many numbers.
-_MAX_LOGITS = 1 << 24
+from tandem.engine.sampler import sample_slices
+from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
 
 
 class Engine:
-    """Computes steps. Whoever calls it owns the blocks and decides what a step holds; the engine keeps no sequences.
+    """Computes steps. The caller owns the blocks and decides what a step holds; the engine keeps no sequences.
 
-    `pool` is the KV pool as a tensor of `layout.shape`; `ops_name` says what computes. Not thread-safe: one thread
-    calls `step`.
+    A step has two halves: `launch` runs the model, `collect` draws tokens from the result. A rank that only computes
+    (a follower, a stage of a pipeline) calls `forward` and neither of them.
+
+    `pool` is the KV pool as a tensor of `layout.shape`; `ops_name` names the implementation of `Ops`. Not thread-safe:
+    one thread makes all calls.
     """
 
     def __init__(
@@ -40,53 +39,62 @@ class Engine:
         self.ops_name = ops_name
         self._model = model
         self._max_model_len = max_model_len
+        # On CUDA tokens are drawn on a stream of their own, so that `collect` does not wait for steps launched later.
+        self._sampling_stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]
+        self._num_launched = 0
+        self._num_collected = 0
 
     def capacity(self) -> Capacity:
-        held_tokens = self.layout.num_blocks * self.layout.block_size
-        return Capacity(self.layout.num_blocks, self.layout.block_size, min(self._max_model_len, held_tokens))
+        pool_tokens = self.layout.num_blocks * self.layout.block_size
+        return Capacity(self.layout.num_blocks, self.layout.block_size, min(self._max_model_len, pool_tokens))
 
     @torch.inference_mode()
-    def step(self, slices: Sequence[SequenceSlice]) -> StepOutput:
-        """Compute all slices together: chunks of prompts and single tokens in any mixture, packed without padding.
+    def forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
+        """Compute all slices together, prompt chunks and single tokens in any mixture, and write their KV to the pool.
 
-        The caller guarantees token ids below `spec.vocab_size`, positions below `capacity().max_model_len`, and that
-        no two slices write the same block.
+        Returns the hidden states [rows, hidden] that sampling needs: `num_wanted_rows(part)` of each slice, in the
+        order of `slices`. On CUDA the work is enqueued on the current stream, and nothing waits for the device.
+        Raises InternalError for a position, block or token id that does not exist. The caller guarantees that no two
+        slices write the same block.
         """
-        assert slices, "a step computes something"
-        assert all(part.token_ids for part in slices), "a slice has at least one token"
-        assert all(part.start + len(part.token_ids) <= self._max_model_len for part in slices), "beyond the context"
-        order = decodes_first(slices)
-        ordered = [slices[index] for index in order]
-        batch = pack(ordered, self.layout, self.spec.vocab_size, self.pool.device)
-        hidden = self._model.forward(batch, self.pool)
+        batch = pack(slices, self.layout, self.spec.vocab_size, self._max_model_len, self.pool.device)
+        return self._model.forward(batch, self.pool)
 
-        output = StepOutput([None] * len(slices), [None] * len(slices), [None] * len(slices))
-        drawn: list[tuple[int, int, SampleRequest]] = []  # slice, row of its last token, request
-        end = 0
-        for index, part in zip(order, ordered, strict=True):
-            begin, end = end, end + num_wanted_rows(part)
-            if part.prompt_logprobs is not None:
-                entries = self._prompt_logprobs(hidden[begin:end], part)
-                if any(math.isnan(entry.logprob) for entry in entries):
-                    output.errors[index] = not_a_number()
-                else:
-                    output.prompt_logprobs[index] = entries
-            if part.sample is not None:
-                drawn.append((index, end - 1, part.sample))
-        if drawn:
-            last = hidden if len(drawn) == len(hidden) else hidden[[row for _, row, _ in drawn]]
-            results = sample(self._model.logits(last), [request for _, _, request in drawn])
-            for (index, _, _), result in zip(drawn, results, strict=True):
-                if isinstance(result, InternalError):
-                    output.errors[index] = result
-                elif output.errors[index] is None:
-                    output.tokens[index] = result
-        return output
+    def launch(self, slices: Sequence[SequenceSlice]) -> StepHandle:
+        """Start a step: the forward pass of `slices`, which must not change until the step is collected.
+
+        Raises what `forward` raises, and RuntimeError or MemoryError where memory is short; there is no handle then.
+        More steps may be launched before this one is collected, as long as their tokens do not depend on it.
+        """
+        hidden = self.forward(slices)
+        forward_done = torch.cuda.current_stream(self.pool.device).record_event() if self.pool.is_cuda else None
+        self._num_launched += 1
+        return StepHandle(self._num_launched, slices, hidden, forward_done)
+
+    @torch.inference_mode()
+    def collect(self, handle: StepHandle) -> StepOutput:
+        """Finish a step: draw its tokens and bring them to the host. The step's KV is in the pool afterwards.
+
+        Handles are collected in the order of their launch, each at most once. Raises RuntimeError or MemoryError where
+        memory is short or the device failed; the step is lost then.
+        """
+        assert self._num_collected < handle.number, "steps are collected in the order of their launch"
+        self._num_collected = handle.number
+        if handle.forward_done is None:
+            return sample_slices(handle.slices, handle.hidden, self._model.logits)
+        handle.forward_done.synchronize()
+        # Results end on the host, so nothing on this stream reads `hidden` once its memory is free again.
+        with torch.cuda.stream(self._sampling_stream):
+            return sample_slices(handle.slices, handle.hidden, self._model.logits)
+
+    def step(self, slices: Sequence[SequenceSlice]) -> StepOutput:
+        """`launch` and `collect` in a row."""
+        return self.collect(self.launch(slices))
 
     def warm_up(self) -> None:
-        """Run one small prompt and one decode step, so that the first request does not pay for first touches.
+        """Run one small prompt and one decode step, so that the first request does not pay for lazy initialisation.
 
-        Overwrites block 0; call it before any sequence lives in the pool.
+        Overwrites block 0; call it before any sequence has blocks in the pool.
         """
         request = SampleRequest(SamplingParams(temperature=0.0), position=1, history=(), num_prompt_tokens=1)
         length = min(self.layout.block_size, self._max_model_len) - 1
@@ -96,28 +104,15 @@ class Engine:
         self.pool[:, :, 0].zero_()
 
     def close(self) -> None:
-        """Let go of weights and pool. Nothing may be called afterwards."""
+        """Release weights and pool. No method may be called afterwards."""
         del self._model, self.pool
-
-    def _prompt_logprobs(self, hidden: Tensor, part: SequenceSlice) -> list[TokenLogprob]:
-        assert part.prompt_logprobs is not None
-        following = list(part.token_ids[1:])
-        if part.next_token_id is not None:
-            following.append(part.next_token_id)
-        rows_at_once = max(1, _MAX_LOGITS // self.spec.vocab_size)
-        entries: list[TokenLogprob] = []
-        for begin in range(0, len(following), rows_at_once):
-            token_ids = following[begin : begin + rows_at_once]
-            logits = self._model.logits(hidden[begin : begin + len(token_ids)])
-            entries += logprobs(logits, token_ids, [part.prompt_logprobs] * len(token_ids))
-        return entries
 
 
 def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | None = None) -> Engine:
-    """Load a checkpoint and make its KV pool. Raises CheckpointError or ConfigError with a sentence for a person.
+    """Load a checkpoint and allocate its KV pool. Sets the process's number of torch threads.
 
-    `allocate_pool(pool_bytes)` returns the uint8 tensor that is to hold the KV pool, on the engine's device; None
-    takes ordinary memory. Sets the process's number of torch threads.
+    `allocate_pool(pool_bytes)` returns the uint8 tensor [pool_bytes] that holds the KV pool, on the engine's device;
+    None takes torch's memory. Raises CheckpointError or ConfigError with one sentence for the user.
     """
     checkpoint = open_checkpoint(config.model_path)
     spec = checkpoint.spec
@@ -130,7 +125,7 @@ def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | N
     ops = choose_ops(config.ops, dtype, device, head_dim=spec.head_dim, num_threads=num_threads)
     with torch.inference_mode():
         model = load_model(checkpoint, ops, dtype, device, max_model_len)
-    # Outside inference mode: others write into the pool too.
+    # Not in inference mode: KV transfers write into the pool too.
     if allocate_pool is None:
         pool = torch.zeros(layout.shape, dtype=dtype, device=device)
     else:

@@ -11,7 +11,8 @@ The same definition is written twice. On CPUs rows are computed one by one, each
 depends on the batch; elsewhere a device takes all rows at once, in plain torch.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,15 +21,49 @@ from torch import Tensor
 from tandem.core.errors import InternalError
 from tandem.core.request import SampledToken, SamplingParams, TokenLogprob
 from tandem.engine import sample_batch, sample_row
+from tandem.engine.batching import num_wanted_rows
 from tandem.engine.noise import uniform
-from tandem.engine.step import SampleRequest
+from tandem.engine.step import SampleRequest, SequenceSlice, StepOutput
+
+# Prompt log-probabilities need logits of every token, [tokens, vocab]; this many rows are computed at a time.
+_ROWS_AT_ONCE = 128
+
+
+def sample_slices(slices: Sequence[SequenceSlice], hidden: Tensor, to_logits: Callable[[Tensor], Tensor]) -> StepOutput:
+    """Log-probabilities and tokens of a step from `hidden` [rows, hidden], which `Engine.forward(slices)` returned.
+
+    `to_logits` is [n, hidden] -> float32 [n, vocab]. The results are on the host.
+    """
+    output = StepOutput([None] * len(slices), [None] * len(slices), [None] * len(slices))
+    drawn: list[tuple[int, int, SampleRequest]] = []  # slice, row of its last token, request
+    end = 0
+    for index, part in enumerate(slices):
+        begin, end = end, end + num_wanted_rows(part)
+        if part.prompt_logprobs is not None:
+            entries = _prompt_logprobs(part, part.prompt_logprobs, hidden[begin:end], to_logits)
+            if any(math.isnan(entry.logprob) for entry in entries):
+                output.errors[index] = _not_a_number()
+            else:
+                output.prompt_logprobs[index] = entries
+        if part.sample is not None:
+            drawn.append((index, end - 1, part.sample))
+    assert end == len(hidden), "hidden states of another step"
+    if drawn:
+        last = hidden if len(drawn) == len(hidden) else hidden[[row for _, row, _ in drawn]]
+        results = sample(to_logits(last), [request for _, _, request in drawn])
+        for (index, _, _), result in zip(drawn, results, strict=True):
+            if isinstance(result, InternalError):
+                output.errors[index] = result
+            elif output.errors[index] is None:
+                output.tokens[index] = result
+    return output
 
 
 def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken | InternalError]:
     """Draw one token per row of float32 `logits` [n, vocab]. A row whose logits are not numbers gets an error."""
     token_ids = _draw(logits, requests)
     results: list[SampledToken | InternalError] = [
-        not_a_number() if token_id is None else SampledToken(token_id) for token_id in token_ids
+        _not_a_number() if token_id is None else SampledToken(token_id) for token_id in token_ids
     ]
     reported = [
         (row, token_id, request.params.logprobs)
@@ -43,7 +78,7 @@ def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledTok
     return results
 
 
-def not_a_number() -> InternalError:
+def _not_a_number() -> InternalError:
     return InternalError("The model's output for this request is not a number")
 
 
@@ -57,6 +92,20 @@ def logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) ->
     room = sample_row.scratch(logits.shape[1])
     rows = zip(logits.float().unbind(), token_ids, counts, strict=True)
     return [sample_row.logprobs(row, token_id, count, room) for row, token_id, count in rows]
+
+
+def _prompt_logprobs(
+    part: SequenceSlice, count: int, hidden: Tensor, to_logits: Callable[[Tensor], Tensor]
+) -> list[TokenLogprob]:
+    following = list(part.token_ids[1:])
+    if part.next_token_id is not None:
+        following.append(part.next_token_id)
+    entries: list[TokenLogprob] = []
+    for begin in range(0, len(following), _ROWS_AT_ONCE):
+        token_ids = following[begin : begin + _ROWS_AT_ONCE]
+        logits = to_logits(hidden[begin : begin + len(token_ids)])
+        entries += logprobs(logits, token_ids, [count] * len(token_ids))
+    return entries
 
 
 def _draw(logits: Tensor, requests: Sequence[SampleRequest]) -> list[int | None]:

@@ -1,7 +1,10 @@
-"""The words of one engine step: what goes in, what comes out."""
+"""Input and output of one engine step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from tandem.core.errors import InternalError
 from tandem.core.request import SampledToken, SamplingParams, TokenLogprob
@@ -25,10 +28,10 @@ class SampleRequest:
 class SequenceSlice:
     """The part of one sequence that a step computes: `token_ids`, at positions `start`, `start` + 1, ...
 
-    The KV of the `start` tokens before lies in `block_table`, the sequence's blocks in order, which must also have
-    room for the new tokens. `sample` None: a middle chunk of a prompt, nothing is drawn.
-    `prompt_logprobs` asks, for each token of the slice, for the log-probability of the token that follows it and of so
-    many alternatives. `next_token_id` is what follows the slice's last token; None if that is not known or not wanted.
+    `block_table` lists the sequence's blocks in order. They hold the KV of the `start` tokens before the slice, and
+    there are enough of them for the new tokens too. `sample` None: a middle chunk of a prompt, nothing is drawn.
+    `prompt_logprobs` N asks, for each token of the slice, for the log-probabilities of the token that follows it and
+    of the N likeliest tokens. `next_token_id` follows the slice's last token; None if unknown or not wanted.
     """
 
     token_ids: Sequence[int]
@@ -37,6 +40,20 @@ class SequenceSlice:
     sample: SampleRequest | None = None
     prompt_logprobs: int | None = None
     next_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepHandle:
+    """A step between `Engine.launch` and `Engine.collect`.
+
+    `hidden` [rows, hidden] holds the hidden states that `slices` need, in their order. `forward_done` is recorded
+    behind the forward pass; None on a CPU, where the forward pass is complete.
+    """
+
+    number: int
+    slices: Sequence[SequenceSlice]
+    hidden: Tensor
+    forward_done: torch.cuda.Event | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What every model offers to the runner."""
+"""The interface between the engine and a model."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,8 +12,8 @@ from tandem.engine.ops.interface import AttentionMeta
 class StepBatch:
     """One step's new tokens, packed: `token_ids`, `positions`, `slots` int64 [tokens] on the device.
 
-    `rows` int64 names the packed rows whose hidden states somebody wants, in ascending order; None means all. Of a
-    long prompt that is the last one only, which spares the last layer most of its work.
+    `rows` int64 [rows] selects the packed rows whose hidden states are wanted, in the order of the step's slices; None
+    means all as they are packed. A prompt needs its last row only, which saves most of the last layer's work.
     """
 
     token_ids: Tensor

@@ -43,7 +43,6 @@ class AttentionMeta:
     `query_starts` [n + 1]: first packed row of each sequence, and the total.
     `context_lens` [n]: tokens in KV after this step's were written. The new ones are the last of them.
     `block_tables` [n, max_blocks]: the pool's blocks of each sequence, in order; filled up with 0 (a valid block).
-    `max_query_len`, `max_context_len`: the longest of the step.
     """
 
     query_starts: Tensor
@@ -52,8 +51,6 @@ class AttentionMeta:
     query_starts_host: tuple[int, ...]
     context_lens_host: tuple[int, ...]
     num_decodes: int
-    max_query_len: int
-    max_context_len: int
 
 
 class PackedLinear:

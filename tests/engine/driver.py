@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tandem.core.request import SampledToken, SamplingParams
 from tandem.engine.engine import Engine
-from tandem.engine.step import SampleRequest, SequenceSlice
+from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -31,6 +31,12 @@ class RunningSequence:
         return len(self.drawn) == self.num_tokens
 
 
+@dataclass(frozen=True)
+class LaunchedStep:
+    sequences: list[RunningSequence]
+    handle: StepHandle
+
+
 class Driver:
     """Gives every sequence random blocks of the pool, never the same to two."""
 
@@ -47,6 +53,9 @@ class Driver:
 
     def step(self, sequences: Sequence[RunningSequence], chunk_tokens: int = 1 << 30) -> None:
         """One step in which every unfinished sequence advances by a chunk of its prompt or by one token."""
+        self.collect(self.launch(sequences, chunk_tokens))
+
+    def launch(self, sequences: Sequence[RunningSequence], chunk_tokens: int = 1 << 30) -> LaunchedStep:
         running = [sequence for sequence in sequences if not sequence.finished]
         slices = []
         for sequence in running:
@@ -58,9 +67,12 @@ class Driver:
             slices.append(
                 SequenceSlice(token_ids[sequence.computed : end], sequence.computed, sequence.blocks, request)
             )
-        output = self._engine.step(slices)
-        assert output.errors == [None] * len(slices)
-        for sequence, part, token in zip(running, slices, output.tokens, strict=True):
+        return LaunchedStep(running, self._engine.launch(slices))
+
+    def collect(self, step: LaunchedStep) -> None:
+        output = self._engine.collect(step.handle)
+        assert output.errors == [None] * len(step.sequences)
+        for sequence, part, token in zip(step.sequences, step.handle.slices, output.tokens, strict=True):
             sequence.computed += len(part.token_ids)
             assert (token is None) == (part.sample is None)
             if token is not None:

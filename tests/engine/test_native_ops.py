@@ -149,8 +149,6 @@ class Step:
             query_starts_host=tuple(starts),
             context_lens_host=tuple(contexts),
             num_decodes=sum(new == 1 for new, _ in lengths),
-            max_query_len=max(new for new, _ in lengths),
-            max_context_len=max(contexts),
         )
         return Step(heads, meta, torch.tensor(positions), torch.tensor(slots), kv.to(dtype))
 
@@ -224,8 +222,6 @@ def test_a_tokens_attention_does_not_depend_on_chunks_or_batch(
             query_starts_host=(0, last - first),
             context_lens_host=(last,),
             num_decodes=int(last - first == 1),
-            max_query_len=last - first,
-            max_context_len=last,
         )
         part = one.paged_attention(q[first:last].clone(), step.kv, meta, heads, 0.2, window)
         assert torch.equal(part, whole[first:last]), (first, last)
