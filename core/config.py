@@ -2,9 +2,19 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    WrapSerializer,
+    model_validator,
+)
 
 from tandem.core.errors import ConfigError
 
@@ -85,23 +95,50 @@ class EngineSection(_Frozen):
     max_model_len: int | None = Field(default=None, ge=1, description="Prompt plus answer; default: the model's")
 
 
-class PrefillSection(_Frozen):
+class InstanceSection(_Frozen):
+    """Instances of one kind. Bounds that are left out take the default of the role: `scheduling.budget.role_budget`."""
+
     instances: int = Field(default=1, ge=1)
     engine: EngineSection = EngineSection()
-    max_batch_tokens: int = Field(default=2048, ge=16, description="Tokens in one step; longer prompts go in chunks")
+    max_batch: int = Field(default=64, ge=1, description="Sequences that decode in one step")
+    max_batch_tokens: int | None = Field(
+        default=None, ge=16, description="Tokens of one step; default: 2048 for prefill, 512 for colocated instances"
+    )
+    max_prefill_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompt tokens of one step, longer prompts go in chunks; default: max_batch_tokens, 512 for decode",
+    )
+    policy: Literal["chunked", "prompt_first"] = Field(
+        default="chunked", description="How prompts and decoding share the steps of one instance"
+    )
     max_queue: int = Field(default=1024, ge=1, description="Requests waiting in one instance before it refuses more")
     prefix_cache: bool = True
-    lease_s: float = Field(default=30.0, gt=0, description="How long computed KV waits to be fetched")
-
-
-class DecodeSection(_Frozen):
-    instances: int = Field(default=1, ge=1)
-    engine: EngineSection = EngineSection()
-    max_batch: int = Field(default=64, ge=1, description="Sequences decoded together in one step")
-    max_queue: int = Field(default=1024, ge=1, description="Requests waiting for KV memory before it refuses more")
-    transfer_timeout_s: float = Field(default=10.0, gt=0)
+    lease_s: float = Field(default=30.0, gt=0, description="How long computed KV is held for a reader")
+    transfer_timeout_s: float = Field(default=10.0, gt=0, description="For KV that comes from another instance")
     transport: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
-    checksum: bool | None = Field(default=None, description="Check shipments' bytes; default: over networks")
+    checksum: bool | None = Field(default=None, description="Check the bytes of KV that comes; default: over networks")
+
+
+RoleName = Literal["prefill", "decode", "colocated"]
+ROLES: tuple[RoleName, ...] = get_args(RoleName)
+
+
+def _as_list(value: object) -> object:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _unwrap(value: tuple[InstanceSection, ...], write: SerializerFunctionWrapHandler) -> object:
+    written = write(value)
+    return written[0] if len(written) == 1 else written
+
+
+Kinds = Annotated[
+    tuple[InstanceSection, ...],
+    BeforeValidator(_as_list, json_schema_input_type=InstanceSection | list[InstanceSection]),
+    WrapSerializer(_unwrap),
+]
+"""Instances of one role: one section, or a list of sections where there are several kinds."""
 
 
 class RouterSection(_Frozen):
@@ -124,9 +161,26 @@ class ServeConfig(_Frozen):
     model: AnchoredPath
     model_name: str | None = Field(default=None, description="Name in the API; default: the folder's name")
     router: RouterSection = RouterSection()
-    prefill: PrefillSection = PrefillSection()
-    decode: DecodeSection = DecodeSection()
+    prefill: Kinds = Field(default=(), description="Instances that compute prompts for others")
+    decode: Kinds = Field(default=(), description="Instances that decode what others have prefilled")
+    colocated: Kinds = Field(default=(), description="Instances that do both")
     cluster_token: str | None = Field(default=None, description="Shared secret of router and workers; serve makes one")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_roles(cls, data: Any) -> Any:
+        """Prefill and decode go together; a file that names no instances gets one of each."""
+        if isinstance(data, dict) and ("colocated" not in data or "prefill" in data or "decode" in data):
+            return {"prefill": {}, "decode": {}} | data
+        return data
+
+    @property
+    def kinds(self) -> tuple[tuple[RoleName, InstanceSection], ...]:
+        """All kinds of instances with their roles, prefill first."""
+        return tuple((role, section) for role in ROLES for section in getattr(self, role))
+
+    def num_instances(self, role: RoleName) -> int:
+        return sum(section.instances for section in getattr(self, role))
 
     @property
     def served_name(self) -> str:
@@ -134,16 +188,16 @@ class ServeConfig(_Frozen):
 
 
 class WorkerConfig(_Frozen):
-    """One worker process. Of `prefill` and `decode` only the section of its own role counts."""
+    """One instance."""
 
     model: AnchoredPath
     model_name: str | None = None
+    role: RoleName = Field(default="colocated", description="`python -m prefill_worker` and the like set it")
     listen: Address = "127.0.0.1:0"
     routers: tuple[Address, ...] = Field(default=("127.0.0.1:8002",), description="Control addresses to report to")
     heartbeat_s: float = Field(default=0.5, gt=0)
     cluster_token: str | None = None
-    prefill: PrefillSection = PrefillSection()
-    decode: DecodeSection = DecodeSection()
+    instance: InstanceSection = Field(default=InstanceSection(), description="`instances` counts as 1")
 
     @property
     def served_name(self) -> str:

@@ -7,7 +7,7 @@ Every mistake in a file is told at once, each in one sentence with file, line, t
 
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -54,7 +54,7 @@ def load_config(path: Path, model: type[T]) -> T:
     except ValidationError as error:
         mistakes = mistakes + [
             f"{path} line {_line_of(root, location(detail))}: {describe(detail, model)}"
-            for detail in mistakes_of(error)
+            for detail in mistakes_of(error, data)
         ]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -89,12 +89,16 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError):
             value = text
-        _put(data, keys, value)
-        origin[keys] = override
+        if (mistake := _put(data, keys, value)) is not None:
+            mistakes.append(f"--set {override}: {mistake}")
+            continue
+        origin[tuple(int(part) if part.isdecimal() else part for part in keys)] = override
     try:
         changed = type(config).model_validate(data)
     except ValidationError as error:
-        mistakes += [f"--set {_origin_of(origin, d['loc'])}: {describe(d, type(config))}" for d in mistakes_of(error)]
+        mistakes += [
+            f"--set {_origin_of(origin, d['loc'])}: {describe(d, type(config))}" for d in mistakes_of(error, data)
+        ]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return changed
@@ -180,14 +184,27 @@ def _line_of(root: yaml.Node, loc: _Loc) -> int:
     return line
 
 
-def _put(data: dict[str, object], keys: Sequence[str], value: object) -> None:
-    for key in keys[:-1]:
-        section = data.get(key)
-        if not isinstance(section, dict):
-            section = {}
-            data[key] = section
-        data = section
-    data[keys[-1]] = value
+def _put(data: dict[str, Any], keys: Sequence[str], value: object) -> str | None:
+    """Set `value` at `keys`, where a number names an item of a list. Returns what is wrong with the keys, if anything.
+    """
+    section: Any = data
+    for depth, key in enumerate(keys):
+        path, is_last = ".".join(keys[:depth]), depth == len(keys) - 1
+        if isinstance(section, list):
+            if not key.isdecimal() or int(key) >= len(section):
+                return f"{path} is a list; name one of its {len(section)} items, e.g. {path}.0"
+            place: Any = int(key)
+        else:
+            place = key
+            if not is_last and not isinstance(section.get(key), (dict, list, tuple)):
+                section[key] = {}
+        if is_last:
+            section[place] = value
+            break
+        if isinstance(section[place], tuple):
+            section[place] = list(section[place])
+        section = section[place]
+    return None
 
 
 def _origin_of(origin: dict[_Loc, str], loc: _Loc) -> str:

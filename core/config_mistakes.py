@@ -24,9 +24,11 @@ _EXPECTED = {
 _Loc = tuple[int | str, ...]
 
 
-def mistakes_of(error: ValidationError) -> list[ErrorDetails]:
-    """What is wrong, without what only follows from it: a list whose items are wrong is not too short as well."""
+def mistakes_of(error: ValidationError, data: object) -> list[ErrorDetails]:
+    """What is wrong with `data`, without what only follows: a list whose items are wrong is not too short as well."""
     details = error.errors()
+    for detail in details:
+        detail["loc"] = _as_written(detail["loc"], data)
     locations = [detail["loc"] for detail in details]
 
     def follows(detail: ErrorDetails) -> bool:
@@ -34,6 +36,20 @@ def mistakes_of(error: ValidationError) -> list[ErrorDetails]:
         return detail["type"] == "too_short" and any(other[: len(loc)] == loc != other for other in locations)
 
     return [detail for detail in details if not follows(detail)]
+
+
+def _as_written(loc: _Loc, data: object) -> _Loc:
+    """Without the index where one section stands for a list of one (`core.config.Kinds`)."""
+    written: list[int | str] = []
+    for part in loc:
+        if isinstance(part, int) and not isinstance(data, (list, tuple)):
+            continue
+        written.append(part)
+        if isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, (list, tuple)) and isinstance(part, int):
+            data = data[part] if part < len(data) else None
+    return tuple(written)
 
 
 def location(detail: ErrorDetails) -> _Loc:

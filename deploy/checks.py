@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError, TandemError
-from tandem.core.session import InstanceStatus, Role
+from tandem.core.session import InstanceStatus
 from tandem.deploy.machine import available_memory_bytes, check_address, usable_cores
 from tandem.deploy.model_folder import check_model_folder, weight_bytes
 
@@ -102,13 +102,13 @@ def _cpu_flags(cpuinfo: Path) -> set[str]:
 def check_memory(config: ServeConfig, available_bytes: int | None = None) -> Finding:
     """KV pools and weights of all instances against the memory that is free now."""
     available = available_memory_bytes() if available_bytes is None else available_bytes
-    prefill, decode = config.prefill, config.decode
-    kv = prefill.instances * prefill.engine.kv_memory + decode.instances * decode.engine.kv_memory
-    weights = (prefill.instances + decode.instances) * weight_bytes(config.model)
+    kv = sum(section.instances * section.engine.kv_memory for _, section in config.kinds)
+    weights = sum(section.instances for _, section in config.kinds) * weight_bytes(config.model)
     text = f"{_gib(kv)} of KV pools and {_gib(weights)} of weights, {_gib(available)} available"
     if kv + weights <= 0.9 * available:
         return Finding("memory", Grade.OK, text)
-    advice = "lower prefill.engine.kv_memory and decode.engine.kv_memory, or run fewer instances"
+    settings = " and ".join(dict.fromkeys(f"{role}.engine.kv_memory" for role, _ in config.kinds))
+    advice = f"lower {settings}, or run fewer instances"
     return Finding("memory", Grade.FAILED, text, advice)
 
 
@@ -220,7 +220,7 @@ def check_links(instances: Iterable[InstanceStatus], expected_transport: str | N
         if status.blocks.leaked:
             text = f"{status.blocks.leaked} KV blocks of {status.instance_id} belong to nobody"
             yield Finding("blocks", Grade.FAILED, text, "a fault of tandem: please report it with the logs; restart it")
-        for link in status.links if status.role is Role.DECODE else ():  # both ends count; once is enough
+        for link in status.links:
             name = f"{link.peer_id} -> {status.instance_id}"
             if expected_transport is not None and link.transport != expected_transport:
                 advice = f"it should be {expected_transport}: see the log of {status.instance_id} for why that failed"

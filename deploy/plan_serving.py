@@ -2,7 +2,7 @@
 
 import math
 
-from tandem.core.config import DecodeSection, EngineSection, PrefillSection, ServeConfig
+from tandem.core.config import ROLES, EngineSection, InstanceSection, ServeConfig
 from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan, PlanGroup
@@ -17,29 +17,33 @@ _WIDEST_NUMBER_BYTES = 4.0
 
 
 def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
-    """Instances, batch bounds and KV memory as planned; where the plan rests on a calibration, its threads and dtype
+    """Instances, step bounds and KV memory as planned; where the plan rests on a calibration, its threads and dtype
     too, since what is expected of the plan holds for these. `plan.model` must be a checkpoint's folder.
 
     Raises ConfigError, in a sentence that says what to do, for a plan that cannot be run here.
     """
     _check(plan, machine)
-    prefill, decode = _group(plan, "prefill"), _group(plan, "decode")
     calibrations = _calibrations(plan)
-    return ServeConfig.model_validate(
-        {
-            "model": plan.model,
-            "prefill": PrefillSection(
-                instances=prefill.instances,
-                max_batch_tokens=prefill.max_batch_tokens,
-                engine=_engine(plan, prefill, calibrations.get(prefill.device.casefold())),
-            ),
-            "decode": DecodeSection(
-                instances=decode.instances,
-                max_batch=decode.max_batch,
-                engine=_engine(plan, decode, calibrations.get(decode.device.casefold())),
-            ),
-        }
-    )
+    sections: dict[str, list[InstanceSection]] = {role: [] for role in ROLES}
+    for group in _kinds(plan):
+        section = InstanceSection(
+            instances=group.instances,
+            max_batch=group.max_batch,
+            max_batch_tokens=None if group.role == "decode" else group.max_batch_tokens,
+            policy=group.policy,
+            engine=_engine(plan, group, calibrations.get(group.device.casefold())),
+        )
+        sections[group.role].append(section)
+    return ServeConfig.model_validate({"model": plan.model, **sections})
+
+
+def _kinds(plan: Plan) -> list[PlanGroup]:
+    """The plan's groups; those that differ only in where they stand are one."""
+    kinds: dict[PlanGroup, int] = {}
+    for group in plan.groups:
+        kind = group.model_copy(update={"instances": 1, "devices": ()})
+        kinds[kind] = kinds.get(kind, 0) + group.instances
+    return [kind.model_copy(update={"instances": instances}) for kind, instances in kinds.items()]
 
 
 def _engine(plan: Plan, group: PlanGroup, calibration: Calibration | None) -> EngineSection:
@@ -64,26 +68,9 @@ def _calibrations(plan: Plan) -> dict[str, Calibration]:
     return {name.casefold(): calibration for name, calibration in Cluster.of(section).calibrations.items()}
 
 
-def _group(plan: Plan, role: str) -> PlanGroup:
-    """The one group of this role; several that differ only in where they stand are one."""
-    groups = [group for group in plan.groups if group.role == role]
-    alike = {group.model_copy(update={"instances": 1, "devices": ()}) for group in groups}
-    if len(alike) > 1:
-        raise ConfigError(
-            f"the plan has {role} instances of {len(alike)} kinds, and `tandem serve` runs one kind of each role "
-            f"so far; make the plan's {role} groups alike"
-        )
-    return groups[0].model_copy(update={"instances": sum(group.instances for group in groups), "devices": ()})
-
-
 def _check(plan: Plan, machine: Machine) -> None:
     if not plan.groups:
         raise ConfigError("the plan has no instances: nothing that was tried meets its targets")
-    if any(group.role == "colocated" for group in plan.groups):
-        raise ConfigError(
-            "the plan has colocated instances, and `tandem serve` runs prefill and decode apart so far; "
-            "plan with --set search.layouts=[disaggregated]"
-        )
     large = next((group for group in plan.groups if group.shape.num_ranks > 1), None)
     if large is not None:
         raise ConfigError(

@@ -2,12 +2,13 @@
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 
 import grpc
 
 from tandem.core.clock import Clock
-from tandem.core.config import ServeConfig
-from tandem.core.errors import UnavailableError
+from tandem.core.config import InstanceSection, RoleName, ServeConfig
+from tandem.core.errors import ConfigError, UnavailableError
 from tandem.core.session import InstanceState
 from tandem.deploy.controller import Controller, Launcher
 from tandem.deploy.machine import this_machine
@@ -27,21 +28,25 @@ def with_token(config: ServeConfig) -> ServeConfig:
     return config.model_copy(update={"cluster_token": secrets.token_urlsafe(32)})
 
 
-def with_instances(config: ServeConfig, prefill: int, decode: int) -> ServeConfig:
-    return config.model_copy(
-        update={
-            "prefill": config.prefill.model_copy(update={"instances": prefill}),
-            "decode": config.decode.model_copy(update={"instances": decode}),
-        }
-    )
+def with_instances(config: ServeConfig, counts: Mapping[RoleName, int]) -> ServeConfig:
+    """With that many instances of each role named. Raises ConfigError for a role that has none, or several kinds."""
+    changes = {}
+    for role, count in counts.items():
+        sections: tuple[InstanceSection, ...] = getattr(config, role)
+        if len(sections) != 1:
+            kinds = f"{len(sections)} kinds of {role} instances" if sections else f"no {role} instances"
+            raise ConfigError(f"the cluster has {kinds}; only a role with one kind can be scaled")
+        changes[role] = (sections[0].model_copy(update={"instances": count}),)
+    return config.model_copy(update=changes)
 
 
 def expected_transport(config: ServeConfig) -> str | None:
     """The transport that KV should take on one host; None where the machine decides (a GPU, perhaps)."""
-    if config.decode.transport != "auto":
-        return config.decode.transport
-    on_cpu = {config.prefill.engine.device, config.decode.engine.device} == {"cpu"}
-    return "shared_memory" if on_cpu or not this_machine().gpus else None
+    wanted = {section.transport for section in config.decode}
+    if len(wanted) == 1 and "auto" not in wanted:
+        return wanted.pop()
+    on_cpu = {section.engine.device for _, section in config.kinds} == {"cpu"}
+    return "shared_memory" if wanted == {"auto"} and (on_cpu or not this_machine().gpus) else None
 
 
 class Serving:
@@ -61,9 +66,12 @@ class Serving:
         await self.controller.reconcile(plan_processes(self.config, self._machine), grace_s)
         await self._wait_registered()
 
-    async def scale(self, prefill: int, decode: int, grace_s: float) -> None:
-        """Change the number of instances; those that leave finish what they have for `grace_s` at most."""
-        self.config = with_instances(self.config, prefill, decode)
+    async def scale(self, counts: Mapping[RoleName, int], grace_s: float) -> None:
+        """Change the number of instances; those that leave finish what they have for `grace_s` at most.
+
+        Raises ConfigError as `with_instances`.
+        """
+        self.config = with_instances(self.config, counts)
         await self.start(grace_s)
 
     async def stop(self, grace_s: float) -> None:

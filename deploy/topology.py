@@ -1,5 +1,6 @@
 """A serve file and a machine -> the processes to run. Pure arithmetic; nothing is started here."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -11,14 +12,12 @@ class ProcessRole(Enum):
     ROUTER = "router"
     PREFILL = "prefill"
     DECODE = "decode"
+    COLOCATED = "colocated"
 
 
-# Where each role's application class lives: `HostedApp` of deploy/process_host.py.
-ENTRIES = {
-    ProcessRole.ROUTER: "tandem.router.app:RouterApp",
-    ProcessRole.PREFILL: "tandem.prefill_worker.app:PrefillWorker",
-    ProcessRole.DECODE: "tandem.decode_worker.app:DecodeWorker",
-}
+# Where the application classes live: `HostedApp` of deploy/process_host.py.
+_ROUTER_ENTRY = "tandem.router.app:RouterApp"
+_WORKER_ENTRY = "tandem.worker.app:Worker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +45,33 @@ class ProcessSpec:
 
 
 def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, ...]:
-    """The router first, then prefill, then decode instances. `config.cluster_token` must be set.
+    """The router first, then prefill, decode and colocated instances. `config.cluster_token` must be set.
 
     Instances whose `threads` is 0 share the cores that the others leave, one at least for each. The router gets none
-    of its own: it works while the workers wait for it, and a core kept for it would be a core not computing.
+    of its own: it works while the instances wait for it, and a core kept for it would be a core not computing.
     """
     assert config.cluster_token, "processes of one cluster share a token"
-    sections: list[tuple[ProcessRole, int, EngineSection]] = []
-    sections += [(ProcessRole.PREFILL, i, config.prefill.engine) for i in range(config.prefill.instances)]
-    sections += [(ProcessRole.DECODE, i, config.decode.engine) for i in range(config.decode.instances)]
-    threads = share_threads(machine.cores, [engine.threads for _, _, engine in sections])
-    on_gpu = sum(_wants_gpu(engine, machine) for _, _, engine in sections)
-    specs = [_router_spec(config)]
-    for (role, index, engine), share in zip(sections, threads, strict=True):
-        gpus = _gpu_share(machine.gpus, on_gpu) if _wants_gpu(engine, machine) else 0.0
-        worker = _worker_config(config, share)
-        specs.append(ProcessSpec(role, index, ENTRIES[role], worker, share, gpus))
+    instances = [(role, section) for role, section in config.kinds for _ in range(section.instances)]
+    threads = share_threads(machine.cores, [section.engine.threads for _, section in instances])
+    on_gpu = sum(_wants_gpu(section.engine, machine) for _, section in instances)
+    router = RouterConfig(
+        model=config.model, model_name=config.model_name, router=config.router, cluster_token=config.cluster_token
+    )
+    specs = [ProcessSpec(ProcessRole.ROUTER, 0, _ROUTER_ENTRY, router, threads=1)]
+    numbers: Counter[str] = Counter()
+    for (role, section), share in zip(instances, threads, strict=True):
+        gpus = _gpu_share(machine.gpus, on_gpu) if _wants_gpu(section.engine, machine) else 0.0
+        engine = section.engine.model_copy(update={"threads": share})
+        worker = WorkerConfig(
+            model=config.model,
+            model_name=config.model_name,
+            role=role,
+            routers=(config.router.control,),
+            cluster_token=config.cluster_token,
+            instance=section.model_copy(update={"instances": 1, "engine": engine}),
+        )
+        specs.append(ProcessSpec(ProcessRole(role), numbers[role], _WORKER_ENTRY, worker, share, gpus))
+        numbers[role] += 1
     return tuple(specs)
 
 
@@ -85,27 +95,3 @@ def _gpu_share(gpus: int, instances: int) -> float:
         return 1.0
     per_device = -(-instances // max(gpus, 1))
     return int(100 / per_device) / 100
-
-
-def _router_spec(config: ServeConfig) -> ProcessSpec:
-    router = RouterConfig(
-        model=config.model,
-        model_name=config.model_name,
-        router=config.router,
-        cluster_token=config.cluster_token,
-    )
-    return ProcessSpec(ProcessRole.ROUTER, 0, ENTRIES[ProcessRole.ROUTER], router, threads=1)
-
-
-def _worker_config(config: ServeConfig, threads: int) -> WorkerConfig:
-    engine = {"threads": threads}
-    prefill = config.prefill.model_copy(update={"engine": config.prefill.engine.model_copy(update=engine)})
-    decode = config.decode.model_copy(update={"engine": config.decode.engine.model_copy(update=engine)})
-    return WorkerConfig(
-        model=config.model,
-        model_name=config.model_name,
-        routers=(config.router.control,),
-        cluster_token=config.cluster_token,
-        prefill=prefill,
-        decode=decode,
-    )

@@ -1,9 +1,8 @@
-"""`python -m prefill_worker --config FILE`: one prefill worker, by hand."""
+"""`python -m prefill_worker --config FILE`: one instance with the role prefill, by hand."""
 
 import sys
 
-from tandem.prefill_worker.app import PrefillWorker
 from tandem.worker.process import run_from_command_line
 
 if __name__ == "__main__":
-    sys.exit(run_from_command_line("prefill", PrefillWorker))
+    sys.exit(run_from_command_line("prefill_worker", "prefill"))

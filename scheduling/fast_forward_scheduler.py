@@ -18,8 +18,8 @@ class FastForwardScheduler(Scheduler):
         fast_forward()        -> for how many steps nothing is left to decide
         advance(num_steps)    -> that many steps, or fewer; then finish(key) of each that ended
 
-    Meanwhile the sequences' own numbers lag behind, until `get`, `next_batch` or `block_tables` is asked. Which block is
-    whose may differ from single steps, and every token drawn is 0.
+    Meanwhile the sequences' own numbers lag behind, until `get`, `next_batch` or `block_tables` is asked. Which block
+    is whose may differ from single steps, and every token drawn is 0.
     """
 
     __slots__ = ("_batch",)

@@ -33,8 +33,9 @@ class Chunk:
 class SchedulerCounts:
     """Sequences by state, then tokens, then totals since the start.
 
-    `waiting` have a prompt to compute here, `unreserved` wait for blocks for KV that comes from elsewhere; `prompts` and
-    `decoding` run. `uncomputed_tokens` are of waiting, preempted and running prompts, `unreserved_tokens` of the unreserved.
+    `waiting` have a prompt to compute here, `unreserved` wait for blocks for KV that comes from elsewhere; `prompts`
+    and `decoding` run. `uncomputed_tokens` are of waiting, preempted and running prompts, `unreserved_tokens` of the
+    unreserved.
     """
 
     waiting: int
@@ -60,16 +61,16 @@ class Scheduler:
         for each of reserve(now)         -> RECEIVING: start the transfer into its block_table
         committed(key, first token, now) -> RUNNING:   the KV has arrived
         chunks = next_batch(now)         -> one step; the engine computes it
-        computed(chunk) for each chunk   -> a prompt to be handed over is HELD after its last chunk, and the worker's, who
-                                            calls `release` once nobody reads its blocks
+        computed(chunk) for each chunk   -> a prompt to be handed over is HELD after its last chunk, and the worker's,
+                                            who calls `release` once nobody reads its blocks
         generated(key, token) for each other chunk that samples, then finish(key) where it ends
 
-    Memory. A running or receiving sequence *claims* the blocks that it needs at the end of its growth horizon. A newcomer
-    is admitted when its claim fits beside all claims (`StepBudget`). Newcomers wait in two lines by age, one for prompts to
-    compute, one for KV that arrives; within a line nobody overtakes, and memory goes to the older of the first two. When
-    the horizon was too short and memory runs out, the youngest running sequence is preempted: its blocks are freed, and
-    before any newcomer it is admitted again and computes its KV anew, in chunks like a prompt. The oldest running sequence
-    therefore always advances, and every sequence ends.
+    Memory. A running or receiving sequence *claims* the blocks that it needs at the end of its growth horizon. A
+    newcomer is admitted when its claim fits beside all claims (`StepBudget`). Newcomers wait in two lines by age, one
+    for prompts to compute, one for KV that arrives; within a line nobody overtakes, and memory goes to the older of the
+    first two. When the horizon was too short and memory runs out, the youngest running sequence is preempted: its
+    blocks are freed, and before any newcomer it is admitted again and computes its KV anew, in chunks like a prompt.
+    The oldest running sequence therefore always advances, and every sequence ends.
 
     The prefix cache is offered what chunks of prompts compute. Answers are not cached.
     """

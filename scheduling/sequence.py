@@ -39,10 +39,10 @@ class Sequence:
 
     Every state but FINISHED also goes to FINISHED by cancel, deadline or failure.
 
-    `token_ids` starts as the request's tokens and grows by each generated token. `block_table[i]` holds the KV of tokens
-    `[i * block_size, (i + 1) * block_size)`. The first `num_computed` tokens have their KV there; of these the first
-    `num_cached` came from the prefix cache. `block_hashes` is the hash chain of the leading full blocks, as far as it
-    was needed (see `prefix_index`). `order` is the age among the scheduler's sequences, lower is older.
+    `token_ids` starts as the request's tokens and grows by each generated token. `block_table[i]` holds the KV of
+    tokens `[i * block_size, (i + 1) * block_size)`. The first `num_computed` tokens have their KV there; of these the
+    first `num_cached` came from the prefix cache. `block_hashes` is the hash chain of the leading full blocks, as far
+    as it was needed (see `prefix_index`). `order` is the age among the scheduler's sequences, lower is older.
     """
 
     key: Hashable  # chosen by the worker

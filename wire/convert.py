@@ -15,7 +15,11 @@ _FINISH_TO_PB = {
     FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
 }
 _FINISH_FROM_PB = {value: key for key, value in _FINISH_TO_PB.items()}
-_ROLE_TO_PB = {Role.PREFILL: worker_pb2.ROLE_PREFILL, Role.DECODE: worker_pb2.ROLE_DECODE}
+_ROLE_TO_PB = {
+    Role.PREFILL: worker_pb2.ROLE_PREFILL,
+    Role.DECODE: worker_pb2.ROLE_DECODE,
+    Role.COLOCATED: worker_pb2.ROLE_COLOCATED,
+}
 _ROLE_FROM_PB = {value: key for key, value in _ROLE_TO_PB.items()}
 _STATE_TO_PB = {
     InstanceState.LOADING: worker_pb2.INSTANCE_STATE_LOADING,
@@ -131,6 +135,19 @@ def attempt_from_pb(pb: worker_pb2.AttemptRequest, now_s: float) -> GenerationRe
     )
 
 
+def role_to_pb(role: Role) -> worker_pb2.Role:
+    return _ROLE_TO_PB[role]
+
+
+def role_from_pb(value: worker_pb2.Role) -> Role:
+    """Raises InvalidRequestError for a role that this version does not know."""
+    if value not in _ROLE_FROM_PB:
+        raise InvalidRequestError(
+            f"{value} is no role of an instance; controller and instance are of different versions"
+        )
+    return _ROLE_FROM_PB[value]
+
+
 def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
     blocks = status.blocks
     return worker_pb2.InstanceStatus(
@@ -152,7 +169,8 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         ),
         waiting_requests=status.waiting_requests,
         running_requests=status.running_requests,
-        waiting_tokens=status.waiting_tokens,
+        uncomputed_tokens=status.uncomputed_tokens,
+        unreserved_tokens=status.unreserved_tokens,
         steps=status.steps,
         step_s=status.step_s,
         computed_tokens=status.computed_tokens,
@@ -190,7 +208,8 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         blocks=BlockCounts(blocks.total, blocks.free, blocks.running, blocks.cached, blocks.leased, blocks.leaked),
         waiting_requests=pb.waiting_requests,
         running_requests=pb.running_requests,
-        waiting_tokens=pb.waiting_tokens,
+        uncomputed_tokens=pb.uncomputed_tokens,
+        unreserved_tokens=pb.unreserved_tokens,
         steps=pb.steps,
         step_s=pb.step_s,
         computed_tokens=pb.computed_tokens,

@@ -4,49 +4,57 @@ from tandem.core.errors import InvalidRequestError
 from tandem.core.request import SampledToken
 from tandem.core.session import (
     Cancel,
-    DecodeCommand,
-    DecodeEvent,
-    DecodeFrame,
-    DecodeReserved,
-    DecodeTokens,
+    KvReserved,
     KvSource,
-    OpenDecode,
-    PrefillCommand,
-    PrefillEvent,
+    NewTokens,
     PrefillFinished,
     PrefillStarted,
     RequestFailed,
-    SubmitPrefill,
+    SessionCommand,
+    SessionEvent,
+    Submit,
+    TokenFrame,
     TransferCommitted,
 )
 from tandem.v1 import worker_pb2
 from tandem.wire import convert
 
 
-def prefill_command_to_pb(command: PrefillCommand, now_s: float) -> worker_pb2.PrefillSessionRequest:
+def command_to_pb(command: SessionCommand, now_s: float) -> worker_pb2.SessionRequest:
     match command:
-        case SubmitPrefill(handle, request):
-            submit = worker_pb2.SubmitPrefillCommand(handle=handle, request=convert.attempt_to_pb(request, now_s))
-            return worker_pb2.PrefillSessionRequest(submit=submit)
+        case Submit(handle, request, kv, hand_over):
+            submit = worker_pb2.SubmitCommand(
+                handle=handle, request=convert.attempt_to_pb(request, now_s), hand_over=hand_over
+            )
+            if kv is not None:
+                submit.kv.instance_id, submit.kv.address = kv.instance_id, kv.address
+            return worker_pb2.SessionRequest(submit=submit)
         case Cancel(handle):
-            return worker_pb2.PrefillSessionRequest(cancel=worker_pb2.CancelCommand(handle=handle))
+            return worker_pb2.SessionRequest(cancel=worker_pb2.CancelCommand(handle=handle))
 
 
-def prefill_command_from_pb(pb: worker_pb2.PrefillSessionRequest, now_s: float) -> PrefillCommand:
+def command_from_pb(pb: worker_pb2.SessionRequest, now_s: float) -> SessionCommand:
+    """Raises InvalidRequestError for what no sane router sends."""
     match pb.WhichOneof("command"):
         case "submit":
-            return SubmitPrefill(pb.submit.handle, convert.attempt_from_pb(pb.submit.request, now_s))
+            submit = pb.submit
+            kv = KvSource(submit.kv.instance_id, submit.kv.address) if submit.HasField("kv") else None
+            if kv is not None and (submit.hand_over or not kv.instance_id or not kv.address):
+                raise InvalidRequestError("KV from elsewhere needs a named source and is not handed over")
+            return Submit(submit.handle, convert.attempt_from_pb(submit.request, now_s), kv, submit.hand_over)
         case "cancel":
             return Cancel(pb.cancel.handle)
         case _:
-            raise InvalidRequestError("an unknown command; router and worker are of different versions")
+            raise InvalidRequestError("an unknown command; router and instance are of different versions")
 
 
-def prefill_event_to_pb(event: PrefillEvent) -> worker_pb2.PrefillSessionResponse:
+def event_to_pb(event: SessionEvent) -> worker_pb2.SessionResponse:
     match event:
+        case TokenFrame(items):
+            return worker_pb2.SessionResponse(frame=worker_pb2.TokenFrameEvent(items=map(_tokens_to_pb, items)))
         case PrefillStarted(handle, num_cached_tokens):
             started = worker_pb2.PrefillStartedEvent(handle=handle, num_cached_tokens=num_cached_tokens)
-            return worker_pb2.PrefillSessionResponse(started=started)
+            return worker_pb2.SessionResponse(started=started)
         case PrefillFinished():
             finished = worker_pb2.PrefillFinishedEvent(
                 handle=event.handle,
@@ -54,17 +62,26 @@ def prefill_event_to_pb(event: PrefillEvent) -> worker_pb2.PrefillSessionRespons
                 prompt_logprobs=convert.prompt_logprobs_to_pb(event.prompt_logprobs),
                 finish_reason=convert.finish_to_pb(event.finish_reason),
                 num_cached_tokens=event.num_cached_tokens,
-                queue_s=event.queue_s,
                 compute_s=event.compute_s,
             )
-            return worker_pb2.PrefillSessionResponse(finished=finished)
+            return worker_pb2.SessionResponse(finished=finished)
+        case KvReserved(handle):
+            return worker_pb2.SessionResponse(reserved=worker_pb2.KvReservedEvent(handle=handle))
+        case TransferCommitted(handle, transfer_s, transfer_bytes, transport):
+            committed = worker_pb2.TransferCommittedEvent(
+                handle=handle, transfer_s=transfer_s, transfer_bytes=transfer_bytes, transport=transport
+            )
+            return worker_pb2.SessionResponse(committed=committed)
         case RequestFailed(handle, code, message):
             failed = worker_pb2.FailedEvent(handle=handle, code=code, message=message)
-            return worker_pb2.PrefillSessionResponse(failed=failed)
+            return worker_pb2.SessionResponse(failed=failed)
 
 
-def prefill_event_from_pb(pb: worker_pb2.PrefillSessionResponse) -> PrefillEvent:
+def event_from_pb(pb: worker_pb2.SessionResponse) -> SessionEvent:
+    """Raises InvalidRequestError for an event that this version does not know."""
     match pb.WhichOneof("event"):
+        case "frame":
+            return TokenFrame(tuple(map(_tokens_from_pb, pb.frame.items)))
         case "started":
             return PrefillStarted(pb.started.handle, pb.started.num_cached_tokens)
         case "finished":
@@ -75,45 +92,23 @@ def prefill_event_from_pb(pb: worker_pb2.PrefillSessionResponse) -> PrefillEvent
                 prompt_logprobs=convert.prompt_logprobs_from_pb(list(finished.prompt_logprobs)),
                 finish_reason=convert.finish_from_pb(finished.finish_reason),
                 num_cached_tokens=finished.num_cached_tokens,
-                queue_s=finished.queue_s,
                 compute_s=finished.compute_s,
+            )
+        case "reserved":
+            return KvReserved(pb.reserved.handle)
+        case "committed":
+            committed = pb.committed
+            return TransferCommitted(
+                committed.handle, committed.transfer_s, committed.transfer_bytes, committed.transport
             )
         case "failed":
             return RequestFailed(pb.failed.handle, pb.failed.code, pb.failed.message)
         case _:
-            raise InvalidRequestError("an unknown event; router and worker are of different versions")
+            raise InvalidRequestError("an unknown event; router and instance are of different versions")
 
 
-def decode_command_to_pb(command: DecodeCommand, now_s: float) -> worker_pb2.DecodeSessionRequest:
-    match command:
-        case OpenDecode(handle, request, source):
-            return worker_pb2.DecodeSessionRequest(
-                open=worker_pb2.OpenDecodeCommand(
-                    handle=handle,
-                    request=convert.attempt_to_pb(request, now_s),
-                    source_instance_id=source.instance_id,
-                    source_address=source.address,
-                )
-            )
-        case Cancel(handle):
-            return worker_pb2.DecodeSessionRequest(cancel=worker_pb2.CancelCommand(handle=handle))
-
-
-def decode_command_from_pb(pb: worker_pb2.DecodeSessionRequest, now_s: float) -> DecodeCommand:
-    match pb.WhichOneof("command"):
-        case "open":
-            source = KvSource(pb.open.source_instance_id, pb.open.source_address)
-            if not source.instance_id or not source.address:
-                raise InvalidRequestError("a decode must name the instance that holds its KV")
-            return OpenDecode(pb.open.handle, convert.attempt_from_pb(pb.open.request, now_s), source)
-        case "cancel":
-            return Cancel(pb.cancel.handle)
-        case _:
-            raise InvalidRequestError("an unknown command; router and worker are of different versions")
-
-
-def _tokens_to_pb(item: DecodeTokens) -> worker_pb2.DecodeTokens:
-    pb = worker_pb2.DecodeTokens(handle=item.handle, token_ids=[token.token_id for token in item.tokens])
+def _tokens_to_pb(item: NewTokens) -> worker_pb2.NewTokens:
+    pb = worker_pb2.NewTokens(handle=item.handle, token_ids=[token.token_id for token in item.tokens])
     if item.tokens and item.tokens[0].logprob is not None:
         pb.logprobs.extend(convert.logprob_to_pb(token.logprob) for token in item.tokens if token.logprob is not None)
     if item.finish_reason is not None:
@@ -123,50 +118,19 @@ def _tokens_to_pb(item: DecodeTokens) -> worker_pb2.DecodeTokens:
     return pb
 
 
-def _tokens_from_pb(pb: worker_pb2.DecodeTokens) -> DecodeTokens:
+def _tokens_from_pb(pb: worker_pb2.NewTokens) -> NewTokens:
     if pb.logprobs:
-        logprobs = [convert.logprob_from_pb(logprob) for logprob in pb.logprobs]
-        tokens = tuple(SampledToken(i, logprob) for i, logprob in zip(pb.token_ids, logprobs, strict=True))
+        if len(pb.logprobs) != len(pb.token_ids):
+            raise InvalidRequestError("a frame with tokens and log-probabilities of different number")
+        logprobs = map(convert.logprob_from_pb, pb.logprobs)
+        tokens = tuple(
+            SampledToken(token_id, logprob) for token_id, logprob in zip(pb.token_ids, logprobs, strict=True)
+        )
     else:
         tokens = tuple(map(SampledToken, pb.token_ids))
-    return DecodeTokens(
+    return NewTokens(
         pb.handle,
         tokens,
         convert.finish_from_pb(pb.finish_reason),
         pb.queue_s if pb.HasField("queue_s") else None,
     )
-
-
-def decode_event_to_pb(event: DecodeEvent) -> worker_pb2.DecodeSessionResponse:
-    match event:
-        case DecodeFrame(items, step_s):
-            frame = worker_pb2.DecodeFrameEvent(items=[_tokens_to_pb(item) for item in items], step_s=step_s)
-            return worker_pb2.DecodeSessionResponse(frame=frame)
-        case DecodeReserved(handle):
-            return worker_pb2.DecodeSessionResponse(reserved=worker_pb2.DecodeReservedEvent(handle=handle))
-        case TransferCommitted(handle, transfer_s, transfer_bytes, transport):
-            committed = worker_pb2.TransferCommittedEvent(
-                handle=handle, transfer_s=transfer_s, transfer_bytes=transfer_bytes, transport=transport
-            )
-            return worker_pb2.DecodeSessionResponse(committed=committed)
-        case RequestFailed(handle, code, message):
-            return worker_pb2.DecodeSessionResponse(
-                failed=worker_pb2.FailedEvent(handle=handle, code=code, message=message)
-            )
-
-
-def decode_event_from_pb(pb: worker_pb2.DecodeSessionResponse) -> DecodeEvent:
-    match pb.WhichOneof("event"):
-        case "frame":
-            return DecodeFrame(tuple(map(_tokens_from_pb, pb.frame.items)), pb.frame.step_s)
-        case "reserved":
-            return DecodeReserved(pb.reserved.handle)
-        case "committed":
-            committed = pb.committed
-            return TransferCommitted(
-                committed.handle, committed.transfer_s, committed.transfer_bytes, committed.transport
-            )
-        case "failed":
-            return RequestFailed(pb.failed.handle, pb.failed.code, pb.failed.message)
-        case _:
-            raise InvalidRequestError("an unknown event; router and worker are of different versions")

@@ -22,11 +22,12 @@ class Heartbeat:
         self._token = token
         self._interval_s = interval_s
         self._status = status
-        self._now = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def send_now(self) -> None:
-        """The state has changed: tell the routers at once."""
-        self._now.set()
+        """The status has changed: tell the routers at once."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -38,6 +39,7 @@ class Heartbeat:
         reachable = True
         async with open_channel(address, self._token) as channel:
             while True:
+                changed = self._changed  # of the status that is read now: a change while it is sent is not lost
                 try:
                     await send_heartbeat(channel, self._status(), timeout_s=max(1.0, 2 * self._interval_s))
                     if not reachable:
@@ -47,9 +49,8 @@ class Heartbeat:
                     if reachable:
                         log.warning("router %s does not take the heartbeat: %s", address, error.message)
                     reachable = False
-                self._now.clear()
                 try:
                     async with asyncio.timeout(self._interval_s):
-                        await self._now.wait()
+                        await changed.wait()
                 except TimeoutError:
                     continue

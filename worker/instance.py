@@ -3,42 +3,22 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
 from tandem.core.config import WorkerConfig
-from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
+from tandem.core.session import InstanceState, InstanceStatus, LinkStats, Role
 from tandem.wire.server import bind, build_server
 from tandem.worker.heartbeat import Heartbeat
-
-REPORT_EVERY_S = 0.1  # between two reports of a busy loop: counting blocks by owner takes time
-
-
-@dataclass(frozen=True, slots=True)
-class LoopReport:
-    """What the loop thread last said of itself; replaced whole, never changed."""
-
-    fingerprint: str
-    max_model_len: int
-    block_size: int
-    blocks: BlockCounts
-    waiting_requests: int = 0
-    running_requests: int = 0
-    waiting_tokens: int = 0
-    steps: int = 0
-    step_s: float = 0.0
-    computed_tokens: int = 0
-    cached_tokens: int = 0
-    preemptions: int = 0
+from tandem.worker.loop import LoopReport
 
 
-class Instance:
-    """One instance's public side. `listen` binds and registers, `ready` and `draining` change the state it reports."""
+class PublicSide:
+    """`listen` binds and registers; `drain` and `close` end it."""
 
-    def __init__(self, config: WorkerConfig, role: Role, instance_id: str) -> None:
+    def __init__(self, config: WorkerConfig, instance_id: str, role: Callable[[], Role]) -> None:
         self._config = config
         self._role = role
         self._instance_id = instance_id
@@ -50,10 +30,6 @@ class Instance:
         self._heartbeat: Heartbeat | None = None
         self._heartbeat_task: asyncio.Task[None] | None = None
         self.address = ""
-
-    @property
-    def state(self) -> InstanceState:
-        return self._state
 
     async def listen(
         self,
@@ -78,7 +54,7 @@ class Instance:
         report = self._report()
         return InstanceStatus(
             instance_id=self._instance_id,
-            role=self._role,
+            role=self._role(),
             state=self._state,
             address=self.address,
             model=self._config.served_name,
@@ -88,7 +64,8 @@ class Instance:
             blocks=report.blocks,
             waiting_requests=report.waiting_requests,
             running_requests=report.running_requests,
-            waiting_tokens=report.waiting_tokens,
+            uncomputed_tokens=report.uncomputed_tokens,
+            unreserved_tokens=report.unreserved_tokens,
             steps=report.steps,
             step_s=report.step_s,
             computed_tokens=report.computed_tokens,
@@ -97,16 +74,20 @@ class Instance:
             links=self._links(),
         )
 
-    async def drain(self, grace_s: float) -> None:
+    def send_heartbeat(self) -> None:
+        """Something that the routers should know at once has changed."""
+        if self._heartbeat is not None:
+            self._heartbeat.send_now()
+
+    async def drain(self, grace_s: float, is_idle: Callable[[], bool]) -> None:
         """Tell everybody that nothing new is taken, then wait until nothing is left, at most `grace_s`."""
         self._state = InstanceState.DRAINING
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
-        if self._heartbeat is not None:
-            self._heartbeat.send_now()
+        self.send_heartbeat()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                while self._busy():  # noqa: ASYNC110 - the report comes from another thread
+                while not is_idle():  # noqa: ASYNC110 - attempts end in many places
                     await asyncio.sleep(0.02)
 
     async def close(self) -> None:
@@ -115,9 +96,3 @@ class Instance:
             await asyncio.gather(self._heartbeat_task, return_exceptions=True)
         if self._server is not None:
             await self._server.stop(None)
-
-    def _busy(self) -> bool:
-        if self._report is None:
-            return False
-        report = self._report()
-        return report.waiting_requests + report.running_requests + report.blocks.leased > 0

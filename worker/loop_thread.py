@@ -1,70 +1,44 @@
 """The thread on which an instance schedules and computes.
 
-    any thread          loop thread                            event loop thread
-    post(command) --->  apply commands, schedule, step  --->   deliver(events), once per turn
+    any thread          loop thread                                     event loop thread
+    post(command) --->  apply commands, schedule, launch, collect --->  deliver(events), twice per turn at most
 
 The loop thread is the sole owner of the instance's sequences and blocks; everybody else sends it values.
 """
 
 import asyncio
 import logging
+import queue
 import threading
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
 
-from tandem.worker.mailbox import Mailbox
+from tandem.worker.loop import InstanceLoop, LoopCommand, LoopEvent
 
 log = logging.getLogger(__name__)
 
-SETTLE_S = 0.02  # self-checks take their time: not while the next request may be on its way
-
-Command = TypeVar("Command")
-CommandIn = TypeVar("CommandIn", contravariant=True)
-Event = TypeVar("Event")
+SETTLE_S = 0.02  # self-checks take time: not while the next request may be on its way
+IDLE_WAIT_S = 0.2
 
 
-class StepLoop(Protocol[CommandIn, Event]):
-    """What runs on the thread: a state machine without threads of its own, so that tests can turn it by hand."""
-
-    def apply(self, command: CommandIn) -> None: ...
-
-    def prepare(self) -> bool:
-        """Schedule the next step. False: there is nothing to compute now."""
-        ...
-
-    def compute(self) -> None:
-        """Run the step that `prepare` scheduled."""
-        ...
-
-    def idle(self) -> None:
-        """Called once when there has been nothing to do for a moment: the time for self-checks."""
-        ...
-
-    def take_events(self) -> list[Event]:
-        """Events since the last call."""
-        ...
-
-
-class LoopThread(Generic[Command, Event]):
-    """Turns a `StepLoop` until it is stopped."""
+class LoopThread:
+    """Turns an `InstanceLoop` until it is stopped."""
 
     def __init__(
         self,
         name: str,
-        make_loop: Callable[[], StepLoop[Command, Event]],
-        deliver: Callable[[list[Event]], None],
+        make_loop: Callable[[], InstanceLoop],
+        deliver: Callable[[list[LoopEvent]], None],
         on_crash: Callable[[BaseException], None],
-        idle_wait_s: float = 0.2,
     ) -> None:
         """`make_loop` runs on the thread: the thread that loads an engine is the one that steps it, so that the
-        engine's helper threads are made once. `deliver` and `on_crash` are called on the event loop of `start`.
+        engine's helper threads are made once. `deliver` and `on_crash` are called on the event loop of `start`; an
+        error of either the loop or `deliver` ends in `on_crash`.
         """
         self._name = name
         self._make_loop = make_loop
         self._deliver = deliver
         self._on_crash = on_crash
-        self._idle_wait_s = idle_wait_s
-        self._mailbox: Mailbox[Command | None] = Mailbox()
+        self._mailbox: queue.SimpleQueue[LoopCommand | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
 
@@ -76,19 +50,20 @@ class LoopThread(Generic[Command, Event]):
         self._thread.start()
         await made
 
-    def post(self, command: Command) -> None:
-        self._mailbox.post(command)
+    def post(self, command: LoopCommand) -> None:
+        """Never blocks; safe from any thread."""
+        self._mailbox.put(command)
 
     async def stop(self) -> None:
         """Ends after the step in progress. Commands posted later are not seen."""
         if self._thread is not None:
-            self._mailbox.post(None)
+            self._mailbox.put(None)
             await asyncio.to_thread(self._thread.join)
 
     def _run(self, made: asyncio.Future[None]) -> None:
         try:
             loop = self._make_loop()
-        except BaseException as error:  # noqa: BLE001 - the thread's door: `start` raises it
+        except BaseException as error:  # noqa: BLE001 - `start` raises it
             reason = error  # `error` is unbound when the call below runs
             self._call_soon(lambda: _settle(made, reason))
             return
@@ -100,10 +75,10 @@ class LoopThread(Generic[Command, Event]):
             crash = error
             self._call_soon(lambda: self._on_crash(crash))
 
-    def _turn_until_stopped(self, loop: StepLoop[Command, Event]) -> None:
-        quiet_turns = 0  # so many turns in a row had nothing to compute
+    def _turn_until_stopped(self, loop: InstanceLoop) -> None:
+        quiet_turns = 0  # turns in a row that had nothing to compute
         while True:
-            commands = self._mailbox.take_all((0.0, SETTLE_S, self._idle_wait_s)[min(quiet_turns, 2)])
+            commands = self._take_commands((0.0, SETTLE_S, IDLE_WAIT_S)[min(quiet_turns, 2)])
             for command in commands:
                 if command is None:
                     return
@@ -111,7 +86,8 @@ class LoopThread(Generic[Command, Event]):
             busy = loop.prepare()
             self._flush(loop)  # "started" must leave before the step, so that the other side can work during it
             if busy:
-                loop.compute()
+                loop.launch()
+                loop.collect()
                 self._flush(loop)
                 quiet_turns = 0
             else:
@@ -119,9 +95,27 @@ class LoopThread(Generic[Command, Event]):
                 if quiet_turns == 2:
                     loop.idle()
 
-    def _flush(self, loop: StepLoop[Command, Event]) -> None:
+    def _take_commands(self, wait_s: float) -> list[LoopCommand | None]:
+        """All that were posted so far; if there is none, wait up to `wait_s` for the first."""
+        commands: list[LoopCommand | None] = []
+        try:
+            commands.append(self._mailbox.get(timeout=wait_s) if wait_s > 0 else self._mailbox.get_nowait())
+            while True:
+                commands.append(self._mailbox.get_nowait())
+        except queue.Empty:
+            return commands
+
+    def _flush(self, loop: InstanceLoop) -> None:
         if events := loop.take_events():
-            self._call_soon(lambda: self._deliver(events))
+            self._call_soon(lambda: self._deliver_or_crash(events))
+
+    def _deliver_or_crash(self, events: list[LoopEvent]) -> None:
+        """An event that is lost would leave a request without an answer, or blocks without an owner."""
+        try:
+            self._deliver(events)
+        except Exception as error:
+            log.exception("%s: an event could not be delivered", self._name)
+            self._on_crash(error)
 
     def _call_soon(self, call: Callable[[], object]) -> None:
         assert self._event_loop is not None

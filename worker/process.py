@@ -1,4 +1,4 @@
-"""The life of a worker process: load, serve, report, drain, end. The same for both roles.
+"""The life of an instance's process: load, serve, report, drain, end.
 
 LOADING --start()--> READY --drain()--> DRAINING --no request left, or grace over--> stopped
 """
@@ -7,57 +7,30 @@ import argparse
 import asyncio
 import logging
 import os
-import secrets
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import uvloop
 
-from tandem.core.config import WorkerConfig
+from tandem.core.config import RoleName, WorkerConfig
 from tandem.core.config_file import load_config
 from tandem.core.errors import TandemError
+from tandem.worker.app import Worker
 
 DRAIN_GRACE_S = 10.0
 
 
-class Worker(Protocol):
-    """A prefill or a decode worker."""
-
-    instance_id: str
-
-    @property
-    def address(self) -> str: ...
-
-    async def start(self) -> None:
-        """Load the model, listen and report; returns when READY. Raises a TandemError if it cannot."""
-        ...
-
-    async def wait_closed(self) -> None:
-        """Returns when the worker has stopped; raises what ended it, if it ended by itself."""
-        ...
-
-    async def drain_and_stop(self, grace_s: float) -> None:
-        """Take nothing new, let running requests finish for up to `grace_s`, then stop and free everything."""
-        ...
-
-
-def new_instance_id(role: str) -> str:
-    """Unique over restarts, so that a restarted worker is never mistaken for the old one."""
-    return f"{role}-{secrets.token_hex(4)}"
-
-
-def run_from_command_line(role: str, make_worker: Callable[[WorkerConfig], Worker]) -> int:
-    """`python -m <role>_worker --config FILE`. Returns the exit status."""
+def run_from_command_line(module: str, role: RoleName | None = None) -> int:
+    """`python -m <module> --config FILE`: one instance, whose role is `role`, or else the file's. Returns the exit
+    status."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {role}_worker",
-        description=f"Run one {role} worker of Tandem by hand: for debugging, and for machines without Ray.",
-        epilog="The file holds: model, listen, routers (control addresses to report to), cluster_token and a section "
-        f"'{role}' with the settings that `tandem serve` knows. See examples/{role}_worker.yaml.",
+        prog=f"python -m {module}",
+        description=f"Run one {role or ''} instance of Tandem by hand: for debugging, and for machines without Ray.",
+        epilog="The file holds: model, listen, routers (control addresses to report to), cluster_token, and a section "
+        "'instance' with the settings that `tandem serve` knows. See examples/prefill_worker.yaml.",
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the worker's settings")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the instance's settings")
     parser.add_argument("--verbose", action="store_true", help="log every step of a request's life")
     args = parser.parse_args()
     logging.basicConfig(
@@ -65,7 +38,8 @@ def run_from_command_line(role: str, make_worker: Callable[[WorkerConfig], Worke
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     try:
-        worker = make_worker(load_config(args.config, WorkerConfig))
+        config = load_config(args.config, WorkerConfig)
+        worker = Worker(config if role is None else config.model_copy(update={"role": role}))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_run(worker))
     except TandemError as error:

@@ -13,6 +13,7 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_UNSPECIFIED: _ClassVar[Role]
     ROLE_PREFILL: _ClassVar[Role]
     ROLE_DECODE: _ClassVar[Role]
+    ROLE_COLOCATED: _ClassVar[Role]
 
 class InstanceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -23,6 +24,7 @@ class InstanceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
+ROLE_COLOCATED: Role
 INSTANCE_STATE_UNSPECIFIED: InstanceState
 INSTANCE_STATE_LOADING: InstanceState
 INSTANCE_STATE_READY: InstanceState
@@ -54,37 +56,39 @@ class SampledToken(_message.Message):
     logprob: _common_pb2.TokenLogprob
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[_Union[_common_pb2.TokenLogprob, _Mapping]] = ...) -> None: ...
 
+class KvSource(_message.Message):
+    __slots__ = ("instance_id", "address")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    address: str
+    def __init__(self, instance_id: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
+class SubmitCommand(_message.Message):
+    __slots__ = ("handle", "request", "kv", "hand_over")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    request: AttemptRequest
+    kv: KvSource
+    hand_over: bool
+    def __init__(self, handle: _Optional[int] = ..., request: _Optional[_Union[AttemptRequest, _Mapping]] = ..., kv: _Optional[_Union[KvSource, _Mapping]] = ..., hand_over: _Optional[bool] = ...) -> None: ...
+
 class CancelCommand(_message.Message):
     __slots__ = ("handle",)
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
-class FailedEvent(_message.Message):
-    __slots__ = ("handle", "code", "message")
-    HANDLE_FIELD_NUMBER: _ClassVar[int]
-    CODE_FIELD_NUMBER: _ClassVar[int]
-    MESSAGE_FIELD_NUMBER: _ClassVar[int]
-    handle: int
-    code: str
-    message: str
-    def __init__(self, handle: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
-
-class SubmitPrefillCommand(_message.Message):
-    __slots__ = ("handle", "request")
-    HANDLE_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_FIELD_NUMBER: _ClassVar[int]
-    handle: int
-    request: AttemptRequest
-    def __init__(self, handle: _Optional[int] = ..., request: _Optional[_Union[AttemptRequest, _Mapping]] = ...) -> None: ...
-
-class PrefillSessionRequest(_message.Message):
+class SessionRequest(_message.Message):
     __slots__ = ("submit", "cancel")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
-    submit: SubmitPrefillCommand
+    submit: SubmitCommand
     cancel: CancelCommand
-    def __init__(self, submit: _Optional[_Union[SubmitPrefillCommand, _Mapping]] = ..., cancel: _Optional[_Union[CancelCommand, _Mapping]] = ...) -> None: ...
+    def __init__(self, submit: _Optional[_Union[SubmitCommand, _Mapping]] = ..., cancel: _Optional[_Union[CancelCommand, _Mapping]] = ...) -> None: ...
 
 class PrefillStartedEvent(_message.Message):
     __slots__ = ("handle", "num_cached_tokens")
@@ -95,54 +99,22 @@ class PrefillStartedEvent(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillFinishedEvent(_message.Message):
-    __slots__ = ("handle", "token", "prompt_logprobs", "finish_reason", "num_cached_tokens", "queue_s", "compute_s")
+    __slots__ = ("handle", "token", "prompt_logprobs", "finish_reason", "num_cached_tokens", "compute_s")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     handle: int
     token: SampledToken
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprob]
     finish_reason: _common_pb2.FinishReason
     num_cached_tokens: int
-    queue_s: float
     compute_s: float
-    def __init__(self, handle: _Optional[int] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., num_cached_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ...) -> None: ...
 
-class PrefillSessionResponse(_message.Message):
-    __slots__ = ("started", "finished", "failed")
-    STARTED_FIELD_NUMBER: _ClassVar[int]
-    FINISHED_FIELD_NUMBER: _ClassVar[int]
-    FAILED_FIELD_NUMBER: _ClassVar[int]
-    started: PrefillStartedEvent
-    finished: PrefillFinishedEvent
-    failed: FailedEvent
-    def __init__(self, started: _Optional[_Union[PrefillStartedEvent, _Mapping]] = ..., finished: _Optional[_Union[PrefillFinishedEvent, _Mapping]] = ..., failed: _Optional[_Union[FailedEvent, _Mapping]] = ...) -> None: ...
-
-class OpenDecodeCommand(_message.Message):
-    __slots__ = ("handle", "request", "source_instance_id", "source_address")
-    HANDLE_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_FIELD_NUMBER: _ClassVar[int]
-    SOURCE_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
-    SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    handle: int
-    request: AttemptRequest
-    source_instance_id: str
-    source_address: str
-    def __init__(self, handle: _Optional[int] = ..., request: _Optional[_Union[AttemptRequest, _Mapping]] = ..., source_instance_id: _Optional[str] = ..., source_address: _Optional[str] = ...) -> None: ...
-
-class DecodeSessionRequest(_message.Message):
-    __slots__ = ("open", "cancel")
-    OPEN_FIELD_NUMBER: _ClassVar[int]
-    CANCEL_FIELD_NUMBER: _ClassVar[int]
-    open: OpenDecodeCommand
-    cancel: CancelCommand
-    def __init__(self, open: _Optional[_Union[OpenDecodeCommand, _Mapping]] = ..., cancel: _Optional[_Union[CancelCommand, _Mapping]] = ...) -> None: ...
-
-class DecodeReservedEvent(_message.Message):
+class KvReservedEvent(_message.Message):
     __slots__ = ("handle",)
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     handle: int
@@ -160,7 +132,7 @@ class TransferCommittedEvent(_message.Message):
     transport: str
     def __init__(self, handle: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
-class DecodeTokens(_message.Message):
+class NewTokens(_message.Message):
     __slots__ = ("handle", "token_ids", "logprobs", "finish_reason", "queue_s")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -174,25 +146,53 @@ class DecodeTokens(_message.Message):
     queue_s: float
     def __init__(self, handle: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
-class DecodeFrameEvent(_message.Message):
-    __slots__ = ("items", "step_s")
+class TokenFrameEvent(_message.Message):
+    __slots__ = ("items",)
     ITEMS_FIELD_NUMBER: _ClassVar[int]
-    STEP_S_FIELD_NUMBER: _ClassVar[int]
-    items: _containers.RepeatedCompositeFieldContainer[DecodeTokens]
-    step_s: float
-    def __init__(self, items: _Optional[_Iterable[_Union[DecodeTokens, _Mapping]]] = ..., step_s: _Optional[float] = ...) -> None: ...
+    items: _containers.RepeatedCompositeFieldContainer[NewTokens]
+    def __init__(self, items: _Optional[_Iterable[_Union[NewTokens, _Mapping]]] = ...) -> None: ...
 
-class DecodeSessionResponse(_message.Message):
-    __slots__ = ("reserved", "committed", "frame", "failed")
+class FailedEvent(_message.Message):
+    __slots__ = ("handle", "code", "message")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    code: str
+    message: str
+    def __init__(self, handle: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class SessionResponse(_message.Message):
+    __slots__ = ("frame", "started", "finished", "reserved", "committed", "failed")
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
-    FRAME_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
-    reserved: DecodeReservedEvent
+    frame: TokenFrameEvent
+    started: PrefillStartedEvent
+    finished: PrefillFinishedEvent
+    reserved: KvReservedEvent
     committed: TransferCommittedEvent
-    frame: DecodeFrameEvent
     failed: FailedEvent
-    def __init__(self, reserved: _Optional[_Union[DecodeReservedEvent, _Mapping]] = ..., committed: _Optional[_Union[TransferCommittedEvent, _Mapping]] = ..., frame: _Optional[_Union[DecodeFrameEvent, _Mapping]] = ..., failed: _Optional[_Union[FailedEvent, _Mapping]] = ...) -> None: ...
+    def __init__(self, frame: _Optional[_Union[TokenFrameEvent, _Mapping]] = ..., started: _Optional[_Union[PrefillStartedEvent, _Mapping]] = ..., finished: _Optional[_Union[PrefillFinishedEvent, _Mapping]] = ..., reserved: _Optional[_Union[KvReservedEvent, _Mapping]] = ..., committed: _Optional[_Union[TransferCommittedEvent, _Mapping]] = ..., failed: _Optional[_Union[FailedEvent, _Mapping]] = ...) -> None: ...
+
+class ConfigureRequest(_message.Message):
+    __slots__ = ("role", "max_batch", "max_batch_tokens", "max_prefill_tokens")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    max_batch: int
+    max_batch_tokens: int
+    max_prefill_tokens: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., max_batch: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ...) -> None: ...
+
+class ConfigureResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class BlockCounts(_message.Message):
     __slots__ = ("total", "free", "running", "cached", "leased", "leaked")
@@ -227,7 +227,7 @@ class LinkStats(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., transport: _Optional[str] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., failures: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("instance_id", "role", "state", "address", "model", "fingerprint", "max_model_len", "block_size", "blocks", "waiting_requests", "running_requests", "waiting_tokens", "steps", "step_s", "computed_tokens", "cached_tokens", "preemptions", "links")
+    __slots__ = ("instance_id", "role", "state", "address", "model", "fingerprint", "max_model_len", "block_size", "blocks", "waiting_requests", "running_requests", "uncomputed_tokens", "unreserved_tokens", "steps", "step_s", "computed_tokens", "cached_tokens", "preemptions", "links")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -239,7 +239,8 @@ class InstanceStatus(_message.Message):
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
-    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNCOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNRESERVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -257,14 +258,15 @@ class InstanceStatus(_message.Message):
     blocks: BlockCounts
     waiting_requests: int
     running_requests: int
-    waiting_tokens: int
+    uncomputed_tokens: int
+    unreserved_tokens: int
     steps: int
     step_s: float
     computed_tokens: int
     cached_tokens: int
     preemptions: int
     links: _containers.RepeatedCompositeFieldContainer[LinkStats]
-    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[InstanceState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ...) -> None: ...
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[InstanceState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., uncomputed_tokens: _Optional[int] = ..., unreserved_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("status",)

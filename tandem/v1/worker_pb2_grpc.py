@@ -25,9 +25,8 @@ if _version_not_supported:
     )
 
 
-class PrefillServiceStub:
-    """Between routers and workers. `core/session.py` says what each message means and in which order they come.
-
+class InstanceServiceStub:
+    """Between routers and instances. `core/session.py` says what each message means and in which order they come.
     """
 
     def __init__(self, channel):
@@ -37,15 +36,19 @@ class PrefillServiceStub:
             channel: A grpc.Channel.
         """
         self.Session = channel.stream_stream(
-                '/tandem.v1.PrefillService/Session',
-                request_serializer=tandem_dot_v1_dot_worker__pb2.PrefillSessionRequest.SerializeToString,
-                response_deserializer=tandem_dot_v1_dot_worker__pb2.PrefillSessionResponse.FromString,
+                '/tandem.v1.InstanceService/Session',
+                request_serializer=tandem_dot_v1_dot_worker__pb2.SessionRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_worker__pb2.SessionResponse.FromString,
+                _registered_method=True)
+        self.Configure = channel.unary_unary(
+                '/tandem.v1.InstanceService/Configure',
+                request_serializer=tandem_dot_v1_dot_worker__pb2.ConfigureRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_worker__pb2.ConfigureResponse.FromString,
                 _registered_method=True)
 
 
-class PrefillServiceServicer:
-    """Between routers and workers. `core/session.py` says what each message means and in which order they come.
-
+class InstanceServiceServicer:
+    """Between routers and instances. `core/session.py` says what each message means and in which order they come.
     """
 
     def Session(self, request_iterator, context):
@@ -54,25 +57,36 @@ class PrefillServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Configure(self, request, context):
+        """Changes the instance's role and what it may compute in a step, while it runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
-def add_PrefillServiceServicer_to_server(servicer, server):
+
+def add_InstanceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Session': grpc.stream_stream_rpc_method_handler(
                     servicer.Session,
-                    request_deserializer=tandem_dot_v1_dot_worker__pb2.PrefillSessionRequest.FromString,
-                    response_serializer=tandem_dot_v1_dot_worker__pb2.PrefillSessionResponse.SerializeToString,
+                    request_deserializer=tandem_dot_v1_dot_worker__pb2.SessionRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_worker__pb2.SessionResponse.SerializeToString,
+            ),
+            'Configure': grpc.unary_unary_rpc_method_handler(
+                    servicer.Configure,
+                    request_deserializer=tandem_dot_v1_dot_worker__pb2.ConfigureRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_worker__pb2.ConfigureResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'tandem.v1.PrefillService', rpc_method_handlers)
+            'tandem.v1.InstanceService', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('tandem.v1.PrefillService', rpc_method_handlers)
+    server.add_registered_method_handlers('tandem.v1.InstanceService', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class PrefillService:
-    """Between routers and workers. `core/session.py` says what each message means and in which order they come.
-
+class InstanceService:
+    """Between routers and instances. `core/session.py` says what each message means and in which order they come.
     """
 
     @staticmethod
@@ -89,9 +103,9 @@ class PrefillService:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/tandem.v1.PrefillService/Session',
-            tandem_dot_v1_dot_worker__pb2.PrefillSessionRequest.SerializeToString,
-            tandem_dot_v1_dot_worker__pb2.PrefillSessionResponse.FromString,
+            '/tandem.v1.InstanceService/Session',
+            tandem_dot_v1_dot_worker__pb2.SessionRequest.SerializeToString,
+            tandem_dot_v1_dot_worker__pb2.SessionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -102,53 +116,8 @@ class PrefillService:
             metadata,
             _registered_method=True)
 
-
-class DecodeServiceStub:
-    """Missing associated documentation comment in .proto file."""
-
-    def __init__(self, channel):
-        """Constructor.
-
-        Args:
-            channel: A grpc.Channel.
-        """
-        self.Session = channel.stream_stream(
-                '/tandem.v1.DecodeService/Session',
-                request_serializer=tandem_dot_v1_dot_worker__pb2.DecodeSessionRequest.SerializeToString,
-                response_deserializer=tandem_dot_v1_dot_worker__pb2.DecodeSessionResponse.FromString,
-                _registered_method=True)
-
-
-class DecodeServiceServicer:
-    """Missing associated documentation comment in .proto file."""
-
-    def Session(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-
-def add_DecodeServiceServicer_to_server(servicer, server):
-    rpc_method_handlers = {
-            'Session': grpc.stream_stream_rpc_method_handler(
-                    servicer.Session,
-                    request_deserializer=tandem_dot_v1_dot_worker__pb2.DecodeSessionRequest.FromString,
-                    response_serializer=tandem_dot_v1_dot_worker__pb2.DecodeSessionResponse.SerializeToString,
-            ),
-    }
-    generic_handler = grpc.method_handlers_generic_handler(
-            'tandem.v1.DecodeService', rpc_method_handlers)
-    server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('tandem.v1.DecodeService', rpc_method_handlers)
-
-
- # This class is part of an EXPERIMENTAL API.
-class DecodeService:
-    """Missing associated documentation comment in .proto file."""
-
     @staticmethod
-    def Session(request_iterator,
+    def Configure(request,
             target,
             options=(),
             channel_credentials=None,
@@ -158,12 +127,12 @@ class DecodeService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_unary(
+            request,
             target,
-            '/tandem.v1.DecodeService/Session',
-            tandem_dot_v1_dot_worker__pb2.DecodeSessionRequest.SerializeToString,
-            tandem_dot_v1_dot_worker__pb2.DecodeSessionResponse.FromString,
+            '/tandem.v1.InstanceService/Configure',
+            tandem_dot_v1_dot_worker__pb2.ConfigureRequest.SerializeToString,
+            tandem_dot_v1_dot_worker__pb2.ConfigureResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,7 +16,8 @@ from tandem.scheduling.sequence import Sequence
 
 @dataclass
 class Worker:
-    """An instance without an engine that decodes what others have prefilled, in which every drawn token is 0. `finished` are (step, key)."""
+    """An instance without an engine that decodes what others have prefilled, in which every drawn token is 0.
+    `finished` are (step, key)."""
 
     num_blocks: int
     block_size: int

@@ -16,8 +16,8 @@ _TOKEN = 0
 
 
 class Worker:
-    """An instance without an engine that serves both phases, in which every drawn token is 0. `ended_at[name]` is the number of steps
-    after which it had its last token."""
+    """An instance without an engine that serves both phases, in which every drawn token is 0. `ended_at[name]` is the
+    number of steps after which it had its last token."""
 
     def __init__(self, num_blocks: int, budget: StepBudget, caching: bool = True) -> None:
         self.pool = BlockPool(num_blocks)

@@ -1,5 +1,6 @@
-"""Scheduler, pool, prefix cache and leases together, in any order of events: prompts that are computed for others, KV that
-arrives, requests that stay for both phases, steps, cancels, broken transfers, deadlines, and changes of the budget."""
+"""Scheduler, pool, prefix cache and leases together, in any order of events: prompts that are computed for others, KV
+that arrives, requests that stay for both phases, steps, cancels, broken transfers, deadlines, and changes of the
+budget."""
 
 from hypothesis import settings
 from hypothesis import strategies as st

@@ -1,0 +1,122 @@
+"""KV that comes from another instance: one task per transfer, on the event loop."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from tandem.core.attempt_id import AttemptId
+from tandem.core.errors import CancelledError, InternalError, TandemError, TransferError
+from tandem.core.request import SampledToken
+from tandem.core.session import KvSource
+from tandem.core.transfer import PeerGoneError, Transport
+from tandem.decode_worker.peers import Peers
+from tandem.kv_transfer.receiver import KvReceiver
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """From the loop: blocks are reserved, bring the KV of these tokens into them."""
+
+    attempt_id: AttemptId
+    request_id: str
+    epoch: int
+    token_ids: tuple[int, ...]
+    source: KvSource
+    block_ids: tuple[int, ...]
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class KvArrived:
+    """The KV is whole, verified and acknowledged: it is ours."""
+
+    attempt_id: AttemptId
+    first_token: SampledToken
+    transfer_s: float
+    transfer_bytes: int
+    transport: Transport
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailed:
+    """The transfer failed or was cancelled, and nothing writes into the blocks any more."""
+
+    attempt_id: AttemptId
+    error: TandemError
+
+
+class KvFetcher:
+    """`report` is called once for each fetch, however it ended: the blocks are then safe."""
+
+    def __init__(self, report: Callable[[KvArrived | FetchFailed], None], peers: Peers) -> None:
+        self._report = report
+        self._peers = peers
+        self._receiver: KvReceiver | None = None
+        self._tasks: dict[AttemptId, asyncio.Task[KvArrived]] = {}
+        self._unwanted: set[AttemptId] = set()
+
+    def fetch_with(self, receiver: KvReceiver) -> None:
+        """Called once, before the first fetch: the receiver needs the loaded engine's pool."""
+        self._receiver = receiver
+
+    def start(self, fetch: Fetch) -> None:
+        task = asyncio.create_task(self._fetch(fetch), name=f"fetch-{fetch.request_id}")
+        self._tasks[fetch.attempt_id] = task
+        task.add_done_callback(partial(self._ended, fetch))
+
+    def cancel(self, attempt_id: AttemptId) -> None:
+        """It is no longer wanted; its end is reported once nothing writes any more."""
+        if (task := self._tasks.get(attempt_id)) is not None:
+            self._unwanted.add(attempt_id)
+            task.cancel()
+
+    async def close(self) -> None:
+        """Cancel all, and wait until nothing writes any more."""
+        tasks = list(self._tasks.values())
+        for attempt_id in list(self._tasks):
+            self.cancel(attempt_id)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._peers.close()
+
+    async def _fetch(self, fetch: Fetch) -> KvArrived:
+        assert self._receiver is not None, "a fetch came before the receiver"
+        source = fetch.source
+        try:
+            fetched = await self._receiver.fetch(
+                self._peers.control(source),
+                fetch.request_id,
+                fetch.epoch,
+                fetch.token_ids,
+                fetch.block_ids,
+                fetch.deadline_s,
+            )
+        except PeerGoneError:
+            self._peers.forget(source.instance_id)
+            self._receiver.drop(source.instance_id)
+            raise
+        return KvArrived(fetch.attempt_id, fetched.first_token, fetched.seconds, fetched.bytes, fetched.transport)
+
+    def _ended(self, fetch: Fetch, task: asyncio.Task[KvArrived]) -> None:
+        """A task that is cancelled before its first step runs none of its own code, so this is a callback."""
+        attempt_id = fetch.attempt_id
+        del self._tasks[attempt_id]
+        was_unwanted = attempt_id in self._unwanted
+        self._unwanted.discard(attempt_id)
+        if not task.cancelled() and (error := task.exception()) is None:
+            self._report(task.result())
+            return
+        if task.cancelled():
+            error = CancelledError("the transfer was cancelled")
+        if isinstance(error, CancelledError) and not was_unwanted:
+            # A shared channel was closed under this fetch. Nobody asked for its end, so it may be tried elsewhere.
+            error = TransferError("the connection to the instance that holds the KV was closed")
+        if not isinstance(error, TandemError):
+            log.error("transfer of %s (attempt %d) failed", fetch.request_id, fetch.epoch, exc_info=error)
+            error = InternalError("the KV transfer failed; the instance's log says why")
+        elif not was_unwanted:
+            log.info("transfer of %s (attempt %d) failed: %s", fetch.request_id, fetch.epoch, error.message)
+        self._report(FetchFailed(attempt_id, error))

@@ -1,0 +1,150 @@
+"""Puts an instance together: engine and loop on one thread, everything else on the event loop.
+
+loop thread:  load engine -> InstanceLoop -> turn (schedule, launch, collect, ...)
+event loop:   connect KV links -> listen -> deliver(events of each turn) ... -> drain -> close links -> end
+"""
+
+import asyncio
+import secrets
+
+import grpc
+
+from tandem.core.attempt_id import AttemptId
+from tandem.core.clock import SystemClock
+from tandem.core.config import WorkerConfig, split_address
+from tandem.core.session import LinkStats, Role
+from tandem.decode_worker.fetcher import KvFetcher
+from tandem.decode_worker.peers import Peers
+from tandem.engine.engine import Engine
+from tandem.kv_transfer.config import LinkConfig
+from tandem.kv_transfer.pool import SharedPool
+from tandem.kv_transfer.receiver import KvReceiver
+from tandem.kv_transfer.sender import KvSender
+from tandem.prefill_worker.held_kv import HeldKv
+from tandem.v1 import transfer_pb2_grpc, worker_pb2_grpc
+from tandem.wire.sessions import InstanceServicer
+from tandem.wire.transfer import KvTransferServicer
+from tandem.worker.engine_setup import load_worker_engine
+from tandem.worker.instance import PublicSide
+from tandem.worker.loop import InstanceLoop, LoopEvent, LoopReport
+from tandem.worker.loop_thread import LoopThread
+from tandem.worker.service import InstanceService, section_budget
+
+
+class Worker:
+    """One instance of one rank. `start`, then `wait_closed`; `drain_and_stop` ends it."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._section = config.instance
+        self._clock = SystemClock()
+        role = Role(config.role)
+        # Unique over restarts, so that a restarted instance is never mistaken for the old one.
+        self.instance_id = f"{role.value}-{secrets.token_hex(4)}"
+        self._budget = section_budget(role, self._section)
+        self._thread = LoopThread(f"{role.value}-loop", self._load_and_make_loop, self._deliver, self._crashed)
+        self._held = HeldKv(self._release_held, self._section.lease_s, self._clock)
+        self._fetcher = KvFetcher(self._thread.post, Peers(config.cluster_token))
+        self._service = InstanceService(
+            role, self._section, self._thread.post, self._held, self._fetcher, self._role_changed
+        )
+        self._public = PublicSide(config, self.instance_id, lambda: self._service.role)
+        self._leases_task: asyncio.Task[None] | None = None
+        self._closed: asyncio.Future[None] | None = None
+        self._engine: Engine | None = None
+        self._pool: SharedPool | None = None
+        self._loop: InstanceLoop | None = None
+        self._sender: KvSender | None = None
+        self._receiver: KvReceiver | None = None
+
+    @property
+    def address(self) -> str:
+        return self._public.address
+
+    async def start(self) -> None:
+        """Load the model, listen and report; returns when READY. Raises a TandemError if it cannot."""
+        self._closed = asyncio.get_running_loop().create_future()
+        await self._thread.start()
+        assert self._engine is not None
+        assert self._pool is not None
+        section = self._section
+        # KV travels over the same interface as the instance's own port.
+        links = LinkConfig(bind_host=split_address(self._config.listen)[0])
+        self._sender = KvSender(self._engine.layout, self._pool, self.instance_id, links)
+        self._receiver = KvReceiver(
+            self._engine.layout,
+            self._engine.pool,
+            self.instance_id,
+            transport=section.transport,
+            checksum=section.checksum,
+            timeout_s=section.transfer_timeout_s,
+            link_config=links,
+        )
+        self._fetcher.fetch_with(self._receiver)
+        self._leases_task = asyncio.create_task(self._held.expire_leases(), name="leases")
+        await self._public.listen(self._add_services, self._report, self._links)
+
+    async def wait_closed(self) -> None:
+        """Returns when the instance has stopped; raises what ended it, if it ended by itself."""
+        assert self._closed is not None, "start first"
+        await asyncio.shield(self._closed)
+
+    async def drain_and_stop(self, grace_s: float) -> None:
+        """Take nothing new, let running requests finish for up to `grace_s`, then stop and free everything."""
+        await self._public.drain(grace_s, is_idle=lambda: self._service.is_idle)
+        await self._public.close()
+        assert self._leases_task is not None
+        self._leases_task.cancel()
+        await asyncio.gather(self._leases_task, return_exceptions=True)
+        # Nothing reads or writes the pool when both ends of the links are closed.
+        await self._fetcher.close()
+        assert self._receiver is not None
+        assert self._sender is not None
+        await self._receiver.close()
+        await self._sender.close()
+        await self._thread.stop()
+        if self._engine is not None:
+            self._engine.close()
+        if self._pool is not None:
+            self._pool.close()
+        if self._closed is not None and not self._closed.done():
+            self._closed.set_result(None)
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _load_and_make_loop(self) -> InstanceLoop:
+        """On the loop's thread: the thread that loads an engine is the one that steps it."""
+        self._engine, self._pool = load_worker_engine(self._config.model, self._section.engine)
+        self._loop = InstanceLoop(self._engine, self._budget, self._clock, prefix_cache=self._section.prefix_cache)
+        return self._loop
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        assert self._sender is not None
+        transfer = KvTransferServicer(self._sender, self._held, self._clock)
+        transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(transfer, server)
+        worker_pb2_grpc.add_InstanceServiceServicer_to_server(InstanceServicer(self._service, self._clock), server)
+
+    def _report(self) -> LoopReport:
+        assert self._loop is not None
+        return self._loop.report
+
+    def _links(self) -> tuple[LinkStats, ...]:
+        """Of KV that comes in: each transfer is counted by its reader."""
+        assert self._receiver is not None
+        return self._receiver.links()
+
+    # --- calls back --------------------------------------------------------------------------------------------------
+
+    def _deliver(self, events: list[LoopEvent]) -> None:
+        self._service.deliver(events)
+
+    def _release_held(self, attempt_id: AttemptId) -> None:
+        self._service.release_held(attempt_id)
+
+    def _role_changed(self) -> None:
+        self._public.send_heartbeat()
+
+    def _crashed(self, error: BaseException) -> None:
+        assert self._closed is not None
+        if not self._closed.done():
+            self._closed.set_exception(error)

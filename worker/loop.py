@@ -1,0 +1,424 @@
+"""The loop of an instance: schedule -> launch -> collect -> emit. Sole owner of the instance's sequences and blocks.
+
+    Submit -> waiting -> prompt in chunks -> decoding -> finished
+       |                        |
+       |                        +-> last chunk, hand over -> held (KvReady) -> Release -> blocks free, or cached
+       |
+       +- KV from elsewhere -> blocks reserved -> [Fetch: a transfer writes into them] -> KvArrived -> decoding
+
+Release gives up an attempt in any phase. Blocks into which a transfer may still write are fenced until the transfer has
+ended. Transfers run on the event loop and on threads of their own (`decode_worker/fetcher.py`), and whether held KV
+still counts is decided on the event loop (`prefill_worker/held_kv.py`): a step waits for neither.
+"""
+
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+
+from tandem.core.attempt_id import AttemptId
+from tandem.core.clock import Clock
+from tandem.core.errors import DeadlineError, InvalidRequestError, TandemError, UnavailableError
+from tandem.core.request import SampledToken, TokenLogprob
+from tandem.core.session import (
+    BlockCounts,
+    KvReserved,
+    KvSource,
+    NewTokens,
+    PrefillFinished,
+    PrefillStarted,
+    RequestFailed,
+    SessionEvent,
+    Submit,
+    TokenFrame,
+    TransferCommitted,
+)
+from tandem.core.shipment import Manifest, hash_token_ids
+from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived
+from tandem.engine.engine import Engine
+from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
+from tandem.prefill_worker.held_kv import KvReady
+from tandem.scheduling.block_pool import BlockPool
+from tandem.scheduling.budget import StepBudget
+from tandem.scheduling.integrity import count_blocks
+from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.scheduler import Chunk, Scheduler
+from tandem.scheduling.sequence import Sequence, SequenceState
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 0.1  # between two reports of a busy loop: counting blocks by owner takes time
+MAX_FAILED_STEPS = 3  # in a row; then the engine is broken, and the process ends so that it is replaced
+
+
+# --- commands and events, besides those of the two sides --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitAttempt:
+    attempt_id: AttemptId
+    command: Submit
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give up the attempt in any phase; the blocks of held KV are no longer needed."""
+
+    attempt_id: AttemptId
+
+
+LoopCommand = SubmitAttempt | Release | KvArrived | FetchFailed | StepBudget
+
+
+@dataclass(frozen=True, slots=True)
+class SendEvent:
+    """For the router of that session."""
+
+    session_id: int
+    event: SessionEvent
+
+
+@dataclass(frozen=True, slots=True)
+class CancelFetch:
+    """The transfer is no longer wanted; answer with KvArrived or FetchFailed when the blocks are safe."""
+
+    attempt_id: AttemptId
+
+
+LoopEvent = SendEvent | KvReady | Fetch | CancelFetch
+
+
+@dataclass(frozen=True, slots=True)
+class LoopReport:
+    """What the loop last said of itself; replaced whole, never changed. Steps and tokens are totals since the start."""
+
+    fingerprint: str
+    max_model_len: int
+    block_size: int
+    blocks: BlockCounts
+    waiting_requests: int
+    running_requests: int
+    uncomputed_tokens: int
+    unreserved_tokens: int
+    steps: int
+    step_s: float
+    computed_tokens: int
+    cached_tokens: int
+    preemptions: int
+
+
+def _id_of(sequence: Sequence) -> AttemptId:
+    assert isinstance(sequence.key, AttemptId), "an instance names its sequences by attempt"
+    return sequence.key
+
+
+class InstanceLoop:
+    """Has no thread of its own: `worker.loop_thread` turns it, and so can a test. Not thread-safe.
+
+    One turn:  apply(command)...; if prepare(): launch(), then collect()
+    """
+
+    def __init__(self, engine: Engine, budget: StepBudget, clock: Clock, *, prefix_cache: bool) -> None:
+        capacity = engine.capacity()
+        self._engine = engine
+        self._clock = clock
+        self._max_model_len = capacity.max_model_len
+        self._eos_token_ids = frozenset(engine.spec.eos_token_ids)
+        self._pool = BlockPool(capacity.num_blocks)
+        self._index = PrefixIndex(self._pool, capacity.block_size, enabled=prefix_cache)
+        self._scheduler = Scheduler(budget, self._pool, self._index, capacity.max_model_len)
+        self._sources: dict[AttemptId, KvSource] = {}  # of sequences that wait for blocks
+        self._prompt_logprobs: dict[AttemptId, list[TokenLogprob | None]] = {}  # of prompts that are being computed
+        self._held: dict[AttemptId, Sequence] = {}  # from the last chunk until Release
+        self._fenced: dict[AttemptId, list[int]] = {}  # blocks that a cancelled transfer may still write
+        self._events: list[LoopEvent] = []
+        self._chunks: list[Chunk] = []
+        self._launched: StepHandle | None = None
+        self._launched_s = 0.0
+        self._failed_steps = 0
+        self._steps = 0
+        self._step_s = 0.0
+        self._reported_s = 0.0
+        self.report = self._make_report()
+
+    # --- one turn ----------------------------------------------------------------------------------------------------
+
+    def apply(self, command: LoopCommand) -> None:
+        match command:
+            case SubmitAttempt(attempt_id, submit):
+                self._submit(attempt_id, submit)
+            case Release(attempt_id):
+                self._release(attempt_id)
+            case KvArrived():
+                self._arrived(command)
+            case FetchFailed(attempt_id, error):
+                self._fetch_failed(attempt_id, error)
+            case StepBudget():
+                self._scheduler.set_budget(command)
+
+    def prepare(self) -> bool:
+        """Schedule the next step. False: there is nothing to compute now."""
+        now_s = self._clock.now_s()
+        for sequence in self._scheduler.expired(now_s):
+            self._give_up(sequence)
+            self._fail(_id_of(sequence), DeadlineError("the deadline passed before the answer was complete"))
+        for sequence in self._scheduler.reserve(now_s):
+            self._fetch(sequence)
+        self._chunks = self._scheduler.next_batch(now_s)
+        for chunk in self._chunks:
+            sequence = chunk.sequence
+            if chunk.is_prompt and chunk.start == sequence.num_cached and not self._has_drawn(sequence):
+                self._send(_id_of(sequence), PrefillStarted(_id_of(sequence).handle, sequence.num_cached))
+        if now_s - self._reported_s >= REPORT_EVERY_S:
+            self.report = self._make_report()
+            self._reported_s = now_s
+        return bool(self._chunks)
+
+    def launch(self) -> None:
+        """Begin the step that `prepare` scheduled."""
+        self._launched_s = self._clock.now_s()
+        try:
+            self._launched = self._engine.launch([self._slice(chunk) for chunk in self._chunks])
+        except (RuntimeError, MemoryError) as error:  # torch's; out of memory most of all. The next batch may fit.
+            self._step_failed(error)
+
+    def collect(self) -> None:
+        """Take the results of the step that was launched."""
+        if self._launched is not None:
+            handle, self._launched = self._launched, None
+            try:
+                output = self._engine.collect(handle)
+            except (RuntimeError, MemoryError) as error:
+                self._step_failed(error)
+            else:
+                self._failed_steps = 0
+                self._take_output(output)
+        self._steps += 1
+        self._step_s += self._clock.now_s() - self._launched_s
+
+    def idle(self) -> None:
+        """Called once when there has been nothing to do for a moment: the time for self-checks."""
+        if len(self._scheduler) == 0:  # O(blocks)
+            held = (sequence.block_table for sequence in self._held.values())
+            self._scheduler.check_integrity([*held, *self._fenced.values()])
+        self.report = self._make_report()
+
+    def take_events(self) -> list[LoopEvent]:
+        """Events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    # --- an attempt's life -------------------------------------------------------------------------------------------
+
+    def _submit(self, attempt_id: AttemptId, submit: Submit) -> None:
+        request, vocab_size = submit.request, self._engine.spec.vocab_size
+        sequence = Sequence(
+            key=attempt_id,
+            request=request,
+            arrival_s=self._clock.now_s(),
+            is_remote=submit.kv is not None,
+            hand_over=submit.hand_over,
+        )
+        try:
+            # No router is trusted to be sane, and no bad token must reach a step.
+            if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
+                raise InvalidRequestError(
+                    f"The prompt holds token ids that the model, with {vocab_size}, does not have."
+                )
+            self._scheduler.add(sequence)
+        except TandemError as error:
+            self._fail(attempt_id, error)
+            return
+        if submit.kv is not None:
+            self._sources[attempt_id] = submit.kv
+        elif request.sampling.prompt_logprobs is not None:
+            self._prompt_logprobs[attempt_id] = [None]
+
+    def _fetch(self, sequence: Sequence) -> None:
+        attempt_id, request = _id_of(sequence), sequence.request
+        self._send(attempt_id, KvReserved(attempt_id.handle))
+        self._events.append(
+            Fetch(
+                attempt_id=attempt_id,
+                request_id=request.request_id,
+                epoch=request.epoch,
+                token_ids=request.token_ids,
+                source=self._sources.pop(attempt_id),
+                block_ids=tuple(sequence.block_table),
+                deadline_s=request.deadline_s,
+            )
+        )
+
+    def _arrived(self, arrived: KvArrived) -> None:
+        attempt_id = arrived.attempt_id
+        if self._lift_fence(attempt_id):
+            return  # given up while the KV arrived
+        self._scheduler.committed(attempt_id, arrived.first_token.token_id, self._clock.now_s())
+        event = TransferCommitted(
+            attempt_id.handle, arrived.transfer_s, arrived.transfer_bytes, arrived.transport.value
+        )
+        self._send(attempt_id, event)
+
+    def _fetch_failed(self, attempt_id: AttemptId, error: TandemError) -> None:
+        if not self._lift_fence(attempt_id):
+            self._scheduler.cancel(attempt_id)
+            self._fail(attempt_id, error)
+
+    def _lift_fence(self, attempt_id: AttemptId) -> bool:
+        block_ids = self._fenced.pop(attempt_id, None)
+        if block_ids is not None:
+            self._pool.release(block_ids)
+        return block_ids is not None
+
+    def _release(self, attempt_id: AttemptId) -> None:
+        if (held := self._held.pop(attempt_id, None)) is not None:
+            self._scheduler.release(held)
+        elif (sequence := self._scheduler.get(attempt_id)) is not None:
+            self._give_up(sequence)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        """Free it now; if a transfer may still write into its blocks, as soon as the transfer has ended."""
+        attempt_id = _id_of(sequence)
+        self._sources.pop(attempt_id, None)
+        self._prompt_logprobs.pop(attempt_id, None)
+        if sequence.state is SequenceState.RECEIVING:
+            self._fenced[attempt_id] = self._scheduler.detach(attempt_id)
+            self._events.append(CancelFetch(attempt_id))
+        else:
+            self._scheduler.cancel(attempt_id)
+
+    def _fail(self, attempt_id: AttemptId, error: TandemError) -> None:
+        """The scheduler has let go of it already."""
+        self._send(attempt_id, RequestFailed(attempt_id.handle, error.code, error.message))
+
+    def _step_failed(self, error: RuntimeError | MemoryError) -> None:
+        log.error("a step of %d sequences failed", len(self._chunks), exc_info=error)
+        for chunk in self._chunks:
+            self._give_up(chunk.sequence)
+            self._fail(_id_of(chunk.sequence), UnavailableError("the step failed; the instance's log says why"))
+        self._failed_steps += 1
+        if self._failed_steps == MAX_FAILED_STEPS:
+            raise error
+
+    def _take_output(self, output: StepOutput) -> None:
+        frames: defaultdict[int, list[NewTokens]] = defaultdict(list)
+        for index, chunk in enumerate(self._chunks):
+            sequence = chunk.sequence
+            if (error := output.errors[index]) is not None:
+                self._index.clear()  # what made the numbers unusable may be in a cached block
+                self._give_up(sequence)
+                self._fail(_id_of(sequence), error)
+                continue
+            is_first = chunk.samples and not self._has_drawn(sequence)
+            self._scheduler.computed(chunk)
+            if (logprobs := output.prompt_logprobs[index]) is not None:
+                self._prompt_logprobs[_id_of(sequence)].extend(logprobs)
+            token = output.tokens[index]
+            assert (token is not None) == chunk.samples, "the engine draws what it is asked for"
+            if token is None:
+                continue
+            if is_first:
+                self._prefilled(sequence, token)
+            else:
+                frames[_id_of(sequence).session_id].append(self._decoded(sequence, token))
+        self._events.extend(SendEvent(session_id, TokenFrame(tuple(items))) for session_id, items in frames.items())
+
+    def _prefilled(self, sequence: Sequence, token: SampledToken) -> None:
+        """`token` is the first one of the attempt."""
+        attempt_id = _id_of(sequence)
+        manifest = self._manifest(sequence, token) if sequence.hand_over else None  # without the new token's KV
+        if sequence.hand_over:
+            sequence.append(token.token_id)
+        else:
+            self._scheduler.generated(attempt_id, token.token_id)
+        reason = sequence.finish_reason_after(token.token_id, self._eos_token_ids, self._max_model_len)
+        logprobs = self._prompt_logprobs.pop(attempt_id, None)
+        assert sequence.started_s is not None, "what is finished was started"
+        finished = PrefillFinished(
+            handle=attempt_id.handle,
+            token=token,
+            prompt_logprobs=None if logprobs is None else tuple(logprobs),
+            finish_reason=reason,
+            num_cached_tokens=sequence.num_cached,
+            compute_s=self._clock.now_s() - sequence.started_s,
+        )
+        self._send(attempt_id, finished)
+        if manifest is not None and reason is None:
+            self._held[attempt_id] = sequence
+            self._events.append(KvReady(attempt_id, manifest))
+        elif manifest is not None:
+            self._scheduler.release(sequence)
+        elif reason is not None:
+            self._scheduler.finish(attempt_id)
+
+    def _decoded(self, sequence: Sequence, token: SampledToken) -> NewTokens:
+        attempt_id = _id_of(sequence)
+        queue_s = None
+        if sequence.committed_s is not None:  # the first step after the transfer
+            queue_s, sequence.committed_s = self._launched_s - sequence.committed_s, None
+        self._scheduler.generated(attempt_id, token.token_id)
+        reason = sequence.finish_reason_after(token.token_id, self._eos_token_ids, self._max_model_len)
+        if reason is not None:
+            self._scheduler.finish(attempt_id)
+        return NewTokens(attempt_id.handle, (token,), reason, queue_s)
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _has_drawn(sequence: Sequence) -> bool:
+        """Whether the attempt has its first token."""
+        return len(sequence.token_ids) > len(sequence.request.token_ids)
+
+    def _slice(self, chunk: Chunk) -> SequenceSlice:
+        sequence = chunk.sequence
+        request, tokens = sequence.request, sequence.token_ids
+        end = chunk.start + chunk.num_tokens
+        sample, wanted = None, None
+        if chunk.samples:
+            sample = SampleRequest(request.sampling, len(tokens), tokens, request.num_prompt_tokens)
+        if chunk.is_prompt and not self._has_drawn(sequence):
+            wanted = request.sampling.prompt_logprobs
+        return SequenceSlice(
+            token_ids=tokens[chunk.start : end],
+            start=chunk.start,
+            block_table=sequence.block_table,
+            sample=sample,
+            prompt_logprobs=wanted,
+            next_token_id=tokens[end] if wanted is not None and end < len(tokens) else None,
+        )
+
+    def _manifest(self, sequence: Sequence, first_token: SampledToken) -> Manifest:
+        layout = self._engine.layout
+        num_blocks = layout.blocks_for(sequence.num_tokens)
+        return Manifest(
+            request_id=sequence.request.request_id,
+            epoch=sequence.request.epoch,
+            num_tokens=sequence.num_tokens,
+            token_hash=hash_token_ids(sequence.token_ids),
+            block_ids=tuple(sequence.block_table[:num_blocks]),
+            fingerprint=layout.fingerprint,
+            bytes_per_layer=num_blocks * 2 * layout.segment_bytes,
+            first_token=first_token,
+        )
+
+    def _send(self, attempt_id: AttemptId, event: SessionEvent) -> None:
+        self._events.append(SendEvent(attempt_id.session_id, event))
+
+    def _make_report(self) -> LoopReport:
+        counts = self._scheduler.counts()
+        running = [*self._scheduler.block_tables(), *self._fenced.values()]
+        held = [sequence.block_table for sequence in self._held.values()]
+        return LoopReport(
+            fingerprint=self._engine.layout.fingerprint,
+            max_model_len=self._max_model_len,
+            block_size=self._engine.layout.block_size,
+            blocks=count_blocks(self._pool, running, held),
+            waiting_requests=counts.waiting + counts.unreserved,
+            running_requests=counts.receiving + counts.prompts + counts.decoding + counts.preempted,
+            uncomputed_tokens=counts.uncomputed_tokens,
+            unreserved_tokens=counts.unreserved_tokens,
+            steps=self._steps,
+            step_s=self._step_s,
+            computed_tokens=counts.computed_tokens,
+            cached_tokens=counts.cached_tokens,
+            preemptions=counts.preemptions,
+        )

@@ -1,0 +1,159 @@
+"""An instance on the event loop: its routers' sessions, between the loop and the two sides of KV that moves."""
+
+import logging
+from collections.abc import Callable
+
+from tandem.core.attempt_id import AttemptId
+from tandem.core.config import InstanceSection
+from tandem.core.errors import ConfigError, DuplicateRequestError, StaleEpochError, TandemError, error_from_code
+from tandem.core.session import Cancel, PrefillFinished, RequestFailed, Role, SessionCommand, Submit, TokenFrame
+from tandem.decode_worker.fetcher import Fetch, KvFetcher
+from tandem.prefill_worker.held_kv import HeldKv, KvReady
+from tandem.scheduling.budget import StepBudget, role_budget
+from tandem.wire.sessions import Outbox, RoleChange
+from tandem.worker.loop import CancelFetch, LoopCommand, LoopEvent, Release, SendEvent, SubmitAttempt
+
+log = logging.getLogger(__name__)
+
+
+def section_budget(role: Role, section: InstanceSection, change: RoleChange | None = None) -> StepBudget:
+    """What an instance with these settings may compute in that role. Raises ConfigError for bounds that make no sense.
+    """
+    max_batch, max_batch_tokens = section.max_batch, section.max_batch_tokens
+    max_prefill_tokens = section.max_prefill_tokens
+    if change is not None:
+        max_batch = max_batch if change.max_batch is None else change.max_batch
+        max_batch_tokens = max_batch_tokens if change.max_batch_tokens is None else change.max_batch_tokens
+        max_prefill_tokens = max_prefill_tokens if change.max_prefill_tokens is None else change.max_prefill_tokens
+    for name, value in (
+        ("max_batch", max_batch),
+        ("max_batch_tokens", max_batch_tokens),
+        ("max_prefill_tokens", max_prefill_tokens),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}")
+    return role_budget(
+        role,
+        max_batch=max_batch,
+        max_queue=section.max_queue,
+        max_batch_tokens=max_batch_tokens,
+        max_prefill_tokens=max_prefill_tokens,
+        mixing=section.policy,
+    )
+
+
+class InstanceService:
+    """Implements `wire.sessions.CommandHandler` for routers. Attempts are known from their Submit until their last
+    event or their Cancel, whichever comes first."""
+
+    def __init__(
+        self,
+        role: Role,
+        section: InstanceSection,
+        post: Callable[[LoopCommand], None],
+        held: HeldKv,
+        fetcher: KvFetcher,
+        role_changed: Callable[[], None],
+    ) -> None:
+        """`post` sends a command to the loop; `role_changed` is called after a change of the role."""
+        self.role = role
+        self._section = section
+        self._post = post
+        self._held = held
+        self._fetcher = fetcher
+        self._role_changed = role_changed
+        self._outboxes: dict[int, Outbox] = {}
+        self._attempts: dict[int, set[int]] = {}  # session -> handles
+        self._next_session_id = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """No attempt of any router is here."""
+        return not any(self._attempts.values())
+
+    # --- routers (CommandHandler) ------------------------------------------------------------------------------------
+
+    def open_session(self, outbox: Outbox) -> int:
+        session_id = self._next_session_id
+        self._next_session_id += 1
+        self._outboxes[session_id] = outbox
+        self._attempts[session_id] = set()
+        return session_id
+
+    def handle(self, session_id: int, command: SessionCommand) -> None:
+        attempt_id = AttemptId(session_id, command.handle)
+        match command:
+            case Submit():
+                self._submit(attempt_id, command)
+            case Cancel(handle):
+                if handle in self._attempts[session_id]:
+                    self._forget(attempt_id, StaleEpochError("the attempt was cancelled"))
+                    self._post(Release(attempt_id))
+
+    def close_session(self, session_id: int) -> None:
+        """The router is gone: its attempts are dropped. A router that restarts knows nothing of its old requests."""
+        del self._outboxes[session_id]
+        for handle in self._attempts.pop(session_id):
+            attempt_id = AttemptId(session_id, handle)
+            self._held.close(attempt_id, StaleEpochError("the router of the attempt is gone"))
+            self._post(Release(attempt_id))
+
+    def configure(self, change: RoleChange) -> None:
+        budget = section_budget(change.role, self._section, change)
+        log.info("role %s -> %s: %s", self.role.value, change.role.value, budget)
+        self.role = change.role
+        self._post(budget)
+        self._role_changed()
+
+    def _submit(self, attempt_id: AttemptId, submit: Submit) -> None:
+        if submit.hand_over:
+            try:
+                self._held.open(attempt_id, submit.request.request_id, submit.request.epoch)
+            except DuplicateRequestError as error:
+                failed = RequestFailed(attempt_id.handle, error.code, error.message)
+                self._outboxes[attempt_id.session_id].put(failed)
+                return
+        self._attempts[attempt_id.session_id].add(attempt_id.handle)
+        self._post(SubmitAttempt(attempt_id, submit))
+
+    # --- the two sides -----------------------------------------------------------------------------------------------
+
+    def release_held(self, attempt_id: AttemptId) -> None:
+        """The lease on its KV has ended, acknowledged or not."""
+        if (handles := self._attempts.get(attempt_id.session_id)) is not None:
+            handles.discard(attempt_id.handle)
+        self._post(Release(attempt_id))
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def deliver(self, events: list[LoopEvent]) -> None:
+        """Events of one turn of the loop."""
+        for event in events:
+            match event:
+                case SendEvent(session_id):
+                    self._send(session_id, event)
+                case KvReady():
+                    self._held.hold(event)
+                case Fetch():
+                    self._fetcher.start(event)
+                case CancelFetch(attempt_id):
+                    self._fetcher.cancel(attempt_id)
+
+    def _send(self, session_id: int, send: SendEvent) -> None:
+        outbox = self._outboxes.get(session_id)
+        if outbox is None:
+            return  # the router is gone
+        match event := send.event:
+            case TokenFrame(items):
+                for item in items:
+                    if item.finish_reason is not None:
+                        self._attempts[session_id].discard(item.handle)
+            case RequestFailed(handle, code, message):
+                self._forget(AttemptId(session_id, handle), error_from_code(code, message))
+            case PrefillFinished(handle=handle, finish_reason=reason) if reason is not None:
+                self._forget(AttemptId(session_id, handle), StaleEpochError("the answer was complete without decoding"))
+        outbox.put(event)
+
+    def _forget(self, attempt_id: AttemptId, reason: TandemError) -> None:
+        self._attempts[attempt_id.session_id].discard(attempt_id.handle)
+        self._held.close(attempt_id, reason)
