@@ -17,9 +17,9 @@ EPILOG = """\
 examples:
   tandem chat
   tandem chat --temperature 0 --max-tokens 200
-  tandem chat --complete                        no chat template: the model continues your text
+  tandem chat --complete                     the model continues your text
   echo "def read_json(path):" | tandem chat --complete
-  tandem chat --address 127.0.0.1:9001          a router elsewhere (its gRPC port)
+  tandem chat --address 127.0.0.1:9001       the gRPC port of another router
 
 in the conversation: /help, /reset (forget the conversation), /history, /quit"""
 _HELP_TEXT = """\

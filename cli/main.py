@@ -40,7 +40,7 @@ first steps:
   tandem chat          talk to the model
 
 `tandem COMMAND --help` explains each command, with examples."""
-_STATUSES = "exit status: 0 done, 1 failed, 2 a mistake in the command line or in a file, 130 interrupted"
+_STATUSES = "exit status: 0 done, 1 failed, 2 wrong use or a mistake in a file, 130 interrupted"
 _HELP_WIDTH = 120  # where the help does not go to a terminal
 
 

@@ -41,8 +41,10 @@ def print_rich(*parts: RenderableType) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
-    """Columns without lines, two spaces apart."""
-    columns = Table(*header, box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
+    """Columns without lines, two spaces apart; a terminal that is too narrow folds cells."""
+    columns = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
+    for name in header:
+        columns.add_column(name, overflow="fold")
     for row in rows:
         columns.add_row(*row)
     return columns

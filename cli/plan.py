@@ -29,12 +29,12 @@ from tandem.placement.search.parallel import local_mapper
 
 EPILOG = """\
 examples:
-  tandem plan slo.yaml                                   writes plan.yaml
-  tandem plan slo.yaml -o chat.yaml --report chat.html   and a page that says why
+  tandem plan slo.yaml                                    writes plan.yaml
+  tandem plan slo.yaml -o chat.yaml --report chat.html    and a page that says why
   tandem plan slo.yaml --set workload.rate=20 --set search.max_tp=4
-  tandem plan slo.yaml --ray 10.0.0.5:6379               with the cores of a Ray cluster
-  tandem plan --devices                                  the catalogue of devices
-  tandem plan --models                                   models known by name
+  tandem plan slo.yaml --ray 10.0.0.5:6379                with the cores of a Ray cluster
+  tandem plan --devices                                   the catalogue of devices
+  tandem plan --models                                    models known by name
 
 then:
   tandem serve plan.yaml       run it

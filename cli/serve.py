@@ -26,10 +26,10 @@ from tandem.deploy.serving import Serving, expected_transport, with_token
 
 EPILOG = """\
 examples:
-  tandem serve                                        the built-in model, one prefill and one decode worker
-  tandem serve examples/laptop-2p2d.yaml              what the file says
-  tandem serve plan.yaml                              a plan; --set changes the serve settings made of it
-  tandem serve --set router.http=127.0.0.1:9000       another port; 127.0.0.1:0 takes any free one
+  tandem serve                                   the built-in model, 1 prefill + 1 decode
+  tandem serve examples/laptop-2p2d.yaml         a serve file
+  tandem serve plan.yaml                         a plan; --set changes its serve settings
+  tandem serve --set router.http=127.0.0.1:0     any free port
   tandem serve --set model=~/models/Qwen3-0.6B --set decode.engine.kv_memory=2GiB
 
 every setting, explained: examples/serve.yaml"""

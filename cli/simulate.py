@@ -32,13 +32,14 @@ from tandem.placement.workload.traces import load_trace
 
 EPILOG = """\
 examples:
-  tandem plan examples/slo-h100.yaml -o plan.yaml       make a plan
-  tandem simulate plan.yaml                             at the rate that it was made for
-  tandem simulate plan.yaml --rate 30                   with more traffic
-  tandem simulate plan.yaml --trace yesterday.csv       with the requests of a trace; its columns: arrival_s,
-                                                        prompt_tokens, output_tokens, and slo_class if you like
-  tandem simulate plan.yaml --fail decode-0@60-90       without an instance from second 60 to second 90
+  tandem plan examples/slo-h100.yaml -o plan.yaml    make a plan
+  tandem simulate plan.yaml                          at the rate that it was made for
+  tandem simulate plan.yaml --rate 30                with more traffic
+  tandem simulate plan.yaml --trace yesterday.csv    with the requests of a trace
+  tandem simulate plan.yaml --fail decode-0@60-90    without an instance for 30 s
   tandem simulate plan.yaml --report run.html --json run.json
+
+A trace has the columns arrival_s, prompt_tokens, output_tokens and, optionally, slo_class.
 
 Numbers are of the steady state: requests that come while the cluster fills and empties are left out. A run in which
 queues grow from end to end is called overloaded, however many requests meet their targets. The same seed gives the

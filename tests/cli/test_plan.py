@@ -13,6 +13,7 @@ from tandem.core.config_file import load_config
 from tandem.core.plan import Plan, PlanGroup
 from tandem.core.slo_file import SloFile
 from tandem.placement.evidence import Planned
+from tests.cli.terminal import Terminal
 from tests.placement.planned import planned
 
 BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"
@@ -167,13 +168,9 @@ def test_the_catalogues_are_listed_without_a_file(flag: str, name: str, capsys: 
     assert any(row.startswith(name) for row in rows)
 
 
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_draws_a_bar_only_on_a_terminal() -> None:
-    terminal, pipe = _Terminal(), io.StringIO()
+def test_progress_draws_a_bar_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, pipe = Terminal(), io.StringIO()
     for stream in (terminal, pipe):
         with show_progress(stream) as progress:
             progress(0.25, "simulating")

@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 
+from tandem.cli import status
+from tandem.cli.main import main
 from tandem.cli.output import print_rich
 from tandem.cli.status import as_json, as_parts
 from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
@@ -10,6 +12,7 @@ from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, Link
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.deploy.run_state import RunState
 from tandem.wire.fleet import FleetDescription
+from tests.cli.terminal import Terminal
 
 RUN = RunState(7, 1.0, "tiny", "127.0.0.1:8000", "127.0.0.1:8001", "127.0.0.1:8002", "secret", "/logs", "/ray")
 
@@ -123,3 +126,54 @@ def test_json_has_the_profile_in_brief() -> None:
     assert fleet["replan"]["state"] == "proposed"
     assert fleet["replan"]["proposal"]["changes"] == ["colocated tp1 on cpu: 1 -> 2"]
     assert json.loads(as_json(RUN, FLEET))["fleet"]["profile"] is None
+
+
+@pytest.fixture
+def looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tandem status` finds the cluster twice; then the user presses Ctrl-C."""
+    fleets = iter((FLEET, replace(FLEET, uptime_s=3726.0)))
+
+    def fetch(pid: int | None) -> tuple[RunState, FleetDescription]:
+        fleet = next(fleets, None)
+        if fleet is None:
+            raise KeyboardInterrupt
+        return RUN, fleet
+
+    monkeypatch.setattr(status, "_fetch", fetch)
+
+
+@pytest.mark.usefixtures("looked_at_twice")
+def test_watching_ends_well_with_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--watch", "--interval", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("tiny: up 1 h 2 min") == 2
+    assert "\033" not in out
+
+
+@pytest.mark.usefixtures("looked_at_twice")
+def test_watching_for_programs_is_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--watch", "--interval", "0.1", "--json"]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (first["fleet"]["uptime_s"], second["fleet"]["uptime_s"]) == (3725.0, 3726.0)
+
+
+@pytest.mark.usefixtures("looked_at_twice")
+def test_watching_on_a_terminal_replaces_what_was_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["status", "--watch", "--interval", "0.1"]) == 0
+    shown = terminal.getvalue()
+    assert "\033[32mready" in shown
+    assert "\033[1A" in shown, "the cursor goes back up"
+    assert shown.endswith("\033[?25h"), "the cursor is visible again"
+
+
+def test_lines_for_a_pipe_are_not_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    text = shown(capsys, replace(FLEET, instances=(instance(Role.DECODE, instance_id="decode-" + 200 * "x"),)))
+    assert "decode-" + 200 * "x" + "  ready" in text
+    assert "\033" not in text
+    assert not any(line.endswith(" ") for line in text.splitlines())
