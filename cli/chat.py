@@ -1,29 +1,27 @@
 """`tandem chat`: talk to the model, in a terminal or through a pipe."""
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Annotated
 
-from tandem.cli.common import DEFAULT_GRPC, complain, say, state_folders
-from tandem.client import Client
-from tandem.completion import Delta, GenerateOptions
+import typer
+
+from tandem.cli.common import state_folders
+from tandem.cli.output import print_error, print_line
+from tandem.client import DEFAULT_ADDRESS, Client
+from tandem.completion import GenerateOptions
 from tandem.core.errors import TandemError
 
-HELP = "talk to the model"
-DESCRIPTION = """\
-Talk to the model of the running cluster. Answers stream as they are generated; Ctrl-C ends an answer, Ctrl-D the
-conversation. Through a pipe each line of the input is one question and only the answers are printed."""
 EPILOG = """\
 examples:
   tandem chat
   tandem chat --temperature 0 --max-tokens 200
-  tandem chat --complete                        no chat template: the model continues your text
+  tandem chat --complete                     the model continues your text
   echo "def read_json(path):" | tandem chat --complete
-  tandem chat --address 127.0.0.1:9001          a router elsewhere (its gRPC port)
+  tandem chat --address 127.0.0.1:9001       the gRPC port of another router
 
-in the conversation: /help, /reset (forget what was said), /history, /quit
-"""
+in the conversation: /help, /reset (forget the conversation), /history, /quit"""
 _HELP_TEXT = """\
 /reset    forget the conversation
 /history  show it
@@ -31,49 +29,51 @@ _HELP_TEXT = """\
 Ctrl-C    ends the answer being written"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", metavar="HOST:PORT", help="gRPC address of a router (default: the running one)")
-    parser.add_argument("--model", help="which model, where a router serves several")
-    parser.add_argument("--complete", action="store_true", help="continue the text instead of answering as a chat")
-    parser.add_argument("--system", metavar="TEXT", help="instructions that the conversation begins with")
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0: always the likeliest token")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
-
-
-def run(args: argparse.Namespace) -> int:
-    with Client(args.address or _default_address()) as client:
-        conversation = Conversation(client, args)
+def run(
+    address: Annotated[str | None, typer.Option(help="gRPC HOST:PORT of a router (default: the running one)")] = None,
+    model: Annotated[str | None, typer.Option(help="which model, where a router serves several")] = None,
+    complete: Annotated[bool, typer.Option("--complete", help="continue the text; no chat template")] = False,
+    system: Annotated[str, typer.Option(help="instructions at the start of the conversation")] = "",
+    max_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="the same seed gives the same answers")] = None,
+) -> int:
+    """Talk to the model of the running cluster. Answers stream as they are generated; Ctrl-C ends an answer, Ctrl-D the
+    conversation. Through a pipe each line of the input is one question and only the answers are printed."""
+    options = GenerateOptions(max_tokens=max_tokens, temperature=temperature)
+    if model is not None:
+        options["model"] = model
+    if seed is not None:
+        options["seed"] = seed
+    runs = state_folders().running()
+    with Client(address or (runs[0].grpc if runs else DEFAULT_ADDRESS)) as client:
+        conversation = Conversation(client, options, system=system, complete=complete)
         interactive = sys.stdin.isatty()
         if interactive:
-            say(f"{client.models()[0].id}; /help for help, Ctrl-D to leave")
+            print_line(f"{client.models()[0].id}; /help for help, Ctrl-D to leave")
         failed = False
         for line in _lines(interactive):
             if interactive and line.startswith("/"):
                 if line.strip() == "/quit":
                     break
-                say(conversation.command(line.strip()))
+                print_line(conversation.command(line.strip()))
             elif line.strip():
                 failed |= not conversation.answer(line)
         return 1 if failed and not interactive else 0
 
 
 class Conversation:
-    """What has been said, and how to ask for more."""
+    """The messages so far. With `complete` each question is a text of its own, which the model continues."""
 
-    def __init__(self, client: Client, args: argparse.Namespace) -> None:
+    def __init__(self, client: Client, options: GenerateOptions, *, system: str = "", complete: bool = False) -> None:
         self._client = client
-        self._complete: bool = args.complete
-        self._options = GenerateOptions(max_tokens=args.max_tokens, temperature=args.temperature)
-        if args.model is not None:
-            self._options["model"] = args.model
-        if args.seed is not None:
-            self._options["seed"] = args.seed
-        self._beginning = [{"role": "system", "content": args.system}] if args.system else []
+        self._complete = complete
+        self._options = options
+        self._beginning = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._beginning)
 
     def command(self, command: str) -> str:
-        """Carry out what begins with a slash; what to print."""
+        """Carry out a command that begins with a slash. Returns the text to print."""
         match command:
             case "/help":
                 return _HELP_TEXT
@@ -81,12 +81,15 @@ class Conversation:
                 self._messages = list(self._beginning)
                 return "(forgotten)"
             case "/history":
-                return "\n".join(f"{m['role']}: {m['content']}" for m in self._messages) or "(nothing yet)"
+                return (
+                    "\n".join(f"{message['role']}: {message['content']}" for message in self._messages)
+                    or "(nothing yet)"
+                )
             case _:
                 return f"{command} is not a command; /help lists them"
 
     def answer(self, text: str) -> bool:
-        """Print the answer as it comes. What fails is told, and leaves the conversation as it was."""
+        """Print the answer as it comes. Returns False after a failure, which leaves the conversation as it was."""
         question = {"role": "user", "content": text}
         options = self._options.copy()
         if self._complete:
@@ -97,19 +100,15 @@ class Conversation:
         try:
             with contextlib.suppress(KeyboardInterrupt), self._client.stream(**options) as stream:
                 for delta in stream:
-                    written.append(_show(delta))
+                    print(delta.text, end="", flush=True)
+                    written.append(delta.text)
         except TandemError as error:
-            complain(f"\n({error.message})" if written else f"({error.message})")
+            print_error(f"\n({error.message})" if written else f"({error.message})")
             return False
-        say()
+        print_line()
         if not self._complete:
             self._messages += [question, {"role": "assistant", "content": "".join(written)}]
         return True
-
-
-def _show(delta: Delta) -> str:
-    print(delta.text, end="", flush=True)
-    return delta.text
 
 
 def _lines(interactive: bool) -> Iterator[str]:
@@ -122,12 +121,7 @@ def _lines(interactive: bool) -> Iterator[str]:
         try:
             yield input("> ")
         except EOFError:
-            say()
+            print_line()
             return
         except KeyboardInterrupt:
-            say("\n(Ctrl-D or /quit to leave)")
-
-
-def _default_address() -> str:
-    runs = state_folders().running()
-    return runs[0].grpc if runs else DEFAULT_GRPC
+            print_line("\n(Ctrl-D or /quit to leave)")

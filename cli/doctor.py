@@ -1,10 +1,12 @@
-"""`tandem doctor`: look at everything a cluster needs, and say what to do about what is missing."""
+"""`tandem doctor`: check everything that a cluster needs, and say how to mend what is missing."""
 
-import argparse
 import asyncio
 from collections.abc import Iterator
 
-from tandem.cli.common import add_config_arguments, read_config, say, state_folders
+from rich.text import Text
+
+from tandem.cli.common import ServeFile, Settings, read_config, state_folders
+from tandem.cli.output import print_line, print_rich
 from tandem.core.config import ServeConfig
 from tandem.core.errors import TandemError
 from tandem.deploy import checks
@@ -12,34 +14,26 @@ from tandem.deploy.checks import Finding, Grade
 from tandem.deploy.run_state import RunState
 from tandem.deploy.serving import fetch_fleet
 
-HELP = "check this machine, the model and the running cluster"
-DESCRIPTION = """\
-Check Python and packages, CPU and compiler, memory, ports, Ray, the checkpoint, the ways in which KV can travel, and,
-if a cluster is running, whether its links took the fast transport. Says what to do about whatever is wrong. Starts
-nothing and changes nothing. Exit status 1 if something failed."""
 EPILOG = """\
 examples:
-  tandem doctor                          the built-in deployment
-  tandem doctor serve.yaml               would this file run here?
-  tandem doctor --set model=~/models/Qwen3-0.6B
-"""
-_MARKS = {Grade.OK: "ok     ", Grade.WARNING: "warning", Grade.FAILED: "FAILED "}
+  tandem doctor                                 the built-in deployment
+  tandem doctor serve.yaml                      would this file run here?
+  tandem doctor --set model=~/models/Qwen3-0.6B"""
+_STYLES = {Grade.OK: "green", Grade.WARNING: "yellow", Grade.FAILED: "bold red"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    config = read_config(args.file, args.set)
-    runs = state_folders().running()
+def run(file: ServeFile = None, *, settings: Settings) -> int:
+    """Check Python and packages, CPU and compiler, memory, ports, Ray, the checkpoint, the transports for KV, and,
+    where a cluster is running, whether its links use the fast transport. For each problem it says what to do. It starts
+    nothing and changes nothing. The exit status is 1 if a check failed."""
     num_failed = 0
-    for finding in examine(config, runs):
-        say(f"{_MARKS[finding.grade]}  {finding.subject}: {finding.text}")
+    for finding in examine(read_config(file, settings), state_folders().running()):
+        grade = Text(f"{finding.grade.value:<7}", style=_STYLES[finding.grade])
+        print_rich(grade.append(f"  {finding.subject}: {finding.text}", style="default"))
         if finding.advice:
-            say(f"         -> {finding.advice}")
+            print_line(f"         -> {finding.advice}")
         num_failed += finding.grade is Grade.FAILED
-    say(f"{num_failed} failed" if num_failed else "all well")
+    print_line(f"{num_failed} checks failed" if num_failed else "all checks passed")
     return 1 if num_failed else 0
 
 

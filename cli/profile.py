@@ -1,13 +1,15 @@
 """`tandem profile`: measure the engine on this machine, for the planner and the simulator."""
 
-import argparse
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
 
 from bench.processes import BenchError
-from tandem.cli.common import BUILT_IN_MODEL, say
-from tandem.cli.progress import Progress
+from tandem.cli.common import BUILT_IN_MODEL, writing
+from tandem.cli.output import print_line, show_progress
 from tandem.core.config import EngineSection, parse_bytes
 from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError, UnavailableError
@@ -16,63 +18,56 @@ from tandem.deploy.model_folder import check_model_folder
 from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.serving import ServedStep
 
-HELP = "measure a model on this machine, for plans and simulations"
-DESCRIPTION = """\
-Measure how long the engine's steps take on this machine, prompts and decode, alone and as a prefill worker and a
-decode worker take them side by side, and what the request path adds. The calibration file that it writes goes into an
-SLO file (cluster.nodes.calibration); what was held out of the fit tells its error. It takes less than two minutes;
-leave the machine alone meanwhile."""
 EPILOG = """\
 examples:
   tandem profile                                      the built-in model, into calibration.yaml
   tandem profile ~/models/Qwen3-0.6B -o qwen.yaml
-  tandem profile --threads 4 --kv-memory 2GiB         as the instances will be served
-"""
+  tandem profile --threads 4 --kv-memory 2GiB         as the instances will be served"""
 _ENGINE_SHARE = 0.6  # of the time
 _UNSEEN_BYTES_PER_S = 1e11  # from here on a prompt's KV takes next to nothing, beside what any takes
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", type=Path, default=BUILT_IN_MODEL, help="a checkpoint's folder")
-    parser.add_argument("-o", "--output", type=Path, default=Path("calibration.yaml"), help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="CPU threads of an instance (default: half of the cores)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
-    parser.add_argument("--kv-memory", default="512MiB", help="KV pool of an instance (default: %(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=75.0, help="to measure for, loading not counted (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--no-cluster", action="store_true", help="only the engine: no serving factors, no request path"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
+def run(
+    model: Annotated[Path, typer.Argument(help="a checkpoint's folder", show_default="the built-in model")] = (
+        BUILT_IN_MODEL
+    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="the calibration file")] = Path("calibration.yaml"),
+    threads: Annotated[int | None, typer.Option(help="CPU threads of an instance (default: half of the cores)")] = None,
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="of weights and KV")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "auto",
+    kv_memory: Annotated[str, typer.Option(help="KV pool of an instance")] = "512MiB",
+    seconds: Annotated[float, typer.Option(help="time to measure, without loading")] = 75.0,
+    no_cluster: Annotated[
+        bool, typer.Option("--no-cluster", help="only the engine: no serving factors, no request path")
+    ] = False,
+) -> int:
+    """Measure how long the engine's steps take on this machine (prompts and decode, alone and as a prefill worker and a
+    decode worker run them side by side), and what the request path adds. The calibration file goes into an SLO file
+    (cluster.nodes.calibration). Measurements that are held out of the fit tell its error. It takes less than two
+    minutes; run nothing else on the machine meanwhile."""
     from bench.calibrate import calibrate  # torch: seconds that the other commands need not wait
 
-    check_model_folder(args.model)
-    if args.seconds <= 0:
+    check_model_folder(model)
+    if seconds <= 0:
         raise ConfigError("--seconds must be more than 0")
-    if not args.output.absolute().parent.is_dir():
-        raise ConfigError(f"there is no folder {args.output.absolute().parent} to write {args.output.name} into")
-    with Progress(sys.stderr) as progress:
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder {output.absolute().parent} to write {output.name} into")
+    with show_progress(sys.stderr) as progress:
         try:
             calibration = calibrate(
-                args.model,
-                _engine_section(args),
+                model,
+                _engine_section(threads, dtype, device, kv_memory),
                 today=datetime.now(UTC).date(),
-                engine_s=args.seconds if args.no_cluster else _ENGINE_SHARE * args.seconds,
-                serving_s=0.0 if args.no_cluster else (1 - _ENGINE_SHARE) * args.seconds,
+                engine_s=seconds if no_cluster else _ENGINE_SHARE * seconds,
+                serving_s=0.0 if no_cluster else (1 - _ENGINE_SHARE) * seconds,
                 progress=progress,
             )
         except BenchError as error:
             raise UnavailableError(f"the cluster to be measured failed: {error}") from error
-    try:
-        args.output.write_text(dump_config(calibration), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{args.output} cannot be written ({error.strerror})") from error
-    say(as_text(calibration))
-    say(f"\nwritten to {args.output}")
+    with writing():
+        output.write_text(dump_config(calibration), encoding="utf-8")
+    print_line(as_text(calibration))
+    print_line(f"\nwritten to {output}")
     return 0
 
 
@@ -116,11 +111,13 @@ def _tokens_per_s(calibration: Calibration, tokens: int) -> float:
     return nearest.prefill_tokens / nearest.seconds
 
 
-def _engine_section(args: argparse.Namespace) -> EngineSection:
-    kv_memory = parse_bytes(args.kv_memory)
-    if not isinstance(kv_memory, int) or kv_memory <= 0:
-        raise ConfigError(f"--kv-memory {args.kv_memory}: write a number of bytes, e.g. 512MiB")
-    threads = max(1, usable_cores() // 2) if args.threads is None else args.threads
+def _engine_section(
+    threads: int | None, dtype: Literal["auto", "float32", "bfloat16"], device: str, kv_memory: str
+) -> EngineSection:
+    kv_bytes = parse_bytes(kv_memory)
+    if not isinstance(kv_bytes, int) or kv_bytes <= 0:
+        raise ConfigError(f"--kv-memory {kv_memory}: write a number of bytes, e.g. 512MiB")
+    threads = max(1, usable_cores() // 2) if threads is None else threads
     if threads < 1:
         raise ConfigError(f"--threads must be at least 1, not {threads}")
-    return EngineSection(dtype=args.dtype, device=args.device, threads=threads, kv_memory=kv_memory)
+    return EngineSection(dtype=dtype, device=device, threads=threads, kv_memory=kv_bytes)

@@ -1,41 +1,39 @@
 """`tandem scale`: change the number of workers while the cluster runs."""
 
-import argparse
 import os
 import signal
+from typing import Annotated
 
-from tandem.cli.common import add_pid_argument, find_run, say, state_folders
+import typer
+
+from tandem.cli.common import Pid, find_run, state_folders
+from tandem.cli.output import print_line
 from tandem.core.errors import ConfigError
 
-HELP = "change the number of workers"
-DESCRIPTION = """\
-Tell the running `tandem serve` how many workers there should be. New ones join when their model is loaded; those that
-leave take no new requests and finish what they have. No request fails. Threads of running workers stay as they are."""
 EPILOG = """\
 examples:
   tandem scale --prefill 2
   tandem scale --prefill 1 --decode 3
-  tandem status           shows when they have joined
-"""
+  tandem status                         shows when they have joined"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prefill", type=int, metavar="N", help="prefill workers there should be")
-    parser.add_argument("--decode", type=int, metavar="N", help="decode workers there should be")
-    add_pid_argument(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    asked = {"prefill": args.prefill, "decode": args.decode}
-    given = {role: number for role, number in asked.items() if number is not None}
-    if not given:
-        raise ConfigError("say how many: --prefill N, --decode N or both")
-    for role, number in given.items():
+def run(
+    prefill: Annotated[int | None, typer.Option(help="number of prefill workers")] = None,
+    decode: Annotated[int | None, typer.Option(help="number of decode workers")] = None,
+    pid: Pid = None,
+) -> int:
+    """Change the number of workers of the running `tandem serve`. New workers join when their model is loaded; workers
+    that leave take no new requests and finish those that they have. No request fails. The threads of running workers
+    stay as they are."""
+    wanted = {role: number for role, number in (("prefill", prefill), ("decode", decode)) if number is not None}
+    if not wanted:
+        raise ConfigError("give --prefill N, --decode N or both")
+    for role, number in wanted.items():
         if number < 1:
             raise ConfigError(f"--{role} must be at least 1, not {number}")
-    state = find_run(args.pid)
-    state_folders().leave_scale(state.pid, given)
+    state = find_run(pid)
+    state_folders().leave_scale(state.pid, wanted)
     os.kill(state.pid, signal.SIGUSR1)
-    words = " and ".join(f"{number} {role}" for role, number in given.items())
-    say(f"asked for {words}; its terminal and `tandem status` show when it is done")
+    numbers = " and ".join(f"{number} {role}" for role, number in wanted.items())
+    print_line(f"asked for {numbers}; its terminal and `tandem status` show when the workers are ready")
     return 0

@@ -1,13 +1,16 @@
 """`tandem serve`: start a cluster on this machine and keep it running until it is told to stop."""
 
-import argparse
 import asyncio
 import json
 import os
 import time
 from pathlib import Path
+from typing import Annotated
 
-from tandem.cli.common import add_config_arguments, say, state_folders
+import typer
+
+from tandem.cli.common import ServeFile, Settings, state_folders
+from tandem.cli.output import print_line
 from tandem.cli.serve_file import read_serve_file
 from tandem.cli.signals import StopSignals, ignore_signals, signals_interrupt
 from tandem.core.clock import SystemClock
@@ -21,36 +24,32 @@ from tandem.deploy.ray_cluster import LocalRay, RayLauncher
 from tandem.deploy.run_state import RunState, StateFolders, process_started_s
 from tandem.deploy.serving import Serving, expected_transport, with_token
 
-HELP = "start a model on this machine"
-DESCRIPTION = """\
-Start a router, prefill workers and decode workers on this machine under Ray, print where they listen, and keep them
-running: a worker that dies is started again. Ctrl-C (or `tandem stop`) ends everything, letting running requests
-finish first; a second Ctrl-C does not wait for them.
-
-FILE is a serve file, a plan (of `tandem plan`), or an SLO file, which is planned for first."""
 EPILOG = """\
 examples:
-  tandem serve                                        the built-in model, one prefill and one decode worker
-  tandem serve examples/laptop-2p2d.yaml              what the file says
-  tandem serve plan.yaml                              a plan; --set changes the serve settings made of it
-  tandem serve --set router.http=127.0.0.1:9000       another port; 127.0.0.1:0 takes any free one
+  tandem serve                                   the built-in model, 1 prefill + 1 decode
+  tandem serve examples/laptop-2p2d.yaml         a serve file
+  tandem serve plan.yaml                         a plan; --set changes its serve settings
+  tandem serve --set router.http=127.0.0.1:0     any free port
   tandem serve --set model=~/models/Qwen3-0.6B --set decode.engine.kv_memory=2GiB
 
-every setting, explained: examples/serve.yaml
-"""
+every setting, explained: examples/serve.yaml"""
 _PROMPT = "def read_json(path):"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--grace", type=float, default=10.0, metavar="SECONDS", help="how long running requests may take at the end"
-    )
+def run(
+    file: ServeFile = None,
+    *,
+    settings: Settings,
+    grace: Annotated[float, typer.Option(help="seconds that running requests may take at the end")] = 10.0,
+) -> int:
+    """Start a router, prefill workers and decode workers on this machine under Ray, print their addresses, and keep
+    them running: a worker that dies is started again. Ctrl-C (or `tandem stop`) ends everything after running requests
+    have finished; a second Ctrl-C does not wait for them.
 
-
-def run(args: argparse.Namespace) -> int:
+    FILE is a serve file, a plan (of `tandem plan`), or an SLO file, for which a plan is made first.
+    """
     machine = this_machine()
-    to_serve = read_serve_file(args.file, args.set, machine)
+    to_serve = read_serve_file(file, settings, machine)
     config = with_token(settle_addresses(to_serve.config))
     check_model_folder(config.model)
     began_s = time.monotonic()
@@ -61,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
     with signals_interrupt():
         try:
             folders.write(state)
-            say(f"serving {config.served_name} from {config.model}")
-            say("  starting Ray")
+            print_line(f"serving {config.served_name} from {config.model}")
+            print_line("  starting Ray")
             ray.start(1 + config.prefill.instances + config.decode.instances, machine.gpus)
             serving = Serving(config, machine, RayLauncher(Path(state.log_folder)), SystemClock())
-            return asyncio.run(_serve(serving, state, folders, args.grace, began_s, to_serve.plan))
+            return asyncio.run(_serve(serving, state, folders, grace, began_s, to_serve.plan))
         except (KeyboardInterrupt, SystemExit):
-            say("interrupted")
+            print_line("interrupted")
             return 130
         finally:
             ignore_signals()
@@ -106,7 +105,7 @@ async def _serve(
             await signals.changed()
             if signals.take_scale():
                 await signals.unless_stopped(_scale(serving, folders, grace_s))
-        say("stopping (once more to stop at once)")
+        print_line("stopping (once more to stop at once)")
         return 0
     finally:
         await _stop(serving, signals, grace_s if signals.stop.is_set() else 0.0)
@@ -123,29 +122,29 @@ async def _stop(serving: Serving, signals: StopSignals, grace_s: float) -> None:
     await asyncio.wait({stopping, forced}, return_when=asyncio.FIRST_COMPLETED)
     forced.cancel()
     if not stopping.done():
-        say("stopping at once")
+        print_line("stopping at once")
         stopping.cancel()
         await serving.controller.kill()
     await asyncio.gather(stopping, forced, return_exceptions=True)
 
 
 async def _scale(serving: Serving, folders: StateFolders, grace_s: float) -> None:
-    """Do what `tandem scale` has asked for; whatever becomes of it, the cluster keeps running."""
+    """Do what `tandem scale` has asked for. After a failure the cluster keeps running."""
     asked = folders.take_scale(os.getpid())
     prefill = asked.get("prefill", serving.config.prefill.instances)
     decode = asked.get("decode", serving.config.decode.instances)
-    say(f"scaling to {prefill} prefill and {decode} decode")
+    print_line(f"scaling to {prefill} prefill and {decode} decode")
     try:
         await serving.scale(prefill, decode, grace_s)
-        say("scaled")
+        print_line("scaled")
     except TandemError as error:
-        say(f"could not scale: {error.message}")
+        print_line(f"could not scale: {error.message}")
 
 
 async def _watch(plan: Plan, serving: Serving, state: RunState) -> None:
-    from tandem.deploy.plan_watch import watch_plan  # SciPy, which a serve file has no use for
+    from tandem.deploy.plan_watch import watch_plan  # SciPy, which a serve file does not need
 
-    await watch_plan(plan, serving.config, Path(state.log_folder), lambda note: say(f"  plan: {note}"))
+    await watch_plan(plan, serving.config, Path(state.log_folder), lambda note: print_line(f"  plan: {note}"))
 
 
 async def _print_events(serving: Serving) -> None:
@@ -156,13 +155,13 @@ async def _print_events(serving: Serving) -> None:
 def _print_event(event: Event) -> None:
     match event:
         case Loading(name):
-            say(f"  {name} loading")
+            print_line(f"  {name} loading")
         case Up(info, load_s):
-            say(f"  {info.name} up in {load_s:.1f} s (pid {info.pid})")
+            print_line(f"  {info.name} up in {load_s:.1f} s (pid {info.pid})")
         case Failed(name, reason, retry_s):
-            say(f"  {name}: {reason}; starting it again in {retry_s:.1f} s")
+            print_line(f"  {name}: {reason}; starting it again in {retry_s:.1f} s")
         case Stopped(name):
-            say(f"  {name} stopped")
+            print_line(f"  {name} stopped")
 
 
 def _print_welcome(config: ServeConfig, state: RunState, took_s: float) -> None:
@@ -171,7 +170,7 @@ def _print_welcome(config: ServeConfig, state: RunState, took_s: float) -> None:
         f"from tandem import Client; print(Client('{state.grpc}').generate("
         f"prompt='{_PROMPT}', max_tokens=64, temperature=0).text)"
     )
-    say(f"""\
+    print_line(f"""\
 ready in {took_s:.1f} s: {config.prefill.instances} prefill, {config.decode.instances} decode
   HTTP  http://{state.http}/v1  (OpenAI API; /health, /metrics)
   gRPC  {state.grpc}

@@ -1,4 +1,4 @@
-"""What `tandem serve` is given: a serve file, a plan, or an SLO file, told apart by their settings."""
+"""The file that `tandem serve` is given: a serve file, a plan, or an SLO file. Their settings tell which."""
 
 import sys
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from enum import Enum
 from pathlib import Path
 
 import tandem.cli.plan
-from tandem.cli.common import read_config, say
-from tandem.cli.progress import Progress
+from tandem.cli.common import read_config
+from tandem.cli.output import print_line, print_rich, show_progress
 from tandem.core.config import ServeConfig
 from tandem.core.config_file import apply_overrides, load_config, top_level_settings
 from tandem.core.errors import ConfigError
@@ -51,7 +51,7 @@ def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -
     if file is not None and kind is FileKind.PLAN:
         plan = load_config(file, Plan)
         if plan.groups:
-            say(f"the plan: {words.describe_plan(plan)}")
+            print_line(f"the plan: {words.describe_plan(plan)}")
         if plan.groups and plan.verdict == "infeasible":
             raise ConfigError(
                 f"{file}: this plan misses its targets ({plan.summary.rstrip('.')}); plan for others, or set its "
@@ -66,13 +66,11 @@ def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -
 
 def _plan_for(file: Path) -> Plan:
     slo = load_config(file, SloFile)
-    with Progress(sys.stderr) as progress:
+    with show_progress(sys.stderr) as progress:
         planned = tandem.cli.plan.search(slo, file, progress, 0)
     if planned.plan.verdict == "infeasible":
         raise ConfigError(f"{words.headline(planned)[:-1]} (to see why: tandem plan {file} --report why.html)")
-    for line in tandem.cli.plan.as_lines(planned):
-        say(line)
-    say()
+    print_rich(*tandem.cli.plan.describe(planned), "")
     return planned.plan
 
 

@@ -1,4 +1,4 @@
-"""Signals of a foreground process: stop, stop at once, and a word from `tandem scale`."""
+"""Signals of a foreground process: stop, stop at once, and a request of `tandem scale`."""
 
 import asyncio
 import contextlib
@@ -10,13 +10,13 @@ _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """SIGINT, SIGTERM, SIGHUP: stop; again: force. SIGUSR1: `tandem scale` has left word."""
+    """SIGINT, SIGTERM, SIGHUP: stop; again: force. SIGUSR1: `tandem scale` has left a request."""
 
     def __init__(self) -> None:
         self.stop, self.force = asyncio.Event(), asyncio.Event()
         self._scale, self._any = False, asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _STOP:
             loop.add_signal_handler(number, self._on_stop)
         loop.add_signal_handler(signal.SIGUSR1, self._on_scale)
 
@@ -37,7 +37,7 @@ class StopSignals:
         return asked
 
     async def unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work`, or as much of it as there is time for until a signal says stop."""
+        """Do `work` until it is done or a signal says stop."""
         task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(self.stop.wait())
         await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
@@ -62,6 +62,6 @@ def signals_interrupt() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """What is left to do at the end takes a second and must not be cut short."""
+    """Cleaning up at the end takes a second and must not be cut short."""
     for number in _STOP:
         signal.signal(number, signal.SIG_IGN)

@@ -1,72 +1,49 @@
 """`tandem simulate`: what a plan would do, without the devices."""
 
-import argparse
+import json
 import math
+import sys
 from pathlib import Path
+from typing import Annotated
 
-from tandem.placement.simulator.deployment import Failure
+import typer
 
-HELP = "run a plan on a simulated cluster"
-DESCRIPTION = """\
-Run a plan on a virtual clock: the schedulers and the routing of the real cluster, a cost model instead of devices.
-Prints what share of the requests keeps its targets, latencies, and where the time goes. The workload, the targets and
-the cluster are those of the plan's SLO file."""
+from tandem.cli.common import writing
+from tandem.cli.output import print_line, show_progress
+from tandem.cli.serve_file import FileKind, kind_of
+from tandem.cli.version import installed_version
+from tandem.core.config_file import load_config
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan
+from tandem.core.slo_file import SloFile, WorkloadSection
+from tandem.placement.cluster import Cluster
+from tandem.placement.costs.models import model_shape
+from tandem.placement.costs.sources import cost_source_of
+from tandem.placement.judging.summary import as_json, render_text, summarise
+from tandem.placement.plan_deployment import deployment_of
+from tandem.placement.report import RunDescription, write_simulation_report
+from tandem.placement.simulator import Progress, simulate
+from tandem.placement.simulator.deployment import Deployment, Failure
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.description import describe
+from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.streams import make_stream
+from tandem.placement.workload.traces import load_trace
+
 EPILOG = """\
 examples:
-  tandem plan examples/slo-h100.yaml -o plan.yaml       make a plan
-  tandem simulate plan.yaml                             at the rate that it was made for
-  tandem simulate plan.yaml --rate 30                   and with more traffic?
-  tandem simulate plan.yaml --trace yesterday.csv       and with yesterday's requests? Columns: arrival_s,
-                                                        prompt_tokens, output_tokens, and slo_class if you like
-  tandem simulate plan.yaml --fail decode-0@60-90       and when an instance is gone from second 60 to second 90?
+  tandem plan examples/slo-h100.yaml -o plan.yaml    make a plan
+  tandem simulate plan.yaml                          at the rate that it was made for
+  tandem simulate plan.yaml --rate 30                with more traffic
+  tandem simulate plan.yaml --trace yesterday.csv    with the requests of a trace
+  tandem simulate plan.yaml --fail decode-0@60-90    without an instance for 30 s
   tandem simulate plan.yaml --report run.html --json run.json
 
-Numbers are of the steady state: requests from while the cluster filled and emptied are left out, and a run in which
-queues grow from end to end is called overloaded whatever it kept. The same seed gives the same run.
-"""
+A trace has the columns arrival_s, prompt_tokens, output_tokens and, optionally, slo_class.
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="plan file (YAML), from `tandem plan` or by hand")
-    parser.add_argument("--slo", type=Path, metavar="FILE", help="SLO file (default: the one that the plan names)")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="requests of this trace (CSV or JSON lines, .gz)")
-    parser.add_argument(
-        "--rate", type=_rate, help="requests per second (default: the plan's; of a trace, the trace's own)"
-    )
-    parser.add_argument(
-        "--requests", type=_count, metavar="N", help="how many (default: the SLO file's search.requests)"
-    )
-    parser.add_argument("--seed", type=int, help="of arrivals and lengths (default: the SLO file's)")
-    parser.add_argument(
-        "--fail",
-        action="append",
-        default=[],
-        type=_failure,
-        metavar="INSTANCE@T[-U]",
-        help="lose an instance at second T, and have it again at U; may be given several times",
-    )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page with figures (HTML)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers for programs")
-
-
-def run(args: argparse.Namespace) -> int:
-    from tandem.cli.simulation import run_simulation  # SciPy and the simulator, which other commands have no use for
-
-    return run_simulation(args)
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError("must be more than 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+Numbers are of the steady state: requests that come while the cluster fills and empties are left out. A run in which
+queues grow from end to end is called overloaded, however many requests meet their targets. The same seed gives the
+same run."""
 
 
 def _failure(text: str) -> Failure:
@@ -77,5 +54,105 @@ def _failure(text: str) -> Failure:
     except ValueError:
         at_s = until_s = math.nan
     if not instance_id or not 0 <= at_s < until_s:
-        raise argparse.ArgumentTypeError(f"'{text}' is not of the form decode-0@60 or decode-0@60-90")
+        raise typer.BadParameter(f"'{text}' is not of the form decode-0@60 or decode-0@60-90")
     return Failure(instance_id, at_s, until_s)
+
+
+def run(
+    plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="plan (YAML), from `tandem plan` or by hand")],
+    *,
+    slo_path: Annotated[Path | None, typer.Option("--slo", help="SLO file (default: the one in the plan)")] = None,
+    trace: Annotated[Path | None, typer.Option(help="requests of this trace (CSV or JSON lines, .gz)")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="requests per second (default: the plan's, or with --trace the trace's)")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="number of requests (default: search.requests of the SLO file)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of arrivals and lengths (default: the SLO file's)")] = None,
+    failures: Annotated[
+        list[Failure],
+        typer.Option(
+            "--fail",
+            parser=_failure,
+            default_factory=list,
+            show_default=False,
+            help="INSTANCE@T or INSTANCE@T-U: the instance is lost at second T, and back at U; may be given several "
+            "times",
+        ),
+    ],
+    report: Annotated[Path | None, typer.Option(help="write a page with figures (HTML)")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the numbers for programs")] = None,
+) -> int:
+    """Run a plan on a virtual clock: the schedulers and the routing of the real cluster, with a cost model instead of
+    devices. Prints the share of requests that meet their targets, latencies, and the time in each stage. The workload,
+    the targets and the cluster are those of the plan's SLO file."""
+    if rate is not None and not 0 < rate < math.inf:
+        raise ConfigError(f"--rate must be more than 0, not {rate:g}")
+    if kind_of(plan_path) is FileKind.SLO:
+        raise ConfigError(f"{plan_path} is an SLO file; make a plan of it first: tandem plan {plan_path} -o plan.yaml")
+    plan = load_config(plan_path, Plan)
+    slo_path = slo_path or plan.slo_file
+    if slo_path is None:
+        raise ConfigError(f"{plan_path} names no SLO file, so there are no workload and no targets; give --slo FILE")
+    slo = load_config(slo_path, SloFile)
+    if trace is not None:
+        slo = slo.model_copy(update={"workload": WorkloadSection(trace=trace)})
+    seed = slo.search.seed if seed is None else seed
+    count = requests or slo.search.requests
+    rate = rate or _default_rate(plan_path, plan, slo, count)
+    stream = make_stream(slo.workload, slo.slo, count=count, rate=rate, seed=seed)
+    model, cluster = model_shape(plan.model), Cluster.of(slo.cluster)
+    source = cost_source_of(slo, model)
+    result = _simulate(deployment_of(plan, source, cluster, model, classes=slo.slo, failures=failures), stream)
+    summary = summarise(result, slo.slo)
+    print_line(render_text(summary))
+    judged_from_s = float(stream.arrival_s[min(summary.judgement.warm_up, len(stream) - 1)])
+    for failure in failures:
+        if failure.until_s <= judged_from_s:
+            print_line(
+                f"note: {failure.instance_id} is back before the first request that is judged, at second "
+                f"{judged_from_s:.0f}; lose it later, or ask for more --requests"
+            )
+        elif failure.at_s > float(stream.arrival_s[0]) + summary.duration_s:
+            print_line(f"note: {failure.instance_id} would be lost at {failure.at_s:g} s, after the end of the run")
+    if json_path is not None:
+        with writing():
+            json_path.write_text(json.dumps(as_json(summary), indent=2) + "\n", encoding="utf-8")
+    if report is not None:
+        description = RunDescription(
+            title=f"Simulation of {plan_path.name}",
+            workload=f"{describe(slo.workload)}, {stream.rate:.3g} req/s",
+            version=installed_version("tandem-serve"),
+            seed=seed,
+            inputs=tuple((path.name, path.read_text("utf-8")) for path in (plan_path, slo_path)),
+        )
+        with writing():
+            write_simulation_report(result, slo.slo, description, report)
+    return 0
+
+
+def _default_rate(plan_path: Path, plan: Plan, slo: SloFile, count: int) -> float:
+    """The trace's own rate, or that which the plan was made for, or that of the SLO file."""
+    workload = slo.workload
+    if workload.trace is not None:
+        rate = load_trace(workload.trace).head(count).rate
+        if rate == 0:
+            raise ConfigError(f"{workload.trace}: all requests arrive at once; give --rate R")
+        return rate
+    if plan.expected is not None:
+        return plan.expected.rate
+    if workload.rate != "max":
+        return workload.rate
+    raise ConfigError(f"neither {plan_path} nor its SLO file says how many requests come per second; give --rate R")
+
+
+def _simulate(deployment: Deployment, requests: RequestStream) -> SimulationResult:
+    with show_progress(sys.stderr) as show:
+
+        def advance(progress: Progress) -> bool:
+            ended = progress.finished + progress.refused
+            show(ended / len(requests), f"{ended:,} of {len(requests):,} requests")
+            return False
+
+        return simulate(deployment, requests, stop_when=advance)

@@ -1,54 +1,80 @@
 """`tandem status`: who runs, how busy, and by which transport KV travels."""
 
-import argparse
 import asyncio
+import contextlib
 import json
+import sys
+import time
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Annotated, Any
 
-from tandem.cli.common import add_pid_argument, find_run, say
+import typer
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.live import Live
+from rich.text import Text
+
+from tandem.cli.common import Pid, find_run
+from tandem.cli.output import console, print_line, print_rich, table
 from tandem.core.replanning import ReplanStatus
-from tandem.core.session import InstanceStatus, LinkStats, Role
-from tandem.core.text_table import text_table
+from tandem.core.session import InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.deploy.run_state import RunState
 from tandem.deploy.serving import fetch_fleet
 from tandem.wire.fleet import FleetDescription
 
-HELP = "show instances, load, KV memory and links"
-DESCRIPTION = """\
-Show the running cluster: addresses, each instance with its state and load, its KV blocks by owner, each link over which
-KV has travelled with its transport and speed, and what requests have been like lately. Where a plan is served, also
-whether it still fits them, and which other one would do better."""
 EPILOG = """\
 examples:
   tandem status
+  tandem status --watch --interval 0.5
   tandem status --json | python -m json.tool
-  watch -n1 tandem status
 
-KV blocks: running (being computed or decoded), leased (computed, waiting to be fetched), cached (prefixes that may be
-used again, given up when memory is needed), leaked (owned by nobody: a fault, please report it).
+KV blocks: running (in use by a request), leased (computed, waiting to be fetched), cached (prefixes that may be used
+again, given up when memory is needed), leaked (without an owner: a fault, please report it).
 
 The plan is stable, suspect (requests have changed, perhaps for good), replanning, proposed (another plan would do
-better: its folder has the plan and a report), or cooling (no other is looked for, for a while). A change of strength 1
-or more may matter; 0 is chance.
-"""
+better: its folder has the plan and a report), or cooling (no search for another plan for a while). A change of strength
+1 or more may matter; 0 is chance."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="for programs: everything, as one JSON object")
-    add_pid_argument(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    state = find_run(args.pid)
-    fleet = asyncio.run(fetch_fleet(state.control, state.cluster_token, with_profile=True))
-    say(as_json(state, fleet) if args.json else as_text(state, fleet))
+def run(
+    json_lines: Annotated[bool, typer.Option("--json", help="for programs: everything, as one JSON object")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="show it again and again until Ctrl-C")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="seconds between two looks, with --watch")] = 1.0,
+    pid: Pid = None,
+) -> int:
+    """Show the running cluster: addresses, each instance with its state and load, its KV blocks by owner, each link
+    over which KV has travelled with its transport and speed, and what recent requests are like. Where a plan is served,
+    also whether it still fits the requests, and which other plan would do better."""
+    if not watch:
+        _show(json_lines, *_fetch(pid))
+        return 0
+    with contextlib.suppress(KeyboardInterrupt):
+        if sys.stdout.isatty() and not json_lines:
+            with Live(console=console(sys.stdout), auto_refresh=False) as live:
+                while True:
+                    live.update(Group(*as_parts(*_fetch(pid))), refresh=True)
+                    time.sleep(interval)
+        while True:
+            _show(json_lines, *_fetch(pid))
+            time.sleep(interval)
     return 0
 
 
+def _fetch(pid: int | None) -> tuple[RunState, FleetDescription]:
+    state = find_run(pid)  # each time: it may have been restarted
+    return state, asyncio.run(fetch_fleet(state.control, state.cluster_token, with_profile=True))
+
+
+def _show(json_lines: bool, state: RunState, fleet: FleetDescription) -> None:
+    if json_lines:
+        print_line(as_json(state, fleet))
+    else:
+        print_rich(*as_parts(state, fleet))
+
+
 def as_json(state: RunState, fleet: FleetDescription) -> str:
-    """Everything but the token, and sampled lengths in brief. Names of roles and states are as in `core/session.py`."""
+    """Everything but the token; of sampled lengths only mean and quantiles. Roles and states: `core/session.py`."""
     public = {key: value for key, value in asdict(state).items() if key != "cluster_token"}
     brief = asdict(replace(fleet, profile=None))
     if fleet.profile is not None:
@@ -56,32 +82,30 @@ def as_json(state: RunState, fleet: FleetDescription) -> str:
     return json.dumps({"run": public, "fleet": brief}, default=lambda value: value.value)
 
 
-def as_text(state: RunState, fleet: FleetDescription) -> str:
-    lines = [
+def as_parts(state: RunState, fleet: FleetDescription) -> list[RenderableType]:
+    """Texts and tables for a person."""
+    parts: list[RenderableType] = [
         f"{fleet.model}: up {_duration(fleet.uptime_s)}, "
         f"{fleet.running_requests} running, {fleet.queued_requests} queued (pid {state.pid})",
         f"  HTTP http://{state.http}/v1   gRPC {state.grpc}   control {state.control}",
         f"  logs {state.log_folder}",
     ]
     if not fleet.instances:
-        return "\n".join([*lines, *_requests(fleet), "", "no worker has reported yet"])
-    header = ["INSTANCE", "STATE", "WAITING", "RUNNING", "KV BLOCKS", "STEPS", "MS/STEP", "ADDRESS"]
+        return [*parts, *_requests(fleet), "", "no worker has reported yet"]
     instances = sorted(fleet.instances, key=lambda status: (status.role.value, status.instance_id), reverse=True)
-    lines += ["", *text_table([header, *(_instance_row(status) for status in instances)])]
+    header = ["INSTANCE", "STATE", "WAITING", "RUNNING", "KV BLOCKS", "STEPS", "MS/STEP", "ADDRESS"]
+    parts += ["", table(header, [_instance_row(status) for status in instances])]
     receivers = (status for status in instances if status.role is Role.DECODE)  # both ends count; once is enough
     links = [_link_row(status, link) for status in receivers for link in status.links]
     if links:
-        lines += [
-            "",
-            *text_table([["LINK FROM", "TO", "TRANSPORT", "TRANSFERS", "BYTES", "SPEED", "FAILURES"], *links]),
-        ]
-    return "\n".join([*lines, *_requests(fleet)])
+        parts += ["", table(["LINK FROM", "TO", "TRANSPORT", "TRANSFERS", "BYTES", "SPEED", "FAILURES"], links)]
+    return [*parts, *_requests(fleet)]
 
 
-def _requests(fleet: FleetDescription) -> list[str]:
-    """What they are like, and whether the plan still fits them; nothing while nothing is known."""
-    lines = [] if fleet.profile is None else ["", _profile_line(fleet.profile)]
-    return lines if fleet.replan is None else [*lines, "", *_plan_lines(fleet.replan)]
+def _requests(fleet: FleetDescription) -> list[RenderableType]:
+    """Recent requests, and whether the plan still fits them; empty while nothing is known."""
+    profile: list[RenderableType] = [] if fleet.profile is None else ["", _profile_line(fleet.profile)]
+    return profile if fleet.replan is None else [*profile, "", *_plan_parts(fleet.replan)]
 
 
 def _profile_line(profile: ProfileSnapshot) -> str:
@@ -119,47 +143,48 @@ def _spread(values: tuple[int, ...]) -> dict[str, float]:
     }
 
 
-def _plan_lines(replan: ReplanStatus) -> list[str]:
-    lines = [f"plan: {replan.state.value}; {replan.note}"]
+def _plan_parts(replan: ReplanStatus) -> list[RenderableType]:
+    parts: list[RenderableType] = [f"plan: {replan.state.value}; {replan.note}"]
     if replan.changes:
         rows = [
             [change.name, f"{change.planned:.4g}", f"{change.live:.4g}", f"{change.strength:.2f}"]
             for change in replan.changes
         ]
-        lines += text_table([["REQUESTS", "PLANNED", "LIVE", "STRENGTH"], *rows])
+        parts.append(table(["REQUESTS", "PLANNED", "LIVE", "STRENGTH"], rows))
     if (proposal := replan.proposal) is not None:
-        lines += [f"proposal: gain {proposal.gain:+.0%}. {proposal.summary}"]
-        lines += [f"  {change}" for change in proposal.changes]
-        lines += [f"  plan and report in {proposal.folder}"]
-    return lines
+        parts.append(f"proposal: gain {proposal.gain:+.0%}. {proposal.summary}")
+        parts += [f"  {change}" for change in proposal.changes]
+        parts.append(f"  plan and report in {proposal.folder}")
+    return parts
 
 
-def _instance_row(status: InstanceStatus) -> list[str]:
+def _instance_row(status: InstanceStatus) -> list[str | Text]:
     blocks = status.blocks
-    used = [f"{blocks.running} running", f"{blocks.cached} cached", f"{blocks.leased} leased"]
+    used = Text(f"{blocks.total - blocks.free}/{blocks.total} ({blocks.running} running, {blocks.cached} cached, ")
+    used.append(f"{blocks.leased} leased")
     if blocks.leaked:
-        used.append(f"{blocks.leaked} LEAKED")
+        used.append(", ").append(f"{blocks.leaked} LEAKED", style="bold red")
     step_ms = f"{1000 * status.step_s / status.steps:.1f}" if status.steps else "-"
     return [
         status.instance_id,
-        status.state.value,
+        Text(status.state.value, style="green" if status.state is InstanceState.READY else "yellow"),
         f"{status.waiting_requests} ({status.waiting_tokens} tokens)",
         str(status.running_requests),
-        f"{blocks.total - blocks.free}/{blocks.total} ({', '.join(used)})",
+        used.append(")"),
         str(status.steps),
         step_ms,
         status.address,
     ]
 
 
-def _link_row(status: InstanceStatus, link: LinkStats) -> list[str]:
+def _link_row(status: InstanceStatus, link: LinkStats) -> list[str | Text]:
     return [
         link.peer_id,
         status.instance_id,
         link.transport,
         str(link.transfers),
-        _bytes(link.transfer_bytes),
-        _speed(link.transfer_bytes, link.transfer_s),
+        decimal(link.transfer_bytes, precision=2),
+        f"{decimal(int(link.transfer_bytes / link.transfer_s), precision=2)}/s" if link.transfer_s else "-",
         str(link.failures),
     ]
 
@@ -168,11 +193,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 10**9 else f"{count / 1e6:.2f} MB"
-
-
-def _speed(count: int, seconds: float) -> str:
-    return f"{count / 1e9 / seconds:.2f} GB/s" if seconds > 0 else "-"

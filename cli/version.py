@@ -1,27 +1,20 @@
 """`tandem version`."""
 
-import argparse
 import importlib.metadata
 import platform
 
-from tandem.cli.common import say
+from tandem.cli.output import print_line
 
-HELP = "show the version"
-DESCRIPTION = "Show the version of tandem and of what it stands on."
-EPILOG = "example:\n  tandem version\n"
+EPILOG = "example:\n  tandem version"
 _PACKAGES = ("torch", "ray", "grpcio", "protobuf", "tokenizers", "safetensors")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser
-
-
-def run(args: argparse.Namespace) -> int:
-    del args
-    say(f"tandem {installed_version('tandem-serve')}")
-    say(f"  python {platform.python_version()}")
+def run() -> int:
+    """Show the version of tandem and of the libraries under it."""
+    print_line(f"tandem {installed_version('tandem-serve')}")
+    print_line(f"  python {platform.python_version()}")
     for package in _PACKAGES:
-        say(f"  {package} {installed_version(package)}")
+        print_line(f"  {package} {installed_version(package)}")
     return 0
 
 

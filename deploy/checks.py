@@ -25,6 +25,8 @@ from tandem.deploy.model_folder import check_model_folder, weight_bytes
 
 _GIB = 1 << 30
 _RAY_DISK_BYTES = 1 << 30
+_EXTRAS = ("serve", "ray")  # of the distribution, for `tandem serve`
+_INSTALL = "run: pip install 'tandem-serve[serve,ray]' (in the repository: make setup)"
 
 
 class Grade(Enum):
@@ -51,19 +53,19 @@ def check_python() -> Finding:
 
 
 def check_packages(distribution: str = "tandem-serve") -> Finding:
-    """Whether what the distribution requires is installed, in versions that it allows."""
+    """Whether the packages that `tandem serve` requires are installed, in versions that the distribution allows."""
     try:
         required = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        return Finding("packages", Grade.FAILED, f"{distribution} is not installed", "run `make setup`")
+        return Finding("packages", Grade.FAILED, f"{distribution} is not installed", _INSTALL)
     wrong = [problem for line in required if (problem := _requirement_problem(Requirement(line)))]
     if wrong:
-        return Finding("packages", Grade.FAILED, "; ".join(wrong), "run `make setup`")
-    return Finding("packages", Grade.OK, f"all that {distribution} requires")
+        return Finding("packages", Grade.FAILED, "; ".join(wrong), _INSTALL)
+    return Finding("packages", Grade.OK, f"all that {distribution}[{','.join(_EXTRAS)}] requires")
 
 
 def _requirement_problem(requirement: Requirement) -> str | None:
-    if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+    if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in ("cli", *_EXTRAS)):
         return None
     try:
         version = importlib.metadata.version(requirement.name)
@@ -81,13 +83,16 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Finding]:
     if "avx512f" in flags or "avx2" in flags or platform.machine() != "x86_64":
         yield Finding("cpu", Grade.OK, text)
     else:
-        yield Finding("cpu", Grade.WARNING, text, "it works, slowly: a CPU with AVX2 or AVX-512 is much faster")
+        yield Finding("cpu", Grade.WARNING, text, "a CPU with AVX2 or AVX-512 is much faster")
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     if compiler:
         yield Finding("compiler", Grade.OK, compiler)
     else:
         yield Finding(
-            "compiler", Grade.WARNING, "no C++ compiler", "install g++ (package build-essential): own kernels need it"
+            "compiler",
+            Grade.WARNING,
+            "no C++ compiler",
+            "install g++ (package build-essential) for the fast kernels",
         )
 
 
@@ -125,14 +130,14 @@ def check_shared_memory(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
         finally:
             pool.close()
     except (OSError, TandemError) as error:
-        advice = "check seccomp or container limits; KV will go over gloo instead, more slowly"
+        advice = "check seccomp or container limits; without shared memory KV travels over gloo, which is slower"
         yield Finding("shared memory", Grade.FAILED, f"cannot share a memory file ({error})", advice)
     else:
         assert shared, "one page, two mappings"
         yield Finding("shared memory", Grade.OK, "a KV pool can be mapped by another process")
     if shm.is_dir():
         free = psutil.disk_usage(str(shm)).free
-        yield Finding("/dev/shm", Grade.OK, f"{_gib(free)} free, none needed: KV pools are memory files without a name")
+        yield Finding("/dev/shm", Grade.OK, f"{_gib(free)} free, none needed: KV pools are anonymous memory files")
     folder = tempfile.gettempdir()
     free = psutil.disk_usage(folder).free
     if free < _RAY_DISK_BYTES:
@@ -140,7 +145,7 @@ def check_shared_memory(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
             "disk",
             Grade.FAILED,
             f"{_gib(free)} free in {folder}",
-            "free 1 GiB there, or set TMPDIR: Ray keeps its files",
+            "free 1 GiB there for the files of Ray, or set TMPDIR",
         )
     else:
         yield Finding("disk", Grade.OK, f"{_gib(free)} free in {folder}")
@@ -167,7 +172,7 @@ def check_ray() -> Finding:
     """Looks without importing: Ray reads its variables when it is imported, and `tandem serve` sets them before."""
     spec = importlib.util.find_spec("ray")
     if spec is None or spec.origin is None:
-        return Finding("ray", Grade.FAILED, "is not installed", "run `make setup`")
+        return Finding("ray", Grade.FAILED, "is not installed", _INSTALL)
     version = importlib.metadata.version("ray")
     server = Path(spec.origin).parent / "core" / "src" / "ray" / "raylet" / "raylet"
     if not server.is_file():
@@ -183,7 +188,7 @@ def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
 
         checkpoint = open_checkpoint(config.model)
     except TandemError as error:
-        yield Finding("model", Grade.FAILED, error.message, "name another with --set model=FOLDER, or mend this one")
+        yield Finding("model", Grade.FAILED, error.message, "name another with --set model=FOLDER, or repair this one")
         return
     spec = checkpoint.spec
     text = f"{config.served_name}: {spec.architecture}, {spec.num_parameters / 1e6:.1f} M parameters"
@@ -193,7 +198,7 @@ def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
 
         Tokenizer.from_file(str(config.model / "tokenizer.json"))
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a file it cannot read
-        advice = "take tokenizer.json from the model's publisher again"
+        advice = "download tokenizer.json from the model's publisher again"
         yield Finding("tokenizer", Grade.FAILED, f"tokenizer.json cannot be read ({error})", advice)
     else:
         yield Finding("tokenizer", Grade.OK, "tokenizer.json")
@@ -206,7 +211,7 @@ def check_gloo(timeout_s: float = 10.0) -> Finding:
     try:
         send_once(timeout_s)
     except TandemError as error:
-        advice = "check that this user may open sockets on 127.0.0.1; KV between machines needs it"
+        advice = "check that this user may open sockets on 127.0.0.1; KV between machines needs gloo"
         return Finding("gloo", Grade.FAILED, error.message, advice)
     return Finding("gloo", Grade.OK, "a pair on loopback sends and receives")
 
@@ -218,15 +223,20 @@ def check_links(instances: Iterable[InstanceStatus], expected_transport: str | N
     """
     for status in instances:
         if status.blocks.leaked:
-            text = f"{status.blocks.leaked} KV blocks of {status.instance_id} belong to nobody"
-            yield Finding("blocks", Grade.FAILED, text, "a fault of tandem: please report it with the logs; restart it")
+            text = f"{status.blocks.leaked} KV blocks of {status.instance_id} have no owner"
+            yield Finding(
+                "blocks",
+                Grade.FAILED,
+                text,
+                "a fault of tandem: report it with the logs; restart the cluster",
+            )
         for link in status.links:
             name = f"{link.peer_id} -> {status.instance_id}"
             if expected_transport is not None and link.transport != expected_transport:
-                advice = f"it should be {expected_transport}: see the log of {status.instance_id} for why that failed"
-                yield Finding("link", Grade.FAILED, f"{name} took the transport {link.transport}", advice)
+                advice = f"{expected_transport} was expected: the log of {status.instance_id} says why it failed"
+                yield Finding("link", Grade.FAILED, f"{name} uses the transport {link.transport}", advice)
             elif link.failures:
-                advice = f"see the log of {status.instance_id}"
+                advice = f"the log of {status.instance_id} says why"
                 yield Finding("link", Grade.WARNING, f"{name}: {link.failures} transfers failed", advice)
             else:
                 yield Finding("link", Grade.OK, f"{name}: {link.transport}, {link.transfers} transfers")

@@ -28,7 +28,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-_ADDRESS = "127.0.0.1:8001"
+DEFAULT_ADDRESS = "127.0.0.1:8001"
 
 
 class Stream(Iterator[Delta]):
@@ -57,7 +57,7 @@ class Stream(Iterator[Delta]):
 class Client:
     """A connection to one router, made when first used. Threads may share it."""
 
-    def __init__(self, address: str = _ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
@@ -118,7 +118,7 @@ class AsyncStream(AsyncIterator[Delta]):
 class AsyncClient:
     """`Client` for asyncio. Make it inside the running event loop."""
 
-    def __init__(self, address: str = _ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
 

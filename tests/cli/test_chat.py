@@ -1,6 +1,5 @@
 """A conversation with a router that says `yes`."""
 
-import argparse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +8,8 @@ import grpc
 import pytest
 
 from tandem import Client
-from tandem.cli.chat import Conversation, add_arguments
+from tandem.cli.chat import Conversation
+from tandem.completion import GenerateOptions
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 
@@ -37,19 +37,13 @@ def router() -> Iterator[tuple[Yes, Client]]:
     server.stop(None).wait()
 
 
-def options(*argv: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args(argv)
-
-
 def said(request: inference_pb2.GenerateRequest) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in request.chat.messages]
 
 
 def test_each_question_brings_what_was_said(router: tuple[Yes, Client], capsys: pytest.CaptureFixture[str]) -> None:
     servicer, client = router
-    conversation = Conversation(client, options("--system", "be kind", "--max-tokens", "9", "--seed", "3"))
+    conversation = Conversation(client, GenerateOptions(max_tokens=9, seed=3), system="be kind")
     assert conversation.answer("one?")
     assert conversation.answer("two?")
     assert capsys.readouterr().out == "yes\nyes\n"
@@ -63,7 +57,7 @@ def test_each_question_brings_what_was_said(router: tuple[Yes, Client], capsys: 
 
 def test_reset_forgets_all_but_the_beginning(router: tuple[Yes, Client]) -> None:
     servicer, client = router
-    conversation = Conversation(client, options("--system", "be kind"))
+    conversation = Conversation(client, GenerateOptions(), system="be kind")
     conversation.answer("one?")
     assert conversation.command("/reset") == "(forgotten)"
     conversation.answer("two?")
@@ -72,7 +66,7 @@ def test_reset_forgets_all_but_the_beginning(router: tuple[Yes, Client]) -> None
 
 def test_a_failure_is_told_and_forgotten(router: tuple[Yes, Client], capsys: pytest.CaptureFixture[str]) -> None:
     servicer, client = router
-    conversation = Conversation(client, options())
+    conversation = Conversation(client, GenerateOptions())
     assert not conversation.answer("fail")
     assert capsys.readouterr().err == "(the server cannot be reached (no worker))\n"
     assert conversation.answer("one?")
@@ -81,14 +75,14 @@ def test_a_failure_is_told_and_forgotten(router: tuple[Yes, Client], capsys: pyt
 
 def test_completion_sends_the_text_as_it_is(router: tuple[Yes, Client]) -> None:
     servicer, client = router
-    conversation = Conversation(client, options("--complete"))
+    conversation = Conversation(client, GenerateOptions(), complete=True)
     conversation.answer("def f(")
     conversation.answer("def g(")
     assert [request.text for request in servicer.requests] == ["def f(", "def g("]
 
 
 def test_commands(router: tuple[Yes, Client]) -> None:
-    conversation = Conversation(router[1], options())
+    conversation = Conversation(router[1], GenerateOptions())
     assert "/reset" in conversation.command("/help")
     assert conversation.command("/history") == "(nothing yet)"
     assert conversation.command("/bye") == "/bye is not a command; /help lists them"

@@ -8,11 +8,12 @@ import pytest
 
 import tandem.cli.plan
 from tandem.cli.main import main
-from tandem.cli.progress import Progress
+from tandem.cli.output import show_progress
 from tandem.core.config_file import load_config
 from tandem.core.plan import Plan, PlanGroup
 from tandem.core.slo_file import SloFile
 from tandem.placement.evidence import Planned
+from tests.cli.terminal import Terminal
 from tests.placement.planned import planned
 
 BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"
@@ -38,7 +39,9 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Planned], list[SloFile]
     def use(value: Planned) -> list[SloFile]:
         asked: list[SloFile] = []
 
-        def search(slo: SloFile, file: Path, progress: Progress, workers: int, ray: str | None) -> Planned:
+        def search(
+            slo: SloFile, file: Path, progress: Callable[[float, str], None], workers: int, ray: str | None
+        ) -> Planned:
             progress(0.5, "simulating")
             asked.append(slo)
             return value
@@ -117,7 +120,7 @@ def test_a_plan_edited_by_hand_is_not_replaced_by_chance(
         ([], "name an SLO file: tandem plan slo.yaml (or --devices, or --models)"),
         (["none.yaml"], "none.yaml does not exist"),
         (["slo.yaml", "--workers", "-1"], "--workers must be 0 or more, not -1"),
-        (["slo.yaml", "--ray", "local", "--workers", "2"], "--workers is of this machine alone"),
+        (["slo.yaml", "--ray", "local", "--workers", "2"], "--workers is for this machine alone"),
         (["slo.yaml", "-o", "."], ". is a folder; name a file"),
         (
             ["slo.yaml", "--set", "workload.rat=2"],
@@ -165,15 +168,11 @@ def test_the_catalogues_are_listed_without_a_file(flag: str, name: str, capsys: 
     assert any(row.startswith(name) for row in rows)
 
 
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_draws_a_bar_only_on_a_terminal() -> None:
-    terminal, pipe = _Terminal(), io.StringIO()
+def test_progress_draws_a_bar_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, pipe = Terminal(), io.StringIO()
     for stream in (terminal, pipe):
-        with Progress(stream) as progress:
+        with show_progress(stream) as progress:
             progress(0.25, "simulating")
     assert "25 %" in terminal.getvalue()
     assert "simulating" in terminal.getvalue()
@@ -182,9 +181,9 @@ def test_progress_draws_a_bar_only_on_a_terminal() -> None:
 
 def test_progress_tells_a_pipe_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
-    monkeypatch.setattr("tandem.cli.progress.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("tandem.cli.output.time.monotonic", lambda: now_s)
     pipe = io.StringIO()
-    with Progress(pipe) as progress:
+    with show_progress(pipe) as progress:
         for share in (0.1, 0.2, 0.3):
             now_s += 6.0
             progress(share, "simulating")

@@ -1,21 +1,17 @@
 """`tandem profile` on the built-in model: a short measurement, its file, and what it says of wrong arguments."""
 
-import argparse
 from pathlib import Path
 
 import pytest
 
-from tandem.cli import profile
+from tandem.cli.main import main
 from tandem.core.cost_model import StepLoad
-from tandem.core.errors import TandemError
 from tandem.core.parallel import ParallelShape
 from tandem.placement.costs.calibration import CalibratedSource, load_calibration
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    profile.add_arguments(parser)
-    return profile.run(parser.parse_args(arguments))
+    return main(["profile", *arguments])
 
 
 def test_the_engine_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +63,6 @@ def test_a_cluster_too(tmp_path: Path) -> None:
         (["/no/such/model"], "/no/such/model"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: list[str], complaint: str) -> None:
-    with pytest.raises(TandemError, match=complaint):
-        run(*arguments)
+def test_wrong_arguments_are_named(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) in (1, 2)
+    assert complaint in capsys.readouterr().err

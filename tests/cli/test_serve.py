@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -85,6 +86,12 @@ def test_status_and_doctor(served: Served, model: Path) -> None:
     assert {instance["state"] for instance in instances.values()} == {"ready"}
     assert [link["transport"] for link in instances["decode"]["links"]] == ["shared_memory"]
     assert "prefill-" in served.tandem("status").stdout
+    watch = [sys.executable, "-m", "tandem.cli.main", "status", "--watch", "--interval", "0.2"]
+    with subprocess.Popen(watch, env=served.environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        seen = [next(line for line in watching.stdout if line.startswith("little: up ")) for _ in range(2)]
+        watching.send_signal(signal.SIGINT)
+    assert watching.returncode == 0, seen
     doctor = served.tandem("doctor", f"--set=model={model}", *FREE_PORTS, *_SMALL)
     assert re.search(r"^ok +cluster: little .* 2 of 2 workers ready$", doctor.stdout, re.MULTILINE), doctor.stdout
     assert re.search(r"^ok +link: prefill-\w+ -> decode-\w+: shared_memory", doctor.stdout, re.MULTILINE)

@@ -1,11 +1,11 @@
 """What `tandem serve` makes of a plan and of an SLO file, up to the point where a cluster would start."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import tandem.cli.plan
-from tandem.cli.progress import Progress
 from tandem.cli.serve_file import read_serve_file
 from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError
@@ -36,7 +36,7 @@ def _written(folder: Path, plan: Plan) -> Path:
 
 
 def _answer_with(plan: Plan, monkeypatch: pytest.MonkeyPatch, **evidence: object) -> None:
-    def search(slo: SloFile, file: Path, progress: Progress, workers: int) -> Planned:
+    def search(slo: SloFile, file: Path, progress: Callable[[float, str], None], workers: int) -> Planned:
         return Planned(plan, planned(plan.verdict, **evidence).evidence)
 
     monkeypatch.setattr(tandem.cli.plan, "search", search)

@@ -1,12 +1,18 @@
 import json
 from dataclasses import replace
 
-from tandem.cli.status import as_json, as_text
+import pytest
+
+from tandem.cli import status
+from tandem.cli.main import main
+from tandem.cli.output import print_rich
+from tandem.cli.status import as_json, as_parts
 from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.deploy.run_state import RunState
 from tandem.wire.fleet import FleetDescription
+from tests.cli.terminal import Terminal
 
 RUN = RunState(7, 1.0, "tiny", "127.0.0.1:8000", "127.0.0.1:8001", "127.0.0.1:8002", "secret", "/logs", "/ray")
 
@@ -39,8 +45,14 @@ FLEET = FleetDescription(
 )
 
 
-def test_text() -> None:
-    lines = as_text(RUN, FLEET).splitlines()
+def shown(capsys: pytest.CaptureFixture[str], fleet: FleetDescription) -> str:
+    """What `tandem status` prints into a pipe."""
+    print_rich(*as_parts(RUN, fleet))
+    return capsys.readouterr().out.removesuffix("\n")
+
+
+def test_text(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, FLEET).splitlines()
     assert lines[0] == "tiny: up 1 h 2 min, 3 running, 1 queued (pid 7)"
     assert "http://127.0.0.1:8000/v1" in lines[1]
     prefill, decode = lines[5], lines[6]
@@ -50,14 +62,14 @@ def test_text() -> None:
     assert sum("shared_memory" in line for line in lines) == 1, "one link, though both ends report it"
 
 
-def test_leaked_blocks_are_shouted() -> None:
+def test_leaked_blocks_are_shouted(capsys: pytest.CaptureFixture[str]) -> None:
     leaking = instance(Role.DECODE, blocks=BlockCounts(total=9, free=1, running=0, cached=0, leased=0, leaked=8))
     fleet = FleetDescription("tiny", 1.0, (leaking,), 0, 0)
-    assert "8 LEAKED" in as_text(RUN, fleet)
+    assert "8 LEAKED" in shown(capsys, fleet)
 
 
-def test_no_worker_yet() -> None:
-    assert as_text(RUN, FleetDescription("tiny", 61.0, (), 0, 0)).endswith("no worker has reported yet")
+def test_no_worker_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, FleetDescription("tiny", 61.0, (), 0, 0)).endswith("no worker has reported yet")
 
 
 def test_json_is_whole_and_has_no_token() -> None:
@@ -90,8 +102,8 @@ REPLAN = ReplanStatus(
 )
 
 
-def test_requests_and_the_plan_that_they_are_compared_with() -> None:
-    lines = as_text(RUN, replace(FLEET, profile=PROFILE, replan=REPLAN)).splitlines()
+def test_requests_and_the_plan_that_they_are_compared_with(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, replace(FLEET, profile=PROFILE, replan=REPLAN)).splitlines()
     profile = next(line for line in lines if line.startswith("requests of"))
     assert profile == (
         "requests of 5 min 0 s: 2.00/s, prompts of 50 (p50 51, p90 91) tokens (5% cached), answers of 7 (p50 7, p90 7)"
@@ -102,8 +114,8 @@ def test_requests_and_the_plan_that_they_are_compared_with() -> None:
     assert lines[-2:] == ["  colocated tp1 on cpu: 1 -> 2", "  plan and report in /logs/replan-1"]
 
 
-def test_a_plan_without_requests_yet() -> None:
-    lines = as_text(RUN, replace(FLEET, replan=ReplanStatus(DriftState.STABLE, note="nothing yet"))).splitlines()
+def test_a_plan_without_requests_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, replace(FLEET, replan=ReplanStatus(DriftState.STABLE, note="nothing yet"))).splitlines()
     assert lines[-1] == "plan: stable; nothing yet"
 
 
@@ -114,3 +126,54 @@ def test_json_has_the_profile_in_brief() -> None:
     assert fleet["replan"]["state"] == "proposed"
     assert fleet["replan"]["proposal"]["changes"] == ["colocated tp1 on cpu: 1 -> 2"]
     assert json.loads(as_json(RUN, FLEET))["fleet"]["profile"] is None
+
+
+@pytest.fixture
+def looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tandem status` finds the cluster twice; then the user presses Ctrl-C."""
+    fleets = iter((FLEET, replace(FLEET, uptime_s=3726.0)))
+
+    def fetch(pid: int | None) -> tuple[RunState, FleetDescription]:
+        fleet = next(fleets, None)
+        if fleet is None:
+            raise KeyboardInterrupt
+        return RUN, fleet
+
+    monkeypatch.setattr(status, "_fetch", fetch)
+
+
+@pytest.mark.usefixtures("looked_at_twice")
+def test_watching_ends_well_with_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--watch", "--interval", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("tiny: up 1 h 2 min") == 2
+    assert "\033" not in out
+
+
+@pytest.mark.usefixtures("looked_at_twice")
+def test_watching_for_programs_is_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--watch", "--interval", "0.1", "--json"]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (first["fleet"]["uptime_s"], second["fleet"]["uptime_s"]) == (3725.0, 3726.0)
+
+
+@pytest.mark.usefixtures("looked_at_twice")
+def test_watching_on_a_terminal_replaces_what_was_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["status", "--watch", "--interval", "0.1"]) == 0
+    shown = terminal.getvalue()
+    assert "\033[32mready" in shown
+    assert "\033[1A" in shown, "the cursor goes back up"
+    assert shown.endswith("\033[?25h"), "the cursor is visible again"
+
+
+def test_lines_for_a_pipe_are_not_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    text = shown(capsys, replace(FLEET, instances=(instance(Role.DECODE, instance_id="decode-" + 200 * "x"),)))
+    assert "decode-" + 200 * "x" + "  ready" in text
+    assert "\033" not in text
+    assert not any(line.endswith(" ") for line in text.splitlines())
