@@ -20,14 +20,16 @@ examples:
 def run(
     prefill: Annotated[int | None, typer.Option(help="number of prefill workers")] = None,
     decode: Annotated[int | None, typer.Option(help="number of decode workers")] = None,
+    colocated: Annotated[int | None, typer.Option(help="number of workers that do both")] = None,
     pid: Pid = None,
 ) -> int:
     """Change the number of workers of the running `tandem serve`. New workers join when their model is loaded; workers
     that leave take no new requests and finish those that they have. No request fails. The threads of running workers
     stay as they are."""
-    wanted = {role: number for role, number in (("prefill", prefill), ("decode", decode)) if number is not None}
+    asked = {"prefill": prefill, "decode": decode, "colocated": colocated}
+    wanted = {role: number for role, number in asked.items() if number is not None}
     if not wanted:
-        raise ConfigError("give --prefill N, --decode N or both")
+        raise ConfigError("give at least one of --prefill N, --decode N and --colocated N")
     for role, number in wanted.items():
         if number < 1:
             raise ConfigError(f"--{role} must be at least 1, not {number}")

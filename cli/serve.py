@@ -62,7 +62,7 @@ def run(
             folders.write(state)
             print_line(f"serving {config.served_name} from {config.model}")
             print_line("  starting Ray")
-            ray.start(1 + config.prefill.instances + config.decode.instances, machine.gpus)
+            ray.start(1 + sum(section.instances for _, section in config.kinds), machine.gpus)
             serving = Serving(config, machine, RayLauncher(Path(state.log_folder)), SystemClock())
             return asyncio.run(_serve(serving, state, folders, grace, began_s, to_serve.plan))
         except (KeyboardInterrupt, SystemExit):
@@ -131,11 +131,9 @@ async def _stop(serving: Serving, signals: StopSignals, grace_s: float) -> None:
 async def _scale(serving: Serving, folders: StateFolders, grace_s: float) -> None:
     """Do what `tandem scale` has asked for. After a failure the cluster keeps running."""
     asked = folders.take_scale(os.getpid())
-    prefill = asked.get("prefill", serving.config.prefill.instances)
-    decode = asked.get("decode", serving.config.decode.instances)
-    print_line(f"scaling to {prefill} prefill and {decode} decode")
+    print_line(f"scaling to {' and '.join(f'{number} {role}' for role, number in asked.items())}")
     try:
-        await serving.scale(prefill, decode, grace_s)
+        await serving.scale(asked, grace_s)
         print_line("scaled")
     except TandemError as error:
         print_line(f"could not scale: {error.message}")
@@ -171,7 +169,7 @@ def _print_welcome(config: ServeConfig, state: RunState, took_s: float) -> None:
         f"prompt='{_PROMPT}', max_tokens=64, temperature=0).text)"
     )
     print_line(f"""\
-ready in {took_s:.1f} s: {config.prefill.instances} prefill, {config.decode.instances} decode
+ready in {took_s:.1f} s: {', '.join(f"{section.instances} {role}" for role, section in config.kinds)}
   HTTP  http://{state.http}/v1  (OpenAI API; /health, /metrics)
   gRPC  {state.grpc}
   logs  {state.log_folder}

@@ -81,10 +81,10 @@ def _config_of(plan: Plan, overrides: list[str], machine: Machine) -> ServeConfi
             f"the plan is for {plan.model}, of which only the name is known here; give its checkpoint with "
             "--set model=FOLDER"
         )
-    on_cpu = {config.prefill.engine.device, config.decode.engine.device} == {"cpu"}
+    on_cpu = {section.engine.device for _, section in config.kinds} == {"cpu"}
     if on_cpu and (finding := check_memory(config)).grade is Grade.FAILED:
         raise ConfigError(
             f"the plan does not fit this machine ({finding.text}); set cluster.kv_memory in the SLO file and plan "
-            "again, or --set prefill.engine.kv_memory and decode.engine.kv_memory"
+            f"again, or {finding.advice}"
         )
     return config

@@ -168,7 +168,7 @@ def _instance_row(status: InstanceStatus) -> list[str | Text]:
     return [
         status.instance_id,
         Text(status.state.value, style="green" if status.state is InstanceState.READY else "yellow"),
-        f"{status.waiting_requests} ({status.waiting_tokens} tokens)",
+        f"{status.waiting_requests} ({status.uncomputed_tokens + status.unreserved_tokens} tokens)",
         str(status.running_requests),
         used.append(")"),
         str(status.steps),

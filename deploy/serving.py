@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import grpc
 
 from tandem.core.clock import Clock
-from tandem.core.config import InstanceSection, RoleName, ServeConfig
+from tandem.core.config import InstanceSection, ServeConfig
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.core.session import InstanceState
 from tandem.deploy.controller import Controller, Launcher
@@ -28,11 +28,11 @@ def with_token(config: ServeConfig) -> ServeConfig:
     return config.model_copy(update={"cluster_token": secrets.token_urlsafe(32)})
 
 
-def with_instances(config: ServeConfig, counts: Mapping[RoleName, int]) -> ServeConfig:
+def with_instances(config: ServeConfig, counts: Mapping[str, int]) -> ServeConfig:
     """With that many instances of each role named. Raises ConfigError for a role that has none, or several kinds."""
-    changes = {}
+    changes: dict[str, tuple[InstanceSection, ...]] = {}
     for role, count in counts.items():
-        sections: tuple[InstanceSection, ...] = getattr(config, role)
+        sections: tuple[InstanceSection, ...] = getattr(config, role, ())
         if len(sections) != 1:
             kinds = f"{len(sections)} kinds of {role} instances" if sections else f"no {role} instances"
             raise ConfigError(f"the cluster has {kinds}; only a role with one kind can be scaled")
@@ -66,7 +66,7 @@ class Serving:
         await self.controller.reconcile(plan_processes(self.config, self._machine), grace_s)
         await self._wait_registered()
 
-    async def scale(self, counts: Mapping[RoleName, int], grace_s: float) -> None:
+    async def scale(self, counts: Mapping[str, int], grace_s: float) -> None:
         """Change the number of instances; those that leave finish what they have for `grace_s` at most.
 
         Raises ConfigError as `with_instances`.

@@ -186,7 +186,7 @@ class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
         self, request: worker_pb2.ConfigureRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.ConfigureResponse:
         def value(name: str) -> int | None:
-            return int(getattr(request, name)) if request.HasField(name) else None  # type: ignore[arg-type]
+            return int(getattr(request, name)) if request.HasField(name) else None
 
         try:
             self._handler.configure(
