@@ -90,8 +90,7 @@ def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float
     prefill, decode = PrefillSection(), DecodeSection()
     pool: dict[str, Any] = {"num_blocks": num_blocks, "block_size": block_size}
     beside = {
-        role: CalibratedCost(calibration.terms, calibration.serving, neighbour_busy=share)
-        for role, share in busy.items()
+        role: CalibratedCost(calibration.terms, calibration.serving, contended=share) for role, share in busy.items()
     }
     serving = calibration.serving
     return Deployment(
@@ -102,7 +101,7 @@ def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float
                 beside["decode"],
                 **pool,
                 max_batch_tokens=prefill.max_batch_tokens,
-                wake_share=busy["decode"] * serving.prefill_wake,
+                cold_step_factor=busy["decode"] * serving.cold_step_factor,
             ),
             InstanceSpec(
                 "decode-0",
@@ -110,10 +109,10 @@ def deployment_of_one_and_one(calibration: Calibration, busy: Mapping[str, float
                 beside["prefill"],
                 **pool,
                 max_batch=decode.max_batch,
-                open_s=serving.decode_open_s,
+                request_admission_cost_s=serving.request_admission_cost_s,
             ),
         ),
-        network=calibration.network_spec(neighbour_busy=busy["prefill"]),
+        network=calibration.network_spec(contended=busy["prefill"]),
         router=calibration.router_spec(),
     )
 

@@ -35,7 +35,7 @@ class Pace:
 def disturbed_s(prompted: Sequence[Prompted], calibration: Calibration) -> float:
     """For how many seconds of a run its prefill steps took much longer than they do: somebody else had the machine.
     What a calibration may be wrong by is far from that."""
-    cost = CalibratedCost(calibration.terms, calibration.serving, neighbour_busy=1.0)
+    cost = CalibratedCost(calibration.terms, calibration.serving, contended=1.0)
     taken_s, usual_s = defaultdict[int, float](float), defaultdict[int, float](float)
     for step in steps_of(prompted):
         window = int(step.began_s // _WINDOW_S)
@@ -65,10 +65,10 @@ def with_pace(calibration: Calibration, pace: Pace) -> Calibration:
     serving = calibration.serving
     changed = {
         "prefill_alone": paced(serving.prefill_alone, pace.prefill),
-        "prefill_beside": paced(serving.prefill_beside, pace.prefill),
+        "prefill_contended": paced(serving.prefill_contended, pace.prefill),
         "decode_alone": paced(serving.decode_alone, pace.decode),
-        "decode_beside": paced(serving.decode_beside, pace.decode),
-        "decode_open_s": pace.decode * serving.decode_open_s,
+        "decode_contended": paced(serving.decode_contended, pace.decode),
+        "request_admission_cost_s": pace.decode * serving.request_admission_cost_s,
     }
     return calibration.model_copy(update={"serving": serving.model_copy(update=changed)})
 
@@ -77,11 +77,11 @@ def _pace(steps: Sequence[PrefillStep], loaded: Loaded, calibration: Calibration
     cost, serving = CalibratedCost(calibration.terms), calibration.serving
     prefill, decode = prefill_steps(cost, steps, loaded), decode_steps(cost, loaded)
     prefill_s = sum(
-        serving.prefill(one.beside).seconds(one.engine_s) * (1 + one.is_woken * one.beside * serving.prefill_wake)
+        serving.prefill(one.beside).seconds(one.engine_s) * (1 + one.is_woken * one.beside * serving.cold_step_factor)
         for one in prefill
     )
     decode_s = sum(
-        one.count * (serving.decode(one.beside).seconds(one.engine_s) + serving.decode_open_s * one.opened)
+        one.count * (serving.decode(one.beside).seconds(one.engine_s) + serving.request_admission_cost_s * one.opened)
         for one in decode
     )
     return Pace(

@@ -35,17 +35,17 @@ def serving_costs(cost: CalibratedCost, answers: Answers) -> ServingCosts:
     """`cost`: of the engine by itself."""
     alone = [Taken(_step_s(cost, step), step.taken_s, beside=0.0) for step in steps_of(answers.prompted_alone)]
     beside = [one for loaded in answers.loaded for one in prefill_steps(cost, loaded.steps(), loaded)]
-    prefill_alone, prefill_beside = served_prefill(alone + [one for one in beside if not one.is_woken])
-    decode_alone, decode_beside, open_s = served_decode(
+    prefill_alone, prefill_contended = served_prefill(alone + [one for one in beside if not one.is_woken])
+    decode_alone, decode_contended, request_admission_cost_s = served_decode(
         [one for loaded in (*answers.decoded_alone, *answers.loaded) for one in decode_steps(cost, loaded)]
     )
     return ServingCosts(
         prefill_alone=prefill_alone,
-        prefill_beside=prefill_beside,
-        prefill_wake=wake(prefill_alone, prefill_beside, beside),
+        prefill_contended=prefill_contended,
+        cold_step_factor=wake(prefill_alone, prefill_contended, beside),
         decode_alone=decode_alone,
-        decode_beside=decode_beside,
-        decode_open_s=open_s,
+        decode_contended=decode_contended,
+        request_admission_cost_s=request_admission_cost_s,
     )
 
 
@@ -56,15 +56,15 @@ def path_costs(answers: Answers, kv_bytes_per_token: float) -> PathCosts:
     ]
     answered = [*answers.prompted_alone, *(one for loaded in answers.steady for one in loaded.prompted)]
     alone_s, per_token_s = transfer_line(answers.prompted_alone)
-    beside_s, turn_s = transfers_beside(answers.crowded, per_token_s)
-    alone_s = max(0.0, alone_s - turn_s)
+    beside_s, per_concurrent_transfer_s = transfers_beside(answers.crowded, per_token_s)
+    alone_s = max(0.0, alone_s - per_concurrent_transfer_s)
     return PathCosts(
         admission_s=median(before),
         first_token_s=max(0.0, median(one.first_s - one.ttft_s for one in answered)),
         token_s=max(0.0, median(one.whole_s - one.total_s for one in answered)),
         transfer_alone_s=alone_s,
-        transfer_beside_s=max(alone_s, beside_s),
-        transfer_turn_s=turn_s,
+        transfer_contended_s=max(alone_s, beside_s),
+        per_concurrent_transfer_s=per_concurrent_transfer_s,
         transfer_bytes_per_s=min(_FASTEST_BYTES_PER_S, kv_bytes_per_token / max(per_token_s, 1e-15)),
     )
 
@@ -158,15 +158,15 @@ def served_prefill(steps: Sequence[Taken]) -> tuple[ServedStep, ServedStep]:
 
 
 def served_decode(steps: Sequence[Taken]) -> tuple[ServedStep, ServedStep, float]:
-    """(alone, beside, open_s): a step lies between the first two by its share, and takes the last one longer for each
-    request that comes meanwhile.
+    """(alone, contended, request_admission_cost_s): a step lies between the first two by its share, and takes the last
+    one longer for each request admitted during it.
 
-    Without a constant: in live runs there is none, and with little measured it would be found in `open_s`' place.
+    Without a constant: live runs have none, and a fit of few steps would confuse one with the admission cost.
     """
     engine, beside, opened = np.array([(one.engine_s, one.beside, one.opened) for one in steps]).T
     found = _fit(steps, np.column_stack(((1 - beside) * engine, beside * engine, opened)))
-    alone_factor, beside_factor, open_s = map(float, found)
-    return ServedStep(factor=alone_factor), ServedStep(factor=beside_factor), open_s
+    alone_factor, beside_factor, request_admission_cost_s = map(float, found)
+    return ServedStep(factor=alone_factor), ServedStep(factor=beside_factor), request_admission_cost_s
 
 
 def _fit(steps: Sequence[Taken], matrix: Floats) -> Floats:
@@ -186,7 +186,7 @@ def wake(alone: ServedStep, beside: ServedStep, steps: Sequence[Taken]) -> float
     """How much longer, relatively, the first steps after a pause took than others, beside decode."""
     late_s = usual_s = 0.0
     for one in steps:
-        step_s = alone.toward(beside, one.beside).seconds(one.engine_s)
+        step_s = alone.interpolate(beside, one.beside).seconds(one.engine_s)
         if one.is_woken and one.taken_s < _STRANGE * step_s:
             late_s += one.taken_s - step_s
             usual_s += one.beside * step_s
@@ -220,5 +220,5 @@ def transfers_beside(crowded: Sequence[Loaded], per_token_s: float) -> tuple[flo
             waited_s = loaded.decode_step_s / 2
             seconds += [one.parts["transfer_s"] - per_token_s * one.num_tokens - waited_s for one in step.prompts]
     matrix = np.column_stack((np.ones(len(seconds)), together))
-    (latency_s, turn_s), _ = nnls(matrix, np.array(seconds))
-    return float(latency_s), float(turn_s)
+    (latency_s, per_concurrent_transfer_s), _ = nnls(matrix, np.array(seconds))
+    return float(latency_s), float(per_concurrent_transfer_s)

@@ -80,15 +80,15 @@ def as_text(calibration: Calibration) -> str:
         f" {error.median:.1%} (median), {error.worst:.1%} (worst)",
         f"  prompts       {_tokens_per_s(calibration, 256):.0f} tokens/s at 256 tokens",
         f"  decode        {1e3 * terms.linear[0][1]:.1f} ms a step with little to read, one sequence",
-        f"  side by side  {_added('prompts', serving.prefill_alone, serving.prefill_beside)};"
-        f" {_added('decode', serving.decode_alone, serving.decode_beside)},"
-        f" {1e3 * serving.decode_open_s:.1f} ms more for each request that comes",
+        f"  side by side  {_added('prompts', serving.prefill_alone, serving.prefill_contended)};"
+        f" {_added('decode', serving.decode_alone, serving.decode_contended)},"
+        f" {1e3 * serving.request_admission_cost_s:.1f} ms more for each request that comes",
     ]
     if (request_path := calibration.request_path) is not None:
         per_byte = f" and 1 s per {request_path.transfer_bytes_per_s / 1e9:.2f} GB"
         lines.append(
             f"  request_path          {1e3 * request_path.admission_s:.1f} ms until a worker has a request,"
-            f" {1e3 * request_path.transfer_alone_s:.1f} to {1e3 * request_path.transfer_beside_s:.1f} ms for its KV"
+            f" {1e3 * request_path.transfer_alone_s:.1f} to {1e3 * request_path.transfer_contended_s:.1f} ms for its KV"
             + (per_byte if request_path.transfer_bytes_per_s < _UNSEEN_BYTES_PER_S else ", however much that is")
         )
     return "\n".join(lines)

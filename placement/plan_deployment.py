@@ -58,8 +58,8 @@ def deployment_of(
                     max_batch=group.max_batch,
                     policy=group.policy,
                     node=_node_index(ranks[0], cluster),
-                    open_s=serving.decode_open_s if group.role == "decode" else 0.0,
-                    wake_share=serving.prefill_wake if group.role == "prefill" else 0.0,
+                    request_admission_cost_s=serving.request_admission_cost_s if group.role == "decode" else 0.0,
+                    cold_step_factor=serving.cold_step_factor if group.role == "prefill" else 0.0,
                 )
             )
             numbers[group.role] += 1
@@ -84,7 +84,7 @@ def router_of(cluster: Cluster) -> RouterSpec:
 def network_of(plan: Plan, cluster: Cluster, model: ModelShape) -> NetworkSpec:
     """Links of the slowest kind among the nodes in use: an instance's port has the links of all its ranks, a node's
     link those of all its devices. What a calibration measured on its node counts instead of the catalogue."""
-    ports, links, latency_s, turn_s, kv_bytes = [], [], 0.0, 0.0, model.kv_bytes_per_token
+    ports, links, latency_s, per_concurrent_transfer_s, kv_bytes = [], [], 0.0, 0.0, model.kv_bytes_per_token
     for group in plan.groups:
         device = cluster.devices[_device_name(group, cluster)]
         links.append(cluster.devices_per_node[device.name] * nic_bytes_per_s(device))
@@ -95,14 +95,14 @@ def network_of(plan: Plan, cluster: Cluster, model: ModelShape) -> NetworkSpec:
             measured = calibration.network_spec()
             ports.append(measured.intra_node_bytes_per_s)
             latency_s = max(latency_s, measured.latency_s)
-            turn_s = max(turn_s, measured.turn_s)
+            per_concurrent_transfer_s = max(per_concurrent_transfer_s, measured.per_concurrent_transfer_s)
             kv_bytes = measured.kv_bytes_per_token
     return NetworkSpec(
         kv_bytes_per_token=kv_bytes,
         intra_node_bytes_per_s=min(ports),
         inter_node_bytes_per_s=min(links),
         latency_s=latency_s,
-        turn_s=turn_s,
+        per_concurrent_transfer_s=per_concurrent_transfer_s,
     )
 
 

@@ -104,11 +104,11 @@ class Calibration(_Frozen):
         """Of the cluster that was measured; free of cost if none was."""
         return RouterSpec() if self.request_path is None else self.request_path.router_spec()
 
-    def network_spec(self, *, neighbour_busy: float = 1.0) -> NetworkSpec:
-        """All instances on this machine, which compute for `neighbour_busy` of the time."""
+    def network_spec(self, *, contended: float = 1.0) -> NetworkSpec:
+        """All instances on this machine. `contended`: share of the time during which they compute."""
         if self.request_path is None:
             return NetworkSpec(self.kv_bytes_per_token)
-        return self.request_path.network_spec(self.kv_bytes_per_token, neighbour_busy)
+        return self.request_path.network_spec(self.kv_bytes_per_token, contended)
 
 
 def load_calibration(path: Path) -> Calibration:
@@ -121,12 +121,12 @@ class CalibratedCost:
 
     __slots__ = ("_decode", "_kv_slope", "_linear", "_prefill", "_terms")
 
-    def __init__(self, terms: Terms, serving: ServingCosts | None = None, *, neighbour_busy: float = 1.0) -> None:
-        """`neighbour_busy`: share of the time in which the machine's other workers compute. 1 is never too fast."""
+    def __init__(self, terms: Terms, serving: ServingCosts | None = None, *, contended: float = 1.0) -> None:
+        """`contended`: share of the time during which the machine's other workers compute. 1 is never optimistic."""
         serving = serving or ServingCosts()
         self._terms = terms
-        self._prefill = serving.prefill(neighbour_busy)
-        self._decode = serving.decode(neighbour_busy)
+        self._prefill = serving.prefill(contended)
+        self._decode = serving.decode(contended)
         self._linear = _Interpolation(terms.linear)
         self._kv_slope = _Interpolation(terms.kv_read)
 

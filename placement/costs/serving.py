@@ -10,19 +10,18 @@ class _Frozen(BaseModel):
 
 
 class ServedStep(_Frozen):
-    """A step in a running worker takes `constant_s` and `factor` times what it takes the engine by itself, but for
-    reading KV, which takes as long.
+    """A step of a running worker takes `constant_s` + `factor` times the engine's own time. Reading KV has no factor.
 
-    Every step of prefill reads all weights, through caches that others have filled meanwhile: the constant. What is
-    computed is slowed by whoever shares the machine: the factor. (Without a factor for reading KV, live steps of decode
-    that take the engine 6 to 20 ms are predicted within 3 %; with one, the longest 7 % too slow.)
+    The constant: each prefill step reads all weights, through caches that other processes have filled meanwhile. The
+    factor: other processes share the machine. (Without a factor for reading KV, live decode steps that take the engine
+    6 to 20 ms are predicted within 3 %; with one, the longest are predicted 7 % too slow.)
     """
 
     constant_s: float = Field(default=0.0, ge=0)
     factor: float = Field(default=1.0, ge=0)
 
-    def toward(self, other: "ServedStep", share: float) -> "ServedStep":
-        """This if `share` is 0, `other` if it is 1, between them otherwise."""
+    def interpolate(self, other: "ServedStep", share: float) -> "ServedStep":
+        """From this step at `share` 0 to `other` at `share` 1, linearly."""
         return ServedStep(
             constant_s=_between(self.constant_s, other.constant_s, share),
             factor=_between(self.factor, other.factor, share),
@@ -33,26 +32,28 @@ class ServedStep(_Frozen):
 
 
 class ServingCosts(_Frozen):
-    """Steps while the other role's worker is idle (`alone`), and while it computes on the same machine (`beside`), with
-    whom memory, caches and cores are shared."""
+    """Steps while the other role's worker is idle (`alone`), and while it computes on the same machine (`contended`):
+    the workers share memory, caches and cores."""
 
     prefill_alone: ServedStep = ServedStep()
-    prefill_beside: ServedStep = ServedStep()
-    prefill_wake: float = Field(
-        default=0.0, ge=0, description="How much longer, relatively, the first step after a pause takes, beside decode"
+    prefill_contended: ServedStep = ServedStep()
+    cold_step_factor: float = Field(
+        default=0.0, ge=0, description="Extra time of the first contended step after a pause, as a share of the step"
     )
     decode_alone: ServedStep = ServedStep()
-    decode_beside: ServedStep = ServedStep()
-    decode_open_s: float = Field(
-        default=0.0, ge=0, description="More for each request that is opened meanwhile, its KV's coming included"
+    decode_contended: ServedStep = ServedStep()
+    request_admission_cost_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="Extra time of a step for each request admitted during it, receiving its KV included",
     )
 
-    def prefill(self, neighbour_busy: float) -> ServedStep:
-        """`neighbour_busy`: share of the time in which the machine's other workers compute."""
-        return self.prefill_alone.toward(self.prefill_beside, neighbour_busy)
+    def prefill(self, contended: float) -> ServedStep:
+        """`contended`: share of the time during which the machine's other workers compute."""
+        return self.prefill_alone.interpolate(self.prefill_contended, contended)
 
-    def decode(self, neighbour_busy: float) -> ServedStep:
-        return self.decode_alone.toward(self.decode_beside, neighbour_busy)
+    def decode(self, contended: float) -> ServedStep:
+        return self.decode_alone.interpolate(self.decode_contended, contended)
 
 
 class PathCosts(_Frozen):
@@ -63,22 +64,23 @@ class PathCosts(_Frozen):
     token_s: float = Field(ge=0, description="From the decode worker to the client")
     transfer_alone_s: float = Field(
         ge=0,
-        description="First token until decode has a short prompt's KV, beside its turn, if neither computes",
+        description="From the first token until decode has a short prompt's KV, while neither worker computes; "
+        "per_concurrent_transfer_s comes on top",
     )
-    transfer_beside_s: float = Field(
-        ge=0, description="The same if both do; without the rest of decode's step, which it has to wait for"
+    transfer_contended_s: float = Field(
+        ge=0, description="The same while both compute, but for the wait for the end of decode's step"
     )
-    transfer_turn_s: float = Field(ge=0, description="More for each transfer at the same time, and for itself")
+    per_concurrent_transfer_s: float = Field(ge=0, description="More for each transfer under way, this one included")
     transfer_bytes_per_s: float = Field(gt=0, description="How much longer a long prompt's KV takes")
 
     def router_spec(self) -> RouterSpec:
         return RouterSpec(self.admission_s, self.first_token_s, self.token_s)
 
-    def network_spec(self, kv_bytes_per_token: float, neighbour_busy: float) -> NetworkSpec:
+    def network_spec(self, kv_bytes_per_token: float, contended: float) -> NetworkSpec:
         """All instances on this machine."""
         rate = self.transfer_bytes_per_s
-        latency_s = _between(self.transfer_alone_s, self.transfer_beside_s, neighbour_busy)
-        return NetworkSpec(kv_bytes_per_token, rate, rate, latency_s, self.transfer_turn_s)
+        latency_s = _between(self.transfer_alone_s, self.transfer_contended_s, contended)
+        return NetworkSpec(kv_bytes_per_token, rate, rate, latency_s, self.per_concurrent_transfer_s)
 
 
 def _between(low: float, high: float, share: float) -> float:

@@ -24,10 +24,10 @@ class DecodeInstance(SteppingInstance):
 
     def open(self, attempt: Attempt) -> None:
         """Queue it for a reservation."""
-        if self._scheduler.has_waiting and self.spec.open_s == 0:
+        if self._scheduler.has_waiting and self.spec.request_admission_cost_s == 0:
             self._open(attempt)  # behind others, for whom the next step's end changes nothing
         else:
-            self._command(self._open, attempt, self.spec.open_s)
+            self._command(self._open, attempt, self.spec.request_admission_cost_s)
 
     def arrived(self, attempt: Attempt) -> None:
         """Its KV is here."""

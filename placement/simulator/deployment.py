@@ -16,8 +16,8 @@ PAUSE_S = 0.03
 class InstanceSpec:
     """One instance. `num_blocks` blocks of `block_size` tokens are its KV pool. `max_batch_tokens` bounds the prompt
     tokens of one step (prefill, colocated), `max_batch` the sequences decoded in one step. `node` is where its first
-    device stands. `open_s` is how much longer decode's step takes for each request that is opened meanwhile;
-    `wake_share` how much longer, relatively, prefill's takes after a pause."""
+    device stands. `request_admission_cost_s` is the extra time of a decode step for each request admitted during it;
+    `cold_step_factor` the extra time of prefill's first step after a pause, as a share of the step."""
 
     instance_id: str
     role: Role
@@ -32,21 +32,22 @@ class InstanceSpec:
     prefix_cache: bool = True
     node: int = 0
     growth_horizon_tokens: int = 256
-    open_s: float = 0.0
-    wake_share: float = 0.0
+    request_admission_cost_s: float = 0.0
+    cold_step_factor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkSpec:
-    """KV links. A transfer of n tokens takes `latency_s` + `turn_s` + n * `kv_bytes_per_token` / bandwidth, and all but
-    the latency is shared: a node's outgoing link, its incoming link, and inside a node each instance's own port, are
-    divided equally among the transfers on them. Infinite bandwidth means that a transfer takes `latency_s`."""
+    """KV links. A transfer of n tokens takes `latency_s` + `per_concurrent_transfer_s` + n * `kv_bytes_per_token` /
+    bandwidth, and all but the latency is shared: a node's outgoing link, its incoming link, and inside a node each
+    instance's own port, are divided equally among the transfers on them. With infinite bandwidth a transfer takes
+    `latency_s`."""
 
     kv_bytes_per_token: float = 0.0
     intra_node_bytes_per_s: float = float("inf")
     inter_node_bytes_per_s: float = float("inf")
     latency_s: float = 0.0
-    turn_s: float = 0.0  # of a link, for what a transfer takes beside its bytes
+    per_concurrent_transfer_s: float = 0.0  # time of its links that a transfer takes whatever its bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,9 @@ class Network:
         spec, now_s = self._spec, self._agenda.now_s
         same_node = source.node == destination.node
         bytes_per_s = spec.intra_node_bytes_per_s if same_node else spec.inter_node_bytes_per_s
-        turn_bytes = spec.turn_s * bytes_per_s if spec.turn_s else 0.0  # a turn is as good as so many bytes
-        transfer = Transfer(on_arrival, argument, now_s, turn_bytes + num_tokens * spec.kv_bytes_per_token)
+        fixed_s = spec.per_concurrent_transfer_s  # shares the links as bytes do
+        fixed_bytes = fixed_s * bytes_per_s if fixed_s else 0.0
+        transfer = Transfer(on_arrival, argument, now_s, fixed_bytes + num_tokens * spec.kv_bytes_per_token)
         if math.isinf(bytes_per_s) or transfer.left_bytes == 0:
             self._agenda.at(now_s + spec.latency_s, self._arrive, transfer)
             return transfer

@@ -88,12 +88,12 @@ class PrefillInstance:
             if chunk.start == chunk.sequence.num_cached:
                 self._listener.prefill_started(_attempt(chunk), chunk.sequence.num_cached)
         cost = self._totals.count_step(_load(chunks))
-        wake_s = self.spec.wake_share * cost.total_s if now_s - self._results_s > PAUSE_S else 0.0
-        self._totals.count_more(wake_s)
-        self._results_s = max(self._results_s, now_s + wake_s + cost.total_s)
+        cold_s = self.spec.cold_step_factor * cost.total_s if now_s - self._results_s > PAUSE_S else 0.0
+        self._totals.count_more(cold_s)
+        self._results_s = max(self._results_s, now_s + cold_s + cost.total_s)
         step = (chunks, self._life)
         if cost.interval_s < cost.total_s:
-            self._agenda.at_step_end(now_s + wake_s + cost.interval_s, self._next_step, step)
+            self._agenda.at_step_end(now_s + cold_s + cost.interval_s, self._next_step, step)
             self._agenda.at_step_end(self._results_s, self._end_pipeline, step)
         else:
             self._agenda.at_step_end(self._results_s, self._end_step, step)

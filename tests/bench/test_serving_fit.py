@@ -116,7 +116,7 @@ def test_how_much_of_a_step_was_beside_decode() -> None:
 def test_serving_adds_a_constant_and_a_factor_more_beside_the_other(shares: Sequence[float]) -> None:
     alone, beside = ServedStep(constant_s=0.001, factor=1.02), ServedStep(constant_s=0.003, factor=1.2)
     steps = [
-        Taken(engine_s, alone.toward(beside, share).seconds(engine_s), share)
+        Taken(engine_s, alone.interpolate(beside, share).seconds(engine_s), share)
         for engine_s in (0.02, 0.1, 0.4)
         for share in shares
     ]
@@ -145,8 +145,8 @@ def test_a_step_takes_longer_during_which_a_request_comes() -> None:
         for opened in (0.02, 0.3)
         for share in (0.0, 0.7)
     ]
-    alone, beside, open_s = served_decode(steps)
-    assert open_s == pytest.approx(0.004)
+    alone, beside, request_admission_cost_s = served_decode(steps)
+    assert request_admission_cost_s == pytest.approx(0.004)
     assert (alone.factor, beside.factor) == pytest.approx((1.1, 1.2))
     assert alone.constant_s == beside.constant_s == 0
 
@@ -157,7 +157,7 @@ def test_the_first_step_after_a_pause_takes_longer() -> None:
         Taken(engine_s, usual_s * (1 + 0.08 * share), share, is_woken=True)
         for engine_s in (0.05, 0.2)
         for share in (1.0, 0.4, 0.0)
-        if (usual_s := alone.toward(beside, share).seconds(engine_s))
+        if (usual_s := alone.interpolate(beside, share).seconds(engine_s))
     ]
     others = [Taken(0.1, 0.15, 1.0), Taken(0.1, 0.5, 1.0, is_woken=True)]  # not woken; with a stranger
     assert wake(alone, beside, woken + others) == pytest.approx(0.08)
@@ -232,9 +232,9 @@ def calibration(serving: ServingCosts) -> Calibration:
 def test_what_was_measured_is_what_is_predicted() -> None:
     answers = measured(ServedStep(constant_s=0.003, factor=1.2), ServedStep(factor=1.3))
     costs = serving_costs(ALONE, answers)
-    assert costs.prefill_beside.seconds(0.1) == pytest.approx(0.123)
+    assert costs.prefill_contended.seconds(0.1) == pytest.approx(0.123)
     assert costs.prefill_alone.seconds(0.1) == pytest.approx(0.1)
-    assert costs.decode_beside.seconds(step_s(1)) == pytest.approx(1.3 * step_s(1), rel=0.1), "in whole steps"
+    assert costs.decode_contended.seconds(step_s(1)) == pytest.approx(1.3 * step_s(1), rel=0.1), "in whole steps"
     for loaded in answers.steady:
         assert pace_of(loaded, calibration(costs)).prefill == pytest.approx(1.0)
 
@@ -261,8 +261,8 @@ def test_a_transfer_has_a_latency_a_speed_and_a_turn() -> None:
     answers = Answers(prompted_alone=alone, crowded=[Loaded(decoded(10, (0.0, 0.2)), beside)])
     request_path = path_costs(answers, kv_bytes_per_token=12288.0)
     assert request_path.transfer_alone_s == pytest.approx(0.003)
-    assert request_path.transfer_beside_s == pytest.approx(0.006)
-    assert request_path.transfer_turn_s == pytest.approx(0.001)
+    assert request_path.transfer_contended_s == pytest.approx(0.006)
+    assert request_path.per_concurrent_transfer_s == pytest.approx(0.001)
     assert request_path.transfer_bytes_per_s == pytest.approx(12288.0 / 1e-5)
     assert request_path.admission_s == pytest.approx(0.004), "until the step began, less what waits for the answer"
     assert request_path.first_token_s == pytest.approx(0.002)

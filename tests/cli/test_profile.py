@@ -42,14 +42,14 @@ def test_a_cluster_too(tmp_path: Path) -> None:
     cost = CalibratedSource({"cpu": calibration}).cost_model("cpu", ParallelShape())
     assert cost is not None
     prompt_s = cost.step(StepLoad.of_prompts(256)).total_s
-    assert 0.3 < serving.prefill_beside.seconds(prompt_s) / prompt_s < 10
+    assert 0.3 < serving.prefill_contended.seconds(prompt_s) / prompt_s < 10
     decode_s = cost.step(StepLoad.of_decode(4, 400)).total_s
-    assert 0.3 < serving.decode_beside.seconds(decode_s) / decode_s < 10
+    assert 0.3 < serving.decode_contended.seconds(decode_s) / decode_s < 10
     request_path = calibration.request_path
     assert request_path is not None
     assert 0 < request_path.admission_s < 1
-    assert 0 <= request_path.transfer_alone_s <= request_path.transfer_beside_s < 1
-    assert 0 <= request_path.transfer_turn_s < 1
+    assert 0 <= request_path.transfer_alone_s <= request_path.transfer_contended_s < 1
+    assert 0 <= request_path.per_concurrent_transfer_s < 1
     assert request_path.transfer_bytes_per_s > 1e6
 
 

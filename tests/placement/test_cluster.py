@@ -62,8 +62,8 @@ def write_calibration(path: Path, model: str = "tiny-python") -> Path:
                 "first_token_s": 0.001,
                 "token_s": 0.0005,
                 "transfer_alone_s": 0.002,
-                "transfer_beside_s": 0.003,
-                "transfer_turn_s": 0.0005,
+                "transfer_contended_s": 0.003,
+                "per_concurrent_transfer_s": 0.0005,
                 "transfer_bytes_per_s": 1e9,
             },
         }

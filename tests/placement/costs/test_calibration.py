@@ -37,11 +37,11 @@ TRUE = Terms(
 
 SERVED = ServingCosts(
     prefill_alone=ServedStep(constant_s=0.0, factor=1.0),
-    prefill_beside=ServedStep(constant_s=0.004, factor=1.5),
-    prefill_wake=0.1,
-    decode_open_s=0.002,
+    prefill_contended=ServedStep(constant_s=0.004, factor=1.5),
+    cold_step_factor=0.1,
+    request_admission_cost_s=0.002,
     decode_alone=ServedStep(constant_s=0.001, factor=0.8),
-    decode_beside=ServedStep(constant_s=0.002, factor=1.2),
+    decode_contended=ServedStep(constant_s=0.002, factor=1.2),
 )
 
 
@@ -121,7 +121,7 @@ def test_nothing_to_fit_with_is_said() -> None:
 
 @given(batch=st.integers(1, 300), kv_tokens=st.integers(0, 1 << 20), busy=st.floats(0, 1))
 def test_decode_is_affine_in_the_kv_that_it_reads(batch: int, kv_tokens: int, busy: float) -> None:
-    cost = CalibratedCost(TRUE, SERVED, neighbour_busy=busy)
+    cost = CalibratedCost(TRUE, SERVED, contended=busy)
     base_s, per_token_s = cost.decode_line(batch)
     step = cost.step(StepLoad.of_decode(batch, kv_tokens))
     assert step.total_s == pytest.approx(base_s + kv_tokens * per_token_s, rel=1e-9)
@@ -143,7 +143,7 @@ def test_a_longer_prompt_never_takes_less(tokens: int, more: int) -> None:
 def test_what_serving_adds_is_of_the_role_and_the_neighbour(
     busy: float, prefill: tuple[float, float], decode: tuple[float, float]
 ) -> None:
-    bare, served = CalibratedCost(TRUE), CalibratedCost(TRUE, SERVED, neighbour_busy=busy)
+    bare, served = CalibratedCost(TRUE), CalibratedCost(TRUE, SERVED, contended=busy)
     for load, (constant_s, factor) in (
         (StepLoad.of_prompts(64), prefill),
         (StepLoad.of_decode(3, 400), decode),
@@ -162,8 +162,8 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         first_token_s=0.001,
         token_s=0.001,
         transfer_alone_s=0.004,
-        transfer_beside_s=0.008,
-        transfer_turn_s=0.001,
+        transfer_contended_s=0.008,
+        per_concurrent_transfer_s=0.001,
         transfer_bytes_per_s=2e9,
     )
     written = calibration(measurements=tuple(grid_of(TRUE)), request_path=request_path, serving=SERVED)
@@ -173,8 +173,8 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert read == written
     assert read.router_spec().admission_s == 0.002
     assert read.network_spec().latency_s == 0.008
-    assert read.network_spec(neighbour_busy=0.25).latency_s == pytest.approx(0.005)
-    assert read.network_spec().turn_s == 0.001
+    assert read.network_spec(contended=0.25).latency_s == pytest.approx(0.005)
+    assert read.network_spec().per_concurrent_transfer_s == 0.001
     assert read.network_spec().intra_node_bytes_per_s == 2e9
     assert calibration().network_spec().intra_node_bytes_per_s == math.inf
 

@@ -64,7 +64,7 @@ def deployment(
     nodes: int = 1,
     policy: ColocatedPolicy | None = None,
     prefix_cache: bool = False,
-    open_s: float = 0.0,
+    request_admission_cost_s: float = 0.0,
 ) -> Deployment:
     """Instances p0, p1 ... and d0, d1 ..., dealt to the nodes in turn. With a `policy` they are colocated; without, c0,
     c1 ... are colocated beside them."""
@@ -85,7 +85,7 @@ def deployment(
                 growth_horizon_tokens=growth_horizon_tokens,
                 prefix_cache=prefix_cache,
                 node=node,
-                open_s=open_s if role == "decode" else 0.0,
+                request_admission_cost_s=request_admission_cost_s if role == "decode" else 0.0,
             )
             for role, name, node in specs
         ),

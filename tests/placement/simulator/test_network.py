@@ -13,9 +13,9 @@ def _instance(name: str, node: int) -> InstanceSpec:
 class Wire:
     """100 bytes/s between nodes, 1000 inside one; a token is one byte. `arrived` says when."""
 
-    def __init__(self, latency_s: float = 0.0, turn_s: float = 0.0) -> None:
+    def __init__(self, latency_s: float = 0.0, per_concurrent_transfer_s: float = 0.0) -> None:
         self.agenda = Agenda()
-        self.network = Network(NetworkSpec(1.0, 1000.0, 100.0, latency_s, turn_s), self.agenda)
+        self.network = Network(NetworkSpec(1.0, 1000.0, 100.0, latency_s, per_concurrent_transfer_s), self.agenda)
         self.arrived: dict[str, float] = {}
 
     def send_at(self, time_s: float, name: str, source: InstanceSpec, destination: InstanceSpec, size: int) -> None:
@@ -42,7 +42,7 @@ def test_two_on_one_link_get_half_each_while_both_are_there() -> None:
 
 
 def test_turns_are_shared_as_bytes_are_and_latency_is_not() -> None:
-    wire = Wire(latency_s=0.5, turn_s=0.2)
+    wire = Wire(latency_s=0.5, per_concurrent_transfer_s=0.2)
     wire.send_at(0.0, "one", _A, _B, 10)
     wire.send_at(0.0, "two", _A, _C, 10)
     wire.send_at(9.0, "alone", _A, _C, 10)

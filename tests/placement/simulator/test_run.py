@@ -77,7 +77,10 @@ def test_with_a_role_gone_requests_are_refused() -> None:
 def test_a_request_that_is_opened_makes_decodes_step_longer(step_by_step: bool) -> None:
     """The second is opened while the first decodes; when the first one is, nothing is under way."""
     stream = RequestStream.make(np.array([0.0, 0.2]), np.full(2, 100), np.array([60, 10]))
-    free, slow = (simulate(deployment(open_s=open_s), stream, step_by_step=step_by_step) for open_s in (0.0, 0.005))
+    free, slow = (
+        simulate(deployment(request_admission_cost_s=request_admission_cost_s), stream, step_by_step=step_by_step)
+        for request_admission_cost_s in (0.0, 0.005)
+    )
     finished, admitted = STAGES.index(Stage.FINISHED), STAGES.index(Stage.DECODE_ADMITTED)
     assert slow.stamps[0, finished] == pytest.approx(free.stamps[0, finished] + 0.005)
     free_s, slow_s = (one.stamps[1, finished] - one.stamps[1, admitted] for one in (free, slow))
@@ -92,7 +95,7 @@ def test_prefills_first_step_after_a_pause_takes_longer() -> None:
     """The second comes while the first is computed, the third long after."""
     stream = RequestStream.make(np.array([0.0, 0.001, 1.0]), np.full(3, 100), np.full(3, 1))
     plain = deployment(cost=LinearCost(0.01, 1e-4, 0.0))
-    woken = replace(plain, instances=tuple(replace(one, wake_share=0.1) for one in plain.instances))
+    woken = replace(plain, instances=tuple(replace(one, cold_step_factor=0.1) for one in plain.instances))
     usual, slow = simulate(plain, stream), simulate(woken, stream)
     step_s, first = 0.02, STAGES.index(Stage.FIRST_TOKEN)
     later_s = slow.stamps[:, first] - usual.stamps[:, first]
@@ -111,7 +114,7 @@ def test_prefills_first_step_after_a_pause_takes_longer() -> None:
     network=st.sampled_from([NetworkSpec(), _SLOW_NETWORK]),
     loses=st.booleans(),
     policy=st.sampled_from([None, None, "chunked", "prompt_first", "padded"]),
-    open_s=st.sampled_from([0.0, 0.0031]),
+    request_admission_cost_s=st.sampled_from([0.0, 0.0031]),
 )
 @settings(max_examples=40, deadline=None, phases=[Phase.generate])  # shrinking simulations takes minutes
 def test_many_steps_at_once_give_the_same_as_each_alone(
@@ -125,7 +128,7 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
     network: NetworkSpec,
     loses: bool,
     policy: ColocatedPolicy | None,
-    open_s: float,
+    request_admission_cost_s: float,
 ) -> None:
     spec = deployment(
         prefill,
@@ -136,7 +139,7 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
         network=network,
         nodes=2,
         policy=policy,
-        open_s=open_s,
+        request_admission_cost_s=request_admission_cost_s,
     )
     if loses:
         spec = replace(spec, failures=(Failure("d0", 0.3123, 0.9),))
