@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from bench.distserve_runs import RecordedRuns, fits_to_run
+from bench.padded_scheduler import PADDED
+from tandem.core.config import RoleName
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import WorkloadSection
 from tandem.placement.costs.published import DEVICE, DistServeCost, DistServeSource, Engine
 from tandem.placement.judging.goodput import goodput_at
 from tandem.placement.simulator import simulate
-from tandem.placement.simulator.deployment import Deployment, InstanceSpec, Role
+from tandem.placement.simulator.deployment import Deployment, InstanceSpec
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.streams import make_stream
@@ -27,7 +29,7 @@ _STEADY_REQUESTS = 4000
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    role: Role
+    role: RoleName
     shape: ParallelShape
 
 
@@ -68,8 +70,8 @@ class Experiment:
                 max_model_len=_MAX_MODEL_LEN,
                 max_batch_tokens=65536 if self.is_baseline else 8192,
                 max_batch=1024,
-                policy="padded",
                 growth_horizon_tokens=0,
+                **(PADDED if self.is_baseline else {}),
             )
             instances.append(spec)
         return Deployment(tuple(instances))

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
+from tandem.core.config import RoleName
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
@@ -40,7 +41,6 @@ from tandem.placement.search.predict import Predictor
 from tandem.placement.search.problem import Problem
 from tandem.placement.search.trial import trial_of
 from tandem.placement.search.verdict import verdict_on
-from tandem.placement.simulator.deployment import Role
 
 PARTS = ("distserve", "gpus", "requests", "rate")
 _AIM = 100  # times faster than DistServe's search
@@ -145,7 +145,7 @@ def _judge(problem: Problem, fleet: Fleet, predictor: Predictor, mapper: Mapper)
 def _their_fleet(known: Known, problem: Problem) -> Fleet:
     cross, *shape = known.config
     pools = []
-    roles: tuple[Role, Role] = ("prefill", "decode")
+    roles: tuple[RoleName, RoleName] = ("prefill", "decode")
     for role, (tp, pp) in zip(roles, (shape[:2], shape[2:]), strict=True):
         parallel = ParallelShape(tp, pp * cross)
         cost, tokens = problem.source.cost_model(DEVICE, parallel), problem.source.kv_tokens(DEVICE, parallel)

@@ -169,7 +169,7 @@ def _print_welcome(config: ServeConfig, state: RunState, took_s: float) -> None:
         f"prompt='{_PROMPT}', max_tokens=64, temperature=0).text)"
     )
     print_line(f"""\
-ready in {took_s:.1f} s: {', '.join(f"{section.instances} {role}" for role, section in config.kinds)}
+ready in {took_s:.1f} s: {", ".join(f"{section.instances} {role}" for role, section in config.kinds)}
   HTTP  http://{state.http}/v1  (OpenAI API; /health, /metrics)
   gRPC  {state.grpc}
   logs  {state.log_folder}

@@ -12,9 +12,8 @@ Mixing = Literal["chunked", "prompt_first"]
 class StepBudget:
     """Bounds of one step, and of what is admitted.
 
-                       prefill          decode           colocated
-    max_prefill_tokens large            small            all of max_batch_tokens
-    growth_horizon     -                about an answer  0, as in vLLM
+    A prefill instance has a large `max_prefill_tokens` and decodes nothing; a decode instance has a small one; a
+    colocated instance lies between.
 
     `max_batch` bounds the sequences that decode in one step, and those that run with a prompt of their own;
     `max_batch_tokens` all tokens of a step, `max_prefill_tokens` its prompt tokens. `max_queue` bounds the sequences
@@ -46,7 +45,7 @@ class StepBudget:
 PREFILL_BATCH_TOKENS = 2048
 COLOCATED_BATCH_TOKENS = 512
 RECOMPUTE_TOKENS = 512
-DECODE_HORIZON_TOKENS = 256
+GROWTH_HORIZON_TOKENS = 256
 COLOCATED_WATERMARK = 0.01
 
 
@@ -58,30 +57,31 @@ def role_budget(
     max_batch_tokens: int | None = None,
     max_prefill_tokens: int | None = None,
     mixing: Mixing = "chunked",
+    growth_horizon_tokens: int | None = None,
 ) -> StepBudget:
     """What an instance of that role may compute; bounds that are None take the role's default.
 
-    A prefill instance packs as many prompts as its tokens allow. A decode instance provides for the growth of answers,
-    and has tokens beside its batch for prompts and for what was preempted. A colocated one behaves as vLLM does.
+    A prefill instance packs as many prompts as its tokens allow. A decode instance has tokens beside its batch for
+    prompts and for what was preempted. A colocated one leaves a hundredth of its memory free, as vLLM does.
     """
     match role:
         case Role.PREFILL:
             max_batch_tokens = max_batch_tokens or PREFILL_BATCH_TOKENS
             max_batch = max(max_batch, max_batch_tokens)
-            horizon_tokens, watermark = 0, 0.0
+            watermark = 0.0
         case Role.DECODE:
             max_prefill_tokens = max_prefill_tokens or RECOMPUTE_TOKENS
             max_batch_tokens = max_batch_tokens or max_batch + max_prefill_tokens
-            horizon_tokens, watermark = DECODE_HORIZON_TOKENS, 0.0
+            watermark = 0.0
         case Role.COLOCATED:
             max_batch_tokens = max_batch_tokens or COLOCATED_BATCH_TOKENS
-            horizon_tokens, watermark = 0, COLOCATED_WATERMARK
+            watermark = COLOCATED_WATERMARK
     return StepBudget(
         max_batch=max_batch,
         max_batch_tokens=max_batch_tokens,
         max_prefill_tokens=min(max_prefill_tokens or max_batch_tokens, max_batch_tokens),
         max_queue=max_queue,
         mixing=mixing,
-        growth_horizon_tokens=horizon_tokens,
+        growth_horizon_tokens=GROWTH_HORIZON_TOKENS if growth_horizon_tokens is None else growth_horizon_tokens,
         watermark=watermark,
     )

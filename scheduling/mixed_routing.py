@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from tandem.core.cost_model import CostModel, StepLoad, pairs
-from tandem.scheduling.colocated import Mixing
+from tandem.scheduling.budget import Mixing
 from tandem.scheduling.routing import Choice, DecodeView, Scored, choice_of
 
 

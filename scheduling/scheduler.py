@@ -340,7 +340,7 @@ class Scheduler:
         size, max_batch = self._block_size, self.budget.max_batch
         while True:
             picked = list(islice(self._decoding.values(), max_batch))
-            growing = [sequence for sequence in picked if len(sequence.token_ids) > len(sequence.block_table) * size]
+            growing = [sequence for sequence in picked if sequence.num_tokens > len(sequence.block_table) * size]
             if self._index.make_room(len(growing)):
                 break
             running = chain(self._prompts.values(), self._decoding.values())
@@ -361,13 +361,13 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in self._prompts.values():
             if max_tokens > 0:
-                chunks.append(_prompt_chunk(sequence, sequence.num_uncomputed if whole else max_tokens))
+                chunks.append(prompt_chunk(sequence, sequence.num_uncomputed if whole else max_tokens))
                 max_tokens -= chunks[-1].num_tokens
         while max_tokens > 0 and len(self._prompts) + len(self._decoding) < max_running:
             newcomer = self._admit_first(now_s, max_tokens if whole and chunks else None)
             if newcomer is None:
                 break
-            chunks.append(_prompt_chunk(newcomer, newcomer.num_uncomputed if whole else max_tokens))
+            chunks.append(prompt_chunk(newcomer, newcomer.num_uncomputed if whole else max_tokens))
             max_tokens -= chunks[-1].num_tokens
         return chunks
 
@@ -491,7 +491,7 @@ class Scheduler:
         self._num_waiting -= sequence.state is SequenceState.WAITING
 
 
-def _prompt_chunk(sequence: Sequence, max_tokens: int) -> Chunk:
+def prompt_chunk(sequence: Sequence, max_tokens: int) -> Chunk:
     num_uncomputed = sequence.num_uncomputed
     num_tokens = min(num_uncomputed, max_tokens)
     return Chunk(sequence, sequence.num_computed, num_tokens, samples=num_tokens == num_uncomputed, is_prompt=True)

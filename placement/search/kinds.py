@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from tandem.core.config import RoleName
 from tandem.core.cost_model import CostModel, StepLoad
 from tandem.core.model_shape import ModelShape
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo_file import SearchSection
 from tandem.placement.costs.cost_source import CostSource
-from tandem.placement.simulator.deployment import ColocatedPolicy, Role
 from tandem.placement.workload.requests import RequestStream
+from tandem.scheduling.budget import Mixing
 
 _MAX_BATCH = 256  # what cost sources leave room for
 _PREFILL_BUDGETS = (512, 1024, 2048, 4096, 8192)
@@ -25,13 +26,13 @@ class InstanceKind:
     `kv_tokens`, `max_batch_tokens`, `max_batch` and `policy` as in `core.plan.PlanGroup`.
     """
 
-    role: Role
+    role: RoleName
     device: str
     shape: ParallelShape
     kv_tokens: int
     max_batch_tokens: int
     max_batch: int
-    policy: ColocatedPolicy = "chunked"
+    policy: Mixing = "chunked"
     cost: CostModel = field(compare=False, repr=False, kw_only=True)
 
     @property
@@ -85,7 +86,7 @@ def legal_kinds(
     serve. Colocated instances come with several budgets of prompt tokens per step: small ones keep TPOT low, large
     ones raise throughput.
     """
-    roles: dict[Role, list[InstanceKind]] = {"prefill": [], "decode": [], "colocated": []}
+    roles: dict[RoleName, list[InstanceKind]] = {"prefill": [], "decode": [], "colocated": []}
     ruled_out: list[RuledOut] = []
     widest: dict[str, int] = {}
     total: dict[str, int] = {}
@@ -120,7 +121,7 @@ def resident_tokens(stream: RequestStream) -> float:
 
 
 def phase_kind(
-    role: Role, device: str, shape: ParallelShape, cost: CostModel, kv_tokens: int, stream: RequestStream
+    role: RoleName, device: str, shape: ParallelShape, cost: CostModel, kv_tokens: int, stream: RequestStream
 ) -> InstanceKind:
     """A prefill or decode instance, with the batches that suit the stream."""
     max_batch = max(1, min(_MAX_BATCH, int(kv_tokens / resident_tokens(stream))))

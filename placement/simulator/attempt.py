@@ -7,9 +7,7 @@ from tandem.core.request import GenerationRequest
 from tandem.placement.simulator.network import Transfer
 
 if TYPE_CHECKING:
-    from tandem.placement.simulator.colocated import ColocatedInstance
-    from tandem.placement.simulator.decode import DecodeInstance
-    from tandem.placement.simulator.prefill import PrefillInstance
+    from tandem.placement.simulator.instance import SimulatedInstance
 
 
 class Attempt:
@@ -39,9 +37,9 @@ class Attempt:
         self.number = number
         self.request = request
         self.avoid = avoid  # instances that have failed the request
-        self.prefill: PrefillInstance | None = None
-        self.decode: DecodeInstance | None = None
-        self.colocated: ColocatedInstance | None = None  # instead of the other two
+        self.prefill: SimulatedInstance | None = None
+        self.decode: SimulatedInstance | None = None
+        self.colocated: SimulatedInstance | None = None  # instead of the other two
         self.transfer: Transfer | None = None
         self.num_handed_on = request.num_output_tokens
         self.is_computed = False  # its KV is complete
@@ -65,7 +63,7 @@ class Attempt:
         return self.num_tokens / max(1, self.growth_tokens)
 
     @property
-    def begun_on(self) -> "PrefillInstance | ColocatedInstance":
+    def begun_on(self) -> "SimulatedInstance":
         """The instance that computes its prompt."""
         instance = self.prefill or self.colocated
         assert instance is not None, "an attempt that has not begun"
@@ -92,3 +90,7 @@ class Listener(Protocol):
         ...
 
     def decode_finished(self, attempt: Attempt) -> None: ...
+
+    def lease_ended(self, attempt: Attempt) -> None:
+        """The KV that was held for another instance is gone."""
+        ...

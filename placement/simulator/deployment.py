@@ -1,13 +1,16 @@
 """What the simulator runs: instances with their cost models, on nodes joined by links. Plans become this."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
-from tandem.core.cost_model import CostModel
+from tandem.core.config import RoleName
+from tandem.core.cost_model import CostModel, StepLoad
 from tandem.core.slo import SloClass
+from tandem.placement.simulator.load import step_load
+from tandem.scheduling.budget import Mixing
+from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
+from tandem.scheduling.scheduler import Chunk
 
-Role = Literal["prefill", "decode", "colocated"]
-ColocatedPolicy = Literal["chunked", "prompt_first", "padded"]
 PAUSE_S = 0.03
 """From when on a worker that had nothing to do has paused."""
 
@@ -17,10 +20,12 @@ class InstanceSpec:
     """One instance. `num_blocks` blocks of `block_size` tokens are its KV pool. `max_batch_tokens` bounds the prompt
     tokens of one step (prefill, colocated), `max_batch` the sequences decoded in one step. `node` is where its first
     device stands. `request_admission_cost_s` is the extra time of a decode step for each request admitted during it;
-    `cold_step_factor` the extra time of prefill's first step after a pause, as a share of the step."""
+    `cold_step_factor` the extra time of prefill's first step after a pause, as a share of the step. `lease_s` is how
+    long computed KV is held for a reader. `growth_horizon_tokens` None: the role's own (`scheduling.budget`).
+    `scheduler_type` and `load_of`, what a step's chunks cost, are those of other systems where these are simulated."""
 
     instance_id: str
-    role: Role
+    role: RoleName
     cost: CostModel
     num_blocks: int
     block_size: int = 16
@@ -28,12 +33,15 @@ class InstanceSpec:
     max_batch_tokens: int = 8192
     max_batch: int = 256
     max_queue: int = 1 << 30
-    policy: ColocatedPolicy = "chunked"
+    policy: Mixing = "chunked"
     prefix_cache: bool = True
     node: int = 0
-    growth_horizon_tokens: int = 256
+    growth_horizon_tokens: int | None = None
+    lease_s: float = float("inf")
     request_admission_cost_s: float = 0.0
     cold_step_factor: float = 0.0
+    scheduler_type: type[FastForwardScheduler] = FastForwardScheduler
+    load_of: Callable[[list[Chunk]], StepLoad] = step_load
 
 
 @dataclass(frozen=True, slots=True)

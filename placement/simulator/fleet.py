@@ -4,10 +4,8 @@ from collections.abc import Iterable
 
 from tandem.core.errors import ContextLengthError
 from tandem.placement.simulator.attempt import Attempt
-from tandem.placement.simulator.colocated import ColocatedInstance
-from tandem.placement.simulator.decode import DecodeInstance
 from tandem.placement.simulator.deployment import RouterSpec
-from tandem.placement.simulator.prefill import PrefillInstance
+from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.prefixes import BlockNames
 from tandem.scheduling.decode_book import DecodeBook
 from tandem.scheduling.mixed_routing import Offer, Pace, Targets, choose_offer, colocated_offer, pair_offer
@@ -18,8 +16,6 @@ from tandem.scheduling.routing import DecodeView, PrefillView
 # As the live router's.
 _SLACK_TOKENS = 4096
 _MAX_TRACKED_BLOCKS = 65536
-
-Instance = PrefillInstance | DecodeInstance | ColocatedInstance
 
 
 class _Load:
@@ -41,9 +37,9 @@ class Fleet:
 
     def __init__(
         self,
-        prefill: Iterable[PrefillInstance],
-        decode: Iterable[DecodeInstance],
-        colocated: Iterable[ColocatedInstance],
+        prefill: Iterable[SimulatedInstance],
+        decode: Iterable[SimulatedInstance],
+        colocated: Iterable[SimulatedInstance],
         router: RouterSpec,
         names: BlockNames | None = None,
     ) -> None:
@@ -61,7 +57,11 @@ class Fleet:
         self._paces: dict[str, Pace] = {}  # of a mixed fleet
         self._last_offer: dict[str, int] = {}  # instance -> which choice between offers took it last
         self._num_offers = 0
-        instances: list[Instance] = [*self._prefill.values(), *self._decode.values(), *self._colocated.values()]
+        instances: list[SimulatedInstance] = [
+            *self._prefill.values(),
+            *self._decode.values(),
+            *self._colocated.values(),
+        ]
         for spec in (instance.spec for instance in instances):
             # Instances with equal fingerprints can exchange KV.
             is_bound = router.same_node_only and spec.role != "colocated"
@@ -71,7 +71,7 @@ class Fleet:
         for name in self._loads:
             self._put(name)
 
-    def choose_first(self, attempt: Attempt, slo_class: int) -> PrefillInstance | ColocatedInstance:
+    def choose_first(self, attempt: Attempt, slo_class: int) -> SimulatedInstance:
         """Where it begins: at a prefill or a colocated instance, whichever promises more (`scheduling.mixed_routing`).
         Prefers others than those to avoid. Raises UnavailableError or ContextLengthError."""
         if not self._colocated:
@@ -91,12 +91,12 @@ class Fleet:
         self._last_offer[name] = self._num_offers
         return self._choose_prefill(attempt) if name in self._prefill else self._choose_colocated(attempt)
 
-    def choose_decode(self, attempt: Attempt) -> DecodeInstance:
+    def choose_decode(self, attempt: Attempt) -> SimulatedInstance:
         """As `choose_first`."""
         fingerprint = self._loads[attempt.begun_on.spec.instance_id].fingerprint
         return self._decode[_least_loaded(self._decode_book, attempt, fingerprint)]
 
-    def _choose_prefill(self, attempt: Attempt) -> PrefillInstance:
+    def _choose_prefill(self, attempt: Attempt) -> SimulatedInstance:
         num_tokens, avoid, shared = attempt.num_tokens, attempt.avoid, self._shared(attempt)
         fingerprints = self._decode_book.fingerprints_for(num_tokens)
         name = self._prefill_book.pick(
@@ -110,7 +110,7 @@ class Fleet:
             self._tracker.record(name, shared)
         return instance
 
-    def _choose_colocated(self, attempt: Attempt) -> ColocatedInstance:
+    def _choose_colocated(self, attempt: Attempt) -> SimulatedInstance:
         """The one with most memory and the smallest batch, as among decode instances."""
         return self._colocated[_least_loaded(self._colocated_book, attempt, "")]
 

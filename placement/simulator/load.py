@@ -6,14 +6,16 @@ from tandem.core.cost_model import StepLoad, pairs
 from tandem.scheduling.scheduler import Chunk
 
 
-def load_of(prompts: Sequence[Chunk], decoding: Sequence[Chunk] = (), *, sampled: int) -> StepLoad:
-    """`prompts` are computed for the first time or again, `decoding` are single tokens; `sampled` of all draw one."""
+def step_load(chunks: Sequence[Chunk]) -> StepLoad:
+    """Prompts that are computed again, after a preemption, count as prompts."""
+    prompts = [chunk for chunk in chunks if chunk.is_prompt]
+    decoding = len(chunks) - len(prompts)
     return StepLoad(
         prefill_tokens=sum(chunk.num_tokens for chunk in prompts),
         prefill_sequences=len(prompts),
         prefill_pairs=sum(pairs(chunk.start, chunk.num_tokens) for chunk in prompts),
         prefill_kv_tokens=sum(chunk.start + chunk.num_tokens for chunk in prompts),
-        decode_sequences=len(decoding),
-        decode_kv_tokens=sum(chunk.start + 1 for chunk in decoding),
-        sampled=sampled,
+        decode_sequences=decoding,
+        decode_kv_tokens=sum(chunk.start + 1 for chunk in chunks if not chunk.is_prompt),
+        sampled=decoding + sum(chunk.samples for chunk in prompts),
     )

@@ -18,12 +18,11 @@ from tandem.core.request import SamplingParams
 from tandem.placement.simulator import record as stages
 from tandem.placement.simulator.agenda import Agenda
 from tandem.placement.simulator.attempt import Attempt
-from tandem.placement.simulator.colocated import ColocatedInstance
 from tandem.placement.simulator.counted import counted_request
 from tandem.placement.simulator.deployment import RouterSpec
-from tandem.placement.simulator.fleet import Fleet, Instance
+from tandem.placement.simulator.fleet import Fleet
+from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
-from tandem.placement.simulator.prefill import PrefillInstance
 from tandem.placement.simulator.record import Record
 from tandem.placement.workload.requests import RequestStream
 
@@ -51,7 +50,7 @@ class Router:
         self._sampling: dict[int, SamplingParams] = {}
         self.num_refused = 0
 
-    def connect(self, fleet: Fleet, instances: Mapping[str, Instance]) -> None:
+    def connect(self, fleet: Fleet, instances: Mapping[str, SimulatedInstance]) -> None:
         self._fleet = fleet
         self._instances = instances
 
@@ -130,6 +129,10 @@ class Router:
         is_first = self._requests.output_tokens[attempt.row] == 1
         self._finish(attempt, self._agenda.now_s + (self._spec.first_token_s if is_first else self._spec.token_s))
 
+    def lease_ended(self, attempt: Attempt) -> None:
+        blamed = frozenset(i.spec.instance_id for i in (attempt.prefill, attempt.decode) if i is not None)
+        self._attempt_failed(attempt, TransferError("the lease on the KV has ended"), blamed)
+
     def failed(self, attempt: Attempt, instance_id: str, error: TandemError) -> None:
         self._attempt_failed(attempt, error, frozenset((instance_id,)))
 
@@ -182,15 +185,15 @@ class Router:
 
     # --- an attempt's steps ------------------------------------------------------------------------------------------
 
-    def _begin(self, attempt: Attempt, instance: PrefillInstance | ColocatedInstance) -> None:
+    def _begin(self, attempt: Attempt, instance: SimulatedInstance) -> None:
         self._record.begin_attempt(attempt.row, self._agenda.now_s)
-        if isinstance(instance, ColocatedInstance):
+        if instance.spec.role == "colocated":
             attempt.colocated = instance
             self._fleet.opened_colocated(instance.spec.instance_id, attempt)
         else:
             attempt.prefill = instance
             self._fleet.opened_prefill(instance.spec.instance_id, attempt)
-        instance.submit(attempt)
+        instance.submit(attempt, hand_over=attempt.prefill is not None)
 
     def _open_decode(self, attempt: Attempt) -> None:
         assert attempt.prefill is not None
@@ -201,7 +204,7 @@ class Router:
             return
         attempt.decode = decode
         self._fleet.opened_decode(decode.spec.instance_id, attempt)
-        decode.open(attempt)
+        decode.submit(attempt, is_remote=True)
 
     def _send(self, attempt: Attempt) -> None:
         assert attempt.prefill is not None
@@ -233,7 +236,7 @@ class Router:
             attempt.prefill.release(attempt)
         instance = attempt.decode or attempt.colocated
         if instance is not None and self._fleet.closed_decode(instance.spec.instance_id, attempt):
-            instance.close(attempt)
+            instance.release(attempt)
 
     def _finish(self, attempt: Attempt, token_s: float) -> None:
         self._stamps[attempt.row, stages.FINISHED] = token_s

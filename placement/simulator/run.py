@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tandem.core.config import ROLES
 from tandem.placement.simulator.agenda import Agenda
-from tandem.placement.simulator.colocated import ColocatedInstance
-from tandem.placement.simulator.decode import DecodeInstance
 from tandem.placement.simulator.deployment import Deployment
-from tandem.placement.simulator.fleet import Fleet, Instance
+from tandem.placement.simulator.fleet import Fleet
+from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
-from tandem.placement.simulator.prefill import PrefillInstance
 from tandem.placement.simulator.prefixes import BlockNames
 from tandem.placement.simulator.record import Record
 from tandem.placement.simulator.result import SimulationResult
@@ -74,19 +73,13 @@ def _simulate(
     network = Network(deployment.network, agenda)
     router = Router(deployment.router, requests, agenda, network, record)
     names = _block_names(deployment, requests)
-    prefill = [PrefillInstance(spec, agenda, router, names) for spec in deployment.instances if spec.role == "prefill"]
-    decode = [
-        DecodeInstance(spec, agenda, router, step_by_step=step_by_step)
+    instances = {
+        spec.instance_id: SimulatedInstance(spec, agenda, router, names, step_by_step=step_by_step)
         for spec in deployment.instances
-        if spec.role == "decode"
-    ]
-    colocated = [
-        ColocatedInstance(spec, agenda, router, names, step_by_step=step_by_step)
-        for spec in deployment.instances
-        if spec.role == "colocated"
-    ]
-    everyone: list[Instance] = [*prefill, *decode, *colocated]
-    instances = {instance.spec.instance_id: instance for instance in everyone}
+    }
+    prefill, decode, colocated = (
+        [instance for instance in instances.values() if instance.spec.role == role] for role in ROLES
+    )
     router.connect(Fleet(prefill, decode, colocated, deployment.router, names), instances)
     for failure in deployment.failures:
         agenda.at(failure.at_s, router.instance_lost, failure.instance_id)

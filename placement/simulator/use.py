@@ -2,8 +2,8 @@
 
 from tandem.core.cost_model import CostModel, StepCost, StepLoad
 from tandem.placement.simulator.deployment import InstanceSpec
+from tandem.placement.simulator.fast_run import FastRun
 from tandem.placement.simulator.result import InstanceUse
-from tandem.placement.simulator.steady_run import SteadyRun
 
 
 class StepTotals:
@@ -37,13 +37,13 @@ class StepTotals:
         self._more_s += seconds
         self._busy_s += seconds
 
-    def count_run(self, run: SteadyRun) -> None:
-        steps, sequences = run.num_steps, run.steady.num_sequences
+    def count_run(self, run: FastRun) -> None:
+        steps, sequences = run.num_steps, run.steps.num_sequences
         self._steps += steps
         self._decode_tokens += steps * sequences
         self._busy_s += run.end_of(steps) - run.began_s
         self._more_s += run.late_s
-        kv_tokens = steps * run.steady.kv_tokens + steps * (steps - 1) // 2 * sequences
+        kv_tokens = steps * run.steps.kv_tokens + steps * (steps - 1) // 2 * sequences
         self._run_steps[sequences] = self._run_steps.get(sequences, 0) + steps
         self._run_kv_tokens[sequences] = self._run_kv_tokens.get(sequences, 0) + kv_tokens
 

@@ -2,16 +2,11 @@
 
 import numpy as np
 
+from tandem.core.config import RoleName
 from tandem.core.cost_model import StepCost, StepLoad
-from tandem.placement.simulator.deployment import (
-    ColocatedPolicy,
-    Deployment,
-    InstanceSpec,
-    NetworkSpec,
-    Role,
-    RouterSpec,
-)
+from tandem.placement.simulator.deployment import Deployment, InstanceSpec, NetworkSpec, RouterSpec
 from tandem.placement.workload.requests import RequestStream
+from tandem.scheduling.budget import Mixing
 
 
 class LinearCost:
@@ -62,13 +57,13 @@ def deployment(
     network: NetworkSpec | None = None,
     router: RouterSpec | None = None,
     nodes: int = 1,
-    policy: ColocatedPolicy | None = None,
+    policy: Mixing | None = None,
     prefix_cache: bool = False,
     request_admission_cost_s: float = 0.0,
 ) -> Deployment:
     """Instances p0, p1 ... and d0, d1 ..., dealt to the nodes in turn. With a `policy` they are colocated; without, c0,
     c1 ... are colocated beside them."""
-    roles: list[Role] = ["prefill", "decode"] if policy is None else ["colocated", "colocated"]
+    roles: list[RoleName] = ["prefill", "decode"] if policy is None else ["colocated", "colocated"]
     specs = [(roles[0], f"p{i}", i % nodes) for i in range(prefill)]
     specs += [(roles[1], f"d{i}", i % nodes) for i in range(decode)]
     specs += [("colocated", f"c{i}", i % nodes) for i in range(colocated)]

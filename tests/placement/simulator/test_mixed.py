@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tandem.core.slo import SloClass
 from tandem.placement.judging.goodput import StopWhen, goodput_at
 from tandem.placement.simulator import simulate
-from tandem.placement.simulator.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
+from tandem.placement.simulator.deployment import Failure, NetworkSpec, RouterSpec
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
+from tandem.scheduling.budget import Mixing
 from tests.placement.simulator.deployments import LinearCost, deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
@@ -40,7 +41,7 @@ def test_no_request_is_lost_and_every_run_is_the_same(
     rate: float,
     seed: int,
     lost: str | None,
-    mixing: ColocatedPolicy,
+    mixing: Mixing,
     same_node_only: bool,
 ) -> None:
     spec = deployment(

@@ -7,16 +7,17 @@ from hypothesis import strategies as st
 
 from tandem.core.timeline import Stage
 from tandem.placement.simulator import Progress, simulate
-from tandem.placement.simulator.deployment import ColocatedPolicy, Failure, NetworkSpec, RouterSpec
+from tandem.placement.simulator.deployment import Failure, NetworkSpec, RouterSpec
 from tandem.placement.simulator.result import STAGES
 from tandem.placement.workload.requests import RequestStream
+from tandem.scheduling.budget import Mixing
 from tests.placement.simulator.deployments import LinearCost, deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
 
 
 @pytest.mark.parametrize("policy", [None, "chunked", "prompt_first"])
-def test_every_request_finishes_and_its_parts_sum_to_its_time(policy: ColocatedPolicy | None) -> None:
+def test_every_request_finishes_and_its_parts_sum_to_its_time(policy: Mixing | None) -> None:
     stream = poisson(300, 8.0)
     router = RouterSpec(0.003, 0.001, 0.002)
     result = simulate(deployment(2, 2, network=_SLOW_NETWORK, router=router, policy=policy), stream)
@@ -52,7 +53,7 @@ def test_one_prefill_instance_is_an_m_d_1_queue() -> None:
 
 
 @pytest.mark.parametrize("policy", [None, "chunked"])
-def test_a_lost_instance_loses_no_request(policy: ColocatedPolicy | None) -> None:
+def test_a_lost_instance_loses_no_request(policy: Mixing | None) -> None:
     stream, attempts = poisson(400, 25.0, output=40), []
     for name in ("p0", "p1", "d0"):
         spec = deployment(2, 2, network=_SLOW_NETWORK, policy=policy)
@@ -127,7 +128,7 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
     seed: int,
     network: NetworkSpec,
     loses: bool,
-    policy: ColocatedPolicy | None,
+    policy: Mixing | None,
     request_admission_cost_s: float,
 ) -> None:
     spec = deployment(
@@ -157,7 +158,7 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
 
 
 @pytest.mark.parametrize("policy", [None, "chunked"])
-def test_a_shared_prefix_is_computed_once_per_instance(policy: ColocatedPolicy | None) -> None:
+def test_a_shared_prefix_is_computed_once_per_instance(policy: Mixing | None) -> None:
     n = 30
     stream = RequestStream.make(
         np.arange(n) * 1.0,

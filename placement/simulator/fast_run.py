@@ -2,10 +2,10 @@
 
 import math
 
-from tandem.scheduling.steady import SteadySteps
+from tandem.scheduling.fast_forward import FastForward
 
 
-class SteadyRun:
+class FastRun:
     """`num_steps` steps from `began_s` on, of which step i (from 0) takes
 
         base_s + per_kv_token_s * (kv_tokens + i * num_sequences)
@@ -14,18 +14,18 @@ class SteadyRun:
     growth_s. The last one takes `late_s` longer.
     """
 
-    __slots__ = ("began_s", "end_s", "first_step_s", "growth_s", "late_s", "num_steps", "steady")
+    __slots__ = ("began_s", "end_s", "first_step_s", "growth_s", "late_s", "num_steps", "steps")
 
-    def __init__(self, steady: SteadySteps, line: tuple[float, float], began_s: float) -> None:
+    def __init__(self, steps: FastForward, line: tuple[float, float], began_s: float) -> None:
         """`line`: see `CostModel.decode_line`."""
         base_s, per_kv_token_s = line
-        self.steady = steady
+        self.steps = steps
         self.began_s = began_s
-        self.first_step_s = base_s + per_kv_token_s * steady.kv_tokens
-        self.growth_s = per_kv_token_s * steady.num_sequences
-        self.num_steps = steady.max_steps
+        self.first_step_s = base_s + per_kv_token_s * steps.kv_tokens
+        self.growth_s = per_kv_token_s * steps.num_sequences
+        self.num_steps = steps.max_steps
         self.late_s = 0.0
-        self.end_s = self.end_of(steady.max_steps)
+        self.end_s = self.end_of(steps.max_steps)
 
     def end_of(self, num_steps: int) -> float:
         """Of so many of its steps."""

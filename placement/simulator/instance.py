@@ -1,0 +1,321 @@
+"""A simulated instance: `worker.loop` with a cost model in the engine's place."""
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from tandem.core.errors import TandemError
+from tandem.core.session import Role
+from tandem.placement.simulator.agenda import Agenda
+from tandem.placement.simulator.attempt import Attempt, Listener
+from tandem.placement.simulator.counted import CountedSequence
+from tandem.placement.simulator.deployment import PAUSE_S, InstanceSpec
+from tandem.placement.simulator.fast_run import FastRun
+from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
+from tandem.placement.simulator.result import InstanceUse
+from tandem.placement.simulator.use import StepTotals
+from tandem.scheduling.budget import role_budget
+from tandem.scheduling.scheduler import Chunk
+from tandem.scheduling.sequence import Sequence, SequenceState
+
+_Step = list[Chunk] | FastRun
+
+
+class SimulatedInstance:
+    """`submit` an attempt, and say when KV that comes from elsewhere has `arrived`; `release` gives an attempt up in
+    any phase, and frees KV that was held for another instance.
+
+    Commands that come during a step are applied when it ends, as live. While the batch stays the same its steps are
+    one event; a command cuts such a run short, at the end of the step that is under way. `step_by_step` does without
+    runs: slow, and the reference for them. Through a pipeline a step of prompts that are handed over may begin while
+    earlier ones are still under way; their results come in order.
+    """
+
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        agenda: Agenda,
+        listener: Listener,
+        names: BlockNames | None = None,
+        *,
+        step_by_step: bool = False,
+    ) -> None:
+        """`names`, if prompts share prefixes; only an instance that caches prefixes looks at them."""
+        self.spec = spec
+        self._agenda = agenda
+        self._listener = listener
+        self._step_by_step = step_by_step
+        self._names = names if spec.prefix_cache and spec.role != "decode" else None
+        self._pool, self._index = pool_and_index(spec, self._names)
+        budget = role_budget(
+            Role(spec.role),
+            max_batch=spec.max_batch,
+            max_queue=spec.max_queue,
+            max_batch_tokens=None if spec.role == "decode" else spec.max_batch_tokens,
+            mixing=spec.policy,
+            growth_horizon_tokens=spec.growth_horizon_tokens,
+        )
+        self._scheduler = spec.scheduler_type(budget, self._pool, self._index, spec.max_model_len)
+        self._held: dict[Attempt, Sequence] = {}
+        self._leases: deque[tuple[float, Attempt, Sequence]] = deque()  # of held KV, the first to end first
+        self._commands: list[tuple[Callable[[], None], bool]] = []  # and whether it is a release
+        self._is_up = True
+        self._life = 0  # how often it was lost; what an earlier life computed is dropped
+        self._step: _Step | None = None  # what is computed now
+        self._began_s = 0.0  # when the step began
+        self._late_s = 0.0  # how much longer the step takes for the commands that came during it
+        self._results_s = 0.0  # when the results of the latest step come
+        self._totals = StepTotals(spec.cost)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._scheduler.max_model_len
+
+    # --- commands ----------------------------------------------------------------------------------------------------
+
+    def submit(self, attempt: Attempt, *, is_remote: bool = False, hand_over: bool = False) -> None:
+        """Queue it: to compute its prompt, or to receive its KV (`is_remote`)."""
+        submit = partial(self._submit, attempt, is_remote, hand_over)
+        late_s = self.spec.request_admission_cost_s if is_remote else 0.0
+        if self._is_up and late_s == 0 and self._scheduler.has_waiting and self._step is not None:
+            submit()  # behind others, for whom the next step's end changes nothing
+        else:
+            self._command(submit, late_s)
+
+    def arrived(self, attempt: Attempt) -> None:
+        """Its KV is here."""
+        self._command(partial(self._arrived, attempt))
+
+    def release(self, attempt: Attempt) -> None:
+        """Give it up in any phase; KV that was held for another instance is no longer needed."""
+        self._command(partial(self._release, attempt), is_release=True)
+
+    def fail(self) -> None:
+        """What it computes is lost; the router takes its attempts off it, one `release` after the other."""
+        if isinstance(self._step, FastRun):
+            self._step.cut(self._agenda.now_s)
+            self._take_run(self._step, self._step.num_steps - 1)  # without the one under way
+        self._totals.count_more(self._late_s)
+        self._late_s = self._results_s = 0.0
+        self._is_up = False
+        self._life += 1
+        self._step = None
+        commands, self._commands = self._commands, []
+        for apply, is_release in commands:
+            if is_release:  # the router has taken that attempt off already
+                apply()
+        self._index.clear()
+
+    def restart(self) -> None:
+        self._is_up = True
+
+    # --- for the result ----------------------------------------------------------------------------------------------
+
+    def use(self) -> InstanceUse:
+        counts = self._scheduler.counts()
+        return self._totals.use(
+            self.spec,
+            cached_tokens=counts.cached_tokens,
+            preemptions=counts.preemptions,
+            peak_blocks=self._pool.peak_held,
+        )
+
+    def check_idle(self) -> None:
+        """Assert that nothing is left of any request."""
+        assert len(self._scheduler) == 0
+        assert not self._held
+        assert self._pool.num_held == 0
+
+    # --- between two steps -------------------------------------------------------------------------------------------
+
+    def _command(self, apply: Callable[[], None], late_s: float = 0.0, *, is_release: bool = False) -> None:
+        """`late_s`: how much longer a step takes during which it comes."""
+        if not self._is_up:
+            apply()
+            return
+        self._commands.append((apply, is_release))
+        if self._step is None:
+            self._turn()
+        elif not isinstance(self._step, FastRun):
+            self._late_s += late_s
+        elif self._step.cut(self._agenda.now_s, late_s):
+            self._agenda.at_step_end(self._step.end_s, self._end_run, self._step)
+
+    def _submit(self, attempt: Attempt, is_remote: bool, hand_over: bool) -> None:
+        sequence = CountedSequence(attempt, attempt.request, self._agenda.now_s, is_remote, hand_over)
+        if self._names is not None:
+            sequence.block_hashes = self._names.of(attempt.row, attempt.request.max_total_tokens)
+        try:
+            self._scheduler.add(sequence)
+        except TandemError as error:
+            self._listener.failed(attempt, self.spec.instance_id, error)
+
+    def _arrived(self, attempt: Attempt) -> None:
+        if self._scheduler.get(attempt) is not None:
+            self._scheduler.committed(attempt, 0, self._agenda.now_s)
+            self._listener.transfer_committed(attempt)
+
+    def _release(self, attempt: Attempt) -> None:
+        if (held := self._held.pop(attempt, None)) is not None:
+            self._scheduler.release(held)
+        elif (sequence := self._scheduler.get(attempt)) is not None:
+            if sequence.state in (SequenceState.RUNNING, SequenceState.PREEMPTED):
+                attempt.num_handed_on = max(attempt.num_handed_on, sequence.num_generated)
+            self._scheduler.cancel(attempt)
+
+    def _turn(self) -> None:
+        """What happens between two steps, and the beginning of the next."""
+        now_s = self._agenda.now_s
+        self._step = None
+        self._began_s = now_s
+        if self._commands:
+            commands, self._commands = self._commands, []
+            for apply, _ in commands:
+                apply()
+        scheduler = self._scheduler
+        for sequence in scheduler.reserve(now_s):
+            self._listener.decode_reserved(attempt_of(sequence))
+        steps = None if self._step_by_step else scheduler.fast_forward()
+        if steps is not None:
+            coefficients = self.spec.cost.decode_line(steps.num_sequences)
+            self._step = run = FastRun(steps, coefficients, now_s)
+            self._agenda.at_step_end(run.end_s, self._end_run, run)
+        elif chunks := scheduler.next_batch(now_s):
+            self._begin_step(chunks)
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _begin_step(self, chunks: list[Chunk]) -> None:
+        now_s = self._agenda.now_s
+        self._step = chunks
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.is_prompt and chunk.start == sequence.num_cached and not _has_drawn(sequence):
+                self._listener.prefill_started(attempt_of(sequence), sequence.num_cached)
+        cost = self._totals.count_step(self.spec.load_of(chunks))
+        cold_s = 0.0
+        if self.spec.cold_step_factor and now_s - self._results_s > PAUSE_S:
+            cold_s = self.spec.cold_step_factor * cost.total_s
+            self._totals.count_more(cold_s)
+        self._results_s = max(self._results_s, now_s + cold_s + cost.total_s)
+        if cost.interval_s < cost.total_s and all(chunk.sequence.hand_over for chunk in chunks):
+            step = (chunks, self._life)
+            self._agenda.at_step_end(now_s + cold_s + cost.interval_s, self._next_step, step)
+            self._agenda.at_step_end(self._results_s, self._end_pipeline, step)
+        else:
+            self._agenda.at_step_end(self._results_s, self._end_step, chunks)
+
+    def _next_step(self, step: tuple[list[Chunk], int]) -> None:
+        """The first stage is free. What follows in order finds the KV of these chunks, so the scheduler may go on."""
+        chunks, life = step
+        if life == self._life:
+            self._computed(chunks)
+            self._turn()
+
+    def _end_pipeline(self, step: tuple[list[Chunk], int]) -> None:
+        chunks, life = step
+        if life == self._life:
+            self._take_results(chunks)
+
+    def _end_step(self, chunks: list[Chunk]) -> None:
+        if self._step is not chunks:
+            return  # lost with the instance
+        if self._late_s > 0:
+            late_s, self._late_s = self._late_s, 0.0
+            self._totals.count_more(late_s)
+            self._results_s = self._agenda.now_s + late_s
+            self._agenda.at_step_end(self._results_s, self._end_step, chunks)
+            return
+        self._computed(chunks)
+        self._take_results(chunks)
+        self._turn()
+
+    def _computed(self, chunks: list[Chunk]) -> None:
+        """The KV of the chunks is there."""
+        for chunk in chunks:
+            if self._scheduler.computed(chunk) and chunk.samples and chunk.sequence.hand_over:
+                self._hold(chunk.sequence)
+
+    def _take_results(self, chunks: list[Chunk]) -> None:
+        """The tokens that were drawn are there."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if not chunk.samples:
+                continue
+            attempt = attempt_of(sequence)
+            if sequence.hand_over:
+                if self._held.get(attempt) is sequence:
+                    self._tell_first_token(sequence)
+            elif self._scheduler.get(attempt) is sequence:
+                is_first = not _has_drawn(sequence)
+                self._scheduler.generated(attempt, 0)
+                if is_first:
+                    self._tell_first_token(sequence)
+                elif sequence.num_tokens == len(sequence.request.token_ids) + 2:
+                    self._listener.second_token(attempt, self._began_s, self._agenda.now_s)
+                if sequence.num_tokens >= self._scheduler.length_limit(sequence):
+                    self._finish(sequence)
+
+    def _tell_first_token(self, sequence: Sequence) -> None:
+        assert sequence.started_s is not None, "what is finished was started"
+        self._listener.prefill_finished(attempt_of(sequence), sequence.started_s)
+
+    def _end_run(self, run: FastRun) -> None:
+        if self._step is not run or run.end_s != self._agenda.now_s:
+            return  # lost with the instance, or cut short meanwhile
+        self._results_s = run.end_s
+        self._take_run(run, run.num_steps)
+        self._turn()
+
+    def _take_run(self, run: FastRun, num_done: int) -> None:
+        """So many of its steps are done."""
+        self._totals.count_run(run)
+        if num_done == 0:
+            return
+        second_s = run.end_of(1)
+        for sequence in run.steps.newcomers:
+            self._listener.second_token(attempt_of(sequence), run.began_s, second_s)
+        for sequence in self._scheduler.advance(num_done):
+            self._finish(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence.key)
+        self._listener.decode_finished(attempt_of(sequence))
+
+    # --- held KV -----------------------------------------------------------------------------------------------------
+
+    def _hold(self, sequence: Sequence) -> None:
+        attempt = attempt_of(sequence)
+        self._held[attempt] = sequence
+        ends_s = self._agenda.now_s + self.spec.lease_s
+        if ends_s < float("inf"):
+            self._leases.append((ends_s, attempt, sequence))
+            if len(self._leases) == 1:
+                self._agenda.at(ends_s, self._end_leases, self._life)
+
+    def _end_leases(self, life: int) -> None:
+        """KV that nobody fetched in time gives its blocks back. One event is pending, for the first lease."""
+        if life != self._life:
+            self._leases.clear()
+            return
+        now_s = self._agenda.now_s
+        while self._leases:
+            ends_s, attempt, sequence = self._leases[0]
+            is_held = self._held.get(attempt) is sequence
+            if is_held and ends_s > now_s:
+                self._agenda.at(ends_s, self._end_leases, self._life)
+                return
+            self._leases.popleft()
+            if is_held:
+                self.release(attempt)
+                self._listener.lease_ended(attempt)
+
+
+def attempt_of(sequence: Sequence) -> Attempt:
+    assert isinstance(sequence.key, Attempt)
+    return sequence.key
+
+
+def _has_drawn(sequence: Sequence) -> bool:
+    """Whether the attempt has its first token."""
+    return sequence.num_tokens > len(sequence.request.token_ids)
