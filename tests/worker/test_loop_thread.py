@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from tandem.core.errors import CheckpointError
-from tandem.worker.loop_thread import LoopThread, StepLoop
+from tandem.worker.loop_thread import LoopThread
 
 
 class Doubler:
@@ -23,7 +23,10 @@ class Doubler:
     def prepare(self) -> bool:
         return bool(self.pending)
 
-    def compute(self) -> None:
+    def launch(self) -> None:
+        pass
+
+    def collect(self) -> None:
         for command in self.pending:
             if command == -1:
                 raise ZeroDivisionError
@@ -56,11 +59,11 @@ class Collector:
 async def test_commands_are_worked_off_in_order_on_the_loops_own_thread() -> None:
     loop, collector = Doubler(), Collector()
 
-    def make() -> StepLoop[int, int]:
+    def make() -> Doubler:
         loop.thread = threading.current_thread().name
         return loop
 
-    thread: LoopThread[int, int] = LoopThread("counting", make, collector.deliver, collector.crashed)
+    thread: LoopThread = LoopThread("counting", make, collector.deliver, collector.crashed)
     await thread.start()
     assert loop.thread == "counting"
     for number in range(100):
@@ -77,7 +80,7 @@ async def test_commands_are_worked_off_in_order_on_the_loops_own_thread() -> Non
 
 async def test_what_breaks_the_loop_is_told() -> None:
     collector = Collector()
-    thread: LoopThread[int, int] = LoopThread("breaking", Doubler, collector.deliver, collector.crashed)
+    thread: LoopThread = LoopThread("breaking", Doubler, collector.deliver, collector.crashed)
     await thread.start()
     thread.post(-1)
     async with asyncio.timeout(5):
@@ -86,12 +89,27 @@ async def test_what_breaks_the_loop_is_told() -> None:
     await thread.stop()
 
 
+async def test_what_breaks_the_delivery_of_events_is_told_too() -> None:
+    collector = Collector()
+
+    def deliver(events: list[int]) -> None:
+        raise KeyError(events[0])
+
+    thread: LoopThread = LoopThread("delivering", Doubler, deliver, collector.crashed)
+    await thread.start()
+    thread.post(3)
+    async with asyncio.timeout(5):
+        await collector.news.wait()
+    assert isinstance(collector.crash, KeyError)
+    await thread.stop()
+
+
 async def test_a_loop_that_cannot_be_made_is_told_to_whoever_starts_it() -> None:
-    def make() -> StepLoop[int, int]:
+    def make() -> Doubler:
         raise CheckpointError("no such model")
 
     collector = Collector()
-    thread: LoopThread[int, int] = LoopThread("unmade", make, collector.deliver, collector.crashed)
+    thread: LoopThread = LoopThread("unmade", make, collector.deliver, collector.crashed)
     with pytest.raises(CheckpointError, match="no such model"):
         await thread.start()
     await thread.stop()
@@ -112,7 +130,7 @@ class Checked(Doubler):
 
 async def test_self_checks_come_once_after_the_work_and_not_between_two_turns_of_it() -> None:
     loop, collector = Checked(), Collector()
-    thread: LoopThread[int, int] = LoopThread("checked", lambda: loop, collector.deliver, collector.crashed, 0.001)
+    thread: LoopThread = LoopThread("checked", lambda: loop, collector.deliver, collector.crashed)
     await thread.start()
     assert await asyncio.to_thread(loop.checked.wait, 5)
     await asyncio.sleep(0.05)
