@@ -1,15 +1,13 @@
 """The commands without a cluster: help, wrong use, and what they say when nothing runs."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tandem.cli.main import main
+from tests.absent import run_without
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = [
     "profile", "plan", "simulate", "serve", "status", "chat", "scale", "stop", "schema", "doctor", "version",
 ]  # fmt: skip
@@ -112,22 +110,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("tandem ")
 
 
-def run_without(modules: str, statement: str) -> subprocess.CompletedProcess[str]:
-    """A Python in which importing any of `modules` fails as if it were not installed."""
-    code = f"""\
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {modules.split()!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Absent())
-{statement}
-"""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-
-
 def test_help_loads_none_of_the_libraries_that_a_command_needs() -> None:
     heavy = "torch ray transformers matplotlib scipy numpy yaml grpc starlette tokenizers"
     ended = run_without(heavy, "from tandem.cli.main import main; sys.exit(main(['--help']))")
@@ -145,16 +127,12 @@ def test_help_loads_none_of_the_libraries_that_a_command_needs() -> None:
         ("typer", ["status"], "`tandem` needs `pip install 'tandem-serve[cli]'`"),
     ],
 )
-def test_a_command_names_the_extra_that_it_lacks(
-    absent: str, argv: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_names_the_extra_that_it_lacks(absent: str, argv: list[str], sentence: str, tmp_path: Path) -> None:
     (tmp_path / "slo.yaml").write_text(
         "model: Llama-3.1-8B\ncluster: {nodes: [{device: H100, devices: 1}]}\n"
         "slo: [{ttft_s: 1, tpot_s: 1}]\nworkload: {dataset: sharegpt, rate: 1}\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(tmp_path)
-    ended = run_without(absent, f"from tandem.cli.main import main; sys.exit(main({argv!r}))")
+    ended = run_without(absent, f"from tandem.cli.main import main; sys.exit(main({argv!r}))", tmp_path)
     assert ended.returncode == 1
     assert sentence in ended.stderr
     assert "Traceback" not in ended.stderr
