@@ -11,6 +11,12 @@ from tests.absent import run_without
 COMMANDS = [
     "profile", "plan", "simulate", "serve", "status", "chat", "scale", "stop", "schema", "doctor", "version",
 ]  # fmt: skip
+SLO = """\
+model: Llama-3.1-8B
+cluster: {nodes: [{device: H100-80GB-SXM5, devices: 1}]}
+slo: [{ttft_s: 1, tpot_s: 1}]
+workload: {dataset: sharegpt, rate: 1}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -128,11 +134,43 @@ def test_help_loads_none_of_the_libraries_that_a_command_needs() -> None:
     ],
 )
 def test_a_command_names_the_extra_that_it_lacks(absent: str, argv: list[str], sentence: str, tmp_path: Path) -> None:
-    (tmp_path / "slo.yaml").write_text(
-        "model: Llama-3.1-8B\ncluster: {nodes: [{device: H100, devices: 1}]}\n"
-        "slo: [{ttft_s: 1, tpot_s: 1}]\nworkload: {dataset: sharegpt, rate: 1}\n"
-    )
+    (tmp_path / "slo.yaml").write_text(SLO)
     ended = run_without(absent, f"from tandem.cli.main import main; sys.exit(main({argv!r}))", tmp_path)
     assert ended.returncode == 1
     assert sentence in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+_ONLY_FOR_SERVE = (
+    "torch tokenizers safetensors starlette uvicorn httptools uvloop orjson prometheus_client grpc_health "
+    "grpc_reflection"
+)
+_ONLY_FOR_PLAN = "scipy matplotlib"
+_PLAN = """\
+model: Llama-3.1-8B
+verdict: colocate
+slo_file: slo.yaml
+groups: [{role: colocated, instances: 1, device: H100-80GB-SXM5, kv_tokens: 100000}]
+"""
+_SIMULATE = """\
+import tandem.cli.plan, tandem.placement.planner
+from tandem.cli.main import main
+assert main(["simulate", "plan.yaml", "--requests", "20", "--report", "run.html"]) == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "statements"),
+    [
+        ("cli", "from tandem.cli import chat, scale, schema, status, stop, version"),
+        ("plan", _SIMULATE),
+        ("serve", "import tandem.router.app, tandem.prefill_worker.app, tandem.decode_worker.app"),
+        ("serve", "from tandem.cli import serve, doctor"),
+    ],
+)
+def test_an_extra_is_enough_for_its_commands(extra: str, statements: str, tmp_path: Path) -> None:
+    (tmp_path / "slo.yaml").write_text(SLO)
+    (tmp_path / "plan.yaml").write_text(_PLAN)
+    absent = {"cli": f"{_ONLY_FOR_SERVE} {_ONLY_FOR_PLAN} numpy", "plan": _ONLY_FOR_SERVE, "serve": _ONLY_FOR_PLAN}
+    ended = run_without(f"{absent[extra]} ray tqdm", statements, tmp_path)
+    assert ended.returncode == 0, ended.stderr
