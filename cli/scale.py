@@ -18,8 +18,8 @@ examples:
 
 
 def run(
-    prefill: Annotated[int | None, typer.Option(help="number of prefill workers")] = None,
-    decode: Annotated[int | None, typer.Option(help="number of decode workers")] = None,
+    prefill: Annotated[int | None, typer.Option(min=1, help="number of prefill workers")] = None,
+    decode: Annotated[int | None, typer.Option(min=1, help="number of decode workers")] = None,
     pid: Pid = None,
 ) -> int:
     """Change the number of workers of the running `tandem serve`. New workers join when their model is loaded; workers
@@ -28,9 +28,6 @@ def run(
     wanted = {role: number for role, number in (("prefill", prefill), ("decode", decode)) if number is not None}
     if not wanted:
         raise ConfigError("give --prefill N, --decode N or both")
-    for role, number in wanted.items():
-        if number < 1:
-            raise ConfigError(f"--{role} must be at least 1, not {number}")
     state = find_run(pid)
     state_folders().leave_scale(state.pid, wanted)
     os.kill(state.pid, signal.SIGUSR1)

@@ -67,7 +67,10 @@ def test_nothing_runs(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
     ("argv", "sentence"),
     [
         (["scale"], "give --prefill N, --decode N or both"),
-        (["scale", "--prefill", "0"], "--prefill must be at least 1, not 0"),
+        (
+            ["scale", "--prefill", "0"],
+            "Invalid value for '--prefill': Input should be greater than or equal to 1; see tandem scale --help",
+        ),
         (["serve", "none.yaml"], "none.yaml does not exist"),
         (
             ["serve", "--set", "model=/m", "--set", "decode.engine.thread=1"],
