@@ -50,7 +50,7 @@ def run(
         Path | None, typer.Option("--output", "-o", help="the plan (default: plan.yaml, if there is none yet)")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="write a page (HTML) that says why")] = None,
-    workers: Annotated[int, typer.Option(help="processes that simulate (0: one per core)")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="processes that simulate (0: one per core)")] = 0,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -71,8 +71,6 @@ def run(
         return 0
     if file is None:
         raise ConfigError("name an SLO file: tandem plan slo.yaml (or --devices, or --models)")
-    if workers < 0:
-        raise ConfigError(f"--workers must be 0 or more, not {workers}")
     if workers and ray:
         raise ConfigError("--workers is for this machine alone; a Ray cluster has its own number of cores")
     slo = apply_overrides(load_config(file, SloFile), settings)

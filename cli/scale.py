@@ -18,9 +18,9 @@ examples:
 
 
 def run(
-    prefill: Annotated[int | None, typer.Option(help="number of prefill workers")] = None,
-    decode: Annotated[int | None, typer.Option(help="number of decode workers")] = None,
-    colocated: Annotated[int | None, typer.Option(help="number of workers that do both")] = None,
+    prefill: Annotated[int | None, typer.Option(min=1, help="number of prefill workers")] = None,
+    decode: Annotated[int | None, typer.Option(min=1, help="number of decode workers")] = None,
+    colocated: Annotated[int | None, typer.Option(min=1, help="number of workers that do both")] = None,
     pid: Pid = None,
 ) -> int:
     """Change the number of workers of the running `tandem serve`. New workers join when their model is loaded; workers
@@ -30,9 +30,6 @@ def run(
     wanted = {role: number for role, number in asked.items() if number is not None}
     if not wanted:
         raise ConfigError("give at least one of --prefill N, --decode N and --colocated N")
-    for role, number in wanted.items():
-        if number < 1:
-            raise ConfigError(f"--{role} must be at least 1, not {number}")
     state = find_run(pid)
     state_folders().leave_scale(state.pid, wanted)
     os.kill(state.pid, signal.SIGUSR1)

@@ -140,8 +140,11 @@ async def _scale(serving: Serving, folders: StateFolders, grace_s: float) -> Non
 
 
 async def _watch(plan: Plan, serving: Serving, state: RunState) -> None:
-    from tandem.deploy.plan_watch import watch_plan  # SciPy, which a serve file does not need
-
+    try:
+        from tandem.deploy.plan_watch import watch_plan  # SciPy, which a serve file does not need
+    except ModuleNotFoundError as error:
+        print_line(f"  plan: not compared with live requests; that needs `pip install 'tandem-serve[plan]'` ({error})")
+        return
     await watch_plan(plan, serving.config, Path(state.log_folder), lambda note: print_line(f"  plan: {note}"))
 
 

@@ -1,6 +1,6 @@
-"""The public face: `from tandem import Client`.
+"""The public API: `from tandem import Client`.
 
-Names are looked up when first used, because every server process imports `tandem.v1` and none of them needs the client.
+Its names are imported when first used: every server process imports `tandem.v1`, and none of them needs the client.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,12 +1,12 @@
-"""Clients of a router's gRPC API. They need grpcio, protobuf and `core`, nothing else of the house.
+"""Clients of a router's gRPC API. They need grpcio and protobuf, and of Tandem only `tandem.core`.
 
     with Client("127.0.0.1:8001") as client:
         print(client.generate(prompt="def read_json(path):", max_tokens=64, temperature=0).text)
         for delta in client.stream(messages=[{"role": "user", "content": "hello"}]):
             print(delta.text, end="", flush=True)
 
-Every failure is one of `core.errors`: UnavailableError when no router answers, InvalidRequestError and its kin for what
-it refuses, DeadlineError when `timeout_s` has passed.
+Every failure is one of `tandem.core.errors`: UnavailableError when no router answers, InvalidRequestError and its
+subclasses for refused requests, DeadlineError when `timeout_s` has passed.
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -20,7 +20,7 @@ from tandem.messages import delta_from_pb, request_to_pb
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
-# A router permits pings this frequent; without all three a hung peer is noticed after a minute or never.
+# A router permits pings this frequent. Without all three options a hung router is noticed after a minute or never.
 _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -32,7 +32,7 @@ DEFAULT_ADDRESS = "127.0.0.1:8001"
 
 
 class Stream(Iterator[Delta]):
-    """A running answer. The request is sent at once; `close`, or leaving its `with` block, cancels what is left."""
+    """A running answer. The request is sent at once; `close`, or the end of its `with` block, cancels the rest."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
@@ -44,7 +44,7 @@ class Stream(Iterator[Delta]):
             raise error_from_rpc(error) from error
 
     def close(self) -> None:
-        """Give up the answer; the router frees all that it holds. Does nothing after the end."""
+        """Cancel the answer; the router frees its resources. Does nothing after the end."""
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -62,16 +62,16 @@ class Client:
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
-        """The whole answer to one prompt."""
+        """The complete answer to one prompt."""
         with self.stream(**options) as stream:
             return join_deltas(stream)
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Stream:
-        """The answer piece by piece, as it is generated."""
+        """The answer as it is generated, one message after the other."""
         return Stream(self._stub.Generate(request_to_pb(options), timeout=options.get("timeout_s")))
 
     def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:
-        """The models that can be asked for now."""
+        """The models that the router serves now."""
         try:
             response = self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
@@ -103,7 +103,7 @@ class AsyncStream(AsyncIterator[Delta]):
             raise error_from_rpc(error) from error
 
     def close(self) -> None:
-        """Give up the answer; the router frees all that it holds. Does nothing after the end."""
+        """Cancel the answer; the router frees its resources. Does nothing after the end."""
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -123,16 +123,16 @@ class AsyncClient:
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
-        """The whole answer to one prompt."""
+        """The complete answer to one prompt."""
         async with self.stream(**options) as stream:
             return join_deltas([delta async for delta in stream])
 
     def stream(self, **options: Unpack[GenerateOptions]) -> AsyncStream:
-        """The answer piece by piece, as it is generated."""
+        """The answer as it is generated, one message after the other."""
         return AsyncStream(self._stub.Generate(request_to_pb(options), timeout=options.get("timeout_s")))
 
     async def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:
-        """The models that can be asked for now."""
+        """The models that the router serves now."""
         try:
             response = await self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout_s)
         except grpc.RpcError as error:

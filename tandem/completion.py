@@ -1,4 +1,4 @@
-"""What a client asks of a router and what it gets back, as values."""
+"""Values of the client: options of a request, messages of a stream, a complete answer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from tandem.core.timeline import Timeline
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of `Client.generate` and `Client.stream`. Give exactly one of the three prompts.
 
-    What is left out takes the router's default: temperature 1, no limits, a seed that the router draws, as many tokens
-    as the model's context holds. `core.request.SamplingParams` says what each setting means.
+    Defaults are the router's: temperature 1, no limits, a random seed, as many tokens as the model's context holds.
+    `tandem.core.request.SamplingParams` says what each setting means.
     """
 
     prompt: str
@@ -31,12 +31,12 @@ class GenerateOptions(TypedDict, total=False):
     seed: int
     logprobs: int  # alternatives beside each token; 0: the token alone
     prompt_logprobs: int
-    stop: str | Sequence[str]  # the answer ends before the first that appears
+    stop: str | Sequence[str]  # the answer ends before the first of them that appears
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     request_id: str  # a request with the id of a running one is refused
     cache_salt: str  # requests share cached prefixes only with equal salts
-    timeout_s: float  # deadline of the whole answer; the router gives up then too
+    timeout_s: float  # deadline of the complete answer, for the router too
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,9 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one message of a stream adds. The last one has `finish_reason`, `usage` and `timeline`, others do not.
+    """One message of a stream. Only the last one has `finish_reason`, `usage` and `timeline`.
 
-    `prompt_logprobs` comes with the first one, where asked for; the first prompt token has none.
+    The first one has `prompt_logprobs`, if requested; the first prompt token has no log-probability.
     """
 
     request_id: str
@@ -67,7 +67,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One whole answer. `logprobs` is empty unless asked for, else one for each of `token_ids`."""
+    """A complete answer. `logprobs` is empty unless requested, else it has one for each of `token_ids`."""
 
     request_id: str
     text: str
@@ -88,7 +88,7 @@ class ModelInfo:
 
 
 def join_deltas(deltas: Iterable[Delta]) -> Completion:
-    """The answer that a whole stream spells. Raises UnavailableError if the stream ended without its last message."""
+    """The answer of a complete stream. Raises UnavailableError if the stream ended without its last message."""
     collected = list(deltas)
     last = collected[-1] if collected else None
     if last is None or last.finish_reason is None or last.usage is None or last.timeline is None:
@@ -101,5 +101,5 @@ def join_deltas(deltas: Iterable[Delta]) -> Completion:
         usage=last.usage,
         timeline=last.timeline,
         logprobs=tuple(logprob for delta in collected for logprob in delta.logprobs),
-        prompt_logprobs=next((d.prompt_logprobs for d in collected if d.prompt_logprobs is not None), None),
+        prompt_logprobs=next((delta.prompt_logprobs for delta in collected if delta.prompt_logprobs is not None), None),
     )

@@ -19,7 +19,7 @@ _SAMPLING = frozenset(field.name for field in common_pb2.SamplingParams.DESCRIPT
 
 
 def request_to_pb(options: GenerateOptions) -> inference_pb2.GenerateRequest:
-    """Raises InvalidRequestError for what cannot be put into a message; the router judges the rest."""
+    """Raises InvalidRequestError for options that do not fit into a message; the router validates the rest."""
     given = [name for name in _PROMPTS if options.get(name) is not None]
     if len(given) != 1:
         raise InvalidRequestError(f"give exactly one of prompt, messages and token_ids, not {len(given)}")
@@ -71,7 +71,7 @@ def _usage_from_pb(pb: common_pb2.Usage) -> Usage:
 
 
 def _timeline_from_pb(pb: common_pb2.Timeline, usage: common_pb2.Usage) -> Timeline:
-    """Stamps in seconds since the router received the request. Stages of a newer router are left out."""
+    """Times in seconds since the router received the request. Unknown stages, of a newer router, are left out."""
     stamps = {Stage.RECEIVED: 0.0}
     stamps |= {_STAGES[stamp.stage]: stamp.at_s for stamp in pb.stamps if stamp.stage in _STAGES}
     return Timeline(

@@ -18,7 +18,7 @@ PARAM_KEY = "tandem-param"
 
 
 class RpcFailure(Protocol):
-    """What a failed call tells, of grpc and of grpc.aio alike."""
+    """A failed call of grpc or grpc.aio."""
 
     def code(self) -> grpc.StatusCode: ...
     def details(self) -> str | None: ...
@@ -30,7 +30,7 @@ def _text_metadata(metadata: Any) -> dict[str, str]:
 
 
 def error_from_rpc(rpc_error: RpcFailure) -> TandemError:
-    """The error that the other side raised, or, when the call itself failed, what that means to the caller."""
+    """The error that the server raised, or, when the call itself failed, the error that the caller should see."""
     metadata = _text_metadata(rpc_error.trailing_metadata())
     details = rpc_error.details() or "no reason given"
     if code := metadata.get(CODE_KEY):

@@ -23,19 +23,22 @@ class Served:
     output: Path
     http: str
     grpc: str
+    cwd: Path = ROOT
 
     def tandem(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return run_python(["-m", "tandem.cli.main", *arguments], self.environment, stdin)
+        return run_python(["-m", "tandem.cli.main", *arguments], self.environment, stdin, self.cwd)
 
     def wait_for(self, pattern: str) -> "re.Match[str]":
         return wait_for(self.process, self.output, pattern)
 
 
-def run_python(arguments: list[str], environment: dict[str, str], stdin: str = "") -> subprocess.CompletedProcess[str]:
+def run_python(
+    arguments: list[str], environment: dict[str, str], stdin: str = "", cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
-        cwd=ROOT,
+        cwd=cwd,
         input=stdin,
         capture_output=True,
         text=True,
@@ -54,11 +57,13 @@ def wait_for(process: subprocess.Popen[str], output: Path, pattern: str) -> "re.
     raise AssertionError(f"{pattern} was never printed:\n{output.read_text()}")
 
 
-def start(folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], dict[str, str], Path]:
-    """`folder` has a short path, as those of Ray's sockets must be."""
+def start(
+    folder: Path, *arguments: str, package: Path = ROOT, cwd: Path = ROOT
+) -> tuple[subprocess.Popen[str], dict[str, str], Path]:
+    """`folder` has a short path, as the paths of Ray's sockets must be. `package` holds the `tandem` that is run."""
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(package),
         "TANDEM_STATE_DIR": str(folder / "state"),
         "TMPDIR": str(folder),
         "OMP_NUM_THREADS": "1",
@@ -68,7 +73,7 @@ def start(folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], dict[st
         process = subprocess.Popen(
             [sys.executable, "-m", "tandem.cli.main", "serve", *arguments, *FREE_PORTS],
             env=environment,
-            cwd=ROOT,
+            cwd=cwd,
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,
@@ -77,9 +82,9 @@ def start(folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], dict[st
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[Served]:
+def serving(folder: Path, *arguments: str, package: Path = ROOT, cwd: Path = ROOT) -> Iterator[Served]:
     """Ready, and stopped at the end unless it has ended before."""
-    process, environment, output = start(folder, *arguments)
+    process, environment, output = start(folder, *arguments, package=package, cwd=cwd)
     try:
         wait_for(process, output, r"^Ctrl-C ends it\.$")
         text = output.read_text()
@@ -87,7 +92,7 @@ def serving(folder: Path, *arguments: str) -> Iterator[Served]:
         grpc = re.search(r"gRPC  (\S+)", text)
         assert http is not None
         assert grpc is not None
-        yield Served(process, environment, output, http[1], grpc[1])
+        yield Served(process, environment, output, http[1], grpc[1], cwd)
     finally:
         family = family_of(process.pid) if process.poll() is None else []
         if process.poll() is None:

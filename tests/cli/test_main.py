@@ -1,18 +1,22 @@
 """The commands without a cluster: help, wrong use, and what they say when nothing runs."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tandem.cli.main import main
+from tests.absent import run_without
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = [
     "profile", "plan", "simulate", "serve", "status", "chat", "scale", "stop", "schema", "doctor", "version",
 ]  # fmt: skip
+SLO = """\
+model: Llama-3.1-8B
+cluster: {nodes: [{device: H100-80GB-SXM5, devices: 1}]}
+slo: [{ttft_s: 1, tpot_s: 1}]
+workload: {dataset: sharegpt, rate: 1}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +67,10 @@ def test_nothing_runs(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
     ("argv", "sentence"),
     [
         (["scale"], "give --prefill N, --decode N or both"),
-        (["scale", "--prefill", "0"], "--prefill must be at least 1, not 0"),
+        (
+            ["scale", "--prefill", "0"],
+            "Invalid value for '--prefill': Input should be greater than or equal to 1; see tandem scale --help",
+        ),
         (["serve", "none.yaml"], "none.yaml does not exist"),
         (
             ["serve", "--set", "model=/m", "--set", "decode.engine.thread=1"],
@@ -112,22 +119,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("tandem ")
 
 
-def run_without(modules: str, statement: str) -> subprocess.CompletedProcess[str]:
-    """A Python in which importing any of `modules` fails as if it were not installed."""
-    code = f"""\
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {modules.split()!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Absent())
-{statement}
-"""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-
-
 def test_help_loads_none_of_the_libraries_that_a_command_needs() -> None:
     heavy = "torch ray transformers matplotlib scipy numpy yaml grpc starlette tokenizers"
     ended = run_without(heavy, "from tandem.cli.main import main; sys.exit(main(['--help']))")
@@ -145,16 +136,44 @@ def test_help_loads_none_of_the_libraries_that_a_command_needs() -> None:
         ("typer", ["status"], "`tandem` needs `pip install 'tandem-serve[cli]'`"),
     ],
 )
-def test_a_command_names_the_extra_that_it_lacks(
-    absent: str, argv: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "slo.yaml").write_text(
-        "model: Llama-3.1-8B\ncluster: {nodes: [{device: H100, devices: 1}]}\n"
-        "slo: [{ttft_s: 1, tpot_s: 1}]\nworkload: {dataset: sharegpt, rate: 1}\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(tmp_path)
-    ended = run_without(absent, f"from tandem.cli.main import main; sys.exit(main({argv!r}))")
+def test_a_command_names_the_extra_that_it_lacks(absent: str, argv: list[str], sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "slo.yaml").write_text(SLO)
+    ended = run_without(absent, f"from tandem.cli.main import main; sys.exit(main({argv!r}))", tmp_path)
     assert ended.returncode == 1
     assert sentence in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+_ONLY_FOR_SERVE = (
+    "torch tokenizers safetensors starlette uvicorn httptools uvloop orjson prometheus_client grpc_health "
+    "grpc_reflection"
+)
+_ONLY_FOR_PLAN = "scipy matplotlib"
+_PLAN = """\
+model: Llama-3.1-8B
+verdict: colocate
+slo_file: slo.yaml
+groups: [{role: colocated, instances: 1, device: H100-80GB-SXM5, kv_tokens: 100000}]
+"""
+_SIMULATE = """\
+import tandem.cli.plan, tandem.placement.planner
+from tandem.cli.main import main
+assert main(["simulate", "plan.yaml", "--requests", "20", "--report", "run.html"]) == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "statements"),
+    [
+        ("cli", "from tandem.cli import chat, scale, schema, status, stop, version"),
+        ("plan", _SIMULATE),
+        ("serve", "import tandem.router.app, tandem.prefill_worker.app, tandem.decode_worker.app"),
+        ("serve", "from tandem.cli import serve, doctor"),
+    ],
+)
+def test_an_extra_is_enough_for_its_commands(extra: str, statements: str, tmp_path: Path) -> None:
+    (tmp_path / "slo.yaml").write_text(SLO)
+    (tmp_path / "plan.yaml").write_text(_PLAN)
+    absent = {"cli": f"{_ONLY_FOR_SERVE} {_ONLY_FOR_PLAN} numpy", "plan": _ONLY_FOR_SERVE, "serve": _ONLY_FOR_PLAN}
+    ended = run_without(f"{absent[extra]} ray tqdm", statements, tmp_path)
+    assert ended.returncode == 0, ended.stderr

@@ -119,7 +119,7 @@ def test_a_plan_edited_by_hand_is_not_replaced_by_chance(
     [
         ([], "name an SLO file: tandem plan slo.yaml (or --devices, or --models)"),
         (["none.yaml"], "none.yaml does not exist"),
-        (["slo.yaml", "--workers", "-1"], "--workers must be 0 or more, not -1"),
+        (["slo.yaml", "--workers", "-1"], "Invalid value for '--workers': Input should be greater than or equal to 0"),
         (["slo.yaml", "--ray", "local", "--workers", "2"], "--workers is for this machine alone"),
         (["slo.yaml", "-o", "."], ". is a folder; name a file"),
         (
