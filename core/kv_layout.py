@@ -1,4 +1,4 @@
-"""Order and size of KV blocks in a worker's memory, and the fingerprint two workers compare before bytes move.
+"""Order and size of KV blocks in an instance's memory, and the fingerprint that instances compare before a transfer.
 
 One pool per rank, one contiguous allocation:
 
@@ -21,7 +21,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class KvLayout:
     """Shape of one rank's KV pool.
 
-    `weights_hash` names the checkpoint (its files' content), so that two workers of different weights never share KV.
+    `weights_hash` identifies the checkpoint's content, so that instances with different weights do not exchange KV.
     """
 
     num_layers: int
@@ -51,17 +51,13 @@ class KvLayout:
     def pool_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
 
-    def segment_offset(self, layer: int, kv: int, block: int) -> int:
-        """Byte offset in the pool of block `block` of K (`kv`=0) or V (`kv`=1) of `layer`."""
-        return ((layer * 2 + kv) * self.num_blocks + block) * self.segment_bytes
-
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks needed to hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     @property
     def fingerprint(self) -> str:
-        """Equal exactly when blocks of one pool mean the same in the other. The number of blocks does not matter."""
+        """32 hex digits; equal if blocks of one pool can be used in the other. The number of blocks may differ."""
         parts = (
             LAYOUT_VERSION,
             self.weights_hash,

@@ -117,14 +117,6 @@ class ModelShape:
         return self.num_layers * self.attention_weights + dense + self.num_moe_layers * self.moe_layer_weights
 
     @property
-    def active_layer_weights(self) -> int:
-        """Weights that one token is multiplied with, over all layers."""
-        if self.moe is None:
-            return self.layer_weights
-        idle = self.moe.num_experts - self.moe.top_k
-        return self.layer_weights - self.num_moe_layers * idle * self.mlp_weights(self.moe.intermediate_size)
-
-    @property
     def num_parameters(self) -> int:
         """Distinct weights, embeddings and positions included."""
         tables = self.vocab_size * (1 if self.tied_embeddings else 2) + self.num_positions

@@ -1,8 +1,8 @@
-"""What a checkpoint's config.json says about the model: its shape, its size, and the features the engine must have.
+"""A model's shape and features, as its checkpoint's config.json describes them.
 
-Pure: reads a dictionary, knows neither files nor torch. Whatever would make the model compute something else than its
-authors meant (an unknown architecture, quantisation, an unknown RoPE) is refused here with a CheckpointError.
-Defaults of absent fields are those of the Hugging Face configuration classes.
+Pure: reads a dictionary, no files, no torch. A configuration that the engine would compute wrongly (an unknown
+architecture, quantisation, an unknown RoPE) is refused with a CheckpointError. Absent fields have the defaults of the
+Hugging Face configuration classes.
 """
 
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from tandem.core.errors import CheckpointError
 Family = Literal["llama", "opt"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
-# OPT's table of learned positions begins with rows for padding.
+# OPT's table of learned positions begins with this many rows for padding.
 OPT_POSITION_OFFSET = 2
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding. What a kind does not use has its neutral value.
+    """Rotary position embedding. Fields that a kind does not use have a neutral value.
 
-    `original_max_positions` is the context the model was trained with before it was stretched by `factor`.
+    `original_max_positions` is the context that the model was trained with, before `factor` stretched it.
     """
 
     kind: RopeKind = "default"
@@ -44,10 +44,10 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder-only language model of a family the engine knows.
+    """A decoder-only language model of a supported family.
 
-    `sliding_windows` has one entry per layer: None for full attention, else how many tokens a token sees, itself
-    included. `rope` None means learned absolute positions (OPT). `eos_token_ids` end a generation.
+    `sliding_windows` has one entry per layer: None for full attention, else the number of tokens that a token attends
+    to, itself included. `rope` None means learned absolute positions (OPT). `eos_token_ids` end a generation.
     `dtype` is the checkpoint's own.
     """
 
@@ -86,7 +86,7 @@ class ModelSpec:
 
     @property
     def max_context_tokens(self) -> int:
-        """Longest sequence the model's positions allow, stretched RoPE included."""
+        """The longest sequence that the model's positions allow, stretched RoPE included."""
         if self.rope is not None and self.rope.kind in ("yarn", "dynamic"):
             return max(self.max_position_embeddings, int(self.rope.original_max_positions * self.rope.factor))
         return self.max_position_embeddings
@@ -147,7 +147,7 @@ def _llama_spec(fields: Fields, architecture: str, generation_config: Mapping[st
     fields.require("hidden_act", "silu", ("silu", "swish"))
     num_layers = fields.count("num_hidden_layers")
     hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    # Attributes that a family's class does not have are ignored there, and so they are here.
+    # Fields that a family's configuration class does not have are ignored, as in Hugging Face.
     bias = fields.flag("attention_bias", False) if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") else False
     default_kv_heads = {"MistralForCausalLM": 8}.get(architecture, 32 if qwen else num_heads)
     if architecture != "LlamaForCausalLM" and fields.raw("num_key_value_heads", 0) is None:
@@ -282,7 +282,7 @@ def _rope_spec(fields: Fields, max_positions: int, head_dim: int) -> RopeSpec:
 
 
 def _eos_token_ids(fields: Fields, generation_config: Mapping[str, Any] | None) -> tuple[int, ...]:
-    """generation_config.json wins where it says something, as in Hugging Face's generate."""
+    """generation_config.json has priority, as in Hugging Face's generate."""
     value = (generation_config or {}).get("eos_token_id")
     if value is None:
         value = fields.raw("eos_token_id", None)

@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint folder, opened without trusting it: config.json and safetensors files, nothing else.
+"""An untrusted Hugging Face checkpoint folder: config.json and safetensors files, nothing else.
 
 The safetensors format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then
-the data. Files are mapped, not read; a tensor's bytes come from disk when they are used.
+the data. The headers are checked here, for messages that help; the library reads the data.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tandem.core.errors import CheckpointError
@@ -26,7 +27,7 @@ _MAX_HEADER_BYTES = 100 << 20
 _HASH_WHOLE_BYTES = 1 << 30
 _SAMPLE_BYTES, _SAMPLE_STRIDE_BYTES = 64 << 10, 1 << 20
 
-# All that may appear in a file. Only the float types can become weights.
+# The dtypes that may occur in a file. Weights must have a float dtype.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -43,21 +44,19 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor lies. `begin` and `end` are bytes of the file."""
+    """A tensor of a checkpoint."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint whose files are complete. Whether it has the right tensors, the loader checks.
+    """An opened checkpoint whose files are complete. `WeightLoader` checks the names and shapes of its tensors.
 
-    `weights_hash` names the content: SHA-256 over config.json, the headers and the tensors' bytes; of files above 1 GiB
-    the first 64 KiB of every MiB stand for the content.
+    `weights_hash` identifies the content: SHA-256 over config.json, the headers and the tensors' bytes; of files above
+    1 GiB the header and the first 64 KiB of every MiB.
     """
 
     path: Path
@@ -66,19 +65,16 @@ class Checkpoint:
     weights_hash: str
 
     def read(self, name: str) -> Tensor:
-        """The tensor as it is in the file, mapped from it. KeyError if there is none of that name."""
-        entry = self.tensors[name]
-        size = entry.end - entry.begin
-        if size == 0:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        data = torch.from_file(str(entry.file), shared=False, size=entry.end, dtype=torch.uint8)[entry.begin :]
-        if entry.begin % entry.dtype.itemsize:  # the format does not promise alignment
-            data = data.clone()
-        return data.view(entry.dtype).view(entry.shape)
+        """The tensor in the file's dtype, mapped from the file. KeyError for an unknown name; CheckpointError."""
+        with _reader(self.tensors[name].file) as reader:
+            tensor: Tensor = reader.get_slice(name)[...]
+        if tensor.data_ptr() % tensor.itemsize:  # the format does not promise alignment
+            return tensor.flatten().view(torch.uint8).clone().view(tensor.dtype).view(tensor.shape)
+        return tensor
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read and check config, index and headers. Raises CheckpointError with one sentence for a person."""
+    """Read and check config, index and headers. Raises CheckpointError with one sentence for the user."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder with a checkpoint")
     config = _read_json(path / "config.json")
@@ -108,7 +104,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, checked against its size. Raises CheckpointError."""
+    """The tensors of one safetensors file, whose header fits its size. Raises CheckpointError."""
     file_bytes = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -119,17 +115,31 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             raise CheckpointError(f"{file} is truncated, or not a safetensors file: its header does not fit")
         header = _parse_json(file, stream.read(header_bytes))
     data_begin = 8 + header_bytes
-    entries = {name: _entry(file, name, value, data_begin) for name, value in header.items() if name != "__metadata__"}
-    data_end = max((entry.end for entry in entries.values()), default=data_begin)
+    header.pop("__metadata__", None)
+    entries, ends = {}, {}
+    for name, value in header.items():
+        entries[name], end = _entry(file, name, value)
+        ends[name] = data_begin + end
+    data_end = max(ends.values(), default=data_begin)
     if data_end > file_bytes:
-        first = min((entry.end, name) for name, entry in entries.items() if entry.end > file_bytes)[1]
+        first = min((end, name) for name, end in ends.items() if end > file_bytes)[1]
         raise CheckpointError(f"{file} is truncated: tensor '{first}' ends beyond its {file_bytes} bytes")
     if data_end < file_bytes:
         raise CheckpointError(f"{file} has {file_bytes - data_end} bytes that belong to no tensor")
+    _reader(file)  # refuses overlaps and gaps
     return entries
 
 
-def _entry(file: Path, name: str, value: Any, data_begin: int) -> TensorEntry:
+def _reader(file: Path) -> Any:
+    """The library's reader, whose `with` block closes the file."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def _entry(file: Path, name: str, value: Any) -> tuple[TensorEntry, int]:
+    """The tensor and its end, in bytes of the data section."""
     where = f"{file}: tensor '{name}'"
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} has no proper header entry")
@@ -142,7 +152,7 @@ def _entry(file: Path, name: str, value: Any, data_begin: int) -> TensorEntry:
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{where} has {end - begin} bytes, which does not fit its shape {shape}")
-    return TensorEntry(file, dtype, tuple(shape), data_begin + begin, data_begin + end)
+    return TensorEntry(file, dtype, tuple(shape)), end
 
 
 def _are_counts(value: Any) -> TypeGuard[list[int]]:
@@ -201,7 +211,7 @@ def _hash(small: Iterable[Path], large: Iterable[Path]) -> str:
 
 
 def _content_hash(path: Path) -> bytes:
-    """BLAKE2b of the file: several times faster than SHA-256 on a CPU that has no instructions for the latter."""
+    """BLAKE2b of the file: several times faster than SHA-256 on a CPU without instructions for SHA-256."""
     digest = hashlib.blake2b()
     file_bytes = path.stat().st_size
     with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""How an engine is to run, and what it can hold."""
+"""Configuration and capacity of an engine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,13 +6,11 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything `load_engine` needs to know.
-
-    `dtype` of weights and KV: "float32", "bfloat16" or "auto", which is the checkpoint's own where the device
-    multiplies bf16 (every CUDA device, CPUs with avx512_bf16 or AMX), else float32.
-    `device`: "cpu", "cuda", "cuda:1" or "auto", which is CUDA where there is any.
-    `num_threads` 0 means all cores this process may use. `max_model_len` None means the model's own limit.
-    `ops`: "torch", "native" (own CPU kernels, compiled on first use) or "auto", which is native where it can be.
+    """`dtype` of weights and KV: "float32", "bfloat16" or "auto". "auto" is float32 for a float32 checkpoint and for a
+    CPU without bf16 instructions (avx512_bf16, AMX), else bfloat16.
+    `device`: "cpu", "cuda", "cuda:1" or "auto", which is CUDA where there is a CUDA device.
+    `num_threads` 0 means all cores that this process may use. `max_model_len` None means the model's own limit.
+    `ops`: "torch", "native" (own CPU kernels, compiled at first use) or "auto", which is native where supported.
     """
 
     model_path: Path
@@ -27,7 +25,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What the KV pool holds. `max_model_len` is the longest sequence, by the model and by the pool."""
+    """Size of the KV pool. `max_model_len` is the longest sequence, in tokens, that model and pool allow."""
 
     num_blocks: int
     block_size: int

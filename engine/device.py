@@ -1,4 +1,4 @@
-"""Which device, which dtype, which operations: the choices behind "auto"."""
+"""Resolves the configuration's device, dtype and number of threads, "auto" included."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(device: str) -> torch.device:
-    """Raises ConfigError for a device that is not there."""
+    """Raises ConfigError for a device that this machine does not have."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -29,7 +29,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """Raises ConfigError for a dtype the engine does not compute in."""
+    """The dtype of weights and KV. Raises ConfigError for a dtype that the engine does not support."""
     if dtype == "auto":
         if spec.dtype == "float32" or (device.type == "cpu" and not cpu_multiplies_bf16()):
             return torch.float32
@@ -40,7 +40,7 @@ def choose_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dty
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions that multiply bf16 (where Linux tells; elsewhere no)."""
+    """Whether this CPU has instructions that multiply bf16, by /proc/cpuinfo; False without that file."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return False
@@ -49,5 +49,5 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def choose_threads(num_threads: int) -> int:
-    """0 -> as many as there are cores this process may use."""
+    """0 means the number of cores that this process may use."""
     return num_threads or len(os.sched_getaffinity(0))

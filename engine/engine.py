@@ -16,6 +16,7 @@ from tandem.engine.device import choose_device, choose_dtype, choose_threads
 from tandem.engine.models.base import Model
 from tandem.engine.models.load import load_model
 from tandem.engine.ops.choose import choose_ops
+from tandem.engine.ops.interface import HeadShape
 from tandem.engine.sampler import sample_slices
 from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
 
@@ -122,7 +123,8 @@ def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | N
     layout = _layout(config, checkpoint, dtype)
     num_threads = choose_threads(config.num_threads)
     torch.set_num_threads(num_threads)
-    ops = choose_ops(config.ops, dtype, device, head_dim=spec.head_dim, num_threads=num_threads)
+    heads = HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    ops = choose_ops(config.ops, dtype, device, heads, num_threads)
     with torch.inference_mode():
         model = load_model(checkpoint, ops, dtype, device, max_model_len)
     # Not in inference mode: KV transfers write into the pool too.

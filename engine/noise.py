@@ -5,10 +5,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def uniform(seed: int, position: int) -> float:
-    """One number of [0, 1) with 53 random bits. Any integers are allowed; they count modulo 2^64.
+    """A number in [0, 1) with 53 random bits. Any integers are allowed, modulo 2^64.
 
-    Two rounds of SplitMix64's finaliser (Steele, Lea, Flood 2014), the first over the seed alone, so that sequences of
-    neighbouring seeds have nothing in common.
+    Two rounds of SplitMix64's finaliser (Steele, Lea, Flood 2014), the first over the seed alone, so that the sequences
+    of consecutive seeds are unrelated.
     """
     return (_mix(_mix(seed + _GOLDEN) + (position + 1) * _GOLDEN) >> 11) * 2.0**-53
 

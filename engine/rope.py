@@ -1,11 +1,11 @@
-"""Tables of rotary position embeddings, for every kind a checkpoint may ask for.
+"""Tables of rotary position embeddings, for every kind of RoPE that a checkpoint may have.
 
-Row p of a table holds the cosines and sines of position p. The kinds whose frequencies depend on the length of the
-sequence are made a function of the position alone, since a key that is cached once cannot be rotated again:
+Row p of a table holds the cosines and sines of position p. A cached key is not rotated again, so the kinds whose
+frequencies depend on the sequence's length depend on the position alone here:
 
-- dynamic: position p uses the frequencies of a sequence that ends there. A prompt within the trained context, and every
-  generated token after it, gets what Hugging Face computes.
-- longrope: the long factors for all positions if the engine may go beyond the trained context, else the short ones.
+- dynamic: position p has the frequencies of a sequence that ends at p. A prompt within the trained context, and every
+  generated token after it, gets the same rotation as in Hugging Face.
+- longrope: the long factors for all positions if `max_positions` is beyond the trained context, else the short ones.
 """
 
 import math
@@ -43,14 +43,14 @@ def _frequencies(theta: float | Tensor, head_dim: int) -> Tensor:
 
 
 def _dynamic_frequencies(rope: RopeSpec, head_dim: int, max_positions: int) -> Tensor:
-    """[max_positions, head_dim / 2]: NTK-aware scaling by u/bloc97 and u/emozilla."""
+    """[max_positions, head_dim / 2]: NTK-aware scaling (u/bloc97, u/emozilla)."""
     lengths = torch.arange(1, max_positions + 1, dtype=torch.float32).clamp(min=rope.original_max_positions)
     stretch = rope.factor * lengths / rope.original_max_positions - (rope.factor - 1)
     return _frequencies((rope.theta * stretch ** (head_dim / (head_dim - 2))).unsqueeze(1), head_dim)
 
 
 def _llama3_frequencies(rope: RopeSpec, frequencies: Tensor) -> Tensor:
-    """Long wavelengths are stretched, short ones kept, those between interpolated (Llama 3.1)."""
+    """[head_dim / 2]: long wavelengths are stretched, short ones kept, the rest interpolated (Llama 3.1)."""
     turns = rope.original_max_positions * frequencies / (2 * math.pi)
     smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     smooth = smooth.clamp(0.0, 1.0)
@@ -58,7 +58,7 @@ def _llama3_frequencies(rope: RopeSpec, frequencies: Tensor) -> Tensor:
 
 
 def _yarn_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): a ramp between interpolated and kept frequencies."""
+    """[head_dim / 2]: YaRN (Peng et al. 2023, arXiv 2309.00071), a ramp between interpolated and kept frequencies."""
 
     def dimension_of(turns: float) -> float:
         context = rope.original_max_positions / (turns * 2 * math.pi)
@@ -76,7 +76,7 @@ def _yarn_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
 
 
 def _yarn_scale(rope: RopeSpec) -> float:
-    """What the attention's logits are scaled with, by way of queries and keys."""
+    """The factor of cosines and sines, so that its square scales the attention's logits."""
 
     def magnitude(weight: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0

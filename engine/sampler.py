@@ -3,12 +3,12 @@
 The order is vLLM's: penalties, temperature, min_p, top_k, top_p. Reported log-probabilities are those of the model
 itself, log_softmax of the raw logits before all of these, as OpenAI and vLLM report them.
 
-What a row draws depends on its own logits, its parameters and its (seed, position) alone. Candidates are cut off at a
-score, so that equal tokens stay or go together, and one is drawn by inverting the cumulative distribution in the order
-of token ids: no step depends on how a sort breaks ties. Greedy takes the lowest id among equals.
+A row's token depends on its own logits, its parameters and its (seed, position) alone. Candidates are selected by a
+lowest score, which keeps or removes equal tokens together, and the token is drawn by inverting the cumulative
+distribution in the order of token ids: nothing depends on how a sort breaks ties. Greedy takes the lowest id of equals.
 
-The same definition is written twice. On CPUs rows are computed one by one, each in cache, so that not even rounding
-depends on the batch; elsewhere a device takes all rows at once, in plain torch.
+Two modules implement this. On CPUs `sample_row` computes rows one by one, each in cache, so that even rounding does not
+depend on the batch; on other devices `sample_batch` computes all rows at once in plain torch.
 """
 
 import math
@@ -60,7 +60,7 @@ def sample_slices(slices: Sequence[SequenceSlice], hidden: Tensor, to_logits: Ca
 
 
 def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken | InternalError]:
-    """Draw one token per row of float32 `logits` [n, vocab]. A row whose logits are not numbers gets an error."""
+    """Draw one token per row of float32 `logits` [n, vocab]. A row whose logits are not finite gets an error."""
     token_ids = _draw(logits, requests)
     results: list[SampledToken | InternalError] = [
         _not_a_number() if token_id is None else SampledToken(token_id) for token_id in token_ids
@@ -83,15 +83,15 @@ def _not_a_number() -> InternalError:
 
 
 def logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
-    """The log-probability of one token per row of raw `logits` [n, vocab], and of the row's `counts` likeliest.
+    """The log-probabilities of one token per row of raw `logits` [n, vocab] and of the row's `counts` likeliest.
 
-    A row whose logits are not numbers has NaN.
+    NaN for a row whose logits are not finite.
     """
     if logits.device.type != "cpu":
         return sample_batch.logprobs(logits, token_ids, counts)
-    room = sample_row.scratch(logits.shape[1])
+    scratch = sample_row.allocate_scratch(logits.shape[1])
     rows = zip(logits.float().unbind(), token_ids, counts, strict=True)
-    return [sample_row.logprobs(row, token_id, count, room) for row, token_id, count in rows]
+    return [sample_row.logprobs(row, token_id, count, scratch) for row, token_id, count in rows]
 
 
 def _prompt_logprobs(
@@ -109,13 +109,13 @@ def _prompt_logprobs(
 
 
 def _draw(logits: Tensor, requests: Sequence[SampleRequest]) -> list[int | None]:
-    """Token ids; None for a row whose logits are not numbers."""
+    """Token ids; None for a row whose logits are not finite."""
     params = [request.params for request in requests]
     noise = [uniform(request.params.seed, request.position) for request in requests]
     if logits.device.type == "cpu":
-        room = sample_row.scratch(logits.shape[1])
+        scratch = sample_row.allocate_scratch(logits.shape[1])
         rows = zip(logits.unbind(), requests, noise, strict=True)
-        return [sample_row.draw(_penalised(row, request), request.params, u, room) for row, request, u in rows]
+        return [sample_row.draw(_penalised(row, request), request.params, u, scratch) for row, request, u in rows]
     if any(_has_penalties(p) for p in params):
         rows_of_all = zip(logits.unbind(), requests, strict=True)
         logits = torch.stack([_penalised(row, request) for row, request in rows_of_all])
@@ -127,9 +127,9 @@ def _has_penalties(params: SamplingParams) -> bool:
 
 
 def _penalised(logits: Tensor, request: SampleRequest) -> Tensor:
-    """One row, copied if anything changes. Repetition (Hugging Face, CTRL): positive logits of seen tokens divided,
-    negative ones multiplied. Frequency and presence (OpenAI): subtracted per occurrence, and once, of generated tokens.
-    """
+    """One row [vocab], copied if the request has penalties. Repetition (Hugging Face, CTRL) divides positive logits of
+    seen tokens and multiplies negative ones. Frequency and presence (OpenAI) subtract from logits of generated tokens
+    per occurrence and once."""
     params = request.params
     if not _has_penalties(params):
         return logits
@@ -137,13 +137,13 @@ def _penalised(logits: Tensor, request: SampleRequest) -> Tensor:
     logits = logits.clone()
     history = np.asarray(request.history, dtype=np.int64)
     if params.repetition_penalty != 1.0:
-        # A token seen twice is written twice, with the same value.
+        # A token that occurs twice is written twice, with the same value.
         seen = torch.from_numpy(history).to(logits.device)
         values = logits[seen]
         penalty = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if (params.presence_penalty, params.frequency_penalty) != (0.0, 0.0):
         generated, counts = np.unique(history[request.num_prompt_tokens :], return_counts=True)
-        malus = params.frequency_penalty * counts + params.presence_penalty
-        logits[torch.from_numpy(generated).to(logits.device)] -= torch.from_numpy(malus).to(logits)
+        penalties = params.frequency_penalty * counts + params.presence_penalty
+        logits[torch.from_numpy(generated).to(logits.device)] -= torch.from_numpy(penalties).to(logits)
     return logits

@@ -1,4 +1,4 @@
-"""Takes a model's tensors out of a checkpoint one by one, and in the end knows that none was missing or left over."""
+"""Reads a model's tensors from a checkpoint and checks that none is missing, unused or of a wrong shape."""
 
 import re
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from tandem.core.errors import CheckpointError
 from tandem.engine.checkpoint import Checkpoint
 
-# Buffers that old versions of transformers saved, and that are computed from the configuration.
+# Buffers that old versions of transformers saved; the engine computes them from the configuration.
 _HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
 
 
 class WeightLoader:
-    """Hands out tensors in the engine's dtype and on its device. Every failure is a CheckpointError."""
+    """Returns tensors in `dtype` on `device`. Every failure is a CheckpointError."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self._checkpoint = checkpoint
@@ -33,19 +33,19 @@ class WeightLoader:
         if not entry.dtype.is_floating_point:
             raise CheckpointError(f"{entry.file}: tensor '{name}' holds {entry.dtype}, which is not a float type")
         self._taken.add(name)
-        # A copy even where nothing changes: the weights must not depend on a file that someone may overwrite.
+        # Always a copy: the weights must not change when the file is overwritten.
         return self._checkpoint.read(name).to(device=self._device, dtype=self._dtype, copy=True)
 
     def take_stacked(self, names: list[str], rows: list[int], *rest: int) -> Tensor:
-        """Several tensors [rows_i, *rest], one below the other."""
+        """Tensors [rows[i], *rest] concatenated to [sum(rows), *rest]."""
         return torch.cat([self.take(name, count, *rest) for name, count in zip(names, rows, strict=True)])
 
     def skip(self, name: str) -> None:
-        """Accept that the checkpoint may have a tensor that the model does not need."""
+        """Allow a tensor that the model does not use."""
         self._taken.add(name)
 
     def finish(self) -> None:
-        """Refuse a checkpoint with tensors that the model would ignore: it is then another model."""
+        """Refuse a checkpoint with tensors that the model would ignore: it belongs to another model."""
         for name, entry in self._checkpoint.tensors.items():
             if name not in self._taken and not _HARMLESS.search(name):
                 raise CheckpointError(

@@ -10,7 +10,7 @@ from tandem.engine.ops.interface import AttentionMeta
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One step's new tokens, packed: `token_ids`, `positions`, `slots` int64 [tokens] on the device.
+    """A step's new tokens, packed: `token_ids`, `positions`, `slots` int64 [tokens] on the device.
 
     `rows` int64 [rows] selects the packed rows whose hidden states are wanted, in the order of the step's slices; None
     means all as they are packed. A prompt needs its last row only, which saves most of the last layer's work.
@@ -25,9 +25,9 @@ class StepBatch:
 
 class Model(Protocol):
     def forward(self, batch: StepBatch, pool: Tensor) -> Tensor:
-        """Compute the new tokens and write their KV into `pool`. Returns the hidden states [rows, hidden] wanted."""
+        """Compute the batch and write its KV to `pool`, of `KvLayout.shape`. Returns hidden states [rows, hidden]."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] of `forward` -> float32 [rows, vocab]"""
+        """[rows, hidden], as returned by `forward`, -> float32 [rows, vocab]"""
         ...

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, Mistral, Qwen2, Qwen2.5 and Qwen3: one decoder, whose differences are features of its ModelSpec."""
+"""Llama 2 and 3, Mistral, Qwen2, Qwen2.5 and Qwen3: one decoder whose variants are fields of ModelSpec."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from tandem.engine.weights import WeightLoader
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class _LlamaLayer:
     input_norm: Tensor
     qkv: PackedLinear
     q_norm: Tensor | None
@@ -32,7 +32,7 @@ class LlamaModel:
         spec: ModelSpec,
         ops: Ops,
         embedding: Tensor,
-        layers: list[_Layer],
+        layers: list[_LlamaLayer],
         norm: Tensor,
         head: PackedLinear,
         cos_sin: Tensor,
@@ -79,7 +79,7 @@ class LlamaModel:
 
 
 def load_llama(spec: ModelSpec, loader: WeightLoader, ops: Ops, max_positions: int) -> LlamaModel:
-    """Take the weights and pack them: Q, K and V in one product, gate and up in one. Raises CheckpointError."""
+    """Load and pack the weights: Q, K and V as one matrix, gate and up as one. Raises CheckpointError."""
     hidden = spec.hidden_size
     embedding = loader.take("model.embed_tokens.weight", spec.vocab_size, hidden)
     layers = [_load_layer(spec, loader, ops, index) for index in range(spec.num_layers)]
@@ -89,12 +89,12 @@ def load_llama(spec: ModelSpec, loader: WeightLoader, ops: Ops, max_positions: i
         head = ops.pack_linear(embedding, None)
     else:
         head = ops.pack_linear(loader.take("lm_head.weight", spec.vocab_size, hidden), None)
-    assert spec.rope is not None, "every family of this file has rotary embeddings"
+    assert spec.rope is not None, "every model of this file has rotary embeddings"
     cos_sin = cos_sin_table(spec.rope, spec.head_dim, max_positions).to(embedding.device)
     return LlamaModel(spec, ops, embedding, layers, norm, head, cos_sin)
 
 
-def _load_layer(spec: ModelSpec, loader: WeightLoader, ops: Ops, index: int) -> _Layer:
+def _load_layer(spec: ModelSpec, loader: WeightLoader, ops: Ops, index: int) -> _LlamaLayer:
     prefix = f"model.layers.{index}"
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -104,7 +104,7 @@ def _load_layer(spec: ModelSpec, loader: WeightLoader, ops: Ops, index: int) -> 
         return weight, loader.take_stacked([f"{prefix}.{part}.bias" for part in parts], rows) if biased else None
 
     attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-    return _Layer(
+    return _LlamaLayer(
         input_norm=loader.take(f"{prefix}.input_layernorm.weight", hidden),
         qkv=ops.pack_linear(*fused(attention, [q_size, kv_size, kv_size], hidden, spec.qkv_bias)),
         q_norm=loader.take(f"{prefix}.self_attn.q_norm.weight", spec.head_dim) if spec.qk_norm else None,

@@ -1,4 +1,4 @@
-"""From a checkpoint to the model of its family."""
+"""Loads a checkpoint into the model class of its family."""
 
 import torch
 
@@ -11,7 +11,7 @@ from tandem.engine.weights import WeightLoader
 
 
 def load_model(checkpoint: Checkpoint, ops: Ops, dtype: torch.dtype, device: torch.device, max_positions: int) -> Model:
-    """All weights, in `dtype` on `device`, packed by `ops`. Raises CheckpointError."""
+    """Weights are in `dtype` on `device`, packed by `ops`. Raises CheckpointError."""
     loader = WeightLoader(checkpoint, dtype, device)
     spec = checkpoint.spec
     model: Model = load_opt(spec, loader, ops) if spec.family == "opt" else load_llama(spec, loader, ops, max_positions)

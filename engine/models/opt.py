@@ -11,17 +11,17 @@ from tandem.engine.weights import WeightLoader
 
 
 @dataclass(frozen=True, slots=True)
-class _Norm:
+class _LayerNorm:
     weight: Tensor
     bias: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
-    attention_norm: _Norm
+class _OptLayer:
+    attention_norm: _LayerNorm
     qkv: PackedLinear
     output: PackedLinear
-    mlp_norm: _Norm
+    mlp_norm: _LayerNorm
     up: PackedLinear
     down: PackedLinear
 
@@ -35,8 +35,8 @@ class OptModel:
         ops: Ops,
         embedding: Tensor,
         position_embedding: Tensor,
-        layers: list[_Layer],
-        norm: _Norm,
+        layers: list[_OptLayer],
+        norm: _LayerNorm,
         head: PackedLinear,
     ) -> None:
         self._spec = spec
@@ -70,7 +70,7 @@ class OptModel:
 
 
 def load_opt(spec: ModelSpec, loader: WeightLoader, ops: Ops) -> OptModel:
-    """Take the weights and pack them: Q, K and V in one product. Raises CheckpointError."""
+    """Load and pack the weights: Q, K and V as one matrix. Raises CheckpointError."""
     hidden = spec.hidden_size
     positions = spec.max_position_embeddings + OPT_POSITION_OFFSET
     embedding = loader.take("model.decoder.embed_tokens.weight", spec.vocab_size, hidden)
@@ -85,11 +85,11 @@ def load_opt(spec: ModelSpec, loader: WeightLoader, ops: Ops) -> OptModel:
     return OptModel(spec, ops, embedding, position_embedding, layers, norm, head)
 
 
-def _load_norm(loader: WeightLoader, name: str, hidden: int) -> _Norm:
-    return _Norm(loader.take(f"{name}.weight", hidden), loader.take(f"{name}.bias", hidden))
+def _load_norm(loader: WeightLoader, name: str, hidden: int) -> _LayerNorm:
+    return _LayerNorm(loader.take(f"{name}.weight", hidden), loader.take(f"{name}.bias", hidden))
 
 
-def _load_layer(spec: ModelSpec, loader: WeightLoader, ops: Ops, index: int) -> _Layer:
+def _load_layer(spec: ModelSpec, loader: WeightLoader, ops: Ops, index: int) -> _OptLayer:
     prefix = f"model.decoder.layers.{index}"
     hidden, inner = spec.hidden_size, spec.intermediate_size
 
@@ -98,7 +98,7 @@ def _load_layer(spec: ModelSpec, loader: WeightLoader, ops: Ops, index: int) -> 
         bias = loader.take_stacked([f"{prefix}.{part}.bias" for part in parts], rows) if spec.qkv_bias else None
         return ops.pack_linear(weight, bias)
 
-    return _Layer(
+    return _OptLayer(
         attention_norm=_load_norm(loader, f"{prefix}.self_attn_layer_norm", hidden),
         qkv=linear(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], [hidden] * 3, hidden),
         output=linear(["self_attn.out_proj"], [hidden], hidden),

@@ -1,6 +1,6 @@
-// What Python calls, through ctypes: plain pointers and sizes, no torch headers, so that a compiler is all it takes. The
-// caller has checked shapes, dtypes and contiguity. Every function takes the context of one engine: its threads and
-// their scratch memory. A context is for one caller at a time.
+// The functions that Python calls through ctypes: pointers and sizes, no torch headers, so that a compiler is the only
+// requirement. The caller has checked shapes, dtypes and contiguity. Every function takes the context of one engine: its
+// threads and their scratch memory. A context is not thread-safe.
 
 #include <atomic>
 #include <cstdlib>
@@ -36,10 +36,10 @@ struct Context {
     void reserve(size_t bytes) {
         if (bytes <= scratch_bytes) return;
         scratch_bytes = (bytes + 4095) & ~size_t(4095);
-        for (auto& one : scratch) one.reset(std::aligned_alloc(4096, scratch_bytes));
+        for (auto& memory : scratch) memory.reset(std::aligned_alloc(4096, scratch_bytes));
     }
 
-    // body(thread, threads) on every thread, or on this one alone where the work is too small to be worth sharing.
+    // body(thread, threads) on every thread; without `share`, which is for little work, on the caller's thread alone.
     template <class Body>
     void run(bool share, Body body) {
         const int threads = pool.threads();
@@ -49,7 +49,7 @@ struct Context {
             pool.run([&](int thread) { body(thread, threads); });
     }
 
-    // body(row) for all rows, each thread a run of them.
+    // body(row) for all rows; each thread takes consecutive rows.
     template <class Body>
     void each_row(int64_t rows, int64_t row_elements, Body body) {
         run(rows > 1 && rows * row_elements > 16384, [&](int64_t thread, int64_t threads) {
@@ -62,7 +62,7 @@ template <class W>
 void linear(Context& context, const PackedWeights& weights, const float* x, int64_t rows, float* y) {
     context.reserve(left_bytes(weights.k) + TILE_BYTES);
     context.run(weights.columns * weights.k > 16384, [&](int64_t thread, int64_t threads) {
-        // Many rows are shared out by rows (each thread's copy of them stays its own), few by columns.
+        // Many rows: each thread computes some rows and copies only those. Few rows: each thread computes some columns.
         const int64_t row_shares = rows >= threads * 64 ? threads : 1, column_shares = threads / row_shares;
         const int64_t row_share = thread / column_shares, column_share = thread % column_shares;
         const int64_t row = rows * row_share / row_shares, end_row = rows * (row_share + 1) / row_shares;
@@ -101,7 +101,7 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
     context.tasks.clear();
     for (int s = 0; s < sequences; ++s) {
         const Split split(query_starts[s + 1] - query_starts[s], tokens_per_task);
-        // The last tokens have the most keys: they go first, so that no thread is left alone with them.
+        // The last tokens have the most keys. Their tasks start first, so that all threads end at about the same time.
         for (int block = split.blocks - 1; block >= 0; --block)
             for (int head = 0; head < shape.kv_heads; ++head)
                 context.tasks.push_back({s, split.start(block), split.start(block + 1), head});
@@ -128,7 +128,7 @@ extern "C" {
 void* tandem_create(int threads) { return new Context(threads); }
 void tandem_destroy(void* context) { delete static_cast<Context*>(context); }
 
-// Which kernel this build has: the instructions it multiplies with.
+// The instructions that this build multiplies with.
 const char* tandem_instructions() {
 #if defined(TANDEM_EMULATE_BF16_DOT)
     return "emulated bf16";
@@ -172,7 +172,7 @@ void tandem_embedding(void* context, const int64_t* ids, int64_t rows, const voi
     });
 }
 
-// With `residual`: residual += x first, and the norm is the new residual's.
+// With `residual`: residual += x, and the norm of the new residual.
 void tandem_rms_norm(void* context, const float* x, float* residual, const void* weight, int is_bf16, float eps,
                      int64_t rows, int64_t hidden, float* y) {
     static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
@@ -188,14 +188,12 @@ void tandem_rms_norm(void* context, const float* x, float* residual, const void*
     });
 }
 
-void tandem_layer_norm(void* context, const float* x, float* residual, const void* weight, const void* bias, int is_bf16,
-                       float eps, int64_t rows, int64_t hidden, float* y) {
+// residual += x, and the norm of the new residual.
+void tandem_add_layer_norm(void* context, const float* x, float* residual, const void* weight, const void* bias,
+                           int is_bf16, float eps, int64_t rows, int64_t hidden, float* y) {
     static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
-        const float* from = x + row * hidden;
-        if (residual) {
-            add_row(from, residual + row * hidden, hidden);
-            from = residual + row * hidden;
-        }
+        float* from = residual + row * hidden;
+        add_row(x + row * hidden, from, hidden);
         if (is_bf16)
             layer_norm_row(from, static_cast<const bf16*>(weight), static_cast<const bf16*>(bias), eps, hidden,
                            y + row * hidden);
@@ -231,7 +229,8 @@ void tandem_rope_and_cache(void* context, float* qkv, int64_t rows, const float*
         with_norms(static_cast<float*>(kv_layer));
 }
 
-// q: queries of one token every `q_stride` floats; out[tokens][heads * head_dim]. `window` 0: none.
+// q: a token's queries begin `q_stride` floats after those of the token before; out[tokens][heads * head_dim]. `window` 0:
+// none. head_dim <= MAX_HEAD_DIM and heads / kv_heads <= TASK_ROWS.
 void tandem_attention(void* context, const float* q, int64_t q_stride, const void* kv_layer, int kv_is_bf16,
                       int64_t num_blocks, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t head_dim,
                       const int32_t* query_starts, const int32_t* context_lens, const int32_t* tables,

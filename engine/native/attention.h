@@ -1,11 +1,11 @@
 // Causal attention of a step's new tokens over the paged KV cache, decodes and prefill chunks alike.
 //
-// One task is one key/value head of one sequence and up to TASK_ROWS rows: a row is one query head of one new token, and
-// all query heads that share the key/value head are rows of the same task, so that keys and values are read once for
-// them. Keys are taken in tiles of TILE, whose borders are fixed multiples of TILE from the sequence's start. Of each tile
-// a row computes its own maximum, sum and weighted values from zero; tiles are then joined in order (the online softmax of
-// FlashAttention). Nothing in a row's result depends on how the tokens were cut into chunks, on the batch or on the
-// number of threads: a decoded token and the same token recomputed in a prefill get the same bits.
+// A task is one key/value head of one sequence and up to TASK_ROWS rows. A row is one query head of one new token. All
+// query heads that share the key/value head are rows of one task, so that keys and values are read once for them. Keys
+// are processed in tiles that begin at multiples of TILE from the sequence's start. For each tile a row computes a
+// maximum, a sum and weighted values from zero; tiles are then merged in order (the online softmax of FlashAttention). A
+// row's result does not depend on how the tokens were cut into chunks, on the batch or on the number of threads: a
+// decoded token and the same token recomputed in a prefill get the same bits.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@
 namespace tandem {
 
 constexpr int TILE = 256;
-constexpr int TASK_ROWS = 96;
+constexpr int TASK_ROWS = 96;  // query heads of one key/value head are at most as many
 constexpr int MAX_HEAD_DIM = 256;
 
 struct AttentionShape {
@@ -23,7 +23,7 @@ struct AttentionShape {
     int64_t table_stride;  // entries of one row of the block tables
     int64_t q_stride;      // floats from one token's queries to the next
     float scale;
-    int64_t window;        // tokens visible to a token, itself included
+    int64_t window;        // tokens that a token attends to, itself included
     int64_t group() const { return heads / kv_heads; }
     int64_t block_elements() const { return kv_heads * block_size * head_dim; }
 };
@@ -54,7 +54,7 @@ inline void pack_keys(const bf16* const* key, int count, int head_dim, uint32_t*
             for (int i = 0; i < words; ++i) store(panel + int64_t(pair + i) * PANEL, square[i]);
         }
     }
-    // A panel's unused second half, where the machine's vectors are narrower than a panel.
+    // The unused rest of the last panel, where vectors are narrower than a panel.
     for (int first = (count + VL - 1) / VL * VL; first % PANEL; first += VL)
         for (int pair = 0; pair < pairs; ++pair)
             store(panels + (int64_t(first / PANEL) * pairs + pair) * PANEL + first % PANEL, vu{});
@@ -86,7 +86,7 @@ inline void pack_keys(const float* const* key, int count, int head_dim, float* p
 
 // Packs `count` <= TILE values of one head as right sides of weight x value: panels of 32 head dimensions over pairs of
 // keys. In a bf16 panel the even dimensions come first, then the odd ones (the order in which a mask and a shift split
-// them); value_column() says where a dimension is.
+// them); value_column() gives a dimension's column.
 inline void pack_values(const bf16* const* value, int count, int head_dim, uint32_t* panels) {
     const int pairs = (count + 1) / 2;
     constexpr int HALF = PANEL / 2;
@@ -129,12 +129,12 @@ inline void pack_values(const float* const* value, int count, int head_dim, floa
 }
 inline int value_column(int dim, const float*) { return dim; }
 
-// Turns a row's scores of keys [low, high) into weights relative to their maximum, all others into zero.
-inline void soften(float* scores, int low, int high, int columns, float* maximum, float* total) {
+// Replaces the scores of keys [low, high) by exp(score - maximum) and all others by zero.
+inline void exp_visible(float* scores, int low, int high, int columns, float* maximum, float* total) {
     constexpr float NEVER = -INFINITY;
     for (int j = 0; j < low; ++j) scores[j] = NEVER;
     for (int j = high; j < columns; ++j) scores[j] = NEVER;
-    // As many lanes on every machine and for every number of columns: the order of the sum is fixed.
+    // The same number of lanes on every machine and for every number of columns, so that the order of the sum is fixed.
     constexpr int VECTORS = PANEL / VL;
     vf tops[VECTORS], totals[VECTORS] = {};
     for (int i = 0; i < VECTORS; ++i) tops[i] = splat(NEVER);
@@ -164,14 +164,14 @@ struct AttentionTypes<float> {
 };
 
 template <class Kv>
-void fetch(const Kv* row, int head_dim) {
+void prefetch(const Kv* row, int head_dim) {
     for (int i = 0; i < head_dim; i += int(64 / sizeof(Kv))) __builtin_prefetch(row + i);
 }
 
-// Joins a tile's maxima, sums and weighted values [rows][width] with those of the tiles before. Maxima are -inf where
-// nothing was seen; there must be something in one of the two, or the row stays as it was.
-inline void join(float* maxima, float* sums, float* outputs, const float* tile_maxima, const float* tile_sums,
-                 const float* tile_outputs, int rows, int width) {
+// Merges a tile's maxima, sums and weighted values [rows][width] with those of the tiles before. A maximum of -inf means
+// that the row attends to no key; a row for which both maxima are -inf does not change.
+inline void merge(float* maxima, float* sums, float* outputs, const float* tile_maxima, const float* tile_sums,
+                  const float* tile_outputs, int rows, int width) {
     for (int row0 = 0; row0 < rows; row0 += VL) {
         const vf before = load(maxima + row0), now = load(tile_maxima + row0), top = max(before, now);
         const vf floor = max(top, splat(-3.0e38f));  // -inf minus -inf would not be a number
@@ -194,7 +194,7 @@ struct AttentionScratch {
     alignas(64) float scores[MAX_ROWS * ROW_STRIDE];
     alignas(64) uint32_t weights[MAX_ROWS * ROW_STRIDE];  // the scores as bf16 pairs, where there is a dot product
     alignas(64) float partial[MAX_ROWS * MAX_HEAD_DIM];
-    float maxima[TASK_ROWS + VL], sums[TASK_ROWS + VL];  // a vector may reach beyond the last row
+    float maxima[TASK_ROWS + VL], sums[TASK_ROWS + VL];  // the last vector may extend beyond the last row
 };
 
 // New tokens [first_token, last_token) of one sequence for one key/value head. `q` and `out` begin at the sequence's
@@ -227,7 +227,7 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
     const int64_t begin = std::max<int64_t>(0, start + first_token + 1 - shape.window);
     const Kv* head_keys = kv_layer + int64_t(kv_head) * shape.block_size * dim;
     const int64_t to_values = shape.num_blocks * shape.block_elements();
-    // Addresses of a tile's keys; how many there are.
+    // Writes the addresses of a tile's keys and returns their number.
     auto locate = [&](int64_t tile, const Kv** keys_at) {
         const int count = int(std::min<int64_t>(TILE, end - tile));
         int64_t block = tile / shape.block_size, offset = tile % shape.block_size;
@@ -246,11 +246,11 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
         const Kv* value[TILE];
         for (int i = 0; i < count; ++i) {
             value[i] = now[i] + to_values;
-            fetch(value[i], dim);
+            prefetch(value[i], dim);
         }
         if (tile + TILE < end) {
             const int following = locate(tile + TILE, next);
-            for (int i = 0; i < following; ++i) fetch(next[i], dim);
+            for (int i = 0; i < following; ++i) prefetch(next[i], dim);
         }
         pack_keys(now, count, dim, keys);
         pack_values(value, count, dim, values);
@@ -264,7 +264,7 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
             float* scores = scratch.scores;
             multiply<W>(queries + row0 * ROW_STRIDE, size, keys, int64_t(dim_pairs) * W::PAIR, panels, dim_pairs,
                         {nullptr, 0, scores, ROW_STRIDE});
-            // Of this tile alone. A row that sees nothing of it adds nothing.
+            // Of this tile alone. A row that attends to no key of the tile adds nothing.
             float maxima[MAX_ROWS + VL], sums[MAX_ROWS + VL] = {};
             std::fill_n(maxima, MAX_ROWS + VL, -INFINITY);
             for (int r = 0; r < size; ++r) {
@@ -273,7 +273,7 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
                 const int high = int(std::min<int64_t>(columns, position + 1 - tile));
                 float* row = scores + r * ROW_STRIDE;
                 if (low < high)
-                    soften(row, low, high, columns, &maxima[r], &sums[r]);
+                    exp_visible(row, low, high, columns, &maxima[r], &sums[r]);
                 else
                     std::memset(row, 0, size_t(columns) * 4);
             }
@@ -287,8 +287,8 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
             }
             multiply<W>(weights, size, values, int64_t(TILE / 2) * W::PAIR, value_panels, (visible + 1) / 2,
                         {nullptr, 0, scratch.partial, out_stride});
-            join(scratch.maxima + row0, scratch.sums + row0, scratch.outputs + row0 * out_stride, maxima, sums,
-                 scratch.partial, size, out_stride);
+            merge(scratch.maxima + row0, scratch.sums + row0, scratch.outputs + row0 * out_stride, maxima, sums,
+                  scratch.partial, size, out_stride);
         }
     }
     for (int row = 0; row < rows; ++row) {

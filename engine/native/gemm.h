@@ -1,15 +1,15 @@
-// Matrix products with a packed right side, for any number of rows.
+// Matrix products with a packed right side, for any number of rows of the left side.
 //
 // The right side (a weight, or the keys or values of an attention tile) is packed in panels of 32 columns; a panel holds
 // its rows k in pairs, so that a bf16 pair of one column is one 32-bit word:
 //
 //     bf16   panel[k / 2][column][k % 2]          float  panel[k][column]
 //
-// That is the order of the bf16 dot product instruction, and without the instruction a shift and a mask widen a vector
-// of words to two vectors of floats. So weights are read from memory as bf16, in order, once per block of rows.
+// This is the operand order of the bf16 dot product instruction. Without the instruction a shift and a mask widen a
+// vector of words to two vectors of floats. Weights are read from memory as bf16, in order, once per block of rows.
 //
-// Every output is one chain of multiply-adds in the order of k, whatever the number of rows, columns or threads: a row's
-// result does not depend on the batch around it, to the last bit.
+// Every output is one chain of multiply-adds in the order of k for any number of rows, columns and threads: a row's
+// result does not depend on the batch, to the last bit.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace tandem {
 
 constexpr int PANEL = 32;
 constexpr int KC = 384;                     // longest run of k in one call of the kernel: 12 rows of it stay in L1
-constexpr int ROW_STRIDE = KC + 16;         // of the left side's copy; not a power of two, so rows fall in other cache sets
+constexpr int ROW_STRIDE = KC + 16;         // of the left side's copy; no power of two, so rows use different cache sets
 constexpr int GROUP = 2 * VL;               // columns that one row's pair of accumulators holds
 constexpr int GROUPS_PER_PANEL = PANEL / GROUP;
 #if defined(__AVX512F__)
@@ -31,7 +31,7 @@ constexpr int MAX_ROWS = 6;                 // 12 of 16
 #endif
 constexpr int MAX_GROUPS = 4;
 
-// Groups computed at once: few rows have few accumulators, and too few chains leave the multipliers idle.
+// Groups computed at once: few rows have few accumulators, and too few accumulators leave the multipliers idle.
 constexpr int groups_for(int rows) {
     if (VL == 16) return rows <= 2 ? 4 : rows <= 6 ? 2 : 1;
     return rows <= 1 ? 4 : rows <= 2 ? 2 : 1;
@@ -70,7 +70,7 @@ struct Bf16Weights {
 #endif
 };
 
-// One row of the left side as the kernel wants it, filled up with zero to an even length.
+// Copies one row of the left side in the kernel's format, padded with zero to an even length.
 inline void copy_left(float* to, const float* from, int n) {
     std::memcpy(to, from, size_t(n) * 4);
     if (n & 1) to[n] = 0.0f;
@@ -87,7 +87,7 @@ inline void copy_left(uint32_t* to, const float* from, int n) {
     if (n & 1) to[n / 2] = narrow(from[n - 1]);
 }
 
-// A block of results: where its sums begin from (null: from zero; a stride of 0: every row from the same) and go to.
+// A block of results: initial values (null: zeros; a stride of 0: the same for every row) and destination of the sums.
 struct Sums {
     const float* from;
     int64_t from_stride;
@@ -98,7 +98,7 @@ struct Sums {
     }
 };
 
-// to[R][G * GROUP] = from + left[R][2 * pairs] * right, where `right[g]` is where group g's columns begin.
+// to[R][G * GROUP] = from + left[R][2 * pairs] * right, where `right[g]` is the first column of group g.
 template <int R, int G, class W>
 void kernel(const typename W::Left* left, const typename W::Element* const* right, int pairs, const Sums& c) {
     vf sums[R][2 * G];
@@ -146,7 +146,7 @@ Kernel<W> choose_kernel(int rows, bool wide, std::integer_sequence<int, R...>) {
     return (wide ? WIDE : NARROW)[rows - 1];
 }
 
-// `panels` neighbouring panels, `rows` <= MAX_ROWS: to[rows][panels * 32] = from + left[rows][2 * pairs] * right.
+// `panels` consecutive panels, `rows` <= MAX_ROWS: to[rows][panels * 32] = from + left[rows][2 * pairs] * right.
 template <class W>
 void multiply(const typename W::Left* left, int rows, const typename W::Element* right, int64_t panel_stride, int panels,
               int pairs, const Sums& c) {
@@ -165,7 +165,7 @@ void multiply(const typename W::Left* left, int rows, const typename W::Element*
     }
 }
 
-// `count` things in blocks of at most `limit`, as even as can be. Block `i` begins at start(i).
+// Divides `count` items into blocks of at most `limit` and of nearly equal sizes. Block `i` begins at start(i).
 struct Split {
     int count, blocks;
     Split(int count, int limit) : count(count), blocks((count + limit - 1) / limit) {}
@@ -173,7 +173,7 @@ struct Split {
     int size(int i) const { return start(i + 1) - start(i); }
 };
 
-// Runs of k: even in length but for the last.
+// Divides k into runs. All runs but the last have an even length.
 struct KSplit {
     int k, length, blocks;
     explicit KSplit(int k) : k(k) {
@@ -185,8 +185,8 @@ struct KSplit {
     int size(int i) const { return std::min(length, k - i * length); }
 };
 
-// A weight [columns][k], or two of them, `gated`: then panels of the first (gate) and the second (up) take turns, and the
-// product's result is silu(gate) * up.
+// A weight [columns][k]; with `gated` two weights, gate and up, whose panels alternate, and the product's result is
+// silu(gate) * up.
 struct PackedWeights {
     const void* data;   // panels of `is_bf16 ? uint32_t : float`
     const float* bias;  // one float per packed column, or null
@@ -197,7 +197,7 @@ struct PackedWeights {
     int64_t panels() const { return (columns + PANEL - 1) / PANEL * panels_per_output(); }
 };
 
-// Row chunk whose copy stays in a core's L2, but not so small that weights are read too often.
+// Rows whose copy stays in a core's L2 cache. The minimum bounds how often the weights are read.
 inline int chunk_rows(int64_t k) {
     int64_t bytes_per_row = int64_t(KSplit(int(k)).blocks) * ROW_STRIDE * 4;
     return int(std::clamp<int64_t>((int64_t(576) << 10) / bytes_per_row, 48, 192));
@@ -206,10 +206,10 @@ inline int chunk_rows(int64_t k) {
 inline size_t left_bytes(int64_t k) { return size_t(chunk_rows(k)) * KSplit(int(k)).blocks * ROW_STRIDE * 4; }
 constexpr size_t TILE_BYTES = size_t(192) * PANEL * 4 * 2;
 
-// Panels computed side by side: many for few rows (memory streams in parallel), as few as can be for many.
+// Panels computed together: several for few rows (parallel memory streams), as few as possible for many rows.
 inline int panels_at_once(int rows, bool gated) { return rows <= MAX_ROWS ? 4 : gated ? 2 : 1; }
 
-// y[rows, panels first..last] of one thread. `scratch` holds its copy of the rows and a tile of results.
+// y[rows, panels first..last] of one thread. `scratch` holds the thread's copy of the rows and a tile of results.
 template <class W>
 void multiply_share(const PackedWeights& weights, const float* x, int rows, int first_panel, int last_panel, float* y,
                     void* scratch) {
@@ -234,17 +234,17 @@ void multiply_share(const PackedWeights& weights, const float* x, int rows, int 
             const int64_t column = panel / weights.panels_per_output() * PANEL, wanted = weights.columns - column;
             const Element* right = static_cast<const Element*>(weights.data) + panel * panel_stride;
             float* out = y + row0 * weights.columns + column;
-            const bool straight = !weights.gated && width * PANEL <= wanted;  // the kernel can write to y itself
+            const bool direct = !weights.gated && width * PANEL <= wanted;  // the kernel writes to y
             for (int run = 0; run < runs.blocks; ++run) {
                 Sums sums{tile, tile_stride, tile, tile_stride};
                 if (run == 0) sums.from = weights.bias ? weights.bias + int64_t(panel) * PANEL : nullptr, sums.from_stride = 0;
-                if (run == runs.blocks - 1 && straight) sums.to = out, sums.to_stride = weights.columns;
+                if (run == runs.blocks - 1 && direct) sums.to = out, sums.to_stride = weights.columns;
                 for (int block = 0; block < blocks.blocks; ++block)
                     multiply<W>(left + (int64_t(run) * count + blocks.start(block)) * ROW_STRIDE, blocks.size(block),
                                 right + int64_t(runs.start(run) / 2) * W::PAIR, panel_stride, width,
                                 (runs.size(run) + 1) / 2, sums.at(blocks.start(block), 0));
             }
-            if (straight) continue;
+            if (direct) continue;
             for (int r = 0; r < count; ++r) {
                 const float* from = tile + r * tile_stride;
                 float* to = out + r * weights.columns;

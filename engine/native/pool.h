@@ -1,5 +1,5 @@
-// The threads of one engine. Own threads rather than OpenMP's: two OpenMP runtimes in a process (torch brings one) are
-// two pools that spin against each other, and how long theirs spin is not ours to say.
+// The threads of one engine. Not OpenMP's threads: torch brings an OpenMP runtime, a second one would spin against it,
+// and its spinning time cannot be set here.
 #pragma once
 
 #include <atomic>
@@ -28,7 +28,7 @@ public:
 
     int threads() const { return int(workers_.size()) + 1; }
 
-    // body(thread) on every thread, the caller's being 0; returns when all have ended.
+    // body(thread) on every thread; the caller is thread 0. Returns when all threads have finished.
     template <class Body>
     void run(Body body) {
         job_ = [](void* data, int thread) { (*static_cast<Body*>(data))(thread); };
@@ -44,8 +44,8 @@ public:
     }
 
 private:
-    // About 50 microseconds: longer than the pause between two operations of a step, short enough that a neighbour's
-    // core is not burnt while the engine has nothing to do.
+    // About 50 microseconds: longer than the pause between two operations of a step, and short enough that an idle engine
+    // does not occupy its cores.
     static constexpr int SPINS = 1500;
 
     static void relax() {

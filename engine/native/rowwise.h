@@ -1,4 +1,4 @@
-// Operations that treat every token by itself: embedding, norms, rotation and cache write.
+// Operations on single tokens: embedding, norms, rotation and cache write.
 #pragma once
 
 #include <cmath>
@@ -85,7 +85,7 @@ struct RopeShape {
     float eps;
 };
 
-// One token's queries, keys and values, qkv[(heads + 2 kv_heads) * head_dim], in place; keys and values also into the
+// Normalises and rotates one token's qkv[(heads + 2 kv_heads) * head_dim] in place, and writes its keys and values to the
 // cache at `slot`.
 template <class Kv, class T>
 void rope_and_cache_row(const RopeShape& shape, float* qkv, const float* cos_sin, int64_t slot, Kv* kv_layer,

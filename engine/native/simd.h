@@ -1,5 +1,5 @@
-// Vectors of float and of 32-bit words in the width of the machine, by the compilers' vector extensions: one source for
-// AVX-512, AVX2 and plain SSE2 or NEON. Only what the extensions cannot say is written with intrinsics.
+// Vectors of floats and of 32-bit words in the machine's width, with the compilers' vector extensions: one source for
+// AVX-512, AVX2, SSE2 and NEON. Intrinsics are used only where the extensions do not suffice.
 #pragma once
 
 #include <cstdint>
@@ -71,7 +71,7 @@ inline float widen(bf16 x) {
     return result;
 }
 
-// To the nearest bf16, ties to even; a NaN stays one.
+// To the nearest bf16, ties to even; a NaN stays a NaN.
 inline bf16 narrow(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
@@ -149,7 +149,7 @@ constexpr auto second_lanes(std::integer_sequence<int, J...>) {
     return std::integer_sequence<int, ((J & S) ? VL + J : J + S)...>{};
 }
 
-// Of two vectors one after the other, every second lane, from FIRST on.
+// Every second lane of two concatenated vectors, beginning with lane FIRST.
 template <int FIRST, int... J>
 constexpr auto every_second(std::integer_sequence<int, J...>) {
     return std::integer_sequence<int, FIRST + 2 * J...>{};

@@ -1,7 +1,7 @@
-"""Memory in huge pages, where Linux gives them.
+"""Memory in huge pages, where Linux provides them.
 
-Weights and KV are read end to end in every step. In pages of 4 KiB each page costs a walk through the page tables, in a
-virtual machine through two sets of them; that can cost more than the bytes.
+Every step reads all weights. With pages of 4 KiB the walks through the page tables (two sets of tables in a virtual
+machine) can take longer than reading the bytes.
 """
 
 import contextlib
@@ -15,26 +15,26 @@ _CHUNK_BYTES = 64 << 20
 
 
 class HugePageArena:
-    """Hands out memory for tensors that live as long as the arena's user, packed closely in large chunks."""
+    """Allocates tensors from large chunks. A chunk is freed when all its tensors are."""
 
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised row, aligned to 64 bytes. It keeps its chunk alive."""
+        """Uninitialised, [num_elements], aligned to 64 bytes."""
         nbytes = num_elements * dtype.itemsize
         taken = -(-nbytes // 64) * 64
         if taken > self._rest.numel():
             self._rest = huge_page_zeros(max(taken, _CHUNK_BYTES))
-        row, self._rest = self._rest[:nbytes], self._rest[taken:]
-        return row.view(dtype)
+        tensor, self._rest = self._rest[:nbytes], self._rest[taken:]
+        return tensor.view(dtype)
 
 
 def huge_page_zeros(nbytes: int) -> Tensor:
-    """A uint8 row of zeros, aligned to a huge page. Its pages come as they are first written."""
+    """uint8 zeros [nbytes], aligned to a huge page. The kernel allocates each page at its first write."""
     memory = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # only a wish: a kernel without huge pages refuses it
+    with contextlib.suppress(OSError):  # a kernel without huge pages refuses this; small pages work too
         memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % _HUGE_PAGE_BYTES
-    return whole[start : start + nbytes]
+    memory_bytes = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -memory_bytes.data_ptr() % _HUGE_PAGE_BYTES
+    return memory_bytes[start : start + nbytes]

@@ -1,8 +1,7 @@
-"""All the arithmetic a model needs. Models are written only in terms of `Ops`, so that how it is computed (plain torch,
-own kernels) is chosen in one place.
+"""All the arithmetic of a model. Models are written in terms of `Ops`, whose implementation is chosen in one place.
 
-Shapes are written in brackets. `tokens` is the packed token axis: the new tokens of all sequences of a step, one after
-the other, without padding. H are query heads, KVH key/value heads, D the head's width, F the MLP's.
+Shapes are in brackets. `tokens` is the packed token axis: the new tokens of all sequences of a step, one sequence after
+the other, without padding. H is the number of query heads, KVH of key/value heads, D the head's width, F the MLP's.
 
 One layer of the KV pool, `kv_layer`, is [2, num_blocks, KVH, block_size, D]; 0 is keys, 1 is values. A slot is
 `block * block_size + offset`.
@@ -11,7 +10,6 @@ One layer of the KV pool, `kv_layer`, is [2, num_blocks, KVH, block_size, D]; 0 
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -34,15 +32,15 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True)
 class AttentionMeta:
-    """Where the tokens of a step belong.
+    """The n sequences of a step: their rows of the packed axis and their KV.
 
-    Sequences are ordered: the first `num_decodes` have exactly one new token each, so rows [0, num_decodes) of the
-    packed axis are theirs; the others follow. Tensors are int32 on the device; the `_host` twins hold the same numbers
-    so that nobody has to wait for a device to learn them.
+    The first `num_decodes` sequences have one new token each, in rows [0, num_decodes) of the packed axis; the others
+    follow. Tensors are int32 on the device; the `_host` fields hold the same numbers on the host, so that reading them
+    does not wait for the device.
 
     `query_starts` [n + 1]: first packed row of each sequence, and the total.
-    `context_lens` [n]: tokens in KV after this step's were written. The new ones are the last of them.
-    `block_tables` [n, max_blocks]: the pool's blocks of each sequence, in order; filled up with 0 (a valid block).
+    `context_lens` [n]: tokens in KV, the step's new tokens included, which are the last.
+    `block_tables` [n, max_blocks]: the pool's blocks of each sequence, in order; padded with 0 (a valid block).
     """
 
     query_starts: Tensor
@@ -54,28 +52,23 @@ class AttentionMeta:
 
 
 class PackedLinear:
-    """A weight in whatever form the Ops that packed it likes best. Only that Ops can use it."""
+    """A weight in the form of the `Ops` that packed it. No other `Ops` can use it."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
+    __slots__ = ()
 
 
 class Ops(Protocol):
-    """One way to compute. Inputs may be overwritten only where it says so; results are in `activation_dtype`.
+    """Inputs are overwritten only where a method says so; results are new tensors in the activations' dtype.
 
-    `activation_dtype` may differ from the dtype of weights and KV: kernels for a CPU without bf16 instructions keep
-    activations in float32 though weights and KV are bf16. Norms, rope and softmax are computed in float32 inside.
+    The activations' dtype may differ from that of weights and KV: the native kernels keep activations in float32 with
+    weights and KV in bf16. Norms, rope and softmax are computed in float32.
     """
 
     @property
     def name(self) -> str: ...
 
-    @property
-    def activation_dtype(self) -> torch.dtype: ...
-
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Prepare weight [out, in] and bias [out] once, at load time. They may be freed afterwards."""
+        """Prepare weight [out, in] and bias [out] at load time. The caller may free both afterwards."""
         ...
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
@@ -83,7 +76,7 @@ class Ops(Protocol):
         ...
 
     def pack_gated(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Prepare weight [2 F, in] and bias [2 F], gate then up, for `gated_linear`."""
+        """Prepare weight [2 F, in] and bias [2 F], first gate and then up, for `gated_linear`."""
         ...
 
     def gated_linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
@@ -95,19 +88,15 @@ class Ops(Protocol):
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[tokens, hidden] -> the same shape, a new tensor"""
+        """[tokens, hidden] -> [tokens, hidden]"""
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """residual += x, in place; returns the norm of the new residual"""
-        ...
-
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """[tokens, hidden] -> the same shape, a new tensor"""
+        """residual += x, in place; returns the norm of the new residual, [tokens, hidden]"""
         ...
 
     def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """residual += x, in place; returns the norm of the new residual"""
+        """residual += x, in place; returns the norm of the new residual, [tokens, hidden]"""
         ...
 
     def rope_and_cache(
@@ -126,8 +115,8 @@ class Ops(Protocol):
 
         `q_norm`, `k_norm` [D]: RMS norm of each head before the rotation (Qwen3). `cos_sin` float32
         [max_positions, D]: cosines of the D/2 angles, then their sines; the rotation pairs element i with i + D/2, as
-        Hugging Face does. None: no rotation. Keys and values are written to `kv_layer` at `slots` int64 [tokens].
-        `positions` int64 [tokens]. qkv may be overwritten.
+        Hugging Face does; None means no rotation. `positions`, `slots` int64 [tokens]. Keys and values are written to
+        `kv_layer` at `slots`. `qkv` may be overwritten, and the result may share its memory.
         """
         ...
 
@@ -147,5 +136,5 @@ class Ops(Protocol):
         ...
 
     def relu(self, x: Tensor) -> Tensor:
-        """May work in place."""
+        """Any shape -> the same shape. `x` may be overwritten."""
         ...

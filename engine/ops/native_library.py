@@ -1,9 +1,8 @@
 """Compiles the C++ kernels in `engine/native` for this machine, once, and loads them.
 
-There is no build step for the user: the first engine compiles (some ten seconds), all later ones find the library in
-the cache folder, under a name made of everything it depends on: the sources, the flags, the compiler, the processor.
-No compiler, or one that fails, is not an error: `load_native_library` raises `NativeUnavailableError` with the reason,
-and the caller computes with torch.
+Users need no build step: the first engine compiles the library (about ten seconds), later engines find the library in
+the cache folder. The file's name is a hash of everything the library depends on: sources, flags, compiler, processor.
+Without a working compiler `load_native_library` raises `NativeUnavailableError`, and the caller computes with torch.
 """
 
 import ctypes
@@ -21,8 +20,8 @@ from pathlib import Path
 _SOURCE_DIR = Path(__file__).resolve().parent.parent / "native"
 _MAIN_SOURCE = "api.cpp"
 _COMPILERS = ("g++", "clang++")
-# Hidden visibility keeps two builds in one process from finding each other's kernels. -fno-math-errno lets the compiler
-# use the square root instruction. -w because GCC 12 warns about its own headers.
+# Hidden visibility separates the kernels of two builds in one process. -fno-math-errno lets the compiler use the square
+# root instruction. -w because GCC 12 warns about its own headers.
 _FLAGS = (
     "-std=c++20",
     "-O3",
@@ -38,15 +37,15 @@ _COMPILE_TIMEOUT_S = 300.0
 
 
 class NativeUnavailableError(Exception):
-    """The kernels cannot be had on this machine; the message says why."""
+    """The kernels cannot be used; the message gives the reason."""
 
 
 def load_native_library(cache_dir: Path | None = None, machine_flags: tuple[str, ...] | None = None) -> ctypes.CDLL:
-    """The compiled kernels, with argument types declared. Compiles if no cached library fits.
+    """The compiled kernels with declared argument types. Compiles the library if the cache folder does not have it.
 
-    `cache_dir` defaults to $XDG_CACHE_HOME/tandem or ~/.cache/tandem. `machine_flags` are the compiler's words for the
-    processor, by default the one at hand; tests ask for older ones. Two processes that start together compile once:
-    the second waits for the first. Raises NativeUnavailableError.
+    `cache_dir` defaults to $XDG_CACHE_HOME/tandem or ~/.cache/tandem. `machine_flags` are the compiler flags for the
+    processor, by default this machine's; tests choose older processors. If two processes start together, one compiles
+    and the other waits. Raises NativeUnavailableError.
     """
     compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
@@ -74,7 +73,7 @@ def _machine_flag() -> str:
 
 
 def _make_private(folder: Path) -> None:
-    """What is loaded from here is executed, so nobody else may be able to put files there."""
+    """Libraries in this folder are executed, so other users must not be able to write to it."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     state = folder.stat()
     if state.st_uid != os.getuid():
@@ -95,7 +94,7 @@ def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 def _processor() -> bytes:
-    """What -march=native depends on. A cache folder may be shared by machines with different processors."""
+    """The processor's features, which -march=native depends on: machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:
@@ -112,7 +111,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
-    """Into a temporary name and then renamed, so that a library under its final name is always whole."""
+    """Writes to a temporary name and renames the file, so that a library under its final name is always complete."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         output = Path(scratch) / target.name
         command = [compiler, *flags, str(_SOURCE_DIR / _MAIN_SOURCE), "-o", str(output)]
@@ -134,7 +133,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "tandem_linear": "pppiinnpnp",
         "tandem_embedding": "ppnpinp",
         "tandem_rms_norm": "ppppifnnp",
-        "tandem_layer_norm": "pppppifnnp",
+        "tandem_add_layer_norm": "pppppifnnp",
         "tandem_rope_and_cache": "ppnppppinnnnnppif",
         "tandem_attention": "ppnpinnnnnpppnnfnp",
     }

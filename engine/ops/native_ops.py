@@ -1,38 +1,42 @@
-"""The operations in own C++ kernels, for CPUs: bf16 or float32 weights and KV, activations in float32.
+"""`Ops` in C++ kernels for CPUs: weights and KV in bf16 or float32, activations in float32.
 
-What they promise beyond `Ops`: a row's result depends on that row alone, to the last bit. Not on the batch around it,
-not on how a prompt was cut into chunks, not on the number of threads.
+Beyond what `Ops` promises, a row's result depends on that row alone, to the last bit: neither on the batch, nor on how
+a prompt was cut into chunks, nor on the number of threads.
 """
 
 import ctypes
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tandem.core.errors import InternalError
 from tandem.engine.ops.huge_pages import HugePageArena
 from tandem.engine.ops.interface import AttentionMeta, HeadShape, PackedLinear
 
 _PANEL = 32  # columns of a packed panel, as in engine/native/gemm.h
-MAX_HEAD_DIM = 256  # of the attention kernel, as in engine/native/attention.h
+# Limits of the attention kernel's buffers, as in engine/native/attention.h: elements of a head, and query heads that
+# share a key/value head.
+MAX_HEAD_DIM = 256
+MAX_HEADS_PER_KV_HEAD = 96
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
+@dataclass(frozen=True, slots=True)
 class NativeLinear(PackedLinear):
-    """The weight in panels of 32 outputs, for `gated` a panel of gate and one of up in turn; see engine/native/gemm.h.
-    `bias` is in the panels' order."""
+    """The weight in panels of 32 outputs, see engine/native/gemm.h; `gated`: panels of gate and of up alternate.
+    `bias`, float32, is in the panels' order."""
 
-    def __init__(self, in_features: int, out_features: int, panels: Tensor, bias: Tensor | None, gated: bool) -> None:
-        super().__init__(in_features, out_features)
-        self.panels = panels
-        self.bias = bias
-        self.gated = gated
+    in_features: int
+    out_features: int
+    panels: Tensor
+    bias: Tensor | None
+    gated: bool
 
 
 class NativeOps:
-    """Implements `Ops`. For one caller at a time; the kernels run on `num_threads` threads, the caller's among them."""
-
-    activation_dtype = torch.float32
+    """Implements `Ops`. Not thread-safe; the kernels run on `num_threads` threads, one of which is the caller's."""
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         assert num_threads >= 1, "an engine computes on at least one thread"
@@ -53,7 +57,7 @@ class NativeOps:
         return self._pack(gate_and_up, bias, out_features=inner, gated=True)
 
     def _pack(self, weight: Tensor, bias: Tensor | None, out_features: int, gated: bool) -> PackedLinear:
-        """`bias` is a multiple of panels, in their order."""
+        """weight [rows, in_features]; `bias` in the order of the panels and padded to whole panels."""
         weight = _checked(weight.contiguous(), *_DTYPES)
         rows, in_features = weight.shape
         num_panels, num_pairs = -(-rows // _PANEL), -(-in_features // 2)
@@ -74,7 +78,8 @@ class NativeOps:
 
     def _multiply(self, x: Tensor, packed: NativeLinear) -> Tensor:
         _checked(x, torch.float32)
-        assert x.shape[-1] == packed.in_features
+        if x.shape[1] != packed.in_features:
+            raise InternalError(f"A weight for {packed.in_features} features got {x.shape[1]}")
         y = torch.empty(x.shape[0], packed.out_features)
         self._library.tandem_linear(
             self._context,
@@ -128,21 +133,16 @@ class NativeOps:
         )
         return y
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        return self._layer_norm(x, None, weight, bias, eps)
-
     def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        return self._layer_norm(x, _checked(residual, torch.float32), weight, bias, eps)
-
-    def _layer_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        x = _checked(x, torch.float32)
+        _checked(x, torch.float32)
+        _checked(residual, torch.float32)
         _checked(weight, *_DTYPES)
         _checked(bias, weight.dtype)
         y = torch.empty_like(x)
-        self._library.tandem_layer_norm(
+        self._library.tandem_add_layer_norm(
             self._context,
             x.data_ptr(),
-            _pointer(residual),
+            residual.data_ptr(),
             weight.data_ptr(),
             bias.data_ptr(),
             _is_bf16(weight),
@@ -165,12 +165,11 @@ class NativeOps:
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
     ) -> Tensor:
-        """As `Ops` says; the result is a view of `qkv`, which is overwritten."""
+        """See `Ops`; the result is a view of `qkv`, which is overwritten."""
         qkv = _checked(qkv, torch.float32)
         _checked(positions, torch.int64)
         _checked(slots, torch.int64)
         _checked(kv_layer, *_DTYPES)
-        assert heads.head_dim <= MAX_HEAD_DIM
         if cos_sin is not None:
             _checked(cos_sin, torch.float32)
         norm_is_bf16 = False
@@ -207,8 +206,8 @@ class NativeOps:
         scale: float,
         sliding_window: int | None,
     ) -> Tensor:
-        assert q.dtype == torch.float32
-        assert q.stride()[1:] == (heads.head_dim, 1), "tokens may be apart, a token's heads not"
+        if q.dtype != torch.float32 or q.stride()[1:] != (heads.head_dim, 1):  # only the tokens' stride is free
+            raise InternalError(f"The attention kernel cannot read queries of {q.dtype} with strides {q.stride()}")
         _checked(kv_layer, *_DTYPES)
         _checked(meta.query_starts, torch.int32)
         _checked(meta.context_lens, torch.int32)
@@ -241,17 +240,16 @@ class NativeOps:
 
 
 def _in_panels(rows: Tensor) -> Tensor:
-    """[n, ...] -> [panels, 32, ...], filled up with zeros."""
+    """[n, ...] -> [panels, 32, ...], padded with zeros."""
     missing = -len(rows) % _PANEL
     padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
     return padded.view(-1, _PANEL, *rows.shape[1:])
 
 
 def _checked(tensor: Tensor, *dtypes: torch.dtype) -> Tensor:
-    """Kernels take bare pointers, so what they assume is asserted here."""
-    assert tensor.dtype in dtypes
-    assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
+    """The kernels take pointers. Raises InternalError for a tensor that they would read or write wrongly."""
+    if not (tensor.is_cpu and tensor.dtype in dtypes and tensor.is_contiguous()):
+        raise InternalError(f"A native kernel needs contiguous {dtypes} on a CPU, not {tensor.dtype} {tensor.stride()}")
     return tensor
 
 

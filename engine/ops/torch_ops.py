@@ -1,5 +1,6 @@
-"""The operations in plain torch, for any device: what other implementations are compared with, and what runs where
-there are none."""
+"""`Ops` in plain torch, for any device: the reference for other implementations, and the fallback."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +9,12 @@ from torch import Tensor
 from tandem.engine.ops.interface import AttentionMeta, HeadShape, PackedLinear
 
 
+@dataclass(frozen=True, slots=True)
 class TorchLinear(PackedLinear):
-    """The weight as it is."""
+    """weight [out, in] and bias [out], unchanged."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(in_features=weight.shape[1], out_features=weight.shape[0])
-        self.weight = weight
-        self.bias = bias
+    weight: Tensor
+    bias: Tensor | None
 
 
 class TorchOps:
@@ -23,7 +23,7 @@ class TorchOps:
     name = "torch"
 
     def __init__(self, activation_dtype: torch.dtype) -> None:
-        self.activation_dtype = activation_dtype
+        self._activation_dtype = activation_dtype
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         return TorchLinear(weight, bias)
@@ -40,7 +40,7 @@ class TorchOps:
         return F.silu(gate) * up
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding(token_ids, weight).to(self.activation_dtype)
+        return F.embedding(token_ids, weight).to(self._activation_dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         # As Hugging Face rounds it: to the activation's dtype before the weight is applied.
@@ -51,11 +51,8 @@ class TorchOps:
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self.rms_norm(residual.add_(x), weight, eps)
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-
     def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        return self.layer_norm(residual.add_(x), weight, bias, eps)
+        return F.layer_norm(residual.add_(x), (x.shape[-1],), weight, bias, eps)
 
     def rope_and_cache(
         self,
@@ -120,7 +117,7 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 def _attend_decodes(
     q: Tensor, kv_layer: Tensor, meta: AttentionMeta, scale: float, sliding_window: int | None
 ) -> Tensor:
-    """The sequences with one new token, together: gathered to the longest of them, masked beyond each one's end."""
+    """[num_decodes, H, D] for the sequences with one new token: gathered to the longest context, then masked."""
     n = meta.num_decodes
     block_size = kv_layer.shape[3]
     longest = max(meta.context_lens_host[:n])
@@ -132,7 +129,7 @@ def _attend_decodes(
     visible = key_positions < ends
     if sliding_window is not None:
         visible &= key_positions >= ends - sliding_window
-    # A masked NaN, left by a sequence that had these blocks before, would still spread: clear what is not visible.
+    # A NaN that an earlier sequence left in these blocks would spread through the mask, so clear invisible KV.
     kv = kv.masked_fill(~visible[None, :, None, :, None], 0.0).to(q.dtype)
     out = F.scaled_dot_product_attention(
         q[:n].unsqueeze(2),
@@ -148,10 +145,10 @@ def _attend_decodes(
 def _attend_chunk(
     q: Tensor, kv_layer: Tensor, table: Tensor, context_len: int, scale: float, sliding_window: int | None
 ) -> Tensor:
-    """One sequence's new tokens q [T, H, D] over its KV of `context_len` tokens, the last T of which are new."""
+    """q [T, H, D] of one sequence's new tokens -> [T, H, D]. The new tokens are the last T of `context_len`."""
     num_new, block_size = q.shape[0], kv_layer.shape[3]
     start = context_len - num_new
-    # Blocks that lie before every query's window are never read.
+    # Blocks before every query's window are not read.
     first_key = 0 if sliding_window is None else max(0, start - sliding_window + 1)
     first_block = first_key // block_size
     blocks = table[first_block : -(-context_len // block_size)]

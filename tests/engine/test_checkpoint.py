@@ -216,6 +216,15 @@ def test_header_entry_that_makes_no_sense(folder: Path, change: dict[str, Any], 
     assert message in _refusal(folder)
 
 
+def test_tensors_that_overlap_are_refused(folder: Path) -> None:
+    def overlap(header: dict[str, Any]) -> None:
+        first, second = [name for name, entry in header.items() if entry.get("shape") == [64]][:2]
+        header[first]["data_offsets"] = header[second]["data_offsets"]
+
+    _edit_header(folder / _FILE, overlap)
+    assert f"{_FILE} is damaged: " in _refusal(folder)
+
+
 def test_missing_tensor(folder: Path) -> None:
     tensors = load_file(folder / _FILE)
     del tensors["model.layers.1.mlp.up_proj.weight"]

@@ -13,6 +13,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.device import choose_device, choose_dtype, choose_threads
 from tandem.engine.engine import load_engine
 from tandem.engine.ops.choose import choose_ops
+from tandem.engine.ops.interface import HeadShape
 from tests.engine.conftest import Checkpoints
 
 _CPU = torch.device("cpu")
@@ -66,16 +67,25 @@ def test_threads() -> None:
     assert choose_threads(0) == len(os.sched_getaffinity(0))
 
 
-@pytest.mark.parametrize(("device", "head_dim"), [(_CUDA, 64), (_CPU, 512)])
-def test_native_kernels_are_not_for_everything(device: torch.device, head_dim: int) -> None:
-    assert choose_ops("auto", torch.float32, device, head_dim, num_threads=1).name == "torch"
-    with pytest.raises(ConfigError, match="Native ops cannot be used"):
-        choose_ops("native", torch.float32, device, head_dim, num_threads=1)
+@pytest.mark.parametrize(
+    ("device", "heads", "reason"),
+    [
+        (_CUDA, HeadShape(8, 2, 64), "run on CPUs, not on cuda"),
+        (_CPU, HeadShape(8, 2, 512), "at most 256 elements, not 512"),
+        (_CPU, HeadShape(194, 2, 64), "at most 96 query heads for each key/value head, not 97"),
+    ],
+)
+def test_native_kernels_are_refused_where_they_would_be_wrong(
+    device: torch.device, heads: HeadShape, reason: str
+) -> None:
+    assert choose_ops("auto", torch.float32, device, heads, num_threads=1).name == "torch"
+    with pytest.raises(ConfigError, match=f"Native ops cannot be used: they .*{reason}"):
+        choose_ops("native", torch.float32, device, heads, num_threads=1)
 
 
 def test_unknown_ops() -> None:
     with pytest.raises(ConfigError, match="'cuda' are not known"):
-        choose_ops("cuda", torch.float32, _CPU, 64, num_threads=1)
+        choose_ops("cuda", torch.float32, _CPU, HeadShape(8, 2, 64), num_threads=1)
 
 
 def test_kv_memory_too_small_for_one_block(checkpoints: Checkpoints) -> None:

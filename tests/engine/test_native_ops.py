@@ -81,7 +81,6 @@ def test_rowwise_operations(ops: NativeOps, dtype: torch.dtype) -> None:
         plain = reference()
         assert torch.equal(ops.embedding(ids, table), table[ids].float())
         assert_near(ops.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight.float(), 1e-5))
-        assert_near(ops.layer_norm(x, weight, bias, 1e-5), plain.layer_norm(x, weight.float(), bias.float(), 1e-5))
         for add_norm in ("rms", "layer"):
             mine, theirs = residual.clone(), residual.clone()
             if add_norm == "rms":

@@ -199,8 +199,8 @@ def test_every_token_is_drawn_by_its_part_of_the_noise(vocab: int, scale: float,
     expected = (probabilities > 1e-5).nonzero()[:, 0]
     expected = expected[:: max(1, len(expected) // 200)].tolist()
     noise = middles[expected].tolist()
-    room = sample_row.scratch(vocab)
-    assert [sample_row.draw(logits[0], params, u, room) for u in noise] == expected
+    scratch = sample_row.allocate_scratch(vocab)
+    assert [sample_row.draw(logits[0], params, u, scratch) for u in noise] == expected
     assert sample_batch.draw(logits.expand(len(noise), -1), [params] * len(noise), noise) == expected
 
 
@@ -210,7 +210,7 @@ def test_the_ends_of_the_noise_draw_something_likely(noise: float, limits: dict[
     logits = torch.full((1, 2600), -torch.inf)
     logits[0, 600:1900] = torch.randn(1300, generator=torch.Generator().manual_seed(1))
     params = SamplingParams(**limits)
-    token_id = sample_row.draw(logits[0], params, noise, sample_row.scratch(2600))
+    token_id = sample_row.draw(logits[0], params, noise, sample_row.allocate_scratch(2600))
     assert token_id is not None
     assert 600 <= token_id < 1900
     assert sample_batch.draw(logits, [params], [noise]) == [token_id]

@@ -101,7 +101,7 @@ def test_checksum_sees_one_flipped_bit() -> None:
     view = PoolView.over(source, layout, Portion(0, 2, 0, 2))
     plan = windows(2, 3, view.layer_block_bytes, 100)
     before = gather_checksum(view, [1, 2, 3], plan)
-    source[layout.segment_offset(1, 0, 2) + 5] ^= 1
+    source[(2 * layout.num_blocks + 2) * layout.segment_bytes + 5] ^= 1
     assert gather_checksum(view, [1, 2, 3], plan) != before
 
 

@@ -220,7 +220,7 @@ async def test_a_byte_corrupted_in_the_copy_is_found_where_checksums_are_asked_f
 
         def corrupt(*arguments: object) -> None:
             copy(*arguments)  # type: ignore[arg-type]
-            pool[LAYOUT.segment_offset(2, 1, 1)] ^= 1
+            pool[((2 * 2 + 1) * LAYOUT.num_blocks + 1) * LAYOUT.segment_bytes] ^= 1
 
         prefill.holder.finish("r", 0, [3, 4])
         monkeypatch.setattr(shared_link, "copy_blocks", corrupt)
