@@ -22,7 +22,7 @@ from tandem.core.session import (
     RequestFailed,
     SubmitPrefill,
 )
-from tandem.core.shipment import Manifest, hash_token_ids
+from tandem.core.transfer import Manifest, hash_token_ids
 from tandem.engine.engine import Engine
 from tandem.engine.step import SampleRequest, SequenceSlice, StepOutput
 from tandem.scheduling.block_pool import BlockPool

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tandem.core.clock import Clock
 from tandem.core.errors import DeadlineError, DuplicateRequestError, StaleEpochError, TandemError, error_from_code
 from tandem.core.session import Cancel, PrefillCommand, PrefillEvent, PrefillFinished, RequestFailed, SubmitPrefill
-from tandem.core.shipment import Manifest
+from tandem.core.transfer import Manifest
 from tandem.prefill_worker.loop import Hold, LoopCommand, LoopEvent, Release, Submit, Tell
 from tandem.scheduling.leases import LeaseTable
 from tandem.wire.sessions import Outbox

@@ -7,7 +7,7 @@ from tandem.core.clock import ManualClock
 from tandem.core.config import PrefillSection
 from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
 from tandem.core.session import PrefillFinished, PrefillStarted, RequestFailed, SubmitPrefill
-from tandem.core.shipment import hash_token_ids
+from tandem.core.transfer import hash_token_ids
 from tandem.prefill_worker.loop import Hold, LoopEvent, PrefillLoop, Release, Submit, Tell
 from tandem.worker.attempt_key import Key
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token

@@ -9,7 +9,7 @@ from tandem.core.clock import ManualClock
 from tandem.core.errors import DeadlineError, OverloadedError, StaleEpochError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken
 from tandem.core.session import Cancel, PrefillEvent, PrefillFinished, RequestFailed, SubmitPrefill
-from tandem.core.shipment import Manifest
+from tandem.core.transfer import Manifest
 from tandem.prefill_worker.loop import Hold, LoopCommand, Release, Submit, Tell
 from tandem.prefill_worker.service import PrefillService
 from tandem.wire.sessions import Outbox
