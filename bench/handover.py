@@ -19,8 +19,7 @@ import torch
 from tandem.core.clock import SystemClock
 from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
-from tandem.core.shipment import Manifest, hash_token_ids
-from tandem.core.transfer import Transport
+from tandem.core.transfer import Manifest, Transport, hash_token_ids
 from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.receiver import KvReceiver
 from tandem.kv_transfer.sender import KvSender

@@ -1,26 +1,28 @@
-"""What a decode worker says to a prefill worker to fetch KV, as values, and who must be able to answer.
+"""The control protocol of a KV transfer, as values, and the interfaces of both sides.
 
 `wire` carries these over gRPC; `kv_transfer` speaks only to the protocols at the end of this file.
 
     decode (KvReceiver)                          prefill (KvSender, KvHolder)
-      | link(LinkOffer)                   ----->  |  once per pair: refuse other layouts, agree on a transport
+      | link(LinkOffer)                   ----->  |  once per peer: refuse other KV formats, agree on a transport
       |<- LinkReply                               |
       | rendezvous set/get (gloo, nccl)   <---->  |  the two ranks of a process group find each other
       | pull(request_id, epoch)           ----->  |  answered when that attempt's prefill is finished
       |<- Manifest                                |
       | shared memory: copies out of the mapped pool; else grant(Grant) and exactly the granted bytes arrive
-      | acknowledge(request_id, epoch)    ----->  |  True: the lease was alive all the time; blocks are freed
+      | acknowledge(request_id, epoch)    ----->  |  True: the lease was alive during the whole copy; blocks are freed
       |<- True                                    |
       commits
 """
 
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from tandem.core.errors import UnavailableError
-from tandem.core.session import LinkStats
-from tandem.core.shipment import Manifest
+from tandem.core.errors import IncompatiblePeerError, StaleEpochError, TransferError, UnavailableError
+from tandem.core.request import SampledToken
 
 
 class PeerGoneError(UnavailableError):
@@ -35,6 +37,43 @@ class Transport(StrEnum):
     NCCL = "nccl"  # torch.distributed between GPUs
 
 
+def hash_token_ids(token_ids: Sequence[int]) -> str:
+    """SHA-256 of the ids as 32-bit little-endian integers."""
+    data = array("I", token_ids)
+    assert data.itemsize == 4
+    return hashlib.sha256(data.tobytes()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Describes the KV of one finished prefill, held under a lease until decode acknowledges the transfer.
+
+    `block_ids` are blocks of the sender's pool, in order; together they hold `num_tokens` tokens. `token_hash` is
+    over exactly those tokens. `first_token` is the token sampled at the last position; its KV is not transferred.
+    """
+
+    request_id: str
+    epoch: int
+    num_tokens: int
+    token_hash: str
+    block_ids: tuple[int, ...]
+    fingerprint: str
+    bytes_per_layer: int
+    first_token: SampledToken
+
+    def check(self, *, request_id: str, epoch: int, token_ids: Sequence[int], fingerprint: str) -> None:
+        """Refuse KV that is not the expected KV.
+
+        Raises IncompatiblePeerError, StaleEpochError or TransferError.
+        """
+        if self.fingerprint != fingerprint:
+            raise IncompatiblePeerError("the two workers' KV layouts differ (model weights, dtype or block size)")
+        if self.request_id != request_id or self.epoch != epoch:
+            raise StaleEpochError("the manifest belongs to another attempt")
+        if self.num_tokens != len(token_ids) or self.token_hash != hash_token_ids(token_ids):
+            raise TransferError("the manifest describes the KV of other tokens")
+
+
 @dataclass(frozen=True, slots=True)
 class HostIdentity:
     """Two processes with equal identities run under one kernel and one user."""
@@ -45,7 +84,7 @@ class HostIdentity:
 
 @dataclass(frozen=True, slots=True)
 class LinkOffer:
-    """Decode's side of a link: who it is, and the transports it can take, best first."""
+    """Decode's side of a link: its instance, and the transports that it supports, best first."""
 
     instance_id: str
     fingerprint: str
@@ -58,8 +97,8 @@ class LinkReply:
     """Prefill's side. `link_id` is new for every link; a link that failed is never used again. Either side's death, or
     `unlink`, ends the link on the other side too.
 
-    `socket_name` (an abstract Unix socket) and `nonce` (good for one use) lead to the pool's descriptor when the
-    transport is shared memory; they are empty otherwise.
+    `socket_name` (an abstract Unix socket) and `nonce` (valid once) lead to the pool's descriptor when the transport
+    is shared memory; they are empty otherwise. `num_blocks` is the size of the sender's pool.
     """
 
     link_id: str
@@ -72,7 +111,7 @@ class LinkReply:
 
 
 @dataclass(frozen=True, slots=True)
-class Portion:
+class KvSlice:
     """The layers [layer_begin, layer_end) and KV heads [head_begin, head_end) of one rank's pool, counted there."""
 
     layer_begin: int
@@ -84,26 +123,22 @@ class Portion:
     def num_layers(self) -> int:
         return self.layer_end - self.layer_begin
 
-    @property
-    def num_heads(self) -> int:
-        return self.head_end - self.head_begin
-
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Permission to send one shipment's `portion`: exactly `total_bytes`, in windows of at most `window_bytes`.
+    """Permission to send `kv_slice` of one manifest's blocks: exactly `total_bytes` in chunks of up to `chunk_bytes`.
 
-    `sequence` counts the grants of a link from 0, without gaps. Over shared memory nothing is sent; the grant then
-    only asks for the checksum.
+    `sequence` counts the grants of a link from 0, without gaps. Over shared memory nothing is sent: the grant only
+    asks for the checksum, and `sequence` is 0.
     """
 
     link_id: str
     request_id: str
     epoch: int
     sequence: int
-    portion: Portion
+    kv_slice: KvSlice
     total_bytes: int
-    window_bytes: int
+    chunk_bytes: int
     checksum: bool
 
 
@@ -116,11 +151,17 @@ class GrantReply:
 
 
 class PeerControl(Protocol):
-    """A prefill instance, as decode reaches it. Every method raises a TandemError of the peer, PeerGoneError when it
-    cannot be reached and DeadlineError when `timeout_s` has passed. All are cancelled with the awaiting task."""
+    """A prefill instance, as decode reaches it. Every coroutine raises a TandemError of the peer, PeerGoneError when
+    the peer cannot be reached and DeadlineError when `timeout_s` has passed. A coroutine ends with
+    `asyncio.CancelledError` only if its task was cancelled, and its call is then cancelled too."""
 
     @property
     def instance_id(self) -> str: ...
+
+    @property
+    def is_gone(self) -> bool:
+        """True from the first PeerGoneError on."""
+        ...
 
     async def link(self, offer: LinkOffer, timeout_s: float) -> LinkReply: ...
 
@@ -128,8 +169,12 @@ class PeerControl(Protocol):
         """False once the link has ended, from whichever side."""
         ...
 
+    def when_unlinked(self, link_id: str, callback: Callable[[], None]) -> None:
+        """Call `callback` once, on the event loop, when the link has ended or soon if it has ended already."""
+        ...
+
     def unlink(self, link_id: str) -> None:
-        """End the link; without effect when it has ended. Never waits."""
+        """End the link; without effect when the link has ended. Never waits."""
         ...
 
     async def pull(self, request_id: str, epoch: int, timeout_s: float) -> Manifest: ...
@@ -157,7 +202,7 @@ class KvHolder(Protocol):
 
     async def acknowledge(self, request_id: str, epoch: int) -> bool:
         """End the lease and free the blocks. False if the lease had ended already or the epoch is not current:
-        what decode copied may then be torn."""
+        the copy that decode made may then be torn."""
         ...
 
 
@@ -177,5 +222,3 @@ class KvLinkServer(Protocol):
     async def rendezvous_set(self, link_id: str, key: str, value: bytes) -> None: ...
 
     async def rendezvous_get(self, link_id: str, key: str, timeout_s: float) -> bytes: ...
-
-    def links(self) -> tuple[LinkStats, ...]: ...

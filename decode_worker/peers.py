@@ -15,33 +15,46 @@ MAX_PEERS = 1024
 class Peers:
     """One channel per prefill instance, made when first needed; beyond `MAX_PEERS` the one not used for longest goes.
 
-    Keyed by instance, not by address: a restarted worker is another peer.
+    Keyed by instance, not by address: a restarted worker is another peer. A channel that is given up (its peer is gone,
+    or there are too many) is closed only when no call is under way on it and no link is open, so that no fetch fails
+    because of another fetch.
     """
 
     def __init__(self, token: str | None) -> None:
         self._token = token
-        self._channels: OrderedDict[str, tuple[grpc.aio.Channel, KvTransferClient]] = OrderedDict()
+        self._peers: OrderedDict[str, tuple[KvTransferClient, grpc.aio.Channel]] = OrderedDict()
+        self._given_up: list[tuple[KvTransferClient, grpc.aio.Channel]] = []
         self._closing: set[asyncio.Task[None]] = set()
 
     def control(self, source: KvSource) -> KvTransferClient:
-        entry = self._channels.get(source.instance_id)
-        if entry is None:
+        """Reaches that instance, over a new channel if the peer was gone."""
+        self.forget(source.instance_id)
+        if source.instance_id not in self._peers:
+            self._close_unused()
             channel = open_channel(source.address)
-            entry = channel, KvTransferClient(channel, source.instance_id, self._token)
-            self._channels[source.instance_id] = entry
-            if len(self._channels) > MAX_PEERS:
-                self.forget(next(iter(self._channels)))
-        self._channels.move_to_end(source.instance_id)
-        return entry[1]
+            self._peers[source.instance_id] = KvTransferClient(channel, source.instance_id, self._token), channel
+            if len(self._peers) > MAX_PEERS:
+                self._given_up.append(self._peers.popitem(last=False)[1])
+        self._peers.move_to_end(source.instance_id)
+        return self._peers[source.instance_id][0]
 
     def forget(self, instance_id: str) -> None:
-        """The instance is gone."""
-        if (entry := self._channels.pop(instance_id, None)) is not None:
-            closing = asyncio.create_task(entry[0].close())
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
+        """Give up the channel to that instance if the instance is gone."""
+        if (entry := self._peers.get(instance_id)) is not None and entry[0].is_gone:
+            self._given_up.append(self._peers.pop(instance_id))
 
     async def close(self) -> None:
-        for instance_id in list(self._channels):
+        """Close all channels; calls under way fail with PeerGoneError."""
+        channels = [channel for _, channel in [*self._peers.values(), *self._given_up]]
+        self._peers.clear()
+        self._given_up.clear()
+        await asyncio.gather(*(channel.close() for channel in channels), *self._closing)
+
+    def _close_unused(self) -> None:
+        for instance_id in list(self._peers):
             self.forget(instance_id)
-        await asyncio.gather(*self._closing)
+        for entry in [entry for entry in self._given_up if not entry[0].in_use]:
+            self._given_up.remove(entry)
+            closing = asyncio.create_task(entry[1].close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)

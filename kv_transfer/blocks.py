@@ -1,5 +1,6 @@
-"""Views over a pool's blocks, and copies between them: everything here works in the calling thread."""
+"""Views over a pool's blocks, and copies between them. All but `WriteFence.close` run in the calling thread."""
 
+import asyncio
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -11,119 +12,147 @@ import torch
 
 from tandem.core.errors import TransferError
 from tandem.core.kv_layout import DTYPE_BYTES, KvLayout
-from tandem.core.transfer import Portion
+from tandem.core.transfer import KvSlice
+from tandem.kv_transfer.owner_thread import OwnerThread
 
-# torch spreads a copy over several threads from this many elements on. Pieces stay below it: decode's steps need the
+# torch spreads a copy over several threads from this many elements on. Views stay below it: decode's steps need the
 # other cores, and the threads would have to be started and to wait for each other.
-_MAX_PIECE_WORDS = 32767
-_CHUNK_BYTES = 4 << 20  # copied between two looks at the gate
+_MAX_VIEW_WORDS = 32767
+_FENCED_BYTES = 4 << 20  # copied between two checks of the fence
 
 
-Pieces = tuple[tuple[torch.Tensor, ...], ...]  # [block][piece]
+BlockViews = tuple[tuple[torch.Tensor, ...], ...]  # [block][view]
 
 
-class Gate:
-    """Lets a copy stop between two chunks. Once `close` has returned, nothing more is written behind the gate."""
+class WriteFence:
+    """Forbids late writes into blocks: once `close` has returned, nothing more is written under this fence."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held by the thread that writes
         self._closed = False
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Hold the gate open for one chunk. Raises TransferError once it is closed."""
+    def writing(self) -> Iterator[None]:
+        """Around each write, in the writing thread. Raises TransferError once the fence is closed."""
         with self._lock:
             if self._closed:
                 raise TransferError("the transfer was given up")
             yield
 
-    def close(self) -> None:
-        """Waits for the chunk under way: a millisecond."""
+    async def close(self) -> None:
+        """Return when the write under way, if any, is done; a cancellation takes effect only then.
+
+        The wait has a thread of its own: on a GPU the write may be queued behind other work of the device.
+        """
+        self._closed = True
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+            return
+        waiter = OwnerThread.start("kv-fence")
+        written = asyncio.wrap_future(waiter.submit(self._wait))
+        waiter.stop()
+        cancelled: asyncio.CancelledError | None = None
+        while not written.done():
+            try:
+                await asyncio.shield(written)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+    def _wait(self) -> None:
         with self._lock:
-            self._closed = True
+            pass
 
 
-class Window(NamedTuple):
-    """A rectangle of a shipment, sent as one message: layers of the portion, positions in the block list."""
+class TransferChunk(NamedTuple):
+    """A rectangle of a transfer, sent as one message: layers of the KV slice, positions in the block list."""
 
     layer_begin: int
     layer_end: int
     block_begin: int
     block_end: int
 
+    @property
+    def num_layers(self) -> int:
+        return self.layer_end - self.layer_begin
+
+    @property
+    def num_blocks(self) -> int:
+        return self.block_end - self.block_begin
+
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """A portion of one rank's pool: `words` is [layer, kv, block, head, word], over all blocks."""
+    """A KV slice of one rank's pool: `words` is [layer, kv, block, head, word], over all blocks."""
 
     words: torch.Tensor
 
     @classmethod
-    def over(cls, pool: torch.Tensor, layout: KvLayout, portion: Portion) -> "PoolView":
+    def over(cls, pool: torch.Tensor, layout: KvLayout, kv_slice: KvSlice) -> "PoolView":
         """`pool` is contiguous, of any dtype, and at least `layout.pool_bytes` long."""
         head_bytes = layout.block_size * layout.head_dim * DTYPE_BYTES[layout.dtype]
         word = torch.int64 if head_bytes % 8 == 0 else torch.int16
         row = pool.view(-1).view(torch.uint8)[: layout.pool_bytes].view(word)
-        whole = row.view(layout.num_layers, 2, layout.num_blocks, layout.num_kv_heads, head_bytes // word.itemsize)
-        layers = slice(portion.layer_begin, portion.layer_end)
-        return cls(whole[layers, :, :, portion.head_begin : portion.head_end])
+        words = row.view(layout.num_layers, 2, layout.num_blocks, layout.num_kv_heads, head_bytes // word.itemsize)
+        layers = slice(kv_slice.layer_begin, kv_slice.layer_end)
+        return cls(words[layers, :, :, kv_slice.head_begin : kv_slice.head_end])
 
-    def pieces(self) -> Pieces:
-        """Of every block, views that together are the block, each small enough to be copied in one thread.
+    def block_views(self) -> BlockViews:
+        """Of every block, views that together cover the block, each small enough to be copied in one thread.
 
         To be made once: making a view in Python takes as long as copying 20 KB.
         """
         num_layers = self.words.shape[0]
-        step = max(1, _MAX_PIECE_WORDS // self.words[0, :, 0].numel())
+        step = max(1, _MAX_VIEW_WORDS // self.words[0, :, 0].numel())
         groups = [self.words[layer : layer + step].unbind(2) for layer in range(0, num_layers, step)]
         return tuple(zip(*groups, strict=True))
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block over the portion's layers, K and V."""
-        return self.words[:, :, 0].nbytes
-
-    @property
     def layer_block_bytes(self) -> int:
         """Bytes of one block in one layer, K and V."""
-        return self.block_bytes // self.words.shape[0]
-
-    def window_shape(self, window: Window) -> tuple[int, int, int, int, int]:
         _, kv, _, heads, words = self.words.shape
-        return (window.layer_end - window.layer_begin, kv, window.block_end - window.block_begin, heads, words)
+        return kv * heads * words * self.words.itemsize
 
-    def gather(self, window: Window, block_index: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
-        """Copy a window into the front of `staging` (uint8) and return that part of it."""
-        part, shaped = self._staged(window, staging)
-        layers = self.words[window.layer_begin : window.layer_end]
-        torch.index_select(layers, 2, block_index[window.block_begin : window.block_end], out=shaped)
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over the slice's layers, K and V."""
+        return self.words.shape[0] * self.layer_block_bytes
+
+    def chunk_bytes(self, chunk: TransferChunk) -> int:
+        return chunk.num_layers * chunk.num_blocks * self.layer_block_bytes
+
+    def gather(self, chunk: TransferChunk, block_index: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
+        """Copy a chunk into the front of `staging` (uint8) and return that part of it."""
+        part, shaped = self._staged(chunk, staging)
+        layers = self.words[chunk.layer_begin : chunk.layer_end]
+        torch.index_select(layers, 2, block_index[chunk.block_begin : chunk.block_end], out=shaped)
         return part
 
-    def scatter(self, window: Window, block_index: torch.Tensor, staging: torch.Tensor) -> None:
-        """Copy a window out of the front of `staging` into its blocks."""
-        _, shaped = self._staged(window, staging)
-        layers = self.words[window.layer_begin : window.layer_end]
-        layers.index_copy_(2, block_index[window.block_begin : window.block_end], shaped)
+    def scatter(self, chunk: TransferChunk, block_index: torch.Tensor, staging: torch.Tensor) -> None:
+        """Copy a chunk out of the front of `staging` into its blocks."""
+        _, shaped = self._staged(chunk, staging)
+        layers = self.words[chunk.layer_begin : chunk.layer_end]
+        layers.index_copy_(2, block_index[chunk.block_begin : chunk.block_end], shaped)
 
-    def window_bytes(self, window: Window) -> int:
-        layers, kv, blocks, heads, words = self.window_shape(window)
-        return layers * kv * blocks * heads * words * self.words.itemsize
-
-    def _staged(self, window: Window, staging: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        part = staging[: self.window_bytes(window)]
-        return part, part.view(self.words.dtype).view(self.window_shape(window))
+    def _staged(self, chunk: TransferChunk, staging: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        part = staging[: self.chunk_bytes(chunk)]
+        _, kv, _, heads, words = self.words.shape
+        return part, part.view(self.words.dtype).view(chunk.num_layers, kv, chunk.num_blocks, heads, words)
 
 
-def windows(num_layers: int, num_blocks: int, layer_block_bytes: int, window_bytes: int) -> list[Window]:
-    """Cut a shipment into rectangles of at most `window_bytes` (but never less than one block of one layer), layer by
-    layer. `layer_block_bytes` are those of one block in one layer, K and V. Both sides compute the same list."""
-    assert window_bytes > 0
+def split_transfer(num_layers: int, num_blocks: int, layer_block_bytes: int, max_bytes: int) -> list[TransferChunk]:
+    """Cut a transfer into chunks of at most `max_bytes` (but never less than one block of one layer), layer by layer.
+
+    `layer_block_bytes` are the bytes of one block in one layer, K and V. Both sides compute the same list.
+    """
+    assert max_bytes > 0
     if num_layers == 0 or num_blocks == 0:
         return []
-    layers = max(1, min(num_layers, window_bytes // (layer_block_bytes * num_blocks)))
-    blocks = max(1, min(num_blocks, window_bytes // layer_block_bytes))
+    layers = max(1, min(num_layers, max_bytes // (layer_block_bytes * num_blocks)))
+    blocks = max(1, min(num_blocks, max_bytes // layer_block_bytes))
     return [
-        Window(layer, min(layer + layers, num_layers), block, min(block + blocks, num_blocks))
+        TransferChunk(layer, min(layer + layers, num_layers), block, min(block + blocks, num_blocks))
         for layer in range(0, num_layers, layers)
         for block in range(0, num_blocks, blocks)
     ]
@@ -134,27 +163,31 @@ def crc32(data: torch.Tensor, value: int = 0) -> int:
     return zlib.crc32(data.cpu().numpy().data, value)
 
 
-def gather_checksum(view: PoolView, block_ids: Sequence[int], plan: Sequence[Window]) -> int:
-    """CRC-32 of the blocks' bytes in the order in which the windows would be sent."""
+def gather_checksum(view: PoolView, block_ids: Sequence[int], chunks: Sequence[TransferChunk]) -> int:
+    """CRC-32 of the blocks' bytes in the order in which the chunks would be sent."""
     index = torch.tensor(block_ids, device=view.words.device)
-    staging = torch.empty(max(map(view.window_bytes, plan), default=0), dtype=torch.uint8, device=view.words.device)
+    staging = torch.empty(max(map(view.chunk_bytes, chunks), default=0), dtype=torch.uint8, device=view.words.device)
     value = 0
-    for window in plan:
-        value = crc32(view.gather(window, index, staging), value)
+    for chunk in chunks:
+        value = crc32(view.gather(chunk, index, staging), value)
     return value
 
 
 def copy_blocks(
-    source: Pieces, source_ids: Sequence[int], destination: Pieces, destination_ids: Sequence[int], gate: Gate
+    source: BlockViews,
+    source_ids: Sequence[int],
+    destination: BlockViews,
+    destination_ids: Sequence[int],
+    fence: WriteFence,
 ) -> None:
-    """Copy blocks from pool to pool, without a copy in between. Raises TransferError when the gate is closed first.
+    """Copy blocks from pool to pool, without a copy in between. Raises TransferError once the fence is closed.
 
-    One call of `_foreach_copy_` moves a chunk of many pieces without the interpreter lock: taking it back between the
-    pieces would let the engine's thread delay each of them.
+    One call of `_foreach_copy_` copies many views without the interpreter lock: taking it back between the views
+    would let the engine's thread delay each of them.
     """
-    step = max(1, _CHUNK_BYTES // sum(piece.nbytes for piece in source[0]))
+    step = max(1, _FENCED_BYTES // sum(view.nbytes for view in source[0]))
     for begin in range(0, len(source_ids), step):
-        pieces = [piece for block in source_ids[begin : begin + step] for piece in source[block]]
-        targets = [piece for block in destination_ids[begin : begin + step] for piece in destination[block]]
-        with gate.open():
-            torch._foreach_copy_(targets, pieces)
+        sources = [view for block in source_ids[begin : begin + step] for view in source[block]]
+        targets = [view for block in destination_ids[begin : begin + step] for view in destination[block]]
+        with fence.writing():
+            torch._foreach_copy_(targets, sources)

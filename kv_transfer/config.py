@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LinkConfig:
-    """`bind_host` is where gloo listens: an address that the peers reach, and nobody else should. `stall_s` and
-    `min_bytes_per_s` bound every single operation: one that moves n bytes may take stall_s + n / min_bytes_per_s.
+    """`bind_host` is where gloo listens: an address that only the cluster can reach. `stall_s` and
+    `min_bytes_per_s` bound each send and receive: n bytes may take stall_s + n / min_bytes_per_s.
     """
 
     bind_host: str = "127.0.0.1"

@@ -1,7 +1,7 @@
 """Hands a file descriptor to another process of the same host and user, over an abstract Unix socket.
 
-The prefill worker offers its pool's descriptor; decode was told the socket's name and a nonce over the control
-channel. The kernel vouches for the peer's user, the nonce for its having been invited.
+The prefill worker offers its pool's descriptor; decode gets the socket's name and a nonce over the control
+channel. The kernel proves the peer's user; the nonce proves that this process made a link with the peer.
 """
 
 import os
@@ -16,7 +16,7 @@ from tandem.core.transfer import HostIdentity
 
 NONCE_BYTES = 32
 _SOCKET_TIMEOUT_S = 1.0
-_MAX_NONCES = 1024  # invitations nobody took up; the oldest go first
+_MAX_NONCES = 1024  # not used yet; the oldest are dropped first
 
 
 def host_identity() -> HostIdentity:
@@ -29,7 +29,7 @@ def host_identity() -> HostIdentity:
 
 
 class DescriptorServer:
-    """Gives away read-only copies of one descriptor, each for one nonce. One thread, idle but for `accept`."""
+    """Sends read-only copies of one descriptor, one a nonce. Its thread only accepts connections."""
 
     def __init__(self, listener: socket.socket, fd: int) -> None:
         self._listener = listener
@@ -54,8 +54,8 @@ class DescriptorServer:
         name: bytes = self._listener.getsockname()
         return name[1:].decode()
 
-    def invite(self) -> bytes:
-        """A nonce that is good for one descriptor."""
+    def issue_nonce(self) -> bytes:
+        """A nonce that is valid for one descriptor."""
         nonce = secrets.token_bytes(NONCE_BYTES)
         with self._lock:
             if len(self._nonces) >= _MAX_NONCES:
@@ -77,11 +77,11 @@ class DescriptorServer:
                 return
             with connection:
                 try:
-                    self._answer(connection)
+                    self._send_descriptor(connection)
                 except OSError:
-                    continue  # the other side went away, or was too slow: it is told nothing
+                    continue  # the other side is gone, or was too slow
 
-    def _answer(self, connection: socket.socket) -> None:
+    def _send_descriptor(self, connection: socket.socket) -> None:
         connection.settimeout(_SOCKET_TIMEOUT_S)
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         _, uid, _ = struct.unpack("3i", credentials)
@@ -89,14 +89,14 @@ class DescriptorServer:
             return
         nonce = connection.recv(NONCE_BYTES, socket.MSG_WAITALL)
         with self._lock:
-            invited = nonce in self._nonces
+            is_valid = nonce in self._nonces
             self._nonces.pop(nonce, None)
-        if invited:
+        if is_valid:
             socket.send_fds(connection, [b"k"], [self._fd])
 
 
 def fetch_descriptor(name: str, nonce: bytes) -> int:
-    """The descriptor behind an invitation; the caller closes it. Raises TransferError."""
+    """The descriptor that `nonce` gives a right to; the caller closes it. Raises TransferError."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(2 * _SOCKET_TIMEOUT_S)
@@ -108,5 +108,5 @@ def fetch_descriptor(name: str, nonce: bytes) -> int:
     if not message or len(descriptors) != 1:
         for fd in descriptors:
             os.close(fd)
-        raise TransferError("the prefill worker did not hand over its memory")
+        raise TransferError("the prefill worker did not share its memory")
     return descriptors[0]

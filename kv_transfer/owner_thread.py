@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 class OwnerThread:
     """Runs jobs in the order they were submitted. The thread is a daemon: one stuck in a dead peer's socket until its
-    timeout does not hold up the end of the process."""
+    timeout does not delay the end of the process."""
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
@@ -45,15 +45,15 @@ class OwnerThread:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(job())
-                except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the job
-                    _forget_frames(error)
+                except BaseException as error:  # noqa: BLE001 - it is for the thread that waits for the job
+                    _clear_frames(error)
                     future.set_exception(error)
-            del item, future, job  # they hold what the job used, and the next one may be long in coming
+            del item, future, job  # they hold what the job used, and the next job may come much later
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Drop the local variables of the frames an error came through: it may be kept for long, and they hold memory,
-    sockets and threads that the job used."""
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables of the frames that an error came through: the error may be kept for long, and they hold
+    memory, sockets and threads that the job used."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""The memory under a rank's KV pool: on a CPU one that another process of the same host can map."""
+"""The memory of a rank's KV pool; on a CPU another process of the same host can map it."""
 
 import contextlib
 import ctypes
@@ -17,8 +17,8 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | _F_SEAL_F
 
 
 class SharedPool:
-    """`tensor` is one uint8 row of `nbytes`, zeroed and already backed by memory. `fd` leads another process to the
-    same bytes, read-only; it is None where a descriptor cannot (CUDA)."""
+    """`tensor` is one uint8 row of `nbytes`, zeroed and already backed by memory. Another process can map
+    `fd`, read-only; it is None for CUDA memory."""
 
     def __init__(self, tensor: torch.Tensor, fd: int | None) -> None:
         self.tensor = tensor
@@ -27,7 +27,7 @@ class SharedPool:
     @classmethod
     def create(cls, nbytes: int, device: torch.device | str = "cpu") -> "SharedPool":
         """On a CPU an anonymous memory file: it has no name and vanishes with the last process that uses it. It is
-        sealed, so that it can neither shrink under a reader (which would kill it) nor be written by one."""
+        sealed: it cannot shrink under a reader (which would kill the reader), and readers cannot write to it."""
         if torch.device(device).type != "cpu":
             return cls(torch.zeros(nbytes, dtype=torch.uint8, device=device), None)
         fd = os.memfd_create("tandem-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -38,14 +38,14 @@ class SharedPool:
         except BaseException:
             os.close(fd)
             raise
-        with contextlib.suppress(OSError):  # only a wish: most kernels keep huge pages off for shared memory
+        with contextlib.suppress(OSError):  # best effort: most kernels keep huge pages off for shared memory
             mapping.madvise(mmap.MADV_HUGEPAGE)
         tensor = torch.frombuffer(mapping, dtype=torch.uint8)
         tensor.zero_()  # the first touch of a page costs thirty times a copy; pay it before the first request
         return cls(tensor, fd)
 
     def close(self) -> None:
-        """Give up this owner's hold. The memory goes when the last tensor over it goes."""
+        """Release the pool. The memory is freed with the last tensor over it."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
@@ -55,15 +55,15 @@ class SharedPool:
 def map_read_only(fd: int, nbytes: int) -> torch.Tensor:
     """The first `nbytes` of another process's pool, as uint8. Writing to it would kill this process: never do.
 
-    The mapping lives as long as the tensor; `fd` stays the caller's. Raises TransferError if it is no sealed pool of
+    The mapping lives as long as the tensor; `fd` stays the caller's. Raises TransferError if `fd` is no sealed pool of
     at least that size.
     """
     seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     if os.fstat(fd).st_size < nbytes or not seals & fcntl.F_SEAL_SHRINK:
-        raise TransferError("the prefill worker's pool is smaller than it said")
+        raise TransferError("the prefill worker's pool is smaller than it announced")
     flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
     mapping = mmap.mmap(fd, nbytes, flags=flags, prot=mmap.PROT_READ)
-    # torch warns about memory that it cannot write, so it is told the bare address; `owner` keeps the mapping alive.
+    # torch warns about memory that it cannot write, so torch gets the bare address; `owner` keeps the mapping alive.
     owner = (ctypes.c_char * nbytes).from_address(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
     owner.mapping = mapping  # type: ignore[attr-defined]
     return torch.frombuffer(owner, dtype=torch.uint8)

@@ -1,10 +1,12 @@
-"""Decode's side of the hand-over: pulls a finished prefill's KV into blocks of its own pool, whole or not at all."""
+"""Decode's side of KV transfers: fetches a finished prefill's KV into blocks of its own pool, all of it or none."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -20,29 +22,26 @@ from tandem.core.errors import (
 from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
 from tandem.core.session import LinkStats
-from tandem.core.shipment import Manifest
-from tandem.core.transfer import Grant, LinkOffer, LinkReply, PeerControl, Transport
-from tandem.kv_transfer.blocks import Gate, Pieces, PoolView, Window, windows
+from tandem.core.transfer import Grant, LinkOffer, LinkReply, Manifest, PeerControl, Transport
+from tandem.kv_transfer.blocks import BlockViews, PoolView, TransferChunk, WriteFence, split_transfer
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import host_identity
-from tandem.kv_transfer.group_links import GroupLink, PairMaker
-from tandem.kv_transfer.pair import DECODE_RANK
-from tandem.kv_transfer.rendezvous import RemoteBoard
-from tandem.kv_transfer.reshard import RankGrid, plan_copies
-from tandem.kv_transfer.shared_link import SharedLink, UnreachableMemoryError
-from tandem.kv_transfer.totals import LinkTotals
+from tandem.kv_transfer.link_totals import LinkTotals
+from tandem.kv_transfer.process_group_link import ProcessGroupFactory, ProcessGroupLink
+from tandem.kv_transfer.process_groups import DECODE_RANK
+from tandem.kv_transfer.rendezvous import RemoteRendezvousStore
+from tandem.kv_transfer.reshard import KvSharding, plan_copies
+from tandem.kv_transfer.shared_memory_link import SharedMemoryLink, UnreachableMemoryError
 
 _log = logging.getLogger(__name__)
 
-WINDOW_BYTES = (
-    2 << 20
-)  # of one message between two processes: small enough that gathering, sending and scattering overlap
+CHUNK_BYTES = 2 << 20  # small enough that gathering, sending and scattering overlap
 _DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
-    """KV that has arrived whole and belongs to decode. `seconds` ran from the manifest to the acknowledgement."""
+class FetchResult:
+    """KV that has arrived completely and belongs to decode. `seconds` ran from the manifest to the acknowledgement."""
 
     manifest: Manifest
     bytes: int
@@ -54,10 +53,10 @@ class Fetched:
         return self.manifest.first_token
 
 
-class _Link:
-    """A live link to one peer. `turn` is held while a pair is in use: its operations have an order."""
+class _ReceiveLink:
+    """A link to one prefill instance. Transfers over it take turns: a transfer holds `turn` while its bytes move."""
 
-    def __init__(self, peer: PeerControl, reply: LinkReply, end: SharedLink | GroupLink) -> None:
+    def __init__(self, peer: PeerControl, reply: LinkReply, end: SharedMemoryLink | ProcessGroupLink) -> None:
         self.peer = peer
         self.reply = reply
         self.end = end
@@ -68,7 +67,7 @@ class _Link:
 
     @property
     def alive(self) -> bool:
-        return not self.end.dead and self.peer.is_linked(self.reply.link_id)
+        return not self.end.closed and self.peer.is_linked(self.reply.link_id)
 
 
 class KvReceiver:
@@ -88,27 +87,28 @@ class KvReceiver:
         timeout_s: float = 10.0,
         link_config: LinkConfig | None = None,
     ) -> None:
-        """`transport` "auto" takes the fastest that can be had, a named one is taken or it is an error. `checksum` None
-        checks what came over sockets. `timeout_s` bounds a hand-over from manifest to acknowledgement.
+        """`transport` "auto" takes the fastest possible transport; a named one is taken or is an error. `checksum`
+        None checks bytes that came over gloo. `timeout_s` bounds a transfer from its turn on the link to its
+        acknowledgement.
 
         Raises ConfigError for an unknown transport.
         """
         self._layout = layout
-        one_rank = RankGrid(layout.num_layers, layout.num_kv_heads)
+        one_rank = KvSharding(layout.num_layers, layout.num_kv_heads)
         (copy,) = plan_copies(one_rank, one_rank, destination_rank=0)
-        self._portion = copy.source
-        self._view = PoolView.over(pool, layout, self._portion)
-        self._pieces: Pieces | None = None
+        self._kv_slice = copy.source
+        self._view = PoolView.over(pool, layout, self._kv_slice)
+        self._block_views: BlockViews | None = None
         self._instance_id = instance_id
         self._transport = _parse_transport(transport)
         self._checksum = checksum
         self._timeout_s = timeout_s
         self._link_config = link_config or LinkConfig()
-        self._pairs = PairMaker(pool.device, self._link_config)
-        self._links: dict[str, _Link] = {}
-        self._linking: dict[str, asyncio.Lock] = {}
-        self._totals: dict[str, LinkTotals] = {}
-        self._killed: list[SharedLink | GroupLink] = []
+        self._groups = ProcessGroupFactory(pool.device, self._link_config)
+        self._links: dict[str, _ReceiveLink] = {}
+        self._linking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # held while a link is made
+        self._totals = LinkTotals(self._link_config.max_links)
+        self._closing: list[SharedMemoryLink | ProcessGroupLink] = []  # closed ones whose threads may still run
 
     async def fetch(
         self,
@@ -118,109 +118,99 @@ class KvReceiver:
         token_ids: Sequence[int],
         block_ids: Sequence[int],
         deadline_s: float,
-    ) -> Fetched:
+    ) -> FetchResult:
         """Wait for the attempt's prefill, copy its KV into `block_ids` of our pool, and take it over.
 
         `token_ids` are those whose KV is expected; `block_ids` are distinct and at least as many as they need, in
-        order. `deadline_s` is on `time.monotonic()`, and may be infinite. Fetches over one pair take turns.
+        order. `deadline_s` is on `time.monotonic()`, and may be infinite; it bounds every wait.
 
         When this returns, the blocks hold exactly that KV and the prefill worker has given it up. When it raises,
         cancellation included, the blocks hold anything, but nothing writes to them any more: they may be reused at
-        once. Raises TransferError (StaleEpochError: the lease ended), IncompatiblePeerError, PeerGoneError,
-        DeadlineError, or the error with which the prefill ended.
+        once. Raises `asyncio.CancelledError` only if the task was cancelled, else TransferError (StaleEpochError: the
+        lease ended), IncompatiblePeerError, OverloadedError, PeerGoneError, DeadlineError (`deadline_s` has passed),
+        or the error with which the prefill ended.
         """
         needed = self._layout.blocks_for(len(token_ids))
         assert len(set(block_ids)) == len(block_ids) >= needed
         assert all(0 <= block < self._layout.num_blocks for block in block_ids)
         block_ids = block_ids[:needed]
-        link = await self._link(peer, deadline_s)  # before the wait: it costs time, and tells whether we fit at all
-        manifest = await peer.pull(request_id, epoch, _remaining_s(deadline_s))
-        manifest.check(request_id=request_id, epoch=epoch, token_ids=token_ids, fingerprint=self._layout.fingerprint)
-        self._check_blocks(manifest, link.reply, needed)
-        started_s = time.monotonic()
-        timeout_s = min(self._timeout_s, _remaining_s(deadline_s))
-        gate = Gate()
+        fence = WriteFence()
         try:
-            async with asyncio.timeout(timeout_s):
-                link = await self._move(peer, manifest, block_ids, gate, started_s + timeout_s)
-                if not await peer.acknowledge(request_id, epoch, timeout_s):
-                    raise StaleEpochError("the KV's lease ended before it had arrived")
-        except (TimeoutError, DeadlineError) as error:
-            self._fail(peer)
-            _remaining_s(deadline_s)
-            raise TransferError("the KV did not arrive in time") from error
-        except TandemError:
-            self._fail(peer)
-            raise
+            async with asyncio.timeout(_remaining_s(deadline_s)):
+                link = await self._link(peer)  # before the wait: it takes time, and tells whether the formats agree
+                manifest = await peer.pull(request_id, epoch, _remaining_s(deadline_s))
+                manifest.check(
+                    request_id=request_id, epoch=epoch, token_ids=token_ids, fingerprint=self._layout.fingerprint
+                )
+                self._check_blocks(manifest, link.reply, needed)
+                return await self._transfer(peer, manifest, block_ids, fence)
+        except TimeoutError as error:
+            raise DeadlineError("the deadline passed before the KV had arrived") from error
+        except (RuntimeError, OSError, MemoryError) as error:  # torch's and the system's; another pair may manage
+            _log.exception("the KV transfer of %s failed", request_id)
+            raise TransferError("the KV transfer failed; the decode worker's log says why") from error
         finally:
-            gate.close()
-        seconds = time.monotonic() - started_s
-        num_bytes = needed * self._layout.block_bytes
-        if totals := self._totals.get(peer.instance_id):  # unless it was dropped meanwhile
-            totals.count(num_bytes, seconds)
-        return Fetched(manifest, num_bytes, seconds, link.reply.transport)
+            await fence.close()
 
     def links(self) -> tuple[LinkStats, ...]:
-        """Totals of every peer since it was first linked or last dropped."""
-        return tuple(totals.stats() for totals in self._totals.values())
+        """Totals per peer (see `LinkTotals`)."""
+        return self._totals.stats()
 
     def drop(self, peer_id: str) -> None:
-        """That instance is gone: end its link and forget it. Fetches from it fail."""
+        """That instance is gone: end its link and forget the instance. Fetches from it fail."""
         self._unlink(peer_id)
-        self._totals.pop(peer_id, None)
-        self._linking.pop(peer_id, None)
+        self._totals.forget(peer_id)
 
     async def close(self) -> None:
         """End all links and wait for their threads, at most as long as an operation may take."""
         for peer_id in list(self._links):
             self._unlink(peer_id)
-        timeout_s = self._link_config.operation_timeout_s(WINDOW_BYTES)
-        for end in self._killed:
+        timeout_s = self._link_config.operation_timeout_s(CHUNK_BYTES)
+        for end in self._closing:
             if not await asyncio.to_thread(end.join, timeout_s):
                 _log.warning("a KV link's thread still hangs")
-        self._killed.clear()
-        self._pairs.close()
-
-    def _fail(self, peer: PeerControl) -> None:
-        if totals := self._totals.get(peer.instance_id):
-            totals.failures += 1
+        self._closing.clear()
+        self._groups.close()
 
     # --- links ---
 
-    async def _link(self, peer: PeerControl, deadline_s: float) -> _Link:
-        """The live link to that peer, made now if there is none."""
-        async with self._linking.setdefault(peer.instance_id, asyncio.Lock()):
+    async def _link(self, peer: PeerControl) -> _ReceiveLink:
+        """The live link to that peer, made now if there is none. Raises TransferError when that takes too long."""
+        making = self._linking.setdefault(peer.instance_id, asyncio.Lock())
+        async with making:
             link = self._links.get(peer.instance_id)
             if link is not None and link.alive:
                 return link
             self._unlink(peer.instance_id)
-            self._make_room()
-            timeout_s = min(self._link_config.link_timeout_s, _remaining_s(deadline_s))
-            link = await self._make_link(peer, timeout_s)
-            self._unlink(peer.instance_id)  # one made meanwhile, after a drop
+            self._evict_idle_link()
+            try:
+                async with asyncio.timeout(self._link_config.link_timeout_s):
+                    link = await self._make_link(peer)
+            except (TimeoutError, DeadlineError) as error:
+                raise TransferError("the KV link could not be made in time") from error
+            if not link.alive:
+                self._close_end(link.end)
+                raise TransferError("the KV link ended as soon as it was made")
             self._links[peer.instance_id] = link
             transport = link.reply.transport
-            self._totals.setdefault(peer.instance_id, LinkTotals(peer.instance_id, transport)).transport = transport
+            self._totals.linked(peer.instance_id, transport)
+            peer.when_unlinked(link.reply.link_id, partial(self._link_ended, link))
             speed = f"{link.end.bytes_per_s / 1e9:.2f} GB/s"
             _log.info("linked to %s: transport %s, measured %s", peer.instance_id, transport.value, speed)
             return link
 
-    async def _make_link(self, peer: PeerControl, timeout_s: float) -> _Link:
+    async def _make_link(self, peer: PeerControl) -> _ReceiveLink:
         try:
-            async with asyncio.timeout(timeout_s):
-                try:
-                    return await self._try_transports(peer, self._transports(), timeout_s)
-                except UnreachableMemoryError as error:
-                    if self._transport is not None:
-                        raise
-                    _log.warning("no shared memory with %s: %s", peer.instance_id, error.message)
-                    return await self._try_transports(peer, (self._pairs.transport,), timeout_s)
-        except TimeoutError as error:
-            raise TransferError("the KV link could not be made in time") from error
+            return await self._try_transports(peer, self._transports())
+        except UnreachableMemoryError as error:
+            if self._transport is not None:
+                raise
+            _log.warning("no shared memory with %s: %s", peer.instance_id, error.message)
+            return await self._try_transports(peer, (self._groups.transport,))
 
-    async def _try_transports(self, peer: PeerControl, transports: tuple[Transport, ...], timeout_s: float) -> _Link:
+    async def _try_transports(self, peer: PeerControl, transports: tuple[Transport, ...]) -> _ReceiveLink:
         offer = LinkOffer(self._instance_id, self._layout.fingerprint, host_identity(), transports)
-        reply = await peer.link(offer, timeout_s)
+        reply = await peer.link(offer, self._link_config.link_timeout_s)
         try:
             if reply.instance_id != peer.instance_id:
                 raise TransferError("the prefill worker was restarted")
@@ -230,41 +220,50 @@ class KvReceiver:
                 or reply.num_blocks < 1
             ):
                 raise IncompatiblePeerError("the prefill worker's answer does not fit the offer")
-            return _Link(peer, reply, await self._open_end(peer, reply, timeout_s))
+            return _ReceiveLink(peer, reply, await self._open_end(peer, reply))
         except BaseException:
             peer.unlink(reply.link_id)
             raise
 
-    async def _open_end(self, peer: PeerControl, reply: LinkReply, timeout_s: float) -> SharedLink | GroupLink:
+    async def _open_end(self, peer: PeerControl, reply: LinkReply) -> SharedMemoryLink | ProcessGroupLink:
         name = f"kv-from-{peer.instance_id}"
         if reply.transport is Transport.SHARED_MEMORY:
             source_layout = replace(self._layout, num_blocks=reply.num_blocks)
-            return await SharedLink.open(reply, source_layout, self._portion, name)
-        board = RemoteBoard(peer, reply.link_id, asyncio.get_running_loop(), timeout_s)
-        group = GroupLink.start(self._pairs, self._link_config, DECODE_RANK, board, name)
+            return await SharedMemoryLink.open(reply, source_layout, self._kv_slice, name)
+        loop, timeout_s = asyncio.get_running_loop(), self._link_config.link_timeout_s
+        store = RemoteRendezvousStore(peer, reply.link_id, loop, timeout_s)
+        group = ProcessGroupLink.start(self._groups, self._link_config, DECODE_RANK, store, name)
         try:
             await group.ready()
         except BaseException:
-            self._bury(group)
+            self._close_end(group)
             raise
         return group
 
     def _transports(self) -> tuple[Transport, ...]:
         if self._transport is not None:
             return (self._transport,)
-        by_group = self._pairs.transport
+        by_group = self._groups.transport
         return (Transport.SHARED_MEMORY, by_group) if by_group is Transport.GLOO else (by_group,)
+
+    def _link_ended(self, link: _ReceiveLink) -> None:
+        """The link's control stream has ended. The other side's memory must not stay mapped until the next fetch."""
+        peer = link.peer
+        if self._links.get(peer.instance_id) is link:
+            self._unlink(peer.instance_id)
+            if peer.is_gone:
+                self._totals.forget(peer.instance_id)
 
     def _unlink(self, peer_id: str) -> None:
         if link := self._links.pop(peer_id, None):
             link.peer.unlink(link.reply.link_id)
-            self._bury(link.end)
+            self._close_end(link.end)
 
-    def _bury(self, end: SharedLink | GroupLink) -> None:
-        end.kill()
-        self._killed = [other for other in self._killed if not other.join(0.0)] + [end]
+    def _close_end(self, end: SharedMemoryLink | ProcessGroupLink) -> None:
+        end.close()
+        self._closing = [other for other in self._closing if not other.join(0.0)] + [end]
 
-    def _make_room(self) -> None:
+    def _evict_idle_link(self) -> None:
         if len(self._links) < self._link_config.max_links:
             return
         idle = [link for link in self._links.values() if not link.users]
@@ -272,95 +271,117 @@ class KvReceiver:
             raise OverloadedError("too many KV links are busy")
         self._unlink(min(idle, key=lambda link: link.used_s).peer.instance_id)
 
-    # --- moving the bytes ---
+    # --- one transfer ---
+
+    async def _transfer(
+        self, peer: PeerControl, manifest: Manifest, block_ids: Sequence[int], fence: WriteFence
+    ) -> FetchResult:
+        manifest_s = time.monotonic()
+        try:
+            transport, turn_s = await self._move(peer, manifest, block_ids, fence)
+            timeout_s = turn_s + self._timeout_s - time.monotonic()
+            if not await peer.acknowledge(manifest.request_id, manifest.epoch, timeout_s):
+                raise StaleEpochError("the KV's lease ended before it had arrived")
+        except (TimeoutError, DeadlineError) as error:
+            self._totals.count(peer.instance_id, failures=1)
+            raise TransferError("the KV did not arrive in time") from error
+        except TandemError:
+            self._totals.count(peer.instance_id, failures=1)
+            raise
+        end_s = time.monotonic()
+        num_bytes = len(block_ids) * self._layout.block_bytes
+        self._totals.count(peer.instance_id, transfers=1, transfer_bytes=num_bytes, transfer_s=end_s - turn_s)
+        return FetchResult(manifest, num_bytes, end_s - manifest_s, transport)
 
     async def _move(
-        self, peer: PeerControl, manifest: Manifest, block_ids: Sequence[int], gate: Gate, deadline_s: float
-    ) -> _Link:
+        self, peer: PeerControl, manifest: Manifest, block_ids: Sequence[int], fence: WriteFence
+    ) -> tuple[Transport, float]:
+        """Bring the bytes into the blocks. Returns the transport and when the transfer's turn came (monotonic)."""
         while True:
-            link = await self._link(peer, deadline_s)
+            link = await self._link(peer)
             link.users += 1
             try:
-                if isinstance(link.end, SharedLink):
-                    await self._copy(link, link.end, manifest, block_ids, gate, deadline_s)
-                    return link
                 async with link.turn:
-                    if not link.alive:  # it broke under the fetch before ours: not our failure
+                    if not link.alive:  # the link broke during an earlier turn: not a failure of this transfer
                         continue
-                    await self._receive(link, link.end, manifest, block_ids, gate, deadline_s)
-                    return link
+                    turn_s = time.monotonic()  # the time-out begins now: earlier transfers do not use it up
+                    async with asyncio.timeout(self._timeout_s):
+                        if isinstance(link.end, SharedMemoryLink):
+                            await self._copy(link, link.end, manifest, block_ids, fence)
+                        else:
+                            await self._receive(link, link.end, manifest, block_ids, fence)
+                    return link.reply.transport, turn_s
             finally:
                 link.users -= 1
                 link.used_s = time.monotonic()
 
     async def _copy(
         self,
-        link: _Link,
-        end: SharedLink,
+        link: _ReceiveLink,
+        end: SharedMemoryLink,
         manifest: Manifest,
         block_ids: Sequence[int],
-        gate: Gate,
-        deadline_s: float,
+        fence: WriteFence,
     ) -> None:
-        if self._pieces is None:
-            self._pieces = self._view.pieces()
-        await end.copy(manifest.block_ids, self._pieces, block_ids, gate)
+        if self._block_views is None:
+            self._block_views = self._view.block_views()
+        await end.copy(manifest.block_ids, self._block_views, block_ids, fence)
         if self._checksum:
-            plan = self._plan(len(block_ids))
-            async with link.turn:
-                reply = await link.peer.grant(self._grant(link, manifest, True), _remaining_s(deadline_s))
-            if reply.checksum != await end.checksum(self._view, block_ids, plan):
+            reply = await link.peer.grant(self._grant(link, manifest, checksum=True), self._timeout_s)
+            if reply.checksum != await end.checksum(self._view, block_ids, self._chunks(len(block_ids))):
                 raise TransferError("the KV's checksum does not match")
 
     async def _receive(
         self,
-        link: _Link,
-        end: GroupLink,
+        link: _ReceiveLink,
+        end: ProcessGroupLink,
         manifest: Manifest,
         block_ids: Sequence[int],
-        gate: Gate,
-        deadline_s: float,
+        fence: WriteFence,
     ) -> None:
         checksum = self._checksum if self._checksum is not None else link.reply.transport is Transport.GLOO
         grant = self._grant(link, manifest, checksum)
-        plan = self._plan(len(block_ids))
+        link.next_sequence += 1
         try:
             async with asyncio.TaskGroup() as group:
                 # The call is open while bytes move: when the peer dies it fails within milliseconds, while gloo
                 # itself would hang until its timeout.
-                granting = group.create_task(link.peer.grant(grant, _remaining_s(deadline_s)))
-                receiving = group.create_task(end.receive(self._view, block_ids, plan, gate, checksum))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
+                granting = group.create_task(link.peer.grant(grant, self._timeout_s))
+                receiving = group.create_task(
+                    end.receive(self._view, block_ids, self._chunks(len(block_ids)), fence, checksum)
+                )
+        except BaseException as error:
+            end.close()  # the two sides may have counted different grants
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from error
+            raise
         reply = granting.result()
         if (reply.sent_bytes, reply.checksum) != (grant.total_bytes, receiving.result()):
-            raise TransferError("the KV that arrived is not what was sent")
+            raise TransferError("the KV that arrived is not the KV that was sent")
 
-    def _grant(self, link: _Link, manifest: Manifest, checksum: bool) -> Grant:
-        sequence = link.next_sequence
-        link.next_sequence += 1
+    def _grant(self, link: _ReceiveLink, manifest: Manifest, checksum: bool) -> Grant:
         return Grant(
             link_id=link.reply.link_id,
             request_id=manifest.request_id,
             epoch=manifest.epoch,
-            sequence=sequence,
-            portion=self._portion,
+            sequence=link.next_sequence,
+            kv_slice=self._kv_slice,
             total_bytes=len(manifest.block_ids) * self._view.block_bytes,
-            window_bytes=WINDOW_BYTES,
+            chunk_bytes=CHUNK_BYTES,
             checksum=checksum,
         )
 
-    def _plan(self, num_blocks: int) -> list[Window]:
-        return windows(self._portion.num_layers, num_blocks, self._view.layer_block_bytes, WINDOW_BYTES)
+    def _chunks(self, num_blocks: int) -> list[TransferChunk]:
+        return split_transfer(self._kv_slice.num_layers, num_blocks, self._view.layer_block_bytes, CHUNK_BYTES)
 
     def _check_blocks(self, manifest: Manifest, reply: LinkReply, num_blocks: int) -> None:
         blocks = manifest.block_ids
         if len(blocks) != num_blocks or len(set(blocks)) != num_blocks:
-            raise TransferError("the shipment has the wrong number of blocks")
+            raise TransferError("the manifest has the wrong number of blocks")
         if not all(0 <= block < reply.num_blocks for block in blocks):
-            raise TransferError("the shipment names blocks that are not in the prefill worker's pool")
+            raise TransferError("the manifest names blocks that are not in the prefill worker's pool")
         if manifest.bytes_per_layer != num_blocks * 2 * self._layout.segment_bytes:
-            raise TransferError("the shipment has the wrong number of bytes")
+            raise TransferError("the manifest has the wrong number of bytes")
 
 
 def _remaining_s(deadline_s: float) -> float:

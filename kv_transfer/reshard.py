@@ -1,19 +1,19 @@
-"""Which part of whose pool a rank has to copy when the two sides are cut differently. Pure arithmetic.
+"""Which slices of the source ranks' pools a destination rank copies when the two sides are sharded differently. Pure.
 
-An instance is tp x pp ranks: tensor parallelism cuts the KV heads, pipeline parallelism the layers. Both are cut into
+An instance is tp x pp ranks: tensor parallelism shards the KV heads, pipeline parallelism the layers, both in
 consecutive ranges whose sizes differ by one at most, larger ones first. With more tensor-parallel ranks than KV heads
 each head lives on several ranks (replicas).
 
-Today every instance has one rank, and the list has one entry; the transports copy whatever is in it.
+Today every instance has one rank, and the list has one entry.
 """
 
 from dataclasses import dataclass
 
-from tandem.core.transfer import Portion
+from tandem.core.transfer import KvSlice
 
 
 @dataclass(frozen=True, slots=True)
-class RankGrid:
+class KvSharding:
     """How one instance's KV is spread over its ranks. Ranks count tensor-parallel first: rank = pp * tp_degree + tp."""
 
     num_layers: int
@@ -22,7 +22,7 @@ class RankGrid:
     pp: int = 1
 
     def __post_init__(self) -> None:
-        assert self.num_layers >= self.pp >= 1, "every stage needs a layer"
+        assert self.num_layers >= self.pp >= 1, "each pipeline stage has a layer"
         assert self.num_kv_heads >= 1
         assert self.tp >= 1
 
@@ -44,41 +44,40 @@ class RankGrid:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """Copy `source` of `source_rank`'s pool to `destination` of ours: equally large, each counted in its own pool."""
+class SliceCopy:
+    """Copy `source` of `source_rank`'s pool to `destination` of the destination rank's pool; both have one shape."""
 
     source_rank: int
-    source: Portion
-    destination: Portion
+    source: KvSlice
+    destination: KvSlice
 
 
-def plan_copies(source: RankGrid, destination: RankGrid, destination_rank: int) -> list[Copy]:
-    """The copies that bring one destination rank everything it holds, each element once.
+def plan_copies(source: KvSharding, destination: KvSharding, destination_rank: int) -> list[SliceCopy]:
+    """The copies that fill everything that one destination rank holds, each element once.
 
-    Of replicas, destination ranks that need the same head read different ones in turn.
+    Destination ranks that need the same head read different replicas in turn.
     """
     assert (source.num_layers, source.num_kv_heads) == (destination.num_layers, destination.num_kv_heads)
     assert 0 <= destination_rank < destination.num_ranks
-    our_layers, our_heads = destination.layers(destination_rank), destination.heads(destination_rank)
+    held_layers, held_heads = destination.layers(destination_rank), destination.heads(destination_rank)
     copies = []
     for stage in range(source.pp):
-        layers = _common(our_layers, source.layers(stage * source.tp))
-        readable = _distinct_holders(source, turn=destination_rank)
-        for tp_rank in readable:
+        layers = _overlap(held_layers, source.layers(stage * source.tp))
+        for tp_rank in _distinct_holders(source, turn=destination_rank):
             source_rank = stage * source.tp + tp_rank
-            heads = _common(our_heads, source.heads(source_rank))
+            heads = _overlap(held_heads, source.heads(source_rank))
             if layers and heads:
                 copies.append(
-                    Copy(
+                    SliceCopy(
                         source_rank=source_rank,
-                        source=_portion(layers, heads, source.layers(source_rank), source.heads(source_rank)),
-                        destination=_portion(layers, heads, our_layers, our_heads),
+                        source=_slice_in(layers, heads, source.layers(source_rank), source.heads(source_rank)),
+                        destination=_slice_in(layers, heads, held_layers, held_heads),
                     )
                 )
     return copies
 
 
-def _distinct_holders(grid: RankGrid, turn: int) -> list[int]:
+def _distinct_holders(grid: KvSharding, turn: int) -> list[int]:
     """Tensor-parallel ranks that together hold each head once; `turn` picks among replicas."""
     holders: dict[range, list[int]] = {}
     for tp_rank in range(grid.tp):
@@ -87,19 +86,19 @@ def _distinct_holders(grid: RankGrid, turn: int) -> list[int]:
 
 
 def _share(total: int, parts: int, index: int) -> range:
-    """The `index`-th of `parts` consecutive ranges over `total` things."""
+    """The `index`-th of `parts` consecutive ranges over `total` layers or heads."""
     size, larger = divmod(total, parts)
     begin = index * size + min(index, larger)
     return range(begin, begin + size + (index < larger))
 
 
-def _common(left: range, right: range) -> range:
+def _overlap(left: range, right: range) -> range:
     return range(max(left.start, right.start), min(left.stop, right.stop))
 
 
-def _portion(layers: range, heads: range, held_layers: range, held_heads: range) -> Portion:
+def _slice_in(layers: range, heads: range, held_layers: range, held_heads: range) -> KvSlice:
     """Ranges of the model, as counted in the pool of a rank that holds `held_*`."""
-    return Portion(
+    return KvSlice(
         layer_begin=layers.start - held_layers.start,
         layer_end=layers.stop - held_layers.start,
         head_begin=heads.start - held_heads.start,

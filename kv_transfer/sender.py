@@ -1,4 +1,4 @@
-"""Prefill's side of the hand-over: answers link-ups, and sends exactly what decode grants.
+"""Prefill's side of KV transfers: makes links with decode instances, and sends exactly the granted bytes.
 
 It knows no request: the worker (a `KvHolder`) says which blocks a manifest names, and when they may be reused.
 """
@@ -12,39 +12,38 @@ from dataclasses import dataclass, field
 from tandem.core.errors import IncompatiblePeerError, OverloadedError, StaleEpochError, TransferError
 from tandem.core.kv_layout import KvLayout
 from tandem.core.session import LinkStats
-from tandem.core.shipment import Manifest
-from tandem.core.transfer import Grant, GrantReply, LinkOffer, LinkReply, Transport
-from tandem.kv_transfer.blocks import PoolView, Window, gather_checksum, windows
+from tandem.core.transfer import Grant, GrantReply, LinkOffer, LinkReply, Manifest, Transport
+from tandem.kv_transfer.blocks import PoolView, TransferChunk, gather_checksum, split_transfer
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import DescriptorServer, host_identity
-from tandem.kv_transfer.group_links import GroupLink, PairMaker
-from tandem.kv_transfer.pair import PREFILL_RANK
+from tandem.kv_transfer.link_totals import LinkTotals
 from tandem.kv_transfer.pool import SharedPool
-from tandem.kv_transfer.rendezvous import LocalBoard
-from tandem.kv_transfer.totals import LinkTotals
+from tandem.kv_transfer.process_group_link import ProcessGroupFactory, ProcessGroupLink
+from tandem.kv_transfer.process_groups import PREFILL_RANK
+from tandem.kv_transfer.rendezvous import LocalRendezvousStore
 
 _log = logging.getLogger(__name__)
 
-MAX_WINDOW_BYTES = 64 << 20
+MAX_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(slots=True)
-class _Link:
+class _SendLink:
+    """A link to one decode instance. Over shared memory it has no process group: decode copies by itself."""
+
     link_id: str
     peer_id: str
-    transport: Transport
-    board: LocalBoard = field(default_factory=LocalBoard)
-    group: GroupLink | None = None
+    store: LocalRendezvousStore
+    group: ProcessGroupLink | None = None
     next_sequence: int = 0
     sending: int = 0
-    used_s: float = 0.0
+    used_s: float = field(default_factory=time.monotonic)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class KvSender:
-    """The prefill end of all links of one rank (`core.transfer.KvLinkServer`). Lives on the event loop.
-
-    `pool` stays the caller's, and must outlive the sender.
+    """The prefill end of all links of one rank (`core.transfer.KvLinkServer`). Lives on the event loop; bytes move in
+    the links' threads. `pool` stays the caller's, and must outlive the sender.
     """
 
     def __init__(self, layout: KvLayout, pool: SharedPool, instance_id: str, config: LinkConfig | None = None) -> None:
@@ -52,11 +51,11 @@ class KvSender:
         self._pool = pool
         self._instance_id = instance_id
         self._config = config or LinkConfig()
-        self._pairs = PairMaker(pool.tensor.device, self._config)
-        self._links: dict[str, _Link] = {}
-        self._totals: dict[str, LinkTotals] = {}
+        self._groups = ProcessGroupFactory(pool.tensor.device, self._config)
+        self._links: dict[str, _SendLink] = {}
+        self._totals = LinkTotals(self._config.max_links)
         self._descriptors: DescriptorServer | None = None
-        self._killed: list[GroupLink] = []
+        self._closing: list[ProcessGroupLink] = []  # closed ones whose threads may still run
 
     async def link(self, offer: LinkOffer) -> LinkReply:
         """Agree on a transport with a decode instance. An earlier link of the same instance ends.
@@ -70,18 +69,19 @@ class KvSender:
         if transport is None:
             raise IncompatiblePeerError("the two workers have no transport for KV in common")
         self.drop(offer.instance_id)
-        self._make_room()
-        link = _Link(secrets.token_hex(16), offer.instance_id, transport, used_s=time.monotonic())
+        self._evict_idle_link()
+        store = LocalRendezvousStore(self._config.link_timeout_s)
+        link = _SendLink(secrets.token_hex(16), offer.instance_id, store)
         socket_name, nonce = "", b""
         if transport is Transport.SHARED_MEMORY:
             assert self._pool.fd is not None
             self._descriptors = self._descriptors or DescriptorServer.start(self._pool.fd)
-            socket_name, nonce = self._descriptors.name, self._descriptors.invite()
+            socket_name, nonce = self._descriptors.name, self._descriptors.issue_nonce()
         else:
             name = f"kv-send-{offer.instance_id}"
-            link.group = GroupLink.start(self._pairs, self._config, PREFILL_RANK, link.board, name)
+            link.group = ProcessGroupLink.start(self._groups, self._config, PREFILL_RANK, store, name)
         self._links[link.link_id] = link
-        self._totals.setdefault(offer.instance_id, LinkTotals(offer.instance_id, transport)).transport = transport
+        self._totals.linked(offer.instance_id, transport)
         return LinkReply(
             link_id=link.link_id,
             instance_id=self._instance_id,
@@ -102,54 +102,67 @@ class KvSender:
         if link := self._links.pop(link_id, None):
             link.ended.set()
             if link.group is not None:
-                link.group.kill()
-                self._killed = [group for group in self._killed if not group.join(0.0)] + [link.group]
+                link.group.close()
+                self._closing = [group for group in self._closing if not group.join(0.0)] + [link.group]
 
     async def send(self, grant: Grant, manifest: Manifest) -> GrantReply:
-        """Send the granted portion of a manifest's blocks, and nothing else.
+        """Send the granted slice of a manifest's blocks, and nothing else.
 
-        Raises TransferError (the link is dead then) or StaleEpochError.
+        Raises StaleEpochError or TransferError. A process group that failed, or whose send was cancelled, ends its
+        link. A link over shared memory goes on: nothing was sent over it.
         """
         link = self._links.get(grant.link_id)
         if link is None:
             raise TransferError("the KV link has ended")
-        plan, view = self._plan(link, grant, manifest)
-        link.next_sequence += 1
+        chunks, view = self._check_grant(link, grant, manifest)
         link.sending += 1
-        started_s = time.perf_counter()
-        totals = self._totals[link.peer_id]
         try:
-            if link.group is None:
-                checksum = 0
-                if grant.checksum:
-                    checksum = await asyncio.to_thread(gather_checksum, view, manifest.block_ids, plan)
-                return GrantReply(0, checksum)
-            await link.group.ready()
-            checksum = await link.group.send(view, manifest.block_ids, plan, grant.checksum)
-            totals.count(grant.total_bytes, time.perf_counter() - started_s)
-            return GrantReply(grant.total_bytes, checksum)
-        except BaseException:
-            totals.failures += 1
-            self.unlink(link.link_id)
-            raise
+            if link.group is not None:
+                return await self._send(link, link.group, grant, view, manifest, chunks)
+            checksum = 0
+            if grant.checksum:
+                checksum = await asyncio.to_thread(gather_checksum, view, manifest.block_ids, chunks)
+            return GrantReply(0, checksum)
         finally:
             link.sending -= 1
             link.used_s = time.monotonic()
 
+    async def _send(
+        self,
+        link: _SendLink,
+        group: ProcessGroupLink,
+        grant: Grant,
+        view: PoolView,
+        manifest: Manifest,
+        chunks: list[TransferChunk],
+    ) -> GrantReply:
+        link.next_sequence += 1
+        started_s = time.monotonic()
+        try:
+            await group.ready()
+            checksum = await group.send(view, manifest.block_ids, chunks, grant.checksum)
+        except BaseException:
+            self._totals.count(link.peer_id, failures=1)
+            self.unlink(link.link_id)
+            raise
+        seconds = time.monotonic() - started_s
+        self._totals.count(link.peer_id, transfers=1, transfer_bytes=grant.total_bytes, transfer_s=seconds)
+        return GrantReply(grant.total_bytes, checksum)
+
     async def rendezvous_set(self, link_id: str, key: str, value: bytes) -> None:
         """Raises TransferError."""
-        self._board(link_id).post(key, value)
+        self._store(link_id).put(key, value)
 
     async def rendezvous_get(self, link_id: str, key: str, timeout_s: float) -> bytes:
-        """Raises TransferError or DeadlineError."""
-        return await self._board(link_id).read_async(key, timeout_s)
+        """Raises TransferError."""
+        return await self._store(link_id).read_async(key, timeout_s)
 
     def links(self) -> tuple[LinkStats, ...]:
-        """Totals of every peer known since the last `drop`. Over shared memory decode counts the bytes."""
-        return tuple(totals.stats() for totals in self._totals.values())
+        """Totals per peer (see `LinkTotals`). Over shared memory decode counts the bytes."""
+        return self._totals.stats()
 
     def drop(self, peer_id: str) -> None:
-        """That instance is gone: end its link."""
+        """End the links of that instance."""
         for link in [link for link in self._links.values() if link.peer_id == peer_id]:
             self.unlink(link.link_id)
 
@@ -157,23 +170,23 @@ class KvSender:
         """End all links and wait for their threads, at most as long as an operation may take."""
         for link_id in list(self._links):
             self.unlink(link_id)
-        timeout_s = self._config.operation_timeout_s(MAX_WINDOW_BYTES)
-        for group in self._killed:
+        timeout_s = self._config.operation_timeout_s(MAX_CHUNK_BYTES)
+        for group in self._closing:
             if not await asyncio.to_thread(group.join, timeout_s):
                 _log.warning("a KV link's thread still hangs")
-        self._killed.clear()
-        self._pairs.close()
+        self._closing.clear()
+        self._groups.close()
         if self._descriptors is not None:
             self._descriptors.close()
             self._descriptors = None
 
     def _transports(self, offer: LinkOffer) -> set[Transport]:
-        transports = {self._pairs.transport}
+        transports = {self._groups.transport}
         if self._pool.fd is not None and offer.host == host_identity():
             transports.add(Transport.SHARED_MEMORY)
         return transports
 
-    def _make_room(self) -> None:
+    def _evict_idle_link(self) -> None:
         if len(self._links) < self._config.max_links:
             return
         idle = [link for link in self._links.values() if not link.sending]
@@ -181,25 +194,25 @@ class KvSender:
             raise OverloadedError("too many KV links are busy")
         self.unlink(min(idle, key=lambda link: link.used_s).link_id)
 
-    def _board(self, link_id: str) -> LocalBoard:
+    def _store(self, link_id: str) -> LocalRendezvousStore:
         if link := self._links.get(link_id):
-            return link.board
+            return link.store
         raise TransferError("the KV link has ended")
 
-    def _plan(self, link: _Link, grant: Grant, manifest: Manifest) -> tuple[list[Window], PoolView]:
-        """What to send for a grant, after checking that decode has computed the same."""
+    def _check_grant(self, link: _SendLink, grant: Grant, manifest: Manifest) -> tuple[list[TransferChunk], PoolView]:
+        """The chunks to send and the view to send them from, after checking that decode has computed the same."""
         if (manifest.request_id, manifest.epoch) != (grant.request_id, grant.epoch):
             raise StaleEpochError("the grant belongs to another attempt")
-        layout, portion = self._layout, grant.portion
+        layout, kv_slice = self._layout, grant.kv_slice
         if (
             grant.sequence != link.next_sequence
-            or not 0 <= portion.layer_begin < portion.layer_end <= layout.num_layers
-            or not 0 <= portion.head_begin < portion.head_end <= layout.num_kv_heads
-            or not 0 < grant.window_bytes <= MAX_WINDOW_BYTES
+            or not 0 <= kv_slice.layer_begin < kv_slice.layer_end <= layout.num_layers
+            or not 0 <= kv_slice.head_begin < kv_slice.head_end <= layout.num_kv_heads
+            or not 0 < grant.chunk_bytes <= MAX_CHUNK_BYTES
         ):
             raise TransferError("the grant does not fit the link")
-        view = PoolView.over(self._pool.tensor, layout, portion)
+        view = PoolView.over(self._pool.tensor, layout, kv_slice)
         if grant.total_bytes != len(manifest.block_ids) * view.block_bytes:
-            raise TransferError("the grant is not for exactly the shipment's bytes")
-        plan = windows(portion.num_layers, len(manifest.block_ids), view.layer_block_bytes, grant.window_bytes)
-        return plan, view
+            raise TransferError("the grant is not for exactly the bytes of the manifest")
+        chunks = split_transfer(kv_slice.num_layers, len(manifest.block_ids), view.layer_block_bytes, grant.chunk_bytes)
+        return chunks, view

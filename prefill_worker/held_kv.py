@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import Clock
 from tandem.core.errors import DeadlineError, DuplicateRequestError, StaleEpochError, TandemError
-from tandem.core.shipment import Manifest
+from tandem.core.transfer import Manifest
 from tandem.scheduling.leases import LeaseTable
 
 log = logging.getLogger(__name__)

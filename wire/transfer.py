@@ -1,24 +1,26 @@
-"""The control channel of the KV hand-over: decode's end (`PeerControl` over a channel), prefill's end (a servicer)."""
+"""The control channel of KV transfers: decode's end (`PeerControl` over a channel), prefill's end (a servicer)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 
 from tandem.core.clock import Clock
 from tandem.core.errors import DeadlineError, InvalidRequestError, TandemError, TransferError
-from tandem.core.shipment import Manifest
 from tandem.core.transfer import (
     Grant,
     GrantReply,
     HostIdentity,
     KvHolder,
     KvLinkServer,
+    KvSlice,
     LinkOffer,
     LinkReply,
+    Manifest,
     PeerGoneError,
-    Portion,
     Transport,
 )
 from tandem.rpc_errors import CODE_KEY
@@ -43,18 +45,29 @@ Reply = TypeVar("Reply")
 class KvTransferClient:
     """A prefill instance as decode reaches it (`core.transfer.PeerControl`). The channel stays the caller's.
 
-    `token` is for a channel opened without one: every hand-over waits for calls, and interceptors make them slower.
+    `token` is for a channel opened without one: every transfer waits for calls, and interceptors make them slower.
     """
 
     def __init__(self, channel: grpc.aio.Channel, instance_id: str, token: str | None = None) -> None:
         self._metadata = token_metadata(token)
         self._stub = transfer_pb2_grpc.KvTransferServiceStub(channel)
         self._instance_id = instance_id
-        self._link_calls: dict[str, grpc.aio.UnaryStreamCall[Any, Any]] = {}
+        self._is_gone = False
+        self._calls = 0  # unary ones and link-ups under way
+        self._links: dict[str, asyncio.Task[None]] = {}  # each reads its `Link` stream, and ends with the stream
 
     @property
     def instance_id(self) -> str:
         return self._instance_id
+
+    @property
+    def is_gone(self) -> bool:
+        return self._is_gone
+
+    @property
+    def in_use(self) -> bool:
+        """A call is under way or a link is open: closing the channel now would end it."""
+        return self._calls > 0 or bool(self._links)
 
     async def link(self, offer: LinkOffer, timeout_s: float) -> LinkReply:
         request = transfer_pb2.LinkRequest(
@@ -64,24 +77,23 @@ class KvTransferClient:
             uid=offer.host.uid,
             transports=[_TRANSPORT_TO_PB[transport] for transport in offer.transports],
         )
-        call = self._stub.Link(request, metadata=self._metadata)
-        try:
-            async with asyncio.timeout(timeout_s):
-                reply = await call.read()
-        except TimeoutError as error:
-            call.cancel()
-            raise DeadlineError("the prefill worker did not answer in time") from error
-        except grpc.aio.AioRpcError as error:
-            raise _peer_error(error) from error
-        except BaseException:
-            call.cancel()
-            raise
-        transport = _TRANSPORT_FROM_PB.get(reply.transport) if reply is not grpc.aio.EOF else None
-        if transport is None:
-            call.cancel()
-            raise TransferError("the prefill worker's answer names no transport")
-        self._link_calls = {link_id: other for link_id, other in self._link_calls.items() if not other.done()}
-        self._link_calls[reply.link_id] = call
+        with self._call():
+            call = self._stub.Link(request, metadata=self._metadata)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    reply = await call.read()
+                transport = _TRANSPORT_FROM_PB.get(reply.transport) if reply is not grpc.aio.EOF else None
+                if transport is None:
+                    raise TransferError("the prefill worker's answer names no transport")
+            except TimeoutError as error:
+                call.cancel()
+                raise DeadlineError("the prefill worker did not answer in time") from error
+            except BaseException:
+                call.cancel()
+                raise
+        reading = asyncio.create_task(self._read_to_end(call), name=f"kv-link-{reply.link_id}")
+        self._links[reply.link_id] = reading
+        reading.add_done_callback(partial(self._link_ended, reply.link_id, call))
         return LinkReply(
             link_id=reply.link_id,
             instance_id=reply.instance_id,
@@ -92,17 +104,31 @@ class KvTransferClient:
             nonce=reply.nonce,
         )
 
+    async def _read_to_end(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> None:
+        with suppress(TandemError), self._call():  # the link has ended, for whatever reason
+            await call.read()
+
+    def _link_ended(self, link_id: str, call: grpc.aio.UnaryStreamCall[Any, Any], reading: asyncio.Task[None]) -> None:
+        call.cancel()  # here, because a task that is cancelled before its first step runs none of its own code
+        if self._links.get(link_id) is reading:
+            del self._links[link_id]
+
     def is_linked(self, link_id: str) -> bool:
-        call = self._link_calls.get(link_id)
-        return call is not None and not call.done()
+        return link_id in self._links
+
+    def when_unlinked(self, link_id: str, callback: Callable[[], None]) -> None:
+        if (reading := self._links.get(link_id)) is not None:
+            reading.add_done_callback(lambda _: callback())
+        else:
+            callback()
 
     def unlink(self, link_id: str) -> None:
-        if call := self._link_calls.pop(link_id, None):
-            call.cancel()
+        if reading := self._links.pop(link_id, None):
+            reading.cancel()
 
     async def pull(self, request_id: str, epoch: int, timeout_s: float) -> Manifest:
         request = transfer_pb2.PullRequest(request_id=request_id, epoch=epoch)
-        reply = await self._call(self._stub.Pull, request, timeout_s)
+        reply = await self._unary(self._stub.Pull, request, timeout_s)
         return Manifest(
             request_id=reply.request_id,
             epoch=reply.epoch,
@@ -120,43 +146,65 @@ class KvTransferClient:
             request_id=grant.request_id,
             epoch=grant.epoch,
             sequence=grant.sequence,
-            layer_begin=grant.portion.layer_begin,
-            layer_end=grant.portion.layer_end,
-            head_begin=grant.portion.head_begin,
-            head_end=grant.portion.head_end,
+            layer_begin=grant.kv_slice.layer_begin,
+            layer_end=grant.kv_slice.layer_end,
+            head_begin=grant.kv_slice.head_begin,
+            head_end=grant.kv_slice.head_end,
             total_bytes=grant.total_bytes,
-            window_bytes=grant.window_bytes,
+            chunk_bytes=grant.chunk_bytes,
             checksum=grant.checksum,
         )
-        reply = await self._call(self._stub.Grant, request, timeout_s)
+        reply = await self._unary(self._stub.Grant, request, timeout_s)
         return GrantReply(reply.sent_bytes, reply.checksum)
 
     async def acknowledge(self, request_id: str, epoch: int, timeout_s: float) -> bool:
         request = transfer_pb2.AcknowledgeRequest(request_id=request_id, epoch=epoch)
-        reply = await self._call(self._stub.Acknowledge, request, timeout_s)
+        reply = await self._unary(self._stub.Acknowledge, request, timeout_s)
         return bool(reply.owned)
 
     async def rendezvous_set(self, link_id: str, key: str, value: bytes, timeout_s: float) -> None:
         request = transfer_pb2.RendezvousSetRequest(link_id=link_id, key=key, value=value)
-        await self._call(self._stub.RendezvousSet, request, timeout_s)
+        await self._unary(self._stub.RendezvousSet, request, timeout_s)
 
     async def rendezvous_get(self, link_id: str, key: str, timeout_s: float) -> bytes:
         request = transfer_pb2.RendezvousGetRequest(link_id=link_id, key=key)
-        reply = await self._call(self._stub.RendezvousGet, request, timeout_s)
+        reply = await self._unary(self._stub.RendezvousGet, request, timeout_s)
         return bytes(reply.value)
 
-    async def _call(self, method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
-        try:
+    async def _unary(self, method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
+        with self._call():
             return await method(request, timeout=max(0.0, timeout_s), metadata=self._metadata)
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Around each call: its errors become TandemErrors."""
+        self._calls += 1
+        try:
+            yield
         except grpc.aio.AioRpcError as error:
-            raise _peer_error(error) from error
+            trailing = error.trailing_metadata()
+            if trailing and CODE_KEY in trailing:
+                raise error_from_rpc(error) from error
+            match error.code():
+                case grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise DeadlineError("the prefill worker did not answer in time") from error
+                case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:  # cancelled by a server that stops
+                    raise self._gone() from error
+                case status:
+                    raise TransferError(f"the call to the prefill worker failed with {status.name}") from error
+        except grpc.aio.UsageError as error:
+            raise self._gone() from error  # the channel is closed
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise self._gone() from error  # the channel was closed during the call; nobody cancelled the task
+        finally:
+            self._calls -= 1
 
-
-def _peer_error(rpc_error: grpc.aio.AioRpcError) -> TandemError:
-    trailing = rpc_error.trailing_metadata()
-    if rpc_error.code() is grpc.StatusCode.UNAVAILABLE and not (trailing and CODE_KEY in trailing):
+    def _gone(self) -> PeerGoneError:
+        self._is_gone = True
         return PeerGoneError("the prefill worker cannot be reached")
-    return error_from_rpc(rpc_error)
 
 
 class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
@@ -168,7 +216,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         self._clock = clock
 
     async def Link(self, request: transfer_pb2.LinkRequest, context: Any) -> AsyncIterator[transfer_pb2.LinkResponse]:
-        async def answer() -> LinkReply:
+        async def respond() -> LinkReply:
             _check_names(request.instance_id, request.fingerprint, request.boot_id)
             _require(len(request.transports) <= MAX_TRANSPORTS, "too many transports are offered")
             offer = LinkOffer(
@@ -181,7 +229,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
             )
             return await self._links.link(offer)
 
-        reply = await _answer(context, answer)
+        reply = await _respond(context, respond)
         try:
             yield transfer_pb2.LinkResponse(
                 link_id=reply.link_id,
@@ -197,7 +245,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
             self._links.unlink(reply.link_id)
 
     async def Pull(self, request: transfer_pb2.PullRequest, context: Any) -> transfer_pb2.PullResponse:
-        async def answer() -> transfer_pb2.PullResponse:
+        async def respond() -> transfer_pb2.PullResponse:
             manifest = await self._manifest(request.request_id, request.epoch, context)
             return transfer_pb2.PullResponse(
                 request_id=manifest.request_id,
@@ -210,10 +258,10 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
                 first_token=sampled_to_pb(manifest.first_token),
             )
 
-        return await _answer(context, answer)
+        return await _respond(context, respond)
 
     async def Grant(self, request: transfer_pb2.GrantRequest, context: Any) -> transfer_pb2.GrantResponse:
-        async def answer() -> transfer_pb2.GrantResponse:
+        async def respond() -> transfer_pb2.GrantResponse:
             _check_names(request.link_id)
             manifest = await self._manifest(request.request_id, request.epoch, context)
             grant = Grant(
@@ -221,55 +269,55 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
                 request_id=request.request_id,
                 epoch=request.epoch,
                 sequence=request.sequence,
-                portion=Portion(request.layer_begin, request.layer_end, request.head_begin, request.head_end),
+                kv_slice=KvSlice(request.layer_begin, request.layer_end, request.head_begin, request.head_end),
                 total_bytes=request.total_bytes,
-                window_bytes=request.window_bytes,
+                chunk_bytes=request.chunk_bytes,
                 checksum=request.checksum,
             )
             reply = await self._links.send(grant, manifest)
             return transfer_pb2.GrantResponse(sent_bytes=reply.sent_bytes, checksum=reply.checksum)
 
-        return await _answer(context, answer)
+        return await _respond(context, respond)
 
     async def Acknowledge(
         self, request: transfer_pb2.AcknowledgeRequest, context: Any
     ) -> transfer_pb2.AcknowledgeResponse:
-        async def answer() -> transfer_pb2.AcknowledgeResponse:
+        async def respond() -> transfer_pb2.AcknowledgeResponse:
             _check_names(request.request_id)
             owned = await self._holder.acknowledge(request.request_id, request.epoch)
             return transfer_pb2.AcknowledgeResponse(owned=owned)
 
-        return await _answer(context, answer)
+        return await _respond(context, respond)
 
     async def RendezvousSet(
         self, request: transfer_pb2.RendezvousSetRequest, context: Any
     ) -> transfer_pb2.RendezvousSetResponse:
-        async def answer() -> transfer_pb2.RendezvousSetResponse:
+        async def respond() -> transfer_pb2.RendezvousSetResponse:
             _check_names(request.link_id, request.key)
             await self._links.rendezvous_set(request.link_id, request.key, request.value)
             return transfer_pb2.RendezvousSetResponse()
 
-        return await _answer(context, answer)
+        return await _respond(context, respond)
 
     async def RendezvousGet(
         self, request: transfer_pb2.RendezvousGetRequest, context: Any
     ) -> transfer_pb2.RendezvousGetResponse:
-        async def answer() -> transfer_pb2.RendezvousGetResponse:
+        async def respond() -> transfer_pb2.RendezvousGetResponse:
             _check_names(request.link_id, request.key)
             timeout_s = _remaining_s(context)
             value = await self._links.rendezvous_get(request.link_id, request.key, timeout_s)
             return transfer_pb2.RendezvousGetResponse(value=value)
 
-        return await _answer(context, answer)
+        return await _respond(context, respond)
 
     async def _manifest(self, request_id: str, epoch: int, context: Any) -> Manifest:
         _check_names(request_id)
         return await self._holder.manifest(request_id, epoch, self._clock.now_s() + _remaining_s(context))
 
 
-async def _answer(context: Any, answer: Callable[[], Awaitable[Reply]]) -> Reply:
+async def _respond(context: Any, respond: Callable[[], Awaitable[Reply]]) -> Reply:
     try:
-        return await answer()
+        return await respond()
     except TandemError as error:
         await abort(context, error)
 

@@ -32,7 +32,7 @@ from tandem.core.session import (
     TokenFrame,
     TransferCommitted,
 )
-from tandem.core.shipment import Manifest, hash_token_ids
+from tandem.core.transfer import Manifest, hash_token_ids
 from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived
 from tandem.engine.engine import Engine
 from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput

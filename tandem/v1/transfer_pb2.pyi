@@ -108,7 +108,7 @@ class PullResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tokens: _Optional[int] = ..., token_hash: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., bytes_per_layer: _Optional[int] = ..., first_token: _Optional[_Union[_worker_pb2.SampledToken, _Mapping]] = ...) -> None: ...
 
 class GrantRequest(_message.Message):
-    __slots__ = ("link_id", "request_id", "epoch", "sequence", "layer_begin", "layer_end", "head_begin", "head_end", "total_bytes", "window_bytes", "checksum")
+    __slots__ = ("link_id", "request_id", "epoch", "sequence", "layer_begin", "layer_end", "head_begin", "head_end", "total_bytes", "chunk_bytes", "checksum")
     LINK_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -118,7 +118,7 @@ class GrantRequest(_message.Message):
     HEAD_BEGIN_FIELD_NUMBER: _ClassVar[int]
     HEAD_END_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
-    WINDOW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     link_id: str
     request_id: str
@@ -129,9 +129,9 @@ class GrantRequest(_message.Message):
     head_begin: int
     head_end: int
     total_bytes: int
-    window_bytes: int
+    chunk_bytes: int
     checksum: bool
-    def __init__(self, link_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., head_begin: _Optional[int] = ..., head_end: _Optional[int] = ..., total_bytes: _Optional[int] = ..., window_bytes: _Optional[int] = ..., checksum: _Optional[bool] = ...) -> None: ...
+    def __init__(self, link_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., head_begin: _Optional[int] = ..., head_end: _Optional[int] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., checksum: _Optional[bool] = ...) -> None: ...
 
 class GrantResponse(_message.Message):
     __slots__ = ("sent_bytes", "checksum")

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class KvTransferServiceStub:
-    """The control channel of the KV hand-over, served by prefill workers for decode workers. No KV travels over it.
+    """The control channel of KV transfers, served by prefill workers for decode workers. No KV travels over it.
     `core/transfer.py` says what each message means and in which order they come.
     """
 
@@ -69,7 +69,7 @@ class KvTransferServiceStub:
 
 
 class KvTransferServiceServicer:
-    """The control channel of the KV hand-over, served by prefill workers for decode workers. No KV travels over it.
+    """The control channel of KV transfers, served by prefill workers for decode workers. No KV travels over it.
     `core/transfer.py` says what each message means and in which order they come.
     """
 
@@ -100,7 +100,7 @@ class KvTransferServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Grant(self, request, context):
-        """Open while the granted bytes move: its end is how each side learns that the other is gone.
+        """Open while the granted bytes move: when one side dies, the call ends for the other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,7 +154,7 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KvTransferService:
-    """The control channel of the KV hand-over, served by prefill workers for decode workers. No KV travels over it.
+    """The control channel of KV transfers, served by prefill workers for decode workers. No KV travels over it.
     `core/transfer.py` says what each message means and in which order they come.
     """
 

@@ -11,7 +11,7 @@ from tandem.core.clock import SystemClock
 from tandem.core.errors import DeadlineError, StaleEpochError
 from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
-from tandem.core.shipment import Manifest, hash_token_ids
+from tandem.core.transfer import Manifest, hash_token_ids
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.sender import KvSender

@@ -1,4 +1,4 @@
-"""One side of a hand-over in a process of its own, to be killed or stopped: `prefill`, or `decode ADDRESS TRANSPORT`.
+"""One side of KV transfers in a process of its own, to be killed or stopped: `prefill`, or `decode ADDRESS TRANSPORT`.
 
 Every attempt of the prefill side is finished at once: request "a-b" has blocks a..b-1. The decode side fetches the
 whole pool again and again.
@@ -12,14 +12,14 @@ from itertools import count
 import torch
 
 from tandem.core.kv_layout import KvLayout
-from tandem.kv_transfer.pair import GlooPair, Pending
+from tandem.kv_transfer.process_groups import GlooGroup, PendingOperation
 from tandem.kv_transfer.receiver import KvReceiver
 from tandem.wire.channels import open_channel
 from tandem.wire.transfer import KvTransferClient
 from tests.kv_transfer.holder import FakeHolder, serve_prefill, tokens
 
 BIG = KvLayout(8, 512, 4, 16, 64, "bfloat16", "w")  # 64 MiB
-SEND = GlooPair.send
+SEND = GlooGroup.send
 
 
 class ReadyHolder(FakeHolder):
@@ -30,14 +30,14 @@ class ReadyHolder(FakeHolder):
         return await super().manifest(request_id, epoch, deadline_s)
 
 
-def slow_send(pair: GlooPair, data: torch.Tensor) -> Pending:
-    """So that a test can step in before the last window."""
+def slow_send(group: GlooGroup, data: torch.Tensor) -> PendingOperation:
+    """So that a test can act before the last chunk."""
     time.sleep(0.02)
-    return SEND(pair, data)
+    return SEND(group, data)
 
 
 async def prefill(instance_id: str) -> None:
-    GlooPair.send = slow_send  # type: ignore[method-assign]
+    GlooGroup.send = slow_send  # type: ignore[method-assign]
     async with serve_prefill(BIG, instance_id=instance_id, holder=ReadyHolder(BIG)) as served:
         print(served.address, flush=True)
         await asyncio.to_thread(sys.stdin.read)

@@ -1,4 +1,4 @@
-"""A side that dies or stops in the middle of a hand-over, each in a process of its own."""
+"""A side that dies or stops in the middle of a transfer, each in a process of its own."""
 
 import asyncio
 import gc
@@ -16,7 +16,7 @@ import torch
 
 from tandem.core.errors import TandemError, TransferError
 from tandem.core.transfer import PeerGoneError, Transport
-from tandem.kv_transfer import shared_link
+from tandem.kv_transfer import shared_memory_link
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.receiver import KvReceiver
 from tandem.wire.channels import open_channel
@@ -100,7 +100,7 @@ async def test_prefill_killed_or_stopped_while_bytes_move(monkeypatch: pytest.Mo
             await fetching
         assert isinstance(caught.value, TransferError | PeerGoneError)
         took_s = time.monotonic() - started_s
-        pool.fill_(3)  # the blocks are ours again, although the pair's thread may still hang
+        pool.fill_(3)  # the blocks are ours again, although the link's thread may still hang
         await asyncio.sleep(0.2)
         assert bool((pool == 3).all())
         return took_s
@@ -109,13 +109,13 @@ async def test_prefill_killed_or_stopped_while_bytes_move(monkeypatch: pytest.Mo
         assert await fetch_all(receiver, peer, 9) is Transport.GLOO
         assert await in_mid_payload(process, peer, signal.SIGSTOP) < 8.0  # stall_s, and the machine's own delays
         process.send_signal(signal.SIGCONT)
-        assert await fetch_all(receiver, peer, 1) is Transport.GLOO  # over a new pair
+        assert await fetch_all(receiver, peer, 1) is Transport.GLOO  # over a new process group
         assert await in_mid_payload(process, peer, signal.SIGKILL) < CONFIG.stall_s  # not by a timeout
     await receiver.close()
 
     receiver = KvReceiver(BIG, pool, "decode-0", transport=Transport.SHARED_MEMORY, link_config=CONFIG)
     async with prefill_at("prefill-1") as (process, peer):
-        copy = shared_link.copy_blocks
+        copy = shared_memory_link.copy_blocks
 
         def copy_and_kill(*arguments: object) -> None:
             copy(*arguments)  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ async def test_prefill_killed_or_stopped_while_bytes_move(monkeypatch: pytest.Mo
             time.sleep(0.2)
 
         await fetch_all(receiver, peer, 0)
-        monkeypatch.setattr(shared_link, "copy_blocks", copy_and_kill)
+        monkeypatch.setattr(shared_memory_link, "copy_blocks", copy_and_kill)
         with pytest.raises(PeerGoneError):
             await fetch_all(receiver, peer, 1)
     await receiver.close()
@@ -143,4 +143,21 @@ async def test_decode_killed_while_bytes_move(transport: Transport) -> None:
         await until(
             lambda: resources()[0] <= (transport is Transport.SHARED_MEMORY)
         )  # but for the descriptor server's thread
+    assert resources() == before
+
+
+@pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.GLOO])
+async def test_nothing_is_left_of_an_idle_prefill_worker_that_was_killed(transport: Transport) -> None:
+    before = resources()
+    receiver = KvReceiver(BIG, torch.zeros(BIG.pool_bytes, dtype=torch.uint8), "decode-0", transport=transport)
+    async with prefill_at("prefill-0") as (process, peer):
+        await fetch_all(receiver, peer, 0)
+        assert resources() != before
+        process.kill()
+        # Its pool is not mapped any more, and the link's threads have ended. The gloo device is the receiver's.
+        await until(lambda: resources()[::2] == before[::2])
+        assert receiver._links == {}
+        assert list(receiver._linking) == []
+        assert [stats.peer_id for stats in receiver.links()] == ["other"]
+    await receiver.close()
     assert resources() == before

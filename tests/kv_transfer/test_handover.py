@@ -18,17 +18,28 @@ from tandem.core.errors import (
     IncompatiblePeerError,
     OverloadedError,
     StaleEpochError,
+    TandemError,
     TransferError,
 )
 from tandem.core.kv_layout import KvLayout
-from tandem.core.transfer import Grant, LinkOffer, PeerGoneError, Portion, Transport
+from tandem.core.transfer import (
+    Grant,
+    GrantReply,
+    KvSlice,
+    LinkOffer,
+    LinkReply,
+    Manifest,
+    PeerGoneError,
+    Transport,
+)
 from tandem.kv_transfer import receiver as receiver_module
-from tandem.kv_transfer import shared_link
-from tandem.kv_transfer.blocks import Gate, Pieces
+from tandem.kv_transfer import sender as sender_module
+from tandem.kv_transfer import shared_memory_link
+from tandem.kv_transfer.blocks import BlockViews, PoolView, WriteFence
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import host_identity
-from tandem.kv_transfer.pair import GlooPair
-from tandem.kv_transfer.receiver import Fetched, KvReceiver
+from tandem.kv_transfer.process_groups import GlooGroup
+from tandem.kv_transfer.receiver import FetchResult, KvReceiver
 from tandem.wire.channels import open_channel
 from tandem.wire.transfer import KvTransferClient
 from tests.kv_transfer.holder import LAYOUT, Prefill, blocks_of, serve_prefill, tokens
@@ -50,7 +61,7 @@ async def receiving(layout: KvLayout = LAYOUT, **options: object) -> AsyncIterat
 
 async def fetch(
     prefill: Prefill, receiver: KvReceiver, block_ids: list[int], request_id: str = "r", epoch: int = 0
-) -> Fetched:
+) -> FetchResult:
     token_ids = tokens(len(block_ids), prefill.layout)
     return await receiver.fetch(prefill.peer, request_id, epoch, token_ids, block_ids, time.monotonic() + 20.0)
 
@@ -85,8 +96,8 @@ async def test_random_blocks_arrive_equal_and_others_stay(transport: Transport |
         assert (stats.transfers, stats.failures, stats.transport) == (12, 0, fetched.transport.value)
 
 
-async def test_windows_smaller_than_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver_module, "WINDOW_BYTES", 1000)
+async def test_chunks_smaller_than_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver_module, "CHUNK_BYTES", 1000)
     async with serve_prefill() as prefill, receiving(transport=Transport.GLOO) as (receiver, pool):
         prefill.holder.finish("r", 0, list(range(20, 40)))
         await fetch(prefill, receiver, list(range(20)))
@@ -156,10 +167,10 @@ async def test_a_manifest_that_does_not_fit_is_refused(changes: dict[str, object
         {"total_bytes": 1 << 30},
         {"total_bytes": 1},
         {"sequence": 3},
-        {"window_bytes": 0},
-        {"window_bytes": 1 << 40},
-        {"portion": Portion(0, 99, 0, 2)},
-        {"portion": Portion(0, 3, 1, 1)},
+        {"chunk_bytes": 0},
+        {"chunk_bytes": 1 << 40},
+        {"kv_slice": KvSlice(0, 99, 0, 2)},
+        {"kv_slice": KvSlice(0, 3, 1, 1)},
         {"link_id": "nobody"},
     ],
 )
@@ -168,7 +179,7 @@ async def test_a_grant_that_does_not_fit_moves_nothing(changes: dict[str, object
         prefill.holder.finish("r", 0, [3, 4])
         offer = LinkOffer("decode-0", LAYOUT.fingerprint, host_identity(), (Transport.SHARED_MEMORY,))
         reply = await prefill.peer.link(offer, 5.0)
-        fits = Grant(reply.link_id, "r", 0, 0, Portion(0, 3, 0, 2), 2 * LAYOUT.block_bytes, 4096, True)
+        fits = Grant(reply.link_id, "r", 0, 0, KvSlice(0, 3, 0, 2), 2 * LAYOUT.block_bytes, 4096, True)
         with pytest.raises(TransferError):
             await prefill.peer.grant(replace(fits, **changes), 5.0)  # type: ignore[arg-type]
         assert (await prefill.peer.grant(fits, 5.0)).checksum != 0
@@ -193,16 +204,16 @@ async def test_an_older_attempt_is_stale() -> None:
 
 
 async def test_a_byte_corrupted_on_the_way_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = GlooPair.send
+    send = GlooGroup.send
 
-    def corrupt(pair: GlooPair, data: torch.Tensor) -> object:
+    def corrupt(group: GlooGroup, data: torch.Tensor) -> object:
         data[len(data) // 2] ^= 1
-        return send(pair, data)
+        return send(group, data)
 
     async with serve_prefill() as prefill, receiving(transport=Transport.GLOO) as (receiver, _):
         prefill.holder.finish("r", 0, [3, 4])
         with monkeypatch.context() as patch:
-            patch.setattr(GlooPair, "send", corrupt)
+            patch.setattr(GlooGroup, "send", corrupt)
             with pytest.raises(TransferError):
                 await fetch(prefill, receiver, [1, 2])
         assert prefill.holder.acknowledged == []
@@ -216,14 +227,14 @@ async def test_a_byte_corrupted_in_the_copy_is_found_where_checksums_are_asked_f
         serve_prefill() as prefill,
         receiving(transport=Transport.SHARED_MEMORY, checksum=True) as (receiver, pool),
     ):
-        copy = shared_link.copy_blocks
+        copy = shared_memory_link.copy_blocks
 
         def corrupt(*arguments: object) -> None:
             copy(*arguments)  # type: ignore[arg-type]
             pool[((2 * 2 + 1) * LAYOUT.num_blocks + 1) * LAYOUT.segment_bytes] ^= 1
 
         prefill.holder.finish("r", 0, [3, 4])
-        monkeypatch.setattr(shared_link, "copy_blocks", corrupt)
+        monkeypatch.setattr(shared_memory_link, "copy_blocks", corrupt)
         with pytest.raises(TransferError):
             await fetch(prefill, receiver, [1, 2])
         assert prefill.holder.acknowledged == []
@@ -247,30 +258,32 @@ class Pause:
 @pytest.fixture
 def mid_copy(monkeypatch: pytest.MonkeyPatch) -> Pause:
     """Pauses the first copy out of shared memory after its first block."""
-    pause, copy = Pause(), shared_link.copy_blocks
+    pause, copy = Pause(), shared_memory_link.copy_blocks
 
-    def paused(source: Pieces, source_ids: list[int], target: Pieces, target_ids: list[int], gate: Gate) -> None:
-        copy(source, source_ids[:1], target, target_ids[:1], gate)
+    def paused(
+        source: BlockViews, source_ids: list[int], target: BlockViews, target_ids: list[int], fence: WriteFence
+    ) -> None:
+        copy(source, source_ids[:1], target, target_ids[:1], fence)
         if not pause.reached.is_set():
             pause.here()
-        copy(source, source_ids, target, target_ids, gate)
+        copy(source, source_ids, target, target_ids, fence)
 
-    monkeypatch.setattr(shared_link, "copy_blocks", paused)
+    monkeypatch.setattr(shared_memory_link, "copy_blocks", paused)
     return pause
 
 
 @pytest.fixture
 def mid_send(monkeypatch: pytest.MonkeyPatch) -> Pause:
-    """Pauses the first shipment over gloo at its third window, of many."""
-    pause, send, windows_sent = Pause(), GlooPair.send, itertools.count()
+    """Pauses the first transfer over gloo at its third chunk, of many."""
+    pause, send, chunks_sent = Pause(), GlooGroup.send, itertools.count()
 
-    def paused(pair: GlooPair, data: torch.Tensor) -> object:
-        if len(data) <= 1000 and next(windows_sent) == 2:
+    def paused(group: GlooGroup, data: torch.Tensor) -> object:
+        if len(data) <= 1000 and next(chunks_sent) == 2:
             pause.here()
-        return send(pair, data)
+        return send(group, data)
 
-    monkeypatch.setattr(GlooPair, "send", paused)
-    monkeypatch.setattr(receiver_module, "WINDOW_BYTES", 1000)
+    monkeypatch.setattr(GlooGroup, "send", paused)
+    monkeypatch.setattr(receiver_module, "CHUNK_BYTES", 1000)
     return pause
 
 
@@ -293,11 +306,11 @@ async def test_a_cancelled_fetch_leaves_its_blocks_at_once(
         await asyncio.sleep(0.1)
         assert bool((pool == 9).all())
         assert prefill.holder.acknowledged == []
-        await fetch(prefill, receiver, block_ids)  # over a new pair where the old one was in use
+        await fetch(prefill, receiver, block_ids)  # over a new process group where the old one was in use
         assert torch.equal(pool, prefill.pool.tensor)
 
 
-async def test_others_are_not_hurt_by_a_cancelled_neighbour(mid_send: Pause) -> None:
+async def test_a_cancelled_fetch_does_not_fail_the_others(mid_send: Pause) -> None:
     async with serve_prefill() as prefill, receiving(transport=Transport.GLOO) as (receiver, pool):
         for i in range(5):
             prefill.holder.finish(f"r{i}", 0, [i, i + 5, i + 10])
@@ -335,7 +348,7 @@ async def test_shared_memory_that_cannot_be_reached(monkeypatch: pytest.MonkeyPa
     def unreachable(*_: object) -> int:
         raise TransferError("another network namespace")
 
-    monkeypatch.setattr(shared_link, "fetch_descriptor", unreachable)
+    monkeypatch.setattr(shared_memory_link, "fetch_descriptor", unreachable)
     async with serve_prefill() as prefill:
         prefill.holder.finish("r", 0, [1])
         async with receiving(transport="auto") as (receiver, _):
@@ -396,11 +409,191 @@ async def test_dropping_a_peer_ends_the_link_on_both_sides(transport: Transport)
         await fetch(prefill, receiver, [1])
         assert len(prefill.sender._links) == 1
         receiver.drop("prefill-0")
-        assert receiver.links() == ()
+        assert [(stats.peer_id, stats.transfers) for stats in receiver.links()] == [("other", 1)]
         await until(lambda: not prefill.sender._links)
         prefill.holder.finish("r", 1, [1])
         await fetch(prefill, receiver, [1], epoch=1)
         prefill.sender.drop("decode-0")
-        await until(lambda: not prefill.peer.is_linked(receiver._links["prefill-0"].reply.link_id))
+        await until(lambda: not receiver._links)  # its end too, without a fetch that finds out
         prefill.holder.finish("r", 2, [1])
         await fetch(prefill, receiver, [1], epoch=2)
+
+
+async def test_statistics_are_bounded_on_both_sides() -> None:
+    config = replace(CONFIG, max_links=2)
+    async with serve_prefill(config=config) as prefill:
+        for i in range(5):
+            async with receiving(transport=Transport.GLOO) as (receiver, _):
+                receiver._instance_id = f"decode-{i}"
+                prefill.holder.finish(f"r{i}", 0, [i])
+                await fetch(prefill, receiver, [i], f"r{i}")
+        counts = {stats.peer_id: stats.transfers for stats in prefill.sender.links()}
+        assert counts == {"decode-3": 1, "decode-4": 1, "other": 3}
+    async with receiving(link_config=config) as (receiver, _):
+        for i in range(5):
+            async with serve_prefill(instance_id=f"prefill-{i}") as prefill:
+                prefill.holder.finish("r", 0, [i])
+                await fetch(prefill, receiver, [i])
+                receiver._unlink(prefill.peer.instance_id)  # by itself, not because the instance is gone
+        counts = {stats.peer_id: stats.transfers for stats in receiver.links()}
+        assert counts == {"prefill-3": 1, "prefill-4": 1, "other": 3}
+
+
+async def test_every_fetch_on_a_channel_that_is_closed_ends_with_a_retryable_error(mid_send: Pause) -> None:
+    """One fetch that waits for its prefill, one that moves bytes, one that waits for its turn, one that comes later."""
+    block_ids = list(range(20))
+    async with serve_prefill() as prefill, receiving(transport=Transport.GLOO) as (receiver, _):
+        channel = open_channel(prefill.address)
+        peer = KvTransferClient(channel, "prefill-0")
+
+        def fetching(request_id: str) -> "asyncio.Task[FetchResult]":
+            deadline_s = time.monotonic() + 20.0
+            return asyncio.create_task(
+                receiver.fetch(peer, request_id, 0, tokens(len(block_ids)), block_ids, deadline_s)
+            )
+
+        prefill.holder.finish("moving", 0, block_ids)
+        prefill.holder.finish("next", 0, block_ids)
+        fetches = [fetching("moving"), fetching("waiting")]
+        await until(mid_send.reached.is_set)
+        fetches.append(fetching("next"))
+        await asyncio.sleep(0.1)
+        await channel.close()
+        fetches.append(fetching("late"))
+        outcomes = await asyncio.gather(*fetches, return_exceptions=True)
+        mid_send.resume()
+        assert all(isinstance(outcome, TandemError) and outcome.retryable for outcome in outcomes), outcomes
+        assert peer.is_gone
+        await fetch(prefill, receiver, block_ids, "next")  # over another channel
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_an_unexpected_error_of_a_transfer_is_retryable(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    async with serve_prefill() as prefill, receiving(transport=transport) as (receiver, _):
+        prefill.holder.finish("r", 0, [1])
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_memory_link, "copy_blocks", fail)
+            patch.setattr(PoolView, "scatter", fail)
+            with pytest.raises(TransferError):
+                await fetch(prefill, receiver, [1])
+        await fetch(prefill, receiver, [1])
+
+
+async def test_a_link_that_is_not_made_in_time_is_a_transfer_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request has time left, and another pair may serve it. Its own deadline bounds the wait of each fetch."""
+
+    async def forever(offer: LinkOffer) -> LinkReply:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with serve_prefill() as prefill, receiving(link_config=replace(CONFIG, link_timeout_s=1.0)) as (receiver, _):
+        monkeypatch.setattr(prefill.sender, "link", forever)
+        patient = asyncio.create_task(fetch(prefill, receiver, [1]))
+        await asyncio.sleep(0)
+        with pytest.raises(DeadlineError):  # it waits for the link that the other fetch makes
+            await receiver.fetch(prefill.peer, "r", 0, tokens(1), [2], time.monotonic() + 0.2)
+        assert not patient.done()
+        with pytest.raises(TransferError):
+            await patient
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_grant_that_was_refused_does_not_break_the_later_ones(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease ends between the pull and the grant."""
+
+    async def refuse(grant: Grant, manifest: Manifest) -> GrantReply:
+        raise StaleEpochError("the lease has ended")
+
+    async with serve_prefill() as prefill, receiving(transport=transport, checksum=True) as (receiver, pool):
+        for epoch in range(3):
+            prefill.holder.finish("r", epoch, [3, 4])
+            with monkeypatch.context() as patch:
+                patch.setattr(prefill.sender, "send", refuse)
+                with pytest.raises(StaleEpochError):
+                    await fetch(prefill, receiver, [1, 2], epoch=epoch)
+            await fetch(prefill, receiver, [1, 2], epoch=epoch)
+            assert torch.equal(blocks_of(pool, LAYOUT, [1, 2]), blocks_of(prefill.pool.tensor, LAYOUT, [3, 4]))
+
+
+async def test_a_cancelled_checksum_leaves_the_link_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    pause, gather = Pause(), sender_module.gather_checksum
+
+    def paused(*arguments: object) -> int:
+        if not pause.reached.is_set():
+            pause.here()
+        return gather(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sender_module, "gather_checksum", paused)
+    async with (
+        serve_prefill() as prefill,
+        receiving(transport=Transport.SHARED_MEMORY, checksum=True) as (receiver, _),
+    ):
+        for i in range(3):
+            prefill.holder.finish(f"r{i}", 0, [i])
+        fetches = [asyncio.create_task(fetch(prefill, receiver, [i], f"r{i}")) for i in range(3)]
+        await until(pause.reached.is_set)
+        link = receiver._links["prefill-0"]
+        fetches[0].cancel()
+        await asyncio.gather(*fetches[1:])
+        pause.resume()
+        assert fetches[0].cancelled()
+        assert receiver._links["prefill-0"] is link
+        assert link.alive
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_waiting_for_earlier_transfers_does_not_use_up_the_time_out(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, send = shared_memory_link.copy_blocks, GlooGroup.send
+
+    def slow_copy(*arguments: object) -> None:
+        time.sleep(0.4)
+        copy(*arguments)  # type: ignore[arg-type]
+
+    def slow_send(group: GlooGroup, data: torch.Tensor) -> object:
+        if len(data) == LAYOUT.block_bytes:
+            time.sleep(0.4)
+        return send(group, data)
+
+    monkeypatch.setattr(shared_memory_link, "copy_blocks", slow_copy)
+    monkeypatch.setattr(GlooGroup, "send", slow_send)
+    async with serve_prefill() as prefill, receiving(transport=transport, timeout_s=1.5) as (receiver, _):
+        for i in range(8):  # 3.2 s together
+            prefill.holder.finish(f"r{i}", 0, [i])
+        await asyncio.gather(*(fetch(prefill, receiver, [i], f"r{i}") for i in range(8)))
+        assert receiver.links()[0].failures == 0
+        prefill.holder.finish("late", 0, [1])
+        fetches = [asyncio.create_task(fetch(prefill, receiver, [1], "late"))]
+        await asyncio.sleep(0.1)
+        with pytest.raises(DeadlineError):  # the request's own deadline bounds the wait for the turn
+            await receiver.fetch(prefill.peer, "late", 0, tokens(1), [2], time.monotonic() + 0.1)
+        await asyncio.gather(*fetches)
+
+
+async def test_an_abort_that_blocks_does_not_block_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    left: list[bool] = []
+    abort = GlooGroup.abort
+
+    def blocking_abort(group: GlooGroup) -> None:
+        entered.set()
+        left.append(leave.wait(10.0))
+        abort(group)
+
+    async with serve_prefill() as prefill, receiving(transport=Transport.GLOO) as (receiver, _):
+        prefill.holder.finish("r", 0, [1])
+        await fetch(prefill, receiver, [1])
+        monkeypatch.setattr(GlooGroup, "abort", blocking_abort)
+        receiver.drop("prefill-0")
+        await until(lambda: not prefill.sender._links)  # both sides abort
+        await until(entered.is_set)
+        leave.set()
+    assert left == [True, True]

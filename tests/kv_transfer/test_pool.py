@@ -66,7 +66,7 @@ def test_a_descriptor_reaches_another_process_once() -> None:
     assert pool.fd is not None
     pool.tensor[5] = 42
     server = DescriptorServer.start(pool.fd)
-    nonce = server.invite()
+    nonce = server.issue_nonce()
     script = (
         "import sys; from kv_transfer.descriptors import fetch_descriptor; from kv_transfer.pool import map_read_only\n"
         "fd = fetch_descriptor(sys.argv[1], bytes.fromhex(sys.argv[2])); print(int(map_read_only(fd, 1 << 16)[5]))\n"
@@ -81,7 +81,7 @@ def test_a_descriptor_reaches_another_process_once() -> None:
     for used_or_invented in (nonce, bytes(32), b"short"):
         with pytest.raises(TransferError):
             fetch_descriptor(server.name, used_or_invented)
-    os.close(fetch_descriptor(server.name, server.invite()))
+    os.close(fetch_descriptor(server.name, server.issue_nonce()))
     server.close()
     with pytest.raises(TransferError):
         fetch_descriptor("tandem-kv-nobody", nonce)

@@ -1,9 +1,10 @@
-"""The hand-over's control channel over a real gRPC stream on loopback, with both sides of the data plane faked."""
+"""The KV transfer's control channel over a real gRPC stream on loopback, with both sides of the data plane faked."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import pytest
@@ -11,16 +12,15 @@ import pytest
 from tandem.core.clock import SystemClock
 from tandem.core.errors import DeadlineError, InvalidRequestError, StaleEpochError, TransferError, UnavailableError
 from tandem.core.request import SampledToken, TokenLogprob
-from tandem.core.session import LinkStats
-from tandem.core.shipment import Manifest
 from tandem.core.transfer import (
     Grant,
     GrantReply,
     HostIdentity,
+    KvSlice,
     LinkOffer,
     LinkReply,
+    Manifest,
     PeerGoneError,
-    Portion,
     Transport,
 )
 from tandem.v1 import transfer_pb2, transfer_pb2_grpc
@@ -34,7 +34,7 @@ OFFER = LinkOffer(
 REPLY = LinkReply("link-1", "prefill-0", "f" * 32, Transport.SHARED_MEMORY, 77, "socket", b"\x00nonce")
 TOKEN = SampledToken(3, TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0))))
 MANIFEST = Manifest("r", 2, 5, "h" * 32, (9, 0, 4), "f" * 32, 1 << 40, TOKEN)
-GRANT = Grant("link-1", "r", 2, 6, Portion(1, 2, 3, 4), 1 << 40, 1 << 20, True)
+GRANT = Grant("link-1", "r", 2, 6, KvSlice(1, 2, 3, 4), 1 << 40, 1 << 20, True)
 
 
 @dataclass
@@ -44,7 +44,8 @@ class FakeSide:
     asked: list[object] = field(default_factory=list)
     error: Exception | None = None
     over: asyncio.Event = field(default_factory=asyncio.Event)
-    board: dict[str, bytes] = field(default_factory=dict)
+    values: dict[str, bytes] = field(default_factory=dict)
+    stop: Callable[[], Awaitable[None]] = field(init=False)
 
     def _answer(self, *asked: object) -> None:
         self.asked.append(asked)
@@ -66,13 +67,10 @@ class FakeSide:
         return GrantReply(1 << 40, 0xFFFFFFFF)
 
     async def rendezvous_set(self, link_id: str, key: str, value: bytes) -> None:
-        self.board[f"{link_id}/{key}"] = value
+        self.values[f"{link_id}/{key}"] = value
 
     async def rendezvous_get(self, link_id: str, key: str, timeout_s: float) -> bytes:
-        return self.board[f"{link_id}/{key}"]
-
-    def links(self) -> tuple[LinkStats, ...]:
-        return ()
+        return self.values[f"{link_id}/{key}"]
 
     async def manifest(self, request_id: str, epoch: int, deadline_s: float) -> Manifest:
         self._answer(request_id, epoch, round(deadline_s - SystemClock().now_s()))
@@ -91,6 +89,7 @@ async def connected(token: str | None = None) -> AsyncIterator[tuple[FakeSide, K
     transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)
     address = bind(server, "127.0.0.1:0")
     await server.start()
+    side.stop = lambda: server.stop(None)
     channel = open_channel(address)
     try:
         yield side, KvTransferClient(channel, "prefill-0", token), channel
@@ -186,3 +185,87 @@ async def test_the_deadline_bounds_a_link_up() -> None:
         side.link = forever  # type: ignore[method-assign]
         with pytest.raises(DeadlineError):
             await client.link(OFFER, 0.2)
+
+
+async def test_a_channel_that_is_closed_during_a_call_is_no_cancellation() -> None:
+    async with connected() as (side, client, channel):
+        await client.link(OFFER, 5.0)
+        unlinked = asyncio.Event()
+        client.when_unlinked("link-1", unlinked.set)
+
+        async def forever(*_: object) -> Any:
+            await asyncio.Event().wait()
+
+        side.manifest = side.link = forever  # type: ignore[method-assign]
+        calls = [asyncio.create_task(call) for call in (client.pull("r", 2, 60.0), client.link(OFFER, 60.0))]
+        await asyncio.sleep(0.1)
+        assert client.in_use
+        assert not client.is_gone
+        await channel.close()
+        calls.append(asyncio.create_task(client.pull("r", 2, 60.0)))
+        calls.append(asyncio.create_task(client.link(OFFER, 60.0)))
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [PeerGoneError] * 4
+        async with asyncio.timeout(5.0):
+            await unlinked.wait()
+        assert client.is_gone
+        assert not client.in_use
+        assert not client.is_linked("link-1")
+
+
+async def test_a_cancelled_task_stays_cancelled() -> None:
+    async with connected() as (side, client, _):
+
+        async def forever(*_: object) -> Any:
+            await asyncio.Event().wait()
+
+        side.manifest = forever  # type: ignore[method-assign]
+        pulling = asyncio.create_task(client.pull("r", 2, 60.0))
+        await asyncio.sleep(0.1)
+        pulling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pulling
+        assert not client.is_gone
+        assert not client.in_use
+
+
+async def test_a_server_that_stops_or_fails_gives_retryable_errors() -> None:
+    async with connected() as (side, client, _):
+
+        async def fail(*_: object) -> Any:
+            raise RuntimeError("a fault of the other side")
+
+        side.manifest = fail  # type: ignore[method-assign]
+        with pytest.raises(TransferError):
+            await client.pull("r", 2, 5.0)
+
+        async def forever(*_: object) -> Any:
+            await asyncio.Event().wait()
+
+        side.manifest = forever  # type: ignore[method-assign]
+        pulling = asyncio.create_task(client.pull("r", 2, 60.0))
+        await asyncio.sleep(0.1)
+        await side.stop()
+        with pytest.raises(PeerGoneError):
+            await pulling
+
+
+async def test_the_end_of_a_link_is_told_once() -> None:
+    async with connected() as (side, client, _):
+        told: list[str] = []
+        await client.link(OFFER, 5.0)
+        client.when_unlinked("link-1", lambda: told.append("by the other side"))
+        side.over.set()
+        async with asyncio.timeout(5.0):
+            while not told:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        client.when_unlinked("link-1", lambda: told.append("at once"))
+        side.over.clear()
+        await client.link(OFFER, 5.0)
+        client.when_unlinked("link-1", lambda: told.append("by us"))
+        client.unlink("link-1")
+        async with asyncio.timeout(5.0):
+            while len(told) < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert told == ["by the other side", "at once", "by us"]
+        assert not client.is_gone

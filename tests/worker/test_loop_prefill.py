@@ -9,7 +9,7 @@ from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import ManualClock
 from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
 from tandem.core.session import PrefillFinished, PrefillStarted, RequestFailed, Role, Submit
-from tandem.core.shipment import hash_token_ids
+from tandem.core.transfer import hash_token_ids
 from tandem.prefill_worker.held_kv import KvReady
 from tandem.scheduling.budget import role_budget
 from tandem.worker.loop import MAX_FAILED_STEPS, InstanceLoop, LoopEvent, Release, SendEvent, SubmitAttempt

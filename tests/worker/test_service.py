@@ -21,7 +21,7 @@ from tandem.core.session import (
     Submit,
     TokenFrame,
 )
-from tandem.core.shipment import Manifest
+from tandem.core.transfer import Manifest
 from tandem.decode_worker.fetcher import Fetch
 from tandem.prefill_worker.held_kv import HeldKv, KvReady
 from tandem.scheduling.budget import StepBudget

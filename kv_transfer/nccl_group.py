@@ -1,7 +1,7 @@
-"""A pair over NCCL, between GPUs. NOT RUN YET: no GPU was at hand when it was written; see tests marked `gpu`.
+"""A process group of two GPUs over NCCL. NOT RUN YET: no GPU was at hand when it was written; see tests marked `gpu`.
 
 Non-blocking communicator with few thread blocks, so that it can be aborted and leaves the SMs to the engine; waits
-poll, so that they can time out. NCCL has no tags: one shipment at a time, windows in order, is the match. A process
+poll, so that they can time out. NCCL has no tags: sends and receives match by order, one transfer at a time. A process
 that uses this sets TORCH_NCCL_ASYNC_ERROR_HANDLING=0 before importing torch, or torch ends it on the first error.
 """
 
@@ -14,14 +14,14 @@ import torch
 from torch import distributed
 
 from tandem.core.errors import TransferError
-from tandem.kv_transfer.pair import Pending
-from tandem.kv_transfer.rendezvous import Board, BoardStore
+from tandem.kv_transfer.process_groups import PendingOperation
+from tandem.kv_transfer.rendezvous import RendezvousStore
 
 _POLL_S = 0.0002
 _MAX_CTAS = 4
 
 
-class _NcclPending:
+class _NcclOperation:
     def __init__(self, work: distributed.Work, keep: torch.Tensor) -> None:
         self._work = work
         self._keep = keep
@@ -38,7 +38,7 @@ class _NcclPending:
             raise TransferError("the KV link broke while bytes were moving") from error
 
 
-class NcclPair:
+class NcclGroup:
     """Between GPUs, on a stream of its own."""
 
     def __init__(self, group: Any, peer_rank: int, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class NcclPair:
         self.device = device
 
     @classmethod
-    def connect(cls, rank: int, board: Board, device: torch.device, timeout_s: float) -> "NcclPair":
+    def connect(cls, rank: int, store: RendezvousStore, device: torch.device, timeout_s: float) -> "NcclGroup":
         """Blocks until the other rank does the same. Raises TransferError."""
         options = distributed.ProcessGroupNCCL.Options()
         options.config.blocking = 0
@@ -57,29 +57,29 @@ class NcclPair:
         options._timeout = timedelta(seconds=timeout_s)
         options.global_ranks_in_group = [0, 1]
         try:
-            group = distributed.ProcessGroupNCCL(BoardStore(board, timeout_s), rank, 2, options)
+            group = distributed.ProcessGroupNCCL(store, rank, 2, options)
             group._set_sequence_number_for_group()
             group.eager_connect_single_device(device)
         except RuntimeError as error:
-            raise TransferError("the two workers did not find each other for the KV link") from error
+            raise TransferError("the two ranks of the KV link did not connect") from error
         return cls(group, 1 - rank, device)
 
-    def send(self, data: torch.Tensor) -> Pending:
+    def send(self, data: torch.Tensor) -> PendingOperation:
         try:
-            return _NcclPending(self._group.send([data], self._peer_rank, 0), data)
+            return _NcclOperation(self._group.send([data], self._peer_rank, 0), data)
         except RuntimeError as error:
             raise TransferError("the KV link is broken") from error
 
-    def receive(self, data: torch.Tensor) -> Pending:
+    def receive(self, data: torch.Tensor) -> PendingOperation:
         try:
-            return _NcclPending(self._group.recv([data], self._peer_rank, 0), data)
+            return _NcclOperation(self._group.recv([data], self._peer_rank, 0), data)
         except RuntimeError as error:
             raise TransferError("the KV link is broken") from error
 
     def stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self._stream.synchronize()
 
     def abort(self) -> None:
