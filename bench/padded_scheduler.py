@@ -1,4 +1,5 @@
-"""vLLM 0.2.3 as DistServe measured it: steps of whole prompts, each computed at the length of the step's longest one."""
+"""vLLM 0.2.3 as DistServe measured it: steps of whole prompts, each computed at the length of the step's longest
+one."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -174,6 +174,27 @@ class ServeConfig(_Frozen):
             return {"prefill": {}, "decode": {}} | data
         return data
 
+    @model_validator(mode="after")
+    def _check_pairs(self) -> "ServeConfig":
+        """KV moves only between instances whose blocks are alike."""
+        mistakes = []
+        for role, section, others in (
+            *(("prefill", section, self.decode) for section in self.prefill),
+            *(("decode", section, self.prefill) for section in self.decode),
+        ):
+            for setting in ("block_size", "dtype"):
+                value, found = getattr(section.engine, setting), {getattr(other.engine, setting) for other in others}
+                if value not in found:
+                    have = " and ".join(sorted(map(str, found)))
+                    text = f"is {value}, and {'decode' if role == 'prefill' else 'prefill'} has {have}"
+                    mistakes.append((setting in section.engine.model_fields_set, role, section, setting, text))
+        if mistakes:  # the setting that is in the file is the one to name
+            _, role, section, setting, text = max(mistakes, key=lambda mistake: mistake[0])
+            sections = getattr(self, role)
+            index = () if len(sections) == 1 else (sections.index(section),)
+            raise WrongSetting((role, *index, "engine", setting), f"{text}; KV moves only between equal ones")
+        return self
+
     @property
     def kinds(self) -> tuple[tuple[RoleName, InstanceSection], ...]:
         """All kinds of instances with their roles, prefill first."""

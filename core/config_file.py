@@ -185,7 +185,8 @@ def _line_of(root: yaml.Node, loc: _Loc) -> int:
 
 
 def _put(data: dict[str, Any], keys: Sequence[str], value: object) -> str | None:
-    """Set `value` at `keys`, where a number names an item of a list. Returns what is wrong with the keys, if anything."""
+    """Set `value` at `keys`, where a number names an item of a list. Returns what is wrong with the keys, if
+    anything."""
     section: Any = data
     for depth, key in enumerate(keys):
         path, is_last = ".".join(keys[:depth]), depth == len(keys) - 1

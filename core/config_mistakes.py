@@ -5,7 +5,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, WrapSerializer
 from pydantic_core import ErrorDetails
 
 from tandem.core.config import WrongSetting
@@ -42,7 +42,7 @@ def _as_written(loc: _Loc, data: object) -> _Loc:
     """Without the index where one section stands for a list of one (`core.config.Kinds`)."""
     written: list[int | str] = []
     for part in loc:
-        if isinstance(part, int) and not isinstance(data, (list, tuple)):
+        if isinstance(part, int) and not (isinstance(data, (list, tuple)) or (isinstance(data, dict) and part in data)):
             continue
         written.append(part)
         if isinstance(data, dict):
@@ -146,5 +146,6 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
         if section := _section_type(field.annotation):
-            items = "[]" if get_origin(field.annotation) is tuple else ""
+            may_be_one = any(isinstance(item, WrapSerializer) for item in field.metadata)  # `core.config.Kinds`
+            items = "[]" if get_origin(field.annotation) is tuple and not may_be_one else ""
             yield from _all_paths(section, f"{prefix}{name}{items}.")

@@ -1,8 +1,8 @@
 """The wheel: what it holds, and that it runs from any folder, whatever packages that folder has of its own."""
 
+import ast
 import importlib.metadata
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -132,12 +132,23 @@ def test_every_library_that_the_product_imports_is_declared() -> None:
         for path in link.glob("**/*.py"):
             if link.name == "models":  # tools that made the built-in model, for which `dev` is installed
                 continue
-            for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE):
+            for name in _imported(path):
                 if name in sys.stdlib_module_names or name in ("tandem", "bench"):
                     continue
                 if not declared & {_normal(distribution) for distribution in distributions.get(name, [name])}:
                     missing.add((name, str(path.relative_to(ROOT))))
     assert not missing
+
+
+def _imported(path: Path) -> set[str]:
+    """Top-level names of all modules that the file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def _declared() -> set[str]:

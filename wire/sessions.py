@@ -102,7 +102,8 @@ class InstanceSession:
 
 
 async def configure_instance(channel: grpc.aio.Channel, change: RoleChange, timeout_s: float = 5.0) -> None:
-    """Give a running instance another role. Raises what the instance answers, UnavailableError if it cannot be reached."""
+    """Give a running instance another role. Raises what the instance answers, UnavailableError if it cannot be
+    reached."""
     request = worker_pb2.ConfigureRequest(
         role=role_to_pb(change.role),
         max_batch=change.max_batch,

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 
 def section_budget(role: Role, section: InstanceSection, change: RoleChange | None = None) -> StepBudget:
-    """What an instance with these settings may compute in that role. Raises ConfigError for bounds that make no sense."""
+    """What an instance with these settings may compute in that role. Raises ConfigError for bounds that make no
+    sense."""
     max_batch, max_batch_tokens = section.max_batch, section.max_batch_tokens
     max_prefill_tokens = section.max_prefill_tokens
     if change is not None:

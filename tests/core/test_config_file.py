@@ -16,7 +16,8 @@ MISTAKES = {
     ),
     "setting in the wrong section": (
         "model: m\nthreads: 2\n",
-        "FILE line 2: threads is not a setting; did you mean prefill.engine.threads or decode.engine.threads?",
+        "FILE line 2: threads is not a setting; did you mean prefill.engine.threads or "
+        "decode.engine.threads or colocated.engine.threads?",
     ),
     "nothing like it": (
         "model: m\nrouter:\n  colour: red\n",
@@ -145,8 +146,8 @@ def test_sections_may_be_shared_by_alias(tmp_path: Path) -> None:
     path = tmp_path / "alias.yaml"
     path.write_text("model: m\nprefill: {engine: &e {threads: 3}}\ndecode: {engine: {<<: *e, kv_memory: 1GiB}}\n")
     config = load_config(path, ServeConfig)
-    assert config.prefill.engine.threads == config.decode.engine.threads == 3
-    assert config.decode.engine.kv_memory == 1 << 30
+    assert config.prefill[0].engine.threads == config.decode[0].engine.threads == 3
+    assert config.decode[0].engine.kv_memory == 1 << 30
 
 
 def test_model_paths_count_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,11 +220,11 @@ def test_overrides_replace_settings() -> None:
         config, ["router.http=127.0.0.1:9000", "prefill.instances=2", "decode.engine.kv_memory=1GiB", "model_name=x=y"]
     )
     assert changed.router.http == "127.0.0.1:9000"
-    assert changed.prefill.instances == 2
-    assert changed.decode.engine.kv_memory == 1 << 30
+    assert changed.prefill[0].instances == 2
+    assert changed.decode[0].engine.kv_memory == 1 << 30
     assert changed.model_name == "x=y"
     assert changed.router.grpc == config.router.grpc
-    assert config.prefill.instances == 1
+    assert config.prefill[0].instances == 1
     assert apply_overrides(changed, ["prefill.prefix_cache=false"]).router.http == "127.0.0.1:9000"
 
 
@@ -250,3 +251,46 @@ def test_wrong_overrides_are_told_in_one_sentence(override: str, sentence: str) 
     with pytest.raises(ConfigError) as caught:
         apply_overrides(ServeConfig(model=Path("/m")), [override])
     assert caught.value.message == sentence
+
+
+def test_a_role_may_have_several_kinds(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        "model: m\nprefill:\n  - {instances: 2}\n  - {max_batch_tokens: 64}\ncolocated: {policy: prompt_first}\n"
+    )
+    config = load_config(path, ServeConfig)
+    assert [(role, section.instances) for role, section in config.kinds] == [
+        ("prefill", 2),
+        ("prefill", 1),
+        ("decode", 1),
+        ("colocated", 1),
+    ]
+    changed = apply_overrides(config, ["prefill.1.instances=3", "colocated.max_batch=2"])
+    assert [section.instances for section in changed.prefill] == [2, 3]
+    assert changed.colocated[0].max_batch == 2
+    path.write_text(dump_config(changed))
+    assert load_config(path, ServeConfig) == changed
+    with pytest.raises(ConfigError, match=r"prefill is a list; name one of its 2 items, e.g. prefill.0"):
+        apply_overrides(config, ["prefill.instances=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "roles"),
+    [
+        ("model: m\n", ["prefill", "decode"]),
+        ("model: m\ndecode: {instances: 2}\n", ["prefill", "decode"]),
+        ("model: m\ncolocated: {}\n", ["colocated"]),
+    ],
+)
+def test_prefill_and_decode_go_together(tmp_path: Path, text: str, roles: list[str]) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    assert [role for role, _ in load_config(path, ServeConfig).kinds] == roles
+
+
+def test_instances_that_cannot_exchange_kv_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("model: m\ndecode:\n  engine:\n    block_size: 32\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ServeConfig)
+    assert "line 4: decode.engine.block_size: is 32, and prefill has 16" in caught.value.message.splitlines()[-1]

@@ -32,17 +32,36 @@ def test_instances_batches_and_memory_are_as_planned() -> None:
     )
     config = serve_config_of(plan, LAPTOP)
     assert config.model == BUILT_IN
-    assert (config.prefill.instances, config.prefill.max_batch_tokens) == (2, 512)
-    assert (config.decode.instances, config.decode.max_batch) == (1, 24)
-    assert config.prefill.engine.device == config.decode.engine.device == "cpu"
-    assert config.prefill.engine.kv_memory == 2.5 * config.decode.engine.kv_memory
-    per_token = config.decode.engine.kv_memory / 1600
+    (prefill,), (decode,) = config.prefill, config.decode
+    assert (prefill.instances, prefill.max_batch_tokens) == (2, 512)
+    assert (decode.instances, decode.max_batch) == (1, 24)
+    assert prefill.engine.device == decode.engine.device == "cpu"
+    assert prefill.engine.kv_memory == 2.5 * decode.engine.kv_memory
+    per_token = decode.engine.kv_memory / 1600
     assert per_token == 4 * 2 * 2 * 32 * 4, "layers, K and V, KV heads, numbers of a head, bytes of float32"
 
 
 def test_groups_that_differ_only_in_their_place_are_one() -> None:
     plan = plan_of(BUILT_IN, [group("prefill"), group("decode"), group("decode", instances=2)])
-    assert serve_config_of(plan, LAPTOP).decode.instances == 3
+    (decode,) = serve_config_of(plan, LAPTOP).decode
+    assert decode.instances == 3
+
+
+def test_kinds_of_a_role_and_colocated_groups_are_served_as_planned() -> None:
+    plan = plan_of(
+        BUILT_IN,
+        [
+            group("prefill"),
+            group("decode", max_batch=2),
+            group("decode", max_batch=8, instances=2),
+            group("colocated", policy="prompt_first", max_batch_tokens=256),
+        ],
+    )
+    config = serve_config_of(plan, LAPTOP)
+    assert [(section.instances, section.max_batch) for section in config.decode] == [(1, 2), (2, 8)]
+    assert [(section.policy, section.max_batch_tokens) for section in config.colocated] == [("prompt_first", 256)]
+    alone = serve_config_of(plan_of(BUILT_IN, [group("colocated")]), LAPTOP)
+    assert [role for role, _ in alone.kinds] == ["colocated"]
 
 
 def test_a_calibration_says_threads_and_dtype(tmp_path: Path) -> None:
@@ -70,24 +89,22 @@ def test_a_calibration_says_threads_and_dtype(tmp_path: Path) -> None:
         "workload: {dataset: sharegpt}\n"
     )
     plan = plan_of(BUILT_IN, [group("prefill"), group("decode")]).model_copy(update={"slo_file": slo_path})
-    engine = serve_config_of(plan, LAPTOP).prefill.engine
+    engine = serve_config_of(plan, LAPTOP).prefill[0].engine
     assert (engine.threads, engine.dtype, engine.kv_memory) == (2, "bfloat16", 100_000)
     gone = plan.model_copy(update={"slo_file": tmp_path / "gone.yaml"})
-    assert serve_config_of(gone, LAPTOP).prefill.engine.threads == 0
+    assert serve_config_of(gone, LAPTOP).prefill[0].engine.threads == 0
 
 
 def test_planned_gpus_that_are_here_are_used() -> None:
     plan = plan_of(BUILT_IN, [group("prefill", device="H100"), group("decode", device="H100", instances=2)])
     config = serve_config_of(plan, Machine(cores=4, gpus=3))
-    assert config.prefill.engine.device == config.decode.engine.device == "cuda"
+    assert {section.engine.device for _, section in config.kinds} == {"cuda"}
 
 
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
-        ([group("colocated")], ["colocated", "search.layouts=[disaggregated]"]),
         ([group("prefill", tp=2), group("decode")], ["prefill instances are tp2", "search.max_tp=1"]),
-        ([group("prefill"), group("decode", max_batch=2), group("decode")], ["decode instances of 2 kinds"]),
         (
             [group("prefill", devices=(("0:0",),)), group("decode", devices=(("1:0",),))],
             ["stands on 2 nodes", "one machine"],

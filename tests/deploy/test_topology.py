@@ -3,7 +3,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.core.config import DecodeSection, EngineSection, PrefillSection, RouterConfig, ServeConfig, WorkerConfig
+from tandem.core.config import EngineSection, InstanceSection, RouterConfig, ServeConfig, WorkerConfig
 from tandem.deploy.topology import Machine, ProcessRole, ProcessSpec, plan_processes, share_threads
 
 
@@ -11,8 +11,8 @@ def serve_config(prefill: int = 1, decode: int = 1, **engine: object) -> ServeCo
     section = EngineSection.model_validate(engine)
     return ServeConfig(
         model=Path("/models/x"),
-        prefill=PrefillSection(instances=prefill, engine=section),
-        decode=DecodeSection(instances=decode, engine=section),
+        prefill=(InstanceSection(instances=prefill, engine=section),),
+        decode=(InstanceSection(instances=decode, engine=section),),
         cluster_token="secret",
     )
 
@@ -48,8 +48,8 @@ def test_what_each_process_is_given() -> None:
     assert isinstance(first.config, WorkerConfig)
     assert isinstance(decode.config, WorkerConfig)
     assert [spec.threads for spec in workers(specs)] == [3, 2, 2]
-    assert first.config.prefill.engine.threads == 3
-    assert decode.config.decode.engine.threads == 2
+    assert (first.config.role, first.config.instance.engine.threads) == ("prefill", 3)
+    assert (decode.config.role, decode.config.instance.engine.threads) == ("decode", 2)
     assert first.config.routers == (router.config.router.control,)
     assert {spec.config.cluster_token for spec in specs} == {"secret"}
     assert {spec.config.served_name for spec in specs} == {"x"}
@@ -70,3 +70,21 @@ def test_gpus_are_shared_so_that_all_fit(prefill: int, decode: int, gpus: int) -
 def test_a_cpu_device_takes_no_gpu() -> None:
     specs = plan_processes(serve_config(device="cpu"), Machine(cores=8, gpus=4))
     assert {spec.gpus for spec in specs} == {0.0}
+
+
+def test_several_kinds_of_a_role_and_colocated_instances_beside_them() -> None:
+    config = ServeConfig.model_validate(
+        {
+            "model": "/models/x",
+            "cluster_token": "secret",
+            "prefill": [{"instances": 1, "max_batch_tokens": 64}, {"instances": 2, "max_batch_tokens": 128}],
+            "decode": {},
+            "colocated": {"policy": "prompt_first"},
+        }
+    )
+    specs = workers(plan_processes(config, Machine(cores=5)))
+    assert [spec.name for spec in specs] == ["prefill-0", "prefill-1", "prefill-2", "decode-0", "colocated-0"]
+    instances = [spec.config.instance for spec in specs if isinstance(spec.config, WorkerConfig)]
+    assert [instance.max_batch_tokens for instance in instances[:3]] == [64, 128, 128]
+    assert instances[4].policy == "prompt_first"
+    assert {instance.instances for instance in instances} == {1}

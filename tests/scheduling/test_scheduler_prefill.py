@@ -11,7 +11,8 @@ from tandem.scheduling.sequence import Sequence, SequenceState
 
 
 class Worker:
-    """An instance without an engine that prefills for others. `step` computes one batch and releases what is finished."""
+    """An instance without an engine that prefills for others. `step` computes one batch and releases what is
+    finished."""
 
     def __init__(self, num_blocks: int = 100, max_batch_tokens: int = 10, max_queue: int = 10) -> None:
         self.pool = BlockPool(num_blocks)

@@ -3,33 +3,33 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import pytest
 
 from tandem.core.clock import ManualClock, SystemClock
-from tandem.core.errors import ConfigError, UnavailableError
+from tandem.core.errors import ConfigError, InvalidRequestError, UnavailableError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
 from tandem.core.session import (
     Cancel,
-    DecodeCommand,
-    DecodeEvent,
-    DecodeFrame,
-    DecodeReserved,
-    DecodeTokens,
+    KvReserved,
     KvSource,
-    OpenDecode,
+    NewTokens,
     PrefillFinished,
     PrefillStarted,
     RequestFailed,
-    SubmitPrefill,
+    Role,
+    SessionCommand,
+    Submit,
+    TokenFrame,
     TransferCommitted,
 )
 from tandem.v1 import worker_pb2_grpc
 from tandem.wire import session_messages as messages
 from tandem.wire.channels import open_channel
 from tandem.wire.server import bind, build_server
-from tandem.wire.sessions import DecodeServicer, DecodeSession, Outbox
+from tandem.wire.sessions import InstanceServicer, InstanceSession, Outbox, RoleChange, configure_instance
 
 SAMPLING = SamplingParams(
     temperature=0.7,
@@ -54,29 +54,35 @@ class EchoWorker:
     """Answers an open with a reservation and one frame, and remembers what it was told."""
 
     def __init__(self) -> None:
-        self.outboxes: dict[int, Outbox[DecodeEvent]] = {}
-        self.commands: list[DecodeCommand] = []
+        self.outboxes: dict[int, Outbox] = {}
+        self.commands: list[SessionCommand] = []
+        self.changes: list[RoleChange] = []
         self.session_closed = asyncio.Event()
 
-    def open_session(self, outbox: Outbox[DecodeEvent]) -> int:
+    def open_session(self, outbox: Outbox) -> int:
         self.outboxes[len(self.outboxes)] = outbox
         return len(self.outboxes) - 1
 
-    def handle(self, session_id: int, command: DecodeCommand) -> None:
+    def handle(self, session_id: int, command: SessionCommand) -> None:
         self.commands.append(command)
-        if isinstance(command, OpenDecode):
-            self.outboxes[session_id].put(DecodeReserved(command.handle))
-            tokens = DecodeTokens(command.handle, (SampledToken(9),), FinishReason.STOP, 0.25)
-            self.outboxes[session_id].put(DecodeFrame((tokens,), 0.5))
+        if isinstance(command, Submit):
+            self.outboxes[session_id].put(KvReserved(command.handle))
+            tokens = NewTokens(command.handle, (SampledToken(9),), FinishReason.STOP, 0.25)
+            self.outboxes[session_id].put(TokenFrame((tokens,)))
 
     def close_session(self, session_id: int) -> None:
         self.session_closed.set()
+
+    def configure(self, change: RoleChange) -> None:
+        if change.max_batch == 99:
+            raise ConfigError("there is no such bound")
+        self.changes.append(change)
 
 
 @asynccontextmanager
 async def serving(worker: EchoWorker, token: str | None = None) -> AsyncIterator[str]:
     server, _ = build_server(token)
-    worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker, SystemClock()), server)
+    worker_pb2_grpc.add_InstanceServiceServicer_to_server(InstanceServicer(worker, SystemClock()), server)
     address = bind(server, "127.0.0.1:0")
     await server.start()
     try:
@@ -88,30 +94,30 @@ async def serving(worker: EchoWorker, token: str | None = None) -> AsyncIterator
 async def test_commands_and_events_cross_in_order_and_closing_drops_the_session() -> None:
     worker = EchoWorker()
     async with serving(worker) as address, open_channel(address) as channel:
-        session = await DecodeSession.open(channel)
-        session.send(OpenDecode(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
+        session = await InstanceSession.open(channel)
+        session.send(Submit(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
         session.send(Cancel(1))
         events = session.events()
-        assert await anext(events) == DecodeReserved(1)
+        assert await anext(events) == KvReserved(1)
         frame = await anext(events)
-        assert frame == DecodeFrame((DecodeTokens(1, (SampledToken(9),), FinishReason.STOP, 0.25),), 0.5)
+        assert frame == TokenFrame((NewTokens(1, (SampledToken(9),), FinishReason.STOP, 0.25),))
         await session.close()
         with pytest.raises(UnavailableError):
             session.send(Cancel(2))
         async with asyncio.timeout(2):
             await worker.session_closed.wait()
-        assert [type(command) for command in worker.commands] == [OpenDecode, Cancel]
+        assert [type(command) for command in worker.commands] == [Submit, Cancel]
 
 
 async def test_a_worker_that_stops_is_reported_as_unavailable() -> None:
     worker = EchoWorker()
     async with open_channel("127.0.0.1:1") as channel:
         with pytest.raises(UnavailableError, match="did not answer"):
-            await DecodeSession.open(channel, timeout_s=0.3)
+            await InstanceSession.open(channel, timeout_s=0.3)
     async with serving(worker) as address:
         channel = open_channel(address)
-        session = await DecodeSession.open(channel)
-        session.send(OpenDecode(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
+        session = await InstanceSession.open(channel)
+        session.send(Submit(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
         events = session.events()
         await anext(events)
     with pytest.raises(UnavailableError):
@@ -125,14 +131,14 @@ async def test_a_session_needs_the_cluster_token() -> None:
     worker = EchoWorker()
     async with serving(worker, token="secret") as address:
         async with open_channel(address) as channel:
-            session = await DecodeSession.open(channel, token="wrong")
+            session = await InstanceSession.open(channel, token="wrong")
             with pytest.raises(UnavailableError, match="token"):
                 await anext(session.events())
             await session.close()
         async with open_channel(address) as channel:
-            session = await DecodeSession.open(channel, token="secret")
-            session.send(OpenDecode(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
-            assert await anext(session.events()) == DecodeReserved(1)
+            session = await InstanceSession.open(channel, token="secret")
+            session.send(Submit(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
+            assert await anext(session.events()) == KvReserved(1)
             await session.close()
 
 
@@ -147,28 +153,67 @@ async def test_a_port_in_use_is_refused_with_a_sentence() -> None:
 async def test_nonsense_ends_the_session_and_not_the_worker() -> None:
     worker = EchoWorker()
     async with serving(worker) as address, open_channel(address) as channel:
-        call = worker_pb2_grpc.DecodeServiceStub(channel).Session()
-        await call.write(messages.worker_pb2.DecodeSessionRequest())
+        call = worker_pb2_grpc.InstanceServiceStub(channel).Session()
+        await call.write(messages.worker_pb2.SessionRequest())
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await call.read()
         assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        session = await DecodeSession.open(channel)
-        session.send(OpenDecode(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
-        assert await anext(session.events()) == DecodeReserved(1)
+        session = await InstanceSession.open(channel)
+        session.send(Submit(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
+        assert await anext(session.events()) == KvReserved(1)
         await session.close()
+
+
+async def test_a_command_that_cannot_be_written_ends_the_session_instead_of_queueing_for_ever() -> None:
+    worker = EchoWorker()
+    async with serving(worker) as address, open_channel(address) as channel:
+        session = await InstanceSession.open(channel)
+        broken = replace(REQUEST, sampling=replace(SAMPLING, max_tokens="many"))  # type: ignore[arg-type]
+        session.send(Submit(1, broken))
+        async with asyncio.timeout(2):
+            with pytest.raises(UnavailableError, match="could not be sent"):
+                await anext(session.events())
+        with pytest.raises(UnavailableError):
+            session.send(Cancel(1))
+        await session.close()
+
+
+async def test_a_running_instance_takes_another_role_or_says_why_not() -> None:
+    worker = EchoWorker()
+    async with serving(worker) as address, open_channel(address) as channel:
+        change = RoleChange(Role.COLOCATED, max_batch=3, max_prefill_tokens=64)
+        await configure_instance(channel, change)
+        assert worker.changes == [change]
+        with pytest.raises(ConfigError, match="no such bound"):
+            await configure_instance(channel, RoleChange(Role.PREFILL, max_batch=99))
 
 
 def test_messages_round_trip() -> None:
     now_s = ManualClock(90.0).now_s()
-    for prefill_command in (SubmitPrefill(3, REQUEST), Cancel(4)):
-        pb = messages.prefill_command_to_pb(prefill_command, now_s)
-        assert messages.prefill_command_from_pb(pb, now_s) == prefill_command
-    for decode_command in (OpenDecode(3, REQUEST, KvSource("p", "h:1")), Cancel(4)):
-        pb_decode = messages.decode_command_to_pb(decode_command, now_s)
-        assert messages.decode_command_from_pb(pb_decode, now_s) == decode_command
-    finished = PrefillFinished(1, SampledToken(3, LOGPROB), (None, LOGPROB), FinishReason.LENGTH, 16, 0.25, 0.5)
-    for prefill_event in (PrefillStarted(1, 32), finished, RequestFailed(2, "overloaded", "full")):
-        assert messages.prefill_event_from_pb(messages.prefill_event_to_pb(prefill_event)) == prefill_event
-    frame = DecodeFrame((DecodeTokens(1, (SampledToken(3, LOGPROB),) * 2), DecodeTokens(2, ())), 0.125)
-    for decode_event in (DecodeReserved(1), TransferCommitted(1, 0.5, 99, "gloo"), frame, RequestFailed(1, "x", "y")):
-        assert messages.decode_event_from_pb(messages.decode_event_to_pb(decode_event)) == decode_event
+    source = KvSource("p", "h:1")
+    for command in (Submit(3, REQUEST), Submit(3, REQUEST, source), Submit(3, REQUEST, hand_over=True), Cancel(4)):
+        assert messages.command_from_pb(messages.command_to_pb(command, now_s), now_s) == command
+    frame = TokenFrame((NewTokens(1, (SampledToken(3, LOGPROB),) * 2), NewTokens(2, ())))
+    for event in (
+        PrefillStarted(1, 32),
+        PrefillFinished(1, SampledToken(3, LOGPROB), (None, LOGPROB), FinishReason.LENGTH, 16, 0.5),
+        KvReserved(1),
+        TransferCommitted(1, 0.5, 99, "gloo"),
+        frame,
+        RequestFailed(2, "overloaded", "full"),
+    ):
+        assert messages.event_from_pb(messages.event_to_pb(event)) == event
+
+
+def test_commands_and_events_that_make_no_sense_are_refused() -> None:
+    both = messages.command_to_pb(Submit(3, REQUEST, KvSource("p", "h:1")), 90.0)
+    both.submit.hand_over = True
+    nameless = messages.command_to_pb(Submit(3, REQUEST, KvSource("", "h:1")), 90.0)
+    for command in (both, nameless, messages.worker_pb2.SessionRequest()):
+        with pytest.raises(InvalidRequestError):
+            messages.command_from_pb(command, 90.0)
+    uneven = messages.event_to_pb(TokenFrame((NewTokens(1, (SampledToken(3, LOGPROB),)),)))
+    uneven.frame.items[0].token_ids.append(4)
+    for event in (uneven, messages.worker_pb2.SessionResponse()):
+        with pytest.raises(InvalidRequestError):
+            messages.event_from_pb(event)
