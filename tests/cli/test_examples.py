@@ -10,7 +10,9 @@ from tandem.cli import schema
 from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
 from tandem.core.config_file import dump_config, load_config
 from tandem.core.parallel import ParallelShape
+from tandem.core.plan import Plan
 from tandem.core.slo_file import SloFile
+from tandem.deploy.plan_serving import serve_config_of
 from tandem.deploy.topology import Machine, plan_processes
 from tandem.placement.cluster import Cluster
 from tandem.placement.costs.models import model_shape
@@ -28,6 +30,9 @@ KINDS: dict[str, type[BaseModel]] = {
     "slo-h100.yaml": SloFile,
     "slo-a100.yaml": SloFile,
     "slo-mixed.yaml": SloFile,
+    "plan-colocated.yaml": Plan,
+    "plan-prompt-first.yaml": Plan,
+    "plan-mixed.yaml": Plan,
 }
 TINY = EXAMPLES.parent / "models" / "tiny-python"
 SLO_FILES = [name for name, kind in KINDS.items() if kind is SloFile]
@@ -41,7 +46,7 @@ def test_every_file_has_a_kind() -> None:
 def test_it_loads(name: str) -> None:
     config = load_config(EXAMPLES / name, KINDS[name])
     if KINDS[name] is not SloFile:
-        assert getattr(config, "model", None) == TINY
+        assert Path(getattr(config, "model", "")) == TINY
 
 
 @pytest.mark.parametrize("name", SLO_FILES)
@@ -86,6 +91,20 @@ def test_two_and_two() -> None:
     config = load_config(EXAMPLES / "laptop-2p2d.yaml", ServeConfig).model_copy(update={"cluster_token": "t"})
     names = [spec.name for spec in plan_processes(config, Machine(cores=2))]
     assert names == ["router-0", "prefill-0", "prefill-1", "decode-0", "decode-1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("plan-colocated.yaml", ["colocated", "colocated"]),
+        ("plan-prompt-first.yaml", ["colocated"]),
+        ("plan-mixed.yaml", ["prefill", "decode", "decode", "colocated"]),
+    ],
+)
+def test_every_plan_becomes_processes(name: str, roles: list[str]) -> None:
+    config = serve_config_of(load_config(EXAMPLES / name, Plan), Machine(cores=2))
+    specs = plan_processes(config.model_copy(update={"cluster_token": "t"}), Machine(cores=2))
+    assert [spec.role.value for spec in specs] == ["router", *roles]
 
 
 def _names(value: object, prefix: str = "") -> set[str]:
