@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 @dataclass
 class Refusals:
-    """Counts what was refused before it reached the generator; also the metrics page."""
+    """Counts requests that were refused before the generator got them; also the metrics page."""
 
     errors: list[TandemError] = field(default_factory=list)
 
@@ -127,12 +127,14 @@ async def serve_front(
     generator = ScriptedGenerator(echo_script)
     refusals = Refusals()
     random = Random(1)
-    service = TextService(generator=generator, tokenizer=tokenizer, model=MODEL, random=random, observers=(refusals,))
+    service = TextService(
+        generator=generator, tokenizer=tokenizer, model=MODEL, random=random, on_refusal=(refusals.refused,)
+    )
     app = HttpApp(
         service=service,
         tokenizer=tokenizer,
         settings=settings or RouterSection(max_body=1 << 20),
-        metrics=refusals,
+        render_metrics=refusals.render,
         clock=SystemClock(),
         random=random,
     )
