@@ -64,12 +64,12 @@ class ChoiceStream:
                 self._num_tokens += len(tokens)
                 delta, found = self._read(tokens)
                 if wants_prompt:
-                    delta = replace(delta, prompt_logprobs=self._generation.prompt_logprobs)
+                    delta = delta._replace(prompt_logprobs=self._generation.prompt_logprobs)
                     wants_prompt = False
                 if found:
                     self._generation.finish_reason = FinishReason.STOP
                     await self._generation.aclose()
-                    yield replace(delta, finish=self._finish(FinishReason.STOP))
+                    yield delta._replace(finish=self._finish(FinishReason.STOP))
                     return
                 yield delta
             text, found = self._rest()
@@ -264,18 +264,17 @@ class TextService:
         given = request.sampling
         seed = self._random.getrandbits(63) if request.seed is None else request.seed
         eos = () if given.ignore_eos else self._tokenizer.eos_token_ids
-        sampling = replace(
-            given,
-            max_tokens=output_limit(len(token_ids), request.max_tokens, self._generator.max_model_len),
-            stop_token_ids=tuple(sorted({*given.stop_token_ids, *eos})),
-        )
+        stop_token_ids = tuple(sorted({*given.stop_token_ids, *eos}))
+        max_tokens = output_limit(len(token_ids), request.max_tokens, self._generator.max_model_len)
         single = len(request.prompts) * request.n == 1
         return tuple(
             GenerationRequest(
                 request_id=request.request_id if single else f"{request.request_id}-{position * request.n + choice}",
                 token_ids=token_ids,
                 sampling=replace(
-                    sampling,
+                    given,
+                    max_tokens=max_tokens,
+                    stop_token_ids=stop_token_ids,
                     seed=derive_seed(seed, choice),
                     prompt_logprobs=given.prompt_logprobs if choice == 0 else None,
                 ),

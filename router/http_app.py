@@ -187,7 +187,7 @@ def _context_of(request: Request) -> RequestContext:
     return context
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def _read_body(request: Request, max_bytes: int) -> bytearray:
     """Raises UnsupportedMediaTypeError for anything but plain JSON, PayloadTooLargeError as soon as the body is known
     to be too large, InvalidRequestError if it does not arrive in time, and ClientDisconnect."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -199,23 +199,25 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
         raise UnsupportedMediaTypeError(
             f"This server takes no compressed body, but the content-encoding is '{clipped(encoding)}'."
         )
-    too_large = PayloadTooLargeError(f"The body is larger than the {max_bytes} bytes this server accepts.")
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise too_large
+    _check_size(int(declared) if declared.isdigit() else 0, max_bytes)
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_S), aclosing(request.stream()) as stream:
             async for chunk in stream:
                 body += chunk
-                if len(body) > max_bytes:
-                    raise too_large
+                _check_size(len(body), max_bytes)
     except TimeoutError as error:
         raise InvalidRequestError(f"The body did not arrive within {_BODY_TIMEOUT_S:g} s.") from error
-    return bytes(body)
+    return body
 
 
-def _parse_json(body: bytes) -> Any:
+def _check_size(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise PayloadTooLargeError(f"The body is larger than the {max_bytes} bytes this server accepts.")
+
+
+def _parse_json(body: bytearray) -> Any:
     """Strict JSON in UTF-8: no NaN, no Infinity, no halves of surrogate pairs. Raises InvalidRequestError."""
     try:
         return orjson.loads(body.removeprefix(_BYTE_ORDER_MARK))

@@ -58,7 +58,7 @@ class Description:
 
 # All metrics. The names of counters end in _total.
 TTFT = Description("tandem_ttft_seconds", "Time from the request's arrival to its first token")
-TPOT = Description("tandem_tpot_seconds", "Time per output token after the first, of complete answers")
+TPOT = Description("tandem_tpot_seconds", "Time per output token after the first, of complete requests")
 PART = Description("tandem_request_part_seconds", "Parts of complete requests' time, which sum to it", ("part",))
 REQUESTS = Description("tandem_requests_total", "Requests that have ended, by outcome", ("outcome",))
 ATTEMPTS = Description("tandem_attempts_total", "Attempts of finished requests at a pair of workers")

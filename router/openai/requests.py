@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tandem.core.completion import ChatMessage, ChatPrompt, CompletionRequest, Prompt, TextPrompt, TokenPrompt
@@ -75,7 +75,7 @@ class RequestContext:
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A body in Tandem's terms: the request, and the writer of its response."""
+    """A body as a request for the text side, with the writer of its response."""
 
     request: CompletionRequest
     writer: ChatWriter | CompletionWriter
@@ -109,25 +109,28 @@ def parse_completion(body: Any, context: RequestContext, tokenizer: TextTokenize
 
 
 class _StrictBody(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=()
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        return {
+            name: value
+            for name, value in body.items()
+            if value
+            or (isinstance(value, int | float) and value is not False)
+            or (name in cls.model_fields and cls.model_fields[name].is_required())
+        }
 
-        def is_kept(name: str, value: Any) -> bool:
-            is_number = isinstance(value, int | float) and value is not False
-            return bool(value) or is_number or (name in cls.model_fields and cls.model_fields[name].is_required())
 
-        return {name: value for name, value in body.items() if is_kept(name, value)}
-
-
-def _one_or_many(value: Any) -> list[str]:
+def _one_or_many(value: Any) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
     if isinstance(strings, list) and all(isinstance(string, str) for string in strings):
-        return [string for string in strings if string]
+        return tuple(string for string in strings if string)
     raise PydanticCustomError("string_or_list", "it must be a string or a list of strings")
 
 
@@ -208,19 +211,19 @@ class _CommonBody(_StrictBody):
     frequency_penalty: float = 0.0
     seed: int | None = None
     n: int = 1
-    stop: Annotated[list[str], BeforeValidator(_one_or_many)] = Field(default_factory=list)
+    stop: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ()
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stream: bool = False
-    stream_options: _StreamOptions = Field(default_factory=_StreamOptions)
+    stream_options: _StreamOptions = _StreamOptions()
     # Tandem's own, named as other open servers name them
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: list[int] = []
     cache_salt: str = ""
-    tandem: _TandemOptions = Field(default_factory=_TandemOptions)
+    tandem: _TandemOptions = _TandemOptions()
 
     @property
     def limit(self) -> int | None:
@@ -250,7 +253,7 @@ class _CommonBody(_StrictBody):
             sampling=self._sampling(logprobs, prompt_logprobs),
             seed=self.seed,
             max_tokens=max_tokens,
-            stop=tuple(self.stop),
+            stop=self.stop,
             n=self.n,
             cache_salt=self.cache_salt,
             deadline_s=context.deadline_s,
