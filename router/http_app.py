@@ -95,7 +95,7 @@ class HttpApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # with an application in the scope, starlette raises HTTPException for 404 and 405
-        scope["path"] = scope["path"].rstrip("/")
+        scope["path"] = scope["path"].rstrip("/") or "/"
         scope["tandem.context"] = self._context(Request(scope))
         await self._app(scope, receive, send)
 

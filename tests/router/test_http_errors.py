@@ -24,7 +24,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 JSON = {"content-type": "application/json"}
 
 
-def check_error(response: httpx.Response, status: int, param: str | None, code: str, words: str) -> None:
+def check_error(response: httpx.Response, status: int, param: str | None, code: str | None, words: str) -> None:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"]
@@ -279,7 +279,9 @@ def broken_script(_: object) -> list[int]:
     raise ZeroDivisionError("a fault of ours")
 
 
-async def test_a_fault_of_ours_is_not_told_to_the_client(front: Front) -> None:
+async def test_a_fault_of_ours_is_not_told_to_the_client(
+    front: Front, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     front.generator.script = broken_script
     async with front.client() as client:
         response = await client.post(CHAT, json={"model": MODEL, "messages": MESSAGES})
@@ -287,6 +289,26 @@ async def test_a_fault_of_ours_is_not_told_to_the_client(front: Front) -> None:
         assert response.json()["error"]["message"] == "The server failed to answer; its log has the reason."
         front.say("yes")
         assert (await client.post(CHAT, json={"model": MODEL, "messages": MESSAGES})).status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(type(front.generator), "max_model_len", property(broken_script))
+            check_error(await client.get("/health"), 500, None, None, "its log has the reason")
+        assert (await client.get("/health")).status_code == 200
+    assert [record.exc_info is not None for record in caplog.records if record.levelname == "ERROR"] == [True, True]
+
+
+async def test_a_client_that_leaves_while_it_sends_is_no_error(front: Front, caplog: pytest.LogCaptureFixture) -> None:
+    _, port = front.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n"
+    with caplog.at_level("INFO"):
+        writer.write(head.encode() + b"{")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.close()
+        async with asyncio.timeout(5):
+            while "the client disconnected" not in caplog.text:  # noqa: ASYNC110 - seen from outside
+                await asyncio.sleep(0.005)
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 async def test_oversize_bodies_are_refused_while_they_come(tokenizer: TextTokenizer, raw_tokenizer: Tokenizer) -> None:
