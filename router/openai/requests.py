@@ -31,30 +31,16 @@ _IGNORED = frozenset(
     }
 )  # fmt: skip
 
-# Fields that are not supported, each with the values that ask for nothing. Null and empty values always do.
+# Fields that are not supported, each with the values that ask for nothing. Null and empty values always do; false does,
+# unless true does.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "tools": (),
-    "tool_choice": ("none", "auto"),
-    "functions": (),
-    "function_call": ("none", "auto"),
+    **dict.fromkeys(("tools", "functions", "logit_bias", "suffix", "audio", "prediction", "reasoning_effort"), ()),
+    **dict.fromkeys(("verbosity", "web_search_options", "moderation", "best_of", "min_tokens", "priority"), ()),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("skip_special_tokens", "add_special_tokens", "add_generation_prompt"), (True,)),
     "response_format": ({"type": "text"},),
-    "logit_bias": (),
-    "suffix": (),
-    "audio": (),
     "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-    "moderation": (),
-    "best_of": (),
-    "min_tokens": (),
-    "priority": (),
-    "skip_special_tokens": (True,),
-    "add_special_tokens": (True,),
-    "add_generation_prompt": (True,),
 }
-_ON_BY_DEFAULT = frozenset({"skip_special_tokens", "add_special_tokens", "add_generation_prompt"})
 _UNSUPPORTED_IN_MESSAGE = ("tool_calls", "function_call", "audio")
 
 
@@ -330,7 +316,7 @@ def _without_unsupported(body: dict[str, Any]) -> dict[str, Any]:
         if name not in _UNSUPPORTED:
             if name not in _IGNORED:
                 kept[name] = value
-        elif value is False and name in _ON_BY_DEFAULT:
+        elif value is False and True in _UNSUPPORTED[name]:
             raise InvalidRequestError(f"This server does not support '{name}' being false.", param=name)
         elif value and value not in _UNSUPPORTED[name] and not (name == "best_of" and value == (body.get("n") or 1)):
             raise InvalidRequestError(f"'{name}' is not supported by this server.", param=name)
