@@ -60,7 +60,10 @@ class _HttpClient:
                 "stream_options": {"include_usage": True},
             }
         ).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: {self._address}\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: {self._address}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
         sent_s = time.monotonic()
         self._writer.write(head.encode() + body)
         status = await self._reader.readuntil(b"\r\n\r\n")

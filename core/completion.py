@@ -1,13 +1,13 @@
-"""A request in text, and what comes back: the seam between the two APIs (gRPC, OpenAI HTTP) and the text side.
+"""Requests and responses in text: the interface between the two APIs (gRPC, OpenAI HTTP) and the text side.
 
-The APIs turn messages into a `CompletionRequest` and `Delta`s into messages; what lies between is
-`router/completion.py`, which tokenizes, asks a `TokenGenerator` for tokens and turns them into text again.
+An API turns a message into a `CompletionRequest` and each `TextDelta` into a message. `router/completion.py` tokenizes,
+gets tokens from a `TokenGenerator` and turns them into text.
 """
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from tandem.core.request import FinishReason, SampledToken, SamplingParams, TokenLogprob
 from tandem.core.timeline import Timeline
@@ -35,7 +35,7 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenPrompt:
-    """Token ids, taken as they are."""
+    """Token ids, used unchanged."""
 
     token_ids: tuple[int, ...]
 
@@ -47,9 +47,9 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 class CompletionRequest:
     """One API call: `n` choices for each prompt, prompt by prompt.
 
-    `seed` and `max_tokens` replace those of `sampling`, which do not know "not given": without a seed every choice
-    draws one, without `max_tokens` an answer may grow as long as the context holds. `received_s` and `deadline_s` are
-    on the router's monotonic clock.
+    `seed` and `max_tokens` replace those of `sampling`, where None is not possible. Without a seed each prompt gets a
+    random one; without `max_tokens` the context length is the only limit. `received_s` and `deadline_s` are on the
+    router's monotonic clock.
     """
 
     request_id: str
@@ -67,19 +67,20 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How one choice ended. `num_output_tokens` counts every token drawn for it, a stop token included."""
+    """The end of one choice. `num_output_tokens` counts all tokens drawn for the choice, a stop token included."""
 
     reason: FinishReason
     timeline: Timeline
     num_output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What is new of one choice. Text may lag behind its tokens: a character is not whole, a stop string may begin.
+class TextDelta(NamedTuple):
+    """New text and tokens of one choice. Text may come later than its tokens: a character may be incomplete, or a stop
+    string may have begun.
 
-    The last delta of a choice, and no other, has a `finish`. A drawn stop token is in `stop_token`, since it is no
-    part of the text. `prompt_logprobs` come once, with the first delta, where they were asked for.
+    Only the last delta of a choice has a `finish`. A drawn stop token is in `stop_token`, since it is not part of the
+    text. `prompt_logprobs` come with the first delta, if the request asks for them.
+    A NamedTuple, since each token makes one: a frozen dataclass takes twice as long.
     """
 
     choice: int
@@ -91,24 +92,24 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """A served model; `max_model_len` is None while no worker is there."""
+class ServedModel:
+    """A served model; `max_model_len` is None while no pair of workers is ready."""
 
     name: str
     max_model_len: int | None
 
 
-class Completion(Protocol):
-    """A running `CompletionRequest`. Leaving the context closes whatever still runs, on every worker.
+class OpenCompletion(Protocol):
+    """A running `CompletionRequest`. Leaving the context ends what still runs, on every worker.
 
-    Iterating gives the deltas of all choices as they come, and raises a TandemError if one of them fails.
+    Iterating gives the deltas of all choices in order of arrival, and raises a TandemError if one choice fails.
     `prompt_token_ids` has one entry per prompt.
     """
 
     @property
     def prompt_token_ids(self) -> tuple[tuple[int, ...], ...]: ...
 
-    def __aiter__(self) -> AsyncIterator[Delta]: ...
+    def __aiter__(self) -> AsyncIterator[TextDelta]: ...
 
     async def __aenter__(self) -> Self: ...
 
@@ -120,9 +121,9 @@ class Completion(Protocol):
 class CompletionService(Protocol):
     """Serves text-level requests."""
 
-    async def open(self, request: CompletionRequest) -> Completion:
-        """Validate, tokenize, begin. Raises InvalidRequestError, ContextLengthError, ModelNotFoundError, and what
+    async def open(self, request: CompletionRequest) -> OpenCompletion:
+        """Validate, tokenize, start. Raises InvalidRequestError, ContextLengthError, ModelNotFoundError, and what
         `TokenGenerator.start` raises."""
         ...
 
-    def models(self) -> tuple[ModelInfo, ...]: ...
+    def models(self) -> tuple[ServedModel, ...]: ...

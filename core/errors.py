@@ -51,6 +51,11 @@ class PayloadTooLargeError(InvalidRequestError):
     http_status = 413
 
 
+class UnsupportedMediaTypeError(InvalidRequestError):
+    code = "unsupported_media_type"
+    http_status = 415
+
+
 class UnauthenticatedError(TandemError):
     code = "unauthenticated"
     grpc_status = "UNAUTHENTICATED"

@@ -1,4 +1,4 @@
-"""The seam between the text side of the router and the part that gets tokens from workers."""
+"""The interface between the text side of the router and the part that gets tokens from workers."""
 
 from collections.abc import AsyncIterator
 from typing import Protocol
@@ -8,15 +8,16 @@ from tandem.core.timeline import Timeline
 
 
 class Generation(Protocol):
-    """One running request. Iterate it for new tokens; it ends after the last one, or raises a TandemError.
+    """One running request. Iterating gives new tokens; it ends after the last token, or raises a TandemError.
 
-    Closing it early (a stop string was found, the client went away) frees everything on every worker, and counts as
-    cancelled unless the closer has set `finish_reason` first. After the end, or after `aclose`, `timeline` is complete.
+    `aclose` before the end (a stop string is complete, the client disconnects) frees everything on every worker. The
+    request then counts as cancelled, unless the caller has set `finish_reason` first. After the end, or after `aclose`,
+    `timeline` is complete.
     """
 
     request: GenerationRequest
     finish_reason: FinishReason | None
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None  # known once the first token is
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None  # known when the first token is
 
     def __aiter__(self) -> AsyncIterator[tuple[SampledToken, ...]]: ...
 
@@ -26,17 +27,17 @@ class Generation(Protocol):
 
 
 class TokenGenerator(Protocol):
-    """Turns a request in token ids into tokens, on whichever workers."""
+    """Turns a request in token ids into tokens."""
 
     def start(self, request: GenerationRequest, received_s: float) -> Generation:
-        """Begin. `received_s` is when the router received the request, on its own monotonic clock.
+        """Start. `received_s` is the time of the request's arrival, on the router's monotonic clock.
 
-        Raises OverloadedError, UnavailableError, ContextLengthError or DuplicateRequestError at once if it cannot be
-        accepted.
+        Raises OverloadedError, UnavailableError, ContextLengthError or DuplicateRequestError if it cannot accept the
+        request.
         """
         ...
 
     @property
     def max_model_len(self) -> int:
-        """Longest prompt plus answer that some live pair of workers can hold. Raises UnavailableError if none does."""
+        """Most tokens of prompt and output that a live pair of workers can hold. Raises UnavailableError."""
         ...

@@ -22,12 +22,12 @@ async def serve(config: RouterConfig, grace_s: float) -> None:
     """
     app = RouterApp(config)
     await app.start()
-    told_to_stop = asyncio.Event()
+    stop_requested = asyncio.Event()
 
     def on_signal() -> None:
-        if told_to_stop.is_set():
+        if stop_requested.is_set():
             app.abort_requests()
-        told_to_stop.set()
+        stop_requested.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -37,7 +37,7 @@ async def serve(config: RouterConfig, grace_s: float) -> None:
     print(f"control  {app.control_address}", flush=True)
 
     closed = asyncio.create_task(app.wait_closed())
-    stopped = asyncio.create_task(told_to_stop.wait())
+    stopped = asyncio.create_task(stop_requested.wait())
     await asyncio.wait((closed, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     await app.drain_and_stop(grace_s)
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--grace", type=float, default=10.0, help="seconds that requests may take to end (default 10)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and end are told here, with the addresses
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # `serve` prints the addresses
     try:
         config = load_config(arguments.config, RouterConfig)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -45,11 +45,11 @@ INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"
 
 _TOKENIZER_THREADS = 2
 _HEALTH_PERIOD_S = 0.1
-_FLUSH_S = 2.0  # for answers that are complete and on their way out
+_FLUSH_S = 2.0  # for complete responses that are still being sent
 
 
-class ControlDesk:
-    """What the control port answers from. Implements `wire.fleet.Registry`."""
+class FleetRegistry:
+    """Heartbeats and questions of the control port, on the router's state. Implements `wire.fleet.Registry`."""
 
     def __init__(
         self, model: str, fleet: Fleet, dispatcher: Dispatcher, profile: WorkloadProfile, clock: Clock
@@ -85,8 +85,7 @@ class ControlDesk:
 class RouterApp:
     """`start`, then `wait_closed`; `drain_and_stop` ends it. Nothing happens before `start`.
 
-    `address` is the HTTP address, `grpc_address` and `control_address` are the others: those really listened on, known
-    after `start`.
+    `address` (HTTP), `grpc_address` and `control_address` have their actual ports after `start`.
     """
 
     def __init__(self, config: RouterConfig) -> None:
@@ -120,12 +119,12 @@ class RouterApp:
             observers=(self._metrics.requests, self.log, observer),
             arrivals=observer,
         )
-        self._desk = ControlDesk(config.served_name, self._fleet, self._dispatcher, profile, self._clock)
+        self._registry = FleetRegistry(config.served_name, self._fleet, self._dispatcher, profile, self._clock)
         self._metrics.watch(self._fleet, self._dispatcher)
-        self._metrics.watch_replanning(lambda: self._desk.replan)
+        self._metrics.watch_replanning(lambda: self._registry.replan)
 
     async def start(self) -> None:
-        """Listen on all three ports. Raises CheckpointError for a tokenizer it cannot use, ConfigError for a port."""
+        """Listen on all three ports. Raises CheckpointError (tokenizer) or ConfigError (port)."""
         try:
             await self._start()
         except BaseException:
@@ -133,7 +132,7 @@ class RouterApp:
             raise
 
     async def wait_closed(self) -> None:
-        """Returns after `drain_and_stop`. Raises what broke, if a part of the router did."""
+        """Returns after `drain_and_stop`. Raises the error of a background task that fails."""
         closed = asyncio.create_task(self._is_closed.wait())
         try:
             done, _ = await asyncio.wait((closed, *self._background), return_when=asyncio.FIRST_COMPLETED)
@@ -145,7 +144,7 @@ class RouterApp:
         await self._is_closed.wait()
 
     async def drain_and_stop(self, grace_s: float) -> None:
-        """Refuse new requests, let those running end for `grace_s` at most, end the rest, and close everything."""
+        """Refuse new requests, wait for running ones for `grace_s` at most, end the rest, and close everything."""
         self._dispatcher.refuse_new()
         try:
             async with asyncio.timeout(grace_s):
@@ -155,7 +154,7 @@ class RouterApp:
         await self._close()
 
     def abort_requests(self) -> None:
-        """End all requests now: a drain need not wait for them any longer."""
+        """End all requests now; a drain in progress then ends too."""
         self._dispatcher.refuse_new()
         self._dispatcher.abort_all()
 
@@ -169,12 +168,12 @@ class RouterApp:
             tokenizer=tokenizer,
             model=config.served_name,
             random=random,
-            observers=(self._metrics.requests, self.log),
+            on_refusal=(self._metrics.requests.refused, self.log.refused),
         )
-        # What is entered last is left first: the fleet ends last, the control port after the ports for clients.
+        # The stack closes in reverse order: the fleet ends last, the control port after the ports for clients.
         self._spawn(self._fleet.run(), "fleet")
         control, control_health = build_server(config.cluster_token)
-        worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self._desk), control)
+        worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self._registry), control)
         self.control_address = bind(control, settings.control)
         await self._serve(control, control_health)
         await control_health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -188,13 +187,13 @@ class RouterApp:
             reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), public)
         self.grpc_address = bind(public, settings.grpc)
         await self._serve(public, health)
-        self._spawn(self._tell_health(health), "health")
+        self._spawn(self._update_health(health), "health")
 
         http_app = HttpApp(
             service=service,
             tokenizer=tokenizer,
             settings=settings,
-            metrics=self._metrics,
+            render_metrics=self._metrics.render,
             clock=self._clock,
             random=random,
         )
@@ -212,16 +211,16 @@ class RouterApp:
         self._background.append(task)
         self._resources.push_async_callback(_end, task)
 
-    async def _tell_health(self, health: health_aio.HealthServicer) -> None:
-        """The gRPC health service says what `/health` says."""
-        told: bool | None = None
+    async def _update_health(self, health: health_aio.HealthServicer) -> None:
+        """Keep the gRPC health service equal to `/health`."""
+        reported: bool | None = None
         while True:
             is_serving = self._dispatcher.is_serving
-            if is_serving is not told:
+            if is_serving is not reported:
                 status = health_pb2.HealthCheckResponse
                 for service in ("", INFERENCE_SERVICE):
                     await health.set(service, status.SERVING if is_serving else status.NOT_SERVING)
-                told = is_serving
+                reported = is_serving
             await asyncio.sleep(_HEALTH_PERIOD_S)
 
     async def _close(self) -> None:

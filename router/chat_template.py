@@ -1,8 +1,8 @@
 """Renders a conversation with the checkpoint's chat template, in a sandbox, with limits.
 
-The template is the checkpoint's, never a client's. The environment is the one that the templates are written for, that
-of `transformers` (`utils/chat_template_utils.py`): trimmed blocks, `raise_exception`, `strftime_now`, a `tojson` that
-does not escape HTML, loop controls, and `generation` blocks, which mean nothing here.
+The template comes from the checkpoint, never from a client. Templates are written for the environment of
+`transformers` (`utils/chat_template_utils.py`): trimmed blocks, `raise_exception`, `strftime_now`, a `tojson` that does
+not escape HTML, loop controls, and `generation` blocks, which have no effect here.
 """
 
 import json
@@ -26,7 +26,7 @@ MAX_RENDER_S = 5.0
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what training counts; rendering keeps the content."""
+    """`{% generation %}...{% endgeneration %}` marks text for training; rendering keeps the content."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own convention
 
@@ -46,7 +46,7 @@ def _to_json(
 
 
 class ChatTemplate:
-    """`special_tokens` are the names a template may use, such as `bos_token`. Raises CheckpointError if broken."""
+    """`special_tokens` are names for the template, such as `bos_token`. Raises CheckpointError for invalid source."""
 
     def __init__(
         self,
@@ -69,20 +69,20 @@ class ChatTemplate:
         self._clock = clock
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The prompt for the assistant's next message. Raises InvalidRequestError with the template's own reason."""
-        pieces: list[str] = []
+        """The prompt for the assistant's next message. Raises InvalidRequestError with the template's reason."""
+        parts: list[str] = []
         num_chars = 0
         end_s = self._clock.now_s() + MAX_RENDER_S
         try:
-            for piece in self._template.generate(
+            for part in self._template.generate(
                 messages=[{"role": message.role, "content": message.content} for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,
             ):
-                pieces.append(piece)
-                num_chars += len(piece)
+                parts.append(part)
+                num_chars += len(part)
                 if num_chars > MAX_RENDERED_CHARS or self._clock.now_s() > end_s:
                     raise InvalidRequestError("The rendered conversation is too long.", param="messages")
         except (
@@ -98,4 +98,4 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"The model's chat template refused the messages: {reason}", param="messages"
             ) from error
-        return "".join(pieces)
+        return "".join(parts)

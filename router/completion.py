@@ -1,32 +1,32 @@
-"""From text to text: tokenizes a request, starts one generation per choice, and turns their tokens into deltas.
+"""The text side of a request: tokenize the prompts, start one generation per choice, turn tokens into deltas of text.
 
-    CompletionRequest -> prompt ids -> one TokenGenerator.start per choice -> Delta, Delta, ... -> Finish
+    CompletionRequest -> prompt ids -> one TokenGenerator.start per choice -> TextDelta, ..., Finish
 
-Several choices of one prompt are several requests with seeds derived from one. The first goes ahead alone until its
-first token is there: the prompt's KV is then in the prefix cache, and the others cost next to nothing.
+Several choices of one prompt are several generations with seeds derived from one. The other choices start when the
+first one has its first token: the prompt's KV is then in the prefix cache, and they cost almost no prefill.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from random import Random
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from tandem.core.completion import (
     ChatPrompt,
     CompletionRequest,
-    Delta,
     Finish,
-    ModelInfo,
     Prompt,
+    ServedModel,
+    TextDelta,
     TextPrompt,
     TokenPrompt,
 )
 from tandem.core.errors import ModelNotFoundError, TandemError, UnavailableError
 from tandem.core.generation import Generation, TokenGenerator
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken
-from tandem.router.limits import answer_length, check_request, clipped
+from tandem.router.limits import check_request, clipped, output_limit
 from tandem.router.stop import StopMatcher, StopStrings
 from tandem.router.tokenizer import TextTokenizer
 
@@ -43,8 +43,8 @@ def derive_seed(seed: int, choice: int) -> int:
     return (mixed ^ (mixed >> 31)) & _SEED_MASK
 
 
-class Choice:
-    """One choice of an answer: follows its generation and says what is new in text."""
+class ChoiceStream:
+    """The deltas of one choice, from the tokens of its generation."""
 
     def __init__(
         self, index: int, generation: Generation, tokenizer: TextTokenizer, stop_strings: StopStrings | None
@@ -56,33 +56,33 @@ class Choice:
         self._stop_ids = frozenset(generation.request.sampling.stop_token_ids)
         self._num_tokens = 0
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Ends after the delta with a finish; closes the generation however it ends."""
+    async def deltas(self) -> AsyncGenerator[TextDelta, None]:
+        """Ends after the delta with a finish; closes the generation in every case."""
         try:
             wants_prompt = self._generation.request.sampling.prompt_logprobs is not None
             async for tokens in self._generation:
                 self._num_tokens += len(tokens)
                 delta, found = self._read(tokens)
                 if wants_prompt:
-                    delta = replace(delta, prompt_logprobs=self._generation.prompt_logprobs)
+                    delta = delta._replace(prompt_logprobs=self._generation.prompt_logprobs)
                     wants_prompt = False
                 if found:
                     self._generation.finish_reason = FinishReason.STOP
                     await self._generation.aclose()
-                    yield replace(delta, finish=self._finish(FinishReason.STOP))
+                    yield delta._replace(finish=self._finish(FinishReason.STOP))
                     return
                 yield delta
             text, found = self._rest()
             reason = FinishReason.STOP if found else self._generation.finish_reason
-            assert reason is not None, "a generation that ends without an error says why"
-            yield Delta(self.index, text, finish=self._finish(reason))
+            assert reason is not None, "a generation that ends without an error has a finish reason"
+            yield TextDelta(self.index, text, finish=self._finish(reason))
         finally:
             await self._generation.aclose()
 
-    def _read(self, tokens: tuple[SampledToken, ...]) -> tuple[Delta, bool]:
-        """The delta, and whether the answer ends with it because of a stop string.
+    def _read(self, tokens: tuple[SampledToken, ...]) -> tuple[TextDelta, bool]:
+        """The delta, and whether it ends the choice because of a stop string.
 
-        A stop token can only be the last one: the workers end the generation with it.
+        Only the last token can be a stop token: the workers end the generation with it.
         """
         stop_token = None
         if tokens[-1].token_id in self._stop_ids:
@@ -90,12 +90,12 @@ class Choice:
         push = self._detokenizer.push
         text = push(tokens[0].token_id) if len(tokens) == 1 else "".join([push(token.token_id) for token in tokens])
         if self._matcher is None:
-            return Delta(self.index, text, tokens, stop_token), False
+            return TextDelta(self.index, text, tokens, stop_token), False
         text, found = self._matcher.push(text)
-        return Delta(self.index, text, tokens, stop_token), found
+        return TextDelta(self.index, text, tokens, stop_token), found
 
     def _rest(self) -> tuple[str, bool]:
-        """Text that was held back, once no token follows, and whether it completes a stop string."""
+        """Text that was held back until the last token, and whether it completes a stop string."""
         text = self._detokenizer.flush()
         if self._matcher is None:
             return text, False
@@ -107,7 +107,7 @@ class Choice:
 
 
 class RunningCompletion:
-    """A `core.completion.Completion`. `groups` has the generations to start, one group per prompt."""
+    """A `core.completion.OpenCompletion`. `groups` has the generations to start, one group per prompt."""
 
     def __init__(
         self,
@@ -122,9 +122,9 @@ class RunningCompletion:
         self._generator = generator
         self._tokenizer = tokenizer
         self._generations: list[Generation] = []
-        self._leaders: list[Choice] = []
-        self._iterator: AsyncGenerator[Delta, None] | None = None
-        self._news: asyncio.Queue[Delta | asyncio.Task[None]] = asyncio.Queue()
+        self._leaders: list[ChoiceStream] = []
+        self._iterator: AsyncGenerator[TextDelta, None] | None = None
+        self._queue: asyncio.Queue[TextDelta | asyncio.Task[None]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -136,37 +136,37 @@ class RunningCompletion:
         for position, group in enumerate(self._groups):
             self._leaders.append(self._choice(group[0], position * len(group)))
 
-    def _choice(self, request: GenerationRequest, index: int) -> Choice:
+    def _choice(self, request: GenerationRequest, index: int) -> ChoiceStream:
         generation = self._generator.start(request, self._received_s)
         self._generations.append(generation)
-        return Choice(index, generation, self._tokenizer, self._stop_strings)
+        return ChoiceStream(index, generation, self._tokenizer, self._stop_strings)
 
-    def __aiter__(self) -> AsyncIterator[Delta]:
+    def __aiter__(self) -> AsyncIterator[TextDelta]:
         assert self._iterator is None, "the deltas are given once"
         single = len(self._groups) == 1 and len(self._groups[0]) == 1
         self._iterator = self._leaders[0].deltas() if single else self._merged()
         return self._iterator
 
-    async def _merged(self) -> AsyncGenerator[Delta, None]:
-        """Each task's deltas come before the task itself, which comes when it is done."""
+    async def _merged(self) -> AsyncGenerator[TextDelta, None]:
+        """A task puts its deltas into the queue, and the task itself when it is done."""
         for leader, group in zip(self._leaders, self._groups, strict=True):
             self._spawn(leader, group[1:])
         while self._tasks:
-            news = await self._news.get()
-            if isinstance(news, Delta):
-                yield news
+            item = await self._queue.get()
+            if isinstance(item, TextDelta):
+                yield item
             else:
-                self._tasks.discard(news)
-                news.result()
+                self._tasks.discard(item)
+                item.result()
 
-    def _spawn(self, choice: Choice, followers: tuple[GenerationRequest, ...] = ()) -> None:
+    def _spawn(self, choice: ChoiceStream, followers: tuple[GenerationRequest, ...] = ()) -> None:
         task = asyncio.create_task(self._pump(choice, followers))
-        task.add_done_callback(self._news.put_nowait)
+        task.add_done_callback(self._queue.put_nowait)
         self._tasks.add(task)
 
-    async def _pump(self, choice: Choice, followers: tuple[GenerationRequest, ...]) -> None:
+    async def _pump(self, choice: ChoiceStream, followers: tuple[GenerationRequest, ...]) -> None:
         async for delta in choice.deltas():
-            self._news.put_nowait(delta)
+            self._queue.put_nowait(delta)
             for offset, follower in enumerate(followers, start=1):
                 self._spawn(self._choice(follower, choice.index + offset))
             followers = ()
@@ -180,7 +180,7 @@ class RunningCompletion:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End whatever still runs."""
+        """End all generations that still run."""
         if self._iterator is not None:
             await self._iterator.aclose()
         for task in self._tasks:
@@ -191,14 +191,11 @@ class RunningCompletion:
             await generation.aclose()
 
 
-class RefusalObserver(Protocol):
-    def refused(self, error: TandemError) -> None:
-        """A request was refused before the `TokenGenerator` heard of it."""
-        ...
-
-
 class TextService:
-    """A `core.completion.CompletionService` for one model. `random` gives the seeds of requests that name none."""
+    """A `core.completion.CompletionService` for one model. `random` gives the seeds of requests without one.
+
+    `on_refusal` functions get the error of every request that is refused before the `TokenGenerator` gets it.
+    """
 
     def __init__(
         self,
@@ -207,24 +204,24 @@ class TextService:
         tokenizer: TextTokenizer,
         model: str,
         random: Random,
-        observers: Sequence[RefusalObserver] = (),
+        on_refusal: Sequence[Callable[[TandemError], None]] = (),
     ) -> None:
         self._generator = generator
         self._tokenizer = tokenizer
         self._model = model
         self._random = random
-        self._observers = tuple(observers)
+        self._on_refusal = tuple(on_refusal)
 
     def refused(self, error: TandemError) -> None:
-        """Also for what an API refuses before it gets here."""
-        for observer in self._observers:
-            observer.refused(error)
+        """Also for a request that an API refuses before `open`."""
+        for notify in self._on_refusal:
+            notify(error)
 
-    def models(self) -> tuple[ModelInfo, ...]:
+    def models(self) -> tuple[ServedModel, ...]:
         try:
-            return (ModelInfo(self._model, self._generator.max_model_len),)
+            return (ServedModel(self._model, self._generator.max_model_len),)
         except UnavailableError:
-            return (ModelInfo(self._model, None),)
+            return (ServedModel(self._model, None),)
 
     async def open(self, request: CompletionRequest) -> RunningCompletion:
         """Raises InvalidRequestError, ContextLengthError, ModelNotFoundError, and what `TokenGenerator` raises."""
@@ -263,24 +260,23 @@ class TextService:
     def _group(
         self, request: CompletionRequest, token_ids: tuple[int, ...], position: int
     ) -> tuple[GenerationRequest, ...]:
-        """The generations of one prompt. The tokenizer's word on end of sequence is the one that counts."""
-        wanted = request.sampling
+        """The generations of one prompt. The tokenizer decides which tokens end a sequence."""
+        given = request.sampling
         seed = self._random.getrandbits(63) if request.seed is None else request.seed
-        eos = () if wanted.ignore_eos else self._tokenizer.eos_token_ids
-        sampling = replace(
-            wanted,
-            max_tokens=answer_length(len(token_ids), request.max_tokens, self._generator.max_model_len),
-            stop_token_ids=tuple(sorted({*wanted.stop_token_ids, *eos})),
-        )
+        eos = () if given.ignore_eos else self._tokenizer.eos_token_ids
+        stop_token_ids = tuple(sorted({*given.stop_token_ids, *eos}))
+        max_tokens = output_limit(len(token_ids), request.max_tokens, self._generator.max_model_len)
         single = len(request.prompts) * request.n == 1
         return tuple(
             GenerationRequest(
                 request_id=request.request_id if single else f"{request.request_id}-{position * request.n + choice}",
                 token_ids=token_ids,
                 sampling=replace(
-                    sampling,
+                    given,
+                    max_tokens=max_tokens,
+                    stop_token_ids=stop_token_ids,
                     seed=derive_seed(seed, choice),
-                    prompt_logprobs=wanted.prompt_logprobs if choice == 0 else None,
+                    prompt_logprobs=given.prompt_logprobs if choice == 0 else None,
                 ),
                 cache_salt=request.cache_salt,
                 deadline_s=request.deadline_s,

@@ -1,13 +1,13 @@
-"""Token ids -> text, piece by piece, at a constant cost per token.
+"""Token ids -> text, token by token, at a constant cost per token.
 
-A piece is given out as soon as it cannot change any more: a character whose bytes are spread over several tokens waits
-for the last of them. Two ways, chosen once per tokenizer:
+Text is returned when later tokens cannot change it: a character whose bytes belong to several tokens is returned with
+the last one. There are two methods; the tokenizer decides which one is used:
 
-- Byte-level tokenizers (GPT-2, OPT, Llama 3, Qwen): every token stands for bytes, so an incremental UTF-8 decoder over
-  these bytes gives exactly what decoding all ids at once would, malformed sequences included.
-- All others (SentencePiece-like: Llama 2, Mistral): decode a short window of recent ids with and without the new one;
-  what the new one adds is the difference. The window begins at a whole character, and before a token that is already
-  given out, so that leading spaces come out right (they are dropped only at the very beginning of a text).
+- Byte-level tokenizers (GPT-2, OPT, Llama 3, Qwen): every token stands for bytes. An incremental UTF-8 decoder over
+  these bytes gives the same text as decoding all ids together, malformed sequences included.
+- All others (SentencePiece-like: Llama 2, Mistral): decode a short window of recent ids with and without the new id;
+  the difference is the new text. The window begins at a complete character, and before a token whose text is already
+  returned, so that leading spaces are right (the decoder drops them only at the beginning of a text).
 """
 
 import codecs
@@ -15,19 +15,19 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-_MAX_HELD_TOKENS = 16  # an incomplete character has at most four bytes; more is malformed and goes out as it is
+_MAX_HELD_TOKENS = 16  # a character has at most four bytes; a longer sequence is malformed
 _REPLACEMENT = "\ufffd"
 
 
 class Detokenizer(Protocol):
-    """Follows one choice."""
+    """Turns the tokens of one choice into text."""
 
     def push(self, token_id: int) -> str:
-        """What this token lets out; empty while a character is not whole."""
+        """Text that is complete with this token; empty while a character is incomplete."""
         ...
 
     def flush(self) -> str:
-        """What was still held at the end: replacement characters for what never became whole."""
+        """Text that is still held after the last token, with replacement characters for incomplete ones."""
         ...
 
 
@@ -39,7 +39,7 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 class ByteTable:
-    """Bytes of each token of a byte-level vocabulary, looked up once per id and kept."""
+    """Bytes of the tokens of a byte-level vocabulary, cached per id."""
 
     def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
@@ -48,15 +48,15 @@ class ByteTable:
         self._bytes: dict[int, bytes] = {}
 
     def spelling(self, token_id: int) -> bytes:
-        """A special token's name, any other token's bytes; nothing for an id that the vocabulary lacks."""
+        """The name of a special token, the bytes of any other token; empty for an id outside the vocabulary."""
         token = self._tokenizer.id_to_token(token_id) or ""
         try:
             return bytes(self._alphabet[char] for char in token)
-        except KeyError:  # an added token, spelled in plain text
+        except KeyError:  # an added token is plain text
             return token.encode()
 
     def visible(self, token_id: int) -> bytes:
-        """As in text, where special tokens are left out."""
+        """Bytes of a token in text; empty for a special token."""
         found = self._bytes.get(token_id)
         if found is None:
             found = b"" if token_id in self._special_ids else self.spelling(token_id)
@@ -68,14 +68,14 @@ class ByteDetokenizer:
     def __init__(self, table: ByteTable) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._is_whole = True  # no character waits for the rest of its bytes
+        self._is_complete = True  # no character lacks bytes
 
     def push(self, token_id: int) -> str:
         spelling = self._table.visible(token_id)
-        if self._is_whole and spelling.isascii():  # nearly always, and in a quarter of the time
+        if self._is_complete and spelling.isascii():  # the usual case, four times as fast
             return spelling.decode("ascii")
         text = self._decoder.decode(spelling)
-        self._is_whole = not self._decoder.getstate()[0]
+        self._is_complete = not self._decoder.getstate()[0]
         return text
 
     def flush(self) -> str:
@@ -83,32 +83,32 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """`_given` are the last ids whose text is out (it is `_known`), `_fresh` those whose text is not."""
+    """`_returned` are the last ids whose text (`_returned_text`) was returned, `_held` the ids after them."""
 
     def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._special_ids = special_ids
-        self._given: list[int] = []
-        self._fresh: list[int] = []
-        self._known = ""
+        self._returned: list[int] = []
+        self._held: list[int] = []
+        self._returned_text = ""
 
     def push(self, token_id: int) -> str:
         if token_id in self._special_ids:
             return ""
-        self._fresh.append(token_id)
-        return self._take(force=len(self._fresh) > _MAX_HELD_TOKENS)
+        self._held.append(token_id)
+        return self._take(force=len(self._held) > _MAX_HELD_TOKENS)
 
     def flush(self) -> str:
         return self._take(force=True)
 
     def _take(self, *, force: bool) -> str:
-        text = self._tokenizer.decode(self._given + self._fresh)
-        grown = len(text) > len(self._known)
+        text = self._tokenizer.decode(self._returned + self._held)
+        grown = len(text) > len(self._returned_text)
         if not force and (not grown or text.endswith(_REPLACEMENT)):
             return ""
-        added = text[len(self._known) :]
+        added = text[len(self._returned_text) :]
         if grown:
-            self._given = self._fresh
-            self._known = self._tokenizer.decode(self._given)
-        self._fresh = []
+            self._returned = self._held
+            self._returned_text = self._tokenizer.decode(self._returned)
+        self._held = []
         return added

@@ -1,45 +1,42 @@
-"""The OpenAI-compatible HTTP API, as a plain ASGI application.
-
-    POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/models/{id}   GET /health   GET /metrics
-
-Every failure has OpenAI's error shape. A stream begins with its first token, so that what fails before it still has a
-status of its own; what fails later is an `error` event before `[DONE]`. While a request runs, a second task waits for
-the client to go away, and then the first is cancelled: whatever runs for it on workers is freed.
-
-A request with the header `x-tandem-timeline: 1`, or with `"tandem": {"timeline": true}` in its body, gets its timeline
-in `usage.tandem`; in a stream this brings the usage chunk too. `x-request-id` is echoed, or made up.
-"""
+"""The OpenAI-compatible HTTP API: routes, contexts and bodies of requests, errors. For users: docs/http-api.md."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 from random import Random
-from typing import Any, Protocol
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
 
 from tandem.core.clock import Clock
 from tandem.core.config import RouterSection
-from tandem.core.errors import InternalError, InvalidRequestError, ModelNotFoundError, TandemError
+from tandem.core.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    PayloadTooLargeError,
+    TandemError,
+    UnsupportedMediaTypeError,
+)
 from tandem.router.completion import TextService
-from tandem.router.http_body import ClientGoneError, Message, Receive, Send, header, parse_json, read_body
-from tandem.router.http_exchange import Exchange
+from tandem.router.http_response import CompletionResponse, error_response, json_response
 from tandem.router.limits import clipped
-from tandem.router.openai.answering import answer
-from tandem.router.openai.endpoints import Arrival, Plan, plan_chat, plan_completion
+from tandem.router.openai.requests import ParsedRequest, RequestContext, parse_chat, parse_completion
 from tandem.router.tokenizer import TextTokenizer
 
 _LOG = logging.getLogger(__name__)
 
-_METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-_ENDPOINTS = {
-    "/v1/chat/completions": "POST",
-    "/v1/completions": "POST",
-    "/v1/models": "GET",
-    "/health": "GET",
-    "/metrics": "GET",
-}
-_MODEL_PREFIX = "/v1/models/"
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_ECHOED_ID_CHARS = 128
+_BODY_TIMEOUT_S = 30.0
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class NotFoundError(InvalidRequestError):
@@ -54,16 +51,10 @@ class MethodNotAllowedError(InvalidRequestError):
     http_status = 405
 
 
-class MetricsPage(Protocol):
-    def render(self) -> bytes:
-        """The page in Prometheus's text format, version 0.0.4."""
-        ...
-
-
 class HttpApp:
     """The ASGI application; serve it without lifespan and websockets.
 
-    `random` makes request ids; `wall_time_s` the `created` times.
+    `random` makes request ids, `wall_time_s` the `created` times, `render_metrics` the page of `/metrics`.
     """
 
     def __init__(
@@ -72,7 +63,7 @@ class HttpApp:
         service: TextService,
         tokenizer: TextTokenizer,
         settings: RouterSection,
-        metrics: MetricsPage,
+        render_metrics: Callable[[], bytes],
         clock: Clock,
         random: Random,
         wall_time_s: Callable[[], float] = time.time,
@@ -80,51 +71,76 @@ class HttpApp:
         self._service = service
         self._tokenizer = tokenizer
         self._settings = settings
-        self._metrics = metrics
+        self._render_metrics = render_metrics
         self._clock = clock
         self._random = random
         self._wall_time_s = wall_time_s
+        self._routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/models", self._list_models),
+            Route("/v1/models/{name:path}", self._describe_model),
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+        ]
+        # Not a Starlette application: that raises an error again after its 500, and the server closes the connection.
+        self._app = ExceptionMiddleware(
+            Router(self._routes, redirect_slashes=False),
+            handlers={
+                HTTPException: self._on_http_exception,
+                ClientDisconnect: self._on_disconnect,
+                Exception: self._on_error,
+            },
+        )
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self  # with an application in the scope, starlette raises HTTPException for 404 and 405
+        scope["path"] = scope["path"].rstrip("/") or "/"
+        scope["tandem.context"] = self._context(Request(scope))
+        await self._app(scope, receive, send)
+
+    def _context(self, request: Request) -> RequestContext:
         received_s = self._clock.now_s()
-        assert scope["type"] == "http", "served without lifespan and websockets"
         request_id = f"{self._random.getrandbits(96):024x}"
-        echoed = header(scope["headers"], b"x-request-id")
-        if not (0 < len(echoed) <= _MAX_ECHOED_ID_CHARS and echoed.isascii() and echoed.isprintable()):
-            echoed = request_id
-        exchange = Exchange(request_id, echoed.encode(), received_s, scope["headers"], receive, send)
-        try:
-            await self._route(scope["method"], scope["path"], exchange)
-        except ClientGoneError:
-            _LOG.info("request %s: the client went away", request_id)
-        except TandemError as error:
-            await exchange.fail(error)
-        except Exception:  # noqa: BLE001 - the door: one broken request must not take others with it
-            _LOG.exception("request %s failed", request_id)
-            await exchange.fail(InternalError("The server failed to answer; its log has the reason."))
+        headers = request.headers
+        echoed = headers.get("x-request-id", "")
+        is_echoed = 0 < len(echoed) <= _MAX_ECHOED_ID_CHARS and echoed.isascii() and echoed.isprintable()
+        return RequestContext(
+            request_id=request_id,
+            echoed_id=echoed if is_echoed else request_id,
+            received_s=received_s,
+            deadline_s=received_s + self._settings.request_timeout_s,
+            created_s=int(self._wall_time_s()),
+            wants_timeline=headers.get("x-tandem-timeline") in ("1", "true"),
+        )
 
-    async def _route(self, method: str, path: str, exchange: Exchange) -> None:
-        wanted = "GET" if path.startswith(_MODEL_PREFIX) else _ENDPOINTS.get(path)
-        if wanted is None:
-            raise NotFoundError(f"There is no '{clipped(path)}' here; this server has {', '.join(_ENDPOINTS)}.")
-        if method != wanted:
-            wrong = MethodNotAllowedError(f"'{clipped(path)}' takes {wanted}, not {method}.")
-            await exchange.fail(wrong, (b"allow", wanted.encode()))
-            return
-        match path:
-            case "/v1/chat/completions":
-                await self._generate(plan_chat, exchange)
-            case "/v1/completions":
-                await self._generate(plan_completion, exchange)
-            case "/v1/models":
-                await exchange.send_json(200, {"object": "list", "data": self._models()})
-            case "/health":
-                is_ready = self._service.models()[0].max_model_len is not None
-                await exchange.send_json(200 if is_ready else 503, {"status": "ok" if is_ready else "no workers"})
-            case "/metrics":
-                await exchange.send_whole(200, self._metrics.render(), _METRICS_TYPE)
-            case _:
-                await exchange.send_json(200, self._model(path.removeprefix(_MODEL_PREFIX)))
+    async def _chat(self, request: Request) -> Response:
+        return await self._generate(request, parse_chat)
+
+    async def _complete(self, request: Request) -> Response:
+        return await self._generate(request, parse_completion)
+
+    async def _generate(
+        self, request: Request, parse: Callable[[Any, RequestContext, TextTokenizer], ParsedRequest]
+    ) -> Response:
+        context = _context_of(request)
+        try:
+            body = _parse_json(await _read_body(request, self._settings.max_body))
+            parsed = parse(body, context, self._tokenizer)
+        except TandemError as error:
+            self._service.refused(error)
+            raise
+        return CompletionResponse(self._service, parsed, context)
+
+    async def _list_models(self, request: Request) -> Response:
+        return json_response(_context_of(request), 200, {"object": "list", "data": self._models()})
+
+    async def _describe_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        for model in self._models():
+            if model["id"] == name:
+                return json_response(_context_of(request), 200, model)
+        raise ModelNotFoundError(f"The model '{clipped(name)}' does not exist.", param="model")
 
     def _models(self) -> list[dict[str, Any]]:
         return [
@@ -132,39 +148,84 @@ class HttpApp:
             for m in self._service.models()
         ]
 
-    def _model(self, name: str) -> dict[str, Any]:
-        for model in self._models():
-            if model["id"] == name:
-                return model
-        raise ModelNotFoundError(f"The model '{clipped(name)}' does not exist.", param="model")
+    async def _health(self, request: Request) -> Response:
+        is_ready = self._service.models()[0].max_model_len is not None
+        body = {"status": "ok" if is_ready else "no workers"}
+        return json_response(_context_of(request), 200 if is_ready else 503, body)
 
-    async def _generate(self, plan: Callable[[Any, Arrival], Plan], exchange: Exchange) -> None:
-        try:
-            body = parse_json(await read_body(exchange.headers, exchange.receive, self._settings.max_body))
-            planned = plan(body, self._arrival(exchange))
-        except TandemError as error:
-            self._service.refused(error)
-            raise
-        try:
-            async with asyncio.TaskGroup() as group:
-                watcher = group.create_task(_wait_for_disconnect(exchange.receive))
-                await answer(self._service, planned, exchange)
-                watcher.cancel()
-        except* ClientGoneError as gone:
-            raise ClientGoneError from gone
+    async def _metrics(self, request: Request) -> Response:
+        headers = {"x-request-id": _context_of(request).echoed_id}
+        return Response(self._render_metrics(), headers=headers, media_type=_METRICS_TYPE)
 
-    def _arrival(self, exchange: Exchange) -> Arrival:
-        return Arrival(
-            request_id=exchange.request_id,
-            received_s=exchange.received_s,
-            deadline_s=exchange.received_s + self._settings.request_timeout_s,
-            created_s=int(self._wall_time_s()),
-            wants_timeline=header(exchange.headers, b"x-tandem-timeline") in ("1", "true"),
-            tokenizer=self._tokenizer,
+    async def _on_http_exception(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = clipped(request.scope["path"])
+        if error.status_code == 404:
+            paths = ", ".join(route.path for route in self._routes if not route.param_convertors)
+            return error_response(
+                _context_of(request), NotFoundError(f"There is no '{path}' here; this server has {paths}.")
+            )
+        assert error.status_code == 405
+        allowed = ", ".join(sorted(request.scope["route"].methods))
+        return error_response(
+            _context_of(request),
+            MethodNotAllowedError(f"'{path}' takes {allowed}, not {request.method}."),
+            {"allow": allowed},
         )
 
+    async def _on_error(self, request: Request, error: Exception) -> Response:
+        return error_response(_context_of(request), error)
 
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    raise ClientGoneError
+    async def _on_disconnect(self, request: Request, error: Exception) -> Response:
+        _LOG.info("request %s: the client disconnected", _context_of(request).request_id)
+        return Response()  # nobody receives it
+
+
+def _context_of(request: Request) -> RequestContext:
+    context = request.scope["tandem.context"]
+    assert isinstance(context, RequestContext)
+    return context
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytearray:
+    """Raises UnsupportedMediaTypeError for anything but plain JSON, PayloadTooLargeError as soon as the body is known
+    to be too large, InvalidRequestError if it does not arrive in time, and ClientDisconnect."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        given = f"'{clipped(media_type)}'" if media_type else "not given"
+        raise UnsupportedMediaTypeError(f"The content-type must be application/json, but it is {given}.")
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise UnsupportedMediaTypeError(
+            f"This server takes no compressed body, but the content-encoding is '{clipped(encoding)}'."
+        )
+    declared = request.headers.get("content-length", "")
+    _check_size(int(declared) if declared.isdigit() else 0, max_bytes)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S), aclosing(request.stream()) as stream:
+            async for chunk in stream:
+                body += chunk
+                _check_size(len(body), max_bytes)
+    except TimeoutError as error:
+        raise InvalidRequestError(f"The body did not arrive within {_BODY_TIMEOUT_S:g} s.") from error
+    return body
+
+
+def _check_size(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise PayloadTooLargeError(f"The body is larger than the {max_bytes} bytes this server accepts.")
+
+
+def _parse_json(body: bytearray) -> Any:
+    """Strict JSON in UTF-8: no NaN, no Infinity, no halves of surrogate pairs. Raises InvalidRequestError."""
+    try:
+        return orjson.loads(body.removeprefix(_BYTE_ORDER_MARK))
+    except orjson.JSONDecodeError as error:
+        try:
+            body.decode()
+        except UnicodeDecodeError as bad:
+            raise InvalidRequestError(f"The body is not valid UTF-8 (byte {bad.start}).") from bad
+        raise InvalidRequestError(
+            f"The body is not valid JSON: {error.msg.rsplit(':', 1)[0]} at line {error.lineno}, column {error.colno}."
+        ) from error

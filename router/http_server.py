@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, with its C parser and event loop, on a socket that is bound before anything is said."""
+"""The HTTP server: uvicorn with a C parser, on a socket that is bound before the server starts."""
 
 import asyncio
 import contextlib
@@ -15,18 +15,18 @@ from tandem.core.errors import ConfigError
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals belong to the process, which runs more than this server."""
+        """The process handles signals, since it runs more than this server."""
         yield
 
 
 class HttpServer:
-    """Serves one ASGI application on `address` (host:port; port 0: any free one). `start`, then `stop`, once each."""
+    """Serves one ASGI application on `address` (host:port; port 0: any free port). `start`, then `stop`, once each."""
 
     def __init__(self, app: Any, address: str, *, stop_timeout_s: float = 5.0) -> None:
         self._address = address
         config = uvicorn.Config(
             app,
-            loop="none",  # the process has chosen its loop
+            loop="none",  # the process has chosen the event loop
             http="httptools",
             ws="none",
             lifespan="off",
@@ -43,7 +43,7 @@ class HttpServer:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
-        """Bind and serve; returns the address it really listens on. Raises ConfigError if it cannot."""
+        """Bind and serve; returns the address with the actual port. Raises ConfigError for an unusable address."""
         host, port = split_address(self._address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -63,7 +63,7 @@ class HttpServer:
         return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
 
     async def stop(self) -> None:
-        """Take no more requests, let those running end for `stop_timeout_s`, then cut them off."""
+        """Refuse new requests, wait for running ones for `stop_timeout_s` at most, then abort them."""
         self._server.should_exit = True
         if self._task is not None:
             await self._task

@@ -1,4 +1,4 @@
-"""What a request may ask for. One place for both APIs; field names are those of the request."""
+"""Limits of a request, for both APIs. Errors name fields of the request."""
 
 import math
 
@@ -20,7 +20,7 @@ _INT32_MAX = (1 << 31) - 1
 
 
 def clipped(text: str) -> str:
-    """A client's own words, short enough to be repeated in an error message and in gRPC's trailers."""
+    """Text of a client, short enough for an error message and for gRPC's trailers."""
     return text if len(text) <= MAX_REPEATED_CHARS else f"{text[:MAX_REPEATED_CHARS]}..."
 
 
@@ -30,7 +30,7 @@ def _check_range(name: str, value: float, low: float, high: float, *, above_low:
         return
     lower = f"above {low:g}" if above_low else f"at least {low:g}"
     upper = "" if math.isinf(high) else f" and at most {high:g}"
-    raise InvalidRequestError(f"Invalid '{name}': it must be {lower}{upper}, but it is {value:g}.", param=name)
+    raise InvalidRequestError(f"Invalid '{name}': it must be {lower}{upper}, but it is {value}.", param=name)
 
 
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
@@ -50,9 +50,9 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
 
 def _check_token_ids(name: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
     if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        unknown = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         raise InvalidRequestError(
-            f"Invalid '{name}': token id {wrong} is not in the model's vocabulary of {vocab_size} tokens.", param=name
+            f"Invalid '{name}': token id {unknown} is not in the model's vocabulary of {vocab_size} tokens.", param=name
         )
 
 
@@ -67,11 +67,11 @@ def _check_prompt(prompt: Prompt, vocab_size: int) -> None:
 
 
 def check_request(request: CompletionRequest, vocab_size: int) -> None:
-    """Everything that can be said before tokenizing. Raises InvalidRequestError that names the field."""
+    """Check everything that needs no tokens. Raises InvalidRequestError that names the field."""
     _check_range("n", request.n, 1, MAX_CHOICES_PER_PROMPT)
     if not 1 <= len(request.prompts) * request.n <= MAX_CHOICES:
         raise InvalidRequestError(
-            f"Invalid 'prompt': prompts times n must be between 1 and {MAX_CHOICES} answers.", param="prompt"
+            f"Invalid 'prompt': prompts times n must be between 1 and {MAX_CHOICES}.", param="prompt"
         )
     if request.max_tokens is not None:
         _check_range("max_tokens", request.max_tokens, 1, _INT32_MAX)
@@ -89,28 +89,28 @@ def check_request(request: CompletionRequest, vocab_size: int) -> None:
         _check_prompt(prompt, vocab_size)
 
 
-def answer_length(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:
-    """How many tokens the answer may have: what was asked for, or all that fits.
+def output_limit(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:
+    """The largest number of output tokens: `max_tokens`, or as many as fit into the context.
 
-    Raises ContextLengthError with both numbers if the prompt leaves no room, or less than was asked for, and
-    InvalidRequestError if there is no prompt.
+    Raises ContextLengthError with both numbers if prompt and `max_tokens` (at least one token) do not fit, and
+    InvalidRequestError if the prompt is empty.
     """
     if num_prompt_tokens == 0:
         raise InvalidRequestError("The prompt is empty: it has no tokens to continue.", param="prompt")
-    room = max_model_len - num_prompt_tokens
-    if room < 1:
+    free_tokens = max_model_len - num_prompt_tokens
+    if free_tokens < 1:
         raise ContextLengthError(
             f"The prompt has {num_prompt_tokens} tokens, but at most {max_model_len - 1} fit: the maximum context "
-            f"length is {max_model_len} tokens, prompt and answer together.",
+            f"length is {max_model_len} tokens, prompt and output together.",
             param="prompt",
         )
     if max_tokens is None:
-        return room
-    if max_tokens > room:
+        return free_tokens
+    if max_tokens > free_tokens:
         raise ContextLengthError(
             f"This model's maximum context length is {max_model_len} tokens, but you requested "
-            f"{num_prompt_tokens + max_tokens} ({num_prompt_tokens} in the prompt, {max_tokens} for the answer). "
-            "Please shorten the prompt or lower max_tokens.",
+            f"{num_prompt_tokens + max_tokens} ({num_prompt_tokens} in the prompt, {max_tokens} for the output). "
+            "Shorten the prompt or lower max_tokens.",
             param="max_tokens",
         )
     return max_tokens

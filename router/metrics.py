@@ -1,7 +1,7 @@
-"""Prometheus metrics of a router: its requests, and what its workers report.
+"""Prometheus metrics of a router: its requests, and the reports of its workers.
 
-Every label takes its values from a fixed list, or names an instance that is registered now: a client cannot make a new
-time series, and an instance that is gone takes its series with it.
+The value of a label comes from a fixed list, or is the id of a registered instance: a client cannot create a time
+series, and the time series of an instance end with it.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,6 +37,7 @@ OUTCOMES = (
             errors.ContextLengthError,
             errors.ModelNotFoundError,
             errors.PayloadTooLargeError,
+            errors.UnsupportedMediaTypeError,
             errors.UnauthenticatedError,
             errors.DuplicateRequestError,
             errors.OverloadedError,
@@ -55,17 +56,17 @@ class Description:
     labels: tuple[str, ...] = ()
 
 
-# Every metric there is. Counters end in _total.
+# All metrics. The names of counters end in _total.
 TTFT = Description("tandem_ttft_seconds", "Time from the request's arrival to its first token")
-TPOT = Description("tandem_tpot_seconds", "Time per output token after the first, of complete answers")
-PART = Description("tandem_request_part_seconds", "Parts of complete requests' time; they sum to the whole", ("part",))
-REQUESTS = Description("tandem_requests_total", "Requests that are over, by how they ended", ("outcome",))
+TPOT = Description("tandem_tpot_seconds", "Time per output token after the first, of complete requests")
+PART = Description("tandem_request_part_seconds", "Parts of complete requests' time, which sum to it", ("part",))
+REQUESTS = Description("tandem_requests_total", "Requests that have ended, by outcome", ("outcome",))
 ATTEMPTS = Description("tandem_attempts_total", "Attempts of finished requests at a pair of workers")
 RETRIES = Description("tandem_retries_total", "Attempts after the first, of finished requests")
 PROMPT_TOKENS = Description("tandem_prompt_tokens_total", "Prompt tokens of finished requests")
-CACHED_TOKENS = Description("tandem_cached_prompt_tokens_total", "Those of them found in a prefix cache")
-OUTPUT_TOKENS = Description("tandem_output_tokens_total", "Tokens handed on by finished requests")
-RUNNING = Description("tandem_running_requests", "Requests whose first token is here")
+CACHED_TOKENS = Description("tandem_cached_prompt_tokens_total", "Prompt tokens found in a prefix cache")
+OUTPUT_TOKENS = Description("tandem_output_tokens_total", "Output tokens of finished requests")
+RUNNING = Description("tandem_running_requests", "Requests that have their first token")
 QUEUED = Description("tandem_queued_requests", "Requests that wait for their first token")
 
 _BY_INSTANCE = ("instance", "role")
@@ -77,28 +78,28 @@ WAITING_TOKENS = Description("tandem_instance_waiting_tokens", "Tokens in that q
 COMPUTING = Description("tandem_instance_running_requests", "Requests being computed there", _BY_INSTANCE)
 BLOCKS = Description("tandem_kv_blocks", "KV blocks by owner; all but `total` sum to `total`", (*_BY_INSTANCE, "owner"))
 STEPS = Description("tandem_instance_steps_total", "Steps of the engine", _BY_INSTANCE)
-STEP_SECONDS = Description("tandem_instance_step_seconds_total", "Time spent in them", _BY_INSTANCE)
+STEP_SECONDS = Description("tandem_instance_step_seconds_total", "Time of these steps", _BY_INSTANCE)
 COMPUTED = Description("tandem_instance_computed_tokens_total", "Tokens computed", _BY_INSTANCE)
-CACHE_HITS = Description("tandem_prefix_cache_hit_tokens_total", "Prompt tokens its cache had", _BY_INSTANCE)
-PREEMPTIONS = Description("tandem_preemptions_total", "Sequences put back to be computed again", _BY_INSTANCE)
+CACHE_HITS = Description("tandem_prefix_cache_hit_tokens_total", "Prompt tokens found in its cache", _BY_INSTANCE)
+PREEMPTIONS = Description("tandem_preemptions_total", "Sequences preempted, to be computed again", _BY_INSTANCE)
 TRANSFERS = Description("tandem_transfers_total", "KV transfers over a link", _BY_LINK)
-TRANSFER_BYTES = Description("tandem_transfer_bytes_total", "Bytes of them", _BY_LINK)
-TRANSFER_SECONDS = Description("tandem_transfer_seconds_total", "Time of them", _BY_LINK)
-TRANSFER_FAILURES = Description("tandem_transfer_failures_total", "Those that failed", _BY_LINK)
+TRANSFER_BYTES = Description("tandem_transfer_bytes_total", "Bytes of KV transfers", _BY_LINK)
+TRANSFER_SECONDS = Description("tandem_transfer_seconds_total", "Time of KV transfers", _BY_LINK)
+TRANSFER_FAILURES = Description("tandem_transfer_failures_total", "KV transfers that failed", _BY_LINK)
 
-# Only where a plan is watched.
+# Only for a cluster whose plan is watched.
 DRIFT = Description("tandem_workload_drift", "How far the workload is from the plan's; the plan may be wrong from 1 on")
-REPLAN_STATE = Description("tandem_replan_state", "1 for the state that watching the plan is in", ("state",))
+REPLAN_STATE = Description("tandem_replan_state", "1 for the current state of the plan watch", ("state",))
 REPLAN_GAIN = Description("tandem_replan_proposed_gain", "Relative gain of the proposed plan, 0 without one")
 
 BLOCK_OWNERS = ("total", "free", "running", "cached", "leased", "leaked")
 
 _INSTANCE_GAUGES: tuple[tuple[Description, Callable[[Instance], float]], ...] = (
-    (UP, lambda it: float(it.accepts_work)),
-    (OPEN, lambda it: it.open_requests),
-    (WAITING, lambda it: it.status.waiting_requests),
-    (WAITING_TOKENS, lambda it: it.status.waiting_tokens),
-    (COMPUTING, lambda it: it.status.running_requests),
+    (UP, lambda instance: float(instance.accepts_work)),
+    (OPEN, lambda instance: instance.open_requests),
+    (WAITING, lambda instance: instance.status.waiting_requests),
+    (WAITING_TOKENS, lambda instance: instance.status.waiting_tokens),
+    (COMPUTING, lambda instance: instance.status.running_requests),
 )
 _INSTANCE_COUNTERS: tuple[tuple[Description, Callable[[InstanceStatus], float]], ...] = (
     (STEPS, lambda status: status.steps),
@@ -110,7 +111,7 @@ _INSTANCE_COUNTERS: tuple[tuple[Description, Callable[[InstanceStatus], float]],
 
 
 class RequestMetrics:
-    """Counts requests when they are over. A `RequestObserver`."""
+    """Counts requests when they end. A `RequestObserver`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._ttft = _histogram(TTFT, registry)
@@ -130,7 +131,7 @@ class RequestMetrics:
         self._count_outcome(record.outcome)
         if timeline.ttft_s is not None:
             self._ttft.observe(timeline.ttft_s)
-        if record.outcome in _COMPLETE:  # of the others, the last part is the time they waited in vain
+        if record.outcome in _COMPLETE:  # a failed request may end within any part
             if timeline.tpot_s is not None:
                 self._tpot.observe(timeline.tpot_s)
             for name, part_s in timeline.parts().items():
@@ -142,7 +143,7 @@ class RequestMetrics:
         self._output_tokens.inc(timeline.num_output_tokens)
 
     def refused(self, error: TandemError) -> None:
-        """A request that was never started: by the dispatcher, or by the text side."""
+        """Count a request that the dispatcher or the text side refused."""
         self._count_outcome(error.code)
 
     def _count_outcome(self, outcome: str) -> None:
@@ -150,7 +151,7 @@ class RequestMetrics:
 
 
 class _FleetCollector(Collector):  # type: ignore[misc]
-    """Reads the live state at each scrape, so that nothing is kept of instances that are gone."""
+    """Reads the live state at each scrape, so that nothing is stored per instance."""
 
     def __init__(self, fleet: Fleet, dispatcher: Dispatcher) -> None:
         self._fleet = fleet
@@ -196,7 +197,7 @@ class _ReplanCollector(Collector):  # type: ignore[misc]
 
 
 def _links(instances: tuple[Instance, ...]) -> Iterator[Metric]:
-    """Each link as the instance that receives over it reports it."""
+    """Each link as reported by its receiving instance."""
     families = [
         CounterMetricFamily(what.name, what.help, labels=what.labels)
         for what in (TRANSFERS, TRANSFER_BYTES, TRANSFER_SECONDS, TRANSFER_FAILURES)
@@ -223,18 +224,18 @@ def _counter(what: Description, registry: CollectorRegistry) -> Counter:
 
 
 class Metrics:
-    """The router's one registry. `render` is what `/metrics` answers, in the text format 0.0.4."""
+    """The router's metrics registry. `render` gives the page `/metrics`, in text format 0.0.4."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self.requests = RequestMetrics(self.registry)
 
     def watch(self, fleet: Fleet, dispatcher: Dispatcher) -> None:
-        """Add what is read from the live state. Once."""
+        """Add the metrics of the live state. Call it once."""
         self.registry.register(_FleetCollector(fleet, dispatcher))
 
     def watch_replanning(self, source: Callable[[], ReplanStatus | None]) -> None:
-        """Add the state of the plan, once something is known of it."""
+        """Add the metrics of the plan watch; they appear with its first report."""
         self.registry.register(_ReplanCollector(source))
 
     def render(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Where a router's requests meet its workload profile."""
+"""Adds the router's requests to its workload profile."""
 
 from tandem.core.errors import TandemError
 from tandem.core.timeline import Stage
@@ -7,8 +7,8 @@ from tandem.router.records import RequestRecord
 
 
 class ProfileObserver:
-    """A `RequestObserver` and an `ArrivalObserver`. Every answer counts as long as it became, a cancelled one too: that
-    much was worked. The router knows no SLO classes yet, so all requests are of the first."""
+    """A `RequestObserver` and an `ArrivalObserver`. Cancelled requests count with the tokens they had produced. All
+    requests belong to the first SLO class, since the router knows no classes yet."""
 
     def __init__(self, profile: WorkloadProfile) -> None:
         self._profile = profile
@@ -25,4 +25,4 @@ class ProfileObserver:
             )
 
     def refused(self, error: TandemError) -> None:
-        """It has been counted when it arrived, unless it asked for what cannot be served."""
+        """No effect: an accepted request was counted at its arrival, a malformed one does not count."""

@@ -1,9 +1,9 @@
-"""Stop strings: the answer ends before the first one that is complete, wherever token borders fall.
+"""Stop strings: a choice ends before the first complete stop string, wherever the token boundaries are.
 
-An Aho-Corasick automaton over the stop strings reads each character once. Its state is the longest end of the text that
-is the beginning of some stop string, so its depth is exactly how much text must be held back. Which stop string counts
-depends on the text alone, not on how it was cut into tokens: the one that is complete first, and of two that are
-complete at the same character the longer.
+An Aho-Corasick automaton over the stop strings reads each character once. Its state is the longest suffix of the text
+that is a prefix of a stop string; the length of this suffix (the state's depth) is the length of the text to hold back.
+The text alone, and not its tokens, decides which stop string ends the choice: the one that is complete first, and the
+longest of those that are complete at the same character.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """The automaton of one request's stop strings; shared by its choices, never changed."""
+    """The automaton of one request's stop strings; immutable, shared by the request's choices."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         assert all(strings), "a stop string is not empty"
@@ -38,7 +38,7 @@ class StopStrings:
         self.matched[state] = len(string)
 
     def _link(self) -> None:
-        """Breadth first, so that the fallback of every shorter state is known."""
+        """Set the fallbacks breadth first, since each needs those of shorter states."""
         queue = deque(self.edges[0].values())
         while queue:
             state = queue.popleft()
@@ -56,7 +56,7 @@ class StopStrings:
 
 
 class StopMatcher:
-    """Follows the text of one choice. Linear in the length of the text."""
+    """Finds stop strings in the text of one choice. Linear in the length of the text."""
 
     def __init__(self, strings: StopStrings) -> None:
         self._strings = strings
@@ -64,7 +64,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """New text -> (text that may go out now, whether a stop string was found). After True, push nothing more."""
+        """New text -> (text to send now, whether a stop string is complete). After True, push no more text."""
         strings, state = self._strings, self._state
         for index, char in enumerate(text):
             state = strings.step(state, char)
@@ -79,6 +79,6 @@ class StopMatcher:
         return text[:cut], False
 
     def flush(self) -> str:
-        """The answer ended otherwise: what was held back is text after all."""
+        """The text that is held back, for a choice that ends without a stop string."""
         held, self._held = self._held, ""
         return held

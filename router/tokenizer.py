@@ -1,4 +1,4 @@
-"""Text <-> token ids, as the checkpoint's own files say: tokenizer.json, tokenizer_config.json, chat template."""
+"""Text <-> token ids, with the checkpoint's tokenizer.json, tokenizer_config.json and chat template."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from tandem.router.detokenizer import ByteDetokenizer, ByteTable, Detokenizer, W
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_INLINE_CHARS = 4096  # about 1 ms of tokenizing; more goes to a thread, which costs 0.1 ms
+_INLINE_CHARS = 4096  # about 1 ms of tokenizing; longer text is tokenized in a thread, which costs 0.1 ms
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -27,7 +27,7 @@ class TextTokenizer:
     """One checkpoint's tokenizer. Safe for use by many requests at once.
 
     `eos_token_ids` end a generation: those of generation_config.json, config.json and tokenizer_config.json together.
-    `vocab_size` is the model's: token ids below it may be sent.
+    `vocab_size` is the model's: every token id is below it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TextTokenizer:
         executor: Executor,
         local_time: Callable[[], datetime] = datetime.now,
     ) -> "TextTokenizer":
-        """Read a checkpoint folder. Raises CheckpointError in one sentence if a file is missing or damaged."""
+        """Read a checkpoint folder. Raises CheckpointError for a missing or damaged file."""
         try:
             tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -80,11 +80,11 @@ class TextTokenizer:
         )
 
     async def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text to continue, with the special tokens the tokenizer puts around it. InvalidRequestError."""
+        """Ids of a text, with the special tokens that the tokenizer adds. Raises InvalidRequestError."""
         return await self._encode(text, add_special_tokens=True)
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Ids of a conversation. Its template writes all special tokens itself. InvalidRequestError."""
+        """Ids of a conversation. The template writes all special tokens. Raises InvalidRequestError."""
         if self._chat_template is None:
             raise InvalidRequestError(
                 "This model has no chat template; send its text to /v1/completions instead.", param="messages"
@@ -101,7 +101,7 @@ class TextTokenizer:
         return await self._in_thread(self._encode_now, text, add_special_tokens)
 
     def _encode_now(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        try:  # the batch call, unlike `encode`, lets other threads run meanwhile
+        try:  # unlike `encode`, the batch call releases the interpreter's lock
             return tuple(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         except TypeError as error:
             raise InvalidRequestError("The text is not valid Unicode: it holds half of a surrogate pair.") from error
@@ -110,24 +110,24 @@ class TextTokenizer:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of all ids at once, without special tokens."""
+        """Text of all ids, without special tokens."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def detokenizer(self) -> Detokenizer:
-        """A fresh one, for one choice."""
+        """A new detokenizer, for one choice."""
         if self._byte_table is not None:
             return ByteDetokenizer(self._byte_table)
         return WindowDetokenizer(self._tokenizer, self._special_ids)
 
     def spelling(self, token_id: int) -> bytes:
-        """One token by itself, in UTF-8 where it is whole characters; special tokens by name."""
+        """Bytes of one token; the name of a special token. Not always complete UTF-8 characters."""
         if self._byte_table is not None:
             return self._byte_table.spelling(token_id)
         return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Empty if there is no such file. Raises CheckpointError."""
+    """The JSON object in a file; empty if there is no such file. Raises CheckpointError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -151,7 +151,7 @@ def _special_token_names(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """A file of its own comes before an entry of the configuration; of several named ones, `default` counts."""
+    """From chat_template.jinja, else from tokenizer_config.json; `default` if that has several templates."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
@@ -159,7 +159,7 @@ def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if isinstance(source, list):
         source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
     if source is not None and not isinstance(source, str):
-        raise CheckpointError("The checkpoint's chat template is not a text.")
+        raise CheckpointError("The checkpoint's chat template is not text.")
     return source
 
 

@@ -12,9 +12,9 @@ from tandem.core.completion import (
     ChatPrompt,
     CompletionRequest,
     CompletionService,
-    Delta,
     Finish,
     Prompt,
+    TextDelta,
     TextPrompt,
     TokenPrompt,
 )
@@ -42,9 +42,9 @@ def _prompt_from_pb(pb: inference_pb2.GenerateRequest) -> Prompt:
 def request_from_pb(
     pb: inference_pb2.GenerateRequest, *, model: str, request_id: str, received_s: float, timeout_s: float | None
 ) -> CompletionRequest:
-    """`model` and `request_id` are for a message that names none, `timeout_s` is what its deadline leaves.
+    """`model` and `request_id` are the defaults of a message without them; `timeout_s` is the time until its deadline.
 
-    Raises InvalidRequestError if there is no prompt; everything else is for the service to judge.
+    Raises InvalidRequestError if there is no prompt; the service checks everything else.
     """
     return CompletionRequest(
         request_id=pb.request_id or request_id,
@@ -81,8 +81,8 @@ def _usage_to_pb(finish: Finish) -> common_pb2.Usage:
     )
 
 
-def delta_to_pb(delta: Delta, request_id: str) -> inference_pb2.GenerateResponse:
-    """A stop token is among the token ids, though no part of the text."""
+def delta_to_pb(delta: TextDelta, request_id: str) -> inference_pb2.GenerateResponse:
+    """A stop token is among the token ids, and not in the text."""
     tokens = delta.tokens if delta.stop_token is None else (*delta.tokens, delta.stop_token)
     response = inference_pb2.GenerateResponse(
         request_id=request_id,
@@ -100,7 +100,7 @@ def delta_to_pb(delta: Delta, request_id: str) -> inference_pb2.GenerateResponse
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """`random` makes the ids of requests that bring none. A cancelled call frees what runs for it at once."""
+    """`random` makes ids for requests without one. A cancelled call ends its request at once."""
 
     def __init__(self, service: CompletionService, clock: Clock, random: Random) -> None:
         self._service = service
@@ -112,15 +112,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         request: inference_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
     ) -> None:
-        """Writes to the context instead of yielding: so a cancellation always arrives inside the `async with`."""
+        """Writes to the context, and does not yield, so that a cancellation is raised inside the `async with`."""
         received_s = self._clock.now_s()
         try:
             await self._generate(request, context, received_s)
         except TandemError as error:
             await abort(context, error)
         except grpc.aio.UsageError:
-            _LOG.info("a call ended while its answer was written")
-        except Exception:  # noqa: BLE001 - the door: the client gets a status, the log the reason
+            _LOG.info("a call ended while its response was written")
+        except Exception:  # noqa: BLE001 - the client gets a status, the log has the reason
             _LOG.exception("a request failed")
             await abort(context, InternalError("The server failed to answer; its log has the reason."))
 
@@ -144,7 +144,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any
     ) -> inference_pb2.ListModelsResponse:
-        """`max_model_len` is 0 while no worker is there."""
+        """`max_model_len` is 0 while no pair of workers is ready."""
         models = self._service.models()
         return inference_pb2.ListModelsResponse(
             models=[inference_pb2.Model(id=model.name, max_model_len=model.max_model_len or 0) for model in models]

@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 @dataclass
 class Refusals:
-    """Counts what was refused before it reached the generator; also the metrics page."""
+    """Counts requests that were refused before the generator got them; also the metrics page."""
 
     errors: list[TandemError] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ class Refusals:
 
 @dataclass
 class Front:
-    """A running router front on a scripted generator. `say` sets what it answers."""
+    """A running HTTP side on a scripted generator. `say` sets the text of its responses."""
 
     tokenizer: TextTokenizer
     raw_tokenizer: Tokenizer
@@ -88,7 +88,7 @@ class Front:
     url: str = ""
 
     def reset(self) -> None:
-        """As it was at first. Nothing may be running."""
+        """Restore the initial state. Nothing may be running."""
         assert not self.generator.running
         vars(self.generator).update(vars(ScriptedGenerator(echo_script)))
         self.refusals.errors.clear()
@@ -97,13 +97,13 @@ class Front:
         return list(self.raw_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def say(self, text: str, *, then_eos: bool = True) -> None:
-        """Answer every request with that text; then end, or repeat a dot for ever."""
+        """Respond to every request with that text; then end, or repeat a dot for ever."""
         ids = self.ids(text)
         ending = [min(self.tokenizer.eos_token_ids)] if then_eos else []
         self.generator.script = lambda _: itertools.chain(ids, ending, itertools.repeat(self.ids(".")[0]))
 
     def client(self, **options: object) -> httpx.AsyncClient:
-        """Plain HTTP; reading the certificates of the world would take longer than the tests."""
+        """Plain HTTP; loading certificates would take longer than the tests."""
         return httpx.AsyncClient(base_url=self.url, timeout=20, verify=False, **options)  # type: ignore[arg-type]
 
     def openai(self) -> openai.AsyncOpenAI:
@@ -116,7 +116,7 @@ class Front:
 
 
 def echo_script(request: GenerationRequest) -> Iterator[int]:
-    """Says the prompt again and again: an answer that depends on the request."""
+    """Repeats the prompt: a response that depends on the request."""
     return itertools.cycle([token_id for token_id in request.token_ids if token_id > 2] or [5])
 
 
@@ -127,12 +127,14 @@ async def serve_front(
     generator = ScriptedGenerator(echo_script)
     refusals = Refusals()
     random = Random(1)
-    service = TextService(generator=generator, tokenizer=tokenizer, model=MODEL, random=random, observers=(refusals,))
+    service = TextService(
+        generator=generator, tokenizer=tokenizer, model=MODEL, random=random, on_refusal=(refusals.refused,)
+    )
     app = HttpApp(
         service=service,
         tokenizer=tokenizer,
         settings=settings or RouterSection(max_body=1 << 20),
-        metrics=refusals,
+        render_metrics=refusals.render,
         clock=SystemClock(),
         random=random,
     )

@@ -77,6 +77,8 @@ async def test_serves_http_and_grpc_once_a_pair_is_there(checkpoint: Path) -> No
             assert await health_of(app) == health_pb2.HealthCheckResponse.SERVING
             body = (await http.post("/v1/completions", json=PROMPT)).json()
             assert body["usage"]["completion_tokens"] == 9
+            scored = await http.post("/v1/completions", json=PROMPT | {"echo": True, "max_tokens": 0}, timeout=5)
+            assert (scored.status_code, scored.json()["choices"][0]["text"]) == (200, "hello")
             async with open_channel(app.grpc_address) as channel:
                 request = inference_pb2.GenerateRequest(model="tiny", text="hello")
                 request.sampling.max_tokens = 9
@@ -85,7 +87,7 @@ async def test_serves_http_and_grpc_once_a_pair_is_there(checkpoint: Path) -> No
                 answers = [answer async for answer in stub.Generate(request, timeout=10)]
             assert sum(len(answer.token_ids) for answer in answers) == 9
             page = (await http.get("/metrics")).text
-            assert 'tandem_requests_total{outcome="length"} 2.0' in page
+            assert 'tandem_requests_total{outcome="length"} 3.0' in page
             assert 'tandem_instance_up{instance="decode-1",role="decode"} 1.0' in page
             async with open_channel(app.control_address, TOKEN) as channel:
                 description = await describe_fleet(channel, 5.0)

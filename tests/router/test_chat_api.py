@@ -126,6 +126,21 @@ async def test_stream_with_usage(front: Front) -> None:
     assert events[-1]["usage"]["completion_tokens"] == len(front.ids("hello")) + 1
 
 
+async def test_stream_with_usage_in_every_chunk(front: Front) -> None:
+    front.say("hello")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = await stream(front, n=2, stream_options=options)
+    num_prompt_tokens = len(front.generator.requests[0].token_ids)
+    usages = [event["usage"] for event in events]
+    assert all(usage["prompt_tokens"] == num_prompt_tokens for usage in usages)
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert counts[-2] == counts[-1] == 2 * (len(front.ids("hello")) + 1)
+    assert [usage["total_tokens"] for usage in usages] == [num_prompt_tokens + count for count in counts]
+    events = await stream(front, stream_options={"continuous_usage_stats": True})
+    assert all("usage" not in event for event in events), "only with include_usage"
+
+
 async def test_stop_string_ends_the_answer_before_it_and_the_generation(front: Front) -> None:
     front.say("one, two, three, four", then_eos=False)
     body = await ask(front, stop=["three", "zzz"])

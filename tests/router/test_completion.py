@@ -7,7 +7,15 @@ from random import Random
 
 import pytest
 
-from tandem.core.completion import ChatMessage, ChatPrompt, CompletionRequest, Delta, Prompt, TextPrompt, TokenPrompt
+from tandem.core.completion import (
+    ChatMessage,
+    ChatPrompt,
+    CompletionRequest,
+    Prompt,
+    TextDelta,
+    TextPrompt,
+    TokenPrompt,
+)
 from tandem.core.errors import InvalidRequestError, TandemError, UnavailableError
 from tandem.core.request import FinishReason, SamplingParams
 from tandem.router.completion import TextService, derive_seed
@@ -39,10 +47,12 @@ def refusals() -> Refusals:
 
 @pytest.fixture
 def service(generator: ScriptedGenerator, tokenizer: TextTokenizer, refusals: Refusals) -> TextService:
-    return TextService(generator=generator, tokenizer=tokenizer, model=MODEL, random=Random(1), observers=[refusals])
+    return TextService(
+        generator=generator, tokenizer=tokenizer, model=MODEL, random=Random(1), on_refusal=[refusals.refused]
+    )
 
 
-async def run(service: TextService, request: CompletionRequest) -> list[Delta]:
+async def run(service: TextService, request: CompletionRequest) -> list[TextDelta]:
     async with await service.open(request) as completion:
         return [delta async for delta in completion]
 

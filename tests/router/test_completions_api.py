@@ -85,6 +85,21 @@ async def test_echo_with_logprobs_scores_the_prompt(front: Front) -> None:
     assert wanted == [0, None], "one choice scores the prompt for all, the others use the cached prefix"
 
 
+async def test_echo_alone_hides_the_output(front: Front) -> None:
+    front.say("and more")
+    body = {"prompt": "some text", "echo": True, "max_tokens": 0}
+    whole = await ask(front, **body)
+    assert [choice["text"] for choice in whole["choices"]] == ["some text"]
+    request = front.generator.requests[0]
+    assert (type(request.sampling.max_tokens), request.sampling.max_tokens) == (int, 1)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with front.client() as client:
+        response = await client.post(PATH, json={"model": MODEL, "stream": True, "stream_options": options} | body)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n")[:-2]]
+    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == "some text"
+    assert {chunk["usage"]["completion_tokens"] for chunk in chunks} == {0}
+
+
 async def test_stream(front: Front) -> None:
     front.say("and more, 你好")
     async with front.client() as client:

@@ -21,9 +21,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
+JSON = {"content-type": "application/json"}
 
 
-def check_error(response: httpx.Response, status: int, param: str | None, code: str, words: str) -> None:
+def check_error(response: httpx.Response, status: int, param: str | None, code: str | None, words: str) -> None:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"]
@@ -51,8 +52,8 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 17}, "n", "at most 16"),
     ({"seed": 1 << 63}, "seed", "at most"),
     ({"max_tokens": 0}, "max_tokens", "at least 1"),
-    ({"max_tokens": 5, "max_completion_tokens": 5}, "max_completion_tokens", "not both"),
-    ({"stop": [""]}, "stop", "1 to 1024 characters"),
+    ({"max_tokens": -1}, "max_tokens", "at least 1 and at most 2.14748e+09, but it is -1"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "not both"),
     ({"stop": ["x" * 1025]}, "stop", "1 to 1024 characters"),
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
     ({"stop": [1]}, "stop", "a string or a list of strings"),
@@ -76,7 +77,10 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "a string or a list of text parts"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "'image_url'"),
-    ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls", "Unrecognized"),
+    ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content", '{"type": "text", "text":'),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0]", "'tool_calls' is not supported"),
+    ({"min_tokens": 1}, "min_tokens", "not supported"),
+    ({"skip_special_tokens": False}, "skip_special_tokens", "does not support 'skip_special_tokens' being false"),
     ({"model": 5}, "model", "expected a valid string, but got an integer"),
 ]
 
@@ -90,6 +94,7 @@ WRONG_TEXT: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": None}, "prompt", "must be a string"),
     ({"prompt": ["a"] * 65, "n": 2}, "prompt", "128"),
     ({"max_tokens": 0}, "max_tokens", "'echo'"),
+    ({"max_tokens": -1}, "max_tokens", "but it is -1"),
     ({"logprobs": 21}, "logprobs", "at most 20"),
     ({"logprobs": True}, "logprobs", "integer"),
     ({"suffix": "end"}, "suffix", "not supported"),
@@ -113,11 +118,38 @@ async def test_harmless_fields_are_ignored(front: Front) -> None:
     harmless: dict[str, Any] = {
         "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True,
         "tools": None, "response_format": {"type": "text"}, "logit_bias": {}, "n": None, "stop": None, "top_k": -1,
-        "best_of": 1, "stream_options": None, "seed": None, "temperature": 1, "logprobs": None,
+        "best_of": 1, "stream_options": None, "seed": None, "temperature": 1, "logprobs": None, "min_tokens": 0,
+        "guided_json": None, "chat_template_kwargs": {}, "use_beam_search": False, "skip_special_tokens": True,
+        "max_tokens": 5, "max_completion_tokens": 5, "tool_choice": "", "audio": False, "tandem": {"timeline": None},
     }  # fmt: skip
     async with front.client() as client:
         response = await client.post(CHAT, json={"model": MODEL, "messages": MESSAGES} | harmless)
+        assert response.status_code == 200, response.text
+        for stop in ("", [""], ["", "zzz"]):
+            response = await client.post(CHAT, json={"model": MODEL, "messages": MESSAGES, "stop": stop})
+            assert response.status_code == 200, response.text
+        response = await client.post(
+            TEXT, json={"model": MODEL, "prompt": "x", "max_completion_tokens": 3, "logprobs": False, "echo": None}
+        )
     assert response.status_code == 200, response.text
+    assert front.generator.requests[-1].sampling.max_tokens == 3
+
+
+async def test_a_message_of_a_response_may_be_sent_back(front: Front) -> None:
+    """Client libraries give back every field they know, most of them null, and those of other vendors."""
+    front.say("yes")
+    returned: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "hello", "refusal": None, "annotations": [], "tool_calls": None, "audio": None,
+         "function_call": None, "parsed": None, "reasoning_content": "why", "vendor": {"a": 1}},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant"},
+    ]  # fmt: skip
+    async with front.client() as client:
+        for message in returned:
+            response = await client.post(CHAT, json={"model": MODEL, "messages": [*MESSAGES, message, *MESSAGES]})
+            assert response.status_code == 200, response.text
+    prompt = front.raw_tokenizer.decode(front.generator.requests[-1].token_ids, skip_special_tokens=False)
+    assert "<|im_start|>assistant\n<|im_end|>" in prompt
 
 
 @pytest.mark.parametrize(
@@ -136,8 +168,42 @@ async def test_harmless_fields_are_ignored(front: Front) -> None:
     ],
 )
 async def test_malformed_bodies(front: Front, body: bytes, words: str) -> None:
-    async with front.client() as client:
+    async with front.client(headers=JSON) as client:
         check_error(await client.post(CHAT, content=body), 400, None, "invalid_request", words)
+
+
+async def test_only_plain_json_bodies(front: Front) -> None:
+    front.say("yes")
+    body = json.dumps({"model": MODEL, "messages": MESSAGES}).encode()
+    async with front.client() as client:
+        for headers, words in (
+            ({"content-type": "text/plain"}, "must be application/json, but it is 'text/plain'"),
+            ({"content-type": "application/x-www-form-urlencoded"}, "application/json"),
+            ({}, "must be application/json, but it is not given"),
+            (JSON | {"content-encoding": "gzip"}, "no compressed body, but the content-encoding is 'gzip'"),
+        ):
+            response = await client.post(CHAT, content=body, headers=headers)
+            check_error(response, 415, None, "unsupported_media_type", words)
+        assert [error.code for error in front.refusals.errors] == ["unsupported_media_type"] * 4
+        response = await client.post(CHAT, content=body, headers={"content-type": "Application/JSON; charset=utf-8"})
+        assert response.status_code == 200
+        response = await client.post(CHAT, content=b"\xef\xbb\xbf" + body, headers=JSON)
+        assert response.status_code == 200, "a byte order mark is no error"
+
+
+async def test_head_and_trailing_slashes(front: Front) -> None:
+    front.say("yes")
+    async with front.client() as client:
+        for path in ("/health", "/metrics", "/v1/models", "/v1/models/tiny"):
+            whole = await client.get(path)
+            response = await client.head(path)
+            assert (response.status_code, response.content) == (200, b"")
+            assert response.headers["content-length"] == str(len(whole.content))
+            assert (await client.get(f"{path}/")).content == whole.content
+        assert (await client.head(CHAT)).status_code == 405
+        assert (await client.head("/v1/nothing")).status_code == 404
+        response = await client.post(f"{CHAT}/", json={"model": MODEL, "messages": MESSAGES})
+        assert response.status_code == 200
 
 
 async def test_unknown_models_paths_and_methods(front: Front) -> None:
@@ -150,7 +216,9 @@ async def test_unknown_models_paths_and_methods(front: Front) -> None:
         response = await client.get(CHAT)
         check_error(response, 405, None, "method_not_allowed", "takes POST, not GET")
         assert response.headers["allow"] == "POST"
-        check_error(await client.delete("/v1/models/tiny"), 405, None, "method_not_allowed", "takes GET")
+        response = await client.delete("/v1/models/tiny")
+        check_error(response, 405, None, "method_not_allowed", "takes GET")
+        assert response.headers["allow"] == "GET, HEAD"
 
 
 async def test_a_clients_words_are_not_repeated_at_length(front: Front) -> None:
@@ -211,7 +279,9 @@ def broken_script(_: object) -> list[int]:
     raise ZeroDivisionError("a fault of ours")
 
 
-async def test_a_fault_of_ours_is_not_told_to_the_client(front: Front) -> None:
+async def test_a_fault_of_ours_is_not_told_to_the_client(
+    front: Front, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     front.generator.script = broken_script
     async with front.client() as client:
         response = await client.post(CHAT, json={"model": MODEL, "messages": MESSAGES})
@@ -219,10 +289,31 @@ async def test_a_fault_of_ours_is_not_told_to_the_client(front: Front) -> None:
         assert response.json()["error"]["message"] == "The server failed to answer; its log has the reason."
         front.say("yes")
         assert (await client.post(CHAT, json={"model": MODEL, "messages": MESSAGES})).status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(type(front.generator), "max_model_len", property(broken_script))
+            check_error(await client.get("/health"), 500, None, None, "its log has the reason")
+        assert (await client.get("/health")).status_code == 200
+    assert [record.exc_info is not None for record in caplog.records if record.levelname == "ERROR"] == [True, True]
+
+
+async def test_a_client_that_leaves_while_it_sends_is_no_error(front: Front, caplog: pytest.LogCaptureFixture) -> None:
+    _, port = front.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n"
+    with caplog.at_level("INFO"):
+        writer.write(head.encode() + b"{")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.close()
+        async with asyncio.timeout(5):
+            while "the client disconnected" not in caplog.text:  # noqa: ASYNC110 - seen from outside
+                await asyncio.sleep(0.005)
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 async def test_oversize_bodies_are_refused_while_they_come(tokenizer: TextTokenizer, raw_tokenizer: Tokenizer) -> None:
-    async with serve_front(tokenizer, raw_tokenizer, RouterSection(max_body=1000)) as front, front.client() as client:
+    limited = serve_front(tokenizer, raw_tokenizer, RouterSection(max_body=1000))
+    async with limited as front, front.client(headers=JSON) as client:
         check_error(await client.post(CHAT, content=b"x" * 1001), 413, None, "payload_too_large", "1000 bytes")
         sent = 0
 
@@ -242,7 +333,9 @@ async def open_raw(front: Front, body: dict[str, Any]) -> asyncio.StreamWriter:
     _, port = front.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection("127.0.0.1", int(port))
     content = json.dumps(body).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
     writer.write(head.encode() + content)
     await writer.drain()
     return writer
@@ -300,7 +393,7 @@ BODIES = st.one_of(
 
 async def test_random_bodies_never_break_it(tokenizer: TextTokenizer, raw_tokenizer: Tokenizer) -> None:
     loop = asyncio.get_running_loop()
-    async with serve_front(tokenizer, raw_tokenizer) as front, front.client() as client:
+    async with serve_front(tokenizer, raw_tokenizer) as front, front.client(headers=JSON) as client:
 
         async def send(path: str, body: bytes) -> httpx.Response:
             return await client.post(path, content=body)

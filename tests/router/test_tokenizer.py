@@ -174,7 +174,7 @@ def damaged(checkpoint: Path, folder: Path, file: str, content: Any) -> Path:
         ("config.json", "[]", "config.json is not a JSON object"),
         ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read"),
         ("tokenizer_config.json", {"chat_template": "{% if"}, "chat template cannot be read"),
-        ("tokenizer_config.json", {"chat_template": 5}, "chat template is not a text"),
+        ("tokenizer_config.json", {"chat_template": 5}, "chat template is not text"),
     ],
 )
 def test_damaged_checkpoints(

@@ -1,0 +1,132 @@
+"""Responses of the HTTP API: a JSON object, an error, or the response to a completion request as it is computed."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tandem.core.completion import OpenCompletion
+from tandem.core.errors import InternalError, PayloadTooLargeError, TandemError
+from tandem.router.completion import TextService
+from tandem.router.openai.requests import ParsedRequest, RequestContext
+from tandem.router.openai.responses import error_body, error_events
+
+_LOG = logging.getLogger(__name__)
+
+_DRAIN_S = 5.0
+
+
+def json_response(
+    context: RequestContext, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+) -> Response:
+    headers = {"x-request-id": context.echoed_id, **(headers or {})}
+    return Response(orjson.dumps(body), status, headers, "application/json")
+
+
+def error_response(context: RequestContext, error: Exception, headers: Mapping[str, str] | None = None) -> Response:
+    """An error in OpenAI's shape. Any error but a TandemError is logged, and the response does not show its reason."""
+    error = _public_error(context, error)
+    if isinstance(error, PayloadTooLargeError):
+        return _EarlyResponse(json_response(context, error.http_status, error_body(error), {"connection": "close"}))
+    if error.retryable:
+        headers = {"retry-after": "1"}
+    return json_response(context, error.http_status, error_body(error), headers)
+
+
+def _public_error(context: RequestContext, error: Exception) -> TandemError:
+    if isinstance(error, TandemError):
+        return error
+    _LOG.error("request %s failed", context.request_id, exc_info=error)
+    return InternalError("The server failed to answer; its log has the reason.")
+
+
+class _EarlyResponse(Response):
+    """Sends a response while the client still sends its body, and then closes the connection.
+
+    The rest of the body is read and dropped for a moment first: a connection reset would lose the response.
+    """
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.body, response.status_code, dict(response.headers))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                    pass
+        except TimeoutError:
+            pass
+        await send({"type": "http.response.body", "body": b""})
+
+
+class CompletionResponse(Response):
+    """Runs a request and sends its response, an error included. A client that disconnects cancels the request at once.
+
+    A stream starts with its first token, so an error before the first token has a status of its own; a later error is
+    an event. Starlette's StreamingResponse can do neither, and writes the status before the first token is known.
+    """
+
+    def __init__(self, service: TextService, parsed: ParsedRequest, context: RequestContext) -> None:
+        self.background = None
+        self._service = service
+        self._parsed = parsed
+        self._context = context
+        self._is_started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                watcher = group.create_task(_raise_on_disconnect(receive))
+                await self._respond(scope, receive, send)
+                watcher.cancel()
+        except* ClientDisconnect:
+            _LOG.info("request %s: the client disconnected", self._context.request_id)
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with await self._service.open(self._parsed.request) as completion:
+                self._parsed.writer.begin(completion.prompt_token_ids)
+                if self._parsed.is_stream:
+                    await self._stream(completion, send)
+                else:
+                    async for delta in completion:
+                        self._parsed.writer.collect(delta)
+                    response = json_response(self._context, 200, self._parsed.writer.response())
+                    await response(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 - every request gets a response
+            if self._is_started:
+                await self._send_events(send, error_events(_public_error(self._context, error)), is_last=True)
+            else:
+                await error_response(self._context, error)(scope, receive, send)
+
+    async def _stream(self, completion: OpenCompletion, send: Send) -> None:
+        write = self._parsed.writer.chunks
+        async for delta in completion:
+            if events := write(delta):
+                await self._send_events(send, events)
+        await self._send_events(send, self._parsed.writer.last_events(), is_last=True)
+
+    async def _send_events(self, send: Send, events: bytes, *, is_last: bool = False) -> None:
+        if not self._is_started:
+            self._is_started = True
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"x-request-id", self._context.echoed_id.encode()),
+                (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"),
+            ]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": events, "more_body": not is_last})
+
+
+async def _raise_on_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise ClientDisconnect

@@ -1,0 +1,353 @@
+"""Bodies of /v1/chat/completions and /v1/completions, as OpenAI documents them, with Tandem's extensions.
+
+Types are strict: "1" is not 1, 1.0 is not 1. Null, false and empty values count as not given, except in a required
+field. An unknown field is refused, so that a misspelt name is noticed; unknown fields of a message are ignored. A
+documented field that this server does not support is refused, unless its value asks for nothing. A field without effect
+on the response is ignored.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from tandem.core.completion import ChatMessage, ChatPrompt, CompletionRequest, Prompt, TextPrompt, TokenPrompt
+from tandem.core.errors import InvalidRequestError
+from tandem.core.request import SamplingParams
+from tandem.router.limits import clipped
+from tandem.router.openai.responses import ChatWriter, CompletionWriter, ResponseOptions
+from tandem.router.tokenizer import TextTokenizer
+
+B = TypeVar("B", bound="_CommonBody")
+
+_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
+
+_IGNORED = frozenset(
+    {
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "parallel_tool_calls",
+    }
+)  # fmt: skip
+
+# Fields that are not supported, each with the values that ask for nothing. Null and empty values always do; false does,
+# unless true does.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tools", "functions", "logit_bias", "suffix", "audio", "prediction", "reasoning_effort"), ()),
+    **dict.fromkeys(("verbosity", "web_search_options", "moderation", "best_of", "min_tokens", "priority"), ()),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("skip_special_tokens", "add_special_tokens", "add_generation_prompt"), (True,)),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+_UNSUPPORTED_IN_MESSAGE = ("tool_calls", "function_call", "audio")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """Facts of a request outside its body. `created_s` is on the wall clock, the other times on the router's clock.
+
+    `echoed_id` goes into the x-request-id header of the response: the client's own id, or else `request_id`.
+    """
+
+    request_id: str
+    echoed_id: str
+    received_s: float
+    deadline_s: float
+    created_s: int
+    wants_timeline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A body as a request for the text side, with the writer of its response."""
+
+    request: CompletionRequest
+    writer: ChatWriter | CompletionWriter
+    is_stream: bool
+
+
+def parse_chat(body: Any, context: RequestContext, tokenizer: TextTokenizer) -> ParsedRequest:
+    """Parse a body of /v1/chat/completions. Raises InvalidRequestError that names the first wrong field."""
+    fields = _validate(_ChatBody, body)
+    request = fields.request(context, (fields.chat_prompt,), fields.limit, fields.num_logprobs)
+    options = fields.response_options(context, with_logprobs=fields.num_logprobs is not None)
+    return ParsedRequest(request, ChatWriter(request, tokenizer, options), bool(fields.stream))
+
+
+def parse_completion(body: Any, context: RequestContext, tokenizer: TextTokenizer) -> ParsedRequest:
+    """Parse a body of /v1/completions. Raises InvalidRequestError that names the first wrong field."""
+    fields = _validate(_CompletionBody, body)
+    echo = bool(fields.echo)
+    max_tokens = _DEFAULT_COMPLETION_TOKENS if fields.limit is None else fields.limit
+    hides_output = max_tokens == 0
+    if hides_output:
+        if not echo:
+            raise InvalidRequestError("'max_tokens' may only be 0 together with 'echo'.", param="max_tokens")
+        max_tokens = 1  # a worker draws at least one token
+    request = fields.request(
+        context, tuple(fields.prompt), max_tokens, fields.logprobs, fields.logprobs if echo else None
+    )
+    options = fields.response_options(context, with_logprobs=fields.logprobs is not None)
+    writer = CompletionWriter(request, tokenizer, options, echo=echo, hides_output=hides_output)
+    return ParsedRequest(request, writer, bool(fields.stream))
+
+
+class _StrictBody(BaseModel):
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {
+            name: value
+            for name, value in body.items()
+            if value
+            or (isinstance(value, int | float) and value is not False)
+            or (name in cls.model_fields and cls.model_fields[name].is_required())
+        }
+
+
+def _one_or_many(value: Any) -> tuple[str, ...]:
+    strings = [value] if isinstance(value, str) else value
+    if isinstance(strings, list) and all(isinstance(string, str) for string in strings):
+        return tuple(string for string in strings if string)
+    raise PydanticCustomError("string_or_list", "it must be a string or a list of strings")
+
+
+def _join_parts(value: Any) -> str:
+    """Content of a message: a string, or a list of text parts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("content", "it must be a string or a list of text parts")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else None
+            raise PydanticCustomError(
+                "content", 'only parts of the form {"type": "text", "text": "..."} are supported{kind}',
+                {"kind": f", not '{clipped(kind)}'" if isinstance(kind, str) and kind != "text" else ""},
+            )  # fmt: skip
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    if isinstance(value, str):
+        return [TextPrompt(value)]
+    if _are_ids(value):
+        return [TokenPrompt(tuple(value))]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return [TextPrompt(item) for item in value]
+        if all(_are_ids(item) for item in value):
+            return [TokenPrompt(tuple(item)) for item in value]
+    raise PydanticCustomError(
+        "prompt", "it must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
+    )
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_join_parts)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_parts(cls, message: Any) -> Any:
+        """A response of this API, sent back as an assistant message, may have null in place of any part."""
+        if not isinstance(message, dict):
+            return message
+        for name in _UNSUPPORTED_IN_MESSAGE:
+            if message.get(name):
+                raise PydanticCustomError("unsupported", "'{name}' is not supported by this server", {"name": name})
+        if message.get("role") == "assistant" and message.get("content") is None:
+            return message | {"content": ""}
+        return message
+
+
+class _StreamOptions(_StrictBody):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class _TandemOptions(_StrictBody):
+    timeline: bool = False
+
+
+class _CommonBody(_StrictBody):
+    """Fields of both endpoints."""
+
+    model: str
+    temperature: float = 1.0
+    top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ()
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stream: bool = False
+    stream_options: _StreamOptions = _StreamOptions()
+    # Tandem's own, named as other open servers name them
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    cache_salt: str = ""
+    tandem: _TandemOptions = _TandemOptions()
+
+    @property
+    def limit(self) -> int | None:
+        """The largest number of output tokens; None if none is given."""
+        if self.max_completion_tokens is None:
+            return self.max_tokens
+        if self.max_tokens not in (None, self.max_completion_tokens):
+            raise InvalidRequestError(
+                "Give 'max_tokens' or 'max_completion_tokens', not both with different values.",
+                param="max_completion_tokens",
+            )
+        return self.max_completion_tokens
+
+    def request(
+        self,
+        context: RequestContext,
+        prompts: tuple[Prompt, ...],
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> CompletionRequest:
+        return CompletionRequest(
+            request_id=context.request_id,
+            model=self.model,
+            prompts=prompts,
+            received_s=context.received_s,
+            sampling=self._sampling(logprobs, prompt_logprobs),
+            seed=self.seed,
+            max_tokens=max_tokens,
+            stop=self.stop,
+            n=self.n,
+            cache_salt=self.cache_salt,
+            deadline_s=context.deadline_s,
+        )
+
+    def _sampling(self, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+        """Without seed and max_tokens. A top_p of 0 leaves one token, a top_k of -1 leaves all."""
+        is_greedy = self.top_p == 0.0
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=1.0 if is_greedy else self.top_p,
+            top_k=1 if is_greedy else 0 if self.top_k == -1 else self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+        )
+
+    def response_options(self, context: RequestContext, *, with_logprobs: bool) -> ResponseOptions:
+        with_timelines = context.wants_timeline or self.tandem.timeline
+        usage_chunk = self.stream_options.include_usage or with_timelines
+        return ResponseOptions(
+            created_s=context.created_s,
+            with_logprobs=with_logprobs,
+            with_timelines=with_timelines,
+            usage_chunk=usage_chunk,
+            usage_in_chunks=usage_chunk and self.stream_options.continuous_usage_stats,
+        )
+
+
+class _ChatBody(_CommonBody):
+    messages: list[_Message]
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+    @property
+    def chat_prompt(self) -> ChatPrompt:
+        """`developer` is the newer name of `system`, which is the one that chat templates know."""
+        return ChatPrompt(
+            tuple(ChatMessage("system" if m.role == "developer" else m.role, m.content) for m in self.messages)
+        )
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives beside each token; None for no log-probabilities at all."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class _CompletionBody(_CommonBody):
+    prompt: Annotated[list[Prompt], BeforeValidator(_prompts)]
+    echo: bool = False
+    logprobs: int | None = None
+
+
+def _validate(kind: type[B], body: Any) -> B:
+    if not isinstance(body, dict):
+        raise InvalidRequestError(f"The body must be a JSON object, but it is {_type_name(body)}.")
+    try:
+        return kind.model_validate(_without_unsupported(body))
+    except ValidationError as error:
+        message, param = _sentence(error.errors(include_url=False)[0])
+        raise InvalidRequestError(message, param=param) from error
+
+
+def _without_unsupported(body: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in body.items():
+        if name not in _UNSUPPORTED:
+            if name not in _IGNORED:
+                kept[name] = value
+        elif value is False and True in _UNSUPPORTED[name]:
+            raise InvalidRequestError(f"This server does not support '{name}' being false.", param=name)
+        elif value and value not in _UNSUPPORTED[name] and not (name == "best_of" and value == (body.get("n") or 1)):
+            raise InvalidRequestError(f"'{name}' is not supported by this server.", param=name)
+    return kept
+
+
+def _type_name(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+    }
+    return "null" if value is None else names.get(type(value), "another value")
+
+
+def _sentence(error: ErrorDetails) -> tuple[str, str]:
+    """The message about one wrong field, and the field's name, such as messages[0].content."""
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    name = clipped(name)
+    match error["type"]:
+        case "missing":
+            return f"Missing required parameter: '{name}'.", name
+        case "extra_forbidden":
+            return f"Unrecognized request argument supplied: {name}", name
+        case "literal_error":
+            return f"Invalid value for '{name}': it must be one of {error['ctx']['expected']}.", name
+        case kind if kind.endswith(("_type", "_parsing")) or kind == "int_from_float":
+            expected = error["msg"].removeprefix("Input should be ")
+            return f"Invalid type for '{name}': expected {expected}, but got {_type_name(error['input'])}.", name
+        case _:
+            return f"Invalid '{name}': {error['msg']}.", name
