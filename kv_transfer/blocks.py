@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -68,18 +69,8 @@ class WriteFence:
 class TransferChunk(NamedTuple):
     """A rectangle of a transfer, sent as one message: layers of the KV slice, positions in the block list."""
 
-    layer_begin: int
-    layer_end: int
-    block_begin: int
-    block_end: int
-
-    @property
-    def num_layers(self) -> int:
-        return self.layer_end - self.layer_begin
-
-    @property
-    def num_blocks(self) -> int:
-        return self.block_end - self.block_begin
+    layers: range
+    blocks: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,40 +110,65 @@ class PoolView:
         """Bytes of one block over the slice's layers, K and V."""
         return self.words.shape[0] * self.layer_block_bytes
 
-    def chunk_bytes(self, chunk: TransferChunk) -> int:
-        return chunk.num_layers * chunk.num_blocks * self.layer_block_bytes
 
-    def gather(self, chunk: TransferChunk, block_index: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
+class BlockTransfer:
+    """One side of a transfer: blocks of a view, in order, and the chunks in which their bytes travel.
+
+    A chunk has at most `max_chunk_bytes`, but never less than one block of one layer. Both sides of a transfer compute
+    the same chunks.
+    """
+
+    def __init__(self, view: PoolView, block_ids: Sequence[int], max_chunk_bytes: int) -> None:
+        self._view = view
+        self.block_ids = block_ids
+        self.chunks = split_transfer(view.words.shape[0], len(block_ids), view.layer_block_bytes, max_chunk_bytes)
+        self.staging_bytes = max(map(self.chunk_bytes, self.chunks), default=0)  # of the largest chunk
+
+    def chunk_bytes(self, chunk: TransferChunk) -> int:
+        return len(chunk.layers) * len(chunk.blocks) * self._view.layer_block_bytes
+
+    def gather(self, chunk: TransferChunk, staging: torch.Tensor) -> torch.Tensor:
         """Copy a chunk into the front of `staging` (uint8) and return that part of it."""
-        part, shaped = self._staged(chunk, staging)
-        layers = self.words[chunk.layer_begin : chunk.layer_end]
-        torch.index_select(layers, 2, block_index[chunk.block_begin : chunk.block_end], out=shaped)
+        part = staging[: self.chunk_bytes(chunk)]
+        torch.index_select(self._layers(chunk), 2, self._index(chunk), out=self._shaped(chunk, part))
         return part
 
-    def scatter(self, chunk: TransferChunk, block_index: torch.Tensor, staging: torch.Tensor) -> None:
-        """Copy a chunk out of the front of `staging` into its blocks."""
-        _, shaped = self._staged(chunk, staging)
-        layers = self.words[chunk.layer_begin : chunk.layer_end]
-        layers.index_copy_(2, block_index[chunk.block_begin : chunk.block_end], shaped)
+    def scatter(self, chunk: TransferChunk, part: torch.Tensor) -> None:
+        """Copy a chunk's bytes into its blocks."""
+        self._layers(chunk).index_copy_(2, self._index(chunk), self._shaped(chunk, part))
 
-    def _staged(self, chunk: TransferChunk, staging: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        part = staging[: self.chunk_bytes(chunk)]
-        _, kv, _, heads, words = self.words.shape
-        return part, part.view(self.words.dtype).view(chunk.num_layers, kv, chunk.num_blocks, heads, words)
+    def checksum(self) -> int:
+        """CRC-32 of the blocks' bytes in the order in which the chunks are sent."""
+        staging = torch.empty(self.staging_bytes, dtype=torch.uint8, device=self._view.words.device)
+        value = 0
+        for chunk in self.chunks:
+            value = crc32(self.gather(chunk, staging), value)
+        return value
+
+    @cached_property
+    def _block_index(self) -> torch.Tensor:
+        return torch.tensor(self.block_ids, device=self._view.words.device)
+
+    def _index(self, chunk: TransferChunk) -> torch.Tensor:
+        return self._block_index[chunk.blocks.start : chunk.blocks.stop]
+
+    def _layers(self, chunk: TransferChunk) -> torch.Tensor:
+        return self._view.words[chunk.layers.start : chunk.layers.stop]
+
+    def _shaped(self, chunk: TransferChunk, part: torch.Tensor) -> torch.Tensor:
+        _, kv, _, *head = self._view.words.shape
+        return part.view(self._view.words.dtype).view(len(chunk.layers), kv, len(chunk.blocks), *head)
 
 
 def split_transfer(num_layers: int, num_blocks: int, layer_block_bytes: int, max_bytes: int) -> list[TransferChunk]:
-    """Cut a transfer into chunks of at most `max_bytes` (but never less than one block of one layer), layer by layer.
-
-    `layer_block_bytes` are the bytes of one block in one layer, K and V. Both sides compute the same list.
-    """
+    """The chunks of a `BlockTransfer`, layer by layer. `layer_block_bytes` are those of one block in one layer."""
     assert max_bytes > 0
     if num_layers == 0 or num_blocks == 0:
         return []
     layers = max(1, min(num_layers, max_bytes // (layer_block_bytes * num_blocks)))
     blocks = max(1, min(num_blocks, max_bytes // layer_block_bytes))
     return [
-        TransferChunk(layer, min(layer + layers, num_layers), block, min(block + blocks, num_blocks))
+        TransferChunk(range(num_layers)[layer : layer + layers], range(num_blocks)[block : block + blocks])
         for layer in range(0, num_layers, layers)
         for block in range(0, num_blocks, blocks)
     ]
@@ -163,22 +179,8 @@ def crc32(data: torch.Tensor, value: int = 0) -> int:
     return zlib.crc32(data.cpu().numpy().data, value)
 
 
-def gather_checksum(view: PoolView, block_ids: Sequence[int], chunks: Sequence[TransferChunk]) -> int:
-    """CRC-32 of the blocks' bytes in the order in which the chunks would be sent."""
-    index = torch.tensor(block_ids, device=view.words.device)
-    staging = torch.empty(max(map(view.chunk_bytes, chunks), default=0), dtype=torch.uint8, device=view.words.device)
-    value = 0
-    for chunk in chunks:
-        value = crc32(view.gather(chunk, index, staging), value)
-    return value
-
-
 def copy_blocks(
-    source: BlockViews,
-    source_ids: Sequence[int],
-    destination: BlockViews,
-    destination_ids: Sequence[int],
-    fence: WriteFence,
+    source: BlockViews, source_ids: Sequence[int], destination: BlockViews, block_ids: Sequence[int], fence: WriteFence
 ) -> None:
     """Copy blocks from pool to pool, without a copy in between. Raises TransferError once the fence is closed.
 
@@ -188,6 +190,6 @@ def copy_blocks(
     step = max(1, _FENCED_BYTES // sum(view.nbytes for view in source[0]))
     for begin in range(0, len(source_ids), step):
         sources = [view for block in source_ids[begin : begin + step] for view in source[block]]
-        targets = [view for block in destination_ids[begin : begin + step] for view in destination[block]]
+        targets = [view for block in block_ids[begin : begin + step] for view in destination[block]]
         with fence.writing():
             torch._foreach_copy_(targets, sources)

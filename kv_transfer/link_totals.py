@@ -5,62 +5,47 @@ from dataclasses import replace
 from tandem.core.session import LinkStats
 from tandem.core.transfer import Transport
 
-OTHER_PEERS = "other"  # `peer_id` of the sum over the peers without an entry
-MIXED = "mixed"  # its `transport`
-
 
 class LinkTotals:
     """Counters per peer; they outlive a link that failed and was made again. Lives on the event loop.
 
     Bounded: the `max_peers` peers that were linked last have an entry each. The counts of all others are summed in one
-    more entry, so the sum over all entries never goes down.
+    more entry (peer "other", transport "mixed"), so the sum over all entries never goes down.
     """
 
     def __init__(self, max_peers: int) -> None:
         self._max_peers = max_peers
         self._peers: dict[str, LinkStats] = {}  # the peer linked last is at the end
-        self._other = _no_counts(OTHER_PEERS, MIXED)
+        self._other = LinkStats("other", "mixed", 0, 0, 0.0, 0)
 
     def linked(self, peer_id: str, transport: Transport) -> None:
         """A link to that peer was made."""
-        stats = self._peers.pop(peer_id, None) or _no_counts(peer_id, transport.value)
+        stats = self._peers.pop(peer_id, None) or LinkStats(peer_id, "", 0, 0, 0.0, 0)
         self._peers[peer_id] = replace(stats, transport=transport.value)
         if len(self._peers) > self._max_peers:
             self.forget(next(iter(self._peers)))
 
-    def count(
-        self, peer_id: str, *, transfers: int = 0, transfer_bytes: int = 0, transfer_s: float = 0.0, failures: int = 0
-    ) -> None:
+    def add(self, peer_id: str, transfers: int = 0, nbytes: int = 0, seconds: float = 0.0, failures: int = 0) -> None:
         """Add to that peer's counts."""
-        stats = self._peers.get(peer_id, self._other)
-        stats = replace(
-            stats,
-            transfers=stats.transfers + transfers,
-            transfer_bytes=stats.transfer_bytes + transfer_bytes,
-            transfer_s=stats.transfer_s + transfer_s,
-            failures=stats.failures + failures,
+        old = self._peers.get(peer_id, self._other)
+        new = replace(
+            old,
+            transfers=old.transfers + transfers,
+            transfer_bytes=old.transfer_bytes + nbytes,
+            transfer_s=old.transfer_s + seconds,
+            failures=old.failures + failures,
         )
-        if peer_id in self._peers:
-            self._peers[peer_id] = stats
+        if old is self._other:
+            self._other = new
         else:
-            self._other = stats
+            self._peers[peer_id] = new
 
     def forget(self, peer_id: str) -> None:
         """That peer is gone: it has no entry of its own any more."""
-        if (stats := self._peers.pop(peer_id, None)) is not None:
-            self.count(
-                peer_id,
-                transfers=stats.transfers,
-                transfer_bytes=stats.transfer_bytes,
-                transfer_s=stats.transfer_s,
-                failures=stats.failures,
-            )
+        if old := self._peers.pop(peer_id, None):
+            self.add(peer_id, old.transfers, old.transfer_bytes, old.transfer_s, old.failures)
 
     def stats(self) -> tuple[LinkStats, ...]:
-        """One entry a peer, and the sum of the others if there is anything in it."""
+        """One entry a peer, and the sum of the others if anything was counted."""
         other = self._other
         return (*self._peers.values(), *([other] if other.transfers or other.failures else []))
-
-
-def _no_counts(peer_id: str, transport: str) -> LinkStats:
-    return LinkStats(peer_id, transport, transfers=0, transfer_bytes=0, transfer_s=0.0, failures=0)

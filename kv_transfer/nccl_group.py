@@ -14,38 +14,19 @@ import torch
 from torch import distributed
 
 from tandem.core.errors import TransferError
-from tandem.kv_transfer.process_groups import PendingOperation
+from tandem.kv_transfer.process_groups import TwoRankGroup
 from tandem.kv_transfer.rendezvous import RendezvousStore
 
 _POLL_S = 0.0002
 _MAX_CTAS = 4
 
 
-class _NcclOperation:
-    def __init__(self, work: distributed.Work, keep: torch.Tensor) -> None:
-        self._work = work
-        self._keep = keep
-
-    def wait(self, timeout_s: float) -> None:
-        deadline_s = time.monotonic() + timeout_s
-        try:
-            while not self._work.is_completed():
-                if time.monotonic() > deadline_s:
-                    raise TransferError("the KV link stalled")
-                time.sleep(_POLL_S)
-            self._work.wait()  # orders the current stream after the operation; the host does not wait
-        except RuntimeError as error:
-            raise TransferError("the KV link broke while bytes were moving") from error
-
-
-class NcclGroup:
+class NcclGroup(TwoRankGroup):
     """Between GPUs, on a stream of its own."""
 
-    def __init__(self, group: Any, peer_rank: int, device: torch.device) -> None:
-        self._group = group
-        self._peer_rank = peer_rank
+    def __init__(self, group: Any, rank: int, device: torch.device) -> None:
+        super().__init__(group, rank, device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.device = device
 
     @classmethod
     def connect(cls, rank: int, store: RendezvousStore, device: torch.device, timeout_s: float) -> "NcclGroup":
@@ -62,19 +43,7 @@ class NcclGroup:
             group.eager_connect_single_device(device)
         except RuntimeError as error:
             raise TransferError("the two ranks of the KV link did not connect") from error
-        return cls(group, 1 - rank, device)
-
-    def send(self, data: torch.Tensor) -> PendingOperation:
-        try:
-            return _NcclOperation(self._group.send([data], self._peer_rank, 0), data)
-        except RuntimeError as error:
-            raise TransferError("the KV link is broken") from error
-
-    def receive(self, data: torch.Tensor) -> PendingOperation:
-        try:
-            return _NcclOperation(self._group.recv([data], self._peer_rank, 0), data)
-        except RuntimeError as error:
-            raise TransferError("the KV link is broken") from error
+        return cls(group, rank, device)
 
     def stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
@@ -84,3 +53,12 @@ class NcclGroup:
 
     def abort(self) -> None:
         self._group.abort()
+
+    @staticmethod
+    def _wait(work: distributed.Work, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline_s:
+                raise TransferError("the KV link stalled")
+            time.sleep(_POLL_S)
+        work.wait()  # orders the current stream after the operation; the host does not wait

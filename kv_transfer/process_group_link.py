@@ -6,16 +6,15 @@ by itself, at the latest when its operation's timeout has passed. The next fetch
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import TypeVar
 
 import torch
 
 from tandem.core.errors import TransferError
 from tandem.core.transfer import Transport
-from tandem.kv_transfer.blocks import PoolView, TransferChunk, WriteFence
+from tandem.kv_transfer.blocks import BlockTransfer, WriteFence
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.nccl_group import NcclGroup
 from tandem.kv_transfer.owner_thread import OwnerThread
@@ -23,7 +22,6 @@ from tandem.kv_transfer.process_groups import (
     PREFILL_RANK,
     GlooDevice,
     GlooGroup,
-    StagingBuffers,
     TwoRankGroup,
     receive_chunks,
     send_chunks,
@@ -32,8 +30,6 @@ from tandem.kv_transfer.rendezvous import RendezvousStore
 
 PROBE_BYTES = 4 << 20
 _PROBES = 3  # the first ones only warm the connection up
-
-Result = TypeVar("Result")
 
 
 class ProcessGroupFactory:
@@ -69,7 +65,7 @@ class ProcessGroupLink:
         self._aborter: OwnerThread | None = None
         self._store = store
         self._ready: Future[None] = Future()
-        self._staging: StagingBuffers | None = None
+        self._staging: list[torch.Tensor] = []
         self._group: TwoRankGroup | None = None
         self.closed = False
         self.bytes_per_s = 0.0  # measured when the link was made
@@ -91,34 +87,13 @@ class ProcessGroupLink:
             self.close()
             raise
 
-    async def send(
-        self, view: PoolView, block_ids: Sequence[int], chunks: Sequence[TransferChunk], checksum: bool
-    ) -> int:
+    async def send(self, transfer: BlockTransfer, checksum: bool) -> int:
         """Returns the CRC-32, or 0. Raises TransferError. Any error or cancellation closes the link."""
+        return await self._run(transfer, partial(send_chunks, checksum=checksum))
 
-        def job(group: TwoRankGroup) -> int:
-            staging, timeout_s = self._stage(group, view, chunks)
-            return send_chunks(group, view, block_ids, chunks, staging, timeout_s=timeout_s, checksum=checksum)
-
-        return await self._run(job)
-
-    async def receive(
-        self,
-        view: PoolView,
-        block_ids: Sequence[int],
-        chunks: Sequence[TransferChunk],
-        fence: WriteFence,
-        checksum: bool,
-    ) -> int:
+    async def receive(self, transfer: BlockTransfer, fence: WriteFence, checksum: bool) -> int:
         """As `send`. Nothing is written once `fence` is closed, even while the thread still hangs."""
-
-        def job(group: TwoRankGroup) -> int:
-            staging, timeout_s = self._stage(group, view, chunks)
-            return receive_chunks(
-                group, view, block_ids, chunks, staging, fence, timeout_s=timeout_s, checksum=checksum
-            )
-
-        return await self._run(job)
+        return await self._run(transfer, partial(receive_chunks, fence=fence, checksum=checksum))
 
     def close(self) -> None:
         """Operations under way fail, and no more can begin. Does not wait: the abort, which may block, has a thread of
@@ -138,11 +113,11 @@ class ProcessGroupLink:
         """After `close`: True when the threads have ended and released everything."""
         return self._owner.join(timeout_s) and (self._aborter is None or self._aborter.join(timeout_s))
 
-    async def _run(self, job: Callable[[TwoRankGroup], Result]) -> Result:
+    async def _run(self, transfer: BlockTransfer, move: Callable[..., int]) -> int:
         if self.closed:
             raise TransferError("the KV link is broken")
         try:
-            return await asyncio.wrap_future(self._owner.submit(partial(self._with_group, job)))
+            return await asyncio.wrap_future(self._owner.submit(partial(self._move, transfer, move)))
         except BaseException:
             self.close()
             raise
@@ -166,17 +141,14 @@ class ProcessGroupLink:
 
     def _release(self) -> None:
         """The last reference to a group closes its sockets and ends its threads."""
-        self._group = self._staging = None
+        self._group = None
+        self._staging = []
 
-    def _with_group(self, job: Callable[[TwoRankGroup], Result]) -> Result:
+    def _move(self, transfer: BlockTransfer, move: Callable[..., int]) -> int:
         if self.closed or self._group is None:
             raise TransferError("the KV link is broken")
-        return job(self._group)
-
-    def _stage(
-        self, group: TwoRankGroup, view: PoolView, chunks: Sequence[TransferChunk]
-    ) -> tuple[StagingBuffers, float]:
-        needed = max(map(view.chunk_bytes, chunks), default=0)
-        if self._staging is None or self._staging.chunk_bytes < needed:
-            self._staging = StagingBuffers(needed, group.device)
-        return self._staging, self._config.operation_timeout_s(needed)
+        needed = transfer.staging_bytes
+        if not self._staging or len(self._staging[0]) < needed:
+            device = self._group.device
+            self._staging = [torch.empty(needed, dtype=torch.uint8, device=device) for _ in range(2)]
+        return move(self._group, transfer, self._staging, timeout_s=self._config.operation_timeout_s(needed))

@@ -8,16 +8,19 @@ timeout writes to no block.
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, Protocol
+from itertools import cycle
+from typing import Any
 
 import torch
-from torch.distributed import ProcessGroupGloo
+from torch.distributed import ProcessGroupGloo, Work
 
 from tandem.core.errors import TransferError
-from tandem.kv_transfer.blocks import PoolView, TransferChunk, WriteFence, crc32
+from tandem.kv_transfer.blocks import BlockTransfer, WriteFence, crc32
 from tandem.kv_transfer.rendezvous import RendezvousStore
 
 PREFILL_RANK = 0
@@ -26,35 +29,59 @@ _TAG = 0  # one transfer at a time; messages of one tag stay in order
 _NEVER_SENT_TAG = 2**31 - 1
 
 
-class PendingOperation(Protocol):
+class PendingOperation:
     """A send or receive under way."""
+
+    def __init__(self, work: Work, data: torch.Tensor, wait: Callable[[Work, float], None]) -> None:
+        self._work = work
+        self._data = data  # the library reads or writes it until the wait is over
+        self._wait = wait
 
     def wait(self, timeout_s: float) -> None:
         """Raises TransferError; the group is broken then."""
-        ...
+        try:
+            self._wait(self._work, timeout_s)
+        except RuntimeError as error:
+            raise TransferError("the KV link broke while bytes were moving") from error
 
 
-class TwoRankGroup(Protocol):
+class TwoRankGroup(ABC):
     """One rank of a process group of two. Used by its owner thread only, except for `abort`."""
 
-    @property
-    def device(self) -> torch.device: ...
+    def __init__(self, group: Any, rank: int, device: torch.device) -> None:
+        self._group = group
+        self._peer_rank = 1 - rank
+        self.device = device
 
-    def send(self, data: torch.Tensor) -> PendingOperation: ...
+    def send(self, data: torch.Tensor) -> PendingOperation:
+        """Raises TransferError, as `receive`. `data` is contiguous uint8."""
+        return self._start(self._group.send, data, _TAG)
 
-    def receive(self, data: torch.Tensor) -> PendingOperation: ...
+    def receive(self, data: torch.Tensor) -> PendingOperation:
+        return self._start(self._group.recv, data, _TAG)
 
+    @abstractmethod
     def stream(self) -> AbstractContextManager[object]:
         """The device stream of the group's gathers and scatters."""
-        ...
 
+    @abstractmethod
     def synchronize(self) -> None:
         """Return when everything queued on `stream` is done."""
-        ...
 
+    @abstractmethod
     def abort(self) -> None:
         """Make operations under way fail, as far as the library can. From any thread; may block."""
-        ...
+
+    @staticmethod
+    @abstractmethod
+    def _wait(work: Work, timeout_s: float) -> None:
+        """Return when the operation is done. Raises RuntimeError or TransferError."""
+
+    def _start(self, operation: Callable[..., Work], data: torch.Tensor, tag: int) -> PendingOperation:
+        try:
+            return PendingOperation(operation([data], self._peer_rank, tag), data, self._wait)
+        except RuntimeError as error:
+            raise TransferError("the KV link is broken") from error
 
 
 class GlooDevice:
@@ -80,25 +107,8 @@ class GlooDevice:
             self._device = None
 
 
-class _GlooOperation:
-    def __init__(self, work: Any, keep: torch.Tensor) -> None:
-        self._work = work
-        self._keep = keep  # gloo reads and writes it until the wait is over
-
-    def wait(self, timeout_s: float) -> None:
-        try:
-            self._work.wait(timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            raise TransferError("the KV link broke while bytes were moving") from error
-
-
-class GlooGroup:
+class GlooGroup(TwoRankGroup):
     """Between CPUs. Neither encrypted nor authenticated: for networks that only the cluster reaches."""
-
-    def __init__(self, group: Any, peer_rank: int) -> None:
-        self._group = group
-        self._peer_rank = peer_rank
-        self.device = torch.device("cpu")
 
     @classmethod
     def connect(cls, rank: int, store: RendezvousStore, device: GlooDevice, timeout_s: float) -> "GlooGroup":
@@ -111,19 +121,7 @@ class GlooGroup:
             group = ProcessGroupGloo(store, rank, 2, options)
         except RuntimeError as error:
             raise TransferError("the two ranks of the KV link did not connect") from error
-        return cls(group, 1 - rank)
-
-    def send(self, data: torch.Tensor) -> PendingOperation:
-        return self._post(lambda: self._group.send([data], self._peer_rank, _TAG), data)
-
-    def receive(self, data: torch.Tensor) -> PendingOperation:
-        return self._post(lambda: self._group.recv([data], self._peer_rank, _TAG), data)
-
-    def _post(self, start: Callable[[], object], data: torch.Tensor) -> PendingOperation:
-        try:
-            return _GlooOperation(start(), data)
-        except RuntimeError as error:
-            raise TransferError("the KV link is broken") from error
+        return cls(group, rank, torch.device("cpu"))
 
     def stream(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -135,76 +133,56 @@ class GlooGroup:
         # gloo's own abort() does nothing. A wait that times out closes the group and wakes the other operations.
         nothing = torch.empty(1, dtype=torch.uint8)
         with contextlib.suppress(TransferError):
-            self._post(lambda: self._group.recv([nothing], self._peer_rank, _NEVER_SENT_TAG), nothing).wait(0.001)
+            self._start(self._group.recv, nothing, _NEVER_SENT_TAG).wait(0.001)
 
-
-class StagingBuffers:
-    """Two buffers of one chunk each, so that one is filled while the other is on its way."""
-
-    def __init__(self, chunk_bytes: int, device: torch.device) -> None:
-        self.chunk_bytes = chunk_bytes
-        self.buffers = [torch.empty(chunk_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    @staticmethod
+    def _wait(work: Work, timeout_s: float) -> None:
+        work.wait(timedelta(seconds=timeout_s))
 
 
 def send_chunks(
-    group: TwoRankGroup,
-    view: PoolView,
-    block_ids: Sequence[int],
-    chunks: Sequence[TransferChunk],
-    staging: StagingBuffers,
-    *,
-    timeout_s: float,
-    checksum: bool,
+    group: TwoRankGroup, transfer: BlockTransfer, staging: list[torch.Tensor], *, timeout_s: float, checksum: bool
 ) -> int:
-    """Send the chunks in order; `timeout_s` bounds each. Returns their CRC-32, or 0. Raises TransferError."""
+    """Send the chunks in order; `timeout_s` bounds each. Returns their CRC-32, or 0. Raises TransferError.
+
+    `staging` are buffers for the largest chunk (uint8): one is filled while another is on its way.
+    """
     crc = 0
-    pending: list[PendingOperation | None] = [None, None]
+    pending: deque[PendingOperation] = deque()
     with group.stream():
-        index = torch.tensor(block_ids, device=group.device)
-        for i, chunk in enumerate(chunks):
-            before = pending[i % 2]
-            if before is not None:
-                before.wait(timeout_s)
-            part = view.gather(chunk, index, staging.buffers[i % 2])
+        for chunk, buffer in zip(transfer.chunks, cycle(staging), strict=False):
+            if len(pending) == len(staging):
+                pending.popleft().wait(timeout_s)
+            part = transfer.gather(chunk, buffer)
             if checksum:
                 crc = crc32(part, crc)
-            pending[i % 2] = group.send(part)
-        for i in range(len(chunks), len(chunks) + 2):
-            last = pending[i % 2]
-            if last is not None:
-                last.wait(timeout_s)
+            pending.append(group.send(part))
+        for operation in pending:
+            operation.wait(timeout_s)
     return crc
 
 
 def receive_chunks(
     group: TwoRankGroup,
-    view: PoolView,
-    block_ids: Sequence[int],
-    chunks: Sequence[TransferChunk],
-    staging: StagingBuffers,
+    transfer: BlockTransfer,
+    staging: list[torch.Tensor],
     fence: WriteFence,
     *,
     timeout_s: float,
     checksum: bool,
 ) -> int:
-    """Receive the chunks in order into the blocks. Returns their CRC-32, or 0. Raises TransferError."""
+    """Receive the chunks in order into the blocks, as `send_chunks` sends them."""
     crc = 0
+    sizes = map(transfer.chunk_bytes, transfer.chunks)
+    parts = [buffer[:size] for size, buffer in zip(sizes, cycle(staging), strict=False)]
     with group.stream():
-        index = torch.tensor(block_ids, device=group.device)
-
-        def post(i: int) -> tuple[PendingOperation, torch.Tensor]:
-            part = staging.buffers[i % 2][: view.chunk_bytes(chunks[i])]
-            return group.receive(part), part
-
-        posted = [post(i) for i in range(min(2, len(chunks)))]
-        for i, chunk in enumerate(chunks):
-            pending, part = posted[i % 2]
-            pending.wait(timeout_s)
+        pending = deque(map(group.receive, parts[: len(staging)]))
+        for i, (chunk, part) in enumerate(zip(transfer.chunks, parts, strict=True)):
+            pending.popleft().wait(timeout_s)
             if checksum:
                 crc = crc32(part, crc)
             with fence.writing():
-                view.scatter(chunk, index, part)
+                transfer.scatter(chunk, part)
                 group.synchronize()
-            if i + 2 < len(chunks):
-                posted[i % 2] = post(i + 2)
+            pending.extend(map(group.receive, parts[i + len(staging) :][:1]))
     return crc

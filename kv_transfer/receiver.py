@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from weakref import WeakValueDictionary
 
@@ -23,7 +23,7 @@ from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
 from tandem.core.session import LinkStats
 from tandem.core.transfer import Grant, LinkOffer, LinkReply, Manifest, PeerControl, Transport
-from tandem.kv_transfer.blocks import BlockViews, PoolView, TransferChunk, WriteFence, split_transfer
+from tandem.kv_transfer.blocks import BlockTransfer, BlockViews, PoolView, WriteFence
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import host_identity
 from tandem.kv_transfer.link_totals import LinkTotals
@@ -53,17 +53,17 @@ class FetchResult:
         return self.manifest.first_token
 
 
+@dataclass(slots=True, eq=False)
 class _ReceiveLink:
     """A link to one prefill instance. Transfers over it take turns: a transfer holds `turn` while its bytes move."""
 
-    def __init__(self, peer: PeerControl, reply: LinkReply, end: SharedMemoryLink | ProcessGroupLink) -> None:
-        self.peer = peer
-        self.reply = reply
-        self.end = end
-        self.turn = asyncio.Lock()
-        self.next_sequence = 0
-        self.users = 0
-        self.used_s = time.monotonic()
+    peer: PeerControl
+    reply: LinkReply
+    end: SharedMemoryLink | ProcessGroupLink
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    next_sequence: int = 0
+    users: int = 0
+    used_s: float = field(default_factory=time.monotonic)
 
     @property
     def alive(self) -> bool:
@@ -248,11 +248,9 @@ class KvReceiver:
 
     def _link_ended(self, link: _ReceiveLink) -> None:
         """The link's control stream has ended. The other side's memory must not stay mapped until the next fetch."""
-        peer = link.peer
-        if self._links.get(peer.instance_id) is link:
-            self._unlink(peer.instance_id)
-            if peer.is_gone:
-                self._totals.forget(peer.instance_id)
+        peer_id = link.peer.instance_id
+        if self._links.get(peer_id) is link:
+            (self.drop if link.peer.is_gone else self._unlink)(peer_id)
 
     def _unlink(self, peer_id: str) -> None:
         if link := self._links.pop(peer_id, None):
@@ -283,20 +281,21 @@ class KvReceiver:
             if not await peer.acknowledge(manifest.request_id, manifest.epoch, timeout_s):
                 raise StaleEpochError("the KV's lease ended before it had arrived")
         except (TimeoutError, DeadlineError) as error:
-            self._totals.count(peer.instance_id, failures=1)
+            self._totals.add(peer.instance_id, failures=1)
             raise TransferError("the KV did not arrive in time") from error
         except TandemError:
-            self._totals.count(peer.instance_id, failures=1)
+            self._totals.add(peer.instance_id, failures=1)
             raise
         end_s = time.monotonic()
         num_bytes = len(block_ids) * self._layout.block_bytes
-        self._totals.count(peer.instance_id, transfers=1, transfer_bytes=num_bytes, transfer_s=end_s - turn_s)
+        self._totals.add(peer.instance_id, transfers=1, nbytes=num_bytes, seconds=end_s - turn_s)
         return FetchResult(manifest, num_bytes, end_s - manifest_s, transport)
 
     async def _move(
         self, peer: PeerControl, manifest: Manifest, block_ids: Sequence[int], fence: WriteFence
     ) -> tuple[Transport, float]:
         """Bring the bytes into the blocks. Returns the transport and when the transfer's turn came (monotonic)."""
+        transfer = BlockTransfer(self._view, block_ids, CHUNK_BYTES)
         while True:
             link = await self._link(peer)
             link.users += 1
@@ -307,54 +306,39 @@ class KvReceiver:
                     turn_s = time.monotonic()  # the time-out begins now: earlier transfers do not use it up
                     async with asyncio.timeout(self._timeout_s):
                         if isinstance(link.end, SharedMemoryLink):
-                            await self._copy(link, link.end, manifest, block_ids, fence)
+                            await self._copy(link, link.end, manifest, transfer, fence)
                         else:
-                            await self._receive(link, link.end, manifest, block_ids, fence)
+                            await self._receive(link, link.end, manifest, transfer, fence)
                     return link.reply.transport, turn_s
             finally:
                 link.users -= 1
                 link.used_s = time.monotonic()
 
     async def _copy(
-        self,
-        link: _ReceiveLink,
-        end: SharedMemoryLink,
-        manifest: Manifest,
-        block_ids: Sequence[int],
-        fence: WriteFence,
+        self, link: _ReceiveLink, end: SharedMemoryLink, manifest: Manifest, transfer: BlockTransfer, fence: WriteFence
     ) -> None:
         if self._block_views is None:
             self._block_views = self._view.block_views()
-        await end.copy(manifest.block_ids, self._block_views, block_ids, fence)
+        await end.copy(manifest.block_ids, self._block_views, transfer.block_ids, fence)
         if self._checksum:
             reply = await link.peer.grant(self._grant(link, manifest, checksum=True), self._timeout_s)
-            if reply.checksum != await end.checksum(self._view, block_ids, self._chunks(len(block_ids))):
+            if reply.checksum != await end.checksum(transfer):
                 raise TransferError("the KV's checksum does not match")
 
     async def _receive(
-        self,
-        link: _ReceiveLink,
-        end: ProcessGroupLink,
-        manifest: Manifest,
-        block_ids: Sequence[int],
-        fence: WriteFence,
+        self, link: _ReceiveLink, end: ProcessGroupLink, manifest: Manifest, transfer: BlockTransfer, fence: WriteFence
     ) -> None:
         checksum = self._checksum if self._checksum is not None else link.reply.transport is Transport.GLOO
         grant = self._grant(link, manifest, checksum)
-        link.next_sequence += 1
+        link.next_sequence += 1  # the prefill side may not count a grant that fails; a failure closes `end`
         try:
             async with asyncio.TaskGroup() as group:
                 # The call is open while bytes move: when the peer dies it fails within milliseconds, while gloo
                 # itself would hang until its timeout.
                 granting = group.create_task(link.peer.grant(grant, self._timeout_s))
-                receiving = group.create_task(
-                    end.receive(self._view, block_ids, self._chunks(len(block_ids)), fence, checksum)
-                )
-        except BaseException as error:
-            end.close()  # the two sides may have counted different grants
-            if isinstance(error, BaseExceptionGroup):
-                raise error.exceptions[0] from error
-            raise
+                receiving = group.create_task(end.receive(transfer, fence, checksum))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
         reply = granting.result()
         if (reply.sent_bytes, reply.checksum) != (grant.total_bytes, receiving.result()):
             raise TransferError("the KV that arrived is not the KV that was sent")
@@ -370,9 +354,6 @@ class KvReceiver:
             chunk_bytes=CHUNK_BYTES,
             checksum=checksum,
         )
-
-    def _chunks(self, num_blocks: int) -> list[TransferChunk]:
-        return split_transfer(self._kv_slice.num_layers, num_blocks, self._view.layer_block_bytes, CHUNK_BYTES)
 
     def _check_blocks(self, manifest: Manifest, reply: LinkReply, num_blocks: int) -> None:
         blocks = manifest.block_ids

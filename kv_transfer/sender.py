@@ -13,7 +13,7 @@ from tandem.core.errors import IncompatiblePeerError, OverloadedError, StaleEpoc
 from tandem.core.kv_layout import KvLayout
 from tandem.core.session import LinkStats
 from tandem.core.transfer import Grant, GrantReply, LinkOffer, LinkReply, Manifest, Transport
-from tandem.kv_transfer.blocks import PoolView, TransferChunk, gather_checksum, split_transfer
+from tandem.kv_transfer.blocks import BlockTransfer, PoolView
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import DescriptorServer, host_identity
 from tandem.kv_transfer.link_totals import LinkTotals
@@ -114,39 +114,29 @@ class KvSender:
         link = self._links.get(grant.link_id)
         if link is None:
             raise TransferError("the KV link has ended")
-        chunks, view = self._check_grant(link, grant, manifest)
+        transfer = self._granted(link, grant, manifest)
         link.sending += 1
         try:
             if link.group is not None:
-                return await self._send(link, link.group, grant, view, manifest, chunks)
-            checksum = 0
-            if grant.checksum:
-                checksum = await asyncio.to_thread(gather_checksum, view, manifest.block_ids, chunks)
-            return GrantReply(0, checksum)
+                return await self._send(link, link.group, grant, transfer)
+            return GrantReply(0, await asyncio.to_thread(transfer.checksum) if grant.checksum else 0)
         finally:
             link.sending -= 1
             link.used_s = time.monotonic()
 
     async def _send(
-        self,
-        link: _SendLink,
-        group: ProcessGroupLink,
-        grant: Grant,
-        view: PoolView,
-        manifest: Manifest,
-        chunks: list[TransferChunk],
+        self, link: _SendLink, group: ProcessGroupLink, grant: Grant, transfer: BlockTransfer
     ) -> GrantReply:
         link.next_sequence += 1
         started_s = time.monotonic()
         try:
             await group.ready()
-            checksum = await group.send(view, manifest.block_ids, chunks, grant.checksum)
+            checksum = await group.send(transfer, grant.checksum)
         except BaseException:
-            self._totals.count(link.peer_id, failures=1)
+            self._totals.add(link.peer_id, failures=1)
             self.unlink(link.link_id)
             raise
-        seconds = time.monotonic() - started_s
-        self._totals.count(link.peer_id, transfers=1, transfer_bytes=grant.total_bytes, transfer_s=seconds)
+        self._totals.add(link.peer_id, transfers=1, nbytes=grant.total_bytes, seconds=time.monotonic() - started_s)
         return GrantReply(grant.total_bytes, checksum)
 
     async def rendezvous_set(self, link_id: str, key: str, value: bytes) -> None:
@@ -199,8 +189,8 @@ class KvSender:
             return link.store
         raise TransferError("the KV link has ended")
 
-    def _check_grant(self, link: _SendLink, grant: Grant, manifest: Manifest) -> tuple[list[TransferChunk], PoolView]:
-        """The chunks to send and the view to send them from, after checking that decode has computed the same."""
+    def _granted(self, link: _SendLink, grant: Grant, manifest: Manifest) -> BlockTransfer:
+        """The bytes to send, after checking that decode has computed the same."""
         if (manifest.request_id, manifest.epoch) != (grant.request_id, grant.epoch):
             raise StaleEpochError("the grant belongs to another attempt")
         layout, kv_slice = self._layout, grant.kv_slice
@@ -214,5 +204,4 @@ class KvSender:
         view = PoolView.over(self._pool.tensor, layout, kv_slice)
         if grant.total_bytes != len(manifest.block_ids) * view.block_bytes:
             raise TransferError("the grant is not for exactly the bytes of the manifest")
-        chunks = split_transfer(kv_slice.num_layers, len(manifest.block_ids), view.layer_block_bytes, grant.chunk_bytes)
-        return chunks, view
+        return BlockTransfer(view, manifest.block_ids, grant.chunk_bytes)

@@ -12,7 +12,7 @@ import torch
 from tandem.core.errors import TransferError
 from tandem.core.kv_layout import KvLayout
 from tandem.core.transfer import KvSlice, LinkReply
-from tandem.kv_transfer.blocks import BlockViews, PoolView, TransferChunk, WriteFence, copy_blocks, gather_checksum
+from tandem.kv_transfer.blocks import BlockTransfer, BlockViews, PoolView, WriteFence, copy_blocks
 from tandem.kv_transfer.descriptors import fetch_descriptor
 from tandem.kv_transfer.owner_thread import OwnerThread
 from tandem.kv_transfer.pool import map_read_only
@@ -53,24 +53,20 @@ class SharedMemoryLink:
         return link
 
     async def copy(
-        self,
-        source_ids: Sequence[int],
-        destination: BlockViews,
-        destination_ids: Sequence[int],
-        fence: WriteFence,
+        self, source_ids: Sequence[int], destination: BlockViews, block_ids: Sequence[int], fence: WriteFence
     ) -> None:
         """Copy blocks of the source's pool to `destination`. Raises TransferError once the fence is closed."""
 
         def job() -> None:
             if self._source is None:
                 raise TransferError("the KV link is broken")
-            copy_blocks(self._source, source_ids, destination, destination_ids, fence)
+            copy_blocks(self._source, source_ids, destination, block_ids, fence)
 
         await self._run(job)
 
-    async def checksum(self, view: PoolView, block_ids: Sequence[int], chunks: Sequence[TransferChunk]) -> int:
+    async def checksum(self, transfer: BlockTransfer) -> int:
         """CRC-32 of blocks that have been copied."""
-        return await self._run(lambda: gather_checksum(view, block_ids, chunks))
+        return await self._run(transfer.checksum)
 
     def close(self) -> None:
         """Unmap the source after the job under way. Does not wait."""

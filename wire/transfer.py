@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import grpc
@@ -51,18 +51,10 @@ class KvTransferClient:
     def __init__(self, channel: grpc.aio.Channel, instance_id: str, token: str | None = None) -> None:
         self._metadata = token_metadata(token)
         self._stub = transfer_pb2_grpc.KvTransferServiceStub(channel)
-        self._instance_id = instance_id
-        self._is_gone = False
-        self._calls = 0  # unary ones and link-ups under way
-        self._links: dict[str, asyncio.Task[None]] = {}  # each reads its `Link` stream, and ends with the stream
-
-    @property
-    def instance_id(self) -> str:
-        return self._instance_id
-
-    @property
-    def is_gone(self) -> bool:
-        return self._is_gone
+        self.instance_id = instance_id
+        self.is_gone = False
+        self._calls = 0  # under way
+        self._links: dict[str, asyncio.Task[None]] = {}  # each task reads its `Link` stream, and ends with the stream
 
     @property
     def in_use(self) -> bool:
@@ -85,11 +77,10 @@ class KvTransferClient:
                 transport = _TRANSPORT_FROM_PB.get(reply.transport) if reply is not grpc.aio.EOF else None
                 if transport is None:
                     raise TransferError("the prefill worker's answer names no transport")
-            except TimeoutError as error:
+            except BaseException as error:
                 call.cancel()
-                raise DeadlineError("the prefill worker did not answer in time") from error
-            except BaseException:
-                call.cancel()
+                if isinstance(error, TimeoutError):
+                    raise DeadlineError("the prefill worker did not answer in time") from error
                 raise
         reading = asyncio.create_task(self._read_to_end(call), name=f"kv-link-{reply.link_id}")
         self._links[reply.link_id] = reading
@@ -203,8 +194,21 @@ class KvTransferClient:
             self._calls -= 1
 
     def _gone(self) -> PeerGoneError:
-        self._is_gone = True
+        self.is_gone = True
         return PeerGoneError("the prefill worker cannot be reached")
+
+
+def _answering(method: Callable[..., Awaitable[Reply]]) -> Callable[..., Awaitable[Reply]]:
+    """A servicer's method whose TandemErrors end the call with their status."""
+
+    @wraps(method)
+    async def answer(servicer: "KvTransferServicer", request: Any, context: Any) -> Reply:
+        try:
+            return await method(servicer, request, context)
+        except TandemError as error:
+            await abort(context, error)
+
+    return answer
 
 
 class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
@@ -216,20 +220,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         self._clock = clock
 
     async def Link(self, request: transfer_pb2.LinkRequest, context: Any) -> AsyncIterator[transfer_pb2.LinkResponse]:
-        async def respond() -> LinkReply:
-            _check_names(request.instance_id, request.fingerprint, request.boot_id)
-            _require(len(request.transports) <= MAX_TRANSPORTS, "too many transports are offered")
-            offer = LinkOffer(
-                instance_id=request.instance_id,
-                fingerprint=request.fingerprint,
-                host=HostIdentity(request.boot_id, request.uid),
-                transports=tuple(
-                    _TRANSPORT_FROM_PB[transport] for transport in request.transports if transport in _TRANSPORT_FROM_PB
-                ),
-            )
-            return await self._links.link(offer)
-
-        reply = await _respond(context, respond)
+        reply = await self._link(request, context)
         try:
             yield transfer_pb2.LinkResponse(
                 link_id=reply.link_id,
@@ -244,88 +235,76 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         finally:
             self._links.unlink(reply.link_id)
 
+    @_answering
+    async def _link(self, request: transfer_pb2.LinkRequest, _: Any) -> LinkReply:
+        _check_names(request.instance_id, request.fingerprint, request.boot_id)
+        _require(len(request.transports) <= MAX_TRANSPORTS, "too many transports are offered")
+        known = [_TRANSPORT_FROM_PB[number] for number in request.transports if number in _TRANSPORT_FROM_PB]
+        host = HostIdentity(request.boot_id, request.uid)
+        return await self._links.link(LinkOffer(request.instance_id, request.fingerprint, host, tuple(known)))
+
+    @_answering
     async def Pull(self, request: transfer_pb2.PullRequest, context: Any) -> transfer_pb2.PullResponse:
-        async def respond() -> transfer_pb2.PullResponse:
-            manifest = await self._manifest(request.request_id, request.epoch, context)
-            return transfer_pb2.PullResponse(
-                request_id=manifest.request_id,
-                epoch=manifest.epoch,
-                num_tokens=manifest.num_tokens,
-                token_hash=manifest.token_hash,
-                block_ids=manifest.block_ids,
-                fingerprint=manifest.fingerprint,
-                bytes_per_layer=manifest.bytes_per_layer,
-                first_token=sampled_to_pb(manifest.first_token),
-            )
+        manifest = await self._manifest(request.request_id, request.epoch, context)
+        return transfer_pb2.PullResponse(
+            request_id=manifest.request_id,
+            epoch=manifest.epoch,
+            num_tokens=manifest.num_tokens,
+            token_hash=manifest.token_hash,
+            block_ids=manifest.block_ids,
+            fingerprint=manifest.fingerprint,
+            bytes_per_layer=manifest.bytes_per_layer,
+            first_token=sampled_to_pb(manifest.first_token),
+        )
 
-        return await _respond(context, respond)
-
+    @_answering
     async def Grant(self, request: transfer_pb2.GrantRequest, context: Any) -> transfer_pb2.GrantResponse:
-        async def respond() -> transfer_pb2.GrantResponse:
-            _check_names(request.link_id)
-            manifest = await self._manifest(request.request_id, request.epoch, context)
-            grant = Grant(
-                link_id=request.link_id,
-                request_id=request.request_id,
-                epoch=request.epoch,
-                sequence=request.sequence,
-                kv_slice=KvSlice(request.layer_begin, request.layer_end, request.head_begin, request.head_end),
-                total_bytes=request.total_bytes,
-                chunk_bytes=request.chunk_bytes,
-                checksum=request.checksum,
-            )
-            reply = await self._links.send(grant, manifest)
-            return transfer_pb2.GrantResponse(sent_bytes=reply.sent_bytes, checksum=reply.checksum)
+        _check_names(request.link_id)
+        manifest = await self._manifest(request.request_id, request.epoch, context)
+        grant = Grant(
+            link_id=request.link_id,
+            request_id=request.request_id,
+            epoch=request.epoch,
+            sequence=request.sequence,
+            kv_slice=KvSlice(request.layer_begin, request.layer_end, request.head_begin, request.head_end),
+            total_bytes=request.total_bytes,
+            chunk_bytes=request.chunk_bytes,
+            checksum=request.checksum,
+        )
+        reply = await self._links.send(grant, manifest)
+        return transfer_pb2.GrantResponse(sent_bytes=reply.sent_bytes, checksum=reply.checksum)
 
-        return await _respond(context, respond)
+    @_answering
+    async def Acknowledge(self, request: transfer_pb2.AcknowledgeRequest, _: Any) -> transfer_pb2.AcknowledgeResponse:
+        _check_names(request.request_id)
+        owned = await self._holder.acknowledge(request.request_id, request.epoch)
+        return transfer_pb2.AcknowledgeResponse(owned=owned)
 
-    async def Acknowledge(
-        self, request: transfer_pb2.AcknowledgeRequest, context: Any
-    ) -> transfer_pb2.AcknowledgeResponse:
-        async def respond() -> transfer_pb2.AcknowledgeResponse:
-            _check_names(request.request_id)
-            owned = await self._holder.acknowledge(request.request_id, request.epoch)
-            return transfer_pb2.AcknowledgeResponse(owned=owned)
-
-        return await _respond(context, respond)
-
+    @_answering
     async def RendezvousSet(
-        self, request: transfer_pb2.RendezvousSetRequest, context: Any
+        self, request: transfer_pb2.RendezvousSetRequest, _: Any
     ) -> transfer_pb2.RendezvousSetResponse:
-        async def respond() -> transfer_pb2.RendezvousSetResponse:
-            _check_names(request.link_id, request.key)
-            await self._links.rendezvous_set(request.link_id, request.key, request.value)
-            return transfer_pb2.RendezvousSetResponse()
+        _check_names(request.link_id, request.key)
+        await self._links.rendezvous_set(request.link_id, request.key, request.value)
+        return transfer_pb2.RendezvousSetResponse()
 
-        return await _respond(context, respond)
-
+    @_answering
     async def RendezvousGet(
         self, request: transfer_pb2.RendezvousGetRequest, context: Any
     ) -> transfer_pb2.RendezvousGetResponse:
-        async def respond() -> transfer_pb2.RendezvousGetResponse:
-            _check_names(request.link_id, request.key)
-            timeout_s = _remaining_s(context)
-            value = await self._links.rendezvous_get(request.link_id, request.key, timeout_s)
-            return transfer_pb2.RendezvousGetResponse(value=value)
-
-        return await _respond(context, respond)
+        _check_names(request.link_id, request.key)
+        value = await self._links.rendezvous_get(request.link_id, request.key, _remaining_s(context))
+        return transfer_pb2.RendezvousGetResponse(value=value)
 
     async def _manifest(self, request_id: str, epoch: int, context: Any) -> Manifest:
         _check_names(request_id)
         return await self._holder.manifest(request_id, epoch, self._clock.now_s() + _remaining_s(context))
 
 
-async def _respond(context: Any, respond: Callable[[], Awaitable[Reply]]) -> Reply:
-    try:
-        return await respond()
-    except TandemError as error:
-        await abort(context, error)
-
-
 def _remaining_s(context: Any) -> float:
     remaining_s: float | None = context.time_remaining()
-    _require(remaining_s is not None, "the call needs a deadline")
-    assert remaining_s is not None
+    if remaining_s is None:
+        raise InvalidRequestError("the call needs a deadline")
     return remaining_s
 
 

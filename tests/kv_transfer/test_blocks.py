@@ -13,7 +13,7 @@ from tandem.core.errors import TransferError
 from tandem.core.kv_layout import KvLayout
 from tandem.core.transfer import KvSlice
 from tandem.kv_transfer import blocks
-from tandem.kv_transfer.blocks import PoolView, WriteFence, copy_blocks, gather_checksum, split_transfer
+from tandem.kv_transfer.blocks import BlockTransfer, PoolView, WriteFence, copy_blocks, split_transfer
 
 block_lists = st.integers(1, 12).flatmap(
     lambda count: st.tuples(*[st.permutations(range(16)).map(lambda ids, count=count: ids[:count]) for _ in range(2)])
@@ -24,7 +24,7 @@ block_lists = st.integers(1, 12).flatmap(
 def test_chunks_cover_the_transfer_once_and_stay_small(layers: int, count: int, row: int, limit: int) -> None:
     covered = torch.zeros(layers, count, dtype=torch.int32)
     for chunk in split_transfer(layers, count, row, limit):
-        area = covered[chunk.layer_begin : chunk.layer_end, chunk.block_begin : chunk.block_end]
+        area = covered[chunk.layers.start : chunk.layers.stop, chunk.blocks.start : chunk.blocks.stop]
         assert area.numel() > 0
         assert area.numel() * row <= max(limit, row)
         area.add_(1)
@@ -77,15 +77,14 @@ def test_a_slice_is_copied_and_nothing_else(
     assert torch.equal(destination, expected)
 
     destination.zero_()  # the same by way of a staging buffer
-    chunks = split_transfer(
-        kv_slice.num_layers, len(lists[0]), from_view.layer_block_bytes, data.draw(st.integers(1, 4096))
-    )
-    staging = torch.empty(max(map(from_view.chunk_bytes, chunks)), dtype=torch.uint8)
-    for chunk in chunks:
-        from_view.gather(chunk, torch.tensor(lists[0]), staging)
-        to_view.scatter(chunk, torch.tensor(lists[1]), staging)
+    limit = data.draw(st.integers(1, 4096))
+    leaving, arriving = BlockTransfer(from_view, lists[0], limit), BlockTransfer(to_view, lists[1], limit)
+    assert leaving.chunks == arriving.chunks
+    staging = torch.empty(leaving.staging_bytes, dtype=torch.uint8)
+    for chunk in leaving.chunks:
+        arriving.scatter(chunk, leaving.gather(chunk, staging))
     assert torch.equal(destination, expected)
-    assert gather_checksum(from_view, lists[0], chunks) == gather_checksum(to_view, lists[1], chunks)
+    assert leaving.checksum() == arriving.checksum()
 
 
 def test_big_blocks_are_cut_into_views() -> None:
@@ -102,10 +101,10 @@ def test_checksum_sees_one_flipped_bit() -> None:
     layout = KvLayout(2, 16, 2, 4, 8, "bfloat16", "w")
     source, _ = pools(layout)
     view = PoolView.over(source, layout, KvSlice(0, 2, 0, 2))
-    chunks = split_transfer(2, 3, view.layer_block_bytes, 100)
-    before = gather_checksum(view, [1, 2, 3], chunks)
+    transfer = BlockTransfer(view, [1, 2, 3], 100)
+    before = transfer.checksum()
     source[(2 * layout.num_blocks + 2) * layout.segment_bytes + 5] ^= 1
-    assert gather_checksum(view, [1, 2, 3], chunks) != before
+    assert transfer.checksum() != before
 
 
 async def test_nothing_is_written_after_the_fence_is_closed() -> None:

@@ -33,9 +33,8 @@ from tandem.core.transfer import (
     Transport,
 )
 from tandem.kv_transfer import receiver as receiver_module
-from tandem.kv_transfer import sender as sender_module
 from tandem.kv_transfer import shared_memory_link
-from tandem.kv_transfer.blocks import BlockViews, PoolView, WriteFence
+from tandem.kv_transfer.blocks import BlockTransfer, BlockViews, WriteFence
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import host_identity
 from tandem.kv_transfer.process_groups import GlooGroup
@@ -478,7 +477,7 @@ async def test_an_unexpected_error_of_a_transfer_is_retryable(
         prefill.holder.finish("r", 0, [1])
         with monkeypatch.context() as patch:
             patch.setattr(shared_memory_link, "copy_blocks", fail)
-            patch.setattr(PoolView, "scatter", fail)
+            patch.setattr(BlockTransfer, "scatter", fail)
             with pytest.raises(TransferError):
                 await fetch(prefill, receiver, [1])
         await fetch(prefill, receiver, [1])
@@ -523,14 +522,14 @@ async def test_a_grant_that_was_refused_does_not_break_the_later_ones(
 
 
 async def test_a_cancelled_checksum_leaves_the_link_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    pause, gather = Pause(), sender_module.gather_checksum
+    pause, checksum = Pause(), BlockTransfer.checksum
 
-    def paused(*arguments: object) -> int:
+    def paused(transfer: BlockTransfer) -> int:
         if not pause.reached.is_set():
-            pause.here()
-        return gather(*arguments)  # type: ignore[arg-type]
+            pause.here()  # on the prefill side
+        return checksum(transfer)
 
-    monkeypatch.setattr(sender_module, "gather_checksum", paused)
+    monkeypatch.setattr(BlockTransfer, "checksum", paused)
     async with (
         serve_prefill() as prefill,
         receiving(transport=Transport.SHARED_MEMORY, checksum=True) as (receiver, _),

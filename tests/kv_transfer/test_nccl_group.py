@@ -8,9 +8,9 @@ import torch
 from tandem.core.errors import TransferError
 from tandem.core.kv_layout import KvLayout
 from tandem.core.transfer import KvSlice
-from tandem.kv_transfer.blocks import PoolView, WriteFence, split_transfer
+from tandem.kv_transfer.blocks import BlockTransfer, PoolView, WriteFence
 from tandem.kv_transfer.nccl_group import NcclGroup
-from tandem.kv_transfer.process_groups import DECODE_RANK, PREFILL_RANK, StagingBuffers, receive_chunks, send_chunks
+from tandem.kv_transfer.process_groups import DECODE_RANK, PREFILL_RANK, receive_chunks, send_chunks
 from tandem.kv_transfer.rendezvous import LocalRendezvousStore
 
 pytestmark = [
@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 LAYOUT = KvLayout(8, 64, 4, 16, 64, "bfloat16", "w")
-PORTION = KvSlice(0, 8, 0, 4)
+KV_SLICE = KvSlice(0, 8, 0, 4)
 
 
 @pytest.fixture
@@ -40,19 +40,20 @@ def ranks() -> list[NcclGroup]:
 def test_blocks_arrive_equal(ranks: list[NcclGroup]) -> None:
     source = torch.randint(0, 256, (LAYOUT.pool_bytes,), dtype=torch.uint8, device="cuda:0")
     target = torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8, device="cuda:1")
-    from_view, to_view = (PoolView.over(pool, LAYOUT, PORTION) for pool in (source, target))
+    from_view, to_view = (PoolView.over(pool, LAYOUT, KV_SLICE) for pool in (source, target))
     theirs, ours = [3, 9, 1, 60], [0, 63, 5, 6]
-    chunks = split_transfer(LAYOUT.num_layers, len(ours), from_view.layer_block_bytes, 100_000)
+    leaving, arriving = BlockTransfer(from_view, theirs, 100_000), BlockTransfer(to_view, ours, 100_000)
     sent: list[int] = []
 
+    def staging(rank: NcclGroup) -> list[torch.Tensor]:
+        return [torch.empty(100_000, dtype=torch.uint8, device=rank.device) for _ in range(2)]
+
     def send() -> None:
-        staging = StagingBuffers(100_000, ranks[0].device)
-        sent.append(send_chunks(ranks[0], from_view, theirs, chunks, staging, timeout_s=30.0, checksum=True))
+        sent.append(send_chunks(ranks[0], leaving, staging(ranks[0]), timeout_s=30.0, checksum=True))
 
     sender = threading.Thread(target=send)
     sender.start()
-    staging = StagingBuffers(100_000, ranks[1].device)
-    received = receive_chunks(ranks[1], to_view, ours, chunks, staging, WriteFence(), timeout_s=30.0, checksum=True)
+    received = receive_chunks(ranks[1], arriving, staging(ranks[1]), WriteFence(), timeout_s=30.0, checksum=True)
     sender.join()
     assert sent == [received]
     assert torch.equal(to_view.words[:, :, ours].cpu(), from_view.words[:, :, theirs].cpu())
