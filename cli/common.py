@@ -25,7 +25,7 @@ Settings = Annotated[
         "--set",
         default_factory=list,
         show_default=False,
-        help="replace a setting of the file: SETTING=VALUE, e.g. decode.instances=2; may be given several times",
+        help="replace a setting of the file (SETTING=VALUE); may be given several times",
     ),
 ]
 Pid = Annotated[int | None, typer.Option(help="which `tandem serve`, when several run (default: the only one)")]

@@ -41,10 +41,11 @@ def print_rich(*parts: RenderableType) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
-    """Columns without lines, two spaces apart; a terminal that is too narrow folds cells."""
+    """Columns without lines, two spaces apart. A narrow terminal wraps cells of several words, or else folds names."""
     columns = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
-    for name in header:
-        columns.add_column(name, overflow="fold")
+    has_words = [any(" " in str(cell) for cell in cells) for cells in zip(*rows, strict=True)]
+    for name, wraps in zip(header, has_words, strict=True):
+        columns.add_column(name, overflow="fold", no_wrap=any(has_words) and not wraps)
     for row in rows:
         columns.add_row(*row)
     return columns

@@ -1,6 +1,8 @@
 """The commands without a cluster: help, wrong use, and what they say when nothing runs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,16 @@ def test_no_traceback_unless_asked_for(capsys: pytest.CaptureFixture[str]) -> No
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     assert capsys.readouterr().out.startswith("tandem ")
+
+
+def test_a_reader_that_has_gone_is_no_fault() -> None:
+    code = "import sys; from tandem.cli.main import main; sys.exit(main(['schema', 'slo']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert process.stderr.read() == b""
 
 
 def test_help_loads_none_of_the_libraries_that_a_command_needs() -> None:

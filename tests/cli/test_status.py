@@ -177,3 +177,12 @@ def test_lines_for_a_pipe_are_not_cut(capsys: pytest.CaptureFixture[str], monkey
     assert "decode-" + 200 * "x" + "  ready" in text
     assert "\033" not in text
     assert not any(line.endswith(" ") for line in text.splitlines())
+
+
+def test_a_narrow_terminal_keeps_names_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setenv("COLUMNS", "90")
+    monkeypatch.setattr("sys.stdout", terminal)
+    print_rich(*as_parts(RUN, replace(FLEET, instances=(instance(Role.DECODE, instance_id="decode-9d780110"),))))
+    assert "decode-9d780110" in terminal.getvalue()
+    assert "127.0.0.1:4000" in terminal.getvalue()
