@@ -1,17 +1,22 @@
-"""What a router and a worker say to each other, as values. `wire` turns them into messages and back.
+"""What a router and an instance say to each other, as values. `wire` turns them into messages and back.
 
-A router keeps one session (a two-way stream) open to each worker. A `handle` is a number the router chooses, unique in
-the session, that names one attempt of one request. When the session ends, the worker drops all its requests: a router
-that dies leaves no orphans.
+A router keeps one session (a two-way stream) open to each instance. A `handle` is a number that the router chooses, unique in the
+session, and names one attempt of one request. When the session ends, the instance drops all requests of that session.
 
-    prefill session                                     decode session
-    router            prefill worker                    router            decode worker
-      | SubmitPrefill ->|                                 | OpenDecode  -> |  queue, reserve blocks
-      |<- PrefillStarted|  late binding: the router       |<- DecodeReserved
-      |                 |  now opens the decode           |                |  pull the KV, verify, acknowledge
-      |<- PrefillFinished  first token, KV held           |<- TransferCommitted
-      | Cancel        ->|  drops it in any phase          |<- DecodeFrame  |  one per step, all requests' new tokens
-      |<- RequestFailed |                                 | Cancel       ->|  drops it in any phase
+    Submit                     kv      hand_over   the instance
+    prefill for another        None    True        computes the prompt, holds the KV for the reader
+    decode                     source  False       fetches the KV, decodes
+    both phases here           None    False       computes the prompt, decodes
+
+    router                 instance                        router                 instance
+      | Submit(hand_over) -> |                               | Submit(kv) --------> |  queue, reserve blocks
+      |<- PrefillStarted     |  the router now chooses       |<- KvReserved         |
+      |                      |  where to decode              |                      |  fetch the KV, verify, acknowledge
+      |<- PrefillFinished    |  first token, KV held         |<- TransferCommitted  |
+      | Cancel ------------> |  dropped in any phase         |<- TokenFrame         |  one a step, new tokens of all requests
+      |<- RequestFailed      |                               | Cancel ------------> |  dropped in any phase
+
+A request with both phases on one instance gets PrefillStarted, PrefillFinished and then frames.
 """
 
 from dataclasses import dataclass
@@ -21,8 +26,11 @@ from tandem.core.request import FinishReason, GenerationRequest, SampledToken, T
 
 
 class Role(Enum):
+    """Which requests an instance gets. An instance changes its role by configuration."""
+
     PREFILL = "prefill"
     DECODE = "decode"
+    COLOCATED = "colocated"
 
 
 class InstanceState(Enum):
@@ -33,44 +41,56 @@ class InstanceState(Enum):
     DRAINING = "draining"
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Drop the request in whatever phase it is, and free all that it holds. Unknown handles are ignored."""
-
-    handle: int
+# --- commands --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class RequestFailed:
-    """The attempt ended with an error; the worker has freed all that it held."""
+class KvSource:
+    """The instance that computes the KV of an attempt. The address comes from the fleet, never from a client."""
 
-    handle: int
-    code: str
-    message: str
-
-
-# --- prefill session -------------------------------------------------------------------------------------------------
+    instance_id: str
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
-class SubmitPrefill:
-    """`request.deadline_s` travels as a remaining time."""
+class Submit:
+    """Work on an attempt. `request.deadline_s` travels as a remaining time.
+
+    `kv` None: the instance computes the prompt. `hand_over`: the KV of the prompt is then held for another instance.
+    """
 
     handle: int
     request: GenerationRequest
+    kv: KvSource | None = None
+    hand_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Drop the attempt in any phase, and free all that it holds. Unknown handles are ignored."""
+
+    handle: int
+
+
+SessionCommand = Submit | Cancel
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillStarted:
+    """The first chunk of the prompt is in a step."""
+
     handle: int
     num_cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillFinished:
-    """The first token of the attempt. `finish_reason` is set when it is also the last: then no KV is held.
+    """The first token of the attempt. `finish_reason` is set when this token is the last one: then no KV is held.
 
-    `queue_s` ran from the command's arrival to the first chunk's step, `compute_s` from there to the token.
+    `compute_s` ran from the first chunk's step to the token.
     """
 
     handle: int
@@ -78,40 +98,19 @@ class PrefillFinished:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
     finish_reason: FinishReason | None
     num_cached_tokens: int
-    queue_s: float
     compute_s: float
 
 
-PrefillCommand = SubmitPrefill | Cancel
-PrefillEvent = PrefillStarted | PrefillFinished | RequestFailed
-
-
-# --- decode session --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
-class KvSource:
-    """Where the KV of an attempt is computed. The address comes from the fleet registry, never from a client."""
+class KvReserved:
+    """The instance has blocks for KV that comes from elsewhere."""
 
-    instance_id: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class OpenDecode:
-    handle: int
-    request: GenerationRequest
-    source: KvSource
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeReserved:
     handle: int
 
 
 @dataclass(frozen=True, slots=True)
 class TransferCommitted:
-    """The KV has arrived whole and is owned by decode. `transfer_s` is the copy and its acknowledgement."""
+    """The KV has arrived whole and is owned by the reader. `transfer_s` is the copy and its acknowledgement."""
 
     handle: int
     transfer_s: float
@@ -120,8 +119,11 @@ class TransferCommitted:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeTokens:
-    """New tokens of one request. `queue_s` (first frame of a request only) ran from commit to its first step."""
+class NewTokens:
+    """Tokens of one request, after the first one of the attempt.
+
+    `queue_s`, in the first frame after a transfer only, ran from the commit to the step.
+    """
 
     handle: int
     tokens: tuple[SampledToken, ...]
@@ -130,15 +132,22 @@ class DecodeTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeFrame:
-    """What one step brought for one router."""
+class TokenFrame:
+    """The new tokens of one step, for one router."""
 
-    items: tuple[DecodeTokens, ...]
-    step_s: float
+    items: tuple[NewTokens, ...]
 
 
-DecodeCommand = OpenDecode | Cancel
-DecodeEvent = DecodeReserved | TransferCommitted | DecodeFrame | RequestFailed
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """The attempt ended with an error; the instance has freed all that it held."""
+
+    handle: int
+    code: str
+    message: str
+
+
+SessionEvent = PrefillStarted | PrefillFinished | KvReserved | TransferCommitted | TokenFrame | RequestFailed
 
 
 # --- heartbeat -------------------------------------------------------------------------------------------------------
@@ -152,7 +161,7 @@ class BlockCounts:
     free: int
     running: int  # of sequences being computed, or reserved for an arriving one
     cached: int  # of the prefix cache alone, reclaimable
-    leased: int  # computed, waiting for decode to fetch them
+    leased: int  # computed, held for a reader
     leaked: int = 0
 
 
@@ -170,10 +179,12 @@ class LinkStats:
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """What a worker tells every router once per heartbeat.
+    """What an instance tells every router once per heartbeat.
 
-    `instance_id` is new at each start of the process, so that a restarted worker is never mistaken for the old one.
-    `fingerprint` is the KV layout's: only equal ones can be paired.
+    `instance_id` is new at each start of the process, so that a restarted instance is never mistaken for the old one.
+    `fingerprint` is the KV layout's: only instances with equal ones can be paired.
+    `uncomputed_tokens` are prompt tokens that wait to be computed; `unreserved_tokens` are of requests whose KV comes from
+    another instance and which have no blocks for it yet.
     """
 
     instance_id: str
@@ -187,7 +198,8 @@ class InstanceStatus:
     blocks: BlockCounts
     waiting_requests: int
     running_requests: int
-    waiting_tokens: int
+    uncomputed_tokens: int
+    unreserved_tokens: int
     steps: int = 0
     step_s: float = 0.0
     computed_tokens: int = 0
