@@ -147,6 +147,9 @@ class RouterSection(_Frozen):
     control: Address = Field(default="127.0.0.1:8002", description="Where workers report; never for clients")
     request_timeout_s: float = Field(default=600.0, gt=0, description="Deadline of a request that names none")
     max_queue: int = Field(default=1024, ge=1, description="Requests in the router before it refuses more")
+    max_outstanding_tokens: int | None = Field(
+        default=None, ge=1, description="Prompt tokens that an instance may have to compute before requests wait here"
+    )
     max_body: Bytes = 8 << 20
     reflection: bool = True
     resume: bool = Field(default=True, description="Continue on another worker when one is lost mid-stream")

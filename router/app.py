@@ -24,18 +24,16 @@ from tandem.core.config import RouterConfig
 from tandem.core.replanning import ReplanStatus
 from tandem.core.session import InstanceStatus
 from tandem.core.workload_profile import ProfileSnapshot, WorkloadProfile
-from tandem.router.choices import LoadChooser
 from tandem.router.completion import TextService
-from tandem.router.dispatch import Dispatcher, DispatchLimits
-from tandem.router.fleet import Fleet
+from tandem.router.dispatch import Dispatcher
 from tandem.router.http_app import HttpApp
 from tandem.router.http_server import HttpServer
 from tandem.router.metrics import Metrics
 from tandem.router.profile import ProfileObserver
 from tandem.router.records import RequestLog
-from tandem.router.running import RetryPolicy
 from tandem.router.tokenizer import TextTokenizer
 from tandem.router.worker_sessions import GrpcSessions
+from tandem.scheduling.routing_machine import RoutingSettings
 from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
 from tandem.wire.fleet import FleetDescription, FleetServicer
 from tandem.wire.inference import InferenceServicer
@@ -51,25 +49,22 @@ _FLUSH_S = 2.0  # for complete responses that are still being sent
 class FleetRegistry:
     """Heartbeats and questions of the control port, on the router's state. Implements `wire.fleet.Registry`."""
 
-    def __init__(
-        self, model: str, fleet: Fleet, dispatcher: Dispatcher, profile: WorkloadProfile, clock: Clock
-    ) -> None:
+    def __init__(self, model: str, dispatcher: Dispatcher, profile: WorkloadProfile, clock: Clock) -> None:
         self.replan: ReplanStatus | None = None
         self._model = model
-        self._fleet = fleet
         self._dispatcher = dispatcher
         self._profile = profile
         self._clock = clock
         self._started_s = clock.now_s()
 
     def heartbeat(self, status: InstanceStatus) -> None:
-        self._fleet.heartbeat(status)
+        self._dispatcher.fleet.heartbeat(status)
 
     def describe(self) -> FleetDescription:
         return FleetDescription(
             model=self._model,
             uptime_s=self._clock.now_s() - self._started_s,
-            instances=tuple(instance.status for instance in self._fleet.instances),
+            instances=tuple(instance.status for instance in self._dispatcher.fleet.instances),
             running_requests=self._dispatcher.running_requests,
             queued_requests=self._dispatcher.queued_requests,
             replan=self.replan,
@@ -102,25 +97,24 @@ class RouterApp:
         settings = config.router
         self._metrics = Metrics()
         self.log = RequestLog()
-        self._fleet = Fleet(
+        profile = WorkloadProfile(window_s=settings.profile_window_s, random=Random(), now_s=self._clock.now_s())
+        observer = ProfileObserver(profile)
+        self._dispatcher = Dispatcher(
             model=config.served_name,
             opener=GrpcSessions(config.cluster_token, self._clock),
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             clock=self._clock,
-        )
-        profile = WorkloadProfile(window_s=settings.profile_window_s, random=Random(), now_s=self._clock.now_s())
-        observer = ProfileObserver(profile)
-        self._dispatcher = Dispatcher(
-            fleet=self._fleet,
-            chooser=LoadChooser(self._fleet),
-            clock=self._clock,
-            limits=DispatchLimits(max_queue=settings.max_queue, request_timeout_s=settings.request_timeout_s),
-            retry=RetryPolicy(resume=settings.resume),
+            routing=RoutingSettings(
+                max_queue=settings.max_queue,
+                resume=settings.resume,
+                max_outstanding_tokens=settings.max_outstanding_tokens,
+            ),
+            request_timeout_s=settings.request_timeout_s,
             observers=(self._metrics.requests, self.log, observer),
             arrivals=observer,
         )
-        self._registry = FleetRegistry(config.served_name, self._fleet, self._dispatcher, profile, self._clock)
-        self._metrics.watch(self._fleet, self._dispatcher)
+        self._registry = FleetRegistry(config.served_name, self._dispatcher, profile, self._clock)
+        self._metrics.watch(self._dispatcher)
         self._metrics.watch_replanning(lambda: self._registry.replan)
 
     async def start(self) -> None:
@@ -171,7 +165,7 @@ class RouterApp:
             on_refusal=(self._metrics.requests.refused, self.log.refused),
         )
         # The stack closes in reverse order: the fleet ends last, the control port after the ports for clients.
-        self._spawn(self._fleet.run(), "fleet")
+        self._spawn(self._dispatcher.fleet.run(), "fleet")
         control, control_health = build_server(config.cluster_token)
         worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self._registry), control)
         self.control_address = bind(control, settings.control)

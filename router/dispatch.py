@@ -1,57 +1,76 @@
-"""Accepts requests in token ids and runs each on a pair of workers: the token side of the router."""
+"""The token side of the router: accepts requests in token ids, and carries out what the routing machine decides.
+
+consumer --start, aclose--> Dispatcher --submitted, cancelled--> RoutingMachine
+   ^                         ^      |                                 |
+   | tokens                  |      +---- commands --> Fleet          | submit, cancel, end
+RunningRequest <-------------+<------------ events --- Fleet          |
+                             +<---------------------------------------+
+"""
 
 import asyncio
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from tandem.core.clock import Clock
-from tandem.core.errors import (
-    DeadlineError,
-    DuplicateRequestError,
-    OverloadedError,
-    TandemError,
-    UnavailableError,
+from tandem.core.errors import DuplicateRequestError, TandemError, UnavailableError, error_from_code
+from tandem.core.request import FinishReason, GenerationRequest
+from tandem.core.session import (
+    Cancel,
+    KvReserved,
+    KvSource,
+    NewTokens,
+    PrefillFinished,
+    PrefillStarted,
+    RequestFailed,
+    SessionEvent,
+    Submit,
+    TokenFrame,
 )
-from tandem.core.request import GenerationRequest
-from tandem.router.choices import Chosen, LoadChooser
 from tandem.router.fleet import Fleet
-from tandem.router.instances import Instance
-from tandem.router.records import ArrivalObserver, RequestObserver, RequestRecord
-from tandem.router.running import RetryPolicy, RunningRequest
+from tandem.router.records import ArrivalObserver, RequestObserver
+from tandem.router.running import RunningRequest
+from tandem.scheduling.prefix_index import block_hashes
+from tandem.scheduling.routed_request import Attempt, RoutedRequest
+from tandem.scheduling.routing import Selection
+from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
 
-
-@dataclass(frozen=True, slots=True)
-class DispatchLimits:
-    """`max_queue` counts all requests in the router; `request_timeout_s` is the deadline of one that names none."""
-
-    max_queue: int = 1024
-    request_timeout_s: float = 600.0
+if TYPE_CHECKING:
+    from tandem.router.worker_sessions import GrpcSessions
 
 
 class Dispatcher:
-    """Implements `core.generation.TokenGenerator`. Used on one event loop only."""
+    """Implements `core.generation.TokenGenerator` and `RoutingDriver`. Used on one event loop only."""
 
     def __init__(
         self,
         *,
-        fleet: Fleet,
-        chooser: LoadChooser,
+        model: str,
+        opener: "GrpcSessions",
+        heartbeat_timeout_s: float,
         clock: Clock,
-        limits: DispatchLimits,
-        retry: RetryPolicy,
+        routing: RoutingSettings,
+        request_timeout_s: float,
         observers: Sequence[RequestObserver] = (),
         arrivals: ArrivalObserver | None = None,
     ) -> None:
-        self.clock = clock
-        self.retry = retry
-        self.handles: Iterator[int] = itertools.count(1)
-        self._fleet = fleet
-        self._chooser = chooser
-        self._limits = limits
+        """`request_timeout_s` is the deadline of a request that names none."""
+        self.machine = RoutingMachine(self, routing)
+        self.fleet = Fleet(
+            model=model,
+            opener=opener,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            clock=clock,
+            machine=self.machine,
+            on_event=self.on_event,
+        )
+        self._clock = clock
+        self._request_timeout_s = request_timeout_s
         self._observers = tuple(observers)
         self._arrivals = arrivals
         self._running: dict[str, RunningRequest] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._all_ended.set()
@@ -60,63 +79,157 @@ class Dispatcher:
 
     @property
     def max_model_len(self) -> int:
-        if self._is_draining:
-            raise UnavailableError("the router is shutting down")
-        return self._fleet.pair_capacity_tokens()
+        return self.machine.capacity_tokens()
 
     def start(self, request: GenerationRequest, received_s: float) -> RunningRequest:
-        """Besides what `TokenGenerator` names, raises DeadlineError if the deadline has passed already."""
+        """Also raises DeadlineError if its deadline has passed already."""
+        now_s = self._clock.now_s()
         if self._arrivals is not None:
-            self._arrivals.arrived(self.clock.now_s())
+            self._arrivals.arrived(now_s)
         try:
-            self._admit(request)
-            if request.deadline_s == float("inf"):
-                request = replace(request, deadline_s=received_s + self._limits.request_timeout_s)
-            if request.deadline_s <= self.clock.now_s():
-                raise DeadlineError("the request's deadline has passed")
-            prefill = self.choose_prefill(request, frozenset())
+            return self._start(request, received_s, now_s)
         except TandemError as error:
             for observer in self._observers:
                 observer.refused(error)
             raise
-        running = RunningRequest(self, request, received_s)
-        self._running[request.request_id] = running
-        self._all_ended.clear()
-        running.start(prefill)
-        return running
 
-    def _admit(self, request: GenerationRequest) -> None:
+    def _start(self, request: GenerationRequest, received_s: float, now_s: float) -> RunningRequest:
+        request_id = request.request_id
         if self._is_draining:
             raise UnavailableError("the router is shutting down")
-        if request.request_id in self._running:
-            raise DuplicateRequestError(f"a request with the id '{request.request_id}' is running")
-        if len(self._running) >= self._limits.max_queue:
-            raise OverloadedError(f"the router already holds {self._limits.max_queue} requests; try again later")
-        self._fleet.check_length(len(request.token_ids))
+        if request_id in self._running:
+            raise DuplicateRequestError(f"a request with the id '{request_id}' is running")
+        if request.deadline_s == float("inf"):
+            request = replace(request, deadline_s=received_s + self._request_timeout_s)
+        self._running[request_id] = running = RunningRequest(self, request, received_s, now_s)
+        try:
+            running.routed = self.machine.submit(
+                request_id,
+                num_prompt_tokens=len(request.token_ids),
+                max_tokens=request.sampling.max_tokens,
+                deadline_s=request.deadline_s,
+                now_s=now_s,
+                name_blocks=partial(block_hashes, request.token_ids, salt=request.cache_salt),
+            )
+        except TandemError:
+            del self._running[request_id]
+            raise
+        self._all_ended.clear()
+        return running
 
-    # --- Desk --------------------------------------------------------------------------------------------------------
+    # --- RoutingDriver -----------------------------------------------------------------------------------------------
 
-    def choose_prefill(self, request: GenerationRequest, avoid: frozenset[str]) -> Chosen:
-        return self._chooser.choose_prefill(request, avoid)
+    def submit(self, attempt: Attempt, instance_id: str, source_id: str | None, selection: Selection | None) -> None:
+        running = self._running_of(attempt)
+        assert selection is not None, "this machine explains its decisions"
+        if source_id is None:
+            request = running.begin_attempt(attempt, instance_id, selection, self._clock.now_s())
+            command = Submit(attempt.handle, request, hand_over=attempt.hand_over)
+        else:
+            request = running.begin_decode(instance_id, selection)
+            source = KvSource(source_id, self.machine.instances[source_id].status.address)
+            command = Submit(attempt.handle, request, source)
+        self.fleet.send(instance_id, command)
 
-    def choose_decode(self, request: GenerationRequest, prefill: Instance, avoid: frozenset[str]) -> Chosen:
-        return self._chooser.choose_decode(request, prefill, avoid)
+    def cancel(self, attempt: Attempt, instance_id: str) -> None:
+        self.fleet.send(instance_id, Cancel(attempt.handle))
 
-    def ended(self, request: RunningRequest) -> None:
-        del self._running[request.request.request_id]
-        if not self._running:
-            self._all_ended.set()
+    def end(self, request: RoutedRequest, error: TandemError | None) -> None:
+        running = self._running[str(request.key)]
+        self._forget(running)
+        running.end(error)
 
-    def closed(self, record: RequestRecord) -> None:
+    def wake_at(self, time_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(0.0, time_s - self._clock.now_s())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer, time_s)
+
+    def _on_timer(self, time_s: float) -> None:
+        self._timer = None
+        self.machine.advance(max(time_s, self._clock.now_s()))  # an event loop's timer may be early by its resolution
+
+    # --- events of instances -----------------------------------------------------------------------------------------
+
+    def on_event(self, instance_id: str, event: SessionEvent) -> None:
+        """Those of attempts that have nothing at that instance any more are dropped."""
+        now_s = self._clock.now_s()
+        if isinstance(event, TokenFrame):
+            for item in event.items:
+                self._on_tokens(instance_id, item, now_s)
+            return
+        attempt = self.machine.find(instance_id, event.handle)
+        if attempt is None:
+            return
+        running = self._running_of(attempt)
+        if isinstance(event, PrefillStarted):
+            running.timeline_recorder.prefill_started(now_s)
+            self.machine.prefill_started(attempt, event.num_cached_tokens, now_s)
+        elif isinstance(event, PrefillFinished):
+            if not attempt.has_first_token:
+                running.add_first_token(event, now_s)
+            self.machine.prefill_finished(attempt, now_s, is_last=event.finish_reason is not None)
+            for item in running.take_early_tokens():
+                self._add_tokens(running, attempt, item, now_s)
+        elif isinstance(event, KvReserved):
+            running.timeline_recorder.kv_reserved(now_s)
+        elif isinstance(event, RequestFailed):
+            error = error_from_code(event.code, event.message)
+            self.machine.attempt_failed(attempt, instance_id, error, now_s)
+        elif self.machine.transfer_committed(attempt, now_s):
+            running.add_transfer(event, now_s)
+
+    def _on_tokens(self, instance_id: str, item: NewTokens, now_s: float) -> None:
+        """The two instances' streams are not ordered with each other: tokens may overtake the first one."""
+        attempt = self.machine.find(instance_id, item.handle)
+        if attempt is not None:
+            running = self._running_of(attempt)
+            if attempt.has_first_token:
+                self._add_tokens(running, attempt, item, now_s)
+            else:
+                running.hold_tokens(item)
+
+    def _add_tokens(self, running: RunningRequest, attempt: Attempt, item: NewTokens, now_s: float) -> None:
+        if self.machine.tokens_generated(attempt, len(item.tokens)):
+            running.add_tokens(item, now_s)
+            if item.finish_reason is not None:
+                self.machine.attempt_finished(attempt, now_s)
+
+    def _running_of(self, attempt: Attempt) -> RunningRequest:
+        return self._running[str(attempt.request.key)]
+
+    # --- consumers ---------------------------------------------------------------------------------------------------
+
+    def give_up(self, running: RunningRequest, end: FinishReason | TandemError) -> None:
+        """End a request from outside, unless it has ended."""
+        if self._running.get(running.request.request_id) is running:
+            self._forget(running)
+            self.machine.cancel(running.routed, self._clock.now_s())
+            running.end(end)
+
+    def closed(self, running: RunningRequest) -> None:
+        """Its consumer has had the last of it."""
+        record = running.record()
         for observer in self._observers:
             observer.finished(record)
+
+    def now_s(self) -> float:
+        return self._clock.now_s()
+
+    def _forget(self, running: RunningRequest) -> None:
+        del self._running[running.request.request_id]
+        if not self._running:
+            self._all_ended.set()
 
     # --- control -----------------------------------------------------------------------------------------------------
 
     @property
     def is_serving(self) -> bool:
         """Whether a request could be served now."""
-        return not self._is_draining and self._fleet.has_pair()
+        try:
+            return not self._is_draining and self.machine.capacity_tokens() > 0
+        except UnavailableError:
+            return False
 
     @property
     def running_requests(self) -> int:
@@ -133,10 +246,10 @@ class Dispatcher:
         self._is_draining = True
 
     async def wait_until_idle(self) -> None:
-        """Returns when no request runs on any worker."""
+        """Returns when no request runs on any instance."""
         await self._all_ended.wait()
 
     def abort_all(self) -> None:
         """End what still runs with UnavailableError."""
         for running in list(self._running.values()):
-            running.abort(UnavailableError("the router is shutting down"))
+            self.give_up(running, UnavailableError("the router is shutting down"))

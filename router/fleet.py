@@ -1,184 +1,197 @@
 """Who is alive: instances register by heartbeats, and the router keeps one session open to each.
 
-    heartbeat --> registered --session opened--> usable (READY) --session broken--> registered, reconnecting
-                      |                            |
-                      +------- silence, or a new instance at the same address ---> gone: all its attempts fail
+    heartbeat --> registered --session opened--> connected --session broken--> registered, reconnecting
+                      |                              |
+                      +------- silence, a new instance at the same address, or a malformed report ---> gone
 
-Time is passed in; the work happens in `run`.
+Only I/O happens here: what instances report, and whether they can be reached, goes to the routing machine; their events
+go to `on_event`. Time is passed in.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tandem.core.clock import Clock
-from tandem.core.errors import ContextLengthError, IncompatiblePeerError, TandemError, UnavailableError
-from tandem.core.session import InstanceState, InstanceStatus, Role
-from tandem.router.instances import Instance, SessionOpener
+from tandem.core.errors import IncompatiblePeerError, InvalidRequestError, TandemError, UnavailableError
+from tandem.core.session import InstanceState, InstanceStatus, SessionCommand, SessionEvent
+from tandem.scheduling.known_instance import KnownInstance
+from tandem.scheduling.routing_machine import RoutingMachine
+
+if TYPE_CHECKING:
+    from tandem.router.worker_sessions import ChannelSession, GrpcSessions
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 2.0
+LONGEST_ROUND_S = 0.25
+
+
+@dataclass(slots=True, eq=False)
+class _Registration:
+    """One registered instance. `session` is None while it cannot be reached."""
+
+    instance_id: str
+    role: str
+    address: str
+    last_heartbeat_s: float
+    session: "ChannelSession | None" = None
+    keeper: asyncio.Task[None] | None = None
 
 
 class Fleet:
     """All live instances of one router. Used on one event loop only."""
 
-    def __init__(self, *, model: str, opener: SessionOpener, heartbeat_timeout_s: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        opener: "GrpcSessions",
+        heartbeat_timeout_s: float,
+        clock: Clock,
+        machine: RoutingMachine,
+        on_event: Callable[[str, SessionEvent], None],
+    ) -> None:
+        """`on_event` gets each event with the id of its instance."""
         self._model = model
         self._opener = opener
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._round_s = min(LONGEST_ROUND_S, heartbeat_timeout_s / 10)
         self._clock = clock
-        self._instances: dict[str, Instance] = {}
-        self._sessions: dict[str, asyncio.Task[None]] = {}
+        self._machine = machine
+        self._on_event = on_event
+        self._registered: dict[str, _Registration] = {}
         self._changed = asyncio.Event()
-        self._watchers: list[Callable[[Instance], None]] = []
-        # What each usable instance offers: role, fingerprint, capacity in tokens. What pairs of them can hold at most
-        # is worked out when this has changed.
-        self._offers: dict[str, tuple[Role, str, int]] = {}
-        self._pair_capacity_tokens: int | None = None
-
-    def watch(self, watcher: Callable[[Instance], None]) -> None:
-        """`watcher` is called with each instance now, and with an instance whenever its load, its status or whether it
-        takes work has changed; of one that is gone once more. It must not block."""
-        self._watchers.append(watcher)
-        for instance in self.instances:
-            watcher(instance)
-
-    def get(self, instance_id: str) -> Instance | None:
-        """If it is registered, usable or not."""
-        return self._instances.get(instance_id)
 
     @property
-    def instances(self) -> tuple[Instance, ...]:
+    def instances(self) -> tuple[KnownInstance, ...]:
         """All that are registered, usable or not."""
-        return tuple(self._instances.values())
-
-    def usable(self, role: Role) -> list[Instance]:
-        """Those that take new work."""
-        return [it for it in self._instances.values() if it.status.role is role and it.accepts_work]
+        return tuple(self._machine.instances.values())
 
     def heartbeat(self, status: InstanceStatus) -> None:
-        """Register an instance or keep it registered. Raises IncompatiblePeerError if it serves another model."""
+        """Register an instance or keep it registered. Raises IncompatiblePeerError if it serves another model, and
+        InvalidRequestError for values that cannot be; the instance is then dropped."""
         if status.model != self._model:
             raise IncompatiblePeerError(f"this router serves '{self._model}', not '{status.model}'")
-        known = self._instances.get(status.instance_id)
-        if known is not None and (known.status.address, known.role) == (status.address, status.role):
-            known.report(status, self._clock.now_s())
-        else:
-            for other in self.instances:
-                if other is known or other.status.address == status.address:
+        known = self._registered.get(status.instance_id)
+        try:
+            _check(status)
+        except InvalidRequestError as error:
+            if known is not None:
+                self._remove(known, error.message)
+            raise
+        if known is None or known.address != status.address:
+            for other in list(self._registered.values()):
+                if other is known or other.address == status.address:
                     self._remove(other, "another instance has taken its place")
-            self._instances[status.instance_id] = Instance(status, self._clock.now_s(), self._on_change)
+            known = _Registration(status.instance_id, status.role.value, status.address, 0.0)
+            self._registered[status.instance_id] = known
             logger.info("%s instance %s has joined", status.role.value, status.instance_id)
+        known.last_heartbeat_s = self._clock.now_s()
+        known.role = status.role.value
+        self._machine.instance_reported(status, known.last_heartbeat_s)
         self._changed.set()
 
-    def pair_capacity_tokens(self) -> int:
-        """Longest prompt plus answer that some usable pair can hold. Raises UnavailableError if there is no pair."""
-        if self._pair_capacity_tokens is None:
-            self._pair_capacity_tokens = self._find_pair_capacity_tokens()
-        return self._pair_capacity_tokens
-
-    def _find_pair_capacity_tokens(self) -> int:
-        longest: dict[Role, dict[str, int]] = {Role.PREFILL: {}, Role.DECODE: {}}  # by fingerprint
-        for role, fingerprint, capacity_tokens in self._offers.values():
-            longest[role][fingerprint] = max(capacity_tokens, longest[role].get(fingerprint, 0))
-        for role, found in longest.items():
-            if not found:
-                raise UnavailableError(f"no {role.value} worker is ready")
-        prefills, decodes = longest[Role.PREFILL], longest[Role.DECODE]
-        fitting = [min(prefills[it], decodes[it]) for it in prefills.keys() & decodes.keys()]
-        if not fitting:
-            raise UnavailableError("no prefill worker is ready whose KV a ready decode worker can read")
-        return max(fitting)
-
-    def check_length(self, num_tokens: int) -> None:
-        """Raises ContextLengthError if no usable pair holds a prompt that long and a token of answer, UnavailableError
-        if there is no pair."""
-        capacity_tokens = self.pair_capacity_tokens()
-        if num_tokens >= capacity_tokens:
-            raise ContextLengthError(
-                f"the prompt has {num_tokens} tokens; the workers that are up hold at most {capacity_tokens} tokens of "
-                "prompt and answer"
-            )
-
-    def has_pair(self) -> bool:
-        """Whether a request could be served now."""
-        try:
-            return self.pair_capacity_tokens() > 0
-        except UnavailableError:
-            return False
-
-    def _on_change(self, instance: Instance) -> None:
-        instance_id = instance.instance_id
-        registered = self._instances.get(instance_id)
-        if registered is not None and registered is not instance:
-            return  # the last words of one whose place another has taken
-        if registered is not None and instance.accepts_work:
-            offer = (instance.role, instance.status.fingerprint, instance.capacity_tokens)
-            if self._offers.get(instance_id) != offer:
-                self._offers[instance_id] = offer
-                self._pair_capacity_tokens = None
-        elif self._offers.pop(instance_id, None) is not None:
-            self._pair_capacity_tokens = None
-        for watcher in self._watchers:
-            watcher(instance)
+    def send(self, instance_id: str, command: SessionCommand) -> None:
+        """Queue a command; never blocks. One that finds the session closed is dropped: its end is told to the machine
+        apart, and fails all attempts there."""
+        registration = self._registered.get(instance_id)
+        if registration is not None and registration.session is not None:
+            try:
+                registration.session.send(command)
+            except UnavailableError:
+                return
 
     async def run(self) -> None:
         """Open and keep sessions, and drop the silent, until cancelled; then everything open fails."""
+        last_round_s = self._clock.now_s()
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
-                    self._drop_silent()
-                    for instance in self.instances:
-                        if instance.instance_id not in self._sessions and _wants_session(instance):
-                            self._sessions[instance.instance_id] = group.create_task(self._keep_session(instance))
+                    now_s = self._clock.now_s()
+                    self._drop_silent(now_s, now_s - last_round_s)
+                    last_round_s = now_s
+                    for registration in self._registered.values():
+                        state = self._machine.instances[registration.instance_id].status.state
+                        if registration.keeper is None and state is not InstanceState.LOADING:
+                            registration.keeper = group.create_task(self._keep_session(registration))
                     await self._wait_for_change()
         finally:
-            for instance in self.instances:
-                self._remove(instance, "the router is shutting down")
+            for registration in list(self._registered.values()):
+                self._remove(registration, "the router is shutting down")
 
     async def _wait_for_change(self) -> None:
         try:
-            async with asyncio.timeout(min(0.25, self._heartbeat_timeout_s / 10)):
+            async with asyncio.timeout(self._round_s):
                 await self._changed.wait()
         except TimeoutError:
             pass
         self._changed.clear()
 
-    def _drop_silent(self) -> None:
-        oldest_s = self._clock.now_s() - self._heartbeat_timeout_s
-        for instance in self.instances:
-            if instance.heard_s < oldest_s:
-                self._remove(instance, "it has fallen silent")
+    def _drop_silent(self, now_s: float, round_s: float) -> None:
+        """A round that comes late is the router's own doing: while it was stopped it read no heartbeats, and that time
+        counts as nobody's silence."""
+        if round_s > 2 * self._round_s:
+            logger.warning("the router was stopped for %.1f s", round_s)
+            for registration in self._registered.values():
+                registration.last_heartbeat_s = min(now_s, registration.last_heartbeat_s + round_s)
+        oldest_s = now_s - self._heartbeat_timeout_s
+        for registration in list(self._registered.values()):
+            if registration.last_heartbeat_s < oldest_s:
+                self._remove(registration, "it has fallen silent")
 
-    def _remove(self, instance: Instance, why: str) -> None:
-        del self._instances[instance.instance_id]
-        logger.warning("%s instance %s is gone: %s", instance.role.value, instance.instance_id, why)
-        if task := self._sessions.pop(instance.instance_id, None):
-            task.cancel()
-        instance.lose(UnavailableError(f"the {instance.role.value} worker is gone"))
+    def _remove(self, registration: _Registration, why: str) -> None:
+        del self._registered[registration.instance_id]
+        logger.warning("%s instance %s is gone: %s", registration.role, registration.instance_id, why)
+        registration.session = None
+        if registration.keeper is not None:
+            registration.keeper.cancel()
+        self._machine.instance_removed(registration.instance_id, self._clock.now_s())
 
-    async def _keep_session(self, instance: Instance) -> None:
+    async def _keep_session(self, registration: _Registration) -> None:
         """Keep one session open, with growing pauses between tries, until the instance is removed."""
-        backoff_s = FIRST_BACKOFF_S
+        backoff_s, instance_id = FIRST_BACKOFF_S, registration.instance_id
         while True:
             try:
-                session = await self._opener.open(instance.status)
+                session = await self._opener.open(registration.address)
                 try:
-                    instance.connect(session)
+                    self._connect(registration, session)
                     async for event in session.events():
-                        instance.deliver(event)
+                        self._on_event(instance_id, event)
                         backoff_s = FIRST_BACKOFF_S
                 finally:
-                    instance.lose(UnavailableError(f"the {instance.role.value} worker is gone"))
+                    self._disconnect(registration)
                     await session.close()
             except TandemError as error:
-                logger.warning("session with %s is over: %s", instance.instance_id, error.message)
+                logger.warning("session with %s is over: %s", instance_id, error.message)
+            except Exception:
+                logger.exception("session with %s is dropped", instance_id)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
 
+    def _connect(self, registration: _Registration, session: "ChannelSession") -> None:
+        registration.session = session
+        self._machine.instance_connected(registration.instance_id, self._clock.now_s())
 
-def _wants_session(instance: Instance) -> bool:
-    return instance.status.state is not InstanceState.LOADING
+    def _disconnect(self, registration: _Registration) -> None:
+        if registration.session is not None:  # else it has been removed
+            registration.session = None
+            self._machine.instance_lost(registration.instance_id, self._clock.now_s())
+
+
+def _check(status: InstanceStatus) -> None:
+    """Raises InvalidRequestError for values that cannot be."""
+    positive = (status.max_model_len, status.block_size, status.blocks.total)
+    others = (
+        status.blocks.free,
+        status.blocks.cached,
+        status.waiting_requests,
+        status.running_requests,
+        status.uncomputed_tokens,
+        status.unreserved_tokens,
+    )
+    if min(positive) < 1 or min(others) < 0:
+        raise InvalidRequestError(f"the heartbeat of {status.instance_id} has values that cannot be: {status}")

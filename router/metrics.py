@@ -19,9 +19,8 @@ from tandem.core.request import FinishReason
 from tandem.core.session import InstanceStatus
 from tandem.core.timeline import PARTS
 from tandem.router.dispatch import Dispatcher
-from tandem.router.fleet import Fleet
-from tandem.router.instances import Instance
 from tandem.router.records import RequestRecord
+from tandem.scheduling.known_instance import KnownInstance
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -94,11 +93,11 @@ REPLAN_GAIN = Description("tandem_replan_proposed_gain", "Relative gain of the p
 
 BLOCK_OWNERS = ("total", "free", "running", "cached", "leased", "leaked")
 
-_INSTANCE_GAUGES: tuple[tuple[Description, Callable[[Instance], float]], ...] = (
-    (UP, lambda instance: float(instance.accepts_work)),
+_INSTANCE_GAUGES: tuple[tuple[Description, Callable[[KnownInstance], float]], ...] = (
+    (UP, lambda instance: float(instance.is_usable)),
     (OPEN, lambda instance: instance.open_requests),
     (WAITING, lambda instance: instance.status.waiting_requests),
-    (WAITING_TOKENS, lambda instance: instance.status.waiting_tokens),
+    (WAITING_TOKENS, lambda instance: instance.status.uncomputed_tokens + instance.status.unreserved_tokens),
     (COMPUTING, lambda instance: instance.status.running_requests),
 )
 _INSTANCE_COUNTERS: tuple[tuple[Description, Callable[[InstanceStatus], float]], ...] = (
@@ -153,14 +152,13 @@ class RequestMetrics:
 class _FleetCollector(Collector):  # type: ignore[misc]
     """Reads the live state at each scrape, so that nothing is stored per instance."""
 
-    def __init__(self, fleet: Fleet, dispatcher: Dispatcher) -> None:
-        self._fleet = fleet
+    def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(RUNNING.name, RUNNING.help, value=self._dispatcher.running_requests)
         yield GaugeMetricFamily(QUEUED.name, QUEUED.help, value=self._dispatcher.queued_requests)
-        instances = self._fleet.instances
+        instances = self._dispatcher.fleet.instances
         for what, value_of in _INSTANCE_GAUGES:
             gauge = GaugeMetricFamily(what.name, what.help, labels=what.labels)
             for instance in instances:
@@ -196,7 +194,7 @@ class _ReplanCollector(Collector):  # type: ignore[misc]
         yield GaugeMetricFamily(REPLAN_GAIN.name, REPLAN_GAIN.help, value=gain)
 
 
-def _links(instances: tuple[Instance, ...]) -> Iterator[Metric]:
+def _links(instances: tuple[KnownInstance, ...]) -> Iterator[Metric]:
     """Each link as reported by its receiving instance."""
     families = [
         CounterMetricFamily(what.name, what.help, labels=what.labels)
@@ -211,7 +209,7 @@ def _links(instances: tuple[Instance, ...]) -> Iterator[Metric]:
     yield from families
 
 
-def _labels(instance: Instance) -> list[str]:
+def _labels(instance: KnownInstance) -> list[str]:
     return [instance.instance_id, instance.role.value]
 
 
@@ -230,9 +228,9 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self.requests = RequestMetrics(self.registry)
 
-    def watch(self, fleet: Fleet, dispatcher: Dispatcher) -> None:
+    def watch(self, dispatcher: Dispatcher) -> None:
         """Add the metrics of the live state. Call it once."""
-        self.registry.register(_FleetCollector(fleet, dispatcher))
+        self.registry.register(_FleetCollector(dispatcher))
 
     def watch_replanning(self, source: Callable[[], ReplanStatus | None]) -> None:
         """Add the metrics of the plan watch; they appear with its first report."""

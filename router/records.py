@@ -8,20 +8,22 @@ from typing import Any, Protocol
 
 from tandem.core.errors import TandemError
 from tandem.core.timeline import Timeline
-from tandem.scheduling.routing import Choice
+from tandem.scheduling.routing import Selection
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class AttemptRecord:
-    """Filled while the attempt runs. `failure` is an error code, None for the attempt that ended the request well."""
+    """Filled while the attempt runs. `failure` is an error code, None for the attempt that ended the request well.
+    `is_whole`: the instance that computed the prompt decodes, too."""
 
     epoch: int
     prefill_id: str
-    prefill_choice: Choice
+    prefill_selection: Selection
+    is_whole: bool = False
     decode_id: str | None = None
-    decode_choice: Choice | None = None
+    decode_selection: Selection | None = None
     transport: str | None = None
     transfer_s: float | None = None
     transfer_bytes: int | None = None
@@ -103,10 +105,11 @@ class RequestLog:
         record = self._records.get(request_id)
         lines: list[str] = []
         for attempt in () if record is None else record.attempts:
-            for role, choice in (("prefill", attempt.prefill_choice), ("decode", attempt.decode_choice)):
-                if choice is not None:
-                    lines.append(f"attempt {attempt.epoch + 1}, {role} on {choice.instance_id}:")
-                    lines.extend(f"  {line}" for line in choice.explain().splitlines())
+            first = "both phases" if attempt.is_whole else "prefill"
+            for phase, selection in ((first, attempt.prefill_selection), ("decode", attempt.decode_selection)):
+                if selection is not None:
+                    lines.append(f"attempt {attempt.epoch + 1}, {phase} on {selection.instance_id}:")
+                    lines.extend(f"  {line}" for line in selection.explain().splitlines())
             if attempt.failure is not None:
                 lines.append(f"attempt {attempt.epoch + 1} failed: {attempt.failure}")
         return "\n".join(lines)

@@ -1,97 +1,50 @@
-"""One running request: what its consumer iterates, and what carries it over its attempts.
+"""One running request: what its consumer iterates. The routing machine carries it over its attempts.
 
-    start -> attempt -> ... tokens ... -> ended -> closed
-                ^  |
-                |  v  a worker is lost: continue from the prompt and the tokens that are here already
-              recovering
-
-Everything happens in the calls of workers' events, of the consumer and of two timers: no task belongs to a request.
-What a slow consumer leaves waiting is bounded by the request's own `max_tokens`.
+A request has no task of its own: events of instances, its consumer and the machine's timer drive it. What a slow
+consumer leaves waiting is bounded by the request's own `max_tokens`.
 """
 
 import asyncio
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Protocol, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
 
-from tandem.core.clock import Clock
-from tandem.core.errors import (
-    DeadlineError,
-    IncompatiblePeerError,
-    InternalError,
-    OverloadedError,
-    TandemError,
-    TransferError,
-    UnavailableError,
-)
+from tandem.core.errors import TandemError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
-from tandem.core.session import PrefillFinished
+from tandem.core.session import NewTokens, PrefillFinished, TransferCommitted
 from tandem.core.timeline import Timeline
-from tandem.router.attempt import Attempt
-from tandem.router.choices import Chosen
-from tandem.router.instances import Instance
-from tandem.router.records import RequestRecord
-from tandem.router.stamps import Stamps
+from tandem.router.records import AttemptRecord, RequestRecord
+from tandem.router.timeline_recorder import TimelineRecorder
+from tandem.scheduling.routed_request import Attempt, RoutedRequest
+from tandem.scheduling.routing import Selection
 
-_RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
-
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """`resume` allows a new attempt after tokens were handed on. `patience_s` is how long a request waits for a usable
-    pair of workers when it has lost its own; `pause_s`, before it goes back to an instance that failed it."""
-
-    max_attempts: int = 3
-    resume: bool = True
-    patience_s: float = 1.0
-    pause_s: float = 0.05
-
-
-class Desk(Protocol):
-    """What a running request needs of the dispatcher."""
-
-    clock: Clock
-    handles: Iterator[int]
-    retry: RetryPolicy
-
-    def choose_prefill(self, request: GenerationRequest, avoid: frozenset[str]) -> Chosen:
-        """Prefers others than `avoid`. Raises UnavailableError or ContextLengthError."""
-        ...
-
-    def choose_decode(self, request: GenerationRequest, prefill: Instance, avoid: frozenset[str]) -> Chosen: ...
-
-    def ended(self, request: "RunningRequest") -> None:
-        """Nothing of it runs on any worker any more."""
-        ...
-
-    def closed(self, record: RequestRecord) -> None:
-        """Its consumer has had the last of it."""
-        ...
+if TYPE_CHECKING:
+    from tandem.router.dispatch import Dispatcher
 
 
 class RunningRequest:
-    """Implements `core.generation.Generation`, and `AttemptOwner` for its attempts.
+    """Implements `core.generation.Generation`.
 
     A consumer that ends it early because it has what it wants (a stop string) sets `finish_reason` before `aclose`;
     otherwise an early `aclose` counts as cancelled.
     """
 
-    def __init__(self, desk: Desk, request: GenerationRequest, received_s: float) -> None:
+    routed: RoutedRequest  # the machine's
+
+    def __init__(
+        self, dispatcher: "Dispatcher", request: GenerationRequest, received_s: float, admitted_s: float
+    ) -> None:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-        self.stamps = Stamps(received_s, desk.clock.now_s())
-        self._desk = desk
-        self._attempt: Attempt | None = None
-        self._attempts: list[Attempt] = []
-        self._avoid: frozenset[str] = frozenset()
-        self._give_up_s = float("inf")
-        self._retry_timer: asyncio.TimerHandle | None = None
-        self._deadline_timer: asyncio.TimerHandle | None = None
+        self.timeline_recorder = TimelineRecorder(received_s, admitted_s)
+        self._dispatcher = dispatcher
+        self._attempts: list[tuple[Attempt, AttemptRecord]] = []
+        self._attempt_request = request  # of the last attempt
+        self._early_tokens: list[NewTokens] = []  # they have overtaken the first one of the attempt
         self._output_ids: list[int] = []  # of all attempts
         self._waiting: list[SampledToken] = []  # not yet handed on
         self._num_handed_on = 0
+        self._last_reason: FinishReason | None = None  # came with the last token
         self._consumer: asyncio.Future[None] | None = None
         self._end: FinishReason | TandemError | None = None
         self._is_closed = False
@@ -126,159 +79,115 @@ class RunningRequest:
         return tokens
 
     async def aclose(self) -> None:
-        """Drop what is left of it, here and on the workers. May be called in any phase, and again."""
+        """Drop what is left of it, here and at the instances. May be called in any phase, and again."""
         if self._is_closed:
             return
-        if self._attempt is not None:
-            self._attempt.cancel()
         if not isinstance(self._end, TandemError):
             self.finish_reason = self.finish_reason or FinishReason.CANCELLED
-            self._finish(self.finish_reason)
+            self._dispatcher.give_up(self, self.finish_reason)
         self._waiting.clear()
         self._close()
 
     def timeline(self) -> Timeline:
-        return self.stamps.timeline(
+        return self.timeline_recorder.timeline(
             num_prompt_tokens=self.request.num_prompt_tokens,
             num_output_tokens=self._num_handed_on,
             num_attempts=max(1, len(self._attempts)),
         )
 
-    # --- attempts ----------------------------------------------------------------------------------------------------
-
-    def start(self, prefill: Chosen) -> None:
-        """Begin the first attempt. Needs a running event loop."""
-        remaining_s = self.request.deadline_s - self.now_s()
-        self._deadline_timer = asyncio.get_running_loop().call_later(remaining_s, self._on_deadline)
-        self._begin(self.request, prefill)
-
-    def abort(self, error: TandemError) -> None:
-        """End it from outside with an error, unless it has ended."""
-        if self._end is None:
-            if self._attempt is not None:
-                self._attempt.cancel()
-            self._finish(error)
-
-    def now_s(self) -> float:
-        return self._desk.clock.now_s()
-
-    def choose_decode(self, request: GenerationRequest, prefill: Instance) -> Chosen:
-        return self._desk.choose_decode(request, prefill, self._avoid)
-
-    def first_token(self, event: PrefillFinished) -> None:
-        self.stamps.first_token(event, self.now_s())
-        if not self._output_ids:
-            self.prompt_logprobs = event.prompt_logprobs
-
-    def new_tokens(self, tokens: tuple[SampledToken, ...], finish_reason: FinishReason | None) -> None:
-        if self._end is not None:
-            return
-        had_second = len(self._output_ids) > 1
-        self._output_ids.extend([token.token_id for token in tokens])
-        if len(self._output_ids) > self.request.sampling.max_tokens:
-            self.abort(InternalError("a worker sent more tokens than were asked for"))
-            return
-        self._waiting.extend(tokens)
-        if not had_second and len(self._output_ids) > 1:
-            self.stamps.second_token(self.now_s())
-        if finish_reason is not None:
-            self._finish(finish_reason)
-        else:
-            self._wake_consumer()
-
-    def attempt_failed(self, error: TandemError, blamed: frozenset[str]) -> None:
-        if self._end is not None:
-            return
-        self._avoid |= blamed
-        retry = self._desk.retry
-        if not isinstance(error, _RETRIED):
-            self._finish(error)
-        elif len(self._attempts) >= retry.max_attempts or (self._output_ids and not retry.resume):
-            self._finish(self._final(error))
-        else:
-            self._give_up_s = self.now_s() + retry.patience_s
-            self._recover(error, paused=False)
-
-    def _begin(self, request: GenerationRequest, prefill: Chosen) -> None:
-        self._attempt = Attempt(self, request, prefill, self._desk.handles)
-        self._attempts.append(self._attempt)
-        self.stamps.begin_attempt(self.now_s())
-        self._attempt.start()
-
-    def _continued(self) -> GenerationRequest:
-        """The next attempt's request: prompt and generated tokens go in, what follows them comes out."""
-        sampling = self.request.sampling
-        if self._output_ids and sampling.prompt_logprobs is not None:
-            sampling = replace(sampling, prompt_logprobs=None)  # the consumer has them already
-        return replace(
-            self.request,
-            token_ids=(*self.request.token_ids, *self._output_ids),
-            num_output_tokens=self.request.num_output_tokens + len(self._output_ids),
-            sampling=sampling,
-            epoch=self.request.epoch + len(self._attempts),
+    def record(self) -> RequestRecord:
+        """What is kept of it."""
+        error = self._end if isinstance(self._end, TandemError) else None
+        reason = self.finish_reason or FinishReason.CANCELLED
+        for attempt, record in self._attempts:
+            record.failure = None if attempt.error is None else attempt.error.code
+        return RequestRecord(
+            request_id=self.request.request_id,
+            outcome=reason.value if error is None else error.code,
+            message=None if error is None else error.message,
+            timeline=self.timeline(),
+            attempts=tuple(record for _, record in self._attempts),
         )
 
-    def _recover(self, error: TandemError, *, paused: bool) -> None:
-        """Begin another attempt: at once if a worker is there that has not failed it, else after a pause."""
-        try:
-            request = self._continued()
-            prefill = self._desk.choose_prefill(request, self._avoid)
-        except UnavailableError as unavailable:
-            if self.now_s() >= self._give_up_s:
-                self._finish(self._final(unavailable))
-            else:
-                self._recover_after_pause(error)
-            return
-        except TandemError as other:
-            self._finish(other)
-            return
-        if paused or prefill.instance.instance_id not in self._avoid:
-            self._begin(request, prefill)
-        elif isinstance(error, OverloadedError) and not self._output_ids:
-            self._finish(error)  # every worker's queue is full: the client should know, rather than wait here too
-        else:
-            self._recover_after_pause(error)
+    # --- attempts ----------------------------------------------------------------------------------------------------
 
-    def _recover_after_pause(self, error: TandemError) -> None:
-        recover = partial(self._recover, error, paused=True)
-        self._retry_timer = asyncio.get_running_loop().call_later(self._desk.retry.pause_s, recover)
+    def begin_attempt(
+        self, attempt: Attempt, instance_id: str, selection: Selection, now_s: float
+    ) -> GenerationRequest:
+        """What to send: prompt and generated tokens go in, what follows them comes out."""
+        request, sampling = self.request, self.request.sampling
+        if self._attempts:
+            if self._output_ids and sampling.prompt_logprobs is not None:
+                sampling = replace(sampling, prompt_logprobs=None)  # the consumer has them already
+            request = replace(
+                request,
+                token_ids=(*request.token_ids, *self._output_ids),
+                num_output_tokens=request.num_output_tokens + len(self._output_ids),
+                sampling=sampling,
+                epoch=request.epoch + len(self._attempts),
+            )
+        record = AttemptRecord(request.epoch, instance_id, selection, is_whole=not attempt.hand_over)
+        self._attempts.append((attempt, record))
+        self._attempt_request = request
+        self._early_tokens.clear()
+        self.timeline_recorder.begin_attempt(now_s)
+        return request
+
+    def begin_decode(self, instance_id: str, selection: Selection) -> GenerationRequest:
+        """What to send to the instance that decodes."""
+        _, record = self._attempts[-1]
+        record.decode_id, record.decode_selection = instance_id, selection
+        return self._attempt_request
+
+    def add_first_token(self, event: PrefillFinished, now_s: float) -> None:
+        """Of an attempt."""
+        self.timeline_recorder.first_token(event, now_s)
+        if not self._output_ids:
+            self.prompt_logprobs = event.prompt_logprobs
+        self._add((event.token,), event.finish_reason, now_s)
+
+    def add_transfer(self, event: TransferCommitted, now_s: float) -> None:
+        self.timeline_recorder.transfer_committed(event, now_s)
+        _, record = self._attempts[-1]
+        record.transport, record.transfer_s = event.transport, event.transfer_s
+        record.transfer_bytes = event.transfer_bytes
+
+    def hold_tokens(self, item: NewTokens) -> None:
+        """Until the first one of the attempt is here."""
+        self._early_tokens.append(item)
+
+    def take_early_tokens(self) -> list[NewTokens]:
+        early, self._early_tokens = self._early_tokens, []
+        return early
+
+    def add_tokens(self, item: NewTokens, now_s: float) -> None:
+        """After the first one of the attempt."""
+        if item.queue_s is not None:
+            self.timeline_recorder.decode_admitted(item.queue_s, now_s)
+        self._add(item.tokens, item.finish_reason, now_s)
+
+    def end(self, end: FinishReason | TandemError | None) -> None:
+        """Nothing of it runs on any instance any more. None: its last token is here."""
+        self._end = end or self._last_reason
+        assert self._end is not None, "a request has all its tokens when one of them says so"
+        self._wake_consumer()
+
+    def _add(self, tokens: tuple[SampledToken, ...], finish_reason: FinishReason | None, now_s: float) -> None:
+        had_second = len(self._output_ids) > 1
+        self._output_ids.extend([token.token_id for token in tokens])
+        self._waiting.extend(tokens)
+        self._last_reason = finish_reason
+        if not had_second and len(self._output_ids) > 1:
+            self.timeline_recorder.second_token(now_s)
+        self._wake_consumer()
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
-    def _final(self, error: TandemError) -> TandemError:
-        """What the consumer is told of the last of several failures."""
-        if isinstance(error, UnavailableError) or (isinstance(error, OverloadedError) and not self._output_ids):
-            return error
-        return UnavailableError(error.message)
-
-    def _on_deadline(self) -> None:
-        self.abort(DeadlineError("the request's deadline has passed"))
-
-    def _finish(self, end: FinishReason | TandemError) -> None:
-        """The one end of the request; only the first counts."""
-        if self._end is None:
-            self._end = end
-            for timer in (self._deadline_timer, self._retry_timer):
-                if timer is not None:
-                    timer.cancel()
-            self._desk.ended(self)
-        self._wake_consumer()
-
     def _close(self) -> None:
         self._is_closed = True
-        self.stamps.finished(self.now_s())
+        self.timeline_recorder.finished(self._dispatcher.now_s())
         self._wake_consumer()
-        error = self._end if isinstance(self._end, TandemError) else None
-        reason = self.finish_reason or FinishReason.CANCELLED
-        self._desk.closed(
-            RequestRecord(
-                request_id=self.request.request_id,
-                outcome=reason.value if error is None else error.code,
-                message=None if error is None else error.message,
-                timeline=self.timeline(),
-                attempts=tuple(attempt.record for attempt in self._attempts),
-            )
-        )
+        self._dispatcher.closed(self)
 
     def _wake_consumer(self) -> None:
         if self._consumer is not None and not self._consumer.done():

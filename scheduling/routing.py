@@ -1,19 +1,28 @@
 """Which instance a request goes to, and why. Pure functions of what the router knows at that moment.
 
-They compare every instance: the definition of the policy. `scheduling.load_book` finds the same winner without that.
+They compare every instance: the definition of the policy. `scheduling.instance_index` finds the same winner without
+comparing all instances.
 """
 
 from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tandem.core.errors import ContextLengthError, UnavailableError
 
+# A decode step takes base + n * slope; the batch n at which the two are equal. Of a larger batch more than half of the
+# step's time is its sequences' doing. The router knows no cost model; any n of this order gives a like ranking.
+BATCH_OF_EQUAL_TERMS = 32
 
-@dataclass(frozen=True, slots=True)
+# One recent failure weighs as much as this prompt before a prefill instance, or as full memory of a decode instance.
+FAILURE_TOKENS = 4096
+
+
+@dataclass(slots=True)
 class PrefillView:
-    """What the router knows of a prefill instance, its own not yet reported submissions included.
+    """What the router knows of an instance that computes prompts, its own dispatches included. A value: never changed.
 
-    `cached_prefix_tokens` is of the prompt at hand; `queued_tokens` are those it has yet to compute.
+    `max_model_len` is the longest prompt plus answer; `cached_prefix_tokens` are of the prompt at hand.
     """
 
     instance_id: str
@@ -21,52 +30,37 @@ class PrefillView:
     ready: bool
     max_model_len: int
     queued_tokens: int
-    running: int
     cached_prefix_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DecodeView:
-    """What the router knows of a decode instance, its own not yet reported requests included.
+    """What the router knows of an instance that decodes, its own dispatches included. A value: never changed.
 
-    `free_blocks` can be allocated at once; `waiting_tokens` are of requests that wait there for a reservation.
+    `claimed_tokens` is KV memory in use, and what the waiting requests will take; `sequences` run or wait.
     """
 
     instance_id: str
     fingerprint: str
     ready: bool
     max_model_len: int
-    block_size: int
-    total_blocks: int
-    free_blocks: int
-    running: int
-    waiting: int = 0
-    waiting_tokens: int = 0
-
-    @property
-    def capacity_tokens(self) -> int:
-        return self.total_blocks * self.block_size
-
-    @property
-    def claimed_tokens(self) -> int:
-        """KV memory in use, and what the waiting requests will take."""
-        return (self.total_blocks - self.free_blocks) * self.block_size + self.waiting_tokens
+    capacity_tokens: int
+    claimed_tokens: int
+    sequences: int
 
     @property
     def load(self) -> float:
         """The part of its score that is the same for every request: terms "memory" and "batch" of `choose_decode`."""
-        sequences = self.running + self.waiting
-        return self.claimed_tokens / self.capacity_tokens + sequences / (sequences + BATCH_OF_EQUAL_TERMS)
+        return self.claimed_tokens / self.capacity_tokens + self.sequences / (self.sequences + BATCH_OF_EQUAL_TERMS)
+
+    def must_wait(self, num_tokens: int, growth_tokens: int) -> bool:
+        """Whether a sequence of `num_tokens` that grows by `growth_tokens` finds no memory."""
+        grown_tokens = min(num_tokens + growth_tokens, self.max_model_len)
+        return self.claimed_tokens + grown_tokens > self.capacity_tokens
 
 
-# A decode step takes base + n * slope; the batch n at which the two are equal. Of a larger batch more than half of the
-# step's time is its sequences' doing. The router knows no cost model; any n of this order gives a like ranking.
-BATCH_OF_EQUAL_TERMS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One instance that was looked at. `score` is the sum of `terms`, the lowest wins; None: it could not be chosen.
+class Candidate(NamedTuple):
+    """One instance that was compared. `score` is the sum of `terms`, the lowest wins; None: it could not be chosen.
 
     `reason` says why it lost, in words; it is empty for the chosen one.
     """
@@ -78,7 +72,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Selection:
     """The decision, and the comparison behind it, best first. `others` more instances were not written down."""
 
     instance_id: str | None
@@ -109,8 +103,7 @@ class Choice:
 Terms = tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
+class Scored(NamedTuple):
     """An instance that could be chosen. The least `rank` wins: (score, load, number of the choice that took it last,
     id). So among equals the one with less load, and then the one chosen longest ago, is next."""
 
@@ -119,44 +112,55 @@ class Scored:
 
 
 def score_prefill(
-    view: PrefillView, *, num_tokens: int, shortest_tokens: int, slack_tokens: int, last_chosen: int
+    view: PrefillView, *, num_tokens: int, shortest_tokens: int, slack_tokens: int, failures: float, last_chosen: int
 ) -> Scored:
     """As `choose_prefill` compares it, where `shortest_tokens` is the shortest queue of all that could be chosen."""
     overloaded = view.queued_tokens > shortest_tokens + slack_tokens
     credit = 0 if overloaded else min(view.cached_prefix_tokens, num_tokens - 1)
-    terms = (("queued", view.queued_tokens), ("prompt", num_tokens), ("cached", -credit))
-    return Scored(terms, (view.queued_tokens + num_tokens - credit, 0.0, last_chosen, view.instance_id))
+    terms: Terms = (("queued", view.queued_tokens), ("prompt", num_tokens), ("cached", -credit))
+    score: float = view.queued_tokens + num_tokens - credit
+    if failures:
+        terms += (("failures", failures * FAILURE_TOKENS),)
+        score += failures * FAILURE_TOKENS
+    return Scored(terms, (score, 0.0, last_chosen, view.instance_id))
 
 
-def score_decode(view: DecodeView, *, num_tokens: int, growth_tokens: int, last_chosen: int) -> Scored:
+def score_decode(view: DecodeView, *, num_tokens: int, growth_tokens: int, failures: float, last_chosen: int) -> Scored:
     """As `choose_decode` compares it."""
     capacity, load = view.capacity_tokens, view.load
     grown = min(num_tokens + growth_tokens, view.max_model_len)
     memory = view.claimed_tokens / capacity
     wait = float(view.claimed_tokens + grown > capacity)
-    terms = (("memory", memory), ("batch", load - memory), ("sequence", grown / capacity), ("wait", wait))
-    return Scored(terms, (load + grown / capacity + wait, load, last_chosen, view.instance_id))
+    terms: Terms = (("memory", memory), ("batch", load - memory), ("sequence", grown / capacity), ("wait", wait))
+    score = load + grown / capacity + wait
+    if failures:
+        terms += (("failures", failures),)
+        score += failures
+    return Scored(terms, (score, load, last_chosen, view.instance_id))
 
 
 def choose_prefill(
     views: Collection[PrefillView],
     *,
     num_tokens: int,
+    needed_tokens: int,
     decode_fingerprints: Container[str],
     slack_tokens: int,
+    failures: Mapping[str, float],
     last_chosen: Mapping[str, int],
-) -> Choice:
+) -> Selection:
     """The instance that will have computed a prompt of `num_tokens` first, counted in tokens.
 
-    score = tokens queued before it + its own tokens not cached there. An instance whose queue is longer than the
-    shortest by more than `slack_tokens` gets no credit for its cache: a popular prefix must not pile all work on one
-    instance. `decode_fingerprints` are those of the live decode instances. Equal scores go to the one chosen longest
-    ago: `last_chosen` numbers the choices, and has no entry where an instance was never chosen.
+    score = tokens queued before it + its own tokens not cached there + FAILURE_TOKENS for each recent failure. An
+    instance whose queue is longer than the shortest by more than `slack_tokens` gets no credit for its cache: a popular
+    prefix must not pile all work on one instance. Only instances that can hold `needed_tokens` count, and only those
+    whose KV layout is one of `decode_fingerprints`. Equal scores go to the one chosen longest ago: `last_chosen`
+    numbers the choices, and has no entry where an instance was never chosen.
     """
     usable = [
         view
         for view in views
-        if view.ready and view.fingerprint in decode_fingerprints and num_tokens < view.max_model_len
+        if view.ready and view.fingerprint in decode_fingerprints and needed_tokens <= view.max_model_len
     ]
     shortest = min((view.queued_tokens for view in usable), default=0)
     scored = [
@@ -165,6 +169,7 @@ def choose_prefill(
             num_tokens=num_tokens,
             shortest_tokens=shortest,
             slack_tokens=slack_tokens,
+            failures=failures.get(view.instance_id, 0.0),
             last_chosen=last_chosen.get(view.instance_id, 0),
         )
         for view in usable
@@ -175,9 +180,9 @@ def choose_prefill(
             refused[view.instance_id] = "not ready"
         elif view.fingerprint not in decode_fingerprints:
             refused[view.instance_id] = "no decode instance has its KV layout"
-        elif num_tokens >= view.max_model_len:
+        elif needed_tokens > view.max_model_len:
             refused[view.instance_id] = _too_long(view.max_model_len)
-    return choice_of(scored, refused)
+    return selection_of(scored, refused)
 
 
 def choose_decode(
@@ -185,30 +190,33 @@ def choose_decode(
     *,
     num_tokens: int,
     growth_tokens: int,
-    fingerprint: str,
+    needed_tokens: int,
+    fingerprint: str | None,
+    failures: Mapping[str, float],
     last_chosen: Mapping[str, int],
-) -> Choice:
+) -> Selection:
     """The instance on which a sequence of `num_tokens` that grows by `growth_tokens` finds most room.
 
     score = share of the KV memory that is in use, or will be by what waits there  (memory)
           + n / (n + BATCH_OF_EQUAL_TERMS) for n sequences running or waiting       (batch)
           + share of the KV memory that this sequence will have grown to            (sequence)
-          + 1 if it does not fit, and so would wait for a reservation.              (wait)
+          + 1 if it does not fit, and so would wait for a reservation               (wait)
+          + 1 for each recent failure.                                              (failures)
 
     "batch" is the share of a step's time that its sequences cause, and so depends on this instance only. A share of the
     busiest instance's batch would move every score when one instance's load changes, and no order could be kept.
-    Memory is counted in tokens: what sequences lose by whole blocks is in `free_blocks`, of those that wait it is not.
 
-    Only instances with the prefill instance's `fingerprint` count. Equal scores: as in `choose_prefill`.
+    Only instances that can hold `needed_tokens` count, and of these the ones with the prefill instance's `fingerprint`;
+    None: any, since the same instance computes the prompt. Equal scores: as in `choose_prefill`.
     """
     scored: list[Scored] = []
     refused: dict[str, str] = {}
     for view in views:
         if not view.ready:
             refused[view.instance_id] = "not ready"
-        elif view.fingerprint != fingerprint:
+        elif fingerprint is not None and view.fingerprint != fingerprint:
             refused[view.instance_id] = "its KV layout is not the prefill instance's"
-        elif num_tokens >= view.max_model_len:
+        elif needed_tokens > view.max_model_len:
             refused[view.instance_id] = _too_long(view.max_model_len)
         else:
             scored.append(
@@ -216,10 +224,11 @@ def choose_decode(
                     view,
                     num_tokens=num_tokens,
                     growth_tokens=growth_tokens,
+                    failures=failures.get(view.instance_id, 0.0),
                     last_chosen=last_chosen.get(view.instance_id, 0),
                 )
             )
-    return choice_of(scored, refused)
+    return selection_of(scored, refused)
 
 
 _TOO_LONG = "its context is too short"
@@ -229,15 +238,17 @@ def _too_long(max_model_len: int) -> str:
     return f"{_TOO_LONG} ({max_model_len} tokens)"
 
 
-def choice_of(scored: Collection[Scored], refused: Mapping[str, str], others: int = 0) -> Choice:
+def selection_of(scored: Collection[Scored], refused: Mapping[str, str], others: int = 0) -> Selection:
     """The least rank wins. `refused` says of each instance that could not be chosen why; `others` were left out."""
     candidates: list[Candidate] = []
-    best = min((it.rank for it in scored), default=None)
-    for it in sorted(scored, key=lambda it: it.rank):
+    best = min((each.rank for each in scored), default=None)
+    for each in sorted(scored, key=lambda each: each.rank):
         assert best is not None
-        lost_by = it.rank[0] - best[0]
+        lost_by = each.rank[0] - best[0]
         reason = f"worse by {lost_by:g}" if lost_by > 0 else "equal; another's turn"
-        candidates.append(Candidate(it.rank[3], it.rank[0], it.terms, "" if it.rank == best else reason))
+        if any(name == "failures" for name, _ in each.terms):
+            reason += "; requests failed there recently"
+        candidates.append(Candidate(each.rank[3], each.rank[0], each.terms, "" if each.rank == best else reason))
     candidates.extend(Candidate(instance_id, None, (), refused[instance_id]) for instance_id in sorted(refused))
     too_long = best is None and any(reason.startswith(_TOO_LONG) for reason in refused.values())
-    return Choice(None if best is None else best[3], tuple(candidates), too_long, others)
+    return Selection(None if best is None else best[3], tuple(candidates), too_long, others)

@@ -6,34 +6,37 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from tandem.core.clock import SystemClock
+from tandem.core.clock import Clock, SystemClock
 from tandem.core.errors import TandemError, UnavailableError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams
 from tandem.core.session import (
     BlockCounts,
     Cancel,
-    DecodeFrame,
-    DecodeReserved,
-    DecodeTokens,
     InstanceState,
     InstanceStatus,
-    OpenDecode,
+    KvReserved,
+    NewTokens,
     PrefillFinished,
     PrefillStarted,
     RequestFailed,
     Role,
-    SubmitPrefill,
+    SessionCommand,
+    SessionEvent,
+    Submit,
+    TokenFrame,
     TransferCommitted,
 )
-from tandem.router.choices import LoadChooser
-from tandem.router.dispatch import Dispatcher, DispatchLimits
+from tandem.router.dispatch import Dispatcher
 from tandem.router.fleet import Fleet
-from tandem.router.instances import Instance, WorkerCommand, WorkerEvent
 from tandem.router.records import ArrivalObserver, RequestLog, RequestRecord
-from tandem.router.running import RetryPolicy, RunningRequest
+from tandem.router.running import RunningRequest
+from tandem.scheduling.known_instance import KnownInstance
+from tandem.scheduling.routing_machine import RoutingSettings
 
 MODEL = "tiny"
-Command = TypeVar("Command", SubmitPrefill, OpenDecode, Cancel)
+Command = TypeVar("Command", Submit, Cancel)
+ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "c": Role.COLOCATED}
+ROUTING = RoutingSettings(replacement_wait_s=0.3, retry_pause_s=0.01, local_prefill=False)
 
 
 def make_status(instance_id: str, role: Role, **changes: object) -> InstanceStatus:
@@ -49,7 +52,8 @@ def make_status(instance_id: str, role: Role, **changes: object) -> InstanceStat
         blocks=BlockCounts(total=64, free=64, running=0, cached=0, leased=0),
         waiting_requests=0,
         running_requests=0,
-        waiting_tokens=0,
+        uncomputed_tokens=0,
+        unreserved_tokens=0,
     )
     return replace(status, **changes)  # type: ignore[arg-type]
 
@@ -85,7 +89,6 @@ def finished_event(handle: int, request: GenerationRequest) -> PrefillFinished:
         prompt_logprobs=None,
         finish_reason=FinishReason.LENGTH if is_last else None,
         num_cached_tokens=1,
-        queue_s=0.0,
         compute_s=0.001,
     )
 
@@ -94,18 +97,18 @@ class FakeSession:
     """Both ends of a session: the router's methods, and `push`, `cut` and `take` for the test that plays the worker."""
 
     def __init__(self) -> None:
-        self.commands: list[WorkerCommand] = []
-        self.sent: list[WorkerCommand] = []
+        self.commands: list[SessionCommand] = []
+        self.sent: list[SessionCommand] = []
         self.is_closed = False
-        self._events: asyncio.Queue[WorkerEvent | TandemError] = asyncio.Queue()
+        self._events: asyncio.Queue[SessionEvent | TandemError] = asyncio.Queue()
 
-    def send(self, command: WorkerCommand) -> None:
+    def send(self, command: SessionCommand) -> None:
         if self.is_closed:
             raise UnavailableError("the worker is gone")
         self.commands.append(command)
         self.sent.append(command)
 
-    async def events(self) -> AsyncIterator[WorkerEvent]:
+    async def events(self) -> AsyncIterator[SessionEvent]:
         while True:
             event = await self._events.get()
             if isinstance(event, TandemError):
@@ -115,7 +118,7 @@ class FakeSession:
     async def close(self) -> None:
         self.is_closed = True
 
-    def push(self, *events: WorkerEvent) -> None:
+    def push(self, *events: SessionEvent) -> None:
         for event in events:
             self._events.put_nowait(event)
 
@@ -139,33 +142,47 @@ class FakeWorkers:
     refusing: set[str] = field(default_factory=set)
     opened: int = 0
 
-    async def open(self, status: InstanceStatus) -> FakeSession:
-        if status.instance_id in self.refusing:
+    ids: dict[str, str] = field(default_factory=dict)  # by address
+
+    async def open(self, address: str) -> FakeSession:
+        instance_id = self.ids[address]
+        if instance_id in self.refusing:
             raise UnavailableError("connection refused")
         self.opened += 1
-        self.sessions[status.instance_id] = FakeSession()
-        return self.sessions[status.instance_id]
+        self.sessions[instance_id] = FakeSession()
+        return self.sessions[instance_id]
 
 
 @dataclass
 class Cluster:
     """A router's token side over fake workers."""
 
-    fleet: Fleet
     dispatcher: Dispatcher
     workers: FakeWorkers
     log: RequestLog
     records: list[RequestRecord]
 
-    async def join(self, *instance_ids: str) -> None:
-        """Names that begin with p are prefill instances, with d decode."""
-        for instance_id in instance_ids:
-            role = Role.PREFILL if instance_id.startswith("p") else Role.DECODE
-            self.fleet.heartbeat(make_status(instance_id, role))
-        await until(lambda: all(self.instance(it).connected for it in instance_ids))
+    @property
+    def fleet(self) -> Fleet:
+        return self.dispatcher.fleet
 
-    def instance(self, instance_id: str) -> Instance:
-        return next(it for it in self.fleet.instances if it.instance_id == instance_id)
+    def report(self, status: InstanceStatus) -> None:
+        """A heartbeat."""
+        self.workers.ids[status.address] = status.instance_id
+        self.fleet.heartbeat(status)
+
+    async def join(self, *instance_ids: str) -> None:
+        """Names begin with the first letter of the role."""
+        for instance_id in instance_ids:
+            self.report(make_status(instance_id, ROLES[instance_id[0]]))
+        await until(lambda: all(self.instance(each).is_connected for each in instance_ids))
+
+    def instance(self, instance_id: str) -> KnownInstance:
+        return self.dispatcher.machine.instances[instance_id]
+
+    def is_usable(self, instance_id: str) -> bool:
+        instance = self.dispatcher.machine.instances.get(instance_id)
+        return instance is not None and instance.is_usable
 
     def session(self, instance_id: str) -> FakeSession:
         return self.workers.sessions[instance_id]
@@ -175,26 +192,25 @@ class Cluster:
 
 
 def make_cluster(
-    retry: RetryPolicy | None = None,
-    max_queue: int = 64,
+    routing: RoutingSettings = ROUTING,
     heartbeat_timeout_s: float = 60.0,
     arrivals: ArrivalObserver | None = None,
+    clock: Clock | None = None,
 ) -> Cluster:
-    clock = SystemClock()
     workers = FakeWorkers()
-    fleet = Fleet(model=MODEL, opener=workers, heartbeat_timeout_s=heartbeat_timeout_s, clock=clock)
     log = RequestLog(capacity=8)
     records: list[RequestRecord] = []
     dispatcher = Dispatcher(
-        fleet=fleet,
-        chooser=LoadChooser(fleet),
-        clock=clock,
-        limits=DispatchLimits(max_queue=max_queue, request_timeout_s=30.0),
-        retry=retry or RetryPolicy(patience_s=0.3, pause_s=0.01),
+        model=MODEL,
+        opener=workers,  # type: ignore[arg-type]
+        heartbeat_timeout_s=heartbeat_timeout_s,
+        clock=clock or SystemClock(),
+        routing=routing,
+        request_timeout_s=30.0,
         observers=(log, _Observer(records)),
         arrivals=arrivals,
     )
-    return Cluster(fleet, dispatcher, workers, log, records)
+    return Cluster(dispatcher, workers, log, records)
 
 
 @dataclass
@@ -211,12 +227,12 @@ class _Observer:
 @asynccontextmanager
 async def running_cluster(
     *instance_ids: str,
-    retry: RetryPolicy | None = None,
-    max_queue: int = 64,
+    routing: RoutingSettings = ROUTING,
     heartbeat_timeout_s: float = 60.0,
     arrivals: ArrivalObserver | None = None,
+    clock: Clock | None = None,
 ) -> AsyncIterator[Cluster]:
-    cluster = make_cluster(retry, max_queue, heartbeat_timeout_s, arrivals)
+    cluster = make_cluster(routing, heartbeat_timeout_s, arrivals, clock)
     task = asyncio.create_task(cluster.fleet.run())
     try:
         await cluster.join(*instance_ids)
@@ -249,18 +265,18 @@ class Player:
     def __init__(self, cluster: Cluster, prefill_id: str, decode_id: str = "d1") -> None:
         self.prefill = cluster.session(prefill_id)
         self.decode = cluster.session(decode_id)
-        self.submit: SubmitPrefill
-        self.open: OpenDecode
+        self.submit: Submit
+        self.open: Submit
 
     async def take_submit(self) -> None:
         await until(lambda: self.prefill.commands)
-        self.submit = self.prefill.take(SubmitPrefill)
+        self.submit = self.prefill.take(Submit)
 
     async def start_prefill(self) -> None:
         await self.take_submit()
         self.prefill.push(PrefillStarted(self.submit.handle, 1))
         await until(lambda: self.decode.commands)
-        self.open = self.decode.take(OpenDecode)
+        self.open = self.decode.take(Submit)
 
     async def finish_prefill(self) -> None:
         self.prefill.push(finished_event(self.submit.handle, self.submit.request))
@@ -268,18 +284,18 @@ class Player:
 
     async def commit(self) -> None:
         handle = self.open.handle
-        self.decode.push(DecodeReserved(handle), TransferCommitted(handle, 0.001, 4096, "shared_memory"))
+        self.decode.push(KvReserved(handle), TransferCommitted(handle, 0.001, 4096, "shared_memory"))
         await settle()
 
     async def generate(self, count: int, *, skip: int = 1, last: bool = False) -> None:
         """`count` tokens after the first and `skip` - 1 more."""
-        item = DecodeTokens(
+        item = NewTokens(
             self.open.handle,
             next_tokens(self.open.request, count, skip),
             FinishReason.LENGTH if last else None,
             queue_s=0.0 if skip == 1 else None,
         )
-        self.decode.push(DecodeFrame((item,), 0.001))
+        self.decode.push(TokenFrame((item,)))
         await settle()
 
     async def fail_decode(self, error: TandemError) -> None:

@@ -15,16 +15,16 @@ from tandem.core.errors import (
 from tandem.core.request import FinishReason, SamplingParams
 from tandem.core.session import (
     Cancel,
-    DecodeFrame,
-    DecodeTokens,
     InstanceState,
-    OpenDecode,
+    NewTokens,
     PrefillStarted,
     Role,
-    SubmitPrefill,
+    Submit,
+    TokenFrame,
 )
 from tandem.core.timeline import PARTS, Stage
 from tests.router.fakes import (
+    ROUTING,
     Player,
     both_prefills,
     collect,
@@ -51,7 +51,7 @@ async def test_whole_transport() -> None:
         await play_whole(player)
         assert await consumer == expected_tokens(request)
         assert running.finish_reason is FinishReason.LENGTH
-        source = player.open.source
+        source = player.open.kv
         assert (source.instance_id, source.address) == ("p1", cluster.instance("p1").status.address)
         assert player.open.request == player.submit.request
         assert not player.prefill.commands, "what has finished is not cancelled"
@@ -146,8 +146,8 @@ async def test_many_requests_share_frames() -> None:
             await player.commit()
         for skip in range(1, 5):
             last = FinishReason.LENGTH if skip == 4 else None
-            items = tuple(DecodeTokens(p.open.handle, next_tokens(p.open.request, 1, skip), last) for p in players)
-            cluster.session("d1").push(DecodeFrame(items, 0.001))
+            items = tuple(NewTokens(p.open.handle, next_tokens(p.open.request, 1, skip), last) for p in players)
+            cluster.session("d1").push(TokenFrame(items))
         assert await asyncio.gather(*consumers) == [expected_tokens(request) for request in requests]
 
 
@@ -203,11 +203,11 @@ async def test_prompt_that_no_pair_can_hold() -> None:
 
 async def test_layouts_that_differ_are_no_pair() -> None:
     async with running_cluster("p1") as cluster:
-        cluster.fleet.heartbeat(make_status("d1", Role.DECODE, fingerprint="other"))
-        await until(lambda: cluster.instance("d1").connected)
+        cluster.report(make_status("d1", Role.DECODE, fingerprint="other"))
+        await until(lambda: cluster.instance("d1").is_connected)
         with pytest.raises(UnavailableError, match="whose KV"):
             cluster.start(make_request())
-        assert not cluster.fleet.has_pair()
+        assert not cluster.dispatcher.is_serving
 
 
 async def test_running_id_is_refused_and_a_finished_one_is_not() -> None:
@@ -221,7 +221,7 @@ async def test_running_id_is_refused_and_a_finished_one_is_not() -> None:
 
 
 async def test_full_queue_refuses() -> None:
-    async with running_cluster("p1", "d1", max_queue=2) as cluster:
+    async with running_cluster("p1", "d1", routing=replace(ROUTING, max_queue=2)) as cluster:
         first = cluster.start(make_request("a"))
         second = cluster.start(make_request("b"))
         with pytest.raises(OverloadedError):
@@ -240,11 +240,11 @@ async def test_draining_instance_finishes_and_takes_nothing_new() -> None:
         request = make_request()
         consumer = asyncio.create_task(collect(cluster.start(request)))
         used, other = await both_prefills(cluster)
-        cluster.fleet.heartbeat(make_status(used, Role.PREFILL, state=InstanceState.DRAINING))
+        cluster.report(make_status(used, Role.PREFILL, state=InstanceState.DRAINING))
         player = Player(cluster, used)
         for i in range(4):
             running = cluster.start(make_request(f"new{i}"))
-            assert cluster.session(other).take(SubmitPrefill).request.request_id == f"new{i}"
+            assert cluster.session(other).take(Submit).request.request_id == f"new{i}"
             await running.aclose()
             cluster.session(other).take(Cancel)
         await play_whole(player)
@@ -276,7 +276,7 @@ async def test_abort_all_ends_each_request_once() -> None:
         await cluster.dispatcher.wait_until_idle()
         commands = cluster.session("p1").sent
         assert sorted(c.handle for c in commands if isinstance(c, Cancel)) == sorted(
-            c.handle for c in commands if isinstance(c, SubmitPrefill)
+            c.handle for c in commands if isinstance(c, Submit)
         )
 
 
@@ -302,6 +302,62 @@ async def test_load_spreads_over_both_roles() -> None:
             session.push(*(PrefillStarted(command.handle, 0) for command in session.commands))
         await settle()
         for instance_id in ("d1", "d2"):
-            assert sum(isinstance(command, OpenDecode) for command in cluster.session(instance_id).commands) == 3
+            assert sum(isinstance(command, Submit) for command in cluster.session(instance_id).commands) == 3
         for each in running:
             await each.aclose()
+
+
+async def test_colocated_instance_serves_both_phases() -> None:
+    async with running_cluster("c1") as cluster:
+        request = make_request()
+        running = cluster.start(request)
+        session = cluster.session("c1")
+        submit = session.take(Submit)
+        assert (submit.kv, submit.hand_over) == (None, False)
+        consumer = asyncio.create_task(collect(running))
+        session.push(
+            PrefillStarted(submit.handle, 0),
+            finished_event(submit.handle, submit.request),
+            TokenFrame((NewTokens(submit.handle, next_tokens(submit.request, 4, 1), FinishReason.LENGTH),)),
+        )
+        assert await consumer == expected_tokens(request)
+        assert not session.commands
+        assert sum(running.timeline().parts().values()) == pytest.approx(running.timeline().total_s)
+        assert "attempt 1, both phases on c1" in cluster.log.explain(request.request_id)
+
+
+async def test_request_goes_on_where_the_other_form_is() -> None:
+    async with running_cluster("c1") as cluster:
+        request = make_request()
+        consumer = asyncio.create_task(collect(cluster.start(request)))
+        session = cluster.session("c1")
+        submit = session.take(Submit)
+        session.push(
+            finished_event(submit.handle, submit.request),
+            TokenFrame((NewTokens(submit.handle, next_tokens(submit.request, 1, 1)),)),
+        )
+        await cluster.join("p1", "d1")
+        session.cut()
+        player = Player(cluster, "p1")
+        await player.start_prefill()
+        assert player.submit.request.num_output_tokens == 2
+        await player.finish_prefill()
+        await player.commit()
+        await player.generate(2, last=True)
+        assert await consumer == expected_tokens(request)
+        assert [len(record.attempts) for record in cluster.records] == [2]
+
+
+async def test_requests_beyond_the_instances_credit_wait_in_the_router() -> None:
+    async with running_cluster("p1", "d1", routing=replace(ROUTING, max_outstanding_tokens=3)) as cluster:
+        running = [cluster.start(make_request(f"r{i}")) for i in range(3)]
+        player = Player(cluster, "p1")
+        await player.start_prefill()
+        assert not player.prefill.commands
+        await player.finish_prefill()
+        assert player.prefill.take(Submit).request.request_id == "r1"
+        await running[2].aclose()
+        await running[1].aclose()
+        assert isinstance(player.prefill.take(Cancel), Cancel)
+        assert not player.prefill.commands
+        await running[0].aclose()

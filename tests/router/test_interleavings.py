@@ -12,21 +12,27 @@ from tandem.core.errors import TandemError, UnavailableError
 from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
 from tandem.core.session import (
     Cancel,
-    DecodeFrame,
-    DecodeReserved,
-    DecodeTokens,
-    OpenDecode,
+    KvReserved,
+    NewTokens,
     PrefillStarted,
     RequestFailed,
     Role,
-    SubmitPrefill,
+    SessionCommand,
+    SessionEvent,
+    TokenFrame,
     TransferCommitted,
 )
-from tandem.router.instances import WorkerCommand, WorkerEvent
-from tandem.router.running import RetryPolicy, RunningRequest
+from tandem.router.running import RunningRequest
+from tandem.scheduling.routing_machine import RoutingSettings
 from tests.router.fakes import Cluster, expected_tokens, finished_event, make_cluster, make_status, next_tokens
 
-PAIRS = (("p1", Role.PREFILL), ("p2", Role.PREFILL), ("d1", Role.DECODE), ("d2", Role.DECODE))
+INSTANCES = (
+    ("p1", Role.PREFILL),
+    ("p2", Role.PREFILL),
+    ("d1", Role.DECODE),
+    ("d2", Role.DECODE),
+    ("c1", Role.COLOCATED),
+)
 
 
 @dataclass
@@ -36,23 +42,24 @@ class RuleWorker:
     Cancelled requests go on sending: the worst a real worker could do.
     """
 
-    events: deque[WorkerEvent] = field(default_factory=deque)
+    events: deque[SessionEvent] = field(default_factory=deque)
     opened: set[int] = field(default_factory=set)
 
-    def send(self, command: WorkerCommand) -> None:
+    def send(self, command: SessionCommand) -> None:
         if isinstance(command, Cancel):
             return
         handle, request = command.handle, command.request
         self.opened.add(handle)
-        if isinstance(command, SubmitPrefill):
+        if command.kv is None:
             self.events += (PrefillStarted(handle, 0), finished_event(handle, request))
+        else:
+            self.events += (KvReserved(handle), TransferCommitted(handle, 0.001, 1, "gloo"))
+        if command.hand_over:
             return
-        assert isinstance(command, OpenDecode)
-        self.events += (DecodeReserved(handle), TransferCommitted(handle, 0.001, 1, "gloo"))
         count = request.sampling.max_tokens - request.num_output_tokens - 1
         for skip in range(1, count + 1):
             last = FinishReason.LENGTH if skip == count else None
-            self.events.append(DecodeFrame((DecodeTokens(handle, next_tokens(request, 1, skip), last),), 0.001))
+            self.events.append(TokenFrame((NewTokens(handle, next_tokens(request, 1, skip), last),)))
 
 
 @dataclass
@@ -64,18 +71,19 @@ class Run:
     ends: dict[str, FinishReason | TandemError]
 
     async def step(self, kind: str, where: int, times: int) -> None:
-        instance_id = PAIRS[where % len(PAIRS)][0]
-        instance, worker = self.cluster.instance(instance_id), self.workers[instance_id]
+        instance_id = INSTANCES[where % len(INSTANCES)][0]
+        worker, fleet = self.workers[instance_id], self.cluster.fleet
+        registration = fleet._registered[instance_id]
         if kind == "deliver":
             for _ in range(min(times, len(worker.events))):
-                instance.deliver(worker.events.popleft())
+                self.cluster.dispatcher.on_event(instance_id, worker.events.popleft())
         elif kind == "fail" and worker.opened:
             handle = max(worker.opened)
             worker.events.appendleft(RequestFailed(handle, "transfer_failed", "torn"))
         elif kind == "restart":
-            instance.lose(UnavailableError("gone"))
+            fleet._disconnect(registration)
             self.workers[instance_id] = fresh = RuleWorker()
-            instance.connect(fresh)
+            fleet._connect(registration, fresh)  # type: ignore[arg-type]
         elif kind == "read":
             await self.read(self.running[where % len(self.running)])
         await asyncio.sleep(0)
@@ -101,7 +109,7 @@ class Run:
 
 steps = st.tuples(
     st.sampled_from(["deliver"] * 6 + ["read", "read", "fail", "restart"]),
-    st.integers(0, 3),
+    st.integers(0, 4),
     st.sampled_from([1, 1, 2, 8]),
 )
 
@@ -115,11 +123,11 @@ def test_no_interleaving_loses_repeats_or_changes_a_token(
 
 
 async def _run_script(script: list[tuple[str, int, int]], max_tokens: int, num_requests: int) -> None:
-    cluster = make_cluster(RetryPolicy(max_attempts=4, patience_s=5.0, pause_s=0.0))
-    workers = {instance_id: RuleWorker() for instance_id, _ in PAIRS}
-    for instance_id, role in PAIRS:
-        cluster.fleet.heartbeat(make_status(instance_id, role))
-        cluster.instance(instance_id).connect(workers[instance_id])
+    cluster = make_cluster(RoutingSettings(max_attempts=4, replacement_wait_s=5.0, retry_pause_s=0.0))
+    workers = {instance_id: RuleWorker() for instance_id, _ in INSTANCES}
+    for instance_id, role in INSTANCES:
+        cluster.report(make_status(instance_id, role))
+        cluster.fleet._connect(cluster.fleet._registered[instance_id], workers[instance_id])  # type: ignore[arg-type]
     requests = [
         GenerationRequest(f"r{i}", (i, 2, 3), SamplingParams(max_tokens=max_tokens)) for i in range(num_requests)
     ]
@@ -130,7 +138,7 @@ async def _run_script(script: list[tuple[str, int, int]], max_tokens: int, num_r
         await run.step(kind, where, times)
     async with asyncio.timeout(10):
         while len(run.ends) < num_requests:  # the faults are over: everything must come to its end
-            for where in range(len(PAIRS)):
+            for where in range(len(INSTANCES)):
                 await run.step("deliver", where, 100)
             for each in running:
                 await run.read(each)
@@ -146,4 +154,4 @@ async def _run_script(script: list[tuple[str, int, int]], max_tokens: int, num_r
     for record in cluster.records:
         assert abs(sum(record.timeline.parts().values()) - record.timeline.total_s) < 1e-9
     for instance in cluster.fleet.instances:
-        assert (instance.open_requests, instance.waiting_tokens, instance.held_tokens) == (0, 0, 0)
+        assert (instance.open_requests, instance.uncomputed_tokens, instance.held_tokens) == (0, 0, 0)

@@ -20,8 +20,8 @@ from tandem.core.session import (
     Cancel,
     RequestFailed,
 )
-from tandem.router.running import RetryPolicy
 from tests.router.fakes import (
+    ROUTING,
     Cluster,
     Player,
     Step,
@@ -109,7 +109,7 @@ async def test_decode_worker_dies(phase: Step, num_sent: int) -> None:
 
 
 async def test_without_resume_a_lost_stream_ends_unavailable_after_what_was_sent() -> None:
-    async with running_cluster("p1", "d1", retry=RetryPolicy(resume=False)) as cluster:
+    async with running_cluster("p1", "d1", routing=replace(ROUTING, resume=False)) as cluster:
         running = cluster.start(make_request())
         player = Player(cluster, "p1")
         await decoding(player)
@@ -120,7 +120,7 @@ async def test_without_resume_a_lost_stream_ends_unavailable_after_what_was_sent
 
 
 async def test_without_resume_a_request_that_sent_nothing_is_still_repeated() -> None:
-    async with running_cluster("p1", "p2", "d1", retry=RetryPolicy(resume=False)) as cluster:
+    async with running_cluster("p1", "p2", "d1", routing=replace(ROUTING, resume=False)) as cluster:
         request = make_request()
         consumer = asyncio.create_task(collect(cluster.start(request)))
         used, other = await both_prefills(cluster)

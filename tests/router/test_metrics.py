@@ -12,7 +12,7 @@ from tandem.core.timeline import PARTS, Stage, Timeline
 from tandem.router import metrics
 from tandem.router.metrics import OUTCOMES, Metrics
 from tandem.router.records import AttemptRecord, RequestRecord
-from tandem.scheduling.routing import Choice
+from tandem.scheduling.routing import Selection
 from tests.router.fakes import Cluster, make_request, make_status, running_cluster
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -29,13 +29,13 @@ def read(page: Metrics) -> Samples:
 def make_record(outcome: str = "length") -> RequestRecord:
     stamps = {stage: i * 0.01 for i, stage in enumerate(Stage)}
     timeline = Timeline(stamps, num_prompt_tokens=20, num_cached_tokens=16, num_output_tokens=5, num_attempts=2)
-    attempts = tuple(AttemptRecord(epoch=i, prefill_id="p1", prefill_choice=Choice("p1", ())) for i in range(2))
+    attempts = tuple(AttemptRecord(epoch=i, prefill_id="p1", prefill_selection=Selection("p1", ())) for i in range(2))
     return RequestRecord("r", outcome, None, timeline, attempts)
 
 
 def watched(cluster: Cluster) -> Metrics:
     page = Metrics()
-    page.watch(cluster.fleet, cluster.dispatcher)
+    page.watch(cluster.dispatcher)
     return page
 
 
@@ -90,7 +90,7 @@ async def test_fleet_as_the_heartbeats_tell_it() -> None:
         page = watched(cluster)
         link = LinkStats("p1", "shared_memory", transfers=3, transfer_bytes=4096, transfer_s=0.5, failures=1)
         blocks = BlockCounts(total=64, free=40, running=20, cached=0, leased=3, leaked=1)
-        cluster.fleet.heartbeat(
+        cluster.report(
             make_status("d1", Role.DECODE, blocks=blocks, links=(link,), preemptions=2, steps=9, waiting_requests=4)
         )
         samples = read(page)
@@ -116,7 +116,7 @@ async def test_gone_instances_take_their_series_with_them() -> None:
         page = watched(cluster)
         address = cluster.instance("p1").status.address
         assert any(("instance", "p1") in labels for _, labels in read(page))
-        cluster.fleet.heartbeat(make_status("p2", Role.PREFILL, address=address))
+        cluster.report(make_status("p2", Role.PREFILL, address=address))
         samples = read(page)
         assert not any(("instance", "p1") in labels for _, labels in samples)
         assert samples["tandem_instance_up", (("instance", "p2"), ("role", "prefill"))] == 0

@@ -10,6 +10,7 @@ from tandem.core.timeline import Stage, Timeline
 from tandem.core.workload_profile import WorkloadProfile
 from tandem.router.profile import ProfileObserver
 from tandem.router.records import RequestRecord
+from tandem.scheduling.routing_machine import RoutingSettings
 from tests.router.fakes import make_request, running_cluster
 
 
@@ -44,7 +45,7 @@ def test_an_answer_counts_as_long_as_it_became() -> None:
 async def test_a_refused_request_has_arrived_too() -> None:
     profile = WorkloadProfile(window_s=1e-9, random=Random(0), now_s=SystemClock().now_s(), min_requests=1)
     observer = ProfileObserver(profile)
-    async with running_cluster("p1", "d1", max_queue=2, arrivals=observer) as cluster:
+    async with running_cluster("p1", "d1", routing=RoutingSettings(max_queue=2), arrivals=observer) as cluster:
         running = [cluster.start(make_request(f"r{i}")) for i in range(2)]
         with pytest.raises(OverloadedError):
             cluster.start(make_request("r2"))

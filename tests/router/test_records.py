@@ -8,21 +8,21 @@ import pytest
 from tandem.core.errors import UnavailableError
 from tandem.core.timeline import Stage, Timeline
 from tandem.router.records import AttemptRecord, RequestLog, RequestRecord
-from tandem.scheduling.routing import Candidate, Choice
+from tandem.scheduling.routing import Candidate, Selection
 
 
-def make_choice(chosen: str, other: str) -> Choice:
+def make_selection(chosen: str, other: str) -> Selection:
     won = Candidate(chosen, 3.0, (("queued", 1.0), ("prompt", 2.0)), "")
     lost = Candidate(other, 9.0, (("queued", 7.0), ("prompt", 2.0)), "worse by 6")
-    return Choice(chosen, (won, lost))
+    return Selection(chosen, (won, lost))
 
 
 def make_record(request_id: str, outcome: str = "length") -> RequestRecord:
     timeline = Timeline(
         {Stage.RECEIVED: 1.0, Stage.ADMITTED: 1.5, Stage.FIRST_TOKEN: 2.0, Stage.FINISHED: 3.0}, 7, 4, 3
     )
-    failed = AttemptRecord(0, "p1", make_choice("p1", "p2"), failure="transfer_failed")
-    good = AttemptRecord(1, "p2", make_choice("p2", "p1"), "d1", make_choice("d1", "d2"))
+    failed = AttemptRecord(0, "p1", make_selection("p1", "p2"), failure="transfer_failed")
+    good = AttemptRecord(1, "p2", make_selection("p2", "p1"), False, "d1", make_selection("d1", "d2"))
     return RequestRecord(request_id, outcome, None, timeline, (failed, good))
 
 

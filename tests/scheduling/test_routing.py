@@ -5,30 +5,54 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.core.errors import ContextLengthError, UnavailableError
-from tandem.scheduling.routing import Choice, DecodeView, PrefillView, choose_decode, choose_prefill
+from tandem.scheduling.routing import DecodeView, PrefillView, Selection, choose_decode, choose_prefill
 
-_PREFILL = PrefillView("a", "f", ready=True, max_model_len=1000, queued_tokens=0, running=0)
-_DECODE = DecodeView(
-    "a", "f", ready=True, max_model_len=1000, block_size=16, total_blocks=100, free_blocks=100, running=0
-)
+_PREFILL = PrefillView("a", "f", ready=True, max_model_len=1000, queued_tokens=0)
+_DECODE = DecodeView("a", "f", ready=True, max_model_len=1000, capacity_tokens=1600, claimed_tokens=0, sequences=0)
 
 
-def _prefill(*views: PrefillView, num_tokens: int = 100, slack_tokens: int = 200, **last_chosen: int) -> Choice:
+def _prefill(
+    *views: PrefillView,
+    num_tokens: int = 100,
+    slack_tokens: int = 200,
+    failures: dict[str, float] | None = None,
+    **last_chosen: int,
+) -> Selection:
     return choose_prefill(
-        views, num_tokens=num_tokens, decode_fingerprints={"f"}, slack_tokens=slack_tokens, last_chosen=last_chosen
+        views,
+        num_tokens=num_tokens,
+        needed_tokens=num_tokens + 1,
+        decode_fingerprints={"f"},
+        slack_tokens=slack_tokens,
+        failures=failures or {},
+        last_chosen=last_chosen,
     )
 
 
-def _decode(*views: DecodeView, num_tokens: int = 100, growth_tokens: int = 60, **last_chosen: int) -> Choice:
+def _decode(
+    *views: DecodeView,
+    num_tokens: int = 100,
+    growth_tokens: int = 60,
+    needed_tokens: int = 0,
+    fingerprint: str | None = "f",
+    failures: dict[str, float] | None = None,
+    **last_chosen: int,
+) -> Selection:
     return choose_decode(
-        views, num_tokens=num_tokens, growth_tokens=growth_tokens, fingerprint="f", last_chosen=last_chosen
+        views,
+        num_tokens=num_tokens,
+        growth_tokens=growth_tokens,
+        needed_tokens=needed_tokens or num_tokens + 1,
+        fingerprint=fingerprint,
+        failures=failures or {},
+        last_chosen=last_chosen,
     )
 
 
 def test_prefill_goes_to_the_shortest_queue() -> None:
-    choice = _prefill(replace(_PREFILL, queued_tokens=50), replace(_PREFILL, instance_id="b", queued_tokens=40))
-    assert choice.require() == "b"
-    assert [(c.instance_id, c.score, c.reason) for c in choice.candidates] == [
+    selection = _prefill(replace(_PREFILL, queued_tokens=50), replace(_PREFILL, instance_id="b", queued_tokens=40))
+    assert selection.require() == "b"
+    assert [(c.instance_id, c.score, c.reason) for c in selection.candidates] == [
         ("b", 140, ""),
         ("a", 150, "worse by 10"),
     ]
@@ -53,26 +77,26 @@ def test_among_equals_the_one_chosen_longest_ago_is_next() -> None:
     decode_views = [replace(_DECODE, instance_id=name) for name in "cab"]
     for last_chosen, winner in (({}, "a"), ({"a": 1}, "b"), ({"a": 1, "b": 2}, "c"), ({"a": 4, "b": 2, "c": 3}, "b")):
         assert _prefill(*views, **last_chosen).require() == winner
-        choice = _decode(*decode_views, **last_chosen)
-        assert choice.require() == winner
-        assert {candidate.reason for candidate in choice.candidates} == {"", "equal; another's turn"}
+        selection = _decode(*decode_views, **last_chosen)
+        assert selection.require() == winner
+        assert {candidate.reason for candidate in selection.candidates} == {"", "equal; another's turn"}
 
 
 def test_what_cannot_be_chosen_says_why() -> None:
-    choice = _prefill(
+    selection = _prefill(
         replace(_PREFILL, instance_id="loading", ready=False),
         replace(_PREFILL, instance_id="other", fingerprint="g"),
         replace(_PREFILL, instance_id="short", max_model_len=100),
         replace(_PREFILL, instance_id="busy", queued_tokens=999),
     )
-    assert choice.require() == "busy"
-    assert {c.instance_id: c.reason for c in choice.candidates[1:]} == {
+    assert selection.require() == "busy"
+    assert {c.instance_id: c.reason for c in selection.candidates[1:]} == {
         "loading": "not ready",
         "other": "no decode instance has its KV layout",
         "short": "its context is too short (100 tokens)",
     }
-    assert "busy: queued 999 + prompt 100 + cached 0 = 1099  chosen" in choice.explain()
-    assert "loading:   not ready" in choice.explain()
+    assert "busy: queued 999 + prompt 100 + cached 0 = 1099  chosen" in selection.explain()
+    assert "loading:   not ready" in selection.explain()
 
 
 def test_no_instance_is_unavailable_and_no_instance_long_enough_is_the_clients_fault() -> None:
@@ -88,15 +112,36 @@ def test_no_instance_is_unavailable_and_no_instance_long_enough_is_the_clients_f
 
 def test_decode_goes_where_most_memory_and_fewest_sequences_are() -> None:
     other = replace(_DECODE, instance_id="b")
-    assert _decode(replace(_DECODE, free_blocks=50), other).require() == "b"
-    assert _decode(replace(_DECODE, running=3), other).require() == "b"
-    assert _decode(replace(_DECODE, waiting=1, waiting_tokens=500), other).require() == "b"
-    assert _decode(_DECODE, replace(other, fingerprint="g")).require() == "a"
+    assert _decode(replace(_DECODE, claimed_tokens=800), other).require() == "b"
+    assert _decode(replace(_DECODE, sequences=3), other).require() == "b"
+    assert _decode(replace(_DECODE, sequences=1, claimed_tokens=500), other).require() == "b"
+    loaded = replace(_DECODE, claimed_tokens=800)
+    assert _decode(loaded, replace(other, fingerprint="g")).require() == "a"
+    assert _decode(loaded, replace(other, fingerprint="g"), fingerprint=None).require() == "b"
+
+
+def test_an_instance_counts_only_if_it_can_hold_what_is_needed() -> None:
+    loaded = replace(_DECODE, instance_id="b", max_model_len=2000, claimed_tokens=800)
+    assert _decode(_DECODE, loaded).require() == "a"
+    selection = _decode(_DECODE, loaded, needed_tokens=1001)
+    assert selection.require() == "b"
+    assert selection.candidates[1].reason == "its context is too short (1000 tokens)"
+
+
+def test_recent_failures_weigh_and_are_told() -> None:
+    views = [_PREFILL, replace(_PREFILL, instance_id="b", queued_tokens=1000)]
+    selection = _prefill(*views, failures={"a": 0.5})
+    assert selection.require() == "b"
+    assert selection.candidates[1].reason == "worse by 1048; requests failed there recently"
+    assert _prefill(*views, failures={"a": 0.25, "b": 0.125}).require() == "a"
+    others = [_DECODE, replace(_DECODE, instance_id="b", claimed_tokens=800)]
+    assert _decode(*others, failures={"a": 1.0}).require() == "b"
+    assert _decode(*others, failures={"a": 0.25}).require() == "a"
 
 
 def test_decode_avoids_a_wait_for_memory() -> None:
-    full = replace(_DECODE, instance_id="full", free_blocks=9, running=0)
-    busy = replace(_DECODE, instance_id="busy", free_blocks=10, running=30)
+    full = replace(_DECODE, instance_id="full", claimed_tokens=1456)
+    busy = replace(_DECODE, instance_id="busy", claimed_tokens=1440, sequences=30)
     assert _decode(full, busy).require() == "busy"
 
 
@@ -110,21 +155,20 @@ def test_decode_avoids_a_wait_for_memory() -> None:
             ready=st.booleans(),
             max_model_len=st.sampled_from([50, 1000]),
             queued_tokens=st.integers(0, 500),
-            running=st.integers(0, 5),
             cached_prefix_tokens=st.integers(0, 100),
         ),
         unique_by=lambda view: view.instance_id,
     ),
 )
 def test_every_candidate_is_explained_and_the_choice_is_usable(views: list[PrefillView]) -> None:
-    choice = _prefill(*views)
-    assert sorted(c.instance_id for c in choice.candidates) == sorted(view.instance_id for view in views)
+    selection = _prefill(*views)
+    assert sorted(c.instance_id for c in selection.candidates) == sorted(view.instance_id for view in views)
     usable = {v.instance_id for v in views if v.ready and v.fingerprint == "f" and v.max_model_len > 100}
-    assert (choice.instance_id is None) == (not usable)
-    for candidate in choice.candidates:
+    assert (selection.instance_id is None) == (not usable)
+    for candidate in selection.candidates:
         assert (candidate.score is not None) == (candidate.instance_id in usable)
-        assert bool(candidate.reason) == (candidate.instance_id != choice.instance_id)
+        assert bool(candidate.reason) == (candidate.instance_id != selection.instance_id)
         if candidate.score is not None:
             assert candidate.score == sum(value for _, value in candidate.terms)
-            assert choice.candidates[0].score is not None
-            assert candidate.score >= choice.candidates[0].score
+            assert selection.candidates[0].score is not None
+            assert candidate.score >= selection.candidates[0].score

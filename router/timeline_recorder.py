@@ -1,4 +1,4 @@
-"""Collects the stamps of one request over all its attempts."""
+"""Records the timeline of one request over all its attempts."""
 
 from tandem.core.session import PrefillFinished, TransferCommitted
 from tandem.core.timeline import Stage, Timeline
@@ -12,10 +12,10 @@ _BEFORE_SECOND_TOKEN = (
 )
 
 
-class Stamps:
-    """A stage is stamped by the attempt that carried the request past it: what led to a token that was handed on stays,
-    what a failed attempt left unfinished is forgotten. All times are on the router's clock; a worker's durations are
-    laid backwards from the arrival of the message that brought them, never before the stage they follow.
+class TimelineRecorder:
+    """Timestamps of a failed attempt are discarded unless a token from it was delivered. All times are on the router's
+    clock; an instance's durations are laid backwards from the arrival of the message that brought them, never before
+    the stage they follow.
     """
 
     def __init__(self, received_s: float, admitted_s: float) -> None:
@@ -41,7 +41,7 @@ class Stamps:
         self._stamps[Stage.FIRST_TOKEN] = now_s
         self._num_cached_tokens = event.num_cached_tokens
 
-    def decode_reserved(self, now_s: float) -> None:
+    def kv_reserved(self, now_s: float) -> None:
         if Stage.SECOND_TOKEN not in self._stamps:
             self._stamps[Stage.DECODE_RESERVED] = now_s
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 Entry = tuple[float, int, str]  # load, turn, instance id
 
 
-class LoadOrder:
+class SortedByLoad:
     """Instances, least load first; among equals the one with the lowest turn, then the lowest id.
 
     A sorted list: `put` and `discard` find their place in O(log n) and then move what stands behind it, which for
-    thousands of entries is less than the search itself. Reading from the front costs nothing.
+    thousands of entries is less than the search itself (and than `sortedcontainers` takes). Reading from the front
+    costs nothing.
     """
 
     __slots__ = ("_entries", "_of")
@@ -25,9 +26,6 @@ class LoadOrder:
     def __iter__(self) -> Iterator[Entry]:
         """Least load first. Nothing may be put or discarded meanwhile."""
         return iter(self._entries)
-
-    def get(self, instance_id: str) -> Entry | None:
-        return self._of.get(instance_id)
 
     def entry(self, instance_id: str) -> Entry:
         return self._of[instance_id]

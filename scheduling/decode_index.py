@@ -1,0 +1,220 @@
+"""The order of thousands of decode instances by memory and batch. See `scheduling.instance_index`."""
+
+from collections.abc import Container, Iterable, Mapping, Set
+from itertools import chain, islice
+from typing import NamedTuple
+
+from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES, SHOWN, InstanceIndex
+from tandem.scheduling.routing import DecodeView, Scored, Selection, choose_decode, score_decode, selection_of
+from tandem.scheduling.sorted_by_load import SortedByLoad
+
+
+class _Sequence(NamedTuple):
+    """A request to choose an instance for. `fingerprint` None: any."""
+
+    num_tokens: int
+    growth_tokens: int
+    needed_tokens: int
+    fingerprint: str | None
+    failures: Mapping[str, float]
+
+
+class _Group:
+    """Instances alike in all but their load: the order among them by load is the same for every request."""
+
+    __slots__ = ("by_claim", "by_load")
+
+    def __init__(self) -> None:
+        self.by_load = SortedByLoad()
+        self.by_claim = SortedByLoad()  # tokens
+
+    def put(self, view: DecodeView, turn: int) -> None:
+        self.by_load.put(view.instance_id, view.load, turn)
+        self.by_claim.put(view.instance_id, view.claimed_tokens, 0)
+
+    def discard(self, instance_id: str) -> None:
+        self.by_load.discard(instance_id)
+        self.by_claim.discard(instance_id)
+
+    def first(self, skip: Set[str]) -> str | None:
+        """The one with the least load."""
+        for entry in self.by_load:
+            if entry[2] not in skip:
+                return entry[2]
+        return None
+
+    def first_within(self, claimed_tokens: int, skip: Set[str]) -> str | None:
+        """The one with the least load of all that claim no more memory than that. If those are few they are looked at
+        one by one; of many, one is soon met on the way from the least load."""
+        count = self.by_claim.up_to(claimed_tokens)
+        if count**2 > len(self.by_claim):
+            for _, _, instance_id in self.by_load:
+                if instance_id not in skip and self.by_claim.entry(instance_id)[0] <= claimed_tokens:
+                    return instance_id
+            return None
+        within = (entry[2] for entry in islice(self.by_claim, count) if entry[2] not in skip)
+        entries = [self.by_load.entry(instance_id) for instance_id in within]
+        return min(entries)[2] if entries else None
+
+
+class DecodeIndex(InstanceIndex[DecodeView]):
+    """Decode or colocated instances by memory and batch. See `routing.choose_decode` for the policy."""
+
+    __slots__ = ("_groups",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Of those that are ready: fingerprint -> (max_model_len, capacity in tokens) -> the group.
+        self._groups: dict[str, dict[tuple[int, int], _Group]] = {}
+
+    def put(self, view: DecodeView) -> None:
+        known = self.views.get(view.instance_id)
+        if known is not None and (not view.ready or _kind(known) != _kind(view)):
+            self._leave_group(known)
+        self.views[view.instance_id] = view
+        if view.ready:
+            groups = self._groups.setdefault(view.fingerprint, {})
+            group = groups.get((view.max_model_len, view.capacity_tokens))
+            if group is None:
+                group = groups[view.max_model_len, view.capacity_tokens] = _Group()
+            group.put(view, self._turn(view.instance_id))
+
+    def remove(self, instance_id: str) -> None:
+        """Forget it; nothing happens if it is unknown."""
+        view = self._forget(instance_id)
+        if view is not None:
+            self._leave_group(view)
+
+    def fingerprints_for(self, needed_tokens: int) -> Container[str]:
+        """Of the instances that are ready and can hold a prompt and answer of that length. Ask it at once."""
+        return _Fingerprints(self._groups, needed_tokens)
+
+    def best(
+        self,
+        *,
+        num_tokens: int,
+        growth_tokens: int,
+        needed_tokens: int,
+        fingerprint: str | None,
+        avoid: Set[str] = NO_INSTANCES,
+        exclude: Set[str] = NO_INSTANCES,
+        failures: Mapping[str, float] = NO_FAILURES,
+    ) -> Scored | None:
+        sequence = _Sequence(num_tokens, growth_tokens, needed_tokens, fingerprint, failures)
+        best = self._best_of(sequence, avoid, exclude, 1)
+        return best[0] if best else None
+
+    def select(
+        self,
+        *,
+        num_tokens: int,
+        growth_tokens: int,
+        needed_tokens: int,
+        fingerprint: str | None,
+        avoid: Set[str] = NO_INSTANCES,
+        exclude: Set[str] = NO_INSTANCES,
+        failures: Mapping[str, float] = NO_FAILURES,
+    ) -> Selection:
+        """As `best`, with the comparison."""
+        sequence = _Sequence(num_tokens, growth_tokens, needed_tokens, fingerprint, failures)
+        best = self._best_of(sequence, avoid, exclude, SHOWN)
+        if best:
+            return selection_of(best, {}, len(self) - len(best))
+        return choose_decode(  # none can: say why of each
+            [view for view in self.views.values() if view.instance_id not in exclude],
+            num_tokens=num_tokens,
+            growth_tokens=growth_tokens,
+            needed_tokens=needed_tokens,
+            fingerprint=fingerprint,
+            failures=failures,
+            last_chosen=self.last_chosen,
+        )
+
+    def _best_of(self, sequence: _Sequence, avoid: Set[str], exclude: Set[str], count: int) -> list[Scored]:
+        """As `PrefillIndex._best_of`."""
+        best = self._best_without({*avoid, *exclude}, sequence, count)
+        return best if best or not avoid else self._best_without(set(exclude), sequence, count)
+
+    def _best_without(self, skip: set[str], sequence: _Sequence, count: int) -> list[Scored]:
+        compared: list[Scored] = []
+        if sequence.failures:
+            failed = [instance_id for instance_id in sequence.failures if self._is_usable(instance_id, sequence, skip)]
+            compared = sorted((self._score(each, sequence) for each in failed), key=lambda each: each.rank)
+            skip.update(failed)
+        best: list[Scored] = []
+        while len(best) < count:
+            winner = self._winner(sequence, skip)
+            if compared and (winner is None or compared[0].rank < winner.rank):
+                best.append(compared.pop(0))
+            elif winner is not None:
+                best.append(winner)
+                skip.add(winner.rank[3])
+            else:
+                break
+        return best
+
+    def _winner(self, sequence: _Sequence, skip: Set[str]) -> Scored | None:
+        """The best of each group is the one with the least load, or if that must wait the best of those that fit."""
+        best: Scored | None = None
+        for (max_model_len, capacity_tokens), group in self._groups_of(sequence.fingerprint):
+            if sequence.needed_tokens > max_model_len:
+                continue
+            room = capacity_tokens - min(sequence.num_tokens + sequence.growth_tokens, max_model_len)
+            first = group.first(skip)
+            if first is None:
+                continue
+            scored = self._score(first, sequence)
+            if best is None or scored.rank < best.rank:
+                best = scored
+            if self.views[first].claimed_tokens > room:
+                fitting = group.first_within(room, skip)
+                if fitting is not None:
+                    best = min(best, self._score(fitting, sequence), key=lambda each: each.rank)
+        return best
+
+    def _score(self, instance_id: str, sequence: _Sequence) -> Scored:
+        return score_decode(
+            self.views[instance_id],
+            num_tokens=sequence.num_tokens,
+            growth_tokens=sequence.growth_tokens,
+            failures=sequence.failures.get(instance_id, 0.0),
+            last_chosen=self._turn(instance_id),
+        )
+
+    def _is_usable(self, instance_id: str, sequence: _Sequence, skip: Set[str]) -> bool:
+        view = self.views.get(instance_id)
+        if view is None or not view.ready or instance_id in skip:
+            return False
+        is_alike = sequence.fingerprint is None or view.fingerprint == sequence.fingerprint
+        return is_alike and sequence.needed_tokens <= view.max_model_len
+
+    def _groups_of(self, fingerprint: str | None) -> Iterable[tuple[tuple[int, int], _Group]]:
+        if fingerprint is not None:
+            return self._groups.get(fingerprint, {}).items()
+        return chain.from_iterable(groups.items() for groups in self._groups.values())
+
+    def _leave_group(self, view: DecodeView) -> None:
+        groups = self._groups.get(view.fingerprint, {})
+        group = groups.get((view.max_model_len, view.capacity_tokens))
+        if group is not None:
+            group.discard(view.instance_id)
+            if not len(group.by_load):
+                del groups[view.max_model_len, view.capacity_tokens]
+
+
+def _kind(view: DecodeView) -> tuple[str, int, int]:
+    return view.fingerprint, view.max_model_len, view.capacity_tokens
+
+
+class _Fingerprints:
+    """Those of the groups whose instances can hold so many tokens."""
+
+    __slots__ = ("_groups", "_needed_tokens")
+
+    def __init__(self, groups: dict[str, dict[tuple[int, int], _Group]], needed_tokens: int) -> None:
+        self._groups = groups
+        self._needed_tokens = needed_tokens
+
+    def __contains__(self, fingerprint: object) -> bool:
+        groups = self._groups.get(fingerprint)  # type: ignore[call-overload]
+        return bool(groups) and max(groups)[0] >= self._needed_tokens

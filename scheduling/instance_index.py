@@ -1,0 +1,58 @@
+"""What a router knows of thousands of instances, kept in order, so that a choice need not compare them all.
+
+Both indexes (`prefill_index`, `decode_index`) give exactly the winner of `scheduling.routing`'s full comparison, at the
+price of a few look-ups:
+
+    index.put(view)      an instance is there, or its load has changed
+    index.remove(id)     it is gone
+    index.best(...)      the winner with its score, None if no instance can take the request
+    index.select(...)    the same as a `Selection`: with the comparison to the next few, or why there is none
+    index.take(view)     as `put`, of the winner: among equals it is another's turn next
+
+Instances in `avoid` are a last resort, those in `exclude` are none. `failures` are of the few instances that failed
+lately. Where KV may move inside a node only, let the fingerprints name the node, too.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Set
+from types import MappingProxyType
+from typing import Generic, TypeVar
+
+from tandem.scheduling.routing import DecodeView, PrefillView
+
+NO_INSTANCES: Set[str] = frozenset()
+NO_FAILURES: Mapping[str, float] = MappingProxyType({})
+SHOWN = 3  # candidates of a selection that are written down
+
+ViewT = TypeVar("ViewT", PrefillView, DecodeView)
+
+
+class InstanceIndex(ABC, Generic[ViewT]):
+    """The views, and which choice took each instance last."""
+
+    __slots__ = ("_num_choices", "last_chosen", "views")
+
+    def __init__(self) -> None:
+        self.views: dict[str, ViewT] = {}  # to be read only
+        self.last_chosen: dict[str, int] = {}  # to be read only
+        self._num_choices = 0
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    @abstractmethod
+    def put(self, view: ViewT) -> None:
+        """Enter an instance, or what has changed of it."""
+
+    def take(self, view: ViewT) -> None:
+        """It was chosen, and this is its view now."""
+        self._num_choices += 1
+        self.last_chosen[view.instance_id] = self._num_choices
+        self.put(view)
+
+    def _turn(self, instance_id: str) -> int:
+        return self.last_chosen.get(instance_id, 0)
+
+    def _forget(self, instance_id: str) -> ViewT | None:
+        self.last_chosen.pop(instance_id, None)
+        return self.views.pop(instance_id, None)

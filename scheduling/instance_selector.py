@@ -1,0 +1,293 @@
+"""Which instances an attempt runs on: among those that are usable now, at a price that hardly depends on their number.
+
+A request runs on a pair (a prefill instance, then a decode instance that reads its KV) or on one colocated instance.
+Where both forms are there, it takes the one with the least work before its first token. While there is neither, a
+decode instance computes the prompt itself: degraded service instead of none.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from tandem.core.errors import ContextLengthError, UnavailableError
+from tandem.core.session import Role
+from tandem.scheduling.decode_index import DecodeIndex
+from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES
+from tandem.scheduling.known_instance import KnownInstance
+from tandem.scheduling.prefill_index import Holders, PrefillIndex
+from tandem.scheduling.prefix_tracker import PrefixTracker
+from tandem.scheduling.recent_failures import RecentFailures
+from tandem.scheduling.routed_request import Attempt, RoutedRequest
+from tandem.scheduling.routing import Candidate, Scored, Selection
+
+
+class Place(NamedTuple):
+    """An instance for an attempt. `hand_over`: it computes the prompt only. `selection`: where decisions are
+    explained."""
+
+    instance: KnownInstance
+    hand_over: bool
+    selection: Selection | None
+
+
+class InstanceSelector:
+    """Owns the instances as known, what they have cached, and which of them failed lately."""
+
+    def __init__(
+        self,
+        *,
+        explain: bool,
+        slack_tokens: int,
+        max_tracked_blocks: int,
+        max_outstanding_tokens: int | None,
+        local_prefill: bool,
+    ) -> None:
+        """As in `routing_machine.RoutingSettings`."""
+        self.instances: dict[str, KnownInstance] = {}  # to be read only
+        self.failures = RecentFailures()
+        self._explain = explain
+        self._max_tracked_blocks = max_tracked_blocks
+        self._max_outstanding_tokens = max_outstanding_tokens
+        self._local_prefill = local_prefill
+        self._prefills = PrefillIndex(slack_tokens)
+        self._decodes = DecodeIndex()
+        self._colocated = DecodeIndex()
+        self._trackers: dict[int, PrefixTracker] = {}  # by block size: it determines the blocks' names
+        self._without_credit: set[str] = set()
+        self._chose_colocated = False  # when both forms were there
+        self._capacity_tokens: int | None = None  # None: to be worked out
+        self._is_local = False  # decode instances must compute prompts, for want of others
+
+    # --- instances ---------------------------------------------------------------------------------------------------
+
+    def update(self, instance: KnownInstance) -> None:
+        """It is new, or has reported."""
+        self.instances[instance.instance_id] = instance
+        block_size = instance.status.block_size
+        if instance.role is not Role.DECODE and block_size not in self._trackers:
+            self._trackers[block_size] = PrefixTracker(block_size, self._max_tracked_blocks)
+        self.put(instance)
+
+    def put(self, instance: KnownInstance, *, is_chosen: bool = False) -> None:
+        """Its load has changed, or what it offers; `is_chosen`: because it was chosen."""
+        if (role := instance.role) is Role.PREFILL:
+            prefills = self._prefills
+            (prefills.take if is_chosen else prefills.put)(instance.prefill_view())
+        else:
+            index = self._decodes if role is Role.DECODE else self._colocated
+            (index.take if is_chosen else index.put)(instance.decode_view())
+        limit = self._max_outstanding_tokens
+        if limit is not None:
+            if instance.uncomputed_tokens >= limit:
+                self._without_credit.add(instance.instance_id)
+            else:
+                self._without_credit.discard(instance.instance_id)
+
+    def leave_role(self, instance: KnownInstance) -> None:
+        """It is no candidate in its present role any more."""
+        index: PrefillIndex | DecodeIndex = self._prefills
+        if instance.role is not Role.PREFILL:
+            index = self._decodes if instance.role is Role.DECODE else self._colocated
+        index.remove(instance.instance_id)
+
+    def remove(self, instance_id: str) -> None:
+        """It is gone for good."""
+        self.leave_role(self.instances.pop(instance_id))
+        self._without_credit.discard(instance_id)
+        self.failures.forget(instance_id)
+        for tracker in self._trackers.values():
+            tracker.forget(instance_id)
+
+    def offers_changed(self) -> None:
+        """Which instances are usable, or what they can hold."""
+        self._capacity_tokens = None
+
+    # --- capacity ----------------------------------------------------------------------------------------------------
+
+    def capacity_tokens(self) -> int:
+        """Longest prompt plus answer that a usable instance or pair can hold; 0 without one."""
+        if self._capacity_tokens is None:
+            self._capacity_tokens = self._find_capacity_tokens()
+        return self._capacity_tokens
+
+    def require_capacity_tokens(self) -> int:
+        """As `capacity_tokens`. Raises UnavailableError, which says what is missing, instead of 0."""
+        if capacity_tokens := self.capacity_tokens():
+            return capacity_tokens
+        usable = {instance.role for instance in self.instances.values() if instance.is_usable}
+        for role in (Role.PREFILL, Role.DECODE):
+            if role not in usable:
+                raise UnavailableError(f"no {role.value} worker is ready")
+        raise UnavailableError("no prefill worker is ready whose KV a ready decode worker can read")
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises ContextLengthError if nothing usable holds a prompt that long and a token of answer."""
+        capacity_tokens = self.require_capacity_tokens()
+        if num_tokens >= capacity_tokens:
+            raise ContextLengthError(
+                f"the prompt has {num_tokens} tokens; the workers that are up hold at most {capacity_tokens} tokens of "
+                "prompt and answer"
+            )
+
+    def waits_for_credit(self, request: RoutedRequest) -> bool:
+        """Of a request for which nothing was chosen: whether an instance was usable."""
+        return bool(self._without_credit) and request.num_tokens < self.capacity_tokens()
+
+    def _find_capacity_tokens(self) -> int:
+        longest: dict[Role, dict[str, int]] = {role: {} for role in Role}  # by fingerprint
+        for instance in self.instances.values():
+            if instance.is_usable:
+                found, fingerprint = longest[instance.role], instance.status.fingerprint
+                found[fingerprint] = max(instance.capacity_tokens, found.get(fingerprint, 0))
+        prefills, decodes = longest[Role.PREFILL], longest[Role.DECODE]
+        pairs = (min(prefills[each], decodes[each]) for each in prefills.keys() & decodes.keys())
+        capacity_tokens = max((*pairs, *longest[Role.COLOCATED].values()), default=0)
+        self._is_local = capacity_tokens == 0 and not prefills and self._local_prefill
+        return max(decodes.values(), default=0) if self._is_local else capacity_tokens
+
+    # --- the first instance ------------------------------------------------------------------------------------------
+
+    def choose_first(self, request: RoutedRequest, now_s: float) -> Place | None:
+        """Where an attempt can begin: where prompt and answer fit, or as much of them as fits anywhere. Instances that
+        have failed the request are a last resort. None: nothing is usable, or what is has no credit."""
+        capacity_tokens = self.capacity_tokens()
+        needed_tokens = min(request.max_total_tokens, capacity_tokens)
+        if request.num_tokens >= capacity_tokens:
+            return None
+        failures: Mapping[str, float] = self.failures.current(now_s) if self.failures else NO_FAILURES
+        if self._is_local:
+            return self._one_instance(self._decodes, request, needed_tokens, failures)
+        if not self._colocated.views:
+            return self._pair(request, needed_tokens, failures)
+        pair = self._pair(request, needed_tokens, failures)
+        colocated = self._one_instance(self._colocated, request, needed_tokens, failures)
+        if pair is None or colocated is None:
+            return pair or colocated
+        return self._better_form(request, pair, colocated, needed_tokens)
+
+    def record_prefix(self, request: RoutedRequest, instance: KnownInstance) -> None:
+        """The instance computes the prompt, and may keep it."""
+        if request.has_block_names and instance.role is not Role.DECODE:
+            block_size = instance.status.block_size
+            self._trackers[block_size].record(instance.instance_id, request.block_names(block_size))
+
+    def _pair(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> Place | None:
+        if self.failures:
+            failures = self.failures.of_prefills(failures, self.instances)
+        choose = self._prefills.select if self._explain else self._prefills.best
+        found = choose(
+            num_tokens=request.num_tokens,
+            needed_tokens=needed_tokens,
+            decode_fingerprints=self._decodes.fingerprints_for(needed_tokens),
+            holders=self._holders(request) if request.has_block_names else (),
+            avoid=request.avoid,
+            exclude=self._without_credit,
+            failures=failures,
+        )
+        return self._place(found, hand_over=True)
+
+    def _one_instance(
+        self, index: DecodeIndex, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]
+    ) -> Place | None:
+        choose = index.select if self._explain else index.best
+        found = choose(
+            num_tokens=request.num_tokens,
+            growth_tokens=request.growth_tokens,
+            needed_tokens=needed_tokens,
+            fingerprint=None,
+            avoid=request.avoid,
+            exclude=self._without_credit,
+            failures=failures,
+        )
+        return self._place(found, hand_over=False)
+
+    def _place(self, found: Selection | Scored | None, *, hand_over: bool) -> Place | None:
+        if found is None:
+            return None
+        if isinstance(found, Scored):
+            return Place(self.instances[found.rank[3]], hand_over, None)
+        return None if found.instance_id is None else Place(self.instances[found.instance_id], hand_over, found)
+
+    def _holders(self, request: RoutedRequest) -> Holders:
+        holders = [
+            found for size, tracker in self._trackers.items() for found in tracker.holders(request.block_names(size))
+        ]
+        if len(self._trackers) > 1:
+            holders.sort(key=lambda found: found[0], reverse=True)
+        return holders
+
+    # --- a pair or a colocated instance ------------------------------------------------------------------------------
+
+    def _better_form(self, request: RoutedRequest, pair: Place, colocated: Place, needed_tokens: int) -> Place:
+        """The form with the least work, queued and of the request, on its first instance. A form that has no memory to
+        decode it now is passed over if the other one has, and one that failed it if the other did not."""
+        decode = self._decodes.best(
+            num_tokens=request.num_tokens,
+            growth_tokens=request.growth_tokens,
+            needed_tokens=needed_tokens,
+            fingerprint=pair.instance.status.fingerprint,
+            avoid=request.avoid,
+        )
+        assert decode is not None, "a decode instance is there for each of the fingerprints"
+        forms = ((pair, self._decodes, decode.rank[3]), (colocated, self._colocated, colocated.instance.instance_id))
+        ranked = [
+            (
+                place.instance.instance_id in request.avoid,
+                self._must_wait(request, index, decoding_id),
+                self._work_tokens(request, place.instance),
+                place.hand_over is not self._chose_colocated,  # of equals it is the other one's turn
+                place,
+            )
+            for place, index, decoding_id in forms
+        ]
+        best, other = sorted(ranked, key=lambda rank: rank[:4])
+        self._chose_colocated = best[4] is colocated
+        if best[4].selection is None:
+            return best[4]
+        if other[0] is not best[0]:
+            reason = "it failed the request"
+        elif other[1] is not best[1]:
+            reason = "no memory to decode there"
+        elif other[2] > best[2]:
+            reason = f"{other[2] - best[2]} tokens more to compute before the first token"
+        else:
+            reason = "as much to compute before the first token; another's turn"
+        form = "a pair" if other[4] is pair else "colocated"
+        candidate = Candidate(other[4].instance.instance_id, None, (("work", other[2]),), f"{form}: {reason}")
+        selection = replace(best[4].selection, candidates=(*best[4].selection.candidates, candidate))
+        return best[4]._replace(selection=selection)
+
+    def _must_wait(self, request: RoutedRequest, index: DecodeIndex, instance_id: str) -> bool:
+        """No memory is left for it, or others wait there for a place already."""
+        view = index.views[instance_id]
+        has_waiting = self.instances[instance_id].status.unreserved_tokens > 0
+        return has_waiting or view.must_wait(request.num_tokens, request.growth_tokens)
+
+    def _work_tokens(self, request: RoutedRequest, instance: KnownInstance) -> int:
+        block_size = instance.status.block_size
+        names = request.block_names(block_size)
+        cached_tokens = self._trackers[block_size].matched_tokens(instance.instance_id, names) if names else 0
+        return instance.queued_tokens + request.num_tokens - min(cached_tokens, request.num_tokens - 1)
+
+    # --- the decode instance of a pair -------------------------------------------------------------------------------
+
+    def choose_decode(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> Place | None:
+        """One that can read the KV of `prefill`, and hold prompt and answer if one can."""
+        fingerprint = prefill.status.fingerprint
+        needed_tokens = attempt.num_tokens + attempt.growth_tokens
+        if fingerprint not in self._decodes.fingerprints_for(needed_tokens):
+            needed_tokens = attempt.num_tokens + 1
+        failures: Mapping[str, float] = NO_FAILURES
+        if self.failures:
+            failures = self.failures.of_decodes(self.failures.current(now_s), prefill.instance_id)
+        choose = self._decodes.select if self._explain else self._decodes.best
+        found = choose(
+            num_tokens=attempt.num_tokens,
+            growth_tokens=attempt.growth_tokens,
+            needed_tokens=needed_tokens,
+            fingerprint=fingerprint,
+            avoid=attempt.request.avoid,
+            exclude={prefill.instance_id} if prefill.role is Role.DECODE else NO_INSTANCES,
+            failures=failures,
+        )
+        return self._place(found, hand_over=False)

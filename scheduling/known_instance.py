@@ -1,0 +1,138 @@
+"""One instance as a router knows it: its last report, and the ledger of what this router has dispatched there.
+
+The ledger is exact and immediate: it counts what was sent and not yet seen done, without waiting for a report. What a
+report shows beyond the ledger is the load of other routers, which must not include the router's own: a report describes
+a moment between the arrival of the report before it and its own arrival, and at that moment the instance had at most
+what the ledger held then. So only what exceeds the ledger's peak since then is foreign. (Two such intervals are looked
+at, because a router that was stopped may read two reports at once.) A router that is alone never sees foreign load.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tandem.core.session import InstanceState, InstanceStatus, Role
+from tandem.scheduling.routing import DecodeView, PrefillView
+
+if TYPE_CHECKING:
+    from tandem.scheduling.routed_request import Attempt
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """An attempt at this instance, and what it still weighs there."""
+
+    attempt: "Attempt"
+    uncomputed_tokens: int
+    held_tokens: int
+
+
+class KnownInstance:
+    """Owned by the machine. `uncomputed_tokens` and `held_tokens` sum up what is in flight: prompt tokens that wait to
+    be computed, and KV slots that requests hold or may grow to."""
+
+    __slots__ = (
+        "_foreign",
+        "_in_flight",
+        "_last_peak",
+        "_peak",
+        "capacity_tokens",
+        "held_tokens",
+        "instance_id",
+        "is_connected",
+        "memory_tokens",
+        "status",
+        "uncomputed_tokens",
+    )
+
+    def __init__(self, status: InstanceStatus) -> None:
+        self.instance_id = status.instance_id
+        self.is_connected = False
+        self.uncomputed_tokens = 0
+        self.held_tokens = 0
+        self._in_flight: dict[int, _InFlight] = {}
+        self._peak = self._last_peak = (0, 0, 0)  # uncomputed tokens, held tokens, requests
+        self.report(status)
+
+    @property
+    def role(self) -> Role:
+        return self.status.role
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it takes new work."""
+        return self.is_connected and self.status.state is InstanceState.READY
+
+    @property
+    def open_requests(self) -> int:
+        """Attempts of this router there."""
+        return len(self._in_flight)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that wait there to be computed, other routers' included."""
+        return self.uncomputed_tokens + self._foreign[0]
+
+    def attempts(self) -> "list[Attempt]":
+        return [entry.attempt for entry in self._in_flight.values()]
+
+    def find(self, handle: int) -> "Attempt | None":
+        """The attempt of that handle, if it is in flight here."""
+        entry = self._in_flight.get(handle)
+        return None if entry is None else entry.attempt
+
+    def report(self, status: InstanceStatus) -> None:
+        self.status = status
+        self.memory_tokens = status.blocks.total * status.block_size
+        self.capacity_tokens = min(status.max_model_len, self.memory_tokens)
+        blocks = status.blocks
+        reported = (
+            status.uncomputed_tokens,
+            (blocks.total - blocks.free - blocks.cached) * status.block_size + status.unreserved_tokens,
+            status.running_requests + status.waiting_requests,
+        )
+        uncomputed, held, requests = (
+            max(0, shown - max(own, last))
+            for shown, own, last in zip(reported, self._peak, self._last_peak, strict=True)
+        )
+        self._foreign = (uncomputed, held, requests)
+        self._last_peak, self._peak = self._peak, (self.uncomputed_tokens, self.held_tokens, len(self._in_flight))
+
+    def dispatch(self, attempt: "Attempt", uncomputed_tokens: int, held_tokens: int) -> None:
+        """It was sent there."""
+        held_tokens += -held_tokens % self.status.block_size  # by whole blocks
+        self._in_flight[attempt.handle] = _InFlight(attempt, uncomputed_tokens, held_tokens)
+        self.uncomputed_tokens += uncomputed_tokens
+        self.held_tokens += held_tokens
+        now, peak = (self.uncomputed_tokens, self.held_tokens, len(self._in_flight)), self._peak
+        if now[0] > peak[0] or now[1] > peak[1] or now[2] > peak[2]:
+            self._peak = (max(now[0], peak[0]), max(now[1], peak[1]), max(now[2], peak[2]))
+
+    def record_progress(self, handle: int, num_tokens: int) -> bool:
+        """So many of its tokens need not be waited for any more. Whether that changes the load."""
+        entry = self._in_flight[handle]
+        num_tokens = min(num_tokens, entry.uncomputed_tokens)
+        self.uncomputed_tokens -= num_tokens
+        entry.uncomputed_tokens -= num_tokens
+        return num_tokens > 0
+
+    def release(self, handle: int) -> None:
+        """Nothing of it is there any more."""
+        entry = self._in_flight.pop(handle)
+        self.uncomputed_tokens -= entry.uncomputed_tokens
+        self.held_tokens -= entry.held_tokens
+
+    def prefill_view(self) -> PrefillView:
+        return PrefillView(
+            self.instance_id, self.status.fingerprint, self.is_usable, self.capacity_tokens, self.queued_tokens
+        )
+
+    def decode_view(self) -> DecodeView:
+        return DecodeView(
+            self.instance_id,
+            self.status.fingerprint,
+            self.is_usable,
+            self.capacity_tokens,
+            self.memory_tokens,
+            self.held_tokens + self._foreign[1],
+            len(self._in_flight) + self._foreign[2],
+        )

@@ -1,0 +1,76 @@
+"""Which instances and pairs of instances failed lately. Every failure counts 1, half as much after each half-life."""
+
+from collections.abc import Mapping
+
+from tandem.core.session import Role
+from tandem.scheduling.known_instance import KnownInstance
+
+HALF_LIFE_S = 5.0
+MOST = 4.0  # what an instance or a pair counts at most
+LEAST = 1 / 16  # what counts less is forgotten
+
+Name = str | tuple[str, str]  # an instance, or the prefill and the decode instance of a pair
+
+
+class RecentFailures:
+    """False while there are none. Time is passed in."""
+
+    __slots__ = ("_pairs", "_since")
+
+    def __init__(self) -> None:
+        self._since: dict[Name, tuple[float, float]] = {}  # count, and when it was that
+        self._pairs: dict[tuple[str, str], float] = {}  # as of the last look
+
+    def __bool__(self) -> bool:
+        return bool(self._since)
+
+    def add(self, name: Name, now_s: float) -> None:
+        count = self._count(name, now_s) if name in self._since else 0.0
+        self._since[name] = (min(MOST, count + 1), now_s)
+
+    def forget(self, instance_id: str) -> None:
+        """And all pairs with it."""
+        self._since = {name: since for name, since in self._since.items() if instance_id not in (name, *_both(name))}
+
+    def current(self, now_s: float) -> dict[str, float]:
+        """Of single instances. Those of pairs are then as of now, too."""
+        counts = {name: self._count(name, now_s) for name in self._since}
+        self._since = {name: since for name, since in self._since.items() if counts[name] >= LEAST}
+        self._pairs = {name: counts[name] for name in self._since if isinstance(name, tuple)}
+        return {name: counts[name] for name in self._since if isinstance(name, str)}
+
+    def of_prefills(self, failures: Mapping[str, float], instances: Mapping[str, KnownInstance]) -> dict[str, float]:
+        """`failures` of single instances, and for a prefill instance whose every possible pair failed the least of
+        those."""
+        counts = dict(failures)
+        for prefill_id in {prefill_id for prefill_id, _ in self._pairs}:
+            prefill = instances[prefill_id]
+            least = min(
+                (
+                    self._pairs.get((prefill_id, decode_id), 0.0)
+                    for decode_id, decode in instances.items()
+                    if decode.role is Role.DECODE
+                    and decode.is_usable
+                    and decode.status.fingerprint == prefill.status.fingerprint
+                ),
+                default=0.0,
+            )
+            if least:
+                counts[prefill_id] = min(MOST, counts.get(prefill_id, 0.0) + least)
+        return counts
+
+    def of_decodes(self, failures: Mapping[str, float], prefill_id: str) -> dict[str, float]:
+        """`failures` of single instances, and those of pairs with this prefill instance."""
+        counts = dict(failures)
+        for (first_id, decode_id), count in self._pairs.items():
+            if first_id == prefill_id:
+                counts[decode_id] = min(MOST, counts.get(decode_id, 0.0) + count)
+        return counts
+
+    def _count(self, name: Name, now_s: float) -> float:
+        count, since_s = self._since[name]
+        return float(count * 0.5 ** ((now_s - since_s) / HALF_LIFE_S))
+
+
+def _both(name: Name) -> tuple[str, ...]:
+    return name if isinstance(name, tuple) else ()

@@ -1,0 +1,121 @@
+"""A request and its attempts, as the routing machine knows them: counts and ids, never tokens or text."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
+
+from tandem.core.errors import TandemError
+
+if TYPE_CHECKING:
+    from tandem.scheduling.known_instance import KnownInstance
+
+BlockNamer = Callable[[int], Sequence[Hashable]]
+
+
+class RoutedRequest:
+    """Read-only for drivers. `key` is the driver's name for it, `num_output_tokens` are those of all attempts."""
+
+    __slots__ = (
+        "_name_blocks",
+        "_names",
+        "attempt",
+        "avoid",
+        "deadline_s",
+        "error",
+        "give_up_s",
+        "key",
+        "max_tokens",
+        "num_attempts",
+        "num_output_tokens",
+        "num_prompt_tokens",
+        "number",
+        "retry_s",
+    )
+
+    def __init__(
+        self,
+        key: Hashable,
+        number: int,
+        num_prompt_tokens: int,
+        max_tokens: int,
+        deadline_s: float,
+        name_blocks: BlockNamer | None,
+    ) -> None:
+        """`name_blocks` names the prompt's full blocks of a given size; None: nobody else has them."""
+        self.key = key
+        self.number = number  # in order of arrival
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_tokens = max_tokens
+        self.deadline_s = deadline_s
+        self.num_output_tokens = 0
+        self.num_attempts = 0
+        self.attempt: Attempt | None = None  # None: it waits
+        self.avoid: frozenset[str] = frozenset()  # instances that have failed it
+        self.error: TandemError | None = None  # of the last attempt
+        self.retry_s = -math.inf  # until then it waits for others than those to avoid
+        self.give_up_s = math.inf
+        self._name_blocks = name_blocks
+        self._names: dict[int, Sequence[Hashable]] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Those to compute before the next new one."""
+        return self.num_prompt_tokens + self.num_output_tokens
+
+    @property
+    def growth_tokens(self) -> int:
+        """Those still to come."""
+        return self.max_tokens - self.num_output_tokens
+
+    @property
+    def max_total_tokens(self) -> int:
+        return self.num_prompt_tokens + self.max_tokens
+
+    @property
+    def has_block_names(self) -> bool:
+        return self._name_blocks is not None
+
+    def block_names(self, block_size: int) -> Sequence[Hashable]:
+        """Of the prompt's full blocks; worked out once."""
+        names = self._names.get(block_size)
+        if names is None:
+            names = self._names[block_size] = () if self._name_blocks is None else self._name_blocks(block_size)
+        return names
+
+
+class Attempt:
+    """One try of a request. Read-only for drivers. `handle` names it at its instances.
+
+    `prefill` computes the prompt, `decode` is another instance that reads the KV; each is None while nothing of the
+    attempt is there. `hand_over` False: `prefill` does both.
+    """
+
+    __slots__ = (
+        "decode",
+        "error",
+        "growth_tokens",
+        "hand_over",
+        "handle",
+        "has_first_token",
+        "has_transfer",
+        "num_tokens",
+        "prefill",
+        "request",
+    )
+
+    def __init__(self, handle: int, request: RoutedRequest, prefill: "KnownInstance", hand_over: bool) -> None:
+        self.handle = handle
+        self.request = request
+        self.prefill: KnownInstance | None = prefill
+        self.decode: KnownInstance | None = None
+        self.hand_over = hand_over
+        self.num_tokens = request.num_tokens
+        self.growth_tokens = request.growth_tokens
+        self.has_first_token = False
+        self.has_transfer = False
+        self.error: TandemError | None = None  # why it failed
+
+    @property
+    def generating(self) -> "KnownInstance | None":
+        """The instance whose doing the tokens after the first are."""
+        return self.decode if self.hand_over else self.prefill

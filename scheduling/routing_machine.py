@@ -1,0 +1,474 @@
+"""The router's decisions as one state machine: where a request goes, what happens when that fails, and when it ends.
+
+    submit --+--> queued: no instance has credit --+
+             |                                     v
+             +---------------------------------> attempt -----> finished
+                                                   |   ^
+                         an instance has failed it |   | another one is there, or the pause is over
+                                                   v   |
+                                               recovering ----> error: too many attempts, no instance came in time,
+                                                                or a fault of the request
+    (in every state: its deadline, or the client has cancelled it)
+
+    an attempt at a pair                                      an attempt at one instance
+    prefill started   -> the decode instance is chosen        prefill started
+    prefill finished  -> the first token                      prefill finished  -> the first token
+    transfer committed-> prefill holds nothing more           tokens ... finished
+    tokens ... finished
+
+The machine knows counts and ids, never tokens or text. It has no clock, no I/O and no randomness: time comes with each
+event, and its decisions go to a `RoutingDriver`. The live router and the simulator are the two drivers, so both decide
+alike. An event of an attempt returns False if it does not concern the attempt any more; it is then to be dropped.
+"""
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from tandem.core.errors import (
+    ContextLengthError,
+    DeadlineError,
+    IncompatiblePeerError,
+    InternalError,
+    OverloadedError,
+    TandemError,
+    TransferError,
+    UnavailableError,
+)
+from tandem.core.session import InstanceStatus, Role
+from tandem.scheduling.instance_selector import InstanceSelector, Place
+from tandem.scheduling.keyed_heap import KeyedHeap
+from tandem.scheduling.known_instance import KnownInstance
+from tandem.scheduling.routed_request import Attempt, BlockNamer, RoutedRequest
+from tandem.scheduling.routing import Selection
+
+_RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSettings:
+    """`max_queue` counts all requests in the router. `resume` allows a new attempt after tokens were handed on.
+
+    A request that has lost its instances waits `replacement_wait_s` for usable ones, and `retry_pause_s` before it goes
+    back to an instance that failed it. An instance that has `max_outstanding_tokens` of this router's prompts to
+    compute gets no more until it has computed some. `slack_tokens`: see `routing.choose_prefill`. `max_tracked_blocks`
+    bounds what is remembered of an instance's prefix cache. `local_prefill` lets decode instances compute prompts while
+    no prefill and no colocated instance is usable.
+    """
+
+    max_queue: int | None = None
+    max_attempts: int = 3
+    resume: bool = True
+    replacement_wait_s: float = 30.0
+    retry_pause_s: float = 0.05
+    max_outstanding_tokens: int | None = None
+    slack_tokens: int = 4096
+    max_tracked_blocks: int = 65536
+    local_prefill: bool = True
+
+
+class RoutingDriver(Protocol):
+    """What carries decisions out. No call blocks. From `submit` it may report at once that the attempt has failed."""
+
+    def submit(self, attempt: Attempt, instance_id: str, source_id: str | None, selection: Selection | None) -> None:
+        """Send the attempt there. `source_id`: the instance that computes the KV, None if this one does."""
+        ...
+
+    def cancel(self, attempt: Attempt, instance_id: str) -> None:
+        """Take the attempt off an instance, in whatever phase it is there."""
+        ...
+
+    def end(self, request: RoutedRequest, error: TandemError | None) -> None:
+        """The request is over; `error` None: it has all its tokens."""
+        ...
+
+    def wake_at(self, time_s: float) -> None:
+        """Call `advance` at that time, rather than at the one named before."""
+        ...
+
+
+class RoutingMachine:
+    """Owns all requests until they end. Used by one thread."""
+
+    def __init__(self, driver: RoutingDriver, settings: RoutingSettings, *, explain: bool = True) -> None:
+        """`explain`: give the driver the comparison behind each decision; the decisions are the same without."""
+        self._driver = driver
+        self._settings = settings
+        self._selector = InstanceSelector(
+            explain=explain,
+            slack_tokens=settings.slack_tokens,
+            max_tracked_blocks=settings.max_tracked_blocks,
+            max_outstanding_tokens=settings.max_outstanding_tokens,
+            local_prefill=settings.local_prefill,
+        )
+        self._requests: dict[Hashable, RoutedRequest] = {}
+        self._queue: KeyedHeap[RoutedRequest] = KeyedHeap()  # waits for credit, in order of arrival
+        self._recovering: dict[RoutedRequest, None] = {}  # waits for an instance
+        self._retries: KeyedHeap[RoutedRequest] = KeyedHeap()  # when those are looked at again
+        self._deadlines: KeyedHeap[RoutedRequest] = KeyedHeap()
+        self._wake_s = math.inf
+        self._num_requests = 0
+        self._num_attempts = 0
+        self._has_news = False  # an instance may have become usable
+
+    # --- instances ---------------------------------------------------------------------------------------------------
+
+    @property
+    def instances(self) -> Mapping[str, KnownInstance]:
+        return self._selector.instances
+
+    def instance_reported(self, status: InstanceStatus, now_s: float) -> None:
+        """Its first report, or the next one. It may have another role than before."""
+        known = self._selector.instances.get(status.instance_id)
+        if known is None:
+            self._selector.update(KnownInstance(status))
+            return
+        before = _offer(known)
+        if known.role is not status.role:
+            self._selector.leave_role(known)
+        known.report(status)
+        self._selector.update(known)
+        if _offer(known) != before:
+            self._offers_changed()
+            self._settle(now_s)
+
+    def instance_connected(self, instance_id: str, now_s: float) -> None:
+        """Attempts can be sent there."""
+        instance = self._selector.instances[instance_id]
+        instance.is_connected = True
+        self._selector.put(instance)
+        self._offers_changed()
+        self._settle(now_s)
+
+    def instance_lost(self, instance_id: str, now_s: float) -> None:
+        """Nothing of what was sent there is there any more: all attempts fail. It may be connected again."""
+        instance = self._selector.instances[instance_id]
+        if not instance.is_connected:
+            return
+        instance.is_connected = False
+        self._offers_changed()
+        attempts = instance.attempts()
+        for attempt in attempts:
+            instance.release(attempt.handle)
+        self._selector.put(instance)
+        if attempts:
+            self._selector.failures.add(instance_id, now_s)
+        error = UnavailableError(f"the {instance.role.value} worker is gone")
+        for attempt in attempts:
+            if attempt.request.attempt is attempt:
+                self._fail(attempt, error, {instance_id}, now_s)
+        self._settle(now_s)
+
+    def instance_removed(self, instance_id: str, now_s: float) -> None:
+        """It is gone for good; one of the same id that comes later has nothing of it."""
+        self.instance_lost(instance_id, now_s)
+        self._selector.remove(instance_id)
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    def capacity_tokens(self) -> int:
+        """Longest prompt plus answer that a usable instance or pair can hold. Raises UnavailableError without one."""
+        return self._selector.require_capacity_tokens()
+
+    def submit(
+        self,
+        key: Hashable,
+        *,
+        num_prompt_tokens: int,
+        max_tokens: int,
+        deadline_s: float,
+        now_s: float,
+        name_blocks: BlockNamer | None = None,
+    ) -> RoutedRequest:
+        """A new request. `key` is of no other that runs; `name_blocks`: see `RoutedRequest`.
+
+        Raises DeadlineError, OverloadedError, UnavailableError or ContextLengthError if it cannot be accepted.
+        """
+        assert key not in self._requests, "two requests of one key"
+        if deadline_s <= now_s:
+            raise DeadlineError("the request's deadline has passed")
+        max_queue = self._settings.max_queue
+        if max_queue is not None and len(self._requests) >= max_queue:
+            raise OverloadedError(f"the router already holds {max_queue} requests; try again later")
+        self._selector.check_length(num_prompt_tokens)
+        self._num_requests += 1
+        request = RoutedRequest(key, self._num_requests, num_prompt_tokens, max_tokens, deadline_s, name_blocks)
+        self._requests[key] = request
+        if deadline_s < math.inf:
+            self._deadlines.push(request, deadline_s)
+            self._wake(deadline_s)
+        place = None if len(self._queue) else self._selector.choose_first(request, now_s)
+        if place is None:
+            self._queue.push(request, request.number)
+        else:
+            self._begin(request, place)
+        return request
+
+    def cancel(self, request: RoutedRequest, now_s: float) -> None:
+        """The client wants no more of it. Its end is not told. Nothing happens if it has ended."""
+        if self._requests.get(request.key) is request:
+            self._forget(request)
+            self._settle(now_s)
+
+    def advance(self, now_s: float) -> None:
+        """It is `now_s`: deadlines and pauses may be over."""
+        self._wake_s = math.inf
+        for request in self._deadlines.pop_until(now_s):
+            self._end(request, DeadlineError("the request's deadline has passed"))
+        for request in self._retries.pop_until(now_s):
+            self._recover(request, now_s)
+        self._settle(now_s)
+        for heap in (self._deadlines, self._retries):
+            if (first := heap.peek()) is not None:
+                self._wake(first[0])
+
+    # --- attempts ----------------------------------------------------------------------------------------------------
+
+    def find(self, instance_id: str, handle: int) -> Attempt | None:
+        """The attempt of that handle, if something of it is at that instance."""
+        instance = self._selector.instances.get(instance_id)
+        return None if instance is None else instance.find(handle)
+
+    def prefill_started(self, attempt: Attempt, num_cached_tokens: int, now_s: float) -> bool:
+        """Late binding: only now is it chosen where to decode, so that queueing prompts hold no memory there."""
+        instance = attempt.prefill
+        if instance is None:
+            return False
+        self._record_progress(attempt, instance, num_cached_tokens)
+        if attempt.hand_over and attempt.decode is None and attempt.growth_tokens > 1:
+            self._hand_over(attempt, instance, now_s)
+        self._settle(now_s)
+        return True
+
+    def prefill_finished(self, attempt: Attempt, now_s: float, *, is_last: bool) -> bool:
+        """The first token of the attempt is here. `is_last`: there are no more."""
+        instance = attempt.prefill
+        if instance is None:
+            return False
+        if attempt.has_first_token:
+            self.attempt_failed(attempt, instance.instance_id, InternalError("a prefill worker answered twice"), now_s)
+            return False
+        attempt.has_first_token = True
+        attempt.request.num_output_tokens += 1
+        self._record_progress(attempt, instance, attempt.num_tokens)
+        if is_last:
+            self._release_prefill(attempt, instance)
+            self._end(attempt.request, None)
+        elif attempt.has_transfer:
+            self._release_prefill(attempt, instance)
+        elif attempt.hand_over and attempt.decode is None:
+            self._hand_over(attempt, instance, now_s)
+        self._settle(now_s)
+        return True
+
+    def transfer_committed(self, attempt: Attempt, now_s: float) -> bool:
+        """The KV is the decode instance's; the prefill instance holds nothing more."""
+        if attempt.decode is None or attempt.has_transfer:
+            return False
+        attempt.has_transfer = True
+        if attempt.has_first_token and attempt.prefill is not None:
+            self._release_prefill(attempt, attempt.prefill)
+            self._settle(now_s)
+        return True
+
+    def tokens_generated(self, attempt: Attempt, count: int) -> bool:
+        """Tokens after the first are here."""
+        if attempt.generating is None:
+            return False
+        request = attempt.request
+        request.num_output_tokens += count
+        if request.num_output_tokens > request.max_tokens:
+            self._end(request, InternalError("a worker sent more tokens than were asked for"))
+            return False
+        return True
+
+    def attempt_finished(self, attempt: Attempt, now_s: float) -> bool:
+        """All its tokens are here."""
+        instance = attempt.generating
+        if instance is None:
+            return False
+        if instance is attempt.prefill:
+            self._release_prefill(attempt, instance)
+        else:
+            attempt.decode = None
+            self._release(attempt, instance)
+        self._end(attempt.request, None)
+        self._settle(now_s)
+        return True
+
+    def attempt_failed(self, attempt: Attempt, instance_id: str, error: TandemError, now_s: float) -> bool:
+        """The instance has given it up, and freed all that it held."""
+        instance = self._selector.instances.get(instance_id)
+        if instance is None or instance.find(attempt.handle) is None:
+            return False
+        prefill, decode, failures = attempt.prefill, attempt.decode, self._selector.failures
+        blamed = {instance_id}
+        if isinstance(error, TransferError | IncompatiblePeerError) and prefill is not None and decode is not None:
+            failures.add((prefill.instance_id, decode.instance_id), now_s)
+            if isinstance(error, TransferError):  # either end may be the reason
+                blamed = {prefill.instance_id, decode.instance_id}
+        elif isinstance(error, UnavailableError):
+            failures.add(instance_id, now_s)
+        self._release(attempt, instance)
+        self._fail(attempt, error, blamed, now_s)
+        self._settle(now_s)
+        return True
+
+    # --- an attempt's steps ------------------------------------------------------------------------------------------
+
+    def _begin(self, request: RoutedRequest, place: Place) -> None:
+        instance = place.instance
+        self._num_attempts += 1
+        request.num_attempts += 1
+        request.attempt = attempt = Attempt(self._num_attempts, request, instance, place.hand_over)
+        held_tokens = attempt.num_tokens if place.hand_over else request.max_total_tokens
+        instance.dispatch(attempt, attempt.num_tokens, held_tokens)
+        self._selector.put(instance, is_chosen=True)
+        self._selector.record_prefix(request, instance)
+        self._driver.submit(attempt, instance.instance_id, None, place.selection)
+
+    def _hand_over(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> None:
+        """Choose where to decode."""
+        place = self._selector.choose_decode(attempt, prefill, now_s)
+        if place is None:
+            error = UnavailableError("no decode worker is ready that can read the prefill worker's KV")
+            self._fail(attempt, error, set(), now_s)
+            return
+        attempt.decode = place.instance
+        place.instance.dispatch(attempt, 0, attempt.request.max_total_tokens)
+        self._selector.put(place.instance, is_chosen=True)
+        self._driver.submit(attempt, place.instance.instance_id, prefill.instance_id, place.selection)
+
+    def _record_progress(self, attempt: Attempt, instance: KnownInstance, num_tokens: int) -> None:
+        if num_tokens > 0 and instance.record_progress(attempt.handle, num_tokens):
+            self._selector.put(instance)
+
+    def _release_prefill(self, attempt: Attempt, instance: KnownInstance) -> None:
+        attempt.prefill = None
+        self._release(attempt, instance)
+
+    def _release(self, attempt: Attempt, instance: KnownInstance) -> None:
+        instance.release(attempt.handle)
+        self._selector.put(instance)
+
+    def _withdraw(self, attempt: Attempt) -> None:
+        """Take it off all instances where something of it is."""
+        instances = (attempt.prefill, attempt.decode)
+        attempt.prefill = attempt.decode = None
+        for instance in instances:
+            if instance is not None and instance.find(attempt.handle) is not None:
+                self._release(attempt, instance)
+                self._driver.cancel(attempt, instance.instance_id)
+
+    # --- recovery ----------------------------------------------------------------------------------------------------
+
+    def _fail(self, attempt: Attempt, error: TandemError, blamed: set[str], now_s: float) -> None:
+        """`blamed` are the instances that further attempts should rather not use."""
+        attempt.error = error
+        self._withdraw(attempt)
+        request, settings = attempt.request, self._settings
+        request.attempt = None
+        request.error = error
+        request.avoid |= blamed
+        if not isinstance(error, _RETRIED):
+            self._end(request, error)
+        elif request.num_attempts >= settings.max_attempts or (request.num_output_tokens and not settings.resume):
+            self._end(request, _final(request, error))
+        else:
+            request.retry_s = now_s + settings.retry_pause_s
+            request.give_up_s = now_s + settings.replacement_wait_s
+            self._recover(request, now_s)
+
+    def _recover(self, request: RoutedRequest, now_s: float) -> None:
+        """Begin another attempt: at once if an instance is there that has not failed it, else after a pause."""
+        self._recovering.pop(request, None)
+        self._retries.discard(request)
+        place = self._selector.choose_first(request, now_s)
+        if place is None:
+            if self._selector.waits_for_credit(request):
+                self._queue.push(request, request.number)
+            else:
+                self._wait_for_instance(request, now_s)
+        elif now_s >= request.retry_s or place.instance.instance_id not in request.avoid:
+            self._begin(request, place)
+        elif isinstance(request.error, OverloadedError) and not request.num_output_tokens:
+            self._end(request, request.error)  # all queues are full: the client should know, rather than wait here too
+        else:
+            self._wait_for_instance(request, now_s)
+
+    def _wait_for_instance(self, request: RoutedRequest, now_s: float) -> None:
+        if now_s >= request.give_up_s:
+            error = request.error
+            try:
+                self._selector.check_length(request.num_tokens)  # says what is missing
+            except TandemError as missing:
+                error = missing
+            assert error is not None, "a request waits for an instance because it lost one"
+            self._end(request, _final(request, error))
+            return
+        self._recovering[request] = None
+        time_s = request.retry_s if now_s < request.retry_s else request.give_up_s
+        self._retries.push(request, time_s)
+        self._wake(time_s)
+
+    def _settle(self, now_s: float) -> None:
+        """Let those go on that waited for what may have come: an instance, or credit."""
+        if self._has_news:
+            self._has_news = False
+            for request in sorted(self._recovering, key=lambda each: each.number):
+                if request in self._recovering:
+                    self._recover(request, now_s)
+        while (first := self._queue.peek()) is not None:
+            request = first[1]
+            place = self._selector.choose_first(request, now_s)
+            if place is None and self._selector.waits_for_credit(request):
+                return
+            self._queue.discard(request)
+            if place is not None:
+                self._begin(request, place)
+            else:  # the instances that it waited for are gone
+                request.error = request.error or UnavailableError("all workers are gone")
+                request.give_up_s = now_s + self._settings.replacement_wait_s
+                self._wait_for_instance(request, now_s)
+
+    # --- end ---------------------------------------------------------------------------------------------------------
+
+    def _end(self, request: RoutedRequest, error: TandemError | None) -> None:
+        self._forget(request)
+        self._driver.end(request, error)
+
+    def _forget(self, request: RoutedRequest) -> None:
+        del self._requests[request.key]
+        if request.deadline_s < math.inf:
+            self._deadlines.discard(request)
+        if request.attempt is not None:
+            self._withdraw(request.attempt)
+            request.attempt = None
+        else:
+            self._queue.discard(request)
+            self._retries.discard(request)
+            self._recovering.pop(request, None)
+
+    def _offers_changed(self) -> None:
+        self._selector.offers_changed()
+        self._has_news = True
+
+    def _wake(self, time_s: float) -> None:
+        if time_s < self._wake_s:
+            self._wake_s = time_s
+            self._driver.wake_at(time_s)
+
+
+def _offer(instance: KnownInstance) -> tuple[bool, Role, str, int]:
+    return instance.is_usable, instance.role, instance.status.fingerprint, instance.capacity_tokens
+
+
+def _final(request: RoutedRequest, error: TandemError) -> TandemError:
+    """What the client is told of the last of several failures."""
+    is_early = isinstance(error, OverloadedError | ContextLengthError) and not request.num_output_tokens
+    return error if is_early or isinstance(error, UnavailableError) else UnavailableError(error.message)

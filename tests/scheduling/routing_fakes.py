@@ -1,0 +1,127 @@
+"""A driver that writes down what the routing machine decides, and instances that a test speaks for."""
+
+from dataclasses import dataclass, field, replace
+
+from tandem.core.errors import TandemError
+from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, Role
+from tandem.scheduling.routed_request import Attempt, RoutedRequest
+from tandem.scheduling.routing import Selection
+from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
+
+ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "c": Role.COLOCATED}
+
+
+def make_status(instance_id: str, **changes: object) -> InstanceStatus:
+    """Names begin with the first letter of the role."""
+    status = InstanceStatus(
+        instance_id=instance_id,
+        role=ROLES[instance_id[0]],
+        state=InstanceState.READY,
+        address="",
+        model="",
+        fingerprint="f",
+        max_model_len=256,
+        block_size=16,
+        blocks=BlockCounts(total=64, free=64, running=0, cached=0, leased=0),
+        waiting_requests=0,
+        running_requests=0,
+        uncomputed_tokens=0,
+        unreserved_tokens=0,
+    )
+    return replace(status, **changes)  # type: ignore[arg-type]
+
+
+@dataclass
+class Sent:
+    """One `submit` to an instance."""
+
+    attempt: Attempt
+    instance_id: str
+    source_id: str | None
+    selection: Selection | None
+
+
+@dataclass
+class Router:
+    """The machine with its driver. `now_s` is moved by the test."""
+
+    settings: RoutingSettings = field(default_factory=RoutingSettings)
+    now_s: float = 0.0
+    sent: list[Sent] = field(default_factory=list)
+    cancelled: list[tuple[int, str]] = field(default_factory=list)
+    ends: dict[object, TandemError | None] = field(default_factory=dict)
+    wake_s: float = float("inf")
+
+    def __post_init__(self) -> None:
+        self.machine = RoutingMachine(self, self.settings)
+
+    def submit(self, attempt: Attempt, instance_id: str, source_id: str | None, selection: Selection | None) -> None:
+        instance = self.machine.instances[instance_id]
+        assert instance.is_usable
+        assert instance.find(attempt.handle) is attempt
+        assert (attempt.prefill if source_id is None else attempt.decode) is instance
+        self.sent.append(Sent(attempt, instance_id, source_id, selection))
+
+    def cancel(self, attempt: Attempt, instance_id: str) -> None:
+        self.cancelled.append((attempt.handle, instance_id))
+
+    def end(self, request: RoutedRequest, error: TandemError | None) -> None:
+        assert request.key not in self.ends, "a request ends once"
+        self.ends[request.key] = error
+
+    def wake_at(self, time_s: float) -> None:
+        self.wake_s = time_s
+
+    def join(self, *instance_ids: str, **changes: object) -> None:
+        for instance_id in instance_ids:
+            self.machine.instance_reported(make_status(instance_id, **changes), self.now_s)
+            if not self.machine.instances[instance_id].is_connected:
+                self.machine.instance_connected(instance_id, self.now_s)
+
+    def ask(
+        self,
+        key: object,
+        prompt: int = 10,
+        output: int = 5,
+        deadline_s: float = float("inf"),
+        tokens: tuple[int, ...] = (),
+    ) -> RoutedRequest:
+        """`tokens`: the names of its blocks."""
+        return self.machine.submit(
+            key,
+            num_prompt_tokens=prompt,
+            max_tokens=output,
+            deadline_s=deadline_s,
+            now_s=self.now_s,
+            name_blocks=(lambda size: tokens) if tokens else None,
+        )
+
+    def advance(self, seconds: float) -> None:
+        """Wake the machine whenever it wants to be woken."""
+        end_s = self.now_s + seconds
+        while self.wake_s <= end_s:
+            self.now_s, self.wake_s = max(self.now_s, self.wake_s), float("inf")
+            self.machine.advance(self.now_s)
+        self.now_s = end_s
+
+    def take(self) -> Sent:
+        """The oldest submission not yet taken."""
+        return self.sent.pop(0)
+
+    def start(self, sent: Sent, cached: int = 0) -> bool:
+        return self.machine.prefill_started(sent.attempt, cached, self.now_s)
+
+    def first_token(self, sent: Sent, *, is_last: bool = False) -> bool:
+        return self.machine.prefill_finished(sent.attempt, self.now_s, is_last=is_last)
+
+    def fail(self, sent: Sent, error: TandemError) -> bool:
+        return self.machine.attempt_failed(sent.attempt, sent.instance_id, error, self.now_s)
+
+    def finish(self, sent: Sent) -> bool:
+        return self.machine.attempt_finished(sent.attempt, self.now_s)
+
+    def loads(self) -> dict[str, tuple[int, int, int]]:
+        return {
+            name: (instance.open_requests, instance.uncomputed_tokens, instance.held_tokens)
+            for name, instance in self.machine.instances.items()
+        }

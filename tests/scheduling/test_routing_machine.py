@@ -1,0 +1,482 @@
+"""The router's decisions, event by event. The order of a whole request is tested in tests/router, through the wire."""
+
+import math
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.core.errors import (
+    ContextLengthError,
+    DeadlineError,
+    IncompatiblePeerError,
+    InvalidRequestError,
+    OverloadedError,
+    TransferError,
+    UnavailableError,
+)
+from tandem.core.session import BlockCounts, InstanceState, Role
+from tandem.scheduling.routing_machine import RoutingSettings
+from tests.scheduling.routing_fakes import Router, Sent, make_status
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_then_a_finish_leaves_nothing() -> None:
+    router = Router()
+    router.join("p1", "d1")
+    router.ask("r")
+    first = router.take()
+    assert (first.instance_id, first.source_id, first.attempt.hand_over) == ("p1", None, True)
+    assert not router.sent, "a decode instance is chosen only when prefill starts"
+    assert router.start(first, cached=4)
+    second = router.take()
+    assert (second.instance_id, second.source_id) == ("d1", "p1")
+    assert router.loads() == {"p1": (1, 6, 16), "d1": (1, 0, 16)}
+    assert router.first_token(first)
+    assert router.machine.transfer_committed(first.attempt, 0.0)
+    assert router.loads()["p1"] == (0, 0, 0)
+    assert router.machine.tokens_generated(first.attempt, 4)
+    assert router.finish(second)
+    assert router.ends == {"r": None}
+    assert router.loads() == {"p1": (0, 0, 0), "d1": (0, 0, 0)}
+    assert not router.cancelled
+    assert not router.finish(second), "late events are dropped"
+    assert not router.start(first)
+
+
+def test_a_colocated_instance_does_it_all() -> None:
+    router = Router()
+    router.join("c1")
+    router.ask("r")
+    sent = router.take()
+    assert (sent.instance_id, sent.attempt.hand_over) == ("c1", False)
+    router.start(sent)
+    router.first_token(sent)
+    assert router.loads() == {"c1": (1, 0, 16)}
+    assert router.machine.tokens_generated(sent.attempt, 4)
+    assert router.finish(sent)
+    assert (router.ends, router.loads()) == ({"r": None}, {"c1": (0, 0, 0)})
+    assert not router.sent
+
+
+def test_the_form_with_the_least_work_is_taken_and_equal_ones_take_turns() -> None:
+    router = Router()
+    router.join("p1", "d1", "c1")
+    router.ask("a", prompt=100)
+    router.ask("b", prompt=50)
+    router.ask("c", prompt=10)  # behind b: 50 + 10
+    router.ask("d", prompt=10)  # behind b and c
+    taken = [router.take() for _ in range(4)]
+    assert taken[0].instance_id == "c1"
+    assert [sent.instance_id for sent in taken[1:]] == ["p1", "p1", "p1"]
+    selection = taken[1].selection
+    assert selection is not None
+    assert "c1" in selection.explain()
+    assert "colocated: 100 tokens more to compute before the first token" in selection.explain()
+
+
+def test_a_form_without_memory_to_decode_is_passed_over() -> None:
+    router = Router()
+    full = BlockCounts(total=64, free=0, running=64, cached=0, leased=0)
+    router.join("p1", "c1")
+    router.join("d1", blocks=full)
+    router.ask("a", prompt=100)
+    router.ask("b", prompt=100)
+    assert [router.take().instance_id for _ in range(2)] == ["c1", "c1"]
+    router.join("d1")
+    router.join("d1")
+    router.ask("c", prompt=100)
+    assert router.take().instance_id == "p1"
+
+
+def test_a_prefix_that_a_colocated_instance_has_is_no_work() -> None:
+    router = Router()
+    router.join("p1", "d1", "c1")
+    for key in "ab":
+        router.ask(key, prompt=64, tokens=(1, 2, 3, 4))
+    owner = {router.take().instance_id for _ in range(2)}
+    assert owner == {"p1", "c1"}
+    router.ask("c", prompt=64, tokens=(1, 2, 3, 4))
+    assert router.loads()["p1"][1] + router.loads()["c1"][1] == 3 * 64
+
+
+def test_decode_instances_compute_prompts_while_nobody_else_can() -> None:
+    router = Router()
+    router.join("d1")
+    router.ask("a")
+    sent = router.take()
+    assert (sent.instance_id, sent.source_id, sent.attempt.hand_over) == ("d1", None, False)
+    router.first_token(sent)
+    router.finish(sent)
+    router.join("p1")
+    router.ask("b")
+    assert router.take().instance_id == "p1"
+    router.machine.instance_removed("p1", router.now_s)
+    sent = router.take()
+    assert (sent.instance_id, sent.attempt.hand_over) == ("d1", False), "degraded service instead of none"
+    refusing = Router(RoutingSettings(local_prefill=False))
+    refusing.join("d1")
+    with pytest.raises(UnavailableError, match="no prefill worker is ready"):
+        refusing.ask("a")
+
+
+def test_an_instance_that_changes_its_role_keeps_what_it_has() -> None:
+    router = Router()
+    router.join("p1", "p2", "d1")
+    for key in "ab":
+        router.ask(key)
+    a, b = router.take(), router.take()
+    assert {a.instance_id, b.instance_id} == {"p1", "p2"}
+    router.join(a.instance_id, role=Role.DECODE)
+    assert router.loads()[a.instance_id] == (1, 10, 16)
+    router.ask("c")
+    assert router.take().instance_id == b.instance_id, "it is no prefill instance any more"
+    assert router.start(a)
+    assert router.take().instance_id == "d1", "no instance reads its own KV"
+    assert router.start(b)
+    assert router.take().instance_id == a.instance_id
+    assert router.first_token(a)
+    router.join(a.instance_id, role=Role.COLOCATED, block_size=32)
+    router.ask("d")
+    assert router.take().instance_id == a.instance_id
+
+
+# --- capacity --------------------------------------------------------------------------------------------------------
+
+
+def test_long_answers_go_where_they_fit() -> None:
+    """Fault D3: they ended early, on an instance that was too small."""
+    router = Router()
+    router.join("p1")
+    router.join("p2", max_model_len=100)
+    router.join("d1", max_model_len=100)
+    router.join("d2")
+    router.join("c1", max_model_len=60)
+    assert router.machine.capacity_tokens() == 256
+    for number in range(4):
+        router.ask(number, prompt=20, output=200)
+        sent = router.take()
+        assert sent.instance_id == "p1"
+        router.start(sent)
+        assert router.take().instance_id == "d2"
+    router.machine.instance_removed("d2", router.now_s)
+    assert router.machine.capacity_tokens() == 100
+    assert {router.take().instance_id for _ in range(4)} <= {"p1", "p2"}, "where most of it fits"
+    with pytest.raises(ContextLengthError, match="at most 100"):
+        router.ask("long", prompt=100)
+
+
+# --- credit ----------------------------------------------------------------------------------------------------------
+
+
+def test_beyond_their_credit_requests_wait_first_come_first_served() -> None:
+    router = Router(RoutingSettings(max_outstanding_tokens=15))
+    router.join("p1", "p2", "d1")
+    requests = [router.ask(number) for number in range(7)]
+    sent = [router.take() for _ in range(4)]
+    assert sorted(each.instance_id for each in sent) == ["p1", "p1", "p2", "p2"]
+    assert not router.sent
+    router.start(sent[0], cached=8)
+    assert router.take().source_id is not None
+    assert router.take().attempt.request is requests[4]
+    router.machine.cancel(requests[5], router.now_s)
+    router.machine.instance_lost(sent[1].instance_id, router.now_s)
+    assert set(router.ends) == set(), "the lost ones and the last one wait"
+    router.first_token(sent[0])
+    again = [router.take() for _ in range(len(router.sent))]
+    numbers = [each.attempt.request.number for each in again if each.source_id is None]
+    assert numbers == sorted(numbers)
+    assert requests[6] not in [each.attempt.request for each in again], "those who came before are first"
+
+
+def test_what_waits_for_credit_can_run_out_of_time_or_instances() -> None:
+    router = Router(RoutingSettings(max_outstanding_tokens=5, replacement_wait_s=2.0, max_attempts=1))
+    router.join("p1", "d1")
+    router.ask("a")
+    router.ask("b", deadline_s=1.0)
+    router.ask("c")
+    router.advance(1.0)
+    assert isinstance(router.ends["b"], DeadlineError)
+    router.machine.instance_removed("p1", router.now_s)
+    assert isinstance(router.ends["a"], UnavailableError)
+    assert router.take().attempt.hand_over, "a's"
+    assert not router.take().attempt.hand_over, "c's, on the decode instance"
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def _lone_pair(**changes: object) -> tuple[Router, Sent]:
+    router = Router(RoutingSettings(local_prefill=False, **changes))  # type: ignore[arg-type]
+    router.join("p1", "d1")
+    router.ask("r")
+    return router, router.take()
+
+
+def test_a_request_waits_for_a_replacement_as_long_as_it_is_allowed() -> None:
+    """Fault C7: it gave up after 1 s, while a replacement came after 3.3 s."""
+    router, _ = _lone_pair()
+    router.machine.instance_removed("p1", router.now_s)
+    router.advance(3.3)
+    assert not router.ends
+    router.join("p2")
+    assert router.take().instance_id == "p2"
+    router.machine.instance_removed("p2", router.now_s)
+    router.advance(29.0)
+    assert not router.ends
+    router.advance(2.0)
+    error = router.ends["r"]
+    assert isinstance(error, UnavailableError)
+    assert error.message == "no prefill worker is ready"
+
+
+def test_a_deadline_ends_what_waits_for_a_replacement() -> None:
+    router = Router(RoutingSettings(local_prefill=False))
+    router.join("p1", "d1")
+    router.ask("r", deadline_s=4.0)
+    router.machine.instance_lost("p1", 1.0)
+    router.advance(3.9)
+    assert not router.ends
+    router.advance(0.2)
+    assert isinstance(router.ends["r"], DeadlineError)
+    router.join("p1")
+    assert len(router.sent) == 1
+
+
+def test_it_goes_back_to_the_only_instance_after_a_pause() -> None:
+    router, sent = _lone_pair(retry_pause_s=0.5)
+    router.fail(sent, UnavailableError("out of memory"))
+    router.advance(0.4)
+    assert not router.sent
+    router.advance(0.2)
+    assert router.take().instance_id == "p1"
+
+
+def test_a_full_fleet_refuses() -> None:
+    router = Router()
+    router.join("p1", "p2", "d1")
+    router.ask("r")
+    error = OverloadedError("the queue is full")
+    router.fail(router.take(), error)
+    router.fail(router.take(), error)
+    assert router.ends == {"r": error}
+
+
+def test_faults_of_the_request_are_final() -> None:
+    router, sent = _lone_pair()
+    error = InvalidRequestError("bad")
+    router.fail(sent, error)
+    assert router.ends == {"r": error}
+
+
+def test_a_pair_that_cannot_link_is_not_chosen_again_and_again() -> None:
+    """Fault C6: each request tried it anew."""
+    router = Router()
+    router.join("p1", "p2", "d1", "d2")
+    broken = {"p1", "d1"}
+    failed = 0
+    for number in range(20):
+        router.now_s += 0.1
+        request = router.ask(number)
+        while True:
+            first = router.take()
+            router.start(first)
+            second = router.take()
+            if {first.instance_id, second.instance_id} != broken:
+                break
+            failed += 1
+            router.fail(second, (TransferError if number % 2 else IncompatiblePeerError)("no link"))
+        router.first_token(first)
+        router.machine.transfer_committed(first.attempt, router.now_s)
+        router.finish(second)
+        assert request.key in router.ends
+    assert failed <= 2
+    router.advance(60.0)
+    assert not router.machine._selector.failures.current(router.now_s), "all is forgiven"
+
+
+def test_a_prefill_instance_that_can_link_to_nobody_is_passed_over() -> None:
+    router = Router()
+    router.join("p1", "p2", "d1")
+    router.ask(0)
+    first = router.take()
+    router.start(first)
+    router.fail(router.take(), IncompatiblePeerError("no link"))
+    router.machine.cancel(first.attempt.request, router.now_s)
+    router.sent.clear()
+    for number in range(1, 5):
+        router.ask(number)
+        assert router.take().instance_id != first.instance_id
+
+
+def test_an_instance_that_failed_others_is_passed_over_for_a_while() -> None:
+    router = Router()
+    router.join("p1", "p2", "d1")
+    router.ask(0)
+    first = router.take()
+    router.fail(first, UnavailableError("out of memory"))
+    router.machine.cancel(first.attempt.request, router.now_s)
+    router.sent.clear()
+    for number in range(1, 4):
+        request = router.ask(number)
+        sent = router.take()
+        assert sent.instance_id != first.instance_id
+        assert sent.selection is not None
+        assert "requests failed there recently" in sent.selection.explain()
+        router.machine.cancel(request, router.now_s)
+    router.advance(60.0)
+    taken = set()
+    for number in range(4, 6):
+        router.ask(number)
+        taken.add(router.take().instance_id)
+    assert taken == {"p1", "p2"}
+
+
+# --- other routers' load ---------------------------------------------------------------------------------------------
+
+
+def test_a_router_that_is_alone_sees_no_foreign_load() -> None:
+    """Fault C9: the report is older than events that came before it."""
+    router = Router()
+    router.join("p1", "d1")
+    router.ask("a", prompt=100)
+    sent = router.take()
+    router.start(sent)
+    router.first_token(sent)
+    router.machine.transfer_committed(sent.attempt, router.now_s)
+    router.finish(sent)
+    late = make_status("p1", uncomputed_tokens=100, running_requests=1)
+    router.machine.instance_reported(late, router.now_s)
+    assert router.machine.instances["p1"].queued_tokens == 0
+    blocks = BlockCounts(total=64, free=57, running=7, cached=0, leased=0)
+    router.machine.instance_reported(make_status("d1", blocks=blocks, running_requests=1), router.now_s)
+    view = router.machine.instances["d1"].decode_view()
+    assert (view.claimed_tokens, view.sequences) == (0, 0)
+    for _ in range(2):  # what is there still is others'
+        router.machine.instance_reported(late, router.now_s)
+    assert router.machine.instances["p1"].queued_tokens == 100
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["ask", "done", "seen", "describe", "report"]), st.integers(0, 3)), max_size=60)
+)
+def test_whatever_the_delays_own_work_is_never_foreign(script: list[tuple[str, int]]) -> None:
+    """The instance computes before its event is seen, and a report is read some time after what it describes."""
+    router = Router(RoutingSettings(retry_pause_s=0.0))
+    router.join("p1", "d1")
+    there: list[Sent] = []  # not computed
+    unseen: list[Sent] = []
+    described = 0
+    for number, (kind, which) in enumerate(script):
+        if kind == "ask":
+            router.ask(number, prompt=7 + which)
+            there.append(router.take())
+        elif kind == "done" and there:
+            unseen.append(there.pop(which % len(there)))
+        elif kind == "seen" and unseen:
+            router.first_token(unseen.pop(which % len(unseen)), is_last=True)
+        elif kind == "describe":  # between the last report and the next
+            described = sum(sent.attempt.num_tokens for sent in there)
+        else:
+            router.machine.instance_reported(make_status("p1", uncomputed_tokens=described), router.now_s)
+            described = sum(sent.attempt.num_tokens for sent in there)
+        instance = router.machine.instances["p1"]
+        assert instance.queued_tokens == instance.uncomputed_tokens
+
+
+# --- any order of events ---------------------------------------------------------------------------------------------
+
+_ERRORS = (TransferError("torn"), UnavailableError("gone"), OverloadedError("full"), IncompatiblePeerError("other"))
+_IDS = ("p1", "p2", "d1", "d2", "c1")
+_KINDS = [
+    "ask",
+    "ask",
+    "start",
+    "first",
+    "commit",
+    "tokens",
+    "finish",
+    "fail",
+    "lose",
+    "join",
+    "role",
+    "drain",
+    "wait",
+    "cancel",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    script=st.lists(
+        st.tuples(
+            st.sampled_from(_KINDS),
+            st.integers(0, 30),
+        ),
+        max_size=80,
+    ),
+    credit=st.sampled_from([None, 5, 25]),
+    local=st.booleans(),
+)
+def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
+    script: list[tuple[str, int]], credit: int | None, local: bool
+) -> None:
+    router = Router(RoutingSettings(max_outstanding_tokens=credit, local_prefill=local))
+    router.join(*_IDS)
+    machine, asked, sent, cancelled = router.machine, list[object](), list[Sent](), set[object]()
+    requests = {}
+    for number, (kind, which) in enumerate(script):
+        router.now_s += 0.01
+        router.advance(0.0)
+        sent += router.sent
+        router.sent.clear()
+        name = _IDS[which % len(_IDS)]
+        if kind == "ask":
+            deadline_s = router.now_s + (0.5 if which % 3 == 0 else math.inf)
+            with suppress(UnavailableError):
+                requests[number] = router.ask(number, prompt=5 + which, output=1 + which % 6, deadline_s=deadline_s)
+                asked.append(number)
+        elif kind == "lose":
+            machine.instance_lost(name, router.now_s)
+        elif kind == "join":
+            router.join(name)
+        elif kind == "role":
+            router.join(name, role=list(Role)[which % 3])
+        elif kind == "drain":
+            router.join(name, state=InstanceState.DRAINING)
+        elif kind == "wait":
+            router.advance(0.06 if which % 2 else 1.0)
+        elif kind == "cancel" and asked:
+            key = asked[which % len(asked)]
+            if key not in router.ends:
+                cancelled.add(key)
+            machine.cancel(requests[key], router.now_s)
+        elif sent:
+            one = sent[which % len(sent)]
+            left = one.attempt.request.max_tokens - one.attempt.request.num_output_tokens
+            if kind == "start":
+                router.start(one, cached=which)
+            elif kind == "first" and left > 0 and not one.attempt.has_first_token:
+                router.first_token(one, is_last=left == 1)
+            elif kind == "commit" and one.source_id is not None:
+                machine.transfer_committed(one.attempt, router.now_s)
+            elif kind == "tokens" and one.attempt.has_first_token and left > 1:
+                machine.tokens_generated(one.attempt, 1)
+            elif kind == "finish" and one.attempt.has_first_token:
+                router.finish(one)
+            elif kind == "fail":
+                router.fail(one, _ERRORS[which % len(_ERRORS)])
+        for request in requests.values():
+            assert request.num_attempts <= machine._settings.max_attempts
+    for key in asked:
+        if key not in router.ends and key not in cancelled:
+            machine.cancel(requests[key], router.now_s)
+            cancelled.add(key)
+    assert set(router.ends) | cancelled == set(asked)
+    assert machine.num_requests == 0
+    assert set(router.loads().values()) <= {(0, 0, 0)}
+    router.advance(100.0)
+    assert len(machine._deadlines) == len(machine._retries) == len(machine._recovering) == len(machine._queue) == 0
