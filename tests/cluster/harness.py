@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import yaml
@@ -37,8 +37,10 @@ class Cluster:
     folder: Path
     prefill: dict[str, Any] = field(default_factory=dict)
     decode: dict[str, Any] = field(default_factory=dict)
+    colocated: dict[str, Any] = field(default_factory=dict)
     router: dict[str, Any] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    TOKEN: ClassVar[str] = "test-token"
 
     def __post_init__(self) -> None:
         self.http_port, self.grpc_port, self.control_port = free_port(), free_port(), free_port()
@@ -64,15 +66,15 @@ class Cluster:
         self.start("router", "router", {"router": section | self.router})
 
     def start_worker(self, name: str, role: Role, **overrides: Any) -> None:
-        section = (self.prefill if role is Role.PREFILL else self.decode) | overrides
-        config = {"routers": [self.control_address], "heartbeat_s": 0.1, role.value: section}
-        self.start(name, f"{role.value}_worker", config)
+        section = getattr(self, role.value) | overrides
+        config = {"routers": [self.control_address], "heartbeat_s": 0.1, "role": role.value, "instance": section}
+        self.start(name, "worker" if role is Role.COLOCATED else f"{role.value}_worker", config)
 
     def start(self, name: str, module: str, config: dict[str, Any]) -> None:
         path = self.folder / f"{name}.yaml"
         path.write_text(
             yaml.safe_dump(
-                {"model": str(self.model), "model_name": self.model.name, "cluster_token": "test-token"} | config
+                {"model": str(self.model), "model_name": self.model.name, "cluster_token": Cluster.TOKEN} | config
             )
         )
         with self.log_path(name).open("wb") as log:
@@ -89,8 +91,9 @@ class Cluster:
     def logs(self) -> str:
         return "\n".join(f"--- {name}\n{self.log_path(name).read_text()[-4000:]}" for name in self.processes)
 
-    def wait_ready(self, prefill: int = 1, decode: int = 1) -> None:
-        """Until so many instances of each role are READY and the router serves."""
+    def wait_ready(self, prefill: int = 1, decode: int = 1, colocated: int = 0) -> None:
+        """Until that many instances of each role are READY and the router serves."""
+        wanted = {Role.PREFILL: prefill, Role.DECODE: decode, Role.COLOCATED: colocated}
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             dead = [name for name, process in self.processes.items() if process.poll() is not None]
@@ -98,14 +101,14 @@ class Cluster:
             with contextlib.suppress(httpx.HTTPError):
                 healthy = httpx.get(f"{self.url}/health", timeout=1.0).status_code == 200
                 roles = [status.role for status in self.instances()] if healthy else []
-                if roles.count(Role.PREFILL) == prefill and roles.count(Role.DECODE) == decode:
+                if all(roles.count(role) == count for role, count in wanted.items()):
                     return
             time.sleep(0.1)
         raise AssertionError(f"the cluster was not ready in {START_TIMEOUT_S} s\n{self.logs()}")
 
     def describe(self) -> FleetDescription:
         async def ask() -> FleetDescription:
-            async with open_channel(self.control_address, "test-token") as channel:
+            async with open_channel(self.control_address, Cluster.TOKEN) as channel:
                 return await describe_fleet(channel, timeout_s=2.0)
 
         return asyncio.run(ask())
@@ -160,17 +163,22 @@ def running_cluster(
     *,
     num_prefill: int = 1,
     decode_transports: tuple[str, ...] = ("auto",),
+    decode_batches: tuple[int, ...] = (),
+    num_colocated: int = 0,
     prefill: dict[str, Any] | None = None,
     decode: dict[str, Any] | None = None,
+    colocated: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
 ) -> Iterator[Cluster]:
-    """Up, ready, and at the end stopped and free of leaks. One decode worker for each of `decode_transports`."""
+    """Up, ready, and at the end stopped and free of leaks. One decode instance for each of `decode_transports`, with
+    the `max_batch` that `decode_batches` gives it."""
     engine = {"threads": 1, "kv_memory": "64MiB", "dtype": "float32"}
     cluster = Cluster(
         model,
         folder,
         prefill={"engine": engine} | (prefill or {}),
         decode={"engine": engine} | (decode or {}),
+        colocated={"engine": engine} | (colocated or {}),
         router=router or {},
     )
     try:
@@ -178,8 +186,11 @@ def running_cluster(
         for index in range(num_prefill):
             cluster.start_worker(f"prefill-{index}", Role.PREFILL)
         for index, transport in enumerate(decode_transports):
-            cluster.start_worker(f"decode-{index}", Role.DECODE, transport=transport)
-        cluster.wait_ready(num_prefill, len(decode_transports))
+            batch = {"max_batch": decode_batches[index]} if decode_batches else {}
+            cluster.start_worker(f"decode-{index}", Role.DECODE, transport=transport, **batch)
+        for index in range(num_colocated):
+            cluster.start_worker(f"colocated-{index}", Role.COLOCATED)
+        cluster.wait_ready(num_prefill, len(decode_transports), num_colocated)
         yield cluster
         cluster.wait_idle(timeout_s=5.0)
     except BaseException:
