@@ -64,7 +64,7 @@ class Engine:
         return self._model.forward(batch, self.pool)
 
     def launch(self, slices: Sequence[SequenceSlice]) -> StepHandle:
-        """Start a step: the forward pass of `slices`, which must not change until the step is collected.
+        """Start a step: the forward pass of `slices`. They and their histories must not change until `collect`.
 
         Raises what `forward` raises, and RuntimeError or MemoryError where memory is short; there is no handle then.
         More steps may be launched before this one is collected, as long as their tokens do not depend on it.
