@@ -100,7 +100,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(f"{path / file}: tensor '{name}' is missing, though {_INDEX_FILE} places it there")
-    return Checkpoint(path, spec, tensors, _hash([path / "config.json"], [path / file for file in files]))
+    return Checkpoint(path, spec, tensors, _hash(path / "config.json", [path / file for file in files]))
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -200,11 +200,9 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     return value
 
 
-def _hash(small: Iterable[Path], large: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in small:
-        digest.update(path.read_bytes())
-    for path in large:
+def _hash(config: Path, files: Iterable[Path]) -> str:
+    digest = hashlib.sha256(config.read_bytes())
+    for path in files:
         digest.update(f"|{path.name}|{path.stat().st_size}|".encode())
         digest.update(_content_hash(path))
     return digest.hexdigest()

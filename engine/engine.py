@@ -14,11 +14,13 @@ from tandem.engine.checkpoint import Checkpoint, open_checkpoint
 from tandem.engine.config import Capacity, EngineConfig
 from tandem.engine.device import choose_device, choose_dtype, choose_threads
 from tandem.engine.models.base import Model
-from tandem.engine.models.load import load_model
+from tandem.engine.models.llama import load_llama
+from tandem.engine.models.opt import load_opt
 from tandem.engine.ops.choose import choose_ops
 from tandem.engine.ops.interface import HeadShape
 from tandem.engine.sampler import sample_slices
 from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
+from tandem.engine.weights import WeightLoader
 
 
 class Engine:
@@ -42,8 +44,8 @@ class Engine:
         self._max_model_len = max_model_len
         # On CUDA tokens are drawn on a stream of their own, so that `collect` does not wait for steps launched later.
         self._sampling_stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]
-        self._num_launched = 0
-        self._num_collected = 0
+        self._last_launched = 0
+        self._last_collected = 0
 
     def capacity(self) -> Capacity:
         pool_tokens = self.layout.num_blocks * self.layout.block_size
@@ -62,15 +64,15 @@ class Engine:
         return self._model.forward(batch, self.pool)
 
     def launch(self, slices: Sequence[SequenceSlice]) -> StepHandle:
-        """Start a step: the forward pass of `slices`, which must not change until the step is collected.
+        """Start a step: the forward pass of `slices`. They and their histories must not change until `collect`.
 
         Raises what `forward` raises, and RuntimeError or MemoryError where memory is short; there is no handle then.
         More steps may be launched before this one is collected, as long as their tokens do not depend on it.
         """
         hidden = self.forward(slices)
         forward_done = torch.cuda.current_stream(self.pool.device).record_event() if self.pool.is_cuda else None
-        self._num_launched += 1
-        return StepHandle(self._num_launched, slices, hidden, forward_done)
+        self._last_launched += 1
+        return StepHandle(self._last_launched, slices, hidden, forward_done)
 
     @torch.inference_mode()
     def collect(self, handle: StepHandle) -> StepOutput:
@@ -79,8 +81,8 @@ class Engine:
         Handles are collected in the order of their launch, each at most once. Raises RuntimeError or MemoryError where
         memory is short or the device failed; the step is lost then.
         """
-        assert self._num_collected < handle.number, "steps are collected in the order of their launch"
-        self._num_collected = handle.number
+        assert self._last_collected < handle.number, "steps are collected in the order of their launch"
+        self._last_collected = handle.number
         if handle.forward_done is None:
             return sample_slices(handle.slices, handle.hidden, self._model.logits)
         handle.forward_done.synchronize()
@@ -126,7 +128,9 @@ def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | N
     heads = HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
     ops = choose_ops(config.ops, dtype, device, heads, num_threads)
     with torch.inference_mode():
-        model = load_model(checkpoint, ops, dtype, device, max_model_len)
+        loader = WeightLoader(checkpoint, dtype, device)
+        model = load_opt(spec, loader, ops) if spec.family == "opt" else load_llama(spec, loader, ops, max_model_len)
+        loader.finish()
     # Not in inference mode: KV transfers write into the pool too.
     if allocate_pool is None:
         pool = torch.zeros(layout.shape, dtype=dtype, device=device)

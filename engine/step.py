@@ -61,8 +61,8 @@ class StepOutput:
     """Aligned with the slices of the step.
 
     `tokens[i]` is None where slice i asked for none or failed. `prompt_logprobs[i]` has one entry per token of slice i
-    (one less without `next_token_id`): entry j is about the token at position `start` + j + 1. A slice whose result is
-    unusable (logits that are not numbers) has an error in `errors[i]`, and no token; the others are not affected.
+    (one less without `next_token_id`): entry j is for the token at position `start` + j + 1. A slice whose logits
+    are not finite has an error in `errors[i]`, and no token; the others are not affected.
     """
 
     tokens: list[SampledToken | None]

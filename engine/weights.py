@@ -40,9 +40,12 @@ class WeightLoader:
         """Tensors [rows[i], *rest] concatenated to [sum(rows), *rest]."""
         return torch.cat([self.take(name, count, *rest) for name, count in zip(names, rows, strict=True)])
 
-    def skip(self, name: str) -> None:
-        """Allow a tensor that the model does not use."""
-        self._taken.add(name)
+    def take_head(self, embedding: Tensor, tied: bool) -> Tensor:
+        """The output matrix [vocab, hidden]: `embedding` if `tied`, and the checkpoint may then have another one."""
+        if tied:
+            self._taken.add("lm_head.weight")
+            return embedding
+        return self.take("lm_head.weight", *embedding.shape)
 
     def finish(self) -> None:
         """Refuse a checkpoint with tensors that the model would ignore: it belongs to another model."""

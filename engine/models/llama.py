@@ -84,11 +84,7 @@ def load_llama(spec: ModelSpec, loader: WeightLoader, ops: Ops, max_positions: i
     embedding = loader.take("model.embed_tokens.weight", spec.vocab_size, hidden)
     layers = [_load_layer(spec, loader, ops, index) for index in range(spec.num_layers)]
     norm = loader.take("model.norm.weight", hidden)
-    if spec.tie_word_embeddings:
-        loader.skip("lm_head.weight")
-        head = ops.pack_linear(embedding, None)
-    else:
-        head = ops.pack_linear(loader.take("lm_head.weight", spec.vocab_size, hidden), None)
+    head = ops.pack_linear(loader.take_head(embedding, spec.tie_word_embeddings), None)
     assert spec.rope is not None, "every model of this file has rotary embeddings"
     cos_sin = cos_sin_table(spec.rope, spec.head_dim, max_positions).to(embedding.device)
     return LlamaModel(spec, ops, embedding, layers, norm, head, cos_sin)

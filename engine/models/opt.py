@@ -62,7 +62,7 @@ class OptModel:
                 x, residual = x[batch.rows], residual[batch.rows]
             x = ops.linear(x, layer.output)
             x = ops.add_layer_norm(x, residual, layer.mlp_norm.weight, layer.mlp_norm.bias, eps)
-            x = ops.linear(ops.relu(ops.linear(x, layer.up)), layer.down)
+            x = ops.linear(ops.linear(x, layer.up).relu_(), layer.down)
         return ops.add_layer_norm(x, residual, self._norm.weight, self._norm.bias, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -77,11 +77,7 @@ def load_opt(spec: ModelSpec, loader: WeightLoader, ops: Ops) -> OptModel:
     position_embedding = loader.take("model.decoder.embed_positions.weight", positions, hidden)
     layers = [_load_layer(spec, loader, ops, index) for index in range(spec.num_layers)]
     norm = _load_norm(loader, "model.decoder.final_layer_norm", hidden)
-    if spec.tie_word_embeddings:
-        loader.skip("lm_head.weight")
-        head = ops.pack_linear(embedding, None)
-    else:
-        head = ops.pack_linear(loader.take("lm_head.weight", spec.vocab_size, hidden), None)
+    head = ops.pack_linear(loader.take_head(embedding, spec.tie_word_embeddings), None)
     return OptModel(spec, ops, embedding, position_embedding, layers, norm, head)
 
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -57,6 +58,15 @@ struct Context {
         });
     }
 };
+
+// body(data as bf16* or as float*); const data as pointers to const.
+template <class Void, class Body>
+void with_type(int is_bf16, Void* data, Body body) {
+    if (is_bf16)
+        body(static_cast<std::conditional_t<std::is_const_v<Void>, const bf16, bf16>*>(data));
+    else
+        body(static_cast<std::conditional_t<std::is_const_v<Void>, const float, float>*>(data));
+}
 
 template <class W>
 void linear(Context& context, const PackedWeights& weights, const float* x, int64_t rows, float* y) {
@@ -164,42 +174,33 @@ void tandem_linear(void* context, const void* packed, const float* bias, int is_
 
 void tandem_embedding(void* context, const int64_t* ids, int64_t rows, const void* weight, int is_bf16, int64_t hidden,
                       float* y) {
-    static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
-        if (is_bf16)
-            embed_row(static_cast<const bf16*>(weight) + ids[row] * hidden, hidden, y + row * hidden);
-        else
-            embed_row(static_cast<const float*>(weight) + ids[row] * hidden, hidden, y + row * hidden);
+    with_type(is_bf16, weight, [&](auto* table) {
+        static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
+            embed_row(table + ids[row] * hidden, hidden, y + row * hidden);
+        });
     });
 }
 
 // With `residual`: residual += x, and the norm of the new residual.
 void tandem_rms_norm(void* context, const float* x, float* residual, const void* weight, int is_bf16, float eps,
                      int64_t rows, int64_t hidden, float* y) {
-    static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
-        const float* from = x + row * hidden;
-        if (residual) {
-            add_row(from, residual + row * hidden, hidden);
-            from = residual + row * hidden;
-        }
-        if (is_bf16)
-            rms_norm_row(from, static_cast<const bf16*>(weight), eps, hidden, y + row * hidden);
-        else
-            rms_norm_row(from, static_cast<const float*>(weight), eps, hidden, y + row * hidden);
+    with_type(is_bf16, weight, [&](auto* typed_weight) {
+        static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
+            const float* from = x + row * hidden;
+            if (residual) from = add_row(from, residual + row * hidden, hidden);
+            rms_norm_row(from, typed_weight, eps, hidden, y + row * hidden);
+        });
     });
 }
 
-// residual += x, and the norm of the new residual.
+// residual += x, and the norm of the new residual. `bias` has the type of `weight`.
 void tandem_add_layer_norm(void* context, const float* x, float* residual, const void* weight, const void* bias,
                            int is_bf16, float eps, int64_t rows, int64_t hidden, float* y) {
-    static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
-        float* from = residual + row * hidden;
-        add_row(x + row * hidden, from, hidden);
-        if (is_bf16)
-            layer_norm_row(from, static_cast<const bf16*>(weight), static_cast<const bf16*>(bias), eps, hidden,
-                           y + row * hidden);
-        else
-            layer_norm_row(from, static_cast<const float*>(weight), static_cast<const float*>(bias), eps, hidden,
-                           y + row * hidden);
+    with_type(is_bf16, weight, [&](auto* typed_weight) {
+        static_cast<Context*>(context)->each_row(rows, hidden, [&](int64_t row) {
+            const float* from = add_row(x + row * hidden, residual + row * hidden, hidden);
+            layer_norm_row(from, typed_weight, static_cast<decltype(typed_weight)>(bias), eps, hidden, y + row * hidden);
+        });
     });
 }
 
@@ -211,22 +212,15 @@ void tandem_rope_and_cache(void* context, float* qkv, int64_t rows, const float*
                            int norm_is_bf16, float eps) {
     const RopeShape shape{heads, kv_heads, head_dim, block_size, num_blocks, eps};
     const int64_t row_elements = (heads + 2 * kv_heads) * head_dim;
-    auto all = [&](auto* kv, auto* q_weight, auto* k_weight) {
-        static_cast<Context*>(context)->each_row(rows, row_elements, [&](int64_t row) {
-            rope_and_cache_row(shape, qkv + row * row_elements, cos_sin ? cos_sin + positions[row] * head_dim : nullptr,
-                               slots[row], kv, q_weight, k_weight);
+    with_type(kv_is_bf16, kv_layer, [&](auto* kv) {
+        with_type(norm_is_bf16, q_norm, [&](auto* q_weight) {
+            static_cast<Context*>(context)->each_row(rows, row_elements, [&](int64_t row) {
+                rope_and_cache_row(shape, qkv + row * row_elements,
+                                   cos_sin ? cos_sin + positions[row] * head_dim : nullptr, slots[row], kv, q_weight,
+                                   static_cast<decltype(q_weight)>(k_norm));
+            });
         });
-    };
-    auto with_norms = [&](auto* kv) {
-        if (norm_is_bf16)
-            all(kv, static_cast<const bf16*>(q_norm), static_cast<const bf16*>(k_norm));
-        else
-            all(kv, static_cast<const float*>(q_norm), static_cast<const float*>(k_norm));
-    };
-    if (kv_is_bf16)
-        with_norms(static_cast<bf16*>(kv_layer));
-    else
-        with_norms(static_cast<float*>(kv_layer));
+    });
 }
 
 // q: a token's queries begin `q_stride` floats after those of the token before; out[tokens][heads * head_dim]. `window` 0:
@@ -238,10 +232,9 @@ void tandem_attention(void* context, const float* q, int64_t q_stride, const voi
     const int64_t visible = window > 0 ? window : int64_t(1) << 40;
     const AttentionShape shape{heads, kv_heads, head_dim, block_size, num_blocks, table_stride, q_stride, scale, visible};
     auto& c = *static_cast<Context*>(context);
-    if (kv_is_bf16)
-        attention(c, shape, q, static_cast<const bf16*>(kv_layer), query_starts, context_lens, tables, sequences, out);
-    else
-        attention(c, shape, q, static_cast<const float*>(kv_layer), query_starts, context_lens, tables, sequences, out);
+    with_type(kv_is_bf16, kv_layer, [&](auto* kv) {
+        attention(c, shape, q, kv, query_starts, context_lens, tables, sequences, out);
+    });
 }
 
 }  // extern "C"

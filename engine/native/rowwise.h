@@ -14,8 +14,10 @@ void embed_row(const T* from, int64_t hidden, float* to) {
     for (; j < hidden; ++j) to[j] = load_float(from + j);
 }
 
-inline void add_row(const float* x, float* residual, int64_t n) {
+// residual += x; returns residual.
+inline const float* add_row(const float* x, float* residual, int64_t n) {
     for (int64_t j = 0; j < n; ++j) residual[j] += x[j];
+    return residual;
 }
 
 inline float sum_of_squares(const float* x, int64_t n) {

@@ -25,13 +25,13 @@ class HugePageArena:
         nbytes = num_elements * dtype.itemsize
         taken = -(-nbytes // 64) * 64
         if taken > self._rest.numel():
-            self._rest = huge_page_zeros(max(taken, _CHUNK_BYTES))
+            self._rest = _allocate(max(taken, _CHUNK_BYTES))
         tensor, self._rest = self._rest[:nbytes], self._rest[taken:]
         return tensor.view(dtype)
 
 
-def huge_page_zeros(nbytes: int) -> Tensor:
-    """uint8 zeros [nbytes], aligned to a huge page. The kernel allocates each page at its first write."""
+def _allocate(nbytes: int) -> Tensor:
+    """uint8 zeros [nbytes], aligned to a huge page."""
     memory = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages refuses this; small pages work too
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,4 +1,4 @@
-"""All the arithmetic of a model. Models are written in terms of `Ops`, whose implementation is chosen in one place.
+"""The arithmetic of a model. Models are written in terms of `Ops`, whose implementation is chosen in one place.
 
 Shapes are in brackets. `tokens` is the packed token axis: the new tokens of all sequences of a step, one sequence after
 the other, without padding. H is the number of query heads, KVH of key/value heads, D the head's width, F the MLP's.
@@ -133,8 +133,4 @@ class Ops(Protocol):
 
         With `sliding_window` W a token sees itself and the W - 1 tokens before it.
         """
-        ...
-
-    def relu(self, x: Tensor) -> Tensor:
-        """Any shape -> the same shape. `x` may be overwritten."""
         ...

@@ -169,7 +169,6 @@ class NativeOps:
         qkv = _checked(qkv, torch.float32)
         _checked(positions, torch.int64)
         _checked(slots, torch.int64)
-        _checked(kv_layer, *_DTYPES)
         if cos_sin is not None:
             _checked(cos_sin, torch.float32)
         norm_is_bf16 = False
@@ -183,13 +182,7 @@ class NativeOps:
             _pointer(cos_sin),
             positions.data_ptr(),
             slots.data_ptr(),
-            kv_layer.data_ptr(),
-            _is_bf16(kv_layer),
-            kv_layer.shape[1],
-            kv_layer.shape[3],
-            heads.num_heads,
-            heads.num_kv_heads,
-            heads.head_dim,
+            *_kv_arguments(kv_layer, heads),
             _pointer(q_norm),
             _pointer(k_norm),
             norm_is_bf16,
@@ -208,7 +201,6 @@ class NativeOps:
     ) -> Tensor:
         if q.dtype != torch.float32 or q.stride()[1:] != (heads.head_dim, 1):  # only the tokens' stride is free
             raise InternalError(f"The attention kernel cannot read queries of {q.dtype} with strides {q.stride()}")
-        _checked(kv_layer, *_DTYPES)
         _checked(meta.query_starts, torch.int32)
         _checked(meta.context_lens, torch.int32)
         _checked(meta.block_tables, torch.int32)
@@ -217,13 +209,7 @@ class NativeOps:
             self._context,
             q.data_ptr(),
             q.stride(0),
-            kv_layer.data_ptr(),
-            _is_bf16(kv_layer),
-            kv_layer.shape[1],
-            kv_layer.shape[3],
-            heads.num_heads,
-            heads.num_kv_heads,
-            heads.head_dim,
+            *_kv_arguments(kv_layer, heads),
             meta.query_starts.data_ptr(),
             meta.context_lens.data_ptr(),
             meta.block_tables.data_ptr(),
@@ -234,9 +220,6 @@ class NativeOps:
             out.data_ptr(),
         )
         return out
-
-    def relu(self, x: Tensor) -> Tensor:
-        return x.relu_()
 
 
 def _in_panels(rows: Tensor) -> Tensor:
@@ -251,6 +234,13 @@ def _checked(tensor: Tensor, *dtypes: torch.dtype) -> Tensor:
     if not (tensor.is_cpu and tensor.dtype in dtypes and tensor.is_contiguous()):
         raise InternalError(f"A native kernel needs contiguous {dtypes} on a CPU, not {tensor.dtype} {tensor.stride()}")
     return tensor
+
+
+def _kv_arguments(kv_layer: Tensor, heads: HeadShape) -> tuple[int, ...]:
+    """The kernels' arguments from `kv_layer` to `head_dim`."""
+    num_blocks, block_size = _checked(kv_layer, *_DTYPES).shape[1:4:2]
+    shape = (num_blocks, block_size, heads.num_heads, heads.num_kv_heads, heads.head_dim)
+    return kv_layer.data_ptr(), _is_bf16(kv_layer), *shape
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -103,9 +103,6 @@ class TorchOps:
             )
         return out.view(q.shape[0], heads.q_size)
 
-    def relu(self, x: Tensor) -> Tensor:
-        return x.relu_()
-
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     """x [tokens, heads, D], cos_sin [tokens, 1, D], in float32 and back."""

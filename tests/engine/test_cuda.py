@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 
 from tandem.core.request import SamplingParams
 from tandem.engine.config import EngineConfig
@@ -36,6 +37,25 @@ def test_greedy_tokens_agree_in_mixed_batches(name: str, checkpoints: Checkpoint
     answers = driver.run(sequences, chunk_tokens=16)
     for sequence, answer in zip(sequences, answers, strict=True):
         assert answer == checkpoints[name].greedy(sequence.prompt, sequence.num_tokens)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_launch_does_not_wait_for_the_device(checkpoints: Checkpoints) -> None:
+    engine = _engine("llama", checkpoints, "cuda")
+    engine.warm_up()
+    driver = Driver(engine)
+    groups = [[driver.add(_prompt(length), 6) for length in lengths] for lengths in ((9, 30), (17,))]
+    for _ in range(6):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps = [driver.launch(group) for group in groups]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for step in steps:
+            driver.collect(step)
+    for sequence in (sequence for group in groups for sequence in group):
+        answer = [token.token_id for token in sequence.drawn]
+        assert answer == checkpoints["llama"].greedy(sequence.prompt, sequence.num_tokens)
 
 
 def test_a_seeded_request_draws_the_same_on_either_device(checkpoints: Checkpoints) -> None:
