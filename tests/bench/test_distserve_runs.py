@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from bench.distserve_experiments import goodput_of
-from bench.distserve_runs import RecordedRun, RecordedRuns, fits_to_run, read_runs
-from tandem.placement.costs.published import Coefficients, DistServeCost
+from bench.common.distserve_costs import Coefficients, DistServeCost
+from bench.fidelity.distserve.experiments import goodput_of
+from bench.fidelity.distserve.recorded_runs import RecordedRun, RecordedRuns, fits_to_run, read_runs
 from tandem.placement.workload.requests import RequestStream
 
 
