@@ -1,4 +1,4 @@
-"""DistServe's published numbers, and what its simulator makes of them."""
+"""DistServe's published coefficients, and the step times of its simulator."""
 
 import csv
 from pathlib import Path
@@ -67,25 +67,25 @@ def test_decode_has_two_regimes(batch: int, a: float, b: float, c: float) -> Non
 
 
 def test_a_pipeline_starts_the_next_prompt_before_it_ends() -> None:
-    one = DistServeSource("OPT-13B", ray_overhead=False).cost_model(DEVICE, ParallelShape(2, 1))
-    four = DistServeSource("OPT-13B", ray_overhead=False).cost_model(DEVICE, ParallelShape(2, 4))
-    assert one is not None
-    assert four is not None
+    tp2 = DistServeSource("OPT-13B", ray_overhead=False).cost_model(DEVICE, ParallelShape(2, 1))
+    tp2_pp4 = DistServeSource("OPT-13B", ray_overhead=False).cost_model(DEVICE, ParallelShape(2, 4))
+    assert tp2 is not None
+    assert tp2_pp4 is not None
     load = StepLoad.of_prompts(1024)
-    computed_s = one.step(load).total_s - 1e-3
-    assert four.step(load).total_s == pytest.approx(computed_s + 16e-3)  # pp stages of 1 ms * pp each
-    assert four.step(load).interval_s == pytest.approx(computed_s / 4 + 4e-3)
-    assert one.step(load).interval_s == pytest.approx(one.step(load).total_s)
+    computed_s = tp2.step(load).total_s - 1e-3
+    assert tp2_pp4.step(load).total_s == pytest.approx(computed_s + 16e-3)  # pp stages of 1 ms * pp each
+    assert tp2_pp4.step(load).interval_s == pytest.approx(computed_s / 4 + 4e-3)
+    assert tp2.step(load).interval_s == pytest.approx(tp2.step(load).total_s)
 
 
 def test_pipelined_decode_is_a_round_of_micro_batches() -> None:
     """Half the batch and half the KV pass both stages in the time that one stage has for the whole model."""
     bare = DistServeSource("OPT-66B", ray_overhead=False)
-    one, two = bare.cost_model(DEVICE, ParallelShape(4, 1)), bare.cost_model(DEVICE, ParallelShape(4, 2))
-    assert one is not None
-    assert two is not None
-    assert two.step(StepLoad.of_decode(64, 40_000)).total_s == pytest.approx(
-        one.step(StepLoad.of_decode(32, 20_000)).total_s
+    tp4, tp4_pp2 = bare.cost_model(DEVICE, ParallelShape(4, 1)), bare.cost_model(DEVICE, ParallelShape(4, 2))
+    assert tp4 is not None
+    assert tp4_pp2 is not None
+    assert tp4_pp2.step(StepLoad.of_decode(64, 40_000)).total_s == pytest.approx(
+        tp4.step(StepLoad.of_decode(32, 20_000)).total_s
     )
 
 

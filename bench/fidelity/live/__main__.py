@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 
 from bench.fidelity.live.drift import drift_in_run, with_drift
-from bench.fidelity.live.runs import LiveRun, measure
+from bench.fidelity.live.runs import LiveRun, LiveWorkload
 from bench.fidelity.live.simulation import ENGINE, simulate_one_and_one
 from bench.fidelity.live.table import TITLE, LiveComparison, RunFigures, section_text
 from bench.fidelity.page import write_section
@@ -61,10 +61,8 @@ _WORKLOADS: Mapping[str, Mapping[str, object]] = {
     "ShareGPT (DistServe's lengths), a fifth": {"dataset": "distserve_sharegpt", "length_scale": 0.2},
     "Azure 2023 conversations, an eighth": {"dataset": "azure_conv", "length_scale": 0.125},
 }
-_TTFT_STEPS, _TPOT_STEPS = (
-    4.0,
-    1.35,
-)  # targets as multiples of the step of a mean prompt, and of a step of four sequences
+_TTFT_STEPS = 4.0  # the target, in steps of a mean prompt
+_TPOT_STEPS = 1.35  # the target, in decode steps of four sequences
 
 
 def plan_runs(
@@ -94,7 +92,8 @@ def measure_all(folder: Path, model: Path, args: argparse.Namespace) -> list[Liv
     settings = ENGINE.model_dump(mode="json")
     plans = [partial(plan_runs, folder, model, number, args) for number in range(len(_WORKLOADS))]
     for number, plan in enumerate(plans):
-        samples.add(measure(model, settings, engine, folder / f"serving-{number}.json", plan, args.seed))
+        workload = LiveWorkload(model, settings, engine, folder / f"serving-{number}.json", plan, args.seed)
+        samples.add(workload.measure())
     calibration = with_serving(engine, samples)
     (folder / "calibration.yaml").write_text(dump_config(calibration))
     return [run for plan in plans for run in plan(calibration)]

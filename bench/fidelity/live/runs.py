@@ -160,70 +160,66 @@ class _LiveCluster:
         partial.rename(run.path)
 
 
-def measure(
-    model: Path,
-    settings: Mapping[str, object],
-    engine: Calibration,
-    serving_path: Path,
-    plan: Callable[[Calibration], Sequence[LiveRun]],
-    seed: int,
-) -> ServingSamples:
-    """Makes the missing runs of one workload, on one cluster whose instances have the engine `settings`. Returns all
-    serving samples, but for those around runs in which the machine's speed changed.
+@dataclass(frozen=True, slots=True)
+class LiveWorkload:
+    """The runs of one workload, on one cluster whose instances have the engine `settings`.
 
-    `engine`: the calibration of the engine alone. `serving_path`: the file of the first samples. `plan`: the runs, for
-    the calibration from these. Raises MeasurementError."""
+    `engine`: the calibration of the engine alone. `serving_path`: the file of the first serving samples. `plan`: the
+    runs, for the calibration from these samples."""
 
-    samples = _read_samples(serving_path)
-    if samples is None or any(not run.check_path.exists() for run in plan(with_serving(engine, samples))):
-        samples = asyncio.run(_measure_missing(model, settings, engine, serving_path, plan, seed))
-    for run in plan(with_serving(engine, samples)):
-        if run.is_steady(check := run.read_check()):
-            samples.add(check.samples)
-    return samples
+    model: Path
+    settings: Mapping[str, object]
+    engine: Calibration
+    serving_path: Path
+    plan: Callable[[Calibration], Sequence[LiveRun]]
+    seed: int
 
+    def measure(self) -> ServingSamples:
+        """Makes the missing runs. Returns all serving samples, except those around runs during which the machine's
+        speed changed. Raises MeasurementError."""
+        samples = self._read_samples()
+        if samples is None or any(not run.check_path.exists() for run in self._runs(samples)):
+            samples = asyncio.run(self._measure_missing())
+        for run in self._runs(samples):
+            if run.is_steady(check := run.read_check()):
+                samples.add(check.samples)
+        return samples
 
-async def _measure_missing(
-    model: Path,
-    settings: Mapping[str, object],
-    engine: Calibration,
-    serving_path: Path,
-    plan: Callable[[Calibration], Sequence[LiveRun]],
-    seed: int,
-) -> ServingSamples:
-    """Returns the first samples."""
-    async with ClusterLauncher(model, checkout=_CHECKOUT) as launcher:
-        router = await launcher.start_router()
-        await launcher.start_workers(router, settings)
-        cluster = _LiveCluster(f"http://{router.http}")
-        samples = _read_samples(serving_path)
-        if samples is None:
-            samples = await cluster.measure_serving(engine)
-            _write(serving_path, _SAMPLES.dump_json(samples))
-        await _run_missing(cluster, plan(with_serving(engine, samples)), seed)
-    return samples
+    def _runs(self, samples: ServingSamples) -> Sequence[LiveRun]:
+        return self.plan(with_serving(self.engine, samples))
 
+    def _read_samples(self) -> ServingSamples | None:
+        return _read(self.serving_path, _SAMPLES) if self.serving_path.exists() else None
 
-async def _run_missing(cluster: _LiveCluster, runs: Sequence[LiveRun], seed: int) -> None:
-    calibration = runs[0].calibration
-    before, _ = await cluster.check_speed(calibration)
-    missing = [run for run in runs if not run.check_path.exists()]
-    for run in tqdm(missing, desc="live runs", unit="run", disable=None):
-        for _ in range(_ATTEMPTS):
-            await cluster.load(run, seed)
-            after, samples = await cluster.check_speed(calibration)
-            check, before = SpeedCheck(before, after, samples), after
-            if run.is_steady(check):
-                break
-        _write(run.check_path, _CHECK.dump_json(check))
+    async def _measure_missing(self) -> ServingSamples:
+        """Returns the first serving samples."""
+        async with ClusterLauncher(self.model, checkout=_CHECKOUT) as launcher:
+            router = await launcher.start_router()
+            await launcher.start_workers(router, self.settings)
+            cluster = _LiveCluster(f"http://{router.http}")
+            samples = self._read_samples()
+            if samples is None:
+                samples = await cluster.measure_serving(self.engine)
+                _write(self.serving_path, _SAMPLES.dump_json(samples))
+            await self._run_missing(cluster, self._runs(samples))
+        return samples
+
+    async def _run_missing(self, cluster: _LiveCluster, runs: Sequence[LiveRun]) -> None:
+        calibration = runs[0].calibration
+        before, _ = await cluster.check_speed(calibration)
+        missing = [run for run in runs if not run.check_path.exists()]
+        for run in tqdm(missing, desc="live runs", unit="run", disable=None):
+            for _ in range(_ATTEMPTS):
+                await cluster.load(run, self.seed)
+                after, samples = await cluster.check_speed(calibration)
+                check, before = SpeedCheck(before, after, samples), after
+                if run.is_steady(check):
+                    break
+            _write(run.check_path, _CHECK.dump_json(check))
 
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
-
-def _read_samples(path: Path) -> ServingSamples | None:
-    return _read(path, _SAMPLES) if path.exists() else None
 
 
 def _read(path: Path, adapter: TypeAdapter[T]) -> T:
