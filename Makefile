@@ -59,7 +59,7 @@ test-fast: setup ## the tests that need no Ray
 test-slow: setup ## the long tests, without the gate's
 	$(BIN)/python -m pytest -q -m slow
 
-bench: setup ## measure the engine and the road around it
+bench: setup ## measure the engine and the request path around it
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.overhead
 

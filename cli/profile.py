@@ -7,12 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from bench.processes import BenchError
 from tandem.cli.common import BUILT_IN_MODEL, writing
 from tandem.cli.output import print_line, show_progress
 from tandem.core.config import EngineSection, parse_bytes
 from tandem.core.config_file import dump_config
-from tandem.core.errors import ConfigError, UnavailableError
+from tandem.core.errors import ConfigError
 from tandem.deploy.machine import usable_cores
 from tandem.deploy.model_folder import check_model_folder
 from tandem.placement.costs.calibration import Calibration
@@ -24,7 +23,7 @@ examples:
   tandem profile ~/models/Qwen3-0.6B -o qwen.yaml
   tandem profile --threads 4 --kv-memory 2GiB         as the instances will be served"""
 _ENGINE_SHARE = 0.6  # of the time
-_UNSEEN_BYTES_PER_S = 1e11  # from here on a prompt's KV takes next to nothing, beside what any takes
+_NEGLIGIBLE_BYTES_PER_S = 1e11  # at this rate the size of the KV hardly matters
 
 
 def run(
@@ -45,7 +44,7 @@ def run(
     decode worker run them side by side), and what the request path adds. The calibration file goes into an SLO file
     (cluster.nodes.calibration). Measurements that are held out of the fit tell its error. It takes less than two
     minutes; run nothing else on the machine meanwhile."""
-    from bench.calibrate import calibrate  # torch: seconds that the other commands need not wait
+    from tandem.profiling.calibrate import calibrate  # imports torch, which takes seconds
 
     check_model_folder(model)
     if seconds <= 0:
@@ -53,17 +52,14 @@ def run(
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"there is no folder {output.absolute().parent} to write {output.name} into")
     with show_progress(sys.stderr) as progress:
-        try:
-            calibration = calibrate(
-                model,
-                _engine_section(threads, dtype, device, kv_memory),
-                today=datetime.now(UTC).date(),
-                engine_s=seconds if no_cluster else _ENGINE_SHARE * seconds,
-                serving_s=0.0 if no_cluster else (1 - _ENGINE_SHARE) * seconds,
-                progress=progress,
-            )
-        except BenchError as error:
-            raise UnavailableError(f"the cluster to be measured failed: {error}") from error
+        calibration = calibrate(
+            model,
+            _engine_section(threads, dtype, device, kv_memory),
+            today=datetime.now(UTC).date(),
+            engine_s=seconds if no_cluster else _ENGINE_SHARE * seconds,
+            serving_s=0.0 if no_cluster else (1 - _ENGINE_SHARE) * seconds,
+            progress=progress,
+        )
     with writing():
         output.write_text(dump_config(calibration), encoding="utf-8")
     print_line(as_text(calibration))
@@ -72,41 +68,41 @@ def run(
 
 
 def as_text(calibration: Calibration) -> str:
-    """What was found, for a person."""
+    """The calibration as a few lines for a person."""
     error, terms, serving = calibration.error, calibration.terms, calibration.serving
     lines = [
         f"{calibration.model} in {calibration.dtype} on {calibration.device}, {calibration.threads} thread(s) each",
-        f"  steps         {len(calibration.measurements)} loads measured; error on those that were not fitted:"
+        f"  steps         {len(calibration.measurements)} loads measured; error on those held out of the fit:"
         f" {error.median:.1%} (median), {error.worst:.1%} (worst)",
         f"  prompts       {_tokens_per_s(calibration, 256):.0f} tokens/s at 256 tokens",
-        f"  decode        {1e3 * terms.linear[0][1]:.1f} ms a step with little to read, one sequence",
-        f"  side by side  {_added('prompts', serving.prefill_alone, serving.prefill_contended)};"
-        f" {_added('decode', serving.decode_alone, serving.decode_contended)},"
-        f" {1e3 * serving.request_admission_cost_s:.1f} ms more for each request that comes",
+        f"  decode        {1e3 * terms.linear[0][1]:.1f} ms a step for one sequence with a short context",
+        f"  in a worker   {_in_worker('prompts', serving.prefill_alone, serving.prefill_contended)};"
+        f" {_in_worker('decode', serving.decode_alone, serving.decode_contended)},"
+        f" {1e3 * serving.request_admission_cost_s:.1f} ms more for each admitted request",
     ]
     if (request_path := calibration.request_path) is not None:
         per_byte = f" and 1 s per {request_path.transfer_bytes_per_s / 1e9:.2f} GB"
         lines.append(
-            f"  request_path          {1e3 * request_path.admission_s:.1f} ms until a worker has a request,"
+            f"  request path  {1e3 * request_path.admission_s:.1f} ms until a worker has a request,"
             f" {1e3 * request_path.transfer_alone_s:.1f} to {1e3 * request_path.transfer_contended_s:.1f} ms for its KV"
-            + (per_byte if request_path.transfer_bytes_per_s < _UNSEEN_BYTES_PER_S else ", however much that is")
+            + (per_byte if request_path.transfer_bytes_per_s < _NEGLIGIBLE_BYTES_PER_S else " of any size")
         )
     return "\n".join(lines)
 
 
-def _added(name: str, alone: ServedStep, beside: ServedStep) -> str:
-    """What a step takes in a worker, of what it takes the engine by itself."""
+def _in_worker(name: str, alone: ServedStep, contended: ServedStep) -> str:
+    """A step's time in a worker, from its time x in the engine alone."""
 
     def text(step: ServedStep) -> str:
         return f"{step.factor:.2f} x + {1e3 * step.constant_s:.1f} ms"
 
-    return f"{name} {text(alone)} alone, {text(beside)} beside"
+    return f"{name} {text(alone)} alone, {text(contended)} while the other works"
 
 
 def _tokens_per_s(calibration: Calibration, tokens: int) -> float:
     nearest = min(
-        (one for one in calibration.measurements if one.prefill_tokens and not one.decode_sequences),
-        key=lambda one: abs(one.prefill_tokens - tokens),
+        (cell for cell in calibration.measurements if cell.prefill_tokens and not cell.decode_sequences),
+        key=lambda cell: abs(cell.prefill_tokens - tokens),
     )
     return nearest.prefill_tokens / nearest.seconds
 

@@ -1,1 +1,1 @@
-"""What a step costs on which device: hardware, models, efficiencies, calibrations, published fits."""
+"""What a step costs on which device: hardware, models, efficiencies, calibrations."""

@@ -25,7 +25,7 @@ def write_report(planned: Planned, path: Path) -> None:
 def write_simulation_report(
     result: SimulationResult, classes: Sequence[SloClass], description: RunDescription, path: Path
 ) -> None:
-    """Write the page of a run. A live run comes in the same form (bench.load_result.LoadResult.as_simulation).
+    """Write the page of a run. A live run comes in the same form (bench.load.result.LoadResult.as_simulation).
     Raises OSError."""
     from tandem.placement.report.run_report import simulation_report_html
 

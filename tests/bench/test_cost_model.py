@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.cost_fit import errors, fit
-from bench.cost_model import main
-from bench.cost_samples import Sample
-from bench.cost_steps import StepSample, fit_overhead
+from bench.cost_model.__main__ import main
+from bench.cost_model.fit import errors, fit
+from bench.cost_model.samples import OperatorSample
+from bench.cost_model.steps import StepSample, fit_overhead
 from tandem.core.cost_model import StepLoad
 from tandem.core.parallel import ParallelShape
 from tandem.placement.costs.efficiency import EngineOverhead, efficiency
@@ -19,12 +19,12 @@ from tandem.placement.costs.operators import gemm_s
 _H100 = devices()["H100-80GB-SXM5"]
 
 
-def _samples(stretch: float = 1.0) -> list[Sample]:
+def _samples(stretch: float = 1.0) -> list[OperatorSample]:
     """Products as a device would time them whose efficiencies are another's."""
     truth = efficiency("ampere").gemm
     shapes = [(m, n, k) for m in (1, 16, 128, 1024, 8192) for n in (1024, 4096, 16384) for k in (2048, 8192)]
     return [
-        Sample(
+        OperatorSample(
             "gemm",
             "made up",
             _H100,

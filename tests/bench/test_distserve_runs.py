@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from bench.distserve_experiments import goodput_of
-from bench.distserve_runs import RecordedRun, RecordedRuns, fits_to_run, read_runs
-from tandem.placement.costs.published import Coefficients, DistServeCost
+from bench.common.distserve_costs import Coefficients, DistServeCost
+from bench.fidelity.distserve.experiments import goodput_of
+from bench.fidelity.distserve.recorded_runs import RecordedRun, RecordedRuns, fits_to_run, read_runs
 from tandem.placement.workload.requests import RequestStream
 
 
@@ -24,11 +24,11 @@ def test_requests_at_another_rate_keep_their_pattern() -> None:
 
 def test_a_fit_finds_the_step_times_that_a_run_was_made_with() -> None:
     def latencies(cost: DistServeCost, stream: RequestStream) -> RecordedRun:
-        """Of requests that wait for nothing; as many as its number decode beside each."""
-        beside = np.arange(len(stream))
+        """Of requests that never wait; request i decodes with i others."""
+        num_others = np.arange(len(stream))
         return RecordedRun(
             cost.prefill.constant_s + cost.prefill.per_token_s * stream.prompt_tokens,
-            cost.small_decode.constant_s + cost.small_decode.per_sequence_s * beside,
+            cost.small_decode.constant_s + cost.small_decode.per_sequence_s * num_others,
         )
 
     published = DistServeCost(Coefficients(0.02, 1.5e-4), Coefficients(0.02, 0.0), Coefficients(0.02, 0.0))

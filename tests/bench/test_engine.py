@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.engine import CELLS, Cell, Limits, Result, mean_ratio, table, with_ceiling
-from bench.peers import EngineName, PeerError, start_peer, stopped_at_the_end
+from bench.engine.peers import EngineName, PeerError, start_peer, stop_all
+from bench.engine.results import CELLS, CellResult, EngineCell, MachineLimits, mean_ratio, table, with_ceiling
 
 SHAPE = {
     "hidden_size": 8,
@@ -29,25 +29,25 @@ def test_names_have_a_dtype() -> None:
 
 
 def test_decode_is_bound_by_the_bytes_it_reads_or_by_its_multiplications() -> None:
-    result = Result("m", 1, Cell("decode", batch=3), {})
+    result = CellResult("m", 1, EngineCell("decode", batch=3), {})
     kv_bytes = 3 * 256 * 2 * 2 * 4 * 2  # sequences, tokens, layers, K and V, numbers, bytes
-    slow_memory = with_ceiling(result, SHAPE, Limits(bytes_per_s=1e3, flops_per_s=1e12))
+    slow_memory = with_ceiling(result, SHAPE, MachineLimits(bytes_per_s=1e3, flops_per_s=1e12))
     assert slow_memory.bound == "memory"
     assert slow_memory.ceiling == pytest.approx(3 * 1e3 / (2 * (IN_LAYERS + HEAD) + kv_bytes))
-    slow_core = with_ceiling(result, SHAPE, Limits(bytes_per_s=1e12, flops_per_s=1e3))
+    slow_core = with_ceiling(result, SHAPE, MachineLimits(bytes_per_s=1e12, flops_per_s=1e3))
     assert slow_core.bound == "multipliers"
     assert slow_core.ceiling == pytest.approx(1e3 / (2 * (IN_LAYERS + HEAD) + 4 * 2 * 8 * 256))
 
 
 def test_prefill_counts_causal_attention_and_one_row_of_the_head() -> None:
-    result = with_ceiling(Result("m", 1, Cell("prefill", tokens=10), {}), SHAPE, Limits(1e12, 1e3))
+    result = with_ceiling(CellResult("m", 1, EngineCell("prefill", tokens=10), {}), SHAPE, MachineLimits(1e12, 1e3))
     flops = 2 * IN_LAYERS * 10 + 2 * HEAD + 4 * 2 * 8 * (10 * 11 / 2)
     assert result.ceiling == pytest.approx(10 * 1e3 / flops)
 
 
 def test_ratios_leave_out_what_was_not_measured() -> None:
-    measured = Result("m", 1, CELLS[0], {"tandem": [4.0, 6.0, 100.0], "vllm": [3.0], "other": []}, "memory", 12.0)
-    lost = Result("m", 1, CELLS[2], {"tandem": [2.0], "vllm": [4.0], "other": []}, "memory", 2.0)
+    measured = CellResult("m", 1, CELLS[0], {"tandem": [4.0, 6.0, 100.0], "vllm": [3.0], "other": []}, "memory", 12.0)
+    lost = CellResult("m", 1, CELLS[2], {"tandem": [2.0], "vllm": [4.0], "other": []}, "memory", 2.0)
     assert (measured.ratio("vllm"), measured.ratio("other")) == (2.0, None)
     assert mean_ratio([measured, lost], "vllm") == pytest.approx(1.0)
     assert mean_ratio([measured, lost], "other") is None
@@ -61,9 +61,9 @@ def test_a_worker_measures_and_a_broken_one_says_why(tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--hidden-size", "64", "--vocab-size", "8192", "--out", str(model)]
     subprocess.run(command, check=True, capture_output=True)
     peer = start_peer(EngineName("tandem"), model, 1, tmp_path / "log", None)
-    with stopped_at_the_end([peer]):
+    with stop_all([peer]):
         assert peer.start_s > 0
         assert CELLS[0].measure(peer, 0) > 0
-        assert Cell("decode", batch=4).measure(peer, 0) > 0
+        assert EngineCell("decode", batch=4).measure(peer, 0) > 0
     with pytest.raises(PeerError, match="no-model"):
         start_peer(EngineName("tandem"), tmp_path / "no-model", 1, tmp_path / "log", None)

@@ -1,6 +1,6 @@
 """A page whose sections are written by different scripts."""
 
-from bench.fidelity_page import replace_section
+from bench.fidelity.page import replace_section
 
 
 def test_a_section_is_replaced_and_the_others_stay() -> None:

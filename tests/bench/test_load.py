@@ -10,16 +10,17 @@ import numpy as np
 import orjson
 import pytest
 
-from bench.load import main, make_streams
-from bench.load_client import LoadClient, ServerGoneError, served_model
-from bench.load_result import GeneratorHealth, LoadResult
-from bench.load_run import prompts_of, run_load
-from bench.processes import BenchError
+from bench.load.__main__ import main, served_model
+from bench.load.requests import make_streams, prompts_of
+from bench.load.result import GeneratorHealth, LoadResult
+from bench.load.run import run_load
 from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError
 from tandem.core.slo_file import SloFile
 from tandem.core.timeline import Stage
 from tandem.placement.workload.requests import RequestStream
+from tandem.profiling.completion_client import CompletionClient, ServerGoneError
+from tandem.profiling.errors import MeasurementError
 
 Reply = Callable[[dict[str, object], asyncio.StreamWriter], Awaitable[None]]
 TIMELINE = {"ttft_s": 0.03, "stages": {"received": 0.0, "prefill_started": 0.01, "first_token": 0.03, "finished": 0.04}}
@@ -52,7 +53,7 @@ def body_of(asked: dict[str, object]) -> tuple[list[int], int]:
 
 @asynccontextmanager
 async def serving(reply: Reply) -> AsyncIterator[tuple[str, Callable[[], None]]]:
-    """A server that reads each request and answers it with `reply`; (its URL, what makes it disappear)."""
+    """A server that reads each request and calls `reply`; yields (its URL, a function that makes it disappear)."""
     writers: set[asyncio.StreamWriter] = set()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -74,13 +75,13 @@ async def serving(reply: Reply) -> AsyncIterator[tuple[str, Callable[[], None]]]
         disappear()
 
 
-async def whole_answer(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
+async def complete_response(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
     prompt, max_tokens = body_of(asked)
     writer.write(HEAD + event({"choices": [{"text": "a"}]}) + ending(len(prompt), max_tokens))
     await writer.drain()
 
 
-async def no_answer(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
+async def no_response(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
     pass
 
 
@@ -91,26 +92,26 @@ def requests(count: int, gap_s: float) -> RequestStream:
 
 
 async def load(url: str, stream: RequestStream, **options: object) -> LoadResult:
-    client = LoadClient(url)
+    client = CompletionClient(url)
     try:
         return await run_load(client, stream, "m", **options)  # type: ignore[arg-type]
     finally:
         client.close()
 
 
-async def test_a_stalled_server_is_sent_every_request_at_its_time_and_all_the_waiting_counts() -> None:
+async def test_a_stalled_server_gets_every_request_at_its_time_and_all_the_waiting_counts() -> None:
     resumes_s = time.monotonic() + 0.6
 
     async def stalled(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(max(0.0, resumes_s - time.monotonic()))
-        await whole_answer(asked, writer)
+        await complete_response(asked, writer)
 
     async with serving(stalled) as (url, _):
         began_s = time.monotonic()
         result = await load(url, requests(20, 0.02))
     stalls_s = resumes_s - began_s
-    assert all(record.is_whole for record in result.records)
-    assert result.health.peak_busy == 20, "nobody waits for anybody's answer"
+    assert all(record.is_complete for record in result.records)
+    assert result.health.peak_in_flight == 20, "no request waits for another one's response"
     for record in result.records:
         assert record.sent_s is not None
         assert record.ttft_s is not None
@@ -142,7 +143,7 @@ async def test_a_record_has_the_times_of_its_first_and_last_event_and_the_server
     assert simulated.tpot_s.tolist() == pytest.approx([record.tpot_s for record in result.records])
 
 
-async def test_lengths_are_asked_for_exactly_and_an_answer_of_another_length_is_an_error() -> None:
+async def test_lengths_are_requested_exactly_and_a_response_of_another_length_is_an_error() -> None:
     seen: list[tuple[int, int]] = []
 
     async def short(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
@@ -154,11 +155,11 @@ async def test_lengths_are_asked_for_exactly_and_an_answer_of_another_length_is_
         result = await load(url, requests(2, 0.05))
     assert seen == [(5, 3), (5, 3)]
     assert result.records[0].error is None
-    assert result.records[1].error == "the answer is of 5 and 2 tokens instead of 5 and 3"
+    assert result.records[1].error == "usage has 5 + 2 tokens instead of 5 + 3"
     assert not result.as_simulation().finished[1]
 
 
-async def test_a_refusal_is_told_in_the_servers_words() -> None:
+async def test_a_refusal_has_the_servers_message() -> None:
     async def refuse(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
         body = orjson.dumps({"error": {"message": "The queue is full; try again later."}})
         writer.write(b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
@@ -187,32 +188,32 @@ async def test_an_error_in_a_stream_and_a_connection_cut_short_are_errors_of_the
     assert result.stopped is None
 
 
-async def test_a_late_answer_is_given_up() -> None:
-    async with serving(no_answer) as (url, _):
+async def test_a_late_response_is_abandoned() -> None:
+    async with serving(no_response) as (url, _):
         result = await load(url, requests(1, 0.0), timeout_s=0.1)
-    assert result.records[0].error == "no whole answer after 0.1 s"
+    assert result.records[0].error == "no complete response after 0.1 s"
 
 
-async def test_an_answer_that_nobody_wants_any_more_leaves_no_connection_in_use() -> None:
-    async with serving(no_answer) as (url, _):
-        client = LoadClient(url)
-        request = client.completion_request("m", [1, 2, 3], 2)
-        asking = asyncio.create_task(client.ask(request, 60))
+async def test_a_cancelled_request_leaves_no_connection_in_use() -> None:
+    async with serving(no_response) as (url, _):
+        client = CompletionClient(url)
+        request = client.make_request("m", [1, 2, 3], 2)
+        asking = asyncio.create_task(client.complete(request, 60))
         await asyncio.sleep(0.05)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        again = await client.ask(request, 0.05)
+        again = await client.complete(request, 0.05)
         client.close()
-    assert again.error == "no whole answer after 0.05 s"
+    assert again.error == "no complete response after 0.05 s"
 
 
-async def test_a_server_that_goes_away_ends_the_run_and_what_was_answered_stays() -> None:
+async def test_a_server_that_goes_away_ends_the_run_and_its_responses_are_kept() -> None:
     num_answered = 0
 
     async def three(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
         nonlocal num_answered
-        await whole_answer(asked, writer)
+        await complete_response(asked, writer)
         num_answered += 1
         if num_answered == 3:
             disappear()
@@ -221,7 +222,7 @@ async def test_a_server_that_goes_away_ends_the_run_and_what_was_answered_stays(
         result = await load(url, requests(200, 0.02))
     assert result.stopped is not None
     assert "nothing answers at http://127.0.0.1" in result.stopped
-    assert result.records[0].is_whole
+    assert result.records[0].is_complete
     assert result.records[-1].sent_s is None
     assert result.duration_s < 3
 
@@ -229,20 +230,20 @@ async def test_a_server_that_goes_away_ends_the_run_and_what_was_answered_stays(
 async def test_without_a_server_the_run_does_not_begin() -> None:
     with pytest.raises(ServerGoneError, match=r"nothing answers at http://127\.0\.0\.1:1"):
         await load("http://127.0.0.1:1", requests(1, 0.0))
-    with pytest.raises(BenchError, match="nothing answers"):
+    with pytest.raises(MeasurementError, match="nothing answers"):
         served_model("http://127.0.0.1:1")
-    with pytest.raises(BenchError, match="http://host:port"):
-        LoadClient("localhost:8000")
+    with pytest.raises(MeasurementError, match="http://host:port"):
+        CompletionClient("localhost:8000")
 
 
 async def test_stop_ends_a_run_at_once() -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().call_later(0.1, stop.set)
-    async with serving(no_answer) as (url, _):
+    async with serving(no_response) as (url, _):
         result = await load(url, requests(100, 0.05), stop=stop)
     assert result.stopped == "interrupted"
     assert result.duration_s < 1
-    assert not any(record.is_whole for record in result.records)
+    assert not any(record.is_complete for record in result.records)
 
 
 SLO = SloFile.model_validate(
@@ -303,7 +304,7 @@ def test_prompts_share_what_their_group_shares_and_nothing_else() -> None:
     ("lags_s", "cpu_share", "fault"),
     [([0.001] * 100, 0.1, None), ([0.001] * 90 + [0.5] * 10, 0.1, "late"), ([0.001] * 100, 0.95, "bottleneck")],
 )
-def test_a_run_that_the_generator_bent_is_marked(lags_s: list[float], cpu_share: float, fault: str | None) -> None:
+def test_a_run_that_the_generator_distorted_is_marked(lags_s: list[float], cpu_share: float, fault: str | None) -> None:
     health = GeneratorHealth(np.array(lags_s), np.array([0.001]), cpu_share, 1)
-    told = health.fault(max_lag_s=0.02)
-    assert told is None if fault is None else told is not None and fault in told
+    found = health.fault(max_lag_s=0.02)
+    assert found is None if fault is None else found is not None and fault in found

@@ -5,19 +5,19 @@ from contextlib import suppress
 
 import pytest
 
-from bench.figures import Quantity, Sample, figures_of, figures_table
-from bench.request_path import cpu_beside_engine_s
-from bench.scripted_workers import ScriptedDecode
+from bench.overhead.figures import OverheadSample, Quantity, figures_of, figures_table
+from bench.overhead.request_path import cpu_without_engine_s
+from bench.overhead.scripted_workers import ScriptedDecode
 from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
 from tandem.core.session import Cancel, DecodeEvent, DecodeFrame, KvSource, OpenDecode
 from tandem.wire.sessions import Outbox
 
 
-def test_a_figure_is_the_median_of_its_rounds_beside_its_aim() -> None:
+def test_a_figure_is_the_median_of_its_rounds_with_its_aim() -> None:
     slow, fast = "slow request path", "fast request path"
-    samples = [Sample(fast, 32, Quantity.PER_TOKEN, "CPU", seconds) for seconds in (90e-6, 50e-6, 70e-6)]
-    samples.append(Sample(slow, 32, Quantity.PER_TOKEN, "CPU", 100e-6))
-    samples.append(Sample(slow, 8, Quantity.PER_TOKEN, "CPU", 900e-6))
+    samples = [OverheadSample(fast, 32, Quantity.PER_TOKEN, "CPU", seconds) for seconds in (90e-6, 50e-6, 70e-6)]
+    samples.append(OverheadSample(slow, 32, Quantity.PER_TOKEN, "CPU", 100e-6))
+    samples.append(OverheadSample(slow, 8, Quantity.PER_TOKEN, "CPU", 900e-6))
     figures = figures_of(samples, clock_with_aims="CPU")
     assert (figures[0].median, figures[0].least, figures[0].most) == pytest.approx((70, 50, 90))
     rows = figures_table(figures).splitlines()[1:]
@@ -27,10 +27,10 @@ def test_a_figure_is_the_median_of_its_rounds_beside_its_aim() -> None:
     assert "(<" not in rows[2], "there is an aim for 32 streams only"
 
 
-def test_cpu_beside_the_engine_leaves_out_each_workers_busiest_thread_but_its_first() -> None:
+def test_cpu_without_the_engine_leaves_out_each_workers_busiest_thread_but_its_first() -> None:
     before = [{10: 1.0}, {20: 1.0, 21: 1.0}, {30: 0.0, 31: 1.0}]
     after = [{10: 1.25}, {20: 1.5, 21: 6.0, 22: 0.125}, {30: 9.0, 31: 4.0}]
-    assert cpu_beside_engine_s(before, after) == pytest.approx(0.25 + 0.5 + 0.125 + 9.0)
+    assert cpu_without_engine_s(before, after) == pytest.approx(0.25 + 0.5 + 0.125 + 9.0)
 
 
 async def test_scripted_decode_sends_one_token_of_every_open_request_in_a_frame() -> None:

@@ -1,4 +1,4 @@
-from bench.padded_scheduler import MAX_PADDING_TOKENS, PaddedScheduler, padded_load
+from bench.fidelity.distserve.padded_scheduler import MAX_PADDING_TOKENS, PaddedScheduler, padded_load
 from tandem.core.cost_model import StepLoad
 from tandem.core.request import GenerationRequest, SamplingParams
 from tandem.scheduling.block_pool import BlockPool

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from bench.routing import main
+from bench.routing.__main__ import main
 
 
 def test_prints_a_row_per_kind_of_call_and_checks_the_winners(

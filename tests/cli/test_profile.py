@@ -1,4 +1,4 @@
-"""`tandem profile` on the built-in model: a short measurement, its file, and what it says of wrong arguments."""
+"""`tandem profile` on the built-in model: a short measurement, its file, and its errors for wrong arguments."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ def test_the_engine_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert calibration.threads == 1
     assert calibration.request_path is None
     assert calibration.error.median < 1.0
-    assert any(one.prefill_tokens and one.decode_sequences for one in calibration.measurements), "mixed steps too"
+    assert any(cell.prefill_tokens and cell.decode_sequences for cell in calibration.measurements), "mixed steps too"
     cost = CalibratedSource({"cpu": calibration}).cost_model("cpu", ParallelShape())
     assert cost is not None
-    # Held loosely, for the machine may have other work: a prompt costs more than a token, and more than a shorter one.
+    # With wide bounds, since the machine may be busy: a prompt costs more than a token, and more than a shorter one.
     assert cost.step(StepLoad.of_prompts(1024)).total_s > 4 * cost.step(StepLoad.of_prompts(32)).total_s
     assert cost.step(StepLoad.of_prompts(1024)).total_s > 4 * cost.step(StepLoad.of_decode(1, 100)).total_s
     text = capsys.readouterr().out

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
+from bench.common.distserve_costs import DEVICE, DistServeSource
 from tandem.core.plan import Plan
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
-from tandem.placement.costs.published import DEVICE, DistServeSource
 from tandem.placement.planner import plan
 
 

@@ -1,0 +1,84 @@
+"""The source of measured hand-overs: a prefill worker without an engine. `bench.handover.measure` starts it.
+
+Arguments: layers, blocks, KV heads, block size, head dimension and dtype of its pool. It prints its address, and ends
+when its standard input does.
+"""
+
+import asyncio
+import random
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from tandem.core.clock import SystemClock
+from tandem.core.kv_layout import KvLayout
+from tandem.core.request import SampledToken
+from tandem.core.transfer import Manifest, hash_token_ids
+from tandem.kv_transfer.pool import SharedPool
+from tandem.kv_transfer.sender import KvSender
+from tandem.v1 import transfer_pb2_grpc
+from tandem.wire.server import bind, build_server
+from tandem.wire.transfer import KvTransferServicer
+
+SOURCE_ID = "bench-source"
+
+
+class _ComputedPrompts:
+    """Every prompt is already computed. A request id names its blocks: "<seed>-<number of blocks>"."""
+
+    def __init__(self, layout: KvLayout) -> None:
+        self._layout = layout
+
+    async def manifest(self, request_id: str, epoch: int, deadline_s: float) -> Manifest:
+        seed, num_blocks = map(int, request_id.split("-"))
+        token_ids = token_ids_of(num_blocks, self._layout)
+        return Manifest(
+            request_id=request_id,
+            epoch=epoch,
+            num_tokens=len(token_ids),
+            token_hash=hash_token_ids(token_ids),
+            block_ids=tuple(block_ids_of(seed, num_blocks, self._layout)),
+            fingerprint=self._layout.fingerprint,
+            bytes_per_layer=num_blocks * 2 * self._layout.segment_bytes,
+            first_token=SampledToken(0),
+        )
+
+    async def acknowledge(self, request_id: str, epoch: int) -> bool:
+        return True
+
+
+def token_ids_of(num_blocks: int, layout: KvLayout) -> tuple[int, ...]:
+    return tuple(range(num_blocks * layout.block_size))
+
+
+def block_ids_of(seed: int, num_blocks: int, layout: KvLayout) -> list[int]:
+    """Seed 0: contiguous blocks. Other seeds: random blocks of the pool, as after long use."""
+    if seed == 0:
+        return list(range(num_blocks))
+    return random.Random(seed).sample(range(layout.num_blocks), num_blocks)
+
+
+async def _serve(layout: KvLayout) -> None:
+    torch.set_num_threads(1)
+    pool = SharedPool.create(layout.pool_bytes)
+    sender = KvSender(layout, pool, SOURCE_ID)
+    server, _ = build_server()
+    servicer = KvTransferServicer(sender, _ComputedPrompts(layout), SystemClock())
+    transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    print(address, flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(None)
+    await sender.close()
+    pool.close()
+
+
+def _layout_of(fields: Sequence[str]) -> KvLayout:
+    layers, blocks, heads, block_size, head_dim = map(int, fields[:5])
+    return KvLayout(layers, blocks, heads, block_size, head_dim, fields[5], "bench")
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(_layout_of(sys.argv[1:])))

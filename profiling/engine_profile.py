@@ -1,0 +1,189 @@
+"""Measures the engine's steps over a grid of loads, with the loader, KV pool and threads of a worker."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import torch
+
+from tandem.core.config import EngineSection
+from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.request import SamplingParams
+from tandem.engine.engine import Engine
+from tandem.engine.step import SampleRequest, SequenceSlice
+from tandem.placement.costs.calibration import Measurement
+from tandem.worker.engine_setup import load_worker_engine
+
+_MAX_CELL_S = 8.0  # cells that would take longer, extrapolated from the previous one, are left out
+_MIN_ROUNDS = 3
+_BURST_S = 0.1
+_GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class CellSequence:
+    """One sequence in a step: `num_tokens` new tokens after `start` (1 if it decodes). `is_sampled`: draws a token."""
+
+    num_tokens: int
+    start: int = 0
+    is_sampled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileCell:
+    """One step to measure. `held_out`: from the fit."""
+
+    prompts: tuple[CellSequence, ...] = ()
+    decodes: tuple[CellSequence, ...] = ()
+    held_out: bool = False
+
+    @property
+    def sequences(self) -> tuple[CellSequence, ...]:
+        return (*self.decodes, *self.prompts)
+
+    @property
+    def load(self) -> StepLoad:
+        return StepLoad(
+            prefill_tokens=sum(sequence.num_tokens for sequence in self.prompts),
+            prefill_sequences=len(self.prompts),
+            prefill_pairs=sum(pairs(sequence.start, sequence.num_tokens) for sequence in self.prompts),
+            prefill_kv_tokens=sum(sequence.start + sequence.num_tokens for sequence in self.prompts),
+            decode_sequences=len(self.decodes),
+            decode_kv_tokens=sum(sequence.start + 1 for sequence in self.decodes),
+            sampled=sum(sequence.is_sampled for sequence in self.sequences),
+        )
+
+    def blocks(self, block_size: int) -> int:
+        return sum(-(-(sequence.start + sequence.num_tokens) // block_size) for sequence in self.sequences)
+
+
+def profile_grid(max_batch_tokens: int, max_batch: int, max_model_len: int) -> list[ProfileCell]:
+    """Cells in order of size. Two sizes in each octave are fitted; sizes between them, and other shapes of equal size,
+    are held out. Prompts: complete, several in a step, after a cached prefix, and without sampling. Decode: batches by
+    context. Mixed: both in one step."""
+    cells = [*_prompt_cells(max_batch_tokens), *_decode_cells(max_batch), *_mixed_cells()]
+    fitting = [
+        cell
+        for cell in cells
+        if cell.load.prefill_tokens <= max_batch_tokens
+        and cell.load.decode_sequences <= max_batch
+        and all(sequence.start + sequence.num_tokens < max_model_len for sequence in cell.sequences)
+    ]
+    return sorted(fitting, key=lambda cell: (cell.load.tokens, cell.load.prefill_pairs, cell.load.decode_kv_tokens))
+
+
+def _prompt_cells(max_tokens: int) -> Iterator[ProfileCell]:
+    for octave in range(2, max_tokens.bit_length()):
+        size = 1 << octave
+        yield ProfileCell(prompts=(CellSequence(size),))
+        yield ProfileCell(prompts=(CellSequence(size + size // 2),))
+        yield ProfileCell(prompts=(CellSequence(size + size // 4),), held_out=True)
+        if size in (64, 256):
+            yield ProfileCell(prompts=(CellSequence(size // 4),) * 4)
+            yield ProfileCell(prompts=(CellSequence(size, start=256),))
+            yield ProfileCell(prompts=(CellSequence(size, is_sampled=False),))
+            yield ProfileCell(
+                prompts=(CellSequence(size // 8), CellSequence(size // 4), CellSequence(size)), held_out=True
+            )
+        if size in (512, 1024, 2048):  # many rows and few attention pairs, to tell their costs apart
+            yield ProfileCell(prompts=(CellSequence(size // 8),) * 8)
+
+
+def _decode_cells(max_batch: int) -> Iterator[ProfileCell]:
+    for octave in range(max_batch.bit_length()):
+        size = 1 << octave
+        for batch in sorted({size, size + size // 2}):
+            yield ProfileCell(decodes=(CellSequence(1, 32),) * batch)
+            yield ProfileCell(decodes=(CellSequence(1, 256),) * batch)
+        yield ProfileCell(decodes=(CellSequence(1, 1024),) * size)
+        yield ProfileCell(decodes=(CellSequence(1, 128),) * size, held_out=True)
+        if size >= 4:
+            between = size + size // 4
+            yield ProfileCell(
+                decodes=tuple(CellSequence(1, 64 + 512 * i // between) for i in range(between)), held_out=True
+            )
+
+
+def _mixed_cells() -> Iterator[ProfileCell]:
+    for index, (batch, tokens) in enumerate(((4, 32), (8, 128), (16, 64), (32, 256))):
+        yield ProfileCell(
+            prompts=(CellSequence(tokens),), decodes=(CellSequence(1, 256),) * batch, held_out=index % 2 == 1
+        )
+
+
+class EngineProfiler:
+    """A loaded engine whose steps are timed."""
+
+    def __init__(self, model: Path, section: EngineSection) -> None:
+        """Raises CheckpointError or ConfigError."""
+        self._engine, self._pool = load_worker_engine(model, section)
+        self._random = Random(0)
+        # Values as after real prompts; this also touches every page.
+        for layer in self._engine.pool:
+            layer.copy_(torch.randn(layer.shape[1:]).expand(layer.shape))
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    def measure(
+        self, cells: Sequence[ProfileCell], budget_s: float, progress: Callable[[float], None] = lambda share: None
+    ) -> list[Measurement]:
+        """Each cell at least once, then in turns, so that a short disturbance of the machine spoils no median. Large
+        cells get three rounds; otherwise every cell gets the same share of `budget_s`.
+
+        `cells` ascend in size. Cells that the pool cannot hold, or that would take too long, are left out. `progress`
+        gets the share of the budget that is used.
+        """
+        layout = self._engine.layout
+        cells = [cell for cell in cells if cell.blocks(layout.block_size) <= layout.num_blocks]
+        began_s = time.perf_counter()
+        seconds: dict[int, list[float]] = {}
+        for index, cell in enumerate(cells):
+            if index and seconds[index - 1][0] * cell.load.tokens / cells[index - 1].load.tokens > _MAX_CELL_S:
+                break  # all following cells are at least as large
+            seconds[index] = self._times(cell)
+            progress(min(1.0, (time.perf_counter() - began_s) / budget_s))
+        while (used_s := time.perf_counter() - began_s) < budget_s:
+            # The cell with the least time so far; cells with too few rounds first.
+            index = min(seconds, key=lambda index: (len(seconds[index]) >= _MIN_ROUNDS, sum(seconds[index])))
+            seconds[index] += self._times(cells[index])
+            progress(min(1.0, used_s / budget_s))
+        progress(1.0)
+        return [
+            Measurement(
+                **asdict(cells[index].load),
+                seconds=median(times),
+                rounds=len(times),
+                held_out=cells[index].held_out,
+            )
+            for index, times in seconds.items()
+        ]
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _times(self, cell: ProfileCell) -> list[float]:
+        """Times of consecutive steps, as a worker runs them: a short step finds the caches as the previous one left
+        them. The first of several steps does not count."""
+        times = [self._time(cell)]
+        while sum(times) < _BURST_S:
+            times.append(self._time(cell))
+        return times[1:] or times
+
+    def _time(self, cell: ProfileCell) -> float:
+        """A step of new random tokens; every sequence has its own blocks."""
+        slices, block = [], 0
+        for sequence in cell.sequences:
+            end = sequence.start + sequence.num_tokens
+            count = -(-end // self._engine.layout.block_size)
+            tokens = [self._random.randrange(self._engine.spec.vocab_size) for _ in range(sequence.num_tokens)]
+            sample = SampleRequest(_GREEDY, end, (), sequence.start) if sequence.is_sampled else None
+            slices.append(SequenceSlice(tokens, sequence.start, range(block, block + count), sample))
+            block += count
+        began_s = time.perf_counter()
+        self._engine.step(slices)
+        return time.perf_counter() - began_s
