@@ -91,9 +91,7 @@ def _rate(args: argparse.Namespace, plan: Plan, slo: SloFile, count: int) -> flo
 
 def _deployment(plan: Plan, slo: SloFile, failures: Sequence[Failure]) -> Deployment:
     model = model_shape(plan.model)
-    return deployment_of(
-        plan, cost_source_of(slo, model), Cluster.of(slo.cluster), model, classes=slo.slo, failures=failures
-    )
+    return deployment_of(plan, cost_source_of(slo, model), Cluster.of(slo.cluster), model, failures=failures)
 
 
 def _simulate(deployment: Deployment, requests: RequestStream) -> SimulationResult:

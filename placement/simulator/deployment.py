@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tandem.core.cost_model import CostModel
-from tandem.core.slo import SloClass
 
 Role = Literal["prefill", "decode", "colocated"]
 ColocatedPolicy = Literal["chunked", "prompt_first", "padded"]
@@ -54,15 +53,14 @@ class RouterSpec:
     """Fixed times that the router and the wire add. `same_node_only`: decode is chosen on the prefill instance's node.
 
     `admission_s`: received until the prefill worker has it. `first_token_s` and `token_s`: from the worker to the
-    client. `classes`: the targets that requests are sent by where some instances serve one phase and some both; the
-    streams' `slo_class` counts them. None: usual ones.
+    client. A request that has not ended `request_timeout_s` after its arrival ends then, without an answer.
     """
 
     admission_s: float = 0.0
     first_token_s: float = 0.0
     token_s: float = 0.0
     same_node_only: bool = False
-    classes: tuple[SloClass, ...] = ()
+    request_timeout_s: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)

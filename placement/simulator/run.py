@@ -10,13 +10,12 @@ from tandem.placement.simulator.agenda import Agenda
 from tandem.placement.simulator.colocated import ColocatedInstance
 from tandem.placement.simulator.decode import DecodeInstance
 from tandem.placement.simulator.deployment import Deployment
-from tandem.placement.simulator.fleet import Fleet, Instance
 from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefill import PrefillInstance
 from tandem.placement.simulator.prefixes import BlockNames
 from tandem.placement.simulator.record import Record
 from tandem.placement.simulator.result import SimulationResult
-from tandem.placement.simulator.router import Router
+from tandem.placement.simulator.router import Instance, Router
 from tandem.placement.workload.requests import RequestStream
 
 _EVENTS_PER_LOOK = 512
@@ -87,7 +86,7 @@ def _simulate(
     ]
     everyone: list[Instance] = [*prefill, *decode, *colocated]
     instances = {instance.spec.instance_id: instance for instance in everyone}
-    router.connect(Fleet(prefill, decode, colocated, deployment.router, names), instances)
+    router.connect(instances, names)
     for failure in deployment.failures:
         agenda.at(failure.at_s, router.instance_lost, failure.instance_id)
         if math.isfinite(failure.until_s):
@@ -97,10 +96,13 @@ def _simulate(
     num_received, num_events, stopped_early = 0, 0, False
     while True:
         arrival_s = arrivals_s[num_received] if num_received < len(arrivals_s) else math.inf
-        next_s = agenda.next_s()
-        if min(arrival_s, next_s) >= until_s or arrival_s == next_s == math.inf:
+        next_s, wake_s = agenda.next_s(), router.wake_s
+        if min(arrival_s, next_s, wake_s) >= until_s or arrival_s == next_s == wake_s == math.inf:
             break
-        if arrival_s <= next_s:
+        if wake_s < arrival_s and wake_s < next_s:
+            agenda.now_s = wake_s
+            router.wake()
+        elif arrival_s <= next_s:
             agenda.now_s = arrival_s
             router.arrive(num_received)
             num_received += 1
