@@ -104,7 +104,7 @@ def run(
     stream = make_stream(slo.workload, slo.slo, count=count, rate=rate, seed=seed)
     model, cluster = model_shape(plan.model), Cluster.of(slo.cluster)
     source = cost_source_of(slo, model)
-    result = _simulate(deployment_of(plan, source, cluster, model, classes=slo.slo, failures=failures), stream)
+    result = _simulate(deployment_of(plan, source, cluster, model, failures=failures), stream)
     summary = summarise(result, slo.slo)
     print_line(render_text(summary))
     judged_from_s = float(stream.arrival_s[min(summary.judgement.warm_up, len(stream) - 1)])

@@ -7,7 +7,6 @@ from tandem.core.errors import ConfigError
 from tandem.core.model_shape import ModelShape
 from tandem.core.parallel import ParallelShape
 from tandem.core.plan import Plan, PlanGroup
-from tandem.core.slo import SloClass
 from tandem.placement.cluster import Cluster, Node, nic_bytes_per_s, peer_bytes_per_s
 from tandem.placement.costs.cost_source import CostSource
 from tandem.placement.costs.serving import ServingCosts
@@ -22,12 +21,10 @@ def deployment_of(
     cluster: Cluster,
     model: ModelShape,
     *,
-    classes: Sequence[SloClass] = (),
     failures: Sequence[Failure] = (),
 ) -> Deployment:
     """Instances are named prefill-0, prefill-1, ..., decode-0, ..., in the order of the plan's groups. Those without
-    devices of their own are placed as `placed` says. `classes`: the targets by which requests are sent to a pair or to
-    a colocated instance, where there are both.
+    devices of their own are placed as `placed` says.
 
     Times of the router and the wire are those of the calibrations, 0 without. Raises ConfigError if the plan does not
     fit the cluster, or asks for a shape of which no cost is known, and for a failure of an instance that is not there.
@@ -66,7 +63,7 @@ def deployment_of(
     return Deployment(
         instances=tuple(instances),
         network=network_of(whole, cluster, model),
-        router=replace(router_of(cluster), same_node_only=plan.same_node, classes=tuple(classes)),
+        router=replace(router_of(cluster), same_node_only=plan.same_node),
         failures=_checked(failures, instances),
     )
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from tandem.core.config import DecodeSection, EngineSection, PrefillSection
+from tandem.core.config import EngineSection, InstanceSection
 from tandem.deploy.machine import usable_cores
 from tandem.placement.costs.calibration import Calibration, fit_error, fit_terms
 from tandem.profiling.engine_profile import EngineProfiler, profile_grid
 from tandem.profiling.serving_fit import with_serving
 from tandem.profiling.serving_profile import measure_serving
+from tandem.scheduling.budget import PREFILL_BATCH_TOKENS
 
 ReportProgress = Callable[[float, str], None]
 """(share of the measurement that is done, what is being measured)."""
@@ -38,7 +39,7 @@ def calibrate(
     profiler = EngineProfiler(model, engine)
     layout, ops = profiler.engine.layout, profiler.engine.ops_name
     max_model_len = profiler.engine.capacity().max_model_len
-    cells = profile_grid(PrefillSection().max_batch_tokens, DecodeSection().max_batch, max_model_len)
+    cells = profile_grid(PREFILL_BATCH_TOKENS, InstanceSection().max_batch, max_model_len)
     measurements = profiler.measure(cells, engine_s, lambda share: progress(engine_share * share, "engine steps"))
     profiler.close()
     terms = fit_terms(measurements)

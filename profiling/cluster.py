@@ -73,8 +73,8 @@ class ClusterLauncher:
 
         Raises MeasurementError."""
         started = {}
-        for role in Role:
-            settings = {"routers": [router.control], role.value: {"engine": dict(engine)}}
+        for role in (Role.PREFILL, Role.DECODE):
+            settings = {"routers": [router.control], "instance": {"engine": dict(engine)}}
             config = self._write_config(f"{role.value}_worker", settings)
             started[role] = await self.start(f"tandem.{role.value}_worker", *config, num_lines=1)
         await wait_until_ready(router)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import Any
 
-from tandem.core.config import PrefillSection
+from tandem.scheduling.budget import PREFILL_BATCH_TOKENS
 
-_STEP_TOKENS = PrefillSection().max_batch_tokens
+_STEP_TOKENS = PREFILL_BATCH_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

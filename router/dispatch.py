@@ -8,6 +8,7 @@ RunningRequest <-------------+<------------ events --- Fleet          |
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -142,6 +143,9 @@ class Dispatcher:
     def wake_at(self, time_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+        if time_s == math.inf:
+            return
         delay_s = max(0.0, time_s - self._clock.now_s())
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer, time_s)
 

@@ -54,7 +54,6 @@ class InstanceSelector:
         self._colocated = DecodeIndex()
         self._trackers: dict[int, PrefixTracker] = {}  # by block size: it determines the blocks' names
         self._without_credit: set[str] = set()
-        self._chose_colocated = False  # when both forms were there
         self._capacity_tokens: int | None = None  # None: to be worked out
         self._is_local = False  # decode instances must compute prompts, for want of others
 
@@ -219,8 +218,9 @@ class InstanceSelector:
     # --- a pair or a colocated instance ------------------------------------------------------------------------------
 
     def _better_form(self, request: RoutedRequest, pair: Place, colocated: Place, needed_tokens: int) -> Place:
-        """The form with the least work, queued and of the request, on its first instance. A form that has no memory to
-        decode it now is passed over if the other one has, and one that failed it if the other did not."""
+        """The form with the least work, queued and of the request, on its first instance; of equals the one whose
+        decoding is less loaded. A form that has no memory to decode it now is passed over if the other one has, and one
+        that failed it if the other did not."""
         decode = self._decodes.best(
             num_tokens=request.num_tokens,
             growth_tokens=request.growth_tokens,
@@ -235,27 +235,31 @@ class InstanceSelector:
                 place.instance.instance_id in request.avoid,
                 self._must_wait(request, index, decoding_id),
                 self._work_tokens(request, place.instance),
-                place.hand_over is not self._chose_colocated,  # of equals it is the other one's turn
+                index.views[decoding_id].load,
+                place.hand_over,  # of equals the one without a transfer
                 place,
             )
             for place, index, decoding_id in forms
         ]
-        best, other = sorted(ranked, key=lambda rank: rank[:4])
-        self._chose_colocated = best[4] is colocated
-        if best[4].selection is None:
-            return best[4]
+        best, other = sorted(ranked, key=lambda rank: rank[:5])
+        chosen, loser = best[5], other[5]
+        if chosen.selection is None:
+            return chosen
         if other[0] is not best[0]:
             reason = "it failed the request"
         elif other[1] is not best[1]:
             reason = "no memory to decode there"
         elif other[2] > best[2]:
             reason = f"{other[2] - best[2]} tokens more to compute before the first token"
+        elif other[3] > best[3]:
+            reason = f"as much to compute before the first token, decoding more loaded by {other[3] - best[3]:g}"
         else:
-            reason = "as much to compute before the first token; another's turn"
-        form = "a pair" if other[4] is pair else "colocated"
-        candidate = Candidate(other[4].instance.instance_id, None, (("work", other[2]),), f"{form}: {reason}")
-        selection = replace(best[4].selection, candidates=(*best[4].selection.candidates, candidate))
-        return best[4]._replace(selection=selection)
+            reason = "equal, but for a transfer of KV"
+        form = "a pair" if loser is pair else "colocated"
+        candidate = Candidate(loser.instance.instance_id, None, (("work", other[2]),), f"{form}: {reason}")
+        return chosen._replace(
+            selection=replace(chosen.selection, candidates=(*chosen.selection.candidates, candidate))
+        )
 
     def _must_wait(self, request: RoutedRequest, index: DecodeIndex, instance_id: str) -> bool:
         """No memory is left for it, or others wait there for a place already."""

@@ -84,7 +84,7 @@ class RoutingDriver(Protocol):
         ...
 
     def wake_at(self, time_s: float) -> None:
-        """Call `advance` at that time, rather than at the one named before."""
+        """Call `advance` at that time, rather than at the one named before; inf: never."""
         ...
 
 
@@ -444,6 +444,9 @@ class RoutingMachine:
 
     def _forget(self, request: RoutedRequest) -> None:
         del self._requests[request.key]
+        if not self._requests and self._wake_s < math.inf:
+            self._wake_s = math.inf
+            self._driver.wake_at(math.inf)
         if request.deadline_s < math.inf:
             self._deadlines.discard(request)
         if request.attempt is not None:

@@ -68,9 +68,7 @@ def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> 
 def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
     """Simulates the plan as it is on the workload of `slo_file`, at `rate` and at what it can take."""
     model = model_shape(slo_file.model)
-    deployment = deployment_of(
-        plan, cost_source_of(slo_file, model), Cluster.of(slo_file.cluster), model, classes=slo_file.slo
-    )
+    deployment = deployment_of(plan, cost_source_of(slo_file, model), Cluster.of(slo_file.cluster), model)
     search, classes = slo_file.search, slo_file.slo
     requests = make_stream(
         slo_file.workload, classes, count=SPARE_REQUESTS * search.requests, rate=rate, seed=search.seed

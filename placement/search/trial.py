@@ -137,4 +137,4 @@ def _judgement(problem: Problem, fleet: Fleet, apart: bool, rung: int) -> Judgem
 
 def _deployment(problem: Problem, fleet: Fleet, *, apart: bool = False) -> Deployment:
     plan = plan_of(problem, fleet, apart=apart)
-    return deployment_of(plan, problem.source, problem.cluster, problem.model, classes=problem.classes)
+    return deployment_of(plan, problem.source, problem.cluster, problem.model)

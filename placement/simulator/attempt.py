@@ -5,69 +5,51 @@ from typing import TYPE_CHECKING, Protocol
 from tandem.core.errors import TandemError
 from tandem.core.request import GenerationRequest
 from tandem.placement.simulator.network import Transfer
+from tandem.scheduling import routed_request
 
 if TYPE_CHECKING:
     from tandem.placement.simulator.instance import SimulatedInstance
 
 
 class Attempt:
-    """The key of its sequences on both instances. `row` is the request's place in the stream, `number` counts from 0.
+    """The key of its sequences on both instances. `row` is the request's place in the stream, `routed` is the routing
+    machine's side of the attempt. `begun_on` computes the prompt.
 
     `num_handed_on` are the output tokens, of earlier attempts too, that the client has.
     """
 
     __slots__ = (
-        "avoid",
-        "colocated",
+        "begun_on",
         "decode",
         "is_computed",
+        "is_first",
         "is_reserved",
         "num_handed_on",
-        "number",
-        "prefill",
         "request",
+        "routed",
         "row",
         "transfer",
         "transfer_s",
-        "waiting_tokens",
     )
 
-    def __init__(self, row: int, number: int, request: GenerationRequest, avoid: frozenset[str]) -> None:
+    def __init__(
+        self,
+        row: int,
+        routed: routed_request.Attempt,
+        request: GenerationRequest,
+        begun_on: "SimulatedInstance",
+    ) -> None:
         self.row = row
-        self.number = number
+        self.routed = routed
         self.request = request
-        self.avoid = avoid  # instances that have failed the request
-        self.prefill: SimulatedInstance | None = None
+        self.begun_on = begun_on
+        self.is_first = routed.request.num_attempts == 1
         self.decode: SimulatedInstance | None = None
-        self.colocated: SimulatedInstance | None = None  # instead of the other two
         self.transfer: Transfer | None = None
         self.num_handed_on = request.num_output_tokens
         self.is_computed = False  # its KV is complete
         self.is_reserved = False  # decode has blocks for it
         self.transfer_s = 0.0
-        self.waiting_tokens = 0  # not yet computed, as the router knows
-
-    @property
-    def num_tokens(self) -> int:
-        """Those to compute before the first new one."""
-        return len(self.request.token_ids)
-
-    @property
-    def growth_tokens(self) -> int:
-        """Those still to come."""
-        return self.request.sampling.max_tokens - self.request.num_output_tokens
-
-    @property
-    def prompt_tokens_per_step(self) -> float:
-        """See `scheduling.mixed_routing.colocated_offer`."""
-        return self.num_tokens / max(1, self.growth_tokens)
-
-    @property
-    def begun_on(self) -> "SimulatedInstance":
-        """The instance that computes its prompt."""
-        instance = self.prefill or self.colocated
-        assert instance is not None, "an attempt that has not begun"
-        return instance
 
 
 class Listener(Protocol):

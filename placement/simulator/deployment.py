@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from tandem.core.config import RoleName
 from tandem.core.cost_model import CostModel, StepLoad
-from tandem.core.slo import SloClass
 from tandem.placement.simulator.load import step_load
 from tandem.scheduling.budget import Mixing
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
@@ -63,15 +62,14 @@ class RouterSpec:
     """Fixed times that the router and the wire add. `same_node_only`: decode is chosen on the prefill instance's node.
 
     `admission_s`: received until the prefill worker has it. `first_token_s` and `token_s`: from the worker to the
-    client. `classes`: the targets that requests are sent by where some instances serve one phase and some both; the
-    streams' `slo_class` counts them. None: usual ones.
+    client. A request that has not ended `request_timeout_s` after its arrival ends then, without an answer.
     """
 
     admission_s: float = 0.0
     first_token_s: float = 0.0
     token_s: float = 0.0
     same_node_only: bool = False
-    classes: tuple[SloClass, ...] = ()
+    request_timeout_s: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,10 @@ class BlockNames:
         names.extend(b"%d/%d" % (group, i) for i in range(len(names), count))
         return names[:count]
 
+    def shared_of_size(self, row: int, block_size: int) -> list[bytes]:
+        """As `shared`; none of blocks of another size."""
+        return self.shared(row) if block_size == self.block_size else []
+
     def of(self, row: int, num_tokens: int) -> list[bytes]:
         """Of all full blocks among its first `num_tokens` tokens."""
         names = self.shared(row)

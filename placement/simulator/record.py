@@ -1,4 +1,4 @@
-"""What happened to each request: stamps by the rules of the router (`router/stamps.py`)."""
+"""What happened to each request: stamps by the rules of the router (`router/timeline_recorder.py`)."""
 
 import numpy as np
 
@@ -19,8 +19,7 @@ _BEFORE_SECOND_TOKEN = [DECODE_RESERVED, TRANSFER_STARTED, TRANSFER_COMMITTED, D
 
 
 class Record:
-    """One row per request. A stage is stamped by the attempt that carried the request past it; what a failed attempt
-    left unfinished is forgotten."""
+    """One row per request. Timestamps of a failed attempt are discarded unless a token from it was delivered."""
 
     __slots__ = ("num_attempts", "num_cached_tokens", "num_finished", "stamps")
 

@@ -1,243 +1,253 @@
-"""One request's life on the virtual clock: what `router.attempt` and `router.running` do, without messages.
+"""The routing machine on the virtual clock: events of simulated instances go in, decisions and timestamps come out."""
 
-arrive -> prefill queued -> started -> first token ---------------+
-                               | decode chosen (late binding)     |
-                               +-> reserved ----------------------+-> transfer -> committed -> tokens -> finished
-"""
-
+import math
 from collections.abc import Mapping
+from functools import partial
 
-from tandem.core.errors import (
-    IncompatiblePeerError,
-    OverloadedError,
-    TandemError,
-    TransferError,
-    UnavailableError,
-)
+from tandem.core.errors import StaleEpochError, TandemError
 from tandem.core.request import SamplingParams
+from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, Role
 from tandem.placement.simulator import record as stages
 from tandem.placement.simulator.agenda import Agenda
 from tandem.placement.simulator.attempt import Attempt
 from tandem.placement.simulator.counted import counted_request
 from tandem.placement.simulator.deployment import RouterSpec
-from tandem.placement.simulator.fleet import Fleet
 from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
+from tandem.placement.simulator.prefixes import BlockNames
 from tandem.placement.simulator.record import Record
 from tandem.placement.workload.requests import RequestStream
-
-# As `router.running.RetryPolicy`.
-_MAX_ATTEMPTS = 3
-_PATIENCE_S = 1.0
-_PAUSE_S = 0.05
-_RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
+from tandem.scheduling import routed_request
+from tandem.scheduling.routed_request import RoutedRequest
+from tandem.scheduling.routing import Selection
+from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
 
 
 class Router:
-    """Carries requests over their attempts. It is the instances' `Listener`."""
+    """A `RoutingDriver`, and the instances' `Listener`. A request's key is its row in the stream.
+
+    `wake_s` is when to call `wake`.
+    """
 
     def __init__(
-        self, spec: RouterSpec, requests: RequestStream, agenda: Agenda, network: Network, record: Record
+        self,
+        spec: RouterSpec,
+        requests: RequestStream,
+        agenda: Agenda,
+        network: Network,
+        record: Record,
+        routing: RoutingSettings | None = None,
     ) -> None:
         """`connect` it to its instances before the first request."""
+        self.machine = RoutingMachine(self, routing or RoutingSettings(), explain=False)
+        self.num_refused = 0
+        self.wake_s = math.inf
         self._spec = spec
-        self._requests = requests
         self._agenda = agenda
         self._network = network
         self._record = record
         self._stamps = record.stamps
-        self._class_of = requests.slo_class.tolist()
+        self._arrival_s = requests.arrival_s.tolist()
+        self._prompt_tokens = requests.prompt_tokens.tolist()
+        self._output_tokens = requests.output_tokens.tolist()
         self._sampling: dict[int, SamplingParams] = {}
-        self.num_refused = 0
+        self._attempts: dict[int, Attempt] = {}  # the last one of each open request, by row
+        self._names: BlockNames | None = None
+        self._instances: Mapping[str, SimulatedInstance] = {}
 
-    def connect(self, fleet: Fleet, instances: Mapping[str, SimulatedInstance]) -> None:
-        self._fleet = fleet
+    def connect(self, instances: Mapping[str, SimulatedInstance], names: BlockNames | None = None) -> None:
+        """`names`, if prompts share prefixes that instances cache."""
+        self._names = names
         self._instances = instances
+        for instance_id in instances:
+            self._join(instance_id)
 
     def arrive(self, row: int) -> None:
-        """The request has passed admission and looks for a prefill instance."""
-        now_s = self._agenda.now_s
-        self._stamps[row, stages.RECEIVED] = self._requests.arrival_s[row]
+        """The request has passed admission and looks for an instance."""
+        now_s, names = self._agenda.now_s, self._names
+        self._stamps[row, stages.RECEIVED] = arrival_s = self._arrival_s[row]
         self._stamps[row, stages.ADMITTED] = now_s
-        max_tokens = int(self._requests.output_tokens[row])
+        try:
+            self.machine.submit(
+                row,
+                num_prompt_tokens=self._prompt_tokens[row],
+                max_tokens=self._output_tokens[row],
+                deadline_s=arrival_s + self._spec.request_timeout_s,
+                now_s=now_s,
+                name_blocks=None if names is None else partial(names.shared_of_size, row),
+            )
+        except TandemError:
+            self.num_refused += 1
+
+    def wake(self) -> None:
+        self.wake_s = math.inf
+        self.machine.advance(self._agenda.now_s)
+
+    def instance_lost(self, instance_id: str) -> None:
+        if instance_id not in self.machine.instances:
+            return
+        instance, machine = self._instances[instance_id], self.machine
+        instance.fail()
+        for routed in machine.instances[instance_id].attempts():
+            attempt = self._attempts[_row(routed.request)]
+            instance.release(attempt)
+            if routed.has_first_token:
+                machine.tokens_generated(routed, attempt.num_handed_on - routed.request.num_output_tokens)
+        machine.instance_removed(instance_id, self._agenda.now_s)
+
+    def instance_found(self, instance_id: str) -> None:
+        self._instances[instance_id].restart()
+        self._join(instance_id)
+
+    def _join(self, instance_id: str) -> None:
+        """A report of an idle instance. Instances with equal fingerprints can exchange KV."""
+        instance = self._instances[instance_id]
+        spec, now_s = instance.spec, self._agenda.now_s
+        is_bound = self._spec.same_node_only and spec.role != "colocated"
+        status = InstanceStatus(
+            instance_id=instance_id,
+            role=Role(spec.role),
+            state=InstanceState.READY,
+            address="",
+            model="",
+            fingerprint=str(spec.node) if is_bound else "",
+            max_model_len=instance.max_model_len,
+            block_size=spec.block_size,
+            blocks=BlockCounts(spec.num_blocks, spec.num_blocks, running=0, cached=0, leased=0),
+            waiting_requests=0,
+            running_requests=0,
+            uncomputed_tokens=0,
+            unreserved_tokens=0,
+        )
+        self.machine.instance_reported(status, now_s)
+        self.machine.instance_connected(instance_id, now_s)
+
+    # --- decisions ---------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, attempt: routed_request.Attempt, instance_id: str, source_id: str | None, selection: Selection | None
+    ) -> None:
+        instance, routed = self._instances[instance_id], attempt.request
+        row = _row(routed)
+        if source_id is not None:
+            own = self._attempts[row]
+            own.decode = instance
+            instance.submit(own, is_remote=True)
+            return
+        max_tokens = routed.max_tokens
         sampling = self._sampling.get(max_tokens)
         if sampling is None:
             sampling = self._sampling[max_tokens] = SamplingParams(max_tokens=max_tokens)
-        request = counted_request(row, int(self._requests.prompt_tokens[row]), 0, sampling)
-        attempt = Attempt(row, 0, request, frozenset())
-        try:
-            instance = self._fleet.choose_first(attempt, self._class_of[attempt.row])
-        except TandemError:
-            self.num_refused += 1
-        else:
-            self._begin(attempt, instance)
+        request = counted_request(row, attempt.num_tokens, routed.num_output_tokens, sampling)
+        self._attempts[row] = own = Attempt(row, attempt, request, instance)
+        self._record.begin_attempt(row, self._agenda.now_s)
+        instance.submit(own, hand_over=attempt.hand_over)
 
-    # --- what the workers tell ---------------------------------------------------------------------------------------
+    def cancel(self, attempt: routed_request.Attempt, instance_id: str) -> None:
+        own = self._attempts[_row(attempt.request)]
+        if own.transfer is not None:
+            self._network.abandon(own.transfer)
+            own.transfer = None
+        self._instances[instance_id].release(own)
+
+    def end(self, request: RoutedRequest, error: TandemError | None) -> None:
+        self._attempts.pop(_row(request), None)
+        if error is None:
+            self._record.num_finished += 1
+        else:
+            self.num_refused += 1
+
+    def wake_at(self, time_s: float) -> None:
+        self.wake_s = time_s
+
+    # --- what the instances tell -------------------------------------------------------------------------------------
 
     def prefill_started(self, attempt: Attempt, num_cached_tokens: int) -> None:
-        self._record.num_cached_tokens[attempt.row] = num_cached_tokens
-        self._fleet.computed(attempt.begun_on.spec.instance_id, attempt, num_cached_tokens)
-        if attempt.prefill is None:
-            return  # colocated: nothing to choose
-        if attempt.growth_tokens > 1:
-            self._open_decode(attempt)
+        if attempt.routed.prefill is not None:
+            self._record.num_cached_tokens[attempt.row] = num_cached_tokens
+            self.machine.prefill_started(attempt.routed, num_cached_tokens, self._agenda.now_s)
 
     def prefill_finished(self, attempt: Attempt, started_s: float) -> None:
-        begun_on, row = attempt.begun_on, attempt.row
+        routed, row, begun_on = attempt.routed, attempt.row, attempt.begun_on
+        if routed.prefill is None:
+            return
+        now_s = self._agenda.now_s
+        token_s = now_s + self._spec.first_token_s
         attempt.is_computed = True
         attempt.num_handed_on += 1
-        token_s = self._agenda.now_s + self._spec.first_token_s
-        if attempt.number == 0 or not self._record.has(row, stages.FIRST_TOKEN):
+        if attempt.is_first or not self._record.has(row, stages.FIRST_TOKEN):
             self._stamps[row, stages.PREFILL_STARTED] = started_s
             self._stamps[row, stages.FIRST_TOKEN] = token_s
-        num_tokens = attempt.num_tokens
-        self._fleet.computed(begun_on.spec.instance_id, attempt, num_tokens)
-        if attempt.colocated is not None:
-            return  # it goes on by itself
-        if (
-            attempt.num_handed_on >= attempt.request.sampling.max_tokens
-            or num_tokens + 1 >= begun_on.spec.max_model_len
-        ):
-            self._cancel(attempt)
-            self._finish(attempt, token_s)
-        elif attempt.is_reserved:
+        is_last = routed.hand_over and (
+            routed.growth_tokens == 1 or routed.num_tokens + 1 >= begun_on.spec.max_model_len
+        )
+        if is_last:
+            self._stamps[row, stages.FINISHED] = token_s
+            begun_on.release(attempt)
+        self.machine.prefill_finished(routed, now_s, is_last=is_last)
+        if attempt.is_reserved and routed.decode is not None:
             self._send(attempt)
 
     def decode_reserved(self, attempt: Attempt) -> None:
+        if attempt.routed.decode is None:
+            return
         attempt.is_reserved = True
-        if attempt.number == 0 or not self._record.has(attempt.row, stages.SECOND_TOKEN):
+        if attempt.is_first or not self._record.has(attempt.row, stages.SECOND_TOKEN):
             self._stamps[attempt.row, stages.DECODE_RESERVED] = self._agenda.now_s
         if attempt.is_computed:
             self._send(attempt)
 
     def transfer_committed(self, attempt: Attempt) -> None:
-        if attempt.number == 0 or not self._record.has(attempt.row, stages.SECOND_TOKEN):
-            now_s = self._agenda.now_s
+        now_s = self._agenda.now_s
+        if not self.machine.transfer_committed(attempt.routed, now_s):
+            return
+        if attempt.is_first or not self._record.has(attempt.row, stages.SECOND_TOKEN):
             self._stamps[attempt.row, stages.TRANSFER_STARTED] = now_s - attempt.transfer_s
             self._stamps[attempt.row, stages.TRANSFER_COMMITTED] = now_s
-        self._close_prefill(attempt)
 
     def second_token(self, attempt: Attempt, admitted_s: float, token_s: float) -> None:
-        if attempt.number == 0 or not self._record.has(attempt.row, stages.SECOND_TOKEN):
+        if attempt.routed.generating is None:
+            return
+        if attempt.is_first or not self._record.has(attempt.row, stages.SECOND_TOKEN):
             self._stamps[attempt.row, stages.DECODE_ADMITTED] = admitted_s
             self._stamps[attempt.row, stages.SECOND_TOKEN] = token_s + self._spec.token_s
 
     def decode_finished(self, attempt: Attempt) -> None:
-        instance = attempt.decode or attempt.colocated
-        assert instance is not None
-        self._fleet.closed_decode(instance.spec.instance_id, attempt)
-        is_first = self._requests.output_tokens[attempt.row] == 1
-        self._finish(attempt, self._agenda.now_s + (self._spec.first_token_s if is_first else self._spec.token_s))
+        if attempt.routed.generating is None:
+            return
+        spec, now_s = self._spec, self._agenda.now_s
+        is_first = attempt.routed.request.max_tokens == 1
+        self._stamps[attempt.row, stages.FINISHED] = now_s + (spec.first_token_s if is_first else spec.token_s)
+        self.machine.attempt_finished(attempt.routed, now_s)
 
     def lease_ended(self, attempt: Attempt) -> None:
-        blamed = frozenset(i.spec.instance_id for i in (attempt.prefill, attempt.decode) if i is not None)
-        self._attempt_failed(attempt, TransferError("the lease on the KV has ended"), blamed)
+        if attempt.transfer is not None:
+            self._network.abandon(attempt.transfer)
+            attempt.transfer = None
+        reader, error = attempt.decode or attempt.begun_on, StaleEpochError("the lease on the KV has ended")
+        self.machine.attempt_failed(attempt.routed, reader.spec.instance_id, error, self._agenda.now_s)
 
     def failed(self, attempt: Attempt, instance_id: str, error: TandemError) -> None:
-        self._attempt_failed(attempt, error, frozenset((instance_id,)))
+        self.machine.attempt_failed(attempt.routed, instance_id, error, self._agenda.now_s)
 
-    # --- failures ----------------------------------------------------------------------------------------------------
-
-    def instance_lost(self, instance_id: str) -> None:
-        self._instances[instance_id].fail()
-        error = UnavailableError("the instance is gone")
-        for attempt in self._fleet.lose(instance_id):
-            self._attempt_failed(attempt, error, frozenset((instance_id,)))
-
-    def instance_found(self, instance_id: str) -> None:
-        self._instances[instance_id].restart()
-        self._fleet.found(instance_id)
-
-    def _attempt_failed(self, attempt: Attempt, error: TandemError, blamed: frozenset[str]) -> None:
-        self._cancel(attempt)
-        attempt.avoid |= blamed
-        if not isinstance(error, _RETRIED) or attempt.number + 1 >= _MAX_ATTEMPTS:
-            self.num_refused += 1
-        else:
-            self._recover(attempt, error, self._agenda.now_s + _PATIENCE_S, paused=False)
-
-    def _recover(self, failed: Attempt, error: TandemError, give_up_s: float, *, paused: bool) -> None:
-        """Begin another attempt: at once if a worker is there that has not failed it, else after a pause."""
-        old = failed.request
-        num_new = failed.num_handed_on - old.num_output_tokens
-        request = counted_request(failed.row, len(old.token_ids) + num_new, failed.num_handed_on, old.sampling)
-        attempt = Attempt(failed.row, failed.number + 1, request, failed.avoid)
-        try:
-            instance = self._fleet.choose_first(attempt, self._class_of[attempt.row])
-        except UnavailableError:
-            if self._agenda.now_s >= give_up_s:
-                self.num_refused += 1
-                return
-        except TandemError:
-            self.num_refused += 1
-            return
-        else:
-            if paused or instance.spec.instance_id not in failed.avoid:
-                self._begin(attempt, instance)
-                return
-            if isinstance(error, OverloadedError) and failed.num_handed_on == 0:
-                self.num_refused += 1  # every worker's queue is full
-                return
-        self._agenda.at(self._agenda.now_s + _PAUSE_S, self._recover_after_pause, (failed, error, give_up_s))
-
-    def _recover_after_pause(self, waiting: tuple[Attempt, TandemError, float]) -> None:
-        self._recover(*waiting, paused=True)
-
-    # --- an attempt's steps ------------------------------------------------------------------------------------------
-
-    def _begin(self, attempt: Attempt, instance: SimulatedInstance) -> None:
-        self._record.begin_attempt(attempt.row, self._agenda.now_s)
-        if instance.spec.role == "colocated":
-            attempt.colocated = instance
-            self._fleet.opened_colocated(instance.spec.instance_id, attempt)
-        else:
-            attempt.prefill = instance
-            self._fleet.opened_prefill(instance.spec.instance_id, attempt)
-        instance.submit(attempt, hand_over=attempt.prefill is not None)
-
-    def _open_decode(self, attempt: Attempt) -> None:
-        assert attempt.prefill is not None
-        try:
-            decode = self._fleet.choose_decode(attempt)
-        except TandemError as error:
-            self._attempt_failed(attempt, error, frozenset())
-            return
-        attempt.decode = decode
-        self._fleet.opened_decode(decode.spec.instance_id, attempt)
-        decode.submit(attempt, is_remote=True)
+    # --- transfers ---------------------------------------------------------------------------------------------------
 
     def _send(self, attempt: Attempt) -> None:
-        assert attempt.prefill is not None
         assert attempt.decode is not None
-        num_tokens = attempt.num_tokens
         attempt.transfer = self._network.send(
-            attempt.prefill.spec, attempt.decode.spec, num_tokens, self._acknowledge, attempt
+            attempt.begun_on.spec, attempt.decode.spec, attempt.routed.num_tokens, self._acknowledge, attempt
         )
 
     def _acknowledge(self, attempt: Attempt) -> None:
         """The KV is whole and the decode instance's: prefill's blocks are free at once, decode takes it up next."""
-        assert attempt.prefill is not None
-        assert attempt.decode is not None
         assert attempt.transfer is not None
+        assert attempt.decode is not None
         attempt.transfer_s = self._agenda.now_s - attempt.transfer.started_s
         attempt.transfer = None
-        attempt.prefill.release(attempt)
+        attempt.begun_on.release(attempt)
         attempt.decode.arrived(attempt)
 
-    def _close_prefill(self, attempt: Attempt) -> bool:
-        assert attempt.prefill is not None
-        return self._fleet.closed_prefill(attempt.prefill.spec.instance_id, attempt)
 
-    def _cancel(self, attempt: Attempt) -> None:
-        """Take it off both workers, in whatever phase."""
-        if attempt.transfer is not None:
-            self._network.abandon(attempt.transfer)
-        if attempt.prefill is not None and self._close_prefill(attempt):
-            attempt.prefill.release(attempt)
-        instance = attempt.decode or attempt.colocated
-        if instance is not None and self._fleet.closed_decode(instance.spec.instance_id, attempt):
-            instance.release(attempt)
-
-    def _finish(self, attempt: Attempt, token_s: float) -> None:
-        self._stamps[attempt.row, stages.FINISHED] = token_s
-        self._record.num_finished += 1
+def _row(request: RoutedRequest) -> int:
+    assert isinstance(request.key, int)
+    return request.key

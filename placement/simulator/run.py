@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tandem.core.config import ROLES
 from tandem.placement.simulator.agenda import Agenda
 from tandem.placement.simulator.deployment import Deployment
-from tandem.placement.simulator.fleet import Fleet
 from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefixes import BlockNames
@@ -77,10 +75,7 @@ def _simulate(
         spec.instance_id: SimulatedInstance(spec, agenda, router, names, step_by_step=step_by_step)
         for spec in deployment.instances
     }
-    prefill, decode, colocated = (
-        [instance for instance in instances.values() if instance.spec.role == role] for role in ROLES
-    )
-    router.connect(Fleet(prefill, decode, colocated, deployment.router, names), instances)
+    router.connect(instances, names)
     for failure in deployment.failures:
         agenda.at(failure.at_s, router.instance_lost, failure.instance_id)
         if math.isfinite(failure.until_s):
@@ -90,10 +85,13 @@ def _simulate(
     num_received, num_events, stopped_early = 0, 0, False
     while True:
         arrival_s = arrivals_s[num_received] if num_received < len(arrivals_s) else math.inf
-        next_s = agenda.next_s()
-        if min(arrival_s, next_s) >= until_s or arrival_s == next_s == math.inf:
+        next_s, wake_s = agenda.next_s(), router.wake_s
+        if min(arrival_s, next_s, wake_s) >= until_s or arrival_s == next_s == wake_s == math.inf:
             break
-        if arrival_s <= next_s:
+        if wake_s < arrival_s and wake_s < next_s:
+            agenda.now_s = wake_s
+            router.wake()
+        elif arrival_s <= next_s:
             agenda.now_s = arrival_s
             router.arrive(num_received)
             num_received += 1

@@ -349,7 +349,7 @@ async def test_request_goes_on_where_the_other_form_is() -> None:
 
 
 async def test_requests_beyond_the_instances_credit_wait_in_the_router() -> None:
-    async with running_cluster("p1", "d1", routing=replace(ROUTING, max_outstanding_tokens=3)) as cluster:
+    async with running_cluster("p1", "d1", routing=replace(ROUTING, max_outstanding_tokens=2)) as cluster:
         running = [cluster.start(make_request(f"r{i}")) for i in range(3)]
         player = Player(cluster, "p1")
         await player.start_prefill()

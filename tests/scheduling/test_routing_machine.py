@@ -61,7 +61,7 @@ def test_a_colocated_instance_does_it_all() -> None:
     assert not router.sent
 
 
-def test_the_form_with_the_least_work_is_taken_and_equal_ones_take_turns() -> None:
+def test_the_form_with_the_least_work_is_taken() -> None:
     router = Router()
     router.join("p1", "d1", "c1")
     router.ask("a", prompt=100)
@@ -75,6 +75,22 @@ def test_the_form_with_the_least_work_is_taken_and_equal_ones_take_turns() -> No
     assert selection is not None
     assert "c1" in selection.explain()
     assert "colocated: 100 tokens more to compute before the first token" in selection.explain()
+
+
+def test_of_forms_with_equal_work_the_less_loaded_one_is_taken() -> None:
+    router = Router()
+    router.join("p1", "d1", "c1")
+    taken = []
+    for number in range(4):
+        router.ask(number)
+        sent = router.take()
+        taken.append(sent.instance_id)
+        router.start(sent)
+        router.first_token(sent)
+        router.sent.clear()
+    assert taken == ["c1", "p1", "c1", "p1"]
+    assert sent.selection is not None
+    assert "colocated: as much to compute before the first token, decoding more loaded by" in sent.selection.explain()
 
 
 def test_a_form_without_memory_to_decode_is_passed_over() -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tandem.core.config import DecodeSection, EngineSection, PrefillSection
+from tandem.core.config import EngineSection, InstanceSection
 from tandem.placement.costs.calibration import CalibratedCost, Calibration
 from tandem.placement.simulator import simulate
 from tandem.placement.simulator.deployment import Deployment, InstanceSpec
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
+from tandem.scheduling.budget import PREFILL_BATCH_TOKENS
 
 ENGINE = EngineSection(threads=1, kv_memory=512 << 20)
 _ROUNDS = 4
@@ -40,7 +41,7 @@ def _deployment(calibration: Calibration, busy: Mapping[str, float]) -> Deployme
                 "prefill",
                 prefill_cost,
                 **pool,
-                max_batch_tokens=PrefillSection().max_batch_tokens,
+                max_batch_tokens=PREFILL_BATCH_TOKENS,
                 cold_step_factor=busy["decode"] * serving.cold_step_factor,
             ),
             InstanceSpec(
@@ -48,7 +49,7 @@ def _deployment(calibration: Calibration, busy: Mapping[str, float]) -> Deployme
                 "decode",
                 decode_cost,
                 **pool,
-                max_batch=DecodeSection().max_batch,
+                max_batch=InstanceSection().max_batch,
                 request_admission_cost_s=serving.request_admission_cost_s,
             ),
         ),

