@@ -74,13 +74,13 @@ def parse_chat(body: Any, context: RequestContext, tokenizer: TextTokenizer) -> 
     fields = _validate(_ChatBody, body)
     request = fields.request(context, (fields.chat_prompt,), fields.limit, fields.num_logprobs)
     options = fields.response_options(context, with_logprobs=fields.num_logprobs is not None)
-    return ParsedRequest(request, ChatWriter(request, tokenizer, options), bool(fields.stream))
+    return ParsedRequest(request, ChatWriter(request, tokenizer, options), fields.stream)
 
 
 def parse_completion(body: Any, context: RequestContext, tokenizer: TextTokenizer) -> ParsedRequest:
     """Parse a body of /v1/completions. Raises InvalidRequestError that names the first wrong field."""
     fields = _validate(_CompletionBody, body)
-    echo = bool(fields.echo)
+    echo = fields.echo
     max_tokens = _DEFAULT_COMPLETION_TOKENS if fields.limit is None else fields.limit
     hides_output = max_tokens == 0
     if hides_output:
@@ -92,7 +92,7 @@ def parse_completion(body: Any, context: RequestContext, tokenizer: TextTokenize
     )
     options = fields.response_options(context, with_logprobs=fields.logprobs is not None)
     writer = CompletionWriter(request, tokenizer, options, echo=echo, hides_output=hides_output)
-    return ParsedRequest(request, writer, bool(fields.stream))
+    return ParsedRequest(request, writer, fields.stream)
 
 
 class _StrictBody(BaseModel):
