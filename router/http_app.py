@@ -96,14 +96,13 @@ class HttpApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # with an application in the scope, starlette raises HTTPException for 404 and 405
         scope["path"] = scope["path"].rstrip("/") or "/"
-        scope["tandem.context"] = self._context(Request(scope))
+        scope["tandem.context"] = self._context(dict(scope["headers"]))
         await self._app(scope, receive, send)
 
-    def _context(self, request: Request) -> RequestContext:
+    def _context(self, headers: dict[bytes, bytes]) -> RequestContext:
         received_s = self._clock.now_s()
         request_id = f"{self._random.getrandbits(96):024x}"
-        headers = request.headers
-        echoed = headers.get("x-request-id", "")
+        echoed = headers.get(b"x-request-id", b"").decode("latin-1")
         is_echoed = 0 < len(echoed) <= _MAX_ECHOED_ID_CHARS and echoed.isascii() and echoed.isprintable()
         return RequestContext(
             request_id=request_id,
@@ -111,7 +110,7 @@ class HttpApp:
             received_s=received_s,
             deadline_s=received_s + self._settings.request_timeout_s,
             created_s=int(self._wall_time_s()),
-            wants_timeline=headers.get("x-tandem-timeline") in ("1", "true"),
+            wants_timeline=headers.get(b"x-tandem-timeline") in (b"1", b"true"),
         )
 
     async def _chat(self, request: Request) -> Response:

@@ -41,6 +41,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+_REQUIRED = frozenset({"model", "messages", "prompt"})
 _UNSUPPORTED_IN_MESSAGE = ("tool_calls", "function_call", "audio")
 
 
@@ -73,13 +74,13 @@ def parse_chat(body: Any, context: RequestContext, tokenizer: TextTokenizer) -> 
     fields = _validate(_ChatBody, body)
     request = fields.request(context, (fields.chat_prompt,), fields.limit, fields.num_logprobs)
     options = fields.response_options(context, with_logprobs=fields.num_logprobs is not None)
-    return ParsedRequest(request, ChatWriter(request, tokenizer, options), bool(fields.stream))
+    return ParsedRequest(request, ChatWriter(request, tokenizer, options), fields.stream)
 
 
 def parse_completion(body: Any, context: RequestContext, tokenizer: TextTokenizer) -> ParsedRequest:
     """Parse a body of /v1/completions. Raises InvalidRequestError that names the first wrong field."""
     fields = _validate(_CompletionBody, body)
-    echo = bool(fields.echo)
+    echo = fields.echo
     max_tokens = _DEFAULT_COMPLETION_TOKENS if fields.limit is None else fields.limit
     hides_output = max_tokens == 0
     if hides_output:
@@ -91,26 +92,13 @@ def parse_completion(body: Any, context: RequestContext, tokenizer: TextTokenize
     )
     options = fields.response_options(context, with_logprobs=fields.logprobs is not None)
     writer = CompletionWriter(request, tokenizer, options, echo=echo, hides_output=hides_output)
-    return ParsedRequest(request, writer, bool(fields.stream))
+    return ParsedRequest(request, writer, fields.stream)
 
 
 class _StrictBody(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=()
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {
-            name: value
-            for name, value in body.items()
-            if value
-            or (isinstance(value, int | float) and value is not False)
-            or (name in cls.model_fields and cls.model_fields[name].is_required())
-        }
 
 
 def _one_or_many(value: Any) -> tuple[str, ...]:
@@ -304,23 +292,36 @@ def _validate(kind: type[B], body: Any) -> B:
     if not isinstance(body, dict):
         raise InvalidRequestError(f"The body must be a JSON object, but it is {_type_name(body)}.")
     try:
-        return kind.model_validate(_without_unsupported(body))
+        return kind.model_validate(_given_fields(body))
     except ValidationError as error:
         message, param = _sentence(error.errors(include_url=False)[0])
         raise InvalidRequestError(message, param=param) from error
 
 
-def _without_unsupported(body: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
+def _given_fields(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields to validate. Raises InvalidRequestError for a field that is not supported."""
+    given = {}
     for name, value in body.items():
-        if name not in _UNSUPPORTED:
-            if name not in _IGNORED:
-                kept[name] = value
-        elif value is False and True in _UNSUPPORTED[name]:
-            raise InvalidRequestError(f"This server does not support '{name}' being false.", param=name)
-        elif value and value not in _UNSUPPORTED[name] and not (name == "best_of" and value == (body.get("n") or 1)):
-            raise InvalidRequestError(f"'{name}' is not supported by this server.", param=name)
-    return kept
+        if name in _UNSUPPORTED:
+            _check_unsupported(name, value, body)
+        elif name in _REQUIRED or not (_is_empty(value) or name in _IGNORED):
+            given[name] = value
+    for name in ("stream_options", "tandem"):
+        if isinstance(options := given.get(name), dict):
+            given[name] = {key: value for key, value in options.items() if not _is_empty(value)}
+    return given
+
+
+def _is_empty(value: Any) -> bool:
+    return not value and (value is False or not isinstance(value, int | float))
+
+
+def _check_unsupported(name: str, value: Any, body: dict[str, Any]) -> None:
+    harmless = _UNSUPPORTED[name]
+    if value is False and True in harmless:
+        raise InvalidRequestError(f"This server does not support '{name}' being false.", param=name)
+    if value and value not in harmless and not (name == "best_of" and value == (body.get("n") or 1)):
+        raise InvalidRequestError(f"'{name}' is not supported by this server.", param=name)
 
 
 def _type_name(value: Any) -> str:
