@@ -75,30 +75,26 @@ class Experiment:
         return Deployment(tuple(instances))
 
 
-def _shape(text: str) -> ParallelShape:
-    return ParallelShape.parse(text)
-
-
 _SLO_13B, _SLO_66B = SloClass(ttft_s=0.25, tpot_s=0.1), SloClass(ttft_s=2.5, tpot_s=0.15)
 EXPERIMENTS = (
     Experiment(
         "OPT-13B",
         "DistServe",
         "distserve",
-        (Group("prefill", _shape("tp2")), Group("decode", _shape("tp1"))),
+        (Group("prefill", ParallelShape(2)), Group("decode", ParallelShape(1))),
         _SLO_13B,
         300,
     ),
-    Experiment("OPT-13B", "vLLM", "vllm", (Group("colocated", _shape("tp1")),), _SLO_13B, 100),
+    Experiment("OPT-13B", "vLLM", "vllm", (Group("colocated", ParallelShape(1)),), _SLO_13B, 100),
     Experiment(
         "OPT-66B",
         "DistServe",
         "distserve",
-        (Group("prefill", _shape("tp4")), Group("decode", _shape("tp2pp2"))),
+        (Group("prefill", ParallelShape(4)), Group("decode", ParallelShape(2, 2))),
         _SLO_66B,
         200,
     ),
-    Experiment("OPT-66B", "vLLM", "vllm", (Group("colocated", _shape("tp4")),), _SLO_66B, 100),
+    Experiment("OPT-66B", "vLLM", "vllm", (Group("colocated", ParallelShape(4)),), _SLO_66B, 100),
 )
 
 

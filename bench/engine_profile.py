@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from tandem.core.config import EngineSection
-from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.request import SamplingParams
 from tandem.engine.engine import Engine
 from tandem.engine.step import SampleRequest, SequenceSlice
@@ -45,7 +45,7 @@ class Cell:
         return StepLoad(
             prefill_tokens=sum(part.num_tokens for part in self.prompts),
             prefill_sequences=len(self.prompts),
-            prefill_pairs=sum(pairs(part.start, part.num_tokens) for part in self.prompts),
+            prefill_pairs=sum(attention_pairs(part.start, part.num_tokens) for part in self.prompts),
             prefill_kv_tokens=sum(part.start + part.num_tokens for part in self.prompts),
             decode_sequences=len(self.decodes),
             decode_kv_tokens=sum(part.start + 1 for part in self.decodes),

@@ -134,7 +134,7 @@ def _steps_until(cost: CalibratedCost, answers: Sequence[Prompted]) -> tuple[Flo
     times_s = times_s[order]
     at_once = np.cumsum(np.concatenate((one_each, -one_each))[order])[:-1]
     kv_tokens = np.cumsum(np.concatenate((kv_tokens, -kv_tokens))[order])[:-1]
-    base_s, per_token_s = np.array([cost.decode_line(int(n)) if n > 0 else (np.inf, 0.0) for n in at_once]).T
+    base_s, per_token_s = np.array([cost.decode_coefficients(int(n)) if n > 0 else (np.inf, 0.0) for n in at_once]).T
     read_s = kv_tokens * per_token_s
     steps = np.diff(times_s) / (base_s + read_s)
     return times_s, _sums(steps), _sums(steps * read_s)

@@ -51,10 +51,6 @@ class Cluster:
         return cls(tuple(nodes), measured)
 
     @property
-    def num_devices(self) -> int:
-        return sum(node.num_devices for node in self.nodes)
-
-    @property
     def devices(self) -> Mapping[str, Device]:
         """Each type of device by its name in the catalogue, with the links and the price that it has here."""
         return MappingProxyType({node.device.name: node.device for node in self.nodes})
@@ -66,10 +62,6 @@ class Cluster:
         for node in self.nodes:
             largest[node.device.name] = max(largest.get(node.device.name, 0), node.num_devices)
         return MappingProxyType(largest)
-
-    def count(self, device_name: str) -> int:
-        """Devices of that type."""
-        return sum(node.num_devices for node in self.nodes if node.device.name == device_name)
 
     def price_per_hour(self, used: Mapping[str, int]) -> float | None:
         """USD of so many devices of each type; None if one of them has no price."""
@@ -105,7 +97,7 @@ def nic_bytes_per_s(device: Device) -> float:
 def _device_of(section: NodeSection) -> Device:
     found = device(section.device)
     if section.price_per_device_hour is not None:
-        found = replace(found, price_per_hour=section.price_per_device_hour, price_note="as given")
+        found = replace(found, price_per_hour=section.price_per_device_hour)
     if section.nvlink_gbytes_per_s is not None:
         found = replace(found, nvlink_bytes_per_s=section.nvlink_gbytes_per_s * 1e9)
     if section.nic_gbits_per_s is not None:

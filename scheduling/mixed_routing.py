@@ -14,7 +14,7 @@ decoding can take.)
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from tandem.core.cost_model import CostModel, StepLoad, pairs
+from tandem.core.cost_model import CostModel, StepLoad, attention_pairs
 from tandem.scheduling.colocated import Mixing
 from tandem.scheduling.routing import Choice, DecodeView, Scored, choice_of
 
@@ -43,7 +43,7 @@ class Pace:
         object.__setattr__(self, "prompt_tokens_per_s", self.max_batch_tokens / (cost.interval_s or cost.total_s))
 
     def decode_step_s(self, sequences: int, kv_tokens: int) -> float:
-        base_s, per_kv_token_s = self.cost.decode_line(sequences)
+        base_s, per_kv_token_s = self.cost.decode_coefficients(sequences)
         return base_s + per_kv_token_s * kv_tokens
 
     def prompt_tokens_per_s_beside(self, sequences: int, kv_tokens: int) -> float:
@@ -54,7 +54,7 @@ class Pace:
         load = StepLoad(
             prefill_tokens=chunk,
             prefill_sequences=1,
-            prefill_pairs=pairs(0, chunk),
+            prefill_pairs=attention_pairs(0, chunk),
             prefill_kv_tokens=chunk,
             decode_sequences=sequences,
             decode_kv_tokens=kv_tokens,

@@ -30,8 +30,6 @@ class Device:
     num_cores: int  # streaming multiprocessors or compute units: work comes in waves of them
     cache_bytes: float  # last-level cache
     price_per_hour: float | None = None
-    price_note: str = ""
-    source: str = ""
 
     @property
     def peer_bytes_per_s(self) -> float:
@@ -65,6 +63,4 @@ def _device(name: str, entry: dict[str, Any]) -> Device:
         num_cores=entry["num_cores"],
         cache_bytes=entry["cache_mb"] * 1e6,
         price_per_hour=entry.get("price_per_hour"),
-        price_note=entry.get("price_note", ""),
-        source=entry["source"],
     )

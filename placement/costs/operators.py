@@ -67,7 +67,7 @@ def prefill_attention_s(
     return fit.latency_s + compute_s + wait_s + tiles_s + num_bytes / (device.memory_bytes_per_s * fit.memory)
 
 
-def decode_attention_line(
+def decode_attention_coefficients(
     sequences: float,
     kv_heads: float,
     query_heads: float,

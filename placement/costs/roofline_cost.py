@@ -7,7 +7,7 @@ from tandem.placement.costs.efficiency import Efficiency, EngineOverhead, Expert
 from tandem.placement.costs.hardware import Device
 from tandem.placement.costs.operators import (
     all_reduce_s,
-    decode_attention_line,
+    decode_attention_coefficients,
     elementwise_s,
     experts_s,
     gemm_s,
@@ -128,7 +128,7 @@ class RooflineCost:
             interval_s=interval_s,
         )
 
-    def decode_line(self, sequences: int) -> tuple[float, float]:
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
         line = self._lines.get(sequences)
         if line is None:
             pp = self._shape.pp
@@ -263,7 +263,7 @@ class RooflineCost:
             width = 2 * model.head_dim if mla is None else 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
             kv_heads = self._kv_heads if mla is None else 1
             stored = 2 * model.head_dim * kv_heads if mla is None else model.kv_elements_per_token_and_layer
-            line = decode_attention_line(
+            line = decode_attention_coefficients(
                 sequences,
                 kv_heads,
                 kv_heads if mla is None else self._heads,

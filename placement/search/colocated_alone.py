@@ -10,7 +10,7 @@ from collections import deque
 
 import numpy as np
 
-from tandem.core.cost_model import CostModel, StepLoad, pairs
+from tandem.core.cost_model import CostModel, StepLoad, attention_pairs
 from tandem.placement.search.decode_alone import steps_until
 from tandem.placement.search.kinds import InstanceKind
 from tandem.placement.workload.requests import Floats
@@ -64,7 +64,7 @@ class _Instance:
     ) -> None:
         self._kind = kind
         self._cost: CostModel = kind.cost
-        self._lines = lines  # batch -> decode_line, shared by equal instances
+        self._lines = lines  # batch -> decode_coefficients, shared by equal instances
         self._prompt_tokens = prompt_tokens
         self._output_tokens = output_tokens
         self._first_token_s = first_token_s
@@ -110,7 +110,7 @@ class _Instance:
                 break
             part = min(length, budget) if chunked else length
             tokens += part
-            attended += pairs(start, part)
+            attended += attention_pairs(start, part)
             kv_tokens += start + part
             count += 1
             budget -= part
@@ -134,7 +134,7 @@ class _Instance:
     def _decode(self, until_s: float) -> None:
         batch = len(self._ending)
         if batch not in self._lines:
-            self._lines[batch] = self._cost.decode_line(batch)
+            self._lines[batch] = self._cost.decode_coefficients(batch)
         base_s, per_token_s = self._lines[batch]
         first_s, growth_s = base_s + per_token_s * self._kv, per_token_s * batch
         count = int(min(self._ending[0][0] - self._steps, steps_until(until_s - self._now_s, first_s, growth_s)))

@@ -50,7 +50,7 @@ class _Instance:
 
     def __init__(self, kind: InstanceKind, lines: dict[int, tuple[float, float]], finished_s: Floats) -> None:
         self._kind = kind
-        self._lines = lines  # batch -> decode_line, shared by equal instances
+        self._lines = lines  # batch -> decode_coefficients, shared by equal instances
         self._finished_s = finished_s
         self._now_s = 0.0
         self._steps = 0
@@ -73,7 +73,7 @@ class _Instance:
         while self._ending and self._now_s < until_s:
             batch = len(self._ending)
             if batch not in self._lines:
-                self._lines[batch] = self._kind.cost.decode_line(batch)
+                self._lines[batch] = self._kind.cost.decode_coefficients(batch)
             base_s, per_token_s = self._lines[batch]
             first_s = base_s + per_token_s * self._kv
             growth_s = per_token_s * batch  # by which each step takes longer than the one before

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.slo import SloClass
 from tandem.placement.search.kinds import InstanceKind, resident_tokens
 from tandem.placement.workload.requests import RequestStream
@@ -130,7 +130,7 @@ def _interval_s(kind: InstanceKind, chunks: list[tuple[int, int]]) -> float:
         StepLoad(
             prefill_tokens=sum(count for _, count in chunks),
             prefill_sequences=len(chunks),
-            prefill_pairs=sum(pairs(start, count) for start, count in chunks),
+            prefill_pairs=sum(attention_pairs(start, count) for start, count in chunks),
             prefill_kv_tokens=sum(start + count for start, count in chunks),
             sampled=len(chunks),
         )

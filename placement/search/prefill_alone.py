@@ -9,7 +9,7 @@ import heapq
 
 import numpy as np
 
-from tandem.core.cost_model import CostModel, StepLoad, pairs
+from tandem.core.cost_model import CostModel, StepLoad, attention_pairs
 from tandem.placement.workload.requests import Floats
 
 
@@ -79,7 +79,7 @@ class StepTimes:
             StepLoad(
                 prefill_tokens=sum(count for _, count in chunks),
                 prefill_sequences=len(chunks),
-                prefill_pairs=sum(pairs(start, count) for start, count in chunks),
+                prefill_pairs=sum(attention_pairs(start, count) for start, count in chunks),
                 prefill_kv_tokens=sum(start + count for start, count in chunks),
                 sampled=num_ending,
             )

@@ -39,8 +39,8 @@ class SlowerCost:
         terms = {name: time_s * self.factor for name, time_s in step.terms().items()}
         return StepCost(**terms, interval_s=step.interval_s * self.factor)
 
-    def decode_line(self, sequences: int) -> tuple[float, float]:
-        base_s, per_kv_token_s = self.cost.decode_line(sequences)
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
+        base_s, per_kv_token_s = self.cost.decode_coefficients(sequences)
         return base_s * self.factor, per_kv_token_s * self.factor
 
 

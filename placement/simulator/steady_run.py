@@ -17,7 +17,7 @@ class SteadyRun:
     __slots__ = ("began_s", "end_s", "first_step_s", "growth_s", "late_s", "num_steps", "steady")
 
     def __init__(self, steady: SteadySteps, line: tuple[float, float], began_s: float) -> None:
-        """`line`: see `CostModel.decode_line`."""
+        """`line`: see `CostModel.decode_coefficients`."""
         base_s, per_kv_token_s = line
         self.steady = steady
         self.began_s = began_s

@@ -109,7 +109,7 @@ class SteppingInstance(ABC):
         self._admit()
         steady = None if self._step_by_step else self._steady_scheduler.steady()
         if steady is not None:
-            line = self.spec.cost.decode_line(steady.num_sequences)
+            line = self.spec.cost.decode_coefficients(steady.num_sequences)
             self._step = run = SteadyRun(steady, line, now_s)
             self._agenda.at_step_end(run.end_s, self._end_run, run)
             return

@@ -33,7 +33,7 @@ def prompt_s(*lengths: int) -> float:
 
 
 def step_s(batch: int) -> float:
-    base_s, per_token_s = ALONE.decode_line(batch)
+    base_s, per_token_s = ALONE.decode_coefficients(batch)
     return base_s + batch * KV_TOKENS * per_token_s
 
 
@@ -202,7 +202,7 @@ def test_answers_of_few_steps_tell_nothing() -> None:
 
 
 def test_reading_kv_takes_as_long_in_a_worker() -> None:
-    read_s = KV_TOKENS * ALONE.decode_line(1)[1]
+    read_s = KV_TOKENS * ALONE.decode_coefficients(1)[1]
     (step,) = decode_steps(ALONE, Loaded(decoded(10, (0.0, 10 * (1.3 * (step_s(1) - read_s) + read_s)))))
     assert step.taken_s / step.engine_s == pytest.approx(1.3, rel=0.01)
     assert step.engine_s == pytest.approx(step_s(1) - read_s)

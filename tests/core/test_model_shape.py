@@ -20,12 +20,10 @@ def test_weights_of_a_dense_layer() -> None:
     assert _DENSE.num_parameters == _DENSE.layer_weights + 2 * 1000 * 256
 
 
-def test_a_mixture_has_all_experts_in_memory_and_a_few_at_work() -> None:
+def test_a_mixture_has_all_experts_in_memory() -> None:
     expert = 3 * 256 * 128
-    assert _MOE.layer_weights - _MOE.active_layer_weights == 6 * (16 - 2) * expert
     assert _MOE.moe_layer_weights == 17 * expert + 256 * 16
     assert _DENSE.moe_layer_weights == 0
-    assert _DENSE.active_layer_weights == _DENSE.layer_weights
 
 
 @pytest.mark.parametrize("model", [_DENSE, _MOE, _MLA], ids=lambda model: model.name)

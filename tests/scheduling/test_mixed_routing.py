@@ -15,7 +15,7 @@ class _Cost:
     def step(self, load: StepLoad) -> StepCost:
         return StepCost(linear_s=1e-3 * load.tokens, kv_read_s=1e-5 * load.decode_kv_tokens, overhead_s=0.01)
 
-    def decode_line(self, sequences: int) -> tuple[float, float]:
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
         return 0.01 + 1e-3 * sequences, 1e-5
 
 
