@@ -36,7 +36,8 @@ from tandem.core.slo import SloClass
 from tandem.core.slo_file import SloFile, WorkloadSection
 from tandem.placement.judging.summary import render_text, summarise
 from tandem.placement.workload.requests import RequestStream
-from tandem.placement.workload.streams import load_trace, make_stream
+from tandem.placement.workload.streams import make_stream
+from tandem.placement.workload.traces import load_trace
 
 GENERATOR_TOO_SLOW = 3
 
