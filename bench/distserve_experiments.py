@@ -11,7 +11,7 @@ from tandem.core.parallel import ParallelShape
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import WorkloadSection
 from tandem.placement.costs.published import DEVICE, DistServeCost, DistServeSource, Engine
-from tandem.placement.judging.goodput import goodput_at
+from tandem.placement.evaluation.goodput import find_goodput
 from tandem.placement.simulator import simulate
 from tandem.placement.simulator.deployment import Deployment, InstanceSpec, Role
 from tandem.placement.simulator.result import SimulationResult
@@ -136,13 +136,13 @@ def steady_goodput(experiment: Experiment) -> float:
     """Requests per second and device at 90 % in steady state."""
     deployment = experiment.deployment()
     stream = make_stream(_WORKLOAD, (experiment.slo,), count=_STEADY_REQUESTS, rate=1.0, seed=0)
-    found = goodput_at(
+    goodput = find_goodput(
         lambda requests, stop: simulate(deployment, requests, stop_when=stop),
         stream,
         (experiment.slo,),
         guess=experiment.num_devices * 1.0,
     )
-    return found.rate / experiment.num_devices
+    return goodput / experiment.num_devices
 
 
 def goodput_of(curve: dict[float, float], target_pct: float = 90.0) -> float:

@@ -46,8 +46,8 @@ from tandem.core.slo import SloClass
 from tandem.core.slo_file import SloFile, WorkloadSection
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tandem.placement.costs.calibration import CalibratedCost, Calibration, load_calibration
-from tandem.placement.judging.judgement import judge
-from tandem.placement.judging.summary import parts_of
+from tandem.placement.evaluation.attainment import evaluate
+from tandem.placement.evaluation.summary import parts_of
 from tandem.placement.simulator import simulate
 from tandem.placement.simulator.deployment import Deployment, InstanceSpec
 from tandem.placement.simulator.result import SimulationResult
@@ -207,7 +207,7 @@ def compare(runs: Sequence[Run], seed: int) -> Iterator[Comparison]:
 
 
 def _figures_of(result: SimulationResult, run: Run) -> Figures:
-    judged = judge(result, run.slo.slo, transient=True).classes[0]
+    judged = evaluate(result, run.slo.slo, transient=True).classes[0]
     return Figures(
         attainment=judged.attainment,
         ttft_attainment=judged.ttft_attainment,

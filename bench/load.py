@@ -34,7 +34,7 @@ from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError, TandemError
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import SloFile, WorkloadSection
-from tandem.placement.judging.summary import render_text, summarise
+from tandem.placement.evaluation.summary import render_text, summarise
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.streams import make_stream
 from tandem.placement.workload.traces import load_trace

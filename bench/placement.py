@@ -32,14 +32,14 @@ from tandem.core.slo_file import ClusterSection, NodeSection, SearchSection, Slo
 from tandem.core.text_table import text_table
 from tandem.placement.costs.cost_source import CostSource
 from tandem.placement.costs.published import DEVICE, DistServeSource
-from tandem.placement.planner import Answer, problem_of, search
-from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.planner import PlanResult, problem_of, search
+from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
+from tandem.placement.search.chosen_deployment import measure_goodput
 from tandem.placement.search.kinds import phase_kind
-from tandem.placement.search.parallel import Mapper, local_mapper
+from tandem.placement.search.mapper import Mapper, local_mapper
 from tandem.placement.search.predict import Predictor
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.trial import trial_of
-from tandem.placement.search.verdict import verdict_on
+from tandem.placement.search.trial import scaled_down
 from tandem.placement.simulator.deployment import Role
 
 PARTS = ("distserve", "gpus", "requests", "rate")
@@ -80,7 +80,7 @@ KNOWN = (
 class Judged:
     """`goodput` and its interval are per device."""
 
-    fleet: str
+    deployment: str
     devices: int
     goodput: float
     goodput_ci: tuple[float, float]
@@ -92,7 +92,6 @@ class Row:
 
     problem: str
     search_s: float
-    fleets: int
     simulations: int
     found: Judged | None
     their_search_s: float | None = None
@@ -120,38 +119,40 @@ def _slo_file(
     )
 
 
-def _search(name: str, slo_file: SloFile, source: CostSource | None, mapper: Mapper) -> tuple[Row, Answer, Problem]:
+def _search(name: str, slo_file: SloFile, source: CostSource | None, mapper: Mapper) -> tuple[Row, PlanResult, Problem]:
     def tell(share: float, text: str) -> None:
         print(f"\r{name}: {time.monotonic() - begun_s:6.1f} s, {text[:90]:90}", end="", file=sys.stderr, flush=True)
 
     begun_s = time.monotonic()
     problem = problem_of(slo_file, source)
-    answer = search(problem, mapper, tell)
-    row = Row(name, time.monotonic() - begun_s, answer.found.num_fleets, answer.found.num_simulations, None)
+    result = search(problem, mapper, tell)
+    row = Row(name, time.monotonic() - begun_s, result.search.num_simulations, None)
     print(file=sys.stderr)
-    return row, answer, problem
+    return row, result, problem
 
 
-def _judge(problem: Problem, fleet: Fleet, predictor: Predictor, mapper: Mapper) -> Judged:
-    """In full where the fleet is small, else on a small one of its proportions."""
-    trial = trial_of(fleet)
-    scale = predictor.goodput(fleet) / predictor.goodput(trial)
-    verdict = verdict_on(problem, trial, predictor.goodput(trial), mapper, apart=trial != fleet)
-    per_device = scale / fleet.num_devices
-    low, high = verdict.goodput_ci
-    return Judged(str(fleet), fleet.num_devices, verdict.goodput * per_device, (low * per_device, high * per_device))
+def _judge(problem: Problem, deployment: CandidateDeployment, predictor: Predictor, mapper: Mapper) -> Judged:
+    """In full where the deployment is small, else on a small one of its proportions."""
+    trial = scaled_down(deployment)
+    scale = predictor.goodput(deployment) / predictor.goodput(trial)
+    measured = measure_goodput(problem, trial, predictor.goodput(trial), mapper, separate_nodes=trial != deployment)
+    per_device = scale / deployment.num_devices
+    low, high = measured.goodput_ci
+    return Judged(
+        str(deployment), deployment.num_devices, measured.goodput * per_device, (low * per_device, high * per_device)
+    )
 
 
-def _their_fleet(known: Known, problem: Problem) -> Fleet:
+def _their_deployment(known: Known, problem: Problem) -> CandidateDeployment:
     cross, *shape = known.config
-    pools = []
+    groups = []
     roles: tuple[Role, Role] = ("prefill", "decode")
     for role, (tp, pp) in zip(roles, (shape[:2], shape[2:]), strict=True):
         parallel = ParallelShape(tp, pp * cross)
         cost, tokens = problem.source.cost_model(DEVICE, parallel), problem.source.kv_tokens(DEVICE, parallel)
         assert cost is not None
-        pools.append(Pool(phase_kind(role, DEVICE, parallel, cost, tokens, problem.computed), 1))
-    return Fleet(tuple(pools), units=1, span=cross)
+        groups.append(InstanceGroup(phase_kind(role, DEVICE, parallel, cost, tokens, problem.computed), 1))
+    return CandidateDeployment(tuple(groups), units=1, span=cross)
 
 
 def _distserve(mapper: Mapper) -> list[Row]:
@@ -159,14 +160,16 @@ def _distserve(mapper: Mapper) -> list[Row]:
     for known in KNOWN:
         slo = SloClass(ttft_s=known.ttft_s, tpot_s=known.tpot_s)
         slo_file = _slo_file(known.model, DEVICE, known.nodes, known.devices, slo, affinity="low")
-        row, answer, problem = _search(known.name, slo_file, DistServeSource(known.model), mapper)
-        assert answer.looked is not None
-        ours = _judge(problem, answer.looked.fleet, answer.space.predictor, mapper)
-        fleet = _their_fleet(known, problem)
-        verdict = verdict_on(problem, fleet, ours.goodput * fleet.num_devices, mapper, apart=False)
-        low, high = (end / fleet.num_devices for end in verdict.goodput_ci)
-        theirs = Judged(str(fleet), fleet.num_devices, verdict.goodput / fleet.num_devices, (low, high))
-        rows.append(Row(row.problem, row.search_s, row.fleets, row.simulations, ours, known.search_s, theirs))
+        row, result, problem = _search(known.name, slo_file, DistServeSource(known.model), mapper)
+        assert result.chosen is not None
+        ours = _judge(problem, result.chosen.deployment, result.space.predictor, mapper)
+        deployment = _their_deployment(known, problem)
+        measured = measure_goodput(
+            problem, deployment, ours.goodput * deployment.num_devices, mapper, separate_nodes=False
+        )
+        low, high = (end / deployment.num_devices for end in measured.goodput_ci)
+        theirs = Judged(str(deployment), deployment.num_devices, measured.goodput / deployment.num_devices, (low, high))
+        rows.append(Row(row.problem, row.search_s, row.simulations, ours, known.search_s, theirs))
     return rows
 
 
@@ -185,9 +188,7 @@ def _growth(part: str, mapper: Mapper) -> list[Row]:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    cells = [
-        ["PROBLEM", "SEARCH", "DISTSERVE'S", "TIMES", "FLEETS", "SIMULATIONS", "GOODPUT/GPU", "OF DISTSERVE'S PLAN"]
-    ]
+    cells = [["PROBLEM", "SEARCH", "DISTSERVE'S", "TIMES", "SIMULATIONS", "GOODPUT/GPU", "OF DISTSERVE'S PLAN"]]
     for row in rows:
         theirs = row.their_search_s
         times = (
@@ -201,7 +202,6 @@ def _table(rows: Sequence[Row]) -> list[str]:
                 f"{row.search_s:.1f} s",
                 "" if theirs is None else f"{theirs:g} s",
                 times,
-                f"{row.fleets:,}",
                 str(row.simulations),
                 _goodput(row.found),
                 _goodput(row.theirs),
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row in rows:
                 for whose, judged in (("ours", row.found), ("DistServe's", row.theirs)):
                     if judged is not None:
-                        print(f"  {row.problem}, {whose}: {judged.fleet}")
+                        print(f"  {row.problem}, {whose}: {judged.deployment}")
     print(json.dumps(everything))
 
 

@@ -21,8 +21,8 @@ from tandem.core.plan import Expected, Plan, PlanGroup
 from tandem.core.replanning import DriftState, ReplanStatus
 from tandem.core.slo_file import SloFile
 from tandem.core.workload_profile import ProfileSnapshot, ServedRequest, WorkloadProfile
-from tandem.deploy.replanner import Planner, ReplanAnswer, Replanner
-from tandem.placement.replanning.live_workload import QUESTION, RUNNING_PLAN
+from tandem.deploy.replanner import Replanner, ReplanResult, RunPlanner
+from tandem.placement.replanning.live_workload import RUNNING_PLAN_NAME, SLO_FILE_NAME
 from tandem.placement.replanning.replan import Forecast, changes_between, forecast_of, gain_of
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.streams import make_stream
@@ -81,7 +81,7 @@ class Outcome:
 
 
 class SplitPlanner:
-    """Implements `deploy.replanner.Planner`. Forecasts are made once for each quarter of the way from one traffic to
+    """A `deploy.replanner.RunPlanner`. Forecasts are made once for each quarter of the way from one traffic to
     the other, by the mean length of answers."""
 
     def __init__(self, mean_answers: Sequence[float]) -> None:
@@ -96,17 +96,17 @@ class SplitPlanner:
             key=lambda plan: plan.expected.goodput if plan.expected else 0.0,
         )
 
-    async def answer(self, folder: Path) -> ReplanAnswer:
-        question = load_config(folder / QUESTION, SloFile)
+    async def __call__(self, folder: Path) -> ReplanResult:
+        question = load_config(folder / SLO_FILE_NAME, SloFile)
         assert question.workload.trace is not None, "live requests are a trace"
         rate = load_trace(question.workload.trace).rate
-        running = load_config(folder / RUNNING_PLAN, Plan)
+        running = load_config(folder / RUNNING_PLAN_NAME, Plan)
         proposed = self.best(question, rate)
         forecast = self._forecast(running.groups[0].instances, question, rate)
         rival = self._forecast(proposed.groups[0].instances, question, rate)
         gain = gain_of((running, forecast), (proposed, rival), question)
         changes = changes_between(running, proposed)
-        return ReplanAnswer("; ".join(changes), changes, gain, regains=False, attainment=forecast.attainment)
+        return ReplanResult("; ".join(changes), changes, gain, regains=False, attainment=forecast.attainment)
 
     def _forecast(self, prefill: int, question: SloFile, rate: float) -> Forecast:
         requests = make_stream(question.workload, question.slo, count=question.search.requests, rate=rate, seed=0)
@@ -179,7 +179,7 @@ def traffic(case: Case, streams: dict[str, RequestStream], until_s: float) -> It
 class Replay:
     """One case: the router's side of it, and a replanner that looks at it."""
 
-    def __init__(self, plan: Plan, planner: Planner, folder: Path) -> None:
+    def __init__(self, plan: Plan, planner: RunPlanner, folder: Path) -> None:
         self.outcome = Outcome()
         self._clock = ManualClock()
         self._profile = WorkloadProfile(window_s=_WINDOW_S, random=Random(0), now_s=0.0)
@@ -188,7 +188,7 @@ class Replay:
         self._was_drifted = False
         self._phase_began_s = 0.0
         self._replanner = Replanner(
-            plan, SLO_FILE, self._snapshot, self._publish, planner=planner, clock=self._clock, folder=folder
+            plan, SLO_FILE, self._snapshot, self._publish, run_planner=planner, clock=self._clock, folder=folder
         )
 
     async def run(self, requests: Iterator[tuple[float, str, int, int]]) -> Outcome:
@@ -206,12 +206,12 @@ class Replay:
         return self.outcome
 
     async def _look(self) -> None:
-        await self._replanner.look()
+        await self._replanner.poll()
         if self._replanner.status.state is DriftState.REPLANNING:
             await asyncio.sleep(0)
             while self._replanner.status.state is DriftState.REPLANNING:
                 await asyncio.sleep(0.001)
-                await self._replanner.look()
+                await self._replanner.poll()
 
     async def _snapshot(self) -> ProfileSnapshot | None:
         snapshot = self._profile.snapshot(self._clock.now_s())

@@ -19,9 +19,9 @@ from tandem.deploy.ray_mapper import ray_mapper
 from tandem.placement.costs.hardware import devices
 from tandem.placement.costs.models import published_models
 from tandem.placement.evidence import Planned
-from tandem.placement.report import words, write_plan, write_report
-from tandem.placement.report.words import number
-from tandem.placement.search.parallel import local_mapper
+from tandem.placement.report import formatting, write_plan, write_report
+from tandem.placement.report.formatting import number
+from tandem.placement.search.mapper import local_mapper
 
 HELP = "find the best way to serve a model within its SLO"
 DESCRIPTION = """\
@@ -126,28 +126,31 @@ def uncalibrated(slo: SloFile) -> list[str]:
 def as_lines(planned: Planned) -> list[str]:
     """The answer for a terminal: verdict, instances, what to expect, and what came nearest."""
     plan, expected = planned.plan, planned.plan.expected
-    lines = [words.headline(planned)]
+    lines = [formatting.headline(planned)]
     if plan.groups:
         lines += ["", *_group_lines(plan)]
     if expected is not None:
-        goodput, interval = words.rate(expected.goodput), words.interval(expected.goodput_ci)
-        lines += ["", f"goodput {goodput} (95 %: {interval}), {words.rate(expected.goodput_per_device)} per device"]
+        goodput, interval = formatting.rate(expected.goodput), formatting.interval(expected.goodput_ci)
+        lines += [
+            "",
+            f"goodput {goodput} (95 %: {interval}), {formatting.rate(expected.goodput_per_device)} per device",
+        ]
         for one in expected.classes:
-            share, interval = words.percent(one.attainment), words.interval(one.attainment_ci, "percent")
+            share, interval = formatting.percent(one.attainment), formatting.interval(one.attainment_ci, "percent")
             lines.append(
-                f"at {words.rate(expected.rate)}, class {one.slo.name}: {share} meet both targets "
-                f"(95 %: {interval}; required {words.percent(one.slo.attainment)})"
+                f"at {formatting.rate(expected.rate)}, class {one.slo.name}: {share} meet both targets "
+                f"(95 %: {interval}; required {formatting.percent(one.slo.attainment)})"
             )
-        bounds = [f"{words.TERM_NAMES.get(bound, bound)} in {role}" for role, bound in expected.bounds.items()]
+        bounds = [f"{formatting.TERM_NAMES.get(bound, bound)} in {role}" for role, bound in expected.bounds.items()]
         lines += [f"a step is mostly {', '.join(bounds)}"] if bounds else []
         lines += [f"cost: {number(expected.cost_per_hour)} USD per hour"] if expected.cost_per_hour else []
-    rejected = words.best_rejected(planned, _NUM_REJECTED)
+    rejected = formatting.best_rejected(planned, _NUM_REJECTED)
     if rejected:
         lines += ["", "the best that were rejected:"]
         rows = [
             [
                 f"  {one.description}",
-                f"{words.rate(one.goodput_per_device)} per device" if one.goodput else "-",
+                f"{formatting.rate(one.goodput_per_device)} per device" if one.goodput else "-",
                 one.reason,
             ]
             for one in rejected

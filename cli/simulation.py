@@ -18,7 +18,7 @@ from tandem.core.slo_file import SloFile, WorkloadSection
 from tandem.placement.cluster import Cluster
 from tandem.placement.costs.models import model_shape
 from tandem.placement.costs.sources import cost_source_of
-from tandem.placement.judging.summary import as_json, render_text, summarise
+from tandem.placement.evaluation.summary import as_json, render_text, summarise
 from tandem.placement.plan_deployment import deployment_of
 from tandem.placement.report import RunDescription, write_simulation_report
 from tandem.placement.simulator import Progress, simulate
@@ -47,7 +47,7 @@ def run_simulation(args: argparse.Namespace) -> int:
     result = _simulate(_deployment(plan, slo, args.fail), requests)
     summary = summarise(result, slo.slo)
     say(render_text(summary))
-    judged_from_s = float(requests.arrival_s[min(summary.judgement.warm_up, len(requests) - 1)])
+    judged_from_s = float(requests.arrival_s[min(summary.evaluation.warm_up, len(requests) - 1)])
     for failure in args.fail:
         if failure.until_s <= judged_from_s:
             say(
