@@ -9,7 +9,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from tandem.placement.workload.requests import Floats
+
 Interval = tuple[float, float]
 
 _BATCHES = 20

@@ -16,15 +16,12 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
 
 from tandem.core.plan import Plan
 from tandem.core.replanning import Change
 from tandem.core.slo_file import SloFile
 from tandem.core.workload_profile import ProfileSnapshot
-from tandem.placement.workload.requests import RequestStream
-
-Ints = npt.NDArray[np.int64]
+from tandem.placement.workload.requests import Ints, RequestStream
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,10 +6,11 @@ import numpy as np
 
 from tandem.core.slo import SloClass
 from tandem.placement.evaluation.attainment import Evaluation, evaluate
+from tandem.placement.evaluation.phase_bound import phase_bound
 from tandem.placement.evidence import LatencySample, PhaseBound, RunDescription
 from tandem.placement.report import formatting, latency_figures, plan_figures, run_figures
 from tandem.placement.report.page import render
-from tandem.placement.simulator.result import InstanceUse, SimulationResult
+from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.description import summary_of
 
 _MAX_SAMPLES = 4000
@@ -101,21 +102,11 @@ def _thinned(values: np.ndarray) -> tuple[float, ...]:
 
 
 def _bounds(result: SimulationResult) -> tuple[PhaseBound, ...]:
-    roles = dict.fromkeys(use.role for use in result.instances)
-    return tuple(_bound([use for use in result.instances if use.role == role], result.end_s) for role in roles)
-
-
-def _bound(uses: Sequence[InstanceUse], end_s: float) -> PhaseBound:
-    terms: dict[str, float] = {}
-    for use in uses:
-        for term, time_s in use.cost_terms_s.items():
-            terms[term] = terms.get(term, 0.0) + time_s
-    steps = sum(use.steps for use in uses)
-    return PhaseBound(
-        role=uses[0].role,
-        label=f"{uses[0].role}, {formatting.plural(len(uses), 'instance')}",
-        cost_terms_s=tuple(terms.items()),
-        utilisation=sum(use.busy_s for use in uses) / (len(uses) * end_s) if end_s > 0 else 0.0,
-        kv_peak=max(use.peak_blocks / max(1, use.num_blocks) for use in uses),
-        tokens_per_step=sum(use.prefill_tokens + use.decode_tokens for use in uses) / max(1, steps),
-    )
+    """The bounds of each role."""
+    bounds = []
+    for role in dict.fromkeys(use.role for use in result.instances):
+        uses = [use for use in result.instances if use.role == role]
+        tokens = sum(use.prefill_tokens + use.decode_tokens for use in uses)
+        label = f"{role}, {formatting.plural(len(uses), 'instance')}"
+        bounds.append(phase_bound(role, label, uses, tokens, result.end_s))
+    return tuple(bounds)

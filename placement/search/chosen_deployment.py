@@ -8,12 +8,13 @@ import numpy as np
 
 from tandem.core.slo import SloClass
 from tandem.placement.evaluation.attainment import Evaluation
+from tandem.placement.evaluation.phase_bound import phase_bound
 from tandem.placement.evidence import AttainmentPoint, ClassAttainment, LatencySample, PhaseBound
 from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.problem import Problem
 from tandem.placement.search.trial import RATE_RATIO, EvaluatedRate, evaluate_at, simulate_at
-from tandem.placement.simulator.result import InstanceUse, SimulationResult
+from tandem.placement.simulator.result import SimulationResult
 
 _FACTORS = (0.3, 0.6, 0.8, 0.9, 1 / RATE_RATIO, 1.0, RATE_RATIO, 1.1, 1.2, 1.5)
 _MAX_STEPS = 24
@@ -132,22 +133,6 @@ def _bounds(deployment: CandidateDeployment, result: SimulationResult) -> tuple[
         begin, first[role] = first[role], first[role] + group.instances
         uses = [use for use in result.instances if use.role == role][begin : begin + group.instances]
         label = f"{role}, {group.instances} x {group.kind.device} {group.kind.shape}"
-        bounds.append(_bound(role, label, uses, result.end_s))
+        tokens = sum(use.prefill_tokens if role == "prefill" else use.decode_tokens for use in uses)
+        bounds.append(phase_bound(role, label, uses, tokens, result.end_s))
     return tuple(bounds)
-
-
-def _bound(role: str, label: str, uses: Sequence[InstanceUse], end_s: float) -> PhaseBound:
-    terms: dict[str, float] = {}
-    for use in uses:
-        for name, time_s in use.cost_terms_s.items():
-            terms[name] = terms.get(name, 0.0) + time_s
-    steps = max(1, sum(use.steps for use in uses))
-    tokens = sum(use.prefill_tokens if role == "prefill" else use.decode_tokens for use in uses)
-    return PhaseBound(
-        role=role,
-        label=label,
-        cost_terms_s=tuple(terms.items()),
-        utilisation=min(1.0, sum(use.busy_s for use in uses) / (len(uses) * end_s)) if end_s > 0 else 0.0,
-        kv_peak=max((use.peak_blocks / use.num_blocks for use in uses), default=0.0),
-        tokens_per_step=tokens / steps,
-    )
