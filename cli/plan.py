@@ -23,9 +23,9 @@ from tandem.deploy.ray_mapper import ray_mapper
 from tandem.placement.costs.hardware import devices
 from tandem.placement.costs.models import published_models
 from tandem.placement.evidence import Planned
-from tandem.placement.report import words, write_plan, write_report
-from tandem.placement.report.words import number
-from tandem.placement.search.parallel import local_mapper
+from tandem.placement.report import formatting, write_plan, write_report
+from tandem.placement.report.formatting import number
+from tandem.placement.search.mapper import local_mapper
 
 EPILOG = """\
 examples:
@@ -118,28 +118,34 @@ def uncalibrated(slo: SloFile) -> list[str]:
 def describe(planned: Planned) -> list[RenderableType]:
     """The answer for a terminal: verdict, instances, expected service, and the best deployments that were rejected."""
     plan, expected = planned.plan, planned.plan.expected
-    parts: list[RenderableType] = [words.headline(planned)]
+    parts: list[RenderableType] = [formatting.headline(planned)]
     if plan.groups:
         parts += ["", _group_table(plan)]
     if expected is not None:
-        goodput, interval = words.rate(expected.goodput), words.interval(expected.goodput_ci)
-        parts += ["", f"goodput {goodput} (95 %: {interval}), {words.rate(expected.goodput_per_device)} per device"]
+        goodput, interval = formatting.rate(expected.goodput), formatting.interval(expected.goodput_ci)
+        parts += [
+            "",
+            f"goodput {goodput} (95 %: {interval}), {formatting.rate(expected.goodput_per_device)} per device",
+        ]
         for slo_class in expected.classes:
-            share, interval = words.percent(slo_class.attainment), words.interval(slo_class.attainment_ci, "percent")
-            parts.append(
-                f"at {words.rate(expected.rate)}, class {slo_class.slo.name}: {share} meet both targets "
-                f"(95 %: {interval}; required {words.percent(slo_class.slo.attainment)})"
+            share, interval = (
+                formatting.percent(slo_class.attainment),
+                formatting.interval(slo_class.attainment_ci, "percent"),
             )
-        bounds = [f"{words.TERM_NAMES.get(bound, bound)} in {role}" for role, bound in expected.bounds.items()]
+            parts.append(
+                f"at {formatting.rate(expected.rate)}, class {slo_class.slo.name}: {share} meet both targets "
+                f"(95 %: {interval}; required {formatting.percent(slo_class.slo.attainment)})"
+            )
+        bounds = [f"{formatting.TERM_NAMES.get(bound, bound)} in {role}" for role, bound in expected.bounds.items()]
         parts += [f"a step is mostly {', '.join(bounds)}"] if bounds else []
         parts += [f"cost: {number(expected.cost_per_hour)} USD per hour"] if expected.cost_per_hour else []
     rows = [
         [
             f"  {rejected.description}",
-            f"{words.rate(rejected.goodput_per_device)} per device" if rejected.goodput else "-",
+            f"{formatting.rate(rejected.goodput_per_device)} per device" if rejected.goodput else "-",
             rejected.reason,
         ]
-        for rejected in words.best_rejected(planned, _NUM_REJECTED)
+        for rejected in formatting.best_rejected(planned, _NUM_REJECTED)
     ]
     return [*parts, "", "the best that were rejected:", table(["", "", ""], rows)] if rows else parts
 

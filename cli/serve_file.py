@@ -16,7 +16,7 @@ from tandem.core.slo_file import SloFile
 from tandem.deploy.checks import Grade, check_memory
 from tandem.deploy.plan_serving import serve_config_of
 from tandem.deploy.topology import Machine
-from tandem.placement.report import words
+from tandem.placement.report import formatting
 
 _ONLY_IN_PLANS = {"groups", "verdict", "expected"}
 _ONLY_IN_SLO_FILES = {"slo", "cluster", "workload"}
@@ -51,7 +51,7 @@ def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -
     if file is not None and kind is FileKind.PLAN:
         plan = load_config(file, Plan)
         if plan.groups:
-            print_line(f"the plan: {words.describe_plan(plan)}")
+            print_line(f"the plan: {formatting.describe_plan(plan)}")
         if plan.groups and plan.verdict == "infeasible":
             raise ConfigError(
                 f"{file}: this plan misses its targets ({plan.summary.rstrip('.')}); plan for others, or set its "
@@ -69,7 +69,7 @@ def _plan_for(file: Path) -> Plan:
     with show_progress(sys.stderr) as progress:
         planned = tandem.cli.plan.search(slo, file, progress, 0)
     if planned.plan.verdict == "infeasible":
-        raise ConfigError(f"{words.headline(planned)[:-1]} (to see why: tandem plan {file} --report why.html)")
+        raise ConfigError(f"{formatting.headline(planned)[:-1]} (to see why: tandem plan {file} --report why.html)")
     print_rich(*tandem.cli.plan.describe(planned), "")
     return planned.plan
 

@@ -19,7 +19,7 @@ from tandem.core.slo_file import SloFile, WorkloadSection
 from tandem.placement.cluster import Cluster
 from tandem.placement.costs.models import model_shape
 from tandem.placement.costs.sources import cost_source_of
-from tandem.placement.judging.summary import as_json, render_text, summarise
+from tandem.placement.evaluation.summary import as_json, render_text, summarise
 from tandem.placement.plan_deployment import deployment_of
 from tandem.placement.report import RunDescription, write_simulation_report
 from tandem.placement.simulator import Progress, simulate
@@ -107,7 +107,7 @@ def run(
     result = _simulate(deployment_of(plan, source, cluster, model, failures=failures), stream)
     summary = summarise(result, slo.slo)
     print_line(render_text(summary))
-    judged_from_s = float(stream.arrival_s[min(summary.judgement.warm_up, len(stream) - 1)])
+    judged_from_s = float(stream.arrival_s[min(summary.evaluation.warm_up, len(stream) - 1)])
     for failure in failures:
         if failure.until_s <= judged_from_s:
             print_line(

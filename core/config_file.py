@@ -1,10 +1,11 @@
-"""Reads the YAML files of the house into the frozen values of `core/config.py`, and writes them back.
+"""Reads and writes YAML files of settings: serve files, SLO files, plans, calibrations.
 
-Every mistake in a file is told at once, each in one sentence with file, line, the path of the setting and what to do:
+An error message lists every mistake of a file, each in one sentence with file, line, setting and what to do:
 
     serve.yaml line 7: decode.engine.thread is not a setting; did you mean threads?
 """
 
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,18 +21,40 @@ T = TypeVar("T", bound=BaseModel)
 _Loc = tuple[int | str, ...]
 
 _MAX_FILE_BYTES = 1 << 20
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
+class _SettingsLoader(yaml.SafeLoader):
+    """Reads numbers as YAML 1.2's core schema does. PyYAML reads YAML 1.1, where 1e1 is text and 017 is 15."""
+
+
+class _SettingsDumper(yaml.SafeDumper):
+    """Quotes text that `_SettingsLoader` would read as a number."""
+
+
+for _class in (_SettingsLoader, _SettingsDumper):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+$|0o[0-7]+$|0x[0-9a-fA-F]+$"), list("-+0123456789"))
+    _class.add_implicit_resolver(
+        _FLOAT,
+        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+        list("-+.0123456789"),
+    )
+_SettingsLoader.add_constructor(_INT, lambda _, node: int(node.value, 0 if node.value.startswith(("0o", "0x")) else 10))
 
 
 def load_config(path: Path, model: type[T]) -> T:
-    """The configuration in the YAML file `path`; settings it leaves out take their defaults.
+    """The configuration in the YAML file `path`; missing settings have their defaults.
 
-    A relative path in the file (`model: models/x`) counts from the file's folder, and `~` is the home folder, wherever
-    a field is a `core.config.AnchoredPath` or a `ModelName`.
-    Raises ConfigError with every mistake found, one on each line.
+    In a field of type `core.config.AnchoredPath` or `ModelName`, a relative path (`model: models/x`) starts at the
+    file's folder, and `~` is the home folder. Raises ConfigError with every mistake, one a line.
     """
     text = _read_text(path)
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _SettingsLoader(text)
         root = loader.get_single_node()
         if root is None:
             raise ConfigError(f"{path} is empty; it must name at least: {', '.join(_required(model))}")
@@ -44,7 +67,7 @@ def load_config(path: Path, model: type[T]) -> T:
         raise ConfigError(f"{path} line {line}: holds a character that YAML does not allow") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply") from error
-    except ValueError as error:  # a scalar that looks like a date and is none: 2026-13-99
+    except ValueError as error:  # a scalar like an invalid date: 2026-13-99
         raise ConfigError(f"{path}: {error}; put text in quotes") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold settings of the form 'name: value', one on each line")
@@ -62,19 +85,19 @@ def load_config(path: Path, model: type[T]) -> T:
 
 
 def top_level_settings(path: Path) -> frozenset[str]:
-    """Names of the settings in the YAML file `path`, to tell what kind of file it is. Empty where it cannot be read as
-    one: `load_config` says why."""
+    """Names of the settings in the YAML file `path`: they show the kind of file. Empty if the file cannot be read;
+    `load_config` reports the reason."""
     try:
-        data = yaml.safe_load(_read_text(path))
+        data = yaml.load(_read_text(path), _SettingsLoader)
     except (ConfigError, yaml.YAMLError, ValueError, RecursionError):
         return frozenset()
     return frozenset(map(str, data)) if isinstance(data, dict) else frozenset()
 
 
 def apply_overrides(config: T, overrides: Sequence[str]) -> T:
-    """A copy of `config` with settings replaced, each given as `path.to.setting=value`; values are read as YAML.
+    """A copy of `config` with replaced settings. An override is `path.to.setting=value`, with a YAML value.
 
-    Raises ConfigError with every mistake found, one on each line.
+    Raises ConfigError with every mistake, one a line.
     """
     data = config.model_dump(exclude_unset=True)
     origin: dict[_Loc, str] = {}
@@ -86,7 +109,7 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
             mistakes.append(f"--set {override}: must have the form setting=value, e.g. router.http=127.0.0.1:9000")
             continue
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _SettingsLoader)
         except (yaml.YAMLError, ValueError, RecursionError):
             value = text
         if (mistake := _put(data, keys, value)) is not None:
@@ -105,8 +128,8 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The whole configuration, defaults included, as YAML that `load_config` reads back to an equal value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """All settings, defaults included, as YAML. `load_config` reads them back to an equal value."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_text(path: Path) -> str:
@@ -116,11 +139,11 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist") from error
     except IsADirectoryError as error:
-        raise ConfigError(f"{path} is a folder; give the configuration file in it") from error
+        raise ConfigError(f"{path} is a folder; give the path of a configuration file") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
     if len(raw) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path} is larger than 1 MiB, so it is no configuration file")
+        raise ConfigError(f"{path} is larger than 1 MiB; a configuration file is smaller")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -135,7 +158,7 @@ def _syntax_sentence(path: Path, error: yaml.MarkedYAMLError) -> str:
     if "'\\t'" in problem:
         return f"{where}: begins with a tab; YAML is indented with spaces"
     if "single document" in (error.context or ""):
-        return f"{where}: begins a second document ('---'); keep one"
+        return f"{where}: begins a second document ('---'); keep one document"
     if "could not determine a constructor" in problem:
         return f"{where}: YAML tags ('!...') are not allowed"
     return f"{where}: is not valid YAML ({problem})"
@@ -146,7 +169,7 @@ def _required(model: type[BaseModel]) -> list[str]:
 
 
 def _duplicate_keys(root: yaml.Node) -> Iterator[tuple[int, str]]:
-    """(line, path) of every key that its mapping already has. Each node is visited once, so loops of aliases end."""
+    """(line, path) of every repeated key of a mapping. Each node is visited once, so cyclic aliases end."""
     seen_nodes: set[int] = set()
     pending: list[tuple[yaml.Node, str]] = [(root, "")]
     while pending:
@@ -168,7 +191,7 @@ def _duplicate_keys(root: yaml.Node) -> Iterator[tuple[int, str]]:
 
 
 def _line_of(root: yaml.Node, loc: _Loc) -> int:
-    """Line of the setting at `loc`, or of the nearest section around it when the file does not have it."""
+    """Line of the setting at `loc`; of its innermost existing section if the file lacks the setting."""
     line, node = root.start_mark.line + 1, root
     for part in loc:
         if isinstance(node, yaml.MappingNode):
@@ -208,6 +231,6 @@ def _put(data: dict[str, Any], keys: Sequence[str], value: object) -> str | None
 
 
 def _origin_of(origin: dict[_Loc, str], loc: _Loc) -> str:
-    """The override that put what stands at `loc`: the longest that begins like it."""
+    """The override that set `loc`: the one with the longest common path."""
     matches = [keys for keys in origin if keys == loc[: len(keys)] or loc == keys[: len(loc)]]
     return origin[max(matches, key=len)] if matches else ".".join(map(str, loc))

@@ -1,8 +1,8 @@
-"""The dimensions of a model that cost and memory follow from, for models of any size, here or not.
+"""The dimensions of a model that determine its cost and memory. No checkpoint is needed.
 
-`core.model_spec.ModelSpec` says what the engine must compute and refuses what it cannot; a ModelShape is wider
-(mixtures of experts, latent attention) and shallower (no RoPE, no epsilon). All counts of weights are exact matrix
-sizes; norms and biases, below 0.1 % of any model, are left out.
+`core.model_spec.ModelSpec` describes a model that the engine can compute. A ModelShape covers more models (mixtures of
+experts, latent attention) with less detail (no RoPE, no epsilon). Counts of weights are exact matrix sizes; norms and
+biases, less than 0.1 % of any model, are left out.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from tandem.core.parallel import ParallelShape
 
 @dataclass(frozen=True, slots=True)
 class MoeShape:
-    """A mixture of experts: `num_experts` routed ones of `intermediate_size`, of which a token visits `top_k`.
+    """A mixture of experts. A token uses `top_k` of `num_experts` routed experts of `intermediate_size`.
 
-    `num_shared` experts see every token. The first `dense_layers` layers have a plain MLP instead.
+    `num_shared` experts compute every token. The first `dense_layers` layers have a plain MLP instead.
     """
 
     num_experts: int
@@ -27,7 +27,7 @@ class MoeShape:
 
 @dataclass(frozen=True, slots=True)
 class MlaShape:
-    """Multi-head latent attention (DeepSeek-V2): per token one latent of `kv_lora_rank` and a shared RoPE key."""
+    """Multi-head latent attention (DeepSeek-V2): a token caches one latent of `kv_lora_rank` and a shared RoPE key."""
 
     kv_lora_rank: int
     qk_rope_head_dim: int
@@ -38,8 +38,8 @@ class MlaShape:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """`num_positions` is the size of a learned position table, 0 for rotary models. `gated_mlp`: three matrices, not
-    two. `weight_bytes` and `kv_bytes` are bytes of one stored number."""
+    """`num_positions` is the size of a learned position table, 0 for rotary models. A gated MLP has three matrices,
+    another MLP two. `weight_bytes` and `kv_bytes` are the bytes of one stored number."""
 
     name: str
     num_layers: int
@@ -60,7 +60,7 @@ class ModelShape:
 
     @classmethod
     def from_spec(cls, name: str, spec: ModelSpec, dtype_bytes: int) -> "ModelShape":
-        """The shape of a checkpoint that the engine can run."""
+        """The shape of a checkpoint with numbers of `dtype_bytes` bytes."""
         return cls(
             name=name,
             num_layers=spec.num_layers,
@@ -95,7 +95,7 @@ class ModelShape:
         return hidden * self.head_dim * (2 * heads + 2 * self.num_kv_heads)
 
     def mlp_weights(self, intermediate_size: int) -> int:
-        """Weights of one plain MLP, or of one expert."""
+        """Weights of one plain MLP or one expert."""
         return (3 if self.gated_mlp else 2) * self.hidden_size * intermediate_size
 
     @property
@@ -104,7 +104,7 @@ class ModelShape:
 
     @property
     def moe_layer_weights(self) -> int:
-        """Weights of one mixture: experts and the router; 0 without one."""
+        """Weights of one mixture layer, experts and expert router; 0 for a dense model."""
         if self.moe is None:
             return 0
         experts = self.moe.num_experts + self.moe.num_shared
@@ -112,7 +112,7 @@ class ModelShape:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of all layers, all experts included."""
+        """Weights of all layers with all experts."""
         dense = (self.num_layers - self.num_moe_layers) * self.mlp_weights(self.intermediate_size)
         return self.num_layers * self.attention_weights + dense + self.num_moe_layers * self.moe_layer_weights
 
@@ -123,10 +123,10 @@ class ModelShape:
         return self.layer_weights + tables * self.hidden_size
 
     def weight_bytes_per_rank(self, shape: ParallelShape) -> float:
-        """Of the fullest rank: layers over tp and pp, experts like all weights over tp; embeddings, or the head, over
-        tp on a stage of their own."""
+        """Of the fullest rank. Layers are divided over tp and pp, experts and all other weights over tp. With pp > 1
+        the embeddings and the head are on different stages."""
         num_layers = -(-self.num_layers // shape.pp)
-        num_dense = max(0, num_layers - self.num_moe_layers)  # a stage of the other layers only is fuller
+        num_dense = max(0, num_layers - self.num_moe_layers)  # the fullest stage has as few dense layers as possible
         layers = num_layers * self.attention_weights + num_dense * self.mlp_weights(self.intermediate_size)
         layers += (num_layers - num_dense) * self.moe_layer_weights
         tables = self.hidden_size * (self.vocab_size + self.num_positions)
@@ -135,8 +135,8 @@ class ModelShape:
         return self.weight_bytes * (layers + tables) / shape.tp
 
     def activation_bytes_per_rank(self, shape: ParallelShape, batch_tokens: int, sampled: int) -> float:
-        """An estimate of what one step needs at its peak beside weights and KV: of `batch_tokens` the residual, the
-        widest layer's input and output, 2 bytes each; of `sampled` tokens the logits, as 4 bytes and once more."""
+        """An estimate of a step's peak memory without weights and KV: the residual and the widest layer's input and
+        output of `batch_tokens` tokens, 2 bytes a number; two copies of the logits of `sampled` tokens, 4 bytes."""
         width = max(self.intermediate_size, self.num_heads * self.head_dim)
         if self.moe is not None:
             width = max(width, self.moe.top_k * (self.moe.intermediate_size + self.hidden_size))
@@ -147,24 +147,26 @@ class ModelShape:
 
     @property
     def kv_elements_per_token_and_layer(self) -> int:
-        """Numbers that one layer caches of one token."""
+        """How many numbers one layer caches for one token."""
         if self.mla is not None:
             return self.mla.kv_lora_rank + self.mla.qk_rope_head_dim
         return 2 * self.num_kv_heads * self.head_dim
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """Over all layers, of one whole copy."""
+        """Of one token in all layers of the model, not divided over ranks."""
         return self.num_layers * self.kv_elements_per_token_and_layer * self.kv_bytes
 
     def kv_bytes_per_token_and_rank(self, shape: ParallelShape) -> float:
-        """Of the fullest rank. KV heads beyond their number are replicated; a latent is replicated on every tp rank."""
+        """Of the fullest rank. With more tp ranks than KV heads the heads are replicated; every tp rank has the whole
+        latent."""
         layers = -(-self.num_layers // shape.pp)
         split = 1 if self.mla is not None else min(shape.tp, self.num_kv_heads)
         return layers * self.kv_elements_per_token_and_layer * self.kv_bytes / split
 
     def allows(self, shape: ParallelShape) -> bool:
-        """Whether heads divide over tp (KV heads divide, or are replicated evenly) and there is a layer per stage."""
+        """Whether the model can run in this shape: query heads divide over tp, KV heads divide or are replicated
+        evenly, and every stage has at least one layer."""
         if self.num_heads % shape.tp or self.num_layers < shape.pp:
             return False
         heads = self.num_kv_heads

@@ -1,7 +1,7 @@
-"""The plan: which instances to run, of which shape, on which devices, and what to expect of them.
+"""The plan: the instances to run, their shapes and devices, and their predicted behaviour.
 
-Written by the planner, edited by hand if one likes, read by `tandem serve` and `tandem simulate`.
-`core.config_file.load_config(path, Plan)` reads it and names every mistake.
+`tandem plan` writes a plan, a user may edit it, `tandem serve` and `tandem simulate` read it.
+`core.config_file.load_config(path, Plan)` reads a plan file and names every mistake.
 """
 
 from typing import Annotated, Literal
@@ -23,14 +23,14 @@ PLAN_VERSION: Literal[1] = 1
 def _check_version(value: object) -> object:
     if value != PLAN_VERSION:
         raise ValueError(
-            f"this tandem reads plans of version {PLAN_VERSION}, not {value!r}; plan again with `tandem plan`"
+            f"this tandem reads plans of version {PLAN_VERSION}, not {value!r}; make a new plan with `tandem plan`"
         )
     return value
 
 
 class PlanGroup(_Frozen):
-    """Instances that are alike. `devices` names the devices of each instance as node:index, e.g. ['0:0', '0:1']; an
-    empty list leaves the choice to Ray. A colocated group serves both phases on the same devices."""
+    """Equal instances. `devices` names the devices of each instance as node:index, e.g. ['0:0', '0:1']. With an empty
+    list Ray picks the devices. A colocated group serves both phases on the same devices."""
 
     role: Literal["prefill", "decode", "colocated"]
     instances: int = Field(ge=1)
@@ -74,7 +74,7 @@ class Quantiles(_Frozen):
 
 
 class ExpectedClass(_Frozen):
-    """What the simulator saw of one SLO class at the plan's rate; `attainment_ci` is a 95 % interval."""
+    """One SLO class as simulated at the plan's rate. `attainment_ci` is a 95 % interval."""
 
     slo: SloClass
     attainment: float
@@ -86,36 +86,36 @@ class ExpectedClass(_Frozen):
 class Expected(_Frozen):
     """Predicted behaviour in steady state. Goodput is the highest rate at which every class keeps its attainment."""
 
-    rate: float = Field(description="Requests per second that the plan was judged at")
+    rate: float = Field(description="Requests per second at which the plan was evaluated")
     goodput: float = Field(description="Requests per second of the whole plan")
     goodput_ci: tuple[float, float]
     goodput_per_device: float
-    cost_per_hour: float | None = Field(default=None, description="USD, where the devices have a price")
+    cost_per_hour: float | None = Field(default=None, description="USD; none if a device has no known price")
     classes: tuple[ExpectedClass, ...]
-    bounds: dict[str, str] = Field(default={}, description="Role -> what bounds its steps")
+    bounds: dict[str, str] = Field(default={}, description="Role -> the cost term that bounds its steps")
 
 
 class Alternative(_Frozen):
-    """A plan that was not chosen."""
+    """A deployment that the planner rejected."""
 
     description: str
     num_devices: int
-    goodput_per_device: float | None = Field(default=None, description="None: it was ruled out without simulation")
+    goodput_per_device: float | None = Field(default=None, description="None: rejected without a simulation")
     reason: str
 
 
 class Plan(_Frozen):
-    """`model` is a checkpoint's folder or the name of a published shape; only a folder can be served. An infeasible
-    plan's groups are those that came nearest, and there may be none."""
+    """`model` is a checkpoint's folder or the name of a published shape; only a folder can be served. The groups of an
+    infeasible plan meet the nearest feasible targets; there are none if the model does not fit the cluster."""
 
     version: Annotated[Literal[1], BeforeValidator(_check_version)] = PLAN_VERSION
     model: ModelName
     verdict: Literal["disaggregate", "colocate", "mixed", "infeasible"]
-    summary: str = Field(default="", description="The answer in one or two sentences")
+    summary: str = Field(default="", description="The plan in one or two sentences")
     groups: tuple[PlanGroup, ...]
     same_node: bool = Field(default=False, description="KV moves only between instances of one node (low affinity)")
     slo_file: AnchoredPath | None = Field(
-        default=None, description="The SLO file that this answers: workload, cluster, targets"
+        default=None, description="The SLO file of this plan: workload, cluster, targets"
     )
     expected: Expected | None = None
     alternatives: tuple[Alternative, ...] = ()
@@ -131,7 +131,7 @@ class Plan(_Frozen):
             raise WrongSetting(("groups",), "must have at least one group of instances")
         if ("prefill" in roles) != ("decode" in roles):
             missing = "decode" if "prefill" in roles else "prefill"
-            raise WrongSetting(("groups",), f"there is no {missing} group, and one phase is nothing without the other")
+            raise WrongSetting(("groups",), f"there is no {missing} group; prefill and decode groups need each other")
         used = [device for group in self.groups for ranks in group.devices for device in ranks]
         twice = next((device for device in used if used.count(device) > 1), None)
         if twice is not None:

@@ -1,11 +1,11 @@
-"""Whether a running plan still fits its requests: what `tandem serve` decides, and `tandem status` and metrics show."""
+"""Whether a running plan still fits its workload: `tandem serve` decides, `tandem status` and metrics show it."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 
 class DriftState(Enum):
-    """See the picture in `placement/replanning/drift.py`."""
+    """See the state diagram in `placement/replanning/drift.py`."""
 
     STABLE = "stable"
     SUSPECT = "suspect"
@@ -16,8 +16,9 @@ class DriftState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One way in which requests differ from those planned for. `strength` is its size in units of what matters, 0 where
-    chance explains it: from 1 on, the plan may be wrong. `planned` and `live` are means, in the unit of the name."""
+    """A difference between the live and the planned workload. `strength` is its size divided by the threshold, 0 if the
+    difference is not significant; from 1 on, the plan may be wrong. `planned` and `live` are means in the unit of the
+    name."""
 
     name: str  # rate, prompt_tokens, output_tokens, cached_share
     planned: float
@@ -27,10 +28,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Another plan for the requests as they are now.
+    """A new plan for the live workload.
 
-    `gain` is relative: goodput per device, or cost for the same rate. `changes` are sentences: which instances would
-    come and go. `folder` has the plan, its report, and the SLO file and lengths that it answers.
+    `gain` is relative: goodput per device, or cost for the same rate. `changes` are sentences about instances to add
+    and to remove. `folder` has the plan, its report, its SLO file and its workload.
     """
 
     summary: str
@@ -41,7 +42,7 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class ReplanStatus:
-    """`changes` compare the last judged window with the plan. `note` is the last event in one sentence."""
+    """`changes` compare the last window with the plan. `note` is the last event in one sentence."""
 
     state: DriftState
     changes: tuple[Change, ...] = ()

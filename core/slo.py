@@ -8,7 +8,7 @@ class SloClass(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(default="default", min_length=1, description="How requests and reports call the class")
+    name: str = Field(default="default", min_length=1, description="Name of the class in requests and reports")
     ttft_s: float = Field(gt=0, description="Time to first token, seconds")
     tpot_s: float = Field(gt=0, description="Time per output token after the first, seconds")
     attainment: float = Field(default=0.9, gt=0, le=1, description="Share of requests that must meet both targets")

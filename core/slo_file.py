@@ -1,6 +1,6 @@
-"""The SLO file: what to serve, on what, for whom, and how well. `core.config_file.load_config(path, SloFile)` reads it.
+"""The SLO file: the planner's input, with model, cluster, SLO classes, workload and objective.
 
-It says nothing of how: the planner answers with a `core.plan.Plan`.
+`core.config_file.load_config(path, SloFile)` reads it. The planner's output is a `core.plan.Plan`.
 """
 
 import math
@@ -17,15 +17,15 @@ class _Frozen(BaseModel):
 
 
 class NodeSection(_Frozen):
-    """`count` machines that are alike, each with `devices` devices of type `device`."""
+    """`count` equal machines, each with `devices` devices of type `device`."""
 
     device: str = Field(description="A device of the catalogue (see `tandem plan --devices`), or cpu")
     devices: int = Field(default=8, ge=1, description="Devices in one node")
     count: int = Field(default=1, ge=1, description="How many such nodes")
     calibration: AnchoredPath | None = Field(
-        default=None, description="What `tandem profile` wrote for this device and model"
+        default=None, description="File that `tandem profile` wrote for this device and model"
     )
-    price_per_device_hour: float | None = Field(default=None, gt=0, description="USD; default: the catalogue's")
+    price_per_device_hour: float | None = Field(default=None, gt=0, description="USD; default: the catalogue's price")
     nvlink_gbytes_per_s: float | None = Field(
         default=None, gt=0, description="Between devices of a node, one direction; default: the catalogue's"
     )
@@ -37,15 +37,12 @@ class NodeSection(_Frozen):
 class ClusterSection(_Frozen):
     nodes: tuple[NodeSection, ...] = Field(min_length=1)
     memory_share: float = Field(default=0.9, gt=0, le=1, description="Share of device memory for weights and KV")
-    kv_memory: Bytes | None = Field(default=None, description="KV pool of one rank; default: what weights leave")
-
-    @property
-    def num_devices(self) -> int:
-        return sum(node.devices * node.count for node in self.nodes)
+    kv_memory: Bytes | None = Field(default=None, description="KV pool of one rank; default: what weights leave free")
 
 
 class LengthSection(_Frozen):
-    """A log-normal of this mean and coefficient of variation, cut to [min, max]; cv 0 is a fixed length."""
+    """A log-normal distribution of this mean and coefficient of variation, truncated to [min, max]; cv 0 is a fixed
+    length."""
 
     mean: float = Field(gt=0)
     cv: float = Field(default=1.0, ge=0)
@@ -69,7 +66,7 @@ class PrefixSection(_Frozen):
 
 class ArrivalSection(_Frozen):
     process: Literal["poisson", "gamma"] = "poisson"
-    cv: float = Field(default=1.0, gt=0, description="Of the times between arrivals; gamma only")
+    cv: float = Field(default=1.0, gt=0, description="Variation coefficient of times between arrivals; gamma only")
 
 
 def _check_rate(value: object) -> object:
@@ -83,7 +80,7 @@ Rate = Annotated[float | Literal["max"], BeforeValidator(_check_rate)]
 
 
 class WorkloadSection(_Frozen):
-    """Lengths from `trace`, or from `dataset`, or from `prompt_tokens` and `output_tokens`. A trace brings its own
+    """Lengths come from `trace`, from `dataset`, or from `prompt_tokens` and `output_tokens`. A trace also has
     arrivals."""
 
     trace: AnchoredPath | None = Field(default=None, description="CSV or JSON lines, .gz or not: arrivals and lengths")
@@ -93,7 +90,7 @@ class WorkloadSection(_Frozen):
     max_total_tokens: int | None = Field(default=None, ge=2, description="Longer requests are left out")
     length_scale: float = Field(default=1.0, gt=0, description="Multiplies all lengths, to fit a smaller model")
     arrivals: ArrivalSection = ArrivalSection()
-    rate: Rate = Field(default="max", description="Requests per second, or max: as much as it can take")
+    rate: Rate = Field(default="max", description="Requests per second, or max: the highest rate within the SLO")
     prefix: PrefixSection | None = None
 
     @model_validator(mode="after")
@@ -110,20 +107,20 @@ Layout = Literal["disaggregated", "colocated", "mixed"]
 
 
 class SearchSection(_Frozen):
-    """What the planner may try, and how hard."""
+    """Limits of the planner's search."""
 
     layouts: tuple[Layout, ...] = ("disaggregated", "colocated", "mixed")
     max_tp: int = Field(default=8, ge=1)
     max_pp: int = Field(default=4, ge=1)
     node_affinity: Literal["auto", "high", "low"] = Field(
-        default="auto", description="low: KV must stay inside a node; auto: low where links between nodes are slow"
+        default="auto", description="low: KV must stay inside a node; auto: low if links between nodes are slow"
     )
     requests: int = Field(default=2000, ge=100, description="Requests per simulation, warm-up included")
     seed: int = 0
 
 
 class SloFile(_Frozen):
-    """`objective`: goodput (per device) on the cluster given, or the cheapest part of it that serves
+    """`objective`: the highest goodput per device on the cluster, or the cheapest part of the cluster that serves
     `workload.rate`."""
 
     model: ModelName = Field(description="Folder of a checkpoint, or the name of a published model, e.g. Llama-3.1-70B")
@@ -138,7 +135,7 @@ class SloFile(_Frozen):
         names = [slo.name for slo in self.slo]
         if len(set(names)) < len(names):
             again = next(index for index, name in enumerate(names) if name in names[:index])
-            raise WrongSetting(("slo", again), f"two SLO classes are called {names[again]!r}; give each a name")
+            raise WrongSetting(("slo", again), f"two SLO classes are called {names[again]!r}; give each class a name")
         if self.objective == "cheapest" and self.workload.rate == "max":
-            raise WrongSetting(("objective",), "cheapest needs workload.rate, the requests per second to serve")
+            raise WrongSetting(("objective",), "cheapest needs workload.rate; set it to the requests per second")
         return self

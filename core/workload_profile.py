@@ -1,11 +1,11 @@
-"""What a router's requests look like lately: when they come, and samples of their lengths.
+"""Profile of a router's recent requests: arrival times and samples of lengths.
 
     window 0            window 1            window 2
     |-------------------|-------------------|-----------
-      closed, forgotten   closed: snapshot    filling
+      closed, dropped     closed: snapshot    filling
 
-Windows follow each other without overlap, so that two of them are independent samples. One holds counts, moments and a
-uniform sample (Vitter, "Random Sampling with a Reservoir", 1985, algorithm R): no text, no token ids, bounded memory.
+Windows do not overlap, so two windows are independent samples. A window holds counts, moments and a uniform sample
+(Vitter, "Random Sampling with a Reservoir", 1985, algorithm R): no text, no token ids, bounded memory.
 """
 
 import itertools
@@ -16,12 +16,13 @@ from random import Random
 
 @dataclass(frozen=True, slots=True)
 class ProfileSnapshot:
-    """One closed window. The tuples of tokens and classes have one entry per sampled request, in no order that means
-    anything. `arrival_s` has the window's first arrivals, in order, from its beginning.
+    """One closed window. The tuples of tokens and classes have one entry per sampled request, in arbitrary order.
+    `arrival_s` has the first arrivals of the window in ascending order, in seconds from the window's start.
 
-    `rate` counts arrivals per second, refused ones included; `arrival_cv` is the coefficient of variation of the times
-    between them, 1 where there were too few to tell. `finished` requests had an answer, of which `output_tokens` counts
-    every token; the sample is of these. `cached_tokens` is the part of a prompt that a prefix cache had.
+    `rate` counts arrivals per second, refused requests included. `arrival_cv` is the coefficient of variation of the
+    times between arrivals, 1 for fewer than three arrivals. `finished` counts requests with a complete response; the
+    sample is drawn from these. `output_tokens` counts all tokens of a response, `cached_tokens` the prompt tokens that
+    were in a prefix cache.
     """
 
     window: int
@@ -41,29 +42,31 @@ class ProfileSnapshot:
 
     @classmethod
     def pooled(cls, snapshots: Sequence["ProfileSnapshot"]) -> "ProfileSnapshot":
-        """Windows that follow each other, at least one, as if they were one with a larger sample. Burstiness is their
-        mean; arrivals that were not kept leave a gap only where no later window follows."""
+        """Several consecutive windows, at least one, as one window with a larger sample. `arrival_cv` is the mean of
+        the windows. Kept arrivals of the windows follow each other without a gap."""
         last = snapshots[-1]
-        arrivals = sum(one.arrivals for one in snapshots)
-        began_s = list(itertools.accumulate((one.kept_s for one in snapshots), initial=0.0))
+        arrivals = sum(snapshot.arrivals for snapshot in snapshots)
+        began_s = list(itertools.accumulate((snapshot.kept_s for snapshot in snapshots), initial=0.0))
         return cls(
             window=last.window,
-            window_s=sum(one.window_s for one in snapshots),
+            window_s=sum(snapshot.window_s for snapshot in snapshots),
             arrivals=arrivals,
-            arrival_cv=sum(one.arrival_cv for one in snapshots) / len(snapshots),
-            finished=sum(one.finished for one in snapshots),
+            arrival_cv=sum(snapshot.arrival_cv for snapshot in snapshots) / len(snapshots),
+            finished=sum(snapshot.finished for snapshot in snapshots),
             arrival_s=tuple(
-                at_s + offset_s for one, offset_s in zip(snapshots, began_s, strict=False) for at_s in one.arrival_s
+                at_s + offset_s
+                for snapshot, offset_s in zip(snapshots, began_s, strict=False)
+                for at_s in snapshot.arrival_s
             ),
-            prompt_tokens=tuple(itertools.chain.from_iterable(one.prompt_tokens for one in snapshots)),
-            output_tokens=tuple(itertools.chain.from_iterable(one.output_tokens for one in snapshots)),
-            cached_tokens=tuple(itertools.chain.from_iterable(one.cached_tokens for one in snapshots)),
-            slo_class=tuple(itertools.chain.from_iterable(one.slo_class for one in snapshots)),
+            prompt_tokens=tuple(itertools.chain.from_iterable(snapshot.prompt_tokens for snapshot in snapshots)),
+            output_tokens=tuple(itertools.chain.from_iterable(snapshot.output_tokens for snapshot in snapshots)),
+            cached_tokens=tuple(itertools.chain.from_iterable(snapshot.cached_tokens for snapshot in snapshots)),
+            slo_class=tuple(itertools.chain.from_iterable(snapshot.slo_class for snapshot in snapshots)),
         )
 
     @property
     def kept_s(self) -> float:
-        """How much of the window `arrival_s` covers."""
+        """Seconds from the window's start that `arrival_s` covers."""
         return self.window_s if len(self.arrival_s) == self.arrivals else self.arrival_s[-1]
 
 
@@ -98,11 +101,11 @@ class _Window:
 
 
 class WorkloadProfile:
-    """Counts requests as they come and go; constant time for each, and `capacity` sampled requests, and as many
-    arrivals, for a window.
+    """Counts arrivals and finished requests in constant time. A window keeps at most `capacity` sampled requests and
+    `capacity` arrivals.
 
-    A window lasts `window_s`, and longer where that is what `min_requests` finished ones need: a window can be judged.
-    Times are monotonic seconds of one clock and never decrease.
+    A window lasts at least `window_s`, and until it has `min_requests` finished requests. Times are monotonic seconds
+    of one clock and never decrease.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class WorkloadProfile:
         self._closed: tuple[_Window, float] | None = None  # with its length in seconds
 
     def arrived(self, now_s: float) -> None:
-        """A request that should be served is here, whether or not there is room for it."""
+        """A valid request has arrived; requests that are refused for load count too."""
         window = self._at(now_s)
         if window.arrivals:
             gap_s = now_s - window.last_arrival_s
@@ -131,7 +134,7 @@ class WorkloadProfile:
             window.arrival_s.append(now_s - window.began_s)
 
     def finished(self, request: ServedRequest, now_s: float) -> None:
-        """A request is over, with an answer."""
+        """A request has ended with a complete response."""
         window = self._at(now_s)
         window.finished += 1
         if len(window.sample) < self._capacity:
@@ -142,7 +145,7 @@ class WorkloadProfile:
                 window.sample[place] = request
 
     def snapshot(self, now_s: float) -> ProfileSnapshot | None:
-        """The last closed window; None before the first one has closed."""
+        """The last closed window; None before the first window has closed."""
         self._at(now_s)
         if self._closed is None:
             return None
@@ -161,7 +164,7 @@ class WorkloadProfile:
         )
 
     def _at(self, now_s: float) -> _Window:
-        """The window that fills at `now_s`."""
+        """The window of `now_s`; closes the previous window if it is complete."""
         window = self._filling
         lasted_s = now_s - window.began_s
         if lasted_s >= self._window_s and window.finished >= self._min_requests:

@@ -1,10 +1,8 @@
-"""Watches the plan of a running cluster, through its router's control port."""
+"""Watches the plan of a running cluster through the control port of its router."""
 
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-
-import grpc
 
 from tandem.core.clock import SystemClock
 from tandem.core.config import ServeConfig
@@ -14,7 +12,7 @@ from tandem.core.plan import Plan
 from tandem.core.replanning import ReplanStatus
 from tandem.core.slo_file import SloFile
 from tandem.core.workload_profile import ProfileSnapshot
-from tandem.deploy.planner_process import PlannerProcess
+from tandem.deploy.planner_process import plan_in_process
 from tandem.deploy.replanner import Replanner
 from tandem.wire.channels import open_channel
 from tandem.wire.fleet import describe_fleet, report_replan
@@ -22,42 +20,36 @@ from tandem.wire.fleet import describe_fleet, report_replan
 _TIMEOUT_S = 2.0
 
 
-class RouterWindow:
-    """What the router knows of its requests, and what it is told of the plan."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._channel = channel
-
-    async def profile(self) -> ProfileSnapshot | None:
-        return (await describe_fleet(self._channel, _TIMEOUT_S, with_profile=True)).profile
-
-    async def publish(self, status: ReplanStatus) -> None:
-        await report_replan(self._channel, status, _TIMEOUT_S)
-
-
-async def watch_plan(plan: Plan, config: ServeConfig, folder: Path, tell: Callable[[str], None]) -> None:
-    """Until cancelled; or until it is clear that there is nothing to compare with, of which it tells. What planning
-    again takes and gives is in `folder`."""
+async def watch_plan(plan: Plan, config: ServeConfig, folder: Path, notify: Callable[[str], None]) -> None:
+    """Runs until cancelled. Returns with a notice if the plan cannot be watched. Replanning writes to `folder`."""
     if plan.slo_file is None:
-        tell("the plan names no SLO file, so nobody can watch whether it still fits its requests")
+        notify(
+            "the plan has no slo_file, so changes of the workload are not detected; make the plan with `tandem plan`"
+        )
         return
     channel = open_channel(config.router.control, config.cluster_token)
+
+    async def read_profile() -> ProfileSnapshot | None:
+        return (await describe_fleet(channel, _TIMEOUT_S, with_profile=True)).profile
+
+    async def publish(status: ReplanStatus) -> None:
+        await report_replan(channel, status, _TIMEOUT_S)
+
     try:
         slo_file = load_config(plan.slo_file, SloFile)
-        router = RouterWindow(channel)
         replanner = await asyncio.to_thread(
             Replanner,
             plan,
             slo_file,
-            router.profile,
-            router.publish,
-            planner=PlannerProcess(),
+            read_profile,
+            publish,
+            run_planner=plan_in_process,
             clock=SystemClock(),
             folder=folder,
-            tell=tell,
+            notify=notify,
         )
         await replanner.run()
     except TandemError as error:
-        tell(f"nobody watches whether the plan still fits its requests: {error.message}")
+        notify(f"changes of the workload are not detected: {error.message}")
     finally:
         await channel.close()

@@ -1,7 +1,7 @@
-"""The planner in a process of its own, for `deploy.replanner`: serving must not notice it.
+"""Runs the planner in a separate process for `deploy.replanner`, so that serving is not delayed.
 
-`tandem serve` starts `python -m deploy.plan_again FOLDER`, which leaves answer.json in the folder. The process ends
-with the task that waits for it, and when whoever started it is gone.
+`tandem serve` starts `python -m tandem.deploy.plan_again FOLDER`, which writes result.json to the folder. The process
+ends with the task that waits for it, and with its parent process.
 """
 
 import asyncio
@@ -15,49 +15,45 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tandem.core.errors import InternalError, UnavailableError
-from tandem.deploy.replanner import ReplanAnswer
+from tandem.deploy.replanner import ReplanResult
 
-_ANSWER = "answer.json"
+_RESULT = "result.json"
 _LOG = "planner.log"
 
 
-class PlannerProcess:
-    """Implements `deploy.replanner.Planner`: one process for each question. `arguments` are Python's, before the
-    folder."""
-
-    def __init__(self, arguments: Sequence[str] = ("-m", "tandem.deploy.plan_again")) -> None:
-        self._arguments = tuple(arguments)
-
-    async def answer(self, folder: Path) -> ReplanAnswer:
-        """Raises UnavailableError when the process fails; its log is in the folder."""
-        log_path = folder / _LOG
-        with log_path.open("wb") as log:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, *self._arguments, str(folder)),
-                stdin=asyncio.subprocess.PIPE,  # never written to: its end tells the process that nobody waits
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # a group for it and what it starts; and Ctrl-C is not for it
-            )
-        try:
-            status = await process.wait()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-        if status != 0:
-            raise UnavailableError(f"the planner ended with status {status}; its log is {log_path}")
-        return read_answer(folder)
-
-
-def write_answer(folder: Path, answer: ReplanAnswer) -> None:
-    (folder / _ANSWER).write_text(json.dumps(asdict(answer)))
-
-
-def read_answer(folder: Path) -> ReplanAnswer:
-    """Raises InternalError if there is none."""
+async def plan_in_process(
+    folder: Path, *, arguments: Sequence[str] = ("-m", "tandem.deploy.plan_again")
+) -> ReplanResult:
+    """A `deploy.replanner.RunPlanner`. `arguments` are Python's, before the folder. Raises UnavailableError when the
+    process fails; its log is in the folder."""
+    log_path = folder / _LOG
+    with log_path.open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, *arguments, str(folder)),
+            stdin=asyncio.subprocess.PIPE,  # never written; its end tells the process that the parent is gone
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a process group for the kill below; no Ctrl-C from the terminal
+        )
     try:
-        fields = json.loads((folder / _ANSWER).read_text())
-        return ReplanAnswer(**(fields | {"changes": tuple(fields["changes"])}))
+        status = await process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    if status != 0:
+        raise UnavailableError(f"the planner ended with status {status}; its log is {log_path}")
+    return _read_result(folder)
+
+
+def write_result(folder: Path, result: ReplanResult) -> None:
+    (folder / _RESULT).write_text(json.dumps(asdict(result)))
+
+
+def _read_result(folder: Path) -> ReplanResult:
+    """Raises InternalError if there is no valid result."""
+    try:
+        fields = json.loads((folder / _RESULT).read_text())
+        return ReplanResult(**(fields | {"changes": tuple(fields["changes"])}))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InternalError(f"the planner left no answer in {folder}") from error
+        raise InternalError(f"the planner wrote no result to {folder}") from error

@@ -1,4 +1,4 @@
-"""The planner's simulations spread over a Ray cluster: a `placement.search.parallel.Mapper` of Ray tasks.
+"""The planner's simulations spread over a Ray cluster: a `placement.search.mapper.Mapper` of Ray tasks.
 
 A cluster's machines need this package in the same version: functions travel by name, their arguments by value.
 """

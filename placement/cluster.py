@@ -1,4 +1,4 @@
-"""The machines of a cluster: which devices stand where, how they are joined, what they cost."""
+"""The machines of a cluster: devices, links and prices."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from tandem.placement.costs.hardware import Device, device
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One machine. Its devices are called `name`:0, `name`:1, ..., as in `core.plan.PlanGroup.devices`."""
+    """One machine. Its devices have the names `name`:0, `name`:1, ..., as in `core.plan.PlanGroup.devices`."""
 
     name: str
     device: Device
@@ -23,91 +23,81 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Nodes are named 0, 1, ... in the order of the SLO file. `calibrations`: what was measured, by type of device."""
+    """Nodes have the names 0, 1, ... in the order of the SLO file. `calibrations` are by type of device."""
 
     nodes: tuple[Node, ...]
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
 
     @classmethod
     def of(cls, section: ClusterSection) -> "Cluster":
-        """Reads the calibrations that the section names. Raises ConfigError for one that cannot be read, for a device
-        that is not in the catalogue or differs between two sections, and for nodes without a known link."""
+        """Reads the calibrations of the section. Raises ConfigError for a calibration that cannot be read, for a device
+        that is not in the catalogue or differs between two entries, and for several nodes without a known NIC."""
         nodes: list[Node] = []
         known: dict[str, tuple[Device, Path | None]] = {}
-        for index, described in enumerate(section.nodes):
-            found = _device_of(described)
-            if known.setdefault(found.name, (found, described.calibration)) != (found, described.calibration):
+        for index, entry in enumerate(section.nodes):
+            described = _device_of(entry), entry.calibration
+            kind = described[0]
+            if known.setdefault(kind.name, described) != described:
                 raise ConfigError(
-                    f"cluster.nodes.{index}: {found.name} has another price, other links or another calibration than "
-                    "before; devices of one name must be alike"
+                    f"cluster.nodes.{index}: {kind.name} differs from an earlier entry in price, links or calibration; "
+                    "give all nodes of one device the same settings"
                 )
-            nodes += [Node(str(len(nodes) + i), found, described.devices) for i in range(described.count)]
+            nodes += [Node(str(len(nodes) + i), kind, entry.devices) for i in range(entry.count)]
         unlinked = next((node for node in nodes if not node.device.nic_bytes_per_s), None)
         if unlinked is not None and len(nodes) > 1:
-            raise ConfigError(
-                f"how fast {unlinked.device.name} reaches other nodes is not known; set nic_gbits_per_s of its nodes"
-            )
+            raise ConfigError(f"the NIC speed of {unlinked.device.name} is unknown; set nic_gbits_per_s of its nodes")
         measured = {name: load_calibration(path) for name, (_, path) in known.items() if path is not None}
         return cls(tuple(nodes), measured)
 
     @property
-    def num_devices(self) -> int:
-        return sum(node.num_devices for node in self.nodes)
-
-    @property
     def devices(self) -> Mapping[str, Device]:
-        """Each type of device by its name in the catalogue, with the links and the price that it has here."""
+        """Types of device by name in the catalogue, with the links and prices of this cluster."""
         return MappingProxyType({node.device.name: node.device for node in self.nodes})
 
     @property
     def devices_per_node(self) -> Mapping[str, int]:
-        """By type: how many the largest node has."""
+        """Devices in the largest node, by type."""
         largest: dict[str, int] = {}
         for node in self.nodes:
             largest[node.device.name] = max(largest.get(node.device.name, 0), node.num_devices)
         return MappingProxyType(largest)
 
-    def count(self, device_name: str) -> int:
-        """Devices of that type."""
-        return sum(node.num_devices for node in self.nodes if node.device.name == device_name)
-
     def price_per_hour(self, used: Mapping[str, int]) -> float | None:
-        """USD of so many devices of each type; None if one of them has no price."""
-        prices = [(self.devices[name].price_per_hour, count) for name, count in used.items() if count]
+        """USD of `used` devices of each type; None if a device has no known price."""
         total = 0.0
-        for price, count in prices:
-            if price is None:
+        for name, count in used.items():
+            price = self.devices[name].price_per_hour
+            if price is None and count:
                 return None
-            total += price * count
+            total += (price or 0.0) * count
         return total
 
     @property
     def has_slow_links(self) -> bool:
-        """Whether KV between nodes is an order of magnitude slower than inside one: then a plan does better if KV
-        stays inside (low node affinity)."""
+        """Whether links between nodes are at least 10 times slower than links inside a node: then KV should stay inside
+        a node (low node affinity)."""
         if len(self.nodes) == 1:
             return False
         return any(device.nic_bytes_per_s * 10 < device.peer_bytes_per_s for device in self.devices.values())
 
 
 def peer_bytes_per_s(device: Device) -> float:
-    """To another device of its node, as measured on the architecture: a share of the peak."""
+    """Measured bandwidth to another device of the same node."""
     return device.peer_bytes_per_s * efficiency(device.family).link.bandwidth
 
 
 def nic_bytes_per_s(device: Device) -> float:
-    """To another node. NICs are taken to reach the same share of their peak; infinite if unknown, where no other node
-    is."""
-    reached = device.nic_bytes_per_s * efficiency(device.family).link.bandwidth
-    return reached or float("inf")
+    """Bandwidth to another node, at the same share of the peak as links inside a node. Infinite if the NIC is unknown:
+    a cluster of one node does not use it."""
+    return device.nic_bytes_per_s * efficiency(device.family).link.bandwidth or float("inf")
 
 
 def _device_of(section: NodeSection) -> Device:
-    found = device(section.device)
+    kind = device(section.device)
     if section.price_per_device_hour is not None:
-        found = replace(found, price_per_hour=section.price_per_device_hour, price_note="as given")
+        kind = replace(kind, price_per_hour=section.price_per_device_hour)
     if section.nvlink_gbytes_per_s is not None:
-        found = replace(found, nvlink_bytes_per_s=section.nvlink_gbytes_per_s * 1e9)
+        kind = replace(kind, nvlink_bytes_per_s=section.nvlink_gbytes_per_s * 1e9)
     if section.nic_gbits_per_s is not None:
-        found = replace(found, nic_bytes_per_s=section.nic_gbits_per_s * 1e9 / 8)
-    return found
+        kind = replace(kind, nic_bytes_per_s=section.nic_gbits_per_s * 1e9 / 8)
+    return kind

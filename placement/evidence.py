@@ -1,8 +1,7 @@
-"""What a plan rests on: everything that the report draws, as plain values in stated units.
+"""The evidence for a plan: all values that the report shows.
 
-The planner fills these, the report only draws them; nothing here is computed from anything else here, except where a
-property says so. Seconds, requests per second, tokens, shares of 1; rates and goodput are of the whole plan unless the
-name says per device.
+The planner fills these values, the report only shows them. Units: seconds, requests per second, tokens, shares of 1.
+Rates and goodput are of the whole plan unless the name says per device.
 """
 
 import math
@@ -17,11 +16,9 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A configuration that was looked at. `goodput` None: it was ruled out without simulation (too little memory, say).
-
-    `reason` is why it lost, in a few words; empty for the chosen one.
-    """
+class PlanCandidate:
+    """An evaluated configuration. `goodput` is None without simulation (e.g. too little memory). `reason`: why the
+    configuration was rejected; empty for the chosen one."""
 
     description: str  # e.g. "2 x prefill tp2 + 3 x decode tp1 on H100"
     layout: Layout
@@ -39,7 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class AttainmentPoint:
-    """Shares of a class's requests at one rate: those that meet both targets (with its 95 % interval), and each."""
+    """Shares of a class's requests at one rate that meet both targets (with its 95 % interval), TTFT, and TPOT."""
 
     rate: float
     both: float
@@ -49,9 +46,9 @@ class AttainmentPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class AttainmentCurve:
-    """The chosen plan, judged at rising rates; `points` ascend in rate. `knee_rate` is the highest rate at which this
-    class still keeps its attainment, None if it does so at no rate."""
+class ClassAttainment:
+    """Attainment of one class against rate; `points` ascend in rate. `knee_rate` is the highest simulated rate with the
+    required attainment, None if there is none."""
 
     slo: SloClass
     points: tuple[AttainmentPoint, ...]
@@ -60,8 +57,8 @@ class AttainmentCurve:
 
 @dataclass(frozen=True, slots=True)
 class LatencySample:
-    """Latencies of one class at the rate that the plan was judged at, warm-up left out. In any order; some thousand
-    are enough. Requests without a first token, or with one token only, are absent from a list."""
+    """Latencies of one class at the plan's rate in steady state, a few thousand in any order. Requests without a first
+    token have no TTFT, requests with one token no TPOT."""
 
     slo: SloClass
     ttft_s: tuple[float, ...]
@@ -70,27 +67,27 @@ class LatencySample:
 
 @dataclass(frozen=True, slots=True)
 class PhaseBound:
-    """What the instances of one role did with their time, at the rate that the plan was judged at, all together."""
+    """The step time of a group or role by cause, at the plan's rate, summed over its instances."""
 
     role: str  # prefill, decode or colocated
     label: str  # e.g. "prefill, 2 x H100 tp2"
-    cost_terms_s: tuple[tuple[str, float], ...]  # seconds in steps by cause, names of StepCost.terms
-    utilisation: float  # share of time in which a step ran
+    cost_terms_s: tuple[tuple[str, float], ...]  # seconds by name of StepCost.terms
+    utilisation: float  # share of time with a step in progress
     kv_peak: float  # largest share of the KV pool in use
     tokens_per_step: float  # mean; prompt tokens for prefill, sequences for decode
 
     @property
     def bound(self) -> str:
-        """The largest term's name, without its unit; 'nothing' when there were no steps."""
+        """The name of the largest term without its unit; 'nothing' without steps."""
         name, time_s = max(self.cost_terms_s, key=lambda term: term[1], default=("nothing", 0.0))
         return name.removesuffix("_s") if time_s > 0 else "nothing"
 
 
 @dataclass(frozen=True, slots=True)
 class SensitivityPoint:
-    """The chosen plan under a changed question: `axis` times `factor`, all else as asked.
+    """The plan for a changed SLO file: `axis` times `factor`.
 
-    `goodput` of the same plan there; `attainment` at the plan's rate, of the class that has least to spare.
+    `goodput` of the plan; `attainment` at the plan's rate, of the class with the smallest margin.
     """
 
     axis: Literal["rate", "prompt_tokens", "output_tokens", "ttft_target", "tpot_target"]
@@ -101,11 +98,11 @@ class SensitivityPoint:
 
 @dataclass(frozen=True, slots=True)
 class ErrorBudget:
-    """By how much the plan may be wrong.
+    """The error of the prediction.
 
-    `model_error` is relative, of a step's time, NaN where nobody measured it. `goodput_if_slower` and `_faster`: every
-    step's time times 1 + and 1 - that error. `transient_goodput` is what the first few hundred requests from an empty
-    start would have claimed.
+    `model_error` is the relative error of step times, NaN if unknown. `goodput_if_slower` and `_faster`: with all step
+    times multiplied by 1 + and 1 - `model_error`. `transient_goodput`: of the first few hundred requests from an empty
+    start.
     """
 
     model_error: float
@@ -115,7 +112,7 @@ class ErrorBudget:
     requests_per_simulation: int = 0
     warm_up_requests: int = 0
     simulations: int = 0
-    notes: tuple[str, ...] = ()  # sentences: what was not modelled, or taken from a catalogue
+    notes: tuple[str, ...] = ()  # sentences about limits of the prediction
 
     @property
     def model_error_is_known(self) -> bool:
@@ -124,19 +121,19 @@ class ErrorBudget:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSummary:
-    """The requests that the plan was judged on. Samples of lengths, some thousand at most, in any order."""
+    """The requests of the simulations. Samples of lengths, at most a few thousand, in any order."""
 
     source: str  # e.g. "data set sharegpt, Poisson arrivals"
     num_requests: int
     prompt_tokens: tuple[int, ...]
-    output_tokens: tuple[int, ...]  # the first one included
+    output_tokens: tuple[int, ...]  # the first token included
     arrival_cv: float = 1.0  # coefficient of variation of the times between arrivals
     shared_prefix_share: float = 0.0  # of all prompt tokens
 
 
 @dataclass(frozen=True, slots=True)
 class NodeSummary:
-    """One machine. Its devices are called name:0, name:1, ..., as in `PlanGroup.devices`."""
+    """One machine. Its devices have the names name:0, name:1, ..., as in `PlanGroup.devices`."""
 
     name: str
     device: str
@@ -145,9 +142,9 @@ class NodeSummary:
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
-    """What to run to get the same answer."""
+    """The input for the same plan."""
 
-    slo_text: str  # the SLO file as read, overrides applied
+    slo_text: str  # the SLO file with overrides applied
     version: str
     seed: int
     cost_source: str  # e.g. "roofline", "calibration laptop.yaml", "DistServe's published coefficients"
@@ -156,11 +153,11 @@ class Reproduction:
 
 @dataclass(frozen=True, slots=True)
 class PlanEvidence:
-    """`candidates` in falling goodput per device, ruled-out ones last. `nearest`: for an infeasible question, a
-    sentence with the targets that the best candidate does reach."""
+    """`candidates` in falling goodput per device, without simulation last. `nearest`: for an infeasible SLO file, a
+    sentence with the nearest feasible targets."""
 
-    candidates: tuple[Candidate, ...]
-    curves: tuple[AttainmentCurve, ...]  # one per class
+    candidates: tuple[PlanCandidate, ...]
+    attainments: tuple[ClassAttainment, ...]  # one per class
     latencies: tuple[LatencySample, ...]  # one per class
     bounds: tuple[PhaseBound, ...]
     sensitivity: tuple[SensitivityPoint, ...]
@@ -173,7 +170,7 @@ class PlanEvidence:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The planner's answer, and why."""
+    """A plan with its evidence."""
 
     plan: Plan
     evidence: PlanEvidence
@@ -181,7 +178,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class RunDescription:
-    """What a page says of a run beside its numbers. `inputs` are (name, text) of the files it was made from."""
+    """The texts of a run's report. `inputs` are (name, text) of the run's input files."""
 
     title: str  # e.g. "Simulation of plan.yaml"
     workload: str  # e.g. "data set sharegpt, Poisson arrivals, 12 req/s"
@@ -189,4 +186,4 @@ class RunDescription:
     command: str = ""
     seed: int | None = None
     inputs: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()  # sentences: what to keep in mind with these numbers
+    notes: tuple[str, ...] = ()  # sentences about the validity of the numbers

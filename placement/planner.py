@@ -1,10 +1,9 @@
-"""From an SLO file to a plan and the evidence for it.
+"""From an SLO file to a plan and its evidence.
 
-The search (`placement.search`) finds the fleet; `placement.explanation` simulates it at rates around its goodput for
-the figures that the plan states, and says how far they can be trusted.
+The search (`placement.search`) finds the deployment. `placement.explanation` simulates it at rates around its goodput,
+for the figures of the plan and their error.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,68 +13,66 @@ from tandem.placement.costs.cost_source import CostSource
 from tandem.placement.costs.models import model_shape
 from tandem.placement.costs.sources import cost_source_of
 from tandem.placement.evidence import Planned
-from tandem.placement.explanation import explained, unanswered
-from tandem.placement.search.best_first import Found, Looked, find_best
+from tandem.placement.explanation import explain, explain_infeasible
+from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress, SearchResult, find_best
 from tandem.placement.search.cheapest import find_cheapest
-from tandem.placement.search.nearest import nearest_question
-from tandem.placement.search.parallel import Mapper, local_mapper
+from tandem.placement.search.mapper import Mapper, local_mapper
+from tandem.placement.search.nearest_feasible import nearest_feasible
 from tandem.placement.search.problem import Problem, without_cached
-from tandem.placement.search.space import Space, survey
+from tandem.placement.search.space import SearchSpace, search_space
 from tandem.placement.search.trim import trimmed
 from tandem.placement.workload.streams import make_stream
 
-Progress = Callable[[float, str], None]
-
-_SPARE_REQUESTS = 8  # times those asked for, where a run needs more to be long enough
-_SEARCH_SHARE = 0.6  # of the time, about
+_SPARE_REQUESTS = 8  # ratio to `search.requests`, for runs that need more requests for a steady state
+_SEARCH_SHARE = 0.6  # approximate share of the search in the planner's time
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a search came to. `looked` None: nothing serves within the targets. `met`: it answers the question as asked,
-    not the nearest one that has an answer."""
+class PlanResult:
+    """The result of `search`. `chosen` is None if no deployment can be planned. `met`: `chosen` solves the original
+    problem; otherwise it solves the problem of `space`, which has the nearest feasible targets or rate."""
 
-    space: Space
-    found: Found
-    looked: Looked | None
+    space: SearchSpace
+    search: SearchResult
+    chosen: EvaluatedDeployment | None
     met: bool
 
 
 def plan(
     slo_file: SloFile,
     *,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
     workers: int = 0,
     mapper: Mapper | None = None,
     source: CostSource | None = None,
 ) -> Planned:
-    """The best plan for the question, or an infeasible one with the nearest question that has an answer.
+    """The best plan for the SLO file, or an infeasible plan with the nearest feasible targets.
 
-    `progress` is told the share that is done and what is being done. `workers` processes help, 0: one per core;
-    `mapper` spreads the work elsewhere instead, a Ray cluster say. `source` replaces the file's costs. Deterministic,
-    whoever helps. Raises ConfigError for what is wrong in the file.
+    `workers`: number of processes, 0 for one per core. `mapper` executes the work elsewhere, e.g. on a Ray cluster.
+    `source` replaces the costs of the SLO file. Deterministic for any number of workers. Raises ConfigError for
+    mistakes in the SLO file.
     """
     report = progress or _silent
     problem = problem_of(slo_file, source)
     with nullcontext(mapper) if mapper is not None else local_mapper(workers) as spread:
-        answer = search(problem, spread, lambda share, text: report(_SEARCH_SHARE * share, text))
-        if answer.looked is None:
-            return unanswered(slo_file, answer.space)
-        planned = explained(
+        result = search(problem, spread, lambda share, text: report(_SEARCH_SHARE * share, text))
+        if result.chosen is None:
+            return explain_infeasible(slo_file, result.space)
+        planned = explain(
             slo_file,
-            answer.space,
-            answer.found,
-            answer.looked,
+            result.space,
+            result.search,
+            result.chosen,
             spread,
             lambda share, text: report(_SEARCH_SHARE + (1 - _SEARCH_SHARE) * share, text),
-            met=answer.met,
+            met=result.met,
         )
     report(1.0, "done")
     return planned
 
 
 def problem_of(slo_file: SloFile, source: CostSource | None = None) -> Problem:
-    """What the search needs of the file, with its requests drawn. Raises ConfigError."""
+    """The problem of an SLO file, with generated requests. Raises ConfigError."""
     model = model_shape(slo_file.model)
     section, workload = slo_file.search, slo_file.workload
     requests = make_stream(
@@ -94,24 +91,24 @@ def problem_of(slo_file: SloFile, source: CostSource | None = None) -> Problem:
     )
 
 
-def search(problem: Problem, mapper: Mapper, report: Progress) -> Answer:
-    """The fleet that answers; or, where none does, the one that answers the nearest question."""
-    space = survey(problem, mapper)
+def search(problem: Problem, mapper: Mapper, report: ReportProgress) -> PlanResult:
+    """The deployment for the problem; if there is none, the deployment for the nearest feasible targets."""
+    space = search_space(problem, mapper)
     if problem.cheapest:
-        found = find_cheapest(space, mapper, report)
-        if found.best is not None:
-            return Answer(space, found, found.best, met=True)
-    found = find_best(space, mapper, report)
-    if found.best is not None:
-        # Of the cheapest not every sort of fleet is tried; here one may serve the rate all the same.
-        met = not problem.cheapest or problem.rate is None or (found.best.goodput or 0.0) >= problem.rate
-        return Answer(space, found, trimmed(space, found.best), met=met)
-    nearest = nearest_question(problem)
-    if nearest is None:
-        return Answer(space, found, None, met=False)
-    space = survey(nearest, mapper)
-    found = find_best(space, mapper, report)
-    return Answer(space, found, found.best, met=False)
+        result = find_cheapest(space, mapper, report)
+        if result.best is not None:
+            return PlanResult(space, result, result.best, met=True)
+    result = find_best(space, mapper, report)
+    if result.best is not None:
+        # `find_cheapest` does not enumerate all deployments; one of `find_best` may serve the rate.
+        met = not problem.cheapest or problem.rate is None or (result.best.goodput or 0.0) >= problem.rate
+        return PlanResult(space, result, trimmed(space, result.best), met=met)
+    feasible = nearest_feasible(problem)
+    if feasible is None:
+        return PlanResult(space, result, None, met=False)
+    space = search_space(feasible, mapper)
+    result = find_best(space, mapper, report)
+    return PlanResult(space, result, result.best, met=False)
 
 
 def _silent(share: float, text: str) -> None:

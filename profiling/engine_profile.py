@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from tandem.core.config import EngineSection
-from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.request import SamplingParams
 from tandem.engine.engine import Engine
 from tandem.engine.step import SampleRequest, SequenceSlice
@@ -49,7 +49,7 @@ class ProfileCell:
         return StepLoad(
             prefill_tokens=sum(sequence.num_tokens for sequence in self.prompts),
             prefill_sequences=len(self.prompts),
-            prefill_pairs=sum(pairs(sequence.start, sequence.num_tokens) for sequence in self.prompts),
+            prefill_pairs=sum(attention_pairs(sequence.start, sequence.num_tokens) for sequence in self.prompts),
             prefill_kv_tokens=sum(sequence.start + sequence.num_tokens for sequence in self.prompts),
             decode_sequences=len(self.decodes),
             decode_kv_tokens=sum(sequence.start + 1 for sequence in self.decodes),

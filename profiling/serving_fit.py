@@ -142,7 +142,7 @@ def _expected_steps_until(cost: CalibratedCost, requests: Sequence[RequestSample
     times_s = times_s[order]
     batch = np.cumsum(np.concatenate((ones, -ones))[order])[:-1]
     kv_tokens = np.cumsum(np.concatenate((kv_tokens, -kv_tokens))[order])[:-1]
-    base_s, per_token_s = np.array([cost.decode_line(int(n)) if n > 0 else (np.inf, 0.0) for n in batch]).T
+    base_s, per_token_s = np.array([cost.decode_coefficients(int(n)) if n > 0 else (np.inf, 0.0) for n in batch]).T
     read_s = kv_tokens * per_token_s
     steps = np.diff(times_s) / (base_s + read_s)
     return times_s, _cumulative(steps), _cumulative(steps * read_s)

@@ -82,7 +82,7 @@ class DistServeCost:
             interval_s=interval,
         )
 
-    def decode_line(self, sequences: int) -> tuple[float, float]:
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
         base, per_kv_token = self._decode_terms(sequences)
         ray_base, ray_per_token = (_RAY_S * min(self.pp, sequences), _RAY_PER_TOKEN_S) if self.ray_overhead else (0, 0)
         return base + ray_base, per_kv_token + ray_per_token

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.cost_model.samples import OperatorSample, device_of, is_held_out, read_rows, served_model
-from tandem.core.cost_model import pairs
+from tandem.core.cost_model import attention_pairs
 from tandem.placement.costs.efficiency import Efficiency
 from tandem.placement.costs.hardware import Device
-from tandem.placement.costs.operators import decode_attention_line, mixed_attention_s, prefill_attention_s
+from tandem.placement.costs.operators import decode_attention_coefficients, mixed_attention_s, prefill_attention_s
 
 _HEAD_BYTES = 512.0  # of a token's K and V for one KV head of 128 numbers
 _MIN_PROMPT_TOKENS = 512  # with fewer, attention is pure latency, and small against the linear layers
@@ -48,7 +48,7 @@ def _prompts(
     source: str, system: str, heads: int, kv_heads: int, sequences: int, tokens: int, history: int, seconds: float
 ) -> OperatorSample:
     device = device_of(system)
-    num_pairs = sequences * pairs(history, tokens)
+    num_pairs = sequences * attention_pairs(history, tokens)
     num_bytes = 2.0 * sequences * 128 * (2 * heads * tokens + 2 * kv_heads * (history + tokens))
     return OperatorSample(
         "prefill_attention",
@@ -93,7 +93,7 @@ def _fits_cache(device: Device, kv_heads: int, sequences: int, tokens: int) -> b
 
 def _decode(device: Device, heads: int, kv_heads: int, sequences: int, tokens: int) -> Callable[[Efficiency], float]:
     def predict(to: Efficiency) -> float:
-        fixed_s, per_token_s = decode_attention_line(
+        fixed_s, per_token_s = decode_attention_coefficients(
             sequences, kv_heads, kv_heads, _HEAD_BYTES * kv_heads, 512.0 * heads, device, to.decode_attention
         )
         return fixed_s + sequences * tokens * per_token_s
@@ -122,7 +122,7 @@ def _mixed(
     def predict(to: Efficiency) -> float:
         assert to.mixed_attention is not None
         return mixed_attention_s(
-            pairs(history, chunk),
+            attention_pairs(history, chunk),
             history + chunk,
             sequences,
             sequences * tokens,
@@ -158,14 +158,16 @@ def _latent_attention(folder: Path) -> Iterator[OperatorSample]:
 
 
 def _latent_prompts(device: Device, sequences: int, tokens: int, heads: int) -> Callable[[Efficiency], float]:
-    num_pairs, num_bytes = sequences * pairs(0, tokens), 4.0 * sequences * tokens * heads * (192 + 128)
+    num_pairs, num_bytes = sequences * attention_pairs(0, tokens), 4.0 * sequences * tokens * heads * (192 + 128)
     return lambda to: prefill_attention_s(num_pairs, num_bytes, sequences, heads, 160, device, to.latent_prefill)
 
 
 def _latent_decode(device: Device, sequences: int, tokens: int, heads: int) -> Callable[[Efficiency], float]:
     def predict(to: Efficiency) -> float:
         flops = 2.0 * heads * (2 * 512 + 64)
-        fixed_s, per_token_s = decode_attention_line(sequences, 1, heads, 1152.0, flops, device, to.latent_decode)
+        fixed_s, per_token_s = decode_attention_coefficients(
+            sequences, 1, heads, 1152.0, flops, device, to.latent_decode
+        )
         return fixed_s + sequences * tokens * per_token_s
 
     return predict

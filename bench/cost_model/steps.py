@@ -15,7 +15,7 @@ from scipy.optimize import least_squares
 
 from bench.cost_model.operator_tables import layer_times
 from bench.cost_model.samples import is_held_out, read_rows, served_model
-from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.model_shape import ModelShape
 from tandem.core.parallel import ParallelShape
 from tandem.placement.costs.efficiency import Efficiency, EngineOverhead
@@ -106,7 +106,7 @@ def _chunk(start: int, num_tokens: int) -> StepLoad:
     return StepLoad(
         prefill_tokens=num_tokens,
         prefill_sequences=1,
-        prefill_pairs=pairs(start, num_tokens),
+        prefill_pairs=attention_pairs(start, num_tokens),
         prefill_kv_tokens=start + num_tokens,
         sampled=1,
     )
@@ -137,7 +137,7 @@ def _llmservingsim(folder: Path) -> Iterator[StepSample]:
         load = StepLoad(
             prefill_tokens=chunk,
             prefill_sequences=int(chunk > 0),
-            prefill_pairs=pairs(int(row["kv_prefill"]), chunk),
+            prefill_pairs=attention_pairs(int(row["kv_prefill"]), chunk),
             prefill_kv_tokens=chunk and int(row["kv_prefill"]) + chunk,
             decode_sequences=decode,
             decode_kv_tokens=decode * int(row["kv_decode"]),

@@ -36,7 +36,7 @@ from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError, TandemError
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import SloFile
-from tandem.placement.judging.summary import render_text, summarise
+from tandem.placement.evaluation.summary import render_text, summarise
 from tandem.placement.workload.requests import RequestStream
 from tandem.profiling.completion_client import CompletionClient, ServerGoneError
 from tandem.profiling.errors import MeasurementError

@@ -8,7 +8,8 @@ import numpy as np
 from tandem.core.errors import ConfigError
 from tandem.core.slo_file import SloFile, WorkloadSection
 from tandem.placement.workload.requests import RequestStream
-from tandem.placement.workload.streams import load_trace, make_stream
+from tandem.placement.workload.streams import make_stream
+from tandem.placement.workload.traces import load_trace
 from tandem.profiling.serving_profile import FIRST_TOKEN_ID, LAST_TOKEN_ID
 
 

@@ -33,14 +33,14 @@ from tandem.core.slo import SloClass
 from tandem.core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection
 from tandem.core.text_table import text_table
 from tandem.placement.costs.cost_source import CostSource
-from tandem.placement.planner import Answer, problem_of, search
-from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.planner import PlanResult, problem_of, search
+from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
+from tandem.placement.search.chosen_deployment import measure_goodput
 from tandem.placement.search.kinds import phase_kind
-from tandem.placement.search.parallel import Mapper, local_mapper
+from tandem.placement.search.mapper import Mapper, local_mapper
 from tandem.placement.search.predict import Predictor
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.trial import trial_of
-from tandem.placement.search.verdict import verdict_on
+from tandem.placement.search.trial import scaled_down
 
 PARTS = ("distserve", "gpus", "requests", "rate")
 _AIM = 100  # times faster than DistServe's search
@@ -77,10 +77,10 @@ DISTSERVE_PROBLEMS = (
 
 
 @dataclass(frozen=True, slots=True)
-class FleetGoodput:
+class DeploymentGoodput:
     """`goodput` and its interval are per device."""
 
-    fleet: str
+    deployment: str
     devices: int
     goodput: float
     goodput_ci: tuple[float, float]
@@ -92,11 +92,10 @@ class SearchRow:
 
     problem: str
     search_s: float
-    fleets: int
     simulations: int
-    found: FleetGoodput | None
+    found: DeploymentGoodput | None
     distserve_search_s: float | None = None
-    distserve_found: FleetGoodput | None = None
+    distserve_found: DeploymentGoodput | None = None
 
 
 def _slo_file(
@@ -122,40 +121,42 @@ def _slo_file(
 
 def _search(
     name: str, slo_file: SloFile, source: CostSource | None, mapper: Mapper
-) -> tuple[SearchRow, Answer, Problem]:
+) -> tuple[SearchRow, PlanResult, Problem]:
     def print_progress(share: float, text: str) -> None:
         print(f"\r{name}: {time.monotonic() - began_s:6.1f} s, {text[:90]:90}", end="", file=sys.stderr, flush=True)
 
     began_s = time.monotonic()
     problem = problem_of(slo_file, source)
-    answer = search(problem, mapper, print_progress)
-    row = SearchRow(name, time.monotonic() - began_s, answer.found.num_fleets, answer.found.num_simulations, None)
+    result = search(problem, mapper, print_progress)
+    row = SearchRow(name, time.monotonic() - began_s, result.search.num_simulations, None)
     print(file=sys.stderr)
-    return row, answer, problem
+    return row, result, problem
 
 
-def _evaluate(problem: Problem, fleet: Fleet, predictor: Predictor, mapper: Mapper) -> FleetGoodput:
-    """Of the whole fleet if it is small, else of a small fleet with the same proportions."""
-    trial = trial_of(fleet)
-    scale = predictor.goodput(fleet) / predictor.goodput(trial)
-    verdict = verdict_on(problem, trial, predictor.goodput(trial), mapper, apart=trial != fleet)
-    per_device = scale / fleet.num_devices
-    low, high = verdict.goodput_ci
-    return FleetGoodput(
-        str(fleet), fleet.num_devices, verdict.goodput * per_device, (low * per_device, high * per_device)
+def _evaluate(
+    problem: Problem, deployment: CandidateDeployment, predictor: Predictor, mapper: Mapper
+) -> DeploymentGoodput:
+    """Of the whole deployment if it is small, else of a small one with the same proportions."""
+    trial = scaled_down(deployment)
+    scale = predictor.goodput(deployment) / predictor.goodput(trial)
+    measured = measure_goodput(problem, trial, predictor.goodput(trial), mapper, separate_nodes=trial != deployment)
+    per_device = scale / deployment.num_devices
+    low, high = measured.goodput_ci
+    return DeploymentGoodput(
+        str(deployment), deployment.num_devices, measured.goodput * per_device, (low * per_device, high * per_device)
     )
 
 
-def _distserve_fleet(known: DistServeProblem, problem: Problem) -> Fleet:
+def _distserve_deployment(known: DistServeProblem, problem: Problem) -> CandidateDeployment:
     cross, *shape = known.config
-    pools = []
+    groups = []
     roles: tuple[RoleName, RoleName] = ("prefill", "decode")
     for role, (tp, pp) in zip(roles, (shape[:2], shape[2:]), strict=True):
         parallel = ParallelShape(tp, pp * cross)
         cost, tokens = problem.source.cost_model(DEVICE, parallel), problem.source.kv_tokens(DEVICE, parallel)
         assert cost is not None
-        pools.append(Pool(phase_kind(role, DEVICE, parallel, cost, tokens, problem.computed), 1))
-    return Fleet(tuple(pools), units=1, span=cross)
+        groups.append(InstanceGroup(phase_kind(role, DEVICE, parallel, cost, tokens, problem.computed), 1))
+    return CandidateDeployment(tuple(groups), units=1, span=cross)
 
 
 def _distserve(mapper: Mapper) -> list[SearchRow]:
@@ -163,16 +164,17 @@ def _distserve(mapper: Mapper) -> list[SearchRow]:
     for known in DISTSERVE_PROBLEMS:
         slo = SloClass(ttft_s=known.ttft_s, tpot_s=known.tpot_s)
         slo_file = _slo_file(known.model, DEVICE, known.nodes, known.devices, slo, affinity="low")
-        row, answer, problem = _search(known.name, slo_file, DistServeSource(known.model), mapper)
-        assert answer.looked is not None
-        ours = _evaluate(problem, answer.looked.fleet, answer.space.predictor, mapper)
-        fleet = _distserve_fleet(known, problem)
-        verdict = verdict_on(problem, fleet, ours.goodput * fleet.num_devices, mapper, apart=False)
-        low, high = (end / fleet.num_devices for end in verdict.goodput_ci)
-        distserve_found = FleetGoodput(str(fleet), fleet.num_devices, verdict.goodput / fleet.num_devices, (low, high))
-        rows.append(
-            SearchRow(row.problem, row.search_s, row.fleets, row.simulations, ours, known.search_s, distserve_found)
+        row, result, problem = _search(known.name, slo_file, DistServeSource(known.model), mapper)
+        assert result.chosen is not None
+        ours = _evaluate(problem, result.chosen.deployment, result.space.predictor, mapper)
+        deployment = _distserve_deployment(known, problem)
+        guess = ours.goodput * deployment.num_devices
+        measured = measure_goodput(problem, deployment, guess, mapper, separate_nodes=False)
+        low, high = (end / deployment.num_devices for end in measured.goodput_ci)
+        distserve_found = DeploymentGoodput(
+            str(deployment), deployment.num_devices, measured.goodput / deployment.num_devices, (low, high)
         )
+        rows.append(SearchRow(row.problem, row.search_s, row.simulations, ours, known.search_s, distserve_found))
     return rows
 
 
@@ -191,9 +193,7 @@ def _growth(part: str, mapper: Mapper) -> list[SearchRow]:
 
 
 def _table(rows: Sequence[SearchRow]) -> list[str]:
-    cells = [
-        ["PROBLEM", "SEARCH", "DISTSERVE'S", "TIMES", "FLEETS", "SIMULATIONS", "GOODPUT/GPU", "OF DISTSERVE'S PLAN"]
-    ]
+    cells = [["PROBLEM", "SEARCH", "DISTSERVE'S", "TIMES", "SIMULATIONS", "GOODPUT/GPU", "OF DISTSERVE'S PLAN"]]
     for row in rows:
         distserve_s, times = row.distserve_search_s, ""
         if distserve_s is not None:
@@ -204,7 +204,6 @@ def _table(rows: Sequence[SearchRow]) -> list[str]:
                 f"{row.search_s:.1f} s",
                 "" if distserve_s is None else f"{distserve_s:g} s",
                 times,
-                f"{row.fleets:,}",
                 str(row.simulations),
                 _goodput(row.found),
                 _goodput(row.distserve_found),
@@ -213,7 +212,7 @@ def _table(rows: Sequence[SearchRow]) -> list[str]:
     return text_table(cells)
 
 
-def _goodput(found: FleetGoodput | None) -> str:
+def _goodput(found: DeploymentGoodput | None) -> str:
     if found is None:
         return ""
     low, high = found.goodput_ci
@@ -237,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row in rows:
                 for searcher, found in (("Tandem", row.found), ("DistServe", row.distserve_found)):
                     if found is not None:
-                        print(f"  {row.problem}, {searcher}: {found.fleet}")
+                        print(f"  {row.problem}, {searcher}: {found.deployment}")
     print(json.dumps(everything))
 
 

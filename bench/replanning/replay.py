@@ -12,14 +12,14 @@ from tandem.core.plan import Plan
 from tandem.core.replanning import DriftState, ReplanStatus
 from tandem.core.slo_file import SloFile
 from tandem.core.workload_profile import ProfileSnapshot, ServedRequest, WorkloadProfile
-from tandem.deploy.replanner import Planner, Replanner
+from tandem.deploy.replanner import Replanner, RunPlanner
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.streams import make_stream
 from tandem.placement.workload.traces import load_trace
 
 WINDOW_S = 300.0
 KINDS = ("conv", "code")  # the plan is made for the first kind of traffic
-_LOOK_S = 30.0
+_POLL_S = 30.0
 
 SLO_FILE = SloFile.model_validate(
     {
@@ -95,7 +95,7 @@ def traffic(
 class Replay:
     """One case: the router's profile, and a replanner that watches it."""
 
-    def __init__(self, plan: Plan, planner: Planner, folder: Path) -> None:
+    def __init__(self, plan: Plan, planner: RunPlanner, folder: Path) -> None:
         self.outcome = ReplayOutcome()
         self._clock = ManualClock()
         self._profile = WorkloadProfile(window_s=WINDOW_S, random=Random(0), now_s=0.0)
@@ -104,30 +104,30 @@ class Replay:
         self._was_drifted = False
         self._phase_began_s = 0.0
         self._replanner = Replanner(
-            plan, SLO_FILE, self._snapshot, self._publish, planner=planner, clock=self._clock, folder=folder
+            plan, SLO_FILE, self._snapshot, self._publish, run_planner=planner, clock=self._clock, folder=folder
         )
 
     async def run(self, requests: Iterator[tuple[float, str, int, int]]) -> ReplayOutcome:
         """A request counts as finished when it arrives: its seconds are short compared with a window."""
-        look_s, last_kind = _LOOK_S, ""
+        poll_s, last_kind = _POLL_S, ""
         for at_s, kind, prompt_tokens, output_tokens in requests:
-            while at_s >= look_s:
-                self._clock.advance(look_s - self._clock.now_s())
-                await self._look()
-                look_s += _LOOK_S
+            while at_s >= poll_s:
+                self._clock.advance(poll_s - self._clock.now_s())
+                await self._poll()
+                poll_s += _POLL_S
             if kind != last_kind:
                 self._phase_began_s, last_kind = at_s, kind
             self._profile.arrived(at_s)
             self._profile.finished(ServedRequest(prompt_tokens, output_tokens), at_s)
         return self.outcome
 
-    async def _look(self) -> None:
-        await self._replanner.look()
+    async def _poll(self) -> None:
+        await self._replanner.poll()
         if self._replanner.status.state is DriftState.REPLANNING:
             await asyncio.sleep(0)
             while self._replanner.status.state is DriftState.REPLANNING:
                 await asyncio.sleep(0.001)
-                await self._replanner.look()
+                await self._replanner.poll()
 
     async def _snapshot(self) -> ProfileSnapshot | None:
         snapshot = self._profile.snapshot(self._clock.now_s())

@@ -6,8 +6,8 @@ from pathlib import Path
 from tandem.core.config_file import load_config
 from tandem.core.plan import Expected, Plan, PlanGroup
 from tandem.core.slo_file import SloFile
-from tandem.deploy.replanner import ReplanAnswer
-from tandem.placement.replanning.live_workload import QUESTION, RUNNING_PLAN
+from tandem.deploy.replanner import ReplanResult
+from tandem.placement.replanning.live_workload import RUNNING_PLAN_NAME, SLO_FILE_NAME
 from tandem.placement.replanning.replan import Forecast, changes_between, forecast_of, gain_of
 from tandem.placement.workload.streams import make_stream
 from tandem.placement.workload.traces import load_trace
@@ -18,7 +18,7 @@ _KV_TOKENS = 60_000  # about what two such devices hold in addition to the weigh
 
 
 class SplitPlanner:
-    """Implements `deploy.replanner.Planner`. Forecasts are made once for each quarter of the way from one kind of
+    """A `deploy.replanner.RunPlanner`. Forecasts are made once for each quarter of the way from one kind of
     traffic to the other, by the mean output length."""
 
     def __init__(self, mean_output_tokens: Sequence[float]) -> None:
@@ -33,17 +33,17 @@ class SplitPlanner:
             key=lambda plan: plan.expected.goodput if plan.expected else 0.0,
         )
 
-    async def answer(self, folder: Path) -> ReplanAnswer:
-        question = load_config(folder / QUESTION, SloFile)
+    async def __call__(self, folder: Path) -> ReplanResult:
+        question = load_config(folder / SLO_FILE_NAME, SloFile)
         assert question.workload.trace is not None, "live requests are a trace"
         rate = load_trace(question.workload.trace).rate
-        running = load_config(folder / RUNNING_PLAN, Plan)
+        running = load_config(folder / RUNNING_PLAN_NAME, Plan)
         proposed = self.best(question, rate)
         forecast = self._forecast(running.groups[0].instances, question, rate)
         rival = self._forecast(proposed.groups[0].instances, question, rate)
         gain = gain_of((running, forecast), (proposed, rival), question)
         changes = changes_between(running, proposed)
-        return ReplanAnswer("; ".join(changes), changes, gain, regains=False, attainment=forecast.attainment)
+        return ReplanResult("; ".join(changes), changes, gain, regains=False, attainment=forecast.attainment)
 
     def _forecast(self, prefill: int, question: SloFile, rate: float) -> Forecast:
         requests = make_stream(question.workload, question.slo, count=question.search.requests, rate=rate, seed=0)

@@ -117,15 +117,24 @@ def run_decode(num_instances: int, rounds: int, full_rounds: int, rng: random.Ra
             ).instance_id
             timer.end("decode, compare all")
         growth_tokens = _DECODE_TOKENS - _PROMPT_TOKENS
-        sequence = {"num_tokens": _PROMPT_TOKENS, "growth_tokens": growth_tokens, "needed_tokens": _DECODE_TOKENS}
         timer.begin()
         if turn % 2:
-            best = index.best(**sequence, fingerprint="f")
+            best = index.best(
+                num_tokens=_PROMPT_TOKENS,
+                growth_tokens=growth_tokens,
+                needed_tokens=_DECODE_TOKENS,
+                fingerprint="f",
+            )
             timer.end("decode, best")
             assert best is not None
             chosen = best.rank[3]
         else:
-            chosen = index.select(**sequence, fingerprint="f").require()
+            chosen = index.select(
+                num_tokens=_PROMPT_TOKENS,
+                growth_tokens=growth_tokens,
+                needed_tokens=_DECODE_TOKENS,
+                fingerprint="f",
+            ).require()
             timer.end("decode, explained")
         index.take(index.views[chosen])
         assert turn >= full_rounds or chosen == expected

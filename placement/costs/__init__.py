@@ -1,1 +1,1 @@
-"""What a step costs on which device: hardware, models, efficiencies, calibrations."""
+"""Step costs by device: hardware, models, efficiencies, calibrations."""

@@ -152,7 +152,7 @@ class CalibratedCost:
             interval_s=linear_s + attention_s + kv_read_s + head_s + served.constant_s,
         )
 
-    def decode_line(self, sequences: int) -> tuple[float, float]:
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
         base_s = self.step(StepLoad.of_decode(sequences, 0)).total_s
         return base_s, self._kv_slope(sequences)
 

@@ -1,4 +1,4 @@
-"""Where a planner's numbers come from: what an instance of some shape costs, and what it can hold."""
+"""The interface between the planner and its sources of costs."""
 
 from typing import Protocol
 
@@ -7,17 +7,17 @@ from tandem.core.parallel import ParallelShape
 
 
 class CostSource(Protocol):
-    """Answers for one model. Devices are named as in the cluster. Pure: the same question, the same answer."""
+    """Step costs and KV capacity of one model's instances. Devices have the names of the cluster. Pure."""
 
     def cost_model(self, device: str, shape: ParallelShape) -> CostModel | None:
-        """None where the shape is not legal for the model, or nothing is known of it."""
+        """None if the shape is not legal for the model or its cost is unknown."""
         ...
 
     def kv_tokens(self, device: str, shape: ParallelShape) -> int:
-        """Tokens whose KV fits one instance beside weights and activations; 0 if the weights alone do not fit."""
+        """KV tokens that fit one instance beside weights and activations; 0 if the weights do not fit."""
         ...
 
     @property
     def error(self) -> float:
-        """Relative error of a step's predicted time, as measured on data that was not fitted; NaN if nobody did."""
+        """Relative error of predicted step times on measurements outside the fit; NaN if unknown."""
         ...

@@ -1,8 +1,7 @@
-"""How much of a device's peaks its kernels reach, by family of devices and by operator, and what engines add.
+"""The shares of a device's peaks that kernels reach, by device family and operator, and the overheads of engines.
 
-The numbers in `placement/data/efficiency.yaml` were fitted to public measurements by `python -m bench.cost_model fit`;
-the forms that they parametrise are in `placement.costs.operators`. Latencies are seconds, shares are of the device's
-peak.
+`python -m bench.cost_model fit` fitted the numbers in `placement/data/efficiency.yaml` to public measurements; the
+formulas are in `placement.costs.operators`. Latencies are in seconds, shares are of the device's peak.
 """
 
 from collections.abc import Mapping
@@ -13,13 +12,13 @@ from typing import Any
 
 from tandem.placement.costs.catalogue import find_name, read_yaml
 
-_SLOWED = frozenset({"compute", "bandwidth", "send"})  # shares of a peak that other kernels may not reach
+_SLOWED = frozenset({"compute", "bandwidth", "send"})  # shares that an engine's `slowdown` divides
 
 
 @dataclass(frozen=True, slots=True)
 class GemmEfficiency:
-    """A large product reaches `compute` of the FLOP/s, a thin one reads its operands at `memory` of the bandwidth.
-    Near the ridge both cost: `sharpness` 1 adds them, infinity takes the larger one."""
+    """A large product reaches `compute` of the FLOP/s, a thin product reads its operands at `memory` of the bandwidth.
+    Near the ridge both times count: `sharpness` 1 adds them, infinity takes the maximum."""
 
     latency_s: float
     compute: float
@@ -29,16 +28,16 @@ class GemmEfficiency:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsEfficiency(GemmEfficiency):
-    """Of the grouped product of a mixture: each expert that is visited computes `padding_rows` rows in vain."""
+    """The grouped product of a mixture: each used expert computes `padding_rows` rows of padding."""
 
     padding_rows: float
 
 
 @dataclass(frozen=True, slots=True)
 class ElementwiseEfficiency:
-    """Of norms, rotation, activation and residuals. Each core moves `core_bytes_per_s`, from wherever; what is beyond
-    `cached` times the last-level cache comes from memory, at `memory` of the bandwidth, since a kernel reads what the
-    one before has just written."""
+    """Norms, rotation, activation and residuals. Each core moves `core_bytes_per_s`. A kernel reads the output of the
+    kernel before it, so only the bytes beyond `cached` times the last-level cache come from memory, at `memory` of the
+    bandwidth."""
 
     latency_s: float
     core_bytes_per_s: float
@@ -48,9 +47,9 @@ class ElementwiseEfficiency:
 
 @dataclass(frozen=True, slots=True)
 class PrefillAttentionEfficiency:
-    """Of a flash-attention kernel over prompts: score and value products at `compute`; Q, K, V and output once each at
-    `memory`; what cores wait for the last of them, which grows with the root of the work: `idle`; and `head_s` that a
-    core spends on each sequence and head, however short."""
+    """A flash-attention kernel over prompts: score and value products at `compute`; Q, K, V and output once each at
+    `memory`; the wait for the last core, proportional to `idle` and to the square root of the work; and `head_s` of a
+    core for each sequence and head of any length."""
 
     latency_s: float
     compute: float
@@ -61,9 +60,9 @@ class PrefillAttentionEfficiency:
 
 @dataclass(frozen=True, slots=True)
 class DecodeAttentionEfficiency:
-    """Of a kernel that reads the KV of one-token queries. `idle` / (sequences * KV heads) more time goes by where
-    few sequences leave cores without work; `head_s` passes per sequence and KV head (query head, where all of them
-    share a latent). Only there are the products, at `compute`, what it waits for."""
+    """A kernel that reads the KV of one-token queries at `memory`. Few sequences leave cores idle: the relative extra
+    time is `idle` / (sequences * KV heads). Each sequence and KV head adds `head_s`; with a shared latent, each
+    sequence and query head. With a latent the products, at `compute`, may take longer than the reads."""
 
     latency_s: float
     memory: float
@@ -74,13 +73,13 @@ class DecodeAttentionEfficiency:
 
 @dataclass(frozen=True, slots=True)
 class MixedAttentionEfficiency:
-    """Of one kernel over prompts and one-token queries at once, which computes in tiles of many rows.
+    """One kernel over prompts and one-token queries, which computes in tiles of many rows.
 
-    A query of one token costs the products of `query_rows`, at `compute`. KV is read at `memory` of the bandwidth; not
-    once for every KV head but for every query head, of what exceeds both `cached` times the last-level cache and the
-    sequences that are in work at once (`in_flight` * cores * KV heads / heads). A core passes along a prompt's KV at
-    `walk_s` a token: the kernel lasts as long as the longest such walk, and `tail` of it beyond the work. `head_s`
-    passes per decoding sequence and head."""
+    A one-token query costs the products of `query_rows` rows, at `compute`. KV is read at `memory` of the bandwidth,
+    once for every KV head. KV beyond `cached` times the last-level cache, of sequences beyond the
+    `in_flight` * cores * KV heads / heads that are computed at the same time, is read once for every query head. A core
+    reads a prompt's KV in `walk_s` per token: the kernel takes at least the longest such walk, and at least the work
+    plus `tail` times that walk. Each decoding sequence and head adds `head_s`."""
 
     latency_s: float
     compute: float
@@ -95,9 +94,9 @@ class MixedAttentionEfficiency:
 
 @dataclass(frozen=True, slots=True)
 class LinkEfficiency:
-    """Between the devices of a node. A collective takes `latency_s` and `rank_s` per rank; then what the link's peak
-    would take, t, becomes t / `bandwidth` + sqrt(t * `ramp_s`): only large messages fill a link. From one device to
-    another, as between a pipeline's stages: `hand_off_s`, then `send` of the peak."""
+    """Links between the devices of a node. A collective takes `latency_s`, `rank_s` per rank, and t / `bandwidth` +
+    sqrt(t * `ramp_s`), where t is the time at the link's peak: only large messages fill a link. A message between
+    pipeline stages takes `hand_off_s` and its bytes at `send` of the peak."""
 
     latency_s: float
     rank_s: float
@@ -120,8 +119,8 @@ class Efficiency:
     elementwise: ElementwiseEfficiency
 
     def slowed(self, factor: float) -> "Efficiency":
-        """The same with what is computed and sent slower by `factor`. Latencies stay, and so does reading memory:
-        kernels of any age read weights and KV about as fast."""
+        """The same with compute and links slower by `factor`. Latencies and memory reads stay: old and new kernels
+        read weights and KV at about the same speed."""
 
         slow: dict[str, Any] = {}
         for part in fields(self):
@@ -135,12 +134,11 @@ class Efficiency:
 
 @dataclass(frozen=True, slots=True)
 class EngineOverhead:
-    """What an engine adds to a step: `step_s`, and `sequence_s` per sequence that samples. Launching one layer's
-    kernels takes its CPU `eager_layer_s`, and `prompt_layer_s` more where there are prompts, so that no step without
-    CUDA graphs is shorter than that times the layers; `graph_decode`: steps that only decode are one launch. It
-    computes and sends `slowdown` times slower than the efficiencies say (older kernels, a device that is short of
-    power). Collectives of more than two ranks are congested beyond `free_bytes` a message: what is beyond takes
-    `congestion_s` a byte more, times (ranks - 2) / ranks."""
+    """The overhead of an engine: `step_s` per step and `sequence_s` per sampling sequence. The CPU launches the kernels
+    of one layer in `eager_layer_s`, plus `prompt_layer_s` for prompts; a step without CUDA graphs is at least that long
+    times the layers. `graph_decode`: decode-only steps use CUDA graphs. Compute and links are `slowdown` times slower
+    than the efficiencies (older kernels, a power limit). Collectives of more than two ranks are congested: bytes of a
+    message beyond `free_bytes` take `congestion_s` * (ranks - 2) / ranks longer each."""
 
     step_s: float
     sequence_s: float
@@ -153,7 +151,7 @@ class EngineOverhead:
 
 
 def efficiency(family: str) -> Efficiency:
-    """The fitted efficiencies of a family of devices; those of `default` for one that was never measured."""
+    """The fitted efficiencies of a device family; those of `default` for a family without measurements."""
     known = _tables()[0]
     return known.get(family, known["default"])
 
@@ -165,7 +163,7 @@ def engine_overhead(engine: str) -> EngineOverhead:
 
 
 def step_error() -> float:
-    """Median relative error of whole steps that were not fitted, as `bench.cost_model check` measured it."""
+    """Median relative error of complete steps outside the fit, as measured by `bench.cost_model check`."""
     return _tables()[2]
 
 

@@ -1,4 +1,4 @@
-"""The catalogue of devices: what a cost model needs to know of them, and what they cost to rent."""
+"""The catalogue of devices: performance figures for cost models, and rental prices."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from tandem.placement.costs.catalogue import find_name, read_yaml
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One accelerator (or a CPU) and its share of the node's links. Peaks, not what is reached; SI units.
+    """One accelerator (or a CPU) and its share of the node's links. Peak values in SI units.
 
     `family` is the architecture that efficiencies are fitted for. `flops`: dense bf16 with float32 sums, per second.
-    Links are one direction: `nvlink_bytes_per_s` to all devices of the node together, 0 without NVLink (then
-    `peer_bytes_per_s` is PCIe's); `nic_bytes_per_s` to other nodes, 0 if unknown. `price_per_hour`: USD on demand,
-    None if unknown, with its source and date in `price_note`; prices move, so treat them as +-50 %.
+    Link speeds are for one direction: `nvlink_bytes_per_s` to all devices of the node together, 0 without NVLink;
+    `nic_bytes_per_s` to other nodes, 0 if unknown. `price_per_hour`: USD on demand, None if unknown; prices vary by
+    +-50 %. Sources and dates are in `placement/data/hardware.yaml`.
     """
 
     name: str
@@ -30,24 +30,22 @@ class Device:
     num_cores: int  # streaming multiprocessors or compute units: work comes in waves of them
     cache_bytes: float  # last-level cache
     price_per_hour: float | None = None
-    price_note: str = ""
-    source: str = ""
 
     @property
     def peer_bytes_per_s(self) -> float:
-        """To another device of the same node."""
+        """To another device of the same node: NVLink, else PCIe."""
         return self.nvlink_bytes_per_s or self.pcie_bytes_per_s
 
 
 @cache
 def devices() -> Mapping[str, Device]:
-    """The catalogue, by name, `cpu` included."""
+    """The catalogue by name, `cpu` included."""
     entries: dict[str, dict[str, Any]] = read_yaml("hardware.yaml")["devices"]
     return MappingProxyType({name: _device(name, entry) for name, entry in entries.items()})
 
 
 def device(name: str) -> Device:
-    """The device of that name, whatever its case. Raises ConfigError with the nearest names."""
+    """The device of that name, without regard to case. Raises ConfigError with similar names."""
     known = devices()
     return known[find_name(name, known, "device")]
 
@@ -65,6 +63,4 @@ def _device(name: str, entry: dict[str, Any]) -> Device:
         num_cores=entry["num_cores"],
         cache_bytes=entry["cache_mb"] * 1e6,
         price_per_hour=entry.get("price_per_hour"),
-        price_note=entry.get("price_note", ""),
-        source=entry["source"],
     )

@@ -1,4 +1,4 @@
-"""Model shapes by name: published models, and checkpoints in folders."""
+"""Shapes of published models by name, and of checkpoints by folder."""
 
 import json
 from collections.abc import Mapping
@@ -17,22 +17,22 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @cache
 def published_models() -> Mapping[str, ModelShape]:
-    """Shapes of well-known models, by name, in bf16."""
+    """Shapes of published models by name, in bf16."""
     entries: dict[str, dict[str, Any]] = read_yaml("models.yaml")["models"]
     return MappingProxyType({name: _shape(name, entry) for name, entry in entries.items()})
 
 
 def model_shape(name_or_folder: str) -> ModelShape:
-    """Of a published model, whatever the name's case, or of the checkpoint in a folder.
+    """The shape of a published model, without regard to the name's case, or of the checkpoint in a folder.
 
-    Raises ConfigError for an unknown name, with the nearest ones, and CheckpointError for a folder whose config.json
-    the engine could not serve.
+    Raises ConfigError with similar names for an unknown name, and CheckpointError for a folder with a config.json that
+    the engine cannot serve.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         return _checkpoint_shape(folder)
     known = published_models()
-    return known[find_name(name_or_folder, known, "model, nor a folder")]
+    return known[find_name(name_or_folder, known, "model or folder")]
 
 
 def _checkpoint_shape(folder: Path) -> ModelShape:

@@ -1,4 +1,5 @@
-"""Seconds of one operator on one device: smooth rooflines, each increasing in every size, decreasing in every peak."""
+"""Seconds of one operator on one device: smooth rooflines that increase with every size and decrease with every
+peak."""
 
 from math import sqrt
 
@@ -13,12 +14,12 @@ from tandem.placement.costs.efficiency import (
 )
 from tandem.placement.costs.hardware import Device
 
-_TILE_ROWS = 128  # queries that a core of a flash-attention kernel takes at a time
-_RIDGE = 3.0  # how sharply a mixed kernel turns from what it computes to what it reads, see GemmEfficiency.sharpness
+_TILE_ROWS = 128  # queries in one tile of a flash-attention kernel
+_RIDGE = 3.0  # `GemmEfficiency.sharpness` of a mixed kernel
 
 
 def product_s(flops: float, num_bytes: float, device: Device, fit: GemmEfficiency) -> float:
-    """Of a kernel that computes `flops` and moves `num_bytes`."""
+    """A kernel that computes `flops` operations and moves `num_bytes` bytes."""
     compute_s = flops / (device.flops * fit.compute)
     memory_s = num_bytes / (device.memory_bytes_per_s * fit.memory)
     longer, shorter = max(compute_s, memory_s), min(compute_s, memory_s)
@@ -28,19 +29,19 @@ def product_s(flops: float, num_bytes: float, device: Device, fit: GemmEfficienc
 
 
 def gemm_s(m: float, n: float, k: float, weight_bytes: float, device: Device, fit: GemmEfficiency) -> float:
-    """y[m, n] = x[m, k] W, with weights of `weight_bytes` per number and activations of 2."""
+    """y[m, n] = x[m, k] W with `weight_bytes` bytes per weight and 2 bytes per activation."""
     return product_s(2.0 * m * n * k, weight_bytes * n * k + 2.0 * m * (n + k), device, fit)
 
 
 def experts_s(
     visits: float, touched: float, weights: float, num_bytes: float, device: Device, fit: ExpertsEfficiency
 ) -> float:
-    """Of `visits` of tokens to `touched` experts of `weights` weights each, moving `num_bytes`."""
+    """`visits` pairs of token and expert, `touched` different experts of `weights` weights each, `num_bytes` moved."""
     return product_s(2.0 * weights * (visits + fit.padding_rows * touched), num_bytes, device, fit)
 
 
 def elementwise_s(num_bytes: float, device: Device, fit: ElementwiseEfficiency) -> float:
-    """Of kernels that move `num_bytes` and compute next to nothing."""
+    """Kernels that move `num_bytes` bytes with negligible compute."""
     if num_bytes == 0:
         return 0.0
     cores_s = num_bytes / (device.num_cores * fit.core_bytes_per_s)
@@ -57,8 +58,8 @@ def prefill_attention_s(
     device: Device,
     fit: PrefillAttentionEfficiency,
 ) -> float:
-    """Of one layer over `pairs` of query and key, moving `num_bytes` of Q, K, V and output. `head_dim` is the mean of
-    the keys' and the values'."""
+    """One layer over `pairs` pairs of query and key; Q, K, V and output have `num_bytes` bytes. `head_dim` is the mean
+    of the keys' and the values' dimension."""
     if pairs == 0:
         return 0.0
     compute_s = 4.0 * pairs * heads * head_dim / (device.flops * fit.compute)
@@ -67,7 +68,7 @@ def prefill_attention_s(
     return fit.latency_s + compute_s + wait_s + tiles_s + num_bytes / (device.memory_bytes_per_s * fit.memory)
 
 
-def decode_attention_line(
+def decode_attention_coefficients(
     sequences: float,
     kv_heads: float,
     query_heads: float,
@@ -76,8 +77,8 @@ def decode_attention_line(
     device: Device,
     fit: DecodeAttentionEfficiency,
 ) -> tuple[float, float]:
-    """(fixed seconds, seconds per KV token) of one layer's attention of `sequences` one-token queries, each of
-    `query_heads` that the kernel takes one by one."""
+    """(fixed seconds, seconds per KV token) of one layer's attention of `sequences` one-token queries. The kernel
+    processes `query_heads` heads of each query one after the other."""
     read_s = bytes_per_kv_token / (device.memory_bytes_per_s * fit.memory)
     compute_s = flops_per_kv_token / (device.flops * fit.compute)
     per_kv_token_s = max(read_s, compute_s) * (1.0 + fit.idle / (sequences * kv_heads))
@@ -96,8 +97,8 @@ def mixed_attention_s(
     device: Device,
     fit: MixedAttentionEfficiency,
 ) -> float:
-    """Of one layer over prompts (`pairs`, over `prompt_kv_tokens`) and `sequences` that decode over `kv_tokens`
-    together, in one kernel. `head_bytes`: of a token's K and V for one KV head."""
+    """One kernel of one layer over prompts (`pairs` pairs over `prompt_kv_tokens` tokens) and `sequences` decoding
+    sequences over `kv_tokens` tokens in total. `head_bytes`: a token's K and V for one KV head."""
     rows = pairs + fit.query_rows * kv_tokens
     compute_s = 4.0 * rows * heads * head_dim / (device.flops * fit.compute)
     in_flight = fit.in_flight * device.num_cores * kv_heads / heads
@@ -111,7 +112,7 @@ def mixed_attention_s(
 
 
 def all_reduce_s(num_bytes: float, ranks: int, device: Device, fit: LinkEfficiency) -> float:
-    """Of `num_bytes` on each of `ranks` devices of a node."""
+    """An all-reduce of `num_bytes` bytes on each of `ranks` devices of a node."""
     if ranks == 1 or num_bytes == 0:
         return 0.0
     wire_s = 2.0 * num_bytes * (ranks - 1) / ranks / device.peer_bytes_per_s
@@ -119,5 +120,5 @@ def all_reduce_s(num_bytes: float, ranks: int, device: Device, fit: LinkEfficien
 
 
 def send_s(num_bytes: float, bytes_per_s: float, fit: LinkEfficiency) -> float:
-    """From one pipeline stage to the next."""
+    """A message of `num_bytes` bytes from one pipeline stage to the next."""
     return fit.hand_off_s + num_bytes / (bytes_per_s * fit.send)

@@ -1,8 +1,8 @@
-"""Costs from first principles: every operator of every layer takes what its FLOPs, bytes and messages need on the
-device, at the efficiency that such operators were measured to reach (`placement.costs.efficiency`).
+"""Costs from a roofline model: each operator of each layer takes the time of its FLOPs, bytes and messages at the
+measured efficiency of such operators (`placement.costs.efficiency`).
 
-It answers for any model on any device in any parallel shape; how well, `RooflineSource.error` and the tables of
-`python -m bench.cost_model check` say.
+The roofline covers any model on any device in any parallel shape. `RooflineSource.error` and the tables of
+`python -m bench.cost_model check` give its error.
 """
 
 from collections.abc import Mapping
@@ -13,19 +13,28 @@ from tandem.placement.costs.efficiency import efficiency, engine_overhead, step_
 from tandem.placement.costs.hardware import Device
 from tandem.placement.costs.roofline_cost import RooflineCost
 
-_RUNTIME_BYTES = 1.0e9  # context, workspaces, buffers of collectives; two thirds of it vLLM reports by itself
+_RUNTIME_BYTES = 1.0e9  # context, workspaces, buffers of collectives; vLLM reports two thirds of it
 
 
 class RooflineSource:
-    """`devices`: by their names in the cluster, with the links they have there.
+    """A `placement.costs.cost_source.CostSource`. `devices` by their names in the cluster, with the cluster's links.
 
-    `memory_share` of a device's memory holds weights, KV, the activations of a step of `batch_tokens` prompt tokens
-    and `max_batch` sampled ones, and the runtime. `engine` names whose overheads steps carry (`efficiency.yaml`).
-    `devices_per_node`: a pipeline beyond it crosses the NIC (which must be known), and tp beyond it is no shape; a
-    device left out is in nodes large enough.
+    `memory_share` of a device's memory holds weights, KV, the runtime and the activations of a step of `batch_tokens`
+    prompt tokens and `max_batch` sampled tokens. `engine` is the engine of `efficiency.yaml` with the overheads of a
+    step. `devices_per_node`: tp must fit a node; a pipeline over several nodes uses the NIC, which must be known. A
+    device without an entry is in nodes of any size.
     """
 
-    __slots__ = ("_batch_tokens", "_cost_models", "_devices", "_max_batch", "_memory_share", "_model", "_node", "_over")
+    __slots__ = (
+        "_batch_tokens",
+        "_cost_models",
+        "_devices",
+        "_devices_per_node",
+        "_max_batch",
+        "_memory_share",
+        "_model",
+        "_overhead",
+    )
 
     def __init__(
         self,
@@ -42,10 +51,10 @@ class RooflineSource:
         self._model = model
         self._devices = dict(devices)
         self._memory_share = memory_share
-        self._over = engine_overhead(engine)
+        self._overhead = engine_overhead(engine)
         self._batch_tokens = batch_tokens
         self._max_batch = max_batch
-        self._node = dict(devices_per_node or {})
+        self._devices_per_node = dict(devices_per_node or {})
         self._cost_models: dict[tuple[str, ParallelShape], RooflineCost] = {}
 
     def cost_model(self, device: str, shape: ParallelShape) -> RooflineCost | None:
@@ -59,8 +68,8 @@ class RooflineSource:
                 known,
                 shape,
                 efficiency(known.family),
-                self._over,
-                devices_per_node=self._node.get(device, shape.num_ranks),
+                self._overhead,
+                devices_per_node=self._devices_per_node.get(device, shape.num_ranks),
             )
         return self._cost_models[key]
 
@@ -80,6 +89,6 @@ class RooflineSource:
     def _is_legal(self, device: str, shape: ParallelShape) -> bool:
         if device not in self._devices or not self._model.allows(shape):
             return False
-        node_size = self._node.get(device, shape.num_ranks)
+        node_size = self._devices_per_node.get(device, shape.num_ranks)
         is_reachable = shape.num_ranks <= node_size or self._devices[device].nic_bytes_per_s > 0
         return shape.tp <= node_size and is_reachable

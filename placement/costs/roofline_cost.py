@@ -1,4 +1,4 @@
-"""The roofline's cost of a step of one model on one device in one parallel shape."""
+"""The roofline cost of a step of one model on one device in one parallel shape."""
 
 from tandem.core.cost_model import StepCost, StepLoad
 from tandem.core.model_shape import ModelShape, MoeShape
@@ -7,7 +7,7 @@ from tandem.placement.costs.efficiency import Efficiency, EngineOverhead, Expert
 from tandem.placement.costs.hardware import Device
 from tandem.placement.costs.operators import (
     all_reduce_s,
-    decode_attention_line,
+    decode_attention_coefficients,
     elementwise_s,
     experts_s,
     gemm_s,
@@ -21,7 +21,8 @@ _SAMPLER_BYTES = 10.0  # per sequence and logit: two to three passes over float3
 
 
 def elementwise_bytes(model: ModelShape, tp: int, tokens: float) -> float:
-    """Moved by one layer's norms, rotation, activation and residuals: each reads its input and writes its output."""
+    """Bytes that one layer's norms, rotation, activation and residuals move: each reads its input, writes its
+    output."""
     inner = model.intermediate_size if model.moe is None else model.moe.top_k * model.moe.intermediate_size
     heads = model.num_heads + max(tp, model.num_kv_heads)
     return _ACTIVATION_BYTES * tokens * (8 * model.hidden_size + (2 * model.head_dim * heads + 3 * inner) / tp)
@@ -30,8 +31,8 @@ def elementwise_bytes(model: ModelShape, tp: int, tokens: float) -> float:
 def mixture_s(
     model: ModelShape, moe: MoeShape, tp: int, tokens: float, device: Device, fit: ExpertsEfficiency
 ) -> float:
-    """One layer's routed experts on one rank. As many are touched as by independent, uniform choices: routing that is
-    skewed reads fewer and waits for the largest."""
+    """Seconds of one layer's routed experts on one rank. Tokens are assumed to pick experts independently and
+    uniformly; skewed routing uses fewer experts and waits for the one with the most tokens."""
     weights = model.mlp_weights(moe.intermediate_size) / tp
     touched = moe.num_experts * (1.0 - (1.0 - moe.top_k / moe.num_experts) ** tokens)
     visits = moe.top_k * tokens
@@ -42,22 +43,22 @@ def mixture_s(
 class RooflineCost:
     """A `core.cost_model.CostModel`.
 
-    With pp > 1, a step with decoding sequences is a round of up to pp micro-batches, each on another stage at a time:
-    it lasts pp times what the fullest stage needs for one of them. A step of prompts alone passes the stages one after
-    the other and leaves the first one free for the next.
+    With pp > 1, a step with decoding sequences is a round of up to pp micro-batches, each on a different stage at a
+    time: the step takes pp times the fullest stage's time for one micro-batch. A step of prompts passes the stages one
+    after the other and frees the first stage for the next step.
 
-    What depends on a number of tokens or sequences only is computed once for each number that occurs.
+    Terms that depend only on a number of tokens or sequences are cached by that number.
     """
 
     __slots__ = (
         "_by_sampled",
         "_by_sequences",
         "_by_tokens",
+        "_decode_coefficients",
         "_device",
         "_fit",
         "_heads",
         "_kv_heads",
-        "_lines",
         "_model",
         "_node_size",
         "_overhead",
@@ -86,10 +87,10 @@ class RooflineCost:
         self._by_tokens: dict[float, tuple[float, float, float]] = {}
         self._by_sequences: dict[float, tuple[float, float]] = {}
         self._by_sampled: dict[float, float] = {}
-        self._lines: dict[int, tuple[float, float]] = {}
+        self._decode_coefficients: dict[int, tuple[float, float]] = {}
 
     def step(self, load: StepLoad) -> StepCost:
-        """A few microseconds; a load without tokens costs nothing."""
+        """Computed in a few microseconds. A load without tokens costs 0."""
         if load.tokens == 0:
             return StepCost()
         sequences, pp = load.decode_sequences, self._shape.pp
@@ -109,7 +110,7 @@ class RooflineCost:
         kv_read_s = kv_fixed_s + kv_token_s * load.decode_kv_tokens / batches
         if sequences and load.prefill_tokens:
             mixed_s = self._mixed_attention_s(load, batches, sequences, load.decode_kv_tokens)
-            if mixed_s > 0:  # of one kernel, what decoding adds to the prompts alone
+            if mixed_s > 0:  # one kernel: what decoding adds to the time of the prompts
                 kv_read_s = max(mixed_s, kv_read_s, attention_s) - attention_s
         layer_s = linear_s + collective_s + attention_s + kv_read_s + launch_s
         pipeline_s = (pp - 1) * hand_off_s
@@ -128,21 +129,22 @@ class RooflineCost:
             interval_s=interval_s,
         )
 
-    def decode_line(self, sequences: int) -> tuple[float, float]:
-        line = self._lines.get(sequences)
-        if line is None:
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
+        coefficients = self._decode_coefficients.get(sequences)
+        if coefficients is None:
             pp = self._shape.pp
             batches = min(pp, sequences)
             layers = self._model.num_layers if batches == 1 else pp * self._stage_layers
             per_kv_token_s = layers * self._decode_terms(sequences / batches)[1] / batches
-            line = self.step(StepLoad.of_decode(sequences, 0)).total_s, per_kv_token_s
-            self._lines[sequences] = line
-        return line
+            coefficients = self.step(StepLoad.of_decode(sequences, 0)).total_s, per_kv_token_s
+            self._decode_coefficients[sequences] = coefficients
+        return coefficients
 
     # --- by number of tokens -----------------------------------------------------------------------------------------
 
     def _tokens_terms(self, tokens: float) -> tuple[float, float, float]:
-        """Seconds of linear layers and of collectives in a layer (the mean one), and of one hand-off to a stage."""
+        """Seconds of linear layers and of collectives in a layer (mean over the layers), and of one message between
+        stages."""
         terms = self._by_tokens.get(tokens)
         if terms is None:
             message_bytes = _ACTIVATION_BYTES * tokens * self._model.hidden_size
@@ -178,7 +180,7 @@ class RooflineCost:
         return gemm_s(m, n, k, self._model.weight_bytes, self._device, self._fit.gemm)
 
     def _projections_s(self, tokens: float) -> float:
-        """Of the attention's inputs and output."""
+        """The projections of the attention's inputs and output."""
         model, hidden, heads = self._model, self._model.hidden_size, self._heads
         if (mla := model.mla) is None:
             width = model.head_dim * (heads + 2 * self._kv_heads)
@@ -198,7 +200,7 @@ class RooflineCost:
         return self._gemm_s(tokens, up_width, hidden) + self._gemm_s(tokens, hidden, inner)
 
     def _experts_s(self, tokens: float, moe: MoeShape) -> float:
-        """Router, routed and shared experts, each expert over all tp ranks."""
+        """Expert router, routed and shared experts; each expert is divided over all tp ranks."""
         model = self._model
         routed_s = mixture_s(model, moe, self._shape.tp, tokens, self._device, self._fit.experts)
         shared_s = self._mlp_s(tokens, moe.num_shared * moe.intermediate_size) if moe.num_shared else 0.0
@@ -229,8 +231,8 @@ class RooflineCost:
         return max(seconds, self._mixed_attention_s(load, batches, 0, 0))
 
     def _expansion_s(self, load: StepLoad, batches: int) -> float:
-        """Of the keys and values that a chunk expands anew from the latents of the tokens before it; its own tokens'
-        are among the projections."""
+        """Expansion of keys and values from the latents of the tokens before a chunk. The chunk's own tokens count in
+        `_projections_s`."""
         before, mla = load.prefill_kv_tokens - load.prefill_tokens, self._model.mla
         if mla is None or before <= 0:
             return 0.0
@@ -238,7 +240,7 @@ class RooflineCost:
         return self._gemm_s(before / batches, width, mla.kv_lora_rank)
 
     def _mixed_attention_s(self, load: StepLoad, batches: int, sequences: int, kv_tokens: int) -> float:
-        """Of the one kernel for the load's prompts and these decoding sequences; 0 where there are two."""
+        """One kernel for the load's prompts and these decoding sequences; 0 if the device uses two kernels."""
         fit = self._fit.mixed_attention
         if fit is None or self._model.mla is not None:
             return 0.0
@@ -256,14 +258,14 @@ class RooflineCost:
         )
 
     def _decode_terms(self, sequences: float) -> tuple[float, float]:
-        """Of a layer's attention: fixed seconds, and seconds per KV token of the micro-batch."""
-        line = self._by_sequences.get(sequences)
-        if line is None:
+        """A layer's attention: fixed seconds, and seconds per KV token of the micro-batch."""
+        terms = self._by_sequences.get(sequences)
+        if terms is None:
             model, mla = self._model, self._model.mla
             width = 2 * model.head_dim if mla is None else 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
             kv_heads = self._kv_heads if mla is None else 1
             stored = 2 * model.head_dim * kv_heads if mla is None else model.kv_elements_per_token_and_layer
-            line = decode_attention_line(
+            terms = decode_attention_coefficients(
                 sequences,
                 kv_heads,
                 kv_heads if mla is None else self._heads,
@@ -272,13 +274,13 @@ class RooflineCost:
                 self._device,
                 self._fit.decode_attention if mla is None else self._fit.latent_decode,
             )
-            self._by_sequences[sequences] = line
-        return line
+            self._by_sequences[sequences] = terms
+        return terms
 
     # --- head --------------------------------------------------------------------------------------------------------
 
     def _head_s(self, sampled: float) -> float:
-        """Logits, gathered from all ranks, and the draw."""
+        """Logits, their gathering from all ranks, and sampling."""
         if sampled == 0:
             return 0.0
         seconds = self._by_sampled.get(sampled)

@@ -1,4 +1,4 @@
-"""Which numbers a plan rests on: a calibration where a node has one, the roofline elsewhere."""
+"""The cost source of an SLO file: calibrations for the devices that have one, the roofline for the others."""
 
 import math
 from collections.abc import Mapping
@@ -16,12 +16,15 @@ from tandem.placement.costs.roofline import RooflineSource
 
 def cost_source_of(slo: SloFile, model: ModelShape) -> CostSource:
     """Costs of `model` on the devices of the SLO file's cluster, by their names in the catalogue. Raises ConfigError
-    for a device that is unknown, and for a calibration that cannot be read or is of another model."""
+    for an unknown device, and for a calibration that cannot be read or belongs to another model."""
     section = slo.cluster
     cluster = Cluster.of(section)
     for name, calibration in cluster.calibrations.items():
         if calibration.model != model.name:
-            raise ConfigError(f"the calibration of {name} is of the model {calibration.model}, not of {model.name}")
+            raise ConfigError(
+                f"the calibration of {name} belongs to the model {calibration.model}, not to {model.name}; run "
+                f"`tandem profile` for {model.name}"
+            )
     measured = CalibratedSource(cluster.calibrations, kv_memory_bytes=section.kv_memory)
     rest = {name: device for name, device in cluster.devices.items() if name not in cluster.calibrations}
     if not rest:
@@ -37,7 +40,7 @@ def cost_source_of(slo: SloFile, model: ModelShape) -> CostSource:
 
 
 class SourcePerDevice:
-    """Asks for each device the source that knows it."""
+    """A CostSource for each device."""
 
     def __init__(self, sources: Mapping[str, CostSource]) -> None:
         self._sources = dict(sources)
@@ -52,13 +55,13 @@ class SourcePerDevice:
 
     @property
     def error(self) -> float:
-        """The largest; NaN if one of them is unknown."""
+        """The largest error; NaN if one is unknown."""
         errors = [source.error for source in self._sources.values()]
         return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 class FixedPool:
-    """Another source, but with a KV pool of `pool_bytes` on each rank, as a configuration may set it."""
+    """Another source with a configured KV pool of `pool_bytes` on each rank."""
 
     def __init__(self, source: CostSource, model: ModelShape, pool_bytes: int) -> None:
         self._source = source
@@ -69,7 +72,7 @@ class FixedPool:
         return self._source.cost_model(device, shape)
 
     def kv_tokens(self, device: str, shape: ParallelShape) -> int:
-        """0 still where weights leave no room at all."""
+        """0 if the weights do not fit."""
         if self._source.kv_tokens(device, shape) == 0:
             return 0
         return int(self._pool_bytes / self._model.kv_bytes_per_token_and_rank(shape))

@@ -1,1 +1,1 @@
-"""Whether a running cluster still fits its traffic, and what another plan would gain."""
+"""Whether the running plan still fits its workload, and the gain of a new plan."""

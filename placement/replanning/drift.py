@@ -1,49 +1,49 @@
-"""When to plan again: the workload has drifted, it stays so, and the answer would be worth something.
+"""When to plan again: the workload has drifted, the drift lasts, and a new plan gains enough.
 
                 drifted                   some windows in a row
     STABLE --------------> SUSPECT ------------------------------> REPLANNING
       ^  ^  not drifted      |                                      |      |
-      |  +-------------------+                        worth it      |      |  no better plan, or no plan
+      |  +-------------------+                     enough gain      |      |  too little gain, or no plan
       |                                                             v      |
       |                                            +---------- PROPOSED    |
-      |                       like the plan again, |                |      |
-      |                       or like neither      |                |      |
+      |                  workload as planned, or a |                |      |
+      |                  third workload            |                |      |
       |                                            v                |      |
       +------------------------------------------ COOLING <---------|------+
                      the cool-down is over                          |
-                                                  stays while requests are like those it is for
+                                                  stays while the workload is the one of the proposal
 
-Hysteresis has four parts. A change must persist for some windows, to come and to go, and hold for all of them together,
-so that two kinds of requests in turns are one mixture; planning is for these windows together. It begins at strength 1
-and ends below `leave`. Nothing new begins during a cool-down. And where planning again gained nothing, requests like
-those are not planned for again.
+Hysteresis has four parts. A change must last for several windows, at its start and at its end, and must hold for the
+pooled windows: two alternating workloads are one mixture. The new plan is for the pooled windows. Drift starts at
+strength 1 and ends below `exit_strength`. No planning starts during a cool-down. A workload for which a new plan gained
+too little is not planned for again.
 
-Whenever a proposal or a plan soon came to nothing, the cool-down and the windows that it takes to plan are doubled, up
-to `most_patience` times; a proposal that lasts makes them short again. So what alternates fast is answered once, and
-what alternates slowly is followed.
+After a proposal that was soon withdrawn, and after planning without a proposal, the cool-down and the number of windows
+before planning double, up to `max_backoff` times. A proposal that lasts resets them. So fast alternation causes one
+proposal, and slow alternation causes a proposal each time.
 
-Time comes in as an argument, in seconds of any one clock.
+Times are arguments, in seconds of one clock.
 """
 
 from dataclasses import dataclass
 from enum import Enum
 
 from tandem.core.replanning import Change, DriftState
-from tandem.placement.replanning.workload_distance import Limits, Workload, compare, strength
+from tandem.placement.replanning.workload_distance import DriftThresholds, Workload, compare, strength
 
 
 @dataclass(frozen=True, slots=True)
 class DriftPolicy:
-    """`min_gain` is relative. A proposal that is withdrawn within `short_lived_s` was for nothing. One that stands does
-    no harm, so that withdrawing takes more windows than proposing."""
+    """`min_gain` is relative. A proposal withdrawn within `short_lived_s` increases the backoff. An outdated proposal
+    does no harm, so withdrawing takes more windows than proposing."""
 
     confirm_windows: int = 3
     withdraw_windows: int = 6
-    leave: float = 0.7
+    exit_strength: float = 0.7
     min_gain: float = 0.10
     cool_down_s: float = 1800.0
     short_lived_s: float = 2 * 3600.0
-    most_patience: int = 8
+    max_backoff: int = 8
 
 
 class Decision(Enum):
@@ -53,36 +53,36 @@ class Decision(Enum):
 
 
 class DriftDetector:
-    """Told of each window once, in order, and of what planning brought. One plan, one detector."""
+    """The detector of one plan. Receives each window once, in order, and the result of each planning."""
 
-    def __init__(self, planned: Workload, limits: Limits, policy: DriftPolicy | None = None) -> None:
+    def __init__(self, planned: Workload, thresholds: DriftThresholds, policy: DriftPolicy | None = None) -> None:
         self.state = DriftState.STABLE
         self.changes: tuple[Change, ...] = ()  # of the last window, compared with the plan
         self._planned = planned
-        self._limits = limits
+        self._thresholds = thresholds
         self._policy = policy or DriftPolicy()
-        self._asked: Workload | None = None  # what planning was last begun for
-        self._futile: Workload | None = None  # for which planning gained nothing
+        self._replanned_for: Workload | None = None  # the workload of the last planning
+        self._no_gain_for: Workload | None = None  # the workload of the last planning with too little gain
         self._is_drifted = False
-        self._in_a_row: list[Workload] = []  # windows that speak for leaving the state
-        self._patience = 1  # times the policy's windows and cool-down
+        self._windows: list[Workload] = []  # consecutive windows that are a reason to leave the state
+        self._backoff = 1  # factor on the policy's windows and cool-down
         self._proposed_s = 0.0
         self._cool_until_s = 0.0
 
     @property
     def windows_to_confirm(self) -> int:
-        """How many windows in a row it takes, now, to begin planning."""
-        return self._policy.confirm_windows * self._patience
+        """The current number of consecutive drifted windows before planning starts."""
+        return self._policy.confirm_windows * self._backoff
 
     @property
-    def most_windows_to_confirm(self) -> int:
-        return self._policy.confirm_windows * self._policy.most_patience
+    def max_windows_to_confirm(self) -> int:
+        return self._policy.confirm_windows * self._policy.max_backoff
 
     def observe(self, live: Workload, now_s: float) -> Decision:
-        """Judge one window. REPLAN: planning is to begin for the last `windows_to_confirm` windows together, and
-        `answered` to be called when it is over."""
-        self.changes = compare(self._planned, live, self._limits)
-        self._judge(live)
+        """Process one window. REPLAN: the caller plans for the last `windows_to_confirm` windows pooled, then calls
+        `record_result`."""
+        self.changes = compare(self._planned, live, self._thresholds)
+        self._is_drifted = self._strength(live) >= (self._policy.exit_strength if self._is_drifted else 1.0)
         match self.state:
             case DriftState.COOLING if now_s >= self._cool_until_s:
                 self._enter(DriftState.STABLE)
@@ -93,26 +93,23 @@ class DriftDetector:
                 return self._keep_or_withdraw(live, now_s)
         return Decision.NOTHING
 
-    def answered(self, gain: float | None, now_s: float, *, regains: bool = False) -> bool:
-        """Planning is over: its relative gain, None if it failed. Whether the plan is worth proposing: for its gain, or
-        because it keeps targets that the one in use misses."""
-        assert self.state is DriftState.REPLANNING, "nobody asked"
+    def record_result(self, gain: float | None, now_s: float, *, regains: bool = False) -> bool:
+        """The relative gain of the new plan, None if planning failed. `regains`: the new plan meets targets that the
+        running plan misses. Returns whether to propose the plan."""
+        assert self.state is DriftState.REPLANNING, "planning was requested"
         if gain is not None and (regains or gain >= self._policy.min_gain):
             self._proposed_s = now_s
             self._enter(DriftState.PROPOSED)
             return True
         if gain is not None:
-            self._futile = self._asked
-        self._cool(now_s, came_to_nothing=True)
+            self._no_gain_for = self._replanned_for
+        self._cool(now_s, was_useful=False)
         return False
 
-    def _judge(self, live: Workload) -> None:
-        self._is_drifted = self._size(live) >= (self._policy.leave if self._is_drifted else 1.0)
-
-    def _size(self, live: Workload) -> float:
-        """How far it is from what the plan was made for, or from what nothing was gained for, whichever is nearer."""
-        size = self._strength_from(self._planned, live)
-        return size if self._futile is None else min(size, self._strength_from(self._futile, live))
+    def _strength(self, live: Workload) -> float:
+        """Strength of the difference from the planned workload or from the workload without gain: the smaller one."""
+        difference = self._difference(self._planned, live)
+        return difference if self._no_gain_for is None else min(difference, self._difference(self._no_gain_for, live))
 
     def _watch(self, live: Workload) -> Decision:
         if not self._is_drifted:
@@ -120,43 +117,43 @@ class DriftDetector:
             return Decision.NOTHING
         if self.state is DriftState.STABLE:
             self._enter(DriftState.SUSPECT)
-        self._in_a_row.append(live)
-        if len(self._in_a_row) < self.windows_to_confirm:
+        self._windows.append(live)
+        if len(self._windows) < self.windows_to_confirm:
             return Decision.NOTHING
-        together = Workload.pooled(self._in_a_row)
-        if self._size(together) < self._policy.leave:
-            self._in_a_row.clear()
+        pooled = Workload.pooled(self._windows)
+        if self._strength(pooled) < self._policy.exit_strength:
+            self._windows.clear()
             return Decision.NOTHING
-        self._asked = together
+        self._replanned_for = pooled
         self._enter(DriftState.REPLANNING)
         return Decision.REPLAN
 
     def _keep_or_withdraw(self, live: Workload, now_s: float) -> Decision:
-        if self._suits_proposal(live, is_drifted=self._is_drifted):
-            self._in_a_row.clear()
+        if self._fits_proposal(live, is_drifted=self._is_drifted):
+            self._windows.clear()
             return Decision.NOTHING
-        self._in_a_row.append(live)
-        if len(self._in_a_row) < self._policy.withdraw_windows:
+        self._windows.append(live)
+        if len(self._windows) < self._policy.withdraw_windows:
             return Decision.NOTHING
-        together = Workload.pooled(self._in_a_row)
-        if self._suits_proposal(together, is_drifted=self._size(together) >= self._policy.leave):
-            self._in_a_row.clear()
+        pooled = Workload.pooled(self._windows)
+        if self._fits_proposal(pooled, is_drifted=self._strength(pooled) >= self._policy.exit_strength):
+            self._windows.clear()
             return Decision.NOTHING
-        self._cool(now_s, came_to_nothing=now_s - self._proposed_s < self._policy.short_lived_s)
+        self._cool(now_s, was_useful=now_s - self._proposed_s >= self._policy.short_lived_s)
         return Decision.WITHDRAW
 
-    def _suits_proposal(self, live: Workload, *, is_drifted: bool) -> bool:
-        assert self._asked is not None, "a proposal is for some workload"
-        return is_drifted and self._strength_from(self._asked, live) < 1.0
+    def _fits_proposal(self, live: Workload, *, is_drifted: bool) -> bool:
+        assert self._replanned_for is not None, "a proposal has a workload"
+        return is_drifted and self._difference(self._replanned_for, live) < 1.0
 
-    def _strength_from(self, other: Workload, live: Workload) -> float:
-        return strength(compare(other, live, self._limits))
+    def _difference(self, other: Workload, live: Workload) -> float:
+        return strength(compare(other, live, self._thresholds))
 
-    def _cool(self, now_s: float, *, came_to_nothing: bool) -> None:
-        self._patience = min(2 * self._patience, self._policy.most_patience) if came_to_nothing else 1
-        self._cool_until_s = now_s + self._policy.cool_down_s * self._patience
+    def _cool(self, now_s: float, *, was_useful: bool) -> None:
+        self._backoff = 1 if was_useful else min(2 * self._backoff, self._policy.max_backoff)
+        self._cool_until_s = now_s + self._policy.cool_down_s * self._backoff
         self._enter(DriftState.COOLING)
 
     def _enter(self, state: DriftState) -> None:
         self.state = state
-        self._in_a_row = []
+        self._windows = []

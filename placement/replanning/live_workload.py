@@ -1,7 +1,6 @@
-"""From a window of live requests to a question for the planner: the SLO file as it was, with the workload as it is.
+"""The planner's input for a window of live requests: the plan's SLO file with the live workload.
 
-The question is a folder that anybody can look at, and answer again with `tandem plan`: slo.yaml with workload.csv.
-Beside it is the plan that runs, made for other requests.
+The input is a folder with slo.yaml, workload.csv and the running plan. `tandem plan` can read its slo.yaml, too.
 """
 
 import csv
@@ -18,38 +17,38 @@ from tandem.placement.replanning.workload_distance import Workload
 from tandem.placement.workload.requests import Floats
 from tandem.placement.workload.streams import make_stream
 
-SPARE_REQUESTS = 8  # times `search.requests`: simulations take more where few do not show a steady state
-QUESTION = "slo.yaml"
-RUNNING_PLAN = "running_plan.yaml"
+SPARE_REQUESTS = 8  # ratio to `search.requests`, for simulations that need more requests for a steady state
+SLO_FILE_NAME = "slo.yaml"
+RUNNING_PLAN_NAME = "running_plan.yaml"
 
 
 def planned_workload(plan: Plan, slo_file: SloFile) -> Workload:
-    """What the plan was made for. Raises ConfigError where nobody says for which rate."""
+    """The workload of the plan. Raises ConfigError if its rate is unknown."""
     rate = plan.expected.rate if plan.expected else slo_file.workload.rate
     if rate == "max":
-        raise ConfigError("the plan names no rate, and its SLO file's workload.rate is max")
+        raise ConfigError("the plan has no rate and its SLO file's workload.rate is max; set workload.rate")
     stream = make_stream(
         slo_file.workload, slo_file.slo, count=slo_file.search.requests, rate=rate, seed=slo_file.search.seed
     )
     return Workload.planned(stream, rate)
 
 
-def write_question(folder: Path, running: Plan, slo_file: SloFile, snapshot: ProfileSnapshot) -> None:
-    """Make `folder`, which must be new, with the three files. Raises OSError.
+def write_replan_input(folder: Path, running: Plan, slo_file: SloFile, snapshot: ProfileSnapshot) -> None:
+    """Create `folder`, which must not exist, with the three files. Raises OSError.
 
-    Arrivals are the kept ones, over and over if the planner's simulations take more; sampled lengths come in random
-    order. What the prefix cache had becomes one common prefix of mean length, in as many requests as had some.
+    The trace repeats the kept arrivals as often as the planner's simulations need; sampled lengths are in random order.
+    Cached tokens become one common prefix of mean length, in the same share of the requests.
     """
     folder.mkdir()
     trace = (folder / "workload.csv").resolve()
     _write_trace(trace, slo_file, snapshot)
-    question = slo_file.model_copy(update={"workload": _live_section(slo_file, snapshot, trace)})
-    (folder / QUESTION).write_text(dump_config(question))
-    (folder / RUNNING_PLAN).write_text(dump_config(running))
+    live = slo_file.model_copy(update={"workload": _live_section(slo_file, snapshot, trace)})
+    (folder / SLO_FILE_NAME).write_text(dump_config(live))
+    (folder / RUNNING_PLAN_NAME).write_text(dump_config(running))
 
 
 def _live_section(slo_file: SloFile, snapshot: ProfileSnapshot, trace: Path) -> WorkloadSection:
-    """The planner finds the highest rate where it was asked for that; else the window's rate is the one to serve."""
+    """The workload section with the rate max if the SLO file has max, otherwise with the window's rate."""
     cached = [tokens for tokens in snapshot.cached_tokens if tokens > 0]
     prefix = None
     if cached:
@@ -69,9 +68,9 @@ def _write_trace(path: Path, slo_file: SloFile, snapshot: ProfileSnapshot) -> No
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["arrival_s", "prompt_tokens", "output_tokens", *(["slo_class"] if has_classes else [])])
-        for at_s, place in zip(arrival_s, order, strict=True):
-            row = [f"{at_s:.6f}", snapshot.prompt_tokens[place], snapshot.output_tokens[place]]
-            rows.writerow([*row, slo_file.slo[snapshot.slo_class[place]].name] if has_classes else row)
+        for at_s, index in zip(arrival_s, order, strict=True):
+            row = [f"{at_s:.6f}", snapshot.prompt_tokens[index], snapshot.output_tokens[index]]
+            rows.writerow([*row, slo_file.slo[snapshot.slo_class[index]].name] if has_classes else row)
 
 
 def _arrivals(snapshot: ProfileSnapshot, count: int) -> Floats:

@@ -1,4 +1,4 @@
-"""Planning again for the requests as they are: what would change, and what it would gain over the plan that runs."""
+"""Planning again for the live workload: the gain of the new plan and the changes of instances."""
 
 import math
 from collections import Counter
@@ -11,9 +11,9 @@ from tandem.core.slo_file import SloFile
 from tandem.placement.cluster import Cluster
 from tandem.placement.costs.models import model_shape
 from tandem.placement.costs.sources import cost_source_of
+from tandem.placement.evaluation.attainment import evaluate
+from tandem.placement.evaluation.goodput import StopWhen, find_goodput, stop_when_lost
 from tandem.placement.evidence import Planned
-from tandem.placement.judging.goodput import StopWhen, goodput_at, stop_when_lost
-from tandem.placement.judging.judgement import judge
 from tandem.placement.plan_deployment import deployment_of
 from tandem.placement.replanning.live_workload import SPARE_REQUESTS
 from tandem.placement.simulator import simulate
@@ -27,9 +27,8 @@ PlanFor = Callable[[SloFile], Planned]
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """How a plan would do on some requests. `goodput` in requests per second of the whole plan; `attainment` is the
-    share of requests on time at the rate asked for, of the class that has least to spare, and `meets` whether all
-    classes keep theirs at that rate."""
+    """The simulation of a plan on a workload. `goodput` in requests per second of the whole plan. At the workload's
+    rate: `attainment` of the class with the smallest margin, and whether all classes `meet` their attainment."""
 
     goodput: float
     attainment: float
@@ -37,9 +36,9 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Replan:
-    """The planner's answer beside the plan that runs, both on the live requests. `gain`: see `gain_of`. `regains`: the
-    plan that runs would miss its targets at the live rate, the new one would keep them."""
+class PlanComparison:
+    """The new plan and the running plan on the live workload. `gain`: see `gain_of`. `regains`: at the live rate the
+    running plan misses its targets and the new plan meets them."""
 
     planned: Planned
     current: Forecast
@@ -48,15 +47,16 @@ class Replan:
     changes: tuple[str, ...]
 
 
-def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> Replan:
-    """`slo_file` has the live workload, which comes at `rate`. Raises ConfigError if a plan cannot run there."""
+def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> PlanComparison:
+    """`slo_file` has the live workload with the rate `rate`. Raises ConfigError if a plan does not fit the cluster."""
     forecast = forecast_of(current, slo_file, rate)
     planned = plan_for(slo_file)
     proposed, gain, meets = planned.plan, 0.0, False
     if proposed.groups and proposed.verdict != "infeasible":
-        rival = forecast_of(proposed, slo_file, rate)  # by the same measure, not by what its own search says
-        gain, meets = gain_of((current, forecast), (proposed, rival), slo_file), rival.meets
-    return Replan(
+        proposed_forecast = forecast_of(proposed, slo_file, rate)  # same method as for the running plan
+        gain = gain_of((current, forecast), (proposed, proposed_forecast), slo_file)
+        meets = proposed_forecast.meets
+    return PlanComparison(
         planned=planned,
         current=forecast,
         gain=gain,
@@ -66,7 +66,7 @@ def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> 
 
 
 def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
-    """Simulates the plan as it is on the workload of `slo_file`, at `rate` and at what it can take."""
+    """Simulates the plan on the workload of `slo_file`, at `rate` and at increasing rates up to its goodput."""
     model = model_shape(slo_file.model)
     deployment = deployment_of(plan, cost_source_of(slo_file, model), Cluster.of(slo_file.cluster), model)
     search, classes = slo_file.search, slo_file.slo
@@ -78,37 +78,38 @@ def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
         return _run_steady(deployment, requests.scaled_to(stream.rate), classes, search.requests)
 
     few = requests.head(search.requests)
-    at_rate = judge(simulate(deployment, requests), classes)
-    least = min(at_rate.classes, key=lambda judged: judged.margin)
-    return Forecast(goodput_at(run, few, classes, guess=rate).rate, least.attainment, at_rate.meets)
+    at_rate = evaluate(simulate(deployment, requests), classes)
+    worst = min(at_rate.classes, key=lambda result: result.margin)
+    return Forecast(find_goodput(run, few, classes, guess=rate), worst.attainment, at_rate.meets)
 
 
 def _run_steady(
     deployment: Deployment, requests: RequestStream, classes: Sequence[SloClass], count: int
 ) -> SimulationResult:
-    """The first `count` requests, and more of them where these would not show a steady state: as the planner does."""
+    """Simulates the first `count` requests, or more if a steady state needs them, as the planner does."""
     while True:
         stream = requests.head(count)
         result = simulate(deployment, stream, stop_when=stop_when_lost(stream, classes))
-        if result.stopped_early or count >= len(requests) or judge(result, classes).long_enough:
+        if result.stopped_early or count >= len(requests) or evaluate(result, classes).long_enough:
             return result
         count *= 2
 
 
 def gain_of(current: tuple[Plan, Forecast], proposed: tuple[Plan, Forecast], slo_file: SloFile) -> float:
-    """Relative. Goodput per device; or, where the cheapest plan was asked for and the one that runs would do, cost.
-    Infinite where the plan that runs would have no goodput at all."""
-    (before, now), (after, then) = current, proposed
-    if slo_file.objective == "cheapest" and now.meets:
-        cost_before, cost_after = _costs(before, after)
-        return cost_before / cost_after - 1.0
-    if now.goodput == 0:
+    """The relative gain in goodput per device; in cost if the objective is `cheapest` and the running plan meets its
+    targets. Infinite if the running plan has no goodput."""
+    (current_plan, current_forecast), (proposed_plan, proposed_forecast) = current, proposed
+    if slo_file.objective == "cheapest" and current_forecast.meets:
+        current_cost, proposed_cost = _costs(current_plan, proposed_plan)
+        return current_cost / proposed_cost - 1.0
+    if current_forecast.goodput == 0:
         return math.inf
-    return (then.goodput / after.num_devices) / (now.goodput / before.num_devices) - 1.0
+    current_goodput = current_forecast.goodput / current_plan.num_devices
+    return (proposed_forecast.goodput / proposed_plan.num_devices) / current_goodput - 1.0
 
 
 def _costs(current: Plan, proposed: Plan) -> tuple[float, float]:
-    """USD per hour, or devices where one of the plans has no price."""
+    """USD per hour; numbers of devices if one of the plans has no price."""
     before = current.expected.cost_per_hour if current.expected else None
     after = proposed.expected.cost_per_hour if proposed.expected else None
     if before is None or after is None:
@@ -117,7 +118,7 @@ def _costs(current: Plan, proposed: Plan) -> tuple[float, float]:
 
 
 def changes_between(current: Plan, proposed: Plan) -> tuple[str, ...]:
-    """One sentence for each kind of instance whose number differs; empty if only settings do."""
+    """'KIND: BEFORE -> AFTER' for each kind of instance whose number changes; empty if only settings change."""
     before, after = _instances(current), _instances(proposed)
     kinds = list(dict.fromkeys((*before, *after)))
     return tuple(f"{kind}: {before[kind]} -> {after[kind]}" for kind in kinds if before[kind] != after[kind])

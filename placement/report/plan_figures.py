@@ -1,4 +1,4 @@
-"""Plots of why this plan: candidates, bounds, sensitivity, error. Each is an `<svg>`, or None without data."""
+"""Plots that explain a plan: candidates, bounds, sensitivity, error. Each is an `<svg>`, or None without data."""
 
 import math
 import textwrap
@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tandem.core.plan import Expected
-from tandem.placement.evidence import Candidate, ErrorBudget, PhaseBound, SensitivityPoint
-from tandem.placement.report import words
+from tandem.placement.evidence import ErrorBudget, PhaseBound, PlanCandidate, SensitivityPoint
+from tandem.placement.report import formatting
 from tandem.placement.report.style import HALF, WIDE, as_svg, drawing_style, light, new_figure, only_vertical_grid
 
 _LAYOUT_COLOURS = {"disaggregated": "prefill", "colocated": "colocated", "mixed": "mixed"}
@@ -34,8 +34,8 @@ _MAX_BARS = 12
 _LABEL_WIDTH = 48
 
 
-def candidate_bars(candidates: Sequence[Candidate]) -> Markup | None:
-    """Goodput per device of the best candidates, the chosen one among them, with 95 % intervals."""
+def candidate_bars(candidates: Sequence[PlanCandidate]) -> Markup | None:
+    """Goodput per device of the best candidates and the chosen one, with 95 % intervals."""
     simulated = [candidate for candidate in candidates if candidate.goodput is not None]
     shown = simulated[:_MAX_BARS]
     shown += [candidate for candidate in simulated[_MAX_BARS:] if candidate.chosen]
@@ -60,13 +60,12 @@ def candidate_bars(candidates: Sequence[Candidate]) -> Markup | None:
             axes.bar(0, 0, color=light(_LAYOUT_COLOURS[layout]), label=layout)
         figure.legend(loc="outside upper right", ncols=3)
         best = shown[0]
-        said = (
-            f"The best of {len(simulated)}: {best.description} with {words.rate(best.goodput_per_device)} per device."
-        )
-        return as_svg(figure, "candidates", "Goodput per device of each configuration", said)
+        per_device = formatting.rate(best.goodput_per_device)
+        description = f"The best of {len(simulated)}: {best.description} with {per_device} per device."
+        return as_svg(figure, "candidates", "Goodput per device of each configuration", description)
 
 
-def _candidate_bar(axes: Axes, row: int, candidate: Candidate, top: float) -> None:
+def _candidate_bar(axes: Axes, row: int, candidate: PlanCandidate, top: float) -> None:
     per_device = candidate.goodput_per_device or 0.0
     colour = light(_LAYOUT_COLOURS[candidate.layout])
     axes.barh(row, per_device, height=0.62, color=colour, alpha=1.0 if candidate.chosen else 0.45)
@@ -76,121 +75,123 @@ def _candidate_bar(axes: Axes, row: int, candidate: Candidate, top: float) -> No
     axes.text(
         _high_per_device(candidate) + 0.012 * top,
         row,
-        words.number(per_device),
+        formatting.number(per_device),
         va="center",
         fontweight="bold" if candidate.chosen else "normal",
     )
 
 
-def _high_per_device(candidate: Candidate) -> float:
+def _high_per_device(candidate: PlanCandidate) -> float:
     high = candidate.goodput_ci[1] if candidate.goodput_ci is not None else candidate.goodput or 0.0
     return max(high, candidate.goodput or 0.0) / candidate.num_devices
 
 
 def phase_bounds(bounds: Sequence[PhaseBound]) -> Markup | None:
-    """What each phase's steps spend their time on, as shares, beside how busy its devices are."""
+    """The shares of each phase's step time by cause, and the utilisation of its devices."""
     busy = [bound for bound in bounds if sum(time_s for _, time_s in bound.cost_terms_s) > 0]
     if not busy:
         return None
     with drawing_style():
         figure = new_figure(WIDE, 1.0 + 0.55 * len(busy))
         axes = figure.add_subplot()
-        seen: dict[str, str] = {}
+        colours: dict[str, str] = {}
         for row, bound in enumerate(busy):
-            left, whole = 0.0, sum(time_s for _, time_s in bound.cost_terms_s)
+            left, total_s = 0.0, sum(time_s for _, time_s in bound.cost_terms_s)
             for term, time_s in bound.cost_terms_s:
-                key, share = term.removesuffix("_s"), time_s / whole
+                key, share = term.removesuffix("_s"), time_s / total_s
                 if share <= 0:
                     continue
                 colour = _TERM_COLOURS.get(key, "idle")
-                seen[words.term_name(term)] = colour
+                colours[formatting.term_name(term)] = colour
                 axes.barh(
                     row, share, left=left, height=0.6, color=light(colour), edgecolor=light("paper"), linewidth=0.8
                 )
                 if share > 0.06:
                     axes.text(left + share / 2, row, f"{share:.0%}", ha="center", va="center", color=light("paper"))
                 left += share
-            axes.text(1.015, row, f"busy {words.percent(bound.utilisation)}", va="center", fontweight="bold")
+            axes.text(1.015, row, f"busy {formatting.percent(bound.utilisation)}", va="center", fontweight="bold")
         axes.set_yticks(range(len(busy)), [bound.label for bound in busy])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.15)
         axes.xaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: words.percent(share)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: formatting.percent(share)))
         axes.set_xlabel("share of the time in steps")
         only_vertical_grid(axes)
-        for label, colour in sorted(seen.items(), key=lambda item: list(_TERM_COLOURS.values()).index(item[1])):
+        for label, colour in sorted(colours.items(), key=lambda item: list(_TERM_COLOURS.values()).index(item[1])):
             axes.bar(0, 0, color=light(colour), label=label)
-        figure.legend(loc="outside upper center", ncols=len(seen), columnspacing=1.2, handlelength=1.0)
-        said = " ".join(f"{bound.label} is bound by {words.term_name(bound.bound)}." for bound in busy)
-        return as_svg(figure, "bounds", "What bounds each phase", said)
+        figure.legend(loc="outside upper center", ncols=len(colours), columnspacing=1.2, handlelength=1.0)
+        description = " ".join(f"{bound.label} is bound by {formatting.term_name(bound.bound)}." for bound in busy)
+        return as_svg(figure, "bounds", "Bounds of each phase", description)
 
 
 def sensitivity(points: Sequence[SensitivityPoint], expected: Expected | None) -> tuple[Markup | None, Markup | None]:
-    """Goodput of the same plan, and attainment at its rate, when one thing of the question changes. What was asked
-    itself, factor 1, is taken from `expected`."""
+    """Goodput of the plan, and attainment at its rate, with one parameter of the SLO file changed. The values for
+    factor 1 are those of `expected`."""
     goodput = [(point.axis, point.factor, point.goodput) for point in points if point.goodput is not None]
     attainment = [(point.axis, point.factor, point.attainment) for point in points if point.attainment is not None]
     if expected is not None:
         goodput += [(axis, 1.0, expected.goodput) for axis in {axis for axis, _, _ in goodput}]
-        worst = min(expected.classes, key=lambda one: one.attainment - one.slo.attainment, default=None)
+        worst = min(expected.classes, key=lambda of_class: of_class.attainment - of_class.slo.attainment, default=None)
         if worst is not None:
             attainment += [(axis, 1.0, worst.attainment) for axis in {axis for axis, _, _ in attainment}]
     return (
-        _sensitivity_plot(goodput, "sensitivity-goodput", "Goodput of this plan, requests per second", words.tick),
-        _sensitivity_plot(attainment, "sensitivity-attainment", "Attainment at the plan's rate", words.percent),
+        _sensitivity_plot(goodput, "sensitivity-goodput", "Goodput of this plan, requests per second", formatting.tick),
+        _sensitivity_plot(attainment, "sensitivity-attainment", "Attainment at the plan's rate", formatting.percent),
     )
 
 
 def _sensitivity_plot(
     points: Sequence[tuple[str, float, float]], name: str, title: str, show: Callable[[float], str]
 ) -> Markup | None:
-    """Of (axis, factor, value)."""
+    """`points` are (axis, factor, value)."""
     if not points:
         return None
-    said = []
+    sentences = []
     with drawing_style():
         figure = new_figure(HALF, 3.3)
         axes = figure.add_subplot()
         for axis, (label, colour, marker, dashes) in _AXIS_STYLES.items():
-            line = sorted({factor: value for one, factor, value in points if one == axis}.items())
+            line = sorted({factor: value for name_of, factor, value in points if name_of == axis}.items())
             if line:
                 xs, ys = zip(*line, strict=True)
                 axes.plot(xs, ys, color=light(colour), marker=marker, markersize=4, linestyle=dashes, label=label)
-                said.append(
-                    f"{label} times {words.tick(xs[0])} to {words.tick(xs[-1])}: {show(ys[0])} to {show(ys[-1])}."
-                )
+                factors = f"{formatting.tick(xs[0])} to {formatting.tick(xs[-1])}"
+                sentences.append(f"{label} times {factors}: {show(ys[0])} to {show(ys[-1])}.")
         axes.axvline(1.0, color=light("soft"), linewidth=0.9, linestyle=(0, (5, 3)))
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(_apart({factor for _, factor, _ in points})))
+        axes.xaxis.set_major_locator(FixedLocator(_tick_factors({factor for _, factor, _ in points})))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda factor, _: f"×{words.tick(factor)}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda factor, _: f"×{formatting.tick(factor)}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
         axes.set_ylim(bottom=0)
         axes.set_title(title)
-        axes.set_xlabel("times what was asked")
+        axes.set_xlabel("factor on the SLO file's value")
         figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2)
-        return as_svg(figure, name, title, " ".join(said))
+        return as_svg(figure, name, title, " ".join(sentences))
 
 
-def _apart(factors: Collection[float]) -> list[float]:
-    """Those factors that leave room for each other's labels on a logarithmic axis; 1 always."""
+def _tick_factors(factors: Collection[float]) -> list[float]:
+    """1 and the factors whose labels do not overlap on a logarithmic axis."""
     kept = [1.0]
-    for factor in sorted(factors, key=lambda f: -abs(math.log(f))):
+    for factor in sorted(factors, key=lambda factor: -abs(math.log(factor))):
         if all(abs(math.log(factor / other)) > 0.16 for other in kept):
             kept.append(factor)
     return sorted(kept)
 
 
 def error_intervals(error: ErrorBudget, expected: Expected | None) -> Markup | None:
-    """The goodput claimed, as an interval for each reason why it may be wrong. The transient's claim can be many times
-    larger: then it is an arrow."""
+    """The predicted goodput with an interval for each source of error. A transient goodput beyond the axis is an
+    arrow."""
     if expected is None:
         return None
     goodput = expected.goodput
-    rows = [("chance of the draw (95 %)", expected.goodput_ci)]
+    rows = [("random requests (95 %)", expected.goodput_ci)]
     if error.goodput_if_slower is not None and error.goodput_if_faster is not None:
         rows.append(
-            (f"model error ±{words.percent(error.model_error)}", (error.goodput_if_slower, error.goodput_if_faster))
+            (
+                f"model error ±{formatting.percent(error.model_error)}",
+                (error.goodput_if_slower, error.goodput_if_faster),
+            )
         )
     right = 1.6 * max([goodput, *(high for _, (_, high) in rows)]) or 1.0
     labels = [label for label, _ in rows]
@@ -201,21 +202,21 @@ def error_intervals(error: ErrorBudget, expected: Expected | None) -> Markup | N
         for row, (_, (low, high)) in enumerate(rows):
             axes.plot([low, high], [row, row], color=light("prefill"), linewidth=5, alpha=0.35, solid_capstyle="butt")
             axes.plot([low, high], [row, row], color=light("prefill"), linestyle="none", marker="|", markersize=9)
-            _beside(axes, high, row, words.interval((low, high)))
+            _annotate(axes, high, row, formatting.interval((low, high)))
         if (transient := error.transient_goodput) is not None:
             inside = transient <= 0.9 * right
-            place = transient if inside else 0.9 * right
-            axes.plot(place, len(rows), color=light("bad"), marker="D" if inside else ">", markersize=7)
-            _beside(axes, place, len(rows), words.transient_claim(transient, goodput))
+            x = transient if inside else 0.9 * right
+            axes.plot(x, len(rows), color=light("bad"), marker="D" if inside else ">", markersize=7)
+            _annotate(axes, x, len(rows), formatting.transient_claim(transient, goodput))
             labels.append("from an empty start (transient)")
         axes.axvline(goodput, color=light("ink"), linewidth=1.2)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_xlabel(f"goodput, requests per second (line: the claim, {words.number(goodput)})")
+        axes.set_xlabel(f"goodput, requests per second (line: predicted, {formatting.number(goodput)})")
         only_vertical_grid(axes)
-        said = " ".join(f"{label}: {words.interval(bounds)}." for label, bounds in rows)
-        return as_svg(figure, "error", "How wrong the goodput may be", said)
+        description = " ".join(f"{label}: {formatting.interval(bounds)}." for label, bounds in rows)
+        return as_svg(figure, "error", "Error of the predicted goodput", description)
 
 
-def _beside(axes: Axes, value: float, row: int, text: str) -> None:
+def _annotate(axes: Axes, value: float, row: int, text: str) -> None:
     axes.annotate(text, (value, row), xytext=(8, 0), textcoords="offset points", va="center")

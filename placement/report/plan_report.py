@@ -1,9 +1,9 @@
-"""The report of a plan: one HTML file that says what to run, why, and how sure that is."""
+"""The HTML report of a plan: the instances, the reasons for them and the error of the prediction."""
 
 from tandem.core.plan import Expected, Plan
 from tandem.placement.evidence import Planned
-from tandem.placement.report import latency_figures, plan_figures, words
-from tandem.placement.report.floor import floor_plan, instance_labels
+from tandem.placement.report import formatting, latency_figures, plan_figures
+from tandem.placement.report.device_map import device_map, instance_labels
 from tandem.placement.report.page import render
 
 _SECTIONS = (
@@ -15,41 +15,41 @@ _SECTIONS = (
     ("sensitivity", "Sensitivity"),
     ("error", "Error"),
     ("workload", "Workload"),
-    ("again", "Again"),
+    ("reproduction", "Reproduction"),
 )
 _NUM_REJECTED = 8
 
 
 def report_html(planned: Planned) -> str:
-    """The page. The same `planned` gives the same bytes."""
+    """The HTML page. The same `planned` gives the same bytes."""
     plan, evidence = planned.plan, planned.evidence
     expected = plan.expected
-    asked = None if expected is None else expected.rate
+    plan_rate = None if expected is None else expected.rate
     return render(
         "plan.html",
-        title=f"{words.VERDICT_NAMES[plan.verdict]}: a plan for {plan.model}",
-        kicker=f"Plan for {plan.model}",
-        pill=words.VERDICT_NAMES[plan.verdict],
+        title=f"{formatting.VERDICT_NAMES[plan.verdict]}: a plan for {plan.model}",
+        subject=f"Plan for {plan.model}",
+        badge=formatting.VERDICT_NAMES[plan.verdict],
         good=plan.verdict != "infeasible",
-        headline=words.answer(planned),
+        headline=formatting.plan_sentence(planned),
         summary=plan.summary,
         figures=_key_figures(plan),
         sections=_SECTIONS,
         version=evidence.reproduction.version,
         plan=plan,
         expected=expected,
-        judged_rate=words.rate(asked),
+        plan_rate=formatting.rate(plan_rate),
         evidence=evidence,
         error=evidence.error,
         transient=_transient(evidence.error.transient_goodput, expected),
-        floor=floor_plan(plan, evidence.nodes),
+        device_map=device_map(plan, evidence.nodes),
         roles=list(dict.fromkeys(group.role for group in plan.groups)),
         group_labels=[_range(labels) for labels in instance_labels(plan.groups)],
         candidates_plot=plan_figures.candidate_bars(evidence.candidates),
-        rejected=words.best_rejected(planned, _NUM_REJECTED),
-        curves=[
-            (curve.slo.name, latency_figures.attainment_curve(curve, asked, f"attainment-{index}"))
-            for index, curve in enumerate(evidence.curves)
+        rejected=formatting.best_rejected(planned, _NUM_REJECTED),
+        attainment_plots=[
+            (attainment.slo.name, latency_figures.attainment_plot(attainment, plan_rate, f"attainment-{index}"))
+            for index, attainment in enumerate(evidence.attainments)
         ],
         ttft_plot=latency_figures.ttft_cdf(evidence.latencies),
         tpot_plot=latency_figures.tpot_cdf(evidence.latencies),
@@ -61,28 +61,28 @@ def report_html(planned: Planned) -> str:
 
 
 def _transient(transient_goodput: float | None, expected: Expected | None) -> str:
-    """Empty where nobody looked."""
+    """Empty if unknown."""
     if transient_goodput is None or expected is None:
         return ""
-    return words.transient_claim(transient_goodput, expected.goodput)
+    return formatting.transient_claim(transient_goodput, expected.goodput)
 
 
 def _key_figures(plan: Plan) -> list[tuple[str, str]]:
-    """(what, value) for the top of the page."""
+    """(label, value) for the top of the page."""
     expected = plan.expected
     figures = [("devices", f"{plan.num_devices:,}")]
     if expected is None:
         return figures
-    low = min(expected.classes, key=lambda c: c.attainment - c.slo.attainment, default=None)
+    worst = min(expected.classes, key=lambda of_class: of_class.attainment - of_class.slo.attainment, default=None)
     figures = [
-        (f"goodput (95 %: {words.interval(expected.goodput_ci)})", words.rate(expected.goodput)),
-        ("goodput per device", words.rate(expected.goodput_per_device)),
+        (f"goodput (95 %: {formatting.interval(expected.goodput_ci)})", formatting.rate(expected.goodput)),
+        ("goodput per device", formatting.rate(expected.goodput_per_device)),
         *figures,
     ]
-    if low is not None:
-        figures.append((f"within targets at {words.rate(expected.rate)}", words.percent(low.attainment)))
+    if worst is not None:
+        figures.append((f"within targets at {formatting.rate(expected.rate)}", formatting.percent(worst.attainment)))
     if expected.cost_per_hour is not None:
-        figures.append(("an hour", f"${words.number(expected.cost_per_hour)}"))
+        figures.append(("per hour", f"${formatting.number(expected.cost_per_hour)}"))
     return figures
 
 

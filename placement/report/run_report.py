@@ -1,15 +1,16 @@
-"""The report of one run, simulated or live: the same page for both, so that they can be laid side by side."""
+"""The HTML report of one run. Simulated and live runs have the same page, so they can be compared."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from tandem.core.slo import SloClass
+from tandem.placement.evaluation.attainment import Evaluation, evaluate
+from tandem.placement.evaluation.phase_bound import phase_bound
 from tandem.placement.evidence import LatencySample, PhaseBound, RunDescription
-from tandem.placement.judging.judgement import Judgement, judge
-from tandem.placement.report import latency_figures, plan_figures, run_figures, words
+from tandem.placement.report import formatting, latency_figures, plan_figures, run_figures
 from tandem.placement.report.page import render
-from tandem.placement.simulator.result import InstanceUse, SimulationResult
+from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.description import summary_of
 
 _MAX_SAMPLES = 4000
@@ -17,28 +18,28 @@ _MAX_INSTANCES = 24
 
 
 def simulation_report_html(result: SimulationResult, classes: Sequence[SloClass], description: RunDescription) -> str:
-    """The page. The same run gives the same bytes."""
-    judgement = judge(result, classes)
-    samples = _samples(result, classes, judgement)
+    """The HTML page. The same run gives the same bytes."""
+    evaluation = evaluate(result, classes)
+    samples = _samples(result, classes, evaluation)
     workload = summary_of(result.requests, description.workload)
     bounds = _bounds(result)
     sections = [("attainment", "Attainment"), ("latency", "Latencies"), ("time", "Over time")]
     sections += [("bounds", "Instances")] if bounds else []
-    sections += [("workload", "Workload"), ("again", "Again")]
-    pill, headline = _verdict(result, judgement)
+    sections += [("workload", "Workload"), ("reproduction", "Reproduction")]
+    badge, headline = _conclusion(result, evaluation)
     return render(
         "run.html",
         title=description.title,
-        kicker=description.title,
-        pill=pill,
-        good=judgement.meets,
+        subject=description.title,
+        badge=badge,
+        good=evaluation.meets,
         headline=headline,
         summary="",
-        figures=_key_figures(result, judgement),
+        figures=_key_figures(result, evaluation),
         sections=sections,
         version=description.version,
         description=description,
-        judgement=judgement,
+        evaluation=evaluation,
         result=result,
         ttft_plot=latency_figures.ttft_cdf(samples),
         tpot_plot=latency_figures.tpot_cdf(samples),
@@ -53,41 +54,45 @@ def simulation_report_html(result: SimulationResult, classes: Sequence[SloClass]
     )
 
 
-def _verdict(result: SimulationResult, judgement: Judgement) -> tuple[str, str]:
-    judged = [one for one in judgement.classes if one.requests]
-    kept = words.join([f"{words.percent(one.attainment)} of class {one.slo.name}" for one in judged] or ["no request"])
-    if len(judged) == 1:
-        kept = f"{words.percent(judged[0].attainment)} of the requests"
-    text = f"{kept[:1].upper()}{kept[1:]} kept both targets at {words.rate(result.requests.rate)}."
-    if not judgement.stable:
-        return "Overloaded", f"{text} Queues grow from end to end, so that a longer run would keep fewer."
-    return ("Within targets" if judgement.meets else "Targets missed"), text
+def _conclusion(result: SimulationResult, evaluation: Evaluation) -> tuple[str, str]:
+    """(badge, headline)."""
+    classes = [of_class for of_class in evaluation.classes if of_class.requests]
+    shares = [f"{formatting.percent(of_class.attainment)} of class {of_class.slo.name}" for of_class in classes]
+    met = formatting.join(shares or ["no request"])
+    if len(classes) == 1:
+        met = f"{formatting.percent(classes[0].attainment)} of the requests"
+    text = f"{met[:1].upper()}{met[1:]} met both targets at {formatting.rate(result.requests.rate)}."
+    if not evaluation.stable:
+        return "Overloaded", f"{text} Queues grow during the run; a longer run would miss more targets."
+    return ("Within targets" if evaluation.meets else "Targets missed"), text
 
 
-def _key_figures(result: SimulationResult, judgement: Judgement) -> list[tuple[str, str]]:
+def _key_figures(result: SimulationResult, evaluation: Evaluation) -> list[tuple[str, str]]:
     count = len(result.requests)
     tokens = float(result.requests.output_tokens[result.finished].sum())
     figures = [
         (f"of {count:,} requests finished", f"{int(result.finished.sum()):,}"),
-        ("output tokens per second", words.number(tokens / result.end_s if result.end_s > 0 else None)),
+        ("output tokens per second", formatting.number(tokens / result.end_s if result.end_s > 0 else None)),
     ]
     for name, values in (("TTFT", result.ttft_s), ("TPOT", result.tpot_s)):
         known = values[~np.isnan(values)]
         if len(known):
             p50, p99 = np.quantile(known, (0.5, 0.99))
-            figures.append((f"{name} p50 (p99: {words.seconds(p99)})", words.seconds(p50)))
-    figures.append(("first requests left out as warm-up", words.count(judgement.warm_up)))
+            figures.append((f"{name} p50 (p99: {formatting.seconds(p99)})", formatting.seconds(p50)))
+    figures.append(("first requests left out as warm-up", formatting.count(evaluation.warm_up)))
     return figures
 
 
-def _samples(result: SimulationResult, classes: Sequence[SloClass], judgement: Judgement) -> tuple[LatencySample, ...]:
-    """Of the requests that were judged."""
+def _samples(
+    result: SimulationResult, classes: Sequence[SloClass], evaluation: Evaluation
+) -> tuple[LatencySample, ...]:
+    """Latencies of the requests in steady state."""
     position = np.arange(len(result.requests))
-    inside = (position >= judgement.warm_up) & (position < len(position) - judgement.tail)
+    steady = (position >= evaluation.warm_up) & (position < len(position) - evaluation.tail)
     samples = []
     for index, slo in enumerate(classes):
-        chosen = inside & (result.requests.slo_class == index)
-        samples.append(LatencySample(slo, _thinned(result.ttft_s[chosen]), _thinned(result.tpot_s[chosen])))
+        of_class = steady & (result.requests.slo_class == index)
+        samples.append(LatencySample(slo, _thinned(result.ttft_s[of_class]), _thinned(result.tpot_s[of_class])))
     return tuple(samples)
 
 
@@ -97,21 +102,11 @@ def _thinned(values: np.ndarray) -> tuple[float, ...]:
 
 
 def _bounds(result: SimulationResult) -> tuple[PhaseBound, ...]:
-    roles = dict.fromkeys(use.role for use in result.instances)
-    return tuple(_bound([use for use in result.instances if use.role == role], result.end_s) for role in roles)
-
-
-def _bound(uses: Sequence[InstanceUse], end_s: float) -> PhaseBound:
-    terms: dict[str, float] = {}
-    for use in uses:
-        for term, time_s in use.cost_terms_s.items():
-            terms[term] = terms.get(term, 0.0) + time_s
-    steps = sum(use.steps for use in uses)
-    return PhaseBound(
-        role=uses[0].role,
-        label=f"{uses[0].role}, {words.plural(len(uses), 'instance')}",
-        cost_terms_s=tuple(terms.items()),
-        utilisation=sum(use.busy_s for use in uses) / (len(uses) * end_s) if end_s > 0 else 0.0,
-        kv_peak=max(use.peak_blocks / max(1, use.num_blocks) for use in uses),
-        tokens_per_step=sum(use.prefill_tokens + use.decode_tokens for use in uses) / max(1, steps),
-    )
+    """The bounds of each role."""
+    bounds = []
+    for role in dict.fromkeys(use.role for use in result.instances):
+        uses = [use for use in result.instances if use.role == role]
+        tokens = sum(use.prefill_tokens + use.decode_tokens for use in uses)
+        label = f"{role}, {formatting.plural(len(uses), 'instance')}"
+        bounds.append(phase_bound(role, label, uses, tokens, result.end_s))
+    return tuple(bounds)

@@ -1,7 +1,7 @@
-"""How figures look: one palette for page and plots, light and dark, and a matplotlib figure as a piece of the page.
+"""The style of figures: one palette for page and plots in light and dark, and SVG elements from matplotlib figures.
 
-A plot is drawn in the light colours; in the SVG each of them is then replaced by the CSS variable of its name, so that
-the reader's browser picks light or dark. Text stays text. The same figure always gives the same bytes.
+A plot is drawn in the light colours. In the SVG each colour is replaced by the CSS variable of its name, so the browser
+picks light or dark. Text stays text. The same figure always gives the same bytes.
 """
 
 import io
@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Name -> (light, dark). Okabe and Ito's colours, which colour-blind readers tell apart; the dark ones are lifted.
-# The light values are distinct: they are how a colour of the SVG is found again.
+# Name -> (light, dark). Okabe and Ito's colours, which colour-blind readers can tell apart; the dark ones are brighter.
+# The light values are distinct: they identify a colour in the SVG.
 PALETTE: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "ink": ("#1b2430", "#e6e9ee"),
@@ -40,11 +40,11 @@ PALETTE: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 
-WIDE, HALF = 9.0, 4.4  # inches: the page's width, and two figures beside each other
+WIDE, HALF = 9.0, 4.4  # inches: the page's width, and one of two figures in a row
 
 _RC: Any = {  # matplotlib types the keys as a literal of all its settings
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # a dollar sign in a name is text
     "font.size": 9.0,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -69,12 +69,12 @@ _NO_METADATA: dict[str, str | None] = {"Date": None, "Creator": None, "Format": 
 
 
 def light(name: str) -> str:
-    """The palette's colour to draw a plot with."""
+    """The colour of the palette for plots."""
     return PALETTE[name][0]
 
 
 def css_variables() -> Markup:
-    """Declarations of the palette, dark where the reader prefers it; paper is light."""
+    """CSS declarations of the palette: dark if the reader prefers dark, always light in print."""
     bright = "".join(f"--{name}:{colours[0]};" for name, colours in PALETTE.items())
     dark = "".join(f"--{name}:{colours[1]};" for name, colours in PALETTE.items())
     return Markup(f":root{{{bright}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}")
@@ -87,13 +87,13 @@ def drawing_style() -> Iterator[None]:
 
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:
-    """An empty figure that lays itself out. Draw inside `drawing_style`."""
+    """An empty figure with automatic layout. Draw inside `drawing_style`."""
     return Figure(figsize=(width_inches, height_inches), layout="constrained")
 
 
 def as_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
-    """The figure as an `<svg>` element for the page. `name` makes its ids unique on the page; `title` and
-    `description` are what a reader hears who does not see it."""
+    """The figure as an `<svg>` element. `name` makes its ids unique on the page; screen readers read `title` and
+    `description`."""
     buffer = io.StringIO()
     with mpl.rc_context({**_RC, "svg.hashsalt": name}):
         FigureCanvasSVG(figure)
@@ -106,13 +106,13 @@ def as_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     head = f'<svg role="img" aria-labelledby="{name}-title {name}-desc"'
-    words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
-    text = text.replace("<svg", head, 1).replace(">", f">{words}", 1)
+    texts = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
+    text = text.replace("<svg", head, 1).replace(">", f">{texts}", 1)
     return Markup(text)
 
 
 def only_vertical_grid(axes: Axes) -> None:
-    """For horizontal bars: no ticks and no lines between them."""
+    """For horizontal bars: no ticks and no grid lines between the bars."""
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)

@@ -1,16 +1,17 @@
-"""The best plan for an SLO file: what may be chosen, what is known of it without simulating, and which fleet wins.
+"""The search for the best deployment of an SLO file, from fast bounds to full simulations.
 
-    problem        the question: model, costs, cluster, targets, requests
-    kinds          instances that memory and the model allow        limits   what none of a kind can exceed
-    prefill_alone, decode_alone, colocated_alone                    quick models of one pool of equal instances
-    curves         their attainment against rate                    predict  what fleets can be expected to reach
-    fleet          instances of some kinds that serve together      room     what fits on which nodes, and where
-    disaggregated, colocated, mixed, heterogeneous                  the fleets that are worth a name
-    space          all of the above for one question
-    best_first     the fleet of the highest goodput                 cheapest the cheapest fleet for a rate
-    trial          full simulations, the last word                  trim     takes away what a fleet does not need
-    verdict, runners_up, sensitivity, nearest, words                what is told of the answer
-    parallel       work spread over cores
+    problem                     the input: model, costs, cluster, targets, requests
+    kinds, limits               instances that memory and the model allow; upper bounds of their rates
+    prefill_model, decode_model, colocated_model
+                                fast models of one group of equal instances
+    group_attainment, predict   a group's attainment against rate; the predicted goodput of a deployment
+    candidate, packing          deployments of groups of instances; their devices on the nodes
+    enumeration, space          the deployments to evaluate; everything above for one problem
+    best_first, cheapest        the deployment of the highest goodput; the cheapest deployment for a rate
+    trial, trim                 full simulations; removal of instances that a deployment does not need
+    chosen_deployment, runners_up, sensitivity, nearest_feasible, candidate_list
+                                results about the chosen deployment and its alternatives
+    mapper                      parallel execution
 
-`placement.planner` puts them together.
+`placement.planner` combines these modules.
 """

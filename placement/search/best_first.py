@@ -1,19 +1,18 @@
-"""The fleet of the highest goodput, by best-first branch and bound.
+"""The deployment of the highest goodput, by best-first branch and bound.
 
-    part of the cluster     bound: the linear programme of `predict.limit_of_nodes`
-       |  its fleets, named by `disaggregated`, `colocated`, `mixed` and `heterogeneous`, and its own parts, one node or
-       |  one device per node smaller
-    fleet                   bound: the limits of its pools and links
-       |  curves of each phase alone, computed for all fleets near the top at once
-    fleet with prediction   bound: the prediction and a margin, but never more than the limit
+    part of the cluster         bound: the linear programme of `predict.limit_of_nodes`
+       |  its candidate deployments, and its own parts: one node less, or one device per node less
+    deployment                  bound: the limits of its groups and links
+       |  attainments of its groups, computed in batches
+    deployment with prediction  bound: the prediction plus a margin, at most the limit
        |  full simulations
-    goodput                 the highest rung of the ladder that passed, but never more than the bound
+    goodput                     the highest rate that meets the targets, at most the bound
 
-Whatever has the highest bound is looked at next; when no bound beats the best goodput found, that is the best of all.
-So the answer is the maximum, over all fleets of all parts of the cluster, of a number that depends on the fleet alone.
-A larger cluster has all the parts of a smaller one: more devices never lower the answer. How many processes help, and
-when, does not change it either. (Where predictions are far too high, simulations would have to rule out half of all
-fleets; the search gives up after a dozen in a row that did not beat the best.)
+The item with the highest bound is next. The search ends when no bound exceeds the best goodput. So the result is the
+maximum, over all deployments on all parts of the cluster, of a number that depends only on the deployment. A larger
+cluster has all parts of a smaller cluster, so more devices never lower the result. The number of workers does not
+change the result. If predictions are far too high, the search gives up after a dozen consecutive deployments without
+improvement.
 """
 
 import heapq
@@ -21,117 +20,121 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from tandem.placement.search.fleet import Fleet
-from tandem.placement.search.parallel import Mapper
+from tandem.placement.search.candidate import CandidateDeployment
+from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.predict import limit_of_nodes
 from tandem.placement.search.problem import NodeType, Problem
-from tandem.placement.search.space import Space
-from tandem.placement.search.trial import LADDER_STEP, Outcome, climb, trial_of
+from tandem.placement.search.space import SearchSpace
+from tandem.placement.search.trial import RATE_RATIO, MaxRate, find_max_rate, scaled_down
 
-_MARGIN = 1.05  # by which a simulation may exceed the prediction
-_COLOCATED_MARGIN = 1.1  # with colocated instances: their model is rougher, and it knows no parts that relieve others
-_FLEETS_AT_ONCE = 48
-_MOST_FAILURES = 12  # fleets in a row that were simulated and did not beat the best
+_MARGIN = 1.05  # ratio by which a simulation may exceed the prediction
+_COLOCATED_MARGIN = 1.1  # with colocated instances: their model is less accurate and ignores that groups share load
+_BATCH = 48
+_MAX_FAILURES = 12  # consecutive simulated deployments without improvement
 
-Report = Callable[[float, str], None]
+ReportProgress = Callable[[float, str], None]
+"""Receives the share of the work that is done, and a phrase about the current work."""
 Nodes = tuple[NodeType, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
-    """A fleet with its prediction. `goodput` None: it was not simulated, its bound being too low already; 0: it was,
-    and did not pass where it would have become the best."""
+class EvaluatedDeployment:
+    """A deployment with its prediction. `goodput` is None without simulation (the bound was too low), and 0 if the
+    deployment misses the targets at the rates above the best goodput."""
 
-    fleet: Fleet
+    deployment: CandidateDeployment
     predicted: float
     bound: float
     goodput: float | None = None
-    outcome: Outcome | None = None
+    max_rate: MaxRate | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """`best` None: no fleet serves anything within the targets. `looked`: in the order of looking."""
+class SearchResult:
+    """`best` is None if no deployment meets the targets. `evaluated` is in the order of evaluation."""
 
-    best: Looked | None
-    looked: tuple[Looked, ...]
-    num_fleets: int
+    best: EvaluatedDeployment | None
+    evaluated: tuple[EvaluatedDeployment, ...]
     num_simulations: int
 
 
 @dataclass(order=True, slots=True)
-class _Entry:
-    """The highest bound first; of equal ones the highest prediction, then the fewest devices, then the one named
-    first."""
+class _ByBound:
+    """The highest bound first; then the highest prediction, the fewest devices, the earliest item."""
 
     negative_bound: float
     negative_prediction: float
     num_devices: int
     order: int
-    subject: Nodes | Fleet | Looked = field(compare=False)
+    item: Nodes | CandidateDeployment | EvaluatedDeployment = field(compare=False)
 
 
-def find_best(space: Space, mapper: Mapper, report: Report) -> Found:
-    """`report` is called with the share of the bounds' gap that is closed, and what is done now."""
+def find_best(space: SearchSpace, mapper: Mapper, report: ReportProgress) -> SearchResult:
     return _BestFirst(space, mapper, report).find()
 
 
 class _BestFirst:
-    def __init__(self, space: Space, mapper: Mapper, report: Report) -> None:
+    def __init__(self, space: SearchSpace, mapper: Mapper, report: ReportProgress) -> None:
         self._space = space
         self._mapper = mapper
         self._report = report
-        self._heap: list[_Entry] = []
-        self._best: Looked | None = None
-        self._looked: list[Looked] = []
+        self._heap: list[_ByBound] = []
+        self._best: EvaluatedDeployment | None = None
+        self._evaluated: list[EvaluatedDeployment] = []
         self._parts: set[Nodes] = set()
-        self._named = 0
-        self._simulations = 0
+        self._num_enumerated = 0
+        self._num_simulations = 0
         self._failures = 0
 
-    def find(self) -> Found:
+    def find(self) -> SearchResult:
         self._add_part(self._space.problem.node_types)
-        while self._heap and self._bound() > self._to_beat() and self._failures < _MOST_FAILURES:
-            subject = self._heap[0].subject
-            if isinstance(subject, Fleet):
-                self._predict(self._pop(Fleet, _FLEETS_AT_ONCE))
-            elif isinstance(subject, Looked):
-                self._try(self._pop(Looked, 1 if self._best is None else self._mapper.workers))
+        while self._heap and self._bound() > self._required_bound() and self._failures < _MAX_FAILURES:
+            item = self._heap[0].item
+            if isinstance(item, CandidateDeployment):
+                self._predict(self._pop(CandidateDeployment, _BATCH))
+            elif isinstance(item, EvaluatedDeployment):
+                self._simulate(self._pop(EvaluatedDeployment, 1 if self._best is None else self._mapper.workers))
             else:
-                self._open(self._pop(tuple, 1)[0])
-        self._looked += [entry.subject for entry in self._heap if isinstance(entry.subject, Looked)]
-        self._looked += self._best_of_other_layouts()
-        return Found(self._best, tuple(self._looked), self._named, self._simulations)
+                self._enumerate(self._pop(tuple, 1)[0])
+        self._evaluated += [entry.item for entry in self._heap if isinstance(entry.item, EvaluatedDeployment)]
+        self._evaluated += self._best_of_other_layouts()
+        return SearchResult(self._best, tuple(self._evaluated), self._num_simulations)
 
-    def _best_of_other_layouts(self) -> list[Looked]:
-        """Of layouts whose bound was too low for a prediction: what a reader wants to see the answer beside."""
-        firsts: dict[str, Fleet] = {}
+    def _best_of_other_layouts(self) -> list[EvaluatedDeployment]:
+        """For the report: predictions for layouts whose bounds were too low for a prediction in the search."""
+        first_of_layout: dict[str, CandidateDeployment] = {}
         for entry in sorted(self._heap):
-            if isinstance(entry.subject, Fleet):
-                firsts.setdefault(entry.subject.layout, entry.subject)
-        seen = {looked.fleet.layout for looked in self._looked}
-        fleets = [fleet for layout, fleet in firsts.items() if layout not in seen]
+            if isinstance(entry.item, CandidateDeployment):
+                first_of_layout.setdefault(entry.item.layout, entry.item)
+        known = {evaluated.deployment.layout for evaluated in self._evaluated}
+        deployments = [deployment for layout, deployment in first_of_layout.items() if layout not in known]
         predictor = self._space.predictor
-        predictor.prepare(fleets)
-        return [Looked(fleet, predictor.goodput(fleet), predictor.limit(fleet)) for fleet in fleets]
+        predictor.prepare(deployments)
+        return [
+            EvaluatedDeployment(deployment, predictor.goodput(deployment), predictor.limit(deployment))
+            for deployment in deployments
+        ]
 
     def _bound(self) -> float:
         return -self._heap[0].negative_bound
 
-    def _to_beat(self) -> float:
-        """Less than a rung of the ladder is no improvement."""
-        return 0.0 if self._best is None else (self._best.goodput or 0.0) * LADDER_STEP
+    def _best_goodput(self) -> float:
+        return 0.0 if self._best is None else self._best.goodput or 0.0
 
-    def _push(self, bound: float, num_devices: int, subject: Nodes | Fleet | Looked) -> None:
-        if bound > self._to_beat():
-            prediction = subject.predicted if isinstance(subject, Looked) else bound
-            heapq.heappush(self._heap, _Entry(-bound, -prediction, num_devices, self._named, subject))
+    def _required_bound(self) -> float:
+        """An improvement is at least one step of the series of rates."""
+        return self._best_goodput() * RATE_RATIO
 
-    def _pop(self, sort: type, most: int) -> list[_Entry]:
-        """The first entry and those of its sort among the next, as long as their bounds are still worth it."""
-        taken: list[_Entry] = []
-        while self._heap and len(taken) < most and isinstance(self._heap[0].subject, sort):
-            if self._bound() <= self._to_beat():
+    def _push(self, bound: float, num_devices: int, item: Nodes | CandidateDeployment | EvaluatedDeployment) -> None:
+        if bound > self._required_bound():
+            prediction = item.predicted if isinstance(item, EvaluatedDeployment) else bound
+            heapq.heappush(self._heap, _ByBound(-bound, -prediction, num_devices, self._num_enumerated, item))
+
+    def _pop(self, item_type: type, maximum: int) -> list[_ByBound]:
+        """Leading entries of one type whose bounds are high enough."""
+        taken: list[_ByBound] = []
+        while self._heap and len(taken) < maximum and isinstance(self._heap[0].item, item_type):
+            if self._bound() <= self._required_bound():
                 break
             taken.append(heapq.heappop(self._heap))
         return taken
@@ -141,78 +144,79 @@ class _BestFirst:
             self._parts.add(nodes)
             self._push(limit_of_nodes(nodes, self._space.limits), sum(node.num_devices for node in nodes), nodes)
 
-    def _open(self, entry: _Entry) -> None:
-        """Name the fleets of a part of the cluster, and its own parts."""
-        nodes = entry.subject
+    def _enumerate(self, entry: _ByBound) -> None:
+        """Add the deployments of a part of the cluster, and its own parts."""
+        nodes = entry.item
         assert isinstance(nodes, tuple)
-        self._report(self._closed(), f"naming fleets on {entry.num_devices} devices")
-        for fleet in self._space.fleets(nodes):
-            self._named += 1
-            self._push(self._space.predictor.limit(fleet), fleet.num_devices, fleet)
+        self._report(self._done(), f"enumerating deployments on {entry.num_devices} devices")
+        for deployment in self._space.deployments(nodes):
+            self._num_enumerated += 1
+            self._push(self._space.predictor.limit(deployment), deployment.num_devices, deployment)
         for index, node in enumerate(nodes):
             for smaller in (replace(node, count=node.count - 1), replace(node, devices=node.devices - 1)):
                 kept = (smaller,) if smaller.num_devices else ()
                 self._add_part((*nodes[:index], *kept, *nodes[index + 1 :]))
 
-    def _predict(self, entries: list[_Entry]) -> None:
+    def _predict(self, entries: list[_ByBound]) -> None:
         predictor = self._space.predictor
-        fleets = [entry.subject for entry in entries if isinstance(entry.subject, Fleet)]
-        self._report(self._closed(), f"each phase alone, {predictor.num_curves} curves so far")
-        predictor.prepare(fleets)
-        for entry, fleet in zip(entries, fleets, strict=True):
-            predicted = predictor.goodput(fleet)
-            bound = min(-entry.negative_bound, most_of(fleet, predicted))
-            self._push(bound, fleet.num_devices, Looked(fleet, predicted, bound))
+        deployments = [entry.item for entry in entries if isinstance(entry.item, CandidateDeployment)]
+        self._report(self._done(), f"predicting goodput, {predictor.num_evaluated_groups} groups evaluated")
+        predictor.prepare(deployments)
+        for entry, deployment in zip(entries, deployments, strict=True):
+            predicted = predictor.goodput(deployment)
+            bound = min(-entry.negative_bound, max_goodput(deployment, predicted))
+            self._push(bound, deployment.num_devices, EvaluatedDeployment(deployment, predicted, bound))
 
-    def _try(self, entries: list[_Entry]) -> None:
-        prospects = [entry.subject for entry in entries if isinstance(entry.subject, Looked)]
-        self._report(self._closed(), f"simulating {prospects[0].fleet}")
-        best = 0.0 if self._best is None else self._best.goodput or 0.0
-        tasks = [task_for(self._space, prospect, best) for prospect in prospects]
-        if len(tasks) == 1:
-            outcomes = [climb_of(self._space.problem, tasks[0], self._mapper)]
+    def _simulate(self, entries: list[_ByBound]) -> None:
+        candidates = [entry.item for entry in entries if isinstance(entry.item, EvaluatedDeployment)]
+        self._report(self._done(), f"simulating {candidates[0].deployment}")
+        best = self._best_goodput()
+        trials = [trial_for(self._space, candidate, best) for candidate in candidates]
+        if len(trials) == 1:
+            max_rates = [run_trial(self._space.problem, trials[0], self._mapper)]
         else:
-            outcomes = self._mapper(partial(climb_of, self._space.problem), tasks)
-        for prospect, task, outcome in zip(prospects, tasks, outcomes, strict=True):
-            self._simulations += len(outcome.evaluations)
-            goodput = min(outcome.rate * task.scale, prospect.bound)
-            looked = replace(prospect, goodput=goodput, outcome=outcome)
-            self._looked.append(looked)
+            max_rates = self._mapper(partial(run_trial, self._space.problem), trials)
+        for candidate, trial, max_rate in zip(candidates, trials, max_rates, strict=True):
+            self._num_simulations += len(max_rate.evaluated_rates)
+            goodput = min(max_rate.rate * trial.scale, candidate.bound)
+            evaluated = replace(candidate, goodput=goodput, max_rate=max_rate)
+            self._evaluated.append(evaluated)
             self._failures += 1
             if goodput > best:
-                self._best, self._failures, best = looked, 0, goodput
+                self._best, self._failures, best = evaluated, 0, goodput
 
-    def _closed(self) -> float:
-        """How near the best goodput is to the highest bound, 0 to 1."""
-        if self._best is None or not self._heap:
-            return 0.0
-        return min(1.0, (self._best.goodput or 0.0) / self._bound())
+    def _done(self) -> float:
+        """The best goodput divided by the highest bound, 0 to 1."""
+        return min(1.0, self._best_goodput() / self._bound()) if self._heap else 0.0
 
 
-def most_of(fleet: Fleet, predicted: float) -> float:
-    """Requests per second that a simulation of it may pass, as far as the prediction can be trusted."""
-    return predicted * (_MARGIN if fleet.layout == "disaggregated" else _COLOCATED_MARGIN)
+def max_goodput(deployment: CandidateDeployment, predicted: float) -> float:
+    """Upper bound of the simulated goodput, given the prediction and its error."""
+    return predicted * (_MARGIN if deployment.layout == "disaggregated" else _COLOCATED_MARGIN)
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """The climb of a fleet's trial, in the trial's rates. `scale`: what the fleet passes for each request per second of
-    the trial."""
+class Trial:
+    """The arguments of `find_max_rate` for the (scaled-down) deployment. `scale`: goodput of the original deployment
+    divided by the goodput of this one."""
 
-    trial: Fleet
+    deployment: CandidateDeployment
     guess: float
     at_least: float
     scale: float
-    apart: bool
+    separate_nodes: bool
 
 
-def task_for(space: Space, prospect: Looked, best: float = 0.0) -> Task:
-    """It gives up where the prospect cannot have more than `best`."""
-    trial = trial_of(prospect.fleet)
-    small = space.predictor.goodput(trial)
-    scale = prospect.predicted / small if small > 0 else 1.0
-    return Task(trial, prospect.predicted / scale, best / scale, scale, apart=trial != prospect.fleet)
+def trial_for(space: SearchSpace, candidate: EvaluatedDeployment, best: float = 0.0) -> Trial:
+    """A trial that ends when the candidate cannot exceed the goodput `best`."""
+    deployment = scaled_down(candidate.deployment)
+    predicted = space.predictor.goodput(deployment)
+    scale = candidate.predicted / predicted if predicted > 0 else 1.0
+    is_scaled = deployment != candidate.deployment
+    return Trial(deployment, candidate.predicted / scale, best / scale, scale, separate_nodes=is_scaled)
 
 
-def climb_of(problem: Problem, task: Task, mapper: Mapper | None = None) -> Outcome:
-    return climb(problem, task.trial, task.guess, task.at_least, mapper, apart=task.apart)
+def run_trial(problem: Problem, trial: Trial, mapper: Mapper | None = None) -> MaxRate:
+    return find_max_rate(
+        problem, trial.deployment, trial.guess, trial.at_least, mapper, separate_nodes=trial.separate_nodes
+    )

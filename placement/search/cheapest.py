@@ -1,8 +1,8 @@
-"""The cheapest fleet that serves a rate: DistServe's n = ceil(R / goodput), with prices, and verified.
+"""The cheapest deployment that serves a rate: DistServe's n = ceil(R / goodput) with prices, checked by simulation.
 
-Fleets begin with as many instances as their limits demand. The cheapest is looked at first: predicted, simulated at
-the rate; where it falls short it comes back with one instance more in each of its pools in turn. The first that passes
-is the answer, since all that are cheaper have failed, or their parts have.
+Deployments start with the number of instances that their limits require. The cheapest deployment is evaluated first:
+predicted, then simulated at the rate. If it misses the targets, deployments with one instance more in one of its groups
+follow. The first deployment that meets the targets is the result: all cheaper ones missed them.
 """
 
 import heapq
@@ -11,173 +11,169 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from tandem.placement.judging.goodput import Evaluation
-from tandem.placement.search.best_first import Found, Looked, Report, most_of
-from tandem.placement.search.disaggregated import low_affinity
-from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress, SearchResult, max_goodput
+from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
+from tandem.placement.search.enumeration import low_affinity
 from tandem.placement.search.kinds import InstanceKind
-from tandem.placement.search.parallel import Mapper
-from tandem.placement.search.room import beside
-from tandem.placement.search.space import Space
-from tandem.placement.search.trial import Outcome, run, rung_below, trial_of
+from tandem.placement.search.mapper import Mapper
+from tandem.placement.search.packing import count_fitting
+from tandem.placement.search.space import SearchSpace
+from tandem.placement.search.trial import EvaluatedRate, MaxRate, rate_index_below, scaled_down, simulate_at
 
-_GROWTH = 0.03  # of a pool's instances, at least one
-_FLEETS_AT_ONCE = 16
-_MOST_LOOKS = 4000
-_FEWER = 2  # instances of a pool that colocated ones may stand in for
-_MOST_MIXTURES = 128
+_GROWTH = 0.03  # share of a group's instances to add, at least one
+_BATCH = 16
+_MAX_EVALUATIONS = 4000
+_MAX_REPLACED = 2  # instances of a group that colocated instances may replace
+_MAX_MIXTURES = 128
 
 
 @dataclass(order=True, slots=True)
-class _Entry:
-    """The cheapest first; of equal price the one that was named first."""
+class _ByPrice:
+    """The lowest price first; of equal prices the earliest deployment."""
 
     price: float
     order: int
-    fleet: Fleet = field(compare=False)
+    deployment: CandidateDeployment = field(compare=False)
 
 
-def find_cheapest(space: Space, mapper: Mapper, report: Report) -> Found:
-    """For `space.problem.rate`. `best` None: not even the whole cluster serves it."""
+def find_cheapest(space: SearchSpace, mapper: Mapper, report: ReportProgress) -> SearchResult:
+    """For `space.problem.rate`. `best` is None if the cluster cannot serve the rate."""
     return _CheapestFirst(space, mapper, report).find()
 
 
 class _CheapestFirst:
-    def __init__(self, space: Space, mapper: Mapper, report: Report) -> None:
+    def __init__(self, space: SearchSpace, mapper: Mapper, report: ReportProgress) -> None:
         assert space.problem.rate is not None
         self._space = space
         self._rate = space.problem.rate
         self._mapper = mapper
         self._report = report
-        self._heap: list[_Entry] = []
-        self._known: set[Fleet] = set()
-        self._looked: list[Looked] = []
-        self._simulations = 0
+        self._heap: list[_ByPrice] = []
+        self._known: set[CandidateDeployment] = set()
+        self._evaluated: list[EvaluatedDeployment] = []
+        self._num_simulations = 0
 
-    def find(self) -> Found:
-        best: Looked | None = None
-        for fleet in self._least_fleets():
-            self._push(fleet)
-        while self._heap and best is None and len(self._looked) < _MOST_LOOKS:
-            entries = [heapq.heappop(self._heap) for _ in range(min(_FLEETS_AT_ONCE, len(self._heap)))]
-            self._space.predictor.prepare(entry.fleet for entry in entries)
-            for place, entry in enumerate(entries):
-                looked = self._look(entry.fleet)
-                self._looked.append(looked)
-                if looked.goodput:
-                    best = looked
+    def find(self) -> SearchResult:
+        best: EvaluatedDeployment | None = None
+        for deployment in self._smallest_deployments():
+            self._push(deployment)
+        while self._heap and best is None and len(self._evaluated) < _MAX_EVALUATIONS:
+            entries = [heapq.heappop(self._heap) for _ in range(min(_BATCH, len(self._heap)))]
+            self._space.predictor.prepare(entry.deployment for entry in entries)
+            for index, entry in enumerate(entries):
+                evaluated = self._evaluate(entry.deployment)
+                if evaluated.goodput:
+                    best = evaluated
                     break
-                # What is dearer than the fleets that grow out of this one has to wait for them.
-                for fleet in self._larger(entry.fleet):
-                    self._push(fleet)
-                if self._heap and place + 1 < len(entries) and self._heap[0] < entries[place + 1]:
-                    for later in entries[place + 1 :]:
+                for deployment in self._larger(entry.deployment):
+                    self._push(deployment)
+                # Later entries of the batch wait if a deployment that was just added is cheaper.
+                if self._heap and index + 1 < len(entries) and self._heap[0] < entries[index + 1]:
+                    for later in entries[index + 1 :]:
                         heapq.heappush(self._heap, later)
                     break
         if best is not None and "mixed" in self._space.problem.section.layouts:
-            best = self._mixture(best) or best
-        return Found(best, tuple(self._looked), len(self._known), self._simulations)
+            best = self._find_mixture(best) or best
+        return SearchResult(best, tuple(self._evaluated), self._num_simulations)
 
-    def _look(self, fleet: Fleet) -> Looked:
+    def _evaluate(self, deployment: CandidateDeployment) -> EvaluatedDeployment:
         predictor = self._space.predictor
-        predicted = predictor.goodput(fleet)
-        looked = Looked(fleet, predicted, min(predictor.limit(fleet), most_of(fleet, predicted)))
-        if looked.bound < self._rate:
-            return looked
-        self._report(min(0.9, self._simulations / 20), f"simulating {fleet}")
-        trial = trial_of(fleet)
-        small = predictor.goodput(trial)
-        rate = self._rate * (small / predicted if small > 0 else 1.0)
-        _, judgement = run(self._space.problem, trial, rate, apart=trial != fleet)
-        self._simulations += 1
-        rung = rung_below(rate) if judgement.meets else None
-        outcome = Outcome(rung, (Evaluation(rate, judgement),))
-        return replace(looked, goodput=self._rate if judgement.meets else 0.0, outcome=outcome)
+        predicted = predictor.goodput(deployment)
+        bound = min(predictor.limit(deployment), max_goodput(deployment, predicted))
+        evaluated = EvaluatedDeployment(deployment, predicted, bound)
+        if bound >= self._rate:
+            self._report(min(0.9, self._num_simulations / 20), f"simulating {deployment}")
+            trial = scaled_down(deployment)
+            trial_goodput = predictor.goodput(trial)
+            rate = self._rate * (trial_goodput / predicted if trial_goodput > 0 else 1.0)
+            _, evaluation = simulate_at(self._space.problem, trial, rate, separate_nodes=trial != deployment)
+            self._num_simulations += 1
+            max_rate = MaxRate(rate_index_below(rate) if evaluation.meets else None, (EvaluatedRate(rate, evaluation),))
+            evaluated = replace(evaluated, goodput=self._rate if evaluation.meets else 0.0, max_rate=max_rate)
+        self._evaluated.append(evaluated)
+        return evaluated
 
-    def _mixture(self, best: Looked) -> Looked | None:
-        """Cheaper than `best`, and passing; None if none is found among the cheapest."""
-        fleets = sorted(self._mixtures(best.fleet), key=self._price)[:_MOST_MIXTURES]
-        for begin in range(0, len(fleets), _FLEETS_AT_ONCE):
-            batch = fleets[begin : begin + _FLEETS_AT_ONCE]
-            self._known.update(batch)
+    def _find_mixture(self, best: EvaluatedDeployment) -> EvaluatedDeployment | None:
+        """A mixed deployment that is cheaper than `best` and meets the targets; None if there is none."""
+        deployments = sorted(self._mixtures(best.deployment), key=self._price)[:_MAX_MIXTURES]
+        for begin in range(0, len(deployments), _BATCH):
+            batch = deployments[begin : begin + _BATCH]
             self._space.predictor.prepare(batch)
-            for fleet in batch:
-                looked = self._look(fleet)
-                self._looked.append(looked)
-                if looked.goodput:
-                    return looked
+            for deployment in batch:
+                evaluated = self._evaluate(deployment)
+                if evaluated.goodput:
+                    return evaluated
         return None
 
-    def _mixtures(self, fleet: Fleet) -> Iterator[Fleet]:
-        """Cheaper than `fleet`, with as many colocated instances as the limits demand for what the rest cannot pass."""
-        if fleet.layout != "disaggregated" or fleet.same_node:
+    def _mixtures(self, deployment: CandidateDeployment) -> Iterator[CandidateDeployment]:
+        """Mixed deployments cheaper than `deployment`: fewer of its instances, and the number of colocated instances
+        that the limits require for the remaining rate."""
+        if deployment.layout != "disaggregated" or deployment.same_node:
             return
-        price, predictor = self._price(fleet), self._space.predictor
-        counts = (range(max(1, pool.instances - _FEWER), pool.instances + 1) for pool in fleet.pools)
+        price, predictor = self._price(deployment), self._space.predictor
+        counts = (range(max(1, group.instances - _MAX_REPLACED), group.instances + 1) for group in deployment.groups)
         for instances in product(*counts):
-            pools = tuple(Pool(pool.kind, count) for pool, count in zip(fleet.pools, instances, strict=True))
-            missing = self._rate - predictor.limit(Fleet(pools))
+            groups = tuple(
+                InstanceGroup(group.kind, count) for group, count in zip(deployment.groups, instances, strict=True)
+            )
+            missing = self._rate - predictor.limit(CandidateDeployment(groups))
             if missing <= 0:
                 continue
             for kind in self._space.kinds.colocated:
-                mixture = Fleet((*pools, self._least(kind, missing)))
+                mixture = CandidateDeployment((*groups, self._smallest_group(kind, missing)))
                 if self._price(mixture) < price and self._fits(mixture):
                     yield mixture
 
-    def _price(self, fleet: Fleet) -> float:
-        return self._space.problem.price_per_hour(fleet.devices)
+    def _price(self, deployment: CandidateDeployment) -> float:
+        return self._space.problem.price_per_hour(deployment.devices)
 
-    def _push(self, fleet: Fleet) -> None:
-        if fleet not in self._known and self._fits(fleet):
-            self._known.add(fleet)
-            heapq.heappush(self._heap, _Entry(self._price(fleet), len(self._known), fleet))
+    def _push(self, deployment: CandidateDeployment) -> None:
+        if deployment not in self._known and self._fits(deployment):
+            self._known.add(deployment)
+            heapq.heappush(self._heap, _ByPrice(self._price(deployment), len(self._known), deployment))
 
-    def _fits(self, fleet: Fleet) -> bool:
+    def _fits(self, deployment: CandidateDeployment) -> bool:
         nodes = self._space.problem.node_types
-        if fleet.same_node:
-            device = fleet.pools[0].kind.device
-            per_node = fleet.num_devices // fleet.units // fleet.span
-            room = sum(node.count for node in nodes if node.device == device and node.devices >= per_node)
-            return fleet.units * fleet.span <= room
+        if deployment.same_node:
+            device = deployment.groups[0].kind.device
+            per_node = deployment.num_devices // deployment.units // deployment.span
+            eligible = sum(node.count for node in nodes if node.device == device and node.devices >= per_node)
+            return deployment.units * deployment.span <= eligible
         return all(
-            beside(nodes, fleet.pools[:index], pool.kind) >= pool.instances for index, pool in enumerate(fleet.pools)
+            count_fitting(nodes, group.kind, beside=deployment.groups[:index]) >= group.instances
+            for index, group in enumerate(deployment.groups)
         )
 
-    def _least_fleets(self) -> Iterator[Fleet]:
-        """Every combination of kinds, with as few instances as the limits allow."""
+    def _smallest_deployments(self) -> Iterator[CandidateDeployment]:
+        """Every combination of kinds with the fewest instances that the limits allow."""
         kinds, section = self._space.kinds, self._space.problem.section
         if "disaggregated" in section.layouts:
             if self._space.allows_high_affinity:
                 for prefill in kinds.prefill:
                     for decode in kinds.decode:
-                        yield Fleet((self._least(prefill, self._rate), self._least(decode, self._rate)))
+                        groups = self._smallest_group(prefill, self._rate), self._smallest_group(decode, self._rate)
+                        yield CandidateDeployment(groups)
             if self._space.allows_low_affinity:
                 for node in self._space.problem.node_types:
                     for span in range(1, node.count + 1):
                         for unit in low_affinity(kinds, [replace(node, count=span)]):
                             if unit.span == span:
-                                passed = self._space.predictor.limit(unit)
-                                yield _units(unit, max(1, math.ceil(self._rate / passed - 1e-9)))
+                                limit = self._space.predictor.limit(unit)
+                                yield unit.with_units(max(1, math.ceil(self._rate / limit - 1e-9)))
         if "colocated" in section.layouts:
-            yield from (Fleet((self._least(kind, self._rate),)) for kind in kinds.colocated)
+            yield from (CandidateDeployment((self._smallest_group(kind, self._rate),)) for kind in kinds.colocated)
 
-    def _least(self, kind: InstanceKind, rate: float) -> Pool:
-        """As few as the limit allows."""
-        return Pool(kind, max(1, math.ceil(rate / self._space.limits[kind].rate - 1e-9)))
+    def _smallest_group(self, kind: InstanceKind, rate: float) -> InstanceGroup:
+        return InstanceGroup(kind, max(1, math.ceil(rate / self._space.limits[kind].rate - 1e-9)))
 
-    def _larger(self, fleet: Fleet) -> Iterator[Fleet]:
-        if fleet.same_node:
-            yield _units(fleet, fleet.units + _more(fleet.units))
+    def _larger(self, deployment: CandidateDeployment) -> Iterator[CandidateDeployment]:
+        if deployment.same_node:
+            yield deployment.with_units(deployment.units + _growth(deployment.units))
             return
-        for index, pool in enumerate(fleet.pools):
-            grown = Pool(pool.kind, pool.instances + _more(pool.instances))
-            yield Fleet((*fleet.pools[:index], grown, *fleet.pools[index + 1 :]))
+        for index, group in enumerate(deployment.groups):
+            larger = InstanceGroup(group.kind, group.instances + _growth(group.instances))
+            yield CandidateDeployment((*deployment.groups[:index], larger, *deployment.groups[index + 1 :]))
 
 
-def _more(count: int) -> int:
+def _growth(count: int) -> int:
     return max(1, round(_GROWTH * count))
-
-
-def _units(fleet: Fleet, units: int) -> Fleet:
-    pools = tuple(Pool(pool.kind, pool.instances // fleet.units * units) for pool in fleet.pools)
-    return Fleet(pools, units=units, span=fleet.span)

@@ -1,4 +1,4 @@
-"""What an instance can be: a role, a device type and a parallel shape that memory and the model allow."""
+"""Instance kinds: a role, a device type and a parallel shape that memory and the model allow."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,16 +12,16 @@ from tandem.placement.costs.cost_source import CostSource
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
 
-_MAX_BATCH = 256  # what cost sources leave room for
+_MAX_BATCH = 256  # cost sources reserve activation memory for this batch
 _PREFILL_BUDGETS = (512, 1024, 2048, 4096, 8192)
 _CHUNK_BUDGETS = (256, 512, 1024, 2048)
 _PROMPT_FIRST_BUDGET = 4096
-_SATURATED = 0.9  # of the tokens per second of the best budget
+_SATURATED = 0.9  # share of the best budget's tokens per second
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceKind:
-    """One instance, before it has a place. Equal kinds cost the same, so the cost model takes no part in equality.
+    """An instance without assigned devices. The other fields determine the cost model, so equality ignores it.
 
     `kv_tokens`, `max_batch_tokens`, `max_batch` and `policy` as in `core.plan.PlanGroup`.
     """
@@ -47,8 +47,8 @@ class InstanceKind:
 
 
 @dataclass(frozen=True, slots=True)
-class RuledOut:
-    """A shape that cannot serve this workload on this device, and why."""
+class RejectedShape:
+    """A shape that cannot serve this workload on this device, with the reason."""
 
     device: str
     shape: ParallelShape
@@ -60,11 +60,11 @@ class Kinds:
     prefill: tuple[InstanceKind, ...]
     decode: tuple[InstanceKind, ...]
     colocated: tuple[InstanceKind, ...]
-    ruled_out: tuple[RuledOut, ...]
+    rejected: tuple[RejectedShape, ...]
 
 
 def legal_shapes(model: ModelShape, section: SearchSection, devices_per_node: int) -> Iterator[ParallelShape]:
-    """tp inside a node, pp that divides the layers, and heads that divide over tp; the smallest first."""
+    """Shapes with tp inside a node, pp that divides the layers and heads that divide over tp; small shapes first."""
     for pp in range(1, section.max_pp + 1):
         for tp in range(1, min(section.max_tp, devices_per_node) + 1):
             shape = ParallelShape(tp, pp)
@@ -79,15 +79,13 @@ def legal_kinds(
     section: SearchSection,
     stream: RequestStream,
 ) -> Kinds:
-    """All kinds worth a thought on `nodes` (device type, devices in a node, nodes). Nothing here depends on targets:
-    a looser SLO has the same kinds to choose from.
+    """All instance kinds on `nodes` (device type, devices in a node, nodes). They do not depend on the targets.
 
-    A shape is legal when weights fit and its KV holds the longest request of the stream, which nothing else could
-    serve. Colocated instances come with several budgets of prompt tokens per step: small ones keep TPOT low, large
-    ones raise throughput.
+    A shape is legal if the weights fit and its KV memory holds the longest request of the stream. Colocated instances
+    have several budgets of prompt tokens per step: small budgets keep TPOT low, large budgets raise throughput.
     """
     roles: dict[RoleName, list[InstanceKind]] = {"prefill": [], "decode": [], "colocated": []}
-    ruled_out: list[RuledOut] = []
+    rejected: list[RejectedShape] = []
     widest: dict[str, int] = {}
     total: dict[str, int] = {}
     for device, devices_per_node, count in nodes:
@@ -100,20 +98,20 @@ def legal_kinds(
                 continue
             cost, kv_tokens = source.cost_model(device, shape), source.kv_tokens(device, shape)
             if cost is None:
-                ruled_out.append(RuledOut(device, shape, "nothing is known of its speed"))
+                rejected.append(RejectedShape(device, shape, "its step times are unknown"))
             elif kv_tokens == 0:
-                ruled_out.append(RuledOut(device, shape, "the weights do not fit its memory"))
+                rejected.append(RejectedShape(device, shape, "the weights do not fit its memory"))
             elif kv_tokens < longest:
-                reason = f"its memory holds KV of {kv_tokens:,} tokens, and the longest request has {longest:,}"
-                ruled_out.append(RuledOut(device, shape, reason))
+                reason = f"its memory holds KV of {kv_tokens:,} tokens; the longest request has {longest:,} tokens"
+                rejected.append(RejectedShape(device, shape, reason))
             else:
                 for kind in _kinds_of_shape(device, shape, cost, kv_tokens, stream):
                     roles[kind.role].append(kind)
-    return Kinds(tuple(roles["prefill"]), tuple(roles["decode"]), tuple(roles["colocated"]), tuple(ruled_out))
+    return Kinds(tuple(roles["prefill"]), tuple(roles["decode"]), tuple(roles["colocated"]), tuple(rejected))
 
 
 def resident_tokens(stream: RequestStream) -> float:
-    """KV tokens of a decoding sequence, averaged over the time that it decodes."""
+    """Mean KV tokens of a decoding sequence over its decode steps."""
     steps = stream.output_tokens - 1
     if not steps.any():
         return float(stream.prompt_tokens.mean())
@@ -123,7 +121,7 @@ def resident_tokens(stream: RequestStream) -> float:
 def phase_kind(
     role: RoleName, device: str, shape: ParallelShape, cost: CostModel, kv_tokens: int, stream: RequestStream
 ) -> InstanceKind:
-    """A prefill or decode instance, with the batches that suit the stream."""
+    """A prefill or decode instance with batch sizes for the stream."""
     max_batch = max(1, min(_MAX_BATCH, int(kv_tokens / resident_tokens(stream))))
     return InstanceKind(role, device, shape, kv_tokens, saturating_budget(cost, stream), max_batch, cost=cost)
 
@@ -144,12 +142,12 @@ def _kinds_of_shape(
 
 
 def saturating_budget(cost: CostModel, stream: RequestStream) -> int:
-    """The fewest prompt tokens in a step that nearly saturate the device (DistServe's L_m): more of them would only
-    make those in front wait for those behind."""
+    """The smallest budget of prompt tokens per step that nearly saturates the device (DistServe's L_m). A larger budget
+    only delays the first prompts of a step."""
     mean = max(1, int(stream.prompt_tokens.mean()))
-    speed = {}
+    tokens_per_s = {}
     for budget in _PREFILL_BUDGETS:
         lengths = (mean,) * max(1, budget // mean) if mean <= budget else (budget,)
-        speed[budget] = sum(lengths) / cost.step(StepLoad.of_prompts(*lengths)).interval_s
-    best = max(speed.values())
-    return min(budget for budget in _PREFILL_BUDGETS if speed[budget] >= _SATURATED * best)
+        tokens_per_s[budget] = sum(lengths) / cost.step(StepLoad.of_prompts(*lengths)).interval_s
+    best = max(tokens_per_s.values())
+    return min(budget for budget in _PREFILL_BUDGETS if tokens_per_s[budget] >= _SATURATED * best)

@@ -1,47 +1,50 @@
-"""What no instance of a kind can exceed, whatever its scheduler does: found from the cost model, without simulation.
+"""Upper bounds of the rate of one instance for any scheduler, from the cost model without simulation.
 
-Prefill and colocated: the time of the densest steps. Decode: Little's law. A batch of b sequences that each take n
-steps of t(b) seconds passes b / (n t(b)) requests per second; b is bounded by KV memory and by t(b) <= TPOT. A kind
-that misses a target without any load is out. Limits only rise when targets loosen.
+Prefill and colocated: the time of the fullest steps. Decode: Little's law. A batch of b sequences that each take n
+steps of t(b) seconds serves b / (n t(b)) requests per second; KV memory and t(b) <= TPOT bound b. The limit of a kind
+that misses a target without load is 0. Looser targets never lower a limit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.slo import SloClass
 from tandem.placement.search.kinds import InstanceKind, resident_tokens
 from tandem.placement.workload.requests import RequestStream
 
-# The mean over a request's steps decides its TPOT, and a share of the requests may miss it: somewhat slower mean steps
-# than the target can still do.
-_TPOT_SLACK = 1.15
+# TPOT is the mean over a request's steps, and a share of the requests may miss it: mean steps can be slightly slower
+# than the target.
+_TPOT_MARGIN = 1.15
 _SAMPLE = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
-    """`rate`: requests per second of one instance, 0 if it cannot serve at all. `reason` says what sets it."""
+class RateLimit:
+    """`rate`: requests per second of one instance, 0 if it cannot meet the targets. `reason` names the bound."""
 
     rate: float
     reason: str
 
 
-def limit_of(kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream) -> Limit:
+KindLimits = Mapping[InstanceKind, RateLimit]
+
+
+def limit_of(kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream) -> RateLimit:
     sample = stream.head(_SAMPLE)
     match kind.role:
         case "prefill":
-            return _slow_first_token(kind, classes, sample) or Limit(prefill_rate(kind, sample), "prompt tokens/s")
+            return _ttft_limit(kind, classes, sample) or RateLimit(_prefill_rate(kind, sample), "prompt tokens/s")
         case "decode":
             return _decode_limit(kind, classes, sample, with_prompts=False)
         case "colocated":
-            return _slow_first_token(kind, classes, sample) or _decode_limit(kind, classes, sample, with_prompts=True)
+            return _ttft_limit(kind, classes, sample) or _decode_limit(kind, classes, sample, with_prompts=True)
 
 
-def prefill_rate(kind: InstanceKind, stream: RequestStream) -> float:
-    """Requests per second of one instance that never lacks prompts: all steps full, longer prompts in chunks."""
+def _prefill_rate(kind: InstanceKind, stream: RequestStream) -> float:
+    """Requests per second of one instance with full steps and long prompts in chunks."""
     time_s, budget = 0.0, kind.max_batch_tokens
     chunks: list[tuple[int, int]] = []
     for length in stream.prompt_tokens.tolist():
@@ -53,15 +56,15 @@ def prefill_rate(kind: InstanceKind, stream: RequestStream) -> float:
             if budget == 0:
                 time_s += _interval_s(kind, chunks)
                 chunks, budget = [], kind.max_batch_tokens
-    if chunks:  # the rest of a step counts by its share
+    if chunks:  # the last step counts by the used share of its budget
         time_s += _interval_s(kind, chunks) * (1 - budget / kind.max_batch_tokens)
     return len(stream) / time_s
 
 
-def decode_rates(kind: InstanceKind, stream: RequestStream, *, with_prompts: bool) -> list[tuple[int, float, float]]:
-    """(batch, step_s, requests per second of one instance) for batches up to what memory holds.
+def _decode_rates(kind: InstanceKind, stream: RequestStream, *, with_prompts: bool) -> list[tuple[int, float, float]]:
+    """(batch, step_s, requests per second of one instance) for batches up to `max_batch`.
 
-    With prompts, each step also computes as many prompt tokens as keep the batch from running dry.
+    With prompts, each step also computes the prompt tokens that keep the batch size constant.
     """
     steps = float((stream.output_tokens - 1).mean())
     resident = resident_tokens(stream)
@@ -88,8 +91,8 @@ def decode_rates(kind: InstanceKind, stream: RequestStream, *, with_prompts: boo
     return rates
 
 
-def _slow_first_token(kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream) -> Limit | None:
-    """A limit of 0 where too many prompts alone take longer than their TTFT."""
+def _ttft_limit(kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream) -> RateLimit | None:
+    """A limit of 0 if too many prompts take longer than their TTFT target without load."""
     alone_s = {
         length: kind.cost.step(StepLoad.of_prompts(length)).total_s for length in set(stream.prompt_tokens.tolist())
     }
@@ -97,32 +100,32 @@ def _slow_first_token(kind: InstanceKind, classes: Sequence[SloClass], stream: R
     for index, slo in enumerate(classes):
         of_class = ttft_s[stream.slo_class == index]
         if len(of_class) and float((of_class <= slo.ttft_s).mean()) < slo.attainment:
-            met_s = float(np.quantile(of_class, slo.attainment))
-            return Limit(
+            reached_s = float(np.quantile(of_class, slo.attainment))
+            return RateLimit(
                 0.0,
-                f"without any load, TTFT of class {slo.name} is {met_s:.3g} s at its attainment, over {slo.ttft_s:g} s",
+                f"without load, TTFT of class {slo.name} is {reached_s:.3g} s at its attainment, over {slo.ttft_s:g} s",
             )
     return None
 
 
 def _decode_limit(
     kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream, *, with_prompts: bool
-) -> Limit:
+) -> RateLimit:
     tightest = min(classes, key=lambda slo: slo.tpot_s)
     alone_s = kind.cost.step(StepLoad.of_decode(1, round(resident_tokens(stream)))).total_s
-    if alone_s > tightest.tpot_s * _TPOT_SLACK:
-        return Limit(
-            0.0, f"without any load, TPOT is {alone_s:.3g} s, over {tightest.tpot_s:g} s of class {tightest.name}"
+    if alone_s > tightest.tpot_s * _TPOT_MARGIN:
+        return RateLimit(
+            0.0, f"without load, TPOT is {alone_s:.3g} s, over {tightest.tpot_s:g} s of class {tightest.name}"
         )
-    rates = decode_rates(kind, stream, with_prompts=with_prompts)
-    allowed = [(rate, batch) for batch, step_s, rate in rates if step_s <= tightest.tpot_s * _TPOT_SLACK]
+    rates = _decode_rates(kind, stream, with_prompts=with_prompts)
+    allowed = [(rate, batch) for batch, step_s, rate in rates if step_s <= tightest.tpot_s * _TPOT_MARGIN]
     if not allowed:
-        return Limit(0.0, f"no batch keeps TPOT within {tightest.tpot_s:g} s")
+        return RateLimit(0.0, f"no batch keeps TPOT within {tightest.tpot_s:g} s")
     rate, batch = max(allowed)
     if batch < rates[-1][0]:
-        return Limit(rate, f"TPOT, {batch} sequences")
+        return RateLimit(rate, f"TPOT, {batch} sequences")
     is_full = kind.kv_tokens < (kind.max_batch + 1) * resident_tokens(stream)
-    return Limit(rate, f"KV memory, {batch} sequences" if is_full else f"the largest batch, {batch} sequences")
+    return RateLimit(rate, f"KV memory, {batch} sequences" if is_full else f"the largest batch, {batch} sequences")
 
 
 def _interval_s(kind: InstanceKind, chunks: list[tuple[int, int]]) -> float:
@@ -130,7 +133,7 @@ def _interval_s(kind: InstanceKind, chunks: list[tuple[int, int]]) -> float:
         StepLoad(
             prefill_tokens=sum(count for _, count in chunks),
             prefill_sequences=len(chunks),
-            prefill_pairs=sum(pairs(start, count) for start, count in chunks),
+            prefill_pairs=sum(attention_pairs(start, count) for start, count in chunks),
             prefill_kv_tokens=sum(start + count for start, count in chunks),
             sampled=len(chunks),
         )

@@ -1,4 +1,4 @@
-"""The question that a search answers, reduced to what it needs."""
+"""The input of a search."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +28,11 @@ class NodeType:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`requests` are what fleets are simulated with (their rate does not matter), `computed` the same with prompts cut
-    by what a prefix cache saves. `rate`: requests per second to serve, None for as many as possible. `cheapest`: the
-    least of the cluster that serves `rate`, instead of the most that the cluster can serve.
+    """Simulations use `requests`, at any rate. In `computed` the prompts lack the tokens that a prefix cache saves.
+    `rate`: requests per second to serve, None for the highest rate. `cheapest`: find the cheapest part of the cluster
+    that serves `rate`, not the highest goodput of the cluster.
 
-    Picklable: worker processes get it whole.
+    Picklable: worker processes receive it.
     """
 
     model: ModelShape
@@ -47,7 +47,7 @@ class Problem:
 
     @property
     def node_types(self) -> tuple[NodeType, ...]:
-        """Of the cluster's nodes, those alike together, in the cluster's order."""
+        """The nodes of the cluster by type, in the cluster's order."""
         counts: dict[tuple[str, int], int] = {}
         for node in self.cluster.nodes:
             key = node.device.name, node.num_devices
@@ -55,7 +55,7 @@ class Problem:
         return tuple(NodeType(device, devices, count) for (device, devices), count in counts.items())
 
     def transfer_s_per_token(self, devices: Sequence[str], ranks: int, *, same_node: bool) -> float:
-        """KV of one token on its way between instances of `ranks` ranks at least, with the request path to itself."""
+        """Seconds to transfer one token's KV between instances of at least `ranks` ranks without contention."""
         if same_node:
             speed = min(ranks * peer_bytes_per_s(self.cluster.devices[name]) for name in devices)
         else:
@@ -64,23 +64,22 @@ class Problem:
         return self.model.kv_bytes_per_token / speed
 
     def price_per_hour(self, used: dict[str, int]) -> float:
-        """USD; where a device has no price, every device counts as one."""
+        """USD; the number of devices if a device has no known price."""
         price = self.cluster.price_per_hour(used)
         return float(sum(used.values())) if price is None else price
 
 
 def without_cached(requests: RequestStream) -> RequestStream:
-    """Prompts without the prefix that an earlier request of the group has left in the cache; at least one token is
-    computed."""
+    """The prompts without the prefix that an earlier request of the group left in the cache; at least one token of a
+    prompt remains."""
     if not np.any(requests.prefix_group >= 0):
         return requests
     longest: dict[int, int] = {}
     prompts = requests.prompt_tokens.copy()
-    for i, (group, tokens) in enumerate(
-        zip(requests.prefix_group.tolist(), requests.prefix_tokens.tolist(), strict=True)
-    ):
+    prefixes = zip(requests.prefix_group.tolist(), requests.prefix_tokens.tolist(), strict=True)
+    for index, (group, tokens) in enumerate(prefixes):
         if group >= 0:
-            known = longest.get(group, 0)
-            prompts[i] = max(1, prompts[i] - min(known, tokens))
-            longest[group] = max(known, tokens)
+            cached = longest.get(group, 0)
+            prompts[index] = max(1, prompts[index] - min(cached, tokens))
+            longest[group] = max(cached, tokens)
     return replace(requests, prompt_tokens=prompts, prefix_tokens=np.minimum(requests.prefix_tokens, prompts))

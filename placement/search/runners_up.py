@@ -1,39 +1,45 @@
-"""Goodput of the best fleets that were not chosen, so that a report can say by how much they lost."""
+"""Simulated goodput of the best rejected deployments, for the report."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from tandem.placement.search.best_first import Looked, climb_of, task_for
-from tandem.placement.search.fleet import Fleet
+from tandem.placement.search.best_first import EvaluatedDeployment, run_trial, trial_for
+from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.kinds import InstanceKind
-from tandem.placement.search.parallel import Mapper
-from tandem.placement.search.space import Space
+from tandem.placement.search.mapper import Mapper
+from tandem.placement.search.space import SearchSpace
 
 _COUNT = 3
 
 
-def with_runners_up(space: Space, looked: Sequence[Looked], chosen: Fleet, mapper: Mapper) -> tuple[Looked, ...]:
-    """`looked`, of which the best of every layout and some more have been simulated until they passed."""
-    runners = _runners(looked, chosen)
-    tasks = [task_for(space, runner) for runner in runners]
-    outcomes = mapper(partial(climb_of, space.problem), tasks)
-    known = {
-        runner.fleet: replace(runner, goodput=outcome.rate * task.scale, outcome=outcome)
-        for runner, task, outcome in zip(runners, tasks, outcomes, strict=True)
+def with_runners_up(
+    space: SearchSpace, evaluated: Sequence[EvaluatedDeployment], chosen: CandidateDeployment, mapper: Mapper
+) -> tuple[EvaluatedDeployment, ...]:
+    """`evaluated` with the goodput of the runners-up: the best of each layout, then the best of the rest."""
+    runners = _runners_up(evaluated, chosen)
+    trials = [trial_for(space, runner) for runner in runners]
+    max_rates = mapper(partial(run_trial, space.problem), trials)
+    simulated = {
+        runner.deployment: replace(runner, goodput=max_rate.rate * trial.scale, max_rate=max_rate)
+        for runner, trial, max_rate in zip(runners, trials, max_rates, strict=True)
     }
-    return tuple(known.get(one.fleet, one) for one in looked)
+    return tuple(simulated.get(candidate.deployment, candidate) for candidate in evaluated)
 
 
-def _runners(looked: Sequence[Looked], chosen: Fleet) -> list[Looked]:
-    """One fleet of each combination of kinds; first the best of each layout, then the best of what is left."""
-    seen: set[tuple[InstanceKind, ...]] = {tuple(pool.kind for pool in chosen.pools)}
-    ranked: list[Looked] = []
-    for one in sorted(looked, key=lambda one: -one.predicted):
-        kinds = tuple(pool.kind for pool in one.fleet.pools)
-        if kinds not in seen and one.predicted > 0:
-            seen.add(kinds)
-            ranked.append(one)
-    firsts = {one.fleet.layout: one for one in reversed(ranked)}
-    rest = [one for one in ranked if one not in firsts.values()]
-    return [one for one in (*firsts.values(), *rest) if one.fleet != chosen and not one.goodput][:_COUNT]
+def _runners_up(evaluated: Sequence[EvaluatedDeployment], chosen: CandidateDeployment) -> list[EvaluatedDeployment]:
+    """One deployment for each combination of kinds; the best of each layout first."""
+    known: set[tuple[InstanceKind, ...]] = {tuple(group.kind for group in chosen.groups)}
+    ranked: list[EvaluatedDeployment] = []
+    for candidate in sorted(evaluated, key=lambda candidate: -candidate.predicted):
+        kinds = tuple(group.kind for group in candidate.deployment.groups)
+        if kinds not in known and candidate.predicted > 0:
+            known.add(kinds)
+            ranked.append(candidate)
+    best_of_layout = {candidate.deployment.layout: candidate for candidate in reversed(ranked)}
+    rest = [candidate for candidate in ranked if candidate not in best_of_layout.values()]
+    return [
+        candidate
+        for candidate in (*best_of_layout.values(), *rest)
+        if candidate.deployment != chosen and not candidate.goodput
+    ][:_COUNT]

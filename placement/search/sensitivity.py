@@ -1,7 +1,7 @@
-"""How much the answer depends on the question: the same fleet under other lengths, targets and speeds.
+"""Sensitivity of the plan: the same deployment with other rates, lengths, targets and step times.
 
-Attainment comes from simulations, at other rates from those of the verdict. Goodput comes from the quick model of each
-phase alone, as a ratio to what that says of the question as asked.
+Attainment comes from simulations. Goodput is the measured goodput times the ratio of the predictions for the changed
+and the original problem.
 """
 
 from collections.abc import Iterator
@@ -11,25 +11,25 @@ from functools import partial
 import numpy as np
 
 from tandem.core.cost_model import CostModel, StepCost, StepLoad
+from tandem.placement.evaluation.attainment import Evaluation
 from tandem.placement.evidence import SensitivityPoint
-from tandem.placement.judging.goodput import Judgement
-from tandem.placement.search.curves import curve_of
-from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
+from tandem.placement.search.chosen_deployment import MeasuredGoodput
+from tandem.placement.search.group_attainment import group_attainment
 from tandem.placement.search.limits import limit_of
-from tandem.placement.search.parallel import Mapper, Serial
+from tandem.placement.search.mapper import Mapper, SerialMapper
 from tandem.placement.search.predict import Predictor
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.trial import run
-from tandem.placement.search.verdict import Verdict
+from tandem.placement.search.trial import evaluate_at
 from tandem.placement.workload.requests import Ints, RequestStream
 
 _FACTORS = (0.75, 1.5)
-_FURTHEST_RATE = 2.0
+_MAX_RATE_FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class SlowerCost:
-    """Another cost model with all times multiplied."""
+    """Another cost model with all times multiplied by `factor`."""
 
     cost: CostModel
     factor: float
@@ -39,54 +39,55 @@ class SlowerCost:
         terms = {name: time_s * self.factor for name, time_s in step.terms().items()}
         return StepCost(**terms, interval_s=step.interval_s * self.factor)
 
-    def decode_line(self, sequences: int) -> tuple[float, float]:
-        base_s, per_kv_token_s = self.cost.decode_line(sequences)
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
+        base_s, per_kv_token_s = self.cost.decode_coefficients(sequences)
         return base_s * self.factor, per_kv_token_s * self.factor
 
 
 @dataclass(frozen=True, slots=True)
-class _Change:
+class _Variation:
     axis: str
     factor: float
     problem: Problem
 
 
 def sensitivity_of(
-    problem: Problem, verdict: Verdict, rate: float, mapper: Mapper, *, apart: bool
+    problem: Problem, measured: MeasuredGoodput, rate: float, mapper: Mapper, *, separate_nodes: bool
 ) -> tuple[SensitivityPoint, ...]:
-    """Of the fleet of `verdict`, judged at `rate`."""
+    """The sensitivity of the deployment of `measured` at `rate`."""
     points = [
-        SensitivityPoint("rate", one.rate / rate, attainment=_least(one.judgement))
-        for one in verdict.evaluations
-        if rate / _FURTHEST_RATE <= one.rate <= rate * _FURTHEST_RATE
+        SensitivityPoint("rate", point.rate / rate, attainment=_lowest_attainment(point.evaluation))
+        for point in measured.evaluated_rates
+        if rate / _MAX_RATE_FACTOR <= point.rate <= rate * _MAX_RATE_FACTOR
     ]
-    changes = list(_changes(problem))
-    asked = predicted(problem, verdict.fleet)
-    answers = mapper(partial(_changed, verdict.fleet, apart, rate), changes)
-    for change, (attainment, goodput) in zip(changes, answers, strict=True):
-        scaled = verdict.goodput * goodput / asked if asked > 0 else None
-        points.append(SensitivityPoint(change.axis, change.factor, scaled, attainment))  # type: ignore[arg-type]
+    variations = list(_variations(problem))
+    unchanged = predicted_goodput(problem, measured.deployment)
+    results = mapper(partial(_evaluate, measured.deployment, separate_nodes, rate), variations)
+    for variation, (attainment, predicted) in zip(variations, results, strict=True):
+        goodput = measured.goodput * predicted / unchanged if unchanged > 0 else None
+        points.append(SensitivityPoint(variation.axis, variation.factor, goodput, attainment))  # type: ignore[arg-type]
     return tuple(points)
 
 
-def predicted(problem: Problem, fleet: Fleet, slower: float = 1.0) -> float:
-    """Goodput of the fleet by each phase alone, all steps `slower` times as long."""
-    pools = tuple(
-        Pool(replace(pool.kind, cost=SlowerCost(pool.kind.cost, slower)), pool.instances) for pool in fleet.pools
+def predicted_goodput(problem: Problem, deployment: CandidateDeployment, slowdown: float = 1.0) -> float:
+    """The prediction for the deployment with all step times multiplied by `slowdown`."""
+    groups = tuple(
+        InstanceGroup(replace(group.kind, cost=SlowerCost(group.kind.cost, slowdown)), group.instances)
+        for group in deployment.groups
     )
-    limits = {pool.kind: limit_of(pool.kind, problem.classes, problem.computed) for pool in pools}
-    compute = partial(curve_of, stream=problem.computed, classes=problem.classes)
-    return Predictor(problem, limits, partial(Serial(), compute)).goodput(replace(fleet, pools=pools))
+    limits = {group.kind: limit_of(group.kind, problem.classes, problem.computed) for group in groups}
+    compute = partial(group_attainment, stream=problem.computed, classes=problem.classes)
+    return Predictor(problem, limits, partial(SerialMapper(), compute)).goodput(replace(deployment, groups=groups))
 
 
-def _changes(problem: Problem) -> Iterator[_Change]:
+def _variations(problem: Problem) -> Iterator[_Variation]:
     for factor in _FACTORS:
         for field in ("prompt_tokens", "output_tokens"):
             requests, computed = _longer(problem.requests, field, factor), _longer(problem.computed, field, factor)
-            yield _Change(field, factor, replace(problem, requests=requests, computed=computed))
+            yield _Variation(field, factor, replace(problem, requests=requests, computed=computed))
         for axis, target in (("ttft_target", "ttft_s"), ("tpot_target", "tpot_s")):
             classes = tuple(slo.model_copy(update={target: getattr(slo, target) * factor}) for slo in problem.classes)
-            yield _Change(axis, factor, replace(problem, classes=classes))
+            yield _Variation(axis, factor, replace(problem, classes=classes))
 
 
 def _longer(stream: RequestStream, field: str, factor: float) -> RequestStream:
@@ -95,15 +96,14 @@ def _longer(stream: RequestStream, field: str, factor: float) -> RequestStream:
     return replace(longer, prefix_tokens=np.minimum(longer.prefix_tokens, longer.prompt_tokens))
 
 
-def _changed(fleet: Fleet, apart: bool, rate: float, change: _Change) -> tuple[float, float]:
-    """Attainment at `rate` and predicted goodput."""
-    return _least(_judged(change.problem, fleet, apart, rate)), predicted(change.problem, fleet)
+def _evaluate(
+    deployment: CandidateDeployment, separate_nodes: bool, rate: float, variation: _Variation
+) -> tuple[float, float]:
+    """(attainment at `rate`, predicted goodput)."""
+    evaluation = evaluate_at(variation.problem, deployment, separate_nodes, rate)
+    return _lowest_attainment(evaluation), predicted_goodput(variation.problem, deployment)
 
 
-def _judged(problem: Problem, fleet: Fleet, apart: bool, rate: float) -> Judgement:
-    return run(problem, fleet, rate, apart=apart)[1]
-
-
-def _least(judgement: Judgement) -> float:
-    """Attainment of the class that has least to spare."""
-    return min(judgement.classes, key=lambda judged: judged.margin).attainment
+def _lowest_attainment(evaluation: Evaluation) -> float:
+    """Attainment of the class with the smallest margin."""
+    return min(evaluation.classes, key=lambda result: result.margin).attainment

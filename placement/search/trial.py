@@ -1,10 +1,9 @@
-"""Full simulations of a fleet on rising rates: the last word on what it reaches.
+"""Full simulations of a deployment at a series of rates.
 
-Rates are rungs of one ladder that all fleets share, 2.5 % apart, and every rate has the same requests with their
-arrivals stretched (common random numbers), so that two fleets differ by what they are and not by luck.
+Rates come from one geometric series for all deployments, 2.5 % apart, and all rates use the same requests with scaled
+arrivals: deployments are compared on common random numbers.
 
-A fleet of many instances is tried on a smaller one of nearly the same proportions: thousands of instances say nothing
-about a ratio that six do not say.
+A deployment of many instances is represented by a smaller one of nearly the same proportions.
 """
 
 import math
@@ -12,129 +11,155 @@ from dataclasses import dataclass
 from functools import partial
 
 from tandem.core.plan import Plan
-from tandem.placement.judging.goodput import Evaluation, Judgement, StopWhen, judge, stop_when_lost
+from tandem.placement.evaluation.attainment import Evaluation, evaluate
+from tandem.placement.evaluation.goodput import StopWhen, stop_when_lost
 from tandem.placement.plan_deployment import deployment_of
-from tandem.placement.search.fleet import Fleet, Pool
-from tandem.placement.search.parallel import Mapper, Serial
+from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
+from tandem.placement.search.mapper import Mapper, SerialMapper
+from tandem.placement.search.packing import assign_devices
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.room import places
 from tandem.placement.simulator import simulate
 from tandem.placement.simulator.deployment import Deployment
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
 
-LADDER_STEP = 1.025
-MOST_INSTANCES = 6
-_MOST_DOUBLINGS = 4
-_FURTHEST = 4.0
+RATE_RATIO = 1.025
+MAX_TRIAL_INSTANCES = 6
+_MAX_DOUBLINGS = 4
+_MAX_DECREASE = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """`rung`: the highest that passed, None if none did down to where it was given up. `evaluations` ascend in rate."""
+class EvaluatedRate:
+    """A rate in requests per second, and the evaluation of a simulation at it."""
 
-    rung: int | None
-    evaluations: tuple[Evaluation, ...]
+    rate: float
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class MaxRate:
+    """`rate_index`: the highest rate that meets the targets, None if none of the tested rates does. `evaluated_rates`
+    ascend."""
+
+    rate_index: int | None
+    evaluated_rates: tuple[EvaluatedRate, ...]
 
     @property
     def rate(self) -> float:
-        """Requests per second that passed, 0 if none did."""
-        return 0.0 if self.rung is None else rate_of(self.rung)
+        """Requests per second; 0 if no tested rate meets the targets."""
+        return 0.0 if self.rate_index is None else rate_at(self.rate_index)
 
 
-def rate_of(rung: int) -> float:
+def rate_at(rate_index: int) -> float:
     """Requests per second."""
-    return float(LADDER_STEP**rung)
+    return float(RATE_RATIO**rate_index)
 
 
-def rung_below(rate: float) -> int:
-    """The highest rung of at most this rate."""
-    return math.floor(math.log(rate) / math.log(LADDER_STEP) + 1e-9)
+def rate_index_below(rate: float) -> int:
+    """The index of the highest rate of the series that is at most `rate`."""
+    return math.floor(math.log(rate) / math.log(RATE_RATIO) + 1e-9)
 
 
-def trial_of(fleet: Fleet) -> Fleet:
-    """The fleet itself, or a small one of its proportions."""
-    if fleet.num_instances <= MOST_INSTANCES:
-        return fleet
-    if fleet.same_node:
-        units = max(1, MOST_INSTANCES // (fleet.num_instances // fleet.units))
-        pools = tuple(Pool(pool.kind, pool.instances // fleet.units * units) for pool in fleet.pools)
-        return Fleet(pools, units=units, span=fleet.span)
-    part = MOST_INSTANCES / fleet.num_instances
-    return Fleet(tuple(Pool(pool.kind, max(1, round(pool.instances * part))) for pool in fleet.pools))
-
-
-def plan_of(problem: Problem, fleet: Fleet, *, apart: bool = False) -> Plan:
-    """A plan with devices, and nothing said about it yet."""
-    return Plan(
-        model=problem.model.name,
-        verdict={"disaggregated": "disaggregate", "colocated": "colocate", "mixed": "mixed"}[fleet.layout],
-        groups=fleet.groups(places(fleet, problem.cluster, apart=apart)),
-        same_node=fleet.same_node,
+def scaled_down(deployment: CandidateDeployment) -> CandidateDeployment:
+    """The deployment, or a small deployment of its proportions if it has many instances."""
+    if deployment.num_instances <= MAX_TRIAL_INSTANCES:
+        return deployment
+    if deployment.same_node:
+        return deployment.with_units(max(1, MAX_TRIAL_INSTANCES // (deployment.num_instances // deployment.units)))
+    part = MAX_TRIAL_INSTANCES / deployment.num_instances
+    return CandidateDeployment(
+        tuple(InstanceGroup(group.kind, max(1, round(group.instances * part))) for group in deployment.groups)
     )
 
 
-def run(
-    problem: Problem, fleet: Fleet, rate: float, *, apart: bool = False, whole: bool = False
-) -> tuple[SimulationResult, Judgement]:
-    """At `rate` requests per second; with more requests than asked for where these would not show a steady state.
-    `apart`: as a part of a larger fleet. Given up when it cannot pass any more, unless the `whole` run is wanted."""
-    deployment = _deployment(problem, fleet, apart=apart)
+def plan_of(problem: Problem, deployment: CandidateDeployment, *, separate_nodes: bool = False) -> Plan:
+    """A plan with devices and without predictions. `separate_nodes`: see `assign_devices`."""
+    return Plan(
+        model=problem.model.name,
+        verdict={"disaggregated": "disaggregate", "colocated": "colocate", "mixed": "mixed"}[deployment.layout],
+        groups=deployment.plan_groups(assign_devices(deployment, problem.cluster, separate_nodes=separate_nodes)),
+        same_node=deployment.same_node,
+    )
+
+
+def simulate_at(
+    problem: Problem,
+    deployment: CandidateDeployment,
+    rate: float,
+    *,
+    separate_nodes: bool = False,
+    stop_early: bool = True,
+) -> tuple[SimulationResult, Evaluation]:
+    """A simulation at `rate` requests per second, with more requests than configured if a steady state needs them.
+    `stop_early`: stop once the targets are certainly missed."""
+    simulated = _deployment(problem, deployment, separate_nodes=separate_nodes)
     count = problem.section.requests
-    for _ in range(_MOST_DOUBLINGS):
+    for _ in range(_MAX_DOUBLINGS):
         requests = problem.requests.head(count).scaled_to(rate)
-        stop_when = None if whole else stop_when_lost(requests, problem.classes)
-        result = simulate(deployment, requests, stop_when=stop_when)
-        judgement = judge(result, problem.classes)
-        if judgement.long_enough or result.stopped_early or count >= len(problem.requests):
+        stop_when = stop_when_lost(requests, problem.classes) if stop_early else None
+        result = simulate(simulated, requests, stop_when=stop_when)
+        evaluation = evaluate(result, problem.classes)
+        if evaluation.long_enough or result.stopped_early or count >= len(problem.requests):
             break
         count *= 2
-    return result, judgement
+    return result, evaluation
 
 
-def simulated(problem: Problem, fleet: Fleet, requests: RequestStream, stop_when: StopWhen) -> SimulationResult:
-    """`fleet` on other requests, as `placement.judging.goodput` wants it."""
-    return simulate(_deployment(problem, fleet), requests, stop_when=stop_when)
+def evaluate_at(problem: Problem, deployment: CandidateDeployment, separate_nodes: bool, rate: float) -> Evaluation:
+    """The evaluation of `simulate_at`, with arguments in an order for `functools.partial`."""
+    return simulate_at(problem, deployment, rate, separate_nodes=separate_nodes)[1]
 
 
-def climb(
-    problem: Problem, fleet: Fleet, guess: float, at_least: float, mapper: Mapper | None = None, *, apart: bool = False
-) -> Outcome:
-    """The highest rung that passes, above `at_least` if that is given; else from the rung below `guess` on, and not
-    below a quarter of it.
+def simulate_requests(
+    problem: Problem, deployment: CandidateDeployment, requests: RequestStream, stop_when: StopWhen
+) -> SimulationResult:
+    """A simulation of other requests: a `placement.evaluation.goodput.SimulateRequests` by `functools.partial`."""
+    return simulate(_deployment(problem, deployment), requests, stop_when=stop_when)
 
-    One rung at a time, up while it passes or down until it does: so a fleet that passes wherever another one does never
-    ends below it. `mapper` looks at as many of the next rungs at once as it has workers; what that finds beyond the
-    last rung needed is not told, so that the outcome is the same.
+
+def find_max_rate(
+    problem: Problem,
+    deployment: CandidateDeployment,
+    guess: float,
+    at_least: float,
+    mapper: Mapper | None = None,
+    *,
+    separate_nodes: bool = False,
+) -> MaxRate:
+    """The highest rate of the series that meets the targets. With `at_least` > 0 only higher rates are tested, from the
+    lowest; otherwise rates from below `guess`, down to a quarter of it.
+
+    The rate goes up one index while it meets the targets, or down one index until it does. So a deployment that meets
+    the targets wherever another one does never has a lower maximum. `mapper` simulates the next rates in parallel;
+    rates beyond the last one needed are dropped, so the result does not depend on the number of workers.
     """
-    lowest = rung_below(at_least or guess / _FURTHEST) + 1
-    start = lowest if at_least else max(rung_below(guess), lowest)
-    spread = mapper or Serial()
-    tried: dict[int, Judgement] = {}
+    lowest = rate_index_below(at_least or guess / _MAX_DECREASE) + 1
+    start = lowest if at_least else max(rate_index_below(guess), lowest)
+    spread = mapper or SerialMapper()
+    evaluated: dict[int, Evaluation] = {}
 
-    def passes(rung: int, step: int) -> bool:
-        if rung not in tried:
-            ahead = [rung + step * i for i in range(spread.workers) if rung + step * i >= lowest]
-            tried.update(zip(ahead, spread(partial(_judgement, problem, fleet, apart), ahead), strict=True))
-        return tried[rung].meets
+    def meets(rate_index: int, step: int) -> bool:
+        if rate_index not in evaluated:
+            following = (rate_index + step * i for i in range(spread.workers))
+            ahead = [index for index in following if index >= lowest]
+            evaluate_rate = partial(evaluate_at, problem, deployment, separate_nodes)
+            evaluated.update(zip(ahead, spread(evaluate_rate, [rate_at(index) for index in ahead]), strict=True))
+        return evaluated[rate_index].meets
 
-    rung = start
-    if passes(rung, 1):
-        while passes(rung + 1, 1):
-            rung += 1
-        needed = range(start, rung + 2)
+    rate_index = start
+    if meets(rate_index, 1):
+        while meets(rate_index + 1, 1):
+            rate_index += 1
+        needed = range(start, rate_index + 2)
     else:
-        while rung >= lowest and not passes(rung, -1):
-            rung -= 1
-        needed = range(max(rung, lowest), start + 1)
-    evaluations = tuple(Evaluation(rate_of(one), tried[one]) for one in needed)
-    return Outcome(rung if rung >= lowest else None, evaluations)
+        while rate_index >= lowest and not meets(rate_index, -1):
+            rate_index -= 1
+        needed = range(max(rate_index, lowest), start + 1)
+    rates = tuple(EvaluatedRate(rate_at(index), evaluated[index]) for index in needed)
+    return MaxRate(rate_index if rate_index >= lowest else None, rates)
 
 
-def _judgement(problem: Problem, fleet: Fleet, apart: bool, rung: int) -> Judgement:
-    return run(problem, fleet, rate_of(rung), apart=apart)[1]
-
-
-def _deployment(problem: Problem, fleet: Fleet, *, apart: bool = False) -> Deployment:
-    plan = plan_of(problem, fleet, apart=apart)
+def _deployment(problem: Problem, deployment: CandidateDeployment, *, separate_nodes: bool = False) -> Deployment:
+    plan = plan_of(problem, deployment, separate_nodes=separate_nodes)
     return deployment_of(plan, problem.source, problem.cluster, problem.model)

@@ -1,30 +1,31 @@
-"""Takes away what a fleet does not need: devices that the bottleneck leaves idle are better given to something else."""
+"""Removes instances that a deployment does not need, so that their devices are free for other uses."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tandem.placement.search.best_first import Looked
-from tandem.placement.search.fleet import Fleet, Pool
-from tandem.placement.search.space import Space
-from tandem.placement.search.trial import MOST_INSTANCES, run
+from tandem.placement.search.best_first import EvaluatedDeployment
+from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
+from tandem.placement.search.space import SearchSpace
+from tandem.placement.search.trial import MAX_TRIAL_INSTANCES, simulate_at
 
 
-def trimmed(space: Space, looked: Looked) -> Looked:
-    """The same goodput from as few instances as prediction and, while fleets are small, a simulation allow."""
-    goodput = looked.goodput or 0.0
-    for fleet in _smaller(looked.fleet):
-        predicted = space.predictor.goodput(fleet)
+def trimmed(space: SearchSpace, evaluated: EvaluatedDeployment) -> EvaluatedDeployment:
+    """The same goodput with as few instances as the prediction and, for small deployments, a simulation allow."""
+    goodput = evaluated.goodput or 0.0
+    for deployment in _smaller(evaluated.deployment):
+        predicted = space.predictor.goodput(deployment)
         if predicted < goodput:
             continue
-        if fleet.num_instances > MOST_INSTANCES or run(space.problem, fleet, goodput)[1].meets:
-            return trimmed(space, replace(looked, fleet=fleet, predicted=predicted))
-    return looked
+        is_large = deployment.num_instances > MAX_TRIAL_INSTANCES
+        if is_large or simulate_at(space.problem, deployment, goodput)[1].meets:
+            return trimmed(space, replace(evaluated, deployment=deployment, predicted=predicted))
+    return evaluated
 
 
-def _smaller(fleet: Fleet) -> Iterator[Fleet]:
-    """One instance less in a pool (in each unit), the largest instances first."""
-    step = max(1, fleet.units)
-    for index, pool in sorted(enumerate(fleet.pools), key=lambda item: -item[1].kind.num_devices):
-        if pool.instances > step:
-            less = Pool(pool.kind, pool.instances - step)
-            yield replace(fleet, pools=(*fleet.pools[:index], less, *fleet.pools[index + 1 :]))
+def _smaller(deployment: CandidateDeployment) -> Iterator[CandidateDeployment]:
+    """One instance less in a group (in each unit), groups of large instances first."""
+    step = max(1, deployment.units)
+    for index, group in sorted(enumerate(deployment.groups), key=lambda item: -item[1].kind.num_devices):
+        if group.instances > step:
+            less = InstanceGroup(group.kind, group.instances - step)
+            yield replace(deployment, groups=(*deployment.groups[:index], less, *deployment.groups[index + 1 :]))

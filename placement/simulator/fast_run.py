@@ -17,7 +17,7 @@ class FastRun:
     __slots__ = ("began_s", "end_s", "first_step_s", "growth_s", "late_s", "num_steps", "steps")
 
     def __init__(self, steps: FastForward, line: tuple[float, float], began_s: float) -> None:
-        """`line`: see `CostModel.decode_line`."""
+        """`line`: see `CostModel.decode_coefficients`."""
         base_s, per_kv_token_s = line
         self.steps = steps
         self.began_s = began_s

@@ -177,7 +177,7 @@ class SimulatedInstance:
             self._listener.decode_reserved(attempt_of(sequence))
         steps = None if self._step_by_step else scheduler.fast_forward()
         if steps is not None:
-            coefficients = self.spec.cost.decode_line(steps.num_sequences)
+            coefficients = self.spec.cost.decode_coefficients(steps.num_sequences)
             self._step = run = FastRun(steps, coefficients, now_s)
             self._agenda.at_step_end(run.end_s, self._end_run, run)
         elif chunks := scheduler.next_batch(now_s):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tandem.core.cost_model import StepLoad, pairs
+from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.scheduling.scheduler import Chunk
 
 
@@ -13,7 +13,7 @@ def step_load(chunks: Sequence[Chunk]) -> StepLoad:
     return StepLoad(
         prefill_tokens=sum(chunk.num_tokens for chunk in prompts),
         prefill_sequences=len(prompts),
-        prefill_pairs=sum(pairs(chunk.start, chunk.num_tokens) for chunk in prompts),
+        prefill_pairs=sum(attention_pairs(chunk.start, chunk.num_tokens) for chunk in prompts),
         prefill_kv_tokens=sum(chunk.start + chunk.num_tokens for chunk in prompts),
         decode_sequences=decoding,
         decode_kv_tokens=sum(chunk.start + 1 for chunk in chunks if not chunk.is_prompt),

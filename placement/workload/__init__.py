@@ -1,1 +1,1 @@
-"""What is asked of a cluster: traces, length and arrival distributions, streams of requests."""
+"""Workloads: traces, distributions of lengths and arrivals, streams of requests."""

@@ -1,4 +1,4 @@
-"""What requests are like, in words and figures, for those who read a plan or a run."""
+"""Descriptions of a workload for reports: one phrase and a summary of its requests."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ _MAX_LENGTHS = 4000
 
 
 def describe(section: WorkloadSection) -> str:
-    """In a few words, e.g. 'data set sharegpt, Poisson arrivals'."""
+    """One phrase, e.g. 'data set sharegpt, Poisson arrivals'."""
     if section.trace is not None:
         return f"trace {section.trace.name}"
     lengths = f"data set {section.dataset}" if section.dataset else "log-normal lengths"
@@ -19,7 +19,7 @@ def describe(section: WorkloadSection) -> str:
 
 
 def summary_of(requests: RequestStream, source: str) -> WorkloadSummary:
-    """`source`: where they come from, as `describe` says it."""
+    """`source`: the phrase of `describe`."""
     step = max(1, -(-len(requests) // _MAX_LENGTHS))
     return WorkloadSummary(
         source=source,
@@ -32,7 +32,7 @@ def summary_of(requests: RequestStream, source: str) -> WorkloadSummary:
 
 
 def shared_share(stream: RequestStream) -> float:
-    """Of all prompt tokens, those that repeat a prefix which an earlier request had; no prefix cache saves more."""
+    """Share of the prompt tokens that repeat a prefix of an earlier request: the most that a prefix cache can save."""
     longest: dict[int, int] = {}
     repeated = 0
     for group, tokens in zip(stream.prefix_group.tolist(), stream.prefix_tokens.tolist(), strict=True):
@@ -44,6 +44,7 @@ def shared_share(stream: RequestStream) -> float:
 
 
 def arrival_cv(stream: RequestStream) -> float:
-    """Coefficient of variation of the times between arrivals: 1 for Poisson, more for bursts; 0 if all come at once."""
+    """Coefficient of variation of the times between arrivals: 1 for Poisson arrivals, more for bursts, 0 if all
+    requests arrive at once."""
     gaps_s = np.diff(stream.arrival_s)
     return float(gaps_s.std() / gaps_s.mean()) if len(gaps_s) and gaps_s.mean() > 0 else 0.0

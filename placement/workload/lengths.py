@@ -1,7 +1,7 @@
-"""Prompt and answer lengths: truncated log-normals, and tables measured elsewhere.
+"""Prompt and output lengths: truncated log-normal distributions and measured tables.
 
-Every source turns a block of uniform numbers into pairs of lengths, row by row. The same seed therefore gives the
-same first requests however many are drawn, and nothing else that is drawn (arrivals, classes) moves them.
+A sampler maps rows of uniform numbers to rows of lengths. So a seed gives the same first requests for any number of
+requests, whatever the distributions of arrivals and classes are.
 """
 
 import csv
@@ -21,13 +21,13 @@ from tandem.core.errors import ConfigError
 from tandem.core.slo_file import LengthSection
 from tandem.placement.workload.requests import Floats, Ints
 
-PairsOf = Callable[[Floats], Ints]
+LengthSampler = Callable[[Floats], Ints]
 """Uniform numbers in [0, 1), [n, 2] -> prompt and output tokens, [n, 2], each at least 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class TruncatedLogNormal:
-    """exp of a normal of mean `mu` and deviation `sigma` > 0, given that it lies in [low, high]."""
+    """exp of a normal variable of mean `mu` and deviation `sigma` > 0, on the condition that it lies in [low, high]."""
 
     mu: float
     sigma: float
@@ -36,26 +36,26 @@ class TruncatedLogNormal:
 
     @classmethod
     def of_moments(cls, mean: float, cv: float, low: float, high: float) -> "TruncatedLogNormal":
-        """The one that has this mean and coefficient of variation after it was cut. Raises ConfigError where there is
-        none: between two bounds, no log-normal of that mean varies more than one of endless sigma, a cut power law."""
+        """The distribution that has this mean and coefficient of variation after truncation. Raises ConfigError if none
+        has: with given bounds and mean, the variation is largest for an infinite sigma, a truncated power law."""
 
-        def at(log_sigma: float) -> TruncatedLogNormal:
+        def with_sigma(log_sigma: float) -> TruncatedLogNormal:
             return cls._of_mean(mean, math.exp(log_sigma), low, high)
 
         if not 1.002 * low < mean < high / 1.002:
-            raise ConfigError(f"the mean {mean:g} is too near to min {low:g} or max {high:g} for a cv of {cv:g}")
+            raise ConfigError(f"mean {mean:g} is too close to min {low:g} or max {high:g} for cv {cv:g}; set cv 0")
         narrow, wide = math.log(1e-4), math.log(20.0)
-        most = at(wide).cv
-        if cv > most:
+        max_cv = with_sigma(wide).cv
+        if cv > max_cv:
             raise ConfigError(
-                f"no log-normal of mean {mean:g} between {low:g} and {high:g} has a cv of {cv:g}; the most is "
-                f"{most:.2f}: lower the cv or widen min and max"
+                f"no log-normal of mean {mean:g} between {low:g} and {high:g} has a cv of {cv:g}; the maximum is "
+                f"{max_cv:.2f}: lower cv or widen min and max"
             )
-        return at(float(brentq(lambda log_sigma: at(log_sigma).cv - cv, narrow, wide, xtol=1e-9)))
+        return with_sigma(float(brentq(lambda log_sigma: with_sigma(log_sigma).cv - cv, narrow, wide, xtol=1e-9)))
 
     @classmethod
     def _of_mean(cls, mean: float, sigma: float, low: float, high: float) -> "TruncatedLogNormal":
-        # The mean grows with mu. At these ends nearly all mass lies within 0.1 % of low, or of high.
+        # The mean grows with mu. At both ends nearly all mass is within 0.1 % of low or of high.
         span = 1000.0 * sigma * sigma + 10.0 * sigma
         first, last = math.log(low) - span, math.log(high) + span
         mu = brentq(lambda mu: cls(mu, sigma, low, high).moment(1) - mean, first, last, xtol=1e-10)
@@ -73,10 +73,10 @@ class TruncatedLogNormal:
         return math.sqrt(max(0.0, self.moment(2) / (mean * mean) - 1))
 
     def sample(self, uniform: Floats) -> Ints:
-        """Whole numbers, by the inverse of the distribution function: rounding moves the mean by less than half a
+        """Whole numbers, by inversion of the distribution function. Rounding changes the mean by less than half a
         token."""
         first, last = self._score(self.low), self._score(self.high)
-        if first > 0:  # in the upper tail 1 - p loses all its digits: use the symmetry of the normal
+        if first > 0:  # in the upper tail 1 - p loses all digits: use the symmetry of the normal distribution
             score = -ndtri(ndtr(-first) + uniform * (ndtr(-last) - ndtr(-first)))
         else:
             score = ndtri(ndtr(first) + uniform * (ndtr(last) - ndtr(first)))
@@ -88,7 +88,7 @@ class TruncatedLogNormal:
         return (math.log(value) - self.mu) / self.sigma
 
     def _log_mass(self, shift: float) -> float:
-        """log of the normal's mass between the bounds, moved down by `shift`."""
+        """log of the normal distribution's mass between the bounds minus `shift`."""
         first, last = self._score(self.low) - shift, self._score(self.high) - shift
         if first > 0:
             first, last = -last, -first
@@ -97,26 +97,26 @@ class TruncatedLogNormal:
 
 
 def lengths_of(section: LengthSection) -> Callable[[Floats], Ints]:
-    """Uniform numbers -> lengths. Raises ConfigError if no log-normal has the mean and cv between min and max."""
+    """Uniform numbers -> lengths. Raises ConfigError if no log-normal has this mean and cv between min and max."""
     if section.cv == 0 or section.min == section.max:
         return lambda uniform: np.full(len(uniform), max(1, round(section.mean)), dtype=np.int64)
     return TruncatedLogNormal.of_moments(section.mean, section.cv, section.min, section.max).sample
 
 
-def pairs_of_table(table: Ints) -> PairsOf:
-    """Rows of `table` [n, 2], drawn with replacement: a long prompt keeps the answer that it had."""
+def table_sampler(table: Ints) -> LengthSampler:
+    """Draws rows of `table` [n, 2] with replacement, so prompt and output lengths stay correlated."""
     return lambda uniform: table[np.floor(uniform[:, 0] * len(table)).astype(np.int64)]
 
 
-def pairs_of_distributions(prompt: Callable[[Floats], Ints], output: Callable[[Floats], Ints]) -> PairsOf:
-    """Independent lengths."""
+def independent_sampler(prompt: Callable[[Floats], Ints], output: Callable[[Floats], Ints]) -> LengthSampler:
+    """Prompt and output lengths are independent."""
     return lambda uniform: np.stack([prompt(uniform[:, 0]), output(uniform[:, 1])], axis=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A built-in source of lengths. `table` is a file of placement/data; the synthetic ones have distributions.
-    Pairs of more than `max_total_tokens` together are left out."""
+    """A built-in data set of lengths: a table in placement/data, or distributions. Requests with more than
+    `max_total_tokens` prompt and output tokens are left out."""
 
     summary: str
     table: str | None = None
@@ -124,17 +124,17 @@ class Dataset:
     output: TruncatedLogNormal | None = None
     max_total_tokens: int | None = None
 
-    def pairs(self) -> PairsOf:
+    def sampler(self) -> LengthSampler:
         if self.table is not None:
-            return pairs_of_table(_read_table(self.table))
+            return table_sampler(_read_table(self.table))
         assert self.prompt is not None
         assert self.output is not None
-        return pairs_of_distributions(self.prompt.sample, self.output.sample)
+        return independent_sampler(self.prompt.sample, self.output.sample)
 
 
-# DistServe's own data sets are not public; their means and their limits are (OSDI '24, Figure 7 and section 6.1).
-# These mu give those means after the cut of the sum, for the sigma under which the published attainment curves come
-# out. The first one's quantiles follow: p50 663 and 137, p90 1,454 and 436.
+# DistServe's data sets are not public; their means and limits are (OSDI '24, Figure 7 and section 6.1). These values of
+# mu give those means after the limit on the sum; sigma reproduces the published attainment curves. The resulting
+# quantiles of distserve_sharegpt: p50 663 and 137, p90 1,454 and 436.
 DATASETS: Mapping[str, Dataset] = MappingProxyType(
     {
         "sharegpt": Dataset("ShareGPT, first turns, Llama-2 tokens", table="lengths_sharegpt.csv.gz"),
@@ -160,9 +160,9 @@ DATASETS: Mapping[str, Dataset] = MappingProxyType(
 
 
 def dataset(name: str) -> Dataset:
-    """Raises ConfigError, with the names there are."""
+    """Raises ConfigError for an unknown name."""
     if name not in DATASETS:
-        raise ConfigError(f"workload.dataset '{name}' is not built in; there are {', '.join(DATASETS)}")
+        raise ConfigError(f"workload.dataset '{name}' is unknown; the built-in data sets are {', '.join(DATASETS)}")
     return DATASETS[name]
 
 

@@ -1,12 +1,12 @@
-"""From chained block ids, as a cache trace has them, to the prefix groups of a RequestStream.
+"""Converts the chained block ids of a cache trace to the prefix groups of a RequestStream.
 
-A block's id stands for the block and for all before it, so the ids of a trace form a tree: a chat's second turn
-continues its first, and all begin with the same system prompt. A RequestStream knows chains, not trees. The tree is
-cut into heavy paths: from each block the path goes on to the child that most requests visit. A request joins the path
-on which its last shared block lies, with its whole prefix from the root.
+A block id identifies the block and all blocks before it, so the ids of a trace form a tree: all chats begin with the
+same system prompt, and the second turn of a chat continues its first turn. A RequestStream has chains, not trees. The
+tree is divided into heavy paths: each path continues with the child that most requests contain. A request belongs to
+the path of its last shared block, with its complete prefix from the root.
 
-What is kept: all sharing along one path, e.g. between the turns of a chat. What is lost: sharing between two paths, at
-most the blocks above where they part, once for each path.
+Sharing along one path is kept, e.g. between the turns of a chat. Sharing between two paths is lost: the blocks above
+the fork, once for each path.
 """
 
 from collections import Counter
@@ -20,8 +20,8 @@ _BLOCK_SIZES = tuple(1 << power for power in range(12, 2, -1))
 
 
 def prefix_groups(chains: Sequence[Sequence[int]], prompt_tokens: Ints) -> tuple[Ints, Ints]:
-    """(prefix_group, prefix_tokens) of requests whose prompts are the blocks `chains`; -1 and 0 where no other request
-    shares the first block. Raises ValueError if the chains are not whole prompts in blocks of one size."""
+    """(prefix_group, prefix_tokens) of requests with the prompt blocks `chains`; -1 and 0 if no other request shares
+    the first block. Raises ValueError if the chains are not complete prompts in blocks of one size."""
     block_size = _block_size(chains, prompt_tokens)
     visits = Counter(block for chain in chains for block in chain)
     shared = [_num_shared(chain, visits) for chain in chains]
@@ -39,7 +39,7 @@ def prefix_groups(chains: Sequence[Sequence[int]], prompt_tokens: Ints) -> tuple
 
 def _block_size(chains: Sequence[Sequence[int]], prompt_tokens: Ints) -> int:
     counts = np.array([len(chain) for chain in chains])
-    for last_block in (True, False):  # Mooncake names the last block even when it is not full
+    for last_block in (True, False):  # Mooncake also names a last block that is not full
         for size in _BLOCK_SIZES:
             if np.array_equal((prompt_tokens + (size - 1) * last_block) // size, counts):
                 return size
@@ -47,7 +47,7 @@ def _block_size(chains: Sequence[Sequence[int]], prompt_tokens: Ints) -> int:
 
 
 def _num_shared(chain: Sequence[int], visits: Counter[int]) -> int:
-    """Leading blocks that another request has too. Visits never rise along a chain."""
+    """Number of leading blocks that another request also has. Visits never rise along a chain."""
     return next((depth for depth, block in enumerate(chain) if visits[block] < 2), len(chain))
 
 
@@ -61,7 +61,7 @@ def _heavy_children(chains: Sequence[Sequence[int]], shared: Sequence[int], visi
 
 
 def _follow(block: int, heavy_child: dict[int, int], leaf_of: dict[int, int]) -> int:
-    """The last block of the path that `block` lies on; what was walked is remembered in `leaf_of`."""
+    """The last block of the path of `block`. Stores the result for the visited blocks in `leaf_of`."""
     walked = []
     while block not in leaf_of and block in heavy_child:
         walked.append(block)

@@ -1,4 +1,4 @@
-"""A stream of requests as arrays: what a trace, a distribution and a live profile all become."""
+"""A stream of requests as arrays: the form of traces, distributions and live profiles."""
 
 from dataclasses import dataclass, replace
 
@@ -11,12 +11,12 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class RequestStream:
-    """`n` requests in order of arrival. Arrays of length n; nobody writes into them.
+    """`n` requests in order of arrival. Arrays of length n, read-only by convention.
 
-    `output_tokens` counts every generated token, the first one included, and is at least 1. `slo_class[i]` is an
-    index into the SLO classes. Prefix sharing: request i's first `prefix_tokens[i]` tokens are the first tokens of
-    group `prefix_group[i]`, equal for all its members; a group's longest prefix contains its shorter ones. Group -1
-    shares nothing.
+    `output_tokens` counts all generated tokens, the first included, and is at least 1. `slo_class[i]` is an index into
+    the SLO classes. Prefix sharing: the first `prefix_tokens[i]` prompt tokens of request i are the first tokens of
+    group `prefix_group[i]`, equal for all members; shorter prefixes of a group are parts of its longest prefix. Group
+    -1 shares nothing.
     """
 
     arrival_s: Floats
@@ -36,7 +36,7 @@ class RequestStream:
         prefix_group: Ints | None = None,
         prefix_tokens: Ints | None = None,
     ) -> "RequestStream":
-        """What is left out: one SLO class, nothing shared."""
+        """By default all requests have class 0 and share nothing."""
         zeros = np.zeros(len(arrival_s), dtype=np.int64)
         return cls(
             arrival_s=np.asarray(arrival_s, dtype=np.float64),
@@ -51,7 +51,7 @@ class RequestStream:
         n = len(self.arrival_s)
         arrays = (self.prompt_tokens, self.output_tokens, self.slo_class, self.prefix_group, self.prefix_tokens)
         assert all(len(array) == n for array in arrays), "one entry per request in every array"
-        assert n == 0 or bool(np.all(np.diff(self.arrival_s) >= 0)), "requests come in order of arrival"
+        assert n == 0 or bool(np.all(np.diff(self.arrival_s) >= 0)), "requests are in order of arrival"
         assert n == 0 or int(self.output_tokens.min()) >= 1, "a request has at least one output token"
         assert n == 0 or int(self.prompt_tokens.min()) >= 1, "a prompt has at least one token"
 
@@ -60,7 +60,7 @@ class RequestStream:
 
     @property
     def duration_s(self) -> float:
-        """Last arrival minus first."""
+        """Last arrival minus first arrival."""
         return float(self.arrival_s[-1] - self.arrival_s[0]) if len(self) else 0.0
 
     @property
@@ -69,15 +69,15 @@ class RequestStream:
         return (len(self) - 1) / self.duration_s if self.duration_s > 0 else 0.0
 
     def scaled_to(self, rate: float) -> "RequestStream":
-        """The same requests at another mean rate: arrivals are stretched about 0, nothing is drawn anew, so that two
-        rates compare on common random numbers."""
+        """The same requests at another mean rate, the first at 0. Only the arrival times are scaled, so two rates are
+        compared on common random numbers."""
         return replace(self, arrival_s=(self.arrival_s - self.arrival_s[:1]) * (self.rate / rate))
 
     def head(self, count: int) -> "RequestStream":
         return self.select(slice(0, count))
 
     def select(self, which: slice | npt.NDArray[np.bool_]) -> "RequestStream":
-        """A range of them, or those that a mask is true for."""
+        """The requests of a range or of a boolean mask."""
         return RequestStream(
             self.arrival_s[which],
             self.prompt_tokens[which],

@@ -1,10 +1,11 @@
 """From the workload section of an SLO file to a stream of requests.
 
-Arrivals, lengths, classes and prefixes are drawn from streams of numbers of their own, spawned from one seed. To change
-one of them leaves the others as they were, and another rate stretches the same arrivals: plans are compared on common
-random numbers. A larger `count` continues the same stream.
+Arrivals, lengths, classes and prefixes have random generators of their own, spawned from one seed. A change of one
+section leaves the others unchanged, and another rate scales the same arrivals: plans are compared on common random
+numbers. A larger `count` continues the same stream.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +15,11 @@ import numpy as np
 from tandem.core.errors import ConfigError
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import ArrivalSection, PrefixSection, WorkloadSection
-from tandem.placement.workload.lengths import DATASETS, PairsOf, dataset, lengths_of, pairs_of_distributions
+from tandem.placement.workload.lengths import LengthSampler, dataset, independent_sampler, lengths_of
 from tandem.placement.workload.requests import Floats, Ints, RequestStream
-from tandem.placement.workload.traces import load_trace, read_trace
+from tandem.placement.workload.traces import read_trace
 
-__all__ = ["DATASETS", "load_trace", "make_stream"]
+logger = logging.getLogger(__name__)
 
 _MAX_DRAWS_PER_REQUEST = 1000
 
@@ -26,38 +27,45 @@ _MAX_DRAWS_PER_REQUEST = 1000
 def make_stream(
     section: WorkloadSection, classes: Sequence[SloClass], *, count: int, rate: float, seed: int
 ) -> RequestStream:
-    """`count` requests at `rate` per second; the first arrives at 0. A trace gives as many as it has, up to `count`.
+    """`count` requests at `rate` requests per second, the first at 0. A trace may have fewer than `count` requests.
 
-    Of generated arrivals `rate` is the mean of the process: what `count` of them come to differs by about
-    1 / sqrt(count), and `scaled_to` sets it exactly. A trace is stretched to `rate` exactly; its SLO classes, where it
-    names them, are kept, else classes are drawn by their shares. Raises ConfigError.
+    For generated arrivals `rate` is the mean of the process; the rate of `count` arrivals differs from it by about
+    1 / sqrt(count), and `scaled_to` sets it exactly. A trace is scaled to `rate` exactly and keeps the SLO classes of
+    its column slo_class; otherwise classes are drawn by their shares. Logs how many requests of a trace are left out.
+    Raises ConfigError.
     """
     assert count >= 1
     assert 0 < rate < math.inf
-    arrivals, lengths, choice, prefixes = (
+    arrival_rng, length_rng, class_rng, prefix_rng = (
         np.random.Generator(np.random.PCG64(child)) for child in np.random.SeedSequence(seed).spawn(4)
     )
     if section.trace is not None:
         trace = read_trace(section.trace, classes)
+        if trace.num_without_output:
+            logger.warning(
+                "%s: %d requests have no output tokens and are left out", section.trace, trace.num_without_output
+            )
         stream = _fitted(trace.requests, section).head(count)
         if len(stream) == 0:
-            raise ConfigError(f"{section.trace}: no request has at most {section.max_total_tokens} tokens")
+            raise ConfigError(
+                f"{section.trace}: all requests exceed workload.max_total_tokens {section.max_total_tokens}; raise it"
+            )
         stream = stream.scaled_to(rate)
         if not trace.has_classes:
-            stream = replace(stream, slo_class=_draw_classes(classes, len(stream), choice))
+            stream = replace(stream, slo_class=_draw_classes(classes, len(stream), class_rng))
     else:
-        pairs = _draw_pairs(section, count, lengths)
+        pairs = _draw_pairs(section, count, length_rng)
         stream = RequestStream.make(
-            _draw_arrivals(section.arrivals, count, arrivals) / rate,
+            _draw_arrivals(section.arrivals, count, arrival_rng) / rate,
             pairs[:, 0],
             pairs[:, 1],
-            slo_class=_draw_classes(classes, count, choice),
+            slo_class=_draw_classes(classes, count, class_rng),
         )
-    return stream if section.prefix is None else _with_prefixes(stream, section.prefix, prefixes)
+    return stream if section.prefix is None else _with_prefixes(stream, section.prefix, prefix_rng)
 
 
 def _fitted(stream: RequestStream, section: WorkloadSection) -> RequestStream:
-    """Lengths scaled, then requests that are too long left out."""
+    """Scales lengths, then leaves out requests that are too long."""
     if section.length_scale != 1.0:
         stream = replace(
             stream,
@@ -71,15 +79,15 @@ def _fitted(stream: RequestStream, section: WorkloadSection) -> RequestStream:
 
 
 def _draw_pairs(section: WorkloadSection, count: int, rng: np.random.Generator) -> Ints:
-    """[count, 2]. Rows are kept or left out one by one, so that more requests begin with the same ones."""
-    source, own_limit = _pairs_source(section)
+    """[count, 2]. Each row is accepted or rejected on its own, so a larger `count` continues the same rows."""
+    sampler, dataset_limit = _length_sampler(section)
     kept: list[Ints] = []
     missing, drawn = count, 0
     while missing > 0:
-        pairs = source(rng.random((max(missing, 256), 2)))
+        pairs = sampler(rng.random((max(missing, 256), 2)))
         drawn += len(pairs)
-        if own_limit is not None:
-            pairs = pairs[pairs.sum(axis=1) <= own_limit]
+        if dataset_limit is not None:
+            pairs = pairs[pairs.sum(axis=1) <= dataset_limit]
         pairs = _scaled(pairs, section.length_scale, least=1)
         if section.max_total_tokens is not None:
             pairs = pairs[pairs.sum(axis=1) <= section.max_total_tokens]
@@ -87,23 +95,24 @@ def _draw_pairs(section: WorkloadSection, count: int, rng: np.random.Generator) 
         missing -= len(kept[-1])
         if drawn > _MAX_DRAWS_PER_REQUEST * (count - missing + 256):
             raise ConfigError(
-                f"workload.max_total_tokens {section.max_total_tokens} leaves almost no request; raise it, or lower "
+                f"workload.max_total_tokens {section.max_total_tokens} rejects almost all requests; raise it or lower "
                 "workload.length_scale"
             )
     return np.concatenate(kept)
 
 
-def _pairs_source(section: WorkloadSection) -> tuple[PairsOf, int | None]:
+def _length_sampler(section: WorkloadSection) -> tuple[LengthSampler, int | None]:
+    """The sampler and the data set's own limit on prompt and output tokens."""
     if section.dataset is not None:
-        chosen = dataset(section.dataset)
-        return chosen.pairs(), chosen.max_total_tokens
+        lengths = dataset(section.dataset)
+        return lengths.sampler(), lengths.max_total_tokens
     assert section.prompt_tokens is not None
     assert section.output_tokens is not None
-    return pairs_of_distributions(lengths_of(section.prompt_tokens), lengths_of(section.output_tokens)), None
+    return independent_sampler(lengths_of(section.prompt_tokens), lengths_of(section.output_tokens)), None
 
 
 def _draw_arrivals(section: ArrivalSection, count: int, rng: np.random.Generator) -> Floats:
-    """At one request per second, the first at 0."""
+    """At a mean rate of one request per second, the first at 0."""
     if section.process == "poisson":
         gaps = rng.standard_exponential(count)
     else:

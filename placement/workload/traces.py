@@ -1,10 +1,12 @@
-"""Traces of real traffic: when requests came, how long they were, what they shared.
+"""Traces of real traffic: arrival times, lengths and shared prefixes of requests.
 
-Two kinds of file, either of them plain or .gz:
+Two formats, plain or .gz:
 
-    CSV         a header; arrival_s (or Azure's TIMESTAMP), prompt_tokens (or input_tokens, ContextTokens),
-                output_tokens (or GeneratedTokens), and, if one likes, slo_class with the name of a class
-    JSON lines  Mooncake's: timestamp [ms], input_length, output_length, hash_ids (which may be missing)
+    CSV         a header with arrival_s (or Azure's TIMESTAMP), prompt_tokens (or input_tokens, ContextTokens),
+                output_tokens (or GeneratedTokens), optionally slo_class with the name of an SLO class
+    JSON lines  Mooncake's: timestamp [ms], input_length, output_length, optionally hash_ids
+
+A TIMESTAMP without a time zone is UTC. Requests without output tokens (refused or cancelled ones) are left out.
 """
 
 import csv
@@ -14,7 +16,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -32,10 +34,12 @@ _MAX_TOKENS = 1 << 31
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """`has_classes`: the file names the SLO class of each request; else all are of the first."""
+    """`has_classes`: the file names the SLO class of each request; without names, all requests have class 0.
+    `num_without_output`: requests of the file that are left out."""
 
     requests: RequestStream
     has_classes: bool
+    num_without_output: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +52,27 @@ class _Row:
 
 
 def load_trace(path: Path) -> RequestStream:
-    """The requests of a trace in order of arrival, the first at 0. Raises ConfigError, with the line."""
+    """The requests of a trace in order of arrival, the first at 0. Raises ConfigError with file and line."""
     return read_trace(path, ()).requests
 
 
 def read_trace(path: Path, classes: Sequence[SloClass]) -> Trace:
-    """The same, with the names in a slo_class column looked up in `classes`; without classes it is not looked at."""
+    """Like `load_trace`. `classes` resolve the names in the column slo_class; without classes the column is ignored."""
     try:
         with _open(path) as file:
             rows, has_classes = _read_json_lines(path, file) if _is_json_lines(path) else _read_csv(path, file, classes)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path} is not a whole .gz file ({error})") from error
+        raise ConfigError(f"{path} is not a complete .gz file ({error})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not text; a trace is CSV or JSON lines") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
-    if not rows:
-        raise ConfigError(f"{path} holds no requests")
-    rows.sort(key=lambda row: row.arrival_s)  # stable: those of one moment keep their order
-    return Trace(_as_stream(path, rows), has_classes)
+    served = sorted((row for row in rows if row.output_tokens), key=lambda row: row.arrival_s)  # stable
+    if not served:
+        raise ConfigError(f"{path} holds no requests" + (" with output tokens" if rows else ""))
+    return Trace(_as_stream(path, served), has_classes, len(rows) - len(served))
 
 
 def _as_stream(path: Path, rows: Sequence[_Row]) -> RequestStream:
@@ -106,17 +110,17 @@ def _read_csv(path: Path, file: TextIO, classes: Sequence[SloClass]) -> tuple[li
     arrival = _column(path, columns, ("arrival_s", "TIMESTAMP"))
     prompt, output = _column(path, columns, _PROMPT_COLUMNS), _column(path, columns, _OUTPUT_COLUMNS)
     has_classes = "slo_class" in columns and len(classes) > 0
-    index = {slo.name: position for position, slo in enumerate(classes)}
+    class_index = {slo.name: index for index, slo in enumerate(classes)}
     rows = []
     try:
         for values in reader:
-            fields = _Fields(f"{path} line {reader.line_num}", values)
+            fields = _RowFields(f"{path} line {reader.line_num}", values)
             rows.append(
                 _Row(
-                    fields.moment(arrival) if arrival == "TIMESTAMP" else fields.seconds(arrival),
-                    fields.tokens(prompt),
-                    fields.tokens(output),
-                    fields.one_of("slo_class", index) if has_classes else 0,
+                    fields.timestamp_s(arrival) if arrival == "TIMESTAMP" else fields.seconds(arrival),
+                    fields.tokens(prompt, minimum=1),
+                    fields.tokens(output, minimum=0),
+                    fields.slo_class("slo_class", class_index) if has_classes else 0,
                 )
             )
     except csv.Error as error:
@@ -127,12 +131,12 @@ def _read_csv(path: Path, file: TextIO, classes: Sequence[SloClass]) -> tuple[li
 def _read_json_lines(path: Path, file: TextIO) -> tuple[list[_Row], bool]:
     rows = []
     for where, values in _json_objects(path, file):
-        fields = _Fields(where, values)
+        fields = _RowFields(where, values)
         rows.append(
             _Row(
                 fields.seconds("timestamp") / 1000.0,
-                fields.tokens("input_length"),
-                fields.tokens("output_length"),
+                fields.tokens("input_length", minimum=1),
+                fields.tokens("output_length", minimum=0),
                 blocks=fields.block_ids("hash_ids"),
             )
         )
@@ -146,23 +150,23 @@ def _json_objects(path: Path, file: TextIO) -> Iterator[tuple[str, Mapping[str, 
         where = f"{path} line {number}"
         try:
             values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where}: is not a JSON object; a trace in JSON has one on each line") from error
+        except (ValueError, RecursionError):
+            values = None
         if not isinstance(values, dict):
-            raise ConfigError(f"{where}: is not a JSON object; a trace in JSON has one on each line")
+            raise ConfigError(f"{where}: is not a JSON object; write one object a line")
         yield where, values
 
 
 def _column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str:
-    found = next((name for name in names if name in columns), None)
-    if found is None:
-        has = f"it has {', '.join(columns)}" if columns else "it is empty"
-        raise ConfigError(f"{path} line 1: has no column {names[0]}; {has}")
-    return found
+    for name in names:
+        if name in columns:
+            return name
+    present = f"only {', '.join(columns)}" if columns else "the file is empty"
+    raise ConfigError(f"{path} line 1: there is no column {names[0]}{',' if columns else ';'} {present}")
 
 
-class _Fields:
-    """One row. Every method raises ConfigError with file, line and field for a value of the wrong kind."""
+class _RowFields:
+    """One row. All methods raise ConfigError with file, line and field for a value of the wrong kind."""
 
     def __init__(self, where: str, values: Mapping[str, object]) -> None:
         self._where = where
@@ -178,25 +182,27 @@ class _Fields:
             raise self._wrong(name, "a number of at least 0", value)
         return number
 
-    def moment(self, name: str) -> float:
+    def timestamp_s(self, name: str) -> float:
+        """A date and time as seconds since 1970."""
         value = self._values.get(name)
         try:
-            return datetime.fromisoformat(str(value)).timestamp()
+            moment = datetime.fromisoformat(str(value))
         except ValueError as error:
             raise self._wrong(name, "a date and time, e.g. 2023-11-16 18:15:46.680590", value) from error
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
-    def tokens(self, name: str) -> int:
+    def tokens(self, name: str, *, minimum: int) -> int:
         value = self._values.get(name)
         number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < _MAX_TOKENS:
-            raise self._wrong(name, "a whole number of at least 1", value)
+        if isinstance(number, bool) or not isinstance(number, int) or not minimum <= number < _MAX_TOKENS:
+            raise self._wrong(name, f"a whole number of at least {minimum}", value)
         return number
 
-    def one_of(self, name: str, index: Mapping[str, int]) -> int:
+    def slo_class(self, name: str, class_index: Mapping[str, int]) -> int:
         value = self._values.get(name)
-        if not isinstance(value, str) or value not in index:
-            raise self._wrong(name, f"one of the SLO classes {', '.join(index)}", value)
-        return index[value]
+        if not isinstance(value, str) or value not in class_index:
+            raise self._wrong(name, f"one of the SLO classes {', '.join(class_index)}", value)
+        return class_index[value]
 
     def block_ids(self, name: str) -> tuple[int, ...]:
         value = self._values.get(name, [])

@@ -95,7 +95,7 @@ def test_pipelined_decode_is_a_round_of_micro_batches() -> None:
 def test_the_line_is_the_step(shape: ParallelShape, batch: int, kv_tokens: int) -> None:
     cost = DistServeSource("OPT-13B").cost_model(DEVICE, shape)
     assert cost is not None
-    base_s, per_kv_token_s = cost.decode_line(batch)
+    base_s, per_kv_token_s = cost.decode_coefficients(batch)
     assert base_s + kv_tokens * per_kv_token_s == pytest.approx(
         cost.step(StepLoad.of_decode(batch, kv_tokens)).total_s, rel=1e-12
     )

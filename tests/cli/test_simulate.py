@@ -69,7 +69,7 @@ def test_it_says_what_each_class_keeps(plan: Path, capsys: pytest.CaptureFixture
     assert "90 % within 500 ms, 30.0 ms  100 %" in text
     for row in ("TTFT chat", "TPOT batch", "prefill queue", "KV transfer", "total"):
         assert row in text
-    assert text.endswith("All targets are kept.\n")
+    assert text.endswith("All targets are met.\n")
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(
@@ -90,10 +90,10 @@ def test_numbers_for_programs_are_those_of_the_table(
     simulated(capsys, plan, "--rate", 5, "--requests", 200, "--json", tmp_path / "run.json")
     numbers = json.loads((tmp_path / "run.json").read_text())
     assert numbers["requests"] == numbers["finished"] == 200
-    chat, batch = numbers["judgement"]["classes"]
+    chat, batch = numbers["evaluation"]["classes"]
     assert chat["slo"]["name"] == "chat"
     assert batch["ttft_s"]["p50"] > 0
-    assert numbers["judgement"]["meets"] is True
+    assert numbers["evaluation"]["meets"] is True
     assert sum(numbers["parts_s"].values()) > 0.1
     assert numbers["goodput"] <= 200 / numbers["duration_s"] + 1e-9
 
@@ -111,7 +111,7 @@ def test_a_trace_comes_at_its_own_rate(plan: Path, tmp_path: Path, capsys: pytes
     assert simulated(capsys, plan, "--trace", trace).startswith("80 requests at 2.00 req/s")
     assert simulated(capsys, plan, "--trace", trace, "--rate", 4).startswith("80 requests at 4.00 req/s")
     simulated(capsys, plan, "--trace", trace, "--json", tmp_path / "run.json")
-    classes = json.loads((tmp_path / "run.json").read_text())["judgement"]["classes"]
+    classes = json.loads((tmp_path / "run.json").read_text())["evaluation"]["classes"]
     assert classes[1]["requests"] > 2 * classes[0]["requests"]
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n0,1,1\n")
     assert "all requests arrive at once; give --rate R" in told(capsys, plan, "--trace", trace)
@@ -162,7 +162,7 @@ def test_a_rate_must_be_known(plan: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_targets_must_be_known(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan.write_text(PLAN.replace("slo_file: slo.yaml\n", ""))
     assert "names no SLO file" in told(capsys, plan, "--rate", 5)
-    assert "All targets are kept" in simulated(capsys, plan, "--rate", 5, "--slo", plan.parent / "slo.yaml")
+    assert "All targets are met" in simulated(capsys, plan, "--rate", 5, "--slo", plan.parent / "slo.yaml")
 
 
 def test_a_schema_knows_the_settings_that_a_file_may_have(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,21 @@
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
 from tandem.core.config_file import apply_overrides, dump_config, load_config
 from tandem.core.errors import ConfigError
+
+
+class AnyValue(BaseModel):
+    value: Any
+
 
 MISTAKES = {
     "unknown setting": (
@@ -92,7 +100,7 @@ MISTAKES = {
     "empty": ("", "FILE is empty; it must name at least: model"),
     "only comments": ("# nothing\n", "FILE is empty; it must name at least: model"),
     "tab": ("model: m\nprefill:\n\tinstances: 1\n", "FILE line 3: begins with a tab; YAML is indented with spaces"),
-    "two documents": ("model: m\n---\nmodel: n\n", "FILE line 2: begins a second document ('---'); keep one"),
+    "two documents": ("model: m\n---\nmodel: n\n", "FILE line 2: begins a second document ('---'); keep one document"),
     "tag": ("model: !!python/name:os.system x\n", "FILE line 1: YAML tags ('!...') are not allowed"),
     "unclosed bracket": (
         "model: [m\n",
@@ -116,7 +124,7 @@ def test_each_mistake_is_told_in_one_sentence(tmp_path: Path, text: str, sentenc
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml does not exist$"):
         load_config(tmp_path / "none.yaml", ServeConfig)
-    with pytest.raises(ConfigError, match="is a folder; give the configuration file in it"):
+    with pytest.raises(ConfigError, match="is a folder; give the path of a configuration file"):
         load_config(tmp_path, ServeConfig)
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("model: m\nmodel_name: café\n".encode("latin-1"))
@@ -294,3 +302,38 @@ def test_instances_that_cannot_exchange_kv_are_refused_before_anything_starts(tm
     with pytest.raises(ConfigError) as caught:
         load_config(path, ServeConfig)
     assert "line 4: decode.engine.block_size: is 32, and prefill has 16" in caught.value.message.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e1", 10.0),
+        ("5E-1", 0.5),
+        ("+12e03", 12000.0),
+        ("1.5e3", 1500.0),
+        (".5", 0.5),
+        ("-.5e+1", -5.0),
+        ("3.", 3.0),
+        ("-.inf", -math.inf),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("017", 17),
+        ("+7", 7),
+        ("12:30", "12:30"),
+        ("1_000", "1_000"),
+        ("1e", "1e"),
+    ],
+)
+def test_numbers_are_read_in_every_form_of_yaml_1_2(tmp_path: Path, text: str, value: object) -> None:
+    path = tmp_path / "numbers.yaml"
+    path.write_text(f"value: {text}\n")
+    read = load_config(path, AnyValue).value
+    assert (type(read), read) == (type(value), value)
+    assert apply_overrides(AnyValue(value=None), [f"value={text}"]).value == value
+
+
+@pytest.mark.parametrize("text", ["1e1", "017", "12:30", "0o17", ".5", "yes", "1_000"])
+def test_text_that_looks_like_a_number_is_written_as_text(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "text.yaml"
+    path.write_text(dump_config(AnyValue(value=text)))
+    assert load_config(path, AnyValue).value == text

@@ -72,7 +72,7 @@ SLO_MISTAKES = {  # what of the good file -> by what, and the sentence
     "empty target": (("ttft_s: 1", "ttft_s:"), "FILE line 6: slo.0.ttft_s must be a number, not empty"),
     "two classes of one name": (
         ("0.1}\n", "0.1}\n  - {ttft_s: 5, tpot_s: 1}\n"),
-        "FILE line 7: slo.1: two SLO classes are called 'default'; give each a name",
+        "FILE line 7: slo.1: two SLO classes are called 'default'; give each class a name",
     ),
     "two sources of lengths": (("sharegpt", "sharegpt, trace: x.csv"), f"FILE line 7: workload: {SOURCE}"),
     "no source of lengths": (("dataset: sharegpt", "rate: 3"), f"FILE line 7: workload: {SOURCE}"),
@@ -94,7 +94,7 @@ SLO_MISTAKES = {  # what of the good file -> by what, and the sentence
     ),
     "cheapest for what": (
         ("workload", "objective: cheapest\nworkload"),
-        "FILE line 7: objective: cheapest needs workload.rate, the requests per second to serve",
+        "FILE line 7: objective: cheapest needs workload.rate; set it to the requests per second",
     ),
     "unknown arrivals": (
         ("sharegpt", "sharegpt, arrivals: {process: weibull}"),
@@ -120,7 +120,7 @@ SLO_MISTAKES = {  # what of the good file -> by what, and the sentence
 PLAN_MISTAKES = {
     "half a plan": (
         ("role: decode", "role: prefill"),
-        "FILE line 3: groups: there is no decode group, and one phase is nothing without the other",
+        "FILE line 3: groups: there is no decode group; prefill and decode groups need each other",
     ),
     "devices for too few instances": (
         ("instances: 2,", 'instances: 2, devices: [["0:0"]],'),
@@ -134,13 +134,13 @@ PLAN_MISTAKES = {
         ("instances: 2,", 'instances: 2, devices: [["0:0"], ["0:0"]],'),
         "FILE line 3: groups: device 0:0 is given to two ranks",
     ),
-    "a device that YAML takes for a time": (
-        ("instances: 1,", "instances: 1, devices: [[1:0]],"),
-        "FILE line 4: groups.0.devices.0.0 must be text, not 60; put it in quotes",
+    "a device that YAML takes for a number": (
+        ("instances: 1,", "instances: 1, devices: [[10]],"),
+        "FILE line 4: groups.0.devices.0.0 must be text, not 10; put it in quotes",
     ),
     "another version": (
         ("model: m", "model: m\nversion: 2"),
-        "FILE line 2: version: this tandem reads plans of version 1, not 2; plan again with `tandem plan`",
+        "FILE line 2: version: this tandem reads plans of version 1, not 2; make a new plan with `tandem plan`",
     ),
     "unknown verdict": (
         ("disaggregate", "maybe"),
@@ -162,6 +162,12 @@ def test_each_mistake_in_an_slo_file_is_told_with_its_line(
 ) -> None:
     assert change[0] in SLO
     assert told(tmp_path / "slo.yaml", SLO.replace(*change, 1), SloFile) == sentence
+
+
+def test_a_device_needs_no_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN.replace("instances: 1,", "instances: 1, devices: [[1:0]],", 1))
+    assert load_config(path, Plan).groups[0].devices == (("1:0",),)
 
 
 @pytest.mark.parametrize(("change", "sentence"), PLAN_MISTAKES.values(), ids=PLAN_MISTAKES)

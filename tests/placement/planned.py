@@ -11,13 +11,13 @@ from tandem.core.plan import Expected, ExpectedClass, Plan, PlanGroup, Quantiles
 from tandem.core.slo import SloClass
 from tandem.core.timeline import Stage
 from tandem.placement.evidence import (
-    AttainmentCurve,
     AttainmentPoint,
-    Candidate,
+    ClassAttainment,
     ErrorBudget,
     LatencySample,
     NodeSummary,
     PhaseBound,
+    PlanCandidate,
     PlanEvidence,
     Planned,
     Reproduction,
@@ -37,7 +37,7 @@ Verdict = Literal["disaggregate", "colocate", "mixed", "infeasible"]
 
 
 def planned(verdict: Verdict = "disaggregate", classes: Sequence[SloClass] = (CHAT,), **evidence: Any) -> Planned:
-    """Goodput 11.2 requests per second on 5 devices, judged at 10; `evidence` replaces parts of it."""
+    """Goodput 11.2 requests per second on 5 devices, evaluated at 10; `evidence` replaces parts of it."""
     plan = Plan(
         model="Llama-3.1-70B",
         verdict=verdict,
@@ -55,12 +55,18 @@ def planned(verdict: Verdict = "disaggregate", classes: Sequence[SloClass] = (CH
     )
     parts: dict[str, Any] = {
         "candidates": (
-            Candidate("2 x prefill tp2 + 1 x decode tp1", "disaggregated", 5, 11.2, (10.6, 11.7), 21.5, chosen=True),
-            Candidate("3 x colocated tp1", "colocated", 3, 5.1, (4.9, 5.3), 12.9, reason="TTFT is 1.4 x its target"),
-            Candidate("1 x decode tp1pp2 + 1 x prefill tp1", "mixed", 3, 4.2, None, None, reason="KV memory is full"),
-            Candidate("1 x colocated tp1", "colocated", 1, reason="the weights alone do not fit"),
+            PlanCandidate(
+                "2 x prefill tp2 + 1 x decode tp1", "disaggregated", 5, 11.2, (10.6, 11.7), 21.5, chosen=True
+            ),
+            PlanCandidate(
+                "3 x colocated tp1", "colocated", 3, 5.1, (4.9, 5.3), 12.9, reason="TTFT is 1.4 x its target"
+            ),
+            PlanCandidate(
+                "1 x decode tp1pp2 + 1 x prefill tp1", "mixed", 3, 4.2, None, None, reason="KV memory is full"
+            ),
+            PlanCandidate("1 x colocated tp1", "colocated", 1, reason="the weights alone do not fit"),
         ),
-        "curves": tuple(_curve(slo) for slo in classes),
+        "attainments": tuple(_curve(slo) for slo in classes),
         "latencies": tuple(_latencies(slo) for slo in classes),
         "bounds": (
             PhaseBound("prefill", "prefill, 2 x H100 tp2", (("linear_s", 6.0), ("attention_s", 1.0)), 0.71, 0.2, 1800),
@@ -114,10 +120,10 @@ def _expected(slo: SloClass) -> ExpectedClass:
     return ExpectedClass(slo=slo, attainment=0.921, attainment_ci=(0.905, 0.936), ttft_s=ttft_s, tpot_s=tpot_s)
 
 
-def _curve(slo: SloClass) -> AttainmentCurve:
+def _curve(slo: SloClass) -> ClassAttainment:
     shares = {4.0: 1.0, 8.0: 0.99, 12.0: 0.8, 16.0: 0.1}
     points = (AttainmentPoint(rate, s, (max(0.0, s - 0.02), min(1.0, s + 0.02)), s, 1.0) for rate, s in shares.items())
-    return AttainmentCurve(slo, tuple(points), knee_rate=10.9)
+    return ClassAttainment(slo, tuple(points), knee_rate=10.9)
 
 
 def _latencies(slo: SloClass) -> LatencySample:

@@ -1,9 +1,9 @@
-"""Queues that have a closed form, as simulations that take no time: what judgements are checked against."""
+"""Queues that have a closed form, as simulations that take no time: what evaluations are checked against."""
 
 import numpy as np
 
 from tandem.core.timeline import Stage
-from tandem.placement.judging.goodput import StopWhen
+from tandem.placement.evaluation.goodput import StopWhen
 from tandem.placement.simulator import Progress
 from tandem.placement.simulator.result import STAGES, SimulationResult
 from tandem.placement.workload.requests import Floats, RequestStream
@@ -30,10 +30,10 @@ class SingleServer:
     def __init__(self, token_s: float, tpot_s: float = 0.0) -> None:
         self._token_s = token_s
         self._tpot_s = tpot_s
-        self.runs = 0
+        self.rates: list[float] = []
 
     def __call__(self, requests: RequestStream, stop_when: StopWhen | None = None) -> SimulationResult:
-        self.runs += 1
+        self.rates.append(requests.rate)
         service_s = requests.prompt_tokens * self._token_s
         done_s = np.cumsum(service_s)
         start_s = np.maximum.accumulate(requests.arrival_s - (done_s - service_s)) + (done_s - service_s)

@@ -131,7 +131,7 @@ def test_no_device_is_given_twice(groups: list[tuple[int, int, int]], nodes: int
         whole = placed(asked, here)
     except ConfigError:
         reject()
-    assert asked.num_devices <= here.num_devices
+    assert asked.num_devices <= sum(node.num_devices for node in here.nodes)
     used = [rank for ranks in devices_of(whole) for rank in ranks]
     assert len(used) == len(set(used)) == asked.num_devices
     for one in whole.groups:  # the ranks of a stage share a node

@@ -34,11 +34,11 @@ def test_a_plan_says_what_to_expect_and_why() -> None:
     low, high = answer.expected.goodput_ci
     assert 0 < low <= answer.expected.goodput <= high
     assert answer.expected.classes[0].attainment >= 0.9
-    (curve,) = evidence.curves
-    rates = [point.rate for point in curve.points]
+    (attainment,) = evidence.attainments
+    rates = [point.rate for point in attainment.points]
     assert rates == sorted(rates)
-    assert curve.points[0].both > curve.points[-1].both
-    assert curve.knee_rate == pytest.approx(answer.expected.goodput)
+    assert attainment.points[0].both > attainment.points[-1].both
+    assert attainment.knee_rate == pytest.approx(answer.expected.goodput)
     assert {bound.role for bound in evidence.bounds} == {"prefill", "decode"}
     assert {point.axis for point in evidence.sensitivity} >= {"rate", "prompt_tokens", "ttft_target"}
     assert math.isnan(evidence.error.model_error)
@@ -52,7 +52,7 @@ def test_targets_out_of_reach_are_named_with_the_nearest_in_reach() -> None:
     asked = slo_file(slo=(SloClass(ttft_s=0.01, tpot_s=0.1),))
     answer = plan(asked, workers=1, source=DistServeSource("OPT-13B"))
     assert answer.plan.verdict == "infeasible"
-    assert "the nearest that can is" in answer.evidence.nearest
+    assert "the nearest feasible targets are" in answer.evidence.nearest
 
 
 def test_a_model_that_fits_nowhere_has_a_plan_without_groups() -> None:

@@ -11,13 +11,13 @@ import pytest
 from tandem.core.slo import SloClass
 from tandem.placement.evidence import ErrorBudget, NodeSummary
 from tandem.placement.report import RunDescription, write_report
+from tandem.placement.report.formatting import headline, number, percent, seconds
 from tandem.placement.report.plan_report import report_html
 from tandem.placement.report.run_report import simulation_report_html
-from tandem.placement.report.words import headline, number, percent, seconds
 from tests.placement.planned import BATCH, CHAT, finished_run, planned
 
 DESCRIPTION = RunDescription("Simulation of plan.yaml", "10 req/s, Poisson", "0.1.0", inputs=(("plan.yaml", "a: <1>"),))
-UNDRAWN: dict[str, Any] = dict.fromkeys(("candidates", "curves", "latencies", "bounds", "sensitivity"), ())  # fast
+UNDRAWN: dict[str, Any] = dict.fromkeys(("candidates", "attainments", "latencies", "bounds", "sensitivity"), ())  # fast
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_the_page_of_a_plan_answers_every_question(page: str) -> None:
         "sensitivity",
         "error",
         "workload",
-        "again",
+        "reproduction",
     ):
         assert page.count(f'<section id="{section}">') == 1
         assert f'href="#{section}"' in page
@@ -53,7 +53,7 @@ def test_the_page_of_a_plan_answers_every_question(page: str) -> None:
     assert "2 prefill instances (tp2) and 1 decode instance (tp1) on H100 serve 11.2 req/s" in text
     assert "TTFT is 1.4 x its target" in text
     assert "the weights alone do not fit" in text
-    assert "off by 8 %" in text
+    assert "against measurements is 8 %" in text
     assert "14.8 req/s" in text, "what the transient would have claimed"
     assert "Links are the vendor's figures." in text.replace("&#39;", "'")
     assert "data set sharegpt, Poisson arrivals" in text
@@ -146,19 +146,19 @@ def test_an_answer_without_figures_still_gives_a_page() -> None:
     whole = planned("infeasible", **UNDRAWN)
     bare = dataclasses.replace(whole, plan=whole.plan.model_copy(update={"expected": None}))
     page = report_html(bare)
-    assert "Nothing else was possible." in page
+    assert "There was no other configuration." in page
     assert len(_svgs(page)) == 2, "the workload is known whatever becomes of the search"
 
 
 def test_the_page_of_a_simulation() -> None:
     page = simulation_report_html(finished_run(), (CHAT,), DESCRIPTION)
     text = _text(page)
-    assert "100 % of the requests kept both targets" in text
+    assert "100 % of the requests met both targets" in text
     assert "Within targets" in text
     assert "prefill-0" in text
     assert "a: &lt;1&gt;" in page
     names = {svg.attrib["aria-labelledby"].split("-title")[0] for svg in _svgs(page)}
-    assert names == {"ttft", "tpot", "parts", "rates", "inside", "bounds", "prompt-lengths", "output-lengths"}
+    assert names == {"ttft", "tpot", "parts", "rates", "in-system", "bounds", "prompt-lengths", "output-lengths"}
 
 
 def test_the_page_of_a_live_run_leaves_out_what_only_a_server_sees() -> None:
@@ -187,7 +187,7 @@ def test_times_have_the_unit_that_fits(time_s: float, text: str) -> None:
 
 def test_a_start_up_that_is_over_before_queues_grow_limits_nothing() -> None:
     endless = planned(error=ErrorBudget(0.08, transient_goodput=1e10), **UNDRAWN)
-    assert "goodput would have been: no limit." in _text(report_html(endless))
+    assert "goodput would be: no limit." in _text(report_html(endless))
 
 
 def test_a_share_is_whole_only_when_it_is() -> None:

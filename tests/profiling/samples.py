@@ -26,7 +26,7 @@ def prompt_s(*lengths: int) -> float:
 
 
 def step_s(batch: int) -> float:
-    base_s, per_token_s = ENGINE.decode_line(batch)
+    base_s, per_token_s = ENGINE.decode_coefficients(batch)
     return base_s + batch * KV_TOKENS * per_token_s
 
 

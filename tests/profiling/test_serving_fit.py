@@ -108,7 +108,7 @@ def test_requests_of_few_steps_are_left_out() -> None:
 
 
 def test_reading_kv_takes_as_long_in_a_worker() -> None:
-    read_s = KV_TOKENS * ENGINE.decode_line(1)[1]
+    read_s = KV_TOKENS * ENGINE.decode_coefficients(1)[1]
     span = (0.0, 10 * (1.3 * (step_s(1) - read_s) + read_s))
     (step,) = decode_step_times(ENGINE, LoadPeriod(decoding(10, span)))
     assert step.served_s / step.engine_s == pytest.approx(1.3, rel=0.01)

@@ -13,7 +13,7 @@ from tandem.core.config import RoleName
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import WorkloadSection
-from tandem.placement.judging.goodput import goodput_at
+from tandem.placement.evaluation.goodput import find_goodput
 from tandem.placement.simulator import simulate
 from tandem.placement.simulator.deployment import Deployment, InstanceSpec
 from tandem.placement.simulator.result import SimulationResult
@@ -77,30 +77,26 @@ class Experiment:
         return Deployment(tuple(instances))
 
 
-def _shape(text: str) -> ParallelShape:
-    return ParallelShape.parse(text)
-
-
 _SLO_13B, _SLO_66B = SloClass(ttft_s=0.25, tpot_s=0.1), SloClass(ttft_s=2.5, tpot_s=0.15)
 EXPERIMENTS = (
     Experiment(
         "OPT-13B",
         "DistServe",
         "distserve",
-        (ExperimentGroup("prefill", _shape("tp2")), ExperimentGroup("decode", _shape("tp1"))),
+        (ExperimentGroup("prefill", ParallelShape(2)), ExperimentGroup("decode", ParallelShape(1))),
         _SLO_13B,
         300,
     ),
-    Experiment("OPT-13B", "vLLM", "vllm", (ExperimentGroup("colocated", _shape("tp1")),), _SLO_13B, 100),
+    Experiment("OPT-13B", "vLLM", "vllm", (ExperimentGroup("colocated", ParallelShape(1)),), _SLO_13B, 100),
     Experiment(
         "OPT-66B",
         "DistServe",
         "distserve",
-        (ExperimentGroup("prefill", _shape("tp4")), ExperimentGroup("decode", _shape("tp2pp2"))),
+        (ExperimentGroup("prefill", ParallelShape(4)), ExperimentGroup("decode", ParallelShape(2, 2))),
         _SLO_66B,
         200,
     ),
-    Experiment("OPT-66B", "vLLM", "vllm", (ExperimentGroup("colocated", _shape("tp4")),), _SLO_66B, 100),
+    Experiment("OPT-66B", "vLLM", "vllm", (ExperimentGroup("colocated", ParallelShape(4)),), _SLO_66B, 100),
 )
 
 
@@ -142,13 +138,13 @@ def steady_goodput(experiment: Experiment) -> float:
     """Requests per second and device at 90 % in steady state."""
     deployment = experiment.deployment()
     stream = make_stream(_WORKLOAD, (experiment.slo,), count=_STEADY_REQUESTS, rate=1.0, seed=0)
-    found = goodput_at(
+    goodput = find_goodput(
         lambda requests, stop: simulate(deployment, requests, stop_when=stop),
         stream,
         (experiment.slo,),
         guess=experiment.num_devices * 1.0,
     )
-    return found.rate / experiment.num_devices
+    return goodput / experiment.num_devices
 
 
 def goodput_of(curve: dict[float, float], target_pct: float = 90.0) -> float:

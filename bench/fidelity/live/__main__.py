@@ -39,8 +39,8 @@ from tandem.core.slo import SloClass
 from tandem.core.slo_file import SloFile, WorkloadSection
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tandem.placement.costs.calibration import CalibratedCost, Calibration, load_calibration
-from tandem.placement.judging.judgement import judge
-from tandem.placement.judging.summary import parts_of
+from tandem.placement.evaluation.attainment import evaluate
+from tandem.placement.evaluation.summary import parts_of
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.streams import make_stream
 from tandem.profiling.calibrate import calibrate
@@ -155,7 +155,7 @@ def compare(runs: Sequence[LiveRun], seed: int) -> Iterator[LiveComparison]:
 
 
 def _figures_of(result: SimulationResult, run: LiveRun) -> RunFigures:
-    judged = judge(result, run.slo.slo, transient=True).classes[0]
+    judged = evaluate(result, run.slo.slo, transient=True).classes[0]
     return RunFigures(
         attainment=judged.attainment,
         ttft_attainment=judged.ttft_attainment,

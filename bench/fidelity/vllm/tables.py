@@ -113,7 +113,7 @@ class VllmTableModel:
         )
         return StepCost(**costs.terms(), interval_s=costs.total_s)
 
-    def decode_line(self, sequences: int) -> tuple[float, float]:
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
         if sequences not in self._lines:
             base_s = self.step(StepLoad.of_decode(sequences, 0)).total_s
             self._lines[sequences] = (base_s, self.shape.num_layers * self.attention.alone.at(sequences)[1])

@@ -122,7 +122,7 @@ def test_nothing_to_fit_with_is_said() -> None:
 @given(batch=st.integers(1, 300), kv_tokens=st.integers(0, 1 << 20), busy=st.floats(0, 1))
 def test_decode_is_affine_in_the_kv_that_it_reads(batch: int, kv_tokens: int, busy: float) -> None:
     cost = CalibratedCost(TRUE, SERVED, contended=busy)
-    base_s, per_token_s = cost.decode_line(batch)
+    base_s, per_token_s = cost.decode_coefficients(batch)
     step = cost.step(StepLoad.of_decode(batch, kv_tokens))
     assert step.total_s == pytest.approx(base_s + kv_tokens * per_token_s, rel=1e-9)
     assert step.interval_s == pytest.approx(step.total_s, rel=1e-9)

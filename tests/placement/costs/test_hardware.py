@@ -3,18 +3,20 @@
 import pytest
 
 from tandem.core.errors import ConfigError
+from tandem.placement.costs.catalogue import read_yaml
 from tandem.placement.costs.efficiency import efficiency
 from tandem.placement.costs.hardware import device, devices
 
 
 def test_every_entry_is_complete_and_says_where_it_comes_from() -> None:
+    sources = read_yaml("hardware.yaml")["devices"]
     assert len(devices()) == 14
     for name, entry in devices().items():
         assert entry.name == name
         assert min(entry.flops, entry.memory_bytes, entry.memory_bytes_per_s, entry.peer_bytes_per_s) > 0
         assert min(entry.num_cores, entry.cache_bytes) > 0
-        assert entry.source
-        assert (entry.price_per_hour is None) == (entry.price_note == "")
+        assert sources[name]["source"]
+        assert (entry.price_per_hour is None) == ("price_note" not in sources[name])
         assert efficiency(entry.family)
 
 

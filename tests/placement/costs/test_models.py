@@ -36,7 +36,7 @@ _PUBLISHED = [
 def test_published_sizes(name: str, parameters: int, active: int, kv_bytes: int) -> None:
     shape = published_models()[name]
     assert shape.num_parameters == pytest.approx(parameters, rel=3e-4)  # norms and biases are left out
-    idle = 0
+    idle = 0  # weights of the experts that a token does not visit
     if (moe := shape.moe) is not None:
         idle = shape.num_moe_layers * (moe.num_experts - moe.top_k) * shape.mlp_weights(moe.intermediate_size)
     assert shape.num_parameters - idle == pytest.approx(active, rel=3e-4)

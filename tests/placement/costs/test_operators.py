@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tandem.placement.costs.efficiency import ElementwiseEfficiency, MixedAttentionEfficiency, efficiency
 from tandem.placement.costs.hardware import Device, devices
 from tandem.placement.costs.operators import (
-    decode_attention_line,
+    decode_attention_coefficients,
     elementwise_s,
     mixed_attention_s,
     prefill_attention_s,
@@ -109,7 +109,7 @@ def test_queries_that_share_a_latent_are_taken_one_by_one() -> None:
     fit = efficiency("hopper").latent_decode
     h100 = devices()["H100-80GB-SXM5"]
     (few_s, few_slope_s), (many_s, many_slope_s) = (
-        decode_attention_line(64, 1, heads, 1152.0, 2176.0 * heads, h100, fit) for heads in (16, 128)
+        decode_attention_coefficients(64, 1, heads, 1152.0, 2176.0 * heads, h100, fit) for heads in (16, 128)
     )
     assert many_s - few_s == pytest.approx(64 * 112 * fit.head_s)
     assert many_slope_s > few_slope_s  # 128 heads compute more than reading takes

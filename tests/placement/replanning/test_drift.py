@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tandem.core.replanning import DriftState
 from tandem.placement.replanning.drift import Decision, DriftDetector, DriftPolicy
-from tandem.placement.replanning.workload_distance import Limits, Workload
+from tandem.placement.replanning.workload_distance import DriftThresholds, Workload
 
 WINDOW_S = 300.0
 POLICY = DriftPolicy()
@@ -34,7 +34,7 @@ class Run:
     """A detector whose planner answers at once with `gain`."""
 
     def __init__(self, gain: float | None = 0.5) -> None:
-        self.detector = DriftDetector(PLANNED, Limits(), POLICY)
+        self.detector = DriftDetector(PLANNED, DriftThresholds(), POLICY)
         self.gain = gain
         self.now_s = 0.0
         self.proposed_s: list[float] = []
@@ -50,7 +50,7 @@ class Run:
             if decision is Decision.REPLAN:
                 assert self.detector.state is DriftState.REPLANNING
                 self.replanned_s.append(self.now_s)
-                if self.detector.answered(self.gain, self.now_s):
+                if self.detector.record_result(self.gain, self.now_s):
                     self.proposed_s.append(self.now_s)
         return self.detector.state
 
@@ -117,9 +117,9 @@ def test_a_planner_that_fails_is_asked_again_ever_more_rarely() -> None:
     run.see(*[OTHER] * 1000)
     pauses_s = np.diff(run.replanned_s)
     assert all(later >= earlier for earlier, later in itertools.pairwise(pauses_s))
-    for pause_s, patience in ((pauses_s[0], 2), (pauses_s[-1], POLICY.most_patience)):
-        least_s = POLICY.cool_down_s * patience
-        assert least_s < pause_s <= least_s + (POLICY.confirm_windows * patience + 1) * WINDOW_S
+    for pause_s, backoff in ((pauses_s[0], 2), (pauses_s[-1], POLICY.max_backoff)):
+        least_s = POLICY.cool_down_s * backoff
+        assert least_s < pause_s <= least_s + (POLICY.confirm_windows * backoff + 1) * WINDOW_S
 
 
 def test_fast_alternation_brings_no_proposal() -> None:
@@ -140,7 +140,7 @@ def test_a_mixture_keeps_its_proposal_when_its_parts_come_in_turns() -> None:
 def test_changes_that_undo_each_other_are_none() -> None:
     """Neither kind is what was planned for, but the plan was made for both."""
     run = Run()
-    run.detector = DriftDetector(mixed(0.5), Limits(), POLICY)
+    run.detector = DriftDetector(mixed(0.5), DriftThresholds(), POLICY)
     assert run.see(*[mixed(0.2), mixed(0.8)] * 50) is DriftState.SUSPECT
     assert run.replanned_s == []
 
@@ -153,7 +153,7 @@ def test_alternation_within_a_window_is_a_mixture_and_brings_one() -> None:
 
 @pytest.mark.parametrize("windows_each", [3, 4, 5])
 def test_alternation_as_fast_as_confirmation_brings_one(windows_each: int) -> None:
-    """50 h and more. Without patience it would be a hundred proposals."""
+    """50 h and more. Without backoff it would be a hundred proposals."""
     run = Run()
     for _ in range(100):
         run.see(*[OTHER] * windows_each, *[PLANNED] * windows_each)
@@ -210,12 +210,12 @@ def test_random_alternation_proposes_at_most_once_in_a_cool_down(is_other: list[
     run.see(*[OTHER if other else PLANNED for other in is_other])
     lived_s = [gone_s - made_s for made_s, gone_s in zip(run.proposed_s, run.withdrawn_s, strict=False)]
     pauses_s = [made_s - gone_s for gone_s, made_s in zip(run.withdrawn_s, run.proposed_s[1:], strict=False)]
-    patience = 1
+    backoff = 1
     for life_s, pause_s in zip(lived_s, pauses_s, strict=False):
-        patience = 1 if life_s >= POLICY.short_lived_s else min(2 * patience, POLICY.most_patience)
-        assert pause_s >= POLICY.cool_down_s * patience
+        backoff = 1 if life_s >= POLICY.short_lived_s else min(2 * backoff, POLICY.max_backoff)
+        assert pause_s >= POLICY.cool_down_s * backoff
 
 
 def test_an_answer_that_nobody_asked_for_is_our_mistake() -> None:
     with pytest.raises(AssertionError):
-        Run().detector.answered(0.5, 0.0)
+        Run().detector.record_result(0.5, 0.0)

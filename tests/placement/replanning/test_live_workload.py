@@ -10,7 +10,12 @@ from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan
 from tandem.core.slo_file import SloFile
 from tandem.core.workload_profile import ProfileSnapshot
-from tandem.placement.replanning.live_workload import QUESTION, RUNNING_PLAN, planned_workload, write_question
+from tandem.placement.replanning.live_workload import (
+    RUNNING_PLAN_NAME,
+    SLO_FILE_NAME,
+    planned_workload,
+    write_replan_input,
+)
 from tandem.placement.workload.streams import make_stream
 from tandem.placement.workload.traces import load_trace
 
@@ -52,7 +57,7 @@ def make_snapshot(**changes: object) -> ProfileSnapshot:
 
 
 def test_the_trace_has_the_sampled_pairs_at_the_windows_own_arrivals(tmp_path: Path) -> None:
-    write_question(tmp_path / "q", PLAN, make_slo_file(), make_snapshot())
+    write_replan_input(tmp_path / "q", PLAN, make_slo_file(), make_snapshot())
     stream = load_trace(tmp_path / "q" / "workload.csv")
     assert len(stream) == 8 * 500
     assert stream.rate == pytest.approx(8.0, rel=0.02)
@@ -66,31 +71,31 @@ def test_the_trace_has_the_sampled_pairs_at_the_windows_own_arrivals(tmp_path: P
 @pytest.mark.parametrize(("asked", "expected"), [("max", "max"), (3.0, 8.0)])
 def test_the_question_is_an_slo_file_with_the_live_requests(tmp_path: Path, asked: object, expected: object) -> None:
     slo_file = make_slo_file(asked)  # type: ignore[arg-type]
-    write_question(tmp_path / "q", PLAN, slo_file, make_snapshot())
-    question = load_config(tmp_path / "q" / QUESTION, SloFile)
+    write_replan_input(tmp_path / "q", PLAN, slo_file, make_snapshot())
+    question = load_config(tmp_path / "q" / SLO_FILE_NAME, SloFile)
     assert question.workload.rate == expected
     assert question.model_copy(update={"workload": slo_file.workload}) == slo_file
-    assert load_config(tmp_path / "q" / RUNNING_PLAN, Plan) == PLAN
+    assert load_config(tmp_path / "q" / RUNNING_PLAN_NAME, Plan) == PLAN
     assert len(make_stream(question.workload, question.slo, count=500, rate=8.0, seed=0)) == 500
 
 
 def test_what_the_cache_had_is_a_common_prefix(tmp_path: Path) -> None:
-    write_question(tmp_path / "q", PLAN, make_slo_file(), make_snapshot(cached_tokens=(0,) * 150 + (40, 60) * 25))
-    prefix = load_config(tmp_path / "q" / QUESTION, SloFile).workload.prefix
+    write_replan_input(tmp_path / "q", PLAN, make_slo_file(), make_snapshot(cached_tokens=(0,) * 150 + (40, 60) * 25))
+    prefix = load_config(tmp_path / "q" / SLO_FILE_NAME, SloFile).workload.prefix
     assert prefix is not None
     assert (prefix.share, prefix.tokens, prefix.groups) == (0.25, 50, 1)
 
 
 def test_classes_are_named_where_they_are_known(tmp_path: Path) -> None:
     slo_file = make_slo_file(num_classes=2)
-    write_question(tmp_path / "q", PLAN, slo_file, make_snapshot(slo_class=(0, 1) * 100))
-    question = load_config(tmp_path / "q" / QUESTION, SloFile)
+    write_replan_input(tmp_path / "q", PLAN, slo_file, make_snapshot(slo_class=(0, 1) * 100))
+    question = load_config(tmp_path / "q" / SLO_FILE_NAME, SloFile)
     stream = make_stream(question.workload, question.slo, count=500, rate=8.0, seed=0)
     assert np.array_equal(stream.slo_class, (stream.prompt_tokens + 1) % 2)
 
 
 def test_a_window_in_which_nothing_came_is_a_very_slow_trace(tmp_path: Path) -> None:
-    write_question(tmp_path / "q", PLAN, make_slo_file(), make_snapshot(arrivals=0, arrival_s=()))
+    write_replan_input(tmp_path / "q", PLAN, make_slo_file(), make_snapshot(arrivals=0, arrival_s=()))
     assert load_trace(tmp_path / "q" / "workload.csv").rate == pytest.approx(1 / 50.0)
 
 

@@ -12,13 +12,13 @@ from tandem.core.plan import Expected, Plan, PlanGroup
 from tandem.core.slo_file import SloFile
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.placement.replanning.workload_distance import (
-    Limits,
+    DriftThresholds,
     Workload,
     compare,
     ks_critical,
     ks_statistic,
-    limits_of,
     strength,
+    thresholds_for,
 )
 from tandem.placement.workload.requests import RequestStream
 
@@ -73,28 +73,28 @@ def test_the_critical_value_keeps_its_promise() -> None:
 
 def test_what_is_drawn_alike_is_alike() -> None:
     planned = drawn(0, 2000)
-    assert max(strength(compare(planned, drawn(seed, 150), Limits())) for seed in range(1, 60)) < 1.0
+    assert max(strength(compare(planned, drawn(seed, 150), DriftThresholds())) for seed in range(1, 60)) < 1.0
 
 
 def test_a_large_sample_makes_a_small_difference_significant_and_still_not_large() -> None:
     planned, live = drawn(0, 40000), drawn(1, 40000, mean=550.0)
-    prompt = compare(planned, live, Limits())[1]
+    prompt = compare(planned, live, DriftThresholds())[1]
     assert 0.0 < prompt.strength < 0.5
 
 
 def test_a_small_sample_makes_a_large_difference_mean_nothing() -> None:
     live = drawn(3, 6, mean=1000.0)
     planned = drawn(0, 2000)
-    assert ks_statistic(planned.prompt_tokens, live.prompt_tokens) > Limits().length
-    assert compare(planned, live, Limits())[1].strength == 0.0
+    assert ks_statistic(planned.prompt_tokens, live.prompt_tokens) > DriftThresholds().length
+    assert compare(planned, live, DriftThresholds())[1].strength == 0.0
 
 
 def test_bursts_are_not_growth() -> None:
     """70 % more arrivals in the window than planned: much for Poisson, little for bursts of cv 8."""
     planned = drawn(0, 2000, rate=5.0)
     calm, bursty = drawn(1, 300, rate=8.5, cv=1.0), drawn(1, 300, rate=8.5, cv=8.0)
-    assert compare(planned, calm, Limits())[0].strength > 1.0
-    assert compare(planned, bursty, Limits())[0].strength == 0.0
+    assert compare(planned, calm, DriftThresholds())[0].strength > 1.0
+    assert compare(planned, bursty, DriftThresholds())[0].strength == 0.0
 
 
 def test_what_the_prefix_cache_has_counts() -> None:
@@ -107,7 +107,7 @@ def test_what_the_prefix_cache_has_counts() -> None:
     )
     planned = Workload.planned(stream, 1.0)
     snapshot = ProfileSnapshot(0, 400.0, 400, 1.0, 400, (0.0,), (100,) * 400, (10,) * 400, (0,) * 400, (0,) * 400)
-    rate, prompt, output, cached = compare(planned, Workload.live(snapshot), Limits())
+    rate, prompt, output, cached = compare(planned, Workload.live(snapshot), DriftThresholds())
     assert (rate.strength, prompt.strength, output.strength) == (0.0, 0.0, 0.0)
     assert (cached.planned, cached.live) == (0.6, 0.0)
     assert cached.strength == pytest.approx(4.0)
@@ -115,7 +115,7 @@ def test_what_the_prefix_cache_has_counts() -> None:
 
 def test_a_window_in_which_nothing_arrived_has_a_rate_all_the_same() -> None:
     snapshot = ProfileSnapshot(0, 100.0, 0, 1.0, 200, (), (100,) * 200, (10,) * 200, (0,) * 200, (0,) * 200)
-    rate = compare(drawn(0, 200), Workload.live(snapshot), Limits())[0]
+    rate = compare(drawn(0, 200), Workload.live(snapshot), DriftThresholds())[0]
     assert 1.0 < rate.strength < math.inf
 
 
@@ -140,13 +140,13 @@ def make_plan(rate: float, goodput: float) -> Plan:
 
 @pytest.mark.parametrize(("goodput", "rise"), [(4.0, 1.1), (4.8, 1.2), (40.0, 10.0)])
 def test_the_rate_may_rise_by_the_plans_own_room(goodput: float, rise: float) -> None:
-    limits = limits_of(make_plan(4.0, goodput), make_slo_file("cheapest"))
+    limits = thresholds_for(make_plan(4.0, goodput), make_slo_file("cheapest"))
     assert limits.rate_rise == pytest.approx(rise)
     assert limits.rate_fall == 1.5
 
 
 def test_a_falling_rate_asks_nothing_of_a_fixed_cluster() -> None:
-    limits = limits_of(make_plan(4.0, 4.0), make_slo_file("goodput"))
+    limits = thresholds_for(make_plan(4.0, 4.0), make_slo_file("goodput"))
     planned, quiet = drawn(0, 2000, rate=5.0), drawn(1, 2000, rate=0.5)
     assert compare(planned, quiet, limits)[0].strength == 0.0
-    assert compare(planned, quiet, limits_of(make_plan(4.0, 4.0), make_slo_file("cheapest")))[0].strength > 1.0
+    assert compare(planned, quiet, thresholds_for(make_plan(4.0, 4.0), make_slo_file("cheapest")))[0].strength > 1.0

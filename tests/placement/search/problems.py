@@ -36,7 +36,7 @@ class ToyCost:
             interval_s=total_s,
         )
 
-    def decode_line(self, sequences: int) -> tuple[float, float]:
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
         return 5e-3 + 1e-4 * sequences / self.speed, 1e-7 / self.speed
 
 

@@ -1,7 +1,7 @@
 """Whatever the problem: more devices, or a looser SLO, never lower the goodput that a search finds.
 
-The search does not promise it by construction (a climb ends at the first rung that fails, and less than a rung is not
-looked for), so the problems are drawn: a few, the same each time, and many with `make test-slow`.
+The search does not promise it by construction (`find_max_rate` ends at the first rate that fails, and smaller
+improvements are not looked for), so the problems are drawn: a few, the same each time, and many with `make test-slow`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import Layout
 from tandem.placement.planner import search
-from tandem.placement.search.parallel import Serial
+from tandem.placement.search.mapper import SerialMapper
 from tests.placement.search.problems import ToySource, problem
 
 FEW = settings(max_examples=6, derandomize=True, database=None, deadline=None)
@@ -36,8 +36,8 @@ class Question:
             layouts=self.layouts,
             source=ToySource(self.tokens),
         )
-        looked = search(asked, Serial(), lambda share, text: None).looked
-        return 0.0 if looked is None else looked.goodput or 0.0
+        evaluated = search(asked, SerialMapper(), lambda share, text: None).chosen
+        return 0.0 if evaluated is None else evaluated.goodput or 0.0
 
 
 SLOS = st.builds(

@@ -6,21 +6,21 @@ import pytest
 
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import Layout, NodeSection
-from tandem.placement.planner import Answer, search
-from tandem.placement.search.parallel import Serial, local_mapper
+from tandem.placement.planner import PlanResult, search
+from tandem.placement.search.mapper import SerialMapper, local_mapper
+from tandem.placement.search.packing import assign_devices
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.room import places
 from tandem.placement.search.trial import plan_of
 from tests.placement.search.problems import A100, H100, ToySource, problem
 
 
-def ask(question: Problem) -> Answer:
-    return search(question, Serial(), lambda share, text: None)
+def ask(question: Problem) -> PlanResult:
+    return search(question, SerialMapper(), lambda share, text: None)
 
 
 def goodput(question: Problem) -> float:
-    looked = ask(question).looked
-    return 0.0 if looked is None else looked.goodput or 0.0
+    evaluated = ask(question).chosen
+    return 0.0 if evaluated is None else evaluated.goodput or 0.0
 
 
 def test_more_devices_never_lower_the_goodput() -> None:
@@ -41,18 +41,18 @@ def test_a_looser_slo_never_lowers_the_goodput(ttft_s: float, tpot_s: float) -> 
 
 def test_two_searches_are_equal_and_so_is_one_with_helpers() -> None:
     first, second = ask(problem(5)), ask(problem(5))
-    assert first.looked == second.looked
+    assert first.chosen == second.chosen
     with local_mapper(2) as mapper:
         helped = search(problem(5), mapper, lambda share, text: None)
-    assert helped.looked is not None
-    assert first.looked is not None
-    assert (helped.looked.fleet, helped.looked.goodput) == (first.looked.fleet, first.looked.goodput)
+    assert helped.chosen is not None
+    assert first.chosen is not None
+    assert (helped.chosen.deployment, helped.chosen.goodput) == (first.chosen.deployment, first.chosen.goodput)
 
 
 def test_a_plan_fits_its_devices_and_its_memory() -> None:
     question = problem(3, 2, more=[NodeSection(device=H100, devices=2, count=1)])
-    for looked in ask(question).found.looked:
-        plan = plan_of(question, looked.fleet)
+    for evaluated in ask(question).search.evaluated:
+        plan = plan_of(question, evaluated.deployment)
         used = Counter(name for group in plan.groups for ranks in group.devices for name in ranks)
         assert max(used.values()) == 1
         for group in plan.groups:
@@ -63,10 +63,11 @@ def test_a_plan_fits_its_devices_and_its_memory() -> None:
 
 def test_low_affinity_keeps_both_phases_of_a_unit_on_one_node() -> None:
     question = problem(3, 3, affinity="low")
-    fleet = ask(question).looked.fleet  # type: ignore[union-attr]
-    assert fleet.same_node
+    deployment = ask(question).chosen.deployment  # type: ignore[union-attr]
+    assert deployment.same_node
     prefill, decode = (
-        [{name.split(":")[0] for name in ranks} for ranks in instances] for instances in places(fleet, question.cluster)
+        [{name.split(":")[0] for name in ranks} for ranks in instances]
+        for instances in assign_devices(deployment, question.cluster)
     )
     assert all(len(nodes) == 1 for nodes in (*prefill, *decode))
     assert {*map(min, prefill)} == {*map(min, decode)}
@@ -74,14 +75,14 @@ def test_low_affinity_keeps_both_phases_of_a_unit_on_one_node() -> None:
 
 def test_a_model_that_does_not_fit_is_not_served() -> None:
     answer = ask(problem(2, source=ToySource(tokens=100)))
-    assert answer.looked is None
-    assert "longest request" in answer.space.kinds.ruled_out[0].reason
+    assert answer.chosen is None
+    assert "longest request" in answer.space.kinds.rejected[0].reason
 
 
 def test_an_slo_out_of_reach_is_answered_by_the_nearest_in_reach() -> None:
     answer = ask(problem(3, slo=SloClass(ttft_s=0.2, tpot_s=0.002)))
     assert not answer.met
-    assert answer.looked is not None
+    assert answer.chosen is not None
     (nearest,) = answer.space.problem.classes
     assert nearest.ttft_s == 0.2
     assert 0.005 < nearest.tpot_s < 0.01
@@ -92,8 +93,8 @@ def test_the_cheapest_fleet_serves_the_rate_and_a_larger_rate_costs_no_less() ->
     for rate in (3.0, 12.0, 24.0):
         answer = ask(problem(8, rate=rate))
         assert answer.met
-        assert answer.looked is not None
-        costs.append(answer.looked.fleet.num_devices)
+        assert answer.chosen is not None
+        costs.append(answer.chosen.deployment.num_devices)
     assert costs == sorted(costs)
     assert costs[0] == 2 < costs[-1]
 
@@ -101,36 +102,36 @@ def test_the_cheapest_fleet_serves_the_rate_and_a_larger_rate_costs_no_less() ->
 def test_a_rate_beyond_the_cluster_is_answered_by_the_most_that_it_serves() -> None:
     answer = ask(problem(3, rate=1000.0))
     assert not answer.met
-    assert answer.looked is not None
-    assert 0 < (answer.looked.goodput or 0) < 1000
+    assert answer.chosen is not None
+    assert 0 < (answer.chosen.goodput or 0) < 1000
 
 
 def test_phases_may_have_devices_of_different_types() -> None:
     question = problem(1, more=[NodeSection(device=H100, devices=1, nic_gbits_per_s=400)], affinity="high")
-    fleet = ask(question).looked.fleet  # type: ignore[union-attr]
-    assert fleet.devices == {A100: 1, H100: 1}
+    deployment = ask(question).chosen.deployment  # type: ignore[union-attr]
+    assert deployment.devices == {A100: 1, H100: 1}
 
 
 def test_one_device_cannot_be_shared_by_two_phases_on_their_own() -> None:
     answer = ask(problem(1, layouts=("disaggregated", "colocated", "mixed")))
-    assert answer.looked is not None
-    assert answer.looked.fleet.layout == "colocated"
+    assert answer.chosen is not None
+    assert answer.chosen.deployment.layout == "colocated"
 
 
 def test_every_layout_asked_for_is_looked_at() -> None:
     answer = ask(problem(4, layouts=("disaggregated", "colocated")))
-    assert {looked.fleet.layout for looked in answer.found.looked} == {"disaggregated", "colocated"}
+    assert {evaluated.deployment.layout for evaluated in answer.search.evaluated} == {"disaggregated", "colocated"}
 
 
 def test_a_mixture_is_simulated_whole_and_serves_more_than_one_layout_where_devices_differ() -> None:
     more = [NodeSection(device=H100, devices=1)]
     alone = goodput(problem(2, more=more, max_tp=1, layouts=("disaggregated", "colocated")))
     answer = ask(problem(2, more=more, max_tp=1, layouts=("disaggregated", "colocated", "mixed")))
-    assert answer.looked is not None
-    assert answer.looked.fleet.layout == "mixed"
-    assert answer.looked.outcome is not None
-    assert answer.looked.goodput is not None
-    assert answer.looked.goodput > alone
+    assert answer.chosen is not None
+    assert answer.chosen.deployment.layout == "mixed"
+    assert answer.chosen.max_rate is not None
+    assert answer.chosen.goodput is not None
+    assert answer.chosen.goodput > alone
 
 
 def test_a_mixture_saves_what_whole_instances_cost_too_much() -> None:
@@ -139,9 +140,9 @@ def test_a_mixture_saves_what_whole_instances_cost_too_much() -> None:
         question = problem(4, more=more, max_tp=1, rate=110.0, layouts=layouts)
         answer = ask(question)
         assert answer.met
-        assert answer.looked is not None
-        assert answer.looked.goodput == 110.0
-        return answer.looked.fleet.layout, question.price_per_hour(answer.looked.fleet.devices)
+        assert answer.chosen is not None
+        assert answer.chosen.goodput == 110.0
+        return answer.chosen.deployment.layout, question.price_per_hour(answer.chosen.deployment.devices)
 
     layout, price = cheapest("disaggregated", "colocated", "mixed")
     assert layout == "mixed"

@@ -29,7 +29,7 @@ class LinearCost:
         interval_s = total_s / self._stages if load.decode_sequences == 0 else total_s
         return StepCost(linear_s=linear_s, kv_read_s=kv_read_s, overhead_s=self._fixed_s, interval_s=interval_s)
 
-    def decode_line(self, sequences: int) -> tuple[float, float]:
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
         return self._fixed_s + self._token_s * sequences, self._kv_s
 
 

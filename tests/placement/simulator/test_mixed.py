@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tandem.core.slo import SloClass
-from tandem.placement.judging.goodput import StopWhen, goodput_at
+from tandem.placement.evaluation.goodput import StopWhen, find_goodput
 from tandem.placement.simulator import simulate
 from tandem.placement.simulator.deployment import Failure, NetworkSpec, RouterSpec
 from tandem.placement.simulator.result import SimulationResult
@@ -103,7 +103,7 @@ def test_together_they_serve_what_they_serve_apart(slo: SloClass, prompt: int, o
         def run(requests: RequestStream, stop_when: StopWhen) -> SimulationResult:
             return simulate(part, requests, stop_when=stop_when)
 
-        return goodput_at(run, stream, (slo,), guess=6.0, tolerance=0.03).rate
+        return find_goodput(run, stream, (slo,), guess=6.0, tolerance=0.03)
 
     pair, colocated = goodput("prefill", "decode"), goodput("colocated")
     assert colocated > 0.15 * pair, "it counts"

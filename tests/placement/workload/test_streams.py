@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from tandem.core.slo_file import WorkloadSection
 from tandem.placement.workload.description import arrival_cv, shared_share
 from tandem.placement.workload.lengths import DATASETS, TruncatedLogNormal
 from tandem.placement.workload.requests import RequestStream
-from tandem.placement.workload.streams import load_trace, make_stream
+from tandem.placement.workload.streams import make_stream
+from tandem.placement.workload.traces import load_trace, read_trace
 
 ONE = (SloClass(ttft_s=1, tpot_s=0.1),)
 TWO = (SloClass(name="fast", ttft_s=1, tpot_s=0.1, share=3), SloClass(name="slow", ttft_s=9, tpot_s=1))
@@ -99,7 +101,7 @@ def test_a_cut_log_normal_has_the_moments_asked_for(mean: float, cv: float, spre
 
 
 def test_a_spread_that_cannot_be_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"no log-normal of mean 1000 .* has a cv of 0\.3; the most is 0\.29"):
+    with pytest.raises(ConfigError, match=r"no log-normal of mean 1000 .* has a cv of 0\.3; the maximum is 0\.29"):
         TruncatedLogNormal.of_moments(1000, 0.3, 500, 1500)
 
 
@@ -141,7 +143,7 @@ def test_distserve_recipes_keep_to_their_context() -> None:
 
 
 def test_an_unknown_data_set_is_told_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="'sharegtp' is not built in; there are sharegpt, openchat"):
+    with pytest.raises(ConfigError, match="'sharegtp' is unknown; the built-in data sets are sharegpt, openchat"):
         stream({"dataset": "sharegtp"})
 
 
@@ -152,7 +154,7 @@ def test_lengths_are_scaled_and_long_requests_left_out() -> None:
     cut = stream({"dataset": "sharegpt", "length_scale": 0.1, "max_total_tokens": 60})
     assert len(cut) == 500
     assert int((cut.prompt_tokens + cut.output_tokens).max()) <= 60
-    with pytest.raises(ConfigError, match="max_total_tokens 2 leaves almost no request"):
+    with pytest.raises(ConfigError, match="max_total_tokens 2 rejects almost all requests"):
         stream({"dataset": "openchat", "max_total_tokens": 2})
 
 
@@ -196,7 +198,7 @@ def test_a_trace_keeps_its_arrivals_classes_and_lengths(trace: Path) -> None:
     assert made.slo_class.tolist() == [1, 0, 1]
     assert len(stream({"trace": str(trace)}, TWO, count=2)) == 2
     assert len(stream({"trace": str(trace), "max_total_tokens": 110}, TWO)) == 2
-    with pytest.raises(ConfigError, match="no request has at most 9 tokens"):
+    with pytest.raises(ConfigError, match=r"all requests exceed workload\.max_total_tokens 9"):
         stream({"trace": str(trace), "max_total_tokens": 9}, TWO)
 
 
@@ -209,6 +211,37 @@ def test_azure_traces_as_they_are_published(tmp_path: Path) -> None:
     loaded = load_trace(path)
     assert loaded.arrival_s == pytest.approx([0, 4.314579])
     assert loaded.prompt_tokens.tolist() == [374, 396]
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "UTC"])
+def test_times_without_a_zone_are_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
+    """The clock of Berlin skipped from 2 to 3 o'clock in that night."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    path = tmp_path / "night.csv"
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-03-31 01:30:00,3,4\n2024-03-31 03:30:00,3,5\n"
+        "2024-03-31T04:00:00+00:00,3,6\n2024-03-31T06:30:00+02:00,3,7\n"
+    )
+    loaded = load_trace(path)
+    monkeypatch.undo()
+    time.tzset()
+    assert loaded.arrival_s.tolist() == [0, 7200, 9000, 10800]
+
+
+def test_requests_without_output_are_counted_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,0\n1,6,2\n2,7,0\n4,8,3\n")
+    assert load_trace(path).prompt_tokens.tolist() == [6, 8]
+    assert read_trace(path, ()).num_without_output == 2
+    assert len(stream({"trace": str(path)})) == 2
+    assert caplog.messages == [f"{path}: 2 requests have no output tokens and are left out"]
+    lines = tmp_path / "t.jsonl"
+    lines.write_text(
+        '{"timestamp": 0, "input_length": 5, "output_length": 0}\n'
+        '{"timestamp": 9, "input_length": 6, "output_length": 1}\n'
+    )
+    assert read_trace(lines, ()).num_without_output == 1
 
 
 def mooncake(path: Path, rows: list[tuple[int, int, list[int]]]) -> Path:
@@ -261,8 +294,8 @@ def test_groups_never_claim_more_than_the_tree_has(
 
 
 WRONG_TRACES = {
-    "no column": ("arrival_s,tokens\n1,2\n", "FILE line 1: has no column prompt_tokens; it has arrival_s, tokens"),
-    "empty": ("", "FILE line 1: has no column arrival_s; it is empty"),
+    "no column": ("arrival_s,tokens\n1,2\n", "FILE line 1: there is no column prompt_tokens, only arrival_s, tokens"),
+    "empty": ("", "FILE line 1: there is no column arrival_s; the file is empty"),
     "no rows": ("arrival_s,prompt_tokens,output_tokens\n", "FILE holds no requests"),
     "not a number": (
         "arrival_s,prompt_tokens,output_tokens\n0,1,1\nsoon,1,1\n",
@@ -272,13 +305,14 @@ WRONG_TRACES = {
         "arrival_s,prompt_tokens,output_tokens\n-1,1,1\n",
         "FILE line 2: arrival_s must be a number of at least 0, not '-1'",
     ),
-    "no output": (
-        "arrival_s,prompt_tokens,output_tokens\n0,1,0\n",
-        "FILE line 2: output_tokens must be a whole number of at least 1, not '0'",
+    "no output": ("arrival_s,prompt_tokens,output_tokens\n0,1,0\n", "FILE holds no requests with output tokens"),
+    "negative output": (
+        "arrival_s,prompt_tokens,output_tokens\n0,1,-1\n",
+        "FILE line 2: output_tokens must be a whole number of at least 0, not '-1'",
     ),
     "short row": (
         "arrival_s,prompt_tokens,output_tokens\n0,1\n",
-        "FILE line 2: output_tokens must be a whole number of at least 1, not missing",
+        "FILE line 2: output_tokens must be a whole number of at least 0, not missing",
     ),
     "unknown class": (
         "arrival_s,prompt_tokens,output_tokens,slo_class\n0,1,1,urgent\n",
@@ -291,8 +325,8 @@ WRONG_TRACES = {
 }
 WRONG_LINES = {
     "not JSON": ("{}\nhello\n", "FILE line 1: timestamp must be a number of at least 0, not missing"),
-    "no object": ("[1]\n", "FILE line 1: is not a JSON object; a trace in JSON has one on each line"),
-    "garbage": ("hello\n", "FILE line 1: is not a JSON object; a trace in JSON has one on each line"),
+    "no object": ("[1]\n", "FILE line 1: is not a JSON object; write one object a line"),
+    "garbage": ("hello\n", "FILE line 1: is not a JSON object; write one object a line"),
     "text for a number": (
         '{"timestamp": 0, "input_length": 5.5, "output_length": 1}\n',
         "FILE line 1: input_length must be a whole number of at least 1, not 5.5",
@@ -326,11 +360,11 @@ def test_files_that_are_no_traces(tmp_path: Path) -> None:
         load_trace(tmp_path / "none.csv")
     broken = tmp_path / "cut.csv.gz"
     broken.write_bytes(gzip.compress(CSV.encode() * 100)[:60])
-    with pytest.raises(ConfigError, match=r"is not a whole \.gz file"):
+    with pytest.raises(ConfigError, match=r"is not a complete \.gz file"):
         load_trace(broken)
     plain = tmp_path / "plain.csv.gz"
     plain.write_text(CSV)
-    with pytest.raises(ConfigError, match=r"is not a whole \.gz file"):
+    with pytest.raises(ConfigError, match=r"is not a complete \.gz file"):
         load_trace(plain)
     binary = tmp_path / "binary.csv"
     binary.write_bytes(b"\xff\xfe\x00")

@@ -5,22 +5,22 @@ import pytest
 
 from tandem.core.cost_model import StepLoad
 from tandem.core.parallel import ParallelShape
-from tandem.placement.search.curves import CurveKey, curve_of
-from tandem.placement.search.decode_alone import decode_time_alone, steps_until
-from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
+from tandem.placement.search.decode_model import decode_time_s, steps_until
+from tandem.placement.search.group_attainment import AttainmentKey, group_attainment
 from tandem.placement.search.kinds import InstanceKind
 from tandem.placement.search.limits import limit_of
-from tandem.placement.search.parallel import Serial
-from tandem.placement.search.prefill_alone import StepTimes, ttft_alone
-from tandem.placement.search.space import survey
-from tandem.placement.search.trial import run
+from tandem.placement.search.mapper import SerialMapper
+from tandem.placement.search.prefill_model import StepTimes, prefill_ttft_s
+from tandem.placement.search.space import search_space
+from tandem.placement.search.trial import simulate_at
 from tests.placement.search.problems import SLO, ToyCost, problem
 
 COST = ToyCost(1.0)
 
 
 def test_a_lone_prompt_waits_for_nobody() -> None:
-    ttft_s = ttft_alone(StepTimes(COST), np.array([0.0, 5.0]), [100, 300], instances=1, max_batch_tokens=512)
+    ttft_s = prefill_ttft_s(StepTimes(COST), np.array([0.0, 5.0]), [100, 300], instances=1, max_batch_tokens=512)
     assert ttft_s == pytest.approx([COST.step(StepLoad.of_prompts(n)).total_s for n in (100, 300)])
 
 
@@ -30,18 +30,18 @@ def test_prefill_is_an_m_d_1_queue() -> None:
     service_s = COST.step(StepLoad.of_prompts(450)).total_s
     rate = 0.6 / service_s
     arrival_s = np.cumsum(rng.exponential(1 / rate, 40_000))
-    ttft_s = ttft_alone(StepTimes(COST), arrival_s, [450] * 40_000, instances=1, max_batch_tokens=450)
+    ttft_s = prefill_ttft_s(StepTimes(COST), arrival_s, [450] * 40_000, instances=1, max_batch_tokens=450)
     assert ttft_s.mean() == pytest.approx(service_s + rate * service_s**2 / (2 * (1 - 0.6)), rel=0.05)
 
 
 def test_a_long_prompt_takes_several_steps() -> None:
-    (ttft_s,) = ttft_alone(StepTimes(COST), np.array([0.0]), [1000], instances=1, max_batch_tokens=400)
+    (ttft_s,) = prefill_ttft_s(StepTimes(COST), np.array([0.0]), [1000], instances=1, max_batch_tokens=400)
     assert ttft_s == pytest.approx(3 * 5e-3 + 1000 * 1e-4)
 
 
 def test_a_lone_sequence_decodes_step_by_step() -> None:
     kind = InstanceKind("decode", "A", ParallelShape(), 10_000, 512, 8, cost=COST)
-    (time_s,) = decode_time_alone(kind, np.array([0.0]), [100], [11], instances=1)
+    (time_s,) = decode_time_s(kind, np.array([0.0]), [100], [11], instances=1)
     steps = [COST.step(StepLoad.of_decode(1, 101 + k)).total_s for k in range(10)]
     assert time_s == pytest.approx(sum(steps))
 
@@ -49,7 +49,7 @@ def test_a_lone_sequence_decodes_step_by_step() -> None:
 def test_a_sequence_waits_for_memory() -> None:
     """Both together do not fit: the second one begins when the first has ended."""
     kind = InstanceKind("decode", "A", ParallelShape(), 150, 512, 8, cost=COST)
-    first_s, second_s = decode_time_alone(kind, np.array([0.0, 0.0]), [100, 100], [11, 11], instances=1)
+    first_s, second_s = decode_time_s(kind, np.array([0.0, 0.0]), [100, 100], [11, 11], instances=1)
     assert second_s == pytest.approx(2 * first_s)
 
 
@@ -65,24 +65,26 @@ def test_steps_until_is_the_least_number_that_suffices(growth_s: float) -> None:
 @pytest.mark.parametrize("rate", [10.0, 20.0])
 def test_the_quick_models_agree_with_the_simulator(rate: float) -> None:
     question = problem(4)
-    space = survey(question, Serial())
+    space = search_space(question, SerialMapper())
     prefill = next(kind for kind in space.kinds.prefill if kind.num_devices == 1)
     decode = next(kind for kind in space.kinds.decode if kind.num_devices == 1)
-    fleet = Fleet((Pool(prefill, 2), Pool(decode, 2)))
-    _, judgement = run(question, fleet, rate)
+    deployment = CandidateDeployment((InstanceGroup(prefill, 2), InstanceGroup(decode, 2)))
+    _, evaluation = simulate_at(question, deployment, rate)
     product = 1.0
-    for pool in fleet.pools:
-        key = CurveKey.of(pool.kind, 2, space.limits[pool.kind].rate, 0.0, len(question.computed))
-        curve = curve_of(key, stream=question.computed, classes=(SLO.model_copy(update={"attainment": 0.3}),))
-        product *= float(curve.at(rate / 2)[0])
-    assert product == pytest.approx(judgement.classes[0].attainment, abs=0.04)
+    for group in deployment.groups:
+        key = AttainmentKey.of(group.kind, 2, space.limits[group.kind].rate, 0.0, len(question.computed))
+        attainment = group_attainment(
+            key, stream=question.computed, classes=(SLO.model_copy(update={"attainment": 0.3}),)
+        )
+        product *= float(attainment.at(rate / 2)[0])
+    assert product == pytest.approx(evaluation.classes[0].attainment, abs=0.04)
 
 
 def test_nothing_passes_more_than_its_limit() -> None:
     question = problem(2)
-    space = survey(question, Serial())
+    space = search_space(question, SerialMapper())
     for kind in (*space.kinds.prefill, *space.kinds.decode):
-        its = limit_of(kind, (SLO,), question.requests)
-        key = CurveKey.of(kind, 1, 2 * its.rate, 0.0, len(question.computed))
-        curve = curve_of(key, stream=question.requests, classes=(SLO,))
-        assert curve.rates[curve.shares[:, 0] >= SLO.attainment].max() <= 1.1 * its.rate
+        limit = limit_of(kind, (SLO,), question.requests)
+        key = AttainmentKey.of(kind, 1, 2 * limit.rate, 0.0, len(question.computed))
+        attainment = group_attainment(key, stream=question.requests, classes=(SLO,))
+        assert attainment.rates[attainment.shares[:, 0] >= SLO.attainment].max() <= 1.1 * limit.rate

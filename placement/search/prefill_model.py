@@ -1,31 +1,31 @@
-"""Prefill alone, as DistServe's Algorithm 1 has it: decode is taken to be infinitely fast.
+"""A fast model of the prefill phase with infinitely fast decode, as in DistServe's Algorithm 1.
 
-A quick model of `scheduling.prefill` under a router that sends a prompt to whoever is free first: one queue in order of
-arrival, servers that take from it as many prompt tokens as one step allows, longer prompts in chunks. It ranks
-configurations thousands of times faster than the simulator, which has the last word.
+The model has one queue in order of arrival. An instance that becomes free takes prompts from the queue up to its budget
+of prompt tokens per step, long prompts in chunks. This approximates `scheduling.prefill` and is thousands of times
+faster than the simulator.
 """
 
 import heapq
 
 import numpy as np
 
-from tandem.core.cost_model import CostModel, StepLoad, pairs
+from tandem.core.cost_model import CostModel, StepLoad, attention_pairs
 from tandem.placement.workload.requests import Floats
 
 
-def ttft_alone(
+def prefill_ttft_s(
     times: "StepTimes", arrival_s: Floats, prompt_tokens: list[int], *, instances: int, max_batch_tokens: int
 ) -> Floats:
-    """Seconds from arrival to the first token, of each request, in order of arrival."""
+    """Seconds from arrival to the first token of each request, in order of arrival."""
     arrivals = arrival_s.tolist()
     num_requests = len(arrivals)
     first_token_s = [0.0] * num_requests
-    free = [(0.0, server) for server in range(instances)]  # when each can start its next step
-    begun: dict[int, tuple[int, int]] = {}  # server -> the prompt it has computed a part of, and how much
+    free = [(0.0, instance) for instance in range(instances)]  # when each instance can start its next step
+    partial: dict[int, tuple[int, int]] = {}  # instance -> (prompt in progress, its computed tokens)
     following = 0
     while free:
-        now_s, server = free[0]
-        if server not in begun:
+        now_s, instance = free[0]
+        if instance not in partial:
             if following == num_requests:
                 heapq.heappop(free)
                 continue
@@ -33,8 +33,8 @@ def ttft_alone(
         budget = max_batch_tokens
         chunks: list[tuple[int, int]] = []  # start and number of tokens
         ending: list[int] = []
-        if server in begun:
-            request, start = begun.pop(server)
+        if instance in partial:
+            request, start = partial.pop(instance)
         else:
             request, start = following, 0
             following += 1
@@ -43,7 +43,7 @@ def ttft_alone(
             chunks.append((start, count))
             budget -= count
             if start + count < prompt_tokens[request]:
-                begun[server] = (request, start + count)
+                partial[instance] = (request, start + count)
                 break
             ending.append(request)
             if budget == 0 or following == num_requests or arrivals[following] > now_s:
@@ -53,33 +53,33 @@ def ttft_alone(
         total_s, interval_s = times.of(chunks, len(ending))
         for request in ending:
             first_token_s[request] = now_s + total_s
-        heapq.heapreplace(free, (now_s + interval_s, server))
+        heapq.heapreplace(free, (now_s + interval_s, instance))
     return np.asarray(first_token_s) - arrival_s
 
 
 class StepTimes:
-    """(total_s, interval_s) of steps; those of one whole prompt, by far the most, are asked for once."""
+    """(total_s, interval_s) of steps. Steps of one complete prompt, the most frequent ones, are cached by length."""
 
-    __slots__ = ("_cost", "_whole")
+    __slots__ = ("_by_length", "_cost")
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
-        self._whole: dict[int, tuple[float, float]] = {}
+        self._by_length: dict[int, tuple[float, float]] = {}
 
     def of(self, chunks: list[tuple[int, int]], num_ending: int) -> tuple[float, float]:
         if len(chunks) > 1 or chunks[0][0] or not num_ending:
-            return self._ask(chunks, num_ending)
+            return self._compute(chunks, num_ending)
         length = chunks[0][1]
-        if length not in self._whole:
-            self._whole[length] = self._ask(chunks, 1)
-        return self._whole[length]
+        if length not in self._by_length:
+            self._by_length[length] = self._compute(chunks, 1)
+        return self._by_length[length]
 
-    def _ask(self, chunks: list[tuple[int, int]], num_ending: int) -> tuple[float, float]:
+    def _compute(self, chunks: list[tuple[int, int]], num_ending: int) -> tuple[float, float]:
         step = self._cost.step(
             StepLoad(
                 prefill_tokens=sum(count for _, count in chunks),
                 prefill_sequences=len(chunks),
-                prefill_pairs=sum(pairs(start, count) for start, count in chunks),
+                prefill_pairs=sum(attention_pairs(start, count) for start, count in chunks),
                 prefill_kv_tokens=sum(start + count for start, count in chunks),
                 sampled=num_ending,
             )

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tandem.core.errors import UnavailableError
-from tandem.placement.search.parallel import local_mapper
+from tandem.placement.search.mapper import local_mapper
 
 
 def _blocks_ctrl_c(_: int) -> bool:
@@ -48,7 +48,7 @@ def test_a_killed_helper_is_told_in_a_sentence() -> None:
 
 def test_helpers_end_with_a_parent_that_was_killed() -> None:
     script = (
-        "from placement.search.parallel import local_mapper\n"
+        "from tandem.placement.search.mapper import local_mapper\n"
         "if __name__ == '__main__':\n"
         "    with local_mapper(2) as mapper:\n"
         "        print(*mapper(abs, [1, 2]), flush=True)\n"

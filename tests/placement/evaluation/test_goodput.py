@@ -1,4 +1,4 @@
-"""Judgements and goodput, against queues whose answer is known."""
+"""Evaluation and goodput, against queues whose answer is known."""
 
 import math
 
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import WorkloadSection
 from tandem.core.timeline import Stage
-from tandem.placement.judging.goodput import goodput_at, judge, stop_when_lost
-from tandem.placement.judging.steady_state import is_drifting, share_interval, warm_up_length
+from tandem.placement.evaluation.attainment import evaluate
+from tandem.placement.evaluation.goodput import find_goodput, stop_when_lost
+from tandem.placement.evaluation.steady_state import is_drifting, share_interval, warm_up_length
 from tandem.placement.simulator import Progress
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.streams import make_stream
@@ -52,19 +53,19 @@ def rate_that_keeps(attainment: float) -> float:
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.7])
 def test_attainment_is_that_of_the_queue(load: float) -> None:
-    judgement = judge(SERVER(poisson(40_000).scaled_to(load / SERVICE_S)), (CHAT,))
-    (chat,) = judgement.classes
+    evaluation = evaluate(SERVER(poisson(40_000).scaled_to(load / SERVICE_S)), (CHAT,))
+    (chat,) = evaluation.classes
     assert chat.attainment == pytest.approx(wait_within(3, load), abs=0.01)
     assert chat.attainment == chat.ttft_attainment
-    assert judgement.stable
-    assert judgement.long_enough
+    assert evaluation.stable
+    assert evaluation.long_enough
 
 
 @pytest.mark.parametrize("load", [0.5, 0.7])
 def test_the_interval_holds_the_truth_most_of_the_time(load: float) -> None:
     truth, held, narrow = wait_within(3, load), 0, 0
     for seed in range(60):
-        (chat,) = judge(SERVER(poisson(rate=load / SERVICE_S, seed=seed)), (CHAT,)).classes
+        (chat,) = evaluate(SERVER(poisson(rate=load / SERVICE_S, seed=seed)), (CHAT,)).classes
         low, high = chat.attainment_ci
         held += low <= truth <= high
         half = 1.96 * math.sqrt(truth * (1 - truth) / chat.requests)  # as if requests were independent
@@ -74,9 +75,9 @@ def test_the_interval_holds_the_truth_most_of_the_time(load: float) -> None:
 
 
 def test_a_queue_that_grows_is_called_unstable_and_a_busy_one_is_not() -> None:
-    verdicts = [judge(SERVER(poisson(rate=1.2 / SERVICE_S, seed=seed)), (CHAT,)).stable for seed in range(20)]
+    verdicts = [evaluate(SERVER(poisson(rate=1.2 / SERVICE_S, seed=seed)), (CHAT,)).stable for seed in range(20)]
     assert not any(verdicts)
-    verdicts = [judge(SERVER(poisson(rate=0.75 / SERVICE_S, seed=seed)), (CHAT,)).stable for seed in range(20)]
+    verdicts = [evaluate(SERVER(poisson(rate=0.75 / SERVICE_S, seed=seed)), (CHAT,)).stable for seed in range(20)]
     assert all(verdicts)
 
 
@@ -99,7 +100,7 @@ def test_a_looser_slo_never_turns_a_run_that_meets_into_one_that_does_not(
     result = result_of(requests, first_s, first_s + 20 * tpot_s)
     tight = SloClass(ttft_s=targets[0], tpot_s=targets[1], attainment=targets[2])
     loose = SloClass(ttft_s=targets[0] * looser[0], tpot_s=targets[1] * looser[1], attainment=targets[2] * looser[2])
-    assert judge(result, (loose,)).meets or not judge(result, (tight,)).meets
+    assert evaluate(result, (loose,)).meets or not evaluate(result, (tight,)).meets
 
 
 def test_one_latency_does_not_hide_that_the_other_grows() -> None:
@@ -111,7 +112,7 @@ def test_one_latency_does_not_hide_that_the_other_grows() -> None:
         first_s + 9.5,
     )
     for tpot_s in (0.96, 5.0):  # the first is nearly all taken
-        assert not judge(result, (SloClass(ttft_s=1, tpot_s=tpot_s),)).stable
+        assert not evaluate(result, (SloClass(ttft_s=1, tpot_s=tpot_s),)).stable
 
 
 def test_the_start_that_is_not_like_the_rest_is_left_out() -> None:
@@ -119,19 +120,19 @@ def test_the_start_that_is_not_like_the_rest_is_left_out() -> None:
     slow_start = np.where(np.arange(1000) < 100, 3.0, 0.5) + np.random.default_rng(0).random(1000) * 0.1
     result = result_of(requests, requests.arrival_s + slow_start, requests.arrival_s + slow_start)
     slo = SloClass(ttft_s=1, tpot_s=1)
-    judgement = judge(result, (slo,))
-    assert judgement.warm_up == 100
-    assert judgement.classes[0].attainment == 1.0
-    assert judge(result, (slo,), transient=True).classes[0].attainment == 0.9
+    evaluation = evaluate(result, (slo,))
+    assert evaluation.warm_up == 100
+    assert evaluation.classes[0].attainment == 1.0
+    assert evaluate(result, (slo,), transient=True).classes[0].attainment == 0.9
 
 
 def test_the_warm_up_lasts_at_least_until_the_first_answers_could_be_done() -> None:
     requests = RequestStream.make(np.arange(1000.0), np.full(1000, 10), np.full(1000, 101))
     result = result_of(requests, requests.arrival_s + 0.1, requests.arrival_s + 100.1)
-    judgement = judge(result, (SloClass(ttft_s=1, tpot_s=2),))
-    assert judgement.warm_up == 101
-    assert judgement.tail == 101  # after these nobody came
-    short = judge(result_of(requests.head(150), *[requests.head(150).arrival_s + s for s in (0.1, 100.1)]), (CHAT,))
+    evaluation = evaluate(result, (SloClass(ttft_s=1, tpot_s=2),))
+    assert evaluation.warm_up == 101
+    assert evaluation.tail == 101  # after these nobody came
+    short = evaluate(result_of(requests.head(150), *[requests.head(150).arrival_s + s for s in (0.1, 100.1)]), (CHAT,))
     assert not short.long_enough
 
 
@@ -139,8 +140,8 @@ def test_lost_requests_miss_and_answers_of_one_token_have_no_tpot() -> None:
     requests = RequestStream.make(np.arange(4.0), np.full(4, 10), np.array([1, 11, 11, 11]))
     first_s = requests.arrival_s + np.array([0.5, 0.5, 2.0, np.nan])
     finished_s = first_s + np.array([0.0, 1.0, 1.0, np.nan])
-    judged = judge(result_of(requests, first_s, finished_s), (SloClass(ttft_s=1, tpot_s=0.1),), transient=True)
-    (only,) = judged.classes
+    evaluation = evaluate(result_of(requests, first_s, finished_s), (SloClass(ttft_s=1, tpot_s=0.1),), transient=True)
+    (only,) = evaluation.classes
     assert only.attainment == 0.5
     assert only.ttft_attainment == 0.5
     assert only.tpot_attainment == 0.75
@@ -151,7 +152,7 @@ def test_of_a_run_that_was_stopped_only_those_count_who_had_time() -> None:
     requests = RequestStream.make(np.arange(100.0), np.full(100, 10), np.full(100, 11))
     slow_s = np.where(np.arange(100) % 2 == 0, 1.0, 8.0)  # every other one is late
     result = result_of(requests, requests.arrival_s + 0.1, requests.arrival_s + slow_s, end_s=50.0)
-    (only,) = judge(result, (SloClass(ttft_s=1, tpot_s=0.2),), transient=True).classes
+    (only,) = evaluate(result, (SloClass(ttft_s=1, tpot_s=0.2),), transient=True).classes
     assert only.requests == 48  # due by 3 s after they came
     assert only.attainment == 0.5  # those that finish in time do not push out those that do not
 
@@ -160,17 +161,17 @@ def test_every_class_has_to_keep_its_own() -> None:
     easy = SloClass(name="easy", ttft_s=100, tpot_s=1)
     hard = SloClass(name="hard", ttft_s=SERVICE_S * 1.5, tpot_s=1)
     result = SERVER(poisson(slo=(easy, hard), rate=0.6 / SERVICE_S))
-    judgement = judge(result, (easy, hard))
-    by_name = {judged.slo.name: judged for judged in judgement.classes}
+    evaluation = evaluate(result, (easy, hard))
+    by_name = {result.slo.name: result for result in evaluation.classes}
     assert by_name["easy"].attainment == 1
     assert by_name["hard"].attainment < 0.9
-    assert not judgement.meets
-    assert judgement.margin == by_name["hard"].margin
-    assert judge(result, (easy, easy.model_copy(update={"name": "other"}))).meets
+    assert not evaluation.meets
+    assert evaluation.margin == by_name["hard"].margin
+    assert evaluate(result, (easy, easy.model_copy(update={"name": "other"}))).meets
 
 
-def test_a_judgement_becomes_what_a_plan_expects() -> None:
-    (chat,) = judge(SERVER(poisson(rate=5)), (CHAT,)).classes
+def test_an_evaluation_becomes_what_a_plan_expects() -> None:
+    (chat,) = evaluate(SERVER(poisson(rate=5)), (CHAT,)).classes
     expected = chat.expected()
     assert expected.slo == CHAT
     assert expected.attainment_ci[0] <= expected.attainment <= expected.attainment_ci[1]
@@ -183,45 +184,38 @@ def test_a_judgement_becomes_what_a_plan_expects() -> None:
 @pytest.mark.parametrize("guess", [0.01, 5.0, 500.0])
 def test_goodput_is_that_of_the_queue(guess: float) -> None:
     truth = rate_that_keeps(0.9)
-    found = goodput_at(SERVER, poisson(20_000), (CHAT,), guess=guess)
-    assert found.rate == pytest.approx(truth, rel=0.03)
-    assert found.ci[0] <= truth <= found.ci[1]
-    assert found.ci[1] - found.ci[0] < 0.15 * truth
-    at_rate = found.at_rate
-    assert at_rate is not None
-    assert at_rate.meets
-    rates = [one.rate for one in found.evaluations]
-    assert rates == sorted(rates)
-    assert not any(one.judgement.meets for one in found.evaluations if one.rate > found.rate)
+    server, requests = SingleServer(token_s=SERVICE_S / 100), poisson(20_000)
+    goodput = find_goodput(server, requests, (CHAT,), guess=guess)
+    assert goodput == pytest.approx(truth, rel=0.03)
+    meeting = [rate for rate in server.rates if evaluate(SERVER(requests.scaled_to(rate)), (CHAT,)).meets]
+    assert max(meeting) == pytest.approx(goodput), "no tested rate above it meets the targets"
 
 
 def test_a_short_run_from_an_empty_start_promises_what_cannot_last() -> None:
     patient = (SloClass(ttft_s=40 * SERVICE_S, tpot_s=1),)
-    transient = goodput_at(SERVER, poisson(300), patient, guess=5, transient=True)
-    assert transient.rate > 1.05 / SERVICE_S  # more than the server can do
-    assert goodput_at(SERVER, poisson(8000), patient, guess=5).rate < 1.0 / SERVICE_S
+    transient = find_goodput(SERVER, poisson(300), patient, guess=5, transient=True)
+    assert transient > 1.05 / SERVICE_S  # more than the server can do
+    assert find_goodput(SERVER, poisson(8000), patient, guess=5) < 1.0 / SERVICE_S
 
 
 def test_targets_that_nothing_meets_have_no_goodput() -> None:
-    found = goodput_at(SERVER, poisson(200), (SloClass(ttft_s=SERVICE_S / 2, tpot_s=1),), guess=1)
-    assert found.rate == 0
-    assert found.at_rate is None
+    assert find_goodput(SERVER, poisson(200), (SloClass(ttft_s=SERVICE_S / 2, tpot_s=1),), guess=1) == 0
 
 
 def test_it_takes_few_runs() -> None:
     server = SingleServer(token_s=SERVICE_S / 100)
-    found = goodput_at(server, poisson(), (CHAT,), guess=6, tolerance=0.02)
-    assert server.runs == len(found.evaluations) <= 9
+    find_goodput(server, poisson(), (CHAT,), guess=6, tolerance=0.02)
+    assert len(server.rates) <= 9
 
 
 @given(load=st.floats(0.3, 2.0), ttft_s=st.floats(0.15, 5.0), attainment=st.floats(0.5, 1.0), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_giving_up_early_never_changes_a_verdict(load: float, ttft_s: float, attainment: float, seed: int) -> None:
+def test_giving_up_early_never_changes_the_result(load: float, ttft_s: float, attainment: float, seed: int) -> None:
     slo = (SloClass(ttft_s=ttft_s, tpot_s=1, attainment=attainment),)
     requests = poisson(500, rate=load / SERVICE_S, seed=seed)
     stopped = SERVER(requests, stop_when_lost(requests, slo))
     if stopped.stopped_early:
-        assert not judge(SERVER(requests), slo, transient=True).meets
+        assert not evaluate(SERVER(requests), slo, transient=True).meets
 
 
 def test_a_lost_run_is_given_up() -> None:
@@ -229,7 +223,7 @@ def test_a_lost_run_is_given_up() -> None:
     stopped = SERVER(requests, stop_when_lost(requests, (CHAT,)))
     assert stopped.stopped_early
     assert stopped.end_s < requests.duration_s / 2
-    assert not judge(stopped, (CHAT,)).meets
+    assert not evaluate(stopped, (CHAT,)).meets
     lost = stop_when_lost(requests, (CHAT,))
     assert not lost(Progress(0.0, 1, 0, 0))
 

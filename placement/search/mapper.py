@@ -1,4 +1,4 @@
-"""Work spread over the cores of this machine, or over whatever the caller has."""
+"""Parallel execution on the cores of this machine."""
 
 import multiprocessing
 import os
@@ -18,18 +18,18 @@ R = TypeVar("R")
 
 
 class Mapper(Protocol):
-    """Calls a picklable function on every item, several at a time, and returns the answers in the items' order."""
+    """Calls a picklable function on every item, several at a time, and returns the results in the items' order."""
 
     @property
     def workers(self) -> int:
-        """How many items are worked on at the same time."""
+        """How many items are processed at the same time."""
         ...
 
     def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]: ...
 
 
-class Serial:
-    """One after the other, here."""
+class SerialMapper:
+    """Runs in this process, one item after the other."""
 
     workers = 1
 
@@ -37,10 +37,10 @@ class Serial:
         return [function(item) for item in items]
 
 
-class Processes:
-    """Processes of this machine. A single item is worked on here, which costs no trip.
+class ProcessMapper:
+    """Runs in processes of this machine; a single item runs in the calling process.
 
-    Raises UnavailableError when one of them is killed.
+    Raises UnavailableError when a process is killed.
     """
 
     def __init__(self, pool: ProcessPoolExecutor, workers: int) -> None:
@@ -51,43 +51,43 @@ class Processes:
         if len(items) < 2:
             return [function(item) for item in items]
         try:
-            with _ctrl_c_held_back():  # from the processes that this starts: their tracebacks would be no answer
-                answers = self._pool.map(function, items)
-            return list(answers)
+            with _sigint_blocked():  # also in the processes that this call starts: they print no tracebacks
+                results = self._pool.map(function, items)
+            return list(results)
         except BrokenProcessPool as error:
             raise UnavailableError(
-                "A process that simulates was killed, most often for want of memory; try --workers 1."
+                "A simulation process was killed, probably because memory ran out; try --workers 1."
             ) from error
 
 
 @contextmanager
 def local_mapper(workers: int = 0) -> Iterator[Mapper]:
-    """`workers` processes, 0 for one per core; they start when first needed and are gone at the end, on Ctrl-C too.
+    """`workers` processes, 0 for one per core. They start at the first use and end with the context, on Ctrl-C too.
 
-    They are spawned, not forked: the caller may have threads.
+    The processes are spawned, not forked: the caller may have threads.
     """
     count = workers or available_cores()
     if count == 1:
-        yield Serial()
+        yield SerialMapper()
         return
     others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
     try:
-        yield Processes(pool, count)
+        yield ProcessMapper(pool, count)
     except BaseException:
         for process in multiprocessing.active_children():
             if process not in others:
-                process.terminate()  # nobody waits for what they compute
+                process.terminate()  # the results are not needed
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """A Ctrl-C that comes meanwhile is delivered afterwards. Processes started meanwhile never see one."""
-    resource_tracker.ensure_running()  # its own start would let signals through again
+def _sigint_blocked() -> Iterator[None]:
+    """Delays a Ctrl-C until the end of the context. Processes started in the context block Ctrl-C for ever."""
+    resource_tracker.ensure_running()  # its start would unblock signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
         yield
@@ -96,9 +96,9 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """A helper whose parent was killed would wait for work for ever."""
+    """Ends this process when its parent is killed; otherwise it would wait for work for ever."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "a helper was started by somebody"
+    assert parent is not None, "a worker process has a parent"
 
     def wait() -> None:
         connection.wait([parent.sentinel])
@@ -108,5 +108,5 @@ def _end_with_parent() -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0))

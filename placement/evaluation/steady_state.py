@@ -1,7 +1,7 @@
-"""What a simulation of finite length says about steady state: where it begins, whether there is one, how sure we are.
+"""Steady state of a simulation of finite length: its start, its existence and the error of its statistics.
 
-All series are in order of arrival, one value per request. Requests that follow each other share a queue, so their
-values are correlated, and n of them tell less than n independent ones would.
+All series are in order of arrival with one value per request. Consecutive requests share a queue, so their values are
+correlated: n requests carry less information than n independent values.
 """
 
 import math
@@ -9,7 +9,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from tandem.placement.workload.requests import Floats
+
 Interval = tuple[float, float]
 
 _BATCHES = 20
@@ -20,8 +21,8 @@ _DRIFT_GROWTH = 0.25
 
 
 def warm_up_length(series: Floats) -> int:
-    """How many leading values to leave out, by MSER-5 (White, 1997): means of five; the cut that leaves the mean of the
-    rest with the smallest standard error. At most half of the series."""
+    """How many leading values to leave out, by MSER-5 (White, 1997): of the cuts between means of five values, the cut
+    that minimises the standard error of the remaining mean. At most half of the series."""
     count = len(series) // _MSER_BATCH
     if count < 4:
         return 0
@@ -34,8 +35,8 @@ def warm_up_length(series: Floats) -> int:
 
 
 def share_interval(hits: npt.NDArray[np.bool_], related: Floats) -> Interval:
-    """95 % interval of the share of `hits` in steady state: Wilson's, with as many independent requests as the spread
-    of 20 batch means stands for. `related` tells how correlated requests are where all, or none, are hits."""
+    """95 % Wilson interval of the share of `hits` in steady state. The number of independent requests follows from the
+    variance of 20 batch means. If all or no requests are hits, the correlation is that of `related`."""
     if len(hits) == 0:
         return 0.0, 1.0
     share = float(hits.mean())
@@ -44,8 +45,9 @@ def share_interval(hits: npt.NDArray[np.bool_], related: Floats) -> Interval:
 
 
 def is_drifting(series: Floats) -> bool:
-    """Whether a series, in units of what is allowed, grows without end: a straight line through the means of 20 batches
-    rises by more than 0.25 over the run, that is not chance (t > 4), and another run as long would end above 1."""
+    """Whether a series, in units of its limit, keeps growing: the straight line through the means of 20 batches rises
+    by more than 0.25 over the run, the slope is significant (t > 4), and the line exceeds 1 at twice the length of the
+    run."""
     if len(series) < 2 * _BATCHES:
         return False
     means = _batch_means(series)
@@ -65,7 +67,7 @@ def _batch_means(series: Floats) -> Floats:
 
 
 def _correlation_factor(series: Floats) -> float:
-    """By how much the variance of the mean exceeds that of independent values; at least 1."""
+    """Ratio of the variance of the mean to its variance for independent values; at least 1."""
     if len(series) < 2 * _BATCHES:
         return 1.0
     variance = float(series.var())

@@ -1,17 +1,17 @@
-"""Numbers and sentences of the report, for the page and for the terminal: three significant digits, always a unit."""
+"""Numbers and sentences for reports and terminals: three significant digits, always with a unit."""
 
 import math
 from collections.abc import Sequence
 
 from tandem.core.plan import Plan, PlanGroup
-from tandem.placement.evidence import Candidate, Planned
+from tandem.placement.evidence import PlanCandidate, Planned
 
 TERM_NAMES = {
     "linear": "linear layers",
     "attention": "prompt attention",
     "kv_read": "KV reads",
     "collective": "collectives",
-    "pipeline": "pipeline hand-off",
+    "pipeline": "pipeline transfers",
     "head": "embedding and sampling",
     "overhead": "overhead",
 }
@@ -25,7 +25,7 @@ PART_NAMES = {  # see core.timeline.PARTS
     "second_token_s": "second token",
     "decode_s": "decode",
 }
-_NO_LIMIT = 50.0
+_NO_LIMIT = 50.0  # ratio of transient to steady-state goodput
 VERDICT_NAMES = {
     "disaggregate": "Disaggregate",
     "colocate": "Colocate",
@@ -49,17 +49,17 @@ def number(value: float | None) -> str:
 
 
 def tick(value: float) -> str:
-    """A round number on an axis: 0.5, 10, 1,500."""
+    """A number on an axis: 0.5, 10, 1,500."""
     return f"{float(f'{value:.6g}'):,.15g}"
 
 
 def count(value: int) -> str:
-    """Exactly, with commas."""
+    """A whole number with commas."""
     return f"{value:,}"
 
 
 def seconds(value: float | None) -> str:
-    """With the unit that fits: 85.2 µs, 12.3 ms, 1.23 s, 12.3 min."""
+    """A time in a suitable unit: 85.2 µs, 12.3 ms, 1.23 s, 12.3 min."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:
@@ -72,7 +72,7 @@ def seconds(value: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """91.2 %; 100 % only when it is."""
+    """91.2 %; 100 % only for exactly 1."""
     if share is None or not math.isfinite(share):
         return "–"
     text = f"{100 * share:.1f}"
@@ -84,7 +84,7 @@ def rate(value: float | None) -> str:
 
 
 def interval(bounds: Sequence[float] | None, show: str = "number") -> str:
-    """'1.23 to 4.56', by `number` or `percent`."""
+    """'1.23 to 4.56', formatted by `number` or `percent`."""
     if bounds is None:
         return "–"
     low, high = bounds
@@ -103,7 +103,7 @@ def join(parts: Sequence[str]) -> str:
 
 
 def term_name(term: str) -> str:
-    """A term of StepCost for a reader; an unknown one with its underscores as spaces."""
+    """The name of a StepCost term in a report; an unknown term with spaces for underscores."""
     name = term.removesuffix("_s")
     return TERM_NAMES.get(name, name.replace("_", " "))
 
@@ -118,35 +118,35 @@ def describe_groups(groups: Sequence[PlanGroup]) -> str:
 
 
 def headline(planned: Planned) -> str:
-    """The verdict and the answer, in one sentence."""
-    text = answer(planned)
+    """The verdict and the plan in one sentence."""
+    text = plan_sentence(planned)
     return f"{VERDICT_NAMES[planned.plan.verdict]}: {text[:1].lower()}{text[1:]}"
 
 
-def answer(planned: Planned) -> str:
-    """What to run and what it serves, or how near one comes, in one sentence."""
+def plan_sentence(planned: Planned) -> str:
+    """The instances and their goodput, or the nearest feasible targets, in one sentence."""
     if planned.plan.verdict == "infeasible":
-        nearest = planned.evidence.nearest or "nothing that was tried reaches the targets"
+        nearest = planned.evidence.nearest or "no evaluated deployment meets the targets"
         return f"{nearest[:1].upper()}{nearest[1:].rstrip('.')}."
     return describe_plan(planned.plan)
 
 
 def describe_plan(plan: Plan) -> str:
-    """What it runs and, where that is known, what it serves, in one sentence."""
-    what, expected = describe_groups(plan.groups), plan.expected
+    """The instances and, if known, their goodput in one sentence."""
+    instances, expected = describe_groups(plan.groups), plan.expected
     if expected is None:
-        return f"{what}."
+        return f"{instances}."
     serve = "serves" if sum(group.instances for group in plan.groups) == 1 else "serve"
     per_device = number(expected.goodput_per_device)
-    return f"{what} {serve} {rate(expected.goodput)} within the targets, {per_device} per device."
+    return f"{instances} {serve} {rate(expected.goodput)} within the targets, {per_device} per device."
 
 
 def transient_claim(transient: float, goodput: float) -> str:
-    """A few hundred requests can be over before any queue has grown, whatever their rate."""
+    """The transient goodput; 'no limit' if a few hundred requests end before queues grow, at any rate."""
     return "no limit" if transient > _NO_LIMIT * max(goodput, 1e-9) else rate(transient)
 
 
-def best_rejected(planned: Planned, count: int) -> list[Candidate]:
-    """The candidates that came closest, those that were never simulated last."""
+def best_rejected(planned: Planned, count: int) -> list[PlanCandidate]:
+    """The rejected candidates in falling goodput per device; candidates without simulation last."""
     rejected = [candidate for candidate in planned.evidence.candidates if not candidate.chosen]
     return sorted(rejected, key=lambda c: -(c.goodput_per_device or -1.0))[:count]

@@ -1,4 +1,4 @@
-"""What to ask for instead, where a question has no answer."""
+"""The nearest feasible targets for a problem without solution."""
 
 from dataclasses import replace
 
@@ -9,25 +9,25 @@ from tandem.core.slo import SloClass
 from tandem.placement.search.kinds import InstanceKind, legal_kinds, resident_tokens
 from tandem.placement.search.problem import Problem
 
-_HEADROOM = 1.25  # over what an idle cluster reaches: room for some load
+_HEADROOM = 1.25  # ratio to the latencies of an idle cluster, so that some load is possible
 
 
-def nearest_question(problem: Problem) -> Problem | None:
-    """The same with each target raised to what the quickest shapes reach with a little load, where it is below that.
+def nearest_feasible(problem: Problem) -> Problem | None:
+    """The problem with each target raised at least to `_HEADROOM` times the latency of the fastest shape.
 
-    None if no shape fits the memory, or if no target is out of reach.
+    None if no shape fits the memory, or if no target needs to be raised.
     """
     nodes = [(node.device, node.devices, node.count) for node in problem.node_types]
     kinds = legal_kinds(problem.model, problem.source, nodes, problem.section, problem.requests)
     if not kinds.decode:
         return None
     classes = tuple(
-        _reachable(problem, slo, index, kinds.prefill, kinds.decode) for index, slo in enumerate(problem.classes)
+        _feasible(problem, slo, index, kinds.prefill, kinds.decode) for index, slo in enumerate(problem.classes)
     )
     return None if classes == problem.classes else replace(problem, classes=classes, rate=None)
 
 
-def _reachable(
+def _feasible(
     problem: Problem,
     slo: SloClass,
     index: int,

@@ -1,4 +1,4 @@
-"""The plan as a picture: which device of which node does what. Pure; the page draws it."""
+"""The map of a plan: which device of which node belongs to which instance. Pure; plan.html draws it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _LETTERS = {"prefill": "P", "decode": "D", "colocated": "C"}
 
 @dataclass(frozen=True, slots=True)
 class DeviceCell:
-    """One device. `role` is 'idle' and `label` empty where the plan leaves it free; `label` names its instance, P1."""
+    """One device. `label` names its instance, e.g. P1. A free device has the role 'idle' and an empty label."""
 
     name: str
     role: str
@@ -22,7 +22,7 @@ class DeviceCell:
 
 @dataclass(frozen=True, slots=True)
 class NodeBox:
-    """`instances` that the plan binds to no device stand in boxes of their own, with an empty `device`."""
+    """A node with its devices, or an instance without assigned devices."""
 
     name: str
     device: str
@@ -30,15 +30,15 @@ class NodeBox:
 
 
 @dataclass(frozen=True, slots=True)
-class FloorPlan:
-    """What is drawn, and how many nodes are not: `num_free` have no instance, `num_hidden` are too many to see."""
+class DeviceMap:
+    """The boxes to draw. Not drawn: `num_free` nodes without instances, `num_hidden` boxes beyond the maximum."""
 
     boxes: tuple[NodeBox, ...]
     num_free: int
     num_hidden: int
 
-    def in_words(self) -> str:
-        """For those who do not see the picture: 'node 0 (H100): 0:0 prefill P1, ...'."""
+    def as_text(self) -> str:
+        """The map for screen readers: 'node 0 (H100): 0:0 prefill P1, ...'."""
         sentences = []
         for box in self.boxes:
             cells = [f"{cell.name} {cell.role} {cell.label}".rstrip() for cell in box.cells]
@@ -46,9 +46,9 @@ class FloorPlan:
         return " ".join(sentences)
 
 
-def floor_plan(plan: Plan, nodes: Sequence[NodeSummary]) -> FloorPlan:
-    """The nodes with their devices, then the instances whose place is left to Ray. Nodes without an instance are drawn
-    where there are few."""
+def device_map(plan: Plan, nodes: Sequence[NodeSummary]) -> DeviceMap:
+    """The nodes with their devices, then the instances that Ray will place. Nodes without an instance are drawn only
+    for clusters of few nodes."""
     placed: dict[str, tuple[str, str]] = {}
     unplaced: list[NodeBox] = []
     for group, labels in zip(plan.groups, instance_labels(plan.groups), strict=True):
@@ -62,11 +62,11 @@ def floor_plan(plan: Plan, nodes: Sequence[NodeSummary]) -> FloorPlan:
     used = [box for box in boxes if any(cell.label for cell in box.cells)]
     shown = (boxes if len(boxes) <= _FEW_NODES else used) + unplaced
     num_free = 0 if len(boxes) <= _FEW_NODES else len(boxes) - len(used)
-    return FloorPlan(tuple(shown[:_MAX_BOXES]), num_free, max(0, len(shown) - _MAX_BOXES))
+    return DeviceMap(tuple(shown[:_MAX_BOXES]), num_free, max(0, len(shown) - _MAX_BOXES))
 
 
 def instance_labels(groups: Sequence[PlanGroup]) -> list[list[str]]:
-    """Labels of each group's instances: P1, P2, ... counted per role over all groups."""
+    """Labels of each group's instances: P1, P2, ..., numbered per role over all groups."""
     counts = dict.fromkeys(_LETTERS, 0)
     labels: list[list[str]] = []
     for group in groups:

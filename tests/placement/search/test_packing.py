@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo_file import ClusterSection, NodeSection
 from tandem.placement.cluster import Cluster
-from tandem.placement.search.fleet import Fleet, Pool
+from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
 from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.search.packing import assign_devices, count_fitting
 from tandem.placement.search.problem import NodeType
-from tandem.placement.search.room import beside, capacity, places
 from tests.placement.search.problems import A100, ToyCost
 
 SHAPES = st.builds(ParallelShape, st.sampled_from((1, 2, 3, 4)), st.sampled_from((1, 2, 4)))
@@ -24,20 +24,21 @@ def test_what_fits_has_a_place_of_its_own(
     devices: int, count: int, first: ParallelShape, second: ParallelShape, data: st.DataObject
 ) -> None:
     nodes = (NodeType(A100, devices, count),)
-    most = capacity(nodes, kind("prefill", first))
+    most = count_fitting(nodes, kind("prefill", first))
     instances = data.draw(st.integers(0, most))
-    pools = [Pool(kind("prefill", first), instances)] if instances else []
-    fitting = beside(nodes, pools, kind("decode", second))
-    fleet = Fleet((*pools, *([Pool(kind("decode", second), fitting)] if fitting else [])))
+    groups = [InstanceGroup(kind("prefill", first), instances)] if instances else []
+    fitting = count_fitting(nodes, kind("decode", second), beside=groups)
+    deployment = CandidateDeployment((*groups, *([InstanceGroup(kind("decode", second), fitting)] if fitting else [])))
     cluster = Cluster.of(ClusterSection(nodes=(NodeSection(device=A100, devices=devices, count=count),)))
-    names = [name for instances_of in places(fleet, cluster) for ranks in instances_of for name in ranks]
-    assert len(names) == len(set(names)) == fleet.num_devices
-    assert fleet.num_devices <= devices * count
+    names = [name for instances_of in assign_devices(deployment, cluster) for ranks in instances_of for name in ranks]
+    assert len(names) == len(set(names)) == deployment.num_devices
+    assert deployment.num_devices <= devices * count
 
 
 @given(st.integers(1, 8), st.integers(1, 5), SHAPES)
 def test_one_more_never_fits(devices: int, count: int, shape: ParallelShape) -> None:
     nodes = (NodeType(A100, devices, count),)
-    most = capacity(nodes, kind("prefill", shape))
+    most = count_fitting(nodes, kind("prefill", shape))
     if most:
-        assert beside(nodes, [Pool(kind("prefill", shape), most)], kind("prefill", shape)) == 0
+        full = [InstanceGroup(kind("prefill", shape), most)]
+        assert count_fitting(nodes, kind("prefill", shape), beside=full) == 0

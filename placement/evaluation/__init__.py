@@ -1,0 +1,1 @@
+"""Evaluation of runs: steady state, attainment, goodput and the summary for people."""

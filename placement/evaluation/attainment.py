@@ -1,0 +1,199 @@
+"""Attainment: the share of each class's requests that met both targets in steady state."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tandem.core.plan import ExpectedClass, Quantiles
+from tandem.core.slo import SloClass
+from tandem.core.timeline import Stage
+from tandem.placement.evaluation.steady_state import Interval, is_drifting, share_interval, warm_up_length
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.workload.requests import Floats, RequestStream
+
+_LOST_USE = 4.0  # latency, in units of its target, of a request that never finished; larger values are clipped to it
+_MAX_TAIL = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class ClassEvaluation:
+    """Results of one class. `requests` counts the requests in steady state. `attainment` is the share that met both
+    targets, 1 for a class without requests; `attainment_ci` is its 95 % interval. Quantiles are over the requests that
+    have the latency, NaN if none has.
+    """
+
+    slo: SloClass
+    requests: int
+    attainment: float
+    attainment_ci: Interval
+    ttft_attainment: float
+    tpot_attainment: float
+    ttft_s: Quantiles
+    tpot_s: Quantiles
+
+    @property
+    def margin(self) -> float:
+        """Attainment minus the required attainment."""
+        return self.attainment - self.slo.attainment
+
+    def expected(self) -> ExpectedClass:
+        """The result in the form of a plan."""
+        return ExpectedClass(
+            slo=self.slo,
+            attainment=self.attainment,
+            attainment_ci=self.attainment_ci,
+            ttft_s=self.ttft_s,
+            tpot_s=self.tpot_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The first `warm_up` and the last `tail` requests are left out. `stable`: no queue grows over the run; a longer
+    unstable run would miss its targets, whatever its attainment is now. `long_enough`: arrivals lasted at least three
+    times the 90th percentile of the time in the system; otherwise a steady state needs more requests."""
+
+    classes: tuple[ClassEvaluation, ...]
+    warm_up: int
+    tail: int
+    stable: bool
+    long_enough: bool
+
+    @property
+    def meets(self) -> bool:
+        return self.stable and self.margin >= 0
+
+    @property
+    def margin(self) -> float:
+        """The smallest margin of all classes."""
+        return min(result.margin for result in self.classes)
+
+
+def evaluate(result: SimulationResult, classes: Sequence[SloClass], *, transient: bool = False) -> Evaluation:
+    """The steady-state results of a run. `transient`: all requests count, from the empty start to the end, as DistServe
+    measures.
+
+    Left out: at the start, the warm-up by MSER-5, at least the arrivals within the 90th percentile of the time in the
+    system (batches still fill), at most half of the requests. At the end, the requests that no later arrivals share
+    batches with, at most a fifth. In a run that was stopped early, requests with time left until their deadline.
+    Refused and unfinished requests count as missed.
+
+    The requests that are left out do not depend on the targets, and growth is tested for each latency on its own. So
+    for a run in which all requests finished, looser targets never turn `meets` to false.
+    """
+    requests = result.requests
+    use = _budget_use(result, classes)
+    decided = np.ones(len(requests), dtype=np.bool_)  # requests whose result is known
+    if result.stopped_early:
+        decided = deadlines_s(requests, classes) <= result.end_s
+    counted = decided
+    warm_up = tail = 0
+    long_enough = stable = True
+    if not transient and decided.any():
+        stay_s = _time_in_system(result)[decided]
+        p50_s, p90_s = np.quantile(stay_s, (0.5, 0.9))
+        warm_up = _warm_up(requests, _slowness(result)[decided], float(p90_s))
+        tail = 0 if result.stopped_early else _tail(requests, float(p50_s))
+        position = np.arange(len(requests))
+        counted = decided & (position >= warm_up) & (position < len(requests) - tail)
+        long_enough = bool(requests.duration_s >= 3 * p90_s)
+        stable = not any(is_drifting(series[counted & ~np.isnan(series)]) for series in _budget_uses(result, classes))
+    return Evaluation(
+        classes=tuple(
+            _evaluate_class(slo, result, use, counted & (requests.slo_class == index))
+            for index, slo in enumerate(classes)
+        ),
+        warm_up=warm_up,
+        tail=tail,
+        stable=stable and (transient or not result.stopped_early),
+        long_enough=long_enough,
+    )
+
+
+def deadlines_s(requests: RequestStream, classes: Sequence[SloClass]) -> Floats:
+    """The latest finish of each request that meets both targets of its class."""
+    ttft_s = np.array([slo.ttft_s for slo in classes])[requests.slo_class]
+    tpot_s = np.array([slo.tpot_s for slo in classes])[requests.slo_class]
+    latest: Floats = requests.arrival_s + ttft_s + (requests.output_tokens - 1) * tpot_s
+    return latest
+
+
+def _budget_uses(result: SimulationResult, classes: Sequence[SloClass]) -> tuple[Floats, Floats]:
+    """TTFT and TPOT, each divided by its target; at least `_LOST_USE` for an unfinished request. A response of one
+    token has no TPOT: NaN."""
+    ttft_target = np.array([slo.ttft_s for slo in classes])[result.requests.slo_class]
+    tpot_target = np.array([slo.tpot_s for slo in classes])[result.requests.slo_class]
+    return _with_lost(result, result.ttft_s / ttft_target), _with_lost(result, result.tpot_s / tpot_target)
+
+
+def _budget_use(result: SimulationResult, classes: Sequence[SloClass]) -> Floats:
+    """The maximum of both budget uses: at most 1 for a request that met both targets. Finite."""
+    use: Floats = np.fmax(*_budget_uses(result, classes))
+    return use
+
+
+def _slowness(result: SimulationResult) -> Floats:
+    """The maximum of TTFT and TPOT, each divided by its 90th percentile in the run. Finite."""
+    parts = []
+    for values in (result.ttft_s, result.tpot_s):
+        known = values[~np.isnan(values)]
+        p90_s = float(np.quantile(known, 0.9)) if len(known) else 0.0
+        parts.append(_with_lost(result, values / (p90_s or 1.0)))
+    slowness: Floats = np.fmax(*parts)
+    return slowness
+
+
+def _with_lost(result: SimulationResult, use: Floats) -> Floats:
+    finite: Floats = np.where(result.finished, use, np.fmax(use, _LOST_USE))
+    return finite
+
+
+def _time_in_system(result: SimulationResult) -> Floats:
+    """Seconds from arrival to finish; to the end of the run for unfinished requests."""
+    until_s = np.where(result.finished, result.stage(Stage.FINISHED), result.end_s)
+    stay_s: Floats = until_s - result.requests.arrival_s
+    return stay_s
+
+
+def _warm_up(requests: RequestStream, slowness: Floats, fill_s: float) -> int:
+    filled = int(np.searchsorted(requests.arrival_s, requests.arrival_s[0] + fill_s))
+    return min(max(warm_up_length(np.minimum(slowness, _LOST_USE)), filled), len(requests) // 2)
+
+
+def _tail(requests: RequestStream, stay_s: float) -> int:
+    late = len(requests) - int(np.searchsorted(requests.arrival_s, requests.arrival_s[-1] - stay_s, side="right"))
+    return min(late, int(_MAX_TAIL * len(requests)))
+
+
+def _evaluate_class(
+    slo: SloClass, result: SimulationResult, use: Floats, counted: npt.NDArray[np.bool_]
+) -> ClassEvaluation:
+    ttft_s, tpot_s = result.ttft_s[counted], result.tpot_s[counted]
+    met = use[counted] <= 1.0
+    ttft_met = ttft_s <= slo.ttft_s  # false for NaN: no first token
+    tpot_met = result.finished[counted] & ~(tpot_s > slo.tpot_s)  # true for NaN: a response of one token
+    return ClassEvaluation(
+        slo=slo,
+        requests=len(met),
+        attainment=_share(met),
+        attainment_ci=share_interval(met, np.minimum(use[counted], _LOST_USE)),
+        ttft_attainment=_share(ttft_met),
+        tpot_attainment=_share(tpot_met),
+        ttft_s=_quantiles(ttft_s),
+        tpot_s=_quantiles(tpot_s),
+    )
+
+
+def _share(hits: npt.NDArray[np.bool_]) -> float:
+    return float(hits.mean()) if len(hits) else 1.0
+
+
+def _quantiles(values: Floats) -> Quantiles:
+    """Quantiles of the values that are not NaN; NaN if all are."""
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return Quantiles(mean=np.nan, p50=np.nan, p90=np.nan, p99=np.nan)
+    p50, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99))
+    return Quantiles(mean=float(values.mean()), p50=float(p50), p90=float(p90), p99=float(p99))

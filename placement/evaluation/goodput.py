@@ -1,0 +1,95 @@
+"""Goodput: the highest rate of requests at which every SLO class keeps its attainment in steady state."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tandem.core.slo import SloClass
+from tandem.placement.evaluation.attainment import Evaluation, deadlines_s, evaluate
+from tandem.placement.simulator.result import SimulationResult
+from tandem.placement.simulator.run import Progress
+from tandem.placement.workload.requests import RequestStream
+
+_FACTOR = 2.0
+_MAX_DOUBLINGS = 24
+
+
+StopWhen = Callable[[Progress], bool]
+SimulateRequests = Callable[[RequestStream, StopWhen], SimulationResult]
+"""Simulates a deployment on a stream of requests; stops when the predicate is true."""
+
+
+def find_goodput(
+    run: SimulateRequests,
+    requests: RequestStream,
+    classes: Sequence[SloClass],
+    *,
+    guess: float,
+    tolerance: float = 0.02,
+    transient: bool = False,
+) -> float:
+    """The highest tested rate that meets every class, in requests per second of the deployment; 0 if no rate does.
+
+    Doubles or halves the rate from `guess` until it is bracketed, then narrows the bracket to a ratio of 1 +
+    `tolerance`. All rates use the same requests with scaled arrivals, so two rates, and two deployments, are compared
+    on common random numbers. Assumes that more load never helps. `transient`: see `evaluate`.
+    """
+    assert guess > 0
+    assert tolerance > 0
+    evaluated: dict[float, Evaluation] = {}
+
+    def meets(rate: float) -> bool:
+        stream = requests.scaled_to(rate)
+        evaluated[rate] = evaluate(run(stream, stop_when_lost(stream, classes)), classes, transient=transient)
+        return evaluated[rate].meets
+
+    low, high = _bracket(meets, guess)
+    while low > 0 and high / low > 1 + tolerance:
+        middle = _next_rate(low, high, evaluated[low].margin, evaluated[high].margin, tolerance)
+        low, high = (middle, high) if meets(middle) else (low, middle)
+    return low
+
+
+def stop_when_lost(requests: RequestStream, classes: Sequence[SloClass]) -> StopWhen:
+    """True once at least one class can no longer keep its attainment.
+
+    A request that meets its targets finishes by its deadline: its TTFT target plus its TPOT target for each further
+    token. The number of passed deadlines minus the number of finished requests is a lower bound on the misses. If it
+    exceeds the misses that all classes allow together, at least one class has failed.
+    """
+    deadline_s = np.sort(deadlines_s(requests, classes))
+    counts = np.bincount(requests.slo_class, minlength=len(classes))
+    allowed_misses = sum((1 - slo.attainment) * int(count) for slo, count in zip(classes, counts, strict=True))
+
+    def is_lost(progress: Progress) -> bool:
+        deadlines_passed = int(np.searchsorted(deadline_s, progress.now_s))
+        return deadlines_passed - progress.finished > allowed_misses
+
+    return is_lost
+
+
+def _bracket(meets: Callable[[float], bool], guess: float) -> tuple[float, float]:
+    """(a rate that meets, a rate that does not), adjacent in a series of doublings; (0, x) if no rate meets."""
+    if meets(guess):
+        low = guess
+        for _ in range(_MAX_DOUBLINGS):
+            if not meets(low * _FACTOR):
+                return low, low * _FACTOR
+            low *= _FACTOR
+        return low, low  # no rate is too high
+    high = guess
+    for _ in range(_MAX_DOUBLINGS):
+        if meets(high / _FACTOR):
+            return high / _FACTOR, high
+        high /= _FACTOR
+    return 0.0, high
+
+
+def _next_rate(low: float, high: float, low_margin: float, high_margin: float, tolerance: float) -> float:
+    """The zero of a straight line through the margins, kept away from both ends. An unstable run can have a positive
+    margin; then the geometric middle."""
+    crossing = low_margin / (low_margin - high_margin) if high_margin < 0 else 0.5
+    part = min(0.75, max(0.25, crossing))
+    # One more simulation closes a bracket that is nearly closed; halving would take several.
+    return low * max(math.pow(high / low, part), min(1 + tolerance / 2, math.sqrt(high / low)))

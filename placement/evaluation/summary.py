@@ -1,0 +1,150 @@
+"""The summary of a run as text and JSON, for a simulation or a live run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from tandem.core.plan import Quantiles
+from tandem.core.slo import SloClass
+from tandem.core.text_table import text_table
+from tandem.core.timeline import PARTS, Stage
+from tandem.placement.evaluation.attainment import ClassEvaluation, Evaluation, evaluate
+from tandem.placement.report.formatting import PART_NAMES, interval, number, percent, rate, seconds
+from tandem.placement.simulator.result import STAGES, SimulationResult
+from tandem.placement.workload.requests import Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run as a whole, and its evaluation in steady state. Rates are per second from the first arrival to the last
+    finish. `goodput` counts requests that met both targets. `parts_s` are means over all finished requests."""
+
+    requests: int
+    finished: int
+    offered_rate: float
+    duration_s: float
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    goodput: float
+    attempts: int
+    evaluation: Evaluation
+    parts_s: Mapping[str, float]
+
+
+def summarise(result: SimulationResult, classes: Sequence[SloClass]) -> Summary:
+    """`result` has at least one request."""
+    requests, finished = result.requests, result.finished
+    assert len(requests) > 0
+    last_s = float(np.nanmax(result.stage(Stage.FINISHED))) if finished.any() else result.end_s
+    duration_s = max(last_s - float(requests.arrival_s[0]), 1e-9)
+    whole_run = evaluate(result, classes, transient=True)
+    num_met = sum(of_class.attainment * of_class.requests for of_class in whole_run.classes)
+    return Summary(
+        requests=len(requests),
+        finished=int(finished.sum()),
+        offered_rate=requests.rate,
+        duration_s=duration_s,
+        prompt_tokens_per_s=float(requests.prompt_tokens[finished].sum()) / duration_s,
+        output_tokens_per_s=float(requests.output_tokens[finished].sum()) / duration_s,
+        goodput=num_met / duration_s,
+        attempts=int(result.num_attempts.sum()),
+        evaluation=evaluate(result, classes),
+        parts_s={name: float(values.mean()) for name, values in parts_of(result).items()},
+    )
+
+
+def parts_of(result: SimulationResult) -> dict[str, Floats]:
+    """`Timeline.parts` of all finished requests: name -> seconds. Parts that no request has are left out."""
+    stamps = result.stamps[result.finished]
+    parts: dict[str, Floats] = {}
+    if not len(stamps):
+        return parts
+    previous_s = stamps[:, STAGES.index(Stage.RECEIVED)]
+    for stage, name in PARTS:
+        stamp_s = stamps[:, STAGES.index(stage)]
+        if not np.isnan(stamp_s).all():
+            reached_s = np.fmax(previous_s, stamp_s)
+            parts[name] = reached_s - previous_s
+            previous_s = reached_s
+    return parts
+
+
+def render_text(summary: Summary) -> str:
+    """The summary for a terminal."""
+    evaluation = summary.evaluation
+    counted = sum(of_class.requests for of_class in evaluation.classes)
+    lines = [
+        f"{summary.requests:,} requests at {rate(summary.offered_rate)}, {summary.finished:,} finished"
+        + (f" in {summary.attempts:,} attempts" if summary.attempts > summary.requests else "")
+        + f"; {number(summary.prompt_tokens_per_s)} prompt and {number(summary.output_tokens_per_s)} output tokens/s",
+        f"steady state: {counted:,} requests, without the first {evaluation.warm_up:,} (warm-up) and the last "
+        f"{evaluation.tail:,}",
+        "",
+        *text_table([["CLASS", "TARGETS", "MET BOTH", "95 % INTERVAL", "TTFT", "TPOT"], *_attainment_rows(evaluation)]),
+        "",
+        *text_table([["LATENCY", "MEAN", "P50", "P90", "P99"], *_latency_rows(evaluation)]),
+    ]
+    if summary.parts_s:
+        lines += ["", "mean time of a request by part:", *_part_lines(summary.parts_s)]
+    return "\n".join([*lines, "", conclusion(evaluation)])
+
+
+def conclusion(evaluation: Evaluation) -> str:
+    """Whether the run met its targets, in one or two sentences."""
+    if not evaluation.stable:
+        return "OVERLOADED: queues grow during the run; a longer run would miss more targets. Lower the rate."
+    worst: ClassEvaluation = min(evaluation.classes, key=lambda of_class: of_class.margin)
+    text = "All targets are met."
+    if worst.margin < 0:
+        text = (
+            f"MISSED: {percent(worst.attainment)} of class {worst.slo.name} met both targets; "
+            f"{percent(worst.slo.attainment)} are required."
+        )
+    if not evaluation.long_enough:
+        text += " The run was too short for a steady state; use more requests."
+    return text
+
+
+def as_json(summary: Summary) -> dict[str, object]:
+    """Plain values for json.dumps. NaN (a quantile without values) becomes null."""
+    plain = asdict(summary)
+    for values, of_class in zip(plain["evaluation"]["classes"], summary.evaluation.classes, strict=True):
+        values.update(slo=of_class.slo.model_dump(), ttft_s=_plain(of_class.ttft_s), tpot_s=_plain(of_class.tpot_s))
+    plain["evaluation"].update(meets=summary.evaluation.meets)
+    return plain
+
+
+def _plain(quantiles: Quantiles) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else value for name, value in quantiles.model_dump().items()}
+
+
+def _attainment_rows(evaluation: Evaluation) -> list[list[str]]:
+    return [
+        [
+            of_class.slo.name,
+            f"{percent(of_class.slo.attainment)} within {seconds(of_class.slo.ttft_s)}, {seconds(of_class.slo.tpot_s)}",
+            percent(of_class.attainment),
+            interval(of_class.attainment_ci, "percent"),
+            percent(of_class.ttft_attainment),
+            percent(of_class.tpot_attainment),
+        ]
+        for of_class in evaluation.classes
+    ]
+
+
+def _latency_rows(evaluation: Evaluation) -> list[list[str]]:
+    return [
+        [f"{name} {of_class.slo.name}", *(seconds(value) for value in quantiles.model_dump().values())]
+        for of_class in evaluation.classes
+        for name, quantiles in (("TTFT", of_class.ttft_s), ("TPOT", of_class.tpot_s))
+    ]
+
+
+def _part_lines(parts_s: Mapping[str, float]) -> list[str]:
+    total_s = sum(parts_s.values())
+    rows = [
+        [f"  {PART_NAMES[name]}", seconds(part_s), percent(part_s / total_s if total_s else 0.0)]
+        for name, part_s in parts_s.items()
+    ]
+    return text_table([*rows, ["  total", seconds(total_s), ""]])

@@ -1,0 +1,138 @@
+"""The chosen deployment in detail: goodput with an interval, attainment against rate, latencies and bounds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from tandem.core.slo import SloClass
+from tandem.placement.evaluation.attainment import Evaluation
+from tandem.placement.evaluation.phase_bound import phase_bound
+from tandem.placement.evidence import AttainmentPoint, ClassAttainment, LatencySample, PhaseBound
+from tandem.placement.search.candidate import CandidateDeployment
+from tandem.placement.search.mapper import Mapper
+from tandem.placement.search.problem import Problem
+from tandem.placement.search.trial import RATE_RATIO, EvaluatedRate, evaluate_at, simulate_at
+from tandem.placement.simulator.result import SimulationResult
+
+_FACTORS = (0.3, 0.6, 0.8, 0.9, 1 / RATE_RATIO, 1.0, RATE_RATIO, 1.1, 1.2, 1.5)
+_MAX_STEPS = 24
+_SAMPLE = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredGoodput:
+    """Rates and goodput of `deployment` as simulated. `goodput` is 0 if no tested rate meets the targets.
+    `evaluated_rates` ascend."""
+
+    deployment: CandidateDeployment
+    goodput: float
+    goodput_ci: tuple[float, float]
+    evaluated_rates: tuple[EvaluatedRate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One complete run, reduced to the evidence of a plan."""
+
+    evaluation: Evaluation
+    latencies: tuple[LatencySample, ...]
+    bounds: tuple[PhaseBound, ...]
+    requests: int
+
+
+def measure_goodput(
+    problem: Problem, deployment: CandidateDeployment, guess: float, mapper: Mapper, *, separate_nodes: bool
+) -> MeasuredGoodput:
+    """Simulates rates around `guess` in parallel, then further rates until adjacent ones bracket the goodput."""
+
+    def evaluate_rates(rates: Sequence[float]) -> list[EvaluatedRate]:
+        evaluations = mapper(partial(evaluate_at, problem, deployment, separate_nodes), rates)
+        return [EvaluatedRate(rate, evaluation) for rate, evaluation in zip(rates, evaluations, strict=True)]
+
+    evaluated = evaluate_rates([guess * factor for factor in _FACTORS])
+    for _ in range(_MAX_STEPS):
+        low, high = _bracket(evaluated)
+        if low == 0:
+            missing = min(point.rate for point in evaluated) / RATE_RATIO**4
+        elif high == np.inf:
+            missing = max(point.rate for point in evaluated) * RATE_RATIO**2
+        elif high / low > RATE_RATIO * 1.01:
+            missing = low * RATE_RATIO
+        else:
+            break
+        evaluated = sorted([*evaluated, *evaluate_rates([missing])], key=lambda point: point.rate)
+    low, high = _bracket(evaluated)
+    return MeasuredGoodput(deployment, low, _rate_interval(evaluated, low, high), tuple(evaluated))
+
+
+def observe(problem: Problem, deployment: CandidateDeployment, separate_nodes: bool, rate: float) -> Observation:
+    """One complete run at `rate`."""
+    result, evaluation = simulate_at(problem, deployment, rate, separate_nodes=separate_nodes, stop_early=False)
+    steady = slice(evaluation.warm_up, len(result.requests) - evaluation.tail)
+    return Observation(
+        evaluation=evaluation,
+        latencies=tuple(_latencies(result, steady, slo, index) for index, slo in enumerate(problem.classes)),
+        bounds=_bounds(deployment, result),
+        requests=len(result.requests),
+    )
+
+
+def class_attainments(measured: MeasuredGoodput, classes: Sequence[SloClass]) -> tuple[ClassAttainment, ...]:
+    """The attainment of each class at the simulated rates."""
+    attainments = []
+    for index, slo in enumerate(classes):
+        results = [(point.rate, point.evaluation.classes[index]) for point in measured.evaluated_rates]
+        points = tuple(
+            AttainmentPoint(
+                rate, result.attainment, result.attainment_ci, result.ttft_attainment, result.tpot_attainment
+            )
+            for rate, result in results
+        )
+        knee = max((rate for rate, result in results if result.margin >= 0), default=None)
+        attainments.append(ClassAttainment(slo, points, knee))
+    return tuple(attainments)
+
+
+def _bracket(evaluated: Sequence[EvaluatedRate]) -> tuple[float, float]:
+    """The highest rate below all failures, and the lowest rate that fails; 0 and infinity if there is none."""
+    high = min((point.rate for point in evaluated if not point.evaluation.meets), default=np.inf)
+    return max((point.rate for point in evaluated if point.rate < high), default=0.0), float(high)
+
+
+def _rate_interval(evaluated: Sequence[EvaluatedRate], low: float, high: float) -> tuple[float, float]:
+    """The rates between which the 95 % interval of the attainment contains the required attainment."""
+    certain = max((point.rate for point in evaluated if point.rate <= low and _surplus(point, 0) >= 0), default=0.0)
+    possible = min((point.rate for point in evaluated if point.rate >= high and _surplus(point, 1) < 0), default=high)
+    return certain, possible
+
+
+def _surplus(point: EvaluatedRate, end: int) -> float:
+    """The smallest difference between an end of the attainment's interval and the required attainment."""
+    if not point.evaluation.stable:
+        return -1.0
+    return min(result.attainment_ci[end] - result.slo.attainment for result in point.evaluation.classes)
+
+
+def _latencies(result: SimulationResult, steady: slice, slo: SloClass, index: int) -> LatencySample:
+    of_class = result.requests.slo_class[steady] == index
+
+    def sample(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, ...]:
+        selected = values[steady][of_class]
+        return tuple(selected[~np.isnan(selected)][:_SAMPLE].tolist())
+
+    return LatencySample(slo, sample(result.ttft_s), sample(result.tpot_s))
+
+
+def _bounds(deployment: CandidateDeployment, result: SimulationResult) -> tuple[PhaseBound, ...]:
+    """The bounds of each group. Instances of a role are in the order of the groups."""
+    bounds, first = [], {"prefill": 0, "decode": 0, "colocated": 0}
+    for group in deployment.groups:
+        role = group.kind.role
+        begin, first[role] = first[role], first[role] + group.instances
+        uses = [use for use in result.instances if use.role == role][begin : begin + group.instances]
+        label = f"{role}, {group.instances} x {group.kind.device} {group.kind.shape}"
+        tokens = sum(use.prefill_tokens if role == "prefill" else use.decode_tokens for use in uses)
+        bounds.append(phase_bound(role, label, uses, tokens, result.end_s))
+    return tuple(bounds)
