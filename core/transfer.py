@@ -119,10 +119,6 @@ class KvSlice:
     head_begin: int
     head_end: int
 
-    @property
-    def num_layers(self) -> int:
-        return self.layer_end - self.layer_begin
-
 
 @dataclass(frozen=True, slots=True)
 class Grant:

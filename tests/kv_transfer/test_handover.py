@@ -490,7 +490,7 @@ async def test_a_link_that_is_not_made_in_time_is_a_transfer_error(monkeypatch: 
         await asyncio.Event().wait()
         raise AssertionError
 
-    async with serve_prefill() as prefill, receiving(link_config=replace(CONFIG, link_timeout_s=1.0)) as (receiver, _):
+    async with serve_prefill() as prefill, receiving(link_config=replace(CONFIG, link_timeout_s=2.0)) as (receiver, _):
         monkeypatch.setattr(prefill.sender, "link", forever)
         patient = asyncio.create_task(fetch(prefill, receiver, [1]))
         await asyncio.sleep(0)
@@ -554,18 +554,18 @@ async def test_waiting_for_earlier_transfers_does_not_use_up_the_time_out(
     copy, send = shared_memory_link.copy_blocks, GlooGroup.send
 
     def slow_copy(*arguments: object) -> None:
-        time.sleep(0.4)
+        time.sleep(0.5)
         copy(*arguments)  # type: ignore[arg-type]
 
     def slow_send(group: GlooGroup, data: torch.Tensor) -> object:
         if len(data) == LAYOUT.block_bytes:
-            time.sleep(0.4)
+            time.sleep(0.5)
         return send(group, data)
 
     monkeypatch.setattr(shared_memory_link, "copy_blocks", slow_copy)
     monkeypatch.setattr(GlooGroup, "send", slow_send)
-    async with serve_prefill() as prefill, receiving(transport=transport, timeout_s=1.5) as (receiver, _):
-        for i in range(8):  # 3.2 s together
+    async with serve_prefill() as prefill, receiving(transport=transport, timeout_s=2.5) as (receiver, _):
+        for i in range(8):  # 4 s together
             prefill.holder.finish(f"r{i}", 0, [i])
         await asyncio.gather(*(fetch(prefill, receiver, [i], f"r{i}") for i in range(8)))
         assert receiver.links()[0].failures == 0
