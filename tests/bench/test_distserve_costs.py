@@ -92,7 +92,7 @@ def test_pipelined_decode_is_a_round_of_micro_batches() -> None:
 @pytest.mark.parametrize("shape", [ParallelShape(1), ParallelShape(2, 2), ParallelShape(4, 4)])
 @pytest.mark.parametrize("batch", [1, 3, 94, 95, 400])
 @pytest.mark.parametrize("kv_tokens", [1, 777, 400_000])
-def test_the_line_is_the_step(shape: ParallelShape, batch: int, kv_tokens: int) -> None:
+def test_decode_coefficients_equal_the_step(shape: ParallelShape, batch: int, kv_tokens: int) -> None:
     cost = DistServeSource("OPT-13B").cost_model(DEVICE, shape)
     assert cost is not None
     base_s, per_kv_token_s = cost.decode_coefficients(batch)

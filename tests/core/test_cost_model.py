@@ -1,4 +1,4 @@
-"""Loads of steps, and what their costs sum to."""
+"""Loads and costs of steps."""
 
 import pytest
 from hypothesis import given

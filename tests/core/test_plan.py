@@ -59,7 +59,7 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert load_config(path, Plan) == PLAN
 
 
-def test_a_latency_that_nobody_had_reads_back_too(tmp_path: Path) -> None:
+def test_a_latency_without_values_reads_back(tmp_path: Path) -> None:
     nothing = Quantiles(mean=math.nan, p50=math.nan, p90=math.nan, p99=math.nan)
     assert PLAN.expected is not None
     one_token = PLAN.expected.classes[0].model_copy(update={"tpot_s": nothing})
@@ -72,17 +72,17 @@ def test_a_latency_that_nobody_had_reads_back_too(tmp_path: Path) -> None:
     assert math.isnan(read.expected.classes[0].tpot_s.p99)
 
 
-def test_a_plan_without_instances_is_only_good_to_say_that_there_is_none(tmp_path: Path) -> None:
+def test_only_an_infeasible_plan_may_have_no_groups(tmp_path: Path) -> None:
     Plan(model="m", verdict="infeasible", groups=())
     path = tmp_path / "plan.yaml"
     path.write_text("model: m\nverdict: colocate\ngroups: []\n")
     assert _mistakes(path) == [f"{path} line 3: groups: must have at least one group of instances"]
 
 
-def test_a_mistake_of_the_hand_has_its_line(tmp_path: Path) -> None:
+def test_a_mistake_is_reported_with_its_line(tmp_path: Path) -> None:
     path = _edited(tmp_path, "tp: 2", "tp: 4")
     assert _mistakes(path)[0].endswith("groups.0.devices: each instance needs 4 devices (tp 4 x pp 1)")
 
 
-def test_the_number_of_devices_is_that_of_all_ranks() -> None:
+def test_num_devices_counts_all_ranks() -> None:
     assert PLAN.num_devices == 2 * 2 + 1

@@ -1,4 +1,4 @@
-"""SLO files and plans: what they refuse, and with which words."""
+"""SLO files and plans: their error messages."""
 
 from pathlib import Path
 
@@ -157,7 +157,7 @@ def told(path: Path, text: str, kind: type[BaseModel]) -> str:
 
 
 @pytest.mark.parametrize(("change", "sentence"), SLO_MISTAKES.values(), ids=SLO_MISTAKES)
-def test_each_mistake_in_an_slo_file_is_told_with_its_line(
+def test_each_mistake_in_an_slo_file_is_reported_with_its_line(
     tmp_path: Path, change: tuple[str, str], sentence: str
 ) -> None:
     assert change[0] in SLO
@@ -171,12 +171,14 @@ def test_a_device_needs_no_quotes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "sentence"), PLAN_MISTAKES.values(), ids=PLAN_MISTAKES)
-def test_each_mistake_in_a_plan_is_told_with_its_line(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
+def test_each_mistake_in_a_plan_is_reported_with_its_line(
+    tmp_path: Path, change: tuple[str, str], sentence: str
+) -> None:
     assert change[0] in PLAN
     assert told(tmp_path / "plan.yaml", PLAN.replace(*change, 1), Plan) == sentence
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     text = SLO.replace("ttft_s: 1", "ttft_s: 0").replace("sharegpt", "sharegpt, rate: no").replace("device:", "devise:")
     assert [line.partition(":")[0] for line in told(tmp_path / "slo.yaml", text, SloFile).splitlines()] == [
         "FILE line 4",  # device is missing
@@ -186,7 +188,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_paths_in_sections_count_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_in_sections_start_at_the_files_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conf").mkdir()
     path = tmp_path / "conf" / "slo.yaml"
     text = SLO.replace("dataset: sharegpt", "trace: ../traces/a.csv").replace(
@@ -199,13 +201,13 @@ def test_paths_in_sections_count_from_the_file(tmp_path: Path, monkeypatch: pyte
     assert slo.cluster.nodes[0].calibration == tmp_path / "conf" / "here.yaml"
 
 
-def test_a_plan_names_its_slo_file_from_where_it_lies(tmp_path: Path) -> None:
+def test_the_slo_file_of_a_plan_is_relative_to_the_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(PLAN + "slo_file: slo.yaml\n")
     assert load_config(path, Plan).slo_file == tmp_path / "slo.yaml"
 
 
-def test_a_model_is_a_folder_where_there_is_one_and_a_name_elsewhere(tmp_path: Path) -> None:
+def test_a_model_is_a_folder_if_it_exists_and_a_name_otherwise(tmp_path: Path) -> None:
     path = tmp_path / "slo.yaml"
     path.write_text(SLO)
     assert load_config(path, SloFile).model == "Llama-3.1-70B"
@@ -213,7 +215,7 @@ def test_a_model_is_a_folder_where_there_is_one_and_a_name_elsewhere(tmp_path: P
     assert load_config(path, SloFile).model == str(tmp_path / "Llama-3.1-70B")
 
 
-def test_without_a_file_paths_stay_as_they_are(tmp_path: Path) -> None:
+def test_without_a_file_paths_are_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "slo.yaml"
     path.write_text(SLO)
     changed = apply_overrides(load_config(path, SloFile), ["workload.dataset=null", "workload.trace=a.csv"])

@@ -33,7 +33,7 @@ def test_nothing_before_a_window_has_closed() -> None:
     assert profile.snapshot(109.9) is None
 
 
-def test_a_window_has_all_its_requests_when_they_fit() -> None:
+def test_a_window_keeps_all_requests_up_to_its_capacity() -> None:
     profile = make_profile()
     fill(profile, [101.0, 103.0, 105.0, 107.0])
     snapshot = profile.snapshot(110.0)
@@ -49,7 +49,7 @@ def test_a_window_has_all_its_requests_when_they_fit() -> None:
     assert snapshot.slo_class == (0, 0, 0, 0)
 
 
-def test_a_quiet_window_waits_for_enough_requests_and_knows_how_long_it_was() -> None:
+def test_a_window_with_few_requests_lasts_longer() -> None:
     profile = make_profile()
     fill(profile, [101.0, 130.0, 160.0])
     assert profile.snapshot(190.0) is None
@@ -70,7 +70,7 @@ def test_refused_requests_count_as_arrivals() -> None:
     assert (snapshot.arrivals, snapshot.finished) == (10, 4)
 
 
-def test_windows_share_nothing() -> None:
+def test_windows_do_not_overlap() -> None:
     profile = make_profile()
     fill(profile, [101.0, 102.0, 103.0, 104.0])
     fill(profile, [111.0, 112.0, 113.0])
@@ -84,7 +84,7 @@ def test_windows_share_nothing() -> None:
     assert second.prompt_tokens == (1, 2, 3, 1)
 
 
-def test_bursts_show_in_the_coefficient_of_variation() -> None:
+def test_bursts_raise_the_coefficient_of_variation() -> None:
     profile = make_profile(window_s=1000.0)
     fill(profile, [100.0 + 100 * burst + 0.001 * i for burst in range(10) for i in range(10)])
     snapshot = profile.snapshot(1200.0)

@@ -1,4 +1,4 @@
-"""Watching a plan: windows in, proposals out, with a planner that is only an object or a small process."""
+"""The replanner with a fake planner, and the planner process with small scripts."""
 
 import asyncio
 import contextlib
@@ -68,7 +68,7 @@ class FakePlanner:
 
 
 class Watch:
-    """A replanner and all it talks to."""
+    """A replanner with its fakes."""
 
     def __init__(self, folder: Path) -> None:
         self.clock = ManualClock()
@@ -120,7 +120,7 @@ def watch(tmp_path: Path) -> Watch:
     return Watch(tmp_path)
 
 
-async def test_a_window_is_judged_once_however_often_one_looks(watch: Watch) -> None:
+async def test_a_window_is_evaluated_once(watch: Watch) -> None:
     await watch.see(900)
     for _ in range(10):
         await watch.replanner.poll()
@@ -145,7 +145,7 @@ async def test_a_better_plan_is_proposed_and_published(watch: Watch, tmp_path: P
     assert {path.name for path in folder.iterdir()} == {"slo.yaml", "workload.csv", "running_plan.yaml"}
 
 
-async def test_a_proposal_goes_with_the_drift(watch: Watch) -> None:
+async def test_a_proposal_is_withdrawn_when_the_drift_ends(watch: Watch) -> None:
     watch.planner.results = [RESULT]
     await watch.see(900, windows=3)
     await watch.until(lambda: watch.state is DriftState.PROPOSED)
@@ -157,7 +157,7 @@ async def test_a_proposal_goes_with_the_drift(watch: Watch) -> None:
 
 
 @pytest.mark.parametrize("gain", [0.02, -0.5])
-async def test_a_small_gain_is_told_and_not_proposed(watch: Watch, gain: float) -> None:
+async def test_a_small_gain_is_reported_and_not_proposed(watch: Watch, gain: float) -> None:
     watch.planner.results = [replace(RESULT, gain=gain)]
     await watch.see(900, windows=3)
     await watch.until(lambda: watch.state is DriftState.COOLING)
@@ -165,27 +165,27 @@ async def test_a_small_gain_is_told_and_not_proposed(watch: Watch, gain: float) 
     assert "gains only" in watch.replanner.status.note
 
 
-async def test_targets_regained_are_worth_a_small_gain(watch: Watch) -> None:
+async def test_a_plan_that_regains_targets_is_proposed_for_a_small_gain(watch: Watch) -> None:
     watch.planner.results = [replace(RESULT, gain=0.02, regains=True)]
     await watch.see(900, windows=3)
     await watch.until(lambda: watch.state is DriftState.PROPOSED)
 
 
-async def test_a_planner_that_fails_is_told_of_and_serving_goes_on(watch: Watch) -> None:
+async def test_a_failed_planner_is_reported(watch: Watch) -> None:
     watch.planner.results = [UnavailableError("the planner ended with status 1")]
     await watch.see(900, windows=3)
     await watch.until(lambda: watch.state is DriftState.COOLING)
     assert "status 1" in watch.replanner.status.note
 
 
-async def test_a_folder_that_cannot_be_made_is_a_failure_like_any(watch: Watch, tmp_path: Path) -> None:
+async def test_a_folder_that_cannot_be_written_is_reported(watch: Watch, tmp_path: Path) -> None:
     (tmp_path / "replan-1").write_text("in the way")
     await watch.see(900, windows=3)
     await watch.until(lambda: watch.state is DriftState.COOLING)
     assert "cannot be written" in watch.replanner.status.note
 
 
-async def test_a_router_that_is_away_is_asked_again(watch: Watch) -> None:
+async def test_an_unreachable_router_is_polled_again(watch: Watch) -> None:
     watch.router_is_down = True
     await watch.see(900)
     assert watch.published == []
@@ -216,7 +216,7 @@ def script(folder: Path, code: str) -> RunPlanner:
 
 @asynccontextmanager
 async def waiting_process(folder: Path) -> AsyncIterator[tuple["asyncio.Task[ReplanResult]", list[psutil.Process]]]:
-    """A planner that has started a process of its own and will never end; with both processes."""
+    """A planner that starts a child process and never ends; with both processes."""
     code = (
         "import subprocess\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -258,7 +258,7 @@ async def test_no_result_is_an_error(tmp_path: Path, left: str | None) -> None:
         await script(tmp_path, "")(tmp_path)
 
 
-async def test_a_cancelled_planner_and_what_it_started_are_gone(tmp_path: Path) -> None:
+async def test_cancellation_ends_the_planner_and_its_children(tmp_path: Path) -> None:
     async with waiting_process(tmp_path) as (task, processes):
         assert all(process.is_running() for process in processes)
         task.cancel()

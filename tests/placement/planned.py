@@ -1,4 +1,4 @@
-"""A planner's answer, made by hand, and a run, for what shows or serves them."""
+"""A plan with evidence and a run, for tests of reports and serving."""
 
 import math
 from collections.abc import Sequence

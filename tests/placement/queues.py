@@ -1,4 +1,4 @@
-"""Queues that have a closed form, as simulations that take no time: what evaluations are checked against."""
+"""Queues with a known solution in the form of simulations."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from tandem.placement.workload.requests import Floats, RequestStream
 def result_of(
     requests: RequestStream, first_token_s: Floats, finished_s: Floats, end_s: float | None = None
 ) -> SimulationResult:
-    """A run that knows of three stages. NaN: it did not happen. With `end_s` it was stopped then."""
+    """A run with three stages; NaN if a stage was not reached. With `end_s` the run was stopped at that time."""
     stamps = np.full((len(requests), len(STAGES)), np.nan)
     stamps[:, STAGES.index(Stage.RECEIVED)] = requests.arrival_s
     stamps[:, STAGES.index(Stage.FIRST_TOKEN)] = first_token_s

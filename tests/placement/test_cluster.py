@@ -1,4 +1,4 @@
-"""Machines from an SLO file's cluster section, and whose costs count on them."""
+"""Clusters from an SLO file's cluster section, and their cost sources."""
 
 import math
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_links_and_prices_of_the_file_replace_the_catalogues() -> None:
     assert own.devices[H100].flops == catalogue.flops
 
 
-def test_a_price_is_known_only_if_all_are() -> None:
+def test_a_price_needs_the_prices_of_all_devices() -> None:
     some = cluster({"device": H100}, {"device": "cpu", "devices": 1, "nic_gbits_per_s": 1})
     assert some.price_per_hour({"cpu": 1, H100: 1}) is None
     assert some.price_per_hour({"cpu": 0, H100: 2}) == pytest.approx(
@@ -99,7 +99,7 @@ def test_a_price_is_known_only_if_all_are() -> None:
     )
 
 
-def test_slow_links_are_seen() -> None:
+def test_slow_links_are_detected() -> None:
     assert not cluster({"device": H100, "nic_gbits_per_s": 1}).has_slow_links  # one node has nobody to reach
     assert cluster({"device": A100, "count": 4, "nic_gbits_per_s": 3}).has_slow_links
     device = cluster({"device": A100}).devices[A100]
@@ -119,7 +119,7 @@ def test_slow_links_are_seen() -> None:
         ([{"device": "cpu", "calibration": "/none.yaml"}], "/none.yaml does not exist"),
     ],
 )
-def test_what_cannot_be_is_told(nodes: list[dict[str, Any]], sentence: str) -> None:
+def test_impossible_clusters_are_refused(nodes: list[dict[str, Any]], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         cluster(*nodes)
 
@@ -160,7 +160,7 @@ def test_the_calibration_of_another_model_is_refused(tmp_path: Path, tiny: Model
         cost_source_of(slo_file("tiny", {"device": "cpu", "calibration": str(path)}), tiny)
 
 
-def test_kv_memory_is_that_of_the_file(tiny: ModelShape) -> None:
+def test_kv_memory_comes_from_the_file(tiny: ModelShape) -> None:
     pool = cost_source_of(slo_file("tiny", {"device": "cpu"}, kv_memory="64MiB"), tiny)
     assert pool.kv_tokens("cpu", ONE) == (64 << 20) // tiny.kv_bytes_per_token
     too_big = cost_source_of(slo_file("x", {"device": H100}, kv_memory="1GiB"), model_shape("Llama-3.1-70B"))

@@ -22,7 +22,7 @@ def slo_file(**changed: object) -> SloFile:
     return SloFile.model_validate({**asked, **changed})
 
 
-def test_a_plan_says_what_to_expect_and_why() -> None:
+def test_a_plan_has_predictions_and_evidence() -> None:
     told: list[float] = []
     planned = plan(
         slo_file(), progress=lambda share, _: told.append(share), workers=1, source=DistServeSource("OPT-13B")
@@ -48,14 +48,14 @@ def test_a_plan_says_what_to_expect_and_why() -> None:
     assert Plan.model_validate(answer.model_dump()) == answer
 
 
-def test_targets_out_of_reach_are_named_with_the_nearest_in_reach() -> None:
+def test_infeasible_targets_are_reported_with_the_nearest_feasible_ones() -> None:
     asked = slo_file(slo=(SloClass(ttft_s=0.01, tpot_s=0.1),))
     answer = plan(asked, workers=1, source=DistServeSource("OPT-13B"))
     assert answer.plan.verdict == "infeasible"
     assert "the nearest feasible targets are" in answer.evidence.nearest
 
 
-def test_a_model_that_fits_nowhere_has_a_plan_without_groups() -> None:
+def test_a_model_that_does_not_fit_has_a_plan_without_groups() -> None:
     asked = slo_file(model="OPT-66B")
     answer = plan(asked, workers=1, source=DistServeSource("OPT-66B"))
     assert answer.plan.verdict == "infeasible"

@@ -1,4 +1,4 @@
-"""The report's page says everything it should, is whole in itself, and is well-formed."""
+"""The reports are complete, self-contained and well-formed."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ UNDRAWN: dict[str, Any] = dict.fromkeys(("candidates", "attainments", "latencies
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    """Of a plan for two classes."""
+    """The report of a plan for two classes."""
     return report_html(planned(classes=(CHAT, BATCH)))
 
 
@@ -35,7 +35,7 @@ def _text(page: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", page))
 
 
-def test_the_page_of_a_plan_answers_every_question(page: str) -> None:
+def test_the_report_of_a_plan_has_all_sections(page: str) -> None:
     for section in (
         "plan",
         "candidates",
@@ -61,7 +61,7 @@ def test_the_page_of_a_plan_answers_every_question(page: str) -> None:
     assert "seed 7" in text
 
 
-def test_every_plot_is_well_formed_and_has_words_for_those_who_do_not_see_it(page: str) -> None:
+def test_every_plot_is_well_formed_and_has_a_text_for_screen_readers(page: str) -> None:
     svgs = _svgs(page)
     names = {svg.attrib["aria-labelledby"].split("-title")[0] for svg in svgs}
     assert names == {
@@ -87,7 +87,7 @@ def test_the_page_loads_nothing_and_is_small(page: str) -> None:
     assert len(page.encode()) < 1_500_000
 
 
-def test_the_same_answer_gives_the_same_bytes(page: str, tmp_path: Path) -> None:
+def test_the_same_plan_gives_the_same_bytes(page: str, tmp_path: Path) -> None:
     write_report(planned(classes=(CHAT, BATCH)), tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == page.encode()
 
@@ -107,7 +107,7 @@ def test_colours_of_plots_follow_the_reader_s_scheme(page: str) -> None:
     assert not any(re.search(r"#[0-9a-f]{6}", style) for style in styles)
 
 
-def test_the_picture_shows_who_stands_where_and_what_is_free() -> None:
+def test_the_device_map_shows_instances_and_free_devices() -> None:
     page = report_html(planned(**UNDRAWN))
     cells = re.findall(r'class="cell (\w+)" title="([^"]*)"', page)
     assert cells == [
@@ -120,7 +120,7 @@ def test_the_picture_shows_who_stands_where_and_what_is_free() -> None:
     ]
 
 
-def test_of_many_nodes_only_those_in_use_are_drawn() -> None:
+def test_of_many_nodes_only_used_nodes_are_drawn() -> None:
     nodes = tuple(NodeSummary(str(index), "H100", 8) for index in range(50))
     page = report_html(planned(nodes=nodes, **UNDRAWN))
     assert page.count('class="node"') == 2
@@ -136,13 +136,13 @@ def test_instances_without_devices_are_drawn_beside_the_nodes() -> None:
     ] + ["decode"]
 
 
-def test_an_infeasible_question_says_how_near_one_comes() -> None:
+def test_an_infeasible_plan_names_the_nearest_feasible_targets() -> None:
     page = _text(report_html(planned("infeasible", **UNDRAWN)))
     assert "The best plan reaches 90 % at TTFT 0.9 s." in page
     assert headline(planned("infeasible")) == "Infeasible: the best plan reaches 90 % at TTFT 0.9 s."
 
 
-def test_an_answer_without_figures_still_gives_a_page() -> None:
+def test_a_plan_without_predictions_has_a_report() -> None:
     whole = planned("infeasible", **UNDRAWN)
     bare = dataclasses.replace(whole, plan=whole.plan.model_copy(update={"expected": None}))
     page = report_html(bare)
@@ -161,7 +161,7 @@ def test_the_page_of_a_simulation() -> None:
     assert names == {"ttft", "tpot", "parts", "rates", "in-system", "bounds", "prompt-lengths", "output-lengths"}
 
 
-def test_the_page_of_a_live_run_leaves_out_what_only_a_server_sees() -> None:
+def test_the_report_of_a_live_run_has_no_server_timelines() -> None:
     slow = SloClass(name="strict", ttft_s=0.1, tpot_s=0.1)
     page = simulation_report_html(finished_run(inside=False), (slow,), DESCRIPTION)
     assert "Targets missed" in page
@@ -185,12 +185,12 @@ def test_times_have_the_unit_that_fits(time_s: float, text: str) -> None:
     assert seconds(time_s) == text
 
 
-def test_a_start_up_that_is_over_before_queues_grow_limits_nothing() -> None:
+def test_a_very_large_transient_goodput_is_shown_as_no_limit() -> None:
     endless = planned(error=ErrorBudget(0.08, transient_goodput=1e10), **UNDRAWN)
     assert "goodput would be: no limit." in _text(report_html(endless))
 
 
-def test_a_share_is_whole_only_when_it_is() -> None:
+def test_only_a_share_of_one_is_100_percent() -> None:
     assert percent(1.0) == "100 %"
     assert percent(0.99999) == ">99.9 %"
     assert percent(0.9213) == "92.1 %"

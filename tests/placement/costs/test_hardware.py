@@ -8,7 +8,7 @@ from tandem.placement.costs.efficiency import efficiency
 from tandem.placement.costs.hardware import device, devices
 
 
-def test_every_entry_is_complete_and_says_where_it_comes_from() -> None:
+def test_every_entry_is_complete_and_names_its_source() -> None:
     sources = read_yaml("hardware.yaml")["devices"]
     assert len(devices()) == 14
     for name, entry in devices().items():
@@ -45,7 +45,7 @@ def test_without_nvlink_peers_are_reached_over_pcie() -> None:
     assert device("H100-80GB-SXM5").peer_bytes_per_s == 450e9
 
 
-def test_names_are_found_in_any_case_and_mistakes_are_answered_with_the_nearest() -> None:
+def test_names_ignore_case_and_unknown_names_get_suggestions() -> None:
     assert device("cpu").family == "cpu"
     assert device("rtx4090") is devices()["RTX4090"]
     with pytest.raises(ConfigError, match="did you mean H100-80GB-SXM5"):

@@ -1,4 +1,4 @@
-"""Published models: their sizes are those that their authors give."""
+"""Published models have the sizes that their authors give."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_all_models_are_tested() -> None:
     assert [name for name, *_ in _PUBLISHED] == list(published_models())
 
 
-def test_unknown_names_are_answered_with_the_nearest() -> None:
+def test_unknown_names_get_suggestions() -> None:
     assert model_shape("opt-13b") is published_models()["OPT-13B"]
     with pytest.raises(ConfigError, match=r"did you mean Llama-3\.1-8B or Llama-3\.1-70B or Llama-3\.1-405B"):
         model_shape("Llama-3.1")

@@ -1,4 +1,4 @@
-"""Operators: monotone in what they do, and the effects that their forms are there for."""
+"""Operators: monotone, and with the effects that their formulas model."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def _mixed_s(
     sizes=st.tuples(st.integers(1, 4096), _counts, st.integers(0, 512), _counts),
     more=st.tuples(st.integers(0, 4096), _counts, st.integers(0, 512), _counts),
 )
-def test_a_mixed_kernel_never_takes_less_for_more(
+def test_the_time_of_a_mixed_kernel_is_monotone_in_its_load(
     family: str, sizes: tuple[int, int, int, int], more: tuple[int, int, int, int]
 ) -> None:
     names = ("chunk", "history", "sequences", "kv_tokens")
@@ -84,7 +84,9 @@ def test_many_long_sequences_read_their_kv_once_for_each_query_head() -> None:
 
 
 @given(num_bytes=st.floats(1, 1e9), more_bytes=st.floats(0, 1e9), family=st.sampled_from(("hopper", "ada-rtx", "cpu")))
-def test_element_wise_kernels_never_take_less_for_more(num_bytes: float, more_bytes: float, family: str) -> None:
+def test_the_time_of_element_wise_kernels_is_monotone_in_bytes(
+    num_bytes: float, more_bytes: float, family: str
+) -> None:
     fit = efficiency(family).elementwise
     assert elementwise_s(num_bytes + more_bytes, _RTX, fit) >= elementwise_s(num_bytes, _RTX, fit) > fit.latency_s
 
@@ -98,14 +100,14 @@ def test_element_wise_kernels_slow_down_beyond_the_cache() -> None:
     assert elementwise_s(twice, _RTX, fit) == pytest.approx(2 * elementwise_s(fits, _RTX, fit) + beyond_s)
 
 
-def test_each_sequence_and_head_takes_a_core_some_time_however_short() -> None:
+def test_each_sequence_and_head_has_a_minimum_time() -> None:
     fit = efficiency("hopper").latent_prefill
     h100 = devices()["H100-80GB-SXM5"]
     one_s, many_s = (prefill_attention_s(8256, 1e6, sequences, 16, 160, h100, fit) for sequences in (1, 129))
     assert many_s - one_s == pytest.approx(128 * 16 * fit.head_s / h100.num_cores)
 
 
-def test_queries_that_share_a_latent_are_taken_one_by_one() -> None:
+def test_query_heads_that_share_a_latent_are_processed_one_after_the_other() -> None:
     fit = efficiency("hopper").latent_decode
     h100 = devices()["H100-80GB-SXM5"]
     (few_s, few_slope_s), (many_s, many_slope_s) = (

@@ -109,7 +109,7 @@ def test_a_faster_device_is_never_slower(
     sequences=st.integers(1, 500),
     kv_tokens=st.integers(1, 1_000_000),
 )
-def test_the_line_is_the_step(
+def test_decode_coefficients_equal_the_step(
     model: str, device: str, shape: ParallelShape, engine: str, sequences: int, kv_tokens: int
 ) -> None:
     cost = _cost(model, device, shape, engine)
@@ -135,7 +135,7 @@ def test_terms_are_finite_and_the_interval_is_the_total_without_a_pipeline(
     assert (step.collective_s > 0) == (shape.tp > 1 and load.tokens > 0)
 
 
-def test_every_model_has_a_price_on_every_device() -> None:
+def test_every_model_has_a_cost_on_every_device() -> None:
     for model in published_models().values():
         source = RooflineSource(model, devices())
         for name in devices():
@@ -160,7 +160,7 @@ def test_pipelined_decode_is_a_round_of_micro_batches() -> None:
     assert four.kv_read_s == pytest.approx(one.kv_read_s)
 
 
-def test_stages_on_another_node_hand_over_through_the_nic() -> None:
+def test_stages_on_different_nodes_communicate_through_the_nic() -> None:
     model = published_models()["Llama-3.1-70B"]
     whole, split = (
         RooflineSource(model, devices(), devices_per_node={_H100: size}).cost_model(_H100, ParallelShape(4, 2))
@@ -178,7 +178,7 @@ def test_stages_on_another_node_hand_over_through_the_nic() -> None:
     assert no_network.cost_model("RTX4090", ParallelShape(4, 2)) is None
 
 
-def test_what_is_no_shape_of_the_model_or_no_device_has_no_cost() -> None:
+def test_illegal_shapes_and_unknown_devices_have_no_cost() -> None:
     source = RooflineSource(published_models()["Llama-3.1-8B"], {_H100: devices()[_H100]})
     assert source.cost_model(_H100, ParallelShape(3)) is None
     assert source.cost_model("L4", ParallelShape()) is None
@@ -188,7 +188,7 @@ def test_what_is_no_shape_of_the_model_or_no_device_has_no_cost() -> None:
         RooflineSource(published_models()["Llama-3.1-8B"], devices(), engine="vlm")
 
 
-def test_kv_fills_what_weights_leave() -> None:
+def test_kv_fills_the_memory_that_weights_leave() -> None:
     source = RooflineSource(published_models()["Llama-3.1-8B"], devices())
     as_vllm = RooflineSource(published_models()["Llama-3.1-8B"], devices(), batch_tokens=2048, max_batch=256)
     assert as_vllm.kv_tokens("RTX4090", ParallelShape()) == pytest.approx(41_408, rel=0.08)  # vLLM 0.19 reported
@@ -208,7 +208,7 @@ def test_prompts_beside_decoding_slow_its_attention_down() -> None:
     assert beside.attention_s == cost.step(StepLoad.of_prompts(512)).attention_s
 
 
-def test_two_kernels_take_no_longer_beside_each_other() -> None:
+def test_two_kernels_do_not_slow_each_other_down() -> None:
     cost = _cost("Llama-3.1-8B", _H100, ParallelShape(), "none")
     assert cost.step(_load([512], 16, 64_000)).kv_read_s == cost.step(StepLoad.of_decode(16, 64_000)).kv_read_s
 

@@ -1,4 +1,4 @@
-"""Evaluation and goodput, against queues whose answer is known."""
+"""Evaluation and goodput, compared with queues that have a known solution."""
 
 import math
 
@@ -74,7 +74,7 @@ def test_the_interval_holds_the_truth_most_of_the_time(load: float) -> None:
     assert held > narrow  # correlation is what the wider one is for
 
 
-def test_a_queue_that_grows_is_called_unstable_and_a_busy_one_is_not() -> None:
+def test_a_growing_queue_is_unstable_and_a_busy_queue_is_not() -> None:
     verdicts = [evaluate(SERVER(poisson(rate=1.2 / SERVICE_S, seed=seed)), (CHAT,)).stable for seed in range(20)]
     assert not any(verdicts)
     verdicts = [evaluate(SERVER(poisson(rate=0.75 / SERVICE_S, seed=seed)), (CHAT,)).stable for seed in range(20)]
@@ -103,7 +103,7 @@ def test_a_looser_slo_never_turns_a_run_that_meets_into_one_that_does_not(
     assert evaluate(result, (loose,)).meets or not evaluate(result, (tight,)).meets
 
 
-def test_one_latency_does_not_hide_that_the_other_grows() -> None:
+def test_growth_of_one_latency_is_detected_beside_the_other() -> None:
     requests = RequestStream.make(np.arange(1000.0), np.full(1000, 10), np.full(1000, 11))
     noise = 0.02 * np.random.default_rng(0).random(1000)
     result = result_of(
@@ -115,7 +115,7 @@ def test_one_latency_does_not_hide_that_the_other_grows() -> None:
         assert not evaluate(result, (SloClass(ttft_s=1, tpot_s=tpot_s),)).stable
 
 
-def test_the_start_that_is_not_like_the_rest_is_left_out() -> None:
+def test_the_warm_up_is_left_out() -> None:
     requests = RequestStream.make(np.arange(1000.0), np.full(1000, 10), np.full(1000, 1))
     slow_start = np.where(np.arange(1000) < 100, 3.0, 0.5) + np.random.default_rng(0).random(1000) * 0.1
     result = result_of(requests, requests.arrival_s + slow_start, requests.arrival_s + slow_start)
@@ -126,7 +126,7 @@ def test_the_start_that_is_not_like_the_rest_is_left_out() -> None:
     assert evaluate(result, (slo,), transient=True).classes[0].attainment == 0.9
 
 
-def test_the_warm_up_lasts_at_least_until_the_first_answers_could_be_done() -> None:
+def test_the_warm_up_lasts_at_least_one_time_in_the_system() -> None:
     requests = RequestStream.make(np.arange(1000.0), np.full(1000, 10), np.full(1000, 101))
     result = result_of(requests, requests.arrival_s + 0.1, requests.arrival_s + 100.1)
     evaluation = evaluate(result, (SloClass(ttft_s=1, tpot_s=2),))
@@ -136,7 +136,7 @@ def test_the_warm_up_lasts_at_least_until_the_first_answers_could_be_done() -> N
     assert not short.long_enough
 
 
-def test_lost_requests_miss_and_answers_of_one_token_have_no_tpot() -> None:
+def test_lost_requests_miss_and_responses_of_one_token_have_no_tpot() -> None:
     requests = RequestStream.make(np.arange(4.0), np.full(4, 10), np.array([1, 11, 11, 11]))
     first_s = requests.arrival_s + np.array([0.5, 0.5, 2.0, np.nan])
     finished_s = first_s + np.array([0.0, 1.0, 1.0, np.nan])
@@ -148,7 +148,7 @@ def test_lost_requests_miss_and_answers_of_one_token_have_no_tpot() -> None:
     assert only.tpot_s.p50 == pytest.approx(0.1)
 
 
-def test_of_a_run_that_was_stopped_only_those_count_who_had_time() -> None:
+def test_in_a_stopped_run_only_requests_past_their_deadline_count() -> None:
     requests = RequestStream.make(np.arange(100.0), np.full(100, 10), np.full(100, 11))
     slow_s = np.where(np.arange(100) % 2 == 0, 1.0, 8.0)  # every other one is late
     result = result_of(requests, requests.arrival_s + 0.1, requests.arrival_s + slow_s, end_s=50.0)
@@ -157,7 +157,7 @@ def test_of_a_run_that_was_stopped_only_those_count_who_had_time() -> None:
     assert only.attainment == 0.5  # those that finish in time do not push out those that do not
 
 
-def test_every_class_has_to_keep_its_own() -> None:
+def test_every_class_must_meet_its_own_attainment() -> None:
     easy = SloClass(name="easy", ttft_s=100, tpot_s=1)
     hard = SloClass(name="hard", ttft_s=SERVICE_S * 1.5, tpot_s=1)
     result = SERVER(poisson(slo=(easy, hard), rate=0.6 / SERVICE_S))
@@ -191,7 +191,7 @@ def test_goodput_is_that_of_the_queue(guess: float) -> None:
     assert max(meeting) == pytest.approx(goodput), "no tested rate above it meets the targets"
 
 
-def test_a_short_run_from_an_empty_start_promises_what_cannot_last() -> None:
+def test_a_short_transient_run_overestimates_goodput() -> None:
     patient = (SloClass(ttft_s=40 * SERVICE_S, tpot_s=1),)
     transient = find_goodput(SERVER, poisson(300), patient, guess=5, transient=True)
     assert transient > 1.05 / SERVICE_S  # more than the server can do
@@ -210,7 +210,7 @@ def test_it_takes_few_runs() -> None:
 
 @given(load=st.floats(0.3, 2.0), ttft_s=st.floats(0.15, 5.0), attainment=st.floats(0.5, 1.0), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_giving_up_early_never_changes_the_result(load: float, ttft_s: float, attainment: float, seed: int) -> None:
+def test_an_early_stop_never_changes_the_result(load: float, ttft_s: float, attainment: float, seed: int) -> None:
     slo = (SloClass(ttft_s=ttft_s, tpot_s=1, attainment=attainment),)
     requests = poisson(500, rate=load / SERVICE_S, seed=seed)
     stopped = SERVER(requests, stop_when_lost(requests, slo))
@@ -218,7 +218,7 @@ def test_giving_up_early_never_changes_the_result(load: float, ttft_s: float, at
         assert not evaluate(SERVER(requests), slo, transient=True).meets
 
 
-def test_a_lost_run_is_given_up() -> None:
+def test_a_lost_run_is_stopped() -> None:
     requests = poisson(rate=2 / SERVICE_S)
     stopped = SERVER(requests, stop_when_lost(requests, (CHAT,)))
     assert stopped.stopped_early
@@ -247,7 +247,7 @@ def test_an_interval_holds_its_share_and_stays_within_bounds(seed: int, share: f
     assert low < high
 
 
-def test_correlated_requests_say_less() -> None:
+def test_correlated_requests_widen_the_interval() -> None:
     rng = np.random.default_rng(0)
     independent = rng.random(4000) < 0.9
     in_runs = np.repeat(rng.random(100) < 0.9, 40)
@@ -256,7 +256,7 @@ def test_correlated_requests_say_less() -> None:
     assert share_interval(np.array([], dtype=bool), np.array([])) == (0.0, 1.0)
 
 
-def test_all_hits_still_leave_a_doubt_that_more_requests_lessen() -> None:
+def test_the_interval_of_all_hits_narrows_with_more_requests() -> None:
     use = np.random.default_rng(0).random(1000)
     low, high = share_interval(np.ones(1000, dtype=bool), use)
     assert high == 1.0
@@ -264,7 +264,7 @@ def test_all_hits_still_leave_a_doubt_that_more_requests_lessen() -> None:
     assert share_interval(np.ones(100, dtype=bool), use[:100])[0] < low
 
 
-def test_growth_is_told_from_noise() -> None:
+def test_growth_is_distinguished_from_noise() -> None:
     noise = np.random.default_rng(0).random(1000)
     assert not is_drifting(noise)
     assert is_drifting(noise + np.linspace(0, 2, 1000))

@@ -1,4 +1,4 @@
-"""The states of drift detection, and above all that they do not oscillate."""
+"""The states of drift detection: they follow lasting changes and do not oscillate."""
 
 import itertools
 
@@ -31,7 +31,7 @@ PLANNED, OTHER, THIRD = of_length(100), of_length(900), of_length(5000)
 
 
 class Run:
-    """A detector whose planner answers at once with `gain`."""
+    """A detector with a planner that returns `gain` at once."""
 
     def __init__(self, gain: float | None = 0.5) -> None:
         self.detector = DriftDetector(PLANNED, DriftThresholds(), POLICY)
@@ -55,13 +55,13 @@ class Run:
         return self.detector.state
 
 
-def test_the_plans_own_requests_change_nothing() -> None:
+def test_the_planned_workload_is_stable() -> None:
     run = Run()
     assert run.see(*[PLANNED] * 50) is DriftState.STABLE
     assert run.replanned_s == []
 
 
-def test_drift_that_lasts_is_answered_once() -> None:
+def test_lasting_drift_causes_one_proposal() -> None:
     run = Run()
     assert run.see(OTHER) is DriftState.SUSPECT
     assert run.see(OTHER) is DriftState.SUSPECT
@@ -77,7 +77,7 @@ def test_one_ordinary_window_ends_the_suspicion() -> None:
     assert run.replanned_s == []
 
 
-def test_between_the_two_thresholds_things_stay_as_they_are() -> None:
+def test_between_both_thresholds_the_state_does_not_change() -> None:
     below, above = mixed(0.20), mixed(0.26)  # strengths 0.8 and 1.04; it ends below 0.7
     run = Run()
     assert run.see(*[below] * 10) is DriftState.STABLE
@@ -86,7 +86,7 @@ def test_between_the_two_thresholds_things_stay_as_they_are() -> None:
     assert run.see(*[below] * 10) is DriftState.PROPOSED
 
 
-def test_a_proposal_is_withdrawn_when_the_drift_is_gone_for_good() -> None:
+def test_a_proposal_is_withdrawn_after_several_windows_without_drift() -> None:
     run = Run()
     run.see(*[OTHER] * 3)
     assert run.see(*[PLANNED] * 5, OTHER, *[PLANNED] * 5) is DriftState.PROPOSED
@@ -94,7 +94,7 @@ def test_a_proposal_is_withdrawn_when_the_drift_is_gone_for_good() -> None:
     assert run.withdrawn_s == [run.now_s]
 
 
-def test_a_proposal_for_requests_that_come_no_more_is_withdrawn_and_a_new_one_made() -> None:
+def test_a_third_workload_replaces_the_proposal() -> None:
     run = Run()
     run.see(*[OTHER] * 3, *[THIRD] * 6)
     assert run.detector.state is DriftState.COOLING
@@ -102,7 +102,7 @@ def test_a_proposal_for_requests_that_come_no_more_is_withdrawn_and_a_new_one_ma
     assert len(run.proposed_s) == 2
 
 
-def test_too_small_a_gain_is_not_proposed_and_not_asked_for_again() -> None:
+def test_a_small_gain_is_not_proposed_and_not_planned_for_again() -> None:
     run = Run(gain=0.09)
     run.see(*[OTHER] * 500)
     assert run.detector.state is DriftState.STABLE
@@ -112,7 +112,7 @@ def test_too_small_a_gain_is_not_proposed_and_not_asked_for_again() -> None:
     assert run.see(*[THIRD] * 6) is DriftState.PROPOSED, "other requests are another question"
 
 
-def test_a_planner_that_fails_is_asked_again_ever_more_rarely() -> None:
+def test_a_failing_planner_is_retried_with_backoff() -> None:
     run = Run(gain=None)
     run.see(*[OTHER] * 1000)
     pauses_s = np.diff(run.replanned_s)
@@ -130,15 +130,15 @@ def test_fast_alternation_brings_no_proposal() -> None:
         assert run.replanned_s == []
 
 
-def test_a_mixture_keeps_its_proposal_when_its_parts_come_in_turns() -> None:
+def test_a_proposal_for_a_mixture_stays_when_its_parts_alternate() -> None:
     run = Run()
     run.see(*[mixed(0.5)] * 3)
     assert run.see(*[mixed(0.1), mixed(0.9)] * 50) is DriftState.PROPOSED
     assert run.see(*[mixed(0.0)] * 12) is DriftState.COOLING
 
 
-def test_changes_that_undo_each_other_are_none() -> None:
-    """Neither kind is what was planned for, but the plan was made for both."""
+def test_alternation_around_the_planned_mixture_is_no_drift() -> None:
+    """Neither workload is the planned one, but the plan is for their mixture."""
     run = Run()
     run.detector = DriftDetector(mixed(0.5), DriftThresholds(), POLICY)
     assert run.see(*[mixed(0.2), mixed(0.8)] * 50) is DriftState.SUSPECT
@@ -161,7 +161,7 @@ def test_alternation_as_fast_as_confirmation_brings_one(windows_each: int) -> No
 
 
 @pytest.mark.parametrize("windows_each", [6, 8, 12, 16, 20])
-def test_alternation_of_up_to_100_minutes_is_soon_given_up(windows_each: int) -> None:
+def test_alternation_of_up_to_100_minutes_causes_few_proposals(windows_each: int) -> None:
     run = Run()
     for _ in range(60):
         run.see(*[OTHER] * windows_each, *[PLANNED] * windows_each)
@@ -170,7 +170,7 @@ def test_alternation_of_up_to_100_minutes_is_soon_given_up(windows_each: int) ->
 
 
 def test_slow_alternation_is_followed() -> None:
-    """Eight hours each: every change is answered within the time that confirming takes."""
+    """Eight hours each: every change causes a proposal as soon as it is confirmed."""
     run = Run()
     windows = round(8 * 3600 / WINDOW_S)
     for phase in range(10):
@@ -186,7 +186,7 @@ def test_slow_alternation_is_followed() -> None:
     windows=st.lists(st.sampled_from([PLANNED, OTHER, THIRD, mixed(0.2), mixed(0.5)]), max_size=300),
     gains=st.lists(st.sampled_from([None, 0.0, 0.05, 0.1, 0.5]), min_size=1, max_size=20),
 )
-def test_whatever_comes_planning_is_rare_and_every_proposal_is_worth_it(
+def test_for_any_workload_planning_is_rare_and_proposals_gain(
     windows: list[Workload], gains: list[float | None]
 ) -> None:
     run = Run()
@@ -216,6 +216,6 @@ def test_random_alternation_proposes_at_most_once_in_a_cool_down(is_other: list[
         assert pause_s >= POLICY.cool_down_s * backoff
 
 
-def test_an_answer_that_nobody_asked_for_is_our_mistake() -> None:
+def test_a_result_without_planning_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError):
         Run().detector.record_result(0.5, 0.0)

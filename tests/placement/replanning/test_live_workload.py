@@ -1,4 +1,4 @@
-"""The question that live requests put to the planner."""
+"""The planner's input for live requests."""
 
 from pathlib import Path
 
@@ -69,7 +69,9 @@ def test_the_trace_has_the_sampled_pairs_at_the_windows_own_arrivals(tmp_path: P
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("max", "max"), (3.0, 8.0)])
-def test_the_question_is_an_slo_file_with_the_live_requests(tmp_path: Path, asked: object, expected: object) -> None:
+def test_the_replan_input_is_an_slo_file_with_the_live_workload(
+    tmp_path: Path, asked: object, expected: object
+) -> None:
     slo_file = make_slo_file(asked)  # type: ignore[arg-type]
     write_replan_input(tmp_path / "q", PLAN, slo_file, make_snapshot())
     question = load_config(tmp_path / "q" / SLO_FILE_NAME, SloFile)
@@ -79,14 +81,14 @@ def test_the_question_is_an_slo_file_with_the_live_requests(tmp_path: Path, aske
     assert len(make_stream(question.workload, question.slo, count=500, rate=8.0, seed=0)) == 500
 
 
-def test_what_the_cache_had_is_a_common_prefix(tmp_path: Path) -> None:
+def test_cached_tokens_become_a_common_prefix(tmp_path: Path) -> None:
     write_replan_input(tmp_path / "q", PLAN, make_slo_file(), make_snapshot(cached_tokens=(0,) * 150 + (40, 60) * 25))
     prefix = load_config(tmp_path / "q" / SLO_FILE_NAME, SloFile).workload.prefix
     assert prefix is not None
     assert (prefix.share, prefix.tokens, prefix.groups) == (0.25, 50, 1)
 
 
-def test_classes_are_named_where_they_are_known(tmp_path: Path) -> None:
+def test_known_classes_are_written_by_name(tmp_path: Path) -> None:
     slo_file = make_slo_file(num_classes=2)
     write_replan_input(tmp_path / "q", PLAN, slo_file, make_snapshot(slo_class=(0, 1) * 100))
     question = load_config(tmp_path / "q" / SLO_FILE_NAME, SloFile)
@@ -94,12 +96,12 @@ def test_classes_are_named_where_they_are_known(tmp_path: Path) -> None:
     assert np.array_equal(stream.slo_class, (stream.prompt_tokens + 1) % 2)
 
 
-def test_a_window_in_which_nothing_came_is_a_very_slow_trace(tmp_path: Path) -> None:
+def test_a_window_without_arrivals_is_a_very_slow_trace(tmp_path: Path) -> None:
     write_replan_input(tmp_path / "q", PLAN, make_slo_file(), make_snapshot(arrivals=0, arrival_s=()))
     assert load_trace(tmp_path / "q" / "workload.csv").rate == pytest.approx(1 / 50.0)
 
 
-def test_a_plan_that_names_no_rate_cannot_be_compared() -> None:
+def test_a_plan_without_rate_cannot_be_compared() -> None:
     with pytest.raises(ConfigError, match="no rate"):
         planned_workload(PLAN, make_slo_file("max"))
     assert planned_workload(PLAN, make_slo_file(3.0)).rate == 3.0

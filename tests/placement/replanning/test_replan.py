@@ -1,4 +1,4 @@
-"""Planning again: the running plan's own forecast, and what another one gains over it."""
+"""Planning again: the forecast of the running plan, and the gain of a new plan."""
 
 import math
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def split(prefill: int, decode: int, goodput: float | None = None, cost_per_hour
 
 
 class Planner:
-    """Gives one plan, whatever is asked. The evidence is none of this test's business."""
+    """Returns the same plan for every SLO file, without evidence."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -74,7 +74,7 @@ def _simulated(plan: str, slo_file: str, rate: float) -> Forecast:
 
 
 def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
-    """The real one, of the same question once only: it is dozens of simulations."""
+    """The real function, cached: a call takes dozens of simulations."""
     bare = plan.model_copy(update={"expected": None})
     return _simulated(bare.model_dump_json(), slo_file.model_dump_json(), rate)
 
@@ -85,8 +85,8 @@ def replan_forecasts_once() -> Iterator[None]:
         yield
 
 
-def test_a_forecast_knows_what_prompts_need() -> None:
-    """Three prefill instances take more of long prompts with short answers than one does."""
+def test_a_forecast_depends_on_the_number_of_prefill_instances() -> None:
+    """Three prefill instances serve a higher rate of long prompts with short outputs than one does."""
     slo_file = make_slo_file()
     few, many = (forecast_of(split(prefill, 4 - prefill), slo_file, RATE) for prefill in (1, 3))
     assert 0 < few.goodput < 0.6 * many.goodput
@@ -102,7 +102,7 @@ def test_a_rate_beyond_goodput_is_not_met() -> None:
     assert beyond.goodput == pytest.approx(forecast.goodput, rel=0.1), "what a plan can take does not depend on it"
 
 
-def test_the_answer_compares_both_plans_by_one_measure() -> None:
+def test_both_plans_are_simulated_in_the_same_way() -> None:
     slo_file, running = make_slo_file(), split(1, 3)
     before, after = (forecast_of(split(prefill, 4 - prefill), slo_file, RATE) for prefill in (1, 3))
     planner = Planner(split(3, 1, goodput=1e6))
@@ -119,20 +119,20 @@ def test_the_same_plan_gains_nothing() -> None:
     assert (answer.gain, answer.changes) == (0.0, ())
 
 
-def test_targets_are_regained_where_only_the_new_plan_keeps_them() -> None:
+def test_targets_are_regained_if_only_the_new_plan_meets_them() -> None:
     slo_file, running = make_slo_file(), split(1, 3)
     rate = 1.5 * forecast_of(running, slo_file, RATE).goodput
     assert replan(running, slo_file, rate, Planner(split(3, 1))).regains
     assert not replan(running, slo_file, rate, Planner(split(1, 3))).regains
 
 
-def test_an_infeasible_answer_gains_nothing() -> None:
+def test_an_infeasible_plan_gains_nothing() -> None:
     infeasible = Plan(model="Llama-3.1-8B", verdict="infeasible", groups=())
     answer = replan(split(1, 3), make_slo_file(), RATE, Planner(infeasible))
     assert (answer.gain, answer.regains) == (0.0, False)
 
 
-def test_the_cheapest_plan_gains_money_while_the_running_one_would_do() -> None:
+def test_the_gain_is_in_cost_if_the_running_plan_meets_its_targets() -> None:
     slo_file = make_slo_file("cheapest")
     fine, lost, small = (
         Forecast(10.0, 0.99, meets=True),
@@ -146,10 +146,10 @@ def test_the_cheapest_plan_gains_money_while_the_running_one_would_do() -> None:
     assert in_devices == pytest.approx(4 / 3 - 1), "devices, without prices"
 
 
-def test_anything_is_infinitely_more_than_no_goodput() -> None:
+def test_the_gain_over_no_goodput_is_infinite() -> None:
     nothing, some = Forecast(0.0, 0.0, meets=False), Forecast(5.0, 1.0, meets=True)
     assert gain_of((split(1, 3), nothing), (split(3, 1), some), make_slo_file()) == math.inf
 
 
-def test_plans_that_differ_in_settings_only_change_no_instance() -> None:
+def test_plans_with_different_settings_change_no_instances() -> None:
     assert changes_between(split(1, 3), split(1, 3, goodput=9.0)) == ()

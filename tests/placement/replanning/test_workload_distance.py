@@ -1,4 +1,4 @@
-"""Differences between workloads: large and significant, or nothing."""
+"""Differences between workloads count if they are large and significant."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_ks_is_the_largest_distance_of_the_distribution_functions(first: list[in
     assert statistic == ks_statistic(sorted_array(second), sorted_array(first))
 
 
-def test_the_critical_value_keeps_its_promise() -> None:
+def test_the_critical_value_has_its_false_alarm_rate() -> None:
     """At 5 %, of 400 pairs drawn alike about 20 may exceed it; 40 would be eight standard deviations off."""
     random = np.random.default_rng(0)
     exceeded = 0
@@ -71,18 +71,18 @@ def test_the_critical_value_keeps_its_promise() -> None:
     assert 4 <= exceeded <= 40
 
 
-def test_what_is_drawn_alike_is_alike() -> None:
+def test_samples_of_one_distribution_do_not_differ() -> None:
     planned = drawn(0, 2000)
     assert max(strength(compare(planned, drawn(seed, 150), DriftThresholds())) for seed in range(1, 60)) < 1.0
 
 
-def test_a_large_sample_makes_a_small_difference_significant_and_still_not_large() -> None:
+def test_a_small_difference_in_a_large_sample_is_significant_but_not_large() -> None:
     planned, live = drawn(0, 40000), drawn(1, 40000, mean=550.0)
     prompt = compare(planned, live, DriftThresholds())[1]
     assert 0.0 < prompt.strength < 0.5
 
 
-def test_a_small_sample_makes_a_large_difference_mean_nothing() -> None:
+def test_a_large_difference_in_a_small_sample_is_not_significant() -> None:
     live = drawn(3, 6, mean=1000.0)
     planned = drawn(0, 2000)
     assert ks_statistic(planned.prompt_tokens, live.prompt_tokens) > DriftThresholds().length
@@ -97,7 +97,7 @@ def test_bursts_are_not_growth() -> None:
     assert compare(planned, bursty, DriftThresholds())[0].strength == 0.0
 
 
-def test_what_the_prefix_cache_has_counts() -> None:
+def test_cached_tokens_count() -> None:
     stream = RequestStream.make(
         np.arange(400.0),
         np.full(400, 100),
@@ -113,7 +113,7 @@ def test_what_the_prefix_cache_has_counts() -> None:
     assert cached.strength == pytest.approx(4.0)
 
 
-def test_a_window_in_which_nothing_arrived_has_a_rate_all_the_same() -> None:
+def test_a_window_without_arrivals_has_a_positive_rate() -> None:
     snapshot = ProfileSnapshot(0, 100.0, 0, 1.0, 200, (), (100,) * 200, (10,) * 200, (0,) * 200, (0,) * 200)
     rate = compare(drawn(0, 200), Workload.live(snapshot), DriftThresholds())[0]
     assert 1.0 < rate.strength < math.inf
@@ -139,13 +139,13 @@ def make_plan(rate: float, goodput: float) -> Plan:
 
 
 @pytest.mark.parametrize(("goodput", "rise"), [(4.0, 1.1), (4.8, 1.2), (40.0, 10.0)])
-def test_the_rate_may_rise_by_the_plans_own_room(goodput: float, rise: float) -> None:
+def test_the_rate_may_rise_to_the_plans_goodput(goodput: float, rise: float) -> None:
     limits = thresholds_for(make_plan(4.0, goodput), make_slo_file("cheapest"))
     assert limits.rate_rise == pytest.approx(rise)
     assert limits.rate_fall == 1.5
 
 
-def test_a_falling_rate_asks_nothing_of_a_fixed_cluster() -> None:
+def test_a_falling_rate_does_not_matter_for_a_fixed_cluster() -> None:
     limits = thresholds_for(make_plan(4.0, 4.0), make_slo_file("goodput"))
     planned, quiet = drawn(0, 2000, rate=5.0), drawn(1, 2000, rate=0.5)
     assert compare(planned, quiet, limits)[0].strength == 0.0

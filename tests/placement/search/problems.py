@@ -1,4 +1,4 @@
-"""Small problems with round numbers, which a search answers in a second."""
+"""Small problems with round numbers; a search takes a second."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

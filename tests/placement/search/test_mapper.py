@@ -1,4 +1,4 @@
-"""The processes that simulate: what Ctrl-C, and the death of one of them or of their parent, does."""
+"""Worker processes: Ctrl-C, a killed worker, a killed parent."""
 
 import multiprocessing
 import multiprocessing.process
@@ -27,7 +27,7 @@ def _interrupted(others: list[multiprocessing.process.BaseProcess]) -> None:
         raise KeyboardInterrupt
 
 
-def test_ctrl_c_is_for_the_caller_alone_and_ends_them() -> None:
+def test_ctrl_c_reaches_only_the_caller_and_ends_the_workers() -> None:
     others = list(multiprocessing.active_children())
     with pytest.raises(KeyboardInterrupt):
         _interrupted(others)
@@ -41,12 +41,12 @@ def _die(_: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_helper_is_told_in_a_sentence() -> None:
+def test_a_killed_worker_is_an_error() -> None:
     with local_mapper(2) as mapper, pytest.raises(UnavailableError, match="was killed"):
         mapper(_die, [0, 1])
 
 
-def test_helpers_end_with_a_parent_that_was_killed() -> None:
+def test_workers_end_with_a_killed_parent() -> None:
     script = (
         "from tandem.placement.search.mapper import local_mapper\n"
         "if __name__ == '__main__':\n"

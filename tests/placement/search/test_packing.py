@@ -1,4 +1,4 @@
-"""What is said to fit has a place, and every device is given away once."""
+"""Fitting instances have devices, and every device is assigned once."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ def kind(role: str, shape: ParallelShape) -> InstanceKind:
 
 
 @given(st.integers(1, 8), st.integers(1, 5), SHAPES, SHAPES, st.data())
-def test_what_fits_has_a_place_of_its_own(
+def test_every_fitting_instance_gets_its_own_devices(
     devices: int, count: int, first: ParallelShape, second: ParallelShape, data: st.DataObject
 ) -> None:
     nodes = (NodeType(A100, devices, count),)
@@ -36,7 +36,7 @@ def test_what_fits_has_a_place_of_its_own(
 
 
 @given(st.integers(1, 8), st.integers(1, 5), SHAPES)
-def test_one_more_never_fits(devices: int, count: int, shape: ParallelShape) -> None:
+def test_no_further_instance_fits(devices: int, count: int, shape: ParallelShape) -> None:
     nodes = (NodeType(A100, devices, count),)
     most = count_fitting(nodes, kind("prefill", shape))
     if most:

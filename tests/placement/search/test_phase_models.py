@@ -1,4 +1,4 @@
-"""The quick models of each phase against queues whose answer is known, and against the simulator."""
+"""The fast models of each phase, compared with queues of known solution and with the simulator."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from tests.placement.search.problems import SLO, ToyCost, problem
 COST = ToyCost(1.0)
 
 
-def test_a_lone_prompt_waits_for_nobody() -> None:
+def test_a_single_prompt_does_not_wait() -> None:
     ttft_s = prefill_ttft_s(StepTimes(COST), np.array([0.0, 5.0]), [100, 300], instances=1, max_batch_tokens=512)
     assert ttft_s == pytest.approx([COST.step(StepLoad.of_prompts(n)).total_s for n in (100, 300)])
 
@@ -39,7 +39,7 @@ def test_a_long_prompt_takes_several_steps() -> None:
     assert ttft_s == pytest.approx(3 * 5e-3 + 1000 * 1e-4)
 
 
-def test_a_lone_sequence_decodes_step_by_step() -> None:
+def test_a_single_sequence_decodes_step_by_step() -> None:
     kind = InstanceKind("decode", "A", ParallelShape(), 10_000, 512, 8, cost=COST)
     (time_s,) = decode_time_s(kind, np.array([0.0]), [100], [11], instances=1)
     steps = [COST.step(StepLoad.of_decode(1, 101 + k)).total_s for k in range(10)]
@@ -47,14 +47,14 @@ def test_a_lone_sequence_decodes_step_by_step() -> None:
 
 
 def test_a_sequence_waits_for_memory() -> None:
-    """Both together do not fit: the second one begins when the first has ended."""
+    """Both sequences do not fit together: the second one starts when the first one has finished."""
     kind = InstanceKind("decode", "A", ParallelShape(), 150, 512, 8, cost=COST)
     first_s, second_s = decode_time_s(kind, np.array([0.0, 0.0]), [100, 100], [11, 11], instances=1)
     assert second_s == pytest.approx(2 * first_s)
 
 
 @pytest.mark.parametrize("growth_s", [0.0, 1e-3])
-def test_steps_until_is_the_least_number_that_suffices(growth_s: float) -> None:
+def test_steps_until_is_the_smallest_sufficient_number(growth_s: float) -> None:
     for time_s in (0.001, 0.01, 0.015, 0.5, 2.0):
         count = int(steps_until(time_s, 0.01, growth_s))
         taken = [0.01 * n + growth_s * n * (n - 1) / 2 for n in (count - 1, count)]
@@ -63,7 +63,7 @@ def test_steps_until_is_the_least_number_that_suffices(growth_s: float) -> None:
 
 
 @pytest.mark.parametrize("rate", [10.0, 20.0])
-def test_the_quick_models_agree_with_the_simulator(rate: float) -> None:
+def test_the_fast_models_agree_with_the_simulator(rate: float) -> None:
     question = problem(4)
     space = search_space(question, SerialMapper())
     prefill = next(kind for kind in space.kinds.prefill if kind.num_devices == 1)
@@ -80,7 +80,7 @@ def test_the_quick_models_agree_with_the_simulator(rate: float) -> None:
     assert product == pytest.approx(evaluation.classes[0].attainment, abs=0.04)
 
 
-def test_nothing_passes_more_than_its_limit() -> None:
+def test_no_attainment_beyond_the_limit() -> None:
     question = problem(2)
     space = search_space(question, SerialMapper())
     for kind in (*space.kinds.prefill, *space.kinds.decode):

@@ -19,7 +19,7 @@ FIXED = {"prompt_tokens": {"mean": 100, "cv": 0}, "output_tokens": {"mean": 10, 
         ({"trace": Path("folder/monday.csv")}, "trace monday.csv"),
     ],
 )
-def test_a_workload_in_words(section: dict[str, Any], text: str) -> None:
+def test_the_description_of_a_workload(section: dict[str, Any], text: str) -> None:
     assert describe(WorkloadSection.model_validate(section)) == text
 
 
@@ -36,6 +36,6 @@ def test_a_summary_has_a_sample_of_the_lengths_and_counts_a_prefix_from_its_seco
     assert np.mean(summary.output_tokens) == pytest.approx(n / 2, rel=0.01)
 
 
-def test_of_no_requests_there_is_little_to_say() -> None:
+def test_the_summary_of_no_requests() -> None:
     nobody = RequestStream.make(np.empty(0), np.empty(0), np.empty(0))
     assert summary_of(nobody, "nobody").prompt_tokens == ()

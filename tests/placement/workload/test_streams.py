@@ -1,4 +1,4 @@
-"""Streams of requests: what is drawn has the moments asked for, and changing one thing leaves the others."""
+"""Streams of requests have the given moments, and a change of one section leaves the others unchanged."""
 
 import csv
 import gzip
@@ -54,7 +54,7 @@ def test_another_rate_stretches_the_same_arrivals() -> None:
     assert_equal(slow, fast, but="arrival_s")
 
 
-def test_arrivals_lengths_and_classes_do_not_move_each_other() -> None:
+def test_arrivals_lengths_and_classes_are_independent() -> None:
     plain = stream({"dataset": "sharegpt"})
     bursty = stream({"dataset": "sharegpt", "arrivals": {"process": "gamma", "cv": 3}})
     assert_equal(plain, bursty, but="arrival_s")
@@ -79,14 +79,14 @@ def test_arrivals_have_their_rate_and_burstiness(arrivals: dict[str, Any], cv: f
     assert arrival_cv(many) == pytest.approx(cv, rel=0.05)
 
 
-def test_classes_come_by_their_shares() -> None:
+def test_classes_have_their_shares() -> None:
     drawn = stream(FIXED, TWO, count=20_000).slo_class
     assert np.mean(drawn == 0) == pytest.approx(0.75, abs=0.01)
 
 
 @settings(max_examples=40, deadline=None)
 @given(mean=st.floats(20, 5000), cv=st.floats(0.05, 2.0), spread=st.floats(2.0, 50.0))
-def test_a_cut_log_normal_has_the_moments_asked_for(mean: float, cv: float, spread: float) -> None:
+def test_a_truncated_log_normal_has_the_given_moments(mean: float, cv: float, spread: float) -> None:
     low, high = 1.0, mean * spread
     try:
         lengths = TruncatedLogNormal.of_moments(mean, cv, low, high)
@@ -100,12 +100,12 @@ def test_a_cut_log_normal_has_the_moments_asked_for(mean: float, cv: float, spre
     assert tokens.std() / tokens.mean() == pytest.approx(cv, rel=0.05, abs=0.01)
 
 
-def test_a_spread_that_cannot_be_is_told() -> None:
+def test_an_impossible_cv_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no log-normal of mean 1000 .* has a cv of 0\.3; the maximum is 0\.29"):
         TruncatedLogNormal.of_moments(1000, 0.3, 500, 1500)
 
 
-def test_a_spread_of_zero_is_a_fixed_length() -> None:
+def test_a_cv_of_zero_is_a_fixed_length() -> None:
     assert set(stream(FIXED).prompt_tokens.tolist()) == {100}
 
 
@@ -142,7 +142,7 @@ def test_distserve_recipes_keep_to_their_context() -> None:
         assert int((many.prompt_tokens + many.output_tokens).max()) <= limit
 
 
-def test_an_unknown_data_set_is_told_with_those_there_are() -> None:
+def test_an_unknown_data_set_is_refused_with_the_known_names() -> None:
     with pytest.raises(ConfigError, match="'sharegtp' is unknown; the built-in data sets are sharegpt, openchat"):
         stream({"dataset": "sharegtp"})
 
@@ -158,7 +158,7 @@ def test_lengths_are_scaled_and_long_requests_left_out() -> None:
         stream({"dataset": "openchat", "max_total_tokens": 2})
 
 
-def test_prefixes_are_shared_by_their_share() -> None:
+def test_the_configured_share_of_requests_has_a_prefix() -> None:
     some = stream(FIXED | {"prefix": {"share": 0.4, "groups": 5, "tokens": 30}}, count=20_000)
     shares = some.prefix_group >= 0
     assert shares.mean() == pytest.approx(0.4, abs=0.015)
@@ -347,7 +347,7 @@ WRONG_LINES = {
     [("t.csv", *case) for case in WRONG_TRACES.values()] + [("t.jsonl", *case) for case in WRONG_LINES.values()],
     ids=[*WRONG_TRACES, *WRONG_LINES],
 )
-def test_what_is_wrong_with_a_trace_is_told_with_its_line(tmp_path: Path, name: str, text: str, sentence: str) -> None:
+def test_mistakes_in_a_trace_are_reported_with_their_line(tmp_path: Path, name: str, text: str, sentence: str) -> None:
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -355,7 +355,7 @@ def test_what_is_wrong_with_a_trace_is_told_with_its_line(tmp_path: Path, name: 
     assert caught.value.message.replace(str(path), "FILE") == sentence
 
 
-def test_files_that_are_no_traces(tmp_path: Path) -> None:
+def test_files_that_are_not_traces(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_trace(tmp_path / "none.csv")
     broken = tmp_path / "cut.csv.gz"
