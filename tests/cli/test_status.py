@@ -30,7 +30,8 @@ def instance(role: Role, **changes: object) -> InstanceStatus:
         "blocks": BlockCounts(total=100, free=90, running=4, cached=5, leased=1),
         "waiting_requests": 2,
         "running_requests": 3,
-        "waiting_tokens": 40,
+        "uncomputed_tokens": 30,
+        "unreserved_tokens": 10,
         "links": (LinkStats("peer-1", "shared_memory", 4, 2 * 10**9, 0.5, 1),),
     }
     return InstanceStatus(**{**values, **changes})  # type: ignore[arg-type]
