@@ -7,8 +7,8 @@ from collections import defaultdict
 from dataclasses import replace
 from statistics import mean, median
 
-from tandem.scheduling.decode_book import DecodeBook
-from tandem.scheduling.prefill_book import PrefillBook
+from tandem.scheduling.decode_index import DecodeIndex, DecodeQuery
+from tandem.scheduling.prefill_index import PrefillIndex, PrefillQuery
 from tandem.scheduling.prefix_tracker import PrefixTracker
 from tandem.scheduling.routing import DecodeView, PrefillView, choose_decode, choose_prefill
 
@@ -40,10 +40,10 @@ class Clock:
 
 def run_prefill(num_instances: int, rounds: int, full_rounds: int, rng: random.Random, clock: Clock) -> None:
     """Queues that fill by choices and empty at random; of two prompts one continues a conversation."""
-    book, tracker = PrefillBook(_SLACK_TOKENS), PrefixTracker(_BLOCK_SIZE, max_blocks_per_instance=4096)
+    index, tracker = PrefillIndex(_SLACK_TOKENS), PrefixTracker(_BLOCK_SIZE, max_blocks_per_instance=4096)
     ids = [f"prefill-{number}" for number in range(num_instances)]
     for instance_id in ids:
-        book.put(PrefillView(instance_id, "f", True, 1 << 20, 256 * rng.randrange(32), 1))
+        index.put(PrefillView(instance_id, "f", True, 1 << 20, 256 * rng.randrange(32)))
     conversations = 1
     for turn in range(rounds):
         conversations += rng.random() < 0.5
@@ -51,75 +51,77 @@ def run_prefill(num_instances: int, rounds: int, full_rounds: int, rng: random.R
         if turn < full_rounds:
             views = [
                 replace(view, cached_prefix_tokens=tracker.matched_tokens(view.instance_id, names))
-                for view in book.views.values()
+                for view in index.views.values()
             ]
             clock.begin()
             expected = choose_prefill(
                 views,
                 num_tokens=_PROMPT_TOKENS,
+                needed_tokens=_PROMPT_TOKENS + 1,
                 decode_fingerprints={"f"},
                 slack_tokens=_SLACK_TOKENS,
-                last_chosen=book.last_chosen,
+                failures={},
+                last_chosen=index.last_chosen,
             ).instance_id
             clock.end("prefill, compare all")
         clock.begin()
+        query = PrefillQuery(_PROMPT_TOKENS, _PROMPT_TOKENS + 1, {"f"}, list(tracker.holders(names)))
         if turn % 2:
-            chosen = book.pick(num_tokens=_PROMPT_TOKENS, decode_fingerprints={"f"}, holders=tracker.holders(names))
-            clock.end("prefill, pick")
+            best = index.best(query)
+            clock.end("prefill, best")
+            chosen = None if best is None else best.rank[3]
         else:
-            chosen = book.choose(
-                num_tokens=_PROMPT_TOKENS, decode_fingerprints={"f"}, holders=tracker.holders(names)
-            ).instance_id
+            chosen = index.select(query).instance_id
             clock.end("prefill, explained")
         assert chosen is not None
         assert turn >= full_rounds or chosen == expected
         tracker.record(chosen, names)
         for instance_id, change_tokens in ((chosen, _PROMPT_TOKENS), (rng.choice(ids), -_PROMPT_TOKENS)):
-            view = book.views[instance_id]
+            view = index.views[instance_id]
             view = replace(view, queued_tokens=max(0, view.queued_tokens + change_tokens))
             clock.begin()
-            book.put(view)
+            (index.take if instance_id == chosen else index.put)(view)
             clock.end("prefill, load changed")
 
 
 def run_decode(num_instances: int, rounds: int, full_rounds: int, rng: random.Random, clock: Clock) -> None:
     """Memory that fills by choices and empties at random; about one instance in three has no room."""
-    book = DecodeBook()
+    index = DecodeIndex()
     ids = [f"decode-{number}" for number in range(num_instances)]
-    blocks = -(-_DECODE_TOKENS // _BLOCK_SIZE)
+    tokens = -(-_DECODE_TOKENS // _BLOCK_SIZE) * _BLOCK_SIZE
     for instance_id in ids:
         running = rng.randrange(25)
-        book.put(
-            DecodeView(instance_id, "f", True, 1 << 20, _BLOCK_SIZE, 16 * blocks, (16 - running) * blocks, running)
-        )
+        index.put(DecodeView(instance_id, "f", True, 1 << 20, 16 * tokens, running * tokens, running))
     for turn in range(rounds):
         if turn < full_rounds:
             clock.begin()
             expected = choose_decode(
-                book.views.values(),
+                index.views.values(),
                 num_tokens=_PROMPT_TOKENS,
                 growth_tokens=_DECODE_TOKENS - _PROMPT_TOKENS,
+                needed_tokens=_DECODE_TOKENS,
                 fingerprint="f",
-                last_chosen=book.last_chosen,
+                failures={},
+                last_chosen=index.last_chosen,
             ).instance_id
             clock.end("decode, compare all")
-        growth_tokens = _DECODE_TOKENS - _PROMPT_TOKENS
+        query = DecodeQuery(_PROMPT_TOKENS, _DECODE_TOKENS - _PROMPT_TOKENS, _DECODE_TOKENS, "f")
         clock.begin()
         if turn % 2:
-            chosen = book.pick(num_tokens=_PROMPT_TOKENS, growth_tokens=growth_tokens, fingerprint="f")
-            clock.end("decode, pick")
+            best = index.best(query)
+            clock.end("decode, best")
+            chosen = None if best is None else best.rank[3]
         else:
-            choice = book.choose(num_tokens=_PROMPT_TOKENS, growth_tokens=growth_tokens, fingerprint="f")
-            chosen = choice.instance_id
+            chosen = index.select(query).instance_id
             clock.end("decode, explained")
         assert chosen is not None
         assert turn >= full_rounds or chosen == expected
         for instance_id, change in ((chosen, 1), (rng.choice(ids), -1)):
-            view = book.views[instance_id]
-            running = max(0, view.running + change)
-            view = replace(view, running=running, free_blocks=(16 - running) * blocks)
+            view = index.views[instance_id]
+            running = max(0, view.sequences + change)
+            view = replace(view, sequences=running, claimed_tokens=running * tokens)
             clock.begin()
-            book.put(view)
+            (index.take if instance_id == chosen else index.put)(view)
             clock.end("decode, load changed")
 
 

@@ -18,25 +18,23 @@ from tandem.core.request import FinishReason, GenerationRequest, SampledToken
 from tandem.core.session import (
     BlockCounts,
     Cancel,
-    DecodeCommand,
-    DecodeEvent,
-    DecodeFrame,
-    DecodeReserved,
-    DecodeTokens,
     InstanceState,
     InstanceStatus,
-    PrefillCommand,
-    PrefillEvent,
+    KvReserved,
+    NewTokens,
     PrefillFinished,
     PrefillStarted,
     Role,
+    SessionCommand,
+    SessionEvent,
+    TokenFrame,
     TransferCommitted,
 )
 from tandem.v1 import worker_pb2_grpc
 from tandem.wire.channels import open_channel
 from tandem.wire.fleet import send_heartbeat
 from tandem.wire.server import bind, build_server
-from tandem.wire.sessions import DecodeServicer, Outbox, PrefillServicer
+from tandem.wire.sessions import InstanceServicer, Outbox
 
 _LETTERS = range(40, 72)  # ids that are one letter each in byte-level vocabularies whose first ids are the bytes
 
@@ -49,50 +47,37 @@ def _num_left(request: GenerationRequest) -> int:
     return request.sampling.max_tokens - request.num_output_tokens
 
 
-class ScriptedPrefill:
-    """A `wire.sessions.CommandHandler`: the first token comes at once."""
-
-    def __init__(self) -> None:
-        self._outboxes: list[Outbox[PrefillEvent]] = []
-
-    def open_session(self, outbox: Outbox[PrefillEvent]) -> int:
-        self._outboxes.append(outbox)
-        return len(self._outboxes) - 1
-
-    def handle(self, session_id: int, command: PrefillCommand) -> None:
-        if isinstance(command, Cancel):
-            return
-        reason = FinishReason.LENGTH if _num_left(command.request) == 1 else None
-        outbox = self._outboxes[session_id]
-        outbox.put(PrefillStarted(command.handle, 0))
-        outbox.put(PrefillFinished(command.handle, _token(0), None, reason, 0, 0.0, 0.0))
-
-    def close_session(self, session_id: int) -> None:
-        """What it had is answered already."""
-
-
-class ScriptedDecode:
-    """A `wire.sessions.CommandHandler`: a frame per step for every session, as long as `run` runs."""
+class ScriptedInstance:
+    """A `wire.sessions.CommandHandler`: a first token at once, and a frame per step for every session, as long as `run`
+    runs."""
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
-        self._outboxes: list[Outbox[DecodeEvent]] = []
+        self._outboxes: list[Outbox[SessionEvent]] = []
         self._left: defaultdict[int, dict[int, int]] = defaultdict(dict)  # session -> handle -> tokens to come
 
-    def open_session(self, outbox: Outbox[DecodeEvent]) -> int:
+    def open_session(self, outbox: Outbox[SessionEvent]) -> int:
         self._outboxes.append(outbox)
         return len(self._outboxes) - 1
 
-    def handle(self, session_id: int, command: DecodeCommand) -> None:
+    def handle(self, session_id: int, command: SessionCommand) -> None:
+        handle, outbox = command.handle, self._outboxes[session_id]
         if isinstance(command, Cancel):
-            self._left[session_id].pop(command.handle, None)
+            self._left[session_id].pop(handle, None)
             return
-        self._outboxes[session_id].put(DecodeReserved(command.handle))
-        self._outboxes[session_id].put(TransferCommitted(command.handle, 0.0, 1, "scripted"))
-        self._left[session_id][command.handle] = _num_left(command.request) - 1
+        left = _num_left(command.request) - 1
+        if command.kv is None:
+            outbox.put(PrefillStarted(handle, 0))
+            reason = None if left else FinishReason.LENGTH
+            outbox.put(PrefillFinished(handle, _token(0), None, reason, 0, 0.0))
+        else:
+            outbox.put(KvReserved(handle))
+            outbox.put(TransferCommitted(handle, 0.0, 1, "scripted"))
+        if left and not command.hand_over:
+            self._left[session_id][handle] = left
 
     def close_session(self, session_id: int) -> None:
-        del self._left[session_id]
+        self._left.pop(session_id, None)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -103,16 +88,16 @@ class ScriptedDecode:
             await asyncio.sleep(step_at_s - loop.time())
             for session_id, left in self._left.items():
                 if left:
-                    self._outboxes[session_id].put(DecodeFrame(self._step(left), self._step_s))
+                    self._outboxes[session_id].put(TokenFrame(self._step(left)))
 
-    def _step(self, left: dict[int, int]) -> tuple[DecodeTokens, ...]:
+    def _step(self, left: dict[int, int]) -> tuple[NewTokens, ...]:
         items = []
         for handle, num_tokens in list(left.items()):
             left[handle] = num_tokens - 1
             if num_tokens == 1:
                 del left[handle]
             reason = FinishReason.LENGTH if num_tokens == 1 else None
-            items.append(DecodeTokens(handle, (_token(num_tokens),), reason))
+            items.append(NewTokens(handle, (_token(num_tokens),), reason))
         return tuple(items)
 
 
@@ -129,16 +114,17 @@ def _status(role: Role, model: str, address: str) -> InstanceStatus:
         blocks=BlockCounts(total=1 << 16, free=1 << 16, running=0, cached=0, leased=0),
         waiting_requests=0,
         running_requests=0,
-        waiting_tokens=0,
+        uncomputed_tokens=0,
+        unreserved_tokens=0,
     )
 
 
 async def _serve(control: str, model: str, token: str, step_s: float) -> None:
-    clock, decode = SystemClock(), ScriptedDecode(step_s)
+    clock, prefill, decode = SystemClock(), ScriptedInstance(step_s), ScriptedInstance(step_s)
     prefill_server, _ = build_server(token)
-    worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(ScriptedPrefill(), clock), prefill_server)
+    worker_pb2_grpc.add_InstanceServiceServicer_to_server(InstanceServicer(prefill, clock), prefill_server)
     decode_server, _ = build_server(token)
-    worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(decode, clock), decode_server)
+    worker_pb2_grpc.add_InstanceServiceServicer_to_server(InstanceServicer(decode, clock), decode_server)
     statuses = (
         _status(Role.PREFILL, model, bind(prefill_server, "127.0.0.1:0")),
         _status(Role.DECODE, model, bind(decode_server, "127.0.0.1:0")),
