@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,12 +14,11 @@ from tandem.core.transfer import PeerGoneError, Transport
 from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived, KvFetcher
 
 
-@dataclass
 class Result:
-    first_token: SampledToken = SampledToken(7)
-    seconds: float = 0.25
-    bytes: int = 64
-    transport: Transport = Transport.GLOO
+    first_token = SampledToken(7)
+    seconds = 0.25
+    bytes = 64
+    transport = Transport.GLOO
 
 
 class Receiver:
