@@ -18,7 +18,7 @@ class SystemClock:
 
 
 class ManualClock:
-    """A clock that stands still until it is told to move; for tests and the simulator."""
+    """A clock that stands still until it is told to move; for tests and replays."""
 
     def __init__(self, now_s: float = 0.0) -> None:
         self._now_s = now_s

@@ -6,9 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
@@ -17,6 +15,7 @@ from pydantic import (
 )
 
 from tandem.core.errors import ConfigError
+from tandem.core.frozen_model import FrozenModel
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -79,11 +78,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int |
 Address = Annotated[str, BeforeValidator(_check_address)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EngineSection(_Frozen):
+class EngineSection(FrozenModel):
     """How an instance computes."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -95,7 +90,7 @@ class EngineSection(_Frozen):
     max_model_len: int | None = Field(default=None, ge=1, description="Prompt plus answer; default: the model's")
 
 
-class InstanceSection(_Frozen):
+class InstanceSection(FrozenModel):
     """Instances of one kind. Bounds that are left out take the default of the role: `scheduling.budget.role_budget`."""
 
     instances: int = Field(default=1, ge=1)
@@ -141,7 +136,7 @@ Kinds = Annotated[
 """Instances of one role: one section, or a list of sections where there are several kinds."""
 
 
-class RouterSection(_Frozen):
+class RouterSection(FrozenModel):
     http: Address = "127.0.0.1:8000"
     grpc: Address = "127.0.0.1:8001"
     control: Address = Field(default="127.0.0.1:8002", description="Where workers report; never for clients")
@@ -158,7 +153,7 @@ class RouterSection(_Frozen):
     )
 
 
-class ServeConfig(_Frozen):
+class ServeConfig(FrozenModel):
     """A whole deployment on one model."""
 
     model: AnchoredPath
@@ -203,15 +198,12 @@ class ServeConfig(_Frozen):
         """All kinds of instances with their roles, prefill first."""
         return tuple((role, section) for role in ROLES for section in getattr(self, role))
 
-    def num_instances(self, role: RoleName) -> int:
-        return sum(section.instances for section in getattr(self, role))
-
     @property
     def served_name(self) -> str:
         return self.model_name or self.model.resolve().name
 
 
-class WorkerConfig(_Frozen):
+class WorkerConfig(FrozenModel):
     """One instance."""
 
     model: AnchoredPath
@@ -228,7 +220,7 @@ class WorkerConfig(_Frozen):
         return self.model_name or self.model.resolve().name
 
 
-class RouterConfig(_Frozen):
+class RouterConfig(FrozenModel):
     """One router process. It loads the tokenizer and chat template of `model`, never its weights."""
 
     model: AnchoredPath

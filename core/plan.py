@@ -6,16 +6,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tandem.core.config import AnchoredPath, ModelName, WrongSetting
+from tandem.core.frozen_model import FrozenModel
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo import SloClass
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
 
 PLAN_VERSION: Literal[1] = 1
 
@@ -28,7 +24,7 @@ def _check_version(value: object) -> object:
     return value
 
 
-class PlanGroup(_Frozen):
+class PlanGroup(FrozenModel):
     """Equal instances. `devices` names the devices of each instance as node:index, e.g. ['0:0', '0:1']. With an empty
     list Ray picks the devices. A colocated group serves both phases on the same devices."""
 
@@ -64,7 +60,7 @@ class PlanGroup(_Frozen):
         return self
 
 
-class Quantiles(_Frozen):
+class Quantiles(FrozenModel):
     """Seconds."""
 
     mean: float
@@ -73,7 +69,7 @@ class Quantiles(_Frozen):
     p99: float
 
 
-class ExpectedClass(_Frozen):
+class ExpectedClass(FrozenModel):
     """One SLO class as simulated at the plan's rate. `attainment_ci` is a 95 % interval."""
 
     slo: SloClass
@@ -83,7 +79,7 @@ class ExpectedClass(_Frozen):
     tpot_s: Quantiles
 
 
-class Expected(_Frozen):
+class Expected(FrozenModel):
     """Predicted behaviour in steady state. Goodput is the highest rate at which every class keeps its attainment."""
 
     rate: float = Field(description="Requests per second at which the plan was evaluated")
@@ -95,7 +91,7 @@ class Expected(_Frozen):
     bounds: dict[str, str] = Field(default={}, description="Role -> the cost term that bounds its steps")
 
 
-class Alternative(_Frozen):
+class Alternative(FrozenModel):
     """A deployment that the planner rejected."""
 
     description: str
@@ -104,7 +100,7 @@ class Alternative(_Frozen):
     reason: str
 
 
-class Plan(_Frozen):
+class Plan(FrozenModel):
     """`model` is a checkpoint's folder or the name of a published shape; only a folder can be served. The groups of an
     infeasible plan meet the nearest feasible targets; there are none if the model does not fit the cluster."""
 

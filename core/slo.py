@@ -1,12 +1,12 @@
 """Service level objectives: what a request must meet to count towards goodput."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from tandem.core.frozen_model import FrozenModel
 
 
-class SloClass(BaseModel):
+class SloClass(FrozenModel):
     """Targets of one class of requests. `attainment` is the share of its requests that must meet both targets."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(default="default", min_length=1, description="Name of the class in requests and reports")
     ttft_s: float = Field(gt=0, description="Time to first token, seconds")

@@ -6,17 +6,14 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tandem.core.config import AnchoredPath, Bytes, ModelName, WrongSetting
+from tandem.core.frozen_model import FrozenModel
 from tandem.core.slo import SloClass
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class NodeSection(_Frozen):
+class NodeSection(FrozenModel):
     """`count` equal machines, each with `devices` devices of type `device`."""
 
     device: str = Field(description="A device of the catalogue (see `tandem plan --devices`), or cpu")
@@ -34,13 +31,13 @@ class NodeSection(_Frozen):
     )
 
 
-class ClusterSection(_Frozen):
+class ClusterSection(FrozenModel):
     nodes: tuple[NodeSection, ...] = Field(min_length=1)
     memory_share: float = Field(default=0.9, gt=0, le=1, description="Share of device memory for weights and KV")
     kv_memory: Bytes | None = Field(default=None, description="KV pool of one rank; default: what weights leave free")
 
 
-class LengthSection(_Frozen):
+class LengthSection(FrozenModel):
     """A log-normal distribution of this mean and coefficient of variation, truncated to [min, max]; cv 0 is a fixed
     length."""
 
@@ -56,7 +53,7 @@ class LengthSection(_Frozen):
         return self
 
 
-class PrefixSection(_Frozen):
+class PrefixSection(FrozenModel):
     """`share` of the requests begin with one of `groups` common prefixes of `tokens` tokens, e.g. system prompts."""
 
     share: float = Field(ge=0, le=1)
@@ -64,7 +61,7 @@ class PrefixSection(_Frozen):
     tokens: int = Field(ge=1)
 
 
-class ArrivalSection(_Frozen):
+class ArrivalSection(FrozenModel):
     process: Literal["poisson", "gamma"] = "poisson"
     cv: float = Field(default=1.0, gt=0, description="Variation coefficient of times between arrivals; gamma only")
 
@@ -79,7 +76,7 @@ def _check_rate(value: object) -> object:
 Rate = Annotated[float | Literal["max"], BeforeValidator(_check_rate)]
 
 
-class WorkloadSection(_Frozen):
+class WorkloadSection(FrozenModel):
     """Lengths come from `trace`, from `dataset`, or from `prompt_tokens` and `output_tokens`. A trace also has
     arrivals."""
 
@@ -106,7 +103,7 @@ class WorkloadSection(_Frozen):
 Layout = Literal["disaggregated", "colocated", "mixed"]
 
 
-class SearchSection(_Frozen):
+class SearchSection(FrozenModel):
     """Limits of the planner's search."""
 
     layouts: tuple[Layout, ...] = ("disaggregated", "colocated", "mixed")
@@ -119,7 +116,7 @@ class SearchSection(_Frozen):
     seed: int = 0
 
 
-class SloFile(_Frozen):
+class SloFile(FrozenModel):
     """`objective`: the highest goodput per device on the cluster, or the cheapest part of the cluster that serves
     `workload.rate`."""
 

@@ -14,11 +14,12 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from tandem.core.config_file import load_config
 from tandem.core.cost_model import StepCost, StepLoad
 from tandem.core.errors import ConfigError
+from tandem.core.frozen_model import FrozenModel
 from tandem.core.parallel import ParallelShape
 from tandem.placement.costs.serving import PathCosts, ServingCosts
 from tandem.placement.simulator.deployment import NetworkSpec, RouterSpec
@@ -29,11 +30,7 @@ Knots = tuple[tuple[int, float], ...]
 _ONE_RANK = ParallelShape(1, 1)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Measurement(_Frozen):
+class Measurement(FrozenModel):
     """One cell of the grid: a step's load (see `core.cost_model.StepLoad`) and its time, the median of `rounds`."""
 
     prefill_tokens: int = Field(default=0, ge=0)
@@ -52,7 +49,7 @@ class Measurement(_Frozen):
         return StepLoad(**self.model_dump(exclude={"seconds", "rounds", "held_out"}))
 
 
-class Terms(_Frozen):
+class Terms(FrozenModel):
     """The fit, in seconds. `kv_read` is by sequences in the batch, per token of KV."""
 
     linear: Knots = Field(min_length=1, description="By rows: prompt tokens and decoding sequences together")
@@ -63,7 +60,7 @@ class Terms(_Frozen):
     head_per_sampled: float = Field(ge=0)
 
 
-class FitError(_Frozen):
+class FitError(FrozenModel):
     """Relative, absolute values, of what was held out; `fitted_median` is of the rest."""
 
     median: float
@@ -72,7 +69,7 @@ class FitError(_Frozen):
     fitted_median: float
 
 
-class Calibration(_Frozen):
+class Calibration(FrozenModel):
     """The file that `tandem profile` writes: of one model, in one dtype, on so many threads of one device."""
 
     version: Literal[1] = 1

@@ -1,15 +1,12 @@
 """What running workers add to the engine's own steps, and the request path, as `tandem profile` measures them."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from tandem.core.frozen_model import FrozenModel
 from tandem.placement.simulator.deployment import NetworkSpec, RouterSpec
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ServedStep(_Frozen):
+class ServedStep(FrozenModel):
     """A step of a running worker takes `constant_s` + `factor` times the engine's own time. Reading KV has no factor.
 
     The constant: each prefill step reads all weights, through caches that other processes have filled meanwhile. The
@@ -31,7 +28,7 @@ class ServedStep(_Frozen):
         return self.constant_s + self.factor * engine_s
 
 
-class ServingCosts(_Frozen):
+class ServingCosts(FrozenModel):
     """Steps while the other role's worker is idle (`alone`), and while it computes on the same machine (`contended`):
     the workers share memory, caches and cores."""
 
@@ -56,7 +53,7 @@ class ServingCosts(_Frozen):
         return self.decode_alone.interpolate(self.decode_contended, contended)
 
 
-class PathCosts(_Frozen):
+class PathCosts(FrozenModel):
     """Around the steps, measured on a cluster of one worker of each role on this machine."""
 
     admission_s: float = Field(ge=0, description="Received until the prefill worker has it")
