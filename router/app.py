@@ -111,7 +111,7 @@ class RouterApp:
             ),
             request_timeout_s=settings.request_timeout_s,
             observers=(self._metrics.requests, self.log, observer),
-            arrivals=observer,
+            profile=observer,
         )
         self._registry = FleetRegistry(config.served_name, self._dispatcher, profile, self._clock)
         self._metrics.watch(self._dispatcher)

@@ -30,7 +30,8 @@ from tandem.core.session import (
     TokenFrame,
 )
 from tandem.router.fleet import Fleet
-from tandem.router.records import ArrivalObserver, RequestObserver
+from tandem.router.profile import ProfileObserver
+from tandem.router.records import RequestObserver
 from tandem.router.running import RunningRequest
 from tandem.scheduling.prefix_index import block_hashes
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
@@ -54,7 +55,7 @@ class Dispatcher:
         routing: RoutingSettings,
         request_timeout_s: float,
         observers: Sequence[RequestObserver] = (),
-        arrivals: ArrivalObserver | None = None,
+        profile: ProfileObserver | None = None,
     ) -> None:
         """`request_timeout_s` is the deadline of a request that names none."""
         self.machine = RoutingMachine(self, routing)
@@ -69,7 +70,7 @@ class Dispatcher:
         self._clock = clock
         self._request_timeout_s = request_timeout_s
         self._observers = tuple(observers)
-        self._arrivals = arrivals
+        self._profile = profile
         self._running: dict[str, RunningRequest] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._is_draining = False
@@ -86,8 +87,8 @@ class Dispatcher:
     def start(self, request: GenerationRequest, received_s: float) -> RunningRequest:
         """Also raises DeadlineError if its deadline has passed already."""
         now_s = self._clock.now_s()
-        if self._arrivals is not None:
-            self._arrivals.arrived(now_s)
+        if self._profile is not None:
+            self._profile.arrived(now_s)
         try:
             return self._start(request, received_s, now_s)
         except TandemError as error:

@@ -7,13 +7,14 @@ from tandem.router.records import RequestRecord
 
 
 class ProfileObserver:
-    """A `RequestObserver` and an `ArrivalObserver`. Cancelled requests count with the tokens they had produced. All
+    """A `RequestObserver` that also counts arrivals. Cancelled requests count with the tokens they had produced. All
     requests belong to the first SLO class, since the router knows no classes yet."""
 
     def __init__(self, profile: WorkloadProfile) -> None:
         self._profile = profile
 
     def arrived(self, now_s: float) -> None:
+        """A request has come in token ids; it may still be refused."""
         self._profile.arrived(now_s)
 
     def finished(self, record: RequestRecord) -> None:

@@ -72,12 +72,6 @@ class RequestObserver(Protocol):
         ...
 
 
-class ArrivalObserver(Protocol):
-    """Hears of every request once, when it comes in token ids, whether or not there is room for it."""
-
-    def arrived(self, now_s: float) -> None: ...
-
-
 class RequestLog:
     """Writes one line per request, and remembers the last `capacity` of them."""
 

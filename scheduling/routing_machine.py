@@ -167,10 +167,6 @@ class RoutingMachine:
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    @property
-    def num_requests(self) -> int:
-        return len(self._requests)
-
     def capacity_tokens(self) -> int:
         """Longest prompt plus answer that a usable instance or pair can hold. Raises UnavailableError without one."""
         return self._selector.require_capacity_tokens()

@@ -250,7 +250,7 @@ async def run_live(
     events = len(recording.events)
     await asyncio.gather(fleet, return_exceptions=True)
     del recording.events[events:]  # the end of the fleet
-    assert dispatcher.machine.num_requests == 0
+    assert not dispatcher.machine._requests
     return recording
 
 

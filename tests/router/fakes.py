@@ -10,16 +10,13 @@ from tandem.core.clock import Clock, SystemClock
 from tandem.core.errors import TandemError, UnavailableError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams
 from tandem.core.session import (
-    BlockCounts,
     Cancel,
-    InstanceState,
     InstanceStatus,
     KvReserved,
     NewTokens,
     PrefillFinished,
     PrefillStarted,
     RequestFailed,
-    Role,
     SessionCommand,
     SessionEvent,
     Submit,
@@ -28,34 +25,15 @@ from tandem.core.session import (
 )
 from tandem.router.dispatch import Dispatcher
 from tandem.router.fleet import Fleet
-from tandem.router.records import ArrivalObserver, RequestLog, RequestRecord
+from tandem.router.profile import ProfileObserver
+from tandem.router.records import RequestLog, RequestRecord
 from tandem.router.running import RunningRequest
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.routing_machine import RoutingSettings
+from tests.instance_status import MODEL, ROLES, make_status
 
-MODEL = "tiny"
 Command = TypeVar("Command", Submit, Cancel)
-ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "c": Role.COLOCATED}
 ROUTING = RoutingSettings(replacement_wait_s=0.3, retry_pause_s=0.01, local_prefill=False)
-
-
-def make_status(instance_id: str, role: Role, **changes: object) -> InstanceStatus:
-    status = InstanceStatus(
-        instance_id=instance_id,
-        role=role,
-        state=InstanceState.READY,
-        address=f"127.0.0.1:{1000 + sum(instance_id.encode())}",
-        model=MODEL,
-        fingerprint="f",
-        max_model_len=256,
-        block_size=16,
-        blocks=BlockCounts(total=64, free=64, running=0, cached=0, leased=0),
-        waiting_requests=0,
-        running_requests=0,
-        uncomputed_tokens=0,
-        unreserved_tokens=0,
-    )
-    return replace(status, **changes)  # type: ignore[arg-type]
 
 
 def make_request(request_id: str = "r", prompt: tuple[int, ...] = (1, 2, 3), **changes: object) -> GenerationRequest:
@@ -194,7 +172,7 @@ class Cluster:
 def make_cluster(
     routing: RoutingSettings = ROUTING,
     heartbeat_timeout_s: float = 60.0,
-    arrivals: ArrivalObserver | None = None,
+    profile: ProfileObserver | None = None,
     clock: Clock | None = None,
 ) -> Cluster:
     workers = FakeWorkers()
@@ -208,7 +186,7 @@ def make_cluster(
         routing=routing,
         request_timeout_s=30.0,
         observers=(log, _Observer(records)),
-        arrivals=arrivals,
+        profile=profile,
     )
     return Cluster(dispatcher, workers, log, records)
 
@@ -229,10 +207,10 @@ async def running_cluster(
     *instance_ids: str,
     routing: RoutingSettings = ROUTING,
     heartbeat_timeout_s: float = 60.0,
-    arrivals: ArrivalObserver | None = None,
+    profile: ProfileObserver | None = None,
     clock: Clock | None = None,
 ) -> AsyncIterator[Cluster]:
-    cluster = make_cluster(routing, heartbeat_timeout_s, arrivals, clock)
+    cluster = make_cluster(routing, heartbeat_timeout_s, profile, clock)
     task = asyncio.create_task(cluster.fleet.run())
     try:
         await cluster.join(*instance_ids)

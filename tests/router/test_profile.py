@@ -45,7 +45,7 @@ def test_an_answer_counts_as_long_as_it_became() -> None:
 async def test_a_refused_request_has_arrived_too() -> None:
     profile = WorkloadProfile(window_s=1e-9, random=Random(0), now_s=SystemClock().now_s(), min_requests=1)
     observer = ProfileObserver(profile)
-    async with running_cluster("p1", "d1", routing=RoutingSettings(max_queue=2), arrivals=observer) as cluster:
+    async with running_cluster("p1", "d1", routing=RoutingSettings(max_queue=2), profile=observer) as cluster:
         running = [cluster.start(make_request(f"r{i}")) for i in range(2)]
         with pytest.raises(OverloadedError):
             cluster.start(make_request("r2"))

@@ -2,33 +2,18 @@
 
 from dataclasses import dataclass, field, replace
 
+import tests.instance_status
 from tandem.core.errors import TandemError
-from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, Role
+from tandem.core.session import InstanceStatus
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
 from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
-
-ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "c": Role.COLOCATED}
+from tests.instance_status import ROLES
 
 
 def make_status(instance_id: str, **changes: object) -> InstanceStatus:
     """Names begin with the first letter of the role."""
-    status = InstanceStatus(
-        instance_id=instance_id,
-        role=ROLES[instance_id[0]],
-        state=InstanceState.READY,
-        address="",
-        model="",
-        fingerprint="f",
-        max_model_len=256,
-        block_size=16,
-        blocks=BlockCounts(total=64, free=64, running=0, cached=0, leased=0),
-        waiting_requests=0,
-        running_requests=0,
-        uncomputed_tokens=0,
-        unreserved_tokens=0,
-    )
-    return replace(status, **changes)  # type: ignore[arg-type]
+    return replace(tests.instance_status.make_status(instance_id, ROLES[instance_id[0]]), **changes)  # type: ignore[arg-type]
 
 
 @dataclass
