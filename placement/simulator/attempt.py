@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Protocol
 from tandem.core.errors import TandemError
 from tandem.core.request import GenerationRequest
 from tandem.placement.simulator.network import Transfer
-from tandem.scheduling import routed_request
+from tandem.scheduling.routed_request import Attempt
 
 if TYPE_CHECKING:
     from tandem.placement.simulator.instance import SimulatedInstance
 
 
-class Attempt:
+class SimulatedAttempt:
     """The key of its sequences on both instances. `row` is the request's place in the stream, `routed` is the routing
     machine's side of the attempt. `begun_on` computes the prompt.
 
@@ -35,7 +35,7 @@ class Attempt:
     def __init__(
         self,
         row: int,
-        routed: routed_request.Attempt,
+        routed: Attempt,
         request: GenerationRequest,
         begun_on: "SimulatedInstance",
     ) -> None:
@@ -55,24 +55,24 @@ class Attempt:
 class Listener(Protocol):
     """The router, as its workers' events reach it. Calls come at the moment they are about."""
 
-    def prefill_started(self, attempt: Attempt, num_cached_tokens: int) -> None: ...
+    def prefill_started(self, attempt: SimulatedAttempt, num_cached_tokens: int) -> None: ...
 
-    def prefill_finished(self, attempt: Attempt, started_s: float) -> None: ...
+    def prefill_finished(self, attempt: SimulatedAttempt, started_s: float) -> None: ...
 
-    def decode_reserved(self, attempt: Attempt) -> None: ...
+    def decode_reserved(self, attempt: SimulatedAttempt) -> None: ...
 
-    def transfer_committed(self, attempt: Attempt) -> None: ...
+    def transfer_committed(self, attempt: SimulatedAttempt) -> None: ...
 
-    def second_token(self, attempt: Attempt, admitted_s: float, token_s: float) -> None:
+    def second_token(self, attempt: SimulatedAttempt, admitted_s: float, token_s: float) -> None:
         """Decode's first step for it began at `admitted_s` and brought its token at `token_s`."""
         ...
 
-    def failed(self, attempt: Attempt, instance_id: str, error: TandemError) -> None:
+    def failed(self, attempt: SimulatedAttempt, instance_id: str, error: TandemError) -> None:
         """The instance has let go of it."""
         ...
 
-    def decode_finished(self, attempt: Attempt) -> None: ...
+    def decode_finished(self, attempt: SimulatedAttempt) -> None: ...
 
-    def lease_ended(self, attempt: Attempt) -> None:
+    def lease_ended(self, attempt: SimulatedAttempt) -> None:
         """The KV that was held for another instance is gone."""
         ...

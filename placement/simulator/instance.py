@@ -7,7 +7,7 @@ from functools import partial
 from tandem.core.errors import TandemError
 from tandem.core.session import Role
 from tandem.placement.simulator.agenda import Agenda
-from tandem.placement.simulator.attempt import Attempt, Listener
+from tandem.placement.simulator.attempt import Listener, SimulatedAttempt
 from tandem.placement.simulator.counted import CountedSequence
 from tandem.placement.simulator.deployment import PAUSE_S, InstanceSpec
 from tandem.placement.simulator.fast_run import FastRun
@@ -56,8 +56,8 @@ class SimulatedInstance:
             growth_horizon_tokens=spec.growth_horizon_tokens,
         )
         self._scheduler = spec.scheduler_type(budget, self._pool, self._index, spec.max_model_len)
-        self._held: dict[Attempt, Sequence] = {}
-        self._leases: deque[tuple[float, Attempt, Sequence]] = deque()  # of held KV, the first to end first
+        self._held: dict[SimulatedAttempt, Sequence] = {}
+        self._leases: deque[tuple[float, SimulatedAttempt, Sequence]] = deque()  # of held KV, the first to end first
         self._commands: list[tuple[Callable[[], None], bool]] = []  # and whether it is a release
         self._is_up = True
         self._life = 0  # how often it was lost; what an earlier life computed is dropped
@@ -73,7 +73,7 @@ class SimulatedInstance:
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
-    def submit(self, attempt: Attempt, *, is_remote: bool = False, hand_over: bool = False) -> None:
+    def submit(self, attempt: SimulatedAttempt, *, is_remote: bool = False, hand_over: bool = False) -> None:
         """Queue it: to compute its prompt, or to receive its KV (`is_remote`)."""
         submit = partial(self._submit, attempt, is_remote, hand_over)
         late_s = self.spec.request_admission_cost_s if is_remote else 0.0
@@ -82,11 +82,11 @@ class SimulatedInstance:
         else:
             self._command(submit, late_s)
 
-    def arrived(self, attempt: Attempt) -> None:
+    def arrived(self, attempt: SimulatedAttempt) -> None:
         """Its KV is here."""
         self._command(partial(self._arrived, attempt))
 
-    def release(self, attempt: Attempt) -> None:
+    def release(self, attempt: SimulatedAttempt) -> None:
         """Give it up in any phase; KV that was held for another instance is no longer needed."""
         self._command(partial(self._release, attempt), is_release=True)
 
@@ -141,7 +141,7 @@ class SimulatedInstance:
         elif self._step.cut(self._agenda.now_s, late_s):
             self._agenda.at_step_end(self._step.end_s, self._end_run, self._step)
 
-    def _submit(self, attempt: Attempt, is_remote: bool, hand_over: bool) -> None:
+    def _submit(self, attempt: SimulatedAttempt, is_remote: bool, hand_over: bool) -> None:
         sequence = CountedSequence(attempt, attempt.request, self._agenda.now_s, is_remote, hand_over)
         if self._names is not None:
             sequence.block_hashes = self._names.of(attempt.row, attempt.request.max_total_tokens)
@@ -150,12 +150,12 @@ class SimulatedInstance:
         except TandemError as error:
             self._listener.failed(attempt, self.spec.instance_id, error)
 
-    def _arrived(self, attempt: Attempt) -> None:
+    def _arrived(self, attempt: SimulatedAttempt) -> None:
         if self._scheduler.get(attempt) is not None:
             self._scheduler.committed(attempt, 0, self._agenda.now_s)
             self._listener.transfer_committed(attempt)
 
-    def _release(self, attempt: Attempt) -> None:
+    def _release(self, attempt: SimulatedAttempt) -> None:
         if (held := self._held.pop(attempt, None)) is not None:
             self._scheduler.release(held)
         elif (sequence := self._scheduler.get(attempt)) is not None:
@@ -311,8 +311,8 @@ class SimulatedInstance:
                 self._listener.lease_ended(attempt)
 
 
-def attempt_of(sequence: Sequence) -> Attempt:
-    assert isinstance(sequence.key, Attempt)
+def attempt_of(sequence: Sequence) -> SimulatedAttempt:
+    assert isinstance(sequence.key, SimulatedAttempt)
     return sequence.key
 
 

@@ -9,7 +9,7 @@ from tandem.core.request import SamplingParams
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, Role
 from tandem.placement.simulator import record as stages
 from tandem.placement.simulator.agenda import Agenda
-from tandem.placement.simulator.attempt import Attempt
+from tandem.placement.simulator.attempt import SimulatedAttempt
 from tandem.placement.simulator.counted import counted_request
 from tandem.placement.simulator.deployment import RouterSpec
 from tandem.placement.simulator.instance import SimulatedInstance
@@ -17,8 +17,7 @@ from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefixes import BlockNames
 from tandem.placement.simulator.record import Record
 from tandem.placement.workload.requests import RequestStream
-from tandem.scheduling import routed_request
-from tandem.scheduling.routed_request import RoutedRequest
+from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
 from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
 
@@ -51,7 +50,7 @@ class Router:
         self._prompt_tokens = requests.prompt_tokens.tolist()
         self._output_tokens = requests.output_tokens.tolist()
         self._sampling: dict[int, SamplingParams] = {}
-        self._attempts: dict[int, Attempt] = {}  # the last one of each open request, by row
+        self._attempts: dict[int, SimulatedAttempt] = {}  # the last one of each open request, by row
         self._names: BlockNames | None = None
         self._instances: Mapping[str, SimulatedInstance] = {}
 
@@ -127,9 +126,7 @@ class Router:
 
     # --- decisions ---------------------------------------------------------------------------------------------------
 
-    def submit(
-        self, attempt: routed_request.Attempt, instance_id: str, source_id: str | None, selection: Selection | None
-    ) -> None:
+    def submit(self, attempt: Attempt, instance_id: str, source_id: str | None, selection: Selection | None) -> None:
         instance, routed = self._instances[instance_id], attempt.request
         row = _row(routed)
         if source_id is not None:
@@ -142,11 +139,11 @@ class Router:
         if sampling is None:
             sampling = self._sampling[max_tokens] = SamplingParams(max_tokens=max_tokens)
         request = counted_request(row, attempt.num_tokens, routed.num_output_tokens, sampling)
-        self._attempts[row] = own = Attempt(row, attempt, request, instance)
+        self._attempts[row] = own = SimulatedAttempt(row, attempt, request, instance)
         self._record.begin_attempt(row, self._agenda.now_s)
         instance.submit(own, hand_over=attempt.hand_over)
 
-    def cancel(self, attempt: routed_request.Attempt, instance_id: str) -> None:
+    def cancel(self, attempt: Attempt, instance_id: str) -> None:
         own = self._attempts[_row(attempt.request)]
         if own.transfer is not None:
             self._network.abandon(own.transfer)
@@ -165,12 +162,12 @@ class Router:
 
     # --- what the instances tell -------------------------------------------------------------------------------------
 
-    def prefill_started(self, attempt: Attempt, num_cached_tokens: int) -> None:
+    def prefill_started(self, attempt: SimulatedAttempt, num_cached_tokens: int) -> None:
         if attempt.routed.prefill is not None:
             self._record.num_cached_tokens[attempt.row] = num_cached_tokens
             self.machine.prefill_started(attempt.routed, num_cached_tokens, self._agenda.now_s)
 
-    def prefill_finished(self, attempt: Attempt, started_s: float) -> None:
+    def prefill_finished(self, attempt: SimulatedAttempt, started_s: float) -> None:
         routed, row, begun_on = attempt.routed, attempt.row, attempt.begun_on
         if routed.prefill is None:
             return
@@ -190,7 +187,7 @@ class Router:
         if attempt.is_reserved and routed.decode is not None:
             self._send(attempt)
 
-    def decode_reserved(self, attempt: Attempt) -> None:
+    def decode_reserved(self, attempt: SimulatedAttempt) -> None:
         if attempt.routed.decode is None:
             return
         attempt.is_reserved = True
@@ -199,7 +196,7 @@ class Router:
         if attempt.is_computed:
             self._send(attempt)
 
-    def transfer_committed(self, attempt: Attempt) -> None:
+    def transfer_committed(self, attempt: SimulatedAttempt) -> None:
         now_s = self._agenda.now_s
         if not self.machine.transfer_committed(attempt.routed, now_s):
             return
@@ -207,39 +204,39 @@ class Router:
             self._stamps[attempt.row, stages.TRANSFER_STARTED] = now_s - attempt.transfer_s
             self._stamps[attempt.row, stages.TRANSFER_COMMITTED] = now_s
 
-    def second_token(self, attempt: Attempt, admitted_s: float, token_s: float) -> None:
+    def second_token(self, attempt: SimulatedAttempt, admitted_s: float, token_s: float) -> None:
         if attempt.routed.generating is None:
             return
         if attempt.is_first or not self._record.has(attempt.row, stages.SECOND_TOKEN):
             self._stamps[attempt.row, stages.DECODE_ADMITTED] = admitted_s
             self._stamps[attempt.row, stages.SECOND_TOKEN] = token_s + self._spec.token_s
 
-    def decode_finished(self, attempt: Attempt) -> None:
+    def decode_finished(self, attempt: SimulatedAttempt) -> None:
         if attempt.routed.generating is None:
             return
         now_s = self._agenda.now_s
         self._stamps[attempt.row, stages.FINISHED] = now_s + self._spec.token_s
         self.machine.attempt_finished(attempt.routed, now_s)
 
-    def lease_ended(self, attempt: Attempt) -> None:
+    def lease_ended(self, attempt: SimulatedAttempt) -> None:
         if attempt.transfer is not None:
             self._network.abandon(attempt.transfer)
             attempt.transfer = None
         reader, error = attempt.decode or attempt.begun_on, StaleEpochError("the lease on the KV has ended")
         self.machine.attempt_failed(attempt.routed, reader.spec.instance_id, error, self._agenda.now_s)
 
-    def failed(self, attempt: Attempt, instance_id: str, error: TandemError) -> None:
+    def failed(self, attempt: SimulatedAttempt, instance_id: str, error: TandemError) -> None:
         self.machine.attempt_failed(attempt.routed, instance_id, error, self._agenda.now_s)
 
     # --- transfers ---------------------------------------------------------------------------------------------------
 
-    def _send(self, attempt: Attempt) -> None:
+    def _send(self, attempt: SimulatedAttempt) -> None:
         assert attempt.decode is not None
         attempt.transfer = self._network.send(
             attempt.begun_on.spec, attempt.decode.spec, attempt.routed.num_tokens, self._acknowledge, attempt
         )
 
-    def _acknowledge(self, attempt: Attempt) -> None:
+    def _acknowledge(self, attempt: SimulatedAttempt) -> None:
         """The KV is whole and the decode instance's: prefill's blocks are free at once, decode takes it up next."""
         assert attempt.transfer is not None
         assert attempt.decode is not None

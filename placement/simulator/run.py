@@ -21,10 +21,9 @@ _EVENTS_PER_LOOK = 512
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a simulation is. `received` requests have arrived, of which `refused` got no answer."""
+    """How far a simulation is: of `finished` requests all tokens have come; `refused` requests ended with an error."""
 
     now_s: float
-    received: int
     finished: int
     refused: int
 
@@ -99,9 +98,8 @@ def _simulate(
             agenda.run_next()
         num_events += 1
         if stop_when is not None and num_events % _EVENTS_PER_LOOK == 0:
-            progress = Progress(agenda.now_s, num_received, record.num_finished, router.num_refused)
-            if stop_when(progress):
-                stopped_early = True
+            stopped_early = stop_when(Progress(agenda.now_s, record.num_finished, router.num_refused))
+            if stopped_early:
                 break
     if math.isfinite(until_s) and not stopped_early:
         agenda.now_s = max(agenda.now_s, until_s)

@@ -210,11 +210,11 @@ def test_it_can_be_stopped() -> None:
 
     def stop(progress: Progress) -> bool:
         seen.append(progress)
-        return progress.received > 500
+        return progress.finished > 500
 
     result = simulate(deployment(), stream, stop_when=stop)
     assert result.stopped_early
-    assert 500 < seen[-1].received < 1500
+    assert 500 < seen[-1].finished < 1500
     assert result.finished.sum() == seen[-1].finished
     cut = simulate(deployment(), stream, until_s=5.0)
     assert cut.end_s == 5.0
