@@ -19,6 +19,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
+from tandem.engine.ops.native_library import NativeUnavailableError, load_native_library
+
 _SMALL: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -190,3 +192,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> C
 def long_checkpoints(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Checkpoints:
     """The same with a context of 2,048 tokens."""
     return Checkpoints(tmp_path_factory.mktemp("long_checkpoints"), max_positions=2048)
+
+
+@pytest.fixture(scope="module", params=["torch", "native"])
+def ops(request: pytest.FixtureRequest) -> str:
+    """Both ways to compute; the native one only where there is a compiler."""
+    if request.param == "native":
+        try:
+            load_native_library()
+        except NativeUnavailableError as error:
+            pytest.skip(str(error))
+    return str(request.param)

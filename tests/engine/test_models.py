@@ -11,7 +11,6 @@ from tandem.core.errors import ConfigError
 from tandem.core.request import SamplingParams
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine, load_engine
-from tandem.engine.ops.native_library import NativeUnavailableError, load_native_library
 from tandem.engine.step import SampleRequest, SequenceSlice
 from tests.engine.conftest import CONFIGS, Checkpoints, write_checkpoint
 from tests.engine.driver import Driver
@@ -36,17 +35,6 @@ def _engine(
             ops=ops,
         )
     )
-
-
-@pytest.fixture(scope="module", params=["torch", "native"])
-def ops(request: pytest.FixtureRequest) -> str:
-    """Both ways to compute; the native one only where there is a compiler."""
-    if request.param == "native":
-        try:
-            load_native_library()
-        except NativeUnavailableError as error:
-            pytest.skip(str(error))
-    return str(request.param)
 
 
 def _prompt(length: int, seed: int = 0) -> list[int]:

@@ -9,23 +9,12 @@ import torch
 from tandem.core.request import SamplingParams
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine, load_engine
-from tandem.engine.ops.native_library import NativeUnavailableError, load_native_library
 from tandem.engine.sampler import sample_slices
 from tandem.engine.step import SampleRequest, SequenceSlice
 from tests.engine.conftest import Checkpoints
 from tests.engine.driver import Driver, RunningSequence
 
 _PARAMS = SamplingParams(temperature=1.1, seed=7, logprobs=3, frequency_penalty=0.2)
-
-
-@pytest.fixture(scope="module", params=["torch", "native"])
-def ops(request: pytest.FixtureRequest) -> str:
-    if request.param == "native":
-        try:
-            load_native_library()
-        except NativeUnavailableError as error:
-            pytest.skip(str(error))
-    return str(request.param)
 
 
 def _engine(checkpoints: Checkpoints, ops: str) -> Engine:

@@ -15,6 +15,7 @@ from tandem.prefill_worker.held_kv import KvReady
 from tandem.scheduling.budget import Mixing, role_budget
 from tandem.worker.loop import CancelFetch, InstanceLoop, LoopEvent, Release, SendEvent, SubmitAttempt
 from tests.fakes import LAYOUT, FakeEngine, next_token
+from tests.worker.loop_turn import turn
 
 SOURCE = KvSource("prefill-1", "127.0.0.1:1")
 KINDS = ("hand_over", "remote", "both")
@@ -38,15 +39,6 @@ def submit(handle: int, num_prompt: int, max_tokens: int, kind: str = "both") ->
 
 def arrived(handle: int) -> KvArrived:
     return KvArrived(AttemptId(0, handle), SampledToken(50), 0.1, 1000, Transport.SHARED_MEMORY)
-
-
-def turn(loop: InstanceLoop) -> list[LoopEvent]:
-    if loop.prepare():
-        loop.launch()
-        loop.collect()
-    else:
-        loop.idle()
-    return loop.take_events()
 
 
 def answer(events: list[LoopEvent], handle: int) -> tuple[list[int], FinishReason | None]:

@@ -15,6 +15,7 @@ from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived
 from tandem.scheduling.budget import role_budget
 from tandem.worker.loop import CancelFetch, InstanceLoop, LoopEvent, Release, SendEvent, SubmitAttempt
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
+from tests.worker.loop_turn import turn
 
 PROMPT = tuple(range(1, 11))
 SOURCE = KvSource("prefill-1", "127.0.0.1:1")
@@ -35,15 +36,6 @@ def submit(
 
 def arrived(handle: int, token_id: int = 50, session: int = 0) -> KvArrived:
     return KvArrived(AttemptId(session, handle), SampledToken(token_id), 0.1, 1000, Transport.SHARED_MEMORY)
-
-
-def turn(loop: InstanceLoop) -> list[LoopEvent]:
-    if loop.prepare():
-        loop.launch()
-        loop.collect()
-    else:
-        loop.idle()
-    return loop.take_events()
 
 
 def expected(prompt: tuple[int, ...], first: int, count: int) -> list[int]:

@@ -12,8 +12,9 @@ from tandem.core.session import PrefillFinished, PrefillStarted, RequestFailed, 
 from tandem.core.transfer import hash_token_ids
 from tandem.prefill_worker.held_kv import KvReady
 from tandem.scheduling.budget import role_budget
-from tandem.worker.loop import MAX_FAILED_STEPS, InstanceLoop, LoopEvent, Release, SendEvent, SubmitAttempt
+from tandem.worker.loop import MAX_FAILED_STEPS, InstanceLoop, Release, SendEvent, SubmitAttempt
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
+from tests.worker.loop_turn import turn
 
 PROMPT = tuple(range(1, 11))
 
@@ -31,15 +32,6 @@ def submit(
     params = SamplingParams(**({"max_tokens": 5} | sampling))
     request = GenerationRequest(f"r{handle}", token_ids, params, deadline_s=deadline_s)
     return SubmitAttempt(AttemptId(0, handle), Submit(handle, request, hand_over=True))
-
-
-def turn(loop: InstanceLoop) -> list[LoopEvent]:
-    if loop.prepare():
-        loop.launch()
-        loop.collect()
-    else:
-        loop.idle()
-    return loop.take_events()
 
 
 def test_a_prompt_is_computed_and_held_until_released() -> None:
