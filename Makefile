@@ -31,8 +31,12 @@ $(STAMP): pyproject.toml constraints.txt
 serve: setup ## start the built-in model; FILE=serve.yaml starts another (Ctrl-C ends it)
 	@exec $(BIN)/tandem serve $(FILE)
 
-test: setup lint types layers proto-check ## all checks and the tests of the gate
-	$(BIN)/python -m pytest -q
+test: setup lint types layers proto-check ## all checks, and the tests of the gate with their coverage
+	@mkdir -p build/coverage && $(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage json -q --fail-under=0 -o - | $(BIN)/python .ci/coverage_by_package.py
+	@$(BIN)/coverage report --format=total > /dev/null || { echo "less than 90 % of the lines are covered" >&2; exit 1; }
 
 lint: setup ## style
 	$(BIN)/ruff check .
