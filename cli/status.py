@@ -93,7 +93,7 @@ def as_parts(state: RunState, fleet: FleetDescription) -> list[RenderableType]:
     if not fleet.instances:
         return [*parts, *_requests(fleet), "", "no worker has reported yet"]
     instances = sorted(fleet.instances, key=lambda status: (status.role.value, status.instance_id), reverse=True)
-    header = ["INSTANCE", "STATE", "WAITING", "RUNNING", "KV BLOCKS", "STEPS", "MS/STEP", "ADDRESS"]
+    header = ["INSTANCE", "ROLE", "STATE", "WAITING", "RUNNING", "KV BLOCKS", "STEPS", "MS/STEP", "ADDRESS"]
     parts += ["", table(header, [_instance_row(status) for status in instances])]
     receivers = (status for status in instances if status.role is Role.DECODE)  # both ends count; once is enough
     links = [_link_row(status, link) for status in receivers for link in status.links]
@@ -167,6 +167,7 @@ def _instance_row(status: InstanceStatus) -> list[str | Text]:
     step_ms = f"{1000 * status.step_s / status.steps:.1f}" if status.steps else "-"
     return [
         status.instance_id,
+        status.role.value,
         Text(status.state.value, style="green" if status.state is InstanceState.READY else "yellow"),
         f"{status.waiting_requests} ({status.uncomputed_tokens + status.unreserved_tokens} tokens)",
         str(status.running_requests),

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from tandem.core.attempt_id import AttemptId
-from tandem.core.errors import CancelledError, InternalError, TandemError, TransferError
+from tandem.core.errors import CancelledError, InternalError, TandemError
 from tandem.core.request import SampledToken
 from tandem.core.session import KvSource
-from tandem.core.transfer import PeerGoneError, Transport
+from tandem.core.transfer import Transport
 from tandem.decode_worker.peers import Peers
 from tandem.kv_transfer.receiver import KvReceiver
 
@@ -57,7 +57,6 @@ class KvFetcher:
         self._peers = peers
         self._receiver: KvReceiver | None = None
         self._tasks: dict[AttemptId, asyncio.Task[KvArrived]] = {}
-        self._unwanted: set[AttemptId] = set()
 
     def fetch_with(self, receiver: KvReceiver) -> None:
         """Called once, before the first fetch: the receiver needs the loaded engine's pool."""
@@ -71,7 +70,6 @@ class KvFetcher:
     def cancel(self, attempt_id: AttemptId) -> None:
         """It is no longer wanted; its end is reported once nothing writes any more."""
         if (task := self._tasks.get(attempt_id)) is not None:
-            self._unwanted.add(attempt_id)
             task.cancel()
 
     async def close(self) -> None:
@@ -84,39 +82,29 @@ class KvFetcher:
 
     async def _fetch(self, fetch: Fetch) -> KvArrived:
         assert self._receiver is not None, "a fetch came before the receiver"
-        source = fetch.source
-        try:
-            fetched = await self._receiver.fetch(
-                self._peers.control(source),
-                fetch.request_id,
-                fetch.epoch,
-                fetch.token_ids,
-                fetch.block_ids,
-                fetch.deadline_s,
-            )
-        except PeerGoneError:
-            self._peers.forget(source.instance_id)
-            self._receiver.drop(source.instance_id)
-            raise
+        fetched = await self._receiver.fetch(
+            self._peers.control(fetch.source),
+            fetch.request_id,
+            fetch.epoch,
+            fetch.token_ids,
+            fetch.block_ids,
+            fetch.deadline_s,
+        )
         return KvArrived(fetch.attempt_id, fetched.first_token, fetched.seconds, fetched.bytes, fetched.transport)
 
     def _ended(self, fetch: Fetch, task: asyncio.Task[KvArrived]) -> None:
         """A task that is cancelled before its first step runs none of its own code, so this is a callback."""
-        attempt_id = fetch.attempt_id
-        del self._tasks[attempt_id]
-        was_unwanted = attempt_id in self._unwanted
-        self._unwanted.discard(attempt_id)
-        if not task.cancelled() and (error := task.exception()) is None:
-            self._report(task.result())
+        del self._tasks[fetch.attempt_id]
+        if task.cancelled():  # only `cancel` does that
+            self._report(FetchFailed(fetch.attempt_id, CancelledError("the transfer was cancelled")))
             return
-        if task.cancelled():
-            error = CancelledError("the transfer was cancelled")
-        if isinstance(error, CancelledError) and not was_unwanted:
-            # A shared channel was closed under this fetch. Nobody asked for its end, so it may be tried elsewhere.
-            error = TransferError("the connection to the instance that holds the KV was closed")
-        if not isinstance(error, TandemError):
-            log.error("transfer of %s (attempt %d) failed", fetch.request_id, fetch.epoch, exc_info=error)
-            error = InternalError("the KV transfer failed; the instance's log says why")
-        elif not was_unwanted:
-            log.info("transfer of %s (attempt %d) failed: %s", fetch.request_id, fetch.epoch, error.message)
-        self._report(FetchFailed(attempt_id, error))
+        match task.exception():
+            case None:
+                self._report(task.result())
+            case TandemError() as error:
+                log.info("transfer of %s (attempt %d) failed: %s", fetch.request_id, fetch.epoch, error.message)
+                self._report(FetchFailed(fetch.attempt_id, error))
+            case error:
+                log.error("transfer of %s (attempt %d) failed", fetch.request_id, fetch.epoch, exc_info=error)
+                failed = InternalError("the KV transfer failed; the instance's log says why")
+                self._report(FetchFailed(fetch.attempt_id, failed))

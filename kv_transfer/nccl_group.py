@@ -1,4 +1,4 @@
-"""A process group of two GPUs over NCCL. NOT RUN YET: no GPU was at hand when it was written; see tests marked `gpu`.
+"""A process group of two GPUs over NCCL. NOT RUN YET, for want of two GPUs; see the tests marked `gpu`.
 
 Non-blocking communicator with few thread blocks, so that it can be aborted and leaves the SMs to the engine; waits
 poll, so that they can time out. NCCL has no tags: sends and receives match by order, one transfer at a time. A process

@@ -214,11 +214,8 @@ class KvReceiver:
         try:
             if reply.instance_id != peer.instance_id:
                 raise TransferError("the prefill worker was restarted")
-            if (
-                reply.fingerprint != self._layout.fingerprint
-                or reply.transport not in transports
-                or reply.num_blocks < 1
-            ):
+            same_format = reply.fingerprint == self._layout.fingerprint
+            if not same_format or reply.transport not in transports or reply.num_blocks < 1:
                 raise IncompatiblePeerError("the prefill worker's answer does not fit the offer")
             return _ReceiveLink(peer, reply, await self._open_end(peer, reply))
         except BaseException:

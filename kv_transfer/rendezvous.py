@@ -77,9 +77,8 @@ class LocalRendezvousStore(RendezvousStore):
             raise TransferError("the peer did not come to the rendezvous in time") from error
 
     async def read_async(self, key: str, timeout_s: float) -> bytes:
-        waiter = asyncio.wrap_future(self._slot(key))
         try:
-            return await asyncio.wait_for(asyncio.shield(waiter), timeout_s)
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._slot(key))), timeout_s)
         except TimeoutError as error:
             raise TransferError("the peer did not come to the rendezvous in time") from error
 

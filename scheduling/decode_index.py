@@ -4,19 +4,21 @@ from collections.abc import Container, Iterable, Mapping, Set
 from itertools import chain, islice
 from typing import NamedTuple
 
-from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES, SHOWN, InstanceIndex
-from tandem.scheduling.routing import DecodeView, Scored, Selection, choose_decode, score_decode, selection_of
+from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES, InstanceIndex
+from tandem.scheduling.routing import DecodeView, Scored, Selection, choose_decode, score_decode
 from tandem.scheduling.sorted_by_load import SortedByLoad
 
 
-class _Sequence(NamedTuple):
-    """A request to choose an instance for. `fingerprint` None: any."""
+class DecodeQuery(NamedTuple):
+    """A sequence to choose an instance for; see `routing.choose_decode` and `scheduling.instance_index`."""
 
     num_tokens: int
     growth_tokens: int
     needed_tokens: int
     fingerprint: str | None
-    failures: Mapping[str, float]
+    avoid: Set[str] = NO_INSTANCES
+    exclude: Set[str] = NO_INSTANCES
+    failures: Mapping[str, float] = NO_FAILURES
 
 
 class _Group:
@@ -57,7 +59,7 @@ class _Group:
         return min(entries)[2] if entries else None
 
 
-class DecodeIndex(InstanceIndex[DecodeView]):
+class DecodeIndex(InstanceIndex[DecodeView, DecodeQuery]):
     """Decode or colocated instances by memory and batch. See `routing.choose_decode` for the policy."""
 
     __slots__ = ("_groups",)
@@ -89,61 +91,30 @@ class DecodeIndex(InstanceIndex[DecodeView]):
         """Of the instances that are ready and can hold a prompt and answer of that length. Ask it at once."""
         return _Fingerprints(self._groups, needed_tokens)
 
-    def best(
-        self,
-        *,
-        num_tokens: int,
-        growth_tokens: int,
-        needed_tokens: int,
-        fingerprint: str | None,
-        avoid: Set[str] = NO_INSTANCES,
-        exclude: Set[str] = NO_INSTANCES,
-        failures: Mapping[str, float] = NO_FAILURES,
-    ) -> Scored | None:
-        sequence = _Sequence(num_tokens, growth_tokens, needed_tokens, fingerprint, failures)
-        best = self._best_of(sequence, avoid, exclude, 1)
-        return best[0] if best else None
-
-    def select(
-        self,
-        *,
-        num_tokens: int,
-        growth_tokens: int,
-        needed_tokens: int,
-        fingerprint: str | None,
-        avoid: Set[str] = NO_INSTANCES,
-        exclude: Set[str] = NO_INSTANCES,
-        failures: Mapping[str, float] = NO_FAILURES,
-    ) -> Selection:
-        """As `best`, with the comparison."""
-        sequence = _Sequence(num_tokens, growth_tokens, needed_tokens, fingerprint, failures)
-        best = self._best_of(sequence, avoid, exclude, SHOWN)
-        if best:
-            return selection_of(best, {}, len(self) - len(best))
-        return choose_decode(  # none can: say why of each
-            [view for view in self.views.values() if view.instance_id not in exclude],
-            num_tokens=num_tokens,
-            growth_tokens=growth_tokens,
-            needed_tokens=needed_tokens,
-            fingerprint=fingerprint,
-            failures=failures,
+    def _compare_all(self, query: DecodeQuery) -> Selection:
+        return choose_decode(
+            [view for view in self.views.values() if view.instance_id not in query.exclude],
+            num_tokens=query.num_tokens,
+            growth_tokens=query.growth_tokens,
+            needed_tokens=query.needed_tokens,
+            fingerprint=query.fingerprint,
+            failures=query.failures,
             last_chosen=self.last_chosen,
         )
 
-    def _best_of(self, sequence: _Sequence, avoid: Set[str], exclude: Set[str], count: int) -> list[Scored]:
-        """As `PrefillIndex._best_of`."""
-        best = self._best_without({*avoid, *exclude}, sequence, count)
-        return best if best or not avoid else self._best_without(set(exclude), sequence, count)
+    def _best_of(self, query: DecodeQuery, count: int) -> list[Scored]:
+        best = self._best_without({*query.avoid, *query.exclude}, query, count)
+        return best if best or not query.avoid else self._best_without(set(query.exclude), query, count)
 
-    def _best_without(self, skip: set[str], sequence: _Sequence, count: int) -> list[Scored]:
+    def _best_without(self, skip: set[str], query: DecodeQuery, count: int) -> list[Scored]:
         compared: list[Scored] = []
-        if sequence.failures:
-            failed = [instance_id for instance_id in sequence.failures if self._is_usable(instance_id, sequence, skip)]
-            compared = sorted((self._score(each, sequence) for each in failed), key=lambda each: each.rank)
+        if query.failures:
+            failed = [instance_id for instance_id in query.failures if self._is_usable(instance_id, query, skip)]
+            compared = sorted((self._score(each, query) for each in failed), key=lambda each: each.rank)
             skip.update(failed)
         best: list[Scored] = []
         while len(best) < count:
-            winner = self._winner(sequence, skip)
+            winner = self._winner(query, skip)
             if compared and (winner is None or compared[0].rank < winner.rank):
                 best.append(compared.pop(0))
             elif winner is not None:
@@ -153,40 +124,40 @@ class DecodeIndex(InstanceIndex[DecodeView]):
                 break
         return best
 
-    def _winner(self, sequence: _Sequence, skip: Set[str]) -> Scored | None:
+    def _winner(self, query: DecodeQuery, skip: Set[str]) -> Scored | None:
         """The best of each group is the one with the least load, or if that must wait the best of those that fit."""
         best: Scored | None = None
-        for (max_model_len, capacity_tokens), group in self._groups_of(sequence.fingerprint):
-            if sequence.needed_tokens > max_model_len:
+        for (max_model_len, capacity_tokens), group in self._groups_of(query.fingerprint):
+            if query.needed_tokens > max_model_len:
                 continue
-            room = capacity_tokens - min(sequence.num_tokens + sequence.growth_tokens, max_model_len)
+            room = capacity_tokens - min(query.num_tokens + query.growth_tokens, max_model_len)
             first = group.first(skip)
             if first is None:
                 continue
-            scored = self._score(first, sequence)
+            scored = self._score(first, query)
             if best is None or scored.rank < best.rank:
                 best = scored
             if self.views[first].claimed_tokens > room:
                 fitting = group.first_within(room, skip)
                 if fitting is not None:
-                    best = min(best, self._score(fitting, sequence), key=lambda each: each.rank)
+                    best = min(best, self._score(fitting, query), key=lambda each: each.rank)
         return best
 
-    def _score(self, instance_id: str, sequence: _Sequence) -> Scored:
+    def _score(self, instance_id: str, query: DecodeQuery) -> Scored:
         return score_decode(
             self.views[instance_id],
-            num_tokens=sequence.num_tokens,
-            growth_tokens=sequence.growth_tokens,
-            failures=sequence.failures.get(instance_id, 0.0),
+            num_tokens=query.num_tokens,
+            growth_tokens=query.growth_tokens,
+            failures=query.failures.get(instance_id, 0.0),
             last_chosen=self._turn(instance_id),
         )
 
-    def _is_usable(self, instance_id: str, sequence: _Sequence, skip: Set[str]) -> bool:
+    def _is_usable(self, instance_id: str, query: DecodeQuery, skip: Set[str]) -> bool:
         view = self.views.get(instance_id)
         if view is None or not view.ready or instance_id in skip:
             return False
-        is_alike = sequence.fingerprint is None or view.fingerprint == sequence.fingerprint
-        return is_alike and sequence.needed_tokens <= view.max_model_len
+        is_alike = query.fingerprint is None or view.fingerprint == query.fingerprint
+        return is_alike and query.needed_tokens <= view.max_model_len
 
     def _groups_of(self, fingerprint: str | None) -> Iterable[tuple[tuple[int, int], _Group]]:
         if fingerprint is not None:

@@ -18,16 +18,17 @@ from collections.abc import Mapping, Set
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
-from tandem.scheduling.routing import DecodeView, PrefillView
+from tandem.scheduling.routing import DecodeView, PrefillView, Scored, Selection, selection_of
 
 NO_INSTANCES: Set[str] = frozenset()
 NO_FAILURES: Mapping[str, float] = MappingProxyType({})
 SHOWN = 3  # candidates of a selection that are written down
 
 ViewT = TypeVar("ViewT", PrefillView, DecodeView)
+QueryT = TypeVar("QueryT")
 
 
-class InstanceIndex(ABC, Generic[ViewT]):
+class InstanceIndex(ABC, Generic[ViewT, QueryT]):
     """The views, and which choice took each instance last."""
 
     __slots__ = ("_num_choices", "last_chosen", "views")
@@ -49,6 +50,23 @@ class InstanceIndex(ABC, Generic[ViewT]):
         self._num_choices += 1
         self.last_chosen[view.instance_id] = self._num_choices
         self.put(view)
+
+    def best(self, query: QueryT) -> Scored | None:
+        """The winner."""
+        best = self._best_of(query, 1)
+        return best[0] if best else None
+
+    def select(self, query: QueryT) -> Selection:
+        """The winner with the comparison, or of each instance why not."""
+        best = self._best_of(query, SHOWN)
+        return selection_of(best, {}, len(self) - len(best)) if best else self._compare_all(query)
+
+    @abstractmethod
+    def _best_of(self, query: QueryT, count: int) -> list[Scored]:
+        """The first `count` of the full comparison, or fewer if there are no more."""
+
+    @abstractmethod
+    def _compare_all(self, query: QueryT) -> Selection: ...
 
     def _turn(self, instance_id: str) -> int:
         return self.last_chosen.get(instance_id, 0)

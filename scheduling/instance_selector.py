@@ -7,18 +7,18 @@ decode instance computes the prompt itself: degraded service instead of none.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tandem.core.errors import ContextLengthError, UnavailableError
 from tandem.core.session import Role
-from tandem.scheduling.decode_index import DecodeIndex
-from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES
+from tandem.scheduling.decode_index import DecodeIndex, DecodeQuery
+from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES, InstanceIndex, QueryT
 from tandem.scheduling.known_instance import KnownInstance
-from tandem.scheduling.prefill_index import Holders, PrefillIndex
+from tandem.scheduling.prefill_index import Holders, PrefillIndex, PrefillQuery
 from tandem.scheduling.prefix_tracker import PrefixTracker
 from tandem.scheduling.recent_failures import RecentFailures
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
-from tandem.scheduling.routing import Candidate, Scored, Selection
+from tandem.scheduling.routing import Candidate, Selection
 
 
 class Place(NamedTuple):
@@ -173,39 +173,39 @@ class InstanceSelector:
     def _pair(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> Place | None:
         if self.failures:
             failures = self.failures.of_prefills(failures, self.instances)
-        choose = self._prefills.select if self._explain else self._prefills.best
-        found = choose(
-            num_tokens=request.num_tokens,
-            needed_tokens=needed_tokens,
-            decode_fingerprints=self._decodes.fingerprints_for(needed_tokens),
-            holders=self._holders(request) if request.has_block_names else (),
-            avoid=request.avoid,
-            exclude=self._without_credit,
-            failures=failures,
+        query = PrefillQuery(
+            request.num_tokens,
+            needed_tokens,
+            self._decodes.fingerprints_for(needed_tokens),
+            self._holders(request) if request.has_block_names else (),
+            request.avoid,
+            self._without_credit,
+            failures,
         )
-        return self._place(found, hand_over=True)
+        return self._find(self._prefills, query, hand_over=True)
 
     def _one_instance(
         self, index: DecodeIndex, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]
     ) -> Place | None:
-        choose = index.select if self._explain else index.best
-        found = choose(
-            num_tokens=request.num_tokens,
-            growth_tokens=request.growth_tokens,
-            needed_tokens=needed_tokens,
-            fingerprint=None,
-            avoid=request.avoid,
-            exclude=self._without_credit,
-            failures=failures,
+        query = DecodeQuery(
+            request.num_tokens,
+            request.growth_tokens,
+            needed_tokens,
+            None,
+            request.avoid,
+            self._without_credit,
+            failures,
         )
-        return self._place(found, hand_over=False)
+        return self._find(index, query, hand_over=False)
 
-    def _place(self, found: Selection | Scored | None, *, hand_over: bool) -> Place | None:
-        if found is None:
+    def _find(self, index: InstanceIndex[Any, QueryT], query: QueryT, *, hand_over: bool) -> Place | None:
+        if not self._explain:
+            best = index.best(query)
+            return None if best is None else Place(self.instances[best.rank[3]], hand_over, None)
+        selection = index.select(query)
+        if selection.instance_id is None:
             return None
-        if isinstance(found, Scored):
-            return Place(self.instances[found.rank[3]], hand_over, None)
-        return None if found.instance_id is None else Place(self.instances[found.instance_id], hand_over, found)
+        return Place(self.instances[selection.instance_id], hand_over, selection)
 
     def _holders(self, request: RoutedRequest) -> Holders:
         holders = [
@@ -221,13 +221,14 @@ class InstanceSelector:
         """The form with the least work, queued and of the request, on its first instance; of equals the one whose
         decoding is less loaded. A form that has no memory to decode it now is passed over if the other one has, and one
         that failed it if the other did not."""
-        decode = self._decodes.best(
-            num_tokens=request.num_tokens,
-            growth_tokens=request.growth_tokens,
-            needed_tokens=needed_tokens,
-            fingerprint=pair.instance.status.fingerprint,
-            avoid=request.avoid,
+        query = DecodeQuery(
+            request.num_tokens,
+            request.growth_tokens,
+            needed_tokens,
+            pair.instance.status.fingerprint,
+            request.avoid,
         )
+        decode = self._decodes.best(query)
         assert decode is not None, "a decode instance is there for each of the fingerprints"
         forms = ((pair, self._decodes, decode.rank[3]), (colocated, self._colocated, colocated.instance.instance_id))
         ranked = [
@@ -284,14 +285,13 @@ class InstanceSelector:
         failures: Mapping[str, float] = NO_FAILURES
         if self.failures:
             failures = self.failures.of_decodes(self.failures.current(now_s), prefill.instance_id)
-        choose = self._decodes.select if self._explain else self._decodes.best
-        found = choose(
-            num_tokens=attempt.num_tokens,
-            growth_tokens=attempt.growth_tokens,
-            needed_tokens=needed_tokens,
-            fingerprint=fingerprint,
-            avoid=attempt.request.avoid,
-            exclude={prefill.instance_id} if prefill.role is Role.DECODE else NO_INSTANCES,
-            failures=failures,
+        query = DecodeQuery(
+            attempt.num_tokens,
+            attempt.growth_tokens,
+            needed_tokens,
+            fingerprint,
+            attempt.request.avoid,
+            {prefill.instance_id} if prefill.role is Role.DECODE else NO_INSTANCES,  # it was a prefill instance before
+            failures,
         )
-        return self._place(found, hand_over=False)
+        return self._find(self._decodes, query, hand_over=False)

@@ -8,8 +8,6 @@ from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tandem.core.errors import ContextLengthError, UnavailableError
-
 # A decode step takes base + n * slope; the batch n at which the two are equal. Of a larger batch more than half of the
 # step's time is its sequences' doing. The router knows no cost model; any n of this order gives a like ranking.
 BATCH_OF_EQUAL_TERMS = 32
@@ -77,16 +75,7 @@ class Selection:
 
     instance_id: str | None
     candidates: tuple[Candidate, ...]
-    too_long: bool = False  # nothing was chosen, and the request's length alone is why
     others: int = 0
-
-    def require(self) -> str:
-        """The chosen instance. Raises ContextLengthError if the prompt fits nowhere, else UnavailableError."""
-        if self.instance_id is not None:
-            return self.instance_id
-        if self.too_long:
-            raise ContextLengthError("The prompt is longer than any worker's context; shorten it.")
-        raise UnavailableError("No worker can take the request now; try again later.")
 
     def explain(self) -> str:
         """One line per candidate, for a person."""
@@ -181,7 +170,7 @@ def choose_prefill(
         elif view.fingerprint not in decode_fingerprints:
             refused[view.instance_id] = "no decode instance has its KV layout"
         elif needed_tokens > view.max_model_len:
-            refused[view.instance_id] = _too_long(view.max_model_len)
+            refused[view.instance_id] = f"its context is too short ({view.max_model_len} tokens)"
     return selection_of(scored, refused)
 
 
@@ -217,7 +206,7 @@ def choose_decode(
         elif fingerprint is not None and view.fingerprint != fingerprint:
             refused[view.instance_id] = "its KV layout is not the prefill instance's"
         elif needed_tokens > view.max_model_len:
-            refused[view.instance_id] = _too_long(view.max_model_len)
+            refused[view.instance_id] = f"its context is too short ({view.max_model_len} tokens)"
         else:
             scored.append(
                 score_decode(
@@ -229,13 +218,6 @@ def choose_decode(
                 )
             )
     return selection_of(scored, refused)
-
-
-_TOO_LONG = "its context is too short"
-
-
-def _too_long(max_model_len: int) -> str:
-    return f"{_TOO_LONG} ({max_model_len} tokens)"
 
 
 def selection_of(scored: Collection[Scored], refused: Mapping[str, str], others: int = 0) -> Selection:
@@ -250,5 +232,4 @@ def selection_of(scored: Collection[Scored], refused: Mapping[str, str], others:
             reason += "; requests failed there recently"
         candidates.append(Candidate(each.rank[3], each.rank[0], each.terms, "" if each.rank == best else reason))
     candidates.extend(Candidate(instance_id, None, (), refused[instance_id]) for instance_id in sorted(refused))
-    too_long = best is None and any(reason.startswith(_TOO_LONG) for reason in refused.values())
-    return Selection(None if best is None else best[3], tuple(candidates), too_long, others)
+    return Selection(None if best is None else best[3], tuple(candidates), others)

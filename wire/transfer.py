@@ -32,11 +32,7 @@ from tandem.wire.status import abort, error_from_rpc
 MAX_NAME_LENGTH = 256
 MAX_TRANSPORTS = 8
 
-_TRANSPORT_TO_PB = {
-    Transport.SHARED_MEMORY: transfer_pb2.TRANSPORT_SHARED_MEMORY,
-    Transport.GLOO: transfer_pb2.TRANSPORT_GLOO,
-    Transport.NCCL: transfer_pb2.TRANSPORT_NCCL,
-}
+_TRANSPORT_TO_PB = {transport: getattr(transfer_pb2, f"TRANSPORT_{transport.name}") for transport in Transport}
 _TRANSPORT_FROM_PB = {value: key for key, value in _TRANSPORT_TO_PB.items()}
 
 Reply = TypeVar("Reply")

@@ -7,9 +7,8 @@ from collections import defaultdict
 from dataclasses import replace
 from statistics import mean, median
 
-from tandem.scheduling.decode_index import DecodeIndex
-from tandem.scheduling.instance_index import NO_FAILURES
-from tandem.scheduling.prefill_index import PrefillIndex
+from tandem.scheduling.decode_index import DecodeIndex, DecodeQuery
+from tandem.scheduling.prefill_index import PrefillIndex, PrefillQuery
 from tandem.scheduling.prefix_tracker import PrefixTracker
 from tandem.scheduling.routing import DecodeView, PrefillView, choose_decode, choose_prefill
 
@@ -17,8 +16,8 @@ _NUM_INSTANCES = (2, 10, 100, 1000, 4000)
 _BLOCK_SIZE = 16
 _SLACK_TOKENS = 4096
 _PROMPT_TOKENS = 2048
-_SYSTEM_BLOCKS = 32  # prefix of every prompt, soon cached on nearly every instance
-_CONVERSATION_BLOCKS = 96  # cached where earlier turns of the conversation ran
+_SYSTEM_BLOCKS = 32  # every prompt begins with them: soon they are cached nearly everywhere
+_CONVERSATION_BLOCKS = 96  # cached where the conversation's earlier turns ran
 _OPEN_CONVERSATIONS = 200
 _DECODE_TOKENS = 2400
 
@@ -30,17 +29,17 @@ class CallTimer:
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-        self._began_s = 0.0
+        self._begun_s = 0.0
 
     def begin(self) -> None:
-        self._began_s = time.perf_counter()
+        self._begun_s = time.perf_counter()
 
-    def end(self, call: str) -> None:
-        self.seconds[call].append(time.perf_counter() - self._began_s)
+    def end(self, what: str) -> None:
+        self.seconds[what].append(time.perf_counter() - self._begun_s)
 
 
 def run_prefill(num_instances: int, rounds: int, full_rounds: int, rng: random.Random, timer: CallTimer) -> None:
-    """Queues fill by selections and empty at random; every other prompt continues a conversation."""
+    """Queues that fill by choices and empty at random; of two prompts one continues a conversation."""
     index, tracker = PrefillIndex(_SLACK_TOKENS), PrefixTracker(_BLOCK_SIZE, max_blocks_per_instance=4096)
     ids = [f"prefill-{number}" for number in range(num_instances)]
     for instance_id in ids:
@@ -58,51 +57,41 @@ def run_prefill(num_instances: int, rounds: int, full_rounds: int, rng: random.R
             expected = choose_prefill(
                 views,
                 num_tokens=_PROMPT_TOKENS,
-                needed_tokens=_DECODE_TOKENS,
+                needed_tokens=_PROMPT_TOKENS + 1,
                 decode_fingerprints={"f"},
                 slack_tokens=_SLACK_TOKENS,
-                failures=NO_FAILURES,
+                failures={},
                 last_chosen=index.last_chosen,
             ).instance_id
             timer.end("prefill, compare all")
         timer.begin()
+        query = PrefillQuery(_PROMPT_TOKENS, _PROMPT_TOKENS + 1, {"f"}, list(tracker.holders(names)))
         if turn % 2:
-            best = index.best(
-                num_tokens=_PROMPT_TOKENS,
-                needed_tokens=_DECODE_TOKENS,
-                decode_fingerprints={"f"},
-                holders=tracker.holders(names),
-            )
+            best = index.best(query)
             timer.end("prefill, best")
-            assert best is not None
-            chosen = best.rank[3]
+            chosen = None if best is None else best.rank[3]
         else:
-            chosen = index.select(
-                num_tokens=_PROMPT_TOKENS,
-                needed_tokens=_DECODE_TOKENS,
-                decode_fingerprints={"f"},
-                holders=tracker.holders(names),
-            ).require()
+            chosen = index.select(query).instance_id
             timer.end("prefill, explained")
-        index.take(index.views[chosen])
+        assert chosen is not None
         assert turn >= full_rounds or chosen == expected
         tracker.record(chosen, names)
         for instance_id, change_tokens in ((chosen, _PROMPT_TOKENS), (rng.choice(ids), -_PROMPT_TOKENS)):
             view = index.views[instance_id]
             view = replace(view, queued_tokens=max(0, view.queued_tokens + change_tokens))
             timer.begin()
-            index.put(view)
+            (index.take if instance_id == chosen else index.put)(view)
             timer.end("prefill, load changed")
 
 
 def run_decode(num_instances: int, rounds: int, full_rounds: int, rng: random.Random, timer: CallTimer) -> None:
-    """Memory fills by selections and empties at random; about one instance in three is full."""
+    """Memory that fills by choices and empties at random; about one instance in three has no room."""
     index = DecodeIndex()
     ids = [f"decode-{number}" for number in range(num_instances)]
-    block_tokens = -(-_DECODE_TOKENS // _BLOCK_SIZE) * _BLOCK_SIZE
+    tokens = -(-_DECODE_TOKENS // _BLOCK_SIZE) * _BLOCK_SIZE
     for instance_id in ids:
         running = rng.randrange(25)
-        index.put(DecodeView(instance_id, "f", True, 1 << 20, 16 * block_tokens, running * block_tokens, running))
+        index.put(DecodeView(instance_id, "f", True, 1 << 20, 16 * tokens, running * tokens, running))
     for turn in range(rounds):
         if turn < full_rounds:
             timer.begin()
@@ -112,38 +101,27 @@ def run_decode(num_instances: int, rounds: int, full_rounds: int, rng: random.Ra
                 growth_tokens=_DECODE_TOKENS - _PROMPT_TOKENS,
                 needed_tokens=_DECODE_TOKENS,
                 fingerprint="f",
-                failures=NO_FAILURES,
+                failures={},
                 last_chosen=index.last_chosen,
             ).instance_id
             timer.end("decode, compare all")
-        growth_tokens = _DECODE_TOKENS - _PROMPT_TOKENS
+        query = DecodeQuery(_PROMPT_TOKENS, _DECODE_TOKENS - _PROMPT_TOKENS, _DECODE_TOKENS, "f")
         timer.begin()
         if turn % 2:
-            best = index.best(
-                num_tokens=_PROMPT_TOKENS,
-                growth_tokens=growth_tokens,
-                needed_tokens=_DECODE_TOKENS,
-                fingerprint="f",
-            )
+            best = index.best(query)
             timer.end("decode, best")
-            assert best is not None
-            chosen = best.rank[3]
+            chosen = None if best is None else best.rank[3]
         else:
-            chosen = index.select(
-                num_tokens=_PROMPT_TOKENS,
-                growth_tokens=growth_tokens,
-                needed_tokens=_DECODE_TOKENS,
-                fingerprint="f",
-            ).require()
+            chosen = index.select(query).instance_id
             timer.end("decode, explained")
-        index.take(index.views[chosen])
+        assert chosen is not None
         assert turn >= full_rounds or chosen == expected
         for instance_id, change in ((chosen, 1), (rng.choice(ids), -1)):
             view = index.views[instance_id]
-            sequences = max(0, view.sequences + change)
-            view = replace(view, sequences=sequences, claimed_tokens=sequences * block_tokens)
+            running = max(0, view.sequences + change)
+            view = replace(view, sequences=running, claimed_tokens=running * tokens)
             timer.begin()
-            index.put(view)
+            (index.take if instance_id == chosen else index.put)(view)
             timer.end("decode, load changed")
 
 
@@ -154,8 +132,8 @@ def _names(conversation: int) -> Names:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.routing", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4000, help="selections per role and size (default %(default)s)")
-    parser.add_argument("--full-rounds", type=int, default=100, help="of these, how many also compare all instances")
+    parser.add_argument("--rounds", type=int, default=4000, help="choices per role and size (default %(default)s)")
+    parser.add_argument("--full-rounds", type=int, default=100, help="of these also compared in full, and checked")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     columns = {}

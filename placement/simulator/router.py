@@ -84,8 +84,16 @@ class Router:
         self.machine.advance(self._agenda.now_s)
 
     def instance_lost(self, instance_id: str) -> None:
-        if instance_id not in self.machine.instances:
-            return
+        if instance_id in self.machine.instances:
+            self._fail(instance_id)
+            self.machine.instance_removed(instance_id, self._agenda.now_s)
+
+    def instance_found(self, instance_id: str) -> None:
+        self._instances[instance_id].restart()
+        self._join(instance_id)
+
+    def _fail(self, instance_id: str) -> None:
+        """What it had comes to nothing, but for the tokens that it has sent."""
         instance, machine = self._instances[instance_id], self.machine
         instance.fail()
         for routed in machine.instances[instance_id].attempts():
@@ -93,11 +101,6 @@ class Router:
             instance.release(attempt)
             if routed.has_first_token:
                 machine.tokens_generated(routed, attempt.num_handed_on - routed.request.num_output_tokens)
-        machine.instance_removed(instance_id, self._agenda.now_s)
-
-    def instance_found(self, instance_id: str) -> None:
-        self._instances[instance_id].restart()
-        self._join(instance_id)
 
     def _join(self, instance_id: str) -> None:
         """A report of an idle instance. Instances with equal fingerprints can exchange KV."""
@@ -178,12 +181,11 @@ class Router:
         if attempt.is_first or not self._record.has(row, stages.FIRST_TOKEN):
             self._stamps[row, stages.PREFILL_STARTED] = started_s
             self._stamps[row, stages.FIRST_TOKEN] = token_s
-        is_last = routed.hand_over and (
-            routed.growth_tokens == 1 or routed.num_tokens + 1 >= begun_on.spec.max_model_len
-        )
+        is_last = routed.growth_tokens == 1 or routed.num_tokens + 1 >= begun_on.spec.max_model_len
         if is_last:
             self._stamps[row, stages.FINISHED] = token_s
-            begun_on.release(attempt)
+            if routed.hand_over:
+                begun_on.release(attempt)  # others drop it by themselves
         self.machine.prefill_finished(routed, now_s, is_last=is_last)
         if attempt.is_reserved and routed.decode is not None:
             self._send(attempt)
@@ -215,9 +217,8 @@ class Router:
     def decode_finished(self, attempt: Attempt) -> None:
         if attempt.routed.generating is None:
             return
-        spec, now_s = self._spec, self._agenda.now_s
-        is_first = attempt.routed.request.max_tokens == 1
-        self._stamps[attempt.row, stages.FINISHED] = now_s + (spec.first_token_s if is_first else spec.token_s)
+        now_s = self._agenda.now_s
+        self._stamps[attempt.row, stages.FINISHED] = now_s + self._spec.token_s
         self.machine.attempt_finished(attempt.routed, now_s)
 
     def lease_ended(self, attempt: Attempt) -> None:

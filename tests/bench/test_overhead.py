@@ -7,9 +7,9 @@ import pytest
 
 from bench.overhead.figures import OverheadSample, Quantity, figures_of, figures_table
 from bench.overhead.request_path import cpu_without_engine_s
-from bench.overhead.scripted_workers import ScriptedDecode
+from bench.overhead.scripted_workers import ScriptedInstance
 from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
-from tandem.core.session import Cancel, DecodeEvent, DecodeFrame, KvSource, OpenDecode
+from tandem.core.session import Cancel, KvSource, Submit, TokenFrame
 from tandem.wire.sessions import Outbox
 
 
@@ -34,17 +34,17 @@ def test_cpu_without_the_engine_leaves_out_each_workers_busiest_thread_but_its_f
 
 
 async def test_scripted_decode_sends_one_token_of_every_open_request_in_a_frame() -> None:
-    decode, outbox = ScriptedDecode(step_s=0.0), Outbox[DecodeEvent]()
+    decode, outbox = ScriptedInstance(step_s=0.0), Outbox()
     session = decode.open_session(outbox)
     source = KvSource("prefill", "127.0.0.1:1")
     for handle, max_tokens in ((1, 3), (2, 2), (3, 100)):
         request = GenerationRequest(f"r{handle}", (5,), SamplingParams(max_tokens=max_tokens))
-        decode.handle(session, OpenDecode(handle, request, source))
+        decode.handle(session, Submit(handle, request, source))
     decode.handle(session, Cancel(3))
     running = asyncio.create_task(decode.run())
     frames = []
     async for event in outbox.drain():
-        if isinstance(event, DecodeFrame):
+        if isinstance(event, TokenFrame):
             frames.append([(item.handle, item.finish_reason) for item in event.items])
             if len(frames) == 2:
                 break

@@ -14,5 +14,5 @@ def test_prints_a_row_per_kind_of_call_and_checks_the_winners(
     assert [line[:24].strip() for line in lines[2:]] == [
         f"{role}, {what}"
         for role in ("prefill", "decode")
-        for what in ("compare all", "explained", "load changed", "pick")
+        for what in ("compare all", "explained", "load changed", "best")
     ]

@@ -100,7 +100,8 @@ def status(transport: str, leaked: int = 0, failures: int = 0) -> InstanceStatus
         blocks=BlockCounts(total=8, free=8 - leaked, running=0, cached=0, leased=0, leaked=leaked),
         waiting_requests=0,
         running_requests=0,
-        waiting_tokens=0,
+        uncomputed_tokens=0,
+        unreserved_tokens=0,
         links=(LinkStats("prefill-1", transport, 3, 100, 0.1, failures),),
     )
 

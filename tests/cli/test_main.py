@@ -68,7 +68,7 @@ def test_nothing_runs(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["scale"], "give --prefill N, --decode N or both"),
+        (["scale"], "give at least one of --prefill N, --decode N and --colocated N"),
         (
             ["scale", "--prefill", "0"],
             "Invalid value for '--prefill': Input should be greater than or equal to 1; see tandem scale --help",
@@ -179,7 +179,7 @@ assert main(["simulate", "plan.yaml", "--requests", "20", "--report", "run.html"
     [
         ("cli", "from tandem.cli import chat, scale, schema, status, stop, version"),
         ("plan", _SIMULATE),
-        ("serve", "import tandem.router.app, tandem.prefill_worker.app, tandem.decode_worker.app"),
+        ("serve", "import tandem.router.app, tandem.worker.app"),
         ("serve", "from tandem.cli import serve, doctor"),
     ],
 )

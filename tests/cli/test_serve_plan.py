@@ -50,7 +50,7 @@ def test_a_plan_is_told_by_its_settings_and_run(tmp_path: Path, capsys: pytest.C
     to_serve = read_serve_file(path, ["router.http=127.0.0.1:9000"], MACHINE)
     assert to_serve.plan == plan_of(BUILT_IN, GROUPS)
     config = to_serve.config
-    assert (config.model, config.decode.instances, config.router.http) == (BUILT_IN, 2, "127.0.0.1:9000")
+    assert (config.model, config.num_instances("decode"), config.router.http) == (BUILT_IN, 2, "127.0.0.1:9000")
     assert "1 prefill instance (tp1) and 2 decode instances (tp1) on cpu" in capsys.readouterr().out
 
 
@@ -58,7 +58,7 @@ def test_a_serve_file_stays_one(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text("model: m\nprefill: {instances: 3}\n")
     to_serve = read_serve_file(path, [], MACHINE)
-    assert (to_serve.config.prefill.instances, to_serve.plan) == (3, None)
+    assert (to_serve.config.num_instances("prefill"), to_serve.plan) == (3, None)
 
 
 def test_a_plan_of_a_name_needs_a_checkpoint(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_pools_that_do_not_fit_the_machine_are_refused_at_once(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"does not fit this machine .* set cluster\.kv_memory"):
         read_serve_file(path, [], MACHINE)
     smaller = ["prefill.engine.kv_memory=1MiB", "decode.engine.kv_memory=1MiB"]
-    assert read_serve_file(path, smaller, MACHINE).config.decode.engine.kv_memory == 1 << 20
+    assert read_serve_file(path, smaller, MACHINE).config.decode[0].engine.kv_memory == 1 << 20
 
 
 def test_an_slo_file_is_planned_for(
@@ -83,7 +83,7 @@ def test_an_slo_file_is_planned_for(
     path = tmp_path / "slo.yaml"
     path.write_text(SLO)
     _answer_with(plan_of(BUILT_IN, GROUPS), monkeypatch)
-    assert read_serve_file(path, [], MACHINE).config.decode.instances == 2
+    assert read_serve_file(path, [], MACHINE).config.num_instances("decode") == 2
     assert capsys.readouterr().out.startswith("Disaggregate: ")
 
 

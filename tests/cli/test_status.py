@@ -30,7 +30,8 @@ def instance(role: Role, **changes: object) -> InstanceStatus:
         "blocks": BlockCounts(total=100, free=90, running=4, cached=5, leased=1),
         "waiting_requests": 2,
         "running_requests": 3,
-        "waiting_tokens": 40,
+        "uncomputed_tokens": 30,
+        "unreserved_tokens": 10,
         "links": (LinkStats("peer-1", "shared_memory", 4, 2 * 10**9, 0.5, 1),),
     }
     return InstanceStatus(**{**values, **changes})  # type: ignore[arg-type]
@@ -56,7 +57,9 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0] == "tiny: up 1 h 2 min, 3 running, 1 queued (pid 7)"
     assert "http://127.0.0.1:8000/v1" in lines[1]
     prefill, decode = lines[5], lines[6]
-    assert prefill.startswith("prefill-1  ready  2 (40 tokens)  3        10/100 (4 running, 5 cached, 1 leased)  0")
+    assert prefill.startswith(
+        "prefill-1  prefill  ready  2 (40 tokens)  3        10/100 (4 running, 5 cached, 1 leased)  0"
+    )
     assert decode.split()[-3:] == ["10", "2.0", "127.0.0.1:4000"]
     assert lines[-1].split() == ["peer-1", "decode-1", "shared_memory", "4", "2.00", "GB", "4.00", "GB/s", "1"]
     assert sum("shared_memory" in line for line in lines) == 1, "one link, though both ends report it"
@@ -174,7 +177,7 @@ def test_lines_for_a_pipe_are_not_cut(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     text = shown(capsys, replace(FLEET, instances=(instance(Role.DECODE, instance_id="decode-" + 200 * "x"),)))
-    assert "decode-" + 200 * "x" + "  ready" in text
+    assert "decode-" + 200 * "x" + "  decode  ready" in text
     assert "\033" not in text
     assert not any(line.endswith(" ") for line in text.splitlines())
 

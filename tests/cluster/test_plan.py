@@ -1,5 +1,6 @@
 """An SLO file, `tandem plan`, `tandem serve`, an answer."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -32,11 +34,56 @@ READY_S = 120.0  # a minute of which a busy machine may need for Ray alone
 
 @pytest.mark.timeout(240)
 def test_what_was_planned_is_served(built_in_model: Path, tmp_path: Path) -> None:
-    slo, plan, output = tmp_path / "slo.yaml", tmp_path / "plan.yaml", tmp_path / "output"
+    slo, plan = tmp_path / "slo.yaml", tmp_path / "plan.yaml"
     slo.write_text(SLO.format(model=built_in_model))
     assert main(["plan", str(slo), "-o", str(plan), "--workers", "1"]) == 0
     kv_tokens = {group.role: group.kv_tokens for group in load_config(plan, Plan).groups}
-    environment = {**os.environ, "TANDEM_STATE_DIR": str(tmp_path / "state"), "OMP_NUM_THREADS": "1"}
+    with serving(plan, tmp_path) as (url, environment):
+        complete(url)
+        status = subprocess.run(
+            [sys.executable, "-m", "tandem.cli.main", "status", "--json"],
+            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        instances = json.loads(status.stdout)["fleet"]["instances"]
+        assert {instance["role"] for instance in instances} == set(kv_tokens) == {"prefill", "decode"}
+        for instance in instances:
+            assert instance["blocks"]["total"] >= kv_tokens[instance["role"]] // 16, "memory for what the plan expects"
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("plan-mixed.yaml", ["colocated", "decode", "decode", "prefill"]),
+        pytest.param("plan-colocated.yaml", ["colocated", "colocated"], marks=pytest.mark.slow),
+        pytest.param("plan-prompt-first.yaml", ["colocated"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_plans_of_the_examples_are_served(tmp_path: Path, name: str, roles: list[str]) -> None:
+    with serving(ROOT / "examples" / name, tmp_path) as (url, environment):
+        answers = {complete(url) for _ in range(6)}
+        assert len(answers) == 1, "the answer depends on the path of the request"
+        status = subprocess.run(
+            [sys.executable, "-m", "tandem.cli.main", "status", "--json"],
+            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        instances = json.loads(status.stdout)["fleet"]["instances"]
+        assert sorted(instance["role"] for instance in instances) == roles
+
+
+def complete(url: str) -> str:
+    body = {"model": "tiny-python", "prompt": "import ", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{url}/completions", json=body, timeout=60.0)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 8
+    return str(answer.json()["choices"][0]["text"])
+
+
+@contextlib.contextmanager
+def serving(plan: Path, folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """`tandem serve` of the plan: the URL of its API, and the environment for other commands."""
+    output = folder / "output"
+    environment = {**os.environ, "TANDEM_STATE_DIR": str(folder / "state"), "OMP_NUM_THREADS": "1"}
     with output.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "tandem.cli.main", "serve", str(plan), *PORTS],
@@ -46,19 +93,7 @@ def test_what_was_planned_is_served(built_in_model: Path, tmp_path: Path) -> Non
             stderr=subprocess.STDOUT,
         )
     try:
-        url = _wait_for(process, output, r"HTTP +(http://\S+/v1) ")
-        body = {"model": "tiny-python", "prompt": "import ", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-        answer = httpx.post(f"{url}/completions", json=body, timeout=60.0)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["usage"]["completion_tokens"] == 8
-        status = subprocess.run(
-            [sys.executable, "-m", "tandem.cli.main", "status", "--json"],
-            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
-        )  # fmt: skip
-        instances = json.loads(status.stdout)["fleet"]["instances"]
-        assert {instance["role"] for instance in instances} == set(kv_tokens) == {"prefill", "decode"}
-        for instance in instances:
-            assert instance["blocks"]["total"] >= kv_tokens[instance["role"]] // 16, "room for what the plan counts on"
+        yield _wait_for(process, output, r"HTTP +(http://\S+/v1) "), environment
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -70,6 +105,7 @@ def test_what_was_planned_is_served(built_in_model: Path, tmp_path: Path) -> Non
 
 
 def _wait_for(process: subprocess.Popen[bytes], output: Path, pattern: str) -> str:
+    """The first group of `pattern` in what the process has printed."""
     until_s = time.monotonic() + READY_S
     while time.monotonic() < until_s:
         if match := re.search(pattern, output.read_text()):

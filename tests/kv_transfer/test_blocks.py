@@ -145,7 +145,7 @@ async def test_closing_a_fence_waits_for_the_write_under_way_and_the_event_loop_
 
 
 def test_a_copy_stays_in_its_thread() -> None:
-    """torch would spread larger pieces over threads that decode's steps need."""
+    """torch would spread larger views over threads that decode's steps need."""
     layout = KvLayout(32, 4, 8, 16, 128, "bfloat16", "w")
     source, destination = pools(layout)
     from_view, to_view = (PoolView.over(pool, layout, KvSlice(0, 32, 0, 8)) for pool in (source, destination))

@@ -10,23 +10,20 @@ from tandem.core.errors import TandemError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken
 from tandem.core.session import (
     Cancel,
-    DecodeCommand,
-    DecodeEvent,
-    DecodeFrame,
-    DecodeReserved,
-    DecodeTokens,
-    PrefillCommand,
-    PrefillEvent,
+    KvReserved,
+    NewTokens,
     PrefillFinished,
     PrefillStarted,
     Role,
+    SessionCommand,
+    TokenFrame,
     TransferCommitted,
 )
 from tandem.v1 import worker_pb2_grpc
 from tandem.wire.channels import open_channel
 from tandem.wire.fleet import send_heartbeat
 from tandem.wire.server import bind, build_server
-from tandem.wire.sessions import DecodeServicer, Outbox, PrefillServicer
+from tandem.wire.sessions import InstanceServicer, Outbox, RoleChange
 from tests.router.fakes import make_status
 
 TOKEN_ID = 65
@@ -35,20 +32,20 @@ TOKEN_ID = 65
 def _first(request: GenerationRequest, handle: int) -> PrefillFinished:
     is_last = request.sampling.max_tokens - request.num_output_tokens == 1
     reason = FinishReason.LENGTH if is_last else None
-    return PrefillFinished(handle, SampledToken(TOKEN_ID), None, reason, 0, 0.0, 0.0)
+    return PrefillFinished(handle, SampledToken(TOKEN_ID), None, reason, 0, 0.0)
 
 
 @dataclass
 class InstantPrefill:
-    outboxes: list[Outbox[PrefillEvent]] = field(default_factory=list)
+    outboxes: list[Outbox] = field(default_factory=list)
     is_silent: bool = False
     cancelled: list[int] = field(default_factory=list)
 
-    def open_session(self, outbox: Outbox[PrefillEvent]) -> int:
+    def open_session(self, outbox: Outbox) -> int:
         self.outboxes.append(outbox)
         return len(self.outboxes) - 1
 
-    def handle(self, session_id: int, command: PrefillCommand) -> None:
+    def handle(self, session_id: int, command: SessionCommand) -> None:
         if isinstance(command, Cancel):
             self.cancelled.append(command.handle)
         elif not self.is_silent:
@@ -58,33 +55,39 @@ class InstantPrefill:
     def close_session(self, session_id: int) -> None:
         self.outboxes[session_id].close()
 
+    def configure(self, change: RoleChange) -> None:
+        raise NotImplementedError
+
 
 @dataclass
 class InstantDecode:
     """Sends `frame_tokens` tokens in each frame, one frame after the other, all requests at their own pace."""
 
-    outboxes: list[Outbox[DecodeEvent]] = field(default_factory=list)
+    outboxes: list[Outbox] = field(default_factory=list)
     frame_tokens: int = 4
 
-    def open_session(self, outbox: Outbox[DecodeEvent]) -> int:
+    def open_session(self, outbox: Outbox) -> int:
         self.outboxes.append(outbox)
         return len(self.outboxes) - 1
 
-    def handle(self, session_id: int, command: DecodeCommand) -> None:
+    def handle(self, session_id: int, command: SessionCommand) -> None:
         if isinstance(command, Cancel):
             return
         outbox, handle = self.outboxes[session_id], command.handle
-        outbox.put(DecodeReserved(handle))
+        outbox.put(KvReserved(handle))
         outbox.put(TransferCommitted(handle, 0.0, 1, "shared_memory"))
         left = command.request.sampling.max_tokens - command.request.num_output_tokens - 1
         while left > 0:
             count = min(left, self.frame_tokens)
             left -= count
             reason = None if left else FinishReason.LENGTH
-            outbox.put(DecodeFrame((DecodeTokens(handle, (SampledToken(TOKEN_ID),) * count, reason, 0.0),), 0.001))
+            outbox.put(TokenFrame((NewTokens(handle, (SampledToken(TOKEN_ID),) * count, reason, 0.0),)))
 
     def close_session(self, session_id: int) -> None:
         self.outboxes[session_id].close()
+
+    def configure(self, change: RoleChange) -> None:
+        raise NotImplementedError
 
 
 @dataclass
@@ -99,9 +102,9 @@ async def serve_pair(control_address: str, model: str, token: str | None = None)
     pair = Pair(InstantPrefill(), InstantDecode())
     clock = SystemClock()
     server, _ = build_server(token)
-    worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(pair.prefill, clock), server)
+    worker_pb2_grpc.add_InstanceServiceServicer_to_server(InstanceServicer(pair.prefill, clock), server)
     other, _ = build_server(token)
-    worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(pair.decode, clock), other)
+    worker_pb2_grpc.add_InstanceServiceServicer_to_server(InstanceServicer(pair.decode, clock), other)
     statuses = [
         make_status(f"{role.value}-1", role, model=model, address=bind(its_server, "127.0.0.1:0"))
         for role, its_server in ((Role.PREFILL, server), (Role.DECODE, other))

@@ -4,13 +4,11 @@ from collections.abc import Callable, Set
 from dataclasses import replace
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.core.errors import ContextLengthError, UnavailableError
-from tandem.scheduling.decode_index import DecodeIndex
-from tandem.scheduling.prefill_index import PrefillIndex
+from tandem.scheduling.decode_index import DecodeIndex, DecodeQuery
+from tandem.scheduling.prefill_index import PrefillIndex, PrefillQuery
 from tandem.scheduling.prefix_tracker import PrefixTracker
 from tandem.scheduling.routing import DecodeView, PrefillView, Scored, Selection, choose_decode, choose_prefill
 
@@ -125,14 +123,15 @@ def test_prefill_choice_is_that_of_the_full_comparison(
         for _ in range(2):
             expected = _expected(compare, avoid)
             for find in (index.select, index.best):
-                found = find(
-                    num_tokens=num_tokens,
-                    needed_tokens=num_tokens + 1,
-                    decode_fingerprints={"f"},
-                    holders=tracker.holders(names),
+                query = PrefillQuery(
+                    num_tokens,
+                    num_tokens + 1,
+                    {"f"},
+                    holders=list(tracker.holders(names)),
                     avoid=avoid,
                     failures=failures,
                 )
+                found = find(query)
                 _check(found, expected, len(index.views))
             if expected.instance_id is not None:
                 index.take(index.views[expected.instance_id])
@@ -195,8 +194,8 @@ def test_decode_choice_is_that_of_the_full_comparison(
 
         for _ in range(2):
             expected = _expected(compare, avoid)
-            _check(index.select(avoid=avoid, **asked()), expected, len(index.views))
-            _check(index.best(avoid=avoid, **asked()), expected, len(index.views))
+            _check(index.select(DecodeQuery(avoid=avoid, **asked())), expected, len(index.views))
+            _check(index.best(DecodeQuery(avoid=avoid, **asked())), expected, len(index.views))
             if expected.instance_id is not None:
                 index.take(index.views[expected.instance_id])
 
@@ -205,7 +204,7 @@ def _check(found: Selection | Scored | None, expected: Selection, num_instances:
     if not isinstance(found, Selection):
         assert (None if found is None else found.rank[3]) == expected.instance_id
         return
-    assert (found.instance_id, found.too_long) == (expected.instance_id, expected.too_long)
+    assert found.instance_id == expected.instance_id
     assert found.candidates == expected.candidates[: len(found.candidates)]
     usable = sum(candidate.score is not None for candidate in expected.candidates)
     if usable:
@@ -214,7 +213,7 @@ def _check(found: Selection | Scored | None, expected: Selection, num_instances:
 
 
 def _take_prefill(index: PrefillIndex, avoid: Set[str] = frozenset(), exclude: Set[str] = frozenset()) -> str | None:
-    found = index.best(num_tokens=5, needed_tokens=6, decode_fingerprints={"f"}, avoid=avoid, exclude=exclude)
+    found = index.best(PrefillQuery(5, 6, {"f"}, avoid=avoid, exclude=exclude))
     if found is None:
         return None
     index.take(index.views[found.rank[3]])
@@ -222,7 +221,7 @@ def _take_prefill(index: PrefillIndex, avoid: Set[str] = frozenset(), exclude: S
 
 
 def _take_decode(index: DecodeIndex) -> str:
-    found = index.best(num_tokens=5, growth_tokens=5, needed_tokens=10, fingerprint="f")
+    found = index.best(DecodeQuery(5, 5, 10, "f"))
     assert found is not None
     index.take(index.views[found.rank[3]])
     return found.rank[3]
@@ -254,7 +253,7 @@ def test_a_choice_says_how_many_it_does_not_list() -> None:
     index = PrefillIndex(_SLACK_TOKENS)
     for number in range(10):
         index.put(replace(_PREFILL, instance_id=str(number), queued_tokens=number))
-    lines = index.select(num_tokens=5, needed_tokens=6, decode_fingerprints={"f"}).explain().splitlines()
+    lines = index.select(PrefillQuery(5, 6, {"f"})).explain().splitlines()
     assert lines[1].endswith("worse by 1")
     assert lines[-1] == "and 7 more that were no better"
 
@@ -263,11 +262,8 @@ def test_nobody_to_choose() -> None:
     prefill, decode = PrefillIndex(_SLACK_TOKENS), DecodeIndex()
     prefill.put(_PREFILL)
     decode.put(_DECODE)
-    assert prefill.best(num_tokens=1000, needed_tokens=1001, decode_fingerprints={"f"}) is None
-    with pytest.raises(ContextLengthError):
-        prefill.select(num_tokens=1000, needed_tokens=1001, decode_fingerprints={"f"}).require()
-    with pytest.raises(UnavailableError):
-        prefill.select(num_tokens=10, needed_tokens=11, decode_fingerprints={"g"}).require()
-    assert decode.best(num_tokens=5, growth_tokens=5, needed_tokens=6, fingerprint="g") is None
-    selection = decode.select(num_tokens=5, growth_tokens=5, needed_tokens=6, fingerprint="g")
-    assert "its KV layout is not the prefill instance's" in selection.explain()
+    assert prefill.best(PrefillQuery(1000, 1001, {"f"})) is None
+    assert "its context is too short (1000 tokens)" in prefill.select(PrefillQuery(1000, 1001, {"f"})).explain()
+    assert "no decode instance has its KV layout" in prefill.select(PrefillQuery(10, 11, {"g"})).explain()
+    assert decode.best(DecodeQuery(5, 5, 6, "g")) is None
+    assert "its KV layout is not the prefill instance's" in decode.select(DecodeQuery(5, 5, 6, "g")).explain()

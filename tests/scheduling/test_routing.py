@@ -1,10 +1,8 @@
 from dataclasses import replace
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.core.errors import ContextLengthError, UnavailableError
 from tandem.scheduling.routing import DecodeView, PrefillView, Selection, choose_decode, choose_prefill
 
 _PREFILL = PrefillView("a", "f", ready=True, max_model_len=1000, queued_tokens=0)
@@ -51,7 +49,7 @@ def _decode(
 
 def test_prefill_goes_to_the_shortest_queue() -> None:
     selection = _prefill(replace(_PREFILL, queued_tokens=50), replace(_PREFILL, instance_id="b", queued_tokens=40))
-    assert selection.require() == "b"
+    assert selection.instance_id == "b"
     assert [(c.instance_id, c.score, c.reason) for c in selection.candidates] == [
         ("b", 140, ""),
         ("a", 150, "worse by 10"),
@@ -61,24 +59,24 @@ def test_prefill_goes_to_the_shortest_queue() -> None:
 def test_a_cached_prefix_is_worth_the_tokens_it_saves_and_no_more() -> None:
     warm = replace(_PREFILL, instance_id="warm", cached_prefix_tokens=64)
     cold = replace(_PREFILL, instance_id="cold")
-    assert _prefill(replace(warm, queued_tokens=63), cold).require() == "warm"
-    assert _prefill(replace(warm, queued_tokens=65), cold).require() == "cold"
+    assert _prefill(replace(warm, queued_tokens=63), cold).instance_id == "warm"
+    assert _prefill(replace(warm, queued_tokens=65), cold).instance_id == "cold"
 
 
 def test_beyond_the_slack_a_cache_earns_nothing() -> None:
     warm = replace(_PREFILL, instance_id="warm", cached_prefix_tokens=900, queued_tokens=201)
     cold = replace(_PREFILL, instance_id="cold")
-    assert _prefill(warm, cold, num_tokens=990).require() == "cold"
-    assert _prefill(replace(warm, queued_tokens=200), cold, num_tokens=990).require() == "warm"
+    assert _prefill(warm, cold, num_tokens=990).instance_id == "cold"
+    assert _prefill(replace(warm, queued_tokens=200), cold, num_tokens=990).instance_id == "warm"
 
 
 def test_among_equals_the_one_chosen_longest_ago_is_next() -> None:
     views = [replace(_PREFILL, instance_id=name) for name in "cab"]
     decode_views = [replace(_DECODE, instance_id=name) for name in "cab"]
     for last_chosen, winner in (({}, "a"), ({"a": 1}, "b"), ({"a": 1, "b": 2}, "c"), ({"a": 4, "b": 2, "c": 3}, "b")):
-        assert _prefill(*views, **last_chosen).require() == winner
+        assert _prefill(*views, **last_chosen).instance_id == winner
         selection = _decode(*decode_views, **last_chosen)
-        assert selection.require() == winner
+        assert selection.instance_id == winner
         assert {candidate.reason for candidate in selection.candidates} == {"", "equal; another's turn"}
 
 
@@ -89,7 +87,7 @@ def test_what_cannot_be_chosen_says_why() -> None:
         replace(_PREFILL, instance_id="short", max_model_len=100),
         replace(_PREFILL, instance_id="busy", queued_tokens=999),
     )
-    assert selection.require() == "busy"
+    assert selection.instance_id == "busy"
     assert {c.instance_id: c.reason for c in selection.candidates[1:]} == {
         "loading": "not ready",
         "other": "no decode instance has its KV layout",
@@ -99,50 +97,50 @@ def test_what_cannot_be_chosen_says_why() -> None:
     assert "loading:   not ready" in selection.explain()
 
 
-def test_no_instance_is_unavailable_and_no_instance_long_enough_is_the_clients_fault() -> None:
-    with pytest.raises(UnavailableError):
-        _prefill().require()
-    with pytest.raises(UnavailableError):
-        _decode(replace(_DECODE, ready=False)).require()
-    with pytest.raises(ContextLengthError):
-        _prefill(_PREFILL, num_tokens=1000).require()
-    with pytest.raises(ContextLengthError):
-        _decode(_DECODE, num_tokens=1000).require()
+def test_nothing_is_chosen_where_nothing_is_usable() -> None:
+    for selection in (
+        _prefill(),
+        _decode(replace(_DECODE, ready=False)),
+        _prefill(_PREFILL, num_tokens=1000),
+        _decode(_DECODE, num_tokens=1000),
+    ):
+        assert selection.instance_id is None
+        assert all(candidate.score is None and candidate.reason for candidate in selection.candidates)
 
 
 def test_decode_goes_where_most_memory_and_fewest_sequences_are() -> None:
     other = replace(_DECODE, instance_id="b")
-    assert _decode(replace(_DECODE, claimed_tokens=800), other).require() == "b"
-    assert _decode(replace(_DECODE, sequences=3), other).require() == "b"
-    assert _decode(replace(_DECODE, sequences=1, claimed_tokens=500), other).require() == "b"
+    assert _decode(replace(_DECODE, claimed_tokens=800), other).instance_id == "b"
+    assert _decode(replace(_DECODE, sequences=3), other).instance_id == "b"
+    assert _decode(replace(_DECODE, sequences=1, claimed_tokens=500), other).instance_id == "b"
     loaded = replace(_DECODE, claimed_tokens=800)
-    assert _decode(loaded, replace(other, fingerprint="g")).require() == "a"
-    assert _decode(loaded, replace(other, fingerprint="g"), fingerprint=None).require() == "b"
+    assert _decode(loaded, replace(other, fingerprint="g")).instance_id == "a"
+    assert _decode(loaded, replace(other, fingerprint="g"), fingerprint=None).instance_id == "b"
 
 
 def test_an_instance_counts_only_if_it_can_hold_what_is_needed() -> None:
     loaded = replace(_DECODE, instance_id="b", max_model_len=2000, claimed_tokens=800)
-    assert _decode(_DECODE, loaded).require() == "a"
+    assert _decode(_DECODE, loaded).instance_id == "a"
     selection = _decode(_DECODE, loaded, needed_tokens=1001)
-    assert selection.require() == "b"
+    assert selection.instance_id == "b"
     assert selection.candidates[1].reason == "its context is too short (1000 tokens)"
 
 
 def test_recent_failures_weigh_and_are_told() -> None:
     views = [_PREFILL, replace(_PREFILL, instance_id="b", queued_tokens=1000)]
     selection = _prefill(*views, failures={"a": 0.5})
-    assert selection.require() == "b"
+    assert selection.instance_id == "b"
     assert selection.candidates[1].reason == "worse by 1048; requests failed there recently"
-    assert _prefill(*views, failures={"a": 0.25, "b": 0.125}).require() == "a"
+    assert _prefill(*views, failures={"a": 0.25, "b": 0.125}).instance_id == "a"
     others = [_DECODE, replace(_DECODE, instance_id="b", claimed_tokens=800)]
-    assert _decode(*others, failures={"a": 1.0}).require() == "b"
-    assert _decode(*others, failures={"a": 0.25}).require() == "a"
+    assert _decode(*others, failures={"a": 1.0}).instance_id == "b"
+    assert _decode(*others, failures={"a": 0.25}).instance_id == "a"
 
 
 def test_decode_avoids_a_wait_for_memory() -> None:
     full = replace(_DECODE, instance_id="full", claimed_tokens=1456)
     busy = replace(_DECODE, instance_id="busy", claimed_tokens=1440, sequences=30)
-    assert _decode(full, busy).require() == "busy"
+    assert _decode(full, busy).instance_id == "busy"
 
 
 @settings(deadline=None, max_examples=100)
