@@ -80,6 +80,7 @@ class Dispatcher:
 
     @property
     def max_model_len(self) -> int:
+        self._check_open()
         return self.machine.capacity_tokens()
 
     def start(self, request: GenerationRequest, received_s: float) -> RunningRequest:
@@ -96,8 +97,7 @@ class Dispatcher:
 
     def _start(self, request: GenerationRequest, received_s: float, now_s: float) -> RunningRequest:
         request_id = request.request_id
-        if self._is_draining:
-            raise UnavailableError("the router is shutting down")
+        self._check_open()
         if request_id in self._running:
             raise DuplicateRequestError(f"a request with the id '{request_id}' is running")
         if request.deadline_s == float("inf"):
@@ -117,6 +117,10 @@ class Dispatcher:
             raise
         self._all_ended.clear()
         return running
+
+    def _check_open(self) -> None:
+        if self._is_draining:
+            raise UnavailableError("the router is shutting down")
 
     # --- RoutingDriver -----------------------------------------------------------------------------------------------
 

@@ -46,7 +46,6 @@ class EvaluatedDeployment:
     predicted: float
     bound: float
     goodput: float | None = None
-    max_rate: MaxRate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +176,9 @@ class _BestFirst:
         else:
             max_rates = self._mapper(partial(run_trial, self._space.problem), trials)
         for candidate, trial, max_rate in zip(candidates, trials, max_rates, strict=True):
-            self._num_simulations += len(max_rate.evaluated_rates)
+            self._num_simulations += max_rate.num_simulations
             goodput = min(max_rate.rate * trial.scale, candidate.bound)
-            evaluated = replace(candidate, goodput=goodput, max_rate=max_rate)
+            evaluated = replace(candidate, goodput=goodput)
             self._evaluated.append(evaluated)
             self._failures += 1
             if goodput > best:

@@ -18,7 +18,7 @@ from tandem.placement.search.kinds import InstanceKind
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.packing import count_fitting
 from tandem.placement.search.space import SearchSpace
-from tandem.placement.search.trial import EvaluatedRate, MaxRate, rate_index_below, scaled_down, simulate_at
+from tandem.placement.search.trial import scaled_down, simulate_at
 
 _GROWTH = 0.03  # share of a group's instances to add, at least one
 _BATCH = 16
@@ -88,8 +88,7 @@ class _CheapestFirst:
             rate = self._rate * (trial_goodput / predicted if trial_goodput > 0 else 1.0)
             _, evaluation = simulate_at(self._space.problem, trial, rate, separate_nodes=trial != deployment)
             self._num_simulations += 1
-            max_rate = MaxRate(rate_index_below(rate) if evaluation.meets else None, (EvaluatedRate(rate, evaluation),))
-            evaluated = replace(evaluated, goodput=self._rate if evaluation.meets else 0.0, max_rate=max_rate)
+            evaluated = replace(evaluated, goodput=self._rate if evaluation.meets else 0.0)
         self._evaluated.append(evaluated)
         return evaluated
 

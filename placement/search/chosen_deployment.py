@@ -13,12 +13,20 @@ from tandem.placement.evidence import AttainmentPoint, ClassAttainment, LatencyS
 from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.trial import RATE_RATIO, EvaluatedRate, evaluate_at, simulate_at
+from tandem.placement.search.trial import RATE_RATIO, evaluate_at, simulate_at
 from tandem.placement.simulator.result import SimulationResult
 
 _FACTORS = (0.3, 0.6, 0.8, 0.9, 1 / RATE_RATIO, 1.0, RATE_RATIO, 1.1, 1.2, 1.5)
 _MAX_STEPS = 24
 _SAMPLE = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedRate:
+    """A rate in requests per second, and the evaluation of a simulation at that rate."""
+
+    rate: float
+    evaluation: Evaluation
 
 
 @dataclass(frozen=True, slots=True)

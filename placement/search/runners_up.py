@@ -21,7 +21,7 @@ def with_runners_up(
     trials = [trial_for(space, runner) for runner in runners]
     max_rates = mapper(partial(run_trial, space.problem), trials)
     simulated = {
-        runner.deployment: replace(runner, goodput=max_rate.rate * trial.scale, max_rate=max_rate)
+        runner.deployment: replace(runner, goodput=max_rate.rate * trial.scale)
         for runner, trial, max_rate in zip(runners, trials, max_rates, strict=True)
     }
     return tuple(simulated.get(candidate.deployment, candidate) for candidate in evaluated)

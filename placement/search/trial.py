@@ -30,33 +30,19 @@ _MAX_DECREASE = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluatedRate:
-    """A rate in requests per second, and the evaluation of a simulation at it."""
+class MaxRate:
+    """`rate`: requests per second, 0 if no tested rate meets the targets."""
 
     rate: float
-    evaluation: Evaluation
+    num_simulations: int
 
 
-@dataclass(frozen=True, slots=True)
-class MaxRate:
-    """`rate_index`: the highest rate that meets the targets, None if none of the tested rates does. `evaluated_rates`
-    ascend."""
-
-    rate_index: int | None
-    evaluated_rates: tuple[EvaluatedRate, ...]
-
-    @property
-    def rate(self) -> float:
-        """Requests per second; 0 if no tested rate meets the targets."""
-        return 0.0 if self.rate_index is None else rate_at(self.rate_index)
-
-
-def rate_at(rate_index: int) -> float:
+def _rate_at(rate_index: int) -> float:
     """Requests per second."""
     return float(RATE_RATIO**rate_index)
 
 
-def rate_index_below(rate: float) -> int:
+def _rate_index_below(rate: float) -> int:
     """The index of the highest rate of the series that is at most `rate`."""
     return math.floor(math.log(rate) / math.log(RATE_RATIO) + 1e-9)
 
@@ -132,10 +118,10 @@ def find_max_rate(
 
     The rate goes up one index while it meets the targets, or down one index until it does. So a deployment that meets
     the targets wherever another one does never has a lower maximum. `mapper` simulates the next rates in parallel;
-    rates beyond the last one needed are dropped, so the result does not depend on the number of workers.
+    rates beyond the last one needed do not count, so the result does not depend on the number of workers.
     """
-    lowest = rate_index_below(at_least or guess / _MAX_DECREASE) + 1
-    start = lowest if at_least else max(rate_index_below(guess), lowest)
+    lowest = _rate_index_below(at_least or guess / _MAX_DECREASE) + 1
+    start = lowest if at_least else max(_rate_index_below(guess), lowest)
     spread = mapper or SerialMapper()
     evaluated: dict[int, Evaluation] = {}
 
@@ -144,20 +130,18 @@ def find_max_rate(
             following = (rate_index + step * i for i in range(spread.workers))
             ahead = [index for index in following if index >= lowest]
             evaluate_rate = partial(evaluate_at, problem, deployment, separate_nodes)
-            evaluated.update(zip(ahead, spread(evaluate_rate, [rate_at(index) for index in ahead]), strict=True))
+            evaluated.update(zip(ahead, spread(evaluate_rate, [_rate_at(index) for index in ahead]), strict=True))
         return evaluated[rate_index].meets
 
     rate_index = start
     if meets(rate_index, 1):
         while meets(rate_index + 1, 1):
             rate_index += 1
-        needed = range(start, rate_index + 2)
-    else:
-        while rate_index >= lowest and not meets(rate_index, -1):
-            rate_index -= 1
-        needed = range(max(rate_index, lowest), start + 1)
-    rates = tuple(EvaluatedRate(rate_at(index), evaluated[index]) for index in needed)
-    return MaxRate(rate_index if rate_index >= lowest else None, rates)
+        return MaxRate(_rate_at(rate_index), num_simulations=rate_index + 2 - start)
+    while rate_index >= lowest and not meets(rate_index, -1):
+        rate_index -= 1
+    rate = _rate_at(rate_index) if rate_index >= lowest else 0.0
+    return MaxRate(rate, num_simulations=start + 1 - max(rate_index, lowest))
 
 
 def _deployment(problem: Problem, deployment: CandidateDeployment, *, separate_nodes: bool = False) -> Deployment:
