@@ -1,6 +1,6 @@
 """The control protocol of a KV transfer, as values, and the interfaces of both sides.
 
-`wire` carries these over gRPC; `kv_transfer` speaks only to the protocols at the end of this file.
+`wire` sends these over gRPC; `kv_transfer` uses only the protocols at the end of this file.
 
     decode (KvReceiver)                          prefill (KvSender, KvHolder)
       | link(LinkOffer)                   ----->  |  once per peer: refuse other KV formats, agree on a transport

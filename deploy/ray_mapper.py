@@ -35,7 +35,7 @@ class RayMapper:
         self._task: Any = ray.remote(num_cpus=1)(_apply)
 
     def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Raises what the function raises, and UnavailableError when Ray loses a task for good."""
+        """Raises what the function raises, and UnavailableError when Ray has lost a task."""
         if len(items) < 2:
             return [function(item) for item in items]
         ray = self._ray

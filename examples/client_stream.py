@@ -17,7 +17,7 @@ def main(address: str = "127.0.0.1:8001") -> None:
             print(delta.text, end="", flush=True)
         timeline = delta.timeline
         assert timeline is not None, "the last message has the timeline"
-        print(f"\n\n# first token after {1000 * (timeline.ttft_s or 0.0):.1f} ms, all after")
+        print(f"\n\n# first token after {1000 * (timeline.ttft_s or 0.0):.1f} ms; the parts of the total time:")
         for part, seconds in timeline.parts().items():
             print(f"#   {part:16} {1000 * seconds:8.2f} ms")
         print(f"#   {'total':16} {1000 * timeline.total_s:8.2f} ms")
