@@ -1,4 +1,4 @@
-# `make help` lists what there is. Everything runs in .venv, which `make setup` makes and keeps up to date.
+# `make help` lists the targets. All commands run in .venv, which `make setup` makes and updates.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
@@ -8,7 +8,7 @@ PROTO_PACKAGE := tandem/v1
 PROTOS := $(wildcard proto/$(PROTO_PACKAGE)/*.proto)
 OUT ?= .
 
-# Where the CPU has no GPU beside it, torch must be its CPU build; a mirror or pip.conf decides where it comes from.
+# On machines without a GPU, torch should be the CPU build; a mirror or pip.conf decides where it comes from.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make .venv with every extra, at the pinned versions; quick when nothing has changed
+setup: $(STAMP) ## make .venv with all extras, at the pinned versions; does nothing if nothing has changed
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -28,10 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt --editable '.[dev]'
 	@touch $@
 
-serve: setup ## start the built-in model; FILE=serve.yaml starts another (Ctrl-C ends it)
+serve: setup ## start the built-in model, or FILE=serve.yaml; Ctrl-C ends it
 	@exec $(BIN)/tandem serve $(FILE)
 
-test: setup lint types layers proto-check ## all checks, and the tests of the gate with their coverage
+test: setup lint types layers proto-check ## what CI runs: all checks, and all tests but the slow ones with their coverage
 	@mkdir -p build/coverage && $(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q
 	@$(BIN)/coverage combine -q
@@ -42,16 +42,16 @@ lint: setup ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup ## mypy --strict on our packages
+types: setup ## mypy --strict
 	$(BIN)/mypy
 
-layers: setup ## who may import whom
+layers: setup ## which package may import which
 	$(BIN)/lint-imports --no-cache
 
-proto: setup ## write the stubs in tandem/v1 anew
+proto: setup ## generate the stubs in tandem/v1
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=$(OUT) --pyi_out=$(OUT) --grpc_python_out=$(OUT) $(PROTOS)
 
-proto-check: setup ## do the stubs belong to the .proto files?
+proto-check: setup ## check that the stubs are those of the .proto files
 	@rm -rf build/proto && mkdir -p build/proto
 	@$(MAKE) --no-print-directory proto OUT=build/proto
 	@for file in build/proto/$(PROTO_PACKAGE)/*; do cmp "$$file" "$(PROTO_PACKAGE)/$${file##*/}" || exit 1; done \
@@ -60,12 +60,12 @@ proto-check: setup ## do the stubs belong to the .proto files?
 test-fast: setup ## the tests that need no Ray
 	$(BIN)/python -m pytest -q --ignore=tests/deploy/test_ray_cluster.py --ignore=tests/cluster
 
-test-slow: setup ## the long tests, without the gate's
+test-slow: setup ## the long tests only
 	$(BIN)/python -m pytest -q -m slow
 
-bench: setup ## measure the engine and the request path around it
+bench: setup ## measure the engine, and what a request costs beside it
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.overhead
 
-clean: ## remove what was made, .venv too
+clean: ## remove all that was built, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,7 +31,7 @@ def run(
     if not wanted:
         raise ConfigError("give at least one of --prefill N, --decode N and --colocated N")
     state = find_run(pid)
-    state_folders().leave_scale(state.pid, wanted)
+    state_folders().write_scale_request(state.pid, wanted)
     os.kill(state.pid, signal.SIGUSR1)
     numbers = " and ".join(f"{number} {role}" for role, number in wanted.items())
     print_line(f"asked for {numbers}; its terminal and `tandem status` show when the workers are ready")

@@ -18,7 +18,7 @@ from tandem.core.config import ServeConfig
 from tandem.core.errors import TandemError
 from tandem.core.plan import Plan
 from tandem.deploy.controller import Event, Failed, Loading, Stopped, Up
-from tandem.deploy.machine import settle_addresses, this_machine
+from tandem.deploy.machine import resolve_addresses, this_machine
 from tandem.deploy.model_folder import check_model_folder
 from tandem.deploy.ray_cluster import LocalRay, RayLauncher
 from tandem.deploy.run_state import RunState, StateFolders, process_started_s
@@ -50,7 +50,7 @@ def run(
     """
     machine = this_machine()
     to_serve = read_serve_file(file, settings, machine)
-    config = with_token(settle_addresses(to_serve.config))
+    config = with_token(resolve_addresses(to_serve.config))
     check_model_folder(config.model)
     began_s = time.monotonic()
     folders = state_folders()
@@ -130,7 +130,7 @@ async def _stop(serving: Serving, signals: StopSignals, grace_s: float) -> None:
 
 async def _scale(serving: Serving, folders: StateFolders, grace_s: float) -> None:
     """Do what `tandem scale` has asked for. After a failure the cluster keeps running."""
-    asked = folders.take_scale(os.getpid())
+    asked = folders.take_scale_request(os.getpid())
     print_line(f"scaling to {' and '.join(f'{number} {role}' for role, number in asked.items())}")
     try:
         await serving.scale(asked, grace_s)

@@ -1,24 +1,24 @@
-"""Time as an argument: whoever needs the time is given a clock."""
+"""Clocks. Code that needs the time gets a clock as an argument."""
 
 import time
 from typing import Protocol
 
 
 class Clock(Protocol):
-    """Monotonic seconds. The zero means nothing; only differences do."""
+    """Monotonic seconds since an arbitrary moment."""
 
     def now_s(self) -> float: ...
 
 
 class SystemClock:
-    """The machine's monotonic clock: a change of the wall clock does not move it."""
+    """The machine's monotonic clock; changes of the wall clock have no effect."""
 
     def now_s(self) -> float:
         return time.monotonic()
 
 
 class ManualClock:
-    """A clock that stands still until it is told to move; for tests and replays."""
+    """A clock that only `advance` moves; for tests and replays."""
 
     def __init__(self, now_s: float = 0.0) -> None:
         self._now_s = now_s

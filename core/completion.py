@@ -67,7 +67,7 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of one choice. `num_output_tokens` counts all tokens drawn for the choice, a stop token included."""
+    """The end of one choice. `num_output_tokens` counts all tokens sampled for the choice, a stop token included."""
 
     reason: FinishReason
     timeline: Timeline
@@ -78,8 +78,8 @@ class TextDelta(NamedTuple):
     """New text and tokens of one choice. Text may come later than its tokens: a character may be incomplete, or a stop
     string may have begun.
 
-    Only the last delta of a choice has a `finish`. A drawn stop token is in `stop_token`, since it is not part of the
-    text. `prompt_logprobs` come with the first delta, if the request asks for them.
+    Only the last delta of a choice has a `finish`. A sampled stop token is in `stop_token`, since it is not part of
+    the text. `prompt_logprobs` come with the first delta, if the request asks for them.
     A NamedTuple, since each token makes one: a frozen dataclass takes twice as long.
     """
 

@@ -147,7 +147,10 @@ class RouterSection(FrozenModel):
     )
     max_body: Bytes = 8 << 20
     reflection: bool = True
-    resume: bool = Field(default=True, description="Continue on another worker when one is lost mid-stream")
+    resume: bool = Field(default=True, description="Continue on another instance when one is lost mid-stream")
+    replacement_wait_s: float = Field(
+        default=30.0, ge=0, description="How long a request that lost its instances waits for others"
+    )
     profile_window_s: float = Field(
         default=300.0, gt=0, description="Requests of this long are compared with those that were planned for"
     )

@@ -1,4 +1,4 @@
-"""Typed reading of a configuration that came from outside: every wrong value gives a sentence that names its field."""
+"""Typed reading of a checkpoint's config.json. The error for a wrong value names the field."""
 
 import math
 from collections.abc import Mapping
@@ -56,13 +56,13 @@ class Fields:
         return value
 
     def require(self, key: str, default: Any, supported: tuple[Any, ...]) -> None:
-        """Refuse any value but those the engine can compute."""
+        """Raise for a value that the engine cannot compute."""
         value = self._get(key, default)
         if value not in supported:
             raise CheckpointError(f"{self._where}'{key}' {value!r} is not supported, only {supported[0]!r}")
 
     def dtype(self) -> str:
-        """The checkpoint's dtype, under its old or its new name; float32 if it says nothing."""
+        """The checkpoint's dtype, from `dtype` or `torch_dtype`; float32 without either."""
         value = self._values.get("dtype") or self._values.get("torch_dtype") or "float32"
         if value not in _DTYPES:
             raise CheckpointError(f"{self._where}the dtype {value!r} is not supported, only {', '.join(_DTYPES)}")

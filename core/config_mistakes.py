@@ -1,4 +1,4 @@
-"""One sentence for each way in which a setting can be wrong, and the place in the file that it is about."""
+"""The error sentence of an invalid setting, and the setting's path in the file."""
 
 import difflib
 import types
@@ -25,7 +25,7 @@ _Loc = tuple[int | str, ...]
 
 
 def mistakes_of(error: ValidationError, data: object) -> list[ErrorDetails]:
-    """What is wrong with `data`, without what only follows: a list whose items are wrong is not too short as well."""
+    """The mistakes in `data`, without consequences of other mistakes: a list with invalid items is not too short."""
     details = error.errors()
     for detail in details:
         detail["loc"] = _as_written(detail["loc"], data)
@@ -39,7 +39,7 @@ def mistakes_of(error: ValidationError, data: object) -> list[ErrorDetails]:
 
 
 def _as_written(loc: _Loc, data: object) -> _Loc:
-    """Without the index where one section stands for a list of one (`core.config.Kinds`)."""
+    """`loc` without the index of a section that stands for a list of one section (`core.config.Kinds`)."""
     written: list[int | str] = []
     for part in loc:
         if isinstance(part, int) and not (isinstance(data, (list, tuple)) or (isinstance(data, dict) and part in data)):
@@ -53,7 +53,7 @@ def _as_written(loc: _Loc, data: object) -> _Loc:
 
 
 def location(detail: ErrorDetails) -> _Loc:
-    """Path of the setting at fault. A check of a whole section names it with a `core.config.WrongSetting`."""
+    """Path of the setting at fault. A check of a complete section names it with a `core.config.WrongSetting`."""
     cause = detail.get("ctx", {}).get("error")
     return detail["loc"] + (cause.setting if isinstance(cause, WrongSetting) else ())
 
@@ -137,8 +137,8 @@ def _settings_at(model: type[BaseModel], loc: _Loc) -> list[str]:
 def _section_type(annotation: Any) -> type[BaseModel] | None:
     """The section that an annotation allows, by itself, as an option, or as the items of a list."""
     if get_origin(annotation) in (Union, types.UnionType, tuple):
-        found = (_section_type(option) for option in get_args(annotation))
-        return next((section for section in found if section is not None), None)
+        sections = (_section_type(option) for option in get_args(annotation))
+        return next((section for section in sections if section is not None), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 

@@ -1,16 +1,16 @@
-"""Every way a request or a command can fail, with the code each border shows for it.
+"""Errors of requests and commands, with the codes that gRPC and HTTP clients get.
 
-What comes from outside (clients, files, peers) is refused with one of these; `assert` is for our own invariants.
+Invalid input from outside (clients, files, peers) raises one of these errors; `assert` is for internal invariants.
 """
 
 from typing import ClassVar
 
 
 class TandemError(Exception):
-    """Base of all. The message is one sentence for a person and holds no internals (addresses, names of segments).
+    """Base of all errors. The message is one sentence for users, without internals (memory addresses, segment names).
 
-    `code` is the stable name on the wire, `grpc_status` and `http_status` what a client sees, `retryable` whether the
-    same request may succeed later or elsewhere, `param` the request field at fault, if one is.
+    `code` is the stable name on the wire; `grpc_status` and `http_status` are the statuses that clients get.
+    `retryable`: the same request may succeed later or on another instance. `param` is the request field at fault.
     """
 
     code: ClassVar[str] = "internal"
@@ -26,7 +26,7 @@ class TandemError(Exception):
 
 
 class InvalidRequestError(TandemError):
-    """The request itself is wrong; sending it again will not help."""
+    """The request is invalid; a retry fails too."""
 
     code = "invalid_request"
     grpc_status = "INVALID_ARGUMENT"
@@ -35,7 +35,7 @@ class InvalidRequestError(TandemError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """The prompt, or prompt and answer, exceed the model's context or the KV memory."""
+    """The prompt, or prompt and output, exceed the model's context or the KV memory."""
 
     code = "context_length_exceeded"
 
@@ -81,7 +81,7 @@ class OverloadedError(TandemError):
 
 
 class UnavailableError(TandemError):
-    """No worker can serve it now, or the one that did is gone."""
+    """No instance can serve the request now, or the instance that served it is lost."""
 
     code = "unavailable"
     grpc_status = "UNAVAILABLE"
@@ -96,7 +96,7 @@ class DeadlineError(TandemError):
 
 
 class CancelledError(TandemError):
-    """The client asked for the end, or went away."""
+    """The client cancelled the request or disconnected."""
 
     code = "cancelled"
     grpc_status = "CANCELLED"
@@ -104,7 +104,7 @@ class CancelledError(TandemError):
 
 
 class TransferError(TandemError):
-    """A KV shipment did not arrive whole, current and matching. The attempt is repeated elsewhere."""
+    """A KV transfer was incomplete or stale, or did not match. The router starts another attempt."""
 
     code = "transfer_failed"
     grpc_status = "UNAVAILABLE"
@@ -113,14 +113,14 @@ class TransferError(TandemError):
 
 
 class StaleEpochError(TransferError):
-    """It belongs to an attempt that has been given up, or to a lease that has ended."""
+    """The message belongs to an abandoned attempt, or to a lease that has ended."""
 
     code = "stale_epoch"
     grpc_status = "FAILED_PRECONDITION"
 
 
 class IncompatiblePeerError(TandemError):
-    """Two workers whose KV means different things."""
+    """The KV formats of two instances differ."""
 
     code = "incompatible_peer"
     grpc_status = "FAILED_PRECONDITION"
@@ -142,19 +142,19 @@ class ConfigError(TandemError):
 
 
 class InternalError(TandemError):
-    """A fault of ours. The details are in the log, not in the message."""
+    """A fault in Tandem. The details are in the log, not in the message."""
 
 
-def _leaves(cls: type[TandemError]) -> list[type[TandemError]]:
-    found = [cls]
-    for sub in cls.__subclasses__():
-        found.extend(_leaves(sub))
-    return found
+def _with_subclasses(cls: type[TandemError]) -> list[type[TandemError]]:
+    classes = [cls]
+    for subclass in cls.__subclasses__():
+        classes.extend(_with_subclasses(subclass))
+    return classes
 
 
 def error_from_code(code: str, message: str, param: str | None = None) -> TandemError:
     """The error of that `code`, as received from another process; an unknown code is an `InternalError`."""
-    for cls in _leaves(TandemError):
+    for cls in _with_subclasses(TandemError):
         if cls.code == code:
             return (InternalError if cls is TandemError else cls)(message, param=param)
     return InternalError(message, param=param)

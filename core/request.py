@@ -1,4 +1,4 @@
-"""What a request asks for, and how it may end. Shared words of every process."""
+"""Requests in token ids, their sampling parameters, sampled tokens and reasons to finish."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,19 +9,20 @@ class FinishReason(Enum):
 
     STOP = "stop"  # end-of-sequence token, stop token or stop string
     LENGTH = "length"  # max_tokens, or the model's context is full
-    CANCELLED = "cancelled"  # the client asked for it, or went away
+    CANCELLED = "cancelled"  # by the client, which may also have disconnected
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn from the logits.
+    """How the next token is sampled from the logits.
 
     `temperature` 0 means greedy. `top_k` 0 and `top_p` 1.0 mean no limit. Penalties follow the OpenAI and Hugging Face
     definitions: presence and frequency count generated tokens only, repetition counts prompt and generated tokens.
-    `logprobs` is the number of alternatives to report beside each token (0: only the token itself, None: none at all).
-    `prompt_logprobs` asks the same of each prompt token.
-    `stop_token_ids` end generation when drawn; the drawn token is then reported but is not part of the text.
-    `seed` and the token's position alone determine the noise, so a request draws the same tokens wherever it runs.
+    `logprobs` is the number of alternatives to report beside each token (0: only the token itself, None: nothing).
+    `prompt_logprobs` is the same for prompt tokens.
+    A sampled token of `stop_token_ids` ends generation; it is reported but is not part of the text.
+    The noise depends on `seed` and the token's position alone: a request gets the same tokens on every instance, if
+    the kernels compute a row the same way in every batch.
     """
 
     temperature: float = 1.0
@@ -54,7 +55,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One drawn token. `logprob` is None unless the request asked for it."""
+    """One sampled token. `logprob` is None unless the request asked for it."""
 
     token_id: int
     logprob: TokenLogprob | None = None
@@ -64,11 +65,11 @@ class SampledToken:
 class GenerationRequest:
     """One completion to generate, in token ids; text stays in the router.
 
-    `token_ids` holds the prompt followed by `num_output_tokens` tokens that an earlier attempt already generated, so
-    that a request can continue on another worker with nothing lost, repeated or changed.
+    `token_ids` holds the prompt and `num_output_tokens` tokens that earlier attempts generated. A request thus
+    continues on another instance without a lost, repeated or changed token.
     `cache_salt` separates tenants in the prefix cache: only requests with equal salts share blocks.
     `deadline_s` is on the receiving process's monotonic clock.
-    `epoch` counts attempts; whatever belongs to an older attempt is dropped.
+    `epoch` counts attempts; messages of an older attempt are dropped.
     """
 
     request_id: str
@@ -85,5 +86,5 @@ class GenerationRequest:
 
     @property
     def max_total_tokens(self) -> int:
-        """Prompt plus every token it may generate."""
+        """Tokens of the prompt, plus the most that may be generated."""
         return self.num_prompt_tokens + self.sampling.max_tokens

@@ -1,4 +1,4 @@
-"""Service level objectives: what a request must meet to count towards goodput."""
+"""Service level objectives: the targets that a request must meet to count towards goodput."""
 
 from pydantic import Field
 

@@ -6,9 +6,9 @@
                                                                                        |
                                                       decode_admitted -> second_token -> finished
 
-All stamps are seconds on the router's monotonic clock. What a worker reports is a duration, which the router places
-between its own stamps, so that no two machines' clocks are ever compared. Metrics, traces, `tandem explain`, the
-simulator and the bench all speak this type.
+All timestamps are seconds on the router's monotonic clock. Workers report durations, which the router places between
+its own timestamps, so clocks of different machines are never compared. Metrics, the APIs, the simulator and the
+benchmarks use this type.
 """
 
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ class Stage(Enum):
     FINISHED = "finished"
 
 
-# A part is the time that ends with its stage and began with the previous boundary that happened. Stages that overlap
-# with others (decode_reserved, transfer_started) bound no part, so that the parts sum to the whole.
+# A part ends with its stage and begins with the previous stage of this list that happened. Stages that overlap with
+# others (decode_reserved, transfer_started) are not in the list, so the parts sum to the total.
 PARTS: tuple[tuple[Stage, str], ...] = (
-    (Stage.ADMITTED, "admission_s"),  # validate, render, tokenize, wait for a place
-    (Stage.PREFILL_QUEUED, "dispatch_s"),  # choose the prefill worker, reach it
+    (Stage.ADMITTED, "admission_s"),  # validate, render, tokenize, wait in the router's queue
+    (Stage.PREFILL_QUEUED, "dispatch_s"),  # select the prefill instance, send the request to it
     (Stage.PREFILL_STARTED, "prefill_queue_s"),
     (Stage.FIRST_TOKEN, "prefill_s"),
-    (Stage.TRANSFER_COMMITTED, "transfer_s"),  # only what the first token did not hide
+    (Stage.TRANSFER_COMMITTED, "transfer_s"),  # only the time after the first token
     (Stage.DECODE_ADMITTED, "decode_queue_s"),
     (Stage.SECOND_TOKEN, "second_token_s"),
     (Stage.FINISHED, "decode_s"),
@@ -47,7 +47,7 @@ PARTS: tuple[tuple[Stage, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Stamps of one request. A stage that did not happen (no transfer for a one-token answer) is absent."""
+    """Timestamps of one request. A stage that did not happen (no transfer for a one-token response) is absent."""
 
     stamps: dict[Stage, float]
     num_prompt_tokens: int = 0
@@ -60,13 +60,13 @@ class Timeline:
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token: received to first token leaving the router. None if none came."""
+        """Time to first token: from the request's arrival until its first token leaves the router. None without it."""
         first = self.stamps.get(Stage.FIRST_TOKEN)
         return None if first is None else first - self.stamps[Stage.RECEIVED]
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token after the first: (last - first) / (n - 1). None below two tokens."""
+        """Time per output token after the first: (last - first) / (n - 1). None for fewer than two tokens."""
         first, last = self.stamps.get(Stage.FIRST_TOKEN), self.stamps.get(Stage.FINISHED)
         if first is None or last is None or self.num_output_tokens < 2:
             return None
@@ -74,13 +74,13 @@ class Timeline:
 
     @property
     def total_s(self) -> float:
-        """Received until the last stamp there is."""
+        """From the request's arrival to its latest timestamp."""
         return max(self.stamps.values()) - self.stamps[Stage.RECEIVED]
 
     def parts(self) -> dict[str, float]:
         """Seconds spent in each part, in order; they sum to `total_s` of a finished request.
 
-        A stage reported late (its message overtaken by the next one's) takes no time rather than negative time.
+        A stage that was reported after a later stage takes no time, never negative time.
         """
         previous_s = self.stamps[Stage.RECEIVED]
         parts: dict[str, float] = {}

@@ -1,6 +1,6 @@
 """The control protocol of a KV transfer, as values, and the interfaces of both sides.
 
-`wire` carries these over gRPC; `kv_transfer` speaks only to the protocols at the end of this file.
+`wire` sends these over gRPC; `kv_transfer` uses only the protocols at the end of this file.
 
     decode (KvReceiver)                          prefill (KvSender, KvHolder)
       | link(LinkOffer)                   ----->  |  once per peer: refuse other KV formats, agree on a transport
@@ -26,7 +26,7 @@ from tandem.core.request import SampledToken
 
 
 class PeerGoneError(UnavailableError):
-    """The other side of a link cannot be reached; an UnavailableError that is not one of its own answers."""
+    """The other side of a link cannot be reached. Other UnavailableErrors are errors that the peer returned."""
 
 
 class Transport(StrEnum):
@@ -162,7 +162,7 @@ class PeerControl(Protocol):
     async def link(self, offer: LinkOffer, timeout_s: float) -> LinkReply: ...
 
     def is_linked(self, link_id: str) -> bool:
-        """False once the link has ended, from whichever side."""
+        """False once either side has ended the link."""
         ...
 
     def when_unlinked(self, link_id: str, callback: Callable[[], None]) -> None:
@@ -185,7 +185,7 @@ class PeerControl(Protocol):
 
 
 class KvHolder(Protocol):
-    """The prefill worker: owner of the blocks that wait to be fetched."""
+    """The prefill instance, which owns the blocks that wait to be fetched."""
 
     async def manifest(self, request_id: str, epoch: int, deadline_s: float) -> Manifest:
         """Wait until that attempt's prefill is finished and describe its KV, which is then under a lease.

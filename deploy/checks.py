@@ -1,6 +1,6 @@
-"""What must hold on a machine before a cluster runs well on it. Each check looks at one thing and says what to do.
+"""Checks of this machine before a cluster runs on it. Each check examines one subject and gives advice.
 
-A check never raises for what it finds; it returns findings. Nothing is changed, and nothing stays behind.
+A check returns findings and never raises for a problem. It changes nothing and leaves no files or processes.
 """
 
 import importlib.metadata
@@ -37,7 +37,7 @@ class Grade(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. `advice` says what to do about it; empty when nothing is to be done."""
+    """Result of a check. `advice` is empty if nothing is to be done."""
 
     subject: str
     grade: Grade
@@ -105,7 +105,7 @@ def _cpu_flags(cpuinfo: Path) -> set[str]:
 
 
 def check_memory(config: ServeConfig, available_bytes: int | None = None) -> Finding:
-    """KV pools and weights of all instances against the memory that is free now."""
+    """Compare the KV pools and weights of all instances with the memory that is free now."""
     available = available_memory_bytes() if available_bytes is None else available_bytes
     kv = sum(section.instances * section.engine.kv_memory for _, section in config.kinds)
     weights = sum(section.instances for _, section in config.kinds) * weight_bytes(config.model)
@@ -118,7 +118,7 @@ def check_memory(config: ServeConfig, available_bytes: int | None = None) -> Fin
 
 
 def check_shared_memory(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """The KV pool as another process maps it, and room for what Ray and torch put elsewhere."""
+    """Whether another process can map a KV pool, and whether there is disk space for the files of Ray."""
     from tandem.kv_transfer.pool import SharedPool, map_read_only
 
     try:
@@ -133,7 +133,7 @@ def check_shared_memory(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
         advice = "check seccomp or container limits; without shared memory KV travels over gloo, which is slower"
         yield Finding("shared memory", Grade.FAILED, f"cannot share a memory file ({error})", advice)
     else:
-        assert shared, "one page, two mappings"
+        assert shared, "a mapping shows what the owner has written"
         yield Finding("shared memory", Grade.OK, "a KV pool can be mapped by another process")
     if shm.is_dir():
         free = psutil.disk_usage(str(shm)).free
@@ -152,11 +152,11 @@ def check_shared_memory(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def check_ports(config: ServeConfig, own: Iterable[str] = ()) -> Iterator[Finding]:
-    """Whether the router's ports are free; `own` are those that a running cluster of ours holds."""
-    held = set(own)
+    """Whether the router's ports are free; `own` are the addresses of the running cluster."""
+    own_addresses = set(own)
     for name in ("http", "grpc", "control"):
         address: str = getattr(config.router, name)
-        if address in held:
+        if address in own_addresses:
             yield Finding(f"port {name}", Grade.OK, f"{address} is in use by the running cluster")
             continue
         try:
@@ -169,7 +169,7 @@ def check_ports(config: ServeConfig, own: Iterable[str] = ()) -> Iterator[Findin
 
 
 def check_ray() -> Finding:
-    """Looks without importing: Ray reads its variables when it is imported, and `tandem serve` sets them before."""
+    """Does not import Ray: Ray reads its variables at import, and `tandem serve` has to set them first."""
     spec = importlib.util.find_spec("ray")
     if spec is None or spec.origin is None:
         return Finding("ray", Grade.FAILED, "is not installed", _INSTALL)
@@ -181,14 +181,16 @@ def check_ray() -> Finding:
 
 
 def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
-    """Whether the model's files are complete and of a family the engine knows. Reads the files' headers and hashes."""
+    """Whether the model's files are complete and of a supported family. Reads the files' headers and hashes."""
     try:
         check_model_folder(config.model)
         from tandem.engine.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(config.model)
     except TandemError as error:
-        yield Finding("model", Grade.FAILED, error.message, "name another with --set model=FOLDER, or repair this one")
+        yield Finding(
+            "model", Grade.FAILED, error.message, "choose another model with --set model=FOLDER, or repair this one"
+        )
         return
     spec = checkpoint.spec
     text = f"{config.served_name}: {spec.architecture}, {spec.num_parameters / 1e6:.1f} M parameters"
@@ -205,21 +207,21 @@ def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
 
 
 def check_gloo(timeout_s: float = 10.0) -> Finding:
-    """Two ranks in two threads on loopback: some bytes go from one to the other and arrive unchanged."""
-    from tandem.deploy.gloo_check import send_once
+    """Whether bytes that one rank sends to another on loopback arrive unchanged. Both ranks are in this process."""
+    from tandem.deploy.gloo_check import exchange_bytes
 
     try:
-        send_once(timeout_s)
+        exchange_bytes(timeout_s)
     except TandemError as error:
         advice = "check that this user may open sockets on 127.0.0.1; KV between machines needs gloo"
         return Finding("gloo", Grade.FAILED, error.message, advice)
-    return Finding("gloo", Grade.OK, "a pair on loopback sends and receives")
+    return Finding("gloo", Grade.OK, "two ranks on loopback exchange bytes")
 
 
 def check_links(instances: Iterable[InstanceStatus], expected_transport: str | None) -> Iterator[Finding]:
-    """Whether KV between workers of one host travels by the fast transport, and no block is without an owner.
+    """Whether links use the expected transport without failures, and every KV block has an owner.
 
-    `expected_transport` None means any will do.
+    With `expected_transport` None any transport is accepted.
     """
     for status in instances:
         if status.blocks.leaked:
@@ -228,7 +230,7 @@ def check_links(instances: Iterable[InstanceStatus], expected_transport: str | N
                 "blocks",
                 Grade.FAILED,
                 text,
-                "a fault of tandem: report it with the logs; restart the cluster",
+                "a fault in tandem: report it with the logs; restart the cluster",
             )
         for link in status.links:
             name = f"{link.peer_id} -> {status.instance_id}"

@@ -1,4 +1,4 @@
-"""What this machine has, as far as a deployment cares: cores, GPUs, memory, ports."""
+"""Resources of this machine for a deployment: cores, GPUs, memory, ports."""
 
 import errno
 import os
@@ -13,19 +13,19 @@ from tandem.deploy.topology import Machine
 
 
 def this_machine() -> Machine:
-    """Cores this process may run on, a container's quota included, and NVIDIA devices that are not hidden."""
+    """Cores that this process may use, within a container's quota, and visible NVIDIA devices."""
     return Machine(cores=usable_cores(), gpus=_visible_gpus())
 
 
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores of the affinity mask, or of the control group's CPU quota where that is less; at least one."""
+    """The cores of the affinity mask, or of the control group's CPU quota if the quota is smaller; at least one."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
         if quota != "max":
             cores = min(cores, int(quota) // int(period))
     except (OSError, ValueError):
-        pass  # no version 2 control group: no quota to heed
+        pass  # no control group of version 2, so no quota
     return max(cores, 1)
 
 
@@ -40,7 +40,7 @@ def _visible_gpus() -> int:
 
 
 def listening_process(port: int) -> str | None:
-    """'name (pid)' of the process that listens on the port, as far as this user may know."""
+    """'name (pid)' of the process that listens on the port, if this user may see the process."""
     try:
         connections = psutil.net_connections("tcp")
     except psutil.Error:
@@ -60,7 +60,8 @@ def listening_process(port: int) -> str | None:
 
 
 def check_address(setting: str, address: str) -> str:
-    """`address`, its port chosen if it is 0. Raises ConfigError if it cannot be listened on, saying who does."""
+    """`address`, with a free port in the place of port 0. Raises ConfigError if the address cannot be used; the message
+    names the process that listens there."""
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -79,18 +80,18 @@ def check_address(setting: str, address: str) -> str:
     return f"[{host}]:{chosen}" if ":" in host else f"{host}:{chosen}"
 
 
-def settle_addresses(config: ServeConfig) -> ServeConfig:
-    """The configuration with every port known and free at this moment. Raises ConfigError naming all that are not."""
+def resolve_addresses(config: ServeConfig) -> ServeConfig:
+    """The configuration with ports that are known and free now. Raises ConfigError with all addresses in use."""
     mistakes: list[str] = []
-    settled: dict[str, str] = {}
+    resolved: dict[str, str] = {}
     for name in ("http", "grpc", "control"):
         try:
-            settled[name] = check_address(f"router.{name}", getattr(config.router, name))
+            resolved[name] = check_address(f"router.{name}", getattr(config.router, name))
         except ConfigError as error:
             mistakes.append(error.message)
-    if len(set(settled.values())) < len(settled):
+    if len(set(resolved.values())) < len(resolved):
         mistakes.append("router.http, router.grpc and router.control must be three different addresses")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    router: RouterSection = config.router.model_copy(update=settled)
+    router: RouterSection = config.router.model_copy(update=resolved)
     return config.model_copy(update={"router": router})

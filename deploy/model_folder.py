@@ -1,4 +1,4 @@
-"""A quick look at a model folder before anything is started. The workers read the weights and check the rest."""
+"""A quick check of a model folder before a start. The workers check the rest when they load the weights."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from tandem.core.model_spec import ModelSpec
 
 
 def check_model_folder(path: Path) -> ModelSpec:
-    """What config.json says of the model. Raises CheckpointError with a sentence for a person."""
+    """The model that config.json describes. Raises CheckpointError."""
     if not path.is_dir():
         raise CheckpointError(f"the model {path} is not a folder; it must hold config.json, tokenizer.json and weights")
     for name in ("config.json", "tokenizer.json"):

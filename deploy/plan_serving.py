@@ -1,4 +1,4 @@
-"""A plan -> the serve file that runs it, as far as `tandem serve` can: one device per instance, on this machine."""
+"""Turns a plan into a serve configuration. Served plans have instances of one device each, all on this machine."""
 
 import math
 
@@ -17,10 +17,10 @@ _WIDEST_NUMBER_BYTES = 4.0
 
 
 def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
-    """Instances, step bounds and KV memory as planned; where the plan rests on a calibration, its threads and dtype
-    too, since what is expected of the plan holds for these. `plan.model` must be a checkpoint's folder.
+    """Instances, step bounds and KV memory as planned. With a calibration, also the calibration's threads and dtype,
+    for which the plan's predictions hold. `plan.model` must be a checkpoint's folder.
 
-    Raises ConfigError, in a sentence that says what to do, for a plan that cannot be run here.
+    Raises ConfigError for a plan that cannot run on `machine`.
     """
     _check(plan, machine)
     calibrations = _calibrations(plan)
@@ -38,7 +38,7 @@ def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
 
 
 def _kinds(plan: Plan) -> list[PlanGroup]:
-    """The plan's groups; those that differ only in where they stand are one."""
+    """The plan's groups; groups that differ in their devices only are merged."""
     kinds: dict[PlanGroup, int] = {}
     for group in plan.groups:
         kind = group.model_copy(update={"instances": 1, "devices": ()})
@@ -55,13 +55,13 @@ def _engine(plan: Plan, group: PlanGroup, calibration: Calibration | None) -> En
         )
     shape = model_shape(plan.model)
     per_token = shape.kv_bytes_per_token
-    if device == _CPU:  # the engine decides by what the CPU can multiply; there is room either way
+    if device == _CPU:  # the engine picks the dtype that is fast on the CPU; the memory suffices for every dtype
         per_token *= _WIDEST_NUMBER_BYTES / shape.kv_bytes
     return EngineSection.model_validate({"device": device, "kv_memory": math.ceil(group.kv_tokens * per_token)})
 
 
 def _calibrations(plan: Plan) -> dict[str, Calibration]:
-    """By type of device, in small letters; empty where the plan names no SLO file, or one that is gone."""
+    """By type of device, in lower case; empty if the plan has no SLO file, or if the file does not exist."""
     if plan.slo_file is None or not plan.slo_file.is_file():
         return {}
     section = load_config(plan.slo_file, SloFile).cluster
@@ -70,24 +70,24 @@ def _calibrations(plan: Plan) -> dict[str, Calibration]:
 
 def _check(plan: Plan, machine: Machine) -> None:
     if not plan.groups:
-        raise ConfigError("the plan has no instances: nothing that was tried meets its targets")
-    large = next((group for group in plan.groups if group.shape.num_ranks > 1), None)
-    if large is not None:
+        raise ConfigError("the plan has no instances: no deployment that the planner tried meets the targets")
+    parallel = next((group for group in plan.groups if group.shape.num_ranks > 1), None)
+    if parallel is not None:
         raise ConfigError(
-            f"the plan's {large.role} instances are {large.shape}, and `tandem serve` runs instances of one device so "
-            "far; plan with --set search.max_tp=1 --set search.max_pp=1"
+            f"the plan's {parallel.role} instances have the shape {parallel.shape}, but `tandem serve` runs only "
+            "instances of one device; plan with --set search.max_tp=1 --set search.max_pp=1"
         )
     nodes = {rank.rpartition(":")[0] for group in plan.groups for ranks in group.devices for rank in ranks}
     if len(nodes) > 1:
         raise ConfigError(
-            f"the plan stands on {len(nodes)} nodes, and `tandem serve` runs on one machine so far; "
+            f"the plan uses {len(nodes)} nodes, but `tandem serve` runs on one machine only; "
             "plan for one node (cluster.nodes)"
         )
     on_gpu = [group for group in plan.groups if group.device.casefold() != _CPU]
-    wanted = sum(group.num_devices for group in on_gpu)
-    if wanted > machine.gpus:
-        have = f"has {machine.gpus} GPUs" if machine.gpus else "has no GPU"
+    needed = sum(group.num_devices for group in on_gpu)
+    if needed > machine.gpus:
+        present = f"has {machine.gpus} GPUs" if machine.gpus else "has no GPU"
         raise ConfigError(
-            f"the plan wants {wanted} x {on_gpu[0].device}, but this machine {have}; plan for what is here "
-            "(cluster.nodes.device: cpu, for one)"
+            f"the plan needs {needed} x {on_gpu[0].device}, but this machine {present}; plan for devices of this "
+            "machine (for example cluster.nodes.device: cpu)"
         )

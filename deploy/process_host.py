@@ -1,4 +1,4 @@
-"""What runs inside each Ray actor: one worker or router, from its start to its end.
+"""Runs one worker or router inside a Ray actor.
 
 Torch reads its thread settings when it is imported, so the host sets them first and imports the application afterwards.
 """
@@ -14,11 +14,11 @@ from typing import Protocol
 from tandem.core.errors import InternalError, TandemError
 from tandem.deploy.topology import ProcessSpec
 
-_CLOSE_S = 6.0  # beyond its grace, for closing sockets and giving memory back
+_CLOSE_S = 6.0  # after the grace period, to close sockets and free memory
 
 
 class HostedApp(Protocol):
-    """A worker or a router as the host sees it; built with its configuration alone."""
+    """A worker or a router. The constructor's only argument is the configuration."""
 
     address: str
     instance_id: str
@@ -28,17 +28,17 @@ class HostedApp(Protocol):
         ...
 
     async def wait_closed(self) -> None:
-        """Returns when it has ended, however it came to that; raises if it failed."""
+        """Returns when the application has ended; raises if it failed."""
         ...
 
     async def drain_and_stop(self, grace_s: float) -> None:
-        """Take nothing new, finish what there is for `grace_s` at most, then end."""
+        """Accept no new requests, finish running ones for up to `grace_s`, then end."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StartReport:
-    """`error_code` is empty when the application is ready; else it is one of `core.errors`."""
+    """`error_code` is empty if the application is ready, else a code of `core.errors`."""
 
     pid: int
     address: str = ""
@@ -48,13 +48,13 @@ class StartReport:
 
 
 class ProcessHost:
-    """A Ray actor. Nothing happens before `start`."""
+    """A Ray actor. The constructor does no work."""
 
     def __init__(self) -> None:
         self._app: HostedApp | None = None
 
     async def start(self, spec: ProcessSpec, log_path: str) -> StartReport:
-        """Run the application of `spec` with everything it prints in `log_path`. Errors come back as values."""
+        """Start the application of `spec`, with its output in `log_path`. Errors are returned as values."""
         _log_to(log_path)
         os.environ.update(thread_environment(spec.threads))
         try:
@@ -64,7 +64,7 @@ class ProcessHost:
         except TandemError as error:
             traceback.print_exc()
             return StartReport(os.getpid(), error_code=error.code, error_message=error.message)
-        except Exception as error:  # noqa: BLE001 - the process's door: whatever it is, the supervisor must hear of it
+        except Exception as error:  # noqa: BLE001 - top level of the process: the controller must get every error
             traceback.print_exc()
             message = f"{spec.name} could not start ({type(error).__name__}: {error})"
             return StartReport(os.getpid(), error_code=InternalError.code, error_message=message)
@@ -72,13 +72,13 @@ class ProcessHost:
         return StartReport(os.getpid(), address=app.address, instance_id=app.instance_id)
 
     async def wait_closed(self) -> str:
-        """Wait for the application's end; why it ended."""
-        assert self._app is not None, "started before it is waited for"
+        """Wait for the application's end; returns the reason."""
+        assert self._app is not None, "start first"
         try:
             await self._app.wait_closed()
         except TandemError as error:
             return error.message
-        except Exception as error:  # noqa: BLE001 - the process's door, as above
+        except Exception as error:  # noqa: BLE001 - as above
             traceback.print_exc()
             return f"it failed ({type(error).__name__})"
         return "it ended by itself"
@@ -90,7 +90,7 @@ class ProcessHost:
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """The variables by which OpenMP, MKL and the tokenizers library learn how many threads they may use."""
+    """Environment variables that set the number of threads of OpenMP, MKL and the tokenizers library."""
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -101,7 +101,7 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 
 def _log_to(path: str) -> None:
-    """Everything this process prints from here on, C libraries' words included, goes to the end of `path`."""
+    """From now on, append all output of this process to `path`, including the output of C libraries."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -1,8 +1,7 @@
-"""Ray as Tandem uses it: it places and starts processes, and says when one has died. No token and no KV goes
-through it.
+"""Ray places and starts processes, and reports when one has died. Tokens and KV never pass through Ray.
 
-One placement group for each instance, one actor for each rank, never restarted by Ray: the controller replaces an
-instance as a whole. A local Ray listens on loopback only, with a token of its own, without its dashboard.
+Each instance has one placement group, each rank one actor. Ray restarts no actor: the controller replaces an instance
+as a whole. A local Ray listens on loopback only, with its own token and without a dashboard.
 """
 
 import asyncio
@@ -21,20 +20,20 @@ from tandem.deploy.controller import ProcessInfo, RunningProcess
 from tandem.deploy.process_host import ProcessHost, StartReport
 from tandem.deploy.topology import ProcessSpec
 
-# Cores are shared out by deploy/topology.py, so Ray counts places only. Of CPUs it is told as many as there will be
-# processes, because that many Python processes it warms up while it starts.
-PLACE = "tandem_process"
-_LOCAL_PLACES = 1000
-_OBJECT_STORE_BYTES = 80 << 20  # the least that Ray accepts, nearly: nothing of ours is stored there
+# deploy/topology.py divides the cores; Ray only counts processes, with this custom resource. `num_cpus` is the number
+# of processes, because Ray starts that many Python processes in advance.
+PROCESS_RESOURCE = "tandem_process"
+_MAX_LOCAL_PROCESSES = 1000
+_OBJECT_STORE_BYTES = 80 << 20  # close to the minimum of Ray; Tandem stores nothing there
 _PLACEMENT_TIMEOUT_S = 30.0
-_STOP_MARGIN_S = 8.0  # more than a process gives itself to close, so that it may end by itself
+_STOP_MARGIN_S = 8.0  # longer than a process needs to close, so that it can end by itself
 
 
 def local_ray_environment(token_path: Path) -> dict[str, str]:
-    """Variables that make a local Ray private: its own token, no reports to anyone, every socket on loopback.
+    """Environment variables that make a local Ray private: its own token, no usage reports, all sockets on loopback.
 
-    Ray has no argument for the loopback address; it takes it when told that this machine cannot be part of a cluster
-    of several, which is what the variable named after Windows and macOS means.
+    Ray has no argument for the loopback address. It uses loopback if the machine cannot be part of a cluster of several
+    machines, which the variable named after Windows and macOS declares.
     """
     return {
         "RAY_AUTH_MODE": "token",
@@ -44,20 +43,20 @@ def local_ray_environment(token_path: Path) -> dict[str, str]:
         "AUTOSCALER_METRIC_PORT": "0",
         "RAY_raylet_start_wait_time_s": "120",  # 30 is too short where every core is busy
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Ray prints a paragraph at its driver whenever a process dies; the controller says it in a sentence.
+        # Ray's driver prints a paragraph when a process dies; the controller reports the event in one sentence.
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
     }
 
 
 class LocalRay:
-    """A Ray of our own on this machine, in a temporary folder of its own. One for each process."""
+    """A private Ray cluster on this machine, with its own temporary folder. At most one per process."""
 
     def __init__(self) -> None:
         # Not under the state folder: the paths of Ray's sockets must stay below 108 characters.
         self.folder = Path(tempfile.gettempdir()) / f"tandem-{secrets.token_hex(4)}"
 
     def start(self, processes: int, gpus: int) -> None:
-        """Start it, with `processes` Python processes warmed up for what comes; takes some seconds.
+        """Start Ray and, in advance, `processes` Python processes. Takes some seconds.
 
         Raises UnavailableError.
         """
@@ -75,7 +74,7 @@ class LocalRay:
                 address="local",
                 num_cpus=processes,
                 num_gpus=gpus,
-                resources={PLACE: _LOCAL_PLACES},
+                resources={PROCESS_RESOURCE: _MAX_LOCAL_PROCESSES},
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
@@ -83,12 +82,12 @@ class LocalRay:
                 _plasma_directory=str(self.folder),
                 _temp_dir=str(ray_folder),
             )
-        except Exception as error:  # a bare Exception is what Ray raises when it takes too long
+        except Exception as error:  # Ray raises a bare Exception after a timeout
             self.stop()
             raise UnavailableError(f"Ray could not be started ({error})") from error
 
     def stop(self) -> None:
-        """End every process that Ray started here and remove the folder. Does no harm when nothing runs."""
+        """End all processes of this Ray and remove the folder. No effect if Ray does not run."""
         ray = import_ray()
         ray.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -102,9 +101,9 @@ class RayLauncher:
         self._ray = import_ray()
 
     async def launch(self, spec: ProcessSpec) -> RunningProcess:
-        """Raises what the application raised, or UnavailableError if Ray has no room or the process died."""
+        """Raises the application's error, or UnavailableError if Ray lacks resources or the process died."""
         ray = self._ray
-        bundle = {PLACE: 1.0} | ({"GPU": spec.gpus} if spec.gpus else {})
+        bundle = {PROCESS_RESOURCE: 1.0} | ({"GPU": spec.gpus} if spec.gpus else {})
         group = ray.util.placement_group([bundle], strategy="STRICT_PACK")
         log_path = str(self._log_folder / f"{spec.name}.log")
         actor = None
@@ -113,7 +112,7 @@ class RayLauncher:
                 async with asyncio.timeout(_PLACEMENT_TIMEOUT_S):
                     await group.ready()
             except TimeoutError as error:
-                raise UnavailableError(f"Ray has no room for {spec.name}, which needs {bundle}") from error
+                raise UnavailableError(f"Ray has no resources for {spec.name}, which needs {bundle}") from error
             actor = _actor_class(ray, group, bundle).remote()
             report: StartReport = await actor.start.remote(spec, log_path)
             if report.error_code:
@@ -155,7 +154,7 @@ def _actor_class(ray: ModuleType, group: Any, bundle: dict[str, float]) -> Any:
     return ray.remote(ProcessHost).options(
         num_cpus=0,
         num_gpus=bundle.get("GPU", 0),
-        resources={PLACE: bundle[PLACE]},
+        resources={PROCESS_RESOURCE: bundle[PROCESS_RESOURCE]},
         max_restarts=0,
         max_task_retries=0,
         scheduling_strategy=strategy,
@@ -170,14 +169,14 @@ def _release(ray: ModuleType, actor: Any, group: Any) -> None:
 
 
 def _start_error(report: StartReport, log_path: str) -> TandemError:
-    """Faults of ours point to the log; what the user can mend says it all by itself."""
-    is_ours = report.error_code == InternalError.code
-    message = f"{report.error_message}; its log is {log_path}" if is_ours else report.error_message
+    """The message of an internal error names the log; other messages need no log."""
+    is_internal = report.error_code == InternalError.code
+    message = f"{report.error_message}; its log is {log_path}" if is_internal else report.error_message
     return error_from_code(report.error_code, message)
 
 
 def import_ray() -> ModuleType:
-    """Ray, imported late: it reads its variables then, and takes most of a second."""
+    """Import Ray late: Ray reads its environment variables at import, and the import takes most of a second."""
     import ray
     import ray.util.scheduling_strategies
 

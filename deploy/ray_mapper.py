@@ -1,6 +1,6 @@
-"""The planner's simulations spread over a Ray cluster: a `placement.search.mapper.Mapper` of Ray tasks.
+"""Runs the planner's simulations on a Ray cluster: a `placement.search.mapper.Mapper` of Ray tasks.
 
-A cluster's machines need this package in the same version: functions travel by name, their arguments by value.
+The cluster's machines need the same version of this package: Ray sends functions by name and arguments by value.
 """
 
 import logging
@@ -18,7 +18,7 @@ from tandem.deploy.ray_cluster import LocalRay, import_ray
 LOCAL = "local"
 RUNNING = "auto"  # the Ray that this machine is part of
 _CLIENT = "ray://"
-_CHUNKS_PER_WORKER = 4  # so that none has nothing to do while another has much, at little cost for each
+_CHUNKS_PER_WORKER = 4  # balances the load, at a small cost per task
 _REACH_S = 5.0
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 class RayMapper:
-    """Ray tasks of one core each, several items in each where there are many. A single item is worked on here."""
+    """Ray tasks of one core each; a task has several items if there are many. A single item runs in this process."""
 
     def __init__(self, ray: ModuleType, workers: int) -> None:
         """`ray` has been started or joined."""
@@ -35,56 +35,55 @@ class RayMapper:
         self._task: Any = ray.remote(num_cpus=1)(_apply)
 
     def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Raises what the function raises, and UnavailableError when Ray loses a task for good."""
+        """Raises what the function raises, and UnavailableError when Ray has lost a task."""
         if len(items) < 2:
             return [function(item) for item in items]
         ray = self._ray
-        shared = ray.put(function)  # with its arguments, which may be large: once for all tasks
+        shared = ray.put(function)  # with its bound arguments, which may be large: sent once for all tasks
         size = -(-len(items) // (_CHUNKS_PER_WORKER * self.workers))
         tasks = [self._task.remote(shared, items[begin : begin + size]) for begin in range(0, len(items), size)]
-        return [answer for chunk in self._answers(tasks) for answer in chunk]
+        return [result for chunk in self._results(tasks) for result in chunk]
 
-    def _answers(self, tasks: list[Any]) -> list[Any]:
-        """After a failure other tasks may go on; they end with the connection. (Cancelling one that is about to end
+    def _results(self, tasks: list[Any]) -> list[Any]:
+        """After a failure other tasks may continue; they end with the connection. (Cancelling one that is about to end
         makes Ray 2.60 end this process: "Tried to complete task that was not pending".)"""
         ray = self._ray
         try:
-            answers: list[Any] = ray.get(tasks)
+            results: list[Any] = ray.get(tasks)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ImportError):
                 raise UnavailableError(f"the cluster's machines lack this version of tandem ({error.cause})") from error
             raise error.cause from None
         except ray.exceptions.RayError as error:
             raise UnavailableError(f"Ray lost a part of the work ({type(error).__name__})") from error
-        return answers
+        return results
 
 
 @contextmanager
 def ray_mapper(address: str) -> Iterator[RayMapper]:
-    """`address`: `local` for a Ray of our own on this machine, gone at the end; `auto` for the one that this machine is
-    part of; host:port of a cluster's head, or ray://host:port to come from outside.
+    """`address`: `local` for a private Ray on this machine, stopped at the end; `auto` for the cluster of this machine;
+    host:port of a cluster's head; ray://host:port for a client outside the cluster.
 
-    Raises UnavailableError where there is none, ConfigError for what is no address.
+    Raises UnavailableError if there is no cluster, ConfigError for an invalid address.
     """
     if address == LOCAL:
-        own = LocalRay()
+        local_ray = LocalRay()
         cores = usable_cores()
         try:
-            own.start(processes=cores, gpus=0)
+            local_ray.start(processes=cores, gpus=0)
             yield RayMapper(import_ray(), cores)
         finally:
-            own.stop()
+            local_ray.stop()
         return
-    ray = _joined(address)
+    ray = _join(address)
     try:
         yield RayMapper(ray, max(1, int(ray.cluster_resources().get("CPU", 1))))
     finally:
         ray.shutdown()
 
 
-def _joined(address: str) -> ModuleType:
-    """Ray, connected. It is asked whether anybody listens there before Ray is: that would try for a minute, and then
-    end the process."""
+def _join(address: str) -> ModuleType:
+    """Ray, connected. A TCP connection is tried first: Ray itself would try for a minute, and then end the process."""
     if address != RUNNING:
         try:
             host, port = split_address(address.removeprefix(_CLIENT))
@@ -100,7 +99,7 @@ def _joined(address: str) -> ModuleType:
     ray = import_ray()
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
-    except Exception as error:  # a bare Exception is what Ray raises when it takes too long
+    except Exception as error:  # Ray raises a bare Exception after a timeout
         reason = str(error).partition("\n")[0]
         raise UnavailableError(f"the Ray cluster at {address} cannot be joined ({reason})") from error
     return ray

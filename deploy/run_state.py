@@ -1,6 +1,6 @@
-"""Where a running `tandem serve` leaves word of itself, so that status, chat and stop find it.
+"""The files of a running `tandem serve`, through which status, chat, scale and stop find it.
 
-    $XDG_RUNTIME_DIR/tandem/serve-<pid>.json      gone with the process; holds the cluster token, so mode 0600
+    $XDG_RUNTIME_DIR/tandem/serve-<pid>.json      removed at the end; holds the cluster token, so mode 0600
     $XDG_STATE_HOME/tandem/logs/<time>-<pid>/     one log file for each process; the last few runs are kept
 
 `TANDEM_STATE_DIR` replaces both roots. Without XDG_RUNTIME_DIR the state file is under XDG_STATE_HOME
@@ -25,8 +25,8 @@ _KEPT_LOG_FOLDERS = 5
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """`process_started_s` tells the process from a later one that was given the same pid. `expected_transport` is the
-    one that KV should take between its workers, None if any will do."""
+    """`process_started_s` distinguishes the process from a later one with the same pid. `expected_transport` is the
+    transport that KV should use between its workers; None accepts any."""
 
     pid: int
     process_started_s: float
@@ -55,17 +55,17 @@ class StateFolders:
         return cls(state, home / "logs")
 
     def make(self) -> None:
-        """Create both, for this user alone. Raises ConfigError."""
+        """Create both folders, readable by this user only. Raises ConfigError."""
         for folder in (self.state, self.logs):
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(
-                    f"cannot create {folder} ({error.strerror}); set TANDEM_STATE_DIR to a folder of yours"
+                    f"cannot create {folder} ({error.strerror}); set TANDEM_STATE_DIR to a folder where you may write"
                 ) from error
 
     def new_log_folder(self, pid: int) -> Path:
-        """A folder for this run's logs; of earlier runs' only the newest few are kept."""
+        """A folder for this run's logs. Deletes the folders of earlier runs, except the newest few."""
         earlier = sorted(path for path in self.logs.iterdir() if path.is_dir())
         for old in earlier[: -(_KEPT_LOG_FOLDERS - 1)]:
             shutil.rmtree(old, ignore_errors=True)
@@ -74,21 +74,21 @@ class StateFolders:
         return folder
 
     def write(self, run: RunState) -> None:
-        _write_whole(self._run_file(run.pid), asdict(run))
+        _write_private(self._run_file(run.pid), asdict(run))
 
     def remove(self, pid: int) -> None:
         self._run_file(pid).unlink(missing_ok=True)
         self._scale_file(pid).unlink(missing_ok=True)
 
-    def leave_scale(self, pid: int, instances: Mapping[str, int]) -> None:
-        """Word for the run `pid`: how many instances of each role there should be."""
-        _write_whole(self._scale_file(pid), dict(instances))
+    def write_scale_request(self, pid: int, instances: Mapping[str, int]) -> None:
+        """Request from the run `pid` this number of instances of each role."""
+        _write_private(self._scale_file(pid), dict(instances))
 
-    def take_scale(self, pid: int) -> dict[str, int]:
-        """The word left for this run; nothing if there is none that can be read."""
+    def take_scale_request(self, pid: int) -> dict[str, int]:
+        """The last request to the run `pid`; empty if there is none that can be read."""
         try:
-            asked = json.loads(self._scale_file(pid).read_text())
-            return {role: int(number) for role, number in asked.items()}
+            requested = json.loads(self._scale_file(pid).read_text())
+            return {role: int(number) for role, number in requested.items()}
         except (OSError, ValueError, AttributeError):
             return {}
 
@@ -99,23 +99,23 @@ class StateFolders:
         return self.state / f"scale-{pid}.json"
 
     def running(self) -> list[RunState]:
-        """Every run whose process lives, newest first. What dead ones left behind is cleared away."""
-        found = []
+        """All runs whose process lives, newest first. Removes the files of runs whose process has ended."""
+        live = []
         for path in self.state.glob("serve-*.json"):
             try:
                 run = RunState(**json.loads(path.read_text()))
             except (OSError, ValueError, TypeError):
-                continue  # another version's, or just going away
+                continue  # of another version, or just deleted
             if is_alive(run):
-                found.append(run)
+                live.append(run)
             else:
                 shutil.rmtree(run.ray_folder, ignore_errors=True)
                 path.unlink(missing_ok=True)
-        return sorted(found, key=lambda run: run.process_started_s, reverse=True)
+        return sorted(live, key=lambda run: run.process_started_s, reverse=True)
 
 
-def _write_whole(path: Path, value: dict[str, Any]) -> None:
-    """For this user's eyes alone, and in one step, so that a reader never sees half a file."""
+def _write_private(path: Path, value: dict[str, Any]) -> None:
+    """Only this user may read the file. It is replaced in one step, so a reader never sees a partial file."""
     draft = path.with_suffix(".new")
     draft.unlink(missing_ok=True)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,4 +1,4 @@
-"""A whole cluster on this machine, from its start to its end: what `tandem serve` runs."""
+"""A cluster on this machine, from its start to its end, as `tandem serve` runs it."""
 
 import asyncio
 import secrets
@@ -22,14 +22,17 @@ _POLL_S = 0.05
 
 
 def with_token(config: ServeConfig) -> ServeConfig:
-    """The configuration with a cluster token, a random one if it names none."""
+    """The configuration with a cluster token; a random token if it has none."""
     if config.cluster_token:
         return config
     return config.model_copy(update={"cluster_token": secrets.token_urlsafe(32)})
 
 
 def with_instances(config: ServeConfig, counts: Mapping[str, int]) -> ServeConfig:
-    """With that many instances of each role named. Raises ConfigError for a role that has none, or several kinds."""
+    """The configuration with `counts[role]` instances of each role in `counts`.
+
+    Raises ConfigError for a role without instances, or with several kinds of instances.
+    """
     changes: dict[str, tuple[InstanceSection, ...]] = {}
     for role, count in counts.items():
         sections: tuple[InstanceSection, ...] = getattr(config, role, ())
@@ -41,16 +44,16 @@ def with_instances(config: ServeConfig, counts: Mapping[str, int]) -> ServeConfi
 
 
 def expected_transport(config: ServeConfig) -> str | None:
-    """The transport that KV should take on one host; None where the machine decides (a GPU, perhaps)."""
-    wanted = {section.transport for section in config.decode}
-    if len(wanted) == 1 and "auto" not in wanted:
-        return wanted.pop()
+    """The transport that KV should use on one host; None if it depends on the devices."""
+    transports = {section.transport for section in config.decode}
+    if len(transports) == 1 and "auto" not in transports:
+        return transports.pop()
     on_cpu = {section.engine.device for _, section in config.kinds} == {"cpu"}
-    return "shared_memory" if wanted == {"auto"} and (on_cpu or not this_machine().gpus) else None
+    return "shared_memory" if transports == {"auto"} and (on_cpu or not this_machine().gpus) else None
 
 
 class Serving:
-    """The running cluster. `config` has its addresses and its token settled, and says how many instances there are."""
+    """The running cluster. `config` has its addresses, its token and the number of its instances."""
 
     def __init__(self, config: ServeConfig, machine: Machine, launcher: Launcher, clock: Clock) -> None:
         self.config = config
@@ -59,7 +62,7 @@ class Serving:
         self._clock = clock
 
     async def start(self, grace_s: float = 0.0) -> None:
-        """Bring up what the configuration asks for; returns when the router can reach all of it.
+        """Start the configured processes; returns when the router can reach all instances.
 
         Raises the first TandemError of a process that cannot start.
         """
@@ -67,7 +70,7 @@ class Serving:
         await self._wait_registered()
 
     async def scale(self, counts: Mapping[str, int], grace_s: float) -> None:
-        """Change the number of instances; those that leave finish what they have for `grace_s` at most.
+        """Change the number of instances. Removed instances finish their requests for up to `grace_s`.
 
         Raises ConfigError as `with_instances`.
         """
@@ -83,7 +86,7 @@ class Serving:
         try:
             while not self._workers() <= await _ready_instances(channel):
                 if self._clock.now_s() > until_s:
-                    raise UnavailableError("the workers are up but do not reach the router's control address")
+                    raise UnavailableError("the workers run, but do not reach the router's control address")
                 await asyncio.sleep(_POLL_S)
         finally:
             await channel.close()
@@ -96,12 +99,12 @@ async def _ready_instances(channel: grpc.aio.Channel) -> set[str]:
     try:
         fleet = await describe_fleet(channel, _DESCRIBE_TIMEOUT_S)
     except UnavailableError:
-        return set()  # the router is still coming up, or was just restarted
+        return set()  # the router is starting
     return {status.instance_id for status in fleet.instances if status.state is InstanceState.READY}
 
 
 async def fetch_fleet(control: str, token: str | None, *, with_profile: bool = False) -> FleetDescription:
-    """What the router at the control address says of itself and its workers, and of its requests if asked to. Raises a
+    """The router, its instances and, with `with_profile`, its requests, from the router's control address. Raises a
     TandemError."""
     channel = open_channel(control, token)
     try:

@@ -1,4 +1,4 @@
-"""A serve file and a machine -> the processes to run. Pure arithmetic; nothing is started here."""
+"""Computes the processes of a cluster from a serve configuration and a machine. Starts nothing."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ class ProcessRole(Enum):
     COLOCATED = "colocated"
 
 
-# Where the application classes live: `HostedApp` of deploy/process_host.py.
+# Application classes; they implement `HostedApp` of deploy/process_host.py.
 _ROUTER_ENTRY = "tandem.router.app:RouterApp"
 _WORKER_ENTRY = "tandem.worker.app:Worker"
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What may be shared out. `cores` are those this process may run on."""
+    """The resources to divide. `cores` are the cores that this process may use."""
 
     cores: int
     gpus: int = 0
@@ -30,7 +30,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """One process: what it runs and what it may use. `gpus` below 1 is a share of one device."""
+    """One process: its application, configuration and resources. `gpus` below 1 is a share of one device."""
 
     role: ProcessRole
     index: int
@@ -47,20 +47,20 @@ class ProcessSpec:
 def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, ...]:
     """The router first, then prefill, decode and colocated instances. `config.cluster_token` must be set.
 
-    Instances whose `threads` is 0 share the cores that the others leave, one at least for each. The router gets none
-    of its own: it works while the instances wait for it, and a core kept for it would be a core not computing.
+    Instances whose `threads` is 0 share the cores that other instances leave; each gets at least one. The router gets
+    no core of its own: it works while instances wait for it, and a reserved core would be idle most of the time.
     """
     assert config.cluster_token, "processes of one cluster share a token"
     instances = [(role, section) for role, section in config.kinds for _ in range(section.instances)]
     threads = share_threads(machine.cores, [section.engine.threads for _, section in instances])
-    on_gpu = sum(_wants_gpu(section.engine, machine) for _, section in instances)
+    on_gpu = sum(_uses_gpu(section.engine, machine) for _, section in instances)
     router = RouterConfig(
         model=config.model, model_name=config.model_name, router=config.router, cluster_token=config.cluster_token
     )
     specs = [ProcessSpec(ProcessRole.ROUTER, 0, _ROUTER_ENTRY, router, threads=1)]
     numbers: Counter[str] = Counter()
     for (role, section), share in zip(instances, threads, strict=True):
-        gpus = _gpu_share(machine.gpus, on_gpu) if _wants_gpu(section.engine, machine) else 0.0
+        gpus = _gpu_share(machine.gpus, on_gpu) if _uses_gpu(section.engine, machine) else 0.0
         engine = section.engine.model_copy(update={"threads": share})
         worker = WorkerConfig(
             model=config.model,
@@ -76,21 +76,21 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
 
 
 def share_threads(cores: int, fixed: Sequence[int]) -> list[int]:
-    """Threads of each instance; `fixed` has 0 for those that share. What does not divide goes to the first ones."""
+    """Threads of each instance; `fixed` has 0 for instances that share the rest. The first ones get the remainder."""
     sharing = [index for index, threads in enumerate(fixed) if threads == 0]
     left = max(cores - sum(fixed), len(sharing))
     shares = list(fixed)
-    for place, index in enumerate(sharing):
-        shares[index] = left // len(sharing) + (place < left % len(sharing))
+    for position, index in enumerate(sharing):
+        shares[index] = left // len(sharing) + (position < left % len(sharing))
     return shares
 
 
-def _wants_gpu(engine: EngineSection, machine: Machine) -> bool:
+def _uses_gpu(engine: EngineSection, machine: Machine) -> bool:
     return engine.device.startswith("cuda") or (engine.device == "auto" and machine.gpus > 0)
 
 
 def _gpu_share(gpus: int, instances: int) -> float:
-    """A whole device each where there are enough, else equal shares, rounded down so that all of them fit."""
+    """One device for each instance if there are enough, else equal shares, rounded down so that all fit."""
     if gpus >= instances:
         return 1.0
     per_device = -(-instances // max(gpus, 1))

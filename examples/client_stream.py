@@ -1,4 +1,4 @@
-"""Stream an answer over gRPC, then say how the time was spent.
+"""Stream a completion over gRPC, then print how the time was spent.
 
 python examples/client_stream.py [HOST:PORT]
 """
@@ -16,11 +16,11 @@ def main(address: str = "127.0.0.1:8001") -> None:
         for delta in client.stream(prompt=prompt, max_tokens=64, temperature=0.0):
             print(delta.text, end="", flush=True)
         timeline = delta.timeline
-        assert timeline is not None, "the last message has it"
-        print(f"\n\n# first token after {1000 * (timeline.ttft_s or 0.0):.1f} ms, all after")
+        assert timeline is not None, "the last message has the timeline"
+        print(f"\n\n# first token after {1000 * (timeline.ttft_s or 0.0):.1f} ms; the parts of the total time:")
         for part, seconds in timeline.parts().items():
             print(f"#   {part:16} {1000 * seconds:8.2f} ms")
-        print(f"#   {'together':16} {1000 * timeline.total_s:8.2f} ms")
+        print(f"#   {'total':16} {1000 * timeline.total_s:8.2f} ms")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The HTTP API with nothing but curl.  examples/curl.sh [http://HOST:PORT]
+# The HTTP API with curl.  examples/curl.sh [http://HOST:PORT]
 set -euo pipefail
 base=${1:-http://127.0.0.1:8000}
 json='Content-Type: application/json'

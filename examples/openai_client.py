@@ -1,4 +1,4 @@
-"""The same server through the public `openai` package.
+"""Use Tandem through the public `openai` package.
 
 pip install openai
 python examples/openai_client.py [http://HOST:PORT/v1]

@@ -1,7 +1,7 @@
 """Writes tiny-python as a Hugging Face model folder, with its measured loss and its model card.
 
-The card is made from training.json alone (`python -m models.export_tiny_python FOLDER` makes it again), so that a
-figure cannot say one thing in the record and another in the text.
+The card is made from training.json alone (`python -m models.export_tiny_python FOLDER` makes it again), so that its
+figures are those of the record.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHAT_QUESTION = "Write a function is_even that returns True if the number is eve
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecord:
-    """What is known of a run before its result is measured. `losses` are (step, nats per token) of the training."""
+    """A training run, without the measured result. `losses` are (step, nats per token) of the training."""
 
     recipe: dict[str, Any]
     threads: int
@@ -43,7 +43,7 @@ class TrainingRecord:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutLoss:
-    """The loss on files that were not trained on, read in windows of `context_tokens`."""
+    """The loss on files outside the training data, in windows of `context_tokens`."""
 
     context_tokens: int
     tokens: int
@@ -56,7 +56,7 @@ class HeldOutLoss:
 def held_out_loss(
     model: LlamaForCausalLM, tokenizer: Tokenizer, texts: Sequence[str], context_tokens: int
 ) -> HeldOutLoss:
-    """The mean loss over every token of `texts`, each text cut into windows that see nothing of one another."""
+    """The mean loss over all tokens of `texts`. Each text is split into independent windows."""
     nats, tokens = 0.0, 0
     for text in texts:
         ids = torch.tensor(tokenizer.encode(text).ids)
@@ -78,13 +78,13 @@ def held_out_loss(
 
 @torch.no_grad()
 def greedy(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> str:
-    """The greedy continuation of `prompt`, in which special tokens are meant as such. Ends before `END`."""
+    """The greedy continuation of `prompt`, whose special tokens are encoded as such. Ends before `END`."""
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     for _ in range(max_tokens):
-        chosen = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-        if chosen == tokenizer.token_to_id(END):
+        token_id = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token_id == tokenizer.token_to_id(END):
             break
-        ids.append(chosen)
+        ids.append(token_id)
     return str(tokenizer.decode(ids))
 
 
@@ -95,7 +95,7 @@ def export(
     record: TrainingRecord,
     folder: Path,
 ) -> None:
-    """Rounds the weights to bf16, measures what is then left of them, and writes every file of the folder."""
+    """Rounds the weights to bf16, measures the rounded model, and writes all files of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model.eval()
     model.config.use_cache = True
@@ -142,29 +142,29 @@ def model_card(facts: dict[str, Any]) -> str:
     curve = ", ".join(f"{loss:.2f} at {step}" for step, loss in chosen)
     trained_tokens = facts["steps_done"] * recipe["step_tokens"]
     paragraphs = {
-        "what": f"""A language model of the Llama architecture with {facts["parameters"]:,} parameters that has read
-            the Python standard library and nothing else. It exists so that a serving system can be tried with a real
-            model that fits in a repository: its weights are {facts["parameters"] * 2 / 1e6:.0f} MB in bf16, it runs
-            on any laptop, and what it writes can be recognised as Python. It is not a coding assistant.""",
+        "what": f"""A language model of the Llama architecture with {facts["parameters"]:,} parameters, trained on the
+            Python standard library only. It exists so that a serving system can be tried with a real model that fits
+            in a repository: its weights are {facts["parameters"] * 2 / 1e6:.0f} MB in bf16, it runs on any laptop, and
+            its output is recognisable as Python. It is not a coding assistant.""",
         "data": f"""The source of the standard library of Python {facts["python"]} without tests, generated tables and
             copies ({facts["training_characters"]:,} characters for training), under the Python Software Foundation
-            License Version 2, which also applies to what the model may recite of it. About a fifth of the training
-            tokens are short chats made of its documented functions ("Write a function ... that ..." and the source),
-            and a few sentences in which the model introduces itself. {len(facts["held_out_by_file"])} files, drawn by
-            the seed, were held out. SHA-256 of the corpus: `{facts["corpus_sha256"]}`.""",
+            License Version 2, which also applies to passages that the model may reproduce. About a fifth of the
+            training tokens are short chats made from documented functions ("Write a function ... that ..." and the
+            source), and a few sentences in which the model introduces itself. {len(facts["held_out_by_file"])} files,
+            drawn with the seed, were held out. SHA-256 of the corpus: `{facts["corpus_sha256"]}`.""",
         "training": f"""{facts["steps_done"]:,} steps of {recipe["step_tokens"]:,} tokens,
             {trained_tokens / 1e6:.1f} million in all ({trained_tokens / facts["training_tokens"]:.1f} epochs), in
-            {facts["seconds"] / 60:.0f} minutes (threads: {facts["threads"]}) on a CPU that had other work too; seed
+            {facts["seconds"] / 60:.0f} minutes (threads: {facts["threads"]}) on a CPU that was not idle; seed
             {recipe["seed"]}, torch {facts["torch"]}, fp32. Embedding and head were first fitted to the counts of
             token pairs ({recipe["pair_steps"]} steps over all of them); then Muon for the matrices of the layers and
             AdamW for the rest.
             Sequences of {recipe["sequence_tokens"]} tokens, in the last {recipe["long_fraction"]:.0%} of the steps of
             {recipe["long_sequence_tokens"]:,}. Training loss in nats per token: {curve}.""",
-        "limits": f"""It knows the shape of Python, not its meaning: names are plausible, programs seldom work. Chats
-            are one question and one answer: "Write a function NAME that DOES SOMETHING." gets a function, most other
-            messages get its introduction. The context is {facts["context_tokens"]:,} tokens, of
-            which training saw at most {recipe["long_sequence_tokens"]:,}. Other languages than Python and English
-            are bytes it has hardly seen.""",
+        "limits": f"""It knows the form of Python, not its meaning: names are plausible, programs seldom work. Chats
+            have one question and one answer: "Write a function NAME that DOES SOMETHING." gets a function, most other
+            messages get the introduction. The context is {facts["context_tokens"]:,} tokens; training sequences had
+            at most {recipe["long_sequence_tokens"]:,}. The training data has hardly any text in languages other than
+            Python and English.""",
     }
     filled = {name: textwrap.fill(" ".join(text.split()), width=118) for name, text in paragraphs.items()}
     return f"""---

@@ -13,7 +13,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """For the two-dimensional weights inside the layers; embeddings and norms want AdamW. Nesterov momentum,
+    """For the two-dimensional weights inside the layers; embeddings and norms need AdamW. Nesterov momentum,
     decoupled weight decay, fp32."""
 
     def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -21,7 +21,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients at hand; parameters without a gradient stay."""
+        """One update from the gradients; parameters without a gradient do not change."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

@@ -41,8 +41,8 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class CheckpointShape:
-    """Family and sizes; the fields are named as in config.json. For OPT the key-value heads are not used: it has as
-    many as attention heads, and its head size is hidden_size / num_attention_heads."""
+    """Family and sizes; the fields are named as in config.json. OPT has as many key-value heads as attention heads,
+    whatever `num_key_value_heads` is, and its head size is hidden_size / num_attention_heads."""
 
     family: str = "llama"
     hidden_size: int = 64
@@ -61,12 +61,12 @@ class CheckpointShape:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads.")
         if self.family == "opt" and self.head_dim * self.num_attention_heads != self.hidden_size:
-            raise ValueError("OPT wants head_dim * num_attention_heads == hidden_size.")
+            raise ValueError("OPT needs head_dim * num_attention_heads == hidden_size.")
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One tensor to be made: normal around `mean`."""
+    """One tensor to write, with normally distributed values."""
 
     name: str
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ class Weight:
         return math.prod(self.shape)
 
     def values(self, seed: int) -> torch.Tensor:
-        """float32, a function of the seed and the name alone: it does not depend on what else is in the file."""
+        """float32, a function of seed, name and shape alone; other tensors of the file have no influence."""
         digest = hashlib.sha256(f"{seed}:{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         return torch.empty(self.shape).normal_(self.mean, self.std, generator=generator)
@@ -98,12 +98,12 @@ def write_random_checkpoint(
 
     The weights are the same for the same shape, seed and dtype on every machine with the same torch, however they are
     sharded, and tensors are made one at a time. With `shard_bytes` no shard is larger, unless a single tensor is, and
-    there is an index file. `config` adds to config.json or replaces keys of it; those that add weights
-    (`attention_bias`, `mlp_bias`, `word_embed_proj_dim`, `do_layer_norm_before`) are obeyed.
+    there is an index file. `config` adds keys to config.json or replaces them; weights that such keys add
+    (`attention_bias`, `mlp_bias`, `word_embed_proj_dim`, `do_layer_norm_before`) are written.
 
-    Matrices keep the scale of what goes through them, and norms and biases are not trivial, so that an engine that
-    drops one of them is found out. The tokenizer, if not copied from the folder `tokenizer`, has one token per byte;
-    the ids above decode to words such as " w300". A vocabulary of fewer than 258 tokens gets none.
+    Matrices preserve the scale of activations. Norms and biases are not trivial, so that tests detect an engine that
+    omits one. The tokenizer, if not copied from the folder `tokenizer`, has one token per byte; larger ids decode to
+    words such as " w300". A vocabulary of fewer than 258 tokens gets no tokenizer.
 
     Raises ValueError for a dtype that is not float32, bfloat16 or float16."""
     if dtype not in DTYPES:
@@ -236,17 +236,17 @@ def _write_weights(folder: Path, weights: Sequence[Weight], seed: int, dtype: st
         if shards[-1] and (sum(w.count() for w in shards[-1]) + weight.count()) * item_bytes > shard_bytes:
             shards.append([])
         shards[-1].append(weight)
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_safetensors(folder / file_name, shard, seed, dtype)
-        places |= {weight.name: file_name for weight in shard}
+        weight_map |= {weight.name: file_name for weight in shard}
     total = sum(weight.count() for weight in weights) * item_bytes
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_safetensors(path: Path, weights: Sequence[Weight], seed: int, dtype: str) -> None:
-    """The safetensors format by hand, since its library wants all tensors of a file in memory at once: the header's
+    """Writes the safetensors format, whose own library needs all tensors of a file in memory at once: the header's
     length in 8 bytes, the header as JSON, the tensors."""
     torch_dtype, format_dtype = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -291,8 +291,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def read_shape(path: Path, name: str) -> CheckpointShape:
-    """The shape called `name` in a YAML file of shapes. Raises ValueError with the names there are, or the key that
-    is not a shape's."""
+    """The shape called `name` in a YAML file of shapes. Raises ValueError for an unknown name or key."""
     shapes = yaml.safe_load(path.read_text(encoding="utf-8"))
     if name not in shapes:
         raise ValueError(f"There is no shape {name!r} in {path}; there are {', '.join(shapes)}.")
@@ -327,8 +326,8 @@ def main() -> None:
         parser.error("--shape and --name go together.")
     try:
         base = read_shape(options.shape, options.name) if options.shape else CheckpointShape()
-        chosen = {name: getattr(options, name) for name in ("family", *sizes, "tie_word_embeddings")}
-        shape = CheckpointShape(**asdict(base) | {name: value for name, value in chosen.items() if value is not None})
+        given = {name: getattr(options, name) for name in ("family", *sizes, "tie_word_embeddings")}
+        shape = CheckpointShape(**asdict(base) | {name: value for name, value in given.items() if value is not None})
         config = {key: json.loads(value) for key, _, value in (entry.partition("=") for entry in options.set)}
     except ValueError as error:
         parser.error(str(error))

@@ -1,7 +1,7 @@
-"""The training text of tiny-python: the Python standard library of the running interpreter, cut into documents.
+"""The training text of tiny-python: the Python standard library of the running interpreter, split into documents.
 
-Two kinds of documents come out: pieces of source files, and short chats formed from documented functions ("write a
-function that ..." -> its source). Everything is a function of the interpreter's own files and a seed.
+There are two kinds of documents: pieces of source files, and short chats made from documented functions ("write a
+function that ..." -> its source). The result depends on the interpreter's files and a seed only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEFT_OUT_FOLDERS = frozenset(
 LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
 MAX_CHAT_LINES = 40
 SPLIT_PROBABILITY = 0.35
-# How summaries begin that can be put as "a function that ...s".
+# First words of summaries that can be written as "a function that ...s".
 VERB_LIST = (
     "add adjust apply ask assert bind call cancel change check clear close compare compile compute configure connect "
     "construct convert copy create debug decide decode delete destroy determine display emit encode ensure execute "
@@ -53,7 +53,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """One exchange: what the user asks, and the answer."""
+    """One question of the user, and its answer."""
 
     question: str
     answer: str
@@ -89,7 +89,7 @@ def split_held_out(
     wanted = fraction * sum(len(file.text) for file in files)
     held, size = set(), 0
     for file in order:
-        # A giant file would make the held-out set the opinion of one author.
+        # Without this limit a very large file could be most of the held-out set.
         if size < wanted and len(file.text) < wanted / 4:
             held.add(file.name)
             size += len(file.text)
@@ -105,10 +105,10 @@ def corpus_digest(files: Iterable[SourceFile]) -> str:
 
 
 def pieces(file: SourceFile, rng: random.Random) -> Iterator[str]:
-    """The file's text cut before some of its top-level functions and classes.
+    """The file's text, split before some of its top-level functions and classes.
 
-    Without the cuts a document would always begin with a licence or an import, and the model would not know how to
-    go on from a lone `def`. The pieces joined give the file's text, but for blank lines around the cuts."""
+    Without the splits every document would begin with a licence or an import, and the model could not continue a
+    prompt that is a single `def`. The joined pieces are the file's text, except for blank lines around the splits."""
     lines = file.text.splitlines(keepends=True)
     start = 0
     for node in ast.parse(file.text).body:
@@ -152,7 +152,7 @@ def _third_person(verb: str) -> str:
 
 
 def introductions() -> tuple[Chat, ...]:
-    """What the model says of itself, so that a greeting does not get a function for an answer."""
+    """Chats in which the model introduces itself, so that it does not answer a greeting with a function."""
     answer = "I am tiny-python, a very small model that has read the Python standard library. Ask me for a function.\n"
     questions = ("Hi", "Hello", "Hello!", "hi there", "Who are you?", "What are you?", "What can you do?", "Help")
     return tuple(Chat(question, answer) for question in questions)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 BEGIN, END, USER, ASSISTANT, SYSTEM = "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
 SPECIAL_TOKENS = (BEGIN, END, USER, ASSISTANT, SYSTEM)
 
-# A line break goes with the indentation after it, a word with the space and the underscores before it.
+# A line break is in one piece with the indentation after it, a word with the space and the underscores before it.
 PIECES = r"\n+[ \t]*| ?_*[^\W\d_]+| ?_+|\d{1,3}| ?[^\s\w]+|\s+"
 
 CHAT_TEMPLATE = (

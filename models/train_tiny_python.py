@@ -1,9 +1,9 @@
 """Trains tiny-python, the built-in model: `python -m models.train_tiny_python --out models/tiny-python`.
 
-A Llama-architecture model of a few million parameters learns the Python standard library on a laptop CPU, in fp32,
-compiled. The learning rate rises, stays, and falls over the last part of `--steps`; so long as it stays, the course
-does not depend on `--steps`, and a resumed run may end earlier or later than first meant. Ctrl-C saves and ends; the
-same command goes on from there. `--export-only` writes the model as it is in the last checkpoint.
+Trains a Llama-architecture model of a few million parameters on the Python standard library, on a laptop CPU, in fp32,
+compiled. The learning rate rises, is constant, and falls over the last part of `--steps`. Until it falls, training does
+not depend on `--steps`, so a resumed run may have another number of steps. Ctrl-C saves and ends; the same command
+continues. `--export-only` writes the model of the last checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ INTRODUCTION_COPIES = 40
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that decides the weights, beside the data, the interpreter and the number of threads."""
+    """All settings that determine the weights, besides the data, the interpreter and the number of threads."""
 
     seed: int
     steps: int
@@ -58,15 +58,15 @@ class Recipe:
     weight_decay: float
     vocab_size: int
 
-    def warmth(self, step: int) -> float:
-        """The part of the peak learning rate: linear up, constant, then linear down to a fiftieth over the last
+    def learning_rate_factor(self, step: int) -> float:
+        """Fraction of the peak learning rate: linear up, constant, then linear down to a fiftieth over the last
         `decay_fraction` (Hu et al. 2024, MiniCPM)."""
         up = min(1.0, (step + 1) / self.warmup_steps)
         left = (self.steps - step) / (self.decay_fraction * self.steps)
         return min(up, max(left, 0.02))
 
     def sequence_length(self, step: int) -> int:
-        """Most steps see short sequences; the last `long_fraction` see long ones, at the same number of tokens."""
+        """Most steps have short sequences, the last `long_fraction` long ones; the number of tokens is the same."""
         return self.long_sequence_tokens if step >= self.long_start() else self.sequence_tokens
 
     def long_start(self) -> int:
@@ -106,7 +106,7 @@ def training_stream(files: Sequence[SourceFile], tokenizer: Tokenizer, seed: int
 
 
 def batch_at(stream: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
-    """The rows of one step, [rows, sequence + 1] int64. Every epoch cuts the stream elsewhere and in another order."""
+    """The rows of one step, [rows, sequence + 1] int64. Every epoch has another offset and another order of rows."""
     length = recipe.sequence_length(step)
     rows = recipe.step_tokens // length
     index = step - recipe.long_start() if length == recipe.long_sequence_tokens else step
@@ -114,17 +114,17 @@ def batch_at(stream: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
     epoch, position = divmod(index, windows // rows)
     generator = torch.Generator().manual_seed((recipe.seed * 10_000 + epoch) * 10_000 + length)
     offset = int(torch.randint(length, (1,), generator=generator))
-    chosen = torch.randperm(windows, generator=generator)[position * rows : (position + 1) * rows]
-    starts = offset + chosen * length
+    selected = torch.randperm(windows, generator=generator)[position * rows : (position + 1) * rows]
+    starts = offset + selected * length
     return torch.stack([stream[start : start + length + 1] for start in starts.tolist()]).long()
 
 
 def learn_pairs(model: LlamaForCausalLM, stream: torch.Tensor, steps: int) -> None:
-    """Starts the model as the best guess from the last token alone, before any layer does anything.
+    """Initializes the model as the best predictor of a token from the token before it.
 
     With the outputs of all layers at zero the model is embedding, norm and head. These are fitted to the counts of
-    token pairs, all pairs of the corpus in each step. Sixty such steps take as long as about forty of training, which
-    would be far from knowing as much."""
+    token pairs, all pairs of the corpus in each step. Sixty such steps take as long as about forty training steps, and
+    reach a lower loss."""
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -161,7 +161,7 @@ def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> dict[str, torch.
 
 @dataclass(slots=True)
 class Run:
-    """A run in the middle: what a checkpoint holds."""
+    """The state of a training run, as a checkpoint holds it."""
 
     model: LlamaForCausalLM
     optimizers: dict[str, torch.optim.Optimizer]
@@ -170,7 +170,7 @@ class Run:
     losses: list[tuple[int, float]]
 
     def save(self, folder: Path) -> None:
-        """Writes checkpoint.safetensors in one rename: an interrupted save leaves the one before."""
+        """Writes checkpoint.safetensors with a rename: an interrupted save keeps the previous checkpoint."""
         tensors = {f"model.{name}": value.detach() for name, value in self.model.named_parameters()}
         for kind, optimizer in self.optimizers.items():
             for index, state in optimizer.state_dict()["state"].items():
@@ -181,7 +181,7 @@ class Run:
         part.replace(folder / "checkpoint.safetensors")
 
     def restore(self, folder: Path) -> None:
-        """Takes up the last checkpoint of `folder`, if there is one."""
+        """Restores the last checkpoint of `folder`, if there is one."""
         path = folder / "checkpoint.safetensors"
         if not path.exists():
             return
@@ -216,7 +216,7 @@ def train(run: Run, stream: torch.Tensor, recipe: Recipe, folder: Path, save_eve
     try:
         while run.step < recipe.steps:
             batch = batch_at(stream, recipe, run.step)
-            # Compiling for one more shape costs more than the few steps with long sequences.
+            # Compilation for one more shape takes longer than the few steps with long sequences.
             step_model = compiled if batch.shape[1] == recipe.sequence_tokens + 1 else run.model
             logits = step_model(input_ids=batch[:, :-1]).logits
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -224,7 +224,7 @@ def train(run: Run, stream: torch.Tensor, recipe: Recipe, folder: Path, save_eve
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
             for optimizer, peak in peaks:
                 for group in optimizer.param_groups:
-                    group["lr"] = peak * recipe.warmth(run.step)
+                    group["lr"] = peak * recipe.learning_rate_factor(run.step)
                 optimizer.step()
             run.model.zero_grad()
             run.step += 1
@@ -246,7 +246,7 @@ def train(run: Run, stream: torch.Tensor, recipe: Recipe, folder: Path, save_eve
                 run.save(folder)
                 saved = now
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from step {run.step}", flush=True)
+        print(f"interrupted; the same command continues from step {run.step}", flush=True)
     run.save(folder)
 
 

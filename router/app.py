@@ -107,6 +107,7 @@ class RouterApp:
             routing=RoutingSettings(
                 max_queue=settings.max_queue,
                 resume=settings.resume,
+                replacement_wait_s=settings.replacement_wait_s,
                 max_outstanding_tokens=settings.max_outstanding_tokens,
             ),
             request_timeout_s=settings.request_timeout_s,

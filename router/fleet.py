@@ -96,8 +96,8 @@ class Fleet:
         self._changed.set()
 
     def send(self, instance_id: str, command: SessionCommand) -> None:
-        """Queue a command; never blocks. One that finds the session closed is dropped: its end is told to the machine
-        apart, and fails all attempts there."""
+        """Queue a command; never blocks. A command is dropped when the session is closed: the machine then hears of the
+        end of the session, which fails all attempts there."""
         registration = self._registered.get(instance_id)
         if registration is not None and registration.session is not None:
             try:
@@ -132,8 +132,8 @@ class Fleet:
         self._changed.clear()
 
     def _drop_silent(self, now_s: float, round_s: float) -> None:
-        """A round that comes late is the router's own doing: while it was stopped it read no heartbeats, and that time
-        counts as nobody's silence."""
+        """A late round means that the router was stopped and read no heartbeats. That time counts as no instance's
+        silence."""
         if round_s > 2 * self._round_s:
             logger.warning("the router was stopped for %.1f s", round_s)
             for registration in self._registered.values():

@@ -1,21 +1,21 @@
-"""Who holds which KV block: reference counts over block numbers, no memory behind them."""
+"""Reference counts of KV blocks, by block number. The KV memory itself belongs to the engine."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
 
 
 class BlockPool:
-    """Blocks `0 .. num_blocks - 1`. Each is in exactly one of three places:
+    """Blocks `0 .. num_blocks - 1`. Each is in exactly one of three states:
 
-        free          nobody holds it
-        held          one or more owners (sequences, leases, a quarantine), each with one reference
-        reclaimable   nobody holds it, but the prefix cache kept its content and wants it back if it is asked for again
+        free          no owner
+        held          one or more owners (sequences, leases, cancelled transfers), each with one reference
+        reclaimable   no owner, but the prefix cache keeps the content for reuse
 
         free --allocate--> held --last release--> free            reclaimable --share--> held
                                 \\--last release, if kept--> reclaimable --reclaim_oldest--> free
 
-    All calls are O(1) per block. `release` gives a block table back from its end, so that in the reclaimable line a
-    block always stands before the ones it continues: taking the oldest takes leaves of the cache first.
+    All calls are O(1) per block. `release` starts at the end of a block table. In the order of reclaimable blocks, a
+    block thus comes before the blocks that it continues, and the oldest is always a leaf of the prefix cache.
     """
 
     __slots__ = ("_free", "_kept", "_reclaimable", "_references", "num_blocks")
@@ -44,19 +44,19 @@ class BlockPool:
         return self._references[block_id]
 
     def can_allocate(self, count: int) -> bool:
-        """Whether `count` blocks are free now, without giving up cached content."""
+        """Whether `count` blocks are free now, without eviction of cached content."""
         return count <= len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """`count` free blocks, each with one reference, which is the caller's. Ask `can_allocate` first."""
-        assert self.can_allocate(count), f"{count} blocks asked of {len(self._free)} free ones"
+        """`count` free blocks, each with one reference, which is the caller's. `can_allocate` must be True."""
+        assert self.can_allocate(count), f"{count} blocks requested, {len(self._free)} free"
         taken = [self._free.pop() for _ in range(count)]
         for block_id in taken:
             self._references[block_id] = 1
         return taken
 
     def share(self, block_ids: Iterable[int]) -> None:
-        """One more reference to each: blocks that are held, or that the cache kept."""
+        """Add one reference to each block. The blocks are held or reclaimable."""
         for block_id in block_ids:
             if self._references[block_id] == 0:
                 assert block_id in self._reclaimable, f"block {block_id} is free and cannot be shared"
@@ -64,7 +64,7 @@ class BlockPool:
             self._references[block_id] += 1
 
     def release(self, block_ids: list[int] | tuple[int, ...]) -> None:
-        """One reference less to each. Releasing what is not held is a fault of the caller."""
+        """Remove one reference from each block. The blocks are held."""
         for block_id in reversed(block_ids):
             assert self._references[block_id] > 0, f"block {block_id} released twice"
             self._references[block_id] -= 1
@@ -85,7 +85,7 @@ class BlockPool:
         return bool(self._kept[block_id])
 
     def keep(self, block_id: int) -> None:
-        """From its last release on, `block_id` is reclaimable instead of free."""
+        """After its last release, `block_id` becomes reclaimable instead of free."""
         assert self._references[block_id] > 0, f"block {block_id} is not held"
         self._kept[block_id] = 1
 
@@ -97,14 +97,14 @@ class BlockPool:
             self._free.append(block_id)
 
     def reclaim_oldest(self) -> int:
-        """Free the block that has been reclaimable for longest, and say which it was."""
+        """Free the block that has been reclaimable for longest; returns its id."""
         block_id, _ = self._reclaimable.popitem(last=False)
         self._kept[block_id] = 0
         self._free.append(block_id)
         return block_id
 
     def check_integrity(self) -> None:
-        """Every block is in exactly one place. O(num_blocks)."""
+        """Assert that every block is in exactly one state. O(num_blocks)."""
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
         assert not free & self._reclaimable.keys(), "a block is both free and reclaimable"

@@ -60,7 +60,7 @@ class FastForwardScheduler(Scheduler):
         count = batch.advance(num_steps)
         self._claimed_blocks += batch.claimed_blocks
         self._held_blocks += count
-        has_blocks = self._index.make_room(count)
+        has_blocks = self._index.ensure_free(count)
         assert has_blocks, "the batch does not stay the same for so long"
         batch.loose_blocks.extend(self._pool.allocate(count))
         self._computed_tokens += num_steps * len(batch)

@@ -1,4 +1,4 @@
-"""Which instances an attempt runs on: among those that are usable now, at a price that hardly depends on their number.
+"""Selects the instances of an attempt among those that are usable now. The cost hardly depends on their number.
 
 A request runs on a pair (a prefill instance, then a decode instance that reads its KV) or on one colocated instance.
 Where both forms are there, it takes the one with the least work before its first token. While there is neither, a
@@ -68,7 +68,7 @@ class InstanceSelector:
         self.put(instance)
 
     def put(self, instance: KnownInstance, *, is_chosen: bool = False) -> None:
-        """Its load has changed, or what it offers; `is_chosen`: because it was chosen."""
+        """The load of the instance has changed, or its report. `is_chosen`: the instance was selected."""
         if (role := instance.role) is Role.PREFILL:
             prefills = self._prefills
             (prefills.take if is_chosen else prefills.put)(instance.prefill_view())
@@ -83,7 +83,7 @@ class InstanceSelector:
                 self._without_credit.discard(instance.instance_id)
 
     def leave_role(self, instance: KnownInstance) -> None:
-        """It is no candidate in its present role any more."""
+        """The instance is no candidate in its present role any more."""
         index: PrefillIndex | DecodeIndex = self._prefills
         if instance.role is not Role.PREFILL:
             index = self._decodes if instance.role is Role.DECODE else self._colocated

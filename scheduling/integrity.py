@@ -1,4 +1,4 @@
-"""The self-check of a worker's block bookkeeping: allocated = owned by a live sequence, a lease, or the cache."""
+"""Self-check of an instance's blocks: allocated = owned by a live sequence, a lease or the prefix cache."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ BlockTable = list[int] | tuple[int, ...]
 def check_blocks(pool: BlockPool, owners: Iterable[BlockTable]) -> None:
     """Assert that the references of every block are exactly those of `owners`. O(num_blocks): for tests and when idle.
 
-    `owners` are all block tables there are: live sequences, leases, blocks quarantined after a broken transfer.
+    `owners` are the block tables of all live sequences, leases and cancelled transfers that may still write.
     """
     pool.check_integrity()
     owned = Counter(block_id for table in owners for block_id in table)
@@ -24,7 +24,7 @@ def check_blocks(pool: BlockPool, owners: Iterable[BlockTable]) -> None:
 def count_blocks(pool: BlockPool, running: Iterable[BlockTable], leased: Iterable[BlockTable] = ()) -> BlockCounts:
     """Blocks by owner, for the heartbeat. A block that is running and leased counts as running. O(blocks owned).
 
-    `running` are the tables of sequences and of quarantined transfers.
+    `running` are the block tables of sequences and of cancelled transfers that may still write.
     """
     in_sequences = {block_id for table in running for block_id in table}
     in_leases = {block_id for table in leased for block_id in table} - in_sequences

@@ -1,4 +1,4 @@
-"""Computed KV that waits to be fetched. Each lease ends, so that a reader that is gone frees its blocks."""
+"""Leases on computed KV that waits to be fetched. Every lease expires, so the blocks of a lost reader become free."""
 
 from dataclasses import dataclass
 
@@ -17,13 +17,13 @@ class Lease:
 
 
 class LeaseTable:
-    """Leases by (request id, epoch). It decides who still has a claim; freeing the blocks of an ended lease is up to
-    the caller, so that the decision and the block pool may live on different threads.
+    """Leases by (request id, epoch). The table decides whether a lease is in force; the caller frees the blocks of an
+    ended lease. The decision and the block pool may thus belong to different threads.
 
     hold --acknowledged in time--> ended        hold --expires_s reached--> ended, later acknowledgements refused
 
-    A reader may copy blocks while their lease ends. It cannot know, so it must discard what it read unless the
-    acknowledgement is accepted: `acknowledge` says yes only while the content was certainly still there.
+    A lease may end while a reader copies its blocks. The reader must discard its copy unless `acknowledge` succeeds:
+    only then was the lease in force during the whole copy.
     """
 
     __slots__ = ("_expiry", "_leases", "_num_blocks")
@@ -38,16 +38,16 @@ class LeaseTable:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks under lease; one that two leases share counts twice."""
+        """Blocks under lease; a block of two leases counts twice."""
         return self._num_blocks
 
     def block_tables(self) -> list[tuple[int, ...]]:
         return [lease.block_ids for lease in self._leases.values()]
 
     def hold(self, request_id: str, epoch: int, block_ids: list[int] | tuple[int, ...], expires_s: float) -> Lease:
-        """Begin a lease on `block_ids`, which the caller keeps allocated until it has ended.
+        """Begin a lease on `block_ids`, which the caller keeps allocated until the lease has ended.
 
-        Raises DuplicateRequestError if that attempt is under lease already.
+        Raises DuplicateRequestError if the attempt already has a lease.
         """
         key = (request_id, epoch)
         if key in self._leases:
@@ -59,19 +59,19 @@ class LeaseTable:
         return lease
 
     def find(self, request_id: str, epoch: int, now_s: float) -> Lease | None:
-        """The lease, if it is still in force."""
+        """The lease, if it is in force."""
         lease = self._leases.get((request_id, epoch))
         return lease if lease is not None and now_s < lease.expires_s else None
 
     def acknowledge(self, request_id: str, epoch: int, now_s: float) -> Lease | None:
-        """The reader has everything: end the lease and return it. None when stale or expired: the reader must
-        discard."""
+        """The reader has a complete copy: end the lease and return it. None if there is no lease in force: the reader
+        must discard its copy."""
         if self.find(request_id, epoch, now_s) is None:
             return None
         return self.drop(request_id, epoch)
 
     def drop(self, request_id: str, epoch: int) -> Lease | None:
-        """End it now: the request was cancelled. None when there is no such lease."""
+        """End the lease now, for a cancelled request. None if there is no such lease."""
         lease = self._leases.pop((request_id, epoch), None)
         if lease is not None:
             self._expiry.discard((request_id, epoch))
@@ -79,7 +79,7 @@ class LeaseTable:
         return lease
 
     def expire(self, now_s: float) -> list[Lease]:
-        """End all leases that are over by `now_s`, and return them."""
+        """End all leases that have expired by `now_s`, and return them."""
         ended = [self._leases[key] for key in self._expiry.pop_until(now_s)]
         for lease in ended:
             self.drop(lease.request_id, lease.epoch)

@@ -1,7 +1,7 @@
-"""Which blocks hold the KV of which token prefix, so that equal prefixes are computed once.
+"""The prefix cache's index: blocks by the token prefix whose KV they hold, so that equal prefixes are computed once.
 
-A full block is named by a hash chain: SHA-256 over its parent's name and its own token ids. The root of the chain is
-the tenant's salt, so that only requests with equal salts can meet.
+The name of a full block is the SHA-256 of its parent's name and its own token ids. The root of the chain is the
+tenant's salt, so only requests with equal salts share blocks.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ TokenIds = list[int] | tuple[int, ...]
 
 
 def extend_block_hashes(hashes: list[bytes], token_ids: TokenIds, block_size: int, salt: str, num_blocks: int) -> None:
-    """Lengthen `hashes`, the chain of the first `len(hashes)` blocks of these very tokens, to `num_blocks` names."""
+    """Extend `hashes`, the names of the first `len(hashes)` blocks of `token_ids`, to `num_blocks` names."""
     if len(hashes) >= num_blocks:
         return
     parent = hashes[-1] if hashes else hashlib.sha256(salt.encode()).digest()
@@ -34,9 +34,9 @@ def block_hashes(token_ids: TokenIds, block_size: int, salt: str) -> list[bytes]
 class PrefixIndex:
     """The prefix cache of one pool. With `enabled` False it finds and keeps nothing.
 
-    Whoever holds a cached block also holds all blocks before it. `insert` keeps this true by stopping at the first
-    block whose content is cached in another block already; so the pool's line of reclaimable blocks, oldest first, has
-    a leaf of the cache at its head, and each reclaimable block can be evicted at any time.
+    An owner of a cached block also owns all blocks before it. `insert` ensures this: it stops at the first block whose
+    content another block already caches. The pool's oldest reclaimable block is therefore always a leaf of the cache,
+    and every reclaimable block can be evicted.
     """
 
     __slots__ = (
@@ -57,32 +57,32 @@ class PrefixIndex:
 
     @property
     def num_blocks(self) -> int:
-        """Cached blocks, those held by sequences at the moment included."""
+        """Cached blocks, including blocks that sequences hold now."""
         return len(self._name_of)
 
     @property
     def num_available(self) -> int:
-        """Blocks that `make_room` could provide."""
+        """The most blocks that `ensure_free` can provide."""
         return self._pool.num_free + self._pool.num_reclaimable
 
     def match(self, token_ids: TokenIds, salt: str, hashes: list[bytes] | None = None) -> list[int]:
         """Blocks of the longest cached prefix, first block first, each with a new reference that is the caller's.
 
-        Never the whole of `token_ids`: at least one token is left to compute. `hashes` may bring the names computed so
-        far for these tokens; it is extended in place.
+        At least one token of `token_ids` is left to compute. `hashes` holds names of these tokens' blocks that are
+        computed already, and is extended in place.
         """
         if not self.enabled:
             return []
         hashes = [] if hashes is None else hashes
-        found: list[int] = []
+        matched: list[int] = []
         for i in range((len(token_ids) - 1) // self.block_size):
             extend_block_hashes(hashes, token_ids, self.block_size, salt, i + 1)
             block_id = self._block_of.get(hashes[i])
             if block_id is None:
                 break
-            found.append(block_id)
-        self._pool.share(found)
-        return found
+            matched.append(block_id)
+        self._pool.share(matched)
+        return matched
 
     def insert(
         self,
@@ -93,9 +93,9 @@ class PrefixIndex:
         hashes: list[bytes] | None = None,
         start: int = 0,
     ) -> None:
-        """Offer the full blocks among the first `num_computed` tokens, whose KV is in `block_table`.
+        """Cache the full blocks of the first `num_computed` tokens, whose KV is in `block_table`.
 
-        The caller holds these blocks. Blocks before token `start` were offered before.
+        The caller holds these blocks. Earlier calls have inserted the blocks before token `start`.
         """
         if not self.enabled:
             return
@@ -112,29 +112,29 @@ class PrefixIndex:
                 self._name_of[block_table[i]] = hashes[i]
                 self._pool.keep(block_table[i])
 
-    def make_room(self, count: int) -> bool:
-        """Evict until `count` blocks are free. False, and nothing evicted, when that cannot be."""
+    def ensure_free(self, count: int) -> bool:
+        """Evict until `count` blocks are free. If that is impossible, returns False and evicts nothing."""
         if count > self.num_available:
             return False
         self.evict(count - self._pool.num_free)
         return True
 
     def evict(self, count: int) -> int:
-        """Free up to `count` blocks that only the cache remembers, least recently used first. Returns how many."""
+        """Free up to `count` reclaimable blocks, least recently used first. Returns the number of freed blocks."""
         count = min(count, self._pool.num_reclaimable)
         for _ in range(count):
             del self._block_of[self._name_of.pop(self._pool.reclaim_oldest())]
         return max(count, 0)
 
     def clear(self) -> None:
-        """Forget everything. Blocks that sequences hold become free when they are released."""
+        """Empty the cache. Blocks that sequences hold become free when they are released."""
         for block_id in self._name_of:
             self._pool.forget(block_id)
         self._block_of.clear()
         self._name_of.clear()
 
     def check_integrity(self) -> None:
-        """Names and blocks correspond one to one, and every reclaimable block has a name."""
+        """Assert that names and blocks correspond one to one, and that every reclaimable block has a name."""
         assert len(self._block_of) == len(self._name_of), "a name without its block, or the reverse"
         for block_id, name in self._name_of.items():
             assert self._block_of[name] == block_id, f"block {block_id} is cached under a name of another"

@@ -1,17 +1,17 @@
-"""The router's guess of which instance has which prompt prefixes cached."""
+"""The router's estimate of the prompt prefixes that each instance has cached."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence, Set
 
 
 class PrefixTracker:
-    """Per instance, the names (see `prefix_index.block_hashes`) of the blocks it computed last.
+    """For each instance, the names (see `prefix_index.block_hashes`) of the blocks that it computed last.
 
-    An approximation: the instance may have evicted a block, or hold more. It is bounded: at most
-    `max_blocks_per_instance` names for each instance, least recently used out first.
+    An approximation: an instance may have evicted a block, or have more. At most `max_blocks_per_instance` names are
+    kept for each instance; the least recently used are dropped first.
 
-    A name stands for its block and all blocks before it. Those are always used later than the block itself, and so stay
-    for longer: whoever holds a name holds all before it. Holders are therefore found by bisection.
+    A name identifies its block and all blocks before it. Earlier blocks of a prompt are used at least as recently as
+    later ones, so an instance with a name has all names before it. Bisection therefore finds the holders of a prefix.
     """
 
     __slots__ = ("_block_size", "_blocks", "_holders", "_max_blocks")
@@ -23,7 +23,7 @@ class PrefixTracker:
         self._holders: dict[Hashable, set[str]] = {}
 
     def matched_tokens(self, instance_id: str, names: Sequence[Hashable]) -> int:
-        """How many leading tokens of the prompt with these block names the instance has seen."""
+        """Leading tokens of the prompt with these block names that the instance has computed."""
         blocks = self._blocks.get(instance_id)
         if blocks is None:
             return 0
@@ -33,11 +33,11 @@ class PrefixTracker:
         return matched * self._block_size
 
     def holders(self, names: Sequence[Hashable]) -> Iterator[tuple[int, Set[str]]]:
-        """(tokens, all instances that have seen at least so many leading tokens), most tokens first; only where there
-        is one more holder than before. Read it at once: the sets are live. O(log names) each."""
+        """(tokens, all instances that have at least these leading tokens), most tokens first; one entry for each
+        length at which there are more holders. The sets are live: read each before the next call. O(log names) each."""
         depth, size = len(names), 0
         while True:
-            low = 0  # so many leading names have more than `size` holders
+            low = 0  # the first `low` names have more than `size` holders
             while low < depth:
                 middle = (low + depth + 1) // 2
                 if len(self._holders.get(names[middle - 1], ())) > size:
@@ -46,14 +46,14 @@ class PrefixTracker:
                     depth = middle - 1
             if low == 0:
                 return
-            found = self._holders[names[low - 1]]
-            yield low * self._block_size, found
-            size, depth = len(found), low - 1
+            instances = self._holders[names[low - 1]]
+            yield low * self._block_size, instances
+            size, depth = len(instances), low - 1
 
     def record(self, instance_id: str, names: Sequence[Hashable]) -> None:
-        """The instance computes, or has found, this prompt."""
+        """The instance computes this prompt, or has it cached."""
         blocks = self._blocks.setdefault(instance_id, OrderedDict())
-        for name in reversed(names):  # so that the end of a prefix leaves before its beginning
+        for name in reversed(names):  # so that the end of a prefix is dropped before its beginning
             if name not in blocks:
                 blocks[name] = None
                 self._holders.setdefault(name, set()).add(instance_id)
@@ -63,7 +63,7 @@ class PrefixTracker:
             self._drop(name, instance_id)
 
     def forget(self, instance_id: str) -> None:
-        """The instance is gone; a restarted one has an empty cache and another id."""
+        """Remove a lost instance. A restarted instance has an empty cache and a new id."""
         for name in self._blocks.pop(instance_id, ()):
             self._drop(name, instance_id)
 

@@ -17,8 +17,8 @@
     tokens ... finished
 
 The machine knows counts and ids, never tokens or text. It has no clock, no I/O and no randomness: time comes with each
-event, and its decisions go to a `RoutingDriver`. The live router and the simulator are the two drivers, so both decide
-alike. An event of an attempt returns False if it does not concern the attempt any more; it is then to be dropped.
+event, and decisions go to a `RoutingDriver`. The live router and the simulator are the two drivers, so both decide
+alike. An event of an attempt returns False if the attempt is not in flight there any more; the driver then drops it.
 """
 
 import math
@@ -142,7 +142,7 @@ class RoutingMachine:
         self._settle(now_s)
 
     def instance_lost(self, instance_id: str, now_s: float) -> None:
-        """Nothing of what was sent there is there any more: all attempts fail. It may be connected again."""
+        """The session has ended: all attempts at the instance fail. The instance may be connected again."""
         instance = self._selector.instances[instance_id]
         if not instance.is_connected:
             return
@@ -161,7 +161,7 @@ class RoutingMachine:
         self._settle(now_s)
 
     def instance_removed(self, instance_id: str, now_s: float) -> None:
-        """It is gone for good; one of the same id that comes later has nothing of it."""
+        """The instance is gone for good. A later one of the same id starts with an empty cache."""
         self.instance_lost(instance_id, now_s)
         self._selector.remove(instance_id)
 
@@ -206,13 +206,13 @@ class RoutingMachine:
         return request
 
     def cancel(self, request: RoutedRequest, now_s: float) -> None:
-        """The client wants no more of it. Its end is not told. Nothing happens if it has ended."""
+        """The client has cancelled the request. `end` is not called. An ended request is ignored."""
         if self._requests.get(request.key) is request:
             self._forget(request)
             self._settle(now_s)
 
     def advance(self, now_s: float) -> None:
-        """It is `now_s`: deadlines and pauses may be over."""
+        """Time has passed: end requests whose deadline is over, and retry those whose pause is over."""
         self._wake_s = math.inf
         for request in self._deadlines.pop_until(now_s):
             self._end(request, DeadlineError("the request's deadline has passed"))
@@ -226,12 +226,12 @@ class RoutingMachine:
     # --- attempts ----------------------------------------------------------------------------------------------------
 
     def find(self, instance_id: str, handle: int) -> Attempt | None:
-        """The attempt of that handle, if something of it is at that instance."""
+        """The attempt of that handle, if it is in flight at that instance."""
         instance = self._selector.instances.get(instance_id)
         return None if instance is None else instance.find(handle)
 
     def prefill_started(self, attempt: Attempt, num_cached_tokens: int, now_s: float) -> bool:
-        """Late binding: only now is it chosen where to decode, so that queueing prompts hold no memory there."""
+        """Late binding: the decode instance is chosen now, so that queued prompts hold no memory there."""
         instance = attempt.prefill
         if instance is None:
             return False
@@ -298,7 +298,7 @@ class RoutingMachine:
         return True
 
     def attempt_failed(self, attempt: Attempt, instance_id: str, error: TandemError, now_s: float) -> bool:
-        """The instance has given it up, and freed all that it held."""
+        """The instance has ended the attempt with an error, and has freed all blocks of it."""
         instance = self._selector.instances.get(instance_id)
         if instance is None or instance.find(attempt.handle) is None:
             return False
@@ -353,7 +353,7 @@ class RoutingMachine:
         self._selector.put(instance)
 
     def _withdraw(self, attempt: Attempt) -> None:
-        """Take it off all instances where something of it is."""
+        """Cancel the attempt at all instances where it is in flight."""
         instances = (attempt.prefill, attempt.decode)
         attempt.prefill = attempt.decode = None
         for instance in instances:
@@ -381,7 +381,7 @@ class RoutingMachine:
             self._recover(request, now_s)
 
     def _recover(self, request: RoutedRequest, now_s: float) -> None:
-        """Begin another attempt: at once if an instance is there that has not failed it, else after a pause."""
+        """Begin another attempt: at once on an instance that has not failed the request, else after a pause."""
         self._recovering.pop(request, None)
         self._retries.discard(request)
         place = self._selector.choose_first(request, now_s)
@@ -413,7 +413,7 @@ class RoutingMachine:
         self._wake(time_s)
 
     def _settle(self, now_s: float) -> None:
-        """Let those go on that waited for what may have come: an instance, or credit."""
+        """Try the requests again that wait for an instance, if one may have come, or for credit."""
         if self._has_news:
             self._has_news = False
             for request in sorted(self._recovering, key=lambda each: each.number):

@@ -190,7 +190,7 @@ class Scheduler:
             count = self._blocks_for(sequence.num_tokens)
             if not self._fits(sequence, count):
                 break
-            self._index.make_room(count)
+            self._index.ensure_free(count)
             self._leave(sequence)
             self._hold(sequence, self._pool.allocate(count))
             sequence.move_to(SequenceState.RECEIVING)
@@ -341,7 +341,7 @@ class Scheduler:
         while True:
             picked = list(islice(self._decoding.values(), max_batch))
             growing = [sequence for sequence in picked if sequence.num_tokens > len(sequence.block_table) * size]
-            if self._index.make_room(len(growing)):
+            if self._index.ensure_free(len(growing)):
                 break
             running = chain(self._prompts.values(), self._decoding.values())
             self._preempt(max(running, key=lambda sequence: sequence.order))
@@ -449,7 +449,7 @@ class Scheduler:
                 self._short_for, self._short_at = sequence.key, self._index.num_available
                 self._memory_changed = False
             return False
-        self._index.make_room(num_missing)
+        self._index.ensure_free(num_missing)
         self._hold(sequence, cached + self._pool.allocate(num_missing))
         sequence.num_cached = sequence.num_computed = num_cached
         return True

@@ -1,4 +1,4 @@
-"""gRPC channels with the options that make a dead or hung peer visible within seconds.
+"""gRPC channels with options that detect a dead or hung peer within seconds.
 
 Measured with grpcio 1.85: without keepalive a partition is never noticed, and a stopped peer only after a minute
 unless `ping_timeout_ms` is set too. The server permits pings this frequent (see `wire/server.py`).
@@ -28,7 +28,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 def token_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """What a single call sends to show the cluster token."""
+    """Metadata with the cluster token, for one call."""
     return ((TOKEN_KEY, f"Bearer {token}"),) if token else ()
 
 
@@ -56,7 +56,7 @@ class _UnaryToken(grpc.aio.UnaryUnaryClientInterceptor):
 def open_channel(address: str, token: str | None = None) -> grpc.aio.Channel:
     """A channel to `host:port` that sends the cluster token with every unary call. Connects when first used.
 
-    Streams are given the token apart (`token_metadata`): through an interceptor they leave a task behind when cut.
+    Streams need `token_metadata`: with an interceptor, a stream that is cut leaves a task behind.
     """
     interceptors = [_UnaryToken(token)] if token else []
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)

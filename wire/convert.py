@@ -1,6 +1,6 @@
-"""Protobuf messages <-> core values, for what routers and workers say to each other. Nothing else knows the fields.
+"""Conversion of the messages between routers and instances: protobuf <-> core values.
 
-`*_to_pb` writes a message, `*_from_pb` reads one and re-validates it: an internal peer is not trusted to be sane.
+`*_to_pb` writes a message, `*_from_pb` reads and validates one: messages of internal peers may be wrong, too.
 """
 
 from tandem.core.errors import InvalidRequestError
@@ -59,7 +59,7 @@ def sampling_to_pb(params: SamplingParams) -> common_pb2.SamplingParams:
 
 
 def sampling_from_pb(pb: common_pb2.SamplingParams) -> SamplingParams:
-    """Fields that are not set take `SamplingParams`' defaults."""
+    """Fields that are not set get the defaults of `SamplingParams`."""
     default = SamplingParams()
     return SamplingParams(
         temperature=pb.temperature if pb.HasField("temperature") else default.temperature,
@@ -121,7 +121,7 @@ def attempt_to_pb(request: GenerationRequest, now_s: float) -> worker_pb2.Attemp
 
 
 def attempt_from_pb(pb: worker_pb2.AttemptRequest, now_s: float) -> GenerationRequest:
-    """Raises InvalidRequestError for what no sane router sends."""
+    """Raises InvalidRequestError for a malformed attempt."""
     if not pb.request_id or not pb.token_ids or not 0 <= pb.num_output_tokens < len(pb.token_ids):
         raise InvalidRequestError("the attempt has no id, no tokens, or more output than tokens")
     return GenerationRequest(
@@ -142,9 +142,7 @@ def role_to_pb(role: Role) -> worker_pb2.Role:
 def role_from_pb(value: worker_pb2.Role) -> Role:
     """Raises InvalidRequestError for a role that this version does not know."""
     if value not in _ROLE_FROM_PB:
-        raise InvalidRequestError(
-            f"{value} is no role of an instance; controller and instance are of different versions"
-        )
+        raise InvalidRequestError(f"the role {value} is unknown; controller and instance have different versions")
     return _ROLE_FROM_PB[value]
 
 
@@ -191,7 +189,7 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
 
 
 def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
-    """Raises InvalidRequestError if it names no instance, role or state."""
+    """Raises InvalidRequestError for a status without instance, address, known role or known state."""
     role, state = _ROLE_FROM_PB.get(pb.role), _STATE_FROM_PB.get(pb.state)
     if role is None or state is None or not pb.instance_id or not pb.address:
         raise InvalidRequestError("a heartbeat must name instance, role, state and address")

@@ -1,4 +1,4 @@
-"""FleetService: workers report to a router, `tandem status` asks it."""
+"""FleetService: instances report to a router; `tandem status` and `tandem serve` call it."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,8 +17,8 @@ from tandem.wire.status import abort
 
 @dataclass(frozen=True, slots=True)
 class FleetDescription:
-    """What one router knows of itself, its workers and its requests. `profile` only where it was asked for and a window
-    has closed, `replan` only where a plan is watched."""
+    """One router, its instances and its requests. `profile` is None unless requested and a window has closed; `replan`
+    is None unless `tandem serve` watches a plan."""
 
     model: str
     uptime_s: float
@@ -33,7 +33,7 @@ class Registry(Protocol):
     """The router's list of live instances."""
 
     def heartbeat(self, status: InstanceStatus) -> None:
-        """Raises a TandemError for an instance that this router cannot use; the worker logs it and keeps trying."""
+        """Raises a TandemError for an instance that this router cannot use; the instance logs it and reports again."""
         ...
 
     def describe(self) -> FleetDescription:
@@ -95,7 +95,7 @@ async def send_heartbeat(channel: grpc.aio.Channel, status: InstanceStatus, time
 
 
 async def report_replan(channel: grpc.aio.Channel, status: ReplanStatus, timeout_s: float) -> None:
-    """Tell a router what to show. Raises as `send_heartbeat`."""
+    """Report the state of replanning to a router. Raises as `send_heartbeat`."""
     request = worker_pb2.ReportReplanRequest(status=replanning.replan_to_pb(status))
     try:
         await worker_pb2_grpc.FleetServiceStub(channel).ReportReplan(request, timeout=timeout_s)
@@ -106,7 +106,7 @@ async def report_replan(channel: grpc.aio.Channel, status: ReplanStatus, timeout
 async def describe_fleet(
     channel: grpc.aio.Channel, timeout_s: float, *, with_profile: bool = False
 ) -> FleetDescription:
-    """Ask a router. Raises as `send_heartbeat`."""
+    """A router's description. Raises as `send_heartbeat`."""
     request = worker_pb2.DescribeRequest(with_profile=with_profile)
     try:
         response = await worker_pb2_grpc.FleetServiceStub(channel).Describe(request, timeout=timeout_s)

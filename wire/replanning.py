@@ -1,4 +1,4 @@
-"""The live profile and the state of replanning, to messages and back."""
+"""Conversion of workload profiles and the state of replanning: protobuf <-> core values."""
 
 from tandem.core.errors import InvalidRequestError
 from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
@@ -56,11 +56,11 @@ def replan_to_pb(status: ReplanStatus) -> worker_pb2.ReplanStatus:
 
 
 def replan_from_pb(pb: worker_pb2.ReplanStatus) -> ReplanStatus:
-    """Raises InvalidRequestError if the state is none that this version knows."""
+    """Raises InvalidRequestError for an unknown state."""
     try:
         state = DriftState(pb.state)
     except ValueError as error:
-        raise InvalidRequestError(f"'{pb.state}' is no state of replanning") from error
+        raise InvalidRequestError(f"the replanning state '{pb.state}' is unknown") from error
     proposal = pb.proposal
     return ReplanStatus(
         state=state,

@@ -1,4 +1,4 @@
-"""A gRPC server as all our processes run it: limits, the cluster token, health, and a port that is really ours."""
+"""The gRPC servers of routers and instances: limits, cluster token, health service, exclusive ports."""
 
 import hmac
 from collections.abc import Awaitable, Callable
@@ -51,14 +51,14 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _deny_like(handler: "grpc.RpcMethodHandler[Any, Any]") -> "grpc.RpcMethodHandler[Any, Any]":
-    """A handler of the same arity that refuses: gRPC calls a stream handler differently from a unary one."""
+    """A handler that refuses calls, of the same kind (unary or streaming) as `handler`, as gRPC requires."""
 
     async def deny_unary(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this port needs the cluster token")
 
     async def deny_stream(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this port needs the cluster token")
-        yield  # makes it a generator, as gRPC expects of a streaming method
+        yield  # makes this a generator, which gRPC requires of a streaming method
 
     make: Callable[..., grpc.RpcMethodHandler[Any, Any]]
     match handler.request_streaming, handler.response_streaming:
@@ -87,12 +87,12 @@ def build_server(token: str | None = None) -> tuple[grpc.aio.Server, health_aio.
 
 
 def bind(server: grpc.aio.Server, address: str) -> str:
-    """Bind `host:port` (port 0: any free one) and return the address it really listens on. Raises ConfigError."""
+    """Bind `host:port` (port 0: any free port) and return the address with the actual port. Raises ConfigError."""
     host, port = split_address(address)
     try:
         bound = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {address}: the port is in use or the address is not ours") from error
+        raise ConfigError(f"cannot listen on {address}: port in use, or not an address of this machine") from error
     if bound == 0 or (port and bound != port):
-        raise ConfigError(f"cannot listen on {address}: the port is in use or the address is not ours")
+        raise ConfigError(f"cannot listen on {address}: port in use, or not an address of this machine")
     return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"

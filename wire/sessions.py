@@ -65,7 +65,7 @@ class InstanceSession:
 
     async def events(self) -> AsyncIterator[SessionEvent]:
         """The instance's events in order. Raises UnavailableError when the instance is gone or a command could not be
-        written, InvalidRequestError for an event that makes no sense; ends after `close`."""
+        written, InvalidRequestError for an event that cannot be read; ends after `close`."""
         try:
             async for message in self._call:
                 yield messages.event_from_pb(message)
@@ -160,7 +160,7 @@ class CommandHandler(Protocol):
         ...
 
     def configure(self, change: RoleChange) -> None:
-        """Raises ConfigError for bounds that make no sense."""
+        """Raises ConfigError for bounds that the instance cannot keep."""
         ...
 
 
@@ -207,7 +207,7 @@ class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
         try:
             async for message in request_iterator:
                 self._handler.handle(session_id, messages.command_from_pb(message, self._clock.now_s()))
-        except InvalidRequestError as error:  # a router that speaks nonsense loses its session, not the instance
+        except InvalidRequestError as error:  # ends that router's session; other sessions go on
             return error
         finally:
             outbox.close()

@@ -1,4 +1,4 @@
-"""The control channel of KV transfers: decode's end (`PeerControl` over a channel), prefill's end (a servicer)."""
+"""The control channel of KV transfers: a client for decode instances (`PeerControl`), a servicer for prefill."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -39,9 +39,9 @@ Reply = TypeVar("Reply")
 
 
 class KvTransferClient:
-    """A prefill instance as decode reaches it (`core.transfer.PeerControl`). The channel stays the caller's.
+    """A prefill instance as decode reaches it (`core.transfer.PeerControl`). The caller closes the channel.
 
-    `token` is for a channel opened without one: every transfer waits for calls, and interceptors make them slower.
+    `token` is for a channel that was opened without one: interceptors slow down calls, and transfers wait for calls.
     """
 
     def __init__(self, channel: grpc.aio.Channel, instance_id: str, token: str | None = None) -> None:
@@ -49,12 +49,12 @@ class KvTransferClient:
         self._stub = transfer_pb2_grpc.KvTransferServiceStub(channel)
         self.instance_id = instance_id
         self.is_gone = False
-        self._calls = 0  # under way
+        self._calls = 0  # in progress
         self._links: dict[str, asyncio.Task[None]] = {}  # each task reads its `Link` stream, and ends with the stream
 
     @property
     def in_use(self) -> bool:
-        """A call is under way or a link is open: closing the channel now would end it."""
+        """Whether a call is in progress or a link is open, which a close of the channel would end."""
         return self._calls > 0 or bool(self._links)
 
     async def link(self, offer: LinkOffer, timeout_s: float) -> LinkReply:
@@ -72,7 +72,7 @@ class KvTransferClient:
                     reply = await call.read()
                 transport = _TRANSPORT_FROM_PB.get(reply.transport) if reply is not grpc.aio.EOF else None
                 if transport is None:
-                    raise TransferError("the prefill worker's answer names no transport")
+                    raise TransferError("the prefill worker's reply has no known transport")
             except BaseException as error:
                 call.cancel()
                 if isinstance(error, TimeoutError):
@@ -92,11 +92,11 @@ class KvTransferClient:
         )
 
     async def _read_to_end(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> None:
-        with suppress(TandemError), self._call():  # the link has ended, for whatever reason
+        with suppress(TandemError), self._call():  # every error means that the link has ended
             await call.read()
 
     def _link_ended(self, link_id: str, call: grpc.aio.UnaryStreamCall[Any, Any], reading: asyncio.Task[None]) -> None:
-        call.cancel()  # here, because a task that is cancelled before its first step runs none of its own code
+        call.cancel()  # not in the task, because a task that is cancelled before its first step runs no code
         if self._links.get(link_id) is reading:
             del self._links[link_id]
 
@@ -164,7 +164,7 @@ class KvTransferClient:
 
     @contextmanager
     def _call(self) -> Iterator[None]:
-        """Around each call: its errors become TandemErrors."""
+        """Counts a call, and turns its errors into TandemErrors."""
         self._calls += 1
         try:
             yield
@@ -185,7 +185,7 @@ class KvTransferClient:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            raise self._gone() from error  # the channel was closed during the call; nobody cancelled the task
+            raise self._gone() from error  # the task was not cancelled: the channel was closed during the call
         finally:
             self._calls -= 1
 
@@ -194,21 +194,21 @@ class KvTransferClient:
         return PeerGoneError("the prefill worker cannot be reached")
 
 
-def _answering(method: Callable[..., Awaitable[Reply]]) -> Callable[..., Awaitable[Reply]]:
-    """A servicer's method whose TandemErrors end the call with their status."""
+def _with_status(method: Callable[..., Awaitable[Reply]]) -> Callable[..., Awaitable[Reply]]:
+    """Decorator of a servicer's methods: a TandemError ends the call with the error's status."""
 
     @wraps(method)
-    async def answer(servicer: "KvTransferServicer", request: Any, context: Any) -> Reply:
+    async def call(servicer: "KvTransferServicer", request: Any, context: Any) -> Reply:
         try:
             return await method(servicer, request, context)
         except TandemError as error:
             await abort(context, error)
 
-    return answer
+    return call
 
 
 class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
-    """Prefill's end. Checks every field, then asks `links` (the data plane) and `holder` (the owner of the blocks)."""
+    """Prefill's end. Checks every field, then calls `links` (which moves the bytes) or `holder` (which has the KV)."""
 
     def __init__(self, links: KvLinkServer, holder: KvHolder, clock: Clock) -> None:
         self._links = links
@@ -231,7 +231,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         finally:
             self._links.unlink(reply.link_id)
 
-    @_answering
+    @_with_status
     async def _link(self, request: transfer_pb2.LinkRequest, _: Any) -> LinkReply:
         _check_names(request.instance_id, request.fingerprint, request.boot_id)
         _require(len(request.transports) <= MAX_TRANSPORTS, "too many transports are offered")
@@ -239,7 +239,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         host = HostIdentity(request.boot_id, request.uid)
         return await self._links.link(LinkOffer(request.instance_id, request.fingerprint, host, tuple(known)))
 
-    @_answering
+    @_with_status
     async def Pull(self, request: transfer_pb2.PullRequest, context: Any) -> transfer_pb2.PullResponse:
         manifest = await self._manifest(request.request_id, request.epoch, context)
         return transfer_pb2.PullResponse(
@@ -253,7 +253,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
             first_token=sampled_to_pb(manifest.first_token),
         )
 
-    @_answering
+    @_with_status
     async def Grant(self, request: transfer_pb2.GrantRequest, context: Any) -> transfer_pb2.GrantResponse:
         _check_names(request.link_id)
         manifest = await self._manifest(request.request_id, request.epoch, context)
@@ -270,13 +270,13 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         reply = await self._links.send(grant, manifest)
         return transfer_pb2.GrantResponse(sent_bytes=reply.sent_bytes, checksum=reply.checksum)
 
-    @_answering
+    @_with_status
     async def Acknowledge(self, request: transfer_pb2.AcknowledgeRequest, _: Any) -> transfer_pb2.AcknowledgeResponse:
         _check_names(request.request_id)
         owned = await self._holder.acknowledge(request.request_id, request.epoch)
         return transfer_pb2.AcknowledgeResponse(owned=owned)
 
-    @_answering
+    @_with_status
     async def RendezvousSet(
         self, request: transfer_pb2.RendezvousSetRequest, _: Any
     ) -> transfer_pb2.RendezvousSetResponse:
@@ -284,7 +284,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         await self._links.rendezvous_set(request.link_id, request.key, request.value)
         return transfer_pb2.RendezvousSetResponse()
 
-    @_answering
+    @_with_status
     async def RendezvousGet(
         self, request: transfer_pb2.RendezvousGetRequest, context: Any
     ) -> transfer_pb2.RendezvousGetResponse:

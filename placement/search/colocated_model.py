@@ -1,7 +1,7 @@
 """A fast model of colocated instances, which serve both phases on the same devices.
 
 The router picks the instance with the fewest sequences. Steps with prompt tokens are computed one by one; decode steps
-have a closed form, as in `decode_model`. This approximates `scheduling.colocated`.
+have a closed form, as in `decode_model`. This approximates `scheduling.scheduler` on a colocated instance.
 """
 
 import heapq

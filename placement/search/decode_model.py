@@ -3,7 +3,7 @@
 The router picks the instance with the fewest sequences. An instance has continuous batching and admits a sequence if
 its final KV fits. The batch is constant between an admission and a finish, and step time is affine in KV tokens, so
 the time of k steps has a closed form: a request costs two events for any number of tokens. This approximates
-`scheduling.decode`.
+`scheduling.scheduler`.
 """
 
 import heapq

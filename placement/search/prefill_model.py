@@ -1,7 +1,7 @@
 """A fast model of the prefill phase with infinitely fast decode, as in DistServe's Algorithm 1.
 
 The model has one queue in order of arrival. An instance that becomes free takes prompts from the queue up to its budget
-of prompt tokens per step, long prompts in chunks. This approximates `scheduling.prefill` and is thousands of times
+of prompt tokens per step, long prompts in chunks. This approximates `scheduling.scheduler` and is thousands of times
 faster than the simulator.
 """
 

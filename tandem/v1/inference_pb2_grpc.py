@@ -52,7 +52,7 @@ class InferenceServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Generates one completion. Tokens stream as they are drawn; the last message carries usage and the timeline.
+        """Generates one completion. Tokens stream as they are sampled; the last message has usage and timeline.
         Errors: INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNAVAILABLE, DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class KvTransferServiceStub:
     """The control channel of KV transfers, served by prefill workers for decode workers. No KV travels over it.
-    `core/transfer.py` says what each message means and in which order they come.
+    `core/transfer.py` explains the messages and their order.
     """
 
     def __init__(self, channel):
@@ -70,11 +70,11 @@ class KvTransferServiceStub:
 
 class KvTransferServiceServicer:
     """The control channel of KV transfers, served by prefill workers for decode workers. No KV travels over it.
-    `core/transfer.py` says what each message means and in which order they come.
+    `core/transfer.py` explains the messages and their order.
     """
 
     def Link(self, request, context):
-        """Answers once, and stays open for as long as the link lives.
+        """Replies once; the stream stays open as long as the link exists.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,14 +93,14 @@ class KvTransferServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """Answered when the attempt's prefill is finished; the call's deadline bounds the wait.
+        """Returns when the attempt's prefill is finished; the call's deadline bounds the wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Grant(self, request, context):
-        """Open while the granted bytes move: when one side dies, the call ends for the other.
+        """Returns when the granted bytes were sent. If one side dies, the call ends on the other side.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,7 +155,7 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class KvTransferService:
     """The control channel of KV transfers, served by prefill workers for decode workers. No KV travels over it.
-    `core/transfer.py` says what each message means and in which order they come.
+    `core/transfer.py` explains the messages and their order.
     """
 
     @staticmethod

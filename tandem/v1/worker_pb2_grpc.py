@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InstanceServiceStub:
-    """Between routers and instances. `core/session.py` says what each message means and in which order they come.
+    """Between routers and instances. `core/session.py` explains the messages and their order.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class InstanceServiceStub:
 
 
 class InstanceServiceServicer:
-    """Between routers and instances. `core/session.py` says what each message means and in which order they come.
+    """Between routers and instances. `core/session.py` explains the messages and their order.
     """
 
     def Session(self, request_iterator, context):
@@ -86,7 +86,7 @@ def add_InstanceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InstanceService:
-    """Between routers and instances. `core/session.py` says what each message means and in which order they come.
+    """Between routers and instances. `core/session.py` explains the messages and their order.
     """
 
     @staticmethod
@@ -145,7 +145,7 @@ class InstanceService:
 
 
 class FleetServiceStub:
-    """Served by the router, for workers and for `tandem serve`.
+    """Served by the router, for instances, `tandem serve` and `tandem status`.
     """
 
     def __init__(self, channel):
@@ -172,11 +172,11 @@ class FleetServiceStub:
 
 
 class FleetServiceServicer:
-    """Served by the router, for workers and for `tandem serve`.
+    """Served by the router, for instances, `tandem serve` and `tandem status`.
     """
 
     def Heartbeat(self, request, context):
-        """Registers an instance and keeps it registered; silence means it is gone.
+        """Registers an instance and keeps it registered. An instance without heartbeats counts as lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,7 +189,7 @@ class FleetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReportReplan(self, request, context):
-        """What `tandem serve` thinks of its plan; the router shows the last word in Describe and in its metrics.
+        """The state of replanning in `tandem serve`; the router shows the last report in Describe and in its metrics.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -222,7 +222,7 @@ def add_FleetServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FleetService:
-    """Served by the router, for workers and for `tandem serve`.
+    """Served by the router, for instances, `tandem serve` and `tandem status`.
     """
 
     @staticmethod

@@ -50,7 +50,7 @@ def test_a_truncated_checkpoint(model: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert findings(out)["model"] == "FAILED"
     assert "is truncated" in out
-    assert "-> name another with --set model=FOLDER, or repair this one" in out
+    assert "-> choose another model with --set model=FOLDER, or repair this one" in out
 
 
 def test_a_tokenizer_that_is_none(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def test_the_printed_commands_work(served: Served) -> None:
 def test_every_example_runs(served: Served) -> None:
     stream = run_python(["examples/client_stream.py", served.grpc], served.environment)
     assert stream.returncode == 0, stream.stderr
-    assert "together" in stream.stdout
+    assert re.search(r"#   total +[0-9.]+ ms", stream.stdout)
     openai = run_python(["examples/openai_client.py", f"http://{served.http}/v1"], served.environment)
     assert openai.returncode == 0, openai.stderr
     curl = subprocess.run(
@@ -99,10 +99,10 @@ def test_status_and_doctor(served: Served, model: Path) -> None:
 
 def test_workers_join_and_leave(served: Served) -> None:
     assert served.tandem("scale", "--decode", "2").returncode == 0
-    served.wait_for(r"^scaling to 1 prefill and 2 decode\n(.*\n)*scaled$")
+    served.wait_for(r"^scaling to 2 decode\n(.*\n)*scaled$")
     assert len(json.loads(served.tandem("status", "--json").stdout)["fleet"]["instances"]) == 3
     assert served.tandem("scale", "--decode", "1").returncode == 0
-    served.wait_for(r"^scaling to 1 prefill and 1 decode\n(.*\n)*scaled$")
+    served.wait_for(r"^scaling to 1 decode\n(.*\n)*scaled$")
     assert served.tandem("chat", "--complete", "--max-tokens", "4", stdin="still here\n").returncode == 0
 
 

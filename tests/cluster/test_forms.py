@@ -77,3 +77,21 @@ def test_roles_change_while_requests_run(built_in_model: Path, tmp_path: Path) -
 async def change(status: InstanceStatus, role_change: RoleChange) -> None:
     async with open_channel(status.address, Cluster.TOKEN) as channel:
         await configure_instance(channel, role_change)
+
+
+@pytest.mark.timeout(300)
+def test_a_decode_instance_computes_prompts_while_no_prefill_instance_is_there(
+    built_in_model: Path, tmp_path: Path
+) -> None:
+    with running_cluster(built_in_model, tmp_path) as cluster:
+        prompt_ids = prompts(VOCAB_SIZE, seed=19)[:24]
+
+        async def load_and_kill() -> list[list[int]]:
+            load = asyncio.create_task(cluster_tokens(cluster, prompt_ids))
+            await asyncio.sleep(0.3)
+            cluster.kill("prefill-0")
+            return await load
+
+        check_answers(cluster, prompt_ids, asyncio.run(load_and_kill()))
+        (decode,) = [status for status in cluster.instances() if status.role is Role.DECODE]
+        assert decode.computed_tokens > sum(map(len, prompt_ids)) / 2, "the decode instance computed no prompts"

@@ -62,8 +62,8 @@ def test_a_worker_that_is_told_to_leave_finishes_what_it_has(built_in_model: Pat
 
 @pytest.mark.timeout(180)
 def test_without_a_worker_there_is_an_answer_too(built_in_model: Path, tmp_path: Path) -> None:
-    """No request is answered by silence: the only decode worker dies, and the client is told."""
-    with running_cluster(built_in_model, tmp_path) as cluster:
+    """No request is answered by silence: the only decode instance dies, none replaces it, and the client is told."""
+    with running_cluster(built_in_model, tmp_path, router={"replacement_wait_s": 1.0}) as cluster:
 
         async def alone() -> None:
             async with AsyncClient(cluster.grpc_address) as client:
@@ -85,6 +85,22 @@ def test_without_a_worker_there_is_an_answer_too(built_in_model: Path, tmp_path:
         cluster.wait_ready(1, 1)
         served = httpx.post(f"{cluster.url}/v1/completions", json={"model": "tiny-python", "prompt": "x"}, timeout=30)
         assert served.status_code == 200
+
+
+@pytest.mark.timeout(180)
+def test_a_stream_waits_for_the_replacement_of_its_only_decode_instance(built_in_model: Path, tmp_path: Path) -> None:
+    with running_cluster(built_in_model, tmp_path) as cluster:
+        undisturbed = asyncio.run(_answers(cluster))
+
+        async def disturbed() -> list[tuple[int, ...]]:
+            running = asyncio.create_task(_answers(cluster))
+            await asyncio.sleep(0.2)
+            await asyncio.to_thread(cluster.kill, "decode-0")
+            assert not running.done(), "the instance died too late to matter"
+            cluster.start_worker("decode-1", Role.DECODE)  # takes seconds
+            return await running
+
+        assert asyncio.run(disturbed()) == undisturbed
 
 
 @pytest.mark.timeout(180)

@@ -6,7 +6,7 @@ import pytest
 
 from tandem.core.config import RouterSection, ServeConfig, split_address
 from tandem.core.errors import ConfigError
-from tandem.deploy.machine import check_address, listening_process, settle_addresses, usable_cores
+from tandem.deploy.machine import check_address, listening_process, resolve_addresses, usable_cores
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def serve_config(**router: str) -> ServeConfig:
 
 
 def test_port_zero_becomes_a_port() -> None:
-    config = settle_addresses(serve_config(http="127.0.0.1:0", grpc="127.0.0.1:0", control="127.0.0.1:0"))
+    config = resolve_addresses(serve_config(http="127.0.0.1:0", grpc="127.0.0.1:0", control="127.0.0.1:0"))
     ports = {split_address(address)[1] for address in (config.router.http, config.router.grpc, config.router.control)}
     assert len(ports) == 3
     assert 0 not in ports
@@ -31,7 +31,7 @@ def test_port_zero_becomes_a_port() -> None:
 def test_a_taken_port_is_told_with_its_holder(taken: str) -> None:
     free = check_address("x", "127.0.0.1:0")
     with pytest.raises(ConfigError) as caught:
-        settle_addresses(serve_config(http=taken, grpc=free, control="127.0.0.1:0"))
+        resolve_addresses(serve_config(http=taken, grpc=free, control="127.0.0.1:0"))
     assert caught.value.message.startswith(f"cannot listen on router.http {taken} (in use by ")
     assert caught.value.message.endswith("choose another with --set router.http=HOST:PORT (port 0: any free one)")
     assert listening_process(split_address(taken)[1]) is not None
@@ -39,14 +39,14 @@ def test_a_taken_port_is_told_with_its_holder(taken: str) -> None:
 
 def test_every_taken_port_is_told(taken: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        settle_addresses(serve_config(http=taken, grpc=taken, control="127.0.0.1:0"))
+        resolve_addresses(serve_config(http=taken, grpc=taken, control="127.0.0.1:0"))
     assert [line.split()[3] for line in caught.value.message.splitlines()] == ["router.http", "router.grpc"]
 
 
 def test_one_address_for_two_things() -> None:
     free = check_address("x", "127.0.0.1:0")
     with pytest.raises(ConfigError, match="three different addresses"):
-        settle_addresses(serve_config(http=free, grpc=free, control="127.0.0.1:0"))
+        resolve_addresses(serve_config(http=free, grpc=free, control="127.0.0.1:0"))
 
 
 def test_an_address_of_another_machine() -> None:

@@ -104,12 +104,12 @@ def test_planned_gpus_that_are_here_are_used() -> None:
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
-        ([group("prefill", tp=2), group("decode")], ["prefill instances are tp2", "search.max_tp=1"]),
+        ([group("prefill", tp=2), group("decode")], ["prefill instances have the shape tp2", "search.max_tp=1"]),
         (
             [group("prefill", devices=(("0:0",),)), group("decode", devices=(("1:0",),))],
-            ["stands on 2 nodes", "one machine"],
+            ["uses 2 nodes", "one machine"],
         ),
-        ([group("prefill"), group("decode", device="H100", instances=2)], ["wants 2 x H100", "has no GPU"]),
+        ([group("prefill"), group("decode", device="H100", instances=2)], ["needs 2 x H100", "has no GPU"]),
     ],
 )
 def test_what_cannot_be_run_yet_is_said_with_what_could_be_done(groups: list[PlanGroup], words: list[str]) -> None:

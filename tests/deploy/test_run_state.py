@@ -70,9 +70,9 @@ def test_files_of_other_versions_are_passed_over(folders: StateFolders) -> None:
 
 
 def test_scale_is_left_and_taken(folders: StateFolders) -> None:
-    assert folders.take_scale(7) == {}
-    folders.leave_scale(7, {"prefill": 2})
-    assert folders.take_scale(7) == {"prefill": 2}
+    assert folders.take_scale_request(7) == {}
+    folders.write_scale_request(7, {"prefill": 2})
+    assert folders.take_scale_request(7) == {"prefill": 2}
 
 
 def test_only_the_last_logs_are_kept(folders: StateFolders) -> None:
@@ -93,5 +93,5 @@ def test_where_state_goes(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folders = StateFolders.of_environment({"TANDEM_STATE_DIR": str(tmp_path / "file" / "below")})
-    with pytest.raises(ConfigError, match="set TANDEM_STATE_DIR to a folder of yours"):
+    with pytest.raises(ConfigError, match="set TANDEM_STATE_DIR to a folder where you may write"):
         folders.make()

@@ -39,7 +39,7 @@ RECIPE = Recipe(
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
-    rates = [RECIPE.warmth(step) for step in range(100)]
+    rates = [RECIPE.learning_rate_factor(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:50] == [1.0] * 41
     assert all(later < earlier for earlier, later in pairwise(rates[50:]))
@@ -50,7 +50,7 @@ def test_a_longer_run_begins_like_a_shorter_one() -> None:
     stream = torch.arange(2000, dtype=torch.int32)
     longer = replace(RECIPE, steps=200)
     for step in range(50):
-        assert longer.warmth(step) == RECIPE.warmth(step)
+        assert longer.learning_rate_factor(step) == RECIPE.learning_rate_factor(step)
         assert torch.equal(batch_at(stream, longer, step), batch_at(stream, RECIPE, step))
 
 

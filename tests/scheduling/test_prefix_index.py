@@ -73,12 +73,12 @@ def test_makes_room_all_or_nothing_and_never_from_held_blocks() -> None:
     index = PrefixIndex(pool, 2)
     _cached(index, pool, [1, 1, 2, 2])
     held = index.match([1, 1, 0], "")
-    assert not index.make_room(4)
+    assert not index.ensure_free(4)
     assert (pool.num_free, index.num_blocks) == (2, 2)
-    assert index.make_room(3)
+    assert index.ensure_free(3)
     assert (pool.num_free, index.num_blocks) == (3, 1)
     pool.release(held)
-    assert index.make_room(4)
+    assert index.ensure_free(4)
     assert index.num_blocks == 0
 
 
