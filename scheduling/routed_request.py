@@ -117,5 +117,5 @@ class Attempt:
 
     @property
     def generating(self) -> "KnownInstance | None":
-        """The instance whose doing the tokens after the first are."""
+        """The instance that computes the tokens after the first."""
         return self.decode if self.hand_over else self.prefill
