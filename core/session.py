@@ -14,12 +14,14 @@ that session.
       |<- PrefillStarted     |  the router now chooses       |<- KvReserved         |
       |                      |  where to decode              |                      |  fetch the KV, verify, acknowledge
       |<- PrefillFinished    |  first token, KV held         |<- TransferCommitted  |
+      | RenewLease --------> |  while the reader waits       |                      |
       | Cancel ------------> |  dropped in any phase         |<- TokenFrame         |  one a step
       |<- RequestFailed      |                               | Cancel ------------> |  dropped in any phase
 
 A request with both phases on one instance gets PrefillStarted, PrefillFinished and then frames.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -73,7 +75,14 @@ class Cancel:
     handle: int
 
 
-SessionCommand = Submit | Cancel
+@dataclass(frozen=True, slots=True)
+class RenewLease:
+    """The reader of the attempt's KV still waits: hold the KV for another `lease_s`. Ignored if no KV is held."""
+
+    handle: int
+
+
+SessionCommand = Submit | Cancel | RenewLease
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -185,7 +194,8 @@ class InstanceStatus:
     `instance_id` is new at each start of the process, so that a restarted instance is never mistaken for the old one.
     `fingerprint` is the KV layout's: only instances with equal ones can be paired.
     `uncomputed_tokens` are prompt tokens that wait to be computed; `unreserved_tokens` are of requests whose KV comes
-    from another instance and which have no blocks for it yet.
+    from another instance and which have no blocks for it yet. KV for a reader is held for `lease_s` after its prefill
+    or the last RenewLease.
     """
 
     instance_id: str
@@ -206,4 +216,5 @@ class InstanceStatus:
     computed_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     preemptions: int = 0
+    lease_s: float = math.inf
     links: tuple[LinkStats, ...] = ()

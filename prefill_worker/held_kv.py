@@ -73,6 +73,11 @@ class HeldKv:
             if not waiter.done():
                 waiter.set_result(manifest)
 
+    def renew(self, attempt_id: AttemptId) -> None:
+        """Its reader still waits for memory: the lease begins anew. Ignored if the attempt has no lease."""
+        if (name := self._names.get(attempt_id)) is not None:
+            self._leases.renew(*name, self._clock.now_s() + self._lease_s)
+
     def close(self, attempt_id: AttemptId, reason: TandemError) -> None:
         """The attempt's KV is not to be had any more. Does nothing if the attempt is not open here."""
         name = self._names.pop(attempt_id, None)

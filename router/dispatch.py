@@ -24,6 +24,7 @@ from tandem.core.session import (
     NewTokens,
     PrefillFinished,
     PrefillStarted,
+    RenewLease,
     RequestFailed,
     SessionEvent,
     Submit,
@@ -139,6 +140,9 @@ class Dispatcher:
 
     def cancel(self, attempt: Attempt, instance_id: str) -> None:
         self.fleet.send(instance_id, Cancel(attempt.handle))
+
+    def renew_lease(self, attempt: Attempt, instance_id: str) -> None:
+        self.fleet.send(instance_id, RenewLease(attempt.handle))
 
     def end(self, request: RoutedRequest, error: TandemError | None) -> None:
         running = self._running[str(request.key)]

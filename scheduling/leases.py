@@ -1,6 +1,6 @@
 """Leases on computed KV that waits to be fetched. Every lease expires, so the blocks of a lost reader become free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tandem.core.errors import DuplicateRequestError
 from tandem.scheduling.keyed_heap import KeyedHeap
@@ -21,6 +21,7 @@ class LeaseTable:
     ended lease. The decision and the block pool may thus belong to different threads.
 
     hold --acknowledged in time--> ended        hold --expires_s reached--> ended, later acknowledgements refused
+    `renew` moves `expires_s` of a lease that has not ended.
 
     A lease may end while a reader copies its blocks. The reader must discard its copy unless `acknowledge` succeeds:
     only then was the lease in force during the whole copy.
@@ -57,6 +58,15 @@ class LeaseTable:
         self._expiry.push(key, expires_s)
         self._num_blocks += len(lease.block_ids)
         return lease
+
+    def renew(self, request_id: str, epoch: int, expires_s: float) -> bool:
+        """Let the lease end at `expires_s` instead. False if there is no such lease."""
+        key = (request_id, epoch)
+        if (lease := self._leases.get(key)) is None:
+            return False
+        self._leases[key] = replace(lease, expires_s=expires_s)
+        self._expiry.push(key, expires_s)
+        return True
 
     def find(self, request_id: str, epoch: int, now_s: float) -> Lease | None:
         """The lease, if it is in force."""

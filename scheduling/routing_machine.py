@@ -43,6 +43,8 @@ from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.routed_request import Attempt, BlockNamer, RoutedRequest
 from tandem.scheduling.routing import Selection
 
+LEASE_SHARE = 1 / 3  # of a lease, after which it is renewed: two renewals may come late
+
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 
 
@@ -79,6 +81,10 @@ class RoutingDriver(Protocol):
         """Take the attempt off an instance, in whatever phase it is there."""
         ...
 
+    def renew_lease(self, attempt: Attempt, instance_id: str) -> None:
+        """Have the instance hold the attempt's KV for longer: its reader still waits."""
+        ...
+
     def end(self, request: RoutedRequest, error: TandemError | None) -> None:
         """The request is over; `error` None: it has all its tokens."""
         ...
@@ -107,6 +113,7 @@ class RoutingMachine:
         self._recovering: dict[RoutedRequest, None] = {}  # waits for an instance
         self._retries: KeyedHeap[RoutedRequest] = KeyedHeap()  # when those are looked at again
         self._deadlines: KeyedHeap[RoutedRequest] = KeyedHeap()
+        self._renewals: KeyedHeap[Attempt] = KeyedHeap()  # when the leases on their KV are renewed
         self._wake_s = math.inf
         self._num_requests = 0
         self._num_attempts = 0
@@ -218,9 +225,13 @@ class RoutingMachine:
             self._end(request, DeadlineError("the request's deadline has passed"))
         for request in self._retries.pop_until(now_s):
             self._recover(request, now_s)
+        for attempt in self._renewals.pop_until(now_s):
+            if attempt.prefill is not None and not attempt.has_transfer:
+                self._driver.renew_lease(attempt, attempt.prefill.instance_id)
+                self._renew_lease_later(attempt, attempt.prefill, now_s)
         self._settle(now_s)
-        for heap in (self._deadlines, self._retries):
-            if (first := heap.peek()) is not None:
+        for first in (self._deadlines.peek(), self._retries.peek(), self._renewals.peek()):
+            if first is not None:
                 self._wake(first[0])
 
     # --- attempts ----------------------------------------------------------------------------------------------------
@@ -257,8 +268,10 @@ class RoutingMachine:
             self._end(attempt.request, None)
         elif attempt.has_transfer:
             self._release_prefill(attempt, instance)
-        elif attempt.hand_over and attempt.decode is None:
-            self._hand_over(attempt, instance, now_s)
+        elif attempt.hand_over:
+            if attempt.decode is None:
+                self._hand_over(attempt, instance, now_s)
+            self._renew_lease_later(attempt, instance, now_s)
         self._settle(now_s)
         return True
 
@@ -340,12 +353,20 @@ class RoutingMachine:
         self._selector.put(place.instance, is_chosen=True)
         self._driver.submit(attempt, place.instance.instance_id, prefill.instance_id, place.selection)
 
+    def _renew_lease_later(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> None:
+        """The KV waits for its reader, at the longest until the deadline; the lease ends if this router is lost."""
+        time_s = now_s + LEASE_SHARE * prefill.status.lease_s
+        if time_s < math.inf and attempt.prefill is prefill:
+            self._renewals.push(attempt, time_s)
+            self._wake(time_s)
+
     def _record_progress(self, attempt: Attempt, instance: KnownInstance, num_tokens: int) -> None:
         if num_tokens > 0 and instance.record_progress(attempt.handle, num_tokens):
             self._selector.put(instance)
 
     def _release_prefill(self, attempt: Attempt, instance: KnownInstance) -> None:
         attempt.prefill = None
+        self._renewals.discard(attempt)
         self._release(attempt, instance)
 
     def _release(self, attempt: Attempt, instance: KnownInstance) -> None:
@@ -356,6 +377,7 @@ class RoutingMachine:
         """Cancel the attempt at all instances where it is in flight."""
         instances = (attempt.prefill, attempt.decode)
         attempt.prefill = attempt.decode = None
+        self._renewals.discard(attempt)
         for instance in instances:
             if instance is not None and instance.find(attempt.handle) is not None:
                 self._release(attempt, instance)

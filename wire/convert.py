@@ -3,6 +3,8 @@
 `*_to_pb` writes a message, `*_from_pb` reads and validates one: messages of internal peers may be wrong, too.
 """
 
+import math
+
 from tandem.core.errors import InvalidRequestError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
@@ -174,6 +176,7 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         computed_tokens=status.computed_tokens,
         cached_tokens=status.cached_tokens,
         preemptions=status.preemptions,
+        lease_s=0.0 if math.isinf(status.lease_s) else status.lease_s,
         links=[
             worker_pb2.LinkStats(
                 peer_id=link.peer_id,
@@ -213,6 +216,7 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         computed_tokens=pb.computed_tokens,
         cached_tokens=pb.cached_tokens,
         preemptions=pb.preemptions,
+        lease_s=pb.lease_s if pb.lease_s > 0.0 else math.inf,
         links=tuple(
             LinkStats(link.peer_id, link.transport, link.transfers, link.transfer_bytes, link.transfer_s, link.failures)
             for link in pb.links

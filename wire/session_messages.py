@@ -9,6 +9,7 @@ from tandem.core.session import (
     NewTokens,
     PrefillFinished,
     PrefillStarted,
+    RenewLease,
     RequestFailed,
     SessionCommand,
     SessionEvent,
@@ -31,6 +32,8 @@ def command_to_pb(command: SessionCommand, now_s: float) -> worker_pb2.SessionRe
             return worker_pb2.SessionRequest(submit=submit)
         case Cancel(handle):
             return worker_pb2.SessionRequest(cancel=worker_pb2.CancelCommand(handle=handle))
+        case RenewLease(handle):
+            return worker_pb2.SessionRequest(renew_lease=worker_pb2.RenewLeaseCommand(handle=handle))
 
 
 def command_from_pb(pb: worker_pb2.SessionRequest, now_s: float) -> SessionCommand:
@@ -44,6 +47,8 @@ def command_from_pb(pb: worker_pb2.SessionRequest, now_s: float) -> SessionComma
             return Submit(submit.handle, convert.attempt_from_pb(submit.request, now_s), kv, submit.hand_over)
         case "cancel":
             return Cancel(pb.cancel.handle)
+        case "renew_lease":
+            return RenewLease(pb.renew_lease.handle)
         case _:
             raise InvalidRequestError("an unknown command; router and instance are of different versions")
 

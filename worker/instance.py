@@ -71,6 +71,7 @@ class PublicSide:
             computed_tokens=report.computed_tokens,
             cached_tokens=report.cached_tokens,
             preemptions=report.preemptions,
+            lease_s=self._config.instance.lease_s,
             links=self._links(),
         )
 

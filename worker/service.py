@@ -6,7 +6,16 @@ from collections.abc import Callable
 from tandem.core.attempt_id import AttemptId
 from tandem.core.config import InstanceSection
 from tandem.core.errors import ConfigError, DuplicateRequestError, StaleEpochError, TandemError, error_from_code
-from tandem.core.session import Cancel, PrefillFinished, RequestFailed, Role, SessionCommand, Submit, TokenFrame
+from tandem.core.session import (
+    Cancel,
+    PrefillFinished,
+    RenewLease,
+    RequestFailed,
+    Role,
+    SessionCommand,
+    Submit,
+    TokenFrame,
+)
 from tandem.decode_worker.fetcher import Fetch, KvFetcher
 from tandem.prefill_worker.held_kv import HeldKv, KvReady
 from tandem.scheduling.budget import StepBudget, role_budget
@@ -89,6 +98,8 @@ class InstanceService:
                 if handle in self._attempts[session_id]:
                     self._forget(attempt_id, StaleEpochError("the attempt was cancelled"))
                     self._post(Release(attempt_id))
+            case RenewLease():
+                self._held.renew(attempt_id)
 
     def close_session(self, session_id: int) -> None:
         """The router is gone: its attempts are dropped. A router that restarts knows nothing of its old requests."""

@@ -24,6 +24,7 @@ from tandem.core.session import (
     NewTokens,
     PrefillFinished,
     PrefillStarted,
+    RenewLease,
     Role,
     SessionCommand,
     TokenFrame,
@@ -64,6 +65,8 @@ class ScriptedInstance:
         handle, outbox = command.handle, self._outboxes[session_id]
         if isinstance(command, Cancel):
             self._left[session_id].pop(handle, None)
+        elif isinstance(command, RenewLease):
+            pass  # the transfer is committed at once
         elif command.kv is None:
             reason = FinishReason.LENGTH if _num_left(command.request) == 1 else None
             outbox.put(PrefillStarted(handle, 0))

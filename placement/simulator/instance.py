@@ -1,6 +1,5 @@
 """A simulated instance: `worker.loop` with a cost model in the engine's place."""
 
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -57,7 +56,7 @@ class SimulatedInstance:
         )
         self._scheduler = spec.scheduler_type(budget, self._pool, self._index, spec.max_model_len)
         self._held: dict[SimulatedAttempt, Sequence] = {}
-        self._leases: deque[tuple[float, SimulatedAttempt, Sequence]] = deque()  # of held KV, the first to end first
+        self._leases: dict[SimulatedAttempt, float] = {}  # when those on held KV end, the first to end first
         self._commands: list[tuple[Callable[[], None], bool]] = []  # and whether it is a release
         self._is_up = True
         self._life = 0  # how often it was lost; what an earlier life computed is dropped
@@ -104,6 +103,7 @@ class SimulatedInstance:
         for apply, is_release in commands:
             if is_release:  # the router has taken that attempt off already
                 apply()
+        self._leases.clear()
         self._index.clear()
 
     def restart(self) -> None:
@@ -289,23 +289,27 @@ class SimulatedInstance:
         self._held[attempt] = sequence
         ends_s = self._agenda.now_s + self.spec.lease_s
         if ends_s < float("inf"):
-            self._leases.append((ends_s, attempt, sequence))
+            self._leases[attempt] = ends_s
             if len(self._leases) == 1:
                 self._agenda.at(ends_s, self._end_leases, self._life)
 
+    def renew_lease(self, attempt: SimulatedAttempt) -> None:
+        """The reader still waits: the lease begins anew."""
+        if self._leases.pop(attempt, None) is not None:
+            self._leases[attempt] = self._agenda.now_s + self.spec.lease_s
+
     def _end_leases(self, life: int) -> None:
-        """KV that nobody fetched in time gives its blocks back. One event is pending, for the first lease."""
+        """KV that nobody fetched in time gives its blocks back. One event is pending while there are leases."""
         if life != self._life:
-            self._leases.clear()
             return
         now_s = self._agenda.now_s
         while self._leases:
-            ends_s, attempt, sequence = self._leases[0]
-            is_held = self._held.get(attempt) is sequence
+            attempt, ends_s = next(iter(self._leases.items()))
+            is_held = attempt in self._held
             if is_held and ends_s > now_s:
                 self._agenda.at(ends_s, self._end_leases, self._life)
                 return
-            self._leases.popleft()
+            del self._leases[attempt]
             if is_held:
                 self.release(attempt)
                 self._listener.lease_ended(attempt)

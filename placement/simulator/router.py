@@ -120,6 +120,7 @@ class Router:
             running_requests=0,
             uncomputed_tokens=0,
             unreserved_tokens=0,
+            lease_s=spec.lease_s,
         )
         self.machine.instance_reported(status, now_s)
         self.machine.instance_connected(instance_id, now_s)
@@ -149,6 +150,9 @@ class Router:
             self._network.abandon(own.transfer)
             own.transfer = None
         self._instances[instance_id].release(own)
+
+    def renew_lease(self, attempt: Attempt, instance_id: str) -> None:
+        self._instances[instance_id].renew_lease(self._attempts[_row(attempt.request)])
 
     def end(self, request: RoutedRequest, error: TandemError | None) -> None:
         self._attempts.pop(_row(request), None)

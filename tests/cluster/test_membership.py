@@ -110,3 +110,18 @@ def test_a_restarted_router_finds_its_workers_again(built_in_model: Path, tmp_pa
         cluster.start_router()
         cluster.wait_ready(1, 1)
         assert [len(tokens) for tokens in asyncio.run(_answers(cluster, 5))] == [5] * len(PROMPTS)
+
+
+@pytest.mark.timeout(180)
+def test_no_lease_ends_while_its_reader_waits(built_in_model: Path, tmp_path: Path) -> None:
+    """Decode has memory for one request, so that most KV waits for many leases. Each prompt is computed once."""
+    engine = {"threads": 1, "kv_memory": "64MiB", "dtype": "float32"}
+    prefill, decode = {"engine": engine, "lease_s": 0.3}, {"engine": engine | {"kv_memory": "2MiB"}}
+    with running_cluster(built_in_model, tmp_path, prefill=prefill, decode=decode) as cluster:
+        started_s = time.monotonic()
+        answers = asyncio.run(_answers(cluster, 600))
+        assert time.monotonic() - started_s > 1.0, "nothing had to wait"
+        assert [len(tokens) for tokens in answers] == [600] * len(PROMPTS)
+        assert "lease of" not in cluster.log_path("prefill-0").read_text()
+        computed = sum(status.computed_tokens for status in cluster.instances() if status.role is Role.PREFILL)
+        assert computed == sum(map(len, PROMPTS))

@@ -34,6 +34,7 @@ class Router:
     now_s: float = 0.0
     sent: list[Sent] = field(default_factory=list)
     cancelled: list[tuple[int, str]] = field(default_factory=list)
+    renewed: list[tuple[int, str, float]] = field(default_factory=list)  # handle, instance, when
     ends: dict[object, TandemError | None] = field(default_factory=dict)
     wake_s: float = float("inf")
 
@@ -49,6 +50,9 @@ class Router:
 
     def cancel(self, attempt: Attempt, instance_id: str) -> None:
         self.cancelled.append((attempt.handle, instance_id))
+
+    def renew_lease(self, attempt: Attempt, instance_id: str) -> None:
+        self.renewed.append((attempt.handle, instance_id, self.now_s))
 
     def end(self, request: RoutedRequest, error: TandemError | None) -> None:
         assert request.key not in self.ends, "a request ends once"

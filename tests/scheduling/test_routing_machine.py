@@ -248,6 +248,42 @@ def test_a_request_waits_for_a_replacement_as_long_as_it_is_allowed() -> None:
     assert error.message == "no prefill worker is ready"
 
 
+def test_a_lease_is_renewed_as_long_as_its_reader_waits() -> None:
+    router = Router()
+    router.join("p0", lease_s=30.0)
+    router.join("d0", role=Role.DECODE)
+    router.ask("a")
+    prefill = router.take()
+    router.start(prefill)
+    router.first_token(prefill)
+    router.advance(35.0)
+    handle = prefill.attempt.handle
+    assert router.renewed == [(handle, "p0", 10.0), (handle, "p0", 20.0), (handle, "p0", 30.0)]
+    router.machine.transfer_committed(prefill.attempt, router.now_s)
+    router.advance(60.0)
+    assert len(router.renewed) == 3, "the reader has the KV"
+
+
+@pytest.mark.parametrize("end", ["cancelled", "lost", "too late"])
+def test_no_lease_is_renewed_for_a_request_that_has_ended(end: str) -> None:
+    router = Router(RoutingSettings(max_attempts=1))
+    router.join("p0", lease_s=30.0)
+    router.join("d0", role=Role.DECODE)
+    request = router.ask("a", deadline_s=15.0 if end == "too late" else math.inf)
+    prefill = router.take()
+    router.start(prefill)
+    router.first_token(prefill)
+    router.advance(12.0)
+    assert len(router.renewed) == 1
+    if end == "cancelled":
+        router.machine.cancel(request, router.now_s)
+    elif end == "lost":
+        router.machine.instance_lost("d0", router.now_s)
+    router.advance(60.0)
+    assert len(router.renewed) == 1
+    assert not any(open_requests for open_requests, _, _ in router.loads().values())
+
+
 def test_a_deadline_ends_what_waits_for_a_replacement() -> None:
     router = Router(RoutingSettings(local_prefill=False))
     router.join("p1", "d1")

@@ -15,6 +15,7 @@ from tandem.core.session import (
     KvSource,
     NewTokens,
     PrefillFinished,
+    RenewLease,
     RequestFailed,
     Role,
     SessionEvent,
@@ -131,6 +132,20 @@ async def test_an_expired_lease_refuses_the_acknowledgement_before_and_after_it_
     sweeping.cancel()
     with pytest.raises(StaleEpochError, match="lease"):
         await bench.pull()
+    assert not await bench.held.acknowledge("r", 1)
+
+
+async def test_a_renewed_lease_is_in_force_for_longer() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.service.handle(bench.session, RenewLease(1))  # nothing is held yet
+    bench.hold()
+    for _ in range(3):
+        bench.clock.advance(6.0)
+        bench.service.handle(bench.session, RenewLease(1))
+    assert await bench.held.acknowledge("r", 1)
+    bench.service.handle(bench.session, RenewLease(1))
+    assert bench.releases == [bench.key]
     assert not await bench.held.acknowledge("r", 1)
 
 

@@ -1,5 +1,6 @@
 """Deployments of which some instances serve one phase each, and some both."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from tandem.core.slo import SloClass
 from tandem.placement.evaluation.goodput import StopWhen, find_goodput
+from tandem.placement.simulator import record as stages
 from tandem.placement.simulator import simulate
 from tandem.placement.simulator.deployment import Failure, NetworkSpec, RouterSpec
 from tandem.placement.simulator.result import SimulationResult
@@ -30,6 +32,7 @@ _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
     lost=st.sampled_from([None, "p0", "d0", "c0"]),
     mixing=st.sampled_from(["chunked", "prompt_first"]),
     same_node_only=st.booleans(),
+    lease_s=st.sampled_from([math.inf, 0.05]),
 )
 @settings(max_examples=30, deadline=None, phases=[Phase.generate])  # shrinking simulations takes minutes
 def test_no_request_is_lost_and_every_run_is_the_same(
@@ -43,6 +46,7 @@ def test_no_request_is_lost_and_every_run_is_the_same(
     lost: str | None,
     mixing: Mixing,
     same_node_only: bool,
+    lease_s: float,
 ) -> None:
     spec = deployment(
         prefill,
@@ -54,7 +58,9 @@ def test_no_request_is_lost_and_every_run_is_the_same(
         router=RouterSpec(0.003, 0.001, 0.002, same_node_only=same_node_only),
         nodes=2 if min(prefill, decode) > 1 else 1,
     )
-    spec = replace(spec, instances=tuple(replace(instance, policy=mixing) for instance in spec.instances))
+    spec = replace(
+        spec, instances=tuple(replace(instance, policy=mixing, lease_s=lease_s) for instance in spec.instances)
+    )
     if lost is not None:
         spec = replace(spec, failures=(Failure(lost, 0.3123, 0.9),))
     stream = poisson(40, rate, output=40, seed=seed)
@@ -108,3 +114,20 @@ def test_together_they_serve_what_they_serve_apart(slo: SloClass, prompt: int, o
     pair, colocated = goodput("prefill", "decode"), goodput("colocated")
     assert colocated > 0.15 * pair, "it counts"
     assert goodput("prefill", "decode", "colocated") >= 0.88 * (pair + colocated)
+
+
+def test_leases_that_are_renewed_change_nothing() -> None:
+    """Decode has memory for one or two requests: KV waits for it much longer than a lease."""
+    stream = poisson(60, 50.0, fixed=True)
+    runs = []
+    for lease_s in (math.inf, 0.1):
+        spec = deployment(num_blocks=1000)
+        small = {"prefill": 1000, "decode": 20}
+        instances = (
+            replace(each, lease_s=lease_s, num_blocks=small[each.role], max_model_len=200) for each in spec.instances
+        )
+        runs.append(simulate(replace(spec, instances=tuple(instances)), stream))
+    waited_s = runs[0].stamps[:, stages.TRANSFER_STARTED] - runs[0].stamps[:, stages.FIRST_TOKEN]
+    assert waited_s.max() > 1.0, "nothing had to wait"
+    assert runs[1].finished.all()
+    np.testing.assert_array_equal(runs[0].stamps, runs[1].stamps)
