@@ -67,7 +67,7 @@ def test_it_writes_a_plan_that_reads_back_and_says_what_to_do(
     assert "92.1 % meet both targets (95 %: 90.5 to 93.6 %; required 90 %)" in out
     assert "a step is mostly linear layers in prefill, KV reads in decode" in out
     assert "TTFT is 1.4 x its target" in out
-    assert "not for this machine yet: the plan's prefill instances are tp2" in out
+    assert "not for this machine yet: the plan's prefill instances have the shape tp2" in out
     assert not (folder / "plan.html").exists()
 
 
