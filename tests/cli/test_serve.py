@@ -91,6 +91,7 @@ def test_status_and_doctor(served: Served, model: Path) -> None:
         assert watching.stdout is not None
         seen = [next(line for line in watching.stdout if line.startswith("little: up ")) for _ in range(2)]
         watching.send_signal(signal.SIGINT)
+        watching.wait(10)  # before its output is closed
     assert watching.returncode == 0, seen
     doctor = served.tandem("doctor", f"--set=model={model}", *FREE_PORTS, *_SMALL)
     assert re.search(r"^ok +cluster: little .* 2 of 2 workers ready$", doctor.stdout, re.MULTILINE), doctor.stdout

@@ -1,6 +1,7 @@
 """Every form of a cluster gives the tokens of transformers: colocated instances, mixtures, and roles that change."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -93,5 +94,15 @@ def test_a_decode_instance_computes_prompts_while_no_prefill_instance_is_there(
             return await load
 
         check_answers(cluster, prompt_ids, asyncio.run(load_and_kill()))
-        (decode,) = [status for status in cluster.instances() if status.role is Role.DECODE]
-        assert decode.computed_tokens > sum(map(len, prompt_ids)) / 2, "the decode instance computed no prompts"
+        cluster.wait_ready(prefill=0)
+        before = _prompt_tokens_of_decode(cluster)
+        prompt_ids = prompts(VOCAB_SIZE, seed=20)[:24]
+        check_answers(cluster, prompt_ids, asyncio.run(cluster_tokens(cluster, prompt_ids)))
+        time.sleep(0.5)  # heartbeats
+        assert _prompt_tokens_of_decode(cluster) - before >= sum(map(len, prompt_ids))
+
+
+def _prompt_tokens_of_decode(cluster: Cluster) -> int:
+    """Computed by the decode instance, or found in its prefix cache."""
+    (decode,) = [status for status in cluster.instances() if status.role is Role.DECODE]
+    return decode.computed_tokens + decode.cached_tokens
