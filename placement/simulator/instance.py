@@ -5,10 +5,10 @@ from functools import partial
 
 from tandem.core.errors import TandemError
 from tandem.core.session import Role
-from tandem.placement.simulator.agenda import Agenda
 from tandem.placement.simulator.attempt import Listener, SimulatedAttempt
 from tandem.placement.simulator.counted import CountedSequence
 from tandem.placement.simulator.deployment import PAUSE_S, InstanceSpec
+from tandem.placement.simulator.event_queue import EventQueue
 from tandem.placement.simulator.fast_run import FastRun
 from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
 from tandem.placement.simulator.result import InstanceUse
@@ -33,7 +33,7 @@ class SimulatedInstance:
     def __init__(
         self,
         spec: InstanceSpec,
-        agenda: Agenda,
+        events: EventQueue,
         listener: Listener,
         names: BlockNames | None = None,
         *,
@@ -41,7 +41,7 @@ class SimulatedInstance:
     ) -> None:
         """`names`, if prompts share prefixes; only an instance that caches prefixes looks at them."""
         self.spec = spec
-        self._agenda = agenda
+        self._events = events
         self._listener = listener
         self._step_by_step = step_by_step
         self._names = names if spec.prefix_cache and spec.role != "decode" else None
@@ -92,7 +92,7 @@ class SimulatedInstance:
     def fail(self) -> None:
         """What it computes is lost; the router takes its attempts off it, one `release` after the other."""
         if isinstance(self._step, FastRun):
-            self._step.cut(self._agenda.now_s)
+            self._step.cut(self._events.now_s)
             self._take_run(self._step, self._step.num_steps - 1)  # without the one under way
         self._totals.count_more(self._late_s)
         self._late_s = self._results_s = 0.0
@@ -138,11 +138,11 @@ class SimulatedInstance:
             self._turn()
         elif not isinstance(self._step, FastRun):
             self._late_s += late_s
-        elif self._step.cut(self._agenda.now_s, late_s):
-            self._agenda.at_step_end(self._step.end_s, self._end_run, self._step)
+        elif self._step.cut(self._events.now_s, late_s):
+            self._events.at_step_end(self._step.end_s, self._end_run, self._step)
 
     def _submit(self, attempt: SimulatedAttempt, is_remote: bool, hand_over: bool) -> None:
-        sequence = CountedSequence(attempt, attempt.request, self._agenda.now_s, is_remote, hand_over)
+        sequence = CountedSequence(attempt, attempt.request, self._events.now_s, is_remote, hand_over)
         if self._names is not None:
             sequence.block_hashes = self._names.of(attempt.row, attempt.request.max_total_tokens)
         try:
@@ -152,7 +152,7 @@ class SimulatedInstance:
 
     def _arrived(self, attempt: SimulatedAttempt) -> None:
         if self._scheduler.get(attempt) is not None:
-            self._scheduler.committed(attempt, 0, self._agenda.now_s)
+            self._scheduler.committed(attempt, 0, self._events.now_s)
             self._listener.transfer_committed(attempt)
 
     def _release(self, attempt: SimulatedAttempt) -> None:
@@ -165,7 +165,7 @@ class SimulatedInstance:
 
     def _turn(self) -> None:
         """What happens between two steps, and the beginning of the next."""
-        now_s = self._agenda.now_s
+        now_s = self._events.now_s
         self._step = None
         self._began_s = now_s
         if self._commands:
@@ -179,14 +179,14 @@ class SimulatedInstance:
         if steps is not None:
             coefficients = self.spec.cost.decode_coefficients(steps.num_sequences)
             self._step = run = FastRun(steps, coefficients, now_s)
-            self._agenda.at_step_end(run.end_s, self._end_run, run)
+            self._events.at_step_end(run.end_s, self._end_run, run)
         elif chunks := scheduler.next_batch(now_s):
             self._begin_step(chunks)
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def _begin_step(self, chunks: list[Chunk]) -> None:
-        now_s = self._agenda.now_s
+        now_s = self._events.now_s
         self._step = chunks
         for chunk in chunks:
             sequence = chunk.sequence
@@ -200,10 +200,10 @@ class SimulatedInstance:
         self._results_s = max(self._results_s, now_s + cold_s + cost.total_s)
         if cost.interval_s < cost.total_s and all(chunk.sequence.hand_over for chunk in chunks):
             step = (chunks, self._life)
-            self._agenda.at_step_end(now_s + cold_s + cost.interval_s, self._next_step, step)
-            self._agenda.at_step_end(self._results_s, self._end_pipeline, step)
+            self._events.at_step_end(now_s + cold_s + cost.interval_s, self._next_step, step)
+            self._events.at_step_end(self._results_s, self._end_pipeline, step)
         else:
-            self._agenda.at_step_end(self._results_s, self._end_step, chunks)
+            self._events.at_step_end(self._results_s, self._end_step, chunks)
 
     def _next_step(self, step: tuple[list[Chunk], int]) -> None:
         """The first stage is free. What follows in order finds the KV of these chunks, so the scheduler may go on."""
@@ -223,8 +223,8 @@ class SimulatedInstance:
         if self._late_s > 0:
             late_s, self._late_s = self._late_s, 0.0
             self._totals.count_more(late_s)
-            self._results_s = self._agenda.now_s + late_s
-            self._agenda.at_step_end(self._results_s, self._end_step, chunks)
+            self._results_s = self._events.now_s + late_s
+            self._events.at_step_end(self._results_s, self._end_step, chunks)
             return
         self._computed(chunks)
         self._take_results(chunks)
@@ -252,7 +252,7 @@ class SimulatedInstance:
                 if is_first:
                     self._tell_first_token(sequence)
                 elif sequence.num_tokens == len(sequence.request.token_ids) + 2:
-                    self._listener.second_token(attempt, self._began_s, self._agenda.now_s)
+                    self._listener.second_token(attempt, self._began_s, self._events.now_s)
                 if sequence.num_tokens >= self._scheduler.length_limit(sequence):
                     self._finish(sequence)
 
@@ -261,7 +261,7 @@ class SimulatedInstance:
         self._listener.prefill_finished(attempt_of(sequence), sequence.started_s)
 
     def _end_run(self, run: FastRun) -> None:
-        if self._step is not run or run.end_s != self._agenda.now_s:
+        if self._step is not run or run.end_s != self._events.now_s:
             return  # lost with the instance, or cut short meanwhile
         self._results_s = run.end_s
         self._take_run(run, run.num_steps)
@@ -287,27 +287,27 @@ class SimulatedInstance:
     def _hold(self, sequence: Sequence) -> None:
         attempt = attempt_of(sequence)
         self._held[attempt] = sequence
-        ends_s = self._agenda.now_s + self.spec.lease_s
+        ends_s = self._events.now_s + self.spec.lease_s
         if ends_s < float("inf"):
             self._leases[attempt] = ends_s
             if len(self._leases) == 1:
-                self._agenda.at(ends_s, self._end_leases, self._life)
+                self._events.at(ends_s, self._end_leases, self._life)
 
     def renew_lease(self, attempt: SimulatedAttempt) -> None:
         """The reader still waits: the lease begins anew."""
         if self._leases.pop(attempt, None) is not None:
-            self._leases[attempt] = self._agenda.now_s + self.spec.lease_s
+            self._leases[attempt] = self._events.now_s + self.spec.lease_s
 
     def _end_leases(self, life: int) -> None:
         """KV that nobody fetched in time gives its blocks back. One event is pending while there are leases."""
         if life != self._life:
             return
-        now_s = self._agenda.now_s
+        now_s = self._events.now_s
         while self._leases:
             attempt, ends_s = next(iter(self._leases.items()))
             is_held = attempt in self._held
             if is_held and ends_s > now_s:
-                self._agenda.at(ends_s, self._end_leases, self._life)
+                self._events.at(ends_s, self._end_leases, self._life)
                 return
             del self._leases[attempt]
             if is_held:

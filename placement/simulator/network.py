@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from tandem.placement.simulator.agenda import Agenda
 from tandem.placement.simulator.deployment import InstanceSpec, NetworkSpec
+from tandem.placement.simulator.event_queue import EventQueue
 
 
 class Transfer:
@@ -40,9 +40,9 @@ class Network:
     """Moves KV between instances by `NetworkSpec`: a latency, then bytes at the lesser of the shares that the two
     links of its way have for it. Shares are recomputed whenever a transfer on the link starts or ends."""
 
-    def __init__(self, spec: NetworkSpec, agenda: Agenda) -> None:
+    def __init__(self, spec: NetworkSpec, events: EventQueue) -> None:
         self._spec = spec
-        self._agenda = agenda
+        self._events = events
         self._links: dict[Hashable, _Link] = {}
 
     def send(
@@ -54,18 +54,18 @@ class Network:
         argument: Any,
     ) -> Transfer:
         """Call `on_arrival(argument)` when the KV of `num_tokens` tokens has arrived; never before this returns."""
-        spec, now_s = self._spec, self._agenda.now_s
+        spec, now_s = self._spec, self._events.now_s
         same_node = source.node == destination.node
         bytes_per_s = spec.intra_node_bytes_per_s if same_node else spec.inter_node_bytes_per_s
         fixed_s = spec.per_concurrent_transfer_s  # shares the links as bytes do
         fixed_bytes = fixed_s * bytes_per_s if fixed_s else 0.0
         transfer = Transfer(on_arrival, argument, now_s, fixed_bytes + num_tokens * spec.kv_bytes_per_token)
         if math.isinf(bytes_per_s) or transfer.left_bytes == 0:
-            self._agenda.at(now_s + spec.latency_s, self._arrive, transfer)
+            self._events.at(now_s + spec.latency_s, self._arrive, transfer)
             return transfer
         ends = (source.instance_id, destination.instance_id) if same_node else (source.node, destination.node)
         transfer.links = (self._link(("out", ends[0]), bytes_per_s), self._link(("in", ends[1]), bytes_per_s))
-        self._agenda.at(now_s + spec.latency_s, self._start, transfer)
+        self._events.at(now_s + spec.latency_s, self._start, transfer)
         return transfer
 
     def abandon(self, transfer: Transfer) -> None:
@@ -82,7 +82,7 @@ class Network:
     def _start(self, transfer: Transfer) -> None:
         if transfer.end_number < 0:
             return
-        transfer.updated_s = self._agenda.now_s
+        transfer.updated_s = self._events.now_s
         for link in transfer.links:
             link.transfers[transfer] = None
         self._share_anew(transfer.links)
@@ -93,7 +93,7 @@ class Network:
         self._share_anew(transfer.links)
 
     def _share_anew(self, links: tuple[_Link, ...]) -> None:
-        now_s = self._agenda.now_s
+        now_s = self._events.now_s
         for transfer in dict.fromkeys(transfer for link in links for transfer in link.transfers):
             rate = min(link.share for link in transfer.links)
             if rate == transfer.rate:
@@ -102,7 +102,7 @@ class Network:
             transfer.rate, transfer.updated_s = rate, now_s
             transfer.end_number += 1
             end_s = now_s + max(0.0, transfer.left_bytes) / rate
-            self._agenda.at(end_s, self._end, (transfer, transfer.end_number))
+            self._events.at(end_s, self._end, (transfer, transfer.end_number))
 
     def _end(self, prediction: tuple[Transfer, int]) -> None:
         transfer, end_number = prediction

@@ -8,10 +8,10 @@ from tandem.core.errors import StaleEpochError, TandemError
 from tandem.core.request import SamplingParams
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, Role
 from tandem.placement.simulator import record as stages
-from tandem.placement.simulator.agenda import Agenda
 from tandem.placement.simulator.attempt import SimulatedAttempt
 from tandem.placement.simulator.counted import counted_request
 from tandem.placement.simulator.deployment import RouterSpec
+from tandem.placement.simulator.event_queue import EventQueue
 from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefixes import BlockNames
@@ -32,7 +32,7 @@ class Router:
         self,
         spec: RouterSpec,
         requests: RequestStream,
-        agenda: Agenda,
+        events: EventQueue,
         network: Network,
         record: Record,
         routing: RoutingSettings | None = None,
@@ -42,7 +42,7 @@ class Router:
         self.num_refused = 0
         self.wake_s = math.inf
         self._spec = spec
-        self._agenda = agenda
+        self._events = events
         self._network = network
         self._record = record
         self._stamps = record.stamps
@@ -63,7 +63,7 @@ class Router:
 
     def arrive(self, row: int) -> None:
         """The request has passed admission and looks for an instance."""
-        now_s, names = self._agenda.now_s, self._names
+        now_s, names = self._events.now_s, self._names
         self._stamps[row, stages.RECEIVED] = arrival_s = self._arrival_s[row]
         self._stamps[row, stages.ADMITTED] = now_s
         try:
@@ -80,12 +80,12 @@ class Router:
 
     def wake(self) -> None:
         self.wake_s = math.inf
-        self.machine.advance(self._agenda.now_s)
+        self.machine.advance(self._events.now_s)
 
     def instance_lost(self, instance_id: str) -> None:
         if instance_id in self.machine.instances:
             self._fail(instance_id)
-            self.machine.instance_removed(instance_id, self._agenda.now_s)
+            self.machine.instance_removed(instance_id, self._events.now_s)
 
     def instance_found(self, instance_id: str) -> None:
         self._instances[instance_id].restart()
@@ -104,7 +104,7 @@ class Router:
     def _join(self, instance_id: str) -> None:
         """A report of an idle instance. Instances with equal fingerprints can exchange KV."""
         instance = self._instances[instance_id]
-        spec, now_s = instance.spec, self._agenda.now_s
+        spec, now_s = instance.spec, self._events.now_s
         is_bound = self._spec.same_node_only and spec.role != "colocated"
         status = InstanceStatus(
             instance_id=instance_id,
@@ -141,7 +141,7 @@ class Router:
             sampling = self._sampling[max_tokens] = SamplingParams(max_tokens=max_tokens)
         request = counted_request(row, attempt.num_tokens, routed.num_output_tokens, sampling)
         self._attempts[row] = own = SimulatedAttempt(row, attempt, request, instance)
-        self._record.begin_attempt(row, self._agenda.now_s)
+        self._record.begin_attempt(row, self._events.now_s)
         instance.submit(own, hand_over=attempt.hand_over)
 
     def cancel(self, attempt: Attempt, instance_id: str) -> None:
@@ -169,13 +169,13 @@ class Router:
     def prefill_started(self, attempt: SimulatedAttempt, num_cached_tokens: int) -> None:
         if attempt.routed.prefill is not None:
             self._record.num_cached_tokens[attempt.row] = num_cached_tokens
-            self.machine.prefill_started(attempt.routed, num_cached_tokens, self._agenda.now_s)
+            self.machine.prefill_started(attempt.routed, num_cached_tokens, self._events.now_s)
 
     def prefill_finished(self, attempt: SimulatedAttempt, started_s: float) -> None:
         routed, row, begun_on = attempt.routed, attempt.row, attempt.begun_on
         if routed.prefill is None:
             return
-        now_s = self._agenda.now_s
+        now_s = self._events.now_s
         token_s = now_s + self._spec.first_token_s
         attempt.is_computed = True
         attempt.num_handed_on += 1
@@ -196,12 +196,12 @@ class Router:
             return
         attempt.is_reserved = True
         if attempt.is_first or not self._record.has(attempt.row, stages.SECOND_TOKEN):
-            self._stamps[attempt.row, stages.DECODE_RESERVED] = self._agenda.now_s
+            self._stamps[attempt.row, stages.DECODE_RESERVED] = self._events.now_s
         if attempt.is_computed:
             self._send(attempt)
 
     def transfer_committed(self, attempt: SimulatedAttempt) -> None:
-        now_s = self._agenda.now_s
+        now_s = self._events.now_s
         if not self.machine.transfer_committed(attempt.routed, now_s):
             return
         if attempt.is_first or not self._record.has(attempt.row, stages.SECOND_TOKEN):
@@ -218,7 +218,7 @@ class Router:
     def decode_finished(self, attempt: SimulatedAttempt) -> None:
         if attempt.routed.generating is None:
             return
-        now_s = self._agenda.now_s
+        now_s = self._events.now_s
         self._stamps[attempt.row, stages.FINISHED] = now_s + self._spec.token_s
         self.machine.attempt_finished(attempt.routed, now_s)
 
@@ -227,10 +227,10 @@ class Router:
             self._network.abandon(attempt.transfer)
             attempt.transfer = None
         reader, error = attempt.decode or attempt.begun_on, StaleEpochError("the lease on the KV has ended")
-        self.machine.attempt_failed(attempt.routed, reader.spec.instance_id, error, self._agenda.now_s)
+        self.machine.attempt_failed(attempt.routed, reader.spec.instance_id, error, self._events.now_s)
 
     def failed(self, attempt: SimulatedAttempt, instance_id: str, error: TandemError) -> None:
-        self.machine.attempt_failed(attempt.routed, instance_id, error, self._agenda.now_s)
+        self.machine.attempt_failed(attempt.routed, instance_id, error, self._events.now_s)
 
     # --- transfers ---------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class Router:
         """The KV is whole and the decode instance's: prefill's blocks are free at once, decode takes it up next."""
         assert attempt.transfer is not None
         assert attempt.decode is not None
-        attempt.transfer_s = self._agenda.now_s - attempt.transfer.started_s
+        attempt.transfer_s = self._events.now_s - attempt.transfer.started_s
         attempt.transfer = None
         attempt.begun_on.release(attempt)
         attempt.decode.arrived(attempt)

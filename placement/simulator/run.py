@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tandem.placement.simulator.agenda import Agenda
 from tandem.placement.simulator.deployment import Deployment
+from tandem.placement.simulator.event_queue import EventQueue
 from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefixes import BlockNames
@@ -65,45 +65,45 @@ def _simulate(
     stop_when: Callable[[Progress], bool] | None,
     step_by_step: bool,
 ) -> SimulationResult:
-    agenda = Agenda()
+    events = EventQueue()
     record = Record(requests)
-    network = Network(deployment.network, agenda)
-    router = Router(deployment.router, requests, agenda, network, record)
+    network = Network(deployment.network, events)
+    router = Router(deployment.router, requests, events, network, record)
     names = _block_names(deployment, requests)
     instances = {
-        spec.instance_id: SimulatedInstance(spec, agenda, router, names, step_by_step=step_by_step)
+        spec.instance_id: SimulatedInstance(spec, events, router, names, step_by_step=step_by_step)
         for spec in deployment.instances
     }
     router.connect(instances, names)
     for failure in deployment.failures:
-        agenda.at(failure.at_s, router.instance_lost, failure.instance_id)
+        events.at(failure.at_s, router.instance_lost, failure.instance_id)
         if math.isfinite(failure.until_s):
-            agenda.at(failure.until_s, router.instance_found, failure.instance_id)
+            events.at(failure.until_s, router.instance_found, failure.instance_id)
 
     arrivals_s = (requests.arrival_s + deployment.router.admission_s).tolist()
     num_received, num_events, stopped_early = 0, 0, False
     while True:
         arrival_s = arrivals_s[num_received] if num_received < len(arrivals_s) else math.inf
-        next_s, wake_s = agenda.next_s(), router.wake_s
+        next_s, wake_s = events.next_s(), router.wake_s
         if min(arrival_s, next_s, wake_s) >= until_s or arrival_s == next_s == wake_s == math.inf:
             break
         if wake_s < arrival_s and wake_s < next_s:
-            agenda.now_s = wake_s
+            events.now_s = wake_s
             router.wake()
         elif arrival_s <= next_s:
-            agenda.now_s = arrival_s
+            events.now_s = arrival_s
             router.arrive(num_received)
             num_received += 1
         else:
-            agenda.run_next()
+            events.run_next()
         num_events += 1
         if stop_when is not None and num_events % _EVENTS_PER_LOOK == 0:
-            stopped_early = stop_when(Progress(agenda.now_s, record.num_finished, router.num_refused))
+            stopped_early = stop_when(Progress(events.now_s, record.num_finished, router.num_refused))
             if stopped_early:
                 break
     if math.isfinite(until_s) and not stopped_early:
-        agenda.now_s = max(agenda.now_s, until_s)
-    is_whole = num_received == len(requests) and agenda.next_s() == math.inf
+        events.now_s = max(events.now_s, until_s)
+    is_whole = num_received == len(requests) and events.next_s() == math.inf
     if is_whole:
         for instance in instances.values():
             instance.check_idle()
@@ -112,7 +112,7 @@ def _simulate(
         stamps=record.stamps,
         num_attempts=record.num_attempts.clip(min=1),
         num_cached_tokens=record.num_cached_tokens,
-        end_s=agenda.now_s,
+        end_s=events.now_s,
         instances=tuple(instances[spec.instance_id].use() for spec in deployment.instances),
         stopped_early=stopped_early,
     )

@@ -14,9 +14,9 @@ from tandem.core.session import (
     SessionEvent,
     TokenFrame,
 )
-from tandem.placement.simulator.agenda import Agenda
 from tandem.placement.simulator.attempt import Attempt
 from tandem.placement.simulator.deployment import InstanceSpec, NetworkSpec, RouterSpec
+from tandem.placement.simulator.event_queue import EventQueue
 from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefixes import BlockNames
@@ -60,15 +60,15 @@ class ReplayRouter(Router):
     def submit(
         self, attempt: routed_request.Attempt, instance_id: str, source_id: str | None, selection: Selection | None
     ) -> None:
-        self.recording.decisions.append(submitted(self._agenda.now_s, attempt, instance_id, source_id))
+        self.recording.decisions.append(submitted(self._events.now_s, attempt, instance_id, source_id))
         super().submit(attempt, instance_id, source_id, selection)
 
     def cancel(self, attempt: routed_request.Attempt, instance_id: str) -> None:
-        self.recording.decisions.append((self._agenda.now_s, "cancel", attempt.handle, instance_id))
+        self.recording.decisions.append((self._events.now_s, "cancel", attempt.handle, instance_id))
         super().cancel(attempt, instance_id)
 
     def end(self, request: RoutedRequest, error: TandemError | None) -> None:
-        self.recording.decisions.append(ended(self._agenda.now_s, request, error))
+        self.recording.decisions.append(ended(self._events.now_s, request, error))
         super().end(request, error)
 
 
@@ -93,10 +93,10 @@ class Replay:
             prefix_tokens=np.array([ask.prefix_blocks * BLOCK_SIZE for ask in asks]),
         )
         self._live = live
-        self._agenda = Agenda()
+        self._events = EventQueue()
         spec = RouterSpec(request_timeout_s=request_timeout_s)
-        network = Network(NetworkSpec(), self._agenda)
-        self.router = ReplayRouter(spec, requests, self._agenda, network, Record(requests), routing)
+        network = Network(NetworkSpec(), self._events)
+        self.router = ReplayRouter(spec, requests, self._events, network, Record(requests), routing)
         self.router.recording = Recording()
         self._attempts: dict[int, Attempt] = {}
         instances = {}
@@ -110,23 +110,23 @@ class Replay:
     def run(self) -> Recording:
         for time_s, what, argument in self._live.events:
             self._run_until(time_s)
-            self._agenda.now_s = time_s
+            self._events.now_s = time_s
             self._apply(what, argument)
         self._run_until(float("inf"))
         self.router.recording.num_refused = self.router.num_refused
         return self.router.recording
 
     def _run_until(self, time_s: float) -> None:
-        agenda, router = self._agenda, self.router
-        while (next_s := min(agenda.next_s(), router.wake_s)) < time_s:
+        events, router = self._events, self.router
+        while (next_s := min(events.next_s(), router.wake_s)) < time_s:
             if router.wake_s == next_s:
-                agenda.now_s = next_s
+                events.now_s = next_s
                 router.wake()
             else:
-                agenda.run_next()
+                events.run_next()
 
     def _apply(self, what: str, argument: Any) -> None:
-        router, now_s = self.router, self._agenda.now_s
+        router, now_s = self.router, self._events.now_s
         machine = router.machine
         if what == "arrive":
             router.arrive(argument)
@@ -154,7 +154,7 @@ class Replay:
         if isinstance(event, PrefillStarted):
             router.prefill_started(attempt, event.num_cached_tokens)
         elif isinstance(event, PrefillFinished):
-            router.prefill_finished(attempt, self._agenda.now_s)
+            router.prefill_finished(attempt, self._events.now_s)
             for item in self._early.pop(event.handle, []):
                 self._add(attempt, item)
         elif isinstance(event, KvReserved):

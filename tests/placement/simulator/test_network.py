@@ -1,7 +1,7 @@
 import pytest
 
-from tandem.placement.simulator.agenda import Agenda
 from tandem.placement.simulator.deployment import InstanceSpec, NetworkSpec
+from tandem.placement.simulator.event_queue import EventQueue
 from tandem.placement.simulator.network import Network
 from tests.placement.simulator.deployments import LinearCost
 
@@ -14,19 +14,19 @@ class Wire:
     """100 bytes/s between nodes, 1000 inside one; a token is one byte. `arrived` says when."""
 
     def __init__(self, latency_s: float = 0.0, per_concurrent_transfer_s: float = 0.0) -> None:
-        self.agenda = Agenda()
-        self.network = Network(NetworkSpec(1.0, 1000.0, 100.0, latency_s, per_concurrent_transfer_s), self.agenda)
+        self.events = EventQueue()
+        self.network = Network(NetworkSpec(1.0, 1000.0, 100.0, latency_s, per_concurrent_transfer_s), self.events)
         self.arrived: dict[str, float] = {}
 
     def send_at(self, time_s: float, name: str, source: InstanceSpec, destination: InstanceSpec, size: int) -> None:
-        self.agenda.at(time_s, lambda _: self.network.send(source, destination, size, self._arrive, name), None)
+        self.events.at(time_s, lambda _: self.network.send(source, destination, size, self._arrive, name), None)
 
     def _arrive(self, name: str) -> None:
-        self.arrived[name] = self.agenda.now_s
+        self.arrived[name] = self.events.now_s
 
     def run(self) -> dict[str, float]:
-        while self.agenda.next_s() < float("inf"):
-            self.agenda.run_next()
+        while self.events.next_s() < float("inf"):
+            self.events.run_next()
         return self.arrived
 
 
@@ -69,5 +69,5 @@ def test_what_is_abandoned_frees_its_link() -> None:
     wire = Wire()
     wire.send_at(0.0, "kept", _A, _B, 200)
     transfer = wire.network.send(_A, _B, 1000, lambda _: pytest.fail("it was abandoned"), None)
-    wire.agenda.at(2.0, lambda _: wire.network.abandon(transfer), None)
+    wire.events.at(2.0, lambda _: wire.network.abandon(transfer), None)
     assert wire.run() == pytest.approx({"kept": 3.0})

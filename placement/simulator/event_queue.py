@@ -7,7 +7,7 @@ from typing import Any
 _LAST = 1 << 62
 
 
-class Agenda:
+class EventQueue:
     """Calls in order of time; at equal times in the order in which they were entered, steps' ends last.
 
     So what arrives at the very moment at which a step ends takes part in the next one, and a run repeats exactly.
