@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from random import Random, SystemRandom
 from typing import Any
 
@@ -32,12 +33,12 @@ from tandem.router.metrics import Metrics
 from tandem.router.profile import ProfileObserver
 from tandem.router.records import RequestLog
 from tandem.router.tokenizer import TextTokenizer
-from tandem.router.worker_sessions import GrpcSessions
 from tandem.scheduling.routing_machine import RoutingSettings
 from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
 from tandem.wire.fleet import FleetDescription, FleetServicer
 from tandem.wire.inference import InferenceServicer
 from tandem.wire.server import bind, build_server
+from tandem.wire.sessions import InstanceSession
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -101,7 +102,7 @@ class RouterApp:
         observer = ProfileObserver(profile)
         self._dispatcher = Dispatcher(
             model=config.served_name,
-            opener=GrpcSessions(config.cluster_token, self._clock),
+            open_session=partial(InstanceSession.open, clock=self._clock, token=config.cluster_token),
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             clock=self._clock,
             routing=RoutingSettings(

@@ -40,7 +40,7 @@ from tandem.scheduling.routing import Selection
 from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
 
 if TYPE_CHECKING:
-    from tandem.router.worker_sessions import GrpcSessions
+    from tandem.router.fleet import OpenSession
 
 
 class Dispatcher:
@@ -50,7 +50,7 @@ class Dispatcher:
         self,
         *,
         model: str,
-        opener: "GrpcSessions",
+        open_session: "OpenSession",
         heartbeat_timeout_s: float,
         clock: Clock,
         routing: RoutingSettings,
@@ -62,7 +62,7 @@ class Dispatcher:
         self.machine = RoutingMachine(self, routing)
         self.fleet = Fleet(
             model=model,
-            opener=opener,
+            open_session=open_session,
             heartbeat_timeout_s=heartbeat_timeout_s,
             clock=clock,
             machine=self.machine,

@@ -10,7 +10,7 @@ go to `on_event`. Time is passed in.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,9 @@ from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.routing_machine import RoutingMachine
 
 if TYPE_CHECKING:
-    from tandem.router.worker_sessions import ChannelSession, GrpcSessions
+    from tandem.wire.sessions import InstanceSession
+
+OpenSession = Callable[[str], Awaitable["InstanceSession"]]  # from the instance's address
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class _Registration:
     role: str
     address: str
     last_heartbeat_s: float
-    session: "ChannelSession | None" = None
+    session: "InstanceSession | None" = None
     keeper: asyncio.Task[None] | None = None
 
 
@@ -49,7 +51,7 @@ class Fleet:
         self,
         *,
         model: str,
-        opener: "GrpcSessions",
+        open_session: "OpenSession",
         heartbeat_timeout_s: float,
         clock: Clock,
         machine: RoutingMachine,
@@ -57,7 +59,7 @@ class Fleet:
     ) -> None:
         """`on_event` gets each event with the id of its instance."""
         self._model = model
-        self._opener = opener
+        self._open_session = open_session
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._round_s = min(LONGEST_ROUND_S, heartbeat_timeout_s / 10)
         self._clock = clock
@@ -156,7 +158,7 @@ class Fleet:
         backoff_s, instance_id = FIRST_BACKOFF_S, registration.instance_id
         while True:
             try:
-                session = await self._opener.open(registration.address)
+                session = await self._open_session(registration.address)
                 try:
                     self._connect(registration, session)
                     async for event in session.events():
@@ -172,7 +174,7 @@ class Fleet:
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
 
-    def _connect(self, registration: _Registration, session: "ChannelSession") -> None:
+    def _connect(self, registration: _Registration, session: "InstanceSession") -> None:
         registration.session = session
         self._machine.instance_connected(registration.instance_id, self._clock.now_s())
 

@@ -18,7 +18,7 @@ from tandem.core.session import Role, SessionCommand, SessionEvent
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import session_messages as messages
-from tandem.wire.channels import token_metadata
+from tandem.wire.channels import open_channel, token_metadata
 from tandem.wire.convert import role_from_pb, role_to_pb
 from tandem.wire.status import abort
 
@@ -34,9 +34,10 @@ class RoleChange:
 
 
 class InstanceSession:
-    """One open session, seen from the router."""
+    """One open session, seen from the router, on a channel of its own."""
 
-    def __init__(self, call: grpc.aio.StreamStreamCall[Any, Any], clock: Clock) -> None:
+    def __init__(self, channel: grpc.aio.Channel, call: grpc.aio.StreamStreamCall[Any, Any], clock: Clock) -> None:
+        self._channel = channel
         self._call = call
         self._clock = clock
         self._outbox: asyncio.Queue[SessionCommand] = asyncio.Queue()
@@ -46,16 +47,20 @@ class InstanceSession:
 
     @classmethod
     async def open(
-        cls, channel: grpc.aio.Channel, clock: Clock | None = None, timeout_s: float = 5.0, token: str | None = None
+        cls, address: str, clock: Clock | None = None, timeout_s: float = 5.0, token: str | None = None
     ) -> Self:
         """Raises UnavailableError if the instance does not answer within `timeout_s`. `token`: the cluster's."""
+        channel = open_channel(address)
         try:
             async with asyncio.timeout(timeout_s):
                 await channel.channel_ready()
-        except TimeoutError as error:
-            raise UnavailableError(f"the instance did not answer within {timeout_s:g} s") from error
+        except BaseException as error:
+            await channel.close()
+            if isinstance(error, TimeoutError):
+                raise UnavailableError(f"the instance did not answer within {timeout_s:g} s") from error
+            raise
         call = worker_pb2_grpc.InstanceServiceStub(channel).Session(metadata=token_metadata(token))
-        return cls(call, clock or SystemClock())
+        return cls(channel, call, clock or SystemClock())
 
     def send(self, command: SessionCommand) -> None:
         """Queue a command; never blocks. Raises UnavailableError once the session is closed."""
@@ -86,6 +91,7 @@ class InstanceSession:
         self._writer.cancel()
         self._call.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)
+        await self._channel.close()
 
     async def _write_commands(self) -> None:
         """Its end, for whatever reason, is the session's end: commands must not queue up unseen."""

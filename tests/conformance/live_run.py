@@ -195,7 +195,7 @@ async def run_live(
     workers = ScriptedWorkers(Random(seed))
     dispatcher = RecordingDispatcher(
         model=MODEL,
-        opener=workers,  # type: ignore[arg-type]
+        open_session=workers.open,  # type: ignore[arg-type]
         heartbeat_timeout_s=1e9,
         clock=LoopClock(),
         routing=routing,

@@ -180,7 +180,7 @@ def make_cluster(
     records: list[RequestRecord] = []
     dispatcher = Dispatcher(
         model=MODEL,
-        opener=workers,  # type: ignore[arg-type]
+        open_session=workers.open,  # type: ignore[arg-type]
         heartbeat_timeout_s=heartbeat_timeout_s,
         clock=clock or SystemClock(),
         routing=routing,

@@ -93,8 +93,8 @@ async def serving(worker: EchoWorker, token: str | None = None) -> AsyncIterator
 
 async def test_commands_and_events_cross_in_order_and_closing_drops_the_session() -> None:
     worker = EchoWorker()
-    async with serving(worker) as address, open_channel(address) as channel:
-        session = await InstanceSession.open(channel)
+    async with serving(worker) as address:
+        session = await InstanceSession.open(address)
         session.send(Submit(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
         session.send(Cancel(1))
         events = session.events()
@@ -111,12 +111,10 @@ async def test_commands_and_events_cross_in_order_and_closing_drops_the_session(
 
 async def test_a_worker_that_stops_is_reported_as_unavailable() -> None:
     worker = EchoWorker()
-    async with open_channel("127.0.0.1:1") as channel:
-        with pytest.raises(UnavailableError, match="did not answer"):
-            await InstanceSession.open(channel, timeout_s=0.3)
+    with pytest.raises(UnavailableError, match="did not answer"):
+        await InstanceSession.open("127.0.0.1:1", timeout_s=0.3)
     async with serving(worker) as address:
-        channel = open_channel(address)
-        session = await InstanceSession.open(channel)
+        session = await InstanceSession.open(address)
         session.send(Submit(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
         events = session.events()
         await anext(events)
@@ -124,22 +122,19 @@ async def test_a_worker_that_stops_is_reported_as_unavailable() -> None:
         async for _ in events:
             pass
     await session.close()
-    await channel.close()
 
 
 async def test_a_session_needs_the_cluster_token() -> None:
     worker = EchoWorker()
     async with serving(worker, token="secret") as address:
-        async with open_channel(address) as channel:
-            session = await InstanceSession.open(channel, token="wrong")
-            with pytest.raises(UnavailableError, match="token"):
-                await anext(session.events())
-            await session.close()
-        async with open_channel(address) as channel:
-            session = await InstanceSession.open(channel, token="secret")
-            session.send(Submit(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
-            assert await anext(session.events()) == KvReserved(1)
-            await session.close()
+        session = await InstanceSession.open(address, token="wrong")
+        with pytest.raises(UnavailableError, match="token"):
+            await anext(session.events())
+        await session.close()
+        session = await InstanceSession.open(address, token="secret")
+        session.send(Submit(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
+        assert await anext(session.events()) == KvReserved(1)
+        await session.close()
 
 
 async def test_a_port_in_use_is_refused_with_a_sentence() -> None:
@@ -158,7 +153,7 @@ async def test_nonsense_ends_the_session_and_not_the_worker() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await call.read()
         assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        session = await InstanceSession.open(channel)
+        session = await InstanceSession.open(address)
         session.send(Submit(1, REQUEST, KvSource("p0", "127.0.0.1:1")))
         assert await anext(session.events()) == KvReserved(1)
         await session.close()
@@ -166,8 +161,8 @@ async def test_nonsense_ends_the_session_and_not_the_worker() -> None:
 
 async def test_a_command_that_cannot_be_written_ends_the_session_instead_of_queueing_for_ever() -> None:
     worker = EchoWorker()
-    async with serving(worker) as address, open_channel(address) as channel:
-        session = await InstanceSession.open(channel)
+    async with serving(worker) as address:
+        session = await InstanceSession.open(address)
         broken = replace(REQUEST, sampling=replace(SAMPLING, max_tokens="many"))  # type: ignore[arg-type]
         session.send(Submit(1, broken))
         async with asyncio.timeout(2):
