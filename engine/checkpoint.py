@@ -165,7 +165,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} has no 'weight_map'")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names {file!r}, which is not a safetensors file beside it")
+            raise CheckpointError(f"{path} names {file!r}, which is not a safetensors file in the same folder")
     return weight_map
 
 

@@ -178,7 +178,7 @@ def _kind(view: DecodeView) -> tuple[str, int, int]:
 
 
 class _Fingerprints:
-    """Those of the groups whose instances can hold so many tokens."""
+    """Fingerprints of the groups whose instances can hold `needed_tokens`."""
 
     __slots__ = ("_groups", "_needed_tokens")
 

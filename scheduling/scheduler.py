@@ -119,7 +119,7 @@ class Scheduler:
         self._claimed_blocks = 0
         self._held_blocks = 0  # sum of the block tables of those that claim
         self._short_for: Hashable | None = None  # the first in line for which memory was too short,
-        self._short_at = 0  # when so many blocks were available,
+        self._short_at = 0  # with this number of blocks available,
         self._memory_changed = False  # and whether it may fit since then though no more are available
         self._num_waiting = 0
         self._uncomputed_tokens = 0

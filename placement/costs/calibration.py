@@ -70,7 +70,7 @@ class FitError(FrozenModel):
 
 
 class Calibration(FrozenModel):
-    """The file that `tandem profile` writes: of one model, in one dtype, on so many threads of one device."""
+    """The file that `tandem profile` writes: of one model, in one dtype, on one device with a number of threads."""
 
     version: Literal[1] = 1
     measured_on: date

@@ -28,12 +28,12 @@ class FastRun:
         self.end_s = self.end_of(steps.max_steps)
 
     def end_of(self, num_steps: int) -> float:
-        """Of so many of its steps."""
+        """When that number of its steps is done."""
         late_s = self.late_s if num_steps == self.num_steps else 0.0
         return self.began_s + late_s + num_steps * (self.first_step_s + (num_steps - 1) / 2 * self.growth_s)
 
     def cut(self, now_s: float, late_s: float = 0.0) -> bool:
-        """Let it end with the step under way at `now_s`, which takes so much longer. Whether its end is another now."""
+        """End the run with the step under way at `now_s`, which takes `late_s` longer. True if that moves its end."""
         elapsed_s, growth_s = max(0.0, now_s - self.began_s), self.growth_s
         # growth/2 n^2 + (first - growth/2) n = elapsed, in the form that stays exact for growth near 0.
         linear_s = self.first_step_s - growth_s / 2

@@ -119,12 +119,12 @@ def test_pickle_is_refused_by_name(folder: Path, name: str) -> None:
 
 def test_pickle_named_by_an_index_is_refused(sharded: Path) -> None:
     _edit_json(sharded / _INDEX, weight_map={"model.norm.weight": "pytorch_model.bin"})
-    assert "names 'pytorch_model.bin', which is not a safetensors file beside it" in _refusal(sharded)
+    assert "names 'pytorch_model.bin', which is not a safetensors file in the same folder" in _refusal(sharded)
 
 
 def test_index_pointing_outside_the_folder_is_refused(sharded: Path) -> None:
     _edit_json(sharded / _INDEX, weight_map={"model.norm.weight": "../other/model.safetensors"})
-    assert "is not a safetensors file beside it" in _refusal(sharded)
+    assert "is not a safetensors file in the same folder" in _refusal(sharded)
 
 
 def test_index_without_a_map(sharded: Path) -> None:
