@@ -143,7 +143,12 @@ class RouterSection(FrozenModel):
     request_timeout_s: float = Field(default=600.0, gt=0, description="Deadline of a request that names none")
     max_queue: int = Field(default=1024, ge=1, description="Requests in the router before it refuses more")
     max_outstanding_tokens: int | None = Field(
-        default=None, ge=1, description="Prompt tokens that an instance may have to compute before requests wait here"
+        default=16384,
+        ge=1,
+        description="Prompt tokens that may wait in an instance, to be computed or decoded, before requests wait here",
+    )
+    max_wait_s: float = Field(
+        default=30.0, gt=0, description="A request that would wait here for longer is refused with 429"
     )
     max_body: Bytes = 8 << 20
     reflection: bool = True

@@ -71,13 +71,17 @@ class DuplicateRequestError(TandemError):
 
 
 class OverloadedError(TandemError):
-    """Queues are full; try again later."""
+    """There is more work than can be done in time; try again after `retry_after_s`."""
 
     code = "overloaded"
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 429
     openai_type = "rate_limit_error"
     retryable = True
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
 
 
 class UnavailableError(TandemError):

@@ -110,6 +110,7 @@ class RouterApp:
                 resume=settings.resume,
                 replacement_wait_s=settings.replacement_wait_s,
                 max_outstanding_tokens=settings.max_outstanding_tokens,
+                max_wait_s=settings.max_wait_s,
             ),
             request_timeout_s=settings.request_timeout_s,
             observers=(self._metrics.requests, self.log, observer),

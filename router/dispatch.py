@@ -203,7 +203,7 @@ class Dispatcher:
                 running.hold_tokens(item)
 
     def _add_tokens(self, running: RunningRequest, attempt: Attempt, item: NewTokens, now_s: float) -> None:
-        if self.machine.tokens_generated(attempt, len(item.tokens)):
+        if self.machine.tokens_generated(attempt, len(item.tokens), now_s):
             running.add_tokens(item, now_s)
             if item.finish_reason is not None:
                 self.machine.attempt_finished(attempt, now_s)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tandem.core.completion import OpenCompletion
-from tandem.core.errors import InternalError, PayloadTooLargeError, TandemError
+from tandem.core.errors import InternalError, OverloadedError, PayloadTooLargeError, TandemError
 from tandem.router.completion import TextService
 from tandem.router.openai.requests import ParsedRequest, RequestContext
 from tandem.router.openai.responses import error_body, error_events
@@ -34,7 +35,8 @@ def error_response(context: RequestContext, error: Exception, headers: Mapping[s
     if isinstance(error, PayloadTooLargeError):
         return _EarlyResponse(json_response(context, error.http_status, error_body(error), {"connection": "close"}))
     if error.retryable:
-        headers = {"retry-after": "1"}
+        wait_s = error.retry_after_s if isinstance(error, OverloadedError) else 1.0
+        headers = {"retry-after": str(math.ceil(wait_s))}
     return json_response(context, error.http_status, error_body(error), headers)
 
 

@@ -5,6 +5,7 @@ Where both forms are there, it takes the one with the least work before its firs
 decode instance computes the prompt itself: degraded service instead of none.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -54,6 +55,8 @@ class InstanceSelector:
         self._colocated = DecodeIndex()
         self._trackers: dict[int, PrefixTracker] = {}  # by block size: it determines the blocks' names
         self._without_credit: set[str] = set()
+        self._open_to: dict[str, str] = {}  # decode instances with credit -> the fingerprint of the KV that they take
+        self._num_open: Counter[str] = Counter()  # of those, by fingerprint
         self._capacity_tokens: int | None = None  # None: to be worked out
         self._is_local = False  # decode instances must compute prompts, for want of others
 
@@ -77,13 +80,23 @@ class InstanceSelector:
             (index.take if is_chosen else index.put)(instance.decode_view())
         limit = self._max_outstanding_tokens
         if limit is not None:
-            if instance.uncomputed_tokens >= limit:
-                self._without_credit.add(instance.instance_id)
-            else:
-                self._without_credit.discard(instance.instance_id)
+            has_credit = instance.waiting_tokens < limit
+            (self._without_credit.discard if has_credit else self._without_credit.add)(instance.instance_id)
+            if role is Role.DECODE:
+                self._offer_credit(instance, instance.status.fingerprint if has_credit and instance.is_usable else None)
+
+    def _offer_credit(self, instance: KnownInstance, fingerprint: str | None) -> None:
+        """The decode instance takes KV of that fingerprint now; None: it takes none."""
+        before = self._open_to.pop(instance.instance_id, None)
+        if before is not None:
+            self._num_open[before] -= 1
+        if fingerprint is not None:
+            self._open_to[instance.instance_id] = fingerprint
+            self._num_open[fingerprint] += 1
 
     def leave_role(self, instance: KnownInstance) -> None:
         """The instance is no candidate in its present role any more."""
+        self._offer_credit(instance, None)
         index: PrefillIndex | DecodeIndex = self._prefills
         if instance.role is not Role.PREFILL:
             index = self._decodes if instance.role is Role.DECODE else self._colocated
@@ -173,10 +186,13 @@ class InstanceSelector:
     def _pair(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> Place | None:
         if self.failures:
             failures = self.failures.of_prefills(failures, self.instances)
+        fingerprints = self._decodes.fingerprints_for(needed_tokens)
+        if self._without_credit:
+            fingerprints = [each for each, count in self._num_open.items() if count and each in fingerprints]
         query = PrefillQuery(
             request.num_tokens,
             needed_tokens,
-            self._decodes.fingerprints_for(needed_tokens),
+            fingerprints,
             self._holders(request) if request.has_block_names else (),
             request.avoid,
             self._without_credit,

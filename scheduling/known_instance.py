@@ -24,17 +24,20 @@ class _InFlight:
     attempt: "Attempt"
     uncomputed_tokens: int
     held_tokens: int
+    awaited_tokens: int = 0
 
 
 class KnownInstance:
-    """Owned by the machine. `uncomputed_tokens` and `held_tokens` sum up what is in flight: prompt tokens that wait to
-    be computed, and KV slots that requests hold or may grow to."""
+    """Owned by the machine. What is in flight is summed up: `uncomputed_tokens` are prompt tokens that wait to be
+    computed, `held_tokens` KV slots that requests hold or may grow to, `awaited_tokens` prompt tokens that another
+    instance has computed and whose KV has yet to come."""
 
     __slots__ = (
         "_foreign",
         "_in_flight",
         "_last_peak",
         "_peak",
+        "awaited_tokens",
         "capacity_tokens",
         "held_tokens",
         "instance_id",
@@ -49,6 +52,7 @@ class KnownInstance:
         self.is_connected = False
         self.uncomputed_tokens = 0
         self.held_tokens = 0
+        self.awaited_tokens = 0
         self._in_flight: dict[int, _InFlight] = {}
         self._peak = self._last_peak = (0, 0, 0)  # uncomputed tokens, held tokens, requests
         self.report(status)
@@ -71,6 +75,11 @@ class KnownInstance:
     def queued_tokens(self) -> int:
         """Prompt tokens that wait there to be computed, other routers' included."""
         return self.uncomputed_tokens + self._foreign[0]
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of this router's that wait there: to be computed, or for memory to decode them."""
+        return self.uncomputed_tokens + self.awaited_tokens
 
     def attempts(self) -> "list[Attempt]":
         return [entry.attempt for entry in self._in_flight.values()]
@@ -115,9 +124,21 @@ class KnownInstance:
         entry.uncomputed_tokens -= num_tokens
         return num_tokens > 0
 
+    def await_kv(self, handle: int) -> None:
+        """Its prompt is computed elsewhere; the KV can come as soon as there is memory for it."""
+        entry = self._in_flight[handle]
+        self.awaited_tokens += entry.attempt.num_tokens - entry.awaited_tokens
+        entry.awaited_tokens = entry.attempt.num_tokens
+
+    def kv_came(self, handle: int) -> None:
+        entry = self._in_flight[handle]
+        self.awaited_tokens -= entry.awaited_tokens
+        entry.awaited_tokens = 0
+
     def release(self, handle: int) -> None:
         """Nothing of it is there any more."""
         entry = self._in_flight.pop(handle)
+        self.awaited_tokens -= entry.awaited_tokens
         self.uncomputed_tokens -= entry.uncomputed_tokens
         self.held_tokens -= entry.held_tokens
 

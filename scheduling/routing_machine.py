@@ -40,10 +40,12 @@ from tandem.core.session import InstanceStatus, Role
 from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
+from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import Attempt, BlockNamer, RoutedRequest
 from tandem.scheduling.routing import Selection
 
 LEASE_SHARE = 1 / 3  # of a lease, after which it is renewed: two renewals may come late
+WAIT_SHARE = 0.75  # of the longest wait: who is expected to wait longer is refused at once, for the pace may change
 
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 
@@ -52,9 +54,12 @@ _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerEr
 class RoutingSettings:
     """`max_queue` counts all requests in the router. `resume` allows a new attempt after tokens were handed on.
 
+    An instance is without credit while `max_outstanding_tokens` of this router's prompts wait there: to be computed, or
+    for memory to decode them. Requests for which no instance has credit wait in the router, for `max_wait_s` at most;
+    one that would wait longer, or beyond its deadline, is refused when it comes.
+
     A request that has lost its instances waits `replacement_wait_s` for usable ones, and `retry_pause_s` before it goes
-    back to an instance that failed it. An instance that has `max_outstanding_tokens` of this router's prompts to
-    compute gets no more until it has computed some. `slack_tokens`: see `routing.choose_prefill`. `max_tracked_blocks`
+    back to an instance that failed it. `slack_tokens`: see `routing.choose_prefill`. `max_tracked_blocks`
     bounds what is remembered of an instance's prefix cache. `local_prefill` lets decode instances compute prompts while
     no prefill and no colocated instance is usable.
     """
@@ -65,6 +70,7 @@ class RoutingSettings:
     replacement_wait_s: float = 30.0
     retry_pause_s: float = 0.05
     max_outstanding_tokens: int | None = None
+    max_wait_s: float = math.inf
     slack_tokens: int = 4096
     max_tracked_blocks: int = 65536
     local_prefill: bool = True
@@ -109,7 +115,7 @@ class RoutingMachine:
             local_prefill=settings.local_prefill,
         )
         self._requests: dict[Hashable, RoutedRequest] = {}
-        self._queue: KeyedHeap[RoutedRequest] = KeyedHeap()  # waits for credit, in order of arrival
+        self._queue = RequestQueue()  # waits for credit
         self._recovering: dict[RoutedRequest, None] = {}  # waits for an instance
         self._retries: KeyedHeap[RoutedRequest] = KeyedHeap()  # when those are looked at again
         self._deadlines: KeyedHeap[RoutedRequest] = KeyedHeap()
@@ -199,6 +205,7 @@ class RoutingMachine:
         if max_queue is not None and len(self._requests) >= max_queue:
             raise OverloadedError(f"the router already holds {max_queue} requests; try again later")
         self._selector.check_length(num_prompt_tokens)
+        self._check_wait(deadline_s, now_s)
         self._num_requests += 1
         request = RoutedRequest(key, self._num_requests, num_prompt_tokens, max_tokens, deadline_s, name_blocks)
         self._requests[key] = request
@@ -207,7 +214,7 @@ class RoutingMachine:
             self._wake(deadline_s)
         place = None if len(self._queue) else self._selector.choose_first(request, now_s)
         if place is None:
-            self._queue.push(request, request.number)
+            self._wait_for_credit(request, now_s)
         else:
             self._begin(request, place)
         return request
@@ -215,14 +222,17 @@ class RoutingMachine:
     def cancel(self, request: RoutedRequest, now_s: float) -> None:
         """The client has cancelled the request. `end` is not called. An ended request is ignored."""
         if self._requests.get(request.key) is request:
-            self._forget(request)
+            self._forget(request, now_s)
             self._settle(now_s)
 
     def advance(self, now_s: float) -> None:
         """Time has passed: end requests whose deadline is over, and retry those whose pause is over."""
         self._wake_s = math.inf
         for request in self._deadlines.pop_until(now_s):
-            self._end(request, DeadlineError("the request's deadline has passed"))
+            self._end(request, DeadlineError("the request's deadline has passed"), now_s)
+        for request in self._queue.pop_impatient(now_s):
+            error = OverloadedError(f"no instance had room for the request in {self._settings.max_wait_s:g} s")
+            self._end(request, error, now_s)
         for request in self._retries.pop_until(now_s):
             self._recover(request, now_s)
         for attempt in self._renewals.pop_until(now_s):
@@ -233,6 +243,7 @@ class RoutingMachine:
         for first in (self._deadlines.peek(), self._retries.peek(), self._renewals.peek()):
             if first is not None:
                 self._wake(first[0])
+        self._wake(self._queue.next_end_s)
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
@@ -265,12 +276,15 @@ class RoutingMachine:
         self._record_progress(attempt, instance, attempt.num_tokens)
         if is_last:
             self._release_prefill(attempt, instance)
-            self._end(attempt.request, None)
+            self._end(attempt.request, None, now_s)
         elif attempt.has_transfer:
             self._release_prefill(attempt, instance)
         elif attempt.hand_over:
             if attempt.decode is None:
                 self._hand_over(attempt, instance, now_s)
+            if attempt.decode is not None:
+                attempt.decode.await_kv(attempt.handle)
+                self._selector.put(attempt.decode)
             self._renew_lease_later(attempt, instance, now_s)
         self._settle(now_s)
         return True
@@ -280,19 +294,21 @@ class RoutingMachine:
         if attempt.decode is None or attempt.has_transfer:
             return False
         attempt.has_transfer = True
+        attempt.decode.kv_came(attempt.handle)
+        self._selector.put(attempt.decode)
         if attempt.has_first_token and attempt.prefill is not None:
             self._release_prefill(attempt, attempt.prefill)
-            self._settle(now_s)
+        self._settle(now_s)
         return True
 
-    def tokens_generated(self, attempt: Attempt, count: int) -> bool:
+    def tokens_generated(self, attempt: Attempt, count: int, now_s: float) -> bool:
         """Tokens after the first are here."""
         if attempt.generating is None:
             return False
         request = attempt.request
         request.num_output_tokens += count
         if request.num_output_tokens > request.max_tokens:
-            self._end(request, InternalError("a worker sent more tokens than were asked for"))
+            self._end(request, InternalError("a worker sent more tokens than were asked for"), now_s)
             return False
         return True
 
@@ -306,7 +322,7 @@ class RoutingMachine:
         else:
             attempt.decode = None
             self._release(attempt, instance)
-        self._end(attempt.request, None)
+        self._end(attempt.request, None, now_s)
         self._settle(now_s)
         return True
 
@@ -394,9 +410,9 @@ class RoutingMachine:
         request.error = error
         request.avoid |= blamed
         if not isinstance(error, _RETRIED):
-            self._end(request, error)
+            self._end(request, error, now_s)
         elif request.num_attempts >= settings.max_attempts or (request.num_output_tokens and not settings.resume):
-            self._end(request, _final(request, error))
+            self._end(request, _final(request, error), now_s)
         else:
             request.retry_s = now_s + settings.retry_pause_s
             request.give_up_s = now_s + settings.replacement_wait_s
@@ -409,13 +425,13 @@ class RoutingMachine:
         place = self._selector.choose_first(request, now_s)
         if place is None:
             if self._selector.waits_for_credit(request):
-                self._queue.push(request, request.number)
+                self._wait_for_credit(request, now_s)
             else:
                 self._wait_for_instance(request, now_s)
         elif now_s >= request.retry_s or place.instance.instance_id not in request.avoid:
             self._begin(request, place)
         elif isinstance(request.error, OverloadedError) and not request.num_output_tokens:
-            self._end(request, request.error)  # all queues are full: the client should know, rather than wait here too
+            self._end(request, request.error, now_s)  # all queues are full: the client should know, not wait here too
         else:
             self._wait_for_instance(request, now_s)
 
@@ -427,7 +443,7 @@ class RoutingMachine:
             except TandemError as missing:
                 error = missing
             assert error is not None, "a request waits for an instance because it lost one"
-            self._end(request, _final(request, error))
+            self._end(request, _final(request, error), now_s)
             return
         self._recovering[request] = None
         time_s = request.retry_s if now_s < request.retry_s else request.give_up_s
@@ -441,26 +457,47 @@ class RoutingMachine:
             for request in sorted(self._recovering, key=lambda each: each.number):
                 if request in self._recovering:
                     self._recover(request, now_s)
-        while (first := self._queue.peek()) is not None:
-            request = first[1]
-            place = self._selector.choose_first(request, now_s)
-            if place is None and self._selector.waits_for_credit(request):
+        while (first := self._queue.first) is not None:
+            place = self._selector.choose_first(first, now_s)
+            if place is None and self._selector.waits_for_credit(first):
                 return
-            self._queue.discard(request)
             if place is not None:
-                self._begin(request, place)
+                self._queue.dispatch(first, now_s)
+                self._begin(first, place)
             else:  # the instances that it waited for are gone
-                request.error = request.error or UnavailableError("all workers are gone")
-                request.give_up_s = now_s + self._settings.replacement_wait_s
-                self._wait_for_instance(request, now_s)
+                self._queue.discard(first, now_s)
+                first.error = first.error or UnavailableError("all workers are gone")
+                first.give_up_s = now_s + self._settings.replacement_wait_s
+                self._wait_for_instance(first, now_s)
+
+    def _wait_for_credit(self, request: RoutedRequest, now_s: float) -> None:
+        """One that has tokens already waits until its deadline: its client was promised the rest."""
+        until_s = math.inf if request.num_output_tokens else now_s + self._settings.max_wait_s
+        self._queue.push(request, until_s, now_s)
+        self._wake(until_s)
+
+    def _check_wait(self, deadline_s: float, now_s: float) -> None:
+        """Raises OverloadedError if a newcomer would wait for too long."""
+        wait_s, longest_s = self._queue.expected_wait_s(now_s), WAIT_SHARE * self._settings.max_wait_s
+        if wait_s > longest_s:
+            raise OverloadedError(
+                f"{len(self._queue)} requests wait for an instance already, and another one would for about "
+                f"{wait_s:.0f} s; try again later",
+                retry_after_s=wait_s - longest_s,
+            )
+        if wait_s > deadline_s - now_s:
+            raise OverloadedError(
+                f"the request would wait for an instance for about {wait_s:.0f} s, beyond its deadline",
+                retry_after_s=wait_s - (deadline_s - now_s),
+            )
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
-    def _end(self, request: RoutedRequest, error: TandemError | None) -> None:
-        self._forget(request)
+    def _end(self, request: RoutedRequest, error: TandemError | None, now_s: float) -> None:
+        self._forget(request, now_s)
         self._driver.end(request, error)
 
-    def _forget(self, request: RoutedRequest) -> None:
+    def _forget(self, request: RoutedRequest, now_s: float) -> None:
         del self._requests[request.key]
         if not self._requests and self._wake_s < math.inf:
             self._wake_s = math.inf
@@ -471,7 +508,7 @@ class RoutingMachine:
             self._withdraw(request.attempt)
             request.attempt = None
         else:
-            self._queue.discard(request)
+            self._queue.discard(request, now_s)
             self._retries.discard(request)
             self._recovering.pop(request, None)
 

@@ -1,4 +1,4 @@
-"""How a TandemError travels over gRPC: its status, its message as details, its code and param as trailing metadata."""
+"""How a TandemError travels over gRPC: its status, its message as details, the rest as trailing metadata."""
 
 from typing import Any, Protocol
 
@@ -8,6 +8,7 @@ from tandem.core.errors import (
     CancelledError,
     DeadlineError,
     InternalError,
+    OverloadedError,
     TandemError,
     UnavailableError,
     error_from_code,
@@ -15,6 +16,7 @@ from tandem.core.errors import (
 
 CODE_KEY = "tandem-code"
 PARAM_KEY = "tandem-param"
+RETRY_AFTER_KEY = "tandem-retry-after-s"
 
 
 class RpcFailure(Protocol):
@@ -34,7 +36,10 @@ def error_from_rpc(rpc_error: RpcFailure) -> TandemError:
     metadata = _text_metadata(rpc_error.trailing_metadata())
     details = rpc_error.details() or "no reason given"
     if code := metadata.get(CODE_KEY):
-        return error_from_code(code, details, metadata.get(PARAM_KEY) or None)
+        error = error_from_code(code, details, metadata.get(PARAM_KEY) or None)
+        if isinstance(error, OverloadedError) and (seconds := metadata.get(RETRY_AFTER_KEY)):
+            error.retry_after_s = float(seconds)
+        return error
     match rpc_error.code():
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineError("the deadline passed before the answer came")

@@ -99,7 +99,8 @@ class Router:
             attempt = self._attempts[_row(routed.request)]
             instance.release(attempt)
             if routed.has_first_token:
-                machine.tokens_generated(routed, attempt.num_handed_on - routed.request.num_output_tokens)
+                num_tokens = attempt.num_handed_on - routed.request.num_output_tokens
+                machine.tokens_generated(routed, num_tokens, self._events.now_s)
 
     def _join(self, instance_id: str) -> None:
         """A report of an idle instance. Instances with equal fingerprints can exchange KV."""

@@ -174,5 +174,6 @@ class Replay:
                 self._early.setdefault(item.handle, []).append(item)
 
     def _add(self, attempt: Attempt, item: NewTokens) -> None:
-        if self.router.machine.tokens_generated(attempt.routed, len(item.tokens)) and item.finish_reason is not None:
+        taken = self.router.machine.tokens_generated(attempt.routed, len(item.tokens), self._events.now_s)
+        if taken and item.finish_reason is not None:
             self.router.decode_finished(attempt)

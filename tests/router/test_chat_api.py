@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tandem.core.errors import UnavailableError
+from tandem.core.errors import OverloadedError, UnavailableError
 from tests.router.front import MODEL, Front
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -203,6 +203,15 @@ async def test_timeline_on_request(front: Front) -> None:
     async with front.client(headers={"x-tandem-timeline": "1"}) as client:
         events = events_of(await client.post(PATH, json=ASK | {"stream": True, "n": 2}))
     assert len(events[-1]["usage"]["tandem"]["timelines"]) == 2
+
+
+async def test_who_is_refused_for_load_learns_when_to_come_again(front: Front) -> None:
+    front.generator.refusal = OverloadedError("31 requests wait already", retry_after_s=4.2)
+    async with front.client() as client:
+        response = await client.post(PATH, json=ASK)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "5"
+    assert response.json()["error"]["message"] == "31 requests wait already"
 
 
 async def test_failure_before_the_first_token_has_a_status(front: Front) -> None:

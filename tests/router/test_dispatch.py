@@ -355,6 +355,8 @@ async def test_requests_beyond_the_instances_credit_wait_in_the_router() -> None
         await player.start_prefill()
         assert not player.prefill.commands
         await player.finish_prefill()
+        assert not player.prefill.commands, "the decode instance has room for no other"
+        await player.commit()
         assert player.prefill.take(Submit).request.request_id == "r1"
         await running[2].aclose()
         await running[1].aclose()

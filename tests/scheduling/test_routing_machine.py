@@ -37,7 +37,7 @@ def test_a_pair_then_a_finish_leaves_nothing() -> None:
     assert router.first_token(first)
     assert router.machine.transfer_committed(first.attempt, 0.0)
     assert router.loads()["p1"] == (0, 0, 0)
-    assert router.machine.tokens_generated(first.attempt, 4)
+    assert router.machine.tokens_generated(first.attempt, 4, router.now_s)
     assert router.finish(second)
     assert router.ends == {"r": None}
     assert router.loads() == {"p1": (0, 0, 0), "d1": (0, 0, 0)}
@@ -55,7 +55,7 @@ def test_a_colocated_instance_does_it_all() -> None:
     router.start(sent)
     router.first_token(sent)
     assert router.loads() == {"c1": (1, 0, 16)}
-    assert router.machine.tokens_generated(sent.attempt, 4)
+    assert router.machine.tokens_generated(sent.attempt, 4, router.now_s)
     assert router.finish(sent)
     assert (router.ends, router.loads()) == ({"r": None}, {"c1": (0, 0, 0)})
     assert not router.sent
@@ -219,6 +219,59 @@ def test_what_waits_for_credit_can_run_out_of_time_or_instances() -> None:
     assert isinstance(router.ends["a"], UnavailableError)
     assert router.take().attempt.hand_over, "a's"
     assert not router.take().attempt.hand_over, "c's, on the decode instance"
+
+
+def test_no_prompt_is_computed_while_no_decode_instance_has_room() -> None:
+    router = Router(RoutingSettings(max_outstanding_tokens=15))
+    router.join("p1", "d1", "d2")
+    requests = [router.ask(number) for number in range(9)]
+    computed = []
+    while router.sent:
+        sent = router.take()
+        if sent.source_id is None:
+            router.start(sent)
+            router.first_token(sent)
+            computed.append(sent)
+    assert len(computed) == 5, "two at each decode instance, and the one that the prefill instance had by then"
+    assert sorted(instance.awaited_tokens for instance in router.machine.instances.values()) == [0, 20, 30]
+    for sent in computed[:3]:
+        router.machine.transfer_committed(sent.attempt, router.now_s)
+    assert router.take().attempt.request is requests[5], "there is room again"
+
+
+def test_who_would_wait_for_too_long_is_refused_at_once() -> None:
+    router = Router(RoutingSettings(max_outstanding_tokens=10, max_wait_s=40.0))
+    router.join("p1", "d1")
+    requests = [router.ask(number) for number in range(31)]
+    refusals: list[OverloadedError] = []
+    while not refusals:
+        router.advance(1.0)
+        router.first_token(router.take(), is_last=True)  # the instance takes a prompt a second
+        for _ in range(2):
+            try:
+                requests.append(router.ask(len(requests)))
+            except OverloadedError as error:
+                refusals.append(error)
+    assert len(router.machine._queue) == pytest.approx(30, abs=2), "30 s of work, which is 0.75 of the longest wait"
+    assert 0 < refusals[0].retry_after_s < 3
+    assert "about 3" in refusals[0].message
+    for request in requests[-3:]:
+        router.machine.cancel(request, router.now_s)
+    with pytest.raises(OverloadedError, match="beyond its deadline"):
+        router.ask("hurried", deadline_s=router.now_s + 5.0)
+    router.ask("patient")
+
+
+def test_who_has_waited_for_too_long_is_told_so() -> None:
+    router = Router(RoutingSettings(max_outstanding_tokens=10, max_wait_s=40.0))
+    router.join("p1", "d1")
+    router.ask("runs")
+    router.ask("waits")
+    router.advance(39.0)
+    assert not router.ends
+    router.advance(1.0)
+    assert isinstance(router.ends["waits"], OverloadedError)
+    assert "runs" not in router.ends
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
@@ -471,12 +524,13 @@ _KINDS = [
         max_size=80,
     ),
     credit=st.sampled_from([None, 5, 25]),
+    wait_s=st.sampled_from([0.5, math.inf]),
     local=st.booleans(),
 )
 def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
-    script: list[tuple[str, int]], credit: int | None, local: bool
+    script: list[tuple[str, int]], credit: int | None, wait_s: float, local: bool
 ) -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=credit, local_prefill=local))
+    router = Router(RoutingSettings(max_outstanding_tokens=credit, max_wait_s=wait_s, local_prefill=local))
     router.join(*_IDS)
     machine, asked, sent, cancelled = router.machine, list[object](), list[Sent](), set[object]()
     requests = {}
@@ -488,7 +542,7 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
         name = _IDS[which % len(_IDS)]
         if kind == "ask":
             deadline_s = router.now_s + (0.5 if which % 3 == 0 else math.inf)
-            with suppress(UnavailableError):
+            with suppress(UnavailableError, OverloadedError):
                 requests[number] = router.ask(number, prompt=5 + which, output=1 + which % 6, deadline_s=deadline_s)
                 asked.append(number)
         elif kind == "lose":
@@ -516,7 +570,7 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
             elif kind == "commit" and one.source_id is not None:
                 machine.transfer_committed(one.attempt, router.now_s)
             elif kind == "tokens" and one.attempt.has_first_token and left > 1:
-                machine.tokens_generated(one.attempt, 1)
+                machine.tokens_generated(one.attempt, 1, router.now_s)
             elif kind == "finish" and one.attempt.has_first_token:
                 router.finish(one)
             elif kind == "fail":
@@ -530,5 +584,8 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
     assert set(router.ends) | cancelled == set(asked)
     assert not machine._requests
     assert set(router.loads().values()) <= {(0, 0, 0)}
+    assert not any(instance.waiting_tokens for instance in machine.instances.values())
+    assert machine._queue.num_tokens == 0
+    assert machine._selector._num_open.total() == len(machine._selector._open_to)
     router.advance(100.0)
     assert len(machine._deadlines) == len(machine._retries) == len(machine._recovering) == len(machine._queue) == 0

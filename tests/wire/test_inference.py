@@ -160,6 +160,13 @@ async def test_the_generators_errors_pass_through(service: Service, error: Tande
     await service.wait_until_idle()
 
 
+async def test_who_is_refused_for_load_learns_when_to_come_again(service: Service) -> None:
+    service.generator.refusal = OverloadedError("full", retry_after_s=4.25)
+    with pytest.raises(OverloadedError) as refusal:
+        await service.client.generate(prompt="x")
+    assert refusal.value.retry_after_s == 4.25
+
+
 async def test_a_fault_of_ours_is_not_told(service: Service) -> None:
     service.generator.script = lambda _: iter([1 // 0])
     with pytest.raises(InternalError, match="its log has the reason"):

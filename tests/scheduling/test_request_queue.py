@@ -1,0 +1,71 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.scheduling.request_queue import RequestQueue
+from tandem.scheduling.routed_request import RoutedRequest
+
+
+def _request(number: int, num_tokens: int = 10) -> RoutedRequest:
+    return RoutedRequest(number, number, num_tokens, 5, math.inf, None)
+
+
+def test_a_newcomer_waits_as_long_as_the_pace_of_late_says() -> None:
+    queue, requests = RequestQueue(), [_request(number) for number in range(40)]
+    for request in requests:
+        queue.push(request, math.inf, now_s=0.0)
+    assert queue.expected_wait_s(0.0) == 0.0, "nothing is known of the pace"
+    for second, request in enumerate(requests[:20], start=1):
+        queue.dispatch(request, float(second))
+    assert queue.expected_wait_s(20.0) == pytest.approx(20.0, rel=0.1)
+    for step, request in enumerate(requests[20:30], start=1):  # ten times as fast as before
+        queue.dispatch(request, 20.0 + step / 10)
+    assert 3.0 < queue.expected_wait_s(21.0) < 9.0
+
+
+def test_time_without_anybody_waiting_does_not_count() -> None:
+    queue = RequestQueue()
+    for start_s in (0.0, 1000.0):
+        for number in range(5):
+            queue.push(_request(number), math.inf, start_s)
+        while (first := queue.first) is not None:
+            queue.dispatch(first, start_s + 1.0 + first.number)
+    for number in range(10):
+        queue.push(_request(number), math.inf, 2000.0)
+    assert queue.expected_wait_s(2000.0) == pytest.approx(10.0, rel=0.1)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["push", "dispatch", "discard", "pass"]), st.integers(0, 9), st.floats(0, 20)),
+        max_size=60,
+    )
+)
+def test_order_tokens_and_patience_fit_what_waits(script: list[tuple[str, int, float]]) -> None:
+    queue, now_s = RequestQueue(), 0.0
+    requests = [_request(number, 1 + number) for number in range(10)]
+    waiting: dict[int, float] = {}
+    for action, number, amount in script:
+        if action == "pass":
+            now_s += amount
+            ended = {each.number for each in queue.pop_impatient(now_s)}
+            assert ended == {each for each, until_s in waiting.items() if until_s <= now_s}
+            waiting = {each: until_s for each, until_s in waiting.items() if each not in ended}
+        elif action == "push" and number not in waiting:
+            waiting[number] = now_s + amount
+            queue.push(requests[number], waiting[number], now_s)
+        elif action == "dispatch" and waiting:
+            first = queue.first
+            assert first is not None
+            assert first.number == min(waiting)
+            del waiting[first.number]
+            queue.dispatch(first, now_s)
+        elif action == "discard":
+            waiting.pop(number, None)
+            queue.discard(requests[number], now_s)
+        assert len(queue) == len(waiting)
+        assert queue.num_tokens == sum(1 + each for each in waiting)
+        assert queue.next_end_s == min(waiting.values(), default=math.inf)
+        assert 0.0 <= queue.expected_wait_s(now_s) < math.inf
