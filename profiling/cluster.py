@@ -64,26 +64,30 @@ class ClusterLauncher:
     ) -> None:
         await self._resources.aclose()
 
-    async def start_router(self) -> StartedRouter:
-        """Raises MeasurementError."""
-        return await self.start_router_module("tandem.router", self._checkout)
+    async def start_router(self, settings: Mapping[str, object] | None = None) -> StartedRouter:
+        """`settings` are those of the section `router`. Raises MeasurementError."""
+        return await self.start_router_module("tandem.router", self._checkout, settings)
 
-    async def start_workers(self, router: StartedRouter, engine: Mapping[str, object]) -> dict[Role, StartedProcess]:
-        """A prefill and a decode worker with the settings `engine`, once the router has sessions with both.
-
-        Raises MeasurementError."""
+    async def start_workers(
+        self, router: StartedRouter, engine: Mapping[str, object], instance: Mapping[str, object] | None = None
+    ) -> dict[Role, StartedProcess]:
+        """A prefill and a decode worker with the settings `engine` and other settings `instance`, once the router has
+        sessions with both. Raises MeasurementError."""
         started = {}
         for role in (Role.PREFILL, Role.DECODE):
-            settings = {"routers": [router.control], "instance": {"engine": dict(engine)}}
+            settings = {"routers": [router.control], "instance": {**(instance or {}), "engine": dict(engine)}}
             config = self._write_config(f"{role.value}_worker", settings)
             started[role] = await self.start(f"tandem.{role.value}_worker", *config, num_lines=1)
         await wait_until_ready(router)
         return started
 
-    async def start_router_module(self, module: str, checkout: Path | None) -> StartedRouter:
+    async def start_router_module(
+        self, module: str, checkout: Path | None, settings: Mapping[str, object] | None = None
+    ) -> StartedRouter:
         """`module`: the router's name in that checkout. Raises MeasurementError."""
         free = "127.0.0.1:0"
-        config = self._write_config("router", {"router": {"http": free, "grpc": free, "control": free}})
+        section = {"http": free, "grpc": free, "control": free, **(settings or {})}
+        config = self._write_config("router", {"router": section})
         process = await self.start(module, *config, num_lines=3, checkout=checkout)
         http, grpc, control = (line.split()[-1].removeprefix("http://") for line in process.lines)
         return StartedRouter(process, http, grpc, control)

@@ -8,8 +8,9 @@ RunningRequest <-------------+<------------ events --- Fleet          |
 """
 
 import asyncio
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
 
 if TYPE_CHECKING:
     from tandem.router.fleet import OpenSession
+
+_LOG = logging.getLogger(__name__)
 
 
 class Dispatcher:
@@ -93,8 +96,8 @@ class Dispatcher:
         try:
             return self._start(request, received_s, now_s)
         except TandemError as error:
-            for observer in self._observers:
-                observer.refused(error)
+            reason = error
+            self._tell(lambda observer: observer.refused(reason))
             raise
 
     def _start(self, request: GenerationRequest, received_s: float, now_s: float) -> RunningRequest:
@@ -223,8 +226,15 @@ class Dispatcher:
     def closed(self, running: RunningRequest) -> None:
         """Its consumer has had the last of it."""
         record = running.record()
+        self._tell(lambda observer: observer.finished(record))
+
+    def _tell(self, tell: Callable[[RequestObserver], None]) -> None:
+        """What is only counted or written down must not fail a request."""
         for observer in self._observers:
-            observer.finished(record)
+            try:
+                tell(observer)
+            except Exception:  # noqa: BLE001 - whatever a counter raises
+                _LOG.exception("a request could not be recorded")
 
     def now_s(self) -> float:
         return self._clock.now_s()
@@ -253,6 +263,11 @@ class Dispatcher:
     def queued_requests(self) -> int:
         """Requests without a first token yet."""
         return len(self._running) - self.running_requests
+
+    @property
+    def expected_wait_s(self) -> float:
+        """Of a newcomer, until an instance has room for it."""
+        return self.machine.expected_wait_s(self._clock.now_s())
 
     def refuse_new(self) -> None:
         """From now on `start` raises UnavailableError; what runs goes on."""

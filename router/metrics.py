@@ -67,6 +67,8 @@ CACHED_TOKENS = Description("tandem_cached_prompt_tokens_total", "Prompt tokens 
 OUTPUT_TOKENS = Description("tandem_output_tokens_total", "Output tokens of finished requests")
 RUNNING = Description("tandem_running_requests", "Requests that have their first token")
 QUEUED = Description("tandem_queued_requests", "Requests that wait for their first token")
+HELD = Description("tandem_held_requests", "Requests that wait in the router until an instance has room")
+WAIT = Description("tandem_expected_wait_seconds", "How long a newcomer would wait there, at the pace of late")
 
 _BY_INSTANCE = ("instance", "role")
 _BY_LINK = ("instance", "peer", "transport")
@@ -136,7 +138,7 @@ class RequestMetrics:
             for name, part_s in timeline.parts().items():
                 self._parts[name].observe(part_s)
         self._attempts.inc(len(record.attempts))
-        self._retries.inc(len(record.attempts) - 1)
+        self._retries.inc(max(0, len(record.attempts) - 1))  # one that waited in vain had none
         self._prompt_tokens.inc(timeline.num_prompt_tokens)
         self._cached_tokens.inc(timeline.num_cached_tokens)
         self._output_tokens.inc(timeline.num_output_tokens)
@@ -158,6 +160,8 @@ class _FleetCollector(Collector):  # type: ignore[misc]
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(RUNNING.name, RUNNING.help, value=self._dispatcher.running_requests)
         yield GaugeMetricFamily(QUEUED.name, QUEUED.help, value=self._dispatcher.queued_requests)
+        yield GaugeMetricFamily(HELD.name, HELD.help, value=self._dispatcher.machine.num_held)
+        yield GaugeMetricFamily(WAIT.name, WAIT.help, value=self._dispatcher.expected_wait_s)
         instances = self._dispatcher.fleet.instances
         for what, value_of in _INSTANCE_GAUGES:
             gauge = GaugeMetricFamily(what.name, what.help, labels=what.labels)

@@ -21,6 +21,9 @@ from tandem.scheduling.recent_failures import RecentFailures
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Candidate, Selection
 
+# Where a request decodes, prompts of no more than this part of the memory wait for it: more would only wait there.
+WAITING_MEMORY_SHARE = 4
+
 
 class Place(NamedTuple):
     """An instance for an attempt. `hand_over`: it computes the prompt only. `selection`: where decisions are
@@ -80,6 +83,8 @@ class InstanceSelector:
             (index.take if is_chosen else index.put)(instance.decode_view())
         limit = self._max_outstanding_tokens
         if limit is not None:
+            if role is not Role.PREFILL:
+                limit = min(limit, instance.memory_tokens // WAITING_MEMORY_SHARE)
             has_credit = instance.waiting_tokens < limit
             (self._without_credit.discard if has_credit else self._without_credit.add)(instance.instance_id)
             if role is Role.DECODE:

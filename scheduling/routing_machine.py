@@ -184,6 +184,15 @@ class RoutingMachine:
         """Longest prompt plus answer that a usable instance or pair can hold. Raises UnavailableError without one."""
         return self._selector.require_capacity_tokens()
 
+    @property
+    def num_held(self) -> int:
+        """Requests that wait for an instance with credit."""
+        return len(self._queue)
+
+    def expected_wait_s(self, now_s: float) -> float:
+        """How long a newcomer would wait for credit, at the pace of late."""
+        return self._queue.expected_wait_s(now_s)
+
     def submit(
         self,
         key: Hashable,

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 
@@ -346,6 +347,18 @@ async def test_request_goes_on_where_the_other_form_is() -> None:
         await player.generate(2, last=True)
         assert await consumer == expected_tokens(request)
         assert [len(record.attempts) for record in cluster.records] == [2]
+
+
+async def test_what_cannot_be_recorded_fails_no_request() -> None:
+    async with running_cluster("p1", "d1") as cluster:
+        broken = Mock(finished=Mock(side_effect=ValueError), refused=Mock(side_effect=ValueError))
+        cluster.dispatcher._observers = (broken, *cluster.dispatcher._observers)
+        request = make_request()
+        consumer = asyncio.create_task(collect(cluster.start(request)))
+        await play_whole(Player(cluster, "p1"))
+        assert await consumer == expected_tokens(request)
+        assert broken.finished.called
+        assert len(cluster.records) == 1, "the other observers are told"
 
 
 async def test_requests_beyond_the_instances_credit_wait_in_the_router() -> None:

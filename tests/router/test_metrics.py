@@ -1,6 +1,7 @@
 """What `/metrics` shows of requests and of the fleet."""
 
 import asyncio
+from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -53,6 +54,14 @@ def test_finished_request_is_counted_with_its_parts() -> None:
     assert samples["tandem_prompt_tokens_total", ()] == 20
     assert samples["tandem_cached_prompt_tokens_total", ()] == 16
     assert samples["tandem_output_tokens_total", ()] == 5
+
+
+def test_a_request_that_waited_in_vain_is_counted() -> None:
+    page = Metrics()
+    page.requests.finished(replace(make_record("deadline_exceeded"), attempts=()))
+    samples = read(page)
+    assert samples["tandem_requests_total", (("outcome", "deadline_exceeded"),)] == 1
+    assert samples["tandem_attempts_total", ()] == samples["tandem_retries_total", ()] == 0
 
 
 def test_parts_are_those_of_complete_requests() -> None:
