@@ -37,10 +37,14 @@ class Role(Enum):
 
 
 class InstanceState(Enum):
-    """LOADING -> READY -> DRAINING -> gone. A draining instance finishes what it has and takes nothing new."""
+    """LOADING -> READY -> DRAINING -> gone. A draining instance finishes what it has and takes nothing new.
+
+    READY or DRAINING <-> STALLED: the step in progress is too old. What the instance has must go on elsewhere.
+    """
 
     LOADING = "loading"
     READY = "ready"
+    STALLED = "stalled"
     DRAINING = "draining"
 
 
@@ -195,7 +199,8 @@ class InstanceStatus:
     `fingerprint` is the KV layout's: only instances with equal ones can be paired.
     `uncomputed_tokens` are prompt tokens that wait to be computed; `unreserved_tokens` are of requests whose KV comes
     from another instance and which have no blocks for it yet. KV for a reader is held for `lease_s` after its prefill
-    or the last RenewLease.
+    or the last RenewLease. `step_age_s` is of the step in progress, 0 between two steps. `allocated_blocks` are those
+    of the process's Python (`sys.getallocatedblocks`): they grow without end where something leaks.
     """
 
     instance_id: str
@@ -218,3 +223,5 @@ class InstanceStatus:
     preemptions: int = 0
     lease_s: float = math.inf
     links: tuple[LinkStats, ...] = ()
+    step_age_s: float = 0.0
+    allocated_blocks: int = 0

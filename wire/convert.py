@@ -27,6 +27,7 @@ _STATE_TO_PB = {
     InstanceState.LOADING: worker_pb2.INSTANCE_STATE_LOADING,
     InstanceState.READY: worker_pb2.INSTANCE_STATE_READY,
     InstanceState.DRAINING: worker_pb2.INSTANCE_STATE_DRAINING,
+    InstanceState.STALLED: worker_pb2.INSTANCE_STATE_STALLED,
 }
 _STATE_FROM_PB = {value: key for key, value in _STATE_TO_PB.items()}
 
@@ -188,6 +189,8 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
             )
             for link in status.links
         ],
+        step_age_s=status.step_age_s,
+        allocated_blocks=status.allocated_blocks,
     )
 
 
@@ -221,4 +224,6 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
             LinkStats(link.peer_id, link.transport, link.transfers, link.transfer_bytes, link.transfer_s, link.failures)
             for link in pb.links
         ),
+        step_age_s=pb.step_age_s,
+        allocated_blocks=pb.allocated_blocks,
     )

@@ -5,13 +5,17 @@ event loop:   connect KV links -> listen -> deliver(events of each turn) ... -> 
 """
 
 import asyncio
+import logging
 import secrets
+from collections.abc import Coroutine
+from typing import Any
 
 import grpc
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig, split_address
+from tandem.core.errors import InternalError
 from tandem.core.session import LinkStats, Role
 from tandem.decode_worker.fetcher import KvFetcher
 from tandem.decode_worker.peers import Peers
@@ -28,7 +32,10 @@ from tandem.worker.engine_setup import load_worker_engine
 from tandem.worker.instance import PublicSide
 from tandem.worker.loop import InstanceLoop, LoopEvent, LoopReport
 from tandem.worker.loop_thread import LoopThread
+from tandem.worker.progress import LOOK_EVERY_S, StallDetector, StepProgress
 from tandem.worker.service import InstanceService, section_budget
+
+log = logging.getLogger(__name__)
 
 
 class Worker:
@@ -42,14 +49,18 @@ class Worker:
         # Unique over restarts, so that a restarted instance is never mistaken for the old one.
         self.instance_id = f"{role.value}-{secrets.token_hex(4)}"
         self._budget = section_budget(role, self._section)
-        self._thread = LoopThread(f"{role.value}-loop", self._load_and_make_loop, self._deliver, self._crashed)
+        progress = StepProgress(self._clock)
+        self._stall = StallDetector(progress, self._clock)
+        self._thread = LoopThread(
+            f"{role.value}-loop", self._load_and_make_loop, self._deliver, self._crashed, progress
+        )
         self._held = HeldKv(self._release_held, self._section.lease_s, self._clock)
         self._fetcher = KvFetcher(self._thread.post, Peers(config.cluster_token))
         self._service = InstanceService(
             role, self._section, self._thread.post, self._held, self._fetcher, self._role_changed
         )
         self._public = PublicSide(config, self.instance_id, lambda: self._service.role)
-        self._leases_task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._closed: asyncio.Future[None] | None = None
         self._engine: Engine | None = None
         self._pool: SharedPool | None = None
@@ -81,8 +92,10 @@ class Worker:
             link_config=links,
         )
         self._fetcher.fetch_with(self._receiver)
-        self._leases_task = asyncio.create_task(self._held.expire_leases(), name="leases")
-        await self._public.listen(self._add_services, self._report, self._links)
+        self._spawn(self._held.expire_leases(), "leases")
+        await self._public.listen(self._add_services, self._report, self._links, lambda: self._stall.age_s)
+        self._spawn(self._public.send_heartbeats(), "heartbeats")
+        self._spawn(self._watch_steps(), "watch steps")
 
     async def wait_closed(self) -> None:
         """Returns when the instance has stopped; raises what ended it, if it ended by itself."""
@@ -92,10 +105,10 @@ class Worker:
     async def drain_and_stop(self, grace_s: float) -> None:
         """Take nothing new, let running requests finish for up to `grace_s`, then stop and free everything."""
         await self._public.drain(grace_s, is_idle=lambda: self._service.is_idle)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._public.close()
-        assert self._leases_task is not None
-        self._leases_task.cancel()
-        await asyncio.gather(self._leases_task, return_exceptions=True)
         # Nothing reads or writes the pool when both ends of the links are closed.
         await self._fetcher.close()
         assert self._receiver is not None
@@ -132,6 +145,32 @@ class Worker:
         """Of KV that comes in: each transfer is counted by its reader."""
         assert self._receiver is not None
         return self._receiver.links()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Until `drain_and_stop`. An end before it, for whatever reason, is the instance's end."""
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._task_ended)
+        self._tasks.append(task)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            error = task.exception()
+            log.critical("%s: the task '%s' has ended", self.instance_id, task.get_name(), exc_info=error)
+            self._crashed(error or InternalError(f"the task '{task.get_name()}' has ended"))
+
+    async def _watch_steps(self) -> None:
+        is_stalled = False
+        while not self._stall.is_hung:
+            await asyncio.sleep(LOOK_EVERY_S)
+            self._stall.look()
+            if self._stall.is_stalled is not is_stalled:
+                is_stalled = self._stall.is_stalled
+                if is_stalled:
+                    log.warning("%s: a step is stalled for %.1f s", self.instance_id, self._stall.age_s)
+                else:
+                    log.warning("%s: the stalled step has ended", self.instance_id)
+                await self._public.set_stalled(is_stalled)
+        raise InternalError(f"a step of {self.instance_id} has not ended in {self._stall.age_s:.0f} s")
 
     # --- calls back --------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,12 @@
-"""What an instance shows to the outside: its gRPC server, its health, its heartbeats."""
+"""What an instance shows to the outside: its gRPC server, its health, its heartbeats.
+
+The health service answers SERVING while the instance is READY, and NOT_SERVING while its step is stalled
+(`worker/progress.py`) or it drains. It answers on the event loop: no answer means that the process is stopped.
+"""
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import Callable
 
 import grpc
@@ -23,12 +28,13 @@ class PublicSide:
         self._role = role
         self._instance_id = instance_id
         self._state = InstanceState.LOADING
+        self._is_stalled = False
         self._server: grpc.aio.Server | None = None
         self._health: health_aio.HealthServicer | None = None
         self._report: Callable[[], LoopReport] | None = None
+        self._step_age_s: Callable[[], float] = float
         self._links: Callable[[], tuple[LinkStats, ...]] = tuple
         self._heartbeat: Heartbeat | None = None
-        self._heartbeat_task: asyncio.Task[None] | None = None
         self.address = ""
 
     async def listen(
@@ -36,18 +42,23 @@ class PublicSide:
         add_services: Callable[[grpc.aio.Server], None],
         report: Callable[[], LoopReport],
         links: Callable[[], tuple[LinkStats, ...]],
+        step_age_s: Callable[[], float],
     ) -> None:
-        """Serve, and report READY from the first heartbeat on. Raises ConfigError if the port cannot be had."""
+        """Serve as READY. Raises ConfigError if the port cannot be had."""
         self._server, self._health = build_server(self._config.cluster_token)
         add_services(self._server)
         self.address = bind(self._server, self._config.listen)
         await self._server.start()
-        self._report, self._links = report, links
+        self._report, self._links, self._step_age_s = report, links, step_age_s
         self._state = InstanceState.READY
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         config = self._config
         self._heartbeat = Heartbeat(config.routers, config.cluster_token, config.heartbeat_s, self.status)
-        self._heartbeat_task = asyncio.create_task(self._heartbeat.run(), name="heartbeat")
+
+    async def send_heartbeats(self) -> None:
+        """Until cancelled; after `listen`."""
+        assert self._heartbeat is not None, "listen first"
+        await self._heartbeat.run()
 
     def status(self) -> InstanceStatus:
         assert self._report is not None, "an instance reports only once it listens"
@@ -55,7 +66,7 @@ class PublicSide:
         return InstanceStatus(
             instance_id=self._instance_id,
             role=self._role(),
-            state=self._state,
+            state=InstanceState.STALLED if self._is_stalled else self._state,
             address=self.address,
             model=self._config.served_name,
             fingerprint=report.fingerprint,
@@ -73,7 +84,17 @@ class PublicSide:
             preemptions=report.preemptions,
             lease_s=self._config.instance.lease_s,
             links=self._links(),
+            step_age_s=self._step_age_s(),
+            allocated_blocks=sys.getallocatedblocks(),
         )
+
+    async def set_stalled(self, is_stalled: bool) -> None:
+        """The step in progress is too old, or has ended after all: tell everybody at once."""
+        self._is_stalled = is_stalled
+        self.send_heartbeat()
+        if self._health is not None:
+            status = health_pb2.HealthCheckResponse
+            await self._health.set("", status.NOT_SERVING if is_stalled else status.SERVING)
 
     def send_heartbeat(self) -> None:
         """Something that the routers should know at once has changed."""
@@ -92,8 +113,5 @@ class PublicSide:
                     await asyncio.sleep(0.02)
 
     async def close(self) -> None:
-        if self._heartbeat_task is not None:
-            self._heartbeat_task.cancel()
-            await asyncio.gather(self._heartbeat_task, return_exceptions=True)
         if self._server is not None:
             await self._server.stop(None)

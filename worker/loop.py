@@ -43,6 +43,7 @@ from tandem.scheduling.integrity import count_blocks
 from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.scheduler import Chunk, Scheduler
 from tandem.scheduling.sequence import Sequence, SequenceState
+from tandem.worker.progress import PAIRS_PER_TOKEN
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +173,13 @@ class InstanceLoop:
             self.report = self._make_report()
             self._reported_s = now_s
         return bool(self._chunks)
+
+    @property
+    def step_size(self) -> int:
+        """Of the step that `prepare` scheduled; `worker/progress.py` says what it counts."""
+        tokens = sum(chunk.num_tokens for chunk in self._chunks)
+        pairs = sum(chunk.num_tokens * (chunk.start + chunk.num_tokens) for chunk in self._chunks)
+        return tokens + pairs // PAIRS_PER_TOKEN
 
     def launch(self) -> None:
         """Begin the step that `prepare` scheduled."""

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 
 from tandem.worker.loop import InstanceLoop, LoopCommand, LoopEvent
+from tandem.worker.progress import StepProgress
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +30,17 @@ class LoopThread:
         make_loop: Callable[[], InstanceLoop],
         deliver: Callable[[list[LoopEvent]], None],
         on_crash: Callable[[BaseException], None],
+        progress: StepProgress,
     ) -> None:
         """`make_loop` runs on the thread: the thread that loads an engine is the one that steps it, so that the
         engine's helper threads are made once. `deliver` and `on_crash` are called on the event loop of `start`; an
-        error of either the loop or `deliver` ends in `on_crash`.
+        error of either the loop or `deliver` ends in `on_crash`. `progress` has what the thread is doing.
         """
         self._name = name
         self._make_loop = make_loop
         self._deliver = deliver
         self._on_crash = on_crash
+        self._progress = progress
         self._mailbox: queue.SimpleQueue[LoopCommand | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
@@ -79,13 +82,16 @@ class LoopThread:
         quiet_turns = 0  # turns in a row that had nothing to compute
         while True:
             commands = self._take_commands((0.0, SETTLE_S, IDLE_WAIT_S)[min(quiet_turns, 2)])
+            self._progress.begin(0)
             for command in commands:
                 if command is None:
+                    self._progress.end()
                     return
                 loop.apply(command)
             busy = loop.prepare()
             self._flush(loop)  # "started" must leave before the step, so that the other side can work during it
             if busy:
+                self._progress.begin(loop.step_size)
                 loop.launch()
                 loop.collect()
                 self._flush(loop)
@@ -94,6 +100,7 @@ class LoopThread:
                 quiet_turns = 1 if commands else quiet_turns + 1
                 if quiet_turns == 2:
                     loop.idle()
+            self._progress.end()
 
     def _take_commands(self, wait_s: float) -> list[LoopCommand | None]:
         """All that were posted so far; if there is none, wait up to `wait_s` for the first."""

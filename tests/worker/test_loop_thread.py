@@ -5,8 +5,10 @@ import threading
 
 import pytest
 
+from tandem.core.clock import SystemClock
 from tandem.core.errors import CheckpointError
 from tandem.worker.loop_thread import LoopThread
+from tandem.worker.progress import StepProgress
 
 
 class Doubler:
@@ -22,6 +24,8 @@ class Doubler:
 
     def prepare(self) -> bool:
         return bool(self.pending)
+
+    step_size = 1
 
     def launch(self) -> None:
         pass
@@ -63,7 +67,7 @@ async def test_commands_are_worked_off_in_order_on_the_loops_own_thread() -> Non
         loop.thread = threading.current_thread().name
         return loop
 
-    thread: LoopThread = LoopThread("counting", make, collector.deliver, collector.crashed)
+    thread: LoopThread = LoopThread("counting", make, collector.deliver, collector.crashed, StepProgress(SystemClock()))
     await thread.start()
     assert loop.thread == "counting"
     for number in range(100):
@@ -80,7 +84,9 @@ async def test_commands_are_worked_off_in_order_on_the_loops_own_thread() -> Non
 
 async def test_what_breaks_the_loop_is_told() -> None:
     collector = Collector()
-    thread: LoopThread = LoopThread("breaking", Doubler, collector.deliver, collector.crashed)
+    thread: LoopThread = LoopThread(
+        "breaking", Doubler, collector.deliver, collector.crashed, StepProgress(SystemClock())
+    )
     await thread.start()
     thread.post(-1)
     async with asyncio.timeout(5):
@@ -95,7 +101,7 @@ async def test_what_breaks_the_delivery_of_events_is_told_too() -> None:
     def deliver(events: list[int]) -> None:
         raise KeyError(events[0])
 
-    thread: LoopThread = LoopThread("delivering", Doubler, deliver, collector.crashed)
+    thread: LoopThread = LoopThread("delivering", Doubler, deliver, collector.crashed, StepProgress(SystemClock()))
     await thread.start()
     thread.post(3)
     async with asyncio.timeout(5):
@@ -109,7 +115,7 @@ async def test_a_loop_that_cannot_be_made_is_told_to_whoever_starts_it() -> None
         raise CheckpointError("no such model")
 
     collector = Collector()
-    thread: LoopThread = LoopThread("unmade", make, collector.deliver, collector.crashed)
+    thread: LoopThread = LoopThread("unmade", make, collector.deliver, collector.crashed, StepProgress(SystemClock()))
     with pytest.raises(CheckpointError, match="no such model"):
         await thread.start()
     await thread.stop()
@@ -130,7 +136,9 @@ class Checked(Doubler):
 
 async def test_self_checks_come_once_after_the_work_and_not_between_two_turns_of_it() -> None:
     loop, collector = Checked(), Collector()
-    thread: LoopThread = LoopThread("checked", lambda: loop, collector.deliver, collector.crashed)
+    thread: LoopThread = LoopThread(
+        "checked", lambda: loop, collector.deliver, collector.crashed, StepProgress(SystemClock())
+    )
     await thread.start()
     assert await asyncio.to_thread(loop.checked.wait, 5)
     await asyncio.sleep(0.05)
