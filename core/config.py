@@ -219,7 +219,12 @@ class WorkerConfig(FrozenModel):
     role: RoleName = Field(default="colocated", description="`python -m prefill_worker` and the like set it")
     listen: Address = "127.0.0.1:0"
     routers: tuple[Address, ...] = Field(default=("127.0.0.1:8002",), description="Control addresses to report to")
-    heartbeat_s: float = Field(default=0.5, gt=0)
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="Beginning of the instance's id, in logs, metrics and `tandem status`; default: the role",
+    )
+    heartbeat_s: float = Field(default=0.25, gt=0)
     cluster_token: str | None = None
     instance: InstanceSection = Field(default=InstanceSection(), description="`instances` counts as 1")
 
@@ -234,7 +239,7 @@ class RouterConfig(FrozenModel):
     model: AnchoredPath
     model_name: str | None = None
     router: RouterSection = RouterSection()
-    heartbeat_timeout_s: float = Field(default=3.0, gt=0, description="Silence after which a worker counts as gone")
+    heartbeat_timeout_s: float = Field(default=1.5, gt=0, description="Silence after which a worker counts as gone")
     cluster_token: str | None = None
 
     @property

@@ -1,8 +1,15 @@
 """Who is alive: instances register by heartbeats, and the router keeps one session open to each.
 
     heartbeat --> registered --session opened--> connected --session broken--> registered, reconnecting
-                      |                              |
-                      +------- silence, a new instance at the same address, or a malformed report ---> gone
+                      ^ |                            |
+                      | |                            +--its step is stalled--> registered, without a session
+                      | |                                                           |
+                      | +---- silence, a new instance at the same address,          |
+                      |       or a malformed report ---> gone                       |
+                      +------------------- its step has ended ----------------------+
+
+The end of a session fails all attempts at the instance, which then go on elsewhere, and frees what they hold there as
+soon as the instance reads it.
 
 Only I/O happens here: what instances report, and whether they can be reached, goes to the routing machine; their events
 go to `on_event`. Time is passed in.
@@ -30,6 +37,8 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 2.0
 LONGEST_ROUND_S = 0.25
+
+_WITH_SESSION = (InstanceState.READY, InstanceState.DRAINING)
 
 
 @dataclass(slots=True, eq=False)
@@ -94,6 +103,8 @@ class Fleet:
             logger.info("%s instance %s has joined", status.role.value, status.instance_id)
         known.last_heartbeat_s = self._clock.now_s()
         known.role = status.role.value
+        if status.state is InstanceState.STALLED:
+            self._end_session(known, status.step_age_s)
         self._machine.instance_reported(status, known.last_heartbeat_s)
         self._changed.set()
 
@@ -118,7 +129,7 @@ class Fleet:
                     last_round_s = now_s
                     for registration in self._registered.values():
                         state = self._machine.instances[registration.instance_id].status.state
-                        if registration.keeper is None and state is not InstanceState.LOADING:
+                        if registration.keeper is None and state in _WITH_SESSION:
                             registration.keeper = group.create_task(self._keep_session(registration))
                     await self._wait_for_change()
         finally:
@@ -153,6 +164,17 @@ class Fleet:
             registration.keeper.cancel()
         self._machine.instance_removed(registration.instance_id, self._clock.now_s())
 
+    def _end_session(self, registration: _Registration, step_age_s: float) -> None:
+        """The instance is there and computes nothing: `run` opens another session when its step has ended."""
+        if registration.keeper is None:
+            return
+        logger.warning(
+            "%s instance %s is stalled: a step of %.1f s", registration.role, registration.instance_id, step_age_s
+        )
+        registration.keeper.cancel()
+        registration.keeper = None
+        self._disconnect(registration, registration.session)
+
     async def _keep_session(self, registration: _Registration) -> None:
         """Keep one session open, with growing pauses between tries, until the instance is removed."""
         backoff_s, instance_id = FIRST_BACKOFF_S, registration.instance_id
@@ -165,7 +187,7 @@ class Fleet:
                         self._on_event(instance_id, event)
                         backoff_s = FIRST_BACKOFF_S
                 finally:
-                    self._disconnect(registration)
+                    self._disconnect(registration, session)
                     await session.close()
             except TandemError as error:
                 logger.warning("session with %s is over: %s", instance_id, error.message)
@@ -178,8 +200,8 @@ class Fleet:
         registration.session = session
         self._machine.instance_connected(registration.instance_id, self._clock.now_s())
 
-    def _disconnect(self, registration: _Registration) -> None:
-        if registration.session is not None:  # else it has been removed
+    def _disconnect(self, registration: _Registration, session: "InstanceSession | None") -> None:
+        if session is not None and registration.session is session:  # else it has been ended from outside
             registration.session = None
             self._machine.instance_lost(registration.instance_id, self._clock.now_s())
 

@@ -4,6 +4,7 @@ The value of a label comes from a fixed list, or is the id of a registered insta
 series, and the time series of an instance end with it.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -69,15 +70,20 @@ RUNNING = Description("tandem_running_requests", "Requests that have their first
 QUEUED = Description("tandem_queued_requests", "Requests that wait for their first token")
 HELD = Description("tandem_held_requests", "Requests that wait in the router until an instance has room")
 WAIT = Description("tandem_expected_wait_seconds", "How long a newcomer would wait there, at the pace of late")
+ROUTER_PYTHON_BLOCKS = Description("tandem_router_python_blocks", "Memory blocks of the router's own Python")
 
-_BY_INSTANCE = ("instance", "role")
-_BY_LINK = ("instance", "peer", "transport")
+_BY_INSTANCE = ("tandem_instance", "role")  # `instance` is the name that Prometheus gives to what it scrapes
+_BY_LINK = ("tandem_instance", "peer", "transport")
 UP = Description("tandem_instance_up", "1 if the instance takes work, 0 if it is registered and does not", _BY_INSTANCE)
 OPEN = Description("tandem_instance_open_requests", "Requests that this router has open there", _BY_INSTANCE)
 WAITING = Description("tandem_instance_waiting_requests", "Queue length the instance reports", _BY_INSTANCE)
 WAITING_TOKENS = Description("tandem_instance_waiting_tokens", "Tokens in that queue", _BY_INSTANCE)
 COMPUTING = Description("tandem_instance_running_requests", "Requests being computed there", _BY_INSTANCE)
 BLOCKS = Description("tandem_kv_blocks", "KV blocks by owner; all but `total` sum to `total`", (*_BY_INSTANCE, "owner"))
+STEP_AGE = Description("tandem_instance_step_age_seconds", "Age of the step in progress", _BY_INSTANCE)
+PYTHON_BLOCKS = Description(
+    "tandem_instance_python_blocks", "Memory blocks of its Python; without end where something leaks", _BY_INSTANCE
+)
 STEPS = Description("tandem_instance_steps_total", "Steps of the engine", _BY_INSTANCE)
 STEP_SECONDS = Description("tandem_instance_step_seconds_total", "Time of these steps", _BY_INSTANCE)
 COMPUTED = Description("tandem_instance_computed_tokens_total", "Tokens computed", _BY_INSTANCE)
@@ -101,6 +107,8 @@ _INSTANCE_GAUGES: tuple[tuple[Description, Callable[[KnownInstance], float]], ..
     (WAITING, lambda instance: instance.status.waiting_requests),
     (WAITING_TOKENS, lambda instance: instance.status.uncomputed_tokens + instance.status.unreserved_tokens),
     (COMPUTING, lambda instance: instance.status.running_requests),
+    (STEP_AGE, lambda instance: instance.status.step_age_s),
+    (PYTHON_BLOCKS, lambda instance: instance.status.allocated_blocks),
 )
 _INSTANCE_COUNTERS: tuple[tuple[Description, Callable[[InstanceStatus], float]], ...] = (
     (STEPS, lambda status: status.steps),
@@ -162,6 +170,7 @@ class _FleetCollector(Collector):  # type: ignore[misc]
         yield GaugeMetricFamily(QUEUED.name, QUEUED.help, value=self._dispatcher.queued_requests)
         yield GaugeMetricFamily(HELD.name, HELD.help, value=self._dispatcher.machine.num_held)
         yield GaugeMetricFamily(WAIT.name, WAIT.help, value=self._dispatcher.expected_wait_s)
+        yield GaugeMetricFamily(ROUTER_PYTHON_BLOCKS.name, ROUTER_PYTHON_BLOCKS.help, value=sys.getallocatedblocks())
         instances = self._dispatcher.fleet.instances
         for what, value_of in _INSTANCE_GAUGES:
             gauge = GaugeMetricFamily(what.name, what.help, labels=what.labels)

@@ -47,7 +47,7 @@ class Worker:
         self._clock = SystemClock()
         role = Role(config.role)
         # Unique over restarts, so that a restarted instance is never mistaken for the old one.
-        self.instance_id = f"{role.value}-{secrets.token_hex(4)}"
+        self.instance_id = f"{config.name or role.value}-{secrets.token_hex(4)}"
         self._budget = section_budget(role, self._section)
         progress = StepProgress(self._clock)
         self._stall = StallDetector(progress, self._clock)
@@ -61,6 +61,7 @@ class Worker:
         )
         self._public = PublicSide(config, self.instance_id, lambda: self._service.role)
         self._tasks: list[asyncio.Task[None]] = []
+        self._step_watch: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[None] | None = None
         self._engine: Engine | None = None
         self._pool: SharedPool | None = None
@@ -92,10 +93,10 @@ class Worker:
             link_config=links,
         )
         self._fetcher.fetch_with(self._receiver)
-        self._spawn(self._held.expire_leases(), "leases")
+        self._tasks.append(self._spawn(self._held.expire_leases(), "leases"))
         await self._public.listen(self._add_services, self._report, self._links, lambda: self._stall.age_s)
-        self._spawn(self._public.send_heartbeats(), "heartbeats")
-        self._spawn(self._watch_steps(), "watch steps")
+        self._tasks.append(self._spawn(self._public.send_heartbeats(), "heartbeats"))
+        self._step_watch = self._spawn(self._watch_steps(), "watch steps")
 
     async def wait_closed(self) -> None:
         """Returns when the instance has stopped; raises what ended it, if it ended by itself."""
@@ -105,9 +106,7 @@ class Worker:
     async def drain_and_stop(self, grace_s: float) -> None:
         """Take nothing new, let running requests finish for up to `grace_s`, then stop and free everything."""
         await self._public.drain(grace_s, is_idle=lambda: self._service.is_idle)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _cancel(*self._tasks)
         await self._public.close()
         # Nothing reads or writes the pool when both ends of the links are closed.
         await self._fetcher.close()
@@ -116,6 +115,8 @@ class Worker:
         await self._receiver.close()
         await self._sender.close()
         await self._thread.stop()
+        if self._step_watch is not None:  # until now: a hung step would keep the thread from stopping
+            await _cancel(self._step_watch)
         if self._engine is not None:
             self._engine.close()
         if self._pool is not None:
@@ -146,11 +147,11 @@ class Worker:
         assert self._receiver is not None
         return self._receiver.links()
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Until `drain_and_stop`. An end before it, for whatever reason, is the instance's end."""
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """`work` runs until it is cancelled. An end before that, for whatever reason, is the instance's end."""
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(self._task_ended)
-        self._tasks.append(task)
+        return task
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
@@ -187,3 +188,9 @@ class Worker:
         assert self._closed is not None
         if not self._closed.done():
             self._closed.set_exception(error)
+
+
+async def _cancel(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

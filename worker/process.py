@@ -1,6 +1,8 @@
 """The life of an instance's process: load, serve, report, drain, end.
 
 LOADING --start()--> READY --drain()--> DRAINING --no request left, or grace over--> stopped
+                       |                   |
+                       +---- a failure ----+--> the process ends at once, with status 1
 """
 
 import argparse
@@ -17,6 +19,8 @@ from tandem.core.config import RoleName, WorkerConfig
 from tandem.core.config_file import load_config
 from tandem.core.errors import TandemError
 from tandem.worker.app import Worker
+
+log = logging.getLogger(__name__)
 
 DRAIN_GRACE_S = 10.0
 
@@ -66,7 +70,14 @@ async def _run(worker: Worker) -> int:
     if not closed.done():
         for signum in (signal.SIGTERM, signal.SIGINT):  # a second signal ends it at once
             loop.remove_signal_handler(signum)
-        await worker.drain_and_stop(DRAIN_GRACE_S)
+        draining = asyncio.create_task(worker.drain_and_stop(DRAIN_GRACE_S), name="drain")
+        await asyncio.wait({closed, draining}, return_when=asyncio.FIRST_COMPLETED)
+        if draining.done():
+            draining.result()
     stopping.cancel()
+    if (error := closed.exception() if closed.done() else None) is not None:
+        log.critical("%s has failed, its process ends: %s", worker.instance_id, error)
+        logging.shutdown()
+        os._exit(1)  # as above; a thread may be in a step that never ends
     await closed
     return 0

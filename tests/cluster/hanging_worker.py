@@ -1,4 +1,4 @@
-"""A worker whose steps hang while a file `NAME.hang` is beside its configuration `NAME.yaml`; everything else of it goes on."""
+"""A worker whose steps hang while a file `NAME.hang` is beside its configuration `NAME.yaml`. Only its steps hang."""
 
 import sys
 import time

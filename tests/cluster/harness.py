@@ -40,6 +40,7 @@ class Cluster:
     colocated: dict[str, Any] = field(default_factory=dict)
     router: dict[str, Any] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    worker_module: str | None = None  # in the place of the roles' own
     TOKEN: ClassVar[str] = "test-token"
 
     def __post_init__(self) -> None:
@@ -63,12 +64,13 @@ class Cluster:
             "grpc": self.grpc_address,
             "control": self.control_address,
         }
-        self.start("router", "router", {"router": section | self.router})
+        self.start("router", "tandem.router", {"router": section | self.router})
 
     def start_worker(self, name: str, role: Role, **overrides: Any) -> None:
         section = getattr(self, role.value) | overrides
+        module = self.worker_module or f"tandem.{'worker' if role is Role.COLOCATED else f'{role.value}_worker'}"
         config = {"routers": [self.control_address], "heartbeat_s": 0.1, "role": role.value, "instance": section}
-        self.start(name, "worker" if role is Role.COLOCATED else f"{role.value}_worker", config)
+        self.start(name, module, {"name": name} | config)
 
     def start(self, name: str, module: str, config: dict[str, Any]) -> None:
         path = self.folder / f"{name}.yaml"
@@ -79,7 +81,7 @@ class Cluster:
         )
         with self.log_path(name).open("wb") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", f"tandem.{module}", "--config", str(path)],
+                [sys.executable, "-m", module, "--config", str(path)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -115,6 +117,10 @@ class Cluster:
 
     def instances(self) -> tuple[InstanceStatus, ...]:
         return self.describe().instances
+
+    def status(self, name: str) -> InstanceStatus:
+        """Of the worker of that name; the id of an instance begins with it."""
+        return next(status for status in self.instances() if status.instance_id.startswith(f"{name}-"))
 
     def wait_idle(self, timeout_s: float) -> None:
         """Until no worker holds anything for a request. Cached prefixes may stay; nothing may have leaked."""
@@ -169,6 +175,7 @@ def running_cluster(
     decode: dict[str, Any] | None = None,
     colocated: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
+    worker_module: str | None = None,
 ) -> Iterator[Cluster]:
     """Up, ready, and at the end stopped and free of leaks. One decode instance for each of `decode_transports`, with
     the `max_batch` that `decode_batches` gives it."""
@@ -180,6 +187,7 @@ def running_cluster(
         decode={"engine": engine} | (decode or {}),
         colocated={"engine": engine} | (colocated or {}),
         router=router or {},
+        worker_module=worker_module,
     )
     try:
         cluster.start_router()

@@ -16,7 +16,7 @@ from tests.cluster.harness import Cluster, running_cluster
 PROMPTS = [[7 + i, 40 + i, 99, 12] * 8 for i in range(8)]
 
 
-async def _answers(cluster: Cluster, max_tokens: int = 120) -> list[tuple[int, ...]]:
+async def answers(cluster: Cluster, max_tokens: int = 120) -> list[tuple[int, ...]]:
     async with AsyncClient(cluster.grpc_address) as client:
         tasks = [
             client.generate(token_ids=p, max_tokens=max_tokens, temperature=0.8, seed=i, ignore_eos=True, timeout_s=60)
@@ -29,10 +29,10 @@ async def _answers(cluster: Cluster, max_tokens: int = 120) -> list[tuple[int, .
 @pytest.mark.parametrize("victim", [Role.PREFILL, Role.DECODE])
 def test_a_killed_worker_changes_no_token(victim: Role, built_in_model: Path, tmp_path: Path) -> None:
     with running_cluster(built_in_model, tmp_path, num_prefill=2, decode_transports=("auto", "auto")) as cluster:
-        undisturbed = asyncio.run(_answers(cluster))
+        undisturbed = asyncio.run(answers(cluster))
 
         async def disturbed() -> list[tuple[int, ...]]:
-            running = asyncio.create_task(_answers(cluster))
+            running = asyncio.create_task(answers(cluster))
             await asyncio.sleep(0.2)
             await asyncio.to_thread(cluster.kill, f"{victim.value}-0")
             return await running
@@ -41,7 +41,7 @@ def test_a_killed_worker_changes_no_token(victim: Role, built_in_model: Path, tm
         cluster.wait_ready(*((1, 2) if victim is Role.PREFILL else (2, 1)))  # the dead one is off the list
         cluster.start_worker(f"{victim.value}-new", victim)
         cluster.wait_ready(2, 2)
-        assert asyncio.run(_answers(cluster, 10)) == [tokens[:10] for tokens in undisturbed]
+        assert asyncio.run(answers(cluster, 10)) == [tokens[:10] for tokens in undisturbed]
 
 
 @pytest.mark.timeout(180)
@@ -49,13 +49,13 @@ def test_a_worker_that_is_told_to_leave_finishes_what_it_has(built_in_model: Pat
     with running_cluster(built_in_model, tmp_path, decode_transports=("auto", "auto")) as cluster:
 
         async def leave_under_load() -> list[tuple[int, ...]]:
-            running = asyncio.create_task(_answers(cluster, 60))
+            running = asyncio.create_task(answers(cluster, 60))
             await asyncio.sleep(0.1)
             cluster.processes["decode-0"].send_signal(signal.SIGTERM)
             return await running
 
-        answers = asyncio.run(leave_under_load())
-        assert [len(tokens) for tokens in answers] == [60] * len(PROMPTS)
+        complete = asyncio.run(leave_under_load())
+        assert [len(tokens) for tokens in complete] == [60] * len(PROMPTS)
         assert cluster.processes.pop("decode-0").wait(20) == 0
         cluster.wait_ready(1, 1)
 
@@ -90,10 +90,10 @@ def test_without_a_worker_there_is_an_answer_too(built_in_model: Path, tmp_path:
 @pytest.mark.timeout(180)
 def test_a_stream_waits_for_the_replacement_of_its_only_decode_instance(built_in_model: Path, tmp_path: Path) -> None:
     with running_cluster(built_in_model, tmp_path) as cluster:
-        undisturbed = asyncio.run(_answers(cluster))
+        undisturbed = asyncio.run(answers(cluster))
 
         async def disturbed() -> list[tuple[int, ...]]:
-            running = asyncio.create_task(_answers(cluster))
+            running = asyncio.create_task(answers(cluster))
             await asyncio.sleep(0.2)
             await asyncio.to_thread(cluster.kill, "decode-0")
             assert not running.done(), "the instance died too late to matter"
@@ -109,7 +109,7 @@ def test_a_restarted_router_finds_its_workers_again(built_in_model: Path, tmp_pa
         cluster.kill("router")
         cluster.start_router()
         cluster.wait_ready(1, 1)
-        assert [len(tokens) for tokens in asyncio.run(_answers(cluster, 5))] == [5] * len(PROMPTS)
+        assert [len(tokens) for tokens in asyncio.run(answers(cluster, 5))] == [5] * len(PROMPTS)
 
 
 @pytest.mark.timeout(180)
@@ -119,9 +119,9 @@ def test_no_lease_ends_while_its_reader_waits(built_in_model: Path, tmp_path: Pa
     prefill, decode = {"engine": engine, "lease_s": 0.3}, {"engine": engine | {"kv_memory": "2MiB"}}
     with running_cluster(built_in_model, tmp_path, prefill=prefill, decode=decode) as cluster:
         started_s = time.monotonic()
-        answers = asyncio.run(_answers(cluster, 600))
+        long_answers = asyncio.run(answers(cluster, 600))
         assert time.monotonic() - started_s > 1.0, "nothing had to wait"
-        assert [len(tokens) for tokens in answers] == [600] * len(PROMPTS)
+        assert [len(tokens) for tokens in long_answers] == [600] * len(PROMPTS)
         assert "lease of" not in cluster.log_path("prefill-0").read_text()
         computed = sum(status.computed_tokens for status in cluster.instances() if status.role is Role.PREFILL)
         assert computed == sum(map(len, PROMPTS))

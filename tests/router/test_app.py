@@ -88,7 +88,7 @@ async def test_serves_http_and_grpc_once_a_pair_is_there(checkpoint: Path) -> No
             assert sum(len(answer.token_ids) for answer in answers) == 9
             page = (await http.get("/metrics")).text
             assert 'tandem_requests_total{outcome="length"} 3.0' in page
-            assert 'tandem_instance_up{instance="decode-1",role="decode"} 1.0' in page
+            assert 'tandem_instance_up{role="decode",tandem_instance="decode-1"} 1.0' in page
             async with open_channel(app.control_address, TOKEN) as channel:
                 description = await describe_fleet(channel, 5.0)
             assert {status.instance_id for status in description.instances} == {"prefill-1", "decode-1"}

@@ -52,6 +52,39 @@ async def test_draining_keeps_its_session_and_is_not_usable() -> None:
         assert not cluster.is_usable("p1")
 
 
+async def test_a_stalled_instance_loses_its_requests_and_is_taken_again() -> None:
+    async with running_cluster("p1", "p2", "d1") as cluster:
+        request = make_request()
+        consumer = asyncio.create_task(collect(cluster.start(request)))
+        used, _ = await both_prefills(cluster)
+        other, session = {"p1": "p2", "p2": "p1"}[used], cluster.session(used)
+        cluster.report(make_status(used, Role.PREFILL, state=InstanceState.STALLED, step_age_s=1.1))
+        await play_whole(Player(cluster, other))
+        assert await consumer == expected_tokens(request)
+        assert session.is_closed, "the instance drops what it has"
+        for _ in range(3):  # heartbeats of the same stall
+            cluster.report(make_status(used, Role.PREFILL, state=InstanceState.STALLED, step_age_s=5.0))
+            await settle()
+        assert cluster.workers.opened == 3
+        assert [it.status.state for it in cluster.fleet.instances].count(InstanceState.STALLED) == 1
+        cluster.report(make_status(used, Role.PREFILL))
+        await until(lambda: cluster.is_usable(used))
+        assert cluster.workers.opened == 4
+
+
+async def test_a_stall_while_the_session_opens_leaves_no_session() -> None:
+    async with running_cluster() as cluster:
+        cluster.workers.refusing.add("p1")
+        cluster.report(make_status("p1", Role.PREFILL))
+        await settle()
+        cluster.report(make_status("p1", Role.PREFILL, state=InstanceState.STALLED))
+        cluster.workers.refusing.clear()
+        await asyncio.sleep(0.2)
+        assert cluster.workers.opened == 0
+        cluster.report(make_status("p1", Role.PREFILL))
+        await until(lambda: cluster.is_usable("p1"))
+
+
 async def pass_time(clock: ManualClock, seconds: float) -> None:
     """While the fleet has its rounds."""
     for _ in range(10):
@@ -205,7 +238,8 @@ async def test_longest_pair_follows_who_is_usable_and_what_they_hold() -> None:
 async def test_last_words_of_a_replaced_instance_are_not_taken_for_its_successors() -> None:
     async with running_cluster("p1", "d1") as cluster:
         old = cluster.fleet._registered["p1"]
+        session = old.session
         cluster.report(make_status("p1", Role.PREFILL, address="127.0.0.1:9"))
         await until(lambda: cluster.instance("p1").is_connected)
-        cluster.fleet._disconnect(old)
+        cluster.fleet._disconnect(old, session)
         assert cluster.dispatcher.is_serving

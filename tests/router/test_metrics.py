@@ -1,8 +1,10 @@
 """What `/metrics` shows of requests and of the fleet."""
 
 import asyncio
+import sys
 from dataclasses import replace
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tandem.core.errors import OverloadedError, TandemError
@@ -100,20 +102,33 @@ async def test_fleet_as_the_heartbeats_tell_it() -> None:
         link = LinkStats("p1", "shared_memory", transfers=3, transfer_bytes=4096, transfer_s=0.5, failures=1)
         blocks = BlockCounts(total=64, free=40, running=20, cached=0, leased=3, leaked=1)
         cluster.report(
-            make_status("d1", Role.DECODE, blocks=blocks, links=(link,), preemptions=2, steps=9, waiting_requests=4)
+            make_status(
+                "d1",
+                Role.DECODE,
+                blocks=blocks,
+                links=(link,),
+                preemptions=2,
+                steps=9,
+                waiting_requests=4,
+                step_age_s=0.5,
+                allocated_blocks=123_456,
+            )
         )
         samples = read(page)
-        decode = (("instance", "d1"), ("role", "decode"))
+        decode = (("role", "decode"), ("tandem_instance", "d1"))
         assert samples["tandem_instance_up", decode] == 1
         assert samples["tandem_instance_waiting_requests", decode] == 4
         assert samples["tandem_preemptions_total", decode] == 2
         assert samples["tandem_instance_steps_total", decode] == 9
+        assert samples["tandem_instance_step_age_seconds", decode] == 0.5
+        assert samples["tandem_instance_python_blocks", decode] == 123_456
+        assert samples["tandem_router_python_blocks", ()] == pytest.approx(sys.getallocatedblocks(), rel=0.5)
         owners = {
-            owner: samples["tandem_kv_blocks", (("instance", "d1"), ("owner", owner), ("role", "decode"))]
+            owner: samples["tandem_kv_blocks", (("owner", owner), ("role", "decode"), ("tandem_instance", "d1"))]
             for owner in metrics.BLOCK_OWNERS
         }
         assert owners == {"total": 64, "free": 40, "running": 20, "cached": 0, "leased": 3, "leaked": 1}
-        on_link = (("instance", "d1"), ("peer", "p1"), ("transport", "shared_memory"))
+        on_link = (("peer", "p1"), ("tandem_instance", "d1"), ("transport", "shared_memory"))
         assert samples["tandem_transfers_total", on_link] == 3
         assert samples["tandem_transfer_bytes_total", on_link] == 4096
         assert samples["tandem_transfer_seconds_total", on_link] == 0.5
@@ -124,11 +139,11 @@ async def test_gone_instances_take_their_series_with_them() -> None:
     async with running_cluster("p1", "d1") as cluster:
         page = watched(cluster)
         address = cluster.instance("p1").status.address
-        assert any(("instance", "p1") in labels for _, labels in read(page))
+        assert any(("tandem_instance", "p1") in labels for _, labels in read(page))
         cluster.report(make_status("p2", Role.PREFILL, address=address))
         samples = read(page)
-        assert not any(("instance", "p1") in labels for _, labels in samples)
-        assert samples["tandem_instance_up", (("instance", "p2"), ("role", "prefill"))] == 0
+        assert not any(("tandem_instance", "p1") in labels for _, labels in samples)
+        assert samples["tandem_instance_up", (("role", "prefill"), ("tandem_instance", "p2"))] == 0
 
 
 async def test_requests_that_run_now() -> None:
@@ -138,7 +153,7 @@ async def test_requests_that_run_now() -> None:
         samples = read(page)
         assert samples["tandem_queued_requests", ()] == 3
         assert samples["tandem_running_requests", ()] == 0
-        assert samples["tandem_instance_open_requests", (("instance", "p1"), ("role", "prefill"))] == 3
+        assert samples["tandem_instance_open_requests", (("role", "prefill"), ("tandem_instance", "p1"))] == 3
         await asyncio.gather(*(each.aclose() for each in running))
         assert read(page)["tandem_queued_requests", ()] == 0
 

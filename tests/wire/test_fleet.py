@@ -1,17 +1,18 @@
 """FleetService over a real channel: what `tandem serve` asks for and reports, and `tandem status` gets."""
 
 from collections.abc import AsyncIterator
+from dataclasses import fields
 
 import grpc
 import pytest
 
 from tandem.core.errors import InvalidRequestError
 from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
-from tandem.core.session import InstanceStatus
+from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire.channels import open_channel
-from tandem.wire.fleet import FleetDescription, FleetServicer, describe_fleet, report_replan
+from tandem.wire.fleet import FleetDescription, FleetServicer, describe_fleet, report_replan, send_heartbeat
 from tandem.wire.replanning import replan_from_pb
 from tandem.wire.server import bind, build_server
 
@@ -28,12 +29,13 @@ class FakeRegistry:
     def __init__(self) -> None:
         self.closed_window: ProfileSnapshot | None = None
         self.replan: ReplanStatus | None = None
+        self.instances: tuple[InstanceStatus, ...] = ()
 
     def heartbeat(self, status: InstanceStatus) -> None:
-        raise AssertionError("nobody reports here")
+        self.instances = (status,)
 
     def describe(self) -> FleetDescription:
-        return FleetDescription("tiny", 2.0, (), 3, 1, replan=self.replan)
+        return FleetDescription("tiny", 2.0, self.instances, 3, 1, replan=self.replan)
 
     def profile(self) -> ProfileSnapshot | None:
         return self.closed_window
@@ -57,6 +59,38 @@ async def channel(registry: FakeRegistry) -> AsyncIterator[grpc.aio.Channel]:
     yield channel
     await channel.close()
     await server.stop(None)
+
+
+@pytest.mark.parametrize("state", InstanceState)
+@pytest.mark.parametrize("role", Role)
+async def test_a_report_arrives_as_it_was_sent(state: InstanceState, role: Role, channel: grpc.aio.Channel) -> None:
+    status = InstanceStatus(
+        instance_id="decode-0-1234",
+        role=role,
+        state=state,
+        address="127.0.0.1:4",
+        model="tiny",
+        fingerprint="f",
+        max_model_len=5,
+        block_size=6,
+        blocks=BlockCounts(total=7, free=8, running=9, cached=10, leased=11, leaked=12),
+        waiting_requests=13,
+        running_requests=14,
+        uncomputed_tokens=15,
+        unreserved_tokens=16,
+        steps=17,
+        step_s=18.5,
+        computed_tokens=19,
+        cached_tokens=20,
+        preemptions=21,
+        lease_s=22.5,
+        links=(LinkStats("prefill-0-5678", "gloo", 23, 24, 25.5, 26),),
+        step_age_s=27.5,
+        allocated_blocks=28,
+    )
+    assert 0 not in (getattr(status, field.name) for field in fields(status)), "a field that is left out would pass"
+    await send_heartbeat(channel, status, 5.0)
+    assert (await describe_fleet(channel, 5.0)).instances == (status,)
 
 
 async def test_the_profile_comes_where_asked_for(registry: FakeRegistry, channel: grpc.aio.Channel) -> None:
