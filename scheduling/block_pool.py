@@ -18,11 +18,12 @@ class BlockPool:
     block thus comes before the blocks that it continues, and the oldest is always a leaf of the prefix cache.
     """
 
-    __slots__ = ("_free", "_kept", "_reclaimable", "_references", "num_blocks")
+    __slots__ = ("_free", "_kept", "_reclaimable", "_references", "num_blocks", "num_references")
 
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks > 0, "a pool has at least one block"
         self.num_blocks = num_blocks
+        self.num_references = 0  # of all blocks together
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
         self._kept = bytearray(num_blocks)
@@ -53,6 +54,7 @@ class BlockPool:
         taken = [self._free.pop() for _ in range(count)]
         for block_id in taken:
             self._references[block_id] = 1
+        self.num_references += count
         return taken
 
     def share(self, block_ids: Iterable[int]) -> None:
@@ -62,9 +64,11 @@ class BlockPool:
                 assert block_id in self._reclaimable, f"block {block_id} is free and cannot be shared"
                 del self._reclaimable[block_id]
             self._references[block_id] += 1
+            self.num_references += 1
 
     def release(self, block_ids: list[int] | tuple[int, ...]) -> None:
         """Remove one reference from each block. The blocks are held."""
+        self.num_references -= len(block_ids)
         for block_id in reversed(block_ids):
             assert self._references[block_id] > 0, f"block {block_id} released twice"
             self._references[block_id] -= 1
@@ -108,6 +112,7 @@ class BlockPool:
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
         assert not free & self._reclaimable.keys(), "a block is both free and reclaimable"
+        assert self.num_references == sum(self._references), "the sum of references is wrong"
         for block_id in range(self.num_blocks):
             idle = block_id in free or block_id in self._reclaimable
             assert idle == (self._references[block_id] == 0), f"block {block_id} is held and idle at once, or neither"

@@ -185,8 +185,8 @@ class InstanceSelector:
     def record_prefix(self, request: RoutedRequest, instance: KnownInstance) -> None:
         """The instance computes the prompt, and may keep it."""
         if request.has_block_names and instance.role is not Role.DECODE:
-            block_size = instance.status.block_size
-            self._trackers[block_size].record(instance.instance_id, request.block_names(block_size))
+            block_size, num_blocks = instance.status.block_size, instance.status.blocks.total
+            self._trackers[block_size].record(instance.instance_id, request.block_names(block_size), num_blocks)
 
     def _pair(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> Place | None:
         if self.failures:

@@ -21,18 +21,20 @@ def check_blocks(pool: BlockPool, owners: Iterable[BlockTable]) -> None:
         assert held == owned[block_id], f"block {block_id} has {held} references and {owned[block_id]} owners"
 
 
-def count_blocks(pool: BlockPool, running: Iterable[BlockTable], leased: Iterable[BlockTable] = ()) -> BlockCounts:
-    """Blocks by owner, for the heartbeat. A block that is running and leased counts as running. O(blocks owned).
+def count_blocks(pool: BlockPool, num_owned: int, num_leased: int) -> BlockCounts:
+    """Blocks by owner, for the heartbeat. O(1). A block that is running and leased counts as leased.
 
-    `running` are the block tables of sequences and of cancelled transfers that may still write.
+    `num_owned` is the sum of the lengths of all owners' block tables. As each owner has one reference to each of its
+    blocks, a difference from the pool's references is a leak. `num_leased` counts the blocks in tables of leases, each
+    once.
     """
-    in_sequences = {block_id for table in running for block_id in table}
-    in_leases = {block_id for table in leased for block_id in table} - in_sequences
+    others = pool.num_held - num_leased
+    leaked = min(abs(pool.num_references - num_owned), others)
     return BlockCounts(
         total=pool.num_blocks,
         free=pool.num_free,
-        running=len(in_sequences),
+        running=others - leaked,
         cached=pool.num_reclaimable,
-        leased=len(in_leases),
-        leaked=pool.num_held - len(in_sequences) - len(in_leases),
+        leased=num_leased,
+        leaked=leaked,
     )

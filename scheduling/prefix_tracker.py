@@ -7,8 +7,8 @@ from collections.abc import Hashable, Iterator, Sequence, Set
 class PrefixTracker:
     """For each instance, the names (see `prefix_index.block_hashes`) of the blocks that it computed last.
 
-    An approximation: an instance may have evicted a block, or have more. At most `max_blocks_per_instance` names are
-    kept for each instance; the least recently used are dropped first.
+    An approximation: an instance may have evicted a block, or have more. For each instance at most as many names are
+    kept as its pool has blocks, and at most `max_blocks_per_instance`; the least recently used are dropped first.
 
     A name identifies its block and all blocks before it. Earlier blocks of a prompt are used at least as recently as
     later ones, so an instance with a name has all names before it. Bisection therefore finds the holders of a prefix.
@@ -50,15 +50,16 @@ class PrefixTracker:
             yield low * self._block_size, instances
             size, depth = len(instances), low - 1
 
-    def record(self, instance_id: str, names: Sequence[Hashable]) -> None:
-        """The instance computes this prompt, or has it cached."""
+    def record(self, instance_id: str, names: Sequence[Hashable], num_pool_blocks: int | None = None) -> None:
+        """The instance, with a pool of so many blocks, computes this prompt, or has it cached."""
+        max_blocks = self._max_blocks if num_pool_blocks is None else min(num_pool_blocks, self._max_blocks)
         blocks = self._blocks.setdefault(instance_id, OrderedDict())
         for name in reversed(names):  # so that the end of a prefix is dropped before its beginning
             if name not in blocks:
                 blocks[name] = None
                 self._holders.setdefault(name, set()).add(instance_id)
             blocks.move_to_end(name)
-        while len(blocks) > self._max_blocks:
+        while len(blocks) > max_blocks:
             name, _ = blocks.popitem(last=False)
             self._drop(name, instance_id)
 

@@ -311,6 +311,11 @@ class Scheduler:
             preemptions=self._preemptions,
         )
 
+    @property
+    def num_held_blocks(self) -> int:
+        """Sum of the lengths of `block_tables`. O(1)."""
+        return self._held_blocks
+
     def block_tables(self) -> list[BlockTable]:
         return [self._sequences[key].block_table for key in self._claims]
 

@@ -12,7 +12,8 @@ still counts is decided on the event loop (`prefill_worker/held_kv.py`): a step 
 """
 
 import logging
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from tandem.core.attempt_id import AttemptId
@@ -47,7 +48,8 @@ from tandem.worker.progress import PAIRS_PER_TOKEN
 
 log = logging.getLogger(__name__)
 
-REPORT_EVERY_S = 0.1  # between two reports of a busy loop: counting blocks by owner takes time
+REPORT_EVERY_S = 0.1  # between two reports of a busy loop
+CHECK_SHARE = 0.01  # of the time, that self-checks may take at the most
 MAX_FAILED_STEPS = 3  # in a row; then the engine is broken, and the process ends so that it is replaced
 
 
@@ -130,7 +132,9 @@ class InstanceLoop:
         self._sources: dict[AttemptId, KvSource] = {}  # of sequences that wait for blocks
         self._prompt_logprobs: dict[AttemptId, list[TokenLogprob | None]] = {}  # of prompts that are being computed
         self._held: dict[AttemptId, Sequence] = {}  # from the last chunk until Release
+        self._held_in: Counter[int] = Counter()  # block -> how many of those have it
         self._fenced: dict[AttemptId, list[int]] = {}  # blocks that a cancelled transfer may still write
+        self._num_owned = 0  # sum of the lengths of the block tables of `_held` and `_fenced`
         self._events: list[LoopEvent] = []
         self._chunks: list[Chunk] = []
         self._launched: StepHandle | None = None
@@ -139,6 +143,7 @@ class InstanceLoop:
         self._steps = 0
         self._step_s = 0.0
         self._reported_s = 0.0
+        self._check_s = -math.inf  # from then on, self-checks are allowed again
         self.report = self._make_report()
 
     # --- one turn ----------------------------------------------------------------------------------------------------
@@ -205,9 +210,12 @@ class InstanceLoop:
 
     def idle(self) -> None:
         """Called once when there has been nothing to do for a moment: the time for self-checks."""
-        if len(self._scheduler) == 0:  # O(blocks)
+        now_s = self._clock.now_s()
+        if len(self._scheduler) == 0 and now_s >= self._check_s:  # O(blocks), and a request may come meanwhile
             held = (sequence.block_table for sequence in self._held.values())
             self._scheduler.check_integrity([*held, *self._fenced.values()])
+            ended_s = self._clock.now_s()
+            self._check_s = ended_s + (ended_s - now_s) / CHECK_SHARE
         self.report = self._make_report()
 
     def take_events(self) -> list[LoopEvent]:
@@ -274,11 +282,17 @@ class InstanceLoop:
     def _lift_fence(self, attempt_id: AttemptId) -> bool:
         block_ids = self._fenced.pop(attempt_id, None)
         if block_ids is not None:
+            self._num_owned -= len(block_ids)
             self._pool.release(block_ids)
         return block_ids is not None
 
     def _release(self, attempt_id: AttemptId) -> None:
         if (held := self._held.pop(attempt_id, None)) is not None:
+            self._num_owned -= len(held.block_table)
+            for block_id in held.block_table:
+                self._held_in[block_id] -= 1
+                if not self._held_in[block_id]:
+                    del self._held_in[block_id]
             self._scheduler.release(held)
         elif (sequence := self._scheduler.get(attempt_id)) is not None:
             self._give_up(sequence)
@@ -289,7 +303,8 @@ class InstanceLoop:
         self._sources.pop(attempt_id, None)
         self._prompt_logprobs.pop(attempt_id, None)
         if sequence.state is SequenceState.RECEIVING:
-            self._fenced[attempt_id] = self._scheduler.detach(attempt_id)
+            self._fenced[attempt_id] = block_ids = self._scheduler.detach(attempt_id)
+            self._num_owned += len(block_ids)
             self._events.append(CancelFetch(attempt_id))
         else:
             self._scheduler.cancel(attempt_id)
@@ -352,6 +367,8 @@ class InstanceLoop:
         self._send(attempt_id, finished)
         if manifest is not None and reason is None:
             self._held[attempt_id] = sequence
+            self._held_in.update(sequence.block_table)
+            self._num_owned += len(sequence.block_table)
             self._events.append(KvReady(attempt_id, manifest))
         elif manifest is not None:
             self._scheduler.release(sequence)
@@ -413,13 +430,12 @@ class InstanceLoop:
 
     def _make_report(self) -> LoopReport:
         counts = self._scheduler.counts()
-        running = [*self._scheduler.block_tables(), *self._fenced.values()]
-        held = [sequence.block_table for sequence in self._held.values()]
+        num_owned = self._scheduler.num_held_blocks + self._num_owned
         return LoopReport(
             fingerprint=self._engine.layout.fingerprint,
             max_model_len=self._max_model_len,
             block_size=self._engine.layout.block_size,
-            blocks=count_blocks(self._pool, running, held),
+            blocks=count_blocks(self._pool, num_owned, len(self._held_in)),
             waiting_requests=counts.waiting + counts.unreserved,
             running_requests=counts.receiving + counts.prompts + counts.decoding + counts.preempted,
             uncomputed_tokens=counts.uncomputed_tokens,

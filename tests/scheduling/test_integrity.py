@@ -23,8 +23,18 @@ def test_counts_sum_to_the_pool() -> None:
     cached = pool.allocate(1)
     pool.keep(cached[0])
     pool.release(cached)
-    assert count_blocks(pool, [running], [leased + shared]) == BlockCounts(
-        total=10, free=3, running=3, cached=1, leased=2, leaked=1
+    num_owned = len(running) + len(leased) + len(shared)
+    assert count_blocks(pool, num_owned, num_leased=3) == BlockCounts(
+        total=10, free=3, running=2, cached=1, leased=3, leaked=1
     )
     pool.release(lost)
-    assert count_blocks(pool, [running], [leased + shared]).leaked == 0
+    assert count_blocks(pool, num_owned, num_leased=3).leaked == 0
+
+
+def test_a_lost_reference_to_a_block_with_another_owner_is_a_leak_too() -> None:
+    pool = BlockPool(4)
+    running = pool.allocate(2)
+    pool.share(running[:1])
+    assert count_blocks(pool, len(running), num_leased=0) == BlockCounts(
+        total=4, free=2, running=1, cached=0, leased=0, leaked=1
+    )

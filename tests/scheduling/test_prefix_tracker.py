@@ -29,6 +29,15 @@ def test_is_bounded_and_drops_the_least_recently_used_end_first() -> None:
     assert tracker.matched_tokens("a", old) == 1
 
 
+def test_no_more_is_remembered_of_an_instance_than_its_pool_holds() -> None:
+    tracker = PrefixTracker(block_size=1, max_blocks_per_instance=100)
+    names = block_hashes(list(range(10)), 1, "")
+    tracker.record("small", names, num_pool_blocks=3)
+    tracker.record("large", names, num_pool_blocks=1000)
+    assert (tracker.num_blocks("small"), tracker.num_blocks("large")) == (3, 10)
+    assert tracker.matched_tokens("small", names) == 3
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.tuples(st.sampled_from("abcd"), st.lists(st.integers(0, 1), max_size=8), st.booleans()), max_size=25),

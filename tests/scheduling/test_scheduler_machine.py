@@ -313,7 +313,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         leased = self.leases.block_tables()
         self.scheduler.check_integrity([*self.quarantine, *leased])
-        blocks = count_blocks(self.pool, [*self.scheduler.block_tables(), *self.quarantine], leased)
+        num_owned = self.scheduler.num_held_blocks + sum(map(len, (*self.quarantine, *leased)))
+        blocks = count_blocks(self.pool, num_owned, len({block_id for table in leased for block_id in table}))
         assert blocks.leaked == 0
         assert blocks.free + blocks.running + blocks.cached + blocks.leased == blocks.total
         counts = self.scheduler.counts()
