@@ -81,7 +81,7 @@ class Run:
             handle = max(worker.opened)
             worker.events.appendleft(RequestFailed(handle, "transfer_failed", "torn"))
         elif kind == "restart":
-            fleet._disconnect(registration)
+            fleet._disconnect(registration, registration.session)
             self.workers[instance_id] = fresh = RuleWorker()
             fleet._connect(registration, fresh)  # type: ignore[arg-type]
         elif kind == "read":
