@@ -130,22 +130,32 @@ class Outbox:
 
     def __init__(self) -> None:
         self._events: deque[SessionEvent] = deque()
+        self._num_unwritten = 0
         self._wake = asyncio.Event()
         self._closed = False
+
+    @property
+    def is_empty(self) -> bool:
+        """All events are written."""
+        return self._num_unwritten == 0
 
     def put(self, event: SessionEvent) -> None:
         if not self._closed:
             self._events.append(event)
+            self._num_unwritten += 1
             self._wake.set()
 
     def close(self) -> None:
+        """What is in it is still written, and then the session ends."""
         self._closed = True
         self._wake.set()
 
     async def drain(self) -> AsyncIterator[SessionEvent]:
+        """Each event counts as written when the next one is asked for."""
         while True:
             while self._events:
                 yield self._events.popleft()
+                self._num_unwritten -= 1
             if self._closed:
                 return
             self._wake.clear()
@@ -182,7 +192,7 @@ class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
         try:
             async for event in outbox.drain():
                 await context.write(messages.event_to_pb(event))
-            if error := await reader:
+            if reader.done() and (error := reader.result()):  # else the instance has closed the outbox
                 await abort(context, error)
         finally:
             reader.cancel()

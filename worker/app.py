@@ -105,8 +105,9 @@ class Worker:
 
     async def drain_and_stop(self, grace_s: float) -> None:
         """Take nothing new, let running requests finish for up to `grace_s`, then stop and free everything."""
-        await self._public.drain(grace_s, is_idle=lambda: self._service.is_idle)
+        await self._public.drain(grace_s, is_idle=lambda: self._thread.is_idle and self._service.is_idle)
         await _cancel(*self._tasks)
+        self._service.end_sessions()
         await self._public.close()
         # Nothing reads or writes the pool when both ends of the links are closed.
         await self._fetcher.close()

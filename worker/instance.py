@@ -19,6 +19,8 @@ from tandem.wire.server import bind, build_server
 from tandem.worker.heartbeat import Heartbeat
 from tandem.worker.loop import LoopReport
 
+CLOSE_S = 0.2  # for sessions to end by themselves
+
 
 class PublicSide:
     """`listen` binds and registers; `drain` and `close` end it."""
@@ -114,4 +116,4 @@ class PublicSide:
 
     async def close(self) -> None:
         if self._server is not None:
-            await self._server.stop(None)
+            await self._server.stop(CLOSE_S)

@@ -92,7 +92,8 @@ LoopEvent = SendEvent | KvReady | Fetch | CancelFetch
 
 @dataclass(frozen=True, slots=True)
 class LoopReport:
-    """What the loop last said of itself; replaced whole, never changed. Steps and tokens are totals since the start."""
+    """What the loop last said of itself; replaced whole, never changed. Commands, steps and tokens are totals since the
+    start. `is_empty`: no attempt is there, and no block is held for a reader or a transfer."""
 
     fingerprint: str
     max_model_len: int
@@ -107,6 +108,8 @@ class LoopReport:
     computed_tokens: int
     cached_tokens: int
     preemptions: int
+    num_commands: int
+    is_empty: bool
 
 
 def _id_of(sequence: Sequence) -> AttemptId:
@@ -140,6 +143,7 @@ class InstanceLoop:
         self._launched: StepHandle | None = None
         self._launched_s = 0.0
         self._failed_steps = 0
+        self._num_commands = 0
         self._steps = 0
         self._step_s = 0.0
         self._reported_s = 0.0
@@ -149,6 +153,7 @@ class InstanceLoop:
     # --- one turn ----------------------------------------------------------------------------------------------------
 
     def apply(self, command: LoopCommand) -> None:
+        self._num_commands += 1
         match command:
             case SubmitAttempt(attempt_id, submit):
                 self._submit(attempt_id, submit)
@@ -445,4 +450,6 @@ class InstanceLoop:
             computed_tokens=counts.computed_tokens,
             cached_tokens=counts.cached_tokens,
             preemptions=counts.preemptions,
+            num_commands=self._num_commands,
+            is_empty=not (len(self._scheduler) or self._held or self._fenced),
         )

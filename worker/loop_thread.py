@@ -1,6 +1,6 @@
 """The thread on which an instance schedules and computes.
 
-    any thread          loop thread                                     event loop thread
+    event loop thread   loop thread                                     event loop thread
     post(command) --->  apply commands, schedule, launch, collect --->  deliver(events), twice per turn at most
 
 The loop thread is the sole owner of the instance's sequences and blocks; everybody else sends it values.
@@ -42,6 +42,8 @@ class LoopThread:
         self._on_crash = on_crash
         self._progress = progress
         self._mailbox: queue.SimpleQueue[LoopCommand | None] = queue.SimpleQueue()
+        self._num_posted = 0
+        self._loop: InstanceLoop | None = None
         self._thread: threading.Thread | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
 
@@ -54,8 +56,15 @@ class LoopThread:
         await made
 
     def post(self, command: LoopCommand) -> None:
-        """Never blocks; safe from any thread."""
+        """Never blocks. Call it on the event loop of `start`."""
+        self._num_posted += 1
         self._mailbox.put(command)
+
+    @property
+    def is_idle(self) -> bool:
+        """The loop says that it has nothing left, of all that was posted."""
+        report = None if self._loop is None else self._loop.report
+        return report is not None and report.is_empty and report.num_commands == self._num_posted
 
     async def stop(self) -> None:
         """Ends after the step in progress. Commands posted later are not seen."""
@@ -65,7 +74,7 @@ class LoopThread:
 
     def _run(self, made: asyncio.Future[None]) -> None:
         try:
-            loop = self._make_loop()
+            self._loop = loop = self._make_loop()
         except BaseException as error:  # noqa: BLE001 - `start` raises it
             reason = error  # `error` is unbound when the call below runs
             self._call_soon(lambda: _settle(made, reason))

@@ -77,8 +77,8 @@ class InstanceService:
 
     @property
     def is_idle(self) -> bool:
-        """No attempt of any router is here."""
-        return not any(self._attempts.values())
+        """No attempt of any router is here, and all events are written."""
+        return not any(self._attempts.values()) and all(outbox.is_empty for outbox in self._outboxes.values())
 
     # --- routers (CommandHandler) ------------------------------------------------------------------------------------
 
@@ -108,6 +108,11 @@ class InstanceService:
             attempt_id = AttemptId(session_id, handle)
             self._held.close(attempt_id, StaleEpochError("the router of the attempt is gone"))
             self._post(Release(attempt_id))
+
+    def end_sessions(self) -> None:
+        """The instance leaves. Each router gets the events on their way to it, and then the end of its session."""
+        for outbox in self._outboxes.values():
+            outbox.close()
 
     def configure(self, change: RoleChange) -> None:
         budget = section_budget(change.role, self._section, change)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from dataclasses import dataclass
 
 import pytest
 
@@ -11,6 +12,12 @@ from tandem.worker.loop_thread import LoopThread
 from tandem.worker.progress import StepProgress
 
 
+@dataclass
+class Report:
+    num_commands: int = 0
+    is_empty: bool = True
+
+
 class Doubler:
     """Each command is one step's work; its event is twice the command. -1 breaks it."""
 
@@ -18,11 +25,13 @@ class Doubler:
         self.thread = threading.current_thread().name
         self.pending: list[int] = []
         self.events: list[int] = []
+        self.report = Report()
 
     def apply(self, command: int) -> None:
         self.pending.append(command)
 
     def prepare(self) -> bool:
+        self.report = Report(self.report.num_commands + len(self.pending), is_empty=not self.pending)
         return bool(self.pending)
 
     step_size = 1
@@ -38,7 +47,7 @@ class Doubler:
         self.pending.clear()
 
     def idle(self) -> None:
-        pass
+        self.report = Report(self.report.num_commands)
 
     def take_events(self) -> list[int]:
         events, self.events = self.events, []
@@ -130,6 +139,7 @@ class Checked(Doubler):
         self.checked = threading.Event()
 
     def idle(self) -> None:
+        super().idle()
         self.checks += 1
         self.checked.set()
 
@@ -149,3 +159,36 @@ async def test_self_checks_come_once_after_the_work_and_not_between_two_turns_of
     assert collector.events == [2], "the work came first"
     await thread.stop()
     assert loop.checks == 2
+
+
+class Held(Doubler):
+    """Takes nothing in hand before it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_begin = threading.Event()
+
+    def apply(self, command: int) -> None:
+        self.may_begin.wait(10)
+        super().apply(command)
+
+
+async def test_a_loop_is_not_idle_before_it_has_applied_what_was_posted() -> None:
+    """Fault C8: a report that is older than a command says nothing about it."""
+    loop, collector = Held(), Collector()
+    thread: LoopThread = LoopThread(
+        "held", lambda: loop, collector.deliver, collector.crashed, StepProgress(SystemClock())
+    )
+    await thread.start()
+    assert thread.is_idle
+    thread.post(1)
+    assert loop.report.is_empty
+    assert not thread.is_idle
+    await asyncio.sleep(0.05)
+    assert not thread.is_idle
+    loop.may_begin.set()
+    async with asyncio.timeout(5):
+        await collector.news.wait()
+        while not thread.is_idle:  # noqa: ASYNC110 - a report has no event of its own
+            await asyncio.sleep(0.01)
+    await thread.stop()

@@ -210,6 +210,9 @@ async def test_an_attempt_is_forgotten_with_its_last_event_whatever_it_is() -> N
     bench.service.deliver([SendEvent(bench.session, frame)])
     bench.service.deliver([SendEvent(bench.session, RequestFailed(2, "unavailable", "gone"))])
     bench.service.handle(bench.session, Cancel(3))
+    assert not bench.service.is_idle, "the events are not written"
+    bench.service.end_sessions()
+    assert len([event async for event in bench.outbox.drain()]) == 2
     assert bench.service.is_idle
     bench.service.close_session(bench.session)
     assert bench.releases == [AttemptId(bench.session, 3)], "an attempt that has ended was released again"
