@@ -8,6 +8,7 @@ control <- heartbeats, `tandem status`         metrics      heartbeats
 """
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -22,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.config import RouterConfig
+from tandem.core.errors import InternalError
 from tandem.core.replanning import ReplanStatus
 from tandem.core.session import InstanceStatus
 from tandem.core.workload_profile import ProfileSnapshot, WorkloadProfile
@@ -39,6 +41,8 @@ from tandem.wire.fleet import FleetDescription, FleetServicer
 from tandem.wire.inference import InferenceServicer
 from tandem.wire.server import bind, build_server
 from tandem.wire.sessions import InstanceSession
+
+logger = logging.getLogger(__name__)
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -93,6 +97,7 @@ class RouterApp:
         self._clock = SystemClock()
         self._resources = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
+        self._is_closing = False
         self._is_closed = asyncio.Event()
 
         settings = config.router
@@ -129,15 +134,18 @@ class RouterApp:
             raise
 
     async def wait_closed(self) -> None:
-        """Returns after `drain_and_stop`. Raises the error of a background task that fails."""
+        """Returns after `drain_and_stop`. Raises the error of a background task that fails, InternalError for one that
+        ends in another way."""
         closed = asyncio.create_task(self._is_closed.wait())
         try:
             done, _ = await asyncio.wait((closed, *self._background), return_when=asyncio.FIRST_COMPLETED)
         finally:
             closed.cancel()
         for task in done:
-            if task in self._background and not task.cancelled():
-                task.result()
+            if task in self._background and not self._is_closing:
+                error = None if task.cancelled() else task.exception()
+                logger.critical("the router's task '%s' has ended", task.get_name(), exc_info=error)
+                raise error or InternalError(f"the router's task '{task.get_name()}' has ended")
         await self._is_closed.wait()
 
     async def drain_and_stop(self, grace_s: float) -> None:
@@ -169,6 +177,7 @@ class RouterApp:
         )
         # The stack closes in reverse order: the fleet ends last, the control port after the ports for clients.
         self._spawn(self._dispatcher.fleet.run(), "fleet")
+        self._spawn(self._dispatcher.watch_timer(), "timer")
         control, control_health = build_server(config.cluster_token)
         worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self._registry), control)
         self.control_address = bind(control, settings.control)
@@ -197,6 +206,7 @@ class RouterApp:
         http = HttpServer(http_app, settings.http, stop_timeout_s=_FLUSH_S)
         self.address = await http.start()
         self._resources.push_async_callback(http.stop)
+        self._spawn(http.wait_closed(), "http")
 
     async def _serve(self, server: grpc.aio.Server, health: health_aio.HealthServicer) -> None:
         await server.start()
@@ -221,6 +231,7 @@ class RouterApp:
             await asyncio.sleep(_HEALTH_PERIOD_S)
 
     async def _close(self) -> None:
+        self._is_closing = True
         await self._resources.aclose()
         self._is_closed.set()
 

@@ -77,6 +77,8 @@ class Dispatcher:
         self._profile = profile
         self._running: dict[str, RunningRequest] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_error: Exception | None = None
+        self._timer_failed = asyncio.Event()
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._all_ended.set()
@@ -163,7 +165,17 @@ class Dispatcher:
 
     def _on_timer(self, time_s: float) -> None:
         self._timer = None
-        self.machine.advance(max(time_s, self._clock.now_s()))  # an event loop's timer may be early by its resolution
+        try:  # an event loop's timer may be early by its resolution
+            self.machine.advance(max(time_s, self._clock.now_s()))
+        except Exception as error:  # noqa: BLE001 - `watch_timer` raises it
+            self._timer_error = error
+            self._timer_failed.set()
+
+    async def watch_timer(self) -> None:
+        """Until cancelled. Raises what has ended the timer: deadlines, retries and leases would then be forgotten."""
+        await self._timer_failed.wait()
+        assert self._timer_error is not None
+        raise self._timer_error
 
     # --- events of instances -----------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class HttpServer:
         )
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
+        self._listener: socket.socket | None = None
 
     async def start(self) -> str:
         """Bind and serve; returns the address with the actual port. Raises ConfigError for an unusable address."""
@@ -53,6 +54,7 @@ class HttpServer:
         except OSError as error:
             listener.close()
             raise ConfigError(f"cannot listen on {self._address}: {error.strerror or error}") from error
+        self._listener = listener
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
         while not self._server.started:
             if self._task.done():
@@ -62,8 +64,17 @@ class HttpServer:
         bound = listener.getsockname()[1]
         return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
 
+    async def wait_closed(self) -> None:
+        """Returns when the server has ended; raises what ended it."""
+        assert self._task is not None, "start first"
+        await asyncio.shield(self._task)
+
     async def stop(self) -> None:
         """Refuse new requests, wait for running ones for `stop_timeout_s` at most, then abort them."""
         self._server.should_exit = True
         if self._task is not None:
-            await self._task
+            await asyncio.gather(self._task, return_exceptions=True)  # `wait_closed` raises its error
+        for server in self._server.servers:  # still open if the task has failed
+            server.close()
+        if self._listener is not None:
+            self._listener.close()

@@ -12,10 +12,11 @@ from typing import TypeVar
 import grpc
 import httpx
 import pytest
+import uvicorn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tandem.core.config import RouterConfig, RouterSection
-from tandem.core.errors import CheckpointError, ConfigError
+from tandem.core.errors import CheckpointError, ConfigError, InternalError
 from tandem.router.app import RouterApp
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem.wire.channels import open_channel
@@ -134,6 +135,51 @@ async def test_drain_lets_running_requests_end(checkpoint: Path) -> None:
         assert (await waiting).status_code == 503, "its grace is over"
         await draining
         await app.wait_closed()
+
+
+def _break_the_timer(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def advance(now_s: float) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(app._dispatcher.machine, "advance", advance)
+    app._dispatcher.wake_at(0.0)
+
+
+def _break_the_http_server(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def on_tick(server: uvicorn.Server, counter: int) -> bool:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(uvicorn.Server, "on_tick", on_tick)
+
+
+def _break_the_fleet(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drop_silent(now_s: float, round_s: float) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(app._dispatcher.fleet, "_drop_silent", drop_silent)
+
+
+@pytest.mark.parametrize("break_it", [_break_the_timer, _break_the_http_server, _break_the_fleet])
+async def test_a_task_that_fails_is_the_end_of_the_router(
+    break_it: Callable[[RouterApp, pytest.MonkeyPatch], None],
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with running_router(checkpoint) as app:
+        break_it(app, monkeypatch)
+        with pytest.raises((ZeroDivisionError, ExceptionGroup)):
+            async with asyncio.timeout(5):
+                await app.wait_closed()
+        assert "has ended" in caplog.text
+
+
+async def test_a_task_that_just_ends_is_the_end_of_the_router_too(checkpoint: Path) -> None:
+    async with running_router(checkpoint) as app:
+        app._background[0].cancel()
+        with pytest.raises(InternalError, match="'fleet'"):
+            async with asyncio.timeout(5):
+                await app.wait_closed()
 
 
 async def test_address_in_use_is_one_sentence_and_leaves_nothing_open(checkpoint: Path) -> None:
