@@ -4,6 +4,7 @@ The prefill worker offers its pool's descriptor; decode gets the socket's name a
 channel. The kernel proves the peer's user; the nonce proves that this process made a link with the peer.
 """
 
+import logging
 import os
 import secrets
 import socket
@@ -14,8 +15,11 @@ from pathlib import Path
 from tandem.core.errors import TransferError
 from tandem.core.transfer import HostIdentity
 
+_log = logging.getLogger(__name__)
+
 NONCE_BYTES = 32
 _SOCKET_TIMEOUT_S = 1.0
+_RETRY_S = 0.1  # after an error of `accept`
 _MAX_NONCES = 1024  # not used yet; the oldest are dropped first
 
 
@@ -29,13 +33,17 @@ def host_identity() -> HostIdentity:
 
 
 class DescriptorServer:
-    """Sends read-only copies of one descriptor, one a nonce. Its thread only accepts connections."""
+    """Sends read-only copies of one descriptor, one a nonce. Its thread only accepts connections, until `close`.
+
+    An error (too many open files, say) is logged, and the next connection is served.
+    """
 
     def __init__(self, listener: socket.socket, fd: int) -> None:
         self._listener = listener
         self._fd = fd
         self._nonces: dict[bytes, None] = {}
         self._lock = threading.Lock()
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="kv-descriptors", daemon=True)
 
     @classmethod
@@ -64,22 +72,31 @@ class DescriptorServer:
         return nonce
 
     def close(self) -> None:
+        self._closing.set()
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join()
         self._listener.close()
         os.close(self._fd)
 
     def _serve(self) -> None:
-        while True:
+        has_failed = False
+        while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if not has_failed and not self._closing.is_set():
+                    _log.error("no other worker can be given the KV pool: %s; trying again", error)
+                has_failed = True
+                self._closing.wait(_RETRY_S)
+                continue
+            has_failed = False
             with connection:
                 try:
                     self._send_descriptor(connection)
                 except OSError:
                     continue  # the other side is gone, or was too slow
+                except Exception:  # noqa: BLE001 - the thread serves the others
+                    _log.exception("a worker could not be given the KV pool")
 
     def _send_descriptor(self, connection: socket.socket) -> None:
         connection.settimeout(_SOCKET_TIMEOUT_S)

@@ -95,7 +95,8 @@ class Worker:
         self._fetcher.fetch_with(self._receiver)
         self._tasks.append(self._spawn(self._held.expire_leases(), "leases"))
         await self._public.listen(self._add_services, self._report, self._links, lambda: self._stall.age_s)
-        self._tasks.append(self._spawn(self._public.send_heartbeats(), "heartbeats"))
+        if self._config.routers:
+            self._tasks.append(self._spawn(self._public.send_heartbeats(), "heartbeats"))
         self._step_watch = self._spawn(self._watch_steps(), "watch steps")
 
     async def wait_closed(self) -> None:

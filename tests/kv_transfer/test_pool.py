@@ -1,8 +1,12 @@
 """The shared pool: sealed, without a name, gone with its last user."""
 
+import errno
 import os
+import secrets
+import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -85,4 +89,30 @@ def test_a_descriptor_reaches_another_process_once() -> None:
     server.close()
     with pytest.raises(TransferError):
         fetch_descriptor("tandem-kv-nobody", nonce)
+    pool.close()
+
+
+class _OutOfDescriptors(socket.socket):
+    """Cannot accept at first, as in a process with too many open files."""
+
+    failures = 2
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+def test_too_many_open_files_do_not_end_the_thread_that_hands_out_descriptors(caplog: pytest.LogCaptureFixture) -> None:
+    pool = SharedPool.create(1 << 16)
+    assert pool.fd is not None
+    listener = _OutOfDescriptors(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"\0tandem-kv-test-{secrets.token_hex(8)}")
+    listener.listen(4)
+    server = DescriptorServer(listener, os.dup(pool.fd))
+    server._thread.start()
+    os.close(fetch_descriptor(server.name, server.issue_nonce()))
+    assert "Too many open files" in caplog.text
+    server.close()
     pool.close()
