@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 2.0
 LONGEST_ROUND_S = 0.25
+ALL_SILENT_SHARE = 1 / 3  # of the heartbeat time-out without any heartbeat: then all instances are silent
+ALL_SILENT_FACTOR = 2  # time-outs, after which the silence of all counts as theirs
 
 _WITH_SESSION = (InstanceState.READY, InstanceState.DRAINING)
 
@@ -48,7 +50,7 @@ class _Registration:
     instance_id: str
     role: str
     address: str
-    last_heartbeat_s: float
+    heard_s: float  # when something of it was heard, in the fleet's listened time
     session: "InstanceSession | None" = None
     keeper: asyncio.Task[None] | None = None
 
@@ -75,6 +77,9 @@ class Fleet:
         self._machine = machine
         self._on_event = on_event
         self._registered: dict[str, _Registration] = {}
+        self._listened_s = 0.0  # the time that counts as silence: see `_listen`
+        self._round_at_s = clock.now_s()
+        self._any_heard_s = clock.now_s()
         self._changed = asyncio.Event()
 
     @property
@@ -101,12 +106,14 @@ class Fleet:
             known = _Registration(status.instance_id, status.role.value, status.address, 0.0)
             self._registered[status.instance_id] = known
             logger.info("%s instance %s has joined", status.role.value, status.instance_id)
-        known.last_heartbeat_s = self._clock.now_s()
+        now_s = self._any_heard_s = self._clock.now_s()
+        known.heard_s = self._listened_s + min(now_s - self._round_at_s, self._round_s)
         known.role = status.role.value
         if status.state is InstanceState.STALLED:
             self._end_session(known, status.step_age_s)
-        self._machine.instance_reported(status, known.last_heartbeat_s)
-        self._changed.set()
+        self._machine.instance_reported(status, now_s)
+        if known.keeper is None and status.state in _WITH_SESSION:
+            self._changed.set()
 
     def send(self, instance_id: str, command: SessionCommand) -> None:
         """Queue a command; never blocks. A command is dropped when the session is closed: the machine then hears of the
@@ -120,13 +127,12 @@ class Fleet:
 
     async def run(self) -> None:
         """Open and keep sessions, and drop the silent, until cancelled; then everything open fails."""
-        last_round_s = self._clock.now_s()
+        self._round_at_s = self._clock.now_s()
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
-                    now_s = self._clock.now_s()
-                    self._drop_silent(now_s, now_s - last_round_s)
-                    last_round_s = now_s
+                    self._listen(self._clock.now_s())
+                    self._drop_silent()
                     for registration in self._registered.values():
                         state = self._machine.instances[registration.instance_id].status.state
                         if registration.keeper is None and state in _WITH_SESSION:
@@ -144,16 +150,26 @@ class Fleet:
             pass
         self._changed.clear()
 
-    def _drop_silent(self, now_s: float, round_s: float) -> None:
-        """A late round means that the router was stopped and read no heartbeats. That time counts as no instance's
-        silence."""
+    def _listen(self, now_s: float) -> None:
+        """Count the time since the last round as listened, unless the fault may be the router's.
+
+        A late round means that the router was stopped and read no heartbeats. When no instance at all is heard, the
+        router may be cut off or short of a core, and there is no instance to go to instead: such a silence counts only
+        after `ALL_SILENT_FACTOR` time-outs.
+        """
+        round_s, self._round_at_s = now_s - self._round_at_s, now_s
         if round_s > 2 * self._round_s:
             logger.warning("the router was stopped for %.1f s", round_s)
-            for registration in self._registered.values():
-                registration.last_heartbeat_s = min(now_s, registration.last_heartbeat_s + round_s)
-        oldest_s = now_s - self._heartbeat_timeout_s
+            self._any_heard_s = now_s
+            return
+        silent_s = now_s - self._any_heard_s
+        if not ALL_SILENT_SHARE * self._heartbeat_timeout_s < silent_s < ALL_SILENT_FACTOR * self._heartbeat_timeout_s:
+            self._listened_s += round_s
+
+    def _drop_silent(self) -> None:
+        oldest_s = self._listened_s - self._heartbeat_timeout_s
         for registration in list(self._registered.values()):
-            if registration.last_heartbeat_s < oldest_s:
+            if registration.heard_s < oldest_s:
                 self._remove(registration, "it has fallen silent")
 
     def _remove(self, registration: _Registration, why: str) -> None:
@@ -184,6 +200,7 @@ class Fleet:
                 try:
                     self._connect(registration, session)
                     async for event in session.events():
+                        registration.heard_s = self._listened_s
                         self._on_event(instance_id, event)
                         backoff_s = FIRST_BACKOFF_S
                 finally:

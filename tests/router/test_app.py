@@ -153,7 +153,7 @@ def _break_the_http_server(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _break_the_fleet(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    def drop_silent(now_s: float, round_s: float) -> None:
+    def drop_silent() -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(app._dispatcher.fleet, "_drop_silent", drop_silent)

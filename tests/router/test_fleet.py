@@ -6,8 +6,9 @@ import pytest
 
 from tandem.core.clock import ManualClock
 from tandem.core.errors import IncompatiblePeerError, InvalidRequestError
-from tandem.core.session import InstanceState, Role
+from tandem.core.session import InstanceState, PrefillStarted, Role
 from tests.router.fakes import (
+    Cluster,
     Player,
     both_prefills,
     collect,
@@ -85,27 +86,53 @@ async def test_a_stall_while_the_session_opens_leaves_no_session() -> None:
         await until(lambda: cluster.is_usable("p1"))
 
 
-async def pass_time(clock: ManualClock, seconds: float) -> None:
-    """While the fleet has its rounds."""
-    for _ in range(10):
-        clock.advance(seconds / 10)
-        await asyncio.sleep(0.03)
+async def pass_time(cluster: Cluster, clock: ManualClock, seconds: float, *reporting: str) -> None:
+    """While the fleet has its rounds; instances of these ids report."""
+    for _ in range(round(seconds / 0.25)):
+        clock.advance(0.25)
+        for instance_id in reporting:
+            cluster.report(cluster.instance(instance_id).status)
+        cluster.fleet._changed.set()  # without waiting for the round's time
+        await until(lambda: cluster.fleet._round_at_s == clock.now_s())
 
 
 async def test_silence_removes_and_a_heartbeat_brings_back() -> None:
     clock = ManualClock()
-    async with running_cluster("p1", heartbeat_timeout_s=0.2, clock=clock) as cluster:
-        await pass_time(clock, 0.15)
+    async with running_cluster("p1", "d1", heartbeat_timeout_s=3.0, clock=clock) as cluster:
+        await pass_time(cluster, clock, 2.5, "d1")
         cluster.report(make_status("p1", Role.PREFILL))
-        await pass_time(clock, 0.15)
+        await pass_time(cluster, clock, 2.5, "d1")
         assert cluster.is_usable("p1")
         session = cluster.session("p1")
-        await pass_time(clock, 0.15)
-        await until(lambda: not cluster.fleet.instances)
+        await pass_time(cluster, clock, 1.0, "d1")
         await until(lambda: session.is_closed)
+        assert [it.instance_id for it in cluster.fleet.instances] == ["d1"]
         cluster.report(make_status("p1", Role.PREFILL))
         await until(lambda: cluster.is_usable("p1"))
-        assert cluster.workers.opened == 2
+        assert cluster.workers.opened == 3
+
+
+async def test_an_instance_whose_tokens_come_is_not_silent() -> None:
+    clock = ManualClock()
+    async with running_cluster("p1", "d1", heartbeat_timeout_s=3.0, clock=clock) as cluster:
+        for _ in range(5):
+            cluster.session("p1").push(PrefillStarted(99, 0))  # of an attempt that was cancelled
+            await pass_time(cluster, clock, 1.0, "d1")
+        assert cluster.is_usable("p1")
+
+
+async def test_the_silence_of_all_is_the_routers_own_at_first() -> None:
+    """Without a core, or cut off, it hears nobody. There is no instance to which requests could go instead."""
+    clock = ManualClock()
+    async with running_cluster("p1", "d1", heartbeat_timeout_s=3.0, clock=clock) as cluster:
+        await pass_time(cluster, clock, 5.0)
+        assert cluster.is_usable("p1")
+        cluster.report(make_status("p1", Role.PREFILL))  # the first of those that have waited
+        await pass_time(cluster, clock, 1.0)
+        cluster.report(make_status("d1", Role.DECODE))
+        assert cluster.is_usable("d1")
+        await pass_time(cluster, clock, 9.0)
+        assert not cluster.fleet.instances
 
 
 async def test_a_router_that_was_stopped_condemns_nobody() -> None:
