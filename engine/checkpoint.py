@@ -154,7 +154,7 @@ def _reader(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+        raise CheckpointError(f"{file} is damaged: {shown(str(error))[1:-1]}") from error
 
 
 def _entry(file: Path, name: str, value: Any) -> tuple[TensorEntry, int]:

@@ -1,5 +1,6 @@
 """The engine: token ids in, token ids out. One model on one device with one pool of KV blocks."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,10 +19,12 @@ from tandem.engine.models.llama import load_llama
 from tandem.engine.models.opt import load_opt
 from tandem.engine.ops.choose import choose_ops
 from tandem.engine.ops.interface import HeadShape
-from tandem.engine.rope import needs_long_factors
+from tandem.engine.rope import difference_from_transformers, needs_long_factors
 from tandem.engine.sampler import sample_slices
 from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
 from tandem.engine.weights import WeightLoader
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -124,6 +127,8 @@ def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | N
     max_model_len = _max_model_len(config, spec)
     long_factors = spec.rope is not None and needs_long_factors(spec.rope, max_model_len)
     layout = _layout(config, checkpoint, dtype, long_factors)
+    if spec.rope is not None and (difference := difference_from_transformers(spec.rope, max_model_len)):
+        _log.warning("%s", difference)
     # No sequence is longer than the pool, and no table of positions need be.
     max_positions = min(max_model_len, layout.num_blocks * layout.block_size)
     num_threads = choose_threads(config.num_threads)

@@ -23,6 +23,19 @@ def needs_long_factors(rope: RopeSpec, max_model_len: int) -> bool:
     return rope.kind == "longrope" and max_model_len > rope.original_max_positions
 
 
+def difference_from_transformers(rope: RopeSpec, max_model_len: int) -> str | None:
+    """A sentence where a cached key cannot have the rotation that transformers gives it in a longer sequence."""
+    trained = rope.original_max_positions
+    if max_model_len <= trained or rope.kind not in ("dynamic", "longrope"):
+        return None
+    difference = (
+        f"prompts beyond {trained} tokens are rotated by each token's position, not by the prompt's length"
+        if rope.kind == "dynamic"
+        else f"all sequences get the long factors, those of up to {trained} tokens too"
+    )
+    return f"{rope.kind} RoPE: {difference}, unlike in transformers; max_model_len {trained} avoids it"
+
+
 def cos_sin_table(rope: RopeSpec, head_dim: int, max_positions: int, use_long_factors: bool) -> Tensor:
     """float32 [max_positions, head_dim]: the cosines of head_dim/2 angles, then their sines.
 

@@ -1,6 +1,6 @@
-"""Every field and file of a checkpoint's folder that transformers reads: the same logits from the engine, or a sentence.
+"""Every field and file of a checkpoint's folder that transformers reads: the engine's logits are the same, or it refuses.
 
-The reference is `AutoModelForCausalLM.from_pretrained` on the same folder, computed at once and token by token.
+The reference is `AutoModelForCausalLM.from_pretrained` on the same folder.
 """
 
 import json
