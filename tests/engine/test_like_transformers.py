@@ -1,4 +1,4 @@
-"""Every field and file of a checkpoint's folder that transformers reads: the engine's logits are the same, or it refuses.
+"""Every field and file of a checkpoint that transformers reads: the engine computes the same logits, or it refuses.
 
 The reference is `AutoModelForCausalLM.from_pretrained` on the same folder.
 """
