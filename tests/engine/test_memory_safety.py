@@ -100,7 +100,7 @@ from tandem.engine.ops.native_library import NativeUnavailableError, load_native
 from tandem.engine.ops.native_ops import NativeOps
 
 ops = NativeOps(load_native_library(), 1)
-weight, x = torch.randn(8, 3_000_000), torch.randn(1, 3_000_000)
+weight, x = torch.randn(1, 1_000_000), torch.randn(1, 1_000_000)
 packed, small = ops.pack_linear(weight, None), ops.pack_linear(weight[:, :100].contiguous(), None)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 unlimited = resource.getrlimit(resource.RLIMIT_AS)
