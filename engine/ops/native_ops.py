@@ -80,7 +80,9 @@ class NativeOps:
     def _multiply(self, x: Tensor, packed: PackedLinear, gated: bool) -> Tensor:
         if not isinstance(packed, NativeLinear) or packed.gated != gated:
             raise InternalError("A native kernel got a weight that was packed for another one")
-        _check_shape("x", _checked(x, torch.float32), None, packed.in_features)
+        _checked(x, torch.float32)
+        if x.shape[1] != packed.in_features:
+            raise InternalError(f"A weight for {packed.in_features} features got {x.shape[1]}")
         y = torch.empty(x.shape[0], packed.out_features)
         self._library.tandem_linear(
             self._context,
@@ -97,8 +99,8 @@ class NativeOps:
         return y
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        _check_shape("token_ids", _checked(token_ids, torch.int64), None)
-        _check_shape("weight", _checked(weight, *_DTYPES), None, None)
+        _checked(token_ids, torch.int64)
+        _checked(weight, *_DTYPES)
         y = torch.empty(token_ids.shape[0], weight.shape[1])
         self._library.tandem_embedding(
             self._context,
@@ -118,10 +120,9 @@ class NativeOps:
         return self._rms_norm(x, _checked(residual, torch.float32), weight, eps)
 
     def _rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        _check_shape("x", _checked(x, torch.float32), None, None)
-        _check_shape("weight", _checked(weight, *_DTYPES), x.shape[1])
-        if residual is not None:
-            _check_shape("residual", residual, *x.shape)
+        shape = _checked(x, torch.float32).shape
+        if _checked(weight, *_DTYPES).shape != shape[1:] or (residual is not None and residual.shape != shape):
+            raise _wrong_shapes(x, residual, weight)
         y = torch.empty_like(x)
         self._library.tandem_rms_norm(
             self._context,
@@ -137,10 +138,12 @@ class NativeOps:
         return y
 
     def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        _check_shape("x", _checked(x, torch.float32), None, None)
-        _check_shape("residual", _checked(residual, torch.float32), *x.shape)
-        _check_shape("weight", _checked(weight, *_DTYPES), x.shape[1])
-        _check_shape("bias", _checked(bias, weight.dtype), x.shape[1])
+        shape = _checked(x, torch.float32).shape
+        _checked(residual, torch.float32)
+        _checked(weight, *_DTYPES)
+        _checked(bias, weight.dtype)
+        if residual.shape != shape or weight.shape != shape[1:] or bias.shape != shape[1:]:
+            raise _wrong_shapes(x, residual, weight, bias)
         y = torch.empty_like(x)
         self._library.tandem_add_layer_norm(
             self._context,
@@ -169,16 +172,19 @@ class NativeOps:
         eps: float = 1e-6,
     ) -> Tensor:
         """See `Ops`; the result is a view of `qkv`, which is overwritten."""
-        _check_shape("qkv", _checked(qkv, torch.float32), None, heads.q_size + 2 * heads.kv_size)
-        _check_shape("positions", _checked(positions, torch.int64), qkv.shape[0])
-        _check_shape("slots", _checked(slots, torch.int64), qkv.shape[0])
-        if cos_sin is not None:
-            _check_shape("cos_sin", _checked(cos_sin, torch.float32), None, heads.head_dim)
+        num_tokens, width = _checked(qkv, torch.float32).shape
+        _checked(positions, torch.int64)
+        _checked(slots, torch.int64)
+        if width != heads.q_size + 2 * heads.kv_size or not len(positions) == len(slots) == num_tokens:
+            raise _wrong_shapes(qkv, positions, slots)
+        if cos_sin is not None and _checked(cos_sin, torch.float32).shape[1] != heads.head_dim:
+            raise _wrong_shapes(cos_sin)
         norm_is_bf16 = False
         for norm in (q_norm, k_norm):
             if norm is not None:
-                _check_shape("norm", _checked(norm, *_DTYPES), heads.head_dim)
-                norm_is_bf16 = bool(_is_bf16(norm))
+                norm_is_bf16 = bool(_is_bf16(_checked(norm, *_DTYPES)))
+                if len(norm) != heads.head_dim:
+                    raise _wrong_shapes(norm)
         self._library.tandem_rope_and_cache(
             self._context,
             qkv.data_ptr(),
@@ -206,10 +212,13 @@ class NativeOps:
         if q.dtype != torch.float32 or q.stride()[1:] != (heads.head_dim, 1):  # only the tokens' stride is free
             raise InternalError(f"The attention kernel cannot read queries of {q.dtype} with strides {q.stride()}")
         num_sequences = len(meta.context_lens_host)
-        _check_shape("q", q, meta.query_starts_host[-1], heads.num_heads, heads.head_dim)
-        _check_shape("query_starts", _checked(meta.query_starts, torch.int32), num_sequences + 1)
-        _check_shape("context_lens", _checked(meta.context_lens, torch.int32), num_sequences)
-        _check_shape("block_tables", _checked(meta.block_tables, torch.int32), num_sequences, None)
+        starts, lens = _checked(meta.query_starts, torch.int32), _checked(meta.context_lens, torch.int32)
+        tables = _checked(meta.block_tables, torch.int32)
+        if (
+            q.shape != (meta.query_starts_host[-1], heads.num_heads, heads.head_dim)
+            or not len(starts) - 1 == len(lens) == len(tables) == num_sequences
+        ):
+            raise _wrong_shapes(q, starts, lens, tables)
         out = torch.empty(q.shape[0], heads.q_size)
         self._library.tandem_attention(
             self._context,
@@ -242,13 +251,9 @@ def _checked(tensor: Tensor, *dtypes: torch.dtype) -> Tensor:
     return tensor
 
 
-def _check_shape(name: str, tensor: Tensor, *shape: int | None) -> None:
-    """Raises InternalError unless the shape is this one; None stands for any size."""
-    actual = tensor.shape
-    if len(actual) != len(shape) or any(
-        size is not None and size != wanted for wanted, size in zip(actual, shape, strict=True)
-    ):
-        raise InternalError(f"A native kernel got {name} of shape {list(actual)} instead of {list(shape)}")
+def _wrong_shapes(*tensors: Tensor | None) -> InternalError:
+    shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors if tensor is not None)
+    return InternalError(f"A native kernel got tensors whose shapes do not fit: {shapes}")
 
 
 def _kv_arguments(kv_layer: Tensor, heads: HeadShape) -> tuple[int, ...]:
@@ -257,9 +262,10 @@ def _kv_arguments(kv_layer: Tensor, heads: HeadShape) -> tuple[int, ...]:
         MAX_HEADS_PER_KV_HEAD * heads.num_kv_heads
     ):
         raise InternalError(f"The attention kernel cannot compute {heads}")
-    _check_shape("kv_layer", kv_layer, 2, None, heads.num_kv_heads, None, heads.head_dim)
-    num_blocks, block_size = _checked(kv_layer, *_DTYPES).shape[1:4:2]
-    shape = (num_blocks, block_size, heads.num_heads, heads.num_kv_heads, heads.head_dim)
+    _, num_blocks, num_kv_heads, block_size, head_dim = _checked(kv_layer, *_DTYPES).shape
+    if (len(kv_layer), num_kv_heads, head_dim) != (2, heads.num_kv_heads, heads.head_dim):
+        raise _wrong_shapes(kv_layer)
+    shape = (num_blocks, block_size, heads.num_heads, num_kv_heads, head_dim)
     return kv_layer.data_ptr(), _is_bf16(kv_layer), *shape
 
 
