@@ -44,6 +44,10 @@ class RopeSpec:
     short_factor: tuple[float, ...] = ()  # longrope
     long_factor: tuple[float, ...] = ()  # longrope
 
+    def needs_long_factors(self, max_model_len: int) -> bool:
+        """Whether an engine for sequences of up to `max_model_len` tokens takes longrope's long factors for all."""
+        return self.kind == "longrope" and max_model_len > self.original_max_positions
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:

@@ -19,7 +19,7 @@ from tandem.engine.models.llama import load_llama
 from tandem.engine.models.opt import load_opt
 from tandem.engine.ops.choose import choose_ops
 from tandem.engine.ops.interface import HeadShape
-from tandem.engine.rope import difference_from_transformers, needs_long_factors
+from tandem.engine.rope import difference_from_transformers
 from tandem.engine.sampler import sample_slices
 from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
 from tandem.engine.weights import WeightLoader
@@ -125,7 +125,7 @@ def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | N
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, spec, device)
     max_model_len = _max_model_len(config, spec)
-    long_factors = spec.rope is not None and needs_long_factors(spec.rope, max_model_len)
+    long_factors = spec.rope is not None and spec.rope.needs_long_factors(max_model_len)
     layout = _layout(config, checkpoint, dtype, long_factors)
     if spec.rope is not None and (difference := difference_from_transformers(spec.rope, max_model_len)):
         _log.warning("%s", difference)

@@ -18,11 +18,6 @@ from tandem.core.errors import CheckpointError
 from tandem.core.model_spec import RopeSpec
 
 
-def needs_long_factors(rope: RopeSpec, max_model_len: int) -> bool:
-    """Whether sequences of up to `max_model_len` tokens take longrope's long factors."""
-    return rope.kind == "longrope" and max_model_len > rope.original_max_positions
-
-
 def difference_from_transformers(rope: RopeSpec, max_model_len: int) -> str | None:
     """A sentence where a cached key cannot have the rotation that transformers gives it in a longer sequence."""
     trained = rope.original_max_positions
