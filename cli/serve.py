@@ -19,7 +19,7 @@ from tandem.core.errors import TandemError
 from tandem.core.plan import Plan
 from tandem.deploy.controller import Event, Failed, Loading, Stopped, Up
 from tandem.deploy.machine import resolve_addresses, this_machine
-from tandem.deploy.model_folder import check_model_folder
+from tandem.deploy.model_folder import check_model_folder, check_pairs
 from tandem.deploy.ray_cluster import LocalRay, RayLauncher
 from tandem.deploy.run_state import RunState, StateFolders, process_started_s
 from tandem.deploy.serving import Serving, expected_transport, with_token
@@ -51,7 +51,7 @@ def run(
     machine = this_machine()
     to_serve = read_serve_file(file, settings, machine)
     config = with_token(resolve_addresses(to_serve.config))
-    check_model_folder(config.model)
+    check_pairs(config, check_model_folder(config.model))
     began_s = time.monotonic()
     folders = state_folders()
     folders.make()

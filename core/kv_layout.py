@@ -12,7 +12,7 @@ with another tensor- or pipeline-parallel degree can be read without repacking.
 import hashlib
 from dataclasses import dataclass
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -22,6 +22,10 @@ class KvLayout:
     """Shape of one rank's KV pool.
 
     `weights_hash` identifies the checkpoint's content, so that instances with different weights do not exchange KV.
+    `rope_factors` names what rotated the keys where the checkpoint leaves that to the engine: "long" for longrope's
+    long factors, which follow an engine's `max_model_len`, else "".
+
+    Kernels and processors are not part of it: they round differently, and KV of one can be used by the other.
     """
 
     num_layers: int
@@ -31,6 +35,7 @@ class KvLayout:
     head_dim: int
     dtype: str
     weights_hash: str
+    rope_factors: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
@@ -66,5 +71,6 @@ class KvLayout:
             self.num_layers,
             self.num_kv_heads,
             self.head_dim,
+            self.rope_factors,
         )
         return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]

@@ -2,14 +2,14 @@
 
 Pure: reads a dictionary, no files, no torch. A configuration that the engine would compute wrongly (an unknown
 architecture, quantisation, an unknown RoPE) is refused with a CheckpointError. Absent fields have the defaults of the
-Hugging Face configuration classes.
+Hugging Face configuration classes. `tests/engine/test_like_transformers.py` compares field by field with transformers.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from tandem.core.config_fields import Fields
+from tandem.core.config_fields import Fields, shown
 from tandem.core.errors import CheckpointError
 
 Family = Literal["llama", "opt"]
@@ -17,6 +17,9 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 # OPT's table of learned positions begins with this many rows for padding.
 OPT_POSITION_OFFSET = 2
+
+_MAX_LAYERS = 10_000
+_MAX_CONTEXT_TOKENS = 2**31 - 1  # kernels count positions in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,10 @@ class RopeSpec:
     short_factor: tuple[float, ...] = ()  # longrope
     long_factor: tuple[float, ...] = ()  # longrope
 
+    def needs_long_factors(self, max_model_len: int) -> bool:
+        """Whether an engine for sequences of up to `max_model_len` tokens takes longrope's long factors for all."""
+        return self.kind == "longrope" and max_model_len > self.original_max_positions
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -48,7 +55,8 @@ class ModelSpec:
 
     `sliding_windows` has one entry per layer: None for full attention, else the number of tokens that a token attends
     to, itself included. `rope` None means learned absolute positions (OPT). `eos_token_ids` end a generation.
-    `dtype` is the checkpoint's own.
+    `dtype` is the checkpoint's own. `tie_word_embeddings` is the configuration's word; the weights may say otherwise
+    (see `engine.weights.WeightLoader.take_embeddings`).
     """
 
     architecture: str
@@ -88,7 +96,8 @@ class ModelSpec:
     def max_context_tokens(self) -> int:
         """The longest sequence that the model's positions allow, stretched RoPE included."""
         if self.rope is not None and self.rope.kind in ("yarn", "dynamic"):
-            return max(self.max_position_embeddings, int(self.rope.original_max_positions * self.rope.factor))
+            stretched = min(self.rope.original_max_positions * self.rope.factor, _MAX_CONTEXT_TOKENS)
+            return max(self.max_position_embeddings, int(stretched))
         return self.max_position_embeddings
 
     @property
@@ -116,28 +125,56 @@ class ModelSpec:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
 
 
-_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "OPTForCausalLM")
+# The `model_type` of each supported class: transformers chooses the class by it, and not by `architectures`.
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "OPTForCausalLM": "opt",
+}
+# Fields of any family that change what transformers computes or reads; null and 0 ask for nothing.
+_UNSUPPORTED = {
+    "attention_chunk_size": "attention in chunks",
+    "num_experts": "mixtures of experts",
+    "num_kv_shared_layers": "layers that share keys and values",
+    "num_local_experts": "mixtures of experts",
+    "per_layer_config": "layers of different shapes",
+    "text_config": "models inside a model",
+    "transformers_weights": "weights of another file name",
+}
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise CheckpointError("config.json must name exactly one model class in 'architectures'")
-    if named[0] not in _ARCHITECTURES:
+    architecture, model_type = named[0], config.get("model_type")
+    if architecture not in _MODEL_TYPES:
         raise CheckpointError(
-            f"The architecture {named[0]} is not supported; supported are {', '.join(_ARCHITECTURES)}"
+            f"The architecture {shown(architecture)[1:-1]} is not supported; supported are {', '.join(_MODEL_TYPES)}"
         )
-    return named[0]
+    if model_type is not None and model_type != _MODEL_TYPES[architecture]:
+        raise CheckpointError(
+            f"config.json: 'model_type' {shown(model_type)} does not fit {architecture} in 'architectures'"
+        )
+    return architecture
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
-    if quantization:
+    if quantization is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
-        raise CheckpointError(f"The checkpoint is quantised ({method}); only float weights are supported")
-    for key in ("num_local_experts", "num_experts"):
+        raise CheckpointError(
+            f"The checkpoint is quantised ({shown(method).strip(chr(39))}); only float weights are supported"
+        )
+    for key, meaning in _UNSUPPORTED.items():
         if config.get(key):
-            raise CheckpointError(f"config.json sets '{key}': mixtures of experts are not supported")
+            raise CheckpointError(f"config.json sets '{key}': {meaning}, which is not supported")
+    for key in ("is_causal", "is_encoder_decoder"):
+        wanted = key == "is_causal"
+        if (value := config.get(key)) is not None and value is not wanted:
+            raise CheckpointError(f"config.json: '{key}' {shown(value)} is not supported, only {wanted}")
     if (config.get("pretraining_tp") or 1) != 1:
         raise CheckpointError("config.json sets 'pretraining_tp' above 1: sliced projections are not supported")
 
@@ -145,7 +182,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 def _llama_spec(fields: Fields, architecture: str, generation_config: Mapping[str, Any] | None) -> ModelSpec:
     qwen, qwen3 = architecture.startswith("Qwen"), architecture == "Qwen3ForCausalLM"
     fields.require("hidden_act", "silu", ("silu", "swish"))
-    num_layers = fields.count("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers", maximum=_MAX_LAYERS)
     hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     # Fields that a family's configuration class does not have are ignored, as in Hugging Face.
     bias = fields.flag("attention_bias", False) if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") else False
@@ -160,6 +197,8 @@ def _llama_spec(fields: Fields, architecture: str, generation_config: Mapping[st
         raise CheckpointError(f"config.json: head_dim {head_dim} is odd, which rotary embeddings do not allow")
     default_positions = 131072 if architecture == "MistralForCausalLM" else 32768 if qwen else 2048
     max_positions = fields.count("max_position_embeddings", default_positions)
+    if architecture == "LlamaForCausalLM":
+        _refuse_windows_of_full_attention(fields, architecture, max_positions)
     return ModelSpec(
         architecture=architecture,
         family="llama",
@@ -190,12 +229,14 @@ def _opt_spec(fields: Fields, architecture: str, generation_config: Mapping[str,
     fields.require("_remove_final_layer_norm", False, (False,))
     fields.require("layer_norm_elementwise_affine", True, (True,))
     hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    max_positions = fields.count("max_position_embeddings", 2048)
     fields.require("word_embed_proj_dim", hidden_size, (hidden_size,))
     if hidden_size % num_heads:
         raise CheckpointError(
             f"config.json: hidden_size {hidden_size} is not a multiple of {num_heads} attention heads"
         )
-    num_layers = fields.count("num_hidden_layers")
+    _refuse_windows_of_full_attention(fields, architecture, max_positions)
+    num_layers = fields.count("num_hidden_layers", maximum=_MAX_LAYERS)
     bias = fields.flag("enable_bias", True)
     return ModelSpec(
         architecture=architecture,
@@ -207,7 +248,7 @@ def _opt_spec(fields: Fields, architecture: str, generation_config: Mapping[str,
         head_dim=hidden_size // num_heads,
         intermediate_size=fields.count("ffn_dim"),
         vocab_size=fields.count("vocab_size"),
-        max_position_embeddings=fields.count("max_position_embeddings", 2048),
+        max_position_embeddings=max_positions,
         norm_eps=1e-5,
         rope=None,
         tie_word_embeddings=fields.flag("tie_word_embeddings", True),
@@ -221,11 +262,33 @@ def _opt_spec(fields: Fields, architecture: str, generation_config: Mapping[str,
     )
 
 
+def _refuse_windows_of_full_attention(fields: Fields, architecture: str, max_positions: int) -> None:
+    """For families whose attention is full: transformers ignores a window in a prompt, and not while decoding."""
+    window = fields.raw("sliding_window", None)
+    if window is not None and fields.count("sliding_window") < max_positions:
+        raise CheckpointError(
+            f"config.json: 'sliding_window' {window} is not supported for {architecture}, whose attention is full"
+        )
+    _refuse_layer_types_but(("full_attention",), fields, architecture)
+
+
+def _refuse_layer_types_but(supported: tuple[str, ...], fields: Fields, architecture: str) -> None:
+    layer_types = fields.raw("layer_types", None)
+    if layer_types is None:
+        return
+    if not isinstance(layer_types, list) or any(kind not in supported for kind in layer_types):
+        raise CheckpointError(
+            f"config.json: 'layer_types' of a {architecture} may name {' or '.join(supported)} only, "
+            f"not {shown(layer_types)}"
+        )
+
+
 def _sliding_windows(fields: Fields, architecture: str, num_layers: int) -> tuple[int | None, ...]:
     if architecture == "LlamaForCausalLM":
         return (None,) * num_layers
     window = None if fields.raw("sliding_window", 4096) is None else fields.count("sliding_window", 4096)
     if architecture == "MistralForCausalLM":
+        _refuse_layer_types_but(("full_attention" if window is None else "sliding_attention",), fields, architecture)
         return (window,) * num_layers
     if not fields.flag("use_sliding_window", False):
         window = None
@@ -233,9 +296,13 @@ def _sliding_windows(fields: Fields, architecture: str, num_layers: int) -> tupl
     if layer_types is None:
         first = fields.count("max_window_layers", 28, minimum=0)
         return tuple(window if layer >= first else None for layer in range(num_layers))
-    known = {"sliding_attention", "full_attention"}
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers or not set(layer_types) <= known:
-        raise CheckpointError(f"config.json: 'layer_types' must name one of {sorted(known)} for each layer")
+    known = ("full_attention", "sliding_attention")
+    if (
+        not isinstance(layer_types, list)
+        or len(layer_types) != num_layers
+        or any(kind not in known for kind in layer_types)
+    ):
+        raise CheckpointError(f"config.json: 'layer_types' must name one of {list(known)} for each layer")
     if window is None and "sliding_attention" in layer_types:
         raise CheckpointError("config.json: 'layer_types' has sliding attention, but no 'sliding_window' is in use")
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
@@ -251,7 +318,7 @@ def _rope_spec(fields: Fields, max_positions: int, head_dim: int) -> RopeSpec:
     rope = Fields(given, inside="the RoPE parameters")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope"):
-        raise CheckpointError(f"config.json: the RoPE type '{kind}' is not supported")
+        raise CheckpointError(f"config.json: the RoPE type {shown(kind)} is not supported")
     if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError("config.json: rotating only a part of each head (partial_rotary_factor) is not supported")
     original = max_positions
@@ -263,13 +330,22 @@ def _rope_spec(fields: Fields, max_positions: int, head_dim: int) -> RopeSpec:
         raise CheckpointError(f"config.json: longrope needs {head_dim // 2} short and as many long factors")
     stretched = kind in ("linear", "dynamic", "llama3")
     ratio = max_positions / original
+    low_freq_factor = rope.number("low_freq_factor", None if kind == "llama3" else 1.0)
+    high_freq_factor = rope.number("high_freq_factor", None if kind == "llama3" else 4.0)
+    if kind == "llama3" and low_freq_factor >= high_freq_factor:
+        raise CheckpointError(
+            f"config.json: the RoPE parameters, 'high_freq_factor' {high_freq_factor} must be above "
+            f"'low_freq_factor' {low_freq_factor}"
+        )
+    if kind == "dynamic" and head_dim < 4:
+        raise CheckpointError(f"config.json: dynamic RoPE needs a head_dim of at least 4, not {head_dim}")
     return RopeSpec(
         kind=cast(RopeKind, kind),
         theta=rope.number("rope_theta", fields.number("rope_theta", 10000.0)),
         factor=rope.number("factor") if stretched else rope.number("factor", ratio),
         original_max_positions=original,
-        low_freq_factor=rope.number("low_freq_factor", None if kind == "llama3" else 1.0),
-        high_freq_factor=rope.number("high_freq_factor", None if kind == "llama3" else 4.0),
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
         attention_factor=rope.optional_number("attention_factor"),
         beta_fast=rope.optional_number("beta_fast") or 32.0,
         beta_slow=rope.optional_number("beta_slow") or 1.0,
@@ -282,11 +358,14 @@ def _rope_spec(fields: Fields, max_positions: int, head_dim: int) -> RopeSpec:
 
 
 def _eos_token_ids(fields: Fields, generation_config: Mapping[str, Any] | None) -> tuple[int, ...]:
-    """generation_config.json has priority, as in Hugging Face's generate."""
+    """generation_config.json has priority, as in Hugging Face's generate.
+
+    A generation_config.json that names no token leaves the choice to config.json: Hugging Face would never stop.
+    """
     value = (generation_config or {}).get("eos_token_id")
     if value is None:
         value = fields.raw("eos_token_id", None)
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
+    if not all(type(token_id) is int and 0 <= token_id <= _MAX_CONTEXT_TOKENS for token_id in ids):
         raise CheckpointError("The checkpoint's 'eos_token_id' must be a token id or a list of them")
     return tuple(ids)

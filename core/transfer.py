@@ -24,6 +24,10 @@ from typing import Protocol
 from tandem.core.errors import IncompatiblePeerError, StaleEpochError, TransferError, UnavailableError
 from tandem.core.request import SampledToken
 
+LAYOUTS_DIFFER = (
+    "the two workers' KV layouts differ (model weights, dtype, block size, or max_model_len with longrope factors)"
+)
+
 
 class PeerGoneError(UnavailableError):
     """The other side of a link cannot be reached. Other UnavailableErrors are errors that the peer returned."""
@@ -67,7 +71,7 @@ class Manifest:
         Raises IncompatiblePeerError, StaleEpochError or TransferError.
         """
         if self.fingerprint != fingerprint:
-            raise IncompatiblePeerError("the two workers' KV layouts differ (model weights, dtype or block size)")
+            raise IncompatiblePeerError(LAYOUTS_DIFFER)
         if self.request_id != request_id or self.epoch != epoch:
             raise StaleEpochError("the manifest belongs to another attempt")
         if self.num_tokens != len(token_ids) or self.token_hash != hash_token_ids(token_ids):

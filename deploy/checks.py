@@ -21,7 +21,7 @@ from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError, TandemError
 from tandem.core.session import InstanceStatus
 from tandem.deploy.machine import available_memory_bytes, check_address, usable_cores
-from tandem.deploy.model_folder import check_model_folder, weight_bytes
+from tandem.deploy.model_folder import check_model_folder, check_pairs, weight_bytes
 
 _GIB = 1 << 30
 _RAY_DISK_BYTES = 1 << 30
@@ -183,7 +183,7 @@ def check_ray() -> Finding:
 def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
     """Whether the model's files are complete and of a supported family. Reads the files' headers and hashes."""
     try:
-        check_model_folder(config.model)
+        check_pairs(config, check_model_folder(config.model))
         from tandem.engine.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(config.model)

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from tandem.core.errors import CheckpointError
+from tandem.core.config import ServeConfig
+from tandem.core.errors import CheckpointError, ConfigError
 from tandem.core.model_spec import ModelSpec
 
 
@@ -21,6 +22,22 @@ def check_model_folder(path: Path) -> ModelSpec:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / 'config.json'} must hold an object")
     return ModelSpec.from_config_json(config)
+
+
+def check_pairs(config: ServeConfig, spec: ModelSpec) -> None:
+    """Whether KV can move from the prefill to the decode instances of this model. Raises ConfigError."""
+    if spec.rope is None:
+        return
+    lengths = {
+        role: {section.engine.max_model_len or spec.max_context_tokens for section in sections}
+        for role, sections in (("prefill", config.prefill), ("decode", config.decode))
+    }
+    prefill, decode = ({spec.rope.needs_long_factors(length) for length in lengths[role]} for role in lengths)
+    if prefill != decode and prefill and decode:
+        raise ConfigError(
+            f"max_model_len of prefill {sorted(lengths['prefill'])} and of decode {sorted(lengths['decode'])} must be "
+            f"on one side of {spec.rope.original_max_positions}: beyond it this model (longrope) computes another KV"
+        )
 
 
 def weight_bytes(path: Path) -> int:

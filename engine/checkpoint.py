@@ -17,13 +17,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tandem.core.config_fields import shown
 from tandem.core.errors import CheckpointError
 from tandem.core.model_spec import ModelSpec
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_MAX_HEADER_BYTES = 100 << 20
+_ADAPTER_FILE = "adapter_config.json"
+_MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+_MAX_JSON_BYTES = 100 << 20
+_MAX_DIMENSIONS, _MAX_SIZE = 8, (1 << 63) - 1
 _HASH_WHOLE_BYTES = 1 << 30
 _SAMPLE_BYTES, _SAMPLE_STRIDE_BYTES = 64 << 10, 1 << 20
 
@@ -74,32 +78,47 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read and check config, index and headers. Raises CheckpointError with one sentence for the user."""
+    """Read and check config, index and headers. Raises CheckpointError with one sentence for the user.
+
+    Of several forms of the weights it takes the one that transformers takes: model.safetensors, then the index.
+    """
+    try:
+        return _open(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+
+
+def _open(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder with a checkpoint")
     config = _read_json(path / "config.json")
     generation = path / "generation_config.json"
     spec = ModelSpec.from_config_json(config, _read_json(generation) if generation.is_file() else None)
-    index_path = path / _INDEX_FILE
-    if index_path.is_file():
-        weight_map = _read_index(index_path)
+    if (path / _ADAPTER_FILE).exists():  # transformers would load its base model instead, and apply it
+        raise CheckpointError(
+            f"{path} has an adapter ({_ADAPTER_FILE}), which is not supported; merge it into the weights"
+        )
+    if (path / _SINGLE_FILE).is_file():
+        weight_map, files = {}, [_SINGLE_FILE]
+    elif (path / _INDEX_FILE).is_file():
+        weight_map = _read_index(path / _INDEX_FILE)
         files = sorted(set(weight_map.values()))
         for file in files:
             if not (path / file).is_file():
                 raise CheckpointError(f"{path / file} is missing, though {_INDEX_FILE} names it")
-    elif (path / _SINGLE_FILE).is_file():
-        weight_map, files = {}, [_SINGLE_FILE]
     else:
         raise _no_weights(path)
     tensors: dict[str, TensorEntry] = {}
     for file in files:
         for name, entry in read_header(path / file).items():
             if name in tensors:
-                raise CheckpointError(f"{path / file}: tensor '{name}' is also in {tensors[name].file.name}")
+                raise CheckpointError(f"{path / file}: tensor {shown(name)} is also in {tensors[name].file.name}")
             tensors[name] = entry
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise CheckpointError(f"{path / file}: tensor '{name}' is missing, though {_INDEX_FILE} places it there")
+            raise CheckpointError(
+                f"{path / file}: tensor {shown(name)} is missing, though {_INDEX_FILE} places it there"
+            )
     return Checkpoint(path, spec, tensors, _hash(path / "config.json", [path / file for file in files]))
 
 
@@ -123,7 +142,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     data_end = max(ends.values(), default=data_begin)
     if data_end > file_bytes:
         first = min((end, name) for name, end in ends.items() if end > file_bytes)[1]
-        raise CheckpointError(f"{file} is truncated: tensor '{first}' ends beyond its {file_bytes} bytes")
+        raise CheckpointError(f"{file} is truncated: tensor {shown(first)} ends beyond its {file_bytes} bytes")
     if data_end < file_bytes:
         raise CheckpointError(f"{file} has {file_bytes - data_end} bytes that belong to no tensor")
     _reader(file)  # refuses overlaps and gaps
@@ -135,19 +154,19 @@ def _reader(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+        raise CheckpointError(f"{file} is damaged: {shown(str(error))[1:-1]}") from error
 
 
 def _entry(file: Path, name: str, value: Any) -> tuple[TensorEntry, int]:
     """The tensor and its end, in bytes of the data section."""
-    where = f"{file}: tensor '{name}'"
+    where = f"{file}: tensor {shown(name)}"
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} has no proper header entry")
     dtype = _DTYPES.get(str(value.get("dtype")))
     if dtype is None:
-        raise CheckpointError(f"{where} has the unknown dtype {value.get('dtype')}")
+        raise CheckpointError(f"{where} has the unknown dtype {shown(value.get('dtype')).strip(chr(39))}")
     shape, offsets = value.get("shape"), value.get("data_offsets")
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+    if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where} has no proper shape or offsets")
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
@@ -156,7 +175,7 @@ def _entry(file: Path, name: str, value: Any) -> tuple[TensorEntry, int]:
 
 
 def _are_counts(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_SIZE for item in value)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -164,9 +183,16 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no 'weight_map'")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names {file!r}, which is not a safetensors file in the same folder")
+        if not isinstance(file, str) or not _is_shard_name(file):
+            raise CheckpointError(f"{path} names {shown(file)}, which is not a safetensors file in the same folder")
     return weight_map
+
+
+def _is_shard_name(name: str) -> bool:
+    """Whether it can be a file in the same folder."""
+    return (
+        Path(name).name == name and name.endswith(".safetensors") and name.isprintable() and len(name.encode()) <= 255
+    )
 
 
 def _no_weights(path: Path) -> CheckpointError:
@@ -181,13 +207,11 @@ def _no_weights(path: Path) -> CheckpointError:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return _parse_json(path, data)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if (num_bytes := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {num_bytes} bytes, which is too much for its kind")
+    return _parse_json(path, path.read_bytes())
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:

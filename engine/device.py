@@ -8,6 +8,7 @@ import torch
 from tandem.core.errors import ConfigError
 from tandem.core.model_spec import ModelSpec
 
+_MAX_THREADS = 1024
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -49,5 +50,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def choose_threads(num_threads: int) -> int:
-    """0 means the number of cores that this process may use."""
+    """0 means the number of cores that this process may use. Raises ConfigError."""
+    if not 0 <= num_threads <= _MAX_THREADS:
+        raise ConfigError(f"threads must be from 0 to {_MAX_THREADS}, not {num_threads}")
     return num_threads or len(os.sched_getaffinity(0))

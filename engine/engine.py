@@ -1,5 +1,6 @@
 """The engine: token ids in, token ids out. One model on one device with one pool of KV blocks."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,9 +19,12 @@ from tandem.engine.models.llama import load_llama
 from tandem.engine.models.opt import load_opt
 from tandem.engine.ops.choose import choose_ops
 from tandem.engine.ops.interface import HeadShape
+from tandem.engine.rope import difference_from_transformers
 from tandem.engine.sampler import sample_slices
 from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
 from tandem.engine.weights import WeightLoader
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -48,8 +52,7 @@ class Engine:
         self._last_collected = 0
 
     def capacity(self) -> Capacity:
-        pool_tokens = self.layout.num_blocks * self.layout.block_size
-        return Capacity(self.layout.num_blocks, self.layout.block_size, min(self._max_model_len, pool_tokens))
+        return Capacity(self.layout.num_blocks, self.layout.block_size, self._max_model_len)
 
     @torch.inference_mode()
     def forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
@@ -122,21 +125,30 @@ def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | N
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, spec, device)
     max_model_len = _max_model_len(config, spec)
-    layout = _layout(config, checkpoint, dtype)
+    long_factors = spec.rope is not None and spec.rope.needs_long_factors(max_model_len)
+    layout = _layout(config, checkpoint, dtype, long_factors)
+    if spec.rope is not None and (difference := difference_from_transformers(spec.rope, max_model_len)):
+        _log.warning("%s", difference)
+    # No sequence is longer than the pool, and no table of positions need be.
+    max_positions = min(max_model_len, layout.num_blocks * layout.block_size)
     num_threads = choose_threads(config.num_threads)
     torch.set_num_threads(num_threads)
     heads = HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
     ops = choose_ops(config.ops, dtype, device, heads, num_threads)
     with torch.inference_mode():
         loader = WeightLoader(checkpoint, dtype, device)
-        model = load_opt(spec, loader, ops) if spec.family == "opt" else load_llama(spec, loader, ops, max_model_len)
+        model = (
+            load_opt(spec, loader, ops)
+            if spec.family == "opt"
+            else load_llama(spec, loader, ops, max_positions, long_factors)
+        )
         loader.finish()
     # Not in inference mode: KV transfers write into the pool too.
     if allocate_pool is None:
         pool = torch.zeros(layout.shape, dtype=dtype, device=device)
     else:
         pool = allocate_pool(layout.pool_bytes).view(dtype).view(layout.shape)
-    return Engine(spec, layout, pool, model, max_model_len, ops.name)
+    return Engine(spec, layout, pool, model, max_positions, ops.name)
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
@@ -146,7 +158,7 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     return config.max_model_len or limit
 
 
-def _layout(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> KvLayout:
+def _layout(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, long_factors: bool) -> KvLayout:
     spec = checkpoint.spec
     block_bytes = spec.kv_bytes_per_token(dtype.itemsize) * config.block_size
     num_blocks = config.kv_memory_bytes // block_bytes
@@ -160,4 +172,5 @@ def _layout(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) ->
         head_dim=spec.head_dim,
         dtype=str(dtype).removeprefix("torch."),
         weights_hash=checkpoint.weights_hash,
+        rope_factors="long" if long_factors else "",
     )

@@ -5,7 +5,8 @@ frequencies depend on the sequence's length depend on the position alone here:
 
 - dynamic: position p has the frequencies of a sequence that ends at p. A prompt within the trained context, and every
   generated token after it, gets the same rotation as in Hugging Face.
-- longrope: the long factors for all positions if `max_positions` is beyond the trained context, else the short ones.
+- longrope: the long factors for all positions if the engine serves sequences beyond the trained context, else the
+  short ones. So KV of engines that differ in this does not fit together: `KvLayout.rope_factors` tells them apart.
 """
 
 import math
@@ -13,11 +14,39 @@ import math
 import torch
 from torch import Tensor
 
+from tandem.core.errors import CheckpointError
 from tandem.core.model_spec import RopeSpec
 
 
-def cos_sin_table(rope: RopeSpec, head_dim: int, max_positions: int) -> Tensor:
-    """float32 [max_positions, head_dim]: the cosines of head_dim/2 angles, then their sines."""
+def difference_from_transformers(rope: RopeSpec, max_model_len: int) -> str | None:
+    """A sentence where a cached key cannot have the rotation that transformers gives it in a longer sequence."""
+    trained = rope.original_max_positions
+    if max_model_len <= trained or rope.kind not in ("dynamic", "longrope"):
+        return None
+    difference = (
+        f"prompts beyond {trained} tokens are rotated by each token's position, not by the prompt's length"
+        if rope.kind == "dynamic"
+        else f"all sequences get the long factors, those of up to {trained} tokens too"
+    )
+    return f"{rope.kind} RoPE: {difference}, unlike in transformers; max_model_len {trained} avoids it"
+
+
+def cos_sin_table(rope: RopeSpec, head_dim: int, max_positions: int, use_long_factors: bool) -> Tensor:
+    """float32 [max_positions, head_dim]: the cosines of head_dim/2 angles, then their sines.
+
+    Raises CheckpointError for parameters whose result is not a number.
+    """
+    try:
+        table = _compute_table(rope, head_dim, max_positions, use_long_factors)
+        is_finite = bool(torch.stack(table.aminmax()).isfinite().all())
+    except (ArithmeticError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"config.json: {rope.kind} RoPE cannot be computed from its parameters") from error
+    if not is_finite:
+        raise CheckpointError(f"config.json: {rope.kind} RoPE has rotations that are not numbers; check its parameters")
+    return table
+
+
+def _compute_table(rope: RopeSpec, head_dim: int, max_positions: int, use_long_factors: bool) -> Tensor:
     positions = torch.arange(max_positions, dtype=torch.float32)
     scale = 1.0
     if rope.kind == "dynamic":
@@ -26,7 +55,7 @@ def cos_sin_table(rope: RopeSpec, head_dim: int, max_positions: int) -> Tensor:
         angles = torch.outer(positions, _yarn_frequencies(rope, head_dim))
         scale = _yarn_scale(rope)
     elif rope.kind == "longrope":
-        angles = torch.outer(positions, _longrope_frequencies(rope, head_dim, max_positions))
+        angles = torch.outer(positions, _longrope_frequencies(rope, head_dim, use_long_factors))
         scale = _longrope_scale(rope)
     else:
         frequencies = _frequencies(rope.theta, head_dim)
@@ -88,8 +117,8 @@ def _yarn_scale(rope: RopeSpec) -> float:
     return magnitude(1.0)
 
 
-def _longrope_frequencies(rope: RopeSpec, head_dim: int, max_positions: int) -> Tensor:
-    factors = rope.long_factor if max_positions > rope.original_max_positions else rope.short_factor
+def _longrope_frequencies(rope: RopeSpec, head_dim: int, use_long_factors: bool) -> Tensor:
+    factors = rope.long_factor if use_long_factors else rope.short_factor
     return _frequencies(rope.theta, head_dim) / torch.tensor(factors, dtype=torch.float32)
 
 

@@ -14,6 +14,7 @@ from tandem.core.errors import (
     ConfigError,
     DeadlineError,
     IncompatiblePeerError,
+    InternalError,
     OverloadedError,
     StaleEpochError,
     TandemError,
@@ -128,11 +129,15 @@ class KvReceiver:
         cancellation included, the blocks hold anything, but nothing writes to them any more: they may be reused at
         once. Raises `asyncio.CancelledError` only if the task was cancelled, else TransferError (StaleEpochError: the
         lease ended), IncompatiblePeerError, OverloadedError, PeerGoneError, DeadlineError (`deadline_s` has passed),
-        or the error with which the prefill ended.
+        or the error with which the prefill ended. InternalError for block ids that do not fit; nothing is written then.
         """
         needed = self._layout.blocks_for(len(token_ids))
-        assert len(set(block_ids)) == len(block_ids) >= needed
-        assert all(0 <= block < self._layout.num_blocks for block in block_ids)
+        if not len(set(block_ids)) == len(block_ids) >= needed or not all(
+            0 <= block < self._layout.num_blocks for block in block_ids
+        ):
+            raise InternalError(
+                f"A fetch of {needed} blocks got blocks that are too few, not distinct or not in the pool"
+            )
         block_ids = block_ids[:needed]
         fence = WriteFence()
         try:

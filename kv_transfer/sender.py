@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from tandem.core.errors import IncompatiblePeerError, OverloadedError, StaleEpochError, TransferError
 from tandem.core.kv_layout import KvLayout
 from tandem.core.session import LinkStats
-from tandem.core.transfer import Grant, GrantReply, LinkOffer, LinkReply, Manifest, Transport
+from tandem.core.transfer import LAYOUTS_DIFFER, Grant, GrantReply, LinkOffer, LinkReply, Manifest, Transport
 from tandem.kv_transfer.blocks import BlockTransfer, PoolView
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import DescriptorServer, host_identity
@@ -63,7 +63,7 @@ class KvSender:
         Raises IncompatiblePeerError (another layout, or no transport in common) or OverloadedError (too many links).
         """
         if offer.fingerprint != self._layout.fingerprint:
-            raise IncompatiblePeerError("the two workers' KV layouts differ (model weights, dtype or block size)")
+            raise IncompatiblePeerError(LAYOUTS_DIFFER)
         possible = self._transports(offer)
         transport = next((transport for transport in offer.transports if transport in possible), None)
         if transport is None:

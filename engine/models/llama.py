@@ -78,16 +78,22 @@ class LlamaModel:
         return self._ops.linear(hidden, self._head).float()
 
 
-def load_llama(spec: ModelSpec, loader: WeightLoader, ops: Ops, max_positions: int) -> LlamaModel:
-    """Load and pack the weights: Q, K and V as one matrix, gate and up as one. Raises CheckpointError."""
+def load_llama(
+    spec: ModelSpec, loader: WeightLoader, ops: Ops, max_positions: int, use_long_factors: bool
+) -> LlamaModel:
+    """Load and pack the weights: Q, K and V as one matrix, gate and up as one. Raises CheckpointError.
+
+    Positions are below `max_positions`; for `use_long_factors` see `engine.rope`.
+    """
     hidden = spec.hidden_size
-    embedding = loader.take("model.embed_tokens.weight", spec.vocab_size, hidden)
+    assert spec.rope is not None, "every model of this file has rotary embeddings"
+    cos_sin = cos_sin_table(spec.rope, spec.head_dim, max_positions, use_long_factors)
+    embedding, head = loader.take_embeddings(
+        "model.embed_tokens.weight", spec.vocab_size, hidden, spec.tie_word_embeddings
+    )
     layers = [_load_layer(spec, loader, ops, index) for index in range(spec.num_layers)]
     norm = loader.take("model.norm.weight", hidden)
-    head = ops.pack_linear(loader.take_head(embedding, spec.tie_word_embeddings), None)
-    assert spec.rope is not None, "every model of this file has rotary embeddings"
-    cos_sin = cos_sin_table(spec.rope, spec.head_dim, max_positions).to(embedding.device)
-    return LlamaModel(spec, ops, embedding, layers, norm, head, cos_sin)
+    return LlamaModel(spec, ops, embedding, layers, norm, ops.pack_linear(head, None), cos_sin.to(embedding.device))
 
 
 def _load_layer(spec: ModelSpec, loader: WeightLoader, ops: Ops, index: int) -> _LlamaLayer:

@@ -73,12 +73,13 @@ def load_opt(spec: ModelSpec, loader: WeightLoader, ops: Ops) -> OptModel:
     """Load and pack the weights: Q, K and V as one matrix. Raises CheckpointError."""
     hidden = spec.hidden_size
     positions = spec.max_position_embeddings + OPT_POSITION_OFFSET
-    embedding = loader.take("model.decoder.embed_tokens.weight", spec.vocab_size, hidden)
+    embedding, head = loader.take_embeddings(
+        "model.decoder.embed_tokens.weight", spec.vocab_size, hidden, spec.tie_word_embeddings
+    )
     position_embedding = loader.take("model.decoder.embed_positions.weight", positions, hidden)
     layers = [_load_layer(spec, loader, ops, index) for index in range(spec.num_layers)]
     norm = _load_norm(loader, "model.decoder.final_layer_norm", hidden)
-    head = ops.pack_linear(loader.take_head(embedding, spec.tie_word_embeddings), None)
-    return OptModel(spec, ops, embedding, position_embedding, layers, norm, head)
+    return OptModel(spec, ops, embedding, position_embedding, layers, norm, ops.pack_linear(head, None))
 
 
 def _load_norm(loader: WeightLoader, name: str, hidden: int) -> _LayerNorm:

@@ -1,10 +1,12 @@
 // The functions that Python calls through ctypes: pointers and sizes, no torch headers, so that a compiler is the only
 // requirement. The caller has checked shapes, dtypes and contiguity. Every function takes the context of one engine: its
-// threads and their scratch memory. A context is not thread-safe.
+// threads and their scratch memory. A context is not thread-safe. Functions that compute return 0, or 1 where memory is
+// short; no exception leaves the library.
 
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -34,10 +36,17 @@ struct Context {
 
     explicit Context(int threads) : pool(threads), scratch(size_t(threads)) { reserve(sizeof(AttentionScratch)); }
 
+    // Throws std::bad_alloc; the memory of before is kept then.
     void reserve(size_t bytes) {
         if (bytes <= scratch_bytes) return;
-        scratch_bytes = (bytes + 4095) & ~size_t(4095);
-        for (auto& memory : scratch) memory.reset(std::aligned_alloc(4096, scratch_bytes));
+        const size_t wanted = (bytes + 4095) & ~size_t(4095);
+        std::vector<std::unique_ptr<void, Free>> larger(scratch.size());
+        for (auto& memory : larger) {
+            memory.reset(std::aligned_alloc(4096, wanted));
+            if (!memory) throw std::bad_alloc();
+        }
+        scratch.swap(larger);
+        scratch_bytes = wanted;
     }
 
     // body(thread, threads) on every thread; without `share`, which is for little work, on the caller's thread alone.
@@ -66,6 +75,17 @@ void with_type(int is_bf16, Void* data, Body body) {
         body(static_cast<std::conditional_t<std::is_const_v<Void>, const bf16, bf16>*>(data));
     else
         body(static_cast<std::conditional_t<std::is_const_v<Void>, const float, float>*>(data));
+}
+
+// Runs body(); the result of a function that Python calls.
+template <class Body>
+int completed(Body body) {
+    try {
+        body();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
 }
 
 template <class W>
@@ -135,7 +155,14 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
 #pragma GCC visibility push(default)
 extern "C" {
 
-void* tandem_create(int threads) { return new Context(threads); }
+// Null where memory is short or the system has no more threads.
+void* tandem_create(int threads) {
+    try {
+        return new Context(threads);
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
 void tandem_destroy(void* context) { delete static_cast<Context*>(context); }
 
 // The instructions that this build multiplies with.
@@ -162,14 +189,16 @@ void tandem_pack(const void* weight, int is_bf16, int64_t n, int64_t k, void* pa
 }
 
 // y[rows][columns] = x[rows][k] * weight + bias; `gated`: see PackedWeights.
-void tandem_linear(void* context, const void* packed, const float* bias, int is_bf16, int gated, int64_t columns, int64_t k,
+int tandem_linear(void* context, const void* packed, const float* bias, int is_bf16, int gated, int64_t columns, int64_t k,
                    const float* x, int64_t rows, float* y) {
     const PackedWeights weights{packed, bias, columns, k, is_bf16 != 0, gated != 0};
     auto& c = *static_cast<Context*>(context);
-    if (is_bf16)
-        linear<Bf16Weights>(c, weights, x, rows, y);
-    else
-        linear<FloatWeights>(c, weights, x, rows, y);
+    return completed([&] {
+        if (is_bf16)
+            linear<Bf16Weights>(c, weights, x, rows, y);
+        else
+            linear<FloatWeights>(c, weights, x, rows, y);
+    });
 }
 
 void tandem_embedding(void* context, const int64_t* ids, int64_t rows, const void* weight, int is_bf16, int64_t hidden,
@@ -225,15 +254,17 @@ void tandem_rope_and_cache(void* context, float* qkv, int64_t rows, const float*
 
 // q: a token's queries begin `q_stride` floats after those of the token before; out[tokens][heads * head_dim]. `window` 0:
 // none. head_dim <= MAX_HEAD_DIM and heads / kv_heads <= TASK_ROWS.
-void tandem_attention(void* context, const float* q, int64_t q_stride, const void* kv_layer, int kv_is_bf16,
-                      int64_t num_blocks, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                      const int32_t* query_starts, const int32_t* context_lens, const int32_t* tables,
-                      int64_t table_stride, int64_t sequences, float scale, int64_t window, float* out) {
+int tandem_attention(void* context, const float* q, int64_t q_stride, const void* kv_layer, int kv_is_bf16,
+                     int64_t num_blocks, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                     const int32_t* query_starts, const int32_t* context_lens, const int32_t* tables,
+                     int64_t table_stride, int64_t sequences, float scale, int64_t window, float* out) {
     const int64_t visible = window > 0 ? window : int64_t(1) << 40;
     const AttentionShape shape{heads, kv_heads, head_dim, block_size, num_blocks, table_stride, q_stride, scale, visible};
     auto& c = *static_cast<Context*>(context);
-    with_type(kv_is_bf16, kv_layer, [&](auto* kv) {
-        attention(c, shape, q, kv, query_starts, context_lens, tables, sequences, out);
+    return completed([&] {
+        with_type(kv_is_bf16, kv_layer, [&](auto* kv) {
+            attention(c, shape, q, kv, query_starts, context_lens, tables, sequences, out);
+        });
     });
 }
 

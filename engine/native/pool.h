@@ -15,14 +15,16 @@ namespace tandem {
 
 class Pool {
 public:
+    // Throws std::system_error where the system has no more threads.
     explicit Pool(int threads) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+        try {
+            for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+        } catch (...) {
+            stop();
+            throw;
+        }
     }
-    ~Pool() {
-        job_ = nullptr;
-        start();
-        for (auto& worker : workers_) worker.join();
-    }
+    ~Pool() { stop(); }
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
@@ -56,6 +58,11 @@ private:
     void start() {
         generation_.fetch_add(1, std::memory_order_release);
         generation_.notify_all();
+    }
+    void stop() {
+        job_ = nullptr;
+        start();
+        for (auto& worker : workers_) worker.join();
     }
     void work(int thread) {
         uint32_t seen = 0;

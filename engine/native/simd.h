@@ -23,7 +23,8 @@ constexpr int VL = 4;
 typedef float vf __attribute__((vector_size(VL * 4), may_alias));
 typedef float vf_unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(VL * 4), may_alias));
-typedef uint32_t vu_unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+// Words are pairs of bf16, too, which begin at any even address.
+typedef uint32_t vu_unaligned __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 typedef int32_t vi __attribute__((vector_size(VL * 4), may_alias));
 
 using bf16 = uint16_t;

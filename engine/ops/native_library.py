@@ -143,3 +143,11 @@ def _declare(library: ctypes.CDLL) -> None:
         function.restype = None
     library.tandem_create.restype = ctypes.c_void_p
     library.tandem_instructions.restype = ctypes.c_char_p
+    library.tandem_linear.restype = _completed
+    library.tandem_attention.restype = _completed
+
+
+def _completed(result: int) -> None:
+    """What a function of the library has returned. Raises MemoryError."""
+    if result:
+        raise MemoryError("A native kernel has no memory for its working data")

@@ -14,6 +14,7 @@ from torch import Tensor
 from tandem.core.errors import InternalError
 from tandem.engine.ops.huge_pages import HugePageArena
 from tandem.engine.ops.interface import AttentionMeta, HeadShape, PackedLinear
+from tandem.engine.ops.native_library import NativeUnavailableError
 
 _PANEL = 32  # columns of a packed panel, as in engine/native/gemm.h
 # Limits of the attention kernel's buffers, as in engine/native/attention.h: elements of a head, and query heads that
@@ -39,9 +40,13 @@ class NativeOps:
     """Implements `Ops`. Not thread-safe; the kernels run on `num_threads` threads, one of which is the caller's."""
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
-        assert num_threads >= 1, "an engine computes on at least one thread"
+        """Raises NativeUnavailableError where the system does not have the threads or their memory."""
+        if num_threads < 1:
+            raise InternalError("An engine computes on at least one thread")
         self._library = library
         self._context = library.tandem_create(num_threads)
+        if self._context is None:
+            raise NativeUnavailableError(f"{num_threads} threads or their memory are not to be had")
         self._arena = HugePageArena()
         weakref.finalize(self, library.tandem_destroy, self._context)
         self.name = f"native ({library.tandem_instructions().decode()})"
@@ -67,16 +72,14 @@ class NativeOps:
         return NativeLinear(in_features, out_features, panels, bias32, gated)
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        assert isinstance(packed, NativeLinear), "packed by another Ops"
-        assert not packed.gated
-        return self._multiply(x, packed)
+        return self._multiply(x, packed, gated=False)
 
     def gated_linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        assert isinstance(packed, NativeLinear), "packed by another Ops"
-        assert packed.gated
-        return self._multiply(x, packed)
+        return self._multiply(x, packed, gated=True)
 
-    def _multiply(self, x: Tensor, packed: NativeLinear) -> Tensor:
+    def _multiply(self, x: Tensor, packed: PackedLinear, gated: bool) -> Tensor:
+        if not isinstance(packed, NativeLinear) or packed.gated != gated:
+            raise InternalError("A native kernel got a weight that was packed for another one")
         _checked(x, torch.float32)
         if x.shape[1] != packed.in_features:
             raise InternalError(f"A weight for {packed.in_features} features got {x.shape[1]}")
@@ -117,8 +120,9 @@ class NativeOps:
         return self._rms_norm(x, _checked(residual, torch.float32), weight, eps)
 
     def _rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        x = _checked(x, torch.float32)
-        _checked(weight, *_DTYPES)
+        shape = _checked(x, torch.float32).shape
+        if _checked(weight, *_DTYPES).shape != shape[1:] or (residual is not None and residual.shape != shape):
+            raise _wrong_shapes(x, residual, weight)
         y = torch.empty_like(x)
         self._library.tandem_rms_norm(
             self._context,
@@ -134,10 +138,12 @@ class NativeOps:
         return y
 
     def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        _checked(x, torch.float32)
+        shape = _checked(x, torch.float32).shape
         _checked(residual, torch.float32)
         _checked(weight, *_DTYPES)
         _checked(bias, weight.dtype)
+        if residual.shape != shape or weight.shape != shape[1:] or bias.shape != shape[1:]:
+            raise _wrong_shapes(x, residual, weight, bias)
         y = torch.empty_like(x)
         self._library.tandem_add_layer_norm(
             self._context,
@@ -166,15 +172,19 @@ class NativeOps:
         eps: float = 1e-6,
     ) -> Tensor:
         """See `Ops`; the result is a view of `qkv`, which is overwritten."""
-        qkv = _checked(qkv, torch.float32)
+        num_tokens, width = _checked(qkv, torch.float32).shape
         _checked(positions, torch.int64)
         _checked(slots, torch.int64)
-        if cos_sin is not None:
-            _checked(cos_sin, torch.float32)
+        if width != heads.q_size + 2 * heads.kv_size or not len(positions) == len(slots) == num_tokens:
+            raise _wrong_shapes(qkv, positions, slots)
+        if cos_sin is not None and _checked(cos_sin, torch.float32).shape[1] != heads.head_dim:
+            raise _wrong_shapes(cos_sin)
         norm_is_bf16 = False
         for norm in (q_norm, k_norm):
             if norm is not None:
                 norm_is_bf16 = bool(_is_bf16(_checked(norm, *_DTYPES)))
+                if len(norm) != heads.head_dim:
+                    raise _wrong_shapes(norm)
         self._library.tandem_rope_and_cache(
             self._context,
             qkv.data_ptr(),
@@ -201,9 +211,14 @@ class NativeOps:
     ) -> Tensor:
         if q.dtype != torch.float32 or q.stride()[1:] != (heads.head_dim, 1):  # only the tokens' stride is free
             raise InternalError(f"The attention kernel cannot read queries of {q.dtype} with strides {q.stride()}")
-        _checked(meta.query_starts, torch.int32)
-        _checked(meta.context_lens, torch.int32)
-        _checked(meta.block_tables, torch.int32)
+        num_sequences = len(meta.context_lens_host)
+        starts, lens = _checked(meta.query_starts, torch.int32), _checked(meta.context_lens, torch.int32)
+        tables = _checked(meta.block_tables, torch.int32)
+        if (
+            q.shape != (meta.query_starts_host[-1], heads.num_heads, heads.head_dim)
+            or not len(starts) - 1 == len(lens) == len(tables) == num_sequences
+        ):
+            raise _wrong_shapes(q, starts, lens, tables)
         out = torch.empty(q.shape[0], heads.q_size)
         self._library.tandem_attention(
             self._context,
@@ -214,7 +229,7 @@ class NativeOps:
             meta.context_lens.data_ptr(),
             meta.block_tables.data_ptr(),
             meta.block_tables.stride(0),
-            len(meta.context_lens_host),
+            num_sequences,
             scale,
             sliding_window or 0,
             out.data_ptr(),
@@ -236,10 +251,21 @@ def _checked(tensor: Tensor, *dtypes: torch.dtype) -> Tensor:
     return tensor
 
 
+def _wrong_shapes(*tensors: Tensor | None) -> InternalError:
+    shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors if tensor is not None)
+    return InternalError(f"A native kernel got tensors whose shapes do not fit: {shapes}")
+
+
 def _kv_arguments(kv_layer: Tensor, heads: HeadShape) -> tuple[int, ...]:
-    """The kernels' arguments from `kv_layer` to `head_dim`."""
-    num_blocks, block_size = _checked(kv_layer, *_DTYPES).shape[1:4:2]
-    shape = (num_blocks, block_size, heads.num_heads, heads.num_kv_heads, heads.head_dim)
+    """The kernels' arguments from `kv_layer` to `head_dim`. Raises InternalError for heads beyond their buffers."""
+    if heads.head_dim > MAX_HEAD_DIM or not heads.num_kv_heads <= heads.num_heads <= (
+        MAX_HEADS_PER_KV_HEAD * heads.num_kv_heads
+    ):
+        raise InternalError(f"The attention kernel cannot compute {heads}")
+    _, num_blocks, num_kv_heads, block_size, head_dim = _checked(kv_layer, *_DTYPES).shape
+    if (len(kv_layer), num_kv_heads, head_dim) != (2, heads.num_kv_heads, heads.head_dim):
+        raise _wrong_shapes(kv_layer)
+    shape = (num_blocks, block_size, heads.num_heads, num_kv_heads, head_dim)
     return kv_layer.data_ptr(), _is_bf16(kv_layer), *shape
 
 

@@ -41,7 +41,7 @@ def _checkpoint_shape(folder: Path) -> ModelShape:
         config = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object")

@@ -71,7 +71,7 @@ def test_absent_fields_take_the_defaults_of_the_family() -> None:
 
 
 def test_sliding_windows() -> None:
-    assert _spec(sliding_window=5).sliding_windows == (None,) * 4
+    assert _spec(sliding_window=256).sliding_windows == (None,) * 4
     assert _of("MistralForCausalLM", sliding_window=5).sliding_windows == (5,) * 4
     assert _of("MistralForCausalLM", sliding_window=None).sliding_windows == (None,) * 4
     assert _of("MistralForCausalLM").sliding_windows == (4096,) * 4
@@ -129,6 +129,14 @@ def test_context_is_stretched_by_yarn_and_dynamic_rope_only() -> None:
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "4 short and as many long factors"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"eos_token_id": "</s>"}, "'eos_token_id' must be a token id"),
+        ({"eos_token_id": True}, "'eos_token_id' must be a token id"),
+        ({"hidden_size": 10**400}, "'hidden_size' must be at most 2147483647, not 1000"),
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers' must be at most 10000"),
+        ({"rms_norm_eps": 10**400}, "'rms_norm_eps' must be a positive number"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [10**400]}}, "list of positive numbers"),
+        ({"model_type": "mistral"}, "'model_type' 'mistral' does not fit LlamaForCausalLM"),
+        ({"sliding_window": 5}, "'sliding_window' 5 is not supported for LlamaForCausalLM"),
+        ({"is_causal": False}, "'is_causal' False is not supported"),
     ],
 )
 def test_what_the_engine_cannot_compute_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -142,6 +150,7 @@ def test_what_the_engine_cannot_compute_is_refused(changes: dict[str, Any], mess
         ({"layer_types": ["full_attention"]}, "'layer_types' must name one of"),
         ({"layer_types": ["full_attention"] * 3 + ["linear_attention"]}, "'layer_types' must name one of"),
         ({"layer_types": ["sliding_attention"] * 4}, "no 'sliding_window' is in use"),
+        ({"layer_types": [{}] * 4}, "'layer_types' must name one of"),
     ],
 )
 def test_layer_types_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -1,7 +1,9 @@
 """Every family against transformers: the same logits, and token by token the same greedy answers in mixed batches."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from tandem.core.errors import ConfigError
 from tandem.core.request import SamplingParams
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine, load_engine
+from tandem.engine.ops.interface import PackedLinear
+from tandem.engine.ops.torch_ops import TorchOps
 from tandem.engine.step import SampleRequest, SequenceSlice
 from tests.engine.conftest import CONFIGS, Checkpoints, write_checkpoint
 from tests.engine.driver import Driver
@@ -67,11 +71,98 @@ def test_logits_agree_in_float32(name: str, ops: str, checkpoints: Checkpoints) 
         _check_scores(engine, prompt, chunk_tokens, expected, atol=1e-4)
 
 
+def _all_scores(engine: Engine, prompt: list[int], chunk_tokens: int) -> torch.Tensor:
+    """Log-probabilities [tokens - 1, vocab] of a prompt computed in chunks."""
+    vocab_size = engine.spec.vocab_size
+    scores = torch.empty(len(prompt) - 1, vocab_size)
+    blocks = list(range(engine.layout.blocks_for(len(prompt))))
+    for start in range(0, len(prompt), chunk_tokens):
+        end = start + chunk_tokens
+        following = prompt[end] if end < len(prompt) else None
+        part = SequenceSlice(prompt[start:end], start, blocks, prompt_logprobs=vocab_size, next_token_id=following)
+        entries = engine.step([part]).prompt_logprobs[0]
+        assert entries is not None
+        for row, entry in enumerate(entries, start):
+            token_ids, values = zip(*entry.top, strict=True)
+            scores[row, list(token_ids)] = torch.tensor(values)
+    return scores
+
+
+def _deviation(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of log-probabilities [rows, vocab]: root mean square of the differences, as a share of the values' spread."""
+    return float((actual - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm())
+
+
+def _bfloat16_deviation(num_layers: int) -> float:
+    """How far bf16 may be from float32.
+
+    Each layer rounds 7 weights and 9 results (2 norms, qkv, rotation, attention, its projection, gate and up, down,
+    residual) by at most half an eps each; independent errors add like their squares.
+    """
+    return torch.finfo(torch.bfloat16).eps / 2 * (16 * num_layers) ** 0.5
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3", "opt"])
-def test_logits_agree_loosely_in_bfloat16(name: str, ops: str, checkpoints: Checkpoints) -> None:
+def test_logits_agree_in_bfloat16_as_far_as_the_format_allows(name: str, ops: str, checkpoints: Checkpoints) -> None:
     engine = _engine(checkpoints[name].path, dtype="bfloat16", ops=ops)
     prompt = _prompt(60)
-    _check_scores(engine, prompt, 25, checkpoints[name].logits(prompt), atol=0.6)
+    expected = checkpoints[name].logits(prompt).log_softmax(-1)[:-1]
+    assert _deviation(_all_scores(engine, prompt, 25), expected) < _bfloat16_deviation(engine.spec.num_layers)
+
+
+def _with_scale(ops: TorchOps, *arguments: Any) -> torch.Tensor:
+    q, kv, meta, heads, scale, window = arguments
+    return _attention(ops, q, kv, meta, heads, scale * 1.03, window)
+
+
+def _with_window(ops: TorchOps, *arguments: Any) -> torch.Tensor:
+    return _attention(ops, *arguments[:-1], 55)
+
+
+def _with_gelu(ops: TorchOps, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    gate, up = ops.linear(x, packed).chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate) * up
+
+
+_attention = TorchOps.paged_attention
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong"),
+    [("paged_attention", _with_scale), ("paged_attention", _with_window), ("gated_linear", _with_gelu)],
+    ids=["attention-3-percent-sharper", "attention-5-tokens-short", "another-activation"],
+)
+def test_a_wrong_kernel_is_further_off_than_bfloat16_allows(
+    method: str, wrong: Callable[..., torch.Tensor], checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchOps, method, wrong)
+    engine = _engine(checkpoints["llama"].path, dtype="bfloat16")
+    prompt = _prompt(60)
+    expected = checkpoints["llama"].logits(prompt).log_softmax(-1)[:-1]
+    assert _deviation(_all_scores(engine, prompt, 25), expected) > _bfloat16_deviation(engine.spec.num_layers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torch_computes_a_sequence_alike_alone_in_a_batch_and_in_chunks(dtype: str, checkpoints: Checkpoints) -> None:
+    """Within rounding only: the promise of equal bits is the native kernels' (see test_native_engine)."""
+    engine = _engine(checkpoints["llama"].path, dtype=dtype)
+    prompt = _prompt(60)
+    alone = _all_scores(engine, prompt, 60)
+    limit = 1e-5 if dtype == "float32" else _bfloat16_deviation(engine.spec.num_layers)
+    for chunk_tokens in (1, 7, 25):
+        assert _deviation(_all_scores(engine, prompt, chunk_tokens), alone) < limit
+    others = [
+        SequenceSlice(_prompt(length, seed=length), 0, list(range(20 + 10 * n, 30 + 10 * n)))
+        for n, length in enumerate((1, 40, 80))
+    ]
+    part = SequenceSlice(prompt, 0, list(range(8)), prompt_logprobs=300)
+    entries = engine.step([*others[:2], part, *others[2:]]).prompt_logprobs[2]
+    assert entries is not None
+    batched = torch.empty_like(alone)
+    for row, entry in enumerate(entries):
+        token_ids, values = zip(*entry.top, strict=True)
+        batched[row, list(token_ids)] = torch.tensor(values)
+    assert _deviation(batched, alone) < limit
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -129,6 +220,35 @@ def test_longrope_takes_the_long_factors_for_a_context_beyond_the_trained_one(
     _check_scores(_engine(tmp_path), prompt, 60, reference.logits(prompt), atol=1e-4)
     limited = _engine(tmp_path, max_model_len=32)
     _check_scores(limited, prompt[:32], 32, reference.logits(prompt[:32]), atol=1e-4)
+
+
+def test_kv_of_other_longrope_factors_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Keys rotated by other factors are wrong; other kernels or an equal choice of factors are not."""
+    config: PreTrainedConfig = type(CONFIGS["llama-longrope"]).from_dict(CONFIGS["llama-longrope"].to_dict())
+    assert config.rope_parameters is not None
+    config.rope_parameters["original_max_position_embeddings"] = 32
+    write_checkpoint(config, tmp_path)
+    short, long, longer = (_engine(tmp_path, max_model_len=length).layout for length in (32, 33, 256))
+    assert long.fingerprint == longer.fingerprint
+    assert short.fingerprint != long.fingerprint
+    path = checkpoints["llama-dynamic"].path  # a rotation that depends on the position alone
+    assert _engine(path, max_model_len=32).layout.fingerprint == _engine(path).layout.fingerprint
+    assert _engine(path, dtype="bfloat16").layout.fingerprint != _engine(path).layout.fingerprint
+
+
+def test_kv_of_other_kernels_is_taken_and_computes_on_within_rounding(ops: str, checkpoints: Checkpoints) -> None:
+    """A prompt's KV from torch, the rest from either backend: such a pair is allowed, equal bits are not promised."""
+    prompt = _prompt(40)
+    source, destination = _engine(checkpoints["llama"].path), _engine(checkpoints["llama"].path, ops=ops)
+    assert source.layout.fingerprint == destination.layout.fingerprint
+    source.step([SequenceSlice(prompt[:30], 0, list(range(5)))])
+    destination.pool.copy_(source.pool)
+    part = SequenceSlice(prompt[30:], 30, list(range(5)), prompt_logprobs=300)
+    entries = destination.step([part]).prompt_logprobs[0]
+    assert entries is not None
+    expected = checkpoints["llama"].logits(prompt).log_softmax(-1)
+    for row, entry in enumerate(entries, 30):
+        assert entry.logprob == pytest.approx(float(expected[row, entry.token_id]), abs=1e-4)
 
 
 def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoints: Checkpoints) -> None:

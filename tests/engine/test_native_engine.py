@@ -11,6 +11,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine, load_engine
 from tandem.engine.ops import choose
 from tandem.engine.ops.native_library import NativeUnavailableError, load_native_library
+from tandem.engine.step import SequenceSlice
 from tests.engine.conftest import CONFIGS, Checkpoints
 from tests.engine.driver import Driver
 
@@ -79,6 +80,32 @@ def test_sampled_tokens_and_kv_are_the_same_bits_alone_in_a_batch_and_recomputed
     resumed = driver.add(alone.token_ids[:90], 20, params)
     driver.run([resumed])
     assert resumed.drawn == alone.drawn[20:]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_logits_are_the_same_bits_decoded_in_chunks_and_in_a_batch(dtype: str, checkpoints: Checkpoints) -> None:
+    """Every log-probability of every position: each token decoded, the prompt in chunks, and in one piece."""
+    prompt = _prompt(50)
+    results = []
+    for chunk_tokens, num_threads, others in ((1, 1, 0), (50, 1, 0), (13, 3, 2), (50, 3, 3)):
+        engine = _engine(checkpoints["qwen2"].path, dtype, num_threads)
+        scores = []
+        for start in range(0, len(prompt), chunk_tokens):
+            end = min(start + chunk_tokens, len(prompt))
+            following = prompt[end] if end < len(prompt) else 0
+            part = SequenceSlice(
+                prompt[start:end], start, list(range(7, 14)), prompt_logprobs=300, next_token_id=following
+            )
+            beside = [
+                SequenceSlice(_prompt(9 + 30 * n, seed=n), 0, list(range(20 * n, 20 * n + 14))) for n in (1, 2, 3)
+            ]
+            entries = engine.step([*beside[:others], part]).prompt_logprobs[-1]
+            assert entries is not None
+            scores += [sorted(entry.top) for entry in entries]
+        results.append((scores, engine.pool[:, :, 7:13].clone()))
+    for scores, kv in results[1:]:
+        assert scores == results[0][0]
+        assert kv.equal(results[0][1])
 
 
 def test_without_a_compiler_auto_means_torch_and_native_is_refused(
