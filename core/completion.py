@@ -49,7 +49,8 @@ class CompletionRequest:
 
     `seed` and `max_tokens` replace those of `sampling`, where None is not possible. Without a seed each prompt gets a
     random one; without `max_tokens` the context length is the only limit. `received_s` and `deadline_s` are on the
-    router's monotonic clock.
+    router's monotonic clock. With `echo` the response begins with the prompt; if a prompt of token ids ends inside of a
+    character, the deltas begin with that character.
     """
 
     request_id: str
@@ -61,6 +62,7 @@ class CompletionRequest:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     n: int = 1
+    echo: bool = False
     cache_salt: str = ""
     deadline_s: float = float("inf")
 

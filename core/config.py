@@ -152,6 +152,9 @@ class RouterSection(FrozenModel):
     )
     max_body: Bytes = 8 << 20
     reflection: bool = True
+    parse_control_tokens: bool = Field(
+        default=False, description="Names of control tokens in prompts and messages count as these tokens, not as text"
+    )
     resume: bool = Field(default=True, description="Continue on another instance when one is lost mid-stream")
     replacement_wait_s: float = Field(
         default=30.0, ge=0, description="How long a request that lost its instances waits for others"

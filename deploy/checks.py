@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
+from tandem.core.clock import SystemClock
 from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError, TandemError
 from tandem.core.session import InstanceStatus
@@ -196,12 +198,18 @@ def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
     text = f"{config.served_name}: {spec.architecture}, {spec.num_parameters / 1e6:.1f} M parameters"
     yield Finding("model", Grade.OK, f"{text}, context {spec.max_context_tokens}")
     try:
-        from tokenizers import Tokenizer
+        from tandem.router.tokenizer import TextTokenizer
 
-        Tokenizer.from_file(str(config.model / "tokenizer.json"))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a file it cannot read
-        advice = "download tokenizer.json from the model's publisher again"
-        yield Finding("tokenizer", Grade.FAILED, f"tokenizer.json cannot be read ({error})", advice)
+        with ThreadPoolExecutor(1) as executor:
+            TextTokenizer.load(
+                config.model,
+                clock=SystemClock(),
+                executor=executor,
+                parse_control_tokens=config.router.parse_control_tokens,
+            )
+    except TandemError as error:
+        advice = "download the tokenizer's files from the model's publisher again"
+        yield Finding("tokenizer", Grade.FAILED, error.message, advice)
     else:
         yield Finding("tokenizer", Grade.OK, "tokenizer.json")
 

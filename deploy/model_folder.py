@@ -14,7 +14,8 @@ def check_model_folder(path: Path) -> ModelSpec:
         raise CheckpointError(f"the model {path} is not a folder; it must hold config.json, tokenizer.json and weights")
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
-            raise CheckpointError(f"the model {path} has no {name}")
+            advice = "; see transformers.AutoTokenizer.save_pretrained" if name == "tokenizer.json" else ""
+            raise CheckpointError(f"the model {path} has no {name}{advice}")
     try:
         config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:

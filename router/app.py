@@ -167,7 +167,12 @@ class RouterApp:
         config, settings, random = self._config, self._config.router, SystemRandom()
         self.instance_id = f"router-{random.getrandbits(48):012x}"
         executor = self._resources.enter_context(ThreadPoolExecutor(_TOKENIZER_THREADS, "tokenizer"))
-        tokenizer = TextTokenizer.load(config.model, clock=self._clock, executor=executor)
+        tokenizer = TextTokenizer.load(
+            config.model,
+            clock=self._clock,
+            executor=executor,
+            parse_control_tokens=settings.parse_control_tokens,
+        )
         service = TextService(
             generator=self._dispatcher,
             tokenizer=tokenizer,

@@ -47,11 +47,17 @@ class ChoiceStream:
     """The deltas of one choice, from the tokens of its generation."""
 
     def __init__(
-        self, index: int, generation: Generation, tokenizer: TextTokenizer, stop_strings: StopStrings | None
+        self,
+        index: int,
+        generation: Generation,
+        tokenizer: TextTokenizer,
+        stop_strings: StopStrings | None,
+        *,
+        echo: bool = False,
     ) -> None:
         self.index = index
         self._generation = generation
-        self._detokenizer = tokenizer.detokenizer()
+        self._detokenizer = tokenizer.detokenizer(generation.request.token_ids, keeps_prompt_end=echo)
         self._matcher = None if stop_strings is None else StopMatcher(stop_strings)
         self._stop_ids = frozenset(generation.request.sampling.stop_token_ids)
         self._num_tokens = 0
@@ -119,6 +125,7 @@ class RunningCompletion:
         self._groups = groups
         self._stop_strings = StopStrings(request.stop) if request.stop else None
         self._received_s = request.received_s
+        self._echo = request.echo
         self._generator = generator
         self._tokenizer = tokenizer
         self._generations: list[Generation] = []
@@ -139,7 +146,7 @@ class RunningCompletion:
     def _choice(self, request: GenerationRequest, index: int) -> ChoiceStream:
         generation = self._generator.start(request, self._received_s)
         self._generations.append(generation)
-        return ChoiceStream(index, generation, self._tokenizer, self._stop_strings)
+        return ChoiceStream(index, generation, self._tokenizer, self._stop_strings, echo=self._echo)
 
     def __aiter__(self) -> AsyncIterator[TextDelta]:
         assert self._iterator is None, "the deltas are given once"

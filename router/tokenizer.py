@@ -1,33 +1,39 @@
 """Text <-> token ids, with the checkpoint's tokenizer.json, tokenizer_config.json and chat template."""
 
 import asyncio
-import json
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 
 from tandem.core.clock import Clock
 from tandem.core.completion import ChatMessage
-from tandem.core.errors import CheckpointError, InvalidRequestError
+from tandem.core.errors import CheckpointError, InternalError, InvalidRequestError
 from tandem.router.chat_template import ChatTemplate
-from tandem.router.detokenizer import ByteDetokenizer, ByteTable, Detokenizer, WindowDetokenizer
+from tandem.router.control_tokens import ControlTokens
+from tandem.router.detokenizer import Detokenizer, token_table
+from tandem.router.tokenizer_files import library_errors, read_tokenizer_files
+
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _INLINE_CHARS = 4096  # about 1 ms of tokenizing; longer text is tokenized in a thread, which costs 0.1 ms
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_MAX_PROBES = 1000
 
 
 class TextTokenizer:
     """One checkpoint's tokenizer. Safe for use by many requests at once.
 
     `eos_token_ids` end a generation: those of generation_config.json, config.json and tokenizer_config.json together.
-    `vocab_size` is the model's: every token id is below it.
+    `vocab_size` is the model's: every token id is below it. Names of control tokens in the text of users are text,
+    unless `parse_control_tokens` is set. `template_names` are those of chat templates none of which is the default.
     """
 
     def __init__(
@@ -38,18 +44,28 @@ class TextTokenizer:
         eos_token_ids: frozenset[int] = frozenset(),
         vocab_size: int | None = None,
         chat_template: ChatTemplate | None = None,
+        template_names: tuple[str, ...] = (),
+        parse_control_tokens: bool = False,
     ) -> None:
+        """Raises CheckpointError for a tokenizer that cannot be used."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._executor = executor
         self._chat_template = chat_template
+        self._template_names = template_names
         self.eos_token_ids = eos_token_ids
         self.vocab_size = vocab_size or tokenizer.get_vocab_size()
-        added = tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        self._byte_table = ByteTable(tokenizer, self._special_ids) if byte_level else None
+        special = {token_id: token for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._table = token_table(tokenizer, frozenset(special))
+        self._before, self._after = _added_around(tokenizer)
+        self._control = None if parse_control_tokens else ControlTokens(tokenizer, special)
+        self._may_exceed = max(tokenizer.get_vocab().values()) >= self.vocab_size
+        if self._may_exceed and max((*self._before, *self._after), default=0) >= self.vocab_size:
+            raise CheckpointError(
+                "The checkpoint's tokenizer.json adds a token to every text whose id is not in the model's vocabulary "
+                f"of {self.vocab_size} tokens."
+            )
 
     @classmethod
     def load(
@@ -59,118 +75,122 @@ class TextTokenizer:
         clock: Clock,
         executor: Executor,
         local_time: Callable[[], datetime] = datetime.now,
+        parse_control_tokens: bool = False,
     ) -> "TextTokenizer":
         """Read a checkpoint folder. Raises CheckpointError for a missing or damaged file."""
-        try:
-            tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"The checkpoint's tokenizer.json cannot be read: {error}") from error
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"The checkpoint's tokenizer.json is damaged: {error}") from error
-        settings = _read_json(folder / "tokenizer_config.json")
-        config = _read_json(folder / "config.json")
-        names = _special_token_names(settings)
-        source = _template_source(folder, settings)
-        return cls(
-            tokenizer,
-            executor=executor,
-            eos_token_ids=_eos_token_ids(tokenizer, names, config, _read_json(folder / "generation_config.json")),
-            vocab_size=config.get("vocab_size"),
-            chat_template=None if source is None else ChatTemplate(source, names, clock, local_time),
-        )
+        files = read_tokenizer_files(folder)
+        template = None
+        if files.chat_template is not None:
+            template = ChatTemplate(files.chat_template, files.named_tokens, clock, local_time)
+            template.check_speed()
+        with library_errors("tokenizer.json"):
+            return cls(
+                files.tokenizer,
+                executor=executor,
+                eos_token_ids=files.eos_token_ids,
+                vocab_size=files.vocab_size,
+                chat_template=template,
+                template_names=files.template_names,
+                parse_control_tokens=parse_control_tokens,
+            )
 
     async def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text, with the special tokens that the tokenizer adds. Raises InvalidRequestError."""
-        return await self._encode(text, add_special_tokens=True)
+        if len(text) <= _INLINE_CHARS:
+            return self._encode_now(text)
+        return await self._in_thread(self._encode_now, text)
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Ids of a conversation. The template writes all special tokens. Raises InvalidRequestError."""
         if self._chat_template is None:
+            names = ", ".join(self._template_names)
+            reason = f"has several chat templates ({names}) and no default" if names else "has no chat template"
             raise InvalidRequestError(
-                "This model has no chat template; send its text to /v1/completions instead.", param="messages"
+                f"This model {reason}; send its text to /v1/completions instead.", param="messages"
             )
         if sum(len(message.content) for message in messages) <= _INLINE_CHARS:
-            rendered = self._chat_template.render(messages)
+            return self._encode_chat_now(self._chat_template, messages)
+        return await self._in_thread(self._encode_chat_now, self._chat_template, messages)
+
+    def _encode_now(self, text: str) -> tuple[int, ...]:
+        if self._control is None:
+            ids = self._encoded(self._encode_parsed, text)
         else:
-            rendered = await self._in_thread(self._chat_template.render, messages)
-        return await self._encode(rendered, add_special_tokens=False)
+            ids = self._encoded(self._control.encode_text, text)
+        return (*self._before, *ids, *self._after)
 
-    async def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        if len(text) <= _INLINE_CHARS:
-            return self._encode_now(text, add_special_tokens)
-        return await self._in_thread(self._encode_now, text, add_special_tokens)
+    def _encode_chat_now(self, template: ChatTemplate, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """The ids of the rendered text, if its control tokens are the template's.
 
-    def _encode_now(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        try:  # unlike `encode`, the batch call releases the interpreter's lock
-            return tuple(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
-        except TypeError as error:
-            raise InvalidRequestError("The text is not valid Unicode: it holds half of a surrogate pair.") from error
+        They are if they are the same in messages without names of control tokens; else these messages decide.
+        """
+        ids = self._encoded(self._encode_parsed, template.render(messages))
+        control = self._control
+        if control is None:
+            return tuple(ids)
+        disguised = [_disguised(message, control) for message in messages]
+        if disguised == list(messages):
+            return tuple(ids)
+        rendered = template.render(disguised)
+        if control.are_as_in(ids, rendered):
+            return tuple(ids)
+        if any(control.is_ambiguous(message.role + message.content) for message in messages):
+            raise InvalidRequestError("The messages have characters of a private use area.", param="messages")
+        return tuple(self._encoded(control.encode_disguised, rendered))
+
+    def _encode_parsed(self, text: str) -> list[int]:
+        # unlike `encode`, the batch call releases the interpreter's lock
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    def _encoded(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        """Raises InvalidRequestError for text that has no ids, InternalError if the library fails."""
+        try:
+            with library_errors("tokenizer.json"):
+                ids = encode(text)
+        except CheckpointError as error:
+            if isinstance(error.__cause__, TypeError):
+                raise InvalidRequestError(
+                    "The text is not valid Unicode: it holds half of a surrogate pair."
+                ) from error.__cause__
+            _LOG.exception("a text cannot be tokenized")
+            raise InternalError("The text cannot be tokenized; the router's log has the reason.") from error
+        if self._may_exceed and ids and max(ids) >= self.vocab_size:
+            token = self._tokenizer.id_to_token(max(ids))
+            raise InvalidRequestError(f"The text has the token '{token}', which is not in the model's vocabulary.")
+        return ids
 
     async def _in_thread(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of all ids, without special tokens."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, is_continued: bool = False) -> str:
+        """Text of all ids, without special tokens; of a continued text without the bytes of an incomplete character."""
+        detokenizer = self.detokenizer()
+        text = "".join(map(detokenizer.push, token_ids))
+        return text if is_continued else text + detokenizer.flush()
 
-    def detokenizer(self) -> Detokenizer:
-        """A new detokenizer, for one choice."""
-        if self._byte_table is not None:
-            return ByteDetokenizer(self._byte_table)
-        return WindowDetokenizer(self._tokenizer, self._special_ids)
+    def detokenizer(self, prompt: Sequence[int] = (), *, keeps_prompt_end: bool = False) -> Detokenizer:
+        """A new detokenizer, for one choice; see `TokenTable.detokenizer`."""
+        return self._table.detokenizer(prompt, keeps_prompt_end=keeps_prompt_end)
 
     def spelling(self, token_id: int) -> bytes:
         """Bytes of one token; the name of a special token. Not always complete UTF-8 characters."""
-        if self._byte_table is not None:
-            return self._byte_table.spelling(token_id)
-        return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+        return self._table.spelling(token_id)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file. Raises CheckpointError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"The checkpoint's {path.name} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"The checkpoint's {path.name} is not a JSON object.")
-    return content
+def _disguised(message: ChatMessage, control: ControlTokens) -> ChatMessage:
+    """Templates make control tokens of roles, such as <|user|>, so a role that is a plain word stays."""
+    role = message.role if message.role.isidentifier() else control.disguise(message.role)
+    return ChatMessage(role, control.disguise(message.content))
 
 
-def _special_token_names(settings: Mapping[str, Any]) -> dict[str, str]:
-    names = {}
-    for name in _NAMED_TOKENS:
-        value = settings.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            names[name] = value
-    return names
-
-
-def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """From chat_template.jinja, else from tokenizer_config.json; `default` if that has several templates."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    source = settings.get("chat_template")
-    if isinstance(source, list):
-        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
-    if source is not None and not isinstance(source, str):
-        raise CheckpointError("The checkpoint's chat template is not text.")
-    return source
-
-
-def _eos_token_ids(
-    tokenizer: Tokenizer, names: Mapping[str, str], config: Mapping[str, Any], generation_config: Mapping[str, Any]
-) -> frozenset[int]:
-    found: set[int] = set()
-    for source in (config, generation_config):
-        value = source.get("eos_token_id")
-        values = value if isinstance(value, list) else [value]
-        found.update(token_id for token_id in values if isinstance(token_id, int))
-    if (eos := names.get("eos_token")) is not None and (token_id := tokenizer.token_to_id(eos)) is not None:
-        found.add(token_id)
-    return frozenset(found)
+def _added_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the post-processor puts before and after a text. Raises CheckpointError if it does anything else."""
+    probes = itertools.chain(("a b",), (tokenizer.decode([token_id]) for token_id in range(_MAX_PROBES)))
+    probe = next((text for text in probes if tokenizer.encode(text, add_special_tokens=False).ids), "")
+    inner = tokenizer.encode(probe, add_special_tokens=False).ids
+    outer = tokenizer.encode(probe).ids
+    for start in range(len(outer) - len(inner), -1, -1):
+        stop = start + len(inner)
+        if outer[start:stop] == inner:
+            return tuple(outer[:start]), tuple(outer[stop:])
+    raise CheckpointError("The post-processor of the checkpoint's tokenizer.json changes the tokens of a text.")

@@ -88,7 +88,7 @@ def parse_completion(body: Any, context: RequestContext, tokenizer: TextTokenize
             raise InvalidRequestError("'max_tokens' may only be 0 together with 'echo'.", param="max_tokens")
         max_tokens = 1  # a worker draws at least one token
     request = fields.request(
-        context, tuple(fields.prompt), max_tokens, fields.logprobs, fields.logprobs if echo else None
+        context, tuple(fields.prompt), max_tokens, fields.logprobs, fields.logprobs if echo else None, echo=echo
     )
     options = fields.response_options(context, with_logprobs=fields.logprobs is not None)
     writer = CompletionWriter(request, tokenizer, options, echo=echo, hides_output=hides_output)
@@ -218,6 +218,8 @@ class _CommonBody(_StrictBody):
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        *,
+        echo: bool = False,
     ) -> CompletionRequest:
         return CompletionRequest(
             request_id=context.request_id,
@@ -229,6 +231,7 @@ class _CommonBody(_StrictBody):
             max_tokens=max_tokens,
             stop=self.stop,
             n=self.n,
+            echo=echo,
             cache_salt=self.cache_salt,
             deadline_s=context.deadline_s,
         )
