@@ -18,11 +18,10 @@ from tandem.core.completion import (
     TextPrompt,
     TokenPrompt,
 )
-from tandem.core.errors import InternalError, InvalidRequestError, TandemError
+from tandem.core.errors import InvalidRequestError
 from tandem.core.timeline import Stage, Timeline
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tandem.wire.convert import finish_to_pb, logprob_to_pb, prompt_logprobs_to_pb, sampling_from_pb
-from tandem.wire.status import abort
 
 _LOG = logging.getLogger(__name__)
 
@@ -114,32 +113,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """Writes to the context, and does not yield, so that a cancellation is raised inside the `async with`."""
         received_s = self._clock.now_s()
-        try:
-            await self._generate(request, context, received_s)
-        except TandemError as error:
-            await abort(context, error)
-        except grpc.aio.UsageError:
-            _LOG.info("a call ended while its response was written")
-        except Exception:  # noqa: BLE001 - the client gets a status, the log has the reason
-            _LOG.exception("a request failed")
-            await abort(context, InternalError("The server failed to answer; its log has the reason."))
-
-    async def _generate(
-        self,
-        pb: inference_pb2.GenerateRequest,
-        context: grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
-        received_s: float,
-    ) -> None:
-        request = request_from_pb(
-            pb,
+        completion_request = request_from_pb(
+            request,
             model=self._service.models()[0].name,
             request_id=f"{self._random.getrandbits(96):024x}",
             received_s=received_s,
             timeout_s=context.time_remaining(),
         )
-        async with await self._service.open(request) as completion:
+        async with await self._service.open(completion_request) as completion:
             async for delta in completion:
-                await context.write(delta_to_pb(delta, request.request_id))
+                await context.write(delta_to_pb(delta, completion_request.request_id))
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any
