@@ -175,9 +175,9 @@ class RouterApp:
         await self._serve(control, control_health)
         await control_health.set("", health_pb2.HealthCheckResponse.SERVING)
 
-        public, health = build_server()
+        public, health = build_server(max_message_bytes=settings.max_body)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(service, self._clock, random), public
+            InferenceServicer(service, self._clock, random, settings.slow_reader_s), public
         )
         if settings.reflection:
             names = (INFERENCE_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)

@@ -1,6 +1,6 @@
 """The public gRPC API: `InferenceService` in front of a `core.completion.CompletionService`."""
 
-import logging
+import asyncio
 from random import Random
 from typing import Any
 
@@ -18,12 +18,10 @@ from tandem.core.completion import (
     TextPrompt,
     TokenPrompt,
 )
-from tandem.core.errors import InvalidRequestError
+from tandem.core.errors import CancelledError, InvalidRequestError
 from tandem.core.timeline import Stage, Timeline
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tandem.wire.convert import finish_to_pb, logprob_to_pb, prompt_logprobs_to_pb, sampling_from_pb
-
-_LOG = logging.getLogger(__name__)
 
 
 def _prompt_from_pb(pb: inference_pb2.GenerateRequest) -> Prompt:
@@ -99,12 +97,14 @@ def delta_to_pb(delta: TextDelta, request_id: str) -> inference_pb2.GenerateResp
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """`random` makes ids for requests without one. A cancelled call ends its request at once."""
+    """`random` makes ids for requests without one. A cancelled call ends its request at once, and so does a client that
+    takes no part of its answer for `slow_reader_s`."""
 
-    def __init__(self, service: CompletionService, clock: Clock, random: Random) -> None:
+    def __init__(self, service: CompletionService, clock: Clock, random: Random, slow_reader_s: float) -> None:
         self._service = service
         self._clock = clock
         self._random = random
+        self._slow_reader_s = slow_reader_s
 
     async def Generate(
         self,
@@ -122,7 +122,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
         async with await self._service.open(completion_request) as completion:
             async for delta in completion:
-                await context.write(delta_to_pb(delta, completion_request.request_id))
+                try:
+                    async with asyncio.timeout(self._slow_reader_s):
+                        await context.write(delta_to_pb(delta, completion_request.request_id))
+                except TimeoutError as error:
+                    raise CancelledError(
+                        f"The client took no part of its answer for {self._slow_reader_s:g} s."
+                    ) from error
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any

@@ -64,7 +64,9 @@ async def service(tokenizer: TextTokenizer) -> AsyncIterator[Service]:
     generator = ScriptedGenerator(echo_script)
     text = TextService(generator=generator, tokenizer=tokenizer, model=MODEL, random=Random(1))
     server, _ = build_server()
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(text, SystemClock(), Random(2)), server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+        InferenceServicer(text, SystemClock(), Random(2), 0.5), server
+    )
     address = bind(server, "127.0.0.1:0")
     await server.start()
     async with AsyncClient(address) as client:
