@@ -170,9 +170,7 @@ class RouterSection(FrozenModel):
         default=30.0, gt=0, description="A request that would wait here for longer is refused with 429"
     )
     max_body: Bytes = Field(default=8 << 20, description="Of an HTTP request, and of a gRPC message to the router")
-    slow_reader_s: float = Field(
-        default=30.0, gt=0, description="How long a client may take no part of its answer before the request ends"
-    )
+    write_timeout_s: float = Field(default=30.0, gt=0, description="For a client that does not read its response")
     reflection: bool = True
     resume: bool = Field(default=True, description="Continue on another instance when one is lost mid-stream")
     replacement_wait_s: float = Field(

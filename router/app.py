@@ -177,7 +177,7 @@ class RouterApp:
 
         public, health = build_server(max_message_bytes=settings.max_body)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(service, self._clock, random, settings.slow_reader_s), public
+            InferenceServicer(service, self._clock, random, settings.write_timeout_s), public
         )
         if settings.reflection:
             names = (INFERENCE_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)

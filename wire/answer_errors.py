@@ -3,9 +3,10 @@
 gRPC answers an unreadable message, or an error that a method raises, with UNKNOWN and the name of a Python class.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from inspect import isasyncgenfunction
 from typing import Any, TypeAlias
 
@@ -18,6 +19,8 @@ from tandem.rpc_errors import CODE_KEY, PARAM_KEY, RETRY_AFTER_KEY
 _LOG = logging.getLogger(__name__)
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+_STATUS_TIMEOUT_S = 5.0
 
 
 class _Unreadable:
@@ -59,7 +62,9 @@ async def _end_call(context: grpc.aio.ServicerContext[Any, Any], method: str, er
     metadata = [(CODE_KEY, error.code), (PARAM_KEY, error.param or "")]
     if isinstance(error, OverloadedError):
         metadata.append((RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"))
-    await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(metadata))
+    with suppress(TimeoutError):  # a client that reads nothing does not get this far; then gRPC resets the stream
+        async with asyncio.timeout(_STATUS_TIMEOUT_S):
+            await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(metadata))
 
 
 class AnswerErrors(grpc.aio.ServerInterceptor):

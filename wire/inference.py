@@ -98,13 +98,13 @@ def delta_to_pb(delta: TextDelta, request_id: str) -> inference_pb2.GenerateResp
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """`random` makes ids for requests without one. A cancelled call ends its request at once, and so does a client that
-    takes no part of its answer for `slow_reader_s`."""
+    does not read its responses for `write_timeout_s`."""
 
-    def __init__(self, service: CompletionService, clock: Clock, random: Random, slow_reader_s: float) -> None:
+    def __init__(self, service: CompletionService, clock: Clock, random: Random, write_timeout_s: float) -> None:
         self._service = service
         self._clock = clock
         self._random = random
-        self._slow_reader_s = slow_reader_s
+        self._write_timeout_s = write_timeout_s
 
     async def Generate(
         self,
@@ -123,11 +123,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async with await self._service.open(completion_request) as completion:
             async for delta in completion:
                 try:
-                    async with asyncio.timeout(self._slow_reader_s):
+                    async with asyncio.timeout(self._write_timeout_s):
                         await context.write(delta_to_pb(delta, completion_request.request_id))
                 except TimeoutError as error:
                     raise CancelledError(
-                        f"The client took no part of its answer for {self._slow_reader_s:g} s."
+                        f"The client did not read its response for {self._write_timeout_s:g} s."
                     ) from error
 
     async def ListModels(

@@ -30,7 +30,7 @@ MISTAKES = {
     "nothing like it": (
         "model: m\nrouter:\n  colour: red\n",
         "FILE line 3: router.colour is not a setting; the settings here are http, grpc, control, request_timeout_s, "
-        "max_queue, max_outstanding_tokens, max_wait_s, max_body, slow_reader_s, reflection, resume, "
+        "max_queue, max_outstanding_tokens, max_wait_s, max_body, write_timeout_s, reflection, resume, "
         "replacement_wait_s, profile_window_s",
     ),
     "wrong type": (
