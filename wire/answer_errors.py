@@ -67,12 +67,33 @@ async def _end_call(context: grpc.aio.ServicerContext[Any, Any], method: str, er
             await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(metadata))
 
 
+class RequestReads:
+    """Bounds the memory of requests that arrive slowly. gRPC lets a client send as much of a message as was asked for;
+    before its first read, a call holds a few KiB. So `max_reads` requests are read at a time."""
+
+    def __init__(self, max_reads: int, timeout_s: float) -> None:
+        self._turns = asyncio.Semaphore(max_reads)
+        self._timeout_s = timeout_s
+
+    async def read(self, requests: AsyncIterator[Any]) -> Any:
+        """The request of a method that takes one. Raises InvalidRequestError if there is none in time."""
+        try:
+            async with asyncio.timeout(self._timeout_s), self._turns:
+                return _readable(await anext(requests))
+        except TimeoutError as error:
+            raise InvalidRequestError(f"The request did not arrive within {self._timeout_s:g} s.") from error
+        except StopAsyncIteration as error:
+            raise InvalidRequestError("The call ended without a request.") from error
+
+
 class AnswerErrors(grpc.aio.ServerInterceptor):
     """A TandemError that a method raises becomes its status, an unreadable message INVALID_ARGUMENT, any other error
-    INTERNAL; the call after `max_calls` others is refused with RESOURCE_EXHAUSTED."""
+    INTERNAL; the call after `max_calls` others is refused with RESOURCE_EXHAUSTED. `reads` None: requests are read by
+    gRPC, as fast as possible."""
 
-    def __init__(self, max_calls: int) -> None:
+    def __init__(self, max_calls: int, reads: RequestReads | None = None) -> None:
         self._max_calls = max_calls
+        self._reads = reads
         self._num_calls = 0
         self._handlers: dict[str, Handler] = {}
 
@@ -100,36 +121,46 @@ class AnswerErrors(grpc.aio.ServerInterceptor):
             self._num_calls -= 1
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
-        convert = _all_readable if handler.request_streaming else _readable
+        """With `reads`, the new handler takes a stream of requests in any case: on the wire, one request is the same
+        as a stream of one, and gRPC then leaves the reading to the handler."""
+        behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        reads = None if handler.request_streaming else self._reads
+
+        async def convert(request: Any) -> Any:
+            if handler.request_streaming:
+                return _all_readable(request)
+            return _readable(request) if reads is None else await reads.read(request)
 
         async def to_one(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             """For methods that return a response, and for those that write their responses to the context."""
             try:
                 with self._counted():
-                    return await behaviour(convert(request), context)
+                    response = await behaviour(await convert(request), context)
+                    if reads is None or handler.response_streaming:
+                        return response
+                    await context.write(response)
             except Exception as error:  # noqa: BLE001 - every call is answered
                 await _end_call(context, method, error)
 
         async def to_many(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
                 with self._counted():
-                    async with aclosing(behaviour(convert(request), context)) as responses:
+                    async with aclosing(behaviour(await convert(request), context)) as responses:
                         async for response in responses:
                             yield response
             except Exception as error:  # noqa: BLE001
                 await _end_call(context, method, error)
 
-        behaviour: Any
         make: Callable[..., Handler]
-        match handler.request_streaming, handler.response_streaming:
+        match handler.request_streaming or reads is not None, handler.response_streaming or reads is not None:
             case False, False:
-                behaviour, make = handler.unary_unary, grpc.unary_unary_rpc_method_handler
+                make = grpc.unary_unary_rpc_method_handler
             case False, True:
-                behaviour, make = handler.unary_stream, grpc.unary_stream_rpc_method_handler
+                make = grpc.unary_stream_rpc_method_handler
             case True, False:
-                behaviour, make = handler.stream_unary, grpc.stream_unary_rpc_method_handler
+                make = grpc.stream_unary_rpc_method_handler
             case _:
-                behaviour, make = handler.stream_stream, grpc.stream_stream_rpc_method_handler
+                make = grpc.stream_stream_rpc_method_handler
         return make(
             to_many if isasyncgenfunction(behaviour) else to_one,
             request_deserializer=_reader(handler.request_deserializer),

@@ -31,7 +31,7 @@ from tandem.router.completion import TextService
 from tandem.router.tokenizer import TextTokenizer
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem.wire.inference import InferenceServicer
-from tandem.wire.server import bind, build_server
+from tandem.wire.server import bind, build_public_server
 from tests.router.front import MODEL, echo_script, write_checkpoint
 from tests.router.text_fakes import ScriptedGenerator
 
@@ -63,7 +63,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 async def service(tokenizer: TextTokenizer) -> AsyncIterator[Service]:
     generator = ScriptedGenerator(echo_script)
     text = TextService(generator=generator, tokenizer=tokenizer, model=MODEL, random=Random(1))
-    server, _ = build_server()
+    server, _ = build_public_server(8 << 20)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceServicer(text, SystemClock(), Random(2), 0.5), server
     )
