@@ -1,6 +1,5 @@
 """Protobuf messages that are wrong in one to three places, and bytes that are no messages."""
 
-import struct
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -91,7 +90,3 @@ def _damaged_bytes(draw: st.DrawFn, raw: bytes) -> bytes:
             return b"\x1b" * draw(st.sampled_from([1, 99, 100_000]))  # groups in groups
         case _:
             return draw(st.binary(max_size=64))
-
-
-def garbage() -> st.SearchStrategy[bytes]:
-    return st.binary(max_size=200) | st.builds(struct.pack, st.just(">Q"), st.integers(0, (1 << 64) - 1))
