@@ -82,12 +82,20 @@ def relative_to(folder: Path) -> dict[str, Path]:
 
 
 def _anchor(path: Path, info: ValidationInfo) -> Path:
-    return (info.context[_FOLDER] / path.expanduser()).resolve() if info.context else path
+    if not info.context:
+        return path
+    try:
+        return Path(info.context[_FOLDER], path.expanduser()).resolve()
+    except (RuntimeError, OSError) as error:  # a home folder of nobody, a loop of links
+        raise ValueError(f"{path} is not the path of a file or folder") from error
 
 
 def _anchor_folder(name: str, info: ValidationInfo) -> str:
     folder = _anchor(Path(name), info)
-    return str(folder) if info.context and folder.is_dir() else name
+    try:
+        return str(folder) if info.context and folder.is_dir() else name
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"{name} is not a name or path") from error
 
 
 AnchoredPath = Annotated[Path, AfterValidator(_anchor)]

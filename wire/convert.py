@@ -32,6 +32,7 @@ _STATE_TO_PB = {
 }
 _STATE_FROM_PB = {value: key for key, value in _STATE_TO_PB.items()}
 
+MAX_NAME_CHARS = 1024
 NO_TOKEN = -1  # stands for the first prompt token, which has no log-probability
 
 
@@ -205,6 +206,8 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
     role, state = _ROLE_FROM_PB.get(pb.role), _STATE_FROM_PB.get(pb.state)
     if role is None or state is None or not pb.instance_id or not pb.address:
         raise InvalidRequestError("a heartbeat must name instance, role, state and address")
+    if max(map(len, (pb.instance_id, pb.address, pb.model, pb.fingerprint))) > MAX_NAME_CHARS:
+        raise InvalidRequestError(f"a heartbeat has a name of more than {MAX_NAME_CHARS} characters")
     blocks = pb.blocks
     return InstanceStatus(
         instance_id=pb.instance_id,

@@ -32,7 +32,7 @@ async def call(
 
     stream = channel.stream_stream(method)(send(), timeout=timeout_s, metadata=token_metadata(token))
     count = 0
-    with suppress(grpc.aio.AioRpcError):
+    with suppress(grpc.aio.AioRpcError, asyncio.CancelledError):  # the latter where a request could not be sent
         async for _ in stream:
             count += 1
     assert count >= num_responses

@@ -1,7 +1,7 @@
 """How many inputs a fuzzer tries: a sample in the gate, many in the slow target."""
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 
 def volumes(sample: int, many: int, timeout_s: float = 1800.0) -> pytest.MarkDecorator:
@@ -13,4 +13,10 @@ def volumes(sample: int, many: int, timeout_s: float = 1800.0) -> pytest.MarkDec
 
 
 def tries(count: int) -> settings:
-    return settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
