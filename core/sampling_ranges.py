@@ -1,6 +1,7 @@
 """Ranges of sampling parameters, for requests of clients and for attempts that an instance is given."""
 
 import math
+from typing import NamedTuple
 
 from tandem.core.errors import InvalidRequestError
 from tandem.core.request import SamplingParams
@@ -19,15 +20,28 @@ def check_range(name: str, value: float, low: float, high: float, *, above_low: 
     raise InvalidRequestError(f"Invalid '{name}': it must be {lower}{upper}, but it is {value}.", param=name)
 
 
+class Range(NamedTuple):
+    low: float
+    high: float
+    above_low: bool = False  # the lowest value itself is not allowed
+
+
+RANGES = {
+    "temperature": Range(0.0, 2.0),
+    "top_p": Range(0.0, 1.0, above_low=True),
+    "top_k": Range(0, INT32_MAX),
+    "min_p": Range(0.0, 1.0),
+    "presence_penalty": Range(-2.0, 2.0),
+    "frequency_penalty": Range(-2.0, 2.0),
+    "repetition_penalty": Range(0.0, 100.0, above_low=True),
+    "logprobs": Range(0, MAX_LOGPROBS),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS),
+}
+
+
 def check_sampling(sampling: SamplingParams) -> None:
     """Raises InvalidRequestError that names the first field out of its range. Token ids are not looked at."""
-    check_range("temperature", sampling.temperature, 0.0, 2.0)
-    check_range("top_p", sampling.top_p, 0.0, 1.0, above_low=True)
-    check_range("top_k", sampling.top_k, 0, INT32_MAX)
-    check_range("min_p", sampling.min_p, 0.0, 1.0)
-    check_range("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
-    check_range("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
-    check_range("repetition_penalty", sampling.repetition_penalty, 0.0, 100.0, above_low=True)
-    for name, count in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
-        if count is not None:
-            check_range(name, count, 0, MAX_LOGPROBS)
+    for name, (low, high, above_low) in RANGES.items():
+        value = getattr(sampling, name)
+        if value is not None:
+            check_range(name, value, low, high, above_low=above_low)
