@@ -5,7 +5,7 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -62,8 +62,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return TextTokenizer.load(folder, clock=SystemClock(), executor=ThreadPoolExecutor(1))
 
 
-@pytest.fixture
-async def service(tokenizer: TextTokenizer) -> AsyncIterator[Service]:
+@asynccontextmanager
+async def serving(tokenizer: TextTokenizer, write_timeout_s: float = 30.0) -> AsyncIterator[Service]:
     generator = ScriptedGenerator(echo_script)
     text = TextService(generator=generator, tokenizer=tokenizer, model=MODEL, random=Random(1))
     server, _ = build_public_server(8 << 20)
@@ -75,6 +75,12 @@ async def service(tokenizer: TextTokenizer) -> AsyncIterator[Service]:
     async with AsyncClient(address) as client:
         yield Service(generator, client, address)
     await server.stop(0.1)
+
+
+@pytest.fixture
+async def service(tokenizer: TextTokenizer) -> AsyncIterator[Service]:
+    async with serving(tokenizer) as service:
+        yield service
 
 
 async def test_tokens_in_tokens_out(service: Service) -> None:
@@ -267,12 +273,12 @@ async def test_a_message_is_bounded_as_an_http_body_is(service: Service) -> None
     assert (await service.client.generate(token_ids=[5], max_tokens=1)).token_ids == (5,)
 
 
-async def test_a_client_that_does_not_read_ends_its_request(service: Service) -> None:
-    service.generator.max_model_len_or_none = 1 << 30
-    service.generator.tokens_per_step = 2000
+async def test_a_client_that_does_not_read_ends_its_request(tokenizer: TextTokenizer) -> None:
     request = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenPrompt(token_ids=[5]))
     request.sampling.max_tokens, request.sampling.logprobs, request.sampling.ignore_eos = 1 << 29, 0, True
-    async with grpc.aio.insecure_channel(service.address) as channel:
+    async with serving(tokenizer, 0.5) as service, grpc.aio.insecure_channel(service.address) as channel:
+        service.generator.max_model_len_or_none = 1 << 30
+        service.generator.tokens_per_step = 2000
         call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)
         await call.read()
         async with asyncio.timeout(30):
