@@ -21,6 +21,7 @@ _LOG = logging.getLogger(__name__)
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 _STATUS_TIMEOUT_S = 5.0
+_MAX_MESSAGE_CHARS = 1000
 
 
 class _Unreadable:
@@ -49,6 +50,11 @@ async def _all_readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield _readable(request)
 
 
+def _clipped(message: str) -> str:
+    """Clients of gRPC refuse a status of more than some KiB, and get no reason then."""
+    return message if len(message) <= _MAX_MESSAGE_CHARS else f"{message[:_MAX_MESSAGE_CHARS]}..."
+
+
 async def _end_call(context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception) -> None:
     """With the status of the error; a client finds its other values in the trailing metadata."""
     if isinstance(error, grpc.aio.UsageError):
@@ -64,7 +70,7 @@ async def _end_call(context: grpc.aio.ServicerContext[Any, Any], method: str, er
         metadata.append((RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"))
     with suppress(TimeoutError):  # a client that reads nothing does not get this far; then gRPC resets the stream
         async with asyncio.timeout(_STATUS_TIMEOUT_S):
-            await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(metadata))
+            await context.abort(grpc.StatusCode[error.grpc_status], _clipped(error.message), tuple(metadata))
 
 
 class RequestReads:
