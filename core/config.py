@@ -1,5 +1,6 @@
 """The serve file: what to run and how, as frozen values. `core/config_file.py` reads it from YAML."""
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -32,7 +33,7 @@ def parse_bytes(value: object) -> object:
 def split_address(address: str) -> tuple[str, int]:
     """host:port -> (host, port). Raises ConfigError."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
         raise ConfigError(f"'{address}' is not an address of the form host:port")
     return host.strip("[]"), int(port)
 
@@ -46,12 +47,30 @@ def _check_address(value: object) -> object:
     return value
 
 
+def _is_loopback(address: str) -> bool:
+    host, _ = split_address(address)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class WrongSetting(ValueError):
     """Raised by a check of a whole section, to say which setting in it is at fault: its path from that section."""
 
     def __init__(self, setting: tuple[int | str, ...], message: str) -> None:
         super().__init__(message)
         self.setting = setting
+
+
+def _check_exposure(setting: tuple[str, ...], address: str, cluster_token: str | None) -> None:
+    """Whoever reaches an internal port reads prompts. Raises WrongSetting for one that others reach without a token."""
+    if not cluster_token and not _is_loopback(address):
+        raise WrongSetting(
+            setting,
+            f"{address} can be reached from other machines, and there is no cluster_token; set cluster_token to the "
+            "same secret in the files of all routers and workers, or listen on 127.0.0.1",
+        )
 
 
 _FOLDER = "folder"
@@ -63,12 +82,20 @@ def relative_to(folder: Path) -> dict[str, Path]:
 
 
 def _anchor(path: Path, info: ValidationInfo) -> Path:
-    return (info.context[_FOLDER] / path.expanduser()).resolve() if info.context else path
+    if not info.context:
+        return path
+    try:
+        return Path(info.context[_FOLDER], path.expanduser()).resolve()
+    except (RuntimeError, OSError) as error:  # a home folder of nobody, a loop of links
+        raise ValueError(f"{path} is not the path of a file or folder") from error
 
 
 def _anchor_folder(name: str, info: ValidationInfo) -> str:
     folder = _anchor(Path(name), info)
-    return str(folder) if info.context and folder.is_dir() else name
+    try:
+        return str(folder) if info.context and folder.is_dir() else name
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"{name} is not a name or path") from error
 
 
 AnchoredPath = Annotated[Path, AfterValidator(_anchor)]
@@ -150,7 +177,8 @@ class RouterSection(FrozenModel):
     max_wait_s: float = Field(
         default=30.0, gt=0, description="A request that would wait here for longer is refused with 429"
     )
-    max_body: Bytes = 8 << 20
+    max_body: Bytes = Field(default=8 << 20, description="Of an HTTP request, and of a gRPC message to the router")
+    write_timeout_s: float = Field(default=30.0, gt=0, description="For a client that does not read its response")
     reflection: bool = True
     parse_control_tokens: bool = Field(
         default=False, description="Names of control tokens in prompts and messages count as these tokens, not as text"
@@ -231,6 +259,11 @@ class WorkerConfig(FrozenModel):
     cluster_token: str | None = None
     instance: InstanceSection = Field(default=InstanceSection(), description="`instances` counts as 1")
 
+    @model_validator(mode="after")
+    def _check_listen(self) -> "WorkerConfig":
+        _check_exposure(("listen",), self.listen, self.cluster_token)
+        return self
+
     @property
     def served_name(self) -> str:
         return self.model_name or self.model.resolve().name
@@ -244,6 +277,11 @@ class RouterConfig(FrozenModel):
     router: RouterSection = RouterSection()
     heartbeat_timeout_s: float = Field(default=1.5, gt=0, description="Silence after which a worker counts as gone")
     cluster_token: str | None = None
+
+    @model_validator(mode="after")
+    def _check_control(self) -> "RouterConfig":
+        _check_exposure(("router", "control"), self.router.control, self.cluster_token)
+        return self
 
     @property
     def served_name(self) -> str:

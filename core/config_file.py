@@ -5,10 +5,12 @@ An error message lists every mistake of a file, each in one sentence with file, 
     serve.yaml line 7: decode.engine.thread is not a setting; did you mean threads?
 """
 
+import itertools
+import math
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,12 +22,76 @@ from tandem.core.errors import ConfigError
 T = TypeVar("T", bound=BaseModel)
 _Loc = tuple[int | str, ...]
 
-_MAX_FILE_BYTES = 1 << 20
+_MAX_FILE_BYTES = 256 << 10  # PyYAML reads some 100 KiB in a second
+_MAX_VALUES = 20_000
+_MAX_EXPANDED_VALUES = 100_000  # with each alias (*x) counted as a copy of its anchor (&x)
+_MAX_DEPTH = 40
+_MAX_DIGITS = 400
+_MAX_MISTAKES = 20
+_MAX_MISTAKE_CHARS = 800
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
+class _Unreasonable(yaml.MarkedYAMLError):
+    """YAML that would take long or much memory to read. `problem` is a sentence for users."""
+
+
 class _SettingsLoader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2's core schema does. PyYAML reads YAML 1.1, where 1e1 is text and 017 is 15."""
+    """Reads numbers as YAML 1.2's core schema does. PyYAML reads YAML 1.1, where 1e1 is text and 017 is 15.
+
+    Bounds the work for a file of any content: PyYAML's is quadratic in the depth, and exponential in aliases.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._num_values = 0
+
+    def fetch_flow_collection_start(self, token_class: type[yaml.Token]) -> None:
+        self._check_depth(self.flow_level)
+        super().fetch_flow_collection_start(token_class)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._depth += 1
+        self._num_values += 1
+        self._check_depth(self._depth)
+        if self._num_values > _MAX_VALUES:
+            self._refuse(f"has more than {_MAX_VALUES:,} values")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        if root is not None and _expanded_values(root) > _MAX_EXPANDED_VALUES:
+            raise _Unreasonable(
+                problem="has aliases (*name) that stand for too many values, or for themselves",
+                problem_mark=root.start_mark,
+            )
+        return root
+
+    def _check_depth(self, depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            self._refuse("is nested too deeply")
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise _Unreasonable(problem=problem, problem_mark=self.get_mark())
+
+
+def _expanded_values(root: yaml.Node) -> float:
+    """Number of values, with each alias counted as a copy; infinite if one stands in its own anchor."""
+    counts: dict[int, float] = {}
+
+    def count(node: yaml.Node) -> float:
+        if id(node) not in counts:
+            counts[id(node)] = math.inf  # while its children are counted
+            children = () if isinstance(node, yaml.ScalarNode) else node.value
+            if isinstance(node, yaml.MappingNode):
+                children = itertools.chain.from_iterable(children)
+            counts[id(node)] = 1 + sum(map(count, children))
+        return counts[id(node)]
+
+    return count(root)
 
 
 class _SettingsDumper(yaml.SafeDumper):
@@ -43,7 +109,15 @@ for _class in (_SettingsLoader, _SettingsDumper):
         re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
         list("-+.0123456789"),
     )
-_SettingsLoader.add_constructor(_INT, lambda _, node: int(node.value, 0 if node.value.startswith(("0o", "0x")) else 10))
+
+
+def _int(_: yaml.Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > _MAX_DIGITS:
+        raise _Unreasonable(problem="has a number with too many digits", problem_mark=node.start_mark)
+    return int(node.value, 0 if node.value.startswith(("0o", "0x")) else 10)
+
+
+_SettingsLoader.add_constructor(_INT, _int)
 
 
 def load_config(path: Path, model: type[T]) -> T:
@@ -58,7 +132,9 @@ def load_config(path: Path, model: type[T]) -> T:
         root = loader.get_single_node()
         if root is None:
             raise ConfigError(f"{path} is empty; it must name at least: {', '.join(_required(model))}")
-        duplicates = [f"{path} line {line}: {key} is set twice" for line, key in _duplicate_keys(root)]
+        duplicates = [
+            f"line {line}: {key} is set twice" for line, key in itertools.islice(_duplicate_keys(root), _MAX_MISTAKES)
+        ]
         data = loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_syntax_sentence(path, error)) from error
@@ -75,12 +151,11 @@ def load_config(path: Path, model: type[T]) -> T:
     try:
         config = model.model_validate(data, context=relative_to(path.parent))
     except ValidationError as error:
-        mistakes = mistakes + [
-            f"{path} line {_line_of(root, location(detail))}: {describe(detail, model)}"
-            for detail in mistakes_of(error, data)
-        ]
+        details = mistakes_of(error, data)
+        mistakes += [f"line {_line_of(root, location(d))}: {describe(d, model)}" for d in details[:_MAX_MISTAKES]]
+        mistakes += [f": {len(details) - _MAX_MISTAKES} more mistakes"] if len(details) > _MAX_MISTAKES else []
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise ConfigError("\n".join(f"{path} {_one_line(mistake)}" for mistake in mistakes))
     return config
 
 
@@ -132,6 +207,12 @@ def dump_config(config: BaseModel) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
+def _one_line(mistake: str) -> str:
+    """Without characters that would move the cursor, and not longer than a few lines of a terminal."""
+    text = mistake if len(mistake) <= _MAX_MISTAKE_CHARS else mistake[:_MAX_MISTAKE_CHARS] + "..."
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -143,7 +224,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
     if len(raw) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path} is larger than 1 MiB; a configuration file is smaller")
+        raise ConfigError(f"{path} is larger than {_MAX_FILE_BYTES >> 10} KiB; a configuration file is smaller")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -159,6 +240,8 @@ def _syntax_sentence(path: Path, error: yaml.MarkedYAMLError) -> str:
         return f"{where}: begins with a tab; YAML is indented with spaces"
     if "single document" in (error.context or ""):
         return f"{where}: begins a second document ('---'); keep one document"
+    if isinstance(error, _Unreasonable):
+        return f"{where}: {problem}"
     if "could not determine a constructor" in problem:
         return f"{where}: YAML tags ('!...') are not allowed"
     return f"{where}: is not valid YAML ({problem})"

@@ -39,7 +39,7 @@ from tandem.scheduling.routing_machine import RoutingSettings
 from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
 from tandem.wire.fleet import FleetDescription, FleetServicer
 from tandem.wire.inference import InferenceServicer
-from tandem.wire.server import bind, build_server
+from tandem.wire.server import bind, build_public_server, build_server
 from tandem.wire.sessions import InstanceSession
 
 logger = logging.getLogger(__name__)
@@ -189,9 +189,9 @@ class RouterApp:
         await self._serve(control, control_health)
         await control_health.set("", health_pb2.HealthCheckResponse.SERVING)
 
-        public, health = build_server()
+        public, health = build_public_server(settings.max_body)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(service, self._clock, random), public
+            InferenceServicer(service, self._clock, random, settings.write_timeout_s), public
         )
         if settings.reflection:
             names = (INFERENCE_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)

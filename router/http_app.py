@@ -28,6 +28,7 @@ from tandem.core.errors import (
 from tandem.router.completion import TextService
 from tandem.router.http_response import CompletionResponse, error_response, json_response
 from tandem.router.limits import clipped
+from tandem.router.openai.openapi import openapi_document
 from tandem.router.openai.requests import ParsedRequest, RequestContext, parse_chat, parse_completion
 from tandem.router.tokenizer import TextTokenizer
 
@@ -82,6 +83,7 @@ class HttpApp:
             Route("/v1/models/{name:path}", self._describe_model),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
+            Route("/openapi.json", self._openapi),
         ]
         # Not a Starlette application: that raises an error again after its 500, and the server closes the connection.
         self._app = ExceptionMiddleware(
@@ -155,6 +157,9 @@ class HttpApp:
     async def _metrics(self, request: Request) -> Response:
         headers = {"x-request-id": _context_of(request).echoed_id}
         return Response(self._render_metrics(), headers=headers, media_type=_METRICS_TYPE)
+
+    async def _openapi(self, request: Request) -> Response:
+        return json_response(_context_of(request), 200, openapi_document())
 
     async def _on_http_exception(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -1,22 +1,18 @@
 """Limits of a request, for both APIs. Errors name fields of the request."""
 
-import math
-
 from tandem.core.completion import ChatPrompt, CompletionRequest, Prompt, TokenPrompt
 from tandem.core.errors import ContextLengthError, InvalidRequestError
 from tandem.core.request import SamplingParams
+from tandem.core.sampling_ranges import INT32_MAX, check_range, check_sampling
 
 MAX_CHOICES_PER_PROMPT = 16
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKENS = 256
-MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
 MAX_ID_CHARS = 256
 MAX_REPEATED_CHARS = 200
-
-_INT32_MAX = (1 << 31) - 1
 
 
 def clipped(text: str) -> str:
@@ -24,27 +20,12 @@ def clipped(text: str) -> str:
     return text if len(text) <= MAX_REPEATED_CHARS else f"{text[:MAX_REPEATED_CHARS]}..."
 
 
-def _check_range(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
-    """Also refuses NaN, which is in no range."""
-    if low <= value <= high and not (above_low and value == low):
-        return
-    lower = f"above {low:g}" if above_low else f"at least {low:g}"
-    upper = "" if math.isinf(high) else f" and at most {high:g}"
-    raise InvalidRequestError(f"Invalid '{name}': it must be {lower}{upper}, but it is {value}.", param=name)
-
-
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
-    _check_range("temperature", sampling.temperature, 0.0, 2.0)
-    _check_range("top_p", sampling.top_p, 0.0, 1.0, above_low=True)
-    _check_range("top_k", sampling.top_k, 0, _INT32_MAX)
-    _check_range("min_p", sampling.min_p, 0.0, 1.0)
-    _check_range("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
-    _check_range("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
-    _check_range("repetition_penalty", sampling.repetition_penalty, 0.0, 100.0, above_low=True)
+    check_sampling(sampling)
     for name, count in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
         if count is not None:
-            _check_range(name, count, 0, min(MAX_LOGPROBS, vocab_size))
-    _check_range("stop_token_ids", len(sampling.stop_token_ids), 0, MAX_STOP_TOKENS)
+            check_range(name, count, 0, vocab_size)
+    check_range("stop_token_ids", len(sampling.stop_token_ids), 0, MAX_STOP_TOKENS)
     _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
 
 
@@ -63,20 +44,20 @@ def _check_prompt(prompt: Prompt, vocab_size: int) -> None:
         case ChatPrompt(messages):
             if not messages:
                 raise InvalidRequestError("'messages' must hold at least one message.", param="messages")
-            _check_range("messages", len(messages), 1, MAX_MESSAGES)
+            check_range("messages", len(messages), 1, MAX_MESSAGES)
 
 
 def check_request(request: CompletionRequest, vocab_size: int) -> None:
     """Check everything that needs no tokens. Raises InvalidRequestError that names the field."""
-    _check_range("n", request.n, 1, MAX_CHOICES_PER_PROMPT)
+    check_range("n", request.n, 1, MAX_CHOICES_PER_PROMPT)
     if not 1 <= len(request.prompts) * request.n <= MAX_CHOICES:
         raise InvalidRequestError(
             f"Invalid 'prompt': prompts times n must be between 1 and {MAX_CHOICES}.", param="prompt"
         )
     if request.max_tokens is not None:
-        _check_range("max_tokens", request.max_tokens, 1, _INT32_MAX)
+        check_range("max_tokens", request.max_tokens, 1, INT32_MAX)
     if request.seed is not None:
-        _check_range("seed", request.seed, -(1 << 63), (1 << 63) - 1)
+        check_range("seed", request.seed, -(1 << 63), (1 << 63) - 1)
     if len(request.stop) > MAX_STOP_STRINGS or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in request.stop):
         raise InvalidRequestError(
             f"Invalid 'stop': at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters.", param="stop"

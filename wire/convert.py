@@ -7,6 +7,7 @@ import math
 
 from tandem.core.errors import InvalidRequestError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
+from tandem.core.sampling_ranges import INT32_MAX, check_range, check_sampling
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.v1 import common_pb2, worker_pb2
 
@@ -31,6 +32,7 @@ _STATE_TO_PB = {
 }
 _STATE_FROM_PB = {value: key for key, value in _STATE_TO_PB.items()}
 
+MAX_NAME_CHARS = 1024
 NO_TOKEN = -1  # stands for the first prompt token, which has no log-probability
 
 
@@ -124,13 +126,18 @@ def attempt_to_pb(request: GenerationRequest, now_s: float) -> worker_pb2.Attemp
 
 
 def attempt_from_pb(pb: worker_pb2.AttemptRequest, now_s: float) -> GenerationRequest:
-    """Raises InvalidRequestError for a malformed attempt."""
+    """Raises InvalidRequestError for a malformed attempt. Token ids are not looked at."""
     if not pb.request_id or not pb.token_ids or not 0 <= pb.num_output_tokens < len(pb.token_ids):
         raise InvalidRequestError("the attempt has no id, no tokens, or more output than tokens")
+    if math.isnan(pb.timeout_s):
+        raise InvalidRequestError("the attempt has no time limit: it is not a number")
+    sampling = sampling_from_pb(pb.sampling)
+    check_sampling(sampling)
+    check_range("max_tokens", sampling.max_tokens, 1, INT32_MAX)
     return GenerationRequest(
         request_id=pb.request_id,
         token_ids=tuple(pb.token_ids),
-        sampling=sampling_from_pb(pb.sampling),
+        sampling=sampling,
         num_output_tokens=pb.num_output_tokens,
         cache_salt=pb.cache_salt,
         deadline_s=now_s + pb.timeout_s,
@@ -199,6 +206,8 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
     role, state = _ROLE_FROM_PB.get(pb.role), _STATE_FROM_PB.get(pb.state)
     if role is None or state is None or not pb.instance_id or not pb.address:
         raise InvalidRequestError("a heartbeat must name instance, role, state and address")
+    if max(map(len, (pb.instance_id, pb.address, pb.model, pb.fingerprint))) > MAX_NAME_CHARS:
+        raise InvalidRequestError(f"a heartbeat has a name of more than {MAX_NAME_CHARS} characters")
     blocks = pb.blocks
     return InstanceStatus(
         instance_id=pb.instance_id,

@@ -5,14 +5,12 @@ from typing import Any, Protocol
 
 import grpc
 
-from tandem.core.errors import TandemError
 from tandem.core.replanning import ReplanStatus
 from tandem.core.session import InstanceStatus
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import convert, replanning
-from tandem.wire.status import abort
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +50,7 @@ class FleetServicer(worker_pb2_grpc.FleetServiceServicer):
     async def Heartbeat(
         self, request: worker_pb2.HeartbeatRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.HeartbeatResponse:
-        try:
-            self._registry.heartbeat(convert.status_from_pb(request.status))
-        except TandemError as error:
-            await abort(context, error)
+        self._registry.heartbeat(convert.status_from_pb(request.status))
         return worker_pb2.HeartbeatResponse()
 
     async def Describe(
@@ -78,10 +73,7 @@ class FleetServicer(worker_pb2_grpc.FleetServiceServicer):
     async def ReportReplan(
         self, request: worker_pb2.ReportReplanRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.ReportReplanResponse:
-        try:
-            self._registry.replan_reported(replanning.replan_from_pb(request.status))
-        except TandemError as error:
-            await abort(context, error)
+        self._registry.replan_reported(replanning.replan_from_pb(request.status))
         return worker_pb2.ReportReplanResponse()
 
 

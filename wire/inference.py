@@ -1,6 +1,6 @@
 """The public gRPC API: `InferenceService` in front of a `core.completion.CompletionService`."""
 
-import logging
+import asyncio
 from random import Random
 from typing import Any
 
@@ -18,13 +18,10 @@ from tandem.core.completion import (
     TextPrompt,
     TokenPrompt,
 )
-from tandem.core.errors import InternalError, InvalidRequestError, TandemError
+from tandem.core.errors import CancelledError, InvalidRequestError
 from tandem.core.timeline import Stage, Timeline
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tandem.wire.convert import finish_to_pb, logprob_to_pb, prompt_logprobs_to_pb, sampling_from_pb
-from tandem.wire.status import abort
-
-_LOG = logging.getLogger(__name__)
 
 
 def _prompt_from_pb(pb: inference_pb2.GenerateRequest) -> Prompt:
@@ -100,12 +97,14 @@ def delta_to_pb(delta: TextDelta, request_id: str) -> inference_pb2.GenerateResp
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """`random` makes ids for requests without one. A cancelled call ends its request at once."""
+    """`random` makes ids for requests without one. A cancelled call ends its request at once, and so does a client that
+    does not read its responses for `write_timeout_s`."""
 
-    def __init__(self, service: CompletionService, clock: Clock, random: Random) -> None:
+    def __init__(self, service: CompletionService, clock: Clock, random: Random, write_timeout_s: float) -> None:
         self._service = service
         self._clock = clock
         self._random = random
+        self._write_timeout_s = write_timeout_s
 
     async def Generate(
         self,
@@ -114,32 +113,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """Writes to the context, and does not yield, so that a cancellation is raised inside the `async with`."""
         received_s = self._clock.now_s()
-        try:
-            await self._generate(request, context, received_s)
-        except TandemError as error:
-            await abort(context, error)
-        except grpc.aio.UsageError:
-            _LOG.info("a call ended while its response was written")
-        except Exception:  # noqa: BLE001 - the client gets a status, the log has the reason
-            _LOG.exception("a request failed")
-            await abort(context, InternalError("The server failed to answer; its log has the reason."))
-
-    async def _generate(
-        self,
-        pb: inference_pb2.GenerateRequest,
-        context: grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
-        received_s: float,
-    ) -> None:
-        request = request_from_pb(
-            pb,
+        completion_request = request_from_pb(
+            request,
             model=self._service.models()[0].name,
             request_id=f"{self._random.getrandbits(96):024x}",
             received_s=received_s,
             timeout_s=context.time_remaining(),
         )
-        async with await self._service.open(request) as completion:
+        async with await self._service.open(completion_request) as completion:
             async for delta in completion:
-                await context.write(delta_to_pb(delta, request.request_id))
+                try:
+                    async with asyncio.timeout(self._write_timeout_s):
+                        await context.write(delta_to_pb(delta, completion_request.request_id))
+                except TimeoutError as error:
+                    raise CancelledError(
+                        f"The client did not read its response for {self._write_timeout_s:g} s."
+                    ) from error
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any

@@ -10,20 +10,32 @@ from grpc_health.v1.health import aio as health_aio
 
 from tandem.core.config import split_address
 from tandem.core.errors import ConfigError
+from tandem.wire.answer_errors import AnswerErrors, RequestReads
 from tandem.wire.channels import KEEPALIVE_MS, MAX_MESSAGE_BYTES, TOKEN_KEY
 
-SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
-    ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),
-    ("grpc.max_concurrent_streams", 8192),
-)
+_MAX_CALLS = 8192  # in progress in one server; more are refused with RESOURCE_EXHAUSTED
+_MAX_STREAMS = 8192  # of one connection; a gRPC client keeps more calls waiting, until earlier ones have ended
+_MAX_CLIENT_STREAMS = 4096
+_MAX_READS = 32  # requests of clients that arrive at one time
+_READ_TIMEOUT_S = 30.0
+_UNREAD_BYTES = 16 << 10
+_ANY_NUMBER = 1 << 30
+
+_OPTIONS = {
+    "grpc.so_reuseport": 0,  # a second server on the port must fail, not share it
+    "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
+    "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
+    "grpc.keepalive_permit_without_calls": 1,
+    "grpc.http2.min_recv_ping_interval_without_data_ms": KEEPALIVE_MS // 2,
+    "grpc.http2.max_ping_strikes": 0,
+    "grpc.keepalive_time_ms": KEEPALIVE_MS,
+    "grpc.keepalive_timeout_ms": KEEPALIVE_MS,
+    "grpc.http2.ping_timeout_ms": KEEPALIVE_MS,
+    "grpc.max_concurrent_streams": _MAX_STREAMS,
+    # Of more than 1,000 calls that have just arrived, gRPC would cancel some at random, and from 3,000 on all.
+    "grpc.server.max_pending_requests": _ANY_NUMBER,
+    "grpc.server.max_pending_requests_hard_limit": _ANY_NUMBER,
+}
 
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
@@ -47,40 +59,42 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         given_bytes = given.encode() if isinstance(given, str) else given
         if hmac.compare_digest(given_bytes, self._expected):
             return handler
-        return _deny_like(handler)
+        return _DENY
 
 
-def _deny_like(handler: "grpc.RpcMethodHandler[Any, Any]") -> "grpc.RpcMethodHandler[Any, Any]":
-    """A handler that refuses calls, of the same kind (unary or streaming) as `handler`, as gRPC requires."""
+async def _deny(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this port needs the cluster token")
 
-    async def deny_unary(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this port needs the cluster token")
 
-    async def deny_stream(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this port needs the cluster token")
-        yield  # makes this a generator, which gRPC requires of a streaming method
-
-    make: Callable[..., grpc.RpcMethodHandler[Any, Any]]
-    match handler.request_streaming, handler.response_streaming:
-        case False, False:
-            make = grpc.unary_unary_rpc_method_handler
-        case False, True:
-            make = grpc.unary_stream_rpc_method_handler
-        case True, False:
-            make = grpc.stream_unary_rpc_method_handler
-        case _:
-            make = grpc.stream_stream_rpc_method_handler
-    return make(
-        deny_stream if handler.response_streaming else deny_unary,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
+# For every kind of method: a method with a stream of requests is called before any message has arrived.
+_DENY: "grpc.RpcMethodHandler[Any, Any]" = grpc.stream_stream_rpc_method_handler(_deny)
 
 
 def build_server(token: str | None = None) -> tuple[grpc.aio.Server, health_aio.HealthServicer]:
-    """A server with its health service, NOT yet bound or started. Add servicers, then `bind`, then `start`."""
+    """A server for processes of this cluster, with its health service, NOT yet bound or started. Add servicers, then
+    `bind`, then `start`. Its methods may raise TandemErrors, which become the call's status."""
     interceptors = [TokenInterceptor(token)] if token else []
-    server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+    return _build((*interceptors, AnswerErrors(_MAX_CALLS)), _OPTIONS)
+
+
+def build_public_server(max_message_bytes: int) -> tuple[grpc.aio.Server, health_aio.HealthServicer]:
+    """A server for clients. A larger request is refused with RESOURCE_EXHAUSTED."""
+    reads = RequestReads(_MAX_READS, _READ_TIMEOUT_S)
+    options = {
+        **_OPTIONS,
+        "grpc.max_receive_message_length": max_message_bytes,
+        "grpc.max_concurrent_streams": _MAX_CLIENT_STREAMS,
+        # What a call may send before it is read; by itself, gRPC raises this to megabytes for fast clients.
+        "grpc.http2.lookahead_bytes": _UNREAD_BYTES,
+        "grpc.http2.bdp_probe": 0,
+    }
+    return _build((AnswerErrors(_MAX_CALLS, reads),), options)
+
+
+def _build(
+    interceptors: tuple[grpc.aio.ServerInterceptor, ...], options: dict[str, int]
+) -> tuple[grpc.aio.Server, health_aio.HealthServicer]:
+    server = grpc.aio.server(interceptors=interceptors, options=tuple(options.items()))
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     return server, health

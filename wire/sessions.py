@@ -20,7 +20,6 @@ from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import session_messages as messages
 from tandem.wire.channels import open_channel, token_metadata
 from tandem.wire.convert import role_from_pb, role_to_pb
-from tandem.wire.status import abort
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +192,7 @@ class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
             async for event in outbox.drain():
                 await context.write(messages.event_to_pb(event))
             if reader.done() and (error := reader.result()):  # else the instance has closed the outbox
-                await abort(context, error)
+                raise error
         finally:
             reader.cancel()
             self._handler.close_session(session_id)
@@ -204,17 +203,14 @@ class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
         def value(name: str) -> int | None:
             return int(getattr(request, name)) if request.HasField(name) else None
 
-        try:
-            self._handler.configure(
-                RoleChange(
-                    role_from_pb(request.role),
-                    value("max_batch"),
-                    value("max_batch_tokens"),
-                    value("max_prefill_tokens"),
-                )
+        self._handler.configure(
+            RoleChange(
+                role_from_pb(request.role),
+                value("max_batch"),
+                value("max_batch_tokens"),
+                value("max_prefill_tokens"),
             )
-        except TandemError as error:
-            await abort(context, error)
+        )
         return worker_pb2.ConfigureResponse()
 
     async def _read_commands(

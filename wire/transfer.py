@@ -1,15 +1,15 @@
 """The control channel of KV transfers: a client for decode instances (`PeerControl`), a servicer for prefill."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial, wraps
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import grpc
 
 from tandem.core.clock import Clock
-from tandem.core.errors import DeadlineError, InvalidRequestError, TandemError, TransferError
+from tandem.core.errors import DeadlineError, InternalError, InvalidRequestError, TandemError, TransferError
 from tandem.core.transfer import (
     Grant,
     GrantReply,
@@ -23,19 +23,16 @@ from tandem.core.transfer import (
     PeerGoneError,
     Transport,
 )
-from tandem.rpc_errors import CODE_KEY
+from tandem.rpc_errors import CODE_KEY, error_from_rpc
 from tandem.v1 import transfer_pb2, transfer_pb2_grpc
 from tandem.wire.channels import token_metadata
 from tandem.wire.convert import sampled_from_pb, sampled_to_pb
-from tandem.wire.status import abort, error_from_rpc
 
 MAX_NAME_LENGTH = 256
 MAX_TRANSPORTS = 8
 
 _TRANSPORT_TO_PB = {transport: getattr(transfer_pb2, f"TRANSPORT_{transport.name}") for transport in Transport}
 _TRANSPORT_FROM_PB = {value: key for key, value in _TRANSPORT_TO_PB.items()}
-
-Reply = TypeVar("Reply")
 
 
 class KvTransferClient:
@@ -171,7 +168,10 @@ class KvTransferClient:
         except grpc.aio.AioRpcError as error:
             trailing = error.trailing_metadata()
             if trailing and CODE_KEY in trailing:
-                raise error_from_rpc(error) from error
+                known = error_from_rpc(error)
+                if isinstance(known, InternalError):  # of that worker; another one may do
+                    known = TransferError("the prefill worker failed; its log has the reason")
+                raise known from error
             match error.code():
                 case grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise DeadlineError("the prefill worker did not answer in time") from error
@@ -192,19 +192,6 @@ class KvTransferClient:
     def _gone(self) -> PeerGoneError:
         self.is_gone = True
         return PeerGoneError("the prefill worker cannot be reached")
-
-
-def _with_status(method: Callable[..., Awaitable[Reply]]) -> Callable[..., Awaitable[Reply]]:
-    """Decorator of a servicer's methods: a TandemError ends the call with the error's status."""
-
-    @wraps(method)
-    async def call(servicer: "KvTransferServicer", request: Any, context: Any) -> Reply:
-        try:
-            return await method(servicer, request, context)
-        except TandemError as error:
-            await abort(context, error)
-
-    return call
 
 
 class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
@@ -231,7 +218,6 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         finally:
             self._links.unlink(reply.link_id)
 
-    @_with_status
     async def _link(self, request: transfer_pb2.LinkRequest, _: Any) -> LinkReply:
         _check_names(request.instance_id, request.fingerprint, request.boot_id)
         _require(len(request.transports) <= MAX_TRANSPORTS, "too many transports are offered")
@@ -239,7 +225,6 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         host = HostIdentity(request.boot_id, request.uid)
         return await self._links.link(LinkOffer(request.instance_id, request.fingerprint, host, tuple(known)))
 
-    @_with_status
     async def Pull(self, request: transfer_pb2.PullRequest, context: Any) -> transfer_pb2.PullResponse:
         manifest = await self._manifest(request.request_id, request.epoch, context)
         return transfer_pb2.PullResponse(
@@ -253,7 +238,6 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
             first_token=sampled_to_pb(manifest.first_token),
         )
 
-    @_with_status
     async def Grant(self, request: transfer_pb2.GrantRequest, context: Any) -> transfer_pb2.GrantResponse:
         _check_names(request.link_id)
         manifest = await self._manifest(request.request_id, request.epoch, context)
@@ -270,13 +254,11 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         reply = await self._links.send(grant, manifest)
         return transfer_pb2.GrantResponse(sent_bytes=reply.sent_bytes, checksum=reply.checksum)
 
-    @_with_status
     async def Acknowledge(self, request: transfer_pb2.AcknowledgeRequest, _: Any) -> transfer_pb2.AcknowledgeResponse:
         _check_names(request.request_id)
         owned = await self._holder.acknowledge(request.request_id, request.epoch)
         return transfer_pb2.AcknowledgeResponse(owned=owned)
 
-    @_with_status
     async def RendezvousSet(
         self, request: transfer_pb2.RendezvousSetRequest, _: Any
     ) -> transfer_pb2.RendezvousSetResponse:
@@ -284,7 +266,6 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         await self._links.rendezvous_set(request.link_id, request.key, request.value)
         return transfer_pb2.RendezvousSetResponse()
 
-    @_with_status
     async def RendezvousGet(
         self, request: transfer_pb2.RendezvousGetRequest, context: Any
     ) -> transfer_pb2.RendezvousGetResponse:

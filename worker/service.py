@@ -5,7 +5,14 @@ from collections.abc import Callable
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.config import InstanceSection
-from tandem.core.errors import ConfigError, DuplicateRequestError, StaleEpochError, TandemError, error_from_code
+from tandem.core.errors import (
+    ConfigError,
+    DuplicateRequestError,
+    InvalidRequestError,
+    StaleEpochError,
+    TandemError,
+    error_from_code,
+)
 from tandem.core.session import (
     Cancel,
     PrefillFinished,
@@ -122,6 +129,9 @@ class InstanceService:
         self._role_changed()
 
     def _submit(self, attempt_id: AttemptId, submit: Submit) -> None:
+        """Raises InvalidRequestError for a handle that names a running attempt."""
+        if attempt_id.handle in self._attempts[attempt_id.session_id]:
+            raise InvalidRequestError(f"the handle {attempt_id.handle} is in use")
         if submit.hand_over:
             try:
                 self._held.open(attempt_id, submit.request.request_id, submit.request.epoch)

@@ -30,6 +30,7 @@ from tandem.placement.workload.requests import RequestStream
 _PROMPT_COLUMNS = ("prompt_tokens", "input_tokens", "ContextTokens")
 _OUTPUT_COLUMNS = ("output_tokens", "GeneratedTokens")
 _MAX_TOKENS = 1 << 31
+_MAX_DIGITS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def _column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str:
     for name in names:
         if name in columns:
             return name
-    present = f"only {', '.join(columns)}" if columns else "the file is empty"
+    present = f"only {', '.join(columns)!r:.200}" if columns else "the file is empty"
     raise ConfigError(f"{path} line 1: there is no column {names[0]}{',' if columns else ';'} {present}")
 
 
@@ -193,7 +194,8 @@ class _RowFields:
 
     def tokens(self, name: str, *, minimum: int) -> int:
         value = self._values.get(name)
-        number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+        is_number = isinstance(value, str) and value.strip().isdecimal() and len(value) < _MAX_DIGITS
+        number = int(value) if is_number else value  # type: ignore[call-overload]
         if isinstance(number, bool) or not isinstance(number, int) or not minimum <= number < _MAX_TOKENS:
             raise self._wrong(name, f"a whole number of at least {minimum}", value)
         return number

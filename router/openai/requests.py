@@ -24,7 +24,7 @@ B = TypeVar("B", bound="_CommonBody")
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
-_IGNORED = frozenset(
+IGNORED = frozenset(
     {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
         "parallel_tool_calls",
@@ -33,7 +33,7 @@ _IGNORED = frozenset(
 
 # Fields that are not supported, each with the values that ask for nothing. Null and empty values always do; false does,
 # unless true does.
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tools", "functions", "logit_bias", "suffix", "audio", "prediction", "reasoning_effort"), ()),
     **dict.fromkeys(("verbosity", "web_search_options", "moderation", "best_of", "min_tokens", "priority"), ()),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
@@ -305,9 +305,9 @@ def _given_fields(body: dict[str, Any]) -> dict[str, Any]:
     """The fields to validate. Raises InvalidRequestError for a field that is not supported."""
     given = {}
     for name, value in body.items():
-        if name in _UNSUPPORTED:
+        if name in UNSUPPORTED:
             _check_unsupported(name, value, body)
-        elif name in _REQUIRED or not (_is_empty(value) or name in _IGNORED):
+        elif name in _REQUIRED or not (_is_empty(value) or name in IGNORED):
             given[name] = value
     for name in ("stream_options", "tandem"):
         if isinstance(options := given.get(name), dict):
@@ -320,7 +320,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _check_unsupported(name: str, value: Any, body: dict[str, Any]) -> None:
-    harmless = _UNSUPPORTED[name]
+    harmless = UNSUPPORTED[name]
     if value is False and True in harmless:
         raise InvalidRequestError(f"This server does not support '{name}' being false.", param=name)
     if value and value not in harmless and not (name == "best_of" and value == (body.get("n") or 1)):

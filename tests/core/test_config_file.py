@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
+from tandem.core.config import RouterConfig, RouterSection, ServeConfig, WorkerConfig
 from tandem.core.config_file import apply_overrides, dump_config, load_config
 from tandem.core.errors import ConfigError
 
@@ -30,7 +30,7 @@ MISTAKES = {
     "nothing like it": (
         "model: m\nrouter:\n  colour: red\n",
         "FILE line 3: router.colour is not a setting; the settings here are http, grpc, control, request_timeout_s, "
-        "max_queue, max_outstanding_tokens, max_wait_s, max_body, reflection, parse_control_tokens, resume, "
+        "max_queue, max_outstanding_tokens, max_wait_s, max_body, write_timeout_s, reflection, parse_control_tokens, resume, "
         "replacement_wait_s, profile_window_s",
     ),
     "wrong type": (
@@ -108,7 +108,7 @@ MISTAKES = {
         "FILE line 2: is not valid YAML (expected ',' or ']', but got '<stream end>')",
     ),
     "control character": ("model: m\nmodel_name: a\x00b\n", "FILE line 2: holds a character that YAML does not allow"),
-    "endless nesting": ("[" * 5000, "FILE is nested too deeply"),
+    "endless nesting": ("[" * 5000, "FILE line 1: is nested too deeply"),
     "impossible date": ("model: 2026-13-99\n", "FILE: month must be in 1..12; put text in quotes"),
 }
 
@@ -131,7 +131,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     latin.write_bytes("model: m\nmodel_name: café\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin\.yaml line 2: is not UTF-8 text"):
         load_config(latin, ServeConfig)
-    with pytest.raises(ConfigError, match="larger than 1 MiB"):
+    with pytest.raises(ConfigError, match="larger than 256 KiB"):
         load_config(Path("/dev/zero"), ServeConfig)
 
 
@@ -147,7 +147,7 @@ def test_a_file_without_permission(tmp_path: Path) -> None:
 def test_an_alias_loop_ends(tmp_path: Path) -> None:
     path = tmp_path / "loop.yaml"
     path.write_text("model: m\nprefill: &a\n  engine: *a\n")
-    with pytest.raises(ConfigError, match=r"prefill\.engine\.engine"):
+    with pytest.raises(ConfigError, match=r"aliases .* for themselves"):
         load_config(path, ServeConfig)
 
 
@@ -221,6 +221,29 @@ def test_worker_and_router_files_load_again(tmp_path: Path) -> None:
     assert load_config(path, WorkerConfig) == worker
     path.write_text(dump_config(router))
     assert load_config(path, RouterConfig) == router
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "10.0.0.1:9", "worker-3:9", "localhost.example:9"])
+@pytest.mark.parametrize("token", ["", "cluster_token: ''\n"])
+def test_an_internal_port_that_others_reach_needs_the_cluster_token(address: str, token: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    for kind, text, setting in (
+        (WorkerConfig, f"model: /m\nlisten: '{address}'\n", "listen"),
+        (RouterConfig, f"model: /m\nrouter: {{control: '{address}'}}\n", "router.control"),
+    ):
+        path.write_text(text + token)
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, kind)
+        assert caught.value.message.startswith(f"{path} line 2: {setting}: {address} can be reached from other")
+        assert "set cluster_token" in caught.value.message
+        path.write_text(text + "cluster_token: s\n")
+        load_config(path, kind)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "127.1.2.3:9", "[::1]:0", "localhost:9"])
+def test_a_port_of_this_machine_alone_needs_none(address: str) -> None:
+    WorkerConfig(model=Path("/m"), listen=address)
+    RouterConfig(model=Path("/m"), router=RouterSection(control=address))
 
 
 def test_overrides_replace_settings() -> None:

@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -30,8 +32,9 @@ from tandem.core.request import FinishReason
 from tandem.router.completion import TextService
 from tandem.router.tokenizer import TextTokenizer
 from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem.wire.answer_errors import AnswerErrors, RequestReads
 from tandem.wire.inference import InferenceServicer
-from tandem.wire.server import bind, build_server
+from tandem.wire.server import bind, build_public_server
 from tests.router.front import MODEL, echo_script, write_checkpoint
 from tests.router.text_fakes import ScriptedGenerator
 
@@ -59,17 +62,25 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return TextTokenizer.load(folder, clock=SystemClock(), executor=ThreadPoolExecutor(1))
 
 
-@pytest.fixture
-async def service(tokenizer: TextTokenizer) -> AsyncIterator[Service]:
+@asynccontextmanager
+async def serving(tokenizer: TextTokenizer, write_timeout_s: float = 30.0) -> AsyncIterator[Service]:
     generator = ScriptedGenerator(echo_script)
     text = TextService(generator=generator, tokenizer=tokenizer, model=MODEL, random=Random(1))
-    server, _ = build_server()
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(text, SystemClock(), Random(2)), server)
+    server, _ = build_public_server(8 << 20)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+        InferenceServicer(text, SystemClock(), Random(2), 0.5), server
+    )
     address = bind(server, "127.0.0.1:0")
     await server.start()
     async with AsyncClient(address) as client:
         yield Service(generator, client, address)
     await server.stop(0.1)
+
+
+@pytest.fixture
+async def service(tokenizer: TextTokenizer) -> AsyncIterator[Service]:
+    async with serving(tokenizer) as service:
+        yield service
 
 
 async def test_tokens_in_tokens_out(service: Service) -> None:
@@ -197,3 +208,112 @@ async def test_models(service: Service) -> None:
     assert await service.client.models() == (ModelInfo(MODEL, 512),)
     service.generator.max_model_len_or_none = None
     assert await service.client.models() == (ModelInfo(MODEL, 0),)
+
+
+# --- what a client may do wrong --------------------------------------------------------------------------------------
+
+GENERATE = "/tandem.v1.InferenceService/Generate"
+
+
+async def _status(call: Any) -> tuple[grpc.StatusCode, str]:
+    with suppress(grpc.aio.AioRpcError):
+        async for _ in call:
+            pass
+    return await call.code(), await call.details()
+
+
+@pytest.mark.parametrize("raw", [b"\xff", b"\x12\x05hi", b"\x12\x02\xff\xfe", b"\x1b" * 200])
+async def test_an_unreadable_message_is_the_clients_fault(service: Service, raw: bytes) -> None:
+    async with grpc.aio.insecure_channel(service.address) as channel:
+        code, details = await _status(channel.unary_stream(GENERATE)(raw))
+        assert (code, details) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "The request is not a protobuf message of the type that this method takes.",
+        )
+
+
+async def test_a_burst_of_calls_is_served(service: Service) -> None:
+    """By itself, gRPC cancels some calls of a burst at random, from 1,000 on."""
+    request = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenPrompt(token_ids=[5]))
+    request.sampling.max_tokens = 1
+    async with grpc.aio.insecure_channel(service.address) as channel:
+        calls = [inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=60) for _ in range(2000)]
+        codes = Counter([(await _status(call))[0] for call in calls])
+    assert codes == {grpc.StatusCode.OK: 2000}
+
+
+async def test_calls_beyond_the_limit_are_refused_with_a_reason() -> None:
+    async def forever(_: Any, context: Any) -> None:
+        await asyncio.Event().wait()
+
+    server = grpc.aio.server(interceptors=[AnswerErrors(max_calls=3)])
+    handlers = {"Wait": grpc.unary_stream_rpc_method_handler(forever)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", handlers),))
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        waiting = [channel.unary_stream("/test.Test/Wait")(b"") for _ in range(3)]
+        await asyncio.sleep(0.1)
+        code, details = await _status(channel.unary_stream("/test.Test/Wait")(b""))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details == "This server has 3 calls in progress; try again later."
+        waiting[0].cancel()
+        await asyncio.sleep(0.1)
+        code, _ = await _status(channel.unary_stream("/test.Test/Wait")(b"", timeout=0.1))
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED, "there is a place again"
+    await server.stop(None)
+
+
+async def test_a_message_is_bounded_as_an_http_body_is(service: Service) -> None:
+    async with grpc.aio.insecure_channel(service.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        code, details = await _status(stub.Generate(inference_pb2.GenerateRequest(text="x" * (9 << 20))))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in details
+    assert (await service.client.generate(token_ids=[5], max_tokens=1)).token_ids == (5,)
+
+
+async def test_a_client_that_does_not_read_ends_its_request(tokenizer: TextTokenizer) -> None:
+    request = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenPrompt(token_ids=[5]))
+    request.sampling.max_tokens, request.sampling.logprobs, request.sampling.ignore_eos = 1 << 29, 0, True
+    async with serving(tokenizer, 0.5) as service, grpc.aio.insecure_channel(service.address) as channel:
+        service.generator.max_model_len_or_none = 1 << 30
+        service.generator.tokens_per_step = 2000
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)
+        await call.read()
+        async with asyncio.timeout(30):
+            while service.generator.running:  # noqa: ASYNC110 - its end is seen in the generator only
+                await asyncio.sleep(0.05)
+        with suppress(grpc.aio.AioRpcError):
+            while True:
+                await call.read()
+        assert await call.code() is grpc.StatusCode.CANCELLED
+        assert await call.details() == "The client did not read its response for 0.5 s."
+
+
+@pytest.mark.parametrize("requests", [[], [b""]])
+async def test_a_request_that_does_not_come_is_not_waited_for(requests: list[bytes]) -> None:
+    """Nor are more than two requests read at a time; the third one waits for its turn."""
+    never = asyncio.Event()
+
+    async def slow_requests() -> AsyncIterator[bytes]:
+        await never.wait()
+        yield b""
+
+    async def answer(_: Any, context: Any) -> bytes:
+        return b"answer"
+
+    server = grpc.aio.server(interceptors=[AnswerErrors(100, RequestReads(max_reads=2, timeout_s=0.3))])
+    handlers = {"Ask": grpc.unary_unary_rpc_method_handler(answer)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", handlers),))
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        slow = [channel.stream_stream("/test.Test/Ask")(slow_requests()) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        code, details = await _status(channel.stream_stream("/test.Test/Ask")(iter(requests)))
+        assert code is (grpc.StatusCode.OK if requests else grpc.StatusCode.INVALID_ARGUMENT), details
+        for call in slow:
+            code, details = await _status(call)
+            assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "The request did not arrive within 0.3 s.")
+    await server.stop(None)
