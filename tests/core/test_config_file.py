@@ -30,7 +30,8 @@ MISTAKES = {
     "nothing like it": (
         "model: m\nrouter:\n  colour: red\n",
         "FILE line 3: router.colour is not a setting; the settings here are http, grpc, control, request_timeout_s, "
-        "max_queue, max_outstanding_tokens, max_wait_s, max_body, write_timeout_s, reflection, parse_control_tokens, resume, "
+        "max_queue, max_outstanding_tokens, max_wait_s, max_body, write_timeout_s, reflection, parse_control_tokens, "
+        "resume, "
         "replacement_wait_s, profile_window_s",
     ),
     "wrong type": (
