@@ -24,6 +24,7 @@ _COMMANDS = {
     "simulate": ("run a plan on a simulated cluster", ("plan",)),
     "serve": ("start a model on this machine", ("serve", "ray")),
     "status": ("show instances, load, KV memory and links", ("cli",)),
+    "explain": ("show what became of a request, and why it ran where it ran", ("cli",)),
     "chat": ("talk to the model", ("cli",)),
     "scale": ("change the number of workers", ("cli",)),
     "stop": ("stop the running cluster", ("cli",)),

@@ -40,10 +40,14 @@ class ContextLengthError(InvalidRequestError):
     code = "context_length_exceeded"
 
 
-class ModelNotFoundError(InvalidRequestError):
-    code = "model_not_found"
+class NotFoundError(InvalidRequestError):
+    code = "not_found"
     grpc_status = "NOT_FOUND"
     http_status = 404
+
+
+class ModelNotFoundError(NotFoundError):
+    code = "model_not_found"
 
 
 class PayloadTooLargeError(InvalidRequestError):

@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.config import RouterConfig
-from tandem.core.errors import InternalError
+from tandem.core.errors import InternalError, NotFoundError
 from tandem.core.replanning import ReplanStatus
 from tandem.core.session import InstanceStatus
 from tandem.core.workload_profile import ProfileSnapshot, WorkloadProfile
@@ -48,16 +48,20 @@ INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"
 
 _TOKENIZER_THREADS = 2
 _HEALTH_PERIOD_S = 0.1
+_LATEST = 20  # requests, of which a line is shown
 _FLUSH_S = 2.0  # for complete responses that are still being sent
 
 
 class FleetRegistry:
     """Heartbeats and questions of the control port, on the router's state. Implements `wire.fleet.Registry`."""
 
-    def __init__(self, model: str, dispatcher: Dispatcher, profile: WorkloadProfile, clock: Clock) -> None:
+    def __init__(
+        self, model: str, dispatcher: Dispatcher, log: RequestLog, profile: WorkloadProfile, clock: Clock
+    ) -> None:
         self.replan: ReplanStatus | None = None
         self._model = model
         self._dispatcher = dispatcher
+        self._log = log
         self._profile = profile
         self._clock = clock
         self._started_s = clock.now_s()
@@ -74,6 +78,13 @@ class FleetRegistry:
             queued_requests=self._dispatcher.queued_requests,
             replan=self.replan,
         )
+
+    def explain(self, request_id: str) -> str:
+        if not request_id:
+            return "\n".join(record.summary() for record in self._log.latest(_LATEST))
+        if text := self._log.explain(request_id):
+            return text
+        raise NotFoundError(f"this router does not remember a finished request {request_id!r}")
 
     def profile(self) -> ProfileSnapshot | None:
         return self._profile.snapshot(self._clock.now_s())
@@ -121,7 +132,7 @@ class RouterApp:
             observers=(self._metrics.requests, self.log, observer),
             profile=observer,
         )
-        self._registry = FleetRegistry(config.served_name, self._dispatcher, profile, self._clock)
+        self._registry = FleetRegistry(config.served_name, self._dispatcher, self.log, profile, self._clock)
         self._metrics.watch(self._dispatcher)
         self._metrics.watch_replanning(lambda: self._registry.replan)
 

@@ -21,6 +21,7 @@ from tandem.core.config import RouterSection
 from tandem.core.errors import (
     InvalidRequestError,
     ModelNotFoundError,
+    NotFoundError,
     PayloadTooLargeError,
     TandemError,
     UnsupportedMediaTypeError,
@@ -38,12 +39,6 @@ _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_ECHOED_ID_CHARS = 128
 _BODY_TIMEOUT_S = 30.0
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class NotFoundError(InvalidRequestError):
-    code = "not_found"
-    grpc_status = "NOT_FOUND"
-    http_status = 404
 
 
 class MethodNotAllowedError(InvalidRequestError):

@@ -4,6 +4,7 @@ import json
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from tandem.core.errors import TandemError
@@ -39,6 +40,17 @@ class RequestRecord:
     message: str | None
     timeline: Timeline
     attempts: tuple[AttemptRecord, ...]
+
+    def summary(self) -> str:
+        """One line for a person."""
+        timeline = self.timeline
+        cached = f" ({timeline.num_cached_tokens} cached)" if timeline.num_cached_tokens else ""
+        attempts = f", {len(self.attempts)} attempts" if len(self.attempts) > 1 else ""
+        return (
+            f"{self.request_id!r}: {self.outcome}, {timeline.num_prompt_tokens}{cached} + {timeline.num_output_tokens} "
+            f"tokens in {_milliseconds(timeline.total_s)}, TTFT {_milliseconds(timeline.ttft_s)}, "
+            f"TPOT {_milliseconds(timeline.tpot_s)}{attempts}"
+        )
 
     def fields(self) -> dict[str, Any]:
         """For one structured log line."""
@@ -94,11 +106,22 @@ class RequestLog:
         """The last request of that id, if it is still remembered."""
         return self._records.get(request_id)
 
+    def latest(self, count: int) -> list[RequestRecord]:
+        """The last requests, newest first."""
+        return [self._records[request_id] for request_id in islice(reversed(self._records), count)]
+
     def explain(self, request_id: str) -> str:
-        """Why it ran where it ran, for a person. Empty if it is not remembered."""
+        """What became of it, where its time went, and why it ran where it ran, for a person. Empty if it is not
+        remembered."""
         record = self._records.get(request_id)
-        lines: list[str] = []
-        for attempt in () if record is None else record.attempts:
+        if record is None:
+            return ""
+        lines = [record.summary()]
+        if record.message is not None:
+            lines.append(f"  {record.message}")
+        parts = record.timeline.parts().items()
+        lines += [f"  {name.removesuffix('_s'):14} {_milliseconds(part_s)}" for name, part_s in parts]
+        for attempt in record.attempts:
             first = "both phases" if attempt.is_whole else "prefill"
             for phase, selection in ((first, attempt.prefill_selection), ("decode", attempt.decode_selection)):
                 if selection is not None:
@@ -107,6 +130,10 @@ class RequestLog:
             if attempt.failure is not None:
                 lines.append(f"attempt {attempt.epoch + 1} failed: {attempt.failure}")
         return "\n".join(lines)
+
+
+def _milliseconds(value_s: float | None) -> str:
+    return "-" if value_s is None else f"{value_s * 1e3:.1f} ms"
 
 
 def _rounded(value_s: float | None) -> float | None:

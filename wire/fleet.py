@@ -40,6 +40,10 @@ class Registry(Protocol):
 
     def profile(self) -> ProfileSnapshot | None: ...
 
+    def explain(self, request_id: str) -> str:
+        """For a person; of an empty id, the last requests. Raises NotFoundError for a request that is not known."""
+        ...
+
     def replan_reported(self, status: ReplanStatus) -> None: ...
 
 
@@ -69,6 +73,11 @@ class FleetServicer(worker_pb2_grpc.FleetServiceServicer):
         if request.with_profile and (profile := self._registry.profile()) is not None:
             response.profile.CopyFrom(replanning.profile_to_pb(profile))
         return response
+
+    async def Explain(
+        self, request: worker_pb2.ExplainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.ExplainResponse:
+        return worker_pb2.ExplainResponse(text=self._registry.explain(request.request_id))
 
     async def ReportReplan(
         self, request: worker_pb2.ReportReplanRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -113,3 +122,13 @@ async def describe_fleet(
         replan=replanning.replan_from_pb(response.replan) if response.HasField("replan") else None,
         profile=replanning.profile_from_pb(response.profile) if response.HasField("profile") else None,
     )
+
+
+async def explain_request(channel: grpc.aio.Channel, request_id: str, timeout_s: float) -> str:
+    """What a router says of one request, or of an empty id, of the last ones. Raises as `send_heartbeat`."""
+    request = worker_pb2.ExplainRequest(request_id=request_id)
+    try:
+        response = await worker_pb2_grpc.FleetServiceStub(channel).Explain(request, timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+    return str(response.text)

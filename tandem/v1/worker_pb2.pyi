@@ -300,6 +300,18 @@ class DescribeRequest(_message.Message):
     with_profile: bool
     def __init__(self, with_profile: _Optional[bool] = ...) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
+
 class DescribeResponse(_message.Message):
     __slots__ = ("model", "uptime_s", "instances", "running_requests", "queued_requests", "profile", "replan")
     MODEL_FIELD_NUMBER: _ClassVar[int]

@@ -164,6 +164,11 @@ class FleetServiceStub:
                 request_serializer=tandem_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_worker__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/tandem.v1.FleetService/Explain',
+                request_serializer=tandem_dot_v1_dot_worker__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_worker__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.ReportReplan = channel.unary_unary(
                 '/tandem.v1.FleetService/ReportReplan',
                 request_serializer=tandem_dot_v1_dot_worker__pb2.ReportReplanRequest.SerializeToString,
@@ -188,6 +193,13 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """What became of a finished request, and why it ran where it ran; NOT_FOUND if the router does not remember it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReportReplan(self, request, context):
         """The state of replanning in `tandem serve`; the router shows the last report in Describe and in its metrics.
         """
@@ -207,6 +219,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=tandem_dot_v1_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_worker__pb2.DescribeResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=tandem_dot_v1_dot_worker__pb2.ExplainRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_worker__pb2.ExplainResponse.SerializeToString,
             ),
             'ReportReplan': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportReplan,
@@ -269,6 +286,33 @@ class FleetService:
             '/tandem.v1.FleetService/Describe',
             tandem_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
             tandem_dot_v1_dot_worker__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.FleetService/Explain',
+            tandem_dot_v1_dot_worker__pb2.ExplainRequest.SerializeToString,
+            tandem_dot_v1_dot_worker__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

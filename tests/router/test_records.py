@@ -43,8 +43,11 @@ def test_explains_each_choice_of_each_attempt() -> None:
     log = RequestLog()
     log.finished(make_record("r"))
     lines = log.explain("r").splitlines()
-    assert lines[0] == "attempt 1, prefill on p1:"
-    assert "p2: queued 7 + prompt 2 = 9  worse by 6" in lines[2]
+    assert lines[0] == "'r': length, 7 (4 cached) + 3 tokens in 2000.0 ms, TTFT 1000.0 ms, TPOT 500.0 ms, 2 attempts"
+    first = lines.index("attempt 1, prefill on p1:")
+    parts_ms = [float(line.split()[-2]) for line in lines[1:first]]
+    assert sum(parts_ms) == 2000.0
+    assert "p2: queued 7 + prompt 2 = 9  worse by 6" in lines[first + 2]
     assert "attempt 1 failed: transfer_failed" in lines
     assert "attempt 2, decode on d1:" in lines
     assert log.explain("never seen") == ""
@@ -56,6 +59,7 @@ def test_remembers_only_the_last() -> None:
         log.finished(make_record(f"r{i}"))
     log.finished(make_record("r8", outcome="stop"))
     assert [log.find(f"r{i}") is not None for i in range(10)] == [False] * 7 + [True] * 3
+    assert [record.request_id for record in log.latest(2)] == ["r8", "r9"]
     again = log.find("r8")
     assert again is not None
     assert again.outcome == "stop"

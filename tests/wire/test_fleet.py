@@ -6,13 +6,20 @@ from dataclasses import fields
 import grpc
 import pytest
 
-from tandem.core.errors import InvalidRequestError
+from tandem.core.errors import InvalidRequestError, NotFoundError
 from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire.channels import open_channel
-from tandem.wire.fleet import FleetDescription, FleetServicer, describe_fleet, report_replan, send_heartbeat
+from tandem.wire.fleet import (
+    FleetDescription,
+    FleetServicer,
+    describe_fleet,
+    explain_request,
+    report_replan,
+    send_heartbeat,
+)
 from tandem.wire.replanning import replan_from_pb
 from tandem.wire.server import bind, build_server
 
@@ -39,6 +46,11 @@ class FakeRegistry:
 
     def profile(self) -> ProfileSnapshot | None:
         return self.closed_window
+
+    def explain(self, request_id: str) -> str:
+        if request_id == "unknown":
+            raise NotFoundError("not remembered")
+        return f"all of '{request_id}'"
 
     def replan_reported(self, status: ReplanStatus) -> None:
         self.replan = status
@@ -117,3 +129,9 @@ def test_an_unknown_state_is_refused() -> None:
 def test_drift_is_the_strongest_change() -> None:
     assert PROPOSED.drift == 1.2
     assert ReplanStatus(DriftState.STABLE).drift == 0.0
+
+
+async def test_a_request_is_explained(channel: grpc.aio.Channel) -> None:
+    assert await explain_request(channel, "r", 5.0) == "all of 'r'"
+    with pytest.raises(NotFoundError, match="not remembered"):
+        await explain_request(channel, "unknown", 5.0)
