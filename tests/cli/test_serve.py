@@ -86,6 +86,13 @@ def test_status_and_doctor(served: Served, model: Path) -> None:
     assert {instance["state"] for instance in instances.values()} == {"ready"}
     assert [link["transport"] for link in instances["decode"]["links"]] == ["shared_memory"]
     assert "prefill-" in served.tandem("status").stdout
+    request_id = served.tandem("explain").stdout.split("'")[1]
+    explained = served.tandem("explain", f"cmpl-{request_id}").stdout
+    assert re.search(r"^attempt 1, prefill on prefill-", explained, re.MULTILINE), explained
+    assert re.search(r"^attempt 1, decode on decode-", explained, re.MULTILINE), explained
+    unknown = served.tandem("explain", "nobody")
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert "does not remember a finished request 'nobody'" in unknown.stderr
     watch = [sys.executable, "-m", "tandem.cli.main", "status", "--watch", "--interval", "0.2"]
     with subprocess.Popen(watch, env=served.environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watching:
         assert watching.stdout is not None
