@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from tandem.core.clock import Clock
 
 LOOK_EVERY_S = 0.1
+LATE_LOOK_S = 0.5
 SHORTEST_LIMIT_S = 1.0
 FIRST_LIMIT_S = 10.0
 LIMIT_FACTOR = 10.0
@@ -89,7 +90,7 @@ class StallDetector:
     """Used on the event loop, by one task that calls `look` every `LOOK_EVERY_S`.
 
     A look that comes late means that the whole process was stopped, or has no core to run on. That time is not the
-    step's: a late look counts as two looks at most.
+    step's: a late look counts as `LATE_LOOK_S` at most.
     """
 
     def __init__(self, progress: StepProgress, clock: Clock) -> None:
@@ -114,4 +115,4 @@ class StallDetector:
         if step is not self._step:
             self._step, self.age_s = step, 0.0
         if step is not None:
-            self.age_s += min(now_s - max(before_s, step.begun_s), 2 * LOOK_EVERY_S)
+            self.age_s += min(now_s - max(before_s, step.begun_s), LATE_LOOK_S)
