@@ -15,14 +15,16 @@ from tandem.cli.serve_file import read_serve_file
 from tandem.cli.signals import StopSignals, ignore_signals, signals_interrupt
 from tandem.core.clock import SystemClock
 from tandem.core.config import ServeConfig
-from tandem.core.errors import TandemError
+from tandem.core.errors import ConfigError, TandemError
 from tandem.core.plan import Plan
 from tandem.deploy.controller import Event, Failed, Loading, Stopped, Up
 from tandem.deploy.machine import resolve_addresses, this_machine
 from tandem.deploy.model_folder import check_model_folder, check_pairs
-from tandem.deploy.ray_cluster import LocalRay, RayLauncher
+from tandem.deploy.ray_cluster import LocalRay
+from tandem.deploy.ray_launcher import RayLauncher
 from tandem.deploy.run_state import RunState, StateFolders, process_started_s
-from tandem.deploy.serving import Serving, expected_transport, with_token
+from tandem.deploy.serving import Serving, expected_transport, fetch_fleet, with_token
+from tandem.deploy.topology import Machine
 
 EPILOG = """\
 examples:
@@ -34,6 +36,8 @@ examples:
 
 every setting, explained: examples/serve.yaml"""
 _PROMPT = "def read_json(path):"
+_PORTS_TIMEOUT_S = 10.0
+_COUNT_TIMEOUT_S = 1.0
 
 
 def run(
@@ -50,11 +54,11 @@ def run(
     """
     machine = this_machine()
     to_serve = read_serve_file(file, settings, machine)
-    config = with_token(resolve_addresses(to_serve.config))
-    check_pairs(config, check_model_folder(config.model))
+    check_pairs(to_serve.config, check_model_folder(to_serve.config.model))
     began_s = time.monotonic()
     folders = state_folders()
     folders.make()
+    config = with_token(_free_addresses(to_serve.config, folders.clear_ended()))
     ray = LocalRay()
     state = _run_state(config, folders.new_log_folder(os.getpid()), ray.folder)
     with signals_interrupt():
@@ -63,8 +67,7 @@ def run(
             print_line(f"serving {config.served_name} from {config.model}")
             print_line("  starting Ray")
             ray.start(1 + sum(section.instances for _, section in config.kinds), machine.gpus)
-            serving = Serving(config, machine, RayLauncher(Path(state.log_folder)), SystemClock())
-            return asyncio.run(_serve(serving, state, folders, grace, began_s, to_serve.plan))
+            return asyncio.run(_run(config, machine, ray, state, folders, grace, began_s, to_serve.plan))
         except (KeyboardInterrupt, SystemExit):
             print_line("interrupted")
             return 130
@@ -72,6 +75,21 @@ def run(
             ignore_signals()
             ray.stop()
             folders.remove(state.pid)
+
+
+def _free_addresses(config: ServeConfig, ended: list[RunState]) -> ServeConfig:
+    """As `resolve_addresses`, but an address of a run that has just been ended may take a moment to become free."""
+    own = {config.router.http, config.router.grpc, config.router.control}
+    until_s = time.monotonic()
+    if any(own & {run.http, run.grpc, run.control} for run in ended):
+        until_s += _PORTS_TIMEOUT_S
+    while True:
+        try:
+            return resolve_addresses(config)
+        except ConfigError:
+            if time.monotonic() >= until_s:
+                raise
+        time.sleep(0.1)
 
 
 def _run_state(config: ServeConfig, log_folder: Path, ray_folder: Path) -> RunState:
@@ -90,6 +108,29 @@ def _run_state(config: ServeConfig, log_folder: Path, ray_folder: Path) -> RunSt
     )
 
 
+async def _run(
+    config: ServeConfig,
+    machine: Machine,
+    ray: LocalRay,
+    state: RunState,
+    folders: StateFolders,
+    grace_s: float,
+    began_s: float,
+    plan: Plan | None,
+) -> int:
+    clock = SystemClock()
+    launcher = RayLauncher(ray, Path(state.log_folder), clock, load_timeout_s=config.load_timeout_s, grace_s=grace_s)
+    async with launcher:
+        helpers = [
+            asyncio.create_task(launcher.keep_ray(lambda note: print_line(f"  {note}")), name="keep Ray"),
+            asyncio.create_task(launcher.bound_logs(), name="bound logs"),
+        ]
+        try:
+            return await _serve(Serving(config, machine, launcher, clock), state, folders, grace_s, began_s, plan)
+        finally:
+            await _cancel(helpers)
+
+
 async def _serve(
     serving: Serving, state: RunState, folders: StateFolders, grace_s: float, began_s: float, plan: Plan | None
 ) -> int:
@@ -105,19 +146,22 @@ async def _serve(
             await signals.changed()
             if signals.take_scale():
                 await signals.unless_stopped(_scale(serving, folders, grace_s))
-        print_line("stopping (once more to stop at once)")
         return 0
     finally:
         await _stop(serving, signals, grace_s if signals.stop.is_set() else 0.0)
-        for helper in helpers:
-            helper.cancel()
-        await asyncio.gather(*helpers, return_exceptions=True)
+        await _cancel(helpers)
         while not serving.controller.events.empty():
             _print_event(serving.controller.events.get_nowait())
 
 
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def _stop(serving: Serving, signals: StopSignals, grace_s: float) -> None:
-    stopping = asyncio.create_task(serving.stop(grace_s), name="stop")
+    stopping = asyncio.create_task(_drain(serving, grace_s, is_asked=signals.stop.is_set()), name="stop")
     forced = asyncio.create_task(signals.force.wait(), name="force")
     await asyncio.wait({stopping, forced}, return_when=asyncio.FIRST_COMPLETED)
     forced.cancel()
@@ -126,6 +170,25 @@ async def _stop(serving: Serving, signals: StopSignals, grace_s: float) -> None:
         stopping.cancel()
         await serving.controller.kill()
     await asyncio.gather(stopping, forced, return_exceptions=True)
+
+
+async def _drain(serving: Serving, grace_s: float, *, is_asked: bool) -> None:
+    if is_asked:
+        waits = await _what_to_wait_for(serving.config, grace_s)
+        print_line(f"stopping{waits} (once more to stop at once)")
+    await serving.stop(grace_s)
+
+
+async def _what_to_wait_for(config: ServeConfig, grace_s: float) -> str:
+    try:
+        async with asyncio.timeout(_COUNT_TIMEOUT_S):
+            fleet = await fetch_fleet(config.router.control, config.cluster_token)
+    except (TandemError, TimeoutError):
+        return ""
+    requests = fleet.running_requests + fleet.queued_requests
+    if not requests:
+        return ""
+    return f": waiting up to {grace_s:g} s for {requests} running request{'s' if requests > 1 else ''}"
 
 
 async def _scale(serving: Serving, folders: StateFolders, grace_s: float) -> None:
@@ -159,8 +222,9 @@ def _print_event(event: Event) -> None:
             print_line(f"  {name} loading")
         case Up(info, load_s):
             print_line(f"  {info.name} up in {load_s:.1f} s (pid {info.pid})")
-        case Failed(name, reason, retry_s):
-            print_line(f"  {name}: {reason}; starting it again in {retry_s:.1f} s")
+        case Failed(name, reason, retry_s, failures):
+            again = f" (failure {failures} in a row)" if failures > 1 else ""
+            print_line(f"  {name}: {reason}; starting it again in {retry_s:.1f} s{again}")
         case Stopped(name):
             print_line(f"  {name} stopped")
 

@@ -202,6 +202,9 @@ class ServeConfig(FrozenModel):
     decode: Kinds = Field(default=(), description="Instances that decode what others have prefilled")
     colocated: Kinds = Field(default=(), description="Instances that do both")
     cluster_token: str | None = Field(default=None, description="Shared secret of router and workers; serve makes one")
+    load_timeout_s: float = Field(
+        default=900.0, gt=0, description="How long a process may take to start before `tandem serve` starts it again"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,25 +1,30 @@
-"""Keeps a set of processes running: starts them, notices when one has died, and starts it again.
+"""Keeps a set of processes running: starts them, notices when one has died or makes no progress, and starts it again.
 
-    absent --start--> loading --up--> running --died--> waiting --delay--> loading
+    absent --start--> loading --up--> running --died, stalled, left--> waiting --delay--> loading
                         |  failed        |
                         +--> waiting     +--stop--> stopping --> absent
 
-The delay doubles with every failure, and is reset once a process has run for a while. An instance is always replaced
-as a whole: the new process has a new instance id and cannot be mistaken for the old one.
+The delay doubles with every failure in a row up to a limit, and is reset once a process has run for a while. There is
+no limit to the number of tries: an error from outside (a full disk, a model that is being replaced) can end at any
+time, and each failure is reported with its number. An instance is always replaced as a whole: the new process has a new
+instance id and cannot be mistaken for the old one.
 
-The controller depends on the interface `Launcher` only, not on Ray.
+The controller depends on the interfaces `Launcher` and `Watch` only, not on Ray.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import logging
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from tandem.core.clock import Clock
-from tandem.core.errors import TandemError
+from tandem.core.errors import InternalError, TandemError
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +39,22 @@ class ProcessInfo:
     log_path: str
 
 
-class RunningProcess(Protocol):
-    info: ProcessInfo
+@dataclass(frozen=True, slots=True)
+class ProcessEnd:
+    """`was_asked`: somebody told the process to end, and it did so. That is no failure."""
 
-    async def wait_closed(self) -> str:
-        """Wait until the process has ended; returns the reason in words."""
+    reason: str
+    was_asked: bool = False
+
+
+class RunningProcess(Protocol):
+    """`is_draining`: it finishes its requests and is about to end, whoever told it to."""
+
+    info: ProcessInfo
+    is_draining: bool
+
+    async def wait_closed(self) -> ProcessEnd:
+        """Wait until the process has ended."""
         ...
 
     async def stop(self, grace_s: float) -> None:
@@ -46,8 +62,12 @@ class RunningProcess(Protocol):
         ...
 
     async def kill(self) -> None:
-        """End the process now and free its resources. No effect if it has ended."""
+        """End the process now and free its resources, also where it is stopped. No effect if it has ended."""
         ...
+
+
+Watch = Callable[[ProcessSpec, RunningProcess], Coroutine[Any, Any, str]]
+"""Returns, in words, why the running process has to be replaced: it makes no progress. Runs until then."""
 
 
 class Launcher(Protocol):
@@ -70,12 +90,13 @@ class Up:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The process died, or could not be started again; the next try is after `retry_s`. An error of the first start is
-    raised by `reconcile` instead."""
+    """The process died, left, or could not be started again; the next try is after `retry_s`. `failures`: in a row,
+    0 for a process that was told to end. An error of the first start is raised by `reconcile` instead."""
 
     name: str
     reason: str
     retry_s: float
+    failures: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +129,13 @@ class _Slot:
 class Controller:
     """Owns a set of processes; `reconcile` says which should run. `events` has all changes, in order."""
 
-    def __init__(self, launcher: Launcher, clock: Clock, backoff: Backoff | None = None) -> None:
+    def __init__(
+        self, launcher: Launcher, clock: Clock, backoff: Backoff | None = None, watch: Watch | None = None
+    ) -> None:
+        """Without `watch`, only a process that ends is replaced."""
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._launcher = launcher
+        self._watch = watch
         self._clock = clock
         self._backoff = backoff or Backoff()
         self._slots: dict[str, _Slot] = {}
@@ -162,33 +187,42 @@ class Controller:
             self._slots.pop(slot.spec.name, None)
 
     async def _supervise(self, slot: _Slot) -> None:
-        delay_s = self._backoff.first_s
+        """Until a stop is requested; no failure ends it."""
+        delay_s, failures = self._backoff.first_s, 0
         while not slot.stop_requested.is_set():
             began_s, is_restart = self._clock.now_s(), slot.first_start.done()
-            reason = await self._run_once(slot)
-            if reason is None:
+            end = await self._run_once(slot)
+            if end is None:
                 break
-            if self._clock.now_s() - began_s > self._backoff.healthy_after_s:
-                delay_s = self._backoff.first_s
+            if end.was_asked or self._clock.now_s() - began_s > self._backoff.healthy_after_s:
+                delay_s, failures = self._backoff.first_s, 0
+            failures += not end.was_asked
             if is_restart or slot.first_start.exception() is None:
-                self.events.put_nowait(Failed(slot.spec.name, reason, delay_s))
+                self.events.put_nowait(Failed(slot.spec.name, end.reason, delay_s, failures))
             await _wait_at_most(slot.stop_requested, delay_s)
             delay_s = min(2 * delay_s, self._backoff.longest_s)
         if not slot.first_start.done():
             slot.first_start.cancel()
         self.events.put_nowait(Stopped(slot.spec.name))
 
-    async def _run_once(self, slot: _Slot) -> str | None:
-        """Start the process and wait for its end. Returns the reason, or None if a stop was requested."""
-        name, began_s = slot.spec.name, self._clock.now_s()
-        self.events.put_nowait(Loading(name))
+    async def _run_once(self, slot: _Slot) -> ProcessEnd | None:
+        """Start the process and wait for its end; None if a stop was requested."""
         try:
-            process = await _run_unless(slot.stop_requested, self._launcher.launch(slot.spec))
-        except TandemError as error:
+            return await self._start_and_wait(slot)
+        except Exception as error:  # whatever it is, the process must be tried again, and not in silence
+            if not isinstance(error, TandemError):
+                logger.exception("the supervision of %s failed", slot.spec.name)
+                error = InternalError(f"{slot.spec.name} could not be supervised ({type(error).__name__}: {error})")
             if not slot.first_start.done():
                 slot.first_start.set_exception(error)
                 slot.first_start.exception()  # `reconcile` may have been cancelled; this marks the error as handled
-            return error.message
+            return ProcessEnd(error.message)
+
+    async def _start_and_wait(self, slot: _Slot) -> ProcessEnd | None:
+        """As `_run_once`, but raises what the launcher and the process raise."""
+        name, began_s = slot.spec.name, self._clock.now_s()
+        self.events.put_nowait(Loading(name))
+        process = await _run_unless(slot.stop_requested, self._launcher.launch(slot.spec))
         if process is None:
             return None
         try:
@@ -196,13 +230,27 @@ class Controller:
             self.events.put_nowait(Up(process.info, self._clock.now_s() - began_s))
             if not slot.first_start.done():
                 slot.first_start.set_result(None)
-            reason = await _run_unless(slot.stop_requested, process.wait_closed())
-            if reason is None:
+            end = await _run_unless(slot.stop_requested, self._wait_end(slot.spec, process))
+            if end is None:
                 await process.stop(slot.grace_s)
-            return reason
+            return end
         finally:
             slot.info = None
             await asyncio.shield(process.kill())
+
+    async def _wait_end(self, spec: ProcessSpec, process: RunningProcess) -> ProcessEnd:
+        """Its own end, or what `watch` finds."""
+        ended = asyncio.ensure_future(process.wait_closed())
+        tasks: list[asyncio.Task[Any]] = [ended]
+        if self._watch is not None:
+            tasks.append(asyncio.ensure_future(self._watch(spec, process)))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return ended.result() if ended.done() else ProcessEnd(tasks[1].result())
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _run_unless(stop_requested: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:

@@ -1,32 +1,32 @@
-"""Ray places and starts processes, and reports when one has died. Tokens and KV never pass through Ray.
+"""A private Ray on this machine, which can be replaced while the processes that it has started go on.
 
-Each instance has one placement group, each rank one actor. Ray restarts no actor: the controller replaces an instance
-as a whole. A local Ray listens on loopback only, with its own token and without a dashboard.
+It listens on loopback only, with its own token and without a dashboard. Ray places and starts processes; it is not
+their parent (`deploy.hosted_process`), so their end, and Ray's, are two events.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tandem.core.errors import InternalError, TandemError, UnavailableError, error_from_code
-from tandem.deploy.controller import ProcessInfo, RunningProcess
-from tandem.deploy.process_host import ProcessHost, StartReport
-from tandem.deploy.topology import ProcessSpec
+import psutil
+
+from tandem.core.errors import UnavailableError
+from tandem.deploy.child_process import adopt_orphans, kill_all, processes_that_use
+from tandem.deploy.run_state import RAY_FOLDER_PREFIX
 
 # deploy/topology.py divides the cores; Ray only counts processes, with this custom resource. `num_cpus` is the number
 # of processes, because Ray starts that many Python processes in advance.
 PROCESS_RESOURCE = "tandem_process"
 _MAX_LOCAL_PROCESSES = 1000
 _OBJECT_STORE_BYTES = 80 << 20  # close to the minimum of Ray; Tandem stores nothing there
-_PLACEMENT_TIMEOUT_S = 30.0
-_STOP_MARGIN_S = 8.0  # longer than a process needs to close, so that it can end by itself
+_LOG_BYTES = 16 << 20  # of one log file of Ray
 
 
 def local_ray_environment(token_path: Path) -> dict[str, str]:
@@ -45,134 +45,109 @@ def local_ray_environment(token_path: Path) -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray's driver prints a paragraph when a process dies; the controller reports the event in one sentence.
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+        # It would end Ray's processes when the machine is short of memory, whoever uses it. Ours have their own bounds.
+        "RAY_memory_monitor_refresh_ms": "0",
+        # What a process that Ray has started inherits: by default the lowest priority but four, and to be the first
+        # that the kernel ends when memory is short.
+        "RAY_worker_niceness": "0",
+        "RAY_worker_oom_score_adjustment": "0",
+        "RAY_ROTATION_MAX_BYTES": str(_LOG_BYTES),
+        "RAY_ROTATION_BACKUP_COUNT": "1",
     }
 
 
 class LocalRay:
-    """A private Ray cluster on this machine, with its own temporary folder. At most one per process."""
+    """A private Ray cluster on this machine, with its own temporary folder. At most one per process.
+
+    This process becomes the parent of what Ray starts, see `deploy.child_process`.
+    """
 
     def __init__(self) -> None:
-        # Not under the state folder: the paths of Ray's sockets must stay below 108 characters.
-        self.folder = Path(tempfile.gettempdir()) / f"tandem-{secrets.token_hex(4)}"
+        # Not under the state folder: the paths of sockets must stay below 108 characters.
+        self.folder = Path(tempfile.gettempdir()) / f"{RAY_FOLDER_PREFIX}{secrets.token_hex(4)}"
+        self._processes = 0
+        self._gpus = 0
+        self._starts = 0
+        # The kernel ends Ray's servers with the thread that started them: it lives as long as this object.
+        self._thread = ThreadPoolExecutor(1, "ray")
 
     def start(self, processes: int, gpus: int) -> None:
-        """Start Ray and, in advance, `processes` Python processes. Takes some seconds.
+        """Start Ray and, in advance, `processes` Python processes. Takes some seconds. Call it on the main thread.
 
         Raises UnavailableError.
         """
+        self._processes, self._gpus = processes, gpus
         self.folder.mkdir(mode=0o700)
-        ray_folder = self.folder / "r"  # Ray opens its own folder to every user of the machine
-        token_path = self.folder / "token"
+        token_path = self.folder / "token"  # one for all starts: Ray reads it once
         descriptor = os.open(token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
         os.environ.update(local_ray_environment(token_path))
         os.environ.pop("RAY_ADDRESS", None)
+        adopt_orphans()
+        try:
+            self._init()
+        except UnavailableError:
+            self.stop()
+            raise
+
+    async def restart(self) -> None:
+        """End what is left of Ray, and start it anew. Raises UnavailableError."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._restart)
+
+    def failure(self) -> str | None:
+        """Why Ray no longer works, in words; None while its servers run."""
+        node = getattr(import_ray()._private.worker, "_global_node", None)
+        if node is None:
+            return "it has ended"
+        if dead := node.dead_processes():
+            return f"its {dead[0][0]} died"
+        for kind, process in node.live_processes():
+            try:
+                if psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+                    return f"its {kind} is stopped"
+            except psutil.Error:
+                return f"its {kind} died"
+        return None
+
+    def stop(self) -> None:
+        """End all processes of this Ray and remove the folder. No effect if Ray does not run."""
+        import_ray().shutdown()
+        self._kill_rest()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _ray_folder(self) -> Path:
+        return self.folder / f"r{self._starts}"  # Ray opens its own folder to every user of the machine
+
+    def _restart(self) -> None:
+        self._kill_rest()  # first: `shutdown` waits seconds for a server that does not answer
+        import_ray().shutdown()
+        shutil.rmtree(self._ray_folder, ignore_errors=True)
+        self._init()
+
+    def _init(self) -> None:
+        self._starts += 1
         ray = import_ray()
         try:
             ray.init(
                 address="local",
-                num_cpus=processes,
-                num_gpus=gpus,
+                num_cpus=self._processes,
+                num_gpus=self._gpus,
                 resources={PROCESS_RESOURCE: _MAX_LOCAL_PROCESSES},
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _plasma_directory=str(self.folder),
-                _temp_dir=str(ray_folder),
+                _temp_dir=str(self._ray_folder),
             )
         except Exception as error:  # Ray raises a bare Exception after a timeout
-            self.stop()
             raise UnavailableError(f"Ray could not be started ({error})") from error
 
-    def stop(self) -> None:
-        """End all processes of this Ray and remove the folder. No effect if Ray does not run."""
-        ray = import_ray()
-        ray.shutdown()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class RayLauncher:
-    """Starts processes as Ray actors. Ray must have been started or joined."""
-
-    def __init__(self, log_folder: Path) -> None:
-        self._log_folder = log_folder
-        self._ray = import_ray()
-
-    async def launch(self, spec: ProcessSpec) -> RunningProcess:
-        """Raises the application's error, or UnavailableError if Ray lacks resources or the process died."""
-        ray = self._ray
-        bundle = {PROCESS_RESOURCE: 1.0} | ({"GPU": spec.gpus} if spec.gpus else {})
-        group = ray.util.placement_group([bundle], strategy="STRICT_PACK")
-        log_path = str(self._log_folder / f"{spec.name}.log")
-        actor = None
-        try:
-            try:
-                async with asyncio.timeout(_PLACEMENT_TIMEOUT_S):
-                    await group.ready()
-            except TimeoutError as error:
-                raise UnavailableError(f"Ray has no resources for {spec.name}, which needs {bundle}") from error
-            actor = _actor_class(ray, group, bundle).remote()
-            report: StartReport = await actor.start.remote(spec, log_path)
-            if report.error_code:
-                raise _start_error(report, log_path)
-        except ray.exceptions.RayError as error:
-            _release(ray, actor, group)
-            reason = f"{spec.name} died while it started; its log is {log_path}"
-            raise UnavailableError(reason) from error
-        except BaseException:
-            _release(ray, actor, group)
-            raise
-        info = ProcessInfo(spec.name, spec.role, report.pid, report.address, report.instance_id, log_path)
-        return _RayProcess(ray, actor, group, info)
-
-
-class _RayProcess:
-    def __init__(self, ray: ModuleType, actor: Any, group: Any, info: ProcessInfo) -> None:
-        self.info = info
-        self._ray, self._actor, self._group = ray, actor, group
-
-    async def wait_closed(self) -> str:
-        try:
-            reason: str = await self._actor.wait_closed.remote()
-        except self._ray.exceptions.RayError:
-            reason = "its process died"
-        return f"{reason}; its log is {self.info.log_path}"
-
-    async def stop(self, grace_s: float) -> None:
-        with contextlib.suppress(TimeoutError, self._ray.exceptions.RayError):
-            async with asyncio.timeout(grace_s + _STOP_MARGIN_S):
-                await self._actor.stop.remote(grace_s)
-
-    async def kill(self) -> None:
-        _release(self._ray, self._actor, self._group)
-
-
-def _actor_class(ray: ModuleType, group: Any, bundle: dict[str, float]) -> Any:
-    strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-    return ray.remote(ProcessHost).options(
-        num_cpus=0,
-        num_gpus=bundle.get("GPU", 0),
-        resources={PROCESS_RESOURCE: bundle[PROCESS_RESOURCE]},
-        max_restarts=0,
-        max_task_retries=0,
-        scheduling_strategy=strategy,
-    )
-
-
-def _release(ray: ModuleType, actor: Any, group: Any) -> None:
-    with contextlib.suppress(ray.exceptions.RayError):
-        if actor is not None:
-            ray.kill(actor, no_restart=True)
-        ray.util.remove_placement_group(group)
-
-
-def _start_error(report: StartReport, log_path: str) -> TandemError:
-    """The message of an internal error names the log; other messages need no log."""
-    is_internal = report.error_code == InternalError.code
-    message = f"{report.error_message}; its log is {log_path}" if is_internal else report.error_message
-    return error_from_code(report.error_code, message)
+    def _kill_rest(self) -> None:
+        """The processes of Ray's that `shutdown` does not end, or could not end."""
+        kill_all(processes_that_use(self._ray_folder))
 
 
 def import_ray() -> ModuleType:
@@ -181,3 +156,20 @@ def import_ray() -> ModuleType:
     import ray.util.scheduling_strategies
 
     return ray  # type: ignore[no-any-return]
+
+
+def reserve(ray: ModuleType, bundle: dict[str, float]) -> Any:
+    """A placement group of one bundle. Raises what Ray raises."""
+    return ray.util.placement_group([bundle], strategy="STRICT_PACK")
+
+
+def options_in(ray: ModuleType, group: Any, bundle: dict[str, float]) -> dict[str, Any]:
+    """Options of a Ray task that runs in the placement group and has its devices."""
+    strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+    return {
+        "num_cpus": 0,
+        "num_gpus": bundle.get("GPU", 0),
+        "resources": {PROCESS_RESOURCE: bundle[PROCESS_RESOURCE]},
+        "max_retries": 0,
+        "scheduling_strategy": strategy,
+    }

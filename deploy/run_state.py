@@ -19,8 +19,10 @@ from typing import Any
 import psutil
 
 from tandem.core.errors import ConfigError
+from tandem.deploy.child_process import kill_all, processes_that_use
 
 _KEPT_LOG_FOLDERS = 5
+RAY_FOLDER_PREFIX = "tandem-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +101,15 @@ class StateFolders:
         return self.state / f"scale-{pid}.json"
 
     def running(self) -> list[RunState]:
-        """All runs whose process lives, newest first. Removes the files of runs whose process has ended."""
-        live = []
+        """All runs whose process lives, newest first. Clears away what the others have left."""
+        return self._look()[0]
+
+    def clear_ended(self) -> list[RunState]:
+        """End the processes and remove the files of runs whose `tandem serve` was killed. Returns these runs."""
+        return self._look()[1]
+
+    def _look(self) -> tuple[list[RunState], list[RunState]]:
+        live, ended = [], []
         for path in self.state.glob("serve-*.json"):
             try:
                 run = RunState(**json.loads(path.read_text()))
@@ -109,9 +118,13 @@ class StateFolders:
             if is_alive(run):
                 live.append(run)
             else:
-                shutil.rmtree(run.ray_folder, ignore_errors=True)
-                path.unlink(missing_ok=True)
-        return sorted(live, key=lambda run: run.process_started_s, reverse=True)
+                ended.append(run)
+                ray_folder = Path(run.ray_folder)
+                if ray_folder.name.startswith(RAY_FOLDER_PREFIX):  # whatever the file says, delete nothing else
+                    kill_all(processes_that_use(ray_folder))
+                    shutil.rmtree(ray_folder, ignore_errors=True)
+                self.remove(run.pid)
+        return sorted(live, key=lambda run: run.process_started_s, reverse=True), ended
 
 
 def _write_private(path: Path, value: dict[str, Any]) -> None:

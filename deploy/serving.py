@@ -12,6 +12,7 @@ from tandem.core.errors import ConfigError, UnavailableError
 from tandem.core.session import InstanceState
 from tandem.deploy.controller import Controller, Launcher
 from tandem.deploy.machine import this_machine
+from tandem.deploy.progress import watch_health
 from tandem.deploy.topology import Machine, ProcessRole, plan_processes
 from tandem.wire.channels import open_channel
 from tandem.wire.fleet import FleetDescription, describe_fleet
@@ -57,7 +58,7 @@ class Serving:
 
     def __init__(self, config: ServeConfig, machine: Machine, launcher: Launcher, clock: Clock) -> None:
         self.config = config
-        self.controller = Controller(launcher, clock)
+        self.controller = Controller(launcher, clock, watch=watch_health(clock))
         self._machine = machine
         self._clock = clock
 

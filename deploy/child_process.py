@@ -1,0 +1,127 @@
+"""Processes that `tandem serve` has not started itself, but is the parent of.
+
+The controller calls `adopt_orphans` once. From then on the kernel makes it the parent of each descendant whose own
+parent ends, so it can wait for the process and gets its exit status. A process that calls `end_with_parent` is killed
+by the kernel when the controller ends, for whatever reason, even while it is stopped.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_POLL_S = 0.01
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose parent ends. Raises OSError where the kernel has no such call."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_with_parent(parent: int, timeout_s: float) -> bool:
+    """Wait until `parent` is this process's parent, and end with it from then on. False if that does not happen."""
+    until_s = time.monotonic() + timeout_s
+    while os.getppid() != parent:
+        if time.monotonic() > until_s:
+            return False
+        time.sleep(_POLL_S)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent  # it may have ended just before the call
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl failed")
+
+
+class ChildProcess:
+    """A child of this process, by its pid. Made on an event loop, which learns of its end. `wait` or `end` it."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises ProcessLookupError if there is no such process."""
+        self.pid = pid
+        self._descriptor = os.pidfd_open(pid)
+        self._loop = asyncio.get_running_loop()
+        self._end: asyncio.Future[str] = self._loop.create_future()
+        self._loop.add_reader(self._descriptor, self._on_end)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._end.done()
+
+    async def wait(self) -> str:
+        """Wait for its end; returns how it ended, in words."""
+        return await asyncio.shield(self._end)
+
+    async def end(self, timeout_s: float = 10.0) -> None:
+        """Kill it, and wait until it has ended. A stopped process ends as well."""
+        if not self._end.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+            await asyncio.wait((self._end,), timeout=timeout_s)
+
+    def _on_end(self) -> None:
+        self._loop.remove_reader(self._descriptor)
+        os.close(self._descriptor)
+        how = "its process died"
+        with contextlib.suppress(ChildProcessError):  # the kernel has not made it our child
+            _, status = os.waitpid(self.pid, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status)
+            how += f" ({signal.Signals(-code).name})" if code < 0 else f" (exit status {code})"
+        if not self._end.done():
+            self._end.set_result(how)
+
+
+def processes_that_use(folder: Path) -> list[psutil.Process]:
+    """This user's processes that have files of `folder` open, or name it in their arguments."""
+    found = []
+    for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
+        with contextlib.suppress(psutil.Error, OSError):
+            if any(_is_below(text, folder) for text in _texts_of(process)):
+                found.append(process)
+    return found
+
+
+def _texts_of(process: psutil.Process) -> Iterable[str]:
+    yield from process.cmdline()
+    descriptors = Path(f"/proc/{process.pid}/fd")
+    for descriptor in os.listdir(descriptors):  # psutil's own look-up stats each file
+        with contextlib.suppress(OSError):
+            yield os.readlink(descriptors / descriptor)
+
+
+def _is_below(text: str, folder: Path) -> bool:
+    return f"{folder}/" in text or text.endswith(str(folder))
+
+
+def kill_all(processes: Iterable[psutil.Process], timeout_s: float = 10.0) -> None:
+    """Kill them and wait until they have ended; our own children among them leave no zombies."""
+    killed = list(processes)
+    for process in killed:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    until_s = time.monotonic() + timeout_s
+    while (left := [process for process in killed if _runs(process)]) and time.monotonic() < until_s:
+        time.sleep(_POLL_S)
+    del left
+    for process in killed:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process.pid, os.WNOHANG)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
