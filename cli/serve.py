@@ -20,7 +20,7 @@ from tandem.core.plan import Plan
 from tandem.deploy.controller import Event, Failed, Loading, Stopped, Up
 from tandem.deploy.machine import resolve_addresses, this_machine
 from tandem.deploy.model_folder import check_model_folder, check_pairs
-from tandem.deploy.ray_cluster import LocalRay
+from tandem.deploy.ray_cluster import new_ray_folder
 from tandem.deploy.ray_launcher import RayLauncher
 from tandem.deploy.run_state import RunState, StateFolders, process_started_s
 from tandem.deploy.serving import Serving, expected_transport, fetch_fleet, with_token
@@ -59,21 +59,17 @@ def run(
     folders = state_folders()
     folders.make()
     config = with_token(_free_addresses(to_serve.config, folders.clear_ended()))
-    ray = LocalRay()
-    state = _run_state(config, folders.new_log_folder(os.getpid()), ray.folder)
+    state = _run_state(config, folders.new_log_folder(os.getpid()), new_ray_folder())
     with signals_interrupt():
         try:
             folders.write(state)
             print_line(f"serving {config.served_name} from {config.model}")
-            print_line("  starting Ray")
-            ray.start(1 + sum(section.instances for _, section in config.kinds), machine.gpus)
-            return asyncio.run(_run(config, machine, ray, state, folders, grace, began_s, to_serve.plan))
+            return asyncio.run(_run(config, machine, state, folders, grace, began_s, to_serve.plan))
         except (KeyboardInterrupt, SystemExit):
             print_line("interrupted")
             return 130
         finally:
             ignore_signals()
-            ray.stop()
             folders.remove(state.pid)
 
 
@@ -111,30 +107,48 @@ def _run_state(config: ServeConfig, log_folder: Path, ray_folder: Path) -> RunSt
 async def _run(
     config: ServeConfig,
     machine: Machine,
-    ray: LocalRay,
     state: RunState,
     folders: StateFolders,
     grace_s: float,
     began_s: float,
     plan: Plan | None,
 ) -> int:
-    clock = SystemClock()
-    launcher = RayLauncher(ray, Path(state.log_folder), clock, load_timeout_s=config.load_timeout_s, grace_s=grace_s)
-    async with launcher:
-        helpers = [
-            asyncio.create_task(launcher.keep_ray(lambda note: print_line(f"  {note}")), name="keep Ray"),
-            asyncio.create_task(launcher.bound_logs(), name="bound logs"),
-        ]
-        try:
-            return await _serve(Serving(config, machine, launcher, clock), state, folders, grace_s, began_s, plan)
-        finally:
-            await _cancel(helpers)
+    signals, clock = StopSignals(), SystemClock()
+    launcher = RayLauncher(
+        Path(state.ray_folder),
+        Path(state.log_folder),
+        clock,
+        processes=1 + sum(section.instances for _, section in config.kinds),
+        gpus=machine.gpus,
+        load_timeout_s=config.load_timeout_s,
+        grace_s=grace_s,
+    )
+    keeping: list[asyncio.Task[None]] = []
+    try:
+        print_line("  starting Ray")
+        await signals.unless_stopped(launcher.start())
+        if signals.stop.is_set():
+            print_line("interrupted")
+            return 130
+        keeping.append(asyncio.create_task(launcher.keep_ray(lambda note: print_line(f"  {note}")), name="keep Ray"))
+        keeping.append(asyncio.create_task(launcher.bound_logs(), name="bound logs"))
+        serving = Serving(config, machine, launcher, clock)
+        await _serve(serving, state, folders, signals, grace_s, began_s, plan)
+        return 0
+    finally:
+        await _cancel(keeping)
+        await launcher.close()
 
 
 async def _serve(
-    serving: Serving, state: RunState, folders: StateFolders, grace_s: float, began_s: float, plan: Plan | None
-) -> int:
-    signals = StopSignals()
+    serving: Serving,
+    state: RunState,
+    folders: StateFolders,
+    signals: StopSignals,
+    grace_s: float,
+    began_s: float,
+    plan: Plan | None,
+) -> None:
     helpers = [asyncio.create_task(_print_events(serving), name="print events")]
     try:
         await signals.unless_stopped(serving.start())
@@ -146,7 +160,6 @@ async def _serve(
             await signals.changed()
             if signals.take_scale():
                 await signals.unless_stopped(_scale(serving, folders, grace_s))
-        return 0
     finally:
         await _stop(serving, signals, grace_s if signals.stop.is_set() else 0.0)
         await _cancel(helpers)

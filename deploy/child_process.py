@@ -112,9 +112,8 @@ def kill_all(processes: Iterable[psutil.Process], timeout_s: float = 10.0) -> No
         with contextlib.suppress(psutil.Error):
             process.kill()
     until_s = time.monotonic() + timeout_s
-    while (left := [process for process in killed if _runs(process)]) and time.monotonic() < until_s:
+    while any(_runs(process) for process in killed) and time.monotonic() < until_s:
         time.sleep(_POLL_S)
-    del left
     for process in killed:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(process.pid, os.WNOHANG)

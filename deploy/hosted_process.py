@@ -24,10 +24,9 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -104,23 +103,13 @@ def command_of(socket_path: str, key: str) -> list[str]:
 
 
 def environment_of(spec: ProcessSpec) -> dict[str, str]:
-    """Variables for the process: the controller's import path, and the numbers of threads."""
-    return thread_environment(spec.threads) | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    """Variables for the process: this process's import path, and the numbers of threads."""
+    return thread_environment(spec.threads) | import_path()
 
 
-def spawn(command: Sequence[str], environment: Mapping[str, str], log_path: str) -> int:
-    """Start `command` in a session of its own, with its output appended to `log_path`, and return its pid. Nothing here
-    is its parent: the shell that starts it ends at once."""
-    script = 'log=$1; shift; "$@" >>"$log" 2>&1 & echo $!'
-    started = subprocess.run(
-        ["/bin/sh", "-c", script, "sh", log_path, *command],
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-        check=True,
-    )
-    return int(started.stdout)
+def import_path() -> dict[str, str]:
+    """The variable with which a Python process, started with -P, imports what this one does."""
+    return {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def thread_environment(threads: int) -> dict[str, str]:

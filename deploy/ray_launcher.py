@@ -1,30 +1,42 @@
 """Starts processes where Ray places them, and keeps Ray itself running.
 
-Each instance has one placement group. A task in it starts the process (`deploy.hosted_process`), which then belongs to
-this process: Ray's death ends none. Ray restarts nothing: the controller replaces an instance as a whole.
+Ray reserves each process's resources and starts it; then the process belongs to this one (`deploy.hosted_process`), and
+Ray's death ends none. Ray restarts nothing: the controller replaces an instance as a whole.
 """
 
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import shutil
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
+
+import psutil
 
 from tandem.core.clock import Clock
 from tandem.core.errors import InternalError, TandemError, UnavailableError, error_from_code
-from tandem.deploy.child_process import ChildProcess
+from tandem.deploy import ray_process
+from tandem.deploy.child_process import ChildProcess, adopt_orphans, kill_all, processes_that_use
 from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess
-from tandem.deploy.hosted_process import CLOSE_S, Assignment, StartReport, command_of, environment_of, spawn
-from tandem.deploy.ray_cluster import PROCESS_RESOURCE, LocalRay, import_ray, options_in, reserve
+from tandem.deploy.hosted_process import (
+    CLOSE_S,
+    Assignment,
+    StartReport,
+    command_of,
+    environment_of,
+    import_path,
+)
+from tandem.deploy.ray_cluster import PROCESS_RESOURCE
 from tandem.deploy.topology import ProcessSpec
 
-_PLACEMENT_TIMEOUT_S = 30.0
+_RAY_START_S = 180.0
+_RAY_STOP_S = 10.0
+_PLACEMENT_S = 30.0
 _STOP_MARGIN_S = CLOSE_S + 2.0  # longer than a process needs to close, so that it can end by itself
 _EXIT_S = 2.0  # from its last message to its end
-_POLL_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _LOG_CHECK_S = 10.0
 _MAX_LOG_BYTES = 32 << 20
@@ -32,53 +44,175 @@ _MAX_LOG_BYTES = 32 << 20
 Result = TypeVar("Result")
 
 
+class Ray:
+    """One Ray, from its start to its end, in a process beside this one. `folder` must not exist."""
+
+    def __init__(self, folder: Path, log_path: Path) -> None:
+        self.folder = folder
+        self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._log_path = log_path
+        self._process: asyncio.subprocess.Process | None = None
+        self._answers: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._family: list[psutil.Process] = []
+
+    async def start(self, processes: int, gpus: int) -> None:
+        """Raises UnavailableError. Call `stop` afterwards in any case."""
+        with self._log_path.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *ray_process.command_of(self.folder, processes, gpus),
+                env=os.environ | import_path(),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            async with asyncio.timeout(_RAY_START_S):
+                message = await self._receive()
+        except TimeoutError:
+            message = {"error": f"Ray did not start within {_RAY_START_S:g} s"}
+        if message is None or "error" in message:
+            text = "Ray ended while it started" if message is None else str(message["error"]).partition("\n")[0]
+            raise UnavailableError(f"{text}; its log is {self._log_path}")
+        self._family = psutil.Process(self._process.pid).children(recursive=True)
+        self._reading = asyncio.create_task(self._take_answers(), name="answers of Ray")
+
+    async def spawn(
+        self, key: str, bundle: dict[str, float], command: list[str], environment: dict[str, str], log_path: str
+    ) -> tuple[int, list[int | str]]:
+        """Start a process; returns its pid, and the devices that it has. An empty command only reserves. Raises
+        UnavailableError, and TimeoutError where Ray does not answer. `release` the key afterwards in any case."""
+        self._answers[key] = answer = asyncio.get_running_loop().create_future()
+        try:
+            request = {"key": key, "bundle": bundle, "command": command, "environment": environment}
+            self._send(request | {"log_path": log_path})
+            async with asyncio.timeout(_PLACEMENT_S):
+                await asyncio.wait((answer, self.failed), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._answers[key]
+        if not answer.done():
+            raise UnavailableError(f"Ray ended meanwhile ({self.failed.result()})")
+        if "error" in answer.result():
+            raise UnavailableError(f"Ray could not start it ({answer.result()['error']})")
+        return answer.result()["pid"], answer.result()["devices"]
+
+    def release(self, key: str) -> None:
+        """Give back what Ray holds for a process that has ended."""
+        self._send({"release": key})
+
+    async def stop(self) -> None:
+        """End all its processes, and remove its folder."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            if self._reading is not None and not self.failed.done():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_RAY_STOP_S):
+                        await self._process.wait()
+            if self._process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+            await self._process.wait()
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+        await asyncio.to_thread(self._clear)
+
+    def _clear(self) -> None:
+        kill_all({*self._family, *processes_that_use(self.folder)})
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _send(self, fields: dict[str, Any]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        if not self.failed.done():
+            self._process.stdin.write(json.dumps(fields).encode() + b"\n")
+
+    async def _receive(self) -> dict[str, Any] | None:
+        """The next message; None after the end of the process."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        fields: dict[str, Any] | None = json.loads(line) if line else None
+        return fields
+
+    async def _take_answers(self) -> None:
+        while (message := await self._receive()) is not None and "failed" not in message:
+            answer = self._answers.get(message["key"])
+            if answer is not None and not answer.done():
+                answer.set_result(message)
+        self.fail("its client ended" if message is None else message["failed"])
+
+    def fail(self, reason: str) -> None:
+        if not self.failed.done():
+            self.failed.set_result(reason)
+
+
 class RayLauncher:
-    """A `Launcher`. Ray must have been started; use it as an async context manager, on one event loop."""
+    """A `Launcher`, between `start` and `close`. Used on one event loop.
+
+    All files are in `folder`, which must not exist and is removed at the end, and in `log_folder`.
+    """
 
     def __init__(
         self,
-        ray: LocalRay,
+        folder: Path,
         log_folder: Path,
         clock: Clock,
         *,
+        processes: int,
+        gpus: int = 0,
         load_timeout_s: float = 900.0,
         grace_s: float = 10.0,
         max_log_bytes: int = _MAX_LOG_BYTES,
     ) -> None:
-        """`grace_s`: how long requests may take in a process that gets a SIGTERM."""
-        self._local_ray = ray
-        self._ray = import_ray()
+        """`processes`: as many as Ray prepares for. `grace_s`: how long requests may take in a process that gets a
+        SIGTERM."""
+        self._folder = folder
         self._log_folder = log_folder
         self._clock = clock
+        self._processes = processes
+        self._gpus = gpus
         self._load_timeout_s = load_timeout_s
         self._grace_s = grace_s
         self._max_log_bytes = max_log_bytes
         self._waiting: dict[str, asyncio.Future[_Connection]] = {}
-        self._hosted: dict[str, _HostedProcess] = {}
+        self._hosted: dict[str, _HostedProcess] = {}  # by key
         self._server: asyncio.Server | None = None
+        self._starts = 0
+        self._ray = self._new_ray()
         self._is_up = asyncio.Event()
-        self._is_up.set()
-        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._suspicion: str | None = None
 
-    async def __aenter__(self) -> Self:
+    async def start(self) -> None:
+        """Start Ray, which takes some seconds. Raises UnavailableError. Call `close` afterwards in any case."""
+        adopt_orphans()
+        self._folder.mkdir(mode=0o700)
         self._server = await asyncio.start_unix_server(self._connected, self._socket_path)
-        return self
+        await self._ray.start(self._processes, self._gpus)
+        self._is_up.set()
 
-    async def __aexit__(self, *_: object) -> None:
-        assert self._server is not None
-        self._server.close()
+    async def close(self) -> None:
+        """End Ray and remove its files. The processes must have ended."""
+        if self._server is not None:
+            self._server.close()
+        await self._ray.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _new_ray(self) -> Ray:
+        self._starts += 1
+        return Ray(self._folder / str(self._starts), self._log_folder / "ray.log")
 
     @property
     def _socket_path(self) -> str:
-        return str(self._local_ray.folder / "s")
+        return str(self._folder / "s")
 
     # --- processes ---------------------------------------------------------------------------------------------------
 
     async def launch(self, spec: ProcessSpec) -> RunningProcess:
         """Raises the application's error, or UnavailableError if Ray lacks resources, or the process died or did not
         become ready within `load_timeout_s`."""
-        log_path = self._log_folder / f"{spec.name}.log"
+        log_path = str(self._log_folder / f"{spec.name}.log")
         try:
             async with asyncio.timeout(self._load_timeout_s):
                 return await self._launch(spec, log_path)
@@ -86,124 +220,97 @@ class RayLauncher:
             limit = f"{self._load_timeout_s:g} s (load_timeout_s)"
             raise UnavailableError(f"{spec.name} was not ready within {limit}; its log is {log_path}") from error
 
-    async def _launch(self, spec: ProcessSpec, log_path: Path) -> RunningProcess:
+    async def _launch(self, spec: ProcessSpec, log_path: str) -> RunningProcess:
         await self._is_up.wait()
-        place = _Place(self._ray, {PROCESS_RESOURCE: 1.0} | ({"GPU": spec.gpus} if spec.gpus else {}))
         key = secrets.token_hex(8)
         self._waiting[key] = asyncio.get_running_loop().create_future()
         child = None
         try:
-            await self._placed(place, spec)
-            command, environment = command_of(self._socket_path, key), environment_of(spec)
-            child = ChildProcess(await self._on_ray(place.run(spawn, command, environment, str(log_path))))
+            pid, devices = await self._spawn(key, spec, log_path)
+            child = ChildProcess(pid)
             connection = await _unless_ended(child, self._waiting[key])
-            assignment = Assignment(spec.name, spec.entry, spec.config, self._grace_s)
-            await connection.send(assignment.to_json())
-            fields = await _unless_ended(child, asyncio.ensure_future(connection.receive()))
-            report = StartReport(**fields) if fields is not None else None
+            await connection.send(Assignment(spec.name, spec.entry, spec.config, self._grace_s).to_json())
+            report = await _unless_ended(child, asyncio.ensure_future(connection.receive()))
             if report is None:
                 raise ProcessLookupError
-            if report.error_code:
-                raise _start_error(report, str(log_path))
+            start = StartReport(**report)
+            if start.error_code:
+                raise _start_error(start, log_path)
         except ProcessLookupError as error:
-            how = "" if child is None else f": {await child.wait()}"
-            await self._give_back(place, child)
+            how = "" if child is None else f" ({await child.wait()})"
+            await self._give_back(key, child)
             raise UnavailableError(f"{spec.name} died while it started{how}; its log is {log_path}") from error
         except BaseException:
-            await asyncio.shield(self._give_back(place, child))
+            await asyncio.shield(self._give_back(key, child))
             raise
         finally:
             self._waiting.pop(key).cancel()
-        info = ProcessInfo(spec.name, spec.role, child.pid, report.address, report.instance_id, str(log_path))
-        hosted = self._hosted[spec.name] = _HostedProcess(info, child, connection, place, self._forget)
+        info = ProcessInfo(spec.name, spec.role, pid, start.address, start.instance_id, log_path)
+        hosted = _HostedProcess(info, child, connection, _bundle(spec), devices, lambda: self._forget(key))
+        self._hosted[key] = hosted
         return hosted
 
-    async def _placed(self, place: "_Place", spec: ProcessSpec) -> None:
+    async def _spawn(self, key: str, spec: ProcessSpec, log_path: str) -> tuple[int, list[int | str]]:
+        bundle, command = _bundle(spec), command_of(self._socket_path, key)
+        ray = self._ray
         try:
-            async with asyncio.timeout(_PLACEMENT_TIMEOUT_S):
-                await self._on_ray(place.reserve())
+            return await ray.spawn(key, bundle, command, environment_of(spec), log_path)
         except TimeoutError as error:
-            reason = f"Ray has no resources for {spec.name}, which needs {place.bundle}"
             if not spec.gpus:  # there is always room for a process without a device
-                self._suspicion = f"it did not place {spec.name} within {_PLACEMENT_TIMEOUT_S:g} s"
-            raise UnavailableError(reason) from error
+                ray.fail(f"it did not start {spec.name} within {_PLACEMENT_S:g} s")
+            raise UnavailableError(f"Ray has no resources for {spec.name}, which needs {bundle}") from error
 
-    async def _on_ray(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`. Raises UnavailableError when Ray fails, also where Ray itself would never answer."""
-        task = asyncio.ensure_future(work)
-        try:
-            await asyncio.wait((task, self._lost), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise UnavailableError("Ray ended meanwhile")
-            return task.result()
-        except self._ray.exceptions.RayError as error:
-            raise UnavailableError(f"Ray could not start a process ({type(error).__name__})") from error
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    async def _give_back(self, place: "_Place", child: ChildProcess | None) -> None:
+    async def _give_back(self, key: str, child: ChildProcess | None) -> None:
         if child is not None:
             await child.end()
-        place.release()
+        self._ray.release(key)
+
+    def _forget(self, key: str) -> None:
+        self._hosted.pop(key, None)
+        self._ray.release(key)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = _Connection(reader, writer)
         message = await connection.receive()
         waiting = self._waiting.get(message.get("key", "")) if message is not None else None
         if waiting is None or waiting.done():
-            writer.close()  # of a launch that was given up: the process ends
+            connection.close()  # of a launch that was given up: the process ends
         else:
             waiting.set_result(connection)
-
-    def _forget(self, process: "_HostedProcess") -> None:
-        if self._hosted.get(process.info.name) is process:
-            del self._hosted[process.info.name]
 
     # --- Ray, and logs -----------------------------------------------------------------------------------------------
 
     async def keep_ray(self, notify: Callable[[str], None]) -> None:
-        """Until cancelled: start Ray again when it has failed. `notify` gets a line about each event."""
-        pause_s = 1.0
+        """Until cancelled: start a new Ray when this one has failed. `notify` gets a line about each event."""
         while True:
-            await asyncio.sleep(_POLL_S)
-            reason = self._local_ray.failure() or self._suspicion
-            if reason is None:
-                continue
-            if self._is_up.is_set():
-                notify(f"Ray: {reason}; starting it again, while all processes go on")
-                self._is_up.clear()
-                self._lost.set_result(None)
-            began_s = self._clock.now_s()
-            try:
-                await self._local_ray.restart()
-            except Exception as error:  # noqa: BLE001 - whatever Ray raises, it is tried again
-                first_line = str(error).partition("\n")[0]
-                notify(f"Ray: {first_line}; trying again in {pause_s:.0f} s, while all processes go on")
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                continue
-            pause_s, self._suspicion = 1.0, None
-            self._lost = asyncio.get_running_loop().create_future()
+            reason, pause_s, began_s = await asyncio.shield(self._ray.failed), 1.0, self._clock.now_s()
+            notify(f"Ray: {reason}; starting it again, while all processes go on")
+            self._is_up.clear()
+            while True:
+                await self._ray.stop()
+                self._ray = self._new_ray()
+                try:
+                    await self._ray.start(self._processes, self._gpus)
+                    break
+                except UnavailableError as error:
+                    notify(f"Ray: {error.message}; trying again in {pause_s:.0f} s, while all processes go on")
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             await self._reserve_again()
             self._is_up.set()
             notify(f"Ray: up again in {self._clock.now_s() - began_s:.1f} s")
 
     async def _reserve_again(self) -> None:
-        """Ray has to know which devices are taken. A process whose device it gives to another one is replaced."""
-        for process in list(self._hosted.values()):
-            if "GPU" not in process.place.bundle:
-                process.place.forget()
+        """The new Ray has to know which devices are taken. A process whose device it gives to another is replaced."""
+        for key, process in list(self._hosted.items()):
+            if not process.devices:
                 continue
-            devices = process.place.devices
             try:
-                async with asyncio.timeout(_PLACEMENT_TIMEOUT_S):
-                    await process.place.reserve()
-                    await process.place.run(int)
-            except (TimeoutError, self._ray.exceptions.RayError):
-                process.place.forget()
-            if process.place.devices != devices:
-                process.condemn("Ray has given its device to another process")
+                _, devices = await self._ray.spawn(key, process.bundle, [], {}, "")
+            except (TimeoutError, UnavailableError):
+                devices = []
+            if devices != process.devices:
+                process.condemn("the new Ray has chosen its device for another process")
 
     async def bound_logs(self) -> None:
         """Until cancelled: a log that has become too long is moved to NAME.log.1, in the place of the last one."""
@@ -216,45 +323,16 @@ class RayLauncher:
             with contextlib.suppress(OSError):
                 if log.stat().st_size > self._max_log_bytes:
                     shutil.copyfile(log, log.with_suffix(".log.1"))
-                    with log.open("r+b") as file:  # the process goes on writing at the end, which is now the beginning
-                        file.truncate(0)
+                    os.truncate(log, 0)  # the process goes on writing at its end, which is now the beginning
 
 
-class _Place:
-    """What Ray holds for one process."""
-
-    def __init__(self, ray: Any, bundle: dict[str, float]) -> None:
-        self.bundle = bundle
-        self.devices: list[int | str] = []
-        self._ray = ray
-        self._group: Any = None
-
-    async def reserve(self) -> None:
-        self._group = reserve(self._ray, self.bundle)
-        await self._group.ready()
-
-    async def run(self, function: Callable[..., Result], *arguments: object) -> Result:
-        """Run it in a Ray task at that place; also tells `devices`."""
-        task = self._ray.remote(_with_devices).options(**options_in(self._ray, self._group, self.bundle))
-        self.devices, result = await task.remote(function, arguments)
-        return result  # type: ignore[no-any-return]
-
-    def forget(self) -> None:
-        """The Ray that knew of it has ended."""
-        self._group = None
-
-    def release(self) -> None:
-        if self._group is not None:
-            with contextlib.suppress(Exception):  # of a Ray that has failed: there is nothing to give back
-                self._ray.util.remove_placement_group(self._group)
-            self._group = None
-
-
-def _with_devices(function: Callable[..., Any], arguments: tuple[object, ...]) -> tuple[list[int | str], Any]:
-    return import_ray().get_gpu_ids(), function(*arguments)
+def _bundle(spec: ProcessSpec) -> dict[str, float]:
+    return {PROCESS_RESOURCE: 1.0} | ({"GPU": spec.gpus} if spec.gpus else {})
 
 
 class _Connection:
+    """To a process, see `deploy.hosted_process`."""
+
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
 
@@ -276,16 +354,20 @@ class _Connection:
 
 
 class _HostedProcess:
+    """`devices`: those that Ray has chosen for it, by number or name."""
+
     def __init__(
         self,
         info: ProcessInfo,
         child: ChildProcess,
         connection: _Connection,
-        place: _Place,
-        forget: Callable[["_HostedProcess"], None],
+        bundle: dict[str, float],
+        devices: list[int | str],
+        forget: Callable[[], None],
     ) -> None:
         self.info = info
-        self.place = place
+        self.bundle = bundle
+        self.devices = devices
         self.is_draining = False
         self._child, self._connection, self._forget = child, connection, forget
         self._condemned: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -297,13 +379,13 @@ class _HostedProcess:
             await asyncio.wait((ended, self._told, self._condemned), return_when=asyncio.FIRST_COMPLETED)
             if self._condemned.done():
                 return ProcessEnd(self._condemned.result())
-            await asyncio.wait((ended,), timeout=_EXIT_S)
-            reason = (await self._told if self._told.done() else None) or await ended
+            await asyncio.wait((ended, self._told), timeout=_EXIT_S)
         finally:
             ended.cancel()
         if self.is_draining:
             return ProcessEnd("it got a SIGTERM and has left", was_asked=True)
-        return ProcessEnd(f"{reason}; its log is {self.info.log_path}")
+        said = self._told.result() if self._told.done() else None
+        return ProcessEnd(f"{said or await self._child.wait()}; its log is {self.info.log_path}")
 
     def condemn(self, reason: str) -> None:
         """Its end, as far as `wait_closed` is concerned."""
@@ -322,8 +404,7 @@ class _HostedProcess:
         self._told.cancel()
         await asyncio.gather(self._told, return_exceptions=True)
         self._connection.close()
-        self.place.release()
-        self._forget(self)
+        self._forget()
 
     async def _last_words(self) -> str | None:
         """The reason that the process gives for its end; None if it ends without one."""
