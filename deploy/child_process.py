@@ -59,7 +59,7 @@ class ChildProcess:
         return self._end.done()
 
     async def wait(self) -> str:
-        """Wait for its end; returns how it ended, in words."""
+        """Wait for its end; returns the signal's name or "exit status N"."""
         return await asyncio.shield(self._end)
 
     async def end(self, timeout_s: float = 10.0) -> None:
@@ -72,11 +72,11 @@ class ChildProcess:
     def _on_end(self) -> None:
         self._loop.remove_reader(self._descriptor)
         os.close(self._descriptor)
-        how = "its process died"
+        how = "exit status unknown"
         with contextlib.suppress(ChildProcessError):  # the kernel has not made it our child
             _, status = os.waitpid(self.pid, os.WNOHANG)
             code = os.waitstatus_to_exitcode(status)
-            how += f" ({signal.Signals(-code).name})" if code < 0 else f" (exit status {code})"
+            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         if not self._end.done():
             self._end.set_result(how)
 

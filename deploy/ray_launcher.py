@@ -170,7 +170,7 @@ class RayLauncher:
         """`processes`: as many as Ray prepares for. `grace_s`: how long requests may take in a process that gets a
         SIGTERM."""
         self._folder = folder
-        self._log_folder = log_folder
+        self.log_folder = log_folder
         self._clock = clock
         self._processes = processes
         self._gpus = gpus
@@ -201,7 +201,7 @@ class RayLauncher:
 
     def _new_ray(self) -> Ray:
         self._starts += 1
-        return Ray(self._folder / str(self._starts), self._log_folder / "ray.log")
+        return Ray(self._folder / str(self._starts), self.log_folder / "ray.log")
 
     @property
     def _socket_path(self) -> str:
@@ -212,7 +212,7 @@ class RayLauncher:
     async def launch(self, spec: ProcessSpec) -> RunningProcess:
         """Raises the application's error, or UnavailableError if Ray lacks resources, or the process died or did not
         become ready within `load_timeout_s`."""
-        log_path = str(self._log_folder / f"{spec.name}.log")
+        log_path = str(self.log_folder / f"{spec.name}.log")
         try:
             async with asyncio.timeout(self._load_timeout_s):
                 return await self._launch(spec, log_path)
@@ -224,7 +224,7 @@ class RayLauncher:
         await self._is_up.wait()
         key = secrets.token_hex(8)
         self._waiting[key] = asyncio.get_running_loop().create_future()
-        child = None
+        child = connection = None
         try:
             pid, devices = await self._spawn(key, spec, log_path)
             child = ChildProcess(pid)
@@ -238,10 +238,10 @@ class RayLauncher:
                 raise _start_error(start, log_path)
         except ProcessLookupError as error:
             how = "" if child is None else f" ({await child.wait()})"
-            await self._give_back(key, child)
+            await self._give_back(key, child, connection)
             raise UnavailableError(f"{spec.name} died while it started{how}; its log is {log_path}") from error
         except BaseException:
-            await asyncio.shield(self._give_back(key, child))
+            await asyncio.shield(self._give_back(key, child, connection))
             raise
         finally:
             self._waiting.pop(key).cancel()
@@ -260,7 +260,9 @@ class RayLauncher:
                 ray.fail(f"it did not start {spec.name} within {_PLACEMENT_S:g} s")
             raise UnavailableError(f"Ray has no resources for {spec.name}, which needs {bundle}") from error
 
-    async def _give_back(self, key: str, child: ChildProcess | None) -> None:
+    async def _give_back(self, key: str, child: ChildProcess | None, connection: "_Connection | None") -> None:
+        if connection is not None:
+            connection.close()
         if child is not None:
             await child.end()
         self._ray.release(key)
@@ -319,7 +321,7 @@ class RayLauncher:
             await asyncio.to_thread(self.shorten_logs)
 
     def shorten_logs(self) -> None:
-        for log in self._log_folder.glob("*.log"):
+        for log in self.log_folder.glob("*.log"):
             with contextlib.suppress(OSError):
                 if log.stat().st_size > self._max_log_bytes:
                     shutil.copyfile(log, log.with_suffix(".log.1"))
@@ -385,7 +387,8 @@ class _HostedProcess:
         if self.is_draining:
             return ProcessEnd("it got a SIGTERM and has left", was_asked=True)
         said = self._told.result() if self._told.done() else None
-        return ProcessEnd(f"{said or await self._child.wait()}; its log is {self.info.log_path}")
+        reason = said or f"its process died ({await self._child.wait()})"
+        return ProcessEnd(f"{reason}; its log is {self.info.log_path}")
 
     def condemn(self, reason: str) -> None:
         """Its end, as far as `wait_closed` is concerned."""

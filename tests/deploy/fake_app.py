@@ -4,8 +4,11 @@ import asyncio
 import os
 import uuid
 
+from grpc_health.v1 import health_pb2
+
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import CheckpointError
+from tandem.wire.server import bind, build_server
 
 
 class FakeApp:
@@ -37,3 +40,14 @@ class FakeApp:
     async def drain_and_stop(self, grace_s: float) -> None:
         print(f"draining for {grace_s}", flush=True)
         self._closed.set()
+
+
+class HealthyApp(FakeApp):
+    """With a health service on a port of its own."""
+
+    async def start(self) -> None:
+        await super().start()
+        self._server, health = build_server()
+        self.address = bind(self._server, "127.0.0.1:0")
+        await self._server.start()
+        await health.set("", health_pb2.HealthCheckResponse.SERVING)

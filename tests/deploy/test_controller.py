@@ -9,13 +9,14 @@ import pytest
 
 from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig
-from tandem.core.errors import CheckpointError, TandemError, UnavailableError
+from tandem.core.errors import CheckpointError, InternalError, UnavailableError
 from tandem.deploy.controller import (
     Backoff,
     Controller,
     Event,
     Failed,
     Loading,
+    ProcessEnd,
     ProcessInfo,
     RunningProcess,
     Stopped,
@@ -34,13 +35,16 @@ class FakeProcess:
     def __init__(self, spec: ProcessSpec, pid: int, order: list[str]) -> None:
         self.info = ProcessInfo(spec.name, spec.role, pid, "127.0.0.1:1", f"{spec.name}-{pid}", "/log")
         self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.stalled: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.is_draining = False
+        self.was_asked = False
         self.graces: list[float] = []
         self.killed = False
         self.never_stops = False
         self._order = order
 
-    async def wait_closed(self) -> str:
-        return await asyncio.shield(self.died)
+    async def wait_closed(self) -> ProcessEnd:
+        return ProcessEnd(await asyncio.shield(self.died), self.was_asked)
 
     async def stop(self, grace_s: float) -> None:
         self.graces.append(grace_s)
@@ -55,7 +59,7 @@ class FakeProcess:
 class FakeLauncher:
     def __init__(self) -> None:
         self.launched: list[FakeProcess] = []
-        self.errors: deque[TandemError | None] = deque()
+        self.errors: deque[Exception | None] = deque()
         self.stop_order: list[str] = []
         self.hold = False
         self.abandoned = 0
@@ -118,7 +122,7 @@ async def test_a_dead_process_is_replaced_by_a_new_instance(controller: Controll
     ids = [process.info.instance_id for process in launcher.launched]
     assert len(set(ids)) == 3
     assert [type(event) for event in events] == [Loading, Loading, Up, Up, Failed, Loading, Up]
-    assert events[4] == Failed("prefill-0", "its process died", FAST.first_s)
+    assert events[4] == Failed("prefill-0", "its process died", FAST.first_s, failures=1)
 
 
 async def test_the_delay_doubles_up_to_a_limit(controller: Controller, launcher: FakeLauncher) -> None:
@@ -128,6 +132,8 @@ async def test_the_delay_doubles_up_to_a_limit(controller: Controller, launcher:
     events = await events_until(controller, Up, pid=101)
     delays = [event.retry_s for event in events if isinstance(event, Failed)]
     assert delays == [0.001, 0.002, 0.004, 0.004, 0.004]
+    failures = [event.failures for event in events if isinstance(event, Failed)]
+    assert failures == [1, 2, 3, 4, 5], "it is said that it fails again and again"
 
 
 async def test_the_first_failure_is_raised_and_tried_again(controller: Controller, launcher: FakeLauncher) -> None:
@@ -135,6 +141,52 @@ async def test_the_first_failure_is_raised_and_tried_again(controller: Controlle
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         await controller.reconcile([spec(0)], 1.0)
     await events_until(controller, Up, pid=100)
+
+
+@pytest.mark.parametrize("error", [ValueError("cannot create a placement group"), RuntimeError("a fault"), OSError(28)])
+async def test_an_error_of_any_kind_is_reported_and_tried_again(
+    controller: Controller, launcher: FakeLauncher, error: Exception
+) -> None:
+    await controller.reconcile([spec(0)], 1.0)
+    launcher.errors.append(error)
+    launcher.launched[0].died.set_result("its process died")
+    events = await events_until(controller, Up, pid=101)
+    reasons = [event.reason for event in events if isinstance(event, Failed)]
+    assert reasons[1] == f"prefill-0 could not be supervised ({type(error).__name__}: {error})"
+
+
+async def test_a_first_start_with_an_error_of_any_kind_is_raised(
+    controller: Controller, launcher: FakeLauncher
+) -> None:
+    launcher.errors.append(ValueError("a placement group with no bundle"))
+    with pytest.raises(InternalError, match=r"prefill-0 could not be supervised \(ValueError: a placement group"):
+        await controller.reconcile([spec(0)], 1.0)
+    await events_until(controller, Up, pid=100)
+
+
+async def test_a_process_that_makes_no_progress_is_killed_and_replaced(launcher: FakeLauncher) -> None:
+    async def watch(_: ProcessSpec, process: RunningProcess) -> str:
+        assert isinstance(process, FakeProcess)
+        return await process.stalled
+
+    controller = Controller(launcher, SystemClock(), FAST, watch=watch)
+    await controller.reconcile([spec(0), spec(1)], 1.0)
+    launcher.launched[1].stalled.set_result("it is stopped")
+    events = await events_until(controller, Up, pid=102)
+    assert Failed("prefill-1", "it is stopped", FAST.first_s) in events
+    assert launcher.launched[1].killed
+    assert launcher.launched[1].graces == [], "it could not drain"
+    assert pids(controller) == [100, 102]
+    await controller.kill()
+
+
+async def test_leaving_on_request_is_no_failure(controller: Controller, launcher: FakeLauncher) -> None:
+    await controller.reconcile([spec(0)], 1.0)
+    for number in range(3):
+        launcher.launched[number].was_asked = True
+        launcher.launched[number].died.set_result("it got a SIGTERM and has left")
+        events = await events_until(controller, Up, pid=101 + number)
+        assert Failed("prefill-0", "it got a SIGTERM and has left", FAST.first_s, failures=0) in events
 
 
 async def test_what_is_not_desired_leaves_with_grace(controller: Controller, launcher: FakeLauncher) -> None:

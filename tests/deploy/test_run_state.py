@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tandem.core.errors import ConfigError
@@ -27,7 +28,7 @@ def own_state(tmp_path: Path) -> RunState:
         control="127.0.0.1:3",
         cluster_token="secret",
         log_folder=str(tmp_path / "logs"),
-        ray_folder=str(tmp_path / "ray"),
+        ray_folder=str(tmp_path / "tandem-0"),
     )
 
 
@@ -47,15 +48,31 @@ def test_the_token_is_for_its_owner_alone(folders: StateFolders, tmp_path: Path)
 
 
 def test_what_the_dead_left_is_cleared_away(folders: StateFolders, tmp_path: Path) -> None:
-    (tmp_path / "ray").mkdir()
+    """Its files, and processes that have files of its Ray open."""
+    ray = tmp_path / "tandem-0"
+    ray.mkdir()
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with (ray / "agent.out").open("w") as log:
+        agent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], stdout=log)
     state = replace(own_state(tmp_path), pid=process.pid, process_started_s=process_started_s(process.pid))
     folders.write(state)
+    folders.write_scale_request(state.pid, {"decode": 2})
     assert folders.running() == [state]
+    assert folders.clear_ended() == []
     process.communicate()
+    assert folders.clear_ended() == [state]
     assert folders.running() == []
-    assert list(folders.state.glob("serve-*")) == []
-    assert not (tmp_path / "ray").exists()
+    assert list(folders.state.glob("s*-*")) == []
+    assert not ray.exists()
+    assert not psutil.pid_exists(agent.pid)
+    agent.wait()
+
+
+def test_a_folder_that_is_none_of_ours_stays(folders: StateFolders, tmp_path: Path) -> None:
+    """Whatever a state file says."""
+    folders.write(replace(own_state(tmp_path), process_started_s=1.0, ray_folder=str(tmp_path)))
+    assert len(folders.clear_ended()) == 1
+    assert folders.state.exists()
 
 
 def test_another_process_with_the_same_pid_is_not_it(folders: StateFolders, tmp_path: Path) -> None:
