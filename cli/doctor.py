@@ -1,31 +1,37 @@
 """`tandem doctor`: check everything that a cluster needs, and say how to mend what is missing."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 from rich.text import Text
 
 from tandem.cli.common import ServeFile, Settings, read_config, state_folders
 from tandem.cli.output import print_line, print_rich
+from tandem.core.clock import SystemClock
 from tandem.core.config import ServeConfig
 from tandem.core.errors import TandemError
 from tandem.deploy import checks
 from tandem.deploy.checks import Finding, Grade
+from tandem.deploy.machine import this_machine
 from tandem.deploy.run_state import RunState
 from tandem.deploy.serving import fetch_fleet
+from tandem.wire.fleet import FleetDescription
 
 EPILOG = """\
 examples:
   tandem doctor                                 the built-in deployment
   tandem doctor serve.yaml                      would this file run here?
   tandem doctor --set model=~/models/Qwen3-0.6B"""
+_TRIAL_S = 30.0
 _STYLES = {Grade.OK: "green", Grade.WARNING: "yellow", Grade.FAILED: "bold red"}
 
 
 def run(file: ServeFile = None, *, settings: Settings) -> int:
-    """Check Python and packages, CPU and compiler, memory, ports, Ray, the checkpoint, the transports for KV, and,
-    where a cluster is running, whether its links use the fast transport. For each problem it says what to do. It starts
-    nothing and changes nothing. The exit status is 1 if a check failed."""
+    """Check Python and packages, CPU and compiler, memory, ports, folders, Ray, the settings, the checkpoint, and the
+    transports for KV. Where a cluster is running, send a request of two tokens over HTTP, over gRPC, and through each
+    pair of instances, and check whether its links use the fast transport. For each problem it says what to do. It
+    starts nothing and changes nothing. The exit status is 1 if a check failed."""
     num_failed = 0
     for finding in examine(read_config(file, settings), state_folders().running()):
         grade = Text(f"{finding.grade.value:<7}", style=_STYLES[finding.grade])
@@ -44,7 +50,9 @@ def examine(config: ServeConfig, runs: list[RunState]) -> Iterator[Finding]:
     yield from checks.check_cpu()
     yield checks.check_memory(config)
     yield from checks.check_ports(config, [address for run in runs for address in (run.http, run.grpc, run.control)])
+    yield from checks.check_folders(state_folders())
     yield checks.check_ray()
+    yield from checks.check_settings(config, this_machine())
     yield from checks.check_checkpoint(config)
     yield from checks.check_shared_memory()
     yield checks.check_gloo()
@@ -63,4 +71,29 @@ def _check_run(run: RunState) -> Iterator[Finding]:
     yield Finding(
         "cluster", Grade.OK, f"{fleet.model} (pid {run.pid}): {ready} of {len(fleet.instances)} workers ready"
     )
+    yield from _try_run(run, fleet)
+    fleet = asyncio.run(fetch_fleet(run.control, run.cluster_token))  # with the transfers of the trial
     yield from checks.check_links(fleet.instances, run.expected_transport)
+
+
+def _try_run(run: RunState, fleet: FleetDescription) -> Iterator[Finding]:
+    """Requests of two tokens: as a client sends them, and through each pair and each colocated instance."""
+    from tandem.deploy import trial  # the router's code, which other checks do not need
+
+    clock = SystemClock()
+    http = asyncio.to_thread(trial.try_http, run.http, fleet.model, _TRIAL_S, clock)
+    logs = f"the logs in {run.log_folder} say why"
+    yield _tried("request", "over HTTP", http, f"router-0.log in {run.log_folder} says why")
+    yield _tried("request", "over gRPC", trial.try_router(run.grpc, _TRIAL_S, clock), logs)
+    for instances in trial.ways_through(fleet.instances):
+        names = " -> ".join(status.instance_id for status in instances)
+        tried = trial.try_instances(instances, fleet.model, run.cluster_token, _TRIAL_S, clock)
+        yield _tried("pair" if len(instances) > 1 else "instance", names, tried, logs)
+
+
+def _tried(subject: str, name: str, request: Coroutine[Any, Any, float], advice: str) -> Finding:
+    try:
+        took_s = asyncio.run(request)
+    except TandemError as error:
+        return Finding(subject, Grade.FAILED, f"{name}: a request of two tokens fails: {error.message}", advice)
+    return Finding(subject, Grade.OK, f"{name}: two tokens in {1000 * took_s:.0f} ms")

@@ -17,6 +17,8 @@ from tandem.core.clock import SystemClock
 from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError, TandemError
 from tandem.core.plan import Plan
+from tandem.deploy import checks
+from tandem.deploy.checks import Grade
 from tandem.deploy.controller import Event, Failed, Loading, Stopped, Up
 from tandem.deploy.machine import resolve_addresses, this_machine
 from tandem.deploy.model_folder import check_model_folder, check_pairs
@@ -55,6 +57,7 @@ def run(
     machine = this_machine()
     to_serve = read_serve_file(file, settings, machine)
     check_pairs(to_serve.config, check_model_folder(to_serve.config.model))
+    _check_settings(to_serve.config, machine)
     began_s = time.monotonic()
     folders = state_folders()
     folders.make()
@@ -71,6 +74,17 @@ def run(
         finally:
             ignore_signals()
             folders.remove(state.pid)
+
+
+def _check_settings(config: ServeConfig, machine: Machine) -> None:
+    """What would fail only after Ray and the model were loaded. Raises ConfigError with all of it."""
+    findings = [*checks.check_settings(config, machine), *checks.check_folders(state_folders())]
+    failed = [f"{finding.text}; {finding.advice}" for finding in findings if finding.grade is Grade.FAILED]
+    if failed:
+        raise ConfigError("\n".join(failed))
+    memory = checks.check_memory(config)
+    if memory.grade is Grade.FAILED:
+        print_line(f"warning: {memory.text}; {memory.advice}")
 
 
 def _free_addresses(config: ServeConfig, ended: list[RunState]) -> ServeConfig:

@@ -5,7 +5,9 @@ A check returns findings and never raises for a problem. It changes nothing and 
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -18,15 +20,21 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from tandem.core.clock import SystemClock
-from tandem.core.config import ServeConfig
+from tandem.core.config import EngineSection, InstanceSection, ServeConfig
 from tandem.core.errors import ConfigError, TandemError
+from tandem.core.model_spec import ModelSpec
 from tandem.core.session import InstanceStatus
-from tandem.deploy.machine import available_memory_bytes, check_address, usable_cores
+from tandem.deploy.machine import available_memory_bytes, check_address, check_distinct, usable_cores
 from tandem.deploy.model_folder import check_model_folder, check_pairs, weight_bytes
+from tandem.deploy.ray_cluster import new_ray_folder
+from tandem.deploy.run_state import StateFolders
+from tandem.deploy.topology import Machine
 
 _GIB = 1 << 30
 _RAY_DISK_BYTES = 1 << 30
+_RAY_SOCKET_CHARACTERS = len("/1/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+_MAX_SOCKET_CHARACTERS = 107  # of the path of a Unix socket
+_MIN_BLOCKS = 2  # one for a prompt, one for its answer
 _EXTRAS = ("serve", "ray")  # of the distribution, for `tandem serve`
 _INSTALL = "run: pip install 'tandem-serve[serve,ray]' (in the repository: make setup)"
 
@@ -156,8 +164,13 @@ def check_shared_memory(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:
 def check_ports(config: ServeConfig, own: Iterable[str] = ()) -> Iterator[Finding]:
     """Whether the router's ports are free; `own` are the addresses of the running cluster."""
     own_addresses = set(own)
-    for name in ("http", "grpc", "control"):
-        address: str = getattr(config.router, name)
+    addresses = {name: getattr(config.router, name) for name in ("http", "grpc", "control")}
+    try:
+        check_distinct(addresses)
+    except ConfigError as error:
+        sentence, _, advice = error.message.partition("; ")
+        yield Finding("ports", Grade.FAILED, sentence, advice)
+    for name, address in addresses.items():
         if address in own_addresses:
             yield Finding(f"port {name}", Grade.OK, f"{address} is in use by the running cluster")
             continue
@@ -168,6 +181,91 @@ def check_ports(config: ServeConfig, own: Iterable[str] = ()) -> Iterator[Findin
             yield Finding(f"port {name}", Grade.FAILED, sentence, advice)
         else:
             yield Finding(f"port {name}", Grade.OK, f"{address} is free")
+
+
+def check_folders(folders: StateFolders, ray_folder: Path | None = None) -> Iterator[Finding]:
+    """Whether the run's files can be made; `ray_folder` is where Ray's would be."""
+    for folder in (folders.state, folders.logs):
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            advice = "set TANDEM_STATE_DIR to a folder where you may write"
+            yield Finding("folder", Grade.FAILED, f"{existing} cannot be written, where {folder} has to be", advice)
+            return
+    ray_folder = ray_folder or new_ray_folder()
+    length = len(str(ray_folder).encode()) + _RAY_SOCKET_CHARACTERS
+    if length > _MAX_SOCKET_CHARACTERS:
+        text = f"the paths of Ray's sockets in {ray_folder.parent} would have {length} characters"
+        advice = f"set TMPDIR to a folder whose path is shorter by {length - _MAX_SOCKET_CHARACTERS}, for example /tmp"
+        yield Finding("folder", Grade.FAILED, text, advice)
+    elif not os.access(ray_folder.parent, os.W_OK | os.X_OK):
+        yield Finding("folder", Grade.FAILED, f"{ray_folder.parent} cannot be written", "set TMPDIR to another folder")
+    else:
+        yield Finding("folder", Grade.OK, f"{folders.state}, {folders.logs} and {ray_folder.parent} can be written")
+
+
+def check_settings(config: ServeConfig, machine: Machine) -> Iterator[Finding]:
+    """Settings that this machine or this model does not allow. Cheap: reads config.json only, and imports no torch.
+    Nothing about a model that cannot be read, of which `check_checkpoint` tells."""
+    try:
+        spec = check_model_folder(config.model)
+    except TandemError:
+        return
+    for role, section in config.kinds:
+        yield from _section_findings(role, section, spec, machine)
+    threads = sum(section.instances * section.engine.threads for _, section in config.kinds)
+    if threads > machine.cores:
+        text = f"{threads} threads of instances for {machine.cores} cores"
+        yield Finding("threads", Grade.WARNING, text, "lower engine.threads, or set it to 0 to share the cores")
+
+
+def _section_findings(role: str, section: InstanceSection, spec: ModelSpec, machine: Machine) -> Iterator[Finding]:
+    engine = section.engine
+    yield from _device_findings(role, section, machine)
+    limit = spec.max_context_tokens
+    if engine.max_model_len is not None and engine.max_model_len > limit:
+        text = f"{role}.engine.max_model_len is {engine.max_model_len}, but the model's context has {limit} tokens"
+        yield Finding("context", Grade.FAILED, text, f"set it to {limit} or less, or leave it out")
+    block = spec.kv_bytes_per_token(_kv_number_bytes(engine, spec, machine)) * engine.block_size
+    blocks = engine.kv_memory // block
+    wanted = min(engine.max_model_len or limit, limit)
+    if blocks < _MIN_BLOCKS:
+        text = (
+            f"{role}.engine.kv_memory is {engine.kv_memory} bytes, which is room for {blocks} blocks of "
+            f"{engine.block_size} tokens with {block} bytes each"
+        )
+        yield Finding("kv memory", Grade.FAILED, text, f"set it to {_MIN_BLOCKS * block} or more, for example 512MiB")
+    elif blocks * engine.block_size < wanted:
+        text = f"{role}.engine.kv_memory has room for {blocks * engine.block_size} of {wanted} tokens"
+        yield Finding("kv memory", Grade.WARNING, text, "longer requests are refused; raise it to allow them")
+
+
+def _device_findings(role: str, section: InstanceSection, machine: Machine) -> Iterator[Finding]:
+    name, device = f"{role}.engine.device", section.engine.device
+    on_gpu = device.startswith("cuda") or (device == "auto" and machine.gpus > 0)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        yield Finding("device", Grade.FAILED, f"{name} is {device}, which is no device", "use auto, cpu or cuda")
+    elif device.startswith("cuda") and not machine.gpus:
+        text = f"{name} is {device}, but this machine has no GPU"
+        yield Finding("device", Grade.FAILED, text, f"set {name} to cpu or auto")
+    elif device.startswith("cuda:") and device != "cuda:0":
+        text = f"{name} is {device}, but each instance of `tandem serve` sees one GPU, the one that it is given"
+        yield Finding("device", Grade.FAILED, text, f"set {name} to cuda; CUDA_VISIBLE_DEVICES says which GPUs to use")
+    if section.engine.ops == "native" and on_gpu:
+        text = f"{role}.engine.ops is native, but these kernels run on CPUs only"
+        yield Finding("ops", Grade.FAILED, text, f"set {role}.engine.ops to auto, or {name} to cpu")
+    if section.transport == "nccl" and not on_gpu:
+        text = f"{role}.transport is nccl, which moves KV between GPUs only"
+        yield Finding("transport", Grade.FAILED, text, f"set {role}.transport to auto")
+
+
+def _kv_number_bytes(engine: EngineSection, spec: ModelSpec, machine: Machine) -> int:
+    """As `engine.device.choose_dtype`, which needs torch."""
+    if engine.dtype != "auto":
+        return 4 if engine.dtype == "float32" else 2
+    on_cpu = engine.device == "cpu" or not machine.gpus
+    if spec.dtype == "float32" or (on_cpu and not {"avx512_bf16", "amx_bf16"} & _cpu_flags(Path("/proc/cpuinfo"))):
+        return 4
+    return 2
 
 
 def check_ray() -> Finding:

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,8 @@ import psutil
 from tandem.core.config import RouterSection, ServeConfig, split_address
 from tandem.core.errors import ConfigError
 from tandem.deploy.topology import Machine
+
+_ALL_INTERFACES = {"0.0.0.0", "::"}
 
 
 def this_machine() -> Machine:
@@ -80,6 +83,19 @@ def check_address(setting: str, address: str) -> str:
     return f"[{host}]:{chosen}" if ":" in host else f"{host}:{chosen}"
 
 
+def check_distinct(addresses: Mapping[str, str]) -> None:
+    """Raises ConfigError if two of the router's addresses, by setting, are one. A host of all interfaces is equal to
+    every host; port 0 is a port of its own."""
+    known = [(name, *split_address(address)) for name, address in addresses.items()]
+    for index, (name, host, port) in enumerate(known):
+        for other_name, other_host, other_port in known[:index]:
+            if port == other_port != 0 and (host == other_host or {host, other_host} & _ALL_INTERFACES):
+                raise ConfigError(
+                    f"router.{other_name} and router.{name} are both {addresses[name]}; they need different ports, "
+                    f"for example --set router.{name}={host}:0 for any free one"
+                )
+
+
 def resolve_addresses(config: ServeConfig) -> ServeConfig:
     """The configuration with ports that are known and free now. Raises ConfigError with all addresses in use."""
     mistakes: list[str] = []
@@ -89,8 +105,10 @@ def resolve_addresses(config: ServeConfig) -> ServeConfig:
             resolved[name] = check_address(f"router.{name}", getattr(config.router, name))
         except ConfigError as error:
             mistakes.append(error.message)
-    if len(set(resolved.values())) < len(resolved):
-        mistakes.append("router.http, router.grpc and router.control must be three different addresses")
+    try:
+        check_distinct(resolved)
+    except ConfigError as error:
+        mistakes.append(error.message)
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     router: RouterSection = config.router.model_copy(update=resolved)
