@@ -23,9 +23,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	  || { echo "$(PYTHON) is not Python 3.11 or 3.12; set PYTHON=/path/to/python3.11" >&2; exit 1; }
-	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt --editable '.[dev]'
+	@mkdir -p build && echo "making $(VENV); build/setup.log says how far it is"
+	@{ { test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV); } \
+	  && $(PIP) install -c constraints.txt torch \
+	  && $(PIP) install -c constraints.txt --editable '.[dev]'; } > build/setup.log 2>&1 \
+	  || { cat build/setup.log >&2; exit 1; }
 	@touch $@
 
 serve: setup ## start the built-in model, or FILE=serve.yaml; Ctrl-C ends it

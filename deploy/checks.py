@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
+from tandem.core.clock import SystemClock
 from tandem.core.config import EngineSection, InstanceSection, ServeConfig
 from tandem.core.errors import ConfigError, TandemError
 from tandem.core.model_spec import ModelSpec

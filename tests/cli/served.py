@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def wait_for(process: subprocess.Popen[str], output: Path, pattern: str) -> "re.
 
 
 def start(
-    folder: Path, *arguments: str, package: Path = ROOT, cwd: Path = ROOT
+    folder: Path, *arguments: str, package: Path = ROOT, cwd: Path = ROOT, ports: Sequence[str] = FREE_PORTS
 ) -> tuple[subprocess.Popen[str], dict[str, str], Path]:
     """`folder` has a short path, as the paths of Ray's sockets must be. `package` holds the `tandem` that is run."""
     environment = {
@@ -71,7 +71,7 @@ def start(
     output = folder / "output"
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tandem.cli.main", "serve", *arguments, *FREE_PORTS],
+            [sys.executable, "-m", "tandem.cli.main", "serve", *arguments, *ports],
             env=environment,
             cwd=cwd,
             stdout=file,

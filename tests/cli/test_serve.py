@@ -101,6 +101,9 @@ def test_status_and_doctor(served: Served, model: Path) -> None:
         watching.wait(10)  # its exit status is 1 at times where coverage is measured; docs/log.md
     doctor = served.tandem("doctor", f"--set=model={model}", *FREE_PORTS, *_SMALL)
     assert re.search(r"^ok +cluster: little .* 2 of 2 workers ready$", doctor.stdout, re.MULTILINE), doctor.stdout
+    assert len(re.findall(r"^ok +request: over (?:HTTP|gRPC): two tokens in \d+ ms$", doctor.stdout, re.MULTILINE)) == 2
+    pair = r"^ok +pair: prefill-\w+ -> decode-\w+: two tokens in \d+ ms$"
+    assert re.search(pair, doctor.stdout, re.MULTILINE), doctor.stdout
     assert re.search(r"^ok +link: prefill-\w+ -> decode-\w+: shared_memory", doctor.stdout, re.MULTILINE)
 
 
@@ -116,8 +119,39 @@ def test_workers_join_and_leave(served: Served) -> None:
 def test_a_killed_worker_comes_back(served: Served) -> None:
     pid = served.wait_for(r"^  decode-0 up in .* \(pid (\d+)\)$")[1]
     os.kill(int(pid), signal.SIGKILL)
-    served.wait_for(r"^  decode-0: its process died; its log is \S+; starting it again in 0\.5 s$")
+    served.wait_for(r"^  decode-0: its process died \(SIGKILL\); its log is \S+; starting it again in 0\.5 s$")
     served.wait_for(rf"^  decode-0 up in .* \(pid (?!{pid}\))\d+\)$")
+    _until_completion(served)
+
+
+def test_a_stopped_worker_is_replaced(served: Served) -> None:
+    pid = served.wait_for(r"^  prefill-0 up in .* \(pid (\d+)\)$")[1]
+    os.kill(int(pid), signal.SIGSTOP)
+    began_s = time.monotonic()
+    served.wait_for(r"^  prefill-0: it is stopped, as by SIGSTOP, for \d\.\d s; starting it again in 0\.5 s$")
+    assert time.monotonic() - began_s < 10  # 0.6 s on an idle machine
+    served.wait_for(rf"^  prefill-0 up in .* \(pid (?!{pid}\))\d+\)$")
+    _until_completion(served)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["gcs_server", "raylet"])
+def test_requests_go_on_when_ray_dies(served: Served, server: str) -> None:
+    """A stream that has begun before Ray's death and ends after it, and a worker that dies afterwards."""
+    up = len(re.findall(r"^  Ray: up again", served.output.read_text(), re.MULTILINE))
+    body = {"model": "little", "prompt": "x", "max_tokens": 200, "temperature": 0, "stream": True, "ignore_eos": True}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://{served.http}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert response.readline().startswith(b"data: ")
+        (victim,) = [process for process in family_of(served.process.pid) if process.name() == server]
+        victim.kill()
+        served.wait_for(rf"^  Ray: its {server} died; starting it again, while all processes go on$")
+        assert response.read().endswith(b"data: [DONE]\n\n")
+    served.wait_for(rf"(^  Ray: up again in [^$]*){{{up + 1}}}")
+    pid = re.findall(r"^  decode-0 up in .* \(pid (\d+)\)$", served.output.read_text(), re.MULTILINE)[-1]
+    os.kill(int(pid), signal.SIGKILL)
+    served.wait_for(rf"^  decode-0 up in [^(]* \(pid {pid}\)\n(.*\n)*  decode-0 up in .* \(pid (?!{pid}\))\d+\)$")
     _until_completion(served)
 
 
@@ -141,6 +175,16 @@ def test_ctrl_c_leaves_nothing(served: Served, folder: Path) -> None:
     assert served.tandem("status").returncode == 1
 
 
+def test_settings_that_cannot_work_are_refused_at_once(model: Path, folder: Path) -> None:
+    wrong = ["--set=decode.engine.device=cuda", "--set=prefill.engine.kv_memory=512", *FREE_PORTS]
+    environment = {**os.environ, "TANDEM_STATE_DIR": str(folder / "state"), "CUDA_VISIBLE_DEVICES": ""}
+    refused = run_python(["-m", "tandem.cli.main", "serve", f"--set=model={model}", *wrong], environment)
+    assert refused.returncode == 2
+    assert "decode.engine.device is cuda, but this machine has no GPU; set decode.engine.device to" in refused.stderr
+    assert "prefill.engine.kv_memory is 512 bytes, which is room for 0 blocks" in refused.stderr
+    assert "Ray" not in refused.stdout
+
+
 def _until_completion(served: Served) -> None:
     """A worker that is up is unavailable until its router has heard of it, a heartbeat later."""
     body = json.dumps({"model": "little", "prompt": "x", "max_tokens": 4}).encode()
@@ -155,6 +199,35 @@ def _until_completion(served: Served) -> None:
             if error.code != 503 or time.monotonic() > deadline_s:
                 raise
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_start_after_a_kill_clears_away_and_takes_the_ports(model: Path) -> None:
+    """Also where a worker was stopped: the kernel ends it with its parent."""
+    with tempfile.TemporaryDirectory(prefix="t") as name:
+        folder = Path(name)
+        with serving(folder, f"--set=model={model}", *_SMALL) as served:
+            family = family_of(served.process.pid)
+            os.kill(int(served.wait_for(r"^  decode-0 up in .* \(pid (\d+)\)$")[1]), signal.SIGSTOP)
+            served.process.kill()
+            served.process.wait()
+            (state,) = (folder / "state").glob("serve-*.json")
+            control = json.loads(state.read_text())["control"]
+            ports = [
+                f"--set=router.{name}={address}"
+                for name, address in (("http", served.http), ("grpc", served.grpc), ("control", control))
+            ]
+            process, _, output = start(folder, f"--set=model={model}", *_SMALL, ports=ports)
+            try:
+                wait_for(process, output, r"^Ctrl-C ends it\.$")
+                _, alive = psutil.wait_procs(family, timeout=10)
+                assert alive == []
+                assert len(list(folder.glob("tandem-*"))) == 1
+                assert len(list((folder / "state").glob("serve-*.json"))) == 1
+                _until_completion(served)
+            finally:
+                process.terminate()
+                process.wait(60)
 
 
 @pytest.mark.slow
