@@ -68,9 +68,9 @@ def _check_run(run: RunState) -> Iterator[Finding]:
         yield Finding("cluster", Grade.FAILED, f"the router of pid {run.pid} does not answer: {error.message}", advice)
         return
     ready = sum(status.state.value == "ready" for status in fleet.instances)
-    yield Finding(
-        "cluster", Grade.OK, f"{fleet.model} (pid {run.pid}): {ready} of {len(fleet.instances)} workers ready"
-    )
+    grade = Grade.OK if 0 < ready == len(fleet.instances) else Grade.WARNING if ready else Grade.FAILED
+    text = f"{fleet.model} (pid {run.pid}): {ready} of {len(fleet.instances)} workers ready"
+    yield Finding("cluster", grade, text, "" if grade is Grade.OK else "`tandem status` shows their states")
     yield from _try_run(run, fleet)
     fleet = asyncio.run(fetch_fleet(run.control, run.cluster_token))  # with the transfers of the trial
     yield from checks.check_links(fleet.instances, run.expected_transport)
