@@ -1,11 +1,13 @@
 """`tandem serve`: start a cluster on this machine and keep it running until it is told to stop."""
 
 import asyncio
+import contextlib
 import json
 import os
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,6 +42,7 @@ every setting, explained: examples/serve.yaml"""
 _PROMPT = "def read_json(path):"
 _PORTS_TIMEOUT_S = 10.0
 _COUNT_TIMEOUT_S = 1.0
+_AGAIN_S = 1.0
 
 
 def run(
@@ -144,8 +147,8 @@ async def _run(
         if signals.stop.is_set():
             print_line("interrupted")
             return 130
-        keeping.append(asyncio.create_task(launcher.keep_ray(lambda note: print_line(f"  {note}")), name="keep Ray"))
-        keeping.append(asyncio.create_task(launcher.bound_logs(), name="bound logs"))
+        keeping.append(_keep("the care for Ray", lambda: launcher.keep_ray(lambda note: print_line(f"  {note}"))))
+        keeping.append(_keep("the care for logs", launcher.bound_logs))
         serving = Serving(config, machine, launcher, clock)
         await _serve(serving, state, folders, signals, grace_s, began_s, plan)
         return 0
@@ -163,13 +166,13 @@ async def _serve(
     began_s: float,
     plan: Plan | None,
 ) -> None:
-    helpers = [asyncio.create_task(_print_events(serving), name="print events")]
+    helpers = [_keep("the report of events", lambda: _print_events(serving))]
     try:
         await signals.unless_stopped(serving.start())
         if not signals.stop.is_set():
             _print_welcome(serving.config, state, time.monotonic() - began_s)
             if plan is not None:
-                helpers.append(asyncio.create_task(_watch(plan, serving, state), name="watch the plan"))
+                helpers.append(_keep("the comparison with the plan", lambda: _watch(plan, serving, state)))
         while not signals.stop.is_set():
             await signals.changed()
             if signals.take_scale():
@@ -179,6 +182,21 @@ async def _serve(
         await _cancel(helpers)
         while not serving.controller.events.empty():
             _print_event(serving.controller.events.get_nowait())
+
+
+def _keep(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    """A task that does `work`, again after an error, which is said: none of these may end unseen."""
+
+    async def work_again() -> None:
+        while True:
+            try:
+                return await work()
+            except Exception as error:  # noqa: BLE001 - whatever it is
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    print_line(f"  {name} failed ({type(error).__name__}: {error}); it begins again")
+            await asyncio.sleep(_AGAIN_S)
+
+    return asyncio.create_task(work_again(), name=name)
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:

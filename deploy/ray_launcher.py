@@ -294,8 +294,8 @@ class RayLauncher:
                 try:
                     await self._ray.start(self._processes, self._gpus)
                     break
-                except UnavailableError as error:
-                    notify(f"Ray: {error.message}; trying again in {pause_s:.0f} s, while all processes go on")
+                except (UnavailableError, OSError) as error:
+                    notify(f"Ray: {error}; trying again in {pause_s:.0f} s, while all processes go on")
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             await self._reserve_again()

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 import uuid
 
 from grpc_health.v1 import health_pb2
@@ -43,7 +44,7 @@ class FakeApp:
 
 
 class HealthyApp(FakeApp):
-    """With a health service on a port of its own."""
+    """With a health service on a port of its own. Named "hanging", its event loop stands still after a moment."""
 
     async def start(self) -> None:
         await super().start()
@@ -51,3 +52,7 @@ class HealthyApp(FakeApp):
         self.address = bind(self._server, "127.0.0.1:0")
         await self._server.start()
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
+        if self._name == "hanging":
+            asyncio.get_running_loop().call_later(0.5, time.sleep, 1000)
+        elif self._name == "ill":
+            await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)

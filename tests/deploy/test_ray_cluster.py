@@ -111,6 +111,21 @@ async def test_a_stopped_process_is_replaced(launcher: RayLauncher, logs: Path) 
     await controller.kill()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "reason"), [("hanging", "computes nothing"), ("ill", "it has reported for 5")])
+async def test_a_process_without_progress_is_replaced(
+    launcher: RayLauncher, logs: Path, name: str, reason: str
+) -> None:
+    clock = SystemClock()
+    controller = Controller(launcher, clock, Backoff(first_s=0.01), watch=watch_health(clock))
+    await controller.reconcile([replace(spec(0, name), entry="tests.deploy.fake_app:HealthyApp")], 1.0)
+    (before,) = controller.running()
+    failed, _ = await _next_up(controller)
+    assert reason in failed.reason
+    assert not psutil.pid_exists(before.pid)
+    await controller.kill()
+
+
 async def test_a_terminated_process_drains_and_is_replaced(launcher: RayLauncher, logs: Path) -> None:
     controller = Controller(launcher, SystemClock(), Backoff(first_s=0.01))
     await controller.reconcile([spec(0)], 1.0)
