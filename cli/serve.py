@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import time
@@ -24,6 +25,7 @@ from tandem.deploy.checks import Grade
 from tandem.deploy.controller import Event, Failed, Loading, Stopped, Up
 from tandem.deploy.machine import resolve_addresses, this_machine
 from tandem.deploy.model_folder import check_model_folder, check_pairs
+from tandem.deploy.progress import watch_health
 from tandem.deploy.ray_cluster import new_ray_folder
 from tandem.deploy.ray_launcher import RayLauncher
 from tandem.deploy.run_state import RunState, StateFolders, process_started_s
@@ -57,6 +59,9 @@ def run(
 
     FILE is a serve file, a plan (of `tandem plan`), or an SLO file, for which a plan is made first.
     """
+    for module in ("ray", "torch"):  # other processes import them
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named '{module}'", name=module)
     machine = this_machine()
     to_serve = read_serve_file(file, settings, machine)
     check_pairs(to_serve.config, check_model_folder(to_serve.config.model))
@@ -149,7 +154,7 @@ async def _run(
             return 130
         keeping.append(_keep("the care for Ray", lambda: launcher.keep_ray(lambda note: print_line(f"  {note}"))))
         keeping.append(_keep("the care for logs", launcher.bound_logs))
-        serving = Serving(config, machine, launcher, clock)
+        serving = Serving(config, machine, launcher, clock, watch_health(clock))
         await _serve(serving, state, folders, signals, grace_s, began_s, plan)
         return 0
     finally:

@@ -10,9 +10,8 @@ from tandem.core.clock import Clock
 from tandem.core.config import InstanceSection, ServeConfig
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.core.session import InstanceState
-from tandem.deploy.controller import Controller, Launcher
+from tandem.deploy.controller import Controller, Launcher, Watch
 from tandem.deploy.machine import this_machine
-from tandem.deploy.progress import watch_health
 from tandem.deploy.topology import Machine, ProcessRole, plan_processes
 from tandem.wire.channels import open_channel
 from tandem.wire.fleet import FleetDescription, describe_fleet
@@ -56,9 +55,12 @@ def expected_transport(config: ServeConfig) -> str | None:
 class Serving:
     """The running cluster. `config` has its addresses, its token and the number of its instances."""
 
-    def __init__(self, config: ServeConfig, machine: Machine, launcher: Launcher, clock: Clock) -> None:
+    def __init__(
+        self, config: ServeConfig, machine: Machine, launcher: Launcher, clock: Clock, watch: Watch | None = None
+    ) -> None:
+        """`watch`: as the controller's."""
         self.config = config
-        self.controller = Controller(launcher, clock, watch=watch_health(clock))
+        self.controller = Controller(launcher, clock, watch=watch)
         self._machine = machine
         self._clock = clock
 

@@ -15,7 +15,7 @@ class ProcessRole(Enum):
     COLOCATED = "colocated"
 
 
-# Application classes; they implement `HostedApp` of deploy/process_host.py.
+# Application classes; they implement `HostedApp` of deploy/hosted_process.py.
 _ROUTER_ENTRY = "tandem.router.app:RouterApp"
 _WORKER_ENTRY = "tandem.worker.app:Worker"
 
