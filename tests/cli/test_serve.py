@@ -17,7 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+import tandem.cli.serve
+from tandem.core.config import ServeConfig
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
+from tandem.wire.fleet import FleetDescription
 from tests.cli.served import FREE_PORTS, ROOT, Served, family_of, run_python, serving, start, wait_for
 
 pytestmark = pytest.mark.timeout(300)
@@ -183,6 +186,45 @@ def test_settings_that_cannot_work_are_refused_at_once(model: Path, folder: Path
     assert "decode.engine.device is cuda, but this machine has no GPU; set decode.engine.device to" in refused.stderr
     assert "prefill.engine.kv_memory is 512 bytes, which is room for 0 blocks" in refused.stderr
     assert "Ray" not in refused.stdout
+
+
+@pytest.mark.parametrize(
+    ("running", "queued", "text"),
+    [
+        (2, 1, ": waiting up to 10 s for 3 running requests"),
+        (1, 0, ": waiting up to 10 s for 1 running request"),
+        (0, 0, ""),
+    ],
+)
+async def test_a_stop_says_what_it_waits_for(
+    model: Path, monkeypatch: pytest.MonkeyPatch, running: int, queued: int, text: str
+) -> None:
+    async def fetch(control: str, token: str | None) -> FleetDescription:
+        return FleetDescription("little", 1.0, (), running, queued)
+
+    monkeypatch.setattr(tandem.cli.serve, "fetch_fleet", fetch)
+    assert await tandem.cli.serve._what_to_wait_for(ServeConfig(model=model), 10.0) == text
+
+
+async def test_a_stop_does_not_wait_for_a_router_that_is_gone(model: Path) -> None:
+    config = ServeConfig.model_validate({"model": model, "router": {"control": "127.0.0.1:1"}})
+    assert await tandem.cli.serve._what_to_wait_for(config, 10.0) == ""
+
+
+async def test_a_helper_that_fails_says_so_and_begins_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tandem.cli.serve, "_AGAIN_S", 0.01)
+    tries = 0
+
+    async def work() -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise ValueError("a fault")
+
+    await tandem.cli.serve._keep("the care for logs", work)
+    assert capsys.readouterr().out == 2 * "  the care for logs failed (ValueError: a fault); it begins again\n"
 
 
 def _until_completion(served: Served) -> None:
