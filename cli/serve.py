@@ -140,7 +140,6 @@ async def _run(
         Path(state.ray_folder),
         Path(state.log_folder),
         clock,
-        processes=1 + sum(section.instances for _, section in config.kinds),
         gpus=machine.gpus,
         load_timeout_s=config.load_timeout_s,
         grace_s=grace_s,

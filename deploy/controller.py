@@ -48,10 +48,12 @@ class ProcessEnd:
 
 
 class RunningProcess(Protocol):
-    """`is_draining`: it finishes its requests and is about to end, whoever told it to."""
-
     info: ProcessInfo
-    is_draining: bool
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it finishes its requests and is about to end, whoever told it to."""
+        ...
 
     async def wait_closed(self) -> ProcessEnd:
         """Wait until the process has ended."""

@@ -169,6 +169,7 @@ async def _host(socket_path: str, key: str) -> None:
     assignment = Assignment.from_json(await controller.receive())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, controller.on_sigterm, assignment.grace_s)
     commands = asyncio.create_task(controller.take_stop(), name="commands")
+    commands.add_done_callback(_exit_on_error)
     starting = asyncio.create_task(_start(assignment), name="start")
     await asyncio.wait((starting, controller.stop), return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -180,6 +181,12 @@ async def _host(socket_path: str, key: str) -> None:
     commands.cancel()
     await asyncio.gather(commands, return_exceptions=True)
     await controller.flush()
+
+
+def _exit_on_error(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        traceback.print_exception(error)
+        os._exit(1)
 
 
 async def _start(assignment: Assignment) -> tuple[HostedApp | None, StartReport]:

@@ -56,11 +56,11 @@ class Ray:
         self._reading: asyncio.Task[None] | None = None
         self._family: list[psutil.Process] = []
 
-    async def start(self, processes: int, gpus: int) -> None:
+    async def start(self, gpus: int) -> None:
         """Raises UnavailableError. Call `stop` afterwards in any case."""
         with self._log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *ray_process.command_of(self.folder, processes, gpus),
+                *ray_process.command_of(self.folder, gpus),
                 env=os.environ | import_path(),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -161,18 +161,15 @@ class RayLauncher:
         log_folder: Path,
         clock: Clock,
         *,
-        processes: int,
         gpus: int = 0,
         load_timeout_s: float = 900.0,
         grace_s: float = 10.0,
         max_log_bytes: int = _MAX_LOG_BYTES,
     ) -> None:
-        """`processes`: as many as Ray prepares for. `grace_s`: how long requests may take in a process that gets a
-        SIGTERM."""
+        """`grace_s`: how long requests may take in a process that gets a SIGTERM."""
         self._folder = folder
         self.log_folder = log_folder
         self._clock = clock
-        self._processes = processes
         self._gpus = gpus
         self._load_timeout_s = load_timeout_s
         self._grace_s = grace_s
@@ -189,7 +186,7 @@ class RayLauncher:
         adopt_orphans()
         self._folder.mkdir(mode=0o700)
         self._server = await asyncio.start_unix_server(self._connected, self._socket_path)
-        await self._ray.start(self._processes, self._gpus)
+        await self._ray.start(self._gpus)
         self._is_up.set()
 
     async def close(self) -> None:
@@ -246,7 +243,9 @@ class RayLauncher:
         finally:
             self._waiting.pop(key).cancel()
         info = ProcessInfo(spec.name, spec.role, pid, start.address, start.instance_id, log_path)
-        hosted = _HostedProcess(info, child, connection, _bundle(spec), devices, lambda: self._forget(key))
+        hosted = _HostedProcess(
+            info, child, connection, _bundle(spec), devices, self._grace_s, lambda: self._forget(key)
+        )
         self._hosted[key] = hosted
         return hosted
 
@@ -292,7 +291,7 @@ class RayLauncher:
                 await self._ray.stop()
                 self._ray = self._new_ray()
                 try:
-                    await self._ray.start(self._processes, self._gpus)
+                    await self._ray.start(self._gpus)
                     break
                 except (UnavailableError, OSError) as error:
                     notify(f"Ray: {error}; trying again in {pause_s:.0f} s, while all processes go on")
@@ -356,7 +355,7 @@ class _Connection:
 
 
 class _HostedProcess:
-    """`devices`: those that Ray has chosen for it, by number or name."""
+    """`devices`: those that Ray has chosen for it, by number or name. `grace_s`: of a drain after a SIGTERM."""
 
     def __init__(
         self,
@@ -365,28 +364,38 @@ class _HostedProcess:
         connection: _Connection,
         bundle: dict[str, float],
         devices: list[int | str],
+        grace_s: float,
         forget: Callable[[], None],
     ) -> None:
         self.info = info
         self.bundle = bundle
         self.devices = devices
-        self.is_draining = False
+        self._grace_s = grace_s
+        self._draining = asyncio.Event()
         self._child, self._connection, self._forget = child, connection, forget
         self._condemned: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._told: asyncio.Task[str | None] = asyncio.create_task(self._last_words(), name=f"{info.name} says")
 
+    @property
+    def is_draining(self) -> bool:
+        return self._draining.is_set()
+
     async def wait_closed(self) -> ProcessEnd:
-        ended = asyncio.create_task(self._child.wait())
+        ended, draining = asyncio.create_task(self._child.wait()), asyncio.create_task(self._draining.wait())
         try:
-            await asyncio.wait((ended, self._told, self._condemned), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended, self._told, self._condemned, draining), return_when=asyncio.FIRST_COMPLETED)
             if self._condemned.done():
                 return ProcessEnd(self._condemned.result())
-            await asyncio.wait((ended, self._told), timeout=_EXIT_S)
+            if draining.done():
+                await asyncio.wait((ended,), timeout=self._grace_s + _STOP_MARGIN_S)
+                if not ended.done():
+                    return ProcessEnd(f"it got a SIGTERM and has not ended within {self._grace_s + _STOP_MARGIN_S:g} s")
+                return ProcessEnd("it got a SIGTERM and has left", was_asked=True)
+            await asyncio.wait((ended,), timeout=_EXIT_S)
         finally:
             ended.cancel()
-        if self.is_draining:
-            return ProcessEnd("it got a SIGTERM and has left", was_asked=True)
-        said = self._told.result() if self._told.done() else None
+            draining.cancel()
+        said = await self._told if self._told.done() else None
         reason = said or f"its process died ({await self._child.wait()})"
         return ProcessEnd(f"{reason}; its log is {self.info.log_path}")
 
@@ -396,7 +405,7 @@ class _HostedProcess:
             self._condemned.set_result(reason)
 
     async def stop(self, grace_s: float) -> None:
-        self.is_draining = True
+        self._draining.set()
         await self._connection.send({"grace_s": grace_s})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s + _STOP_MARGIN_S):
@@ -412,7 +421,8 @@ class _HostedProcess:
     async def _last_words(self) -> str | None:
         """The reason that the process gives for its end; None if it ends without one."""
         while (message := await self._connection.receive()) is not None:
-            self.is_draining |= message.get("draining", False)
+            if "draining" in message:
+                self._draining.set()
             if "ended" in message:
                 return str(message["ended"])
         await self._child.wait()

@@ -1,4 +1,4 @@
-"""Ray's client in a process of its own: `python -m tandem.deploy.ray_process FOLDER PROCESSES GPUS CONTROLLER`.
+"""Ray's client in a process of its own: `python -m tandem.deploy.ray_process FOLDER GPUS CONTROLLER`.
 
 Ray ends the process of its client when its servers have died, and a second Ray cannot be trusted in a process that has
 had one. So `tandem serve` has this process beside it, and replaces it together with its Ray. They speak over the
@@ -28,12 +28,13 @@ from tandem.deploy.ray_cluster import PROCESS_RESOURCE, LocalRay, import_ray
 
 _ADOPTION_S = 10.0
 _POLL_S = 0.25
+_RAY_WORKERS = 2  # Python processes of Ray, which start ours; a start takes a moment
 
 
-def command_of(folder: Path, processes: int, gpus: int) -> list[str]:
+def command_of(folder: Path, gpus: int) -> list[str]:
     """The command of a child of this process."""
     module = ["-P", "-m", "tandem.deploy.ray_process"]
-    return [sys.executable, *module, str(folder), str(processes), str(gpus), str(os.getpid())]
+    return [sys.executable, *module, str(folder), str(gpus), str(os.getpid())]
 
 
 class _Places:
@@ -42,6 +43,7 @@ class _Places:
     def __init__(self) -> None:
         self._ray = import_ray()
         self._groups: dict[str, Any] = {}
+        self._starting = asyncio.Semaphore(_RAY_WORKERS)  # for more at a time, Ray would start more processes
 
     async def spawn(
         self, key: str, bundle: dict[str, float], command: list[str], environment: dict[str, str], log_path: str
@@ -60,7 +62,8 @@ class _Places:
             max_retries=0,
             scheduling_strategy=in_group,
         )
-        pid, devices = await task.remote(command, environment, log_path)
+        async with self._starting:
+            pid, devices = await task.remote(command, environment, log_path)
         return {"pid": pid, "devices": devices}
 
     def release(self, key: str) -> None:
@@ -130,14 +133,14 @@ def _say(output: int, **fields: Any) -> None:
 
 
 def main() -> int:
-    folder, processes, gpus, controller_pid = sys.argv[1:]
+    folder, gpus, controller_pid = sys.argv[1:]
     if not end_with_parent(int(controller_pid), _ADOPTION_S):
         return 1
     output = os.dup(1)
     os.dup2(2, 1)  # what Ray prints goes to the log
     ray = LocalRay(Path(folder))
     try:
-        ray.start(int(processes), int(gpus))
+        ray.start(_RAY_WORKERS, int(gpus))
     except UnavailableError as error:
         _say(output, error=error.message)
         return 1

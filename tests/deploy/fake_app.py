@@ -34,12 +34,16 @@ class FakeApp:
                 print(f"pid {os.getpid()}", flush=True)
                 await asyncio.Event().wait()
         print(f"threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+        if self._name == "on-gpu":
+            print(f"devices {os.environ['CUDA_VISIBLE_DEVICES']}", flush=True)
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
 
     async def drain_and_stop(self, grace_s: float) -> None:
         print(f"draining for {grace_s}", flush=True)
+        if self._name == "undying":
+            time.sleep(1000)  # noqa: ASYNC251 - it hangs
         self._closed.set()
 
 

@@ -15,7 +15,7 @@ import pytest_asyncio
 from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import CheckpointError, InternalError, UnavailableError
-from tandem.deploy.controller import Backoff, Controller, Failed, Up
+from tandem.deploy.controller import Backoff, Controller, Failed, ProcessEnd, Up
 from tandem.deploy.progress import watch_health
 from tandem.deploy.ray_launcher import RayLauncher
 from tandem.deploy.topology import ProcessRole, ProcessSpec
@@ -32,7 +32,7 @@ def spec(index: int, model_name: str = "fine", gpus: float = 0.0) -> ProcessSpec
 async def launcher(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RayLauncher]:
     """With a local Ray. Afterwards none of its processes and files may be left."""
     folder = Path(tempfile.gettempdir()) / f"tandem-test-{os.getpid()}"
-    launcher = RayLauncher(folder, tmp_path_factory.mktemp("logs"), SystemClock(), processes=2, load_timeout_s=60.0)
+    launcher = RayLauncher(folder, tmp_path_factory.mktemp("logs"), SystemClock(), gpus=2, load_timeout_s=60.0)
     own = psutil.Process()
     others = set(own.children(recursive=True))  # of other tests
     try:
@@ -136,6 +136,18 @@ async def test_a_terminated_process_drains_and_is_replaced(launcher: RayLauncher
     await controller.kill()
 
 
+async def test_a_drain_that_hangs_is_given_up(
+    launcher: RayLauncher, logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks a draining process for its health."""
+    monkeypatch.setattr(launcher, "_grace_s", -7.5)  # with the margin to close: half a second
+    process = await launcher.launch(spec(0, "undying"))
+    os.kill(process.info.pid, signal.SIGTERM)
+    end = await process.wait_closed()
+    assert end == ProcessEnd("it got a SIGTERM and has not ended within 0.5 s")
+    await process.kill()
+
+
 async def test_errors_of_the_application_arrive_as_they_are(launcher: RayLauncher, logs: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^the checkpoint has no config\.json$"):
         await launcher.launch(spec(0, "broken"))
@@ -179,7 +191,7 @@ async def test_processes_outlive_ray(launcher: RayLauncher, logs: Path, server: 
     notes: list[str] = []
     keeping = asyncio.create_task(launcher.keep_ray(notes.append))
     controller = Controller(launcher, SystemClock(), Backoff(first_s=0.01))
-    await controller.reconcile([spec(0), spec(1)], 1.0)
+    await controller.reconcile([spec(0), spec(1, "on-gpu", 1.0)], 1.0)
     before = controller.running()
     (victim,) = [c for c in psutil.Process().children(recursive=True) if c.name() == server]
     victim.kill()
@@ -194,6 +206,9 @@ async def test_processes_outlive_ray(launcher: RayLauncher, logs: Path, server: 
     assert notes[0] == f"Ray: its {server} died; starting it again, while all processes go on"
     assert notes[1].startswith("Ray: up again in ")
     assert not psutil.pid_exists(victim.pid), "the old Ray is gone, without zombies"
+    await controller.reconcile([spec(0), spec(1, "on-gpu", 1.0), spec(2, "on-gpu", 1.0)], 1.0)
+    devices = [(logs / f"prefill-{number}.log").read_text().split("devices ")[1] for number in (1, 2)]
+    assert devices == ["0\n", "1\n"], "the new Ray knows which one is taken"
     await controller.kill()
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
