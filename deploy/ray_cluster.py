@@ -107,9 +107,10 @@ class LocalRay:
 
     def stop(self) -> None:
         """End all processes of this Ray and remove the folder. No effect if Ray does not run."""
-        ray = import_ray()
-        ray.shutdown()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            import_ray().shutdown()
+        finally:  # also where Ray is not installed
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def import_ray() -> ModuleType:
