@@ -139,17 +139,19 @@ def _python(code: str) -> Iterator[subprocess.Popen[bytes]]:
 async def test_what_a_real_process_does() -> None:
     """By the kernel: one that computes in a thread, one that waits, one that is stopped, one that has ended."""
     computes = "import threading\nprint(flush=True)\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()"
-    with _python(computes) as busy, _python("print(flush=True); input()") as idle:
+    with _python(computes) as busy, _python("import time; print(flush=True); time.sleep(100)") as idle:
         of_busy, of_idle = ThreadActivity(busy.pid), ThreadActivity(idle.pid)
-        of_idle.read()
-        await asyncio.sleep(0.1)
-        assert of_busy.read() is Activity.COMPUTING
-        assert of_idle.read() is Activity.WAITING
+        await _until(of_busy, Activity.COMPUTING)
+        await _until(of_idle, Activity.WAITING)
         os.kill(busy.pid, signal.SIGSTOP)
-        async with asyncio.timeout(10):
-            while of_busy.read() is not Activity.STOPPED:  # noqa: ASYNC110 - the kernel tells no event
-                await asyncio.sleep(0.01)
+        await _until(of_busy, Activity.STOPPED)
     assert of_busy.read() is Activity.WAITING
+
+
+async def _until(process: ThreadActivity, activity: Activity) -> None:
+    async with asyncio.timeout(10):
+        while process.read() is not activity:  # noqa: ASYNC110 - the kernel tells no event
+            await asyncio.sleep(0.05)
 
 
 async def test_the_clock_of_the_system_will_do() -> None:
