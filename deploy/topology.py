@@ -66,6 +66,7 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
             model=config.model,
             model_name=config.model_name,
             role=role,
+            name=f"{role}-{numbers[role]}",  # as `tandem serve` calls the process
             routers=(config.router.control,),
             cluster_token=config.cluster_token,
             instance=section.model_copy(update={"instances": 1, "engine": engine}),

@@ -105,9 +105,9 @@ def test_status_and_doctor(served: Served, model: Path) -> None:
     doctor = served.tandem("doctor", f"--set=model={model}", *FREE_PORTS, *_SMALL)
     assert re.search(r"^ok +cluster: little .* 2 of 2 workers ready$", doctor.stdout, re.MULTILINE), doctor.stdout
     assert len(re.findall(r"^ok +request: over (?:HTTP|gRPC): two tokens in \d+ ms$", doctor.stdout, re.MULTILINE)) == 2
-    pair = r"^ok +pair: prefill-\w+ -> decode-\w+: two tokens in \d+ ms$"
+    pair = r"^ok +pair: prefill-0-\w+ -> decode-0-\w+: two tokens in \d+ ms$"
     assert re.search(pair, doctor.stdout, re.MULTILINE), doctor.stdout
-    assert re.search(r"^ok +link: prefill-\w+ -> decode-\w+: shared_memory", doctor.stdout, re.MULTILINE)
+    assert re.search(r"^ok +link: prefill-0-\w+ -> decode-0-\w+: shared_memory", doctor.stdout, re.MULTILINE)
 
 
 def test_workers_join_and_leave(served: Served) -> None:
