@@ -75,7 +75,7 @@ def damaged_data(draw: st.DrawFn) -> tuple[str, str]:
                 place = place if isinstance(place, dict) else data
                 place[draw(st.sampled_from(["", "x", "modell", "engine", 1, True]))] = draw(st.sampled_from(SCALARS))
             case 2:
-                place[last] = draw(st.sampled_from(LISTS))
+                place[last] = copy.deepcopy(draw(st.sampled_from(LISTS)))
             case _:
                 place[last] = draw(st.sampled_from(SCALARS) | st.text(max_size=8) | st.floats() | st.integers())
     return name, yaml.dump(data, sort_keys=False, allow_unicode=draw(st.booleans()))
