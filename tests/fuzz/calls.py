@@ -30,7 +30,11 @@ async def call(
             yield request
         await asyncio.sleep(hold_s)
 
-    stream = channel.stream_stream(method)(send(), timeout=timeout_s, metadata=token_metadata(token))
+    metadata = token_metadata(token)
+    if len(requests) == 1 and not hold_s:  # sent with the call itself, which may be refused before it is read
+        stream = channel.unary_stream(method)(requests[0], timeout=timeout_s, metadata=metadata)
+    else:
+        stream = channel.stream_stream(method)(send(), timeout=timeout_s, metadata=metadata)
     count = 0
     with suppress(grpc.aio.AioRpcError, asyncio.CancelledError):  # the latter where a request could not be sent
         async for _ in stream:

@@ -75,7 +75,7 @@ def damaged_data(draw: st.DrawFn) -> tuple[str, str]:
                 place = place if isinstance(place, dict) else data
                 place[draw(st.sampled_from(["", "x", "modell", "engine", 1, True]))] = draw(st.sampled_from(SCALARS))
             case 2:
-                place[last] = draw(st.sampled_from(LISTS))
+                place[last] = copy.deepcopy(draw(st.sampled_from(LISTS)))
             case _:
                 place[last] = draw(st.sampled_from(SCALARS) | st.text(max_size=8) | st.floats() | st.integers())
     return name, yaml.dump(data, sort_keys=False, allow_unicode=draw(st.booleans()))
@@ -153,7 +153,7 @@ def _check_file(path: Path, raw: bytes, kind: type[FrozenModel]) -> bool:
     return True
 
 
-@volumes(sample=250, many=10_000)
+@volumes(sample=100, many=10_000)
 def test_values(count: int, tmp_path: Path) -> None:
     outcomes: Counter[bool] = Counter()
 
@@ -169,7 +169,7 @@ def test_values(count: int, tmp_path: Path) -> None:
     assert outcomes[True] > count // 50
 
 
-@volumes(sample=120, many=4_000)
+@volumes(sample=60, many=4_000)
 def test_text(count: int, tmp_path: Path) -> None:
     @tries(count)
     @given(damaged_text())
@@ -192,7 +192,7 @@ def test_a_file_of_any_content_is_read_in_seconds(tmp_path: Path) -> None:
         (copies, "stand for too many values"),
         ("model: m\nmodel_name: 0x" + "9" * 5000, "has a number with too many digits"),
         ("model: m\n" + "x:\n" * 3000, "x is set twice"),
-        ("model: m\n" + "".join(f"k{i}: 1\n" for i in range(9000)), ": 8980 more mistakes"),
+        ("model: m\n" + "".join(f"k{i}: 1\n" for i in range(1020)), ": 1000 more mistakes"),
         ("model: ~nobody-at-all/x\n", "is not the path of a file or folder"),
         ('model: m\nrouter: {http: "\\x85\\e[2J"}\n', r"'\x85\x1b[2J' is not an address"),
     ):
@@ -265,7 +265,7 @@ def damaged_trace(draw: st.DrawFn) -> tuple[str, bytes]:
     return f"trace{suffix}.gz", packed if draw(st.booleans()) else packed[: draw(st.integers(0, len(packed)))]
 
 
-@volumes(sample=200, many=10_000)
+@volumes(sample=100, many=10_000)
 def test_traces(count: int, tmp_path: Path) -> None:
     outcomes: Counter[bool] = Counter()
 

@@ -128,7 +128,7 @@ def _is_readable(kind: type[Message], raw: bytes) -> bool:
     return True
 
 
-@volumes(sample=250, many=15_000)
+@volumes(sample=150, many=15_000)
 @pytest.mark.usefixtures("clean_log")
 def test_the_public_port(count: int, runner: asyncio.Runner, tmp_path: Path) -> None:
     answers: Counter[StatusCode] = Counter()
