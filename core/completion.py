@@ -50,7 +50,8 @@ class CompletionRequest:
     `seed` and `max_tokens` replace those of `sampling`, where None is not possible. Without a seed each prompt gets a
     random one; without `max_tokens` the context length is the only limit. `received_s` and `deadline_s` are on the
     router's monotonic clock. With `echo` the response begins with the prompt; if a prompt of token ids ends inside of a
-    character, the deltas begin with that character.
+    character, the deltas begin with that character. `client` is the address that the request came from, empty if all
+    clients count alike.
     """
 
     request_id: str
@@ -65,6 +66,7 @@ class CompletionRequest:
     echo: bool = False
     cache_salt: str = ""
     deadline_s: float = float("inf")
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)

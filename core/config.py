@@ -178,7 +178,22 @@ class RouterSection(FrozenModel):
         default=30.0, gt=0, description="A request that would wait here for longer is refused with 429"
     )
     max_body: Bytes = Field(default=8 << 20, description="Of an HTTP request, and of a gRPC message to the router")
+    max_bodies: Bytes = Field(default=256 << 20, description="HTTP bodies that all running requests together hold")
+    max_body_items: int = Field(default=1 << 18, ge=1024, description="Items of lists and objects in one HTTP body")
+    max_header: Bytes = Field(default=32 << 10, description="Request line and headers of one HTTP request")
+    max_connections: int = Field(default=4096, ge=1, description="HTTP connections at once")
+    max_client_choices: int = Field(default=512, ge=1, description="Choices of one client address at once, over HTTP")
+    max_response_logprobs: int = Field(default=1 << 19, ge=1, description="Log-probabilities in one response")
+    header_timeout_s: float = Field(default=10.0, gt=0, description="For the headers of an HTTP request to arrive")
+    body_timeout_s: float = Field(default=60.0, gt=0, description="For the body of an HTTP request to arrive")
+    idle_timeout_s: float = Field(default=75.0, gt=0, description="Between two requests of an HTTP connection")
     write_timeout_s: float = Field(default=30.0, gt=0, description="For a client that does not read its response")
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description='Web pages that may use the HTTP API, such as https://chat.example.com, or "*"'
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="Names in the Host header besides localhost, when HTTP listens on this machine only"
+    )
     reflection: bool = True
     parse_control_tokens: bool = Field(
         default=False, description="Names of control tokens in prompts and messages count as these tokens, not as text"
@@ -190,6 +205,13 @@ class RouterSection(FrozenModel):
     profile_window_s: float = Field(
         default=300.0, gt=0, description="Requests of this long are compared with those that were planned for"
     )
+
+    @model_validator(mode="after")
+    def _check_bodies(self) -> "RouterSection":
+        if self.max_bodies < self.max_body:
+            text = f"is {self.max_bodies}, less than max_body, {self.max_body}"
+            raise WrongSetting(("max_bodies",), text)
+        return self
 
 
 class ServeConfig(FrozenModel):

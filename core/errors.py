@@ -60,6 +60,26 @@ class UnsupportedMediaTypeError(InvalidRequestError):
     http_status = 415
 
 
+class RequestTimeoutError(InvalidRequestError):
+    """The request did not arrive in time."""
+
+    code = "request_timeout"
+    http_status = 408
+
+
+class HeadersTooLargeError(InvalidRequestError):
+    code = "headers_too_large"
+    http_status = 431
+
+
+class ForbiddenHostError(InvalidRequestError):
+    """The Host header names another machine: a web page may have rebound its own name to this one."""
+
+    code = "forbidden_host"
+    grpc_status = "PERMISSION_DENIED"
+    http_status = 403
+
+
 class UnauthenticatedError(TandemError):
     code = "unauthenticated"
     grpc_status = "UNAUTHENTICATED"

@@ -1,10 +1,13 @@
 """The interface between the text side of the router and the part that gets tokens from workers."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Protocol
 
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
 from tandem.core.timeline import Timeline
+
+BlockNamer = Callable[[int], Sequence[Hashable]]
+"""Names of a prompt's full blocks of a given size: blocks of equal tokens after equal tokens have equal names."""
 
 
 class Generation(Protocol):
@@ -29,8 +32,15 @@ class Generation(Protocol):
 class TokenGenerator(Protocol):
     """Turns a request in token ids into tokens."""
 
-    def start(self, request: GenerationRequest, received_s: float) -> Generation:
-        """Start. `received_s` is the time of the request's arrival, on the router's monotonic clock.
+    async def name_blocks(self, token_ids: tuple[int, ...], cache_salt: str) -> BlockNamer:
+        """The names of a prompt's blocks, for all its choices. Long prompts take several turns of the event loop."""
+        ...
+
+    def start(
+        self, request: GenerationRequest, received_s: float, name_blocks: BlockNamer | None = None, client: str = ""
+    ) -> Generation:
+        """Start. `received_s` is the time of the request's arrival, on the router's monotonic clock. `name_blocks`: of
+        the prompt; without it the names are worked out here. Waiting is fair between clients.
 
         Raises OverloadedError, UnavailableError, ContextLengthError or DuplicateRequestError if it cannot accept the
         request.

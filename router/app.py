@@ -30,7 +30,7 @@ from tandem.core.workload_profile import ProfileSnapshot, WorkloadProfile
 from tandem.router.completion import TextService
 from tandem.router.dispatch import Dispatcher
 from tandem.router.http_app import HttpApp
-from tandem.router.http_server import HttpServer
+from tandem.router.http_server import HttpServer, raise_descriptor_limit
 from tandem.router.metrics import Metrics
 from tandem.router.profile import ProfileObserver
 from tandem.router.records import RequestLog
@@ -176,6 +176,7 @@ class RouterApp:
 
     async def _start(self) -> None:
         config, settings, random = self._config, self._config.router, SystemRandom()
+        raise_descriptor_limit()
         self.instance_id = f"router-{random.getrandbits(48):012x}"
         executor = self._resources.enter_context(ThreadPoolExecutor(_TOKENIZER_THREADS, "tokenizer"))
         tokenizer = TextTokenizer.load(
@@ -189,6 +190,7 @@ class RouterApp:
             tokenizer=tokenizer,
             model=config.served_name,
             random=random,
+            settings=settings,
             on_refusal=(self._metrics.requests.refused, self.log.refused),
         )
         # The stack closes in reverse order: the fleet ends last, the control port after the ports for clients.
@@ -219,7 +221,7 @@ class RouterApp:
             clock=self._clock,
             random=random,
         )
-        http = HttpServer(http_app, settings.http, stop_timeout_s=_FLUSH_S)
+        http = HttpServer(http_app, settings, stop_timeout_s=_FLUSH_S)
         self.address = await http.start()
         self._resources.push_async_callback(http.stop)
         self._spawn(http.wait_closed(), "http")

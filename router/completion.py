@@ -7,8 +7,9 @@ first one has its first token: the prompt's KV is then in the prefix cache, and 
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 from types import TracebackType
 from typing import Self
@@ -23,13 +24,15 @@ from tandem.core.completion import (
     TextPrompt,
     TokenPrompt,
 )
-from tandem.core.errors import ModelNotFoundError, TandemError, UnavailableError
-from tandem.core.generation import Generation, TokenGenerator
+from tandem.core.config import RouterSection
+from tandem.core.errors import ModelNotFoundError, OverloadedError, TandemError, UnavailableError
+from tandem.core.generation import BlockNamer, Generation, TokenGenerator
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken
-from tandem.router.limits import check_request, clipped, output_limit
+from tandem.router.limits import check_request, clipped, logprobs_limit, output_limit
 from tandem.router.stop import StopMatcher, StopStrings
 from tandem.router.tokenizer import TextTokenizer
 
+_LONG_PROMPT_TOKENS = 4096
 _SEED_MASK = (1 << 63) - 1
 
 
@@ -113,19 +116,22 @@ class ChoiceStream:
 
 
 class RunningCompletion:
-    """A `core.completion.OpenCompletion`. `groups` has the generations to start, one group per prompt."""
+    """A `core.completion.OpenCompletion`. `groups` has one group per prompt. `on_close` is called once, at the end."""
 
     def __init__(
         self,
-        groups: tuple[tuple[GenerationRequest, ...], ...],
+        groups: tuple["_Group", ...],
         request: CompletionRequest,
         generator: TokenGenerator,
         tokenizer: TextTokenizer,
+        on_close: Callable[[], None],
     ) -> None:
+        self._on_close: Callable[[], None] | None = on_close
         self._groups = groups
         self._stop_strings = StopStrings(request.stop) if request.stop else None
         self._received_s = request.received_s
         self._echo = request.echo
+        self._client = request.client
         self._generator = generator
         self._tokenizer = tokenizer
         self._generations: list[Generation] = []
@@ -136,28 +142,29 @@ class RunningCompletion:
 
     @property
     def prompt_token_ids(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(group[0].token_ids for group in self._groups)
+        return tuple(group.requests[0].token_ids for group in self._groups)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Start the first choice of every prompt. Raises what `TokenGenerator.start` raises."""
         for position, group in enumerate(self._groups):
-            self._leaders.append(self._choice(group[0], position * len(group)))
+            self._leaders.append(self._choice(group, 0, position * len(group.requests)))
+            await group.pause()
 
-    def _choice(self, request: GenerationRequest, index: int) -> ChoiceStream:
-        generation = self._generator.start(request, self._received_s)
+    def _choice(self, group: "_Group", position: int, index: int) -> ChoiceStream:
+        generation = self._generator.start(group.requests[position], self._received_s, group.name_blocks, self._client)
         self._generations.append(generation)
         return ChoiceStream(index, generation, self._tokenizer, self._stop_strings, echo=self._echo)
 
     def __aiter__(self) -> AsyncIterator[TextDelta]:
         assert self._iterator is None, "the deltas are given once"
-        single = len(self._groups) == 1 and len(self._groups[0]) == 1
+        single = len(self._groups) == 1 and len(self._groups[0].requests) == 1
         self._iterator = self._leaders[0].deltas() if single else self._merged()
         return self._iterator
 
     async def _merged(self) -> AsyncGenerator[TextDelta, None]:
         """A task puts its deltas into the queue, and the task itself when it is done."""
         for leader, group in zip(self._leaders, self._groups, strict=True):
-            self._spawn(leader, group[1:])
+            self._spawn(leader, group)
         while self._tasks:
             item = await self._queue.get()
             if isinstance(item, TextDelta):
@@ -166,17 +173,20 @@ class RunningCompletion:
                 self._tasks.discard(item)
                 item.result()
 
-    def _spawn(self, choice: ChoiceStream, followers: tuple[GenerationRequest, ...] = ()) -> None:
-        task = asyncio.create_task(self._pump(choice, followers))
+    def _spawn(self, choice: ChoiceStream, led: "_Group | None" = None) -> None:
+        task = asyncio.create_task(self._pump(choice, led))
         task.add_done_callback(self._queue.put_nowait)
         self._tasks.add(task)
 
-    async def _pump(self, choice: ChoiceStream, followers: tuple[GenerationRequest, ...]) -> None:
+    async def _pump(self, choice: ChoiceStream, led: "_Group | None") -> None:
+        """The first choice starts the others of its prompt, `led`."""
         async for delta in choice.deltas():
             self._queue.put_nowait(delta)
-            for offset, follower in enumerate(followers, start=1):
-                self._spawn(self._choice(follower, choice.index + offset))
-            followers = ()
+            if led is not None:
+                for position in range(1, len(led.requests)):
+                    self._spawn(self._choice(led, position, choice.index + position))
+                    await led.pause()
+                led = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -187,19 +197,38 @@ class RunningCompletion:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End all generations that still run."""
-        if self._iterator is not None:
-            await self._iterator.aclose()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-        for generation in self._generations:
-            await generation.aclose()
+        """End all generations that still run. May be called again."""
+        try:
+            if self._iterator is not None:
+                await self._iterator.aclose()
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+            for generation in self._generations:
+                await generation.aclose()
+        finally:
+            if self._on_close is not None:
+                self._on_close()
+                self._on_close = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The generations of one prompt, one for each choice."""
+
+    requests: tuple[GenerationRequest, ...]
+    name_blocks: BlockNamer
+
+    async def pause(self) -> None:
+        """After one of them has been started: a long prompt takes milliseconds to send."""
+        if len(self.requests[0].token_ids) > _LONG_PROMPT_TOKENS:
+            await asyncio.sleep(0)
 
 
 class TextService:
-    """A `core.completion.CompletionService` for one model. `random` gives the seeds of requests without one.
+    """A `core.completion.CompletionService` for one model. `random` gives the seeds of requests without one. The
+    limits are those of `settings`.
 
     `on_refusal` functions get the error of every request that is refused before the `TokenGenerator` gets it.
     """
@@ -211,12 +240,15 @@ class TextService:
         tokenizer: TextTokenizer,
         model: str,
         random: Random,
+        settings: RouterSection | None = None,
         on_refusal: Sequence[Callable[[TandemError], None]] = (),
     ) -> None:
         self._generator = generator
         self._tokenizer = tokenizer
         self._model = model
         self._random = random
+        self._settings = settings or RouterSection()
+        self._num_choices: Counter[str] = Counter()  # of each client
         self._on_refusal = tuple(on_refusal)
 
     def refused(self, error: TandemError) -> None:
@@ -233,39 +265,74 @@ class TextService:
     async def open(self, request: CompletionRequest) -> RunningCompletion:
         """Raises InvalidRequestError, ContextLengthError, ModelNotFoundError, and what `TokenGenerator` raises."""
         try:
-            groups = await self._prepare(request)
+            self._check(request)
+            close = self._admit(request)
+            try:
+                groups = await self._prepare(request)
+            except BaseException:
+                close()
+                raise
         except TandemError as error:
             self.refused(error)
             raise
-        completion = RunningCompletion(groups, request, self._generator, self._tokenizer)
+        completion = RunningCompletion(groups, request, self._generator, self._tokenizer, close)
         try:
-            completion.start()
-        except TandemError:
+            await completion.start()
+        except BaseException:
             await completion.aclose()
             raise
         return completion
 
-    async def _prepare(self, request: CompletionRequest) -> tuple[tuple[GenerationRequest, ...], ...]:
+    def _admit(self, request: CompletionRequest) -> Callable[[], None]:
+        """Count the request's choices to its client, until the returned function is called. Raises OverloadedError."""
+        client, num_choices = request.client, len(request.prompts) * request.n
+        if client and self._num_choices[client] + num_choices > self._settings.max_client_choices:
+            raise OverloadedError(
+                f"At most {self._settings.max_client_choices} choices of one client may run at once; try again later."
+            )
+        self._num_choices[client] += num_choices
+
+        def close() -> None:
+            self._num_choices[client] -= num_choices
+            if not self._num_choices[client]:
+                del self._num_choices[client]
+
+        return close
+
+    def _check(self, request: CompletionRequest) -> None:
         if request.model != self._model:
             raise ModelNotFoundError(
                 f"The model '{clipped(request.model)}' does not exist; this server has '{self._model}'.", param="model"
             )
         check_request(request, self._tokenizer.vocab_size)
-        return tuple(
-            [self._group(request, await self._token_ids(prompt), index) for index, prompt in enumerate(request.prompts)]
-        )
 
-    async def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+    async def _prepare(self, request: CompletionRequest) -> tuple[_Group, ...]:
+        max_prompt_tokens = self._generator.max_model_len - 1
+        prompts = [await self._token_ids(prompt, max_prompt_tokens) for prompt in request.prompts]
+        limit = logprobs_limit(
+            request.sampling,
+            request.n,
+            list(map(len, prompts)),
+            request.max_tokens,
+            self._settings.max_response_logprobs,
+        )
+        groups = []
+        for position, token_ids in enumerate(prompts):
+            requests = self._requests(request, token_ids, position, limit)
+            groups.append(_Group(requests, await self._generator.name_blocks(token_ids, request.cache_salt)))
+        return tuple(groups)
+
+    async def _token_ids(self, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
         match prompt:
             case TextPrompt(text):
-                return await self._tokenizer.encode(text)
+                return await self._tokenizer.encode(text, max_tokens)
             case ChatPrompt(messages):
-                return await self._tokenizer.encode_chat(messages)
+                return await self._tokenizer.encode_chat(messages, max_tokens)
             case TokenPrompt(token_ids):
                 return token_ids
 
-    def _group(
-        self, request: CompletionRequest, token_ids: tuple[int, ...], position: int
+    def _requests(
+        self, request: CompletionRequest, token_ids: tuple[int, ...], position: int, logprobs_limit: int | None
     ) -> tuple[GenerationRequest, ...]:
         """The generations of one prompt. The tokenizer decides which tokens end a sequence."""
         given = request.sampling
@@ -273,6 +340,8 @@ class TextService:
         eos = () if given.ignore_eos else self._tokenizer.eos_token_ids
         stop_token_ids = tuple(sorted({*given.stop_token_ids, *eos}))
         max_tokens = output_limit(len(token_ids), request.max_tokens, self._generator.max_model_len)
+        if logprobs_limit is not None:
+            max_tokens = min(max_tokens, logprobs_limit)
         single = len(request.prompts) * request.n == 1
         return tuple(
             GenerationRequest(

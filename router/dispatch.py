@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from tandem.core.clock import Clock
 from tandem.core.errors import DuplicateRequestError, TandemError, UnavailableError, error_from_code
+from tandem.core.generation import BlockNamer
 from tandem.core.request import FinishReason, GenerationRequest
 from tandem.core.session import (
     Cancel,
@@ -35,7 +36,7 @@ from tandem.router.fleet import Fleet
 from tandem.router.profile import ProfileObserver
 from tandem.router.records import RequestObserver
 from tandem.router.running import RunningRequest
-from tandem.scheduling.prefix_index import block_hashes
+from tandem.scheduling.prefix_index import block_hashes, extend_block_hashes
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
 from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from tandem.router.fleet import OpenSession
 
 _LOG = logging.getLogger(__name__)
+
+
+_BLOCKS_AT_ONCE = 2048  # about 4 ms
 
 
 class Dispatcher:
@@ -90,19 +94,45 @@ class Dispatcher:
         self._check_open()
         return self.machine.capacity_tokens()
 
-    def start(self, request: GenerationRequest, received_s: float) -> RunningRequest:
+    async def name_blocks(self, token_ids: tuple[int, ...], cache_salt: str) -> BlockNamer:
+        names: dict[int, list[bytes]] = {}
+        for block_size in {instance.status.block_size for instance in self.machine.instances.values()}:
+            hashes = names[block_size] = []
+            num_blocks = len(token_ids) // block_size
+            while len(hashes) < num_blocks:
+                end = min(len(hashes) + _BLOCKS_AT_ONCE, num_blocks)
+                extend_block_hashes(hashes, token_ids, block_size, cache_salt, end)
+                await asyncio.sleep(0)
+
+        def names_of(block_size: int) -> list[bytes]:
+            if block_size not in names:  # of an instance that has come since
+                names[block_size] = block_hashes(token_ids, block_size, cache_salt)
+            return names[block_size]
+
+        return names_of
+
+    def start(
+        self, request: GenerationRequest, received_s: float, name_blocks: BlockNamer | None = None, client: str = ""
+    ) -> RunningRequest:
         """Also raises DeadlineError if its deadline has passed already."""
         now_s = self._clock.now_s()
         if self._profile is not None:
             self._profile.arrived(now_s)
         try:
-            return self._start(request, received_s, now_s)
+            return self._start(request, received_s, now_s, name_blocks, client)
         except TandemError as error:
             reason = error
             self._tell(lambda observer: observer.refused(reason))
             raise
 
-    def _start(self, request: GenerationRequest, received_s: float, now_s: float) -> RunningRequest:
+    def _start(
+        self,
+        request: GenerationRequest,
+        received_s: float,
+        now_s: float,
+        name_blocks: BlockNamer | None,
+        client: str,
+    ) -> RunningRequest:
         request_id = request.request_id
         self._check_open()
         if request_id in self._running:
@@ -117,7 +147,8 @@ class Dispatcher:
                 max_tokens=request.sampling.max_tokens,
                 deadline_s=request.deadline_s,
                 now_s=now_s,
-                name_blocks=partial(block_hashes, request.token_ids, salt=request.cache_salt),
+                name_blocks=name_blocks or partial(block_hashes, request.token_ids, salt=request.cache_salt),
+                client=client,
             )
         except TandemError:
             del self._running[request_id]

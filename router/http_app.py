@@ -1,32 +1,25 @@
 """The OpenAI-compatible HTTP API: routes, contexts and bodies of requests, errors. For users: docs/http-api.md."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
-from contextlib import aclosing
 from random import Random
 from typing import Any
 
-import orjson
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tandem.core.clock import Clock
 from tandem.core.config import RouterSection
-from tandem.core.errors import (
-    InvalidRequestError,
-    ModelNotFoundError,
-    NotFoundError,
-    PayloadTooLargeError,
-    TandemError,
-    UnsupportedMediaTypeError,
-)
+from tandem.core.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, TandemError
 from tandem.router.completion import TextService
+from tandem.router.http_body import BodyBudget, HeldBody, read_json
+from tandem.router.http_host import check_host
 from tandem.router.http_response import CompletionResponse, error_response, json_response
 from tandem.router.limits import clipped
 from tandem.router.openai.openapi import openapi_document
@@ -37,8 +30,6 @@ _LOG = logging.getLogger(__name__)
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_ECHOED_ID_CHARS = 128
-_BODY_TIMEOUT_S = 30.0
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class MethodNotAllowedError(InvalidRequestError):
@@ -71,6 +62,7 @@ class HttpApp:
         self._clock = clock
         self._random = random
         self._wall_time_s = wall_time_s
+        self._budget = BodyBudget(settings.max_bodies)
         self._routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
@@ -80,23 +72,41 @@ class HttpApp:
             Route("/metrics", self._metrics),
             Route("/openapi.json", self._openapi),
         ]
+        self._router = Router(self._routes, redirect_slashes=False)
         # Not a Starlette application: that raises an error again after its 500, and the server closes the connection.
-        self._app = ExceptionMiddleware(
-            Router(self._routes, redirect_slashes=False),
+        self._app: ASGIApp = ExceptionMiddleware(
+            self._route,
             handlers={
                 HTTPException: self._on_http_exception,
                 ClientDisconnect: self._on_disconnect,
                 Exception: self._on_error,
             },
         )
+        if settings.cors_origins:
+            self._app = CORSMiddleware(
+                self._app,
+                allow_origins=settings.cors_origins,
+                allow_methods=("GET", "POST"),
+                allow_headers=("*",),
+                expose_headers=("x-request-id", "retry-after"),
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # with an application in the scope, starlette raises HTTPException for 404 and 405
         scope["path"] = scope["path"].rstrip("/") or "/"
-        scope["tandem.context"] = self._context(dict(scope["headers"]))
-        await self._app(scope, receive, send)
+        scope["tandem.context"] = self._context(dict(scope["headers"]), scope["client"])
+        scope["tandem.held_body"] = held = HeldBody(self._budget)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            held.release()
 
-    def _context(self, headers: dict[bytes, bytes]) -> RequestContext:
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        check_host(hosts, scope["http_version"], self._settings)
+        await self._router(scope, receive, send)
+
+    def _context(self, headers: dict[bytes, bytes], client: tuple[str, int] | None) -> RequestContext:
         received_s = self._clock.now_s()
         request_id = f"{self._random.getrandbits(96):024x}"
         echoed = headers.get(b"x-request-id", b"").decode("latin-1")
@@ -108,6 +118,7 @@ class HttpApp:
             deadline_s=received_s + self._settings.request_timeout_s,
             created_s=int(self._wall_time_s()),
             wants_timeline=headers.get(b"x-tandem-timeline") in (b"1", b"true"),
+            client="" if client is None else client[0],
         )
 
     async def _chat(self, request: Request) -> Response:
@@ -121,7 +132,7 @@ class HttpApp:
     ) -> Response:
         context = _context_of(request)
         try:
-            body = _parse_json(await _read_body(request, self._settings.max_body))
+            body = await read_json(request, self._settings, request.scope["tandem.held_body"])
             parsed = parse(body, context, self._tokenizer)
         except TandemError as error:
             self._service.refused(error)
@@ -166,6 +177,9 @@ class HttpApp:
             )
         assert error.status_code == 405
         allowed = ", ".join(sorted(request.scope["route"].methods))
+        if request.method == "OPTIONS":
+            headers = {"allow": f"{allowed}, OPTIONS", "x-request-id": _context_of(request).echoed_id}
+            return Response(status_code=204, headers=headers)
         return error_response(
             _context_of(request),
             MethodNotAllowedError(f"'{path}' takes {allowed}, not {request.method}."),
@@ -184,47 +198,3 @@ def _context_of(request: Request) -> RequestContext:
     context = request.scope["tandem.context"]
     assert isinstance(context, RequestContext)
     return context
-
-
-async def _read_body(request: Request, max_bytes: int) -> bytearray:
-    """Raises UnsupportedMediaTypeError for anything but plain JSON, PayloadTooLargeError as soon as the body is known
-    to be too large, InvalidRequestError if it does not arrive in time, and ClientDisconnect."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        given = f"'{clipped(media_type)}'" if media_type else "not given"
-        raise UnsupportedMediaTypeError(f"The content-type must be application/json, but it is {given}.")
-    encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding != "identity":
-        raise UnsupportedMediaTypeError(
-            f"This server takes no compressed body, but the content-encoding is '{clipped(encoding)}'."
-        )
-    declared = request.headers.get("content-length", "")
-    _check_size(int(declared) if declared.isdigit() else 0, max_bytes)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT_S), aclosing(request.stream()) as stream:
-            async for chunk in stream:
-                body += chunk
-                _check_size(len(body), max_bytes)
-    except TimeoutError as error:
-        raise InvalidRequestError(f"The body did not arrive within {_BODY_TIMEOUT_S:g} s.") from error
-    return body
-
-
-def _check_size(num_bytes: int, max_bytes: int) -> None:
-    if num_bytes > max_bytes:
-        raise PayloadTooLargeError(f"The body is larger than the {max_bytes} bytes this server accepts.")
-
-
-def _parse_json(body: bytearray) -> Any:
-    """Strict JSON in UTF-8: no NaN, no Infinity, no halves of surrogate pairs. Raises InvalidRequestError."""
-    try:
-        return orjson.loads(body.removeprefix(_BYTE_ORDER_MARK))
-    except orjson.JSONDecodeError as error:
-        try:
-            body.decode()
-        except UnicodeDecodeError as bad:
-            raise InvalidRequestError(f"The body is not valid UTF-8 (byte {bad.start}).") from bad
-        raise InvalidRequestError(
-            f"The body is not valid JSON: {error.msg.rsplit(':', 1)[0]} at line {error.lineno}, column {error.colno}."
-        ) from error

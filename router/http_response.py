@@ -3,23 +3,31 @@
 import asyncio
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, TypeVarTuple
 
 import orjson
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tandem.core.completion import OpenCompletion
+from tandem.core.completion import OpenCompletion, TextDelta
 from tandem.core.errors import InternalError, OverloadedError, PayloadTooLargeError, TandemError
 from tandem.router.completion import TextService
+from tandem.router.http_body import HeldBody
 from tandem.router.openai.requests import ParsedRequest, RequestContext
 from tandem.router.openai.responses import error_body, error_events
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _LOG = logging.getLogger(__name__)
 
 _DRAIN_S = 5.0
+_INLINE_LOGPROBS = 1000  # about 5 ms of work
+_BYTES_PER_LOGPROB = 64  # in a response
+_TOKENS_PER_LOGPROB = 16  # of a prompt that becomes text again, in equal time
+_PIECE_BYTES = 64 << 10
 
 
 def json_response(
@@ -81,6 +89,7 @@ class CompletionResponse(Response):
         self._parsed = parsed
         self._context = context
         self._is_started = False
+        self._begun: set[int] = set()  # choices whose first delta was written
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -98,22 +107,55 @@ class CompletionResponse(Response):
                 if self._parsed.is_stream:
                     await self._stream(completion, send)
                 else:
-                    async for delta in completion:
-                        self._parsed.writer.collect(delta)
-                    response = json_response(self._context, 200, self._parsed.writer.response())
-                    await response(scope, receive, send)
+                    await self._send_whole(completion, scope["tandem.held_body"], send)
         except Exception as error:  # noqa: BLE001 - every request gets a response
             if self._is_started:
                 await self._send_events(send, error_events(_public_error(self._context, error)), is_last=True)
             else:
                 await error_response(self._context, error)(scope, receive, send)
 
+    async def _send_whole(self, completion: OpenCompletion, held: HeldBody, send: Send) -> None:
+        writer, all_work = self._parsed.writer, 0
+        async for delta in completion:
+            num_logprobs, work = self._work(delta, completion)
+            held.add(num_logprobs * _BYTES_PER_LOGPROB)
+            await _run(writer.collect, delta, work=work)
+            all_work += work
+        body = await _run(writer.response, work=all_work)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"x-request-id", self._context.echoed_id.encode()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._is_started = True
+        for start in range(0, len(body), _PIECE_BYTES):
+            is_last = start + _PIECE_BYTES >= len(body)
+            await send(
+                {"type": "http.response.body", "body": body[start : start + _PIECE_BYTES], "more_body": not is_last}
+            )
+
     async def _stream(self, completion: OpenCompletion, send: Send) -> None:
         write = self._parsed.writer.chunks
         async for delta in completion:
-            if events := write(delta):
-                await self._send_events(send, events)
+            _, work = self._work(delta, completion)
+            if events := await _run(write, delta, work=work):
+                for start in range(0, len(events), _PIECE_BYTES):
+                    await self._send_events(send, events[start : start + _PIECE_BYTES])
         await self._send_events(send, self._parsed.writer.last_events(), is_last=True)
+
+    def _work(self, delta: TextDelta, completion: OpenCompletion) -> tuple[int, int]:
+        """Number of log-probabilities in a delta, and of those that take as long to write as all of it. The first delta
+        of a choice may have the prompt."""
+        request = self._parsed.request
+        of_token, of_prompt_token = request.sampling.logprobs, request.sampling.prompt_logprobs
+        count = 0 if of_token is None else len(delta.tokens) * (1 + of_token)
+        if delta.choice in self._begun:
+            return count, count
+        self._begun.add(delta.choice)
+        num_prompt_tokens = len(completion.prompt_token_ids[delta.choice // request.n])
+        count += 0 if of_prompt_token is None else num_prompt_tokens * (1 + of_prompt_token)
+        return count, count + num_prompt_tokens // _TOKENS_PER_LOGPROB
 
     async def _send_events(self, send: Send, events: bytes, *, is_last: bool = False) -> None:
         if not self._is_started:
@@ -126,6 +168,11 @@ class CompletionResponse(Response):
             ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": events, "more_body": not is_last})
+
+
+async def _run(write: Callable[[*Ts], T], *args: *Ts, work: int) -> T:
+    """Much work is done in a thread: the event loop then gets the interpreter's lock every 5 ms."""
+    return await asyncio.to_thread(write, *args) if work > _INLINE_LOGPROBS else write(*args)
 
 
 async def _raise_on_disconnect(receive: Receive) -> None:

@@ -2,14 +2,35 @@
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
 
-from tandem.core.config import split_address
+from tandem.core.config import RouterSection, split_address
 from tandem.core.errors import ConfigError
+from tandem.router.http_connection import NUM_RESERVED, HttpConfig
+
+_OTHER_DESCRIPTORS = 256  # of gRPC, files and the event loop
+_RECEIVE_BUFFER_BYTES = 128 << 10  # in the kernel, for each connection
+_SEND_BUFFER_BYTES = 256 << 10
+
+
+def raise_descriptor_limit() -> int:
+    """Let the process open as many descriptors as it may; returns their number."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def _connection_limit(max_connections: int) -> int:
+    """As many as wanted, and as leave enough descriptors for the rest of the process."""
+    num_descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if num_descriptors == resource.RLIM_INFINITY:
+        return max_connections
+    return max(1, min(max_connections, num_descriptors - _OTHER_DESCRIPTORS - NUM_RESERVED))
 
 
 class _Server(uvicorn.Server):
@@ -20,14 +41,18 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """Serves one ASGI application on `address` (host:port; port 0: any free port). `start`, then `stop`, once each."""
+    """Serves one ASGI application on `settings.http` (port 0: any free port). `start`, then `stop`, once each.
 
-    def __init__(self, app: Any, address: str, *, stop_timeout_s: float = 5.0) -> None:
-        self._address = address
-        config = uvicorn.Config(
+    It keeps connections within the settings' limits, and within the process's limit of descriptors.
+    """
+
+    def __init__(self, app: Any, settings: RouterSection, *, stop_timeout_s: float = 5.0) -> None:
+        self._address = settings.http
+        config = HttpConfig(
             app,
+            settings,
+            _connection_limit(settings.max_connections),
             loop="none",  # the process has chosen the event loop
-            http="httptools",
             ws="none",
             lifespan="off",
             log_config=None,
@@ -35,7 +60,7 @@ class HttpServer:
             proxy_headers=False,
             server_header=False,
             date_header=False,
-            timeout_keep_alive=75,
+            timeout_keep_alive=settings.idle_timeout_s,
             timeout_graceful_shutdown=max(1, round(stop_timeout_s)),
             backlog=2048,
         )
@@ -50,6 +75,10 @@ class HttpServer:
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES
+            )  # its connections inherit it
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             listener.bind((host, port))
         except OSError as error:
             listener.close()

@@ -1,5 +1,7 @@
 """Limits of a request, for both APIs. Errors name fields of the request."""
 
+from collections.abc import Sequence
+
 from tandem.core.completion import ChatPrompt, CompletionRequest, Prompt, TokenPrompt
 from tandem.core.errors import ContextLengthError, InvalidRequestError
 from tandem.core.request import SamplingParams
@@ -68,6 +70,29 @@ def check_request(request: CompletionRequest, vocab_size: int) -> None:
     _check_sampling(request.sampling, vocab_size)
     for prompt in request.prompts:
         _check_prompt(prompt, vocab_size)
+
+
+def logprobs_limit(
+    sampling: SamplingParams, n: int, prompt_lengths: Sequence[int], max_tokens: int | None, max_logprobs: int
+) -> int | None:
+    """The most output tokens of a choice whose log-probabilities fit into the response; None: there is no such limit.
+
+    `prompt_lengths` are in tokens. Each token counts with its alternatives, in each choice. Raises InvalidRequestError
+    if `max_tokens` are too many.
+    """
+    per_token, per_prompt_token = (
+        0 if count is None else 1 + count for count in (sampling.logprobs, sampling.prompt_logprobs)
+    )
+    scored = n * per_prompt_token * sum(prompt_lengths)
+    per_output_token = n * len(prompt_lengths) * per_token
+    wanted = scored + per_output_token * (max_tokens or 1)
+    if wanted > max_logprobs:
+        raise InvalidRequestError(
+            f"The response may have {wanted} log-probabilities, but at most {max_logprobs} are allowed, counting each "
+            "token of each choice with its alternatives. Lower logprobs, max_tokens, n, or the length of the prompts.",
+            param="logprobs",
+        )
+    return (max_logprobs - scored) // per_output_token if per_output_token else None
 
 
 def output_limit(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:

@@ -13,19 +13,22 @@ from tokenizers import Tokenizer
 
 from tandem.core.clock import Clock
 from tandem.core.completion import ChatMessage
-from tandem.core.errors import CheckpointError, InternalError, InvalidRequestError
+from tandem.core.errors import CheckpointError, ContextLengthError, InternalError, InvalidRequestError
 from tandem.router.chat_template import ChatTemplate
 from tandem.router.control_tokens import ControlTokens
 from tandem.router.detokenizer import Detokenizer, token_table
+from tandem.router.token_length import max_chars_per_token
 from tandem.router.tokenizer_files import library_errors, read_tokenizer_files
 
 _LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Ids = TypeVar("Ids", bound=Sequence[int])
 Ts = TypeVarTuple("Ts")
 
 _INLINE_CHARS = 4096  # about 1 ms of tokenizing; longer text is tokenized in a thread, which costs 0.1 ms
 _MAX_PROBES = 1000
+_USUAL_TOKEN_CHARS = 4
 
 
 class TextTokenizer:
@@ -59,6 +62,7 @@ class TextTokenizer:
         special = {token_id: token for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._table = token_table(tokenizer, frozenset(special))
         self._before, self._after = _added_around(tokenizer)
+        self._max_chars_per_token = max_chars_per_token(tokenizer)
         self._control = None if parse_control_tokens else ControlTokens(tokenizer, special)
         self._may_exceed = max(tokenizer.get_vocab().values()) >= self.vocab_size
         if self._may_exceed and max((*self._before, *self._after), default=0) >= self.vocab_size:
@@ -94,14 +98,18 @@ class TextTokenizer:
                 parse_control_tokens=parse_control_tokens,
             )
 
-    async def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, with the special tokens that the tokenizer adds. Raises InvalidRequestError."""
-        if len(text) <= _INLINE_CHARS:
-            return self._encode_now(text)
-        return await self._in_thread(self._encode_now, text)
+    async def encode(self, text: str, max_tokens: int | None = None) -> tuple[int, ...]:
+        """Ids of a text, with the special tokens that the tokenizer adds.
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Ids of a conversation. The template writes all special tokens. Raises InvalidRequestError."""
+        Raises InvalidRequestError, and ContextLengthError for more than `max_tokens` ids: for most texts that are much
+        too long before they are tokenized.
+        """
+        if len(text) <= _INLINE_CHARS:
+            return self._encode_now(text, max_tokens)
+        return await self._in_thread(self._encode_now, text, max_tokens)
+
+    async def encode_chat(self, messages: Sequence[ChatMessage], max_tokens: int | None = None) -> tuple[int, ...]:
+        """Ids of a conversation. The template writes all special tokens. Raises what `encode` raises."""
         if self._chat_template is None:
             names = ", ".join(self._template_names)
             reason = f"has several chat templates ({names}) and no default" if names else "has no chat template"
@@ -109,22 +117,27 @@ class TextTokenizer:
                 f"This model {reason}; send its text to /v1/completions instead.", param="messages"
             )
         if sum(len(message.content) for message in messages) <= _INLINE_CHARS:
-            return self._encode_chat_now(self._chat_template, messages)
-        return await self._in_thread(self._encode_chat_now, self._chat_template, messages)
+            return self._encode_chat_now(self._chat_template, messages, max_tokens)
+        return await self._in_thread(self._encode_chat_now, self._chat_template, messages, max_tokens)
 
-    def _encode_now(self, text: str) -> tuple[int, ...]:
+    def _encode_now(self, text: str, max_tokens: int | None = None) -> tuple[int, ...]:
+        self._check_length(text, max_tokens)
         if self._control is None:
             ids = self._encoded(self._encode_parsed, text)
         else:
             ids = self._encoded(self._control.encode_text, text)
-        return (*self._before, *ids, *self._after)
+        return _limited((*self._before, *ids, *self._after), max_tokens)
 
-    def _encode_chat_now(self, template: ChatTemplate, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def _encode_chat_now(
+        self, template: ChatTemplate, messages: Sequence[ChatMessage], max_tokens: int | None = None
+    ) -> tuple[int, ...]:
         """The ids of the rendered text, if its control tokens are the template's.
 
         They are if they are the same in messages without names of control tokens; else these messages decide.
         """
-        ids = self._encoded(self._encode_parsed, template.render(messages))
+        text = template.render(messages)
+        self._check_length(text, max_tokens)
+        ids = _limited(self._encoded(self._encode_parsed, text), max_tokens)
         control = self._control
         if control is None:
             return tuple(ids)
@@ -136,7 +149,21 @@ class TextTokenizer:
             return tuple(ids)
         if any(control.is_ambiguous(message.role + message.content) for message in messages):
             raise InvalidRequestError("The messages have characters of a private use area.", param="messages")
-        return tuple(self._encoded(control.encode_disguised, rendered))
+        return _limited(tuple(self._encoded(control.encode_disguised, rendered)), max_tokens)
+
+    def _check_length(self, text: str, max_tokens: int | None) -> None:
+        """Raises ContextLengthError for most texts that are much too long; InvalidRequestError."""
+        if max_tokens is None:
+            return
+        if self._max_chars_per_token is not None:
+            least = -(-len(text) // self._max_chars_per_token)
+            if least > max_tokens:
+                raise _too_long(f"at least {least}", max_tokens)
+        if len(text) > _USUAL_TOKEN_CHARS * max_tokens:
+            # The tokens of its beginning are those of the whole text but for the last few.
+            beginning = self._encoded(self._encode_parsed, text[: _USUAL_TOKEN_CHARS * max_tokens])
+            if len(beginning) > max_tokens + max_tokens // 8 + 64:
+                raise _too_long(f"more than {max_tokens}", max_tokens)
 
     def _encode_parsed(self, text: str) -> list[int]:
         # unlike `encode`, the batch call releases the interpreter's lock
@@ -175,6 +202,21 @@ class TextTokenizer:
     def spelling(self, token_id: int) -> bytes:
         """Bytes of one token; the name of a special token. Not always complete UTF-8 characters."""
         return self._table.spelling(token_id)
+
+
+def _limited(ids: Ids, max_tokens: int | None) -> Ids:
+    """Raises ContextLengthError for more than `max_tokens` ids."""
+    if max_tokens is not None and len(ids) > max_tokens:
+        raise _too_long(str(len(ids)), max_tokens)
+    return ids
+
+
+def _too_long(count: str, max_tokens: int) -> ContextLengthError:
+    return ContextLengthError(
+        f"The prompt has {count} tokens, but at most {max_tokens} fit: the maximum context length is {max_tokens + 1} "
+        "tokens, prompt and output together.",
+        param="prompt",
+    )
 
 
 def _disguised(message: ChatMessage, control: ControlTokens) -> ChatMessage:

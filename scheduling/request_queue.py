@@ -50,21 +50,43 @@ class DrainRate:
         self._since_s = now_s
 
 
+class _ClientQueue:
+    """What waits of one client."""
+
+    __slots__ = ("num_tokens", "order")
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.order: KeyedHeap[RoutedRequest] = KeyedHeap()  # by arrival
+
+
 class RequestQueue:
-    """First come, first served. A request that comes back after a failure has its old place."""
+    """Fair between clients, first come first served for each of them. A request that comes back after a failure has its
+    old place among those of its client.
+
+    The next request is one of the client that has been given the fewest prompt tokens. A client that comes counts as
+    given what the client served last had been given, so it neither waits for others to end nor makes up for its absence
+    (the virtual token counter of Sheng et al., OSDI 2024, with prompt tokens as the cost).
+    """
 
     def __init__(self) -> None:
         self.num_tokens = 0  # of the prompts that wait
-        self._order: KeyedHeap[RoutedRequest] = KeyedHeap()
+        self._clients: dict[str, _ClientQueue] = {}  # those with requests that wait
+        self._given_tokens: KeyedHeap[str] = KeyedHeap()  # of these clients
+        self._last_given_tokens = 0.0  # of the client served last, before it was served
         self._patience: KeyedHeap[RoutedRequest] = KeyedHeap()  # until when each of them waits
+        self._num_requests = 0
         self._rate = DrainRate()
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._num_requests
 
     @property
     def first(self) -> RoutedRequest | None:
-        found = self._order.peek()
+        client = self._given_tokens.peek()
+        if client is None:
+            return None
+        found = self._clients[client[1]].order.peek()
         return None if found is None else found[1]
 
     @property
@@ -75,26 +97,43 @@ class RequestQueue:
 
     def push(self, request: RoutedRequest, until_s: float, now_s: float) -> None:
         """It waits, at most until then (inf: for as long as it takes)."""
-        if not self._order:
+        if not self._num_requests:
             self._rate.begin(now_s)
-        self._order.push(request, request.number)
+        queue = self._clients.get(request.client)
+        if queue is None:
+            queue = self._clients[request.client] = _ClientQueue()
+            self._given_tokens.push(request.client, self._last_given_tokens)
+        queue.order.push(request, request.number)
+        queue.num_tokens += request.num_tokens
         if until_s < math.inf:
             self._patience.push(request, until_s)
+        self._num_requests += 1
         self.num_tokens += request.num_tokens
 
     def dispatch(self, request: RoutedRequest, now_s: float) -> None:
-        """An instance takes it."""
+        """An instance takes the first one."""
+        given = self._given_tokens.peek()
+        assert given is not None, "it waits"
+        self._last_given_tokens, client = given
+        assert client == request.client, "only the first one is dispatched"
+        self._given_tokens.push(client, self._last_given_tokens + request.num_tokens)
         self._rate.left(request.num_tokens, now_s)
         self.discard(request, now_s)
 
     def discard(self, request: RoutedRequest, now_s: float) -> None:
         """It waits no longer; one that does not wait is ignored."""
-        if request not in self._order:
+        queue = self._clients.get(request.client)
+        if queue is None or request not in queue.order:
             return
-        self._order.discard(request)
+        queue.order.discard(request)
+        queue.num_tokens -= request.num_tokens
+        if not queue.order:
+            del self._clients[request.client]
+            self._given_tokens.discard(request.client)
         self._patience.discard(request)
+        self._num_requests -= 1
         self.num_tokens -= request.num_tokens
-        if not self._order:
+        if not self._num_requests:
             self._rate.end(now_s)
 
     def pop_impatient(self, now_s: float) -> list[RoutedRequest]:
@@ -105,7 +144,16 @@ class RequestQueue:
             taken.append(found[1])
         return taken
 
-    def expected_wait_s(self, now_s: float) -> float:
-        """Of a newcomer, at the pace of late; 0 if nobody waits or nothing was measured yet."""
-        rate = self._rate.tokens_per_s(now_s) if self._order else None
-        return 0.0 if rate is None else self.num_tokens / rate
+    def expected_wait_s(self, now_s: float, client: str | None = None, num_tokens: int = 0) -> float:
+        """Of a newcomer, at the pace of late; 0 if nobody waits or nothing was measured yet. `num_tokens`: of its
+        prompt. `client` None: behind all that wait."""
+        rate = self._rate.tokens_per_s(now_s) if self._num_requests else None
+        if rate is None:
+            return 0.0
+        if client is None:
+            return self.num_tokens / rate
+        own = self._clients.get(client)
+        own_tokens = 0 if own is None else own.num_tokens
+        share = own_tokens + num_tokens  # what each other client is given meanwhile
+        others = (queue.num_tokens for queue in self._clients.values() if queue is not own)
+        return (own_tokens + sum(min(tokens, share) for tokens in others)) / rate

@@ -1,15 +1,14 @@
 """A request and its attempts, as the routing machine knows them: counts and ids, never tokens or text."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from tandem.core.errors import TandemError
+from tandem.core.generation import BlockNamer
 
 if TYPE_CHECKING:
     from tandem.scheduling.known_instance import KnownInstance
-
-BlockNamer = Callable[[int], Sequence[Hashable]]
 
 
 class RoutedRequest:
@@ -20,6 +19,7 @@ class RoutedRequest:
         "_names",
         "attempt",
         "avoid",
+        "client",
         "deadline_s",
         "error",
         "give_up_s",
@@ -40,13 +40,16 @@ class RoutedRequest:
         max_tokens: int,
         deadline_s: float,
         name_blocks: BlockNamer | None,
+        client: str = "",
     ) -> None:
-        """`name_blocks` names the prompt's full blocks of a given size; None: nobody else has them."""
+        """`name_blocks` names the prompt's full blocks of a given size; None: nobody else has them. Requests of one
+        `client` wait for each other, and not for those of others, as far as the instances have room for both."""
         self.key = key
         self.number = number  # in order of arrival
         self.num_prompt_tokens = num_prompt_tokens
         self.max_tokens = max_tokens
         self.deadline_s = deadline_s
+        self.client = client
         self.num_output_tokens = 0
         self.num_attempts = 0
         self.attempt: Attempt | None = None  # None: it waits

@@ -36,12 +36,13 @@ from tandem.core.errors import (
     TransferError,
     UnavailableError,
 )
+from tandem.core.generation import BlockNamer
 from tandem.core.session import InstanceStatus, Role
 from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.request_queue import RequestQueue
-from tandem.scheduling.routed_request import Attempt, BlockNamer, RoutedRequest
+from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
 
 LEASE_SHARE = 1 / 3  # of a lease, after which it is renewed: two renewals may come late
@@ -202,8 +203,9 @@ class RoutingMachine:
         deadline_s: float,
         now_s: float,
         name_blocks: BlockNamer | None = None,
+        client: str = "",
     ) -> RoutedRequest:
-        """A new request. `key` is of no other that runs; `name_blocks`: see `RoutedRequest`.
+        """A new request. `key` is of no other that runs; `name_blocks`, `client`: see `RoutedRequest`.
 
         Raises DeadlineError, OverloadedError, UnavailableError or ContextLengthError if it cannot be accepted.
         """
@@ -214,9 +216,9 @@ class RoutingMachine:
         if max_queue is not None and len(self._requests) >= max_queue:
             raise OverloadedError(f"the router already holds {max_queue} requests; try again later")
         self._selector.check_length(num_prompt_tokens)
-        self._check_wait(deadline_s, now_s)
+        self._check_wait(client, num_prompt_tokens, deadline_s, now_s)
         self._num_requests += 1
-        request = RoutedRequest(key, self._num_requests, num_prompt_tokens, max_tokens, deadline_s, name_blocks)
+        request = RoutedRequest(key, self._num_requests, num_prompt_tokens, max_tokens, deadline_s, name_blocks, client)
         self._requests[key] = request
         if deadline_s < math.inf:
             self._deadlines.push(request, deadline_s)
@@ -485,9 +487,10 @@ class RoutingMachine:
         self._queue.push(request, until_s, now_s)
         self._wake(until_s)
 
-    def _check_wait(self, deadline_s: float, now_s: float) -> None:
+    def _check_wait(self, client: str, num_prompt_tokens: int, deadline_s: float, now_s: float) -> None:
         """Raises OverloadedError if a newcomer would wait for too long."""
-        wait_s, longest_s = self._queue.expected_wait_s(now_s), WAIT_SHARE * self._settings.max_wait_s
+        wait_s = self._queue.expected_wait_s(now_s, client, num_prompt_tokens)
+        longest_s = WAIT_SHARE * self._settings.max_wait_s
         if wait_s > longest_s:
             raise OverloadedError(
                 f"{len(self._queue)} requests wait for an instance already, and another one would for about "

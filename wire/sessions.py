@@ -14,12 +14,14 @@ import grpc
 
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.errors import CancelledError, InvalidRequestError, TandemError, UnavailableError
-from tandem.core.session import Role, SessionCommand, SessionEvent
+from tandem.core.session import PrefillFinished, Role, SessionCommand, SessionEvent
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import session_messages as messages
 from tandem.wire.channels import open_channel, token_metadata
 from tandem.wire.convert import role_from_pb, role_to_pb
+
+_INLINE_SCORED_TOKENS = 256  # of a prompt; about 5 ms of conversion, more is done in a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,10 @@ class InstanceSession:
         written, InvalidRequestError for an event that cannot be read; ends after `close`."""
         try:
             async for message in self._call:
-                yield messages.event_from_pb(message)
+                if len(message.finished.prompt_logprobs) > _INLINE_SCORED_TOKENS:
+                    yield await asyncio.to_thread(messages.event_from_pb, message)
+                else:
+                    yield messages.event_from_pb(message)
             raise UnavailableError("the instance ended the session")
         except grpc.aio.AioRpcError as error:
             raise UnavailableError(error_from_rpc(error).message) from error
@@ -190,7 +195,10 @@ class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
         reader = asyncio.create_task(self._read_commands(session_id, request_iterator, outbox), name="session-reader")
         try:
             async for event in outbox.drain():
-                await context.write(messages.event_to_pb(event))
+                if isinstance(event, PrefillFinished) and len(event.prompt_logprobs or ()) > _INLINE_SCORED_TOKENS:
+                    await context.write(await asyncio.to_thread(messages.event_to_pb, event))
+                else:
+                    await context.write(messages.event_to_pb(event))
             if reader.done() and (error := reader.result()):  # else the instance has closed the outbox
                 raise error
         finally:

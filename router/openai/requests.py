@@ -6,7 +6,7 @@ documented field that this server does not support is refused, unless its value 
 on the response is ignored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from tandem.core.completion import ChatMessage, ChatPrompt, CompletionRequest, Prompt, TextPrompt, TokenPrompt
 from tandem.core.errors import InvalidRequestError
 from tandem.core.request import SamplingParams
-from tandem.router.limits import clipped
+from tandem.router.limits import MAX_CHOICES, MAX_MESSAGES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, clipped
 from tandem.router.openai.responses import ChatWriter, CompletionWriter, ResponseOptions
 from tandem.router.tokenizer import TextTokenizer
 
@@ -41,6 +41,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+_MAX_OPTIONS = 64
+_MAX_STRINGS = 1024  # with empty ones, which have no effect
 _REQUIRED = frozenset({"model", "messages", "prompt"})
 _UNSUPPORTED_IN_MESSAGE = ("tool_calls", "function_call", "audio")
 
@@ -49,7 +51,8 @@ _UNSUPPORTED_IN_MESSAGE = ("tool_calls", "function_call", "audio")
 class RequestContext:
     """Facts of a request outside its body. `created_s` is on the wall clock, the other times on the router's clock.
 
-    `echoed_id` goes into the x-request-id header of the response: the client's own id, or else `request_id`.
+    `echoed_id` goes into the x-request-id header of the response: the client's own id, or else `request_id`. `client`
+    is the address of the connection's other end.
     """
 
     request_id: str
@@ -58,6 +61,7 @@ class RequestContext:
     deadline_s: float
     created_s: int
     wants_timeline: bool
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,8 @@ class _StrictBody(BaseModel):
 
 def _one_or_many(value: Any) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
+    if isinstance(strings, list) and len(strings) > _MAX_STRINGS:
+        raise PydanticCustomError("too_long", "it must have at most {limit} strings", {"limit": MAX_STOP_STRINGS})
     if isinstance(strings, list) and all(isinstance(string, str) for string in strings):
         return tuple(string for string in strings if string)
     raise PydanticCustomError("string_or_list", "it must be a string or a list of strings")
@@ -127,7 +133,22 @@ def _join_parts(value: Any) -> str:
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) == {int}
+
+
+def _at_most(limit: int) -> BeforeValidator:
+    """Refuses a longer list before it looks at the items."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > limit:
+            raise PydanticCustomError(
+                "too_long",
+                "it must have at most {limit} items, but it has {count}",
+                {"limit": limit, "count": len(value)},
+            )
+        return value
+
+    return BeforeValidator(check)
 
 
 def _prompts(value: Any) -> list[Prompt]:
@@ -136,6 +157,8 @@ def _prompts(value: Any) -> list[Prompt]:
     if _are_ids(value):
         return [TokenPrompt(tuple(value))]
     if isinstance(value, list) and value:
+        if len(value) > MAX_CHOICES:
+            raise PydanticCustomError("prompt", "prompts times n must be between 1 and {limit}", {"limit": MAX_CHOICES})
         if all(isinstance(item, str) for item in value):
             return [TextPrompt(item) for item in value]
         if all(_are_ids(item) for item in value):
@@ -195,7 +218,7 @@ class _CommonBody(_StrictBody):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
-    stop_token_ids: list[int] = []
+    stop_token_ids: Annotated[list[int], _at_most(MAX_STOP_TOKENS)] = []
     cache_salt: str = ""
     tandem: _TandemOptions = _TandemOptions()
 
@@ -234,6 +257,7 @@ class _CommonBody(_StrictBody):
             echo=echo,
             cache_salt=self.cache_salt,
             deadline_s=context.deadline_s,
+            client=context.client,
         )
 
     def _sampling(self, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
@@ -266,7 +290,7 @@ class _CommonBody(_StrictBody):
 
 
 class _ChatBody(_CommonBody):
-    messages: list[_Message]
+    messages: Annotated[list[_Message], _at_most(MAX_MESSAGES)]
     logprobs: bool = False
     top_logprobs: int | None = None
 
@@ -295,22 +319,28 @@ def _validate(kind: type[B], body: Any) -> B:
     if not isinstance(body, dict):
         raise InvalidRequestError(f"The body must be a JSON object, but it is {_type_name(body)}.")
     try:
-        return kind.model_validate(_given_fields(body))
+        return kind.model_validate(_given_fields(body, kind.model_fields))
     except ValidationError as error:
         message, param = _sentence(error.errors(include_url=False)[0])
         raise InvalidRequestError(message, param=param) from error
 
 
-def _given_fields(body: dict[str, Any]) -> dict[str, Any]:
-    """The fields to validate. Raises InvalidRequestError for a field that is not supported."""
+def _given_fields(body: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The fields to validate. Raises InvalidRequestError for a field that is not supported, or not known."""
     given = {}
     for name, value in body.items():
         if name in UNSUPPORTED:
             _check_unsupported(name, value, body)
         elif name in _REQUIRED or not (_is_empty(value) or name in IGNORED):
+            if name not in known:
+                raise InvalidRequestError(
+                    f"Unrecognized request argument supplied: {clipped(name)}", param=clipped(name)
+                )
             given[name] = value
     for name in ("stream_options", "tandem"):
         if isinstance(options := given.get(name), dict):
+            if len(options) > _MAX_OPTIONS:
+                raise InvalidRequestError(f"'{name}' has more than {_MAX_OPTIONS} fields.", param=name)
             given[name] = {key: value for key, value in options.items() if not _is_empty(value)}
     return given
 

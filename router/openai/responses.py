@@ -56,10 +56,24 @@ class ResponseOptions:
 
 @dataclass(slots=True)
 class _ChoiceSoFar:
+    """`logprobs` has the lists of the log-probabilities, in JSON without brackets, one piece for each delta: objects
+    for all tokens of a long response would take much memory, and the garbage collector's time."""
+
     texts: list[str] = field(default_factory=list)
-    tokens: list[SampledToken] = field(default_factory=list)
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    logprobs: dict[str, list[bytes]] | None = None
     finish: Finish | None = None
+
+    def add_logprobs(self, logprobs: dict[str, Any]) -> None:
+        if self.logprobs is None:
+            self.logprobs = {name: [] for name in logprobs}
+        for name, values in logprobs.items():
+            if values:
+                self.logprobs[name].append(orjson.dumps(values)[1:-1])
+
+    def whole_logprobs(self) -> dict[str, Any] | None:
+        if self.logprobs is None:
+            return None
+        return {name: orjson.Fragment(b"[" + b",".join(pieces) + b"]") for name, pieces in self.logprobs.items()}
 
 
 class _ResponseWriter(ABC):
@@ -119,24 +133,30 @@ class _ResponseWriter(ABC):
 
     def collect(self, delta: TextDelta) -> None:
         choice = self._choices[delta.choice]
-        choice.texts.append(delta.text)
-        choice.tokens.extend(delta.tokens)
-        choice.prompt_logprobs = delta.prompt_logprobs or choice.prompt_logprobs
+        text, logprobs = self._part(delta)
+        choice.texts.append(text)
+        if logprobs is not None:
+            choice.add_logprobs(logprobs)
         choice.finish = delta.finish
 
-    def response(self) -> dict[str, Any]:
+    def response(self) -> bytes:
         choices = []
         for index, choice in enumerate(self._choices):
             assert choice.finish is not None, "every choice ends with a finish"
             reason = _FINISH_REASONS[choice.finish.reason]
-            choices.append({"index": index, **self._content(index, choice), "finish_reason": reason})
-        return {**self._head, "object": self.response_type, "choices": choices, "usage": self._usage()}
+            content = self._content("".join(choice.texts), choice.whole_logprobs())
+            choices.append({"index": index, **content, "finish_reason": reason})
+        return orjson.dumps({**self._head, "object": self.response_type, "choices": choices, "usage": self._usage()})
 
     @abstractmethod
     def _chunks_of(self, delta: TextDelta) -> bytes: ...
 
     @abstractmethod
-    def _content(self, index: int, choice: _ChoiceSoFar) -> dict[str, Any]:
+    def _part(self, delta: TextDelta) -> tuple[str, dict[str, Any] | None]:
+        """What a delta adds to a response: text, and lists of log-probabilities."""
+
+    @abstractmethod
+    def _content(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """A choice of a response, without index and finish reason."""
 
     def _chunk(
@@ -198,9 +218,13 @@ class ChatWriter(_ResponseWriter):
             events += self._chunk(delta.choice, {"delta": {}}, finish_reason=_FINISH_REASONS[delta.finish.reason])
         return events
 
-    def _content(self, index: int, choice: _ChoiceSoFar) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(choice.tokens)}
+    def _part(self, delta: TextDelta) -> tuple[str, dict[str, Any] | None]:
+        logprobs = self._logprobs(delta.tokens)
+        return delta.text, None if logprobs is None else {"content": logprobs["content"]}
+
+    def _content(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"message": message, "logprobs": None if logprobs is None else logprobs | {"refusal": None}}
 
     def _logprobs(self, tokens: Sequence[SampledToken]) -> dict[str, Any] | None:
         if not self._options.with_logprobs:
@@ -250,16 +274,18 @@ class CompletionWriter(_ResponseWriter):
         self._prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
 
     def _chunks_of(self, delta: TextDelta) -> bytes:
-        text, logprobs = self._text(
-            delta.choice, delta.text, delta.tokens, delta.prompt_logprobs, is_last=delta.finish is not None
-        )
+        text, logprobs = self._part(delta)
         reason = None if delta.finish is None else _FINISH_REASONS[delta.finish.reason]
         if not text and logprobs is None and reason is None:
             return b""
         return self._chunk(delta.choice, {"text": text}, logprobs, reason)
 
-    def _content(self, index: int, choice: _ChoiceSoFar) -> dict[str, Any]:
-        text, logprobs = self._text(index, "".join(choice.texts), choice.tokens, choice.prompt_logprobs, is_last=True)
+    def _part(self, delta: TextDelta) -> tuple[str, dict[str, Any] | None]:
+        return self._text(
+            delta.choice, delta.text, delta.tokens, delta.prompt_logprobs, is_last=delta.finish is not None
+        )
+
+    def _content(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"text": text, "logprobs": logprobs}
 
     def _text(

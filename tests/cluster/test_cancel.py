@@ -73,7 +73,7 @@ def test_aborted_requests_leave_nothing(cluster: Cluster) -> None:
 
 def test_a_vanished_socket_frees_everything(cluster: Cluster) -> None:
     body = b'{"model":"tiny-python","prompt":"x","max_tokens":4000,"stream":true,"ignore_eos":true}'
-    headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    headers = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     head = f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", cluster.http_port)) as raw:
         raw.sendall(head + body)

@@ -1,16 +1,27 @@
 """Fixtures of the text side: a small tokenizer, and a running front."""
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import uvloop
 from tokenizers import Tokenizer
 
 from tandem.core.clock import SystemClock
 from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import Front, serve_front, write_checkpoint
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Servers run on the router's own event loop: transports differ in what they do at the end of a stream."""
+    if item.path.name.startswith("test_http"):
+        return {"uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -127,18 +127,24 @@ async def serve_front(
     generator = ScriptedGenerator(echo_script)
     refusals = Refusals()
     random = Random(1)
+    settings = (settings or RouterSection(max_body=1 << 20)).model_copy(update={"http": "127.0.0.1:0"})
     service = TextService(
-        generator=generator, tokenizer=tokenizer, model=MODEL, random=random, on_refusal=(refusals.refused,)
+        generator=generator,
+        tokenizer=tokenizer,
+        model=MODEL,
+        random=random,
+        settings=settings,
+        on_refusal=(refusals.refused,),
     )
     app = HttpApp(
         service=service,
         tokenizer=tokenizer,
-        settings=settings or RouterSection(max_body=1 << 20),
+        settings=settings,
         render_metrics=refusals.render,
         clock=SystemClock(),
         random=random,
     )
-    server = HttpServer(app, "127.0.0.1:0", stop_timeout_s=1.0)
+    server = HttpServer(app, settings, stop_timeout_s=1.0)
     front = Front(tokenizer, raw_tokenizer, generator, refusals, server, f"http://{await server.start()}")
     try:
         yield front

@@ -4,8 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
-from tests.router.front import MODEL, Front
+from tandem.core.config import RouterSection
+from tandem.router.tokenizer import TextTokenizer
+from tests.router.front import MODEL, Front, serve_front
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -110,3 +113,48 @@ async def test_stream(front: Front) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "and more, 你好"
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"max_tokens": 100, "logprobs": 4}, 500),
+        ({"max_tokens": 20, "logprobs": 4, "n": 5}, 500),
+        ({"max_tokens": 20, "logprobs": 4, "prompt": ["a"] * 5}, 500),
+        ({"prompt": [5] * 99, "max_tokens": 1, "logprobs": 4, "echo": True}, 500),
+        ({"prompt": [5] * 49, "max_tokens": 1, "logprobs": 4, "echo": True, "n": 2}, 500),
+        ({"max_tokens": 250, "logprobs": 1}, 500),
+        ({"max_tokens": 500, "logprobs": 0}, 500),
+    ],
+)
+async def test_log_probabilities_of_a_response_are_bounded(
+    tokenizer: TextTokenizer, raw_tokenizer: Tokenizer, changes: dict[str, Any], count: int
+) -> None:
+    """Prompts times n times tokens times alternatives."""
+    body = {"model": MODEL, "prompt": "a"} | changes
+    for limit in (count - 1, count):
+        limited = serve_front(tokenizer, raw_tokenizer, RouterSection(max_response_logprobs=limit))
+        async with limited as front, front.client() as client:
+            response = await client.post(PATH, json=body)
+            if limit < count:
+                assert (response.status_code, response.json()["error"]["param"]) == (400, "logprobs")
+                assert f"may have {count} log-probabilities, but at most {limit}" in response.text
+            else:
+                assert response.status_code == 200, response.text
+            assert (await client.post(PATH, json=body | {"logprobs": None})).status_code == 200
+
+
+async def test_many_log_probabilities_are_the_same_as_few(front: Front) -> None:
+    """Threads write them, pieces carry them."""
+    front.generator.tokens_per_step = 7
+    request = {"prompt": [5, 6, 7] * 60, "echo": True, "logprobs": 20, "max_tokens": 300, "n": 2, "temperature": 0}
+    whole = await ask(front, **request)
+    async with front.client() as client:
+        response = await client.post(PATH, json={"model": MODEL, "stream": True} | request)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n")[:-2]]
+    for choice in whole["choices"]:
+        parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+        assert choice["text"] == "".join(part["text"] for part in parts)
+        for name, values in choice["logprobs"].items():
+            assert len(values) == 480
+            assert values == [value for part in parts if part["logprobs"] for value in part["logprobs"][name]]

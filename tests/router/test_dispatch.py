@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import replace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -24,6 +25,7 @@ from tandem.core.session import (
     TokenFrame,
 )
 from tandem.core.timeline import PARTS, Stage
+from tandem.scheduling.prefix_index import block_hashes, extend_block_hashes
 from tests.router.fakes import (
     ROUTING,
     Player,
@@ -292,6 +294,43 @@ async def test_prompt_goes_where_its_prefix_is() -> None:
             await running.aclose()
             cluster.session(owner).commands.clear()
         assert len(used) == 1
+
+
+async def test_blocks_are_named_once_for_all_choices_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces: names of a long prompt would hold up the event loop."""
+    named: list[int] = []
+
+    def count_blocks(hashes: list[bytes], *args: Any) -> None:
+        before = len(hashes)
+        extend_block_hashes(hashes, *args)
+        named.append(len(hashes) - before)
+
+    monkeypatch.setattr("tandem.router.dispatch.extend_block_hashes", count_blocks)
+    monkeypatch.setattr("tandem.router.dispatch.block_hashes", None)  # it would fail
+    async with running_cluster("p1", "p2", "d1") as cluster:
+        (block_size,) = {instance.status.block_size for instance in cluster.dispatcher.machine.instances.values()}
+        prompt = tuple(range(5000 * block_size))
+        turns = 0
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        others = asyncio.create_task(count_turns())
+        names = await cluster.dispatcher.name_blocks(prompt, "salt")
+        others.cancel()
+        assert turns >= 3
+        assert sum(named) == 5000
+        assert max(named) <= 2048
+        assert names(block_size) == block_hashes(prompt, block_size, "salt")
+        for position in range(4):
+            cluster.dispatcher.start(make_request(f"r{position}", prompt[:64]), time.monotonic(), names)
+        assert sum(named) == 5000
+    newcomer = block_hashes(prompt, block_size + 1, "salt")
+    monkeypatch.undo()
+    assert names(block_size + 1) == newcomer, "an instance that came later has other blocks"
 
 
 async def test_load_spreads_over_both_roles() -> None:

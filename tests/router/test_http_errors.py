@@ -56,13 +56,16 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "not both"),
     ({"stop": ["x" * 1025]}, "stop", "1 to 1024 characters"),
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
+    ({"stop": ["x"] * 2000}, "stop", "at most 16"),
     ({"stop": [1]}, "stop", "a string or a list of strings"),
     ({"stop_token_ids": [768]}, "stop_token_ids", "token id 768"),
+    ({"stop_token_ids": ["a"] * 257}, "stop_token_ids", "at most 256"),
     ({"stop_token_ids": [0] * 257}, "stop_token_ids", "at most 256"),
     ({"logprobs": True, "top_logprobs": 21}, "logprobs", "at most 20"),
     ({"logprobs": 3}, "logprobs", "expected a valid boolean, but got an integer"),
     ({"top_logprobs": 3}, "top_logprobs", "needs 'logprobs'"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "boolean"),
+    ({"stream_options": {str(number): number for number in range(65)}}, "stream_options", "more than 64 fields"),
     ({"stream_options": {"what": 1}}, "stream_options.what", "Unrecognized"),
     ({"max_token": 5}, "max_token", "Unrecognized request argument supplied: max_token"),
     ({"cache_salt": "x" * 257}, "cache_salt", "at most 256 characters"),
@@ -72,6 +75,8 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"audio": {"voice": "x"}}, "audio", "not supported"),
     ({"best_of": 3}, "best_of", "not supported"),
     ({"messages": []}, "messages", "at least one message"),
+    ({"messages": MESSAGES * 4097}, "messages", "at most 4096 items, but it has 4097"),
+    ({"messages": [5] * 4097}, "messages", "at most 4096 items, but it has 4097"),
     ({"messages": "hi"}, "messages", "expected a valid list, but got a string"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "Missing"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
@@ -92,6 +97,8 @@ WRONG_TEXT: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [5, 768]}, "prompt", "token id 768 is not in the model's vocabulary of 768"),
     ({"prompt": [-1]}, "prompt", "token id -1"),
     ({"prompt": None}, "prompt", "must be a string"),
+    ({"prompt": ["a"] * 129}, "prompt", "128"),
+    ({"prompt": [5.5] * 129}, "prompt", "128"),
     ({"prompt": ["a"] * 65, "n": 2}, "prompt", "128"),
     ({"max_tokens": 0}, "max_tokens", "'echo'"),
     ({"max_tokens": -1}, "max_tokens", "but it is -1"),
@@ -299,7 +306,7 @@ async def test_a_fault_of_ours_is_not_told_to_the_client(
 async def test_a_client_that_leaves_while_it_sends_is_no_error(front: Front, caplog: pytest.LogCaptureFixture) -> None:
     _, port = front.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection("127.0.0.1", int(port))
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n"
     with caplog.at_level("INFO"):
         writer.write(head.encode() + b"{")
         await writer.drain()
@@ -333,9 +340,8 @@ async def open_raw(front: Front, body: dict[str, Any]) -> asyncio.StreamWriter:
     _, port = front.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection("127.0.0.1", int(port))
     content = json.dumps(body).encode()
-    head = (
-        f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-    )
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(content)}\r\n\r\n"
     writer.write(head.encode() + content)
     await writer.drain()
     return writer

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
+from tandem.core.config import RouterSection
 from tandem.core.errors import ConfigError
 from tandem.router.http_server import HttpServer
 from tandem.router.tokenizer import TextTokenizer
@@ -23,7 +24,7 @@ async def test_a_taken_port_is_told() -> None:
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"cannot listen on {address}"):
-            await HttpServer(never, address).start()
+            await HttpServer(never, RouterSection(http=address)).start()
 
 
 async def test_stop_cuts_off_what_does_not_end(tokenizer: TextTokenizer, raw_tokenizer: Tokenizer) -> None:

@@ -7,6 +7,7 @@ from typing import Self
 
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.errors import DuplicateRequestError, TandemError, UnavailableError
+from tandem.core.generation import BlockNamer
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
 from tandem.core.timeline import Stage, Timeline
 
@@ -106,7 +107,12 @@ class ScriptedGenerator:
             raise UnavailableError("no worker is ready")
         return self.max_model_len_or_none
 
-    def start(self, request: GenerationRequest, received_s: float) -> ScriptedGeneration:
+    async def name_blocks(self, token_ids: tuple[int, ...], cache_salt: str) -> BlockNamer:
+        return lambda block_size: ()
+
+    def start(
+        self, request: GenerationRequest, received_s: float, name_blocks: BlockNamer | None = None, client: str = ""
+    ) -> ScriptedGeneration:
         if self.refusal is not None:
             raise self.refusal
         if request.request_id in self.running:

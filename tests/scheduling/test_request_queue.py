@@ -8,8 +8,8 @@ from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import RoutedRequest
 
 
-def _request(number: int, num_tokens: int = 10) -> RoutedRequest:
-    return RoutedRequest(number, number, num_tokens, 5, math.inf, None)
+def _request(number: int, num_tokens: int = 10, client: str = "") -> RoutedRequest:
+    return RoutedRequest(number, number, num_tokens, 5, math.inf, None, client)
 
 
 def test_a_newcomer_waits_as_long_as_the_pace_of_late_says() -> None:
@@ -35,6 +35,55 @@ def test_time_without_anybody_waiting_does_not_count() -> None:
     for number in range(10):
         queue.push(_request(number), math.inf, 2000.0)
     assert queue.expected_wait_s(2000.0) == pytest.approx(10.0, rel=0.1)
+
+
+def _dispatch_all(queue: RequestQueue) -> list[RoutedRequest]:
+    dispatched = []
+    while (first := queue.first) is not None:
+        queue.dispatch(first, 0.0)
+        dispatched.append(first)
+    return dispatched
+
+
+def test_a_client_with_many_requests_delays_no_other() -> None:
+    queue = RequestQueue()
+    for number in range(100):
+        queue.push(_request(number, client="greedy"), math.inf, 0.0)
+    for number in range(100, 103):
+        queue.push(_request(number, client="modest"), math.inf, 0.0)
+    clients = [request.client for request in _dispatch_all(queue)]
+    assert clients[:6].count("modest") == 3
+    assert clients[6:] == ["greedy"] * 97
+
+
+def test_long_prompts_count_as_much_as_they_cost() -> None:
+    queue = RequestQueue()
+    for number in range(10):
+        queue.push(_request(number, 100, client="long"), math.inf, 0.0)
+        queue.push(_request(100 + number, 10, client="short"), math.inf, 0.0)
+    assert [request.client for request in _dispatch_all(queue)[:11]].count("short") == 10
+
+
+def test_a_client_that_was_away_does_not_make_up_for_it() -> None:
+    queue = RequestQueue()
+    for number in range(50):
+        queue.push(_request(number, client="steady"), math.inf, 0.0)
+    for _ in range(30):
+        assert queue.first is not None
+        queue.dispatch(queue.first, 0.0)
+    for number in range(100, 110):
+        queue.push(_request(number, client="late"), math.inf, 0.0)
+    assert [request.client for request in _dispatch_all(queue)[:10]].count("late") in (5, 6)
+
+
+def test_a_newcomers_wait_is_that_of_its_own_share() -> None:
+    queue, requests = RequestQueue(), [_request(number, client="greedy") for number in range(120)]
+    for request in requests:
+        queue.push(request, math.inf, now_s=0.0)
+    for second, request in enumerate(requests[:20], start=1):
+        queue.dispatch(request, float(second))
+    assert queue.expected_wait_s(20.0, "greedy", 10) == pytest.approx(100.0, rel=0.1)
+    assert queue.expected_wait_s(20.0, "modest", 10) == pytest.approx(1.0, rel=0.1)
 
 
 @given(

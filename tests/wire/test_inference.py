@@ -17,6 +17,7 @@ import pytest
 from tandem import AsyncClient
 from tandem.completion import Delta, ModelInfo
 from tandem.core.clock import SystemClock
+from tandem.core.config import RouterSection
 from tandem.core.errors import (
     ContextLengthError,
     DeadlineError,
@@ -65,7 +66,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 @asynccontextmanager
 async def serving(tokenizer: TextTokenizer, write_timeout_s: float = 30.0) -> AsyncIterator[Service]:
     generator = ScriptedGenerator(echo_script)
-    text = TextService(generator=generator, tokenizer=tokenizer, model=MODEL, random=Random(1))
+    text = TextService(
+        generator=generator,
+        tokenizer=tokenizer,
+        model=MODEL,
+        random=Random(1),
+        settings=RouterSection(max_response_logprobs=1 << 30),
+    )
     server, _ = build_public_server(8 << 20)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceServicer(text, SystemClock(), Random(2), 0.5), server

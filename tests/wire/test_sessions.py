@@ -1,9 +1,11 @@
 """A router and a worker over a real gRPC stream on loopback."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -107,6 +109,38 @@ async def test_commands_and_events_cross_in_order_and_closing_drops_the_session(
         async with asyncio.timeout(2):
             await worker.session_closed.wait()
         assert [type(command) for command in worker.commands] == [Submit, Cancel]
+
+
+async def test_log_probabilities_of_a_long_prompt_are_converted_beside_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """25,000 tokens with 20 alternatives take half a second. The order of events stays."""
+    threads: list[bool] = []
+    for name in ("event_to_pb", "event_from_pb"):
+        convert = getattr(messages, name)
+
+        def recorded(value: Any, convert: Any = convert) -> Any:
+            if isinstance(value, PrefillFinished) or (hasattr(value, "HasField") and value.HasField("finished")):
+                threads.append(threading.current_thread() is not threading.main_thread())
+            return convert(value)
+
+        monkeypatch.setattr(messages, name, recorded)
+    short, long = (
+        PrefillFinished(handle, SampledToken(9), (None, *[LOGPROB] * count), None, 0, 0.5)
+        for handle, count in ((1, 3), (2, 2000))
+    )
+    worker = EchoWorker()
+    async with serving(worker) as address:
+        session = await InstanceSession.open(address)
+        events = session.events()
+        session.send(Submit(3, REQUEST))
+        assert await anext(events) == KvReserved(3)
+        for event in (long, short, KvReserved(4)):
+            worker.outboxes[0].put(event)
+        await anext(events)
+        assert [await anext(events) for _ in range(3)] == [long, short, KvReserved(4)]
+        await session.close()
+    assert sorted(threads) == [False, False, True, True]
 
 
 async def test_a_worker_that_stops_is_reported_as_unavailable() -> None:
