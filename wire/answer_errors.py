@@ -60,8 +60,10 @@ async def _end_call(context: grpc.aio.ServicerContext[Any, Any], method: str, er
     if isinstance(error, grpc.aio.UsageError):
         _LOG.info("%s: the call ended while its response was written", method)
         return
-    if isinstance(error, grpc.aio.BaseError):
+    if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, grpc.aio.BaseError):
+        raise _ended(method) from error
     if not isinstance(error, TandemError):
         _LOG.error("%s failed", method, exc_info=error)
         error = InternalError("The server failed to answer; its log has the reason.")
@@ -70,7 +72,18 @@ async def _end_call(context: grpc.aio.ServicerContext[Any, Any], method: str, er
         metadata.append((RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"))
     with suppress(TimeoutError):  # a client that reads nothing does not get this far; then gRPC resets the stream
         async with asyncio.timeout(_STATUS_TIMEOUT_S):
-            await context.abort(grpc.StatusCode[error.grpc_status], _clipped(error.message), tuple(metadata))
+            try:
+                await context.abort(grpc.StatusCode[error.grpc_status], _clipped(error.message), tuple(metadata))
+            except grpc.aio.BaseError as failure:
+                if isinstance(failure, grpc.aio.AbortError):
+                    raise
+                raise _ended(method) from failure
+
+
+def _ended(method: str) -> asyncio.CancelledError:
+    """The client has ended the call, or its deadline has. gRPC is told as if it had cancelled the method in time."""
+    _LOG.info("%s: the call ended before its status was written", method)
+    return asyncio.CancelledError()
 
 
 class RequestReads:

@@ -73,11 +73,14 @@ def damaged_data(draw: st.DrawFn) -> tuple[str, str]:
                 del place[last]
             case 1:
                 place = place if isinstance(place, dict) else data
-                place[draw(st.sampled_from(["", "x", "modell", "engine", 1, True]))] = draw(st.sampled_from(SCALARS))
+                place[draw(st.sampled_from(["", "x", "modell", "engine", 1, True]))] = copy.deepcopy(
+                    draw(st.sampled_from(SCALARS))
+                )
             case 2:
                 place[last] = copy.deepcopy(draw(st.sampled_from(LISTS)))
             case _:
-                place[last] = draw(st.sampled_from(SCALARS) | st.text(max_size=8) | st.floats() | st.integers())
+                values = st.sampled_from(SCALARS) | st.text(max_size=8) | st.floats() | st.integers()
+                place[last] = copy.deepcopy(draw(values))  # a list is changed by the next draw
     return name, yaml.dump(data, sort_keys=False, allow_unicode=draw(st.booleans()))
 
 

@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+_MANY = 1000
+
 
 def volumes(sample: int, many: int, timeout_s: float = 1800.0) -> pytest.MarkDecorator:
     """Parametrizes a test's argument `count`."""
@@ -13,8 +15,10 @@ def volumes(sample: int, many: int, timeout_s: float = 1800.0) -> pytest.MarkDec
 
 
 def tries(count: int) -> settings:
+    """A sample in the gate is the same each time, so that what it has to contain is there."""
     return settings(
         max_examples=count,
+        derandomize=count < _MANY,
         deadline=None,
         database=None,
         phases=(Phase.generate, Phase.shrink),
