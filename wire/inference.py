@@ -3,6 +3,7 @@
 import asyncio
 from random import Random
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -37,7 +38,13 @@ def _prompt_from_pb(pb: inference_pb2.GenerateRequest) -> Prompt:
 
 
 def request_from_pb(
-    pb: inference_pb2.GenerateRequest, *, model: str, request_id: str, received_s: float, timeout_s: float | None
+    pb: inference_pb2.GenerateRequest,
+    *,
+    model: str,
+    request_id: str,
+    received_s: float,
+    timeout_s: float | None,
+    client: str,
 ) -> CompletionRequest:
     """`model` and `request_id` are the defaults of a message without them; `timeout_s` is the time until its deadline.
 
@@ -54,7 +61,14 @@ def request_from_pb(
         stop=tuple(pb.stop),
         cache_salt=pb.cache_salt,
         deadline_s=float("inf") if timeout_s is None else received_s + timeout_s,
+        client=client,
     )
+
+
+def client_of(peer: str) -> str:
+    """The address in gRPC's "ipv4:127.0.0.1:5000" or "ipv6:%5B::1%5D:5000", without the port, which is of a connection;
+    as in HTTP's scope."""
+    return unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]")
 
 
 def timeline_to_pb(timeline: Timeline) -> common_pb2.Timeline:
@@ -119,6 +133,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             request_id=f"{self._random.getrandbits(96):024x}",
             received_s=received_s,
             timeout_s=context.time_remaining(),
+            client=client_of(context.peer()),
         )
         async with await self._service.open(completion_request) as completion:
             async for delta in completion:

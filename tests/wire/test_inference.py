@@ -34,7 +34,7 @@ from tandem.router.completion import TextService
 from tandem.router.tokenizer import TextTokenizer
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem.wire.answer_errors import AnswerErrors, RequestReads
-from tandem.wire.inference import InferenceServicer
+from tandem.wire.inference import InferenceServicer, client_of
 from tandem.wire.server import bind, build_public_server
 from tests.router.front import MODEL, echo_script, write_checkpoint
 from tests.router.text_fakes import ScriptedGenerator
@@ -176,6 +176,13 @@ async def test_the_generators_errors_pass_through(service: Service, error: Tande
     with pytest.raises(type(error), match=error.message):
         await service.client.generate(prompt="x")
     await service.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("peer", "client"), [("ipv4:10.0.0.7:5000", "10.0.0.7"), ("ipv6:%5B::1%5D:5000", "::1"), ("unix:", "")]
+)
+def test_a_client_is_its_address(peer: str, client: str) -> None:
+    assert client_of(peer) == client
 
 
 async def test_who_is_refused_for_load_learns_when_to_come_again(service: Service) -> None:
