@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import httpx
 import yaml
@@ -141,6 +141,15 @@ class Cluster:
             assert blocks.leaked == 0, f"{status.instance_id} leaks: {blocks}"
             assert blocks.free + blocks.cached == blocks.total, f"{status.instance_id}: {blocks}"
 
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of all series of that name which have these labels, at the router's /metrics now."""
+        page = httpx.get(f"{self.url}/metrics", timeout=10.0).text
+        total = 0.0
+        for line in page.splitlines():
+            if line.startswith((f"{name}{{", f"{name} ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
+                total += float(line.rsplit(" ", 1)[1])
+        return total
+
     def kill(self, name: str) -> None:
         process = self.processes.pop(name)
         process.send_signal(signal.SIGKILL)
@@ -162,6 +171,9 @@ class Cluster:
         assert not failures, f"{failures}\n{self.logs()}"
 
 
+AnyCluster = TypeVar("AnyCluster", bound=Cluster)
+
+
 @contextlib.contextmanager
 def running_cluster(
     model: Path,
@@ -176,11 +188,12 @@ def running_cluster(
     colocated: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
     worker_module: str | None = None,
-) -> Iterator[Cluster]:
+    make: Callable[..., AnyCluster] = Cluster,  # type: ignore[assignment]
+) -> Iterator[AnyCluster]:
     """Up, ready, and at the end stopped and free of leaks. One decode instance for each of `decode_transports`, with
     the `max_batch` that `decode_batches` gives it."""
     engine = {"threads": 1, "kv_memory": "64MiB", "dtype": "float32"}
-    cluster = Cluster(
+    cluster = make(
         model,
         folder,
         prefill={"engine": engine} | (prefill or {}),

@@ -1,0 +1,63 @@
+"""`python -m tests.chaos.controlled_worker --config FILE`: a worker whose steps and address a test controls.
+
+`FILE.steps` says what the next steps do; without it they run as they are:
+
+    sleep S    each step takes S seconds more, so that phases last as long as a test needs
+    hang       a step does not end while the file says so; everything else of the process goes on
+    fail       each step raises RuntimeError, as torch does
+    no memory  each step of more than one sequence raises MemoryError
+
+`FILE.address`, if it is there, is the address that the worker reports instead of its own.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tandem.engine.engine import Engine
+from tandem.worker.instance import PublicSide
+from tandem.worker.process import run_from_command_line
+
+
+def _control_steps(file: Path) -> None:
+    launch = Engine.launch
+
+    def controlled_launch(engine: Engine, slices: Sequence[Any]) -> Any:
+        order, _, seconds = _read(file).partition(" ")
+        if order == "fail":
+            raise RuntimeError("this step fails because a test wants it to")
+        if order == "no" and len(slices) > 1:
+            raise MemoryError("this step finds no memory because a test wants it to")
+        if order == "sleep":
+            time.sleep(float(seconds))
+        while order == "hang" and _read(file) == "hang":
+            time.sleep(0.02)
+        return launch(engine, slices)
+
+    Engine.launch = controlled_launch  # type: ignore[method-assign]
+
+
+def _report_address(file: Path) -> None:
+    status = PublicSide.status
+
+    def with_address(public: PublicSide) -> Any:
+        return replace(status(public), address=_read(file) or public.address)
+
+    PublicSide.status = with_address  # type: ignore[method-assign]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+if __name__ == "__main__":
+    config = sys.argv[sys.argv.index("--config") + 1]
+    _control_steps(Path(f"{config}.steps"))
+    _report_address(Path(f"{config}.address"))
+    sys.exit(run_from_command_line("tests.chaos.controlled_worker"))
