@@ -16,9 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_without_prefill_instances_decode_instances_do_both(
-    phase: str, cluster: ChaosCluster, client: Client
-) -> None:
+def test_without_prefill_instances_decode_instances_do_both(phase: str, cluster: ChaosCluster, client: Client) -> None:
     disturbed = bring_into(phase, cluster, client)
     for index in range(2):
         cluster.kill(f"prefill-{index}")
@@ -36,9 +34,7 @@ def test_without_decode_instances_requests_wait_for_others_and_new_ones_are_refu
     for index in range(2):
         cluster.kill(f"decode-{index}")
     until(lambda: not cluster.metric("tandem_instance_up", role="decode"), 5.0, "the router knows")
-    refused = httpx.post(
-        f"{cluster.url}/v1/completions", json={"model": "tiny-python", "prompt": "x"}, timeout=5.0
-    )
+    refused = httpx.post(f"{cluster.url}/v1/completions", json={"model": "tiny-python", "prompt": "x"}, timeout=5.0)
     assert refused.status_code == 503
     assert "decode" in refused.json()["error"]["message"]
     assert refused.headers["retry-after"]

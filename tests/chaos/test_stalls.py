@@ -8,7 +8,7 @@ from tandem import Client
 from tandem.core.session import Role
 from tests.chaos.answers import asks, tokens_of
 from tests.chaos.faults import ChaosCluster, until
-from tests.chaos.phases import PHASES, PROMPT_TOKENS, STEP_S, CHUNK_TOKENS, bring_into
+from tests.chaos.phases import CHUNK_TOKENS, PHASES, PROMPT_TOKENS, STEP_S, bring_into
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
