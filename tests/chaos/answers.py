@@ -1,5 +1,6 @@
 """Requests of a test, and what their clients have received so far. Each answer is read by a thread of its own."""
 
+import itertools
 import threading
 import time
 import uuid
@@ -68,7 +69,7 @@ class Answer:
     def longest_gap_s(self, since_s: float) -> float:
         """Between two of its messages, from `since_s` on (monotonic)."""
         times_s = [since_s, *(time_s for time_s in self.times_s if time_s > since_s)]
-        return max((b - a for a, b in zip(times_s, times_s[1:], strict=False)), default=0.0)
+        return max((b - a for a, b in itertools.pairwise(times_s)), default=0.0)
 
     def cancel(self) -> None:
         self._stream.close()

@@ -7,7 +7,7 @@
     fail       each step raises RuntimeError, as torch does
     no memory  each step of more than one sequence raises MemoryError
 
-`FILE.address`, if it is there, is the address that the worker reports instead of its own.
+The worker reports the address in `FILE.address` instead of its own, which it writes into `FILE.own-address`.
 """
 
 import sys
@@ -40,11 +40,13 @@ def _control_steps(file: Path) -> None:
     Engine.launch = controlled_launch  # type: ignore[method-assign]
 
 
-def _report_address(file: Path) -> None:
+def _report_address(reported: Path, own: Path) -> None:
     status = PublicSide.status
 
     def with_address(public: PublicSide) -> Any:
-        return replace(status(public), address=_read(file) or public.address)
+        if not own.exists():
+            own.write_text(public.address)
+        return replace(status(public), address=reported.read_text())
 
     PublicSide.status = with_address  # type: ignore[method-assign]
 
@@ -59,5 +61,5 @@ def _read(file: Path) -> str:
 if __name__ == "__main__":
     config = sys.argv[sys.argv.index("--config") + 1]
     _control_steps(Path(f"{config}.steps"))
-    _report_address(Path(f"{config}.address"))
+    _report_address(Path(f"{config}.address"), Path(f"{config}.own-address"))
     sys.exit(run_from_command_line("tests.chaos.controlled_worker"))

@@ -1,5 +1,6 @@
 """A cluster whose processes a test can kill, stop, slow down or cut off, one by one, and heal again."""
 
+import contextlib
 import os
 import re
 import signal
@@ -8,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+
+from tandem.core.errors import UnavailableError
 from tandem.core.session import InstanceStatus, Role
 from tests.chaos.link_proxy import LinkProxy
-from tests.cluster.harness import Cluster, free_port
+from tests.cluster.harness import START_TIMEOUT_S, Cluster
 
 
 @dataclass
@@ -30,12 +34,12 @@ class ChaosCluster(Cluster):
 
     def start(self, name: str, module: str, config: dict[str, Any]) -> None:
         if module != "router":
-            port = free_port()
             if (before := self.proxies.pop(name, None)) is not None:
                 before.close()
-            self.proxies[name] = LinkProxy(port)
+            own_address = self.folder / f"{name}.yaml.own-address"
+            own_address.unlink(missing_ok=True)
+            self.proxies[name] = LinkProxy(own_address)
             (self.folder / f"{name}.yaml.address").write_text(f"127.0.0.1:{self.proxies[name].port}")
-            config = config | {"listen": f"127.0.0.1:{port}"}
         super().start(name, module, config)
 
     # --- faults ------------------------------------------------------------------------------------------------------
@@ -79,8 +83,7 @@ class ChaosCluster(Cluster):
         for name, (role, overrides) in self._workers.items():
             if name not in self.processes:
                 self.start_worker(name, role, **overrides)
-        roles = [role for role, _ in self._workers.values()]
-        self.wait_ready(*(roles.count(role) for role in (Role.PREFILL, Role.DECODE, Role.COLOCATED)))
+        self.wait_known(START_TIMEOUT_S)
         self.wait_idle(timeout_s=5.0)
 
     def stop(self) -> None:
@@ -92,19 +95,31 @@ class ChaosCluster(Cluster):
             for proxy in self.proxies.values():
                 proxy.close()
 
+    def wait_known(self, timeout_s: float) -> None:
+        """Until the router knows the workers that run, and no others. It takes 3 s to forget one that is silent."""
+
+        def known() -> bool:
+            expected = {self._ready_id(name) for name in self._workers if name in self.processes}
+            return {status.instance_id for status in self.instances()} == expected
+
+        until(known, timeout_s, "the router knows the workers that run, and no others")
+
     def wait_idle(self, timeout_s: float) -> None:
-        """Of the instances that run: the router has forgotten the others first, for which it may take 5 s."""
-        expected = {self.instance_id(name) for name in self._workers if name in self.processes}
-        until(lambda: {status.instance_id for status in self.instances()} == expected, 5.0, "only they are known")
+        """Of the workers that run."""
+        self.wait_known(5.0)
         super().wait_idle(timeout_s)
 
     # --- what a test sees --------------------------------------------------------------------------------------------
 
     def instance_id(self, name: str) -> str:
         """Of the process that runs as `name` now."""
+        instance_id = self._ready_id(name)
+        assert instance_id is not None, f"{name} is not ready"
+        return instance_id
+
+    def _ready_id(self, name: str) -> str | None:
         ready = re.search(r"^(\S+) is ready on", self.log_path(name).read_text(), re.MULTILINE)
-        assert ready is not None, f"{name} is not ready"
-        return ready[1]
+        return None if ready is None else ready[1]
 
     def status(self, name: str) -> InstanceStatus | None:
         """What the router last heard of it; None if the router does not have it."""
@@ -117,9 +132,12 @@ class ChaosCluster(Cluster):
 
 
 def until(condition: Callable[[], object], timeout_s: float, what: str) -> float:
-    """Waits for it; returns how many seconds that took."""
+    """Waits for it; returns how many seconds that took. A router that does not answer yet counts as no."""
     began_s = time.monotonic()
-    while not condition():
+    while True:
+        with contextlib.suppress(UnavailableError, httpx.TransportError):
+            if condition():
+                break
         assert time.monotonic() - began_s < timeout_s, f"not within {timeout_s} s: {what}"
         time.sleep(0.02)
     return time.monotonic() - began_s

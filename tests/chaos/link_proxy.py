@@ -2,8 +2,8 @@
 
     peer ---- LinkProxy(mode) ---- instance
 
-Modes: "pass"; "stall" (bytes wait, connections stay open); "slow" (each read waits a little); "refuse" (open connections
-end, new ones end at once).
+Modes: "pass"; "stall" (bytes wait, connections stay open); "slow" (each read waits a little); "refuse" (open
+connections end, new ones end at once).
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
@@ -19,15 +20,16 @@ _CHUNK_BYTES = 1 << 16
 
 
 class LinkProxy:
-    """`port` forwards to `target_port`, both on loopback. `set` changes the mode of one peer, given by its pid."""
+    """`port`, on loopback, forwards to the address in the file `target`. `set` changes the mode of one peer, given by
+    its pid."""
 
-    def __init__(self, target_port: int) -> None:
-        self._target_port = target_port
+    def __init__(self, target: Path) -> None:
+        self._target = target
         self._modes: dict[int, str] = {}
         self._connections: list[tuple[int, socket.socket, socket.socket]] = []  # the peer's pid, both ends
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
-        threading.Thread(target=self._accept, name=f"proxy-{target_port}", daemon=True).start()
+        threading.Thread(target=self._accept, daemon=True).start()
 
     def set(self, peer_pid: int, mode: str) -> None:
         self._modes[peer_pid] = mode
@@ -55,7 +57,8 @@ class LinkProxy:
     def _serve(self, peer: socket.socket) -> None:
         pid = _pid_of_client(peer)
         try:
-            instance = socket.create_connection(("127.0.0.1", self._target_port))
+            host, port = self._target.read_text().split(":")
+            instance = socket.create_connection((host, int(port)))
         except OSError:
             peer.close()
             return
