@@ -344,9 +344,13 @@ class RoutingMachine:
             return False
         prefill, decode, failures = attempt.prefill, attempt.decode, self._selector.failures
         blamed = {instance_id}
-        if isinstance(error, TransferError | IncompatiblePeerError) and prefill is not None and decode is not None:
+        # Before its transfer, the decode instance is "unavailable" because the prefill instance is, for it.
+        is_transfer = isinstance(error, TransferError) or (
+            isinstance(error, UnavailableError) and instance is decode and not attempt.has_transfer
+        )
+        if (is_transfer or isinstance(error, IncompatiblePeerError)) and prefill is not None and decode is not None:
             failures.add((prefill.instance_id, decode.instance_id), now_s)
-            if isinstance(error, TransferError):  # either end may be the reason
+            if is_transfer:  # either end may be the reason
                 blamed = {prefill.instance_id, decode.instance_id}
         elif isinstance(error, UnavailableError):
             failures.add(instance_id, now_s)

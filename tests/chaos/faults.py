@@ -21,19 +21,17 @@ from tests.cluster.harness import START_TIMEOUT_S, Cluster
 class ChaosCluster(Cluster):
     """Workers run as `tests.chaos.controlled_worker`, and all that others say to a worker goes through its proxy."""
 
+    worker_module: str | None = "tests.chaos.controlled_worker"
     proxies: dict[str, LinkProxy] = field(default_factory=dict)
     _workers: dict[str, tuple[Role, dict[str, Any]]] = field(default_factory=dict)
     _stopped: set[str] = field(default_factory=set)
-
-    def runs_as(self, name: str, module: str) -> str:
-        return super().runs_as(name, module) if module == "router" else "tests.chaos.controlled_worker"
 
     def start_worker(self, name: str, role: Role, **overrides: Any) -> None:
         self._workers[name] = (role, overrides)
         super().start_worker(name, role, **overrides)
 
     def start(self, name: str, module: str, config: dict[str, Any]) -> None:
-        if module != "router":
+        if name != "router":
             if (before := self.proxies.pop(name, None)) is not None:
                 before.close()
             own_address = self.folder / f"{name}.yaml.own-address"
@@ -121,7 +119,7 @@ class ChaosCluster(Cluster):
         ready = re.search(r"^(\S+) is ready on", self.log_path(name).read_text(), re.MULTILINE)
         return None if ready is None else ready[1]
 
-    def status(self, name: str) -> InstanceStatus | None:
+    def find(self, name: str) -> InstanceStatus | None:
         """What the router last heard of it; None if the router does not have it."""
         instance_id = self.instance_id(name)
         return next((status for status in self.instances() if status.instance_id == instance_id), None)

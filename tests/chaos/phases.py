@@ -77,15 +77,15 @@ def bring_into(phase: str, cluster: ChaosCluster, client: Client) -> InPhase:
 
 
 def _computes(cluster: ChaosCluster, name: str) -> bool:
-    status = cluster.status(name)
+    status = cluster.find(name)
     return status is not None and status.running_requests > 0 and 0 < status.uncomputed_tokens < PROMPT_TOKENS
 
 
 def _holds(cluster: ChaosCluster, name: str) -> bool:
-    status = cluster.status(name)
+    status = cluster.find(name)
     return status is not None and status.blocks.leased > 0
 
 
 def _receives(cluster: ChaosCluster, name: str) -> bool:
-    status = cluster.status(name)
+    status = cluster.find(name)
     return status is not None and status.running_requests > 0 and status.blocks.running > 0

@@ -54,7 +54,7 @@ def test_without_decode_instances_colocated_ones_go_on(built_in_model: Path, tmp
         cluster.steps("decode-0", "sleep 0.05")
         running = answer(client, wanted)
         until(lambda: all(len(each.tokens) > 3 for each in running), 10.0, "all decode")
-        status = cluster.status("decode-0")
+        status = cluster.find("decode-0")
         assert status is not None
         assert status.running_requests > 0, "the decode instance has none of them"
         cluster.kill("decode-0")

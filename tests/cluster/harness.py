@@ -204,7 +204,7 @@ def running_cluster(
         decode={"engine": engine} | (decode or {}),
         colocated={"engine": engine} | (colocated or {}),
         router=router or {},
-        worker_module=worker_module,
+        **({} if worker_module is None else {"worker_module": worker_module}),
     )
     try:
         cluster.start_router()

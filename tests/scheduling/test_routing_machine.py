@@ -402,6 +402,21 @@ def test_a_pair_that_cannot_link_is_not_chosen_again_and_again() -> None:
     assert not router.machine._selector.failures.current(router.now_s), "all is forgiven"
 
 
+def test_a_prefill_instance_that_decode_cannot_reach_is_left() -> None:
+    """Its session stands, so only what decode says tells: another attempt at it would fail as well."""
+    router = Router()
+    router.join("p1", "p2", "d1", "d2")
+    router.ask(0)
+    first = router.take()
+    router.start(first)
+    second = router.take()
+    router.fail(second, UnavailableError("the prefill worker cannot be reached"))
+    again = router.take()
+    assert again.instance_id != first.instance_id
+    router.start(again)
+    assert router.take().instance_id != second.instance_id
+
+
 def test_a_prefill_instance_that_can_link_to_nobody_is_passed_over() -> None:
     router = Router()
     router.join("p1", "p2", "d1")
