@@ -408,6 +408,8 @@ def test_a_prefill_instance_that_decode_cannot_reach_is_left() -> None:
     router.join("p1", "p2", "d1", "d2")
     router.ask(0)
     first = router.take()
+    router.ask(1)
+    assert router.take().instance_id != first.instance_id, "the other one has something to do now"
     router.start(first)
     second = router.take()
     router.fail(second, UnavailableError("the prefill worker cannot be reached"))
