@@ -76,12 +76,14 @@ class ChaosCluster(Cluster):
             self.proxies[name].heal()
         for name in [name for name, process in self.processes.items() if process.poll() is not None]:
             del self.processes[name]
-        if "router" not in self.processes:
-            self.start_router()
+        if "router" in self.processes:
+            self.kill("router")
+        self.start_router()  # a new one holds nothing against anybody
         for name, (role, overrides) in self._workers.items():
             if name not in self.processes:
                 self.start_worker(name, role, **overrides)
         self.wait_known(START_TIMEOUT_S)
+        until(lambda: self.metric("tandem_instance_up") == len(self._workers), 10.0, "all are used")
         self.wait_idle(timeout_s=5.0)
 
     def stop(self) -> None:
@@ -126,7 +128,7 @@ class ChaosCluster(Cluster):
 
     def is_usable(self, name: str) -> bool:
         """Whether the router sends requests there."""
-        return self.metric("tandem_instance_up", instance=self.instance_id(name)) == 1
+        return self.metric("tandem_instance_up", tandem_instance=self.instance_id(name)) == 1
 
 
 def until(condition: Callable[[], object], timeout_s: float, what: str) -> float:
