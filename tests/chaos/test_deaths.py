@@ -1,6 +1,7 @@
 """A process dies, in each phase of the requests it has."""
 
 import time
+from typing import Any
 
 import pytest
 
@@ -8,13 +9,18 @@ from tandem import Client
 from tests.chaos.faults import ChaosCluster
 from tests.chaos.phases import PHASES, bring_into
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 FOUND_WITHIN_S = 2.0  # of a death, with its recomputation; the connection's end is its sign
 FREED_WITHIN_S = 2.0
 
 
-@pytest.mark.parametrize("phase", PHASES)
+def _phases(quick: str) -> list[Any]:
+    """All, of which only `quick` runs in the gate."""
+    return [pytest.param(phase, marks=() if phase == quick else pytest.mark.slow) for phase in PHASES]
+
+
+@pytest.mark.parametrize("phase", _phases(quick="prefill"))
 def test_a_prefill_death_costs_only_time(phase: str, cluster: ChaosCluster, client: Client) -> None:
     disturbed = bring_into(phase, cluster, client)
     retries = cluster.metric("tandem_retries_total")
@@ -29,7 +35,7 @@ def test_a_prefill_death_costs_only_time(phase: str, cluster: ChaosCluster, clie
     cluster.wait_idle(FREED_WITHIN_S)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", _phases(quick="decode"))
 def test_a_decode_death_loses_no_token(phase: str, cluster: ChaosCluster, client: Client) -> None:
     disturbed = bring_into(phase, cluster, client)
     retries = cluster.metric("tandem_retries_total")

@@ -91,7 +91,7 @@ def test_a_decode_instance_computes_prompts_while_no_prefill_instance_is_there(
         async def load_and_kill() -> list[list[int]]:
             load = asyncio.create_task(cluster_tokens(cluster, prompt_ids))
             async with asyncio.timeout(20):
-                while not (await asyncio.to_thread(cluster.status, "prefill-0")).uncomputed_tokens:
+                while not (await asyncio.to_thread(cluster.status, "prefill-0")).uncomputed_tokens:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             cluster.kill("prefill-0")
             return await load
