@@ -74,8 +74,9 @@ chaos: setup ## every row of docs/failures.md: processes die, stall, are slow, f
 
 soak: setup ## 15 minutes of mixed load with kills and stalls, then 100,000 short requests; fails if anything leaks or is wrong
 	@mkdir -p build
-	$(BIN)/python -m bench.soak --json build/soak.json
-	$(BIN)/python -m bench.soak --short-requests 100000 --json build/soak-short.json
+	@$(BIN)/python -m bench.soak --json build/soak.json; mixed=$$?; \
+	$(BIN)/python -m bench.soak --short-requests 100000 --json build/soak-short.json; short=$$?; \
+	test "$$mixed$$short" = 00
 
 bench: setup ## measure the engine, and what a request costs beside it
 	$(BIN)/python -m bench.engine

@@ -1,5 +1,6 @@
 """The result of a soak: for a person, for a program, and whether it passes."""
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
@@ -10,6 +11,8 @@ from bench.soak.resources import Growth
 
 LIMITS = {"resident bytes": 100.0, "python blocks": 1.0, "threads": 1e-3, "descriptors": 1e-3, "mapped pools": 1e-3}
 """Growth per request from which on something leaks. A Python object of 100 bytes is a block or two."""
+MOST_MORE = {"threads": 10.0, "descriptors": 10.0}
+"""Growth over a run from which on something leaks that has to do with deaths rather than with requests."""
 FAULTY_OUTCOMES = (UNANSWERED, WRONG, "internal", "not an error of the API")
 
 
@@ -45,6 +48,9 @@ class SoakResult:
                     f"{growth.process}: {growth.what} grow by {growth.per_request:.3g} "
                     f"+- {growth.half_width:.2g} a request; {limit:g} are allowed"
                 )
+            more = growth.last - growth.first
+            if growth.has_enough and more > MOST_MORE.get(growth.what, math.inf):
+                failures.append(f"{growth.process}: {more:.0f} {growth.what} more than at first")
         if self.most_leaked_blocks:
             failures.append(f"up to {self.most_leaked_blocks} KV blocks leaked")
         at_end = self.blocks_at_end
@@ -95,8 +101,7 @@ class SoakResult:
         ]
         lines += [
             f"  {growth.process[:28]:30}{growth.what:16}{growth.samples:8}{growth.first:14.0f}{growth.last:14.0f}"
-            f"{growth.per_request:14.3g}{growth.half_width:10.2g}{LIMITS[growth.what]:8g}"
-            + ("" if growth.half_width < LIMITS[growth.what] else "  too few requests to tell")
+            f"{growth.per_request:14.3g}{growth.half_width:10.2g}{LIMITS[growth.what]:8g}" + _note(growth)
             for growth in self.growths
         ]
         pools = ", ".join(f"{life} {count}" for life, count in self.pools_at_end.items())
@@ -105,3 +110,9 @@ class SoakResult:
         failures = self.failures()
         lines += [f"FAILED: {failure}" for failure in failures] or ["passed"]
         return "\n".join(lines)
+
+
+def _note(growth: Growth) -> str:
+    if not growth.has_enough:
+        return f"  not judged: {growth.requests} requests are too few"
+    return "" if growth.half_width < LIMITS[growth.what] else "  a growth of the limit could not be seen"

@@ -15,7 +15,9 @@ import psutil
 from bench.soak.served import ServedProcess
 
 SAMPLE_PERIOD_S = 1.0
-WARM_UP = 1 / 3  # of a life's samples: caches and pools fill first
+WARM_UP = 1 / 4  # of a life's samples, and
+WARM_UP_REQUESTS = 3000  # of a life: what is remembered of so many is bounded, and fills first
+ENOUGH_REQUESTS = 5000  # after these, to judge growth
 MIN_SAMPLES = 30
 NORMAL_95 = 1.96
 
@@ -35,6 +37,7 @@ class Growth:
     what: str
     samples: int
     requests: int
+    is_warm: bool
     first: float
     last: float
     per_request: float
@@ -42,7 +45,12 @@ class Growth:
 
     def exceeds(self, limit: float) -> bool:
         """For certain."""
-        return self.per_request - self.half_width > limit
+        return self.has_enough and self.per_request - self.half_width > limit
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether there were enough requests to tell growth from caches that fill."""
+        return self.is_warm and self.requests >= ENOUGH_REQUESTS
 
 
 @dataclass(slots=True)
@@ -66,7 +74,10 @@ class Samples:
 
 def fit_growth(life: str, what: str, series: Sequence[tuple[int, float]]) -> Growth | None:
     """None if the life was too short to say anything."""
-    rest = np.asarray(series[int(len(series) * WARM_UP) :], dtype=float)
+    born = series[0][0]
+    warm = [pair for pair in series[int(len(series) * WARM_UP) :] if pair[0] - born >= WARM_UP_REQUESTS]
+    is_warm = len(warm) >= MIN_SAMPLES
+    rest = np.asarray(warm if is_warm else series[int(len(series) * WARM_UP) :], dtype=float)
     if len(rest) < MIN_SAMPLES or rest[-1, 0] == rest[0, 0]:
         return None
     requests, values = rest[:, 0], rest[:, 1]
@@ -84,6 +95,7 @@ def fit_growth(life: str, what: str, series: Sequence[tuple[int, float]]) -> Gro
         what=what,
         samples=len(rest),
         requests=int(requests[-1] - requests[0]),
+        is_warm=is_warm,
         first=float(values[:tenth].mean()),
         last=float(values[-tenth:].mean()),
         per_request=slope,

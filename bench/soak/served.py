@@ -116,7 +116,8 @@ class ServedCluster:
 
     def logs(self) -> dict[str, str]:
         """The end of each process's log, by name."""
-        return {path.stem: path.read_text(errors="replace")[-4000:] for path in self._folder.rglob("*.log")}
+        state = self._folder / "state"
+        return {path.stem: path.read_text(errors="replace")[-4000:] for path in state.rglob("*.log")}
 
     def _address(self, pattern: str) -> str:
         found = re.search(pattern, self.output())

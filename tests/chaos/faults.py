@@ -31,6 +31,8 @@ class ChaosCluster(Cluster):
         super().start_worker(name, role, **overrides)
 
     def start(self, name: str, module: str, config: dict[str, Any]) -> None:
+        if (log := self.log_path(name)).exists() and not log.is_symlink():
+            log.rename(log.with_suffix(f".{time.monotonic():.0f}.log"))
         if name != "router":
             if (before := self.proxies.pop(name, None)) is not None:
                 before.close()

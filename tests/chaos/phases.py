@@ -60,6 +60,7 @@ def bring_into(phase: str, cluster: ChaosCluster, client: Client) -> InPhase:
     match phase:
         case "queued" | "prefill":
             until(lambda: all(_computes(cluster, name) for name in prefill), 5.0, "every prefill instance computes")
+            until(lambda: all(_is_chosen(cluster, name) for name in decode), 2.0, "every decode instance will decode")
             assert not any(each.tokens for each in answers), "the prompts are too short for this test"
             if phase == "queued":
                 assert cluster.metric("tandem_queued_requests") == len(prefill) + 1
@@ -89,3 +90,7 @@ def _holds(cluster: ChaosCluster, name: str) -> bool:
 def _receives(cluster: ChaosCluster, name: str) -> bool:
     status = cluster.find(name)
     return status is not None and status.running_requests > 0 and status.blocks.running > 0
+
+
+def _is_chosen(cluster: ChaosCluster, name: str) -> bool:
+    return cluster.metric("tandem_instance_open_requests", tandem_instance=cluster.instance_id(name)) > 0

@@ -13,6 +13,7 @@ from tests.chaos.phases import CHUNK_TOKENS, PHASES, PROMPT_TOKENS, STEP_S, brin
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 FOUND_WITHIN_S = 2.0
+HUNG_WITHIN_S = 5.0  # ten times the longest recent step, which a busy machine may have made long
 MARGIN_S = 1.5  # for the recomputation, on a busy machine
 PROMPT_S = STEP_S * PROMPT_TOKENS / CHUNK_TOKENS
 
@@ -49,13 +50,13 @@ def test_an_instance_whose_step_hangs_is_found(victim: Role, cluster: ChaosClust
     cluster.steps(name, "hang")
     hung_s = time.monotonic()
     found_s = until(lambda: not cluster.is_usable(name), 10.0, "it gets no more requests")
-    assert found_s < FOUND_WITHIN_S + MARGIN_S
+    assert found_s < HUNG_WITHIN_S + MARGIN_S
     began_s = time.monotonic()
     assert len(tokens_of(client, asks(4, max_tokens=4))) == 4
     assert time.monotonic() - began_s < 2.0, "new requests went to the instance that hangs"
     disturbed.check_tokens()
     assert sorted(each.num_attempts for each in disturbed.answers) == [1, 2]
-    assert max(each.longest_gap_s(hung_s) for each in disturbed.answers) < FOUND_WITHIN_S + 2 * PROMPT_S + MARGIN_S
+    assert max(each.longest_gap_s(hung_s) for each in disturbed.answers) < HUNG_WITHIN_S + 2 * PROMPT_S + MARGIN_S
 
 
 @pytest.mark.parametrize("phase", PHASES)
