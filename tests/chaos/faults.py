@@ -65,9 +65,13 @@ class ChaosCluster(Cluster):
         """How what `peer` says to `instance` fares: see `link_proxy`."""
         self.proxies[instance].set(self.processes[peer].pid, mode)
 
-    def kill(self, name: str) -> None:
-        self._stopped.discard(name)
-        super().kill(name)
+    def kill(self, *names: str) -> None:
+        """SIGKILL, to all before the first has ended."""
+        for name in names:
+            self.processes[name].kill()
+        for name in names:
+            self._stopped.discard(name)
+            super().kill(name)
 
     def heal(self) -> None:
         """All as at the start: nothing is disturbed, and what has died is there again. Idle afterwards."""

@@ -18,12 +18,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 @pytest.mark.parametrize("phase", PHASES)
 def test_without_prefill_instances_decode_instances_do_both(phase: str, cluster: ChaosCluster, client: Client) -> None:
     disturbed = bring_into(phase, cluster, client)
-    for index in range(2):
-        cluster.kill(f"prefill-{index}")
+    cluster.kill("prefill-0", "prefill-1")
     disturbed.check_tokens()
-    attempts = [each.num_attempts for each in disturbed.answers]
-    expected = {"queued": [1, 2, 2], "prefill": [2, 2], "transfer": [2, 2], "decode": [1, 1]}
-    assert sorted(attempts) == expected[phase]
+    attempts = [each.num_attempts for each in disturbed.answers]  # some were sent on to the other one that is dead
+    assert max(attempts) <= 3
+    assert min(attempts) >= (1 if phase in ("queued", "decode") else 2)
+    if phase == "decode":
+        assert max(attempts) == 1
     assert tokens_of(client, [each.ask for each in disturbed.answers]) == disturbed.undisturbed
 
 
@@ -31,8 +32,7 @@ def test_without_decode_instances_requests_wait_for_others_and_new_ones_are_refu
     cluster: ChaosCluster, client: Client
 ) -> None:
     disturbed = bring_into("decode", cluster, client)
-    for index in range(2):
-        cluster.kill(f"decode-{index}")
+    cluster.kill("decode-0", "decode-1")
     until(lambda: not cluster.metric("tandem_instance_up", role="decode"), 5.0, "the router knows")
     refused = httpx.post(f"{cluster.url}/v1/completions", json={"model": "tiny-python", "prompt": "x"}, timeout=5.0)
     assert refused.status_code == 503
@@ -41,7 +41,7 @@ def test_without_decode_instances_requests_wait_for_others_and_new_ones_are_refu
     assert not any(each.is_done for each in disturbed.answers)
     cluster.start_worker("decode-0", Role.DECODE, transport="auto")
     disturbed.check_tokens()
-    assert [each.num_attempts for each in disturbed.answers] == [2, 2]
+    assert all(2 <= each.num_attempts <= 3 for each in disturbed.answers)
 
 
 def test_without_decode_instances_colocated_ones_go_on(built_in_model: Path, tmp_path: Path) -> None:
