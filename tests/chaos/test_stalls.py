@@ -1,7 +1,11 @@
 """A process is stopped, or a step hangs, while the connections stay open: only the missing progress shows it."""
 
 import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import httpx
 import pytest
 
 from tandem import Client
@@ -74,6 +78,36 @@ def test_a_stopped_router_condemns_nobody(phase: str, cluster: ChaosCluster, cli
     assert [each.num_attempts for each in disturbed.answers] == [1] * len(disturbed.answers)
     assert "the router was stopped for 3." in cluster.log_path("router").read_text()
     assert {status.instance_id for status in cluster.instances()} == before
+    cluster.wait_idle(2.0)
+
+
+def test_a_router_that_was_stopped_for_long_loses_no_request(cluster: ChaosCluster) -> None:
+    """All its sessions have ended, and it hears of that one after the other. Over HTTP, which has no pings."""
+    bodies = [
+        {"model": "tiny-python", "prompt": ask.token_ids, "max_tokens": ask.max_tokens, "seed": ask.seed}
+        for ask in asks(6, prompt_tokens=PROMPT_TOKENS, max_tokens=24)
+    ]
+
+    def complete(body: dict[str, Any]) -> tuple[int, str]:
+        salt = {"cache_salt": uuid.uuid4().hex}
+        answer = httpx.post(f"{cluster.url}/v1/completions", json=body | salt, timeout=60.0)
+        return answer.status_code, answer.json()["choices"][0]["text"] if answer.status_code == 200 else answer.text
+
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        undisturbed = list(threads.map(complete, bodies))
+        assert {status for status, _ in undisturbed} == {200}
+        for index in range(2):
+            cluster.steps(f"prefill-{index}", f"sleep {STEP_S}")
+            cluster.steps(f"decode-{index}", f"sleep {STEP_S}")
+        running = [threads.submit(complete, body) for body in bodies]
+        time.sleep(1.5)  # some decode, some are queued
+        assert not any(each.done() for each in running)
+        cluster.stall("router")
+        time.sleep(7.0)
+        cluster.resume("router")
+        assert [each.result() for each in running] == undisturbed
+    assert cluster.log_path("router").read_text().count("is over") == 4, "not all sessions have ended"
+    assert cluster.metric("tandem_retries_total") > 0
     cluster.wait_idle(2.0)
 
 
