@@ -38,7 +38,10 @@ def client(served: Served) -> Iterator[Client]:
     """Of a cluster that is whole; and whole and idle again afterwards, every block with an owner."""
     with Client(served.grpc) as made:
         yield made
-    until(lambda: _metric(served, "tandem_instance_up") == 4, REPLACED_WITHIN_S, "all instances are there")
+    try:
+        until(lambda: _metric(served, "tandem_instance_up") == 4, REPLACED_WITHIN_S, "all instances are there")
+    except AssertionError as error:
+        raise AssertionError(f"{error}:\n{served.output.read_text()}") from error
     until(lambda: _metric(served, "tandem_kv_blocks", owner="running") == 0, 5.0, "no block is used")
     assert _metric(served, "tandem_kv_blocks", owner="leased") == 0
     assert _metric(served, "tandem_kv_blocks", owner="leaked") == 0
