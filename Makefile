@@ -12,7 +12,7 @@ OUT ?= .
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint types layers proto proto-check test-fast test-slow bench clean
+.PHONY: help setup serve test lint types layers proto proto-check test-fast test-slow chaos soak bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,10 +63,20 @@ proto-check: setup ## check that the stubs are those of the .proto files
 	  || { echo "the stubs are out of date: run make proto" >&2; exit 1; }
 
 test-fast: setup ## the tests that need no Ray
-	$(BIN)/python -m pytest -q --ignore=tests/deploy/test_ray_cluster.py --ignore=tests/cluster
+	$(BIN)/python -m pytest -q --ignore=tests/deploy/test_ray_cluster.py --ignore=tests/cluster \
+	  --ignore=tests/chaos
 
-test-slow: setup ## the long tests only
-	$(BIN)/python -m pytest -q -m slow
+test-slow: setup ## the long tests only, without those of `make chaos`
+	$(BIN)/python -m pytest -q -m slow --ignore=tests/chaos
+
+chaos: setup ## every row of docs/failures.md: processes die, stall, are slow, full or cut off
+	$(BIN)/python -m pytest -q -m 'slow or not slow' tests/chaos
+
+soak: setup ## 15 minutes of mixed load with kills and stalls, then 100,000 short requests; fails if anything leaks or is wrong
+	@mkdir -p build
+	@$(BIN)/python -m bench.soak --json build/soak.json; mixed=$$?; \
+	$(BIN)/python -m bench.soak --short-requests 100000 --json build/soak-short.json; short=$$?; \
+	test "$$mixed$$short" = 00
 
 bench: setup ## measure the engine, and what a request costs beside it
 	$(BIN)/python -m bench.engine

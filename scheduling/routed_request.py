@@ -100,6 +100,7 @@ class Attempt:
         "hand_over",
         "handle",
         "has_first_token",
+        "has_started",
         "has_transfer",
         "num_tokens",
         "prefill",
@@ -114,6 +115,7 @@ class Attempt:
         self.hand_over = hand_over
         self.num_tokens = request.num_tokens
         self.growth_tokens = request.growth_tokens
+        self.has_started = False  # the prompt is or was in a step
         self.has_first_token = False
         self.has_transfer = False
         self.error: TandemError | None = None  # why it failed

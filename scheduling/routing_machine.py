@@ -171,6 +171,8 @@ class RoutingMachine:
         error = UnavailableError(f"the {instance.role.value} worker is gone")
         for attempt in attempts:
             if attempt.request.attempt is attempt:
+                if not attempt.has_started:  # it met a death that was not known yet: many at once use up no attempts
+                    attempt.request.num_attempts -= 1
                 self._fail(attempt, error, {instance_id}, now_s)
         self._settle(now_s)
 
@@ -268,6 +270,7 @@ class RoutingMachine:
         instance = attempt.prefill
         if instance is None:
             return False
+        attempt.has_started = True
         self._record_progress(attempt, instance, num_cached_tokens)
         if attempt.hand_over and attempt.decode is None and attempt.growth_tokens > 1:
             self._hand_over(attempt, instance, now_s)
@@ -344,9 +347,13 @@ class RoutingMachine:
             return False
         prefill, decode, failures = attempt.prefill, attempt.decode, self._selector.failures
         blamed = {instance_id}
-        if isinstance(error, TransferError | IncompatiblePeerError) and prefill is not None and decode is not None:
+        # Before its transfer, the decode instance is "unavailable" because the prefill instance is, for it.
+        is_transfer = isinstance(error, TransferError) or (
+            isinstance(error, UnavailableError) and instance is decode and not attempt.has_transfer
+        )
+        if (is_transfer or isinstance(error, IncompatiblePeerError)) and prefill is not None and decode is not None:
             failures.add((prefill.instance_id, decode.instance_id), now_s)
-            if isinstance(error, TransferError):  # either end may be the reason
+            if is_transfer:  # either end may be the reason
                 blamed = {prefill.instance_id, decode.instance_id}
         elif isinstance(error, UnavailableError):
             failures.add(instance_id, now_s)

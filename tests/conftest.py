@@ -6,7 +6,7 @@ from hypothesis import settings
 settings.register_profile("tandem", deadline=None)  # a busy machine is no failure
 settings.load_profile("tandem")
 
-REAL_PROCESSES = {"cli", "cluster", "deploy"}  # folders whose tests start whole clusters
+REAL_PROCESSES = {"chaos", "cli", "cluster", "deploy"}  # folders whose tests start whole clusters
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,15 +3,16 @@
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import httpx
 import yaml
@@ -24,9 +25,12 @@ START_TIMEOUT_S = 180.0  # three imports of torch at once on a busy machine
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Outside the range from which the system takes ports of connections: one of those could take it meanwhile."""
+    while True:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass
@@ -141,6 +145,15 @@ class Cluster:
             assert blocks.leaked == 0, f"{status.instance_id} leaks: {blocks}"
             assert blocks.free + blocks.cached == blocks.total, f"{status.instance_id}: {blocks}"
 
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of all series of that name which have these labels, at the router's /metrics now."""
+        page = httpx.get(f"{self.url}/metrics", timeout=10.0).text
+        total = 0.0
+        for line in page.splitlines():
+            if line.startswith((f"{name}{{", f"{name} ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
+                total += float(line.rsplit(" ", 1)[1])
+        return total
+
     def kill(self, name: str) -> None:
         process = self.processes.pop(name)
         process.send_signal(signal.SIGKILL)
@@ -162,6 +175,9 @@ class Cluster:
         assert not failures, f"{failures}\n{self.logs()}"
 
 
+AnyCluster = TypeVar("AnyCluster", bound=Cluster)
+
+
 @contextlib.contextmanager
 def running_cluster(
     model: Path,
@@ -176,18 +192,19 @@ def running_cluster(
     colocated: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
     worker_module: str | None = None,
-) -> Iterator[Cluster]:
+    make: Callable[..., AnyCluster] = Cluster,  # type: ignore[assignment]
+) -> Iterator[AnyCluster]:
     """Up, ready, and at the end stopped and free of leaks. One decode instance for each of `decode_transports`, with
     the `max_batch` that `decode_batches` gives it."""
     engine = {"threads": 1, "kv_memory": "64MiB", "dtype": "float32"}
-    cluster = Cluster(
+    cluster = make(
         model,
         folder,
         prefill={"engine": engine} | (prefill or {}),
         decode={"engine": engine} | (decode or {}),
         colocated={"engine": engine} | (colocated or {}),
         router=router or {},
-        worker_module=worker_module,
+        **({} if worker_module is None else {"worker_module": worker_module}),
     )
     try:
         cluster.start_router()

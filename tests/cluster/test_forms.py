@@ -60,11 +60,12 @@ def test_roles_change_while_requests_run(built_in_model: Path, tmp_path: Path) -
 
         async def load_and_change() -> list[list[int]]:
             load = asyncio.create_task(cluster_tokens(cluster, prompt_ids))
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
             await change(decode[0], RoleChange(Role.COLOCATED, max_batch_tokens=128))
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.1)
             await change(prefill, RoleChange(Role.COLOCATED, max_batch_tokens=128))
             await change(decode[1], RoleChange(Role.COLOCATED))
+            assert not load.done(), "the roles changed too late to matter"
             return await load
 
         check_answers(cluster, prompt_ids, asyncio.run(load_and_change()))
@@ -84,16 +85,19 @@ async def change(status: InstanceStatus, role_change: RoleChange) -> None:
 def test_a_decode_instance_computes_prompts_while_no_prefill_instance_is_there(
     built_in_model: Path, tmp_path: Path
 ) -> None:
-    with running_cluster(built_in_model, tmp_path) as cluster:
+    with running_cluster(built_in_model, tmp_path, prefill={"max_batch_tokens": 64}) as cluster:
         prompt_ids = prompts(VOCAB_SIZE, seed=19)[:24]
 
         async def load_and_kill() -> list[list[int]]:
             load = asyncio.create_task(cluster_tokens(cluster, prompt_ids))
-            await asyncio.sleep(0.3)
+            async with asyncio.timeout(20):
+                while not (await asyncio.to_thread(cluster.status, "prefill-0")).uncomputed_tokens:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
             cluster.kill("prefill-0")
             return await load
 
         check_answers(cluster, prompt_ids, asyncio.run(load_and_kill()))
+        assert cluster.metric("tandem_retries_total") > 0, "the prefill instance had nothing to compute"
         cluster.wait_ready(prefill=0)
         before = _prompt_tokens_of_decode(cluster)
         prompt_ids = prompts(VOCAB_SIZE, seed=20)[:24]

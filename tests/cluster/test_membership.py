@@ -1,4 +1,4 @@
-"""Workers join, leave, die and are replaced while requests run; the answers stay the same."""
+"""Workers leave and are replaced while requests run; the answers stay the same. Deaths are in tests/chaos."""
 
 import asyncio
 import signal
@@ -25,23 +25,14 @@ async def answers(cluster: Cluster, max_tokens: int = 120) -> list[tuple[int, ..
         return [tuple(completion.token_ids) for completion in await asyncio.gather(*tasks)]
 
 
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("victim", [Role.PREFILL, Role.DECODE])
-def test_a_killed_worker_changes_no_token(victim: Role, built_in_model: Path, tmp_path: Path) -> None:
-    with running_cluster(built_in_model, tmp_path, num_prefill=2, decode_transports=("auto", "auto")) as cluster:
-        undisturbed = asyncio.run(answers(cluster))
-
-        async def disturbed() -> list[tuple[int, ...]]:
-            running = asyncio.create_task(answers(cluster))
-            await asyncio.sleep(0.2)
-            await asyncio.to_thread(cluster.kill, f"{victim.value}-0")
-            return await running
-
-        assert asyncio.run(disturbed()) == undisturbed
-        cluster.wait_ready(*((1, 2) if victim is Role.PREFILL else (2, 1)))  # the dead one is off the list
-        cluster.start_worker(f"{victim.value}-new", victim)
-        cluster.wait_ready(2, 2)
-        assert asyncio.run(answers(cluster, 10)) == [tokens[:10] for tokens in undisturbed]
+async def until_it_decodes(cluster: Cluster, name: str) -> None:
+    """Until that instance has requests whose KV has arrived, for certain."""
+    async with asyncio.timeout(20):
+        while True:
+            status = await asyncio.to_thread(cluster.status, name)
+            if status.running_requests and sum(link.transfers for link in status.links):
+                return
+            await asyncio.sleep(0.02)
 
 
 @pytest.mark.timeout(180)
@@ -49,13 +40,15 @@ def test_a_worker_that_is_told_to_leave_finishes_what_it_has(built_in_model: Pat
     with running_cluster(built_in_model, tmp_path, decode_transports=("auto", "auto")) as cluster:
 
         async def leave_under_load() -> list[tuple[int, ...]]:
-            running = asyncio.create_task(answers(cluster, 60))
-            await asyncio.sleep(0.1)
+            running = asyncio.create_task(answers(cluster, 600))
+            await until_it_decodes(cluster, "decode-0")
             cluster.processes["decode-0"].send_signal(signal.SIGTERM)
+            assert not running.done(), "the instance left too late to matter"
             return await running
 
         complete = asyncio.run(leave_under_load())
-        assert [len(tokens) for tokens in complete] == [60] * len(PROMPTS)
+        assert [len(tokens) for tokens in complete] == [600] * len(PROMPTS)
+        assert cluster.metric("tandem_retries_total") == 0
         assert cluster.processes.pop("decode-0").wait(20) == 0
         cluster.wait_ready(1, 1)
 
@@ -70,8 +63,9 @@ def test_without_a_worker_there_is_an_answer_too(built_in_model: Path, tmp_path:
                 task = asyncio.create_task(
                     client.generate(token_ids=[5, 6], max_tokens=3000, ignore_eos=True, timeout_s=60)
                 )
-                await asyncio.sleep(0.5)
+                await until_it_decodes(cluster, "decode-0")
                 await asyncio.to_thread(cluster.kill, "decode-0")
+                assert not task.done(), "the instance died too late to matter"
                 started_s = time.monotonic()
                 with pytest.raises(UnavailableError):
                     await task
@@ -94,21 +88,24 @@ def test_a_stream_waits_for_the_replacement_of_its_only_decode_instance(built_in
 
         async def disturbed() -> list[tuple[int, ...]]:
             running = asyncio.create_task(answers(cluster))
-            await asyncio.sleep(0.2)
+            await until_it_decodes(cluster, "decode-0")
             await asyncio.to_thread(cluster.kill, "decode-0")
             assert not running.done(), "the instance died too late to matter"
             cluster.start_worker("decode-1", Role.DECODE)  # takes seconds
             return await running
 
         assert asyncio.run(disturbed()) == undisturbed
+        assert cluster.metric("tandem_retries_total") > 0, "no request lost its instance"
 
 
 @pytest.mark.timeout(180)
 def test_a_restarted_router_finds_its_workers_again(built_in_model: Path, tmp_path: Path) -> None:
     with running_cluster(built_in_model, tmp_path) as cluster:
+        before = {status.instance_id for status in cluster.instances()}
         cluster.kill("router")
         cluster.start_router()
         cluster.wait_ready(1, 1)
+        assert {status.instance_id for status in cluster.instances()} == before, "one was started anew"
         assert [len(tokens) for tokens in asyncio.run(answers(cluster, 5))] == [5] * len(PROMPTS)
 
 

@@ -211,6 +211,7 @@ def test_what_waits_for_credit_can_run_out_of_time_or_instances() -> None:
     router = Router(RoutingSettings(max_outstanding_tokens=5, replacement_wait_s=2.0, max_attempts=1))
     router.join("p1", "d1")
     router.ask("a")
+    router.start(router.take())  # what has not started does not count
     router.ask("b", deadline_s=1.0)
     router.ask("c")
     router.advance(1.0)
@@ -400,6 +401,40 @@ def test_a_pair_that_cannot_link_is_not_chosen_again_and_again() -> None:
     assert failed <= 2
     router.advance(60.0)
     assert not router.machine._selector.failures.current(router.now_s), "all is forgiven"
+
+
+def test_many_deaths_at_once_use_up_no_attempts() -> None:
+    """The router hears of them one after the other, and sends each request to the next dead one meanwhile."""
+    router = Router()
+    names = [f"p{number}" for number in range(8)]
+    router.join(*names, "d1")
+    request = router.ask(0)
+    first = router.take()
+    router.start(first)
+    router.take()
+    dead = first.instance_id
+    for _ in names:
+        router.machine.instance_lost(dead, router.now_s)
+        dead = router.take().instance_id
+    assert dead == "d1", "it does both"
+    assert request.key not in router.ends
+
+
+def test_a_prefill_instance_that_decode_cannot_reach_is_left() -> None:
+    """Its session stands, so only what decode says tells: another attempt at it would fail as well."""
+    router = Router()
+    router.join("p1", "p2", "d1", "d2")
+    router.ask(0)
+    first = router.take()
+    router.ask(1)
+    assert router.take().instance_id != first.instance_id, "the other one has something to do now"
+    router.start(first)
+    second = router.take()
+    router.fail(second, UnavailableError("the prefill worker cannot be reached"))
+    again = router.take()
+    assert again.instance_id != first.instance_id
+    router.start(again)
+    assert router.take().instance_id != second.instance_id
 
 
 def test_a_prefill_instance_that_can_link_to_nobody_is_passed_over() -> None:
