@@ -22,12 +22,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 FOUND_WITHIN_S = 2.0
 MARGIN_S = 2.0
-REPLACED_WITHIN_S = 90.0  # Python, torch and the model are loaded
+REPLACED_WITHIN_S = 60.0  # Python, torch and the model are loaded
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:  # Ray's sockets need a short path
+    with tempfile.TemporaryDirectory(prefix="c") as folder:  # Ray's sockets need a short path
         engine = [f"--set={role}.engine.threads=1" for role in ("prefill", "decode")]
         with serving(Path(folder), "--set=prefill.instances=2", "--set=decode.instances=2", *engine) as served:
             yield served
