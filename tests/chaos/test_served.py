@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 FOUND_WITHIN_S = 2.0
 MARGIN_S = 2.0
-REPLACED_WITHIN_S = 60.0  # Python, torch and the model are loaded
+REPLACED_WITHIN_S = 90.0  # Python, torch and the model are loaded
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,8 @@ def test_a_dead_ray_stops_no_request(server: str, served: Served, client: Client
     victim.kill()
     assert [each.wait() for each in running] == undisturbed
     assert [each.num_attempts for each in running] == [1] * len(running)
-    new = lambda: [process for process in family_of(served.process.pid) if process.name() == server]  # noqa: E731
-    until(lambda: new() and new()[0].pid != victim.pid, REPLACED_WITHIN_S, "another Ray runs")
+    running_servers = lambda: {each.pid for each in family_of(served.process.pid) if each.name() == server}  # noqa: E731
+    until(lambda: running_servers() - {victim.pid}, REPLACED_WITHIN_S, "another Ray runs")
     assert {name: _pid(served, name) for name in before} == before
     assert tokens_of(client, [each.ask for each in running]) == undisturbed
 
