@@ -98,14 +98,14 @@ def test_a_client_that_reads_nothing_delays_nobody_and_ends_alone(cluster: Chaos
             "model": "tiny-python",
             "prompt": [5, 6, 7],
             "max_tokens": 3500,
-            "n": 8,
-            "logprobs": 20,
+            "n": 4,
+            "logprobs": 4,
             "stream": True,
             "ignore_eos": True,
         }
     ).encode()
     head = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         b"Content-Length: " + str(len(body)).encode() + b"\r\n\r\n"
     )
     with socket.socket() as silent:
