@@ -178,7 +178,7 @@ def _evaluate_class(
         slo=slo,
         requests=len(met),
         attainment=_share(met),
-        attainment_ci=share_interval(met, np.minimum(use[counted], _LOST_USE)),
+        attainment_ci=share_interval(met, use[counted], slo.attainment),
         ttft_attainment=_share(ttft_met),
         tpot_attainment=_share(tpot_met),
         ttft_s=_quantiles(ttft_s),

@@ -34,14 +34,19 @@ def warm_up_length(series: Floats) -> int:
     return int(np.argmin(error[: count // 2 + 1])) * _MSER_BATCH
 
 
-def share_interval(hits: npt.NDArray[np.bool_], related: Floats) -> Interval:
-    """95 % Wilson interval of the share of `hits` in steady state. The number of independent requests follows from the
-    variance of 20 batch means. If all or no requests are hits, the correlation is that of `related`."""
+def share_interval(hits: npt.NDArray[np.bool_], series: Floats, level: float) -> Interval:
+    """95 % interval of the share of `hits` in steady state: Wilson's interval (1927) for a number of independent
+    requests, the effective sample size.
+
+    The effective sample size does not depend on `hits`, so more misses never raise an end of the interval, and it is as
+    honest for no miss as for many. `series` is what `hits` was derived from: one latency of each request. Its slowest
+    requests, the share 1 - `level` of them, stand for misses, as in the estimation of a quantile from correlated values
+    (Heidelberger and Lewis, 1984). They come in bursts, with the queue. How much that widens the interval is measured
+    by the variance of 20 batch means (Conway, 1963).
+    """
     if len(hits) == 0:
         return 0.0, 1.0
-    share = float(hits.mean())
-    correlated = hits.astype(np.float64) if 0 < share < 1 else related
-    return _wilson(share, len(hits) / _correlation_factor(correlated))
+    return _wilson(float(hits.mean()), len(hits) / _correlation_factor(_slowest(series, level)))
 
 
 def is_drifting(series: Floats) -> bool:
@@ -58,6 +63,13 @@ def is_drifting(series: Floats) -> bool:
     slope_error = math.sqrt(float(residual @ residual) / (_BATCHES - 2) / float(x @ x))
     ends_at = float(means.mean()) + 1.5 * growth
     return growth > _DRIFT_GROWTH and slope > _DRIFT_T * slope_error and ends_at > 1.0
+
+
+def _slowest(series: Floats, level: float) -> Floats:
+    """1 for the slowest requests, a share of 1 - `level` (5 to 50 %) or more if values are equal; 0 for the others."""
+    threshold = np.quantile(series, min(max(level, 0.5), 0.95), method="higher")
+    slowest: Floats = (series >= threshold).astype(np.float64)
+    return slowest
 
 
 def _batch_means(series: Floats) -> Floats:
