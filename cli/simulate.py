@@ -67,7 +67,8 @@ def run(
         float | None, typer.Option(help="requests per second (default: the plan's, or with --trace the trace's)")
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="number of requests (default: search.requests of the SLO file)")
+        int | None,
+        typer.Option(min=1, help="number of requests (default: the plan's, or search.requests of the SLO file)"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of arrivals and lengths (default: the SLO file's)")] = None,
     failures: Annotated[
@@ -99,9 +100,9 @@ def run(
     if trace is not None:
         slo = slo.model_copy(update={"workload": WorkloadSection(trace=trace)})
     seed = slo.search.seed if seed is None else seed
-    count = requests or slo.search.requests
+    count = requests or _default_count(plan, slo)
     rate = rate or _default_rate(plan_path, plan, slo, count)
-    stream = make_stream(slo.workload, slo.slo, count=count, rate=rate, seed=seed)
+    stream = make_stream(slo.workload, slo.slo, count=count, rate=rate, seed=seed).scaled_to(rate)
     model, cluster = model_shape(plan.model), Cluster.of(slo.cluster)
     source = cost_source_of(slo, model)
     result = _simulate(deployment_of(plan, source, cluster, model, failures=failures), stream)
@@ -130,6 +131,13 @@ def run(
         with writing():
             write_simulation_report(result, slo.slo, description, report)
     return 0
+
+
+def _default_count(plan: Plan, slo: SloFile) -> int:
+    """That with which the plan was evaluated, so that the same rate gives the same run."""
+    if plan.expected is not None and plan.expected.requests is not None:
+        return plan.expected.requests
+    return slo.search.requests
 
 
 def _default_rate(plan_path: Path, plan: Plan, slo: SloFile, count: int) -> float:

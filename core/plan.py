@@ -83,6 +83,7 @@ class Expected(FrozenModel):
     """Predicted behaviour in steady state. Goodput is the highest rate at which every class keeps its attainment."""
 
     rate: float = Field(description="Requests per second at which the plan was evaluated")
+    requests: int | None = Field(default=None, description="Number of requests with which the plan was evaluated")
     goodput: float = Field(description="Requests per second of the whole plan")
     goodput_ci: tuple[float, float]
     goodput_per_device: float

@@ -32,15 +32,15 @@ from tandem.placement.search.chosen_deployment import (
     measure_goodput,
     observe,
 )
+from tandem.placement.search.final_comparison import compare_finalists
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.runners_up import with_runners_up
 from tandem.placement.search.sensitivity import predicted_goodput, sensitivity_of
 from tandem.placement.search.space import SearchSpace
-from tandem.placement.search.trial import plan_of, scaled_down, simulate_requests
+from tandem.placement.search.trial import plan_of, simulate_requests
 from tandem.placement.workload.description import describe, summary_of
 
-_MAX_INSTANCES = 16  # of a deployment that is simulated without scaling
+_COMPARISON_SHARE = 0.5  # approximate share of the final comparison in the time
 _ALTERNATIVES = 8
 _TRANSIENT_REQUESTS = 300  # as in DistServe's simulator
 
@@ -57,27 +57,25 @@ def explain(
 ) -> Planned:
     """The plan of the chosen deployment with its evidence. `met`: `space` belongs to the problem of the SLO file;
     otherwise to the nearest feasible problem."""
-    problem, deployment = space.problem, chosen.deployment
-    simulated = deployment if deployment.num_instances <= _MAX_INSTANCES else scaled_down(deployment)
-    is_scaled = simulated != deployment
-    scale = chosen.predicted / space.predictor.goodput(simulated) if is_scaled else 1.0
-    report(0.0, "simulating the chosen deployment at several rates")
-    measured = measure_goodput(
-        problem, simulated, (chosen.goodput or chosen.predicted) / scale, mapper, separate_nodes=is_scaled
+    comparison = compare_finalists(
+        space, result.evaluated, chosen, mapper, lambda share, text: report(_COMPARISON_SHARE * share, text)
     )
-    goodput = measured.goodput * scale
+    problem, deployment = comparison.problem, comparison.chosen.candidate.deployment
+    simulated, is_scaled, scale = comparison.chosen.simulated, comparison.chosen.is_scaled, comparison.chosen.scale
+    report(_COMPARISON_SHARE, "simulating the chosen deployment at several rates")
+    measured = measure_goodput(problem, simulated, comparison.rate, mapper, separate_nodes=is_scaled)
+    goodput = comparison.goodput
     met = met and (problem.rate is None or max(goodput, chosen.goodput or 0.0) >= problem.rate)
     rate = problem.rate if problem.rate is not None and met else goodput
-    report(0.4, "simulating the chosen deployment at its rate")
-    observation = observe(problem, simulated, is_scaled, rate / scale)
-    report(0.5, "simulating the best rejected deployments")
-    others = with_runners_up(space, result.evaluated, deployment, mapper)
-    report(0.7, "simulating other lengths and targets")
-    points = sensitivity_of(problem, measured, rate / scale, mapper, separate_nodes=is_scaled)
+    report(0.7, "simulating the chosen deployment at its rate")
+    observation = observe(problem, simulated, is_scaled, rate / scale if rate != goodput else comparison.rate)
+    report(0.8, "simulating other lengths and targets")
+    points = sensitivity_of(space.problem, measured, rate / scale, mapper, separate_nodes=is_scaled)
     interval = measured.goodput_ci[0] * scale, measured.goodput_ci[1] * scale
-    candidates = _with_interval(list_candidates(space, chosen, goodput, others), interval)
+    candidates = _with_interval(list_candidates(space, comparison), interval)
     expected = Expected(
         rate=rate,
+        requests=observation.requests,
         goodput=goodput,
         goodput_ci=interval,
         goodput_per_device=goodput / deployment.num_devices,
@@ -112,7 +110,14 @@ def explain(
             sensitivity=tuple(
                 replace(point, goodput=None if point.goodput is None else point.goodput * scale) for point in points
             ),
-            error=_error(space, measured, observation, deployment, scale, result.num_simulations),
+            error=_error(
+                space,
+                measured,
+                observation,
+                deployment,
+                scale,
+                result.num_simulations + comparison.num_simulations,
+            ),
             workload=summary_of(problem.requests.head(observation.requests), describe(slo_file.workload)),
             nodes=_nodes(problem),
             reproduction=_reproduction(slo_file, problem),

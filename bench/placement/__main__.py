@@ -40,7 +40,7 @@ from tandem.placement.search.kinds import phase_kind
 from tandem.placement.search.mapper import Mapper, local_mapper
 from tandem.placement.search.predict import Predictor
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.trial import scaled_down
+from tandem.placement.search.trial import find_max_rate, scaled_down
 
 PARTS = ("distserve", "gpus", "requests", "rate")
 _AIM = 100  # times faster than DistServe's search
@@ -139,7 +139,9 @@ def _evaluate(
     """Of the whole deployment if it is small, else of a small one with the same proportions."""
     trial = scaled_down(deployment)
     scale = predictor.goodput(deployment) / predictor.goodput(trial)
-    measured = measure_goodput(problem, trial, predictor.goodput(trial), mapper, separate_nodes=trial != deployment)
+    separate_nodes = trial != deployment
+    rate = find_max_rate(problem, trial, predictor.goodput(trial), 0.0, mapper, separate_nodes=separate_nodes).rate
+    measured = measure_goodput(problem, trial, rate, mapper, separate_nodes=separate_nodes)
     per_device = scale / deployment.num_devices
     low, high = measured.goodput_ci
     return DeploymentGoodput(
@@ -169,7 +171,8 @@ def _distserve(mapper: Mapper) -> list[SearchRow]:
         ours = _evaluate(problem, result.chosen.deployment, result.space.predictor, mapper)
         deployment = _distserve_deployment(known, problem)
         guess = ours.goodput * deployment.num_devices
-        measured = measure_goodput(problem, deployment, guess, mapper, separate_nodes=False)
+        rate = find_max_rate(problem, deployment, guess, 0.0, mapper).rate
+        measured = measure_goodput(problem, deployment, rate, mapper, separate_nodes=False)
         low, high = (end / deployment.num_devices for end in measured.goodput_ci)
         distserve_found = DeploymentGoodput(
             str(deployment), deployment.num_devices, measured.goodput / deployment.num_devices, (low, high)

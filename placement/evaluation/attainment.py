@@ -112,6 +112,12 @@ def evaluate(result: SimulationResult, classes: Sequence[SloClass], *, transient
     )
 
 
+def targets_met(result: SimulationResult, classes: Sequence[SloClass]) -> npt.NDArray[np.bool_]:
+    """Whether each request met both targets of its class."""
+    met: npt.NDArray[np.bool_] = _budget_use(result, classes) <= 1.0
+    return met
+
+
 def deadlines_s(requests: RequestStream, classes: Sequence[SloClass]) -> Floats:
     """The latest finish of each request that meets both targets of its class."""
     ttft_s = np.array([slo.ttft_s for slo in classes])[requests.slo_class]

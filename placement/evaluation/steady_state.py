@@ -49,6 +49,17 @@ def share_interval(hits: npt.NDArray[np.bool_], series: Floats, level: float) ->
     return _wilson(float(hits.mean()), len(hits) / _correlation_factor(_slowest(series, level)))
 
 
+def difference_interval(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> Interval:
+    """95 % interval of the share of hits in `first` minus that in `second`, for two runs of the same requests:
+    Student's t over 20 batch means of the paired differences. (-1, 1) for fewer than 40 requests."""
+    if len(first) < 2 * _BATCHES:
+        return -1.0, 1.0
+    differences = first.astype(np.float64) - second
+    half = _T_95 * float(_batch_means(differences).std(ddof=1)) / math.sqrt(_BATCHES)
+    mean = float(differences.mean())
+    return mean - half, mean + half
+
+
 def is_drifting(series: Floats) -> bool:
     """Whether a series, in units of its limit, keeps growing: the straight line through the means of 20 batches rises
     by more than 0.25 over the run, the slope is significant (t > 4), and the line exceeds 1 at twice the length of the

@@ -1,42 +1,28 @@
 """The list of candidates in a report: the chosen deployment, and the rejected ones with reasons."""
 
-from collections.abc import Iterable
+from dataclasses import replace
 
 from tandem.placement.evidence import PlanCandidate
 from tandem.placement.search.best_first import EvaluatedDeployment
 from tandem.placement.search.candidate import CandidateDeployment
-from tandem.placement.search.kinds import InstanceKind, Kinds
+from tandem.placement.search.final_comparison import Alternative, FinalComparison
+from tandem.placement.search.kinds import Kinds
 from tandem.placement.search.limits import KindLimits
 from tandem.placement.search.problem import Problem
 from tandem.placement.search.space import SearchSpace
 
-_MAX_REJECTED = 24
 
-
-def list_candidates(
-    space: SearchSpace, chosen: EvaluatedDeployment, goodput: float, others: Iterable[EvaluatedDeployment]
-) -> tuple[PlanCandidate, ...]:
-    """The chosen deployment, the best rejected deployment of each combination of kinds in falling goodput per device,
-    and the shapes that cannot meet the targets."""
-    problem = space.problem
-    best: dict[tuple[InstanceKind, ...], EvaluatedDeployment] = {}
-    for evaluated in others:
-        kinds = tuple(group.kind for group in evaluated.deployment.groups)
-        if evaluated.deployment != chosen.deployment and (kinds not in best or _rank(evaluated) > _rank(best[kinds])):
-            best[kinds] = evaluated
+def list_candidates(space: SearchSpace, comparison: FinalComparison) -> tuple[PlanCandidate, ...]:
+    """The chosen deployment, its compared alternatives in falling goodput per device, and the shapes that cannot meet
+    the targets."""
+    problem, chosen = space.problem, comparison.chosen.candidate
     rejected = [
-        _rejected(problem, evaluated, _reason(space, evaluated, chosen, goodput)) for evaluated in best.values()
+        _candidate(problem, alternative.candidate, reason=_reason(space, alternative, comparison))
+        for alternative in comparison.alternatives
     ]
     rejected.sort(key=lambda candidate: (-(candidate.goodput_per_device or 0.0), candidate.description))
-    first = PlanCandidate(
-        str(chosen.deployment),
-        chosen.deployment.layout,
-        chosen.deployment.num_devices,
-        goodput=goodput,
-        cost_per_hour=problem.cluster.price_per_hour(chosen.deployment.devices),
-        chosen=True,
-    )
-    return (first, *rejected[:_MAX_REJECTED], *rejected_shapes(space.kinds, space.limits))
+    first = replace(_candidate(problem, chosen), goodput=comparison.goodput, chosen=True)
+    return (first, *rejected, *rejected_shapes(space.kinds, space.limits))
 
 
 def rejected_shapes(kinds: Kinds, limits: KindLimits) -> tuple[PlanCandidate, ...]:
@@ -71,11 +57,7 @@ def bottleneck(space: SearchSpace, deployment: CandidateDeployment) -> str:
     return f"{lowest} ({limits[lowest][0][1]})"
 
 
-def _rank(evaluated: EvaluatedDeployment) -> tuple[float, float]:
-    return (evaluated.goodput or 0.0, evaluated.predicted)
-
-
-def _rejected(problem: Problem, evaluated: EvaluatedDeployment, reason: str) -> PlanCandidate:
+def _candidate(problem: Problem, evaluated: EvaluatedDeployment, reason: str = "") -> PlanCandidate:
     deployment = evaluated.deployment
     return PlanCandidate(
         str(deployment),
@@ -87,13 +69,18 @@ def _rejected(problem: Problem, evaluated: EvaluatedDeployment, reason: str) -> 
     )
 
 
-def _reason(space: SearchSpace, evaluated: EvaluatedDeployment, chosen: EvaluatedDeployment, goodput: float) -> str:
+def _reason(space: SearchSpace, alternative: Alternative, comparison: FinalComparison) -> str:
+    evaluated, chosen = alternative.candidate, comparison.chosen.candidate
     bound = f"the bottleneck is {bottleneck(space, evaluated.deployment)}"
-    if evaluated.goodput:
-        if evaluated.goodput >= goodput:
-            is_larger = evaluated.deployment.num_devices > chosen.deployment.num_devices
-            return "needs more devices for the same goodput" if is_larger else "had a lower predicted goodput"
-        return f"{1 - evaluated.goodput / goodput:.0%} less goodput: {bound}"
-    if evaluated.goodput == 0.0:
+    if not evaluated.goodput:
         return f"misses its targets at the rate of the chosen deployment: {bound}"
-    return f"predicted goodput at most {evaluated.predicted:.3g} req/s: {bound}"
+    if evaluated.goodput >= comparison.goodput and evaluated.deployment.num_devices > chosen.deployment.num_devices:
+        return "needs more devices for the same goodput"
+    if alternative.is_equal and alternative.difference is not None:
+        low, high = alternative.difference
+        requests = comparison.problem.section.requests
+        return (
+            f"as good as the chosen one: at the same rate {100 * -high:+.1f} to {100 * -low:+.1f} points of attainment "
+            f"(95 %, {requests:,} equal requests)"
+        )
+    return f"{1 - evaluated.goodput / comparison.goodput:.0%} less goodput: {bound}"

@@ -17,7 +17,7 @@ from tandem.placement.search.trial import RATE_RATIO, evaluate_at, simulate_at
 from tandem.placement.simulator.result import SimulationResult
 
 _FACTORS = (0.3, 0.6, 0.8, 0.9, 1 / RATE_RATIO, 1.0, RATE_RATIO, 1.1, 1.2, 1.5)
-_MAX_STEPS = 24
+_MAX_STEPS = 6
 _SAMPLE = 2000
 
 
@@ -31,8 +31,7 @@ class EvaluatedRate:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredGoodput:
-    """Rates and goodput of `deployment` as simulated. `goodput` is 0 if no tested rate meets the targets.
-    `evaluated_rates` ascend."""
+    """Rates and goodput of `deployment` as simulated. `evaluated_rates` ascend."""
 
     deployment: CandidateDeployment
     goodput: float
@@ -51,28 +50,25 @@ class Observation:
 
 
 def measure_goodput(
-    problem: Problem, deployment: CandidateDeployment, guess: float, mapper: Mapper, *, separate_nodes: bool
+    problem: Problem, deployment: CandidateDeployment, goodput: float, mapper: Mapper, *, separate_nodes: bool
 ) -> MeasuredGoodput:
-    """Simulates rates around `guess` in parallel, then further rates until adjacent ones bracket the goodput."""
+    """Simulates rates around `goodput`, a result of `find_max_rate`, and further rates until the attainment is
+    certainly kept at the lowest and certainly missed at the highest; a few rates at most."""
+    assert goodput > 0
 
     def evaluate_rates(rates: Sequence[float]) -> list[EvaluatedRate]:
         evaluations = mapper(partial(evaluate_at, problem, deployment, separate_nodes), rates)
         return [EvaluatedRate(rate, evaluation) for rate, evaluation in zip(rates, evaluations, strict=True)]
 
-    evaluated = evaluate_rates([guess * factor for factor in _FACTORS])
+    evaluated = evaluate_rates([goodput * factor for factor in _FACTORS])
     for _ in range(_MAX_STEPS):
-        low, high = _bracket(evaluated)
-        if low == 0:
-            missing = min(point.rate for point in evaluated) / RATE_RATIO**4
-        elif high == np.inf:
-            missing = max(point.rate for point in evaluated) * RATE_RATIO**2
-        elif high / low > RATE_RATIO * 1.01:
-            missing = low * RATE_RATIO
+        if _surplus(evaluated[0], 0) < 0:
+            evaluated = [*evaluate_rates([evaluated[0].rate / 2]), *evaluated]
+        elif _surplus(evaluated[-1], 1) >= 0:
+            evaluated += evaluate_rates([evaluated[-1].rate * 1.5])
         else:
             break
-        evaluated = sorted([*evaluated, *evaluate_rates([missing])], key=lambda point: point.rate)
-    low, high = _bracket(evaluated)
-    return MeasuredGoodput(deployment, low, _rate_interval(evaluated, low, high), tuple(evaluated))
+    return MeasuredGoodput(deployment, goodput, _rate_interval(evaluated, goodput), tuple(evaluated))
 
 
 def observe(problem: Problem, deployment: CandidateDeployment, separate_nodes: bool, rate: float) -> Observation:
@@ -98,22 +94,19 @@ def class_attainments(measured: MeasuredGoodput, classes: Sequence[SloClass]) ->
             )
             for rate, result in results
         )
-        knee = max((rate for rate, result in results if result.margin >= 0), default=None)
+        knee = max((rate for rate, result in results if rate <= measured.goodput and result.margin >= 0), default=None)
         attainments.append(ClassAttainment(slo, points, knee))
     return tuple(attainments)
 
 
-def _bracket(evaluated: Sequence[EvaluatedRate]) -> tuple[float, float]:
-    """The highest rate below all failures, and the lowest rate that fails; 0 and infinity if there is none."""
-    high = min((point.rate for point in evaluated if not point.evaluation.meets), default=np.inf)
-    return max((point.rate for point in evaluated if point.rate < high), default=0.0), float(high)
-
-
-def _rate_interval(evaluated: Sequence[EvaluatedRate], low: float, high: float) -> tuple[float, float]:
-    """The rates between which the 95 % interval of the attainment contains the required attainment."""
-    certain = max((point.rate for point in evaluated if point.rate <= low and _surplus(point, 0) >= 0), default=0.0)
-    possible = min((point.rate for point in evaluated if point.rate >= high and _surplus(point, 1) < 0), default=high)
-    return certain, possible
+def _rate_interval(evaluated: Sequence[EvaluatedRate], goodput: float) -> tuple[float, float]:
+    """The rates between which the 95 % interval of the attainment contains the required attainment; 0 or infinity if
+    no simulated rate certainly meets or misses it."""
+    certain = max((point.rate for point in evaluated if point.rate <= goodput and _surplus(point, 0) >= 0), default=0.0)
+    possible = min(
+        (point.rate for point in evaluated if point.rate > goodput and _surplus(point, 1) < 0), default=np.inf
+    )
+    return certain, float(possible)
 
 
 def _surplus(point: EvaluatedRate, end: int) -> float:

@@ -1,0 +1,133 @@
+"""No listed alternative simulates better than the chosen deployment, whatever the problem: a few, and 60 with `make
+test-slow`."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tandem.core.slo import SloClass
+from tandem.core.slo_file import NodeSection
+from tandem.placement.evaluation.steady_state import difference_interval
+from tandem.placement.planner import search
+from tandem.placement.search.best_first import EvaluatedDeployment
+from tandem.placement.search.candidate import CandidateDeployment
+from tandem.placement.search.candidate_list import list_candidates
+from tandem.placement.search.final_comparison import FinalComparison, compare_finalists
+from tandem.placement.search.mapper import SerialMapper
+from tandem.placement.search.problem import Problem
+from tandem.placement.search.space import SearchSpace
+from tandem.placement.search.trial import find_max_rate, simulate_at
+from tests.placement.search.problems import H100, ToySource, problem
+
+FEW = settings(max_examples=4, derandomize=True, database=None, deadline=None)
+MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PROBLEMS = st.builds(
+    lambda devices, more, slo, tokens, layouts, rate: problem(
+        devices,
+        slo=slo,
+        more=[NodeSection(device=H100, devices=more)] if more else [],
+        source=ToySource(tokens),
+        layouts=layouts,
+        rate=rate,
+    ),
+    devices=st.integers(2, 5),
+    more=st.integers(0, 2),
+    slo=st.builds(
+        lambda ttft_s, tpot_s, attainment: SloClass(ttft_s=ttft_s, tpot_s=tpot_s, attainment=attainment),
+        st.sampled_from([0.1, 0.2, 0.3, 0.5]),
+        st.sampled_from([0.015, 0.02, 0.03, 0.05]),
+        st.sampled_from([0.8, 0.9, 0.95, 0.99]),
+    ),
+    tokens=st.sampled_from([5_000, 15_000, 40_000]),
+    layouts=st.sampled_from([("disaggregated", "colocated"), ("disaggregated", "colocated", "mixed"), ("colocated",)]),
+    rate=st.sampled_from([None, None, None, 5.0, 20.0]),
+)
+
+
+def compared(question: Problem) -> tuple[SearchSpace, FinalComparison] | None:
+    answer = search(question, SerialMapper(), lambda share, text: None)
+    if answer.chosen is None:
+        return None
+    evaluated = answer.search.evaluated
+    return answer.space, compare_finalists(answer.space, evaluated, answer.chosen, SerialMapper(), lambda _, __: None)
+
+
+def check(question: Problem) -> None:
+    if (result := compared(question)) is None:
+        return
+    space, comparison = result
+    final, chosen = comparison.problem, comparison.chosen
+    _, evaluation = simulate_at(final, chosen.simulated, comparison.rate)
+    assert evaluation.meets
+    listed = list_candidates(space, comparison)
+    assert [candidate.description for candidate in listed if candidate.chosen] == [str(chosen.candidate.deployment)]
+    is_cheapest = question.cheapest and comparison.goodput >= (question.rate or 0.0)
+    for alternative in comparison.alternatives:
+        deployment = alternative.candidate.deployment
+        if is_cheapest:
+            if question.price_per_hour(deployment.devices) < question.price_per_hour(
+                chosen.candidate.deployment.devices
+            ):
+                assert question.rate is not None
+                assert not simulate_at(final, deployment, question.rate)[1].meets
+        else:
+            assert (alternative.candidate.goodput or 0.0) <= comparison.goodput
+            assert find_max_rate(final, deployment, comparison.goodput, comparison.goodput).rate == 0.0
+
+
+@FEW
+@given(question=PROBLEMS)
+def test_no_listed_alternative_simulates_better(question: Problem) -> None:
+    check(question)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@MANY
+@given(question=PROBLEMS)
+def test_no_listed_alternative_of_many_problems_simulates_better(question: Problem) -> None:
+    check(question)
+
+
+def test_a_better_deployment_that_the_search_passed_over_is_chosen() -> None:
+    question = problem(4, layouts=("disaggregated", "colocated"))
+    answer = search(question, SerialMapper(), lambda share, text: None)
+    assert answer.chosen is not None
+    others = [one for one in answer.search.evaluated if one.deployment != answer.chosen.deployment]
+    worse = max(others, key=lambda one: (one.deployment.layout == "colocated", one.predicted))
+    comparison = compare_finalists(
+        answer.space, [*others, answer.chosen], worse, SerialMapper(), lambda share, text: None
+    )
+    assert comparison.chosen.candidate.deployment == answer.chosen.deployment
+    (listed,) = (one for one in comparison.alternatives if one.candidate.deployment == worse.deployment)
+    assert (listed.candidate.goodput or 0.0) < comparison.goodput
+
+
+def test_what_cannot_be_told_apart_is_said_to_be_equal() -> None:
+    """Two names for one deployment: the order of equal groups."""
+    question = problem(4, max_tp=1)
+    answer = search(question, SerialMapper(), lambda share, text: None)
+    assert answer.chosen is not None
+    chosen = answer.chosen
+    twin = EvaluatedDeployment(
+        CandidateDeployment(chosen.deployment.groups[::-1]), chosen.predicted, chosen.bound, chosen.goodput
+    )
+    comparison = compare_finalists(answer.space, [twin], chosen, SerialMapper(), lambda share, text: None)
+    (alternative,) = comparison.alternatives
+    assert alternative.is_equal
+    assert comparison.problem.section.requests == 4 * question.section.requests, "longer runs were tried"
+    (_, listed, *_) = list_candidates(answer.space, comparison)
+    assert listed.reason.startswith("as good as the chosen one: at the same rate +0.0 to +0.0 points of attainment")
+
+
+def test_the_difference_of_paired_runs_is_narrower_than_that_of_separate_ones() -> None:
+    rng = np.random.default_rng(0)
+    bursts = np.repeat(rng.random(100) < 0.8, 20)
+    first = bursts & (rng.random(2000) < 0.99)
+    second = first & (rng.random(2000) < 0.97)
+    low, high = difference_interval(first, second)
+    assert 0 < low < first.mean() - second.mean() < high < 0.04
+    unpaired = difference_interval(first, np.roll(second, 700))
+    assert unpaired[0] < 0 < unpaired[1]
+    assert difference_interval(first[:30], second[:30]) == (-1.0, 1.0)
