@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,13 +15,14 @@ from tandem.cli.output import print_error, print_line, print_rich, show_progress
 from tandem.cli.signals import signals_interrupt
 from tandem.core.config_file import apply_overrides, load_config
 from tandem.core.errors import ConfigError
-from tandem.core.plan import Plan
+from tandem.core.plan import ExpectedWindow, Plan
 from tandem.core.slo_file import SloFile
 from tandem.deploy.machine import this_machine
 from tandem.deploy.plan_serving import serve_config_of
 from tandem.deploy.ray_mapper import ray_mapper
 from tandem.placement.costs.hardware import devices
 from tandem.placement.costs.models import published_models
+from tandem.placement.evaluation.summary import window_rows
 from tandem.placement.evidence import Planned
 from tandem.placement.report import formatting, write_plan, write_report
 from tandem.placement.report.formatting import number
@@ -136,6 +137,7 @@ def describe(planned: Planned) -> list[RenderableType]:
                 f"at {formatting.rate(expected.rate)}, class {slo_class.slo.name}: {share} meet both targets "
                 f"(95 %: {interval}; required {formatting.percent(slo_class.slo.attainment)})"
             )
+        parts += _workload_parts(planned)
         bounds = [f"{formatting.TERM_NAMES.get(bound, bound)} in {role}" for role, bound in expected.bounds.items()]
         parts += [f"a step is mostly {', '.join(bounds)}"] if bounds else []
         parts += [f"cost: {number(expected.cost_per_hour)} USD per hour"] if expected.cost_per_hour else []
@@ -148,6 +150,31 @@ def describe(planned: Planned) -> list[RenderableType]:
         for rejected in formatting.best_rejected(planned, _NUM_REJECTED)
     ]
     return [*parts, "", "the best that were rejected:", table(["", "", ""], rows)] if rows else parts
+
+
+def _workload_parts(planned: Planned) -> list[RenderableType]:
+    """What the plan says about the workload: caches, windows of a trace, requests that are left out."""
+    expected, workload = planned.plan.expected, planned.evidence.workload
+    parts: list[RenderableType] = [f"note: {note}" for note in workload.notes]
+    if expected is None:
+        return parts
+    if expected.cached_share is not None:
+        parts.append(f"{formatting.percent(expected.cached_share)} of the prompt tokens are found in a prefix cache")
+    if expected.windows:
+        windows = formatting.plural(len(expected.windows), "window")
+        parts.append(
+            f"{windows} of the trace, with {formatting.percent(workload.simulated_share)} of its requests, were "
+            f"simulated; the targets are met in {formatting.percent(_met_share(expected.windows))} of the time "
+            f"(workload.cover: {formatting.percent(workload.cover)})"
+        )
+    if len(expected.windows) > 1:
+        header, *rows = window_rows(expected.windows)
+        parts += ["", table(header, [[*row] for row in rows]), ""]
+    return parts
+
+
+def _met_share(windows: Sequence[ExpectedWindow]) -> float:
+    return min(1.0, sum(window.time_share for window in windows if window.meets))
 
 
 def _check_outputs(file: Path, output: Path, report: Path | None) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tandem.cli.common import writing
-from tandem.cli.output import print_line, show_progress
+from tandem.cli.output import print_error, print_line, show_progress
 from tandem.cli.serve_file import FileKind, kind_of
 from tandem.cli.version import installed_version
 from tandem.core.config_file import load_config
@@ -27,8 +27,8 @@ from tandem.placement.simulator.deployment import Deployment, Failure
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.description import describe
 from tandem.placement.workload.requests import RequestStream
-from tandem.placement.workload.streams import make_stream
-from tandem.placement.workload.traces import load_trace
+from tandem.placement.workload.streams import make_stream, trace_requests
+from tandem.placement.workload.windows import Window, windowed
 
 EPILOG = """\
 examples:
@@ -40,6 +40,9 @@ examples:
   tandem simulate plan.yaml --report run.html --json run.json
 
 A trace has the columns arrival_s, prompt_tokens, output_tokens and, optionally, slo_class.
+
+A trace is simulated whole, and judged in windows of time, of which the worst decides (or workload.cover of the SLO
+file). Requests that the server would refuse are counted and left out.
 
 Numbers are of the steady state: requests that come while the cluster fills and empties are left out. A run in which
 queues grow from end to end is called overloaded, however many requests meet their targets. The same seed gives the
@@ -68,7 +71,9 @@ def run(
     ] = None,
     requests: Annotated[
         int | None,
-        typer.Option(min=1, help="number of requests (default: the plan's, or search.requests of the SLO file)"),
+        typer.Option(
+            min=1, help="number of requests (default: the plan's, or search.requests of the SLO file; all of a trace)"
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of arrivals and lengths (default: the SLO file's)")] = None,
     failures: Annotated[
@@ -100,13 +105,22 @@ def run(
     if trace is not None:
         slo = slo.model_copy(update={"workload": WorkloadSection(trace=trace)})
     seed = slo.search.seed if seed is None else seed
-    count = requests or _default_count(plan, slo)
-    rate = rate or _default_rate(plan_path, plan, slo, count)
-    stream = make_stream(slo.workload, slo.slo, count=count, rate=rate, seed=seed).scaled_to(rate)
     model, cluster = model_shape(plan.model), Cluster.of(slo.cluster)
+    windows: tuple[Window, ...] = ()
+    if slo.workload.trace is not None:
+        whole = trace_requests(slo.workload, slo.slo, seed=seed, max_context_tokens=model.max_context_tokens)
+        for note in whole.notes:
+            print_error(f"note: {note}")
+        divided = windowed(whole.requests.head(requests or len(whole.requests)), slo.search.requests, whole=True)
+        stream, windows = divided.stream, divided.windows
+    else:
+        count = requests or _default_count(plan, slo)
+        stream = make_stream(slo.workload, slo.slo, count=count, rate=1.0, seed=seed)
+    rate = rate or _default_rate(plan_path, plan, slo, stream, is_own=trace is None)
+    stream = stream.scaled_to(rate)
     source = cost_source_of(slo, model)
     result = _simulate(deployment_of(plan, source, cluster, model, failures=failures), stream)
-    summary = summarise(result, slo.slo)
+    summary = summarise(result, slo.slo, windows, slo.workload.cover)
     print_line(render_text(summary))
     judged_from_s = float(stream.arrival_s[min(summary.evaluation.warm_up, len(stream) - 1)])
     for failure in failures:
@@ -140,16 +154,16 @@ def _default_count(plan: Plan, slo: SloFile) -> int:
     return slo.search.requests
 
 
-def _default_rate(plan_path: Path, plan: Plan, slo: SloFile, count: int) -> float:
-    """The trace's own rate, or that which the plan was made for, or that of the SLO file."""
+def _default_rate(plan_path: Path, plan: Plan, slo: SloFile, stream: RequestStream, *, is_own: bool) -> float:
+    """That which the plan was made for, or the trace's own, or that of the SLO file. `is_own`: the workload is that of
+    the plan."""
     workload = slo.workload
-    if workload.trace is not None:
-        rate = load_trace(workload.trace).head(count).rate
-        if rate == 0:
-            raise ConfigError(f"{workload.trace}: all requests arrive at once; give --rate R")
-        return rate
-    if plan.expected is not None:
+    if plan.expected is not None and is_own:
         return plan.expected.rate
+    if workload.trace is not None:
+        if stream.rate == 0:
+            raise ConfigError(f"{workload.trace}: all requests arrive at once; give --rate R")
+        return stream.rate
     if workload.rate != "max":
         return workload.rate
     raise ConfigError(f"neither {plan_path} nor its SLO file says how many requests come per second; give --rate R")

@@ -79,6 +79,22 @@ class ExpectedClass(FrozenModel):
     tpot_s: Quantiles
 
 
+class ExpectedWindow(FrozenModel):
+    """One window of a trace, [`begin_s`, `end_s`) since its first request, at the plan's rate. `attainment` is that of
+    the class with the smallest margin. Rates and lengths are those of the trace."""
+
+    begin_s: float
+    end_s: float
+    time_share: float = Field(description="Part of the trace's time that the window stands for")
+    rate: float = Field(description="Requests per second in the trace")
+    prompt_tokens: float = Field(description="Mean")
+    output_tokens: float = Field(description="Mean")
+    repeated_share: float = Field(description="Share of prompt tokens that repeat an earlier request")
+    attainment: float
+    attainment_ci: tuple[float, float]
+    meets: bool
+
+
 class Expected(FrozenModel):
     """Predicted behaviour in steady state. Goodput is the highest rate at which every class keeps its attainment."""
 
@@ -89,6 +105,12 @@ class Expected(FrozenModel):
     goodput_per_device: float
     cost_per_hour: float | None = Field(default=None, description="USD; none if a device has no known price")
     classes: tuple[ExpectedClass, ...]
+    cached_share: float | None = Field(
+        default=None, description="Share of the prompt tokens found in a prefix cache; none if no prefix is shared"
+    )
+    windows: tuple[ExpectedWindow, ...] = Field(
+        default=(), description="Of a trace; `classes` has the results of the window that decides"
+    )
     bounds: dict[str, str] = Field(default={}, description="Role -> the cost term that bounds its steps")
 
 

@@ -85,6 +85,12 @@ class WorkloadSection(FrozenModel):
     prompt_tokens: LengthSection | None = None
     output_tokens: LengthSection | None = None
     max_total_tokens: int | None = Field(default=None, ge=2, description="Longer requests are left out")
+    cover: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the time of a trace in whose windows the targets must be met; 1: in the worst one, too",
+    )
     length_scale: float = Field(default=1.0, gt=0, description="Multiplies all lengths, to fit a smaller model")
     arrivals: ArrivalSection = ArrivalSection()
     rate: Rate = Field(default="max", description="Requests per second, or max: the highest rate within the SLO")

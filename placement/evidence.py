@@ -121,7 +121,9 @@ class ErrorBudget:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSummary:
-    """The requests of the simulations. Samples of lengths, at most a few thousand, in any order."""
+    """The requests of the simulations. Samples of lengths, at most a few thousand, in any order. Of a trace:
+    `simulated_share` of its requests, `cover` as in the SLO file, and `notes`, sentences about requests that are left
+    out."""
 
     source: str  # e.g. "data set sharegpt, Poisson arrivals"
     num_requests: int
@@ -129,6 +131,9 @@ class WorkloadSummary:
     output_tokens: tuple[int, ...]  # the first token included
     arrival_cv: float = 1.0  # coefficient of variation of the times between arrivals
     shared_prefix_share: float = 0.0  # of all prompt tokens
+    simulated_share: float = 1.0
+    cover: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

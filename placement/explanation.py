@@ -13,6 +13,7 @@ from functools import partial
 from tandem.core.config_file import dump_config
 from tandem.core.plan import Alternative, Expected, Plan
 from tandem.core.slo_file import SloFile
+from tandem.placement.evaluation.attainment import deciding_window, expected_windows
 from tandem.placement.evaluation.goodput import find_goodput
 from tandem.placement.evidence import (
     ErrorBudget,
@@ -21,8 +22,9 @@ from tandem.placement.evidence import (
     PlanEvidence,
     Planned,
     Reproduction,
+    WorkloadSummary,
 )
-from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress, SearchResult
+from tandem.placement.search.best_first import ReportProgress
 from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.candidate_list import bottleneck, list_candidates, rejected_shapes
 from tandem.placement.search.chosen_deployment import (
@@ -32,15 +34,14 @@ from tandem.placement.search.chosen_deployment import (
     measure_goodput,
     observe,
 )
-from tandem.placement.search.final_comparison import compare_finalists
+from tandem.placement.search.final_comparison import FinalComparison
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.problem import Problem
 from tandem.placement.search.sensitivity import predicted_goodput, sensitivity_of
 from tandem.placement.search.space import SearchSpace
-from tandem.placement.search.trial import plan_of, simulate_requests
+from tandem.placement.search.trial import evaluate_at, plan_of, simulate_requests
 from tandem.placement.workload.description import describe, summary_of
 
-_COMPARISON_SHARE = 0.5  # approximate share of the final comparison in the time
 _ALTERNATIVES = 8
 _TRANSIENT_REQUESTS = 300  # as in DistServe's simulator
 
@@ -48,8 +49,8 @@ _TRANSIENT_REQUESTS = 300  # as in DistServe's simulator
 def explain(
     slo_file: SloFile,
     space: SearchSpace,
-    result: SearchResult,
-    chosen: EvaluatedDeployment,
+    comparison: FinalComparison,
+    num_simulations: int,
     mapper: Mapper,
     report: ReportProgress,
     *,
@@ -57,20 +58,23 @@ def explain(
 ) -> Planned:
     """The plan of the chosen deployment with its evidence. `met`: `space` belongs to the problem of the SLO file;
     otherwise to the nearest feasible problem."""
-    comparison = compare_finalists(
-        space, result.evaluated, chosen, mapper, lambda share, text: report(_COMPARISON_SHARE * share, text)
-    )
     problem, deployment = comparison.problem, comparison.chosen.candidate.deployment
     simulated, is_scaled, scale = comparison.chosen.simulated, comparison.chosen.is_scaled, comparison.chosen.scale
-    report(_COMPARISON_SHARE, "simulating the chosen deployment at several rates")
+    report(0.0, "simulating the chosen deployment at several rates")
     measured = measure_goodput(problem, simulated, comparison.rate, mapper, separate_nodes=is_scaled)
     goodput = comparison.goodput
-    met = met and (problem.rate is None or max(goodput, chosen.goodput or 0.0) >= problem.rate)
+    met = met and (
+        problem.rate is None
+        or goodput >= problem.rate
+        or evaluate_at(problem, simulated, is_scaled, problem.rate / scale).meets
+    )
     rate = problem.rate if problem.rate is not None and met else goodput
-    report(0.7, "simulating the chosen deployment at its rate")
+    report(0.4, "simulating the chosen deployment at its rate")
     observation = observe(problem, simulated, is_scaled, rate / scale if rate != goodput else comparison.rate)
-    report(0.8, "simulating other lengths and targets")
-    points = sensitivity_of(space.problem, measured, rate / scale, mapper, separate_nodes=is_scaled)
+    report(0.6, "simulating other lengths and targets")
+    deciding = deciding_window(problem.windows, observation.evaluation) if problem.windows else None
+    varied = space.problem if deciding is None else problem.of_window(deciding)
+    points = sensitivity_of(varied, measured, rate / scale, mapper, separate_nodes=is_scaled)
     interval = measured.goodput_ci[0] * scale, measured.goodput_ci[1] * scale
     candidates = _with_interval(list_candidates(space, comparison), interval)
     expected = Expected(
@@ -81,6 +85,8 @@ def explain(
         goodput_per_device=goodput / deployment.num_devices,
         cost_per_hour=problem.cluster.price_per_hour(deployment.devices),
         classes=tuple(of_class.expected() for of_class in observation.evaluation.classes),
+        cached_share=observation.cached_share if (problem.requests.prefix_group >= 0).any() else None,
+        windows=expected_windows(problem.windows, observation.evaluation),
         bounds={bound.role: bound.bound for bound in observation.bounds},
     )
     nearest = "" if met else _nearest(slo_file, problem, goodput)
@@ -116,9 +122,9 @@ def explain(
                 observation,
                 deployment,
                 scale,
-                result.num_simulations + comparison.num_simulations,
+                num_simulations + comparison.num_simulations,
             ),
-            workload=summary_of(problem.requests.head(observation.requests), describe(slo_file.workload)),
+            workload=_workload(slo_file, problem, observation.requests),
             nodes=_nodes(problem),
             reproduction=_reproduction(slo_file, problem),
             nearest=nearest,
@@ -142,7 +148,7 @@ def explain_infeasible(slo_file: SloFile, space: SearchSpace) -> Planned:
             bounds=(),
             sensitivity=(),
             error=ErrorBudget(model_error=problem.source.error),
-            workload=summary_of(problem.requests.head(problem.section.requests), describe(slo_file.workload)),
+            workload=_workload(slo_file, problem, problem.section.requests),
             nodes=_nodes(problem),
             reproduction=_reproduction(slo_file, problem),
             nearest=nearest,
@@ -214,7 +220,7 @@ def _error(
         model_error=error,
         goodput_if_slower=slower,
         goodput_if_faster=faster,
-        transient_goodput=_transient_goodput(problem, measured) * scale,
+        transient_goodput=None if problem.windows else _transient_goodput(problem, measured) * scale,
         requests_per_simulation=observation.requests,
         warm_up_requests=observation.evaluation.warm_up,
         simulations=simulations,
@@ -234,6 +240,11 @@ def _transient_goodput(problem: Problem, measured: MeasuredGoodput) -> float:
         tolerance=0.1,
         transient=True,
     )
+
+
+def _workload(slo_file: SloFile, problem: Problem, count: int) -> WorkloadSummary:
+    summary = summary_of(problem.requests.head(count), describe(slo_file.workload))
+    return replace(summary, simulated_share=problem.simulated_share, cover=problem.cover, notes=problem.notes)
 
 
 def _nodes(problem: Problem) -> tuple[NodeSummary, ...]:

@@ -5,26 +5,35 @@ for the figures of the plan and their error.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from tandem.core.slo_file import SloFile
 from tandem.placement.cluster import Cluster
 from tandem.placement.costs.cost_source import CostSource
 from tandem.placement.costs.models import model_shape
 from tandem.placement.costs.sources import cost_source_of
+from tandem.placement.evaluation.attainment import deciding_window
 from tandem.placement.evidence import Planned
 from tandem.placement.explanation import explain, explain_infeasible
 from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress, SearchResult, find_best
 from tandem.placement.search.cheapest import find_cheapest
+from tandem.placement.search.final_comparison import FinalComparison, compare_finalists
 from tandem.placement.search.mapper import Mapper, local_mapper
 from tandem.placement.search.nearest_feasible import nearest_feasible
+from tandem.placement.search.predict import limit_of_nodes
 from tandem.placement.search.problem import Problem, without_cached
 from tandem.placement.search.space import SearchSpace, search_space
+from tandem.placement.search.trial import RATE_RATIO, evaluate_at
 from tandem.placement.search.trim import trimmed
-from tandem.placement.workload.streams import make_stream
+from tandem.placement.workload.streams import make_stream, trace_requests
+from tandem.placement.workload.windows import Window, windowed
 
 _SPARE_REQUESTS = 8  # ratio to `search.requests`, for runs that need more requests for a steady state
-_SEARCH_SHARE = 0.6  # approximate share of the search in the planner's time
+_COMPARED_SHARE = 0.7  # approximate share of search and comparison in the planner's time
+_SEARCH_SHARE = 0.5  # approximate share of the search in that
+_MAX_SEARCHES = 2  # for windows of a trace
+_CLOSE = 0.95  # ratio of the goodput of all windows to that of the searched one from which one search is enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +64,112 @@ def plan(
     report = progress or _silent
     problem = problem_of(slo_file, source)
     with nullcontext(mapper) if mapper is not None else local_mapper(workers) as spread:
-        result = search(problem, spread, lambda share, text: report(_SEARCH_SHARE * share, text))
-        if result.chosen is None:
+        result, comparison = search_and_compare(
+            problem, spread, lambda share, text: report(_COMPARED_SHARE * share, text)
+        )
+        if comparison is None:
             return explain_infeasible(slo_file, result.space)
         planned = explain(
             slo_file,
             result.space,
-            result.search,
-            result.chosen,
+            comparison,
+            result.search.num_simulations,
             spread,
-            lambda share, text: report(_SEARCH_SHARE + (1 - _SEARCH_SHARE) * share, text),
+            lambda share, text: report(_COMPARED_SHARE + (1 - _COMPARED_SHARE) * share, text),
             met=result.met,
         )
     report(1.0, "done")
     return planned
 
 
+def search_and_compare(
+    problem: Problem, mapper: Mapper, report: ReportProgress
+) -> tuple[PlanResult, FinalComparison | None]:
+    """The result of the search and the comparison of its best deployments; None if there is no deployment.
+
+    For a trace the search is for one window, the comparison for all. If another window then decides, and with much less
+    goodput, the search is repeated for that window.
+    """
+    if not problem.windows:
+        return _search_one(problem, problem, mapper, report)
+    best: tuple[PlanResult, FinalComparison | None] | None = None
+    tried: list[Window] = []
+    window = _heaviest(problem, mapper)
+    while True:
+        begin = len(tried) / _MAX_SEARCHES
+        tried.append(window)
+        result, comparison = _search_one(
+            problem.of_window(window), problem, mapper, partial(_report_part, report, begin, 1 / _MAX_SEARCHES)
+        )
+        if comparison is None:
+            return best or (result, None)
+        if best is None or best[1] is None or comparison.goodput > best[1].goodput:
+            best = result, comparison
+        searched = 0.0 if result.chosen is None else result.chosen.goodput or 0.0
+        one, rate = comparison.chosen, comparison.rate * RATE_RATIO**2
+        evaluation = evaluate_at(comparison.problem, one.simulated, one.is_scaled, rate)
+        window = deciding_window(problem.windows, evaluation)
+        if len(tried) == _MAX_SEARCHES or window in tried or comparison.goodput > _CLOSE * searched:
+            return best
+
+
+def _search_one(
+    searched: Problem, whole: Problem, mapper: Mapper, report: ReportProgress
+) -> tuple[PlanResult, FinalComparison | None]:
+    """`searched` is `whole`, or one window of it."""
+    result = search(searched, mapper, partial(_report_part, report, 0.0, _SEARCH_SHARE))
+    chosen = result.chosen
+    if chosen is None:
+        return result, None
+    of_result = result.space.problem
+    problem = replace(of_result, requests=whole.requests, windows=whole.windows)
+    result = replace(result, space=replace(result.space, problem=problem))
+    comparison = compare_finalists(
+        result.space,
+        result.search.evaluated,
+        chosen,
+        mapper,
+        partial(_report_part, report, _SEARCH_SHARE, 1 - _SEARCH_SHARE),
+    )
+    return result, comparison
+
+
+def _heaviest(problem: Problem, mapper: Mapper) -> Window:
+    """The window that probably decides: of the windows by the rate that no deployment can exceed, the lowest last, the
+    one with which they have the share `cover` of the time."""
+    bounds = []
+    for window in problem.windows:
+        of_window = problem.of_window(window)
+        bounds.append(limit_of_nodes(problem.node_types, search_space(of_window, mapper).limits))
+    order = sorted(range(len(bounds)), key=lambda i: -bounds[i])
+    covered = 0.0
+    for i in order:
+        covered += problem.windows[i].time_share
+        if covered >= problem.cover - 1e-9:
+            return problem.windows[i]
+    return problem.windows[order[-1]]
+
+
+def _report_part(report: ReportProgress, begin: float, length: float, share: float, text: str) -> None:
+    report(begin + length * share, text)
+
+
 def problem_of(slo_file: SloFile, source: CostSource | None = None) -> Problem:
     """The problem of an SLO file, with generated requests. Raises ConfigError."""
     model = model_shape(slo_file.model)
     section, workload = slo_file.search, slo_file.workload
-    requests = make_stream(
-        workload, slo_file.slo, count=_SPARE_REQUESTS * section.requests, rate=1.0, seed=section.seed
-    )
+    windows: tuple[Window, ...] = ()
+    simulated_share = 1.0
+    notes: tuple[str, ...] = ()
+    if workload.trace is not None:
+        trace = trace_requests(workload, slo_file.slo, seed=section.seed, max_context_tokens=model.max_context_tokens)
+        divided = windowed(trace.requests, section.requests)
+        requests, windows, notes = divided.stream, divided.windows, trace.notes
+        simulated_share = divided.simulated_share
+    else:
+        requests = make_stream(
+            workload, slo_file.slo, count=_SPARE_REQUESTS * section.requests, rate=1.0, seed=section.seed
+        )
     return Problem(
         model=model,
         source=source or cost_source_of(slo_file, model),
@@ -88,6 +180,10 @@ def problem_of(slo_file: SloFile, source: CostSource | None = None) -> Problem:
         computed=without_cached(requests).head(section.requests),
         rate=None if workload.rate == "max" else workload.rate,
         cheapest=slo_file.objective == "cheapest",
+        windows=windows,
+        cover=workload.cover,
+        simulated_share=simulated_share,
+        notes=notes,
     )
 
 

@@ -1,17 +1,18 @@
 """Attainment: the share of each class's requests that met both targets in steady state."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from tandem.core.plan import ExpectedClass, Quantiles
+from tandem.core.plan import ExpectedClass, ExpectedWindow, Quantiles
 from tandem.core.slo import SloClass
 from tandem.core.timeline import Stage
 from tandem.placement.evaluation.steady_state import Interval, is_drifting, share_interval, warm_up_length
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import Floats, RequestStream
+from tandem.placement.workload.windows import Window
 
 _LOST_USE = 4.0  # latency, in units of its target, of a request that never finished; larger values are clipped to it
 _MAX_TAIL = 0.2
@@ -53,13 +54,15 @@ class ClassEvaluation:
 class Evaluation:
     """The first `warm_up` and the last `tail` requests are left out. `stable`: no queue grows over the run; a longer
     unstable run would miss its targets, whatever its attainment is now. `long_enough`: arrivals lasted at least three
-    times the 90th percentile of the time in the system; otherwise a steady state needs more requests."""
+    times the 90th percentile of the time in the system; otherwise a steady state needs more requests. `windows`: see
+    `evaluate_windows`."""
 
     classes: tuple[ClassEvaluation, ...]
     warm_up: int
     tail: int
     stable: bool
     long_enough: bool
+    windows: tuple["Evaluation", ...] = ()
 
     @property
     def meets(self) -> bool:
@@ -84,10 +87,7 @@ def evaluate(result: SimulationResult, classes: Sequence[SloClass], *, transient
     for a run in which all requests finished, looser targets never turn `meets` to false.
     """
     requests = result.requests
-    use = _budget_use(result, classes)
-    decided = np.ones(len(requests), dtype=np.bool_)  # requests whose result is known
-    if result.stopped_early:
-        decided = deadlines_s(requests, classes) <= result.end_s
+    decided = _decided(result, classes)
     counted = decided
     warm_up = tail = 0
     long_enough = stable = True
@@ -101,14 +101,105 @@ def evaluate(result: SimulationResult, classes: Sequence[SloClass], *, transient
         long_enough = bool(requests.duration_s >= 3 * p90_s)
         stable = not any(is_drifting(series[counted & ~np.isnan(series)]) for series in _budget_uses(result, classes))
     return Evaluation(
-        classes=tuple(
-            _evaluate_class(slo, result, use, counted & (requests.slo_class == index))
-            for index, slo in enumerate(classes)
-        ),
+        classes=_evaluate_classes(result, classes, counted),
         warm_up=warm_up,
         tail=tail,
         stable=stable and (transient or not result.stopped_early),
         long_enough=long_enough,
+    )
+
+
+def evaluate_windows(
+    result: SimulationResult, classes: Sequence[SloClass], windows: Sequence[Window], cover: float
+) -> Evaluation:
+    """The results of a run of the windows of a trace, one after the other: those of the window that decides, with all
+    windows in `windows`. The windows are sorted, the best first; the one with which they have the share `cover` of the
+    time decides. So the targets are met if they are met in windows that have this share of the time.
+
+    A window has no steady state of its own to be searched for: its bursts are part of it. Left out is what arrives
+    within its 90th percentile of the time in the system, when the requests of the window before are still there, at
+    most half; at the end of the last window, as by `evaluate`.
+    """
+    requests, decided, stay_s = result.requests, _decided(result, classes), _time_in_system(result)
+    budget_uses = _budget_uses(result, classes)
+    evaluations = []
+    for window in windows:
+        first, last = window.rows
+        rows = np.zeros(len(requests), dtype=np.bool_)
+        rows[first:last] = decided[first:last]
+        warm_up = tail = 0
+        long_enough = True
+        if rows.any():
+            arrival_s = requests.arrival_s[first:last]
+            p50_s, p90_s = np.quantile(stay_s[rows], (0.5, 0.9))
+            warm_up = min(int(np.searchsorted(arrival_s, arrival_s[0] + p90_s)), (last - first) // 2)
+            if last == len(requests) and not result.stopped_early:
+                tail = min(_tail(requests, float(p50_s)), int(_MAX_TAIL * (last - first)))
+            long_enough = bool(arrival_s[-1] - arrival_s[0] >= 3 * p90_s)
+            rows[first : first + warm_up] = False
+            rows[last - tail : last] = False
+        drifting = any(is_drifting(series[rows & ~np.isnan(series)]) for series in budget_uses)
+        evaluations.append(
+            Evaluation(
+                classes=_evaluate_classes(result, classes, rows),
+                warm_up=first + warm_up,
+                tail=len(requests) - last + tail,
+                stable=not drifting and not result.stopped_early,
+                long_enough=long_enough,
+            )
+        )
+    return replace(evaluations[_deciding(evaluations, windows, cover)], windows=tuple(evaluations))
+
+
+def expected_windows(windows: Sequence[Window], evaluation: Evaluation) -> tuple[ExpectedWindow, ...]:
+    """The results of `evaluate_windows` in the form of a plan."""
+    expected = []
+    for window, of_window in zip(windows, evaluation.windows, strict=True):
+        worst = min(of_window.classes, key=lambda of_class: of_class.margin)
+        expected.append(
+            ExpectedWindow(
+                begin_s=window.begin_s,
+                end_s=window.end_s,
+                time_share=window.time_share,
+                rate=window.rate,
+                prompt_tokens=window.prompt_tokens,
+                output_tokens=window.output_tokens,
+                repeated_share=window.repeated_share,
+                attainment=worst.attainment,
+                attainment_ci=worst.attainment_ci,
+                meets=of_window.meets,
+            )
+        )
+    return tuple(expected)
+
+
+def deciding_window(windows: Sequence[Window], evaluation: Evaluation) -> Window:
+    """The window whose results `evaluation`, of `evaluate_windows`, has."""
+    of_windows = [replace(of_window, windows=evaluation.windows) for of_window in evaluation.windows]
+    return windows[of_windows.index(evaluation)]
+
+
+def _deciding(evaluations: Sequence[Evaluation], windows: Sequence[Window], cover: float) -> int:
+    order = sorted(range(len(windows)), key=lambda i: (evaluations[i].meets, evaluations[i].margin), reverse=True)
+    covered = np.cumsum([windows[i].time_share for i in order])
+    return order[min(int(np.searchsorted(covered, cover - 1e-9)), len(order) - 1)]
+
+
+def _decided(result: SimulationResult, classes: Sequence[SloClass]) -> npt.NDArray[np.bool_]:
+    """Requests whose result is known."""
+    if not result.stopped_early:
+        return np.ones(len(result.requests), dtype=np.bool_)
+    decided: npt.NDArray[np.bool_] = deadlines_s(result.requests, classes) <= result.end_s
+    return decided
+
+
+def _evaluate_classes(
+    result: SimulationResult, classes: Sequence[SloClass], counted: npt.NDArray[np.bool_]
+) -> tuple[ClassEvaluation, ...]:
+    use = _budget_use(result, classes)
+    return tuple(
+        _evaluate_class(slo, result, use, counted & (result.requests.slo_class == index))
+        for index, slo in enumerate(classes)
     )
 
 

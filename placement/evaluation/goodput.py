@@ -10,6 +10,7 @@ from tandem.placement.evaluation.attainment import Evaluation, deadlines_s, eval
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.simulator.run import Progress
 from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.windows import Window
 
 _FACTOR = 2.0
 _MAX_DOUBLINGS = 24
@@ -51,16 +52,25 @@ def find_goodput(
     return low
 
 
-def stop_when_lost(requests: RequestStream, classes: Sequence[SloClass]) -> StopWhen:
-    """True once at least one class can no longer keep its attainment.
+def stop_when_lost(
+    requests: RequestStream, classes: Sequence[SloClass], windows: Sequence[Window] = (), cover: float = 1.0
+) -> StopWhen:
+    """True once at least one class can no longer keep its attainment; with windows, in windows that have the share
+    `cover` of the time.
 
     A request that meets its targets finishes by its deadline: its TTFT target plus its TPOT target for each further
     token. The number of passed deadlines minus the number of finished requests is a lower bound on the misses. If it
-    exceeds the misses that all classes allow together, at least one class has failed.
+    exceeds the misses that all classes allow together, and all requests of the windows that need not meet the targets,
+    at least one class has failed.
     """
     deadline_s = np.sort(deadlines_s(requests, classes))
     counts = np.bincount(requests.slo_class, minlength=len(classes))
     allowed_misses = sum((1 - slo.attainment) * int(count) for slo, count in zip(classes, counts, strict=True))
+    spared_s = 1 - cover
+    for window in sorted(windows, key=lambda window: window.rows[0] - window.rows[1]):
+        if window.time_share <= spared_s + 1e-9:
+            spared_s -= window.time_share
+            allowed_misses += window.rows[1] - window.rows[0]
 
     def is_lost(progress: Progress) -> bool:
         deadlines_passed = int(np.searchsorted(deadline_s, progress.now_s))

@@ -5,20 +5,29 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from tandem.core.plan import Quantiles
+from tandem.core.plan import ExpectedWindow, Quantiles
 from tandem.core.slo import SloClass
 from tandem.core.text_table import text_table
 from tandem.core.timeline import PARTS, Stage
-from tandem.placement.evaluation.attainment import ClassEvaluation, Evaluation, evaluate
+from tandem.placement.evaluation.attainment import (
+    ClassEvaluation,
+    Evaluation,
+    evaluate,
+    evaluate_windows,
+    expected_windows,
+)
 from tandem.placement.report.formatting import PART_NAMES, interval, number, percent, rate, seconds
 from tandem.placement.simulator.result import STAGES, SimulationResult
 from tandem.placement.workload.requests import Floats
+from tandem.placement.workload.windows import Window
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     """A run as a whole, and its evaluation in steady state. Rates are per second from the first arrival to the last
-    finish. `goodput` counts requests that met both targets. `parts_s` are means over all finished requests."""
+    finish. `goodput` counts requests that met both targets, `attainment` is their share of all. `parts_s` are means
+    over all finished requests. `cached_share` of the prompt tokens were found in a prefix cache; None if no prefix is
+    shared. `windows` are those of a trace."""
 
     requests: int
     finished: int
@@ -28,17 +37,23 @@ class Summary:
     output_tokens_per_s: float
     goodput: float
     attempts: int
+    attainment: float
+    cached_share: float | None
     evaluation: Evaluation
     parts_s: Mapping[str, float]
+    windows: tuple[ExpectedWindow, ...] = ()
 
 
-def summarise(result: SimulationResult, classes: Sequence[SloClass]) -> Summary:
-    """`result` has at least one request."""
+def summarise(
+    result: SimulationResult, classes: Sequence[SloClass], windows: Sequence[Window] = (), cover: float = 1.0
+) -> Summary:
+    """`result` has at least one request. `windows` and `cover`: see `evaluate_windows`."""
     requests, finished = result.requests, result.finished
     assert len(requests) > 0
     last_s = float(np.nanmax(result.stage(Stage.FINISHED))) if finished.any() else result.end_s
     duration_s = max(last_s - float(requests.arrival_s[0]), 1e-9)
     whole_run = evaluate(result, classes, transient=True)
+    evaluation = evaluate_windows(result, classes, windows, cover) if windows else evaluate(result, classes)
     num_met = sum(of_class.attainment * of_class.requests for of_class in whole_run.classes)
     return Summary(
         requests=len(requests),
@@ -49,7 +64,10 @@ def summarise(result: SimulationResult, classes: Sequence[SloClass]) -> Summary:
         output_tokens_per_s=float(requests.output_tokens[finished].sum()) / duration_s,
         goodput=num_met / duration_s,
         attempts=int(result.num_attempts.sum()),
-        evaluation=evaluate(result, classes),
+        attainment=num_met / len(requests),
+        cached_share=result.cached_share if np.any(requests.prefix_group >= 0) else None,
+        evaluation=evaluation,
+        windows=expected_windows(windows, evaluation) if windows else (),
         parts_s={name: float(values.mean()) for name, values in parts_of(result).items()},
     )
 
@@ -78,8 +96,12 @@ def render_text(summary: Summary) -> str:
         f"{summary.requests:,} requests at {rate(summary.offered_rate)}, {summary.finished:,} finished"
         + (f" in {summary.attempts:,} attempts" if summary.attempts > summary.requests else "")
         + f"; {number(summary.prompt_tokens_per_s)} prompt and {number(summary.output_tokens_per_s)} output tokens/s",
+        *_share_lines(summary),
+        *_window_lines(summary.windows),
         f"steady state: {counted:,} requests, without the first {evaluation.warm_up:,} (warm-up) and the last "
-        f"{evaluation.tail:,}",
+        f"{evaluation.tail:,}"
+        if len(summary.windows) < 2
+        else f"the window that decides: {counted:,} requests, after the first {evaluation.warm_up:,}",
         "",
         *text_table([["CLASS", "TARGETS", "MET BOTH", "95 % INTERVAL", "TTFT", "TPOT"], *_attainment_rows(evaluation)]),
         "",
@@ -88,6 +110,38 @@ def render_text(summary: Summary) -> str:
     if summary.parts_s:
         lines += ["", "mean time of a request by part:", *_part_lines(summary.parts_s)]
     return "\n".join([*lines, "", conclusion(evaluation)])
+
+
+def _share_lines(summary: Summary) -> list[str]:
+    lines = []
+    if summary.cached_share is not None:
+        lines.append(f"{percent(summary.cached_share)} of the prompt tokens were in a prefix cache")
+    if len(summary.windows) > 1:
+        lines.append(f"{percent(summary.attainment)} of all requests met both targets")
+    return lines
+
+
+def window_rows(windows: Sequence[ExpectedWindow]) -> list[list[str]]:
+    """A table of the windows of a trace, with its header."""
+    header = ["WINDOW", "OF THE TIME", "RATE", "PROMPT", "OUTPUT", "REPEATED", "MET BOTH", "95 % INTERVAL", ""]
+    return [header] + [
+        [
+            f"{seconds(window.begin_s)} to {seconds(window.end_s)}",
+            percent(window.time_share),
+            rate(window.rate),
+            f"{number(window.prompt_tokens)} tokens",
+            f"{number(window.output_tokens)} tokens",
+            percent(window.repeated_share),
+            percent(window.attainment),
+            interval(window.attainment_ci, "percent"),
+            "" if window.meets else "missed",
+        ]
+        for window in windows
+    ]
+
+
+def _window_lines(windows: Sequence[ExpectedWindow]) -> list[str]:
+    return ["", *text_table(window_rows(windows)), ""] if len(windows) > 1 else []
 
 
 def conclusion(evaluation: Evaluation) -> str:
@@ -109,6 +163,8 @@ def conclusion(evaluation: Evaluation) -> str:
 def as_json(summary: Summary) -> dict[str, object]:
     """Plain values for json.dumps. NaN (a quantile without values) becomes null."""
     plain = asdict(summary)
+    plain["windows"] = [window.model_dump() for window in summary.windows]
+    del plain["evaluation"]["windows"]
     for values, of_class in zip(plain["evaluation"]["classes"], summary.evaluation.classes, strict=True):
         values.update(slo=of_class.slo.model_dump(), ttft_s=_plain(of_class.ttft_s), tpot_s=_plain(of_class.tpot_s))
     plain["evaluation"].update(meets=summary.evaluation.meets)

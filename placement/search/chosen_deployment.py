@@ -17,6 +17,7 @@ from tandem.placement.search.trial import RATE_RATIO, evaluate_at, simulate_at
 from tandem.placement.simulator.result import SimulationResult
 
 _FACTORS = (0.3, 0.6, 0.8, 0.9, 1 / RATE_RATIO, 1.0, RATE_RATIO, 1.1, 1.2, 1.5)
+_FACTORS_OF_TRACE = (0.6, 0.9, 1.0, RATE_RATIO, 1.1, 1.3)  # of a trace all windows are simulated
 _MAX_STEPS = 6
 _SAMPLE = 2000
 
@@ -47,6 +48,7 @@ class Observation:
     latencies: tuple[LatencySample, ...]
     bounds: tuple[PhaseBound, ...]
     requests: int
+    cached_share: float
 
 
 def measure_goodput(
@@ -60,7 +62,8 @@ def measure_goodput(
         evaluations = mapper(partial(evaluate_at, problem, deployment, separate_nodes), rates)
         return [EvaluatedRate(rate, evaluation) for rate, evaluation in zip(rates, evaluations, strict=True)]
 
-    evaluated = evaluate_rates([goodput * factor for factor in _FACTORS])
+    factors = _FACTORS_OF_TRACE if problem.windows else _FACTORS
+    evaluated = evaluate_rates([goodput * factor for factor in factors])
     for _ in range(_MAX_STEPS):
         if _surplus(evaluated[0], 0) < 0:
             evaluated = [*evaluate_rates([evaluated[0].rate / 2]), *evaluated]
@@ -80,6 +83,7 @@ def observe(problem: Problem, deployment: CandidateDeployment, separate_nodes: b
         latencies=tuple(_latencies(result, steady, slo, index) for index, slo in enumerate(problem.classes)),
         bounds=_bounds(deployment, result),
         requests=len(result.requests),
+        cached_share=result.cached_share,
     )
 
 

@@ -7,13 +7,16 @@ deployments. The differences of their attainments have an interval from batch me
 runs get twice as long, up to a limit; what is not told apart then is said to be equal. This is a sequential selection
 of the best (Nelson, Swann, Goldsman and Song, 2001, simplified: the interval of each pair has 95 %).
 
-The result has the highest simulated goodput of all that were compared, and the report lists nothing else: every
-alternative missed its targets in a simulation at the next rate above the goodput of the chosen deployment.
+The result has the highest simulated goodput of all that were compared, and the report lists nothing else: no
+alternative met its targets at a higher rate than the chosen deployment in runs of the same requests.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+
+import numpy as np
+import numpy.typing as npt
 
 from tandem.placement.evaluation.attainment import targets_met
 from tandem.placement.evaluation.steady_state import Interval, difference_interval
@@ -23,13 +26,13 @@ from tandem.placement.search.kinds import InstanceKind
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.problem import Problem
 from tandem.placement.search.space import SearchSpace
-from tandem.placement.search.trial import MaxRate, find_max_rate, scaled_down, simulate_at
+from tandem.placement.search.trial import RATE_RATIO, MaxRate, find_max_rate, find_rate_near, scaled_down, simulate_at
 
 MAX_INSTANCES = 16  # of a deployment that is simulated without scaling
-_NUM_FINALISTS = 12
-_NUM_WITH_GOODPUT = 4  # alternatives whose goodput is simulated, beside the best of each layout
-_CLOSE = 0.9  # ratio to the highest goodput from which a difference is measured
-_MIN_RATE = 1e-9
+_NUM_FINALISTS = 8
+_NUM_OF_TRACE = 4  # of a trace all windows are simulated
+_NUM_WITH_GOODPUT = 2  # alternatives whose goodput is simulated, beside the best of each layout
+_WARM_UP_SHARE = 0.25
 _MAX_FACTOR = 4  # of the requests per simulation
 
 
@@ -42,15 +45,23 @@ class Represented:
     scale: float
 
     @property
+    def deployment(self) -> CandidateDeployment:
+        return self.candidate.deployment
+
+    @property
+    def num_devices(self) -> int:
+        return self.deployment.num_devices
+
+    @property
     def is_scaled(self) -> bool:
-        return self.simulated != self.candidate.deployment
+        return self.simulated != self.deployment
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
     """`candidate.goodput` is 0 if it is only known to be below that of the chosen one. `difference`: 95 % interval of
-    the chosen deployment's attainment minus the alternative's, at the rate of the former; None if it was not
-    measured."""
+    the chosen deployment's attainment minus the alternative's, at the rate of the former; None if a shorter run told
+    them apart."""
 
     candidate: EvaluatedDeployment
     difference: Interval | None = None
@@ -86,7 +97,7 @@ def compare_finalists(
     """`evaluated` and `chosen` are the result of a search. For the cheapest deployment that serves a rate, the cheaper
     finalists are simulated at the rate; the cheapest that meets the targets is the chosen one."""
     comparison = _Comparison(space, mapper, report)
-    finalists = _finalists(evaluated, chosen)
+    finalists = _finalists(evaluated, chosen, _NUM_OF_TRACE if space.problem.windows else _NUM_FINALISTS)
     if space.problem.cheapest and space.problem.rate is not None and (chosen.goodput or 0.0) >= space.problem.rate:
         return comparison.of_prices(finalists, chosen, space.problem.rate)
     return comparison.of_goodputs(finalists, chosen)
@@ -94,15 +105,19 @@ def compare_finalists(
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """`rates` are of what is simulated for a deployment; None if it is only known to be too low."""
+    """`rates` are of what is simulated for a deployment. `differences` are those to the leader, at its rate."""
 
     leader: Represented
-    rates: dict[CandidateDeployment, float | None]
+    rates: dict[CandidateDeployment, float]
     differences: dict[CandidateDeployment, Interval]
 
     @property
-    def undecided(self) -> list[CandidateDeployment]:
-        return [deployment for deployment, (low, high) in self.differences.items() if low <= 0 <= high]
+    def goodput(self) -> float:
+        return self.rates[self.leader.deployment] * self.leader.scale
+
+    def is_open(self, deployment: CandidateDeployment) -> bool:
+        low, high = self.differences.get(deployment, (1.0, 1.0))
+        return low <= 0 <= high
 
 
 class _Comparison:
@@ -114,123 +129,118 @@ class _Comparison:
 
     def of_goodputs(self, finalists: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment) -> FinalComparison:
         problem = self._space.problem
-        count, limit = problem.section.requests, min(_MAX_FACTOR * problem.section.requests, len(problem.requests))
-        all_of_them = [self._represented(candidate) for candidate in (chosen, *finalists)]
-        self._report(0.0, f"comparing the best {len(all_of_them)} deployments")
-        decision = self._compare(problem, all_of_them[0], all_of_them[1:])
-        while decision.undecided and 2 * count <= limit:
+        count = problem.section.requests
+        limit = count if problem.windows else min(_MAX_FACTOR * count, len(problem.requests))
+        everyone = [self._represented(candidate) for candidate in (chosen, *finalists)]
+        self._report(0.0, f"comparing the best {len(everyone)} deployments")
+        decision = self._compare(problem, everyone[0], everyone[1:])
+        while 2 * count <= limit and (undecided := [one for one in everyone if decision.is_open(one.deployment)]):
             count *= 2
             problem = replace(problem, section=problem.section.model_copy(update={"requests": count}))
-            self._report(1 - problem.section.requests / count / 2, f"telling the best apart with {count:,} requests")
-            undecided = [one for one in all_of_them if one.candidate.deployment in decision.undecided]
+            self._report(0.7 - 0.4 * problem.section.requests / limit, f"{count:,} requests to tell the best apart")
             decision = self._compare(problem, decision.leader, undecided)
-        if problem is not self._space.problem:
-            leader = decision.leader
-            decision = self._compare(problem, leader, [one for one in all_of_them if one is not leader])
-        return self._result(problem, decision, all_of_them)
+            decision = self._with_better_ones(problem, decision, [one for one in everyone if one not in undecided])
+        self._report(0.8, "simulating the goodput of alternatives")
+        below = [one for one in everyone if one.deployment not in decision.rates]
+        rates = self._goodputs_below(decision, _most_promising(below))
+        return self._result(problem, replace(decision, rates=decision.rates | rates), everyone)
 
     def of_prices(
         self, finalists: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment, rate: float
     ) -> FinalComparison:
         problem = self._space.problem
-        all_of_them = [self._represented(candidate) for candidate in (chosen, *finalists)]
+        everyone = [self._represented(candidate) for candidate in (chosen, *finalists)]
         self._report(0.0, "checking the cheaper deployments")
-        price = self._price(all_of_them[0])
-        cheaper = [one for one in all_of_them[1:] if self._price(one) < price]
-        runs = [_Run(one.simulated, rate / one.scale, one.is_scaled) for one in cheaper]
-        meeting = [
-            one for one, meets in zip(cheaper, self._mapper(partial(_meets, problem), runs), strict=True) if meets
-        ]
-        self._num_simulations += len(runs)
-        leader = min((all_of_them[0], *meeting), key=self._price)
-        rates: dict[CandidateDeployment, float | None] = {
-            one.candidate.deployment: (one.candidate.goodput or 0.0) / one.scale for one in all_of_them
-        }
-        rates |= {one.candidate.deployment: None for one in cheaper}
-        rates[leader.candidate.deployment] = self._max_rate(problem, leader, rate / leader.scale)
-        return self._result(problem, _Round(leader, rates, {}), all_of_them)
+        price = self._price(everyone[0])
+        cheaper = [one for one in everyone[1:] if self._price(one) < price]
+        meets = self._mapper(partial(_meets, problem), [_Trial(one, rate / one.scale) for one in cheaper])
+        meeting = [one for one, is_met in zip(cheaper, meets, strict=True) if is_met]
+        self._num_simulations += len(cheaper)
+        leader = min((everyone[0], *meeting), key=self._price)
+        rates = {one.deployment: (one.candidate.goodput or 0.0) / one.scale for one in everyone if one not in cheaper}
+        rates[leader.deployment] = self._max_rate(problem, leader, rate / leader.scale)
+        return self._result(problem, _Round(leader, rates, {}), everyone)
 
     def _price(self, one: Represented) -> float:
         return self._space.problem.price_per_hour(one.candidate.deployment.devices)
 
-    def _result(self, problem: Problem, decision: _Round, all_of_them: Sequence[Represented]) -> FinalComparison:
-        alternatives = []
-        for one in all_of_them:
-            deployment = one.candidate.deployment
-            if deployment != decision.leader.candidate.deployment:
-                goodput = (decision.rates.get(deployment) or 0.0) * one.scale
-                alternatives.append(
-                    Alternative(replace(one.candidate, goodput=goodput), decision.differences.get(deployment))
-                )
+    def _result(self, problem: Problem, decision: _Round, everyone: Sequence[Represented]) -> FinalComparison:
         leader = decision.leader
-        rate = decision.rates[leader.candidate.deployment] or 0.0
-        return FinalComparison(
-            problem,
-            replace(leader, candidate=replace(leader.candidate, goodput=rate * leader.scale)),
-            rate,
-            tuple(alternatives),
-            self._num_simulations,
+        alternatives = tuple(
+            Alternative(
+                replace(one.candidate, goodput=decision.rates.get(one.deployment, 0.0) * one.scale),
+                decision.differences.get(one.deployment),
+            )
+            for one in everyone
+            if one.deployment != leader.deployment
         )
+        chosen = replace(leader, candidate=replace(leader.candidate, goodput=decision.goodput))
+        return FinalComparison(problem, chosen, decision.rates[leader.deployment], alternatives, self._num_simulations)
 
     def _compare(self, problem: Problem, leader: Represented, others: Sequence[Represented]) -> _Round:
-        """One round: the deployment with the highest goodput leads; of equal ones that with the fewest devices."""
+        """Every other deployment runs once at the rate of the leader. If it meets the targets there, its own goodput is
+        found. The highest goodput leads; of equal ones that of the fewest devices."""
         guess = (leader.candidate.goodput or leader.candidate.predicted) / leader.scale
-        rates: dict[CandidateDeployment, float | None] = {
-            leader.candidate.deployment: self._max_rate(problem, leader, guess)
+        rates = {leader.deployment: self._max_rate(problem, leader, guess)}
+        first = leader
+        while True:
+            goodput = rates[leader.deployment] * leader.scale
+            rivals = [one for one in (first, *others) if one.deployment != leader.deployment]
+            met = _run(problem, leader, goodput).met
+            runs = self._mapper(partial(_run, problem, goodput=goodput), rivals)
+            self._num_simulations += 1 + len(rivals)
+            new = [one for one, run in zip(rivals, runs, strict=True) if run.meets and one.deployment not in rates]
+            rates |= self._max_rates(problem, [(one, goodput / one.scale) for one in new])
+            best = min(
+                (leader, *rivals), key=lambda one: (-rates.get(one.deployment, 0.0) * one.scale, one.num_devices)
+            )
+            if best is leader:
+                differences = (difference_interval(*_of_equal_length(met, run.met)) for run in runs)
+                by_deployment = zip((one.deployment for one in rivals), differences, strict=True)
+                return _Round(leader, rates, dict(by_deployment))
+            leader = best
+
+    def _with_better_ones(self, problem: Problem, decision: _Round, others: Sequence[Represented]) -> _Round:
+        """Those that an earlier round told apart are tried again: longer runs can lower the goodput of the leader."""
+        rivals = [one for one in others if one.deployment not in decision.rates]
+        trials = [_Trial(one, decision.goodput / one.scale) for one in rivals]
+        max_rates = self._mapper(partial(_higher_rate, problem), trials)
+        better = {
+            one.deployment: self._count(found) for one, found in zip(rivals, max_rates, strict=True) if found.rate
         }
-        best = self._goodput(leader, rates)
-        trials = [_Trial(one, best / one.scale, at_least=True) for one in others]
-        rates |= self._max_rates(problem, trials if best > 0 else [replace(trial, at_least=False) for trial in trials])
-        leader = min(
-            (leader, *others), key=lambda one: (-self._goodput(one, rates), one.candidate.deployment.num_devices)
+        self._num_simulations += len(rivals)
+        if not better:
+            return decision
+        rates = decision.rates | better
+        known = [one for one in (decision.leader, *others) if one.deployment in rates]
+        leader = min(known, key=lambda one: (-rates[one.deployment] * one.scale, one.num_devices))
+        return _Round(leader, rates, {})
+
+    def _goodputs_below(self, decision: _Round, others: Sequence[Represented]) -> dict[CandidateDeployment, float]:
+        """For the report, in runs of the configured length, and below the leader, as was found in runs at its rate."""
+        below = decision.goodput / RATE_RATIO
+        found = self._max_rates(
+            self._space.problem, [(one, min(below, one.candidate.predicted) / one.scale) for one in others]
         )
-        best = self._goodput(leader, rates)
-        lower = [one for one in others if rates[one.candidate.deployment] is None]
-        rates |= self._max_rates(
-            problem,
-            [
-                _Trial(one, min(best, one.candidate.predicted) / one.scale, at_least=False)
-                for one in _most_promising(lower)
-            ],
-        )
-        leader_deployment = leader.candidate.deployment
-        close = [
-            one
-            for one in others
-            if one.candidate.deployment != leader_deployment and self._goodput(one, rates) >= _CLOSE * best > 0
-        ]
-        if not close:
-            return _Round(leader, rates, {})
-        runs = [_Run(one.simulated, best / one.scale, one.is_scaled) for one in (leader, *close)]
-        differences = self._mapper(partial(_difference, problem, runs[0]), runs[1:])
-        self._num_simulations += 2 * len(close)
-        return _Round(leader, rates, {one.candidate.deployment: d for one, d in zip(close, differences, strict=True)})
+        scales = {one.deployment: one.scale for one in others}
+        return {deployment: min(rate, below / scales[deployment]) for deployment, rate in found.items()}
 
     def _max_rate(self, problem: Problem, one: Represented, guess: float) -> float:
         """Above 0: a deployment of the search serves something."""
-        rate = 0.0
-        while rate == 0.0:
-            rate = self._count(
-                find_max_rate(problem, one.simulated, guess, 0.0, self._mapper, separate_nodes=one.is_scaled)
-            )
-            guess /= 4
-            assert guess > _MIN_RATE, "a deployment that met its targets in the search meets them at no rate"
-        return rate
+        found = find_rate_near(problem, one.simulated, guess, self._mapper, separate_nodes=one.is_scaled)
+        assert found.rate > 0, "a deployment that met its targets in the search meets them at no rate"
+        return self._count(found)
 
-    def _max_rates(self, problem: Problem, trials: "Sequence[_Trial]") -> dict[CandidateDeployment, float | None]:
-        max_rates = self._mapper(partial(_run_trial, problem), trials)
-        return {
-            trial.of.candidate.deployment: self._count(max_rate) or None
-            for trial, max_rate in zip(trials, max_rates, strict=True)
-        }
+    def _max_rates(
+        self, problem: Problem, guesses: Sequence[tuple[Represented, float]]
+    ) -> dict[CandidateDeployment, float]:
+        trials = [_Trial(one, guess) for one, guess in guesses]
+        max_rates = self._mapper(partial(_rate_from, problem), trials)
+        return {one.deployment: self._count(found) for (one, _), found in zip(guesses, max_rates, strict=True)}
 
     def _count(self, max_rate: MaxRate) -> float:
         self._num_simulations += max_rate.num_simulations
         return max_rate.rate
-
-    @staticmethod
-    def _goodput(one: Represented, rates: dict[CandidateDeployment, float | None]) -> float:
-        return (rates.get(one.candidate.deployment) or 0.0) * one.scale
 
     def _represented(self, candidate: EvaluatedDeployment) -> Represented:
         deployment = candidate.deployment
@@ -243,46 +253,52 @@ class _Comparison:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """`at_least`: only rates above `rate` count; otherwise rates from `rate` downwards."""
-
     of: Represented
     rate: float
-    at_least: bool
 
 
-def _run_trial(problem: Problem, trial: _Trial) -> MaxRate:
-    at_least = trial.rate if trial.at_least else 0.0
-    return find_max_rate(problem, trial.of.simulated, trial.rate, at_least, separate_nodes=trial.of.is_scaled)
+def _rate_from(problem: Problem, trial: _Trial) -> MaxRate:
+    return find_rate_near(problem, trial.of.simulated, trial.rate, separate_nodes=trial.of.is_scaled)
+
+
+def _meets(problem: Problem, trial: _Trial) -> bool:
+    _, evaluation = simulate_at(problem, trial.of.simulated, trial.rate, separate_nodes=trial.of.is_scaled)
+    return evaluation.meets
+
+
+def _higher_rate(problem: Problem, trial: _Trial) -> MaxRate:
+    """Rate 0 if the deployment misses its targets at the next rate above."""
+    return find_max_rate(problem, trial.of.simulated, trial.rate, trial.rate, separate_nodes=trial.of.is_scaled)
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    deployment: CandidateDeployment
-    rate: float
-    separate_nodes: bool
+    """`met`: whether each request met its targets, without the first quarter of the run."""
+
+    meets: bool
+    met: npt.NDArray[np.bool_]
 
 
-def _meets(problem: Problem, run: _Run) -> bool:
-    return simulate_at(problem, run.deployment, run.rate, separate_nodes=run.separate_nodes)[1].meets
-
-
-def _difference(problem: Problem, first: _Run, second: _Run) -> Interval:
-    """Of the attainments of two runs, of the class with the smallest margin in the first."""
-    (result, evaluation), (other_result, other_evaluation) = (
-        simulate_at(problem, run.deployment, run.rate, separate_nodes=run.separate_nodes, stop_early=False)
-        for run in (first, second)
+def _run(problem: Problem, one: Represented, goodput: float) -> _Run:
+    """A complete run at the rate that corresponds to `goodput`."""
+    result, evaluation = simulate_at(
+        problem, one.simulated, goodput / one.scale, separate_nodes=one.is_scaled, stop_early=False
     )
-    count = min(len(result.requests), len(other_result.requests))
-    steady = slice(
-        max(evaluation.warm_up, other_evaluation.warm_up), count - max(evaluation.tail, other_evaluation.tail)
-    )
-    margins = [of_class.margin for of_class in evaluation.classes]
-    of_class = result.requests.slo_class[steady] == margins.index(min(margins))
-    met, other_met = (targets_met(one, problem.classes)[steady][of_class] for one in (result, other_result))
-    return difference_interval(met, other_met)
+    met = targets_met(result, problem.classes)
+    return _Run(evaluation.meets, met[int(_WARM_UP_SHARE * len(met)) :])
 
 
-def _finalists(evaluated: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment) -> list[EvaluatedDeployment]:
+def _of_equal_length(
+    first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Runs of different lengths begin with the same requests."""
+    count = min(len(first), len(second))
+    return first[:count], second[:count]
+
+
+def _finalists(
+    evaluated: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment, count: int
+) -> list[EvaluatedDeployment]:
     """The best deployment of each combination of kinds beside the chosen one; of all these the best."""
     best: dict[tuple[InstanceKind, ...], EvaluatedDeployment] = {}
     for candidate in evaluated:
@@ -293,7 +309,7 @@ def _finalists(evaluated: Sequence[EvaluatedDeployment], chosen: EvaluatedDeploy
     ranked = sorted(promising, key=_rank, reverse=True)
     first_of_layout = {candidate.deployment.layout: candidate for candidate in reversed(ranked)}
     rest = [candidate for candidate in ranked if candidate not in first_of_layout.values()]
-    return [*first_of_layout.values(), *rest][:_NUM_FINALISTS]
+    return [*first_of_layout.values(), *rest][:count]
 
 
 def _most_promising(others: Sequence[Represented]) -> list[Represented]:

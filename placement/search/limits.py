@@ -23,7 +23,8 @@ _SAMPLE = 512
 
 @dataclass(frozen=True, slots=True)
 class RateLimit:
-    """`rate`: requests per second of one instance, 0 if it cannot meet the targets. `reason` names the bound."""
+    """`rate`: requests per second of one instance, 0 if it cannot meet the targets; of the workload to which the stream
+    belongs, see `RequestStream.load`. `reason` names the bound."""
 
     rate: float
     reason: str
@@ -33,7 +34,12 @@ KindLimits = Mapping[InstanceKind, RateLimit]
 
 
 def limit_of(kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream) -> RateLimit:
-    sample = stream.head(_SAMPLE)
+    limit = _limit_of(kind, classes, stream.head(_SAMPLE))
+    return RateLimit(limit.rate / stream.load, limit.reason)
+
+
+def _limit_of(kind: InstanceKind, classes: Sequence[SloClass], sample: RequestStream) -> RateLimit:
+    """In requests per second of the stream itself."""
     match kind.role:
         case "prefill":
             return _ttft_limit(kind, classes, sample) or RateLimit(_prefill_rate(kind, sample), "prompt tokens/s")

@@ -160,7 +160,7 @@ class Predictor:
             per_node = problem.cluster.devices_per_node[group.kind.device]
             nodes = -(-group.num_devices // per_node)
             tokens_per_s += nodes / problem.transfer_s_per_token([group.kind.device], 1, same_node=False)
-        return tokens_per_s / float(problem.requests.prompt_tokens.mean())
+        return tokens_per_s / float(problem.requests.prompt_tokens.mean()) / problem.requests.load
 
     def _limit_of(self, groups: Sequence[InstanceGroup]) -> float:
         return sum(group.instances * self._limits[group.kind].rate for group in groups)

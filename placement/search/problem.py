@@ -10,7 +10,9 @@ from tandem.core.slo import SloClass
 from tandem.core.slo_file import SearchSection
 from tandem.placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
 from tandem.placement.costs.cost_source import CostSource
+from tandem.placement.workload.description import repeated_tokens
 from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.windows import Window, window_stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,9 @@ class NodeType:
 class Problem:
     """Simulations use `requests`, at any rate. In `computed` the prompts lack the tokens that a prefix cache saves.
     `rate`: requests per second to serve, None for the highest rate. `cheapest`: find the cheapest part of the cluster
-    that serves `rate`, not the highest goodput of the cluster.
+    that serves `rate`, not the highest goodput of the cluster. `windows` divide the requests of a trace, all of which
+    are simulated; the targets must be met in windows that have the share `cover` of the time. `simulated_share` of the
+    requests of the trace are in `requests`; `notes` are sentences about requests that are left out.
 
     Picklable: worker processes receive it.
     """
@@ -44,6 +48,10 @@ class Problem:
     computed: RequestStream
     rate: float | None = None
     cheapest: bool = False
+    windows: tuple[Window, ...] = ()
+    cover: float = 1.0
+    simulated_share: float = 1.0
+    notes: tuple[str, ...] = ()
 
     @property
     def node_types(self) -> tuple[NodeType, ...]:
@@ -53,6 +61,12 @@ class Problem:
             key = node.device.name, node.num_devices
             counts[key] = counts.get(key, 0) + 1
         return tuple(NodeType(device, devices, count) for (device, devices), count in counts.items())
+
+    def of_window(self, window: Window) -> "Problem":
+        """The problem of one window of the trace, as if it had a steady state. Rates remain those of the trace."""
+        requests = window_stream(self.requests, window)
+        computed = without_cached(requests).head(self.section.requests)
+        return replace(self, requests=requests, computed=computed, windows=())
 
     def transfer_s_per_token(self, devices: Sequence[str], ranks: int, *, same_node: bool) -> float:
         """Seconds to transfer one token's KV between instances of at least `ranks` ranks without contention."""
@@ -72,14 +86,5 @@ class Problem:
 def without_cached(requests: RequestStream) -> RequestStream:
     """The prompts without the prefix that an earlier request of the group left in the cache; at least one token of a
     prompt remains."""
-    if not np.any(requests.prefix_group >= 0):
-        return requests
-    longest: dict[int, int] = {}
-    prompts = requests.prompt_tokens.copy()
-    prefixes = zip(requests.prefix_group.tolist(), requests.prefix_tokens.tolist(), strict=True)
-    for index, (group, tokens) in enumerate(prefixes):
-        if group >= 0:
-            cached = longest.get(group, 0)
-            prompts[index] = max(1, prompts[index] - min(cached, tokens))
-            longest[group] = max(cached, tokens)
+    prompts = np.maximum(1, requests.prompt_tokens - repeated_tokens(requests))
     return replace(requests, prompt_tokens=prompts, prefix_tokens=np.minimum(requests.prefix_tokens, prompts))

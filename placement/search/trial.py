@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tandem.core.plan import Plan
-from tandem.placement.evaluation.attainment import Evaluation, evaluate
+from tandem.placement.evaluation.attainment import Evaluation, evaluate, evaluate_windows
 from tandem.placement.evaluation.goodput import StopWhen, stop_when_lost
 from tandem.placement.plan_deployment import deployment_of
 from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
@@ -77,9 +77,15 @@ def simulate_at(
     separate_nodes: bool = False,
     stop_early: bool = True,
 ) -> tuple[SimulationResult, Evaluation]:
-    """A simulation at `rate` requests per second, with more requests than configured if a steady state needs them.
+    """A simulation at `rate` requests per second, with more requests than configured if a steady state needs them, or
+    of all windows of a trace.
     `stop_early`: stop once the targets are certainly missed."""
     simulated = _deployment(problem, deployment, separate_nodes=separate_nodes)
+    if problem.windows:
+        requests, windows, cover = problem.requests.scaled_to(rate), problem.windows, problem.cover
+        stop_when = stop_when_lost(requests, problem.classes, windows, cover) if stop_early else None
+        result = simulate(simulated, requests, stop_when=stop_when)
+        return result, evaluate_windows(result, problem.classes, windows, cover)
     count = problem.section.requests
     for _ in range(_MAX_DOUBLINGS):
         requests = problem.requests.head(count).scaled_to(rate)
@@ -142,6 +148,48 @@ def find_max_rate(
         rate_index -= 1
     rate = _rate_at(rate_index) if rate_index >= lowest else 0.0
     return MaxRate(rate, num_simulations=start + 1 - max(rate_index, lowest))
+
+
+def find_rate_near(
+    problem: Problem,
+    deployment: CandidateDeployment,
+    guess: float,
+    mapper: Mapper | None = None,
+    *,
+    separate_nodes: bool = False,
+) -> MaxRate:
+    """A rate of the series that meets the targets while the next one does not, near `guess`: steps of doubling length
+    until two rates enclose it, then bisection. Assumes that more load never helps, and takes few simulations for a
+    guess that is far off. Rate 0 if none meets down to a thousandth of `guess`."""
+    spread = mapper or SerialMapper()
+    evaluate_rate = partial(evaluate_at, problem, deployment, separate_nodes)
+    evaluated: dict[int, bool] = {}
+
+    def meets(rate_index: int, other: int | None = None) -> bool:
+        if rate_index not in evaluated:
+            both = [rate_index, *([other] if other is not None and spread.workers > 1 else [])]
+            evaluations = spread(evaluate_rate, [_rate_at(index) for index in both])
+            evaluated.update({index: one.meets for index, one in zip(both, evaluations, strict=True)})
+        return evaluated[rate_index]
+
+    start, step = _rate_index_below(guess), 1
+    lowest = _rate_index_below(guess / 1000)
+    if meets(start, start + 1):
+        low, high = start, start + 1
+        while meets(high):
+            step *= 2
+            low, high = high, high + step
+    else:
+        low, high = start - 1, start
+        while low > lowest and not meets(low):
+            step *= 2
+            low, high = low - step, low
+        if low <= lowest:
+            return MaxRate(0.0, len(evaluated))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if meets(middle) else (low, middle)
+    return MaxRate(_rate_at(low), len(evaluated))
 
 
 def _deployment(problem: Problem, deployment: CandidateDeployment, *, separate_nodes: bool = False) -> Deployment:

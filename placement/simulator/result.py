@@ -63,6 +63,12 @@ class SimulationResult:
     def finished(self) -> Bools:
         return ~np.isnan(self.stage(Stage.FINISHED))
 
+    @property
+    def cached_share(self) -> float:
+        """Share of the prompt tokens of requests with a first token that were found in a prefix cache."""
+        begun = ~np.isnan(self.stage(Stage.FIRST_TOKEN))
+        return float(self.num_cached_tokens[begun].sum() / max(1, int(self.requests.prompt_tokens[begun].sum())))
+
     def timelines(self) -> Iterator[Timeline]:
         """One per request, in order of arrival; none for those that had not arrived when the simulation was stopped."""
         for i in np.flatnonzero(~np.isnan(self.stage(Stage.RECEIVED))):

@@ -4,7 +4,7 @@ import numpy as np
 
 from tandem.core.slo_file import WorkloadSection
 from tandem.placement.evidence import WorkloadSummary
-from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.requests import Ints, RequestStream
 
 _MAX_LENGTHS = 4000
 
@@ -33,14 +33,23 @@ def summary_of(requests: RequestStream, source: str) -> WorkloadSummary:
 
 def shared_share(stream: RequestStream) -> float:
     """Share of the prompt tokens that repeat a prefix of an earlier request: the most that a prefix cache can save."""
+    return int(repeated_tokens(stream).sum()) / max(1, int(stream.prompt_tokens.sum()))
+
+
+def repeated_tokens(stream: RequestStream) -> Ints:
+    """Prompt tokens of each request that repeat a prefix of an earlier one."""
+    repeated = np.zeros(len(stream), dtype=np.int64)
+    if not np.any(stream.prefix_group >= 0):
+        return repeated
     longest: dict[int, int] = {}
-    repeated = 0
-    for group, tokens in zip(stream.prefix_group.tolist(), stream.prefix_tokens.tolist(), strict=True):
+    for row, (group, tokens) in enumerate(
+        zip(stream.prefix_group.tolist(), stream.prefix_tokens.tolist(), strict=True)
+    ):
         if group >= 0:
             known = longest.get(group, 0)
-            repeated += min(known, tokens)
+            repeated[row] = min(known, tokens)
             longest[group] = max(known, tokens)
-    return repeated / max(1, int(stream.prompt_tokens.sum()))
+    return repeated
 
 
 def arrival_cv(stream: RequestStream) -> float:

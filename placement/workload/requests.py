@@ -16,7 +16,8 @@ class RequestStream:
     `output_tokens` counts all generated tokens, the first included, and is at least 1. `slo_class[i]` is an index into
     the SLO classes. Prefix sharing: the first `prefix_tokens[i]` prompt tokens of request i are the first tokens of
     group `prefix_group[i]`, equal for all members; shorter prefixes of a group are parts of its longest prefix. Group
-    -1 shares nothing.
+    -1 shares nothing. `load` is the ratio of the stream's rate to that of the workload of which it is a part: above 1
+    for a busy hour of a day.
     """
 
     arrival_s: Floats
@@ -25,6 +26,7 @@ class RequestStream:
     slo_class: Ints
     prefix_group: Ints
     prefix_tokens: Ints
+    load: float = 1.0
 
     @classmethod
     def make(
@@ -69,15 +71,15 @@ class RequestStream:
         return (len(self) - 1) / self.duration_s if self.duration_s > 0 else 0.0
 
     def scaled_to(self, rate: float) -> "RequestStream":
-        """The same requests at another mean rate, the first at 0. Only the arrival times are scaled, so two rates are
-        compared on common random numbers."""
-        return replace(self, arrival_s=(self.arrival_s - self.arrival_s[:1]) * (self.rate / rate))
+        """The same requests, the first at 0, for another mean rate of the workload; the mean rate of the stream becomes
+        `rate` * `load`. Only the arrival times are scaled, so two rates are compared on common random numbers."""
+        return replace(self, arrival_s=(self.arrival_s - self.arrival_s[:1]) * (self.rate / (rate * self.load)))
 
     def head(self, count: int) -> "RequestStream":
         return self.select(slice(0, count))
 
-    def select(self, which: slice | npt.NDArray[np.bool_]) -> "RequestStream":
-        """The requests of a range or of a boolean mask."""
+    def select(self, which: slice | npt.NDArray[np.bool_] | Ints) -> "RequestStream":
+        """The requests of a range, of a boolean mask, or with these ascending indices."""
         return RequestStream(
             self.arrival_s[which],
             self.prompt_tokens[which],
@@ -85,4 +87,5 @@ class RequestStream:
             self.slo_class[which],
             self.prefix_group[which],
             self.prefix_tokens[which],
+            self.load,
         )

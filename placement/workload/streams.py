@@ -8,7 +8,7 @@ numbers. A larger `count` continues the same stream.
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,46 +36,82 @@ def make_stream(
     """
     assert count >= 1
     assert 0 < rate < math.inf
-    arrival_rng, length_rng, class_rng, prefix_rng = (
-        np.random.Generator(np.random.PCG64(child)) for child in np.random.SeedSequence(seed).spawn(4)
-    )
+    arrival_rng, length_rng, class_rng, prefix_rng = _generators(seed)
     if section.trace is not None:
-        trace = read_trace(section.trace, classes)
-        if trace.num_without_output:
-            logger.warning(
-                "%s: %d requests have no output tokens and are left out", section.trace, trace.num_without_output
-            )
-        stream = _fitted(trace.requests, section).head(count)
-        if len(stream) == 0:
-            raise ConfigError(
-                f"{section.trace}: all requests exceed workload.max_total_tokens {section.max_total_tokens}; raise it"
-            )
-        stream = stream.scaled_to(rate)
-        if not trace.has_classes:
-            stream = replace(stream, slo_class=_draw_classes(classes, len(stream), class_rng))
-    else:
-        pairs = _draw_pairs(section, count, length_rng)
-        stream = RequestStream.make(
-            _draw_arrivals(section.arrivals, count, arrival_rng) / rate,
-            pairs[:, 0],
-            pairs[:, 1],
-            slo_class=_draw_classes(classes, count, class_rng),
-        )
+        trace = trace_requests(section, classes, seed=seed)
+        for note in trace.notes:
+            logger.warning("%s: %s", section.trace, note)
+        return trace.requests.head(count).scaled_to(rate)
+    pairs = _draw_pairs(section, count, length_rng)
+    stream = RequestStream.make(
+        _draw_arrivals(section.arrivals, count, arrival_rng) / rate,
+        pairs[:, 0],
+        pairs[:, 1],
+        slo_class=_draw_classes(classes, count, class_rng),
+    )
     return stream if section.prefix is None else _with_prefixes(stream, section.prefix, prefix_rng)
 
 
-def _fitted(stream: RequestStream, section: WorkloadSection) -> RequestStream:
-    """Scales lengths, then leaves out requests that are too long."""
-    if section.length_scale != 1.0:
-        stream = replace(
-            stream,
-            prompt_tokens=_scaled(stream.prompt_tokens, section.length_scale, least=1),
-            output_tokens=_scaled(stream.output_tokens, section.length_scale, least=1),
-            prefix_tokens=_scaled(stream.prefix_tokens, section.length_scale, least=0),
+@dataclass(frozen=True, slots=True)
+class TraceRequests:
+    """The requests of a trace that are served, the first at 0. `notes` are sentences about the others."""
+
+    requests: RequestStream
+    notes: tuple[str, ...]
+
+
+def trace_requests(
+    section: WorkloadSection, classes: Sequence[SloClass], *, seed: int, max_context_tokens: int | None = None
+) -> TraceRequests:
+    """All requests of the trace of `section`, at its own rate. SLO classes are those of its column slo_class, or drawn.
+    Requests that exceed `max_context_tokens`, prompt and output together, are left out: the server refuses them.
+    Raises ConfigError."""
+    assert section.trace is not None
+    trace = read_trace(section.trace, classes)
+    notes = []
+    if trace.num_without_output:
+        notes.append(
+            f"{trace.num_without_output:,} of {trace.num_rows:,} requests have no output tokens and are left out"
         )
-    if section.max_total_tokens is None:
+    if trace.num_late:
+        notes.append(f"{trace.num_late:,} of {trace.num_rows:,} rows are not in order of arrival; they were sorted")
+    stream = _scaled_lengths(trace.requests, section)
+    limits = (
+        (section.max_total_tokens, "workload.max_total_tokens", "they are left out", "raise it"),
+        (max_context_tokens, "the context of the model,", "the server refuses them", "lower workload.length_scale"),
+    )
+    for limit, name, outcome, advice in limits:
+        if limit is None:
+            continue
+        fits = stream.prompt_tokens + stream.output_tokens <= limit
+        if not fits.any():
+            raise ConfigError(f"{section.trace}: all requests exceed {name} {limit}; {advice}")
+        if not fits.all():
+            notes.append(f"{int((~fits).sum()):,} of {trace.num_rows:,} requests exceed {name} {limit:,}; {outcome}")
+            stream = stream.select(fits)
+    _, _, class_rng, prefix_rng = _generators(seed)
+    stream = replace(stream, arrival_s=stream.arrival_s - stream.arrival_s[0])
+    if not trace.has_classes:
+        stream = replace(stream, slo_class=_draw_classes(classes, len(stream), class_rng))
+    if section.prefix is not None:
+        stream = _with_prefixes(stream, section.prefix, prefix_rng)
+    return TraceRequests(stream, tuple(notes))
+
+
+def _generators(seed: int) -> list[np.random.Generator]:
+    """For arrivals, lengths, classes and prefixes."""
+    return [np.random.Generator(np.random.PCG64(child)) for child in np.random.SeedSequence(seed).spawn(4)]
+
+
+def _scaled_lengths(stream: RequestStream, section: WorkloadSection) -> RequestStream:
+    if section.length_scale == 1.0:
         return stream
-    return stream.select(stream.prompt_tokens + stream.output_tokens <= section.max_total_tokens)
+    return replace(
+        stream,
+        prompt_tokens=_scaled(stream.prompt_tokens, section.length_scale, least=1),
+        output_tokens=_scaled(stream.output_tokens, section.length_scale, least=1),
+        prefix_tokens=_scaled(stream.prefix_tokens, section.length_scale, least=0),
+    )
 
 
 def _draw_pairs(section: WorkloadSection, count: int, rng: np.random.Generator) -> Ints:

@@ -6,50 +6,59 @@ Two formats, plain or .gz:
                 output_tokens (or GeneratedTokens), optionally slo_class with the name of an SLO class
     JSON lines  Mooncake's: timestamp [ms], input_length, output_length, optionally hash_ids
 
-A TIMESTAMP without a time zone is UTC. Requests without output tokens (refused or cancelled ones) are left out.
+A TIMESTAMP without a time zone is UTC. Requests without output tokens (refused or cancelled ones) are left out. Rows
+may be in any order. Whole columns are converted at once; only a file with a value that this does not take is read row
+by row, for other spellings of numbers and for the line of a mistake.
 """
 
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
 from tandem.core.errors import ConfigError
 from tandem.core.slo import SloClass
 from tandem.placement.workload.prefix_tree import prefix_groups
-from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.requests import Floats, Ints, RequestStream
 
 _PROMPT_COLUMNS = ("prompt_tokens", "input_tokens", "ContextTokens")
 _OUTPUT_COLUMNS = ("output_tokens", "GeneratedTokens")
 _MAX_TOKENS = 1 << 31
-_MAX_DIGITS = 400
+_MAX_SECONDS = 1e12
+_WHOLE_NUMBER = re.compile(r"\s*(\d{1,400})(?:\.0*)?\s*")  # 374, and 374.0 as tables write it after a missing value
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
     """`has_classes`: the file names the SLO class of each request; without names, all requests have class 0.
-    `num_without_output`: requests of the file that are left out."""
+    `num_rows` of the file; of these `num_without_output` are left out, and `num_late` come after a row that arrived
+    later."""
 
     requests: RequestStream
     has_classes: bool
+    num_rows: int
     num_without_output: int
+    num_late: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    slo_class: int = 0
-    blocks: tuple[int, ...] = ()
+@dataclass(slots=True)
+class _Columns:
+    """One entry a row."""
+
+    arrival_s: Floats
+    prompt_tokens: Ints
+    output_tokens: Ints
+    slo_class: Ints
+    blocks: list[list[int]]  # empty if no row names its blocks
 
 
 def load_trace(path: Path) -> RequestStream:
@@ -60,8 +69,17 @@ def load_trace(path: Path) -> RequestStream:
 def read_trace(path: Path, classes: Sequence[SloClass]) -> Trace:
     """Like `load_trace`. `classes` resolve the names in the column slo_class; without classes the column is ignored."""
     try:
-        with _open(path) as file:
-            rows, has_classes = _read_json_lines(path, file) if _is_json_lines(path) else _read_csv(path, file, classes)
+        if _is_json_lines(path):
+            has_classes = False
+            with _open(path) as file:
+                columns = _read_json_lines(path, file)
+        else:
+            with _open(path) as file:
+                read = _read_csv_columns(path, file, classes)
+            if read is None:
+                with _open(path) as file:
+                    read = _read_csv_rows(path, file, classes)
+            columns, has_classes = read
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -70,26 +88,30 @@ def read_trace(path: Path, classes: Sequence[SloClass]) -> Trace:
         raise ConfigError(f"{path} is not text; a trace is CSV or JSON lines") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
-    served = sorted((row for row in rows if row.output_tokens), key=lambda row: row.arrival_s)  # stable
-    if not served:
-        raise ConfigError(f"{path} holds no requests" + (" with output tokens" if rows else ""))
-    return Trace(_as_stream(path, served), has_classes, len(rows) - len(served))
+    num_rows = len(columns.arrival_s)
+    order = np.argsort(columns.arrival_s, kind="stable")
+    order = order[columns.output_tokens[order] > 0]
+    if not len(order):
+        raise ConfigError(f"{path} holds no requests" + (" with output tokens" if num_rows else ""))
+    latest_s = np.maximum.accumulate(columns.arrival_s)
+    num_late = int((columns.arrival_s < latest_s).sum())
+    return Trace(_as_stream(path, columns, order), has_classes, num_rows, num_rows - len(order), num_late)
 
 
-def _as_stream(path: Path, rows: Sequence[_Row]) -> RequestStream:
-    prompts = np.array([row.prompt_tokens for row in rows], dtype=np.int64)
+def _as_stream(path: Path, columns: _Columns, order: Ints) -> RequestStream:
+    prompts = columns.prompt_tokens[order]
     groups = tokens = None
-    if any(row.blocks for row in rows):
+    if columns.blocks:
         try:
-            groups, tokens = prefix_groups([row.blocks for row in rows], prompts)
+            groups, tokens = prefix_groups([columns.blocks[row] for row in order.tolist()], prompts)
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
-    arrival_s = np.array([row.arrival_s for row in rows])
+    arrival_s = columns.arrival_s[order]
     return RequestStream.make(
         arrival_s - arrival_s[0],
         prompts,
-        np.array([row.output_tokens for row in rows], dtype=np.int64),
-        slo_class=np.array([row.slo_class for row in rows], dtype=np.int64),
+        columns.output_tokens[order],
+        slo_class=columns.slo_class[order],
         prefix_group=groups,
         prefix_tokens=tokens,
     )
@@ -105,57 +127,127 @@ def _is_json_lines(path: Path) -> bool:
     return path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
 
 
-def _read_csv(path: Path, file: TextIO, classes: Sequence[SloClass]) -> tuple[list[_Row], bool]:
-    reader = csv.DictReader(file)
-    columns = reader.fieldnames or ()
-    arrival = _column(path, columns, ("arrival_s", "TIMESTAMP"))
-    prompt, output = _column(path, columns, _PROMPT_COLUMNS), _column(path, columns, _OUTPUT_COLUMNS)
-    has_classes = "slo_class" in columns and len(classes) > 0
-    class_index = {slo.name: index for index, slo in enumerate(classes)}
-    rows = []
+@dataclass(frozen=True, slots=True)
+class _Header:
+    columns: Sequence[str]
+    arrival: str
+    prompt: str
+    output: str
+    has_classes: bool
+
+    @classmethod
+    def of(cls, path: Path, columns: Sequence[str], classes: Sequence[SloClass]) -> "_Header":
+        return cls(
+            columns,
+            _column(path, columns, ("arrival_s", "TIMESTAMP")),
+            _column(path, columns, _PROMPT_COLUMNS),
+            _column(path, columns, _OUTPUT_COLUMNS),
+            "slo_class" in columns and len(classes) > 0,
+        )
+
+
+def _read_csv_columns(path: Path, file: TextIO, classes: Sequence[SloClass]) -> tuple[_Columns, bool] | None:
+    """None if a value is wrong or unusual."""
+    reader = csv.reader(file)
     try:
+        header = _Header.of(path, next(reader, []), classes)
+        rows = [row for row in reader if row]
+    except csv.Error:
+        return None
+
+    def values(name: str) -> list[str]:
+        index = header.columns.index(name)
+        return [row[index] for row in rows]
+
+    try:
+        if header.arrival == "TIMESTAMP":
+            arrival_s = np.array([_timestamp_s(value) for value in values("TIMESTAMP")], dtype=np.float64)
+        else:
+            arrival_s = np.array(values(header.arrival), dtype=np.float64)
+            if not ((arrival_s >= 0) & (arrival_s < _MAX_SECONDS)).all():
+                return None
+        prompts = np.array(values(header.prompt), dtype=np.int64)
+        outputs = np.array(values(header.output), dtype=np.int64)
+        slo_class = np.zeros(len(rows), dtype=np.int64)
+        if header.has_classes:
+            index_of = {slo.name: index for index, slo in enumerate(classes)}
+            slo_class = np.array([index_of[value] for value in values("slo_class")], dtype=np.int64)
+    except (ValueError, IndexError, KeyError, OverflowError):
+        return None
+    if rows and (prompts.min() < 1 or outputs.min() < 0 or max(prompts.max(), outputs.max()) >= _MAX_TOKENS):
+        return None
+    return _Columns(arrival_s, prompts, outputs, slo_class, []), header.has_classes
+
+
+def _read_csv_rows(path: Path, file: TextIO, classes: Sequence[SloClass]) -> tuple[_Columns, bool]:
+    reader = csv.DictReader(file)
+    try:
+        header = _Header.of(path, reader.fieldnames or (), classes)
+        class_index = {slo.name: index for index, slo in enumerate(classes)}
+        rows = []
         for values in reader:
             fields = _RowFields(f"{path} line {reader.line_num}", values)
+            is_date = header.arrival == "TIMESTAMP"
             rows.append(
-                _Row(
-                    fields.timestamp_s(arrival) if arrival == "TIMESTAMP" else fields.seconds(arrival),
-                    fields.tokens(prompt, minimum=1),
-                    fields.tokens(output, minimum=0),
-                    fields.slo_class("slo_class", class_index) if has_classes else 0,
+                (
+                    fields.timestamp_s(header.arrival) if is_date else fields.seconds(header.arrival),
+                    fields.tokens(header.prompt, minimum=1),
+                    fields.tokens(header.output, minimum=0),
+                    fields.slo_class("slo_class", class_index) if header.has_classes else 0,
                 )
             )
     except csv.Error as error:
         raise ConfigError(f"{path} line {reader.line_num}: is not CSV ({error})") from error
-    return rows, has_classes
+    arrival_s = np.array([row[0] for row in rows], dtype=np.float64)
+    prompts, outputs, slo_class = (np.array([row[i] for row in rows], dtype=np.int64) for i in (1, 2, 3))
+    return _Columns(arrival_s, prompts, outputs, slo_class, []), header.has_classes
 
 
-def _read_json_lines(path: Path, file: TextIO) -> tuple[list[_Row], bool]:
-    rows = []
-    for where, values in _json_objects(path, file):
-        fields = _RowFields(where, values)
-        rows.append(
-            _Row(
-                fields.seconds("timestamp") / 1000.0,
-                fields.tokens("input_length", minimum=1),
-                fields.tokens("output_length", minimum=0),
-                blocks=fields.block_ids("hash_ids"),
-            )
-        )
-    return rows, False
+def _read_json_lines(path: Path, file: TextIO) -> _Columns:
+    arrival_s, prompts, outputs, blocks, has_blocks = [], [], [], [], False
+    for number, values in _json_objects(path, file):
+        timestamp, prompt, output = values.get("timestamp"), values.get("input_length"), values.get("output_length")
+        ids = values.get("hash_ids", [])
+        if not (
+            type(timestamp) is int
+            and type(prompt) is type(output) is int
+            and 0 <= timestamp < _MAX_SECONDS
+            and 1 <= prompt < _MAX_TOKENS
+            and 0 <= output < _MAX_TOKENS
+            and type(ids) is list
+        ):
+            fields = _RowFields(f"{path} line {number}", values)
+            timestamp = fields.seconds("timestamp")
+            prompt, output = fields.tokens("input_length", minimum=1), fields.tokens("output_length", minimum=0)
+        for block in ids if isinstance(ids, list) else (None,):
+            if type(block) is not int:
+                raise _RowFields(f"{path} line {number}", values).wrong("hash_ids", "a list of whole numbers", ids)
+        arrival_s.append(timestamp / 1000.0)
+        prompts.append(prompt)
+        outputs.append(output)
+        blocks.append(ids)
+        has_blocks = has_blocks or bool(ids)
+    return _Columns(
+        np.array(arrival_s, dtype=np.float64),
+        np.array(prompts, dtype=np.int64),
+        np.array(outputs, dtype=np.int64),
+        np.zeros(len(prompts), dtype=np.int64),
+        blocks if has_blocks else [],
+    )
 
 
-def _json_objects(path: Path, file: TextIO) -> Iterator[tuple[str, Mapping[str, object]]]:
+def _json_objects(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object)."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        where = f"{path} line {number}"
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
-            raise ConfigError(f"{where}: is not a JSON object; write one object a line")
-        yield where, values
+            raise ConfigError(f"{path} line {number}: is not a JSON object; write one object a line")
+        yield number, values
 
 
 def _column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str:
@@ -164,6 +256,12 @@ def _column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str:
             return name
     present = f"only {', '.join(columns)!r:.200}" if columns else "the file is empty"
     raise ConfigError(f"{path} line 1: there is no column {names[0]}{',' if columns else ';'} {present}")
+
+
+def _timestamp_s(value: str) -> float:
+    """A date and time as seconds since 1970. Raises ValueError."""
+    moment = datetime.fromisoformat(value)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 class _RowFields:
@@ -179,39 +277,32 @@ class _RowFields:
             number = float(value) if isinstance(value, (str, int, float)) else -1.0
         except (ValueError, OverflowError):
             number = -1.0
-        if isinstance(value, bool) or not 0 <= number < 1e12:
-            raise self._wrong(name, "a number of at least 0", value)
+        if isinstance(value, bool) or not 0 <= number < _MAX_SECONDS:
+            raise self.wrong(name, "a number of at least 0", value)
         return number
 
     def timestamp_s(self, name: str) -> float:
         """A date and time as seconds since 1970."""
         value = self._values.get(name)
         try:
-            moment = datetime.fromisoformat(str(value))
+            return _timestamp_s(str(value))
         except ValueError as error:
-            raise self._wrong(name, "a date and time, e.g. 2023-11-16 18:15:46.680590", value) from error
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+            raise self.wrong(name, "a date and time, e.g. 2023-11-16 18:15:46.680590", value) from error
 
     def tokens(self, name: str, *, minimum: int) -> int:
         value = self._values.get(name)
-        is_number = isinstance(value, str) and value.strip().isdecimal() and len(value) < _MAX_DIGITS
-        number = int(value) if is_number else value  # type: ignore[call-overload]
+        number = int(match[1]) if isinstance(value, str) and (match := _WHOLE_NUMBER.fullmatch(value)) else value
+        number = int(number) if isinstance(number, float) and number.is_integer() else number
         if isinstance(number, bool) or not isinstance(number, int) or not minimum <= number < _MAX_TOKENS:
-            raise self._wrong(name, f"a whole number of at least {minimum}", value)
+            raise self.wrong(name, f"a whole number of at least {minimum}", value)
         return number
 
     def slo_class(self, name: str, class_index: Mapping[str, int]) -> int:
         value = self._values.get(name)
         if not isinstance(value, str) or value not in class_index:
-            raise self._wrong(name, f"one of the SLO classes {', '.join(class_index)}", value)
+            raise self.wrong(name, f"one of the SLO classes {', '.join(class_index)}", value)
         return class_index[value]
 
-    def block_ids(self, name: str) -> tuple[int, ...]:
-        value = self._values.get(name, [])
-        if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise self._wrong(name, "a list of whole numbers", value)
-        return tuple(value)
-
-    def _wrong(self, name: str, expected: str, value: object) -> ConfigError:
+    def wrong(self, name: str, expected: str, value: object) -> ConfigError:
         shown = "missing" if value is None else f"{value!r}"
         return ConfigError(f"{self._where}: {name} must be {expected}, not {shown[:60]}")

@@ -20,7 +20,7 @@ from tandem.placement.search.space import SearchSpace
 from tandem.placement.search.trial import find_max_rate, simulate_at
 from tests.placement.search.problems import H100, ToySource, problem
 
-FEW = settings(max_examples=4, derandomize=True, database=None, deadline=None)
+FEW = settings(max_examples=2, derandomize=True, database=None, deadline=None)
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PROBLEMS = st.builds(
     lambda devices, more, slo, tokens, layouts, rate: problem(
@@ -73,7 +73,7 @@ def check(question: Problem) -> None:
                 assert not simulate_at(final, deployment, question.rate)[1].meets
         else:
             assert (alternative.candidate.goodput or 0.0) <= comparison.goodput
-            assert find_max_rate(final, deployment, comparison.goodput, comparison.goodput).rate == 0.0
+            assert find_max_rate(final, deployment, comparison.goodput, 0.0).rate <= comparison.goodput * (1 + 1e-9)
 
 
 @FEW

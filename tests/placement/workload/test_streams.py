@@ -235,7 +235,7 @@ def test_requests_without_output_are_counted_and_left_out(tmp_path: Path, caplog
     assert load_trace(path).prompt_tokens.tolist() == [6, 8]
     assert read_trace(path, ()).num_without_output == 2
     assert len(stream({"trace": str(path)})) == 2
-    assert caplog.messages == [f"{path}: 2 requests have no output tokens and are left out"]
+    assert caplog.messages == [f"{path}: 2 of 4 requests have no output tokens and are left out"]
     lines = tmp_path / "t.jsonl"
     lines.write_text(
         '{"timestamp": 0, "input_length": 5, "output_length": 0}\n'
