@@ -5,6 +5,9 @@ from typing import Protocol
 from tandem.core.cost_model import CostModel
 from tandem.core.parallel import ParallelShape
 
+MAX_BATCH = 1024
+"""The most sequences in a step of a plan, if memory holds their KV; vLLM's default on large devices."""
+
 
 class CostSource(Protocol):
     """Step costs and KV capacity of one model's instances. Devices have the names of the cluster. Pure."""

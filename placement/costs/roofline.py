@@ -9,20 +9,22 @@ from collections.abc import Mapping
 
 from tandem.core.model_shape import ModelShape
 from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.cost_source import MAX_BATCH
 from tandem.placement.costs.efficiency import efficiency, engine_overhead, step_error
 from tandem.placement.costs.hardware import Device
 from tandem.placement.costs.roofline_cost import RooflineCost
 
 _RUNTIME_BYTES = 1.0e9  # context, workspaces, buffers of collectives; vLLM reports two thirds of it
+_MIN_SEQUENCE_TOKENS = 256  # of KV; a sequence is admitted only with memory for as many
 
 
 class RooflineSource:
     """A `placement.costs.cost_source.CostSource`. `devices` by their names in the cluster, with the cluster's links.
 
     `memory_share` of a device's memory holds weights, KV, the runtime and the activations of a step of `batch_tokens`
-    prompt tokens and `max_batch` sampled tokens. `engine` is the engine of `efficiency.yaml` with the overheads of a
-    step. `devices_per_node`: tp must fit a node; a pipeline over several nodes uses the NIC, which must be known. A
-    device without an entry is in nodes of any size.
+    prompt tokens and at most `max_batch` sampled tokens, those of the sequences whose KV fits. `engine` is the engine
+    of `efficiency.yaml` with the overheads of a step. `devices_per_node`: tp must fit a node; a pipeline over several
+    nodes uses the NIC, which must be known. A device without an entry is in nodes of any size.
     """
 
     __slots__ = (
@@ -44,7 +46,7 @@ class RooflineSource:
         memory_share: float = 0.9,
         engine: str = "vllm",
         batch_tokens: int = 8192,
-        max_batch: int = 256,
+        max_batch: int = MAX_BATCH,
         devices_per_node: Mapping[str, int] | None = None,
     ) -> None:
         """Raises ConfigError for an unknown engine."""
@@ -79,8 +81,14 @@ class RooflineSource:
         model = self._model
         free = self._memory_share * self._devices[device].memory_bytes - _RUNTIME_BYTES
         free -= model.weight_bytes_per_rank(shape)
-        free -= model.activation_bytes_per_rank(shape, self._batch_tokens, self._max_batch)
-        return max(0, int(free / model.kv_bytes_per_token_and_rank(shape)))
+        free -= model.activation_bytes_per_rank(shape, self._batch_tokens, 0)
+        sequence_bytes = model.activation_bytes_per_rank(shape, 0, 1)
+        kv_bytes = model.kv_bytes_per_token_and_rank(shape)
+        tokens = max(
+            free / (kv_bytes + sequence_bytes / _MIN_SEQUENCE_TOKENS),  # fewer sequences than `max_batch` fit
+            (free - self._max_batch * sequence_bytes) / kv_bytes,
+        )
+        return max(0, int(tokens))
 
     @property
     def error(self) -> float:

@@ -8,11 +8,10 @@ from tandem.core.cost_model import CostModel, StepLoad
 from tandem.core.model_shape import ModelShape
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo_file import SearchSection
-from tandem.placement.costs.cost_source import CostSource
+from tandem.placement.costs.cost_source import MAX_BATCH, CostSource
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
 
-_MAX_BATCH = 256  # cost sources reserve activation memory for this batch
 _PREFILL_BUDGETS = (512, 1024, 2048, 4096, 8192)
 _CHUNK_BUDGETS = (256, 512, 1024, 2048)
 _PROMPT_FIRST_BUDGET = 4096
@@ -122,7 +121,7 @@ def phase_kind(
     role: RoleName, device: str, shape: ParallelShape, cost: CostModel, kv_tokens: int, stream: RequestStream
 ) -> InstanceKind:
     """A prefill or decode instance with batch sizes for the stream."""
-    max_batch = max(1, min(_MAX_BATCH, int(kv_tokens / resident_tokens(stream))))
+    max_batch = max(1, min(MAX_BATCH, int(kv_tokens / resident_tokens(stream))))
     return InstanceKind(role, device, shape, kv_tokens, saturating_budget(cost, stream), max_batch, cost=cost)
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,11 +11,15 @@ from hypothesis import strategies as st
 from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.errors import ConfigError
 from tandem.core.parallel import ParallelShape
+from tandem.core.slo import SloClass
 from tandem.placement.costs.efficiency import Efficiency, efficiency, engine_overhead
 from tandem.placement.costs.hardware import devices
 from tandem.placement.costs.models import published_models
 from tandem.placement.costs.roofline import RooflineSource
 from tandem.placement.costs.roofline_cost import RooflineCost
+from tandem.placement.search.kinds import phase_kind
+from tandem.placement.search.limits import limit_of
+from tandem.placement.workload.requests import RequestStream
 
 _H100 = "H100-80GB-SXM5"
 _MODELS = ("Llama-3.1-8B", "OPT-13B", "Mixtral-8x7B", "DeepSeek-V2-Lite")
@@ -197,6 +202,25 @@ def test_kv_fills_the_memory_that_weights_leave() -> None:
     assert large.kv_tokens(_H100, ParallelShape()) == 0
     assert large.kv_tokens(_H100, ParallelShape(4)) > 0
     assert 0 < source.error < 0.2
+
+
+def test_a_batch_is_as_large_as_memory_allows() -> None:
+    """As a user found it: 8B on an H100 was "held back by the largest batch, 252", with KV room for 740."""
+    source = RooflineSource(published_models()["Llama-3.1-8B"], devices())
+    cost, tokens = source.cost_model(_H100, ParallelShape()), source.kv_tokens(_H100, ParallelShape())
+    assert cost is not None
+    stream = RequestStream.make(np.arange(50.0), np.full(50, 400), np.full(50, 200))
+    kind = phase_kind("decode", _H100, ParallelShape(), cost, tokens, stream)
+    assert 700 < kind.max_batch <= tokens / 500 < kind.max_batch + 1
+    limit = limit_of(kind, (SloClass(ttft_s=1, tpot_s=0.05),), stream)
+    assert limit.reason.startswith("KV memory")
+    short = RequestStream.make(np.arange(50.0), np.full(50, 40), np.full(50, 20))
+    assert phase_kind("decode", _H100, ParallelShape(), cost, tokens, short).max_batch == 1024
+    few, many = (
+        RooflineSource(published_models()["Llama-3.1-8B"], devices(), max_batch=batch).kv_tokens(_H100, ParallelShape())
+        for batch in (1, 1024)
+    )
+    assert 0 < few - many < 0.03 * few, "logits of the batch take memory, too"
 
 
 def test_prompts_beside_decoding_slow_its_attention_down() -> None:
