@@ -77,10 +77,10 @@ def _reason(space: SearchSpace, alternative: Alternative, comparison: FinalCompa
     if evaluated.goodput >= comparison.goodput and evaluated.deployment.num_devices > chosen.deployment.num_devices:
         return "needs more devices for the same goodput"
     if alternative.is_equal and alternative.difference is not None:
-        low, high = alternative.difference
+        low, high = (0 - 100 * end for end in reversed(alternative.difference))
         requests = comparison.problem.section.requests
         return (
-            f"as good as the chosen one: at the same rate {100 * -high:+.1f} to {100 * -low:+.1f} points of attainment "
+            f"as good as the chosen one: at the same rate {low:+.1f} to {high:+.1f} points of attainment "
             f"(95 %, {requests:,} equal requests)"
         )
     return f"{1 - evaluated.goodput / comparison.goodput:.0%} less goodput: {bound}"

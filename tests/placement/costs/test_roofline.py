@@ -213,7 +213,7 @@ def test_a_batch_is_as_large_as_memory_allows() -> None:
     kind = phase_kind("decode", _H100, ParallelShape(), cost, tokens, stream)
     assert 700 < kind.max_batch <= tokens / 500 < kind.max_batch + 1
     limit = limit_of(kind, (SloClass(ttft_s=1, tpot_s=0.05),), stream)
-    assert limit.reason.startswith("KV memory")
+    assert limit.reason == "TPOT, 608 sequences"
     short = RequestStream.make(np.arange(50.0), np.full(50, 40), np.full(50, 20))
     assert phase_kind("decode", _H100, ParallelShape(), cost, tokens, short).max_batch == 1024
     few, many = (
