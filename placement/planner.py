@@ -22,7 +22,7 @@ from tandem.placement.search.final_comparison import FinalComparison, compare_fi
 from tandem.placement.search.mapper import Mapper, local_mapper
 from tandem.placement.search.nearest_feasible import nearest_feasible
 from tandem.placement.search.predict import limit_of_nodes
-from tandem.placement.search.problem import Problem, without_cached
+from tandem.placement.search.problem import Problem, cache_tokens_of, without_cached
 from tandem.placement.search.space import SearchSpace, search_space
 from tandem.placement.search.trial import RATE_RATIO, evaluate_at
 from tandem.placement.search.trim import trimmed
@@ -170,20 +170,23 @@ def problem_of(slo_file: SloFile, source: CostSource | None = None) -> Problem:
         requests = make_stream(
             workload, slo_file.slo, count=_SPARE_REQUESTS * section.requests, rate=1.0, seed=section.seed
         )
+    source, cluster = source or cost_source_of(slo_file, model), Cluster.of(slo_file.cluster)
+    cache_tokens = cache_tokens_of(cluster, source, model, section)
     return Problem(
         model=model,
-        source=source or cost_source_of(slo_file, model),
-        cluster=Cluster.of(slo_file.cluster),
+        source=source,
+        cluster=cluster,
         classes=slo_file.slo,
         section=section,
         requests=requests,
-        computed=without_cached(requests).head(section.requests),
+        computed=without_cached(requests, cache_tokens).head(section.requests),
         rate=None if workload.rate == "max" else workload.rate,
         cheapest=slo_file.objective == "cheapest",
         windows=windows,
         cover=workload.cover,
         simulated_share=simulated_share,
         notes=notes,
+        cache_tokens=cache_tokens,
     )
 
 

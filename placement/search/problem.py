@@ -1,5 +1,7 @@
 """The input of a search."""
 
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +12,7 @@ from tandem.core.slo import SloClass
 from tandem.core.slo_file import SearchSection
 from tandem.placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
 from tandem.placement.costs.cost_source import CostSource
-from tandem.placement.workload.description import repeated_tokens
+from tandem.placement.search.kinds import legal_shapes
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.windows import Window, window_stream
 
@@ -34,7 +36,8 @@ class Problem:
     `rate`: requests per second to serve, None for the highest rate. `cheapest`: find the cheapest part of the cluster
     that serves `rate`, not the highest goodput of the cluster. `windows` divide the requests of a trace, all of which
     are simulated; the targets must be met in windows that have the share `cover` of the time. `simulated_share` of the
-    requests of the trace are in `requests`; `notes` are sentences about requests that are left out.
+    requests of the trace are in `requests`; `notes` are sentences about requests that are left out. `cache_tokens`: see
+    `without_cached`.
 
     Picklable: worker processes receive it.
     """
@@ -52,6 +55,7 @@ class Problem:
     cover: float = 1.0
     simulated_share: float = 1.0
     notes: tuple[str, ...] = ()
+    cache_tokens: float = math.inf
 
     @property
     def node_types(self) -> tuple[NodeType, ...]:
@@ -65,7 +69,8 @@ class Problem:
     def of_window(self, window: Window) -> "Problem":
         """The problem of one window of the trace, as if it had a steady state. Rates remain those of the trace."""
         requests = window_stream(self.requests, window)
-        computed = without_cached(requests).head(self.section.requests)
+        whole = without_cached(self.requests, self.cache_tokens)
+        computed = window_stream(whole, window).head(self.section.requests)
         return replace(self, requests=requests, computed=computed, windows=())
 
     def transfer_s_per_token(self, devices: Sequence[str], ranks: int, *, same_node: bool) -> float:
@@ -83,8 +88,38 @@ class Problem:
         return float(sum(used.values())) if price is None else price
 
 
-def without_cached(requests: RequestStream) -> RequestStream:
-    """The prompts without the prefix that an earlier request of the group left in the cache; at least one token of a
-    prompt remains."""
-    prompts = np.maximum(1, requests.prompt_tokens - repeated_tokens(requests))
+def without_cached(requests: RequestStream, cache_tokens: float = math.inf) -> RequestStream:
+    """The prompts without the prefix that a cache of `cache_tokens` tokens has, at least one token of each. The cache
+    keeps what was used last; prompts that nobody shares take its memory, too."""
+    if not np.any(requests.prefix_group >= 0):
+        return requests
+    cached: OrderedDict[int, int] = OrderedDict()  # tokens by group; by -1 - row for what only one request has
+    held = 0
+    prompts = requests.prompt_tokens.copy()
+    rows = zip(
+        requests.prefix_group.tolist(), requests.prefix_tokens.tolist(), requests.prompt_tokens.tolist(), strict=True
+    )
+    for row, (group, shared, tokens) in enumerate(rows):
+        if group >= 0:
+            known = cached.pop(group, 0)
+            prompts[row] = max(1, tokens - min(known, shared))
+            cached[group] = max(known, shared)
+            held += cached[group] - known
+        if tokens > shared:
+            cached[-1 - row] = tokens - shared
+            held += tokens - shared
+        while held > cache_tokens:
+            held -= cached.popitem(last=False)[1]
     return replace(requests, prompt_tokens=prompts, prefix_tokens=np.minimum(requests.prefix_tokens, prompts))
+
+
+def cache_tokens_of(cluster: Cluster, source: CostSource, model: ModelShape, section: SearchSection) -> float:
+    """An estimate of the tokens that the prefix caches of a cluster hold together: half of the KV memory of all its
+    devices, in the legal shape with the most. Running sequences and decode instances have the other half; the router
+    sends a prompt where its prefix is, so most prefixes are in one cache only."""
+    tokens = 0.0
+    for node in cluster.nodes:
+        shapes = legal_shapes(model, section, node.num_devices)
+        per_device = max((source.kv_tokens(node.device.name, shape) / shape.num_ranks for shape in shapes), default=0.0)
+        tokens += node.num_devices * per_device
+    return tokens / 2

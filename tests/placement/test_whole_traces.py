@@ -130,3 +130,30 @@ def test_a_trace_is_simulated_whole_and_shown_in_windows(tmp_path: Path, capsys:
     assert "All targets are met." in out
     assert main(["simulate", str(tmp_path / "plan.yaml"), "--requests", "250"]) == 0
     assert capsys.readouterr().out.startswith("250 requests at 5.00 req/s")
+
+
+def test_the_search_counts_on_a_finite_cache() -> None:
+    """Three conversations take turns; a cache for two of them, by the rule of least recent use, has none in time."""
+    rows, groups = 30, np.arange(30) % 3
+    stream = RequestStream.make(
+        np.arange(rows), np.full(rows, 100), np.full(rows, 5), prefix_group=groups, prefix_tokens=np.full(rows, 90)
+    )  # fmt: skip
+    assert without_cached(stream).prompt_tokens.tolist() == [100] * 3 + [10] * 27
+    assert without_cached(stream, cache_tokens=200).prompt_tokens.tolist() == [100] * 30
+    assert without_cached(stream, cache_tokens=330).prompt_tokens.tolist() == [100] * 3 + [10] * 27
+
+
+def test_the_share_of_cached_tokens_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "slo.yaml").write_text(
+        "model: Llama-3.1-8B\ncluster: {nodes: [{device: H100-80GB-SXM5, devices: 2}]}\n"
+        "slo: [{ttft_s: 0.5, tpot_s: 0.05}]\nsearch: {requests: 200}\n"
+        "workload: {prompt_tokens: {mean: 1600, cv: 0}, output_tokens: {mean: 5, cv: 0}, rate: 4,"
+        " prefix: {share: 0.5, tokens: 800}}\n"
+    )
+    (tmp_path / "plan.yaml").write_text(
+        "model: Llama-3.1-8B\nverdict: colocate\nslo_file: slo.yaml\n"
+        "groups: [{role: colocated, instances: 1, device: H100-80GB-SXM5, kv_tokens: 300000}]\n"
+    )
+    assert main(["simulate", str(tmp_path / "plan.yaml")]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "prefix cache" in line)
+    assert 20 < float(line.split()[0]) < 30
