@@ -15,7 +15,7 @@ from tandem.core.slo_file import PrefixSection, SloFile, WorkloadSection
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.placement.replanning.workload_distance import Workload
 from tandem.placement.workload.requests import Floats
-from tandem.placement.workload.streams import make_stream
+from tandem.placement.workload.streams import make_stream, trace_requests
 
 SPARE_REQUESTS = 8  # ratio to `search.requests`, for simulations that need more requests for a steady state
 SLO_FILE_NAME = "slo.yaml"
@@ -23,13 +23,14 @@ RUNNING_PLAN_NAME = "running_plan.yaml"
 
 
 def planned_workload(plan: Plan, slo_file: SloFile) -> Workload:
-    """The workload of the plan. Raises ConfigError if its rate is unknown."""
+    """The workload of the plan, of a trace all of it. Raises ConfigError if its rate is unknown."""
     rate = plan.expected.rate if plan.expected else slo_file.workload.rate
     if rate == "max":
         raise ConfigError("the plan has no rate and its SLO file's workload.rate is max; set workload.rate")
-    stream = make_stream(
-        slo_file.workload, slo_file.slo, count=slo_file.search.requests, rate=rate, seed=slo_file.search.seed
-    )
+    workload, seed = slo_file.workload, slo_file.search.seed
+    if workload.trace is not None:
+        return Workload.planned(trace_requests(workload, slo_file.slo, seed=seed).requests, rate)
+    stream = make_stream(workload, slo_file.slo, count=slo_file.search.requests, rate=rate, seed=seed)
     return Workload.planned(stream, rate)
 
 

@@ -105,3 +105,15 @@ def test_a_plan_without_rate_cannot_be_compared() -> None:
     with pytest.raises(ConfigError, match="no rate"):
         planned_workload(PLAN, make_slo_file("max"))
     assert planned_workload(PLAN, make_slo_file(3.0)).rate == 3.0
+
+
+def test_the_planned_workload_of_a_trace_is_all_of_it(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    rows = "".join(f"{i},{100 if i < 500 else 900},20\n" for i in range(2000))
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + rows)
+    slo_file = make_slo_file(rate=2.0)
+    slo_file = slo_file.model_copy(update={"workload": slo_file.workload.model_validate({"trace": trace, "rate": 2.0})})
+    planned = planned_workload(PLAN, slo_file)
+    assert len(planned.prompt_tokens) == 2000
+    assert planned.prompt_tokens.mean() == 700
+    assert planned.rate == 2.0
