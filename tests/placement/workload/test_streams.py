@@ -294,7 +294,7 @@ def test_groups_never_claim_more_than_the_tree_has(
 
 
 WRONG_TRACES = {
-    "no column": ("arrival_s,tokens\n1,2\n", "FILE line 1: there is no column prompt_tokens, only arrival_s, tokens"),
+    "no column": ("arrival_s,tokens\n1,2\n", "FILE line 1: there is no column prompt_tokens, only 'arrival_s, tokens'"),
     "empty": ("", "FILE line 1: there is no column arrival_s; the file is empty"),
     "no rows": ("arrival_s,prompt_tokens,output_tokens\n", "FILE holds no requests"),
     "not a number": (
