@@ -11,6 +11,7 @@ The result has the highest simulated goodput of all that were compared, and the 
 alternative met its targets at a higher rate than the chosen deployment in runs of the same requests.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from tandem.placement.evaluation.attainment import targets_met
+from tandem.core.errors import ConfigError
+from tandem.placement.evaluation.attainment import deciding_window, targets_met
 from tandem.placement.evaluation.steady_state import Interval, difference_interval
 from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress
 from tandem.placement.search.candidate import CandidateDeployment
@@ -26,7 +28,15 @@ from tandem.placement.search.kinds import InstanceKind
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.problem import Problem
 from tandem.placement.search.space import SearchSpace
-from tandem.placement.search.trial import RATE_RATIO, MaxRate, find_max_rate, find_rate_near, scaled_down, simulate_at
+from tandem.placement.search.trial import (
+    RATE_RATIO,
+    MaxRate,
+    evaluate_at,
+    find_max_rate,
+    find_rate_near,
+    scaled_down,
+    simulate_at,
+)
 
 MAX_INSTANCES = 16  # of a deployment that is simulated without scaling
 _NUM_FINALISTS = 8
@@ -137,7 +147,7 @@ class _Comparison:
         while 2 * count <= limit and (undecided := [one for one in everyone if decision.is_open(one.deployment)]):
             count *= 2
             problem = replace(problem, section=problem.section.model_copy(update={"requests": count}))
-            self._report(0.7 - 0.4 * problem.section.requests / limit, f"{count:,} requests to tell the best apart")
+            self._report(0.1 + 0.6 * count / limit, f"{count:,} requests to tell the best apart")
             decision = self._compare(problem, decision.leader, undecided)
             decision = self._with_better_ones(problem, decision, [one for one in everyone if one not in undecided])
         self._report(0.8, "simulating the goodput of alternatives")
@@ -226,10 +236,27 @@ class _Comparison:
         return {deployment: min(rate, below / scales[deployment]) for deployment, rate in found.items()}
 
     def _max_rate(self, problem: Problem, one: Represented, guess: float) -> float:
-        """Above 0: a deployment of the search serves something."""
+        """Above 0. Raises ConfigError if a window of a trace, or a longer run than the search had, misses the targets
+        at every rate."""
         found = find_rate_near(problem, one.simulated, guess, self._mapper, separate_nodes=one.is_scaled)
-        assert found.rate > 0, "a deployment that met its targets in the search meets them at no rate"
-        return self._count(found)
+        self._num_simulations += found.num_simulations
+        if found.rate > 0:
+            return found.rate
+        if not problem.windows:
+            raise ConfigError(
+                f"{one.deployment} meets the targets in short simulations only; loosen the targets of slo, or raise "
+                "search.requests"
+            )
+        evaluation = evaluate_at(problem, one.simulated, one.is_scaled, guess / 1000)
+        window = deciding_window(problem.windows, evaluation)
+        met_share = sum(
+            window.time_share for window, of in zip(problem.windows, evaluation.windows, strict=True) if of.meets
+        )
+        cover = math.floor(100 * met_share) / 100
+        raise ConfigError(
+            f"the trace from second {window.begin_s:.0f} to {window.end_s:.0f}: {one.deployment} misses the targets "
+            f"there at every rate; loosen the targets of slo, or set workload.cover to {cover:g} or less"
+        )
 
     def _max_rates(
         self, problem: Problem, guesses: Sequence[tuple[Represented, float]]

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from tandem.cli.main import main
+from tandem.core.errors import ConfigError
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import WorkloadSection
 from tandem.placement.evaluation.attainment import evaluate_windows
-from tandem.placement.planner import search_and_compare
-from tandem.placement.search.final_comparison import FinalComparison
+from tandem.placement.planner import search, search_and_compare
+from tandem.placement.search.final_comparison import FinalComparison, compare_finalists
 from tandem.placement.search.mapper import SerialMapper
 from tandem.placement.search.problem import Problem, without_cached
 from tandem.placement.search.trial import evaluate_at
@@ -157,3 +158,16 @@ def test_the_share_of_cached_tokens_is_shown(tmp_path: Path, capsys: pytest.Capt
     assert main(["simulate", str(tmp_path / "plan.yaml")]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "prefix cache" in line)
     assert 20 < float(line.split()[0]) < 30
+
+
+def test_a_window_that_meets_its_targets_at_no_rate_is_named() -> None:
+    """A third of the last window takes longer than its target on an idle cluster; the search was for the first."""
+    question = asked(regimes((200, HEAVY), (70, LIGHT), (30, (3000, 5))))
+    result = search(question.of_window(question.windows[0]), SerialMapper(), lambda share, text: None)
+    assert result.chosen is not None
+    space = replace(result.space, problem=question)
+    with pytest.raises(ConfigError) as caught:
+        compare_finalists(space, (), result.chosen, SerialMapper(), lambda share, text: None)
+    assert "misses the targets there at every rate; loosen the targets of slo, or set workload.cover to 0.6" in str(
+        caught.value
+    )
