@@ -7,6 +7,8 @@ STAMP := $(VENV)/.tandem-setup
 PROTO_PACKAGE := tandem/v1
 PROTOS := $(wildcard proto/$(PROTO_PACKAGE)/*.proto)
 OUT ?= .
+# `make test` runs these beside the others. None of them starts whole clusters.
+BESIDE := tests/placement tests/engine tests/models tests/bench tests/fuzz
 
 # On machines without a GPU, torch should be the CPU build; a mirror or pip.conf decides where it comes from.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -35,10 +37,10 @@ serve: setup ## start the built-in model, or FILE=serve.yaml; Ctrl-C ends it
 
 test: setup lint types layers proto-check ## what CI runs: all checks, and all tests but the slow ones with their coverage
 	@mkdir -p build/coverage && $(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -q tests/placement > build/placement.log 2>&1 & trap "kill $$!" INT TERM; \
-	$(BIN)/coverage run -m pytest -q --ignore=tests/placement; others=$$?; \
-	wait $$!; placement=$$?; echo "beside them, tests/placement:"; cat build/placement.log; \
-	test "$$others$$placement" = 00
+	@$(BIN)/coverage run -m pytest -q $(BESIDE) > build/beside.log 2>&1 & trap "kill $$!" INT TERM; \
+	$(BIN)/coverage run -m pytest -q $(BESIDE:%=--ignore=%); others=$$?; \
+	wait $$!; beside=$$?; echo "beside them, $(BESIDE):"; cat build/beside.log; \
+	test "$$others$$beside" = 00
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage json -q --fail-under=0 -o - | $(BIN)/python .ci/coverage_by_package.py
 	@$(BIN)/coverage report --format=total > /dev/null || { echo "less than 90 % of the lines are covered" >&2; exit 1; }

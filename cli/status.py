@@ -1,11 +1,11 @@
 """`tandem status`: who runs, how busy, and by which transport KV travels."""
 
 import asyncio
-import contextlib
 import json
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from tandem.cli.common import Pid, find_run
 from tandem.cli.output import console, print_line, print_rich, table
+from tandem.cli.signals import StopSignals
 from tandem.core.replanning import ReplanStatus
 from tandem.core.session import InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.workload_profile import ProfileSnapshot
@@ -37,6 +38,9 @@ better: its folder has the plan and a report), or cooling (no search for another
 1 or more may matter; 0 is chance."""
 
 
+Show = Callable[[RunState, FleetDescription], None]
+
+
 def run(
     json_lines: Annotated[bool, typer.Option("--json", help="for programs: everything, as one JSON object")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="show it again and again until Ctrl-C")] = False,
@@ -47,23 +51,27 @@ def run(
     over which KV has travelled with its transport and speed, and what recent requests are like. Where a plan is served,
     also whether it still fits the requests, and which other plan would do better."""
     if not watch:
-        _show(json_lines, *_fetch(pid))
-        return 0
-    with contextlib.suppress(KeyboardInterrupt):
-        if sys.stdout.isatty() and not json_lines:
-            with Live(console=console(sys.stdout), auto_refresh=False) as live:
-                while True:
-                    live.update(Group(*as_parts(*_fetch(pid))), refresh=True)
-                    time.sleep(interval)
-        while True:
-            _show(json_lines, *_fetch(pid))
-            time.sleep(interval)
+        asyncio.run(_look(pid, partial(_show, json_lines)))
+    elif sys.stdout.isatty() and not json_lines:
+        with Live(console=console(sys.stdout), auto_refresh=False) as live:
+            asyncio.run(_watch(pid, interval, lambda *seen: live.update(Group(*as_parts(*seen)), refresh=True)))
+    else:
+        asyncio.run(_watch(pid, interval, partial(_show, json_lines)))
     return 0
 
 
-def _fetch(pid: int | None) -> tuple[RunState, FleetDescription]:
+async def _watch(pid: int | None, interval_s: float, show: Show) -> None:
+    """Until a signal. An interrupt as an exception can be lost: one that comes in a callback of a C library is only
+    written down there."""
+    signals = StopSignals()
+    while not signals.stop.is_set():
+        await signals.unless_stopped(_look(pid, show))
+        await signals.unless_stopped(asyncio.sleep(interval_s))
+
+
+async def _look(pid: int | None, show: Show) -> None:
     state = find_run(pid)  # each time: it may have been restarted
-    return state, asyncio.run(fetch_fleet(state.control, state.cluster_token, with_profile=True))
+    show(state, await fetch_fleet(state.control, state.cluster_token, with_profile=True))
 
 
 def _show(json_lines: bool, state: RunState, fleet: FleetDescription) -> None:

@@ -10,6 +10,6 @@ REAL_PROCESSES = {"chaos", "cli", "cluster", "deploy"}  # folders whose tests st
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole clusters last: `make test` runs tests/placement beside the other tests, and then the machine is theirs."""
+    """Whole clusters last: `make test` runs some folders beside the other tests, and then the machine is theirs."""
     here = Path(__file__).parent
     items.sort(key=lambda item: item.path.relative_to(here).parts[0] in REAL_PROCESSES)

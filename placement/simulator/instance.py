@@ -18,6 +18,7 @@ from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.sequence import Sequence, SequenceState
 
 _Step = list[Chunk] | FastRun
+_RELEASED = -1.0  # the end of a lease on KV that its reader has
 
 
 class SimulatedInstance:
@@ -86,7 +87,10 @@ class SimulatedInstance:
         self._command(partial(self._arrived, attempt))
 
     def release(self, attempt: SimulatedAttempt) -> None:
-        """Give it up in any phase; KV that was held for another instance is no longer needed."""
+        """Give it up in any phase; KV that was held for another instance is no longer needed. Its lease ends at once,
+        its blocks are free after the step."""
+        if attempt in self._leases:
+            self._leases[attempt] = _RELEASED
         self._command(partial(self._release, attempt), is_release=True)
 
     def fail(self) -> None:
@@ -305,7 +309,7 @@ class SimulatedInstance:
         now_s = self._events.now_s
         while self._leases:
             attempt, ends_s = next(iter(self._leases.items()))
-            is_held = attempt in self._held
+            is_held = attempt in self._held and ends_s != _RELEASED
             if is_held and ends_s > now_s:
                 self._events.at(ends_s, self._end_leases, self._life)
                 return

@@ -55,6 +55,7 @@ def test_ratios_leave_out_what_was_not_measured() -> None:
     assert rows[2] == "| m 1t prefill 512 | 6 (4-100) | 3 (3-3) | - | 2.00 | - | memory | 50% |"
 
 
+@pytest.mark.slow
 def test_a_worker_measures_and_a_broken_one_says_why(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "models" / "random_checkpoint.py"
     model = tmp_path / "model"

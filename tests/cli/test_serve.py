@@ -101,7 +101,7 @@ def test_status_and_doctor(served: Served, model: Path) -> None:
         assert watching.stdout is not None
         assert all(any(line.startswith("little: up ") for line in watching.stdout) for _ in range(2))
         watching.send_signal(signal.SIGINT)
-        watching.wait(10)  # its exit status is 1 at times where coverage is measured; docs/log.md
+        assert watching.wait(30) == 0
     doctor = served.tandem("doctor", f"--set=model={model}", *FREE_PORTS, *_SMALL)
     assert re.search(r"^ok +cluster: little .* 2 of 2 workers ready$", doctor.stdout, re.MULTILINE), doctor.stdout
     assert len(re.findall(r"^ok +request: over (?:HTTP|gRPC): two tokens in \d+ ms$", doctor.stdout, re.MULTILINE)) == 2

@@ -1,4 +1,7 @@
+import asyncio
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -136,13 +139,16 @@ def looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tandem status` finds the cluster twice; then the user presses Ctrl-C."""
     fleets = iter((FLEET, replace(FLEET, uptime_s=3726.0)))
 
-    def fetch(pid: int | None) -> tuple[RunState, FleetDescription]:
+    async def fetch(control: str, token: str, *, with_profile: bool) -> FleetDescription:
         fleet = next(fleets, None)
         if fleet is None:
-            raise KeyboardInterrupt
-        return RUN, fleet
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60.0)
+        assert fleet is not None, "Ctrl-C ends it before the cluster answers"
+        return fleet
 
-    monkeypatch.setattr(status, "_fetch", fetch)
+    monkeypatch.setattr(status, "find_run", lambda pid: RUN)
+    monkeypatch.setattr(status, "fetch_fleet", fetch)
 
 
 @pytest.mark.usefixtures("looked_at_twice")

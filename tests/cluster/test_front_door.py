@@ -60,7 +60,8 @@ def test_a_repeated_prompt_is_cached_for_its_tenant_alone(client: openai.OpenAI)
 
     assert cached("a") == 0
     assert cached("a") > 0
-    assert cached("b") == 0
+    # One whose prompt was computed twice, because of a failure on a busy machine, would find its own; hence three.
+    assert 0 in [cached(tenant) for tenant in ("b", "c", "d")]
 
 
 def test_bad_requests_are_explained(client: openai.OpenAI) -> None:

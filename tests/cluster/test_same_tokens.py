@@ -16,7 +16,13 @@ NUM_PROMPTS = 64
 MAX_PROMPT_TOKENS = 2000
 NUM_NEW_TOKENS = 12
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+FAMILIES = (
+    "llama",
+    pytest.param("mistral", marks=pytest.mark.slow),  # what is theirs is tested in tests/engine
+    pytest.param("qwen2", marks=pytest.mark.slow),
+    "qwen3",
+    "opt",
+)
 
 
 def prompts(vocab_size: int, seed: int) -> list[list[int]]:

@@ -214,7 +214,7 @@ def test_what_is_dumped_loads_again(
             "cluster_token": token,
         }
     )
-    path = tmp_path_factory.mktemp("dump") / "serve.yaml"
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(path, ServeConfig) == config
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tandem.core.slo import SloClass
@@ -34,7 +34,22 @@ _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
     same_node_only=st.booleans(),
     lease_s=st.sampled_from([math.inf, 0.05]),
 )
-@settings(max_examples=30, deadline=None, phases=[Phase.generate])  # shrinking simulations takes minutes
+@example(  # a step that goes on for longer than the lease, after the reader has acknowledged the KV
+    prefill=1,
+    decode=1,
+    colocated=1,
+    num_blocks=46,
+    max_batch=7,
+    rate=200.0,
+    seed=154,
+    lost="d0",
+    mixing="chunked",
+    same_node_only=True,
+    lease_s=0.05,
+)
+@settings(
+    max_examples=30, deadline=None, phases=[Phase.explicit, Phase.generate]
+)  # shrinking simulations takes minutes
 def test_no_request_is_lost_and_every_run_is_the_same(
     prefill: int,
     decode: int,
