@@ -8,7 +8,7 @@ PROTO_PACKAGE := tandem/v1
 PROTOS := $(wildcard proto/$(PROTO_PACKAGE)/*.proto)
 OUT ?= .
 # `make test` runs these beside the others. None of them starts whole clusters.
-BESIDE := tests/placement tests/engine tests/models tests/bench tests/fuzz
+BESIDE := tests/placement tests/engine tests/models tests/bench tests/fuzz tests/scheduling tests/conformance tests/kv_transfer
 
 # On machines without a GPU, torch should be the CPU build; a mirror or pip.conf decides where it comes from.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
