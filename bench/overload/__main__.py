@@ -14,7 +14,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = asyncio.run(run(args))
     if args.json is not None:
         args.json.write_text(
-            json.dumps({name: asdict(each) | {"tokens_per_s": each.tokens_per_s} for name, each in outcomes.items()})
+            json.dumps(
+                {
+                    name: asdict(replace(each, outcomes=dict(each.outcomes))) | {"tokens_per_s": each.tokens_per_s}  # type: ignore[arg-type]
+                    for name, each in outcomes.items()
+                }
+            )
         )
     saturated = outcomes["saturation"]
     faults = [fault for name, outcome in outcomes.items() for fault in faults_of(name, outcome, args, saturated)]
