@@ -22,7 +22,7 @@ from tandem.scheduling.leases import LeaseTable
 log = logging.getLogger(__name__)
 
 LEASE_CHECK_S = 0.25
-CLOSED_KEPT = 4096  # how many closed attempts are remembered, to answer late pulls with a reason
+CLOSED_KEPT = 512  # closed attempts that are remembered, to answer late pulls with a reason
 
 
 @dataclass(frozen=True, slots=True)
