@@ -33,7 +33,7 @@ class Patience:
 
     period_s: float = 0.25
     probe_s: float = 0.5
-    stopped_s: float = 0.5
+    stopped_s: float = 1.0
     silence_s: float = 1.5
     busy_s: float = 15.0
     not_serving_s: float = 5.0
