@@ -69,7 +69,9 @@ OUTPUT_TOKENS = Description("tandem_output_tokens_total", "Output tokens of fini
 RUNNING = Description("tandem_running_requests", "Requests that have their first token")
 QUEUED = Description("tandem_queued_requests", "Requests that wait for their first token")
 HELD = Description("tandem_held_requests", "Requests that wait in the router until an instance has room")
-WAIT = Description("tandem_expected_wait_seconds", "How long a newcomer would wait there, at the pace of late")
+WAIT = Description(
+    "tandem_expected_wait_seconds", "How long a newcomer would wait there, at the rate of the last seconds"
+)
 ROUTER_PYTHON_BLOCKS = Description("tandem_router_python_blocks", "Memory blocks of the router's own Python")
 
 _BY_INSTANCE = ("tandem_instance", "role")  # `instance` is the name that Prometheus gives to what it scrapes

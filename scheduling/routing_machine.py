@@ -46,7 +46,7 @@ from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
 
 LEASE_SHARE = 1 / 3  # of a lease, after which it is renewed: two renewals may come late
-WAIT_SHARE = 0.75  # of the longest wait: who is expected to wait longer is refused at once, for the pace may change
+WAIT_SHARE = 0.75  # of the longest wait: who is expected to wait longer is refused at once, for the rate may change
 
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 
@@ -193,7 +193,7 @@ class RoutingMachine:
         return len(self._queue)
 
     def expected_wait_s(self, now_s: float) -> float:
-        """How long a newcomer would wait for credit, at the pace of late."""
+        """How long a newcomer would wait for credit, at the rate of the last seconds."""
         return self._queue.expected_wait_s(now_s)
 
     def submit(

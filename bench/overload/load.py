@@ -83,7 +83,7 @@ class Phase:
         self.outcome = Outcome(memory={name: [] for name in pids})
 
     async def saturate(self, clients: int, seconds: float) -> Outcome:
-        """So many clients, each of which asks again as soon as it has an answer. Throughput counts what is answered
+        """`clients` clients, each of which asks again as soon as it has an answer. Throughput counts what is answered
         within `seconds`."""
 
         async def ask_again() -> None:

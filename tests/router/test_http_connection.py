@@ -298,7 +298,7 @@ async def test_one_client_cannot_run_everything(tokenizer: TextTokenizer, raw_to
 
 
 async def test_only_own_names_on_loopback(tokenizer: TextTokenizer, raw_tokenizer: Tokenizer) -> None:
-    """A page that gave its name the address 127.0.0.1 is a stranger."""
+    """A page that gave its name the address 127.0.0.1 is refused."""
 
     async def status(front: Front, host: str) -> int:
         return (await responses_to(front, request_bytes(path="/health", method="GET", host=host)))[0].status

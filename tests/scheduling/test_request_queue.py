@@ -12,11 +12,11 @@ def _request(number: int, num_tokens: int = 10, client: str = "") -> RoutedReque
     return RoutedRequest(number, number, num_tokens, 5, math.inf, None, client)
 
 
-def test_a_newcomer_waits_as_long_as_the_pace_of_late_says() -> None:
+def test_a_newcomer_waits_as_long_as_the_recent_rate_says() -> None:
     queue, requests = RequestQueue(), [_request(number) for number in range(40)]
     for request in requests:
         queue.push(request, math.inf, now_s=0.0)
-    assert queue.expected_wait_s(0.0) == 0.0, "nothing is known of the pace"
+    assert queue.expected_wait_s(0.0) == 0.0, "nothing is known of the rate"
     for second, request in enumerate(requests[:20], start=1):
         queue.dispatch(request, float(second))
     assert queue.expected_wait_s(20.0) == pytest.approx(20.0, rel=0.1)
