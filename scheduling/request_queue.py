@@ -145,8 +145,8 @@ class RequestQueue:
         return taken
 
     def expected_wait_s(self, now_s: float, client: str | None = None, num_tokens: int = 0) -> float:
-        """Of a newcomer, at the recent rate; 0 if nobody waits or nothing was measured yet. `num_tokens`: of its prompt.
-        `client` None: behind all that wait."""
+        """Of a newcomer, at the recent rate; 0 if nobody waits or nothing is measured yet. `num_tokens`: of its
+        prompt. `client` None: behind all that wait."""
         rate = self._rate.tokens_per_s(now_s) if self._num_requests else None
         if rate is None:
             return 0.0
