@@ -72,7 +72,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=15.0, help="of mixed load (default: %(default)g)")
     parser.add_argument("--short-requests", type=int, metavar="N", help="N short requests on one pair instead")
-    parser.add_argument("--clients", type=int, default=16, metavar="N", help="requests at once (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=48, metavar="N", help="requests at once (default: %(default)s)")
     parser.add_argument(
         "--fault-every", type=float, default=30.0, metavar="S", help="a kill or a stall; 0: none (default: %(default)g)"
     )

@@ -97,6 +97,7 @@ class MixedRequests:
         length = int(MAX_PROMPT_TOKENS ** draw.random())
         kept = length // 2 if draw.random() < 1 / 3 else 0
         greedy = draw.random() < 0.6
+        reads_slowly = behaviour is Behaviour.READS_SLOWLY  # one choice: those of three would take longer than a minute
         bad: dict[str, object] = {}
         if behaviour is Behaviour.BAD:
             way, bad = Way.HTTP, draw.choice(_BAD)
@@ -105,10 +106,10 @@ class MixedRequests:
             way=way,
             behaviour=behaviour,
             token_ids=draw.choice(self._shared)[:kept] + self._ids(length - kept),
-            max_tokens=draw.choice((1, 2, 8, 16, 40, 120)) if behaviour is not Behaviour.READS_SLOWLY else 400,
+            max_tokens=draw.choice((1, 2, 8, 16, 40, 120)) if not reads_slowly else 400,
             temperature=0.0 if greedy else draw.choice((0.7, 1.0, 1.3)),
             seed=draw.randrange(1 << 31),
-            n=1 if way is Way.GRPC or draw.random() < 0.8 else 3,
+            n=1 if way is Way.GRPC or reads_slowly or draw.random() < 0.8 else 3,
             logprobs=draw.choice((None, None, 0, 5)),
             cancel_after_s=draw.choice((0.0, 0.01, 0.1, 0.5)) * draw.random(),
             bad=bad,
