@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
 from tandem.core.request import FinishReason, SampledToken, SamplingParams, TokenLogprob
+from tandem.core.slo import UNSPECIFIED_SLO, RequestedSlo
 from tandem.core.timeline import Timeline
 
 
@@ -51,7 +52,7 @@ class CompletionRequest:
     random one; without `max_tokens` the context length is the only limit. `received_s` and `deadline_s` are on the
     router's monotonic clock. With `echo` the response begins with the prompt; if a prompt of token ids ends inside of a
     character, the deltas begin with that character. `client` is the address that the request came from, empty if all
-    clients count alike.
+    clients count alike. `tenant` is whom it counts to while it waits, empty: the client.
     """
 
     request_id: str
@@ -67,6 +68,8 @@ class CompletionRequest:
     cache_salt: str = ""
     deadline_s: float = float("inf")
     client: str = ""
+    tenant: str = ""
+    slo: RequestedSlo = UNSPECIFIED_SLO
 
 
 @dataclass(frozen=True, slots=True)

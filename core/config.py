@@ -16,7 +16,8 @@ from pydantic import (
 )
 
 from tandem.core.errors import ConfigError
-from tandem.core.frozen_model import FrozenModel
+from tandem.core.frozen_model import FrozenModel, WrongSetting
+from tandem.core.slo import SloClasses
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -53,14 +54,6 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-class WrongSetting(ValueError):
-    """Raised by a check of a whole section, to say which setting in it is at fault: its path from that section."""
-
-    def __init__(self, setting: tuple[int | str, ...], message: str) -> None:
-        super().__init__(message)
-        self.setting = setting
 
 
 def _check_exposure(setting: tuple[str, ...], address: str, cluster_token: str | None) -> None:
@@ -177,6 +170,7 @@ class RouterSection(FrozenModel):
     max_wait_s: float = Field(
         default=30.0, gt=0, description="A request that would wait here for longer is refused with 429"
     )
+    slo: SloClasses = Field(default=(), description="Classes of requests, which name one with the header x-tandem-slo")
     max_body: Bytes = Field(default=8 << 20, description="Of an HTTP request, and of a gRPC message to the router")
     max_bodies: Bytes = Field(default=256 << 20, description="HTTP bodies that all running requests together hold")
     max_body_items: int = Field(default=1 << 18, ge=1024, description="Items of lists and objects in one HTTP body")

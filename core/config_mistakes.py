@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError, WrapSerializer
 from pydantic_core import ErrorDetails
 
-from tandem.core.config import WrongSetting
+from tandem.core.frozen_model import WrongSetting
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -16,6 +16,7 @@ _EXPECTED = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "float_parsing": "a number",
+    "finite_number": "a finite number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "path_type": "the path of a file or folder",
@@ -53,7 +54,7 @@ def _as_written(loc: _Loc, data: object) -> _Loc:
 
 
 def location(detail: ErrorDetails) -> _Loc:
-    """Path of the setting at fault. A check of a complete section names it with a `core.config.WrongSetting`."""
+    """Path of the setting at fault. A check of a complete section names it with a `core.frozen_model.WrongSetting`."""
     cause = detail.get("ctx", {}).get("error")
     return detail["loc"] + (cause.setting if isinstance(cause, WrongSetting) else ())
 

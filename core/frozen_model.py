@@ -1,4 +1,4 @@
-"""The base of what is read from and written to files."""
+"""The base of what is read from and written to files, and the error of its checks."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -7,3 +7,11 @@ class FrozenModel(BaseModel):
     """Immutable. An unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WrongSetting(ValueError):
+    """Raised by a check of a whole section, to say which setting in it is at fault: its path from that section."""
+
+    def __init__(self, setting: tuple[int | str, ...], message: str) -> None:
+        super().__init__(message)
+        self.setting = setting

@@ -40,7 +40,8 @@ class TokenGenerator(Protocol):
         self, request: GenerationRequest, received_s: float, name_blocks: BlockNamer | None = None, client: str = ""
     ) -> Generation:
         """Start. `received_s` is the time of the request's arrival, on the router's monotonic clock. `name_blocks`: of
-        the prompt; without it the names are worked out here. Waiting is fair between clients.
+        the prompt; without it the names are worked out here. `client` is whom the request counts to while it waits:
+        waiting is fair between clients.
 
         Raises OverloadedError, UnavailableError, ContextLengthError or DuplicateRequestError if it cannot accept the
         request.

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tandem.core.config import AnchoredPath, ModelName, WrongSetting
-from tandem.core.frozen_model import FrozenModel
+from tandem.core.config import AnchoredPath, ModelName
+from tandem.core.frozen_model import FrozenModel, WrongSetting
 from tandem.core.parallel import ParallelShape
-from tandem.core.slo import SloClass
+from tandem.core.slo import SloClass, SloClasses
 
 PLAN_VERSION: Literal[1] = 1
 
@@ -132,6 +132,7 @@ class Plan(FrozenModel):
     verdict: Literal["disaggregate", "colocate", "mixed", "infeasible"]
     summary: str = Field(default="", description="The plan in one or two sentences")
     groups: tuple[PlanGroup, ...]
+    slo: SloClasses = Field(default=(), description="Classes of requests that `tandem serve` knows, with their targets")
     same_node: bool = Field(default=False, description="KV moves only between instances of one node (low affinity)")
     slo_file: AnchoredPath | None = Field(
         default=None, description="The SLO file of this plan: workload, cluster, targets"

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from tandem.core.request_slo import NO_SLO, RequestSlo
+
 
 class FinishReason(Enum):
     """Why generation ended without an error."""
@@ -70,6 +72,8 @@ class GenerationRequest:
     `cache_salt` separates tenants in the prefix cache: only requests with equal salts share blocks.
     `deadline_s` is on the receiving process's monotonic clock.
     `epoch` counts attempts; messages of an older attempt are dropped.
+    `slo` holds the targets that count for it now: none, once it is best effort. On an instance only their values are
+    known, not the class's other settings.
     """
 
     request_id: str
@@ -79,6 +83,7 @@ class GenerationRequest:
     cache_salt: str = ""
     deadline_s: float = float("inf")
     epoch: int = 0
+    slo: RequestSlo = NO_SLO
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tandem.core.config import AnchoredPath, Bytes, ModelName, WrongSetting
-from tandem.core.frozen_model import FrozenModel
-from tandem.core.slo import SloClass
+from tandem.core.config import AnchoredPath, Bytes, ModelName
+from tandem.core.frozen_model import FrozenModel, WrongSetting
+from tandem.core.slo import SloClasses
 
 
 class NodeSection(FrozenModel):
@@ -128,17 +128,13 @@ class SloFile(FrozenModel):
 
     model: ModelName = Field(description="Folder of a checkpoint, or the name of a published model, e.g. Llama-3.1-70B")
     cluster: ClusterSection
-    slo: tuple[SloClass, ...] = Field(min_length=1)
+    slo: Annotated[SloClasses, Field(min_length=1)]
     workload: WorkloadSection
     objective: Literal["goodput", "cheapest"] = "goodput"
     search: SearchSection = SearchSection()
 
     @model_validator(mode="after")
     def _check(self) -> "SloFile":
-        names = [slo.name for slo in self.slo]
-        if len(set(names)) < len(names):
-            again = next(index for index, name in enumerate(names) if name in names[:index])
-            raise WrongSetting(("slo", again), f"two SLO classes are called {names[again]!r}; give each class a name")
         if self.objective == "cheapest" and self.workload.rate == "max":
             raise WrongSetting(("objective",), "cheapest needs workload.rate; set it to the requests per second")
         return self

@@ -17,8 +17,8 @@ _WIDEST_NUMBER_BYTES = 4.0
 
 
 def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
-    """Instances, step bounds and KV memory as planned. With a calibration, also the calibration's threads and dtype,
-    for which the plan's predictions hold. `plan.model` must be a checkpoint's folder.
+    """Instances, step bounds, KV memory and SLO classes as planned. With a calibration, also the calibration's threads
+    and dtype, for which the plan's predictions hold. `plan.model` must be a checkpoint's folder.
 
     Raises ConfigError for a plan that cannot run on `machine`.
     """
@@ -34,7 +34,7 @@ def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
             engine=_engine(plan, group, calibrations.get(group.device.casefold())),
         )
         sections[group.role].append(section)
-    return ServeConfig.model_validate({"model": plan.model, **sections})
+    return ServeConfig.model_validate({"model": plan.model, "router": {"slo": plan.slo}, **sections})
 
 
 def _kinds(plan: Plan) -> list[PlanGroup]:

@@ -93,6 +93,7 @@ def explain(
     plan = plan_of(problem, deployment).model_copy(
         update={
             "model": slo_file.model,
+            "slo": slo_file.slo,
             "summary": nearest or _summary(space, deployment, goodput),
             "expected": expected,
             "alternatives": _alternatives(candidates),

@@ -63,7 +63,11 @@ def deployment_of(
     return Deployment(
         instances=tuple(instances),
         network=network_of(whole, cluster, model),
-        router=replace(router_of(cluster), same_node_only=plan.same_node),
+        router=replace(
+            router_of(cluster),
+            same_node_only=plan.same_node,
+            slo=tuple(slo.request_slo for slo in plan.slo),
+        ),
         failures=_checked(failures, instances),
     )
 

@@ -112,10 +112,10 @@ class RouterApp:
         self._is_closed = asyncio.Event()
 
         settings = config.router
-        self._metrics = Metrics()
+        self._metrics = Metrics(settings.slo)
         self.log = RequestLog()
         profile = WorkloadProfile(window_s=settings.profile_window_s, random=Random(), now_s=self._clock.now_s())
-        observer = ProfileObserver(profile)
+        observer = ProfileObserver(profile, [slo.name for slo in settings.slo])
         self._dispatcher = Dispatcher(
             model=config.served_name,
             open_session=partial(InstanceSession.open, clock=self._clock, token=config.cluster_token),
@@ -129,7 +129,7 @@ class RouterApp:
                 max_wait_s=settings.max_wait_s,
             ),
             request_timeout_s=settings.request_timeout_s,
-            observers=(self._metrics.requests, self.log, observer),
+            observers=(self._metrics.requests, self._metrics.slo, self.log, observer),
             profile=observer,
         )
         self._registry = FleetRegistry(config.served_name, self._dispatcher, self.log, profile, self._clock)

@@ -28,6 +28,7 @@ from tandem.core.config import RouterSection
 from tandem.core.errors import ModelNotFoundError, OverloadedError, TandemError, UnavailableError
 from tandem.core.generation import BlockNamer, Generation, TokenGenerator
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken
+from tandem.core.request_slo import RequestSlo
 from tandem.router.limits import check_request, clipped, logprobs_limit, output_limit
 from tandem.router.stop import StopMatcher, StopStrings
 from tandem.router.tokenizer import TextTokenizer
@@ -131,7 +132,7 @@ class RunningCompletion:
         self._stop_strings = StopStrings(request.stop) if request.stop else None
         self._received_s = request.received_s
         self._echo = request.echo
-        self._client = request.client
+        self._tenant = request.tenant or request.client
         self._generator = generator
         self._tokenizer = tokenizer
         self._generations: list[Generation] = []
@@ -151,7 +152,7 @@ class RunningCompletion:
             await group.pause()
 
     def _choice(self, group: "_Group", position: int, index: int) -> ChoiceStream:
-        generation = self._generator.start(group.requests[position], self._received_s, group.name_blocks, self._client)
+        generation = self._generator.start(group.requests[position], self._received_s, group.name_blocks, self._tenant)
         self._generations.append(generation)
         return ChoiceStream(index, generation, self._tokenizer, self._stop_strings, echo=self._echo)
 
@@ -266,9 +267,10 @@ class TextService:
         """Raises InvalidRequestError, ContextLengthError, ModelNotFoundError, and what `TokenGenerator` raises."""
         try:
             self._check(request)
+            slo = request.slo.resolve(self._settings.slo)
             close = self._admit(request)
             try:
-                groups = await self._prepare(request)
+                groups = await self._prepare(request, slo)
             except BaseException:
                 close()
                 raise
@@ -306,7 +308,7 @@ class TextService:
             )
         check_request(request, self._tokenizer.vocab_size)
 
-    async def _prepare(self, request: CompletionRequest) -> tuple[_Group, ...]:
+    async def _prepare(self, request: CompletionRequest, slo: RequestSlo) -> tuple[_Group, ...]:
         max_prompt_tokens = self._generator.max_model_len - 1
         prompts = [await self._token_ids(prompt, max_prompt_tokens) for prompt in request.prompts]
         limit = logprobs_limit(
@@ -318,7 +320,7 @@ class TextService:
         )
         groups = []
         for position, token_ids in enumerate(prompts):
-            requests = self._requests(request, token_ids, position, limit)
+            requests = self._requests(request, token_ids, position, limit, slo)
             groups.append(_Group(requests, await self._generator.name_blocks(token_ids, request.cache_salt)))
         return tuple(groups)
 
@@ -332,7 +334,12 @@ class TextService:
                 return token_ids
 
     def _requests(
-        self, request: CompletionRequest, token_ids: tuple[int, ...], position: int, logprobs_limit: int | None
+        self,
+        request: CompletionRequest,
+        token_ids: tuple[int, ...],
+        position: int,
+        logprobs_limit: int | None,
+        slo: RequestSlo,
     ) -> tuple[GenerationRequest, ...]:
         """The generations of one prompt. The tokenizer decides which tokens end a sequence."""
         given = request.sampling
@@ -356,6 +363,7 @@ class TextService:
                 ),
                 cache_salt=request.cache_salt,
                 deadline_s=request.deadline_s,
+                slo=slo,
             )
             for choice in range(request.n)
         )

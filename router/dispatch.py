@@ -122,7 +122,7 @@ class Dispatcher:
             return self._start(request, received_s, now_s, name_blocks, client)
         except TandemError as error:
             reason = error
-            self._tell(lambda observer: observer.refused(reason))
+            self._tell(lambda observer: observer.refused(reason, request.slo))
             raise
 
     def _start(
@@ -149,6 +149,8 @@ class Dispatcher:
                 now_s=now_s,
                 name_blocks=name_blocks or partial(block_hashes, request.token_ids, salt=request.cache_salt),
                 client=client,
+                slo=request.slo,
+                received_s=received_s,
             )
         except TandemError:
             del self._running[request_id]

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -24,6 +25,7 @@ from tandem.router.http_response import CompletionResponse, error_response, json
 from tandem.router.limits import clipped
 from tandem.router.openai.openapi import openapi_document
 from tandem.router.openai.requests import ParsedRequest, RequestContext, parse_chat, parse_completion
+from tandem.router.request_headers import requested_slo, tenant
 from tandem.router.tokenizer import TextTokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -132,6 +134,7 @@ class HttpApp:
     ) -> Response:
         context = _context_of(request)
         try:
+            context = replace(context, slo=requested_slo(request.headers), tenant=tenant(request.headers))
             body = await read_json(request, self._settings, request.scope["tandem.held_body"])
             parsed = parse(body, context, self._tokenizer)
         except TandemError as error:

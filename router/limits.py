@@ -64,7 +64,11 @@ def check_request(request: CompletionRequest, vocab_size: int) -> None:
         raise InvalidRequestError(
             f"Invalid 'stop': at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters.", param="stop"
         )
-    for name, value in (("cache_salt", request.cache_salt), ("request_id", request.request_id)):
+    for name, value in (
+        ("cache_salt", request.cache_salt),
+        ("request_id", request.request_id),
+        ("tenant", request.tenant),
+    ):
         if len(value) > MAX_ID_CHARS:
             raise InvalidRequestError(f"Invalid '{name}': at most {MAX_ID_CHARS} characters.", param=name)
     _check_sampling(request.sampling, vocab_size)

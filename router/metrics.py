@@ -5,8 +5,7 @@ series, and the time series of an instance end with it.
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,19 +15,18 @@ from prometheus_client.registry import Collector
 from tandem.core import errors
 from tandem.core.errors import TandemError
 from tandem.core.replanning import DriftState, ReplanStatus
-from tandem.core.request import FinishReason
+from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus
+from tandem.core.slo import SloClass
 from tandem.core.timeline import PARTS
 from tandem.router.dispatch import Dispatcher
-from tandem.router.records import RequestRecord
+from tandem.router.metric_descriptions import SECONDS, Description
+from tandem.router.records import COMPLETE, RequestRecord
+from tandem.router.slo_metrics import SloMetrics
 from tandem.scheduling.known_instance import KnownInstance
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-
-_COMPLETE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
-
 OUTCOMES = (
-    *_COMPLETE,
+    *COMPLETE,
     *(
         error.code
         for error in (
@@ -47,13 +45,6 @@ OUTCOMES = (
         )
     ),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    name: str
-    help: str
-    labels: tuple[str, ...] = ()
 
 
 # All metrics. The names of counters end in _total.
@@ -142,7 +133,7 @@ class RequestMetrics:
         self._count_outcome(record.outcome)
         if timeline.ttft_s is not None:
             self._ttft.observe(timeline.ttft_s)
-        if record.outcome in _COMPLETE:  # a failed request may end within any part
+        if record.outcome in COMPLETE:  # a failed request may end within any part
             if timeline.tpot_s is not None:
                 self._tpot.observe(timeline.tpot_s)
             for name, part_s in timeline.parts().items():
@@ -153,7 +144,7 @@ class RequestMetrics:
         self._cached_tokens.inc(timeline.num_cached_tokens)
         self._output_tokens.inc(timeline.num_output_tokens)
 
-    def refused(self, error: TandemError) -> None:
+    def refused(self, error: TandemError, slo: RequestSlo = NO_SLO) -> None:
         """Count a request that the dispatcher or the text side refused."""
         self._count_outcome(error.code)
 
@@ -239,9 +230,11 @@ def _counter(what: Description, registry: CollectorRegistry) -> Counter:
 class Metrics:
     """The router's metrics registry. `render` gives the page `/metrics`, in text format 0.0.4."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: Sequence[SloClass] = ()) -> None:
+        """`classes` are those that requests may name."""
         self.registry = CollectorRegistry(auto_describe=False)
         self.requests = RequestMetrics(self.registry)
+        self.slo = SloMetrics(classes, self.registry)
 
     def watch(self, dispatcher: Dispatcher) -> None:
         """Add the metrics of the live state. Call it once."""

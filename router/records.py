@@ -2,16 +2,23 @@
 
 import json
 import logging
+import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
-from tandem.core.errors import TandemError
+from tandem.core.errors import CancelledError, ContextLengthError, InvalidRequestError, TandemError
+from tandem.core.request import FinishReason
+from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.timeline import Timeline
+from tandem.router.token_gaps import TokenGaps
 from tandem.scheduling.routing import Selection
 
 logger = logging.getLogger(__name__)
+
+COMPLETE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
+_CLIENTS_DOING = (CancelledError.code, InvalidRequestError.code, ContextLengthError.code)
 
 
 @dataclass(slots=True)
@@ -40,6 +47,19 @@ class RequestRecord:
     message: str | None
     timeline: Timeline
     attempts: tuple[AttemptRecord, ...]
+    slo: RequestSlo = NO_SLO
+    token_gaps: TokenGaps = field(default_factory=TokenGaps)
+
+    @property
+    def missed_targets(self) -> tuple[str, ...] | None:
+        """Of "ttft" and "tpot". A failed request has missed all that it had. None: it does not count, because it had no
+        targets, or because its end was its client's doing."""
+        if not self.slo.has_targets or self.outcome in _CLIENTS_DOING:
+            return None
+        timeline = self.timeline
+        if timeline.ttft_s is None or self.outcome not in COMPLETE:
+            return self.slo.targets
+        return self.slo.missed(timeline.ttft_s, timeline.tpot_s or 0.0)
 
     def summary(self) -> str:
         """One line for a person."""
@@ -51,6 +71,16 @@ class RequestRecord:
             f"tokens in {_milliseconds(timeline.total_s)}, TTFT {_milliseconds(timeline.ttft_s)}, "
             f"TPOT {_milliseconds(timeline.tpot_s)}{attempts}"
         )
+
+    def describe_slo(self) -> str:
+        """One line about its targets for a person, such as "SLO class chat: TTFT 12.0 of 500.0 ms, met"."""
+        missed, timeline, slo = self.missed_targets, self.timeline, self.slo
+        results = []
+        for name, target_s, actual_s in (("ttft", slo.ttft_s, timeline.ttft_s), ("tpot", slo.tpot_s, timeline.tpot_s)):
+            if target_s < math.inf:
+                verdict = "" if missed is None else ", missed" if name in missed else ", met"
+                results.append(f"{name.upper()} {_milliseconds(actual_s)} of {_milliseconds(target_s)}{verdict}")
+        return f"SLO class {slo.name}: {'; '.join(results)}"
 
     def fields(self) -> dict[str, Any]:
         """For one structured log line."""
@@ -69,6 +99,8 @@ class RequestRecord:
             "failures": [attempt.failure for attempt in self.attempts if attempt.failure],
             "parts": {name: _rounded(part_s) for name, part_s in timeline.parts().items()},
         }
+        if self.slo.has_targets:
+            fields["slo_class"], fields["missed_targets"] = self.slo.name, self.missed_targets
         if self.message is not None:
             fields["message"] = self.message
         return fields
@@ -79,8 +111,8 @@ class RequestObserver(Protocol):
 
     def finished(self, record: RequestRecord) -> None: ...
 
-    def refused(self, error: TandemError) -> None:
-        """It was not accepted."""
+    def refused(self, error: TandemError, slo: RequestSlo = NO_SLO) -> None:
+        """It was not accepted. `slo` is what it asked for, as far as that is known."""
         ...
 
 
@@ -99,7 +131,7 @@ class RequestLog:
         if logger.isEnabledFor(logging.INFO):
             logger.info("request %s", json.dumps(record.fields()))
 
-    def refused(self, error: TandemError) -> None:
+    def refused(self, error: TandemError, slo: RequestSlo = NO_SLO) -> None:
         logger.info("request refused: %s: %s", error.code, error.message)
 
     def find(self, request_id: str) -> RequestRecord | None:
@@ -119,6 +151,8 @@ class RequestLog:
         lines = [record.summary()]
         if record.message is not None:
             lines.append(f"  {record.message}")
+        if record.slo.has_targets:
+            lines.append(f"  {record.describe_slo()}")
         parts = record.timeline.parts().items()
         lines += [f"  {name.removesuffix('_s'):14} {_milliseconds(part_s)}" for name, part_s in parts]
         for attempt in record.attempts:

@@ -14,6 +14,7 @@ from tandem.core.session import NewTokens, PrefillFinished, TransferCommitted
 from tandem.core.timeline import Timeline
 from tandem.router.records import AttemptRecord, RequestRecord
 from tandem.router.timeline_recorder import TimelineRecorder
+from tandem.router.token_gaps import TokenGaps
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
 
@@ -46,6 +47,7 @@ class RunningRequest:
         self._num_handed_on = 0
         self._last_reason: FinishReason | None = None  # came with the last token
         self._consumer: asyncio.Future[None] | None = None
+        self._token_gaps = TokenGaps()
         self._end: FinishReason | TandemError | None = None
         self._is_closed = False
 
@@ -107,6 +109,8 @@ class RunningRequest:
             message=None if error is None else error.message,
             timeline=self.timeline(),
             attempts=tuple(record for _, record in self._attempts),
+            slo=self.request.slo,
+            token_gaps=self._token_gaps,
         )
 
     # --- attempts ----------------------------------------------------------------------------------------------------
@@ -173,6 +177,7 @@ class RunningRequest:
         self._wake_consumer()
 
     def _add(self, tokens: tuple[SampledToken, ...], finish_reason: FinishReason | None, now_s: float) -> None:
+        self._token_gaps.delivered(now_s)
         had_second = len(self._output_ids) > 1
         self._output_ids.extend([token.token_id for token in tokens])
         self._waiting.extend(tokens)

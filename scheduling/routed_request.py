@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tandem.core.errors import TandemError
 from tandem.core.generation import BlockNamer
+from tandem.core.request_slo import NO_SLO, RequestSlo
 
 if TYPE_CHECKING:
     from tandem.scheduling.known_instance import KnownInstance
@@ -21,6 +22,7 @@ class RoutedRequest:
         "avoid",
         "client",
         "deadline_s",
+        "due_s",
         "error",
         "give_up_s",
         "key",
@@ -30,6 +32,7 @@ class RoutedRequest:
         "num_prompt_tokens",
         "number",
         "retry_s",
+        "slo",
     )
 
     def __init__(
@@ -41,15 +44,20 @@ class RoutedRequest:
         deadline_s: float,
         name_blocks: BlockNamer | None,
         client: str = "",
+        slo: RequestSlo = NO_SLO,
+        received_s: float = 0.0,
     ) -> None:
         """`name_blocks` names the prompt's full blocks of a given size; None: nobody else has them. Requests of one
-        `client` wait for each other, and not for those of others, as far as the instances have room for both."""
+        `client` wait for each other, and not for those of others, as far as the instances have room for both. Its time
+        to first token counts from `received_s`."""
         self.key = key
         self.number = number  # in order of arrival
         self.num_prompt_tokens = num_prompt_tokens
         self.max_tokens = max_tokens
         self.deadline_s = deadline_s
         self.client = client
+        self.slo = slo
+        self.due_s = received_s + slo.ttft_s  # its first token; inf: no target
         self.num_output_tokens = 0
         self.num_attempts = 0
         self.attempt: Attempt | None = None  # None: it waits

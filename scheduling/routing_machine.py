@@ -37,6 +37,7 @@ from tandem.core.errors import (
     UnavailableError,
 )
 from tandem.core.generation import BlockNamer
+from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus, Role
 from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.keyed_heap import KeyedHeap
@@ -206,8 +207,11 @@ class RoutingMachine:
         now_s: float,
         name_blocks: BlockNamer | None = None,
         client: str = "",
+        slo: RequestSlo = NO_SLO,
+        received_s: float | None = None,
     ) -> RoutedRequest:
-        """A new request. `key` is of no other that runs; `name_blocks`, `client`: see `RoutedRequest`.
+        """A new request, received now if `received_s` is None. `key` is of no other that runs; for the other arguments
+        see `RoutedRequest`.
 
         Raises DeadlineError, OverloadedError, UnavailableError or ContextLengthError if it cannot be accepted.
         """
@@ -220,7 +224,17 @@ class RoutingMachine:
         self._selector.check_length(num_prompt_tokens)
         self._check_wait(client, num_prompt_tokens, deadline_s, now_s)
         self._num_requests += 1
-        request = RoutedRequest(key, self._num_requests, num_prompt_tokens, max_tokens, deadline_s, name_blocks, client)
+        request = RoutedRequest(
+            key,
+            self._num_requests,
+            num_prompt_tokens,
+            max_tokens,
+            deadline_s,
+            name_blocks,
+            client,
+            slo,
+            now_s if received_s is None else received_s,
+        )
         self._requests[key] = request
         if deadline_s < math.inf:
             self._deadlines.push(request, deadline_s)

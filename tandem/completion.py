@@ -36,6 +36,10 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool
     request_id: str  # a request with the id of a running one is refused
     cache_salt: str  # requests share cached prefixes only with equal salts
+    slo: str  # an SLO class of the router; without it, and without targets: class default, if there is one
+    ttft_s: float  # targets of the request's own, instead of a class: time to first token,
+    tpot_s: float  # and time per output token after the first
+    tenant: str  # waiting is fair between tenants; default: the client's address
     timeout_s: float  # deadline of the complete answer, for the router too
 
 

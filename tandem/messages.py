@@ -32,6 +32,10 @@ def request_to_pb(options: GenerateOptions) -> inference_pb2.GenerateRequest:
             stop=[stop] if isinstance(stop, str) else list(stop),
             request_id=options.get("request_id") or "",
             cache_salt=options.get("cache_salt") or "",
+            slo=options.get("slo") or "",
+            ttft_s=options.get("ttft_s"),
+            tpot_s=options.get("tpot_s"),
+            tenant=options.get("tenant") or "",
         )
         if given == ["prompt"]:
             request.text = options["prompt"]

@@ -7,6 +7,7 @@ import math
 
 from tandem.core.errors import InvalidRequestError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
+from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.sampling_ranges import INT32_MAX, check_range, check_sampling
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.v1 import common_pb2, worker_pb2
@@ -122,6 +123,7 @@ def attempt_to_pb(request: GenerationRequest, now_s: float) -> worker_pb2.Attemp
         sampling=sampling_to_pb(request.sampling),
         cache_salt=request.cache_salt,
         timeout_s=request.deadline_s - now_s,
+        slo=_slo_to_pb(request.slo),
     )
 
 
@@ -142,7 +144,21 @@ def attempt_from_pb(pb: worker_pb2.AttemptRequest, now_s: float) -> GenerationRe
         cache_salt=pb.cache_salt,
         deadline_s=now_s + pb.timeout_s,
         epoch=pb.epoch,
+        slo=_slo_from_pb(pb.slo) if pb.HasField("slo") else NO_SLO,
     )
+
+
+def _slo_to_pb(slo: RequestSlo) -> worker_pb2.SloTargets | None:
+    if not slo.has_targets:
+        return None
+    ttft_s, tpot_s = (0.0 if math.isinf(target_s) else target_s for target_s in (slo.ttft_s, slo.tpot_s))
+    return worker_pb2.SloTargets(name=slo.name, ttft_s=ttft_s, tpot_s=tpot_s)
+
+
+def _slo_from_pb(pb: worker_pb2.SloTargets) -> RequestSlo:
+    if not (pb.ttft_s >= 0.0 and pb.tpot_s >= 0.0):
+        raise InvalidRequestError("the attempt has a target that is negative, or not a number")
+    return RequestSlo(pb.name, pb.ttft_s or math.inf, pb.tpot_s or math.inf)
 
 
 def role_to_pb(role: Role) -> worker_pb2.Role:

@@ -20,6 +20,7 @@ from tandem.core.completion import (
     TokenPrompt,
 )
 from tandem.core.errors import CancelledError, InvalidRequestError
+from tandem.core.slo import RequestedSlo
 from tandem.core.timeline import Stage, Timeline
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tandem.wire.convert import finish_to_pb, logprob_to_pb, prompt_logprobs_to_pb, sampling_from_pb
@@ -62,6 +63,12 @@ def request_from_pb(
         cache_salt=pb.cache_salt,
         deadline_s=float("inf") if timeout_s is None else received_s + timeout_s,
         client=client,
+        tenant=pb.tenant,
+        slo=RequestedSlo(
+            pb.slo,
+            pb.ttft_s if pb.HasField("ttft_s") else None,
+            pb.tpot_s if pb.HasField("tpot_s") else None,
+        ),
     )
 
 

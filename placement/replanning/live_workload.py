@@ -65,13 +65,15 @@ def _write_trace(path: Path, slo_file: SloFile, snapshot: ProfileSnapshot) -> No
     count = SPARE_REQUESTS * slo_file.search.requests
     order = np.concatenate([rng.permutation(size) for _ in range(-(-count // size))])[:count]
     arrival_s = _arrivals(snapshot, len(order))
+    # A router may serve classes beside those of the plan; these count as of the first one.
+    names = [slo_file.slo[index if index < len(slo_file.slo) else 0].name for index in snapshot.slo_class]
     has_classes = any(snapshot.slo_class)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["arrival_s", "prompt_tokens", "output_tokens", *(["slo_class"] if has_classes else [])])
         for at_s, index in zip(arrival_s, order, strict=True):
             row = [f"{at_s:.6f}", snapshot.prompt_tokens[index], snapshot.output_tokens[index]]
-            rows.writerow([*row, slo_file.slo[snapshot.slo_class[index]].name] if has_classes else row)
+            rows.writerow([*row, names[index]] if has_classes else row)
 
 
 def _arrivals(snapshot: ProfileSnapshot, count: int) -> Floats:

@@ -65,6 +65,7 @@ def plan_of(problem: Problem, deployment: CandidateDeployment, *, separate_nodes
         model=problem.model.name,
         verdict={"disaggregated": "disaggregate", "colocated": "colocate", "mixed": "mixed"}[deployment.layout],
         groups=deployment.plan_groups(assign_devices(deployment, problem.cluster, separate_nodes=separate_nodes)),
+        slo=problem.classes,
         same_node=deployment.same_node,
     )
 

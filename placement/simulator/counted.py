@@ -7,14 +7,17 @@ see the same numbers as live.
 from typing import cast
 
 from tandem.core.request import GenerationRequest, SamplingParams
+from tandem.core.request_slo import RequestSlo
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.sequence import Sequence
 
 
-def counted_request(row: int, num_tokens: int, num_output_tokens: int, sampling: SamplingParams) -> GenerationRequest:
+def counted_request(
+    row: int, num_tokens: int, num_output_tokens: int, sampling: SamplingParams, slo: RequestSlo
+) -> GenerationRequest:
     """The request in `row` of its stream: `num_tokens` tokens, the last `num_output_tokens` from earlier attempts."""
     token_ids = cast(tuple[int, ...], range(num_tokens))  # only their number is ever asked for
-    return GenerationRequest(str(row), token_ids, sampling, num_output_tokens)
+    return GenerationRequest(str(row), token_ids, sampling, num_output_tokens, slo=slo)
 
 
 class CountedSequence(Sequence):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from tandem.core.config import RoleName
 from tandem.core.cost_model import CostModel, StepLoad
+from tandem.core.request_slo import RequestSlo
 from tandem.placement.simulator.load import step_load
 from tandem.scheduling.budget import Mixing
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
@@ -60,6 +61,7 @@ class NetworkSpec:
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
     """Fixed times that the router and the wire add. `same_node_only`: decode is chosen on the prefill instance's node.
+    `slo` are the classes that requests name by their index; a request beyond them has no targets.
 
     `admission_s`: received until the prefill worker has it. `first_token_s` and `token_s`: from the worker to the
     client. A request that has not ended `request_timeout_s` after its arrival ends then, without an answer.
@@ -70,6 +72,7 @@ class RouterSpec:
     token_s: float = 0.0
     same_node_only: bool = False
     request_timeout_s: float = float("inf")
+    slo: tuple[RequestSlo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from functools import partial
 
 from tandem.core.errors import StaleEpochError, TandemError
 from tandem.core.request import SamplingParams
+from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, Role
 from tandem.placement.simulator import record as stages
 from tandem.placement.simulator.attempt import SimulatedAttempt
@@ -49,6 +50,7 @@ class Router:
         self._arrival_s = requests.arrival_s.tolist()
         self._prompt_tokens = requests.prompt_tokens.tolist()
         self._output_tokens = requests.output_tokens.tolist()
+        self._slo_class = requests.slo_class.tolist()
         self._sampling: dict[int, SamplingParams] = {}
         self._attempts: dict[int, SimulatedAttempt] = {}  # the last one of each open request, by row
         self._names: BlockNames | None = None
@@ -74,9 +76,15 @@ class Router:
                 deadline_s=arrival_s + self._spec.request_timeout_s,
                 now_s=now_s,
                 name_blocks=None if names is None else partial(names.shared_of_size, row),
+                slo=self._slo_of(row),
+                received_s=arrival_s,
             )
         except TandemError:
             self.num_refused += 1
+
+    def _slo_of(self, row: int) -> RequestSlo:
+        classes, index = self._spec.slo, self._slo_class[row]
+        return classes[index] if index < len(classes) else NO_SLO
 
     def wake(self) -> None:
         self.wake_s = math.inf
@@ -140,7 +148,7 @@ class Router:
         sampling = self._sampling.get(max_tokens)
         if sampling is None:
             sampling = self._sampling[max_tokens] = SamplingParams(max_tokens=max_tokens)
-        request = counted_request(row, attempt.num_tokens, routed.num_output_tokens, sampling)
+        request = counted_request(row, attempt.num_tokens, routed.num_output_tokens, sampling, routed.slo)
         self._attempts[row] = own = SimulatedAttempt(row, attempt, request, instance)
         self._record.begin_attempt(row, self._events.now_s)
         instance.submit(own, hand_over=attempt.hand_over)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tandem.core.sampling_ranges import INT32_MAX, MAX_LOGPROBS, RANGES
+from tandem.core.slo import MAX_TARGET_S
 from tandem.router.limits import (
     MAX_CHOICES_PER_PROMPT,
     MAX_ID_CHARS,
@@ -13,6 +14,7 @@ from tandem.router.limits import (
     MAX_STOP_TOKENS,
 )
 from tandem.router.openai.requests import IGNORED, UNSUPPORTED
+from tandem.router.request_headers import SLO, TENANT, TPOT_MS, TTFT_MS
 
 _Schema = dict[str, Any]
 
@@ -93,7 +95,16 @@ _COMMON_FIELDS: Mapping[str, _Schema] = {
     "ignore_eos": _BOOLEAN,
     "stop_token_ids": {"type": ["array", "null"], "items": _TOKEN_ID, "maxItems": MAX_STOP_TOKENS},
     "cache_salt": _optional("string", maxLength=MAX_ID_CHARS),
-    "tandem": _optional("object", properties={"timeline": _BOOLEAN}, additionalProperties=False),
+    "tandem": _optional(
+        "object",
+        properties={
+            "timeline": _BOOLEAN,
+            "slo": _STRING | {"description": "An SLO class of the router, as the header x-tandem-slo"},
+            "ttft_s": _optional("number", exclusiveMinimum=0, maximum=MAX_TARGET_S, description="A target of its own"),
+            "tpot_s": _optional("number", exclusiveMinimum=0, maximum=MAX_TARGET_S, description="Another one"),
+        },
+        additionalProperties=False,
+    ),
     **{name: {"description": "Without effect"} for name in sorted(IGNORED)},
     **{
         name: {"enum": [None, *UNSUPPORTED[name]], "description": "Not supported: only values that ask for nothing"}
@@ -217,6 +228,17 @@ _HEADERS = {
 }
 
 
+_REQUEST_HEADERS = [
+    {"name": name, "in": "header", "schema": {"type": "string"}, "description": description}
+    for name, description in (
+        (SLO, "An SLO class of the router"),
+        (TTFT_MS, "A target of the request's own: time to first token, milliseconds"),
+        (TPOT_MS, "A target of the request's own: time per output token after the first, milliseconds"),
+        (TENANT, "Waiting is fair between tenants; without it, between client addresses"),
+    )
+]
+
+
 def _answer(description: str, media_type: str, schema: _Schema) -> _Schema:
     return {"description": description, "headers": _HEADERS, "content": {media_type: {"schema": schema}}}
 
@@ -230,6 +252,7 @@ def _completions(summary: str, request: str, response: str) -> _Schema:
     answer["content"]["text/event-stream"] = {}  # OpenAPI 3.1 has no words for a stream of events
     return {
         "summary": summary,
+        "parameters": _REQUEST_HEADERS,
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request)}}},
         "responses": {"200": answer, **_errors(*_ERRORS)},
     }

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from tandem.core.completion import ChatMessage, ChatPrompt, CompletionRequest, Prompt, TextPrompt, TokenPrompt
 from tandem.core.errors import InvalidRequestError
 from tandem.core.request import SamplingParams
+from tandem.core.slo import UNSPECIFIED_SLO, RequestedSlo
 from tandem.router.limits import MAX_CHOICES, MAX_MESSAGES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, clipped
 from tandem.router.openai.responses import ChatWriter, CompletionWriter, ResponseOptions
 from tandem.router.tokenizer import TextTokenizer
@@ -52,7 +53,7 @@ class RequestContext:
     """Facts of a request outside its body. `created_s` is on the wall clock, the other times on the router's clock.
 
     `echoed_id` goes into the x-request-id header of the response: the client's own id, or else `request_id`. `client`
-    is the address of the connection's other end.
+    is the address of the connection's other end; `tenant` and `slo` come from headers.
     """
 
     request_id: str
@@ -62,6 +63,8 @@ class RequestContext:
     created_s: int
     wants_timeline: bool
     client: str = ""
+    tenant: str = ""
+    slo: RequestedSlo = UNSPECIFIED_SLO
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +199,13 @@ class _StreamOptions(_StrictBody):
 
 class _TandemOptions(_StrictBody):
     timeline: bool = False
+    slo: str = ""
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    @property
+    def requested_slo(self) -> RequestedSlo:
+        return RequestedSlo(self.slo, self.ttft_s, self.tpot_s)
 
 
 class _CommonBody(_StrictBody):
@@ -258,7 +268,15 @@ class _CommonBody(_StrictBody):
             cache_salt=self.cache_salt,
             deadline_s=context.deadline_s,
             client=context.client,
+            tenant=context.tenant,
+            slo=self._requested_slo(context.slo),
         )
+
+    def _requested_slo(self, in_headers: RequestedSlo) -> RequestedSlo:
+        in_body = self.tandem.requested_slo
+        if UNSPECIFIED_SLO not in (in_body, in_headers):
+            raise InvalidRequestError("Give the SLO in the headers or in 'tandem', not in both.", param="tandem")
+        return in_headers if in_body == UNSPECIFIED_SLO else in_body
 
     def _sampling(self, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """Without seed and max_tokens. A top_p of 0 leaves one token, a top_k of -1 leaves all."""

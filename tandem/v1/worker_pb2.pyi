@@ -32,8 +32,18 @@ INSTANCE_STATE_READY: InstanceState
 INSTANCE_STATE_DRAINING: InstanceState
 INSTANCE_STATE_STALLED: InstanceState
 
+class SloTargets(_message.Message):
+    __slots__ = ("name", "ttft_s", "tpot_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    ttft_s: float
+    tpot_s: float
+    def __init__(self, name: _Optional[str] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ...) -> None: ...
+
 class AttemptRequest(_message.Message):
-    __slots__ = ("request_id", "epoch", "token_ids", "num_output_tokens", "sampling", "cache_salt", "timeout_s")
+    __slots__ = ("request_id", "epoch", "token_ids", "num_output_tokens", "sampling", "cache_salt", "timeout_s", "slo")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +51,7 @@ class AttemptRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    SLO_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -48,7 +59,8 @@ class AttemptRequest(_message.Message):
     sampling: _common_pb2.SamplingParams
     cache_salt: str
     timeout_s: float
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_output_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    slo: SloTargets
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_output_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[SloTargets, _Mapping]] = ...) -> None: ...
 
 class SampledToken(_message.Message):
     __slots__ = ("token_id", "logprob")

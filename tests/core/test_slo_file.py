@@ -68,7 +68,7 @@ SLO_MISTAKES = {  # what of the good file -> by what, and the sentence
         "FILE line 6: slo.0.attainment must be at most 1.0, not 90",
     ),
     "not a number": (("ttft_s: 1", "ttft_s: soon"), "FILE line 6: slo.0.ttft_s must be a number, not 'soon'"),
-    "no target": (("ttft_s: 1", "ttft_s: .nan"), "FILE line 6: slo.0.ttft_s must be more than 0, not nan"),
+    "no target": (("ttft_s: 1", "ttft_s: .nan"), "FILE line 6: slo.0.ttft_s must be a finite number, not nan"),
     "empty target": (("ttft_s: 1", "ttft_s:"), "FILE line 6: slo.0.ttft_s must be a number, not empty"),
     "two classes of one name": (
         ("0.1}\n", "0.1}\n  - {ttft_s: 5, tpot_s: 1}\n"),

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from tandem.core.config import RouterConfig
 from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan, PlanGroup
+from tandem.core.slo import SloClass
 from tandem.deploy.plan_serving import serve_config_of
-from tandem.deploy.topology import Machine
+from tandem.deploy.topology import Machine, plan_processes
 from tandem.placement.costs.calibration import Calibration, FitError, Terms
 from tests.placement.planned import plan_of
 
@@ -39,6 +41,15 @@ def test_instances_batches_and_memory_are_as_planned() -> None:
     assert prefill.engine.kv_memory == 2.5 * decode.engine.kv_memory
     per_token = decode.engine.kv_memory / 1600
     assert per_token == 4 * 2 * 2 * 32 * 4, "layers, K and V, KV heads, numbers of a head, bytes of float32"
+
+
+def test_requests_of_a_served_plan_may_name_its_classes() -> None:
+    chat = SloClass(name="chat", ttft_s=0.5, tpot_s=0.05)
+    plan = plan_of(BUILT_IN, [group("colocated")]).model_copy(update={"slo": (chat,)})
+    config = serve_config_of(plan, LAPTOP).model_copy(update={"cluster_token": "secret"})
+    router = plan_processes(config, LAPTOP)[0].config
+    assert isinstance(router, RouterConfig)
+    assert router.router.slo == (chat,)
 
 
 def test_groups_that_differ_only_in_their_place_are_one() -> None:

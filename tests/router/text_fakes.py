@@ -99,6 +99,7 @@ class ScriptedGenerator:
     clock: Clock = field(default_factory=SystemClock)
     requests: list[GenerationRequest] = field(default_factory=list)
     generations: list[ScriptedGeneration] = field(default_factory=list)
+    clients: list[str] = field(default_factory=list)
     running: dict[str, ScriptedGeneration] = field(default_factory=dict)
 
     @property
@@ -119,6 +120,7 @@ class ScriptedGenerator:
             raise DuplicateRequestError(f"a request with the id '{request.request_id}' is running")
         generation = ScriptedGeneration(self, request, received_s)
         self.requests.append(request)
+        self.clients.append(client)
         self.generations.append(generation)
         self.running[request.request_id] = generation
         return generation

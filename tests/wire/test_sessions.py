@@ -13,6 +13,7 @@ import pytest
 from tandem.core.clock import ManualClock, SystemClock
 from tandem.core.errors import ConfigError, InvalidRequestError, UnavailableError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
+from tandem.core.request_slo import RequestSlo
 from tandem.core.session import (
     Cancel,
     KvReserved,
@@ -48,7 +49,9 @@ SAMPLING = SamplingParams(
     stop_token_ids=(1, 2),
     ignore_eos=True,
 )
-REQUEST = GenerationRequest("r1", (5, 6, 7), SAMPLING, 1, "salt", deadline_s=100.0, epoch=2)
+REQUEST = GenerationRequest(
+    "r1", (5, 6, 7), SAMPLING, 1, "salt", deadline_s=100.0, epoch=2, slo=RequestSlo("chat", 0.5)
+)
 LOGPROB = TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0)))
 
 

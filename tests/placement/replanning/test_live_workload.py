@@ -33,7 +33,7 @@ def make_slo_file(rate: float | str = "max", num_classes: int = 1) -> SloFile:
         {
             "model": "tiny",
             "cluster": {"nodes": [{"device": "cpu"}]},
-            "slo": [{"name": f"class {i}", "ttft_s": 1 + i, "tpot_s": 0.1} for i in range(num_classes)],
+            "slo": [{"name": f"class-{i}", "ttft_s": 1 + i, "tpot_s": 0.1} for i in range(num_classes)],
             "workload": {"prompt_tokens": {"mean": 50}, "output_tokens": {"mean": 20}, "rate": rate},
             "search": {"requests": 500},
         }

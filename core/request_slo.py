@@ -1,0 +1,45 @@
+"""What one request was promised. Without pydantic, since clients import the request."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+DEFAULT_CLASS = "default"
+CUSTOM_CLASS = "custom"  # targets of the request's own
+NO_CLASS = "none"
+
+IfUnmet = Literal["demote", "refuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSlo:
+    """What one request was promised. An infinite target is none.
+
+    `ttft_s` runs from the request's arrival at the router to its first token, `tpot_s` is the mean time per output
+    token after the first (`core.timeline`). `weight`, `priority` and `if_unmet` are those of its class.
+    """
+
+    name: str = NO_CLASS
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+    weight: float = 1.0
+    priority: int = 0
+    if_unmet: IfUnmet = "demote"
+
+    @property
+    def has_targets(self) -> bool:
+        return self.ttft_s < math.inf or self.tpot_s < math.inf
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Those that it has, of "ttft" and "tpot"."""
+        return tuple(name for name, target_s in (("ttft", self.ttft_s), ("tpot", self.tpot_s)) if target_s < math.inf)
+
+    def missed(self, ttft_s: float, tpot_s: float) -> tuple[str, ...]:
+        """Those of "ttft" and "tpot" that these times exceed."""
+        times = (("ttft", ttft_s, self.ttft_s), ("tpot", tpot_s, self.tpot_s))
+        return tuple(name for name, time_s, target_s in times if time_s > target_s)
+
+
+NO_SLO = RequestSlo()
+"""Of a request without targets: best effort."""
