@@ -1,0 +1,173 @@
+"""Times that are predicted from few coefficients, corrected by what was measured. Pure: no clock.
+
+A `LinearPredictor` starts from a prior (for steps: the calibrated cost model as `core.step_coefficients`) and corrects
+it by recursive least squares with forgetting. It minimises the relative error, so short steps count as much as long
+ones. Steps of a live instance are disturbed by pauses and by a busy machine: a residual counts up to a bound, and
+each coefficient stays within a factor of its prior, so that no measurement, however wrong, moves the predictor far.
+Many such residuals in a row are no pauses; the predictor then learns as fast as in the beginning.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence
+
+from tandem.core.cost_model import StepLoad, attention_pairs
+from tandem.core.step_coefficients import StepCoefficients, step_terms
+
+FORGETTING = 0.995  # an observation counts half as much after 140 others
+MAX_FACTOR = 16.0  # of a coefficient against its prior, up or down
+_NUM_RESIDUALS = 128
+_FEW_RESIDUALS = 8  # below that, the prior's error is believed
+_NOISE = 0.1  # relative, of a measured time
+_LONGEST_STEP = 0.5  # a residual beyond it counts as this
+_SHORTEST_STEP = 0.2
+_SIGMAS = 4.0  # residuals beyond as many deviations are cut
+_CHANGE = 8  # residuals in a row that are cut on the same side: not pauses, the instance has changed its speed
+
+
+class Residuals:
+    """Relative errors of the last predictions: actual / predicted - 1, so that -1 is the least."""
+
+    __slots__ = ("_prior_error", "_recent", "_sorted", "count")
+
+    def __init__(self, prior_error: float = 0.2) -> None:
+        """`prior_error` is the standard deviation that is believed before there are residuals."""
+        self.count = 0  # ever
+        self._prior_error = prior_error
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def add(self, predicted_s: float, actual_s: float) -> float:
+        """The residual."""
+        residual = actual_s / max(predicted_s, 1e-9) - 1
+        self.count += 1
+        self._recent.append(residual)
+        insort(self._sorted, residual)
+        if len(self._recent) > _NUM_RESIDUALS:
+            oldest = self._recent.popleft()
+            del self._sorted[bisect_left(self._sorted, oldest)]
+        return residual
+
+    def quantile(self, share: float) -> float:
+        """The residual that `share` of the recent ones do not exceed."""
+        if len(self._sorted) < _FEW_RESIDUALS:
+            return self._prior_error * math.sqrt(2) * _inverse_erf(2 * share - 1)
+        return self._sorted[min(len(self._sorted) - 1, int(share * len(self._sorted)))]
+
+    @property
+    def error(self) -> float:
+        """Half the width of the middle 68 %: one standard deviation, if the errors are normal."""
+        return (self.quantile(0.84) - self.quantile(0.16)) / 2
+
+    def share_within(self, predicted_s: float, target_s: float, least_error: float) -> float:
+        """Probability that a time predicted as `predicted_s` is at most `target_s`. The errors count as normal, about
+        their median, with a deviation of `least_error` at least."""
+        if target_s == math.inf:
+            return 1.0
+        expected_s = predicted_s * (1 + self.quantile(0.5))
+        deviation_s = max(least_error, self.error) * max(predicted_s, 1e-9)
+        return 0.5 * math.erfc((expected_s - target_s) / (deviation_s * math.sqrt(2)))
+
+
+class LinearPredictor:
+    """seconds = sum of coefficient times count over the terms. Terms with a prior of 0 stay out."""
+
+    __slots__ = ("_covariance", "_factors", "_forgetting", "_num_cut", "_prior", "_variance", "residuals")
+
+    def __init__(self, prior: Sequence[float], *, prior_error: float = 0.5, forgetting: float = FORGETTING) -> None:
+        """`prior_error`: how far off each coefficient of the prior may be, relative, one standard deviation."""
+        self.residuals = Residuals(prior_error)
+        self._prior = tuple(prior)
+        self._factors = [1.0] * len(prior)  # of each coefficient against its prior
+        self._forgetting = forgetting
+        self._variance = (prior_error / _NOISE) ** 2
+        self._num_cut = 0  # residuals in a row that were cut; below 0: of steps that were shorter than predicted
+        self._covariance = self._prior_covariance()
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return tuple(factor * prior for factor, prior in zip(self._factors, self._prior, strict=True))
+
+    def seconds(self, terms: Sequence[float]) -> float:
+        return sum(f * p * x for f, p, x in zip(self._factors, self._prior, terms, strict=True))
+
+    def observe(self, terms: Sequence[float], seconds: float) -> None:
+        """So long it took. O(terms^2)."""
+        predicted_s = self.seconds(terms)
+        if predicted_s <= 0 or not 0 < seconds < math.inf:
+            return
+        bound = min(_LONGEST_STEP, max(_SHORTEST_STEP, _SIGMAS * self.residuals.error))
+        found = self.residuals.add(predicted_s, seconds)
+        residual = max(-bound, min(bound, found))
+        self._count_cut(0 if residual == found else int(math.copysign(1, found)))
+        shares = [prior * count / predicted_s for prior, count in zip(self._prior, terms, strict=True)]
+        covariance = self._covariance
+        gains = [sum(c * share for c, share in zip(row, shares, strict=True)) for row in covariance]
+        scale = self._forgetting + sum(gain * share for gain, share in zip(gains, shares, strict=True))
+        for i, gain in enumerate(gains):
+            factor = self._factors[i] + gain / scale * residual
+            self._factors[i] = min(MAX_FACTOR, max(1 / MAX_FACTOR, factor))
+            row = covariance[i]
+            for j, other in enumerate(gains):
+                row[j] = (row[j] - gain * other / scale) / self._forgetting
+        self._bound_covariance()
+
+    def _count_cut(self, side: int) -> None:
+        self._num_cut = self._num_cut + side if self._num_cut * side > 0 else side
+        if abs(self._num_cut) >= _CHANGE:
+            self._num_cut = 0
+            self._covariance = self._prior_covariance()
+
+    def _prior_covariance(self) -> list[list[float]]:
+        size = len(self._prior)
+        return [[self._variance * (row == column) for column in range(size)] for row in range(size)]
+
+    def _bound_covariance(self) -> None:
+        """What no observation tells of must not become uncertain without end: it is never less sure than the prior."""
+        for i, row in enumerate(self._covariance):
+            if row[i] > self._variance:
+                shrink = math.sqrt(self._variance / row[i])
+                for j in range(len(row)):
+                    row[j] *= shrink
+                    self._covariance[j][i] *= shrink
+
+
+class StepPredictor:
+    """Step times of one instance."""
+
+    __slots__ = ("_linear",)
+
+    def __init__(self, prior: StepCoefficients) -> None:
+        self._linear = LinearPredictor(prior)
+
+    @property
+    def coefficients(self) -> StepCoefficients:
+        return StepCoefficients(*self._linear.coefficients)
+
+    @property
+    def residuals(self) -> Residuals:
+        return self._linear.residuals
+
+    def step_s(self, load: StepLoad) -> float:
+        return self._linear.seconds(step_terms(load))
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        self._linear.observe(step_terms(load), seconds)
+
+
+def prefill_s(costs: StepCoefficients, uncached: int, cached: int, step_tokens: int) -> float:
+    """Of a prompt alone on its instance: `uncached` tokens after `cached` ones that need no computing, in steps of at
+    most `step_tokens`."""
+    whole_steps, rest = divmod(uncached, step_tokens)
+    total_s = costs.pair_s * attention_pairs(cached, uncached)
+    if whole_steps:
+        total_s += whole_steps * costs.seconds(StepLoad(prefill_tokens=step_tokens))
+    return total_s + (costs.seconds(StepLoad(prefill_tokens=rest)) if rest else 0.0)
+
+
+def _inverse_erf(value: float) -> float:
+    """Of (-1, 1), by Winitzki's approximation, relative error below 0.4 %."""
+    log_term = math.log1p(-value * value)
+    first = 2 / (math.pi * 0.147) + log_term / 2
+    return math.copysign(math.sqrt(math.sqrt(first * first - log_term / 0.147) - first), value)
