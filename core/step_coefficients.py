@@ -5,8 +5,8 @@ A step of `rows` tokens (prompt tokens and decoding sequences together) takes
     step_s + sequence_s * decoding sequences + the cost of its rows
            + kv_token_s * KV tokens that decoding sequences read + pair_s * attention pairs
 
-where a row costs `row_s` up to MANY_ROWS, and `many_row_s` beyond: a step of few rows is bound by reading weights, one of
-many by arithmetic. The time is linear in the coefficients.
+where a row costs `row_s` up to MANY_ROWS, and `many_row_s` beyond: a step of few rows is bound by reading weights, one
+of many by arithmetic. The time is linear in the coefficients.
 """
 
 from typing import NamedTuple, Self
