@@ -18,6 +18,7 @@ from pydantic import (
 from tandem.core.errors import ConfigError
 from tandem.core.frozen_model import FrozenModel, WrongSetting
 from tandem.core.slo import SloClasses
+from tandem.core.step_coefficients import StepCoefficients
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -124,8 +125,13 @@ class InstanceSection(FrozenModel):
         ge=1,
         description="Prompt tokens of one step, longer prompts go in chunks; default: max_batch_tokens, 512 for decode",
     )
-    policy: Literal["chunked", "prompt_first"] = Field(
+    policy: Literal["chunked", "slack", "prompt_first"] = Field(
         default="chunked", description="How prompts and decoding share the steps of one instance"
+    )
+    step_cost: StepCoefficients | None = Field(
+        default=None,
+        description="Expected seconds of a step, per decoding sequence, per token up to 256 and beyond, per token of KV "
+        "read, per attention pair; corrected at run time. `tandem serve` takes them from a plan's calibration",
     )
     max_queue: int = Field(default=1024, ge=1, description="Requests waiting in one instance before it refuses more")
     prefix_cache: bool = True

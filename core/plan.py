@@ -37,8 +37,12 @@ class PlanGroup(FrozenModel):
     max_batch_tokens: int = Field(default=2048, ge=16, description="Prompt tokens in one step")
     max_batch: int = Field(default=64, ge=1, description="Sequences decoded together in one step")
     kv_tokens: int = Field(ge=1, description="Tokens whose KV fits one instance")
-    policy: Literal["chunked", "prompt_first"] = Field(
-        default="chunked", description="How a colocated group mixes prompts and decoding"
+    max_prefill_tokens: int | None = Field(
+        default=None, ge=1, description="Prompt tokens of one step beside decoding; default: that of the role"
+    )
+    policy: Literal["chunked", "slack", "prompt_first"] = Field(
+        default="chunked",
+        description="How a group mixes prompts and decoding; slack: prompts take only the time that decoding has saved",
     )
 
     @property

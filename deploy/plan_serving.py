@@ -7,9 +7,10 @@ from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan, PlanGroup
 from tandem.core.slo_file import SloFile
+from tandem.core.step_coefficients import StepCoefficients
 from tandem.deploy.topology import Machine
 from tandem.placement.cluster import Cluster
-from tandem.placement.costs.calibration import Calibration
+from tandem.placement.costs.calibration import CalibratedCost, Calibration
 from tandem.placement.costs.models import model_shape
 
 _CPU = "cpu"
@@ -26,12 +27,15 @@ def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
     calibrations = _calibrations(plan)
     sections: dict[str, list[InstanceSection]] = {role: [] for role in ROLES}
     for group in _kinds(plan):
+        calibration = calibrations.get(group.device.casefold())
         section = InstanceSection(
             instances=group.instances,
             max_batch=group.max_batch,
             max_batch_tokens=None if group.role == "decode" else group.max_batch_tokens,
+            max_prefill_tokens=group.max_prefill_tokens,
             policy=group.policy,
-            engine=_engine(plan, group, calibrations.get(group.device.casefold())),
+            step_cost=None if calibration is None else StepCoefficients.of(CalibratedCost(calibration.terms)),
+            engine=_engine(plan, group, calibration),
         )
         sections[group.role].append(section)
     return ServeConfig.model_validate({"model": plan.model, "router": {"slo": plan.slo}, **sections})

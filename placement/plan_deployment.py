@@ -53,6 +53,7 @@ def deployment_of(
                     max_model_len=model.max_context_tokens,
                     max_batch_tokens=group.max_batch_tokens,
                     max_batch=group.max_batch,
+                    max_prefill_tokens=group.max_prefill_tokens,
                     policy=group.policy,
                     node=_node_index(ranks[0], cluster),
                     request_admission_cost_s=serving.request_admission_cost_s if group.role == "decode" else 0.0,

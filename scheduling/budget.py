@@ -5,7 +5,7 @@ from typing import Literal
 
 from tandem.core.session import Role
 
-Mixing = Literal["chunked", "prompt_first"]
+Mixing = Literal["chunked", "slack", "prompt_first"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,8 @@ class StepBudget:
 
     chunked       Every step takes a token of each decoding sequence first, then chunks of prompts into what is left of
                   the budget (Sarathi-Serve, OSDI '24; vLLM v1). Decoding never stalls.
+    slack         As chunked, but the prompts' part is no longer than the slack of those that decode allows (see
+                  `scheduling.slack`). Without a prediction of step times it is as chunked.
     prompt_first  While prompts wait and fit, a step is whole prompts only, `max_prefill_tokens` together, a longer one
                   alone; otherwise a step is all that decode (vLLM 0.2). Every prompt stalls decoding.
 

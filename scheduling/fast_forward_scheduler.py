@@ -7,6 +7,7 @@ from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.fast_forward import EvenBatch, FastForward
 from tandem.scheduling.integrity import BlockTable
+from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.scheduler import Chunk, Scheduler
 from tandem.scheduling.sequence import Sequence
@@ -24,8 +25,15 @@ class FastForwardScheduler(Scheduler):
 
     __slots__ = ("_batch",)
 
-    def __init__(self, budget: StepBudget, pool: BlockPool, prefix_index: PrefixIndex, max_model_len: int) -> None:
-        super().__init__(budget, pool, prefix_index, max_model_len)
+    def __init__(
+        self,
+        budget: StepBudget,
+        pool: BlockPool,
+        prefix_index: PrefixIndex,
+        max_model_len: int,
+        predictor: StepPredictor | None = None,
+    ) -> None:
+        super().__init__(budget, pool, prefix_index, max_model_len, predictor)
         self._batch: EvenBatch | None = None  # holds all of _decoding while it is there
 
     def fast_forward(self) -> FastForward | None:

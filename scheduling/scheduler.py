@@ -10,8 +10,10 @@ from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.integrity import BlockTable, check_blocks
 from tandem.scheduling.keyed_heap import KeyedHeap
+from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.sequence import Sequence, SequenceState
+from tandem.scheduling.slack import max_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class Scheduler:
         "_next_order",
         "_num_waiting",
         "_pool",
+        "_predictor",
         "_preemptions",
         "_prompts",
         "_sequences",
@@ -102,9 +105,18 @@ class Scheduler:
         "max_model_len",
     )
 
-    def __init__(self, budget: StepBudget, pool: BlockPool, prefix_index: PrefixIndex, max_model_len: int) -> None:
-        """`max_model_len` counts prompt plus answer; the attribute of that name is less where the pool is smaller."""
+    def __init__(
+        self,
+        budget: StepBudget,
+        pool: BlockPool,
+        prefix_index: PrefixIndex,
+        max_model_len: int,
+        predictor: StepPredictor | None = None,
+    ) -> None:
+        """`max_model_len` counts prompt plus answer; the attribute of that name is less where the pool is smaller.
+        `predictor` tells how long steps take, for budgets that mix by slack; its owner corrects it."""
         self.budget = budget
+        self._predictor = predictor
         self.max_model_len = min(max_model_len, pool.num_blocks * prefix_index.block_size)
         self._pool = pool
         self._index = prefix_index
@@ -202,7 +214,7 @@ class Scheduler:
         sequence = self._sequences[key]
         assert sequence.state is SequenceState.RECEIVING, "a transfer into blocks that were not reserved"
         sequence.num_computed = sequence.num_tokens
-        sequence.committed_s = now_s
+        sequence.committed_s = sequence.first_token_s = now_s
         sequence.append(first_token_id)
         sequence.move_to(SequenceState.RUNNING)
         self._decoding[key] = sequence
@@ -223,6 +235,10 @@ class Scheduler:
         chunks = self._decode_chunks()
         left = min(budget.max_prefill_tokens, budget.max_batch_tokens - len(chunks))
         if left > 0 and (self._prompts or self._line):
+            if budget.mixing == "slack" and self._predictor is not None and chunks:
+                start = next(iter(self._prompts.values())).num_computed if self._prompts else 0
+                decoding = [chunk.sequence for chunk in chunks]
+                left = max_prompt_tokens(decoding, start, left, now_s, self._predictor)
             chunks += self._prompt_chunks(left, now_s)
         return chunks
 
@@ -251,7 +267,9 @@ class Scheduler:
         return True
 
     def generated(self, key: Hashable, token_id: int) -> Sequence:
-        """Append the token drawn after a chunk that samples. Ask the sequence's `finish_reason_after` next."""
+        """Append the token drawn after a chunk that samples. Ask the sequence's `finish_reason_after` next.
+
+        The caller sets `first_token_s` with the first one."""
         sequence = self._sequences[key]
         assert sequence.num_uncomputed == 0, "a token drawn from a place that is not the end"
         sequence.append(token_id)

@@ -59,6 +59,7 @@ class Sequence:
     order: int = -1
     started_s: float | None = None  # when its first prompt chunk was scheduled
     committed_s: float | None = None  # when its KV had arrived
+    first_token_s: float | None = None  # when it had the attempt's first token here: drawn, or come with the KV
 
     def __post_init__(self) -> None:
         assert not (self.is_remote and self.hand_over), "KV that came from elsewhere is not handed over"

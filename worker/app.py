@@ -131,7 +131,13 @@ class Worker:
     def _load_and_make_loop(self) -> InstanceLoop:
         """On the loop's thread: the thread that loads an engine is the one that steps it."""
         self._engine, self._pool = load_worker_engine(self._config.model, self._section.engine)
-        self._loop = InstanceLoop(self._engine, self._budget, self._clock, prefix_cache=self._section.prefix_cache)
+        self._loop = InstanceLoop(
+            self._engine,
+            self._budget,
+            self._clock,
+            prefix_cache=self._section.prefix_cache,
+            step_cost=self._section.step_cost,
+        )
         return self._loop
 
     def _add_services(self, server: grpc.aio.Server) -> None:

@@ -33,6 +33,7 @@ from tandem.core.session import (
     TokenFrame,
     TransferCommitted,
 )
+from tandem.core.step_coefficients import StepCoefficients
 from tandem.core.transfer import Manifest, hash_token_ids
 from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived
 from tandem.engine.engine import Engine
@@ -41,9 +42,11 @@ from tandem.prefill_worker.held_kv import KvReady
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.integrity import count_blocks
+from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.scheduler import Chunk, Scheduler
 from tandem.scheduling.sequence import Sequence, SequenceState
+from tandem.scheduling.step_load import step_load
 from tandem.worker.progress import PAIRS_PER_TOKEN
 
 log = logging.getLogger(__name__)
@@ -123,7 +126,16 @@ class InstanceLoop:
     One turn:  apply(command)...; if prepare(): launch(), then collect()
     """
 
-    def __init__(self, engine: Engine, budget: StepBudget, clock: Clock, *, prefix_cache: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        budget: StepBudget,
+        clock: Clock,
+        *,
+        prefix_cache: bool,
+        step_cost: StepCoefficients | None = None,
+    ) -> None:
+        """`step_cost` is what is believed of step times at first; None: they are not predicted."""
         capacity = engine.capacity()
         self._engine = engine
         self._clock = clock
@@ -131,7 +143,8 @@ class InstanceLoop:
         self._eos_token_ids = frozenset(engine.spec.eos_token_ids)
         self._pool = BlockPool(capacity.num_blocks)
         self._index = PrefixIndex(self._pool, capacity.block_size, enabled=prefix_cache)
-        self._scheduler = Scheduler(budget, self._pool, self._index, capacity.max_model_len)
+        self._predictor = None if step_cost is None else StepPredictor(step_cost)
+        self._scheduler = Scheduler(budget, self._pool, self._index, capacity.max_model_len, self._predictor)
         self._sources: dict[AttemptId, KvSource] = {}  # of sequences that wait for blocks
         self._prompt_logprobs: dict[AttemptId, list[TokenLogprob | None]] = {}  # of prompts that are being computed
         self._held: dict[AttemptId, Sequence] = {}  # from the last chunk until Release
@@ -209,6 +222,8 @@ class InstanceLoop:
                 self._step_failed(error)
             else:
                 self._failed_steps = 0
+                if self._predictor is not None:
+                    self._predictor.observe(step_load(self._chunks), self._clock.now_s() - self._launched_s)
                 self._take_output(output)
         self._steps += 1
         self._step_s += self._clock.now_s() - self._launched_s
@@ -358,6 +373,7 @@ class InstanceLoop:
             sequence.append(token.token_id)
         else:
             self._scheduler.generated(attempt_id, token.token_id)
+        sequence.first_token_s = self._clock.now_s()
         reason = sequence.finish_reason_after(token.token_id, self._eos_token_ids, self._max_model_len)
         logprobs = self._prompt_logprobs.pop(attempt_id, None)
         assert sequence.started_s is not None, "what is finished was started"
@@ -367,7 +383,7 @@ class InstanceLoop:
             prompt_logprobs=None if logprobs is None else tuple(logprobs),
             finish_reason=reason,
             num_cached_tokens=sequence.num_cached,
-            compute_s=self._clock.now_s() - sequence.started_s,
+            compute_s=sequence.first_token_s - sequence.started_s,
         )
         self._send(attempt_id, finished)
         if manifest is not None and reason is None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from tandem.core.config import RoleName
 from tandem.core.cost_model import CostModel, StepLoad
 from tandem.core.request_slo import RequestSlo
-from tandem.placement.simulator.load import step_load
+from tandem.core.step_coefficients import StepCoefficients
 from tandem.scheduling.budget import Mixing
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.scheduler import Chunk
+from tandem.scheduling.step_load import step_load
 
 PAUSE_S = 0.03
 """From when on a worker that had nothing to do has paused."""
@@ -22,6 +23,8 @@ class InstanceSpec:
     device stands. `request_admission_cost_s` is the extra time of a decode step for each request admitted during it;
     `cold_step_factor` the extra time of prefill's first step after a pause, as a share of the step. `lease_s` is how
     long computed KV is held for a reader. `growth_horizon_tokens` None: the role's own (`scheduling.budget`).
+    `max_prefill_tokens` bounds the prompt tokens beside
+    those that decode, None: the role's own. `step_cost` is what is believed of `cost`, None: nearly the truth.
     `scheduler_type` and `load_of`, what a step's chunks cost, are those of other systems where these are simulated."""
 
     instance_id: str
@@ -31,6 +34,7 @@ class InstanceSpec:
     block_size: int = 16
     max_model_len: int = 1 << 20
     max_batch_tokens: int = 8192
+    max_prefill_tokens: int | None = None
     max_batch: int = 256
     max_queue: int = 1 << 30
     policy: Mixing = "chunked"
@@ -42,6 +46,12 @@ class InstanceSpec:
     cold_step_factor: float = 0.0
     scheduler_type: type[FastForwardScheduler] = FastForwardScheduler
     load_of: Callable[[list[Chunk]], StepLoad] = step_load
+    step_cost: StepCoefficients | None = None
+
+    @property
+    def predicted(self) -> StepCoefficients:
+        """Step times as router and worker believe them at first."""
+        return self.step_cost or StepCoefficients.of(self.cost)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
 from tandem.placement.simulator.result import InstanceUse
 from tandem.placement.simulator.use import StepTotals
 from tandem.scheduling.budget import role_budget
+from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.sequence import Sequence, SequenceState
 
@@ -52,10 +53,12 @@ class SimulatedInstance:
             max_batch=spec.max_batch,
             max_queue=spec.max_queue,
             max_batch_tokens=None if spec.role == "decode" else spec.max_batch_tokens,
+            max_prefill_tokens=spec.max_prefill_tokens,
             mixing=spec.policy,
             growth_horizon_tokens=spec.growth_horizon_tokens,
         )
-        self._scheduler = spec.scheduler_type(budget, self._pool, self._index, spec.max_model_len)
+        self._predictor = StepPredictor(spec.predicted) if spec.policy == "slack" else None
+        self._scheduler = spec.scheduler_type(budget, self._pool, self._index, spec.max_model_len, self._predictor)
         self._held: dict[SimulatedAttempt, Sequence] = {}
         self._leases: dict[SimulatedAttempt, float] = {}  # when those on held KV end, the first to end first
         self._commands: list[tuple[Callable[[], None], bool]] = []  # and whether it is a release
@@ -196,7 +199,10 @@ class SimulatedInstance:
             sequence = chunk.sequence
             if chunk.is_prompt and chunk.start == sequence.num_cached and not _has_drawn(sequence):
                 self._listener.prefill_started(attempt_of(sequence), sequence.num_cached)
-        cost = self._totals.count_step(self.spec.load_of(chunks))
+        load = self.spec.load_of(chunks)
+        cost = self._totals.count_step(load)
+        if self._predictor is not None:
+            self._predictor.observe(load, cost.total_s)
         cold_s = 0.0
         if self.spec.cold_step_factor and now_s - self._results_s > PAUSE_S:
             cold_s = self.spec.cold_step_factor * cost.total_s
@@ -254,6 +260,7 @@ class SimulatedInstance:
                 is_first = not _has_drawn(sequence)
                 self._scheduler.generated(attempt, 0)
                 if is_first:
+                    sequence.first_token_s = self._events.now_s
                     self._tell_first_token(sequence)
                 elif sequence.num_tokens == len(sequence.request.token_ids) + 2:
                     self._listener.second_token(attempt, self._began_s, self._events.now_s)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.core.cost_model import StepLoad
-from tandem.placement.simulator.load import step_load
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.scheduler import Chunk, prompt_chunk
+from tandem.scheduling.step_load import step_load
 
 MAX_PADDING_TOKENS = 256
 
