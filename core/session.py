@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
+from tandem.core.step_coefficients import StepCoefficients
 
 
 class Role(Enum):
@@ -201,6 +202,7 @@ class InstanceStatus:
     from another instance and which have no blocks for it yet. KV for a reader is held for `lease_s` after its prefill
     or the last RenewLease. `step_age_s` is of the step in progress, 0 between two steps. `allocated_blocks` are those
     of the process's Python (`sys.getallocatedblocks`): they grow without end where something leaks.
+    `step_cost` is what the instance expects of its steps, as corrected by those that it measured; None: it cannot tell.
     """
 
     instance_id: str
@@ -225,3 +227,4 @@ class InstanceStatus:
     links: tuple[LinkStats, ...] = ()
     step_age_s: float = 0.0
     allocated_blocks: int = 0
+    step_cost: StepCoefficients | None = None

@@ -59,6 +59,13 @@ def step_terms(load: StepLoad) -> tuple[float, ...]:
     return (1.0, load.decode_sequences, load.tokens - many, many, load.decode_kv_tokens, load.prefill_pairs)
 
 
+def decode_step_s(costs: StepCoefficients, sequences: float, kv_tokens: float) -> float:
+    """Of a step of decoding only; `sequences` may be an expected number."""
+    many = max(0.0, sequences - MANY_ROWS)
+    rows_s = costs.sequence_s * sequences + costs.row_s * (sequences - many) + costs.many_row_s * many
+    return costs.step_s + rows_s + costs.kv_token_s * kv_tokens
+
+
 def _prompt_s(cost: CostModel, num_tokens: int, start: int) -> float:
     """Of a chunk of a prompt with `start` tokens before it."""
     load = StepLoad(

@@ -56,6 +56,10 @@ class InstanceIndex(ABC, Generic[ViewT, QueryT]):
         best = self._best_of(query, 1)
         return best[0] if best else None
 
+    def top(self, query: QueryT, count: int) -> list[str]:
+        """The ids of the first `count`, or of fewer if there are no more."""
+        return [scored.rank[3] for scored in self._best_of(query, count)]
+
     def select(self, query: QueryT) -> Selection:
         """The winner with the comparison, or of each instance why not."""
         best = self._best_of(query, SHOWN)

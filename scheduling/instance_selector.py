@@ -27,11 +27,12 @@ WAITING_MEMORY_SHARE = 4
 
 class Place(NamedTuple):
     """An instance for an attempt. `hand_over`: it computes the prompt only. `selection`: where decisions are
-    explained."""
+    explained. `expected`: the predicted TTFT from now and TPOT, in seconds, of a selector that predicts."""
 
     instance: KnownInstance
     hand_over: bool
     selection: Selection | None
+    expected: tuple[float, float] | None = None
 
 
 class InstanceSelector:
@@ -174,6 +175,11 @@ class InstanceSelector:
         failures: Mapping[str, float] = self.failures.current(now_s) if self.failures else NO_FAILURES
         if self._is_local:
             return self._one_instance(self._decodes, request, needed_tokens, failures)
+        return self._choose(request, needed_tokens, failures, now_s)
+
+    def _choose(
+        self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float], now_s: float
+    ) -> Place | None:
         if not self._colocated.views:
             return self._pair(request, needed_tokens, failures)
         pair = self._pair(request, needed_tokens, failures)
@@ -189,12 +195,15 @@ class InstanceSelector:
             self._trackers[block_size].record(instance.instance_id, request.block_names(block_size), num_blocks)
 
     def _pair(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> Place | None:
+        return self._find(self._prefills, self._prefill_query(request, needed_tokens, failures), hand_over=True)
+
+    def _prefill_query(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> PrefillQuery:
         if self.failures:
             failures = self.failures.of_prefills(failures, self.instances)
         fingerprints = self._decodes.fingerprints_for(needed_tokens)
         if self._without_credit:
             fingerprints = [each for each, count in self._num_open.items() if count and each in fingerprints]
-        query = PrefillQuery(
+        return PrefillQuery(
             request.num_tokens,
             needed_tokens,
             fingerprints,
@@ -203,7 +212,6 @@ class InstanceSelector:
             self._without_credit,
             failures,
         )
-        return self._find(self._prefills, query, hand_over=True)
 
     def _one_instance(
         self, index: DecodeIndex, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]
@@ -290,15 +298,23 @@ class InstanceSelector:
         return has_waiting or view.must_wait(request.num_tokens, request.growth_tokens)
 
     def _work_tokens(self, request: RoutedRequest, instance: KnownInstance) -> int:
+        return instance.queued_tokens + request.num_tokens - self.cached_tokens(request, instance)
+
+    def cached_tokens(self, request: RoutedRequest, instance: KnownInstance) -> int:
+        """Of the prompt, that the instance need not compute as far as is known."""
         block_size = instance.status.block_size
-        names = request.block_names(block_size)
-        cached_tokens = self._trackers[block_size].matched_tokens(instance.instance_id, names) if names else 0
-        return instance.queued_tokens + request.num_tokens - min(cached_tokens, request.num_tokens - 1)
+        tracker, names = self._trackers.get(block_size), request.block_names(block_size)
+        if tracker is None or not names:
+            return 0
+        return min(tracker.matched_tokens(instance.instance_id, names), request.num_tokens - 1)
 
     # --- the decode instance of a pair -------------------------------------------------------------------------------
 
     def choose_decode(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> Place | None:
         """One that can read the KV of `prefill`, and hold prompt and answer if one can."""
+        return self._find(self._decodes, self._decode_query(attempt, prefill, now_s), hand_over=False)
+
+    def _decode_query(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> DecodeQuery:
         fingerprint = prefill.status.fingerprint
         needed_tokens = attempt.num_tokens + attempt.growth_tokens
         if fingerprint not in self._decodes.fingerprints_for(needed_tokens):
@@ -306,7 +322,7 @@ class InstanceSelector:
         failures: Mapping[str, float] = NO_FAILURES
         if self.failures:
             failures = self.failures.of_decodes(self.failures.current(now_s), prefill.instance_id)
-        query = DecodeQuery(
+        return DecodeQuery(
             attempt.num_tokens,
             attempt.growth_tokens,
             needed_tokens,
@@ -315,4 +331,22 @@ class InstanceSelector:
             {prefill.instance_id} if prefill.role is Role.DECODE else NO_INSTANCES,  # it was a prefill instance before
             failures,
         )
-        return self._find(self._decodes, query, hand_over=False)
+
+    # --- what happens to attempts: of interest to selectors that predict -----------------------------------------------
+
+    def begun(self, attempt: Attempt, place: Place, now_s: float) -> None:
+        """It was sent to its first instance."""
+
+    def decode_chosen(self, attempt: Attempt, instance: KnownInstance, now_s: float) -> None:
+        """And to the instance that reads its KV."""
+
+    def first_token(self, attempt: Attempt, now_s: float) -> None: ...
+
+    def transferred(self, attempt: Attempt, now_s: float) -> None:
+        """Its KV is where it decodes."""
+
+    def finished(self, attempt: Attempt, now_s: float) -> None:
+        """All its tokens are there; nothing is released yet."""
+
+    def released(self, attempt: Attempt, instance_id: str, now_s: float) -> None:
+        """Nothing of it is at the instance any more."""

@@ -102,8 +102,11 @@ class Attempt:
     """
 
     __slots__ = (
+        "begun_s",
         "decode",
         "error",
+        "expected",
+        "first_token_s",
         "growth_tokens",
         "hand_over",
         "handle",
@@ -127,6 +130,9 @@ class Attempt:
         self.has_first_token = False
         self.has_transfer = False
         self.error: TandemError | None = None  # why it failed
+        self.begun_s = 0.0
+        self.expected: tuple[float, float] | None = None  # TTFT since then and TPOT, as predicted
+        self.first_token_s: float | None = None
 
     @property
     def generating(self) -> "KnownInstance | None":

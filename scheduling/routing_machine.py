@@ -24,7 +24,7 @@ alike. An event of an attempt returns False if the attempt is not in flight ther
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tandem.core.errors import (
     ContextLengthError,
@@ -39,6 +39,7 @@ from tandem.core.errors import (
 from tandem.core.generation import BlockNamer
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus, Role
+from tandem.scheduling.goodput_selector import GoodputSelector
 from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
@@ -48,6 +49,8 @@ from tandem.scheduling.routing import Selection
 
 LEASE_SHARE = 1 / 3  # of a lease, after which it is renewed: two renewals may come late
 WAIT_SHARE = 0.75  # of the longest wait: who is expected to wait longer is refused at once, for the rate may change
+
+RoutingPolicy = Literal["balanced", "goodput"]
 
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 
@@ -63,7 +66,8 @@ class RoutingSettings:
     A request that has lost its instances waits `replacement_wait_s` for usable ones, and `retry_pause_s` before it goes
     back to an instance that failed it. `slack_tokens`: see `routing.choose_prefill`. `max_tracked_blocks`
     bounds what is remembered of an instance's prefix cache. `local_prefill` lets decode instances compute prompts while
-    no prefill and no colocated instance is usable.
+    no prefill and no colocated instance is usable; with the policy "goodput" whenever that is better. Policies:
+    `instance_selector` and `goodput_selector`.
     """
 
     max_queue: int | None = None
@@ -76,6 +80,10 @@ class RoutingSettings:
     slack_tokens: int = 4096
     max_tracked_blocks: int = 65536
     local_prefill: bool = True
+    policy: RoutingPolicy = "balanced"
+
+
+_SELECTORS: Mapping[RoutingPolicy, type[InstanceSelector]] = {"balanced": InstanceSelector, "goodput": GoodputSelector}
 
 
 class RoutingDriver(Protocol):
@@ -105,11 +113,20 @@ class RoutingDriver(Protocol):
 class RoutingMachine:
     """Owns all requests until they end. Used by one thread."""
 
-    def __init__(self, driver: RoutingDriver, settings: RoutingSettings, *, explain: bool = True) -> None:
-        """`explain`: give the driver the comparison behind each decision; the decisions are the same without."""
+    def __init__(
+        self,
+        driver: RoutingDriver,
+        settings: RoutingSettings,
+        *,
+        explain: bool = True,
+        selector_type: type[InstanceSelector] | None = None,
+    ) -> None:
+        """`explain`: give the driver the comparison behind each decision; the decisions are the same without.
+        `selector_type`: a policy other than that of the settings."""
         self._driver = driver
         self._settings = settings
-        self._selector = InstanceSelector(
+        selector_type = selector_type or _SELECTORS[settings.policy]
+        self._selector = selector_type(
             explain=explain,
             slack_tokens=settings.slack_tokens,
             max_tracked_blocks=settings.max_tracked_blocks,
@@ -166,6 +183,7 @@ class RoutingMachine:
         attempts = instance.attempts()
         for attempt in attempts:
             instance.release(attempt.handle)
+            self._selector.released(attempt, instance_id, now_s)
         self._selector.put(instance)
         if attempts:
             self._selector.failures.add(instance_id, now_s)
@@ -243,7 +261,7 @@ class RoutingMachine:
         if place is None:
             self._wait_for_credit(request, now_s)
         else:
-            self._begin(request, place)
+            self._begin(request, place, now_s)
         return request
 
     def cancel(self, request: RoutedRequest, now_s: float) -> None:
@@ -300,13 +318,14 @@ class RoutingMachine:
             self.attempt_failed(attempt, instance.instance_id, InternalError("a prefill worker answered twice"), now_s)
             return False
         attempt.has_first_token = True
+        self._selector.first_token(attempt, now_s)
         attempt.request.num_output_tokens += 1
         self._record_progress(attempt, instance, attempt.num_tokens)
         if is_last:
-            self._release_prefill(attempt, instance)
+            self._release_prefill(attempt, instance, now_s)
             self._end(attempt.request, None, now_s)
         elif attempt.has_transfer:
-            self._release_prefill(attempt, instance)
+            self._release_prefill(attempt, instance, now_s)
         elif attempt.hand_over:
             if attempt.decode is None:
                 self._hand_over(attempt, instance, now_s)
@@ -323,9 +342,10 @@ class RoutingMachine:
             return False
         attempt.has_transfer = True
         attempt.decode.kv_came(attempt.handle)
+        self._selector.transferred(attempt, now_s)
         self._selector.put(attempt.decode)
         if attempt.has_first_token and attempt.prefill is not None:
-            self._release_prefill(attempt, attempt.prefill)
+            self._release_prefill(attempt, attempt.prefill, now_s)
         self._settle(now_s)
         return True
 
@@ -345,11 +365,12 @@ class RoutingMachine:
         instance = attempt.generating
         if instance is None:
             return False
+        self._selector.finished(attempt, now_s)
         if instance is attempt.prefill:
-            self._release_prefill(attempt, instance)
+            self._release_prefill(attempt, instance, now_s)
         else:
             attempt.decode = None
-            self._release(attempt, instance)
+            self._release(attempt, instance, now_s)
         self._end(attempt.request, None, now_s)
         self._settle(now_s)
         return True
@@ -371,14 +392,14 @@ class RoutingMachine:
                 blamed = {prefill.instance_id, decode.instance_id}
         elif isinstance(error, UnavailableError):
             failures.add(instance_id, now_s)
-        self._release(attempt, instance)
+        self._release(attempt, instance, now_s)
         self._fail(attempt, error, blamed, now_s)
         self._settle(now_s)
         return True
 
     # --- an attempt's steps ------------------------------------------------------------------------------------------
 
-    def _begin(self, request: RoutedRequest, place: Place) -> None:
+    def _begin(self, request: RoutedRequest, place: Place, now_s: float) -> None:
         instance = place.instance
         self._num_attempts += 1
         request.num_attempts += 1
@@ -386,6 +407,7 @@ class RoutingMachine:
         held_tokens = attempt.num_tokens if place.hand_over else request.max_total_tokens
         instance.dispatch(attempt, attempt.num_tokens, held_tokens)
         self._selector.put(instance, is_chosen=True)
+        self._selector.begun(attempt, place, now_s)
         self._selector.record_prefix(request, instance)
         self._driver.submit(attempt, instance.instance_id, None, place.selection)
 
@@ -399,6 +421,7 @@ class RoutingMachine:
         attempt.decode = place.instance
         place.instance.dispatch(attempt, 0, attempt.request.max_total_tokens)
         self._selector.put(place.instance, is_chosen=True)
+        self._selector.decode_chosen(attempt, place.instance, now_s)
         self._driver.submit(attempt, place.instance.instance_id, prefill.instance_id, place.selection)
 
     def _renew_lease_later(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> None:
@@ -412,23 +435,24 @@ class RoutingMachine:
         if num_tokens > 0 and instance.record_progress(attempt.handle, num_tokens):
             self._selector.put(instance)
 
-    def _release_prefill(self, attempt: Attempt, instance: KnownInstance) -> None:
+    def _release_prefill(self, attempt: Attempt, instance: KnownInstance, now_s: float) -> None:
         attempt.prefill = None
         self._renewals.discard(attempt)
-        self._release(attempt, instance)
+        self._release(attempt, instance, now_s)
 
-    def _release(self, attempt: Attempt, instance: KnownInstance) -> None:
+    def _release(self, attempt: Attempt, instance: KnownInstance, now_s: float) -> None:
         instance.release(attempt.handle)
+        self._selector.released(attempt, instance.instance_id, now_s)
         self._selector.put(instance)
 
-    def _withdraw(self, attempt: Attempt) -> None:
+    def _withdraw(self, attempt: Attempt, now_s: float) -> None:
         """Cancel the attempt at all instances where it is in flight."""
         instances = (attempt.prefill, attempt.decode)
         attempt.prefill = attempt.decode = None
         self._renewals.discard(attempt)
         for instance in instances:
             if instance is not None and instance.find(attempt.handle) is not None:
-                self._release(attempt, instance)
+                self._release(attempt, instance, now_s)
                 self._driver.cancel(attempt, instance.instance_id)
 
     # --- recovery ----------------------------------------------------------------------------------------------------
@@ -436,7 +460,7 @@ class RoutingMachine:
     def _fail(self, attempt: Attempt, error: TandemError, blamed: set[str], now_s: float) -> None:
         """`blamed` are the instances that further attempts should rather not use."""
         attempt.error = error
-        self._withdraw(attempt)
+        self._withdraw(attempt, now_s)
         request, settings = attempt.request, self._settings
         request.attempt = None
         request.error = error
@@ -461,7 +485,7 @@ class RoutingMachine:
             else:
                 self._wait_for_instance(request, now_s)
         elif now_s >= request.retry_s or place.instance.instance_id not in request.avoid:
-            self._begin(request, place)
+            self._begin(request, place, now_s)
         elif isinstance(request.error, OverloadedError) and not request.num_output_tokens:
             self._end(request, request.error, now_s)  # all queues are full: the client should know, not wait here too
         else:
@@ -495,7 +519,7 @@ class RoutingMachine:
                 return
             if place is not None:
                 self._queue.dispatch(first, now_s)
-                self._begin(first, place)
+                self._begin(first, place, now_s)
             else:  # the instances that it waited for are gone
                 self._queue.discard(first, now_s)
                 first.error = first.error or UnavailableError("all workers are gone")
@@ -538,7 +562,7 @@ class RoutingMachine:
         if request.deadline_s < math.inf:
             self._deadlines.discard(request)
         if request.attempt is not None:
-            self._withdraw(request.attempt)
+            self._withdraw(request.attempt, now_s)
             request.attempt = None
         else:
             self._queue.discard(request, now_s)

@@ -9,6 +9,8 @@ from tandem.core.request_slo import RequestSlo
 from tandem.core.step_coefficients import StepCoefficients
 from tandem.scheduling.budget import Mixing
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
+from tandem.scheduling.instance_selector import InstanceSelector
+from tandem.scheduling.routing_machine import RoutingPolicy
 from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.step_load import step_load
 
@@ -71,6 +73,7 @@ class NetworkSpec:
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
     """Fixed times that the router and the wire add. `same_node_only`: decode is chosen on the prefill instance's node.
+    `policy`: see `routing_machine.RoutingSettings`; `selector_type` is that of another system, if it is simulated.
     `slo` are the classes that requests name by their index; a request beyond them has no targets.
 
     `admission_s`: received until the prefill worker has it. `first_token_s` and `token_s`: from the worker to the
@@ -83,6 +86,8 @@ class RouterSpec:
     same_node_only: bool = False
     request_timeout_s: float = float("inf")
     slo: tuple[RequestSlo, ...] = ()
+    policy: RoutingPolicy = "balanced"
+    selector_type: type[InstanceSelector] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@ class Router:
         routing: RoutingSettings | None = None,
     ) -> None:
         """`connect` it to its instances before the first request."""
-        self.machine = RoutingMachine(self, routing or RoutingSettings(), explain=False)
+        settings = routing or RoutingSettings(policy=spec.policy)
+        self.machine = RoutingMachine(self, settings, explain=False, selector_type=spec.selector_type)
         self.num_refused = 0
         self.wake_s = math.inf
         self._spec = spec
@@ -130,6 +131,7 @@ class Router:
             uncomputed_tokens=0,
             unreserved_tokens=0,
             lease_s=spec.lease_s,
+            step_cost=spec.predicted,
         )
         self.machine.instance_reported(status, now_s)
         self.machine.instance_connected(instance_id, now_s)
@@ -229,6 +231,7 @@ class Router:
             return
         now_s = self._events.now_s
         self._stamps[attempt.row, stages.FINISHED] = now_s + self._spec.token_s
+        self.machine.tokens_generated(attempt.routed, attempt.routed.request.growth_tokens, now_s)
         self.machine.attempt_finished(attempt.routed, now_s)
 
     def lease_ended(self, attempt: SimulatedAttempt) -> None:

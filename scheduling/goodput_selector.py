@@ -1,0 +1,291 @@
+"""Selects instances by expected goodput: P(the newcomer is on time) minus what the requests running there lose.
+
+    remote     a prefill and a decode instance        TTFT = wait there + uncached tokens
+    local      a decode instance computes the prompt  TTFT = wait + uncached tokens in chunks beside its batch
+    colocated  as local, on a colocated instance
+    wait       no instance has credit: the routing machine holds the request and asks again
+
+TPOT is the step of the batch that the request would join, as it is expected after the prefill, stretched by the share of
+the time that goes to prompts, and for remote prefill the transfer. The load of now would belong to the past when the
+request decodes, and prefill and decode load would oscillate (Mooncake, FAST '25). Probabilities come from the errors of
+earlier predictions. Candidates are the few with the least load by count of tokens, so a decision costs O(k^2), whatever
+the number of instances. Where no step costs are reported the choice is that of `InstanceSelector`.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tandem.core.session import Role
+from tandem.scheduling.decode_index import DecodeQuery
+from tandem.scheduling.instance_selector import InstanceSelector, Place
+from tandem.scheduling.known_instance import KnownInstance
+from tandem.scheduling.predictor import LinearPredictor, Residuals
+from tandem.scheduling.priced_load import PricedLoad
+from tandem.scheduling.routed_request import Attempt, RoutedRequest
+from tandem.scheduling.routing import Candidate, Selection
+
+NUM_CANDIDATES = 4  # of each role
+LEAST_ERROR = 0.05  # of a prediction: later arrivals and departures are never known
+REMOTE_MARGIN = 0.05  # by which another form must be better than remote prefill, lest two equal ones alternate
+NEAR = 0.02  # scores that differ by less are equal: the lowest latency decides
+
+_FIRST_ANSWER_TOKENS = 128.0  # expected, before any answer was seen
+_ANSWER_FORGETTING = 0.98
+_FIRST_TRANSFER = (0.001, 1e-6)  # seconds from the first token until the KV is there: once, and per token
+
+
+class Estimate(NamedTuple):
+    """What is expected of one option. `ttft_s` runs from now; `on_time` is the probability that both targets are met,
+    `loss` the expected number of running requests (by weight) that miss theirs because of it."""
+
+    place: Place
+    ttft_s: float
+    tpot_s: float
+    on_time: float
+    loss: float
+    score: float
+
+
+class GoodputSelector(InstanceSelector):
+    """As `InstanceSelector`, and owns the priced load of each instance and the errors of its predictions."""
+
+    def __init__(
+        self,
+        *,
+        explain: bool,
+        slack_tokens: int,
+        max_tracked_blocks: int,
+        max_outstanding_tokens: int | None,
+        local_prefill: bool,
+    ) -> None:
+        super().__init__(
+            explain=explain,
+            slack_tokens=slack_tokens,
+            max_tracked_blocks=max_tracked_blocks,
+            max_outstanding_tokens=max_outstanding_tokens,
+            local_prefill=local_prefill,
+        )
+        self.ttft_errors = {True: Residuals(), False: Residuals()}  # of remote and local prefill
+        self.tpot_errors = Residuals()
+        self.transfer = LinearPredictor(_FIRST_TRANSFER)  # of 1 and the tokens
+        self._loads: dict[str, PricedLoad] = {}
+        self._answer_tokens = _FIRST_ANSWER_TOKENS
+        self._coming: set[int] = set()  # handles of attempts whose decode instance is not chosen yet
+
+    # --- what happens ------------------------------------------------------------------------------------------------
+
+    def update(self, instance: KnownInstance) -> None:
+        super().update(instance)
+        costs = instance.status.step_cost
+        load = self._loads.get(instance.instance_id)
+        if costs is None:
+            return
+        if load is None:
+            self._loads[instance.instance_id] = PricedLoad(costs)
+        else:
+            load.costs = costs
+
+    def remove(self, instance_id: str) -> None:
+        super().remove(instance_id)
+        self._loads.pop(instance_id, None)
+
+    def begun(self, attempt: Attempt, place: Place, now_s: float) -> None:
+        attempt.begun_s, attempt.expected = now_s, place.expected
+        if attempt.hand_over:
+            self._coming.add(attempt.handle)
+        load = self._loads.get(place.instance.instance_id)
+        if load is None:
+            return
+        cached = self.cached_tokens(attempt.request, place.instance)
+        load.add_prompt(attempt.handle, attempt.num_tokens - cached, cached, now_s)
+        if not attempt.hand_over:
+            load.add_decode(attempt.handle, attempt.num_tokens, attempt.request.slo)
+
+    def decode_chosen(self, attempt: Attempt, instance: KnownInstance, now_s: float) -> None:
+        self._coming.discard(attempt.handle)
+        if (load := self._loads.get(instance.instance_id)) is not None:
+            load.add_decode(attempt.handle, attempt.num_tokens, attempt.request.slo)
+
+    def first_token(self, attempt: Attempt, now_s: float) -> None:
+        attempt.first_token_s = now_s
+        if attempt.expected is not None:
+            self.ttft_errors[attempt.hand_over].add(attempt.expected[0], now_s - attempt.begun_s)
+        if attempt.prefill is not None and (load := self._loads.get(attempt.prefill.instance_id)) is not None:
+            load.prompt_done(attempt.handle, now_s)
+
+    def transferred(self, attempt: Attempt, now_s: float) -> None:
+        if attempt.first_token_s is not None:
+            self.transfer.observe((1.0, attempt.num_tokens), now_s - attempt.first_token_s)
+
+    def finished(self, attempt: Attempt, now_s: float) -> None:
+        request = attempt.request
+        num_tokens = request.num_output_tokens - (request.max_tokens - attempt.growth_tokens)
+        self._answer_tokens += (1 - _ANSWER_FORGETTING) * (num_tokens - self._answer_tokens)
+        if attempt.expected is not None and num_tokens > 1 and attempt.first_token_s is not None:
+            tpot_s = (now_s - attempt.first_token_s) / (num_tokens - 1)
+            self.tpot_errors.add(attempt.expected[1], tpot_s)
+
+    def released(self, attempt: Attempt, instance_id: str, now_s: float) -> None:
+        self._coming.discard(attempt.handle)
+        if (load := self._loads.get(instance_id)) is not None:
+            load.remove(attempt.handle, now_s)
+
+    # --- decisions ---------------------------------------------------------------------------------------------------
+
+    def _choose(
+        self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float], now_s: float
+    ) -> Place | None:
+        estimates = self._estimates(request, needed_tokens, failures, now_s)
+        if not estimates:
+            return super()._choose(request, needed_tokens, failures, now_s)
+        best = _best(estimates, request)
+        place = best.place._replace(expected=(best.ttft_s, best.tpot_s))
+        return place._replace(selection=_explained(best, estimates)) if self._explain else place
+
+    def _estimates(
+        self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float], now_s: float
+    ) -> list[Estimate]:
+        """Of all options among the candidates; empty if one of these reports no step costs."""
+        query = DecodeQuery(
+            request.num_tokens,
+            request.growth_tokens,
+            needed_tokens,
+            None,
+            request.avoid,
+            self._without_credit,
+            failures,
+        )
+        prefills = self._prefills.top(self._prefill_query(request, needed_tokens, failures), NUM_CANDIDATES)
+        decodes = self._decodes.top(query._replace(exclude=frozenset()), NUM_CANDIDATES)
+        local = self._decodes.top(query, NUM_CANDIDATES) if self._local_prefill else []
+        local += self._colocated.top(query, NUM_CANDIDATES)
+        if not all(each in self._loads for each in (*prefills, *decodes, *local)):
+            return []
+        estimates = []
+        for prefill_id in prefills:
+            prefill = self.instances[prefill_id]
+            pairs = [
+                self._remote(request, prefill, self.instances[decode_id], now_s)
+                for decode_id in decodes
+                if self.instances[decode_id].status.fingerprint == prefill.status.fingerprint
+            ]
+            if pairs:
+                estimates.append(max(pairs, key=lambda pair: (pair.score, -pair.tpot_s)))
+        return estimates + [self._local(request, self.instances[each], now_s) for each in local]
+
+    def _remote(self, request: RoutedRequest, prefill: KnownInstance, decode: KnownInstance, now_s: float) -> Estimate:
+        load = self._loads[prefill.instance_id]
+        cached = self.cached_tokens(request, prefill)
+        ttft_s = load.wait_s(now_s) + self._alone_s(load, request, cached)
+        answer_tokens = self._expected_answer(request)
+        before_s, after_s = self._paces(decode.instance_id, request, ttft_s, 0.0, now_s)
+        gaps = max(1.0, answer_tokens - 1)
+        tpot_s = after_s + self.transfer.seconds((1.0, request.num_tokens)) / gaps
+        loss = self._loss(decode.instance_id, before_s, after_s)
+        return self._estimate(Place(prefill, True, None), request, ttft_s, tpot_s, loss, now_s)
+
+    def _local(self, request: RoutedRequest, instance: KnownInstance, now_s: float) -> Estimate:
+        load = self._loads[instance.instance_id]
+        cached = self.cached_tokens(request, instance)
+        ttft_s = load.local_ttft_s(request.num_tokens - cached, cached, now_s)
+        price_s = load.price_s(request.num_tokens - cached, cached)
+        before_s, after_s = self._paces(instance.instance_id, request, ttft_s, price_s, now_s)
+        loss = self._loss(instance.instance_id, before_s, after_s)
+        return self._estimate(Place(instance, False, None), request, ttft_s, after_s, loss, now_s)
+
+    @staticmethod
+    def _alone_s(load: PricedLoad, request: RoutedRequest, cached: int) -> float:
+        return load.costs.step_s + max(0.0, load.price_s(request.num_tokens - cached, cached) - load.costs.step_s)
+
+    def _estimate(
+        self, place: Place, request: RoutedRequest, ttft_s: float, tpot_s: float, loss: float, now_s: float
+    ) -> Estimate:
+        slo = request.slo
+        on_time = self.ttft_errors[place.hand_over].share_within(ttft_s, request.due_s - now_s, LEAST_ERROR)
+        if request.growth_tokens > 1:
+            on_time *= self.tpot_errors.share_within(tpot_s, slo.tpot_s, LEAST_ERROR)
+        if not slo.has_targets:
+            on_time = 0.0  # it adds no goodput: the lowest latency decides, among those that cost none
+        return Estimate(place, ttft_s, tpot_s, on_time, loss, slo.weight * on_time - loss)
+
+    def _paces(
+        self, instance_id: str, request: RoutedRequest, after_s: float, price_s: float, now_s: float
+    ) -> tuple[float, float]:
+        """Time per token there in `after_s`: without the request, and with it, its prompt computed there in
+        `price_s`."""
+        load = self._loads[instance_id]
+        share = load.prompt_share(now_s)
+        rows, context = float(load.decoding), float(load.context_tokens)
+        pace_s = load.pace_s(rows, context, share)
+        answer_tokens = self._answer_tokens
+        staying = max(0.0, 1 - after_s / (answer_tokens * pace_s))
+        mean_tokens = context / rows if rows else request.num_tokens
+        num_decodes = len(self._decodes) or 1
+        coming = len(self._coming) / num_decodes if self.instances[instance_id].role is Role.DECODE else 0.0
+        rows = max(staying * rows + coming, 0.0)
+        context = rows * (mean_tokens + answer_tokens / 2)
+        before_s = load.pace_s(rows, context, share)
+        share += price_s / max(1.0, answer_tokens * pace_s)
+        return before_s, load.pace_s(rows + 1, context + request.num_tokens + answer_tokens / 2, share)
+
+    def _loss(self, instance_id: str, before_s: float, after_s: float) -> float:
+        within, load = self.tpot_errors.share_within, self._loads[instance_id]
+        return sum(
+            weight * (within(before_s, target_s, LEAST_ERROR) - within(after_s, target_s, LEAST_ERROR))
+            for target_s, weight in load.tpot_targets()
+        )
+
+    def _expected_answer(self, request: RoutedRequest) -> float:
+        return min(float(request.growth_tokens), self._answer_tokens)
+
+    # --- the decode instance of a pair -------------------------------------------------------------------------------
+
+    def choose_decode(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> Place | None:
+        query = self._decode_query(attempt, prefill, now_s)
+        top = self._decodes.top(query, NUM_CANDIDATES)
+        if not top or not all(each in self._loads for each in top):
+            return super().choose_decode(attempt, prefill, now_s)
+        request = attempt.request
+        wait_s = self._loads[prefill.instance_id].wait_s(now_s) if prefill.instance_id in self._loads else 0.0
+        estimates = []
+        for decode_id in top:
+            before_s, after_s = self._paces(decode_id, request, wait_s, 0.0, now_s)
+            place = Place(self.instances[decode_id], False, None)
+            on_time = self.tpot_errors.share_within(after_s, request.slo.tpot_s, LEAST_ERROR)
+            loss = self._loss(decode_id, before_s, after_s)
+            estimates.append(Estimate(place, 0.0, after_s, on_time, loss, request.slo.weight * on_time - loss))
+        best = _best(estimates, request)
+        return best.place._replace(selection=_explained(best, estimates)) if self._explain else best.place
+
+
+def _best(estimates: list[Estimate], request: RoutedRequest) -> Estimate:
+    """The highest score; of nearly equal ones the lowest latency, remote prefill unless another is clearly better."""
+
+    def margin(each: Estimate) -> float:
+        return 0.0 if each.place.hand_over else REMOTE_MARGIN
+
+    def latency(each: Estimate) -> float:
+        """In targets, where there are any; in seconds of the whole answer otherwise."""
+        slo = request.slo
+        if slo.has_targets:
+            return each.ttft_s / slo.ttft_s + each.tpot_s / slo.tpot_s + margin(each)
+        return (each.ttft_s + each.tpot_s * request.growth_tokens) * (1 + margin(each))
+
+    has_remote = any(each.place.hand_over for each in estimates)
+    scores = {id(each): each.score - (margin(each) if has_remote else 0.0) for each in estimates}
+    highest = max(scores.values())
+    return min((each for each in estimates if scores[id(each)] >= highest - NEAR), key=latency)
+
+
+def _explained(best: Estimate, estimates: list[Estimate]) -> Selection:
+    candidates = []
+    for each in sorted(estimates, key=lambda each: (each is not best, -each.score)):
+        terms = (
+            ("ttft_ms", round(1000 * each.ttft_s, 1)),
+            ("tpot_ms", round(1000 * each.tpot_s, 2)),
+            ("on_time", round(each.on_time, 3)),
+            ("loss", round(each.loss, 3)),
+        )
+        reason = "" if each is best else f"worse by {best.score - each.score:.3g}"
+        candidates.append(Candidate(each.place.instance.instance_id, -each.score, terms, reason))
+    return Selection(best.place.instance.instance_id, tuple(candidates))
