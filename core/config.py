@@ -130,8 +130,8 @@ class InstanceSection(FrozenModel):
     )
     step_cost: StepCoefficients | None = Field(
         default=None,
-        description="Expected seconds of a step, per decoding sequence, per token up to 256 and beyond, per token of KV "
-        "read, per attention pair; corrected at run time. `tandem serve` takes them from a plan's calibration",
+        description="Expected seconds of a step, per decoding sequence, per token up to 256 and beyond, per token of "
+        "KV read, per attention pair; corrected at run time. `tandem serve` takes them from a plan's calibration",
     )
     max_queue: int = Field(default=1024, ge=1, description="Requests waiting in one instance before it refuses more")
     prefix_cache: bool = True
@@ -175,6 +175,10 @@ class RouterSection(FrozenModel):
     )
     max_wait_s: float = Field(
         default=30.0, gt=0, description="A request that would wait here for longer is refused with 429"
+    )
+    policy: Literal["balanced", "goodput"] = Field(
+        default="balanced",
+        description="Instances by the least work, or by expected goodput; goodput needs step_cost of all instances",
     )
     slo: SloClasses = Field(default=(), description="Classes of requests, which name one with the header x-tandem-slo")
     max_body: Bytes = Field(default=8 << 20, description="Of an HTTP request, and of a gRPC message to the router")

@@ -127,6 +127,7 @@ class RouterApp:
                 replacement_wait_s=settings.replacement_wait_s,
                 max_outstanding_tokens=settings.max_outstanding_tokens,
                 max_wait_s=settings.max_wait_s,
+                policy=settings.policy,
             ),
             request_timeout_s=settings.request_timeout_s,
             observers=(self._metrics.requests, self._metrics.slo, self.log, observer),

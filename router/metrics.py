@@ -65,6 +65,13 @@ WAIT = Description(
 )
 ROUTER_PYTHON_BLOCKS = Description("tandem_router_python_blocks", "Memory blocks of the router's own Python")
 
+PREDICTION_ERROR = Description(
+    "tandem_prediction_error_ratio",
+    "Actual against predicted time, minus 1, of the last requests; only where the router predicts",
+    ("time", "quantile"),
+)
+_ERROR_QUANTILES = (0.1, 0.5, 0.8, 0.9)
+
 _BY_INSTANCE = ("tandem_instance", "role")  # `instance` is the name that Prometheus gives to what it scrapes
 _BY_LINK = ("tandem_instance", "peer", "transport")
 UP = Description("tandem_instance_up", "1 if the instance takes work, 0 if it is registered and does not", _BY_INSTANCE)
@@ -164,6 +171,11 @@ class _FleetCollector(Collector):  # type: ignore[misc]
         yield GaugeMetricFamily(HELD.name, HELD.help, value=self._dispatcher.machine.num_held)
         yield GaugeMetricFamily(WAIT.name, WAIT.help, value=self._dispatcher.expected_wait_s)
         yield GaugeMetricFamily(ROUTER_PYTHON_BLOCKS.name, ROUTER_PYTHON_BLOCKS.help, value=sys.getallocatedblocks())
+        errors = GaugeMetricFamily(PREDICTION_ERROR.name, PREDICTION_ERROR.help, labels=PREDICTION_ERROR.labels)
+        for name, residuals in self._dispatcher.machine.prediction_errors().items():
+            for share in _ERROR_QUANTILES if residuals.count else ():
+                errors.add_metric([name, f"{share:g}"], residuals.quantile(share))
+        yield errors
         instances = self._dispatcher.fleet.instances
         for what, value_of in _INSTANCE_GAUGES:
             gauge = GaugeMetricFamily(what.name, what.help, labels=what.labels)

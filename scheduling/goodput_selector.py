@@ -5,8 +5,8 @@
     colocated  as local, on a colocated instance
     wait       no instance has credit: the routing machine holds the request and asks again
 
-TPOT is the step of the batch that the request would join, as it is expected after the prefill, stretched by the share of
-the time that goes to prompts, and for remote prefill the transfer. The load of now would belong to the past when the
+TPOT is the step of the batch that the request would join, as it is expected after the prefill, stretched by the share
+of the time that goes to prompts, and for remote prefill the transfer. The load of now would belong to the past when the
 request decodes, and prefill and decode load would oscillate (Mooncake, FAST '25). Probabilities come from the errors of
 earlier predictions. Candidates are the few with the least load by count of tokens, so a decision costs O(k^2), whatever
 the number of instances. Where no step costs are reported the choice is that of `InstanceSelector`.
@@ -71,6 +71,10 @@ class GoodputSelector(InstanceSelector):
         self._loads: dict[str, PricedLoad] = {}
         self._answer_tokens = _FIRST_ANSWER_TOKENS
         self._coming: set[int] = set()  # handles of attempts whose decode instance is not chosen yet
+
+    def prediction_errors(self) -> Mapping[str, Residuals]:
+        remote, local = self.ttft_errors[True], self.ttft_errors[False]
+        return {"ttft_remote": remote, "ttft_local": local, "tpot": self.tpot_errors}
 
     # --- what happens ------------------------------------------------------------------------------------------------
 

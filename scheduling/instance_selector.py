@@ -15,6 +15,7 @@ from tandem.core.session import Role
 from tandem.scheduling.decode_index import DecodeIndex, DecodeQuery
 from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES, InstanceIndex, QueryT
 from tandem.scheduling.known_instance import KnownInstance
+from tandem.scheduling.predictor import Residuals
 from tandem.scheduling.prefill_index import Holders, PrefillIndex, PrefillQuery
 from tandem.scheduling.prefix_tracker import PrefixTracker
 from tandem.scheduling.recent_failures import RecentFailures
@@ -332,7 +333,11 @@ class InstanceSelector:
             failures,
         )
 
-    # --- what happens to attempts: of interest to selectors that predict -----------------------------------------------
+    # --- what happens to attempts: of interest to selectors that predict ---------------------------------------------
+
+    def prediction_errors(self) -> Mapping[str, Residuals]:
+        """By the kind of time."""
+        return {}
 
     def begun(self, attempt: Attempt, place: Place, now_s: float) -> None:
         """It was sent to its first instance."""

@@ -43,6 +43,7 @@ from tandem.scheduling.goodput_selector import GoodputSelector
 from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
+from tandem.scheduling.predictor import Residuals
 from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
@@ -214,6 +215,10 @@ class RoutingMachine:
     def expected_wait_s(self, now_s: float) -> float:
         """How long a newcomer would wait for credit, at the rate of the last seconds."""
         return self._queue.expected_wait_s(now_s)
+
+    def prediction_errors(self) -> Mapping[str, Residuals]:
+        """Of the times that decisions were based on, by the kind of time; empty for a policy that predicts none."""
+        return self._selector.prediction_errors()
 
     def submit(
         self,

@@ -4,12 +4,14 @@
 """
 
 import math
+from collections.abc import Sequence
 
 from tandem.core.errors import InvalidRequestError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams, TokenLogprob
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.sampling_ranges import INT32_MAX, check_range, check_sampling
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
+from tandem.core.step_coefficients import StepCoefficients
 from tandem.v1 import common_pb2, worker_pb2
 
 _FINISH_TO_PB = {
@@ -214,7 +216,14 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         ],
         step_age_s=status.step_age_s,
         allocated_blocks=status.allocated_blocks,
+        step_cost=status.step_cost or (),
     )
+
+
+def _step_cost(values: Sequence[float]) -> StepCoefficients | None:
+    """None for values that are no times, too: a router without them decides by counts of tokens."""
+    is_valid = len(values) == len(StepCoefficients._fields) and all(0 <= value < math.inf for value in values)
+    return StepCoefficients(*values) if is_valid and any(values) else None
 
 
 def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
@@ -251,4 +260,5 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         ),
         step_age_s=pb.step_age_s,
         allocated_blocks=pb.allocated_blocks,
+        step_cost=_step_cost(pb.step_cost),
     )

@@ -88,6 +88,7 @@ class PublicSide:
             links=self._links(),
             step_age_s=self._step_age_s(),
             allocated_blocks=sys.getallocatedblocks(),
+            step_cost=report.step_cost,
         )
 
     async def set_stalled(self, is_stalled: bool) -> None:

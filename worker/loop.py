@@ -111,6 +111,7 @@ class LoopReport:
     computed_tokens: int
     cached_tokens: int
     preemptions: int
+    step_cost: StepCoefficients | None
     num_commands: int
     is_empty: bool
 
@@ -466,6 +467,7 @@ class InstanceLoop:
             computed_tokens=counts.computed_tokens,
             cached_tokens=counts.cached_tokens,
             preemptions=counts.preemptions,
+            step_cost=None if self._predictor is None else self._predictor.coefficients,
             num_commands=self._num_commands,
             is_empty=not (len(self._scheduler) or self._held or self._fenced),
         )

@@ -21,6 +21,7 @@ from tandem.core.session import (
     TokenFrame,
     TransferCommitted,
 )
+from tandem.core.step_coefficients import StepCoefficients
 from tandem.router.dispatch import Dispatcher
 from tandem.router.running import RunningRequest
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
@@ -30,6 +31,7 @@ from tests.conformance.virtual_time import LoopClock
 from tests.router.fakes import MODEL, ROLES, FakeSession, expected_tokens, finished_event, make_status, next_tokens
 
 BLOCK_SIZE = 16
+STEP_COST = StepCoefficients(0.01, 1e-3, 1e-3, 1e-3, 1e-5, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class ScriptedWorkers:
 
 
 def status_of(instance_id: str, **changes: Any) -> InstanceStatus:
-    return make_status(instance_id, ROLES[instance_id[0]], block_size=BLOCK_SIZE, **changes)
+    return make_status(instance_id, ROLES[instance_id[0]], block_size=BLOCK_SIZE, step_cost=STEP_COST, **changes)
 
 
 async def run_live(

@@ -56,6 +56,7 @@ def _scripts(draw: st.DrawFn) -> dict[str, Any]:
             replacement_wait_s=draw(st.sampled_from([0.5317, 30.0])),
             max_outstanding_tokens=draw(st.sampled_from([None, None, 20, 60])),
             max_queue=draw(st.sampled_from([None, 12])),
+            policy=draw(st.sampled_from(["balanced", "goodput"])),
         ),
         "request_timeout_s": draw(st.sampled_from([0.7531, 3.1317])),
         "seed": draw(st.integers(0, 1 << 16)),

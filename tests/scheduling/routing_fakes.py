@@ -4,11 +4,15 @@ from dataclasses import dataclass, field, replace
 
 import tests.instance_status
 from tandem.core.errors import TandemError
+from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus
+from tandem.core.step_coefficients import StepCoefficients
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
 from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
 from tests.instance_status import ROLES
+
+STEP_COST = StepCoefficients(0.01, 1e-4, 1e-4, 1e-4, 1e-6, 0.0)
 
 
 def make_status(instance_id: str, **changes: object) -> InstanceStatus:
@@ -74,6 +78,7 @@ class Router:
         output: int = 5,
         deadline_s: float = float("inf"),
         tokens: tuple[int, ...] = (),
+        slo: RequestSlo = NO_SLO,
     ) -> RoutedRequest:
         """`tokens`: the names of its blocks."""
         return self.machine.submit(
@@ -83,6 +88,7 @@ class Router:
             deadline_s=deadline_s,
             now_s=self.now_s,
             name_blocks=(lambda size: tokens) if tokens else None,
+            slo=slo,
         )
 
     def advance(self, seconds: float) -> None:

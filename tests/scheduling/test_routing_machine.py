@@ -17,8 +17,9 @@ from tandem.core.errors import (
     UnavailableError,
 )
 from tandem.core.session import BlockCounts, InstanceState, Role
-from tandem.scheduling.routing_machine import RoutingSettings
-from tests.scheduling.routing_fakes import Router, Sent, make_status
+from tandem.scheduling.goodput_selector import GoodputSelector
+from tandem.scheduling.routing_machine import RoutingPolicy, RoutingSettings
+from tests.scheduling.routing_fakes import STEP_COST, Router, Sent, make_status
 
 # --- forms -----------------------------------------------------------------------------------------------------------
 
@@ -561,12 +562,14 @@ _KINDS = [
     credit=st.sampled_from([None, 5, 25]),
     wait_s=st.sampled_from([0.5, math.inf]),
     local=st.booleans(),
+    policy=st.sampled_from(["balanced", "goodput"]),
 )
 def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
-    script: list[tuple[str, int]], credit: int | None, wait_s: float, local: bool
+    script: list[tuple[str, int]], credit: int | None, wait_s: float, local: bool, policy: RoutingPolicy
 ) -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=credit, max_wait_s=wait_s, local_prefill=local))
-    router.join(*_IDS)
+    settings = RoutingSettings(max_outstanding_tokens=credit, max_wait_s=wait_s, local_prefill=local, policy=policy)
+    router = Router(settings)
+    router.join(*_IDS, step_cost=STEP_COST)
     machine, asked, sent, cancelled = router.machine, list[object](), list[Sent](), set[object]()
     requests = {}
     for number, (kind, which) in enumerate(script):
@@ -622,5 +625,10 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
     assert not any(instance.waiting_tokens for instance in machine.instances.values())
     assert machine._queue.num_tokens == 0
     assert machine._selector._num_open.total() == len(machine._selector._open_to)
+    if isinstance(selector := machine._selector, GoodputSelector):
+        assert not selector._coming
+        for load in selector._loads.values():
+            assert (load.decoding, load.context_tokens, load.queued_tokens) == (0, 0, 0)
+            assert load.queued_s == pytest.approx(0.0, abs=1e-9)
     router.advance(100.0)
     assert len(machine._deadlines) == len(machine._retries) == len(machine._recovering) == len(machine._queue) == 0

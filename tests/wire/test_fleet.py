@@ -9,6 +9,7 @@ import pytest
 from tandem.core.errors import InvalidRequestError, NotFoundError
 from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
+from tandem.core.step_coefficients import StepCoefficients
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire.channels import open_channel
@@ -99,6 +100,7 @@ async def test_a_report_arrives_as_it_was_sent(state: InstanceState, role: Role,
         links=(LinkStats("prefill-0-5678", "gloo", 23, 24, 25.5, 26),),
         step_age_s=27.5,
         allocated_blocks=28,
+        step_cost=StepCoefficients(29.5, 30.5, 31.5, 32.5, 33.5, 34.5),
     )
     assert 0 not in (getattr(status, field.name) for field in fields(status)), "a field that is left out would pass"
     await send_heartbeat(channel, status, 5.0)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
+from tandem.core.request_slo import RequestSlo
 from tandem.core.slo import SloClass
 from tandem.placement.evaluation.goodput import StopWhen, find_goodput
 from tandem.placement.simulator import record as stages
@@ -16,6 +17,7 @@ from tandem.placement.simulator.deployment import Failure, NetworkSpec, RouterSp
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
+from tandem.scheduling.routing_machine import RoutingPolicy
 from tests.placement.simulator.deployments import deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
@@ -30,7 +32,8 @@ _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
     rate=st.sampled_from([2.0, 20.0, 200.0]),
     seed=st.integers(0, 1000),
     lost=st.sampled_from([None, "p0", "d0", "c0"]),
-    mixing=st.sampled_from(["chunked", "prompt_first"]),
+    mixing=st.sampled_from(["chunked", "slack", "prompt_first"]),
+    policy=st.sampled_from(["balanced", "goodput"]),
     same_node_only=st.booleans(),
     lease_s=st.sampled_from([math.inf, 0.05]),
 )
@@ -44,6 +47,7 @@ _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
     seed=154,
     lost="d0",
     mixing="chunked",
+    policy="balanced",
     same_node_only=True,
     lease_s=0.05,
 )
@@ -60,6 +64,7 @@ def test_no_request_is_lost_and_every_run_is_the_same(
     seed: int,
     lost: str | None,
     mixing: Mixing,
+    policy: RoutingPolicy,
     same_node_only: bool,
     lease_s: float,
 ) -> None:
@@ -70,7 +75,9 @@ def test_no_request_is_lost_and_every_run_is_the_same(
         num_blocks=num_blocks,
         max_batch=max_batch,
         network=_SLOW_NETWORK,
-        router=RouterSpec(0.003, 0.001, 0.002, same_node_only=same_node_only),
+        router=RouterSpec(
+            0.003, 0.001, 0.002, same_node_only=same_node_only, slo=(RequestSlo("a", 0.2, 0.03),), policy=policy
+        ),
         nodes=2 if min(prefill, decode) > 1 else 1,
     )
     spec = replace(
