@@ -4,6 +4,7 @@ import asyncio
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tandem.core.session import InstanceStatus, Role
@@ -110,3 +111,22 @@ def _prompt_tokens_of_decode(cluster: Cluster) -> int:
     """Computed by the decode instance, or found in its prefix cache."""
     (decode,) = [status for status in cluster.instances() if status.role is Role.DECODE]
     return decode.computed_tokens + decode.cached_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_instances_by_expected_goodput(built_in_model: Path, tmp_path: Path) -> None:
+    """The prior is five times too high: instances correct it, and the router learns that from their reports."""
+    slow = [1e-2, 1e-3, 1e-3, 1e-3, 1e-6, 1e-7]
+    section = {"step_cost": slow, "policy": "slack"}
+    router = {"policy": "goodput", "slo": [{"ttft_s": 2.0, "tpot_s": 0.1}]}
+    with running_cluster(built_in_model, tmp_path, prefill=section, decode=section, router=router) as cluster:
+        prompt_ids = prompts(VOCAB_SIZE, seed=19)
+        answers = asyncio.run(cluster_tokens(cluster, prompt_ids))
+        check_answers(cluster, prompt_ids, answers)
+        time.sleep(0.5)  # until the next reports
+        for status in cluster.instances():
+            assert status.step_cost is not None
+            assert status.step_cost.step_s < slow[0]
+        metrics = httpx.get(f"{cluster.url}/metrics", timeout=10.0).text
+        assert 'tandem_prediction_error_ratio{quantile="0.5",time="ttft_remote"}' in metrics
