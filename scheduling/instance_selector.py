@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tandem.core.errors import ContextLengthError, UnavailableError
 from tandem.core.session import Role
+from tandem.scheduling.answer_lengths import AnswerLengths
 from tandem.scheduling.decode_index import DecodeIndex, DecodeQuery
 from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES, InstanceIndex, QueryT
 from tandem.scheduling.known_instance import KnownInstance
@@ -24,6 +25,9 @@ from tandem.scheduling.routing import Candidate, Selection
 
 # Where a request decodes, prompts of no more than this part of the memory wait for it: more would only wait there.
 WAITING_MEMORY_SHARE = 4
+# What requests are expected to grow to, as a multiple of the memory where they decode. Most of the time they are
+# shorter, for they grow at different times; and some of the memory's worth is on its way.
+EXPECTED_MEMORY_RATIO = 1.5
 
 
 class Place(NamedTuple):
@@ -60,8 +64,12 @@ class InstanceSelector:
         self._colocated = DecodeIndex()
         self._trackers: dict[int, PrefixTracker] = {}  # by block size: it determines the blocks' names
         self._without_credit: set[str] = set()
-        self._open_to: dict[str, str] = {}  # decode instances with credit -> the fingerprint of the KV that they take
-        self._num_open: Counter[str] = Counter()  # of those, by fingerprint
+        self.answer_lengths = AnswerLengths()
+        # Tokens, by the fingerprint of the KV: what decode instances with credit have room for, and what is expected of
+        # requests whose decode instance is not chosen yet. Beside them the share of each instance.
+        self._room: Counter[str] = Counter()
+        self._unplaced: Counter[str] = Counter()
+        self._shares: dict[str, tuple[Counter[str], str, int]] = {}
         self._capacity_tokens: int | None = None  # None: to be worked out
         self._is_local = False  # decode instances must compute prompts, for want of others
 
@@ -84,26 +92,39 @@ class InstanceSelector:
             index = self._decodes if role is Role.DECODE else self._colocated
             (index.take if is_chosen else index.put)(instance.decode_view())
         limit = self._max_outstanding_tokens
-        if limit is not None:
-            if role is not Role.PREFILL:
-                limit = min(limit, instance.memory_tokens // WAITING_MEMORY_SHARE)
-            has_credit = instance.waiting_tokens < limit
-            (self._without_credit.discard if has_credit else self._without_credit.add)(instance.instance_id)
-            if role is Role.DECODE:
-                self._offer_credit(instance, instance.status.fingerprint if has_credit and instance.is_usable else None)
+        if limit is None:
+            return
+        room_tokens = 1
+        if role is not Role.PREFILL:
+            limit = min(limit, instance.memory_tokens // WAITING_MEMORY_SHARE)
+            room_tokens = int(EXPECTED_MEMORY_RATIO * instance.memory_tokens) - instance.expected_tokens
+        has_credit = instance.waiting_tokens < limit and room_tokens > 0
+        (self._without_credit.discard if has_credit else self._without_credit.add)(instance.instance_id)
+        if role is Role.PREFILL:
+            self._set_share(instance, self._unplaced, instance.expected_tokens)
+        elif role is Role.DECODE:
+            self._set_share(instance, self._room, room_tokens if has_credit and instance.is_usable else 0)
 
-    def _offer_credit(self, instance: KnownInstance, fingerprint: str | None) -> None:
-        """The decode instance takes KV of that fingerprint now; None: it takes none."""
-        before = self._open_to.pop(instance.instance_id, None)
-        if before is not None:
-            self._num_open[before] -= 1
-        if fingerprint is not None:
-            self._open_to[instance.instance_id] = fingerprint
-            self._num_open[fingerprint] += 1
+    def _set_share(self, instance: KnownInstance, of: Counter[str], num_tokens: int) -> None:
+        self._drop_share(instance.instance_id)
+        fingerprint = instance.status.fingerprint
+        of[fingerprint] += num_tokens
+        self._shares[instance.instance_id] = (of, fingerprint, num_tokens)
+
+    def _drop_share(self, instance_id: str) -> None:
+        if (share := self._shares.pop(instance_id, None)) is not None:
+            of, fingerprint, num_tokens = share
+            of[fingerprint] -= num_tokens
+
+    def expected_tokens(self, attempt: Attempt) -> int:
+        """KV slots that it will probably need to decode: none if it ends with its first token."""
+        if attempt.growth_tokens <= 1:
+            return 0
+        return attempt.num_tokens + self.answer_lengths.expected_tokens(attempt.growth_tokens)
 
     def leave_role(self, instance: KnownInstance) -> None:
         """The instance is no candidate in its present role any more."""
-        self._offer_credit(instance, None)
+        self._drop_share(instance.instance_id)
         index: PrefillIndex | DecodeIndex = self._prefills
         if instance.role is not Role.PREFILL:
             index = self._decodes if instance.role is Role.DECODE else self._colocated
@@ -150,7 +171,7 @@ class InstanceSelector:
 
     def waits_for_credit(self, request: RoutedRequest) -> bool:
         """Of a request for which nothing was chosen: whether an instance was usable."""
-        return bool(self._without_credit) and request.num_tokens < self.capacity_tokens()
+        return self._max_outstanding_tokens is not None and request.num_tokens < self.capacity_tokens()
 
     def _find_capacity_tokens(self) -> int:
         longest: dict[Role, dict[str, int]] = {role: {} for role in Role}  # by fingerprint
@@ -202,8 +223,9 @@ class InstanceSelector:
         if self.failures:
             failures = self.failures.of_prefills(failures, self.instances)
         fingerprints = self._decodes.fingerprints_for(needed_tokens)
-        if self._without_credit:
-            fingerprints = [each for each, count in self._num_open.items() if count and each in fingerprints]
+        if self._max_outstanding_tokens is not None:
+            unplaced, known = self._unplaced, fingerprints
+            fingerprints = [each for each, room in self._room.items() if room > unplaced[each] and each in known]
         return PrefillQuery(
             request.num_tokens,
             needed_tokens,

@@ -24,13 +24,15 @@ class _InFlight:
     attempt: "Attempt"
     uncomputed_tokens: int
     held_tokens: int
+    expected_tokens: int
     awaited_tokens: int = 0
 
 
 class KnownInstance:
     """Owned by the machine. What is in flight is summed up: `uncomputed_tokens` are prompt tokens that wait to be
     computed, `held_tokens` KV slots that requests hold or may grow to, `awaited_tokens` prompt tokens that another
-    instance has computed and whose KV has yet to come."""
+    instance has computed and whose KV has yet to come. `expected_tokens` are the KV slots that requests will probably
+    grow to where they decode: here, or on a decode instance that is not chosen yet."""
 
     __slots__ = (
         "_foreign",
@@ -39,6 +41,7 @@ class KnownInstance:
         "_peak",
         "awaited_tokens",
         "capacity_tokens",
+        "expected_tokens",
         "held_tokens",
         "instance_id",
         "is_connected",
@@ -52,6 +55,7 @@ class KnownInstance:
         self.is_connected = False
         self.uncomputed_tokens = 0
         self.held_tokens = 0
+        self.expected_tokens = 0
         self.awaited_tokens = 0
         self._in_flight: dict[int, _InFlight] = {}
         self._peak = self._last_peak = (0, 0, 0)  # uncomputed tokens, held tokens, requests
@@ -106,10 +110,11 @@ class KnownInstance:
         self._foreign = (uncomputed, held, requests)
         self._last_peak, self._peak = self._peak, (self.uncomputed_tokens, self.held_tokens, len(self._in_flight))
 
-    def dispatch(self, attempt: "Attempt", uncomputed_tokens: int, held_tokens: int) -> None:
+    def dispatch(self, attempt: "Attempt", uncomputed_tokens: int, held_tokens: int, expected_tokens: int) -> None:
         """It was sent there."""
         held_tokens += -held_tokens % self.status.block_size  # by whole blocks
-        self._in_flight[attempt.handle] = _InFlight(attempt, uncomputed_tokens, held_tokens)
+        self._in_flight[attempt.handle] = _InFlight(attempt, uncomputed_tokens, held_tokens, expected_tokens)
+        self.expected_tokens += expected_tokens
         self.uncomputed_tokens += uncomputed_tokens
         self.held_tokens += held_tokens
         now, peak = (self.uncomputed_tokens, self.held_tokens, len(self._in_flight)), self._peak
@@ -123,6 +128,12 @@ class KnownInstance:
         self.uncomputed_tokens -= num_tokens
         entry.uncomputed_tokens -= num_tokens
         return num_tokens > 0
+
+    def decode_chosen(self, handle: int) -> None:
+        """It will decode elsewhere, and is expected there."""
+        entry = self._in_flight[handle]
+        self.expected_tokens -= entry.expected_tokens
+        entry.expected_tokens = 0
 
     def await_kv(self, handle: int) -> None:
         """Its prompt is computed elsewhere; the KV can come as soon as there is memory for it."""
@@ -138,6 +149,7 @@ class KnownInstance:
     def release(self, handle: int) -> None:
         """Nothing of it is there any more."""
         entry = self._in_flight.pop(handle)
+        self.expected_tokens -= entry.expected_tokens
         self.awaited_tokens -= entry.awaited_tokens
         self.uncomputed_tokens -= entry.uncomputed_tokens
         self.held_tokens -= entry.held_tokens

@@ -61,8 +61,9 @@ class RoutingSettings:
     """`max_queue` counts all requests in the router. `resume` allows a new attempt after tokens were handed on.
 
     An instance is without credit while `max_outstanding_tokens` of this router's prompts wait there: to be computed, or
-    for memory to decode them. Requests for which no instance has credit wait in the router, for `max_wait_s` at most;
-    one that would wait longer, or beyond its deadline, is refused when it comes.
+    for memory to decode them; and while the requests that decode there are expected to fill more than its memory, by
+    the lengths of the last answers. Requests for which no instance has credit wait in the router, for `max_wait_s` at
+    most; one that would wait longer, or beyond its deadline, is refused when it comes.
 
     A request that has lost its instances waits `replacement_wait_s` for usable ones, and `retry_pause_s` before it goes
     back to an instance that failed it. `slack_tokens`: see `routing.choose_prefill`. `max_tracked_blocks`
@@ -410,7 +411,7 @@ class RoutingMachine:
         request.num_attempts += 1
         request.attempt = attempt = Attempt(self._num_attempts, request, instance, place.hand_over)
         held_tokens = attempt.num_tokens if place.hand_over else request.max_total_tokens
-        instance.dispatch(attempt, attempt.num_tokens, held_tokens)
+        instance.dispatch(attempt, attempt.num_tokens, held_tokens, self._selector.expected_tokens(attempt))
         self._selector.put(instance, is_chosen=True)
         self._selector.begun(attempt, place, now_s)
         self._selector.record_prefix(request, instance)
@@ -424,7 +425,11 @@ class RoutingMachine:
             self._fail(attempt, error, set(), now_s)
             return
         attempt.decode = place.instance
-        place.instance.dispatch(attempt, 0, attempt.request.max_total_tokens)
+        if prefill.find(attempt.handle) is attempt:
+            prefill.decode_chosen(attempt.handle)
+            self._selector.put(prefill)
+        expected_tokens = self._selector.expected_tokens(attempt)
+        place.instance.dispatch(attempt, 0, attempt.request.max_total_tokens, expected_tokens)
         self._selector.put(place.instance, is_chosen=True)
         self._selector.decode_chosen(attempt, place.instance, now_s)
         self._driver.submit(attempt, place.instance.instance_id, prefill.instance_id, place.selection)
@@ -556,6 +561,8 @@ class RoutingMachine:
     # --- end ---------------------------------------------------------------------------------------------------------
 
     def _end(self, request: RoutedRequest, error: TandemError | None, now_s: float) -> None:
+        if error is None:
+            self._selector.answer_lengths.observe(request.num_output_tokens)
         self._forget(request, now_s)
         self._driver.end(request, error)
 

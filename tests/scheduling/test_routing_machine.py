@@ -241,6 +241,42 @@ def test_no_prompt_is_computed_while_no_decode_instance_has_room() -> None:
     assert router.take().attempt.request is requests[5], "there is room again"
 
 
+def test_long_answers_wait_for_memory_in_the_router_where_waiting_is_fair() -> None:
+    """40 clients asked for 16 long answers to short prompts each. All were sent, and one more client waited."""
+    router = Router(RoutingSettings(max_outstanding_tokens=1000))
+    router.join("p1", "d1")  # memory for 1,024 tokens
+    for number in range(640):
+        router.ask(number, prompt=4, output=60)
+    sent = [router.take() for _ in range(len(router.sent))]
+    assert len(sent) == 24, "24 x 64 tokens are 1.5 times the memory"
+    for each in sent:
+        router.start(each)
+        router.first_token(each)
+    decoding = [router.take() for _ in range(len(router.sent))]
+    assert [each.source_id for each in decoding] == ["p1"] * 24, "what decodes leaves no room for more prompts"
+    router.machine.cancel(decoding[0].attempt.request, router.now_s)
+    assert router.take().source_id is None
+    assert not router.sent
+
+
+def test_answers_that_turn_out_short_let_more_in() -> None:
+    router = Router(RoutingSettings(max_outstanding_tokens=1000))
+    router.join("p1", "d1")
+    for number in range(200):
+        router.ask(number, prompt=4, output=200)
+    assert len(router.sent) == 8
+    most = 0
+    for _ in range(150):
+        most = max(most, router.machine.instances["p1"].open_requests + router.machine.instances["d1"].open_requests)
+        sent = router.take()
+        router.start(sent)
+        router.first_token(sent)
+        decoding = router.sent.pop(next(i for i, each in enumerate(router.sent) if each.source_id is not None))
+        router.machine.transfer_committed(decoding.attempt, router.now_s)
+        router.finish(decoding)
+    assert most > 20, "answers of one token"
+
+
 def test_who_would_wait_for_too_long_is_refused_at_once() -> None:
     router = Router(RoutingSettings(max_outstanding_tokens=10, max_wait_s=40.0))
     router.join("p1", "d1")
@@ -624,7 +660,11 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
     assert set(router.loads().values()) <= {(0, 0, 0)}
     assert not any(instance.waiting_tokens for instance in machine.instances.values())
     assert machine._queue.num_tokens == 0
-    assert machine._selector._num_open.total() == len(machine._selector._open_to)
+    assert not any(instance.expected_tokens for instance in machine.instances.values())
+    selector = machine._selector
+    for totals in (selector._room, selector._unplaced):
+        assert totals.total() == sum(tokens for of, _, tokens in selector._shares.values() if of is totals)
+    assert not selector._unplaced.total()
     if isinstance(selector := machine._selector, GoodputSelector):
         assert not selector._coming
         for load in selector._loads.values():
