@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.common.vllm import vllm_environment
+
 _ENGINE_PROCESS = Path(__file__).resolve().with_name("engine_process.py")
-_PRELOADED = ("libtcmalloc_minimal.so.4", "libiomp5.so")  # as vLLM's documentation recommends
 _START_TIMEOUT_S = 600.0
 _RESULT_TIMEOUT_S = 900.0
 
@@ -73,7 +74,7 @@ def start_peer(name: EngineName, model: Path, threads: int, log: Path, vllm_pyth
     python = str(vllm_python) if name.engine == "vllm" else sys.executable
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **env}
     if vllm_python is not None and name.engine == "vllm":
-        environment.update(_vllm_environment(vllm_python, threads))
+        environment.update(vllm_environment(vllm_python, threads))
     command = [python, str(_ENGINE_PROCESS), "--engine", name.engine, "--dtype", name.dtype]
     command += ["--model", str(model), "--threads", str(threads)]
     started_s = time.perf_counter()
@@ -105,23 +106,6 @@ def stop_all(peers: list[Peer]) -> Iterator[None]:
     finally:
         for peer in peers:
             peer.stop()
-
-
-def _vllm_environment(python: Path, threads: int) -> dict[str, str]:
-    """The engine gets the first `threads` cores, its scheduler's processes the others."""
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    found = [_find_library(name, python) for name in _PRELOADED]
-    return {
-        "LD_PRELOAD": ":".join(path for path in found if path),
-        "VLLM_CPU_KVCACHE_SPACE": "3",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
-
-
-def _find_library(name: str, python: Path) -> str | None:
-    folders = [python.parent.parent / "lib", Path("/usr/lib"), Path("/usr/lib/x86_64-linux-gnu")]
-    return next((str(folder / name) for folder in folders if (folder / name).exists()), None)
 
 
 def _exchange(process: "subprocess.Popen[str]", log: Path, order: str | None, timeout_s: float) -> dict[str, float]:

@@ -26,15 +26,16 @@ from typing import Never
 import httpx
 from tqdm import tqdm
 
+from bench.common.served import ROOT, ServedCluster
 from bench.soak.clients import Clients, Ended
 from bench.soak.faults import FaultInjector
 from bench.soak.references import AnswerSample, Checked, check
 from bench.soak.report import FAULTY_OUTCOMES, SoakResult
 from bench.soak.requests import MixedRequests, ShortRequests
 from bench.soak.resources import Sampler, block_counts
-from bench.soak.served import MODEL, ServedCluster, serve_file
 from tandem.core.errors import TandemError
 
+MODEL = ROOT / "models" / "tiny-python"
 IDLE_TIMEOUT_S = 30.0
 _MOST_FAULTY = 20  # are printed
 
@@ -80,6 +81,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
     return parser.parse_args(argv)
+
+
+def serve_file(*, prefill: int, decode: int) -> dict[str, object]:
+    """float32, so that transformers in float32 is the reference; little memory, so that it fills."""
+    engine = {"threads": 1, "kv_memory": "24MiB", "dtype": "float32"}
+    return {
+        "model": str(MODEL),
+        "router": dict.fromkeys(("http", "grpc", "control"), "127.0.0.1:0"),
+        "prefill": {"instances": prefill, "max_batch_tokens": 512, "engine": engine},
+        "decode": {"instances": decode, "engine": engine},
+    }
 
 
 async def soak(args: argparse.Namespace, served: ServedCluster) -> SoakResult:
@@ -171,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: it passes; 1: it does not; 2: it could not be run."""
     args = parse_arguments(argv)
     each = 1 if args.short_requests is not None else 2
-    served = ServedCluster(serve_file(prefill=each, decode=each))
+    served = ServedCluster(serve_file(prefill=each, decode=each), environment={"OMP_NUM_THREADS": "1"})
     result = None
     try:
         served.start()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from bench.soak.served import ServedProcess
+from bench.common.served import ServedProcess
 
 LONG_STALL_S = 6.0  # it is found, and the process replaced
 SHORT_STALL_S = (0.3, 1.2)  # no reason to replace anything

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import psutil
 
-from bench.soak.served import ServedProcess
+from bench.common.served import ServedProcess
 
 SAMPLE_PERIOD_S = 1.0
 WARM_UP = 1 / 4  # of a life's samples, and

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,6 @@ import yaml
 from tandem.profiling.errors import MeasurementError
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "models" / "tiny-python"
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 
@@ -33,23 +32,21 @@ class ServedProcess:
     pid: int
 
 
-def serve_file(*, prefill: int, decode: int) -> dict[str, object]:
-    """float32, so that transformers in float32 is the reference; little memory, so that it fills."""
-    engine = {"threads": 1, "kv_memory": "24MiB", "dtype": "float32"}
-    return {
-        "model": str(MODEL),
-        "router": dict.fromkeys(("http", "grpc", "control"), "127.0.0.1:0"),
-        "prefill": {"instances": prefill, "max_batch_tokens": 512, "engine": engine},
-        "decode": {"instances": decode, "engine": engine},
-    }
-
-
 class ServedCluster:
     """`start`, then `stop`; all files are in a folder of its own, which `stop` removes."""
 
-    def __init__(self, config: dict[str, object]) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, object],
+        *,
+        settings: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`config`: a serve file or a plan. `settings`: KEY=VALUE for `--set`. `environment`: added to this one."""
         self._config = config
-        self._folder = Path(tempfile.mkdtemp(prefix="soak-"))  # short: Ray's sockets are in it
+        self._settings = [word for setting in settings for word in ("--set", setting)]
+        self._environment = environment or {}
+        self._folder = Path(tempfile.mkdtemp(prefix="served-"))  # short: Ray's sockets are in it
         self._output = self._folder / "output"
         self._process: subprocess.Popen[bytes] | None = None
         self._family: list[psutil.Process] = []
@@ -57,16 +54,17 @@ class ServedCluster:
     def start(self) -> None:
         """Returns when it is ready. Raises MeasurementError."""
         file = self._folder / "serve.yaml"
-        file.write_text(yaml.safe_dump(self._config))
-        environment = os.environ | {
+        file.write_text(yaml.safe_dump(dict(self._config)))
+        environment = {
+            **os.environ,
             "PYTHONPATH": str(ROOT),
             "TANDEM_STATE_DIR": str(self._folder / "state"),
             "TMPDIR": str(self._folder),
-            "OMP_NUM_THREADS": "1",
+            **self._environment,
         }
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tandem.cli.main", "serve", str(file)],
+                [sys.executable, "-m", "tandem.cli.main", "serve", str(file), *self._settings],
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
