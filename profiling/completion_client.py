@@ -19,6 +19,7 @@ from tandem.profiling.errors import MeasurementError
 
 _TAIL_BYTES = 1 << 14  # holds the last events: usage, and a timeline if it was requested
 _DATA = b"data: "
+_END_OF_EVENT = b"\n\n"  # JSON escapes line ends, so it is nowhere else
 
 
 class ServerGoneError(MeasurementError):
@@ -30,6 +31,7 @@ class TimedCompletion:
     """One response. Times are on `time.monotonic`: `first_s` of the first event, `last_s` of the last.
 
     `usage` is the server's, None where the response was incomplete. `error` is a sentence if the request failed.
+    `event_s` of every event in order, the usage and the end of the stream included.
     """
 
     sent_s: float
@@ -37,6 +39,7 @@ class TimedCompletion:
     last_s: float
     usage: dict[str, object] | None
     error: str | None = None
+    event_s: tuple[float, ...] = ()
 
 
 class _Connection(asyncio.Protocol):
@@ -50,6 +53,7 @@ class _Connection(asyncio.Protocol):
     def _clear(self, sent_s: float) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._sent_s = sent_s
+        self._event_s: list[float] = []
         self._first_s: float | None = None
         self._tail = b""
 
@@ -87,8 +91,10 @@ class _Connection(asyncio.Protocol):
     # --- httptools' callbacks ---
 
     def on_body(self, body: bytes) -> None:
+        now_s = time.monotonic()
         if self._first_s is None:
-            self._first_s = time.monotonic()
+            self._first_s = now_s
+        self._event_s += [now_s] * body.count(_END_OF_EVENT)
         self._tail = (self._tail + body)[-_TAIL_BYTES:] if len(body) < _TAIL_BYTES else body[-_TAIL_BYTES:]
 
     def on_message_complete(self) -> None:
@@ -108,7 +114,9 @@ class _Connection(asyncio.Protocol):
         usage = None
         if error is None:
             usage, error = _usage_or_error(self._tail)
-        response.set_result(TimedCompletion(self._sent_s, self._first_s, time.monotonic(), usage, error))
+        response.set_result(
+            TimedCompletion(self._sent_s, self._first_s, time.monotonic(), usage, error, tuple(self._event_s))
+        )
 
 
 def _message_of(body: bytes) -> str:
@@ -120,7 +128,7 @@ def _message_of(body: bytes) -> str:
 
 def _usage_or_error(tail: bytes) -> tuple[dict[str, object] | None, str | None]:
     """(usage, error) in the last events of a stream; one of them is None."""
-    for line in reversed(tail.split(b"\n\n")):
+    for line in reversed(tail.split(_END_OF_EVENT)):
         if not line.startswith(_DATA) or line.endswith(b"[DONE]"):
             continue
         try:

@@ -20,7 +20,8 @@ Floats = npt.NDArray[np.float64]
 class LoadRecord:
     """One request, as its client saw it. Times are seconds since the run began.
 
-    `first_s` and `last_s`: the first and the last event of the response. `timeline`: the server's (docs/http-api.md).
+    `first_s` and `last_s`: the first and the last event of the response. `event_s`: every event, see `TimedCompletion`.
+    `timeline`: the server's (docs/http-api.md).
     A request that was never sent has neither `sent_s` nor an error.
     """
 
@@ -34,6 +35,7 @@ class LoadRecord:
     last_s: float | None = None
     error: str | None = None
     timeline: dict[str, object] | None = None
+    event_s: tuple[float, ...] = ()
 
     @property
     def is_complete(self) -> bool:

@@ -88,6 +88,7 @@ def _completed(record: LoadRecord, timed: TimedCompletion, began_s: float) -> Lo
         last_s=timed.last_s - began_s,
         error=error,
         timeline=timeline,
+        event_s=tuple(at_s - began_s for at_s in timed.event_s),
     )
 
 
