@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from tandem.cli.common import BUILT_IN_MODEL, writing
-from tandem.cli.output import print_line, show_progress
+from tandem.cli.output import print_error, print_line, show_progress
 from tandem.core.config import EngineSection, parse_bytes
 from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError
@@ -51,10 +51,16 @@ def run(
         raise ConfigError("--seconds must be more than 0")
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"there is no folder {output.absolute().parent} to write {output.name} into")
+    engine = _engine_section(threads, dtype, device, kv_memory)
+    if not no_cluster and 2 * engine.threads > usable_cores() > 1:
+        print_error(
+            f"note: the workers of both roles have {engine.threads} threads each, on {usable_cores()} cores together; "
+            "what they measure side by side is that contention. For one colocated instance use --no-cluster"
+        )
     with show_progress(sys.stderr) as progress:
         calibration = calibrate(
             model,
-            _engine_section(threads, dtype, device, kv_memory),
+            engine,
             today=datetime.now(UTC).date(),
             engine_s=seconds if no_cluster else _ENGINE_SHARE * seconds,
             serving_s=0.0 if no_cluster else (1 - _ENGINE_SHARE) * seconds,

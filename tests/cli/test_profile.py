@@ -6,6 +6,7 @@ import pytest
 
 from tandem.cli.main import main
 from tandem.core.cost_model import StepLoad
+from tandem.core.errors import ConfigError
 from tandem.core.parallel import ParallelShape
 from tandem.placement.costs.calibration import CalibratedSource, load_calibration
 
@@ -31,6 +32,19 @@ def test_the_engine_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert "tiny-python in" in text
     assert f"written to {path}" in text
+
+
+def test_workers_that_share_cores_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("tandem.profiling.calibrate.calibrate", stop)
+    monkeypatch.setattr("tandem.cli.profile.usable_cores", lambda: 2)
+    for threads, options, is_noted in (("2", (), True), ("2", ("--no-cluster",), False), ("1", (), False)):
+        assert run("--threads", threads, "-o", str(tmp_path / "c.yaml"), *options) == 2
+        assert ("2 threads each, on 2 cores" in capsys.readouterr().err) == is_noted
 
 
 @pytest.mark.slow
