@@ -70,12 +70,16 @@ class _Bench:
                     self._run_deployment(workload, deployment, targets)
 
     def report(self) -> None:
-        """Writes results.json and curve.png of all cells."""
+        """Writes results.json, of all cells."""
         curves = curves_of(self.cells, self._all_targets())
-        limits = {path.stem: json.loads(path.read_text()) for path in sorted(self.folder.glob("client-*.json"))}
-        values = {"client": limits, "curves": [curve.as_json() for curve in curves]}
+        kept = (*self.folder.glob("client-*.json"), *self.folder.glob("alone-*.json"))
+        values: dict[str, object] = {path.stem: json.loads(path.read_text()) for path in sorted(kept)}
+        values["curves"] = [curve.as_json() for curve in curves]
         (self.folder / "results.json").write_text(json.dumps(values, indent=1))
-        draw(curves, self.folder / "curve.png")
+
+    def draw(self) -> None:
+        """Writes curve.png, of all cells."""
+        draw(curves_of(self.cells, self._all_targets()), self.folder / "curve.png")
 
     def table(self) -> str:
         return goodput_table(curves_of(self.cells, self._all_targets()))
@@ -120,16 +124,18 @@ class _Bench:
         path.write_text(json.dumps({"source": source, "targets": asdict(targets)}))
 
     def _measure_targets(self, server: Server, workload: Workload) -> dict[float, Targets]:
-        alone = self._alone(server, workload)
+        alone = self._alone(server, workload, VLLM)
         targets = Targets(_TTFT_FACTOR * alone["ttft_s"], _TPOT_FACTOR * alone["tpot_s"])
         self._write_targets(workload, {"vllm_alone": alone}, targets)
         return self._all_targets()[workload.name]
 
-    def _alone(self, server: Server, workload: Workload) -> dict[str, float]:
+    def _alone(self, server: Server, workload: Workload, name: str) -> dict[str, float]:
+        """Mean latencies of single requests; also kept in a file."""
         stream = workload.requests(self.args.data, rate=1.0, seconds=_WARM_UP + _ALONE, seed=self.args.seed)
         stream = stream.head(_WARM_UP + _ALONE)
         records = uvloop.run(measure_alone(server, stream, warm_up=_WARM_UP))
         alone = dict(mean_latencies(records))
+        (self.folder / f"alone-{workload.name}-{name}.json").write_text(json.dumps(alone))
         print(f"  alone: TTFT {alone['ttft_s'] * 1e3:.1f} ms, TPOT {alone['tpot_s'] * 1e3:.2f} ms", flush=True)
         return alone
 
@@ -145,7 +151,7 @@ class _Bench:
         if self._next_rate(workload, deployment, targets) is None:
             return  # nothing is left to be measured, so the server need not start
         with deployment.start() as server:
-            self._alone(server, workload)
+            self._alone(server, workload, deployment.name)
             self._run_cells(server, workload, deployment, targets)
 
     def _run_cells(
@@ -284,11 +290,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that servers are stopped
     try:
         bench = _prepare(args)
-        bench.run()
+        try:
+            bench.run()
+        finally:
+            bench.report()
+            bench.draw()
     except TandemError as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    bench.report()
     print()
     print(bench.table())
     return 0
