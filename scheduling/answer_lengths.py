@@ -5,17 +5,17 @@ _MEMORY = 64  # answers; older ones fade exponentially
 
 
 class AnswerLengths:
-    """The mean length of the last answers. Sums over many requests are near that of their means."""
+    """`mean_tokens` of the last answers. Sums over many requests are near that of their means."""
 
-    __slots__ = ("_mean_tokens",)
+    __slots__ = ("mean_tokens",)
 
     def __init__(self) -> None:
-        self._mean_tokens = FIRST_MEAN_TOKENS
+        self.mean_tokens = FIRST_MEAN_TOKENS
 
     def observe(self, num_tokens: int) -> None:
         """An answer has ended with that many tokens."""
-        self._mean_tokens += (num_tokens - self._mean_tokens) / _MEMORY
+        self.mean_tokens += (num_tokens - self.mean_tokens) / _MEMORY
 
     def expected_tokens(self, at_most: int) -> int:
         """Of an answer that cannot be longer than `at_most`."""
-        return min(at_most, max(1, round(self._mean_tokens)))
+        return min(at_most, max(1, round(self.mean_tokens)))

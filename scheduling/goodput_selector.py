@@ -29,8 +29,6 @@ LEAST_ERROR = 0.05  # of a prediction: later arrivals and departures are never k
 REMOTE_MARGIN = 0.05  # by which another form must be better than remote prefill, lest two equal ones alternate
 NEAR = 0.02  # scores that differ by less are equal: the lowest latency decides
 
-_FIRST_ANSWER_TOKENS = 128.0  # expected, before any answer was seen
-_ANSWER_FORGETTING = 0.98
 _FIRST_TRANSFER = (0.001, 1e-6)  # seconds from the first token until the KV is there: once, and per token
 
 
@@ -69,7 +67,6 @@ class GoodputSelector(InstanceSelector):
         self.tpot_errors = Residuals()
         self.transfer = LinearPredictor(_FIRST_TRANSFER)  # of 1 and the tokens
         self._loads: dict[str, PricedLoad] = {}
-        self._answer_tokens = _FIRST_ANSWER_TOKENS
         self._coming: set[int] = set()  # handles of attempts whose decode instance is not chosen yet
 
     def prediction_errors(self) -> Mapping[str, Residuals]:
@@ -124,7 +121,6 @@ class GoodputSelector(InstanceSelector):
     def finished(self, attempt: Attempt, now_s: float) -> None:
         request = attempt.request
         num_tokens = request.num_output_tokens - (request.max_tokens - attempt.growth_tokens)
-        self._answer_tokens += (1 - _ANSWER_FORGETTING) * (num_tokens - self._answer_tokens)
         if attempt.expected is not None and num_tokens > 1 and attempt.first_token_s is not None:
             tpot_s = (now_s - attempt.first_token_s) / (num_tokens - 1)
             self.tpot_errors.add(attempt.expected[1], tpot_s)
@@ -181,7 +177,7 @@ class GoodputSelector(InstanceSelector):
         load = self._loads[prefill.instance_id]
         cached = self.cached_tokens(request, prefill)
         ttft_s = load.wait_s(now_s) + self._alone_s(load, request, cached)
-        answer_tokens = self._expected_answer(request)
+        answer_tokens = self.answer_lengths.expected_tokens(request.growth_tokens)
         before_s, after_s = self._paces(decode.instance_id, request, ttft_s, 0.0, now_s)
         gaps = max(1.0, answer_tokens - 1)
         tpot_s = after_s + self.transfer.seconds((1.0, request.num_tokens)) / gaps
@@ -221,7 +217,7 @@ class GoodputSelector(InstanceSelector):
         share = load.prompt_share(now_s)
         rows, context = float(load.decoding), float(load.context_tokens)
         pace_s = load.pace_s(rows, context, share)
-        answer_tokens = self._answer_tokens
+        answer_tokens = self.answer_lengths.mean_tokens
         staying = max(0.0, 1 - after_s / (answer_tokens * pace_s))
         mean_tokens = context / rows if rows else request.num_tokens
         num_decodes = len(self._decodes) or 1
@@ -238,9 +234,6 @@ class GoodputSelector(InstanceSelector):
             weight * (within(before_s, target_s, LEAST_ERROR) - within(after_s, target_s, LEAST_ERROR))
             for target_s, weight in load.tpot_targets()
         )
-
-    def _expected_answer(self, request: RoutedRequest) -> float:
-        return min(float(request.growth_tokens), self._answer_tokens)
 
     # --- the decode instance of a pair -------------------------------------------------------------------------------
 
