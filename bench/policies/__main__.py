@@ -183,7 +183,7 @@ def compare_balance(case: Case, stream: RequestStream, rate: float) -> dict[str,
             _open_at(times, first, result.stage(Stage.FINISHED)),
         ]
         middle = slice(len(times) // 10, len(times) * 9 // 10)
-        prefill, decode = (each[middle] - each[middle].mean() for each in series)
+        prefill, decode = (each[middle] for each in series)
         rows[name] = [_correlation(prefill, decode), _least_autocorrelation(prefill), _least_autocorrelation(decode)]
     return rows
 
@@ -193,11 +193,11 @@ def _open_at(times: Floats, begin_s: Floats, end_s: Floats) -> Floats:
 
 
 def _correlation(one: Floats, other: Floats) -> float:
-    return float((one * other).mean() / max(1e-12, one.std() * other.std()))
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 def _least_autocorrelation(series: Floats) -> float:
-    return min(_correlation(series[:-lag], series[lag:]) for lag in range(4, min(120, len(series) // 2)))
+    return min(_correlation(series[:-lag], series[lag:]) for lag in range(4, min(120, len(series) // 4)))
 
 
 def compare_instances(case: Case, stream: RequestStream, rate: float) -> dict[str, list[float]]:
