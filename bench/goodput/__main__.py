@@ -20,7 +20,8 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from bench.goodput.servers import Server, missing_of_vllm, serve_scripted
 from bench.goodput.workloads import ARRIVALS, WORKLOADS, Workload
 from tandem.core.errors import ConfigError, TandemError
 from tandem.models.random_checkpoint import read_shape, write_random_checkpoint
+from tandem.profiling.errors import MeasurementError
 
 _SHAPES = Path(__file__).resolve().parents[1] / "engine" / "models.yaml"
 _TTFT_FACTOR, _TPOT_FACTOR = 5.0, 2.5
@@ -52,22 +54,39 @@ class _Bench:
     maker: DeploymentMaker
     folder: Path
     cells: list[Cell] = field(default_factory=list)
+    failed: bool = False
 
     def run(self) -> None:
+        """All cells. A system that fails is reported, and the others go on; so do other workloads without targets."""
         for workload in self.args.workloads:
             self._check_client(workload)
+            systems = list(self.args.systems)
             targets = self._targets(workload)
-            rest = list(self.args.systems)
             if targets is None:
-                deployment = self._deployments(VLLM, workload, {})[0]
-                with deployment.start() as server:
-                    targets = self._measure_targets(server, workload)
-                    if VLLM in rest:
-                        rest.remove(VLLM)
-                        self._run_cells(server, workload, deployment, targets)
-            for system in rest:
-                for deployment in self._deployments(system, workload, targets):
-                    self._run_deployment(workload, deployment, targets)
+                systems = [system for system in systems if system != VLLM]
+                with self._failures_reported(VLLM, workload):
+                    targets = self._measure_vllm(workload)
+            for system in systems if targets is not None else ():
+                with self._failures_reported(system, workload):
+                    for deployment in self._deployments(system, workload, targets):
+                        self._run_deployment(workload, deployment, targets)
+
+    @contextmanager
+    def _failures_reported(self, system: str, workload: Workload) -> Iterator[None]:
+        try:
+            yield
+        except MeasurementError as error:
+            self.failed = True
+            print(f"({workload.name}) {system} FAILED: {error}", file=sys.stderr, flush=True)
+
+    def _measure_vllm(self, workload: Workload) -> dict[float, Targets]:
+        """The targets, and vLLM's cells if they are asked for: it takes a minute to start."""
+        deployment = self._deployments(VLLM, workload, {})[0]
+        with deployment.start() as server:
+            targets = self._measure_targets(server, workload)
+            if VLLM in self.args.systems:
+                self._run_cells(server, workload, deployment, targets)
+        return targets
 
     def report(self) -> None:
         """Writes results.json, of all cells."""
@@ -300,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ConfigError) else 1
     print()
     print(bench.table())
-    return 0
+    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":

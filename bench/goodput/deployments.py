@@ -132,7 +132,12 @@ class DeploymentMaker:
     def _tandem(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "tandem.cli.main", *arguments]
         print(f"tandem {' '.join(arguments)}", file=sys.stderr, flush=True)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_PLAN_TIMEOUT_S, check=False)
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, timeout=_PLAN_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise MeasurementError(f"tandem {arguments[0]} took more than {_PLAN_TIMEOUT_S:g} s") from error
         if done.returncode not in (0, _NO_PLAN_MEETS):
             raise MeasurementError(f"tandem {arguments[0]} ended with {done.returncode}: {done.stderr[-800:]}")
 

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,12 @@ from bench.goodput.curve import (
     token_times,
 )
 from bench.goodput.results import curves_of, goodput_table
-from bench.goodput.servers import serve_scripted
+from bench.goodput.servers import Server, serve_scripted
 from bench.goodput.workloads import WORKLOADS
 from bench.load.result import LoadRecord
 from tandem.core.errors import ConfigError
 from tandem.core.slo_file import WorkloadSection
+from tandem.profiling.errors import MeasurementError
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.1)
 MODEL = Path(__file__).parents[2] / "models" / "tiny-python"
@@ -161,15 +164,21 @@ def test_a_trace_keeps_its_lengths_with_any_arrivals(tmp_path: Path, arrivals: s
 # --- a run ---
 
 
-def test_a_run_writes_its_cells_and_continues(
+def test_a_run_writes_its_cells_and_continues_in_spite_of_a_system_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def serve(config: Mapping[str, object], settings: Sequence[str] = ()) -> AbstractContextManager[Server]:
+        if "prefill" in config:
+            raise MeasurementError("it needs more memory")
+        return serve_scripted()
+
     monkeypatch.setattr("bench.goodput.__main__._CLIENT_S", 0.2)
-    monkeypatch.setattr("bench.goodput.deployments.serve_tandem", lambda config, settings=(): serve_scripted())
-    command = ["--out", str(tmp_path), "--workloads", "a", "--systems", "colocated", "--targets", "60000,10000"]
+    monkeypatch.setattr("bench.goodput.deployments.serve_tandem", serve)
+    command = ["--out", str(tmp_path), "--workloads", "a", "--targets", "60000,10000"]
     command += ["--model", str(MODEL), "--seconds", "0.2"]
-    assert main([*command, "--rates", "100"]) == 0
-    assert main([*command, "--rates", "100,200"]) == 0
+    assert main([*command, "--rates", "100", "--systems", "colocated"]) == 0
+    assert main([*command, "--rates", "100,200", "--systems", "disaggregated,colocated"]) == 1
+    assert "disaggregated FAILED: it needs more memory" in capsys.readouterr().err
     cells = read_cells(tmp_path)
     assert [cell.rate for cell in cells] == [100.0, 200.0]
     assert all(len(cell.records) >= 20 and cell.records[0].is_complete for cell in cells)
@@ -178,7 +187,6 @@ def test_a_run_writes_its_cells_and_continues(
     assert [curve["scale"] for curve in results["curves"]] == [1.0, 0.5]
     assert results["curves"][0]["goodput"]["0.9"]["rate"] == 200.0
     assert (tmp_path / "curve.png").stat().st_size > 1000
-    assert "60000, 10000.0" in capsys.readouterr().out
     assert main([*command, "--seed", "1"]) == 2, "cells of another seed are other requests"
 
 
