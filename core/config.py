@@ -180,6 +180,10 @@ class RouterSection(FrozenModel):
         default="balanced",
         description="Instances by the least work, or by expected goodput; goodput needs step_cost of all instances",
     )
+    queue_order: Literal["fcfs", "edf", "goodput"] = Field(
+        default="goodput",
+        description="Order of requests that wait here: as they came, by TTFT target, or as many as possible in time",
+    )
     slo: SloClasses = Field(default=(), description="Classes of requests, which name one with the header x-tandem-slo")
     max_body: Bytes = Field(default=8 << 20, description="Of an HTTP request, and of a gRPC message to the router")
     max_bodies: Bytes = Field(default=256 << 20, description="HTTP bodies that all running requests together hold")

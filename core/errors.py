@@ -95,7 +95,8 @@ class DuplicateRequestError(TandemError):
 
 
 class OverloadedError(TandemError):
-    """There is more work than can be done in time; try again after `retry_after_s`."""
+    """There is more work than can be done in time; try again after `retry_after_s`. `reason` is one of a few words, for
+    programs: `ttft-target`, `max-wait`, `deadline`, `queue-full`, `client-limit`, `overloaded`."""
 
     code = "overloaded"
     grpc_status = "RESOURCE_EXHAUSTED"
@@ -103,9 +104,12 @@ class OverloadedError(TandemError):
     openai_type = "rate_limit_error"
     retryable = True
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float = 1.0, reason: str = "overloaded"
+    ) -> None:
         super().__init__(message, param=param)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class UnavailableError(TandemError):

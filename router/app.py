@@ -128,6 +128,7 @@ class RouterApp:
                 max_outstanding_tokens=settings.max_outstanding_tokens,
                 max_wait_s=settings.max_wait_s,
                 policy=settings.policy,
+                queue_order=settings.queue_order,
             ),
             request_timeout_s=settings.request_timeout_s,
             observers=(self._metrics.requests, self._metrics.slo, self.log, observer),

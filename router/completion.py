@@ -290,7 +290,8 @@ class TextService:
         client, num_choices = request.client, len(request.prompts) * request.n
         if client and self._num_choices[client] + num_choices > self._settings.max_client_choices:
             raise OverloadedError(
-                f"At most {self._settings.max_client_choices} choices of one client may run at once; try again later."
+                f"At most {self._settings.max_client_choices} choices of one client may run at once; try again later.",
+                reason="client-limit",
             )
         self._num_choices[client] += num_choices
 

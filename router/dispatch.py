@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tandem.core.clock import Clock
-from tandem.core.errors import DuplicateRequestError, TandemError, UnavailableError, error_from_code
+from tandem.core.errors import DuplicateRequestError, OverloadedError, TandemError, UnavailableError, error_from_code
 from tandem.core.generation import BlockNamer
 from tandem.core.request import FinishReason, GenerationRequest
 from tandem.core.session import (
@@ -32,9 +32,10 @@ from tandem.core.session import (
     Submit,
     TokenFrame,
 )
+from tandem.core.timeline import Stage, Timeline
 from tandem.router.fleet import Fleet
 from tandem.router.profile import ProfileObserver
-from tandem.router.records import RequestObserver
+from tandem.router.records import RequestObserver, RequestRecord
 from tandem.router.running import RunningRequest
 from tandem.scheduling.prefix_index import block_hashes, extend_block_hashes
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
@@ -121,8 +122,7 @@ class Dispatcher:
         try:
             return self._start(request, received_s, now_s, name_blocks, client)
         except TandemError as error:
-            reason = error
-            self._tell(lambda observer: observer.refused(reason, request.slo))
+            self._tell_refused(error, request, received_s, now_s)
             raise
 
     def _start(
@@ -272,6 +272,18 @@ class Dispatcher:
         """Its consumer has had the last of it."""
         record = running.record()
         self._tell(lambda observer: observer.finished(record))
+
+    def _tell_refused(self, error: TandemError, request: GenerationRequest, received_s: float, now_s: float) -> None:
+        record = RequestRecord(
+            request_id=request.request_id,
+            outcome=error.code,
+            message=error.message,
+            timeline=Timeline({Stage.RECEIVED: received_s, Stage.FINISHED: now_s}, request.num_prompt_tokens),
+            attempts=(),
+            slo=request.slo,
+            refused_because=error.reason if isinstance(error, OverloadedError) else None,
+        )
+        self._tell(lambda observer: observer.refused(error, record))
 
     def _tell(self, tell: Callable[[RequestObserver], None]) -> None:
         """What is only counted or written down must not fail a request."""

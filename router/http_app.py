@@ -21,7 +21,7 @@ from tandem.core.errors import InvalidRequestError, ModelNotFoundError, NotFound
 from tandem.router.completion import TextService
 from tandem.router.http_body import BodyBudget, HeldBody, read_json
 from tandem.router.http_host import check_host
-from tandem.router.http_response import CompletionResponse, error_response, json_response
+from tandem.router.http_response import REFUSED_BECAUSE, CompletionResponse, error_response, json_response
 from tandem.router.limits import clipped
 from tandem.router.openai.openapi import openapi_document
 from tandem.router.openai.requests import ParsedRequest, RequestContext, parse_chat, parse_completion
@@ -90,7 +90,7 @@ class HttpApp:
                 allow_origins=settings.cors_origins,
                 allow_methods=("GET", "POST"),
                 allow_headers=("*",),
-                expose_headers=("x-request-id", "retry-after"),
+                expose_headers=("x-request-id", "retry-after", REFUSED_BECAUSE),
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -18,6 +18,8 @@ from tandem.router.http_body import HeldBody
 from tandem.router.openai.requests import ParsedRequest, RequestContext
 from tandem.router.openai.responses import error_body, error_events
 
+REFUSED_BECAUSE = "x-tandem-refused-because"
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -45,6 +47,8 @@ def error_response(context: RequestContext, error: Exception, headers: Mapping[s
     if error.retryable:
         wait_s = error.retry_after_s if isinstance(error, OverloadedError) else 1.0
         headers = {"retry-after": str(math.ceil(wait_s))}
+        if isinstance(error, OverloadedError):
+            headers[REFUSED_BECAUSE] = error.reason
     return json_response(context, error.http_status, error_body(error), headers)
 
 

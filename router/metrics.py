@@ -15,7 +15,6 @@ from prometheus_client.registry import Collector
 from tandem.core import errors
 from tandem.core.errors import TandemError
 from tandem.core.replanning import DriftState, ReplanStatus
-from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus
 from tandem.core.slo import SloClass
 from tandem.core.timeline import PARTS
@@ -151,7 +150,7 @@ class RequestMetrics:
         self._cached_tokens.inc(timeline.num_cached_tokens)
         self._output_tokens.inc(timeline.num_output_tokens)
 
-    def refused(self, error: TandemError, slo: RequestSlo = NO_SLO) -> None:
+    def refused(self, error: TandemError, record: RequestRecord | None = None) -> None:
         """Count a request that the dispatcher or the text side refused."""
         self._count_outcome(error.code)
 

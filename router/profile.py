@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from tandem.core.errors import TandemError
-from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.timeline import Stage
 from tandem.core.workload_profile import ServedRequest, WorkloadProfile
 from tandem.router.records import RequestRecord
@@ -34,5 +33,5 @@ class ProfileObserver:
                 timeline.stamps[Stage.FINISHED],
             )
 
-    def refused(self, error: TandemError, slo: RequestSlo = NO_SLO) -> None:
+    def refused(self, error: TandemError, record: RequestRecord | None = None) -> None:
         """No effect: an accepted request was counted at its arrival, a malformed one does not count."""

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
-from tandem.core.errors import CancelledError, ContextLengthError, InvalidRequestError, TandemError
+from tandem.core.errors import (
+    CancelledError,
+    ContextLengthError,
+    DuplicateRequestError,
+    InvalidRequestError,
+    TandemError,
+)
 from tandem.core.request import FinishReason
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.timeline import Timeline
@@ -18,7 +24,12 @@ from tandem.scheduling.routing import Selection
 logger = logging.getLogger(__name__)
 
 COMPLETE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
-_CLIENTS_DOING = (CancelledError.code, InvalidRequestError.code, ContextLengthError.code)
+_CLIENTS_DOING = (
+    CancelledError.code,
+    InvalidRequestError.code,
+    ContextLengthError.code,
+    DuplicateRequestError.code,
+)
 
 
 @dataclass(slots=True)
@@ -40,7 +51,9 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """One finished request. `outcome` is a finish reason's value or an error's code. Holds no text and no tokens."""
+    """One request that is over, or was not accepted. `outcome` is a finish reason's value or an error's code. Holds no
+    text and no tokens. `predicted_ttft_s` is what the router expected when it came, `demoted_because` why it became
+    best effort, `refused_because` the reason of an OverloadedError."""
 
     request_id: str
     outcome: str
@@ -49,6 +62,9 @@ class RequestRecord:
     attempts: tuple[AttemptRecord, ...]
     slo: RequestSlo = NO_SLO
     token_gaps: TokenGaps = field(default_factory=TokenGaps)
+    predicted_ttft_s: float | None = None
+    demoted_because: str | None = None
+    refused_because: str | None = None
 
     @property
     def missed_targets(self) -> tuple[str, ...] | None:
@@ -99,8 +115,12 @@ class RequestRecord:
             "failures": [attempt.failure for attempt in self.attempts if attempt.failure],
             "parts": {name: _rounded(part_s) for name, part_s in timeline.parts().items()},
         }
+        if self.refused_because is not None:
+            fields["refused_because"] = self.refused_because
         if self.slo.has_targets:
             fields["slo_class"], fields["missed_targets"] = self.slo.name, self.missed_targets
+            fields["predicted_ttft_s"] = _rounded(self.predicted_ttft_s)
+            fields["is_demoted"] = self.demoted_because is not None
         if self.message is not None:
             fields["message"] = self.message
         return fields
@@ -111,28 +131,33 @@ class RequestObserver(Protocol):
 
     def finished(self, record: RequestRecord) -> None: ...
 
-    def refused(self, error: TandemError, slo: RequestSlo = NO_SLO) -> None:
-        """It was not accepted. `slo` is what it asked for, as far as that is known."""
+    def refused(self, error: TandemError, record: RequestRecord | None = None) -> None:
+        """It was not accepted. None: it did not get as far as token ids."""
         ...
 
 
 class RequestLog:
     """Writes one line per request, and remembers the last `capacity` of them."""
 
-    def __init__(self, capacity: int = 1024) -> None:
+    def __init__(self, capacity: int = 2048) -> None:
         self._capacity = capacity
         self._records: OrderedDict[str, RequestRecord] = OrderedDict()
 
     def finished(self, record: RequestRecord) -> None:
+        self._keep(record)
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("request %s", json.dumps(record.fields()))
+
+    def refused(self, error: TandemError, record: RequestRecord | None = None) -> None:
+        logger.info("request refused: %s: %s", error.code, error.message)
+        if record is not None:
+            self._keep(record)
+
+    def _keep(self, record: RequestRecord) -> None:
         self._records.pop(record.request_id, None)
         self._records[record.request_id] = record
         if len(self._records) > self._capacity:
             self._records.popitem(last=False)
-        if logger.isEnabledFor(logging.INFO):
-            logger.info("request %s", json.dumps(record.fields()))
-
-    def refused(self, error: TandemError, slo: RequestSlo = NO_SLO) -> None:
-        logger.info("request refused: %s: %s", error.code, error.message)
 
     def find(self, request_id: str) -> RequestRecord | None:
         """The last request of that id, if it is still remembered."""
@@ -153,6 +178,14 @@ class RequestLog:
             lines.append(f"  {record.message}")
         if record.slo.has_targets:
             lines.append(f"  {record.describe_slo()}")
+        if record.predicted_ttft_s is not None:
+            actual_s = record.timeline.ttft_s
+            actual = "" if actual_s is None else f", actual {_milliseconds(actual_s)}"
+            lines.append(f"  predicted TTFT {_milliseconds(record.predicted_ttft_s)}{actual}")
+        if record.demoted_because is not None:
+            lines.append(f"  best effort: {record.demoted_because}")
+        if record.refused_because is not None:
+            lines.append(f"  refused: {record.refused_because}")
         parts = record.timeline.parts().items()
         lines += [f"  {name.removesuffix('_s'):14} {_milliseconds(part_s)}" for name, part_s in parts]
         for attempt in record.attempts:

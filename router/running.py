@@ -8,7 +8,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from tandem.core.errors import TandemError
+from tandem.core.errors import OverloadedError, TandemError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
 from tandem.core.session import NewTokens, PrefillFinished, TransferCommitted
 from tandem.core.timeline import Timeline
@@ -111,6 +111,9 @@ class RunningRequest:
             attempts=tuple(record for _, record in self._attempts),
             slo=self.request.slo,
             token_gaps=self._token_gaps,
+            predicted_ttft_s=self.routed.predicted_ttft_s,
+            demoted_because=self.routed.demoted_because,
+            refused_because=error.reason if isinstance(error, OverloadedError) else None,
         )
 
     # --- attempts ----------------------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ class RunningRequest:
         self, attempt: Attempt, instance_id: str, selection: Selection, now_s: float
     ) -> GenerationRequest:
         """What to send: prompt and generated tokens go in, what follows them comes out."""
-        request, sampling = self.request, self.request.sampling
+        request, sampling = replace(self.request, slo=attempt.request.effective_slo), self.request.sampling
         if self._attempts:
             if self._output_ids and sampling.prompt_logprobs is not None:
                 sampling = replace(sampling, prompt_logprobs=None)  # the consumer has them already

@@ -91,7 +91,7 @@ class GoodputSelector(InstanceSelector):
         self._loads.pop(instance_id, None)
 
     def begun(self, attempt: Attempt, place: Place, now_s: float) -> None:
-        attempt.begun_s, attempt.expected = now_s, place.expected
+        attempt.expected = place.expected
         if attempt.hand_over:
             self._coming.add(attempt.handle)
         load = self._loads.get(place.instance.instance_id)
@@ -100,12 +100,12 @@ class GoodputSelector(InstanceSelector):
         cached = self.cached_tokens(attempt.request, place.instance)
         load.add_prompt(attempt.handle, attempt.num_tokens - cached, cached, now_s)
         if not attempt.hand_over:
-            load.add_decode(attempt.handle, attempt.num_tokens, attempt.request.slo)
+            load.add_decode(attempt.handle, attempt.num_tokens, attempt.request.effective_slo)
 
     def decode_chosen(self, attempt: Attempt, instance: KnownInstance, now_s: float) -> None:
         self._coming.discard(attempt.handle)
         if (load := self._loads.get(instance.instance_id)) is not None:
-            load.add_decode(attempt.handle, attempt.num_tokens, attempt.request.slo)
+            load.add_decode(attempt.handle, attempt.num_tokens, attempt.request.effective_slo)
 
     def first_token(self, attempt: Attempt, now_s: float) -> None:
         attempt.first_token_s = now_s
@@ -200,7 +200,7 @@ class GoodputSelector(InstanceSelector):
     def _estimate(
         self, place: Place, request: RoutedRequest, ttft_s: float, tpot_s: float, loss: float, now_s: float
     ) -> Estimate:
-        slo = request.slo
+        slo = request.effective_slo
         on_time = self.ttft_errors[place.hand_over].share_within(ttft_s, request.due_s - now_s, LEAST_ERROR)
         if request.growth_tokens > 1:
             on_time *= self.tpot_errors.share_within(tpot_s, slo.tpot_s, LEAST_ERROR)
@@ -248,9 +248,12 @@ class GoodputSelector(InstanceSelector):
         for decode_id in top:
             before_s, after_s = self._paces(decode_id, request, wait_s, 0.0, now_s)
             place = Place(self.instances[decode_id], False, None)
-            on_time = self.tpot_errors.share_within(after_s, request.slo.tpot_s, LEAST_ERROR)
+            slo = request.effective_slo
+            on_time = self.tpot_errors.share_within(after_s, slo.tpot_s, LEAST_ERROR)
             loss = self._loss(decode_id, before_s, after_s)
-            estimates.append(Estimate(place, 0.0, after_s, on_time, loss, request.slo.weight * on_time - loss))
+            estimates.append(
+                Estimate(place, 0.0, after_s, on_time, loss, request.effective_slo.weight * on_time - loss)
+            )
         best = _best(estimates, request)
         return best.place._replace(selection=_explained(best, estimates)) if self._explain else best.place
 
@@ -263,7 +266,7 @@ def _best(estimates: list[Estimate], request: RoutedRequest) -> Estimate:
 
     def latency(each: Estimate) -> float:
         """In targets, where there are any; in seconds of the whole answer otherwise."""
-        slo = request.slo
+        slo = request.effective_slo
         if slo.has_targets:
             return each.ttft_s / slo.ttft_s + each.tpot_s / slo.tpot_s + margin(each)
         return (each.ttft_s + each.tpot_s * request.growth_tokens) * (1 + margin(each))

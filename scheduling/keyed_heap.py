@@ -1,7 +1,7 @@
 """A priority queue whose entries can be found, changed and dropped by key."""
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -28,6 +28,10 @@ class KeyedHeap(Generic[K]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._entries
+
+    def __iter__(self) -> Iterator[K]:
+        """In no order; the heap must not change meanwhile."""
+        return iter(self._entries)
 
     def push(self, key: K, priority: float) -> None:
         """Add `key`, or change its priority."""

@@ -1,93 +1,120 @@
-"""Requests that wait in the router until an instance has credit, and how long a newcomer would wait behind them."""
+"""Requests that wait in the router until an instance has credit, and how long a newcomer would wait behind them.
+
+Of the requests of the highest priority, those that can still meet their TTFT target are dispatched by deadline, and the
+others behind them as they came (`scheduling.queue_order`). Both lines are fair between tenants: by deadline within a
+bound, as they came without one.
+
+    push -> [timely: by deadline | others: by arrival] of its priority -> dispatch, or discard
+                  ^------ goodput: who can be in time ------^
+"""
 
 import math
+from itertools import chain
 
+from tandem.scheduling.drain_rate import DrainRate, FirstTokenTime
 from tandem.scheduling.keyed_heap import KeyedHeap
+from tandem.scheduling.queue_order import Job, QueueOrder, left_out
 from tandem.scheduling.routed_request import RoutedRequest
+from tandem.scheduling.tenant_ledger import TenantLedger
 
-RATE_MEMORY_S = 10.0  # of waiting; what was measured longer ago hardly counts
+# Deadlines count among tenants whose counters differ by no more than this: twice the cost of a long request, as VTC's
+# own bound between two tenants that wait.
+FAIR_TOKENS = 8192
 
+# Nobody starves: of so many dispatches, one goes to the first of the others, if it has waited for long enough.
+_OTHERS_SHARE = 8
+_PATIENT_TARGETS = 2  # times its TTFT target
+_PATIENT_S = 10.0  # without a target
 
-class DrainRate:
-    """Prompt tokens that leave the queue per second while something waits. Older measurements fade exponentially.
-
-    Time without anybody waiting does not count: it says nothing of what the instances can do.
-    """
-
-    __slots__ = ("_busy_s", "_since_s", "_tokens")
-
-    def __init__(self) -> None:
-        self._tokens = 0.0
-        self._busy_s = 0.0
-        self._since_s: float | None = None  # None: nobody waits
-
-    def begin(self, now_s: float) -> None:
-        """Somebody waits from now on."""
-        self._since_s = now_s
-
-    def end(self, now_s: float) -> None:
-        """Nobody waits any more."""
-        self._pass_time(now_s)
-        self._since_s = None
-
-    def left(self, num_tokens: int, now_s: float) -> None:
-        """A prompt of that length has left the queue for an instance."""
-        self._pass_time(now_s)
-        self._tokens += num_tokens
-
-    def tokens_per_s(self, now_s: float) -> float | None:
-        """None: not measured for long enough, or nothing has left."""
-        self._pass_time(now_s)
-        return self._tokens / self._busy_s if self._busy_s >= 1.0 and self._tokens else None
-
-    def _pass_time(self, now_s: float) -> None:
-        if self._since_s is None:
-            return
-        passed_s = now_s - self._since_s
-        fade = math.exp(-passed_s / RATE_MEMORY_S)
-        self._tokens *= fade
-        self._busy_s = self._busy_s * fade + RATE_MEMORY_S * (1 - fade)
-        self._since_s = now_s
+# Who can be in time is worked out after each arrival, but not more often than this where many wait: it takes 2 ms for a
+# thousand.
+_REPLAN_S = 0.05
+_MANY = 64
 
 
-class _ClientQueue:
-    """What waits of one client."""
+class _Line:
+    """Requests of several tenants, each tenant's by a key. `fair_tokens`: see FAIR_TOKENS; 0: the tenant that was given
+    least is next."""
 
-    __slots__ = ("num_tokens", "order")
+    __slots__ = ("_fair_tokens", "num_tokens", "tenants", "tokens_of")
 
-    def __init__(self) -> None:
+    def __init__(self, fair_tokens: float) -> None:
+        self._fair_tokens = fair_tokens
+        self.tenants: dict[str, KeyedHeap[RoutedRequest]] = {}
+        self.tokens_of: dict[str, int] = {}
         self.num_tokens = 0
-        self.order: KeyedHeap[RoutedRequest] = KeyedHeap()  # by arrival
+
+    def push(self, request: RoutedRequest, key: float) -> None:
+        heap = self.tenants.get(request.client)
+        if heap is None:
+            heap = self.tenants[request.client] = KeyedHeap()
+            self.tokens_of[request.client] = 0
+        heap.push(request, key)
+        self.tokens_of[request.client] += request.num_tokens
+        self.num_tokens += request.num_tokens
+
+    def discard(self, request: RoutedRequest) -> bool:
+        """False: it is not in this line."""
+        heap = self.tenants.get(request.client)
+        if heap is None or request not in heap:
+            return False
+        heap.discard(request)
+        self.num_tokens -= request.num_tokens
+        self.tokens_of[request.client] -= request.num_tokens
+        if not heap:
+            del self.tenants[request.client], self.tokens_of[request.client]
+        return True
+
+    def first(self, ledger: TenantLedger) -> RoutedRequest | None:
+        if not self.tenants:
+            return None
+        limit = min(map(ledger.given, self.tenants)) + self._fair_tokens
+        heads = [heap.peek() for tenant, heap in self.tenants.items() if ledger.given(tenant) <= limit]
+        return min((head for head in heads if head is not None), key=lambda head: (head[0], head[1].number))[1]
+
+    def requests(self) -> list[RoutedRequest]:
+        return [request for heap in self.tenants.values() for request in heap]
+
+    def tokens_before(self, newcomer: RoutedRequest) -> int:
+        """Those that come before it, since each tenant gets the same."""
+        own_tokens = self.tokens_of.get(newcomer.client, 0)
+        share = own_tokens + newcomer.num_tokens  # what each other tenant is given meanwhile
+        others = (tokens for tenant, tokens in self.tokens_of.items() if tenant != newcomer.client)
+        return own_tokens + sum(min(tokens, share) for tokens in others)
+
+
+class _Band:
+    """What waits with one priority."""
+
+    __slots__ = ("others", "timely")
+
+    def __init__(self) -> None:
+        self.timely = _Line(FAIR_TOKENS)
+        self.others = _Line(0)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.timely.tenants and not self.others.tenants
 
 
 class RequestQueue:
-    """Fair between clients, first come first served for each of them. A request that comes back after a failure has its
-    old place among those of its client.
+    """Owned by the routing machine. A request that comes back after a failure has its old place."""
 
-    The next request is one of the client that has been given the fewest prompt tokens. A client that comes counts as
-    given what the client served last had been given, so it neither waits for others to end nor makes up for its absence
-    (the virtual token counter of Sheng et al., OSDI 2024, with prompt tokens as the cost).
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, order: QueueOrder = "fcfs") -> None:
         self.num_tokens = 0  # of the prompts that wait
-        self._clients: dict[str, _ClientQueue] = {}  # those with requests that wait
-        self._given_tokens: KeyedHeap[str] = KeyedHeap()  # of these clients
-        self._last_given_tokens = 0.0  # of the client served last, before it was served
+        self.ledger = TenantLedger()
+        self.first_token_time = FirstTokenTime()
+        self._order = order
+        self._bands: dict[int, _Band] = {}  # by priority, those that are not empty
+        self._waiting: dict[RoutedRequest, None] = {}
         self._patience: KeyedHeap[RoutedRequest] = KeyedHeap()  # until when each of them waits
-        self._num_requests = 0
         self._rate = DrainRate()
+        self._num_since_others = 0  # dispatches, since one of the others had its turn
+        self._planned_s = -math.inf  # when it was worked out who can be in time
+        self._has_news = False  # a request has come since
 
     def __len__(self) -> int:
-        return self._num_requests
-
-    @property
-    def first(self) -> RoutedRequest | None:
-        client = self._given_tokens.peek()
-        if client is None:
-            return None
-        found = self._clients[client[1]].order.peek()
-        return None if found is None else found[1]
+        return len(self._waiting)
 
     @property
     def next_end_s(self) -> float:
@@ -95,45 +122,62 @@ class RequestQueue:
         found = self._patience.peek()
         return math.inf if found is None else found[0]
 
+    def first(self, now_s: float) -> RoutedRequest | None:
+        """The next one to dispatch."""
+        if self._order == "goodput" and (
+            now_s - self._planned_s >= _REPLAN_S or (self._has_news and len(self._waiting) <= _MANY)
+        ):
+            self._plan(now_s)
+        if not self._bands:
+            return None
+        band = self._bands[max(self._bands)]
+        other = band.others.first(self.ledger)
+        if other is not None and self._num_since_others >= _OTHERS_SHARE - 1 and now_s >= _patient_until_s(other):
+            return other
+        return band.timely.first(self.ledger) or other
+
     def push(self, request: RoutedRequest, until_s: float, now_s: float) -> None:
         """It waits, at most until then (inf: for as long as it takes)."""
-        if not self._num_requests:
+        if not self._waiting:
             self._rate.begin(now_s)
-        queue = self._clients.get(request.client)
-        if queue is None:
-            queue = self._clients[request.client] = _ClientQueue()
-            self._given_tokens.push(request.client, self._last_given_tokens)
-        queue.order.push(request, request.number)
-        queue.num_tokens += request.num_tokens
+        self.ledger.open(request.client)
+        tenants = set(
+            chain.from_iterable((*band.timely.tenants, *band.others.tenants) for band in self._bands.values())
+        )
+        if request.client not in tenants:
+            self.ledger.wait(request.client, min(map(self.ledger.given, tenants), default=None))
+        band = self._bands.setdefault(request.slo.priority, _Band())
+        if self._order != "fcfs" and request.has_due_time:
+            band.timely.push(request, _timely_key(request))
+        else:
+            band.others.push(request, request.number)
         if until_s < math.inf:
             self._patience.push(request, until_s)
-        self._num_requests += 1
+        self._waiting[request] = None
+        self._has_news = True
         self.num_tokens += request.num_tokens
 
     def dispatch(self, request: RoutedRequest, now_s: float) -> None:
-        """An instance takes the first one."""
-        given = self._given_tokens.peek()
-        assert given is not None, "it waits"
-        self._last_given_tokens, client = given
-        assert client == request.client, "only the first one is dispatched"
-        self._given_tokens.push(client, self._last_given_tokens + request.num_tokens)
+        """An instance takes this one."""
+        is_other = request in self._bands[request.slo.priority].others.tenants.get(request.client, ())
+        self._num_since_others = 0 if is_other else self._num_since_others + 1
         self._rate.left(request.num_tokens, now_s)
+        self.ledger.dispatched(request.client, request.num_tokens)
         self.discard(request, now_s)
 
     def discard(self, request: RoutedRequest, now_s: float) -> None:
         """It waits no longer; one that does not wait is ignored."""
-        queue = self._clients.get(request.client)
-        if queue is None or request not in queue.order:
+        if request not in self._waiting:
             return
-        queue.order.discard(request)
-        queue.num_tokens -= request.num_tokens
-        if not queue.order:
-            del self._clients[request.client]
-            self._given_tokens.discard(request.client)
+        del self._waiting[request]
+        band = self._bands[request.slo.priority]
+        assert band.timely.discard(request) or band.others.discard(request), "what waits is in a line"
+        if band.is_empty:
+            del self._bands[request.slo.priority]
+        self.ledger.close(request.client)
         self._patience.discard(request)
-        self._num_requests -= 1
         self.num_tokens -= request.num_tokens
-        if not self._num_requests:
+        if not self._waiting:
             self._rate.end(now_s)
 
     def pop_impatient(self, now_s: float) -> list[RoutedRequest]:
@@ -144,16 +188,81 @@ class RequestQueue:
             taken.append(found[1])
         return taken
 
-    def expected_wait_s(self, now_s: float, client: str | None = None, num_tokens: int = 0) -> float:
-        """Of a newcomer, at the recent rate; 0 if nobody waits or nothing is measured yet. `num_tokens`: of its
-        prompt. `client` None: behind all that wait."""
-        rate = self._rate.tokens_per_s(now_s) if self._num_requests else None
+    # --- predictions -------------------------------------------------------------------------------------------------
+
+    def expected_wait_s(self, now_s: float, newcomer: RoutedRequest | None = None) -> float:
+        """Of a newcomer, at the recent rate; 0 if nobody waits or nothing is measured yet. None: behind all."""
+        rate = self._rate.tokens_per_s(now_s) if self._waiting else None
         if rate is None:
             return 0.0
-        if client is None:
-            return self.num_tokens / rate
-        own = self._clients.get(client)
-        own_tokens = 0 if own is None else own.num_tokens
-        share = own_tokens + num_tokens  # what each other client is given meanwhile
-        others = (queue.num_tokens for queue in self._clients.values() if queue is not own)
-        return (own_tokens + sum(min(tokens, share) for tokens in others)) / rate
+        return (self.num_tokens if newcomer is None else self._tokens_before(newcomer)) / rate
+
+    def leaves_out(self, newcomer: RoutedRequest, now_s: float) -> bool:
+        """Whether a newcomer with a TTFT target would be too late, or would make others late that need less time. Only
+        where they are left out; with the other orders its `expected_wait_s` says it all."""
+        if self._order != "goodput" or not self._waiting:
+            return False
+        start_s, token_s = now_s, self._token_s(now_s)
+        for priority, band in self._bands.items():
+            if priority > newcomer.slo.priority:
+                start_s += band.timely.num_tokens * token_s
+        band = self._bands.get(newcomer.slo.priority, _Band())
+        rivals = [request for request in band.timely.requests() if not request.num_output_tokens]
+        jobs = [self._job(request, token_s) for request in (*rivals, newcomer)]
+        return len(rivals) in left_out(jobs, start_s)
+
+    def _tokens_before(self, newcomer: RoutedRequest) -> int:
+        tokens = 0
+        for priority, band in self._bands.items():
+            if priority > newcomer.slo.priority:
+                tokens += band.timely.num_tokens + band.others.num_tokens
+            elif priority == newcomer.slo.priority:
+                if self._order != "fcfs" and newcomer.has_due_time:
+                    timely = band.timely.requests()
+                    tokens += sum(request.num_tokens for request in timely if request.due_s <= newcomer.due_s)
+                else:
+                    tokens += band.timely.num_tokens + band.others.tokens_before(newcomer)
+        return tokens
+
+    # --- who can be in time ------------------------------------------------------------------------------------------
+
+    def _plan(self, now_s: float) -> None:
+        """Move those that cannot be in time behind the others, and those that now can back."""
+        self._planned_s, self._has_news = now_s, False
+        start_s, token_s = now_s, self._token_s(now_s)
+        for _, band in sorted(self._bands.items(), reverse=True):
+            waiting = [request for request in band.timely.requests() if not request.num_output_tokens]
+            num_timely = len(waiting)
+            waiting += [request for request in band.others.requests() if request.has_due_time]
+            if not waiting:
+                continue
+            late = left_out([self._job(request, token_s) for request in waiting], start_s)
+            for index, request in enumerate(waiting):
+                was_timely, is_timely = index < num_timely, index not in late
+                if was_timely and not is_timely:
+                    band.timely.discard(request)
+                    band.others.push(request, request.number)
+                elif is_timely and not was_timely:
+                    band.others.discard(request)
+                    band.timely.push(request, request.due_s)
+            start_s += band.timely.num_tokens * token_s
+
+    def _job(self, request: RoutedRequest, token_s: float) -> Job:
+        """It should have left the queue when there is just time enough to compute its first token."""
+        due_s = request.due_s - self.first_token_time.expected_s(request.num_tokens)
+        return Job(due_s, request.num_tokens * token_s, request.slo.weight)
+
+    def _token_s(self, now_s: float) -> float:
+        """Time that the queue takes for a token; 0 while nothing is measured: then only what is late is late."""
+        rate = self._rate.tokens_per_s(now_s)
+        return 0.0 if rate is None else 1 / rate
+
+
+def _timely_key(request: RoutedRequest) -> float:
+    """One that has tokens already goes first: its client was promised the rest."""
+    return -math.inf if request.num_output_tokens else request.due_s
+
+
+def _patient_until_s(request: RoutedRequest) -> float:
+    ttft_s = request.slo.ttft_s
+    return request.received_s + (_PATIENT_TARGETS * ttft_s if ttft_s < math.inf else _PATIENT_S)

@@ -22,6 +22,7 @@ class RoutedRequest:
         "avoid",
         "client",
         "deadline_s",
+        "demoted_because",
         "due_s",
         "error",
         "give_up_s",
@@ -31,6 +32,8 @@ class RoutedRequest:
         "num_output_tokens",
         "num_prompt_tokens",
         "number",
+        "predicted_ttft_s",
+        "received_s",
         "retry_s",
         "slo",
     )
@@ -57,7 +60,10 @@ class RoutedRequest:
         self.deadline_s = deadline_s
         self.client = client
         self.slo = slo
+        self.received_s = received_s
         self.due_s = received_s + slo.ttft_s  # its first token; inf: no target
+        self.predicted_ttft_s: float | None = None  # when it came; None: nothing was measured yet
+        self.demoted_because: str | None = None  # it is best effort now
         self.num_output_tokens = 0
         self.num_attempts = 0
         self.attempt: Attempt | None = None  # None: it waits
@@ -67,6 +73,16 @@ class RoutedRequest:
         self.give_up_s = math.inf
         self._name_blocks = name_blocks
         self._names: dict[int, Sequence[Hashable]] = {}
+
+    @property
+    def has_due_time(self) -> bool:
+        """Its first token is still meant to be in time."""
+        return self.due_s < math.inf and self.demoted_because is None
+
+    @property
+    def effective_slo(self) -> RequestSlo:
+        """The targets that are aimed at: none, once it is best effort."""
+        return self.slo if self.demoted_because is None else NO_SLO
 
     @property
     def num_tokens(self) -> int:
@@ -118,19 +134,21 @@ class Attempt:
         "request",
     )
 
-    def __init__(self, handle: int, request: RoutedRequest, prefill: "KnownInstance", hand_over: bool) -> None:
+    def __init__(
+        self, handle: int, request: RoutedRequest, prefill: "KnownInstance", hand_over: bool, begun_s: float
+    ) -> None:
         self.handle = handle
         self.request = request
         self.prefill: KnownInstance | None = prefill
         self.decode: KnownInstance | None = None
         self.hand_over = hand_over
+        self.begun_s = begun_s
         self.num_tokens = request.num_tokens
         self.growth_tokens = request.growth_tokens
         self.has_started = False  # the prompt is or was in a step
         self.has_first_token = False
         self.has_transfer = False
         self.error: TandemError | None = None  # why it failed
-        self.begun_s = 0.0
         self.expected: tuple[float, float] | None = None  # TTFT since then and TPOT, as predicted
         self.first_token_s: float | None = None
 

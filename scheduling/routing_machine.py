@@ -44,6 +44,7 @@ from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import Residuals
+from tandem.scheduling.queue_order import QueueOrder
 from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
@@ -52,6 +53,7 @@ LEASE_SHARE = 1 / 3  # of a lease, after which it is renewed: two renewals may c
 WAIT_SHARE = 0.75  # of the longest wait: who is expected to wait longer is refused at once, for the rate may change
 
 RoutingPolicy = Literal["balanced", "goodput"]
+_LEAST_RETRY_S = 0.1
 
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 
@@ -63,7 +65,9 @@ class RoutingSettings:
     An instance is without credit while `max_outstanding_tokens` of this router's prompts wait there: to be computed, or
     for memory to decode them; and while the requests that decode there are expected to fill more than its memory, by
     the lengths of the last answers. Requests for which no instance has credit wait in the router, for `max_wait_s` at
-    most; one that would wait longer, or beyond its deadline, is refused when it comes.
+    most; one that would wait longer, or beyond its deadline, is refused when it comes. `queue_order` is the order in
+    which they wait: see `scheduling.queue_order`. A request that cannot meet its TTFT target is made best effort, or
+    refused, as its class says: when it comes, or when the time has passed while it waited.
 
     A request that has lost its instances waits `replacement_wait_s` for usable ones, and `retry_pause_s` before it goes
     back to an instance that failed it. `slack_tokens`: see `routing.choose_prefill`. `max_tracked_blocks`
@@ -79,6 +83,7 @@ class RoutingSettings:
     retry_pause_s: float = 0.05
     max_outstanding_tokens: int | None = None
     max_wait_s: float = math.inf
+    queue_order: QueueOrder = "goodput"
     slack_tokens: int = 4096
     max_tracked_blocks: int = 65536
     local_prefill: bool = True
@@ -136,7 +141,7 @@ class RoutingMachine:
             local_prefill=settings.local_prefill,
         )
         self._requests: dict[Hashable, RoutedRequest] = {}
-        self._queue = RequestQueue()  # waits for credit
+        self._queue = RequestQueue(settings.queue_order)  # waits for credit
         self._recovering: dict[RoutedRequest, None] = {}  # waits for an instance
         self._retries: KeyedHeap[RoutedRequest] = KeyedHeap()  # when those are looked at again
         self._deadlines: KeyedHeap[RoutedRequest] = KeyedHeap()
@@ -244,9 +249,10 @@ class RoutingMachine:
             raise DeadlineError("the request's deadline has passed")
         max_queue = self._settings.max_queue
         if max_queue is not None and len(self._requests) >= max_queue:
-            raise OverloadedError(f"the router already holds {max_queue} requests; try again later")
+            raise OverloadedError(
+                f"the router already holds {max_queue} requests; try again later", reason="queue-full"
+            )
         self._selector.check_length(num_prompt_tokens)
-        self._check_wait(client, num_prompt_tokens, deadline_s, now_s)
         self._num_requests += 1
         request = RoutedRequest(
             key,
@@ -259,7 +265,10 @@ class RoutingMachine:
             slo,
             now_s if received_s is None else received_s,
         )
+        self._check_targets(request, now_s)
+        self._check_wait(request, now_s)
         self._requests[key] = request
+        self._queue.ledger.open(client)
         if deadline_s < math.inf:
             self._deadlines.push(request, deadline_s)
             self._wake(deadline_s)
@@ -267,6 +276,7 @@ class RoutingMachine:
         if place is None:
             self._wait_for_credit(request, now_s)
         else:
+            self._queue.ledger.dispatched(client, request.num_tokens)
             self._begin(request, place, now_s)
         return request
 
@@ -282,8 +292,7 @@ class RoutingMachine:
         for request in self._deadlines.pop_until(now_s):
             self._end(request, DeadlineError("the request's deadline has passed"), now_s)
         for request in self._queue.pop_impatient(now_s):
-            error = OverloadedError(f"no instance had room for the request in {self._settings.max_wait_s:g} s")
-            self._end(request, error, now_s)
+            self._end(request, self._waited_in_vain(request, now_s), now_s)
         for request in self._retries.pop_until(now_s):
             self._recover(request, now_s)
         for attempt in self._renewals.pop_until(now_s):
@@ -309,6 +318,7 @@ class RoutingMachine:
         if instance is None:
             return False
         attempt.has_started = True
+        self._queue.ledger.found_cached(attempt.request.client, num_cached_tokens)
         self._record_progress(attempt, instance, num_cached_tokens)
         if attempt.hand_over and attempt.decode is None and attempt.growth_tokens > 1:
             self._hand_over(attempt, instance, now_s)
@@ -325,6 +335,8 @@ class RoutingMachine:
             return False
         attempt.has_first_token = True
         self._selector.first_token(attempt, now_s)
+        self._queue.first_token_time.observe(attempt.num_tokens, now_s - attempt.begun_s)
+        self._queue.ledger.generated(attempt.request.client, 1)
         attempt.request.num_output_tokens += 1
         self._record_progress(attempt, instance, attempt.num_tokens)
         if is_last:
@@ -361,6 +373,7 @@ class RoutingMachine:
             return False
         request = attempt.request
         request.num_output_tokens += count
+        self._queue.ledger.generated(request.client, count)
         if request.num_output_tokens > request.max_tokens:
             self._end(request, InternalError("a worker sent more tokens than were asked for"), now_s)
             return False
@@ -407,9 +420,11 @@ class RoutingMachine:
 
     def _begin(self, request: RoutedRequest, place: Place, now_s: float) -> None:
         instance = place.instance
+        if request.has_due_time and now_s > request.due_s and not request.num_output_tokens:
+            request.demoted_because = "its TTFT target had passed while it waited"
         self._num_attempts += 1
         request.num_attempts += 1
-        request.attempt = attempt = Attempt(self._num_attempts, request, instance, place.hand_over)
+        request.attempt = attempt = Attempt(self._num_attempts, request, instance, place.hand_over, now_s)
         held_tokens = attempt.num_tokens if place.hand_over else request.max_total_tokens
         instance.dispatch(attempt, attempt.num_tokens, held_tokens, self._selector.expected_tokens(attempt))
         self._selector.put(instance, is_chosen=True)
@@ -495,6 +510,7 @@ class RoutingMachine:
             else:
                 self._wait_for_instance(request, now_s)
         elif now_s >= request.retry_s or place.instance.instance_id not in request.avoid:
+            self._queue.ledger.dispatched(request.client, request.num_tokens)
             self._begin(request, place, now_s)
         elif isinstance(request.error, OverloadedError) and not request.num_output_tokens:
             self._end(request, request.error, now_s)  # all queues are full: the client should know, not wait here too
@@ -523,7 +539,7 @@ class RoutingMachine:
             for request in sorted(self._recovering, key=lambda each: each.number):
                 if request in self._recovering:
                     self._recover(request, now_s)
-        while (first := self._queue.first) is not None:
+        while (first := self._queue.first(now_s)) is not None:
             place = self._selector.choose_first(first, now_s)
             if place is None and self._selector.waits_for_credit(first):
                 return
@@ -538,25 +554,71 @@ class RoutingMachine:
 
     def _wait_for_credit(self, request: RoutedRequest, now_s: float) -> None:
         """One that has tokens already waits until its deadline: its client was promised the rest."""
-        until_s = math.inf if request.num_output_tokens else now_s + self._settings.max_wait_s
+        until_s = math.inf
+        if not request.num_output_tokens:
+            until_s = now_s + self._settings.max_wait_s
+            if request.slo.if_unmet == "refuse":
+                until_s = min(until_s, max(request.due_s, now_s))
         self._queue.push(request, until_s, now_s)
         self._wake(until_s)
 
-    def _check_wait(self, client: str, num_prompt_tokens: int, deadline_s: float, now_s: float) -> None:
+    def _expected_ttft_s(self, request: RoutedRequest, now_s: float) -> float | None:
+        """Of a newcomer; None: nothing is measured yet. It has waited for its tokenization already."""
+        first_token_s = self._queue.first_token_time.expected_s(request.num_tokens)
+        if not first_token_s:
+            return None
+        return now_s - request.received_s + self._queue.expected_wait_s(now_s, request) + first_token_s
+
+    def _check_targets(self, request: RoutedRequest, now_s: float) -> None:
+        """Make a newcomer best effort if it is not alone and cannot meet its TTFT target. Raises OverloadedError if its
+        class would rather have it refused."""
+        request.predicted_ttft_s = expected_s = self._expected_ttft_s(request, now_s)
+        slo = request.slo
+        if expected_s is None or slo.ttft_s == math.inf:
+            return
+        if not self._requests:  # it shows whether the prediction still holds
+            return
+        if expected_s <= slo.ttft_s and not self._queue.leaves_out(request, now_s):
+            return
+        text = f"the first token is expected after {expected_s:.3g} s, and the target is {slo.ttft_s:.3g} s"
+        if slo.if_unmet == "refuse":
+            raise OverloadedError(
+                f"the request would miss its TTFT target: {text}; try again later",
+                retry_after_s=max(expected_s - slo.ttft_s, _LEAST_RETRY_S),
+                reason="ttft-target",
+            )
+        request.demoted_because = text
+
+    def _check_wait(self, request: RoutedRequest, now_s: float) -> None:
         """Raises OverloadedError if a newcomer would wait for too long."""
-        wait_s = self._queue.expected_wait_s(now_s, client, num_prompt_tokens)
+        wait_s = self._queue.expected_wait_s(now_s, request)
         longest_s = WAIT_SHARE * self._settings.max_wait_s
         if wait_s > longest_s:
             raise OverloadedError(
                 f"{len(self._queue)} requests wait for an instance already, and another one would for about "
                 f"{wait_s:.0f} s; try again later",
                 retry_after_s=wait_s - longest_s,
+                reason="max-wait",
             )
-        if wait_s > deadline_s - now_s:
+        if wait_s > request.deadline_s - now_s:
             raise OverloadedError(
                 f"the request would wait for an instance for about {wait_s:.0f} s, beyond its deadline",
-                retry_after_s=wait_s - (deadline_s - now_s),
+                retry_after_s=wait_s - (request.deadline_s - now_s),
+                reason="deadline",
             )
+
+    def _waited_in_vain(self, request: RoutedRequest, now_s: float) -> OverloadedError:
+        if request.slo.if_unmet == "refuse" and now_s >= request.due_s:
+            return OverloadedError(
+                f"no instance had room for the request within its TTFT target of {request.slo.ttft_s:.3g} s",
+                retry_after_s=max(self._queue.expected_wait_s(now_s), _LEAST_RETRY_S),
+                reason="ttft-target",
+            )
+        return OverloadedError(
+            f"no instance had room for the request in {self._settings.max_wait_s:g} s",
+            retry_after_s=max(self._queue.expected_wait_s(now_s), _LEAST_RETRY_S),
+            reason="max-wait",
+        )
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
@@ -568,6 +630,7 @@ class RoutingMachine:
 
     def _forget(self, request: RoutedRequest, now_s: float) -> None:
         del self._requests[request.key]
+        self._queue.ledger.close(request.client)
         if not self._requests and self._wake_s < math.inf:
             self._wake_s = math.inf
             self._driver.wake_at(math.inf)

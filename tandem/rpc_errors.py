@@ -17,6 +17,7 @@ from tandem.core.errors import (
 CODE_KEY = "tandem-code"
 PARAM_KEY = "tandem-param"
 RETRY_AFTER_KEY = "tandem-retry-after-s"
+REFUSED_BECAUSE_KEY = "x-tandem-refused-because"
 
 
 class RpcFailure(Protocol):
@@ -39,6 +40,7 @@ def error_from_rpc(rpc_error: RpcFailure) -> TandemError:
         error = error_from_code(code, details, metadata.get(PARAM_KEY) or None)
         if isinstance(error, OverloadedError) and (seconds := metadata.get(RETRY_AFTER_KEY)):
             error.retry_after_s = float(seconds)
+            error.reason = metadata.get(REFUSED_BECAUSE_KEY, error.reason)
         return error
     match rpc_error.code():
         case grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from tandem.core.errors import InternalError, InvalidRequestError, OverloadedError, TandemError
-from tandem.rpc_errors import CODE_KEY, PARAM_KEY, RETRY_AFTER_KEY
+from tandem.rpc_errors import CODE_KEY, PARAM_KEY, REFUSED_BECAUSE_KEY, RETRY_AFTER_KEY
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ async def _end_call(context: grpc.aio.ServicerContext[Any, Any], method: str, er
     metadata = [(CODE_KEY, error.code), (PARAM_KEY, error.param or "")]
     if isinstance(error, OverloadedError):
         metadata.append((RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"))
+        metadata.append((REFUSED_BECAUSE_KEY, error.reason))
     with suppress(TimeoutError):  # a client that reads nothing does not get this far; then gRPC resets the stream
         async with asyncio.timeout(_STATUS_TIMEOUT_S):
             try:

@@ -10,7 +10,7 @@ from tandem.core.step_coefficients import StepCoefficients
 from tandem.scheduling.budget import Mixing
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.instance_selector import InstanceSelector
-from tandem.scheduling.routing_machine import RoutingPolicy
+from tandem.scheduling.routing_machine import RoutingSettings
 from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.step_load import step_load
 
@@ -73,8 +73,9 @@ class NetworkSpec:
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
     """Fixed times that the router and the wire add. `same_node_only`: decode is chosen on the prefill instance's node.
-    `policy`: see `routing_machine.RoutingSettings`; `selector_type` is that of another system, if it is simulated.
-    `slo` are the classes that requests name by their index; a request beyond them has no targets.
+    `slo` are the classes that requests name by their index; a request beyond them has no targets. `routing` are the
+    settings of the routing machine; without a limit of outstanding tokens no request waits in the router.
+    `selector_type` is that of another system, if it is simulated.
 
     `admission_s`: received until the prefill worker has it. `first_token_s` and `token_s`: from the worker to the
     client. A request that has not ended `request_timeout_s` after its arrival ends then, without an answer.
@@ -86,7 +87,7 @@ class RouterSpec:
     same_node_only: bool = False
     request_timeout_s: float = float("inf")
     slo: tuple[RequestSlo, ...] = ()
-    policy: RoutingPolicy = "balanced"
+    routing: RoutingSettings = field(default_factory=RoutingSettings)
     selector_type: type[InstanceSelector] | None = None
 
 

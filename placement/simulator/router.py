@@ -20,7 +20,7 @@ from tandem.placement.simulator.record import Record
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
-from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
+from tandem.scheduling.routing_machine import RoutingMachine
 
 
 class Router:
@@ -36,11 +36,9 @@ class Router:
         events: EventQueue,
         network: Network,
         record: Record,
-        routing: RoutingSettings | None = None,
     ) -> None:
         """`connect` it to its instances before the first request."""
-        settings = routing or RoutingSettings(policy=spec.policy)
-        self.machine = RoutingMachine(self, settings, explain=False, selector_type=spec.selector_type)
+        self.machine = RoutingMachine(self, spec.routing, explain=False, selector_type=spec.selector_type)
         self.num_refused = 0
         self.wake_s = math.inf
         self._spec = spec
@@ -150,7 +148,7 @@ class Router:
         sampling = self._sampling.get(max_tokens)
         if sampling is None:
             sampling = self._sampling[max_tokens] = SamplingParams(max_tokens=max_tokens)
-        request = counted_request(row, attempt.num_tokens, routed.num_output_tokens, sampling, routed.slo)
+        request = counted_request(row, attempt.num_tokens, routed.num_output_tokens, sampling, routed.effective_slo)
         self._attempts[row] = own = SimulatedAttempt(row, attempt, request, instance)
         self._record.begin_attempt(row, self._events.now_s)
         instance.submit(own, hand_over=attempt.hand_over)

@@ -23,7 +23,13 @@ def shared_cluster(built_in_model: Path, tmp_path_factory: pytest.TempPathFactor
         tmp_path_factory.mktemp("cluster"),
         decode_transports=("shared_memory", "gloo"),
         prefill={"max_batch_tokens": 512},
-        router={"slo": [{"name": "easy", "ttft_s": 60.0, "tpot_s": 60.0}]},
+        router={
+            "slo": [
+                {"name": "easy", "ttft_s": 60.0, "tpot_s": 60.0},
+                {"name": "now-or-never", "ttft_s": 1e-4, "tpot_s": 60.0, "if_unmet": "refuse"},
+                {"name": "soon", "ttft_s": 1e-4, "tpot_s": 60.0},
+            ]
+        },
     ) as cluster:
         yield cluster
 

@@ -94,9 +94,9 @@ class Replay:
         )
         self._live = live
         self._events = EventQueue()
-        spec = RouterSpec(request_timeout_s=request_timeout_s)
+        spec = RouterSpec(request_timeout_s=request_timeout_s, routing=routing)
         network = Network(NetworkSpec(), self._events)
-        self.router = ReplayRouter(spec, requests, self._events, network, Record(requests), routing)
+        self.router = ReplayRouter(spec, requests, self._events, network, Record(requests))
         self.router.recording = Recording()
         self._attempts: dict[int, Attempt] = {}
         instances = {}

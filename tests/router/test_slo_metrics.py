@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -75,13 +75,14 @@ def test_a_request_of_its_own_targets_is_custom_and_misses_only_those() -> None:
 
 def test_a_refusal_for_want_of_room_is_a_miss_and_a_wrong_request_is_not() -> None:
     page = Metrics([CHAT])
-    page.slo.refused(OverloadedError("full"), CHAT.request_slo)
-    page.slo.refused(ContextLengthError("too long"), CHAT.request_slo)
+    for error in (OverloadedError("full"), ContextLengthError("too long")):
+        page.slo.refused(error, record(CHAT.request_slo, None, outcome=error.code))
     page.slo.refused(OverloadedError("full"))
     found = read(page, "chat")
     assert (found["tandem_slo_requests_total"], found["tandem_slo_met_total"]) == (1, 0)
 
 
+@settings(max_examples=25)
 @given(times=st.lists(st.lists(st.floats(0, 20), max_size=20), max_size=3))
 def test_gaps_of_all_requests_are_in_one_histogram(times: list[list[float]]) -> None:
     page, gaps = Metrics([CHAT]), []

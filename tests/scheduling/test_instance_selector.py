@@ -60,7 +60,7 @@ class Selector(InstanceSelector):
         request = make_request((1, 2, 3))
         request.avoid = avoid
         prefill = self.instances[prefill_id]
-        place = self.choose_decode(Attempt(1, request, prefill, True), prefill, 0.0)
+        place = self.choose_decode(Attempt(1, request, prefill, True, 0.0), prefill, 0.0)
         assert place is not None
         self.put(place.instance, is_chosen=True)
         return place

@@ -30,7 +30,7 @@ def test_time_without_anybody_waiting_does_not_count() -> None:
     for start_s in (0.0, 1000.0):
         for number in range(5):
             queue.push(_request(number), math.inf, start_s)
-        while (first := queue.first) is not None:
+        while (first := queue.first(0.0)) is not None:
             queue.dispatch(first, start_s + 1.0 + first.number)
     for number in range(10):
         queue.push(_request(number), math.inf, 2000.0)
@@ -39,7 +39,7 @@ def test_time_without_anybody_waiting_does_not_count() -> None:
 
 def _dispatch_all(queue: RequestQueue) -> list[RoutedRequest]:
     dispatched = []
-    while (first := queue.first) is not None:
+    while (first := queue.first(0.0)) is not None:
         queue.dispatch(first, 0.0)
         dispatched.append(first)
     return dispatched
@@ -69,8 +69,9 @@ def test_a_client_that_was_away_does_not_make_up_for_it() -> None:
     for number in range(50):
         queue.push(_request(number, client="steady"), math.inf, 0.0)
     for _ in range(30):
-        assert queue.first is not None
-        queue.dispatch(queue.first, 0.0)
+        first = queue.first(0.0)
+        assert first is not None
+        queue.dispatch(first, 0.0)
     for number in range(100, 110):
         queue.push(_request(number, client="late"), math.inf, 0.0)
     assert [request.client for request in _dispatch_all(queue)[:10]].count("late") in (5, 6)
@@ -82,8 +83,8 @@ def test_a_newcomers_wait_is_that_of_its_own_share() -> None:
         queue.push(request, math.inf, now_s=0.0)
     for second, request in enumerate(requests[:20], start=1):
         queue.dispatch(request, float(second))
-    assert queue.expected_wait_s(20.0, "greedy", 10) == pytest.approx(100.0, rel=0.1)
-    assert queue.expected_wait_s(20.0, "modest", 10) == pytest.approx(1.0, rel=0.1)
+    assert queue.expected_wait_s(20.0, _request(200, client="greedy")) == pytest.approx(100.0, rel=0.1)
+    assert queue.expected_wait_s(20.0, _request(200, client="modest")) == pytest.approx(1.0, rel=0.1)
 
 
 @given(
@@ -106,7 +107,7 @@ def test_order_tokens_and_patience_fit_what_waits(script: list[tuple[str, int, f
             waiting[number] = now_s + amount
             queue.push(requests[number], waiting[number], now_s)
         elif action == "dispatch" and waiting:
-            first = queue.first
+            first = queue.first(now_s)
             assert first is not None
             assert first.number == min(waiting)
             del waiting[first.number]

@@ -17,7 +17,7 @@ from tandem.placement.simulator.deployment import Failure, NetworkSpec, RouterSp
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
-from tandem.scheduling.routing_machine import RoutingPolicy
+from tandem.scheduling.routing_machine import RoutingPolicy, RoutingSettings
 from tests.placement.simulator.deployments import deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
@@ -76,7 +76,12 @@ def test_no_request_is_lost_and_every_run_is_the_same(
         max_batch=max_batch,
         network=_SLOW_NETWORK,
         router=RouterSpec(
-            0.003, 0.001, 0.002, same_node_only=same_node_only, slo=(RequestSlo("a", 0.2, 0.03),), policy=policy
+            0.003,
+            0.001,
+            0.002,
+            same_node_only=same_node_only,
+            slo=(RequestSlo("a", 0.2, 0.03),),
+            routing=RoutingSettings(policy=policy),
         ),
         nodes=2 if min(prefill, decode) > 1 else 1,
     )

@@ -1,0 +1,108 @@
+"""What becomes of a request that cannot meet its TTFT target: best effort, or refused."""
+
+import math
+
+import pytest
+
+from tandem.core.errors import OverloadedError
+from tandem.core.request_slo import NO_SLO, RequestSlo
+from tandem.core.session import BlockCounts
+from tandem.scheduling.routing_machine import RoutingSettings
+from tests.scheduling.routing_fakes import Router
+
+BLOCKS = BlockCounts(total=512, free=512, running=0, cached=0, leased=0)
+DEMOTE = RequestSlo("chat", ttft_s=1.0, tpot_s=0.1)
+REFUSE = RequestSlo("chat", ttft_s=1.0, tpot_s=0.1, if_unmet="refuse")
+
+
+def _busy_router(*, waiting: int = 0, max_wait_s: float = math.inf) -> Router:
+    """One colocated instance that takes 10 ms for a token, and one prompt of 100 tokens at a time."""
+    router = Router(RoutingSettings(max_outstanding_tokens=1, max_wait_s=max_wait_s))
+    router.join("c1", max_model_len=4096, blocks=BLOCKS)
+    for number in range(6):
+        router.ask(f"past{number}", prompt=100)
+    for _ in range(6):
+        router.advance(1.0)
+        sent = router.take()
+        router.start(sent)
+        router.first_token(sent)
+        router.finish(sent)
+    router.ask("now", prompt=100)
+    for number in range(waiting):
+        router.ask(f"waiting{number}", prompt=100)
+    return router
+
+
+def test_one_that_can_be_in_time_keeps_its_targets() -> None:
+    router = _busy_router()
+    request = router.ask("r", prompt=10, slo=DEMOTE)
+    assert request.effective_slo is DEMOTE
+    assert request.predicted_ttft_s is not None
+    assert request.predicted_ttft_s < 1.0
+
+
+def test_one_that_cannot_is_best_effort() -> None:
+    router = _busy_router()
+    request = router.ask("r", prompt=1000, slo=DEMOTE)
+    assert request.effective_slo is NO_SLO
+    assert request.slo is DEMOTE
+    assert request.demoted_because is not None
+    assert "the target is 1 s" in request.demoted_because
+
+
+def test_or_refused_with_the_time_after_which_to_try_again() -> None:
+    router = _busy_router(waiting=5)
+    with pytest.raises(OverloadedError, match="would miss its TTFT target") as caught:
+        router.ask("r", prompt=150, slo=REFUSE)
+    assert caught.value.reason == "ttft-target"
+    assert caught.value.retry_after_s > 0.1
+    assert "r" not in router.ends
+    assert router.machine.num_held == 5
+
+
+def test_one_that_comes_alone_is_never_refused() -> None:
+    """Else a prediction that was wrong once would refuse all for ever, and nothing would correct it."""
+    router = Router()
+    router.join("c1", max_model_len=4096, blocks=BLOCKS)
+    router.ask("slow", prompt=10)
+    router.advance(60.0)
+    sent = router.take()
+    router.start(sent)
+    router.first_token(sent)
+    router.finish(sent)
+    assert router.ask("r", slo=REFUSE).effective_slo is REFUSE
+
+
+def test_nothing_is_refused_or_demoted_before_anything_is_measured() -> None:
+    router = Router()
+    router.join("c1", max_model_len=4096, blocks=BLOCKS)
+    router.ask("first")
+    assert router.ask("r", prompt=4000, slo=REFUSE).effective_slo is REFUSE
+
+
+def test_one_whose_target_passes_while_it_waits_ends_or_becomes_best_effort() -> None:
+    router = Router(RoutingSettings(max_outstanding_tokens=1))
+    router.join("c1", max_model_len=4096, blocks=BLOCKS)
+    router.ask("now", prompt=100)
+    demoted = router.ask("demote", slo=DEMOTE)
+    router.ask("refuse", slo=REFUSE)
+    router.advance(1.5)
+    error = router.ends["refuse"]
+    assert isinstance(error, OverloadedError)
+    assert error.reason == "ttft-target"
+    assert demoted.demoted_because is None, "it waits"
+    sent = router.take()
+    router.start(sent)
+    router.first_token(sent)
+    assert router.take().attempt.request is demoted
+    assert demoted.effective_slo is NO_SLO
+
+
+def test_a_wait_that_is_too_long_names_its_reason() -> None:
+    router = _busy_router(waiting=8, max_wait_s=10.0)
+    with pytest.raises(OverloadedError) as caught:
+        router.ask("r", prompt=100)
+    assert caught.value.reason == "max-wait"
+    with pytest.raises(OverloadedError) as caught:
+        _busy_router(waiting=10).ask("r", prompt=100, deadline_s=router.now_s + 2.0)
+    assert caught.value.reason == "deadline"
