@@ -55,6 +55,10 @@ WAIT_SHARE = 0.75  # of the longest wait: who is expected to wait longer is refu
 RoutingPolicy = Literal["balanced", "goodput"]
 _LEAST_RETRY_S = 0.1
 
+# While nothing waits here, the prediction is the mean of the last requests, whichever instances had them; the choice of
+# the instance may do better.
+_UNSURE = 2.0
+
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 
 
@@ -578,7 +582,8 @@ class RoutingMachine:
             return
         if not self._requests:  # it shows whether the prediction still holds
             return
-        if expected_s <= slo.ttft_s and not self._queue.leaves_out(request, now_s):
+        margin = 1.0 if len(self._queue) else _UNSURE
+        if expected_s <= margin * slo.ttft_s and not self._queue.leaves_out(request, now_s):
             return
         text = f"the first token is expected after {expected_s:.3g} s, and the target is {slo.ttft_s:.3g} s"
         if slo.if_unmet == "refuse":
