@@ -222,7 +222,7 @@ class GoodputSelector(InstanceSelector):
         mean_tokens = context / rows if rows else request.num_tokens
         num_decodes = len(self._decodes) or 1
         coming = len(self._coming) / num_decodes if self.instances[instance_id].role is Role.DECODE else 0.0
-        rows = max(staying * rows + coming, 0.0)
+        rows = max(rows, staying * rows + coming)  # requests that are not known yet will replace those that leave
         context = rows * (mean_tokens + answer_tokens / 2)
         before_s = load.pace_s(rows, context, share)
         share += price_s / max(1.0, answer_tokens * pace_s)
