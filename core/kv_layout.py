@@ -12,7 +12,7 @@ with another tensor- or pipeline-parallel degree can be read without repacking.
 import hashlib
 from dataclasses import dataclass
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -25,6 +25,8 @@ class KvLayout:
     `rope_factors` names what rotated the keys where the checkpoint leaves that to the engine: "long" for longrope's
     long factors, which follow an engine's `max_model_len`, else "".
 
+    `rank_share` names the part of the model's KV that the pool of one of several ranks holds; "" is all of it.
+
     Kernels and processors are not part of it: they round differently, and KV of one can be used by the other.
     """
 
@@ -36,6 +38,7 @@ class KvLayout:
     dtype: str
     weights_hash: str
     rope_factors: str = ""
+    rank_share: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
@@ -72,5 +75,6 @@ class KvLayout:
             self.num_kv_heads,
             self.head_dim,
             self.rope_factors,
+            self.rank_share,
         )
         return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, order=True)
 class ParallelShape:
-    """Every layer is divided over `tp` ranks, the layers over `pp` stages. Written tp4, pp2 or tp4pp2."""
+    """Every layer is divided over `tp` ranks, the layers over `pp` stages. Written tp4, pp2 or tp4pp2.
+
+    Ranks count tensor-parallel first: rank = stage * tp + its number within the stage.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -20,3 +23,46 @@ class ParallelShape:
 
     def __str__(self) -> str:
         return f"tp{self.tp}" + (f"pp{self.pp}" if self.pp > 1 else "")
+
+
+def share(total: int, parts: int, index: int) -> range:
+    """The `index`-th of `parts` consecutive ranges over `total` items; sizes differ by one at most, larger first."""
+    size, larger = divmod(total, parts)
+    begin = index * size + min(index, larger)
+    return range(begin, begin + size + (index < larger))
+
+
+def kv_heads_of(num_kv_heads: int, tp: int, tp_rank: int) -> range:
+    """The model's KV heads that a rank holds. With more ranks than heads each head is on several ranks (replicas)."""
+    if tp <= num_kv_heads:
+        return share(num_kv_heads, tp, tp_rank)
+    head = tp_rank * num_kv_heads // tp
+    return range(head, head + 1)
+
+
+def query_heads_of(num_heads: int, num_kv_heads: int, tp: int, tp_rank: int) -> range:
+    """The query heads that a rank computes: those that share its KV heads; replicas of a KV head divide them."""
+    assert tp <= num_heads
+    shared_by = num_heads // num_kv_heads
+    kv_heads = kv_heads_of(num_kv_heads, tp, tp_rank)
+    holders = [rank for rank in range(tp) if kv_heads_of(num_kv_heads, tp, rank) == kv_heads]
+    part = share(len(kv_heads) * shared_by, len(holders), holders.index(tp_rank))
+    first = kv_heads.start * shared_by
+    return range(first + part.start, first + part.stop)
+
+
+def layers_of(num_layers: int, pp: int, stage: int, head_cost: float) -> range:
+    """The layers of a pipeline stage, so that the slowest stage is as fast as possible.
+
+    `head_cost` is the time of the output head, which the last stage computes too, in units of a layer's time. Every
+    stage has a layer.
+    """
+    assert 1 <= pp <= num_layers
+    if pp == 1:
+        return range(num_layers)
+
+    def slowest(last: int) -> float:
+        return max(last + head_cost, -(-(num_layers - last) // (pp - 1)))
+
+    last = min(range(num_layers - pp + 1, 0, -1), key=slowest)
+    return share(num_layers - last, pp - 1, stage) if stage < pp - 1 else range(num_layers - last, num_layers)

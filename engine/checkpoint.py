@@ -68,27 +68,38 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
     weights_hash: str
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in the file's dtype, mapped from the file. KeyError for an unknown name; CheckpointError."""
+    def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """The tensor in the file's dtype, or these rows and columns of it, mapped from the file.
+
+        KeyError for an unknown name; CheckpointError.
+        """
         with _reader(self.tensors[name].file) as reader:
-            tensor: Tensor = reader.get_slice(name)[...]
+            tensor: Tensor = reader.get_slice(name)[_index(rows, columns)]
         if tensor.data_ptr() % tensor.itemsize:  # the format does not promise alignment
             return tensor.flatten().view(torch.uint8).clone().view(tensor.dtype).view(tensor.shape)
         return tensor
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def _index(rows: range | None, columns: range | None) -> Any:
+    if rows is None and columns is None:
+        return ...
+    row_slice = slice(None) if rows is None else slice(rows.start, rows.stop)
+    return row_slice if columns is None else (row_slice, slice(columns.start, columns.stop))
+
+
+def open_checkpoint(path: Path, *, with_hash: bool = True) -> Checkpoint:
     """Read and check config, index and headers. Raises CheckpointError with one sentence for the user.
 
     Of several forms of the weights it takes the one that transformers takes: model.safetensors, then the index.
+    Without `with_hash` no tensor is read yet, and `weights_hash` is "".
     """
     try:
-        return _open(path)
+        return _open(path, with_hash)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}") from error
 
 
-def _open(path: Path) -> Checkpoint:
+def _open(path: Path, with_hash: bool) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder with a checkpoint")
     config = _read_json(path / "config.json")
@@ -119,7 +130,8 @@ def _open(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path / file}: tensor {shown(name)} is missing, though {_INDEX_FILE} places it there"
             )
-    return Checkpoint(path, spec, tensors, _hash(path / "config.json", [path / file for file in files]))
+    weights_hash = _hash(path / "config.json", [path / file for file in files]) if with_hash else ""
+    return Checkpoint(path, spec, tensors, weights_hash)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

@@ -2,50 +2,80 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tandem.core.errors import ConfigError
+from tandem.core.errors import ConfigError, InternalError
 from tandem.core.kv_layout import KvLayout
 from tandem.core.model_spec import ModelSpec
+from tandem.core.parallel import ParallelShape, share
 from tandem.core.request import SamplingParams
 from tandem.engine.batching import pack
 from tandem.engine.checkpoint import Checkpoint, open_checkpoint
+from tandem.engine.collectives.interface import Collectives, NoCollectives
 from tandem.engine.config import Capacity, EngineConfig
 from tandem.engine.device import choose_device, choose_dtype, choose_threads
-from tandem.engine.models.base import Model
+from tandem.engine.models.base import Model, StepBatch
 from tandem.engine.models.llama import load_llama
 from tandem.engine.models.opt import load_opt
 from tandem.engine.ops.choose import choose_ops
-from tandem.engine.ops.interface import HeadShape
+from tandem.engine.ops.interface import HeadShape, Ops
 from tandem.engine.rope import difference_from_transformers
-from tandem.engine.sampler import sample_slices
+from tandem.engine.sampler import inputs_of_logits, sample_slices
+from tandem.engine.shard import Shard, shard_of
 from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
 from tandem.engine.weights import WeightLoader
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Which rank of an instance an engine is, and its connections to the other ranks.
+
+    `announce(step, slices)` tells the other ranks to compute a step; rank 0 of several ranks needs it.
+    """
+
+    shape: ParallelShape
+    rank: int
+    collectives: Collectives
+    announce: Callable[[int, Sequence[SequenceSlice]], None] | None = None
+
+
 class Engine:
     """Computes steps. The caller owns the blocks and decides what a step holds; the engine keeps no sequences.
 
-    A step has two halves: `launch` runs the model, `collect` draws tokens from the result. A rank that only computes
-    (a follower, a stage of a pipeline) calls `forward` and neither of them.
+    A step has two halves: `launch` runs the model, `collect` draws tokens from the result. Of several ranks, rank 0 has
+    the caller: `launch` announces the step to the others, which `follow` it, and `collect` draws from the logits that
+    the last stage sends. All ranks have the same number of blocks.
 
-    `pool` is the KV pool as a tensor of `layout.shape`; `ops_name` names the implementation of `Ops`. Not thread-safe:
-    one thread makes all calls.
+    `pool` is the rank's KV pool as a tensor of `layout.shape`; `ops` computed the model. Not thread-safe: one thread
+    makes all calls.
     """
 
     def __init__(
-        self, spec: ModelSpec, layout: KvLayout, pool: Tensor, model: Model, max_model_len: int, ops_name: str
+        self,
+        spec: ModelSpec,
+        shard: Shard,
+        layout: KvLayout,
+        pool: Tensor,
+        model: Model,
+        max_model_len: int,
+        ops: Ops,
+        place: RankPlace,
     ) -> None:
         self.spec = spec
         self.layout = layout
         self.pool = pool
-        self.ops_name = ops_name
+        self.ops_name = ops.name
+        self._shard = shard
         self._model = model
         self._max_model_len = max_model_len
+        self._activation_dtype = ops.activation_dtype
+        self._collectives = place.collectives
+        self._announce = place.announce
         # On CUDA tokens are drawn on a stream of their own, so that `collect` does not wait for steps launched later.
         self._sampling_stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]
         self._last_launched = 0
@@ -63,18 +93,21 @@ class Engine:
         Raises InternalError for a position, block or token id that does not exist. The caller guarantees that no two
         slices write the same block.
         """
-        batch = pack(slices, self.layout, self.spec.vocab_size, self._max_model_len, self.pool.device)
-        return self._model.forward(batch, self.pool)
+        return self._compute(self._pack(slices))
 
     def launch(self, slices: Sequence[SequenceSlice]) -> StepHandle:
         """Start a step: the forward pass of `slices`. They and their histories must not change until `collect`.
 
         Raises what `forward` raises, and RuntimeError or MemoryError where memory is short; there is no handle then.
-        More steps may be launched before this one is collected, as long as their tokens do not depend on it.
+        More steps may be launched before this one is collected, as long as their tokens do not depend on it. With
+        several ranks an error ends the instance: it is an InternalError then.
         """
-        hidden = self.forward(slices)
+        if self._announce is None:
+            hidden = self.forward(slices)
+            self._last_launched += 1
+        else:
+            hidden = self._lead(slices, self._announce)
         forward_done = torch.cuda.current_stream(self.pool.device).record_event() if self.pool.is_cuda else None
-        self._last_launched += 1
         return StepHandle(self._last_launched, slices, hidden, forward_done)
 
     @torch.inference_mode()
@@ -87,15 +120,27 @@ class Engine:
         assert self._last_collected < handle.number, "steps are collected in the order of their launch"
         self._last_collected = handle.number
         if handle.forward_done is None:
-            return sample_slices(handle.slices, handle.hidden, self._model.logits)
+            return sample_slices(handle.slices, handle.hidden, self._logits)
         handle.forward_done.synchronize()
         # Results end on the host, so nothing on this stream reads `hidden` once its memory is free again.
         with torch.cuda.stream(self._sampling_stream):
-            return sample_slices(handle.slices, handle.hidden, self._model.logits)
+            return sample_slices(handle.slices, handle.hidden, self._logits)
 
     def step(self, slices: Sequence[SequenceSlice]) -> StepOutput:
         """`launch` and `collect` in a row."""
         return self.collect(self.launch(slices))
+
+    @torch.inference_mode()
+    def follow(self, number: int, slices: Sequence[SequenceSlice]) -> None:
+        """Compute this rank's part of a step that rank 0 has announced. Raises InternalError for a step that is not the
+        next one, and what `forward` raises."""
+        if number != self._last_launched + 1:
+            raise InternalError(f"step {number} was announced after step {self._last_launched}")
+        self._last_launched = number
+        hidden = self._compute(self._pack(slices))
+        if self._shard.is_last_stage:
+            for wanted in inputs_of_logits(slices, hidden):
+                self._collectives.send(0, self._model.logits(wanted))
 
     def warm_up(self) -> None:
         """Run one small prompt and one decode step, so that the first request does not pay for lazy initialisation.
@@ -111,36 +156,84 @@ class Engine:
 
     def close(self) -> None:
         """Release weights and pool. No method may be called afterwards."""
+        self._collectives.close()
         del self._model, self.pool
 
+    def _pack(self, slices: Sequence[SequenceSlice]) -> StepBatch:
+        return pack(slices, self.layout, self.spec.vocab_size, self._max_model_len, self.pool.device)
 
-def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | None = None) -> Engine:
-    """Load a checkpoint and allocate its KV pool. Sets the process's number of torch threads.
+    def _compute(self, batch: StepBatch) -> Tensor:
+        """The hidden states of the batch's rows, which a stage before the last does not have: [rows, 0] there."""
+        shard, received = self._shard, None
+        if not shard.is_first_stage:
+            shape = (len(batch.token_ids), self.spec.hidden_size)
+            received = self._collectives.receive(shard.rank - shard.shape.tp, shape, self._activation_dtype)
+        hidden = self._model.forward(batch, self.pool, received)
+        if shard.is_last_stage:
+            return hidden
+        self._collectives.send(shard.rank + shard.shape.tp, hidden)
+        return hidden.new_empty(len(batch.token_ids) if batch.rows is None else len(batch.rows), 0)
 
-    `allocate_pool(pool_bytes)` returns the uint8 tensor [pool_bytes] that holds the KV pool, on the engine's device;
-    None takes torch's memory. Raises CheckpointError or ConfigError with one sentence for the user.
+    @torch.inference_mode()
+    def _lead(
+        self, slices: Sequence[SequenceSlice], announce: Callable[[int, Sequence[SequenceSlice]], None]
+    ) -> Tensor:
+        """`forward` on all ranks. What does not exist is refused before the other ranks hear of it."""
+        # Rank 0 of the only stage would wait for the next step's sums while the others wait to send logits.
+        assert self._shard.shape.pp > 1 or self._last_collected == self._last_launched, "one step at a time"
+        batch = self._pack(slices)
+        self._last_launched += 1
+        try:
+            announce(self._last_launched, slices)
+            return self._compute(batch)
+        except (RuntimeError, MemoryError, OSError) as error:
+            raise InternalError(f"rank 0 failed in step {self._last_launched}, and the others cannot go on") from error
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] -> float32 [n, vocab]: this rank's part, and those that other ranks of the last stage send."""
+        shape = self._shard.shape
+        if shape.num_ranks == 1:
+            return self._model.logits(hidden)
+        parts = [self._model.logits(hidden)] if shape.pp == 1 else []
+        last_stage = shape.num_ranks - shape.tp
+        for tp_rank in range(len(parts), shape.tp):
+            width = len(share(self.spec.vocab_size, shape.tp, tp_rank))
+            parts.append(self._collectives.receive(last_stage + tp_rank, (len(hidden), width), torch.float32))
+        return torch.cat(parts, dim=1)
+
+
+def load_engine(
+    config: EngineConfig, allocate_pool: Callable[[int], Tensor] | None = None, place: RankPlace | None = None
+) -> Engine:
+    """Load one rank's part of a checkpoint and allocate its KV pool. Sets the process's number of torch threads.
+
+    `place` None: the instance has one rank. `allocate_pool(pool_bytes)` returns the uint8 tensor [pool_bytes] that
+    holds the KV pool, on the engine's device; None takes torch's memory. Raises CheckpointError or ConfigError with one
+    sentence for the user.
     """
-    checkpoint = open_checkpoint(config.model_path)
+    place = place or RankPlace(ParallelShape(), 0, NoCollectives())
+    checkpoint = open_checkpoint(config.model_path, with_hash=place.rank == 0)  # others read their own weights only
     spec = checkpoint.spec
+    shard = shard_of(spec, place.shape, place.rank)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, spec, device)
     max_model_len = _max_model_len(config, spec)
     long_factors = spec.rope is not None and spec.rope.needs_long_factors(max_model_len)
-    layout = _layout(config, checkpoint, dtype, long_factors)
+    layout = _layout(config, checkpoint, shard, dtype, long_factors)
     if spec.rope is not None and (difference := difference_from_transformers(spec.rope, max_model_len)):
         _log.warning("%s", difference)
     # No sequence is longer than the pool, and no table of positions need be.
     max_positions = min(max_model_len, layout.num_blocks * layout.block_size)
     num_threads = choose_threads(config.num_threads)
     torch.set_num_threads(num_threads)
-    heads = HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    heads = HeadShape(len(shard.heads), len(shard.kv_heads), spec.head_dim)
     ops = choose_ops(config.ops, dtype, device, heads, num_threads)
     with torch.inference_mode():
         loader = WeightLoader(checkpoint, dtype, device)
         model = (
-            load_opt(spec, loader, ops)
+            load_opt(spec, shard, loader, ops, place.collectives)
             if spec.family == "opt"
-            else load_llama(spec, loader, ops, max_positions, long_factors)
+            else load_llama(spec, shard, loader, ops, place.collectives, max_positions, long_factors)
         )
         loader.finish()
     # Not in inference mode: KV transfers write into the pool too.
@@ -148,7 +241,7 @@ def load_engine(config: EngineConfig, allocate_pool: Callable[[int], Tensor] | N
         pool = torch.zeros(layout.shape, dtype=dtype, device=device)
     else:
         pool = allocate_pool(layout.pool_bytes).view(dtype).view(layout.shape)
-    return Engine(spec, layout, pool, model, max_positions, ops.name)
+    return Engine(spec, shard, layout, pool, model, max_positions, ops, place)
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
@@ -158,19 +251,23 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     return config.max_model_len or limit
 
 
-def _layout(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, long_factors: bool) -> KvLayout:
+def _layout(
+    config: EngineConfig, checkpoint: Checkpoint, shard: Shard, dtype: torch.dtype, long_factors: bool
+) -> KvLayout:
+    """Of the rank's pool. All ranks count their blocks from the model's whole KV, and get the same number."""
     spec = checkpoint.spec
     block_bytes = spec.kv_bytes_per_token(dtype.itemsize) * config.block_size
     num_blocks = config.kv_memory_bytes // block_bytes
     if num_blocks < 1:
         raise ConfigError(f"kv_memory of {config.kv_memory_bytes} bytes holds no block of {block_bytes} bytes")
     return KvLayout(
-        num_layers=spec.num_layers,
+        num_layers=len(shard.layers),
         num_blocks=num_blocks,
-        num_kv_heads=spec.num_kv_heads,
+        num_kv_heads=len(shard.kv_heads),
         block_size=config.block_size,
         head_dim=spec.head_dim,
         dtype=str(dtype).removeprefix("torch."),
         weights_hash=checkpoint.weights_hash,
         rope_factors="long" if long_factors else "",
+        rank_share=f"rank {shard.rank} of {shard.shape}" if shard.shape.num_ranks > 1 else "",
     )

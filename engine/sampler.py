@@ -12,7 +12,7 @@ depend on the batch; on other devices `sample_batch` computes all rows at once i
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -32,31 +32,48 @@ _ROWS_AT_ONCE = 128
 def sample_slices(slices: Sequence[SequenceSlice], hidden: Tensor, to_logits: Callable[[Tensor], Tensor]) -> StepOutput:
     """Log-probabilities and tokens of a step from `hidden` [rows, hidden], which `Engine.forward(slices)` returned.
 
-    `to_logits` is [n, hidden] -> float32 [n, vocab]. The results are on the host.
+    `to_logits` is [n, hidden] -> float32 [n, vocab]; it gets what `inputs_of_logits` yields. The results are on the
+    host.
     """
+    assert sum(map(num_wanted_rows, slices)) == len(hidden), "hidden states of another step"
+    wanted = map(to_logits, inputs_of_logits(slices, hidden))
     output = StepOutput([None] * len(slices), [None] * len(slices), [None] * len(slices))
-    drawn: list[tuple[int, int, SampleRequest]] = []  # slice, row of its last token, request
-    end = 0
+    drawn: list[tuple[int, SampleRequest]] = []  # slice, request
     for index, part in enumerate(slices):
-        begin, end = end, end + num_wanted_rows(part)
         if part.prompt_logprobs is not None:
-            entries = _prompt_logprobs(part, part.prompt_logprobs, hidden[begin:end], to_logits)
+            entries = _prompt_logprobs(part, part.prompt_logprobs, wanted)
             if any(math.isnan(entry.logprob) for entry in entries):
                 output.errors[index] = _not_a_number()
             else:
                 output.prompt_logprobs[index] = entries
         if part.sample is not None:
-            drawn.append((index, end - 1, part.sample))
-    assert end == len(hidden), "hidden states of another step"
+            drawn.append((index, part.sample))
     if drawn:
-        last = hidden if len(drawn) == len(hidden) else hidden[[row for _, row, _ in drawn]]
-        results = sample(to_logits(last), [request for _, _, request in drawn])
-        for (index, _, _), result in zip(drawn, results, strict=True):
+        results = sample(next(wanted), [request for _, request in drawn])
+        for (index, _), result in zip(drawn, results, strict=True):
             if isinstance(result, InternalError):
                 output.errors[index] = result
             elif output.errors[index] is None:
                 output.tokens[index] = result
     return output
+
+
+def inputs_of_logits(slices: Sequence[SequenceSlice], hidden: Tensor) -> Iterator[Tensor]:
+    """The hidden states [n, hidden] of which a step needs logits, in the order in which `sample_slices` needs them:
+    those before the known tokens of each scored slice, some at a time, then all from which a token is drawn.
+    """
+    drawn: list[int] = []
+    end = 0
+    for part in slices:
+        begin, end = end, end + num_wanted_rows(part)
+        if part.prompt_logprobs is not None:
+            known = len(part.token_ids) - (part.next_token_id is None)
+            for first in range(begin, begin + known, _ROWS_AT_ONCE):
+                yield hidden[first : min(first + _ROWS_AT_ONCE, begin + known)]
+        if part.sample is not None:
+            drawn.append(end - 1)
+    if drawn:
+        yield hidden if len(drawn) == len(hidden) else hidden[drawn]
 
 
 def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken | InternalError]:
@@ -94,17 +111,15 @@ def logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) ->
     return [sample_row.logprobs(row, token_id, count, scratch) for row, token_id, count in rows]
 
 
-def _prompt_logprobs(
-    part: SequenceSlice, count: int, hidden: Tensor, to_logits: Callable[[Tensor], Tensor]
-) -> list[TokenLogprob]:
+def _prompt_logprobs(part: SequenceSlice, count: int, wanted: Iterator[Tensor]) -> list[TokenLogprob]:
+    """`wanted` has the logits of the slice's rows next."""
     following = list(part.token_ids[1:])
     if part.next_token_id is not None:
         following.append(part.next_token_id)
     entries: list[TokenLogprob] = []
     for begin in range(0, len(following), _ROWS_AT_ONCE):
         token_ids = following[begin : begin + _ROWS_AT_ONCE]
-        logits = to_logits(hidden[begin : begin + len(token_ids)])
-        entries += logprobs(logits, token_ids, [count] * len(token_ids))
+        entries += logprobs(next(wanted), token_ids, [count] * len(token_ids))
     return entries
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from tandem.core.config_fields import shown
 from tandem.core.errors import CheckpointError
 from tandem.engine.checkpoint import Checkpoint
+from tandem.engine.shard import Shard
 
 _log = logging.getLogger(__name__)
 _HEAD = "lm_head.weight"
@@ -22,11 +24,14 @@ class WeightLoader:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
-        self._device = device
+        self.device = device
         self._taken: set[str] = set()
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor `name`, which must exist, have exactly this shape, and hold finite numbers only."""
+    def take(self, name: str, *shape: int, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """The tensor `name`, which must exist, have exactly this shape, and hold finite numbers only.
+
+        Of these `rows` and `columns`, if given; only they are read from the file.
+        """
         entry = self._checkpoint.tensors.get(name)
         if entry is None:
             raise CheckpointError(f"{self._checkpoint.path}: tensor '{name}' is missing")
@@ -38,35 +43,52 @@ class WeightLoader:
             raise CheckpointError(f"{entry.file}: tensor '{name}' holds {entry.dtype}, which is not a float type")
         self._taken.add(name)
         # Always a copy: the weights must not change when the file is overwritten.
-        tensor = self._checkpoint.read(name).to(device=self._device, dtype=self._dtype, copy=True)
+        tensor = self._checkpoint.read(name, rows, columns).to(device=self.device, dtype=self._dtype, copy=True)
         if not torch.stack(tensor.aminmax()).isfinite().all():  # a NaN anywhere is the smallest and the largest
             dtype = str(self._dtype).removeprefix("torch.")
             raise CheckpointError(f"{entry.file}: tensor '{name}' holds values that are not finite numbers in {dtype}")
         return tensor
 
-    def take_stacked(self, names: list[str], rows: list[int], *rest: int) -> Tensor:
-        """Tensors [rows[i], *rest] concatenated to [sum(rows), *rest]."""
-        return torch.cat([self.take(name, count, *rest) for name, count in zip(names, rows, strict=True)])
+    def take_stacked(self, names: list[str], rows: list[int], *rest: int, of: Sequence[range]) -> Tensor:
+        """Tensors [rows[i], *rest], of each the rows `of[i]`, concatenated to [sum of their lengths, *rest]."""
+        parts = zip(names, rows, of, strict=True)
+        return torch.cat([self.take(name, count, *rest, rows=wanted) for name, count, wanted in parts])
 
-    def take_embeddings(self, name: str, vocab_size: int, hidden_size: int, tied: bool) -> tuple[Tensor, Tensor]:
-        """The embedding `name` and the output matrix, both [vocab, hidden].
+    def take_embeddings(
+        self, name: str, vocab_size: int, hidden_size: int, tied: bool, shard: Shard
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The embedding `name` and the output matrix, of both the rows `shard.vocab`: [rows, hidden]. None on stages
+        without an embedding or an output matrix.
 
-        If `tied`, one of them may be missing and is then the other. A file that has both, with different values, is
-        believed more than `tie_word_embeddings`, as transformers does.
+        If `tied`, one of them may be missing from the file and is then the other. A file that has both, with different
+        values, is believed more than `tie_word_embeddings`, as transformers does.
         """
         tensors = self._checkpoint.tensors
-        if tied and name not in tensors and _HEAD in tensors:
-            head = self.take(_HEAD, vocab_size, hidden_size)
-            return head, head
-        embedding = self.take(name, vocab_size, hidden_size)
-        if tied and _HEAD not in tensors:
+        embedding_name = _HEAD if tied and name not in tensors and _HEAD in tensors else name
+        head_name = name if tied and _HEAD not in tensors else _HEAD
+
+        def take(wanted: str) -> Tensor:
+            return self.take(wanted, vocab_size, hidden_size, rows=shard.vocab)
+
+        self.leave(embedding_name)
+        self.leave(head_name)
+        embedding = take(embedding_name) if shard.is_first_stage else None
+        if not shard.is_last_stage:
+            return embedding, None
+        if embedding is None:
+            return None, take(head_name)
+        if head_name == embedding_name:
             return embedding, embedding
-        head = self.take(_HEAD, vocab_size, hidden_size)
+        head = take(head_name)
         if tied and head.equal(embedding):
             return embedding, embedding
         if tied:
             _log.warning("%s is used, though config.json ties it to %s: their values differ", _HEAD, name)
         return embedding, head
+
+    def leave(self, prefix: str) -> None:
+        """Tensors whose names begin with `prefix` belong to other stages, which check them."""
+        self._taken.update(name for name in self._checkpoint.tensors if name.startswith(prefix))
 
     def finish(self) -> None:
         """Refuse a checkpoint with tensors that the model would ignore: it belongs to another model."""

@@ -4,11 +4,13 @@ An instance is tp x pp ranks: tensor parallelism shards the KV heads, pipeline p
 consecutive ranges whose sizes differ by one at most, larger ones first. With more tensor-parallel ranks than KV heads
 each head lives on several ranks (replicas).
 
-Today every instance has one rank, and the list has one entry.
+Today only instances of one rank exchange KV, and the list has one entry. (Stages of an instance may have other ranges
+of layers than here, see `core.parallel.layers_of`.)
 """
 
 from dataclasses import dataclass
 
+from tandem.core.parallel import kv_heads_of, share
 from tandem.core.transfer import KvSlice
 
 
@@ -32,15 +34,11 @@ class KvSharding:
 
     def layers(self, rank: int) -> range:
         """The model's layers whose KV that rank holds."""
-        return _share(self.num_layers, self.pp, rank // self.tp)
+        return share(self.num_layers, self.pp, rank // self.tp)
 
     def heads(self, rank: int) -> range:
         """The model's KV heads that rank holds."""
-        tp_rank = rank % self.tp
-        if self.tp <= self.num_kv_heads:
-            return _share(self.num_kv_heads, self.tp, tp_rank)
-        head = tp_rank * self.num_kv_heads // self.tp
-        return range(head, head + 1)
+        return kv_heads_of(self.num_kv_heads, self.tp, rank % self.tp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +81,6 @@ def _distinct_holders(grid: KvSharding, turn: int) -> list[int]:
     for tp_rank in range(grid.tp):
         holders.setdefault(grid.heads(tp_rank), []).append(tp_rank)
     return [ranks[turn % len(ranks)] for ranks in holders.values()]
-
-
-def _share(total: int, parts: int, index: int) -> range:
-    """The `index`-th of `parts` consecutive ranges over `total` layers or heads."""
-    size, larger = divmod(total, parts)
-    begin = index * size + min(index, larger)
-    return range(begin, begin + size + (index < larger))
 
 
 def _overlap(left: range, right: range) -> range:

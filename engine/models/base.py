@@ -5,7 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tandem.engine.ops.interface import AttentionMeta
+from tandem.engine.collectives.interface import Collectives
+from tandem.engine.ops.interface import AttentionMeta, Ops
+from tandem.engine.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +26,28 @@ class StepBatch:
 
 
 class Model(Protocol):
-    def forward(self, batch: StepBatch, pool: Tensor) -> Tensor:
-        """Compute the batch and write its KV to `pool`, of `KvLayout.shape`. Returns hidden states [rows, hidden]."""
+    """One rank's part of a model, as its `Shard` says."""
+
+    def forward(self, batch: StepBatch, pool: Tensor, received: Tensor | None) -> Tensor:
+        """Compute the batch and write its KV to `pool`, of the rank's `KvLayout.shape`.
+
+        `received` [tokens, hidden] is the result of the stage before; None on the first stage. It may be overwritten.
+        Returns hidden states [rows, hidden] on the last stage, else [tokens, hidden] for the next stage.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden], as returned by `forward`, -> float32 [rows, vocab]"""
+        """[rows, hidden], as returned by `forward` on the last stage, -> float32 [rows, tokens of `Shard.vocab`]"""
         ...
+
+
+def embed(
+    token_ids: Tensor, embedding: Tensor, vocab_size: int, shard: Shard, ops: Ops, collectives: Collectives
+) -> Tensor:
+    """int64 [tokens] -> [tokens, hidden], of which each rank of the stage has the rows `shard.vocab`."""
+    if len(shard.vocab) == vocab_size:
+        return ops.embedding(token_ids, embedding)
+    rows = token_ids - shard.vocab.start
+    elsewhere = (rows < 0) | (rows >= len(shard.vocab))
+    x = ops.embedding(rows.masked_fill_(elsewhere, 0), embedding)
+    return collectives.all_reduce(x.masked_fill_(elsewhere.unsqueeze(1), 0.0))

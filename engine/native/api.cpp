@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "collectives.h"
 #include "gemm.h"
 #include "pool.h"
 #include "rowwise.h"
@@ -266,6 +267,20 @@ int tandem_attention(void* context, const float* q, int64_t q_stride, const void
             attention(c, shape, q, kv, query_starts, context_lens, tables, sequences, out);
         });
     });
+}
+
+// Between ranks; `abort` is the word that ends all waits. They return an Outcome.
+int tandem_all_reduce(const int64_t* abort, int64_t timeout_ns, char* stamps, float* slots, int64_t slot_floats,
+                      int64_t ranks, int64_t rank, int64_t sequence, float* x, int64_t count) {
+    return AllReduce{stamps, slots, slot_floats, ranks, rank}.run({abort, timeout_ns}, sequence, x, count);
+}
+int tandem_send(const int64_t* abort, int64_t timeout_ns, char* mailbox, int64_t depth, int64_t slot_bytes,
+                const char* data, int64_t count) {
+    return Mailbox{mailbox, depth, slot_bytes}.send({abort, timeout_ns}, data, count);
+}
+int tandem_receive(const int64_t* abort, int64_t timeout_ns, char* mailbox, int64_t depth, int64_t slot_bytes, char* data,
+                   int64_t count) {
+    return Mailbox{mailbox, depth, slot_bytes}.receive({abort, timeout_ns}, data, count);
 }
 
 }  // extern "C"

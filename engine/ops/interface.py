@@ -10,6 +10,7 @@ One layer of the KV pool, `kv_layer`, is [2, num_blocks, KVH, block_size, D]; 0 
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -66,6 +67,9 @@ class Ops(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def activation_dtype(self) -> torch.dtype: ...
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """Prepare weight [out, in] and bias [out] at load time. The caller may free both afterwards."""

@@ -136,6 +136,9 @@ def _declare(library: ctypes.CDLL) -> None:
         "tandem_add_layer_norm": "pppppifnnp",
         "tandem_rope_and_cache": "ppnppppinnnnnppif",
         "tandem_attention": "ppnpinnnnnpppnnfnp",
+        "tandem_all_reduce": "pnppnnnnpn",
+        "tandem_send": "pnpnnpn",
+        "tandem_receive": "pnpnnpn",
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)
@@ -145,6 +148,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.tandem_instructions.restype = ctypes.c_char_p
     library.tandem_linear.restype = _completed
     library.tandem_attention.restype = _completed
+    for name in ("tandem_all_reduce", "tandem_send", "tandem_receive"):
+        getattr(library, name).restype = ctypes.c_int
 
 
 def _completed(result: int) -> None:

@@ -39,6 +39,8 @@ class NativeLinear(PackedLinear):
 class NativeOps:
     """Implements `Ops`. Not thread-safe; the kernels run on `num_threads` threads, one of which is the caller's."""
 
+    activation_dtype = torch.float32
+
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         """Raises NativeUnavailableError where the system does not have the threads or their memory."""
         if num_threads < 1:

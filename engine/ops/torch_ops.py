@@ -30,7 +30,7 @@ class TorchOps:
     name = "torch"
 
     def __init__(self, activation_dtype: torch.dtype, attention_bytes: int = 256 << 20) -> None:
-        self._activation_dtype = activation_dtype
+        self.activation_dtype = activation_dtype
         self._attention_bytes = attention_bytes
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -48,7 +48,7 @@ class TorchOps:
         return F.silu(gate) * up
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding(token_ids, weight).to(self._activation_dtype)
+        return F.embedding(token_ids, weight).to(self.activation_dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         # As Hugging Face rounds it: to the activation's dtype before the weight is applied.
