@@ -17,6 +17,7 @@ from pydantic import (
 
 from tandem.core.errors import ConfigError
 from tandem.core.frozen_model import FrozenModel, WrongSetting
+from tandem.core.parallel import ParallelShape
 from tandem.core.slo import SloClasses
 from tandem.core.step_coefficients import StepCoefficients
 
@@ -109,6 +110,14 @@ class EngineSection(FrozenModel):
     kv_memory: Bytes = Field(default=512 << 20, description="KV pool of one instance, e.g. 512MiB")
     block_size: int = Field(default=16, ge=1, le=256)
     max_model_len: int | None = Field(default=None, ge=1, description="Prompt plus answer; default: the model's")
+    tp: int = Field(
+        default=1, ge=1, le=64, description="Ranks that divide every layer of an instance (tensor parallel)"
+    )
+    pp: int = Field(default=1, ge=1, le=64, description="Stages that divide the layers of an instance (pipeline)")
+
+    @property
+    def shape(self) -> ParallelShape:
+        return ParallelShape(self.tp, self.pp)
 
 
 class InstanceSection(FrozenModel):
@@ -263,6 +272,17 @@ class ServeConfig(FrozenModel):
             sections = getattr(self, role)
             index = () if len(sections) == 1 else (sections.index(section),)
             raise WrongSetting((role, *index, "engine", setting), f"{text}; KV moves only between equal ones")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> "ServeConfig":
+        for role, sections in (("prefill", self.prefill), ("decode", self.decode)):
+            for index, section in enumerate(sections):
+                if section.engine.shape.num_ranks > 1:
+                    setting = "tp" if section.engine.tp > 1 else "pp"
+                    path = (role, *((index,) if len(sections) > 1 else ()), "engine", setting)
+                    text = f"is {getattr(section.engine, setting)}, and KV moves only between instances of one rank"
+                    raise WrongSetting(path, f"{text}; use a colocated section, or set it to 1")
         return self
 
     @property

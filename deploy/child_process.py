@@ -1,13 +1,11 @@
 """Processes that `tandem serve` has not started itself, but is the parent of.
 
 The controller calls `adopt_orphans` once. From then on the kernel makes it the parent of each descendant whose own
-parent ends, so it can wait for the process and gets its exit status. A process that calls `end_with_parent` is killed
-by the kernel when the controller ends, for whatever reason, even while it is stopped.
+parent ends, so it can wait for the process and gets its exit status. They end with it: see `core.parent_process`.
 """
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import time
@@ -16,31 +14,15 @@ from pathlib import Path
 
 import psutil
 
-_PR_SET_PDEATHSIG = 1
+from tandem.core.parent_process import prctl
+
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.01
 
 
 def adopt_orphans() -> None:
     """Become the parent of descendants whose parent ends. Raises OSError where the kernel has no such call."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-def end_with_parent(parent: int, timeout_s: float) -> bool:
-    """Wait until `parent` is this process's parent, and end with it from then on. False if that does not happen."""
-    until_s = time.monotonic() + timeout_s
-    while os.getppid() != parent:
-        if time.monotonic() > until_s:
-            return False
-        time.sleep(_POLL_S)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    return os.getppid() == parent  # it may have ended just before the call
-
-
-def _prctl(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl failed")
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 class ChildProcess:

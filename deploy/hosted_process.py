@@ -35,7 +35,7 @@ import uvloop
 
 from tandem.core.config import RouterConfig, WorkerConfig
 from tandem.core.errors import InternalError, TandemError
-from tandem.deploy.child_process import end_with_parent
+from tandem.core.parent_process import end_with_parent
 from tandem.deploy.topology import ProcessSpec
 
 CLOSE_S = 6.0  # after the grace period, to close sockets and free memory

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.core.errors import UnavailableError
-from tandem.deploy.child_process import end_with_parent
+from tandem.core.parent_process import end_with_parent
 from tandem.deploy.ray_cluster import PROCESS_RESOURCE, LocalRay, import_ray
 
 _ADOPTION_S = 10.0

@@ -119,7 +119,7 @@ class EngineProfiler:
 
     def __init__(self, model: Path, section: EngineSection) -> None:
         """Raises CheckpointError or ConfigError."""
-        self._engine, self._pool = load_worker_engine(model, section)
+        self._engine, self._pool = load_worker_engine(model, section, ranks=None)
         self._random = Random(0)
         # Values as after real prompts; this also touches every page.
         for layer in self._engine.pool:

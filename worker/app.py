@@ -5,9 +5,10 @@ event loop:   connect KV links -> listen -> deliver(events of each turn) ... -> 
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -15,7 +16,7 @@ import grpc
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig, split_address
-from tandem.core.errors import InternalError
+from tandem.core.errors import InternalError, TandemError
 from tandem.core.session import LinkStats, Role
 from tandem.decode_worker.fetcher import KvFetcher
 from tandem.decode_worker.peers import Peers
@@ -33,13 +34,15 @@ from tandem.worker.instance import PublicSide
 from tandem.worker.loop import InstanceLoop, LoopEvent, LoopReport
 from tandem.worker.loop_thread import LoopThread
 from tandem.worker.progress import LOOK_EVERY_S, StallDetector, StepProgress
-from tandem.worker.service import InstanceService, section_budget
+from tandem.worker.ranks.group import RankGroup
+from tandem.worker.service import InstanceService, check_role, section_budget
 
 log = logging.getLogger(__name__)
 
 
 class Worker:
-    """One instance of one rank. `start`, then `wait_closed`; `drain_and_stop` ends it."""
+    """One instance: its only rank, or rank 0 with the other ranks as child processes. `start`, then `wait_closed`;
+    `drain_and_stop` ends it."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
@@ -63,6 +66,7 @@ class Worker:
         self._tasks: list[asyncio.Task[None]] = []
         self._step_watch: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[None] | None = None
+        self._ranks: RankGroup | None = None
         self._engine: Engine | None = None
         self._pool: SharedPool | None = None
         self._loop: InstanceLoop | None = None
@@ -75,8 +79,24 @@ class Worker:
 
     async def start(self) -> None:
         """Load the model, listen and report; returns when READY. Raises a TandemError if it cannot."""
-        self._closed = asyncio.get_running_loop().create_future()
-        await self._thread.start()
+        check_role(Role(self._config.role), self._section.engine.shape)
+        loop = asyncio.get_running_loop()
+        self._closed = loop.create_future()
+        if self._section.engine.shape.num_ranks > 1:
+            self._ranks = RankGroup(
+                self._config.model,
+                self._section.engine,
+                lambda error: _call_soon(loop, self._crashed, error),
+            )
+            self._ranks.start()
+        try:
+            await self._thread.start()
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.close()
+                if not self._closed.cancel():
+                    self._closed.exception()  # the same loss of a rank; whoever starts the instance gets it from here
+            raise
         assert self._engine is not None
         assert self._pool is not None
         section = self._section
@@ -117,6 +137,8 @@ class Worker:
         await self._receiver.close()
         await self._sender.close()
         await self._thread.stop()
+        if self._ranks is not None:
+            await asyncio.to_thread(self._ranks.close)
         if self._step_watch is not None:  # until now: a hung step would keep the thread from stopping
             await _cancel(self._step_watch)
         if self._engine is not None:
@@ -130,7 +152,7 @@ class Worker:
 
     def _load_and_make_loop(self) -> InstanceLoop:
         """On the loop's thread: the thread that loads an engine is the one that steps it."""
-        self._engine, self._pool = load_worker_engine(self._config.model, self._section.engine)
+        self._engine, self._pool = load_worker_engine(self._config.model, self._section.engine, self._ranks)
         self._loop = InstanceLoop(
             self._engine,
             self._budget,
@@ -196,6 +218,11 @@ class Worker:
         assert self._closed is not None
         if not self._closed.done():
             self._closed.set_exception(error)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[TandemError], None], error: TandemError) -> None:
+    with contextlib.suppress(RuntimeError):  # the event loop is closed: the process is ending
+        loop.call_soon_threadsafe(call, error)
 
 
 async def _cancel(*tasks: asyncio.Task[None]) -> None:

@@ -6,30 +6,25 @@ from pathlib import Path
 import torch
 
 from tandem.core.config import EngineSection
-from tandem.engine.config import EngineConfig
 from tandem.engine.device import choose_device
 from tandem.engine.engine import Engine, load_engine
 from tandem.kv_transfer.pool import SharedPool
+from tandem.worker.ranks.group import RankGroup
+from tandem.worker.ranks.place import engine_config
 
 
-def load_worker_engine(model: Path, section: EngineSection) -> tuple[Engine, SharedPool]:
-    """Load and warm up. Raises CheckpointError or ConfigError."""
+def load_worker_engine(model: Path, section: EngineSection, ranks: RankGroup | None) -> tuple[Engine, SharedPool]:
+    """Load rank 0, wait for the other `ranks`, and warm up. Raises CheckpointError, ConfigError or RankLostError."""
     pools: list[SharedPool] = []
+    config = engine_config(model, section)
 
     def allocate(device: torch.device, num_bytes: int) -> torch.Tensor:
         pools.append(SharedPool.create(num_bytes, device))
         return pools[0].tensor
 
-    config = EngineConfig(
-        model_path=model,
-        dtype=section.dtype,
-        device=section.device,
-        num_threads=section.threads,
-        kv_memory_bytes=section.kv_memory,
-        block_size=section.block_size,
-        max_model_len=section.max_model_len,
-        ops=section.ops,
-    )
-    engine = load_engine(config, partial(allocate, choose_device(section.device)))
+    place = None if ranks is None else ranks.place()
+    engine = load_engine(config, partial(allocate, choose_device(config.device)), place)
+    if ranks is not None:
+        ranks.wait_ready()
     engine.warm_up()
     return engine, pools[0]

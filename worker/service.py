@@ -13,6 +13,7 @@ from tandem.core.errors import (
     TandemError,
     error_from_code,
 )
+from tandem.core.parallel import ParallelShape
 from tandem.core.session import (
     Cancel,
     PrefillFinished,
@@ -56,6 +57,15 @@ def section_budget(role: Role, section: InstanceSection, change: RoleChange | No
         max_prefill_tokens=max_prefill_tokens,
         mixing=section.policy,
     )
+
+
+def check_role(role: Role, shape: ParallelShape) -> None:
+    """Raises ConfigError for a role in which an instance of several ranks would have to move KV."""
+    if role is not Role.COLOCATED and shape.num_ranks > 1:
+        raise ConfigError(
+            f"an instance of {shape.num_ranks} ranks ({shape}) cannot take the role {role.value}: KV moves only "
+            "between instances of one rank; make it a colocated instance, or set tp and pp to 1"
+        )
 
 
 class InstanceService:
@@ -122,6 +132,7 @@ class InstanceService:
             outbox.close()
 
     def configure(self, change: RoleChange) -> None:
+        check_role(change.role, self._section.engine.shape)
         budget = section_budget(change.role, self._section, change)
         log.info("role %s -> %s: %s", self.role.value, change.role.value, budget)
         self.role = change.role

@@ -1,0 +1,55 @@
+"""Colocated instances of several ranks serve the tokens of transformers, and end as a whole when a rank is lost."""
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.harness import Cluster, running_cluster
+from tests.cluster.test_same_tokens import check_answers, cluster_tokens, prompts
+
+LOST_WITHIN_S = 2.0
+ENGINE = {"threads": 2, "kv_memory": "64MiB", "dtype": "float32"}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("shape", "fault"),
+    [
+        ({"tp": 2}, signal.SIGKILL),
+        pytest.param({"pp": 2}, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param({"tp": 2, "pp": 2}, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_tokens_then_the_loss_of_a_rank(
+    built_in_model: Path, tmp_path: Path, shape: dict[str, int], fault: signal.Signals
+) -> None:
+    with running_cluster(
+        built_in_model,
+        tmp_path,
+        num_prefill=0,
+        decode_transports=(),
+        num_colocated=1,
+        colocated={"engine": ENGINE | shape, "max_batch_tokens": 256},
+    ) as cluster:
+        prompt_ids = [token_ids for token_ids in prompts(4000, seed=11) if len(token_ids) < 700][:24]
+        answers = asyncio.run(cluster_tokens(cluster, prompt_ids))
+        check_answers(cluster, prompt_ids, answers)
+        cluster.wait_idle(timeout_s=5.0)
+        lose_a_rank(cluster, fault)
+
+
+def lose_a_rank(cluster: Cluster, fault: signal.Signals) -> None:
+    """Rank 0 ends with status 1, and no rank stays behind."""
+    process = cluster.processes.pop("colocated-0")
+    followers = psutil.Process(process.pid).children()
+    followers[-1].send_signal(fault)
+    lost_s = time.monotonic()
+    assert process.wait(10) == 1, cluster.log_path("colocated-0").read_text()
+    assert time.monotonic() - lost_s < LOST_WITHIN_S
+    _, alive = psutil.wait_procs(followers, timeout=LOST_WITHIN_S)
+    assert alive == []

@@ -1,0 +1,123 @@
+"""Instances of several ranks, in real processes, compute what one rank and transformers compute."""
+
+import contextlib
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tandem.core.config import EngineSection
+from tandem.core.errors import TandemError
+from tandem.core.request import SamplingParams
+from tandem.engine.engine import Engine
+from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
+from tandem.worker.engine_setup import load_worker_engine
+from tandem.worker.ranks.group import RankGroup
+from tests.engine.driver import Driver
+
+VOCABULARY = 323  # a prime: no tp divides it
+NUM_NEW_TOKENS = 10
+TOLERANCE = 1e-4  # of a log-probability: sums in another order, in float32
+
+
+def checkpoint(folder: Path, family: str, **sizes: int) -> Path:
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 100,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if family == "opt" else 2,
+        "head_dim": 16,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+    }
+    return write_random_checkpoint(folder / family, CheckpointShape(family=family, **{**shape, **sizes}), seed=5)
+
+
+@contextlib.contextmanager
+def running(model: Path, tp: int = 1, pp: int = 1, ops: str = "auto") -> Iterator[Engine]:
+    section = EngineSection(
+        device="cpu",
+        threads=1,
+        kv_memory=2 << 20,
+        dtype="float32",
+        tp=tp,
+        pp=pp,
+        ops=ops,  # type: ignore[arg-type]
+    )
+    lost: list[TandemError] = []
+    ranks = RankGroup(model, section, lost.append) if tp * pp > 1 else None
+    if ranks is not None:
+        ranks.start()
+    try:
+        engine, pool = load_worker_engine(model, section, ranks)
+        yield engine
+        engine.close()
+        pool.close()
+    finally:
+        if ranks is not None:
+            ranks.close()
+    assert lost == []
+
+
+def prompts() -> list[list[int]]:
+    draw = random.Random(3)
+    return [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (1, 3, 40, 200, 17)]
+
+
+def greedy(engine: Engine) -> tuple[list[list[int]], torch.Tensor]:
+    """Tokens, and the log-probabilities of each drawn one and of the four likeliest [tokens, 5]. In chunks of 64
+    tokens, all together."""
+    driver = Driver(engine)
+    sequences = [
+        driver.add(prompt, NUM_NEW_TOKENS, SamplingParams(temperature=0.0, logprobs=4)) for prompt in prompts()
+    ]
+    tokens = driver.run(sequences, chunk_tokens=64)
+    entries = [token.logprob for sequence in sequences for token in sequence.drawn if token.logprob is not None]
+    return tokens, torch.tensor([[entry.logprob, *(score for _, score in entry.top)] for entry in entries])
+
+
+@torch.inference_mode()
+def reference(model: Path) -> list[list[int]]:
+    transformer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    answers = []
+    for prompt in prompts():
+        token_ids = torch.tensor([prompt])
+        output = transformer.generate(
+            token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=NUM_NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
+
+
+SHAPES = [(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt"]
+IN_GATE = [("opt", (1, 2))]
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        pytest.param(*case, marks=() if case in IN_GATE else pytest.mark.slow)
+        for case in itertools.product(FAMILIES, SHAPES)
+    ],
+)
+def test_tokens_are_those_of_one_rank_and_of_transformers(family: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    model = checkpoint(tmp_path, family)
+    expected = reference(model)
+    with running(model) as engine:
+        tokens, logprobs = greedy(engine)
+        assert tokens == expected
+    with running(model, *shape) as engine:
+        tokens, of_ranks = greedy(engine)
+        assert tokens == expected
+        torch.testing.assert_close(of_ranks, logprobs, atol=TOLERANCE, rtol=0)

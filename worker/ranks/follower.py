@@ -1,0 +1,87 @@
+"""A rank that is not rank 0: `python -m tandem.worker.ranks.follower CHANNEL_FD REGION_FD PARENT`, started by rank 0.
+
+It loads its part of the model, then computes the steps that rank 0 announces, until it is told to stop. It has no port
+and no scheduler. Any error, a step out of order and the end of rank 0 end the process, and with it the instance.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tandem.core.config import EngineSection
+from tandem.core.errors import TandemError
+from tandem.core.parent_process import end_with_parent
+from tandem.engine.collectives.shared_memory import SharedRegion
+from tandem.engine.device import choose_device
+from tandem.engine.engine import Engine, RankPlace, load_engine
+from tandem.engine.step_bytes import decode_step
+from tandem.worker.ranks.channel import FrameKind, RankChannel
+from tandem.worker.ranks.place import MeetingPlace, engine_config
+
+log = logging.getLogger(__name__)
+
+ALIVE_EVERY_S = 0.2
+_ADOPTION_S = 10.0
+
+
+def main() -> int:
+    channel_fd, region_fd, parent = map(int, sys.argv[1:])
+    if not end_with_parent(parent, _ADOPTION_S):
+        return 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: rank 0 drains, and stops this process when idle
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    channel = RankChannel(socket.socket(fileno=channel_fd))
+    try:
+        _follow(channel, region_fd)
+    except EOFError:
+        return 1  # rank 0 is gone
+    except Exception as error:
+        log.exception("a rank failed")
+        message = error.message if isinstance(error, TandemError) else f"{type(error).__name__}: {error}"
+        channel.send(FrameKind.FAILED, message.encode())
+        return 1
+    return 0
+
+
+def _follow(channel: RankChannel, region_fd: int) -> None:
+    engine = _load(channel, region_fd)
+    channel.send(FrameKind.READY)
+    threading.Thread(target=_stay_alive, args=(channel,), name="alive", daemon=True).start()
+    while True:
+        kind, payload = channel.receive()
+        if kind is FrameKind.STOP:
+            return
+        engine.follow(*decode_step(payload))
+
+
+def _load(channel: RankChannel, region_fd: int) -> Engine:
+    _, payload = channel.receive()
+    fields = json.loads(payload)
+    section = EngineSection.model_validate(fields["engine"])
+    shape, rank = section.shape, int(fields["rank"])
+    config = engine_config(Path(fields["model"]), section, rank)
+    place = MeetingPlace(shape, SharedRegion(region_fd, shape), Path(fields["store"]))
+    os.close(region_fd)
+    collectives = place.collectives(rank, choose_device(config.device))
+    return load_engine(config, place=RankPlace(shape, rank, collectives))
+
+
+def _stay_alive(channel: RankChannel) -> None:
+    """Says that this process runs; how long its step takes is for rank 0 to judge."""
+    while True:
+        try:
+            channel.send(FrameKind.ALIVE)
+        except OSError:
+            os._exit(1)  # rank 0 is gone, and this rank may be in a step that never ends
+        time.sleep(ALIVE_EVERY_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
