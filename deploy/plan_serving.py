@@ -1,4 +1,5 @@
-"""Turns a plan into a serve configuration. Served plans have instances of one device each, all on this machine."""
+"""Turns a plan into a serve configuration. Served plans are for this machine; their prefill and decode instances have
+one device each, since KV moves only between instances of one rank."""
 
 import math
 
@@ -34,7 +35,7 @@ def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
             max_batch_tokens=None if group.role == "decode" else group.max_batch_tokens,
             max_prefill_tokens=group.max_prefill_tokens,
             policy=group.policy,
-            step_cost=None if calibration is None else StepCoefficients.of(CalibratedCost(calibration.terms)),
+            step_cost=_step_cost(group, calibration),
             engine=_engine(plan, group, calibration),
         )
         sections[group.role].append(section)
@@ -52,16 +53,25 @@ def _kinds(plan: Plan) -> list[PlanGroup]:
 
 def _engine(plan: Plan, group: PlanGroup, calibration: Calibration | None) -> EngineSection:
     device = _CPU if group.device.casefold() == _CPU else "cuda"
+    engine: dict[str, object] = {"device": device, "tp": group.tp, "pp": group.pp}
     if calibration is not None:
         memory = math.ceil(group.kv_tokens * calibration.kv_bytes_per_token)
+        threads = calibration.threads * group.shape.num_ranks  # as calibrated, on each rank
         return EngineSection.model_validate(
-            {"device": device, "kv_memory": memory, "dtype": calibration.dtype, "threads": calibration.threads}
+            engine | {"kv_memory": memory, "dtype": calibration.dtype, "threads": threads}
         )
     shape = model_shape(plan.model)
     per_token = shape.kv_bytes_per_token
     if device == _CPU:  # the engine picks the dtype that is fast on the CPU; the memory suffices for every dtype
         per_token *= _WIDEST_NUMBER_BYTES / shape.kv_bytes
-    return EngineSection.model_validate({"device": device, "kv_memory": math.ceil(group.kv_tokens * per_token)})
+    return EngineSection.model_validate(engine | {"kv_memory": math.ceil(group.kv_tokens * per_token)})
+
+
+def _step_cost(group: PlanGroup, calibration: Calibration | None) -> StepCoefficients | None:
+    """None where there is no calibration; one is of a single rank."""
+    if calibration is None or group.shape.num_ranks > 1:
+        return None
+    return StepCoefficients.of(CalibratedCost(calibration.terms))
 
 
 def _calibrations(plan: Plan) -> dict[str, Calibration]:
@@ -75,11 +85,12 @@ def _calibrations(plan: Plan) -> dict[str, Calibration]:
 def _check(plan: Plan, machine: Machine) -> None:
     if not plan.groups:
         raise ConfigError("the plan has no instances: no deployment that the planner tried meets the targets")
-    parallel = next((group for group in plan.groups if group.shape.num_ranks > 1), None)
+    parallel = next((g for g in plan.groups if g.role != "colocated" and g.shape.num_ranks > 1), None)
     if parallel is not None:
         raise ConfigError(
-            f"the plan's {parallel.role} instances have the shape {parallel.shape}, but `tandem serve` runs only "
-            "instances of one device; plan with --set search.max_tp=1 --set search.max_pp=1"
+            f"the plan's {parallel.role} instances have the shape {parallel.shape}, but KV moves only between "
+            "instances of one device; plan with --set search.max_tp=1 --set search.max_pp=1, or with --set "
+            "search.layouts=[colocated]"
         )
     nodes = {rank.rpartition(":")[0] for group in plan.groups for ranks in group.devices for rank in ranks}
     if len(nodes) > 1:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tandem.core.config import EngineSection, RouterConfig, ServeConfig, WorkerConfig
+from tandem.core.errors import ConfigError
 
 
 class ProcessRole(Enum):
@@ -30,7 +31,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """One process: its application, configuration and resources. `gpus` below 1 is a share of one device."""
+    """One process: its application, configuration and resources. An instance of several ranks is one process here: it
+    starts the other ranks itself. `threads` and `gpus` are for all ranks; `gpus` below 1 is a share of one device."""
 
     role: ProcessRole
     index: int
@@ -47,20 +49,23 @@ class ProcessSpec:
 def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, ...]:
     """The router first, then prefill, decode and colocated instances. `config.cluster_token` must be set.
 
-    Instances whose `threads` is 0 share the cores that other instances leave; each gets at least one. The router gets
-    no core of its own: it works while instances wait for it, and a reserved core would be idle most of the time.
+    Instances whose `threads` is 0 share the cores that other instances leave; each rank gets at least one. The router
+    gets no core of its own: it works while instances wait for it, and a reserved core would be idle most of the time.
+
+    Raises ConfigError for an instance of several ranks that do not get a GPU each.
     """
     assert config.cluster_token, "processes of one cluster share a token"
     instances = [(role, section) for role, section in config.kinds for _ in range(section.instances)]
     threads = share_threads(machine.cores, [section.engine.threads for _, section in instances])
-    on_gpu = sum(_uses_gpu(section.engine, machine) for _, section in instances)
+    on_gpu = sum(section.engine.shape.num_ranks for _, section in instances if _uses_gpu(section.engine, machine))
     router = RouterConfig(
         model=config.model, model_name=config.model_name, router=config.router, cluster_token=config.cluster_token
     )
     specs = [ProcessSpec(ProcessRole.ROUTER, 0, _ROUTER_ENTRY, router, threads=1)]
     numbers: Counter[str] = Counter()
     for (role, section), share in zip(instances, threads, strict=True):
-        gpus = _gpu_share(machine.gpus, on_gpu) if _uses_gpu(section.engine, machine) else 0.0
+        gpus = _gpus_of(section.engine, machine, on_gpu)
+        share = max(share, section.engine.shape.num_ranks)
         engine = section.engine.model_copy(update={"threads": share})
         worker = WorkerConfig(
             model=config.model,
@@ -90,9 +95,19 @@ def _uses_gpu(engine: EngineSection, machine: Machine) -> bool:
     return engine.device.startswith("cuda") or (engine.device == "auto" and machine.gpus > 0)
 
 
-def _gpu_share(gpus: int, instances: int) -> float:
-    """One device for each instance if there are enough, else equal shares, rounded down so that all fit."""
-    if gpus >= instances:
-        return 1.0
-    per_device = -(-instances // max(gpus, 1))
+def _gpus_of(engine: EngineSection, machine: Machine, ranks: int) -> float:
+    """One device for each of all `ranks` if there are enough, else equal shares, rounded down so that all fit.
+
+    Raises ConfigError for an instance of several ranks, which do not share a device.
+    """
+    if not _uses_gpu(engine, machine):
+        return 0.0
+    if machine.gpus >= ranks:
+        return float(engine.shape.num_ranks)
+    if engine.shape.num_ranks > 1:
+        raise ConfigError(
+            f"the instances have {ranks} ranks on GPUs, and this machine has {machine.gpus}; ranks of one instance do "
+            "not share a GPU: reduce instances, tp or pp"
+        )
+    per_device = -(-ranks // max(machine.gpus, 1))
     return int(100 / per_device) / 100

@@ -32,6 +32,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "slo-mixed.yaml": SloFile,
     "plan-colocated.yaml": Plan,
     "plan-prompt-first.yaml": Plan,
+    "plan-ranks.yaml": Plan,
     "plan-mixed.yaml": Plan,
 }
 TINY = EXAMPLES.parent / "models" / "tiny-python"
@@ -98,6 +99,7 @@ def test_two_and_two() -> None:
     [
         ("plan-colocated.yaml", ["colocated", "colocated"]),
         ("plan-prompt-first.yaml", ["colocated"]),
+        ("plan-ranks.yaml", ["colocated"]),
         ("plan-mixed.yaml", ["prefill", "decode", "decode", "colocated"]),
     ],
 )

@@ -71,6 +71,23 @@ def test_the_plans_of_the_examples_are_served(tmp_path: Path, name: str, roles: 
         assert sorted(instance["role"] for instance in instances) == roles
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_instances_of_two_ranks_answer_as_one_of_one_rank(built_in_model: Path, tmp_path: Path) -> None:
+    """A serve file's 1x2 instance and a plan's 2x1 instance."""
+    stages = tmp_path / "stages.yaml"
+    stages.write_text(f"model: {built_in_model}\ncolocated: {{engine: {{device: cpu, kv_memory: 16MiB, pp: 2}}}}\n")
+    answers = []
+    for number, path in enumerate(
+        (stages, ROOT / "examples/plan-ranks.yaml", ROOT / "examples/plan-prompt-first.yaml")
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with serving(path, folder) as (url, _):
+            answers.append(complete(url))
+    assert len(set(answers)) == 1, answers
+
+
 def complete(url: str) -> str:
     body = {"model": "tiny-python", "prompt": "import ", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     answer = httpx.post(f"{url}/completions", json=body, timeout=60.0)

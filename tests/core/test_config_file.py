@@ -334,6 +334,17 @@ def test_instances_that_cannot_exchange_kv_are_refused_before_anything_starts(tm
     assert "line 4: decode.engine.block_size: is 32, and prefill has 16" in caught.value.message.splitlines()[-1]
 
 
+def test_only_colocated_instances_have_several_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("model: m\nprefill:\n  engine:\n    pp: 2\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ServeConfig)
+    assert "line 4: prefill.engine.pp: is 2, and KV moves only between instances of one rank" in caught.value.message
+    path.write_text("model: m\ncolocated:\n  engine: {tp: 2, pp: 3}\n")
+    ((_, section),) = load_config(path, ServeConfig).kinds
+    assert str(section.engine.shape) == "tp2pp3"
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

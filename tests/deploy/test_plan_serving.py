@@ -106,6 +106,12 @@ def test_a_calibration_says_threads_and_dtype(tmp_path: Path) -> None:
     assert serve_config_of(gone, LAPTOP).prefill[0].engine.threads == 0
 
 
+def test_colocated_instances_of_several_ranks_are_served() -> None:
+    plan = plan_of(BUILT_IN, [group("colocated", tp=2), group("colocated", pp=2, devices=(("0:2", "0:3"),))])
+    config = serve_config_of(plan, LAPTOP)
+    assert [(section.engine.tp, section.engine.pp) for section in config.colocated] == [(2, 1), (1, 2)]
+
+
 def test_planned_gpus_that_are_here_are_used() -> None:
     plan = plan_of(BUILT_IN, [group("prefill", device="H100"), group("decode", device="H100", instances=2)])
     config = serve_config_of(plan, Machine(cores=4, gpus=3))
@@ -115,7 +121,10 @@ def test_planned_gpus_that_are_here_are_used() -> None:
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
-        ([group("prefill", tp=2), group("decode")], ["prefill instances have the shape tp2", "search.max_tp=1"]),
+        (
+            [group("prefill", tp=2), group("decode")],
+            ["prefill instances have the shape tp2", "one device", "search.max_tp=1"],
+        ),
         (
             [group("prefill", devices=(("0:0",),)), group("decode", devices=(("1:0",),))],
             ["uses 2 nodes", "one machine"],

@@ -1,9 +1,11 @@
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.core.config import EngineSection, InstanceSection, RouterConfig, ServeConfig, WorkerConfig
+from tandem.core.errors import ConfigError
 from tandem.deploy.topology import Machine, ProcessRole, ProcessSpec, plan_processes, share_threads
 
 
@@ -88,3 +90,20 @@ def test_several_kinds_of_a_role_and_colocated_instances_beside_them() -> None:
     assert [instance.max_batch_tokens for instance in instances[:3]] == [64, 128, 128]
     assert instances[4].policy == "prompt_first"
     assert {instance.instances for instance in instances} == {1}
+
+
+def colocated(machine: Machine, instances: int = 1, **engine: object) -> list[ProcessSpec]:
+    section = InstanceSection(instances=instances, engine=EngineSection.model_validate(engine))
+    return workers(plan_processes(ServeConfig(model=Path("/m"), colocated=(section,), cluster_token="x"), machine))
+
+
+def test_an_instance_of_several_ranks_is_one_process_with_the_resources_of_all() -> None:
+    (spec,) = colocated(Machine(cores=1), device="cpu", tp=2, pp=2)
+    assert (spec.threads, spec.gpus) == (4, 0.0), "each rank computes on a thread at least"
+    specs = colocated(Machine(cores=8, gpus=4), instances=2, device="cuda", tp=2)
+    assert [spec.gpus for spec in specs] == [2.0, 2.0]
+
+
+def test_ranks_of_one_instance_do_not_share_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="4 ranks on GPUs, and this machine has 3"):
+        colocated(Machine(cores=8, gpus=3), instances=2, device="cuda", tp=2)
