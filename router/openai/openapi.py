@@ -243,8 +243,17 @@ def _answer(description: str, media_type: str, schema: _Schema) -> _Schema:
     return {"description": description, "headers": _HEADERS, "content": {media_type: {"schema": schema}}}
 
 
+_REFUSED_HEADERS = {
+    "retry-after": {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds"},
+    "x-tandem-refused-because": {"schema": _STRING, "description": "Such as ttft-target, max-wait or queue-full"},
+}
+
+
 def _errors(*statuses: int) -> dict[str, _Schema]:
-    return {str(status): _answer(_ERRORS[status], "application/json", _ref("Error")) for status in statuses}
+    answers = {str(status): _answer(_ERRORS[status], "application/json", _ref("Error")) for status in statuses}
+    if "429" in answers:
+        answers["429"]["headers"] = _HEADERS | _REFUSED_HEADERS
+    return answers
 
 
 def _completions(summary: str, request: str, response: str) -> _Schema:
