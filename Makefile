@@ -37,8 +37,8 @@ serve: setup ## start the built-in model, or FILE=serve.yaml; Ctrl-C ends it
 
 test: setup lint types layers proto-check ## what CI runs: all checks, and all tests but the slow ones with their coverage
 	@mkdir -p build/coverage && $(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -q $(BESIDE) > build/beside.log 2>&1 & trap "kill $$!" INT TERM; \
-	$(BIN)/coverage run -m pytest -q $(BESIDE:%=--ignore=%); others=$$?; \
+	@$(BIN)/coverage run -m pytest -q --durations=15 $(BESIDE) > build/beside.log 2>&1 & trap "kill $$!" INT TERM; \
+	$(BIN)/coverage run -m pytest -q --durations=15 $(BESIDE:%=--ignore=%); others=$$?; \
 	wait $$!; beside=$$?; echo "beside them, $(BESIDE):"; cat build/beside.log; \
 	test "$$others$$beside" = 00
 	@$(BIN)/coverage combine -q
