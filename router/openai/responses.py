@@ -108,13 +108,16 @@ class _ResponseWriter(ABC):
         }
         self._prompt_token_ids: tuple[tuple[int, ...], ...] = ()
         self._num_output_tokens = 0
-        self._choices = [_ChoiceSoFar() for _ in range(len(request.prompts) * request.n)]
+        self._choices_per_prompt = request.n  # not checked yet: nothing may be allocated for it
+        self._choices: list[_ChoiceSoFar] = []
         # Most chunks of a stream differ only in their text, so only the text of such a chunk is encoded.
         self._before_text, self._after_text = self._chunk(0, chunk_with_nul).split(orjson.dumps("\0"))
         self._is_plain = False  # whether the next chunk of choice 0 has only text, if it is not the choice's last one
 
     def begin(self, prompt_token_ids: tuple[tuple[int, ...], ...]) -> None:
+        """The request was accepted."""
         self._prompt_token_ids = prompt_token_ids
+        self._choices = [_ChoiceSoFar() for _ in range(len(prompt_token_ids) * self._choices_per_prompt)]
 
     def chunks(self, delta: TextDelta) -> bytes:
         """Events for one delta; empty if the delta shows nothing."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 
 from tandem.core.config import RouterSection
 from tandem.core.errors import DuplicateRequestError, OverloadedError
+from tandem.router.openai.openapi import openapi_document
 from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, Front, serve_front
 
@@ -50,6 +52,7 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
     ({"n": 0}, "n", "at least 1"),
     ({"n": 17}, "n", "at most 16"),
+    ({"n": 217_310_311}, "n", "at most 16"),
     ({"seed": 1 << 63}, "seed", "at most"),
     ({"max_tokens": 0}, "max_tokens", "at least 1"),
     ({"max_tokens": -1}, "max_tokens", "at least 1 and at most 2.14748e+09, but it is -1"),
@@ -419,3 +422,21 @@ async def test_random_bodies_never_break_it(tokenizer: TextTokenizer, raw_tokeni
 
         await asyncio.to_thread(check)
         assert not front.generator.running
+
+
+@pytest.mark.parametrize(("path", "of"), [(CHAT, "ChatRequest"), (TEXT, "CompletionRequest")])
+async def test_no_number_makes_the_router_allocate(path: str, of: str, front: Front) -> None:
+    """One request with n = 217,310,311 took 20 GiB before the number was refused."""
+    fields = openapi_document()["components"]["schemas"][of]["properties"]
+    numbers = [name for name, schema in fields.items() if {"integer", "number"} & set(schema.get("type", ()))]
+    assert {"n", "max_tokens", "seed", "top_k"} <= set(numbers)
+    right = {"model": MODEL, "messages": MESSAGES} if path == CHAT else {"model": MODEL, "prompt": "a"}
+    async with front.client() as client:
+        tracemalloc.start()
+        try:
+            for name in numbers:
+                await client.post(path, json=right | {"max_tokens": 1} | {name: 1 << 22})
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak_bytes < 16 << 20
