@@ -25,12 +25,13 @@ async def answers(cluster: Cluster, max_tokens: int = 120) -> list[tuple[int, ..
         return [tuple(completion.token_ids) for completion in await asyncio.gather(*tasks)]
 
 
-async def until_it_decodes(cluster: Cluster, name: str) -> None:
-    """Until that instance has requests whose KV has arrived, for certain."""
+async def until_it_decodes(cluster: Cluster, name: str, num_requests: int = len(PROMPTS)) -> None:
+    """Until all requests are in the router, and that instance has some whose KV has arrived, for certain."""
     async with asyncio.timeout(20):
         while True:
             status = await asyncio.to_thread(cluster.status, name)
-            if status.running_requests and sum(link.transfers for link in status.links):
+            has_all = await asyncio.to_thread(cluster.metric, "tandem_running_requests") == num_requests
+            if has_all and status.running_requests and sum(link.transfers for link in status.links):
                 return
             await asyncio.sleep(0.02)
 
@@ -63,7 +64,7 @@ def test_without_a_worker_there_is_an_answer_too(built_in_model: Path, tmp_path:
                 task = asyncio.create_task(
                     client.generate(token_ids=[5, 6], max_tokens=3000, ignore_eos=True, timeout_s=60)
                 )
-                await until_it_decodes(cluster, "decode-0")
+                await until_it_decodes(cluster, "decode-0", 1)
                 await asyncio.to_thread(cluster.kill, "decode-0")
                 assert not task.done(), "the instance died too late to matter"
                 started_s = time.monotonic()
@@ -84,10 +85,10 @@ def test_without_a_worker_there_is_an_answer_too(built_in_model: Path, tmp_path:
 @pytest.mark.timeout(180)
 def test_a_stream_waits_for_the_replacement_of_its_only_decode_instance(built_in_model: Path, tmp_path: Path) -> None:
     with running_cluster(built_in_model, tmp_path) as cluster:
-        undisturbed = asyncio.run(answers(cluster))
+        undisturbed = asyncio.run(answers(cluster, 600))
 
         async def disturbed() -> list[tuple[int, ...]]:
-            running = asyncio.create_task(answers(cluster))
+            running = asyncio.create_task(answers(cluster, 600))
             await until_it_decodes(cluster, "decode-0")
             await asyncio.to_thread(cluster.kill, "decode-0")
             assert not running.done(), "the instance died too late to matter"
