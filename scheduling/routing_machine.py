@@ -39,6 +39,7 @@ from tandem.core.errors import (
 from tandem.core.generation import BlockNamer
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus, Role
+from tandem.scheduling.admission import Admission
 from tandem.scheduling.goodput_selector import GoodputSelector
 from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.keyed_heap import KeyedHeap
@@ -50,14 +51,8 @@ from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
 
 LEASE_SHARE = 1 / 3  # of a lease, after which it is renewed: two renewals may come late
-WAIT_SHARE = 0.75  # of the longest wait: who is expected to wait longer is refused at once, for the rate may change
 
 RoutingPolicy = Literal["balanced", "goodput"]
-_LEAST_RETRY_S = 0.1
-
-# While nothing waits here, the prediction is the mean of the last requests, whichever instances had them; the choice of
-# the instance may do better.
-_UNSURE = 2.0
 
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 
@@ -146,6 +141,7 @@ class RoutingMachine:
         )
         self._requests: dict[Hashable, RoutedRequest] = {}
         self._queue = RequestQueue(settings.queue_order)  # waits for credit
+        self._admission = Admission(self._queue, settings.max_wait_s)
         self._recovering: dict[RoutedRequest, None] = {}  # waits for an instance
         self._retries: KeyedHeap[RoutedRequest] = KeyedHeap()  # when those are looked at again
         self._deadlines: KeyedHeap[RoutedRequest] = KeyedHeap()
@@ -269,8 +265,7 @@ class RoutingMachine:
             slo,
             now_s if received_s is None else received_s,
         )
-        self._check_targets(request, now_s)
-        self._check_wait(request, now_s)
+        self._admission.check(request, now_s, is_alone=not self._requests)
         self._requests[key] = request
         self._queue.ledger.open(client)
         if deadline_s < math.inf:
@@ -296,7 +291,7 @@ class RoutingMachine:
         for request in self._deadlines.pop_until(now_s):
             self._end(request, DeadlineError("the request's deadline has passed"), now_s)
         for request in self._queue.pop_impatient(now_s):
-            self._end(request, self._waited_in_vain(request, now_s), now_s)
+            self._end(request, self._admission.waited_in_vain(request, now_s), now_s)
         for request in self._retries.pop_until(now_s):
             self._recover(request, now_s)
         for attempt in self._renewals.pop_until(now_s):
@@ -558,72 +553,9 @@ class RoutingMachine:
 
     def _wait_for_credit(self, request: RoutedRequest, now_s: float) -> None:
         """One that has tokens already waits until its deadline: its client was promised the rest."""
-        until_s = math.inf
-        if not request.num_output_tokens:
-            until_s = now_s + self._settings.max_wait_s
-            if request.slo.if_unmet == "refuse":
-                until_s = min(until_s, max(request.due_s, now_s))
+        until_s = math.inf if request.num_output_tokens else self._admission.last_start_s(request, now_s)
         self._queue.push(request, until_s, now_s)
         self._wake(until_s)
-
-    def _expected_ttft_s(self, request: RoutedRequest, now_s: float) -> float | None:
-        """Of a newcomer; None: nothing is measured yet. It has waited for its tokenization already."""
-        first_token_s = self._queue.first_token_time.expected_s(request.num_tokens)
-        if not first_token_s:
-            return None
-        return now_s - request.received_s + self._queue.expected_wait_s(now_s, request) + first_token_s
-
-    def _check_targets(self, request: RoutedRequest, now_s: float) -> None:
-        """Make a newcomer best effort if it is not alone and cannot meet its TTFT target. Raises OverloadedError if its
-        class would rather have it refused."""
-        request.predicted_ttft_s = expected_s = self._expected_ttft_s(request, now_s)
-        slo = request.slo
-        if expected_s is None or slo.ttft_s == math.inf:
-            return
-        if not self._requests:  # it shows whether the prediction still holds
-            return
-        margin = 1.0 if len(self._queue) else _UNSURE
-        if expected_s <= margin * slo.ttft_s and not self._queue.leaves_out(request, now_s):
-            return
-        text = f"the first token is expected after {expected_s:.3g} s, and the target is {slo.ttft_s:.3g} s"
-        if slo.if_unmet == "refuse":
-            raise OverloadedError(
-                f"the request would miss its TTFT target: {text}; try again later",
-                retry_after_s=max(expected_s - slo.ttft_s, _LEAST_RETRY_S),
-                reason="ttft-target",
-            )
-        request.demoted_because = text
-
-    def _check_wait(self, request: RoutedRequest, now_s: float) -> None:
-        """Raises OverloadedError if a newcomer would wait for too long."""
-        wait_s = self._queue.expected_wait_s(now_s, request)
-        longest_s = WAIT_SHARE * self._settings.max_wait_s
-        if wait_s > longest_s:
-            raise OverloadedError(
-                f"{len(self._queue)} requests wait for an instance already, and another one would for about "
-                f"{wait_s:.0f} s; try again later",
-                retry_after_s=wait_s - longest_s,
-                reason="max-wait",
-            )
-        if wait_s > request.deadline_s - now_s:
-            raise OverloadedError(
-                f"the request would wait for an instance for about {wait_s:.0f} s, beyond its deadline",
-                retry_after_s=wait_s - (request.deadline_s - now_s),
-                reason="deadline",
-            )
-
-    def _waited_in_vain(self, request: RoutedRequest, now_s: float) -> OverloadedError:
-        if request.slo.if_unmet == "refuse" and now_s >= request.due_s:
-            return OverloadedError(
-                f"no instance had room for the request within its TTFT target of {request.slo.ttft_s:.3g} s",
-                retry_after_s=max(self._queue.expected_wait_s(now_s), _LEAST_RETRY_S),
-                reason="ttft-target",
-            )
-        return OverloadedError(
-            f"no instance had room for the request in {self._settings.max_wait_s:g} s",
-            retry_after_s=max(self._queue.expected_wait_s(now_s), _LEAST_RETRY_S),
-            reason="max-wait",
-        )
 
     # --- end ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,93 @@
+"""Whether a newcomer is accepted, made best effort, or refused because it would come too late."""
+
+import math
+
+from tandem.core.errors import OverloadedError
+from tandem.scheduling.request_queue import RequestQueue
+from tandem.scheduling.routed_request import RoutedRequest
+
+WAIT_SHARE = 0.75  # of the longest wait: who is expected to wait longer is refused at once, for the rate may change
+_LEAST_RETRY_S = 0.1
+
+# While nothing waits here, the prediction is the mean of the last requests, whichever instances had them; the choice of
+# the instance may do better.
+_UNSURE = 2.0
+
+
+class Admission:
+    """Looks at what waits in the router. `max_wait_s` is the longest that a request may wait there."""
+
+    def __init__(self, queue: RequestQueue, max_wait_s: float) -> None:
+        self._queue = queue
+        self._max_wait_s = max_wait_s
+
+    def check(self, request: RoutedRequest, now_s: float, *, is_alone: bool) -> None:
+        """Predict the newcomer's TTFT, and make it best effort if that misses its target. `is_alone`: no other request
+        runs. Raises OverloadedError if its class has it refused, or if it would wait for too long."""
+        self._check_targets(request, now_s, is_alone)
+        self._check_wait(request, now_s)
+
+    def _expected_ttft_s(self, request: RoutedRequest, now_s: float) -> float | None:
+        """Of a newcomer; None: nothing is measured yet. It has waited for its tokenization already."""
+        first_token_s = self._queue.first_token_time.expected_s(request.num_tokens)
+        if not first_token_s:
+            return None
+        return now_s - request.received_s + self._queue.expected_wait_s(now_s, request) + first_token_s
+
+    def _check_targets(self, request: RoutedRequest, now_s: float, is_alone: bool) -> None:
+        """Make a newcomer best effort if it is not alone and cannot meet its TTFT target. Raises OverloadedError if its
+        class would rather have it refused."""
+        request.predicted_ttft_s = expected_s = self._expected_ttft_s(request, now_s)
+        slo = request.slo
+        if expected_s is None or slo.ttft_s == math.inf:
+            return
+        if is_alone:  # it shows whether the prediction still holds
+            return
+        margin = 1.0 if len(self._queue) else _UNSURE
+        if expected_s <= margin * slo.ttft_s and not self._queue.leaves_out(request, now_s):
+            return
+        text = f"the first token is expected after {expected_s:.3g} s, and the target is {slo.ttft_s:.3g} s"
+        if slo.if_unmet == "refuse":
+            raise OverloadedError(
+                f"the request would miss its TTFT target: {text}; try again later",
+                retry_after_s=max(expected_s - slo.ttft_s, _LEAST_RETRY_S),
+                reason="ttft-target",
+            )
+        request.demoted_because = text
+
+    def _check_wait(self, request: RoutedRequest, now_s: float) -> None:
+        """Raises OverloadedError if a newcomer would wait for too long."""
+        wait_s = self._queue.expected_wait_s(now_s, request)
+        longest_s = WAIT_SHARE * self._max_wait_s
+        if wait_s > longest_s:
+            raise OverloadedError(
+                f"{len(self._queue)} requests wait for an instance already, and another one would for about "
+                f"{wait_s:.0f} s; try again later",
+                retry_after_s=wait_s - longest_s,
+                reason="max-wait",
+            )
+        if wait_s > request.deadline_s - now_s:
+            raise OverloadedError(
+                f"the request would wait for an instance for about {wait_s:.0f} s, beyond its deadline",
+                retry_after_s=wait_s - (request.deadline_s - now_s),
+                reason="deadline",
+            )
+
+    def last_start_s(self, request: RoutedRequest, now_s: float) -> float:
+        """Until when a request that begins to wait now is worth beginning."""
+        until_s = now_s + self._max_wait_s
+        return min(until_s, max(request.due_s, now_s)) if request.slo.if_unmet == "refuse" else until_s
+
+    def waited_in_vain(self, request: RoutedRequest, now_s: float) -> OverloadedError:
+        """What the client is told of a request that has not begun until then."""
+        if request.slo.if_unmet == "refuse" and now_s >= request.due_s:
+            return OverloadedError(
+                f"no instance had room for the request within its TTFT target of {request.slo.ttft_s:.3g} s",
+                retry_after_s=max(self._queue.expected_wait_s(now_s), _LEAST_RETRY_S),
+                reason="ttft-target",
+            )
+        return OverloadedError(
+            f"no instance had room for the request in {self._max_wait_s:g} s",
+            retry_after_s=max(self._queue.expected_wait_s(now_s), _LEAST_RETRY_S),
+            reason="max-wait",
+        )
