@@ -93,7 +93,7 @@ class LinearPredictor:
         return sum(f * p * x for f, p, x in zip(self._factors, self._prior, terms, strict=True))
 
     def observe(self, terms: Sequence[float], seconds: float) -> None:
-        """So long it took. O(terms^2)."""
+        """It took that long. O(terms^2)."""
         predicted_s = self.seconds(terms)
         if predicted_s <= 0 or not 0 < seconds < math.inf:
             return

@@ -21,7 +21,7 @@ from tandem.scheduling.tenant_ledger import TenantLedger
 # own bound between two tenants that wait.
 FAIR_TOKENS = 8192
 
-# Nobody starves: of so many dispatches, one goes to the first of the others, if it has waited for long enough.
+# Nobody starves: of this many dispatches, one goes to the first of the others, if it has waited for long enough.
 _OTHERS_SHARE = 8
 _PATIENT_TARGETS = 2  # times its TTFT target
 _PATIENT_S = 10.0  # without a target

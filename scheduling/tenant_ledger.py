@@ -44,7 +44,7 @@ class TenantLedger:
         self._tokens[tenant] += num_tokens
 
     def found_cached(self, tenant: str, num_tokens: int) -> None:
-        """So many tokens of a dispatched prompt need not be computed."""
+        """That many tokens of a dispatched prompt need not be computed."""
         if tenant in self._tokens:
             self._tokens[tenant] -= num_tokens
 

@@ -124,8 +124,9 @@ def find_max_rate(
     lowest; otherwise rates from below `guess`, down to a quarter of it.
 
     The rate goes up one index while it meets the targets, or down one index until it does. So a deployment that meets
-    the targets wherever another one does never has a lower maximum. `mapper` simulates the next rates in parallel;
-    rates beyond the last one needed do not count, so the result does not depend on the number of workers.
+    the targets wherever another one does never has a lower maximum. It does not go up from a run without a steady
+    state: few requests can be served in one burst, however fast they come. `mapper` simulates the next rates in
+    parallel; rates beyond the last one needed do not count, so the result does not depend on the number of workers.
     """
     lowest = _rate_index_below(at_least or guess / _MAX_DECREASE) + 1
     start = lowest if at_least else max(_rate_index_below(guess), lowest)
@@ -142,7 +143,7 @@ def find_max_rate(
 
     rate_index = start
     if meets(rate_index, 1):
-        while meets(rate_index + 1, 1):
+        while evaluated[rate_index].long_enough and meets(rate_index + 1, 1):
             rate_index += 1
         return MaxRate(_rate_at(rate_index), num_simulations=rate_index + 2 - start)
     while rate_index >= lowest and not meets(rate_index, -1):
@@ -161,25 +162,28 @@ def find_rate_near(
 ) -> MaxRate:
     """A rate of the series that meets the targets while the next one does not, near `guess`: steps of doubling length
     until two rates enclose it, then bisection. Assumes that more load never helps, and takes few simulations for a
-    guess that is far off. Rate 0 if none meets down to a thousandth of `guess`."""
+    guess that is far off. As `find_max_rate`, it does not go up from a run without a steady state. Rate 0 if none meets
+    down to a thousandth of `guess`."""
     spread = mapper or SerialMapper()
     evaluate_rate = partial(evaluate_at, problem, deployment, separate_nodes)
-    evaluated: dict[int, bool] = {}
+    evaluated: dict[int, Evaluation] = {}
 
     def meets(rate_index: int, other: int | None = None) -> bool:
         if rate_index not in evaluated:
             both = [rate_index, *([other] if other is not None and spread.workers > 1 else [])]
             evaluations = spread(evaluate_rate, [_rate_at(index) for index in both])
-            evaluated.update({index: one.meets for index, one in zip(both, evaluations, strict=True)})
-        return evaluated[rate_index]
+            evaluated.update(zip(both, evaluations, strict=True))
+        return evaluated[rate_index].meets
 
     start, step = _rate_index_below(guess), 1
     lowest = _rate_index_below(guess / 1000)
     if meets(start, start + 1):
         low, high = start, start + 1
-        while meets(high):
+        while evaluated[low].long_enough and meets(high):
             step *= 2
             low, high = high, high + step
+        if not evaluated[low].long_enough:
+            return MaxRate(_rate_at(low), len(evaluated))
     else:
         low, high = start - 1, start
         while low > lowest and not meets(low):

@@ -1,6 +1,8 @@
 """A plan is for the whole trace, however long it is and whatever changes in it."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from tandem.placement.planner import search, search_and_compare
 from tandem.placement.search.final_comparison import FinalComparison, compare_finalists
 from tandem.placement.search.mapper import SerialMapper
 from tandem.placement.search.problem import Problem, without_cached
-from tandem.placement.search.trial import evaluate_at
+from tandem.placement.search.trial import MaxRate, evaluate_at, find_max_rate, find_rate_near
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.streams import trace_requests
 from tandem.placement.workload.windows import windowed
@@ -171,3 +173,12 @@ def test_a_window_that_meets_its_targets_at_no_rate_is_named() -> None:
     assert "misses the targets there at every rate; loosen the targets of slo, or set workload.cover to 0.6" in str(
         caught.value
     )
+
+
+@pytest.mark.parametrize("find", [find_rate_near, partial(find_max_rate, at_least=0.0)])
+def test_a_short_trace_ends_the_search_for_its_rate(find: Callable[..., MaxRate]) -> None:
+    """All its requests are on time in one burst, however fast they come: the search went on without end."""
+    question = replace(asked(regimes((30, (10, 2)))), classes=(SloClass(ttft_s=1000.0, tpot_s=1000.0),), windows=())
+    deployment = planned(asked(regimes((300, LIGHT)))).chosen.simulated
+    found = find(question, deployment, 100.0)
+    assert 0 < found.rate < 1000
