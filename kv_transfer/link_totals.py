@@ -5,47 +5,62 @@ from dataclasses import replace
 from tandem.core.session import LinkStats
 from tandem.core.transfer import Transport
 
+OTHER_PEERS = "other"
+UNKNOWN_TRANSPORT = "other"  # of a transfer that fails after its peer was forgotten
+
 
 class LinkTotals:
     """Counters per peer; they outlive a link that failed and was made again. Lives on the event loop.
 
     Bounded: the `max_peers` peers that were linked last have an entry each. The counts of all others are summed in one
-    more entry (peer "other", transport "mixed"), so the sum over all entries never goes down.
+    more entry for each transport (peer "other"), so neither the sum over all entries nor that of one transport ever
+    goes down.
     """
 
     def __init__(self, max_peers: int) -> None:
         self._max_peers = max_peers
         self._peers: dict[str, LinkStats] = {}  # the peer linked last is at the end
-        self._other = LinkStats("other", "mixed", 0, 0, 0.0, 0)
+        self._others: dict[str, LinkStats] = {}  # by transport
 
     def linked(self, peer_id: str, transport: Transport) -> None:
-        """A link to that peer was made."""
-        stats = self._peers.pop(peer_id, None) or LinkStats(peer_id, "", 0, 0, 0.0, 0)
-        self._peers[peer_id] = replace(stats, transport=transport.value)
+        """A link to that peer was made. What went over another transport is no longer its own."""
+        stats = self._peers.pop(peer_id, None)
+        if stats is not None and stats.transport != transport.value:
+            self._add_to_others(stats)
+            stats = None
+        self._peers[peer_id] = stats or LinkStats(peer_id, transport.value, 0, 0, 0.0, 0)
         if len(self._peers) > self._max_peers:
             self.forget(next(iter(self._peers)))
 
     def add(self, peer_id: str, transfers: int = 0, nbytes: int = 0, seconds: float = 0.0, failures: int = 0) -> None:
         """Add to that peer's counts."""
-        old = self._peers.get(peer_id, self._other)
-        new = replace(
-            old,
-            transfers=old.transfers + transfers,
-            transfer_bytes=old.transfer_bytes + nbytes,
-            transfer_s=old.transfer_s + seconds,
-            failures=old.failures + failures,
-        )
-        if old is self._other:
-            self._other = new
+        more = LinkStats(peer_id, UNKNOWN_TRANSPORT, transfers, nbytes, seconds, failures)
+        if peer_id in self._peers:
+            self._peers[peer_id] = _sum(self._peers[peer_id], more)
         else:
-            self._peers[peer_id] = new
+            self._add_to_others(more)
 
     def forget(self, peer_id: str) -> None:
         """That peer is gone: it has no entry of its own any more."""
-        if old := self._peers.pop(peer_id, None):
-            self.add(peer_id, old.transfers, old.transfer_bytes, old.transfer_s, old.failures)
+        if stats := self._peers.pop(peer_id, None):
+            self._add_to_others(stats)
 
     def stats(self) -> tuple[LinkStats, ...]:
-        """One entry a peer, and the sum of the others if anything was counted."""
-        other = self._other
-        return (*self._peers.values(), *([other] if other.transfers or other.failures else []))
+        """One entry a peer, and the sums of the others."""
+        return (*self._peers.values(), *self._others.values())
+
+    def _add_to_others(self, stats: LinkStats) -> None:
+        if stats.transfers or stats.failures:
+            others = self._others.get(stats.transport) or LinkStats(OTHER_PEERS, stats.transport, 0, 0, 0.0, 0)
+            self._others[stats.transport] = _sum(others, stats)
+
+
+def _sum(stats: LinkStats, more: LinkStats) -> LinkStats:
+    """Peer and transport of `stats`, with the counts of both."""
+    return replace(
+        stats,
+        transfers=stats.transfers + more.transfers,
+        transfer_bytes=stats.transfer_bytes + more.transfer_bytes,
+        transfer_s=stats.transfer_s + more.transfer_s,
+        failures=stats.failures + more.failures,
+    )

@@ -17,6 +17,7 @@ from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig, split_address
 from tandem.core.errors import InternalError, TandemError
+from tandem.core.instance_id import make_instance_id
 from tandem.core.session import LinkStats, Role
 from tandem.decode_worker.fetcher import KvFetcher
 from tandem.decode_worker.peers import Peers
@@ -49,8 +50,7 @@ class Worker:
         self._section = config.instance
         self._clock = SystemClock()
         role = Role(config.role)
-        # Unique over restarts, so that a restarted instance is never mistaken for the old one.
-        self.instance_id = f"{config.name or role.value}-{secrets.token_hex(4)}"
+        self.instance_id = make_instance_id(config.name or role.value, secrets.randbits(32))
         self._budget = section_budget(role, self._section)
         progress = StepProgress(self._clock)
         self._stall = StallDetector(progress, self._clock)

@@ -134,7 +134,7 @@ class ChaosCluster(Cluster):
 
     def is_usable(self, name: str) -> bool:
         """Whether the router sends requests there."""
-        return self.metric("tandem_instance_up", tandem_instance=self.instance_id(name)) == 1
+        return self.metric("tandem_instance_up", tandem_instance=name) == 1 and self.find(name) is not None
 
 
 def until(condition: Callable[[], object], timeout_s: float, what: str) -> float:

@@ -93,4 +93,4 @@ def _receives(cluster: ChaosCluster, name: str) -> bool:
 
 
 def _is_chosen(cluster: ChaosCluster, name: str) -> bool:
-    return cluster.metric("tandem_instance_open_requests", tandem_instance=cluster.instance_id(name)) > 0
+    return cluster.metric("tandem_instance_open_requests", tandem_instance=name) > 0

@@ -8,14 +8,18 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tandem.core.errors import OverloadedError, TandemError
+from tandem.core.instance_id import make_instance_id
 from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
 from tandem.core.request import FinishReason
 from tandem.core.session import BlockCounts, LinkStats, Role
 from tandem.core.timeline import PARTS, Stage, Timeline
-from tandem.router import metrics
+from tandem.core.transfer import Transport
+from tandem.router import fleet_metrics, metrics, slo_metrics
+from tandem.router.metric_descriptions import Description
 from tandem.router.metrics import OUTCOMES, Metrics
 from tandem.router.records import AttemptRecord, RequestRecord
 from tandem.scheduling.routing import Selection
+from tests.instance_status import ROLES
 from tests.router.fakes import Cluster, make_request, make_status, running_cluster
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -91,7 +95,8 @@ def test_outcomes_are_a_fixed_list() -> None:
 
 
 def test_all_names_have_the_prefix_and_are_described_once() -> None:
-    names = [value.name for value in vars(metrics).values() if isinstance(value, metrics.Description)]
+    modules = (metrics, fleet_metrics, slo_metrics)
+    names = [what.name for module in modules for what in vars(module).values() if isinstance(what, Description)]
     assert len(names) == len(set(names)) > 20
     assert all(name.startswith("tandem_") for name in names)
 
@@ -125,14 +130,15 @@ async def test_fleet_as_the_heartbeats_tell_it() -> None:
         assert samples["tandem_router_python_blocks", ()] == pytest.approx(sys.getallocatedblocks(), rel=0.5)
         owners = {
             owner: samples["tandem_kv_blocks", (("owner", owner), ("role", "decode"), ("tandem_instance", "d1"))]
-            for owner in metrics.BLOCK_OWNERS
+            for owner in fleet_metrics.BLOCK_OWNERS
         }
         assert owners == {"total": 64, "free": 40, "running": 20, "cached": 0, "leased": 3, "leaked": 1}
-        on_link = (("peer", "p1"), ("tandem_instance", "d1"), ("transport", "shared_memory"))
-        assert samples["tandem_transfers_total", on_link] == 3
-        assert samples["tandem_transfer_bytes_total", on_link] == 4096
-        assert samples["tandem_transfer_seconds_total", on_link] == 0.5
-        assert samples["tandem_transfer_failures_total", on_link] == 1
+        by_transport = (*decode, ("transport", "shared_memory"))
+        assert samples["tandem_transfers_total", by_transport] == 3
+        assert samples["tandem_transfer_bytes_total", by_transport] == 4096
+        assert samples["tandem_transfer_seconds_total", by_transport] == 0.5
+        assert samples["tandem_transfer_failures_total", by_transport] == 1
+        assert samples["tandem_links", decode] == 1
 
 
 async def test_gone_instances_take_their_series_with_them() -> None:
@@ -144,6 +150,31 @@ async def test_gone_instances_take_their_series_with_them() -> None:
         samples = read(page)
         assert not any(("tandem_instance", "p1") in labels for _, labels in samples)
         assert samples["tandem_instance_up", (("role", "prefill"), ("tandem_instance", "p2"))] == 0
+
+
+async def test_restarts_and_new_pairs_add_no_series() -> None:
+    """Ten generations of two prefill and two decode instances, each of which has links to all that ever were."""
+    async with running_cluster() as cluster:
+        page, ever, peers, per_generation = watched(cluster), set[object](), [], []
+        for generation in range(10):
+            ids = [make_instance_id(name, 1000 * generation + i) for i, name in enumerate(("p0", "p0", "d0", "d1"))]
+            peers += ids[:2]
+            transports = (*Transport, "made up by an instance")
+            links = tuple(LinkStats(peer, transports[i % 4], 1, 2, 0.5, 0) for i, peer in enumerate(peers * 4))
+            for port, instance_id in enumerate(ids):  # at the address of its predecessor, whose place it takes
+                cluster.report(make_status(instance_id, ROLES[instance_id[0]], address=f"h:{port}", links=links))
+            samples = read(page)
+            transfers = sum(value for (name, _), value in samples.items() if name == "tandem_transfers_total")
+            assert transfers == len(ids) * len(links), "nothing is lost in the sums"
+            ever |= set(samples)
+            per_generation.append(len(ever))
+        assert per_generation[0] == per_generation[-1]
+        assert {dict(labels)["tandem_instance"] for _, labels in ever if "tandem_instance" in dict(labels)} == {
+            "p0",
+            "p0#2",
+            "d0",
+            "d1",
+        }
 
 
 async def test_requests_that_run_now() -> None:
