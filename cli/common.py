@@ -28,6 +28,7 @@ Settings = Annotated[
         help="replace a setting of the file (SETTING=VALUE); may be given several times",
     ),
 ]
+GraceS = Annotated[float, typer.Option(min=0, help="seconds that running requests may take to end after SIGTERM")]
 Pid = Annotated[int | None, typer.Option(help="which `tandem serve`, when several run (default: the only one)")]
 
 

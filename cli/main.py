@@ -23,6 +23,8 @@ _COMMANDS = {
     "plan": ("find the best way to serve a model within its SLO", ("plan",)),
     "simulate": ("run a plan on a simulated cluster", ("plan",)),
     "serve": ("start a model on this machine", ("serve", "ray")),
+    "router": ("run one router in the foreground, for containers", ("serve",)),
+    "worker": ("run one instance in the foreground, for containers", ("serve",)),
     "status": ("show instances, load, KV memory and links", ("cli",)),
     "explain": ("show what became of a request, and why it ran where it ran", ("cli",)),
     "chat": ("talk to the model", ("cli",)),

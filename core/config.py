@@ -302,7 +302,10 @@ class WorkerConfig(FrozenModel):
     model_name: str | None = None
     role: RoleName = Field(default="colocated", description="`python -m prefill_worker` and the like set it")
     listen: Address = "127.0.0.1:0"
-    routers: tuple[Address, ...] = Field(default=("127.0.0.1:8002",), description="Control addresses to report to")
+    routers: tuple[Address, ...] = Field(
+        default=("127.0.0.1:8002",),
+        description="Control addresses to report to; a name in DNS may stand for several routers",
+    )
     name: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
@@ -310,6 +313,12 @@ class WorkerConfig(FrozenModel):
     )
     heartbeat_s: float = Field(default=0.25, gt=0)
     cluster_token: str | None = None
+    plan_epoch: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="KV moves only between instances with the same one: during a rolling update, old and new instances "
+        "form no pairs",
+    )
     instance: InstanceSection = Field(default=InstanceSection(), description="`instances` counts as 1")
 
     @model_validator(mode="after")

@@ -197,7 +197,7 @@ class InstanceStatus:
     """What an instance tells every router once per heartbeat.
 
     `instance_id` is new at each start of the process, so that a restarted instance is never mistaken for the old one.
-    `fingerprint` is the KV layout's: only instances with equal ones can be paired.
+    `fingerprint` is the KV layout's, with the plan epoch if there is one: only instances with equal ones can be paired.
     `uncomputed_tokens` are prompt tokens that wait to be computed; `unreserved_tokens` are of requests whose KV comes
     from another instance and which have no blocks for it yet. KV for a reader is held for `lease_s` after its prefill
     or the last RenewLease. `step_age_s` is of the step in progress, 0 between two steps. `allocated_blocks` are those

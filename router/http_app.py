@@ -71,6 +71,8 @@ class HttpApp:
             Route("/v1/models", self._list_models),
             Route("/v1/models/{name:path}", self._describe_model),
             Route("/health", self._health),
+            Route("/readyz", self._health),
+            Route("/livez", self._live),
             Route("/metrics", self._metrics),
             Route("/openapi.json", self._openapi),
         ]
@@ -162,6 +164,9 @@ class HttpApp:
         is_ready = self._service.models()[0].max_model_len is not None
         body = {"status": "ok" if is_ready else "no workers"}
         return json_response(_context_of(request), 200 if is_ready else 503, body)
+
+    async def _live(self, request: Request) -> Response:
+        return json_response(_context_of(request), 200, {"status": "ok"})
 
     async def _metrics(self, request: Request) -> Response:
         headers = {"x-request-id": _context_of(request).echoed_id}

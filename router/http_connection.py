@@ -33,8 +33,8 @@ from tandem.router.openai.responses import error_body
 
 _LOG = logging.getLogger(__name__)
 
-NUM_RESERVED = 64  # connections beyond the limit; they get `/health` and `/metrics`
-_OPEN_PATHS = (b"/health", b"/metrics")
+NUM_RESERVED = 64  # connections beyond the limit; they get health and metrics
+_OPEN_PATHS = (b"/health", b"/readyz", b"/livez", b"/metrics")
 _RESERVED_TIMEOUT_S = 1.0
 _MAX_PIPELINED = 16
 _MAX_CHUNKS = 1 << 16  # of one body

@@ -1,8 +1,9 @@
 """Selects the instances of an attempt among those that are usable now. The cost hardly depends on their number.
 
 A request runs on a pair (a prefill instance, then a decode instance that reads its KV) or on one colocated instance.
-Where both forms are there, it takes the one with the least work before its first token. While there is neither, a
-decode instance computes the prompt itself: degraded service instead of none.
+Where both forms are there, it takes the one with the least work before its first token. While there is neither (no
+prefill instance, or none whose KV a decode instance can read, as in the middle of a rolling update), a decode instance
+computes the prompt itself: degraded service instead of none.
 """
 
 from collections import Counter
@@ -182,7 +183,7 @@ class InstanceSelector:
         prefills, decodes = longest[Role.PREFILL], longest[Role.DECODE]
         pairs = (min(prefills[each], decodes[each]) for each in prefills.keys() & decodes.keys())
         capacity_tokens = max((*pairs, *longest[Role.COLOCATED].values()), default=0)
-        self._is_local = capacity_tokens == 0 and not prefills and self._local_prefill
+        self._is_local = capacity_tokens == 0 and self._local_prefill
         return max(decodes.values(), default=0) if self._is_local else capacity_tokens
 
     # --- the first instance ------------------------------------------------------------------------------------------

@@ -1,15 +1,26 @@
-"""Keeps an instance registered with its routers."""
+"""Keeps an instance registered with its routers.
+
+    address in the settings --resolved every RESOLVE_EVERY_S--> addresses of routers --> one reporting task each
+
+A name in DNS may stand for several routers, and for other ones later (a Kubernetes service without a cluster IP does).
+A task ends when the name no longer stands for its address and the router there no longer takes heartbeats: a router
+that drains may have left DNS already, and needs its instances until its last request has ended.
+"""
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Sequence
 
+from tandem.core.config import split_address
 from tandem.core.errors import TandemError
 from tandem.core.session import InstanceStatus
 from tandem.wire.channels import open_channel
 from tandem.wire.fleet import send_heartbeat
 
 log = logging.getLogger(__name__)
+
+RESOLVE_EVERY_S = 1.0
 
 
 class Heartbeat:
@@ -33,12 +44,32 @@ class Heartbeat:
         """Until cancelled."""
         async with asyncio.TaskGroup() as group:
             for address in self._routers:
-                group.create_task(self._report_to(address), name=f"heartbeat-{address}")
+                group.create_task(self._report_to_all(address), name=f"routers-{address}")
 
-    async def _report_to(self, address: str) -> None:
+    async def _report_to_all(self, name: str) -> None:
+        """To all routers that the name (host:port) stands for."""
+        current: set[str] = set()
+        reported: set[str] = set()
+
+        async def report(address: str) -> None:
+            await self._report_to(address, is_current=lambda: address in current)
+            reported.discard(address)
+
+        async with asyncio.TaskGroup() as group:
+            while True:
+                found = await _resolve(name)
+                if found:  # else DNS is away, and what was known may still be right
+                    current.clear()
+                    current.update(found)
+                for address in current - reported:
+                    reported.add(address)
+                    group.create_task(report(address), name=f"heartbeat-{address}")
+                await asyncio.sleep(RESOLVE_EVERY_S)
+
+    async def _report_to(self, address: str, is_current: Callable[[], bool]) -> None:
         reachable = True
         async with open_channel(address, self._token) as channel:
-            while True:
+            while is_current() or reachable:
                 changed = self._changed  # of the status that is read now: a change while it is sent is not lost
                 try:
                     await send_heartbeat(channel, self._status(), timeout_s=max(1.0, 2 * self._interval_s))
@@ -54,3 +85,13 @@ class Heartbeat:
                         await changed.wait()
                 except TimeoutError:
                     continue
+
+
+async def _resolve(name: str) -> set[str]:
+    """The addresses, host:port with an IP address, that host:port stands for now; empty if DNS does not say."""
+    host, port = split_address(name)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # no answer, or no name
+        return set()
+    return {f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}" for *_, (ip, *_) in found}

@@ -1,7 +1,8 @@
 """What an instance shows to the outside: its gRPC server, its health, its heartbeats.
 
 The health service answers SERVING while the instance is READY, and NOT_SERVING while its step is stalled
-(`worker/progress.py`) or it drains. It answers on the event loop: no answer means that the process is stopped.
+(`worker/progress.py`) or it drains. It answers on the event loop: no answer means that the process is stopped. Of the
+service `liveness` it answers SERVING even while a step is stalled, since the process ends a hung step itself.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from tandem.worker.heartbeat import Heartbeat
 from tandem.worker.loop import LoopReport
 
 CLOSE_S = 0.2  # for sessions to end by themselves
+LIVENESS = "liveness"
 
 
 class PublicSide:
@@ -53,7 +55,8 @@ class PublicSide:
         await self._server.start()
         self._report, self._links, self._step_age_s = report, links, step_age_s
         self._state = InstanceState.READY
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        for service in ("", LIVENESS):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         config = self._config
         self._heartbeat = Heartbeat(config.routers, config.cluster_token, config.heartbeat_s, self.status)
 
@@ -71,7 +74,7 @@ class PublicSide:
             state=InstanceState.STALLED if self._is_stalled else self._state,
             address=self.address,
             model=self._config.served_name,
-            fingerprint=report.fingerprint,
+            fingerprint=self._pairing_fingerprint(report.fingerprint),
             max_model_len=report.max_model_len,
             block_size=report.block_size,
             blocks=report.blocks,
@@ -90,6 +93,11 @@ class PublicSide:
             allocated_blocks=sys.getallocatedblocks(),
             step_cost=report.step_cost,
         )
+
+    def _pairing_fingerprint(self, layout_fingerprint: str) -> str:
+        """Routers pair instances with equal fingerprints: those of another plan epoch must have another one."""
+        epoch = self._config.plan_epoch
+        return layout_fingerprint if epoch is None else f"{layout_fingerprint}@{epoch}"
 
     async def set_stalled(self, is_stalled: bool) -> None:
         """The step in progress is too old, or has ended after all: tell everybody at once."""

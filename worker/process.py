@@ -25,6 +25,17 @@ log = logging.getLogger(__name__)
 DRAIN_GRACE_S = 10.0
 
 
+def run_worker(config: WorkerConfig, grace_s: float, *, verbose: bool = False) -> int:
+    """One instance until SIGTERM or SIGINT, and then for `grace_s` at most until its requests have ended; a second
+    signal ends it at once. Returns the exit status. Raises a TandemError if the instance cannot start."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(Worker(config), grace_s))
+
+
 def run_from_command_line(module: str, role: RoleName | None = None) -> int:
     """`python -m <module> --config FILE`: one instance, whose role is `role`, or else the file's. Returns the exit
     status."""
@@ -37,21 +48,17 @@ def run_from_command_line(module: str, role: RoleName | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the instance's settings")
     parser.add_argument("--verbose", action="store_true", help="log every step of a request's life")
     args = parser.parse_args()
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
     try:
         config = load_config(args.config, WorkerConfig)
-        worker = Worker(config if role is None else config.model_copy(update={"role": role}))
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_run(worker))
+        if role is not None:
+            config = config.model_copy(update={"role": role})
+        return run_worker(config, DRAIN_GRACE_S, verbose=args.verbose)
     except TandemError as error:
         print(f"{parser.prog}: {error.message}", file=sys.stderr)
         return 1
 
 
-async def _run(worker: Worker) -> int:
+async def _run(worker: Worker, grace_s: float) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -70,7 +77,7 @@ async def _run(worker: Worker) -> int:
     if not closed.done():
         for signum in (signal.SIGTERM, signal.SIGINT):  # a second signal ends it at once
             loop.remove_signal_handler(signum)
-        draining = asyncio.create_task(worker.drain_and_stop(DRAIN_GRACE_S), name="drain")
+        draining = asyncio.create_task(worker.drain_and_stop(grace_s), name="drain")
         await asyncio.wait({closed, draining}, return_when=asyncio.FIRST_COMPLETED)
         if draining.done():
             draining.result()

@@ -276,6 +276,7 @@ def openapi_document() -> dict[str, Any]:
     models = _object({"object": {"const": "list"}, "data": _array(_ref("Model"))}, "object", "data")
     name = {"name": "model", "in": "path", "required": True, "schema": _STRING}
     not_ready = {"503": _answer("Requests cannot be served", "application/json", _ref("Health"))}
+    readiness = _get("Readiness", _answer("Ready", "application/json", _ref("Health")), **not_ready)
     one_model = _get("One model", _answer("The model", "application/json", _ref("Model")), **_errors(404))
     return {
         "openapi": "3.1.0",
@@ -285,7 +286,9 @@ def openapi_document() -> dict[str, Any]:
             "/v1/completions": {"post": _completions("Continue a text", "CompletionRequest", "CompletionResponse")},
             "/v1/models": {"get": _get("The served model", _answer("A list of one", "application/json", models))},
             "/v1/models/{model}": {"get": one_model | {"parameters": [name]}},
-            "/health": {"get": _get("Readiness", _answer("Ready", "application/json", _ref("Health")), **not_ready)},
+            "/health": {"get": readiness},
+            "/readyz": {"get": readiness},
+            "/livez": {"get": _get("Liveness", _answer("The router runs", "application/json", _ref("Health")))},
             "/metrics": {"get": _get("Metrics", _answer("Prometheus' text format", "text/plain", _STRING))},
             "/openapi.json": {
                 "get": _get("This document", _answer("OpenAPI 3.1", "application/json", {"type": "object"}))

@@ -11,7 +11,8 @@ from tandem.cli.main import main
 from tests.absent import run_without
 
 COMMANDS = [
-    "profile", "plan", "simulate", "serve", "status", "chat", "scale", "stop", "schema", "doctor", "version",
+    "profile", "plan", "simulate", "serve", "router", "worker", "status", "chat", "scale", "stop",
+    "schema", "doctor", "version",
 ]  # fmt: skip
 SLO = """\
 model: Llama-3.1-8B

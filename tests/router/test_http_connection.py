@@ -250,7 +250,7 @@ async def test_health_is_answered_when_all_connections_are_in_use(
         assert (refused.status, refused.code) == (503, "unavailable")
         assert "All 20 connections are in use" in refused.body.decode()
         assert refused.headers["retry-after"] == "1"
-        for path in ("/health", "/metrics"):
+        for path in ("/health", "/readyz", "/livez", "/metrics"):
             (response,) = await responses_to(front, request_bytes(path=path, method="GET", close=False))
             assert (response.status, response.headers["connection"]) == (200, "close")
         flood = [await connect(front) for _ in range(NUM_RESERVED)]

@@ -253,7 +253,7 @@ async def test_models_health_and_metrics(front: Front) -> None:
         assert metrics.text == "refused_total 0\n"
         assert metrics.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
         front.generator.max_model_len_or_none = None
-        assert (await client.get("/health")).status_code == 503
+        assert [(await client.get(path)).status_code for path in ("/health", "/readyz", "/livez")] == [503, 503, 200]
         check_error(
             await client.post(TEXT, json={"model": MODEL, "prompt": "hi"}),
             503,

@@ -139,6 +139,26 @@ def test_decode_instances_compute_prompts_while_nobody_else_can() -> None:
         refusing.ask("a")
 
 
+def test_old_and_new_instances_of_a_rolling_update_form_no_pairs() -> None:
+    """The update replaces the prefill instance first. The old decode instance, alone of its epoch, does both phases."""
+    router = Router()
+    router.join("p1", "d1", fingerprint="f@old")
+    router.join("p2", fingerprint="f@new")
+    for key in "ab":
+        router.ask(key)
+        assert router.take().instance_id == "p1", "the only one with a decode instance of its epoch"
+    router.machine.instance_removed("p1", router.now_s)
+    sent = [router.take() for _ in "ab"]
+    assert {(each.instance_id, each.attempt.hand_over) for each in sent} == {("d1", False)}
+    router.join("d2", fingerprint="f@new")
+    router.ask("c")
+    sent_new = router.take()
+    assert (sent_new.instance_id, sent_new.attempt.hand_over) == ("p2", True)
+    router.start(sent_new)
+    decode = router.take()
+    assert (decode.instance_id, decode.source_id) == ("d2", "p2")
+
+
 def test_an_instance_that_changes_its_role_keeps_what_it_has() -> None:
     router = Router()
     router.join("p1", "p2", "d1")
