@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import state_folders
+from tandem.cli.common import ApiKeyFile, read_api_key, state_folders
 from tandem.cli.output import print_error, print_line
 from tandem.client import DEFAULT_ADDRESS, Client
 from tandem.completion import GenerateOptions
@@ -37,6 +37,7 @@ def run(
     max_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.7,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same answers")] = None,
+    api_key_file: ApiKeyFile = None,
 ) -> int:
     """Talk to the model of the running cluster. Answers stream as they are generated; Ctrl-C ends an answer, Ctrl-D the
     conversation. Through a pipe each line of the input is one question and only the answers are printed."""
@@ -46,7 +47,8 @@ def run(
     if seed is not None:
         options["seed"] = seed
     runs = state_folders().running()
-    with Client(address or (runs[0].grpc if runs else DEFAULT_ADDRESS)) as client:
+    address = address or (runs[0].grpc if runs else DEFAULT_ADDRESS)
+    with Client(address, api_key=read_api_key(api_key_file)) as client:
         conversation = Conversation(client, options, system=system, complete=complete)
         interactive = sys.stdin.isatty()
         if interactive:

@@ -11,7 +11,10 @@ import typer
 from tandem.core.config import ServeConfig
 from tandem.core.config_file import apply_overrides, load_config
 from tandem.core.errors import ConfigError, UnavailableError
+from tandem.core.secret_source import read_secret
 from tandem.deploy.run_state import RunState, StateFolders
+
+_API_KEY = "TANDEM_API_KEY"
 
 BUILT_IN_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-python"
 
@@ -29,6 +32,9 @@ Settings = Annotated[
     ),
 ]
 GraceS = Annotated[float, typer.Option(min=0, help="seconds that running requests may take to end after SIGTERM")]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option(help=f"file with an API key of the router (default: the variable {_API_KEY})")
+]
 Pid = Annotated[int | None, typer.Option(help="which `tandem serve`, when several run (default: the only one)")]
 
 
@@ -36,6 +42,14 @@ def read_config(file: Path | None, settings: list[str]) -> ServeConfig:
     """The serve file, or the built-in deployment, with `--set` applied. Raises ConfigError."""
     config = ServeConfig(model=BUILT_IN_MODEL) if file is None else load_config(file, ServeConfig)
     return apply_overrides(config, settings)
+
+
+def read_api_key(file: Path | None) -> str | None:
+    """From the file, or else from the environment; never from an option, which all processes could see. Raises
+    ConfigError."""
+    if file is not None:
+        return read_secret(f"file:{file}")
+    return os.environ.get(_API_KEY, "").strip() or None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from tandem.cli.common import ServeFile, Settings, read_config, state_folders
+from tandem.cli.common import ApiKeyFile, ServeFile, Settings, read_api_key, read_config, state_folders
 from tandem.cli.output import print_line, print_rich
 from tandem.core.clock import SystemClock
 from tandem.core.config import ServeConfig
@@ -27,13 +27,14 @@ _TRIAL_S = 30.0
 _STYLES = {Grade.OK: "green", Grade.WARNING: "yellow", Grade.FAILED: "bold red"}
 
 
-def run(file: ServeFile = None, *, settings: Settings) -> int:
+def run(file: ServeFile = None, *, settings: Settings, api_key_file: ApiKeyFile = None) -> int:
     """Check Python and packages, CPU and compiler, memory, ports, folders, Ray, the settings, the checkpoint, and the
     transports for KV. Where a cluster is running, send a request of two tokens over HTTP, over gRPC, and through each
     pair of instances, and check whether its links use the fast transport. For each problem it says what to do. It
     starts nothing and changes nothing. The exit status is 1 if a check failed."""
     num_failed = 0
-    for finding in examine(read_config(file, settings), state_folders().running()):
+    api_key = read_api_key(api_key_file)
+    for finding in examine(read_config(file, settings), state_folders().running(), api_key):
         grade = Text(f"{finding.grade.value:<7}", style=_STYLES[finding.grade])
         print_rich(grade.append(f"  {finding.subject}: {finding.text}", style="default"))
         if finding.advice:
@@ -43,8 +44,8 @@ def run(file: ServeFile = None, *, settings: Settings) -> int:
     return 1 if num_failed else 0
 
 
-def examine(config: ServeConfig, runs: list[RunState]) -> Iterator[Finding]:
-    """Every finding, the cheap checks first."""
+def examine(config: ServeConfig, runs: list[RunState], api_key: str | None = None) -> Iterator[Finding]:
+    """Every finding, the cheap checks first. `api_key`: of the clusters that run."""
     yield checks.check_python()
     yield checks.check_packages()
     yield from checks.check_cpu()
@@ -57,10 +58,10 @@ def examine(config: ServeConfig, runs: list[RunState]) -> Iterator[Finding]:
     yield from checks.check_shared_memory()
     yield checks.check_gloo()
     for run in runs:
-        yield from _check_run(run)
+        yield from _check_run(run, api_key)
 
 
-def _check_run(run: RunState) -> Iterator[Finding]:
+def _check_run(run: RunState, api_key: str | None) -> Iterator[Finding]:
     try:
         fleet = asyncio.run(fetch_fleet(run.control, run.cluster_token))
     except TandemError as error:
@@ -71,20 +72,20 @@ def _check_run(run: RunState) -> Iterator[Finding]:
     grade = Grade.OK if 0 < ready == len(fleet.instances) else Grade.WARNING if ready else Grade.FAILED
     text = f"{fleet.model} (pid {run.pid}): {ready} of {len(fleet.instances)} workers ready"
     yield Finding("cluster", grade, text, "" if grade is Grade.OK else "`tandem status` shows their states")
-    yield from _try_run(run, fleet)
+    yield from _try_run(run, fleet, api_key)
     fleet = asyncio.run(fetch_fleet(run.control, run.cluster_token))  # with the transfers of the trial
     yield from checks.check_links(fleet.instances, run.expected_transport)
 
 
-def _try_run(run: RunState, fleet: FleetDescription) -> Iterator[Finding]:
+def _try_run(run: RunState, fleet: FleetDescription, api_key: str | None) -> Iterator[Finding]:
     """Requests of two tokens: as a client sends them, and through each pair and each colocated instance."""
     from tandem.deploy import trial  # the router's code, which other checks do not need
 
     clock = SystemClock()
-    http = asyncio.to_thread(trial.try_http, run.http, fleet.model, _TRIAL_S, clock)
+    http = asyncio.to_thread(trial.try_http, run.http, fleet.model, _TRIAL_S, clock, api_key)
     logs = f"the logs in {run.log_folder} say why"
     yield _tried("request", "over HTTP", http, f"router-0.log in {run.log_folder} says why")
-    yield _tried("request", "over gRPC", trial.try_router(run.grpc, _TRIAL_S, clock), logs)
+    yield _tried("request", "over gRPC", trial.try_router(run.grpc, _TRIAL_S, clock, api_key), logs)
     for instances in trial.ways_through(fleet.instances):
         names = " -> ".join(status.instance_id for status in instances)
         tried = trial.try_instances(instances, fleet.model, run.cluster_token, _TRIAL_S, clock)

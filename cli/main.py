@@ -30,6 +30,7 @@ _COMMANDS = {
     "chat": ("talk to the model", ("cli",)),
     "scale": ("change the number of workers", ("cli",)),
     "stop": ("stop the running cluster", ("cli",)),
+    "key": ("make an API key", ("cli",)),
     "schema": ("print the JSON schema of a file, for editors", ("cli",)),
     "doctor": ("check this machine, the model and the running cluster", ("serve", "ray")),
     "version": ("show the version", ("cli",)),

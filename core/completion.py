@@ -51,8 +51,9 @@ class CompletionRequest:
     `seed` and `max_tokens` replace those of `sampling`, where None is not possible. Without a seed each prompt gets a
     random one; without `max_tokens` the context length is the only limit. `received_s` and `deadline_s` are on the
     router's monotonic clock. With `echo` the response begins with the prompt; if a prompt of token ids ends inside of a
-    character, the deltas begin with that character. `client` is the address that the request came from, empty if all
-    clients count alike. `tenant` is whom it counts to while it waits, empty: the client.
+    character, the deltas begin with that character. `client` is whom its limits count to: an API key, or the
+    address that it came from; empty if all clients count alike. `tenant` is whom it counts to while it waits; empty:
+    the client.
     """
 
     request_id: str

@@ -2,22 +2,21 @@
 
 import ipaddress
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationInfo,
     WrapSerializer,
     model_validator,
 )
 
+from tandem.core.anchored_path import AnchoredPath
 from tandem.core.errors import ConfigError
 from tandem.core.frozen_model import FrozenModel, WrongSetting
 from tandem.core.parallel import ParallelShape
+from tandem.core.secret_source import Secret, SecretReference, read_secret
 from tandem.core.slo import SloClasses
 from tandem.core.step_coefficients import StepCoefficients
 
@@ -68,34 +67,6 @@ def _check_exposure(setting: tuple[str, ...], address: str, cluster_token: str |
         )
 
 
-_FOLDER = "folder"
-
-
-def relative_to(folder: Path) -> dict[str, Path]:
-    """The validation context in which relative paths of a configuration count from `folder`. Without it they stay."""
-    return {_FOLDER: folder.absolute()}
-
-
-def _anchor(path: Path, info: ValidationInfo) -> Path:
-    if not info.context:
-        return path
-    try:
-        return Path(info.context[_FOLDER], path.expanduser()).resolve()
-    except (RuntimeError, OSError) as error:  # a home folder of nobody, a loop of links
-        raise ValueError(f"{path} is not the path of a file or folder") from error
-
-
-def _anchor_folder(name: str, info: ValidationInfo) -> str:
-    folder = _anchor(Path(name), info)
-    try:
-        return str(folder) if info.context and folder.is_dir() else name
-    except OSError as error:  # such as a name that is too long
-        raise ValueError(f"{name} is not a name or path") from error
-
-
-AnchoredPath = Annotated[Path, AfterValidator(_anchor)]
-ModelName = Annotated[str, AfterValidator(_anchor_folder)]
-"""The name of a published model, or a checkpoint's folder: what is a folder beside the file is one."""
 Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0)]
 Address = Annotated[str, BeforeValidator(_check_address)]
 
@@ -194,6 +165,14 @@ class RouterSection(FrozenModel):
         description="Order of requests that wait here: as they came, by TTFT target, or as many as possible in time",
     )
     slo: SloClasses = Field(default=(), description="Classes of requests, which name one with the header x-tandem-slo")
+    api_keys: SecretReference | None = Field(
+        default=None, description="Keys of clients, file:PATH or env:NAME (`tandem key` makes them); null: none needed"
+    )
+    open_metrics: bool = Field(default=False, description="/metrics needs no API key")
+    share_prefixes: bool = Field(
+        default=False,
+        description="With API keys: tenants share cached prefixes. Faster, but times then tell what others have sent",
+    )
     max_body: Bytes = Field(default=8 << 20, description="Of an HTTP request, and of a gRPC message to the router")
     max_bodies: Bytes = Field(default=256 << 20, description="HTTP bodies that all running requests together hold")
     max_body_items: int = Field(default=1 << 18, ge=1024, description="Items of lists and objects in one HTTP body")
@@ -240,7 +219,11 @@ class ServeConfig(FrozenModel):
     prefill: Kinds = Field(default=(), description="Instances that compute prompts for others")
     decode: Kinds = Field(default=(), description="Instances that decode what others have prefilled")
     colocated: Kinds = Field(default=(), description="Instances that do both")
-    cluster_token: str | None = Field(default=None, description="Shared secret of router and workers; serve makes one")
+    cluster_token: Secret | None = Field(
+        default=None,
+        repr=False,
+        description="Shared secret of router and workers, or file:PATH, env:NAME; serve makes one",
+    )
     load_timeout_s: float = Field(
         default=900.0, gt=0, description="How long a process may take to start before `tandem serve` starts it again"
     )
@@ -312,13 +295,13 @@ class WorkerConfig(FrozenModel):
         description="Beginning of the instance's id, in logs, metrics and `tandem status`; default: the role",
     )
     heartbeat_s: float = Field(default=0.25, gt=0)
-    cluster_token: str | None = None
     plan_epoch: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
         description="KV moves only between instances with the same one: during a rolling update, old and new instances "
         "form no pairs",
     )
+    cluster_token: Secret | None = Field(default=None, repr=False)
     instance: InstanceSection = Field(default=InstanceSection(), description="`instances` counts as 1")
 
     @model_validator(mode="after")
@@ -338,7 +321,7 @@ class RouterConfig(FrozenModel):
     model_name: str | None = None
     router: RouterSection = RouterSection()
     heartbeat_timeout_s: float = Field(default=1.5, gt=0, description="Silence after which a worker counts as gone")
-    cluster_token: str | None = None
+    cluster_token: Secret | None = Field(default=None, repr=False)
 
     @model_validator(mode="after")
     def _check_control(self) -> "RouterConfig":
@@ -348,3 +331,13 @@ class RouterConfig(FrozenModel):
     @property
     def served_name(self) -> str:
         return self.model_name or self.model.resolve().name
+
+
+Config = TypeVar("Config", ServeConfig, WorkerConfig, RouterConfig)
+
+
+def with_secrets(config: Config) -> Config:
+    """The configuration with its cluster token itself in the place of a reference. Raises ConfigError."""
+    if config.cluster_token is None:
+        return config
+    return config.model_copy(update={"cluster_token": read_secret(config.cluster_token)})

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tandem.core.config import relative_to
+from tandem.core.anchored_path import relative_to
 from tandem.core.config_mistakes import describe, location, mistakes_of
 from tandem.core.errors import ConfigError
 
@@ -123,39 +123,43 @@ _SettingsLoader.add_constructor(_INT, _int)
 def load_config(path: Path, model: type[T]) -> T:
     """The configuration in the YAML file `path`; missing settings have their defaults.
 
-    In a field of type `core.config.AnchoredPath` or `ModelName`, a relative path (`model: models/x`) starts at the
-    file's folder, and `~` is the home folder. Raises ConfigError with every mistake, one a line.
+    In a field of a type of `core.anchored_path`, a relative path (`model: models/x`) starts at the file's folder, and
+    `~` is the home folder. Raises ConfigError with every mistake, one a line.
     """
-    text = _read_text(path)
+    return parse_config(_read_text(path), str(path), path.parent, model)
+
+
+def parse_config(text: str, name: str, folder: Path, model: type[T]) -> T:
+    """As `load_config`. `name` stands for the file in messages; relative paths start at `folder`."""
     try:
         loader = _SettingsLoader(text)
         root = loader.get_single_node()
         if root is None:
-            raise ConfigError(f"{path} is empty; it must name at least: {', '.join(_required(model))}")
+            raise ConfigError(f"{name} is empty; it must name at least: {', '.join(_required(model))}")
         duplicates = [
             f"line {line}: {key} is set twice" for line, key in itertools.islice(_duplicate_keys(root), _MAX_MISTAKES)
         ]
         data = loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(_syntax_sentence(path, error)) from error
+        raise ConfigError(_syntax_sentence(name, error)) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{path} line {line}: holds a character that YAML does not allow") from error
+        raise ConfigError(f"{name} line {line}: holds a character that YAML does not allow") from error
     except RecursionError as error:
-        raise ConfigError(f"{path} is nested too deeply") from error
+        raise ConfigError(f"{name} is nested too deeply") from error
     except ValueError as error:  # a scalar like an invalid date: 2026-13-99
-        raise ConfigError(f"{path}: {error}; put text in quotes") from error
+        raise ConfigError(f"{name}: {error}; put text in quotes") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold settings of the form 'name: value', one on each line")
+        raise ConfigError(f"{name} must hold settings of the form 'name: value', one on each line")
     mistakes = duplicates
     try:
-        config = model.model_validate(data, context=relative_to(path.parent))
+        config = model.model_validate(data, context=relative_to(folder))
     except ValidationError as error:
         details = mistakes_of(error, data)
         mistakes += [f"line {_line_of(root, location(d))}: {describe(d, model)}" for d in details[:_MAX_MISTAKES]]
         mistakes += [f": {len(details) - _MAX_MISTAKES} more mistakes"] if len(details) > _MAX_MISTAKES else []
     if mistakes:
-        raise ConfigError("\n".join(f"{path} {_one_line(mistake)}" for mistake in mistakes))
+        raise ConfigError("\n".join(f"{name} {_one_line(mistake)}" for mistake in mistakes))
     return config
 
 
@@ -232,9 +236,9 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path} line {line}: is not UTF-8 text; save the file as UTF-8") from error
 
 
-def _syntax_sentence(path: Path, error: yaml.MarkedYAMLError) -> str:
+def _syntax_sentence(name: str, error: yaml.MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
-    where = f"{path} line {mark.line + 1}" if mark else str(path)
+    where = f"{name} line {mark.line + 1}" if mark else name
     problem = error.problem or "is not valid YAML"
     if "'\\t'" in problem:
         return f"{where}: begins with a tab; YAML is indented with spaces"

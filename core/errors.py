@@ -87,6 +87,15 @@ class UnauthenticatedError(TandemError):
     openai_type = "invalid_request_error"
 
 
+class PermissionDeniedError(TandemError):
+    """The caller is known, and may not do this."""
+
+    code = "permission_denied"
+    grpc_status = "PERMISSION_DENIED"
+    http_status = 403
+    openai_type = "invalid_request_error"
+
+
 class DuplicateRequestError(TandemError):
     code = "already_exists"
     grpc_status = "ALREADY_EXISTS"
@@ -96,7 +105,8 @@ class DuplicateRequestError(TandemError):
 
 class OverloadedError(TandemError):
     """There is more work than can be done in time; try again after `retry_after_s`. `reason` is one of a few words, for
-    programs: `ttft-target`, `max-wait`, `deadline`, `queue-full`, `client-limit`, `overloaded`."""
+    programs: `ttft-target`, `max-wait`, `deadline`, `queue-full`, `client-limit`, `key-requests`, `key-rate`,
+    `overloaded`."""
 
     code = "overloaded"
     grpc_status = "RESOURCE_EXHAUSTED"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tandem.core.config import AnchoredPath, ModelName
+from tandem.core.anchored_path import AnchoredPath, ModelName
 from tandem.core.frozen_model import FrozenModel, WrongSetting
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo import SloClass, SloClasses

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tandem.core.config import AnchoredPath, Bytes, ModelName
+from tandem.core.anchored_path import AnchoredPath, ModelName
+from tandem.core.config import Bytes
 from tandem.core.frozen_model import FrozenModel, WrongSetting
 from tandem.core.slo import SloClasses
 

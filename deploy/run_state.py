@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class RunState:
     http: str
     grpc: str
     control: str
-    cluster_token: str
+    cluster_token: str = field(repr=False)
     log_folder: str
     ray_folder: str
     expected_transport: str | None = None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import grpc
 
 from tandem.core.clock import Clock
-from tandem.core.config import InstanceSection, ServeConfig
+from tandem.core.config import InstanceSection, ServeConfig, with_secrets
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.core.session import InstanceState
 from tandem.deploy.controller import Controller, Launcher, Watch
@@ -22,9 +22,9 @@ _POLL_S = 0.05
 
 
 def with_token(config: ServeConfig) -> ServeConfig:
-    """The configuration with a cluster token; a random token if it has none."""
+    """The configuration with its cluster token, which is random if it has none. Raises ConfigError."""
     if config.cluster_token:
-        return config
+        return with_secrets(config)
     return config.model_copy(update={"cluster_token": secrets.token_urlsafe(32)})
 
 

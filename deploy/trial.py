@@ -77,19 +77,21 @@ async def try_instances(
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def try_router(grpc_address: str, timeout_s: float, clock: Clock) -> float:
+async def try_router(grpc_address: str, timeout_s: float, clock: Clock, api_key: str | None = None) -> float:
     """The same as a client, through the router's public port."""
     began_s = clock.now_s()
-    async with AsyncClient(grpc_address) as client:
+    async with AsyncClient(grpc_address, api_key=api_key) as client:
         await client.generate(prompt=_PROMPT, max_tokens=_TOKENS, timeout_s=timeout_s)
     return clock.now_s() - began_s
 
 
-def try_http(http_address: str, model: str, timeout_s: float, clock: Clock) -> float:
+def try_http(http_address: str, model: str, timeout_s: float, clock: Clock, api_key: str | None = None) -> float:
     """The same over HTTP."""
     began_s = clock.now_s()
     body = json.dumps({"model": model, "prompt": _PROMPT, "max_tokens": _TOKENS}).encode()
     url, headers = f"http://{http_address}/v1/completions", {"Content-Type": "application/json"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
     try:
         with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout_s) as response:
             response.read()

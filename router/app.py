@@ -21,12 +21,15 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from tandem.core.access import OpenAccess
 from tandem.core.clock import Clock, SystemClock
-from tandem.core.config import RouterConfig
+from tandem.core.config import RouterConfig, with_secrets
 from tandem.core.errors import InternalError, NotFoundError
 from tandem.core.replanning import ReplanStatus
+from tandem.core.secret_source import file_of
 from tandem.core.session import InstanceStatus
 from tandem.core.workload_profile import ProfileSnapshot, WorkloadProfile
+from tandem.router.api_keys import ApiKeys, load_keys
 from tandem.router.completion import TextService
 from tandem.router.dispatch import Dispatcher
 from tandem.router.http_app import HttpApp
@@ -34,6 +37,7 @@ from tandem.router.http_server import HttpServer, raise_descriptor_limit
 from tandem.router.metrics import Metrics
 from tandem.router.profile import ProfileObserver
 from tandem.router.records import RequestLog
+from tandem.router.tenant_metrics import TenantMetrics
 from tandem.router.tokenizer import TextTokenizer
 from tandem.scheduling.routing_machine import RoutingSettings
 from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
@@ -100,11 +104,12 @@ class RouterApp:
     """
 
     def __init__(self, config: RouterConfig) -> None:
+        """Raises ConfigError for a secret or API keys that cannot be read."""
         self.address = ""
         self.grpc_address = ""
         self.control_address = ""
         self.instance_id = ""
-        self._config = config
+        self._config = config = with_secrets(config)
         self._clock = SystemClock()
         self._resources = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
@@ -113,6 +118,9 @@ class RouterApp:
 
         settings = config.router
         self._metrics = Metrics(settings.slo)
+        self._keys = None if settings.api_keys is None else ApiKeys(load_keys(settings.api_keys), self._clock)
+        self._access = OpenAccess() if self._keys is None else self._keys
+        tenants = () if self._keys is None else (TenantMetrics(self._keys, self._metrics.registry),)
         self.log = RequestLog()
         profile = WorkloadProfile(window_s=settings.profile_window_s, random=Random(), now_s=self._clock.now_s())
         observer = ProfileObserver(profile, [slo.name for slo in settings.slo])
@@ -131,7 +139,7 @@ class RouterApp:
                 queue_order=settings.queue_order,
             ),
             request_timeout_s=settings.request_timeout_s,
-            observers=(self._metrics.requests, self._metrics.slo, self.log, observer),
+            observers=(self._metrics.requests, self._metrics.slo, *tenants, self.log, observer),
             profile=observer,
         )
         self._registry = FleetRegistry(config.served_name, self._dispatcher, self.log, profile, self._clock)
@@ -195,6 +203,8 @@ class RouterApp:
             settings=settings,
             on_refusal=(self._metrics.requests.refused, self.log.refused),
         )
+        if self._keys is not None and settings.api_keys and file_of(settings.api_keys):
+            self._spawn(self._keys.reload_when_changed(settings.api_keys), "API keys")
         # The stack closes in reverse order: the fleet ends last, the control port after the ports for clients.
         self._spawn(self._dispatcher.fleet.run(), "fleet")
         self._spawn(self._dispatcher.watch_timer(), "timer")
@@ -204,9 +214,9 @@ class RouterApp:
         await self._serve(control, control_health)
         await control_health.set("", health_pb2.HealthCheckResponse.SERVING)
 
-        public, health = build_public_server(settings.max_body)
+        public, health = build_public_server(settings.max_body, self._access)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(service, self._clock, random, settings.write_timeout_s), public
+            InferenceServicer(service, self._clock, random, settings.write_timeout_s, self._access), public
         )
         if settings.reflection:
             names = (INFERENCE_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
@@ -222,6 +232,7 @@ class RouterApp:
             render_metrics=self._metrics.render,
             clock=self._clock,
             random=random,
+            access=self._access,
         )
         http = HttpServer(http_app, settings, stop_timeout_s=_FLUSH_S)
         self.address = await http.start()

@@ -322,8 +322,15 @@ class TextService:
         groups = []
         for position, token_ids in enumerate(prompts):
             requests = self._requests(request, token_ids, position, limit, slo)
-            groups.append(_Group(requests, await self._generator.name_blocks(token_ids, request.cache_salt)))
+            groups.append(_Group(requests, await self._generator.name_blocks(token_ids, requests[0].cache_salt)))
         return tuple(groups)
+
+    def _cache_salt(self, request: CompletionRequest) -> str:
+        """With API keys a tenant shares no cached prefix with others, unless the settings say so: the time to the first
+        token would tell what they have sent."""
+        if self._settings.api_keys is None or self._settings.share_prefixes:
+            return request.cache_salt
+        return f"{len(request.tenant)}:{request.tenant}{request.cache_salt}"
 
     async def _token_ids(self, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
         match prompt:
@@ -362,7 +369,7 @@ class TextService:
                     seed=derive_seed(seed, choice),
                     prompt_logprobs=given.prompt_logprobs if choice == 0 else None,
                 ),
-                cache_salt=request.cache_salt,
+                cache_salt=self._cache_salt(request),
                 deadline_s=request.deadline_s,
                 slo=slo,
             )

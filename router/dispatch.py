@@ -122,7 +122,7 @@ class Dispatcher:
         try:
             return self._start(request, received_s, now_s, name_blocks, client)
         except TandemError as error:
-            self._tell_refused(error, request, received_s, now_s)
+            self._tell_refused(error, request, received_s, now_s, client)
             raise
 
     def _start(
@@ -273,7 +273,9 @@ class Dispatcher:
         record = running.record()
         self._tell(lambda observer: observer.finished(record))
 
-    def _tell_refused(self, error: TandemError, request: GenerationRequest, received_s: float, now_s: float) -> None:
+    def _tell_refused(
+        self, error: TandemError, request: GenerationRequest, received_s: float, now_s: float, client: str
+    ) -> None:
         record = RequestRecord(
             request_id=request.request_id,
             outcome=error.code,
@@ -282,6 +284,7 @@ class Dispatcher:
             attempts=(),
             slo=request.slo,
             refused_because=error.reason if isinstance(error, OverloadedError) else None,
+            tenant=client,
         )
         self._tell(lambda observer: observer.refused(error, record))
 

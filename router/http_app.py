@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from random import Random
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -15,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tandem.core.access import AccessControl, Caller, OpenAccess
 from tandem.core.clock import Clock
 from tandem.core.config import RouterSection
 from tandem.core.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, TandemError
@@ -25,7 +28,7 @@ from tandem.router.http_response import REFUSED_BECAUSE, CompletionResponse, err
 from tandem.router.limits import clipped
 from tandem.router.openai.openapi import openapi_document
 from tandem.router.openai.requests import ParsedRequest, RequestContext, parse_chat, parse_completion
-from tandem.router.request_headers import requested_slo, tenant
+from tandem.router.request_headers import authorization, requested_slo, tenant
 from tandem.router.tokenizer import TextTokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -43,7 +46,8 @@ class MethodNotAllowedError(InvalidRequestError):
 class HttpApp:
     """The ASGI application; serve it without lifespan and websockets.
 
-    `random` makes request ids, `wall_time_s` the `created` times, `render_metrics` the page of `/metrics`.
+    `access` says who may use it. `random` makes request ids, `wall_time_s` the `created` times, `render_metrics` the
+    page of `/metrics`.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class HttpApp:
         render_metrics: Callable[[], bytes],
         clock: Clock,
         random: Random,
+        access: AccessControl = OpenAccess(),  # noqa: B008 - it has no state
         wall_time_s: Callable[[], float] = time.time,
     ) -> None:
         self._service = service
@@ -64,6 +69,8 @@ class HttpApp:
         self._clock = clock
         self._random = random
         self._wall_time_s = wall_time_s
+        self._access = access
+        self._open_paths = {"/health", "/readyz", "/livez", *(("/metrics",) if settings.open_metrics else ())}
         self._budget = BodyBudget(settings.max_bodies)
         self._routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -98,19 +105,29 @@ class HttpApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # with an application in the scope, starlette raises HTTPException for 404 and 405
         scope["path"] = scope["path"].rstrip("/") or "/"
-        scope["tandem.context"] = self._context(dict(scope["headers"]), scope["client"])
+        scope["tandem.context"] = self._context(dict(scope["headers"]))
         scope["tandem.held_body"] = held = HeldBody(self._budget)
-        try:
+        with ExitStack() as resources:
+            scope["tandem.resources"] = resources
+            resources.callback(held.release)
             await self._app(scope, receive, send)
-        finally:
-            held.release()
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         check_host(hosts, scope["http_version"], self._settings)
+        if scope["path"] not in self._open_paths:
+            scope["tandem.caller"] = self._authenticate(Headers(scope=scope), scope["client"])
         await self._router(scope, receive, send)
 
-    def _context(self, headers: dict[bytes, bytes], client: tuple[str, int] | None) -> RequestContext:
+    def _authenticate(self, headers: Headers, client: tuple[str, int] | None) -> Caller:
+        """Raises UnauthenticatedError."""
+        try:
+            return self._access.authenticate(authorization(headers), "" if client is None else client[0])
+        except TandemError as error:
+            self._service.refused(error)
+            raise
+
+    def _context(self, headers: dict[bytes, bytes]) -> RequestContext:
         received_s = self._clock.now_s()
         request_id = f"{self._random.getrandbits(96):024x}"
         echoed = headers.get(b"x-request-id", b"").decode("latin-1")
@@ -122,7 +139,6 @@ class HttpApp:
             deadline_s=received_s + self._settings.request_timeout_s,
             created_s=int(self._wall_time_s()),
             wants_timeline=headers.get(b"x-tandem-timeline") in (b"1", b"true"),
-            client="" if client is None else client[0],
         )
 
     async def _chat(self, request: Request) -> Response:
@@ -134,9 +150,15 @@ class HttpApp:
     async def _generate(
         self, request: Request, parse: Callable[[Any, RequestContext, TextTokenizer], ParsedRequest]
     ) -> Response:
-        context = _context_of(request)
+        context, caller = _context_of(request), request.scope["tandem.caller"]
         try:
-            context = replace(context, slo=requested_slo(request.headers), tenant=tenant(request.headers))
+            context = replace(
+                context,
+                client=caller.client,
+                tenant=caller.tenant_of(tenant(request.headers)),
+                slo=requested_slo(request.headers),
+            )
+            request.scope["tandem.resources"].enter_context(self._access.admit(caller))
             body = await read_json(request, self._settings, request.scope["tandem.held_body"])
             parsed = parse(body, context, self._tokenizer)
         except TandemError as error:

@@ -12,7 +12,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tandem.core.completion import OpenCompletion, TextDelta
-from tandem.core.errors import InternalError, OverloadedError, PayloadTooLargeError, TandemError
+from tandem.core.errors import (
+    InternalError,
+    OverloadedError,
+    PayloadTooLargeError,
+    TandemError,
+    UnauthenticatedError,
+)
 from tandem.router.completion import TextService
 from tandem.router.http_body import HeldBody
 from tandem.router.openai.requests import ParsedRequest, RequestContext
@@ -44,6 +50,8 @@ def error_response(context: RequestContext, error: Exception, headers: Mapping[s
     error = _public_error(context, error)
     if isinstance(error, PayloadTooLargeError):
         return _EarlyResponse(json_response(context, error.http_status, error_body(error), {"connection": "close"}))
+    if isinstance(error, UnauthenticatedError):
+        headers = {"www-authenticate": "Bearer"}
     if error.retryable:
         wait_s = error.retry_after_s if isinstance(error, OverloadedError) else 1.0
         headers = {"retry-after": str(math.ceil(wait_s))}

@@ -34,6 +34,7 @@ OUTCOMES = (
             errors.PayloadTooLargeError,
             errors.UnsupportedMediaTypeError,
             errors.UnauthenticatedError,
+            errors.PermissionDeniedError,
             errors.DuplicateRequestError,
             errors.OverloadedError,
             errors.UnavailableError,

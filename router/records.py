@@ -53,7 +53,8 @@ class AttemptRecord:
 class RequestRecord:
     """One request that is over, or was not accepted. `outcome` is a finish reason's value or an error's code. Holds no
     text and no tokens. `predicted_ttft_s` is what the router expected when it came, `demoted_because` why it became
-    best effort, `refused_because` the reason of an OverloadedError."""
+    best effort, `refused_because` the reason of an OverloadedError. `tenant` is whom it counted to while it waited: a
+    name, or without API keys an address."""
 
     request_id: str
     outcome: str
@@ -65,6 +66,7 @@ class RequestRecord:
     predicted_ttft_s: float | None = None
     demoted_because: str | None = None
     refused_because: str | None = None
+    tenant: str = ""
 
     @property
     def missed_targets(self) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""Headers of HTTP requests that say how a request is to be served: its SLO class or targets, and its tenant."""
+"""Headers of HTTP requests that say who sends a request and how it is to be served."""
 
 import re
 
@@ -13,6 +13,7 @@ SLO = "x-tandem-slo"
 TTFT_MS = "x-llm-d-slo-ttft-ms"  # as llm-d's router names them
 TPOT_MS = "x-llm-d-slo-tpot-ms"
 TENANT = "x-tandem-tenant"
+AUTHORIZATION = "authorization"
 
 _MILLISECONDS = re.compile(r"[0-9]+(\.[0-9]+)?", re.ASCII)
 _MAX_CHARS = 32
@@ -21,6 +22,11 @@ _MAX_CHARS = 32
 def requested_slo(headers: Headers) -> RequestedSlo:
     """Raises InvalidRequestError that names the header."""
     return RequestedSlo(_one(headers, SLO), _seconds(headers, TTFT_MS), _seconds(headers, TPOT_MS))
+
+
+def authorization(headers: Headers) -> str:
+    """Empty if it is not given."""
+    return _one(headers, AUTHORIZATION)
 
 
 def tenant(headers: Headers) -> str:

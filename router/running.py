@@ -114,6 +114,7 @@ class RunningRequest:
             predicted_ttft_s=self.routed.predicted_ttft_s,
             demoted_because=self.routed.demoted_because,
             refused_because=error.reason if isinstance(error, OverloadedError) else None,
+            tenant=self.routed.client,
         )
 
     # --- attempts ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@
         for delta in client.stream(messages=[{"role": "user", "content": "hello"}]):
             print(delta.text, end="", flush=True)
 
+A router with API keys needs `Client(address, api_key=...)`.
+
 Every failure is one of `tandem.core.errors`: UnavailableError when no router answers, InvalidRequestError and its
 subclasses for refused requests, DeadlineError when `timeout_s` has passed.
 """
@@ -29,6 +31,10 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 DEFAULT_ADDRESS = "127.0.0.1:8001"
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 
 class Stream(Iterator[Delta]):
@@ -57,7 +63,8 @@ class Stream(Iterator[Delta]):
 class Client:
     """A connection to one router, made when first used. Threads may share it."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None) -> None:
+        self._metadata = _metadata(api_key)
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
@@ -68,12 +75,16 @@ class Client:
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Stream:
         """The answer as it is generated, one message after the other."""
-        return Stream(self._stub.Generate(request_to_pb(options), timeout=options.get("timeout_s")))
+        return Stream(
+            self._stub.Generate(request_to_pb(options), timeout=options.get("timeout_s"), metadata=self._metadata)
+        )
 
     def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:
         """The models that the router serves now."""
         try:
-            response = self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout_s)
+            response = self._stub.ListModels(
+                inference_pb2.ListModelsRequest(), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
         return tuple(ModelInfo(model.id, model.max_model_len) for model in response.models)
@@ -118,7 +129,8 @@ class AsyncStream(AsyncIterator[Delta]):
 class AsyncClient:
     """`Client` for asyncio. Make it inside the running event loop."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None) -> None:
+        self._metadata = _metadata(api_key)
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
@@ -129,12 +141,16 @@ class AsyncClient:
 
     def stream(self, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """The answer as it is generated, one message after the other."""
-        return AsyncStream(self._stub.Generate(request_to_pb(options), timeout=options.get("timeout_s")))
+        return AsyncStream(
+            self._stub.Generate(request_to_pb(options), timeout=options.get("timeout_s"), metadata=self._metadata)
+        )
 
     async def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:
         """The models that the router serves now."""
         try:
-            response = await self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout_s)
+            response = await self._stub.ListModels(
+                inference_pb2.ListModelsRequest(), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
         return tuple(ModelInfo(model.id, model.max_model_len) for model in response.models)

@@ -6,7 +6,7 @@ gRPC answers an unreadable message, or an error that a method raises, with UNKNO
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext, suppress
 from inspect import isasyncgenfunction
 from typing import Any, TypeAlias
 
@@ -106,14 +106,19 @@ class RequestReads:
             raise InvalidRequestError("The call ended without a request.") from error
 
 
+Enter = Callable[[str, "grpc.aio.ServicerContext[Any, Any]"], AbstractContextManager[None]]
+
+
 class AnswerErrors(grpc.aio.ServerInterceptor):
     """A TandemError that a method raises becomes its status, an unreadable message INVALID_ARGUMENT, any other error
     INTERNAL; the call after `max_calls` others is refused with RESOURCE_EXHAUSTED. `reads` None: requests are read by
-    gRPC, as fast as possible."""
+    gRPC, as fast as possible. `enter` gets the method and the call before its request is read; the call is refused with
+    the TandemError that this raises, and else runs in the context that this gives."""
 
-    def __init__(self, max_calls: int, reads: RequestReads | None = None) -> None:
+    def __init__(self, max_calls: int, reads: RequestReads | None = None, enter: Enter | None = None) -> None:
         self._max_calls = max_calls
         self._reads = reads
+        self._enter = enter
         self._num_calls = 0
         self._handlers: dict[str, Handler] = {}
 
@@ -145,6 +150,7 @@ class AnswerErrors(grpc.aio.ServerInterceptor):
         as a stream of one, and gRPC then leaves the reading to the handler."""
         behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         reads = None if handler.request_streaming else self._reads
+        enter = self._enter or (lambda method, context: nullcontext())
 
         async def convert(request: Any) -> Any:
             if handler.request_streaming:
@@ -154,7 +160,7 @@ class AnswerErrors(grpc.aio.ServerInterceptor):
         async def to_one(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             """For methods that return a response, and for those that write their responses to the context."""
             try:
-                with self._counted():
+                with self._counted(), enter(method, context):
                     response = await behaviour(await convert(request), context)
                     if reads is None or handler.response_streaming:
                         return response
@@ -164,7 +170,7 @@ class AnswerErrors(grpc.aio.ServerInterceptor):
 
         async def to_many(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                with self._counted():
+                with self._counted(), enter(method, context):
                     async with aclosing(behaviour(await convert(request), context)) as responses:
                         async for response in responses:
                             yield response

@@ -7,6 +7,7 @@ from urllib.parse import unquote
 
 import grpc
 
+from tandem.core.access import AccessControl, Caller, OpenAccess
 from tandem.core.clock import Clock
 from tandem.core.completion import (
     ChatMessage,
@@ -23,7 +24,10 @@ from tandem.core.errors import CancelledError, InvalidRequestError
 from tandem.core.slo import RequestedSlo
 from tandem.core.timeline import Stage, Timeline
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from tandem.wire.channels import TOKEN_KEY
 from tandem.wire.convert import finish_to_pb, logprob_to_pb, prompt_logprobs_to_pb, sampling_from_pb
+
+GENERATE = f"/{inference_pb2.DESCRIPTOR.services_by_name['InferenceService'].full_name}/Generate"
 
 
 def _prompt_from_pb(pb: inference_pb2.GenerateRequest) -> Prompt:
@@ -45,11 +49,12 @@ def request_from_pb(
     request_id: str,
     received_s: float,
     timeout_s: float | None,
-    client: str,
+    caller: Caller,
 ) -> CompletionRequest:
     """`model` and `request_id` are the defaults of a message without them; `timeout_s` is the time until its deadline.
 
-    Raises InvalidRequestError if there is no prompt; the service checks everything else.
+    Raises InvalidRequestError if there is no prompt, PermissionDeniedError for a tenant that the caller may not name;
+    the service checks everything else.
     """
     return CompletionRequest(
         request_id=pb.request_id or request_id,
@@ -62,8 +67,8 @@ def request_from_pb(
         stop=tuple(pb.stop),
         cache_salt=pb.cache_salt,
         deadline_s=float("inf") if timeout_s is None else received_s + timeout_s,
-        client=client,
-        tenant=pb.tenant,
+        client=caller.client,
+        tenant=caller.tenant_of(pb.tenant),
         slo=RequestedSlo(
             pb.slo,
             pb.ttft_s if pb.HasField("ttft_s") else None,
@@ -76,6 +81,13 @@ def client_of(peer: str) -> str:
     """The address in gRPC's "ipv4:127.0.0.1:5000" or "ipv6:%5B::1%5D:5000", without the port, which is of a connection;
     as in HTTP's scope."""
     return unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]")
+
+
+def caller_of(access: AccessControl, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+    """Raises UnauthenticatedError."""
+    given = [value for key, value in context.invocation_metadata() or () if key == TOKEN_KEY]
+    authorization = given[0] if len(given) == 1 and isinstance(given[0], str) else ""
+    return access.authenticate(authorization, client_of(context.peer()))
 
 
 def timeline_to_pb(timeline: Timeline) -> common_pb2.Timeline:
@@ -119,10 +131,18 @@ def delta_to_pb(delta: TextDelta, request_id: str) -> inference_pb2.GenerateResp
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """`random` makes ids for requests without one. A cancelled call ends its request at once, and so does a client that
-    does not read its responses for `write_timeout_s`."""
+    does not read its responses for `write_timeout_s`. `access` is that of the server (`build_public_server`)."""
 
-    def __init__(self, service: CompletionService, clock: Clock, random: Random, write_timeout_s: float) -> None:
+    def __init__(
+        self,
+        service: CompletionService,
+        clock: Clock,
+        random: Random,
+        write_timeout_s: float,
+        access: AccessControl = OpenAccess(),  # noqa: B008 - it has no state
+    ) -> None:
         self._service = service
+        self._access = access
         self._clock = clock
         self._random = random
         self._write_timeout_s = write_timeout_s
@@ -140,7 +160,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             request_id=f"{self._random.getrandbits(96):024x}",
             received_s=received_s,
             timeout_s=context.time_remaining(),
-            client=client_of(context.peer()),
+            caller=caller_of(self._access, context),
         )
         async with await self._service.open(completion_request) as completion:
             async for delta in completion:

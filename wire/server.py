@@ -1,17 +1,21 @@
 """The gRPC servers of routers and instances: limits, cluster token, health service, exclusive ports."""
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
+from tandem.core.access import AccessControl
 from tandem.core.config import split_address
 from tandem.core.errors import ConfigError
 from tandem.wire.answer_errors import AnswerErrors, RequestReads
 from tandem.wire.channels import KEEPALIVE_MS, MAX_MESSAGE_BYTES, TOKEN_KEY
+from tandem.wire.inference import GENERATE, caller_of
 
 _MAX_CALLS = 8192  # in progress in one server; more are refused with RESOURCE_EXHAUSTED
 _MAX_STREAMS = 8192  # of one connection; a gRPC client keeps more calls waiting, until earlier ones have ended
@@ -77,8 +81,11 @@ def build_server(token: str | None = None) -> tuple[grpc.aio.Server, health_aio.
     return _build((*interceptors, AnswerErrors(_MAX_CALLS)), _OPTIONS)
 
 
-def build_public_server(max_message_bytes: int) -> tuple[grpc.aio.Server, health_aio.HealthServicer]:
-    """A server for clients. A larger request is refused with RESOURCE_EXHAUSTED."""
+def build_public_server(
+    max_message_bytes: int, access: AccessControl | None = None
+) -> tuple[grpc.aio.Server, health_aio.HealthServicer]:
+    """A server for clients. A larger request is refused with RESOURCE_EXHAUSTED. With `access`, every call but a health
+    check is authenticated, and limits count completion requests, both before their message is read."""
     reads = RequestReads(_MAX_READS, _READ_TIMEOUT_S)
     options = {
         **_OPTIONS,
@@ -88,7 +95,18 @@ def build_public_server(max_message_bytes: int) -> tuple[grpc.aio.Server, health
         "grpc.http2.lookahead_bytes": _UNREAD_BYTES,
         "grpc.http2.bdp_probe": 0,
     }
-    return _build((AnswerErrors(_MAX_CALLS, reads),), options)
+    enter = None if access is None else partial(_enter, access)
+    return _build((AnswerErrors(_MAX_CALLS, reads, enter),), options)
+
+
+@contextmanager
+def _enter(access: AccessControl, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[None]:
+    if method.startswith(_HEALTH_PREFIX):
+        yield
+        return
+    caller = caller_of(access, context)
+    with access.admit(caller) if method == GENERATE else nullcontext():
+        yield
 
 
 def _build(

@@ -15,7 +15,7 @@ import grpc
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import SystemClock
-from tandem.core.config import WorkerConfig, split_address
+from tandem.core.config import WorkerConfig, split_address, with_secrets
 from tandem.core.errors import InternalError, TandemError
 from tandem.core.instance_id import make_instance_id
 from tandem.core.session import LinkStats, Role
@@ -46,7 +46,8 @@ class Worker:
     `drain_and_stop` ends it."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        self._config = config
+        """Raises ConfigError for a secret that cannot be read."""
+        self._config = config = with_secrets(config)
         self._section = config.instance
         self._clock = SystemClock()
         role = Role(config.role)

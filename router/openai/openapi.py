@@ -20,7 +20,8 @@ _Schema = dict[str, Any]
 
 _ERRORS = {
     400: "A field, the JSON or the chat template is wrong, or the prompt does not fit the model's context.",
-    403: "The Host header names another server than this one.",
+    401: "The server needs an API key, and the request has none, or one that is not valid.",
+    403: "The Host header names another server than this one, or the API key belongs to another tenant.",
     404: "There is no such model.",
     405: "The path does not take this method; the header allow has those that it takes.",
     408: "The body did not arrive in time.",
@@ -268,7 +269,7 @@ def _completions(summary: str, request: str, response: str) -> _Schema:
 
 
 def _get(summary: str, answer: _Schema, **more: Any) -> _Schema:
-    return {"summary": summary, "responses": {"200": answer, **_errors(400, 403, 405, 431, 500), **more}}
+    return {"summary": summary, "responses": {"200": answer, **_errors(400, 401, 403, 405, 431, 500), **more}}
 
 
 def openapi_document() -> dict[str, Any]:
@@ -294,5 +295,9 @@ def openapi_document() -> dict[str, Any]:
                 "get": _get("This document", _answer("OpenAPI 3.1", "application/json", {"type": "object"}))
             },
         },
-        "components": {"schemas": dict(_SCHEMAS)},
+        "components": {
+            "schemas": dict(_SCHEMAS),
+            "securitySchemes": {"apiKey": {"type": "http", "scheme": "bearer", "description": "Of router.api_keys"}},
+        },
+        "security": [{}, {"apiKey": []}],  # whether a key is needed is the operator's choice
     }

@@ -53,7 +53,7 @@ class RequestContext:
     """Facts of a request outside its body. `created_s` is on the wall clock, the other times on the router's clock.
 
     `echoed_id` goes into the x-request-id header of the response: the client's own id, or else `request_id`. `client`
-    is the address of the connection's other end; `tenant` and `slo` come from headers.
+    and `tenant` come from the API key or, without keys, from the connection and a header; `slo` comes from headers.
     """
 
     request_id: str

@@ -13,6 +13,7 @@ import httpx
 import openai
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tandem.core.access import AccessControl, OpenAccess
 from tandem.core.clock import SystemClock
 from tandem.core.config import RouterSection
 from tandem.core.errors import TandemError
@@ -84,6 +85,7 @@ class Front:
     raw_tokenizer: Tokenizer
     generator: ScriptedGenerator
     refusals: Refusals
+    service: TextService
     server: HttpServer
     url: str = ""
 
@@ -122,7 +124,10 @@ def echo_script(request: GenerationRequest) -> Iterator[int]:
 
 @asynccontextmanager
 async def serve_front(
-    tokenizer: TextTokenizer, raw_tokenizer: Tokenizer, settings: RouterSection | None = None
+    tokenizer: TextTokenizer,
+    raw_tokenizer: Tokenizer,
+    settings: RouterSection | None = None,
+    access: AccessControl = OpenAccess(),  # noqa: B008 - it has no state
 ) -> AsyncIterator[Front]:
     generator = ScriptedGenerator(echo_script)
     refusals = Refusals()
@@ -143,9 +148,10 @@ async def serve_front(
         render_metrics=refusals.render,
         clock=SystemClock(),
         random=random,
+        access=access,
     )
     server = HttpServer(app, settings, stop_timeout_s=1.0)
-    front = Front(tokenizer, raw_tokenizer, generator, refusals, server, f"http://{await server.start()}")
+    front = Front(tokenizer, raw_tokenizer, generator, refusals, service, server, f"http://{await server.start()}")
     try:
         yield front
     finally:

@@ -149,7 +149,7 @@ def _names(front: Front, token: SampledToken) -> dict[str, float]:
 
 async def test_two_tokens_of_one_name(executor: ThreadPoolExecutor) -> None:
     raw = build("llama2")
-    front = Front(TextTokenizer(raw, executor=executor), raw, None, None, None)  # type: ignore[arg-type]
+    front = Front(TextTokenizer(raw, executor=executor), raw, None, None, None, None)  # type: ignore[arg-type]
     byte, letter = raw.token_to_id("<0x61>"), raw.token_to_id("a")
     top = ((letter, -1.0), (byte, -2.0))
     assert _names(front, SampledToken(letter, TokenLogprob(letter, -1.0, top))) == {"a": -1.0, f"token_id:{byte}": -2.0}
@@ -158,7 +158,7 @@ async def test_two_tokens_of_one_name(executor: ThreadPoolExecutor) -> None:
 
 async def test_words_with_and_without_a_space_differ(executor: ThreadPoolExecutor) -> None:
     raw = build("llama2")
-    front = Front(TextTokenizer(raw, executor=executor), raw, None, None, None)  # type: ignore[arg-type]
+    front = Front(TextTokenizer(raw, executor=executor), raw, None, None, None, None)  # type: ignore[arg-type]
     vocab = raw.get_vocab()
     word = next(token for token in vocab if token.isalpha() and f"▁{token}" in vocab)
     pair = (vocab[word], vocab[f"▁{word}"])
