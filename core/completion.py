@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
 from tandem.core.request import FinishReason, SampledToken, SamplingParams, TokenLogprob
+from tandem.core.request_trace import RequestTrace
 from tandem.core.slo import UNSPECIFIED_SLO, RequestedSlo
 from tandem.core.timeline import Timeline
 
@@ -53,7 +54,7 @@ class CompletionRequest:
     router's monotonic clock. With `echo` the response begins with the prompt; if a prompt of token ids ends inside of a
     character, the deltas begin with that character. `client` is whom its limits count to: an API key, or the
     address that it came from; empty if all clients count alike. `tenant` is whom it counts to while it waits; empty:
-    the client.
+    the client. `trace` is None if the call is not traced.
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class CompletionRequest:
     client: str = ""
     tenant: str = ""
     slo: RequestedSlo = UNSPECIFIED_SLO
+    trace: RequestTrace | None = None
 
 
 @dataclass(frozen=True, slots=True)

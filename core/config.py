@@ -15,6 +15,7 @@ from pydantic import (
 from tandem.core.anchored_path import AnchoredPath
 from tandem.core.errors import ConfigError
 from tandem.core.frozen_model import FrozenModel, WrongSetting
+from tandem.core.monitoring_config import TracingSection
 from tandem.core.parallel import ParallelShape
 from tandem.core.secret_source import Secret, SecretReference, read_secret
 from tandem.core.slo import SloClasses
@@ -201,6 +202,7 @@ class RouterSection(FrozenModel):
     profile_window_s: float = Field(
         default=300.0, gt=0, description="Requests of this long are compared with those that were planned for"
     )
+    tracing: TracingSection = TracingSection()
 
     @model_validator(mode="after")
     def _check_bodies(self) -> "RouterSection":

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from tandem.core.request_slo import NO_SLO, RequestSlo
+from tandem.core.request_trace import RequestTrace
 
 
 class FinishReason(Enum):
@@ -73,7 +74,7 @@ class GenerationRequest:
     `deadline_s` is on the receiving process's monotonic clock.
     `epoch` counts attempts; messages of an older attempt are dropped.
     `slo` holds the targets that count for it now: none, once it is best effort. On an instance only their values are
-    known, not the class's other settings.
+    known, not the class's other settings. `trace` is None if the request is not traced.
     """
 
     request_id: str
@@ -84,6 +85,7 @@ class GenerationRequest:
     deadline_s: float = float("inf")
     epoch: int = 0
     slo: RequestSlo = NO_SLO
+    trace: RequestTrace | None = None
 
     @property
     def num_prompt_tokens(self) -> int:

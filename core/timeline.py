@@ -77,17 +77,21 @@ class Timeline:
         """From the request's arrival to its latest timestamp."""
         return max(self.stamps.values()) - self.stamps[Stage.RECEIVED]
 
-    def parts(self) -> dict[str, float]:
-        """Seconds spent in each part, in order; they sum to `total_s` of a finished request.
+    def intervals(self) -> list[tuple[str, float, float]]:
+        """Name, begin and end of each part, in order and without gaps.
 
         A stage that was reported after a later stage takes no time, never negative time.
         """
         previous_s = self.stamps[Stage.RECEIVED]
-        parts: dict[str, float] = {}
+        intervals = []
         for stage, name in PARTS:
             stamp_s = self.stamps.get(stage)
-            if stamp_s is None:
-                continue
-            parts[name] = max(0.0, stamp_s - previous_s)
-            previous_s = max(previous_s, stamp_s)
-        return parts
+            if stamp_s is not None:
+                end_s = max(previous_s, stamp_s)
+                intervals.append((name, previous_s, end_s))
+                previous_s = end_s
+        return intervals
+
+    def parts(self) -> dict[str, float]:
+        """Seconds spent in each part, in order; they sum to `total_s` of a finished request."""
+        return {name: end_s - begin_s for name, begin_s, end_s in self.intervals()}

@@ -14,17 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
 from random import Random, SystemRandom
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
+from starlette.types import ASGIApp
 
 from tandem.core.access import OpenAccess
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.config import RouterConfig, with_secrets
-from tandem.core.errors import InternalError, NotFoundError
+from tandem.core.errors import ConfigError, InternalError, NotFoundError
 from tandem.core.replanning import ReplanStatus
 from tandem.core.secret_source import file_of
 from tandem.core.session import InstanceStatus
@@ -34,9 +35,11 @@ from tandem.router.completion import TextService
 from tandem.router.dispatch import Dispatcher
 from tandem.router.http_app import HttpApp
 from tandem.router.http_server import HttpServer, raise_descriptor_limit
+from tandem.router.http_tracing import TracedApi
 from tandem.router.metrics import Metrics
 from tandem.router.profile import ProfileObserver
 from tandem.router.records import RequestLog
+from tandem.router.request_spans import RequestSpans
 from tandem.router.tenant_metrics import TenantMetrics
 from tandem.router.tokenizer import TextTokenizer
 from tandem.scheduling.routing_machine import RoutingSettings
@@ -45,6 +48,9 @@ from tandem.wire.fleet import FleetDescription, FleetServicer
 from tandem.wire.inference import InferenceServicer
 from tandem.wire.server import bind, build_public_server, build_server
 from tandem.wire.sessions import InstanceSession
+
+if TYPE_CHECKING:
+    from tandem.router.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +194,7 @@ class RouterApp:
         config, settings, random = self._config, self._config.router, SystemRandom()
         raise_descriptor_limit()
         self.instance_id = f"router-{random.getrandbits(48):012x}"
+        tracer = self._start_tracer(random)
         executor = self._resources.enter_context(ThreadPoolExecutor(_TOKENIZER_THREADS, "tokenizer"))
         tokenizer = TextTokenizer.load(
             config.model,
@@ -216,7 +223,7 @@ class RouterApp:
 
         public, health = build_public_server(settings.max_body, self._access)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(service, self._clock, random, settings.write_timeout_s, self._access), public
+            InferenceServicer(service, self._clock, random, settings.write_timeout_s, self._access, tracer), public
         )
         if settings.reflection:
             names = (INFERENCE_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
@@ -225,7 +232,7 @@ class RouterApp:
         await self._serve(public, health)
         self._spawn(self._update_health(health), "health")
 
-        http_app = HttpApp(
+        http_app: ASGIApp = HttpApp(
             service=service,
             tokenizer=tokenizer,
             settings=settings,
@@ -234,10 +241,28 @@ class RouterApp:
             random=random,
             access=self._access,
         )
+        if tracer is not None:
+            http_app = TracedApi(http_app, tracer)
         http = HttpServer(http_app, settings, stop_timeout_s=_FLUSH_S)
         self.address = await http.start()
         self._resources.push_async_callback(http.stop)
         self._spawn(http.wait_closed(), "http")
+
+    def _start_tracer(self, random: Random) -> "Tracer | None":
+        """None if no traces are wanted. Raises ConfigError without the packages for them."""
+        settings = self._config.router.tracing
+        if settings.endpoint is None:
+            return None
+        try:
+            from tandem.router.tracing import Tracer
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"router.tracing.endpoint is set, and {error.name} is missing; pip install 'tandem-serve[tracing]'"
+            ) from error
+        tracer = Tracer(settings, instance_id=self.instance_id, clock=self._clock, random=random)
+        self._resources.push_async_callback(asyncio.to_thread, tracer.close)
+        self._dispatcher.add_observer(RequestSpans(tracer, self._config.served_name))
+        return tracer
 
     async def _serve(self, server: grpc.aio.Server, health: health_aio.HealthServicer) -> None:
         await server.start()

@@ -372,6 +372,7 @@ class TextService:
                 cache_salt=self._cache_salt(request),
                 deadline_s=request.deadline_s,
                 slo=slo,
+                trace=request.trace,
             )
             for choice in range(request.n)
         )

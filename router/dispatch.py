@@ -88,6 +88,10 @@ class Dispatcher:
         self._all_ended = asyncio.Event()
         self._all_ended.set()
 
+    def add_observer(self, observer: RequestObserver) -> None:
+        """It hears of the requests that end from now on."""
+        self._observers = (*self._observers, observer)
+
     # --- TokenGenerator ----------------------------------------------------------------------------------------------
 
     @property
@@ -285,6 +289,8 @@ class Dispatcher:
             slo=request.slo,
             refused_because=error.reason if isinstance(error, OverloadedError) else None,
             tenant=client,
+            trace=request.trace,
+            sampling=None if request.trace is None else request.sampling,
         )
         self._tell(lambda observer: observer.refused(error, record))
 

@@ -105,7 +105,7 @@ class HttpApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # with an application in the scope, starlette raises HTTPException for 404 and 405
         scope["path"] = scope["path"].rstrip("/") or "/"
-        scope["tandem.context"] = self._context(dict(scope["headers"]))
+        scope["tandem.context"] = self._context(scope)
         scope["tandem.held_body"] = held = HeldBody(self._budget)
         with ExitStack() as resources:
             scope["tandem.resources"] = resources
@@ -127,7 +127,8 @@ class HttpApp:
             self._service.refused(error)
             raise
 
-    def _context(self, headers: dict[bytes, bytes]) -> RequestContext:
+    def _context(self, scope: Scope) -> RequestContext:
+        headers = dict(scope["headers"])
         received_s = self._clock.now_s()
         request_id = f"{self._random.getrandbits(96):024x}"
         echoed = headers.get(b"x-request-id", b"").decode("latin-1")
@@ -139,6 +140,7 @@ class HttpApp:
             deadline_s=received_s + self._settings.request_timeout_s,
             created_s=int(self._wall_time_s()),
             wants_timeline=headers.get(b"x-tandem-timeline") in (b"1", b"true"),
+            trace=scope.get("tandem.trace"),
         )
 
     async def _chat(self, request: Request) -> Response:

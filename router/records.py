@@ -15,8 +15,9 @@ from tandem.core.errors import (
     InvalidRequestError,
     TandemError,
 )
-from tandem.core.request import FinishReason
+from tandem.core.request import FinishReason, SamplingParams
 from tandem.core.request_slo import NO_SLO, RequestSlo
+from tandem.core.request_trace import RequestTrace
 from tandem.core.timeline import Timeline
 from tandem.router.token_gaps import TokenGaps
 from tandem.scheduling.routing import Selection
@@ -35,7 +36,8 @@ _CLIENTS_DOING = (
 @dataclass(slots=True)
 class AttemptRecord:
     """Filled while the attempt runs. `failure` is an error code, None for the attempt that ended the request well.
-    `is_whole`: the instance that computed the prompt decodes, too."""
+    `is_whole`: the instance that computed the prompt decodes, too. `began_s` is on the router's clock, and
+    None where the request is not traced."""
 
     epoch: int
     prefill_id: str
@@ -47,6 +49,7 @@ class AttemptRecord:
     transfer_s: float | None = None
     transfer_bytes: int | None = None
     failure: str | None = None
+    began_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class RequestRecord:
     """One request that is over, or was not accepted. `outcome` is a finish reason's value or an error's code. Holds no
     text and no tokens. `predicted_ttft_s` is what the router expected when it came, `demoted_because` why it became
     best effort, `refused_because` the reason of an OverloadedError. `tenant` is whom it counted to while it waited: a
-    name, or without API keys an address."""
+    name, or without API keys an address. `sampling` is kept where there is a `trace`."""
 
     request_id: str
     outcome: str
@@ -67,6 +70,8 @@ class RequestRecord:
     demoted_because: str | None = None
     refused_because: str | None = None
     tenant: str = ""
+    trace: RequestTrace | None = None
+    sampling: SamplingParams | None = None
 
     @property
     def missed_targets(self) -> tuple[str, ...] | None:

@@ -115,6 +115,8 @@ class RunningRequest:
             demoted_because=self.routed.demoted_because,
             refused_because=error.reason if isinstance(error, OverloadedError) else None,
             tenant=self.routed.client,
+            trace=self.request.trace,
+            sampling=None if self.request.trace is None else self.request.sampling,
         )
 
     # --- attempts ----------------------------------------------------------------------------------------------------
@@ -135,6 +137,8 @@ class RunningRequest:
                 epoch=request.epoch + len(self._attempts),
             )
         record = AttemptRecord(request.epoch, instance_id, selection, is_whole=not attempt.hand_over)
+        if self.request.trace is not None:
+            record.began_s = now_s
         self._attempts.append((attempt, record))
         self._attempt_request = request
         self._early_tokens.clear()

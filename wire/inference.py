@@ -21,6 +21,7 @@ from tandem.core.completion import (
     TokenPrompt,
 )
 from tandem.core.errors import CancelledError, InvalidRequestError
+from tandem.core.request_trace import CallTracer, Operation, RequestTrace
 from tandem.core.slo import RequestedSlo
 from tandem.core.timeline import Stage, Timeline
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
@@ -50,6 +51,7 @@ def request_from_pb(
     received_s: float,
     timeout_s: float | None,
     caller: Caller,
+    trace: RequestTrace | None = None,
 ) -> CompletionRequest:
     """`model` and `request_id` are the defaults of a message without them; `timeout_s` is the time until its deadline.
 
@@ -74,6 +76,7 @@ def request_from_pb(
             pb.ttft_s if pb.HasField("ttft_s") else None,
             pb.tpot_s if pb.HasField("tpot_s") else None,
         ),
+        trace=trace,
     )
 
 
@@ -140,12 +143,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         random: Random,
         write_timeout_s: float,
         access: AccessControl = OpenAccess(),  # noqa: B008 - it has no state
+        tracer: CallTracer | None = None,
     ) -> None:
         self._service = service
         self._access = access
         self._clock = clock
         self._random = random
         self._write_timeout_s = write_timeout_s
+        self._tracer = tracer
 
     async def Generate(
         self,
@@ -153,6 +158,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
     ) -> None:
         """Writes to the context, and does not yield, so that a cancellation is raised inside the `async with`."""
+        if self._tracer is None:
+            await self._generate(request, context, None)
+            return
+        operation: Operation = "chat" if request.WhichOneof("prompt") == "chat" else "text_completion"
+        metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+        with self._tracer.grpc_call(GENERATE[1:], metadata, operation) as trace:
+            await self._generate(request, context, trace)
+
+    async def _generate(
+        self,
+        request: inference_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
+        trace: RequestTrace | None,
+    ) -> None:
         received_s = self._clock.now_s()
         completion_request = request_from_pb(
             request,
@@ -161,6 +180,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             received_s=received_s,
             timeout_s=context.time_remaining(),
             caller=caller_of(self._access, context),
+            trace=trace,
         )
         async with await self._service.open(completion_request) as completion:
             async for delta in completion:

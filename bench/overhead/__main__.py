@@ -18,6 +18,9 @@ Nothing is pinned to a core. The last line of the output is all of it as JSON.
     python -m bench.overhead --part router         only the first table
     python -m bench.overhead --part router --against ../other-checkout
                                                    this router and that of another checkout, in turns
+    python -m bench.overhead --part router --tracing
+                                                   this router without traces, with a trace of one request in a
+                                                   hundred, and with traces of all, in turns
 """
 
 import argparse
@@ -26,6 +29,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,8 @@ from bench.handover.measure import measure as measure_handover
 from bench.overhead.figures import OverheadSample, figures_of, figures_table
 from bench.overhead.launcher import CHECKOUT, OverheadLauncher
 from bench.overhead.request_path import measure_request_path
-from bench.overhead.router_cost import measure_routers
+from bench.overhead.router_cost import RouterVariant, measure_routers
+from bench.overhead.traces import collecting_traces, tracing_variants
 from tandem.core.errors import TandemError
 from tandem.core.kv_layout import KvLayout
 
@@ -94,7 +99,9 @@ async def _print_handover(effort: Effort) -> list[dict[str, Any]]:
     return rows
 
 
-async def measure(parts: Sequence[str], effort: Effort, model: Path, against: Path | None) -> dict[str, Any]:
+async def measure(
+    parts: Sequence[str], effort: Effort, model: Path, variants: Sequence[RouterVariant]
+) -> dict[str, Any]:
     """Measure and print; returns the content of the last line. Raises MeasurementError."""
     load = os.getloadavg()
     print(f"load average {load[0]:.1f} {load[1]:.1f} {load[2]:.1f} on {os.cpu_count()} cores", flush=True)
@@ -102,7 +109,7 @@ async def measure(parts: Sequence[str], effort: Effort, model: Path, against: Pa
     num_rounds, num_tokens, num_short = effort.num_rounds, effort.num_tokens, effort.num_short
     if "router" in parts:
         async with OverheadLauncher(model) as launcher:
-            samples = await measure_routers(launcher, against, num_rounds, num_tokens, num_short)
+            samples = await measure_routers(launcher, variants, num_rounds, num_tokens, num_short)
         result["router"] = _print_figures("Router alone (scripted workers, a token every 10 ms)", samples, "CPU")
     if "request_path" in parts:
         async with OverheadLauncher(model) as launcher:
@@ -125,11 +132,18 @@ def main() -> int:
     parser.add_argument(
         "--against", type=Path, metavar="DIR", help="another checkout, whose router is measured in turns"
     )
+    parser.add_argument("--tracing", action="store_true", help="the router with and without traces, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the last line to FILE")
     options = parser.parse_args()
     effort = QUICK if options.quick else THOROUGH
+    variants = [RouterVariant()]
+    if options.against is not None:
+        variants = [RouterVariant("here"), RouterVariant("there", checkout=options.against)]
     try:
-        result = asyncio.run(measure(options.part or PARTS, effort, options.model, options.against))
+        with ExitStack() as stack:
+            if options.tracing:
+                variants = tracing_variants(stack.enter_context(collecting_traces()))
+            result = asyncio.run(measure(options.part or PARTS, effort, options.model, variants))
     except TandemError as error:
         print(error, file=sys.stderr)
         return 1

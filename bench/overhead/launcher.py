@@ -1,6 +1,7 @@
 """A cluster launcher with what the overhead benchmark needs: routers of other checkouts, and scripted workers."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from tandem.profiling.cluster import MODEL_NAME, ClusterLauncher, StartedProcess, StartedRouter, wait_until_ready
@@ -14,11 +15,11 @@ class OverheadLauncher(ClusterLauncher):
     def __init__(self, model: Path) -> None:
         super().__init__(model, checkout=CHECKOUT)
 
-    async def start_router_of(self, checkout: Path) -> StartedRouter:
-        """Raises MeasurementError."""
+    async def start_router_of(self, checkout: Path, settings: Mapping[str, object]) -> StartedRouter:
+        """`settings` are those of the section `router`. Raises MeasurementError."""
         # Before all packages were below `tandem`, the router was a package of its own.
         module = "tandem.router" if (checkout / "tandem" / "router").exists() else "router"
-        return await self.start_router_module(module, checkout)
+        return await self.start_router_module(module, checkout, settings)
 
     async def start_scripted_workers(self, router: StartedRouter, step_s: float) -> None:
         """Raises MeasurementError."""

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.overhead.clients import Api, StreamingClient, complete_all, connect
@@ -19,6 +19,15 @@ SHORT_TOKENS = 2  # the fewest that need a prefill and a decode worker
 
 
 @dataclass(frozen=True, slots=True)
+class RouterVariant:
+    """One of the routers that take turns: its checkout, and settings of the section `router`."""
+
+    name: str = ""
+    checkout: Path = CHECKOUT
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class _Case:
     name: str
     router: StartedRouter
@@ -27,20 +36,23 @@ class _Case:
 
 
 async def measure_routers(
-    launcher: OverheadLauncher, against: Path | None, num_rounds: int, num_tokens: int, num_short: int
+    launcher: OverheadLauncher,
+    variants: Sequence[RouterVariant],
+    num_rounds: int,
+    num_tokens: int,
+    num_short: int,
 ) -> list[OverheadSample]:
-    """Of this checkout's router, and of the router of the checkout `against`, if given."""
     samples: list[OverheadSample] = []
     async with AsyncExitStack() as stack:
         cases = []
-        for checkout in (CHECKOUT, *([against] if against else [])):
-            router = await launcher.start_router_of(checkout)
+        for variant in variants:
+            router = await launcher.start_router_of(variant.checkout, variant.settings)
             await launcher.start_scripted_workers(router, STEP_S)
             idle_share = await _idle_share(router)
             for api in Api:
                 clients = await stack.enter_async_context(connect(router, api, max(STREAMS)))
                 await complete_all(clients, SHORT_TOKENS)  # warm-up
-                title = api.value if against is None else f"{api.value}, {'here' if checkout == CHECKOUT else 'there'}"
+                title = f"{api.value}, {variant.name}" if variant.name else api.value
                 cases.append(_Case(title, router, idle_share, clients))
         for num_streams in STREAMS * num_rounds:
             for case in cases:

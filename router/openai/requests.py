@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from tandem.core.completion import ChatMessage, ChatPrompt, CompletionRequest, Prompt, TextPrompt, TokenPrompt
 from tandem.core.errors import InvalidRequestError
 from tandem.core.request import SamplingParams
+from tandem.core.request_trace import RequestTrace
 from tandem.core.slo import UNSPECIFIED_SLO, RequestedSlo
 from tandem.router.limits import MAX_CHOICES, MAX_MESSAGES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, clipped
 from tandem.router.openai.responses import ChatWriter, CompletionWriter, ResponseOptions
@@ -65,6 +66,7 @@ class RequestContext:
     client: str = ""
     tenant: str = ""
     slo: RequestedSlo = UNSPECIFIED_SLO
+    trace: RequestTrace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +272,7 @@ class _CommonBody(_StrictBody):
             client=context.client,
             tenant=context.tenant,
             slo=self._requested_slo(context.slo),
+            trace=context.trace,
         )
 
     def _requested_slo(self, in_headers: RequestedSlo) -> RequestedSlo:
