@@ -80,7 +80,7 @@ class EngineSection(FrozenModel):
     ops: Literal["auto", "torch", "native"] = "auto"
     threads: int = Field(default=0, ge=0, description="CPU threads per instance; 0 shares the cores between instances")
     kv_memory: Bytes = Field(default=512 << 20, description="KV pool of one instance, e.g. 512MiB")
-    block_size: int = Field(default=16, ge=1, le=256)
+    block_size: int = Field(default=16, ge=1, le=256, description="Tokens in a block of the KV pool")
     max_model_len: int | None = Field(default=None, ge=1, description="Prompt plus answer; default: the model's")
     tp: int = Field(
         default=1, ge=1, le=64, description="Ranks that divide every layer of an instance (tensor parallel)"
@@ -240,34 +240,23 @@ class ServeConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ServeConfig":
-        """KV moves only between instances whose blocks are alike."""
+        """KV moves only between instances with the same dtype; their blocks and ranks may differ."""
         mistakes = []
         for role, section, others in (
             *(("prefill", section, self.decode) for section in self.prefill),
             *(("decode", section, self.prefill) for section in self.decode),
         ):
-            for setting in ("block_size", "dtype"):
-                value, found = getattr(section.engine, setting), {getattr(other.engine, setting) for other in others}
-                if value not in found:
-                    have = " and ".join(sorted(map(str, found)))
-                    text = f"is {value}, and {'decode' if role == 'prefill' else 'prefill'} has {have}"
-                    mistakes.append((setting in section.engine.model_fields_set, role, section, setting, text))
+            value, found = section.engine.dtype, {other.engine.dtype for other in others}
+            if value not in found:
+                text = (
+                    f"is {value}, and {'decode' if role == 'prefill' else 'prefill'} has {' and '.join(sorted(found))}"
+                )
+                mistakes.append(("dtype" in section.engine.model_fields_set, role, section, text))
         if mistakes:  # the setting that is in the file is the one to name
-            _, role, section, setting, text = max(mistakes, key=lambda mistake: mistake[0])
+            _, role, section, text = max(mistakes, key=lambda mistake: mistake[0])
             sections = getattr(self, role)
             index = () if len(sections) == 1 else (sections.index(section),)
-            raise WrongSetting((role, *index, "engine", setting), f"{text}; KV moves only between equal ones")
-        return self
-
-    @model_validator(mode="after")
-    def _check_ranks(self) -> "ServeConfig":
-        for role, sections in (("prefill", self.prefill), ("decode", self.decode)):
-            for index, section in enumerate(sections):
-                if section.engine.shape.num_ranks > 1:
-                    setting = "tp" if section.engine.tp > 1 else "pp"
-                    path = (role, *((index,) if len(sections) > 1 else ()), "engine", setting)
-                    text = f"is {getattr(section.engine, setting)}, and KV moves only between instances of one rank"
-                    raise WrongSetting(path, f"{text}; use a colocated section, or set it to 1")
+            raise WrongSetting((role, *index, "engine", "dtype"), f"{text}; KV moves only between equal ones")
         return self
 
     @property

@@ -24,9 +24,7 @@ from typing import Protocol
 from tandem.core.errors import IncompatiblePeerError, StaleEpochError, TransferError, UnavailableError
 from tandem.core.request import SampledToken
 
-LAYOUTS_DIFFER = (
-    "the two workers' KV layouts differ (model weights, dtype, block size, or max_model_len with longrope factors)"
-)
+LAYOUTS_DIFFER = "the two workers' KV formats differ (model weights, dtype, or max_model_len with longrope factors)"
 
 
 class PeerGoneError(UnavailableError):
@@ -52,8 +50,9 @@ def hash_token_ids(token_ids: Sequence[int]) -> str:
 class Manifest:
     """Describes the KV of one finished prefill, held under a lease until decode acknowledges the transfer.
 
-    `block_ids` are blocks of the sender's pool, in order; together they hold `num_tokens` tokens. `token_hash` is
-    over exactly those tokens. `first_token` is the token sampled at the last position; its KV is not transferred.
+    `block_ids` are blocks of the sender's pools, in order, of `block_size` tokens each; together they hold `num_tokens`
+    tokens. `token_hash` is over exactly those tokens. `first_token` is the token sampled at the last position; its KV
+    is not transferred.
     """
 
     request_id: str
@@ -62,7 +61,7 @@ class Manifest:
     token_hash: str
     block_ids: tuple[int, ...]
     fingerprint: str
-    bytes_per_layer: int
+    block_size: int
     first_token: SampledToken
 
     def check(self, *, request_id: str, epoch: int, token_ids: Sequence[int], fingerprint: str) -> None:
@@ -101,8 +100,9 @@ class LinkReply:
     """Prefill's side. `link_id` is new for every link; a link that failed is never used again. Either side's death, or
     `unlink`, ends the link on the other side too.
 
-    `socket_name` (an abstract Unix socket) and `nonce` (valid once) lead to the pool's descriptor when the transport
-    is shared memory; they are empty otherwise. `num_blocks` is the size of the sender's pool.
+    `num_blocks`, `block_size`, `tp` and `layers_per_stage` are those of the sender's `KvLayout`. `socket_name` (an
+    abstract Unix socket) and `nonces` (one per rank, each valid once) lead to the descriptors of the ranks' pools when
+    the transport is shared memory; they are empty otherwise.
     """
 
     link_id: str
@@ -110,23 +110,17 @@ class LinkReply:
     fingerprint: str
     transport: Transport
     num_blocks: int
+    block_size: int
+    tp: int = 1
+    layers_per_stage: tuple[int, ...] = ()
     socket_name: str = ""
-    nonce: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class KvSlice:
-    """The layers [layer_begin, layer_end) and KV heads [head_begin, head_end) of one rank's pool, counted there."""
-
-    layer_begin: int
-    layer_end: int
-    head_begin: int
-    head_end: int
+    nonces: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Permission to send `kv_slice` of one manifest's blocks: exactly `total_bytes` in chunks of up to `chunk_bytes`.
+    """Permission to send what one rank of the sender holds of a manifest's blocks: exactly `total_bytes` in chunks of
+    up to `chunk_bytes`.
 
     `sequence` counts the grants of a link from 0, without gaps. Over shared memory nothing is sent: the grant only
     asks for the checksum, and `sequence` is 0.
@@ -136,7 +130,7 @@ class Grant:
     request_id: str
     epoch: int
     sequence: int
-    kv_slice: KvSlice
+    rank: int
     total_bytes: int
     chunk_bytes: int
     checksum: bool
@@ -144,7 +138,8 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class GrantReply:
-    """The bytes that were sent, and their CRC-32 in the order sent (0 unless asked for)."""
+    """The bytes that were sent, and their CRC-32 in the order sent (0 unless asked for). Over shared memory it is the
+    CRC-32 of the bytes that would be sent, with zeros in the slots after the last token: decode need not have those."""
 
     sent_bytes: int
     checksum: int

@@ -251,6 +251,11 @@ def _device_findings(role: str, section: InstanceSection, machine: Machine) -> I
     elif device.startswith("cuda:") and device != "cuda:0":
         text = f"{name} is {device}, but each instance of `tandem serve` sees one GPU, the one that it is given"
         yield Finding("device", Grade.FAILED, text, f"set {name} to cuda; CUDA_VISIBLE_DEVICES says which GPUs to use")
+    if role != "colocated" and section.engine.shape.num_ranks > 1 and on_gpu:
+        text = (
+            f"{role} instances have {section.engine.shape.num_ranks} GPUs each, and KV moves between single GPUs only"
+        )
+        yield Finding("device", Grade.FAILED, text, f"set {name} to cpu, or {role}.engine.tp and pp to 1")
     if section.engine.ops == "native" and on_gpu:
         text = f"{role}.engine.ops is native, but these kernels run on CPUs only"
         yield Finding("ops", Grade.FAILED, text, f"set {role}.engine.ops to auto, or {name} to cpu")

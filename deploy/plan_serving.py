@@ -1,5 +1,4 @@
-"""Turns a plan into a serve configuration. Served plans are for this machine; their prefill and decode instances have
-one device each, since KV moves only between instances of one rank."""
+"""Turns a plan into a serve configuration. Served plans are for this machine."""
 
 import math
 
@@ -85,12 +84,15 @@ def _calibrations(plan: Plan) -> dict[str, Calibration]:
 def _check(plan: Plan, machine: Machine) -> None:
     if not plan.groups:
         raise ConfigError("the plan has no instances: no deployment that the planner tried meets the targets")
-    parallel = next((g for g in plan.groups if g.role != "colocated" and g.shape.num_ranks > 1), None)
+    parallel = next(
+        (g for g in plan.groups if g.role != "colocated" and g.shape.num_ranks > 1 and g.device.casefold() != _CPU),
+        None,
+    )
     if parallel is not None:
         raise ConfigError(
-            f"the plan's {parallel.role} instances have the shape {parallel.shape}, but KV moves only between "
-            "instances of one device; plan with --set search.max_tp=1 --set search.max_pp=1, or with --set "
-            "search.layouts=[colocated]"
+            f"the plan's {parallel.role} instances have the shape {parallel.shape} on GPUs, but KV moves only between "
+            "instances of one GPU, or of several ranks on CPUs; plan with --set search.max_tp=1 --set search.max_pp=1, "
+            "or with --set search.layouts=[colocated]"
         )
     nodes = {rank.rpartition(":")[0] for group in plan.groups for ranks in group.devices for rank in ranks}
     if len(nodes) > 1:

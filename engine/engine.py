@@ -51,8 +51,8 @@ class Engine:
     the caller: `launch` announces the step to the others, which `follow` it, and `collect` draws from the logits that
     the last stage sends. All ranks have the same number of blocks.
 
-    `pool` is the rank's KV pool as a tensor of `layout.shape`; `ops` computed the model. Not thread-safe: one thread
-    makes all calls.
+    `layout` is of the whole instance's KV; `pool` is this rank's pool, of the shape `layout.pool_of(rank).shape`. `ops`
+    computed the model. Not thread-safe: one thread makes all calls.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Engine:
         self._sampling_stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]
         self._last_launched = 0
         self._last_collected = 0
+        self._is_settled = True  # no rank still computes a step that was collected
 
     def capacity(self) -> Capacity:
         return Capacity(self.layout.num_blocks, self.layout.block_size, self._max_model_len)
@@ -130,6 +131,24 @@ class Engine:
         """`launch` and `collect` in a row."""
         return self.collect(self.launch(slices))
 
+    def settle(self) -> None:
+        """Return when no rank reads or writes blocks of the steps that were collected.
+
+        To be called before others write into blocks that those steps used, and while no step is under way. A step that
+        drew no token may still be computed by later stages when it is collected: later steps come after it, but a
+        transfer would not. Raises RankLostError.
+        """
+        assert self._last_collected == self._last_launched, "no step is under way"
+        if self._is_settled or self._announce is None:
+            return
+        shape = self._shard.shape
+        self._last_launched += 1
+        self._last_collected = self._last_launched
+        self._announce(self._last_launched, ())
+        for rank in range(shape.num_ranks - shape.tp, shape.num_ranks):
+            self._collectives.receive(rank, (1,), torch.float32)
+        self._is_settled = True
+
     @torch.inference_mode()
     def follow(self, number: int, slices: Sequence[SequenceSlice]) -> None:
         """Compute this rank's part of a step that rank 0 has announced. Raises InternalError for a step that is not the
@@ -137,6 +156,10 @@ class Engine:
         if number != self._last_launched + 1:
             raise InternalError(f"step {number} was announced after step {self._last_launched}")
         self._last_launched = number
+        if not slices:  # rank 0 settles
+            if self._shard.is_last_stage:
+                self._collectives.send(0, torch.zeros(1, device=self.pool.device))
+            return
         hidden = self._compute(self._pack(slices))
         if self._shard.is_last_stage:
             for wanted in inputs_of_logits(slices, hidden):
@@ -185,6 +208,8 @@ class Engine:
         self._last_launched += 1
         try:
             announce(self._last_launched, slices)
+            # Ranks of one stage end a step together, and the logits of the last stage come after all others' work.
+            self._is_settled = self._shard.shape.pp == 1 or any(part.sample is not None for part in slices)
             return self._compute(batch)
         except (RuntimeError, MemoryError, OSError) as error:
             raise InternalError(f"rank 0 failed in step {self._last_launched}, and the others cannot go on") from error
@@ -219,7 +244,7 @@ def load_engine(
     dtype = choose_dtype(config.dtype, spec, device)
     max_model_len = _max_model_len(config, spec)
     long_factors = spec.rope is not None and spec.rope.needs_long_factors(max_model_len)
-    layout = _layout(config, checkpoint, shard, dtype, long_factors)
+    layout = _layout(config, checkpoint, place.shape, dtype, long_factors)
     if spec.rope is not None and (difference := difference_from_transformers(spec.rope, max_model_len)):
         _log.warning("%s", difference)
     # No sequence is longer than the pool, and no table of positions need be.
@@ -236,11 +261,12 @@ def load_engine(
             else load_llama(spec, shard, loader, ops, place.collectives, max_positions, long_factors)
         )
         loader.finish()
+    own = layout.pool_of(place.rank)
     # Not in inference mode: KV transfers write into the pool too.
     if allocate_pool is None:
-        pool = torch.zeros(layout.shape, dtype=dtype, device=device)
+        pool = torch.zeros(own.shape, dtype=dtype, device=device)
     else:
-        pool = allocate_pool(layout.pool_bytes).view(dtype).view(layout.shape)
+        pool = allocate_pool(own.pool_bytes).view(dtype).view(own.shape)
     return Engine(spec, shard, layout, pool, model, max_positions, ops, place)
 
 
@@ -252,22 +278,24 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 
 
 def _layout(
-    config: EngineConfig, checkpoint: Checkpoint, shard: Shard, dtype: torch.dtype, long_factors: bool
+    config: EngineConfig, checkpoint: Checkpoint, shape: ParallelShape, dtype: torch.dtype, long_factors: bool
 ) -> KvLayout:
-    """Of the rank's pool. All ranks count their blocks from the model's whole KV, and get the same number."""
+    """Of the instance's KV. All ranks have as many blocks as `kv_memory_bytes` holds of the model's whole KV."""
     spec = checkpoint.spec
     block_bytes = spec.kv_bytes_per_token(dtype.itemsize) * config.block_size
     num_blocks = config.kv_memory_bytes // block_bytes
     if num_blocks < 1:
         raise ConfigError(f"kv_memory of {config.kv_memory_bytes} bytes holds no block of {block_bytes} bytes")
+    stages = (shard_of(spec, shape, stage * shape.tp).layers for stage in range(shape.pp))
     return KvLayout(
-        num_layers=len(shard.layers),
+        num_layers=spec.num_layers,
         num_blocks=num_blocks,
-        num_kv_heads=len(shard.kv_heads),
+        num_kv_heads=spec.num_kv_heads,
         block_size=config.block_size,
         head_dim=spec.head_dim,
         dtype=str(dtype).removeprefix("torch."),
         weights_hash=checkpoint.weights_hash,
         rope_factors="long" if long_factors else "",
-        rank_share=f"rank {shard.rank} of {shard.shape}" if shard.shape.num_ranks > 1 else "",
+        tp=shape.tp,
+        layers_per_stage=tuple(map(len, stages)) if shape.pp > 1 else (),
     )

@@ -1,69 +1,24 @@
-"""Views over a pool's blocks, and copies between them. All but `WriteFence.close` run in the calling thread."""
+"""Views over a pool's blocks, and copies of them. All of it runs in the calling thread."""
 
-import asyncio
-import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-from tandem.core.errors import TransferError
 from tandem.core.kv_layout import DTYPE_BYTES, KvLayout
-from tandem.core.transfer import KvSlice
-from tandem.kv_transfer.owner_thread import OwnerThread
+from tandem.kv_transfer.fence import WriteFence
+from tandem.kv_transfer.reshard import KvSlice
 
 # torch spreads a copy over several threads from this many elements on. Views stay below it: decode's steps need the
 # other cores, and the threads would have to be started and to wait for each other.
-_MAX_VIEW_WORDS = 32767
-_FENCED_BYTES = 4 << 20  # copied between two checks of the fence
+MAX_VIEW_WORDS = 32767
+FENCED_BYTES = 4 << 20  # copied between two checks of the fence
 
 
 BlockViews = tuple[tuple[torch.Tensor, ...], ...]  # [block][view]
-
-
-class WriteFence:
-    """Forbids late writes into blocks: once `close` has returned, nothing more is written under this fence."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # held by the thread that writes
-        self._closed = False
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Around each write, in the writing thread. Raises TransferError once the fence is closed."""
-        with self._lock:
-            if self._closed:
-                raise TransferError("the transfer was given up")
-            yield
-
-    async def close(self) -> None:
-        """Return when the write under way, if any, is done; a cancellation takes effect only then.
-
-        The wait has a thread of its own: on a GPU the write may be queued behind other work of the device.
-        """
-        self._closed = True
-        if self._lock.acquire(blocking=False):
-            self._lock.release()
-            return
-        waiter = OwnerThread.start("kv-fence")
-        written = asyncio.wrap_future(waiter.submit(self._wait))
-        waiter.stop()
-        cancelled: asyncio.CancelledError | None = None
-        while not written.done():
-            try:
-                await asyncio.shield(written)
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
-
-    def _wait(self) -> None:
-        with self._lock:
-            pass
 
 
 class TransferChunk(NamedTuple):
@@ -75,19 +30,26 @@ class TransferChunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """A KV slice of one rank's pool: `words` is [layer, kv, block, head, word], over all blocks."""
+    """A KV slice of one rank's pool: `words` is [layer, kv, block, head, unit, word], over all blocks. The slots of a
+    block are divided into units of equal size; `unit_tokens` is that size."""
 
     words: torch.Tensor
+    unit_tokens: int
 
     @classmethod
-    def over(cls, pool: torch.Tensor, layout: KvLayout, kv_slice: KvSlice) -> "PoolView":
-        """`pool` is contiguous, of any dtype, and at least `layout.pool_bytes` long."""
-        head_bytes = layout.block_size * layout.head_dim * DTYPE_BYTES[layout.dtype]
-        word = torch.int64 if head_bytes % 8 == 0 else torch.int16
+    def over(cls, pool: torch.Tensor, layout: KvLayout, kv_slice: KvSlice | None = None, units: int = 1) -> "PoolView":
+        """`pool` is contiguous, of any dtype, and at least `layout.pool_bytes` long. `layout` is that of the pool alone
+        (`KvLayout.pool_of`). `kv_slice` None: all of it. `units` divides the block size."""
+        unit_tokens = layout.block_size // units
+        unit_bytes = unit_tokens * layout.head_dim * DTYPE_BYTES[layout.dtype]
+        word = torch.int64 if unit_bytes % 8 == 0 else torch.int16
         row = pool.view(-1).view(torch.uint8)[: layout.pool_bytes].view(word)
-        words = row.view(layout.num_layers, 2, layout.num_blocks, layout.num_kv_heads, head_bytes // word.itemsize)
-        layers = slice(kv_slice.layer_begin, kv_slice.layer_end)
-        return cls(words[layers, :, :, kv_slice.head_begin : kv_slice.head_end])
+        shape = (layout.num_layers, 2, layout.num_blocks, layout.num_kv_heads, units, unit_bytes // word.itemsize)
+        words = row.view(shape)
+        if kv_slice is not None:
+            layers = slice(kv_slice.layer_begin, kv_slice.layer_end)
+            words = words[layers, :, :, kv_slice.head_begin : kv_slice.head_end]
+        return cls(words, unit_tokens)
 
     def block_views(self) -> BlockViews:
         """Of every block, views that together cover the block, each small enough to be copied in one thread.
@@ -95,15 +57,14 @@ class PoolView:
         To be made once: making a view in Python takes as long as copying 20 KB.
         """
         num_layers = self.words.shape[0]
-        step = max(1, _MAX_VIEW_WORDS // self.words[0, :, 0].numel())
+        step = max(1, MAX_VIEW_WORDS // self.words[0, :, 0].numel())
         groups = [self.words[layer : layer + step].unbind(2) for layer in range(0, num_layers, step)]
         return tuple(zip(*groups, strict=True))
 
     @property
     def layer_block_bytes(self) -> int:
         """Bytes of one block in one layer, K and V."""
-        _, kv, _, heads, words = self.words.shape
-        return kv * heads * words * self.words.itemsize
+        return self.words[0, :, 0].numel() * self.words.itemsize
 
     @property
     def block_bytes(self) -> int:
@@ -111,57 +72,73 @@ class PoolView:
         return self.words.shape[0] * self.layer_block_bytes
 
 
-class BlockTransfer:
-    """One side of a transfer: blocks of a view, in order, and the chunks in which their bytes travel.
+class ChunkedBlocks:
+    """Blocks of one rank of the source in the order in which they are sent, [layer, kv, block, head, slot, head_dim],
+    cut into chunks.
 
     A chunk has at most `max_chunk_bytes`, but never less than one block of one layer. Both sides of a transfer compute
-    the same chunks.
+    the same chunks. `layer_block_bytes` are those of one block in one layer, K and V.
     """
 
-    def __init__(self, view: PoolView, block_ids: Sequence[int], max_chunk_bytes: int) -> None:
-        self._view = view
-        self.block_ids = block_ids
-        self.chunks = split_transfer(view.words.shape[0], len(block_ids), view.layer_block_bytes, max_chunk_bytes)
+    def __init__(
+        self, num_layers: int, num_blocks: int, layer_block_bytes: int, block_size: int, max_chunk_bytes: int
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.chunks = split_transfer(num_layers, num_blocks, layer_block_bytes, max_chunk_bytes)
+        self._layer_block_bytes = layer_block_bytes
         self.staging_bytes = max(map(self.chunk_bytes, self.chunks), default=0)  # of the largest chunk
 
     def chunk_bytes(self, chunk: TransferChunk) -> int:
-        return len(chunk.layers) * len(chunk.blocks) * self._view.layer_block_bytes
+        return len(chunk.layers) * len(chunk.blocks) * self._layer_block_bytes
+
+    def clear_unused_slots(self, chunk: TransferChunk, part: torch.Tensor, num_tokens: int, num_heads: int) -> None:
+        """Zeros in the slots after the last of `num_tokens` tokens. `part` has the chunk's bytes, of `num_heads` heads.
+
+        What is there is no KV of the request, and need not arrive: a checksum is over the rest.
+        """
+        used = num_tokens - (self.num_blocks - 1) * self.block_size
+        if chunk.blocks.stop == self.num_blocks and used < self.block_size:
+            shape = (len(chunk.layers), 2, len(chunk.blocks), num_heads, self.block_size, -1)
+            part.view(shape)[:, :, -1, :, used:] = 0
+
+
+class LeavingBlocks(ChunkedBlocks):
+    """Blocks of a view, in order, as they are sent."""
+
+    def __init__(self, view: PoolView, block_ids: Sequence[int], max_chunk_bytes: int) -> None:
+        num_layers, _, _, _, units, _ = view.words.shape
+        super().__init__(num_layers, len(block_ids), view.layer_block_bytes, units * view.unit_tokens, max_chunk_bytes)
+        self._view = view
+        self._block_ids = block_ids
 
     def gather(self, chunk: TransferChunk, staging: torch.Tensor) -> torch.Tensor:
         """Copy a chunk into the front of `staging` (uint8) and return that part of it."""
         part = staging[: self.chunk_bytes(chunk)]
-        torch.index_select(self._layers(chunk), 2, self._index(chunk), out=self._shaped(chunk, part))
+        words = self._view.words[chunk.layers.start : chunk.layers.stop]
+        shape = (len(chunk.layers), 2, len(chunk.blocks), *words.shape[3:])
+        index = self._block_index[chunk.blocks.start : chunk.blocks.stop]
+        torch.index_select(words, 2, index, out=part.view(words.dtype).view(shape))
         return part
 
-    def scatter(self, chunk: TransferChunk, part: torch.Tensor) -> None:
-        """Copy a chunk's bytes into its blocks."""
-        self._layers(chunk).index_copy_(2, self._index(chunk), self._shaped(chunk, part))
-
-    def checksum(self) -> int:
-        """CRC-32 of the blocks' bytes in the order in which the chunks are sent."""
+    def checksum(self, num_tokens: int) -> int:
+        """CRC-32 of the bytes of `num_tokens` tokens, in the order in which the chunks are sent; see
+        `clear_unused_slots`."""
         staging = torch.empty(self.staging_bytes, dtype=torch.uint8, device=self._view.words.device)
         value = 0
         for chunk in self.chunks:
-            value = crc32(self.gather(chunk, staging), value)
+            part = self.gather(chunk, staging)
+            self.clear_unused_slots(chunk, part, num_tokens, self._view.words.shape[3])
+            value = crc32(part, value)
         return value
 
     @cached_property
     def _block_index(self) -> torch.Tensor:
-        return torch.tensor(self.block_ids, device=self._view.words.device)
-
-    def _index(self, chunk: TransferChunk) -> torch.Tensor:
-        return self._block_index[chunk.blocks.start : chunk.blocks.stop]
-
-    def _layers(self, chunk: TransferChunk) -> torch.Tensor:
-        return self._view.words[chunk.layers.start : chunk.layers.stop]
-
-    def _shaped(self, chunk: TransferChunk, part: torch.Tensor) -> torch.Tensor:
-        _, kv, _, *head = self._view.words.shape
-        return part.view(self._view.words.dtype).view(len(chunk.layers), kv, len(chunk.blocks), *head)
+        return torch.tensor(self._block_ids, device=self._view.words.device)
 
 
 def split_transfer(num_layers: int, num_blocks: int, layer_block_bytes: int, max_bytes: int) -> list[TransferChunk]:
-    """The chunks of a `BlockTransfer`, layer by layer. `layer_block_bytes` are those of one block in one layer."""
+    """The chunks of `ChunkedBlocks`, layer by layer. `layer_block_bytes` are those of one block in one layer."""
     assert max_bytes > 0
     if num_layers == 0 or num_blocks == 0:
         return []
@@ -187,7 +164,7 @@ def copy_blocks(
     One call of `_foreach_copy_` copies many views without the interpreter lock: taking it back between the views
     would let the engine's thread delay each of them.
     """
-    step = max(1, _FENCED_BYTES // sum(view.nbytes for view in source[0]))
+    step = max(1, FENCED_BYTES // sum(view.nbytes for view in source[0]))
     for begin in range(0, len(source_ids), step):
         sources = [view for block in source_ids[begin : begin + step] for view in source[block]]
         targets = [view for block in block_ids[begin : begin + step] for view in destination[block]]

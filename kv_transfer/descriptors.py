@@ -1,7 +1,7 @@
 """Hands a file descriptor to another process of the same host and user, over an abstract Unix socket.
 
-The prefill worker offers its pool's descriptor; decode gets the socket's name and a nonce over the control
-channel. The kernel proves the peer's user; the nonce proves that this process made a link with the peer.
+The prefill worker offers the descriptors of its ranks' pools; decode gets the socket's name and a nonce for each over
+the control channel. The kernel proves the peer's user; the nonce proves that this process made a link with the peer.
 """
 
 import logging
@@ -10,6 +10,7 @@ import secrets
 import socket
 import struct
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from tandem.core.errors import TransferError
@@ -33,23 +34,23 @@ def host_identity() -> HostIdentity:
 
 
 class DescriptorServer:
-    """Sends read-only copies of one descriptor, one a nonce. Its thread only accepts connections, until `close`.
+    """Sends read-only copies of descriptors, one a nonce. Its thread only accepts connections, until `close`.
 
     An error (too many open files, say) is logged, and the next connection is served.
     """
 
-    def __init__(self, listener: socket.socket, fd: int) -> None:
+    def __init__(self, listener: socket.socket, fds: Sequence[int]) -> None:
         self._listener = listener
-        self._fd = fd
-        self._nonces: dict[bytes, None] = {}
+        self._fds = fds
+        self._nonces: dict[bytes, int] = {}  # each is for one of the descriptors
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="kv-descriptors", daemon=True)
 
     @classmethod
-    def start(cls, fd: int) -> "DescriptorServer":
-        """`fd` stays the caller's, and is duplicated read-only here."""
-        read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    def start(cls, fds: Sequence[int]) -> "DescriptorServer":
+        """`fds` stay the caller's, and are duplicated read-only here."""
+        read_only = [os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC) for fd in fds]
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(f"\0tandem-kv-{secrets.token_hex(16)}")
         listener.listen(64)
@@ -62,13 +63,13 @@ class DescriptorServer:
         name: bytes = self._listener.getsockname()
         return name[1:].decode()
 
-    def issue_nonce(self) -> bytes:
-        """A nonce that is valid for one descriptor."""
+    def issue_nonce(self, index: int) -> bytes:
+        """A nonce that is valid once, for the descriptor at that index."""
         nonce = secrets.token_bytes(NONCE_BYTES)
         with self._lock:
             if len(self._nonces) >= _MAX_NONCES:
                 del self._nonces[next(iter(self._nonces))]
-            self._nonces[nonce] = None
+            self._nonces[nonce] = index
         return nonce
 
     def close(self) -> None:
@@ -76,7 +77,8 @@ class DescriptorServer:
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join()
         self._listener.close()
-        os.close(self._fd)
+        for fd in self._fds:
+            os.close(fd)
 
     def _serve(self) -> None:
         has_failed = False
@@ -106,10 +108,9 @@ class DescriptorServer:
             return
         nonce = connection.recv(NONCE_BYTES, socket.MSG_WAITALL)
         with self._lock:
-            is_valid = nonce in self._nonces
-            self._nonces.pop(nonce, None)
-        if is_valid:
-            socket.send_fds(connection, [b"k"], [self._fd])
+            index = self._nonces.pop(nonce, None)
+        if index is not None:
+            socket.send_fds(connection, [b"k"], [self._fds[index]])
 
 
 def fetch_descriptor(name: str, nonce: bytes) -> int:

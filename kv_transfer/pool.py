@@ -17,8 +17,11 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | _F_SEAL_F
 
 
 class SharedPool:
-    """`tensor` is one uint8 row of `nbytes`, zeroed and already backed by memory. Another process can map
-    `fd`, read-only; it is None for CUDA memory."""
+    """`tensor` is one uint8 row of `nbytes`. Another process can map `fd`, read-only; it is None for CUDA memory.
+
+    A pool that `seal` was called for cannot shrink under a reader (which would kill the reader), and readers cannot
+    write to it.
+    """
 
     def __init__(self, tensor: torch.Tensor, fd: int | None) -> None:
         self.tensor = tensor
@@ -26,23 +29,36 @@ class SharedPool:
 
     @classmethod
     def create(cls, nbytes: int, device: torch.device | str = "cpu") -> "SharedPool":
-        """On a CPU an anonymous memory file: it has no name and vanishes with the last process that uses it. It is
-        sealed: it cannot shrink under a reader (which would kill the reader), and readers cannot write to it."""
+        """Zeroed, already backed by memory, and sealed."""
         if torch.device(device).type != "cpu":
             return cls(torch.zeros(nbytes, dtype=torch.uint8, device=device), None)
-        fd = os.memfd_create("tandem-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        pool = cls.open(create_pool_file(), nbytes)
+        pool.tensor.zero_()  # the first touch of a page costs thirty times a copy; pay it before the first request
+        pool.seal()
+        return pool
+
+    @classmethod
+    def open(cls, fd: int, nbytes: int) -> "SharedPool":
+        """Of a file that is not sealed yet; it gets `nbytes`. The pool owns `fd`, also when this fails."""
         try:
             os.ftruncate(fd, nbytes)
             mapping = mmap.mmap(fd, nbytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(fd)
             raise
         with contextlib.suppress(OSError):  # best effort: most kernels keep huge pages off for shared memory
             mapping.madvise(mmap.MADV_HUGEPAGE)
-        tensor = torch.frombuffer(mapping, dtype=torch.uint8)
-        tensor.zero_()  # the first touch of a page costs thirty times a copy; pay it before the first request
-        return cls(tensor, fd)
+        return cls(torch.frombuffer(mapping, dtype=torch.uint8), fd)
+
+    @classmethod
+    def elsewhere(cls) -> "SharedPool":
+        """Of a rank whose memory this process cannot reach: empty here."""
+        return cls(torch.empty(0, dtype=torch.uint8), None)
+
+    def seal(self) -> None:
+        """No process can map it for writing from now on."""
+        assert self.fd is not None
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
 
     def close(self) -> None:
         """Release the pool. The memory is freed with the last tensor over it."""
@@ -50,6 +66,11 @@ class SharedPool:
             os.close(self.fd)
             self.fd = None
         self.tensor = torch.empty(0, dtype=torch.uint8)
+
+
+def create_pool_file() -> int:
+    """An anonymous memory file, empty: it has no name and vanishes with the last process that uses it."""
+    return os.memfd_create("tandem-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
 def map_read_only(fd: int, nbytes: int) -> torch.Tensor:

@@ -14,8 +14,10 @@ import torch
 
 from tandem.core.errors import TransferError
 from tandem.core.transfer import Transport
-from tandem.kv_transfer.blocks import BlockTransfer, WriteFence
+from tandem.kv_transfer.arrival import ArrivingBlocks
+from tandem.kv_transfer.blocks import ChunkedBlocks, LeavingBlocks
 from tandem.kv_transfer.config import LinkConfig
+from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.nccl_group import NcclGroup
 from tandem.kv_transfer.owner_thread import OwnerThread
 from tandem.kv_transfer.process_groups import (
@@ -87,11 +89,11 @@ class ProcessGroupLink:
             self.close()
             raise
 
-    async def send(self, transfer: BlockTransfer, checksum: bool) -> int:
+    async def send(self, transfer: LeavingBlocks, checksum: bool) -> int:
         """Returns the CRC-32, or 0. Raises TransferError. Any error or cancellation closes the link."""
         return await self._run(transfer, partial(send_chunks, checksum=checksum))
 
-    async def receive(self, transfer: BlockTransfer, fence: WriteFence, checksum: bool) -> int:
+    async def receive(self, transfer: ArrivingBlocks, fence: WriteFence, checksum: bool) -> int:
         """As `send`. Nothing is written once `fence` is closed, even while the thread still hangs."""
         return await self._run(transfer, partial(receive_chunks, fence=fence, checksum=checksum))
 
@@ -113,7 +115,7 @@ class ProcessGroupLink:
         """After `close`: True when the threads have ended and released everything."""
         return self._owner.join(timeout_s) and (self._aborter is None or self._aborter.join(timeout_s))
 
-    async def _run(self, transfer: BlockTransfer, move: Callable[..., int]) -> int:
+    async def _run(self, transfer: ChunkedBlocks, move: Callable[..., int]) -> int:
         if self.closed:
             raise TransferError("the KV link is broken")
         try:
@@ -144,7 +146,7 @@ class ProcessGroupLink:
         self._group = None
         self._staging = []
 
-    def _move(self, transfer: BlockTransfer, move: Callable[..., int]) -> int:
+    def _move(self, transfer: ChunkedBlocks, move: Callable[..., int]) -> int:
         if self.closed or self._group is None:
             raise TransferError("the KV link is broken")
         needed = transfer.staging_bytes

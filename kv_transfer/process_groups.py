@@ -20,7 +20,9 @@ import torch
 from torch.distributed import ProcessGroupGloo, Work
 
 from tandem.core.errors import TransferError
-from tandem.kv_transfer.blocks import BlockTransfer, WriteFence, crc32
+from tandem.kv_transfer.arrival import ArrivingBlocks
+from tandem.kv_transfer.blocks import LeavingBlocks, crc32
+from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.rendezvous import RendezvousStore
 
 PREFILL_RANK = 0
@@ -141,7 +143,7 @@ class GlooGroup(TwoRankGroup):
 
 
 def send_chunks(
-    group: TwoRankGroup, transfer: BlockTransfer, staging: list[torch.Tensor], *, timeout_s: float, checksum: bool
+    group: TwoRankGroup, transfer: LeavingBlocks, staging: list[torch.Tensor], *, timeout_s: float, checksum: bool
 ) -> int:
     """Send the chunks in order; `timeout_s` bounds each. Returns their CRC-32, or 0. Raises TransferError.
 
@@ -164,7 +166,7 @@ def send_chunks(
 
 def receive_chunks(
     group: TwoRankGroup,
-    transfer: BlockTransfer,
+    transfer: ArrivingBlocks,
     staging: list[torch.Tensor],
     fence: WriteFence,
     *,

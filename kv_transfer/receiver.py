@@ -1,38 +1,25 @@
-"""Decode's side of KV transfers: fetches a finished prefill's KV into blocks of its own pool, all of it or none."""
+"""Decode's side of KV transfers: fetches a finished prefill's KV into blocks of its own pools, all of it or none."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from weakref import WeakValueDictionary
+from dataclasses import dataclass
 
 import torch
 
-from tandem.core.errors import (
-    ConfigError,
-    DeadlineError,
-    IncompatiblePeerError,
-    InternalError,
-    OverloadedError,
-    StaleEpochError,
-    TandemError,
-    TransferError,
-)
+from tandem.core.errors import DeadlineError, InternalError, StaleEpochError, TandemError, TransferError
 from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
 from tandem.core.session import LinkStats
-from tandem.core.transfer import Grant, LinkOffer, LinkReply, Manifest, PeerControl, Transport
-from tandem.kv_transfer.blocks import BlockTransfer, BlockViews, PoolView, WriteFence
+from tandem.core.transfer import Grant, Manifest, PeerControl, Transport
+from tandem.kv_transfer.arrival import ArrivingBlocks, OwnPools
 from tandem.kv_transfer.config import LinkConfig
-from tandem.kv_transfer.descriptors import host_identity
+from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.link_totals import LinkTotals
-from tandem.kv_transfer.process_group_link import ProcessGroupFactory, ProcessGroupLink
-from tandem.kv_transfer.process_groups import DECODE_RANK
-from tandem.kv_transfer.rendezvous import RemoteRendezvousStore
-from tandem.kv_transfer.reshard import KvSharding, plan_copies
-from tandem.kv_transfer.shared_memory_link import SharedMemoryLink, UnreachableMemoryError
+from tandem.kv_transfer.process_group_link import ProcessGroupLink
+from tandem.kv_transfer.receive_links import ReceiveLink, ReceiveLinks, parse_transport
+from tandem.kv_transfer.shared_memory_link import SharedMemoryLink
 
 _log = logging.getLogger(__name__)
 
@@ -54,33 +41,17 @@ class FetchResult:
         return self.manifest.first_token
 
 
-@dataclass(slots=True, eq=False)
-class _ReceiveLink:
-    """A link to one prefill instance. Transfers over it take turns: a transfer holds `turn` while its bytes move."""
-
-    peer: PeerControl
-    reply: LinkReply
-    end: SharedMemoryLink | ProcessGroupLink
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    next_sequence: int = 0
-    users: int = 0
-    used_s: float = field(default_factory=time.monotonic)
-
-    @property
-    def alive(self) -> bool:
-        return not self.end.closed and self.peer.is_linked(self.reply.link_id)
-
-
 class KvReceiver:
-    """The decode end of all links of one rank. Lives on the event loop; bytes move in the links' threads.
+    """The decode end of all links of an instance. Lives on the event loop; bytes move in the links' threads, for all
+    ranks of the instance.
 
-    `pool` (contiguous, any dtype, at least `layout.pool_bytes`) stays the caller's.
+    `pools`, one per rank, stay the caller's: contiguous, of any dtype, at least `layout.pool_of(rank).pool_bytes`.
     """
 
     def __init__(
         self,
         layout: KvLayout,
-        pool: torch.Tensor,
+        pools: Sequence[torch.Tensor],
         instance_id: str,
         *,
         transport: Transport | str = "auto",
@@ -95,21 +66,13 @@ class KvReceiver:
         Raises ConfigError for an unknown transport.
         """
         self._layout = layout
-        one_rank = KvSharding(layout.num_layers, layout.num_kv_heads)
-        (copy,) = plan_copies(one_rank, one_rank, destination_rank=0)
-        self._kv_slice = copy.source
-        self._view = PoolView.over(pool, layout, self._kv_slice)
-        self._block_views: BlockViews | None = None
-        self._instance_id = instance_id
-        self._transport = _parse_transport(transport)
         self._checksum = checksum
         self._timeout_s = timeout_s
-        self._link_config = link_config or LinkConfig()
-        self._groups = ProcessGroupFactory(pool.device, self._link_config)
-        self._links: dict[str, _ReceiveLink] = {}
-        self._linking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # held while a link is made
-        self._totals = LinkTotals(self._link_config.max_links)
-        self._closing: list[SharedMemoryLink | ProcessGroupLink] = []  # closed ones whose threads may still run
+        config = link_config or LinkConfig()
+        self._close_timeout_s = config.operation_timeout_s(CHUNK_BYTES)
+        self._totals = LinkTotals(config.max_links)
+        own = OwnPools(layout, pools)
+        self._links = ReceiveLinks(own, instance_id, parse_transport(transport), config, self._totals)
 
     async def fetch(
         self,
@@ -120,7 +83,7 @@ class KvReceiver:
         block_ids: Sequence[int],
         deadline_s: float,
     ) -> FetchResult:
-        """Wait for the attempt's prefill, copy its KV into `block_ids` of our pool, and take it over.
+        """Wait for the attempt's prefill, copy its KV into `block_ids` of our pools, and take it over.
 
         `token_ids` are those whose KV is expected; `block_ids` are distinct and at least as many as they need, in
         order. `deadline_s` is on `time.monotonic()`, and may be infinite; it bounds every wait.
@@ -142,12 +105,12 @@ class KvReceiver:
         fence = WriteFence()
         try:
             async with asyncio.timeout(_remaining_s(deadline_s)):
-                link = await self._link(peer)  # before the wait: it takes time, and tells whether the formats agree
+                link = await self._links.get(peer)  # before the wait: it takes time, and tells whether we fit
                 manifest = await peer.pull(request_id, epoch, _remaining_s(deadline_s))
                 manifest.check(
                     request_id=request_id, epoch=epoch, token_ids=token_ids, fingerprint=self._layout.fingerprint
                 )
-                self._check_blocks(manifest, link.reply, needed)
+                _check_blocks(manifest, link.plan.source)
                 return await self._transfer(peer, manifest, block_ids, fence)
         except TimeoutError as error:
             raise DeadlineError("the deadline passed before the KV had arrived") from error
@@ -163,113 +126,11 @@ class KvReceiver:
 
     def drop(self, peer_id: str) -> None:
         """That instance is gone: end its link and forget the instance. Fetches from it fail."""
-        self._unlink(peer_id)
-        self._totals.forget(peer_id)
+        self._links.drop(peer_id)
 
     async def close(self) -> None:
         """End all links and wait for their threads, at most as long as an operation may take."""
-        for peer_id in list(self._links):
-            self._unlink(peer_id)
-        timeout_s = self._link_config.operation_timeout_s(CHUNK_BYTES)
-        for end in self._closing:
-            if not await asyncio.to_thread(end.join, timeout_s):
-                _log.warning("a KV link's thread still hangs")
-        self._closing.clear()
-        self._groups.close()
-
-    # --- links ---
-
-    async def _link(self, peer: PeerControl) -> _ReceiveLink:
-        """The live link to that peer, made now if there is none. Raises TransferError when that takes too long."""
-        making = self._linking.setdefault(peer.instance_id, asyncio.Lock())
-        async with making:
-            link = self._links.get(peer.instance_id)
-            if link is not None and link.alive:
-                return link
-            self._unlink(peer.instance_id)
-            self._evict_idle_link()
-            try:
-                async with asyncio.timeout(self._link_config.link_timeout_s):
-                    link = await self._make_link(peer)
-            except (TimeoutError, DeadlineError) as error:
-                raise TransferError("the KV link could not be made in time") from error
-            if not link.alive:
-                self._close_end(link.end)
-                raise TransferError("the KV link ended as soon as it was made")
-            self._links[peer.instance_id] = link
-            transport = link.reply.transport
-            self._totals.linked(peer.instance_id, transport)
-            peer.when_unlinked(link.reply.link_id, partial(self._link_ended, link))
-            speed = f"{link.end.bytes_per_s / 1e9:.2f} GB/s"
-            _log.info("linked to %s: transport %s, measured %s", peer.instance_id, transport.value, speed)
-            return link
-
-    async def _make_link(self, peer: PeerControl) -> _ReceiveLink:
-        try:
-            return await self._try_transports(peer, self._transports())
-        except UnreachableMemoryError as error:
-            if self._transport is not None:
-                raise
-            _log.warning("no shared memory with %s: %s", peer.instance_id, error.message)
-            return await self._try_transports(peer, (self._groups.transport,))
-
-    async def _try_transports(self, peer: PeerControl, transports: tuple[Transport, ...]) -> _ReceiveLink:
-        offer = LinkOffer(self._instance_id, self._layout.fingerprint, host_identity(), transports)
-        reply = await peer.link(offer, self._link_config.link_timeout_s)
-        try:
-            if reply.instance_id != peer.instance_id:
-                raise TransferError("the prefill worker was restarted")
-            same_format = reply.fingerprint == self._layout.fingerprint
-            if not same_format or reply.transport not in transports or reply.num_blocks < 1:
-                raise IncompatiblePeerError("the prefill worker's answer does not fit the offer")
-            return _ReceiveLink(peer, reply, await self._open_end(peer, reply))
-        except BaseException:
-            peer.unlink(reply.link_id)
-            raise
-
-    async def _open_end(self, peer: PeerControl, reply: LinkReply) -> SharedMemoryLink | ProcessGroupLink:
-        name = f"kv-from-{peer.instance_id}"
-        if reply.transport is Transport.SHARED_MEMORY:
-            source_layout = replace(self._layout, num_blocks=reply.num_blocks)
-            return await SharedMemoryLink.open(reply, source_layout, self._kv_slice, name)
-        loop, timeout_s = asyncio.get_running_loop(), self._link_config.link_timeout_s
-        store = RemoteRendezvousStore(peer, reply.link_id, loop, timeout_s)
-        group = ProcessGroupLink.start(self._groups, self._link_config, DECODE_RANK, store, name)
-        try:
-            await group.ready()
-        except BaseException:
-            self._close_end(group)
-            raise
-        return group
-
-    def _transports(self) -> tuple[Transport, ...]:
-        if self._transport is not None:
-            return (self._transport,)
-        by_group = self._groups.transport
-        return (Transport.SHARED_MEMORY, by_group) if by_group is Transport.GLOO else (by_group,)
-
-    def _link_ended(self, link: _ReceiveLink) -> None:
-        """The link's control stream has ended. The other side's memory must not stay mapped until the next fetch."""
-        peer_id = link.peer.instance_id
-        if self._links.get(peer_id) is link:
-            (self.drop if link.peer.is_gone else self._unlink)(peer_id)
-
-    def _unlink(self, peer_id: str) -> None:
-        if link := self._links.pop(peer_id, None):
-            link.peer.unlink(link.reply.link_id)
-            self._close_end(link.end)
-
-    def _close_end(self, end: SharedMemoryLink | ProcessGroupLink) -> None:
-        end.close()
-        self._closing = [other for other in self._closing if not other.join(0.0)] + [end]
-
-    def _evict_idle_link(self) -> None:
-        if len(self._links) < self._link_config.max_links:
-            return
-        idle = [link for link in self._links.values() if not link.users]
-        if not idle:
-            raise OverloadedError("too many KV links are busy")
-        self._unlink(min(idle, key=lambda link: link.used_s).peer.instance_id)
+        await self._links.close(self._close_timeout_s)
 
     # --- one transfer ---
 
@@ -297,74 +158,80 @@ class KvReceiver:
         self, peer: PeerControl, manifest: Manifest, block_ids: Sequence[int], fence: WriteFence
     ) -> tuple[Transport, float]:
         """Bring the bytes into the blocks. Returns the transport and when the transfer's turn came (monotonic)."""
-        transfer = BlockTransfer(self._view, block_ids, CHUNK_BYTES)
         while True:
-            link = await self._link(peer)
+            link = await self._links.get(peer)
             link.users += 1
             try:
                 async with link.turn:
                     if not link.alive:  # the link broke during an earlier turn: not a failure of this transfer
                         continue
+                    _check_blocks(manifest, link.plan.source)  # of this link: it may have been made anew
                     turn_s = time.monotonic()  # the time-out begins now: earlier transfers do not use it up
+                    arriving = link.plan.arriving(block_ids, manifest.num_tokens, CHUNK_BYTES)
                     async with asyncio.timeout(self._timeout_s):
                         if isinstance(link.end, SharedMemoryLink):
-                            await self._copy(link, link.end, manifest, transfer, fence)
+                            await link.end.copy(manifest.block_ids, block_ids, manifest.num_tokens, fence)
+                            if self._checksum:
+                                await self._compare(link, link.end, manifest, arriving)
                         else:
-                            await self._receive(link, link.end, manifest, transfer, fence)
+                            for blocks in arriving:
+                                await self._receive(link, link.end, manifest, blocks, fence)
                     return link.reply.transport, turn_s
             finally:
                 link.users -= 1
                 link.used_s = time.monotonic()
 
-    async def _copy(
-        self, link: _ReceiveLink, end: SharedMemoryLink, manifest: Manifest, transfer: BlockTransfer, fence: WriteFence
+    async def _compare(
+        self, link: ReceiveLink, end: SharedMemoryLink, manifest: Manifest, arriving: Sequence[ArrivingBlocks]
     ) -> None:
-        if self._block_views is None:
-            self._block_views = self._view.block_views()
-        await end.copy(manifest.block_ids, self._block_views, transfer.block_ids, fence)
-        if self._checksum:
-            reply = await link.peer.grant(self._grant(link, manifest, checksum=True), self._timeout_s)
-            if reply.checksum != await end.checksum(transfer):
+        """Whether the blocks of all ranks have what the source's have. Raises TransferError."""
+        for blocks in arriving:
+            reply = await link.peer.grant(_grant(link, manifest, blocks, checksum=True), self._timeout_s)
+            if reply.checksum != await end.checksum(blocks):
                 raise TransferError("the KV's checksum does not match")
 
     async def _receive(
-        self, link: _ReceiveLink, end: ProcessGroupLink, manifest: Manifest, transfer: BlockTransfer, fence: WriteFence
+        self, link: ReceiveLink, end: ProcessGroupLink, manifest: Manifest, arriving: ArrivingBlocks, fence: WriteFence
     ) -> None:
+        """What one rank of the source has."""
         checksum = self._checksum if self._checksum is not None else link.reply.transport is Transport.GLOO
-        grant = self._grant(link, manifest, checksum)
+        grant = _grant(link, manifest, arriving, checksum)
         link.next_sequence += 1  # the prefill side may not count a grant that fails; a failure closes `end`
         try:
             async with asyncio.TaskGroup() as group:
                 # The call is open while bytes move: when the peer dies it fails within milliseconds, while gloo
                 # itself would hang until its timeout.
                 granting = group.create_task(link.peer.grant(grant, self._timeout_s))
-                receiving = group.create_task(end.receive(transfer, fence, checksum))
+                receiving = group.create_task(end.receive(arriving, fence, checksum))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         reply = granting.result()
         if (reply.sent_bytes, reply.checksum) != (grant.total_bytes, receiving.result()):
             raise TransferError("the KV that arrived is not the KV that was sent")
 
-    def _grant(self, link: _ReceiveLink, manifest: Manifest, checksum: bool) -> Grant:
-        return Grant(
-            link_id=link.reply.link_id,
-            request_id=manifest.request_id,
-            epoch=manifest.epoch,
-            sequence=link.next_sequence,
-            kv_slice=self._kv_slice,
-            total_bytes=len(manifest.block_ids) * self._view.block_bytes,
-            chunk_bytes=CHUNK_BYTES,
-            checksum=checksum,
-        )
 
-    def _check_blocks(self, manifest: Manifest, reply: LinkReply, num_blocks: int) -> None:
-        blocks = manifest.block_ids
-        if len(blocks) != num_blocks or len(set(blocks)) != num_blocks:
-            raise TransferError("the manifest has the wrong number of blocks")
-        if not all(0 <= block < reply.num_blocks for block in blocks):
-            raise TransferError("the manifest names blocks that are not in the prefill worker's pool")
-        if manifest.bytes_per_layer != num_blocks * 2 * self._layout.segment_bytes:
-            raise TransferError("the manifest has the wrong number of bytes")
+def _grant(link: ReceiveLink, manifest: Manifest, arriving: ArrivingBlocks, checksum: bool) -> Grant:
+    return Grant(
+        link_id=link.reply.link_id,
+        request_id=manifest.request_id,
+        epoch=manifest.epoch,
+        sequence=link.next_sequence,
+        rank=arriving.read.rank,
+        total_bytes=arriving.total_bytes,
+        chunk_bytes=CHUNK_BYTES,
+        checksum=checksum,
+    )
+
+
+def _check_blocks(manifest: Manifest, source: KvLayout) -> None:
+    """Raises TransferError for blocks that are not those of the manifest's tokens in the source's pools."""
+    blocks, num_blocks = manifest.block_ids, source.blocks_for(manifest.num_tokens)
+    if manifest.block_size != source.block_size:
+        raise TransferError("the manifest has blocks of another size than the prefill worker's pools")
+    if len(blocks) != num_blocks or len(set(blocks)) != num_blocks:
+        raise TransferError("the manifest has the wrong number of blocks")
+    if not all(0 <= block < source.num_blocks for block in blocks):
+        raise TransferError("the manifest names blocks that are not in the prefill worker's pools")
 
 
 def _remaining_s(deadline_s: float) -> float:
@@ -373,10 +240,3 @@ def _remaining_s(deadline_s: float) -> float:
     if remaining_s <= 0.0:
         raise DeadlineError("the deadline passed before the KV had arrived")
     return min(remaining_s, _DAY_S)
-
-
-def _parse_transport(transport: Transport | str) -> Transport | None:
-    try:
-        return None if transport == "auto" else Transport(transport)
-    except ValueError as error:
-        raise ConfigError(f"'{transport}' is no transport for KV") from error

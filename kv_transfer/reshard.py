@@ -1,97 +1,119 @@
-"""Which slices of the source ranks' pools a destination rank copies when the two sides are sharded differently. Pure.
+"""Which bytes of which source rank's blocks go to which bytes of which destination rank's blocks. Pure.
 
-An instance is tp x pp ranks: tensor parallelism shards the KV heads, pipeline parallelism the layers, both in
-consecutive ranges whose sizes differ by one at most, larger ones first. With more tensor-parallel ranks than KV heads
-each head lives on several ranks (replicas).
+The two sides may divide the model's layers and KV heads over other numbers of ranks, in other ranges, and their blocks
+may have other sizes. Two questions are independent of each other, so there are two answers:
 
-Today only instances of one rank exchange KV, and the list has one entry. (Stages of an instance may have other ranges
-of layers than here, see `core.parallel.layers_of`.)
+    layers and heads   `reads`: rectangles [layers, heads] of the ranks' pools; the same for every transfer of a pair
+    tokens             `unit_tokens`: tokens move in units that lie within one block on both sides; see `places`
+
+Every element that the destination holds is written once. Of replicas of a head one is read, once, for all ranks of the
+destination that hold the head.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tandem.core.parallel import kv_heads_of, share
-from tandem.core.transfer import KvSlice
+from tandem.core.kv_layout import KvLayout
 
 
 @dataclass(frozen=True, slots=True)
-class KvSharding:
-    """How one instance's KV is spread over its ranks. Ranks count tensor-parallel first: rank = pp * tp_degree + tp."""
+class KvSlice:
+    """The layers [layer_begin, layer_end) and KV heads [head_begin, head_end) of one rank's pool, counted there."""
 
-    num_layers: int
-    num_kv_heads: int
-    tp: int = 1
-    pp: int = 1
-
-    def __post_init__(self) -> None:
-        assert self.num_layers >= self.pp >= 1, "each pipeline stage has a layer"
-        assert self.num_kv_heads >= 1
-        assert self.tp >= 1
-
-    @property
-    def num_ranks(self) -> int:
-        return self.tp * self.pp
-
-    def layers(self, rank: int) -> range:
-        """The model's layers whose KV that rank holds."""
-        return share(self.num_layers, self.pp, rank // self.tp)
-
-    def heads(self, rank: int) -> range:
-        """The model's KV heads that rank holds."""
-        return kv_heads_of(self.num_kv_heads, self.tp, rank % self.tp)
+    layer_begin: int
+    layer_end: int
+    head_begin: int
+    head_end: int
 
 
 @dataclass(frozen=True, slots=True)
-class SliceCopy:
-    """Copy `source` of `source_rank`'s pool to `destination` of the destination rank's pool; both have one shape."""
+class RankWrite:
+    """`source` of the pool that is read goes to `destination` of the pool of the destination's rank `rank`; both slices
+    have one shape."""
 
-    source_rank: int
     source: KvSlice
+    rank: int
     destination: KvSlice
 
 
-def plan_copies(source: KvSharding, destination: KvSharding, destination_rank: int) -> list[SliceCopy]:
-    """The copies that fill everything that one destination rank holds, each element once.
+@dataclass(frozen=True, slots=True)
+class RankRead:
+    """The pool of the source's rank `rank` is read once, for all `writes`."""
 
-    Destination ranks that need the same head read different replicas in turn.
+    rank: int
+    writes: tuple[RankWrite, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resharding:
+    """How KV gets from an instance with one layout to an instance with another. Made once for a pair of instances.
+
+    A unit has `unit_tokens` consecutive tokens; a block of the source has `source_units`, one of the destination
+    `destination_units`.
     """
-    assert (source.num_layers, source.num_kv_heads) == (destination.num_layers, destination.num_kv_heads)
-    assert 0 <= destination_rank < destination.num_ranks
-    held_layers, held_heads = destination.layers(destination_rank), destination.heads(destination_rank)
-    copies = []
-    for stage in range(source.pp):
-        layers = _overlap(held_layers, source.layers(stage * source.tp))
-        for tp_rank in _distinct_holders(source, turn=destination_rank):
-            source_rank = stage * source.tp + tp_rank
-            heads = _overlap(held_heads, source.heads(source_rank))
-            if layers and heads:
-                copies.append(
-                    SliceCopy(
-                        source_rank=source_rank,
-                        source=_slice_in(layers, heads, source.layers(source_rank), source.heads(source_rank)),
-                        destination=_slice_in(layers, heads, held_layers, held_heads),
-                    )
-                )
-    return copies
+
+    reads: tuple[RankRead, ...]
+    unit_tokens: int
+    source_units: int
+    destination_units: int
+
+    @classmethod
+    def between(cls, source: KvLayout, destination: KvLayout) -> "Resharding":
+        """The two layouts are of one model: their fingerprints are equal."""
+        assert (source.num_layers, source.num_kv_heads) == (destination.num_layers, destination.num_kv_heads)
+        unit_tokens = math.gcd(source.block_size, destination.block_size)
+        return cls(
+            reads=tuple(_reads(source, destination)),
+            unit_tokens=unit_tokens,
+            source_units=source.block_size // unit_tokens,
+            destination_units=destination.block_size // unit_tokens,
+        )
+
+    @property
+    def copies_whole_blocks(self) -> bool:
+        """Whether blocks have one size on both sides."""
+        return self.source_units == self.destination_units == 1
+
+    def num_units(self, num_tokens: int) -> int:
+        """Units that hold the first `num_tokens` tokens; the last one may have slots after the last token."""
+        return -(-num_tokens // self.unit_tokens)
 
 
-def _distinct_holders(grid: KvSharding, turn: int) -> list[int]:
-    """Tensor-parallel ranks that together hold each head once; `turn` picks among replicas."""
-    holders: dict[range, list[int]] = {}
-    for tp_rank in range(grid.tp):
-        holders.setdefault(grid.heads(tp_rank), []).append(tp_rank)
-    return [ranks[turn % len(ranks)] for ranks in holders.values()]
+def places(units: range, units_per_block: int) -> tuple[list[int], list[int]]:
+    """Where each unit of a sequence is on a side with so many units to a block: the position in the sequence's list of
+    blocks, and the unit's number in that block."""
+    return [unit // units_per_block for unit in units], [unit % units_per_block for unit in units]
 
 
-def _overlap(left: range, right: range) -> range:
+def overlap(left: range, right: range) -> range:
+    """What two ranges of step 1 have in common; empty if nothing."""
     return range(max(left.start, right.start), min(left.stop, right.stop))
 
 
-def _slice_in(layers: range, heads: range, held_layers: range, held_heads: range) -> KvSlice:
-    """Ranges of the model, as counted in the pool of a rank that holds `held_*`."""
+def _reads(source: KvLayout, destination: KvLayout) -> Iterator[RankRead]:
+    """One for each source rank but for replicas. Each is of all that the rank holds, since the destination as a whole
+    needs everything."""
+    for rank in range(source.num_ranks):
+        is_replica = rank % source.tp > 0 and source.heads(rank) == source.heads(rank - 1)
+        if not is_replica:
+            yield RankRead(rank, tuple(_writes(source.layers(rank), source.heads(rank), destination)))
+
+
+def _writes(layers: range, heads: range, destination: KvLayout) -> Iterator[RankWrite]:
+    for rank in range(destination.num_ranks):
+        held_layers, held_heads = destination.layers(rank), destination.heads(rank)
+        common_layers, common_heads = overlap(layers, held_layers), overlap(heads, held_heads)
+        if common_layers and common_heads:
+            source = _slice(common_layers, common_heads, layers, heads)
+            yield RankWrite(source, rank, _slice(common_layers, common_heads, held_layers, held_heads))
+
+
+def _slice(layers: range, heads: range, of_layers: range, of_heads: range) -> KvSlice:
+    """Ranges of the model, as counted in the pool of a rank that holds `of_*`."""
     return KvSlice(
-        layer_begin=layers.start - held_layers.start,
-        layer_end=layers.stop - held_layers.start,
-        head_begin=heads.start - held_heads.start,
-        head_end=heads.stop - held_heads.start,
+        layer_begin=layers.start - of_layers.start,
+        layer_end=layers.stop - of_layers.start,
+        head_begin=heads.start - of_heads.start,
+        head_end=heads.stop - of_heads.start,
     )

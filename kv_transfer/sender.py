@@ -7,13 +7,14 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tandem.core.errors import IncompatiblePeerError, OverloadedError, StaleEpochError, TransferError
 from tandem.core.kv_layout import KvLayout
 from tandem.core.session import LinkStats
 from tandem.core.transfer import LAYOUTS_DIFFER, Grant, GrantReply, LinkOffer, LinkReply, Manifest, Transport
-from tandem.kv_transfer.blocks import BlockTransfer, PoolView
+from tandem.kv_transfer.blocks import LeavingBlocks, PoolView
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import DescriptorServer, host_identity
 from tandem.kv_transfer.link_totals import LinkTotals
@@ -42,16 +43,18 @@ class _SendLink:
 
 
 class KvSender:
-    """The prefill end of all links of one rank (`core.transfer.KvLinkServer`). Lives on the event loop; bytes move in
-    the links' threads. `pool` stays the caller's, and must outlive the sender.
+    """The prefill end of all links of an instance (`core.transfer.KvLinkServer`). Lives on the event loop; bytes move
+    in the links' threads. `pools`, one per rank, stay the caller's, and must outlive the sender.
     """
 
-    def __init__(self, layout: KvLayout, pool: SharedPool, instance_id: str, config: LinkConfig | None = None) -> None:
+    def __init__(
+        self, layout: KvLayout, pools: Sequence[SharedPool], instance_id: str, config: LinkConfig | None = None
+    ) -> None:
         self._layout = layout
-        self._pool = pool
+        self._pools = pools
         self._instance_id = instance_id
         self._config = config or LinkConfig()
-        self._groups = ProcessGroupFactory(pool.tensor.device, self._config)
+        self._groups = ProcessGroupFactory(pools[0].tensor.device, self._config)
         self._links: dict[str, _SendLink] = {}
         self._totals = LinkTotals(self._config.max_links)
         self._descriptors: DescriptorServer | None = None
@@ -60,10 +63,12 @@ class KvSender:
     async def link(self, offer: LinkOffer) -> LinkReply:
         """Agree on a transport with a decode instance. An earlier link of the same instance ends.
 
-        Raises IncompatiblePeerError (another layout, or no transport in common) or OverloadedError (too many links).
+        Raises IncompatiblePeerError (another format, or no transport in common) or OverloadedError (too many links).
         """
         if offer.fingerprint != self._layout.fingerprint:
             raise IncompatiblePeerError(LAYOUTS_DIFFER)
+        if not all(pool.tensor.numel() for pool in self._pools):
+            raise IncompatiblePeerError("KV does not move from an instance of several GPUs")
         possible = self._transports(offer)
         transport = next((transport for transport in offer.transports if transport in possible), None)
         if transport is None:
@@ -72,11 +77,12 @@ class KvSender:
         self._evict_idle_link()
         store = LocalRendezvousStore(self._config.link_timeout_s)
         link = _SendLink(secrets.token_hex(16), offer.instance_id, store)
-        socket_name, nonce = "", b""
+        socket_name = ""
+        nonces: tuple[bytes, ...] = ()
         if transport is Transport.SHARED_MEMORY:
-            assert self._pool.fd is not None
-            self._descriptors = self._descriptors or DescriptorServer.start(self._pool.fd)
-            socket_name, nonce = self._descriptors.name, self._descriptors.issue_nonce()
+            fds = [pool.fd for pool in self._pools if pool.fd is not None]
+            self._descriptors = self._descriptors or DescriptorServer.start(fds)
+            socket_name, nonces = self._descriptors.name, tuple(map(self._descriptors.issue_nonce, range(len(fds))))
         else:
             name = f"kv-send-{offer.instance_id}"
             link.group = ProcessGroupLink.start(self._groups, self._config, PREFILL_RANK, store, name)
@@ -88,8 +94,11 @@ class KvSender:
             fingerprint=self._layout.fingerprint,
             transport=transport,
             num_blocks=self._layout.num_blocks,
+            block_size=self._layout.block_size,
+            tp=self._layout.tp,
+            layers_per_stage=self._layout.layers_per_stage,
             socket_name=socket_name,
-            nonce=nonce,
+            nonces=nonces,
         )
 
     async def ended(self, link_id: str) -> None:
@@ -106,7 +115,7 @@ class KvSender:
                 self._closing = [group for group in self._closing if not group.join(0.0)] + [link.group]
 
     async def send(self, grant: Grant, manifest: Manifest) -> GrantReply:
-        """Send the granted slice of a manifest's blocks, and nothing else.
+        """Send what the granted rank holds of a manifest's blocks, and nothing else.
 
         Raises StaleEpochError or TransferError. A process group that failed, or whose send was cancelled, ends its
         link. A link over shared memory goes on: nothing was sent over it.
@@ -119,13 +128,15 @@ class KvSender:
         try:
             if link.group is not None:
                 return await self._send(link, link.group, grant, transfer)
-            return GrantReply(0, await asyncio.to_thread(transfer.checksum) if grant.checksum else 0)
+            if not grant.checksum:
+                return GrantReply(0, 0)
+            return GrantReply(0, await asyncio.to_thread(transfer.checksum, manifest.num_tokens))
         finally:
             link.sending -= 1
             link.used_s = time.monotonic()
 
     async def _send(
-        self, link: _SendLink, group: ProcessGroupLink, grant: Grant, transfer: BlockTransfer
+        self, link: _SendLink, group: ProcessGroupLink, grant: Grant, transfer: LeavingBlocks
     ) -> GrantReply:
         link.next_sequence += 1
         started_s = time.monotonic()
@@ -172,7 +183,7 @@ class KvSender:
 
     def _transports(self, offer: LinkOffer) -> set[Transport]:
         transports = {self._groups.transport}
-        if self._pool.fd is not None and offer.host == host_identity():
+        if all(pool.fd is not None for pool in self._pools) and offer.host == host_identity():
             transports.add(Transport.SHARED_MEMORY)
         return transports
 
@@ -189,19 +200,17 @@ class KvSender:
             return link.store
         raise TransferError("the KV link has ended")
 
-    def _granted(self, link: _SendLink, grant: Grant, manifest: Manifest) -> BlockTransfer:
+    def _granted(self, link: _SendLink, grant: Grant, manifest: Manifest) -> LeavingBlocks:
         """The bytes to send, after checking that decode has computed the same."""
         if (manifest.request_id, manifest.epoch) != (grant.request_id, grant.epoch):
             raise StaleEpochError("the grant belongs to another attempt")
-        layout, kv_slice = self._layout, grant.kv_slice
         if (
             grant.sequence != link.next_sequence
-            or not 0 <= kv_slice.layer_begin < kv_slice.layer_end <= layout.num_layers
-            or not 0 <= kv_slice.head_begin < kv_slice.head_end <= layout.num_kv_heads
+            or not 0 <= grant.rank < self._layout.num_ranks
             or not 0 < grant.chunk_bytes <= MAX_CHUNK_BYTES
         ):
             raise TransferError("the grant does not fit the link")
-        view = PoolView.over(self._pool.tensor, layout, kv_slice)
+        view = PoolView.over(self._pools[grant.rank].tensor, self._layout.pool_of(grant.rank))
         if grant.total_bytes != len(manifest.block_ids) * view.block_bytes:
             raise TransferError("the grant is not for exactly the bytes of the manifest")
-        return BlockTransfer(view, manifest.block_ids, grant.chunk_bytes)
+        return LeavingBlocks(view, manifest.block_ids, grant.chunk_bytes)

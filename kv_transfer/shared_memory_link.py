@@ -1,19 +1,21 @@
-"""Decode's end of a link on one host: the prefill worker's pool, mapped read-only, and a thread to copy from it."""
+"""Decode's end of a link on one host: the pools of the prefill worker's ranks, mapped read-only, and a thread to copy
+from them."""
 
 import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from tandem.core.errors import TransferError
-from tandem.core.kv_layout import KvLayout
-from tandem.core.transfer import KvSlice, LinkReply
-from tandem.kv_transfer.blocks import BlockTransfer, BlockViews, PoolView, WriteFence, copy_blocks
+from tandem.core.transfer import LinkReply
+from tandem.kv_transfer.arrival import ArrivingBlocks, PairPlan, copy_units
+from tandem.kv_transfer.blocks import BlockViews, PoolView, copy_blocks
 from tandem.kv_transfer.descriptors import fetch_descriptor
+from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.owner_thread import OwnerThread
 from tandem.kv_transfer.pool import map_read_only
 
@@ -26,25 +28,33 @@ class UnreachableMemoryError(TransferError):
     """Both workers have one host and one user, but the pool cannot be mapped (another network namespace, say)."""
 
 
+class _Copy(NamedTuple):
+    """From a slice of a source rank's pool to one of an own rank's. Whole blocks have `blocks`; others `words`."""
+
+    blocks: tuple[BlockViews, BlockViews] | None
+    words: tuple[torch.Tensor, torch.Tensor]
+
+
 class SharedMemoryLink:
-    """Its methods are called on the event loop; its jobs run in its thread, which alone holds the mapping.
+    """Its methods are called on the event loop; its jobs run in its thread, which alone holds the mappings.
 
     The memory of a prefill worker that dies stays readable, so a copy never fails half-way. Only the acknowledgement
     says whether the blocks held the right KV during the copy.
     """
 
-    def __init__(self, owner: OwnerThread) -> None:
+    def __init__(self, owner: OwnerThread, plan: PairPlan) -> None:
         self._owner = owner
-        self._source: BlockViews | None = None
+        self._plan = plan
+        self._copies: list[_Copy] | None = None
         self.closed = False
         self.bytes_per_s = 0.0  # measured when the link was made
 
     @classmethod
-    async def open(cls, reply: LinkReply, layout: KvLayout, kv_slice: KvSlice, name: str) -> "SharedMemoryLink":
-        """`layout` and `kv_slice` are of the source's pool. Raises UnreachableMemoryError."""
-        link = cls(OwnerThread.start(name))
+    async def open(cls, reply: LinkReply, plan: PairPlan, name: str) -> "SharedMemoryLink":
+        """Raises UnreachableMemoryError."""
+        link = cls(OwnerThread.start(name), plan)
         try:
-            await link._run(partial(link._map, reply, layout, kv_slice))
+            await link._run(partial(link._map, reply))
         except BaseException as error:
             link.close()
             if isinstance(error, TransferError | OSError):
@@ -53,23 +63,28 @@ class SharedMemoryLink:
         return link
 
     async def copy(
-        self, source_ids: Sequence[int], destination: BlockViews, block_ids: Sequence[int], fence: WriteFence
+        self, source_ids: Sequence[int], block_ids: Sequence[int], num_tokens: int, fence: WriteFence
     ) -> None:
-        """Copy blocks of the source's pool to `destination`. Raises TransferError once the fence is closed."""
+        """Copy the blocks of `num_tokens` tokens from all ranks of the source to all own ranks. Raises TransferError
+        once the fence is closed."""
 
         def job() -> None:
-            if self._source is None:
+            if self._copies is None:
                 raise TransferError("the KV link is broken")
-            copy_blocks(self._source, source_ids, destination, block_ids, fence)
+            for blocks, words in self._copies:
+                if blocks is not None:
+                    copy_blocks(blocks[0], source_ids, blocks[1], block_ids, fence)
+                else:
+                    copy_units(words[0], source_ids, words[1], block_ids, self._plan.resharding, num_tokens, fence)
 
         await self._run(job)
 
-    async def checksum(self, transfer: BlockTransfer) -> int:
-        """CRC-32 of blocks that have been copied."""
-        return await self._run(transfer.checksum)
+    async def checksum(self, arriving: ArrivingBlocks) -> int:
+        """CRC-32 of blocks that have been copied. Raises TransferError."""
+        return await self._run(arriving.checksum)
 
     def close(self) -> None:
-        """Unmap the source after the job under way. Does not wait."""
+        """Unmap the source's pools after the job under way. Does not wait."""
         if not self.closed:
             self.closed = True
             self._owner.submit(self._unmap)
@@ -86,19 +101,33 @@ class SharedMemoryLink:
 
     # --- in the owner thread ---
 
-    def _map(self, reply: LinkReply, layout: KvLayout, kv_slice: KvSlice) -> None:
-        fd = fetch_descriptor(reply.socket_name, reply.nonce)
+    def _map(self, reply: LinkReply) -> None:
+        plan, copies = self._plan, []
+        for read, targets in zip(plan.resharding.reads, plan.targets, strict=True):
+            mapped = self._map_pool(reply, read.rank)
+            for write, target in zip(read.writes, targets, strict=True):
+                layout, units = plan.source.pool_of(read.rank), plan.resharding.source_units
+                source = PoolView.over(mapped, layout, write.source, units)
+                blocks = None
+                if plan.resharding.copies_whole_blocks:
+                    blocks = source.block_views(), plan.pools.block_views(write.rank, write.destination)
+                copies.append(_Copy(blocks, (source.words, target.words)))
+        self._copies = copies
+
+    def _map_pool(self, reply: LinkReply, rank: int) -> torch.Tensor:
+        fd = fetch_descriptor(reply.socket_name, reply.nonces[rank])
         try:
-            mapped = map_read_only(fd, layout.pool_bytes)
+            mapped = map_read_only(fd, self._plan.source.pool_of(rank).pool_bytes)
         finally:
             os.close(fd)
-        sample = mapped[:_PROBE_BYTES]
-        copied = torch.empty_like(sample)
-        copied.copy_(sample)  # the first touch of memory is slow, and is no part of a transfer
-        started_s = time.perf_counter()
-        copied.copy_(sample)
-        self.bytes_per_s = len(sample) / (time.perf_counter() - started_s)
-        self._source = PoolView.over(mapped, layout, kv_slice).block_views()
+        if not self.bytes_per_s:
+            sample = mapped[:_PROBE_BYTES]
+            copied = torch.empty_like(sample)
+            copied.copy_(sample)  # the first touch of memory is slow, and is no part of a transfer
+            started_s = time.perf_counter()
+            copied.copy_(sample)
+            self.bytes_per_s = len(sample) / (time.perf_counter() - started_s)
+        return mapped
 
     def _unmap(self) -> None:
-        self._source = None
+        self._copies = None

@@ -44,6 +44,9 @@ class FakeEngine:
     def collect(self, handle: StepOutput) -> StepOutput:
         return handle
 
+    def settle(self) -> None:
+        """There are no other ranks."""
+
     def launch(self, slices: Sequence[SequenceSlice]) -> StepOutput:
         """Computes the output at once: it is its own handle."""
         self.before_step()

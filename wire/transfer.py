@@ -16,7 +16,6 @@ from tandem.core.transfer import (
     HostIdentity,
     KvHolder,
     KvLinkServer,
-    KvSlice,
     LinkOffer,
     LinkReply,
     Manifest,
@@ -84,8 +83,11 @@ class KvTransferClient:
             fingerprint=reply.fingerprint,
             transport=transport,
             num_blocks=reply.num_blocks,
+            block_size=reply.block_size,
+            tp=reply.tp,
+            layers_per_stage=tuple(reply.layers_per_stage),
             socket_name=reply.socket_name,
-            nonce=reply.nonce,
+            nonces=tuple(reply.nonces),
         )
 
     async def _read_to_end(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> None:
@@ -120,7 +122,7 @@ class KvTransferClient:
             token_hash=reply.token_hash,
             block_ids=tuple(reply.block_ids),
             fingerprint=reply.fingerprint,
-            bytes_per_layer=reply.bytes_per_layer,
+            block_size=reply.block_size,
             first_token=sampled_from_pb(reply.first_token),
         )
 
@@ -130,10 +132,7 @@ class KvTransferClient:
             request_id=grant.request_id,
             epoch=grant.epoch,
             sequence=grant.sequence,
-            layer_begin=grant.kv_slice.layer_begin,
-            layer_end=grant.kv_slice.layer_end,
-            head_begin=grant.kv_slice.head_begin,
-            head_end=grant.kv_slice.head_end,
+            rank=grant.rank,
             total_bytes=grant.total_bytes,
             chunk_bytes=grant.chunk_bytes,
             checksum=grant.checksum,
@@ -211,8 +210,11 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
                 fingerprint=reply.fingerprint,
                 transport=_TRANSPORT_TO_PB[reply.transport],
                 num_blocks=reply.num_blocks,
+                block_size=reply.block_size,
+                tp=reply.tp,
+                layers_per_stage=reply.layers_per_stage,
                 socket_name=reply.socket_name,
-                nonce=reply.nonce,
+                nonces=reply.nonces,
             )
             await self._links.ended(reply.link_id)
         finally:
@@ -234,7 +236,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
             token_hash=manifest.token_hash,
             block_ids=manifest.block_ids,
             fingerprint=manifest.fingerprint,
-            bytes_per_layer=manifest.bytes_per_layer,
+            block_size=manifest.block_size,
             first_token=sampled_to_pb(manifest.first_token),
         )
 
@@ -246,7 +248,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
             request_id=request.request_id,
             epoch=request.epoch,
             sequence=request.sequence,
-            kv_slice=KvSlice(request.layer_begin, request.layer_end, request.head_begin, request.head_end),
+            rank=request.rank,
             total_bytes=request.total_bytes,
             chunk_bytes=request.chunk_bytes,
             checksum=request.checksum,

@@ -69,7 +69,7 @@ class Worker:
         self._closed: asyncio.Future[None] | None = None
         self._ranks: RankGroup | None = None
         self._engine: Engine | None = None
-        self._pool: SharedPool | None = None
+        self._pools: tuple[SharedPool, ...] = ()
         self._loop: InstanceLoop | None = None
         self._sender: KvSender | None = None
         self._receiver: KvReceiver | None = None
@@ -80,7 +80,7 @@ class Worker:
 
     async def start(self) -> None:
         """Load the model, listen and report; returns when READY. Raises a TandemError if it cannot."""
-        check_role(Role(self._config.role), self._section.engine.shape)
+        check_role(Role(self._config.role), self._section.engine)
         loop = asyncio.get_running_loop()
         self._closed = loop.create_future()
         if self._section.engine.shape.num_ranks > 1:
@@ -99,14 +99,13 @@ class Worker:
                     self._closed.exception()  # the same loss of a rank; whoever starts the instance gets it from here
             raise
         assert self._engine is not None
-        assert self._pool is not None
         section = self._section
         # KV travels over the same interface as the instance's own port.
         links = LinkConfig(bind_host=split_address(self._config.listen)[0])
-        self._sender = KvSender(self._engine.layout, self._pool, self.instance_id, links)
+        self._sender = KvSender(self._engine.layout, self._pools, self.instance_id, links)
         self._receiver = KvReceiver(
             self._engine.layout,
-            self._engine.pool,
+            [pool.tensor for pool in self._pools],
             self.instance_id,
             transport=section.transport,
             checksum=section.checksum,
@@ -131,7 +130,7 @@ class Worker:
         await _cancel(*self._tasks)
         self._service.end_sessions()
         await self._public.close()
-        # Nothing reads or writes the pool when both ends of the links are closed.
+        # Nothing reads or writes the pools when both ends of the links are closed.
         await self._fetcher.close()
         assert self._receiver is not None
         assert self._sender is not None
@@ -144,8 +143,8 @@ class Worker:
             await _cancel(self._step_watch)
         if self._engine is not None:
             self._engine.close()
-        if self._pool is not None:
-            self._pool.close()
+        for pool in self._pools:
+            pool.close()
         if self._closed is not None and not self._closed.done():
             self._closed.set_result(None)
 
@@ -153,7 +152,7 @@ class Worker:
 
     def _load_and_make_loop(self) -> InstanceLoop:
         """On the loop's thread: the thread that loads an engine is the one that steps it."""
-        self._engine, self._pool = load_worker_engine(self._config.model, self._section.engine, self._ranks)
+        self._engine, self._pools = load_worker_engine(self._config.model, self._section.engine, self._ranks)
         self._loop = InstanceLoop(
             self._engine,
             self._budget,

@@ -1,4 +1,4 @@
-"""An engine as a worker needs it: its KV pool where a peer on the same host can read it."""
+"""An engine as a worker needs it: the KV pools of all ranks where a peer on the same host can read them."""
 
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,11 @@ from tandem.worker.ranks.group import RankGroup
 from tandem.worker.ranks.place import engine_config
 
 
-def load_worker_engine(model: Path, section: EngineSection, ranks: RankGroup | None) -> tuple[Engine, SharedPool]:
-    """Load rank 0, wait for the other `ranks`, and warm up. Raises CheckpointError, ConfigError or RankLostError."""
+def load_worker_engine(
+    model: Path, section: EngineSection, ranks: RankGroup | None
+) -> tuple[Engine, tuple[SharedPool, ...]]:
+    """Load rank 0, wait for the other `ranks`, and warm up. Returns also the KV pools of all ranks; those of other
+    ranks' GPUs are `elsewhere`. Raises CheckpointError, ConfigError or RankLostError."""
     pools: list[SharedPool] = []
     config = engine_config(model, section)
 
@@ -26,5 +29,7 @@ def load_worker_engine(model: Path, section: EngineSection, ranks: RankGroup | N
     engine = load_engine(config, partial(allocate, choose_device(config.device)), place)
     if ranks is not None:
         ranks.wait_ready()
+        others = engine.layout.num_ranks - 1
+        pools += [SharedPool.elsewhere()] * others if engine.pool.is_cuda else ranks.map_pools(engine.layout)
     engine.warm_up()
-    return engine, pools[0]
+    return engine, tuple(pools)

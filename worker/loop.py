@@ -186,8 +186,10 @@ class InstanceLoop:
         for sequence in self._scheduler.expired(now_s):
             self._give_up(sequence)
             self._fail(_id_of(sequence), DeadlineError("the deadline passed before the answer was complete"))
-        for sequence in self._scheduler.reserve(now_s):
-            self._fetch(sequence)
+        if reserved := self._scheduler.reserve(now_s):
+            self._engine.settle()  # the transfers write into blocks that steps may have used
+            for sequence in reserved:
+                self._fetch(sequence)
         self._chunks = self._scheduler.next_batch(now_s)
         for chunk in self._chunks:
             sequence = chunk.sequence
@@ -443,7 +445,7 @@ class InstanceLoop:
             token_hash=hash_token_ids(sequence.token_ids),
             block_ids=tuple(sequence.block_table[:num_blocks]),
             fingerprint=layout.fingerprint,
-            bytes_per_layer=num_blocks * 2 * layout.segment_bytes,
+            block_size=layout.block_size,
             first_token=first_token,
         )
 

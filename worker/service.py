@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 
 from tandem.core.attempt_id import AttemptId
-from tandem.core.config import InstanceSection
+from tandem.core.config import EngineSection, InstanceSection
 from tandem.core.errors import (
     ConfigError,
     DuplicateRequestError,
@@ -13,7 +13,6 @@ from tandem.core.errors import (
     TandemError,
     error_from_code,
 )
-from tandem.core.parallel import ParallelShape
 from tandem.core.session import (
     Cancel,
     PrefillFinished,
@@ -25,6 +24,7 @@ from tandem.core.session import (
     TokenFrame,
 )
 from tandem.decode_worker.fetcher import Fetch, KvFetcher
+from tandem.engine.device import choose_device
 from tandem.prefill_worker.held_kv import HeldKv, KvReady
 from tandem.scheduling.budget import StepBudget, role_budget
 from tandem.wire.sessions import Outbox, RoleChange
@@ -59,12 +59,13 @@ def section_budget(role: Role, section: InstanceSection, change: RoleChange | No
     )
 
 
-def check_role(role: Role, shape: ParallelShape) -> None:
-    """Raises ConfigError for a role in which an instance of several ranks would have to move KV."""
-    if role is not Role.COLOCATED and shape.num_ranks > 1:
+def check_role(role: Role, engine: EngineSection) -> None:
+    """Raises ConfigError for a role in which an instance of several ranks would have to move KV of GPUs."""
+    if role is not Role.COLOCATED and engine.shape.num_ranks > 1 and choose_device(engine.device).type != "cpu":
         raise ConfigError(
-            f"an instance of {shape.num_ranks} ranks ({shape}) cannot take the role {role.value}: KV moves only "
-            "between instances of one rank; make it a colocated instance, or set tp and pp to 1"
+            f"an instance of {engine.shape.num_ranks} GPUs ({engine.shape}) cannot take the role {role.value}: KV "
+            "moves between instances of one GPU, or of several ranks on CPUs; make it a colocated instance, or set tp "
+            "and pp to 1"
         )
 
 
@@ -132,7 +133,7 @@ class InstanceService:
             outbox.close()
 
     def configure(self, change: RoleChange) -> None:
-        check_role(change.role, self._section.engine.shape)
+        check_role(change.role, self._section.engine)
         budget = section_budget(change.role, self._section, change)
         log.info("role %s -> %s: %s", self.role.value, change.role.value, budget)
         self.role = change.role

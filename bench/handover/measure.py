@@ -60,7 +60,7 @@ async def measure(
     plain_s: list[float] = []
     handover_s: dict[Transport, list[float]] = {transport: [] for transport in transports}
     receivers = {
-        transport: KvReceiver(layout, pool.tensor, f"bench-{transport.value}", transport=transport)
+        transport: KvReceiver(layout, [pool.tensor], f"bench-{transport.value}", transport=transport)
         for transport in transports
     }
     try:

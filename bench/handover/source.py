@@ -40,7 +40,7 @@ class _ComputedPrompts:
             token_hash=hash_token_ids(token_ids),
             block_ids=tuple(block_ids_of(seed, num_blocks, self._layout)),
             fingerprint=self._layout.fingerprint,
-            bytes_per_layer=num_blocks * 2 * self._layout.segment_bytes,
+            block_size=self._layout.block_size,
             first_token=SampledToken(0),
         )
 
@@ -62,7 +62,7 @@ def block_ids_of(seed: int, num_blocks: int, layout: KvLayout) -> list[int]:
 async def _serve(layout: KvLayout) -> None:
     torch.set_num_threads(1)
     pool = SharedPool.create(layout.pool_bytes)
-    sender = KvSender(layout, pool, SOURCE_ID)
+    sender = KvSender(layout, [pool], SOURCE_ID)
     server, _ = build_server()
     servicer = KvTransferServicer(sender, _ComputedPrompts(layout), SystemClock())
     transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)

@@ -25,39 +25,39 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import worker_pb2 as tandem_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tandem/v1/transfer.proto\x12\ttandem.v1\x1a\x16tandem/v1/worker.proto\"\x7f\n\x0bLinkRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x0b\n\x03uid\x18\x04 \x01(\r\x12(\n\ntransports\x18\x05 \x03(\x0e\x32\x14.tandem.v1.Transport\"\xaa\x01\n\x0cLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\'\n\ttransport\x18\x04 \x01(\x0e\x32\x14.tandem.v1.Transport\x12\x12\n\nnum_blocks\x18\x05 \x01(\x05\x12\x13\n\x0bsocket_name\x18\x06 \x01(\t\x12\r\n\x05nonce\x18\x07 \x01(\x0c\"C\n\x14RendezvousSetRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x0c\"\x17\n\x15RendezvousSetResponse\"4\n\x14RendezvousGetRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"&\n\x15RendezvousGetResponse\x12\r\n\x05value\x18\x01 \x01(\x0c\"0\n\x0bPullRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"\xc8\x01\n\x0cPullResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x12\n\ntoken_hash\x18\x04 \x01(\t\x12\x11\n\tblock_ids\x18\x05 \x03(\x05\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x17\n\x0f\x62ytes_per_layer\x18\x07 \x01(\x03\x12,\n\x0b\x66irst_token\x18\x08 \x01(\x0b\x32\x17.tandem.v1.SampledToken\"\xde\x01\n\x0cGrantRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x05\x12\x10\n\x08sequence\x18\x04 \x01(\x05\x12\x13\n\x0blayer_begin\x18\x05 \x01(\x05\x12\x11\n\tlayer_end\x18\x06 \x01(\x05\x12\x12\n\nhead_begin\x18\x07 \x01(\x05\x12\x10\n\x08head_end\x18\x08 \x01(\x05\x12\x13\n\x0btotal_bytes\x18\t \x01(\x03\x12\x13\n\x0b\x63hunk_bytes\x18\n \x01(\x03\x12\x10\n\x08\x63hecksum\x18\x0b \x01(\x08\"5\n\rGrantResponse\x12\x12\n\nsent_bytes\x18\x01 \x01(\x03\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x07\"7\n\x12\x41\x63knowledgeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"$\n\x13\x41\x63knowledgeResponse\x12\r\n\x05owned\x18\x01 \x01(\x08*k\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x1b\n\x17TRANSPORT_SHARED_MEMORY\x10\x01\x12\x12\n\x0eTRANSPORT_GLOO\x10\x02\x12\x12\n\x0eTRANSPORT_NCCL\x10\x03\x32\xb9\x03\n\x11KvTransferService\x12\x39\n\x04Link\x12\x16.tandem.v1.LinkRequest\x1a\x17.tandem.v1.LinkResponse0\x01\x12R\n\rRendezvousSet\x12\x1f.tandem.v1.RendezvousSetRequest\x1a .tandem.v1.RendezvousSetResponse\x12R\n\rRendezvousGet\x12\x1f.tandem.v1.RendezvousGetRequest\x1a .tandem.v1.RendezvousGetResponse\x12\x37\n\x04Pull\x12\x16.tandem.v1.PullRequest\x1a\x17.tandem.v1.PullResponse\x12:\n\x05Grant\x12\x17.tandem.v1.GrantRequest\x1a\x18.tandem.v1.GrantResponse\x12L\n\x0b\x41\x63knowledge\x12\x1d.tandem.v1.AcknowledgeRequest\x1a\x1e.tandem.v1.AcknowledgeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tandem/v1/transfer.proto\x12\ttandem.v1\x1a\x16tandem/v1/worker.proto\"\x7f\n\x0bLinkRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x0b\n\x03uid\x18\x04 \x01(\r\x12(\n\ntransports\x18\x05 \x03(\x0e\x32\x14.tandem.v1.Transport\"\xe5\x01\n\x0cLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\'\n\ttransport\x18\x04 \x01(\x0e\x32\x14.tandem.v1.Transport\x12\x12\n\nnum_blocks\x18\x05 \x01(\x05\x12\x13\n\x0bsocket_name\x18\x06 \x01(\t\x12\x0e\n\x06nonces\x18\x07 \x03(\x0c\x12\x12\n\nblock_size\x18\x08 \x01(\x05\x12\n\n\x02tp\x18\t \x01(\x05\x12\x18\n\x10layers_per_stage\x18\n \x03(\x05\"C\n\x14RendezvousSetRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x0c\"\x17\n\x15RendezvousSetResponse\"4\n\x14RendezvousGetRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"&\n\x15RendezvousGetResponse\x12\r\n\x05value\x18\x01 \x01(\x0c\"0\n\x0bPullRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"\xc9\x01\n\x0cPullResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x12\n\ntoken_hash\x18\x04 \x01(\t\x12\x11\n\tblock_ids\x18\x05 \x03(\x05\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12,\n\x0b\x66irst_token\x18\x08 \x01(\x0b\x32\x17.tandem.v1.SampledToken\x12\x12\n\nblock_size\x18\t \x01(\x05J\x04\x08\x07\x10\x08\"\xb6\x01\n\x0cGrantRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x05\x12\x10\n\x08sequence\x18\x04 \x01(\x05\x12\x13\n\x0btotal_bytes\x18\t \x01(\x03\x12\x13\n\x0b\x63hunk_bytes\x18\n \x01(\x03\x12\x10\n\x08\x63hecksum\x18\x0b \x01(\x08\x12\x0c\n\x04rank\x18\x0c \x01(\x05J\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07J\x04\x08\x07\x10\x08J\x04\x08\x08\x10\t\"5\n\rGrantResponse\x12\x12\n\nsent_bytes\x18\x01 \x01(\x03\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x07\"7\n\x12\x41\x63knowledgeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"$\n\x13\x41\x63knowledgeResponse\x12\r\n\x05owned\x18\x01 \x01(\x08*k\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x1b\n\x17TRANSPORT_SHARED_MEMORY\x10\x01\x12\x12\n\x0eTRANSPORT_GLOO\x10\x02\x12\x12\n\x0eTRANSPORT_NCCL\x10\x03\x32\xb9\x03\n\x11KvTransferService\x12\x39\n\x04Link\x12\x16.tandem.v1.LinkRequest\x1a\x17.tandem.v1.LinkResponse0\x01\x12R\n\rRendezvousSet\x12\x1f.tandem.v1.RendezvousSetRequest\x1a .tandem.v1.RendezvousSetResponse\x12R\n\rRendezvousGet\x12\x1f.tandem.v1.RendezvousGetRequest\x1a .tandem.v1.RendezvousGetResponse\x12\x37\n\x04Pull\x12\x16.tandem.v1.PullRequest\x1a\x17.tandem.v1.PullResponse\x12:\n\x05Grant\x12\x17.tandem.v1.GrantRequest\x1a\x18.tandem.v1.GrantResponse\x12L\n\x0b\x41\x63knowledge\x12\x1d.tandem.v1.AcknowledgeRequest\x1a\x1e.tandem.v1.AcknowledgeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSPORT']._serialized_start=1181
-  _globals['_TRANSPORT']._serialized_end=1288
+  _globals['_TRANSPORT']._serialized_start=1201
+  _globals['_TRANSPORT']._serialized_end=1308
   _globals['_LINKREQUEST']._serialized_start=63
   _globals['_LINKREQUEST']._serialized_end=190
   _globals['_LINKRESPONSE']._serialized_start=193
-  _globals['_LINKRESPONSE']._serialized_end=363
-  _globals['_RENDEZVOUSSETREQUEST']._serialized_start=365
-  _globals['_RENDEZVOUSSETREQUEST']._serialized_end=432
-  _globals['_RENDEZVOUSSETRESPONSE']._serialized_start=434
-  _globals['_RENDEZVOUSSETRESPONSE']._serialized_end=457
-  _globals['_RENDEZVOUSGETREQUEST']._serialized_start=459
-  _globals['_RENDEZVOUSGETREQUEST']._serialized_end=511
-  _globals['_RENDEZVOUSGETRESPONSE']._serialized_start=513
-  _globals['_RENDEZVOUSGETRESPONSE']._serialized_end=551
-  _globals['_PULLREQUEST']._serialized_start=553
-  _globals['_PULLREQUEST']._serialized_end=601
-  _globals['_PULLRESPONSE']._serialized_start=604
-  _globals['_PULLRESPONSE']._serialized_end=804
-  _globals['_GRANTREQUEST']._serialized_start=807
-  _globals['_GRANTREQUEST']._serialized_end=1029
-  _globals['_GRANTRESPONSE']._serialized_start=1031
-  _globals['_GRANTRESPONSE']._serialized_end=1084
-  _globals['_ACKNOWLEDGEREQUEST']._serialized_start=1086
-  _globals['_ACKNOWLEDGEREQUEST']._serialized_end=1141
-  _globals['_ACKNOWLEDGERESPONSE']._serialized_start=1143
-  _globals['_ACKNOWLEDGERESPONSE']._serialized_end=1179
-  _globals['_KVTRANSFERSERVICE']._serialized_start=1291
-  _globals['_KVTRANSFERSERVICE']._serialized_end=1732
+  _globals['_LINKRESPONSE']._serialized_end=422
+  _globals['_RENDEZVOUSSETREQUEST']._serialized_start=424
+  _globals['_RENDEZVOUSSETREQUEST']._serialized_end=491
+  _globals['_RENDEZVOUSSETRESPONSE']._serialized_start=493
+  _globals['_RENDEZVOUSSETRESPONSE']._serialized_end=516
+  _globals['_RENDEZVOUSGETREQUEST']._serialized_start=518
+  _globals['_RENDEZVOUSGETREQUEST']._serialized_end=570
+  _globals['_RENDEZVOUSGETRESPONSE']._serialized_start=572
+  _globals['_RENDEZVOUSGETRESPONSE']._serialized_end=610
+  _globals['_PULLREQUEST']._serialized_start=612
+  _globals['_PULLREQUEST']._serialized_end=660
+  _globals['_PULLRESPONSE']._serialized_start=663
+  _globals['_PULLRESPONSE']._serialized_end=864
+  _globals['_GRANTREQUEST']._serialized_start=867
+  _globals['_GRANTREQUEST']._serialized_end=1049
+  _globals['_GRANTRESPONSE']._serialized_start=1051
+  _globals['_GRANTRESPONSE']._serialized_end=1104
+  _globals['_ACKNOWLEDGEREQUEST']._serialized_start=1106
+  _globals['_ACKNOWLEDGEREQUEST']._serialized_end=1161
+  _globals['_ACKNOWLEDGERESPONSE']._serialized_start=1163
+  _globals['_ACKNOWLEDGERESPONSE']._serialized_end=1199
+  _globals['_KVTRANSFERSERVICE']._serialized_start=1311
+  _globals['_KVTRANSFERSERVICE']._serialized_end=1752
 # @@protoc_insertion_point(module_scope)

@@ -34,22 +34,28 @@ class LinkRequest(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., boot_id: _Optional[str] = ..., uid: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ...) -> None: ...
 
 class LinkResponse(_message.Message):
-    __slots__ = ("link_id", "instance_id", "fingerprint", "transport", "num_blocks", "socket_name", "nonce")
+    __slots__ = ("link_id", "instance_id", "fingerprint", "transport", "num_blocks", "socket_name", "nonces", "block_size", "tp", "layers_per_stage")
     LINK_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SOCKET_NAME_FIELD_NUMBER: _ClassVar[int]
-    NONCE_FIELD_NUMBER: _ClassVar[int]
+    NONCES_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TP_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_PER_STAGE_FIELD_NUMBER: _ClassVar[int]
     link_id: str
     instance_id: str
     fingerprint: str
     transport: Transport
     num_blocks: int
     socket_name: str
-    nonce: bytes
-    def __init__(self, link_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., num_blocks: _Optional[int] = ..., socket_name: _Optional[str] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+    nonces: _containers.RepeatedScalarFieldContainer[bytes]
+    block_size: int
+    tp: int
+    layers_per_stage: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, link_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., num_blocks: _Optional[int] = ..., socket_name: _Optional[str] = ..., nonces: _Optional[_Iterable[bytes]] = ..., block_size: _Optional[int] = ..., tp: _Optional[int] = ..., layers_per_stage: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RendezvousSetRequest(_message.Message):
     __slots__ = ("link_id", "key", "value")
@@ -88,50 +94,44 @@ class PullRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class PullResponse(_message.Message):
-    __slots__ = ("request_id", "epoch", "num_tokens", "token_hash", "block_ids", "fingerprint", "bytes_per_layer", "first_token")
+    __slots__ = ("request_id", "epoch", "num_tokens", "token_hash", "block_ids", "fingerprint", "first_token", "block_size")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_HASH_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
-    BYTES_PER_LAYER_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     num_tokens: int
     token_hash: str
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     fingerprint: str
-    bytes_per_layer: int
     first_token: _worker_pb2.SampledToken
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tokens: _Optional[int] = ..., token_hash: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., bytes_per_layer: _Optional[int] = ..., first_token: _Optional[_Union[_worker_pb2.SampledToken, _Mapping]] = ...) -> None: ...
+    block_size: int
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tokens: _Optional[int] = ..., token_hash: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., first_token: _Optional[_Union[_worker_pb2.SampledToken, _Mapping]] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class GrantRequest(_message.Message):
-    __slots__ = ("link_id", "request_id", "epoch", "sequence", "layer_begin", "layer_end", "head_begin", "head_end", "total_bytes", "chunk_bytes", "checksum")
+    __slots__ = ("link_id", "request_id", "epoch", "sequence", "total_bytes", "chunk_bytes", "checksum", "rank")
     LINK_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
-    LAYER_BEGIN_FIELD_NUMBER: _ClassVar[int]
-    LAYER_END_FIELD_NUMBER: _ClassVar[int]
-    HEAD_BEGIN_FIELD_NUMBER: _ClassVar[int]
-    HEAD_END_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     link_id: str
     request_id: str
     epoch: int
     sequence: int
-    layer_begin: int
-    layer_end: int
-    head_begin: int
-    head_end: int
     total_bytes: int
     chunk_bytes: int
     checksum: bool
-    def __init__(self, link_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., head_begin: _Optional[int] = ..., head_end: _Optional[int] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., checksum: _Optional[bool] = ...) -> None: ...
+    rank: int
+    def __init__(self, link_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., checksum: _Optional[bool] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class GrantResponse(_message.Message):
     __slots__ = ("sent_bytes", "checksum")

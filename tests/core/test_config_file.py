@@ -329,21 +329,17 @@ def test_prefill_and_decode_go_together(tmp_path: Path, text: str, roles: list[s
 
 def test_instances_that_cannot_exchange_kv_are_refused_before_anything_starts(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
-    path.write_text("model: m\ndecode:\n  engine:\n    block_size: 32\n")
+    path.write_text("model: m\ndecode:\n  engine:\n    dtype: bfloat16\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path, ServeConfig)
-    assert "line 4: decode.engine.block_size: is 32, and prefill has 16" in caught.value.message.splitlines()[-1]
+    assert "line 4: decode.engine.dtype: is bfloat16, and prefill has auto" in caught.value.message.splitlines()[-1]
 
 
-def test_only_colocated_instances_have_several_ranks(tmp_path: Path) -> None:
+def test_instances_of_other_shapes_and_block_sizes_exchange_kv(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
-    path.write_text("model: m\nprefill:\n  engine:\n    pp: 2\n")
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, ServeConfig)
-    assert "line 4: prefill.engine.pp: is 2, and KV moves only between instances of one rank" in caught.value.message
-    path.write_text("model: m\ncolocated:\n  engine: {tp: 2, pp: 3}\n")
-    ((_, section),) = load_config(path, ServeConfig).kinds
-    assert str(section.engine.shape) == "tp2pp3"
+    path.write_text("model: m\nprefill:\n  engine: {pp: 2, block_size: 32}\ndecode:\n  engine: {tp: 2}\n")
+    (_, prefill), (_, decode) = load_config(path, ServeConfig).kinds
+    assert (str(prefill.engine.shape), str(decode.engine.shape)) == ("tp1pp2", "tp2")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,13 @@ def test_a_setting_that_cannot_work(model: Path, machine: Machine, settings: dic
     assert found.startswith(text)
 
 
+def test_kv_moves_between_several_ranks_on_cpus_only(model: Path) -> None:
+    config = ServeConfig.model_validate({"model": model, "prefill": {"engine": {"tp": 2}}})
+    assert [finding for finding in check_settings(config, CPU) if finding.grade is Grade.FAILED] == []
+    (found,) = (finding for finding in check_settings(config, GPU) if finding.grade is Grade.FAILED)
+    assert found.text == "prefill instances have 2 GPUs each, and KV moves between single GPUs only"
+
+
 def test_what_is_only_odd_is_a_warning(model: Path) -> None:
     config = ServeConfig.model_validate({"model": model, "colocated": {"engine": {"threads": 9, "kv_memory": "16KiB"}}})
     findings = list(check_settings(config, CPU))

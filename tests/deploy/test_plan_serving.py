@@ -106,10 +106,11 @@ def test_a_calibration_says_threads_and_dtype(tmp_path: Path) -> None:
     assert serve_config_of(gone, LAPTOP).prefill[0].engine.threads == 0
 
 
-def test_colocated_instances_of_several_ranks_are_served() -> None:
-    plan = plan_of(BUILT_IN, [group("colocated", tp=2), group("colocated", pp=2, devices=(("0:2", "0:3"),))])
-    config = serve_config_of(plan, LAPTOP)
-    assert [(section.engine.tp, section.engine.pp) for section in config.colocated] == [(2, 1), (1, 2)]
+def test_instances_of_several_ranks_are_served_in_every_role() -> None:
+    groups = [group("prefill", tp=2, pp=2), group("decode"), group("colocated", tp=2), group("colocated", pp=2)]
+    config = serve_config_of(plan_of(BUILT_IN, groups), LAPTOP)
+    shapes = [(role, str(section.engine.shape)) for role, section in config.kinds]
+    assert shapes == [("prefill", "tp2pp2"), ("decode", "tp1"), ("colocated", "tp2"), ("colocated", "tp1pp2")]
 
 
 def test_planned_gpus_that_are_here_are_used() -> None:
@@ -122,8 +123,8 @@ def test_planned_gpus_that_are_here_are_used() -> None:
     ("groups", "words"),
     [
         (
-            [group("prefill", tp=2), group("decode")],
-            ["prefill instances have the shape tp2", "one device", "search.max_tp=1"],
+            [group("prefill", tp=2, device="H100"), group("decode")],
+            ["prefill instances have the shape tp2 on GPUs", "one GPU", "search.max_tp=1"],
         ),
         (
             [group("prefill", devices=(("0:0",),)), group("decode", devices=(("1:0",),))],

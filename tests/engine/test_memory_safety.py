@@ -55,7 +55,7 @@ for part in (
 ):
     refused(lambda: pack([part], layout, vocab_size=8, max_model_len=12, device=torch.device("cpu")))
 
-receiver = KvReceiver(layout, torch.zeros(layout.pool_bytes, dtype=torch.uint8), "decode")
+receiver = KvReceiver(layout, [torch.zeros(layout.pool_bytes, dtype=torch.uint8)], "decode")
 for blocks in ([1, 1], [0], [0, 10], [0, -1]):
     refused(lambda: asyncio.run(receiver.fetch(None, "r", 0, [1, 2, 3, 4, 5], blocks, 1e9)))
 """

@@ -58,7 +58,7 @@ class FakeHolder:
             token_hash=hash_token_ids(token_ids),
             block_ids=tuple(block_ids),
             fingerprint=self._layout.fingerprint,
-            bytes_per_layer=len(block_ids) * 2 * self._layout.segment_bytes,
+            block_size=self._layout.block_size,
             first_token=SampledToken(7),
         )
         self._slot(request_id, epoch).set_result(manifest)
@@ -88,14 +88,20 @@ class FakeHolder:
 
 @dataclass
 class Prefill:
-    """A served prefill side and decode's way to reach it."""
+    """A served prefill side and decode's way to reach it. `pools` has one for each rank of the layout."""
 
     layout: KvLayout
-    pool: SharedPool
+    pools: list[SharedPool]
     holder: FakeHolder
     sender: KvSender
     peer: KvTransferClient
     address: str
+
+    @property
+    def pool(self) -> SharedPool:
+        """Of the only rank."""
+        (pool,) = self.pools
+        return pool
 
 
 @asynccontextmanager
@@ -106,9 +112,10 @@ async def serve_prefill(
     instance_id: str = "prefill-0",
     holder: FakeHolder | None = None,
 ) -> AsyncIterator[Prefill]:
-    pool = SharedPool.create(layout.pool_bytes)
-    pool.tensor.random_(0, 256, generator=torch.Generator().manual_seed(1))
-    holder, sender = holder or FakeHolder(layout), KvSender(layout, pool, instance_id, config)
+    pools = [SharedPool.create(layout.pool_of(rank).pool_bytes) for rank in range(layout.num_ranks)]
+    for rank, pool in enumerate(pools):
+        pool.tensor.random_(0, 256, generator=torch.Generator().manual_seed(rank))
+    holder, sender = holder or FakeHolder(layout), KvSender(layout, pools, instance_id, config)
     server, _ = build_server()
     servicer = KvTransferServicer(sender, holder, SystemClock())
     transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)
@@ -116,9 +123,10 @@ async def serve_prefill(
     await server.start()
     channel = open_channel(address)
     try:
-        yield Prefill(layout, pool, holder, sender, KvTransferClient(channel, instance_id), address)
+        yield Prefill(layout, pools, holder, sender, KvTransferClient(channel, instance_id), address)
     finally:
         await channel.close()
         await server.stop(None)
         await sender.close()
-        pool.close()
+        for pool in pools:
+            pool.close()

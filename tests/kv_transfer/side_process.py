@@ -45,7 +45,7 @@ async def prefill(instance_id: str) -> None:
 
 async def decode(address: str, transport: str) -> None:
     pool = torch.zeros(BIG.pool_bytes, dtype=torch.uint8)
-    receiver = KvReceiver(BIG, pool, "decode-0", transport=transport)
+    receiver = KvReceiver(BIG, [pool], "decode-0", transport=transport)
     peer = KvTransferClient(open_channel(address), "prefill-0")
     everything = range(BIG.num_blocks)
     for epoch in count():

@@ -86,7 +86,7 @@ async def fetch_all(receiver: KvReceiver, peer: KvTransferClient, epoch: int, ti
 async def test_prefill_killed_or_stopped_while_bytes_move(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resources()
     pool = torch.zeros(BIG.pool_bytes, dtype=torch.uint8)
-    receiver = KvReceiver(BIG, pool, "decode-0", transport=Transport.GLOO, timeout_s=15.0, link_config=CONFIG)
+    receiver = KvReceiver(BIG, [pool], "decode-0", transport=Transport.GLOO, timeout_s=15.0, link_config=CONFIG)
     first_block, last_block = pool[: BIG.segment_bytes], pool[-BIG.segment_bytes :]
 
     async def in_mid_payload(process: asyncio.subprocess.Process, peer: KvTransferClient, fault: int) -> float:
@@ -113,7 +113,7 @@ async def test_prefill_killed_or_stopped_while_bytes_move(monkeypatch: pytest.Mo
         assert await in_mid_payload(process, peer, signal.SIGKILL) < CONFIG.stall_s  # not by a timeout
     await receiver.close()
 
-    receiver = KvReceiver(BIG, pool, "decode-0", transport=Transport.SHARED_MEMORY, link_config=CONFIG)
+    receiver = KvReceiver(BIG, [pool], "decode-0", transport=Transport.SHARED_MEMORY, link_config=CONFIG)
     async with prefill_at("prefill-1") as (process, peer):
         copy = shared_memory_link.copy_blocks
 
@@ -149,15 +149,15 @@ async def test_decode_killed_while_bytes_move(transport: Transport) -> None:
 @pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.GLOO])
 async def test_nothing_is_left_of_an_idle_prefill_worker_that_was_killed(transport: Transport) -> None:
     before = resources()
-    receiver = KvReceiver(BIG, torch.zeros(BIG.pool_bytes, dtype=torch.uint8), "decode-0", transport=transport)
+    receiver = KvReceiver(BIG, [torch.zeros(BIG.pool_bytes, dtype=torch.uint8)], "decode-0", transport=transport)
     async with prefill_at("prefill-0") as (process, peer):
         await fetch_all(receiver, peer, 0)
         assert resources() != before
         process.kill()
         # Its pool is not mapped any more, and the link's threads have ended. The gloo device is the receiver's.
         await until(lambda: resources()[::2] == before[::2])
-        assert receiver._links == {}
-        assert list(receiver._linking) == []
+        assert receiver._links.by_peer == {}
+        assert list(receiver._links.making) == []
         assert [stats.peer_id for stats in receiver.links()] == ["other"]
     await receiver.close()
     assert resources() == before

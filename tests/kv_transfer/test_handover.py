@@ -25,18 +25,19 @@ from tandem.core.kv_layout import KvLayout
 from tandem.core.transfer import (
     Grant,
     GrantReply,
-    KvSlice,
     LinkOffer,
     LinkReply,
     Manifest,
     PeerGoneError,
     Transport,
 )
+from tandem.kv_transfer import receive_links, shared_memory_link
 from tandem.kv_transfer import receiver as receiver_module
-from tandem.kv_transfer import shared_memory_link
-from tandem.kv_transfer.blocks import BlockTransfer, BlockViews, WriteFence
+from tandem.kv_transfer.arrival import ArrivingBlocks
+from tandem.kv_transfer.blocks import BlockViews, LeavingBlocks
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import host_identity
+from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.process_groups import GlooGroup
 from tandem.kv_transfer.receiver import FetchResult, KvReceiver
 from tandem.wire.channels import open_channel
@@ -51,7 +52,7 @@ CONFIG = LinkConfig(stall_s=2.0)
 async def receiving(layout: KvLayout = LAYOUT, **options: object) -> AsyncIterator[tuple[KvReceiver, torch.Tensor]]:
     pool = torch.zeros(layout.pool_bytes, dtype=torch.uint8)
     options = {"link_config": CONFIG, **options}
-    receiver = KvReceiver(layout, pool, "decode-0", **options)  # type: ignore[arg-type]
+    receiver = KvReceiver(layout, [pool], "decode-0", **options)  # type: ignore[arg-type]
     try:
         yield receiver, pool
     finally:
@@ -146,8 +147,8 @@ async def test_a_peer_of_other_weights_is_refused() -> None:
         ({"block_ids": (1, 1)}, TransferError),
         ({"block_ids": (1, 40)}, TransferError),
         ({"block_ids": (-1, 2)}, TransferError),
-        ({"bytes_per_layer": 1 << 40}, TransferError),
-        ({"bytes_per_layer": 1}, TransferError),
+        ({"block_size": 8}, TransferError),
+        ({"block_size": 0}, TransferError),
     ],
 )
 async def test_a_manifest_that_does_not_fit_is_refused(changes: dict[str, object], error: type[Exception]) -> None:
@@ -168,8 +169,8 @@ async def test_a_manifest_that_does_not_fit_is_refused(changes: dict[str, object
         {"sequence": 3},
         {"chunk_bytes": 0},
         {"chunk_bytes": 1 << 40},
-        {"kv_slice": KvSlice(0, 99, 0, 2)},
-        {"kv_slice": KvSlice(0, 3, 1, 1)},
+        {"rank": 1},
+        {"rank": -1},
         {"link_id": "nobody"},
     ],
 )
@@ -178,7 +179,7 @@ async def test_a_grant_that_does_not_fit_moves_nothing(changes: dict[str, object
         prefill.holder.finish("r", 0, [3, 4])
         offer = LinkOffer("decode-0", LAYOUT.fingerprint, host_identity(), (Transport.SHARED_MEMORY,))
         reply = await prefill.peer.link(offer, 5.0)
-        fits = Grant(reply.link_id, "r", 0, 0, KvSlice(0, 3, 0, 2), 2 * LAYOUT.block_bytes, 4096, True)
+        fits = Grant(reply.link_id, "r", 0, 0, 0, 2 * LAYOUT.block_bytes, 4096, True)
         with pytest.raises(TransferError):
             await prefill.peer.grant(replace(fits, **changes), 5.0)  # type: ignore[arg-type]
         assert (await prefill.peer.grant(fits, 5.0)).checksum != 0
@@ -333,7 +334,7 @@ async def test_the_deadline_ends_the_wait_for_the_prefill() -> None:
 
 async def test_no_shared_memory_between_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = replace(host_identity(), boot_id="another")
-    monkeypatch.setattr(receiver_module, "host_identity", lambda: elsewhere)
+    monkeypatch.setattr(receive_links, "host_identity", lambda: elsewhere)
     async with serve_prefill() as prefill:
         prefill.holder.finish("r", 0, [1])
         async with receiving(transport="auto") as (receiver, _):
@@ -359,7 +360,7 @@ async def test_shared_memory_that_cannot_be_reached(monkeypatch: pytest.MonkeyPa
 
 def test_an_unknown_transport_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError):
-        KvReceiver(LAYOUT, torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8), "decode-0", transport="pigeon")
+        KvReceiver(LAYOUT, [torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8)], "decode-0", transport="pigeon")
 
 
 async def test_a_worker_that_was_restarted_is_another_peer() -> None:
@@ -385,7 +386,7 @@ async def test_links_are_bounded_and_the_idle_go_first() -> None:
     config = replace(CONFIG, max_links=2)
     async with serve_prefill(config=config) as prefill:
         receivers = [
-            KvReceiver(LAYOUT, torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8), f"decode-{i}") for i in range(3)
+            KvReceiver(LAYOUT, [torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8)], f"decode-{i}") for i in range(3)
         ]
         for i, receiver in enumerate(receivers):
             prefill.holder.finish(f"r{i}", 0, [i])
@@ -413,7 +414,7 @@ async def test_dropping_a_peer_ends_the_link_on_both_sides(transport: Transport)
         prefill.holder.finish("r", 1, [1])
         await fetch(prefill, receiver, [1], epoch=1)
         prefill.sender.drop("decode-0")
-        await until(lambda: not receiver._links)  # its end too, without a fetch that finds out
+        await until(lambda: not receiver._links.by_peer)  # its end too, without a fetch that finds out
         prefill.holder.finish("r", 2, [1])
         await fetch(prefill, receiver, [1], epoch=2)
 
@@ -423,7 +424,7 @@ async def test_statistics_are_bounded_on_both_sides() -> None:
     async with serve_prefill(config=config) as prefill:
         for i in range(5):
             async with receiving(transport=Transport.GLOO) as (receiver, _):
-                receiver._instance_id = f"decode-{i}"
+                receiver._links._instance_id = f"decode-{i}"
                 prefill.holder.finish(f"r{i}", 0, [i])
                 await fetch(prefill, receiver, [i], f"r{i}")
         counts = {stats.peer_id: stats.transfers for stats in prefill.sender.links()}
@@ -433,7 +434,7 @@ async def test_statistics_are_bounded_on_both_sides() -> None:
             async with serve_prefill(instance_id=f"prefill-{i}") as prefill:
                 prefill.holder.finish("r", 0, [i])
                 await fetch(prefill, receiver, [i])
-                receiver._unlink(prefill.peer.instance_id)  # by itself, not because the instance is gone
+                receiver._links.unlink(prefill.peer.instance_id)  # by itself, not because the instance is gone
         counts = {stats.peer_id: stats.transfers for stats in receiver.links()}
         assert counts == {"prefill-3": 1, "prefill-4": 1, "other": 3}
 
@@ -477,7 +478,7 @@ async def test_an_unexpected_error_of_a_transfer_is_retryable(
         prefill.holder.finish("r", 0, [1])
         with monkeypatch.context() as patch:
             patch.setattr(shared_memory_link, "copy_blocks", fail)
-            patch.setattr(BlockTransfer, "scatter", fail)
+            patch.setattr(ArrivingBlocks, "scatter", fail)
             with pytest.raises(TransferError):
                 await fetch(prefill, receiver, [1])
         await fetch(prefill, receiver, [1])
@@ -522,14 +523,14 @@ async def test_a_grant_that_was_refused_does_not_break_the_later_ones(
 
 
 async def test_a_cancelled_checksum_leaves_the_link_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    pause, checksum = Pause(), BlockTransfer.checksum
+    pause, checksum = Pause(), LeavingBlocks.checksum
 
-    def paused(transfer: BlockTransfer) -> int:
+    def paused(blocks: LeavingBlocks, num_tokens: int) -> int:
         if not pause.reached.is_set():
             pause.here()  # on the prefill side
-        return checksum(transfer)
+        return checksum(blocks, num_tokens)
 
-    monkeypatch.setattr(BlockTransfer, "checksum", paused)
+    monkeypatch.setattr(LeavingBlocks, "checksum", paused)
     async with (
         serve_prefill() as prefill,
         receiving(transport=Transport.SHARED_MEMORY, checksum=True) as (receiver, _),
@@ -538,12 +539,12 @@ async def test_a_cancelled_checksum_leaves_the_link_to_the_others(monkeypatch: p
             prefill.holder.finish(f"r{i}", 0, [i])
         fetches = [asyncio.create_task(fetch(prefill, receiver, [i], f"r{i}")) for i in range(3)]
         await until(pause.reached.is_set)
-        link = receiver._links["prefill-0"]
+        link = receiver._links.by_peer["prefill-0"]
         fetches[0].cancel()
         await asyncio.gather(*fetches[1:])
         pause.resume()
         assert fetches[0].cancelled()
-        assert receiver._links["prefill-0"] is link
+        assert receiver._links.by_peer["prefill-0"] is link
         assert link.alive
 
 

@@ -7,8 +7,9 @@ import torch
 
 from tandem.core.errors import TransferError
 from tandem.core.kv_layout import KvLayout
-from tandem.core.transfer import KvSlice
-from tandem.kv_transfer.blocks import BlockTransfer, PoolView, WriteFence
+from tandem.kv_transfer.arrival import OwnPools, PairPlan
+from tandem.kv_transfer.blocks import LeavingBlocks, PoolView
+from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.nccl_group import NcclGroup
 from tandem.kv_transfer.process_groups import DECODE_RANK, PREFILL_RANK, receive_chunks, send_chunks
 from tandem.kv_transfer.rendezvous import LocalRendezvousStore
@@ -19,7 +20,6 @@ pytestmark = [
 ]
 
 LAYOUT = KvLayout(8, 64, 4, 16, 64, "bfloat16", "w")
-KV_SLICE = KvSlice(0, 8, 0, 4)
 
 
 @pytest.fixture
@@ -40,9 +40,10 @@ def ranks() -> list[NcclGroup]:
 def test_blocks_arrive_equal(ranks: list[NcclGroup]) -> None:
     source = torch.randint(0, 256, (LAYOUT.pool_bytes,), dtype=torch.uint8, device="cuda:0")
     target = torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8, device="cuda:1")
-    from_view, to_view = (PoolView.over(pool, LAYOUT, KV_SLICE) for pool in (source, target))
+    from_view, to_view = (PoolView.over(pool, LAYOUT) for pool in (source, target))
     theirs, ours = [3, 9, 1, 60], [0, 63, 5, 6]
-    leaving, arriving = BlockTransfer(from_view, theirs, 100_000), BlockTransfer(to_view, ours, 100_000)
+    leaving = LeavingBlocks(from_view, theirs, 100_000)
+    (arriving,) = PairPlan.make(LAYOUT, OwnPools(LAYOUT, [target])).arriving(ours, 4 * LAYOUT.block_size, 100_000)
     sent: list[int] = []
 
     def staging(rank: NcclGroup) -> list[torch.Tensor]:

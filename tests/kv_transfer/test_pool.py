@@ -69,8 +69,8 @@ def test_a_descriptor_reaches_another_process_once() -> None:
     pool = SharedPool.create(1 << 16)
     assert pool.fd is not None
     pool.tensor[5] = 42
-    server = DescriptorServer.start(pool.fd)
-    nonce = server.issue_nonce()
+    server = DescriptorServer.start([pool.fd])
+    nonce = server.issue_nonce(0)
     script = (
         "import sys; from kv_transfer.descriptors import fetch_descriptor; from kv_transfer.pool import map_read_only\n"
         "fd = fetch_descriptor(sys.argv[1], bytes.fromhex(sys.argv[2])); print(int(map_read_only(fd, 1 << 16)[5]))\n"
@@ -85,7 +85,7 @@ def test_a_descriptor_reaches_another_process_once() -> None:
     for used_or_invented in (nonce, bytes(32), b"short"):
         with pytest.raises(TransferError):
             fetch_descriptor(server.name, used_or_invented)
-    os.close(fetch_descriptor(server.name, server.issue_nonce()))
+    os.close(fetch_descriptor(server.name, server.issue_nonce(0)))
     server.close()
     with pytest.raises(TransferError):
         fetch_descriptor("tandem-kv-nobody", nonce)
@@ -110,9 +110,9 @@ def test_too_many_open_files_do_not_end_the_thread_that_hands_out_descriptors(ca
     listener = _OutOfDescriptors(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(f"\0tandem-kv-test-{secrets.token_hex(8)}")
     listener.listen(4)
-    server = DescriptorServer(listener, os.dup(pool.fd))
+    server = DescriptorServer(listener, [os.dup(pool.fd)])
     server._thread.start()
-    os.close(fetch_descriptor(server.name, server.issue_nonce()))
+    os.close(fetch_descriptor(server.name, server.issue_nonce(0)))
     assert "Too many open files" in caplog.text
     server.close()
     pool.close()

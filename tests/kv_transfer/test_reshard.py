@@ -1,73 +1,162 @@
-"""Every element a destination rank holds is written once, from where the source really has it."""
+"""Every byte that a destination holds is written once, from where the source really has it, and replicas are read once.
 
-import torch
+Every combination of ranks, heads and block sizes that the planner can make; the destination's stages have other layers
+than the source's.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.core.transfer import KvSlice
-from tandem.kv_transfer.reshard import KvSharding, plan_copies
+from tandem.core.kv_layout import KvLayout
+from tandem.core.parallel import layers_of
+from tandem.kv_transfer.reshard import KvSlice, Resharding, places
+
+NUM_LAYERS = 7
+NUM_TOKENS = 131  # no multiple of a block size
+NUM_BLOCKS = 20
+TP, PP, HEADS, BLOCK_SIZES = (1, 2, 3, 4, 8), (1, 2, 3, 4), (1, 2, 3, 4, 8), (8, 16, 32, 64)
+BLOCK_SIZE_PAIRS = list(itertools.product(BLOCK_SIZES, BLOCK_SIZES))
+RANKS = list(itertools.product(TP, PP, TP, PP, HEADS))
+SOURCE_HEAD_COST, DESTINATION_HEAD_COST = 0.2, 2.5  # of the output head, in layers
 
 
-@st.composite
-def grids(draw: st.DrawFn) -> tuple[KvSharding, KvSharding]:
-    layers, heads = draw(st.integers(1, 12)), draw(st.integers(1, 8))
-
-    def grid() -> KvSharding:
-        return KvSharding(layers, heads, tp=draw(st.integers(1, 10)), pp=draw(st.integers(1, min(layers, 6))))
-
-    return grid(), grid()
+def layout(heads: int, tp: int, pp: int, head_cost: float, block_size: int = 16) -> KvLayout:
+    stages = tuple(len(layers_of(NUM_LAYERS, pp, stage, head_cost)) for stage in range(pp))
+    return KvLayout(NUM_LAYERS, NUM_BLOCKS, heads, block_size, 1, "bfloat16", "w", tp=tp, layers_per_stage=stages)
 
 
-def pool_of(grid: KvSharding, rank: int) -> torch.Tensor:
-    """[layer, head] of one rank; every element names the layer and head of the model that it is."""
-    layers, heads = grid.layers(rank), grid.heads(rank)
-    return torch.tensor([[layer * 100 + head for head in heads] for layer in layers])
+def pair(ranks: tuple[int, int, int, int, int], sizes: tuple[int, int] = (16, 16)) -> tuple[KvLayout, KvLayout]:
+    tp, pp, other_tp, other_pp, heads = ranks
+    source = layout(heads, tp, pp, SOURCE_HEAD_COST, sizes[0])
+    return source, layout(heads, other_tp, other_pp, DESTINATION_HEAD_COST, sizes[1])
 
 
-def part(pool: torch.Tensor, kv_slice: KvSlice) -> torch.Tensor:
-    return pool[kv_slice.layer_begin : kv_slice.layer_end, kv_slice.head_begin : kv_slice.head_end]
+def elements(of: KvLayout, rank: int) -> np.ndarray:
+    """[layer, head] of one rank's pool: which of the model's layers and heads each is."""
+    return np.add.outer(np.array(of.layers(rank)) * 100, np.array(of.heads(rank)))
 
 
-@settings(deadline=None)
-@given(grids())
-def test_every_element_is_written_once_from_the_right_place(both: tuple[KvSharding, KvSharding]) -> None:
-    source, destination = both
-    for rank in range(destination.num_ranks):
-        wanted = pool_of(destination, rank)
-        arrived, writes = torch.full_like(wanted, -1), torch.zeros_like(wanted)
-        for copy in plan_copies(source, destination, rank):
-            read = part(pool_of(source, copy.source_rank), copy.source)
-            assert read.numel() > 0
-            part(arrived, copy.destination).copy_(read)
-            part(writes, copy.destination).add_(1)
-            assert read.shape == part(arrived, copy.destination).shape
-        assert torch.equal(arrived, wanted)
-        assert bool((writes == 1).all())
+def area(kv_slice: KvSlice) -> tuple[slice, slice]:
+    return slice(kv_slice.layer_begin, kv_slice.layer_end), slice(kv_slice.head_begin, kv_slice.head_end)
 
 
-@settings(deadline=None)
-@given(grids())
-def test_the_ranks_hold_the_whole_model(both: tuple[KvSharding, KvSharding]) -> None:
-    for grid in both:
-        held = {int(element) for rank in range(grid.num_ranks) for element in pool_of(grid, rank).flatten()}
-        assert held == {layer * 100 + head for layer in range(grid.num_layers) for head in range(grid.num_kv_heads)}
-        if grid.tp <= grid.num_kv_heads:
-            assert sum(pool_of(grid, rank).numel() for rank in range(grid.num_ranks)) == len(held)
+@pytest.mark.parametrize("heads", HEADS)
+def test_every_layer_and_head_is_written_once_from_the_right_place(heads: int) -> None:
+    for ranks in (ranks for ranks in RANKS if ranks[4] == heads):
+        source, destination = pair(ranks)
+        wanted = [elements(destination, rank) for rank in range(destination.num_ranks)]
+        arrived = [np.full_like(each, -1) for each in wanted]
+        num_writes = [np.zeros_like(each) for each in wanted]
+        for read in Resharding.between(source, destination).reads:
+            held = elements(source, read.rank)
+            for write in read.writes:
+                arrived[write.rank][area(write.destination)] = held[area(write.source)]
+                num_writes[write.rank][area(write.destination)] += 1
+        assert all(map(np.array_equal, arrived, wanted)), ranks
+        assert all((each == 1).all() for each in num_writes), ranks
 
 
-def test_one_rank_a_side_is_one_copy_of_everything() -> None:
-    one = KvSharding(num_layers=4, num_kv_heads=2)
-    (copy,) = plan_copies(one, one, 0)
-    assert copy.source == copy.destination == KvSlice(0, 4, 0, 2)
+@pytest.mark.parametrize("heads", HEADS)
+def test_each_layer_and_head_is_read_once_though_there_are_replicas(heads: int) -> None:
+    for ranks in (ranks for ranks in RANKS if ranks[4] == heads):
+        source, destination = pair(ranks)
+        read = [elements(source, read.rank).ravel() for read in Resharding.between(source, destination).reads]
+        assert sorted(np.concatenate(read)) == [
+            layer * 100 + head for layer in range(NUM_LAYERS) for head in range(heads)
+        ]
 
 
-def test_replicas_share_the_reading() -> None:
-    source, destination = KvSharding(2, 1, tp=4), KvSharding(2, 1, tp=4)
-    read = [copy.source_rank for rank in range(4) for copy in plan_copies(source, destination, rank)]
-    assert sorted(read) == [0, 1, 2, 3]
+def test_equal_shapes_of_one_rank_are_one_copy_of_whole_blocks() -> None:
+    source, destination = pair((1, 1, 1, 1, 4))
+    resharding = Resharding.between(source, destination)
+    ((write,),) = (read.writes for read in resharding.reads)
+    assert write.source == write.destination == KvSlice(0, NUM_LAYERS, 0, 4)
+    assert resharding.copies_whole_blocks
 
 
-def test_uneven_cuts_differ_by_one() -> None:
-    grid = KvSharding(num_layers=7, num_kv_heads=5, tp=2, pp=3)
-    assert [len(grid.layers(stage * 2)) for stage in range(3)] == [3, 2, 2]
-    assert [len(grid.heads(rank)) for rank in range(2)] == [3, 2]
+def test_equal_shapes_of_several_ranks_are_one_copy_a_rank() -> None:
+    one = layout(8, tp=4, pp=3, head_cost=1.0)
+    assert all(len(read.writes) == 1 for read in Resharding.between(one, one).reads)
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def place_of(token: int, block_ids: list[int], block_size: int) -> tuple[int, int]:
+    return block_ids[token // block_size], token % block_size
+
+
+def value(layers: np.ndarray, heads: np.ndarray, kv: int, token: int) -> np.ndarray:
+    """[layer, head]: a number of its own for everything that is cached for a token."""
+    return (np.add.outer(layers * 8, heads) * 2 + kv) * NUM_TOKENS + token
+
+
+def pools_of(of: KvLayout, block_ids: list[int]) -> list[np.ndarray]:
+    """[layer, kv, block, head, slot] of each rank, filled token by token; -1 where no token is."""
+    pools = []
+    for rank in range(of.num_ranks):
+        layers, heads = np.array(of.layers(rank)), np.array(of.heads(rank))
+        pool = np.full(of.pool_of(rank).shape[:5], -1, np.int32)
+        for kv, token in itertools.product(range(2), range(NUM_TOKENS)):
+            block, slot = place_of(token, block_ids, of.block_size)
+            pool[:, kv, block, :, slot] = value(layers, heads, kv, token)
+        pools.append(pool)
+    return pools
+
+
+def by_unit(pool: np.ndarray, units: int) -> np.ndarray:
+    """[layer, kv, head, block, unit, slot]"""
+    layers, kv, blocks, heads, slots = pool.shape
+    return pool.reshape(layers, kv, blocks, heads, units, slots // units).transpose(0, 1, 3, 2, 4, 5)
+
+
+def check_tokens(ranks: tuple[int, int, int, int, int], sizes: tuple[int, int]) -> None:
+    """What `Resharding` says, done with plain indexing, gives the pools that the destination itself would have filled;
+    no slot is written twice."""
+    source, destination = pair(ranks, sizes)
+    theirs = list(range(NUM_BLOCKS))[::-1][: source.blocks_for(NUM_TOKENS)]
+    ours = list(range(1, 1 + destination.blocks_for(NUM_TOKENS)))
+    resharding = Resharding.between(source, destination)
+    held, wanted = pools_of(source, theirs), pools_of(destination, ours)
+    arrived = [np.full_like(pool, -1) for pool in wanted]
+    num_writes = [np.zeros_like(pool) for pool in wanted]
+    units = range(resharding.num_units(NUM_TOKENS))
+    from_position, from_unit = places(units, resharding.source_units)
+    to_position, to_unit = places(units, resharding.destination_units)
+    take = (slice(None), slice(None), slice(None), np.array(theirs)[from_position], from_unit)
+    put = (slice(None), slice(None), slice(None), np.array(ours)[to_position], to_unit)
+    for read in resharding.reads:
+        of_source = by_unit(held[read.rank], resharding.source_units)
+        for write in read.writes:
+            (from_layers, from_heads), (to_layers, to_heads) = area(write.source), area(write.destination)
+            values = of_source[from_layers, :, from_heads][take]
+            by_unit(arrived[write.rank], resharding.destination_units)[to_layers, :, to_heads][put] = values
+            by_unit(num_writes[write.rank], resharding.destination_units)[to_layers, :, to_heads][put] += 1
+    assert all(map(np.array_equal, arrived, wanted))
+    for pool, count in zip(wanted, num_writes, strict=True):
+        assert count.max() == 1
+        assert (count[pool >= 0] == 1).all()
+
+
+@pytest.mark.parametrize("sizes", BLOCK_SIZE_PAIRS)
+def test_every_token_is_written_once_whatever_the_block_sizes(sizes: tuple[int, int]) -> None:
+    check_tokens((2, 2, 3, 1, 3), sizes)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(RANKS), st.integers(1, 65), st.integers(1, 65))
+def test_block_sizes_need_not_divide_each_other(ranks: tuple[int, int, int, int, int], one: int, other: int) -> None:
+    if min(one, other) * NUM_BLOCKS > NUM_TOKENS + max(one, other):
+        check_tokens(ranks, (one, other))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("sizes", BLOCK_SIZE_PAIRS)
+def test_every_combination(sizes: tuple[int, int]) -> None:
+    for ranks in RANKS:
+        check_tokens(ranks, sizes)

@@ -16,7 +16,6 @@ from tandem.core.transfer import (
     Grant,
     GrantReply,
     HostIdentity,
-    KvSlice,
     LinkOffer,
     LinkReply,
     Manifest,
@@ -31,10 +30,21 @@ from tandem.wire.transfer import KvTransferClient, KvTransferServicer
 OFFER = LinkOffer(
     "decode-0", "f" * 32, HostIdentity("boot", 1000), (Transport.NCCL, Transport.SHARED_MEMORY, Transport.GLOO)
 )
-REPLY = LinkReply("link-1", "prefill-0", "f" * 32, Transport.SHARED_MEMORY, 77, "socket", b"\x00nonce")
+REPLY = LinkReply(
+    "link-1",
+    "prefill-0",
+    "f" * 32,
+    Transport.SHARED_MEMORY,
+    77,
+    32,
+    2,
+    (3, 2),
+    "socket",
+    (b"\x00nonce", b"b", b"c", b""),
+)
 TOKEN = SampledToken(3, TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0))))
-MANIFEST = Manifest("r", 2, 5, "h" * 32, (9, 0, 4), "f" * 32, 1 << 40, TOKEN)
-GRANT = Grant("link-1", "r", 2, 6, KvSlice(1, 2, 3, 4), 1 << 40, 1 << 20, True)
+MANIFEST = Manifest("r", 2, 5, "h" * 32, (9, 0, 4), "f" * 32, 32, TOKEN)
+GRANT = Grant("link-1", "r", 2, 6, 3, 1 << 40, 1 << 20, True)
 
 
 @dataclass

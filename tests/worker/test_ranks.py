@@ -54,10 +54,11 @@ def running(model: Path, tp: int = 1, pp: int = 1, ops: str = "auto") -> Iterato
     if ranks is not None:
         ranks.start()
     try:
-        engine, pool = load_worker_engine(model, section, ranks)
+        engine, pools = load_worker_engine(model, section, ranks)
         yield engine
         engine.close()
-        pool.close()
+        for pool in pools:
+            pool.close()
     finally:
         if ranks is not None:
             ranks.close()

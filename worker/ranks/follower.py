@@ -1,7 +1,9 @@
-"""A rank that is not rank 0: `python -m tandem.worker.ranks.follower CHANNEL_FD REGION_FD PARENT`, started by rank 0.
+"""A rank that is not rank 0: `python -m tandem.worker.ranks.follower CHANNEL_FD REGION_FD POOL_FD PARENT`, started
+by rank 0.
 
 It loads its part of the model, then computes the steps that rank 0 announces, until it is told to stop. It has no port
-and no scheduler. Any error, a step out of order and the end of rank 0 end the process, and with it the instance.
+and no scheduler. Its KV pool is in memory that rank 0 maps, too: rank 0 writes KV there that comes in, and reads KV
+that leaves. Any error, a step out of order and the end of rank 0 end the process, and with it the instance.
 """
 
 import json
@@ -14,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from tandem.core.config import EngineSection
 from tandem.core.errors import TandemError
 from tandem.core.parent_process import end_with_parent
@@ -21,6 +25,7 @@ from tandem.engine.collectives.shared_memory import SharedRegion
 from tandem.engine.device import choose_device
 from tandem.engine.engine import Engine, RankPlace, load_engine
 from tandem.engine.step_bytes import decode_step
+from tandem.kv_transfer.pool import SharedPool
 from tandem.worker.ranks.channel import FrameKind, RankChannel
 from tandem.worker.ranks.place import MeetingPlace, engine_config
 
@@ -31,7 +36,7 @@ _ADOPTION_S = 10.0
 
 
 def main() -> int:
-    channel_fd, region_fd, parent = map(int, sys.argv[1:])
+    channel_fd, region_fd, pool_fd, parent = map(int, sys.argv[1:])
     if not end_with_parent(parent, _ADOPTION_S):
         return 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: rank 0 drains, and stops this process when idle
@@ -39,7 +44,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     channel = RankChannel(socket.socket(fileno=channel_fd))
     try:
-        _follow(channel, region_fd)
+        _follow(channel, region_fd, pool_fd)
     except EOFError:
         return 1  # rank 0 is gone
     except Exception as error:
@@ -50,8 +55,8 @@ def main() -> int:
     return 0
 
 
-def _follow(channel: RankChannel, region_fd: int) -> None:
-    engine = _load(channel, region_fd)
+def _follow(channel: RankChannel, region_fd: int, pool_fd: int) -> None:
+    engine = _load(channel, region_fd, pool_fd)
     channel.send(FrameKind.READY)
     threading.Thread(target=_stay_alive, args=(channel,), name="alive", daemon=True).start()
     while True:
@@ -61,7 +66,7 @@ def _follow(channel: RankChannel, region_fd: int) -> None:
         engine.follow(*decode_step(payload))
 
 
-def _load(channel: RankChannel, region_fd: int) -> Engine:
+def _load(channel: RankChannel, region_fd: int, pool_fd: int) -> Engine:
     _, payload = channel.receive()
     fields = json.loads(payload)
     section = EngineSection.model_validate(fields["engine"])
@@ -69,8 +74,13 @@ def _load(channel: RankChannel, region_fd: int) -> Engine:
     config = engine_config(Path(fields["model"]), section, rank)
     place = MeetingPlace(shape, SharedRegion(region_fd, shape), Path(fields["store"]))
     os.close(region_fd)
-    collectives = place.collectives(rank, choose_device(config.device))
-    return load_engine(config, place=RankPlace(shape, rank, collectives))
+    device = choose_device(config.device)
+
+    def allocate(num_bytes: int) -> torch.Tensor:
+        pool = SharedPool.open(pool_fd, num_bytes) if device.type == "cpu" else SharedPool.create(num_bytes, device)
+        return pool.tensor.zero_()  # the first touch of a page is slow; not in the first requests
+
+    return load_engine(config, allocate, RankPlace(shape, rank, place.collectives(rank, device)))
 
 
 def _stay_alive(channel: RankChannel) -> None:

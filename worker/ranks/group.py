@@ -1,7 +1,7 @@
 """Rank 0's side of the other ranks of its instance: starts them, announces steps to them, and watches them.
 
 main thread   start() ...................................... close()
-loop thread   place(), [load], wait_ready(), announce(step)...
+loop thread   place(), [load], wait_ready(), map_pools(), announce(step)...
 watch thread  every frame of every rank; a rank that ends, fails or is silent -> waits end, on_lost(error), once
 """
 
@@ -20,12 +20,14 @@ from pathlib import Path
 
 from tandem.core.config import EngineSection
 from tandem.core.errors import InternalError, TandemError
+from tandem.core.kv_layout import KvLayout
 from tandem.engine.collectives.interface import RankLostError
 from tandem.engine.collectives.shared_memory import SharedRegion
 from tandem.engine.device import choose_device
 from tandem.engine.engine import RankPlace
 from tandem.engine.step import SequenceSlice
 from tandem.engine.step_bytes import encode_step
+from tandem.kv_transfer.pool import SharedPool, create_pool_file
 from tandem.worker.ranks.channel import FrameKind, RankChannel
 from tandem.worker.ranks.follower import ALIVE_EVERY_S
 from tandem.worker.ranks.place import MeetingPlace, engine_config
@@ -49,6 +51,7 @@ class RankGroup:
         self._on_lost = on_lost
         self._channels: list[RankChannel] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._pool_fds: list[int] = []  # until `map_pools` takes them
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._meeting: MeetingPlace | None = None
         self._watching: threading.Thread | None = None
@@ -86,6 +89,17 @@ class RankGroup:
             if self._lost is not None:
                 raise self._lost
 
+    def map_pools(self, layout: KvLayout) -> list[SharedPool]:
+        """After `wait_ready`, on a CPU: the KV pools of the other ranks, in their order, for this process to read and
+        write. They are the caller's."""
+        pools: list[SharedPool] = []
+        while self._pool_fds:
+            nbytes = layout.pool_of(1 + len(pools)).pool_bytes
+            assert os.fstat(self._pool_fds[0]).st_size == nbytes, "all ranks divide the model in the same way"
+            pools.append(SharedPool.open(self._pool_fds.pop(0), nbytes))
+            pools[-1].seal()  # the rank has mapped it, too
+        return pools
+
     def announce(self, number: int, slices: Sequence[SequenceSlice]) -> None:
         """Tell the other ranks to compute a step. Raises RankLostError."""
         data = encode_step(number, slices)
@@ -114,6 +128,9 @@ class RankGroup:
             self._watching.join()
         for channel in self._channels:
             channel.close()
+        for fd in self._pool_fds:
+            os.close(fd)
+        self._pool_fds.clear()
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -121,7 +138,8 @@ class RankGroup:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-P", "-m", "tandem.worker.ranks.follower"]
-            fds = (theirs.fileno(), region_fd)
+            self._pool_fds.append(create_pool_file())
+            fds = (theirs.fileno(), region_fd, self._pool_fds[-1])
             path = os.pathsep.join(path for path in sys.path if path)
             process = subprocess.Popen(
                 [*command, *map(str, fds), str(os.getpid())],

@@ -1,0 +1,207 @@
+"""Where KV that comes in is written: blocks of this instance's ranks, which may be divided otherwise than the source's.
+
+All of it runs in the calling thread; `PairPlan` and `OwnPools` are made on the event loop, once for a link.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tandem.core.errors import TransferError
+from tandem.core.kv_layout import KvLayout
+from tandem.kv_transfer.blocks import MAX_VIEW_WORDS, BlockViews, ChunkedBlocks, PoolView, TransferChunk, crc32
+from tandem.kv_transfer.fence import WriteFence
+from tandem.kv_transfer.reshard import KvSlice, RankRead, Resharding, overlap, places
+
+_KEPT_VIEWS = 32  # slices of the own pools whose block views are kept; a shape of peers needs a few
+_BY_UNIT = (0, 1, 3, 2, 4, 5)  # [layer, kv, head, block, unit, word]
+
+
+class OwnPools:
+    """The pools of this instance's ranks, and views over them."""
+
+    def __init__(self, layout: KvLayout, pools: Sequence[Tensor]) -> None:
+        assert len(pools) == layout.num_ranks, "one pool per rank"
+        self.layout = layout
+        self.device = pools[0].device
+        self._view = partial(_view, layout, tuple(pools))
+        make_block_views = lru_cache(_KEPT_VIEWS)(partial(_block_views, layout, tuple(pools)))
+        self.block_views: Callable[[int, KvSlice], BlockViews] = make_block_views  # of a rank, all its blocks
+
+    def view(self, rank: int, kv_slice: KvSlice, units: int) -> PoolView:
+        """A slice of one rank's pool, its blocks divided into `units`."""
+        return self._view(rank, kv_slice, units)
+
+
+def _view(layout: KvLayout, pools: tuple[Tensor, ...], rank: int, kv_slice: KvSlice, units: int) -> PoolView:
+    return PoolView.over(pools[rank], layout.pool_of(rank), kv_slice, units)
+
+
+def _block_views(layout: KvLayout, pools: tuple[Tensor, ...], rank: int, kv_slice: KvSlice) -> BlockViews:
+    return _view(layout, pools, rank, kv_slice, 1).block_views()
+
+
+@dataclass(frozen=True, slots=True)
+class PairPlan:
+    """What is fixed for all transfers from one source instance. `targets[i][j]` is where the bytes of
+    `resharding.reads[i].writes[j]` go in the own pools."""
+
+    source: KvLayout
+    resharding: Resharding
+    pools: OwnPools
+    targets: tuple[tuple[PoolView, ...], ...]
+
+    @classmethod
+    def make(cls, source: KvLayout, pools: OwnPools) -> "PairPlan":
+        resharding = Resharding.between(source, pools.layout)
+        targets = tuple(
+            tuple(pools.view(write.rank, write.destination, resharding.destination_units) for write in read.writes)
+            for read in resharding.reads
+        )
+        return cls(source, resharding, pools, targets)
+
+    def arriving(self, block_ids: Sequence[int], num_tokens: int, max_chunk_bytes: int) -> "list[ArrivingBlocks]":
+        """Of one transfer: what arrives by each read."""
+        return [
+            ArrivingBlocks(self, read, targets, block_ids, num_tokens, max_chunk_bytes)
+            for read, targets in zip(self.resharding.reads, self.targets, strict=True)
+        ]
+
+
+class Places(NamedTuple):
+    """Where units of tokens are in [layer, kv, block, head, unit, word]. `units` None: they are whole blocks."""
+
+    blocks: Tensor
+    units: Tensor | None
+
+
+class ArrivingBlocks(ChunkedBlocks):
+    """The blocks of one read, as they come from the source, and the slices of the own pools to which they go.
+    `block_ids` are the own blocks of all `num_tokens` tokens."""
+
+    def __init__(
+        self,
+        plan: PairPlan,
+        read: RankRead,
+        targets: Sequence[PoolView],
+        block_ids: Sequence[int],
+        num_tokens: int,
+        max_chunk_bytes: int,
+    ) -> None:
+        source = plan.source.pool_of(read.rank)
+        num_blocks = source.blocks_for(num_tokens)
+        super().__init__(source.num_layers, num_blocks, 2 * source.segment_bytes, source.block_size, max_chunk_bytes)
+        self.read = read
+        self._num_heads = source.num_kv_heads
+        self._targets = targets
+        self._resharding = plan.resharding
+        self._block_ids = block_ids
+        self._num_tokens = num_tokens
+        self._device = plan.pools.device
+        self._word = targets[0].words.dtype
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(map(self.chunk_bytes, self.chunks))
+
+    def scatter(self, chunk: TransferChunk, part: Tensor) -> None:
+        """Copy a chunk's bytes into the own blocks."""
+        theirs, ours = self._places(chunk)
+        for _, received, words in self._targets_of(chunk, part):
+            _put(words, ours, received if theirs.units is None else _take(received, theirs))
+
+    def checksum(self) -> int:
+        """CRC-32 of what is in the own blocks, as `LeavingBlocks.checksum` has it of the source's. Raises TransferError
+        when replicas of a head differ."""
+        staging = torch.empty(self.staging_bytes, dtype=torch.uint8, device=self._device)
+        value = 0
+        for chunk in self.chunks:
+            part = staging[: self.chunk_bytes(chunk)]
+            theirs, ours = self._places(chunk)
+            seen: set[KvSlice] = set()
+            for kv_slice, copied, words in self._targets_of(chunk, part):
+                arrived = _take(words, ours)
+                if kv_slice not in seen:
+                    seen.add(kv_slice)
+                    _put(copied, theirs, arrived)
+                elif not torch.equal(_take(copied, theirs), arrived):
+                    raise TransferError("the KV that arrived differs between ranks that hold the same heads")
+            self.clear_unused_slots(chunk, part, self._num_tokens, self._num_heads)
+            value = crc32(part, value)
+        return value
+
+    def _targets_of(self, chunk: TransferChunk, part: Tensor) -> Iterator[tuple[KvSlice, Tensor, Tensor]]:
+        """For each target that has layers of the chunk: its slice of the source, the same of `part`, and its words."""
+        units = self._resharding.source_units
+        shape = (len(chunk.layers), 2, len(chunk.blocks), self._num_heads, units, -1)
+        received = part.view(self._word).view(shape)
+        for write, target in zip(self.read.writes, self._targets, strict=True):
+            kv_slice = write.source
+            layers = overlap(chunk.layers, range(kv_slice.layer_begin, kv_slice.layer_end))
+            if layers:
+                theirs = slice(layers.start - chunk.layers.start, layers.stop - chunk.layers.start)
+                ours = slice(layers.start - kv_slice.layer_begin, layers.stop - kv_slice.layer_begin)
+                heads = slice(kv_slice.head_begin, kv_slice.head_end)
+                yield kv_slice, received[theirs, :, :, heads], target.words[ours]
+
+    def _places(self, chunk: TransferChunk) -> tuple[Places, Places]:
+        """Of the chunk's tokens: in the chunk, and in the own blocks."""
+        resharding = self._resharding
+        if resharding.copies_whole_blocks:
+            ours = self._block_ids[chunk.blocks.start : chunk.blocks.stop]
+            here = torch.arange(len(ours), device=self._device)
+            return Places(here, None), Places(torch.tensor(ours, device=self._device), None)
+        per_block = resharding.source_units
+        last = min(chunk.blocks.stop * per_block, resharding.num_units(self._num_tokens))
+        units = range(chunk.blocks.start * per_block, last)
+        received = unit_places(range(len(units)), per_block, range(len(chunk.blocks)), self._device)
+        return received, unit_places(units, resharding.destination_units, self._block_ids, self._device)
+
+
+def copy_units(
+    source: Tensor,
+    source_ids: Sequence[int],
+    target: Tensor,
+    block_ids: Sequence[int],
+    resharding: Resharding,
+    num_tokens: int,
+    fence: WriteFence,
+) -> None:
+    """Copy the blocks of `num_tokens` tokens to blocks of another size, both in words as in `PoolView`. In pieces small
+    enough to be copied in one thread; see `copy_blocks`. Raises TransferError once the fence is closed."""
+    words_of_layer = source[0, :, 0, :, 0].numel()
+    layer_step = max(1, min(len(source), MAX_VIEW_WORDS // words_of_layer))
+    unit_step = max(1, MAX_VIEW_WORDS // (layer_step * words_of_layer))
+    units = range(resharding.num_units(num_tokens))
+    for first in range(0, len(units), unit_step):
+        some = units[first : first + unit_step]
+        theirs = unit_places(some, resharding.source_units, source_ids, source.device)
+        ours = unit_places(some, resharding.destination_units, block_ids, target.device)
+        for layer in range(0, len(source), layer_step):
+            layers = slice(layer, layer + layer_step)
+            with fence.writing():
+                _put(target[layers], ours, _take(source[layers], theirs))
+
+
+def unit_places(units: range, units_per_block: int, block_ids: Sequence[int], device: torch.device) -> Places:
+    """Where units of a sequence are in the pool whose blocks `block_ids` it has."""
+    positions, numbers = places(units, units_per_block)
+    blocks = [block_ids[position] for position in positions]
+    return Places(torch.tensor(blocks, device=device), torch.tensor(numbers, device=device))
+
+
+def _take(words: Tensor, at: Places) -> Tensor:
+    if at.units is None:
+        return words.index_select(2, at.blocks)
+    return words.permute(_BY_UNIT)[:, :, :, at.blocks, at.units]
+
+
+def _put(words: Tensor, at: Places, values: Tensor) -> None:
+    if at.units is None:
+        words.index_copy_(2, at.blocks, values)
+    else:
+        words.permute(_BY_UNIT)[:, :, :, at.blocks, at.units] = values

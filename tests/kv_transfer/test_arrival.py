@@ -1,0 +1,170 @@
+"""KV of one instance arrives in the pools of another, whatever the ranks and block sizes, by every way of bytes."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.core.errors import TransferError
+from tandem.core.kv_layout import KvLayout
+from tandem.kv_transfer.arrival import OwnPools, PairPlan, copy_units
+from tandem.kv_transfer.blocks import LeavingBlocks, PoolView, copy_blocks
+from tandem.kv_transfer.fence import WriteFence
+
+NUM_BLOCKS = 24
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[KvLayout, KvLayout]:
+    """Two of one model."""
+    heads, head_dim = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(st.sampled_from([1, 2, 4]))
+    dtype = draw(st.sampled_from(["bfloat16", "float32"]))
+
+    def one() -> KvLayout:
+        stages = tuple(draw(st.permutations(draw(st.sampled_from([(5,), (4, 1), (2, 2, 1), (1, 1, 2, 1)])))))
+        size = draw(st.sampled_from([1, 3, 8, 16, 32, 64]))
+        tp = draw(st.sampled_from([1, 2, 3, 4, 8]))
+        return KvLayout(5, NUM_BLOCKS, heads, size, head_dim, dtype, "w", tp=tp, layers_per_stage=stages)
+
+    return one(), one()
+
+
+def random_pools(layout: KvLayout, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [layout.pool_of(rank).pool_bytes for rank in range(layout.num_ranks)]
+    return [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator) for size in sizes]
+
+
+def shaped(pool: torch.Tensor, layout: KvLayout, rank: int) -> torch.Tensor:
+    """[layer, kv, block, head, slot, byte]"""
+    return pool.view(*layout.pool_of(rank).shape[:5], -1)
+
+
+def tokens_of(pools: list[torch.Tensor], layout: KvLayout, block_ids: list[int], num_tokens: int) -> torch.Tensor:
+    """The model's whole KV of the tokens: [layer, kv, token, head, byte]. Replicas must be equal."""
+    whole: dict[tuple[int, int], torch.Tensor] = {}
+    for rank, pool in enumerate(pools):
+        words = (
+            shaped(pool, layout, rank)[:, :, block_ids].permute(0, 3, 1, 2, 4, 5).flatten(3, 4)[:, :, :, :num_tokens]
+        )
+        for i, layer in enumerate(layout.layers(rank)):
+            for j, head in enumerate(layout.heads(rank)):
+                assert torch.equal(whole.setdefault((layer, head), words[i, j]), words[i, j])
+    return torch.stack([whole[key] for key in sorted(whole)])
+
+
+def make_replicas_equal(pools: list[torch.Tensor], layout: KvLayout) -> None:
+    for rank in range(1, layout.num_ranks):
+        if rank % layout.tp and layout.heads(rank) == layout.heads(rank - 1):
+            pools[rank].copy_(pools[rank - 1])
+
+
+@dataclass
+class Transfer:
+    """One of `num_tokens` tokens, with pools full of random bytes on both sides."""
+
+    source: KvLayout
+    destination: KvLayout
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        rng = random.Random(self.num_tokens)
+        self.theirs, self.ours = random_pools(self.source, 1), random_pools(self.destination, 2)
+        make_replicas_equal(self.theirs, self.source)
+        make_replicas_equal(self.ours, self.destination)
+        self.their_ids = rng.sample(range(NUM_BLOCKS), self.source.blocks_for(self.num_tokens))
+        self.our_ids = rng.sample(range(NUM_BLOCKS), self.destination.blocks_for(self.num_tokens))
+        self.before = [pool.clone() for pool in self.ours]
+        self.plan = PairPlan.make(self.source, OwnPools(self.destination, self.ours))
+
+    def copy(self) -> None:
+        """As over shared memory."""
+        resharding = self.plan.resharding
+        for read in resharding.reads:
+            for write in read.writes:
+                pool, layout = self.theirs[read.rank], self.source.pool_of(read.rank)
+                view = PoolView.over(pool, layout, write.source, resharding.source_units)
+                target = self.plan.pools.view(write.rank, write.destination, resharding.destination_units)
+                if resharding.copies_whole_blocks:
+                    ours = self.plan.pools.block_views(write.rank, write.destination)
+                    copy_blocks(view.block_views(), self.their_ids, ours, self.our_ids, WriteFence())
+                else:
+                    copy_units(
+                        *(view.words, self.their_ids, target.words, self.our_ids),
+                        *(resharding, self.num_tokens, WriteFence()),
+                    )
+
+    def send(self, max_chunk_bytes: int) -> None:
+        """As over a process group."""
+        for arriving in self.plan.arriving(self.our_ids, self.num_tokens, max_chunk_bytes):
+            leaving = self.leaving(arriving.read.rank, max_chunk_bytes)
+            assert leaving.chunks == arriving.chunks
+            assert arriving.total_bytes == sum(map(leaving.chunk_bytes, leaving.chunks))
+            staging = torch.empty(leaving.staging_bytes, dtype=torch.uint8)
+            for chunk in leaving.chunks:
+                arriving.scatter(chunk, leaving.gather(chunk, staging))
+
+    def leaving(self, rank: int, max_chunk_bytes: int) -> LeavingBlocks:
+        view = PoolView.over(self.theirs[rank], self.source.pool_of(rank))
+        return LeavingBlocks(view, self.their_ids, max_chunk_bytes)
+
+    def checksums(self) -> list[tuple[int, int]]:
+        """Of what the source has and of what has arrived, by rank of the source."""
+        return [
+            (self.leaving(arriving.read.rank, 500).checksum(self.num_tokens), arriving.checksum())
+            for arriving in self.plan.arriving(self.our_ids, self.num_tokens, 500)
+        ]
+
+    def check(self) -> None:
+        expected = tokens_of(self.theirs, self.source, self.their_ids, self.num_tokens)
+        assert torch.equal(tokens_of(self.ours, self.destination, self.our_ids, self.num_tokens), expected)
+        others = [block for block in range(NUM_BLOCKS) if block not in self.our_ids]
+        for rank, (pool, before) in enumerate(zip(self.ours, self.before, strict=True)):
+            now, then = (shaped(each, self.destination, rank)[:, :, others] for each in (pool, before))
+            assert torch.equal(now, then), "blocks of other requests"
+        assert all(theirs == ours for theirs, ours in self.checksums())
+
+
+@settings(deadline=None, max_examples=60)
+@given(layouts(), st.data())
+def test_kv_arrives_and_other_blocks_stay(both: tuple[KvLayout, KvLayout], data: st.DataObject) -> None:
+    most = NUM_BLOCKS * min(layout.block_size for layout in both)
+    transfer = Transfer(*both, num_tokens=data.draw(st.integers(1, most)))
+    transfer.copy()
+    transfer.check()
+    for pool, before in zip(transfer.ours, transfer.before, strict=True):
+        pool.copy_(before)
+    transfer.send(data.draw(st.integers(1, 5000)))
+    transfer.check()
+
+
+def layout_of(block_size: int = 16, **division: object) -> KvLayout:
+    return KvLayout(4, NUM_BLOCKS, 2, block_size, 4, "bfloat16", "w", **division)  # type: ignore[arg-type]
+
+
+SHAPES = (
+    layout_of(),
+    layout_of(tp=2),
+    layout_of(tp=4),  # replicas
+    layout_of(layers_per_stage=(3, 1)),
+    layout_of(32, tp=2, layers_per_stage=(1, 3)),
+)
+
+
+@pytest.mark.parametrize("destination", SHAPES, ids=range(len(SHAPES)))
+def test_a_flipped_bit_on_any_rank_changes_the_checksum(destination: KvLayout) -> None:
+    transfer = Transfer(layout_of(tp=2), destination, num_tokens=40)
+    transfer.copy()
+    transfer.check()
+    for rank, pool in enumerate(transfer.ours):
+        shaped(pool, destination, rank)[-1, 1, transfer.our_ids[0], -1, 3, -1] ^= 1
+        try:
+            found = any(theirs != ours for theirs, ours in transfer.checksums())
+        except TransferError:  # the ranks that hold the head differ
+            found = True
+        assert found, rank
+        shaped(pool, destination, rank)[-1, 1, transfer.our_ids[0], -1, 3, -1] ^= 1
+    transfer.check()
