@@ -14,7 +14,9 @@ BESIDE := tests/placement tests/engine tests/models tests/bench tests/fuzz tests
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint types layers proto proto-check test-fast test-slow chaos soak bench clean
+HELM := build/tools/helm
+
+.PHONY: help setup serve test lint types layers proto proto-check check-deploy test-fast test-slow chaos soak bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 serve: setup ## start the built-in model, or FILE=serve.yaml; Ctrl-C ends it
 	@exec $(BIN)/tandem serve $(FILE)
 
-test: setup lint types layers proto-check ## what CI runs: all checks, and all tests but the slow ones with their coverage
+test: setup lint types layers proto-check $(HELM) ## what CI runs: all checks, and all tests but the slow ones with their coverage
 	@mkdir -p build/coverage && $(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest -q --durations=15 $(BESIDE) > build/beside.log 2>&1 & trap "kill $$!" INT TERM; \
 	$(BIN)/coverage run -m pytest -q --durations=15 $(BESIDE:%=--ignore=%); others=$$?; \
@@ -64,7 +66,13 @@ proto-check: setup ## check that the stubs are those of the .proto files
 	@for file in build/proto/$(PROTO_PACKAGE)/*; do cmp "$$file" "$(PROTO_PACKAGE)/$${file##*/}" || exit 1; done \
 	  || { echo "the stubs are out of date: run make proto" >&2; exit 1; }
 
-test-fast: setup ## the tests that need no Ray
+$(HELM): .ci/fetch_helm.py | $(STAMP)
+	@$(BIN)/python .ci/fetch_helm.py $(@D)
+
+check-deploy: setup $(HELM) ## the Helm chart, rendered and held against the schemas of Kubernetes; what runs in its containers
+	$(BIN)/python -m pytest -q tests/deploy/kubernetes
+
+test-fast: setup $(HELM) ## the tests that need no Ray
 	$(BIN)/python -m pytest -q --ignore=tests/deploy/test_ray_cluster.py --ignore=tests/cluster \
 	  --ignore=tests/chaos
 

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 LINKS = [path for path in (ROOT / "tandem").iterdir() if path.is_symlink()]
 DATA = (
     "py.typed",
+    "deploy/kubernetes/chart/**/*",
+    "deploy/kubernetes/chart/.helmignore",
     "engine/native/*.cpp",
     "engine/native/*.h",
     "models/tiny-python/*",

@@ -1,0 +1,57 @@
+{{- /* Rules between values, beyond values.schema.json: each fails with a sentence. */ -}}
+{{- define "tandem.validate" -}}
+{{- $groups := (include "tandem.groups" . | fromJson).groups -}}
+{{- $names := list -}}
+{{- $roles := list -}}
+{{- range $groups -}}
+{{- if has .name $names -}}
+{{- fail (printf "workers.groups: two groups have the name '%s'; give each its own" .name) -}}
+{{- end -}}
+{{- if has .name (list "router" "control") -}}
+{{- fail (printf "workers.groups: '%s' is the name of another object of this release; choose another one" .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- $roles = append $roles .role -}}
+{{- $engine := default dict .instance.engine -}}
+{{- $ranks := mul (default 1 $engine.tp) (default 1 $engine.pp) -}}
+{{- $device := default "auto" $engine.device -}}
+{{- if and (gt (int $ranks) 1) (ne .role "colocated") -}}
+{{- fail (printf "workers.groups: '%s' has %d ranks and the role %s, but KV moves only between instances of one rank; make it colocated, or set instance.engine.tp and pp to 1" .name $ranks .role) -}}
+{{- end -}}
+{{- if and (gt (int .gpus) 0) (ne (int .gpus) (int $ranks)) -}}
+{{- fail (printf "workers.groups: '%s' has %d ranks (instance.engine.tp x pp) and %d GPUs; set gpus to %d" .name $ranks (int .gpus) $ranks) -}}
+{{- end -}}
+{{- if and (hasPrefix "cuda" $device) (eq (int .gpus) 0) -}}
+{{- fail (printf "workers.groups: '%s' computes on %s and gets no GPU; set gpus to %d" .name $device $ranks) -}}
+{{- end -}}
+{{- if and (eq (int .rollout.maxSurge) 0) (eq (int .rollout.maxUnavailable) 0) -}}
+{{- fail (printf "workers.groups: '%s' could never be updated, since rollout.maxSurge and rollout.maxUnavailable are both 0; set one to 1" .name) -}}
+{{- end -}}
+{{- if and .autoscaling.enabled (not $.Values.monitoring.prometheusAddress) -}}
+{{- fail (printf "workers.groups: '%s' is scaled by metrics, and there is no monitoring.prometheusAddress; set it, such as http://prometheus.monitoring:9090" .name) -}}
+{{- end -}}
+{{- if and .autoscaling.enabled (gt (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas)) -}}
+{{- fail (printf "workers.groups: '%s' has autoscaling.minReplicas %d above maxReplicas %d" .name (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- if ne (has "prefill" $roles) (has "decode" $roles) -}}
+{{- fail (printf "workers.groups: there is no %s group; prefill and decode groups need each other" (ternary "decode" "prefill" (has "prefill" $roles))) -}}
+{{- end -}}
+{{- $autoscaling := .Values.router.autoscaling -}}
+{{- if and $autoscaling.enabled (not .Values.monitoring.prometheusAddress) -}}
+{{- fail "router.autoscaling is enabled, and there is no monitoring.prometheusAddress; set it, such as http://prometheus.monitoring:9090" -}}
+{{- end -}}
+{{- if and $autoscaling.enabled (gt (int $autoscaling.minReplicas) (int $autoscaling.maxReplicas)) -}}
+{{- fail (printf "router.autoscaling.minReplicas is %d, above maxReplicas %d" (int $autoscaling.minReplicas) (int $autoscaling.maxReplicas)) -}}
+{{- end -}}
+{{- $model := .Values.model -}}
+{{- if and (eq $model.source "persistentVolumeClaim") (not $model.persistentVolumeClaim) -}}
+{{- fail "model.source is persistentVolumeClaim; name the claim with model.persistentVolumeClaim" -}}
+{{- end -}}
+{{- if and (eq $model.source "hostPath") (not $model.hostPath) -}}
+{{- fail "model.source is hostPath; name the folder of the nodes with model.hostPath" -}}
+{{- end -}}
+{{- if and (eq $model.source "download") (not $model.download.repository) -}}
+{{- fail "model.source is download; name the repository with model.download.repository, such as Qwen/Qwen3-8B" -}}
+{{- end -}}
+{{- end -}}

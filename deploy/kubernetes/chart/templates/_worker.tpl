@@ -1,0 +1,88 @@
+{{- define "tandem.workerLabels" -}}
+{{ include "tandem.selectorLabels" .root }}
+app.kubernetes.io/component: worker
+tandem.serve/group: {{ .group.name }}
+{{- end -}}
+
+{{- /* What `tandem worker` reads. */ -}}
+{{- define "tandem.workerSettings" -}}
+{{- $root := .root -}}
+{{- dict
+  "model" (include "tandem.modelPath" $root)
+  "model_name" (include "tandem.modelName" $root)
+  "role" .group.role
+  "name" .group.name
+  "routers" (list (printf "%s-control.%s.svc:8002" (include "tandem.fullname" $root) $root.Release.Namespace))
+  "cluster_token" "file:/run/secrets/tandem/token"
+  "plan_epoch" (include "tandem.planEpoch" $root)
+  "instance" .group.instance
+| toYaml -}}
+{{- end -}}
+
+{{- /* A PodTemplateSpec; takes root and group (with its defaults). */ -}}
+{{- define "tandem.workerPod" -}}
+{{- $root := .root -}}
+{{- $group := .group -}}
+{{- $workers := $root.Values.workers -}}
+metadata:
+  labels:
+    {{- include "tandem.labels" $root | nindent 4 }}
+    app.kubernetes.io/component: worker
+    tandem.serve/group: {{ $group.name }}
+    tandem.serve/role: {{ $group.role }}
+    tandem.serve/plan-epoch: {{ include "tandem.planEpoch" $root | quote }}
+  annotations:
+    tandem.serve/settings: {{ include "tandem.workerSettings" . | quote }}
+    {{- with $group.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  terminationGracePeriodSeconds: {{ add $workers.drainSeconds 15 }}
+  {{- include "tandem.scheduling" (dict "root" $root "section" $group "labels" (include "tandem.workerLabels" .)) | nindent 2 }}
+  {{- include "tandem.initContainers" (dict "root" $root) | nindent 2 }}
+  containers:
+    - name: worker
+      image: {{ include "tandem.image" $root }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      args: [worker, /etc/tandem/settings.yaml, --grace, {{ $workers.drainSeconds | quote }}, --set, "listen=$(POD_IP):8003"]
+      env:
+        - {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
+        {{- with $group.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      ports:
+        - {name: worker, containerPort: 8003}
+      startupProbe:
+        grpc: {port: 8003}
+        periodSeconds: 5
+        timeoutSeconds: 5
+        failureThreshold: {{ div (add $workers.loadSeconds 4) 5 }}
+      readinessProbe:
+        grpc: {port: 8003}
+        periodSeconds: 5
+        timeoutSeconds: 5
+      livenessProbe:  # a stalled step is none of its business: the process ends a hung step itself
+        grpc: {port: 8003, service: liveness}
+        periodSeconds: 10
+        timeoutSeconds: 10
+        failureThreshold: 6
+      resources:
+        requests:
+          {{- toYaml $group.resources.requests | nindent 10 }}
+        limits:
+          {{- toYaml $group.resources.limits | nindent 10 }}
+          {{- if $group.gpus }}
+          {{ $group.gpuResource }}: {{ $group.gpus }}
+          {{- end }}
+          {{- if $group.rdma.resource }}
+          {{ $group.rdma.resource }}: {{ $group.rdma.count }}
+          {{- end }}
+      securityContext: {{- include "tandem.containerSecurity" (ternary (list "IPC_LOCK") list (ne $group.rdma.resource "")) | nindent 8 }}
+      volumeMounts:
+        {{- include "tandem.volumeMounts" $root | nindent 8 }}
+        - {name: shm, mountPath: /dev/shm}
+  volumes:
+    {{- include "tandem.volumes" $root | nindent 4 }}
+    - name: shm
+      emptyDir: {medium: Memory, sizeLimit: {{ $group.shmSize }}}
+{{- end -}}

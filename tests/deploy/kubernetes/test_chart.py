@@ -1,0 +1,252 @@
+"""The Helm chart, rendered for several values and versions of Kubernetes."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tandem.core.config import RouterConfig, WorkerConfig
+from tandem.core.config_file import load_config
+from tandem.deploy.kubernetes.values import ChartValues
+from tests.deploy.kubernetes.manifests import (
+    CHART,
+    KUBERNETES_VERSIONS,
+    NAMESPACE,
+    ROOT,
+    Document,
+    find,
+    helm,
+    mistakes_of,
+    pod_templates,
+    render,
+    try_render,
+)
+
+VALUES = {"defaults": None} | {path.name: path for path in sorted((CHART / "ci").glob("*.yaml"))}
+SETTINGS = "tandem.serve/settings"
+
+
+def settings_of(template: Document) -> str:
+    return str(template["metadata"]["annotations"][SETTINGS])
+
+
+def test_helm_finds_nothing_to_complain_about() -> None:
+    ended = helm("lint", "--strict", CHART, *(part for path in VALUES.values() if path for part in ("--values", path)))
+    assert ended.returncode == 0, ended.stdout
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+@pytest.mark.parametrize("values", VALUES)
+def test_every_document_has_the_schema_of_its_kind(values: str, version: str) -> None:
+    documents = render(VALUES[values], version=version)
+    assert documents
+    assert [mistake for document in documents for mistake in mistakes_of(document, version)] == []
+    names = [(document["kind"], document["metadata"]["name"]) for document in documents]
+    assert len(set(names)) == len(names)
+    assert max(len(name) for _, name in names) <= 53
+
+
+def test_the_schemas_are_strict() -> None:
+    """Else the test above would show nothing."""
+    deployment, lws = (
+        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "x"}},
+        {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "metadata": {"name": "x"}},
+    )
+    (mistake,) = mistakes_of(deployment | {"spec": {"replica": 1, "selector": {}, "template": {}}}, "1.34")
+    assert "'replica' was unexpected" in mistake
+    assert any("'replica' was unexpected" in each for each in mistakes_of(lws | {"spec": {"replica": 1}}, "1.34"))
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_code() -> None:
+    assert ChartValues.model_validate(yaml.safe_load((CHART / "values.yaml").read_text())) == ChartValues()
+
+
+@pytest.mark.parametrize("values", [name for name, path in VALUES.items() if path])
+def test_the_code_reads_values_as_helm_does(values: str) -> None:
+    ChartValues.model_validate(yaml.safe_load((CHART / "ci" / values).read_text()))
+
+
+def test_every_value_is_explained() -> None:
+    schema = ChartValues.model_json_schema()
+    sections = {"ChartValues": schema} | schema["$defs"]
+    in_serve_files = ("RouterSection", "InstanceSection", "EngineSection", "SloClass", "StepCoefficients")
+    unexplained = [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        if name not in in_serve_files and "properties" in section
+        for key, value in section["properties"].items()
+        if "description" not in sections.get(value.get("$ref", "").rpartition("/")[2], value)
+        and "description" not in value
+    ]
+    assert unexplained == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["router.replicas='2'"], "at '/router/replicas': got string, want integer"),
+        (["workers.drain=3"], "at '/workers': additional properties 'drain' not allowed"),
+        (["router.settings.max_que=3"], "at '/router/settings': additional properties 'max_que' not allowed"),
+        (['workers.groups=[{"name": "A", "role": "colocated"}]'], "at '/workers/groups/0/name'"),
+        (['workers.groups=[{"name": "a", "role": "both"}]'], "value must be one of 'prefill', 'decode', 'colocated'"),
+        (["workers.groups=[]"], "at '/workers/groups': minItems"),
+        (['model.source="bucket"'], "at '/model/source': value must be one of"),
+        (['model.source="persistentVolumeClaim"'], "name the claim with model.persistentVolumeClaim"),
+        (['model.source="hostPath"'], "name the folder of the nodes with model.hostPath"),
+        (['model.source="download"'], "name the repository with model.download.repository"),
+        (['workers.groups=[{"name": "a", "role": "prefill"}]'], "there is no decode group"),
+        (['workers.groups=[{"name": "a", "role": "decode"}]'], "there is no prefill group"),
+        (
+            ['workers.groups=[{"name": "a", "role": "colocated"}, {"name": "a", "role": "colocated"}]'],
+            "two groups have the name 'a'; give each its own",
+        ),
+        (['workers.groups=[{"name": "router", "role": "colocated"}]'], "'router' is the name of another object"),
+        (
+            ['workers.groups=[{"name": "a", "role": "colocated", "instance": {"engine": {"tp": 2}}, "gpus": 1}]'],
+            "'a' has 2 ranks (instance.engine.tp x pp) and 1 GPUs; set gpus to 2",
+        ),
+        (
+            ['workers.groups=[{"name": "a", "role": "colocated", "instance": {"engine": {"device": "cuda"}}}]'],
+            "'a' computes on cuda and gets no GPU; set gpus to 1",
+        ),
+        (['workers.defaults.rollout={"maxSurge": 0}'], "'prefill' could never be updated"),
+        (["router.autoscaling.enabled=true"], "there is no monitoring.prometheusAddress; set it"),
+        (["workers.defaults.autoscaling.enabled=true"], "'prefill' is scaled by metrics, and there is no monitoring"),
+        (
+            ["router.autoscaling={'enabled': true, 'minReplicas': 9}", "monitoring.prometheusAddress='http://p:9090'"],
+            "router.autoscaling.minReplicas is 9, above maxReplicas 8",
+        ),
+    ],
+)
+def test_bad_values_fail_with_a_sentence(settings: list[str], sentence: str) -> None:
+    ended = try_render(*(part for each in settings for part in ("--set-json", each.replace("'", '"'))))
+    assert ended.returncode != 0
+    assert sentence in ended.stderr
+
+
+# --- pods ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_no_pod_may_more_than_it_needs(values: str) -> None:
+    for template in pod_templates(render(VALUES[values])):
+        spec = template["spec"]
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"]["drop"] == ["ALL"]
+            assert set(security["capabilities"].get("add", [])) <= {"IPC_LOCK"}
+            assert container["resources"]["requests"]
+            assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_processes_read_the_settings_that_pods_give_them(values: str, tmp_path: Path) -> None:
+    documents = render(VALUES[values])
+    path = tmp_path / "settings.yaml"
+    epochs, roles = set(), set()
+    for template in pod_templates(documents):
+        if SETTINGS not in template["metadata"].get("annotations", {}):
+            continue
+        path.write_text(settings_of(template))
+        (container,) = template["spec"]["containers"]
+        assert container["args"][:2] == [container["name"], "/etc/tandem/settings.yaml"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert set(mounts) <= {volume["name"] for volume in template["spec"]["volumes"]}
+        grace_s = float(container["args"][container["args"].index("--grace") + 1])
+        assert template["spec"]["terminationGracePeriodSeconds"] >= grace_s + 15
+        if container["name"] == "router":
+            router = load_config(path, RouterConfig)
+            ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+            for name in ("http", "grpc", "control"):
+                assert getattr(router.router, name) == f"0.0.0.0:{ports[name]}"
+            continue
+        worker = load_config(path, WorkerConfig)
+        assert worker.served_name == router_name(documents, tmp_path)
+        (address,) = worker.routers
+        host, port = address.split(":")
+        service = find(documents, "Service", host.removesuffix(f".{NAMESPACE}.svc"))
+        assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+        assert service["spec"]["ports"][0]["port"] == int(port)
+        assert container["args"][-1] == "listen=$(POD_IP):8003"
+        assert container["livenessProbe"]["grpc"] == {"port": 8003, "service": "liveness"}
+        assert container["readinessProbe"]["grpc"] == {"port": 8003}
+        assert mounts["shm"] == "/dev/shm"
+        epochs.add(worker.plan_epoch)
+        roles.add(worker.role)
+    assert len(epochs) == 1
+    assert roles
+
+
+def router_name(documents: tuple[Document, ...], folder: Path) -> str:
+    (template,) = (each for each in pod_templates(documents) if each["spec"]["containers"][0]["name"] == "router")
+    path = folder / "router.yaml"
+    path.write_text(settings_of(template))
+    return load_config(path, RouterConfig).served_name
+
+
+def worker_of(documents: tuple[Document, ...], group: str) -> Document:
+    templates = pod_templates(documents)
+    (found,) = (each for each in templates if each["metadata"]["labels"].get("tandem.serve/group") == group)
+    return found
+
+
+def test_devices_and_the_checkpoint_of_a_group() -> None:
+    documents = render(VALUES["gpu-values.yaml"])
+    (container,) = worker_of(documents, "prefill")["spec"]["containers"]
+    assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": 1, "rdma/hca": 1}
+    assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+    both = worker_of(documents, "both")["spec"]
+    assert both["containers"][0]["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": 2}
+    assert "add" not in both["containers"][0]["securityContext"]["capabilities"]
+    volumes = {volume["name"]: volume for volume in both["volumes"]}
+    assert volumes["model"]["persistentVolumeClaim"] == {"claimName": "checkpoints", "readOnly": True}
+    assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+    assert "model: /models/llama/Llama-3.1-8B-Instruct\n" in settings_of(worker_of(documents, "both"))
+
+
+def test_the_epoch_changes_with_what_makes_instances_unlike_and_with_nothing_else() -> None:
+    def epoch(*settings: str) -> str:
+        template = worker_of(render(None, *settings), "decode")
+        label = str(template["metadata"]["labels"]["tandem.serve/plan-epoch"])
+        assert f"plan_epoch: {label}\n" in settings_of(template).replace('"', "")
+        return label
+
+    same = (
+        "router.replicas=5",
+        "workers.defaults.replicas=3",
+        'workers.defaults.nodeSelector={"a": "b"}',
+        'router.settings={"max_queue": 5}',
+    )
+    assert {epoch(each) for each in same} == {epoch()}
+    others = ('image.tag="2"', 'workers.defaults.instance={"max_batch": 7}', 'model.name="x"', 'planEpoch="3"')
+    assert len({epoch(), *map(epoch, others)}) == 1 + len(others)
+
+
+def test_names_and_versions_agree_with_the_package() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert chart["version"] == chart["appVersion"] == project["version"]
+    assert re.search(r"(?m)^  - tandem$|^name: tandem$", (CHART / "Chart.yaml").read_text())
+
+
+# --- scaling and monitoring ------------------------------------------------------------------------------------------
+
+
+def test_what_is_scaled_has_no_number_of_its_own() -> None:
+    documents = render(VALUES["download-values.yaml"])
+    scaled = {each["spec"]["scaleTargetRef"]["name"] for each in documents if each["kind"] == "ScaledObject"}
+    assert scaled == {"chat-router", "chat-prefill", "chat-decode", "chat-both"}
+    for document in documents:
+        if document["kind"] == "Deployment":
+            assert ("replicas" in document["spec"]) == (document["metadata"]["name"] not in scaled)
+    assert find(documents, "Deployment", "chat-fixed")["spec"]["replicas"] == 0
