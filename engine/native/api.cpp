@@ -168,8 +168,12 @@ void tandem_destroy(void* context) { delete static_cast<Context*>(context); }
 
 // The instructions that this build multiplies with.
 const char* tandem_instructions() {
-#if defined(TANDEM_EMULATE_BF16_DOT)
+#if defined(TANDEM_EMULATE_TILES)
+    return "emulated amx_bf16";
+#elif defined(TANDEM_EMULATE_BF16_DOT)
     return "emulated bf16";
+#elif defined(TANDEM_TILES)
+    return "amx_bf16";
 #elif defined(__AVX512BF16__)
     return "avx512_bf16";
 #elif defined(__AVX512F__)

@@ -86,7 +86,13 @@ inline void pack_keys(const float* const* key, int count, int head_dim, float* p
 
 // Packs `count` <= TILE values of one head as right sides of weight x value: panels of 32 head dimensions over pairs of
 // keys. In a bf16 panel the even dimensions come first, then the odd ones (the order in which a mask and a shift split
-// them); value_column() gives a dimension's column.
+// them); value_column() gives a dimension's column. The keys end with zeros up to a multiple of VALUE_PAIRS: a row has
+// weights of zero there, but what is no number times zero is none.
+#if defined(TANDEM_TILES)
+constexpr int VALUE_PAIRS = TILE_PAIRS;
+#else
+constexpr int VALUE_PAIRS = 1;
+#endif
 inline void pack_values(const bf16* const* value, int count, int head_dim, uint32_t* panels) {
     const int pairs = (count + 1) / 2;
     constexpr int HALF = PANEL / 2;
@@ -112,6 +118,9 @@ inline void pack_values(const bf16* const* value, int count, int head_dim, uint3
             }
         }
     }
+    for (int pair = pairs; pair % VALUE_PAIRS; ++pair)
+        for (int dim = 0; dim < head_dim; dim += PANEL)
+            std::memset(panels + (int64_t(dim / PANEL) * (TILE / 2) + pair) * PANEL, 0, PANEL * sizeof(*panels));
 }
 inline int value_column(int dim, const uint32_t*) {
     int within = dim % PANEL;
@@ -209,6 +218,7 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
     const int rows = (last_token - first_token) * group;
     const int value_panels = (dim + PANEL - 1) / PANEL, out_stride = value_panels * PANEL;
     const int dim_pairs = (dim + 1) / 2;
+    [[maybe_unused]] const typename W::Registers registers;
     Element* keys = reinterpret_cast<Element*>(scratch.keys);
     Element* values = reinterpret_cast<Element*>(scratch.values);
     Left* queries = reinterpret_cast<Left*>(scratch.queries);
@@ -239,7 +249,7 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
     };
     const Kv *addresses[2][TILE], **now = addresses[0], **next = addresses[1];
     locate(begin / TILE * TILE, next);
-    const Split blocks(rows, MAX_ROWS);
+    const Split blocks(rows, W::ROWS, W::TILES ? W::ROWS : 1);
     for (int64_t tile = begin / TILE * TILE; tile < end; tile += TILE) {
         const int count = int(std::min<int64_t>(TILE, end - tile));
         std::swap(now, next);
@@ -265,8 +275,8 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
             multiply<W>(queries + row0 * ROW_STRIDE, size, keys, int64_t(dim_pairs) * W::PAIR, panels, dim_pairs,
                         {nullptr, 0, scores, ROW_STRIDE});
             // Of this tile alone. A row that attends to no key of the tile adds nothing.
-            float maxima[MAX_ROWS + VL], sums[MAX_ROWS + VL] = {};
-            std::fill_n(maxima, MAX_ROWS + VL, -INFINITY);
+            float maxima[W::ROWS + VL], sums[W::ROWS + VL] = {};
+            std::fill_n(maxima, W::ROWS + VL, -INFINITY);
             for (int r = 0; r < size; ++r) {
                 const int64_t position = start + first_token + (row0 + r) / group;
                 const int low = int(std::max<int64_t>(0, position - shape.window + 1 - tile));
@@ -285,7 +295,10 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
             } else {
                 weights = scores;
             }
-            multiply<W>(weights, size, values, int64_t(TILE / 2) * W::PAIR, value_panels, (visible + 1) / 2,
+            int pairs = (visible + 1) / 2;
+            // All of them in tiles, however many keys this block of rows attends to: the result would depend on it.
+            if constexpr (W::TILES) pairs = (pairs + VALUE_PAIRS - 1) / VALUE_PAIRS * VALUE_PAIRS;
+            multiply<W>(weights, size, values, int64_t(TILE / 2) * W::PAIR, value_panels, pairs,
                         {nullptr, 0, scratch.partial, out_stride});
             merge(scratch.maxima + row0, scratch.sums + row0, scratch.outputs + row0 * out_stride, maxima, sums,
                   scratch.partial, size, out_stride);

@@ -5,17 +5,19 @@
 //
 //     bf16   panel[k / 2][column][k % 2]          float  panel[k][column]
 //
-// This is the operand order of the bf16 dot product instruction. Without the instruction a shift and a mask widen a
-// vector of words to two vectors of floats. Weights are read from memory as bf16, in order, once per block of rows.
+// This is the operand order of the bf16 dot product instruction, and of the tile registers (tiles.h). Without these
+// instructions a shift and a mask widen a vector of words to two vectors of floats. Weights are read from memory as bf16,
+// in order, once per block of rows.
 //
-// Every output is one chain of multiply-adds in the order of k for any number of rows, columns and threads: a row's
-// result does not depend on the batch, to the last bit.
+// Every output is one chain of additions in the order of k for any number of rows, columns and threads: a row's result
+// does not depend on the batch, to the last bit.
 #pragma once
 
 #include <algorithm>
 
 #include "rowwise.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace tandem {
 
@@ -25,9 +27,14 @@ constexpr int ROW_STRIDE = KC + 16;         // of the left side's copy; no power
 constexpr int GROUP = 2 * VL;               // columns that one row's pair of accumulators holds
 constexpr int GROUPS_PER_PANEL = PANEL / GROUP;
 #if defined(__AVX512F__)
-constexpr int MAX_ROWS = 12;                // 24 accumulators of 32 registers
+constexpr int KERNEL_ROWS = 12;             // 24 accumulators of 32 registers
 #else
-constexpr int MAX_ROWS = 6;                 // 12 of 16
+constexpr int KERNEL_ROWS = 6;              // 12 of 16
+#endif
+#if defined(TANDEM_TILES)
+constexpr int MAX_ROWS = 2 * TILE_ROWS;     // of one call of multiply(), with any type of weights
+#else
+constexpr int MAX_ROWS = KERNEL_ROWS;
 #endif
 constexpr int MAX_GROUPS = 4;
 
@@ -41,7 +48,9 @@ struct FloatWeights {
     using Element = float;
     using Left = float;
     static constexpr int PAIR = 2 * PANEL;  // elements from one pair of k to the next
-    static constexpr bool DOT = false;
+    static constexpr bool DOT = false, TILES = false;
+    struct Registers {};
+    static constexpr int ROWS = KERNEL_ROWS;  // of one call of multiply()
     static constexpr int LEFT_PER_PAIR = 2;
     static vf even(const float* p) { return load(p); }
     static vf odd(const float* p) { return load(p + PANEL); }
@@ -50,6 +59,14 @@ struct FloatWeights {
 struct Bf16Weights {
     using Element = uint32_t;
     static constexpr int PAIR = PANEL;
+#if defined(TANDEM_TILES)
+    static constexpr bool TILES = true;
+    using Registers = TileRegisters;
+#else
+    static constexpr bool TILES = false;
+    struct Registers {};
+#endif
+    static constexpr int ROWS = MAX_ROWS;
     static vf even(const uint32_t* p) { return (vf)(load(p) << 16); }
     static vf odd(const uint32_t* p) { return (vf)(load(p) & 0xffff0000u); }
 #if defined(__AVX512BF16__) || defined(TANDEM_EMULATE_BF16_DOT)
@@ -146,11 +163,11 @@ Kernel<W> choose_kernel(int rows, bool wide, std::integer_sequence<int, R...>) {
     return (wide ? WIDE : NARROW)[rows - 1];
 }
 
-// `panels` consecutive panels, `rows` <= MAX_ROWS: to[rows][panels * 32] = from + left[rows][2 * pairs] * right.
+// `panels` consecutive panels, `rows` <= KERNEL_ROWS: to[rows][panels * 32] = from + left[rows][2 * pairs] * right.
 template <class W>
-void multiply(const typename W::Left* left, int rows, const typename W::Element* right, int64_t panel_stride, int panels,
-              int pairs, const Sums& c) {
-    using Rows = std::make_integer_sequence<int, MAX_ROWS>;
+void multiply_vectors(const typename W::Left* left, int rows, const typename W::Element* right, int64_t panel_stride,
+                      int panels, int pairs, const Sums& c) {
+    using Rows = std::make_integer_sequence<int, KERNEL_ROWS>;
     int groups = panels * GROUPS_PER_PANEL;
     for (int group = 0; group < groups;) {
         bool wide = group + groups_for(rows) <= groups;
@@ -165,20 +182,54 @@ void multiply(const typename W::Left* left, int rows, const typename W::Element*
     }
 }
 
-// Divides `count` items into blocks of at most `limit` and of nearly equal sizes. Block `i` begins at start(i).
+// The same for `rows` <= W::ROWS. With tiles, `left` and `c.from` have readable memory up to a multiple of 16 rows.
+template <class W>
+void multiply(const typename W::Left* left, int rows, const typename W::Element* right, int64_t panel_stride, int panels,
+              int pairs, const Sums& c) {
+#if defined(TANDEM_TILES)
+    if constexpr (W::TILES) {
+        const int steps = pairs / TILE_PAIRS, rest = pairs % TILE_PAIRS;
+        for (int panel = 0; panel < panels && steps;) {
+            const auto* from_right = right + panel * panel_stride;
+            const Sums sums = c.at(0, panel * PANEL);
+            auto run = [&](auto tiles) {
+                tiles(left, ROW_STRIDE, rows, from_right, panel_stride, steps, sums.from, sums.from_stride, sums.to,
+                      sums.to_stride);
+            };
+            if (rows > TILE_ROWS)
+                run(multiply_tiles<2, 1>), panel += 1;
+            else if (panel + 2 <= panels)
+                run(multiply_tiles<1, 2>), panel += 2;
+            else
+                run(multiply_tiles<1, 1>), panel += 1;
+        }
+        // Fewer pairs than a register has rows.
+        const Sums sums = steps ? Sums{c.to, c.to_stride, c.to, c.to_stride} : c;
+        for (int row = 0; row < rows && rest; row += KERNEL_ROWS)
+            multiply_vectors<W>(left + row * ROW_STRIDE + steps * TILE_PAIRS, std::min(KERNEL_ROWS, rows - row),
+                                right + int64_t(steps) * TILE_PAIRS * W::PAIR, panel_stride, panels, rest, sums.at(row, 0));
+        return;
+    }
+#endif
+    multiply_vectors<W>(left, rows, right, panel_stride, panels, pairs, c);
+}
+
+// Divides `count` items into blocks of at most `limit`, of nearly equal sizes that are multiples of `unit` (the last one
+// need not be). `limit` is a multiple of `unit`. Block `i` begins at start(i).
 struct Split {
-    int count, blocks;
-    Split(int count, int limit) : count(count), blocks((count + limit - 1) / limit) {}
-    int start(int i) const { return int(int64_t(count) * i / blocks); }
+    int count, unit, units, blocks;
+    Split(int count, int limit, int unit = 1)
+        : count(count), unit(unit), units((count + unit - 1) / unit), blocks((count + limit - 1) / limit) {}
+    int start(int i) const { return std::min(count, int(int64_t(units) * i / blocks) * unit); }
     int size(int i) const { return start(i + 1) - start(i); }
 };
 
-// Divides k into runs. All runs but the last have an even length.
+// Divides k into runs. The length of all runs but the last is a multiple of a tile's.
 struct KSplit {
     int k, length, blocks;
     explicit KSplit(int k) : k(k) {
         int wanted = (k + KC - 1) / KC;
-        length = ((k + wanted - 1) / wanted + 1) & ~1;
+        length = ((k + wanted - 1) / wanted + 31) & ~31;
         blocks = (k + length - 1) / length;
     }
     int start(int i) const { return i * length; }
@@ -197,17 +248,23 @@ struct PackedWeights {
     int64_t panels() const { return (columns + PANEL - 1) / PANEL * panels_per_output(); }
 };
 
-// Rows whose copy stays in a core's L2 cache. The minimum bounds how often the weights are read.
+// Rows whose copy stays in a core's L2 cache; with tiles a multiple of MAX_ROWS. The minimum bounds how often the weights
+// are read.
 inline int chunk_rows(int64_t k) {
     int64_t bytes_per_row = int64_t(KSplit(int(k)).blocks) * ROW_STRIDE * 4;
-    return int(std::clamp<int64_t>((int64_t(576) << 10) / bytes_per_row, 48, 192));
+    constexpr bool TILED = MAX_ROWS > KERNEL_ROWS;
+    int64_t rows = std::clamp<int64_t>((int64_t(576) << 10) / bytes_per_row, TILED ? 64 : 48, 192);
+    return int(TILED ? rows / MAX_ROWS * MAX_ROWS : rows);
 }
 
-inline size_t left_bytes(int64_t k) { return size_t(chunk_rows(k)) * KSplit(int(k)).blocks * ROW_STRIDE * 4; }
+// The last tile may read up to MAX_ROWS rows beyond the chunk's.
+inline size_t left_bytes(int64_t k) {
+    return size_t(chunk_rows(k) * KSplit(int(k)).blocks + MAX_ROWS) * ROW_STRIDE * 4;
+}
 constexpr size_t TILE_BYTES = size_t(192) * PANEL * 4 * 2;
 
 // Panels computed together: several for few rows (parallel memory streams), as few as possible for many rows.
-inline int panels_at_once(int rows, bool gated) { return rows <= MAX_ROWS ? 4 : gated ? 2 : 1; }
+inline int panels_at_once(int rows, bool gated) { return rows <= KERNEL_ROWS ? 4 : gated ? 2 : 1; }
 
 // y[rows, panels first..last] of one thread. `scratch` holds the thread's copy of the rows and a tile of results.
 template <class W>
@@ -217,17 +274,19 @@ void multiply_share(const PackedWeights& weights, const float* x, int rows, int 
     using Element = typename W::Element;
     const int k = int(weights.k);
     const KSplit runs(k);
+    [[maybe_unused]] const typename W::Registers registers;
     const int64_t panel_stride = weights.pairs() * W::PAIR;
     Left* left = static_cast<Left*>(scratch);
     float* tile = reinterpret_cast<float*>(static_cast<char*>(scratch) + left_bytes(k));
-    const Split chunks(rows, chunk_rows(k));
+    const int unit = W::TILES ? W::ROWS : 1;
+    const Split chunks(rows, chunk_rows(k), unit);
     for (int chunk = 0; chunk < chunks.blocks; ++chunk) {
         const int row0 = chunks.start(chunk), count = chunks.size(chunk);
         for (int run = 0; run < runs.blocks; ++run)
             for (int r = 0; r < count; ++r)
                 copy_left(left + (int64_t(run) * count + r) * ROW_STRIDE, x + int64_t(row0 + r) * k + runs.start(run),
                           runs.size(run));
-        const Split blocks(count, MAX_ROWS);
+        const Split blocks(count, W::ROWS, unit);
         const int step = panels_at_once(count, weights.gated), tile_stride = step * PANEL;
         for (int panel = first_panel; panel < last_panel; panel += step) {
             const int width = std::min(step, last_panel - panel);

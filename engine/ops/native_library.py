@@ -53,7 +53,7 @@ def load_native_library(cache_dir: Path | None = None, machine_flags: tuple[str,
     folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
     try:
         _make_private(folder)
-        flags = (*_FLAGS, *(machine_flags or (_machine_flag(),)))
+        flags = (*_FLAGS, *(machine_flags or (_machine_flag(),)), *_tile_flags())
         target = folder / f"native-{_fingerprint(compiler, flags)}.so"
         if not target.exists():
             with _locked(folder / "compile.lock"):
@@ -70,6 +70,17 @@ def load_native_library(cache_dir: Path | None = None, machine_flags: tuple[str,
 
 def _machine_flag() -> str:
     return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+
+
+def _tile_flags() -> tuple[str, ...]:
+    """Asks Linux for the tile registers of AMX, which a process has to do before it uses them: arch_prctl(2) with
+    ARCH_REQ_XCOMP_PERM and the number of the registers' state. Where it refuses, the kernels do without them."""
+    if b"amx_bf16" not in _processor():
+        return ()
+    libc = ctypes.CDLL(None, use_errno=True)
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    is_permitted = libc.syscall(arch_prctl, request_permission, tile_data) == 0
+    return () if is_permitted else ("-mno-amx-tile",)
 
 
 def _make_private(folder: Path) -> None:

@@ -23,8 +23,9 @@ MakeOps = Callable[[int], NativeOps]
         pytest.param(("-march=x86-64-v3",), marks=pytest.mark.slow),
         pytest.param(("-march=x86-64-v2",), marks=pytest.mark.slow),
         pytest.param(("-march=native", "-DTANDEM_EMULATE_BF16_DOT"), marks=pytest.mark.slow),
+        pytest.param(("-march=native", "-DTANDEM_EMULATE_TILES", "-DTANDEM_EMULATE_BF16_DOT"), marks=pytest.mark.slow),
     ],
-    ids=["this-cpu", "avx2", "sse", "bf16-dot"],
+    ids=["this-cpu", "avx2", "sse", "bf16-dot", "tiles"],
 )
 def make_ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MakeOps:
     """This processor's kernels, and those that other ones get, as far as this one can run them."""

@@ -33,8 +33,14 @@ def _run(cache: Path, what: str, flags: tuple[str, ...]) -> subprocess.Completed
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "flags",
-    [("-march=native",), ("-march=x86-64-v3",), ("-march=x86-64-v2",), ("-march=native", "-DTANDEM_EMULATE_BF16_DOT")],
-    ids=["this-cpu", "avx2", "sse", "bf16-dot"],
+    [
+        ("-march=native",),
+        ("-march=x86-64-v3",),
+        ("-march=x86-64-v2",),
+        ("-march=native", "-DTANDEM_EMULATE_BF16_DOT"),
+        ("-march=native", "-DTANDEM_EMULATE_TILES", "-DTANDEM_EMULATE_BF16_DOT"),
+    ],
+    ids=["this-cpu", "avx2", "sse", "bf16-dot", "tiles"],
 )
 def test_kernels_stay_inside_their_memory(flags: tuple[str, ...], tmp_path: Path) -> None:
     if flags == ("-march=native",):
