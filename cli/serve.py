@@ -18,6 +18,7 @@ from tandem.cli.serve_file import read_serve_file
 from tandem.cli.signals import StopSignals, ignore_signals, signals_interrupt
 from tandem.core.clock import SystemClock
 from tandem.core.config import ServeConfig
+from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError, TandemError
 from tandem.core.plan import Plan
 from tandem.deploy import checks
@@ -70,7 +71,9 @@ def run(
     folders = state_folders()
     folders.make()
     config = with_token(_free_addresses(to_serve.config, folders.clear_ended()))
-    state = _run_state(config, folders.new_log_folder(os.getpid()), new_ray_folder())
+    log_folder = folders.new_log_folder(os.getpid())
+    config = _with_plan(config, to_serve.plan, log_folder)
+    state = _run_state(config, log_folder, new_ray_folder())
     with signals_interrupt():
         try:
             folders.write(state)
@@ -108,6 +111,15 @@ def _free_addresses(config: ServeConfig, ended: list[RunState]) -> ServeConfig:
             if time.monotonic() >= until_s:
                 raise
         time.sleep(0.1)
+
+
+def _with_plan(config: ServeConfig, plan: Plan | None, folder: Path) -> ServeConfig:
+    """The router reads the plan from a file: one that was made for this run has none yet."""
+    if plan is None or config.router.plan is not None:
+        return config
+    path = folder / "plan.yaml"
+    path.write_text(dump_config(plan), encoding="utf-8")
+    return config.model_copy(update={"router": config.router.model_copy(update={"plan": path})})
 
 
 def _run_state(config: ServeConfig, log_folder: Path, ray_folder: Path) -> RunState:
@@ -284,9 +296,10 @@ def _print_welcome(config: ServeConfig, state: RunState, took_s: float) -> None:
         f"from tandem import Client; print(Client('{state.grpc}').generate("
         f"prompt='{_PROMPT}', max_tokens=64, temperature=0).text)"
     )
+    page = f"\n  page  http://{state.http}/ui  (what the cluster does)" if config.router.ui else ""
     print_line(f"""\
 ready in {took_s:.1f} s: {", ".join(f"{section.instances} {role}" for role, section in config.kinds)}
-  HTTP  http://{state.http}/v1  (OpenAI API; /health, /metrics)
+  HTTP  http://{state.http}/v1  (OpenAI API; /health, /metrics){page}
   gRPC  {state.grpc}
   logs  {state.log_folder}
 

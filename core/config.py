@@ -203,6 +203,10 @@ class RouterSection(FrozenModel):
         default=300.0, gt=0, description="Requests of this long are compared with those that were planned for"
     )
     tracing: TracingSection = TracingSection()
+    ui: bool = Field(default=True, description="Serve the page /ui, which shows the cluster, on the HTTP port")
+    plan: AnchoredPath | None = Field(
+        default=None, description="A plan that /ui shows beside what is measured; `tandem serve PLAN` sets it"
+    )
 
     @model_validator(mode="after")
     def _check_bodies(self) -> "RouterSection":

@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
+from pathlib import Path
 from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ from starlette.types import ASGIApp
 from tandem.core.access import OpenAccess
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.config import RouterConfig, with_secrets
+from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError, InternalError, NotFoundError
+from tandem.core.plan import Plan
 from tandem.core.replanning import ReplanStatus
 from tandem.core.secret_source import file_of
 from tandem.core.session import InstanceStatus
@@ -42,6 +45,8 @@ from tandem.router.records import RequestLog
 from tandem.router.request_spans import RequestSpans
 from tandem.router.tenant_metrics import TenantMetrics
 from tandem.router.tokenizer import TextTokenizer
+from tandem.router.ui.cluster_view import ClusterView
+from tandem.router.ui.pages import Pages, ui_pages
 from tandem.scheduling.routing_machine import RoutingSettings
 from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
 from tandem.wire.fleet import FleetDescription, FleetServicer
@@ -240,6 +245,7 @@ class RouterApp:
             clock=self._clock,
             random=random,
             access=self._access,
+            pages=ui_pages(self._view()) if settings.ui else Pages(),
         )
         if tracer is not None:
             http_app = TracedApi(http_app, tracer)
@@ -263,6 +269,17 @@ class RouterApp:
         self._resources.push_async_callback(asyncio.to_thread, tracer.close)
         self._dispatcher.add_observer(RequestSpans(tracer, self._config.served_name))
         return tracer
+
+    def _view(self) -> ClusterView:
+        return ClusterView(
+            model=self._config.served_name,
+            dispatcher=self._dispatcher,
+            log=self.log,
+            classes=self._config.router.slo,
+            plan=_read_plan(self._config.router.plan),
+            replan=lambda: self._registry.replan,
+            clock=self._clock,
+        )
 
     async def _serve(self, server: grpc.aio.Server, health: health_aio.HealthServicer) -> None:
         await server.start()
@@ -290,6 +307,17 @@ class RouterApp:
         self._is_closing = True
         await self._resources.aclose()
         self._is_closed.set()
+
+
+def _read_plan(path: Path | None) -> Plan | None:
+    """None, and a warning, for a plan that cannot be read: what is only shown must not keep a router from serving."""
+    if path is None:
+        return None
+    try:
+        return load_config(path, Plan)
+    except ConfigError as error:
+        logger.warning("/ui shows no plan: %s", error.message)
+        return None
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -30,6 +30,7 @@ from tandem.router.openai.openapi import openapi_document
 from tandem.router.openai.requests import ParsedRequest, RequestContext, parse_chat, parse_completion
 from tandem.router.request_headers import authorization, requested_slo, tenant
 from tandem.router.tokenizer import TextTokenizer
+from tandem.router.ui.pages import Pages
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class HttpApp:
     """The ASGI application; serve it without lifespan and websockets.
 
     `access` says who may use it. `random` makes request ids, `wall_time_s` the `created` times, `render_metrics` the
-    page of `/metrics`.
+    page of `/metrics`; `pages` are served beside the API.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class HttpApp:
         random: Random,
         access: AccessControl = OpenAccess(),  # noqa: B008 - it has no state
         wall_time_s: Callable[[], float] = time.time,
+        pages: Pages = Pages(),  # noqa: B008 - it has no state
     ) -> None:
         self._service = service
         self._tokenizer = tokenizer
@@ -70,7 +72,9 @@ class HttpApp:
         self._random = random
         self._wall_time_s = wall_time_s
         self._access = access
-        self._open_paths = {"/health", "/readyz", "/livez", *(("/metrics",) if settings.open_metrics else ())}
+        self._open_paths = {"/health", "/readyz", "/livez", *pages.open_paths}
+        if settings.open_metrics:
+            self._open_paths.add("/metrics")
         self._budget = BodyBudget(settings.max_bodies)
         self._routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -82,6 +86,7 @@ class HttpApp:
             Route("/livez", self._live),
             Route("/metrics", self._metrics),
             Route("/openapi.json", self._openapi),
+            *pages.routes,
         ]
         self._router = Router(self._routes, redirect_slashes=False)
         # Not a Starlette application: that raises an error again after its 500, and the server closes the connection.

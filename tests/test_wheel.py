@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -27,6 +28,7 @@ DATA = (
     "models/tiny-python/*",
     "placement/data/*",
     "placement/report/*.html",
+    "router/ui/static/*",
     "v1/*.pyi",
 )
 
@@ -124,6 +126,9 @@ def test_it_serves_beside_packages_of_the_same_names(installed: Path, other_proj
         chat = served.tandem("chat", "--complete", "--max-tokens", "4", stdin="def read_json(path):\n")
         assert chat.returncode == 0, chat.stderr
         assert chat.stdout.strip()
+        for path in ("ui", "ui/main.js", "ui/state"):
+            with urllib.request.urlopen(f"http://{served.http}/{path}", timeout=20) as response:
+                assert response.status == 200
 
 
 def test_every_library_that_the_product_imports_is_declared() -> None:
