@@ -8,6 +8,7 @@ const MAX_IN_COLUMN = 8;
 const NODE_HEIGHT = 38;
 const GAP = 14;
 const WIDEST_LINE = 16;
+const SHORTEST_LINE = 28;
 const CHAR_WIDTH = 7.2;
 
 export function showFlow(state) {
@@ -45,7 +46,7 @@ function chart(flows, roles) {
   const width = Math.max(300, byId("flow-chart").clientWidth);
   const [first, second] = columns(flows);
   const levels = [[{ id: ROUTER, name: ROUTER, requests: first.reduce((sum, node) => sum + node.requests, 0) }], first, ...(second.length ? [second] : [])];
-  const nodeWidth = Math.min(220, (width - 40 * (levels.length - 1)) / levels.length);
+  const nodeWidth = Math.min(220, (width - SHORTEST_LINE * (levels.length - 1)) / levels.length);
   const height = Math.max(...levels.map((level) => level.length)) * (NODE_HEIGHT + GAP);
   levels.forEach((level, depth) => level.forEach((node, index) => {
     node.x = levels.length === 1 ? 0 : (depth * (width - nodeWidth - 2)) / (levels.length - 1) + 1;

@@ -3,7 +3,7 @@
 import { bar, byId, el, key } from "./dom.js";
 import { count, percent, plural, seconds } from "./format.js";
 
-const OWNERS = [["running", "running", "decode"], ["leased", "held for decode", "mixed"], ["cached", "cached prefixes", "sky"], ["leaked", "leaked", "bad"]];
+const OWNERS = [["running", "running", "colocated"], ["leased", "held for decode", "mixed"], ["cached", "cached prefixes", "sky"], ["leaked", "leaked", "bad"]];
 const ROLE_NAMES = { prefill: "Prefill", decode: "Decode", colocated: "Colocated" };
 
 byId("kv-key").append(...key([...OWNERS.map(([, name, colour]) => [name, colour]), ["free", "rule"]]));

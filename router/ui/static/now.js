@@ -3,7 +3,7 @@
 import { byId, el, fillTable, key, setText, svg } from "./dom.js";
 import { count, duration, percent, plural, rate, seconds } from "./format.js";
 
-const KINDS = [["met", "met all targets", "good"], ["missed", "missed a target", "bad"], ["untargeted", "without targets", "idle"]];
+const KINDS = [["met", "met all targets", "good"], ["missed", "missed a target", "bad"], ["untargeted", "without targets, or ended by its client", "idle"]];
 const HEIGHT = 120;
 const NO_CLASS = "none"; // requests without targets
 
