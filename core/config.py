@@ -72,12 +72,23 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int |
 Address = Annotated[str, BeforeValidator(_check_address)]
 
 
+_MODEL = "Folder of a checkpoint in Hugging Face format; a relative path starts at this file's folder"
+_MODEL_NAME = "Name in the API; default: the folder's name"
+_TOKEN = "Secret that router and workers share; needed where others reach their ports. Also file:PATH or env:NAME"
+
+
 class EngineSection(FrozenModel):
     """How an instance computes."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
-    ops: Literal["auto", "torch", "native"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Of weights and KV; auto: the checkpoint's, if the device is fast with it"
+    )
+    device: str = Field(
+        default="auto", description="cpu, cuda, or one device such as cuda:1; auto: cuda where there is"
+    )
+    ops: Literal["auto", "torch", "native"] = Field(
+        default="auto", description="native: Tandem's CPU kernels; auto: native on a CPU where they can be built"
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads per instance; 0 shares the cores between instances")
     kv_memory: Bytes = Field(default=512 << 20, description="KV pool of one instance, e.g. 512MiB")
     block_size: int = Field(default=16, ge=1, le=256, description="Tokens in a block of the KV pool")
@@ -95,7 +106,7 @@ class EngineSection(FrozenModel):
 class InstanceSection(FrozenModel):
     """Instances of one kind. Bounds that are left out take the default of the role: `scheduling.budget.role_budget`."""
 
-    instances: int = Field(default=1, ge=1)
+    instances: int = Field(default=1, ge=1, description="How many of them")
     engine: EngineSection = EngineSection()
     max_batch: int = Field(default=64, ge=1, description="Sequences that decode in one step")
     max_batch_tokens: int | None = Field(
@@ -115,10 +126,12 @@ class InstanceSection(FrozenModel):
         "KV read, per attention pair; corrected at run time. `tandem serve` takes them from a plan's calibration",
     )
     max_queue: int = Field(default=1024, ge=1, description="Requests waiting in one instance before it refuses more")
-    prefix_cache: bool = True
+    prefix_cache: bool = Field(default=True, description="Keep the KV of prompts for others with the same beginning")
     lease_s: float = Field(default=30.0, gt=0, description="How long computed KV is held for a reader")
     transfer_timeout_s: float = Field(default=10.0, gt=0, description="For KV that comes from another instance")
-    transport: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
+    transport: Literal["auto", "shared_memory", "gloo", "nccl"] = Field(
+        default="auto", description="How KV comes from another instance; auto: the fastest that both have"
+    )
     checksum: bool | None = Field(default=None, description="Check the bytes of KV that comes; default: over networks")
 
 
@@ -144,8 +157,8 @@ Kinds = Annotated[
 
 
 class RouterSection(FrozenModel):
-    http: Address = "127.0.0.1:8000"
-    grpc: Address = "127.0.0.1:8001"
+    http: Address = Field(default="127.0.0.1:8000", description="OpenAI's API, health, /metrics, /ui; port 0: any free")
+    grpc: Address = Field(default="127.0.0.1:8001", description="tandem.v1.InferenceService, for tandem.Client")
     control: Address = Field(default="127.0.0.1:8002", description="Where workers report; never for clients")
     request_timeout_s: float = Field(default=600.0, gt=0, description="Deadline of a request that names none")
     max_queue: int = Field(default=1024, ge=1, description="Requests in the router before it refuses more")
@@ -191,7 +204,7 @@ class RouterSection(FrozenModel):
     allowed_hosts: tuple[str, ...] = Field(
         default=(), description="Names in the Host header besides localhost, when HTTP listens on this machine only"
     )
-    reflection: bool = True
+    reflection: bool = Field(default=True, description="gRPC clients such as grpcurl may list the services")
     parse_control_tokens: bool = Field(
         default=False, description="Names of control tokens in prompts and messages count as these tokens, not as text"
     )
@@ -219,8 +232,8 @@ class RouterSection(FrozenModel):
 class ServeConfig(FrozenModel):
     """A whole deployment on one model."""
 
-    model: AnchoredPath
-    model_name: str | None = Field(default=None, description="Name in the API; default: the folder's name")
+    model: AnchoredPath = Field(description=_MODEL)
+    model_name: str | None = Field(default=None, description=_MODEL_NAME)
     router: RouterSection = RouterSection()
     prefill: Kinds = Field(default=(), description="Instances that compute prompts for others")
     decode: Kinds = Field(default=(), description="Instances that decode what others have prefilled")
@@ -276,10 +289,10 @@ class ServeConfig(FrozenModel):
 class WorkerConfig(FrozenModel):
     """One instance."""
 
-    model: AnchoredPath
-    model_name: str | None = None
+    model: AnchoredPath = Field(description=_MODEL)
+    model_name: str | None = Field(default=None, description=_MODEL_NAME)
     role: RoleName = Field(default="colocated", description="`python -m prefill_worker` and the like set it")
-    listen: Address = "127.0.0.1:0"
+    listen: Address = Field(default="127.0.0.1:0", description="For routers and other instances; port 0: any free")
     routers: tuple[Address, ...] = Field(
         default=("127.0.0.1:8002",),
         description="Control addresses to report to; a name in DNS may stand for several routers",
@@ -289,14 +302,14 @@ class WorkerConfig(FrozenModel):
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
         description="Beginning of the instance's id, in logs, metrics and `tandem status`; default: the role",
     )
-    heartbeat_s: float = Field(default=0.25, gt=0)
+    heartbeat_s: float = Field(default=0.25, gt=0, description="Time between two reports to a router")
     plan_epoch: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
         description="KV moves only between instances with the same one: during a rolling update, old and new instances "
         "form no pairs",
     )
-    cluster_token: Secret | None = Field(default=None, repr=False)
+    cluster_token: Secret | None = Field(default=None, repr=False, description=_TOKEN)
     instance: InstanceSection = Field(default=InstanceSection(), description="`instances` counts as 1")
 
     @model_validator(mode="after")
@@ -312,11 +325,11 @@ class WorkerConfig(FrozenModel):
 class RouterConfig(FrozenModel):
     """One router process. It loads the tokenizer and chat template of `model`, never its weights."""
 
-    model: AnchoredPath
-    model_name: str | None = None
+    model: AnchoredPath = Field(description=_MODEL)
+    model_name: str | None = Field(default=None, description=_MODEL_NAME)
     router: RouterSection = RouterSection()
     heartbeat_timeout_s: float = Field(default=1.5, gt=0, description="Silence after which a worker counts as gone")
-    cluster_token: Secret | None = Field(default=None, repr=False)
+    cluster_token: Secret | None = Field(default=None, repr=False, description=_TOKEN)
 
     @model_validator(mode="after")
     def _check_control(self) -> "RouterConfig":

@@ -42,10 +42,10 @@ class LengthSection(FrozenModel):
     """A log-normal distribution of this mean and coefficient of variation, truncated to [min, max]; cv 0 is a fixed
     length."""
 
-    mean: float = Field(gt=0)
-    cv: float = Field(default=1.0, ge=0)
-    min: int = Field(default=1, ge=1)
-    max: int = Field(default=1 << 20, ge=1)
+    mean: float = Field(gt=0, description="Tokens")
+    cv: float = Field(default=1.0, ge=0, description="Standard deviation divided by the mean")
+    min: int = Field(default=1, ge=1, description="Tokens")
+    max: int = Field(default=1 << 20, ge=1, description="Tokens")
 
     @model_validator(mode="after")
     def _check_order(self) -> "LengthSection":
@@ -57,13 +57,13 @@ class LengthSection(FrozenModel):
 class PrefixSection(FrozenModel):
     """`share` of the requests begin with one of `groups` common prefixes of `tokens` tokens, e.g. system prompts."""
 
-    share: float = Field(ge=0, le=1)
-    groups: int = Field(default=1, ge=1)
-    tokens: int = Field(ge=1)
+    share: float = Field(ge=0, le=1, description="Of the requests that begin with a common prefix")
+    groups: int = Field(default=1, ge=1, description="Different prefixes")
+    tokens: int = Field(ge=1, description="Length of each prefix")
 
 
 class ArrivalSection(FrozenModel):
-    process: Literal["poisson", "gamma"] = "poisson"
+    process: Literal["poisson", "gamma"] = Field(default="poisson", description="Times between arrivals")
     cv: float = Field(default=1.0, gt=0, description="Variation coefficient of times between arrivals; gamma only")
 
 
@@ -113,14 +113,14 @@ Layout = Literal["disaggregated", "colocated", "mixed"]
 class SearchSection(FrozenModel):
     """Limits of the planner's search."""
 
-    layouts: tuple[Layout, ...] = ("disaggregated", "colocated", "mixed")
-    max_tp: int = Field(default=8, ge=1)
-    max_pp: int = Field(default=4, ge=1)
+    layouts: tuple[Layout, ...] = Field(default=("disaggregated", "colocated", "mixed"), description="Those to try")
+    max_tp: int = Field(default=8, ge=1, description="Ranks that divide every layer, at most")
+    max_pp: int = Field(default=4, ge=1, description="Stages that divide the layers, at most")
     node_affinity: Literal["auto", "high", "low"] = Field(
         default="auto", description="low: KV must stay inside a node; auto: low if links between nodes are slow"
     )
     requests: int = Field(default=2000, ge=100, description="Requests per simulation, warm-up included")
-    seed: int = 0
+    seed: int = Field(default=0, description="Of the simulated requests")
 
 
 class SloFile(FrozenModel):
@@ -131,7 +131,9 @@ class SloFile(FrozenModel):
     cluster: ClusterSection
     slo: Annotated[SloClasses, Field(min_length=1)]
     workload: WorkloadSection
-    objective: Literal["goodput", "cheapest"] = "goodput"
+    objective: Literal["goodput", "cheapest"] = Field(
+        default="goodput", description="Most goodput per device, or the lowest price that serves workload.rate"
+    )
     search: SearchSection = SearchSection()
 
     @model_validator(mode="after")
