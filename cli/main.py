@@ -25,6 +25,7 @@ _COMMANDS = {
     "serve": ("start a model on this machine", ("serve", "ray")),
     "router": ("run one router in the foreground, for containers", ("serve",)),
     "worker": ("run one instance in the foreground, for containers", ("serve",)),
+    "render-k8s": ("write the Kubernetes values or manifests of a plan", ("plan",)),
     "status": ("show instances, load, KV memory and links", ("cli",)),
     "explain": ("show what became of a request, and why it ran where it ran", ("cli",)),
     "chat": ("talk to the model", ("cli",)),
@@ -57,7 +58,7 @@ class _LazyCommands(TyperGroup):
 
 
 def _load(name: str) -> Any:
-    module = importlib.import_module(f"tandem.cli.{name}")
+    module = importlib.import_module(f"tandem.cli.{name.replace('-', '_')}")
     description, epilog = _reflow(inspect.cleandoc(module.run.__doc__)), _reflow(f"{module.EPILOG}\n\n{_STATUSES}")
     command = _command(module.run, name=name, help=description, epilog=epilog)
     command.params += _command(_debug).params

@@ -206,9 +206,11 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     return changed
 
 
-def dump_config(config: BaseModel) -> str:
-    """All settings, defaults included, as YAML. `load_config` reads them back to an equal value."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_SettingsDumper, sort_keys=False, allow_unicode=True)
+def dump_config(config: BaseModel, *, only_set: bool = False) -> str:
+    """All settings as YAML, or only those that were given when `config` was made. `load_config` reads them back to an
+    equal value."""
+    data = config.model_dump(mode="json", exclude_unset=only_set)
+    return yaml.dump(data, Dumper=_SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
 def _one_line(mistake: str) -> str:

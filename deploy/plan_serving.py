@@ -18,14 +18,23 @@ _WIDEST_NUMBER_BYTES = 4.0
 
 
 def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
-    """Instances, step bounds, KV memory and SLO classes as planned. With a calibration, also the calibration's threads
-    and dtype, for which the plan's predictions hold. `plan.model` must be a checkpoint's folder.
+    """Instances, step bounds, KV memory and SLO classes as planned. `plan.model` must be a checkpoint's folder.
 
     Raises ConfigError for a plan that cannot run on `machine`.
     """
-    _check(plan, machine)
-    calibrations = _calibrations(plan)
     sections: dict[str, list[InstanceSection]] = {role: [] for role in ROLES}
+    for group, section in planned_sections(plan):
+        sections[group.role].append(section)
+    _check_machine(plan, machine)
+    return ServeConfig.model_validate({"model": plan.model, "router": {"slo": plan.slo}, **sections})
+
+
+def planned_sections(plan: Plan) -> list[tuple[PlanGroup, InstanceSection]]:
+    """Each kind of instances, as planned and as settings. With a calibration, the settings have the calibration's
+    threads and dtype, for which the plan's predictions hold. Raises ConfigError for a plan that cannot be served."""
+    _check_shapes(plan)
+    calibrations = _calibrations(plan)
+    kinds = []
     for group in _kinds(plan):
         calibration = calibrations.get(group.device.casefold())
         section = InstanceSection(
@@ -37,8 +46,12 @@ def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
             step_cost=_step_cost(group, calibration),
             engine=_engine(plan, group, calibration),
         )
-        sections[group.role].append(section)
-    return ServeConfig.model_validate({"model": plan.model, "router": {"slo": plan.slo}, **sections})
+        kinds.append((group, section))
+    return kinds
+
+
+def is_on_cpu(group: PlanGroup) -> bool:
+    return group.device.casefold() == _CPU
 
 
 def _kinds(plan: Plan) -> list[PlanGroup]:
@@ -51,7 +64,7 @@ def _kinds(plan: Plan) -> list[PlanGroup]:
 
 
 def _engine(plan: Plan, group: PlanGroup, calibration: Calibration | None) -> EngineSection:
-    device = _CPU if group.device.casefold() == _CPU else "cuda"
+    device = _CPU if is_on_cpu(group) else "cuda"
     engine: dict[str, object] = {"device": device, "tp": group.tp, "pp": group.pp}
     if calibration is not None:
         memory = math.ceil(group.kv_tokens * calibration.kv_bytes_per_token)
@@ -81,7 +94,7 @@ def _calibrations(plan: Plan) -> dict[str, Calibration]:
     return {name.casefold(): calibration for name, calibration in Cluster.of(section).calibrations.items()}
 
 
-def _check(plan: Plan, machine: Machine) -> None:
+def _check_shapes(plan: Plan) -> None:
     if not plan.groups:
         raise ConfigError("the plan has no instances: no deployment that the planner tried meets the targets")
     parallel = next(
@@ -94,13 +107,16 @@ def _check(plan: Plan, machine: Machine) -> None:
             "instances of one GPU, or of several ranks on CPUs; plan with --set search.max_tp=1 --set search.max_pp=1, "
             "or with --set search.layouts=[colocated]"
         )
+
+
+def _check_machine(plan: Plan, machine: Machine) -> None:
     nodes = {rank.rpartition(":")[0] for group in plan.groups for ranks in group.devices for rank in ranks}
     if len(nodes) > 1:
         raise ConfigError(
             f"the plan uses {len(nodes)} nodes, but `tandem serve` runs on one machine only; "
             "plan for one node (cluster.nodes)"
         )
-    on_gpu = [group for group in plan.groups if group.device.casefold() != _CPU]
+    on_gpu = [group for group in plan.groups if not is_on_cpu(group)]
     needed = sum(group.num_devices for group in on_gpu)
     if needed > machine.gpus:
         present = f"has {machine.gpus} GPUs" if machine.gpus else "has no GPU"

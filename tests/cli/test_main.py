@@ -11,7 +11,7 @@ from tandem.cli.main import main
 from tests.absent import run_without
 
 COMMANDS = [
-    "profile", "plan", "simulate", "serve", "router", "worker", "status", "chat", "scale", "stop",
+    "profile", "plan", "simulate", "serve", "router", "worker", "render-k8s", "status", "chat", "scale", "stop",
     "schema", "doctor", "version",
 ]  # fmt: skip
 SLO = """\

@@ -4,9 +4,16 @@ app.kubernetes.io/component: worker
 tandem.serve/group: {{ .group.name }}
 {{- end -}}
 
-{{- /* What `tandem worker` reads. */ -}}
+{{- /* What `tandem worker` reads. Without a number of threads an instance would take all cores of the node. */ -}}
 {{- define "tandem.workerSettings" -}}
 {{- $root := .root -}}
+{{- $cpu := toString (default 1 .group.resources.requests.cpu) -}}
+{{- $cores := hasSuffix "m" $cpu | ternary (div (trimSuffix "m" $cpu | int) 1000) (int (float64 $cpu)) -}}
+{{- $instance := deepCopy .group.instance -}}
+{{- $engine := default dict $instance.engine -}}
+{{- if not $engine.threads -}}
+{{- $instance = merge (dict "engine" (mergeOverwrite (deepCopy $engine) (dict "threads" (max 1 $cores)))) $instance -}}
+{{- end -}}
 {{- dict
   "model" (include "tandem.modelPath" $root)
   "model_name" (include "tandem.modelName" $root)
@@ -15,7 +22,7 @@ tandem.serve/group: {{ .group.name }}
   "routers" (list (printf "%s-control.%s.svc:8002" (include "tandem.fullname" $root) $root.Release.Namespace))
   "cluster_token" "file:/run/secrets/tandem/token"
   "plan_epoch" (include "tandem.planEpoch" $root)
-  "instance" .group.instance
+  "instance" $instance
 | toYaml -}}
 {{- end -}}
 
