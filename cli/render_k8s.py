@@ -9,7 +9,8 @@ import typer
 
 from tandem.cli.common import BUILT_IN_MODEL, Settings, writing
 from tandem.cli.output import print_error, print_line
-from tandem.core.config_file import apply_overrides, dump_config, load_config
+from tandem.cli.serve_file import read_plan
+from tandem.core.config_file import apply_overrides, dump_config
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.core.plan import Plan
 from tandem.deploy.kubernetes.plan_values import CHART, check_model, values_of
@@ -42,7 +43,7 @@ def run(
     """Write the values of Tandem's Helm chart for a plan: a group of workers for each kind of instances, with the
     settings that `tandem serve` would give them, their devices and memory. With --manifests, also what `kubectl apply`
     takes."""
-    plan = load_config(file, Plan)
+    plan = read_plan(file)
     if output is None and Path("values.yaml").exists():
         raise ConfigError("values.yaml exists already; name it with -o values.yaml to replace it")
     output = output or Path("values.yaml")

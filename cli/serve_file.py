@@ -49,19 +49,25 @@ def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -
     which takes a while. Raises ConfigError."""
     kind = FileKind.SERVE if file is None else kind_of(file)
     if file is not None and kind is FileKind.PLAN:
-        plan = load_config(file, Plan)
-        if plan.groups:
-            print_line(f"the plan: {formatting.describe_plan(plan)}")
-        if plan.groups and plan.verdict == "infeasible":
-            raise ConfigError(
-                f"{file}: this plan misses its targets ({plan.summary.rstrip('.')}); plan for others, or set its "
-                "verdict to disaggregate to run it all the same"
-            )
+        plan = read_plan(file)
         return ToServe(_config_of(plan, overrides, machine), plan)
     if file is not None and kind is FileKind.SLO:
         plan = _plan_for(file)
         return ToServe(_config_of(plan, overrides, machine), plan)
     return ToServe(read_config(file, overrides))
+
+
+def read_plan(file: Path) -> Plan:
+    """A plan that may be run. Raises ConfigError for one that misses its targets."""
+    plan = load_config(file, Plan)
+    if plan.groups:
+        print_line(f"the plan: {formatting.describe_plan(plan)}")
+    if plan.groups and plan.verdict == "infeasible":
+        raise ConfigError(
+            f"{file}: this plan misses its targets ({plan.summary.rstrip('.')}); plan for others, or set its "
+            "verdict to disaggregate to run it all the same"
+        )
+    return plan
 
 
 def _plan_for(file: Path) -> Plan:

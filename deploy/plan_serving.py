@@ -98,7 +98,7 @@ def _check_shapes(plan: Plan) -> None:
     if not plan.groups:
         raise ConfigError("the plan has no instances: no deployment that the planner tried meets the targets")
     parallel = next(
-        (g for g in plan.groups if g.role != "colocated" and g.shape.num_ranks > 1 and g.device.casefold() != _CPU),
+        (g for g in plan.groups if g.role != "colocated" and g.shape.num_ranks > 1 and not is_on_cpu(g)),
         None,
     )
     if parallel is not None:

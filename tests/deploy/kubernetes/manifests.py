@@ -18,16 +18,21 @@ CHART = ROOT / "deploy" / "kubernetes" / "chart"
 KUBERNETES_VERSIONS = ("1.31", "1.34", "1.37")
 RELEASE, NAMESPACE = "r", "inference"
 _TOOLS = ROOT / "build" / "tools"
+HELM = _TOOLS / "helm"
 _CRDS = Path(__file__).parent / "schemas"
 
 Document = dict[str, Any]
 
 
-def helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Skips the test if `make check-deploy` has not fetched Helm."""
-    if not (_TOOLS / "helm").exists():
+def require_helm() -> None:
+    """Skip the test if `make check-deploy` has not fetched Helm."""
+    if not HELM.exists():
         pytest.skip("build/tools/helm is missing: run make check-deploy")
-    return subprocess.run([_TOOLS / "helm", *arguments], capture_output=True, text=True, check=False, timeout=60)
+
+
+def helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    require_helm()
+    return subprocess.run([HELM, *arguments], capture_output=True, text=True, check=False, timeout=60)
 
 
 def try_render(*arguments: str | Path, version: str = KUBERNETES_VERSIONS[-1]) -> subprocess.CompletedProcess[str]:

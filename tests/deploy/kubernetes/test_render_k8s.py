@@ -1,0 +1,109 @@
+"""`tandem render-k8s`: the plan that runs on a laptop, for Kubernetes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tandem.cli.main import main
+from tandem.core.config import WorkerConfig
+from tandem.core.config_file import load_config
+from tandem.core.plan import Plan
+from tandem.deploy.plan_serving import serve_config_of
+from tandem.deploy.topology import Machine
+from tests.deploy.kubernetes.manifests import HELM, ROOT, find, mistakes_of, pod_templates, render, require_helm
+
+EXAMPLES = ROOT / "examples"
+GPU_PLAN: dict[str, Any] = {
+    "version": 1,
+    "model": "Llama-3.1-8B",
+    "verdict": "mixed",
+    "slo": [{"name": "chat", "ttft_s": 0.5, "tpot_s": 0.05}],
+    "groups": [
+        {"role": "prefill", "instances": 3, "device": "H100-80GB-SXM5", "kv_tokens": 200_000},
+        {"role": "decode", "instances": 5, "device": "A100-80GB-SXM", "max_batch": 256, "kv_tokens": 400_000},
+        {"role": "colocated", "instances": 1, "device": "H100-80GB-SXM5", "tp": 2, "kv_tokens": 500_000},
+    ],
+}
+FROM_CLAIM = ["--set=model.source=persistentVolumeClaim", "--set=model.persistentVolumeClaim=checkpoints"]
+
+
+@pytest.fixture
+def gpu_plan(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(GPU_PLAN))
+    return path
+
+
+@pytest.mark.parametrize("plan", sorted(EXAMPLES.glob("plan-*.yaml")), ids=lambda path: path.stem)
+def test_pods_run_what_tandem_serve_would_run(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    require_helm()
+    values, manifests = tmp_path / "values.yaml", tmp_path / "manifests.yaml"
+    arguments = ["render-k8s", str(plan), "-o", str(values), "--manifests", str(manifests), "--helm", str(HELM)]
+    assert main(arguments) == 0
+    assert "kubectl create secret generic tandem-token" in capsys.readouterr().out
+    documents = tuple(yaml.safe_load_all(manifests.read_text()))
+    assert [mistake for document in documents for mistake in mistakes_of(document, "1.34")] == []
+    assert "Secret" not in {document["kind"] for document in documents}, "manifests are no place for a token"
+
+    served = serve_config_of(load_config(plan, Plan), Machine(cores=64))
+    wanted = [(role, section.instances, section) for role, section in served.kinds]
+    found = []
+    for document in documents:
+        for template in pod_templates((document,)):
+            if template["metadata"]["labels"]["app.kubernetes.io/component"] == "worker":
+                path = tmp_path / "settings.yaml"
+                path.write_text(template["metadata"]["annotations"]["tandem.serve/settings"])
+                worker = load_config(path, WorkerConfig)
+                assert worker.instance.engine.threads >= worker.instance.engine.shape.num_ranks
+                engine = worker.instance.engine.model_copy(update={"threads": 0})
+                found.append((worker.role, document["spec"]["replicas"], engine, worker.instance.max_batch_tokens))
+    expected = [(role, count, section.engine, section.max_batch_tokens) for role, count, section in wanted]
+    assert sorted(found, key=repr) == sorted(expected, key=repr)
+
+
+def test_a_plan_for_gpus(gpu_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = tmp_path / "values.yaml"
+    assert main(["render-k8s", str(gpu_plan), "-o", str(values)]) == 2
+    assert "which pods do not see; say where they find it: --set model.source=" in capsys.readouterr().err
+    assert not values.exists()
+    assert main(["render-k8s", str(gpu_plan), "-o", str(values), *FROM_CLAIM]) == 0
+    assert "note: the plan has devices of several kinds" in capsys.readouterr().err
+    groups = yaml.safe_load(values.read_text())["workers"]["groups"]
+    assert [(each["name"], each["replicas"], each["gpus"]) for each in groups] == [
+        ("prefill", 3, 1),
+        ("decode", 5, 1),
+        ("colocated", 1, 2),
+    ]
+    assert all(each["instance"]["engine"]["device"] == "cuda" for each in groups)
+    weights_mib = 8.03e9 * 2 / 2**20
+    memory = [int(each["resources"]["limits"]["memory"].removesuffix("Mi")) for each in groups]
+    assert all(weights_mib < each < weights_mib + 4200 for each in memory), memory
+    documents = render(values)
+    (router,) = find(documents, "Deployment", "r-tandem-router")["spec"]["template"]["metadata"]["annotations"].values()
+    assert yaml.safe_load(router)["router"]["slo"][0]["name"] == "chat"
+    colocated = find(documents, "Deployment", "r-tandem-colocated")["spec"]["template"]["spec"]["containers"][0]
+    assert colocated["resources"]["limits"]["nvidia.com/gpu"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"verdict": "infeasible", "summary": "too slow."}, "this plan misses its targets (too slow)"),
+        ({"groups": [], "verdict": "infeasible"}, "the plan has no instances"),
+        ({"groups": [GPU_PLAN["groups"][0] | {"tp": 2}, GPU_PLAN["groups"][1]]}, "have the shape tp2 on GPUs"),
+    ],
+)
+def test_a_plan_that_cannot_run(
+    changes: dict[str, Any], sentence: str, gpu_plan: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu_plan.write_text(yaml.safe_dump(GPU_PLAN | changes))
+    assert main(["render-k8s", str(gpu_plan), "-o", str(gpu_plan.with_name("v.yaml")), *FROM_CLAIM]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_manifests_need_helm(gpu_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = ["-o", str(tmp_path / "v.yaml"), "--manifests", str(tmp_path / "m.yaml"), "--helm", "no-such-helm"]
+    assert main(["render-k8s", str(gpu_plan), *outputs, *FROM_CLAIM]) == 1
+    assert "there is no no-such-helm here, which --manifests needs" in capsys.readouterr().err
