@@ -91,7 +91,7 @@ int completed(Body body) {
 
 template <class W>
 void linear(Context& context, const PackedWeights& weights, const float* x, int64_t rows, float* y) {
-    context.reserve(left_bytes(weights.k) + TILE_BYTES);
+    context.reserve(left_bytes<W>(weights.k) + TILE_BYTES);
     context.run(weights.columns * weights.k > 16384, [&](int64_t thread, int64_t threads) {
         // Many rows: each thread computes some rows and copies only those. Few rows: each thread computes some columns.
         const int64_t row_shares = rows >= threads * 64 ? threads : 1, column_shares = threads / row_shares;

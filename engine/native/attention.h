@@ -17,6 +17,7 @@ namespace tandem {
 constexpr int TILE = 256;
 constexpr int TASK_ROWS = 96;  // query heads of one key/value head are at most as many
 constexpr int MAX_HEAD_DIM = 256;
+constexpr float LOG2_E = 1.44269504088896341f;  // scores are in units of it: 2^x takes fewer steps than e^x
 
 struct AttentionShape {
     int64_t heads, kv_heads, head_dim, block_size, num_blocks;
@@ -86,7 +87,7 @@ inline void pack_keys(const float* const* key, int count, int head_dim, float* p
 
 // Packs `count` <= TILE values of one head as right sides of weight x value: panels of 32 head dimensions over pairs of
 // keys. In a bf16 panel the even dimensions come first, then the odd ones (the order in which a mask and a shift split
-// them); value_column() gives a dimension's column. The keys end with zeros up to a multiple of VALUE_PAIRS: a row has
+// them); unpack_sums() puts them in order again. The keys end with zeros up to a multiple of VALUE_PAIRS: a row has
 // weights of zero there, but what is no number times zero is none.
 #if defined(TANDEM_TILES)
 constexpr int VALUE_PAIRS = TILE_PAIRS;
@@ -122,9 +123,22 @@ inline void pack_values(const bf16* const* value, int count, int head_dim, uint3
         for (int dim = 0; dim < head_dim; dim += PANEL)
             std::memset(panels + (int64_t(dim / PANEL) * (TILE / 2) + pair) * PANEL, 0, PANEL * sizeof(*panels));
 }
-inline int value_column(int dim, const uint32_t*) {
-    int within = dim % PANEL;
-    return dim - within + (within & 1 ? PANEL / 2 : 0) + within / 2;
+// A row of sums over packed values, times `factor`, in the order of the head's dimensions.
+inline void unpack_sums(const float* sums, int head_dim, float factor, float* to, const uint32_t*) {
+    constexpr int HALF = PANEL / 2;
+    for (int dim = 0; dim < head_dim; dim += PANEL) {
+        const float *even = sums + dim, *odd = even + HALF;
+        if (dim + PANEL > head_dim) {
+            for (int i = 0; dim + i < head_dim; ++i) to[dim + i] = (i % 2 ? odd : even)[i / 2] * factor;
+            continue;
+        }
+        for (int i = 0; i < HALF; i += VL) {
+            using Lanes = std::make_integer_sequence<int, VL>;
+            const vu a = (vu)(load(even + i) * factor), b = (vu)(load(odd + i) * factor);
+            store(to + dim + 2 * i, (vf)shuffle(a, b, in_turn<0>(Lanes{})));
+            store(to + dim + 2 * i + VL, (vf)shuffle(a, b, in_turn<VL / 2>(Lanes{})));
+        }
+    }
 }
 
 inline void pack_values(const float* const* value, int count, int head_dim, float* panels) {
@@ -136,9 +150,11 @@ inline void pack_values(const float* const* value, int count, int head_dim, floa
             if (dims < PANEL) std::memset(to + dims, 0, size_t(PANEL - dims) * 4);
         }
 }
-inline int value_column(int dim, const float*) { return dim; }
+inline void unpack_sums(const float* sums, int head_dim, float factor, float* to, const float*) {
+    for (int dim = 0; dim < head_dim; ++dim) to[dim] = sums[dim] * factor;
+}
 
-// Replaces the scores of keys [low, high) by exp(score - maximum) and all others by zero.
+// Replaces the scores of keys [low, high) by 2^(score - maximum) and all others by zero.
 inline void exp_visible(float* scores, int low, int high, int columns, float* maximum, float* total) {
     constexpr float NEVER = -INFINITY;
     for (int j = 0; j < low; ++j) scores[j] = NEVER;
@@ -153,7 +169,7 @@ inline void exp_visible(float* scores, int low, int high, int columns, float* ma
     *maximum = highest(tops[0]);
     for (int j = 0; j < columns; j += PANEL)
         for (int i = 0; i < VECTORS; ++i) {
-            vf weight = exp(load(scores + j + i * VL) - *maximum);
+            vf weight = exp2(load(scores + j + i * VL) - *maximum);
             store(scores + j + i * VL, weight);
             totals[i] += weight;
         }
@@ -184,7 +200,7 @@ inline void merge(float* maxima, float* sums, float* outputs, const float* tile_
     for (int row0 = 0; row0 < rows; row0 += VL) {
         const vf before = load(maxima + row0), now = load(tile_maxima + row0), top = max(before, now);
         const vf floor = max(top, splat(-3.0e38f));  // -inf minus -inf would not be a number
-        const vf keep = exp(before - floor), add = exp(now - floor);
+        const vf keep = exp2(before - floor), add = exp2(now - floor);
         store(maxima + row0, top);
         store(sums + row0, load(sums + row0) * keep + load(tile_sums + row0) * add);
         for (int r = 0; r < std::min(VL, rows - row0); ++r) {
@@ -201,7 +217,7 @@ struct AttentionScratch {
     alignas(64) float queries[TASK_ROWS * ROW_STRIDE];
     alignas(64) float outputs[TASK_ROWS * MAX_HEAD_DIM];
     alignas(64) float scores[MAX_ROWS * ROW_STRIDE];
-    alignas(64) uint32_t weights[MAX_ROWS * ROW_STRIDE];  // the scores as bf16 pairs, where there is a dot product
+    alignas(64) uint32_t weights[MAX_ROWS * PAIR_STRIDE];  // the scores as bf16 pairs, where there is a dot product
     alignas(64) float partial[MAX_ROWS * MAX_HEAD_DIM];
     float maxima[TASK_ROWS + VL], sums[TASK_ROWS + VL];  // the last vector may extend beyond the last row
 };
@@ -226,8 +242,8 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
     for (int row = 0; row < rows; ++row) {
         const float* from = q + (first_token + row / group) * shape.q_stride + (kv_head * group + row % group) * dim;
         float scaled[MAX_HEAD_DIM];
-        for (int d = 0; d < dim; ++d) scaled[d] = from[d] * shape.scale;
-        copy_left(queries + row * ROW_STRIDE, scaled, dim);
+        for (int d = 0; d < dim; ++d) scaled[d] = from[d] * (shape.scale * LOG2_E);
+        copy_left(queries + row * W::STRIDE, scaled, dim);
         scratch.maxima[row] = -INFINITY;
         scratch.sums[row] = 0.0f;
     }
@@ -272,7 +288,7 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
             const int visible = int(std::min<int64_t>(count, newest + 1 - tile));
             const int panels = (visible + PANEL - 1) / PANEL, columns = panels * PANEL;
             float* scores = scratch.scores;
-            multiply<W>(queries + row0 * ROW_STRIDE, size, keys, int64_t(dim_pairs) * W::PAIR, panels, dim_pairs,
+            multiply<W>(queries + row0 * W::STRIDE, size, keys, int64_t(dim_pairs) * W::PAIR, panels, dim_pairs,
                         {nullptr, 0, scores, ROW_STRIDE});
             // Of this tile alone. A row that attends to no key of the tile adds nothing.
             float maxima[W::ROWS + VL], sums[W::ROWS + VL] = {};
@@ -290,7 +306,7 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
             const Left* weights;
             if constexpr (W::DOT) {
                 for (int r = 0; r < size; ++r)
-                    copy_left(scratch.weights + r * ROW_STRIDE, scores + r * ROW_STRIDE, columns);
+                    copy_left(scratch.weights + r * W::STRIDE, scores + r * ROW_STRIDE, columns);
                 weights = scratch.weights;
             } else {
                 weights = scores;
@@ -306,9 +322,8 @@ void attend(const AttentionShape& shape, const float* q, const Kv* kv_layer, con
     }
     for (int row = 0; row < rows; ++row) {
         const float* from = scratch.outputs + row * out_stride;
-        const float divisor = 1.0f / scratch.sums[row];
         float* to = out + ((first_token + row / group) * shape.heads + kv_head * group + row % group) * dim;
-        for (int d = 0; d < dim; ++d) to[d] = from[value_column(d, static_cast<const Element*>(nullptr))] * divisor;
+        unpack_sums(from, dim, 1.0f / scratch.sums[row], to, static_cast<const Element*>(nullptr));
     }
 }
 

@@ -24,6 +24,7 @@ namespace tandem {
 constexpr int PANEL = 32;
 constexpr int KC = 384;                     // longest run of k in one call of the kernel: 12 rows of it stay in L1
 constexpr int ROW_STRIDE = KC + 16;         // of the left side's copy; no power of two, so rows use different cache sets
+constexpr int PAIR_STRIDE = KC / 2 + 16;    // the same, where a word is a bf16 pair
 constexpr int GROUP = 2 * VL;               // columns that one row's pair of accumulators holds
 constexpr int GROUPS_PER_PANEL = PANEL / GROUP;
 #if defined(__AVX512F__)
@@ -51,7 +52,7 @@ struct FloatWeights {
     static constexpr bool DOT = false, TILES = false;
     struct Registers {};
     static constexpr int ROWS = KERNEL_ROWS;  // of one call of multiply()
-    static constexpr int LEFT_PER_PAIR = 2;
+    static constexpr int LEFT_PER_PAIR = 2, STRIDE = ROW_STRIDE;
     static vf even(const float* p) { return load(p); }
     static vf odd(const float* p) { return load(p + PANEL); }
 };
@@ -72,7 +73,7 @@ struct Bf16Weights {
 #if defined(__AVX512BF16__) || defined(TANDEM_EMULATE_BF16_DOT)
     using Left = uint32_t;
     static constexpr bool DOT = true;
-    static constexpr int LEFT_PER_PAIR = 1;
+    static constexpr int LEFT_PER_PAIR = 1, STRIDE = PAIR_STRIDE;
     static vf dot(vf sum, uint32_t left, vu right) {
 #if defined(TANDEM_EMULATE_BF16_DOT)  // so that this path can be tested where there is no such instruction
         return sum + splat(widen(bf16(left))) * (vf)(right << 16) + splat(widen(bf16(left >> 16))) * (vf)(right & 0xffff0000u);
@@ -83,7 +84,7 @@ struct Bf16Weights {
 #else
     using Left = float;
     static constexpr bool DOT = false;
-    static constexpr int LEFT_PER_PAIR = 2;
+    static constexpr int LEFT_PER_PAIR = 2, STRIDE = ROW_STRIDE;
 #endif
 };
 
@@ -94,12 +95,17 @@ inline void copy_left(float* to, const float* from, int n) {
 }
 inline void copy_left(uint32_t* to, const float* from, int n) {
     int i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + 2 * VL <= n; i += 2 * VL)
+        store(to + i / 2, (vu)_mm512_cvtne2ps_pbh((__m512)load(from + i + VL), (__m512)load(from + i)));
+#else
     for (; i + 2 * VL <= n; i += 2 * VL) {
         const vu a = (vu)load(from + i), b = (vu)load(from + i + VL);
         using Lanes = std::make_integer_sequence<int, VL>;
         const vu even = narrow((vf)shuffle(a, b, every_second<0>(Lanes{})));
         store(to + i / 2, even | narrow((vf)shuffle(a, b, every_second<1>(Lanes{}))) << 16);
     }
+#endif
     for (; i + 1 < n; i += 2) to[i / 2] = uint32_t(narrow(from[i])) | uint32_t(narrow(from[i + 1])) << 16;
     if (n & 1) to[n / 2] = narrow(from[n - 1]);
 }
@@ -132,17 +138,17 @@ void kernel(const typename W::Left* left, const typename W::Element* const* righ
             vu b[2 * G];
             for (int j = 0; j < 2 * G; ++j) b[j] = load(w[j / 2] + (j % 2) * VL);
             for (int r = 0; r < R; ++r)
-                for (int j = 0; j < 2 * G; ++j) sums[r][j] = W::dot(sums[r][j], left[r * ROW_STRIDE], b[j]);
+                for (int j = 0; j < 2 * G; ++j) sums[r][j] = W::dot(sums[r][j], left[r * W::STRIDE], b[j]);
         } else {
             vf b[2 * G];
             for (int j = 0; j < 2 * G; ++j) b[j] = W::even(w[j / 2] + (j % 2) * VL);
             for (int r = 0; r < R; ++r) {
-                float a = left[r * ROW_STRIDE];
+                float a = left[r * W::STRIDE];
                 for (int j = 0; j < 2 * G; ++j) sums[r][j] += a * b[j];
             }
             for (int j = 0; j < 2 * G; ++j) b[j] = W::odd(w[j / 2] + (j % 2) * VL);
             for (int r = 0; r < R; ++r) {
-                float a = left[r * ROW_STRIDE + 1];
+                float a = left[r * W::STRIDE + 1];
                 for (int j = 0; j < 2 * G; ++j) sums[r][j] += a * b[j];
             }
         }
@@ -193,7 +199,7 @@ void multiply(const typename W::Left* left, int rows, const typename W::Element*
             const auto* from_right = right + panel * panel_stride;
             const Sums sums = c.at(0, panel * PANEL);
             auto run = [&](auto tiles) {
-                tiles(left, ROW_STRIDE, rows, from_right, panel_stride, steps, sums.from, sums.from_stride, sums.to,
+                tiles(left, W::STRIDE, rows, from_right, panel_stride, steps, sums.from, sums.from_stride, sums.to,
                       sums.to_stride);
             };
             if (rows > TILE_ROWS)
@@ -206,7 +212,7 @@ void multiply(const typename W::Left* left, int rows, const typename W::Element*
         // Fewer pairs than a register has rows.
         const Sums sums = steps ? Sums{c.to, c.to_stride, c.to, c.to_stride} : c;
         for (int row = 0; row < rows && rest; row += KERNEL_ROWS)
-            multiply_vectors<W>(left + row * ROW_STRIDE + steps * TILE_PAIRS, std::min(KERNEL_ROWS, rows - row),
+            multiply_vectors<W>(left + row * W::STRIDE + steps * TILE_PAIRS, std::min(KERNEL_ROWS, rows - row),
                                 right + int64_t(steps) * TILE_PAIRS * W::PAIR, panel_stride, panels, rest, sums.at(row, 0));
         return;
     }
@@ -249,19 +255,21 @@ struct PackedWeights {
 };
 
 // Rows whose copy stays in a core's L2 cache; with tiles a multiple of MAX_ROWS. The minimum bounds how often the weights
-// are read.
-inline int chunk_rows(int64_t k) {
-    int64_t bytes_per_row = int64_t(KSplit(int(k)).blocks) * ROW_STRIDE * 4;
-    constexpr bool TILED = MAX_ROWS > KERNEL_ROWS;
-    int64_t rows = std::clamp<int64_t>((int64_t(576) << 10) / bytes_per_row, TILED ? 64 : 48, 192);
-    return int(TILED ? rows / MAX_ROWS * MAX_ROWS : rows);
+// are read. Processors with tiles have 2 MiB of L2 or more, and spend less time on what has been read.
+template <class W>
+int chunk_rows(int64_t k) {
+    constexpr int64_t BYTES = W::TILES ? 1 << 20 : 576 << 10;
+    const int64_t bytes_per_row = int64_t(KSplit(int(k)).blocks) * W::STRIDE * 4;
+    if (W::TILES) return int(std::clamp<int64_t>(BYTES / bytes_per_row, 64, 512)) / MAX_ROWS * MAX_ROWS;
+    return int(std::clamp<int64_t>(BYTES / bytes_per_row, 48, 192));
 }
 
 // The last tile may read up to MAX_ROWS rows beyond the chunk's.
-inline size_t left_bytes(int64_t k) {
-    return size_t(chunk_rows(k) * KSplit(int(k)).blocks + MAX_ROWS) * ROW_STRIDE * 4;
+template <class W>
+size_t left_bytes(int64_t k) {
+    return size_t(chunk_rows<W>(k) * KSplit(int(k)).blocks + MAX_ROWS) * W::STRIDE * 4;
 }
-constexpr size_t TILE_BYTES = size_t(192) * PANEL * 4 * 2;
+constexpr size_t TILE_BYTES = size_t(512) * PANEL * 4 * 2;
 
 // Panels computed together: several for few rows (parallel memory streams), as few as possible for many rows.
 inline int panels_at_once(int rows, bool gated) { return rows <= KERNEL_ROWS ? 4 : gated ? 2 : 1; }
@@ -277,14 +285,14 @@ void multiply_share(const PackedWeights& weights, const float* x, int rows, int 
     [[maybe_unused]] const typename W::Registers registers;
     const int64_t panel_stride = weights.pairs() * W::PAIR;
     Left* left = static_cast<Left*>(scratch);
-    float* tile = reinterpret_cast<float*>(static_cast<char*>(scratch) + left_bytes(k));
+    float* tile = reinterpret_cast<float*>(static_cast<char*>(scratch) + left_bytes<W>(k));
     const int unit = W::TILES ? W::ROWS : 1;
-    const Split chunks(rows, chunk_rows(k), unit);
+    const Split chunks(rows, chunk_rows<W>(k), unit);
     for (int chunk = 0; chunk < chunks.blocks; ++chunk) {
         const int row0 = chunks.start(chunk), count = chunks.size(chunk);
         for (int run = 0; run < runs.blocks; ++run)
             for (int r = 0; r < count; ++r)
-                copy_left(left + (int64_t(run) * count + r) * ROW_STRIDE, x + int64_t(row0 + r) * k + runs.start(run),
+                copy_left(left + (int64_t(run) * count + r) * W::STRIDE, x + int64_t(row0 + r) * k + runs.start(run),
                           runs.size(run));
         const Split blocks(count, W::ROWS, unit);
         const int step = panels_at_once(count, weights.gated), tile_stride = step * PANEL;
@@ -299,7 +307,7 @@ void multiply_share(const PackedWeights& weights, const float* x, int rows, int 
                 if (run == 0) sums.from = weights.bias ? weights.bias + int64_t(panel) * PANEL : nullptr, sums.from_stride = 0;
                 if (run == runs.blocks - 1 && direct) sums.to = out, sums.to_stride = weights.columns;
                 for (int block = 0; block < blocks.blocks; ++block)
-                    multiply<W>(left + (int64_t(run) * count + blocks.start(block)) * ROW_STRIDE, blocks.size(block),
+                    multiply<W>(left + (int64_t(run) * count + blocks.start(block)) * W::STRIDE, blocks.size(block),
                                 right + int64_t(runs.start(run) / 2) * W::PAIR, panel_stride, width,
                                 (runs.size(run) + 1) / 2, sums.at(blocks.start(block), 0));
             }

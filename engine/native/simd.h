@@ -125,6 +125,22 @@ inline vf exp(vf x) {
     return x < -87.0f ? vf{} : result;
 }
 
+// 2^x to about 2 ulp for x <= 0, 0 below -126. The polynomial is a minimax fit of (2^r - 1) / r for |r| <= 1/2.
+inline vf exp2(vf x) {
+    vf clamped = max(x, splat(-126.0f));
+    vf shifted = clamped + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+    vf r = clamped - (shifted - 12582912.0f);
+    vf p = splat(1.3264723893e-3f);
+    p = p * r + 9.6715128696e-3f;
+    p = p * r + 5.5507337542e-2f;
+    p = p * r + 2.4022242080e-1f;
+    p = p * r + 6.9314697759e-1f;
+    p = p * r + 1.0f;
+    vi exponent = ((vi)shifted - 0x4b400000 + 127) << 23;
+    vf result = p * (vf)exponent;
+    return x < -126.0f ? vf{} : result;
+}
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define TANDEM_SHUFFLEVECTOR 1
@@ -148,6 +164,12 @@ constexpr auto first_lanes(std::integer_sequence<int, J...>) {
 template <int S, int... J>
 constexpr auto second_lanes(std::integer_sequence<int, J...>) {
     return std::integer_sequence<int, ((J & S) ? VL + J : J + S)...>{};
+}
+
+// The lanes of two vectors in turn, beginning with lane FIRST of each.
+template <int FIRST, int... J>
+constexpr auto in_turn(std::integer_sequence<int, J...>) {
+    return std::integer_sequence<int, (FIRST + J / 2 + (J % 2) * VL)...>{};
 }
 
 // Every second lane of two concatenated vectors, beginning with lane FIRST.
