@@ -28,6 +28,10 @@ class Generation(Protocol):
 
     def timeline(self) -> Timeline: ...
 
+    def explanation(self) -> str:
+        """Which instances its attempts were given so far, and the comparison behind it: a line of JSON in ASCII."""
+        ...
+
 
 class TokenGenerator(Protocol):
     """Turns a request in token ids into tokens."""

@@ -145,6 +145,9 @@ class RunningCompletion:
     def prompt_token_ids(self) -> tuple[tuple[int, ...], ...]:
         return tuple(group.requests[0].token_ids for group in self._groups)
 
+    def explanation(self) -> str:
+        return self._generations[0].explanation()
+
     async def start(self) -> None:
         """Start the first choice of every prompt. Raises what `TokenGenerator.start` raises."""
         for position, group in enumerate(self._groups):

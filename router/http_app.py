@@ -24,7 +24,7 @@ from tandem.core.errors import InvalidRequestError, ModelNotFoundError, NotFound
 from tandem.router.completion import TextService
 from tandem.router.http_body import BodyBudget, HeldBody, read_json
 from tandem.router.http_host import check_host
-from tandem.router.http_response import REFUSED_BECAUSE, CompletionResponse, error_response, json_response
+from tandem.router.http_response import EXPLANATION, REFUSED_BECAUSE, CompletionResponse, error_response, json_response
 from tandem.router.limits import clipped
 from tandem.router.openai.openapi import openapi_document
 from tandem.router.openai.requests import ParsedRequest, RequestContext, parse_chat, parse_completion
@@ -104,7 +104,7 @@ class HttpApp:
                 allow_origins=settings.cors_origins,
                 allow_methods=("GET", "POST"),
                 allow_headers=("*",),
-                expose_headers=("x-request-id", "retry-after", REFUSED_BECAUSE),
+                expose_headers=("x-request-id", "retry-after", REFUSED_BECAUSE, EXPLANATION),
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,6 +145,7 @@ class HttpApp:
             deadline_s=received_s + self._settings.request_timeout_s,
             created_s=int(self._wall_time_s()),
             wants_timeline=headers.get(b"x-tandem-timeline") in (b"1", b"true"),
+            wants_explanation=headers.get(b"x-tandem-explain") in (b"1", b"true"),
             trace=scope.get("tandem.trace"),
         )
 

@@ -25,6 +25,7 @@ from tandem.router.openai.requests import ParsedRequest, RequestContext
 from tandem.router.openai.responses import error_body, error_events
 
 REFUSED_BECAUSE = "x-tandem-refused-because"
+EXPLANATION = "x-tandem-explanation"
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -122,7 +123,7 @@ class CompletionResponse(Response):
                     await self._send_whole(completion, scope["tandem.held_body"], send)
         except Exception as error:  # noqa: BLE001 - every request gets a response
             if self._is_started:
-                await self._send_events(send, error_events(_public_error(self._context, error)), is_last=True)
+                await _send_events(send, error_events(_public_error(self._context, error)), is_last=True)
             else:
                 await error_response(self._context, error)(scope, receive, send)
 
@@ -137,7 +138,7 @@ class CompletionResponse(Response):
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
-            (b"x-request-id", self._context.echoed_id.encode()),
+            *self._request_headers(completion),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         self._is_started = True
@@ -152,9 +153,13 @@ class CompletionResponse(Response):
         async for delta in completion:
             _, work = self._work(delta, completion)
             if events := await _run(write, delta, work=work):
+                if not self._is_started:
+                    await self._start_stream(completion, send)
                 for start in range(0, len(events), _PIECE_BYTES):
-                    await self._send_events(send, events[start : start + _PIECE_BYTES])
-        await self._send_events(send, self._parsed.writer.last_events(), is_last=True)
+                    await _send_events(send, events[start : start + _PIECE_BYTES])
+        if not self._is_started:
+            await self._start_stream(completion, send)
+        await _send_events(send, self._parsed.writer.last_events(), is_last=True)
 
     def _work(self, delta: TextDelta, completion: OpenCompletion) -> tuple[int, int]:
         """Number of log-probabilities in a delta, and of those that take as long to write as all of it. The first delta
@@ -169,17 +174,25 @@ class CompletionResponse(Response):
         count += 0 if of_prompt_token is None else num_prompt_tokens * (1 + of_prompt_token)
         return count, count + num_prompt_tokens // _TOKENS_PER_LOGPROB
 
-    async def _send_events(self, send: Send, events: bytes, *, is_last: bool = False) -> None:
-        if not self._is_started:
-            self._is_started = True
-            headers = [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"x-request-id", self._context.echoed_id.encode()),
-                (b"cache-control", b"no-cache"),
-                (b"x-accel-buffering", b"no"),
-            ]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": events, "more_body": not is_last})
+    async def _start_stream(self, completion: OpenCompletion, send: Send) -> None:
+        self._is_started = True
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+            *self._request_headers(completion),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    def _request_headers(self, completion: OpenCompletion) -> list[tuple[bytes, bytes]]:
+        headers = [(b"x-request-id", self._context.echoed_id.encode())]
+        if self._context.wants_explanation:
+            headers.append((EXPLANATION.encode(), completion.explanation().encode()))
+        return headers
+
+
+async def _send_events(send: Send, events: bytes, *, is_last: bool = False) -> None:
+    await send({"type": "http.response.body", "body": events, "more_body": not is_last})
 
 
 async def _run(write: Callable[[*Ts], T], *args: *Ts, work: int) -> T:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -23,6 +24,9 @@ from tandem.router.token_gaps import TokenGaps
 from tandem.scheduling.routing import Selection
 
 logger = logging.getLogger(__name__)
+
+_EXPLAINED_ATTEMPTS = 3  # in a header, the last ones
+_EXPLAINED_CANDIDATES = 4  # of each choice
 
 COMPLETE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 _CLIENTS_DOING = (
@@ -50,6 +54,11 @@ class AttemptRecord:
     transfer_bytes: int | None = None
     failure: str | None = None
     began_s: float | None = None
+
+    def selections(self) -> list[tuple[str, Selection]]:
+        """What has been decided for it so far, with the phase that it was decided for."""
+        found = [("both phases" if self.is_whole else "prefill", self.prefill_selection)]
+        return found if self.decode_selection is None else [*found, ("decode", self.decode_selection)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +142,30 @@ class RequestRecord:
         return fields
 
 
+def explanation(attempts: Sequence[AttemptRecord]) -> str:
+    """Of its attempts, as JSON in one line of ASCII; short enough for a header."""
+    choices = [
+        {"attempt": attempt.epoch + 1, "phase": phase, "instance": selection.instance_id, **_comparison(selection)}
+        for attempt in attempts[-_EXPLAINED_ATTEMPTS:]
+        for phase, selection in attempt.selections()
+    ]
+    return json.dumps(choices, separators=(",", ":"))
+
+
+def _comparison(selection: Selection) -> dict[str, Any]:
+    shown = selection.candidates[:_EXPLAINED_CANDIDATES]
+    candidates = [
+        {
+            "instance": candidate.instance_id,
+            "score": None if candidate.score is None else round(candidate.score, 4),
+            **dict(candidate.terms),
+            "reason": candidate.reason or "chosen",
+        }
+        for candidate in shown
+    ]
+    return {"candidates": candidates, "others": selection.others + len(selection.candidates) - len(shown)}
+
+
 class RequestObserver(Protocol):
     """Hears of every request once, when it is over."""
 
@@ -196,11 +229,9 @@ class RequestLog:
         parts = record.timeline.parts().items()
         lines += [f"  {name.removesuffix('_s'):14} {_milliseconds(part_s)}" for name, part_s in parts]
         for attempt in record.attempts:
-            first = "both phases" if attempt.is_whole else "prefill"
-            for phase, selection in ((first, attempt.prefill_selection), ("decode", attempt.decode_selection)):
-                if selection is not None:
-                    lines.append(f"attempt {attempt.epoch + 1}, {phase} on {selection.instance_id}:")
-                    lines.extend(f"  {line}" for line in selection.explain().splitlines())
+            for phase, selection in attempt.selections():
+                lines.append(f"attempt {attempt.epoch + 1}, {phase} on {selection.instance_id}:")
+                lines.extend(f"  {line}" for line in selection.explain().splitlines())
             if attempt.failure is not None:
                 lines.append(f"attempt {attempt.epoch + 1} failed: {attempt.failure}")
         return "\n".join(lines)

@@ -12,7 +12,7 @@ from tandem.core.errors import OverloadedError, TandemError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
 from tandem.core.session import NewTokens, PrefillFinished, TransferCommitted
 from tandem.core.timeline import Timeline
-from tandem.router.records import AttemptRecord, RequestRecord
+from tandem.router.records import AttemptRecord, RequestRecord, explanation
 from tandem.router.timeline_recorder import TimelineRecorder
 from tandem.router.token_gaps import TokenGaps
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
@@ -96,6 +96,9 @@ class RunningRequest:
             num_output_tokens=self._num_handed_on,
             num_attempts=max(1, len(self._attempts)),
         )
+
+    def explanation(self) -> str:
+        return explanation([record for _, record in self._attempts])
 
     def record(self) -> RequestRecord:
         """What is kept of it."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tandem.core.session import Role
 from tandem.scheduling.decode_index import DecodeQuery
-from tandem.scheduling.instance_selector import InstanceSelector, Place
+from tandem.scheduling.instance_selector import InstanceSelector, Place, SelectorSettings
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import LinearPredictor, Residuals
 from tandem.scheduling.priced_load import PricedLoad
@@ -47,22 +47,8 @@ class Estimate(NamedTuple):
 class GoodputSelector(InstanceSelector):
     """As `InstanceSelector`, and owns the priced load of each instance and the errors of its predictions."""
 
-    def __init__(
-        self,
-        *,
-        explain: bool,
-        slack_tokens: int,
-        max_tracked_blocks: int,
-        max_outstanding_tokens: int | None,
-        local_prefill: bool,
-    ) -> None:
-        super().__init__(
-            explain=explain,
-            slack_tokens=slack_tokens,
-            max_tracked_blocks=max_tracked_blocks,
-            max_outstanding_tokens=max_outstanding_tokens,
-            local_prefill=local_prefill,
-        )
+    def __init__(self, settings: SelectorSettings) -> None:
+        super().__init__(settings)
         self.ttft_errors = {True: Residuals(), False: Residuals()}  # of remote and local prefill
         self.tpot_errors = Residuals()
         self.transfer = LinearPredictor(_FIRST_TRANSFER)  # of 1 and the tokens
@@ -140,7 +126,7 @@ class GoodputSelector(InstanceSelector):
             return super()._choose(request, needed_tokens, failures, now_s)
         best = _best(estimates, request)
         place = best.place._replace(expected=(best.ttft_s, best.tpot_s))
-        return place._replace(selection=_explained(best, estimates)) if self._explain else place
+        return place._replace(selection=_explained(best, estimates)) if self._settings.explain else place
 
     def _estimates(
         self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float], now_s: float
@@ -157,7 +143,7 @@ class GoodputSelector(InstanceSelector):
         )
         prefills = self._prefills.top(self._prefill_query(request, needed_tokens, failures), NUM_CANDIDATES)
         decodes = self._decodes.top(query._replace(exclude=frozenset()), NUM_CANDIDATES)
-        local = self._decodes.top(query, NUM_CANDIDATES) if self._local_prefill else []
+        local = self._decodes.top(query, NUM_CANDIDATES) if self._settings.local_prefill else []
         local += self._colocated.top(query, NUM_CANDIDATES)
         if not all(each in self._loads for each in (*prefills, *decodes, *local)):
             return []
@@ -178,7 +164,7 @@ class GoodputSelector(InstanceSelector):
         cached = self.cached_tokens(request, prefill)
         ttft_s = load.wait_s(now_s) + self._alone_s(load, request, cached)
         answer_tokens = self.answer_lengths.expected_tokens(request.growth_tokens)
-        before_s, after_s = self._paces(decode.instance_id, request, ttft_s, 0.0, now_s)
+        before_s, after_s = self._tpots(decode.instance_id, request, ttft_s, 0.0, now_s)
         gaps = max(1.0, answer_tokens - 1)
         tpot_s = after_s + self.transfer.seconds((1.0, request.num_tokens)) / gaps
         loss = self._loss(decode.instance_id, before_s, after_s)
@@ -189,7 +175,7 @@ class GoodputSelector(InstanceSelector):
         cached = self.cached_tokens(request, instance)
         ttft_s = load.local_ttft_s(request.num_tokens - cached, cached, now_s)
         price_s = load.price_s(request.num_tokens - cached, cached)
-        before_s, after_s = self._paces(instance.instance_id, request, ttft_s, price_s, now_s)
+        before_s, after_s = self._tpots(instance.instance_id, request, ttft_s, price_s, now_s)
         loss = self._loss(instance.instance_id, before_s, after_s)
         return self._estimate(Place(instance, False, None), request, ttft_s, after_s, loss, now_s)
 
@@ -208,7 +194,7 @@ class GoodputSelector(InstanceSelector):
             on_time = 0.0  # it adds no goodput: the lowest latency decides, among those that cost none
         return Estimate(place, ttft_s, tpot_s, on_time, loss, slo.weight * on_time - loss)
 
-    def _paces(
+    def _tpots(
         self, instance_id: str, request: RoutedRequest, after_s: float, price_s: float, now_s: float
     ) -> tuple[float, float]:
         """Time per token there in `after_s`: without the request, and with it, its prompt computed there in
@@ -216,17 +202,17 @@ class GoodputSelector(InstanceSelector):
         load = self._loads[instance_id]
         share = load.prompt_share(now_s)
         rows, context = float(load.decoding), float(load.context_tokens)
-        pace_s = load.pace_s(rows, context, share)
+        tpot_s = load.tpot_s(rows, context, share)
         answer_tokens = self.answer_lengths.mean_tokens
-        staying = max(0.0, 1 - after_s / (answer_tokens * pace_s))
+        staying = max(0.0, 1 - after_s / (answer_tokens * tpot_s))
         mean_tokens = context / rows if rows else request.num_tokens
         num_decodes = len(self._decodes) or 1
         coming = len(self._coming) / num_decodes if self.instances[instance_id].role is Role.DECODE else 0.0
         rows = max(rows, staying * rows + coming)  # requests that are not known yet will replace those that leave
         context = rows * (mean_tokens + answer_tokens / 2)
-        before_s = load.pace_s(rows, context, share)
-        share += price_s / max(1.0, answer_tokens * pace_s)
-        return before_s, load.pace_s(rows + 1, context + request.num_tokens + answer_tokens / 2, share)
+        before_s = load.tpot_s(rows, context, share)
+        share += price_s / max(1.0, answer_tokens * tpot_s)
+        return before_s, load.tpot_s(rows + 1, context + request.num_tokens + answer_tokens / 2, share)
 
     def _loss(self, instance_id: str, before_s: float, after_s: float) -> float:
         within, load = self.tpot_errors.share_within, self._loads[instance_id]
@@ -246,7 +232,7 @@ class GoodputSelector(InstanceSelector):
         wait_s = self._loads[prefill.instance_id].wait_s(now_s) if prefill.instance_id in self._loads else 0.0
         estimates = []
         for decode_id in top:
-            before_s, after_s = self._paces(decode_id, request, wait_s, 0.0, now_s)
+            before_s, after_s = self._tpots(decode_id, request, wait_s, 0.0, now_s)
             place = Place(self.instances[decode_id], False, None)
             slo = request.effective_slo
             on_time = self.tpot_errors.share_within(after_s, slo.tpot_s, LEAST_ERROR)
@@ -255,7 +241,7 @@ class GoodputSelector(InstanceSelector):
                 Estimate(place, 0.0, after_s, on_time, loss, request.effective_slo.weight * on_time - loss)
             )
         best = _best(estimates, request)
-        return best.place._replace(selection=_explained(best, estimates)) if self._explain else best.place
+        return best.place._replace(selection=_explained(best, estimates)) if self._settings.explain else best.place
 
 
 def _best(estimates: list[Estimate], request: RoutedRequest) -> Estimate:

@@ -8,7 +8,7 @@ computes the prompt itself: degraded service instead of none.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tandem.core.errors import ContextLengthError, UnavailableError
@@ -41,26 +41,25 @@ class Place(NamedTuple):
     expected: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SelectorSettings:
+    """As in `routing_machine.RoutingSettings`. `explain`: give the comparison behind each decision."""
+
+    explain: bool
+    slack_tokens: int
+    max_tracked_blocks: int
+    max_outstanding_tokens: int | None
+    local_prefill: bool
+
+
 class InstanceSelector:
     """Owns the instances as known, what they have cached, and which of them failed lately."""
 
-    def __init__(
-        self,
-        *,
-        explain: bool,
-        slack_tokens: int,
-        max_tracked_blocks: int,
-        max_outstanding_tokens: int | None,
-        local_prefill: bool,
-    ) -> None:
-        """As in `routing_machine.RoutingSettings`."""
+    def __init__(self, settings: SelectorSettings) -> None:
         self.instances: dict[str, KnownInstance] = {}  # to be read only
         self.failures = RecentFailures()
-        self._explain = explain
-        self._max_tracked_blocks = max_tracked_blocks
-        self._max_outstanding_tokens = max_outstanding_tokens
-        self._local_prefill = local_prefill
-        self._prefills = PrefillIndex(slack_tokens)
+        self._settings = settings
+        self._prefills = PrefillIndex(settings.slack_tokens)
         self._decodes = DecodeIndex()
         self._colocated = DecodeIndex()
         self._trackers: dict[int, PrefixTracker] = {}  # by block size: it determines the blocks' names
@@ -81,7 +80,7 @@ class InstanceSelector:
         self.instances[instance.instance_id] = instance
         block_size = instance.status.block_size
         if instance.role is not Role.DECODE and block_size not in self._trackers:
-            self._trackers[block_size] = PrefixTracker(block_size, self._max_tracked_blocks)
+            self._trackers[block_size] = PrefixTracker(block_size, self._settings.max_tracked_blocks)
         self.put(instance)
 
     def put(self, instance: KnownInstance, *, is_chosen: bool = False) -> None:
@@ -92,7 +91,7 @@ class InstanceSelector:
         else:
             index = self._decodes if role is Role.DECODE else self._colocated
             (index.take if is_chosen else index.put)(instance.decode_view())
-        limit = self._max_outstanding_tokens
+        limit = self._settings.max_outstanding_tokens
         if limit is None:
             return
         room_tokens = 1
@@ -172,7 +171,7 @@ class InstanceSelector:
 
     def waits_for_credit(self, request: RoutedRequest) -> bool:
         """Of a request for which nothing was chosen: whether an instance was usable."""
-        return self._max_outstanding_tokens is not None and request.num_tokens < self.capacity_tokens()
+        return self._settings.max_outstanding_tokens is not None and request.num_tokens < self.capacity_tokens()
 
     def _find_capacity_tokens(self) -> int:
         longest: dict[Role, dict[str, int]] = {role: {} for role in Role}  # by fingerprint
@@ -183,7 +182,7 @@ class InstanceSelector:
         prefills, decodes = longest[Role.PREFILL], longest[Role.DECODE]
         pairs = (min(prefills[each], decodes[each]) for each in prefills.keys() & decodes.keys())
         capacity_tokens = max((*pairs, *longest[Role.COLOCATED].values()), default=0)
-        self._is_local = capacity_tokens == 0 and self._local_prefill
+        self._is_local = capacity_tokens == 0 and self._settings.local_prefill
         return max(decodes.values(), default=0) if self._is_local else capacity_tokens
 
     # --- the first instance ------------------------------------------------------------------------------------------
@@ -224,7 +223,7 @@ class InstanceSelector:
         if self.failures:
             failures = self.failures.of_prefills(failures, self.instances)
         fingerprints = self._decodes.fingerprints_for(needed_tokens)
-        if self._max_outstanding_tokens is not None:
+        if self._settings.max_outstanding_tokens is not None:
             unplaced, known = self._unplaced, fingerprints
             fingerprints = [each for each, room in self._room.items() if room > unplaced[each] and each in known]
         return PrefillQuery(
@@ -252,7 +251,7 @@ class InstanceSelector:
         return self._find(index, query, hand_over=False)
 
     def _find(self, index: InstanceIndex[Any, QueryT], query: QueryT, *, hand_over: bool) -> Place | None:
-        if not self._explain:
+        if not self._settings.explain:
             best = index.best(query)
             return None if best is None else Place(self.instances[best.rank[3]], hand_over, None)
         selection = index.select(query)

@@ -102,7 +102,7 @@ class PricedLoad:
             return 0.0
         return self._share * math.exp((self._share_s - now_s) / SHARE_TIME_S)
 
-    def pace_s(self, rows: float, context_tokens: float, prompt_share: float) -> float:
+    def tpot_s(self, rows: float, context_tokens: float, prompt_share: float) -> float:
         """Time per token of a batch, beside prompts that take that share of the time."""
         return decode_step_s(self.costs, rows, context_tokens) / (1 - min(MOST_SHARE, prompt_share))
 

@@ -41,7 +41,7 @@ from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus, Role
 from tandem.scheduling.admission import Admission
 from tandem.scheduling.goodput_selector import GoodputSelector
-from tandem.scheduling.instance_selector import InstanceSelector, Place
+from tandem.scheduling.instance_selector import InstanceSelector, Place, SelectorSettings
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import Residuals
@@ -133,11 +133,13 @@ class RoutingMachine:
         self._settings = settings
         selector_type = selector_type or _SELECTORS[settings.policy]
         self._selector = selector_type(
-            explain=explain,
-            slack_tokens=settings.slack_tokens,
-            max_tracked_blocks=settings.max_tracked_blocks,
-            max_outstanding_tokens=settings.max_outstanding_tokens,
-            local_prefill=settings.local_prefill,
+            SelectorSettings(
+                explain=explain,
+                slack_tokens=settings.slack_tokens,
+                max_tracked_blocks=settings.max_tracked_blocks,
+                max_outstanding_tokens=settings.max_outstanding_tokens,
+                local_prefill=settings.local_prefill,
+            )
         )
         self._requests: dict[Hashable, RoutedRequest] = {}
         self._queue = RequestQueue(settings.queue_order)  # waits for credit

@@ -5,7 +5,7 @@ errors      the same at 100 and 120 %, with step costs that the router believes 
             of each instance by its own factor and never corrected, and with reports that come every 10 to 500 ms
 balance     whether load swings between prefill and decode: the correlation of the two over time, and the most negative
             autocorrelation of each up to 30 s
-instances   seconds of a simulation per request, on 4 to 1,000 instances at the same load
+instances   microseconds of a decision, on 4 to 1,000 instances at the same load, and attainment
 
 Llama-3.1-8B on A100s by the roofline. Requests and arrivals are those of the traces, scaled in time. The last line of
 the output is all of it as JSON.
@@ -23,7 +23,7 @@ from random import Random
 import numpy as np
 
 from bench.common.data_folder import add_data_argument
-from bench.policies.selectors import LeastLoaded, PowerOfTwo, PrefixAffine, RoundRobin, with_stale_reports
+from bench.policies.selectors import LeastLoaded, PowerOfTwo, PrefixAffine, RoundRobin, with_stale_reports, with_timing
 from tandem.core.config import RoleName
 from tandem.core.parallel import ParallelShape
 from tandem.core.request_slo import RequestSlo
@@ -51,6 +51,16 @@ ATTAINMENT = 0.9
 _MODEL, _DEVICE, _SHAPE = "Llama-3.1-8B", "A100-80GB-SXM4", ParallelShape(1, 1)
 _BLOCK_TOKENS = 16
 _WARM_UP_SHARE = 0.1
+_COMPARED_FOR_ERRORS = (
+    "balanced",
+    "goodput",
+    "goodput, slack",
+    "round robin",
+    "least loaded",
+    "power of two",
+    "prefix affine",
+)
+_FEW_REQUESTS, _REQUESTS_PER_INSTANCE = 2000, 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +168,7 @@ def compare_loads(case: Case, stream: RequestStream, rate: float) -> dict[str, l
 def compare_errors(case: Case, stream: RequestStream, rate: float) -> dict[str, list[float]]:
     """Rows by policy and load, columns as ERRORS and then PERIODS_S."""
     rows = {}
-    for name in ("balanced", "goodput", "goodput, slack", "least loaded", "power of two"):
+    for name in _COMPARED_FOR_ERRORS:
         for load in (1.0, 1.2):
             policy, requests = POLICIES[name], stream.scaled_to(load * rate)
             stale = [
@@ -201,18 +211,25 @@ def _least_autocorrelation(series: Floats) -> float:
 
 
 def compare_instances(case: Case, stream: RequestStream, rate: float) -> dict[str, list[float]]:
-    """Microseconds per request, then attainment at 100 %, for each of INSTANCES."""
+    """At 100 %: microseconds of a decision (a request takes two), 99 % of them, and of the whole simulation for a
+    request; then attainment. For each of INSTANCES, with as many requests for each instance, but those of the trace at
+    most."""
     rows: dict[str, list[float]] = {}
     for name in ("balanced", "goodput", "least loaded", "power of two"):
-        times_us, attained = [], []
+        columns: list[list[float]] = [[], [], [], []]
         for instances in INSTANCES:
-            scale = instances // (case.prefill + case.decode)
-            deployment = make_deployment(case, POLICIES[name], scale=scale)
+            scale, seconds = instances // (case.prefill + case.decode), list[float]()
+            policy = replace(POLICIES[name], selector_type=with_timing(POLICIES[name].selector_type, seconds))
+            deployment = make_deployment(case, policy, scale=scale)
+            requests = stream.head(max(_FEW_REQUESTS, _REQUESTS_PER_INSTANCE * instances))
             began_s = time.perf_counter()
-            result = simulate(deployment, stream.scaled_to(rate * scale))
-            times_us.append(1e6 * (time.perf_counter() - began_s) / len(stream))
-            attained.append(attainment(result, case.slo))
-        rows[name] = [*times_us, *attained]
+            result = simulate(deployment, requests.scaled_to(rate * scale))
+            whole_s = (time.perf_counter() - began_s) / len(requests)
+            decision_s = (float(np.mean(seconds)), float(np.quantile(seconds, 0.99)))
+            found = (*(1e6 * each for each in (*decision_s, whole_s)), attainment(result, case.slo))
+            for column, value in zip(columns, found, strict=True):
+                column.append(value)
+        rows[name] = [value for column in columns for value in column]
     return rows
 
 
@@ -224,7 +241,10 @@ _COMPARISONS: dict[str, tuple[Compare, tuple[str, ...]]] = {
         tuple(f"error {error:.0%}" for error in ERRORS) + tuple(f"{1000 * each:.0f} ms" for each in PERIODS_S),
     ),
     "balance": (compare_balance, ("prefill~decode", "prefill", "decode")),
-    "instances": (compare_instances, tuple(f"us, {n}" for n in INSTANCES) + tuple(f"at {n}" for n in INSTANCES)),
+    "instances": (
+        compare_instances,
+        tuple(f"{what}, {n}" for what in ("us", "us p99", "us in all", "at") for n in INSTANCES),
+    ),
 }
 
 
@@ -243,12 +263,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not path.exists():
             print(f"{path} does not exist; give the data folder with --data", file=sys.stderr)
             return 1
-        stream = load_trace(path).head(options.requests)
+        whole = load_trace(path)
+        stream = whole.head(options.requests)
         rate = capacity(case, stream)
         print(f"\n{case.name}: balanced meets the targets of {ATTAINMENT:.0%} at {rate:.2f} requests/s", flush=True)
         for part in PARTS if options.part is None else (options.part,):
             compare, columns = _COMPARISONS[part]
-            rows = found.setdefault(case.name, {})[part] = compare(case, stream, rate)
+            requests = whole if part == "instances" else stream
+            rows = found.setdefault(case.name, {})[part] = compare(case, requests, rate)
             cells = [[name, *(f"{each:.3g}" for each in row)] for name, row in rows.items()]
             print(*text_table([[part, *columns], *cells]), sep="\n", flush=True)
     print(json.dumps(found))

@@ -1,13 +1,13 @@
 """Routing policies to compare with, and a router that hears late of what happens at the instances."""
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
 from random import Random
-from typing import Any
 
 from tandem.core.session import Role
-from tandem.scheduling.instance_selector import InstanceSelector, Place
+from tandem.scheduling.instance_selector import InstanceSelector, Place, SelectorSettings
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 
@@ -16,8 +16,8 @@ class SimpleSelector(InstanceSelector):
     """A rule that looks at usable instances only: for prompts prefill instances (colocated ones if there are none),
     then decode instances."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, settings: SelectorSettings) -> None:
+        super().__init__(settings)
         self._turn = count()
         self._random = Random(0)
 
@@ -70,13 +70,34 @@ class PrefixAffine(SimpleSelector):
         return min(instances, key=lambda each: each.open_requests)
 
 
+def with_timing(selector_type: type[InstanceSelector], seconds: list[float]) -> type[InstanceSelector]:
+    """The same policy, which appends the time of each of its choices to `seconds`."""
+
+    class Timed(selector_type):  # type: ignore[misc, valid-type]
+        def choose_first(self, request: RoutedRequest, now_s: float) -> Place | None:
+            began_s = time.perf_counter()
+            try:
+                return super().choose_first(request, now_s)  # type: ignore[no-any-return]
+            finally:
+                seconds.append(time.perf_counter() - began_s)
+
+        def choose_decode(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> Place | None:
+            began_s = time.perf_counter()
+            try:
+                return super().choose_decode(attempt, prefill, now_s)  # type: ignore[no-any-return]
+            finally:
+                seconds.append(time.perf_counter() - began_s)
+
+    return Timed
+
+
 def with_stale_reports(selector_type: type[InstanceSelector], period_s: float) -> type[InstanceSelector]:
     """The same policy, which hears only every `period_s` of what has happened to attempts. It knows its own dispatches
     at once."""
 
     class Stale(selector_type):  # type: ignore[misc, valid-type]
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(**settings)
+        def __init__(self, settings: SelectorSettings) -> None:
+            super().__init__(settings)
             self._changed: dict[str, KnownInstance] = {}
             self._late: list[Callable[[], None]] = []
             self._next_s = 0.0

@@ -227,6 +227,12 @@ _HEADERS = {
         "description": "The request's own, or an id that the router made",
     }
 }
+_ANSWER_HEADERS = _HEADERS | {
+    "x-tandem-explanation": {
+        "schema": _STRING,
+        "description": "With x-tandem-explain: 1, which instances were compared and why one was chosen, as JSON",
+    }
+}
 
 
 _REQUEST_HEADERS = [
@@ -235,6 +241,7 @@ _REQUEST_HEADERS = [
         (SLO, "An SLO class of the router"),
         (TTFT_MS, "A target of the request's own: time to first token, milliseconds"),
         (TPOT_MS, "A target of the request's own: time per output token after the first, milliseconds"),
+        ("x-tandem-explain", "1: the response says which instances were compared"),
         (TENANT, "Waiting is fair between tenants; without it, between client addresses"),
     )
 ]
@@ -259,6 +266,7 @@ def _errors(*statuses: int) -> dict[str, _Schema]:
 
 def _completions(summary: str, request: str, response: str) -> _Schema:
     answer = _answer("The whole response, or, with stream, its chunks", "application/json", _ref(response))
+    answer["headers"] = _ANSWER_HEADERS
     answer["content"]["text/event-stream"] = {}  # OpenAPI 3.1 has no words for a stream of events
     return {
         "summary": summary,

@@ -63,6 +63,7 @@ class RequestContext:
     deadline_s: float
     created_s: int
     wants_timeline: bool
+    wants_explanation: bool = False
     client: str = ""
     tenant: str = ""
     slo: RequestedSlo = UNSPECIFIED_SLO

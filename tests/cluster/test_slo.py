@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Iterator
 
 import grpc
@@ -49,6 +50,19 @@ def test_what_makes_no_sense_is_refused_over_both_protocols(cluster: Cluster) ->
         for options in ({"slo": "gold"}, {"ttft_s": float("nan")}, {"tpot_s": -1.0}, {"slo": "easy", "tpot_s": 1.0}):
             with pytest.raises(InvalidRequestError):
                 client.generate(prompt=PROMPT, max_tokens=4, **options)  # type: ignore[arg-type]
+
+
+def test_a_response_says_why_its_instances_were_chosen_if_it_is_asked(cluster: Cluster) -> None:
+    assert "x-tandem-explanation" not in complete(cluster, {}).headers
+    choices = json.loads(complete(cluster, {"x-tandem-explain": "1"}).headers["x-tandem-explanation"])
+    assert [(choice["attempt"], choice["phase"]) for choice in choices] == [(1, "prefill"), (1, "decode")]
+    for choice in choices:
+        best = choice["candidates"][0]
+        assert (best["instance"], best["reason"]) == (choice["instance"], "chosen")
+    body = {"model": "tiny-python", "prompt": PROMPT, "max_tokens": 4, "stream": True}
+    headers = {"x-tandem-explain": "1"}
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=60.0) as stream:
+        assert json.loads(stream.headers["x-tandem-explanation"])[0]["phase"] == "prefill"
 
 
 @contextlib.contextmanager

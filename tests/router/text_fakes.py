@@ -78,6 +78,9 @@ class ScriptedGeneration:
         self.was_cut_short = self.was_cut_short or not (self.is_closed or self._is_drawn_out)
         self._end()
 
+    def explanation(self) -> str:
+        return "[]"
+
     def timeline(self) -> Timeline:
         num_prompt_tokens = len(self.request.token_ids)
         return Timeline(dict(self._stamps), num_prompt_tokens, num_prompt_tokens // 2, self._drawn)

@@ -6,7 +6,7 @@ import pytest
 
 from tandem.core.errors import ContextLengthError
 from tandem.core.session import BlockCounts, InstanceState, Role
-from tandem.scheduling.instance_selector import InstanceSelector, Place
+from tandem.scheduling.instance_selector import InstanceSelector, Place, SelectorSettings
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.prefix_index import block_hashes
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
@@ -17,13 +17,14 @@ class Selector(InstanceSelector):
     """Each choice counts, without a machine that would dispatch."""
 
     def __init__(self, *instance_ids: str) -> None:
-        super().__init__(
+        settings = SelectorSettings(
             explain=True,
             slack_tokens=4096,
             max_tracked_blocks=65536,
             max_outstanding_tokens=None,
             local_prefill=False,
         )
+        super().__init__(settings)
         self.join(*instance_ids)
 
     def join(self, *instance_ids: str, **changes: object) -> None:
