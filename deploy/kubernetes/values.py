@@ -64,6 +64,29 @@ class ClusterToken(FrozenModel):
     key: str = Field(default="token", description="The key in the Secret")
 
 
+class ApiKeys(FrozenModel):
+    """Keys of clients, as `tandem key` makes them."""
+
+    existingSecret: str = Field(default="", description="Empty: everybody who reaches a router may use it")
+    key: str = Field(default="keys", description="The key in the Secret with the file of keys")
+    clientKey: str = Field(
+        default="", description="The key in the Secret with one client's own key, for helm test and the ServiceMonitor"
+    )
+
+
+class Tls(FrozenModel):
+    """Secrets with tls.crt, tls.key and ca.crt, as cert-manager makes them. Renewed certificates are read again."""
+
+    clusterSecret: str = Field(
+        default="", description="For the ports between routers and workers, both ends; empty: no TLS there"
+    )
+    serverName: str = Field(default="tandem", description="A name that the certificate of clusterSecret has")
+    publicSecret: str = Field(default="", description="For the ports of clients; empty: no TLS there")
+    publicName: str = Field(
+        default="", description="A name that the certificate of publicSecret has, for helm test and the ServiceMonitor"
+    )
+
+
 class Service(FrozenModel):
     """For clients: ports 8000 (HTTP) and 8001 (gRPC)."""
 
@@ -256,6 +279,8 @@ class ChartValues(FrozenModel):
         description="KV moves only between instances of one epoch. Empty: a hash of image, model, roles and settings",
     )
     clusterToken: ClusterToken = ClusterToken()
+    apiKeys: ApiKeys = ApiKeys()
+    tls: Tls = Tls()
     router: Router = Router()
     workers: Workers = Workers()
     podDisruptionBudget: PodDisruptionBudget = PodDisruptionBudget()

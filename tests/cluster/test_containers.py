@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tandem.core.session import Role
 from tests.cluster.harness import START_TIMEOUT_S, Cluster, free_port
+from tests.deploy.kubernetes.manifests import render
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 GRACE_S = "60"
@@ -144,6 +145,9 @@ def test_a_rolling_update_loses_nothing_and_pairs_nothing_old_with_new(container
     start("prefill-old", Role.PREFILL, "old")
     start("decode-old", Role.DECODE, "old")
     wait_until(lambda: containers.probe("/readyz") == 200, "the old pair serves", containers)
+    (pod,) = (each for each in render() if each["kind"] == "Pod")  # of `helm test`
+    script = pod["spec"]["containers"][0]["args"][0].replace("r-tandem:8001", containers.grpc_address)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     num_served = 0
     stop = threading.Event()
 

@@ -121,6 +121,12 @@ def test_every_value_is_explained() -> None:
         (['workers.defaults.rollout={"maxSurge": 0}'], "'prefill' could never be updated"),
         (["router.autoscaling.enabled=true"], "there is no monitoring.prometheusAddress; set it"),
         (["workers.defaults.autoscaling.enabled=true"], "'prefill' is scaled by metrics, and there is no monitoring"),
+        (["apiKeys.clientKey='probe'"], "apiKeys.clientKey is a key of the Secret apiKeys.existingSecret"),
+        (["tls.publicSecret='tls'"], "tls.publicName is not set; it is a name that the certificate"),
+        (
+            ["apiKeys.existingSecret='keys'", "monitoring.serviceMonitor.enabled=true"],
+            "with API keys Prometheus needs one: set apiKeys.clientKey, or router.settings.open_metrics to true",
+        ),
         (
             ["router.autoscaling={'enabled': true, 'minReplicas': 9}", "monitoring.prometheusAddress='http://p:9090'"],
             "router.autoscaling.minReplicas is 9, above maxReplicas 8",

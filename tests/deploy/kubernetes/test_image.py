@@ -61,8 +61,10 @@ def test_its_commands_make_a_tandem_that_runs(tmp_path: Path) -> None:
         )
         assert ended.returncode == 0, f"{moved}\n{ended.stdout}{ended.stderr}"
     assert not (target / "bin" / "pip").exists()
-    assert (target / "models" / "tiny-python" / "config.json").is_file()
+    model = (target / "models" / "tiny-python" / "config.json").resolve(strict=True)
+    assert model.is_relative_to(target), "the folder of the sources is not in the image"
     for command in ("tandem version", "tandem worker --help", "tandem router --help", "hf download --help"):
         name, *arguments = command.split()
-        ended = subprocess.run([target / "bin" / name, *arguments], cwd=tmp_path, capture_output=True, check=False)
+        command_line = [target / "bin" / name, *arguments]
+        ended = subprocess.run(command_line, cwd=tmp_path, env=environment, capture_output=True, check=False)
         assert ended.returncode == 0, ended.stderr

@@ -27,6 +27,9 @@ capabilities:
 - {name: settings, mountPath: /etc/tandem, readOnly: true}
 - {name: token, mountPath: /run/secrets/tandem, readOnly: true}
 - {name: scratch, mountPath: /tmp}
+{{- if .Values.tls.clusterSecret }}
+- {name: cluster-tls, mountPath: /run/secrets/tandem-cluster-tls, readOnly: true}
+{{- end }}
 {{- if ne .Values.model.source "builtIn" }}
 - {name: model, mountPath: /models, readOnly: true}
 {{- end }}
@@ -45,6 +48,10 @@ capabilities:
     items: [{key: {{ .Values.clusterToken.key }}, path: token}]
 - name: scratch
   emptyDir: {}
+{{- with .Values.tls.clusterSecret }}
+- name: cluster-tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
 {{- if eq .Values.model.source "persistentVolumeClaim" }}
 - name: model
   persistentVolumeClaim: {claimName: {{ .Values.model.persistentVolumeClaim }}, readOnly: true}
@@ -55,6 +62,25 @@ capabilities:
 - name: model
   emptyDir: {sizeLimit: {{ .Values.model.download.sizeLimit }}}
 {{- end }}
+{{- end -}}
+
+{{- /* What routers and workers read in the same way; more is to be merged. */ -}}
+{{- define "tandem.commonSettings" -}}
+{{- $settings := dict
+  "model" (include "tandem.modelPath" .)
+  "model_name" (include "tandem.modelName" .)
+  "cluster_token" "file:/run/secrets/tandem/token"
+-}}
+{{- if .Values.tls.clusterSecret -}}
+{{- $folder := "/run/secrets/tandem-cluster-tls" -}}
+{{- $_ := set $settings "cluster_tls" (dict
+  "certificate" (printf "%s/tls.crt" $folder)
+  "key" (printf "%s/tls.key" $folder)
+  "ca" (printf "%s/ca.crt" $folder)
+  "server_name" .Values.tls.serverName
+) -}}
+{{- end -}}
+{{- $settings | toJson -}}
 {{- end -}}
 
 {{- /* Takes root and the arguments that say which files, all if empty. */ -}}

@@ -44,6 +44,17 @@
 {{- if and $autoscaling.enabled (gt (int $autoscaling.minReplicas) (int $autoscaling.maxReplicas)) -}}
 {{- fail (printf "router.autoscaling.minReplicas is %d, above maxReplicas %d" (int $autoscaling.minReplicas) (int $autoscaling.maxReplicas)) -}}
 {{- end -}}
+{{- with .Values.apiKeys -}}
+{{- if and .clientKey (not .existingSecret) -}}
+{{- fail "apiKeys.clientKey is a key of the Secret apiKeys.existingSecret, which is not set" -}}
+{{- end -}}
+{{- if and .existingSecret (not .clientKey) $.Values.monitoring.serviceMonitor.enabled (not $.Values.router.settings.open_metrics) -}}
+{{- fail "with API keys Prometheus needs one: set apiKeys.clientKey, or router.settings.open_metrics to true" -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.tls.publicSecret (not .Values.tls.publicName) -}}
+{{- fail "tls.publicName is not set; it is a name that the certificate of tls.publicSecret has" -}}
+{{- end -}}
 {{- $model := .Values.model -}}
 {{- if and (eq $model.source "persistentVolumeClaim") (not $model.persistentVolumeClaim) -}}
 {{- fail "model.source is persistentVolumeClaim; name the claim with model.persistentVolumeClaim" -}}

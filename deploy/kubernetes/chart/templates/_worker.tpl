@@ -14,16 +14,25 @@ tandem.serve/group: {{ .group.name }}
 {{- if not $engine.threads -}}
 {{- $instance = merge (dict "engine" (mergeOverwrite (deepCopy $engine) (dict "threads" (max 1 $cores)))) $instance -}}
 {{- end -}}
-{{- dict
-  "model" (include "tandem.modelPath" $root)
-  "model_name" (include "tandem.modelName" $root)
+{{- merge (include "tandem.commonSettings" $root | fromJson) (dict
   "role" .group.role
   "name" .group.name
   "routers" (list (printf "%s-control.%s.svc:8002" (include "tandem.fullname" $root) $root.Release.Namespace))
-  "cluster_token" "file:/run/secrets/tandem/token"
   "plan_epoch" (include "tandem.planEpoch" $root)
   "instance" $instance
-| toYaml -}}
+) | toYaml -}}
+{{- end -}}
+
+{{- /*
+Takes root and service, one of gRPC's health service. Kubernetes asks it without TLS only; where the port has TLS, probes
+look whether it is open: it is open once the model is loaded, and the process ends a hung step itself.
+*/ -}}
+{{- define "tandem.workerProbe" -}}
+{{- if .root.Values.tls.clusterSecret -}}
+tcpSocket: {port: 8003}
+{{- else -}}
+grpc: {port: 8003{{ with .service }}, service: {{ . }}{{ end }}}
+{{- end -}}
 {{- end -}}
 
 {{- /* A PodTemplateSpec; takes root and group (with its defaults). */ -}}
@@ -60,16 +69,16 @@ spec:
       ports:
         - {name: worker, containerPort: 8003}
       startupProbe:
-        grpc: {port: 8003}
+        {{- include "tandem.workerProbe" (dict "root" $root) | nindent 8 }}
         periodSeconds: 5
         timeoutSeconds: 5
         failureThreshold: {{ div (add $workers.loadSeconds 4) 5 }}
       readinessProbe:
-        grpc: {port: 8003}
+        {{- include "tandem.workerProbe" (dict "root" $root) | nindent 8 }}
         periodSeconds: 5
         timeoutSeconds: 5
       livenessProbe:  # a stalled step is none of its business: the process ends a hung step itself
-        grpc: {port: 8003, service: liveness}
+        {{- include "tandem.workerProbe" (dict "root" $root "service" "liveness") | nindent 8 }}
         periodSeconds: 10
         timeoutSeconds: 10
         failureThreshold: 6
