@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tandem.core.attempt_id import AttemptId
-from tandem.core.errors import CancelledError, InternalError, TandemError
+from tandem.core.errors import CancelledError, IncompatiblePeerError, InternalError, TandemError
 from tandem.core.request import SampledToken
 from tandem.core.session import KvSource
 from tandem.core.transfer import Transport
@@ -101,6 +101,9 @@ class KvFetcher:
         match task.exception():
             case None:
                 self._report(task.result())
+            case IncompatiblePeerError() as error:
+                log.warning("KV of %s cannot be read here: %s", fetch.source.instance_id, error.message)
+                self._report(FetchFailed(fetch.attempt_id, error))
             case TandemError() as error:
                 log.info("transfer of %s (attempt %d) failed: %s", fetch.request_id, fetch.epoch, error.message)
                 self._report(FetchFailed(fetch.attempt_id, error))

@@ -5,7 +5,7 @@ All of it runs in the calling thread; `PairPlan` and `OwnPools` are made on the 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -28,21 +28,17 @@ class OwnPools:
         assert len(pools) == layout.num_ranks, "one pool per rank"
         self.layout = layout
         self.device = pools[0].device
-        self._view = partial(_view, layout, tuple(pools))
-        make_block_views = lru_cache(_KEPT_VIEWS)(partial(_block_views, layout, tuple(pools)))
-        self.block_views: Callable[[int, KvSlice], BlockViews] = make_block_views  # of a rank, all its blocks
+        self._pools = pools
+        make_block_views = lru_cache(_KEPT_VIEWS)(partial(_block_views, layout, pools))
+        self.block_views: Callable[[int, KvSlice], BlockViews] = make_block_views  # of a slice of one rank's pool
 
     def view(self, rank: int, kv_slice: KvSlice, units: int) -> PoolView:
         """A slice of one rank's pool, its blocks divided into `units`."""
-        return self._view(rank, kv_slice, units)
+        return PoolView.over(self._pools[rank], self.layout.pool_of(rank), kv_slice, units)
 
 
-def _view(layout: KvLayout, pools: tuple[Tensor, ...], rank: int, kv_slice: KvSlice, units: int) -> PoolView:
-    return PoolView.over(pools[rank], layout.pool_of(rank), kv_slice, units)
-
-
-def _block_views(layout: KvLayout, pools: tuple[Tensor, ...], rank: int, kv_slice: KvSlice) -> BlockViews:
-    return _view(layout, pools, rank, kv_slice, 1).block_views()
+def _block_views(layout: KvLayout, pools: Sequence[Tensor], rank: int, kv_slice: KvSlice) -> BlockViews:
+    return PoolView.over(pools[rank], layout.pool_of(rank), kv_slice).block_views()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +73,13 @@ class Places(NamedTuple):
 
     blocks: Tensor
     units: Tensor | None
+
+    def some(self, which: slice) -> "Places":
+        return Places(self.blocks[which], None if self.units is None else self.units[which])
+
+    def minus(self, blocks: int) -> "Places":
+        """As counted from a later block."""
+        return Places(self.blocks - blocks, self.units)
 
 
 class ArrivingBlocks(ChunkedBlocks):
@@ -150,16 +153,21 @@ class ArrivingBlocks(ChunkedBlocks):
 
     def _places(self, chunk: TransferChunk) -> tuple[Places, Places]:
         """Of the chunk's tokens: in the chunk, and in the own blocks."""
+        per_block, (theirs, ours) = self._resharding.source_units, self._all_places
+        last = min(chunk.blocks.stop * per_block, self._resharding.num_units(self._num_tokens))
+        units = slice(chunk.blocks.start * per_block, last)
+        return theirs.some(units).minus(chunk.blocks.start), ours.some(units)
+
+    @cached_property
+    def _all_places(self) -> tuple[Places, Places]:
+        """Of all units of the transfer: in the blocks that arrive, by their number, and in the own blocks."""
         resharding = self._resharding
+        units = range(resharding.num_units(self._num_tokens))
+        theirs = unit_places(units, resharding.source_units, range(self.num_blocks), self._device)
+        ours = unit_places(units, resharding.destination_units, self._block_ids, self._device)
         if resharding.copies_whole_blocks:
-            ours = self._block_ids[chunk.blocks.start : chunk.blocks.stop]
-            here = torch.arange(len(ours), device=self._device)
-            return Places(here, None), Places(torch.tensor(ours, device=self._device), None)
-        per_block = resharding.source_units
-        last = min(chunk.blocks.stop * per_block, resharding.num_units(self._num_tokens))
-        units = range(chunk.blocks.start * per_block, last)
-        received = unit_places(range(len(units)), per_block, range(len(chunk.blocks)), self._device)
-        return received, unit_places(units, resharding.destination_units, self._block_ids, self._device)
+            return Places(theirs.blocks, None), Places(ours.blocks, None)
+        return theirs, ours
 
 
 def copy_units(

@@ -167,28 +167,27 @@ class KvReceiver:
                         continue
                     _check_blocks(manifest, link.plan.source)  # of this link: it may have been made anew
                     turn_s = time.monotonic()  # the time-out begins now: earlier transfers do not use it up
-                    arriving = link.plan.arriving(block_ids, manifest.num_tokens, CHUNK_BYTES)
                     async with asyncio.timeout(self._timeout_s):
                         if isinstance(link.end, SharedMemoryLink):
                             await link.end.copy(manifest.block_ids, block_ids, manifest.num_tokens, fence)
                             if self._checksum:
-                                await self._compare(link, link.end, manifest, arriving)
+                                for arriving in _arriving(link, manifest, block_ids):
+                                    await self._compare(link, link.end, manifest, arriving)
                         else:
-                            for blocks in arriving:
-                                await self._receive(link, link.end, manifest, blocks, fence)
+                            for arriving in _arriving(link, manifest, block_ids):
+                                await self._receive(link, link.end, manifest, arriving, fence)
                     return link.reply.transport, turn_s
             finally:
                 link.users -= 1
                 link.used_s = time.monotonic()
 
     async def _compare(
-        self, link: ReceiveLink, end: SharedMemoryLink, manifest: Manifest, arriving: Sequence[ArrivingBlocks]
+        self, link: ReceiveLink, end: SharedMemoryLink, manifest: Manifest, arriving: ArrivingBlocks
     ) -> None:
-        """Whether the blocks of all ranks have what the source's have. Raises TransferError."""
-        for blocks in arriving:
-            reply = await link.peer.grant(_grant(link, manifest, blocks, checksum=True), self._timeout_s)
-            if reply.checksum != await end.checksum(blocks):
-                raise TransferError("the KV's checksum does not match")
+        """Whether the own blocks have what one rank of the source has. Raises TransferError."""
+        reply = await link.peer.grant(_grant(link, manifest, arriving, checksum=True), self._timeout_s)
+        if reply.checksum != await end.checksum(arriving):
+            raise TransferError("the KV's checksum does not match")
 
     async def _receive(
         self, link: ReceiveLink, end: ProcessGroupLink, manifest: Manifest, arriving: ArrivingBlocks, fence: WriteFence
@@ -208,6 +207,10 @@ class KvReceiver:
         reply = granting.result()
         if (reply.sent_bytes, reply.checksum) != (grant.total_bytes, receiving.result()):
             raise TransferError("the KV that arrived is not the KV that was sent")
+
+
+def _arriving(link: ReceiveLink, manifest: Manifest, block_ids: Sequence[int]) -> list[ArrivingBlocks]:
+    return link.plan.arriving(block_ids, manifest.num_tokens, CHUNK_BYTES)
 
 
 def _grant(link: ReceiveLink, manifest: Manifest, arriving: ArrivingBlocks, checksum: bool) -> Grant:

@@ -154,6 +154,7 @@ class GoodputSelector(InstanceSelector):
                 self._remote(request, prefill, self.instances[decode_id], now_s)
                 for decode_id in decodes
                 if self.instances[decode_id].status.fingerprint == prefill.status.fingerprint
+                and decode_id not in self.failures.refused_by(prefill_id)
             ]
             if pairs:
                 estimates.append(max(pairs, key=lambda pair: (pair.score, -pair.tpot_s)))

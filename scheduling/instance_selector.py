@@ -15,7 +15,7 @@ from tandem.core.errors import ContextLengthError, UnavailableError
 from tandem.core.session import Role
 from tandem.scheduling.answer_lengths import AnswerLengths
 from tandem.scheduling.decode_index import DecodeIndex, DecodeQuery
-from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES, InstanceIndex, QueryT
+from tandem.scheduling.instance_index import NO_FAILURES, InstanceIndex, QueryT
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import Residuals
 from tandem.scheduling.prefill_index import Holders, PrefillIndex, PrefillQuery
@@ -142,6 +142,11 @@ class InstanceSelector:
         """Which instances are usable, or what they can hold."""
         self._capacity_tokens = None
 
+    def refuse_pair(self, prefill_id: str, decode_id: str) -> None:
+        """The two have met and cannot exchange KV: they are not chosen together again."""
+        self.failures.refuse(prefill_id, decode_id)
+        self.offers_changed()
+
     # --- capacity ----------------------------------------------------------------------------------------------------
 
     def capacity_tokens(self) -> int:
@@ -175,8 +180,9 @@ class InstanceSelector:
 
     def _find_capacity_tokens(self) -> int:
         longest: dict[Role, dict[str, int]] = {role: {} for role in Role}  # by fingerprint
+        without_reader = self.failures.without_reader(self.instances)
         for instance in self.instances.values():
-            if instance.is_usable:
+            if instance.is_usable and instance.instance_id not in without_reader:
                 found, fingerprint = longest[instance.role], instance.status.fingerprint
                 found[fingerprint] = max(instance.capacity_tokens, found.get(fingerprint, 0))
         prefills, decodes = longest[Role.PREFILL], longest[Role.DECODE]
@@ -222,6 +228,7 @@ class InstanceSelector:
     def _prefill_query(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> PrefillQuery:
         if self.failures:
             failures = self.failures.of_prefills(failures, self.instances)
+        without_reader = self.failures.without_reader(self.instances)
         fingerprints = self._decodes.fingerprints_for(needed_tokens)
         if self._settings.max_outstanding_tokens is not None:
             unplaced, known = self._unplaced, fingerprints
@@ -232,7 +239,7 @@ class InstanceSelector:
             fingerprints,
             self._holders(request) if request.has_block_names else (),
             request.avoid,
-            self._without_credit,
+            self._without_credit | without_reader if without_reader else self._without_credit,
             failures,
         )
 
@@ -279,9 +286,11 @@ class InstanceSelector:
             needed_tokens,
             pair.instance.status.fingerprint,
             request.avoid,
+            self.failures.refused_by(pair.instance.instance_id),
         )
         decode = self._decodes.best(query)
-        assert decode is not None, "a decode instance is there for each of the fingerprints"
+        if decode is None:  # those that could hold it cannot read that KV
+            return colocated
         forms = ((pair, self._decodes, decode.rank[3]), (colocated, self._colocated, colocated.instance.instance_id))
         ranked = [
             (
@@ -342,6 +351,7 @@ class InstanceSelector:
         needed_tokens = attempt.num_tokens + attempt.growth_tokens
         if fingerprint not in self._decodes.fingerprints_for(needed_tokens):
             needed_tokens = attempt.num_tokens + 1
+        refused = self.failures.refused_by(prefill.instance_id)
         failures: Mapping[str, float] = NO_FAILURES
         if self.failures:
             failures = self.failures.of_decodes(self.failures.current(now_s), prefill.instance_id)
@@ -351,7 +361,8 @@ class InstanceSelector:
             needed_tokens,
             fingerprint,
             attempt.request.avoid,
-            {prefill.instance_id} if prefill.role is Role.DECODE else NO_INSTANCES,  # it was a prefill instance before
+            # One that was a prefill instance before does not read its own KV.
+            {prefill.instance_id, *refused} if prefill.role is Role.DECODE else refused,
             failures,
         )
 

@@ -1,6 +1,10 @@
-"""Which instances and pairs of instances failed lately. Every failure counts 1, half as much after each half-life."""
+"""Which instances and pairs of instances failed lately, and which pairs cannot exchange KV at all.
 
-from collections.abc import Mapping
+Every failure counts 1, half as much after each half-life. A pair that was refused stays refused until one of the two is
+gone.
+"""
+
+from collections.abc import Iterator, Mapping, Set
 
 from tandem.core.session import Role
 from tandem.scheduling.known_instance import KnownInstance
@@ -9,20 +13,41 @@ HALF_LIFE_S = 5.0
 MOST = 4.0  # what an instance or a pair counts at most
 LEAST = 1 / 16  # what counts less is forgotten
 
+NOBODY: Set[str] = frozenset()
+
 Name = str | tuple[str, str]  # an instance, or the prefill and the decode instance of a pair
 
 
 class RecentFailures:
     """False while there are none. Time is passed in."""
 
-    __slots__ = ("_pairs", "_since")
+    __slots__ = ("_pairs", "_refused", "_since")
 
     def __init__(self) -> None:
         self._since: dict[Name, tuple[float, float]] = {}  # count, and when it was that
         self._pairs: dict[tuple[str, str], float] = {}  # as of the last look
+        self._refused: dict[str, set[str]] = {}  # prefill instance -> decode instances
 
     def __bool__(self) -> bool:
         return bool(self._since)
+
+    def refuse(self, prefill_id: str, decode_id: str) -> None:
+        """The two have met, and the KV of one is of no use to the other, or cannot get there."""
+        self._refused.setdefault(prefill_id, set()).add(decode_id)
+
+    def refused_by(self, prefill_id: str) -> Set[str]:
+        """Decode instances that cannot read its KV."""
+        return self._refused.get(prefill_id, NOBODY)
+
+    def without_reader(self, instances: Mapping[str, KnownInstance]) -> Set[str]:
+        """Prefill instances whose KV no usable decode instance can read, because all were refused."""
+        return {
+            prefill_id
+            for prefill_id, refused in self._refused.items()
+            if (prefill := instances.get(prefill_id)) is not None
+            and prefill.role is Role.PREFILL
+            and all(decode.instance_id in refused for decode in readers(prefill, instances))
+        }
 
     def add(self, name: Name, now_s: float) -> None:
         count = self._count(name, now_s) if name in self._since else 0.0
@@ -31,6 +56,11 @@ class RecentFailures:
     def forget(self, instance_id: str) -> None:
         """And all pairs with it."""
         self._since = {name: since for name, since in self._since.items() if instance_id not in (name, *_both(name))}
+        self._refused.pop(instance_id, None)
+        for prefill_id in [each for each, refused in self._refused.items() if instance_id in refused]:
+            self._refused[prefill_id].discard(instance_id)
+            if not self._refused[prefill_id]:
+                del self._refused[prefill_id]
 
     def current(self, now_s: float) -> dict[str, float]:
         """Of single instances. Those of pairs are then as of now, too."""
@@ -44,17 +74,12 @@ class RecentFailures:
         those."""
         counts = dict(failures)
         for prefill_id in {prefill_id for prefill_id, _ in self._pairs}:
-            prefill = instances[prefill_id]
-            least = min(
-                (
-                    self._pairs.get((prefill_id, decode_id), 0.0)
-                    for decode_id, decode in instances.items()
-                    if decode.role is Role.DECODE
-                    and decode.is_usable
-                    and decode.status.fingerprint == prefill.status.fingerprint
-                ),
-                default=0.0,
+            counts_of_pairs = (
+                self._pairs.get((prefill_id, decode.instance_id), 0.0)
+                for decode in readers(instances[prefill_id], instances)
+                if decode.instance_id not in self.refused_by(prefill_id)
             )
+            least = min(counts_of_pairs, default=0.0)
             if least:
                 counts[prefill_id] = min(MOST, counts.get(prefill_id, 0.0) + least)
         return counts
@@ -70,6 +95,13 @@ class RecentFailures:
     def _count(self, name: Name, now_s: float) -> float:
         count, since_s = self._since[name]
         return float(count * 0.5 ** ((now_s - since_s) / HALF_LIFE_S))
+
+
+def readers(prefill: KnownInstance, instances: Mapping[str, KnownInstance]) -> Iterator[KnownInstance]:
+    """Usable decode instances with KV of the same format."""
+    for decode in instances.values():
+        if decode.role is Role.DECODE and decode.is_usable and decode.status.fingerprint == prefill.status.fingerprint:
+            yield decode
 
 
 def _both(name: Name) -> tuple[str, ...]:

@@ -406,10 +406,12 @@ class RoutingMachine:
         is_transfer = isinstance(error, TransferError) or (
             isinstance(error, UnavailableError) and instance is decode and not attempt.has_transfer
         )
-        if (is_transfer or isinstance(error, IncompatiblePeerError)) and prefill is not None and decode is not None:
+        if isinstance(error, IncompatiblePeerError) and prefill is not None and decode is not None:
+            self._selector.refuse_pair(prefill.instance_id, decode.instance_id)
+            blamed = set()  # each may have other partners
+        elif is_transfer and prefill is not None and decode is not None:
             failures.add((prefill.instance_id, decode.instance_id), now_s)
-            if is_transfer:  # either end may be the reason
-                blamed = {prefill.instance_id, decode.instance_id}
+            blamed = {prefill.instance_id, decode.instance_id}  # either end may be the reason
         elif isinstance(error, UnavailableError):
             failures.add(instance_id, now_s)
         self._release(attempt, instance, now_s)

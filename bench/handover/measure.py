@@ -1,16 +1,17 @@
 """Times KV hand-overs between two processes, on each transport, and a plain copy of the same bytes."""
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 
 import torch
 
-from bench.handover.source import SOURCE_ID, block_ids_of, token_ids_of
+from bench.handover.source import SOURCE_ID, block_ids_of
 from tandem.core.kv_layout import KvLayout
 from tandem.core.transfer import Transport
 from tandem.kv_transfer.pool import SharedPool
@@ -48,23 +49,26 @@ async def measure(
     layout: KvLayout,
     num_blocks: int,
     *,
+    source_layout: KvLayout | None = None,
     transports: Sequence[Transport] = CPU_TRANSPORTS,
     scattered: bool = False,
     repetitions: int = 9,
 ) -> list[HandoverTime]:
-    """Hand over `num_blocks` blocks of a pool with `layout` on each transport. Copies and transports take turns."""
+    """Hand over `num_blocks` blocks to an instance with `layout` on each transport. Copies and transports take turns.
+    `source_layout` None: the source has the same."""
     torch.set_num_threads(1)
-    pool = SharedPool.create(layout.pool_bytes)
+    pools = [SharedPool.create(layout.pool_of(rank).pool_bytes) for rank in range(layout.num_ranks)]
+    num_tokens = num_blocks * layout.block_size
     num_bytes = num_blocks * layout.block_bytes
     plain_from, plain_to = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
     plain_s: list[float] = []
     handover_s: dict[Transport, list[float]] = {transport: [] for transport in transports}
     receivers = {
-        transport: KvReceiver(layout, [pool.tensor], f"bench-{transport.value}", transport=transport)
+        transport: KvReceiver(layout, [pool.tensor for pool in pools], f"bench-{transport.value}", transport=transport)
         for transport in transports
     }
     try:
-        async with _source(layout) as source:
+        async with _source(source_layout or layout) as source:
             for i in range(repetitions + 1):
                 started_s = time.perf_counter()
                 plain_to.copy_(plain_from)
@@ -75,9 +79,9 @@ async def measure(
                     started_s = time.perf_counter()
                     await receiver.fetch(
                         source,
-                        f"{seeds[0]}-{num_blocks}",
+                        f"{seeds[0]}-{num_tokens}",
                         0,
-                        token_ids_of(num_blocks, layout),
+                        range(num_tokens),
                         block_ids_of(seeds[1], num_blocks, layout),
                         deadline_s,
                     )
@@ -85,7 +89,8 @@ async def measure(
     finally:
         for receiver in receivers.values():
             await receiver.close()
-        pool.close()
+        for pool in pools:
+            pool.close()
     plain = median(plain_s[1:])  # the first of each is a warm-up of pages and links
     return [HandoverTime(transport, num_bytes, median(times[1:]), plain) for transport, times in handover_s.items()]
 
@@ -93,9 +98,8 @@ async def measure(
 @asynccontextmanager
 async def _source(layout: KvLayout) -> AsyncIterator[KvTransferClient]:
     """A source in another process."""
-    fields = (layout.num_layers, layout.num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "bench.handover.source", *map(str, fields), layout.dtype),
+        *(sys.executable, "-m", "bench.handover.source", json.dumps(asdict(layout))),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

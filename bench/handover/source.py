@@ -1,13 +1,12 @@
 """The source of measured hand-overs: a prefill worker without an engine. `bench.handover.measure` starts it.
 
-Arguments: layers, blocks, KV heads, block size, head dimension and dtype of its pool. It prints its address, and ends
-when its standard input does.
+Argument: the fields of its layout as JSON. It prints its address, and ends when its standard input does.
 """
 
 import asyncio
+import json
 import random
 import sys
-from collections.abc import Sequence
 
 import torch
 
@@ -25,14 +24,15 @@ SOURCE_ID = "bench-source"
 
 
 class _ComputedPrompts:
-    """Every prompt is already computed. A request id names its blocks: "<seed>-<number of blocks>"."""
+    """Every prompt is already computed. A request id names its blocks and tokens: "<seed>-<number of tokens>"."""
 
     def __init__(self, layout: KvLayout) -> None:
         self._layout = layout
 
     async def manifest(self, request_id: str, epoch: int, deadline_s: float) -> Manifest:
-        seed, num_blocks = map(int, request_id.split("-"))
-        token_ids = token_ids_of(num_blocks, self._layout)
+        seed, num_tokens = map(int, request_id.split("-"))
+        token_ids = tuple(range(num_tokens))
+        num_blocks = self._layout.blocks_for(num_tokens)
         return Manifest(
             request_id=request_id,
             epoch=epoch,
@@ -48,10 +48,6 @@ class _ComputedPrompts:
         return True
 
 
-def token_ids_of(num_blocks: int, layout: KvLayout) -> tuple[int, ...]:
-    return tuple(range(num_blocks * layout.block_size))
-
-
 def block_ids_of(seed: int, num_blocks: int, layout: KvLayout) -> list[int]:
     """Seed 0: contiguous blocks. Other seeds: random blocks of the pool, as after long use."""
     if seed == 0:
@@ -61,8 +57,8 @@ def block_ids_of(seed: int, num_blocks: int, layout: KvLayout) -> list[int]:
 
 async def _serve(layout: KvLayout) -> None:
     torch.set_num_threads(1)
-    pool = SharedPool.create(layout.pool_bytes)
-    sender = KvSender(layout, [pool], SOURCE_ID)
+    pools = [SharedPool.create(layout.pool_of(rank).pool_bytes) for rank in range(layout.num_ranks)]
+    sender = KvSender(layout, pools, SOURCE_ID)
     server, _ = build_server()
     servicer = KvTransferServicer(sender, _ComputedPrompts(layout), SystemClock())
     transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)
@@ -72,13 +68,14 @@ async def _serve(layout: KvLayout) -> None:
     await asyncio.to_thread(sys.stdin.read)
     await server.stop(None)
     await sender.close()
-    pool.close()
+    for pool in pools:
+        pool.close()
 
 
-def _layout_of(fields: Sequence[str]) -> KvLayout:
-    layers, blocks, heads, block_size, head_dim = map(int, fields[:5])
-    return KvLayout(layers, blocks, heads, block_size, head_dim, fields[5], "bench")
+def _layout_of(text: str) -> KvLayout:
+    fields = json.loads(text)
+    return KvLayout(**fields | {"layers_per_stage": tuple(fields["layers_per_stage"])})
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(_layout_of(sys.argv[1:])))
+    asyncio.run(_serve(_layout_of(sys.argv[1])))

@@ -36,6 +36,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "plan-prompt-first.yaml": Plan,
     "plan-ranks.yaml": Plan,
     "plan-mixed.yaml": Plan,
+    "plan-shapes.yaml": Plan,
 }
 TINY = EXAMPLES.parent / "models" / "tiny-python"
 SLO_FILES = [name for name, kind in KINDS.items() if kind is SloFile]
@@ -103,6 +104,7 @@ def test_two_and_two() -> None:
         ("plan-prompt-first.yaml", ["colocated"]),
         ("plan-ranks.yaml", ["colocated"]),
         ("plan-mixed.yaml", ["prefill", "decode", "decode", "colocated"]),
+        ("plan-shapes.yaml", ["prefill", "decode", "decode"]),
     ],
 )
 def test_every_plan_becomes_processes(name: str, roles: list[str]) -> None:

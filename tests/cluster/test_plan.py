@@ -57,6 +57,7 @@ def test_what_was_planned_is_served(built_in_model: Path, tmp_path: Path) -> Non
         ("plan-mixed.yaml", ["colocated", "decode", "decode", "prefill"]),
         pytest.param("plan-colocated.yaml", ["colocated", "colocated"], marks=pytest.mark.slow),
         pytest.param("plan-prompt-first.yaml", ["colocated"], marks=pytest.mark.slow),
+        pytest.param("plan-shapes.yaml", ["decode", "decode", "prefill"], marks=pytest.mark.slow),
     ],
 )
 def test_the_plans_of_the_examples_are_served(tmp_path: Path, name: str, roles: list[str]) -> None:

@@ -15,13 +15,14 @@ LOST_WITHIN_S = 2.0
 ENGINE = {"threads": 2, "kv_memory": "64MiB", "dtype": "float32"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("shape", "fault"),
     [
         ({"tp": 2}, signal.SIGKILL),
-        pytest.param({"pp": 2}, signal.SIGSTOP, marks=pytest.mark.slow),
-        pytest.param({"tp": 2, "pp": 2}, signal.SIGKILL, marks=pytest.mark.slow),
+        ({"pp": 2}, signal.SIGSTOP),
+        ({"tp": 2, "pp": 2}, signal.SIGKILL),
     ],
     ids=str,
 )
@@ -40,16 +41,16 @@ def test_tokens_then_the_loss_of_a_rank(
         answers = asyncio.run(cluster_tokens(cluster, prompt_ids))
         check_answers(cluster, prompt_ids, answers)
         cluster.wait_idle(timeout_s=5.0)
-        lose_a_rank(cluster, fault)
+        lose_a_rank(cluster, "colocated-0", fault)
 
 
-def lose_a_rank(cluster: Cluster, fault: signal.Signals) -> None:
+def lose_a_rank(cluster: Cluster, name: str, fault: signal.Signals) -> None:
     """Rank 0 ends with status 1, and no rank stays behind."""
-    process = cluster.processes.pop("colocated-0")
+    process = cluster.processes.pop(name)
     followers = psutil.Process(process.pid).children()
     followers[-1].send_signal(fault)
     lost_s = time.monotonic()
-    assert process.wait(10) == 1, cluster.log_path("colocated-0").read_text()
+    assert process.wait(10) == 1, cluster.log_path(name).read_text()
     assert time.monotonic() - lost_s < LOST_WITHIN_S
     _, alive = psutil.wait_procs(followers, timeout=LOST_WITHIN_S)
     assert alive == []

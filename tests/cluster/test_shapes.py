@@ -1,6 +1,7 @@
 """Prefill and decode instances of other shapes and block sizes: their tokens are those of transformers."""
 
 import asyncio
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from tandem.core.session import Role
 from tests.cluster.harness import Cluster, running_cluster
+from tests.cluster.test_ranks import lose_a_rank
 from tests.cluster.test_same_tokens import check_answers, cluster_tokens, prompts
 
 ENGINE = {"threads": 1, "kv_memory": "32MiB", "dtype": "float32"}
@@ -26,13 +28,9 @@ def check(cluster: Cluster, num_prompts: int, longest: int) -> None:
 
 @pytest.mark.timeout(300)
 def test_instances_of_one_role_have_other_shapes(built_in_model: Path, tmp_path: Path) -> None:
-    """Two prefill instances and one decode instance, all of other shapes and block sizes."""
-    with running_cluster(
-        built_in_model,
-        tmp_path,
-        num_prefill=0,
-        decode_transports=(),
-    ) as cluster:
+    """Two prefill instances of several ranks, with blocks of other sizes, and a decode instance of one. Then one of the
+    prefill instances loses a rank."""
+    with running_cluster(built_in_model, tmp_path, num_prefill=0, decode_transports=()) as cluster:
         cluster.start_worker("prefill-0", Role.PREFILL, engine=engine(2, 1, 16))
         cluster.start_worker("prefill-1", Role.PREFILL, engine=engine(1, 2, 32))
         cluster.start_worker("decode-0", Role.DECODE, engine=engine(1, 1, 16))
@@ -40,6 +38,8 @@ def test_instances_of_one_role_have_other_shapes(built_in_model: Path, tmp_path:
         check(cluster, num_prompts=12, longest=300)
         (decode,) = (status for status in cluster.instances() if status.role is Role.DECODE)
         assert {link.peer_id[:9] for link in decode.links if link.transfers} == {"prefill-0", "prefill-1"}
+        lose_a_rank(cluster, "prefill-0", signal.SIGKILL)
+        check(cluster, num_prompts=4, longest=100)
 
 
 PAIRS = [
@@ -70,3 +70,23 @@ def test_pair(
         check(cluster, num_prompts=32, longest=1000)
         transports = {link.transport for status in cluster.instances() for link in status.links if link.transfers}
         assert transports == {"shared_memory", "gloo"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_pair_that_cannot_exchange_kv_meets_once(built_in_model: Path, tmp_path: Path) -> None:
+    """One decode instance reads KV over NCCL only, which the prefill instance does not have."""
+    with running_cluster(
+        built_in_model,
+        tmp_path,
+        decode_transports=("nccl", "auto"),
+        prefill={"engine": engine(2, 1, 16)},
+    ) as cluster:
+        for _ in range(3):
+            check(cluster, num_prompts=6, longest=100)
+        assert cluster.metric("tandem_retries_total") >= 1
+        met = cluster.metric("tandem_retries_total")
+        check(cluster, num_prompts=12, longest=100)
+        assert cluster.metric("tandem_retries_total") == met
+        log = cluster.log_path("decode-0").read_text()
+        assert "cannot be read here: the two workers have no transport for KV in common" in log

@@ -450,7 +450,7 @@ def test_a_pair_that_cannot_link_is_not_chosen_again_and_again() -> None:
             if {first.instance_id, second.instance_id} != broken:
                 break
             failed += 1
-            router.fail(second, (TransferError if number % 2 else IncompatiblePeerError)("no link"))
+            router.fail(second, TransferError("no link"))
         router.first_token(first)
         router.machine.transfer_committed(first.attempt, router.now_s)
         router.finish(second)
@@ -506,6 +506,53 @@ def test_a_prefill_instance_that_can_link_to_nobody_is_passed_over() -> None:
     for number in range(1, 5):
         router.ask(number)
         assert router.take().instance_id != first.instance_id
+
+
+@pytest.mark.parametrize("policy", ["balanced", "goodput"])
+def test_a_pair_that_cannot_exchange_kv_is_not_chosen_again(policy: RoutingPolicy) -> None:
+    """Though its instances go on with others, and however long ago they met."""
+    router = Router(RoutingSettings(policy=policy))
+    router.join("p1", "p2", "d1", "d2", step_cost=STEP_COST)
+    pairs = []
+    for number in range(40):
+        router.now_s += 10.0
+        router.ask(number)
+        while number not in router.ends:
+            first = router.take()
+            router.start(first)
+            second = router.take()
+            pairs.append((first.instance_id, second.instance_id))
+            if pairs[-1] == ("p1", "d1"):
+                router.fail(second, IncompatiblePeerError("no transport in common"))
+                continue
+            router.first_token(first)
+            router.machine.transfer_committed(first.attempt, router.now_s)
+            router.finish(second)
+    assert pairs.count(("p1", "d1")) == 1
+    assert {("p1", "d2"), ("p2", "d1"), ("p2", "d2")} <= set(pairs)
+
+
+def test_instances_of_which_none_can_read_the_others_kv_serve_as_well_as_they_can() -> None:
+    router = Router()
+    router.join("p1", "d1")
+    router.ask(0)
+    first = router.take()
+    router.start(first)
+    router.fail(router.take(), IncompatiblePeerError("no transport in common"))
+    alone = router.take()
+    assert (alone.instance_id, alone.attempt.hand_over) == ("d1", False), "it computes the prompt itself"
+    router.join("d2")
+    router.ask(1)
+    later = router.take()
+    assert later.instance_id == "p1"
+    router.start(later)
+    assert router.take().instance_id == "d2"
+    router.machine.instance_removed("d1", router.now_s)
+    router.machine.instance_removed("d2", router.now_s)
+    router.sent.clear()
+    router.join("d1")  # of that name, but another
+    router.ask(2)
+    assert "p1" in {sent.instance_id for sent in router.sent}
 
 
 def test_an_instance_that_failed_others_is_passed_over_for_a_while() -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from tandem.core.config import EngineSection
 from tandem.core.errors import TandemError
 from tandem.core.request import SamplingParams
 from tandem.engine.engine import Engine
+from tandem.engine.step import SequenceSlice
+from tandem.kv_transfer.pool import SharedPool
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tandem.worker.engine_setup import load_worker_engine
 from tandem.worker.ranks.group import RankGroup
@@ -39,7 +41,7 @@ def checkpoint(folder: Path, family: str, **sizes: int) -> Path:
 
 
 @contextlib.contextmanager
-def running(model: Path, tp: int = 1, pp: int = 1, ops: str = "auto") -> Iterator[Engine]:
+def running_with_pools(model: Path, tp: int = 1, pp: int = 1) -> Iterator[tuple[Engine, Sequence[SharedPool]]]:
     section = EngineSection(
         device="cpu",
         threads=1,
@@ -47,7 +49,6 @@ def running(model: Path, tp: int = 1, pp: int = 1, ops: str = "auto") -> Iterato
         dtype="float32",
         tp=tp,
         pp=pp,
-        ops=ops,  # type: ignore[arg-type]
     )
     lost: list[TandemError] = []
     ranks = RankGroup(model, section, lost.append) if tp * pp > 1 else None
@@ -55,7 +56,7 @@ def running(model: Path, tp: int = 1, pp: int = 1, ops: str = "auto") -> Iterato
         ranks.start()
     try:
         engine, pools = load_worker_engine(model, section, ranks)
-        yield engine
+        yield engine, pools
         engine.close()
         for pool in pools:
             pool.close()
@@ -63,6 +64,12 @@ def running(model: Path, tp: int = 1, pp: int = 1, ops: str = "auto") -> Iterato
         if ranks is not None:
             ranks.close()
     assert lost == []
+
+
+@contextlib.contextmanager
+def running(model: Path, tp: int = 1, pp: int = 1) -> Iterator[Engine]:
+    with running_with_pools(model, tp, pp) as (engine, _):
+        yield engine
 
 
 def prompts() -> list[list[int]]:
@@ -122,3 +129,25 @@ def test_tokens_are_those_of_one_rank_and_of_transformers(family: str, shape: tu
         tokens, of_ranks = greedy(engine)
         assert tokens == expected
         torch.testing.assert_close(of_ranks, logprobs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.slow
+def test_no_stage_computes_a_step_after_it_is_settled(tmp_path: Path) -> None:
+    """Chunks of prompts draw no token, so rank 0 waits for nobody; but a transfer may be given their blocks next."""
+    with running_with_pools(checkpoint(tmp_path, "llama"), pp=3) as (engine, pools):
+        layout = engine.layout
+        block_ids = list(range(1, 25))
+        chunk = [3] * layout.block_size
+        for _ in range(5):
+            for number in range(len(block_ids)):
+                blocks = block_ids[: number + 1]
+                engine.step([SequenceSlice(chunk, number * layout.block_size, blocks)])
+            engine.settle()
+            for rank, pool in enumerate(pools):
+                blocks_of_pool = pool.tensor.view(torch.float32).view(layout.pool_of(rank).shape)[:, :, block_ids]
+                assert bool(blocks_of_pool.any(-1).all()), f"rank {rank} has not written all blocks"
+                pool.tensor.view(torch.float32).view(layout.pool_of(rank).shape)[:, :, block_ids] = 0
+        engine.settle()  # without a step: it does not wait
+        tokens, _ = greedy(engine)
+    with running(checkpoint(tmp_path, "llama")) as engine:
+        assert greedy(engine)[0] == tokens

@@ -7,6 +7,7 @@ watch thread  every frame of every rank; a rank that ends, fails or is silent ->
 
 import json
 import logging
+import mmap
 import os
 import select
 import socket
@@ -96,8 +97,10 @@ class RankGroup:
         while self._pool_fds:
             nbytes = layout.pool_of(1 + len(pools)).pool_bytes
             assert os.fstat(self._pool_fds[0]).st_size == nbytes, "all ranks divide the model in the same way"
-            pools.append(SharedPool.open(self._pool_fds.pop(0), nbytes))
-            pools[-1].seal()  # the rank has mapped it, too
+            pool = SharedPool.open(self._pool_fds.pop(0), nbytes)
+            pool.seal()  # the rank has mapped it, too
+            pool.tensor[:: mmap.PAGESIZE].zero_()  # it is empty yet; the first transfers need not wait for its pages
+            pools.append(pool)
         return pools
 
     def announce(self, number: int, slices: Sequence[SequenceSlice]) -> None:

@@ -1,0 +1,125 @@
+"""A rank of an instance of several ranks dies or is stopped: that is the end of its instance, and of no other."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tandem import Client
+from tandem.core.session import Role
+from tests.chaos.answers import asks, tokens_of
+from tests.chaos.faults import ChaosCluster, until
+from tests.chaos.phases import SECTIONS, bring_into
+from tests.cluster.harness import START_TIMEOUT_S, running_cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+DEAD_WITHIN_S = 2.0
+SHAPES = {  # no two instances have the same
+    "prefill-0": {"tp": 2, "block_size": 16},
+    "prefill-1": {"pp": 2, "block_size": 32},
+    "decode-0": {"pp": 2, "block_size": 16},
+    "decode-1": {"tp": 2, "block_size": 8},
+}
+ENGINE = {"threads": 2, "kv_memory": "64MiB", "dtype": "float32"}
+FAULTS = [
+    pytest.param(0, signal.SIGKILL, id="rank 0 dies"),
+    pytest.param(1, signal.SIGKILL, id="rank 1 dies"),
+    pytest.param(1, signal.SIGSTOP, id="rank 1 is stopped"),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks_cluster(built_in_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosCluster]:
+    with running_cluster(
+        built_in_model,
+        tmp_path_factory.mktemp("ranks"),
+        num_prefill=0,
+        decode_transports=(),
+        make=ChaosCluster,
+        **SECTIONS,
+    ) as cluster:
+        for name, shape in SHAPES.items():
+            cluster.start_worker(name, Role(name.partition("-")[0]), engine=ENGINE | shape)
+        cluster.wait_ready(2, 2)
+        yield cluster
+
+
+@pytest.fixture
+def cluster(ranks_cluster: ChaosCluster) -> Iterator[ChaosCluster]:
+    yield ranks_cluster
+    ranks_cluster.heal()
+
+
+def lose_rank(cluster: ChaosCluster, name: str, rank: int, fault: signal.Signals) -> None:
+    """The whole instance ends, in time, and leaves no rank behind."""
+    process = cluster.processes[name]
+    ranks = [psutil.Process(process.pid)]
+    ranks += sorted(ranks[0].children(), key=lambda child: child.create_time())
+    lost_s = time.monotonic()
+    ranks[rank].send_signal(fault)
+    assert process.wait(10) == (-fault if rank == 0 else 1), cluster.log_path(name).read_text()
+    assert time.monotonic() - lost_s < DEAD_WITHIN_S
+    del cluster.processes[name]
+    _, alive = psutil.wait_procs(ranks, timeout=DEAD_WITHIN_S)
+    assert alive == []
+
+
+def check_pairs_again(cluster: ChaosCluster, client: Client, name: str) -> None:
+    """A new instance of that name exchanges KV with those that were there all the time."""
+    others = {each: process.pid for each, process in cluster.processes.items()}
+    role = Role(name.partition("-")[0])
+    cluster.start_worker(name, role, engine=ENGINE | SHAPES[name])
+    cluster.wait_known(START_TIMEOUT_S)
+    new_id = cluster.instance_id(name)
+
+    def has_exchanged() -> bool:
+        tokens_of(client, asks(4, max_tokens=4))
+        peers = {
+            (status.instance_id, link.peer_id)
+            for status in cluster.instances()
+            for link in status.links
+            if link.transfers
+        }
+        return any(new_id in pair for pair in peers)
+
+    until(has_exchanged, 30.0, "the new instance exchanges KV")
+    assert {each: cluster.processes[each].pid for each in others} == others, "nobody else was restarted"
+    cluster.wait_idle(5.0)
+
+
+@pytest.mark.parametrize(("rank", "fault"), FAULTS)
+@pytest.mark.parametrize(("name", "phase"), [("prefill-0", "prefill"), ("prefill-1", "transfer")])
+def test_a_lost_rank_of_a_prefill_instance_costs_only_time(
+    name: str, phase: str, rank: int, fault: signal.Signals, cluster: ChaosCluster, client: Client
+) -> None:
+    disturbed = bring_into(phase, cluster, client)
+    lose_rank(cluster, name, rank, fault)
+    for reader in ("decode-0", "decode-1"):
+        for other in ("prefill-0", "prefill-1"):
+            if other in cluster.processes:
+                cluster.link(reader, other, "pass")
+    disturbed.check_tokens()
+    assert sorted(each.num_attempts for each in disturbed.answers) == [1, 2]
+    cluster.wait_idle(5.0)
+    check_pairs_again(cluster, client, name)
+
+
+@pytest.mark.parametrize(("rank", "fault"), FAULTS)
+@pytest.mark.parametrize(("name", "phase"), [("decode-0", "transfer"), ("decode-1", "decode")])
+def test_a_lost_rank_of_a_decode_instance_loses_no_token(
+    name: str, phase: str, rank: int, fault: signal.Signals, cluster: ChaosCluster, client: Client
+) -> None:
+    disturbed = bring_into(phase, cluster, client)
+    lose_rank(cluster, name, rank, fault)
+    for reader in ("decode-0", "decode-1"):
+        for prefill in ("prefill-0", "prefill-1"):
+            if reader in cluster.processes:
+                cluster.link(reader, prefill, "pass")
+    disturbed.check_tokens()
+    assert sorted(each.num_attempts for each in disturbed.answers) == [1, 2]
+    cluster.wait_idle(5.0)
+    check_pairs_again(cluster, client, name)
