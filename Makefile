@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 HELM := build/tools/helm
 
-.PHONY: help setup serve test lint types layers proto proto-check check-deploy test-fast test-slow chaos soak bench clean
+.PHONY: docs help setup serve test lint types layers proto proto-check check-deploy test-fast test-slow chaos soak bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,9 @@ soak: setup ## 15 minutes of mixed load with kills and stalls, then 100,000 shor
 bench: setup ## measure the engine, and what a request costs beside it
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.overhead
+
+docs: setup ## the documentation as a site, in build/site
+	$(BIN)/mkdocs build --quiet
 
 clean: ## remove all that was built, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

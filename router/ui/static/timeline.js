@@ -1,12 +1,12 @@
 // The parts of a request's time, in order (core/timeline.py).
 
 export const PARTS = [
-  ["admission_s", "admission", "plum"],
+  ["admission_s", "admission", "idle"],
   ["dispatch_s", "dispatch", "sky"],
   ["prefill_queue_s", "prefill queue", "amber"],
   ["prefill_s", "prefill", "prefill"],
   ["transfer_s", "transfer", "mixed"],
-  ["decode_queue_s", "decode queue", "idle"],
+  ["decode_queue_s", "decode queue", "soft"],
   ["second_token_s", "second token", "colocated"],
   ["decode_s", "decode", "decode"],
 ];
