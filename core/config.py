@@ -162,6 +162,11 @@ class RouterSection(FrozenModel):
     control: Address = Field(default="127.0.0.1:8002", description="Where workers report; never for clients")
     request_timeout_s: float = Field(default=600.0, gt=0, description="Deadline of a request that names none")
     max_queue: int = Field(default=1024, ge=1, description="Requests in the router before it refuses more")
+    outstanding_steps: float = Field(
+        default=2.0,
+        gt=0,
+        description="Steps of an instance whose prompt tokens may wait there to be computed, before requests wait here",
+    )
     max_outstanding_tokens: int | None = Field(
         default=16384,
         ge=1,

@@ -203,6 +203,7 @@ class InstanceStatus:
     or the last RenewLease. `step_age_s` is of the step in progress, 0 between two steps. `allocated_blocks` are those
     of the process's Python (`sys.getallocatedblocks`): they grow without end where something leaks.
     `step_cost` is what the instance expects of its steps, as corrected by those that it measured; None: it cannot tell.
+    `step_prompt_tokens` are the prompt tokens that one step of it computes at most; 0: it does not tell.
     """
 
     instance_id: str
@@ -228,3 +229,4 @@ class InstanceStatus:
     step_age_s: float = 0.0
     allocated_blocks: int = 0
     step_cost: StepCoefficients | None = None
+    step_prompt_tokens: int = 0

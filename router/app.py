@@ -144,6 +144,7 @@ class RouterApp:
                 max_queue=settings.max_queue,
                 resume=settings.resume,
                 replacement_wait_s=settings.replacement_wait_s,
+                outstanding_steps=settings.outstanding_steps,
                 max_outstanding_tokens=settings.max_outstanding_tokens,
                 max_wait_s=settings.max_wait_s,
                 policy=settings.policy,

@@ -3,7 +3,7 @@
     remote     a prefill and a decode instance        TTFT = wait there + uncached tokens
     local      a decode instance computes the prompt  TTFT = wait + uncached tokens in chunks beside its batch
     colocated  as local, on a colocated instance
-    wait       no instance has credit: the routing machine holds the request and asks again
+    wait       the best of these has no credit: the routing machine holds the request and asks again
 
 TPOT is the step of the batch that the request would join, as it is expected after the prefill, stretched by the share
 of the time that goes to prompts, and for remote prefill the transfer. The load of now would belong to the past when the
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from tandem.core.session import Role
 from tandem.scheduling.decode_index import DecodeQuery
+from tandem.scheduling.instance_index import NO_INSTANCES
 from tandem.scheduling.instance_selector import InstanceSelector, Place, SelectorSettings
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import LinearPredictor, Residuals
@@ -125,24 +126,27 @@ class GoodputSelector(InstanceSelector):
         if not estimates:
             return super()._choose(request, needed_tokens, failures, now_s)
         best = _best(estimates, request)
+        if best.place.instance.instance_id in self._without_credit:
+            return None  # the request waits in the router: better than to begin at once where there is credit
         place = best.place._replace(expected=(best.ttft_s, best.tpot_s))
         return place._replace(selection=_explained(best, estimates)) if self._settings.explain else place
 
     def _estimates(
         self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float], now_s: float
     ) -> list[Estimate]:
-        """Of all options among the candidates; empty if one of these reports no step costs."""
+        """Of all options among the candidates, with credit or without; empty if one of these reports no step costs."""
         query = DecodeQuery(
             request.num_tokens,
             request.growth_tokens,
             needed_tokens,
             None,
             request.avoid,
-            self._without_credit,
+            NO_INSTANCES,
             failures,
         )
-        prefills = self._prefills.top(self._prefill_query(request, needed_tokens, failures), NUM_CANDIDATES)
-        decodes = self._decodes.top(query._replace(exclude=frozenset()), NUM_CANDIDATES)
+        prefill_query = self._prefill_query(request, needed_tokens, failures)._replace(exclude=NO_INSTANCES)
+        prefills = self._prefills.top(prefill_query, NUM_CANDIDATES)
+        decodes = self._decodes.top(query, NUM_CANDIDATES)
         local = self._decodes.top(query, NUM_CANDIDATES) if self._settings.local_prefill else []
         local += self._colocated.top(query, NUM_CANDIDATES)
         if not all(each in self._loads for each in (*prefills, *decodes, *local)):

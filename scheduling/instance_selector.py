@@ -48,6 +48,7 @@ class SelectorSettings:
     explain: bool
     slack_tokens: int
     max_tracked_blocks: int
+    outstanding_steps: float
     max_outstanding_tokens: int | None
     local_prefill: bool
 
@@ -95,10 +96,12 @@ class InstanceSelector:
         if limit is None:
             return
         room_tokens = 1
+        step_tokens = instance.status.step_prompt_tokens
+        computes_enough = 0 < self._settings.outstanding_steps * step_tokens <= instance.uncomputed_tokens
         if role is not Role.PREFILL:
             limit = min(limit, instance.memory_tokens // WAITING_MEMORY_SHARE)
             room_tokens = int(EXPECTED_MEMORY_RATIO * instance.memory_tokens) - instance.expected_tokens
-        has_credit = instance.waiting_tokens < limit and room_tokens > 0
+        has_credit = instance.waiting_tokens < limit and room_tokens > 0 and not computes_enough
         (self._without_credit.discard if has_credit else self._without_credit.add)(instance.instance_id)
         if role is Role.PREFILL:
             self._set_share(instance, self._unplaced, instance.expected_tokens)

@@ -29,7 +29,7 @@ _CHANGE = 8  # residuals in a row that are cut on the same side: not pauses, the
 class Residuals:
     """Relative errors of the last predictions: actual / predicted - 1, so that -1 is the least."""
 
-    __slots__ = ("_prior_error", "_recent", "_sorted", "count")
+    __slots__ = ("_median", "_prior_error", "_recent", "_sorted", "count", "error")
 
     def __init__(self, prior_error: float = 0.2) -> None:
         """`prior_error` is the standard deviation that is believed before there are residuals."""
@@ -37,6 +37,7 @@ class Residuals:
         self._prior_error = prior_error
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
+        self._summarize()
 
     def add(self, predicted_s: float, actual_s: float) -> float:
         """The residual."""
@@ -47,7 +48,14 @@ class Residuals:
         if len(self._recent) > _NUM_RESIDUALS:
             oldest = self._recent.popleft()
             del self._sorted[bisect_left(self._sorted, oldest)]
+        self._summarize()
         return residual
+
+    def _summarize(self) -> None:
+        """Decisions ask for these numbers far more often than they change. `error` is half the width of the middle
+        68 %: one standard deviation, if the errors are normal."""
+        self._median = self.quantile(0.5)
+        self.error = (self.quantile(0.84) - self.quantile(0.16)) / 2
 
     def quantile(self, share: float) -> float:
         """The residual that `share` of the recent ones do not exceed."""
@@ -55,17 +63,12 @@ class Residuals:
             return self._prior_error * math.sqrt(2) * _inverse_erf(2 * share - 1)
         return self._sorted[min(len(self._sorted) - 1, int(share * len(self._sorted)))]
 
-    @property
-    def error(self) -> float:
-        """Half the width of the middle 68 %: one standard deviation, if the errors are normal."""
-        return (self.quantile(0.84) - self.quantile(0.16)) / 2
-
     def share_within(self, predicted_s: float, target_s: float, least_error: float) -> float:
         """Probability that a time predicted as `predicted_s` is at most `target_s`. The errors count as normal, about
         their median, with a deviation of `least_error` at least."""
         if target_s == math.inf:
             return 1.0
-        expected_s = predicted_s * (1 + self.quantile(0.5))
+        expected_s = predicted_s * (1 + self._median)
         deviation_s = max(least_error, self.error) * max(predicted_s, 1e-9)
         return 0.5 * math.erfc((expected_s - target_s) / (deviation_s * math.sqrt(2)))
 

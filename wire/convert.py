@@ -217,6 +217,7 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         step_age_s=status.step_age_s,
         allocated_blocks=status.allocated_blocks,
         step_cost=status.step_cost or (),
+        step_prompt_tokens=status.step_prompt_tokens,
     )
 
 
@@ -261,4 +262,5 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         step_age_s=pb.step_age_s,
         allocated_blocks=pb.allocated_blocks,
         step_cost=_step_cost(pb.step_cost),
+        step_prompt_tokens=pb.step_prompt_tokens,
     )

@@ -92,6 +92,7 @@ class PublicSide:
             step_age_s=self._step_age_s(),
             allocated_blocks=sys.getallocatedblocks(),
             step_cost=report.step_cost,
+            step_prompt_tokens=report.step_prompt_tokens,
         )
 
     def _pairing_fingerprint(self, layout_fingerprint: str) -> str:

@@ -112,6 +112,7 @@ class LoopReport:
     cached_tokens: int
     preemptions: int
     step_cost: StepCoefficients | None
+    step_prompt_tokens: int
     num_commands: int
     is_empty: bool
 
@@ -470,6 +471,7 @@ class InstanceLoop:
             cached_tokens=counts.cached_tokens,
             preemptions=counts.preemptions,
             step_cost=None if self._predictor is None else self._predictor.coefficients,
+            step_prompt_tokens=self._scheduler.budget.max_prefill_tokens,
             num_commands=self._num_commands,
             is_empty=not (len(self._scheduler) or self._held or self._fenced),
         )

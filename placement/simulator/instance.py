@@ -74,6 +74,10 @@ class SimulatedInstance:
     def max_model_len(self) -> int:
         return self._scheduler.max_model_len
 
+    @property
+    def step_prompt_tokens(self) -> int:
+        return self._scheduler.budget.max_prefill_tokens
+
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def submit(self, attempt: SimulatedAttempt, *, is_remote: bool = False, hand_over: bool = False) -> None:

@@ -130,6 +130,7 @@ class Router:
             unreserved_tokens=0,
             lease_s=spec.lease_s,
             step_cost=spec.predicted,
+            step_prompt_tokens=instance.step_prompt_tokens,
         )
         self.machine.instance_reported(status, now_s)
         self.machine.instance_connected(instance_id, now_s)

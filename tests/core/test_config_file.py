@@ -30,8 +30,8 @@ MISTAKES = {
     "nothing like it": (
         "model: m\nrouter:\n  colour: red\n",
         "FILE line 3: router.colour is not a setting; the settings here are http, grpc, control, request_timeout_s, "
-        "max_queue, max_outstanding_tokens, max_wait_s, policy, queue_order, slo, api_keys, open_metrics, "
-        "share_prefixes, max_body, max_bodies, "
+        "max_queue, outstanding_steps, max_outstanding_tokens, max_wait_s, policy, queue_order, slo, api_keys, "
+        "open_metrics, share_prefixes, max_body, max_bodies, "
         "max_body_items, max_header, max_connections, max_client_choices, max_response_logprobs, header_timeout_s, "
         "body_timeout_s, idle_timeout_s, write_timeout_s, cors_origins, allowed_hosts, reflection, "
         "parse_control_tokens, resume, replacement_wait_s, profile_window_s, tracing, ui, plan",

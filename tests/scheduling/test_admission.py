@@ -80,6 +80,18 @@ def test_nothing_is_refused_or_demoted_before_anything_is_measured() -> None:
     assert router.ask("r", prompt=4000, slo=REFUSE).effective_slo is REFUSE
 
 
+def test_an_instance_gets_what_it_computes_in_two_steps_and_others_wait_in_the_router() -> None:
+    router = Router(RoutingSettings(max_outstanding_tokens=16384))
+    router.join("c1", max_model_len=4096, blocks=BLOCKS, step_prompt_tokens=100)
+    for name in ("a", "b", "c"):
+        router.ask(name, prompt=100)
+    first, _ = router.take(), router.take()
+    assert not router.sent, "the third one waits"
+    router.start(first)
+    router.first_token(first)
+    assert router.take().attempt.request.key == "c"
+
+
 def test_one_whose_target_passes_while_it_waits_ends_or_becomes_best_effort() -> None:
     router = Router(RoutingSettings(max_outstanding_tokens=1))
     router.join("c1", max_model_len=4096, blocks=BLOCKS)

@@ -51,6 +51,21 @@ def test_a_decode_instance_computes_a_prompt_that_would_be_late_elsewhere() -> N
     assert (sent.instance_id, sent.attempt.hand_over) == ("d1", False)
 
 
+def test_it_waits_where_beginning_at_once_would_make_others_late() -> None:
+    """The prefill instance is without credit. The decode instance has some, but no time for a prompt."""
+    router = Router(RoutingSettings(policy="goodput", max_outstanding_tokens=16384))
+    router.join("p1", "d1", step_cost=STEP_COST, step_prompt_tokens=2048, **_LARGE)
+    _decode(router, 2, RequestSlo("tight", ttft_s=1.0, tpot_s=0.0115))
+    router.ask("long", prompt=5000)
+    first = router.take()
+    router.ask("r", prompt=3000, output=100, slo=RequestSlo("x", ttft_s=2.0, tpot_s=0.5))
+    assert not router.sent, "it waits"
+    router.start(first)
+    assert router.take().instance_id == "d1", "the first one's decode instance"
+    router.first_token(first)
+    assert router.take().instance_id == "p1"
+
+
 def test_running_requests_are_not_made_late_for_one() -> None:
     """As before, but two requests decode with targets that leave no time for a prompt."""
     router = _router("p1", "d1")

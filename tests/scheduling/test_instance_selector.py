@@ -21,6 +21,7 @@ class Selector(InstanceSelector):
             explain=True,
             slack_tokens=4096,
             max_tracked_blocks=65536,
+            outstanding_steps=2.0,
             max_outstanding_tokens=None,
             local_prefill=False,
         )

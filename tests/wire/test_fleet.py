@@ -100,6 +100,7 @@ async def test_a_report_arrives_as_it_was_sent(state: InstanceState, role: Role,
         links=(LinkStats("prefill-0-5678", "gloo", 23, 24, 25.5, 26),),
         step_age_s=27.5,
         allocated_blocks=28,
+        step_prompt_tokens=36,
         step_cost=StepCoefficients(29.5, 30.5, 31.5, 32.5, 33.5, 34.5),
     )
     assert 0 not in (getattr(status, field.name) for field in fields(status)), "a field that is left out would pass"
