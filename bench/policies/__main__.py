@@ -42,6 +42,7 @@ from tandem.profiling.errors import MeasurementError
 from tandem.scheduling.budget import Mixing
 from tandem.scheduling.goodput_selector import GoodputSelector
 from tandem.scheduling.instance_selector import InstanceSelector
+from tandem.scheduling.routing_machine import RoutingSettings
 
 PARTS = ("load", "errors", "balance", "instances")
 LOADS = (0.7, 0.85, 1.0, 1.15, 1.3)
@@ -51,6 +52,7 @@ INSTANCES = (4, 40, 400, 1000)
 ATTAINMENT = 0.9
 _MODEL, _DEVICE, _SHAPE = "Llama-3.1-8B", "A100-80GB-SXM4", ParallelShape(1, 1)
 _BLOCK_TOKENS = 16
+_ROUTING = RoutingSettings(max_outstanding_tokens=16384)  # as a live router's
 _WARM_UP_SHARE = 0.1
 _COMPARED_FOR_ERRORS = (
     "balanced",
@@ -134,7 +136,9 @@ def make_deployment(case: Case, policy: Policy, *, scale: int = 1, error: float 
         for number in range(number_of * scale)
     )
     network = NetworkSpec(model_shape(_MODEL).kv_bytes_per_token, 250e9, 22e9, 0.001)
-    return Deployment(instances, network, RouterSpec(slo=(case.slo,), selector_type=policy.selector_type))
+    return Deployment(
+        instances, network, RouterSpec(slo=(case.slo,), routing=_ROUTING, selector_type=policy.selector_type)
+    )
 
 
 def attainment(result: SimulationResult, slo: RequestSlo) -> float:
