@@ -55,18 +55,25 @@ function askForKey(error) {
   }
 }
 
+async function look() {
+  const [cluster, latest] = await Promise.all([read("ui/state"), read("ui/requests")]);
+  state = { ...cluster, latest };
+}
+
 async function update() {
   clearTimeout(timer);
+  let failure = null;
   try {
-    const [cluster, latest] = await Promise.all([read("ui/state"), read("ui/requests")]);
-    state = { ...cluster, latest };
-    connected();
-    show();
+    await look();
   } catch (error) {
-    if (error instanceof KeyNeeded) return askForKey(error);
-    disconnected(error);
+    failure = error;
   }
+  clearTimeout(timer); // of another update, which was begun meanwhile
+  if (failure instanceof KeyNeeded) return askForKey(failure);
   if (!isPaused && !document.hidden) timer = setTimeout(update, PERIOD_MS);
+  if (failure !== null) return disconnected(failure);
+  connected();
+  show();
 }
 
 byId("pause").addEventListener("click", () => {
@@ -74,7 +81,7 @@ byId("pause").addEventListener("click", () => {
   byId("pause").setAttribute("aria-pressed", String(isPaused));
   if (isPaused) {
     clearTimeout(timer);
-    connected();
+    if (state !== null) connected();
   } else update();
 });
 
