@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,17 +21,19 @@ from tandem.deploy.machine import usable_cores
 from tandem.profiling.errors import MeasurementError
 
 VLLM = "vllm"
-_ROUTER_POLICIES = {"planned": "balanced", "planned-goodput": "goodput"}
+_ROUTER_POLICIES = {"planned": "balanced", "planned-goodput": "goodput", "planned-slack": "goodput"}
 PLANNED = frozenset(_ROUTER_POLICIES)
 SYSTEMS = {
     "planned": "Tandem as `tandem plan` plans it for the workload and its targets",
     "planned-goodput": "the same plan, its router selects instances by expected goodput",
+    "planned-slack": "as planned-goodput, and colocated instances spend the slack of those that decode on prompts",
     "disaggregated": "Tandem, one prefill and one decode instance, half of the cores each",
     "colocated": "Tandem, one colocated instance with all cores, chunked prompts",
     VLLM: "vLLM's CPU build with all cores",
 }
 _KV_MEMORY = "512MiB"
 _PLAN_TIMEOUT_S = 900.0
+_SLACK_TOKENS = 1024
 _NO_PLAN_MEETS = 3  # exit status of `tandem plan`
 
 
@@ -85,6 +88,8 @@ class DeploymentMaker:
             served = plan.model_dump(mode="json", exclude_none=True)
             if plan.verdict == "infeasible":  # `tandem serve` refuses it; here it is the best that the planner knows
                 served["verdict"] = _layout(plan)
+            if system == "planned-slack":
+                _spend_slack(served)
             note = f"{plan.verdict}: {_describe(plan)}"
             start = partial(serve_tandem, served, settings)
             found.append(Deployment(system, f"{system}-{scale:g}", (scale,), start, note))
@@ -144,6 +149,13 @@ class DeploymentMaker:
 
 def _merit(plan: Plan) -> tuple[bool, float]:
     return plan.verdict != "infeasible", plan.expected.goodput if plan.expected else 0.0
+
+
+def _spend_slack(plan: dict[str, Any]) -> None:
+    """Its chunks of prompts are then as long as the slack of those that decode allows, up to _SLACK_TOKENS."""
+    for group in plan["groups"]:
+        if group["role"] == "colocated":
+            group.update(policy="slack", max_batch_tokens=max(group["max_batch_tokens"], _SLACK_TOKENS))
 
 
 def _layout(plan: Plan) -> str:
