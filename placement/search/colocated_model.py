@@ -101,8 +101,8 @@ class _ColocatedInstance:
 
     def _mixed_step(self) -> None:
         """A step with prompt chunks and decoding tokens; with the policy prompt_first, complete prompts and no
-        decode."""
-        chunked = self._kind.policy == "chunked"
+        decode. With slack as chunked: what its chunks gain is not predicted."""
+        chunked = self._kind.policy != "prompt_first"
         decoding = len(self._running) if chunked else 0
         budget = self._kind.max_batch_tokens - decoding
         tokens = pairs = kv_tokens = count = 0

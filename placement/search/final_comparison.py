@@ -27,6 +27,7 @@ from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.kinds import InstanceKind
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.problem import Problem
+from tandem.placement.search.slack_variants import slack_variants
 from tandem.placement.search.space import SearchSpace
 from tandem.placement.search.trial import (
     RATE_RATIO,
@@ -41,6 +42,7 @@ from tandem.placement.search.trial import (
 MAX_INSTANCES = 16  # of a deployment that is simulated without scaling
 _NUM_FINALISTS = 8
 _NUM_OF_TRACE = 4  # of a trace all windows are simulated
+_NUM_WITH_SLACK = 2  # variants, beside the finalists
 _NUM_WITH_GOODPUT = 2  # alternatives whose goodput is simulated, beside the best of each layout
 _WARM_UP_SHARE = 0.25
 _MAX_FACTOR = 4  # of the requests per simulation
@@ -108,6 +110,7 @@ def compare_finalists(
     finalists are simulated at the rate; the cheapest that meets the targets is the chosen one."""
     comparison = _Comparison(space, mapper, report)
     finalists = _finalists(evaluated, chosen, _NUM_OF_TRACE if space.problem.windows else _NUM_FINALISTS)
+    finalists += slack_variants(space.problem, (chosen, *finalists), _NUM_WITH_SLACK)
     if space.problem.cheapest and space.problem.rate is not None and (chosen.goodput or 0.0) >= space.problem.rate:
         return comparison.of_prices(finalists, chosen, space.problem.rate)
     return comparison.of_goodputs(finalists, chosen)

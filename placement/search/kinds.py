@@ -1,6 +1,6 @@
 """Instance kinds: a role, a device type and a parallel shape that memory and the model allow."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tandem.core.config import RoleName
@@ -15,6 +15,7 @@ from tandem.scheduling.budget import Mixing
 _PREFILL_BUDGETS = (512, 1024, 2048, 4096, 8192)
 _CHUNK_BUDGETS = (256, 512, 1024, 2048)
 _PROMPT_FIRST_BUDGET = 4096
+_SLACK_BUDGET = 512  # at least, of a step where there is slack for so many prompt tokens
 _SATURATED = 0.9  # share of the best budget's tokens per second
 
 
@@ -107,6 +108,16 @@ def legal_kinds(
                 for kind in _kinds_of_shape(device, shape, cost, kv_tokens, stream):
                     roles[kind.role].append(kind)
     return Kinds(tuple(roles["prefill"]), tuple(roles["decode"]), tuple(roles["colocated"]), tuple(rejected))
+
+
+def with_slack(kind: InstanceKind, calibrated: Container[str]) -> InstanceKind:
+    """The policy `slack` for a colocated kind with chunks, where the device's step times are `calibrated`. Other kinds
+    stay as they are."""
+    if kind.role != "colocated" or kind.policy != "chunked":
+        return kind
+    if kind.device not in calibrated or kind.shape.num_ranks > 1:
+        return kind
+    return replace(kind, policy="slack", max_batch_tokens=max(kind.max_batch_tokens, _SLACK_BUDGET))
 
 
 def resident_tokens(stream: RequestStream) -> float:

@@ -5,14 +5,14 @@ steps of t(b) seconds serves b / (n t(b)) requests per second; KV memory and t(b
 that misses a target without load is 0. Looser targets never lower a limit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.slo import SloClass
-from tandem.placement.search.kinds import InstanceKind, resident_tokens
+from tandem.placement.search.kinds import InstanceKind, resident_tokens, with_slack
 from tandem.placement.workload.requests import RequestStream
 
 # TPOT is the mean over a request's steps, and a share of the requests may miss it: mean steps can be slightly slower
@@ -31,6 +31,16 @@ class RateLimit:
 
 
 KindLimits = Mapping[InstanceKind, RateLimit]
+
+
+def limits_with_slack(limits: KindLimits, calibrated: Container[str]) -> dict[InstanceKind, RateLimit]:
+    """Of the kinds that `kinds.with_slack` makes of those with a limit above 0: the highest limit of these."""
+    found: dict[InstanceKind, RateLimit] = {}
+    for kind, limit in limits.items():
+        variant = with_slack(kind, calibrated)
+        if variant != kind and limit.rate > max(0.0, found[variant].rate if variant in found else 0.0):
+            found[variant] = limit
+    return found
 
 
 def limit_of(kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream) -> RateLimit:

@@ -8,7 +8,7 @@ from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.enumeration import colocated, heterogeneous, high_affinity, low_affinity, mixed
 from tandem.placement.search.group_attainment import group_attainment
 from tandem.placement.search.kinds import Kinds, legal_kinds
-from tandem.placement.search.limits import KindLimits, limit_of
+from tandem.placement.search.limits import KindLimits, limit_of, limits_with_slack
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.predict import Predictor
 from tandem.placement.search.problem import NodeType, Problem
@@ -54,6 +54,7 @@ def search_space(problem: Problem, mapper: Mapper) -> SearchSpace:
     legal = legal_kinds(problem.model, problem.source, nodes, problem.section, problem.requests)
     all_kinds = (*legal.prefill, *legal.decode, *legal.colocated)
     limits = {kind: limit_of(kind, problem.classes, problem.computed) for kind in all_kinds}
+    limits |= limits_with_slack(limits, problem.cluster.calibrations)
     kinds = Kinds(
         prefill=tuple(kind for kind in legal.prefill if limits[kind].rate > 0),
         decode=tuple(kind for kind in legal.decode if limits[kind].rate > 0),

@@ -2,14 +2,17 @@
 test-slow`."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tandem.core.config_file import load_config
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import NodeSection
+from tandem.placement.costs.calibration import Calibration
 from tandem.placement.evaluation.steady_state import difference_interval
 from tandem.placement.planner import search
 from tandem.placement.search.best_first import EvaluatedDeployment
@@ -20,7 +23,8 @@ from tandem.placement.search.mapper import SerialMapper
 from tandem.placement.search.problem import Problem
 from tandem.placement.search.space import SearchSpace
 from tandem.placement.search.trial import find_max_rate, simulate_at
-from tests.placement.search.problems import H100, ToySource, problem
+from tests.placement.search.problems import A100, H100, ToySource, problem
+from tests.placement.test_cluster import write_calibration
 
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PROBLEMS = st.builds(
@@ -87,6 +91,24 @@ def check(question: Problem) -> None:
 @pytest.mark.parametrize("rate", [None, 5.0])
 def test_no_listed_alternative_simulates_better(rate: float | None) -> None:
     check(smaller(problem(2, max_tp=1, layouts=("disaggregated", "colocated"), rate=rate)))
+
+
+def test_spending_slack_is_compared_where_step_times_are_calibrated(tmp_path: Path) -> None:
+    """One step of 256 prompt tokens takes 31 ms, which is more than the target of a token."""
+    tight = smaller(problem(1, max_tp=1, layouts=("colocated",), slo=SloClass(ttft_s=1.0, tpot_s=0.02)))
+    calibration = load_config(write_calibration(tmp_path / "calibration.yaml"), Calibration)
+    calibrated = replace(tight, cluster=replace(tight.cluster, calibrations={A100: calibration}))
+    found = {}
+    for question in (tight, calibrated):
+        result = compared(question)
+        assert result is not None
+        chosen, others = result[1].chosen.deployment, result[1].alternatives
+        names = [str(chosen), *(str(other.candidate.deployment) for other in others)]
+        found[question is calibrated] = (result[1].goodput, any("slack" in name for name in names), str(chosen))
+    assert not found[False][1], "without step times an instance cannot tell what slack allows"
+    assert found[True][1]
+    assert found[True][0] >= 1.2 * found[False][0]
+    assert "slack" in found[True][2]
 
 
 @pytest.mark.slow
