@@ -20,6 +20,14 @@ class SimpleSelector(InstanceSelector):
         super().__init__(settings)
         self._turn = count()
         self._random = Random(0)
+        self._open_requests: dict[str, int] = {}  # as last heard
+
+    def put(self, instance: KnownInstance, *, is_chosen: bool = False) -> None:
+        super().put(instance, is_chosen=is_chosen)
+        self._open_requests[instance.instance_id] = instance.open_requests
+
+    def _load(self, instance: KnownInstance) -> int:
+        return self._open_requests[instance.instance_id]
 
     def _pick(self, instances: list[KnownInstance], request: RoutedRequest) -> KnownInstance:
         raise NotImplementedError
@@ -49,7 +57,7 @@ class LeastLoaded(SimpleSelector):
     """Fewest requests."""
 
     def _pick(self, instances: list[KnownInstance], request: RoutedRequest) -> KnownInstance:
-        return min(instances, key=lambda each: each.open_requests)
+        return min(instances, key=self._load)
 
 
 class PowerOfTwo(SimpleSelector):
@@ -57,7 +65,7 @@ class PowerOfTwo(SimpleSelector):
 
     def _pick(self, instances: list[KnownInstance], request: RoutedRequest) -> KnownInstance:
         two = [self._random.choice(instances) for _ in range(2)]
-        return min(two, key=lambda each: each.open_requests)
+        return min(two, key=self._load)
 
 
 class PrefixAffine(SimpleSelector):
@@ -67,7 +75,7 @@ class PrefixAffine(SimpleSelector):
         names = request.block_names(instances[0].status.block_size)
         if names and instances[0].role is not Role.DECODE:
             return instances[hash(names[0]) % len(instances)]
-        return min(instances, key=lambda each: each.open_requests)
+        return min(instances, key=self._load)
 
 
 def with_timing(selector_type: type[InstanceSelector], seconds: list[float]) -> type[InstanceSelector]:
