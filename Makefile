@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 HELM := build/tools/helm
 
-.PHONY: docs help setup serve test lint types layers proto proto-check check-deploy test-fast test-slow chaos soak bench clean
+.PHONY: docs help setup serve test lint types layers proto proto-check check-deploy test-fast test-slow chaos soak bench lock audit clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,17 @@ bench: setup ## measure the engine, and what a request costs beside it
 
 docs: setup ## the documentation as a site, in build/site
 	$(BIN)/mkdocs build --quiet
+
+TOOLS := build/lock-tools
+$(TOOLS): # of `make lock` and `make audit`, apart from what is tested
+	@"$(PYTHON)" -m venv $@ && $@/bin/python -m pip --disable-pip-version-check --no-input install --quiet uv pip-audit
+
+lock: $(TOOLS) ## write requirements.lock: all packages in the tested versions, with the hashes of their files
+	$(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
+	  --constraints constraints.txt --output-file requirements.lock pyproject.toml
+
+audit: $(TOOLS) ## compare the locked packages with published weaknesses; fails where the registry tells none
+	$(TOOLS)/bin/pip-audit --strict --requirement requirements.lock --require-hashes --disable-pip --progress-spinner off
 
 clean: ## remove all that was built, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

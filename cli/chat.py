@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import ApiKeyFile, read_api_key, state_folders
+from tandem.cli.common import ApiKeyFile, Ca, ClientCertificate, ClientKey, read_api_key, state_folders
 from tandem.cli.output import print_error, print_line
 from tandem.client import DEFAULT_ADDRESS, Client
+from tandem.client_tls import ClientTls
 from tandem.completion import GenerateOptions
 from tandem.core.errors import TandemError
 
@@ -20,6 +21,7 @@ examples:
   tandem chat --complete                     the model continues your text
   echo "def read_json(path):" | tandem chat --complete
   tandem chat --address 127.0.0.1:9001       the gRPC port of another router
+  tandem chat --address tandem.example.com:443 --tls --api-key-file key
 
 in the conversation: /help, /reset (forget the conversation), /history, /quit"""
 _HELP_TEXT = """\
@@ -38,6 +40,10 @@ def run(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.7,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same answers")] = None,
     api_key_file: ApiKeyFile = None,
+    tls: Annotated[bool, typer.Option("--tls", help="the router has TLS (the running one is known)")] = False,
+    ca: Ca = None,
+    certificate: ClientCertificate = None,
+    key: ClientKey = None,
 ) -> int:
     """Talk to the model of the running cluster. Answers stream as they are generated; Ctrl-C ends an answer, Ctrl-D the
     conversation. Through a pipe each line of the input is one question and only the answers are printed."""
@@ -47,8 +53,10 @@ def run(
     if seed is not None:
         options["seed"] = seed
     runs = state_folders().running()
-    address = address or (runs[0].grpc if runs else DEFAULT_ADDRESS)
-    with Client(address, api_key=read_api_key(api_key_file)) as client:
+    if address is None and runs:
+        address, tls = runs[0].grpc, runs[0].has_tls
+    files = ClientTls(ca, certificate, key) if tls or ca is not None else None
+    with Client(address or DEFAULT_ADDRESS, api_key=read_api_key(api_key_file), tls=files) as client:
         conversation = Conversation(client, options, system=system, complete=complete)
         interactive = sys.stdin.isatty()
         if interactive:

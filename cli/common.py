@@ -35,6 +35,9 @@ GraceS = Annotated[float, typer.Option(min=0, help="seconds that running request
 ApiKeyFile = Annotated[
     Path | None, typer.Option(help=f"file with an API key of the router (default: the variable {_API_KEY})")
 ]
+Ca = Annotated[Path | None, typer.Option(help="PEM file of authorities, for a router with TLS (default: public ones)")]
+ClientCertificate = Annotated[Path | None, typer.Option(help="PEM file to show to a router that asks for it")]
+ClientKey = Annotated[Path | None, typer.Option(help="PEM file with the key of --certificate")]
 Pid = Annotated[int | None, typer.Option(help="which `tandem serve`, when several run (default: the only one)")]
 
 

@@ -2,16 +2,30 @@
 
 import asyncio
 from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from tandem.cli.common import ApiKeyFile, ServeFile, Settings, read_api_key, read_config, state_folders
+from tandem.cli.common import (
+    ApiKeyFile,
+    Ca,
+    ClientCertificate,
+    ClientKey,
+    ServeFile,
+    Settings,
+    read_api_key,
+    read_config,
+    state_folders,
+)
 from tandem.cli.output import print_line, print_rich
+from tandem.client_tls import ClientTls
 from tandem.core.clock import SystemClock
 from tandem.core.config import ServeConfig
 from tandem.core.errors import TandemError
 from tandem.deploy import checks
+from tandem.deploy.access_checks import check_access
 from tandem.deploy.checks import Finding, Grade
 from tandem.deploy.machine import this_machine
 from tandem.deploy.run_state import RunState
@@ -27,14 +41,30 @@ _TRIAL_S = 30.0
 _STYLES = {Grade.OK: "green", Grade.WARNING: "yellow", Grade.FAILED: "bold red"}
 
 
-def run(file: ServeFile = None, *, settings: Settings, api_key_file: ApiKeyFile = None) -> int:
-    """Check Python and packages, CPU and compiler, memory, ports, folders, Ray, the settings, the checkpoint, and the
-    transports for KV. Where a cluster is running, send a request of two tokens over HTTP, over gRPC, and through each
-    pair of instances, and check whether its links use the fast transport. For each problem it says what to do. It
-    starts nothing and changes nothing. The exit status is 1 if a check failed."""
+@dataclass(frozen=True, slots=True)
+class ClientAccess:
+    """With what the clusters that run are asked as by a client."""
+
+    api_key: str | None = None
+    tls: ClientTls = field(default_factory=ClientTls)
+
+
+def run(
+    file: ServeFile = None,
+    *,
+    settings: Settings,
+    api_key_file: ApiKeyFile = None,
+    ca: Ca = None,
+    certificate: ClientCertificate = None,
+    key: ClientKey = None,
+) -> int:
+    """Check Python and packages, CPU and compiler, memory, ports, folders, keys and certificates, Ray, the settings,
+    the checkpoint, and the transports for KV. Where a cluster is running, send a request of two tokens over HTTP, over
+    gRPC, and through each pair of instances, and check whether its links use the fast transport. For each problem it
+    says what to do. It starts nothing and changes nothing. The exit status is 1 if a check failed."""
     num_failed = 0
-    api_key = read_api_key(api_key_file)
-    for finding in examine(read_config(file, settings), state_folders().running(), api_key):
+    client = ClientAccess(read_api_key(api_key_file), ClientTls(ca, certificate, key))
+    for finding in examine(read_config(file, settings), state_folders().running(), client, file):
         grade = Text(f"{finding.grade.value:<7}", style=_STYLES[finding.grade])
         print_rich(grade.append(f"  {finding.subject}: {finding.text}", style="default"))
         if finding.advice:
@@ -44,26 +74,27 @@ def run(file: ServeFile = None, *, settings: Settings, api_key_file: ApiKeyFile 
     return 1 if num_failed else 0
 
 
-def examine(config: ServeConfig, runs: list[RunState], api_key: str | None = None) -> Iterator[Finding]:
-    """Every finding, the cheap checks first. `api_key`: of the clusters that run."""
+def examine(config: ServeConfig, runs: list[RunState], client: ClientAccess, file: Path | None) -> Iterator[Finding]:
+    """Every finding, the cheap checks first. `client`: for the clusters that run; `file`: the configuration's."""
     yield checks.check_python()
     yield checks.check_packages()
     yield from checks.check_cpu()
     yield checks.check_memory(config)
     yield from checks.check_ports(config, [address for run in runs for address in (run.http, run.grpc, run.control)])
     yield from checks.check_folders(state_folders())
+    yield from check_access(config, file)
     yield checks.check_ray()
     yield from checks.check_settings(config, this_machine())
     yield from checks.check_checkpoint(config)
     yield from checks.check_shared_memory()
     yield checks.check_gloo()
     for run in runs:
-        yield from _check_run(run, api_key)
+        yield from _check_run(run, client)
 
 
-def _check_run(run: RunState, api_key: str | None) -> Iterator[Finding]:
+def _check_run(run: RunState, client: ClientAccess) -> Iterator[Finding]:
     try:
-        fleet = asyncio.run(fetch_fleet(run.control, run.cluster_token))
+        fleet = asyncio.run(fetch_fleet(run.control, run.cluster_token, run.tls))
     except TandemError as error:
         advice = f"it may still be loading; its logs are in {run.log_folder}"
         yield Finding("cluster", Grade.FAILED, f"the router of pid {run.pid} does not answer: {error.message}", advice)
@@ -72,23 +103,23 @@ def _check_run(run: RunState, api_key: str | None) -> Iterator[Finding]:
     grade = Grade.OK if 0 < ready == len(fleet.instances) else Grade.WARNING if ready else Grade.FAILED
     text = f"{fleet.model} (pid {run.pid}): {ready} of {len(fleet.instances)} workers ready"
     yield Finding("cluster", grade, text, "" if grade is Grade.OK else "`tandem status` shows their states")
-    yield from _try_run(run, fleet, api_key)
-    fleet = asyncio.run(fetch_fleet(run.control, run.cluster_token))  # with the transfers of the trial
+    yield from _try_run(run, fleet, client)
+    fleet = asyncio.run(fetch_fleet(run.control, run.cluster_token, run.tls))  # with the transfers of the trial
     yield from checks.check_links(fleet.instances, run.expected_transport)
 
 
-def _try_run(run: RunState, fleet: FleetDescription, api_key: str | None) -> Iterator[Finding]:
+def _try_run(run: RunState, fleet: FleetDescription, client: ClientAccess) -> Iterator[Finding]:
     """Requests of two tokens: as a client sends them, and through each pair and each colocated instance."""
     from tandem.deploy import trial  # the router's code, which other checks do not need
 
-    clock = SystemClock()
-    http = asyncio.to_thread(trial.try_http, run.http, fleet.model, _TRIAL_S, clock, api_key)
+    clock, tls = SystemClock(), client.tls if run.has_tls else None
+    http = asyncio.to_thread(trial.try_http, run.http, fleet.model, _TRIAL_S, clock, client.api_key, tls)
     logs = f"the logs in {run.log_folder} say why"
     yield _tried("request", "over HTTP", http, f"router-0.log in {run.log_folder} says why")
-    yield _tried("request", "over gRPC", trial.try_router(run.grpc, _TRIAL_S, clock, api_key), logs)
+    yield _tried("request", "over gRPC", trial.try_router(run.grpc, _TRIAL_S, clock, client.api_key, tls), logs)
     for instances in trial.ways_through(fleet.instances):
         names = " -> ".join(status.instance_id for status in instances)
-        tried = trial.try_instances(instances, fleet.model, run.cluster_token, _TRIAL_S, clock)
+        tried = trial.try_instances(instances, fleet.model, run.cluster_token, _TRIAL_S, clock, run.tls)
         yield _tried("pair" if len(instances) > 1 else "instance", names, tried, logs)
 
 

@@ -32,7 +32,7 @@ def run(
 
 
 async def _ask(run: RunState, request_id: str) -> str:
-    async with open_channel(run.control, run.cluster_token) as channel:
+    async with open_channel(run.control, run.cluster_token, run.tls) as channel:
         return await explain_request(channel, request_id, _TIMEOUT_S) or "no request has ended yet"
 
 

@@ -13,7 +13,7 @@ from tandem.router.process import run_router
 EPILOG = """\
 examples:
   tandem router examples/router.yaml
-  tandem router router.yaml --grace 60 --set router.http=0.0.0.0:8000 --set router.control=0.0.0.0:8002
+  tandem router router.yaml --grace 60 --set router.http=0.0.0.0:8000 --set router.api_keys=file:keys.yaml
 
 The file holds: model, cluster_token, and a section 'router' as in a serve file.
 

@@ -22,6 +22,7 @@ from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError, TandemError
 from tandem.core.plan import Plan
 from tandem.deploy import checks
+from tandem.deploy.access_checks import check_access
 from tandem.deploy.checks import Grade
 from tandem.deploy.controller import Event, Failed, Loading, Stopped, Up
 from tandem.deploy.machine import resolve_addresses, this_machine
@@ -66,7 +67,7 @@ def run(
     machine = this_machine()
     to_serve = read_serve_file(file, settings, machine)
     check_pairs(to_serve.config, check_model_folder(to_serve.config.model))
-    _check_settings(to_serve.config, machine)
+    _check_settings(to_serve.config, machine, file)
     began_s = time.monotonic()
     folders = state_folders()
     folders.make()
@@ -87,15 +88,17 @@ def run(
             folders.remove(state.pid)
 
 
-def _check_settings(config: ServeConfig, machine: Machine) -> None:
+def _check_settings(config: ServeConfig, machine: Machine, file: Path | None) -> None:
     """What would fail only after Ray and the model were loaded. Raises ConfigError with all of it."""
-    findings = [*checks.check_settings(config, machine), *checks.check_folders(state_folders())]
+    access = [*check_access(config, file)]
+    findings = [*checks.check_settings(config, machine), *checks.check_folders(state_folders()), *access]
     failed = [f"{finding.text}; {finding.advice}" for finding in findings if finding.grade is Grade.FAILED]
     if failed:
         raise ConfigError("\n".join(failed))
     memory = checks.check_memory(config)
-    if memory.grade is Grade.FAILED:
-        print_line(f"warning: {memory.text}; {memory.advice}")
+    for finding in (memory, *access):
+        if finding.grade is not Grade.OK:
+            print_line(f"warning: {finding.text}; {finding.advice}")
 
 
 def _free_addresses(config: ServeConfig, ended: list[RunState]) -> ServeConfig:
@@ -135,6 +138,8 @@ def _run_state(config: ServeConfig, log_folder: Path, ray_folder: Path) -> RunSt
         log_folder=str(log_folder),
         ray_folder=str(ray_folder),
         expected_transport=expected_transport(config),
+        has_tls=config.router.tls is not None,
+        cluster_tls=None if config.cluster_tls is None else config.cluster_tls.model_dump(mode="json"),
     )
 
 
@@ -243,7 +248,7 @@ async def _drain(serving: Serving, grace_s: float, *, is_asked: bool) -> None:
 async def _what_to_wait_for(config: ServeConfig, grace_s: float) -> str:
     try:
         async with asyncio.timeout(_COUNT_TIMEOUT_S):
-            fleet = await fetch_fleet(config.router.control, config.cluster_token)
+            fleet = await fetch_fleet(config.router.control, config.cluster_token, config.cluster_tls)
     except (TandemError, TimeoutError):
         return ""
     requests = fleet.running_requests + fleet.queued_requests
@@ -292,19 +297,23 @@ def _print_event(event: Event) -> None:
 
 def _print_welcome(config: ServeConfig, state: RunState, took_s: float) -> None:
     body = json.dumps({"model": state.model, "prompt": _PROMPT, "max_tokens": 64, "temperature": 0})
+    has_keys = config.router.api_keys is not None
+    curl = (" --cacert CA" if state.has_tls else "") + (' -H "Authorization: Bearer KEY"' if has_keys else "")
+    access = (", api_key='KEY'" if has_keys else "") + (", tls=ClientTls('CA')" if state.has_tls else "")
     python = (
-        f"from tandem import Client; print(Client('{state.grpc}').generate("
+        f"from tandem import Client{', ClientTls' if state.has_tls else ''}; "
+        f"print(Client('{state.grpc}'{access}).generate("
         f"prompt='{_PROMPT}', max_tokens=64, temperature=0).text)"
     )
-    page = f"\n  page  http://{state.http}/ui  (what the cluster does)" if config.router.ui else ""
+    page = f"\n  page  {state.url}/ui  (what the cluster does)" if config.router.ui else ""
     print_line(f"""\
 ready in {took_s:.1f} s: {", ".join(f"{section.instances} {role}" for role, section in config.kinds)}
-  HTTP  http://{state.http}/v1  (OpenAI API; /health, /metrics){page}
+  HTTP  {state.url}/v1  (OpenAI API; /health, /metrics){page}
   gRPC  {state.grpc}
   logs  {state.log_folder}
 
 try:
-  curl http://{state.http}/v1/completions -H 'Content-Type: application/json' -d '{body}'
+  curl {state.url}/v1/completions{curl} -H 'Content-Type: application/json' -d '{body}'
   python -c "{python}"
   tandem chat
 

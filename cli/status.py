@@ -71,7 +71,7 @@ async def _watch(pid: int | None, interval_s: float, show: Show) -> None:
 
 async def _look(pid: int | None, show: Show) -> None:
     state = find_run(pid)  # each time: it may have been restarted
-    show(state, await fetch_fleet(state.control, state.cluster_token, with_profile=True))
+    show(state, await fetch_fleet(state.control, state.cluster_token, state.tls, with_profile=True))
 
 
 def _show(json_lines: bool, state: RunState, fleet: FleetDescription) -> None:
@@ -95,7 +95,7 @@ def as_parts(state: RunState, fleet: FleetDescription) -> list[RenderableType]:
     parts: list[RenderableType] = [
         f"{fleet.model}: up {_duration(fleet.uptime_s)}, "
         f"{fleet.running_requests} running, {fleet.queued_requests} queued (pid {state.pid})",
-        f"  HTTP http://{state.http}/v1   gRPC {state.grpc}   control {state.control}",
+        f"  HTTP {state.url}/v1   gRPC {state.grpc}   control {state.control}",
         f"  logs {state.log_folder}",
     ]
     if not fleet.instances:

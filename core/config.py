@@ -20,6 +20,7 @@ from tandem.core.parallel import ParallelShape
 from tandem.core.secret_source import Secret, SecretReference, read_secret
 from tandem.core.slo import SloClasses
 from tandem.core.step_coefficients import StepCoefficients
+from tandem.core.tls import ClusterTls, PublicTls
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -50,7 +51,8 @@ def _check_address(value: object) -> object:
     return value
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches host:port."""
     host, _ = split_address(address)
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -60,7 +62,7 @@ def _is_loopback(address: str) -> bool:
 
 def _check_exposure(setting: tuple[str, ...], address: str, cluster_token: str | None) -> None:
     """Whoever reaches an internal port reads prompts. Raises WrongSetting for one that others reach without a token."""
-    if not cluster_token and not _is_loopback(address):
+    if not cluster_token and not is_loopback(address):
         raise WrongSetting(
             setting,
             f"{address} can be reached from other machines, and there is no cluster_token; set cluster_token to the "
@@ -75,6 +77,8 @@ Address = Annotated[str, BeforeValidator(_check_address)]
 _MODEL = "Folder of a checkpoint in Hugging Face format; a relative path starts at this file's folder"
 _MODEL_NAME = "Name in the API; default: the folder's name"
 _TOKEN = "Secret that router and workers share; needed where others reach their ports. Also file:PATH or env:NAME"
+
+_CLUSTER_TLS = "TLS between router, workers and commands; both ends of each connection show a certificate"
 
 
 class EngineSection(FrozenModel):
@@ -184,8 +188,13 @@ class RouterSection(FrozenModel):
         description="Order of requests that wait here: as they came, by TTFT target, or as many as possible in time",
     )
     slo: SloClasses = Field(default=(), description="Classes of requests, which name one with the header x-tandem-slo")
+    tls: PublicTls | None = Field(default=None, description="TLS of the ports http and grpc")
     api_keys: SecretReference | None = Field(
         default=None, description="Keys of clients, file:PATH or env:NAME (`tandem key` makes them); null: none needed"
+    )
+    allow_anonymous: bool = Field(
+        default=False,
+        description="Serve without API keys though others reach http or grpc, because something else guards them",
     )
     open_metrics: bool = Field(default=False, description="/metrics needs no API key")
     share_prefixes: bool = Field(
@@ -197,7 +206,10 @@ class RouterSection(FrozenModel):
     max_body_items: int = Field(default=1 << 18, ge=1024, description="Items of lists and objects in one HTTP body")
     max_header: Bytes = Field(default=32 << 10, description="Request line and headers of one HTTP request")
     max_connections: int = Field(default=4096, ge=1, description="HTTP connections at once")
-    max_client_choices: int = Field(default=512, ge=1, description="Choices of one client address at once, over HTTP")
+    max_client_connections: int = Field(default=1024, ge=1, description="HTTP connections of one client address")
+    max_client_choices: int = Field(
+        default=512, ge=1, description="Choices of one client (API key, or without keys address) at once"
+    )
     max_response_logprobs: int = Field(default=1 << 19, ge=1, description="Log-probabilities in one response")
     header_timeout_s: float = Field(default=10.0, gt=0, description="For the headers of an HTTP request to arrive")
     body_timeout_s: float = Field(default=60.0, gt=0, description="For the body of an HTTP request to arrive")
@@ -227,6 +239,20 @@ class RouterSection(FrozenModel):
     )
 
     @model_validator(mode="after")
+    def _check_clients(self) -> "RouterSection":
+        """Who reaches a public port uses the machines behind it."""
+        knows_clients = self.api_keys is not None or (self.tls is not None and self.tls.client_ca is not None)
+        for setting in ("http", "grpc"):
+            address = getattr(self, setting)
+            if not (knows_clients or self.allow_anonymous or is_loopback(address)):
+                raise WrongSetting(
+                    (setting,),
+                    f"{address} can be reached from other machines, and everybody there would be served; set api_keys "
+                    "(`tandem key` makes them) or tls.client_ca, or allow_anonymous: true if something else guards it",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_bodies(self) -> "RouterSection":
         if self.max_bodies < self.max_body:
             text = f"is {self.max_bodies}, less than max_body, {self.max_body}"
@@ -248,6 +274,7 @@ class ServeConfig(FrozenModel):
         repr=False,
         description="Shared secret of router and workers, or file:PATH, env:NAME; serve makes one",
     )
+    cluster_tls: ClusterTls | None = Field(default=None, description=_CLUSTER_TLS)
     load_timeout_s: float = Field(
         default=900.0, gt=0, description="How long a process may take to start before `tandem serve` starts it again"
     )
@@ -315,6 +342,7 @@ class WorkerConfig(FrozenModel):
         "form no pairs",
     )
     cluster_token: Secret | None = Field(default=None, repr=False, description=_TOKEN)
+    cluster_tls: ClusterTls | None = Field(default=None, description=_CLUSTER_TLS)
     instance: InstanceSection = Field(default=InstanceSection(), description="`instances` counts as 1")
 
     @model_validator(mode="after")
@@ -335,6 +363,7 @@ class RouterConfig(FrozenModel):
     router: RouterSection = RouterSection()
     heartbeat_timeout_s: float = Field(default=1.5, gt=0, description="Silence after which a worker counts as gone")
     cluster_token: Secret | None = Field(default=None, repr=False, description=_TOKEN)
+    cluster_tls: ClusterTls | None = Field(default=None, description=_CLUSTER_TLS)
 
     @model_validator(mode="after")
     def _check_control(self) -> "RouterConfig":

@@ -174,7 +174,8 @@ def top_level_settings(path: Path) -> frozenset[str]:
 
 
 def apply_overrides(config: T, overrides: Sequence[str]) -> T:
-    """A copy of `config` with replaced settings. An override is `path.to.setting=value`, with a YAML value.
+    """A copy of `config` with replaced settings. An override is `path.to.setting=value`, with a YAML value; relative
+    paths start at the current folder.
 
     Raises ConfigError with every mistake, one a line.
     """
@@ -196,7 +197,7 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
             continue
         origin[tuple(int(part) if part.isdecimal() else part for part in keys)] = override
     try:
-        changed = type(config).model_validate(data)
+        changed = type(config).model_validate(data, context=relative_to(Path.cwd()))
     except ValidationError as error:
         mistakes += [
             f"--set {_origin_of(origin, d['loc'])}: {describe(d, type(config))}" for d in mistakes_of(error, data)

@@ -23,7 +23,7 @@ def _anchor_reference(value: str, info: ValidationInfo) -> str:
 
 
 def _check_reference(value: str) -> str:
-    if not value.startswith((_FILE, _ENVIRONMENT)):
+    if not is_reference(value):
         raise ValueError("must have the form file:PATH or env:NAME")
     return value
 
@@ -31,6 +31,10 @@ def _check_reference(value: str) -> str:
 Secret = Annotated[str, AfterValidator(_anchor_reference)]
 """A secret itself, or the reference of one. Its field needs `repr=False`."""
 SecretReference = Annotated[str, AfterValidator(_check_reference), AfterValidator(_anchor_reference)]
+
+
+def is_reference(secret: str) -> bool:
+    return secret.startswith((_FILE, _ENVIRONMENT))
 
 
 def file_of(secret: str) -> Path | None:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 import grpc
 
 from tandem.core.session import KvSource
+from tandem.core.tls import ClusterTls
 from tandem.wire.channels import open_channel
 from tandem.wire.transfer import KvTransferClient
 
@@ -20,8 +21,9 @@ class Peers:
     because of another fetch.
     """
 
-    def __init__(self, token: str | None) -> None:
+    def __init__(self, token: str | None, tls: ClusterTls | None = None) -> None:
         self._token = token
+        self._tls = tls
         self._peers: OrderedDict[str, tuple[KvTransferClient, grpc.aio.Channel]] = OrderedDict()
         self._given_up: list[tuple[KvTransferClient, grpc.aio.Channel]] = []
         self._closing: set[asyncio.Task[None]] = set()
@@ -31,7 +33,7 @@ class Peers:
         self.forget(source.instance_id)
         if source.instance_id not in self._peers:
             self._close_unused()
-            channel = open_channel(source.address)
+            channel = open_channel(source.address, tls=self._tls)
             self._peers[source.instance_id] = KvTransferClient(channel, source.instance_id, self._token), channel
             if len(self._peers) > MAX_PEERS:
                 self._given_up.append(self._peers.popitem(last=False)[1])

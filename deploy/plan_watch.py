@@ -27,7 +27,7 @@ async def watch_plan(plan: Plan, config: ServeConfig, folder: Path, notify: Call
             "the plan has no slo_file, so changes of the workload are not detected; make the plan with `tandem plan`"
         )
         return
-    channel = open_channel(config.router.control, config.cluster_token)
+    channel = open_channel(config.router.control, config.cluster_token, config.cluster_tls)
 
     async def read_profile() -> ProfileSnapshot | None:
         return (await describe_fleet(channel, _TIMEOUT_S, with_profile=True)).profile

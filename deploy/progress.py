@@ -23,7 +23,7 @@ from tandem.core.clock import Clock
 from tandem.core.config import RouterConfig
 from tandem.deploy.controller import RunningProcess, Watch
 from tandem.deploy.topology import ProcessSpec
-from tandem.wire.channels import open_channel
+from tandem.wire.channels import LastingChannel
 from tandem.wire.health import check_health
 
 
@@ -54,9 +54,13 @@ def watch_health(clock: Clock, patience: Patience | None = None) -> Watch:
         address = config.router.control if isinstance(config, RouterConfig) else process.info.address
         limits = patience or Patience()
         activity = ThreadActivity(process.info.pid)
-        async with open_channel(address) as channel:
+        async with LastingChannel(address, tls=config.cluster_tls) as channel:
+
+            async def ask() -> bool | None:
+                return await check_health(await channel.get(), limits.probe_s)
+
             return await wait_stalled(
-                lambda: check_health(channel, limits.probe_s),
+                ask,
                 activity.read,
                 lambda: process.is_draining,
                 clock,

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from tandem.core.errors import ConfigError
+from tandem.core.tls import ClusterTls
 from tandem.deploy.child_process import kill_all, processes_that_use
 
 _KEPT_LOG_FOLDERS = 5
@@ -28,7 +29,8 @@ RAY_FOLDER_PREFIX = "tandem-"
 @dataclass(frozen=True, slots=True)
 class RunState:
     """`process_started_s` distinguishes the process from a later one with the same pid. `expected_transport` is the
-    transport that KV should use between its workers; None accepts any."""
+    transport that KV should use between its workers; None accepts any. `has_tls`: the ports `http` and `grpc` have TLS;
+    `cluster_tls` has the settings of the control port's, as JSON values."""
 
     pid: int
     process_started_s: float
@@ -40,6 +42,17 @@ class RunState:
     log_folder: str
     ray_folder: str
     expected_transport: str | None = None
+    has_tls: bool = False
+    cluster_tls: dict[str, str | None] | None = None
+
+    @property
+    def tls(self) -> ClusterTls | None:
+        """Of its control port."""
+        return None if self.cluster_tls is None else ClusterTls.model_validate(self.cluster_tls)
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.has_tls else 'http'}://{self.http}"
 
 
 @dataclass(frozen=True, slots=True)

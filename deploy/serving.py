@@ -10,6 +10,7 @@ from tandem.core.clock import Clock
 from tandem.core.config import InstanceSection, ServeConfig, with_secrets
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.core.session import InstanceState
+from tandem.core.tls import ClusterTls
 from tandem.deploy.controller import Controller, Launcher, Watch
 from tandem.deploy.machine import this_machine
 from tandem.deploy.topology import Machine, ProcessRole, plan_processes
@@ -85,7 +86,7 @@ class Serving:
 
     async def _wait_registered(self) -> None:
         until_s = self._clock.now_s() + _REGISTER_TIMEOUT_S
-        channel = open_channel(self.config.router.control, self.config.cluster_token)
+        channel = open_channel(self.config.router.control, self.config.cluster_token, self.config.cluster_tls)
         try:
             while not self._workers() <= await _ready_instances(channel):
                 if self._clock.now_s() > until_s:
@@ -106,10 +107,12 @@ async def _ready_instances(channel: grpc.aio.Channel) -> set[str]:
     return {status.instance_id for status in fleet.instances if status.state is InstanceState.READY}
 
 
-async def fetch_fleet(control: str, token: str | None, *, with_profile: bool = False) -> FleetDescription:
+async def fetch_fleet(
+    control: str, token: str | None, tls: ClusterTls | None, *, with_profile: bool = False
+) -> FleetDescription:
     """The router, its instances and, with `with_profile`, its requests, from the router's control address. Raises a
     TandemError."""
-    channel = open_channel(control, token)
+    channel = open_channel(control, token, tls)
     try:
         return await describe_fleet(channel, _DESCRIBE_TIMEOUT_S, with_profile=with_profile)
     finally:

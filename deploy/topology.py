@@ -59,7 +59,11 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
     threads = share_threads(machine.cores, [section.engine.threads for _, section in instances])
     on_gpu = sum(section.engine.shape.num_ranks for _, section in instances if _uses_gpu(section.engine, machine))
     router = RouterConfig(
-        model=config.model, model_name=config.model_name, router=config.router, cluster_token=config.cluster_token
+        model=config.model,
+        model_name=config.model_name,
+        router=config.router,
+        cluster_token=config.cluster_token,
+        cluster_tls=config.cluster_tls,
     )
     specs = [ProcessSpec(ProcessRole.ROUTER, 0, _ROUTER_ENTRY, router, threads=1)]
     numbers: Counter[str] = Counter()
@@ -74,6 +78,7 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
             name=f"{role}-{numbers[role]}",  # as `tandem serve` calls the process
             routers=(config.router.control,),
             cluster_token=config.cluster_token,
+            cluster_tls=config.cluster_tls,
             instance=section.model_copy(update={"instances": 1, "engine": engine}),
         )
         specs.append(ProcessSpec(ProcessRole(role), numbers[role], _WORKER_ENTRY, worker, share, gpus))

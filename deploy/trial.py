@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import secrets
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
@@ -15,10 +16,12 @@ from functools import partial
 from random import Random
 
 from tandem.client import AsyncClient
+from tandem.client_tls import ClientTls
 from tandem.core.clock import Clock
 from tandem.core.errors import UnavailableError
 from tandem.core.request import GenerationRequest, SamplingParams
 from tandem.core.session import InstanceState, InstanceStatus, Role
+from tandem.core.tls import ClusterTls
 from tandem.router.dispatch import Dispatcher
 from tandem.scheduling.routing_machine import RoutingSettings
 from tandem.wire.sessions import InstanceSession
@@ -47,13 +50,18 @@ def ways_through(instances: Iterable[InstanceStatus]) -> list[tuple[InstanceStat
 
 
 async def try_instances(
-    instances: tuple[InstanceStatus, ...], model: str, token: str, timeout_s: float, clock: Clock
+    instances: tuple[InstanceStatus, ...],
+    model: str,
+    token: str,
+    timeout_s: float,
+    clock: Clock,
+    tls: ClusterTls | None = None,
 ) -> float:
     """Generate two tokens from a short random prompt, on these instances and no others; returns the seconds. Raises the
     TandemError with which that ends."""
     dispatcher = Dispatcher(
         model=model,
-        open_session=partial(InstanceSession.open, clock=clock, token=token),
+        open_session=partial(InstanceSession.open, clock=clock, token=token, tls=tls),
         heartbeat_timeout_s=2 * (timeout_s + _CONNECT_S),
         clock=clock,
         routing=RoutingSettings(max_attempts=1, local_prefill=False),
@@ -77,23 +85,38 @@ async def try_instances(
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def try_router(grpc_address: str, timeout_s: float, clock: Clock, api_key: str | None = None) -> float:
+async def try_router(
+    grpc_address: str, timeout_s: float, clock: Clock, api_key: str | None = None, tls: ClientTls | None = None
+) -> float:
     """The same as a client, through the router's public port."""
     began_s = clock.now_s()
-    async with AsyncClient(grpc_address, api_key=api_key) as client:
+    async with AsyncClient(grpc_address, api_key=api_key, tls=tls) as client:
         await client.generate(prompt=_PROMPT, max_tokens=_TOKENS, timeout_s=timeout_s)
     return clock.now_s() - began_s
 
 
-def try_http(http_address: str, model: str, timeout_s: float, clock: Clock, api_key: str | None = None) -> float:
+def try_http(
+    http_address: str,
+    model: str,
+    timeout_s: float,
+    clock: Clock,
+    api_key: str | None = None,
+    tls: ClientTls | None = None,
+) -> float:
     """The same over HTTP."""
     began_s = clock.now_s()
     body = json.dumps({"model": model, "prompt": _PROMPT, "max_tokens": _TOKENS}).encode()
-    url, headers = f"http://{http_address}/v1/completions", {"Content-Type": "application/json"}
+    headers, context = {"Content-Type": "application/json"}, None
+    url = f"{'http' if tls is None else 'https'}://{http_address}/v1/completions"
+    if tls is not None:
+        context = ssl.create_default_context(cafile=tls.ca)
+        if tls.certificate is not None:
+            context.load_cert_chain(tls.certificate, tls.key)
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout_s) as response:
+        request = urllib.request.Request(url, body, headers)
+        with urllib.request.urlopen(request, timeout=timeout_s, context=context) as response:
             response.read()
     except urllib.error.HTTPError as error:
         with error:

@@ -37,6 +37,7 @@ from tandem.router.api_keys import ApiKeys, load_keys
 from tandem.router.completion import TextService
 from tandem.router.dispatch import Dispatcher
 from tandem.router.http_app import HttpApp
+from tandem.router.http_body import BodyBudget
 from tandem.router.http_server import HttpServer, raise_descriptor_limit
 from tandem.router.http_tracing import TracedApi
 from tandem.router.metrics import Metrics
@@ -52,6 +53,7 @@ from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
 from tandem.wire.fleet import FleetDescription, FleetServicer
 from tandem.wire.inference import InferenceServicer
 from tandem.wire.server import bind, build_public_server, build_server
+from tandem.wire.server_tls import ServerTls
 from tandem.wire.sessions import InstanceSession
 
 if TYPE_CHECKING:
@@ -130,6 +132,8 @@ class RouterApp:
         settings = config.router
         self._metrics = Metrics(settings.slo)
         self._keys = None if settings.api_keys is None else ApiKeys(load_keys(settings.api_keys), self._clock)
+        self._public_tls = None if settings.tls is None else ServerTls.of_clients(settings.tls)
+        self._cluster_tls = None if config.cluster_tls is None else ServerTls.of_cluster(config.cluster_tls)
         self._access = OpenAccess() if self._keys is None else self._keys
         tenants = () if self._keys is None else (TenantMetrics(self._keys, self._metrics.registry),)
         self.log = RequestLog()
@@ -137,7 +141,9 @@ class RouterApp:
         observer = ProfileObserver(profile, [slo.name for slo in settings.slo])
         self._dispatcher = Dispatcher(
             model=config.served_name,
-            open_session=partial(InstanceSession.open, clock=self._clock, token=config.cluster_token),
+            open_session=partial(
+                InstanceSession.open, clock=self._clock, token=config.cluster_token, tls=config.cluster_tls
+            ),
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             clock=self._clock,
             routing=RoutingSettings(
@@ -223,18 +229,29 @@ class RouterApp:
         self._spawn(self._dispatcher.watch_timer(), "timer")
         control, control_health = build_server(config.cluster_token)
         worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self._registry), control)
-        self.control_address = bind(control, settings.control)
+        self.control_address = bind(control, settings.control, self._load(self._cluster_tls, "cluster certificate"))
         await self._serve(control, control_health)
         await control_health.set("", health_pb2.HealthCheckResponse.SERVING)
 
+        bodies = BodyBudget(settings.max_bodies)
         public, health = build_public_server(settings.max_body, self._access)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(service, self._clock, random, settings.write_timeout_s, self._access, tracer), public
+            InferenceServicer(
+                service,
+                self._clock,
+                random,
+                settings.write_timeout_s,
+                self._access,
+                tracer,
+                hold_bytes=bodies.hold,
+            ),
+            public,
         )
         if settings.reflection:
             names = (INFERENCE_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
             reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), public)
-        self.grpc_address = bind(public, settings.grpc)
+        tls = self._load(self._public_tls, "certificate")
+        self.grpc_address = bind(public, settings.grpc, tls)
         await self._serve(public, health)
         self._spawn(self._update_health(health), "health")
 
@@ -246,11 +263,12 @@ class RouterApp:
             clock=self._clock,
             random=random,
             access=self._access,
+            bodies=bodies,
             pages=ui_pages(self._view()) if settings.ui else Pages(),
         )
         if tracer is not None:
             http_app = TracedApi(http_app, tracer)
-        http = HttpServer(http_app, settings, stop_timeout_s=_FLUSH_S)
+        http = HttpServer(http_app, settings, tls, stop_timeout_s=_FLUSH_S)
         self.address = await http.start()
         self._resources.push_async_callback(http.stop)
         self._spawn(http.wait_closed(), "http")
@@ -286,6 +304,13 @@ class RouterApp:
         await server.start()
         self._resources.push_async_callback(server.stop, _FLUSH_S)
         self._resources.push_async_callback(health.enter_graceful_shutdown)
+
+    def _load(self, tls: ServerTls | None, name: str) -> ServerTls | None:
+        """Ready for servers, and kept up to date. Raises ConfigError for files that cannot be used."""
+        if tls is not None:
+            tls.load()
+            self._spawn(tls.reload_when_changed(), name)
+        return tls
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)

@@ -47,8 +47,8 @@ class MethodNotAllowedError(InvalidRequestError):
 class HttpApp:
     """The ASGI application; serve it without lifespan and websockets.
 
-    `access` says who may use it. `random` makes request ids, `wall_time_s` the `created` times, `render_metrics` the
-    page of `/metrics`; `pages` are served beside the API.
+    `access` says who may use it. `bodies` is shared with another API, if there is one. `random` makes request ids,
+    `wall_time_s` the `created` times, `render_metrics` the page of `/metrics`; `pages` are served beside the API.
     """
 
     def __init__(
@@ -60,9 +60,10 @@ class HttpApp:
         render_metrics: Callable[[], bytes],
         clock: Clock,
         random: Random,
-        access: AccessControl = OpenAccess(),  # noqa: B008 - it has no state
+        access: AccessControl = OpenAccess(),
+        bodies: BodyBudget | None = None,
         wall_time_s: Callable[[], float] = time.time,
-        pages: Pages = Pages(),  # noqa: B008 - it has no state
+        pages: Pages = Pages(),
     ) -> None:
         self._service = service
         self._tokenizer = tokenizer
@@ -75,7 +76,7 @@ class HttpApp:
         self._open_paths = {"/health", "/readyz", "/livez", *pages.open_paths}
         if settings.open_metrics:
             self._open_paths.add("/metrics")
-        self._budget = BodyBudget(settings.max_bodies)
+        self._budget = bodies or BodyBudget(settings.max_bodies)
         self._routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),

@@ -1,7 +1,8 @@
 """Bodies of HTTP requests: within limits of size, structure and memory before anything is made of them."""
 
 import asyncio
-from contextlib import aclosing
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import orjson
@@ -19,7 +20,8 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class BodyBudget:
-    """Bytes that all running requests together may hold: their bodies, and log-probabilities of their responses."""
+    """Bytes that all running requests together may hold: their bodies, over HTTP and gRPC, and log-probabilities of
+    responses over HTTP."""
 
     def __init__(self, max_bytes: int) -> None:
         self.num_bytes = 0
@@ -32,6 +34,16 @@ class BodyBudget:
                 f"Running requests hold the {self._max_bytes} bytes of bodies that fit; try again later."
             )
         self.num_bytes += num_bytes
+
+    @contextmanager
+    def hold(self, num_bytes: int) -> Iterator[None]:
+        """For one request of a known size. Raises OverloadedError on entry."""
+        held = HeldBody(self)
+        held.add(num_bytes)
+        try:
+            yield
+        finally:
+            held.release()
 
 
 class HeldBody:

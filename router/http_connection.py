@@ -11,6 +11,7 @@ connection; then the connection is closed. A client that does not read its respo
 
 import asyncio
 import logging
+from collections import Counter
 from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any
@@ -52,6 +53,7 @@ class HttpConfig(uvicorn.Config):
         super().__init__(app, http=HttpConnection, **options)
         self.settings = settings
         self.max_connections = max_connections
+        self.num_of_address: Counter[str] = Counter()  # connections; the protocols of one server count here
 
 
 class _Phase(Enum):
@@ -69,6 +71,7 @@ class HttpConnection(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._settings = self.config.settings
         self._is_reserved = False
+        self._address = ""
         self._phase = _Phase.IDLE
         self._num_loose_bytes = 0  # since the parser has last reported something whole, other than a header
         self._num_chunks = 0
@@ -83,15 +86,30 @@ class HttpConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         num_over = len(self.connections) - self.config.max_connections
+        self._address = "" if self.client is None else self.client[0]
+        self.config.num_of_address[self._address] += 1
+        if self.config.num_of_address[self._address] > self._settings.max_client_connections:
+            self._refuse_connection(
+                UnavailableError(
+                    f"{self._settings.max_client_connections} connections of one client are in use; try again later."
+                )
+            )
+            return
         if num_over > NUM_RESERVED:
-            self._refusal = self._all_in_use()
-            self.transport.write(_response_bytes(self._refusal))
-            self.transport.close()
+            self._refuse_connection(self._all_in_use())
             return
         self._is_reserved = num_over > 0
         self._start_arrival_timer(_RESERVED_TIMEOUT_S if self._is_reserved else self._settings.header_timeout_s)
 
+    def _refuse_connection(self, error: TandemError) -> None:
+        self._refusal = error
+        self.transport.write(_response_bytes(error))
+        self.transport.close()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self.config.num_of_address[self._address] -= 1
+        if not self.config.num_of_address[self._address]:
+            del self.config.num_of_address[self._address]
         for timer in (self._arrival_timer, self._write_timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
@@ -105,7 +123,8 @@ class HttpConnection(HttpToolsProtocol):
         """
         cycle = self.cycle
         is_waiting = cycle is not None and not cycle.response_complete and not cycle.more_body
-        if self._refusal is not None or not is_waiting or cycle.scope["http_version"] == "1.0":
+        can_wait = self.transport.can_write_eof() and cycle is not None and cycle.scope["http_version"] != "1.0"
+        if self._refusal is not None or not is_waiting or not can_wait:
             return False
         cycle.keep_alive = False
         self._probe(_FIRST_PROBE_S)
@@ -280,7 +299,8 @@ class HttpConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self.transport.write(_response_bytes(error))
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS has no half-closed connections
+            self.transport.write_eof()
         self._unset_keepalive_if_required()
         self._arrival_timer = self.loop.call_later(_LINGER_S, self.transport.abort)
 

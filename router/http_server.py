@@ -11,8 +11,11 @@ import uvicorn
 
 from tandem.core.config import RouterSection, split_address
 from tandem.core.errors import ConfigError
-from tandem.router.http_connection import NUM_RESERVED, HttpConfig
+from tandem.router.http_connection import NUM_RESERVED, HttpConfig, HttpConnection
+from tandem.router.tls_listener import TlsListener
+from tandem.wire.server_tls import ServerTls
 
+_BACKLOG = 2048
 _OTHER_DESCRIPTORS = 256  # of gRPC, files and the event loop
 _RECEIVE_BUFFER_BYTES = 128 << 10  # in the kernel, for each connection
 _SEND_BUFFER_BYTES = 256 << 10
@@ -43,11 +46,16 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """Serves one ASGI application on `settings.http` (port 0: any free port). `start`, then `stop`, once each.
 
-    It keeps connections within the settings' limits, and within the process's limit of descriptors.
+    It keeps connections within the settings' limits, and within the process's limit of descriptors. `tls` has been
+    loaded; None: plain HTTP.
     """
 
-    def __init__(self, app: Any, settings: RouterSection, *, stop_timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, app: Any, settings: RouterSection, tls: ServerTls | None = None, *, stop_timeout_s: float = 5.0
+    ) -> None:
         self._address = settings.http
+        self._handshake_timeout_s = settings.header_timeout_s
+        self._tls = tls
         config = HttpConfig(
             app,
             settings,
@@ -62,10 +70,12 @@ class HttpServer:
             date_header=False,
             timeout_keep_alive=settings.idle_timeout_s,
             timeout_graceful_shutdown=max(1, round(stop_timeout_s)),
-            backlog=2048,
+            backlog=_BACKLOG,
         )
+        self._config = config
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
 
     async def start(self) -> str:
@@ -84,23 +94,40 @@ class HttpServer:
             listener.close()
             raise ConfigError(f"cannot listen on {self._address}: {error.strerror or error}") from error
         self._listener = listener
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener] if self._tls is None else []))
         while not self._server.started:
             if self._task.done():
                 await self._task
                 raise ConfigError(f"cannot listen on {self._address}: the HTTP server ended at once")
             await asyncio.sleep(0.005)
+        if self._tls is not None:
+            listener.setblocking(False)
+            listener.listen(_BACKLOG)
+            tls_listener = TlsListener(listener, self._make_connection, self._tls, self._handshake_timeout_s)
+            self._accepting = asyncio.create_task(tls_listener.run())
         bound = listener.getsockname()[1]
         return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+
+    def _make_connection(self) -> HttpConnection:
+        """As uvicorn does for sockets that it listens on."""
+        server = self._server
+        return HttpConnection(config=self._config, server_state=server.server_state, app_state=server.lifespan.state)
 
     async def wait_closed(self) -> None:
         """Returns when the server has ended; raises what ended it."""
         assert self._task is not None, "start first"
-        await asyncio.shield(self._task)
+        tasks = [task for task in (self._task, self._accepting) if task is not None]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done() and not task.cancelled():
+                task.result()
 
     async def stop(self) -> None:
         """Refuse new requests, wait for running ones for `stop_timeout_s` at most, then abort them."""
         self._server.should_exit = True
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.gather(self._accepting, return_exceptions=True)
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)  # `wait_closed` raises its error
         for server in self._server.servers:  # still open if the task has failed

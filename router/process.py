@@ -34,7 +34,7 @@ async def _serve(config: RouterConfig, grace_s: float) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    print(f"HTTP     http://{app.address}")
+    print(f"HTTP     {'http' if config.router.tls is None else 'https'}://{app.address}")
     print(f"gRPC     {app.grpc_address}")
     print(f"control  {app.control_address}", flush=True)
 

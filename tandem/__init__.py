@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tandem.client import AsyncClient, Client
+    from tandem.client_tls import ClientTls
 
-__all__ = ["AsyncClient", "Client"]
+__all__ = ["AsyncClient", "Client", "ClientTls"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'tandem' has no attribute '{name}'")
-    from tandem import client
+    from tandem import client, client_tls
 
-    return getattr(client, name)
+    return getattr(client_tls if name == "ClientTls" else client, name)

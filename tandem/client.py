@@ -5,7 +5,7 @@
         for delta in client.stream(messages=[{"role": "user", "content": "hello"}]):
             print(delta.text, end="", flush=True)
 
-A router with API keys needs `Client(address, api_key=...)`.
+A router with API keys needs `Client(address, api_key=...)`, one with TLS `Client(address, tls=ClientTls(ca=...))`.
 
 Every failure is one of `tandem.core.errors`: UnavailableError when no router answers, InvalidRequestError and its
 subclasses for refused requests, DeadlineError when `timeout_s` has passed.
@@ -17,6 +17,7 @@ from typing import Any, Self, Unpack
 
 import grpc
 
+from tandem.client_tls import ClientTls
 from tandem.completion import Completion, Delta, GenerateOptions, ModelInfo, join_deltas
 from tandem.messages import delta_from_pb, request_to_pb
 from tandem.rpc_errors import error_from_rpc
@@ -63,9 +64,15 @@ class Stream(Iterator[Delta]):
 class Client:
     """A connection to one router, made when first used. Threads may share it."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, tls: ClientTls | None = None
+    ) -> None:
+        """With `tls`, raises ConfigError for files that cannot be read."""
         self._metadata = _metadata(api_key)
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, tls.credentials(), (*_CHANNEL_OPTIONS, *tls.options()))
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
@@ -129,9 +136,15 @@ class AsyncStream(AsyncIterator[Delta]):
 class AsyncClient:
     """`Client` for asyncio. Make it inside the running event loop."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, tls: ClientTls | None = None
+    ) -> None:
+        """With `tls`, raises ConfigError for files that cannot be read."""
         self._metadata = _metadata(api_key)
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, tls.credentials(), (*_CHANNEL_OPTIONS, *tls.options()))
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def generate(self, **options: Unpack[GenerateOptions]) -> Completion:

@@ -1,13 +1,17 @@
-"""gRPC channels with options that detect a dead or hung peer within seconds.
+"""gRPC channels between processes of a cluster, with options that detect a dead or hung peer within seconds.
 
 Measured with grpcio 1.85: without keepalive a partition is never noticed, and a stopped peer only after a minute
 unless `ping_timeout_ms` is set too. The server permits pings this frequent (see `wire/server.py`).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import grpc
+
+from tandem.client_tls import ClientTls
+from tandem.core.file_watch import FileWatch
+from tandem.core.tls import ClusterTls
 
 MAX_MESSAGE_BYTES = 64 << 20
 KEEPALIVE_MS = 2_000
@@ -53,10 +57,45 @@ class _UnaryToken(grpc.aio.UnaryUnaryClientInterceptor):
         return await continuation(_with_token(client_call_details, self._token), request)
 
 
-def open_channel(address: str, token: str | None = None) -> grpc.aio.Channel:
+def open_channel(address: str, token: str | None = None, tls: ClusterTls | None = None) -> grpc.aio.Channel:
     """A channel to `host:port` that sends the cluster token with every unary call. Connects when first used.
 
-    Streams need `token_metadata`: with an interceptor, a stream that is cut leaves a task behind.
+    With `tls` the files are read now; raises ConfigError. Streams need `token_metadata`: with an interceptor, a stream
+    that is cut leaves a task behind.
     """
     interceptors = [_UnaryToken(token)] if token else []
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+    files = ClientTls(tls.ca, tls.certificate, tls.key, tls.server_name)
+    options = (*CHANNEL_OPTIONS, *files.options())
+    return grpc.aio.secure_channel(address, files.credentials(), options=options, interceptors=interceptors)
+
+
+class LastingChannel:
+    """A channel for longer than certificates last: it is opened anew when their files have changed, because gRPC keeps
+    those with which it began. Close it after its last call."""
+
+    def __init__(self, address: str, token: str | None = None, tls: ClusterTls | None = None) -> None:
+        self._address = address
+        self._token = token
+        self._tls = tls
+        self._watch = FileWatch(() if tls is None else (tls.certificate, tls.key, tls.ca))
+        self._channel: grpc.aio.Channel | None = None
+
+    async def get(self) -> grpc.aio.Channel:
+        """No call may be in progress. Raises ConfigError as `open_channel`."""
+        if self._channel is None or self._watch.has_changed():
+            await self.close()
+            self._channel = open_channel(self._address, self._token, self._tls)
+        return self._channel
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        await self.close()

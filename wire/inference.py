@@ -1,6 +1,8 @@
 """The public gRPC API: `InferenceService` in front of a `core.completion.CompletionService`."""
 
 import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from random import Random
 from typing import Any
 from urllib.parse import unquote
@@ -134,7 +136,8 @@ def delta_to_pb(delta: TextDelta, request_id: str) -> inference_pb2.GenerateResp
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """`random` makes ids for requests without one. A cancelled call ends its request at once, and so does a client that
-    does not read its responses for `write_timeout_s`. `access` is that of the server (`build_public_server`)."""
+    does not read its responses for `write_timeout_s`. `access` is that of the server (`build_public_server`).
+    `hold_bytes` counts the bytes of a request while it runs, and raises OverloadedError for too many."""
 
     def __init__(
         self,
@@ -142,9 +145,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         clock: Clock,
         random: Random,
         write_timeout_s: float,
-        access: AccessControl = OpenAccess(),  # noqa: B008 - it has no state
+        access: AccessControl = OpenAccess(),
         tracer: CallTracer | None = None,
+        hold_bytes: Callable[[int], AbstractContextManager[None]] = lambda num_bytes: nullcontext(),
     ) -> None:
+        self._hold_bytes = hold_bytes
         self._service = service
         self._access = access
         self._clock = clock
@@ -182,15 +187,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             caller=caller_of(self._access, context),
             trace=trace,
         )
-        async with await self._service.open(completion_request) as completion:
-            async for delta in completion:
-                try:
-                    async with asyncio.timeout(self._write_timeout_s):
-                        await context.write(delta_to_pb(delta, completion_request.request_id))
-                except TimeoutError as error:
-                    raise CancelledError(
-                        f"The client did not read its response for {self._write_timeout_s:g} s."
-                    ) from error
+        with self._hold_bytes(request.ByteSize()):
+            async with await self._service.open(completion_request) as completion:
+                async for delta in completion:
+                    try:
+                        async with asyncio.timeout(self._write_timeout_s):
+                            await context.write(delta_to_pb(delta, completion_request.request_id))
+                    except TimeoutError as error:
+                        raise CancelledError(
+                            f"The client did not read its response for {self._write_timeout_s:g} s."
+                        ) from error
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any

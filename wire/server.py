@@ -16,10 +16,12 @@ from tandem.core.errors import ConfigError
 from tandem.wire.answer_errors import AnswerErrors, RequestReads
 from tandem.wire.channels import KEEPALIVE_MS, MAX_MESSAGE_BYTES, TOKEN_KEY
 from tandem.wire.inference import GENERATE, caller_of
+from tandem.wire.server_tls import ServerTls
 
 _MAX_CALLS = 8192  # in progress in one server; more are refused with RESOURCE_EXHAUSTED
 _MAX_STREAMS = 8192  # of one connection; a gRPC client keeps more calls waiting, until earlier ones have ended
 _MAX_CLIENT_STREAMS = 4096
+_CLIENT_IDLE_MS = 600_000  # then a connection without calls is closed; clients open another one
 _MAX_READS = 32  # requests of clients that arrive at one time
 _READ_TIMEOUT_S = 30.0
 _UNREAD_BYTES = 16 << 10
@@ -36,6 +38,7 @@ _OPTIONS = {
     "grpc.keepalive_timeout_ms": KEEPALIVE_MS,
     "grpc.http2.ping_timeout_ms": KEEPALIVE_MS,
     "grpc.max_concurrent_streams": _MAX_STREAMS,
+    "grpc.server_handshake_timeout_ms": 10_000,
     # Of more than 1,000 calls that have just arrived, gRPC would cancel some at random, and from 3,000 on all.
     "grpc.server.max_pending_requests": _ANY_NUMBER,
     "grpc.server.max_pending_requests_hard_limit": _ANY_NUMBER,
@@ -91,6 +94,7 @@ def build_public_server(
         **_OPTIONS,
         "grpc.max_receive_message_length": max_message_bytes,
         "grpc.max_concurrent_streams": _MAX_CLIENT_STREAMS,
+        "grpc.max_connection_idle_ms": _CLIENT_IDLE_MS,
         # What a call may send before it is read; by itself, gRPC raises this to megabytes for fast clients.
         "grpc.http2.lookahead_bytes": _UNREAD_BYTES,
         "grpc.http2.bdp_probe": 0,
@@ -118,11 +122,15 @@ def _build(
     return server, health
 
 
-def bind(server: grpc.aio.Server, address: str) -> str:
-    """Bind `host:port` (port 0: any free port) and return the address with the actual port. Raises ConfigError."""
+def bind(server: grpc.aio.Server, address: str, tls: ServerTls | None = None) -> str:
+    """Bind `host:port` (port 0: any free port) and return the address with the actual port. `tls` has been loaded.
+    Raises ConfigError."""
     host, port = split_address(address)
     try:
-        bound = server.add_insecure_port(address)
+        if tls is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, tls.grpc_credentials())
     except RuntimeError as error:
         raise ConfigError(f"cannot listen on {address}: port in use, or not an address of this machine") from error
     if bound == 0 or (port and bound != port):

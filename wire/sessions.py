@@ -15,6 +15,7 @@ import grpc
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.errors import CancelledError, InvalidRequestError, TandemError, UnavailableError
 from tandem.core.session import PrefillFinished, Role, SessionCommand, SessionEvent
+from tandem.core.tls import ClusterTls
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import session_messages as messages
@@ -48,10 +49,16 @@ class InstanceSession:
 
     @classmethod
     async def open(
-        cls, address: str, clock: Clock | None = None, timeout_s: float = 5.0, token: str | None = None
+        cls,
+        address: str,
+        clock: Clock | None = None,
+        timeout_s: float = 5.0,
+        token: str | None = None,
+        tls: ClusterTls | None = None,
     ) -> Self:
-        """Raises UnavailableError if the instance does not answer within `timeout_s`. `token`: the cluster's."""
-        channel = open_channel(address)
+        """Raises UnavailableError if the instance does not answer within `timeout_s`. `token` and `tls`: the
+        cluster's."""
+        channel = open_channel(address, tls=tls)
         try:
             async with asyncio.timeout(timeout_s):
                 await channel.channel_ready()

@@ -59,7 +59,7 @@ class Worker:
             f"{role.value}-loop", self._load_and_make_loop, self._deliver, self._crashed, progress
         )
         self._held = HeldKv(self._release_held, self._section.lease_s, self._clock)
-        self._fetcher = KvFetcher(self._thread.post, Peers(config.cluster_token))
+        self._fetcher = KvFetcher(self._thread.post, Peers(config.cluster_token, config.cluster_tls))
         self._service = InstanceService(
             role, self._section, self._thread.post, self._held, self._fetcher, self._role_changed
         )
@@ -115,6 +115,8 @@ class Worker:
         self._fetcher.fetch_with(self._receiver)
         self._tasks.append(self._spawn(self._held.expire_leases(), "leases"))
         await self._public.listen(self._add_services, self._report, self._links, lambda: self._stall.age_s)
+        if self._config.cluster_tls is not None:
+            self._tasks.append(self._spawn(self._public.keep_certificate(), "certificate"))
         if self._config.routers:
             self._tasks.append(self._spawn(self._public.send_heartbeats(), "heartbeats"))
         self._step_watch = self._spawn(self._watch_steps(), "watch steps")

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from tandem.core.config import split_address
 from tandem.core.errors import TandemError
 from tandem.core.session import InstanceStatus
-from tandem.wire.channels import open_channel
+from tandem.core.tls import ClusterTls
+from tandem.wire.channels import LastingChannel
 from tandem.wire.fleet import send_heartbeat
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,16 @@ class Heartbeat:
     """One task per router, so that a hung one delays no other. A router that is away is tried again for ever."""
 
     def __init__(
-        self, routers: Sequence[str], token: str | None, interval_s: float, status: Callable[[], InstanceStatus]
+        self,
+        routers: Sequence[str],
+        token: str | None,
+        interval_s: float,
+        status: Callable[[], InstanceStatus],
+        tls: ClusterTls | None = None,
     ) -> None:
         self._routers = routers
         self._token = token
+        self._tls = tls
         self._interval_s = interval_s
         self._status = status
         self._changed = asyncio.Event()
@@ -68,11 +75,11 @@ class Heartbeat:
 
     async def _report_to(self, address: str, is_current: Callable[[], bool]) -> None:
         reachable = True
-        async with open_channel(address, self._token) as channel:
+        async with LastingChannel(address, self._token, self._tls) as channel:
             while is_current() or reachable:
                 changed = self._changed  # of the status that is read now: a change while it is sent is not lost
                 try:
-                    await send_heartbeat(channel, self._status(), timeout_s=max(1.0, 2 * self._interval_s))
+                    await send_heartbeat(await channel.get(), self._status(), timeout_s=max(1.0, 2 * self._interval_s))
                     if not reachable:
                         log.info("router %s is back", address)
                     reachable = True

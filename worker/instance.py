@@ -17,6 +17,7 @@ from grpc_health.v1.health import aio as health_aio
 from tandem.core.config import WorkerConfig
 from tandem.core.session import InstanceState, InstanceStatus, LinkStats, Role
 from tandem.wire.server import bind, build_server
+from tandem.wire.server_tls import ServerTls
 from tandem.worker.heartbeat import Heartbeat
 from tandem.worker.loop import LoopReport
 
@@ -39,6 +40,7 @@ class PublicSide:
         self._step_age_s: Callable[[], float] = float
         self._links: Callable[[], tuple[LinkStats, ...]] = tuple
         self._heartbeat: Heartbeat | None = None
+        self._tls = None if config.cluster_tls is None else ServerTls.of_cluster(config.cluster_tls)
         self.address = ""
 
     async def listen(
@@ -48,22 +50,31 @@ class PublicSide:
         links: Callable[[], tuple[LinkStats, ...]],
         step_age_s: Callable[[], float],
     ) -> None:
-        """Serve as READY. Raises ConfigError if the port cannot be had."""
+        """Serve as READY. Raises ConfigError if the port cannot be had, or the files of TLS cannot be used."""
+        if self._tls is not None:
+            self._tls.load()
         self._server, self._health = build_server(self._config.cluster_token)
         add_services(self._server)
-        self.address = bind(self._server, self._config.listen)
+        self.address = bind(self._server, self._config.listen, self._tls)
         await self._server.start()
         self._report, self._links, self._step_age_s = report, links, step_age_s
         self._state = InstanceState.READY
         for service in ("", LIVENESS):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         config = self._config
-        self._heartbeat = Heartbeat(config.routers, config.cluster_token, config.heartbeat_s, self.status)
+        self._heartbeat = Heartbeat(
+            config.routers, config.cluster_token, config.heartbeat_s, self.status, config.cluster_tls
+        )
 
     async def send_heartbeats(self) -> None:
         """Until cancelled; after `listen`."""
         assert self._heartbeat is not None, "listen first"
         await self._heartbeat.run()
+
+    async def keep_certificate(self) -> None:
+        """Until cancelled; after `listen`, where there is TLS."""
+        assert self._tls is not None, "the cluster has no TLS"
+        await self._tls.reload_when_changed()
 
     def status(self) -> InstanceStatus:
         assert self._report is not None, "an instance reports only once it listens"

@@ -88,7 +88,7 @@ def serving(folder: Path, *arguments: str, package: Path = ROOT, cwd: Path = ROO
     try:
         wait_for(process, output, r"^Ctrl-C ends it\.$")
         text = output.read_text()
-        http = re.search(r"HTTP  http://(\S+)/v1", text)
+        http = re.search(r"HTTP  https?://(\S+)/v1", text)
         grpc = re.search(r"gRPC  (\S+)", text)
         assert http is not None
         assert grpc is not None

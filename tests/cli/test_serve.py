@@ -110,6 +110,23 @@ def test_status_and_doctor(served: Served, model: Path) -> None:
     assert re.search(r"^ok +link: prefill-0-\w+ -> decode-0-\w+: shared_memory", doctor.stdout, re.MULTILINE)
 
 
+def test_the_token_is_seen_nowhere(served: Served, folder: Path) -> None:
+    """In no process list and no environment, in no output, and in no file that others may read."""
+    (state,) = (folder / "state").glob("serve-*.json")
+    token = json.loads(state.read_text())["cluster_token"].encode()
+    assert len(token) >= 32
+    processes = [psutil.Process(served.process.pid), *psutil.Process(served.process.pid).children(recursive=True)]
+    assert len(processes) > 3
+    for process in processes:
+        for name in ("cmdline", "environ"):
+            assert token not in Path(f"/proc/{process.pid}/{name}").read_bytes(), process
+    holders = [path for path in folder.rglob("*") if path.is_file() and token in path.read_bytes()]
+    assert state in holders
+    for path in holders:
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert token.decode() not in served.tandem("status", "--json").stdout
+
+
 def test_workers_join_and_leave(served: Served) -> None:
     assert served.tandem("scale", "--decode", "2").returncode == 0
     served.wait_for(r"^scaling to 2 decode\n(.*\n)*scaled$")

@@ -139,7 +139,7 @@ def looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tandem status` finds the cluster twice; then the user presses Ctrl-C."""
     fleets = iter((FLEET, replace(FLEET, uptime_s=3726.0)))
 
-    async def fetch(control: str, token: str, *, with_profile: bool) -> FleetDescription:
+    async def fetch(control: str, token: str, tls: None, *, with_profile: bool) -> FleetDescription:
         fleet = next(fleets, None)
         if fleet is None:
             os.kill(os.getpid(), signal.SIGINT)

@@ -18,6 +18,7 @@ import httpx
 import yaml
 
 from tandem.core.session import InstanceStatus, Role
+from tandem.core.tls import ClusterTls
 from tandem.wire.channels import open_channel
 from tandem.wire.fleet import FleetDescription, describe_fleet
 
@@ -45,6 +46,8 @@ class Cluster:
     router: dict[str, Any] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     worker_module: str | None = None  # in the place of the roles' own
+    cluster_tls: ClusterTls | None = None
+    http_options: dict[str, Any] = field(default_factory=dict)  # of httpx
     TOKEN: ClassVar[str] = "test-token"
 
     def __post_init__(self) -> None:
@@ -52,7 +55,7 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
+        return f"{'https' if 'tls' in self.router else 'http'}://127.0.0.1:{self.http_port}"
 
     @property
     def grpc_address(self) -> str:
@@ -78,11 +81,10 @@ class Cluster:
 
     def start(self, name: str, module: str, config: dict[str, Any]) -> None:
         path = self.folder / f"{name}.yaml"
-        path.write_text(
-            yaml.safe_dump(
-                {"model": str(self.model), "model_name": self.model.name, "cluster_token": Cluster.TOKEN} | config
-            )
-        )
+        common = {"model": str(self.model), "model_name": self.model.name, "cluster_token": Cluster.TOKEN}
+        if self.cluster_tls is not None:
+            common["cluster_tls"] = self.cluster_tls.model_dump(mode="json")
+        path.write_text(yaml.safe_dump(common | config))
         with self.log_path(name).open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", module, "--config", str(path)],
@@ -105,7 +107,7 @@ class Cluster:
             dead = [name for name, process in self.processes.items() if process.poll() is not None]
             assert not dead, f"{dead} ended at start\n{self.logs()}"
             with contextlib.suppress(httpx.HTTPError):
-                healthy = httpx.get(f"{self.url}/health", timeout=1.0).status_code == 200
+                healthy = httpx.get(f"{self.url}/health", timeout=1.0, **self.http_options).status_code == 200
                 roles = [status.role for status in self.instances()] if healthy else []
                 if all(roles.count(role) == count for role, count in wanted.items()):
                     return
@@ -114,7 +116,7 @@ class Cluster:
 
     def describe(self) -> FleetDescription:
         async def ask() -> FleetDescription:
-            async with open_channel(self.control_address, Cluster.TOKEN) as channel:
+            async with open_channel(self.control_address, Cluster.TOKEN, self.cluster_tls) as channel:
                 return await describe_fleet(channel, timeout_s=2.0)
 
         return asyncio.run(ask())
@@ -147,7 +149,7 @@ class Cluster:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of all series of that name which have these labels, at the router's /metrics now."""
-        page = httpx.get(f"{self.url}/metrics", timeout=10.0).text
+        page = httpx.get(f"{self.url}/metrics", timeout=10.0, **self.http_options).text
         total = 0.0
         for line in page.splitlines():
             if line.startswith((f"{name}{{", f"{name} ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
@@ -192,6 +194,8 @@ def running_cluster(
     colocated: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
     worker_module: str | None = None,
+    cluster_tls: ClusterTls | None = None,
+    http_options: dict[str, Any] | None = None,
     make: Callable[..., AnyCluster] = Cluster,  # type: ignore[assignment]
 ) -> Iterator[AnyCluster]:
     """Up, ready, and at the end stopped and free of leaks. One decode instance for each of `decode_transports`, with
@@ -204,6 +208,8 @@ def running_cluster(
         decode={"engine": engine} | (decode or {}),
         colocated={"engine": engine} | (colocated or {}),
         router=router or {},
+        cluster_tls=cluster_tls,
+        http_options=http_options or {},
         **({} if worker_module is None else {"worker_module": worker_module}),
     )
     try:

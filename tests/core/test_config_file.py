@@ -30,9 +30,9 @@ MISTAKES = {
     "nothing like it": (
         "model: m\nrouter:\n  colour: red\n",
         "FILE line 3: router.colour is not a setting; the settings here are http, grpc, control, request_timeout_s, "
-        "max_queue, outstanding_steps, max_outstanding_tokens, max_wait_s, policy, queue_order, slo, api_keys, "
-        "open_metrics, share_prefixes, max_body, max_bodies, "
-        "max_body_items, max_header, max_connections, max_client_choices, max_response_logprobs, header_timeout_s, "
+        "max_queue, outstanding_steps, max_outstanding_tokens, max_wait_s, policy, queue_order, slo, tls, api_keys, "
+        "allow_anonymous, open_metrics, share_prefixes, max_body, max_bodies, max_body_items, max_header, "
+        "max_connections, max_client_connections, max_client_choices, max_response_logprobs, header_timeout_s, "
         "body_timeout_s, idle_timeout_s, write_timeout_s, cors_origins, allowed_hosts, reflection, "
         "parse_control_tokens, resume, replacement_wait_s, profile_window_s, tracing, ui, plan",
     ),
@@ -247,6 +247,27 @@ def test_an_internal_port_that_others_reach_needs_the_cluster_token(address: str
         load_config(path, kind)
 
 
+@pytest.mark.parametrize("setting", ["http", "grpc"])
+def test_a_public_port_that_others_reach_needs_to_know_its_clients(setting: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    for kind in (ServeConfig, RouterConfig):
+        text = f"model: /m\nrouter:\n  {setting}: 0.0.0.0:8000\n"
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, kind)
+        assert caught.value.message.startswith(f"{path} line 3: router.{setting}: 0.0.0.0:8000 can be reached from")
+        for known in (
+            "api_keys: env:KEYS",
+            "tls: {certificate: c, key: k, client_ca: ca}",
+            "allow_anonymous: true",
+        ):
+            path.write_text(f"{text}  {known}\n")
+            load_config(path, kind)
+        path.write_text(f"{text}  tls: {{certificate: c, key: k}}\n")
+        with pytest.raises(ConfigError, match="everybody there would be served"):
+            load_config(path, kind)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "127.1.2.3:9", "[::1]:0", "localhost:9"])
 def test_a_port_of_this_machine_alone_needs_none(address: str) -> None:
     WorkerConfig(model=Path("/m"), listen=address)
@@ -265,6 +286,15 @@ def test_overrides_replace_settings() -> None:
     assert changed.router.grpc == config.router.grpc
     assert config.prefill[0].instances == 1
     assert apply_overrides(changed, ["prefill.prefix_cache=false"]).router.http == "127.0.0.1:9000"
+
+
+def test_paths_of_overrides_count_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    changed = apply_overrides(
+        RouterConfig(model=Path("/m")), ["model=models/x", "router.api_keys=file:keys.yaml", "cluster_token=file:t"]
+    )
+    assert changed.model == (tmp_path / "models" / "x").resolve()
+    assert (changed.router.api_keys, changed.cluster_token) == (f"file:{tmp_path}/keys.yaml", f"file:{tmp_path}/t")
 
 
 @pytest.mark.parametrize(

@@ -215,11 +215,11 @@ def test_a_model_is_a_folder_if_it_exists_and_a_name_otherwise(tmp_path: Path) -
     assert load_config(path, SloFile).model == str(tmp_path / "Llama-3.1-70B")
 
 
-def test_without_a_file_paths_are_unchanged(tmp_path: Path) -> None:
+def test_without_a_file_paths_count_from_the_current_folder(tmp_path: Path) -> None:
     path = tmp_path / "slo.yaml"
     path.write_text(SLO)
     changed = apply_overrides(load_config(path, SloFile), ["workload.dataset=null", "workload.trace=a.csv"])
-    assert changed.workload.trace == Path("a.csv")
+    assert changed.workload.trace == Path("a.csv").resolve()
 
 
 def test_what_is_dumped_loads_again(tmp_path: Path) -> None:

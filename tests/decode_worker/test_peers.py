@@ -17,7 +17,7 @@ def channels(monkeypatch: pytest.MonkeyPatch) -> list[grpc.aio.Channel]:
     opened: list[grpc.aio.Channel] = []
     open_channel = peers_module.open_channel
 
-    def recording(address: str) -> grpc.aio.Channel:
+    def recording(address: str, tls: None) -> grpc.aio.Channel:
         opened.append(open_channel(address))
         return opened[-1]
 

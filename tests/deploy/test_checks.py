@@ -72,7 +72,9 @@ def test_what_is_only_odd_is_a_warning(model: Path) -> None:
 
 @pytest.mark.parametrize(("http", "grpc"), [("127.0.0.1:8123", "127.0.0.1:8123"), ("0.0.0.0:8123", "127.0.0.1:8123")])
 def test_one_address_for_two_things(model: Path, http: str, grpc: str) -> None:
-    config = ServeConfig.model_validate({"model": model, "router": {"http": http, "grpc": grpc}})
+    config = ServeConfig.model_validate(
+        {"model": model, "router": {"http": http, "grpc": grpc, "allow_anonymous": True}}
+    )
     first = next(iter(check_ports(config)))
     assert first.grade is Grade.FAILED
     assert first.text == f"router.http and router.grpc are both {grpc}"

@@ -22,6 +22,7 @@ from tandem.router.completion import TextService
 from tandem.router.http_app import HttpApp
 from tandem.router.http_server import HttpServer
 from tandem.router.tokenizer import TextTokenizer
+from tandem.wire.server_tls import ServerTls
 from tests.router.text_fakes import ScriptedGenerator
 
 MODEL = "tiny"
@@ -127,7 +128,8 @@ async def serve_front(
     tokenizer: TextTokenizer,
     raw_tokenizer: Tokenizer,
     settings: RouterSection | None = None,
-    access: AccessControl = OpenAccess(),  # noqa: B008 - it has no state
+    access: AccessControl = OpenAccess(),
+    tls: ServerTls | None = None,
 ) -> AsyncIterator[Front]:
     generator = ScriptedGenerator(echo_script)
     refusals = Refusals()
@@ -150,8 +152,9 @@ async def serve_front(
         random=random,
         access=access,
     )
-    server = HttpServer(app, settings, stop_timeout_s=1.0)
-    front = Front(tokenizer, raw_tokenizer, generator, refusals, service, server, f"http://{await server.start()}")
+    server = HttpServer(app, settings, tls, stop_timeout_s=1.0)
+    url = f"{'http' if tls is None else 'https'}://{await server.start()}"
+    front = Front(tokenizer, raw_tokenizer, generator, refusals, service, server, url)
     try:
         yield front
     finally:

@@ -151,6 +151,7 @@ async def test_without_a_valid_key_only_health_answers_over_grpc(served: Served)
 
 async def test_a_key_has_so_many_requests_at_once_over_both_apis(served: Served) -> None:
     served.front.say("x", then_eos=False)
+    served.front.generator.delay_s = 0.1
     async with served.http(ALICE) as http, AsyncClient(served.grpc_address, api_key=ALICE) as client:
         async with client.stream(prompt="abc", max_tokens=400) as stream:
             await anext(stream)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import resource
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -264,6 +265,28 @@ async def test_health_is_answered_when_all_connections_are_in_use(
         assert [response.status for response in await responses_to(front, chat, half_close=True)] == [200]
         for _, writer in held + flood:
             writer.close()
+
+
+async def test_a_client_has_so_many_connections(tokenizer: TextTokenizer, raw_tokenizer: Tokenizer) -> None:
+    async with serve_front(tokenizer, raw_tokenizer, RouterSection(max_client_connections=3)) as front:
+        held = [await connect(front) for _ in range(3)]
+        (refused,) = await responses_to(front)
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert "3 connections of one client" in refused.body.decode()
+        other = socket.socket()
+        other.bind(("127.0.0.2", 0))
+        other.setblocking(False)
+        host, port = front.url.removeprefix("http://").split(":")
+        await asyncio.get_running_loop().sock_connect(other, (host, int(port)))
+        reader, writer = await asyncio.open_connection(sock=other)
+        writer.write(request_bytes(path="/health", method="GET"))
+        assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+        held.pop()[1].close()
+        await asyncio.sleep(0.05)
+        await check_health(front)
+        for _, each in held:
+            each.close()
 
 
 async def test_the_descriptor_limit_is_raised() -> None:

@@ -31,6 +31,7 @@ from tandem.core.errors import (
 )
 from tandem.core.request import FinishReason
 from tandem.router.completion import TextService
+from tandem.router.http_body import BodyBudget
 from tandem.router.tokenizer import TextTokenizer
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem.wire.answer_errors import AnswerErrors, RequestReads
@@ -64,7 +65,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 
 @asynccontextmanager
-async def serving(tokenizer: TextTokenizer, write_timeout_s: float = 30.0) -> AsyncIterator[Service]:
+async def serving(tokenizer: TextTokenizer, **options: Any) -> AsyncIterator[Service]:
     generator = ScriptedGenerator(echo_script)
     text = TextService(
         generator=generator,
@@ -75,7 +76,7 @@ async def serving(tokenizer: TextTokenizer, write_timeout_s: float = 30.0) -> As
     )
     server, _ = build_public_server(8 << 20)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-        InferenceServicer(text, SystemClock(), Random(2), 0.5), server
+        InferenceServicer(text, SystemClock(), Random(2), 0.5, **options), server
     )
     address = bind(server, "127.0.0.1:0")
     await server.start()
@@ -101,6 +102,21 @@ async def test_tokens_in_tokens_out(service: Service) -> None:
     assert last.timeline is not None
     assert sum(last.timeline.parts().values()) == pytest.approx(last.timeline.total_s)
     assert service.generator.requests[0].sampling.seed == 9
+
+
+async def test_requests_hold_no_more_memory_than_there_is(tokenizer: TextTokenizer) -> None:
+    budget = BodyBudget(500)
+    async with serving(tokenizer, hold_bytes=budget.hold) as service:
+        service.generator.delay_s = 0.1
+        async with service.client.stream(prompt="a" * 300, max_tokens=100) as stream:
+            await anext(stream)
+            with pytest.raises(OverloadedError, match="the 500 bytes of bodies"):
+                await service.client.generate(prompt="b" * 300)
+        await service.wait_until_idle()
+        async with asyncio.timeout(5.0):
+            while budget.num_bytes:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        await service.client.generate(prompt="b" * 300, max_tokens=1)
 
 
 async def test_text_and_chat(service: Service, tokenizer: TextTokenizer) -> None:
@@ -290,7 +306,7 @@ async def test_a_message_is_bounded_as_an_http_body_is(service: Service) -> None
 async def test_a_client_that_does_not_read_ends_its_request(tokenizer: TextTokenizer) -> None:
     request = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenPrompt(token_ids=[5]))
     request.sampling.max_tokens, request.sampling.logprobs, request.sampling.ignore_eos = 1 << 29, 0, True
-    async with serving(tokenizer, 0.5) as service, grpc.aio.insecure_channel(service.address) as channel:
+    async with serving(tokenizer) as service, grpc.aio.insecure_channel(service.address) as channel:
         service.generator.max_model_len_or_none = 1 << 30
         service.generator.tokens_per_step = 2000
         call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)

@@ -1,0 +1,83 @@
+"""TLS of servers: certificates that are read again when their files change.
+
+gRPC and HTTP take the files' content at each new connection; connections that are open stay.
+"""
+
+import logging
+import ssl
+from pathlib import Path
+
+import grpc
+
+from tandem.core.errors import ConfigError
+from tandem.core.file_watch import FileWatch
+from tandem.core.tls import ClusterTls, PublicTls
+
+_LOG = logging.getLogger(__name__)
+
+
+class ServerTls:
+    """What one server shows, and whose certificates its clients need. Use it after `load`."""
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        self._certificate = certificate
+        self._key = key
+        self._client_ca = client_ca
+        self._context: ssl.SSLContext | None = None
+        self._configuration: grpc.ServerCertificateConfiguration | None = None
+
+    @classmethod
+    def of_clients(cls, settings: PublicTls) -> "ServerTls":
+        return cls(settings.certificate, settings.key, settings.client_ca)
+
+    @classmethod
+    def of_cluster(cls, settings: ClusterTls) -> "ServerTls":
+        return cls(settings.certificate, settings.key, settings.ca)
+
+    def load(self) -> None:
+        """Raises ConfigError for files that are missing or do not fit together; what was loaded before stays."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        try:
+            context.load_cert_chain(self._certificate, self._key)
+            if self._client_ca is not None:
+                context.load_verify_locations(self._client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+                # A session that is resumed would keep a client whose authority is no longer trusted.
+                context.options |= ssl.OP_NO_TICKET
+                context.num_tickets = 0
+            pair = self._key.read_bytes(), self._certificate.read_bytes()
+            ca = None if self._client_ca is None else self._client_ca.read_bytes()
+        except (OSError, ssl.SSLError) as error:  # an SSLError is an OSError with other texts
+            files = ", ".join(str(path) for path in (self._certificate, self._key, self._client_ca) if path)
+            raise ConfigError(f"the files of TLS cannot be used: {files} ({error.strerror or error})") from error
+        self._context = context
+        self._configuration = grpc.ssl_server_certificate_configuration([pair], ca)
+
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        now = self._grpc_configuration
+        return grpc.dynamic_ssl_server_credentials(
+            now(), now, require_client_authentication=self._client_ca is not None
+        )
+
+    def _grpc_configuration(self) -> grpc.ServerCertificateConfiguration:
+        """Called by gRPC's threads, for each connection."""
+        assert self._configuration is not None, "load first"
+        return self._configuration
+
+    def http_context(self) -> ssl.SSLContext:
+        """For HTTP/1.1. The context of the moment, for one connection."""
+        assert self._context is not None, "load first"
+        return self._context
+
+    async def reload_when_changed(self) -> None:
+        """Until cancelled. Files that cannot be used change nothing, and the log says so."""
+        watch = FileWatch([path for path in (self._certificate, self._key, self._client_ca) if path])
+        while True:
+            await watch.wait_for_change()
+            try:
+                self.load()
+                _LOG.info("the certificate %s has been read again", self._certificate)
+            except ConfigError as error:
+                _LOG.error("the certificate stays as it was: %s", error.message)
