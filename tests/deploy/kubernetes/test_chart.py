@@ -188,8 +188,12 @@ def test_processes_read_the_settings_that_pods_give_them(values: str, tmp_path: 
         assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
         assert service["spec"]["ports"][0]["port"] == int(port)
         assert container["args"][-1] == "listen=$(POD_IP):8003"
-        assert container["livenessProbe"]["grpc"] == {"port": 8003, "service": "liveness"}
-        assert container["readinessProbe"]["grpc"] == {"port": 8003}
+        if worker.cluster_tls is None:
+            assert container["livenessProbe"]["grpc"] == {"port": 8003, "service": "liveness"}
+            assert container["readinessProbe"]["grpc"] == {"port": 8003}
+        else:
+            assert container["livenessProbe"]["tcpSocket"] == {"port": 8003}
+            assert mounts["cluster-tls"] == str(worker.cluster_tls.ca.parent)
         assert mounts["shm"] == "/dev/shm"
         epochs.add(worker.plan_epoch)
         roles.add(worker.role)

@@ -40,7 +40,7 @@ def test_the_context_has_all_packages() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # most of it is for torch, on a slow network
 def test_its_commands_make_a_tandem_that_runs(tmp_path: Path) -> None:
     """Everything but the base image: folders of the image are below `tmp_path`."""
     source, target = tmp_path / "src", tmp_path / "opt" / "tandem"
