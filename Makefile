@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.tandem-setup
 PROTO_PACKAGE := tandem/v1
 PROTOS := $(wildcard proto/$(PROTO_PACKAGE)/*.proto)
+PROMTOOL := build/tools/promtool
 OUT ?= .
 # `make test` runs these beside the others. None of them starts whole clusters.
 BESIDE := tests/placement tests/engine tests/models tests/bench tests/fuzz tests/scheduling tests/conformance tests/kv_transfer
@@ -37,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 serve: setup ## start the built-in model, or FILE=serve.yaml; Ctrl-C ends it
 	@exec $(BIN)/tandem serve $(FILE)
 
-test: setup lint types layers proto-check $(HELM) ## what CI runs: all checks, and all tests but the slow ones with their coverage
+test: setup lint types layers proto-check $(HELM) $(PROMTOOL) ## what CI runs: all checks, and all tests but the slow ones with their coverage
 	@mkdir -p build/coverage && $(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest -q --durations=15 $(BESIDE) > build/beside.log 2>&1 & trap "kill $$!" INT TERM; \
 	$(BIN)/coverage run -m pytest -q --durations=15 $(BESIDE:%=--ignore=%); others=$$?; \
@@ -69,14 +70,17 @@ proto-check: setup ## check that the stubs are those of the .proto files
 $(HELM): .ci/fetch_helm.py | $(STAMP)
 	@$(BIN)/python .ci/fetch_helm.py $(@D)
 
-check-deploy: setup $(HELM) ## the Helm chart, rendered and held against the schemas of Kubernetes; what runs in its containers
-	$(BIN)/python -m pytest -q tests/deploy/kubernetes
+$(PROMTOOL): .ci/fetch_promtool.sh
+	@.ci/fetch_promtool.sh $(@D) || echo "no promtool: the tests of alert rules are skipped" >&2
 
-test-fast: setup $(HELM) ## the tests that need no Ray
+check-deploy: setup $(HELM) $(PROMTOOL) ## the Helm chart, held against the schemas of Kubernetes; alert rules; what runs in containers
+	$(BIN)/python -m pytest -q tests/deploy/kubernetes tests/deploy/monitoring
+
+test-fast: setup $(HELM) $(PROMTOOL) ## the tests that need no Ray
 	$(BIN)/python -m pytest -q --ignore=tests/deploy/test_ray_cluster.py --ignore=tests/cluster \
 	  --ignore=tests/chaos
 
-test-slow: setup ## the long tests only, without those of `make chaos`
+test-slow: setup $(PROMTOOL) ## the long tests only, without those of `make chaos`
 	$(BIN)/python -m pytest -q -m slow --ignore=tests/chaos
 
 chaos: setup ## every row of docs/failures.md: processes die, stall, are slow, full or cut off

@@ -56,7 +56,7 @@ TRANSFER_FAILURES = Description("tandem_transfer_failures_total", "KV transfers 
 BLOCK_OWNERS = ("total", "free", "running", "cached", "leased", "leaked")
 OTHER_TRANSPORT = "other"
 TRANSPORTS = (*(transport.value for transport in Transport), OTHER_TRANSPORT)
-_ERROR_QUANTILES = (0.1, 0.5, 0.8, 0.9)
+ERROR_QUANTILES = (0.1, 0.5, 0.8, 0.9)
 
 _INSTANCE_GAUGES: tuple[tuple[Description, Callable[[KnownInstance], float]], ...] = (
     (UP, lambda instance: float(instance.is_usable)),
@@ -98,7 +98,7 @@ class FleetCollector(Collector):  # type: ignore[misc]
         yield GaugeMetricFamily(ROUTER_PYTHON_BLOCKS.name, ROUTER_PYTHON_BLOCKS.help, value=sys.getallocatedblocks())
         errors = GaugeMetricFamily(PREDICTION_ERROR.name, PREDICTION_ERROR.help, labels=PREDICTION_ERROR.labels)
         for name, residuals in self._dispatcher.machine.prediction_errors().items():
-            for share in _ERROR_QUANTILES if residuals.count else ():
+            for share in ERROR_QUANTILES if residuals.count else ():
                 errors.add_metric([name, f"{share:g}"], residuals.quantile(share))
         yield errors
         instances = self._dispatcher.fleet.instances
