@@ -15,7 +15,8 @@ from pydantic import (
 from tandem.core.anchored_path import AnchoredPath
 from tandem.core.errors import ConfigError
 from tandem.core.frozen_model import FrozenModel, WrongSetting
-from tandem.core.monitoring_config import TracingSection
+from tandem.core.log_lines import LogFormat
+from tandem.core.monitoring_config import KvEventsSection, TracingSection
 from tandem.core.parallel import ParallelShape
 from tandem.core.secret_source import Secret, SecretReference, read_secret
 from tandem.core.slo import SloClasses
@@ -137,6 +138,17 @@ class InstanceSection(FrozenModel):
         default="auto", description="How KV comes from another instance; auto: the fastest that both have"
     )
     checksum: bool | None = Field(default=None, description="Check the bytes of KV that comes; default: over networks")
+    kv_events: KvEventsSection = KvEventsSection()
+
+    @model_validator(mode="after")
+    def _check_kv_events(self) -> "InstanceSection":
+        events = self.kv_events
+        if self.instances > 1 and events.endpoint and events.bind and "{name}" not in events.endpoint:
+            text = f"{events.endpoint} can be the port of one instance only, and there are {self.instances}"
+            raise WrongSetting(
+                ("kv_events", "endpoint"), f"{text}; connect to a subscriber, or listen on ipc://...{{name}}"
+            )
+        return self
 
 
 RoleName = Literal["prefill", "decode", "colocated"]
@@ -233,6 +245,9 @@ class RouterSection(FrozenModel):
         default=300.0, gt=0, description="Requests of this long are compared with those that were planned for"
     )
     tracing: TracingSection = TracingSection()
+    vllm_metrics: bool = Field(
+        default=False, description="/metrics also has the four metrics of vLLM by which other gateways choose"
+    )
     ui: bool = Field(default=True, description="Serve the page /ui, which shows the cluster, on the HTTP port")
     plan: AnchoredPath | None = Field(
         default=None, description="A plan that /ui shows beside what is measured; `tandem serve PLAN` sets it"
@@ -278,6 +293,7 @@ class ServeConfig(FrozenModel):
     load_timeout_s: float = Field(
         default=900.0, gt=0, description="How long a process may take to start before `tandem serve` starts it again"
     )
+    log_format: LogFormat = Field(default="text", description="Of log lines: text, or one JSON object a line")
 
     @model_validator(mode="before")
     @classmethod
@@ -343,6 +359,7 @@ class WorkerConfig(FrozenModel):
     )
     cluster_token: Secret | None = Field(default=None, repr=False, description=_TOKEN)
     cluster_tls: ClusterTls | None = Field(default=None, description=_CLUSTER_TLS)
+    log_format: LogFormat = Field(default="text", description="Of log lines: text, or one JSON object a line")
     instance: InstanceSection = Field(default=InstanceSection(), description="`instances` counts as 1")
 
     @model_validator(mode="after")
@@ -364,6 +381,7 @@ class RouterConfig(FrozenModel):
     heartbeat_timeout_s: float = Field(default=1.5, gt=0, description="Silence after which a worker counts as gone")
     cluster_token: Secret | None = Field(default=None, repr=False, description=_TOKEN)
     cluster_tls: ClusterTls | None = Field(default=None, description=_CLUSTER_TLS)
+    log_format: LogFormat = Field(default="text", description="Of log lines: text, or one JSON object a line")
 
     @model_validator(mode="after")
     def _check_control(self) -> "RouterConfig":

@@ -8,6 +8,7 @@ from functools import partial
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.errors import CancelledError, IncompatiblePeerError, InternalError, TandemError
+from tandem.core.log_lines import about
 from tandem.core.request import SampledToken
 from tandem.core.session import KvSource
 from tandem.core.transfer import Transport
@@ -105,9 +106,15 @@ class KvFetcher:
                 log.warning("KV of %s cannot be read here: %s", fetch.source.instance_id, error.message)
                 self._report(FetchFailed(fetch.attempt_id, error))
             case TandemError() as error:
-                log.info("transfer of %s (attempt %d) failed: %s", fetch.request_id, fetch.epoch, error.message)
+                extra = about(fetch.request_id)
+                log.info(
+                    "transfer of %s (attempt %d) failed: %s", fetch.request_id, fetch.epoch, error.message, extra=extra
+                )
                 self._report(FetchFailed(fetch.attempt_id, error))
             case error:
-                log.error("transfer of %s (attempt %d) failed", fetch.request_id, fetch.epoch, exc_info=error)
+                extra = about(fetch.request_id)
+                log.error(
+                    "transfer of %s (attempt %d) failed", fetch.request_id, fetch.epoch, exc_info=error, extra=extra
+                )
                 failed = InternalError("the KV transfer failed; the instance's log says why")
                 self._report(FetchFailed(fetch.attempt_id, failed))

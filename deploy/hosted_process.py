@@ -22,7 +22,6 @@ import contextlib
 import gc
 import importlib
 import json
-import logging
 import os
 import signal
 import sys
@@ -35,6 +34,7 @@ import uvloop
 
 from tandem.core.config import RouterConfig, WorkerConfig
 from tandem.core.errors import InternalError, TandemError
+from tandem.core.log_lines import configure_logging
 from tandem.core.parent_process import end_with_parent
 from tandem.deploy.topology import ProcessSpec
 
@@ -168,6 +168,7 @@ async def _host(socket_path: str, key: str) -> None:
     controller = _Controller(*await asyncio.open_unix_connection(socket_path))
     controller.send(key=key)
     assignment = Assignment.from_json(await controller.receive())
+    configure_logging(assignment.config.log_format, assignment.name)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, controller.on_sigterm, assignment.grace_s)
     commands = asyncio.create_task(controller.take_stop(), name="commands")
     commands.add_done_callback(_exit_on_error)
@@ -232,7 +233,6 @@ def main() -> int:
     socket_path, key, controller_pid = sys.argv[1:]
     if not end_with_parent(int(controller_pid), _ADOPTION_S):
         return 1
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_host(socket_path, key))
     return 0

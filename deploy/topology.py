@@ -64,6 +64,7 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
         router=config.router,
         cluster_token=config.cluster_token,
         cluster_tls=config.cluster_tls,
+        log_format=config.log_format,
     )
     specs = [ProcessSpec(ProcessRole.ROUTER, 0, _ROUTER_ENTRY, router, threads=1)]
     numbers: Counter[str] = Counter()
@@ -79,6 +80,7 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
             routers=(config.router.control,),
             cluster_token=config.cluster_token,
             cluster_tls=config.cluster_tls,
+            log_format=config.log_format,
             instance=section.model_copy(update={"instances": 1, "engine": engine}),
         )
         specs.append(ProcessSpec(ProcessRole(role), numbers[role], _WORKER_ENTRY, worker, share, gpus))

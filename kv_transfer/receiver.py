@@ -10,6 +10,7 @@ import torch
 
 from tandem.core.errors import DeadlineError, InternalError, StaleEpochError, TandemError, TransferError
 from tandem.core.kv_layout import KvLayout
+from tandem.core.log_lines import about
 from tandem.core.request import SampledToken
 from tandem.core.session import LinkStats
 from tandem.core.transfer import Grant, Manifest, PeerControl, Transport
@@ -115,7 +116,7 @@ class KvReceiver:
         except TimeoutError as error:
             raise DeadlineError("the deadline passed before the KV had arrived") from error
         except (RuntimeError, OSError, MemoryError) as error:  # torch's and the system's; another pair may manage
-            _log.exception("the KV transfer of %s failed", request_id)
+            _log.exception("the KV transfer of %s failed", request_id, extra=about(request_id))
             raise TransferError("the KV transfer failed; the decode worker's log says why") from error
         finally:
             await fence.close()

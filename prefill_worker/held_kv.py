@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import Clock
 from tandem.core.errors import DeadlineError, DuplicateRequestError, StaleEpochError, TandemError
+from tandem.core.log_lines import about
 from tandem.core.transfer import Manifest
 from tandem.scheduling.leases import LeaseTable
 
@@ -128,7 +129,7 @@ class HeldKv:
         while True:
             await asyncio.sleep(LEASE_CHECK_S)
             for lease in self._leases.expire(self._clock.now_s()):
-                log.warning("the lease of %s ended before its KV was fetched", lease)
+                log.warning("the lease of %s ended before its KV was fetched", lease, extra=about(lease.request_id))
                 self._end(lease.request_id, lease.epoch, StaleEpochError("the lease on the KV has ended"))
 
     def _end(self, request_id: str, epoch: int, reason: TandemError) -> None:

@@ -162,6 +162,8 @@ class RouterApp:
         )
         self._registry = FleetRegistry(config.served_name, self._dispatcher, self.log, profile, self._clock)
         self._metrics.watch(self._dispatcher)
+        if settings.vllm_metrics:
+            self._metrics.add_vllm_names(self._dispatcher, config.served_name)
         self._metrics.watch_replanning(lambda: self._registry.replan)
 
     async def start(self) -> None:

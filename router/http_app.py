@@ -21,6 +21,7 @@ from tandem.core.access import AccessControl, Caller, OpenAccess
 from tandem.core.clock import Clock
 from tandem.core.config import RouterSection
 from tandem.core.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, TandemError
+from tandem.core.log_lines import about
 from tandem.router.completion import TextService
 from tandem.router.http_body import BodyBudget, HeldBody, read_json
 from tandem.router.http_host import check_host
@@ -229,7 +230,8 @@ class HttpApp:
         return error_response(_context_of(request), error)
 
     async def _on_disconnect(self, request: Request, error: Exception) -> Response:
-        _LOG.info("request %s: the client disconnected", _context_of(request).request_id)
+        request_id = _context_of(request).request_id
+        _LOG.info("request %s: the client disconnected", request_id, extra=about(request_id))
         return Response()  # nobody receives it
 
 

@@ -19,6 +19,7 @@ from tandem.core.errors import (
     TandemError,
     UnauthenticatedError,
 )
+from tandem.core.log_lines import about
 from tandem.router.completion import TextService
 from tandem.router.http_body import HeldBody
 from tandem.router.openai.requests import ParsedRequest, RequestContext
@@ -64,7 +65,7 @@ def error_response(context: RequestContext, error: Exception, headers: Mapping[s
 def _public_error(context: RequestContext, error: Exception) -> TandemError:
     if isinstance(error, TandemError):
         return error
-    _LOG.error("request %s failed", context.request_id, exc_info=error)
+    _LOG.error("request %s failed", context.request_id, exc_info=error, extra=about(context.request_id))
     return InternalError("The server failed to answer; its log has the reason.")
 
 
@@ -111,7 +112,8 @@ class CompletionResponse(Response):
                 await self._respond(scope, receive, send)
                 watcher.cancel()
         except* ClientDisconnect:
-            _LOG.info("request %s: the client disconnected", self._context.request_id)
+            request_id = self._context.request_id
+            _LOG.info("request %s: the client disconnected", request_id, extra=about(request_id))
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -21,6 +21,7 @@ from tandem.router.fleet_metrics import FleetCollector
 from tandem.router.metric_descriptions import SECONDS, Description
 from tandem.router.records import COMPLETE, RequestRecord
 from tandem.router.slo_metrics import SloMetrics
+from tandem.router.vllm_metrics import VllmMetrics
 
 OUTCOMES = (
     *COMPLETE,
@@ -139,6 +140,10 @@ class Metrics:
     def watch(self, dispatcher: Dispatcher) -> None:
         """Add the metrics of the live state. Call it once."""
         self.registry.register(FleetCollector(dispatcher))
+
+    def add_vllm_names(self, dispatcher: Dispatcher, model: str) -> None:
+        """Add the metrics that other gateways read. `model` is its name in the API."""
+        self.registry.register(VllmMetrics(dispatcher, model))
 
     def watch_replanning(self, source: Callable[[], ReplanStatus | None]) -> None:
         """Add the metrics of the plan watch; they appear with its first report."""

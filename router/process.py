@@ -8,14 +8,16 @@ import signal
 import uvloop
 
 from tandem.core.config import RouterConfig
+from tandem.core.log_lines import announce, configure_logging
 from tandem.router.app import RouterApp
+
+log = logging.getLogger(__name__)
 
 
 def run_router(config: RouterConfig, grace_s: float) -> None:
     """One router until SIGTERM or SIGINT, and then for `grace_s` at most until requests have ended; a second signal
     ends them. Raises ConfigError or CheckpointError if the router cannot start."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # `_serve` prints the addresses
+    configure_logging(config.log_format, "router")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(config, grace_s))
 
@@ -34,9 +36,9 @@ async def _serve(config: RouterConfig, grace_s: float) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    print(f"HTTP     {'http' if config.router.tls is None else 'https'}://{app.address}")
-    print(f"gRPC     {app.grpc_address}")
-    print(f"control  {app.control_address}", flush=True)
+    announce(log, f"HTTP     {'http' if config.router.tls is None else 'https'}://{app.address}")
+    announce(log, f"gRPC     {app.grpc_address}")
+    announce(log, f"control  {app.control_address}")
 
     closed = asyncio.create_task(app.wait_closed())
     stopped = asyncio.create_task(stop_requested.wait())

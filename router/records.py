@@ -16,6 +16,7 @@ from tandem.core.errors import (
     InvalidRequestError,
     TandemError,
 )
+from tandem.core.log_lines import Fields, about
 from tandem.core.request import FinishReason, SamplingParams
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.request_trace import RequestTrace
@@ -138,7 +139,9 @@ class RequestRecord:
             fields["predicted_ttft_s"] = _rounded(self.predicted_ttft_s)
             fields["is_demoted"] = self.demoted_because is not None
         if self.message is not None:
-            fields["message"] = self.message
+            fields["reason"] = self.message
+        if self.trace is not None:
+            fields["trace_id"] = f"{self.trace.trace_id:032x}"
         return fields
 
 
@@ -186,10 +189,11 @@ class RequestLog:
     def finished(self, record: RequestRecord) -> None:
         self._keep(record)
         if logger.isEnabledFor(logging.INFO):
-            logger.info("request %s", json.dumps(record.fields()))
+            logger.info("request %s", Fields(record.fields()))
 
     def refused(self, error: TandemError, record: RequestRecord | None = None) -> None:
-        logger.info("request refused: %s: %s", error.code, error.message)
+        extra = None if record is None else about(record.request_id)
+        logger.info("request refused: %s: %s", error.code, error.message, extra=extra)
         if record is not None:
             self._keep(record)
 

@@ -6,10 +6,34 @@ tenant's salt, so only requests with equal salts share blocks.
 
 import hashlib
 from array import array
+from dataclasses import dataclass
 
 from tandem.scheduling.block_pool import BlockPool
 
 TokenIds = list[int] | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksCached:
+    """Blocks that follow each other are in the cache now. `parent`: the name of the block before them, None if they
+    begin the prompt. `token_ids`: those of all these blocks."""
+
+    names: tuple[bytes, ...]
+    parent: bytes | None
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksEvicted:
+    names: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCleared:
+    """Nothing is in the cache any more."""
+
+
+CacheChange = BlocksCached | BlocksEvicted | CacheCleared
 
 
 def extend_block_hashes(hashes: list[bytes], token_ids: TokenIds, block_size: int, salt: str, num_blocks: int) -> None:
@@ -32,7 +56,8 @@ def block_hashes(token_ids: TokenIds, block_size: int, salt: str) -> list[bytes]
 
 
 class PrefixIndex:
-    """The prefix cache of one pool. With `enabled` False it finds and keeps nothing.
+    """The prefix cache of one pool. With `enabled` False it finds and keeps nothing. With `records_changes` the owner
+    takes what has changed, with `take_changes`: not of requests with a salt, whose prefixes are one tenant's own.
 
     An owner of a cached block also owns all blocks before it. `insert` ensures this: it stops at the first block whose
     content another block already caches. The pool's oldest reclaimable block is therefore always a leaf of the cache,
@@ -41,19 +66,23 @@ class PrefixIndex:
 
     __slots__ = (
         "_block_of",
+        "_changes",
         "_name_of",
         "_pool",
         "block_size",
         "enabled",
     )
 
-    def __init__(self, pool: BlockPool, block_size: int, enabled: bool = True) -> None:
+    def __init__(
+        self, pool: BlockPool, block_size: int, enabled: bool = True, *, records_changes: bool = False
+    ) -> None:
         assert block_size > 0
         self._pool = pool
         self.block_size = block_size
         self.enabled = enabled
         self._block_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
+        self._changes: list[CacheChange] | None = [] if records_changes else None
 
     @property
     def num_blocks(self) -> int:
@@ -104,13 +133,20 @@ class PrefixIndex:
         extend_block_hashes(hashes, token_ids, self.block_size, salt, end)
         if first > 0 and self._block_of.get(hashes[first - 1]) != block_table[first - 1]:
             return
+        new = []
         for i in range(first, end):
             owner = self._block_of.setdefault(hashes[i], block_table[i])
             if owner != block_table[i]:
-                return
+                break
             if block_table[i] not in self._name_of:
                 self._name_of[block_table[i]] = hashes[i]
                 self._pool.keep(block_table[i])
+                new.append(i)
+        if new and self._changes is not None and not salt:
+            begin, end = new[0], new[-1] + 1
+            assert end - begin == len(new), "a block is cached after all blocks before it"
+            tokens = tuple(token_ids[begin * self.block_size : end * self.block_size])
+            self._changes.append(BlocksCached(tuple(hashes[begin:end]), hashes[begin - 1] if begin else None, tokens))
 
     def ensure_free(self, count: int) -> bool:
         """Evict until `count` blocks are free. If that is impossible, returns False and evicts nothing."""
@@ -122,8 +158,11 @@ class PrefixIndex:
     def evict(self, count: int) -> int:
         """Free up to `count` reclaimable blocks, least recently used first. Returns the number of freed blocks."""
         count = min(count, self._pool.num_reclaimable)
-        for _ in range(count):
-            del self._block_of[self._name_of.pop(self._pool.reclaim_oldest())]
+        evicted = [self._name_of.pop(self._pool.reclaim_oldest()) for _ in range(count)]
+        for name in evicted:
+            del self._block_of[name]
+        if evicted and self._changes is not None:
+            self._changes.append(BlocksEvicted(tuple(evicted)))
         return max(count, 0)
 
     def clear(self) -> None:
@@ -132,6 +171,15 @@ class PrefixIndex:
             self._pool.forget(block_id)
         self._block_of.clear()
         self._name_of.clear()
+        if self._changes is not None:
+            self._changes.append(CacheCleared())
+
+    def take_changes(self) -> list[CacheChange]:
+        """Those since the last call, in order; none if they are not recorded."""
+        changes = self._changes or []
+        if self._changes:
+            self._changes = []
+        return changes
 
     def check_integrity(self) -> None:
         """Assert that names and blocks correspond one to one, and that every reclaimable block has a name."""

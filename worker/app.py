@@ -9,14 +9,14 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig, split_address, with_secrets
-from tandem.core.errors import InternalError, TandemError
+from tandem.core.errors import ConfigError, InternalError, TandemError
 from tandem.core.instance_id import make_instance_id
 from tandem.core.session import LinkStats, Role
 from tandem.decode_worker.fetcher import KvFetcher
@@ -32,11 +32,14 @@ from tandem.wire.sessions import InstanceServicer
 from tandem.wire.transfer import KvTransferServicer
 from tandem.worker.engine_setup import load_worker_engine
 from tandem.worker.instance import PublicSide
-from tandem.worker.loop import InstanceLoop, LoopEvent, LoopReport
+from tandem.worker.loop import CacheChanged, InstanceLoop, LoopEvent, LoopReport
 from tandem.worker.loop_thread import LoopThread
 from tandem.worker.progress import LOOK_EVERY_S, StallDetector, StepProgress
 from tandem.worker.ranks.group import RankGroup
 from tandem.worker.service import InstanceService, check_role, section_budget
+
+if TYPE_CHECKING:
+    from tandem.worker.kv_events import KvEventPublisher
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +64,13 @@ class Worker:
         self._held = HeldKv(self._release_held, self._section.lease_s, self._clock)
         self._fetcher = KvFetcher(self._thread.post, Peers(config.cluster_token, config.cluster_tls))
         self._service = InstanceService(
-            role, self._section, self._thread.post, self._held, self._fetcher, self._role_changed
+            role,
+            self._section,
+            self._thread.post,
+            self._held,
+            self._fetcher,
+            self._role_changed,
+            self._publish_cache_change,
         )
         self._public = PublicSide(config, self.instance_id, lambda: self._service.role)
         self._tasks: list[asyncio.Task[None]] = []
@@ -71,6 +80,7 @@ class Worker:
         self._engine: Engine | None = None
         self._pools: tuple[SharedPool, ...] = ()
         self._loop: InstanceLoop | None = None
+        self._kv_events: KvEventPublisher | None = None
         self._sender: KvSender | None = None
         self._receiver: KvReceiver | None = None
 
@@ -113,6 +123,7 @@ class Worker:
             link_config=links,
         )
         self._fetcher.fetch_with(self._receiver)
+        self._kv_events = self._start_kv_events()
         self._tasks.append(self._spawn(self._held.expire_leases(), "leases"))
         await self._public.listen(self._add_services, self._report, self._links, lambda: self._stall.age_s)
         if self._config.cluster_tls is not None:
@@ -139,6 +150,8 @@ class Worker:
         await self._receiver.close()
         await self._sender.close()
         await self._thread.stop()
+        if self._kv_events is not None:
+            await asyncio.to_thread(self._kv_events.close)
         if self._ranks is not None:
             await asyncio.to_thread(self._ranks.close)
         if self._step_watch is not None:  # until now: a hung step would keep the thread from stopping
@@ -161,8 +174,28 @@ class Worker:
             self._clock,
             prefix_cache=self._section.prefix_cache,
             step_cost=self._section.step_cost,
+            records_cache_changes=self._section.kv_events.endpoint is not None,
         )
         return self._loop
+
+    def _start_kv_events(self) -> "KvEventPublisher | None":
+        """None if no events are wanted. Raises ConfigError without the packages for them, or for an endpoint that
+        cannot be used."""
+        settings = self._section.kv_events
+        if settings.endpoint is None:
+            return None
+        try:
+            from tandem.worker.kv_events import KvEventPublisher
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"kv_events.endpoint is set, and {error.name} is missing; pip install 'tandem-serve[kv-events]'"
+            ) from error
+        config = self._config
+        publisher = KvEventPublisher(
+            settings, name=config.name or config.role, model=config.served_name, block_size=self._report().block_size
+        )
+        publisher.start()
+        return publisher
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         assert self._sender is not None
@@ -212,6 +245,10 @@ class Worker:
 
     def _release_held(self, attempt_id: AttemptId) -> None:
         self._service.release_held(attempt_id)
+
+    def _publish_cache_change(self, event: CacheChanged) -> None:
+        if self._kv_events is not None:
+            self._kv_events.publish(event.changes)
 
     def _role_changed(self) -> None:
         self._public.send_heartbeat()

@@ -43,7 +43,7 @@ from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.integrity import count_blocks
 from tandem.scheduling.predictor import StepPredictor
-from tandem.scheduling.prefix_index import PrefixIndex
+from tandem.scheduling.prefix_index import CacheChange, PrefixIndex
 from tandem.scheduling.scheduler import Chunk, Scheduler
 from tandem.scheduling.sequence import Sequence, SequenceState
 from tandem.scheduling.step_load import step_load
@@ -90,7 +90,14 @@ class CancelFetch:
     attempt_id: AttemptId
 
 
-LoopEvent = SendEvent | KvReady | Fetch | CancelFetch
+@dataclass(frozen=True, slots=True)
+class CacheChanged:
+    """The prefix cache holds other blocks than before."""
+
+    changes: tuple[CacheChange, ...]
+
+
+LoopEvent = SendEvent | KvReady | Fetch | CancelFetch | CacheChanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +143,19 @@ class InstanceLoop:
         *,
         prefix_cache: bool,
         step_cost: StepCoefficients | None = None,
+        records_cache_changes: bool = False,
     ) -> None:
-        """`step_cost` is what is believed of step times at first; None: they are not predicted."""
+        """`step_cost` is what is believed of step times at first; None: they are not predicted.
+        `records_cache_changes`: events tell what is in the prefix cache."""
         capacity = engine.capacity()
         self._engine = engine
         self._clock = clock
         self._max_model_len = capacity.max_model_len
         self._eos_token_ids = frozenset(engine.spec.eos_token_ids)
         self._pool = BlockPool(capacity.num_blocks)
-        self._index = PrefixIndex(self._pool, capacity.block_size, enabled=prefix_cache)
+        self._index = PrefixIndex(
+            self._pool, capacity.block_size, enabled=prefix_cache, records_changes=records_cache_changes
+        )
         self._predictor = None if step_cost is None else StepPredictor(step_cost)
         self._scheduler = Scheduler(budget, self._pool, self._index, capacity.max_model_len, self._predictor)
         self._sources: dict[AttemptId, KvSource] = {}  # of sequences that wait for blocks
@@ -244,6 +255,8 @@ class InstanceLoop:
 
     def take_events(self) -> list[LoopEvent]:
         """Events since the last call."""
+        if changes := self._index.take_changes():
+            self._events.append(CacheChanged(tuple(changes)))
         events, self._events = self._events, []
         return events
 

@@ -18,6 +18,7 @@ import uvloop
 from tandem.core.config import RoleName, WorkerConfig
 from tandem.core.config_file import load_config
 from tandem.core.errors import TandemError
+from tandem.core.log_lines import announce, configure_logging
 from tandem.worker.app import Worker
 
 log = logging.getLogger(__name__)
@@ -28,10 +29,8 @@ DRAIN_GRACE_S = 10.0
 def run_worker(config: WorkerConfig, grace_s: float, *, verbose: bool = False) -> int:
     """One instance until SIGTERM or SIGINT, and then for `grace_s` at most until its requests have ended; a second
     signal ends it at once. Returns the exit status. Raises a TandemError if the instance cannot start."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    level = logging.DEBUG if verbose else logging.INFO
+    configure_logging(config.log_format, config.name or config.role, level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(Worker(config), grace_s))
 
@@ -71,7 +70,7 @@ async def _run(worker: Worker, grace_s: float) -> int:
         # and what the process holds (memory, locks, ports) goes with it.
         os._exit(0)
     await starting
-    print(f"{worker.instance_id} is ready on {worker.address}", flush=True)
+    announce(log, f"{worker.instance_id} is ready on {worker.address}")
     closed = asyncio.create_task(worker.wait_closed(), name="closed")
     await asyncio.wait({closed, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not closed.done():

@@ -28,7 +28,7 @@ from tandem.engine.device import choose_device
 from tandem.prefill_worker.held_kv import HeldKv, KvReady
 from tandem.scheduling.budget import StepBudget, role_budget
 from tandem.wire.sessions import Outbox, RoleChange
-from tandem.worker.loop import CancelFetch, LoopCommand, LoopEvent, Release, SendEvent, SubmitAttempt
+from tandem.worker.loop import CacheChanged, CancelFetch, LoopCommand, LoopEvent, Release, SendEvent, SubmitAttempt
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +81,17 @@ class InstanceService:
         held: HeldKv,
         fetcher: KvFetcher,
         role_changed: Callable[[], None],
+        cache_changed: Callable[[CacheChanged], None],
     ) -> None:
-        """`post` sends a command to the loop; `role_changed` is called after a change of the role."""
+        """`post` sends a command to the loop; `role_changed` is called after a change of the role, and `cache_changed`
+        with what the loop says about its prefix cache."""
         self.role = role
         self._section = section
         self._post = post
         self._held = held
         self._fetcher = fetcher
         self._role_changed = role_changed
+        self._cache_changed = cache_changed
         self._outboxes: dict[int, Outbox] = {}
         self._attempts: dict[int, set[int]] = {}  # session -> handles
         self._next_session_id = 0
@@ -176,6 +179,8 @@ class InstanceService:
                     self._fetcher.start(event)
                 case CancelFetch(attempt_id):
                     self._fetcher.cancel(attempt_id)
+                case CacheChanged():
+                    self._cache_changed(event)
 
     def _send(self, session_id: int, send: SendEvent) -> None:
         outbox = self._outboxes.get(session_id)

@@ -34,7 +34,7 @@ MISTAKES = {
         "allow_anonymous, open_metrics, share_prefixes, max_body, max_bodies, max_body_items, max_header, "
         "max_connections, max_client_connections, max_client_choices, max_response_logprobs, header_timeout_s, "
         "body_timeout_s, idle_timeout_s, write_timeout_s, cors_origins, allowed_hosts, reflection, "
-        "parse_control_tokens, resume, replacement_wait_s, profile_window_s, tracing, ui, plan",
+        "parse_control_tokens, resume, replacement_wait_s, profile_window_s, tracing, vllm_metrics, ui, plan",
     ),
     "less for all bodies than for one": (
         "model: m\nrouter:\n  max_body: 2MiB\n  max_bodies: 1MiB\n",

@@ -2,7 +2,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.scheduling.block_pool import BlockPool
-from tandem.scheduling.prefix_index import PrefixIndex, block_hashes, extend_block_hashes
+from tandem.scheduling.prefix_index import (
+    BlocksCached,
+    BlocksEvicted,
+    CacheCleared,
+    PrefixIndex,
+    block_hashes,
+    extend_block_hashes,
+)
 
 _TOKENS = st.lists(st.integers(0, 2), max_size=24)
 
@@ -115,3 +122,60 @@ def test_disabled_it_keeps_nothing() -> None:
     _cached(index, pool, [1, 1, 2, 2])
     assert pool.num_free == 4
     assert index.match([1, 1, 2, 2, 3], "") == []
+
+
+_CALLS = st.one_of(
+    st.tuples(st.just("compute"), _TOKENS, st.sampled_from(["", "a"])),
+    st.tuples(st.just("evict"), st.integers(1, 4), st.none()),
+    st.tuples(st.just("clear"), st.none(), st.none()),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(_CALLS, max_size=12))
+def test_recorded_changes_tell_what_is_cached(calls: list[tuple[str, object, str | None]]) -> None:
+    """A subscriber that applies them knows every cached prefix without a salt, and its tokens."""
+    pool = BlockPool(16)
+    index = PrefixIndex(pool, 2, records_changes=True)
+    known: dict[bytes, tuple[bytes | None, tuple[int, ...]]] = {}
+    expected: dict[bytes, list[int]] = {}  # names without a salt -> the whole prefix
+    for call, argument, salt in calls:
+        match call, argument:
+            case "compute", list() if index.ensure_free(-(-len(argument) // 2)):
+                assert salt is not None
+                if not salt:
+                    names = block_hashes(argument, 2, "")
+                    expected |= {name: argument[: 2 * i + 2] for i, name in enumerate(names)}
+                matched = index.match(argument, salt)
+                rest = -(-len(argument) // 2) - len(matched)
+                if index.ensure_free(rest):
+                    table = matched + pool.allocate(rest)
+                    index.insert(argument, table, len(argument), salt, start=2 * len(matched))
+                    pool.release(table)
+                else:
+                    pool.release(matched)
+            case "evict", int():
+                index.evict(argument)
+            case "clear", _:
+                index.clear()
+        for change in index.take_changes():
+            match change:
+                case BlocksCached(names, parent, token_ids):
+                    assert parent is None or parent in known
+                    assert len(token_ids) == 2 * len(names)
+                    for i, name in enumerate(names):
+                        known[name] = (names[i - 1] if i else parent, token_ids[2 * i : 2 * i + 2])
+                case BlocksEvicted(names):
+                    for name in names:
+                        known.pop(name, None)  # one with a salt was never told
+                case CacheCleared():
+                    known.clear()
+        assert known.keys() == {name for name in index._block_of if name in expected}
+        for name in known:
+            prefix: list[int] = []
+            link: bytes | None = name
+            while link is not None:
+                link, tokens = known[link]
+                prefix[:0] = tokens
+            assert prefix == expected[name]
+    assert PrefixIndex(pool, 2).take_changes() == []

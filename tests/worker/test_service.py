@@ -43,8 +43,15 @@ class Bench:
         self.held = HeldKv(lambda attempt_id: self.service.release_held(attempt_id), 10.0, self.clock)
         self.fetches: list[object] = []
         self.num_role_changes = 0
+        self.cache_changes: list[object] = []
         self.service = InstanceService(
-            Role.PREFILL, InstanceSection(), self.posted.append, self.held, self, self._role_changed
+            Role.PREFILL,
+            InstanceSection(),
+            self.posted.append,
+            self.held,
+            self,
+            self._role_changed,
+            self.cache_changes.append,
         )
         self.outbox = Outbox()
         self.session = self.service.open_session(self.outbox)

@@ -20,6 +20,7 @@ import torch
 
 from tandem.core.config import EngineSection
 from tandem.core.errors import TandemError
+from tandem.core.log_lines import configure_logging
 from tandem.core.parent_process import end_with_parent
 from tandem.engine.collectives.shared_memory import SharedRegion
 from tandem.engine.device import choose_device
@@ -36,12 +37,13 @@ _ADOPTION_S = 10.0
 
 
 def main() -> int:
-    channel_fd, region_fd, pool_fd, parent = map(int, sys.argv[1:])
+    *numbers, log_format = sys.argv[1:]
+    channel_fd, region_fd, pool_fd, parent = map(int, numbers)
     if not end_with_parent(parent, _ADOPTION_S):
         return 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: rank 0 drains, and stops this process when idle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging("json" if log_format == "json" else "text", f"rank {os.getpid()}")
     channel = RankChannel(socket.socket(fileno=channel_fd))
     try:
         _follow(channel, region_fd, pool_fd)

@@ -22,6 +22,7 @@ from pathlib import Path
 from tandem.core.config import EngineSection
 from tandem.core.errors import InternalError, TandemError
 from tandem.core.kv_layout import KvLayout
+from tandem.core.log_lines import configured_format
 from tandem.engine.collectives.interface import RankLostError
 from tandem.engine.collectives.shared_memory import SharedRegion
 from tandem.engine.device import choose_device
@@ -145,7 +146,7 @@ class RankGroup:
             fds = (theirs.fileno(), region_fd, self._pool_fds[-1])
             path = os.pathsep.join(path for path in sys.path if path)
             process = subprocess.Popen(
-                [*command, *map(str, fds), str(os.getpid())],
+                [*command, *map(str, fds), str(os.getpid()), configured_format()],
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": path},

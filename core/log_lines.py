@@ -1,0 +1,90 @@
+"""Log lines of routers, instances and the controller: text for people, or one JSON object a line for machines.
+
+A JSON line has `time` (UTC), `level`, `logger`, `process` (the name of the router or instance) and `message`; a line
+about a request has its `request_id`; a line with an exception has its traceback in `error`. What is logged as `Fields`
+has each of them beside the message.
+
+    {"time": "2026-11-28T18:30:00.125Z", "level": "info", "logger": "tandem.router.records", "process": "router",
+     "message": "request", "request_id": "b1f0...", "outcome": "length", ...}
+"""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Literal
+
+LogFormat = Literal["text", "json"]
+
+log = logging.getLogger(__name__)
+
+_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class Fields(dict[str, Any]):
+    """The only argument of a log call with the message "WORDS %s". As text, it is JSON after the words."""
+
+    def __str__(self) -> str:
+        return json.dumps(self)
+
+
+def about(request_id: str) -> dict[str, str]:
+    """For the argument `extra` of a log call about a request."""
+    return {"request_id": request_id}
+
+
+class JsonFormatter(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "process": self._process,
+        }
+        if isinstance(record.args, Fields):
+            line |= {"message": record.msg.removesuffix(" %s")} | record.args
+        else:
+            line["message"] = record.getMessage()
+        if (request_id := getattr(record, "request_id", None)) is not None:
+            line["request_id"] = request_id
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure_logging(log_format: LogFormat, process: str, level: int = logging.INFO) -> None:
+    """Of this whole process, to stderr. As JSON, warnings of libraries and errors that end the process are lines, too.
+    `process` is its name in them."""
+    handler = logging.StreamHandler()
+    if log_format == "json":
+        handler.setFormatter(JsonFormatter(process))
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+    else:
+        handler.setFormatter(logging.Formatter(_TEXT))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the router says its addresses itself
+
+
+def configured_format() -> LogFormat:
+    """Of this process; for its child processes."""
+    is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+    return "json" if is_json else "text"
+
+
+def announce(logger: logging.Logger, text: str) -> None:
+    """Say something to whoever has started this process: a line on stdout, or a JSON line like all others."""
+    if configured_format() == "json":
+        logger.info("%s", text)
+    else:
+        print(text, flush=True)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    log.critical("the process ends with an error", exc_info=(kind, error, trace))

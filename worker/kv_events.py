@@ -1,0 +1,140 @@
+"""Publishes what is in an instance's prefix cache, in the format of vLLM that Dynamo and llm-d read.
+
+A message has three parts: topic, number (8 bytes, big-endian, from 0 on), and a batch in msgpack. A batch is [seconds
+since 1970, events, 0], where 0 is the rank that vLLM calls data parallel, and an event is one of
+
+    ["BlockStored", hashes, parent hash or nil, token ids, block size, nil, "GPU"]
+    ["BlockRemoved", hashes, "GPU"]
+    ["AllBlocksCleared"]
+
+The nil is the LoRA adapter. "GPU" is vLLM's word for the memory in which the engine computes, on CPUs too. A hash is
+the lowest 64 bits of a block's name as a number; subscribers work out hashes of their own from the token ids. Sources:
+vllm/distributed/kv_events.py, llm-d-kv-cache pkg/kvevents/engineadapter/vllm_adapter.go.
+
+A subscriber that has missed some sends [number] to the replay endpoint, and gets [number, batch] for each batch from
+there on that is still kept, and at last [-1, nothing].
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import msgpack
+import zmq
+
+from tandem.core.errors import ConfigError
+from tandem.core.monitoring_config import KvEventsSection
+from tandem.scheduling.prefix_index import BlocksCached, BlocksEvicted, CacheChange, CacheCleared
+
+log = logging.getLogger(__name__)
+
+_MEDIUM = "GPU"
+_END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
+_MAX_QUEUED_MESSAGES = 100_000  # for a subscriber that does not read; it then misses some
+_REPLAY_EVERY_S = 0.1
+_CLOSE_S = 2.0
+
+
+class KvEventPublisher:
+    """`start`, then `publish` for each change, then `close`. A thread sends; nobody waits for subscribers."""
+
+    def __init__(
+        self,
+        settings: KvEventsSection,
+        *,
+        name: str,
+        model: str,
+        block_size: int,
+        wall_time_s: Callable[[], float] = time.time,
+    ) -> None:
+        """`name` is the instance's, which stays over restarts."""
+        self._settings = settings
+        self._name = name
+        self._topic = settings.topic.replace("{name}", name).replace("{model}", model).encode()
+        self._block_size = block_size
+        self._wall_time_s = wall_time_s
+        self._queue: queue.SimpleQueue[Sequence[CacheChange] | None] = queue.SimpleQueue()
+        self._numbers = count()
+        self._sent: deque[tuple[bytes, bytes]] = deque(maxlen=settings.buffer_batches)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Connect or listen, and say that the cache is empty: a predecessor's blocks are gone. Raises ConfigError."""
+        assert self._settings.endpoint is not None
+        publisher = self._context.socket(zmq.PUB)
+        publisher.set_hwm(_MAX_QUEUED_MESSAGES)
+        self._open(publisher, self._settings.endpoint, bind=self._settings.bind)
+        replay = None
+        if self._settings.replay_endpoint is not None:
+            replay = self._context.socket(zmq.ROUTER)
+            self._open(replay, self._settings.replay_endpoint, bind=True)
+        self._thread = threading.Thread(target=self._run, args=(publisher, replay), name="kv-events", daemon=True)
+        self._thread.start()
+        self.publish([CacheCleared()])
+
+    def publish(self, changes: Sequence[CacheChange]) -> None:
+        """Never blocks."""
+        self._queue.put(changes)
+
+    def close(self) -> None:
+        """Send what is queued, for a moment at most."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(_CLOSE_S)
+        self._context.destroy(linger=0)
+
+    def _open(self, socket: "zmq.Socket[bytes]", endpoint: str, bind: bool) -> None:
+        endpoint = endpoint.replace("{name}", self._name)
+        try:
+            (socket.bind if bind else socket.connect)(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(f"kv_events cannot use {endpoint}: {error.strerror}") from error
+        log.info("events of the prefix cache %s %s", "on" if bind else "to", endpoint)
+
+    def _run(self, publisher: "zmq.Socket[bytes]", replay: "zmq.Socket[bytes] | None") -> None:
+        while True:
+            while replay is not None and replay.poll(0):
+                self._answer(replay)
+            try:
+                changes = self._queue.get(timeout=_REPLAY_EVERY_S)
+            except queue.Empty:
+                continue
+            if changes is None:
+                return
+            number = next(self._numbers).to_bytes(8, "big")
+            batch = msgpack.packb([self._wall_time_s(), [self._event(change) for change in changes], 0])
+            publisher.send_multipart((self._topic, number, batch))
+            self._sent.append((number, batch))
+
+    def _answer(self, replay: "zmq.Socket[bytes]") -> None:
+        """A request to send old batches again."""
+        parts = replay.recv_multipart()
+        if len(parts) != 3 or len(parts[2]) != 8:
+            log.warning("a request for old events is malformed")
+            return
+        subscriber, _, first = parts
+        for number, batch in self._sent:
+            if number >= first:
+                replay.send_multipart((subscriber, b"", number, batch))
+        replay.send_multipart((subscriber, b"", _END_OF_REPLAY, b""))
+
+    def _event(self, change: CacheChange) -> list[object]:
+        match change:
+            case BlocksCached(names, parent, token_ids):
+                parent_hash = None if parent is None else _hash(parent)
+                hashes = [_hash(name) for name in names]
+                return ["BlockStored", hashes, parent_hash, token_ids, self._block_size, None, _MEDIUM]
+            case BlocksEvicted(names):
+                return ["BlockRemoved", [_hash(name) for name in names], _MEDIUM]
+            case CacheCleared():
+                return ["AllBlocksCleared"]
+
+
+def _hash(name: bytes) -> int:
+    return int.from_bytes(name[-8:], "big")
