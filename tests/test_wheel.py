@@ -23,6 +23,8 @@ DATA = (
     "py.typed",
     "deploy/kubernetes/chart/**/*",
     "deploy/kubernetes/chart/.helmignore",
+    "deploy/monitoring/dashboards/*.json",
+    "deploy/monitoring/rules.yaml",
     "engine/native/*.cpp",
     "engine/native/*.h",
     "models/tiny-python/*",

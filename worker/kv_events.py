@@ -37,6 +37,7 @@ _END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 _MAX_QUEUED_MESSAGES = 100_000  # for a subscriber that does not read; it then misses some
 _REPLAY_EVERY_S = 0.1
 _CLOSE_S = 2.0
+_LINGER_MS = 500
 
 
 class KvEventPublisher:
@@ -61,18 +62,16 @@ class KvEventPublisher:
         self._numbers = count()
         self._sent: deque[tuple[bytes, bytes]] = deque(maxlen=settings.buffer_batches)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._sockets: list[zmq.Socket[bytes]] = []
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Connect or listen, and say that the cache is empty: a predecessor's blocks are gone. Raises ConfigError."""
         assert self._settings.endpoint is not None
-        publisher = self._context.socket(zmq.PUB)
-        publisher.set_hwm(_MAX_QUEUED_MESSAGES)
-        self._open(publisher, self._settings.endpoint, bind=self._settings.bind)
+        publisher = self._open(zmq.PUB, self._settings.endpoint, bind=self._settings.bind)
         replay = None
         if self._settings.replay_endpoint is not None:
-            replay = self._context.socket(zmq.ROUTER)
-            self._open(replay, self._settings.replay_endpoint, bind=True)
+            replay = self._open(zmq.ROUTER, self._settings.replay_endpoint, bind=True)
         self._thread = threading.Thread(target=self._run, args=(publisher, replay), name="kv-events", daemon=True)
         self._thread.start()
         self.publish([CacheCleared()])
@@ -86,16 +85,22 @@ class KvEventPublisher:
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(_CLOSE_S)
-        self._context.destroy(linger=0)
+        for socket in self._sockets:
+            socket.close(linger=_LINGER_MS)
+        self._context.term()
 
-    def _open(self, socket: "zmq.Socket[bytes]", endpoint: str, bind: bool) -> None:
+    def _open(self, kind: int, endpoint: str, bind: bool) -> "zmq.Socket[bytes]":
+        socket = self._context.socket(kind)
+        self._sockets.append(socket)
+        socket.set_hwm(_MAX_QUEUED_MESSAGES)
         endpoint = endpoint.replace("{name}", self._name)
         try:
             (socket.bind if bind else socket.connect)(endpoint)
         except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
+            self.close()
             raise ConfigError(f"kv_events cannot use {endpoint}: {error.strerror}") from error
         log.info("events of the prefix cache %s %s", "on" if bind else "to", endpoint)
+        return socket
 
     def _run(self, publisher: "zmq.Socket[bytes]", replay: "zmq.Socket[bytes] | None") -> None:
         while True:

@@ -24,6 +24,7 @@ def test_prompts_of_a_colocated_instance_are_published(built_in_model: Path, tmp
         with running_cluster(
             built_in_model, tmp_path, num_prefill=0, decode_transports=(), num_colocated=1, colocated=colocated
         ) as cluster:
+            subscriber.poll(1000)  # a subscriber that does not read has not subscribed yet
             for salt in ("a tenant's own", ""):
                 body = BODY | {"cache_salt": salt} if salt else BODY
                 assert httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60).status_code == 200

@@ -6,8 +6,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cluster.harness import running_cluster
+from tests.cluster.harness import Cluster, running_cluster
 from tests.otlp_receiver import receiving_traces, values
+
+
+def _open_requests(cluster: Cluster, name: str) -> float:
+    """As the router counts them, without a delay."""
+    return cluster.metric("tandem_instance_open_requests", tandem_instance=name)
+
 
 BODY = {"model": "tiny-python", "prompt": "import os", "temperature": 0, "ignore_eos": True}
 
@@ -25,11 +31,11 @@ def test_a_request_that_loses_its_decode_instance_is_one_trace(built_in_model: P
                 target=lambda: answers.append(httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60))
             )
             thread.start()
-            victim = None
-            while victim is None:
-                running = [status for status in cluster.instances() if status.running_requests]
-                victim = next((s.instance_id for s in running if s.instance_id.startswith("decode")), None)
-            cluster.kill(victim.rpartition("-")[0])
+            victims: list[str] = []
+            while not victims or not cluster.metric("tandem_running_requests"):
+                open_at = {name: _open_requests(cluster, name) for name in ("decode-0", "decode-1")}
+                victims = [name for name, count in open_at.items() if count]
+            cluster.kill(victims[0])
             thread.join()
             assert answers[0].json()["usage"]["completion_tokens"] == 400
         spans = receiver.spans

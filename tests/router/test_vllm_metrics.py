@@ -11,7 +11,8 @@ def read(cluster: Cluster) -> dict[str, tuple[dict[str, str], float]]:
     page = Metrics()
     page.add_vllm_names(cluster.dispatcher, "tiny")
     families = text_string_to_metric_families(page.render().decode())
-    return {sample.name: (sample.labels, sample.value) for family in families for sample in family.samples}
+    samples = [sample for family in families for sample in family.samples if sample.name.startswith("vllm:")]
+    return {sample.name: (sample.labels, sample.value) for sample in samples}
 
 
 async def test_a_cluster_is_one_model_server() -> None:
