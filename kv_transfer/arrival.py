@@ -13,7 +13,15 @@ from torch import Tensor
 
 from tandem.core.errors import TransferError
 from tandem.core.kv_layout import KvLayout
-from tandem.kv_transfer.blocks import MAX_VIEW_WORDS, BlockViews, ChunkedBlocks, PoolView, TransferChunk, crc32
+from tandem.kv_transfer.blocks import (
+    FENCED_BYTES,
+    MAX_VIEW_WORDS,
+    BlockViews,
+    ChunkedBlocks,
+    PoolView,
+    TransferChunk,
+    crc32,
+)
 from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.reshard import KvSlice, RankRead, Resharding, overlap, places
 
@@ -179,20 +187,33 @@ def copy_units(
     num_tokens: int,
     fence: WriteFence,
 ) -> None:
-    """Copy the blocks of `num_tokens` tokens to blocks of another size, both in words as in `PoolView`. In pieces small
-    enough to be copied in one thread; see `copy_blocks`. Raises TransferError once the fence is closed."""
+    """Copy the blocks of `num_tokens` tokens to blocks of another size, both in words as in `PoolView`. Raises
+    TransferError once the fence is closed.
+
+    As `copy_blocks`, but the views are made for this copy: all those of a pool would be too many.
+    """
     words_of_layer = source[0, :, 0, :, 0].numel()
-    layer_step = max(1, min(len(source), MAX_VIEW_WORDS // words_of_layer))
-    unit_step = max(1, MAX_VIEW_WORDS // (layer_step * words_of_layer))
+    layer_step = max(1, MAX_VIEW_WORDS // words_of_layer)
+    groups = [slice(layer, layer + layer_step) for layer in range(0, len(source), layer_step)]
+    unit_step = max(1, FENCED_BYTES // (len(source) * words_of_layer * source.itemsize))
     units = range(resharding.num_units(num_tokens))
     for first in range(0, len(units), unit_step):
         some = units[first : first + unit_step]
-        theirs = unit_places(some, resharding.source_units, source_ids, source.device)
-        ours = unit_places(some, resharding.destination_units, block_ids, target.device)
-        for layer in range(0, len(source), layer_step):
-            layers = slice(layer, layer + layer_step)
-            with fence.writing():
-                _put(target[layers], ours, _take(source[layers], theirs))
+        sources = _unit_views(source, groups, source_ids, places(some, resharding.source_units))
+        targets = _unit_views(target, groups, block_ids, places(some, resharding.destination_units))
+        with fence.writing():
+            torch._foreach_copy_(targets, sources)
+
+
+def _unit_views(
+    words: Tensor, groups: Sequence[slice], block_ids: Sequence[int], at: tuple[Sequence[int], Sequence[int]]
+) -> list[Tensor]:
+    """Of each group of layers and each unit."""
+    return [
+        some.select(2, block_ids[position]).select(3, number)
+        for some in (words[layers] for layers in groups)
+        for position, number in zip(*at, strict=True)
+    ]
 
 
 def unit_places(units: range, units_per_block: int, block_ids: Sequence[int], device: torch.device) -> Places:

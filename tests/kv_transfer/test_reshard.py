@@ -4,6 +4,7 @@ Every combination of ranks, heads and block sizes that the planner can make; the
 than the source's.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -86,24 +87,18 @@ def test_equal_shapes_of_several_ranks_are_one_copy_a_rank() -> None:
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def place_of(token: int, block_ids: list[int], block_size: int) -> tuple[int, int]:
-    return block_ids[token // block_size], token % block_size
-
-
-def value(layers: np.ndarray, heads: np.ndarray, kv: int, token: int) -> np.ndarray:
-    """[layer, head]: a number of its own for everything that is cached for a token."""
-    return (np.add.outer(layers * 8, heads) * 2 + kv) * NUM_TOKENS + token
-
-
-def pools_of(of: KvLayout, block_ids: list[int]) -> list[np.ndarray]:
-    """[layer, kv, block, head, slot] of each rank, filled token by token; -1 where no token is."""
+@functools.lru_cache(256)
+def pools_of(of: KvLayout, block_ids: tuple[int, ...]) -> list[np.ndarray]:
+    """[layer, kv, block, head, slot] of each rank: a number of its own for everything that is cached for a token; -1
+    where no token is. To be read only."""
+    tokens = np.arange(NUM_TOKENS)
+    blocks, slots = np.array(block_ids)[tokens // of.block_size], tokens % of.block_size
     pools = []
     for rank in range(of.num_ranks):
-        layers, heads = np.array(of.layers(rank)), np.array(of.heads(rank))
         pool = np.full(of.pool_of(rank).shape[:5], -1, np.int32)
-        for kv, token in itertools.product(range(2), range(NUM_TOKENS)):
-            block, slot = place_of(token, block_ids, of.block_size)
-            pool[:, kv, block, :, slot] = value(layers, heads, kv, token)
+        for kv in range(2):
+            numbers = np.add.outer(tokens * 2000, elements(of, rank) * 2 + kv)  # [token, layer, head]
+            pool[:, kv, blocks, :, slots] = numbers
         pools.append(pool)
     return pools
 
@@ -118,8 +113,8 @@ def check_tokens(ranks: tuple[int, int, int, int, int], sizes: tuple[int, int]) 
     """What `Resharding` says, done with plain indexing, gives the pools that the destination itself would have filled;
     no slot is written twice."""
     source, destination = pair(ranks, sizes)
-    theirs = list(range(NUM_BLOCKS))[::-1][: source.blocks_for(NUM_TOKENS)]
-    ours = list(range(1, 1 + destination.blocks_for(NUM_TOKENS)))
+    theirs = tuple(range(NUM_BLOCKS))[::-1][: source.blocks_for(NUM_TOKENS)]
+    ours = tuple(range(1, 1 + destination.blocks_for(NUM_TOKENS)))
     resharding = Resharding.between(source, destination)
     held, wanted = pools_of(source, theirs), pools_of(destination, ours)
     arrived = [np.full_like(pool, -1) for pool in wanted]
