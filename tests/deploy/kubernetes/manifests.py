@@ -114,6 +114,8 @@ def _make_strict(schema: Any) -> None:
     if schema.pop("x-kubernetes-int-or-string", False):
         schema.pop("type", None)
         schema["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    if "(?i)" in str(schema.get("pattern")):
+        del schema["pattern"]  # Go's flags are not JSON schema's
     keeps_others = schema.get("x-kubernetes-preserve-unknown-fields", False)
     if isinstance(schema.get("properties"), dict) and "type" in schema and not keeps_others:
         schema.setdefault("additionalProperties", False)
