@@ -216,7 +216,7 @@ def test_settings_that_cannot_work_are_refused_at_once(model: Path, folder: Path
 async def test_a_stop_says_what_it_waits_for(
     model: Path, monkeypatch: pytest.MonkeyPatch, running: int, queued: int, text: str
 ) -> None:
-    async def fetch(control: str, token: str | None) -> FleetDescription:
+    async def fetch(control: str, token: str | None, tls: None) -> FleetDescription:
         return FleetDescription("little", 1.0, (), running, queued)
 
     monkeypatch.setattr(tandem.cli.serve, "fetch_fleet", fetch)
