@@ -23,6 +23,8 @@ from tests.deploy.kubernetes.manifests import (
     render,
     try_render,
 )
+from tests.deploy.monitoring.promql import known_labels, uses
+from tests.router.fakes import make_cluster
 
 VALUES = {"defaults": None} | {path.name: path for path in sorted((CHART / "ci").glob("*.yaml"))}
 SETTINGS = "tandem.serve/settings"
@@ -264,3 +266,16 @@ def test_what_is_scaled_has_no_number_of_its_own() -> None:
         if document["kind"] == "Deployment":
             assert ("replicas" in document["spec"]) == (document["metadata"]["name"] not in scaled)
     assert find(documents, "Deployment", "chat-fixed")["spec"]["replicas"] == 0
+
+
+def test_scaling_asks_for_metrics_that_exist() -> None:
+    documents = [each for each in render(VALUES["download-values.yaml"]) if each["kind"] == "ScaledObject"]
+    queries = [trigger["metadata"]["query"] for each in documents for trigger in each["spec"]["triggers"]]
+    assert len(queries) == 5
+    known = known_labels(make_cluster().dispatcher)
+    for query in queries:
+        for use in uses(query):
+            added = {"namespace": NAMESPACE, "service": "chat"}  # by Prometheus
+            given = {label: value for label, _, value in use.matchers}
+            assert added.items() <= given.items(), query
+            assert given.keys() - added.keys() <= known[use.metric], query
