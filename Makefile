@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 serve: setup ## start the built-in model, or FILE=serve.yaml; Ctrl-C ends it
-	@exec $(BIN)/tandem serve $(FILE)
+	@exec $(BIN)/tandem serve --launcher process $(FILE)
 
 test: setup lint types layers proto-check $(HELM) $(PROMTOOL) ## what CI runs: all checks, and all tests but the slow ones with their coverage
 	@mkdir -p build/coverage && $(BIN)/coverage erase

@@ -1,18 +1,27 @@
-"""Options and look-ups that several commands share."""
+"""Options, look-ups and calls that several commands share."""
 
+import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
+from tandem.cli.output import print_line
+from tandem.core.cluster_status import ClusterChange
 from tandem.core.config import ServeConfig
 from tandem.core.config_file import apply_overrides, load_config
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.core.secret_source import read_secret
 from tandem.deploy.run_state import RunState, StateFolders
+from tandem.wire.channels import open_channel
+from tandem.wire.controller import ControllerClient
+
+Result = TypeVar("Result")
+
+_LAST_LINES_S = 0.2  # those that are on their way when a call returns
 
 _API_KEY = "TANDEM_API_KEY"
 
@@ -38,7 +47,13 @@ ApiKeyFile = Annotated[
 Ca = Annotated[Path | None, typer.Option(help="PEM file of authorities, for a router with TLS (default: public ones)")]
 ClientCertificate = Annotated[Path | None, typer.Option(help="PEM file to show to a router that asks for it")]
 ClientKey = Annotated[Path | None, typer.Option(help="PEM file with the key of --certificate")]
-Pid = Annotated[int | None, typer.Option(help="which `tandem serve`, when several run (default: the only one)")]
+Pid = Annotated[int | None, typer.Option(help="pid of the controller, when several run (default: the only one)")]
+Name = Annotated[str, typer.Option(help="name of the cluster, where there are several")]
+Grace = Annotated[
+    float | None, typer.Option(help="seconds that requests of a process that stops may take; default: the cluster's")
+]
+Timeout = Annotated[float, typer.Option(help="how long to wait for processes, in seconds")]
+Process = Annotated[str, typer.Argument(help="name of a process, such as decode-0, or the id of an instance")]
 
 
 def read_config(file: Path | None, settings: list[str]) -> ServeConfig:
@@ -69,15 +84,62 @@ def state_folders() -> StateFolders:
 
 
 def find_run(pid: int | None) -> RunState:
-    """The running `tandem serve`, that of `pid` if given. Raises UnavailableError, or ConfigError if several run."""
+    """The running cluster, that of the controller `pid` if given. Raises UnavailableError, or ConfigError if several
+    run."""
     runs = state_folders().running()
     if pid is not None:
         runs = [run for run in runs if run.pid == pid]
         if not runs:
-            raise UnavailableError(f"no `tandem serve` with pid {pid} is running for this user")
+            raise UnavailableError(f"no cluster with the controller {pid} is running for this user")
     if not runs:
-        raise UnavailableError("no `tandem serve` is running for this user; start one with: tandem serve")
+        left = [path.parent.name for path in state_folders().clusters.glob("*/desired.json")]
+        if left:
+            raise UnavailableError(
+                f"the controller of the cluster '{left[0]}' does not run; start it again with: tandem up --name "
+                f"{left[0]}"
+            )
+        raise UnavailableError("no cluster is running for this user; start one with: tandem serve, or tandem up")
     if len(runs) > 1:
-        which = ", ".join(f"--pid {run.pid} ({run.http})" for run in runs)
-        raise ConfigError(f"several `tandem serve` are running; name one: {which}")
+        which = ", ".join(f"--pid {run.pid} ({run.cluster or run.http})" for run in runs)
+        raise ConfigError(f"several clusters are running; name one: {which}")
     return runs[0]
+
+
+def ask_controller(
+    run: RunState,
+    ask: Callable[[ControllerClient], Awaitable[Result]],
+    timeout_s: float = 900.0,
+    *,
+    num_past: int | None = 0,
+) -> Result:
+    """What `ask` returns. Until then, print what happens in the cluster, from `num_past` lines ago; with None, nothing.
+    Raises the controller's error, or UnavailableError where it does not answer."""
+
+    if not run.controller:
+        raise UnavailableError(f"the controller (pid {run.pid}) is still starting; try again in a moment")
+
+    async def show(lines: AsyncIterator[str]) -> None:
+        async for line in lines:
+            print_line(line)
+
+    async def ask_and_show() -> Result:
+        async with open_channel(run.controller, run.cluster_token, run.tls) as channel:
+            client = ControllerClient(channel, timeout_s)
+            showing = None
+            if num_past is not None:
+                showing = asyncio.create_task(show(await client.watch(run.cluster_token, num_past)))
+            try:
+                return await ask(client)
+            finally:
+                if showing is not None:
+                    await asyncio.wait((showing,), timeout=_LAST_LINES_S)
+                    showing.cancel()
+                    await asyncio.gather(showing, return_exceptions=True)
+
+    return asyncio.run(ask_and_show())
+
+
+def print_change(change: ClusterChange) -> None:
+    parts = (("started", change.started), ("stopped", change.stopped), ("replaced", change.replaced))
+    changes = [f"{what} {', '.join(names)}" for what, names in parts if names]
+    print_line("; ".join(changes) or "nothing had to change")

@@ -17,11 +17,15 @@ from rich.text import Text
 from tandem.cli.common import Pid, find_run
 from tandem.cli.output import console, print_line, print_rich, table
 from tandem.cli.signals import StopSignals
+from tandem.core.cluster_status import ClusterStatus, ProcessState
+from tandem.core.errors import TandemError
 from tandem.core.replanning import ReplanStatus
 from tandem.core.session import InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.deploy.run_state import RunState
 from tandem.deploy.serving import fetch_fleet
+from tandem.wire.channels import open_channel
+from tandem.wire.controller import ControllerClient
 from tandem.wire.fleet import FleetDescription
 
 EPILOG = """\
@@ -38,7 +42,8 @@ better: its folder has the plan and a report), or cooling (no search for another
 1 or more may matter; 0 is chance."""
 
 
-Show = Callable[[RunState, FleetDescription], None]
+Show = Callable[[RunState, FleetDescription | None, ClusterStatus | None], None]
+_CALL_S = 2.0
 
 
 def run(
@@ -48,8 +53,9 @@ def run(
     pid: Pid = None,
 ) -> int:
     """Show the running cluster: addresses, each instance with its state and load, its KV blocks by owner, each link
-    over which KV has travelled with its transport and speed, and what recent requests are like. Where a plan is served,
-    also whether it still fits the requests, and which other plan would do better."""
+    over which KV has travelled with its transport and speed, what recent requests are like, and which processes do not
+    run as they should. Where a plan is served, also whether it still fits the requests, and which other plan would do
+    better."""
     if not watch:
         asyncio.run(_look(pid, partial(_show, json_lines)))
     elif sys.stdout.isatty() and not json_lines:
@@ -70,28 +76,74 @@ async def _watch(pid: int | None, interval_s: float, show: Show) -> None:
 
 
 async def _look(pid: int | None, show: Show) -> None:
+    """The router knows the load, the controller the processes; one of them may be away."""
     state = find_run(pid)  # each time: it may have been restarted
-    show(state, await fetch_fleet(state.control, state.cluster_token, state.tls, with_profile=True))
+    cluster = await _ask_controller(state)
+    try:
+        fleet = await fetch_fleet(state.control, state.cluster_token, state.tls, with_profile=True)
+    except TandemError:
+        if cluster is None:
+            raise
+        fleet = None
+    show(state, fleet, cluster)
 
 
-def _show(json_lines: bool, state: RunState, fleet: FleetDescription) -> None:
+async def _ask_controller(state: RunState) -> ClusterStatus | None:
+    if not state.controller:  # of `tandem serve`, which is just starting
+        return None
+    try:
+        async with open_channel(state.controller, state.cluster_token, state.tls) as channel:
+            return await ControllerClient(channel, _CALL_S).status()
+    except TandemError:
+        return None
+
+
+def _show(json_lines: bool, state: RunState, fleet: FleetDescription | None, cluster: ClusterStatus | None) -> None:
     if json_lines:
-        print_line(as_json(state, fleet))
+        print_line(as_json(state, fleet, cluster))
     else:
-        print_rich(*as_parts(state, fleet))
+        print_rich(*as_parts(state, fleet, cluster))
 
 
-def as_json(state: RunState, fleet: FleetDescription) -> str:
-    """Everything but the token; of sampled lengths only mean and quantiles. Roles and states: `core/session.py`."""
+def as_json(state: RunState, fleet: FleetDescription | None, cluster: ClusterStatus | None = None) -> str:
+    """Everything but the token; of sampled lengths only mean and quantiles. Roles and states: `core/session.py`,
+    `core/cluster_status.py`."""
     public = {key: value for key, value in asdict(state).items() if key != "cluster_token"}
-    brief = asdict(replace(fleet, profile=None))
-    if fleet.profile is not None:
+    brief = None if fleet is None else asdict(replace(fleet, profile=None))
+    if brief is not None and fleet is not None and fleet.profile is not None:
         brief["profile"] = _profile_fields(fleet.profile)
-    return json.dumps({"run": public, "fleet": brief}, default=lambda value: value.value)
+    processes = None if cluster is None else asdict(cluster)
+    return json.dumps({"run": public, "fleet": brief, "cluster": processes}, default=lambda value: value.value)
 
 
-def as_parts(state: RunState, fleet: FleetDescription) -> list[RenderableType]:
+def as_parts(
+    state: RunState, fleet: FleetDescription | None, cluster: ClusterStatus | None = None
+) -> list[RenderableType]:
     """Texts and tables for a person."""
+    processes = [] if cluster is None else _process_parts(cluster)
+    if fleet is None:
+        return [f"{state.model} (pid {state.pid}): no router answers", f"  logs {state.log_folder}", *processes]
+    return [*_fleet_parts(state, fleet), *processes]
+
+
+def _process_parts(cluster: ClusterStatus) -> list[RenderableType]:
+    """Processes that do not run as they should; empty if all do."""
+    rows = [
+        [
+            process.name,
+            process.role,
+            process.state.value,
+            str(process.pid or "-"),
+            str(process.failures),
+            process.note,
+        ]
+        for process in cluster.processes
+        if process.state is not ProcessState.UP
+    ]
+    return ["", table(["PROCESS", "ROLE", "STATE", "PID", "FAILURES", "LAST FAILURE"], rows)] if rows else []
+
+
+def _fleet_parts(state: RunState, fleet: FleetDescription) -> list[RenderableType]:
     parts: list[RenderableType] = [
         f"{fleet.model}: up {_duration(fleet.uptime_s)}, "
         f"{fleet.running_requests} running, {fleet.queued_requests} queued (pid {state.pid})",

@@ -10,7 +10,7 @@ import typer
 
 from tandem.cli.common import Pid, find_run
 from tandem.cli.output import print_line
-from tandem.core.errors import UnavailableError
+from tandem.core.errors import ConfigError, UnavailableError
 from tandem.deploy.run_state import is_alive
 
 EPILOG = """\
@@ -28,6 +28,8 @@ def run(
     """Tell the running `tandem serve` of this user to stop, and wait until it has ended. It takes no new requests, lets
     running requests finish, and leaves no process behind."""
     state = find_run(pid)
+    if state.cluster:  # a signal would end its controller only
+        raise ConfigError(f"the cluster '{state.cluster}' was started with `tandem up`; end it with: tandem down")
     os.kill(state.pid, signal.SIGTERM)
     if now:
         time.sleep(_POLL_S)  # two signals that are pending together are one

@@ -26,6 +26,10 @@ from tandem.core.tls import ClusterTls, PublicTls
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+ANY_HOSTS = ("0.0.0.0", "::")
+"""Of all interfaces of a machine."""
+
+
 def parse_bytes(value: object) -> object:
     """512MiB, 2 GB or a plain number of bytes -> int. Anything else is left for pydantic to refuse."""
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)):
@@ -61,6 +65,20 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def _is_any(address: str) -> bool:
+    """Whether it is of all interfaces: nobody can be told to connect there."""
+    host, _ = split_address(address)
+    return host in ANY_HOSTS
+
+
+def advertised(address: str, host: str | None) -> str:
+    """`address` (with its actual port) as others reach it: under the name `host`, if there is one."""
+    if host is None:
+        return address
+    port = split_address(address)[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _check_exposure(setting: tuple[str, ...], address: str, cluster_token: str | None) -> None:
     """Whoever reaches an internal port reads prompts. Raises WrongSetting for one that others reach without a token."""
     if not cluster_token and not is_loopback(address):
@@ -73,6 +91,9 @@ def _check_exposure(setting: tuple[str, ...], address: str, cluster_token: str |
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0)]
 Address = Annotated[str, BeforeValidator(_check_address)]
+Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]+$")]
+ModelHash = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+_MODEL_HASH = "Beginning of the hash of the model's files, as a worker's log says it; other files are refused"
 
 
 _MODEL = "Folder of a checkpoint in Hugging Face format; a relative path starts at this file's folder"
@@ -290,6 +311,10 @@ class ServeConfig(FrozenModel):
         description="Shared secret of router and workers, or file:PATH, env:NAME; serve makes one",
     )
     cluster_tls: ClusterTls | None = Field(default=None, description=_CLUSTER_TLS)
+    model_hash: ModelHash | None = Field(default=None, description=_MODEL_HASH)
+    controller: Address = Field(
+        default="127.0.0.1:0", description="Where the controller listens for `tandem` commands; port 0: any free one"
+    )
     load_timeout_s: float = Field(
         default=900.0, gt=0, description="How long a process may take to start before `tandem serve` starts it again"
     )
@@ -341,6 +366,9 @@ class WorkerConfig(FrozenModel):
     model_name: str | None = Field(default=None, description=_MODEL_NAME)
     role: RoleName = Field(default="colocated", description="`python -m prefill_worker` and the like set it")
     listen: Address = Field(default="127.0.0.1:0", description="For routers and other instances; port 0: any free")
+    advertise: Host | None = Field(
+        default=None, description="Host under which routers and other instances reach this one; default: that of listen"
+    )
     routers: tuple[Address, ...] = Field(
         default=("127.0.0.1:8002",),
         description="Control addresses to report to; a name in DNS may stand for several routers",
@@ -357,6 +385,7 @@ class WorkerConfig(FrozenModel):
         description="KV moves only between instances with the same one: during a rolling update, old and new instances "
         "form no pairs",
     )
+    model_hash: ModelHash | None = Field(default=None, description=_MODEL_HASH)
     cluster_token: Secret | None = Field(default=None, repr=False, description=_TOKEN)
     cluster_tls: ClusterTls | None = Field(default=None, description=_CLUSTER_TLS)
     log_format: LogFormat = Field(default="text", description="Of log lines: text, or one JSON object a line")
@@ -365,6 +394,10 @@ class WorkerConfig(FrozenModel):
     @model_validator(mode="after")
     def _check_listen(self) -> "WorkerConfig":
         _check_exposure(("listen",), self.listen, self.cluster_token)
+        if _is_any(self.listen) and self.advertise is None:
+            raise WrongSetting(
+                ("advertise",), f"is missing: others cannot connect to {self.listen}; set it to this host"
+            )
         return self
 
     @property
@@ -379,6 +412,12 @@ class RouterConfig(FrozenModel):
     model_name: str | None = Field(default=None, description=_MODEL_NAME)
     router: RouterSection = RouterSection()
     heartbeat_timeout_s: float = Field(default=1.5, gt=0, description="Silence after which a worker counts as gone")
+    controller: Address | None = Field(
+        default=None, description="A controller whose instances shall report to this router, too"
+    )
+    advertise: Host | None = Field(
+        default=None, description="Host under which instances reach the control port; default: that of router.control"
+    )
     cluster_token: Secret | None = Field(default=None, repr=False, description=_TOKEN)
     cluster_tls: ClusterTls | None = Field(default=None, description=_CLUSTER_TLS)
     log_format: LogFormat = Field(default="text", description="Of log lines: text, or one JSON object a line")
@@ -386,6 +425,9 @@ class RouterConfig(FrozenModel):
     @model_validator(mode="after")
     def _check_control(self) -> "RouterConfig":
         _check_exposure(("router", "control"), self.router.control, self.cluster_token)
+        if self.controller is not None and _is_any(self.router.control) and self.advertise is None:
+            text = f"is missing: instances cannot connect to {self.router.control}; set it to this host"
+            raise WrongSetting(("advertise",), text)
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""A process that ends with its parent."""
+"""A process that ends with its parent, or outlives it."""
 
 import ctypes
 import os
@@ -22,6 +22,11 @@ def end_with_parent(parent: int, timeout_s: float) -> bool:
         time.sleep(_POLL_S)
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     return os.getppid() == parent  # it may have ended just before the call
+
+
+def outlive_parent() -> None:
+    """Undo `end_with_parent`."""
+    prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def prctl(option: int, value: int) -> None:

@@ -198,6 +198,7 @@ class InstanceStatus:
 
     `instance_id` is new at each start of the process, so that a restarted instance is never mistaken for the old one.
     `fingerprint` is the KV layout's, with the plan epoch if there is one: only instances with equal ones can be paired.
+    `weights_hash` is of the model's files, a part of the fingerprint, for people; empty: unknown.
     `uncomputed_tokens` are prompt tokens that wait to be computed; `unreserved_tokens` are of requests whose KV comes
     from another instance and which have no blocks for it yet. KV for a reader is held for `lease_s` after its prefill
     or the last RenewLease. `step_age_s` is of the step in progress, 0 between two steps. `allocated_blocks` are those
@@ -230,3 +231,4 @@ class InstanceStatus:
     allocated_blocks: int = 0
     step_cost: StepCoefficients | None = None
     step_prompt_tokens: int = 0
+    weights_hash: str = ""

@@ -79,7 +79,8 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class HostIdentity:
-    """Two processes with equal identities run under one kernel and one user."""
+    """Two processes with equal identities run under one kernel, in one network namespace, and as one user. `boot_id`
+    names the first two."""
 
     boot_id: str
     uid: int

@@ -1,15 +1,18 @@
-"""Processes that `tandem serve` has not started itself, but is the parent of.
+"""Processes of a controller: how they are started, and how the controller learns of their end.
 
 The controller calls `adopt_orphans` once. From then on the kernel makes it the parent of each descendant whose own
-parent ends, so it can wait for the process and gets its exit status. They end with it: see `core.parent_process`.
+parent ends, so it can wait for the process and gets its exit status. Most end with it: see `core.parent_process`. Those
+that outlive their controller (`deploy.hosted_process`) are not the next controller's children: it learns of their end,
+but not of their exit status.
 """
 
 import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -25,8 +28,24 @@ def adopt_orphans() -> None:
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def spawn(command: Sequence[str], environment: Mapping[str, str], log_path: str) -> int:
+    """Start `command` in a session of its own, with its output appended to `log_path`, and return its pid. Nothing here
+    is its parent: the shell that starts it ends at once."""
+    script = 'log=$1; shift; "$@" >>"$log" 2>&1 & echo $!'
+    started = subprocess.run(
+        ["/bin/sh", "-c", script, "sh", log_path, *command],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        check=True,
+    )
+    return int(started.stdout)
+
+
 class ChildProcess:
-    """A child of this process, by its pid. Made on an event loop, which learns of its end. `wait` or `end` it."""
+    """A process by its pid, mostly a child of this one. Made on an event loop, which learns of its end. `wait` for it,
+    `end` it, or `release` it."""
 
     def __init__(self, pid: int) -> None:
         """Raises ProcessLookupError if there is no such process."""
@@ -50,6 +69,13 @@ class ChildProcess:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
             await asyncio.wait((self._end,), timeout=timeout_s)
+
+    def release(self) -> None:
+        """Leave the process as it is, and learn nothing more of it."""
+        if not self._end.done():
+            self._end.cancel()
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
 
     def _on_end(self) -> None:
         self._loop.remove_reader(self._descriptor)

@@ -15,10 +15,12 @@ The controller depends on the interfaces `Launcher` and `Watch` only, not on Ray
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from tandem.core.clock import Clock
+from tandem.core.cluster_status import ClusterChange, ProcessState, ProcessStatus
+from tandem.core.config import WorkerConfig
 from tandem.core.errors import InternalError, TandemError
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 
@@ -118,14 +120,26 @@ class Backoff:
 
 @dataclass(slots=True)
 class _Slot:
-    """One process to keep running. `first_start` is done when the first start has succeeded or failed."""
+    """One process to keep running. `first_start` is done when the first start has succeeded, or when it has failed and
+    until a later one succeeds; `is_waiting` between two starts."""
 
     spec: ProcessSpec
     first_start: asyncio.Future[None]
     stop_requested: asyncio.Event = field(default_factory=asyncio.Event)
     grace_s: float = 0.0
+    is_waiting: bool = False
     info: ProcessInfo | None = None
     task: asyncio.Task[None] | None = None
+    failures: int = 0
+    note: str = ""
+
+    @property
+    def state(self) -> ProcessState:
+        if self.stop_requested.is_set():
+            return ProcessState.STOPPING
+        if self.info is not None:
+            return ProcessState.UP
+        return ProcessState.WAITING if self.is_waiting else ProcessState.LOADING
 
 
 class Controller:
@@ -146,17 +160,45 @@ class Controller:
         """The processes that run now."""
         return tuple(slot.info for slot in self._slots.values() if slot.info is not None)
 
-    async def reconcile(self, desired: Sequence[ProcessSpec], grace_s: float) -> None:
-        """Start the missing processes, stop those that are not in `desired`, and wait for both.
+    def running_instances(self) -> tuple[tuple[ProcessSpec, ProcessInfo], ...]:
+        """The instances among them, with what they should be."""
+        slots = (slot for slot in self._slots.values() if slot.spec.role is not ProcessRole.ROUTER)
+        return tuple((slot.spec, slot.info) for slot in slots if slot.info is not None)
 
-        Raises the first error of a process whose first start failed; such a process is nevertheless tried again.
-        Running processes keep the configuration with which they were started.
+    def status(self) -> tuple[ProcessStatus, ...]:
+        """Of all processes that should run or are being stopped."""
+        return tuple(_status_of(slot) for slot in self._slots.values())
+
+    def take_back(self, left_running: Sequence[ProcessSpec]) -> None:
+        """Begin to supervise what an earlier controller has left; `reconcile` then waits for it, or stops it."""
+        for spec in left_running:
+            self._add(spec)
+
+    async def reconcile(self, desired: Sequence[ProcessSpec], grace_s: float) -> ClusterChange:
+        """Start the missing processes, stop those that are not in `desired`, and wait for both. Then replace those that
+        run with other settings, one after the other.
+
+        Raises the first error of a process that could not be started yet; it is nevertheless tried again. Nothing is
+        replaced after such an error: settings that do not work stop at the first process.
         """
         specs = {spec.name: spec for spec in desired}
         removed = [name for name in self._slots if name not in specs]
-        added = [self._add(spec) for name, spec in specs.items() if name not in self._slots]
+        added = [name for name in specs if name not in self._slots]
+        changed = [
+            name for name, slot in self._slots.items() if name in specs and not slot.spec.can_become(specs[name])
+        ]
+        for name, spec in specs.items():
+            if name in added:
+                self._add(spec)
+            elif name not in changed:
+                self._slots[name].spec = spec
         await self._stop(removed, grace_s)
-        await asyncio.gather(*(asyncio.shield(slot.first_start) for slot in added))
+        unchanged = [self._slots[name] for name in specs if name not in changed]
+        await asyncio.gather(*(asyncio.shield(slot.first_start) for slot in unchanged))
+        for name in changed:
+            await self._stop([name], grace_s)
+            await asyncio.shield(self._add(specs[name]).first_start)
+        return ClusterChange(tuple(added), tuple(removed), tuple(changed))
 
     async def stop(self, grace_s: float) -> None:
         """Stop all processes. Routers stop first, so that the requests that they have accepted can still finish."""
@@ -199,9 +241,12 @@ class Controller:
             if end.was_asked or self._clock.now_s() - began_s > self._backoff.healthy_after_s:
                 delay_s, failures = self._backoff.first_s, 0
             failures += not end.was_asked
+            slot.failures, slot.note = failures, end.reason
             if is_restart or slot.first_start.exception() is None:
                 self.events.put_nowait(Failed(slot.spec.name, end.reason, delay_s, failures))
+            slot.is_waiting = True
             await _wait_at_most(slot.stop_requested, delay_s)
+            slot.is_waiting = False
             delay_s = min(2 * delay_s, self._backoff.longest_s)
         if not slot.first_start.done():
             slot.first_start.cancel()
@@ -230,8 +275,9 @@ class Controller:
         try:
             slot.info = process.info
             self.events.put_nowait(Up(process.info, self._clock.now_s() - began_s))
-            if not slot.first_start.done():
-                slot.first_start.set_result(None)
+            if slot.first_start.done():
+                slot.first_start = asyncio.get_running_loop().create_future()
+            slot.first_start.set_result(None)
             end = await _run_unless(slot.stop_requested, self._wait_end(slot.spec, process))
             if end is None:
                 await process.stop(slot.grace_s)
@@ -253,6 +299,16 @@ class Controller:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _status_of(slot: _Slot) -> ProcessStatus:
+    config = slot.spec.config
+    role = config.role if isinstance(config, WorkerConfig) else slot.spec.role.value
+    status = ProcessStatus(slot.spec.name, role, slot.state, failures=slot.failures, note=slot.note)
+    if slot.info is None:
+        return status
+    info = slot.info
+    return replace(status, pid=info.pid, address=info.address, instance_id=info.instance_id)
 
 
 async def _run_unless(stop_requested: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:

@@ -1,6 +1,6 @@
 """Runs one worker or router in a process of its own: `python -m tandem.deploy.hosted_process SOCKET KEY CONTROLLER`.
 
-A Ray task starts the process in the background of a shell; when the shell has ended, the controller is its parent
+A launcher starts the process in the background of a shell; when the shell has ended, the controller is its parent
 (`deploy.child_process`). So it depends on the controller alone, and goes on when Ray dies. They speak over a Unix
 socket, one JSON object a line:
 
@@ -13,8 +13,14 @@ socket, one JSON object a line:
       | <-- grace_s --------------- |   drain within this time, and end
       | -- ended: the reason -----> |
 
-The end of the connection is the end of the controller, and ends the process. Torch reads its thread settings when it is
-imported, so they are in the environment before.
+The end of the connection is the end of the controller, and ends the process. A process with `outlives` goes on once it
+is ready, and returns to the next controller, which listens on the same socket (decision 0017):
+
+      | -- key, returns ----------> |
+      | <-- taken, or forgotten --- |   a process that the controller does not know drains, and ends
+
+It also drains and ends when the folder of the socket is gone: nobody will take it back. Torch reads its thread settings
+when it is imported, so they are in the environment before.
 """
 
 import asyncio
@@ -22,12 +28,14 @@ import contextlib
 import gc
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import uvloop
@@ -35,14 +43,18 @@ import uvloop
 from tandem.core.config import RouterConfig, WorkerConfig
 from tandem.core.errors import InternalError, TandemError
 from tandem.core.log_lines import configure_logging
-from tandem.core.parent_process import end_with_parent
+from tandem.core.parent_process import end_with_parent, outlive_parent
 from tandem.deploy.topology import ProcessSpec
 
 CLOSE_S = 6.0  # after the grace period, to close sockets and free memory
 _ADOPTION_S = 10.0
+_RETURN_S = 0.25  # between two tries to reach the next controller
 _CONFIGS: Mapping[str, type[RouterConfig] | type[WorkerConfig]] = {
     config.__name__: config for config in (RouterConfig, WorkerConfig)
 }
+
+
+log = logging.getLogger(__name__)
 
 
 class HostedApp(Protocol):
@@ -76,31 +88,39 @@ class StartReport:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a process runs. `grace_s`: how long requests may take after a SIGTERM."""
+    """What a process runs. `grace_s`: how long requests may take after a SIGTERM. `outlives`: once ready, it goes on
+    when its controller ends."""
 
     name: str
     entry: str
     config: RouterConfig | WorkerConfig
     grace_s: float
+    outlives: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        config = {"config_class": type(self.config).__name__, "config": self.config.model_dump(mode="json")}
         return {
             "name": self.name,
             "entry": self.entry,
-            "config_class": type(self.config).__name__,
-            "config": self.config.model_dump(mode="json"),
             "grace_s": self.grace_s,
-        }
+            "outlives": self.outlives,
+        } | config
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Assignment":
-        config = _CONFIGS[fields["config_class"]].model_validate(fields["config"])
-        return cls(fields["name"], fields["entry"], config, fields["grace_s"])
+        config = config_from_json(fields)
+        return cls(fields["name"], fields["entry"], config, fields["grace_s"], fields["outlives"])
 
 
-def command_of(socket_path: str, key: str) -> list[str]:
-    """The command of a process that this process, the controller, will be the parent of."""
-    return [sys.executable, "-P", "-m", "tandem.deploy.hosted_process", socket_path, key, str(os.getpid())]
+def config_from_json(fields: Mapping[str, Any]) -> RouterConfig | WorkerConfig:
+    """Of `config_class` and `config`, as `Assignment.to_json` writes them."""
+    return _CONFIGS[fields["config_class"]].model_validate(fields["config"])
+
+
+def command_of(socket_path: Path, key: str) -> list[str]:
+    """The command of a process that this process, the controller, will be the parent of. `key` tells processes apart;
+    it is no secret, the socket's folder is this user's alone."""
+    return [sys.executable, "-P", "-m", "tandem.deploy.hosted_process", str(socket_path), key, str(os.getpid())]
 
 
 def environment_of(spec: ProcessSpec) -> dict[str, str]:
@@ -127,30 +147,40 @@ def thread_environment(threads: int) -> dict[str, str]:
 class _Controller:
     """The connection to the controller. `stop` has the grace period once the process is told to end."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, socket_path: Path, key: str) -> None:
         self.stop: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self._reader, self._writer = reader, writer
+        self._socket_path, self._key = socket_path, key
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._grace_s = 0.0
+        self._outlives = False
+
+    async def connect(self) -> Assignment:
+        await self._open()
+        self.send(key=self._key)
+        return Assignment.from_json(await self._receive())
+
+    def outlive(self, grace_s: float) -> None:
+        """From now on this process does not end with the controller, but returns to the next one. `grace_s`: of the
+        drain when nobody takes it back."""
+        self._outlives, self._grace_s = True, grace_s
+        outlive_parent()
 
     def send(self, **fields: Any) -> None:
-        self._writer.write(json.dumps(fields).encode() + b"\n")
+        assert self._writer is not None, "connect first"
+        if not self._writer.is_closing():
+            self._writer.write(json.dumps(fields).encode() + b"\n")
 
     async def flush(self) -> None:
+        assert self._writer is not None, "connect first"
         with contextlib.suppress(OSError):
             await self._writer.drain()
             self._writer.close()
             await self._writer.wait_closed()
 
-    async def receive(self) -> dict[str, Any]:
-        """The next message. At the end of the connection this process ends: the controller is gone, or gave it up."""
-        line = await self._reader.readline()
-        if not line:
-            os._exit(1)
-        fields: dict[str, Any] = json.loads(line)
-        return fields
-
     async def take_stop(self) -> None:
         while True:
-            self.ask_stop((await self.receive())["grace_s"])
+            self.ask_stop((await self._receive())["grace_s"])
 
     def ask_stop(self, grace_s: float) -> None:
         if not self.stop.done():
@@ -163,11 +193,59 @@ class _Controller:
         self.send(draining=True)
         self.ask_stop(grace_s)
 
+    async def _open(self) -> None:
+        self._reader, self._writer = await asyncio.open_unix_connection(self._socket_path)
 
-async def _host(socket_path: str, key: str) -> None:
-    controller = _Controller(*await asyncio.open_unix_connection(socket_path))
-    controller.send(key=key)
-    assignment = Assignment.from_json(await controller.receive())
+    async def _receive(self) -> dict[str, Any]:
+        """The next message. At the end of the connection this process ends, or returns to the next controller: this one
+        is gone, or gave it up."""
+        while (message := await self._read()) is None:
+            if not self._outlives:
+                os._exit(1)
+            await self._return()
+        return message
+
+    async def _read(self) -> dict[str, Any] | None:
+        assert self._reader is not None, "connect first"
+        line = b""
+        with contextlib.suppress(OSError):
+            line = await self._reader.readline()
+        if not line.endswith(b"\n"):  # the controller has ended, perhaps in the middle of a message
+            return None
+        fields: dict[str, Any] = json.loads(line)
+        return fields
+
+    async def _return(self) -> None:
+        """Until a controller has taken this process back, or it is to end."""
+        log.info("the controller is gone; this process goes on")
+        assert self._writer is not None, "connect first"
+        self._writer.close()
+        while True:
+            await asyncio.sleep(_RETURN_S)
+            if not self._socket_path.parent.exists():
+                log.warning("%s is gone, and nobody takes this process back: it ends", self._socket_path.parent)
+                break
+            try:
+                await self._open()
+            except OSError:
+                continue
+            self.send(key=self._key, returns=True)
+            answer = await self._read()
+            if answer is not None and "taken" in answer:
+                log.info("another controller has taken this process back")
+                if self.stop.done():
+                    self.send(draining=True)
+                return
+            if answer is not None:
+                log.warning("the controller does not know this process: it ends")
+                break
+        self.ask_stop(self._grace_s)
+        await asyncio.Event().wait()  # until the process has ended
+
+
+async def _host(socket_path: Path, key: str) -> None:
+    controller = _Controller(socket_path, key)
+    assignment = await controller.connect()
     configure_logging(assignment.config.log_format, assignment.name)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, controller.on_sigterm, assignment.grace_s)
     commands = asyncio.create_task(controller.take_stop(), name="commands")
@@ -177,6 +255,8 @@ async def _host(socket_path: str, key: str) -> None:
     if not starting.done():
         os._exit(0)  # nothing can interrupt torch or a compiler, and nothing is owed to anybody yet
     app, report = starting.result()
+    if app is not None and assignment.outlives:
+        controller.outlive(assignment.grace_s)
     controller.send(**asdict(report))
     if app is not None:
         controller.send(ended=await _run(app, controller.stop))
@@ -234,7 +314,7 @@ def main() -> int:
     if not end_with_parent(int(controller_pid), _ADOPTION_S):
         return 1
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_host(socket_path, key))
+        runner.run(_host(Path(socket_path), key))
     return 0
 
 

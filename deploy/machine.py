@@ -8,11 +8,9 @@ from pathlib import Path
 
 import psutil
 
-from tandem.core.config import RouterSection, ServeConfig, split_address
+from tandem.core.config import ANY_HOSTS, RouterSection, ServeConfig, split_address
 from tandem.core.errors import ConfigError
 from tandem.deploy.topology import Machine
-
-_ALL_INTERFACES = {"0.0.0.0", "::"}
 
 
 def this_machine() -> Machine:
@@ -89,7 +87,7 @@ def check_distinct(addresses: Mapping[str, str]) -> None:
     known = [(name, *split_address(address)) for name, address in addresses.items()]
     for index, (name, host, port) in enumerate(known):
         for other_name, other_host, other_port in known[:index]:
-            if port == other_port != 0 and (host == other_host or {host, other_host} & _ALL_INTERFACES):
+            if port == other_port != 0 and (host == other_host or {host, other_host} & set(ANY_HOSTS)):
                 raise ConfigError(
                     f"router.{other_name} and router.{name} are both {addresses[name]}; they need different ports, "
                     f"for example --set router.{name}={host}:0 for any free one"

@@ -8,40 +8,29 @@ import asyncio
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
 from tandem.core.clock import Clock
-from tandem.core.errors import InternalError, TandemError, UnavailableError, error_from_code
+from tandem.core.errors import UnavailableError
 from tandem.deploy import ray_process
-from tandem.deploy.child_process import ChildProcess, adopt_orphans, kill_all, processes_that_use
-from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess
-from tandem.deploy.hosted_process import (
-    CLOSE_S,
-    Assignment,
-    StartReport,
-    command_of,
-    environment_of,
-    import_path,
-)
+from tandem.deploy.child_process import ChildProcess, kill_all, processes_that_use
+from tandem.deploy.hosted_process import command_of, environment_of, import_path
+from tandem.deploy.launched_process import Connection, LaunchedProcess
+from tandem.deploy.process_launcher import ProcessLauncher
+from tandem.deploy.process_records import ProcessRecord
 from tandem.deploy.ray_cluster import PROCESS_RESOURCE
 from tandem.deploy.topology import ProcessSpec
 
 _RAY_START_S = 180.0
 _RAY_STOP_S = 10.0
 _PLACEMENT_S = 30.0
-_STOP_MARGIN_S = CLOSE_S + 2.0  # longer than a process needs to close, so that it can end by itself
-_EXIT_S = 2.0  # from its last message to its end
 _LONGEST_PAUSE_S = 30.0
-_LOG_CHECK_S = 10.0
-_MAX_LOG_BYTES = 32 << 20
-
-Result = TypeVar("Result")
 
 
 class Ray:
@@ -149,11 +138,8 @@ class Ray:
             self.failed.set_result(reason)
 
 
-class RayLauncher:
-    """A `Launcher`, between `start` and `close`. Used on one event loop.
-
-    All files are in `folder`, which must not exist and is removed at the end, and in `log_folder`.
-    """
+class RayLauncher(ProcessLauncher):
+    """As `ProcessLauncher`, but Ray chooses the devices, and starts the processes. Ray's files are in `folder`."""
 
     def __init__(
         self,
@@ -164,122 +150,57 @@ class RayLauncher:
         gpus: int = 0,
         load_timeout_s: float = 900.0,
         grace_s: float = 10.0,
-        max_log_bytes: int = _MAX_LOG_BYTES,
     ) -> None:
-        """`grace_s`: how long requests may take in a process that gets a SIGTERM."""
-        self._folder = folder
-        self.log_folder = log_folder
+        super().__init__(folder, log_folder, load_timeout_s=load_timeout_s, grace_s=grace_s)
         self._clock = clock
         self._gpus = gpus
-        self._load_timeout_s = load_timeout_s
-        self._grace_s = grace_s
-        self._max_log_bytes = max_log_bytes
-        self._waiting: dict[str, asyncio.Future[_Connection]] = {}
-        self._hosted: dict[str, _HostedProcess] = {}  # by key
-        self._server: asyncio.Server | None = None
+        self._placed: dict[str, _Placed] = {}  # by key
         self._starts = 0
         self._ray = self._new_ray()
         self._is_up = asyncio.Event()
 
     async def start(self) -> None:
         """Start Ray, which takes some seconds. Raises UnavailableError. Call `close` afterwards in any case."""
-        adopt_orphans()
-        self._folder.mkdir(mode=0o700)
-        self._server = await asyncio.start_unix_server(self._connected, self._socket_path)
+        await super().start()
         await self._ray.start(self._gpus)
         self._is_up.set()
 
     async def close(self) -> None:
         """End Ray and remove its files. The processes must have ended."""
-        if self._server is not None:
-            self._server.close()
         await self._ray.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        await super().close()
 
     def _new_ray(self) -> Ray:
         self._starts += 1
         return Ray(self._folder / str(self._starts), self.log_folder / "ray.log")
 
-    @property
-    def _socket_path(self) -> str:
-        return str(self._folder / "s")
-
     # --- processes ---------------------------------------------------------------------------------------------------
 
-    async def launch(self, spec: ProcessSpec) -> RunningProcess:
-        """Raises the application's error, or UnavailableError if Ray lacks resources, or the process died or did not
-        become ready within `load_timeout_s`."""
-        log_path = str(self.log_folder / f"{spec.name}.log")
-        try:
-            async with asyncio.timeout(self._load_timeout_s):
-                return await self._launch(spec, log_path)
-        except TimeoutError as error:
-            limit = f"{self._load_timeout_s:g} s (load_timeout_s)"
-            raise UnavailableError(f"{spec.name} was not ready within {limit}; its log is {log_path}") from error
-
-    async def _launch(self, spec: ProcessSpec, log_path: str) -> RunningProcess:
-        await self._is_up.wait()
-        key = secrets.token_hex(8)
-        self._waiting[key] = asyncio.get_running_loop().create_future()
-        child = connection = None
-        try:
-            pid, devices = await self._spawn(key, spec, log_path)
-            child = ChildProcess(pid)
-            connection = await _unless_ended(child, self._waiting[key])
-            await connection.send(Assignment(spec.name, spec.entry, spec.config, self._grace_s).to_json())
-            report = await _unless_ended(child, asyncio.ensure_future(connection.receive()))
-            if report is None:
-                raise ProcessLookupError
-            start = StartReport(**report)
-            if start.error_code:
-                raise _start_error(start, log_path)
-        except ProcessLookupError as error:
-            how = "" if child is None else f" ({await child.wait()})"
-            await self._give_back(key, child, connection)
-            raise UnavailableError(f"{spec.name} died while it started{how}; its log is {log_path}") from error
-        except BaseException:
-            await asyncio.shield(self._give_back(key, child, connection))
-            raise
-        finally:
-            self._waiting.pop(key).cancel()
-        info = ProcessInfo(spec.name, spec.role, pid, start.address, start.instance_id, log_path)
-        hosted = _HostedProcess(
-            info, child, connection, _bundle(spec), devices, self._grace_s, lambda: self._forget(key)
-        )
-        self._hosted[key] = hosted
-        return hosted
-
     async def _spawn(self, key: str, spec: ProcessSpec, log_path: str) -> tuple[int, list[int | str]]:
+        await self._is_up.wait()
         bundle, command = _bundle(spec), command_of(self._socket_path, key)
         ray = self._ray
         try:
-            return await ray.spawn(key, bundle, command, environment_of(spec), log_path)
+            pid, devices = await ray.spawn(key, bundle, command, environment_of(spec), log_path)
         except TimeoutError as error:
             if not spec.gpus:  # there is always room for a process without a device
                 ray.fail(f"it did not start {spec.name} within {_PLACEMENT_S:g} s")
             raise UnavailableError(f"Ray has no resources for {spec.name}, which needs {bundle}") from error
+        if devices:
+            self._placed[key] = _Placed(bundle, devices)
+        return pid, devices
 
-    async def _give_back(self, key: str, child: ChildProcess | None, connection: "_Connection | None") -> None:
-        if connection is not None:
-            connection.close()
-        if child is not None:
-            await child.end()
+    def _hosted(self, record: ProcessRecord, child: ChildProcess, connection: Connection) -> LaunchedProcess:
+        process = super()._hosted(record, child, connection)
+        if record.key in self._placed:
+            self._placed[record.key].process = process
+        return process
+
+    def _release(self, key: str) -> None:
+        self._placed.pop(key, None)
         self._ray.release(key)
 
-    def _forget(self, key: str) -> None:
-        self._hosted.pop(key, None)
-        self._ray.release(key)
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = _Connection(reader, writer)
-        message = await connection.receive()
-        waiting = self._waiting.get(message.get("key", "")) if message is not None else None
-        if waiting is None or waiting.done():
-            connection.close()  # of a launch that was given up: the process ends
-        else:
-            waiting.set_result(connection)
-
-    # --- Ray, and logs -----------------------------------------------------------------------------------------------
+    # --- Ray ---------------------------------------------------------------------------------------------------------
 
     async def keep_ray(self, notify: Callable[[str], None]) -> None:
         """Until cancelled: start a new Ray when this one has failed. `notify` gets a line about each event."""
@@ -303,147 +224,25 @@ class RayLauncher:
 
     async def _reserve_again(self) -> None:
         """The new Ray has to know which devices are taken. A process whose device it gives to another is replaced."""
-        for key, process in list(self._hosted.items()):
-            if not process.devices:
+        for key, placed in list(self._placed.items()):
+            if placed.process is None:
                 continue
             try:
-                _, devices = await self._ray.spawn(key, process.bundle, [], {}, "")
+                _, devices = await self._ray.spawn(key, placed.bundle, [], {}, "")
             except (TimeoutError, UnavailableError):
                 devices = []
-            if devices != process.devices:
-                process.condemn("the new Ray has chosen its device for another process")
+            if devices != placed.devices:
+                placed.process.condemn("the new Ray has chosen its device for another process")
 
-    async def bound_logs(self) -> None:
-        """Until cancelled: a log that has become too long is moved to NAME.log.1, in the place of the last one."""
-        while True:
-            await asyncio.sleep(_LOG_CHECK_S)
-            await asyncio.to_thread(self.shorten_logs)
 
-    def shorten_logs(self) -> None:
-        for log in self.log_folder.glob("*.log"):
-            with contextlib.suppress(OSError):
-                if log.stat().st_size > self._max_log_bytes:
-                    shutil.copyfile(log, log.with_suffix(".log.1"))
-                    os.truncate(log, 0)  # the process goes on writing at its end, which is now the beginning
+@dataclass(slots=True)
+class _Placed:
+    """A process with devices that Ray has chosen, by number or name. `process` is None while it starts."""
+
+    bundle: dict[str, float]
+    devices: list[int | str]
+    process: LaunchedProcess | None = None
 
 
 def _bundle(spec: ProcessSpec) -> dict[str, float]:
     return {PROCESS_RESOURCE: 1.0} | ({"GPU": spec.gpus} if spec.gpus else {})
-
-
-class _Connection:
-    """To a process, see `deploy.hosted_process`."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-
-    async def send(self, fields: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # the process has ended, which its parent learns by other means
-            self._writer.write(json.dumps(fields).encode() + b"\n")
-            await self._writer.drain()
-
-    async def receive(self) -> dict[str, Any] | None:
-        """The next message; None after the process has ended."""
-        with contextlib.suppress(OSError, ValueError):
-            if line := await self._reader.readline():
-                fields: dict[str, Any] = json.loads(line)
-                return fields
-        return None
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _HostedProcess:
-    """`devices`: those that Ray has chosen for it, by number or name. `grace_s`: of a drain after a SIGTERM."""
-
-    def __init__(
-        self,
-        info: ProcessInfo,
-        child: ChildProcess,
-        connection: _Connection,
-        bundle: dict[str, float],
-        devices: list[int | str],
-        grace_s: float,
-        forget: Callable[[], None],
-    ) -> None:
-        self.info = info
-        self.bundle = bundle
-        self.devices = devices
-        self._grace_s = grace_s
-        self._draining = asyncio.Event()
-        self._child, self._connection, self._forget = child, connection, forget
-        self._condemned: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._told: asyncio.Task[str | None] = asyncio.create_task(self._last_words(), name=f"{info.name} says")
-
-    @property
-    def is_draining(self) -> bool:
-        return self._draining.is_set()
-
-    async def wait_closed(self) -> ProcessEnd:
-        ended, draining = asyncio.create_task(self._child.wait()), asyncio.create_task(self._draining.wait())
-        try:
-            await asyncio.wait((ended, self._told, self._condemned, draining), return_when=asyncio.FIRST_COMPLETED)
-            if self._condemned.done():
-                return ProcessEnd(self._condemned.result())
-            if draining.done():
-                await asyncio.wait((ended,), timeout=self._grace_s + _STOP_MARGIN_S)
-                if not ended.done():
-                    return ProcessEnd(f"it got a SIGTERM and has not ended within {self._grace_s + _STOP_MARGIN_S:g} s")
-                return ProcessEnd("it got a SIGTERM and has left", was_asked=True)
-            await asyncio.wait((ended,), timeout=_EXIT_S)
-        finally:
-            ended.cancel()
-            draining.cancel()
-        said = await self._told if self._told.done() else None
-        reason = said or f"its process died ({await self._child.wait()})"
-        return ProcessEnd(f"{reason}; its log is {self.info.log_path}")
-
-    def condemn(self, reason: str) -> None:
-        """Its end, as far as `wait_closed` is concerned."""
-        if not self._condemned.done():
-            self._condemned.set_result(reason)
-
-    async def stop(self, grace_s: float) -> None:
-        self._draining.set()
-        await self._connection.send({"grace_s": grace_s})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_s + _STOP_MARGIN_S):
-                await self._child.wait()
-
-    async def kill(self) -> None:
-        await self._child.end()
-        self._told.cancel()
-        await asyncio.gather(self._told, return_exceptions=True)
-        self._connection.close()
-        self._forget()
-
-    async def _last_words(self) -> str | None:
-        """The reason that the process gives for its end; None if it ends without one."""
-        while (message := await self._connection.receive()) is not None:
-            if "draining" in message:
-                self._draining.set()
-            if "ended" in message:
-                return str(message["ended"])
-        await self._child.wait()
-        return None
-
-
-async def _unless_ended(child: ChildProcess, answer: "asyncio.Future[Result]") -> Result:
-    """The answer. Raises ProcessLookupError if the process ends first."""
-    ended = asyncio.create_task(child.wait())
-    try:
-        await asyncio.wait((ended, answer), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ProcessLookupError
-        return answer.result()
-    finally:
-        ended.cancel()
-        answer.cancel()
-
-
-def _start_error(report: StartReport, log_path: str) -> TandemError:
-    """The message of an internal error names the log; other messages need no log."""
-    is_internal = report.error_code == InternalError.code
-    message = f"{report.error_message}; its log is {log_path}" if is_internal else report.error_message
-    return error_from_code(report.error_code, message)

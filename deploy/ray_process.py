@@ -16,7 +16,6 @@ standard streams, one JSON object a line:
 import asyncio
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 from tandem.core.errors import UnavailableError
 from tandem.core.parent_process import end_with_parent
+from tandem.deploy.child_process import spawn
 from tandem.deploy.ray_cluster import PROCESS_RESOURCE, LocalRay, import_ray
 
 _ADOPTION_S = 10.0
@@ -77,21 +77,6 @@ def _spawn_with_devices(
 ) -> tuple[int, list[int | str]]:
     """In a Ray task: the pid, 0 without a command, and the devices that Ray has chosen."""
     return (spawn(command, environment, log_path) if command else 0), import_ray().get_gpu_ids()
-
-
-def spawn(command: Sequence[str], environment: Mapping[str, str], log_path: str) -> int:
-    """Start `command` in a session of its own, with its output appended to `log_path`, and return its pid. Nothing here
-    is its parent: the shell that starts it ends at once."""
-    script = 'log=$1; shift; "$@" >>"$log" 2>&1 & echo $!'
-    started = subprocess.run(
-        ["/bin/sh", "-c", script, "sh", log_path, *command],
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-        check=True,
-    )
-    return int(started.stdout)
 
 
 async def _serve(ray: LocalRay, output: int) -> None:

@@ -1,26 +1,28 @@
-"""The files of a running `tandem serve`, through which status, chat, scale and stop find it.
+"""The files of a running cluster, through which status, chat, scale and stop find it.
 
-    $XDG_RUNTIME_DIR/tandem/serve-<pid>.json      removed at the end; holds the cluster token, so mode 0600
+    $XDG_RUNTIME_DIR/tandem/serve-<pid>.json      of `tandem serve`, removed at the end; with the cluster token, so 0600
     $XDG_STATE_HOME/tandem/logs/<time>-<pid>/     one log file for each process; the last few runs are kept
+    $XDG_STATE_HOME/tandem/clusters/NAME/         all of a cluster of `tandem up`: `deploy.cluster_folder`
 
 `TANDEM_STATE_DIR` replaces both roots. Without XDG_RUNTIME_DIR the state file is under XDG_STATE_HOME
 (~/.local/state).
 """
 
+import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from tandem.core.errors import ConfigError
+from tandem.core.config import RouterSection
 from tandem.core.tls import ClusterTls
 from tandem.deploy.child_process import kill_all, processes_that_use
+from tandem.deploy.private_file import make_private_folder, write_private
 
 _KEPT_LOG_FOLDERS = 5
 RAY_FOLDER_PREFIX = "tandem-"
@@ -28,9 +30,10 @@ RAY_FOLDER_PREFIX = "tandem-"
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """`process_started_s` distinguishes the process from a later one with the same pid. `expected_transport` is the
-    transport that KV should use between its workers; None accepts any. `has_tls`: the ports `http` and `grpc` have TLS;
-    `cluster_tls` has the settings of the control port's, as JSON values."""
+    """The controller's process and its cluster. `process_started_s` distinguishes the process from a later one with the
+    same pid. `expected_transport` is the transport that KV should use between its workers; None accepts any. `has_tls`:
+    the ports `http` and `grpc` have TLS; `cluster_tls` has the settings of the control port's, as JSON values.
+    `controller` is the controller's own address, `cluster` the name of a cluster of `tandem up`."""
 
     pid: int
     process_started_s: float
@@ -44,6 +47,8 @@ class RunState:
     expected_transport: str | None = None
     has_tls: bool = False
     cluster_tls: dict[str, str | None] | None = None
+    controller: str = ""
+    cluster: str = ""
 
     @property
     def tls(self) -> ClusterTls | None:
@@ -54,30 +59,32 @@ class RunState:
     def url(self) -> str:
         return f"{'https' if self.has_tls else 'http'}://{self.http}"
 
+    def with_addresses(self, router: RouterSection) -> "RunState":
+        """After a change of the router's addresses."""
+        return replace(self, http=router.http, grpc=router.grpc, control=router.control)
+
 
 @dataclass(frozen=True, slots=True)
 class StateFolders:
+    """`clusters` has a folder for each cluster of `tandem up`, by its name."""
+
     state: Path
     logs: Path
+    clusters: Path
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> "StateFolders":
         if chosen := environment.get("TANDEM_STATE_DIR"):
-            return cls(Path(chosen), Path(chosen) / "logs")
+            return cls(Path(chosen), Path(chosen) / "logs", Path(chosen) / "clusters")
         home = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tandem"
         runtime = environment.get("XDG_RUNTIME_DIR")
         state = Path(runtime) / "tandem" if runtime and os.access(runtime, os.W_OK) else home
-        return cls(state, home / "logs")
+        return cls(state, home / "logs", home / "clusters")
 
     def make(self) -> None:
-        """Create both folders, readable by this user only. Raises ConfigError."""
+        """Create the folders of `tandem serve`, readable by this user only. Raises ConfigError."""
         for folder in (self.state, self.logs):
-            try:
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot create {folder} ({error.strerror}); set TANDEM_STATE_DIR to a folder where you may write"
-                ) from error
+            make_private_folder(folder)
 
     def new_log_folder(self, pid: int) -> Path:
         """A folder for this run's logs. Deletes the folders of earlier runs, except the newest few."""
@@ -89,33 +96,18 @@ class StateFolders:
         return folder
 
     def write(self, run: RunState) -> None:
-        _write_private(self._run_file(run.pid), asdict(run))
+        write_private(self._run_file(run.pid), asdict(run))
 
     def remove(self, pid: int) -> None:
         self._run_file(pid).unlink(missing_ok=True)
-        self._scale_file(pid).unlink(missing_ok=True)
-
-    def write_scale_request(self, pid: int, instances: Mapping[str, int]) -> None:
-        """Request from the run `pid` this number of instances of each role."""
-        _write_private(self._scale_file(pid), dict(instances))
-
-    def take_scale_request(self, pid: int) -> dict[str, int]:
-        """The last request to the run `pid`; empty if there is none that can be read."""
-        try:
-            requested = json.loads(self._scale_file(pid).read_text())
-            return {role: int(number) for role, number in requested.items()}
-        except (OSError, ValueError, AttributeError):
-            return {}
 
     def _run_file(self, pid: int) -> Path:
         return self.state / f"serve-{pid}.json"
 
-    def _scale_file(self, pid: int) -> Path:
-        return self.state / f"scale-{pid}.json"
-
     def running(self) -> list[RunState]:
-        """All runs whose process lives, newest first. Clears away what the others have left."""
-        return self._look()[0]
+        """All clusters whose controller lives, newest first. Clears away what runs of `tandem serve` have left."""
+        live = [run for run in self._clusters_with_controller() if is_alive(run)] + self._look()[0]
+        return sorted(live, key=lambda run: run.process_started_s, reverse=True)
 
     def clear_ended(self) -> list[RunState]:
         """End the processes and remove the files of runs whose `tandem serve` was killed. Returns these runs."""
@@ -125,7 +117,7 @@ class StateFolders:
         live, ended = [], []
         for path in self.state.glob("serve-*.json"):
             try:
-                run = RunState(**json.loads(path.read_text()))
+                run = read_run(path)
             except (OSError, ValueError, TypeError):
                 continue  # of another version, or just deleted
             if is_alive(run):
@@ -137,17 +129,17 @@ class StateFolders:
                     kill_all(processes_that_use(ray_folder))
                     shutil.rmtree(ray_folder, ignore_errors=True)
                 self.remove(run.pid)
-        return sorted(live, key=lambda run: run.process_started_s, reverse=True), ended
+        return live, ended
+
+    def _clusters_with_controller(self) -> Iterator[RunState]:
+        for path in self.clusters.glob("*/run.json"):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # of another version, or just deleted
+                yield read_run(path)
 
 
-def _write_private(path: Path, value: dict[str, Any]) -> None:
-    """Only this user may read the file. It is replaced in one step, so a reader never sees a partial file."""
-    draft = path.with_suffix(".new")
-    draft.unlink(missing_ok=True)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(value, file)
-    draft.replace(path)
+def read_run(path: Path) -> RunState:
+    """Raises OSError, ValueError or TypeError for a file that cannot be read, or is of another version."""
+    return RunState(**json.loads(path.read_text()))
 
 
 def process_started_s(pid: int) -> float:

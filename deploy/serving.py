@@ -1,19 +1,29 @@
-"""A cluster on this machine, from its start to its end, as `tandem serve` runs it."""
+"""A cluster on this machine, from its start to its end, as `tandem serve` and `tandem up` run it."""
 
 import asyncio
+import json
+import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc
 
 from tandem.core.clock import Clock
-from tandem.core.config import InstanceSection, ServeConfig, with_secrets
-from tandem.core.errors import ConfigError, UnavailableError
-from tandem.core.session import InstanceState
+from tandem.core.cluster_status import ClusterChange, ClusterStatus, ProcessState, ProcessStatus
+from tandem.core.config import ROLES, RoleName, ServeConfig, with_secrets
+from tandem.core.errors import ConfigError, InvalidRequestError, NotFoundError, TandemError, UnavailableError
+from tandem.core.plan import Plan
+from tandem.core.session import InstanceState, Role
 from tandem.core.tls import ClusterTls
-from tandem.deploy.controller import Controller, Launcher, Watch
+from tandem.deploy.controller import Controller, Event, Failed, Launcher, Loading, Stopped, Up, Watch
+from tandem.deploy.desired import Desired
+from tandem.deploy.instance_settings import ROUTER_FORGOTTEN_S, InstanceSettings
+from tandem.deploy.line_feed import LineFeed
 from tandem.deploy.machine import this_machine
-from tandem.deploy.topology import Machine, ProcessRole, plan_processes
+from tandem.deploy.run_state import RunState, process_started_s
+from tandem.deploy.topology import Machine, ProcessRole, ProcessSpec
 from tandem.wire.channels import open_channel
 from tandem.wire.fleet import FleetDescription, describe_fleet
 
@@ -21,27 +31,14 @@ _DESCRIBE_TIMEOUT_S = 2.0
 _REGISTER_TIMEOUT_S = 15.0
 _POLL_S = 0.05
 
+Result = TypeVar("Result")
+
 
 def with_token(config: ServeConfig) -> ServeConfig:
     """The configuration with its cluster token, which is random if it has none. Raises ConfigError."""
     if config.cluster_token:
         return with_secrets(config)
     return config.model_copy(update={"cluster_token": secrets.token_urlsafe(32)})
-
-
-def with_instances(config: ServeConfig, counts: Mapping[str, int]) -> ServeConfig:
-    """The configuration with `counts[role]` instances of each role in `counts`.
-
-    Raises ConfigError for a role without instances, or with several kinds of instances.
-    """
-    changes: dict[str, tuple[InstanceSection, ...]] = {}
-    for role, count in counts.items():
-        sections: tuple[InstanceSection, ...] = getattr(config, role, ())
-        if len(sections) != 1:
-            kinds = f"{len(sections)} kinds of {role} instances" if sections else f"no {role} instances"
-            raise ConfigError(f"the cluster has {kinds}; only a role with one kind can be scaled")
-        changes[role] = (sections[0].model_copy(update={"instances": count}),)
-    return config.model_copy(update=changes)
 
 
 def expected_transport(config: ServeConfig) -> str | None:
@@ -53,38 +50,219 @@ def expected_transport(config: ServeConfig) -> str | None:
     return "shared_memory" if transports == {"auto"} and (on_cpu or not this_machine().gpus) else None
 
 
+def run_state(
+    config: ServeConfig, log_folder: Path, *, ray_folder: str = "", controller: str = "", cluster: str = ""
+) -> RunState:
+    """Of a cluster that this process controls."""
+    pid = os.getpid()
+    return RunState(
+        pid=pid,
+        process_started_s=process_started_s(pid),
+        model=config.served_name,
+        http=config.router.http,
+        grpc=config.router.grpc,
+        control=config.router.control,
+        cluster_token=config.cluster_token or "",
+        log_folder=str(log_folder),
+        ray_folder=ray_folder,
+        expected_transport=expected_transport(config),
+        has_tls=config.router.tls is not None,
+        cluster_tls=None if config.cluster_tls is None else config.cluster_tls.model_dump(mode="json"),
+        controller=controller,
+        cluster=cluster,
+    )
+
+
 class Serving:
-    """The running cluster. `config` has its addresses, its token and the number of its instances."""
+    """The running cluster. `desired` says what should run; each change of it is saved before anything is done, so that
+    a controller that is started again does the same. Implements `wire.controller.ClusterHandler`.
+
+    Changes are done one after the other. One goes on when its caller goes away; `stop` ends those in progress.
+    """
 
     def __init__(
-        self, config: ServeConfig, machine: Machine, launcher: Launcher, clock: Clock, watch: Watch | None = None
+        self,
+        desired: Desired,
+        machine: Machine,
+        launcher: Launcher,
+        clock: Clock,
+        watch: Watch | None = None,
+        *,
+        save: Callable[[Desired], None] = lambda desired: None,
+        show: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`watch`: as the controller's."""
-        self.config = config
+        """`watch`: as the controller's. `save` gets each new `desired`, `show` each line about what happens."""
+        self.desired = desired
         self.controller = Controller(launcher, clock, watch=watch)
+        self.has_stopped = asyncio.Event()
         self._machine = machine
         self._clock = clock
+        self._save = save
+        self._lines = LineFeed(show)
+        self._turn = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
+        self._is_stopping = False
+        self._settings = InstanceSettings(
+            self.controller.running_instances,
+            lambda: self.config,
+            clock,
+        )
 
-    async def start(self, grace_s: float = 0.0) -> None:
+    @property
+    def config(self) -> ServeConfig:
+        """With the cluster's addresses, its token and the number of its instances."""
+        return self.desired.config
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> ClusterChange:
         """Start the configured processes; returns when the router can reach all instances.
 
         Raises the first TandemError of a process that cannot start.
         """
-        await self.controller.reconcile(plan_processes(self.config, self._machine), grace_s)
+        return await self._change(lambda: self._reconcile(self.desired.grace_s))
+
+    def take_back(self, left_running: list[ProcessSpec]) -> None:
+        """Supervise what an earlier controller has left; before `start`."""
+        self.controller.take_back(left_running)
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Stop all processes, whatever else is being done. `has_stopped` is set at the end."""
+        self._is_stopping = True
+        for change in self._changes:
+            change.cancel()
+        await asyncio.gather(*self._changes, return_exceptions=True)
+        await self.controller.stop(self.desired.grace_s if grace_s is None else grace_s)
+        self.has_stopped.set()
+
+    async def say_events(self) -> None:
+        """Until cancelled: a line about each event of a process."""
+        while True:
+            self._lines.say(_line_of(await self.controller.events.get()))
+
+    def say_last_events(self) -> None:
+        while not self.controller.events.empty():
+            self._lines.say(_line_of(self.controller.events.get_nowait()))
+
+    async def tell_instances(self) -> None:
+        """Until cancelled: tell instances their routers and roles."""
+        await self._settings.run()
+
+    # --- changes -----------------------------------------------------------------------------------------------------
+
+    async def apply(self, serve_file_json: str, grace_s: float | None = None, plan_json: str = "") -> ClusterChange:
+        """Raises InvalidRequestError for what is no serve file or plan, ConfigError for settings that cannot work."""
+        try:
+            config = ServeConfig.model_validate(json.loads(serve_file_json))
+            plan = Plan.model_validate(json.loads(plan_json)) if plan_json else None
+        except ValueError as error:
+            raise InvalidRequestError(f"these are not the settings of a serve file ({error})") from error
+        words = "applying settings", "applied"
+        return await self._change(lambda: self._apply(lambda: self.desired.with_config(config, plan), words, grace_s))
+
+    async def scale(self, instances: Mapping[str, int], grace_s: float | None = None) -> ClusterChange:
+        """Change the number of instances. Removed instances finish their requests for up to `grace_s`."""
+        numbers = " and ".join(f"{number} {role}" for role, number in instances.items())
+        words = f"scaling to {numbers}", "scaled"
+        return await self._change(lambda: self._apply(lambda: self.desired.with_instances(instances), words, grace_s))
+
+    async def drain(self, process: str, grace_s: float | None = None, *, undo: bool = False) -> ClusterChange:
+        """The process finishes its requests for up to `grace_s` and ends, and stays out of service until `undo`."""
+        name = self._find(process).name
+        words = (f"putting {name} back", f"{name} is back") if undo else (f"draining {name}", f"{name} is drained")
+        return await self._change(
+            lambda: self._apply(lambda: self.desired.with_drained(name, undo=undo), words, grace_s)
+        )
+
+    async def set_role(self, process: str, role: str) -> None:
+        """Raises NotFoundError, ConfigError, and what the instance answers."""
+        await self._change(lambda: self._set_role(self._find(process), role))
+
+    # --- questions ---------------------------------------------------------------------------------------------------
+
+    def status(self) -> ClusterStatus:
+        drained = tuple(
+            ProcessStatus(name, name.rpartition("-")[0], ProcessState.DRAINED)
+            for name in sorted(self.desired.drained - {process.name for process in self.controller.status()})
+        )
+        return ClusterStatus(self.config.served_name, self.controller.status() + drained, self._settings.routers())
+
+    def watch(self, num_past: int) -> AsyncIterator[str]:
+        return self._lines.follow(num_past)
+
+    def router_announced(self, control: str) -> float:
+        self._settings.router_announced(control)
+        return ROUTER_FORGOTTEN_S
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    async def _change(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """`work` when its turn comes, in a task of its own: a caller that goes away does not end it."""
+        if self._is_stopping:
+            raise UnavailableError("the cluster is being stopped")
+
+        async def take_turn() -> Result:
+            async with self._turn:
+                return await work()
+
+        change = asyncio.create_task(take_turn())
+        self._changes.add(change)
+        change.add_done_callback(self._changes.discard)
+        change.add_done_callback(lambda task: task.cancelled() or task.exception())  # its caller may be gone
+        try:
+            return await asyncio.shield(change)
+        except asyncio.CancelledError:
+            if self._is_stopping and change.cancelled():
+                raise UnavailableError("the cluster is being stopped") from None
+            raise
+
+    async def _apply(self, make: Callable[[], Desired], words: tuple[str, str], grace_s: float | None) -> ClusterChange:
+        """`words`: what is said before and afterwards."""
+        desired = make()
+        desired.processes(self._machine)  # raises for what cannot be
+        self._lines.say(words[0])
+        self._save(desired)
+        self.desired = desired
+        try:
+            change = await self._reconcile(desired.grace_s if grace_s is None else grace_s)
+        except TandemError as error:
+            self._lines.say(f"not done: {error.message}")
+            raise
+        self._lines.say(words[1])
+        return change
+
+    async def _reconcile(self, grace_s: float) -> ClusterChange:
+        change = await self.controller.reconcile(self.desired.processes(self._machine), grace_s)
         await self._wait_registered()
+        return change
 
-    async def scale(self, counts: Mapping[str, int], grace_s: float) -> None:
-        """Change the number of instances. Removed instances finish their requests for up to `grace_s`.
+    async def _set_role(self, process: ProcessStatus, role: str) -> None:
+        if role not in ROLES:
+            raise ConfigError(f"'{role}' is not a role; use one of {', '.join(ROLES)}")
+        found = [(spec, info) for spec, info in self.controller.running_instances() if spec.name == process.name]
+        if not found:
+            raise UnavailableError(f"{process.name} is {process.state.value}; only a running instance has a role")
+        ((_, info),) = found
+        name: RoleName = next(known for known in ROLES if known == role)
+        await self._settings.set_role(info, Role(role))
+        self._lines.say(f"{process.name} has the role {role}")
+        desired = self.desired.with_role(process.name, name)
+        self._save(desired)
+        self.desired = desired
+        await self.controller.reconcile(desired.processes(self._machine), desired.grace_s)
 
-        Raises ConfigError as `with_instances`.
-        """
-        self.config = with_instances(self.config, counts)
-        await self.start(grace_s)
-
-    async def stop(self, grace_s: float) -> None:
-        await self.controller.stop(grace_s)
+    def _find(self, process: str) -> ProcessStatus:
+        """By its name, or by the id of its instance. Raises NotFoundError."""
+        known = self.status().processes
+        for status in known:
+            if process and process in (status.name, status.instance_id):
+                return status
+        names = ", ".join(status.name for status in known)
+        raise NotFoundError(f"the cluster has no process '{process}'; it has {names}")
 
     async def _wait_registered(self) -> None:
+        if not any(process.role is ProcessRole.ROUTER for process in self.controller.running()):
+            return
         until_s = self._clock.now_s() + _REGISTER_TIMEOUT_S
         channel = open_channel(self.config.router.control, self.config.cluster_token, self.config.cluster_tls)
         try:
@@ -96,7 +274,20 @@ class Serving:
             await channel.close()
 
     def _workers(self) -> set[str]:
-        return {p.instance_id for p in self.controller.running() if p.role is not ProcessRole.ROUTER}
+        return {info.instance_id for _, info in self.controller.running_instances()}
+
+
+def _line_of(event: Event) -> str:
+    match event:
+        case Loading(name):
+            return f"  {name} loading"
+        case Up(info, load_s):
+            return f"  {info.name} up in {load_s:.1f} s (pid {info.pid})"
+        case Failed(name, reason, retry_s, failures):
+            again = f" (failure {failures} in a row)" if failures > 1 else ""
+            return f"  {name}: {reason}; starting it again in {retry_s:.1f} s{again}"
+        case Stopped(name):
+            return f"  {name} stopped"
 
 
 async def _ready_instances(channel: grpc.aio.Channel) -> set[str]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from tandem.core.config import EngineSection, RouterConfig, ServeConfig, WorkerConfig
@@ -32,7 +32,8 @@ class Machine:
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """One process: its application, configuration and resources. An instance of several ranks is one process here: it
-    starts the other ranks itself. `threads` and `gpus` are for all ranks; `gpus` below 1 is a share of one device."""
+    starts the other ranks itself. `threads` and `gpus` are for all ranks; `gpus` below 1 is a share of one device.
+    `shares_cores`: its threads are its share of the cores, not a setting."""
 
     role: ProcessRole
     index: int
@@ -40,10 +41,27 @@ class ProcessSpec:
     config: WorkerConfig | RouterConfig
     threads: int
     gpus: float = 0.0
+    shares_cores: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.role.value}-{self.index}"
+
+    def can_become(self, other: "ProcessSpec") -> bool:
+        """Whether a process of this kind can go on as one of the other kind. Role and routers are told to an instance
+        while it runs; shares of cores and devices stay as they are until it is started again."""
+        return self._lasting() == other._lasting()
+
+    def _lasting(self) -> "ProcessSpec":
+        """Without what does not need another process."""
+        config = self.config
+        if isinstance(config, WorkerConfig):
+            engine = config.instance.engine
+            if self.shares_cores:
+                engine = engine.model_copy(update={"threads": 0})
+            instance = config.instance.model_copy(update={"engine": engine})
+            config = config.model_copy(update={"instance": instance, "role": "colocated", "routers": ()})
+        return replace(self, config=config, threads=0 if self.shares_cores else self.threads, gpus=0.0)
 
 
 def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, ...]:
@@ -70,12 +88,14 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
     numbers: Counter[str] = Counter()
     for (role, section), share in zip(instances, threads, strict=True):
         gpus = _gpus_of(section.engine, machine, on_gpu)
+        shares_cores = section.engine.threads == 0
         share = max(share, section.engine.shape.num_ranks)
         engine = section.engine.model_copy(update={"threads": share})
         worker = WorkerConfig(
             model=config.model,
             model_name=config.model_name,
             role=role,
+            model_hash=config.model_hash,
             name=f"{role}-{numbers[role]}",  # as `tandem serve` calls the process
             routers=(config.router.control,),
             cluster_token=config.cluster_token,
@@ -83,7 +103,7 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
             log_format=config.log_format,
             instance=section.model_copy(update={"instances": 1, "engine": engine}),
         )
-        specs.append(ProcessSpec(ProcessRole(role), numbers[role], _WORKER_ENTRY, worker, share, gpus))
+        specs.append(ProcessSpec(ProcessRole(role), numbers[role], _WORKER_ENTRY, worker, share, gpus, shares_cores))
         numbers[role] += 1
     return tuple(specs)
 

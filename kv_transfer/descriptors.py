@@ -25,12 +25,14 @@ _MAX_NONCES = 1024  # not used yet; the oldest are dropped first
 
 
 def host_identity() -> HostIdentity:
-    """This process's kernel (fresh at each boot) and user."""
+    """This process's kernel (fresh at each boot) with its network namespace, and its user. The socket that hands a
+    descriptor over can be reached in one network namespace only, so two containers of one host are two hosts here."""
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        host = f"{boot_id}/{os.stat('/proc/self/ns/net').st_ino}"
     except OSError:
-        boot_id = f"unknown-{secrets.token_hex(16)}"  # equal to no other
-    return HostIdentity(boot_id, os.getuid())
+        host = f"unknown-{secrets.token_hex(16)}"  # equal to no other
+    return HostIdentity(host, os.getuid())
 
 
 class DescriptorServer:

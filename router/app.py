@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 
 from tandem.core.access import OpenAccess
 from tandem.core.clock import Clock, SystemClock
-from tandem.core.config import RouterConfig, with_secrets
+from tandem.core.config import RouterConfig, advertised, with_secrets
 from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError, InternalError, NotFoundError
 from tandem.core.plan import Plan
@@ -33,6 +33,7 @@ from tandem.core.replanning import ReplanStatus
 from tandem.core.secret_source import file_of
 from tandem.core.session import InstanceStatus
 from tandem.core.workload_profile import ProfileSnapshot, WorkloadProfile
+from tandem.router.announcement import announce
 from tandem.router.api_keys import ApiKeys, load_keys
 from tandem.router.completion import TextService
 from tandem.router.dispatch import Dispatcher
@@ -234,6 +235,9 @@ class RouterApp:
         self.control_address = bind(control, settings.control, self._load(self._cluster_tls, "cluster certificate"))
         await self._serve(control, control_health)
         await control_health.set("", health_pb2.HealthCheckResponse.SERVING)
+        if config.controller is not None:
+            own = advertised(self.control_address, config.advertise)
+            self._spawn(announce(config.controller, own, config.cluster_token, config.cluster_tls), "announcement")
 
         bodies = BodyBudget(settings.max_bodies)
         public, health = build_public_server(settings.max_body, self._access)

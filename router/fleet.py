@@ -106,6 +106,7 @@ class Fleet:
             known = _Registration(status.instance_id, status.role.value, status.address, 0.0)
             self._registered[status.instance_id] = known
             logger.info("%s instance %s has joined", status.role.value, status.instance_id)
+            self._compare_files(status)
         now_s = self._any_heard_s = self._clock.now_s()
         known.heard_s = self._listened_s + min(now_s - self._round_at_s, self._round_s)
         known.role = status.role.value
@@ -114,6 +115,20 @@ class Fleet:
         self._machine.instance_reported(status, now_s)
         if known.keeper is None and status.state in _WITH_SESSION:
             self._changed.set()
+
+    def _compare_files(self, joining: InstanceStatus) -> None:
+        """Instances with other model files form no pairs. That is so during an update, or a mistake that nobody would
+        notice otherwise."""
+        for known in self._machine.instances.values():
+            other = known.status
+            if joining.weights_hash and other.weights_hash and joining.weights_hash != other.weights_hash:
+                logger.warning(
+                    "instance %s at %s has other model files than %s at %s (hash %s, not %s): KV does not move between "
+                    "them; unless this is an update, copy the model again",
+                    *(joining.instance_id, joining.address, other.instance_id, other.address),
+                    *(joining.weights_hash[:16], other.weights_hash[:16]),
+                )
+                return
 
     def send(self, instance_id: str, command: SessionCommand) -> None:
         """Queue a command; never blocks. A command is dropped when the session is closed: the machine then hears of the

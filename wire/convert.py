@@ -218,6 +218,7 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         allocated_blocks=status.allocated_blocks,
         step_cost=status.step_cost or (),
         step_prompt_tokens=status.step_prompt_tokens,
+        weights_hash=status.weights_hash,
     )
 
 
@@ -232,7 +233,7 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
     role, state = _ROLE_FROM_PB.get(pb.role), _STATE_FROM_PB.get(pb.state)
     if role is None or state is None or not pb.instance_id or not pb.address:
         raise InvalidRequestError("a heartbeat must name instance, role, state and address")
-    if max(map(len, (pb.instance_id, pb.address, pb.model, pb.fingerprint))) > MAX_NAME_CHARS:
+    if max(map(len, (pb.instance_id, pb.address, pb.model, pb.fingerprint, pb.weights_hash))) > MAX_NAME_CHARS:
         raise InvalidRequestError(f"a heartbeat has a name of more than {MAX_NAME_CHARS} characters")
     blocks = pb.blocks
     return InstanceStatus(
@@ -263,4 +264,5 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         allocated_blocks=pb.allocated_blocks,
         step_cost=_step_cost(pb.step_cost),
         step_prompt_tokens=pb.step_prompt_tokens,
+        weights_hash=pb.weights_hash,
     )

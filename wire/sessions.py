@@ -6,7 +6,7 @@ the session on both sides.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -133,6 +133,15 @@ async def configure_instance(channel: grpc.aio.Channel, change: RoleChange, time
         raise error_from_rpc(error) from error
 
 
+async def set_routers(channel: grpc.aio.Channel, control_addresses: Sequence[str], timeout_s: float) -> None:
+    """Replace the routers that a running instance reports to. Raises as `configure_instance`."""
+    request = worker_pb2.SetRoutersRequest(control=control_addresses)
+    try:
+        await worker_pb2_grpc.InstanceServiceStub(channel).SetRouters(request, timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+
+
 # --- the instance's end ----------------------------------------------------------------------------------------------
 
 
@@ -190,6 +199,10 @@ class CommandHandler(Protocol):
         """Raises ConfigError for bounds that the instance cannot keep."""
         ...
 
+    def set_routers(self, control_addresses: Sequence[str]) -> None:
+        """Raises ConfigError for what is not an address."""
+        ...
+
 
 class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
     def __init__(self, handler: CommandHandler, clock: Clock) -> None:
@@ -227,6 +240,12 @@ class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
             )
         )
         return worker_pb2.ConfigureResponse()
+
+    async def SetRouters(
+        self, request: worker_pb2.SetRoutersRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.SetRoutersResponse:
+        self._handler.set_routers(request.control)
+        return worker_pb2.SetRoutersResponse()
 
     async def _read_commands(
         self, session_id: int, request_iterator: AsyncIterator[Any], outbox: Outbox

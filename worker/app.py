@@ -15,7 +15,7 @@ import grpc
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import SystemClock
-from tandem.core.config import WorkerConfig, split_address, with_secrets
+from tandem.core.config import ANY_HOSTS, WorkerConfig, split_address, with_secrets
 from tandem.core.errors import ConfigError, InternalError, TandemError
 from tandem.core.instance_id import make_instance_id
 from tandem.core.session import LinkStats, Role
@@ -30,7 +30,7 @@ from tandem.prefill_worker.held_kv import HeldKv
 from tandem.v1 import transfer_pb2_grpc, worker_pb2_grpc
 from tandem.wire.sessions import InstanceServicer
 from tandem.wire.transfer import KvTransferServicer
-from tandem.worker.engine_setup import load_worker_engine
+from tandem.worker.engine_setup import check_model_files, load_worker_engine
 from tandem.worker.instance import PublicSide
 from tandem.worker.loop import CacheChanged, InstanceLoop, LoopEvent, LoopReport
 from tandem.worker.loop_thread import LoopThread
@@ -63,6 +63,7 @@ class Worker:
         )
         self._held = HeldKv(self._release_held, self._section.lease_s, self._clock)
         self._fetcher = KvFetcher(self._thread.post, Peers(config.cluster_token, config.cluster_tls))
+        self._public = PublicSide(config, self.instance_id, lambda: self._service.role)
         self._service = InstanceService(
             role,
             self._section,
@@ -71,8 +72,8 @@ class Worker:
             self._fetcher,
             self._role_changed,
             self._publish_cache_change,
+            self._public.set_routers,
         )
-        self._public = PublicSide(config, self.instance_id, lambda: self._service.role)
         self._tasks: list[asyncio.Task[None]] = []
         self._step_watch: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[None] | None = None
@@ -110,8 +111,7 @@ class Worker:
             raise
         assert self._engine is not None
         section = self._section
-        # KV travels over the same interface as the instance's own port.
-        links = LinkConfig(bind_host=split_address(self._config.listen)[0])
+        links = LinkConfig(bind_host=_kv_host(self._config))
         self._sender = KvSender(self._engine.layout, self._pools, self.instance_id, links)
         self._receiver = KvReceiver(
             self._engine.layout,
@@ -128,8 +128,7 @@ class Worker:
         await self._public.listen(self._add_services, self._report, self._links, lambda: self._stall.age_s)
         if self._config.cluster_tls is not None:
             self._tasks.append(self._spawn(self._public.keep_certificate(), "certificate"))
-        if self._config.routers:
-            self._tasks.append(self._spawn(self._public.send_heartbeats(), "heartbeats"))
+        self._tasks.append(self._spawn(self._public.send_heartbeats(), "heartbeats"))
         self._step_watch = self._spawn(self._watch_steps(), "watch steps")
 
     async def wait_closed(self) -> None:
@@ -168,6 +167,7 @@ class Worker:
     def _load_and_make_loop(self) -> InstanceLoop:
         """On the loop's thread: the thread that loads an engine is the one that steps it."""
         self._engine, self._pools = load_worker_engine(self._config.model, self._section.engine, self._ranks)
+        check_model_files(self._config, self._engine.layout.weights_hash)
         self._loop = InstanceLoop(
             self._engine,
             self._budget,
@@ -257,6 +257,13 @@ class Worker:
         assert self._closed is not None
         if not self._closed.done():
             self._closed.set_exception(error)
+
+
+def _kv_host(config: WorkerConfig) -> str:
+    """KV travels over the same interface as the instance's own port. Gloo tells its peer the address that it listens
+    on, so it must be that of one interface."""
+    host, _ = split_address(config.listen)
+    return config.advertise if host in ANY_HOSTS and config.advertise is not None else host
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[TandemError], None], error: TandemError) -> None:

@@ -1,16 +1,20 @@
 """An engine as a worker needs it: the KV pools of all ranks where a peer on the same host can read them."""
 
+import logging
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from tandem.core.config import EngineSection
+from tandem.core.config import EngineSection, WorkerConfig
+from tandem.core.errors import CheckpointError
 from tandem.engine.device import choose_device
 from tandem.engine.engine import Engine, load_engine
 from tandem.kv_transfer.pool import SharedPool
 from tandem.worker.ranks.group import RankGroup
 from tandem.worker.ranks.place import engine_config
+
+log = logging.getLogger(__name__)
 
 
 def load_worker_engine(
@@ -33,3 +37,13 @@ def load_worker_engine(
         pools += [SharedPool.elsewhere()] * others if engine.pool.is_cuda else ranks.map_pools(engine.layout)
     engine.warm_up()
     return engine, tuple(pools)
+
+
+def check_model_files(config: WorkerConfig, weights_hash: str) -> None:
+    """Raises CheckpointError if the settings name other files: on each host of a cluster they must be the same."""
+    log.info("the hash of the files of %s is %s", config.model, weights_hash)
+    if config.model_hash is not None and not weights_hash.startswith(config.model_hash):
+        raise CheckpointError(
+            f"the model files in {config.model} are not those of the cluster: their hash is {weights_hash[:16]}, and "
+            f"model_hash is {config.model_hash[:16]}; copy the model to this host again, or correct model_hash"
+        )

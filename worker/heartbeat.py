@@ -25,7 +25,8 @@ RESOLVE_EVERY_S = 1.0
 
 
 class Heartbeat:
-    """One task per router, so that a hung one delays no other. A router that is away is tried again for ever."""
+    """One task per router, so that a hung one delays no other. A router that is away is tried again for ever, until
+    `set_routers` takes it off the list."""
 
     def __init__(
         self,
@@ -35,23 +36,35 @@ class Heartbeat:
         status: Callable[[], InstanceStatus],
         tls: ClusterTls | None = None,
     ) -> None:
-        self._routers = routers
+        self._routers = frozenset(routers)
         self._token = token
         self._tls = tls
         self._interval_s = interval_s
         self._status = status
         self._changed = asyncio.Event()
+        self._routers_changed = asyncio.Event()
 
     def send_now(self) -> None:
         """The status has changed: tell the routers at once."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
+    def set_routers(self, routers: Sequence[str]) -> None:
+        """Report to these, and to no others."""
+        self._routers = frozenset(routers)
+        self._routers_changed.set()
+
     async def run(self) -> None:
         """Until cancelled."""
+        reports: dict[str, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as group:
-            for address in self._routers:
-                group.create_task(self._report_to_all(address), name=f"routers-{address}")
+            while True:
+                for address in reports.keys() - self._routers:
+                    reports.pop(address).cancel()
+                for address in self._routers - reports.keys():
+                    reports[address] = group.create_task(self._report_to_all(address), name=f"routers-{address}")
+                await self._routers_changed.wait()
+                self._routers_changed.clear()
 
     async def _report_to_all(self, name: str) -> None:
         """To all routers that the name (host:port) stands for."""

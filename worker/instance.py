@@ -7,19 +7,22 @@ service `liveness` it answers SERVING even while a step is stalled, since the pr
 
 import asyncio
 import contextlib
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
-from tandem.core.config import WorkerConfig
+from tandem.core.config import WorkerConfig, advertised
 from tandem.core.session import InstanceState, InstanceStatus, LinkStats, Role
 from tandem.wire.server import bind, build_server
 from tandem.wire.server_tls import ServerTls
 from tandem.worker.heartbeat import Heartbeat
 from tandem.worker.loop import LoopReport
+
+log = logging.getLogger(__name__)
 
 CLOSE_S = 0.2  # for sessions to end by themselves
 LIVENESS = "liveness"
@@ -55,7 +58,8 @@ class PublicSide:
             self._tls.load()
         self._server, self._health = build_server(self._config.cluster_token)
         add_services(self._server)
-        self.address = bind(self._server, self._config.listen, self._tls)
+        bound = bind(self._server, self._config.listen, self._tls)
+        self.address = advertised(bound, self._config.advertise)
         await self._server.start()
         self._report, self._links, self._step_age_s = report, links, step_age_s
         self._state = InstanceState.READY
@@ -86,6 +90,7 @@ class PublicSide:
             address=self.address,
             model=self._config.served_name,
             fingerprint=self._pairing_fingerprint(report.fingerprint),
+            weights_hash=report.weights_hash,
             max_model_len=report.max_model_len,
             block_size=report.block_size,
             blocks=report.blocks,
@@ -118,6 +123,12 @@ class PublicSide:
         if self._health is not None:
             status = health_pb2.HealthCheckResponse
             await self._health.set("", status.NOT_SERVING if is_stalled else status.SERVING)
+
+    def set_routers(self, control_addresses: Sequence[str]) -> None:
+        """Report to these, and to no others."""
+        log.info("reports to the routers %s", ", ".join(control_addresses))
+        assert self._heartbeat is not None, "nobody can call before it listens"
+        self._heartbeat.set_routers(control_addresses)
 
     def send_heartbeat(self) -> None:
         """Something that the routers should know at once has changed."""

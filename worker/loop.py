@@ -106,6 +106,7 @@ class LoopReport:
     start. `is_empty`: no attempt is there, and no block is held for a reader or a transfer."""
 
     fingerprint: str
+    weights_hash: str
     max_model_len: int
     block_size: int
     blocks: BlockCounts
@@ -471,6 +472,7 @@ class InstanceLoop:
         num_owned = self._scheduler.num_held_blocks + self._num_owned
         return LoopReport(
             fingerprint=self._engine.layout.fingerprint,
+            weights_hash=self._engine.layout.weights_hash,
             max_model_len=self._max_model_len,
             block_size=self._engine.layout.block_size,
             blocks=count_blocks(self._pool, num_owned, len(self._held_in)),

@@ -1,10 +1,10 @@
 """An instance on the event loop: its routers' sessions, between the loop and the two sides of KV that moves."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tandem.core.attempt_id import AttemptId
-from tandem.core.config import EngineSection, InstanceSection
+from tandem.core.config import EngineSection, InstanceSection, split_address
 from tandem.core.errors import (
     ConfigError,
     DuplicateRequestError,
@@ -82,9 +82,11 @@ class InstanceService:
         fetcher: KvFetcher,
         role_changed: Callable[[], None],
         cache_changed: Callable[[CacheChanged], None],
+        routers_changed: Callable[[Sequence[str]], None],
     ) -> None:
-        """`post` sends a command to the loop; `role_changed` is called after a change of the role, and `cache_changed`
-        with what the loop says about its prefix cache."""
+        """`post` sends a command to the loop; `role_changed` is called after a change of the role, `cache_changed` with
+        what the loop says about its prefix cache, and `routers_changed` with the control addresses that the instance
+        shall report to."""
         self.role = role
         self._section = section
         self._post = post
@@ -92,6 +94,7 @@ class InstanceService:
         self._fetcher = fetcher
         self._role_changed = role_changed
         self._cache_changed = cache_changed
+        self._routers_changed = routers_changed
         self._outboxes: dict[int, Outbox] = {}
         self._attempts: dict[int, set[int]] = {}  # session -> handles
         self._next_session_id = 0
@@ -138,10 +141,16 @@ class InstanceService:
     def configure(self, change: RoleChange) -> None:
         check_role(change.role, self._section.engine)
         budget = section_budget(change.role, self._section, change)
-        log.info("role %s -> %s: %s", self.role.value, change.role.value, budget)
+        if change.role is not self.role:
+            log.info("role %s -> %s: %s", self.role.value, change.role.value, budget)
         self.role = change.role
         self._post(budget)
         self._role_changed()
+
+    def set_routers(self, control_addresses: Sequence[str]) -> None:
+        for address in control_addresses:
+            split_address(address)
+        self._routers_changed(control_addresses)
 
     def _submit(self, attempt_id: AttemptId, submit: Submit) -> None:
         """Raises InvalidRequestError for a handle that names a running attempt."""

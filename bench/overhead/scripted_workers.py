@@ -82,6 +82,9 @@ class ScriptedInstance:
     def configure(self, change: RoleChange) -> None:
         """Nothing depends on the role."""
 
+    def set_routers(self, control_addresses: Sequence[str]) -> None:
+        """It always reports to the same."""
+
     async def run(self) -> None:
         """Until cancelled."""
         loop = asyncio.get_running_loop()

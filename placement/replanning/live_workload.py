@@ -40,7 +40,7 @@ def write_replan_input(folder: Path, running: Plan, slo_file: SloFile, snapshot:
     The trace repeats the kept arrivals as often as the planner's simulations need; sampled lengths are in random order.
     Cached tokens become one common prefix of mean length, in the same share of the requests.
     """
-    folder.mkdir()
+    folder.mkdir(parents=True)
     trace = (folder / "workload.csv").resolve()
     _write_trace(trace, slo_file, snapshot)
     live = slo_file.model_copy(update={"workload": _live_section(slo_file, snapshot, trace)})

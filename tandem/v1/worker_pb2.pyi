@@ -216,6 +216,16 @@ class ConfigureResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class SetRoutersRequest(_message.Message):
+    __slots__ = ("control",)
+    CONTROL_FIELD_NUMBER: _ClassVar[int]
+    control: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, control: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SetRoutersResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class BlockCounts(_message.Message):
     __slots__ = ("total", "free", "running", "cached", "leased", "leaked")
     TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -249,7 +259,7 @@ class LinkStats(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., transport: _Optional[str] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., failures: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("instance_id", "role", "state", "address", "model", "fingerprint", "max_model_len", "block_size", "blocks", "waiting_requests", "running_requests", "uncomputed_tokens", "unreserved_tokens", "steps", "step_s", "computed_tokens", "cached_tokens", "preemptions", "links", "lease_s", "step_age_s", "allocated_blocks", "step_prompt_tokens", "step_cost")
+    __slots__ = ("instance_id", "role", "state", "address", "model", "fingerprint", "max_model_len", "block_size", "blocks", "waiting_requests", "running_requests", "uncomputed_tokens", "unreserved_tokens", "steps", "step_s", "computed_tokens", "cached_tokens", "preemptions", "links", "lease_s", "step_age_s", "allocated_blocks", "step_prompt_tokens", "step_cost", "weights_hash")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -274,6 +284,7 @@ class InstanceStatus(_message.Message):
     ALLOCATED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     STEP_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEP_COST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_HASH_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     role: Role
     state: InstanceState
@@ -298,7 +309,8 @@ class InstanceStatus(_message.Message):
     allocated_blocks: int
     step_prompt_tokens: int
     step_cost: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[InstanceState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., uncomputed_tokens: _Optional[int] = ..., unreserved_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., lease_s: _Optional[float] = ..., step_age_s: _Optional[float] = ..., allocated_blocks: _Optional[int] = ..., step_prompt_tokens: _Optional[int] = ..., step_cost: _Optional[_Iterable[float]] = ...) -> None: ...
+    weights_hash: str
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[InstanceState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., uncomputed_tokens: _Optional[int] = ..., unreserved_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., lease_s: _Optional[float] = ..., step_age_s: _Optional[float] = ..., allocated_blocks: _Optional[int] = ..., step_prompt_tokens: _Optional[int] = ..., step_cost: _Optional[_Iterable[float]] = ..., weights_hash: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("status",)

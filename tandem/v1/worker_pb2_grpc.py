@@ -45,6 +45,11 @@ class InstanceServiceStub:
                 request_serializer=tandem_dot_v1_dot_worker__pb2.ConfigureRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_worker__pb2.ConfigureResponse.FromString,
                 _registered_method=True)
+        self.SetRouters = channel.unary_unary(
+                '/tandem.v1.InstanceService/SetRouters',
+                request_serializer=tandem_dot_v1_dot_worker__pb2.SetRoutersRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_worker__pb2.SetRoutersResponse.FromString,
+                _registered_method=True)
 
 
 class InstanceServiceServicer:
@@ -64,6 +69,13 @@ class InstanceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRouters(self, request, context):
+        """Replaces the control addresses that the instance reports to. The last call counts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InstanceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_InstanceServiceServicer_to_server(servicer, server):
                     servicer.Configure,
                     request_deserializer=tandem_dot_v1_dot_worker__pb2.ConfigureRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_worker__pb2.ConfigureResponse.SerializeToString,
+            ),
+            'SetRouters': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRouters,
+                    request_deserializer=tandem_dot_v1_dot_worker__pb2.SetRoutersRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_worker__pb2.SetRoutersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +150,33 @@ class InstanceService:
             '/tandem.v1.InstanceService/Configure',
             tandem_dot_v1_dot_worker__pb2.ConfigureRequest.SerializeToString,
             tandem_dot_v1_dot_worker__pb2.ConfigureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRouters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.InstanceService/SetRouters',
+            tandem_dot_v1_dot_worker__pb2.SetRoutersRequest.SerializeToString,
+            tandem_dot_v1_dot_worker__pb2.SetRoutersResponse.FromString,
             options,
             channel_credentials,
             insecure,

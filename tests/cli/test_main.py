@@ -58,11 +58,11 @@ def test_a_wrong_command_line_is_status_2(argv: list[str], sentence: str, capsys
     assert capsys.readouterr().err.startswith(sentence)
 
 
-@pytest.mark.parametrize("argv", [["status"], ["stop"], ["scale", "--decode", "2"]])
+@pytest.mark.parametrize("argv", [["status"], ["stop"], ["scale", "--decode", "2"], ["drain", "decode-0"]])
 def test_nothing_runs(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 1
     assert capsys.readouterr().err == (
-        f"tandem {argv[0]}: no `tandem serve` is running for this user; start one with: tandem serve\n"
+        f"tandem {argv[0]}: no cluster is running for this user; start one with: tandem serve, or tandem up\n"
     )
 
 

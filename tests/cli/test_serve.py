@@ -228,22 +228,6 @@ async def test_a_stop_does_not_wait_for_a_router_that_is_gone(model: Path) -> No
     assert await tandem.cli.serve._what_to_wait_for(config, 10.0) == ""
 
 
-async def test_a_helper_that_fails_says_so_and_begins_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(tandem.cli.serve, "_AGAIN_S", 0.01)
-    tries = 0
-
-    async def work() -> None:
-        nonlocal tries
-        tries += 1
-        if tries < 3:
-            raise ValueError("a fault")
-
-    await tandem.cli.serve._keep("the care for logs", work)
-    assert capsys.readouterr().out == 2 * "  the care for logs failed (ValueError: a fault); it begins again\n"
-
-
 def _until_completion(served: Served) -> None:
     """A worker that is up is unavailable until its router has heard of it, a heartbeat later."""
     body = json.dumps({"model": "little", "prompt": "x", "max_tokens": 4}).encode()

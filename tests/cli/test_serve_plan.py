@@ -1,14 +1,11 @@
 """What `tandem serve` makes of a plan and of an SLO file, up to the point where a cluster would start."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
 import tandem.cli.plan
-from tandem.cli import serve
 from tandem.cli.serve_file import read_serve_file
 from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError
@@ -107,11 +104,3 @@ def test_half_a_file_is_told_what_its_kind_is_missing(tmp_path: Path, name: str,
     path.write_text(text)
     with pytest.raises(ConfigError, match="model is missing"):
         read_serve_file(path, [], MACHINE)
-
-
-async def test_a_plan_is_served_without_the_planner_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "tandem.deploy.plan_watch", None)
-    await serve._watch(plan_of(BUILT_IN, GROUPS), Mock(), Mock())
-    assert "that needs `pip install 'tandem-serve[plan]'`" in capsys.readouterr().out

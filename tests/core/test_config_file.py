@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tandem.core.config import RouterConfig, RouterSection, ServeConfig, WorkerConfig
+from tandem.core.config import RouterConfig, RouterSection, ServeConfig, WorkerConfig, advertised
 from tandem.core.config_file import apply_overrides, dump_config, load_config
 from tandem.core.errors import ConfigError
 
@@ -243,7 +243,7 @@ def test_an_internal_port_that_others_reach_needs_the_cluster_token(address: str
             load_config(path, kind)
         assert caught.value.message.startswith(f"{path} line 2: {setting}: {address} can be reached from other")
         assert "set cluster_token" in caught.value.message
-        path.write_text(text + "cluster_token: s\n")
+        path.write_text(text + "cluster_token: s\nadvertise: host-1\n")
         load_config(path, kind)
 
 
@@ -266,6 +266,22 @@ def test_a_public_port_that_others_reach_needs_to_know_its_clients(setting: str,
         path.write_text(f"{text}  tls: {{certificate: c, key: k}}\n")
         with pytest.raises(ConfigError, match="everybody there would be served"):
             load_config(path, kind)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+def test_whoever_listens_everywhere_says_where_others_reach_it(host: str) -> None:
+    with pytest.raises(ValueError, match="others cannot connect to"):
+        WorkerConfig(model=Path("/m"), listen=f"{host}:9", cluster_token="s")
+    router = RouterSection(control=f"{host}:9")
+    RouterConfig(model=Path("/m"), router=router, cluster_token="s")  # it tells nobody
+    with pytest.raises(ValueError, match="instances cannot connect to"):
+        RouterConfig(model=Path("/m"), router=router, cluster_token="s", controller="10.0.0.1:1")
+
+
+def test_the_address_that_others_get() -> None:
+    assert advertised("0.0.0.0:9", "host-1") == "host-1:9"
+    assert advertised("[::]:9", "fd00::1") == "[fd00::1]:9"
+    assert advertised("10.0.0.1:9", None) == "10.0.0.1:9"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "127.1.2.3:9", "[::1]:0", "localhost:9"])

@@ -82,10 +82,10 @@ def test_one_address_for_two_things(model: Path, http: str, grpc: str) -> None:
 
 
 def test_folders_for_the_files_of_a_run(tmp_path: Path) -> None:
-    fine = StateFolders(tmp_path / "state", tmp_path / "state" / "logs")
+    fine = StateFolders(tmp_path / "state", tmp_path / "state" / "logs", tmp_path / "state" / "clusters")
     assert [finding.grade for finding in check_folders(fine, Path("/tmp/tandem-0"))] == [Grade.OK]
     (tmp_path / "file").write_text("")
-    blocked = StateFolders(tmp_path / "file" / "below", tmp_path)
+    blocked = StateFolders(tmp_path / "file" / "below", tmp_path, tmp_path)
     (finding,) = check_folders(blocked, Path("/tmp/tandem-0"))
     assert finding.grade is Grade.FAILED
     assert finding.advice == "set TANDEM_STATE_DIR to a folder where you may write"

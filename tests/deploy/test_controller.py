@@ -1,14 +1,15 @@
 """The controller with processes that are only objects."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tandem.core.clock import SystemClock
-from tandem.core.config import WorkerConfig
+from tandem.core.cluster_status import ClusterChange, ProcessState, ProcessStatus
+from tandem.core.config import InstanceSection, WorkerConfig
 from tandem.core.errors import CheckpointError, InternalError, UnavailableError
 from tandem.deploy.controller import (
     Backoff,
@@ -16,66 +17,18 @@ from tandem.deploy.controller import (
     Event,
     Failed,
     Loading,
-    ProcessEnd,
-    ProcessInfo,
     RunningProcess,
     Stopped,
     Up,
 )
 from tandem.deploy.topology import ProcessRole, ProcessSpec
+from tests.deploy.fake_launcher import FakeLauncher, FakeProcess
 
 FAST = Backoff(first_s=0.001, longest_s=0.004, healthy_after_s=60.0)
 
 
 def spec(index: int, role: ProcessRole = ProcessRole.PREFILL) -> ProcessSpec:
     return ProcessSpec(role, index, "none:None", WorkerConfig(model=Path("/m")), threads=1)
-
-
-class FakeProcess:
-    def __init__(self, spec: ProcessSpec, pid: int, order: list[str]) -> None:
-        self.info = ProcessInfo(spec.name, spec.role, pid, "127.0.0.1:1", f"{spec.name}-{pid}", "/log")
-        self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.stalled: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.is_draining = False
-        self.was_asked = False
-        self.graces: list[float] = []
-        self.killed = False
-        self.never_stops = False
-        self._order = order
-
-    async def wait_closed(self) -> ProcessEnd:
-        return ProcessEnd(await asyncio.shield(self.died), self.was_asked)
-
-    async def stop(self, grace_s: float) -> None:
-        self.graces.append(grace_s)
-        self._order.append(self.info.name)
-        if self.never_stops:
-            await asyncio.Event().wait()
-
-    async def kill(self) -> None:
-        self.killed = True
-
-
-class FakeLauncher:
-    def __init__(self) -> None:
-        self.launched: list[FakeProcess] = []
-        self.errors: deque[Exception | None] = deque()
-        self.stop_order: list[str] = []
-        self.hold = False
-        self.abandoned = 0
-
-    async def launch(self, spec: ProcessSpec) -> RunningProcess:
-        if self.hold:
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                self.abandoned += 1
-                raise
-        if self.errors and (error := self.errors.popleft()):
-            raise error
-        process = FakeProcess(spec, 100 + len(self.launched), self.stop_order)
-        self.launched.append(process)
-        return process
 
 
 @pytest.fixture
@@ -196,6 +149,52 @@ async def test_what_is_not_desired_leaves_with_grace(controller: Controller, lau
     assert launcher.launched[0].graces == [7.0]
     assert launcher.launched[0].killed
     assert launcher.launched[1].graces == []
+
+
+def with_queue(index: int, max_queue: int) -> ProcessSpec:
+    instance = InstanceSection(max_queue=max_queue)
+    return replace(spec(index), config=WorkerConfig(model=Path("/m"), instance=instance))
+
+
+async def test_what_has_other_settings_is_replaced_one_by_one(controller: Controller, launcher: FakeLauncher) -> None:
+    await controller.reconcile([spec(0), spec(1), spec(2)], 1.0)
+    change = await controller.reconcile([spec(0), with_queue(1, 7), with_queue(2, 7), spec(3)], 5.0)
+    assert change == ClusterChange(started=("prefill-3",), replaced=("prefill-1", "prefill-2"))
+    assert [process.graces for process in launcher.launched[:3]] == [[], [5.0], [5.0]]
+    order = [event for event in await events_until(controller, Up, pid=105) if isinstance(event, (Stopped, Loading))]
+    assert order[-4:] == [Stopped("prefill-1"), Loading("prefill-1"), Stopped("prefill-2"), Loading("prefill-2")]
+
+
+async def test_settings_that_do_not_work_stop_at_the_first_process(
+    controller: Controller, launcher: FakeLauncher
+) -> None:
+    await controller.reconcile([spec(0), spec(1)], 1.0)
+    launcher.errors.append(CheckpointError("too little memory"))
+    with pytest.raises(CheckpointError):
+        await controller.reconcile([with_queue(0, 7), with_queue(1, 7)], 1.0)
+    assert not launcher.launched[1].killed
+    await controller.reconcile([spec(0), spec(1)], 1.0)  # back again, whatever the failed one does meanwhile
+    assert [status.state for status in controller.status()] == [ProcessState.UP, ProcessState.UP]
+
+
+async def test_role_and_routers_need_no_other_process(controller: Controller, launcher: FakeLauncher) -> None:
+    await controller.reconcile([spec(0)], 1.0)
+    other = WorkerConfig(model=Path("/m"), role="decode", routers=("10.0.0.1:1",))
+    await controller.reconcile([replace(spec(0), config=other)], 1.0)
+    assert len(launcher.launched) == 1
+    ((now, _),) = controller.running_instances()
+    assert now.config == other, "it is started again with these"
+
+
+async def test_status_says_what_is_wrong(launcher: FakeLauncher) -> None:
+    controller = Controller(launcher, SystemClock(), Backoff(first_s=3600.0))
+    await controller.reconcile([spec(0), spec(1)], 1.0)
+    launcher.launched[0].died.set_result("its process died")
+    await events_until(controller, Failed)
+    first, second = controller.status()
+    assert first == ProcessStatus("prefill-0", "colocated", ProcessState.WAITING, failures=1, note="its process died")
+    assert (second.state, second.pid, second.instance_id) == (ProcessState.UP, 101, "prefill-1-101")
+    await controller.kill()
 
 
 async def test_stop_lets_routers_finish_first(controller: Controller, launcher: FakeLauncher) -> None:

@@ -56,7 +56,6 @@ def test_what_the_dead_left_is_cleared_away(folders: StateFolders, tmp_path: Pat
         agent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], stdout=log)
     state = replace(own_state(tmp_path), pid=process.pid, process_started_s=process_started_s(process.pid))
     folders.write(state)
-    folders.write_scale_request(state.pid, {"decode": 2})
     assert folders.running() == [state]
     assert folders.clear_ended() == []
     process.communicate()
@@ -86,12 +85,6 @@ def test_files_of_other_versions_are_passed_over(folders: StateFolders) -> None:
     assert folders.running() == []
 
 
-def test_scale_is_left_and_taken(folders: StateFolders) -> None:
-    assert folders.take_scale_request(7) == {}
-    folders.write_scale_request(7, {"prefill": 2})
-    assert folders.take_scale_request(7) == {"prefill": 2}
-
-
 def test_only_the_last_logs_are_kept(folders: StateFolders) -> None:
     for number in range(8):
         (folders.logs / f"2020010{number}-000000-1").mkdir()
@@ -102,7 +95,8 @@ def test_only_the_last_logs_are_kept(folders: StateFolders) -> None:
 
 def test_where_state_goes(tmp_path: Path) -> None:
     both = {"XDG_RUNTIME_DIR": str(tmp_path), "XDG_STATE_HOME": "/var/me"}
-    assert StateFolders.of_environment(both) == StateFolders(tmp_path / "tandem", Path("/var/me/tandem/logs"))
+    logs, clusters = Path("/var/me/tandem/logs"), Path("/var/me/tandem/clusters")
+    assert StateFolders.of_environment(both) == StateFolders(tmp_path / "tandem", logs, clusters)
     gone = {"XDG_RUNTIME_DIR": str(tmp_path / "none"), "XDG_STATE_HOME": "/var/me"}
     assert StateFolders.of_environment(gone).state == Path("/var/me/tandem")
 

@@ -1,7 +1,7 @@
 """Workers that answer at once over real gRPC, without a model: for what the router does around requests."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -58,6 +58,9 @@ class InstantPrefill:
     def configure(self, change: RoleChange) -> None:
         raise NotImplementedError
 
+    def set_routers(self, control_addresses: Sequence[str]) -> None:
+        raise NotImplementedError
+
 
 @dataclass
 class InstantDecode:
@@ -87,6 +90,9 @@ class InstantDecode:
         self.outboxes[session_id].close()
 
     def configure(self, change: RoleChange) -> None:
+        raise NotImplementedError
+
+    def set_routers(self, control_addresses: Sequence[str]) -> None:
         raise NotImplementedError
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -62,6 +62,7 @@ class EchoWorker:
         self.outboxes: dict[int, Outbox] = {}
         self.commands: list[SessionCommand] = []
         self.changes: list[RoleChange] = []
+        self.routers: list[str] = []
         self.session_closed = asyncio.Event()
 
     def open_session(self, outbox: Outbox) -> int:
@@ -82,6 +83,9 @@ class EchoWorker:
         if change.max_batch == 99:
             raise ConfigError("there is no such bound")
         self.changes.append(change)
+
+    def set_routers(self, control_addresses: Sequence[str]) -> None:
+        self.routers = list(control_addresses)
 
 
 @asynccontextmanager

@@ -112,6 +112,32 @@ async def test_a_name_stands_for_all_its_routers(monkeypatch: pytest.MonkeyPatch
         await server.stop(None)
 
 
+async def test_routers_are_replaced_while_it_runs() -> None:
+    registries, addresses, servers = [Registry(), Registry()], [], []
+    for registry in registries:
+        server, _ = build_server(None)
+        worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(registry), server)
+        addresses.append(bind(server, "127.0.0.1:0"))
+        await server.start()
+        servers.append(server)
+    heartbeat = Heartbeat(addresses[:1], None, 0.01, lambda: make_status("d", Role.DECODE))
+    task = asyncio.create_task(heartbeat.run())
+    async with asyncio.timeout(10):
+        while not registries[0].statuses:  # noqa: ASYNC110 - a list tells no event
+            await asyncio.sleep(0.01)
+        assert registries[1].statuses == []
+        heartbeat.set_routers(addresses[1:])
+        while not registries[1].statuses:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    before = len(registries[0].statuses)
+    await asyncio.sleep(0.1)
+    assert len(registries[0].statuses) <= before + 1, "one may have been on its way"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    for server in servers:
+        await server.stop(None)
+
+
 async def test_a_status_that_cannot_be_sent_ends_the_heartbeats() -> None:
     """Whoever runs them must see the end; `worker.app` then ends the instance."""
     heartbeat = Heartbeat(["127.0.0.1:1"], None, 0.01, lambda: make_status("d", Role.DECODE, steps=1 << 80))

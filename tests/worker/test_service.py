@@ -44,6 +44,7 @@ class Bench:
         self.fetches: list[object] = []
         self.num_role_changes = 0
         self.cache_changes: list[object] = []
+        self.routers: list[str] = []
         self.service = InstanceService(
             Role.PREFILL,
             InstanceSection(),
@@ -52,6 +53,7 @@ class Bench:
             self,
             self._role_changed,
             self.cache_changes.append,
+            self.routers.extend,
         )
         self.outbox = Outbox()
         self.session = self.service.open_session(self.outbox)

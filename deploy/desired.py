@@ -1,0 +1,99 @@
+"""What should run: a serve configuration, and what operators have changed since."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tandem.core.config import InstanceSection, RoleName, ServeConfig, WorkerConfig, split_address
+from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan
+from tandem.deploy.topology import Machine, ProcessSpec, plan_processes
+
+_ADDRESSES = ("http", "grpc", "control")
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """`drained` processes stay out of service; `roles` are those of instances whose role was changed, by the process's
+    name. `grace_s` is for requests of processes that stop, where nothing else is said. `config` has its token, and no
+    port 0 in the router's addresses. `plan` is what it was made of; None for a serve file."""
+
+    config: ServeConfig
+    grace_s: float = 10.0
+    drained: frozenset[str] = frozenset()
+    roles: Mapping[str, RoleName] = field(default_factory=dict)
+    plan: Plan | None = None
+
+    def processes(self, machine: Machine) -> tuple[ProcessSpec, ...]:
+        """Raises ConfigError as `plan_processes`."""
+        return tuple(
+            self._with_role(spec) for spec in plan_processes(self.config, machine) if spec.name not in self.drained
+        )
+
+    def with_config(self, config: ServeConfig, plan: Plan | None = None) -> "Desired":
+        """For new settings, and the plan that they were made of. Roles are those of the settings again; what is drained
+        stays drained. Where `config` names no token, and no address or plan file of the router, they stay as they are.
+        Raises ConfigError for what a running cluster cannot change."""
+        running = self.config
+        if config.served_name != running.served_name:
+            raise ConfigError(
+                f"the cluster serves {running.served_name}, and these settings are for {config.served_name}; end the "
+                "cluster and start another"
+            )
+        if config.cluster_token not in (None, running.cluster_token):
+            raise ConfigError("the cluster_token of a running cluster cannot change; leave it out")
+        kept = {
+            name: getattr(running.router, name)
+            for name in _ADDRESSES
+            if name not in config.router.model_fields_set or split_address(getattr(config.router, name))[1] == 0
+        }
+        if "plan" not in config.router.model_fields_set:
+            kept["plan"] = running.router.plan
+        router = config.router.model_copy(update=kept)
+        update = {"router": router, "cluster_token": running.cluster_token, "controller": running.controller}
+        return replace(self, config=config.model_copy(update=update), roles={}, plan=plan)
+
+    def with_instances(self, counts: Mapping[str, int]) -> "Desired":
+        """With `counts[role]` instances of each role in `counts`. Raises ConfigError for a role without instances, or
+        with several kinds of instances, and for numbers below 1."""
+        changes: dict[str, tuple[InstanceSection, ...]] = {}
+        for role, count in counts.items():
+            sections: tuple[InstanceSection, ...] = getattr(self.config, role, ())
+            if len(sections) != 1:
+                kinds = f"{len(sections)} kinds of {role} instances" if sections else f"no {role} instances"
+                raise ConfigError(f"the cluster has {kinds}; only a role with one kind can be scaled")
+            if count < 1:
+                raise ConfigError(f"there must be at least 1 {role} instance, not {count}")
+            changes[role] = (sections[0].model_copy(update={"instances": count}),)
+        return replace(self, config=self.config.model_copy(update=changes))
+
+    def with_drained(self, name: str, *, undo: bool) -> "Desired":
+        """Raises ConfigError if the process is not drained, or already is."""
+        if undo is (name not in self.drained):
+            raise ConfigError(f"{name} is {'not' if undo else 'already'} drained")
+        return replace(self, drained=self.drained - {name} if undo else self.drained | {name})
+
+    def with_role(self, name: str, role: RoleName) -> "Desired":
+        return replace(self, roles={**self.roles, name: role})
+
+    def to_json(self) -> dict[str, Any]:
+        config = self.config.model_dump(mode="json")
+        return {
+            "config": config,
+            "grace_s": self.grace_s,
+            "drained": sorted(self.drained),
+            "roles": dict(self.roles),
+            "plan": None if self.plan is None else self.plan.model_dump(mode="json"),
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Desired":
+        """Raises ValueError, KeyError or TypeError for what another version has written."""
+        config = ServeConfig.model_validate(fields["config"])
+        plan = None if fields["plan"] is None else Plan.model_validate(fields["plan"])
+        return cls(config, fields["grace_s"], frozenset(fields["drained"]), fields["roles"], plan)
+
+    def _with_role(self, spec: ProcessSpec) -> ProcessSpec:
+        if isinstance(spec.config, WorkerConfig) and (role := self.roles.get(spec.name)) is not None:
+            return replace(spec, config=spec.config.model_copy(update={"role": role}))
+        return spec

@@ -1,0 +1,82 @@
+"""Tells running instances their routers and roles.
+
+What each should know is compared with what it was told, several times a second, so it does not matter which of them was
+started, moved, or could not be reached meanwhile, or that the controller itself is new.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from tandem.core.clock import Clock
+from tandem.core.config import ServeConfig, WorkerConfig
+from tandem.core.errors import TandemError
+from tandem.core.session import Role
+from tandem.deploy.controller import ProcessInfo
+from tandem.deploy.topology import ProcessSpec
+from tandem.wire.channels import open_channel
+from tandem.wire.sessions import RoleChange, configure_instance, set_routers
+
+ROUTER_FORGOTTEN_S = 15.0  # an announced router that is not announced again
+_ROUND_S = 0.5
+_CALL_S = 2.0
+
+
+class InstanceSettings:
+    """Owns the list of announced routers. `running` gives the instances that run, `config` the cluster's settings."""
+
+    def __init__(
+        self,
+        running: Callable[[], Sequence[tuple[ProcessSpec, ProcessInfo]]],
+        config: Callable[[], ServeConfig],
+        clock: Clock,
+    ) -> None:
+        self._running = running
+        self._config = config
+        self._clock = clock
+        self._announced_s: dict[str, float] = {}  # by control address
+        self._told: dict[str, tuple[str, tuple[str, ...]]] = {}  # by instance id: role and routers
+
+    def router_announced(self, control: str) -> None:
+        self._announced_s[control] = self._clock.now_s()
+
+    def routers(self) -> tuple[str, ...]:
+        """Control addresses, that of the controller's own router first."""
+        oldest_s = self._clock.now_s() - ROUTER_FORGOTTEN_S
+        self._announced_s = {control: at_s for control, at_s in self._announced_s.items() if at_s >= oldest_s}
+        return tuple(dict.fromkeys((self._config().router.control, *self._announced_s)))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self.tell()
+            await asyncio.sleep(_ROUND_S)
+
+    async def tell(self) -> None:
+        """One round. An instance that cannot be reached is told in the next one."""
+        instances, routers = self._running(), self.routers()
+        ids = {info.instance_id for _, info in instances}
+        self._told = {instance_id: told for instance_id, told in self._told.items() if instance_id in ids}
+        await asyncio.gather(*(self._tell(spec, info, routers) for spec, info in instances))
+
+    async def set_role(self, info: ProcessInfo, role: Role) -> None:
+        """At once. Raises what the instance answers, UnavailableError if it cannot be reached."""
+        async with self._open(info) as channel:
+            await configure_instance(channel, RoleChange(role), _CALL_S)
+
+    def _open(self, info: ProcessInfo) -> grpc.aio.Channel:
+        config = self._config()
+        return open_channel(info.address, config.cluster_token, config.cluster_tls)
+
+    async def _tell(self, spec: ProcessSpec, info: ProcessInfo, routers: tuple[str, ...]) -> None:
+        assert isinstance(spec.config, WorkerConfig), "routers have no role"
+        if self._told.get(info.instance_id) == (spec.config.role, routers):
+            return
+        try:
+            async with self._open(info) as channel:
+                await set_routers(channel, routers, _CALL_S)
+                await configure_instance(channel, RoleChange(Role(spec.config.role)), _CALL_S)
+        except TandemError:
+            return
+        self._told[info.instance_id] = (spec.config.role, routers)

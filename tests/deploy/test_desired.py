@@ -1,0 +1,82 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tandem.core.config import InstanceSection, RouterSection, ServeConfig, WorkerConfig
+from tandem.core.errors import ConfigError
+from tandem.deploy.desired import Desired
+from tandem.deploy.topology import Machine
+
+MACHINE = Machine(cores=12)
+CONFIG = ServeConfig(
+    model=Path("/m"),
+    router=RouterSection(http="127.0.0.1:5", grpc="127.0.0.1:6", control="127.0.0.1:7"),
+    prefill=(InstanceSection(instances=2),),
+    decode=(InstanceSection(),),
+    cluster_token="secret",
+)
+DESIRED = Desired(CONFIG, 3.0, frozenset({"prefill-1"}), {"decode-0": "colocated"})
+
+
+def names(desired: Desired) -> list[str]:
+    return [spec.name for spec in desired.processes(MACHINE)]
+
+
+def test_what_an_operator_has_changed() -> None:
+    assert names(DESIRED) == ["router-0", "prefill-0", "decode-0"]
+    config = DESIRED.processes(MACHINE)[2].config
+    assert isinstance(config, WorkerConfig)
+    assert (config.role, config.name) == ("colocated", "decode-0")
+    assert names(DESIRED.with_drained("prefill-1", undo=True)) == ["router-0", "prefill-0", "prefill-1", "decode-0"]
+    for name, undo, text in (("prefill-1", False, "prefill-1 is already drained"), ("x-0", True, "x-0 is not drained")):
+        with pytest.raises(ConfigError, match=text):
+            DESIRED.with_drained(name, undo=undo)
+
+
+def test_it_is_the_same_after_a_restart() -> None:
+    written = json.dumps(DESIRED.to_json())
+    assert Desired.from_json(json.loads(written)) == DESIRED
+
+
+def test_new_settings_keep_addresses_token_and_drained_processes() -> None:
+    new = ServeConfig.model_validate({"model": "/m", "router": {"http": "127.0.0.1:9", "grpc": "127.0.0.1:0"}})
+    changed = DESIRED.with_config(new)
+    router = changed.config.router
+    assert (router.http, router.grpc, router.control) == ("127.0.0.1:9", "127.0.0.1:6", "127.0.0.1:7")
+    assert (changed.config.cluster_token, changed.grace_s) == ("secret", 3.0)
+    assert (changed.drained, changed.roles) == (frozenset({"prefill-1"}), {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"model": "/other"}, "the cluster serves m, and these settings are for other"),
+        ({"model": "/m", "cluster_token": "x"}, "the cluster_token of a running cluster cannot change"),
+    ],
+)
+def test_what_a_running_cluster_cannot_change(settings: dict[str, str], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        DESIRED.with_config(ServeConfig.model_validate(settings))
+
+
+def test_numbers_of_instances() -> None:
+    assert names(DESIRED.with_instances({"decode": 2})) == ["router-0", "prefill-0", "decode-0", "decode-1"]
+    with pytest.raises(ConfigError, match="no colocated instances"):
+        DESIRED.with_instances({"colocated": 1})
+    with pytest.raises(ConfigError, match="at least 1 decode instance, not 0"):
+        DESIRED.with_instances({"decode": 0})
+
+
+def test_a_share_of_the_cores_is_no_other_setting() -> None:
+    """More instances have fewer cores each; those that run keep theirs."""
+    before, after = (
+        {spec.name: spec for spec in desired.processes(MACHINE)}
+        for desired in (DESIRED, DESIRED.with_instances({"decode": 3}))
+    )
+    assert before["decode-0"] != after["decode-0"]
+    assert before["decode-0"].can_become(after["decode-0"])
+    engine = CONFIG.decode[0].engine.model_copy(update={"threads": 2})
+    decode = (CONFIG.decode[0].model_copy(update={"engine": engine}),)
+    fixed = DESIRED.with_config(CONFIG.model_copy(update={"decode": decode}))
+    assert not before["decode-0"].can_become({spec.name: spec for spec in fixed.processes(MACHINE)}["decode-0"])
