@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -180,9 +180,13 @@ class RequestObserver(Protocol):
 
 
 class RequestLog:
-    """Writes one line per request, and remembers the last `capacity` of them."""
+    """Writes one line per request, and remembers the last `capacity` of them.
+
+    `early_refusals` counts, by error code, the requests that were refused before they got as far as token ids.
+    """
 
     def __init__(self, capacity: int = 2048) -> None:
+        self.early_refusals: Counter[str] = Counter()
         self._capacity = capacity
         self._records: OrderedDict[str, RequestRecord] = OrderedDict()
 
@@ -194,7 +198,9 @@ class RequestLog:
     def refused(self, error: TandemError, record: RequestRecord | None = None) -> None:
         extra = None if record is None else about(record.request_id)
         logger.info("request refused: %s: %s", error.code, error.message, extra=extra)
-        if record is not None:
+        if record is None:
+            self.early_refusals[error.code] += 1
+        else:
             self._keep(record)
 
     def _keep(self, record: RequestRecord) -> None:

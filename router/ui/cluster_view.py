@@ -87,6 +87,7 @@ class ClusterView:
             "queued": dispatcher.queued_requests,
             "held": dispatcher.machine.num_held,
             "expected_wait_s": dispatcher.expected_wait_s,
+            "early_refusals": dict(self._log.early_refusals),
             "roles": [_role_fields(role, instances) for role in Role],
             "instances": [_instance_fields(instance) for instance in _most_important(instances)],
             "classes": [_class_fields(slo) for slo in self._classes],

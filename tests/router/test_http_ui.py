@@ -51,11 +51,13 @@ async def test_shows_instances_requests_and_plan(checkpoint: Path, tmp_path: Pat
     config = make_config(checkpoint)
     config = config.model_copy(update={"router": config.router.model_copy(update={"plan": plan})})
     async with running_router(config) as http:
+        assert (await http.post("/v1/completions", json=PROMPT | {"model": "other"})).status_code == 404
         done = await http.post("/v1/completions", json=PROMPT)
         assert done.status_code == 200, done.text
         response = await http.get("/ui/state")
         assert response.headers["content-type"] == "application/json"
         state = response.json()
+        assert state["early_refusals"] == {"model_not_found": 1}
         assert [(each["id"], each["role"], each["is_usable"]) for each in state["instances"]] == [
             ("decode-1", "decode", True),
             ("prefill-1", "prefill", True),

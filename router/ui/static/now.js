@@ -9,6 +9,10 @@ const NO_CLASS = "none"; // requests without targets
 
 byId("goodput-key").append(...key(KINDS.map(([, name, colour]) => [name, colour])));
 
+const total = (numbers) => numbers.reduce((sum, [, number]) => sum + number, 0);
+
+const byCode = (numbers) => numbers.map(([code, number]) => `${count(number)} ${code}`).join(", ") || "none";
+
 const tile = (name, value, note) => el("div", {}, el("dt", {}, name), el("dd", {}, value, note ? el("small", {}, note) : null));
 
 export const spread = (times, format = seconds) =>
@@ -26,13 +30,15 @@ export function showNow(state) {
     ? `Of ${plural(recent.requests, "request")} that ended in the last ${duration(recent.window_s)}.`
     : `No request has ended in the last ${duration(recent.window_s)}.`);
   const failed = Object.entries(recent.outcomes).filter(([outcome]) => outcome !== "stop" && outcome !== "length");
+  const refused = Object.entries(state.early_refusals);
   byId("tiles").replaceChildren(
     tile("Goodput", rate(recent.goodput), `of ${rate(recent.rate)} in all`),
     tile("Attainment", recent.counted ? percent(recent.met / recent.counted) : "–", `${count(recent.met)} of ${count(recent.counted)} with targets`),
     tile("TTFT, median", recent.ttft_s ? seconds(recent.ttft_s.p50) : "–", recent.ttft_s ? `p90 ${seconds(recent.ttft_s.p90)}, p99 ${seconds(recent.ttft_s.p99)}` : null),
     tile("Time per token, median", recent.tpot_s ? seconds(recent.tpot_s.p50) : "–", recent.tpot_s ? `p90 ${seconds(recent.tpot_s.p90)}, p99 ${seconds(recent.tpot_s.p99)}` : null),
     tile("In progress", count(state.running + state.queued), `${count(state.queued)} without a first token, ${count(state.held)} wait here`),
-    tile("Not complete", count(failed.reduce((sum, [, number]) => sum + number, 0)), failed.map(([outcome, number]) => `${number} ${outcome}`).join(", ") || "none"),
+    tile("Not complete", count(total(failed)), byCode(failed)),
+    ...refused.length ? [tile("Refused at once", count(total(refused)), `since the router's start: ${byCode(refused)}`)] : [],
   );
   byId("goodput-chart").replaceChildren(chart(recent));
   showClasses(state);
