@@ -38,19 +38,11 @@ class TwoHosts(Cluster):
     """Names of workers end with their host."""
 
     @property
-    def url(self) -> str:
-        return f"http://{ADDRESS_A}:{self.http_port}"
-
-    @property
-    def grpc_address(self) -> str:
-        return f"{ADDRESS_A}:{self.grpc_port}"
-
-    @property
     def control_address(self) -> str:
         return f"{ADDRESS_A}:{self.control_port}"
 
     def start_router(self) -> None:
-        section = {"http": f"{ADDRESS_A}:{self.http_port}", "grpc": self.grpc_address, "control": self.control_address}
+        section = {"http": f"127.0.0.1:{self.http_port}", "grpc": self.grpc_address, "control": self.control_address}
         self.run([], "router", "tandem.router", {"router": section})
 
     def start_on(self, host: str, **settings: Any) -> None:
@@ -215,5 +207,6 @@ def test_other_model_files_on_a_host_are_named(cluster: TwoHosts, model: Path, t
     assert answer.status_code == 200
     cluster.processes["prefill-b"].send_signal(signal.SIGTERM)
     assert cluster.processes.pop("prefill-b").wait(30) == 0
+    cluster.wait_ready(1, 2)
     cluster.start_one("prefill-b", model_hash=right)
     cluster.wait_ready(2, 2)
