@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import json
+import logging
 import os
 import time
 from dataclasses import replace
@@ -13,12 +14,12 @@ from typing import Annotated
 import typer
 
 from tandem.cli.common import ServeFile, Settings, state_folders
-from tandem.cli.output import print_line
 from tandem.cli.prepare import free_addresses, prepare, with_plan
 from tandem.cli.signals import StopSignals, ignore_signals, signals_interrupt
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.config import ServeConfig
 from tandem.core.errors import TandemError
+from tandem.core.log_lines import announce, configure_logging
 from tandem.deploy.controller_server import serve_controller
 from tandem.deploy.desired import Desired
 from tandem.deploy.kept_task import cancel, keep
@@ -30,6 +31,8 @@ from tandem.deploy.ray_launcher import RayLauncher
 from tandem.deploy.run_state import RunState, StateFolders
 from tandem.deploy.serving import Serving, fetch_fleet, run_state, with_token
 from tandem.deploy.topology import Machine
+
+log = logging.getLogger(__name__)
 
 EPILOG = """\
 examples:
@@ -81,15 +84,21 @@ def run(
     with signals_interrupt():
         try:
             folders.write(state)
-            print_line(f"serving {config.served_name} from {config.model}")
+            if config.log_format == "json":  # else this terminal shows what is said to it, and nothing of logs
+                configure_logging("json", "controller")
+            _say(f"serving {config.served_name} from {config.model}")
             desired = Desired(config, grace, plan=prepared.plan)
             return asyncio.run(_run(desired, prepared.machine, state, folders, launcher, began_s))
         except (KeyboardInterrupt, SystemExit):
-            print_line("interrupted")
+            _say("interrupted")
             return 130
         finally:
             ignore_signals()
             folders.remove(state.pid)
+
+
+def _say(line: str) -> None:
+    announce(log, line)
 
 
 def _launcher(kind: LauncherKind, desired: Desired, machine: Machine, state: RunState, clock: Clock) -> ProcessLauncher:
@@ -113,20 +122,20 @@ async def _run(
     helpers: list[asyncio.Task[None]] = []
     try:
         if isinstance(launcher, RayLauncher):
-            print_line("  starting Ray")
+            _say("  starting Ray")
         await signals.unless_stopped(launcher.start())
         if signals.stop.is_set():
-            print_line("interrupted")
+            _say("interrupted")
             return 130
         if isinstance(launcher, RayLauncher):
             keep_ray = launcher.keep_ray
-            helpers.append(keep("the care for Ray", lambda: keep_ray(lambda note: print_line(f"  {note}")), print_line))
-        helpers.append(keep("the care for logs", launcher.bound_logs, print_line))
+            helpers.append(keep("the care for Ray", lambda: keep_ray(lambda note: _say(f"  {note}")), _say))
+        helpers.append(keep("the care for logs", launcher.bound_logs, _say))
 
         def save(changed: Desired) -> None:
             folders.write(replace(state, controller=controller).with_addresses(changed.config.router))
 
-        serving = Serving(desired, machine, launcher, clock, watch_health(clock), save=save, show=print_line)
+        serving = Serving(desired, machine, launcher, clock, watch_health(clock), save=save, show=_say)
         async with serve_controller(serving, desired.config) as controller:
             save(desired)
             await _serve(serving, state, signals, began_s)
@@ -138,8 +147,8 @@ async def _run(
 
 async def _serve(serving: Serving, state: RunState, signals: StopSignals, began_s: float) -> None:
     helpers = [
-        keep("the report of events", serving.say_events, print_line),
-        keep("the news for instances", serving.tell_instances, print_line),
+        keep("the report of events", serving.say_events, _say),
+        keep("the news for instances", serving.tell_instances, _say),
     ]
     asked_to_stop = asyncio.create_task(_stop_when_asked(serving, signals), name="stop when asked")
     try:
@@ -147,9 +156,7 @@ async def _serve(serving: Serving, state: RunState, signals: StopSignals, began_
         if not signals.stop.is_set():
             _print_welcome(serving.config, state, time.monotonic() - began_s)
             folder = Path(state.log_folder)
-            comparing = keep(
-                "the comparison with the plan", lambda: compare_with_plan(serving, folder, print_line), print_line
-            )
+            comparing = keep("the comparison with the plan", lambda: compare_with_plan(serving, folder, _say), _say)
             helpers.append(comparing)
         await signals.stop.wait()
     finally:
@@ -171,7 +178,7 @@ async def _stop(serving: Serving, signals: StopSignals, grace_s: float) -> None:
     await asyncio.wait({stopping, forced}, return_when=asyncio.FIRST_COMPLETED)
     forced.cancel()
     if not stopping.done():
-        print_line("stopping at once")
+        _say("stopping at once")
         stopping.cancel()
         await serving.controller.kill()
     await asyncio.gather(stopping, forced, return_exceptions=True)
@@ -180,7 +187,7 @@ async def _stop(serving: Serving, signals: StopSignals, grace_s: float) -> None:
 async def _drain(serving: Serving, grace_s: float, *, is_asked: bool) -> None:
     if is_asked:
         waits = await _what_to_wait_for(serving.config, grace_s)
-        print_line(f"stopping{waits} (once more to stop at once)")
+        _say(f"stopping{waits} (once more to stop at once)")
     await serving.stop(grace_s)
 
 
@@ -207,7 +214,7 @@ def _print_welcome(config: ServeConfig, state: RunState, took_s: float) -> None:
         f"prompt='{_PROMPT}', max_tokens=64, temperature=0).text)"
     )
     page = f"\n  page  {state.url}/ui  (what the cluster does)" if config.router.ui else ""
-    print_line(f"""\
+    _say(f"""\
 ready in {took_s:.1f} s: {", ".join(f"{section.instances} {role}" for role, section in config.kinds)}
   HTTP  {state.url}/v1  (OpenAI API; /health, /metrics){page}
   gRPC  {state.grpc}

@@ -81,7 +81,7 @@ def configured_format() -> LogFormat:
 def announce(logger: logging.Logger, text: str) -> None:
     """Say something to whoever has started this process: a line on stdout, or a JSON line like all others."""
     if configured_format() == "json":
-        logger.info("%s", text)
+        logger.info("%s", text.strip())
     else:
         print(text, flush=True)
 

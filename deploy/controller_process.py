@@ -8,6 +8,7 @@ It ends without closing anything: what must survive is on the disk before it is 
 """
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from tandem.core.clock import SystemClock
 from tandem.core.errors import TandemError
-from tandem.core.log_lines import configure_logging
+from tandem.core.log_lines import announce, configure_logging
 from tandem.deploy.cluster_folder import ClusterFolder
 from tandem.deploy.controller_server import serve_controller
 from tandem.deploy.desired import Desired
@@ -25,6 +26,8 @@ from tandem.deploy.plan_comparison import compare_with_plan
 from tandem.deploy.process_launcher import ProcessLauncher
 from tandem.deploy.progress import watch_health
 from tandem.deploy.serving import Serving, run_state
+
+log = logging.getLogger(__name__)
 
 
 def command_of(folder: ClusterFolder) -> list[str]:
@@ -86,7 +89,7 @@ async def _start(serving: Serving) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    announce(log, line)
 
 
 def _leave() -> None:
@@ -103,6 +106,7 @@ def main() -> int:
             if desired is None:
                 _say(f"{folder.path} has no cluster")
                 return 1
+            configure_logging(desired.config.log_format, "controller")
             asyncio.run(_run(folder, desired))
             return 0
     except TandemError as error:

@@ -32,7 +32,6 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -267,7 +266,7 @@ async def _host(socket_path: Path, key: str) -> None:
 
 def _exit_on_error(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        traceback.print_exception(error)
+        log.critical("the process ends with an error", exc_info=error)
         os._exit(1)
 
 
@@ -279,10 +278,10 @@ async def _start(assignment: Assignment) -> tuple[HostedApp | None, StartReport]
         await app.start()
         gc.freeze()  # what start-up has made stays; a look at it would stop the event loop for 60 ms
     except TandemError as error:
-        traceback.print_exc()
+        log.exception("%s could not start", assignment.name)
         return None, StartReport(error_code=error.code, error_message=error.message)
-    except Exception as error:  # noqa: BLE001 - top level of the process: the controller must get every error
-        traceback.print_exc()
+    except Exception as error:  # top level of the process: the controller must get every error
+        log.exception("%s could not start", assignment.name)
         message = f"{assignment.name} could not start ({type(error).__name__}: {error})"
         return None, StartReport(error_code=InternalError.code, error_message=message)
     return app, StartReport(app.address, app.instance_id)
@@ -300,8 +299,8 @@ async def _run(app: HostedApp, stop: "asyncio.Future[float]") -> str:
         closed.result()
     except TandemError as error:
         return error.message
-    except Exception as error:  # noqa: BLE001 - as above
-        traceback.print_exc()
+    except Exception as error:  # as above
+        log.critical("the process ends with an error", exc_info=error)
         return f"it failed ({type(error).__name__})"
     finally:
         closed.cancel()
