@@ -121,8 +121,8 @@ async def test_every_call_of_every_port_needs_certificate_and_token(secured: Sec
             for token in (None, "", "wrong", KEY + "x", Cluster.TOKEN if is_public else KEY):
                 status = await _status(address, method, own, token)
                 assert status is grpc.StatusCode.UNAUTHENTICATED, f"{address} {method} {token}"
-            if method.endswith("/Session"):
-                continue  # with the token, it waits for commands
+            if method.endswith(("/Session", "/SetRouters")):
+                continue  # with the token, one waits for commands, and one would leave the instance without routers
             status = await _status(address, method, own, KEY if is_public else Cluster.TOKEN)
             assert status not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE), f"{address} {method}"
 
