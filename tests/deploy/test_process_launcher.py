@@ -122,6 +122,7 @@ async def test_the_next_controller_takes_processes_back(folder: Path) -> None:
     assert list((folder / "processes").iterdir()) == []
 
 
+@pytest.mark.slow
 async def test_a_stopped_process_is_not_taken_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tandem.deploy.process_launcher._RETURN_S", 1.0)
     with earlier_controller(folder, "fine") as (before,):
@@ -151,6 +152,7 @@ async def test_a_process_with_the_pid_of_another_is_left_alone(folder: Path) -> 
     await launcher.close()
 
 
+@pytest.mark.slow
 def test_processes_end_when_the_folder_is_gone() -> None:
     with tempfile.TemporaryDirectory(prefix="t") as name:
         with earlier_controller(Path(name), "fine") as (pid,):
@@ -159,6 +161,7 @@ def test_processes_end_when_the_folder_is_gone() -> None:
     assert has_ended(pid)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_not_ready_ends_with_its_controller(folder: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", CONTROLLER, str(folder), "slow"]) as controller:
         log, until_s = folder / "prefill-0.log", time.monotonic() + 60
