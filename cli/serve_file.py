@@ -82,7 +82,7 @@ def _plan_for(file: Path) -> Plan:
 
 def _config_of(plan: Plan, overrides: list[str], machine: Machine) -> ServeConfig:
     config = apply_overrides(serve_config_of(plan, machine), overrides)
-    if str(config.model) == plan.model and not config.model.is_dir():
+    if config.model.resolve() == Path(plan.model).resolve() and not config.model.is_dir():
         raise ConfigError(
             f"the plan is for {plan.model}, of which only the name is known here; give its checkpoint with "
             "--set model=FOLDER"

@@ -26,6 +26,8 @@ from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 pytestmark = pytest.mark.timeout(120)
 
+# The processes of a controller find the application of the tests.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 CONTROLLER = """
 import asyncio, sys
 from pathlib import Path
@@ -64,7 +66,7 @@ def folder() -> Iterator[Path]:
 def earlier_controller(folder: Path, *names: str) -> Iterator[list[int]]:
     """Pids of the processes that a controller in a process of its own has started; it is killed at the end."""
     command = [sys.executable, "-c", CONTROLLER, str(folder), *names]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as controller:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as controller:
         assert controller.stdout is not None
         try:
             yield [int(controller.stdout.readline()) for _ in names]
@@ -163,7 +165,7 @@ def test_processes_end_when_the_folder_is_gone() -> None:
 
 @pytest.mark.slow
 def test_a_process_that_is_not_ready_ends_with_its_controller(folder: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", CONTROLLER, str(folder), "slow"]) as controller:
+    with subprocess.Popen([sys.executable, "-c", CONTROLLER, str(folder), "slow"], env=ENVIRONMENT) as controller:
         log, until_s = folder / "prefill-0.log", time.monotonic() + 60
         while not (log.exists() and "pid" in log.read_text()):
             assert time.monotonic() < until_s

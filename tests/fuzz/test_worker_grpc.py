@@ -178,6 +178,8 @@ def test_a_worker(count: int, worker: RunningWorker, caplog: pytest.LogCaptureFi
     good = [COMMANDS[0].SerializeToString()]
     assert worker.run(call(channel, SESSION, good, TOKEN, hold_s=0.5, num_responses=2)) is StatusCode.CANCELLED
     faults = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    # gRPC's, about the event loop of an earlier test in this process, which has ended.
+    faults = [fault for fault in faults if "PollerCompletionQueue" not in fault]
     assert not faults, faults[:3]
 
 

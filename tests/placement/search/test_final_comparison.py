@@ -93,6 +93,7 @@ def test_no_listed_alternative_simulates_better(rate: float | None) -> None:
     check(smaller(problem(2, max_tp=1, layouts=("disaggregated", "colocated"), rate=rate)))
 
 
+@pytest.mark.slow
 def test_spending_slack_is_compared_where_step_times_are_calibrated(tmp_path: Path) -> None:
     """One step of 256 prompt tokens takes 31 ms, which is more than the target of a token."""
     tight = smaller(problem(1, max_tp=1, layouts=("colocated",), slo=SloClass(ttft_s=1.0, tpot_s=0.02)))
