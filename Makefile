@@ -9,7 +9,7 @@ PROTOS := $(wildcard proto/$(PROTO_PACKAGE)/*.proto)
 PROMTOOL := build/tools/promtool
 OUT ?= .
 # `make test` runs these beside the others. None of them starts whole clusters.
-BESIDE := tests/placement tests/engine tests/models tests/bench tests/fuzz tests/scheduling tests/conformance tests/kv_transfer tests/router
+BESIDE := tests/placement tests/engine tests/models tests/bench tests/fuzz tests/scheduling tests/conformance tests/kv_transfer
 
 # On machines without a GPU, torch should be the CPU build; a mirror or pip.conf decides where it comes from.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input

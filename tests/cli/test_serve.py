@@ -180,7 +180,7 @@ def test_ctrl_c_leaves_nothing(served: Served, folder: Path) -> None:
     assert any("raylet" in process.name() for process in family)
     before = {path.name for path in Path("/dev/shm").iterdir()}
     served.process.send_signal(signal.SIGINT)
-    assert served.process.wait(60) == 0, served.output.read_text()
+    assert served.process.wait(100) == 0, served.output.read_text()  # on a machine that does much else
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
     assert {path.name for path in folder.iterdir()} == {"output", "state"}

@@ -17,7 +17,8 @@ VOCAB_SIZE = 4000
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("policy", ["chunked", pytest.param("prompt_first", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["chunked", "prompt_first"])
 def test_colocated_instances_alone(built_in_model: Path, tmp_path: Path, policy: str) -> None:
     colocated = {"policy": policy, "max_batch_tokens": 256}  # long prompts go in chunks beside decoding
     with running_cluster(

@@ -55,7 +55,7 @@ def test_what_was_planned_is_served(built_in_model: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "roles"),
     [
-        ("plan-mixed.yaml", ["colocated", "decode", "decode", "prefill"]),
+        pytest.param("plan-mixed.yaml", ["colocated", "decode", "decode", "prefill"], marks=pytest.mark.slow),
         pytest.param("plan-colocated.yaml", ["colocated", "colocated"], marks=pytest.mark.slow),
         pytest.param("plan-prompt-first.yaml", ["colocated"], marks=pytest.mark.slow),
         pytest.param("plan-shapes.yaml", ["decode", "decode", "prefill"], marks=pytest.mark.slow),
