@@ -537,8 +537,9 @@ async def test_a_cancelled_checksum_leaves_the_link_to_the_others(monkeypatch: p
     ):
         for i in range(3):
             prefill.holder.finish(f"r{i}", 0, [i])
-        fetches = [asyncio.create_task(fetch(prefill, receiver, [i], f"r{i}")) for i in range(3)]
+        fetches = [asyncio.create_task(fetch(prefill, receiver, [0], "r0"))]
         await until(pause.reached.is_set)
+        fetches += [asyncio.create_task(fetch(prefill, receiver, [i], f"r{i}")) for i in (1, 2)]
         link = receiver._links.by_peer["prefill-0"]
         fetches[0].cancel()
         await asyncio.gather(*fetches[1:])
