@@ -272,7 +272,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         whole = load_trace(path)
         stream = whole.head(options.requests)
-        rate = capacity(case, stream)
+        try:
+            rate = capacity(case, stream)
+        except MeasurementError as error:
+            print(error, file=sys.stderr)
+            return 1
         print(f"\n{case.name}: balanced meets the targets of {ATTAINMENT:.0%} at {rate:.2f} requests/s", flush=True)
         for part in PARTS if options.part is None else (options.part,):
             compare, columns = _COMPARISONS[part]

@@ -7,9 +7,12 @@ import pytest
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import Layout, NodeSection
 from tandem.placement.planner import PlanResult, search
+from tandem.placement.search.kinds import with_slack
+from tandem.placement.search.limits import limits_with_slack
 from tandem.placement.search.mapper import SerialMapper, local_mapper
 from tandem.placement.search.packing import assign_devices
 from tandem.placement.search.problem import Problem
+from tandem.placement.search.space import search_space
 from tandem.placement.search.trial import plan_of
 from tests.placement.search.problems import A100, H100, ToySource, problem
 
@@ -71,6 +74,25 @@ def test_low_affinity_keeps_both_phases_of_a_unit_on_one_node() -> None:
     )
     assert all(len(nodes) == 1 for nodes in (*prefill, *decode))
     assert {*map(min, prefill)} == {*map(min, decode)}
+
+
+def test_slack_is_for_chunks_of_one_rank_whose_step_times_are_known() -> None:
+    space = search_space(problem(2, layouts=("colocated",), slo=SloClass(ttft_s=0.5, tpot_s=0.05)), SerialMapper())
+    kinds = space.kinds.colocated
+    limits = limits_with_slack(space.limits, {A100})
+    assert {(kind.policy, kind.shape.num_ranks) for kind in kinds} >= {
+        ("chunked", 1),
+        ("chunked", 2),
+        ("prompt_first", 1),
+    }
+    for kind in kinds:
+        assert with_slack(kind, ()) == kind
+        variant = with_slack(kind, {A100})
+        if kind.policy == "chunked" and kind.shape.num_ranks == 1:
+            assert (variant.policy, variant.max_batch_tokens) == ("slack", max(512, kind.max_batch_tokens))
+            assert limits[variant].rate >= space.limits[kind].rate > 0
+        else:
+            assert variant == kind
 
 
 def test_a_model_that_does_not_fit_is_not_served() -> None:
