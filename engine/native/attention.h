@@ -129,7 +129,8 @@ inline void unpack_sums(const float* sums, int head_dim, float factor, float* to
     for (int dim = 0; dim < head_dim; dim += PANEL) {
         const float *even = sums + dim, *odd = even + HALF;
         if (dim + PANEL > head_dim) {
-            for (int i = 0; dim + i < head_dim; ++i) to[dim + i] = (i % 2 ? odd : even)[i / 2] * factor;
+            for (int i = 0; dim + 2 * i < head_dim; ++i) to[dim + 2 * i] = even[i] * factor;
+            for (int i = 0; dim + 2 * i + 1 < head_dim; ++i) to[dim + 2 * i + 1] = odd[i] * factor;
             continue;
         }
         for (int i = 0; i < HALF; i += VL) {
