@@ -19,6 +19,7 @@ import grpc
 
 from tandem.client_tls import ClientTls
 from tandem.completion import Completion, Delta, GenerateOptions, ModelInfo, join_deltas
+from tandem.grpc_poller import keep_grpc_poller
 from tandem.messages import delta_from_pb, request_to_pb
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import inference_pb2, inference_pb2_grpc
@@ -140,6 +141,7 @@ class AsyncClient:
         self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, tls: ClientTls | None = None
     ) -> None:
         """With `tls`, raises ConfigError for files that cannot be read."""
+        keep_grpc_poller()
         self._metadata = _metadata(api_key)
         if tls is None:
             self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)

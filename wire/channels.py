@@ -12,6 +12,7 @@ import grpc
 from tandem.client_tls import ClientTls
 from tandem.core.file_watch import FileWatch
 from tandem.core.tls import ClusterTls
+from tandem.grpc_poller import keep_grpc_poller
 
 MAX_MESSAGE_BYTES = 64 << 20
 KEEPALIVE_MS = 2_000
@@ -63,6 +64,7 @@ def open_channel(address: str, token: str | None = None, tls: ClusterTls | None 
     With `tls` the files are read now; raises ConfigError. Streams need `token_metadata`: with an interceptor, a stream
     that is cut leaves a task behind.
     """
+    keep_grpc_poller()
     interceptors = [_UnaryToken(token)] if token else []
     if tls is None:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)

@@ -13,6 +13,7 @@ from grpc_health.v1.health import aio as health_aio
 from tandem.core.access import AccessControl
 from tandem.core.config import split_address
 from tandem.core.errors import ConfigError
+from tandem.grpc_poller import keep_grpc_poller
 from tandem.wire.answer_errors import AnswerErrors, RequestReads
 from tandem.wire.channels import KEEPALIVE_MS, MAX_MESSAGE_BYTES, TOKEN_KEY
 from tandem.wire.inference import GENERATE, caller_of
@@ -116,6 +117,7 @@ def _enter(access: AccessControl, method: str, context: grpc.aio.ServicerContext
 def _build(
     interceptors: tuple[grpc.aio.ServerInterceptor, ...], options: dict[str, int]
 ) -> tuple[grpc.aio.Server, health_aio.HealthServicer]:
+    keep_grpc_poller()
     server = grpc.aio.server(interceptors=interceptors, options=tuple(options.items()))
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
