@@ -27,7 +27,7 @@ from tandem.placement.simulator.deployment import Deployment, Failure
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.description import describe
 from tandem.placement.workload.requests import RequestStream
-from tandem.placement.workload.streams import make_stream, trace_requests
+from tandem.placement.workload.streams import generated_requests, trace_requests
 from tandem.placement.workload.windows import Window, windowed
 
 EPILOG = """\
@@ -109,13 +109,16 @@ def run(
     windows: tuple[Window, ...] = ()
     if slo.workload.trace is not None:
         whole = trace_requests(slo.workload, slo.slo, seed=seed, max_context_tokens=model.max_context_tokens)
-        for note in whole.notes:
-            print_error(f"note: {note}")
         divided = windowed(whole.requests.head(requests or len(whole.requests)), slo.search.requests, whole=True)
         stream, windows = divided.stream, divided.windows
     else:
         count = requests or _default_count(plan, slo)
-        stream = make_stream(slo.workload, slo.slo, count=count, rate=1.0, seed=seed)
+        whole = generated_requests(
+            slo.workload, slo.slo, count=count, rate=1.0, seed=seed, max_context_tokens=model.max_context_tokens
+        )
+        stream = whole.requests
+    for note in whole.notes:
+        print_error(f"note: {note}")
     rate = rate or _default_rate(plan_path, plan, slo, stream, is_own=trace is None)
     stream = stream.scaled_to(rate)
     source = cost_source_of(slo, model)

@@ -4,7 +4,8 @@
 """
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -38,20 +39,56 @@ class ClusterSection(FrozenModel):
     kv_memory: Bytes | None = Field(default=None, description="KV pool of one rank; default: what weights leave free")
 
 
-class LengthSection(FrozenModel):
-    """A log-normal distribution of this mean and coefficient of variation, truncated to [min, max]; cv 0 is a fixed
-    length."""
+class _Lengths(FrozenModel):
+    """Lengths of prompts or of answers: a distribution of this mean, truncated to [min, max], or a measured table."""
 
-    mean: float = Field(gt=0, description="Tokens")
-    cv: float = Field(default=1.0, ge=0, description="Standard deviation divided by the mean")
+    mean: float | None = Field(default=None, gt=0, description="Tokens")
+    distribution: Literal["log-normal", "exponential", "pareto"] = Field(
+        default="log-normal", description="pareto has the heaviest tail"
+    )
+    cv: float = Field(
+        default=1.0, ge=0, description="Standard deviation divided by the mean; log-normal only; 0 is a fixed length"
+    )
     min: int = Field(default=1, ge=1, description="Tokens")
     max: int = Field(default=1 << 20, ge=1, description="Tokens")
+    table: AnchoredPath | None = Field(
+        default=None,
+        description="CSV, .gz or not, with the columns tokens, or tokens_from and tokens_to, and optionally weight",
+    )
+
+    def _sources(self) -> dict[str, bool]:
+        """The settings of which exactly one is given, and whether each is."""
+        return {"mean": self.mean is not None, "table": self.table is not None}
 
     @model_validator(mode="after")
-    def _check_order(self) -> "LengthSection":
-        if not self.min <= self.mean <= self.max:
+    def _check_source(self) -> Self:
+        sources = self._sources()
+        if sum(sources.values()) != 1:
+            raise ValueError(f"give exactly one of {', '.join(sources)}")
+        if self.mean is None:
+            for name in ("distribution", "cv", "min", "max"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise WrongSetting((name,), "belongs to mean; remove it")
+        elif not self.min <= self.mean <= self.max:
             raise WrongSetting(("mean",), f"{self.mean:g} is not between min {self.min} and max {self.max}")
+        elif self.distribution != "log-normal" and self.cv != 1.0:
+            raise WrongSetting(("cv",), f"belongs to log-normal; {self.distribution} has only a mean, min and max")
         return self
+
+
+class LengthPart(_Lengths):
+    """Some of the lengths of a mixture."""
+
+    share: float = Field(gt=0, description="Relative to the other parts")
+
+
+class LengthSection(_Lengths):
+    """A distribution, a measured table, or a mixture of them, e.g. of short and long answers."""
+
+    mixture: tuple[LengthPart, ...] = Field(default=(), description="Each length comes from one of these parts")
+
+    def _sources(self) -> dict[str, bool]:
+        return super()._sources() | {"mixture": bool(self.mixture)}
 
 
 class PrefixSection(FrozenModel):
@@ -63,8 +100,48 @@ class PrefixSection(FrozenModel):
 
 
 class ArrivalSection(FrozenModel):
-    process: Literal["poisson", "gamma"] = Field(default="poisson", description="Times between arrivals")
-    cv: float = Field(default=1.0, gt=0, description="Variation coefficient of times between arrivals; gamma only")
+    process: Literal["poisson", "gamma", "weibull"] = Field(default="poisson", description="Times between arrivals")
+    cv: float = Field(
+        default=1.0, ge=0.001, le=100, description="Variation coefficient of times between arrivals; gamma and weibull"
+    )
+
+
+class _RequestSource(FrozenModel):
+    """Lengths, arrivals and shared prefixes."""
+
+    dataset: str | None = Field(default=None, description="Lengths of a built-in data set, e.g. sharegpt")
+    lengths: AnchoredPath | None = Field(
+        default=None,
+        description="CSV, .gz or not, whose rows are drawn: columns prompt_tokens, output_tokens, optionally weight",
+    )
+    prompt_tokens: LengthSection | None = None
+    output_tokens: LengthSection | None = None
+    arrivals: ArrivalSection = ArrivalSection()
+    prefix: PrefixSection | None = None
+
+    def _check_one_source(self, others: Mapping[str, bool]) -> None:
+        """`others`: other settings that define lengths, and whether each is given."""
+        distribution = self.prompt_tokens is not None or self.output_tokens is not None
+        sources = {**others, "dataset": self.dataset is not None, "lengths": self.lengths is not None}
+        if sum(sources.values()) + distribution != 1:
+            raise ValueError(f"give exactly one of {', '.join(sources)}, or prompt_tokens with output_tokens")
+        if distribution and (self.prompt_tokens is None or self.output_tokens is None):
+            raise ValueError("prompt_tokens and output_tokens belong together; give both")
+
+
+class PopulationSection(_RequestSource):
+    """Requests of one kind, such as those of one application: they arrive independently of the others."""
+
+    name: str = Field(min_length=1, description="For reports")
+    share: float = Field(gt=0, description="Of the requests of the workload, relative to the other populations")
+    slo_class: str | None = Field(
+        default=None, description="SLO class of all its requests, by name; default: drawn by the shares of the classes"
+    )
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        self._check_one_source({})
+        return self
 
 
 def _check_rate(value: object) -> object:
@@ -77,14 +154,12 @@ def _check_rate(value: object) -> object:
 Rate = Annotated[float | Literal["max"], BeforeValidator(_check_rate)]
 
 
-class WorkloadSection(FrozenModel):
-    """Lengths come from `trace`, from `dataset`, or from `prompt_tokens` and `output_tokens`. A trace also has
-    arrivals."""
+class WorkloadSection(_RequestSource):
+    """Lengths come from `trace`, `dataset`, `lengths`, from `prompt_tokens` and `output_tokens`, or from the
+    `populations`. A trace also has arrivals; populations have arrivals and prefixes of their own."""
 
     trace: AnchoredPath | None = Field(default=None, description="CSV or JSON lines, .gz or not: arrivals and lengths")
-    dataset: str | None = Field(default=None, description="Lengths of a built-in data set, e.g. sharegpt")
-    prompt_tokens: LengthSection | None = None
-    output_tokens: LengthSection | None = None
+    populations: tuple[PopulationSection, ...] = Field(default=(), description="Several kinds of requests at once")
     max_total_tokens: int | None = Field(default=None, ge=2, description="Longer requests are left out")
     cover: float = Field(
         default=1.0,
@@ -93,17 +168,22 @@ class WorkloadSection(FrozenModel):
         description="Share of the time of a trace in whose windows the targets must be met; 1: in the worst one, too",
     )
     length_scale: float = Field(default=1.0, gt=0, description="Multiplies all lengths, to fit a smaller model")
-    arrivals: ArrivalSection = ArrivalSection()
     rate: Rate = Field(default="max", description="Requests per second, or max: the highest rate within the SLO")
-    prefix: PrefixSection | None = None
 
     @model_validator(mode="after")
-    def _check_source(self) -> "WorkloadSection":
-        distribution = self.prompt_tokens is not None or self.output_tokens is not None
-        if (self.trace is not None) + (self.dataset is not None) + distribution != 1:
-            raise ValueError("give exactly one of trace, dataset, or prompt_tokens with output_tokens")
-        if distribution and (self.prompt_tokens is None or self.output_tokens is None):
-            raise ValueError("prompt_tokens and output_tokens belong together; give both")
+    def _check_source(self) -> Self:
+        self._check_one_source({"trace": self.trace is not None, "populations": bool(self.populations)})
+        if not self.populations:
+            return self
+        for name, is_set in (("arrivals", self.arrivals != ArrivalSection()), ("prefix", self.prefix is not None)):
+            if is_set:
+                raise WrongSetting((name,), "belongs to each population; move it there")
+        names = [population.name for population in self.populations]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise WrongSetting(
+                    ("populations", index), f"two populations are called '{name}'; give each a name of its own"
+                )
         return self
 
 
@@ -140,4 +220,11 @@ class SloFile(FrozenModel):
     def _check(self) -> "SloFile":
         if self.objective == "cheapest" and self.workload.rate == "max":
             raise WrongSetting(("objective",), "cheapest needs workload.rate; set it to the requests per second")
+        classes = [slo.name for slo in self.slo]
+        for index, population in enumerate(self.workload.populations):
+            if population.slo_class is not None and population.slo_class not in classes:
+                raise WrongSetting(
+                    ("workload", "populations", index, "slo_class"),
+                    f"'{population.slo_class}' is none of the SLO classes: {', '.join(classes)}",
+                )
         return self

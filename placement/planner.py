@@ -26,7 +26,7 @@ from tandem.placement.search.problem import Problem, cache_tokens_of, without_ca
 from tandem.placement.search.space import SearchSpace, search_space
 from tandem.placement.search.trial import RATE_RATIO, evaluate_at
 from tandem.placement.search.trim import trimmed
-from tandem.placement.workload.streams import make_stream, trace_requests
+from tandem.placement.workload.streams import generated_requests, trace_requests
 from tandem.placement.workload.windows import Window, windowed
 
 _SPARE_REQUESTS = 8  # ratio to `search.requests`, for runs that need more requests for a steady state
@@ -160,16 +160,21 @@ def problem_of(slo_file: SloFile, source: CostSource | None = None) -> Problem:
     section, workload = slo_file.search, slo_file.workload
     windows: tuple[Window, ...] = ()
     simulated_share = 1.0
-    notes: tuple[str, ...] = ()
     if workload.trace is not None:
-        trace = trace_requests(workload, slo_file.slo, seed=section.seed, max_context_tokens=model.max_context_tokens)
-        divided = windowed(trace.requests, section.requests)
-        requests, windows, notes = divided.stream, divided.windows, trace.notes
+        served = trace_requests(workload, slo_file.slo, seed=section.seed, max_context_tokens=model.max_context_tokens)
+        divided = windowed(served.requests, section.requests)
+        requests, windows = divided.stream, divided.windows
         simulated_share = divided.simulated_share
     else:
-        requests = make_stream(
-            workload, slo_file.slo, count=_SPARE_REQUESTS * section.requests, rate=1.0, seed=section.seed
+        served = generated_requests(
+            workload,
+            slo_file.slo,
+            count=_SPARE_REQUESTS * section.requests,
+            rate=1.0,
+            seed=section.seed,
+            max_context_tokens=model.max_context_tokens,
         )
+        requests = served.requests
     source, cluster = source or cost_source_of(slo_file, model), Cluster.of(slo_file.cluster)
     cache_tokens = cache_tokens_of(cluster, source, model, section)
     return Problem(
@@ -185,7 +190,7 @@ def problem_of(slo_file: SloFile, source: CostSource | None = None) -> Problem:
         windows=windows,
         cover=workload.cover,
         simulated_share=simulated_share,
-        notes=notes,
+        notes=served.notes,
         cache_tokens=cache_tokens,
     )
 

@@ -13,9 +13,28 @@ def describe(section: WorkloadSection) -> str:
     """One phrase, e.g. 'data set sharegpt, Poisson arrivals'."""
     if section.trace is not None:
         return f"trace {section.trace.name}"
-    lengths = f"data set {section.dataset}" if section.dataset else "log-normal lengths"
+    if section.populations:
+        total = sum(population.share for population in section.populations)
+        return "populations " + ", ".join(
+            f"{population.name} {population.share / total:.0%}" for population in section.populations
+        )
     bursts = "Poisson arrivals" if section.arrivals.process == "poisson" else f"arrivals of cv {section.arrivals.cv:g}"
-    return f"{lengths}, {bursts}"
+    return f"{_lengths_phrase(section)}, {bursts}"
+
+
+def _lengths_phrase(section: WorkloadSection) -> str:
+    if section.dataset is not None:
+        return f"data set {section.dataset}"
+    if section.lengths is not None:
+        return f"lengths of {section.lengths.name}"
+    assert section.prompt_tokens is not None
+    assert section.output_tokens is not None
+    both = section.prompt_tokens, section.output_tokens
+    if any(one.mixture for one in both):
+        return "mixed lengths"
+    if any(one.table is not None for one in both):
+        return "measured lengths"
+    return f"{' and '.join(dict.fromkeys(one.distribution for one in both))} lengths"
 
 
 def summary_of(requests: RequestStream, source: str) -> WorkloadSummary:

@@ -1,28 +1,30 @@
-"""Prompt and output lengths: truncated log-normal distributions and measured tables.
+"""Prompt and output lengths: truncated distributions, measured tables, and mixtures of both.
 
 A sampler maps rows of uniform numbers to rows of lengths. So a seed gives the same first requests for any number of
 requests, whatever the distributions of arrivals and classes are.
 """
 
-import csv
-import gzip
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from types import MappingProxyType
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr, ndtri
 
 from tandem.core.errors import ConfigError
-from tandem.core.slo_file import LengthSection
+from tandem.core.slo_file import LengthPart, LengthSection
+from tandem.placement.workload.length_tables import read_table
 from tandem.placement.workload.requests import Floats, Ints
 
 LengthSampler = Callable[[Floats], Ints]
 """Uniform numbers in [0, 1), [n, 2] -> prompt and output tokens, [n, 2], each at least 1."""
+OneLength = Callable[[Floats], Ints]
+"""Uniform numbers in [0, 1), [n] -> tokens, [n], each at least 1."""
+
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+_EXTREME = 1e-7  # distance of an exponential distribution's mean from the ends of what is possible, in its range
+_MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +75,13 @@ class TruncatedLogNormal:
         return math.sqrt(max(0.0, self.moment(2) / (mean * mean) - 1))
 
     def sample(self, uniform: Floats) -> Ints:
-        """Whole numbers, by inversion of the distribution function. Rounding changes the mean by less than half a
-        token."""
+        """By inversion of the distribution function."""
         first, last = self._score(self.low), self._score(self.high)
         if first > 0:  # in the upper tail 1 - p loses all digits: use the symmetry of the normal distribution
             score = -ndtri(ndtr(-first) + uniform * (ndtr(-last) - ndtr(-first)))
         else:
             score = ndtri(ndtr(first) + uniform * (ndtr(last) - ndtr(first)))
-        values: Floats = np.exp(self.mu + self.sigma * score)
-        tokens: Ints = np.clip(np.rint(values), math.ceil(self.low), math.floor(self.high)).astype(np.int64)
-        return tokens
+        return _rounded(np.exp(self.mu + self.sigma * score), self.low, self.high)
 
     def _score(self, value: float) -> float:
         return (math.log(value) - self.mu) / self.sigma
@@ -96,80 +95,110 @@ class TruncatedLogNormal:
         return upper + math.log(-math.expm1(min(lower - upper, -1e-300)))
 
 
-def lengths_of(section: LengthSection) -> Callable[[Floats], Ints]:
-    """Uniform numbers -> lengths. Raises ConfigError if no log-normal has this mean and cv between min and max."""
-    if section.cv == 0 or section.min == section.max:
-        return lambda uniform: np.full(len(uniform), max(1, round(section.mean)), dtype=np.int64)
-    return TruncatedLogNormal.of_moments(section.mean, section.cv, section.min, section.max).sample
+@dataclass(frozen=True, slots=True)
+class Exponential:
+    """A density that falls by `rate` > 0 in each unit, on [low, high]."""
 
+    rate: float
+    low: float
+    high: float
 
-def table_sampler(table: Ints) -> LengthSampler:
-    """Draws rows of `table` [n, 2] with replacement, so prompt and output lengths stay correlated."""
-    return lambda uniform: table[np.floor(uniform[:, 0] * len(table)).astype(np.int64)]
+    @classmethod
+    def of_mean(cls, mean: float, low: float, high: float) -> "Exponential":
+        """Raises ConfigError if the mean is not in the lower half of the range, or is at its end."""
+        share = (mean - low) / (high - low)
+        if not _EXTREME < share < 0.5 - _EXTREME:
+            raise ConfigError(
+                f"no exponential distribution between {low:g} and {high:g} has the mean {mean:g}; it must be more than "
+                f"min and less than {(low + high) / 2:g}"
+            )
 
+        def excess(log_rate: float) -> float:
+            rate = math.exp(log_rate)
+            return 1 / rate - 1 / math.expm1(rate) - share if rate < _MAX_EXPONENT else 1 / rate - share
 
-def independent_sampler(prompt: Callable[[Floats], Ints], output: Callable[[Floats], Ints]) -> LengthSampler:
-    """Prompt and output lengths are independent."""
-    return lambda uniform: np.stack([prompt(uniform[:, 0]), output(uniform[:, 1])], axis=1)
+        log_rate = float(brentq(excess, math.log(1e-5), math.log(2 / _EXTREME), xtol=1e-12))
+        return cls(math.exp(log_rate) / (high - low), low, high)
+
+    def sample(self, uniform: Floats) -> Ints:
+        return _rounded(self.quantile(uniform), self.low, self.high)
+
+    def quantile(self, uniform: Floats) -> Floats:
+        values: Floats = self.low - np.log1p(uniform * math.expm1(-self.rate * (self.high - self.low))) / self.rate
+        return values
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
-    """A built-in data set of lengths: a table in placement/data, or distributions. Requests with more than
-    `max_total_tokens` prompt and output tokens are left out."""
+class Pareto:
+    """The density falls with the power `exponent` + 1 of the length, on [low, high]: its logarithm is exponential."""
 
-    summary: str
-    table: str | None = None
-    prompt: TruncatedLogNormal | None = None
-    output: TruncatedLogNormal | None = None
-    max_total_tokens: int | None = None
+    exponent: float
+    low: float
+    high: float
 
-    def sampler(self) -> LengthSampler:
-        if self.table is not None:
-            return table_sampler(_read_table(self.table))
-        assert self.prompt is not None
-        assert self.output is not None
-        return independent_sampler(self.prompt.sample, self.output.sample)
+    @classmethod
+    def of_mean(cls, mean: float, low: float, high: float) -> "Pareto":
+        """Raises ConfigError if no exponent above 0 has this mean."""
+        span = math.log(high / low)
 
+        def integral(power: float) -> float:
+            return span if power == 0 else -math.expm1(-power * span) / power
 
-# DistServe's data sets are not public; their means and limits are (OSDI '24, Figure 7 and section 6.1). These values of
-# mu give those means after the limit on the sum; sigma reproduces the published attainment curves. The resulting
-# quantiles of distserve_sharegpt: p50 663 and 137, p90 1,454 and 436.
-DATASETS: Mapping[str, Dataset] = MappingProxyType(
-    {
-        "sharegpt": Dataset("ShareGPT, first turns, Llama-2 tokens", table="lengths_sharegpt.csv.gz"),
-        "openchat": Dataset("ShareGPT-4, many turns, Llama-2 tokens", table="lengths_openchat.csv.gz"),
-        "humaneval": Dataset("HumanEval code completion, OPT tokens", table="lengths_humaneval.csv.gz"),
-        "arxiv": Dataset("arXiv summaries, Llama-2 tokens", table="lengths_arxiv.csv.gz"),
-        "azure_conv": Dataset("Azure 2023, conversation service", table="lengths_azure_conv.csv.gz"),
-        "azure_code": Dataset("Azure 2023, code completion service", table="lengths_azure_code.csv.gz"),
-        "distserve_sharegpt": Dataset(
-            "DistServe's ShareGPT by its means, 755.5 and 200.3 tokens",
-            prompt=TruncatedLogNormal(6.76152, 0.95, 0.5, 2047.49),
-            output=TruncatedLogNormal(4.96681, 0.95, 0.5, 2047.49),
-            max_total_tokens=2047,
-        ),
-        "distserve_longbench": Dataset(
-            "DistServe's LongBench by its means, 1,738.3 and 90.7 tokens",
-            prompt=TruncatedLogNormal(14.76709, 0.95, 0.5, 2040.49),
-            output=TruncatedLogNormal(4.54877, 0.95, 0.5, 2040.49),
-            max_total_tokens=2040,
-        ),
-    }
-)
+        def log_mean(exponent: float) -> float:
+            return math.log(low * integral(exponent - 1) / integral(exponent))
+
+        least, most = 1e-6, 1e4
+        if not log_mean(most) < math.log(mean) < log_mean(least):
+            raise ConfigError(
+                f"no Pareto distribution between {low:g} and {high:g} has the mean {mean:g}; it must be more than min "
+                f"and less than {math.exp(log_mean(least)):.0f}"
+            )
+        exponent = brentq(lambda exponent: log_mean(exponent) - math.log(mean), least, most, xtol=1e-10)
+        return cls(float(exponent), low, high)
+
+    def sample(self, uniform: Floats) -> Ints:
+        logarithms = Exponential(self.exponent, math.log(self.low), math.log(self.high)).quantile(uniform)
+        return _rounded(np.exp(logarithms), self.low, self.high)
 
 
-def dataset(name: str) -> Dataset:
-    """Raises ConfigError for an unknown name."""
-    if name not in DATASETS:
-        raise ConfigError(f"workload.dataset '{name}' is unknown; the built-in data sets are {', '.join(DATASETS)}")
-    return DATASETS[name]
+def _rounded(values: Floats, low: float, high: float) -> Ints:
+    """Whole numbers. Rounding changes the mean by less than half a token."""
+    tokens: Ints = np.clip(np.rint(values), math.ceil(low), math.floor(high)).astype(np.int64)
+    return tokens
 
 
-@cache
-def _read_table(name: str) -> Ints:
-    packed = files("tandem.placement").joinpath("data", name).read_bytes()
-    rows = csv.reader(gzip.decompress(packed).decode().splitlines()[1:])
-    table = np.array([[int(prompt), int(output)] for prompt, output in rows], dtype=np.int64)
-    table.setflags(write=False)
-    return table
+def lengths_of(section: LengthSection | LengthPart) -> OneLength:
+    """Raises ConfigError if no distribution has these moments between min and max, and for a wrong table."""
+    if isinstance(section, LengthSection) and section.mixture:
+        return _mixture([(part.share, lengths_of(part)) for part in section.mixture])
+    if section.table is not None:
+        return read_table(section.table).sample
+    assert section.mean is not None
+    mean, low, high = section.mean, section.min, section.max
+    if section.cv == 0 or low == high:
+        return lambda uniform: np.full(len(uniform), max(1, round(mean)), dtype=np.int64)
+    if section.distribution == "log-normal":
+        return TruncatedLogNormal.of_moments(mean, section.cv, low, high).sample
+    return (Exponential if section.distribution == "exponential" else Pareto).of_mean(mean, low, high).sample
+
+
+def _mixture(parts: Sequence[tuple[float, OneLength]]) -> OneLength:
+    """Uniform numbers select a part by its share; their position within the share is that within the part."""
+    ends = np.cumsum([share for share, _ in parts])
+
+    def sample(uniform: Floats) -> Ints:
+        scaled = uniform * ends[-1]
+        chosen = np.searchsorted(ends[:-1], scaled, side="right")
+        lengths = np.empty(len(uniform), dtype=np.int64)
+        for index, (share, part) in enumerate(parts):
+            rows = chosen == index
+            within = (scaled[rows] - (ends[index] - share)) / share
+            lengths[rows] = part(np.clip(within, 0.0, _BELOW_ONE))
+        return lengths
+
+    return sample
+
+
+def independent_sampler(prompt: OneLength, output: OneLength) -> LengthSampler:
+    """Prompt and output lengths are independent."""
+    return lambda uniform: np.stack([prompt(uniform[:, 0]), output(uniform[:, 1])], axis=1)

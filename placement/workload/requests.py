@@ -1,6 +1,7 @@
 """A stream of requests as arrays: the form of traces, distributions and live profiles."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -89,3 +90,10 @@ class RequestStream:
             self.prefix_tokens[which],
             self.load,
         )
+
+
+def merged(streams: Sequence[RequestStream]) -> RequestStream:
+    """All requests of `streams`, at least one, in order of arrival. Groups with equal numbers become one."""
+    order = np.argsort(np.concatenate([stream.arrival_s for stream in streams]), kind="stable")
+    arrays = [field.name for field in fields(RequestStream) if field.name != "load"]
+    return RequestStream.make(*(np.concatenate([getattr(one, name) for one in streams])[order] for name in arrays))

@@ -12,14 +12,9 @@ by row, for other spellings of numbers and for the line of a mistake.
 """
 
 import csv
-import gzip
-import io
 import json
-import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,12 +24,18 @@ from tandem.core.errors import ConfigError
 from tandem.core.slo import SloClass
 from tandem.placement.workload.prefix_tree import prefix_groups
 from tandem.placement.workload.requests import Floats, Ints, RequestStream
-
-_PROMPT_COLUMNS = ("prompt_tokens", "input_tokens", "ContextTokens")
-_OUTPUT_COLUMNS = ("output_tokens", "GeneratedTokens")
-_MAX_TOKENS = 1 << 31
-_MAX_SECONDS = 1e12
-_WHOLE_NUMBER = re.compile(r"\s*(\d{1,400})(?:\.0*)?\s*")  # 374, and 374.0 as tables write it after a missing value
+from tandem.placement.workload.rows import (
+    MAX_NUMBER,
+    MAX_TOKENS,
+    OUTPUT_COLUMNS,
+    PROMPT_COLUMNS,
+    RowFields,
+    column,
+    csv_table,
+    open_text,
+    reading,
+    timestamp_s,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +69,18 @@ def load_trace(path: Path) -> RequestStream:
 
 def read_trace(path: Path, classes: Sequence[SloClass]) -> Trace:
     """Like `load_trace`. `classes` resolve the names in the column slo_class; without classes the column is ignored."""
-    try:
+    with reading(path, "a trace is CSV or JSON lines"):
         if _is_json_lines(path):
             has_classes = False
-            with _open(path) as file:
+            with open_text(path) as file:
                 columns = _read_json_lines(path, file)
         else:
-            with _open(path) as file:
+            with open_text(path) as file:
                 read = _read_csv_columns(path, file, classes)
             if read is None:
-                with _open(path) as file:
+                with open_text(path) as file:
                     read = _read_csv_rows(path, file, classes)
             columns, has_classes = read
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path} is not a complete .gz file ({error})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not text; a trace is CSV or JSON lines") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
     num_rows = len(columns.arrival_s)
     order = np.argsort(columns.arrival_s, kind="stable")
     order = order[columns.output_tokens[order] > 0]
@@ -117,12 +110,6 @@ def _as_stream(path: Path, columns: _Columns, order: Ints) -> RequestStream:
     )
 
 
-def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
 def _is_json_lines(path: Path) -> bool:
     return path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
 
@@ -139,9 +126,9 @@ class _Header:
     def of(cls, path: Path, columns: Sequence[str], classes: Sequence[SloClass]) -> "_Header":
         return cls(
             columns,
-            _column(path, columns, ("arrival_s", "TIMESTAMP")),
-            _column(path, columns, _PROMPT_COLUMNS),
-            _column(path, columns, _OUTPUT_COLUMNS),
+            column(path, columns, ("arrival_s", "TIMESTAMP")),
+            column(path, columns, PROMPT_COLUMNS),
+            column(path, columns, OUTPUT_COLUMNS),
             "slo_class" in columns and len(classes) > 0,
         )
 
@@ -161,10 +148,10 @@ def _read_csv_columns(path: Path, file: TextIO, classes: Sequence[SloClass]) -> 
 
     try:
         if header.arrival == "TIMESTAMP":
-            arrival_s = np.array([_timestamp_s(value) for value in values("TIMESTAMP")], dtype=np.float64)
+            arrival_s = np.array([timestamp_s(value) for value in values("TIMESTAMP")], dtype=np.float64)
         else:
             arrival_s = np.array(values(header.arrival), dtype=np.float64)
-            if not ((arrival_s >= 0) & (arrival_s < _MAX_SECONDS)).all():
+            if not ((arrival_s >= 0) & (arrival_s < MAX_NUMBER)).all():
                 return None
         prompts = np.array(values(header.prompt), dtype=np.int64)
         outputs = np.array(values(header.output), dtype=np.int64)
@@ -174,30 +161,27 @@ def _read_csv_columns(path: Path, file: TextIO, classes: Sequence[SloClass]) -> 
             slo_class = np.array([index_of[value] for value in values("slo_class")], dtype=np.int64)
     except (ValueError, IndexError, KeyError, OverflowError):
         return None
-    if rows and (prompts.min() < 1 or outputs.min() < 0 or max(prompts.max(), outputs.max()) >= _MAX_TOKENS):
+    if rows and (prompts.min() < 1 or outputs.min() < 0 or max(prompts.max(), outputs.max()) >= MAX_TOKENS):
         return None
     return _Columns(arrival_s, prompts, outputs, slo_class, []), header.has_classes
 
 
 def _read_csv_rows(path: Path, file: TextIO, classes: Sequence[SloClass]) -> tuple[_Columns, bool]:
-    reader = csv.DictReader(file)
-    try:
+    with csv_table(path, file) as reader:
         header = _Header.of(path, reader.fieldnames or (), classes)
         class_index = {slo.name: index for index, slo in enumerate(classes)}
         rows = []
         for values in reader:
-            fields = _RowFields(f"{path} line {reader.line_num}", values)
+            fields = RowFields(f"{path} line {reader.line_num}", values)
             is_date = header.arrival == "TIMESTAMP"
             rows.append(
                 (
-                    fields.timestamp_s(header.arrival) if is_date else fields.seconds(header.arrival),
+                    fields.timestamp_s(header.arrival) if is_date else fields.number(header.arrival),
                     fields.tokens(header.prompt, minimum=1),
                     fields.tokens(header.output, minimum=0),
                     fields.slo_class("slo_class", class_index) if header.has_classes else 0,
                 )
             )
-    except csv.Error as error:
-        raise ConfigError(f"{path} line {reader.line_num}: is not CSV ({error})") from error
     arrival_s = np.array([row[0] for row in rows], dtype=np.float64)
     prompts, outputs, slo_class = (np.array([row[i] for row in rows], dtype=np.int64) for i in (1, 2, 3))
     return _Columns(arrival_s, prompts, outputs, slo_class, []), header.has_classes
@@ -211,17 +195,17 @@ def _read_json_lines(path: Path, file: TextIO) -> _Columns:
         if not (
             type(timestamp) is int
             and type(prompt) is type(output) is int
-            and 0 <= timestamp < _MAX_SECONDS
-            and 1 <= prompt < _MAX_TOKENS
-            and 0 <= output < _MAX_TOKENS
+            and 0 <= timestamp < MAX_NUMBER
+            and 1 <= prompt < MAX_TOKENS
+            and 0 <= output < MAX_TOKENS
             and type(ids) is list
         ):
-            fields = _RowFields(f"{path} line {number}", values)
-            timestamp = fields.seconds("timestamp")
+            fields = RowFields(f"{path} line {number}", values)
+            timestamp = fields.number("timestamp")
             prompt, output = fields.tokens("input_length", minimum=1), fields.tokens("output_length", minimum=0)
         for block in ids if isinstance(ids, list) else (None,):
             if type(block) is not int:
-                raise _RowFields(f"{path} line {number}", values).wrong("hash_ids", "a list of whole numbers", ids)
+                raise RowFields(f"{path} line {number}", values).wrong("hash_ids", "a list of whole numbers", ids)
         arrival_s.append(timestamp / 1000.0)
         prompts.append(prompt)
         outputs.append(output)
@@ -248,61 +232,3 @@ def _json_objects(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any
         if not isinstance(values, dict):
             raise ConfigError(f"{path} line {number}: is not a JSON object; write one object a line")
         yield number, values
-
-
-def _column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str:
-    for name in names:
-        if name in columns:
-            return name
-    present = f"only {', '.join(columns)!r:.200}" if columns else "the file is empty"
-    raise ConfigError(f"{path} line 1: there is no column {names[0]}{',' if columns else ';'} {present}")
-
-
-def _timestamp_s(value: str) -> float:
-    """A date and time as seconds since 1970. Raises ValueError."""
-    moment = datetime.fromisoformat(value)
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-
-
-class _RowFields:
-    """One row. All methods raise ConfigError with file, line and field for a value of the wrong kind."""
-
-    def __init__(self, where: str, values: Mapping[str, object]) -> None:
-        self._where = where
-        self._values = values
-
-    def seconds(self, name: str) -> float:
-        value = self._values.get(name)
-        try:
-            number = float(value) if isinstance(value, (str, int, float)) else -1.0
-        except (ValueError, OverflowError):
-            number = -1.0
-        if isinstance(value, bool) or not 0 <= number < _MAX_SECONDS:
-            raise self.wrong(name, "a number of at least 0", value)
-        return number
-
-    def timestamp_s(self, name: str) -> float:
-        """A date and time as seconds since 1970."""
-        value = self._values.get(name)
-        try:
-            return _timestamp_s(str(value))
-        except ValueError as error:
-            raise self.wrong(name, "a date and time, e.g. 2023-11-16 18:15:46.680590", value) from error
-
-    def tokens(self, name: str, *, minimum: int) -> int:
-        value = self._values.get(name)
-        number = int(match[1]) if isinstance(value, str) and (match := _WHOLE_NUMBER.fullmatch(value)) else value
-        number = int(number) if isinstance(number, float) and number.is_integer() else number
-        if isinstance(number, bool) or not isinstance(number, int) or not minimum <= number < _MAX_TOKENS:
-            raise self.wrong(name, f"a whole number of at least {minimum}", value)
-        return number
-
-    def slo_class(self, name: str, class_index: Mapping[str, int]) -> int:
-        value = self._values.get(name)
-        if not isinstance(value, str) or value not in class_index:
-            raise self.wrong(name, f"one of the SLO classes {', '.join(class_index)}", value)
-        return class_index[value]
-
-    def wrong(self, name: str, expected: str, value: object) -> ConfigError:
-        shown = "missing" if value is None else f"{value!r}"
-        return ConfigError(f"{self._where}: {name} must be {expected}, not {shown[:60]}")

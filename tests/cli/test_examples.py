@@ -32,6 +32,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "slo-h100.yaml": SloFile,
     "slo-a100.yaml": SloFile,
     "slo-mixed.yaml": SloFile,
+    "slo-populations.yaml": SloFile,
     "plan-colocated.yaml": Plan,
     "plan-prompt-first.yaml": Plan,
     "plan-ranks.yaml": Plan,

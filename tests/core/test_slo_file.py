@@ -26,7 +26,7 @@ groups:
   - {role: prefill, instances: 1, device: H100, kv_tokens: 1000}
   - {role: decode, instances: 2, device: H100, kv_tokens: 1000}
 """
-SOURCE = "give exactly one of trace, dataset, or prompt_tokens with output_tokens"
+SOURCE = "give exactly one of trace, populations, dataset, lengths, or prompt_tokens with output_tokens"
 
 SLO_MISTAKES = {  # what of the good file -> by what, and the sentence
     "typing error in a list": (
@@ -84,6 +84,42 @@ SLO_MISTAKES = {  # what of the good file -> by what, and the sentence
         ("{dataset: sharegpt}", "\n  prompt_tokens:\n    min: 16\n    mean: 9\n  output_tokens: {mean: 9}"),
         "FILE line 10: workload.prompt_tokens.mean: 9 is not between min 16 and max 1048576",
     ),
+    "no lengths at all": (
+        ("dataset: sharegpt", "prompt_tokens: {cv: 1}, output_tokens: {mean: 9}"),
+        "FILE line 7: workload.prompt_tokens: give exactly one of mean, table, mixture",
+    ),
+    "a mixture of a mean": (
+        ("dataset: sharegpt", "prompt_tokens: {mean: 9}, output_tokens: {mixture: [{share: 1}]}"),
+        "FILE line 7: workload.output_tokens.mixture.0: give exactly one of mean, table",
+    ),
+    "moments of a table": (
+        ("dataset: sharegpt", "prompt_tokens: {table: a.csv, cv: 2}, output_tokens: {mean: 9}"),
+        "FILE line 7: workload.prompt_tokens.cv: belongs to mean; remove it",
+    ),
+    "cv of a Pareto distribution": (
+        ("dataset: sharegpt", "prompt_tokens: {mean: 9, distribution: pareto, cv: 2}, output_tokens: {mean: 9}"),
+        "FILE line 7: workload.prompt_tokens.cv: belongs to log-normal; pareto has only a mean, min and max",
+    ),
+    "a population without lengths": (
+        ("dataset: sharegpt", "populations: [{name: a, share: 1}]"),
+        "FILE line 7: workload.populations.0: "
+        "give exactly one of dataset, lengths, or prompt_tokens with output_tokens",
+    ),
+    "arrivals beside populations": (
+        ("dataset: sharegpt", "populations: [{name: a, share: 1, dataset: arxiv}], arrivals: {process: gamma}"),
+        "FILE line 7: workload.arrivals: belongs to each population; move it there",
+    ),
+    "two populations of one name": (
+        (
+            "dataset: sharegpt",
+            "populations: [{name: a, share: 1, dataset: arxiv}, {name: a, share: 1, dataset: sharegpt}]",
+        ),
+        "FILE line 7: workload.populations.1: two populations are called 'a'; give each a name of its own",
+    ),
+    "a population of an unknown class": (
+        ("dataset: sharegpt", "populations: [{name: a, share: 1, dataset: arxiv, slo_class: slow}]"),
+        "FILE line 7: workload.populations.0.slo_class: 'slow' is none of the SLO classes: default",
+    ),
     "rate in words": (
         ("sharegpt", "sharegpt, rate: most"),
         "FILE line 7: workload.rate: 'most' is neither a number of requests per second above 0 nor max",
@@ -97,8 +133,8 @@ SLO_MISTAKES = {  # what of the good file -> by what, and the sentence
         "FILE line 7: objective: cheapest needs workload.rate; set it to the requests per second",
     ),
     "unknown arrivals": (
-        ("sharegpt", "sharegpt, arrivals: {process: weibull}"),
-        "FILE line 7: workload.arrivals.process must be one of poisson or gamma, not 'weibull'",
+        ("sharegpt", "sharegpt, arrivals: {process: uniform}"),
+        "FILE line 7: workload.arrivals.process must be one of poisson, gamma or weibull, not 'uniform'",
     ),
     "unknown layout": (
         ("workload", "search:\n  layouts:\n    - colocated\n    - both\nworkload"),

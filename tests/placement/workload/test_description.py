@@ -17,6 +17,20 @@ FIXED = {"prompt_tokens": {"mean": 100, "cv": 0}, "output_tokens": {"mean": 10, 
         ({"dataset": "sharegpt"}, "data set sharegpt, Poisson arrivals"),
         (FIXED | {"arrivals": {"process": "gamma", "cv": 2.5}}, "log-normal lengths, arrivals of cv 2.5"),
         ({"trace": Path("folder/monday.csv")}, "trace monday.csv"),
+        ({"lengths": Path("folder/kinds.csv")}, "lengths of kinds.csv, Poisson arrivals"),
+        (
+            FIXED | {"output_tokens": {"mean": 9, "distribution": "pareto"}},
+            "log-normal and pareto lengths, Poisson arrivals",
+        ),
+        (
+            {
+                "populations": [
+                    FIXED | {"name": "chat", "share": 3},
+                    {"name": "code", "share": 1, "dataset": "humaneval"},
+                ]
+            },
+            "populations chat 75%, code 25%",
+        ),
     ],
 )
 def test_the_description_of_a_workload(section: dict[str, Any], text: str) -> None:

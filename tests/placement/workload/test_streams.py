@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tandem.core.errors import ConfigError
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import WorkloadSection
+from tandem.placement.workload.datasets import DATASETS
 from tandem.placement.workload.description import arrival_cv, shared_share
-from tandem.placement.workload.lengths import DATASETS, TruncatedLogNormal
+from tandem.placement.workload.lengths import TruncatedLogNormal
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.streams import make_stream
 from tandem.placement.workload.traces import load_trace, read_trace
@@ -71,7 +72,9 @@ def test_the_seed_changes_everything() -> None:
 # --- moments ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("arrivals", "cv"), [({}, 1.0), ({"process": "gamma", "cv": 3}, 3.0)])
+@pytest.mark.parametrize(
+    ("arrivals", "cv"), [({}, 1.0), ({"process": "gamma", "cv": 3}, 3.0), ({"process": "weibull", "cv": 2}, 2.0)]
+)
 def test_arrivals_have_their_rate_and_burstiness(arrivals: dict[str, Any], cv: float) -> None:
     many = stream(FIXED | {"arrivals": arrivals}, count=40_000, rate=5)
     assert many.arrival_s[0] == 0
@@ -121,13 +124,16 @@ def test_a_cv_of_zero_is_a_fixed_length() -> None:
         ("humaneval", 171.3, 98.2),
         ("azure_conv", 1154.7, 211.1),
         ("azure_code", 2047.8, 27.9),
+        ("azure_2024_conv", 1612.0, 100.0),
+        ("azure_2024_code", 2491.0, 18.0),
+        ("servegen_r1", 1268.2, 1527.4),
         ("distserve_sharegpt", 755.5, 200.3),  # published means
         ("distserve_longbench", 1738.3, 90.7),
     ],
 )
 def test_data_sets_have_the_means_of_their_sources(name: str, prompt: float, output: float) -> None:
     many = stream({"dataset": name}, count=30_000)
-    assert many.prompt_tokens.mean() == pytest.approx(prompt, rel=0.025)
+    assert many.prompt_tokens.mean() == pytest.approx(prompt, rel=0.03)  # ServeGen has a heavy tail
     assert many.output_tokens.mean() == pytest.approx(output, rel=0.07)  # heavy tails
 
 
