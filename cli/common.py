@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from tandem.cli.output import print_line
+from tandem.cli.output import print_error, print_line
 from tandem.core.cluster_status import ClusterChange
 from tandem.core.config import ServeConfig
 from tandem.core.config_file import apply_overrides, load_config
@@ -136,7 +136,11 @@ def ask_controller(
                     showing.cancel()
                     await asyncio.gather(showing, return_exceptions=True)
 
-    return asyncio.run(ask_and_show())
+    try:
+        return asyncio.run(ask_and_show())
+    except KeyboardInterrupt:
+        print_error("interrupted; the cluster goes on with it: see tandem status")
+        raise
 
 
 def print_change(change: ClusterChange) -> None:

@@ -1,6 +1,7 @@
 """The `tandem` command. Exit status: 0 done, 1 failed, 2 the command line or a configuration is wrong, 130 interrupted;
 3 is `tandem plan`'s: no plan meets the SLO."""
 
+import errno
 import importlib
 import inspect
 import sys
@@ -52,6 +53,8 @@ first steps:
 
 `tandem COMMAND --help` explains each command, with examples."""
 _STATUSES = "exit status: 0 done, 1 failed, 2 wrong use or a mistake in a file, 130 interrupted"
+# Errors of files that no command can mend: a full disk, a folder of somebody else, too many open files.
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 _HELP_WIDTH = 120  # where the help does not go to a terminal
 
 
@@ -131,6 +134,9 @@ def _explain(error: Exception, name: str, command: str) -> tuple[str, int]:
             library = error.name.partition(".")[0]
             extras = dict.fromkeys((*_COMMANDS[name][1], *filter(None, [_EXTRA_OF_MODULE.get(library)])))
             return f"`{command}` needs `pip install 'tandem-serve[{','.join(extras)}]'` ({library} is missing)", 1
+        case OSError() if error.errno in _OF_THE_MACHINE:
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror}", 1
         case _:
             return f"a fault of tandem itself ({type(error).__name__}: {error}); --debug shows where", 1
 

@@ -1,7 +1,9 @@
 """Resources of this machine for a deployment: cores, GPUs, memory, ports."""
 
+import contextlib
 import errno
 import os
+import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +13,10 @@ import psutil
 from tandem.core.config import ANY_HOSTS, RouterSection, ServeConfig, split_address
 from tandem.core.errors import ConfigError
 from tandem.deploy.topology import Machine
+
+_PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST_PORT = 10_000
+_TRIED_PORTS = 20
 
 
 def this_machine() -> Machine:
@@ -64,19 +70,39 @@ def check_address(setting: str, address: str) -> str:
     """`address`, with a free port in the place of port 0. Raises ConfigError if the address cannot be used; the message
     names the process that listens there."""
     host, port = split_address(address)
+    for candidate in () if port else _rarely_used_ports():
+        with contextlib.suppress(OSError):
+            return _listen_once(host, candidate)
+    try:
+        return _listen_once(host, port)
+    except OSError as error:
+        holder = listening_process(port) if error.errno == errno.EADDRINUSE else None
+        reason = f"in use by {holder}" if holder else (error.strerror or "not an address").lower()
+        raise ConfigError(
+            f"cannot listen on {setting} {address} ({reason}); "
+            f"choose another with --set {setting}=HOST:PORT (port 0: any free one)"
+        ) from error
+
+
+def _rarely_used_ports() -> list[int]:
+    """Some below those that the kernel gives to connections: a port of those may be taken again before the process that
+    it is for listens. Empty if the kernel uses nearly all."""
+    try:
+        first_used = int(_PORTS_OF_CONNECTIONS.read_text().split()[0])
+    except (OSError, ValueError):
+        return []
+    if first_used < 2 * _LOWEST_PORT:
+        return []
+    return [_LOWEST_PORT + secrets.randbelow(first_used - _LOWEST_PORT) for _ in range(_TRIED_PORTS)]
+
+
+def _listen_once(host: str, port: int) -> str:
+    """The address, with the actual port. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except OSError as error:
-            holder = listening_process(port) if error.errno == errno.EADDRINUSE else None
-            reason = f"in use by {holder}" if holder else (error.strerror or "not an address").lower()
-            raise ConfigError(
-                f"cannot listen on {setting} {address} ({reason}); "
-                f"choose another with --set {setting}=HOST:PORT (port 0: any free one)"
-            ) from error
+        probe.bind((host, port))
+        probe.listen()
         chosen = probe.getsockname()[1]
     return f"[{host}]:{chosen}" if ":" in host else f"{host}:{chosen}"
 

@@ -25,7 +25,8 @@ def test_port_zero_becomes_a_port() -> None:
     config = resolve_addresses(serve_config(http="127.0.0.1:0", grpc="127.0.0.1:0", control="127.0.0.1:0"))
     ports = {split_address(address)[1] for address in (config.router.http, config.router.grpc, config.router.control)}
     assert len(ports) == 3
-    assert 0 not in ports
+    first_used = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert first_used < 20_000 or all(0 < port < first_used for port in ports), "no connection takes it meanwhile"
 
 
 def test_a_taken_port_is_told_with_its_holder(taken: str) -> None:

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def test_the_token_is_for_its_owner_alone(folders: StateFolders, tmp_path: Path)
     (file,) = folders.state.glob("serve-*")
     assert file.stat().st_mode & 0o777 == 0o600
     assert folders.state.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(
+    folders: StateFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    state = own_state(tmp_path)
+    folders.write(state)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"serve-\d+.json cannot be written \(No space left on device\)"):
+        folders.write(replace(state, http="127.0.0.1:9"))
+    assert folders.running() == [state]
+    assert len(list(folders.state.iterdir())) == 2, "the file and the folder of logs"
 
 
 def test_what_the_dead_left_is_cleared_away(folders: StateFolders, tmp_path: Path) -> None:
