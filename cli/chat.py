@@ -37,7 +37,9 @@ def run(
     complete: Annotated[bool, typer.Option("--complete", help="continue the text; no chat template")] = False,
     system: Annotated[str, typer.Option(help="instructions at the start of the conversation")] = "",
     max_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.7,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: always the likeliest token; default: the router's")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same answers")] = None,
     api_key_file: ApiKeyFile = None,
     tls: Annotated[bool, typer.Option("--tls", help="the router has TLS (the running one is known)")] = False,
@@ -47,7 +49,9 @@ def run(
 ) -> int:
     """Talk to the model of the running cluster. Answers stream as they are generated; Ctrl-C ends an answer, Ctrl-D the
     conversation. Through a pipe each line of the input is one question and only the answers are printed."""
-    options = GenerateOptions(max_tokens=max_tokens, temperature=temperature)
+    options = GenerateOptions(max_tokens=max_tokens)
+    if temperature is not None:
+        options["temperature"] = temperature
     if model is not None:
         options["model"] = model
     if seed is not None:

@@ -8,7 +8,6 @@ from tandem.cli.common import state_folders
 from tandem.cli.output import print_line
 from tandem.cli.serve_file import read_serve_file
 from tandem.core.config import ServeConfig
-from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan
 from tandem.deploy import checks
@@ -62,12 +61,3 @@ def free_addresses(config: ServeConfig, ended: list[RunState]) -> ServeConfig:
             if time.monotonic() >= until_s:
                 raise
         time.sleep(0.1)
-
-
-def with_plan(config: ServeConfig, plan: Plan | None, folder: Path) -> ServeConfig:
-    """The router reads the plan from a file: one that was made for this run has none yet."""
-    if plan is None or config.router.plan is not None:
-        return config
-    path = folder / "plan.yaml"
-    path.write_text(dump_config(plan), encoding="utf-8")
-    return config.model_copy(update={"router": config.router.model_copy(update={"plan": path})})

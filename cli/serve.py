@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from tandem.cli.common import ServeFile, Settings, state_folders
-from tandem.cli.prepare import free_addresses, prepare, with_plan
+from tandem.cli.prepare import free_addresses, prepare
 from tandem.cli.signals import StopSignals, ignore_signals, signals_interrupt
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.config import ServeConfig
@@ -79,7 +79,6 @@ def run(
     folders.make()
     config = with_token(free_addresses(prepared.config, folders.clear_ended()))
     log_folder = folders.new_log_folder(os.getpid())
-    config = with_plan(config, prepared.plan, log_folder)
     state = run_state(config, log_folder, ray_folder=str(new_ray_folder()))
     with signals_interrupt():
         try:
@@ -148,7 +147,7 @@ async def _run(
 async def _serve(serving: Serving, state: RunState, signals: StopSignals, began_s: float) -> None:
     helpers = [
         keep("the report of events", serving.say_events, _say),
-        keep("the news for instances", serving.tell_instances, _say),
+        keep("the news for processes", serving.tell_processes, _say),
     ]
     asked_to_stop = asyncio.create_task(_stop_when_asked(serving, signals), name="stop when asked")
     try:

@@ -10,7 +10,7 @@ import typer
 
 from tandem.cli.common import Name, ServeFile, Settings, Timeout, ask_controller, state_folders
 from tandem.cli.output import print_line
-from tandem.cli.prepare import free_addresses, prepare, with_plan
+from tandem.cli.prepare import free_addresses, prepare
 from tandem.core.errors import ConfigError, TandemError, UnavailableError
 from tandem.deploy.cluster_folder import ClusterFolder
 from tandem.deploy.controller_process import command_of
@@ -55,7 +55,7 @@ def run(
         is_new = desired is None
         if desired is None:
             prepared = prepare(file, settings)
-            config = with_plan(with_token(free_addresses(prepared.config, [])), prepared.plan, folder.logs)
+            config = with_token(free_addresses(prepared.config, []))
             desired = Desired(config, grace, plan=prepared.plan)
             folder.save_desired(desired)
         elif file is not None or settings:

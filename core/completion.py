@@ -46,6 +46,14 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What counts where a request says nothing. Without `max_tokens` the context length is the only limit."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionRequest:
     """One API call: `n` choices for each prompt, prompt by prompt.
 
@@ -133,7 +141,10 @@ class OpenCompletion(Protocol):
 
 
 class CompletionService(Protocol):
-    """Serves text-level requests."""
+    """Serves text-level requests. The APIs make them with `defaults`."""
+
+    @property
+    def defaults(self) -> SamplingDefaults: ...
 
     async def open(self, request: CompletionRequest) -> OpenCompletion:
         """Validate, tokenize, start. Raises InvalidRequestError, ContextLengthError, ModelNotFoundError, and what

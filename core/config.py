@@ -98,6 +98,7 @@ _MODEL_HASH = "Beginning of the hash of the model's files, as a worker's log say
 
 _MODEL = "Folder of a checkpoint in Hugging Face format; a relative path starts at this file's folder"
 _MODEL_NAME = "Name in the API; default: the folder's name"
+_MAX_NAME_CHARS = 256
 _TOKEN = "Secret that router and workers share; needed where others reach their ports. Also file:PATH or env:NAME"
 
 _CLUSTER_TLS = "TLS between router, workers and commands; both ends of each connection show a certificate"
@@ -255,6 +256,11 @@ class RouterSection(FrozenModel):
         default=(), description="Names in the Host header besides localhost, when HTTP listens on this machine only"
     )
     reflection: bool = Field(default=True, description="gRPC clients such as grpcurl may list the services")
+    generation_config: Literal["auto", "none"] = Field(
+        default="auto",
+        description="What requests get that name no temperature, top_p, top_k, min_p, repetition_penalty or limit of "
+        "tokens: what the checkpoint's generation_config.json says (auto), or OpenAI's defaults (none)",
+    )
     parse_control_tokens: bool = Field(
         default=False, description="Names of control tokens in prompts and messages count as these tokens, not as text"
     )
@@ -271,7 +277,7 @@ class RouterSection(FrozenModel):
     )
     ui: bool = Field(default=True, description="Serve the page /ui, which shows the cluster, on the HTTP port")
     plan: AnchoredPath | None = Field(
-        default=None, description="A plan that /ui shows beside what is measured; `tandem serve PLAN` sets it"
+        default=None, description="A plan that /ui shows beside what is measured; null: the one of the controller"
     )
 
     @model_validator(mode="after")
@@ -300,7 +306,7 @@ class ServeConfig(FrozenModel):
     """A whole deployment on one model."""
 
     model: AnchoredPath = Field(description=_MODEL)
-    model_name: str | None = Field(default=None, description=_MODEL_NAME)
+    model_name: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS, description=_MODEL_NAME)
     router: RouterSection = RouterSection()
     prefill: Kinds = Field(default=(), description="Instances that compute prompts for others")
     decode: Kinds = Field(default=(), description="Instances that decode what others have prefilled")
@@ -363,7 +369,7 @@ class WorkerConfig(FrozenModel):
     """One instance."""
 
     model: AnchoredPath = Field(description=_MODEL)
-    model_name: str | None = Field(default=None, description=_MODEL_NAME)
+    model_name: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS, description=_MODEL_NAME)
     role: RoleName = Field(default="colocated", description="`python -m prefill_worker` and the like set it")
     listen: Address = Field(default="127.0.0.1:0", description="For routers and other instances; port 0: any free")
     advertise: Host | None = Field(
@@ -409,7 +415,7 @@ class RouterConfig(FrozenModel):
     """One router process. It loads the tokenizer and chat template of `model`, never its weights."""
 
     model: AnchoredPath = Field(description=_MODEL)
-    model_name: str | None = Field(default=None, description=_MODEL_NAME)
+    model_name: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS, description=_MODEL_NAME)
     router: RouterSection = RouterSection()
     heartbeat_timeout_s: float = Field(default=1.5, gt=0, description="Silence after which a worker counts as gone")
     controller: Address | None = Field(

@@ -205,6 +205,7 @@ class InstanceStatus:
     of the process's Python (`sys.getallocatedblocks`): they grow without end where something leaks.
     `step_cost` is what the instance expects of its steps, as corrected by those that it measured; None: it cannot tell.
     `step_prompt_tokens` are the prompt tokens that one step of it computes at most; 0: it does not tell.
+    `certificate_not_after_s` is when its certificate expires, in seconds since 1970; None: it has none.
     """
 
     instance_id: str
@@ -232,3 +233,4 @@ class InstanceStatus:
     step_cost: StepCoefficients | None = None
     step_prompt_tokens: int = 0
     weights_hash: str = ""
+    certificate_not_after_s: float | None = None

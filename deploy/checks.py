@@ -302,6 +302,7 @@ def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
     text = f"{config.served_name}: {spec.architecture}, {spec.num_parameters / 1e6:.1f} M parameters"
     yield Finding("model", Grade.OK, f"{text}, context {spec.max_context_tokens}")
     try:
+        from tandem.router.sampling_defaults import load_sampling_defaults
         from tandem.router.tokenizer import TextTokenizer
 
         with ThreadPoolExecutor(1) as executor:
@@ -311,6 +312,7 @@ def check_checkpoint(config: ServeConfig) -> Iterator[Finding]:
                 executor=executor,
                 parse_control_tokens=config.router.parse_control_tokens,
             )
+        load_sampling_defaults(config.model, config.router.generation_config)
     except TandemError as error:
         advice = "download the tokenizer's files from the model's publisher again"
         yield Finding("tokenizer", Grade.FAILED, error.message, advice)

@@ -68,7 +68,7 @@ async def _run(folder: ClusterFolder, desired: Desired) -> None:
         _say(f"the controller serves on {state.controller}; {len(launcher.left_running())} processes were left running")
         helpers = [
             keep("the report of events", serving.say_events, _say),
-            keep("the news for instances", serving.tell_instances, _say),
+            keep("the news for processes", serving.tell_processes, _say),
             keep("the care for logs", launcher.bound_logs, _say),
             keep("the start", lambda: _start(serving), _say),
             keep("the comparison with the plan", lambda: compare_with_plan(serving, folder.logs, _say), _say),

@@ -32,7 +32,7 @@ class Desired:
 
     def with_config(self, config: ServeConfig, plan: Plan | None = None) -> "Desired":
         """For new settings, and the plan that they were made of. Roles are those of the settings again; what is drained
-        stays drained. Where `config` names no token, and no address or plan file of the router, they stay as they are.
+        stays drained. Where `config` names no token, and no address of the router, they stay as they are.
         Raises ConfigError for what a running cluster cannot change."""
         running = self.config
         if config.served_name != running.served_name:
@@ -47,8 +47,6 @@ class Desired:
             for name in _ADDRESSES
             if name not in config.router.model_fields_set or split_address(getattr(config.router, name))[1] == 0
         }
-        if "plan" not in config.router.model_fields_set:
-            kept["plan"] = running.router.plan
         router = config.router.model_copy(update=kept)
         update = {"router": router, "cluster_token": running.cluster_token, "controller": running.controller}
         return replace(self, config=config.model_copy(update=update), roles={}, plan=plan)

@@ -12,7 +12,7 @@ import grpc
 
 from tandem.core.clock import Clock
 from tandem.core.cluster_status import ClusterChange, ClusterStatus, ProcessState, ProcessStatus
-from tandem.core.config import ROLES, RoleName, ServeConfig, with_secrets
+from tandem.core.config import ROLES, RoleName, ServeConfig, split_address, with_secrets
 from tandem.core.errors import ConfigError, InvalidRequestError, NotFoundError, TandemError, UnavailableError
 from tandem.core.plan import Plan
 from tandem.core.session import InstanceState, Role
@@ -22,6 +22,7 @@ from tandem.deploy.desired import Desired
 from tandem.deploy.instance_settings import ROUTER_FORGOTTEN_S, InstanceSettings
 from tandem.deploy.line_feed import LineFeed
 from tandem.deploy.machine import this_machine
+from tandem.deploy.plan_report import report_plans
 from tandem.deploy.run_state import RunState, process_started_s
 from tandem.deploy.topology import Machine, ProcessRole, ProcessSpec
 from tandem.wire.channels import open_channel
@@ -144,9 +145,12 @@ class Serving:
         while not self.controller.events.empty():
             self._lines.say(_line_of(self.controller.events.get_nowait()))
 
-    async def tell_instances(self) -> None:
-        """Until cancelled: tell instances their routers and roles."""
-        await self._settings.run()
+    async def tell_processes(self) -> None:
+        """Until cancelled: tell instances their routers and roles, and routers the plan."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._settings.run(), name="settings of instances")
+            report = report_plans(lambda: self.desired.plan, self._settings.routers, lambda: self.config)
+            group.create_task(report, name="report of the plan")
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
@@ -191,6 +195,8 @@ class Serving:
         return self._lines.follow(num_past)
 
     def router_announced(self, control: str) -> float:
+        """Raises ConfigError for what is not an address: no instance would take a list with it."""
+        split_address(control)
         self._settings.router_announced(control)
         return ROUTER_FORGOTTEN_S
 

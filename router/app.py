@@ -27,7 +27,7 @@ from tandem.core.access import OpenAccess
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.config import RouterConfig, advertised, with_secrets
 from tandem.core.config_file import load_config
-from tandem.core.errors import ConfigError, InternalError, NotFoundError
+from tandem.core.errors import ConfigError, InternalError, InvalidRequestError, NotFoundError
 from tandem.core.plan import Plan
 from tandem.core.replanning import ReplanStatus
 from tandem.core.secret_source import file_of
@@ -45,6 +45,7 @@ from tandem.router.metrics import Metrics
 from tandem.router.profile import ProfileObserver
 from tandem.router.records import RequestLog
 from tandem.router.request_spans import RequestSpans
+from tandem.router.sampling_defaults import load_sampling_defaults
 from tandem.router.tenant_metrics import TenantMetrics
 from tandem.router.tokenizer import TextTokenizer
 from tandem.router.ui.cluster_view import ClusterView
@@ -74,9 +75,19 @@ class FleetRegistry:
     """Heartbeats and questions of the control port, on the router's state. Implements `wire.fleet.Registry`."""
 
     def __init__(
-        self, model: str, dispatcher: Dispatcher, log: RequestLog, profile: WorkloadProfile, clock: Clock
+        self,
+        model: str,
+        dispatcher: Dispatcher,
+        log: RequestLog,
+        profile: WorkloadProfile,
+        clock: Clock,
+        plan_file: Path | None,
     ) -> None:
+        """`plan_file`: a plan to show instead of the controller's."""
         self.replan: ReplanStatus | None = None
+        self.plan = None if plan_file is None else _read_plan(plan_file)
+        self._plan_json = ""
+        self._has_plan_file = plan_file is not None
         self._model = model
         self._dispatcher = dispatcher
         self._log = log
@@ -109,6 +120,17 @@ class FleetRegistry:
 
     def replan_reported(self, status: ReplanStatus) -> None:
         self.replan = status
+
+    def plan_reported(self, plan_json: str) -> None:
+        """A controller reports it again and again."""
+        if self._has_plan_file or plan_json == self._plan_json:
+            return
+        try:
+            plan = Plan.model_validate_json(plan_json) if plan_json else None
+        except ValueError as error:
+            raise InvalidRequestError(f"this is no plan that this router can read ({error})") from error
+        self.plan, self._plan_json = plan, plan_json
+        self.replan = None  # of the plan before
 
 
 class RouterApp:
@@ -161,11 +183,15 @@ class RouterApp:
             observers=(self._metrics.requests, self._metrics.slo, *tenants, self.log, observer),
             profile=observer,
         )
-        self._registry = FleetRegistry(config.served_name, self._dispatcher, self.log, profile, self._clock)
+        self._registry = FleetRegistry(
+            config.served_name, self._dispatcher, self.log, profile, self._clock, settings.plan
+        )
         self._metrics.watch(self._dispatcher)
         if settings.vllm_metrics:
             self._metrics.add_vllm_names(self._dispatcher, config.served_name)
         self._metrics.watch_replanning(lambda: self._registry.replan)
+        certificates = {"router.tls": self._public_tls, "cluster_tls": self._cluster_tls}
+        self._metrics.watch_certificates({setting: tls for setting, tls in certificates.items() if tls is not None})
 
     async def start(self) -> None:
         """Listen on all three ports. Raises CheckpointError (tokenizer) or ConfigError (port)."""
@@ -224,6 +250,7 @@ class RouterApp:
             random=random,
             settings=settings,
             on_refusal=(self._metrics.requests.refused, self.log.refused),
+            defaults=load_sampling_defaults(config.model, settings.generation_config),
         )
         if self._keys is not None and settings.api_keys and file_of(settings.api_keys):
             self._spawn(self._keys.reload_when_changed(settings.api_keys), "API keys")
@@ -301,7 +328,7 @@ class RouterApp:
             dispatcher=self._dispatcher,
             log=self.log,
             classes=self._config.router.slo,
-            plan=_read_plan(self._config.router.plan),
+            plan=lambda: self._registry.plan,
             replan=lambda: self._registry.replan,
             clock=self._clock,
         )
@@ -341,10 +368,8 @@ class RouterApp:
         self._is_closed.set()
 
 
-def _read_plan(path: Path | None) -> Plan | None:
+def _read_plan(path: Path) -> Plan | None:
     """None, and a warning, for a plan that cannot be read: what is only shown must not keep a router from serving."""
-    if path is None:
-        return None
     try:
         return load_config(path, Plan)
     except ConfigError as error:

@@ -19,6 +19,7 @@ from tandem.core.completion import (
     CompletionRequest,
     Finish,
     Prompt,
+    SamplingDefaults,
     ServedModel,
     TextDelta,
     TextPrompt,
@@ -35,6 +36,7 @@ from tandem.router.tokenizer import TextTokenizer
 
 _LONG_PROMPT_TOKENS = 4096
 _SEED_MASK = (1 << 63) - 1
+_NO_DEFAULTS = SamplingDefaults()
 
 
 def derive_seed(seed: int, choice: int) -> int:
@@ -246,7 +248,9 @@ class TextService:
         random: Random,
         settings: RouterSection | None = None,
         on_refusal: Sequence[Callable[[TandemError], None]] = (),
+        defaults: SamplingDefaults = _NO_DEFAULTS,
     ) -> None:
+        self.defaults = defaults
         self._generator = generator
         self._tokenizer = tokenizer
         self._model = model

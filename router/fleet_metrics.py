@@ -47,6 +47,11 @@ STEP_SECONDS = Description("tandem_instance_step_seconds_total", "Time of these 
 COMPUTED = Description("tandem_instance_computed_tokens_total", "Tokens computed", _BY_INSTANCE)
 CACHE_HITS = Description("tandem_prefix_cache_hit_tokens_total", "Prompt tokens found in its cache", _BY_INSTANCE)
 PREEMPTIONS = Description("tandem_preemptions_total", "Sequences preempted, to be computed again", _BY_INSTANCE)
+CERTIFICATE = Description(
+    "tandem_instance_certificate_not_after_timestamp_seconds",
+    "When its certificate expires, in seconds since 1970",
+    _BY_INSTANCE,
+)
 LINKS = Description("tandem_links", "Instances from which this one has received KV lately", _BY_INSTANCE)
 TRANSFERS = Description("tandem_transfers_total", "KV transfers to this instance", _BY_TRANSPORT)
 TRANSFER_BYTES = Description("tandem_transfer_bytes_total", "Bytes of KV transfers", _BY_TRANSPORT)
@@ -112,6 +117,11 @@ def _instances(labelled: list[tuple[list[str], KnownInstance]]) -> Iterator[Metr
         for labels, instance in labelled:
             gauge.add_metric(labels, value_of(instance))
         yield gauge
+    certificates = GaugeMetricFamily(CERTIFICATE.name, CERTIFICATE.help, labels=CERTIFICATE.labels)
+    for labels, instance in labelled:
+        if (not_after_s := instance.status.certificate_not_after_s) is not None:
+            certificates.add_metric(labels, not_after_s)
+    yield certificates
     for what, total_of in _INSTANCE_COUNTERS:
         counter = CounterMetricFamily(what.name, what.help, labels=what.labels)
         for labels, instance in labelled:

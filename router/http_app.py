@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tandem.core.access import AccessControl, Caller, OpenAccess
 from tandem.core.clock import Clock
+from tandem.core.completion import SamplingDefaults
 from tandem.core.config import RouterSection
 from tandem.core.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, TandemError
 from tandem.core.log_lines import about
@@ -158,7 +159,7 @@ class HttpApp:
         return await self._generate(request, parse_completion)
 
     async def _generate(
-        self, request: Request, parse: Callable[[Any, RequestContext, TextTokenizer], ParsedRequest]
+        self, request: Request, parse: Callable[[Any, RequestContext, TextTokenizer, SamplingDefaults], ParsedRequest]
     ) -> Response:
         context, caller = _context_of(request), request.scope["tandem.caller"]
         try:
@@ -170,7 +171,7 @@ class HttpApp:
             )
             request.scope["tandem.resources"].enter_context(self._access.admit(caller))
             body = await read_json(request, self._settings, request.scope["tandem.held_body"])
-            parsed = parse(body, context, self._tokenizer)
+            parsed = parse(body, context, self._tokenizer, self._service.defaults)
         except TandemError as error:
             self._service.refused(error)
             raise

@@ -4,7 +4,7 @@ The value of a label comes from a fixed list, or is the name of a registered ins
 client cannot create a time series, nor can a restart or another pair of instances.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -22,6 +22,7 @@ from tandem.router.metric_descriptions import SECONDS, Description
 from tandem.router.records import COMPLETE, RequestRecord
 from tandem.router.slo_metrics import SloMetrics
 from tandem.router.vllm_metrics import VllmMetrics
+from tandem.wire.server_tls import ServerTls
 
 OUTCOMES = (
     *COMPLETE,
@@ -56,6 +57,13 @@ RETRIES = Description("tandem_retries_total", "Attempts after the first, of fini
 PROMPT_TOKENS = Description("tandem_prompt_tokens_total", "Prompt tokens of finished requests")
 CACHED_TOKENS = Description("tandem_cached_prompt_tokens_total", "Prompt tokens found in a prefix cache")
 OUTPUT_TOKENS = Description("tandem_output_tokens_total", "Output tokens of finished requests")
+
+# Only for a router with TLS.
+CERTIFICATE = Description(
+    "tandem_certificate_not_after_timestamp_seconds",
+    "When a certificate of this router expires, in seconds since 1970",
+    ("certificate",),
+)
 
 # Only for a cluster whose plan is watched.
 DRIFT = Description("tandem_workload_drift", "How far the workload is from the plan's; the plan may be wrong from 1 on")
@@ -120,6 +128,18 @@ class _ReplanCollector(Collector):  # type: ignore[misc]
         yield GaugeMetricFamily(REPLAN_GAIN.name, REPLAN_GAIN.help, value=gain)
 
 
+class _CertificateCollector(Collector):  # type: ignore[misc]
+    def __init__(self, certificates: Mapping[str, ServerTls]) -> None:
+        self._certificates = certificates
+
+    def collect(self) -> Iterator[Metric]:
+        gauge = GaugeMetricFamily(CERTIFICATE.name, CERTIFICATE.help, labels=CERTIFICATE.labels)
+        for setting, tls in self._certificates.items():
+            if tls.not_after_s is not None:
+                gauge.add_metric([setting], tls.not_after_s)
+        yield gauge
+
+
 def _histogram(what: Description, registry: CollectorRegistry) -> Histogram:
     return Histogram(what.name, what.help, what.labels, buckets=SECONDS, registry=registry)
 
@@ -144,6 +164,10 @@ class Metrics:
     def add_vllm_names(self, dispatcher: Dispatcher, model: str) -> None:
         """Add the metrics that other gateways read. `model` is its name in the API."""
         self.registry.register(VllmMetrics(dispatcher, model))
+
+    def watch_certificates(self, certificates: Mapping[str, ServerTls]) -> None:
+        """Add the metrics of the router's certificates, by the setting that names their files."""
+        self.registry.register(_CertificateCollector(certificates))
 
     def watch_replanning(self, source: Callable[[], ReplanStatus | None]) -> None:
         """Add the metrics of the plan watch; they appear with its first report."""

@@ -45,9 +45,9 @@ class TokenizerFiles:
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Raises CheckpointError for a file that is missing, damaged, or asks for what is not supported."""
     tokenizer = _read_tokenizer(folder)
-    settings = _read_json(folder / "tokenizer_config.json")
-    config = _read_json(folder / "config.json")
-    generation_config = _read_json(folder / "generation_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "config.json")
+    generation_config = read_json(folder / "generation_config.json")
     _check_supported(settings, tokenizer)
     with library_errors("tokenizer_config.json"):
         named_tokens = _add_tokens(tokenizer, settings, folder)
@@ -111,7 +111,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         return tokenizer
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no such file. Raises CheckpointError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -144,8 +144,8 @@ def _add_tokens(tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) ->
     if listed is not None:
         known = _listed_tokens(listed)
     else:
-        settings = _with_special_tokens_map(settings, _read_json(folder / "special_tokens_map.json"))
-        known = _legacy_tokens(_read_json(folder / "added_tokens.json"), settings)
+        settings = _with_special_tokens_map(settings, read_json(folder / "special_tokens_map.json"))
+        known = _legacy_tokens(read_json(folder / "added_tokens.json"), settings)
         known |= tokenizer.get_added_tokens_decoder()
     named = _named_tokens(settings)
     to_add = [token for _, token in sorted(known.items())]

@@ -12,7 +12,8 @@ from tandem.core.timeline import Timeline
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of `Client.generate` and `Client.stream`. Give exactly one of the three prompts.
 
-    Defaults are the router's: temperature 1, no limits, a random seed, as many tokens as the model's context holds.
+    Defaults are the router's: what the checkpoint's generation_config.json says, else temperature 1, no limits, and as
+    many tokens as the model's context holds; a random seed.
     `tandem.core.request.SamplingParams` says what each setting means.
     """
 

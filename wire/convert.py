@@ -36,6 +36,7 @@ _STATE_TO_PB = {
 _STATE_FROM_PB = {value: key for key, value in _STATE_TO_PB.items()}
 
 MAX_NAME_CHARS = 1024
+_NO_PREFERENCE = SamplingParams()
 NO_TOKEN = -1  # stands for the first prompt token, which has no log-probability
 
 
@@ -66,14 +67,13 @@ def sampling_to_pb(params: SamplingParams) -> common_pb2.SamplingParams:
     )
 
 
-def sampling_from_pb(pb: common_pb2.SamplingParams) -> SamplingParams:
-    """Fields that are not set get the defaults of `SamplingParams`."""
-    default = SamplingParams()
+def sampling_from_pb(pb: common_pb2.SamplingParams, default: SamplingParams = _NO_PREFERENCE) -> SamplingParams:
+    """Fields that are not set are those of `default`."""
     return SamplingParams(
         temperature=pb.temperature if pb.HasField("temperature") else default.temperature,
         top_p=pb.top_p if pb.HasField("top_p") else default.top_p,
-        top_k=pb.top_k,
-        min_p=pb.min_p,
+        top_k=pb.top_k if pb.HasField("top_k") else default.top_k,
+        min_p=pb.min_p if pb.HasField("min_p") else default.min_p,
         presence_penalty=pb.presence_penalty,
         frequency_penalty=pb.frequency_penalty,
         repetition_penalty=pb.repetition_penalty if pb.HasField("repetition_penalty") else default.repetition_penalty,
@@ -219,6 +219,7 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         step_cost=status.step_cost or (),
         step_prompt_tokens=status.step_prompt_tokens,
         weights_hash=status.weights_hash,
+        certificate_not_after_s=status.certificate_not_after_s or 0.0,
     )
 
 
@@ -265,4 +266,5 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         step_cost=_step_cost(pb.step_cost),
         step_prompt_tokens=pb.step_prompt_tokens,
         weights_hash=pb.weights_hash,
+        certificate_not_after_s=pb.certificate_not_after_s or None,
     )

@@ -46,6 +46,10 @@ class Registry(Protocol):
 
     def replan_reported(self, status: ReplanStatus) -> None: ...
 
+    def plan_reported(self, plan_json: str) -> None:
+        """Empty: the cluster serves no plan. Raises InvalidRequestError for what is no plan."""
+        ...
+
 
 class FleetServicer(worker_pb2_grpc.FleetServiceServicer):
     def __init__(self, registry: Registry) -> None:
@@ -85,6 +89,12 @@ class FleetServicer(worker_pb2_grpc.FleetServiceServicer):
         self._registry.replan_reported(replanning.replan_from_pb(request.status))
         return worker_pb2.ReportReplanResponse()
 
+    async def ReportPlan(
+        self, request: worker_pb2.ReportPlanRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.ReportPlanResponse:
+        self._registry.plan_reported(request.plan_json)
+        return worker_pb2.ReportPlanResponse()
+
 
 async def send_heartbeat(channel: grpc.aio.Channel, status: InstanceStatus, timeout_s: float) -> None:
     """Report once. Raises the router's error, or UnavailableError when it cannot be reached."""
@@ -100,6 +110,15 @@ async def report_replan(channel: grpc.aio.Channel, status: ReplanStatus, timeout
     request = worker_pb2.ReportReplanRequest(status=replanning.replan_to_pb(status))
     try:
         await worker_pb2_grpc.FleetServiceStub(channel).ReportReplan(request, timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+
+
+async def report_plan(channel: grpc.aio.Channel, plan_json: str, timeout_s: float) -> None:
+    """Tell a router which plan the cluster serves; empty: none. Raises as `send_heartbeat`."""
+    request = worker_pb2.ReportPlanRequest(plan_json=plan_json)
+    try:
+        await worker_pb2_grpc.FleetServiceStub(channel).ReportPlan(request, timeout=timeout_s)
     except grpc.aio.AioRpcError as error:
         raise error_from_rpc(error) from error
 

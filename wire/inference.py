@@ -18,6 +18,7 @@ from tandem.core.completion import (
     CompletionService,
     Finish,
     Prompt,
+    SamplingDefaults,
     TextDelta,
     TextPrompt,
     TokenPrompt,
@@ -54,8 +55,9 @@ def request_from_pb(
     timeout_s: float | None,
     caller: Caller,
     trace: RequestTrace | None = None,
+    defaults: SamplingDefaults,
 ) -> CompletionRequest:
-    """`model` and `request_id` are the defaults of a message without them; `timeout_s` is the time until its deadline.
+    """`model`, `request_id` and `defaults` count where a message says nothing; `timeout_s` is the time to its deadline.
 
     Raises InvalidRequestError if there is no prompt, PermissionDeniedError for a tenant that the caller may not name;
     the service checks everything else.
@@ -65,9 +67,9 @@ def request_from_pb(
         model=pb.model or model,
         prompts=(_prompt_from_pb(pb),),
         received_s=received_s,
-        sampling=sampling_from_pb(pb.sampling),
+        sampling=sampling_from_pb(pb.sampling, defaults.sampling),
         seed=pb.sampling.seed if pb.sampling.HasField("seed") else None,
-        max_tokens=pb.sampling.max_tokens if pb.sampling.HasField("max_tokens") else None,
+        max_tokens=pb.sampling.max_tokens if pb.sampling.HasField("max_tokens") else defaults.max_tokens,
         stop=tuple(pb.stop),
         cache_salt=pb.cache_salt,
         deadline_s=float("inf") if timeout_s is None else received_s + timeout_s,
@@ -186,6 +188,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             timeout_s=context.time_remaining(),
             caller=caller_of(self._access, context),
             trace=trace,
+            defaults=self._service.defaults,
         )
         with self._hold_bytes(request.ByteSize()):
             async with await self._service.open(completion_request) as completion:

@@ -8,6 +8,7 @@ import ssl
 from pathlib import Path
 
 import grpc
+from cryptography import x509
 
 from tandem.core.errors import ConfigError
 from tandem.core.file_watch import FileWatch
@@ -17,10 +18,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class ServerTls:
-    """What one server shows, and whose certificates its clients need. Use it after `load`."""
+    """What one server shows, and whose certificates its clients need. Use it after `load`.
+
+    `not_after_s` is when the first certificate of the file `certificate` expires, in seconds since 1970; None: unknown.
+    """
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
-        self._certificate = certificate
+        self.certificate = certificate
+        self.not_after_s: float | None = None
         self._key = key
         self._client_ca = client_ca
         self._context: ssl.SSLContext | None = None
@@ -40,19 +45,20 @@ class ServerTls:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         try:
-            context.load_cert_chain(self._certificate, self._key)
+            context.load_cert_chain(self.certificate, self._key)
             if self._client_ca is not None:
                 context.load_verify_locations(self._client_ca)
                 context.verify_mode = ssl.CERT_REQUIRED
                 # A session that is resumed would keep a client whose authority is no longer trusted.
                 context.options |= ssl.OP_NO_TICKET
                 context.num_tickets = 0
-            pair = self._key.read_bytes(), self._certificate.read_bytes()
+            pair = self._key.read_bytes(), self.certificate.read_bytes()
             ca = None if self._client_ca is None else self._client_ca.read_bytes()
         except (OSError, ssl.SSLError) as error:  # an SSLError is an OSError with other texts
-            files = ", ".join(str(path) for path in (self._certificate, self._key, self._client_ca) if path)
+            files = ", ".join(str(path) for path in (self.certificate, self._key, self._client_ca) if path)
             raise ConfigError(f"the files of TLS cannot be used: {files} ({error.strerror or error})") from error
         self._context = context
+        self.not_after_s = _first_expiry_s(pair[1])
         self._configuration = grpc.ssl_server_certificate_configuration([pair], ca)
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
@@ -73,11 +79,20 @@ class ServerTls:
 
     async def reload_when_changed(self) -> None:
         """Until cancelled. Files that cannot be used change nothing, and the log says so."""
-        watch = FileWatch([path for path in (self._certificate, self._key, self._client_ca) if path])
+        watch = FileWatch([path for path in (self.certificate, self._key, self._client_ca) if path])
         while True:
             await watch.wait_for_change()
             try:
                 self.load()
-                _LOG.info("the certificate %s has been read again", self._certificate)
+                _LOG.info("the certificate %s has been read again", self.certificate)
             except ConfigError as error:
                 _LOG.error("the certificate stays as it was: %s", error.message)
+
+
+def _first_expiry_s(pem: bytes) -> float | None:
+    """Of a certificate and those between it and its authority. None if their dates cannot be read: OpenSSL, which has
+    read them, takes more than `cryptography` does."""
+    try:
+        return min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(pem))
+    except ValueError:
+        return None

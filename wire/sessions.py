@@ -200,7 +200,7 @@ class CommandHandler(Protocol):
         ...
 
     def set_routers(self, control_addresses: Sequence[str]) -> None:
-        """Raises ConfigError for what is not an address."""
+        """Raises ConfigError for an empty list, and for what is not an address."""
         ...
 
 

@@ -109,6 +109,7 @@ class PublicSide:
             allocated_blocks=sys.getallocatedblocks(),
             step_cost=report.step_cost,
             step_prompt_tokens=report.step_prompt_tokens,
+            certificate_not_after_s=None if self._tls is None else self._tls.not_after_s,
         )
 
     def _pairing_fingerprint(self, layout_fingerprint: str) -> str:

@@ -148,6 +148,8 @@ class InstanceService:
         self._role_changed()
 
     def set_routers(self, control_addresses: Sequence[str]) -> None:
+        if not control_addresses:
+            raise ConfigError("the list of routers is empty; an instance that reports to no router serves nobody")
         for address in control_addresses:
             split_address(address)
         self._routers_changed(control_addresses)

@@ -50,6 +50,19 @@ def _ranged(kind: str, name: str, default: float) -> _Schema:
     return _optional(kind, **{"exclusiveMinimum" if above_low else "minimum": low, "maximum": high, "default": default})
 
 
+def _of_checkpoint(kind: str, otherwise: float, description: str = "", **limits: Any) -> _Schema:
+    """A field whose default the checkpoint may say: the document is of all checkpoints."""
+    text = f"Without it: as generation_config.json says, else {otherwise:g}"
+    return _optional(kind, **limits, description=f"{description}. {text}" if description else text)
+
+
+def _ranged_of_checkpoint(name: str, otherwise: float) -> _Schema:
+    low, high, above_low = RANGES[name]
+    return _of_checkpoint(
+        "number", otherwise, "", **{"exclusiveMinimum" if above_low else "minimum": low, "maximum": high}
+    )
+
+
 def _object(properties: Mapping[str, _Schema], *required: str, is_closed: bool = False) -> _Schema:
     schema: _Schema = {"type": "object", "properties": dict(properties), "required": list(required)}
     return schema | {"additionalProperties": False} if is_closed else schema
@@ -66,8 +79,8 @@ _BOOLEAN = _optional("boolean", default=False)
 
 _COMMON_FIELDS: Mapping[str, _Schema] = {
     "model": _STRING | {"description": "The served model's name, as in /v1/models"},
-    "temperature": _ranged("number", "temperature", 1.0),
-    "top_p": _optional("number", minimum=0.0, maximum=1.0, default=1.0, description="0 leaves one token"),
+    "temperature": _ranged_of_checkpoint("temperature", 1.0),
+    "top_p": _of_checkpoint("number", 1.0, "0 leaves one token", minimum=0.0, maximum=1.0),
     "presence_penalty": _ranged("number", "presence_penalty", 0.0),
     "frequency_penalty": _ranged("number", "frequency_penalty", 0.0),
     "seed": _optional("integer", minimum=-(1 << 63), maximum=(1 << 63) - 1),
@@ -90,9 +103,9 @@ _COMMON_FIELDS: Mapping[str, _Schema] = {
         },
         additionalProperties=False,
     ),
-    "top_k": _optional("integer", minimum=-1, maximum=INT32_MAX, default=0, description="0 and -1: no limit"),
-    "min_p": _ranged("number", "min_p", 0.0),
-    "repetition_penalty": _ranged("number", "repetition_penalty", 1.0),
+    "top_k": _of_checkpoint("integer", 0, "0 and -1: no limit", minimum=-1, maximum=INT32_MAX),
+    "min_p": _ranged_of_checkpoint("min_p", 0.0),
+    "repetition_penalty": _ranged_of_checkpoint("repetition_penalty", 1.0),
     "ignore_eos": _BOOLEAN,
     "stop_token_ids": {"type": ["array", "null"], "items": _TOKEN_ID, "maxItems": MAX_STOP_TOKENS},
     "cache_salt": _optional("string", maxLength=MAX_ID_CHARS),

@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from tandem.core.completion import ChatMessage, ChatPrompt, CompletionRequest, Prompt, TextPrompt, TokenPrompt
+from tandem.core.completion import (
+    ChatMessage,
+    ChatPrompt,
+    CompletionRequest,
+    Prompt,
+    SamplingDefaults,
+    TextPrompt,
+    TokenPrompt,
+)
 from tandem.core.errors import InvalidRequestError
 from tandem.core.request import SamplingParams
 from tandem.core.request_trace import RequestTrace
@@ -23,6 +31,7 @@ from tandem.router.openai.responses import ChatWriter, CompletionWriter, Respons
 from tandem.router.tokenizer import TextTokenizer
 
 B = TypeVar("B", bound="_CommonBody")
+Number = TypeVar("Number", int, float)
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
@@ -79,15 +88,20 @@ class ParsedRequest:
     is_stream: bool
 
 
-def parse_chat(body: Any, context: RequestContext, tokenizer: TextTokenizer) -> ParsedRequest:
+def parse_chat(
+    body: Any, context: RequestContext, tokenizer: TextTokenizer, defaults: SamplingDefaults
+) -> ParsedRequest:
     """Parse a body of /v1/chat/completions. Raises InvalidRequestError that names the first wrong field."""
     fields = _validate(_ChatBody, body)
-    request = fields.request(context, (fields.chat_prompt,), fields.limit, fields.num_logprobs)
+    max_tokens = defaults.max_tokens if fields.limit is None else fields.limit
+    request = fields.request(context, defaults, (fields.chat_prompt,), max_tokens, fields.num_logprobs)
     options = fields.response_options(context, with_logprobs=fields.num_logprobs is not None)
     return ParsedRequest(request, ChatWriter(request, tokenizer, options), fields.stream)
 
 
-def parse_completion(body: Any, context: RequestContext, tokenizer: TextTokenizer) -> ParsedRequest:
+def parse_completion(
+    body: Any, context: RequestContext, tokenizer: TextTokenizer, defaults: SamplingDefaults
+) -> ParsedRequest:
     """Parse a body of /v1/completions. Raises InvalidRequestError that names the first wrong field."""
     fields = _validate(_CompletionBody, body)
     echo = fields.echo
@@ -97,8 +111,9 @@ def parse_completion(body: Any, context: RequestContext, tokenizer: TextTokenize
         if not echo:
             raise InvalidRequestError("'max_tokens' may only be 0 together with 'echo'.", param="max_tokens")
         max_tokens = 1  # a worker draws at least one token
+    prompt_logprobs = fields.logprobs if echo else None
     request = fields.request(
-        context, tuple(fields.prompt), max_tokens, fields.logprobs, fields.logprobs if echo else None, echo=echo
+        context, defaults, tuple(fields.prompt), max_tokens, fields.logprobs, prompt_logprobs, echo=echo
     )
     options = fields.response_options(context, with_logprobs=fields.logprobs is not None)
     writer = CompletionWriter(request, tokenizer, options, echo=echo, hides_output=hides_output)
@@ -194,6 +209,10 @@ class _Message(BaseModel):
         return message
 
 
+def _given(value: Number | None, default: Number) -> Number:
+    return default if value is None else value
+
+
 class _StreamOptions(_StrictBody):
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -215,8 +234,8 @@ class _CommonBody(_StrictBody):
     """Fields of both endpoints."""
 
     model: str
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
@@ -227,9 +246,9 @@ class _CommonBody(_StrictBody):
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
     # Tandem's own, named as other open servers name them
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[int], _at_most(MAX_STOP_TOKENS)] = []
     cache_salt: str = ""
@@ -250,6 +269,7 @@ class _CommonBody(_StrictBody):
     def request(
         self,
         context: RequestContext,
+        defaults: SamplingDefaults,
         prompts: tuple[Prompt, ...],
         max_tokens: int | None,
         logprobs: int | None,
@@ -262,7 +282,7 @@ class _CommonBody(_StrictBody):
             model=self.model,
             prompts=prompts,
             received_s=context.received_s,
-            sampling=self._sampling(logprobs, prompt_logprobs),
+            sampling=self._sampling(defaults.sampling, logprobs, prompt_logprobs),
             seed=self.seed,
             max_tokens=max_tokens,
             stop=self.stop,
@@ -282,17 +302,19 @@ class _CommonBody(_StrictBody):
             raise InvalidRequestError("Give the SLO in the headers or in 'tandem', not in both.", param="tandem")
         return in_headers if in_body == UNSPECIFIED_SLO else in_body
 
-    def _sampling(self, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+    def _sampling(self, default: SamplingParams, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """Without seed and max_tokens. A top_p of 0 leaves one token, a top_k of -1 leaves all."""
-        is_greedy = self.top_p == 0.0
+        top_p = _given(self.top_p, default.top_p)
+        top_k = _given(self.top_k, default.top_k)
+        is_greedy = top_p == 0.0
         return SamplingParams(
-            temperature=self.temperature,
-            top_p=1.0 if is_greedy else self.top_p,
-            top_k=1 if is_greedy else 0 if self.top_k == -1 else self.top_k,
-            min_p=self.min_p,
+            temperature=_given(self.temperature, default.temperature),
+            top_p=1.0 if is_greedy else top_p,
+            top_k=1 if is_greedy else 0 if top_k == -1 else top_k,
+            min_p=_given(self.min_p, default.min_p),
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=_given(self.repetition_penalty, default.repetition_penalty),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             stop_token_ids=tuple(self.stop_token_ids),

@@ -27,7 +27,7 @@ _BLOCK_OWNERS = ("total", "free", "running", "cached", "leased", "leaked")
 class ClusterView:
     """Reads the router's state and changes nothing. Used on the router's event loop only.
 
-    `plan` is what the cluster was made from, None where it is not known; `replan` gives the last report of the watch
+    `plan` gives what the cluster is made from, None where it is not known; `replan` gives the last report of the watch
     over the plan.
     """
 
@@ -38,7 +38,7 @@ class ClusterView:
         dispatcher: Dispatcher,
         log: RequestLog,
         classes: Iterable[SloClass],
-        plan: Plan | None,
+        plan: Callable[[], Plan | None],
         replan: Callable[[], ReplanStatus | None],
         clock: Clock,
     ) -> None:
@@ -46,7 +46,7 @@ class ClusterView:
         self._dispatcher = dispatcher
         self._log = log
         self._classes = tuple(classes)
-        self._plan = None if plan is None else _plan_fields(plan)
+        self._plan = plan
         self._replan = replan
         self._clock = clock
         self._started_s = clock.now_s()
@@ -79,7 +79,7 @@ class ClusterView:
     def _fields(self, now_s: float) -> dict[str, Any]:
         dispatcher = self._dispatcher
         instances = dispatcher.fleet.instances
-        replan = self._replan()
+        plan, replan = self._plan(), self._replan()
         return {
             "model": self._model,
             "uptime_s": now_s - self._started_s,
@@ -92,7 +92,7 @@ class ClusterView:
             "instances": [_instance_fields(instance) for instance in _most_important(instances)],
             "classes": [_class_fields(slo) for slo in self._classes],
             "recent": summarize(self._log.latest(MAX_RECORDS), self._classes, self._started_s, now_s),
-            "plan": self._plan,
+            "plan": None if plan is None else _plan_fields(plan),
             "replan": None if replan is None else _replan_fields(replan),
         }
 

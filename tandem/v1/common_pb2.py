@@ -24,27 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/common.proto\x12\ttandem.v1\"\xa9\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x05H\x04\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\x05H\x05\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0b \x01(\x05H\x06\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x12\n\nignore_eos\x18\r \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"U\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\"\n\x03top\x18\x03 \x03(\x0b\x32\x15.tandem.v1.TopLogprob\"\x95\x02\n\x08Timeline\x12)\n\x06stamps\x18\x01 \x03(\x0b\x32\x19.tandem.v1.Timeline.Stamp\x12\'\n\x05parts\x18\x02 \x03(\x0b\x32\x18.tandem.v1.Timeline.Part\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x12\x13\n\x06ttft_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06tpot_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x0cnum_attempts\x18\x06 \x01(\x05\x1a$\n\x05Stamp\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x1a(\n\x04Part\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x42\t\n\x07_ttft_sB\t\n\x07_tpot_s\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/common.proto\x12\ttandem.v1\"\xc7\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x05H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x12\n\nignore_eos\x18\r \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"U\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\"\n\x03top\x18\x03 \x03(\x0b\x32\x15.tandem.v1.TopLogprob\"\x95\x02\n\x08Timeline\x12)\n\x06stamps\x18\x01 \x03(\x0b\x32\x19.tandem.v1.Timeline.Stamp\x12\'\n\x05parts\x18\x02 \x03(\x0b\x32\x18.tandem.v1.Timeline.Part\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x12\x13\n\x06ttft_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06tpot_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x0cnum_attempts\x18\x06 \x01(\x05\x1a$\n\x05Stamp\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x1a(\n\x04Part\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x42\t\n\x07_ttft_sB\t\n\x07_tpot_s\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=963
-  _globals['_FINISHREASON']._serialized_end=1087
+  _globals['_FINISHREASON']._serialized_start=993
+  _globals['_FINISHREASON']._serialized_end=1117
   _globals['_SAMPLINGPARAMS']._serialized_start=38
-  _globals['_SAMPLINGPARAMS']._serialized_end=463
-  _globals['_TOPLOGPROB']._serialized_start=465
-  _globals['_TOPLOGPROB']._serialized_end=512
-  _globals['_TOKENLOGPROB']._serialized_start=514
-  _globals['_TOKENLOGPROB']._serialized_end=599
-  _globals['_TIMELINE']._serialized_start=602
-  _globals['_TIMELINE']._serialized_end=879
-  _globals['_TIMELINE_STAMP']._serialized_start=779
-  _globals['_TIMELINE_STAMP']._serialized_end=815
-  _globals['_TIMELINE_PART']._serialized_start=817
-  _globals['_TIMELINE_PART']._serialized_end=857
-  _globals['_USAGE']._serialized_start=881
-  _globals['_USAGE']._serialized_end=961
+  _globals['_SAMPLINGPARAMS']._serialized_end=493
+  _globals['_TOPLOGPROB']._serialized_start=495
+  _globals['_TOPLOGPROB']._serialized_end=542
+  _globals['_TOKENLOGPROB']._serialized_start=544
+  _globals['_TOKENLOGPROB']._serialized_end=629
+  _globals['_TIMELINE']._serialized_start=632
+  _globals['_TIMELINE']._serialized_end=909
+  _globals['_TIMELINE_STAMP']._serialized_start=809
+  _globals['_TIMELINE_STAMP']._serialized_end=845
+  _globals['_TIMELINE_PART']._serialized_start=847
+  _globals['_TIMELINE_PART']._serialized_end=887
+  _globals['_USAGE']._serialized_start=911
+  _globals['_USAGE']._serialized_end=991
 # @@protoc_insertion_point(module_scope)

@@ -218,6 +218,11 @@ class FleetServiceStub:
                 request_serializer=tandem_dot_v1_dot_worker__pb2.ReportReplanRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_worker__pb2.ReportReplanResponse.FromString,
                 _registered_method=True)
+        self.ReportPlan = channel.unary_unary(
+                '/tandem.v1.FleetService/ReportPlan',
+                request_serializer=tandem_dot_v1_dot_worker__pb2.ReportPlanRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_worker__pb2.ReportPlanResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
@@ -251,6 +256,13 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportPlan(self, request, context):
+        """The plan that the cluster serves now, from its controller; the page /ui shows it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -273,6 +285,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.ReportReplan,
                     request_deserializer=tandem_dot_v1_dot_worker__pb2.ReportReplanRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_worker__pb2.ReportReplanResponse.SerializeToString,
+            ),
+            'ReportPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportPlan,
+                    request_deserializer=tandem_dot_v1_dot_worker__pb2.ReportPlanRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_worker__pb2.ReportPlanResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -384,6 +401,33 @@ class FleetService:
             '/tandem.v1.FleetService/ReportReplan',
             tandem_dot_v1_dot_worker__pb2.ReportReplanRequest.SerializeToString,
             tandem_dot_v1_dot_worker__pb2.ReportReplanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.FleetService/ReportPlan',
+            tandem_dot_v1_dot_worker__pb2.ReportPlanRequest.SerializeToString,
+            tandem_dot_v1_dot_worker__pb2.ReportPlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

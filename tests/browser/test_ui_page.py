@@ -15,11 +15,12 @@ from tandem.core.api_keys import digest_of, new_key
 from tandem.core.session import Role
 from tandem.router.app import RouterApp
 from tandem.wire.channels import open_channel
-from tandem.wire.fleet import send_heartbeat
+from tandem.wire.fleet import report_plan, send_heartbeat
 from tests.instance_status import make_status
 from tests.router.front import write_checkpoint
 from tests.router.grpc_workers import serve_pair
 from tests.router.test_app import TOKEN, make_config
+from tests.router.test_http_ui import PLAN
 
 playwright = pytest.importorskip("playwright.async_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -81,6 +82,16 @@ async def test_strings_of_requests_and_instances_stay_text(tmp_path: Path) -> No
             await playwright.expect(page.locator("#request-list pre").first).to_contain_text("decode on decode-1:")
             assert await page.title() == "tiny · Tandem"
             assert await page.locator("main img, main script").count() == 0
+
+
+async def test_the_plan_changes_under_an_open_page(tmp_path: Path) -> None:
+    async with running_router(tmp_path) as app, open_page(f"http://{app.address}") as page:
+        await playwright.expect(page.locator("#plan-content")).to_contain_text("serves no plan")
+        async with open_channel(app.control_address, TOKEN) as channel:
+            for summary in ("The first.", "The second."):
+                await report_plan(channel, PLAN.model_copy(update={"summary": summary}).model_dump_json(), 5.0)
+                await playwright.expect(page.locator("#plan-content")).to_contain_text(summary)
+        await playwright.expect(page.locator("#plan-content table")).to_contain_text("colocated")
 
 
 async def test_by_keyboard(tmp_path: Path) -> None:

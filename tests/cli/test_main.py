@@ -1,6 +1,8 @@
 """The commands without a cluster: help, wrong use, and what they say when nothing runs."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +119,17 @@ def test_no_traceback_unless_asked_for(capsys: pytest.CaptureFixture[str]) -> No
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_what_the_machine_refuses_is_said_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/state/x")
+
+    monkeypatch.setattr("tandem.cli.common.state_folders", full)
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == "tandem status: /state/x: No space left on device\n"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     assert capsys.readouterr().out.startswith("tandem ")
@@ -158,7 +171,7 @@ def test_a_command_names_the_extra_that_it_lacks(absent: str, argv: list[str], s
 
 
 _ONLY_FOR_SERVE = (
-    "torch tokenizers safetensors starlette uvicorn httptools uvloop orjson prometheus_client grpc_health "
+    "torch tokenizers safetensors starlette uvicorn httptools uvloop orjson prometheus_client grpc_health cryptography "
     "grpc_reflection"
 )
 _ONLY_FOR_PLAN = "scipy matplotlib"

@@ -34,7 +34,8 @@ MISTAKES = {
         "allow_anonymous, open_metrics, share_prefixes, max_body, max_bodies, max_body_items, max_header, "
         "max_connections, max_client_connections, max_client_choices, max_response_logprobs, header_timeout_s, "
         "body_timeout_s, idle_timeout_s, write_timeout_s, cors_origins, allowed_hosts, reflection, "
-        "parse_control_tokens, resume, replacement_wait_s, profile_window_s, tracing, vllm_metrics, ui, plan",
+        "generation_config, parse_control_tokens, resume, replacement_wait_s, profile_window_s, tracing, "
+        "vllm_metrics, ui, plan",
     ),
     "less for all bodies than for one": (
         "model: m\nrouter:\n  max_body: 2MiB\n  max_bodies: 1MiB\n",
@@ -196,7 +197,9 @@ def test_mistakes_in_lists_have_their_line(tmp_path: Path) -> None:
     instances=st.integers(1, 100),
     kv_memory=st.integers(1, 1 << 40),
     lease_s=st.floats(0.001, 1e6),
-    name=st.one_of(st.none(), st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=20)),
+    name=st.one_of(
+        st.none(), st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
+    ),
     token=st.sampled_from([None, "yes", "0123", "1:30", "null", "a: b", "# x", "2026-01-01", "1e3"]),
 )
 def test_what_is_dumped_loads_again(

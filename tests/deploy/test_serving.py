@@ -115,3 +115,5 @@ async def test_routers_that_are_announced(serving: Serving) -> None:
     own = serving.status().routers
     assert serving.router_announced("10.0.0.2:8002") > 0
     assert serving.status().routers == (*own, "10.0.0.2:8002")
+    with pytest.raises(ConfigError, match="not an address"):
+        serving.router_announced("")

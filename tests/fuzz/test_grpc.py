@@ -65,6 +65,9 @@ _STATUS.links.add(peer_id="p", transport="gloo", transfers=1, transfer_bytes=2, 
 CONTROL = {
     "/tandem.v1.FleetService/Heartbeat": (worker_pb2.HeartbeatRequest(status=_STATUS),),
     "/tandem.v1.FleetService/Describe": (worker_pb2.DescribeRequest(with_profile=True),),
+    "/tandem.v1.FleetService/ReportPlan": (
+        worker_pb2.ReportPlanRequest(plan_json='{"model": "m", "verdict": "infeasible", "groups": []}'),
+    ),
     "/tandem.v1.FleetService/ReportReplan": (
         worker_pb2.ReportReplanRequest(
             status=worker_pb2.ReplanStatus(

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from tandem.core.access import AccessControl, OpenAccess
 from tandem.core.clock import SystemClock
+from tandem.core.completion import SamplingDefaults
 from tandem.core.config import RouterSection
 from tandem.core.errors import TandemError
 from tandem.core.request import GenerationRequest
@@ -130,6 +131,7 @@ async def serve_front(
     settings: RouterSection | None = None,
     access: AccessControl = OpenAccess(),
     tls: ServerTls | None = None,
+    defaults: SamplingDefaults | None = None,
 ) -> AsyncIterator[Front]:
     generator = ScriptedGenerator(echo_script)
     refusals = Refusals()
@@ -142,6 +144,7 @@ async def serve_front(
         random=random,
         settings=settings,
         on_refusal=(refusals.refused,),
+        defaults=defaults or SamplingDefaults(),
     )
     app = HttpApp(
         service=service,

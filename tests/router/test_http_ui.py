@@ -1,5 +1,6 @@
 """The page /ui over HTTP: its files, the state that it reads, and what bounds them."""
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -13,17 +14,28 @@ import pytest
 from tandem.core.api_keys import digest_of, new_key
 from tandem.core.clock import ManualClock
 from tandem.core.config import RouterConfig
+from tandem.core.errors import InvalidRequestError
+from tandem.core.plan import Plan, PlanGroup
+from tandem.core.replanning import DriftState, ReplanStatus
 from tandem.core.session import Role
 from tandem.router.app import RouterApp
 from tandem.router.records import RequestLog
 from tandem.router.ui.cluster_view import ClusterView
 from tandem.router.ui.recent_requests import MAX_RECORDS
+from tandem.wire.channels import open_channel
+from tandem.wire.fleet import describe_fleet, report_plan, report_replan
 from tests.instance_status import make_status
 from tests.router.fakes import make_cluster
 from tests.router.grpc_workers import serve_pair
 from tests.router.test_app import PROMPT, TOKEN, make_config, wait_for_pair
 from tests.router.test_recent_requests import CHAT, make_record
 
+PLAN = Plan(
+    model="tiny",
+    verdict="colocate",
+    summary="Two of both.",
+    groups=(PlanGroup(role="colocated", instances=2, device="cpu", kv_tokens=100),),
+)
 STATIC = Path(__file__).parents[2] / "router" / "ui" / "static"
 
 
@@ -44,10 +56,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[httpx.AsyncClien
 
 async def test_shows_instances_requests_and_plan(checkpoint: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
-    plan.write_text(
-        "model: tiny\nverdict: colocate\nsummary: One of both.\n"
-        "groups: [{role: colocated, instances: 2, device: cpu, kv_tokens: 100}]\n"
-    )
+    plan.write_text(PLAN.model_dump_json())  # JSON is YAML
     config = make_config(checkpoint)
     config = config.model_copy(update={"router": config.router.model_copy(update={"plan": plan})})
     async with running_router(config) as http:
@@ -62,7 +71,7 @@ async def test_shows_instances_requests_and_plan(checkpoint: Path, tmp_path: Pat
             ("decode-1", "decode", True),
             ("prefill-1", "prefill", True),
         ]
-        assert (state["plan"]["summary"], state["plan"]["groups"][0]["instances"]) == ("One of both.", 2)
+        assert (state["plan"]["summary"], state["plan"]["groups"][0]["instances"]) == ("Two of both.", 2)
         (latest,) = (await http.get("/ui/requests")).json()
         assert latest["instances"] == [["prefill-1", "decode-1"]]
         assert {(flow["source"], flow["target"]) for flow in state["recent"]["flows"]} == {
@@ -89,6 +98,40 @@ async def test_shows_instances_requests_and_plan(checkpoint: Path, tmp_path: Pat
         assert (with_slash.status_code, with_slash.headers["location"]) == (308, "../ui")
         for name in ("../config.py", "..%2fconfig.py", "main.py"):
             assert (await http.get(f"/ui/{name}")).status_code == 404, name
+
+
+async def shown_plan(http: httpx.AsyncClient) -> str | None:
+    """The summary of the plan that is shown from now on: the state is computed once a second."""
+    first = (await http.get("/ui/state")).json()["uptime_s"]
+    async with asyncio.timeout(10):
+        while True:
+            state = (await http.get("/ui/state")).json()
+            if state["uptime_s"] != first:
+                return None if state["plan"] is None else str(state["plan"]["summary"])
+            await asyncio.sleep(0.05)
+
+
+async def test_the_plan_is_what_the_controller_says_last(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.router.ui.cluster_view._KEPT_S", 0.0)
+    app = RouterApp(make_config(checkpoint))
+    await app.start()
+    try:
+        async with (
+            httpx.AsyncClient(base_url=f"http://{app.address}", timeout=20) as http,
+            open_channel(app.control_address, TOKEN) as channel,
+        ):
+            assert await shown_plan(http) is None
+            for summary in ("The first.", "The second."):
+                await report_plan(channel, PLAN.model_copy(update={"summary": summary}).model_dump_json(), 5.0)
+                assert await shown_plan(http) == summary
+            with pytest.raises(InvalidRequestError, match="no plan that this router can read"):
+                await report_plan(channel, "{}", 5.0)
+            await report_replan(channel, ReplanStatus(DriftState.STABLE), 5.0)
+            await report_plan(channel, "", 5.0)
+            assert await shown_plan(http) is None
+            assert (await describe_fleet(channel, 5.0)).replan is None, "it was of the plan before"
+    finally:
+        await app.drain_and_stop(0.0)
 
 
 async def test_with_api_keys_only_their_holders_see_the_cluster(checkpoint: Path, tmp_path: Path) -> None:
@@ -148,7 +191,7 @@ def test_the_state_is_bounded_and_computed_once_a_second() -> None:
         dispatcher=cluster.dispatcher,
         log=log,
         classes=(CHAT,),
-        plan=None,
+        plan=lambda: None,
         replan=lambda: None,
         clock=clock,
     )

@@ -117,6 +117,7 @@ async def test_fleet_as_the_heartbeats_tell_it() -> None:
                 waiting_requests=4,
                 step_age_s=0.5,
                 allocated_blocks=123_456,
+                certificate_not_after_s=2e9,
             )
         )
         samples = read(page)
@@ -127,6 +128,7 @@ async def test_fleet_as_the_heartbeats_tell_it() -> None:
         assert samples["tandem_instance_steps_total", decode] == 9
         assert samples["tandem_instance_step_age_seconds", decode] == 0.5
         assert samples["tandem_instance_python_blocks", decode] == 123_456
+        assert samples["tandem_instance_certificate_not_after_timestamp_seconds", decode] == 2e9
         assert samples["tandem_router_python_blocks", ()] == pytest.approx(sys.getallocatedblocks(), rel=0.5)
         owners = {
             owner: samples["tandem_kv_blocks", (("owner", owner), ("role", "decode"), ("tandem_instance", "d1"))]

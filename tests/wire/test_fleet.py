@@ -18,6 +18,7 @@ from tandem.wire.fleet import (
     FleetServicer,
     describe_fleet,
     explain_request,
+    report_plan,
     report_replan,
     send_heartbeat,
 )
@@ -38,6 +39,7 @@ class FakeRegistry:
         self.closed_window: ProfileSnapshot | None = None
         self.replan: ReplanStatus | None = None
         self.instances: tuple[InstanceStatus, ...] = ()
+        self.plan_json: str | None = None
 
     def heartbeat(self, status: InstanceStatus) -> None:
         self.instances = (status,)
@@ -55,6 +57,9 @@ class FakeRegistry:
 
     def replan_reported(self, status: ReplanStatus) -> None:
         self.replan = status
+
+    def plan_reported(self, plan_json: str) -> None:
+        self.plan_json = plan_json
 
 
 @pytest.fixture
@@ -103,6 +108,7 @@ async def test_a_report_arrives_as_it_was_sent(state: InstanceState, role: Role,
         step_prompt_tokens=36,
         step_cost=StepCoefficients(29.5, 30.5, 31.5, 32.5, 33.5, 34.5),
         weights_hash="0a",
+        certificate_not_after_s=37.5,
     )
     assert 0 not in (getattr(status, field.name) for field in fields(status)), "a field that is left out would pass"
     await send_heartbeat(channel, status, 5.0)
@@ -123,6 +129,12 @@ async def test_what_is_reported_is_described(
     assert (await describe_fleet(channel, 5.0)).replan is None
     await report_replan(channel, status, 5.0)
     assert (await describe_fleet(channel, 5.0)).replan == status
+
+
+async def test_the_plan_is_reported(registry: FakeRegistry, channel: grpc.aio.Channel) -> None:
+    for plan_json in ("{}", ""):
+        await report_plan(channel, plan_json, 5.0)
+        assert registry.plan_json == plan_json
 
 
 def test_an_unknown_state_is_refused() -> None:

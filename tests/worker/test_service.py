@@ -247,3 +247,13 @@ async def test_a_role_changes_with_its_bounds_while_the_instance_runs() -> None:
     with pytest.raises(ConfigError, match="max_batch must be at least 1, not 0"):
         bench.service.configure(RoleChange(Role.DECODE, max_batch=0))
     assert bench.service.role is Role.COLOCATED
+
+
+def test_an_instance_keeps_a_router() -> None:
+    bench = Bench()
+    for wrong in ((), ("127.0.0.1",), ("127.0.0.1:1", "")):
+        with pytest.raises(ConfigError):
+            bench.service.set_routers(wrong)
+    assert bench.routers == []
+    bench.service.set_routers(("127.0.0.1:1",))
+    assert bench.routers == ["127.0.0.1:1"]

@@ -9,7 +9,7 @@ export function showPlan(state) {
   const { plan, replan } = state;
   const content = byId("plan-content");
   if (plan === null) {
-    content.replaceChildren(el("p", { class: "soft" }, "This cluster was not started from a plan, or the router does not know it (router.plan)."));
+    content.replaceChildren(el("p", { class: "soft" }, "This cluster serves no plan, or nobody has told it to this router (router.plan)."));
     return;
   }
   content.replaceChildren(
