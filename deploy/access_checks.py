@@ -2,7 +2,9 @@
 what travels unencrypted."""
 
 import stat
+import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -13,29 +15,55 @@ from tandem.deploy.checks import Finding, Grade
 from tandem.router.api_keys import load_keys
 from tandem.wire.server_tls import ServerTls
 
+_SOON_S = 7 * 24 * 3600.0  # as the alert TandemCertificateExpires
 
-def check_access(config: ServeConfig, serve_file: Path | None = None) -> Iterator[Finding]:
-    """`serve_file`: what `config` was read from."""
+
+def check_access(
+    config: ServeConfig, serve_file: Path | None = None, wall_clock: Callable[[], float] = time.time
+) -> Iterator[Finding]:
+    """`serve_file`: what `config` was read from. `wall_clock`: seconds since 1970, for the expiry of certificates."""
     yield from _unusable(config)
+    yield from _certificates(config, wall_clock())
     yield from _readable_by_others(config, serve_file)
     yield from _unencrypted(config)
 
 
 def _unusable(config: ServeConfig) -> Iterator[Finding]:
-    """What would end a process at its start."""
-    router, cluster_tls = config.router, config.cluster_tls
+    """Secrets that would end a process at its start."""
     loads: dict[str, Callable[[], object]] = {"cluster token": lambda: with_secrets(config)}
-    if router.api_keys is not None:
-        loads["API keys"] = partial(load_keys, router.api_keys)
-    if router.tls is not None:
-        loads["certificate"] = ServerTls.of_clients(router.tls).load
-    if cluster_tls is not None:
-        loads["cluster certificate"] = ServerTls.of_cluster(cluster_tls).load
+    if config.router.api_keys is not None:
+        loads["API keys"] = partial(load_keys, config.router.api_keys)
     for subject, load in loads.items():
         try:
             load()
         except ConfigError as error:
-            yield Finding(subject, Grade.FAILED, error.message, "mend the file, or the setting that names it")
+            yield _unusable_file(subject, error)
+
+
+def _unusable_file(subject: str, error: ConfigError) -> Finding:
+    return Finding(subject, Grade.FAILED, error.message, "mend the file, or the setting that names it")
+
+
+def _certificates(config: ServeConfig, now_s: float) -> Iterator[Finding]:
+    """Those that would end a process at its start, that nobody accepts any more, or soon."""
+    found = []
+    if config.router.tls is not None:
+        found.append(("certificate", ServerTls.of_clients(config.router.tls)))
+    if config.cluster_tls is not None:
+        found.append(("cluster certificate", ServerTls.of_cluster(config.cluster_tls)))
+    for subject, tls in found:
+        try:
+            tls.load()
+        except ConfigError as error:
+            yield _unusable_file(subject, error)
+            continue
+        if tls.not_after_s is None or tls.not_after_s > now_s + _SOON_S:
+            continue
+        is_over = tls.not_after_s <= now_s
+        when = datetime.fromtimestamp(tls.not_after_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        text = f"{tls.certificate} {'has expired' if is_over else 'expires soon'}: it is valid until {when}"
+        advice = "replace the files; running processes read them again"
+        yield Finding(subject, Grade.FAILED if is_over else Grade.WARNING, text, advice)
 
 
 def _readable_by_others(config: ServeConfig, serve_file: Path | None) -> Iterator[Finding]:
@@ -59,13 +87,14 @@ def _others_read(path: Path) -> bool:
 
 
 def _unencrypted(config: ServeConfig) -> Iterator[Finding]:
-    for setting, has_tls, what in (
-        ("http", config.router.tls is not None, "prompts and API keys"),
-        ("grpc", config.router.tls is not None, "prompts and API keys"),
-        ("control", config.cluster_tls is not None, "requests and the cluster token"),
+    router = config.router
+    for setting, address, tls, what in (
+        ("router.http", router.http, "router.tls", "prompts and API keys"),
+        ("router.grpc", router.grpc, "router.tls", "prompts and API keys"),
+        ("router.control", router.control, "cluster_tls", "requests and the cluster token"),
+        ("controller", config.controller, "cluster_tls", "commands and the cluster token"),
     ):
-        address = getattr(config.router, setting)
+        has_tls = (router.tls if tls == "router.tls" else config.cluster_tls) is not None
         if not has_tls and not is_loopback(address):
-            advice = f"set {'cluster_tls' if setting == 'control' else 'router.tls'}, or let something in front do TLS"
-            text = f"{what} travel to router.{setting} ({address}) unencrypted"
-            yield Finding("encryption", Grade.WARNING, text, advice)
+            text = f"{what} travel to {setting} ({address}) unencrypted"
+            yield Finding("encryption", Grade.WARNING, text, f"set {tls}, or let something in front do TLS")

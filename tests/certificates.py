@@ -66,7 +66,7 @@ def _signed(
     is_authority: bool = False,
 ) -> x509.Certificate:
     now = datetime.now(UTC)
-    end = now - timedelta(hours=1) if is_expired else now + timedelta(days=1)
+    end = now - timedelta(hours=1) if is_expired else now + timedelta(days=30)
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)

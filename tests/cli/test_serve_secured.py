@@ -1,5 +1,6 @@
 """`tandem serve` with TLS and API keys, and the commands that talk to it."""
 
+import json
 import re
 import subprocess
 import tempfile
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tandem import ClientTls
 from tandem.core.api_keys import digest_of, new_key
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tests.certificates import Authority
 from tests.cli.served import Served, serving
+from tests.intruder import Port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 KEY = new_key()
@@ -68,6 +71,26 @@ def test_commands_reach_it(served: Served, folder: Path) -> None:
     text = served.output.read_text()
     assert "curl https://" in text
     assert '-H "Authorization: Bearer KEY"' in text
+
+
+async def test_every_call_needs_certificate_and_token(served: Served, folder: Path) -> None:
+    """On the ports of real processes, the controller's included."""
+    (state,) = (json.loads(path.read_text()) for path in (folder / "state").glob("serve-*.json"))
+    stranger = Authority(folder, "stranger")
+    own = ClientTls(folder / "ca.pem", folder / "server.crt", folder / "server.key")
+    foreign = stranger.issue("foreign")
+    wrong_files = (None, ClientTls(own.ca), ClientTls(own.ca, foreign.certificate, foreign.key))
+    status = json.loads(run(served, "status", "--json").stdout)
+    token = state["cluster_token"]
+    ports = [
+        Port("control", state["control"], own, token),
+        Port("controller", state["controller"], own, token),
+        *(Port("instance", instance["address"], own, token) for instance in status["fleet"]["instances"]),
+    ]
+    assert len(ports) == 4
+    for port in ports:
+        await port.try_everything(wrong_files, (KEY,), but={"Stop"})
+    await Port("public", served.grpc, ClientTls(own.ca), KEY).try_everything((None, ClientTls(stranger.ca)), (token,))
 
 
 def test_workers_stay_and_join(served: Served) -> None:

@@ -5,9 +5,7 @@ import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import grpc
 import httpx
 import pytest
 
@@ -16,16 +14,13 @@ from tandem.core.api_keys import digest_of, new_key
 from tandem.core.errors import TandemError, UnauthenticatedError
 from tandem.core.session import Role
 from tandem.core.tls import ClusterTls
-from tandem.v1 import inference_pb2, transfer_pb2, worker_pb2
 from tests.certificates import Authority, Certificate
 from tests.cluster.harness import Cluster, running_cluster
+from tests.intruder import Port
 
 pytestmark = pytest.mark.slow  # the parts have quick tests: tests/wire/test_tls.py, tests/router/test_api_keys.py
 
 KEY = new_key()
-PUBLIC = ("InferenceService",)
-INSTANCE = ("InstanceService", "KvTransferService")
-CONTROL = ("FleetService",)
 
 
 @dataclass(frozen=True)
@@ -35,29 +30,16 @@ class Secured:
     stranger: Authority
     peer: Certificate
 
-    def ports(self) -> dict[str, tuple[str, ...]]:
-        """Every gRPC port, with the methods of its services."""
-        workers = {status.address: _methods(*INSTANCE) for status in self.cluster.instances()}
-        return {
-            self.cluster.grpc_address: _methods(*PUBLIC),
-            self.cluster.control_address: _methods(*CONTROL),
-            **workers,
-        }
+    def ports(self) -> list[Port]:
+        own, cluster = self.files(self.peer), self.cluster
+        return [
+            Port("public", cluster.grpc_address, own, KEY),
+            Port("control", cluster.control_address, own, Cluster.TOKEN),
+            *(Port("instance", status.address, own, Cluster.TOKEN) for status in cluster.instances()),
+        ]
 
     def files(self, own: Certificate | None) -> ClientTls:
         return ClientTls(self.authority.ca, own and own.certificate, own and own.key)
-
-
-def _methods(*services: str) -> tuple[str, ...]:
-    found = [
-        f"/{service.full_name}/{method.name}"
-        for file in (inference_pb2, transfer_pb2, worker_pb2)
-        for service in file.DESCRIPTOR.services_by_name.values()
-        for method in service.methods
-        if service.name in services
-    ]
-    assert len(found) >= len(services)
-    return tuple(found)
 
 
 @pytest.fixture(scope="module")
@@ -87,44 +69,15 @@ def secured(built_in_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield Secured(cluster, authority, stranger, peer)
 
 
-async def _status(address: str, method: str, files: ClientTls | None, token: str | None) -> grpc.StatusCode:
-    """Of one call that sends an empty message."""
-    channel = (
-        grpc.aio.insecure_channel(address)
-        if files is None
-        else grpc.aio.secure_channel(address, files.credentials(), options=files.options())
-    )
-    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-    async with channel:
-        if method.endswith("/Session"):  # a stream that is refused while it is written may end with another status
-            call: Any = channel.stream_stream(method)(metadata=metadata, timeout=10.0)
-        else:
-            call = channel.unary_stream(method)(b"", metadata=metadata, timeout=10.0)
-        try:
-            await call.read()
-        except grpc.aio.AioRpcError as error:
-            return error.code()
-    return grpc.StatusCode.OK
-
-
 async def test_every_call_of_every_port_needs_certificate_and_token(secured: Secured) -> None:
-    own, foreign = secured.files(secured.peer), secured.files(secured.stranger.issue("foreign"))
+    """In this process, and with a controller: tests/deploy/test_every_call.py."""
+    foreign = secured.files(secured.stranger.issue("foreign"))
     expired = secured.files(secured.authority.issue("expired", is_expired=True))
     ports = await asyncio.to_thread(secured.ports)
     assert len(ports) == 4
-    for address, methods in ports.items():
-        for files in (None, secured.files(None), foreign, expired):
-            status = await _status(address, methods[0], files, Cluster.TOKEN)
-            assert status is grpc.StatusCode.UNAVAILABLE, f"{address} {files}"
-        is_public = address == secured.cluster.grpc_address
-        for method in methods:
-            for token in (None, "", "wrong", KEY + "x", Cluster.TOKEN if is_public else KEY):
-                status = await _status(address, method, own, token)
-                assert status is grpc.StatusCode.UNAUTHENTICATED, f"{address} {method} {token}"
-            if method.endswith(("/Session", "/SetRouters")):
-                continue  # with the token, one waits for commands, and one would leave the instance without routers
-            status = await _status(address, method, own, KEY if is_public else Cluster.TOKEN)
-            assert status not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE), f"{address} {method}"
+    for port in ports:
+        other = Cluster.TOKEN if port.kind == "public" else KEY
+        await port.try_everything((None, secured.files(None), foreign, expired), (other,))
 
 
 def test_http_needs_certificate_and_key(secured: Secured) -> None:

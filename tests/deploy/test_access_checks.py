@@ -1,5 +1,7 @@
 """What is said about keys, certificates and secrets before anything starts."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from tandem.core.config_file import load_config
 from tandem.deploy.access_checks import check_access
 from tandem.deploy.checks import Grade
 from tests.certificates import Authority
+
+_DAY_S = 24 * 3600.0
 
 
 @pytest.fixture
@@ -29,8 +33,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def findings(file: Path) -> list[tuple[Grade, str]]:
-    return [(finding.grade, finding.text) for finding in check_access(load_config(file, ServeConfig), file)]
+def findings(file: Path, wall_clock: Callable[[], float] = time.time) -> list[tuple[Grade, str]]:
+    found = check_access(load_config(file, ServeConfig), file, wall_clock)
+    return [(finding.grade, finding.text) for finding in found]
 
 
 def test_nothing_is_said_of_what_is_in_order(file: Path) -> None:
@@ -60,9 +65,23 @@ def test_secrets_that_all_users_can_read(file: Path) -> None:
     assert findings(file) == []
 
 
+def test_certificates_that_expire(file: Path) -> None:
+    assert findings(file, lambda: time.time() + 22 * _DAY_S) == []
+    soon = findings(file, lambda: time.time() + 24 * _DAY_S)
+    assert [(grade, "server.crt expires soon: it is valid until 20" in text) for grade, text in soon] == [
+        (Grade.WARNING, True)
+    ] * 2, "the certificate has two uses"
+    authority = Authority(file.parent, "ca")
+    authority.issue("server", is_expired=True)
+    assert [(grade, "server.crt has expired: " in text) for grade, text in findings(file)] == [(Grade.FAILED, True)] * 2
+
+
 def test_what_travels_unencrypted(file: Path) -> None:
-    file.write_text("model: m\nrouter: {http: '0.0.0.0:1', control: '10.0.0.1:2', allow_anonymous: true}\n")
+    file.write_text(
+        "model: m\nrouter: {http: '0.0.0.0:1', control: '10.0.0.1:2', allow_anonymous: true}\ncontroller: '0.0.0.0:3'\n"
+    )
     assert [text for _, text in findings(file)] == [
         "prompts and API keys travel to router.http (0.0.0.0:1) unencrypted",
         "requests and the cluster token travel to router.control (10.0.0.1:2) unencrypted",
+        "commands and the cluster token travel to controller (0.0.0.0:3) unencrypted",
     ]
