@@ -226,7 +226,8 @@ class Controller:
         for slot in slots:
             slot.grace_s = grace_s
             slot.stop_requested.set()
-        await asyncio.gather(*(slot.task for slot in slots if slot.task is not None))
+        # Whoever waits may be cancelled; the processes finish their requests all the same.
+        await asyncio.gather(*(asyncio.shield(slot.task) for slot in slots if slot.task is not None))
         for slot in slots:
             self._slots.pop(slot.spec.name, None)
 

@@ -16,7 +16,8 @@ class FakeProcess:
         self.was_asked = False
         self.graces: list[float] = []
         self.killed = False
-        self.never_stops = False
+        self.may_stop = asyncio.Event()
+        self.may_stop.set()
         self._order = order
 
     async def wait_closed(self) -> ProcessEnd:
@@ -25,8 +26,7 @@ class FakeProcess:
     async def stop(self, grace_s: float) -> None:
         self.graces.append(grace_s)
         self._order.append(self.info.name)
-        if self.never_stops:
-            await asyncio.Event().wait()
+        await self.may_stop.wait()
 
     async def kill(self) -> None:
         self.killed = True

@@ -207,6 +207,24 @@ async def test_stop_lets_routers_finish_first(controller: Controller, launcher: 
     assert isinstance([controller.events.get_nowait() for _ in range(controller.events.qsize())][-1], Stopped)
 
 
+async def test_a_stop_goes_on_when_nobody_waits_for_it(controller: Controller, launcher: FakeLauncher) -> None:
+    """As at Ctrl-C while a cluster becomes smaller: what leaves finishes its requests, the others get their time."""
+    await controller.reconcile([spec(0), spec(1)], 1.0)
+    stays, leaves = launcher.launched
+    leaves.may_stop.clear()
+    smaller = asyncio.create_task(controller.reconcile([spec(0)], 1.0))
+    await asyncio.sleep(0.01)
+    smaller.cancel()
+    await asyncio.gather(smaller, return_exceptions=True)
+    assert not leaves.killed
+    stopping = asyncio.create_task(controller.stop(2.0))
+    await asyncio.sleep(0.01)
+    assert not stopping.done()
+    leaves.may_stop.set()
+    await stopping
+    assert (stays.graces, leaves.graces) == ([2.0], [1.0])
+
+
 async def test_stop_abandons_what_is_loading(controller: Controller, launcher: FakeLauncher) -> None:
     launcher.hold = True
     starting = asyncio.create_task(controller.reconcile([spec(0)], 1.0))
@@ -228,7 +246,7 @@ async def test_stop_does_not_wait_for_a_retry(launcher: FakeLauncher) -> None:
 
 async def test_kill_does_not_wait_for_a_stop_that_hangs(controller: Controller, launcher: FakeLauncher) -> None:
     await controller.reconcile([spec(0)], 1.0)
-    launcher.launched[0].never_stops = True
+    launcher.launched[0].may_stop.clear()
     stopping = asyncio.create_task(controller.stop(1.0))
     await asyncio.sleep(0.01)
     stopping.cancel()
