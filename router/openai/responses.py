@@ -11,10 +11,10 @@ from tandem.core.completion import CompletionRequest, Finish, TextDelta, TextPro
 from tandem.core.errors import InternalError, TandemError
 from tandem.core.request import FinishReason, SampledToken, TokenLogprob
 from tandem.core.timeline import Stage, Timeline
+from tandem.router.openai.logprobs import LegacyLogprobs, escaped, finite, text_or_none
 from tandem.router.tokenizer import TextTokenizer
 
 _DONE = b"data: [DONE]\n\n"
-_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "stop"}
 
 
@@ -243,10 +243,10 @@ class ChatWriter(_ResponseWriter):
     def _logprob(self, token_id: int, logprob: float) -> dict[str, Any]:
         """`token` of a part of a character has its bytes as \\x.., as OpenAI's API has it."""
         spelling = self._tokenizer.spelling(token_id)
-        name = _text_or_none(spelling)
+        name = text_or_none(spelling)
         return {
-            "token": _escaped(spelling) if name is None else name,
-            "logprob": _finite(logprob),
+            "token": escaped(spelling) if name is None else name,
+            "logprob": finite(logprob),
             "bytes": list(spelling),
         }
 
@@ -272,7 +272,7 @@ class CompletionWriter(_ResponseWriter):
         super().__init__(request, tokenizer, options, chunk_with_nul={"text": "\0"}, hides_output=hides_output)
         self._is_plain = options.has_plain_chunks and not echo
         self._echo = echo
-        self._logprobs: dict[int, _LegacyLogprobs] = {}
+        self._logprobs: dict[int, LegacyLogprobs] = {}
         self._begun: set[int] = set()
         self._prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
 
@@ -311,7 +311,7 @@ class CompletionWriter(_ResponseWriter):
             return echoed + text, None
         if is_first:
             ids = self._prompt_token_ids[prompt]
-            self._logprobs[choice] = _LegacyLogprobs(self._tokenizer, ids, echo=self._echo)
+            self._logprobs[choice] = LegacyLogprobs(self._tokenizer, ids, echo=self._echo)
         logprobs = self._logprobs[choice]
         if is_first and self._echo:
             if prompt_logprobs is not None:
@@ -325,89 +325,6 @@ class CompletionWriter(_ResponseWriter):
         if isinstance(prompt, TextPrompt):
             return prompt.text
         return self._tokenizer.decode(self._prompt_token_ids[index], is_continued=not self._hides_output)
-
-
-class _LegacyLogprobs:
-    """The `logprobs` objects of one choice of /v1/completions, chunk by chunk.
-
-    An offset is that of the token's first character in the returned text; a special token has no characters there.
-    `top_logprobs` always has the drawn token, so it may have one token more than the request asked for.
-    """
-
-    def __init__(self, tokenizer: TextTokenizer, prompt_token_ids: Sequence[int], *, echo: bool) -> None:
-        self._tokenizer = tokenizer
-        self._prompt_token_ids = prompt_token_ids
-        self._detokenizer = tokenizer.detokenizer(prompt_token_ids, keeps_prompt_end=echo)
-        self._next_offset = 0
-        self._num_chars = 0
-        self._offsets: list[int] = []
-        self._tokens: list[tuple[int, TokenLogprob | None]] = []
-
-    def add_prompt(self, text: str, logprobs: Sequence[TokenLogprob | None]) -> None:
-        """The prompt's text as it is returned, and a log-probability for each of its tokens."""
-        detokenizer = self._tokenizer.detokenizer()
-        for token_id, logprob in zip(self._prompt_token_ids, logprobs, strict=False):
-            self._add(token_id, logprob, len(detokenizer.push(token_id)), len(text))
-        self._next_offset = self._num_chars = len(text)
-
-    def add(self, text: str, tokens: Sequence[SampledToken]) -> None:
-        """New text as it is returned, and new tokens; either may come later than the other."""
-        self._num_chars += len(text)
-        for token in tokens:
-            self._add(token.token_id, token.logprob, len(self._detokenizer.push(token.token_id)))
-
-    def _add(self, token_id: int, logprob: TokenLogprob | None, length: int, end: int | None = None) -> None:
-        self._tokens.append((token_id, logprob))
-        self._offsets.append(self._next_offset if end is None else min(self._next_offset, end))
-        self._next_offset += length
-
-    def take(self, *, is_last: bool) -> dict[str, Any] | None:
-        """The log-probabilities added since the last call. Tokens after a stop string are at the end of the text."""
-        tokens, offsets = self._tokens, self._offsets
-        self._tokens, self._offsets = [], []
-        if not tokens:
-            return None
-        return {
-            "tokens": [self._name(token_id) for token_id, _ in tokens],
-            "token_logprobs": [None if logprob is None else _finite(logprob.logprob) for _, logprob in tokens],
-            "top_logprobs": [None if logprob is None else self._top(logprob) for _, logprob in tokens],
-            "text_offset": [min(offset, self._num_chars) for offset in offsets] if is_last else offsets,
-        }
-
-    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
-        """Where two tokens have one name, the less likely one is named after its id."""
-        top = {self._name(logprob.token_id): _finite(logprob.logprob)}
-        for token_id, value in logprob.top:
-            if token_id != logprob.token_id:
-                name = self._name(token_id)
-                top[_id_name(token_id) if name in top else name] = _finite(value)
-        return top
-
-    def _name(self, token_id: int) -> str:
-        """The text of a token; of a part of a character its bytes, as OpenAI's API names it."""
-        spelling = self._tokenizer.spelling(token_id)
-        name = _text_or_none(spelling) if spelling else _id_name(token_id)
-        return f"bytes:{_escaped(spelling)}" if name is None else name
-
-
-def _text_or_none(spelling: bytes) -> str | None:
-    try:
-        return spelling.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _escaped(spelling: bytes) -> str:
-    """Bytes as text: printable ASCII as it is, all else as \\x.."""
-    return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in spelling)
-
-
-def _id_name(token_id: int) -> str:
-    return f"token_id:{token_id}"
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, _LOWEST_LOGPROB)
 
 
 def _timeline_body(timeline: Timeline) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tandem.core.completion import CompletionRequest
 from tandem.core.request import SampledToken, TokenLogprob
-from tandem.router.openai.responses import ChatWriter, ResponseOptions, _LegacyLogprobs
+from tandem.router.openai.logprobs import LegacyLogprobs
+from tandem.router.openai.responses import ChatWriter, ResponseOptions
 from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, Front, serve_front
 from tests.router.tokenizers_of_all_kinds import build
@@ -139,7 +140,7 @@ async def test_parts_of_a_character_have_names_of_their_own(text_front: Front) -
 
 
 def _names(front: Front, token: SampledToken) -> dict[str, float]:
-    logprobs = _LegacyLogprobs(front.tokenizer, (), echo=False)
+    logprobs = LegacyLogprobs(front.tokenizer, (), echo=False)
     logprobs.add("", [token])
     body = logprobs.take(is_last=False)
     assert body is not None
