@@ -2,7 +2,8 @@
 
 import yaml
 
-from tandem.deploy.monitoring.make_dashboards import DASHBOARDS, render
+from tandem.deploy.monitoring.grafana import render
+from tandem.deploy.monitoring.make_dashboards import DASHBOARDS
 from tests.deploy.kubernetes.manifests import KUBERNETES_VERSIONS, mistakes_of
 from tests.deploy.kubernetes.manifests import render as render_chart
 from tests.deploy.monitoring.promql import RULES

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from tandem.deploy.monitoring.make_dashboards import DASHBOARDS, FOLDER, render
+from tandem.deploy.monitoring.grafana import render
+from tandem.deploy.monitoring.make_dashboards import DASHBOARDS, FOLDER
 from tests.deploy.monitoring.promql import (
     KNOWN_VALUES,
     RULES,
