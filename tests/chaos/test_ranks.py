@@ -91,21 +91,26 @@ def check_pairs_again(cluster: ChaosCluster, client: Client, name: str) -> None:
     cluster.wait_idle(5.0)
 
 
+def check_loss(name: str, phase: str, rank: int, fault: signal.Signals, cluster: ChaosCluster, client: Client) -> None:
+    """The requests of the instance `name`, which are in that phase, get their tokens all the same."""
+    disturbed = bring_into(phase, cluster, client)
+    lose_rank(cluster, name, rank, fault)
+    for reader in ("decode-0", "decode-1"):
+        for prefill in ("prefill-0", "prefill-1"):
+            if name not in (reader, prefill):
+                cluster.link(reader, prefill, "pass")
+    disturbed.check_tokens()
+    assert max(each.num_attempts for each in disturbed.answers) >= 2
+    cluster.wait_idle(5.0)
+    check_pairs_again(cluster, client, name)
+
+
 @pytest.mark.parametrize(("rank", "fault"), FAULTS)
 @pytest.mark.parametrize(("name", "phase"), [("prefill-0", "prefill"), ("prefill-1", "transfer")])
 def test_a_lost_rank_of_a_prefill_instance_costs_only_time(
     name: str, phase: str, rank: int, fault: signal.Signals, cluster: ChaosCluster, client: Client
 ) -> None:
-    disturbed = bring_into(phase, cluster, client)
-    lose_rank(cluster, name, rank, fault)
-    for reader in ("decode-0", "decode-1"):
-        for other in ("prefill-0", "prefill-1"):
-            if other in cluster.processes:
-                cluster.link(reader, other, "pass")
-    disturbed.check_tokens()
-    assert max(each.num_attempts for each in disturbed.answers) >= 2
-    cluster.wait_idle(5.0)
-    check_pairs_again(cluster, client, name)
+    check_loss(name, phase, rank, fault, cluster, client)
 
 
 @pytest.mark.parametrize(("rank", "fault"), FAULTS)
@@ -113,13 +118,4 @@ def test_a_lost_rank_of_a_prefill_instance_costs_only_time(
 def test_a_lost_rank_of_a_decode_instance_loses_no_token(
     name: str, phase: str, rank: int, fault: signal.Signals, cluster: ChaosCluster, client: Client
 ) -> None:
-    disturbed = bring_into(phase, cluster, client)
-    lose_rank(cluster, name, rank, fault)
-    for reader in ("decode-0", "decode-1"):
-        for prefill in ("prefill-0", "prefill-1"):
-            if reader in cluster.processes:
-                cluster.link(reader, prefill, "pass")
-    disturbed.check_tokens()
-    assert max(each.num_attempts for each in disturbed.answers) >= 2
-    cluster.wait_idle(5.0)
-    check_pairs_again(cluster, client, name)
+    check_loss(name, phase, rank, fault, cluster, client)
