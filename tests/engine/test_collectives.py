@@ -130,5 +130,5 @@ def test_an_abort_ends_a_wait(regions: Callable[[ParallelShape], SharedRegion]) 
     began_s = time.monotonic()
     with pytest.raises(RankLostError, match="gone"):
         rank.all_reduce(torch.ones(3))
-    assert time.monotonic() - began_s < 2.0
+    assert time.monotonic() - began_s < 10.0
     timer.join()

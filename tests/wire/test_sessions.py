@@ -113,7 +113,7 @@ async def test_commands_and_events_cross_in_order_and_closing_drops_the_session(
         await session.close()
         with pytest.raises(UnavailableError):
             session.send(Cancel(2))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(10):
             await worker.session_closed.wait()
         assert [type(command) for command in worker.commands] == [Submit, Cancel]
 
@@ -206,7 +206,7 @@ async def test_a_command_that_cannot_be_written_ends_the_session_instead_of_queu
         session = await InstanceSession.open(address)
         broken = replace(REQUEST, sampling=replace(SAMPLING, max_tokens="many"))  # type: ignore[arg-type]
         session.send(Submit(1, broken))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(10):
             with pytest.raises(UnavailableError, match="could not be sent"):
                 await anext(session.events())
         with pytest.raises(UnavailableError):
