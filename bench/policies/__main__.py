@@ -7,8 +7,8 @@ balance     whether load swings between prefill and decode: the correlation of t
             autocorrelation of each up to 30 s
 instances   microseconds of a decision, on 4 to 1,000 instances at the same load, and attainment
 
-Llama-3.1-8B on A100s by the roofline. Requests and arrivals are those of the traces, scaled in time. The last line of
-the output is all of it as JSON.
+Llama-3.1-8B on A100s, and a mixture of experts on H100s, by the roofline. Requests and arrivals are those of the
+traces, scaled in time. The last line of the output is all of it as JSON.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from random import Random
 import numpy as np
 
 from bench.common.data_folder import add_data_argument
+from bench.policies.layered import LayeredCost, LayeredScheduler, layered_load
 from bench.policies.selectors import LeastLoaded, PowerOfTwo, PrefixAffine, RoundRobin, with_stale_reports, with_timing
 from tandem.core.config import RoleName
 from tandem.core.parallel import ParallelShape
@@ -50,7 +51,7 @@ ERRORS = (0.0, 0.1, 0.25, 0.5)
 PERIODS_S = (0.01, 0.05, 0.1, 0.5)
 INSTANCES = (4, 40, 400, 1000)
 ATTAINMENT = 0.9
-_MODEL, _DEVICE, _SHAPE = "Llama-3.1-8B", "A100-80GB-SXM4", ParallelShape(1, 1)
+_SHAPE = ParallelShape(1, 1)
 _BLOCK_TOKENS = 16
 _ROUTING = RoutingSettings(max_outstanding_tokens=16384)  # as a live router's
 _WARM_UP_SHARE = 0.1
@@ -74,10 +75,13 @@ class Case:
     prefill: int
     decode: int
     slo: RequestSlo
+    model: str = "Llama-3.1-8B"
+    device: str = "A100-80GB-SXM4"
 
     @property
     def name(self) -> str:
-        return f"{self.trace.split('.')[0]} {self.prefill}P{self.decode}D {self.slo.ttft_s:g}/{self.slo.tpot_s:g} s"
+        form, targets = f"{self.prefill}P{self.decode}D", f"{self.slo.ttft_s:g}/{self.slo.tpot_s:g} s"
+        return f"{self.model}, {self.trace.split('.')[0]} {form} {targets}"
 
 
 CASES = (
@@ -85,6 +89,7 @@ CASES = (
     Case("azure_2023_conv.csv.gz", 2, 2, RequestSlo("a", 0.5, 0.025)),
     Case("azure_2023_code.csv.gz", 3, 1, RequestSlo("a", 0.5, 0.03)),
     Case("mooncake_conversation_trace.jsonl.gz", 3, 1, RequestSlo("a", 30.0, 0.1)),
+    Case("azure_2023_conv.csv.gz", 2, 2, RequestSlo("a", 0.5, 0.03), "Qwen3-30B-A3B", "H100-80GB-SXM5"),
 )
 
 
@@ -93,6 +98,7 @@ class Policy:
     selector_type: type[InstanceSelector]
     is_colocated: bool = False
     mixing: Mixing = "chunked"
+    is_layered: bool = False
 
 
 POLICIES = {
@@ -104,6 +110,7 @@ POLICIES = {
     "power of two": Policy(PowerOfTwo),
     "prefix affine": Policy(PrefixAffine),
     "colocated chunked": Policy(InstanceSelector, True),
+    "colocated layered": Policy(InstanceSelector, True, is_layered=True),
     "colocated prompt first": Policy(InstanceSelector, True, "prompt_first"),
     "colocated slack": Policy(InstanceSelector, True, "slack"),
     "colocated goodput, slack": Policy(GoodputSelector, True, "slack"),
@@ -112,8 +119,8 @@ POLICIES = {
 
 def make_deployment(case: Case, policy: Policy, *, scale: int = 1, error: float = 0.0) -> Deployment:
     """`error`: each coefficient that the router believes is off by a factor of up to 1 + `error`, up or down."""
-    source, random = RooflineSource(model_shape(_MODEL), devices()), Random(1)
-    cost = source.cost_model(_DEVICE, _SHAPE)
+    source, random = RooflineSource(model_shape(case.model), devices()), Random(1)
+    cost = source.cost_model(case.device, _SHAPE)
     assert cost is not None
     roles: list[tuple[RoleName, int]] = [("prefill", case.prefill), ("decode", case.decode)]
     if policy.is_colocated:
@@ -124,7 +131,7 @@ def make_deployment(case: Case, policy: Policy, *, scale: int = 1, error: float 
             instance_id=f"{role}-{number}",
             role=role,
             cost=cost,
-            num_blocks=source.kv_tokens(_DEVICE, _SHAPE) // _BLOCK_TOKENS,
+            num_blocks=source.kv_tokens(case.device, _SHAPE) // _BLOCK_TOKENS,
             block_size=_BLOCK_TOKENS,
             max_batch_tokens={"prefill": 2048, "decode": 2048, "colocated": 512}[role]
             if policy.mixing != "prompt_first"
@@ -135,7 +142,12 @@ def make_deployment(case: Case, policy: Policy, *, scale: int = 1, error: float 
         for role, number_of in roles
         for number in range(number_of * scale)
     )
-    network = NetworkSpec(model_shape(_MODEL).kv_bytes_per_token, 250e9, 22e9, 0.001)
+    if policy.is_layered:
+        instances = tuple(
+            replace(each, cost=LayeredCost(cost), scheduler_type=LayeredScheduler, load_of=layered_load)
+            for each in instances
+        )
+    network = NetworkSpec(model_shape(case.model).kv_bytes_per_token, 250e9, 22e9, 0.001)
     return Deployment(
         instances, network, RouterSpec(slo=(case.slo,), routing=_ROUTING, selector_type=policy.selector_type)
     )
