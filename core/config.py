@@ -160,6 +160,10 @@ class InstanceSection(FrozenModel):
         default="auto", description="How KV comes from another instance; auto: the fastest that both have"
     )
     checksum: bool | None = Field(default=None, description="Check the bytes of KV that comes; default: over networks")
+    stream_kv_from: Bytes | None = Field(
+        default=4 << 20,
+        description="KV of a prompt that has so many bytes comes while the prompt is still computed; null: never",
+    )
     kv_events: KvEventsSection = KvEventsSection()
 
     @model_validator(mode="after")

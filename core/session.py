@@ -125,12 +125,15 @@ class KvReserved:
 
 @dataclass(frozen=True, slots=True)
 class TransferCommitted:
-    """The KV has arrived whole and is owned by the reader. `transfer_s` is the copy and its acknowledgement."""
+    """The KV has arrived whole and is owned by the reader. `transfer_s` ran from the end of the prefill to the
+    acknowledgement. `streamed_bytes` of `transfer_bytes` had come before; the first of them `streamed_s` before."""
 
     handle: int
     transfer_s: float
     transfer_bytes: int
     transport: str
+    streamed_bytes: int = 0
+    streamed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +185,8 @@ class BlockCounts:
 
 @dataclass(frozen=True, slots=True)
 class LinkStats:
-    """Totals of one link between two instances, since it was made."""
+    """Totals of one link between two instances, since it was made. `streamed_bytes` of `transfer_bytes` came before
+    their prefill was finished."""
 
     peer_id: str
     transport: str
@@ -190,6 +194,7 @@ class LinkStats:
     transfer_bytes: int
     transfer_s: float
     failures: int
+    streamed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ PARTS: tuple[tuple[Stage, str], ...] = (
     (Stage.PREFILL_QUEUED, "dispatch_s"),  # select the prefill instance, send the request to it
     (Stage.PREFILL_STARTED, "prefill_queue_s"),
     (Stage.FIRST_TOKEN, "prefill_s"),
-    (Stage.TRANSFER_COMMITTED, "transfer_s"),  # only the time after the first token
+    (Stage.TRANSFER_COMMITTED, "transfer_s"),  # only what is exposed: KV that is streamed comes during prefill_s
     (Stage.DECODE_ADMITTED, "decode_queue_s"),
     (Stage.SECOND_TOKEN, "second_token_s"),
     (Stage.FINISHED, "decode_s"),

@@ -6,7 +6,11 @@
       | link(LinkOffer)                   ----->  |  once per peer: refuse other KV formats, agree on a transport
       |<- LinkReply                               |
       | rendezvous set/get (gloo, nccl)   <---->  |  the two ranks of a process group find each other
-      | pull(request_id, epoch)           ----->  |  answered when that attempt's prefill is finished
+      | pull_computed(known)              ----->  |  large prompts: answered when more KV is computed than decode has
+      |<- ComputedKv                              |
+      | moves what is new, as below, and asks again, until the answer is the manifest; when decode has all KV by then,
+      | that answer also acknowledges
+      | pull(request_id, epoch)           ----->  |  other prompts: answered when that attempt's prefill is finished
       |<- Manifest                                |
       | shared memory: copies out of the mapped pool; else grant(Grant) and exactly the granted bytes arrive
       | acknowledge(request_id, epoch)    ----->  |  True: the lease was alive during the whole copy; blocks are freed
@@ -22,6 +26,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from tandem.core.errors import IncompatiblePeerError, StaleEpochError, TransferError, UnavailableError
+from tandem.core.kv_frontier import KvFrontier, TransferChunk
 from tandem.core.request import SampledToken
 
 LAYOUTS_DIFFER = "the two workers' KV formats differ (model weights, dtype, or max_model_len with longrope factors)"
@@ -52,7 +57,7 @@ class Manifest:
 
     `block_ids` are blocks of the sender's pools, in order, of `block_size` tokens each; together they hold `num_tokens`
     tokens. `token_hash` is over exactly those tokens. `first_token` is the token sampled at the last position; its KV
-    is not transferred.
+    is not transferred. `allocation` is that of `KvFrontier`.
     """
 
     request_id: str
@@ -63,6 +68,7 @@ class Manifest:
     fingerprint: str
     block_size: int
     first_token: SampledToken
+    allocation: int = 0
 
     def check(self, *, request_id: str, epoch: int, token_ids: Sequence[int], fingerprint: str) -> None:
         """Refuse KV that is not the expected KV.
@@ -75,6 +81,34 @@ class Manifest:
             raise StaleEpochError("the manifest belongs to another attempt")
         if self.num_tokens != len(token_ids) or self.token_hash != hash_token_ids(token_ids):
             raise TransferError("the manifest describes the KV of other tokens")
+
+    def frontier(self, num_layers: int) -> KvFrontier:
+        """All blocks with all of the model's layers."""
+        return KvFrontier.finished(self.allocation, len(self.block_ids), num_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedKv:
+    """Describes the KV of a prefill in progress. No lease protects it: it may be read, and counts only once a manifest
+    of the same allocation says that it was there to the end.
+
+    `block_ids` are those of the whole attempt, as in its manifest.
+    """
+
+    request_id: str
+    epoch: int
+    block_ids: tuple[int, ...]
+    block_size: int
+    frontier: KvFrontier
+
+    @property
+    def allocation(self) -> int:
+        return self.frontier.allocation
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing more will be known before the manifest."""
+        return self.frontier.next_blocks == len(self.block_ids) and self.frontier.layers == self.frontier.num_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +154,11 @@ class LinkReply:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Permission to send what one rank of the sender holds of a manifest's blocks: exactly `total_bytes` in chunks of
-    up to `chunk_bytes`.
+    """Permission to send what one rank of the sender holds of `part` (layers of the model) of an attempt's blocks:
+    exactly `total_bytes` in chunks of up to `chunk_bytes`.
 
-    `sequence` counts the grants of a link from 0, without gaps. Over shared memory nothing is sent: the grant only
-    asks for the checksum, and `sequence` is 0.
+    `allocation` is the one under which `part` was computed. `sequence` counts the grants of a link from 0, without
+    gaps. Over shared memory nothing is sent: the grant only asks for the checksum, and `sequence` is 0.
     """
 
     link_id: str
@@ -132,6 +166,8 @@ class Grant:
     epoch: int
     sequence: int
     rank: int
+    allocation: int
+    part: TransferChunk
     total_bytes: int
     chunk_bytes: int
     checksum: bool
@@ -175,6 +211,10 @@ class PeerControl(Protocol):
 
     async def pull(self, request_id: str, epoch: int, timeout_s: float) -> Manifest: ...
 
+    async def pull_computed(
+        self, request_id: str, epoch: int, known: KvFrontier, min_new: int, has_all: bool, timeout_s: float
+    ) -> ComputedKv | Manifest: ...
+
     async def grant(self, grant: Grant, timeout_s: float) -> GrantReply: ...
 
     async def acknowledge(self, request_id: str, epoch: int, timeout_s: float) -> bool: ...
@@ -196,6 +236,20 @@ class KvHolder(Protocol):
         """
         ...
 
+    async def computed(
+        self, request_id: str, epoch: int, known: KvFrontier, min_new: int, has_all: bool, deadline_s: float
+    ) -> ComputedKv | Manifest:
+        """As `manifest`, but answered before the prefill is finished once `min_new` blocks of one layer are computed
+        beyond `known`, or the last ones that will be. `known` counts as nothing when the attempt was given other blocks
+        meanwhile. `has_all`: the reader has all KV of `known.allocation`. The manifest of that allocation is then
+        acknowledged, too; StaleEpochError if the lease has ended."""
+        ...
+
+    def readable(self, request_id: str, epoch: int) -> ComputedKv | Manifest:
+        """What there is of that attempt's KV now. Raises StaleEpochError if there is none, or the attempt's own
+        error."""
+        ...
+
     async def acknowledge(self, request_id: str, epoch: int) -> bool:
         """End the lease and free the blocks. False if the lease had ended already or the epoch is not current:
         the copy that decode made may then be torn."""
@@ -213,7 +267,7 @@ class KvLinkServer(Protocol):
 
     def unlink(self, link_id: str) -> None: ...
 
-    async def send(self, grant: Grant, manifest: Manifest) -> GrantReply: ...
+    async def send(self, grant: Grant, kv: ComputedKv | Manifest) -> GrantReply: ...
 
     async def rendezvous_set(self, link_id: str, key: str, value: bytes) -> None: ...
 

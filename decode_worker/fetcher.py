@@ -40,6 +40,8 @@ class KvArrived:
     transfer_s: float
     transfer_bytes: int
     transport: Transport
+    streamed_bytes: int
+    streamed_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,15 @@ class KvFetcher:
             fetch.block_ids,
             fetch.deadline_s,
         )
-        return KvArrived(fetch.attempt_id, fetched.first_token, fetched.seconds, fetched.bytes, fetched.transport)
+        return KvArrived(
+            attempt_id=fetch.attempt_id,
+            first_token=fetched.first_token,
+            transfer_s=fetched.seconds,
+            transfer_bytes=fetched.bytes,
+            transport=fetched.transport,
+            streamed_bytes=fetched.streamed_bytes,
+            streamed_s=fetched.streamed_s,
+        )
 
     def _ended(self, fetch: Fetch, task: asyncio.Task[KvArrived]) -> None:
         """A task that is cancelled before its first step runs none of its own code, so this is a callback."""

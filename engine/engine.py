@@ -17,7 +17,7 @@ from tandem.engine.checkpoint import Checkpoint, open_checkpoint
 from tandem.engine.collectives.interface import Collectives, NoCollectives
 from tandem.engine.config import Capacity, EngineConfig
 from tandem.engine.device import choose_device, choose_dtype, choose_threads
-from tandem.engine.models.base import Model, StepBatch
+from tandem.engine.models.base import LayerHook, Model, StepBatch
 from tandem.engine.models.llama import load_llama
 from tandem.engine.models.opt import load_opt
 from tandem.engine.ops.choose import choose_ops
@@ -86,7 +86,7 @@ class Engine:
         return Capacity(self.layout.num_blocks, self.layout.block_size, self._max_model_len)
 
     @torch.inference_mode()
-    def forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
+    def forward(self, slices: Sequence[SequenceSlice], layer_computed: LayerHook | None = None) -> Tensor:
         """Compute all slices together, prompt chunks and single tokens in any mixture, and write their KV to the pool.
 
         Returns the hidden states [rows, hidden] that sampling needs: `num_wanted_rows(part)` of each slice, in the
@@ -94,20 +94,24 @@ class Engine:
         Raises InternalError for a position, block or token id that does not exist. The caller guarantees that no two
         slices write the same block.
         """
-        return self._compute(self._pack(slices))
+        return self._compute(self._pack(slices), layer_computed)
 
-    def launch(self, slices: Sequence[SequenceSlice]) -> StepHandle:
+    def launch(self, slices: Sequence[SequenceSlice], layer_computed: LayerHook | None = None) -> StepHandle:
         """Start a step: the forward pass of `slices`. They and their histories must not change until `collect`.
 
+        `layer_computed(n)` is called, in this thread, when the step's KV of the first n layers is in the pools; of
+        several stages only those of the first one count. It is never called on CUDA, where layers are only enqueued.
         Raises what `forward` raises, and RuntimeError or MemoryError where memory is short; there is no handle then.
         More steps may be launched before this one is collected, as long as their tokens do not depend on it. With
         several ranks an error ends the instance: it is an InternalError then.
         """
+        if self.pool.is_cuda:
+            layer_computed = None
         if self._announce is None:
-            hidden = self.forward(slices)
+            hidden = self.forward(slices, layer_computed)
             self._last_launched += 1
         else:
-            hidden = self._lead(slices, self._announce)
+            hidden = self._lead(slices, self._announce, layer_computed)
         forward_done = torch.cuda.current_stream(self.pool.device).record_event() if self.pool.is_cuda else None
         return StepHandle(self._last_launched, slices, hidden, forward_done)
 
@@ -185,13 +189,13 @@ class Engine:
     def _pack(self, slices: Sequence[SequenceSlice]) -> StepBatch:
         return pack(slices, self.layout, self.spec.vocab_size, self._max_model_len, self.pool.device)
 
-    def _compute(self, batch: StepBatch) -> Tensor:
+    def _compute(self, batch: StepBatch, layer_computed: LayerHook | None = None) -> Tensor:
         """The hidden states of the batch's rows, which a stage before the last does not have: [rows, 0] there."""
         shard, received = self._shard, None
         if not shard.is_first_stage:
             shape = (len(batch.token_ids), self.spec.hidden_size)
             received = self._collectives.receive(shard.rank - shard.shape.tp, shape, self._activation_dtype)
-        hidden = self._model.forward(batch, self.pool, received)
+        hidden = self._model.forward(batch, self.pool, received, layer_computed)
         if shard.is_last_stage:
             return hidden
         self._collectives.send(shard.rank + shard.shape.tp, hidden)
@@ -199,7 +203,10 @@ class Engine:
 
     @torch.inference_mode()
     def _lead(
-        self, slices: Sequence[SequenceSlice], announce: Callable[[int, Sequence[SequenceSlice]], None]
+        self,
+        slices: Sequence[SequenceSlice],
+        announce: Callable[[int, Sequence[SequenceSlice]], None],
+        layer_computed: LayerHook | None,
     ) -> Tensor:
         """`forward` on all ranks. What does not exist is refused before the other ranks hear of it."""
         # Rank 0 of the only stage would wait for the next step's sums while the others wait to send logits.
@@ -210,7 +217,7 @@ class Engine:
             announce(self._last_launched, slices)
             # Ranks of one stage end a step together, and the logits of the last stage come after all others' work.
             self._is_settled = self._shard.shape.pp == 1 or any(part.sample is not None for part in slices)
-            return self._compute(batch)
+            return self._compute(batch, layer_computed)
         except (RuntimeError, MemoryError, OSError) as error:
             raise InternalError(f"rank 0 failed in step {self._last_launched}, and the others cannot go on") from error
 

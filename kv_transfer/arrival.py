@@ -12,18 +12,11 @@ import torch
 from torch import Tensor
 
 from tandem.core.errors import TransferError
+from tandem.core.kv_frontier import TransferChunk
 from tandem.core.kv_layout import KvLayout
-from tandem.kv_transfer.blocks import (
-    FENCED_BYTES,
-    MAX_VIEW_WORDS,
-    BlockViews,
-    ChunkedBlocks,
-    PoolView,
-    TransferChunk,
-    crc32,
-)
+from tandem.kv_transfer.blocks import FENCED_BYTES, MAX_VIEW_WORDS, BlockViews, ChunkedBlocks, PoolView, crc32
 from tandem.kv_transfer.fence import WriteFence
-from tandem.kv_transfer.reshard import KvSlice, RankRead, Resharding, overlap, places
+from tandem.kv_transfer.reshard import KvSlice, RankRead, Resharding, overlap, places, within
 
 _KEPT_VIEWS = 32  # slices of the own pools whose block views are kept; a shape of peers needs a few
 _BY_UNIT = (0, 1, 3, 2, 4, 5)  # [layer, kv, head, block, unit, word]
@@ -68,11 +61,20 @@ class PairPlan:
         )
         return cls(source, resharding, pools, targets)
 
-    def arriving(self, block_ids: Sequence[int], num_tokens: int, max_chunk_bytes: int) -> "list[ArrivingBlocks]":
-        """Of one transfer: what arrives by each read."""
+    def whole(self, num_tokens: int) -> TransferChunk:
+        """All of a transfer of that many tokens: the model's layers, and the blocks of the source."""
+        return TransferChunk(range(self.source.num_layers), range(self.source.blocks_for(num_tokens)))
+
+    def arriving(
+        self, block_ids: Sequence[int], num_tokens: int, max_chunk_bytes: int, part: TransferChunk | None = None
+    ) -> "list[ArrivingBlocks]":
+        """What arrives by each read, of a transfer or of a part of it, which has layers of the model and blocks of the
+        source."""
+        part = part or self.whole(num_tokens)
         return [
-            ArrivingBlocks(self, read, targets, block_ids, num_tokens, max_chunk_bytes)
+            ArrivingBlocks(self, read, targets, block_ids, num_tokens, max_chunk_bytes, part)
             for read, targets in zip(self.resharding.reads, self.targets, strict=True)
+            if overlap(part.layers, self.source.layers(read.rank))
         ]
 
 
@@ -92,7 +94,8 @@ class Places(NamedTuple):
 
 class ArrivingBlocks(ChunkedBlocks):
     """The blocks of one read, as they come from the source, and the slices of the own pools to which they go.
-    `block_ids` are the own blocks of all `num_tokens` tokens."""
+    `block_ids` are the own blocks of all `num_tokens` tokens. Of these comes `part`, in layers of the model and blocks
+    of the source."""
 
     def __init__(
         self,
@@ -102,11 +105,14 @@ class ArrivingBlocks(ChunkedBlocks):
         block_ids: Sequence[int],
         num_tokens: int,
         max_chunk_bytes: int,
+        part: TransferChunk,
     ) -> None:
         source = plan.source.pool_of(read.rank)
+        held = TransferChunk(within(part.layers, plan.source.layers(read.rank)), part.blocks)
         num_blocks = source.blocks_for(num_tokens)
-        super().__init__(source.num_layers, num_blocks, 2 * source.segment_bytes, source.block_size, max_chunk_bytes)
+        super().__init__(held, num_blocks, 2 * source.segment_bytes, source.block_size, max_chunk_bytes)
         self.read = read
+        self.part = part
         self._num_heads = source.num_kv_heads
         self._targets = targets
         self._resharding = plan.resharding
@@ -161,9 +167,9 @@ class ArrivingBlocks(ChunkedBlocks):
 
     def _places(self, chunk: TransferChunk) -> tuple[Places, Places]:
         """Of the chunk's tokens: in the chunk, and in the own blocks."""
-        per_block, (theirs, ours) = self._resharding.source_units, self._all_places
-        last = min(chunk.blocks.stop * per_block, self._resharding.num_units(self._num_tokens))
-        units = slice(chunk.blocks.start * per_block, last)
+        theirs, ours = self._all_places
+        there = self._resharding.units_of(chunk.blocks, self._num_tokens)
+        units = slice(there.start, there.stop)
         return theirs.some(units).minus(chunk.blocks.start), ours.some(units)
 
     @cached_property
@@ -184,11 +190,11 @@ def copy_units(
     target: Tensor,
     block_ids: Sequence[int],
     resharding: Resharding,
-    num_tokens: int,
+    units: range,
     fence: WriteFence,
 ) -> None:
-    """Copy the blocks of `num_tokens` tokens to blocks of another size, both in words as in `PoolView`. Raises
-    TransferError once the fence is closed.
+    """Copy units of a sequence's tokens between blocks that may have different sizes, both in words as in `PoolView`.
+    Raises TransferError once the fence is closed.
 
     As `copy_blocks`, but the views are made for this copy: all those of a pool would be too many.
     """
@@ -196,7 +202,6 @@ def copy_units(
     layer_step = max(1, MAX_VIEW_WORDS // words_of_layer)
     groups = [slice(layer, layer + layer_step) for layer in range(0, len(source), layer_step)]
     unit_step = max(1, FENCED_BYTES // (len(source) * words_of_layer * source.itemsize))
-    units = range(resharding.num_units(num_tokens))
     for first in range(0, len(units), unit_step):
         some = units[first : first + unit_step]
         sources = _unit_views(source, groups, source_ids, places(some, resharding.source_units))

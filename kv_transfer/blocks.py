@@ -4,10 +4,10 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 
+from tandem.core.kv_frontier import TransferChunk
 from tandem.core.kv_layout import DTYPE_BYTES, KvLayout
 from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.reshard import KvSlice
@@ -19,13 +19,6 @@ FENCED_BYTES = 4 << 20  # copied between two checks of the fence
 
 
 BlockViews = tuple[tuple[torch.Tensor, ...], ...]  # [block][view]
-
-
-class TransferChunk(NamedTuple):
-    """A rectangle of a transfer, sent as one message: layers of the KV slice, positions in the block list."""
-
-    layers: range
-    blocks: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +66,20 @@ class PoolView:
 
 
 class ChunkedBlocks:
-    """Blocks of one rank of the source in the order in which they are sent, [layer, kv, block, head, slot, head_dim],
-    cut into chunks.
+    """`part` of the blocks of one rank of the source, in the order in which they are sent, [layer, kv, block, head,
+    slot, head_dim], cut into chunks.
 
     A chunk has at most `max_chunk_bytes`, but never less than one block of one layer. Both sides of a transfer compute
-    the same chunks. `layer_block_bytes` are those of one block in one layer, K and V.
+    the same chunks. The layers of `part` are those of the rank's pool; `num_blocks` are all that the attempt has.
+    `layer_block_bytes` are those of one block in one layer, K and V.
     """
 
     def __init__(
-        self, num_layers: int, num_blocks: int, layer_block_bytes: int, block_size: int, max_chunk_bytes: int
+        self, part: TransferChunk, num_blocks: int, layer_block_bytes: int, block_size: int, max_chunk_bytes: int
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.chunks = split_transfer(num_layers, num_blocks, layer_block_bytes, max_chunk_bytes)
+        self.chunks = split_transfer(part, layer_block_bytes, max_chunk_bytes)
         self._layer_block_bytes = layer_block_bytes
         self.staging_bytes = max(map(self.chunk_bytes, self.chunks), default=0)  # of the largest chunk
 
@@ -104,11 +98,14 @@ class ChunkedBlocks:
 
 
 class LeavingBlocks(ChunkedBlocks):
-    """Blocks of a view, in order, as they are sent."""
+    """Blocks of a view, in order, as they are sent. `part` None: all of them."""
 
-    def __init__(self, view: PoolView, block_ids: Sequence[int], max_chunk_bytes: int) -> None:
+    def __init__(
+        self, view: PoolView, block_ids: Sequence[int], max_chunk_bytes: int, part: TransferChunk | None = None
+    ) -> None:
         num_layers, _, _, _, units, _ = view.words.shape
-        super().__init__(num_layers, len(block_ids), view.layer_block_bytes, units * view.unit_tokens, max_chunk_bytes)
+        part = part or TransferChunk(range(num_layers), range(len(block_ids)))
+        super().__init__(part, len(block_ids), view.layer_block_bytes, units * view.unit_tokens, max_chunk_bytes)
         self._view = view
         self._block_ids = block_ids
 
@@ -137,15 +134,16 @@ class LeavingBlocks(ChunkedBlocks):
         return torch.tensor(self._block_ids, device=self._view.words.device)
 
 
-def split_transfer(num_layers: int, num_blocks: int, layer_block_bytes: int, max_bytes: int) -> list[TransferChunk]:
+def split_transfer(part: TransferChunk, layer_block_bytes: int, max_bytes: int) -> list[TransferChunk]:
     """The chunks of `ChunkedBlocks`, layer by layer. `layer_block_bytes` are those of one block in one layer."""
     assert max_bytes > 0
+    num_layers, num_blocks = len(part.layers), len(part.blocks)
     if num_layers == 0 or num_blocks == 0:
         return []
     layers = max(1, min(num_layers, max_bytes // (layer_block_bytes * num_blocks)))
     blocks = max(1, min(num_blocks, max_bytes // layer_block_bytes))
     return [
-        TransferChunk(range(num_layers)[layer : layer + layers], range(num_blocks)[block : block + blocks])
+        TransferChunk(part.layers[layer : layer + layers], part.blocks[block : block + blocks])
         for layer in range(0, num_layers, layers)
         for block in range(0, num_blocks, blocks)
     ]

@@ -32,9 +32,17 @@ class LinkTotals:
         if len(self._peers) > self._max_peers:
             self.forget(next(iter(self._peers)))
 
-    def add(self, peer_id: str, transfers: int = 0, nbytes: int = 0, seconds: float = 0.0, failures: int = 0) -> None:
+    def add(
+        self,
+        peer_id: str,
+        transfers: int = 0,
+        nbytes: int = 0,
+        seconds: float = 0.0,
+        failures: int = 0,
+        streamed_bytes: int = 0,
+    ) -> None:
         """Add to that peer's counts."""
-        more = LinkStats(peer_id, UNKNOWN_TRANSPORT, transfers, nbytes, seconds, failures)
+        more = LinkStats(peer_id, UNKNOWN_TRANSPORT, transfers, nbytes, seconds, failures, streamed_bytes)
         if peer_id in self._peers:
             self._peers[peer_id] = _sum(self._peers[peer_id], more)
         else:
@@ -63,4 +71,5 @@ def _sum(stats: LinkStats, more: LinkStats) -> LinkStats:
         transfer_bytes=stats.transfer_bytes + more.transfer_bytes,
         transfer_s=stats.transfer_s + more.transfer_s,
         failures=stats.failures + more.failures,
+        streamed_bytes=stats.streamed_bytes + more.streamed_bytes,
     )

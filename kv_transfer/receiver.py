@@ -1,19 +1,24 @@
-"""Decode's side of KV transfers: fetches a finished prefill's KV into blocks of its own pools, all of it or none."""
+"""Decode's side of KV transfers: fetches a prefill's KV into blocks of its own pools, all of it or none.
+
+Large KV is streamed: what is computed comes while the rest is computed. Streaming is an attempt to have less to do
+later. When it fails, the transfer begins anew with the finished prefill.
+"""
 
 import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from tandem.core.errors import DeadlineError, InternalError, StaleEpochError, TandemError, TransferError
+from tandem.core.kv_frontier import KvFrontier, TransferChunk
 from tandem.core.kv_layout import KvLayout
 from tandem.core.log_lines import about
 from tandem.core.request import SampledToken
 from tandem.core.session import LinkStats
-from tandem.core.transfer import Grant, Manifest, PeerControl, Transport
+from tandem.core.transfer import ComputedKv, Grant, Manifest, PeerControl, Transport
 from tandem.kv_transfer.arrival import ArrivingBlocks, OwnPools
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.fence import WriteFence
@@ -25,21 +30,52 @@ from tandem.kv_transfer.shared_memory_link import SharedMemoryLink
 _log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2 << 20  # small enough that gathering, sending and scattering overlap
+MIN_NEW_BYTES = 2 << 20  # computed since the last call: as many are worth another one
 _DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """KV that has arrived completely and belongs to decode. `seconds` ran from the manifest to the acknowledgement."""
+    """KV that has arrived completely and belongs to decode. `seconds` ran from the manifest to the acknowledgement.
+
+    `streamed_bytes` of `bytes` had come before the manifest; the first of them `streamed_s` before.
+    """
 
     manifest: Manifest
     bytes: int
     seconds: float
     transport: Transport
+    streamed_bytes: int
+    streamed_s: float
 
     @property
     def first_token(self) -> SampledToken:
         return self.manifest.first_token
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """One transfer: where its KV goes, and what has come. `fence` surrounds all writes into `block_ids`."""
+
+    num_tokens: int
+    block_ids: Sequence[int]
+    fence: WriteFence = field(default_factory=WriteFence)
+    known: KvFrontier = field(default_factory=KvFrontier)
+    num_streamed: int = 0  # blocks of one layer of the source
+    streaming_s: float = 0.0  # in which these bytes moved
+    first_s: float | None = None  # when the turn of the first ones came
+    transport: Transport | None = None  # of the last ones
+    is_acknowledged: bool = False
+
+    def known_of(self, allocation: int) -> KvFrontier:
+        """What has come and still counts."""
+        return self.known if self.known.allocation == allocation else KvFrontier()
+
+    async def restart(self) -> None:
+        """Nothing has come. What still moves writes nothing any more."""
+        await self.fence.close()
+        self.fence = WriteFence()
+        self.known, self.num_streamed, self.first_s = KvFrontier(), 0, None
 
 
 class KvReceiver:
@@ -58,17 +94,19 @@ class KvReceiver:
         transport: Transport | str = "auto",
         checksum: bool | None = None,
         timeout_s: float = 10.0,
+        stream_from_bytes: int | None = None,
         link_config: LinkConfig | None = None,
     ) -> None:
         """`transport` "auto" takes the fastest possible transport; a named one is taken or is an error. `checksum`
         None checks bytes that came over gloo. `timeout_s` bounds a transfer from its turn on the link to its
-        acknowledgement.
+        acknowledgement. Transfers of at least `stream_from_bytes` are streamed; None: none are.
 
         Raises ConfigError for an unknown transport.
         """
         self._layout = layout
         self._checksum = checksum
         self._timeout_s = timeout_s
+        self._stream_from_bytes = stream_from_bytes
         config = link_config or LinkConfig()
         self._close_timeout_s = config.operation_timeout_s(CHUNK_BYTES)
         self._totals = LinkTotals(config.max_links)
@@ -84,7 +122,7 @@ class KvReceiver:
         block_ids: Sequence[int],
         deadline_s: float,
     ) -> FetchResult:
-        """Wait for the attempt's prefill, copy its KV into `block_ids` of our pools, and take it over.
+        """Copy the KV of the attempt's prefill into `block_ids` of our pools, and take it over once it is finished.
 
         `token_ids` are those whose KV is expected; `block_ids` are distinct and at least as many as they need, in
         order. `deadline_s` is on `time.monotonic()`, and may be infinite; it bounds every wait.
@@ -102,24 +140,26 @@ class KvReceiver:
             raise InternalError(
                 f"A fetch of {needed} blocks got blocks that are too few, not distinct or not in the pool"
             )
-        block_ids = block_ids[:needed]
-        fence = WriteFence()
+        incoming = _Incoming(len(token_ids), block_ids[:needed])
         try:
             async with asyncio.timeout(_remaining_s(deadline_s)):
                 link = await self._links.get(peer)  # before the wait: it takes time, and tells whether we fit
-                manifest = await peer.pull(request_id, epoch, _remaining_s(deadline_s))
+                if self._is_streamed(needed):
+                    manifest = await self._stream_until_finished(peer, request_id, epoch, link, incoming, deadline_s)
+                else:
+                    manifest = await peer.pull(request_id, epoch, _remaining_s(deadline_s))
                 manifest.check(
                     request_id=request_id, epoch=epoch, token_ids=token_ids, fingerprint=self._layout.fingerprint
                 )
-                _check_blocks(manifest, link.plan.source)
-                return await self._transfer(peer, manifest, block_ids, fence)
+                _check_blocks(manifest, incoming.num_tokens, link.plan.source)
+                return await self._finish(peer, manifest, incoming)
         except TimeoutError as error:
             raise DeadlineError("the deadline passed before the KV had arrived") from error
         except (RuntimeError, OSError, MemoryError) as error:  # torch's and the system's; another pair may manage
             _log.exception("the KV transfer of %s failed", request_id, extra=about(request_id))
             raise TransferError("the KV transfer failed; the decode worker's log says why") from error
         finally:
-            await fence.close()
+            await incoming.fence.close()
 
     def links(self) -> tuple[LinkStats, ...]:
         """Totals per peer (see `LinkTotals`)."""
@@ -135,14 +175,61 @@ class KvReceiver:
 
     # --- one transfer ---
 
-    async def _transfer(
-        self, peer: PeerControl, manifest: Manifest, block_ids: Sequence[int], fence: WriteFence
-    ) -> FetchResult:
+    def _is_streamed(self, num_blocks: int) -> bool:
+        return self._stream_from_bytes is not None and num_blocks * self._layout.block_bytes >= self._stream_from_bytes
+
+    async def _stream_until_finished(
+        self, peer: PeerControl, request_id: str, epoch: int, link: ReceiveLink, incoming: _Incoming, deadline_s: float
+    ) -> Manifest:
+        """Bring what is computed until the prefill is finished, or until that fails; wait for the manifest."""
+        assert self._stream_from_bytes is not None
+        min_new_bytes = min(MIN_NEW_BYTES, self._stream_from_bytes // 2)
+        min_new = max(1, min_new_bytes // (2 * link.plan.source.segment_bytes))
+        whole = link.plan.whole(incoming.num_tokens)
+        while True:
+            known = incoming.known
+            has_all = known.covers(whole) and not self._checksum  # which comes after the manifest
+            timeout_s = _remaining_s(deadline_s)
+            kv = await peer.pull_computed(request_id, epoch, known, min_new, has_all, timeout_s)
+            if isinstance(kv, Manifest):
+                incoming.is_acknowledged = has_all and kv.allocation == known.allocation
+                return kv
+            try:
+                await self._bring_computed(peer, kv, incoming)
+            except (TransferError, TimeoutError, DeadlineError) as error:
+                _log.info("KV of %s is not streamed: %s", request_id, error, extra=about(request_id))
+                self._totals.add(peer.instance_id, failures=1)
+                await incoming.restart()
+                return await peer.pull(request_id, epoch, _remaining_s(deadline_s))
+
+    async def _bring_computed(self, peer: PeerControl, kv: ComputedKv, incoming: _Incoming) -> None:
+        """Bring what has been computed since the last time. Raises TransferError, TimeoutError or DeadlineError."""
+        parts = kv.frontier.beyond(incoming.known_of(kv.allocation))
+        if not parts:
+            raise TransferError("the prefill worker announced nothing new")
+        if kv.allocation != incoming.known.allocation:
+            incoming.known, incoming.num_streamed = KvFrontier(), 0
+        incoming.transport, turn_s = await self._move(peer, kv, parts, incoming)
+        incoming.known = kv.frontier
+        incoming.num_streamed += sum(part.num_layer_blocks for part in parts)
+        incoming.streaming_s += time.monotonic() - turn_s
+        incoming.first_s = turn_s if incoming.first_s is None else incoming.first_s
+
+    async def _finish(self, peer: PeerControl, manifest: Manifest, incoming: _Incoming) -> FetchResult:
+        """Bring what has not come yet, and take the KV over."""
         manifest_s = time.monotonic()
+        known = incoming.known_of(manifest.allocation)
+        parts = manifest.frontier(self._layout.num_layers).beyond(known)
+        if known.allocation == 0:
+            incoming.num_streamed, incoming.first_s = 0, None
+        transport, turn_s = incoming.transport, manifest_s
         try:
-            transport, turn_s = await self._move(peer, manifest, block_ids, fence)
+            if parts or transport is None or self._checksum:
+                transport, turn_s = await self._move(peer, manifest, parts, incoming)
             timeout_s = turn_s + self._timeout_s - time.monotonic()
-            if not await peer.acknowledge(manifest.request_id, manifest.epoch, timeout_s):
+            if not incoming.is_acknowledged and not await peer.acknowledge(
+                manifest.request_id, manifest.epoch, timeout_s
+            ):
                 raise StaleEpochError("the KV's lease ended before it had arrived")
         except (TimeoutError, DeadlineError) as error:
             self._totals.add(peer.instance_id, failures=1)
@@ -151,14 +238,21 @@ class KvReceiver:
             self._totals.add(peer.instance_id, failures=1)
             raise
         end_s = time.monotonic()
-        num_bytes = len(block_ids) * self._layout.block_bytes
-        self._totals.add(peer.instance_id, transfers=1, nbytes=num_bytes, seconds=end_s - turn_s)
-        return FetchResult(manifest, num_bytes, end_s - manifest_s, transport)
+        num_bytes = len(incoming.block_ids) * self._layout.block_bytes
+        moving_s = incoming.streaming_s + end_s - turn_s
+        # A share of our blocks: those of the source may have other sizes.
+        streamed_bytes = num_bytes * incoming.num_streamed // (self._layout.num_layers * len(manifest.block_ids))
+        self._totals.add(
+            peer.instance_id, transfers=1, nbytes=num_bytes, seconds=moving_s, streamed_bytes=streamed_bytes
+        )
+        streamed_s = 0.0 if incoming.first_s is None else manifest_s - incoming.first_s
+        return FetchResult(manifest, num_bytes, end_s - manifest_s, transport, streamed_bytes, streamed_s)
 
     async def _move(
-        self, peer: PeerControl, manifest: Manifest, block_ids: Sequence[int], fence: WriteFence
+        self, peer: PeerControl, kv: ComputedKv | Manifest, parts: Sequence[TransferChunk], incoming: _Incoming
     ) -> tuple[Transport, float]:
-        """Bring the bytes into the blocks. Returns the transport and when the transfer's turn came (monotonic)."""
+        """Bring parts of the KV into the blocks. Returns the transport and when their turn came (monotonic)."""
+        block_ids, num_tokens, fence = incoming.block_ids, incoming.num_tokens, incoming.fence
         while True:
             link = await self._links.get(peer)
             link.users += 1
@@ -166,17 +260,19 @@ class KvReceiver:
                 async with link.turn:
                     if not link.alive:  # the link broke during an earlier turn: not a failure of this transfer
                         continue
-                    _check_blocks(manifest, link.plan.source)  # of this link: it may have been made anew
+                    _check_blocks(kv, num_tokens, link.plan.source)  # of this link: it may have been made anew
                     turn_s = time.monotonic()  # the time-out begins now: earlier transfers do not use it up
                     async with asyncio.timeout(self._timeout_s):
                         if isinstance(link.end, SharedMemoryLink):
-                            await link.end.copy(manifest.block_ids, block_ids, manifest.num_tokens, fence)
-                            if self._checksum:
-                                for arriving in _arriving(link, manifest, block_ids):
-                                    await self._compare(link, link.end, manifest, arriving)
+                            if parts:
+                                await link.end.copy(kv.block_ids, block_ids, num_tokens, parts, fence)
+                            if self._checksum and isinstance(kv, Manifest):
+                                for arriving in link.plan.arriving(block_ids, num_tokens, CHUNK_BYTES):
+                                    await self._compare(link, link.end, kv, arriving)
                         else:
-                            for arriving in _arriving(link, manifest, block_ids):
-                                await self._receive(link, link.end, manifest, arriving, fence)
+                            for part in parts:
+                                for arriving in link.plan.arriving(block_ids, num_tokens, CHUNK_BYTES, part):
+                                    await self._receive(link, link.end, kv, arriving, fence)
                     return link.reply.transport, turn_s
             finally:
                 link.users -= 1
@@ -191,11 +287,16 @@ class KvReceiver:
             raise TransferError("the KV's checksum does not match")
 
     async def _receive(
-        self, link: ReceiveLink, end: ProcessGroupLink, manifest: Manifest, arriving: ArrivingBlocks, fence: WriteFence
+        self,
+        link: ReceiveLink,
+        end: ProcessGroupLink,
+        kv: ComputedKv | Manifest,
+        arriving: ArrivingBlocks,
+        fence: WriteFence,
     ) -> None:
-        """What one rank of the source has."""
+        """What one rank of the source has of a part."""
         checksum = self._checksum if self._checksum is not None else link.reply.transport is Transport.GLOO
-        grant = _grant(link, manifest, arriving, checksum)
+        grant = _grant(link, kv, arriving, checksum)
         link.next_sequence += 1  # the prefill side may not count a grant that fails; a failure closes `end`
         try:
             async with asyncio.TaskGroup() as group:
@@ -210,32 +311,34 @@ class KvReceiver:
             raise TransferError("the KV that arrived is not the KV that was sent")
 
 
-def _arriving(link: ReceiveLink, manifest: Manifest, block_ids: Sequence[int]) -> list[ArrivingBlocks]:
-    return link.plan.arriving(block_ids, manifest.num_tokens, CHUNK_BYTES)
-
-
-def _grant(link: ReceiveLink, manifest: Manifest, arriving: ArrivingBlocks, checksum: bool) -> Grant:
+def _grant(link: ReceiveLink, kv: ComputedKv | Manifest, arriving: ArrivingBlocks, checksum: bool) -> Grant:
     return Grant(
         link_id=link.reply.link_id,
-        request_id=manifest.request_id,
-        epoch=manifest.epoch,
+        request_id=kv.request_id,
+        epoch=kv.epoch,
         sequence=link.next_sequence,
         rank=arriving.read.rank,
+        allocation=kv.allocation,
+        part=arriving.part,
         total_bytes=arriving.total_bytes,
         chunk_bytes=CHUNK_BYTES,
         checksum=checksum,
     )
 
 
-def _check_blocks(manifest: Manifest, source: KvLayout) -> None:
-    """Raises TransferError for blocks that are not those of the manifest's tokens in the source's pools."""
-    blocks, num_blocks = manifest.block_ids, source.blocks_for(manifest.num_tokens)
-    if manifest.block_size != source.block_size:
-        raise TransferError("the manifest has blocks of another size than the prefill worker's pools")
+def _check_blocks(kv: ComputedKv | Manifest, num_tokens: int, source: KvLayout) -> None:
+    """Raises TransferError for blocks that are not those of so many tokens in the source's pools."""
+    blocks, num_blocks = kv.block_ids, source.blocks_for(num_tokens)
+    if kv.block_size != source.block_size:
+        raise TransferError("the KV has blocks of another size than the prefill worker's pools")
     if len(blocks) != num_blocks or len(set(blocks)) != num_blocks:
-        raise TransferError("the manifest has the wrong number of blocks")
+        raise TransferError("the KV has the wrong number of blocks")
     if not all(0 <= block < source.num_blocks for block in blocks):
-        raise TransferError("the manifest names blocks that are not in the prefill worker's pools")
+        raise TransferError("the KV is in blocks that are not in the prefill worker's pools")
+    if isinstance(kv, ComputedKv):
+        frontier = kv.frontier
+        if not frontier.is_valid or frontier.next_blocks > num_blocks or frontier.num_layers > source.num_layers:
+            raise TransferError("more KV is computed than the prefill worker has")
 
 
 def _remaining_s(deadline_s: float) -> float:

@@ -79,6 +79,11 @@ class Resharding:
         """Units that hold the first `num_tokens` tokens; the last one may have slots after the last token."""
         return -(-num_tokens // self.unit_tokens)
 
+    def units_of(self, blocks: range, num_tokens: int) -> range:
+        """The units in those blocks of the source, which are positions in a sequence of `num_tokens` tokens."""
+        last = min(blocks.stop * self.source_units, self.num_units(num_tokens))
+        return range(blocks.start * self.source_units, last)
+
 
 def places(units: range, units_per_block: int) -> tuple[list[int], list[int]]:
     """Where each unit of a sequence is on a side with so many units to a block: the position in the sequence's list of
@@ -89,6 +94,12 @@ def places(units: range, units_per_block: int) -> tuple[list[int], list[int]]:
 def overlap(left: range, right: range) -> range:
     """What two ranges of step 1 have in common; empty if nothing."""
     return range(max(left.start, right.start), min(left.stop, right.stop))
+
+
+def within(layers: range, held: range) -> range:
+    """Those of `layers` that are in `held`, counted from the first of `held`."""
+    common = overlap(layers, held)
+    return range(common.start - held.start, common.stop - held.start)
 
 
 def _reads(source: KvLayout, destination: KvLayout) -> Iterator[RankRead]:

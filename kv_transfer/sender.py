@@ -11,9 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tandem.core.errors import IncompatiblePeerError, OverloadedError, StaleEpochError, TransferError
+from tandem.core.kv_frontier import TransferChunk
 from tandem.core.kv_layout import KvLayout
 from tandem.core.session import LinkStats
-from tandem.core.transfer import LAYOUTS_DIFFER, Grant, GrantReply, LinkOffer, LinkReply, Manifest, Transport
+from tandem.core.transfer import (
+    LAYOUTS_DIFFER,
+    ComputedKv,
+    Grant,
+    GrantReply,
+    LinkOffer,
+    LinkReply,
+    Manifest,
+    Transport,
+)
 from tandem.kv_transfer.blocks import LeavingBlocks, PoolView
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import DescriptorServer, host_identity
@@ -22,6 +32,7 @@ from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.process_group_link import ProcessGroupFactory, ProcessGroupLink
 from tandem.kv_transfer.process_groups import PREFILL_RANK
 from tandem.kv_transfer.rendezvous import LocalRendezvousStore
+from tandem.kv_transfer.reshard import within
 
 _log = logging.getLogger(__name__)
 
@@ -114,8 +125,9 @@ class KvSender:
                 link.group.close()
                 self._closing = [group for group in self._closing if not group.join(0.0)] + [link.group]
 
-    async def send(self, grant: Grant, manifest: Manifest) -> GrantReply:
-        """Send what the granted rank holds of a manifest's blocks, and nothing else.
+    async def send(self, grant: Grant, kv: ComputedKv | Manifest) -> GrantReply:
+        """Send what the granted rank holds of the granted part, and nothing else. Without a process group nothing is
+        sent, and the reply has the checksum of a finished prefill's KV.
 
         Raises StaleEpochError or TransferError. A process group that failed, or whose send was cancelled, ends its
         link. A link over shared memory goes on: nothing was sent over it.
@@ -123,14 +135,14 @@ class KvSender:
         link = self._links.get(grant.link_id)
         if link is None:
             raise TransferError("the KV link has ended")
-        transfer = self._granted(link, grant, manifest)
+        transfer = self._granted(link, grant, kv)
         link.sending += 1
         try:
             if link.group is not None:
                 return await self._send(link, link.group, grant, transfer)
-            if not grant.checksum:
+            if not grant.checksum or isinstance(kv, ComputedKv):
                 return GrantReply(0, 0)
-            return GrantReply(0, await asyncio.to_thread(transfer.checksum, manifest.num_tokens))
+            return GrantReply(0, await asyncio.to_thread(transfer.checksum, kv.num_tokens))
         finally:
             link.sending -= 1
             link.used_s = time.monotonic()
@@ -200,9 +212,10 @@ class KvSender:
             return link.store
         raise TransferError("the KV link has ended")
 
-    def _granted(self, link: _SendLink, grant: Grant, manifest: Manifest) -> LeavingBlocks:
-        """The bytes to send, after checking that decode has computed the same."""
-        if (manifest.request_id, manifest.epoch) != (grant.request_id, grant.epoch):
+    def _granted(self, link: _SendLink, grant: Grant, kv: ComputedKv | Manifest) -> LeavingBlocks:
+        """The bytes to send, after checking that they are computed, and that decode expects as many."""
+        frontier = kv.frontier if isinstance(kv, ComputedKv) else kv.frontier(self._layout.num_layers)
+        if (kv.request_id, kv.epoch, frontier.allocation) != (grant.request_id, grant.epoch, grant.allocation):
             raise StaleEpochError("the grant belongs to another attempt")
         if (
             grant.sequence != link.next_sequence
@@ -210,7 +223,11 @@ class KvSender:
             or not 0 < grant.chunk_bytes <= MAX_CHUNK_BYTES
         ):
             raise TransferError("the grant does not fit the link")
+        layers, blocks = grant.part
+        if not (0 <= layers.start < layers.stop and 0 <= blocks.start < blocks.stop and frontier.covers(grant.part)):
+            raise TransferError("the grant is for KV that is not computed")
+        part = TransferChunk(within(layers, self._layout.layers(grant.rank)), blocks)
         view = PoolView.over(self._pools[grant.rank].tensor, self._layout.pool_of(grant.rank))
-        if grant.total_bytes != len(manifest.block_ids) * view.block_bytes:
-            raise TransferError("the grant is not for exactly the bytes of the manifest")
-        return LeavingBlocks(view, manifest.block_ids, grant.chunk_bytes)
+        if grant.total_bytes != part.num_layer_blocks * view.layer_block_bytes:
+            raise TransferError("the grant is not for exactly the bytes of its part")
+        return LeavingBlocks(view, kv.block_ids, grant.chunk_bytes, part)

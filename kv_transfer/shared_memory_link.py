@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from tandem.core.errors import TransferError
+from tandem.core.kv_frontier import TransferChunk
 from tandem.core.transfer import LinkReply
 from tandem.kv_transfer.arrival import ArrivingBlocks, PairPlan, copy_units
 from tandem.kv_transfer.blocks import BlockViews, PoolView, copy_blocks
@@ -18,6 +19,7 @@ from tandem.kv_transfer.descriptors import fetch_descriptor
 from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.owner_thread import OwnerThread
 from tandem.kv_transfer.pool import map_read_only
+from tandem.kv_transfer.reshard import within
 
 _PROBE_BYTES = 16 << 20
 
@@ -29,8 +31,10 @@ class UnreachableMemoryError(TransferError):
 
 
 class _Copy(NamedTuple):
-    """From a slice of a source rank's pool to one of an own rank's. Whole blocks have `blocks`; others `words`."""
+    """From a slice of a source rank's pool to one of an own rank's, with these `layers` of the model. `blocks` is for
+    whole blocks with all of the slice's layers; `words` for any part."""
 
+    layers: range
     blocks: tuple[BlockViews, BlockViews] | None
     words: tuple[torch.Tensor, torch.Tensor]
 
@@ -63,19 +67,22 @@ class SharedMemoryLink:
         return link
 
     async def copy(
-        self, source_ids: Sequence[int], block_ids: Sequence[int], num_tokens: int, fence: WriteFence
+        self,
+        source_ids: Sequence[int],
+        block_ids: Sequence[int],
+        num_tokens: int,
+        parts: Sequence[TransferChunk],
+        fence: WriteFence,
     ) -> None:
-        """Copy the blocks of `num_tokens` tokens from all ranks of the source to all own ranks. Raises TransferError
-        once the fence is closed."""
+        """Copy parts of the blocks of `num_tokens` tokens from all ranks of the source to all own ranks. The parts have
+        layers of the model and positions in `source_ids`. Raises TransferError once the fence is closed."""
 
         def job() -> None:
             if self._copies is None:
                 raise TransferError("the KV link is broken")
-            for blocks, words in self._copies:
-                if blocks is not None:
-                    copy_blocks(blocks[0], source_ids, blocks[1], block_ids, fence)
-                else:
-                    copy_units(words[0], source_ids, words[1], block_ids, self._plan.resharding, num_tokens, fence)
+            for copy in self._copies:
+                for part in parts:
+                    self._copy_part(copy, source_ids, block_ids, num_tokens, part, fence)
 
         await self._run(job)
 
@@ -101,6 +108,26 @@ class SharedMemoryLink:
 
     # --- in the owner thread ---
 
+    def _copy_part(
+        self,
+        copy: _Copy,
+        source_ids: Sequence[int],
+        block_ids: Sequence[int],
+        num_tokens: int,
+        part: TransferChunk,
+        fence: WriteFence,
+    ) -> None:
+        layers = within(part.layers, copy.layers)
+        if not layers:
+            return
+        if copy.blocks is not None and len(layers) == len(copy.layers):
+            some = slice(part.blocks.start, part.blocks.stop)
+            copy_blocks(copy.blocks[0], source_ids[some], copy.blocks[1], block_ids[some], fence)
+            return
+        source, target = (words[layers.start : layers.stop] for words in copy.words)
+        units = self._plan.resharding.units_of(part.blocks, num_tokens)
+        copy_units(source, source_ids, target, block_ids, self._plan.resharding, units, fence)
+
     def _map(self, reply: LinkReply) -> None:
         plan, copies = self._plan, []
         for read, targets in zip(plan.resharding.reads, plan.targets, strict=True):
@@ -111,7 +138,9 @@ class SharedMemoryLink:
                 blocks = None
                 if plan.resharding.copies_whole_blocks:
                     blocks = source.block_views(), plan.pools.block_views(write.rank, write.destination)
-                copies.append(_Copy(blocks, (source.words, target.words)))
+                first = plan.source.layers(read.rank).start
+                layers = range(first + write.source.layer_begin, first + write.source.layer_end)
+                copies.append(_Copy(layers, blocks, (source.words, target.words)))
         self._copies = copies
 
     def _map_pool(self, reply: LinkReply, rank: int) -> torch.Tensor:

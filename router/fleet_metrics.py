@@ -55,6 +55,9 @@ CERTIFICATE = Description(
 LINKS = Description("tandem_links", "Instances from which this one has received KV lately", _BY_INSTANCE)
 TRANSFERS = Description("tandem_transfers_total", "KV transfers to this instance", _BY_TRANSPORT)
 TRANSFER_BYTES = Description("tandem_transfer_bytes_total", "Bytes of KV transfers", _BY_TRANSPORT)
+STREAMED_BYTES = Description(
+    "tandem_transfer_streamed_bytes_total", "Of these, bytes that came while their prompt was computed", _BY_TRANSPORT
+)
 TRANSFER_SECONDS = Description("tandem_transfer_seconds_total", "Time of KV transfers", _BY_TRANSPORT)
 TRANSFER_FAILURES = Description("tandem_transfer_failures_total", "KV transfers that failed", _BY_TRANSPORT)
 
@@ -83,6 +86,7 @@ _INSTANCE_COUNTERS: tuple[tuple[Description, Callable[[InstanceStatus], float]],
 _TRANSFER_COUNTERS: tuple[tuple[Description, Callable[[LinkStats], float]], ...] = (
     (TRANSFERS, lambda link: link.transfers),
     (TRANSFER_BYTES, lambda link: link.transfer_bytes),
+    (STREAMED_BYTES, lambda link: link.streamed_bytes),
     (TRANSFER_SECONDS, lambda link: link.transfer_s),
     (TRANSFER_FAILURES, lambda link: link.failures),
 )

@@ -53,6 +53,7 @@ class AttemptRecord:
     transport: str | None = None
     transfer_s: float | None = None
     transfer_bytes: int | None = None
+    streamed_bytes: int = 0
     failure: str | None = None
     began_s: float | None = None
 

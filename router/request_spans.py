@@ -133,6 +133,7 @@ def _part_attributes(record: RequestRecord, name: str, end_s: float) -> "Attribu
         attributes["tandem.transfer.source.id"] = attempt.prefill_id
         attributes["tandem.transfer.transport"] = attempt.transport
         attributes["tandem.transfer.bytes"] = attempt.transfer_bytes
+        attributes["tandem.transfer.streamed.bytes"] = attempt.streamed_bytes  # before the span
         attributes["tandem.transfer.duration"] = attempt.transfer_s
     return attributes
 

@@ -165,7 +165,7 @@ class RunningRequest:
         self.timeline_recorder.transfer_committed(event, now_s)
         _, record = self._attempts[-1]
         record.transport, record.transfer_s = event.transport, event.transfer_s
-        record.transfer_bytes = event.transfer_bytes
+        record.transfer_bytes, record.streamed_bytes = event.transfer_bytes, event.streamed_bytes
 
     def hold_tokens(self, item: NewTokens) -> None:
         """Until the first one of the attempt is here."""

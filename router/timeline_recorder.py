@@ -47,7 +47,8 @@ class TimelineRecorder:
 
     def transfer_committed(self, event: TransferCommitted, now_s: float) -> None:
         if Stage.SECOND_TOKEN not in self._stamps:
-            self._stamps[Stage.TRANSFER_STARTED] = max(self._stamps[Stage.ADMITTED], now_s - event.transfer_s)
+            started_s = now_s - event.transfer_s - event.streamed_s
+            self._stamps[Stage.TRANSFER_STARTED] = max(self._stamps[Stage.ADMITTED], started_s)
             self._stamps[Stage.TRANSFER_COMMITTED] = now_s
 
     def decode_admitted(self, queue_s: float, now_s: float) -> None:

@@ -47,9 +47,13 @@ class FakeEngine:
     def settle(self) -> None:
         """There are no other ranks."""
 
-    def launch(self, slices: Sequence[SequenceSlice]) -> StepOutput:
+    def launch(
+        self, slices: Sequence[SequenceSlice], layer_computed: Callable[[int], None] | None = None
+    ) -> StepOutput:
         """Computes the output at once: it is its own handle."""
         self.before_step()
+        for layer in range(self.layout.num_layers if layer_computed is not None else 0):
+            layer_computed(layer + 1)  # type: ignore[misc]
         self.steps.append(list(slices))
         output = StepOutput([None] * len(slices), [None] * len(slices), [None] * len(slices))
         for index, part in enumerate(slices):

@@ -211,6 +211,7 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
                 transfer_bytes=link.transfer_bytes,
                 transfer_s=link.transfer_s,
                 failures=link.failures,
+                streamed_bytes=link.streamed_bytes,
             )
             for link in status.links
         ],
@@ -258,7 +259,15 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         preemptions=pb.preemptions,
         lease_s=pb.lease_s if pb.lease_s > 0.0 else math.inf,
         links=tuple(
-            LinkStats(link.peer_id, link.transport, link.transfers, link.transfer_bytes, link.transfer_s, link.failures)
+            LinkStats(
+                peer_id=link.peer_id,
+                transport=link.transport,
+                transfers=link.transfers,
+                transfer_bytes=link.transfer_bytes,
+                transfer_s=link.transfer_s,
+                failures=link.failures,
+                streamed_bytes=link.streamed_bytes,
+            )
             for link in pb.links
         ),
         step_age_s=pb.step_age_s,

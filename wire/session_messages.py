@@ -72,9 +72,14 @@ def event_to_pb(event: SessionEvent) -> worker_pb2.SessionResponse:
             return worker_pb2.SessionResponse(finished=finished)
         case KvReserved(handle):
             return worker_pb2.SessionResponse(reserved=worker_pb2.KvReservedEvent(handle=handle))
-        case TransferCommitted(handle, transfer_s, transfer_bytes, transport):
+        case TransferCommitted():
             committed = worker_pb2.TransferCommittedEvent(
-                handle=handle, transfer_s=transfer_s, transfer_bytes=transfer_bytes, transport=transport
+                handle=event.handle,
+                transfer_s=event.transfer_s,
+                transfer_bytes=event.transfer_bytes,
+                transport=event.transport,
+                streamed_bytes=event.streamed_bytes,
+                streamed_s=event.streamed_s,
             )
             return worker_pb2.SessionResponse(committed=committed)
         case RequestFailed(handle, code, message):
@@ -104,7 +109,12 @@ def event_from_pb(pb: worker_pb2.SessionResponse) -> SessionEvent:
         case "committed":
             committed = pb.committed
             return TransferCommitted(
-                committed.handle, committed.transfer_s, committed.transfer_bytes, committed.transport
+                handle=committed.handle,
+                transfer_s=committed.transfer_s,
+                transfer_bytes=committed.transfer_bytes,
+                transport=committed.transport,
+                streamed_bytes=committed.streamed_bytes,
+                streamed_s=committed.streamed_s,
             )
         case "failed":
             return RequestFailed(pb.failed.handle, pb.failed.code, pb.failed.message)

@@ -10,7 +10,9 @@ import grpc
 
 from tandem.core.clock import Clock
 from tandem.core.errors import DeadlineError, InternalError, InvalidRequestError, TandemError, TransferError
+from tandem.core.kv_frontier import KvFrontier, TransferChunk
 from tandem.core.transfer import (
+    ComputedKv,
     Grant,
     GrantReply,
     HostIdentity,
@@ -114,16 +116,24 @@ class KvTransferClient:
 
     async def pull(self, request_id: str, epoch: int, timeout_s: float) -> Manifest:
         request = transfer_pb2.PullRequest(request_id=request_id, epoch=epoch)
-        reply = await self._unary(self._stub.Pull, request, timeout_s)
-        return Manifest(
-            request_id=reply.request_id,
-            epoch=reply.epoch,
-            num_tokens=reply.num_tokens,
-            token_hash=reply.token_hash,
-            block_ids=tuple(reply.block_ids),
-            fingerprint=reply.fingerprint,
-            block_size=reply.block_size,
-            first_token=sampled_from_pb(reply.first_token),
+        return _manifest_from_pb(await self._unary(self._stub.Pull, request, timeout_s))
+
+    async def pull_computed(
+        self, request_id: str, epoch: int, known: KvFrontier, min_new: int, has_all: bool, timeout_s: float
+    ) -> ComputedKv | Manifest:
+        request = transfer_pb2.PullComputedRequest(
+            request_id=request_id, epoch=epoch, known=_frontier_to_pb(known), min_new=min_new, has_all=has_all
+        )
+        reply = await self._unary(self._stub.PullComputed, request, timeout_s)
+        if reply.HasField("finished"):
+            return _manifest_from_pb(reply.finished)
+        computed = reply.computed
+        return ComputedKv(
+            request_id=computed.request_id,
+            epoch=computed.epoch,
+            block_ids=tuple(computed.block_ids),
+            block_size=computed.block_size,
+            frontier=_frontier_from_pb(computed.frontier),
         )
 
     async def grant(self, grant: Grant, timeout_s: float) -> GrantReply:
@@ -133,6 +143,11 @@ class KvTransferClient:
             epoch=grant.epoch,
             sequence=grant.sequence,
             rank=grant.rank,
+            allocation=grant.allocation,
+            layers_begin=grant.part.layers.start,
+            layers_end=grant.part.layers.stop,
+            blocks_begin=grant.part.blocks.start,
+            blocks_end=grant.part.blocks.stop,
             total_bytes=grant.total_bytes,
             chunk_bytes=grant.chunk_bytes,
             checksum=grant.checksum,
@@ -228,32 +243,48 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         return await self._links.link(LinkOffer(request.instance_id, request.fingerprint, host, tuple(known)))
 
     async def Pull(self, request: transfer_pb2.PullRequest, context: Any) -> transfer_pb2.PullResponse:
-        manifest = await self._manifest(request.request_id, request.epoch, context)
-        return transfer_pb2.PullResponse(
-            request_id=manifest.request_id,
-            epoch=manifest.epoch,
-            num_tokens=manifest.num_tokens,
-            token_hash=manifest.token_hash,
-            block_ids=manifest.block_ids,
-            fingerprint=manifest.fingerprint,
-            block_size=manifest.block_size,
-            first_token=sampled_to_pb(manifest.first_token),
+        _check_names(request.request_id)
+        return _manifest_to_pb(
+            await self._holder.manifest(request.request_id, request.epoch, self._deadline_s(context))
         )
 
+    async def PullComputed(
+        self, request: transfer_pb2.PullComputedRequest, context: Any
+    ) -> transfer_pb2.PullComputedResponse:
+        _check_names(request.request_id)
+        known = _frontier_from_pb(request.known)
+        _require(known.is_valid and request.min_new > 0, "what is known of the KV cannot be")
+        kv = await self._holder.computed(
+            request.request_id, request.epoch, known, request.min_new, request.has_all, self._deadline_s(context)
+        )
+        if isinstance(kv, Manifest):
+            return transfer_pb2.PullComputedResponse(finished=_manifest_to_pb(kv))
+        computed = transfer_pb2.ComputedKv(
+            request_id=kv.request_id,
+            epoch=kv.epoch,
+            block_ids=kv.block_ids,
+            block_size=kv.block_size,
+            frontier=_frontier_to_pb(kv.frontier),
+        )
+        return transfer_pb2.PullComputedResponse(computed=computed)
+
     async def Grant(self, request: transfer_pb2.GrantRequest, context: Any) -> transfer_pb2.GrantResponse:
-        _check_names(request.link_id)
-        manifest = await self._manifest(request.request_id, request.epoch, context)
+        _check_names(request.link_id, request.request_id)
         grant = Grant(
             link_id=request.link_id,
             request_id=request.request_id,
             epoch=request.epoch,
             sequence=request.sequence,
             rank=request.rank,
+            allocation=request.allocation,
+            part=TransferChunk(
+                range(request.layers_begin, request.layers_end), range(request.blocks_begin, request.blocks_end)
+            ),
             total_bytes=request.total_bytes,
             chunk_bytes=request.chunk_bytes,
             checksum=request.checksum,
         )
-        reply = await self._links.send(grant, manifest)
+        reply = await self._links.send(grant, self._holder.readable(request.request_id, request.epoch))
         return transfer_pb2.GrantResponse(sent_bytes=reply.sent_bytes, checksum=reply.checksum)
 
     async def Acknowledge(self, request: transfer_pb2.AcknowledgeRequest, _: Any) -> transfer_pb2.AcknowledgeResponse:
@@ -275,9 +306,56 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         value = await self._links.rendezvous_get(request.link_id, request.key, _remaining_s(context))
         return transfer_pb2.RendezvousGetResponse(value=value)
 
-    async def _manifest(self, request_id: str, epoch: int, context: Any) -> Manifest:
-        _check_names(request_id)
-        return await self._holder.manifest(request_id, epoch, self._clock.now_s() + _remaining_s(context))
+    def _deadline_s(self, context: Any) -> float:
+        return self._clock.now_s() + _remaining_s(context)
+
+
+def _manifest_to_pb(manifest: Manifest) -> transfer_pb2.PullResponse:
+    return transfer_pb2.PullResponse(
+        request_id=manifest.request_id,
+        epoch=manifest.epoch,
+        num_tokens=manifest.num_tokens,
+        token_hash=manifest.token_hash,
+        block_ids=manifest.block_ids,
+        fingerprint=manifest.fingerprint,
+        block_size=manifest.block_size,
+        first_token=sampled_to_pb(manifest.first_token),
+        allocation=manifest.allocation,
+    )
+
+
+def _manifest_from_pb(reply: transfer_pb2.PullResponse) -> Manifest:
+    return Manifest(
+        request_id=reply.request_id,
+        epoch=reply.epoch,
+        num_tokens=reply.num_tokens,
+        token_hash=reply.token_hash,
+        block_ids=tuple(reply.block_ids),
+        fingerprint=reply.fingerprint,
+        block_size=reply.block_size,
+        first_token=sampled_from_pb(reply.first_token),
+        allocation=reply.allocation,
+    )
+
+
+def _frontier_to_pb(frontier: KvFrontier) -> transfer_pb2.KvFrontier:
+    return transfer_pb2.KvFrontier(
+        allocation=frontier.allocation,
+        blocks=frontier.blocks,
+        next_blocks=frontier.next_blocks,
+        layers=frontier.layers,
+        num_layers=frontier.num_layers,
+    )
+
+
+def _frontier_from_pb(message: transfer_pb2.KvFrontier) -> KvFrontier:
+    return KvFrontier(
+        allocation=message.allocation,
+        blocks=message.blocks,
+        next_blocks=message.next_blocks,
+        layers=message.layers,
+        num_layers=message.num_layers,
+    )
 
 
 def _remaining_s(context: Any) -> float:

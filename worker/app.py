@@ -120,6 +120,7 @@ class Worker:
             transport=section.transport,
             checksum=section.checksum,
             timeout_s=section.transfer_timeout_s,
+            stream_from_bytes=section.stream_kv_from,
             link_config=links,
         )
         self._fetcher.fetch_with(self._receiver)
@@ -175,6 +176,7 @@ class Worker:
             prefix_cache=self._section.prefix_cache,
             step_cost=self._section.step_cost,
             records_cache_changes=self._section.kv_events.endpoint is not None,
+            layer_computed=self._layer_computed,
         )
         return self._loop
 
@@ -239,6 +241,11 @@ class Worker:
         raise InternalError(f"a step of {self.instance_id} has not ended in {self._stall.age_s:.0f} s")
 
     # --- calls back --------------------------------------------------------------------------------------------------
+
+    def _layer_computed(self, num_layers: int) -> None:
+        """On the loop's thread, in the middle of a step. Without a reader the event loop is not woken."""
+        if self._held.wants_layers:
+            self._thread.call_soon(lambda: self._held.layers_computed(num_layers))
 
     def _deliver(self, events: list[LoopEvent]) -> None:
         self._service.deliver(events)

@@ -3,6 +3,7 @@
     Submit -> waiting -> prompt in chunks -> decoding -> finished
        |                        |
        |                        +-> last chunk, hand over -> held (KvReady) -> Release -> blocks free, or cached
+       |                        +-> each chunk, hand over -> KvComputing: who reads the KV may begin
        |
        +- KV from elsewhere -> blocks reserved -> [Fetch: a transfer writes into them] -> KvArrived -> decoding
 
@@ -37,8 +38,9 @@ from tandem.core.step_coefficients import StepCoefficients
 from tandem.core.transfer import Manifest, hash_token_ids
 from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived
 from tandem.engine.engine import Engine
+from tandem.engine.models.base import LayerHook
 from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
-from tandem.prefill_worker.held_kv import KvReady
+from tandem.prefill_worker.held_kv import KvComputing, KvReady
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.integrity import count_blocks
@@ -97,7 +99,7 @@ class CacheChanged:
     changes: tuple[CacheChange, ...]
 
 
-LoopEvent = SendEvent | KvReady | Fetch | CancelFetch | CacheChanged
+LoopEvent = SendEvent | KvComputing | KvReady | Fetch | CancelFetch | CacheChanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +147,11 @@ class InstanceLoop:
         prefix_cache: bool,
         step_cost: StepCoefficients | None = None,
         records_cache_changes: bool = False,
+        layer_computed: LayerHook | None = None,
     ) -> None:
         """`step_cost` is what is believed of step times at first; None: they are not predicted.
-        `records_cache_changes`: events tell what is in the prefix cache."""
+        `records_cache_changes`: events tell what is in the prefix cache. `layer_computed` is `Engine.launch`'s, for
+        steps with prompts that are handed over."""
         capacity = engine.capacity()
         self._engine = engine
         self._clock = clock
@@ -157,6 +161,7 @@ class InstanceLoop:
         self._index = PrefixIndex(
             self._pool, capacity.block_size, enabled=prefix_cache, records_changes=records_cache_changes
         )
+        self._layer_computed = layer_computed
         self._predictor = None if step_cost is None else StepPredictor(step_cost)
         self._scheduler = Scheduler(budget, self._pool, self._index, capacity.max_model_len, self._predictor)
         self._sources: dict[AttemptId, KvSource] = {}  # of sequences that wait for blocks
@@ -208,6 +213,8 @@ class InstanceLoop:
             sequence = chunk.sequence
             if chunk.is_prompt and chunk.start == sequence.num_cached and not self._has_drawn(sequence):
                 self._send(_id_of(sequence), PrefillStarted(_id_of(sequence).handle, sequence.num_cached))
+            if sequence.hand_over:
+                self._events.append(self._computing(chunk))
         if now_s - self._reported_s >= REPORT_EVERY_S:
             self.report = self._make_report()
             self._reported_s = now_s
@@ -223,8 +230,11 @@ class InstanceLoop:
     def launch(self) -> None:
         """Begin the step that `prepare` scheduled."""
         self._launched_s = self._clock.now_s()
+        hands_over = any(chunk.sequence.hand_over for chunk in self._chunks)
         try:
-            self._launched = self._engine.launch([self._slice(chunk) for chunk in self._chunks])
+            self._launched = self._engine.launch(
+                [self._slice(chunk) for chunk in self._chunks], self._layer_computed if hands_over else None
+            )
         except (RuntimeError, MemoryError) as error:  # torch's; out of memory most of all. The next batch may fit.
             self._step_failed(error)
 
@@ -308,7 +318,12 @@ class InstanceLoop:
             return  # given up while the KV arrived
         self._scheduler.committed(attempt_id, arrived.first_token.token_id, self._clock.now_s())
         event = TransferCommitted(
-            attempt_id.handle, arrived.transfer_s, arrived.transfer_bytes, arrived.transport.value
+            handle=attempt_id.handle,
+            transfer_s=arrived.transfer_s,
+            transfer_bytes=arrived.transfer_bytes,
+            transport=arrived.transport.value,
+            streamed_bytes=arrived.streamed_bytes,
+            streamed_s=arrived.streamed_s,
         )
         self._send(attempt_id, event)
 
@@ -448,6 +463,20 @@ class InstanceLoop:
             sample=sample,
             prompt_logprobs=wanted,
             next_token_id=tokens[end] if wanted is not None and end < len(tokens) else None,
+        )
+
+    def _computing(self, chunk: Chunk) -> KvComputing:
+        sequence, layout = chunk.sequence, self._engine.layout
+        end = chunk.start + chunk.num_tokens
+        num_blocks = layout.blocks_for(sequence.num_tokens)
+        return KvComputing(
+            attempt_id=_id_of(sequence),
+            block_ids=tuple(sequence.block_table[:num_blocks]),
+            block_size=layout.block_size,
+            is_first=chunk.start == sequence.num_cached,
+            blocks=chunk.start // layout.block_size,
+            next_blocks=num_blocks if chunk.samples else end // layout.block_size,
+            num_layers=len(layout.layers(0)),
         )
 
     def _manifest(self, sequence: Sequence, first_token: SampledToken) -> Manifest:

@@ -77,15 +77,15 @@ class LoopThread:
             self._loop = loop = self._make_loop()
         except BaseException as error:  # noqa: BLE001 - `start` raises it
             reason = error  # `error` is unbound when the call below runs
-            self._call_soon(lambda: _settle(made, reason))
+            self.call_soon(lambda: _settle(made, reason))
             return
-        self._call_soon(lambda: _settle(made, None))
+        self.call_soon(lambda: _settle(made, None))
         try:
             self._turn_until_stopped(loop)
         except BaseException as error:
             log.exception("%s: the loop failed", self._name)
             crash = error
-            self._call_soon(lambda: self._on_crash(crash))
+            self.call_soon(lambda: self._on_crash(crash))
 
     def _turn_until_stopped(self, loop: InstanceLoop) -> None:
         quiet_turns = 0  # turns in a row that had nothing to compute
@@ -123,7 +123,7 @@ class LoopThread:
 
     def _flush(self, loop: InstanceLoop) -> None:
         if events := loop.take_events():
-            self._call_soon(lambda: self._deliver_or_crash(events))
+            self.call_soon(lambda: self._deliver_or_crash(events))
 
     def _deliver_or_crash(self, events: list[LoopEvent]) -> None:
         """An event that is lost would leave a request without an answer, or blocks without an owner."""
@@ -133,7 +133,8 @@ class LoopThread:
             log.exception("%s: an event could not be delivered", self._name)
             self._on_crash(error)
 
-    def _call_soon(self, call: Callable[[], object]) -> None:
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """On the event loop of `start`, in the order of these calls and of `deliver`. From the loop's thread."""
         assert self._event_loop is not None
         try:
             self._event_loop.call_soon_threadsafe(call)

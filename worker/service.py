@@ -25,7 +25,7 @@ from tandem.core.session import (
 )
 from tandem.decode_worker.fetcher import Fetch, KvFetcher
 from tandem.engine.device import choose_device
-from tandem.prefill_worker.held_kv import HeldKv, KvReady
+from tandem.prefill_worker.held_kv import HeldKv, KvComputing, KvReady
 from tandem.scheduling.budget import StepBudget, role_budget
 from tandem.wire.sessions import Outbox, RoleChange
 from tandem.worker.loop import CacheChanged, CancelFetch, LoopCommand, LoopEvent, Release, SendEvent, SubmitAttempt
@@ -184,6 +184,8 @@ class InstanceService:
             match event:
                 case SendEvent(session_id):
                     self._send(session_id, event)
+                case KvComputing():
+                    self._held.computing(event)
                 case KvReady():
                     self._held.hold(event)
                 case Fetch():

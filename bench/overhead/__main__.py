@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.handover.measure import measure as measure_handover
+from bench.kv_transfer.measure import measure as measure_handover
 from bench.overhead.figures import OverheadSample, figures_of, figures_table
 from bench.overhead.launcher import CHECKOUT, OverheadLauncher
 from bench.overhead.request_path import measure_request_path

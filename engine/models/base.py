@@ -1,5 +1,6 @@
 """The interface between the engine and a model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +9,8 @@ from torch import Tensor
 from tandem.engine.collectives.interface import Collectives
 from tandem.engine.ops.interface import AttentionMeta, Ops
 from tandem.engine.shard import Shard
+
+LayerHook = Callable[[int], None]  # called with the number of layers whose KV of the step is in the pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +31,12 @@ class StepBatch:
 class Model(Protocol):
     """One rank's part of a model, as its `Shard` says."""
 
-    def forward(self, batch: StepBatch, pool: Tensor, received: Tensor | None) -> Tensor:
+    def forward(
+        self, batch: StepBatch, pool: Tensor, received: Tensor | None, layer_computed: LayerHook | None = None
+    ) -> Tensor:
         """Compute the batch and write its KV to `pool`, of the rank's `KvLayout.shape`.
 
+        `layer_computed` is called once a layer, when all ranks of the stage have written (on CUDA: enqueued) its KV.
         `received` [tokens, hidden] is the result of the stage before; None on the first stage. It may be overwritten.
         Returns hidden states [rows, hidden] on the last stage, else [tokens, hidden] for the next stage.
         """

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tandem.core.model_spec import ModelSpec
 from tandem.engine.collectives.interface import Collectives
-from tandem.engine.models.base import StepBatch, embed
+from tandem.engine.models.base import LayerHook, StepBatch, embed
 from tandem.engine.ops.interface import HeadShape, Ops, PackedLinear
 from tandem.engine.rope import cos_sin_table
 from tandem.engine.shard import Shard, elements_of
@@ -53,7 +53,9 @@ class LlamaModel:
         self._cos_sin = cos_sin
         self._heads = HeadShape(len(shard.heads), len(shard.kv_heads), spec.head_dim)
 
-    def forward(self, batch: StepBatch, pool: Tensor, received: Tensor | None) -> Tensor:
+    def forward(
+        self, batch: StepBatch, pool: Tensor, received: Tensor | None, layer_computed: LayerHook | None = None
+    ) -> Tensor:
         ops, heads, eps, all_reduce = self._ops, self._heads, self._spec.norm_eps, self._collectives.all_reduce
         scale = heads.head_dim**-0.5
         if received is None:
@@ -84,6 +86,8 @@ class LlamaModel:
             if batch.rows is not None and index == last_layer:
                 x, residual = x[batch.rows], residual[batch.rows]
             x = all_reduce(ops.linear(x, layer.output))
+            if layer_computed is not None:  # after the sum, to which the other ranks added once their KV was written
+                layer_computed(index + 1)
             x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
             x = all_reduce(ops.linear(ops.gated_linear(x, layer.gate_up), layer.down))
         if self._norm is None:

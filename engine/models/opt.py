@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tandem.core.model_spec import OPT_POSITION_OFFSET, ModelSpec
 from tandem.engine.collectives.interface import Collectives
-from tandem.engine.models.base import StepBatch, embed
+from tandem.engine.models.base import LayerHook, StepBatch, embed
 from tandem.engine.ops.interface import HeadShape, Ops, PackedLinear
 from tandem.engine.shard import Shard, elements_of
 from tandem.engine.weights import WeightLoader
@@ -56,7 +56,9 @@ class OptModel:
         self._head = head
         self._heads = HeadShape(len(shard.heads), len(shard.kv_heads), spec.head_dim)
 
-    def forward(self, batch: StepBatch, pool: Tensor, received: Tensor | None) -> Tensor:
+    def forward(
+        self, batch: StepBatch, pool: Tensor, received: Tensor | None, layer_computed: LayerHook | None = None
+    ) -> Tensor:
         ops, heads, eps, all_reduce = self._ops, self._heads, self._spec.norm_eps, self._collectives.all_reduce
         scale = heads.head_dim**-0.5
         if received is None:
@@ -77,6 +79,8 @@ class OptModel:
             if batch.rows is not None and index == last_layer:
                 x, residual = x[batch.rows], residual[batch.rows]
             x = all_reduce(ops.linear(x, layer.output))
+            if layer_computed is not None:  # after the sum, to which the other ranks added once their KV was written
+                layer_computed(index + 1)
             x = ops.add_layer_norm(x, residual, layer.mlp_norm.weight, layer.mlp_norm.bias, eps)
             x = all_reduce(ops.linear(ops.linear(x, layer.up).relu_(), layer.down))
         if self._norm is None:

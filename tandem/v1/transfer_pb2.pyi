@@ -94,7 +94,7 @@ class PullRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class PullResponse(_message.Message):
-    __slots__ = ("request_id", "epoch", "num_tokens", "token_hash", "block_ids", "fingerprint", "first_token", "block_size")
+    __slots__ = ("request_id", "epoch", "num_tokens", "token_hash", "block_ids", "fingerprint", "first_token", "block_size", "allocation")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,7 @@ class PullResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     num_tokens: int
@@ -111,10 +112,61 @@ class PullResponse(_message.Message):
     fingerprint: str
     first_token: _worker_pb2.SampledToken
     block_size: int
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tokens: _Optional[int] = ..., token_hash: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., first_token: _Optional[_Union[_worker_pb2.SampledToken, _Mapping]] = ..., block_size: _Optional[int] = ...) -> None: ...
+    allocation: int
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tokens: _Optional[int] = ..., token_hash: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., first_token: _Optional[_Union[_worker_pb2.SampledToken, _Mapping]] = ..., block_size: _Optional[int] = ..., allocation: _Optional[int] = ...) -> None: ...
+
+class KvFrontier(_message.Message):
+    __slots__ = ("allocation", "blocks", "next_blocks", "layers", "num_layers")
+    ALLOCATION_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    allocation: int
+    blocks: int
+    next_blocks: int
+    layers: int
+    num_layers: int
+    def __init__(self, allocation: _Optional[int] = ..., blocks: _Optional[int] = ..., next_blocks: _Optional[int] = ..., layers: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
+
+class PullComputedRequest(_message.Message):
+    __slots__ = ("request_id", "epoch", "known", "min_new", "has_all")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    MIN_NEW_FIELD_NUMBER: _ClassVar[int]
+    HAS_ALL_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    known: KvFrontier
+    min_new: int
+    has_all: bool
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., known: _Optional[_Union[KvFrontier, _Mapping]] = ..., min_new: _Optional[int] = ..., has_all: _Optional[bool] = ...) -> None: ...
+
+class ComputedKv(_message.Message):
+    __slots__ = ("request_id", "epoch", "block_ids", "block_size", "frontier")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    FRONTIER_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    block_size: int
+    frontier: KvFrontier
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., frontier: _Optional[_Union[KvFrontier, _Mapping]] = ...) -> None: ...
+
+class PullComputedResponse(_message.Message):
+    __slots__ = ("computed", "finished")
+    COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    computed: ComputedKv
+    finished: PullResponse
+    def __init__(self, computed: _Optional[_Union[ComputedKv, _Mapping]] = ..., finished: _Optional[_Union[PullResponse, _Mapping]] = ...) -> None: ...
 
 class GrantRequest(_message.Message):
-    __slots__ = ("link_id", "request_id", "epoch", "sequence", "total_bytes", "chunk_bytes", "checksum", "rank")
+    __slots__ = ("link_id", "request_id", "epoch", "sequence", "total_bytes", "chunk_bytes", "checksum", "rank", "allocation", "layers_begin", "layers_end", "blocks_begin", "blocks_end")
     LINK_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +175,11 @@ class GrantRequest(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATION_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_END_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_END_FIELD_NUMBER: _ClassVar[int]
     link_id: str
     request_id: str
     epoch: int
@@ -131,7 +188,12 @@ class GrantRequest(_message.Message):
     chunk_bytes: int
     checksum: bool
     rank: int
-    def __init__(self, link_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., checksum: _Optional[bool] = ..., rank: _Optional[int] = ...) -> None: ...
+    allocation: int
+    layers_begin: int
+    layers_end: int
+    blocks_begin: int
+    blocks_end: int
+    def __init__(self, link_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., checksum: _Optional[bool] = ..., rank: _Optional[int] = ..., allocation: _Optional[int] = ..., layers_begin: _Optional[int] = ..., layers_end: _Optional[int] = ..., blocks_begin: _Optional[int] = ..., blocks_end: _Optional[int] = ...) -> None: ...
 
 class GrantResponse(_message.Message):
     __slots__ = ("sent_bytes", "checksum")

@@ -56,6 +56,11 @@ class KvTransferServiceStub:
                 request_serializer=tandem_dot_v1_dot_transfer__pb2.PullRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_transfer__pb2.PullResponse.FromString,
                 _registered_method=True)
+        self.PullComputed = channel.unary_unary(
+                '/tandem.v1.KvTransferService/PullComputed',
+                request_serializer=tandem_dot_v1_dot_transfer__pb2.PullComputedRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_transfer__pb2.PullComputedResponse.FromString,
+                _registered_method=True)
         self.Grant = channel.unary_unary(
                 '/tandem.v1.KvTransferService/Grant',
                 request_serializer=tandem_dot_v1_dot_transfer__pb2.GrantRequest.SerializeToString,
@@ -99,6 +104,13 @@ class KvTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PullComputed(self, request, context):
+        """Returns when more KV is computed than the caller knows of, or when the attempt's prefill is finished.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Grant(self, request, context):
         """Returns when the granted bytes were sent. If one side dies, the call ends on the other side.
         """
@@ -134,6 +146,11 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     servicer.Pull,
                     request_deserializer=tandem_dot_v1_dot_transfer__pb2.PullRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_transfer__pb2.PullResponse.SerializeToString,
+            ),
+            'PullComputed': grpc.unary_unary_rpc_method_handler(
+                    servicer.PullComputed,
+                    request_deserializer=tandem_dot_v1_dot_transfer__pb2.PullComputedRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_transfer__pb2.PullComputedResponse.SerializeToString,
             ),
             'Grant': grpc.unary_unary_rpc_method_handler(
                     servicer.Grant,
@@ -256,6 +273,33 @@ class KvTransferService:
             '/tandem.v1.KvTransferService/Pull',
             tandem_dot_v1_dot_transfer__pb2.PullRequest.SerializeToString,
             tandem_dot_v1_dot_transfer__pb2.PullResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullComputed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.KvTransferService/PullComputed',
+            tandem_dot_v1_dot_transfer__pb2.PullComputedRequest.SerializeToString,
+            tandem_dot_v1_dot_transfer__pb2.PullComputedResponse.FromString,
             options,
             channel_credentials,
             insecure,

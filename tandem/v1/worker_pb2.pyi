@@ -143,16 +143,20 @@ class KvReservedEvent(_message.Message):
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class TransferCommittedEvent(_message.Message):
-    __slots__ = ("handle", "transfer_s", "transfer_bytes", "transport")
+    __slots__ = ("handle", "transfer_s", "transfer_bytes", "transport", "streamed_bytes", "streamed_s")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    STREAMED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STREAMED_S_FIELD_NUMBER: _ClassVar[int]
     handle: int
     transfer_s: float
     transfer_bytes: int
     transport: str
-    def __init__(self, handle: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    streamed_bytes: int
+    streamed_s: float
+    def __init__(self, handle: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., streamed_bytes: _Optional[int] = ..., streamed_s: _Optional[float] = ...) -> None: ...
 
 class NewTokens(_message.Message):
     __slots__ = ("handle", "token_ids", "logprobs", "finish_reason", "queue_s")
@@ -243,20 +247,22 @@ class BlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., running: _Optional[int] = ..., cached: _Optional[int] = ..., leased: _Optional[int] = ..., leaked: _Optional[int] = ...) -> None: ...
 
 class LinkStats(_message.Message):
-    __slots__ = ("peer_id", "transport", "transfers", "transfer_bytes", "transfer_s", "failures")
+    __slots__ = ("peer_id", "transport", "transfers", "transfer_bytes", "transfer_s", "failures", "streamed_bytes")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
+    STREAMED_BYTES_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     transport: str
     transfers: int
     transfer_bytes: int
     transfer_s: float
     failures: int
-    def __init__(self, peer_id: _Optional[str] = ..., transport: _Optional[str] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., failures: _Optional[int] = ...) -> None: ...
+    streamed_bytes: int
+    def __init__(self, peer_id: _Optional[str] = ..., transport: _Optional[str] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., failures: _Optional[int] = ..., streamed_bytes: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
     __slots__ = ("instance_id", "role", "state", "address", "model", "fingerprint", "max_model_len", "block_size", "blocks", "waiting_requests", "running_requests", "uncomputed_tokens", "unreserved_tokens", "steps", "step_s", "computed_tokens", "cached_tokens", "preemptions", "links", "lease_s", "step_age_s", "allocated_blocks", "step_prompt_tokens", "step_cost", "weights_hash", "certificate_not_after_s")

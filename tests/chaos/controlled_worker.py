@@ -25,7 +25,7 @@ from tandem.worker.process import run_from_command_line
 def _control_steps(file: Path) -> None:
     launch = Engine.launch
 
-    def controlled_launch(engine: Engine, slices: Sequence[Any]) -> Any:
+    def controlled_launch(engine: Engine, slices: Sequence[Any], *rest: Any) -> Any:
         order, _, seconds = _read(file).partition(" ")
         if order == "fail":
             raise RuntimeError("this step fails because a test wants it to")
@@ -35,7 +35,7 @@ def _control_steps(file: Path) -> None:
             time.sleep(float(seconds))
         while order == "hang" and _read(file) == "hang":
             time.sleep(0.02)
-        return launch(engine, slices)
+        return launch(engine, slices, *rest)
 
     Engine.launch = controlled_launch  # type: ignore[method-assign]
 

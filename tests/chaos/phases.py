@@ -13,6 +13,7 @@ STEP_S = 0.1
 
 SECTIONS = {  # of the clusters whose requests are brought into phases
     "prefill": {"max_batch_tokens": CHUNK_TOKENS},
+    "decode": {"stream_kv_from": "128KiB"},  # long prompts: their KV moves while they are prefilled
     "router": {"max_outstanding_tokens": PROMPT_TOKENS, "replacement_wait_s": 20.0},
 }
 

@@ -17,12 +17,14 @@ def built_in_model() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_cluster(built_in_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One prefill worker; two decode workers, one on each transport between CPUs. Long prompts go in chunks."""
+    """One prefill worker; two decode workers, one on each transport between CPUs. Long prompts go in chunks, and their
+    KV is streamed."""
     with running_cluster(
         built_in_model,
         tmp_path_factory.mktemp("cluster"),
         decode_transports=("shared_memory", "gloo"),
         prefill={"max_batch_tokens": 512},
+        decode={"stream_kv_from": "256KiB"},
         router={
             "slo": [
                 {"name": "easy", "ttft_s": 60.0, "tpot_s": 60.0},

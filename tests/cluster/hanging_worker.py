@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tandem.engine.engine import Engine
 from tandem.engine.step import SequenceSlice, StepHandle
@@ -13,10 +14,10 @@ def main() -> int:
     switch = Path(sys.argv[sys.argv.index("--config") + 1]).with_suffix(".hang")
     launch = Engine.launch
 
-    def launch_when_allowed(self: Engine, slices: list[SequenceSlice]) -> StepHandle:
+    def launch_when_allowed(self: Engine, slices: list[SequenceSlice], *rest: Any) -> StepHandle:
         while switch.exists():
             time.sleep(0.01)
-        return launch(self, slices)
+        return launch(self, slices, *rest)
 
     Engine.launch = launch_when_allowed  # type: ignore[method-assign]
     return run_from_command_line("tests.cluster.hanging_worker")

@@ -19,6 +19,8 @@ class Result:
     seconds = 0.25
     bytes = 64
     transport = Transport.GLOO
+    streamed_bytes = 32
+    streamed_s = 0.5
 
 
 class Receiver:
@@ -71,7 +73,7 @@ async def test_kv_that_arrives_is_reported_with_its_first_token() -> None:
     fetcher, reports, _ = make(r=arrive)
     fetcher.start(fetch("r"))
     await settle()
-    assert reports == [KvArrived(AttemptId(0, 1), SampledToken(7), 0.25, 64, Transport.GLOO)]
+    assert reports == [KvArrived(AttemptId(0, 1), SampledToken(7), 0.25, 64, Transport.GLOO, 32, 0.5)]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A prefill worker without an engine: finished attempts, and a server in this or another process."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -9,9 +9,10 @@ import torch
 
 from tandem.core.clock import SystemClock
 from tandem.core.errors import DeadlineError, StaleEpochError
+from tandem.core.kv_frontier import KvFrontier
 from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
-from tandem.core.transfer import Manifest, hash_token_ids
+from tandem.core.transfer import ComputedKv, Manifest, hash_token_ids
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.sender import KvSender
@@ -37,19 +38,29 @@ def blocks_of(pool: torch.Tensor, layout: KvLayout, block_ids: list[int]) -> tor
 
 
 class FakeHolder:
-    """`core.transfer.KvHolder` over a dictionary. `finish` ends an attempt's prefill; once
-    `lease_lost` is set, acknowledgements come too late."""
+    """`core.transfer.KvHolder` over a dictionary. `announce` says what is computed, `finish` ends an attempt's prefill;
+    once `lease_lost` is set, acknowledgements come too late."""
 
     def __init__(self, layout: KvLayout) -> None:
         self._layout = layout
         self._finished: dict[tuple[str, int], asyncio.Future[Manifest]] = {}
+        self._computed: dict[tuple[str, int], ComputedKv] = {}
+        self._announced = asyncio.Condition()
+        self.known: list[KvFrontier] = []  # by readers, when they asked
         self.acknowledged: list[tuple[str, int]] = []
         self.lease_lost = False
 
     def _slot(self, request_id: str, epoch: int) -> "asyncio.Future[Manifest]":
         return self._finished.setdefault((request_id, epoch), asyncio.get_running_loop().create_future())
 
-    def finish(self, request_id: str, epoch: int, block_ids: list[int]) -> Manifest:
+    async def announce(self, request_id: str, epoch: int, block_ids: list[int], frontier: KvFrontier) -> None:
+        async with self._announced:
+            self._computed[request_id, epoch] = ComputedKv(
+                request_id, epoch, tuple(block_ids), self._layout.block_size, frontier
+            )
+            self._announced.notify_all()
+
+    def finish(self, request_id: str, epoch: int, block_ids: list[int], allocation: int = 0) -> Manifest:
         token_ids = tokens(len(block_ids), self._layout)
         manifest = Manifest(
             request_id=request_id,
@@ -60,6 +71,7 @@ class FakeHolder:
             fingerprint=self._layout.fingerprint,
             block_size=self._layout.block_size,
             first_token=SampledToken(7),
+            allocation=allocation,
         )
         self._slot(request_id, epoch).set_result(manifest)
         return manifest
@@ -79,6 +91,40 @@ class FakeHolder:
         except TimeoutError as error:
             raise DeadlineError("not finished in time") from error
 
+    async def computed(
+        self, request_id: str, epoch: int, known: KvFrontier, min_new: int, has_all: bool, deadline_s: float
+    ) -> ComputedKv | Manifest:
+        """Whatever is new, or the manifest."""
+        self.known.append(known)
+        finished: asyncio.Future[ComputedKv | Manifest]
+        finished = asyncio.ensure_future(self.manifest(request_id, epoch, deadline_s))
+        announced: asyncio.Future[ComputedKv | Manifest]
+        announced = asyncio.ensure_future(self._news(request_id, epoch, known))
+        try:
+            await asyncio.wait((finished, announced), return_when=asyncio.FIRST_COMPLETED)
+            kv = (finished if finished.done() else announced).result()
+            is_taken = has_all and isinstance(kv, Manifest) and kv.allocation == known.allocation
+            if is_taken and not await self.acknowledge(request_id, epoch):
+                raise StaleEpochError("given up")
+            return kv
+        finally:
+            finished.cancel()
+            announced.cancel()
+
+    async def _news(self, request_id: str, epoch: int, known: KvFrontier) -> ComputedKv | Manifest:
+        async with self._announced:
+            while (kv := self._computed.get((request_id, epoch))) is None or kv.frontier == known:
+                await self._announced.wait()
+            return kv
+
+    def readable(self, request_id: str, epoch: int) -> ComputedKv | Manifest:
+        slot = self._slot(request_id, epoch)
+        if slot.done():
+            return slot.result()
+        if (kv := self._computed.get((request_id, epoch))) is None:
+            raise StaleEpochError("nothing is computed")
+        return kv
+
     async def acknowledge(self, request_id: str, epoch: int) -> bool:
         if self.lease_lost or self._finished.pop((request_id, epoch), None) is None:
             return False
@@ -96,6 +142,7 @@ class Prefill:
     sender: KvSender
     peer: KvTransferClient
     address: str
+    stop: Callable[[], Awaitable[None]]
 
     @property
     def pool(self) -> SharedPool:
@@ -123,7 +170,8 @@ async def serve_prefill(
     await server.start()
     channel = open_channel(address)
     try:
-        yield Prefill(layout, pools, holder, sender, KvTransferClient(channel, instance_id), address)
+        peer = KvTransferClient(channel, instance_id)
+        yield Prefill(layout, pools, holder, sender, peer, address, lambda: server.stop(None))
     finally:
         await channel.close()
         await server.stop(None)

@@ -65,7 +65,7 @@ class Transfer:
                 else:
                     copy_units(
                         *(view.words, self.their_ids, target.words, self.our_ids),
-                        *(resharding, self.num_tokens, WriteFence()),
+                        *(resharding, range(resharding.num_units(self.num_tokens)), WriteFence()),
                     )
 
     def send(self, max_chunk_bytes: int) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.core.errors import TransferError
+from tandem.core.kv_frontier import TransferChunk
 from tandem.core.kv_layout import KvLayout
 from tandem.kv_transfer import blocks
 from tandem.kv_transfer.blocks import LeavingBlocks, PoolView, copy_blocks, split_transfer
@@ -24,7 +25,7 @@ block_lists = st.integers(1, 12).flatmap(
 @given(st.integers(0, 5), st.integers(0, 7), st.integers(1, 64), st.integers(1, 1000))
 def test_chunks_cover_the_transfer_once_and_stay_small(layers: int, count: int, row: int, limit: int) -> None:
     covered = torch.zeros(layers, count, dtype=torch.int32)
-    for chunk in split_transfer(layers, count, row, limit):
+    for chunk in split_transfer(TransferChunk(range(layers), range(count)), row, limit):
         area = covered[chunk.layers.start : chunk.layers.stop, chunk.blocks.start : chunk.blocks.stop]
         assert area.numel() > 0
         assert area.numel() * row <= max(limit, row)

@@ -21,6 +21,7 @@ from tandem.core.errors import (
     TandemError,
     TransferError,
 )
+from tandem.core.kv_frontier import TransferChunk
 from tandem.core.kv_layout import KvLayout
 from tandem.core.transfer import (
     Grant,
@@ -172,6 +173,11 @@ async def test_a_manifest_that_does_not_fit_is_refused(changes: dict[str, object
         {"rank": 1},
         {"rank": -1},
         {"link_id": "nobody"},
+        {"allocation": 1},
+        {"part": TransferChunk(range(LAYOUT.num_layers), range(3)), "total_bytes": 3 * LAYOUT.block_bytes},
+        {"part": TransferChunk(range(2 * LAYOUT.num_layers), range(1))},
+        {"part": TransferChunk(range(-1, LAYOUT.num_layers), range(2))},
+        {"part": TransferChunk(range(3, 2), range(2)), "total_bytes": 0},
     ],
 )
 async def test_a_grant_that_does_not_fit_moves_nothing(changes: dict[str, object]) -> None:
@@ -179,7 +185,8 @@ async def test_a_grant_that_does_not_fit_moves_nothing(changes: dict[str, object
         prefill.holder.finish("r", 0, [3, 4])
         offer = LinkOffer("decode-0", LAYOUT.fingerprint, host_identity(), (Transport.SHARED_MEMORY,))
         reply = await prefill.peer.link(offer, 5.0)
-        fits = Grant(reply.link_id, "r", 0, 0, 0, 2 * LAYOUT.block_bytes, 4096, True)
+        whole = TransferChunk(range(LAYOUT.num_layers), range(2))
+        fits = Grant(reply.link_id, "r", 0, 0, 0, 0, whole, 2 * LAYOUT.block_bytes, 4096, True)
         with pytest.raises(TransferError):
             await prefill.peer.grant(replace(fits, **changes), 5.0)  # type: ignore[arg-type]
         assert (await prefill.peer.grant(fits, 5.0)).checksum != 0

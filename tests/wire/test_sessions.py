@@ -234,7 +234,7 @@ def test_messages_round_trip() -> None:
         PrefillStarted(1, 32),
         PrefillFinished(1, SampledToken(3, LOGPROB), (None, LOGPROB), FinishReason.LENGTH, 16, 0.5),
         KvReserved(1),
-        TransferCommitted(1, 0.5, 99, "gloo"),
+        TransferCommitted(1, 0.5, 99, "gloo", 64, 0.25),
         frame,
         RequestFailed(2, "overloaded", "full"),
     ):

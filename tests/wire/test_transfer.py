@@ -11,8 +11,10 @@ import pytest
 
 from tandem.core.clock import SystemClock
 from tandem.core.errors import DeadlineError, InvalidRequestError, StaleEpochError, TransferError, UnavailableError
+from tandem.core.kv_frontier import KvFrontier, TransferChunk
 from tandem.core.request import SampledToken, TokenLogprob
 from tandem.core.transfer import (
+    ComputedKv,
     Grant,
     GrantReply,
     HostIdentity,
@@ -44,7 +46,10 @@ REPLY = LinkReply(
 )
 TOKEN = SampledToken(3, TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0))))
 MANIFEST = Manifest("r", 2, 5, "h" * 32, (9, 0, 4), "f" * 32, 32, TOKEN)
-GRANT = Grant("link-1", "r", 2, 6, 3, 1 << 40, 1 << 20, True)
+PART = TransferChunk(range(1, 4), range(3))
+FRONTIER = KvFrontier(2, 1, 3, 4, 6)
+COMPUTED = ComputedKv("r", 3, (9, 0, 4), 32, FRONTIER)
+GRANT = Grant("link-1", "r", 2, 6, 3, 2, PART, 1 << 40, 1 << 20, True)
 
 
 @dataclass
@@ -72,8 +77,8 @@ class FakeSide:
     def unlink(self, link_id: str) -> None:
         self.asked.append(("unlink", link_id))
 
-    async def send(self, grant: Grant, manifest: Manifest) -> GrantReply:
-        self._answer(grant, manifest)
+    async def send(self, grant: Grant, kv: ComputedKv | Manifest) -> GrantReply:
+        self._answer(grant, kv)
         return GrantReply(1 << 40, 0xFFFFFFFF)
 
     async def rendezvous_set(self, link_id: str, key: str, value: bytes) -> None:
@@ -84,6 +89,16 @@ class FakeSide:
 
     async def manifest(self, request_id: str, epoch: int, deadline_s: float) -> Manifest:
         self._answer(request_id, epoch, round(deadline_s - SystemClock().now_s()))
+        return MANIFEST
+
+    async def computed(
+        self, request_id: str, epoch: int, known: KvFrontier, min_new: int, has_all: bool, deadline_s: float
+    ) -> ComputedKv | Manifest:
+        self._answer(request_id, epoch, known, min_new, has_all, round(deadline_s - SystemClock().now_s()))
+        return COMPUTED if epoch == 3 else MANIFEST
+
+    def readable(self, request_id: str, epoch: int) -> ComputedKv | Manifest:
+        self._answer(request_id, epoch)
         return MANIFEST
 
     async def acknowledge(self, request_id: str, epoch: int) -> bool:
@@ -117,8 +132,19 @@ async def test_every_value_arrives_as_it_was_sent() -> None:
         assert await client.acknowledge("r", 1, 5.0) is False
         await client.rendezvous_set("link-1", "0/1", b"\x00\xff", 5.0)
         assert await client.rendezvous_get("link-1", "0/1", 5.0) == b"\x00\xff"
-        pulled = ("r", 2, 60)
-        assert side.asked == [(OFFER,), pulled, pulled, (GRANT, MANIFEST), ("r", 2), ("r", 1)]
+        assert side.asked == [(OFFER,), ("r", 2, 60), ("r", 2), (GRANT, MANIFEST), ("r", 2), ("r", 1)]
+
+
+async def test_what_is_computed_arrives_as_it_was_sent() -> None:
+    async with connected() as (side, client, _):
+        assert await client.pull_computed("r", 3, FRONTIER, 7, True, 60.0) == COMPUTED
+        assert await client.pull_computed("r", 2, KvFrontier(), 7, False, 60.0) == MANIFEST
+        assert side.asked == [("r", 3, FRONTIER, 7, True, 60), ("r", 2, KvFrontier(), 7, False, 60)]
+        side.asked.clear()
+        for known, min_new in ((KvFrontier(1, 3, 2), 7), (KvFrontier(1, 0, 2, 5, 4), 7), (FRONTIER, 0)):
+            with pytest.raises(InvalidRequestError):
+                await client.pull_computed("r", 3, known, min_new, False, 60.0)
+        assert side.asked == []
 
 
 @pytest.mark.parametrize("token", [None, "secret"])

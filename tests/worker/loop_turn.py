@@ -1,9 +1,15 @@
 """One turn of an instance's loop, without its thread."""
 
+from tandem.prefill_worker.held_kv import KvComputing
 from tandem.worker.loop import InstanceLoop, LoopEvent
 
 
 def turn(loop: InstanceLoop) -> list[LoopEvent]:
+    """Its events, without those about prompts in progress."""
+    return [event for event in turn_with_progress(loop) if not isinstance(event, KvComputing)]
+
+
+def turn_with_progress(loop: InstanceLoop) -> list[LoopEvent]:
     if loop.prepare():
         loop.launch()
         loop.collect()

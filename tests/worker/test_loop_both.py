@@ -38,7 +38,7 @@ def submit(handle: int, num_prompt: int, max_tokens: int, kind: str = "both") ->
 
 
 def arrived(handle: int) -> KvArrived:
-    return KvArrived(AttemptId(0, handle), SampledToken(50), 0.1, 1000, Transport.SHARED_MEMORY)
+    return KvArrived(AttemptId(0, handle), SampledToken(50), 0.1, 1000, Transport.SHARED_MEMORY, 0, 0.0)
 
 
 def answer(events: list[LoopEvent], handle: int) -> tuple[list[int], FinishReason | None]:

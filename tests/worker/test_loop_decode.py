@@ -35,7 +35,7 @@ def submit(
 
 
 def arrived(handle: int, token_id: int = 50, session: int = 0) -> KvArrived:
-    return KvArrived(AttemptId(session, handle), SampledToken(token_id), 0.1, 1000, Transport.SHARED_MEMORY)
+    return KvArrived(AttemptId(session, handle), SampledToken(token_id), 0.1, 1000, Transport.SHARED_MEMORY, 0, 0.0)
 
 
 def expected(prompt: tuple[int, ...], first: int, count: int) -> list[int]:

@@ -1,5 +1,6 @@
 """The loop of an instance that prefills for others, turned by hand."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,20 +11,31 @@ from tandem.core.clock import ManualClock
 from tandem.core.request import FinishReason, GenerationRequest, SamplingParams
 from tandem.core.session import PrefillFinished, PrefillStarted, RequestFailed, Role, Submit
 from tandem.core.transfer import hash_token_ids
-from tandem.prefill_worker.held_kv import KvReady
+from tandem.prefill_worker.held_kv import KvComputing, KvReady
 from tandem.scheduling.budget import role_budget
 from tandem.worker.loop import MAX_FAILED_STEPS, InstanceLoop, Release, SendEvent, SubmitAttempt
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
-from tests.worker.loop_turn import turn
+from tests.worker.loop_turn import turn, turn_with_progress
 
 PROMPT = tuple(range(1, 11))
 
 
 def make(
-    engine: FakeEngine, clock: ManualClock | None = None, *, max_queue: int = 100, prefix_cache: bool = False
+    engine: FakeEngine,
+    clock: ManualClock | None = None,
+    *,
+    max_queue: int = 100,
+    prefix_cache: bool = False,
+    layer_computed: Callable[[int], None] | None = None,
 ) -> InstanceLoop:
     budget = role_budget(Role.PREFILL, max_batch=64, max_batch_tokens=16, max_queue=max_queue)
-    return InstanceLoop(engine, budget, clock or ManualClock(), prefix_cache=prefix_cache)  # type: ignore[arg-type]
+    return InstanceLoop(
+        engine,  # type: ignore[arg-type]
+        budget,
+        clock or ManualClock(),
+        prefix_cache=prefix_cache,
+        layer_computed=layer_computed,
+    )
 
 
 def submit(
@@ -71,6 +83,21 @@ def test_long_prompts_go_in_chunks_and_are_packed_with_others() -> None:
         "PrefillFinished",
         "PrefillFinished",
     ]
+
+
+def test_readers_learn_what_is_computed_chunk_by_chunk_and_layer_by_layer() -> None:
+    layers: list[int] = []
+    loop = make(FakeEngine(), prefix_cache=True, layer_computed=layers.append)
+    prompt = tuple(range(1, 31))  # eight blocks of four tokens, the last one not quite
+    loop.apply(submit(1, prompt))
+    first, second = ([event for event in turn_with_progress(loop) if isinstance(event, KvComputing)] for _ in range(2))
+    loop.apply(submit(2, prompt))
+    third = [event for event in turn_with_progress(loop) if isinstance(event, KvComputing)]
+    seen = [(event.is_first, event.blocks, event.next_blocks) for event in (*first, *second, *third)]
+    assert seen == [(True, 0, 4), (False, 4, 8), (True, 7, 8)]  # the third is cached but for its last block
+    assert [len(event.block_ids) for event in (*first, *third)] == [8, 8]
+    assert first[0].block_ids == second[0].block_ids
+    assert layers == [1, 2] * 3
 
 
 def test_an_answer_of_one_token_holds_nothing() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import ManualClock
 from tandem.core.config import InstanceSection
 from tandem.core.errors import ConfigError, DeadlineError, OverloadedError, StaleEpochError
+from tandem.core.kv_frontier import KvFrontier
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken
 from tandem.core.session import (
     Cancel,
@@ -22,9 +24,9 @@ from tandem.core.session import (
     Submit,
     TokenFrame,
 )
-from tandem.core.transfer import Manifest
+from tandem.core.transfer import ComputedKv, Manifest
 from tandem.decode_worker.fetcher import Fetch
-from tandem.prefill_worker.held_kv import HeldKv, KvReady
+from tandem.prefill_worker.held_kv import HeldKv, KvComputing, KvReady
 from tandem.scheduling.budget import StepBudget
 from tandem.wire.sessions import Outbox, RoleChange
 from tandem.worker.loop import CancelFetch, LoopCommand, Release, SendEvent, SubmitAttempt
@@ -182,6 +184,106 @@ async def test_whoever_pulls_learns_why_there_is_nothing() -> None:
     with pytest.raises(StaleEpochError, match="complete"):
         await bench.held.manifest("short", 0, bench.clock.now_s() + 5.0)
     assert bench.releases == []
+
+
+class Reading:
+    """A reader that takes what is computed of `bench`'s attempt, in blocks 7, 8 and 9 with four layers each."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    def computing(self, blocks: int, next_blocks: int, *, is_first: bool = False) -> None:
+        event = KvComputing(self.bench.key, (7, 8, 9), 64, is_first, blocks, next_blocks, num_layers=4)
+        self.bench.service.deliver([event])
+
+    def pull(
+        self, known: KvFrontier, min_new: int = 1, *, has_all: bool = False
+    ) -> "asyncio.Future[ComputedKv | Manifest]":
+        deadline_s = self.bench.clock.now_s() + 5.0
+        return asyncio.ensure_future(self.bench.held.computed("r", 1, known, min_new, has_all, deadline_s))
+
+
+async def frontier_of(pulled: "asyncio.Future[ComputedKv | Manifest]") -> KvFrontier:
+    kv = await pulled
+    assert isinstance(kv, ComputedKv)
+    assert (kv.request_id, kv.epoch, kv.block_ids, kv.block_size) == ("r", 1, (7, 8, 9), 64)
+    return kv.frontier
+
+
+async def test_a_reader_learns_what_is_computed_once_it_is_enough() -> None:
+    bench = Bench()
+    reading, held = Reading(bench), bench.held
+    early = reading.pull(KvFrontier())  # before the attempt is known
+    await asyncio.sleep(0)
+    assert not held.wants_layers
+    bench.submit()
+    assert held.wants_layers
+    reading.computing(0, 2, is_first=True)
+    held.layers_computed(1)
+    known = KvFrontier(1, 0, 2, 1, 4)
+    assert await frontier_of(early) == known
+    held.layers_computed(2)
+    waiting = reading.pull(known, min_new=5)  # it has two blocks of one layer
+    await asyncio.sleep(0)
+    held.layers_computed(3)
+    assert not waiting.done()
+    held.layers_computed(4)
+    known = KvFrontier(1, 0, 2, 4, 4)
+    assert await frontier_of(waiting) == known
+    reading.computing(2, 3)
+    waiting = reading.pull(known, min_new=100)
+    await asyncio.sleep(0)
+    held.layers_computed(3)
+    assert not waiting.done()
+    held.layers_computed(4)  # the last ones: no more will come
+    known = KvFrontier(1, 2, 3, 4, 4)
+    assert await frontier_of(waiting) == known
+    waiting = reading.pull(known)
+    bench.hold()
+    assert await waiting == held.readable("r", 1) == replace(MANIFEST, allocation=1)
+    assert not held.wants_layers
+
+
+async def test_a_reader_that_has_all_is_answered_and_acknowledged_at_once() -> None:
+    for is_preempted in (False, True):
+        bench = Bench()
+        reading = Reading(bench)
+        bench.submit()
+        reading.computing(2, 3, is_first=True)
+        waiting = reading.pull(KvFrontier(1, 2, 3, 4, 4), has_all=True)
+        await asyncio.sleep(0)
+        if is_preempted:
+            reading.computing(0, 0, is_first=True)
+        bench.hold()
+        assert (await waiting).allocation == 1 + is_preempted
+        assert bench.releases == [bench.key][is_preempted:]
+        assert await bench.held.acknowledge("r", 1) is is_preempted
+
+
+async def test_a_reader_hears_of_other_blocks_and_of_the_end() -> None:
+    bench = Bench()
+    reading, held = Reading(bench), bench.held
+    bench.submit()
+    with pytest.raises(StaleEpochError):
+        held.readable("r", 1)
+    reading.computing(2, 3, is_first=True)
+    known = KvFrontier(1, 2, 3, 0, 4)
+    assert await frontier_of(reading.pull(KvFrontier())) == known
+    reading.computing(2, 3, is_first=True)  # preempted and admitted again
+    before, known = known, KvFrontier(2, 2, 3, 0, 4)
+    assert await frontier_of(reading.pull(before, min_new=8)) == known
+    waiting = reading.pull(known)
+    await asyncio.sleep(0)
+    bench.service.handle(bench.session, Cancel(1))
+    with pytest.raises(StaleEpochError, match="cancelled"):
+        await waiting
+    with pytest.raises(StaleEpochError, match="cancelled"):
+        held.readable("r", 1)
+    reading.computing(2, 3)  # was on its way
+    held.layers_computed(4)
+    assert not held.wants_layers
+    assert not held._waiters
+    assert not held._kv
 
 
 async def test_an_id_may_be_used_again_once_it_is_over_and_not_before() -> None:

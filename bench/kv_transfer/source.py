@@ -1,4 +1,4 @@
-"""The source of measured hand-overs: a prefill worker without an engine. `bench.handover.measure` starts it.
+"""The source of measured hand-overs: a prefill worker without an engine. `bench.kv_transfer.measure` starts it.
 
 Argument: the fields of its layout as JSON. It prints its address, and ends when its standard input does.
 """
@@ -11,6 +11,7 @@ import sys
 import torch
 
 from tandem.core.clock import SystemClock
+from tandem.core.kv_frontier import KvFrontier
 from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
 from tandem.core.transfer import Manifest, hash_token_ids
@@ -30,6 +31,9 @@ class _ComputedPrompts:
         self._layout = layout
 
     async def manifest(self, request_id: str, epoch: int, deadline_s: float) -> Manifest:
+        return self._manifest(request_id, epoch)
+
+    def _manifest(self, request_id: str, epoch: int) -> Manifest:
         seed, num_tokens = map(int, request_id.split("-"))
         token_ids = tuple(range(num_tokens))
         num_blocks = self._layout.blocks_for(num_tokens)
@@ -43,6 +47,14 @@ class _ComputedPrompts:
             block_size=self._layout.block_size,
             first_token=SampledToken(0),
         )
+
+    async def computed(
+        self, request_id: str, epoch: int, known: KvFrontier, min_new: int, has_all: bool, deadline_s: float
+    ) -> Manifest:
+        return await self.manifest(request_id, epoch, deadline_s)
+
+    def readable(self, request_id: str, epoch: int) -> Manifest:
+        return self._manifest(request_id, epoch)
 
     async def acknowledge(self, request_id: str, epoch: int) -> bool:
         return True

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from bench.handover.source import SOURCE_ID, block_ids_of
+from bench.kv_transfer.source import SOURCE_ID, block_ids_of
 from tandem.core.kv_layout import KvLayout
 from tandem.core.transfer import Transport
 from tandem.kv_transfer.pool import SharedPool
@@ -58,7 +58,6 @@ async def measure(
     `source_layout` None: the source has the same."""
     torch.set_num_threads(1)
     pools = [SharedPool.create(layout.pool_of(rank).pool_bytes) for rank in range(layout.num_ranks)]
-    num_tokens = num_blocks * layout.block_size
     num_bytes = num_blocks * layout.block_bytes
     plain_from, plain_to = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
     plain_s: list[float] = []
@@ -68,24 +67,14 @@ async def measure(
         for transport in transports
     }
     try:
-        async with _source(source_layout or layout) as source:
+        async with served_source(source_layout or layout) as source:
             for i in range(repetitions + 1):
                 started_s = time.perf_counter()
                 plain_to.copy_(plain_from)
                 plain_s.append(time.perf_counter() - started_s)
                 seeds = (2 * i + 1, 2 * i + 2) if scattered else (0, 0)
                 for transport, receiver in receivers.items():
-                    deadline_s = time.monotonic() + 60.0
-                    started_s = time.perf_counter()
-                    await receiver.fetch(
-                        source,
-                        f"{seeds[0]}-{num_tokens}",
-                        0,
-                        range(num_tokens),
-                        block_ids_of(seeds[1], num_blocks, layout),
-                        deadline_s,
-                    )
-                    handover_s[transport].append(time.perf_counter() - started_s)
+                    handover_s[transport].append(await fetch_s(receiver, source, layout, num_blocks, seeds))
     finally:
         for receiver in receivers.values():
             await receiver.close()
@@ -95,11 +84,23 @@ async def measure(
     return [HandoverTime(transport, num_bytes, median(times[1:]), plain) for transport, times in handover_s.items()]
 
 
+async def fetch_s(
+    receiver: KvReceiver, source: KvTransferClient, layout: KvLayout, num_blocks: int, seeds: tuple[int, int]
+) -> float:
+    """Seconds of one hand-over into `num_blocks` blocks of an instance with `layout`. `seeds`: see `block_ids_of`."""
+    num_tokens = num_blocks * layout.block_size
+    block_ids = block_ids_of(seeds[1], num_blocks, layout)
+    deadline_s = time.monotonic() + 60.0
+    started_s = time.perf_counter()
+    await receiver.fetch(source, f"{seeds[0]}-{num_tokens}", 0, range(num_tokens), block_ids, deadline_s)
+    return time.perf_counter() - started_s
+
+
 @asynccontextmanager
-async def _source(layout: KvLayout) -> AsyncIterator[KvTransferClient]:
+async def served_source(layout: KvLayout) -> AsyncIterator[KvTransferClient]:
     """A source in another process."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "bench.handover.source", json.dumps(asdict(layout))),
+        *(sys.executable, "-m", "bench.kv_transfer.source", json.dumps(asdict(layout))),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
