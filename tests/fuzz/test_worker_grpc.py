@@ -56,7 +56,14 @@ OTHERS = {
     "/tandem.v1.InstanceService/Configure": (worker_pb2.ConfigureRequest(role=3, max_batch=4, max_batch_tokens=64),),
     "/tandem.v1.KvTransferService/Pull": (transfer_pb2.PullRequest(request_id="r", epoch=1),),
     "/tandem.v1.KvTransferService/Grant": (
-        transfer_pb2.GrantRequest(link_id="l", request_id="r", epoch=1, total_bytes=64, chunk_bytes=64),
+        transfer_pb2.GrantRequest(
+            link_id="l", request_id="r", epoch=1, layers_end=2, blocks_end=1, total_bytes=64, chunk_bytes=64
+        ),
+    ),
+    "/tandem.v1.KvTransferService/PullComputed": (
+        transfer_pb2.PullComputedRequest(
+            request_id="r", epoch=1, known=transfer_pb2.KvFrontier(allocation=1, blocks=1, next_blocks=2), min_new=1
+        ),
     ),
     "/tandem.v1.KvTransferService/Acknowledge": (transfer_pb2.AcknowledgeRequest(request_id="r", epoch=1),),
     "/tandem.v1.KvTransferService/RendezvousSet": (
