@@ -6,6 +6,7 @@ from typing import Any
 
 from tandem.core.config import InstanceSection, RoleName, ServeConfig, WorkerConfig, split_address
 from tandem.core.errors import ConfigError
+from tandem.core.other_versions import read_known
 from tandem.core.plan import Plan
 from tandem.deploy.topology import Machine, ProcessSpec, plan_processes
 
@@ -86,9 +87,9 @@ class Desired:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Desired":
-        """Raises ValueError, KeyError or TypeError for what another version has written."""
-        config = ServeConfig.model_validate(fields["config"])
-        plan = None if fields["plan"] is None else Plan.model_validate(fields["plan"])
+        """Of this version or another. Raises ValueError, KeyError or TypeError for what this one cannot read."""
+        config = read_known(ServeConfig, fields["config"])
+        plan = None if fields["plan"] is None else read_known(Plan, fields["plan"])
         return cls(config, fields["grace_s"], frozenset(fields["drained"]), fields["roles"], plan)
 
     def _with_role(self, spec: ProcessSpec) -> ProcessSpec:

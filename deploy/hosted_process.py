@@ -42,6 +42,7 @@ import uvloop
 from tandem.core.config import RouterConfig, WorkerConfig
 from tandem.core.errors import InternalError, TandemError
 from tandem.core.log_lines import configure_logging
+from tandem.core.other_versions import read_known
 from tandem.core.parent_process import end_with_parent, outlive_parent
 from tandem.deploy.topology import ProcessSpec
 
@@ -112,8 +113,8 @@ class Assignment:
 
 
 def config_from_json(fields: Mapping[str, Any]) -> RouterConfig | WorkerConfig:
-    """Of `config_class` and `config`, as `Assignment.to_json` writes them."""
-    return _CONFIGS[fields["config_class"]].model_validate(fields["config"])
+    """Of `config_class` and `config`, as `Assignment.to_json` writes them, maybe that of another version."""
+    return read_known(_CONFIGS[fields["config_class"]], fields["config"])
 
 
 def command_of(socket_path: Path, key: str) -> list[str]:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import psutil
@@ -138,8 +138,10 @@ class StateFolders:
 
 
 def read_run(path: Path) -> RunState:
-    """Raises OSError, ValueError or TypeError for a file that cannot be read, or is of another version."""
-    return RunState(**json.loads(path.read_text()))
+    """Raises OSError, ValueError or TypeError for a file that cannot be read, or lacks what this version needs."""
+    written = json.loads(path.read_text())
+    known = {each.name for each in fields(RunState)}
+    return RunState(**{name: value for name, value in written.items() if name in known})
 
 
 def process_started_s(pid: int) -> float:

@@ -175,6 +175,47 @@ def test_a_process_that_died_without_a_controller_is_started_again(terminal: Ter
 
 
 @pytest.mark.slow
+def test_upgrade_and_roll_back(terminal: Terminal, model: Path, tmp_path: Path) -> None:
+    """The steps of docs/operations.md. What a newer version has written is here after the roll-back, and is read."""
+    plans = {name: tmp_path / f"{name}.yaml" for name in ("old", "new")}
+    for name, path in plans.items():
+        instances = {"old": 1, "new": 2}[name]
+        group = f"{{role: colocated, instances: {instances}, device: cpu, kv_tokens: 1024}}"
+        path.write_text(f"model: {model}\nverdict: colocate\nsummary: {name}\ngroups: [{group}]\n")
+    up = terminal.tandem("up", str(plans["old"]), *FREE_PORTS)
+    assert up.returncode == 0, up.stdout + up.stderr
+    before = terminal.pids()
+    os.kill(terminal.status()["run"]["pid"], signal.SIGTERM)
+    for file in (terminal.cluster / "desired.json", *(terminal.cluster / "processes").glob("*.json")):
+        content = json.loads(file.read_text())
+        content["config"]["setting_of_a_newer_version"] = 1
+        file.write_text(json.dumps(content))
+    while terminal.tandem("status").returncode == 0:
+        time.sleep(0.1)
+    again = terminal.tandem("up")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert terminal.pids() == before, "all were taken back"
+    assert "left out: setting_of_a_newer_version" in terminal.tandem("logs", "controller").stdout
+    for name in sorted(before):  # the instance first
+        assert terminal.tandem("drain", name).returncode == 0
+        assert terminal.tandem("drain", name, "--undo").returncode == 0
+    assert not set(before.values()) & set(terminal.pids().values())
+    http = terminal.status()["run"]["http"]
+    for name in ("new", "old"):
+        assert terminal.tandem("apply", str(plans[name])).returncode == 0
+        until_s = time.monotonic() + 60
+        while (plan := _shown_plan(http)) != name:
+            assert time.monotonic() < until_s, plan
+            time.sleep(0.5)
+
+
+def _shown_plan(http: str) -> str | None:
+    with urllib.request.urlopen(f"http://{http}/ui/state", timeout=10) as response:
+        plan = json.load(response)["plan"]
+    return None if plan is None else str(plan["summary"])
+
+
+@pytest.mark.slow
 def test_a_router_that_comes_later_gets_the_instances(terminal: Terminal, model: Path) -> None:
     """It is started by hand, and knows the controller only. When it has gone, it is forgotten."""
     assert terminal.up().returncode == 0

@@ -5,6 +5,7 @@ import pytest
 
 from tandem.core.config import InstanceSection, RouterSection, ServeConfig, WorkerConfig
 from tandem.core.errors import ConfigError
+from tandem.core.plan import Plan, PlanGroup
 from tandem.deploy.desired import Desired
 from tandem.deploy.topology import Machine
 
@@ -15,6 +16,11 @@ CONFIG = ServeConfig(
     prefill=(InstanceSection(instances=2),),
     decode=(InstanceSection(),),
     cluster_token="secret",
+)
+PLAN = Plan(
+    model="m",
+    verdict="colocate",
+    groups=(PlanGroup(role="colocated", instances=1, device="cpu", kv_tokens=100),),
 )
 DESIRED = Desired(CONFIG, 3.0, frozenset({"prefill-1"}), {"decode-0": "colocated"})
 
@@ -37,6 +43,23 @@ def test_what_an_operator_has_changed() -> None:
 def test_it_is_the_same_after_a_restart() -> None:
     written = json.dumps(DESIRED.to_json())
     assert Desired.from_json(json.loads(written)) == DESIRED
+
+
+def test_what_a_newer_version_has_written_is_read_without_what_it_alone_knows(caplog: pytest.LogCaptureFixture) -> None:
+    desired = DESIRED.with_config(CONFIG, PLAN)
+    written = json.loads(json.dumps(desired.to_json()))
+    written["config"]["colour"] = "red"
+    written["config"]["router"]["tracing"]["colour"] = {"a": 1}
+    written["config"]["prefill"]["engine"]["colour"] = 7
+    written["plan"]["groups"][0]["colour"] = None
+    assert Desired.from_json(written) == desired
+    assert "left out: router.tracing.colour, prefill.engine.colour, colour" in caplog.text
+    assert "left out: groups.0.colour" in caplog.text
+    written["config"]["router"]["max_queue"] = "many"
+    with pytest.raises(ValueError, match="max_queue"):
+        Desired.from_json(written)
+    del written["config"]["router"]["max_queue"]
+    assert Desired.from_json(written) == desired, "an older version knew fewer settings"
 
 
 def test_new_settings_keep_addresses_token_and_drained_processes() -> None:

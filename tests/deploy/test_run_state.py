@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,9 @@ def test_a_running_one_is_found_and_removed(folders: StateFolders, tmp_path: Pat
     state = own_state(tmp_path)
     folders.write(state)
     assert folders.running() == [state]
+    (file,) = folders.state.glob("serve-*")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"colour": "red"}))
+    assert folders.running() == [state], "a newer version has written it"
     folders.remove(state.pid)
     assert folders.running() == []
 
