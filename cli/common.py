@@ -136,10 +136,17 @@ def ask_controller(
                     showing.cancel()
                     await asyncio.gather(showing, return_exceptions=True)
 
-    try:
+    with the_cluster_goes_on():
         return asyncio.run(ask_and_show())
+
+
+@contextmanager
+def the_cluster_goes_on() -> Iterator[None]:
+    """What has been begun in a cluster does not end with the command that asked for it, and an interrupt says so."""
+    try:
+        yield
     except KeyboardInterrupt:
-        print_error("interrupted; the cluster goes on with it: see tandem status")
+        print_error("interrupted; the cluster goes on with what it does: tandem status shows it")
         raise
 
 

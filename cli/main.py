@@ -13,6 +13,8 @@ try:
     import typer
 except ModuleNotFoundError:
     sys.exit("`tandem` needs `pip install 'tandem-serve[cli]'`")
+except KeyboardInterrupt:  # it takes a third of a second
+    sys.exit(130)
 from typer.core import TyperGroup
 
 from tandem.cli.output import print_error

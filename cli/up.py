@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import Name, ServeFile, Settings, Timeout, ask_controller, state_folders
+from tandem.cli.common import (
+    Name,
+    ServeFile,
+    Settings,
+    Timeout,
+    ask_controller,
+    state_folders,
+    the_cluster_goes_on,
+)
 from tandem.cli.output import print_line
 from tandem.cli.prepare import free_addresses, prepare
 from tandem.core.errors import ConfigError, TandemError, UnavailableError
@@ -64,7 +72,8 @@ def run(
                 "with `tandem up` without a file, and change the cluster with `tandem apply FILE`"
             )
     print_line(f"{'starting' if is_new else 'taking back'} {desired.config.served_name} from {desired.config.model}")
-    run = _start_controller(folder)
+    with the_cluster_goes_on():
+        run = _start_controller(folder)
     settings_json = desired.config.model_dump_json()
     plan_json = "" if desired.plan is None else desired.plan.model_dump_json()
     try:

@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import shutil
 from pathlib import Path
 
-from tandem.core.errors import UnavailableError
+from tandem.core.errors import ConfigError, UnavailableError
 from tandem.deploy.child_process import ChildProcess, adopt_orphans, spawn
 from tandem.deploy.controller import ProcessInfo, RunningProcess
 from tandem.deploy.device_shares import DeviceShares
@@ -16,6 +17,8 @@ from tandem.deploy.launched_process import Connection, LaunchedProcess, start_er
 from tandem.deploy.process_identity import ProcessIdentity
 from tandem.deploy.process_records import ProcessRecord, ProcessRecords
 from tandem.deploy.topology import ProcessSpec
+
+log = logging.getLogger(__name__)
 
 _RETURN_S = 10.0  # for a process to come back to a new controller; a healthy one takes a quarter of a second
 _LOG_CHECK_S = 10.0
@@ -116,8 +119,7 @@ class ProcessLauncher:
             if start.error_code:
                 raise start_error(start, log_path)
             record = ProcessRecord(spec, key, identity, start.address, start.instance_id, tuple(devices))
-            if self._records is not None:
-                self._records.save(record)
+            self._remember(record)
         except ProcessLookupError as error:
             how = "" if child is None else f" ({await child.wait()})"
             await self._give_back(key, child, connection)
@@ -162,6 +164,15 @@ class ProcessLauncher:
             raise
         await child.end()
         return None
+
+    def _remember(self, record: ProcessRecord) -> None:
+        """For the next controller. A full disk must not keep a process that has died from being replaced."""
+        if self._records is None:
+            return
+        try:
+            self._records.save(record)
+        except ConfigError as error:
+            log.error("%s runs, but another controller would not take it back: %s", record.spec.name, error.message)
 
     def _is_gone(self, record: ProcessRecord) -> None:
         if self._records is not None:

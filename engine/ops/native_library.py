@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SOURCE_DIR = Path(__file__).resolve().parent.parent / "native"
@@ -43,18 +43,20 @@ class NativeUnavailableError(Exception):
 def load_native_library(cache_dir: Path | None = None, machine_flags: tuple[str, ...] | None = None) -> ctypes.CDLL:
     """The compiled kernels with declared argument types. Compiles the library if the cache folder does not have it.
 
-    `cache_dir` defaults to $XDG_CACHE_HOME/tandem or ~/.cache/tandem. `machine_flags` are the compiler flags for the
-    processor, by default this machine's; tests choose older processors. If two processes start together, one compiles
-    and the other waits. Raises NativeUnavailableError.
+    `cache_dir` defaults to $XDG_CACHE_HOME/tandem or ~/.cache/tandem, or to one for temporary files where this process
+    cannot write there. `machine_flags` are the compiler flags for the processor, by default this machine's; tests
+    choose older processors. If two processes start together, one compiles and the other waits. Raises
+    NativeUnavailableError.
     """
     compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
         raise NativeUnavailableError("no C++ compiler was found (g++ or clang++)")
-    folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
     try:
-        _make_private(folder)
         flags = (*_FLAGS, *(machine_flags or (_machine_flag(),)), *_tile_flags())
-        target = folder / f"native-{_fingerprint(compiler, flags)}.so"
+        name = f"native-{_fingerprint(compiler, flags)}.so"
+        folder = cache_dir or _cache_folder(name)
+        _make_private(folder)
+        target = folder / name
         if not target.exists():
             with _locked(folder / "compile.lock"):
                 if not target.exists():
@@ -81,6 +83,19 @@ def _tile_flags() -> tuple[str, ...]:
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     is_permitted = libc.syscall(arch_prctl, request_permission, tile_data) == 0
     return () if is_permitted else ("-mno-amx-tile",)
+
+
+def _cache_folder(name: str) -> Path:
+    """The usual one, unless it lacks the library `name` and cannot get it: a home folder may be read-only."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
+    with suppress(OSError):
+        usual.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if (usual / name).exists() or os.access(usual, os.W_OK):
+        return usual
+    temporary = Path(tempfile.gettempdir()) / f"tandem-cache-{os.getuid()}"
+    if temporary.is_symlink():
+        raise NativeUnavailableError(f"the cache folder {temporary} is a link, which others may have made")
+    return temporary
 
 
 def _make_private(folder: Path) -> None:

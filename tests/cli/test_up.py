@@ -19,7 +19,7 @@ import pytest
 
 from tandem.deploy.process_identity import ProcessIdentity
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
-from tests.cli.served import FREE_PORTS, ROOT, run_python
+from tests.cli.served import FREE_PORTS, ROOT, run_python, wait_for
 from tests.cluster.harness import free_port
 
 pytestmark = pytest.mark.timeout(300)
@@ -32,6 +32,7 @@ class Terminal:
     def __init__(self, folder: Path, model: Path) -> None:
         self.state = folder / "state"
         self.environment = {**os.environ, "TANDEM_STATE_DIR": str(self.state), "OMP_NUM_THREADS": "1"}
+        self.model = model
         self._model = f"--set=model={model}"
 
     def tandem(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -175,6 +176,30 @@ def test_a_process_that_died_without_a_controller_is_started_again(terminal: Ter
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("line", [r"^starting little", r"prefill-0 loading"])
+def test_ctrl_c_ends_the_command_and_not_the_cluster(terminal: Terminal, tmp_path: Path, line: str) -> None:
+    arguments = ["up", f"--set=model={terminal.model}", *_SMALL, *FREE_PORTS]
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        up = subprocess.Popen(
+            [sys.executable, "-m", "tandem.cli.main", *arguments],
+            env=terminal.environment,
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+        )
+    wait_for(up, output, line)
+    up.send_signal(signal.SIGINT)
+    assert up.wait(60) == 130
+    assert "interrupted; the cluster goes on with what it does" in output.read_text()
+    until_s = time.monotonic() + 120
+    while terminal.tandem("chat", "--complete", "--max-tokens", "4", stdin="here\n").returncode != 0:
+        assert time.monotonic() < until_s, terminal.tandem("logs", "controller").stdout
+        time.sleep(0.5)
+    assert terminal.tandem("down").returncode == 0
+
+
+@pytest.mark.slow
 def test_upgrade_and_roll_back(terminal: Terminal, model: Path, tmp_path: Path) -> None:
     """The steps of docs/operations.md. What a newer version has written is here after the roll-back, and is read."""
     plans = {name: tmp_path / f"{name}.yaml" for name in ("old", "new")}
@@ -190,8 +215,9 @@ def test_upgrade_and_roll_back(terminal: Terminal, model: Path, tmp_path: Path) 
         content = json.loads(file.read_text())
         content["config"]["setting_of_a_newer_version"] = 1
         file.write_text(json.dumps(content))
+    until_s = time.monotonic() + 60
     while terminal.tandem("status").returncode == 0:
-        time.sleep(0.1)
+        assert time.monotonic() < until_s
     again = terminal.tandem("up")
     assert again.returncode == 0, again.stdout + again.stderr
     assert terminal.pids() == before, "all were taken back"

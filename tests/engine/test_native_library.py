@@ -1,5 +1,6 @@
 """Compiling and caching the kernels, with a small source in their place."""
 
+import tempfile
 import threading
 from pathlib import Path
 
@@ -82,3 +83,17 @@ def test_a_folder_that_cannot_be_made_is_a_reason(source: Path, tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(NativeUnavailableError, match="could not be compiled or loaded"):
         load_native_library(tmp_path / "file" / "cache")
+
+
+def test_a_read_only_home_costs_no_speed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert load_native_library().answer() == 42
+    (cache,) = (tmp_path / "temporary").iterdir()
+    assert cache.stat().st_mode & 0o077 == 0
+    cache.rename(tmp_path / "elsewhere")
+    cache.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(NativeUnavailableError, match="is a link, which others may have made"):
+        load_native_library()
