@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import Pid, find_run
+from tandem.cli.common import Pid
 from tandem.cli.output import print_line
+from tandem.cli.router_file import RouterFile, find_router
 from tandem.deploy.run_state import RunState
 from tandem.wire.channels import open_channel
 from tandem.wire.fleet import explain_request
@@ -24,10 +25,11 @@ _TIMEOUT_S = 5.0
 def run(
     request: Annotated[str, typer.Argument(metavar="REQUEST", help="its id; without one: the last requests")] = "",
     pid: Pid = None,
+    router: RouterFile = None,
 ) -> int:
     """Explain a finished request of the running cluster: its outcome, the parts of its time, its attempts, and for each
     the instances that the router compared."""
-    print_line(asyncio.run(_ask(find_run(pid), _without_prefix(request))))
+    print_line(asyncio.run(_ask(find_router(pid, router), _without_prefix(request))))
     return 0
 
 

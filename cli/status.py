@@ -14,8 +14,9 @@ from rich.filesize import decimal
 from rich.live import Live
 from rich.text import Text
 
-from tandem.cli.common import Pid, find_run
+from tandem.cli.common import Pid
 from tandem.cli.output import console, print_line, print_rich, table
+from tandem.cli.router_file import RouterFile, find_router
 from tandem.cli.signals import StopSignals
 from tandem.core.cluster_status import ClusterStatus, ProcessState
 from tandem.core.errors import TandemError
@@ -33,6 +34,7 @@ examples:
   tandem status
   tandem status --watch --interval 0.5
   tandem status --json | python -m json.tool
+  tandem status --router router.yaml
 
 KV blocks: running (in use by a request), leased (computed, waiting to be fetched), cached (prefixes that may be used
 again, given up when memory is needed), leaked (without an owner: a fault, please report it).
@@ -51,33 +53,35 @@ def run(
     watch: Annotated[bool, typer.Option("--watch", help="show it again and again until Ctrl-C")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="seconds between two looks, with --watch")] = 1.0,
     pid: Pid = None,
+    router: RouterFile = None,
 ) -> int:
     """Show the running cluster: addresses, each instance with its state and load, its KV blocks by owner, each link
     over which KV has travelled with its transport and speed, what recent requests are like, and which processes do not
     run as they should. Where a plan is served, also whether it still fits the requests, and which other plan would do
     better."""
+    find = partial(find_router, pid, router)
     if not watch:
-        asyncio.run(_look(pid, partial(_show, json_lines)))
+        asyncio.run(_look(find, partial(_show, json_lines)))
     elif sys.stdout.isatty() and not json_lines:
         with Live(console=console(sys.stdout), auto_refresh=False) as live:
-            asyncio.run(_watch(pid, interval, lambda *seen: live.update(Group(*as_parts(*seen)), refresh=True)))
+            asyncio.run(_watch(find, interval, lambda *seen: live.update(Group(*as_parts(*seen)), refresh=True)))
     else:
-        asyncio.run(_watch(pid, interval, partial(_show, json_lines)))
+        asyncio.run(_watch(find, interval, partial(_show, json_lines)))
     return 0
 
 
-async def _watch(pid: int | None, interval_s: float, show: Show) -> None:
+async def _watch(find: Callable[[], RunState], interval_s: float, show: Show) -> None:
     """Until a signal. An interrupt as an exception can be lost: one that comes in a callback of a C library is only
     written down there."""
     signals = StopSignals()
     while not signals.stop.is_set():
-        await signals.unless_stopped(_look(pid, show))
+        await signals.unless_stopped(_look(find, show))
         await signals.unless_stopped(asyncio.sleep(interval_s))
 
 
-async def _look(pid: int | None, show: Show) -> None:
+async def _look(find: Callable[[], RunState], show: Show) -> None:
     """The router knows the load, the controller the processes; one of them may be away."""
-    state = find_run(pid)  # each time: it may have been restarted
+    state = find()  # each time: it may have been restarted
     cluster = await _ask_controller(state)
     try:
         fleet = await fetch_fleet(state.control, state.cluster_token, state.tls, with_profile=True)
@@ -89,7 +93,7 @@ async def _look(pid: int | None, show: Show) -> None:
 
 
 async def _ask_controller(state: RunState) -> ClusterStatus | None:
-    if not state.controller:  # of `tandem serve`, which is just starting
+    if not state.controller:  # of `tandem serve`, which is just starting, or of a router without one
         return None
     try:
         async with open_channel(state.controller, state.cluster_token, state.tls) as channel:
@@ -146,9 +150,9 @@ def _process_parts(cluster: ClusterStatus) -> list[RenderableType]:
 def _fleet_parts(state: RunState, fleet: FleetDescription) -> list[RenderableType]:
     parts: list[RenderableType] = [
         f"{fleet.model}: up {_duration(fleet.uptime_s)}, "
-        f"{fleet.running_requests} running, {fleet.queued_requests} queued (pid {state.pid})",
+        f"{fleet.running_requests} running, {fleet.queued_requests} queued{f' (pid {state.pid})' if state.pid else ''}",
         f"  HTTP {state.url}/v1   gRPC {state.grpc}   control {state.control}",
-        f"  logs {state.log_folder}",
+        *([f"  logs {state.log_folder}"] if state.log_folder else []),
     ]
     if not fleet.instances:
         return [*parts, *_requests(fleet), "", "no worker has reported yet"]

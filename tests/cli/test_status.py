@@ -3,6 +3,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,11 @@ from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.deploy.run_state import RunState
-from tandem.wire.fleet import FleetDescription
+from tandem.v1 import worker_pb2_grpc
+from tandem.wire.fleet import FleetDescription, FleetServicer
+from tandem.wire.server import bind, build_server
 from tests.cli.terminal import Terminal
+from tests.wire.test_fleet import FakeRegistry
 
 RUN = RunState(7, 1.0, "tiny", "127.0.0.1:8000", "127.0.0.1:8001", "127.0.0.1:8002", "secret", "/logs", "/ray")
 
@@ -66,6 +70,32 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert decode.split()[-3:] == ["10", "2.0", "127.0.0.1:4000"]
     assert lines[-1].split() == ["peer-1", "decode-1", "shared_memory", "4", "2.00", "GB", "4.00", "GB/s", "1"]
     assert sum("shared_memory" in line for line in lines) == 1, "one link, though both ends report it"
+
+
+async def test_a_router_that_was_started_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    registry = FakeRegistry()
+    server, _ = build_server("secret")
+    worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(registry), server)
+    control = bind(server, "127.0.0.1:0")
+    await server.start()
+    (tmp_path / "token").write_text("secret")
+    file = tmp_path / "router.yaml"
+    file.write_text(f"model: m\nrouter: {{control: {control}}}\ncluster_token: file:token\n")
+    try:
+        for command in ("status", "explain"):
+            assert await asyncio.to_thread(main, [command, "--router", str(file)]) == 0, capsys.readouterr().err
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[0] == "tiny: up 2 s, 3 running, 1 queued"
+        assert shown[1].split()[-2:] == ["control", control]
+        assert shown[-1] == "all of ''"
+        (tmp_path / "token").write_text("another")
+        assert await asyncio.to_thread(main, ["status", "--router", str(file)]) == 1
+        assert "needs the cluster token" in capsys.readouterr().err
+    finally:
+        await server.stop(None)
+    file.write_text("model: m\nrouter: {control: '127.0.0.1:0'}\n")
+    assert main(["status", "--router", str(file)]) == 2
+    assert "leaves the port of router.control to the system" in capsys.readouterr().err
 
 
 def test_leaked_blocks_are_shouted(capsys: pytest.CaptureFixture[str]) -> None:
