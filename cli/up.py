@@ -1,5 +1,6 @@
 """`tandem up`: start a cluster that outlives the terminal."""
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -26,6 +27,7 @@ from tandem.deploy.desired import Desired
 from tandem.deploy.hosted_process import import_path
 from tandem.deploy.run_state import RunState
 from tandem.deploy.serving import with_token
+from tandem.wire.controller import ControllerClient
 
 EPILOG = """\
 examples:
@@ -76,13 +78,18 @@ def run(
         run = _start_controller(folder)
     settings_json = desired.config.model_dump_json()
     plan_json = "" if desired.plan is None else desired.plan.model_dump_json()
-    try:
-        ask_controller(run, lambda client: client.apply(settings_json, None, plan_json), timeout, num_past=100)
-    except TandemError:
-        if is_new:
-            print_line("it could not be started; ending it")
-            ask_controller(run, lambda client: client.stop(0.0), timeout)
-        raise
+
+    async def bring_about(client: ControllerClient) -> None:
+        try:
+            await client.apply(settings_json, None, plan_json)
+        except TandemError:
+            if is_new:
+                print_line("it could not be started; ending it")
+                with contextlib.suppress(UnavailableError):  # somebody else is ending it
+                    await client.stop(0.0)
+            raise
+
+    ask_controller(run, bring_about, timeout, num_past=100)
     _print_welcome(run)
     return 0
 

@@ -3,14 +3,18 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tandem.cli import status
+from tandem.cli.explain import _ask
 from tandem.cli.main import main
 from tandem.cli.output import print_rich
-from tandem.cli.status import as_json, as_parts
+from tandem.cli.router_file import find_router
+from tandem.cli.status import _look, _show, as_json, as_parts
+from tandem.core.errors import ConfigError
 from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.workload_profile import ProfileSnapshot
@@ -73,29 +77,25 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 async def test_a_router_that_was_started_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    registry = FakeRegistry()
     server, _ = build_server("secret")
-    worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(registry), server)
+    worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(FakeRegistry()), server)
     control = bind(server, "127.0.0.1:0")
     await server.start()
     (tmp_path / "token").write_text("secret")
     file = tmp_path / "router.yaml"
     file.write_text(f"model: m\nrouter: {{control: {control}}}\ncluster_token: file:token\n")
+    run = find_router(None, file)
     try:
-        for command in ("status", "explain"):
-            assert await asyncio.to_thread(main, [command, "--router", str(file)]) == 0, capsys.readouterr().err
-        shown = capsys.readouterr().out.splitlines()
-        assert shown[0] == "tiny: up 2 s, 3 running, 1 queued"
-        assert shown[1].split()[-2:] == ["control", control]
-        assert shown[-1] == "all of ''"
-        (tmp_path / "token").write_text("another")
-        assert await asyncio.to_thread(main, ["status", "--router", str(file)]) == 1
-        assert "needs the cluster token" in capsys.readouterr().err
+        await _look(lambda: run, partial(_show, False))
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "tiny: up 2 s, 3 running, 1 queued"
+        assert lines[1].split()[-2:] == ["control", control]
+        assert await _ask(run, "r") == "all of 'r'"
     finally:
         await server.stop(None)
     file.write_text("model: m\nrouter: {control: '127.0.0.1:0'}\n")
-    assert main(["status", "--router", str(file)]) == 2
-    assert "leaves the port of router.control to the system" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"leaves the port of router.control to the system"):
+        find_router(None, file)
 
 
 def test_leaked_blocks_are_shouted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +177,7 @@ def looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fleet is not None, "Ctrl-C ends it before the cluster answers"
         return fleet
 
-    monkeypatch.setattr(status, "find_run", lambda pid: RUN)
+    monkeypatch.setattr(status, "find_router", lambda pid, file: RUN)
     monkeypatch.setattr(status, "fetch_fleet", fetch)
 
 
