@@ -5,7 +5,7 @@ models. The classes that implement `CostModel` take their numbers from a rooflin
 coefficients.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 
@@ -43,6 +43,10 @@ class StepLoad:
     def of_decode(cls, sequences: int, kv_tokens: int) -> "StepLoad":
         return cls(decode_sequences=sequences, decode_kv_tokens=kv_tokens, sampled=sequences)
 
+    def beside_decode(self, sequences: int, kv_tokens: int) -> "StepLoad":
+        """The same prompts beside decoding sequences; this load has none."""
+        return replace(self, decode_sequences=sequences, decode_kv_tokens=kv_tokens, sampled=self.sampled + sequences)
+
     @property
     def tokens(self) -> int:
         """Rows of the linear layers' input."""
@@ -74,14 +78,23 @@ class StepCost:
 
     @property
     def total_s(self) -> float:
-        return sum(self.terms().values())
+        return (
+            self.linear_s
+            + self.attention_s
+            + self.kv_read_s
+            + self.collective_s
+            + self.pipeline_s
+            + self.head_s
+            + self.overhead_s
+        )
 
     def terms(self) -> dict[str, float]:
         """Name of the term -> seconds."""
-        return {name: getattr(self, name) for name in _TERMS}
+        return {name: getattr(self, name) for name in COST_TERMS}
 
 
-_TERMS = tuple(field.name for field in fields(StepCost) if field.name != "interval_s")
+COST_TERMS = tuple(field.name for field in fields(StepCost) if field.name != "interval_s")
+"""The names of `StepCost.terms`."""
 
 
 class CostModel(Protocol):

@@ -17,13 +17,14 @@ class FastForwardScheduler(Scheduler):
     """The same decisions as a `Scheduler`'s, and between two steps also
 
         fast_forward()        -> for how many steps nothing is left to decide
+        mixed_step(now)       -> the step of next_batch, with all that decode as one value
         advance(num_steps)    -> that many steps, or fewer; then finish(key) of each that ended
 
     Meanwhile the sequences' own numbers lag behind, until `get`, `next_batch` or `block_tables` is asked. Which block
     is whose may differ from single steps, and every token drawn is 0.
     """
 
-    __slots__ = ("_batch",)
+    __slots__ = ("_batch", "_growth")
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class FastForwardScheduler(Scheduler):
     ) -> None:
         super().__init__(budget, pool, prefix_index, max_model_len, predictor)
         self._batch: EvenBatch | None = None  # holds all of _decoding while it is there
+        self._growth: list[int] = []  # blocks that the next step of a mixed step takes
 
     def fast_forward(self) -> FastForward | None:
         """How long every decoding sequence just computes one token per step: none reaches its `length_limit` before
@@ -47,30 +49,49 @@ class FastForwardScheduler(Scheduler):
             return None
         if self._line and num_decoding < min(max_batch, self.budget.max_batch_tokens) and not self._first_is_blocked:
             return None
-        batch = self._batch
-        if batch is None:
-            batch = self._batch = EvenBatch(self._block_size, self.budget.growth_horizon_tokens)
-            for sequence in self._decoding.values():
-                batch.join(sequence, self.length_limit(sequence))
-        assert len(batch) == num_decoding, "finish what has reached its limit"
+        batch = self._even_batch()
         available = self._index.num_available + batch.held_blocks
         num_steps = batch.steps_to_first_end
         if batch.blocks_after(num_steps) > available:
             num_steps = bisect_right(range(1, num_steps), available, key=batch.blocks_after)
         return FastForward(num_steps, num_decoding, batch.kv_tokens, batch.newcomers) if num_steps > 0 else None
 
+    def mixed_step(self, now_s: float) -> tuple[list[Chunk], FastForward] | None:
+        """The step of `next_batch` where prompts are computed beside all that decode: the chunks of prompts, and the
+        decoding sequences' one step. `advance` by it when it ends, after `computed` of the chunks. None: ask
+        `next_batch`, because sequences take turns, or are preempted, or chunks depend on the slack of each.
+
+        O(chunks of prompts).
+        """
+        budget, num_decoding = self.budget, len(self._decoding)
+        if budget.mixing != "chunked" or not 0 < num_decoding <= budget.max_batch:
+            return None
+        batch = self._even_batch()
+        count = batch.blocks_after(1) - batch.held_blocks
+        if not self._index.ensure_free(count):
+            return None
+        self._growth = self._pool.allocate(count)
+        self._held_blocks += count
+        steps = FastForward(1, num_decoding, batch.kv_tokens, batch.newcomers)
+        left = min(budget.max_prefill_tokens, budget.max_batch_tokens - num_decoding)
+        return (self._prompt_chunks(left, now_s) if left > 0 else []), steps
+
     def advance(self, num_steps: int) -> list[Sequence]:
-        """The same as `num_steps` steps, at most those of `fast_forward`. Returns the sequences that have reached
-        their limit, in the order of their chunks: `finish` each now."""
+        """The same as `num_steps` steps, at most those of `fast_forward` or `mixed_step`. Returns the sequences that
+        have reached their limit, in the order of their chunks: `finish` each now."""
         batch = self._batch
         assert batch is not None, "ask `fast_forward` first"
         self._claimed_blocks -= batch.claimed_blocks
         count = batch.advance(num_steps)
         self._claimed_blocks += batch.claimed_blocks
-        self._held_blocks += count
-        has_blocks = self._index.ensure_free(count)
-        assert has_blocks, "the batch does not stay the same for so long"
-        batch.loose_blocks.extend(self._pool.allocate(count))
+        if not self._growth:
+            self._held_blocks += count
+            has_blocks = self._index.ensure_free(count)
+            assert has_blocks, "the batch does not stay the same for so long"
+            self._growth = self._pool.allocate(count)
+        assert len(self._growth) == count, "another number of steps than was asked for"
+        batch.loose_blocks.extend(self._growth)
+        self._growth = []
         self._computed_tokens += num_steps * len(batch)
         ended = batch.pop_ended()
         for sequence in ended:
@@ -91,6 +112,14 @@ class FastForwardScheduler(Scheduler):
             self._batch.join(sequence, self.length_limit(sequence))
         return sequence
 
+    def generated(self, key: Hashable, token_id: int) -> Sequence:
+        was_prompt = key in self._prompts
+        sequence = super().generated(key, token_id)
+        limit = self.length_limit(sequence)
+        if was_prompt and self._batch is not None and sequence.num_tokens < limit:
+            self._batch.join(sequence, limit)
+        return sequence
+
     def next_batch(self, now_s: float) -> list[Chunk]:
         self._end_batch()
         return super().next_batch(now_s)
@@ -108,6 +137,14 @@ class FastForwardScheduler(Scheduler):
         self._end_batch()
         super().check_integrity(other_owners)
 
+    def _even_batch(self) -> EvenBatch:
+        if self._batch is None:
+            self._batch = EvenBatch(self._block_size, self.budget.growth_horizon_tokens)
+            for sequence in self._decoding.values():
+                self._batch.join(sequence, self.length_limit(sequence))
+        assert len(self._batch) == len(self._decoding), "finish what has reached its limit"
+        return self._batch
+
     def _sync(self, sequence: Sequence) -> None:
         if self._batch is not None and sequence.key in self._batch.synced:
             self._batch.sync(sequence)
@@ -120,3 +157,6 @@ class FastForwardScheduler(Scheduler):
                 self._sync(sequence)
             assert not self._batch.loose_blocks, "a block that no sequence missed"
             self._batch = None
+            self._pool.release(self._growth)  # of a step that was lost
+            self._held_blocks -= len(self._growth)
+            self._growth = []

@@ -51,6 +51,7 @@ class SelectorSettings:
     outstanding_steps: float
     max_outstanding_tokens: int | None
     local_prefill: bool
+    tracker_type: type[PrefixTracker] = PrefixTracker
 
 
 class InstanceSelector:
@@ -81,7 +82,8 @@ class InstanceSelector:
         self.instances[instance.instance_id] = instance
         block_size = instance.status.block_size
         if instance.role is not Role.DECODE and block_size not in self._trackers:
-            self._trackers[block_size] = PrefixTracker(block_size, self._settings.max_tracked_blocks)
+            tracker_type = self._settings.tracker_type
+            self._trackers[block_size] = tracker_type(block_size, self._settings.max_tracked_blocks)
         self.put(instance)
 
     def put(self, instance: KnownInstance, *, is_chosen: bool = False) -> None:

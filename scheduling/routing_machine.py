@@ -45,6 +45,7 @@ from tandem.scheduling.instance_selector import InstanceSelector, Place, Selecto
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import Residuals
+from tandem.scheduling.prefix_tracker import PrefixTracker
 from tandem.scheduling.queue_order import QueueOrder
 from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
@@ -129,9 +130,11 @@ class RoutingMachine:
         *,
         explain: bool = True,
         selector_type: type[InstanceSelector] | None = None,
+        tracker_type: type[PrefixTracker] = PrefixTracker,
     ) -> None:
         """`explain`: give the driver the comparison behind each decision; the decisions are the same without.
-        `selector_type`: a policy other than that of the settings."""
+        `selector_type`: a policy other than that of the settings. `tracker_type`: for names of blocks other than
+        hashes."""
         self._driver = driver
         self._settings = settings
         selector_type = selector_type or _SELECTORS[settings.policy]
@@ -143,6 +146,7 @@ class RoutingMachine:
                 outstanding_steps=settings.outstanding_steps,
                 max_outstanding_tokens=settings.max_outstanding_tokens,
                 local_prefill=settings.local_prefill,
+                tracker_type=tracker_type,
             )
         )
         self._requests: dict[Hashable, RoutedRequest] = {}

@@ -360,6 +360,8 @@ class Scheduler:
 
     def _decode_chunks(self) -> list[Chunk]:
         """A token of each whose turn it is, and that is not preempted to make room for the others."""
+        if not self._decoding:
+            return []
         size, max_batch = self._block_size, self.budget.max_batch
         while True:
             picked = list(islice(self._decoding.values(), max_batch))

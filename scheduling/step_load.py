@@ -8,14 +8,22 @@ from tandem.scheduling.scheduler import Chunk
 
 def step_load(chunks: Sequence[Chunk]) -> StepLoad:
     """Prompts that are computed again, after a preemption, count as prompts."""
-    prompts = [chunk for chunk in chunks if chunk.is_prompt]
-    decoding = len(chunks) - len(prompts)
+    tokens = sequences = pairs = prompt_kv_tokens = decode_kv_tokens = sampled = 0
+    for chunk in chunks:
+        sampled += chunk.samples
+        if chunk.is_prompt:
+            sequences += 1
+            tokens += chunk.num_tokens
+            pairs += attention_pairs(chunk.start, chunk.num_tokens)
+            prompt_kv_tokens += chunk.start + chunk.num_tokens
+        else:
+            decode_kv_tokens += chunk.start + 1
     return StepLoad(
-        prefill_tokens=sum(chunk.num_tokens for chunk in prompts),
-        prefill_sequences=len(prompts),
-        prefill_pairs=sum(attention_pairs(chunk.start, chunk.num_tokens) for chunk in prompts),
-        prefill_kv_tokens=sum(chunk.start + chunk.num_tokens for chunk in prompts),
-        decode_sequences=decoding,
-        decode_kv_tokens=sum(chunk.start + 1 for chunk in chunks if not chunk.is_prompt),
-        sampled=decoding + sum(chunk.samples for chunk in prompts),
+        prefill_tokens=tokens,
+        prefill_sequences=sequences,
+        prefill_pairs=pairs,
+        prefill_kv_tokens=prompt_kv_tokens,
+        decode_sequences=len(chunks) - sequences,
+        decode_kv_tokens=decode_kv_tokens,
+        sampled=sampled,
     )

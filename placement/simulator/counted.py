@@ -21,8 +21,8 @@ def counted_request(
 
 
 class CountedSequence(Sequence):
-    """A sequence that knows how many tokens it has, and not which. For a prefix cache it is given the names of all its
-    blocks (see `prefixes`)."""
+    """A sequence that knows how many tokens it has, and not which. For a prefix cache it is given the path of its
+    blocks (see `prefix_runs`)."""
 
     __slots__ = ("_num_tokens",)
 

@@ -1,8 +1,17 @@
-"""Many decode steps of one batch as one event."""
+"""What an instance computes as one event: a step, or many decode steps of one batch."""
 
 import math
+from typing import NamedTuple
 
 from tandem.scheduling.fast_forward import FastForward
+from tandem.scheduling.scheduler import Chunk
+
+
+class ChunkStep(NamedTuple):
+    """A step of these chunks, and of a token of each sequence that decodes `beside` them, if those are not chunks."""
+
+    chunks: list[Chunk]
+    beside: FastForward | None = None
 
 
 class FastRun:

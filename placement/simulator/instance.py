@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 from tandem.core.errors import TandemError
 from tandem.core.session import Role
@@ -9,17 +10,22 @@ from tandem.placement.simulator.attempt import Listener, SimulatedAttempt
 from tandem.placement.simulator.counted import CountedSequence
 from tandem.placement.simulator.deployment import PAUSE_S, InstanceSpec
 from tandem.placement.simulator.event_queue import EventQueue
-from tandem.placement.simulator.fast_run import FastRun
+from tandem.placement.simulator.fast_run import ChunkStep, FastRun
 from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
 from tandem.placement.simulator.result import InstanceUse
 from tandem.placement.simulator.use import StepTotals
 from tandem.scheduling.budget import role_budget
+from tandem.scheduling.fast_forward import FastForward
+from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.sequence import Sequence, SequenceState
+from tandem.scheduling.step_load import step_load
 
-_Step = list[Chunk] | FastRun
 _RELEASED = -1.0  # the end of a lease on KV that its reader has
+
+
+_Step = ChunkStep | FastRun
 
 
 class SimulatedInstance:
@@ -46,6 +52,9 @@ class SimulatedInstance:
         self._events = events
         self._listener = listener
         self._step_by_step = step_by_step
+        # Other systems have schedulers and costs of their own, which want to see each sequence.
+        own_rules = spec.scheduler_type is FastForwardScheduler and spec.load_of is step_load
+        self._mixes_fast = own_rules and not step_by_step
         self._names = names if spec.prefix_cache and spec.role != "decode" else None
         self._pool, self._index = pool_and_index(spec, self._names)
         budget = role_budget(
@@ -155,7 +164,7 @@ class SimulatedInstance:
     def _submit(self, attempt: SimulatedAttempt, is_remote: bool, hand_over: bool) -> None:
         sequence = CountedSequence(attempt, attempt.request, self._events.now_s, is_remote, hand_over)
         if self._names is not None:
-            sequence.block_hashes = self._names.of(attempt.row, attempt.request.max_total_tokens)
+            sequence.block_hashes = cast(list[bytes], self._names.path(attempt.row))  # see `prefix_runs.RunIndex`
         try:
             self._scheduler.add(sequence)
         except TandemError as error:
@@ -191,19 +200,23 @@ class SimulatedInstance:
             coefficients = self.spec.cost.decode_coefficients(steps.num_sequences)
             self._step = run = FastRun(steps, coefficients, now_s)
             self._events.at_step_end(run.end_s, self._end_run, run)
+        elif self._mixes_fast and (mixed := scheduler.mixed_step(now_s)) is not None:
+            self._begin_step(ChunkStep(*mixed))
         elif chunks := scheduler.next_batch(now_s):
-            self._begin_step(chunks)
+            self._begin_step(ChunkStep(chunks))
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def _begin_step(self, chunks: list[Chunk]) -> None:
+    def _begin_step(self, step: ChunkStep) -> None:
         now_s = self._events.now_s
-        self._step = chunks
+        self._step, chunks, beside = step, *step
         for chunk in chunks:
             sequence = chunk.sequence
             if chunk.is_prompt and chunk.start == sequence.num_cached and not _has_drawn(sequence):
                 self._listener.prefill_started(attempt_of(sequence), sequence.num_cached)
         load = self.spec.load_of(chunks)
+        if beside is not None:
+            load = load.beside_decode(beside.num_sequences, beside.kv_tokens)
         cost = self._totals.count_step(load)
         if self._predictor is not None:
             self._predictor.observe(load, cost.total_s)
@@ -212,12 +225,13 @@ class SimulatedInstance:
             cold_s = self.spec.cold_step_factor * cost.total_s
             self._totals.count_more(cold_s)
         self._results_s = max(self._results_s, now_s + cold_s + cost.total_s)
-        if cost.interval_s < cost.total_s and all(chunk.sequence.hand_over for chunk in chunks):
-            step = (chunks, self._life)
-            self._events.at_step_end(now_s + cold_s + cost.interval_s, self._next_step, step)
-            self._events.at_step_end(self._results_s, self._end_pipeline, step)
+        is_piped = cost.interval_s < cost.total_s and all(chunk.sequence.hand_over for chunk in chunks)
+        if is_piped and beside is None:
+            piped = (chunks, self._life)
+            self._events.at_step_end(now_s + cold_s + cost.interval_s, self._next_step, piped)
+            self._events.at_step_end(self._results_s, self._end_pipeline, piped)
         else:
-            self._events.at_step_end(self._results_s, self._end_step, chunks)
+            self._events.at_step_end(self._results_s, self._end_step, step)
 
     def _next_step(self, step: tuple[list[Chunk], int]) -> None:
         """The first stage is free. What follows in order finds the KV of these chunks, so the scheduler may go on."""
@@ -231,17 +245,19 @@ class SimulatedInstance:
         if life == self._life:
             self._take_results(chunks)
 
-    def _end_step(self, chunks: list[Chunk]) -> None:
-        if self._step is not chunks:
+    def _end_step(self, step: ChunkStep) -> None:
+        if self._step is not step:
             return  # lost with the instance
         if self._late_s > 0:
             late_s, self._late_s = self._late_s, 0.0
             self._totals.count_more(late_s)
             self._results_s = self._events.now_s + late_s
-            self._events.at_step_end(self._results_s, self._end_step, chunks)
+            self._events.at_step_end(self._results_s, self._end_step, step)
             return
-        self._computed(chunks)
-        self._take_results(chunks)
+        self._computed(step.chunks)
+        if step.beside is not None:
+            self._take_decoded(step.beside, 1, self._began_s, self._events.now_s)
+        self._take_results(step.chunks)
         self._turn()
 
     def _computed(self, chunks: list[Chunk]) -> None:
@@ -287,9 +303,12 @@ class SimulatedInstance:
         self._totals.count_run(run)
         if num_done == 0:
             return
-        second_s = run.end_of(1)
-        for sequence in run.steps.newcomers:
-            self._listener.second_token(attempt_of(sequence), run.began_s, second_s)
+        self._take_decoded(run.steps, num_done, run.began_s, run.end_of(1))
+
+    def _take_decoded(self, steps: FastForward, num_done: int, began_s: float, first_end_s: float) -> None:
+        """`num_done` steps of all that decode are done, the first at `first_end_s`."""
+        for sequence in steps.newcomers:
+            self._listener.second_token(attempt_of(sequence), began_s, first_end_s)
         for sequence in self._scheduler.advance(num_done):
             self._finish(sequence)
 

@@ -17,6 +17,7 @@ from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefixes import BlockNames
 from tandem.placement.simulator.record import Record
+from tandem.placement.simulator.run_tracker import RunTracker
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
@@ -38,7 +39,9 @@ class Router:
         record: Record,
     ) -> None:
         """`connect` it to its instances before the first request."""
-        self.machine = RoutingMachine(self, spec.routing, explain=False, selector_type=spec.selector_type)
+        self.machine = RoutingMachine(
+            self, spec.routing, explain=False, selector_type=spec.selector_type, tracker_type=RunTracker
+        )
         self.num_refused = 0
         self.wake_s = math.inf
         self._spec = spec

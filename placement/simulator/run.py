@@ -11,21 +11,23 @@ from tandem.placement.simulator.event_queue import EventQueue
 from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefixes import BlockNames
-from tandem.placement.simulator.record import Record
+from tandem.placement.simulator.record import FINISHED, Record
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.simulator.router import Router
-from tandem.placement.workload.requests import RequestStream
+from tandem.placement.workload.requests import Floats, RequestStream
 
 _EVENTS_PER_LOOK = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a simulation is: of `finished` requests all tokens have come; `refused` requests ended with an error."""
+    """How far a simulation is: of `finished` requests all tokens have come; `refused` requests ended with an error.
+    `finished_s` says when each request finished, NaN if it has not yet."""
 
     now_s: float
     finished: int
     refused: int
+    finished_s: Floats
 
 
 def simulate(
@@ -98,7 +100,9 @@ def _simulate(
             events.run_next()
         num_events += 1
         if stop_when is not None and num_events % _EVENTS_PER_LOOK == 0:
-            stopped_early = stop_when(Progress(events.now_s, record.num_finished, router.num_refused))
+            stopped_early = stop_when(
+                Progress(events.now_s, record.num_finished, router.num_refused, record.stamps[:, FINISHED])
+            )
             if stopped_early:
                 break
     if math.isfinite(until_s) and not stopped_early:

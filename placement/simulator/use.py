@@ -1,9 +1,13 @@
 """Totals of an instance's steps."""
 
-from tandem.core.cost_model import CostModel, StepCost, StepLoad
+from operator import attrgetter
+
+from tandem.core.cost_model import COST_TERMS, CostModel, StepCost, StepLoad
 from tandem.placement.simulator.deployment import InstanceSpec
 from tandem.placement.simulator.fast_run import FastRun
 from tandem.placement.simulator.result import InstanceUse
+
+_terms_of = attrgetter(*COST_TERMS)
 
 
 class StepTotals:
@@ -11,7 +15,7 @@ class StepTotals:
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
-        self._terms_s: dict[str, float] = {}
+        self._terms_s = [0.0] * len(COST_TERMS)
         # By batch size, of runs: steps and tokens of KV read. A step's cost is affine in the latter, so their terms'
         # totals are those of as many steps that read as much in all, equally.
         self._run_steps: dict[int, int] = {}
@@ -70,9 +74,10 @@ class StepTotals:
             self._add(self._cost.step(StepLoad.of_decode(sequences, kv_tokens + 1)), rest)
         self._run_steps.clear()
         self._run_kv_tokens.clear()
-        more = {"overhead_s": self._terms_s.get("overhead_s", 0.0) + self._more_s} if self._more_s else {}
-        return self._terms_s | more
+        if self._steps == 0 and self._more_s == 0.0:
+            return {}
+        terms_s = dict(zip(COST_TERMS, self._terms_s, strict=True))
+        return terms_s | {"overhead_s": terms_s["overhead_s"] + self._more_s}
 
     def _add(self, cost: StepCost, steps: int) -> None:
-        for name, seconds in cost.terms().items():
-            self._terms_s[name] = self._terms_s.get(name, 0.0) + steps * seconds
+        self._terms_s = [total + steps * term for total, term in zip(self._terms_s, _terms_of(cost), strict=True)]
