@@ -21,7 +21,7 @@ class LoadRecord:
     """One request, as its client saw it. Times are seconds since the run began.
 
     `first_s` and `last_s`: the first and the last event of the response. `event_s`: every event, see `TimedCompletion`.
-    `timeline`: the server's (docs/http-api.md).
+    `timeline`: the server's (docs/http-api.md). `num_cached_tokens`: of the prompt, as the response's usage says.
     A request that was never sent has neither `sent_s` nor an error.
     """
 
@@ -35,6 +35,7 @@ class LoadRecord:
     last_s: float | None = None
     error: str | None = None
     timeline: dict[str, object] | None = None
+    num_cached_tokens: int = 0
     event_s: tuple[float, ...] = ()
 
     @property
@@ -132,7 +133,7 @@ def as_simulation(
         requests=stream,
         stamps=stamps,
         num_attempts=np.ones(len(records), dtype=np.int64),
-        num_cached_tokens=np.zeros(len(records), dtype=np.int64),
+        num_cached_tokens=np.array([record.num_cached_tokens for record in records], dtype=np.int64),
         end_s=duration_s,
         instances=(),
         stopped_early=stopped_early,
@@ -142,5 +143,5 @@ def as_simulation(
 def records_as_json(result: LoadResult) -> list[dict[str, object]]:
     """One object per request, for a file."""
     fields = ("index", "scheduled_s", "sent_s", "first_s", "last_s", "num_prompt_tokens", "num_output_tokens",
-              "slo_class", "error", "timeline")  # fmt: skip
+              "slo_class", "error", "timeline", "num_cached_tokens")  # fmt: skip
     return [{name: getattr(record, name) for name in fields} for record in result.records]

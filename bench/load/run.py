@@ -74,10 +74,13 @@ class _LoadRun:
 def _completed(record: LoadRecord, timed: TimedCompletion, began_s: float) -> LoadRecord:
     error, usage = timed.error, timed.usage
     timeline: dict[str, object] | None = None
+    num_cached_tokens = 0
     if usage is not None:
         expected = (record.num_prompt_tokens, record.num_output_tokens)
         if (actual := (usage.get("prompt_tokens"), usage.get("completion_tokens"))) != expected:
             error = f"usage has {actual[0]} + {actual[1]} tokens instead of {expected[0]} + {expected[1]}"
+        details = usage.get("prompt_tokens_details")
+        num_cached_tokens = details.get("cached_tokens", 0) if isinstance(details, dict) else 0
         extra = usage.get("tandem")
         if isinstance(extra, dict):
             timeline = extra.get("timeline")
@@ -88,6 +91,7 @@ def _completed(record: LoadRecord, timed: TimedCompletion, began_s: float) -> Lo
         last_s=timed.last_s - began_s,
         error=error,
         timeline=timeline,
+        num_cached_tokens=num_cached_tokens,
         event_s=tuple(at_s - began_s for at_s in timed.event_s),
     )
 
