@@ -25,6 +25,7 @@ from tandem.placement.costs.models import published_models
 from tandem.placement.evaluation.summary import window_rows
 from tandem.placement.evidence import Planned
 from tandem.placement.report import formatting, write_plan, write_report
+from tandem.placement.report.advice_text import advice_sentences
 from tandem.placement.report.formatting import number
 from tandem.placement.search.mapper import local_mapper
 
@@ -34,6 +35,7 @@ examples:
   tandem plan slo.yaml -o chat.yaml --report chat.html    and a page that says why
   tandem plan slo.yaml --set workload.rate=20 --set search.max_tp=4
   tandem plan slo.yaml --ray 10.0.0.5:6379                with the cores of a Ray cluster
+  tandem plan --compare a.yaml b.yaml                     two plans on the same requests
   tandem plan --devices                                   the catalogue of devices
   tandem plan --models                                    models known by name
 
@@ -59,6 +61,16 @@ def run(
             "of, or local for one started for this. The plan is the same on all of them"
         ),
     ] = None,
+    advice: Annotated[
+        bool, typer.Option("--advice/--no-advice", help="predict which single changes would help (some seconds)")
+    ] = True,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="PLAN PLAN",
+            help="compare two plans on the same requests instead: those of FILE, or of the first plan's SLO file",
+        ),
+    ] = None,
     settings: Settings,
     devices: Annotated[bool, typer.Option("--devices", help="list the devices known by name, and end")] = False,
     models: Annotated[bool, typer.Option("--models", help="list the models known by name, and end")] = False,
@@ -70,6 +82,8 @@ def run(
     if devices or models:
         print_rich(*([_device_table()] if devices else []), *([_model_table()] if models else []))
         return 0
+    if compare is not None:
+        return _compare(file, compare, workers, settings)
     if file is None:
         raise ConfigError("name an SLO file: tandem plan slo.yaml (or --devices, or --models)")
     if workers and ray:
@@ -80,7 +94,7 @@ def run(
     output = output or Path("plan.yaml")
     _check_outputs(file, output, report)
     with show_progress(sys.stderr) as progress:
-        planned = search(slo, file, progress, workers, ray)
+        planned = search(slo, file, progress, workers, ray, advice=advice)
     with writing():
         write_plan(planned, output)
         if report is not None:
@@ -90,10 +104,31 @@ def run(
     return NO_PLAN if planned.plan.verdict == "infeasible" else 0
 
 
+def _compare(file: Path | None, paths: tuple[Path, Path], workers: int, settings: Sequence[str]) -> int:
+    # SciPy, which `tandem serve` of a plan does not need
+    from tandem.cli.compare_plans import compared_plan, describe_comparison, rates_of
+    from tandem.placement.plan_comparison import compare_plans
+
+    plans = compared_plan(paths[0]), compared_plan(paths[1])
+    slo = apply_overrides(plans[0].slo_file if file is None else load_config(file, SloFile), settings)
+    with show_progress(sys.stderr) as progress, signals_interrupt(), local_mapper(workers) as mapper:
+        progress(0.0, "simulating both plans")
+        rates = compare_plans(plans, slo, rates_of(plans, slo), mapper)
+    print_rich(*describe_comparison(plans, rates))
+    return 0
+
+
 def search(
-    slo: SloFile, file: Path, progress: Callable[[float, str], None], workers: int = 0, ray: str | None = None
+    slo: SloFile,
+    file: Path,
+    progress: Callable[[float, str], None],
+    workers: int = 0,
+    ray: str | None = None,
+    *,
+    advice: bool = False,
 ) -> Planned:
-    """The planner's answer, with the path of its SLO file. `ray`: see `deploy.ray_mapper.ray_mapper`.
+    """The planner's answer, with the path of its SLO file. `ray`: see `deploy.ray_mapper.ray_mapper`. `advice`: see
+    `placement.planner.plan`.
 
     Raises ConfigError, and UnavailableError where there is no such Ray.
     """
@@ -105,7 +140,7 @@ def search(
             "profile and name the file in cluster.nodes.calibration"
         )
     with signals_interrupt(), local_mapper(workers) if ray is None else ray_mapper(ray) as mapper:
-        planned = plan(slo, progress=progress, mapper=mapper)
+        planned = plan(slo, progress=progress, mapper=mapper, advice=advice)
     answer = planned.plan.model_copy(update={"slo_file": file.resolve()})
     return dataclasses.replace(planned, plan=answer)
 
@@ -119,7 +154,7 @@ def uncalibrated(slo: SloFile) -> list[str]:
 def describe(planned: Planned) -> list[RenderableType]:
     """The answer for a terminal: verdict, instances, expected service, and the best deployments that were rejected."""
     plan, expected = planned.plan, planned.plan.expected
-    parts: list[RenderableType] = [formatting.headline(planned)]
+    parts: list[RenderableType] = [formatting.headline(planned), *advice_sentences(planned)]
     if plan.groups:
         parts += ["", _group_table(plan)]
     if expected is not None:
@@ -140,7 +175,6 @@ def describe(planned: Planned) -> list[RenderableType]:
         parts += _workload_parts(planned)
         bounds = [f"{formatting.TERM_NAMES.get(bound, bound)} in {role}" for role, bound in expected.bounds.items()]
         parts += [f"a step is mostly {', '.join(bounds)}"] if bounds else []
-        parts += [f"cost: {number(expected.cost_per_hour)} USD per hour"] if expected.cost_per_hour else []
     rows = [
         [
             f"  {rejected.description}",

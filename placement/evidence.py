@@ -97,6 +97,36 @@ class SensitivityPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """One change of the plan or of its SLO file, and what is predicted for the changed plan. `cost_per_hour` in USD."""
+
+    description: str  # e.g. "one more decode instance (2 devices)"
+    goodput: float
+    num_devices: int
+    cost_per_hour: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutComparison:
+    """The best disaggregated configuration against the best colocated one: the ratio of their goodputs per device as
+    the planner found them, and as predicted with one parameter changed, (axis, factor, ratio)."""
+
+    disaggregated: str
+    colocated: str
+    ratio: float
+    changed: tuple[tuple[str, float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """`changes`, the most helpful first: by goodput per USD, or per device without prices. `layouts` is None if only
+    one of the layouts was compared."""
+
+    changes: tuple[Change, ...]
+    layouts: LayoutComparison | None
+
+
+@dataclass(frozen=True, slots=True)
 class ErrorBudget:
     """The error of the prediction.
 
@@ -159,7 +189,7 @@ class Reproduction:
 @dataclass(frozen=True, slots=True)
 class PlanEvidence:
     """`candidates` in falling goodput per device, without simulation last. `nearest`: for an infeasible SLO file, a
-    sentence with the nearest feasible targets."""
+    sentence with the nearest feasible targets. `advice` is None if it was not asked for."""
 
     candidates: tuple[PlanCandidate, ...]
     attainments: tuple[ClassAttainment, ...]  # one per class
@@ -171,6 +201,7 @@ class PlanEvidence:
     nodes: tuple[NodeSummary, ...]
     reproduction: Reproduction
     nearest: str = ""
+    advice: Advice | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,12 @@
 from tandem.core.plan import Expected, Plan
 from tandem.placement.evidence import Planned
 from tandem.placement.report import formatting, latency_figures, plan_figures
+from tandem.placement.report.advice_text import advice_sentences, change_rows, per_what
 from tandem.placement.report.device_map import device_map, instance_labels
 from tandem.placement.report.page import render
 
 _SECTIONS = (
+    ("changes", "What would help"),
     ("plan", "Plan"),
     ("candidates", "Configurations"),
     ("attainment", "Attainment"),
@@ -33,8 +35,11 @@ def report_html(planned: Planned) -> str:
         good=plan.verdict != "infeasible",
         headline=formatting.plan_sentence(planned),
         summary=plan.summary,
+        advice=advice_sentences(planned),
+        changes=change_rows(planned),
+        per_what=per_what(planned),
         figures=_key_figures(plan),
-        sections=_SECTIONS,
+        sections=_SECTIONS if evidence.advice is not None else _SECTIONS[1:],
         version=evidence.reproduction.version,
         plan=plan,
         expected=expected,

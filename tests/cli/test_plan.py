@@ -40,7 +40,13 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Planned], list[SloFile]
         asked: list[SloFile] = []
 
         def search(
-            slo: SloFile, file: Path, progress: Callable[[float, str], None], workers: int, ray: str | None
+            slo: SloFile,
+            file: Path,
+            progress: Callable[[float, str], None],
+            workers: int,
+            ray: str | None,
+            *,
+            advice: bool,
         ) -> Planned:
             progress(0.5, "simulating")
             asked.append(slo)
@@ -65,6 +71,8 @@ def test_it_writes_a_plan_that_reads_back_and_says_what_to_do(
     out = capsys.readouterr().out
     assert "0:0+0:1 1:0+1:1" in out, "where the instances stand"
     assert "92.1 % meet both targets (95 %: 90.5 to 93.6 %; required 90 %)" in out
+    assert "A thousand requests cost 0.597 USD" in out
+    assert "The single change that helps most, as predicted: TPOT targets 20 % looser" in out
     assert "a step is mostly linear layers in prefill, KV reads in decode" in out
     assert "TTFT is 1.4 x its target" in out
     assert "not for this machine yet: the plan's prefill instances have the shape tp2" in out
@@ -152,7 +160,7 @@ def test_no_file_is_written_over_another_of_the_same_command(
 
 
 def test_ctrl_c_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> Planned:
+    def interrupted(*_: object, **__: object) -> Planned:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tandem.cli.plan, "search", interrupted)

@@ -11,10 +11,13 @@ from tandem.core.plan import Expected, ExpectedClass, Plan, PlanGroup, Quantiles
 from tandem.core.slo import SloClass
 from tandem.core.timeline import Stage
 from tandem.placement.evidence import (
+    Advice,
     AttainmentPoint,
+    Change,
     ClassAttainment,
     ErrorBudget,
     LatencySample,
+    LayoutComparison,
     NodeSummary,
     PhaseBound,
     PlanCandidate,
@@ -81,6 +84,16 @@ def planned(verdict: Verdict = "disaggregate", classes: Sequence[SloClass] = (CH
         "workload": WorkloadSummary("data set sharegpt, Poisson arrivals", 2000, (10, 200, 3000), (5, 50, 70)),
         "nodes": (NodeSummary("0", "H100", 4), NodeSummary("1", "H100", 2)),
         "reproduction": Reproduction("model: Llama-3.1-70B\n", "0.1.0", 7, "roofline", "tandem plan slo.yaml"),
+        "advice": Advice(
+            (
+                Change("TPOT targets 20 % looser (48.0 ms)", 13.0, 5, 21.5),
+                Change("one more decode instance (1 H100 device)", 13.2, 6, 25.8),
+                Change("L4 instead", 1.1, 5, 4.0),
+            ),
+            LayoutComparison(
+                "2 x prefill tp2 + 1 x decode tp1", "3 x colocated tp1", 1.32, (("prompt_tokens", 0.75, 0.9),)
+            ),
+        ),
         "nearest": "the best plan reaches 90 % at TTFT 0.9 s" if verdict == "infeasible" else "",
     }
     return Planned(plan, PlanEvidence(**(parts | evidence)))

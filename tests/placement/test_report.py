@@ -9,8 +9,9 @@ from xml.etree import ElementTree
 import pytest
 
 from tandem.core.slo import SloClass
-from tandem.placement.evidence import ErrorBudget, NodeSummary
+from tandem.placement.evidence import Advice, ErrorBudget, LayoutComparison, NodeSummary
 from tandem.placement.report import RunDescription, write_report
+from tandem.placement.report.advice_text import advice_sentences, change_rows
 from tandem.placement.report.formatting import headline, number, percent, seconds
 from tandem.placement.report.plan_report import report_html
 from tandem.placement.report.run_report import simulation_report_html
@@ -37,6 +38,7 @@ def _text(page: str) -> str:
 
 def test_the_report_of_a_plan_has_all_sections(page: str) -> None:
     for section in (
+        "changes",
         "plan",
         "candidates",
         "attainment",
@@ -59,6 +61,40 @@ def test_the_report_of_a_plan_has_all_sections(page: str) -> None:
     assert "data set sharegpt, Poisson arrivals" in text
     assert "model: Llama-3.1-70B" in text
     assert "seed 7" in text
+
+
+def test_the_report_begins_with_what_to_do(page: str) -> None:
+    header = _text(page[: page.index("<main>")])
+    assert "A thousand requests cost 0.597 USD at 10.0 req/s (21.5 USD per hour)." in header
+    assert "Class chat: 92.1 % meet both targets at 10.0 req/s, and 90 % must. So many of them have TTFT" in header
+    assert (
+        "The single change that helps most, as predicted: TPOT targets 20 % looser (48.0 ms) (+16 % goodput)." in header
+    )
+    assert "Then: one more decode instance (1 H100 device) (+18 % goodput, -2 % per USD)." in header
+    assert (
+        "Disaggregation pays: 1.32 times the goodput per device of 3 x colocated tp1. Do not disaggregate with"
+        in header
+    )
+    assert "prompts 25 % shorter: colocated instances then serve more" in header
+
+
+def test_without_advice_there_are_cost_and_distance_only() -> None:
+    text = " ".join(advice_sentences(planned(advice=None)))
+    assert "A thousand requests cost" in text
+    assert "helps most" not in text
+    assert change_rows(planned(advice=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("layouts", "sentence"),
+    [
+        (LayoutComparison("a", "b", 0.5), "Do not disaggregate: b has 2.00 times the goodput per device of a."),
+        (LayoutComparison("a", "b", 0.5, (("tpot_target", 0.75, 1.1),)), "It would pay with TPOT targets 25 % tighter"),
+        (LayoutComparison("a", "b", 1.1), "it also does with lengths and targets of 0.75 and 1.5 times these"),
+    ],
+)
+def test_it_says_when_not_to_disaggregate(layouts: LayoutComparison, sentence: str) -> None:
+    assert sentence in " ".join(advice_sentences(planned(advice=Advice((), layouts))))
 
 
 def test_every_plot_is_well_formed_and_has_a_text_for_screen_readers(page: str) -> None:
