@@ -24,6 +24,7 @@ from tandem.placement.evidence import (
     Reproduction,
     WorkloadSummary,
 )
+from tandem.placement.search.advice import advise
 from tandem.placement.search.best_first import ReportProgress
 from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.candidate_list import bottleneck, list_candidates, rejected_shapes
@@ -31,8 +32,7 @@ from tandem.placement.search.chosen_deployment import (
     MeasuredGoodput,
     Observation,
     class_attainments,
-    measure_goodput,
-    observe,
+    measure_and_observe,
 )
 from tandem.placement.search.final_comparison import FinalComparison
 from tandem.placement.search.mapper import Mapper
@@ -43,6 +43,7 @@ from tandem.placement.search.trial import evaluate_at, plan_of, simulate_request
 from tandem.placement.workload.description import describe, summary_of
 
 _ALTERNATIVES = 8
+_VARIED_REQUESTS = 1000  # of a window, at most, for what is only shown beside the plan
 _TRANSIENT_REQUESTS = 300  # as in DistServe's simulator
 
 
@@ -55,13 +56,12 @@ def explain(
     report: ReportProgress,
     *,
     met: bool,
+    with_advice: bool,
 ) -> Planned:
     """The plan of the chosen deployment with its evidence. `met`: `space` belongs to the problem of the SLO file;
     otherwise to the nearest feasible problem."""
     problem, deployment = comparison.problem, comparison.chosen.candidate.deployment
     simulated, is_scaled, scale = comparison.chosen.simulated, comparison.chosen.is_scaled, comparison.chosen.scale
-    report(0.0, "simulating the chosen deployment at several rates")
-    measured = measure_goodput(problem, simulated, comparison.rate, mapper, separate_nodes=is_scaled)
     goodput = comparison.goodput
     met = met and (
         problem.rate is None
@@ -69,12 +69,24 @@ def explain(
         or evaluate_at(problem, simulated, is_scaled, problem.rate / scale).meets
     )
     rate = problem.rate if problem.rate is not None and met else goodput
-    report(0.4, "simulating the chosen deployment at its rate")
-    observation = observe(problem, simulated, is_scaled, rate / scale if rate != goodput else comparison.rate)
+    report(0.0, "simulating the chosen deployment at several rates")
+    measured, observation = measure_and_observe(
+        problem,
+        simulated,
+        comparison.rate,
+        rate / scale if rate != goodput else comparison.rate,
+        mapper,
+        separate_nodes=is_scaled,
+        known=comparison.evaluated,
+    )
     report(0.6, "simulating other lengths and targets")
     deciding = deciding_window(problem.windows, observation.evaluation) if problem.windows else None
-    varied = space.problem if deciding is None else problem.of_window(deciding)
+    varied = space.problem if deciding is None else problem.of_window(deciding).with_requests(_VARIED_REQUESTS)
     points = sensitivity_of(varied, measured, rate / scale, mapper, separate_nodes=is_scaled)
+    advice = None
+    if with_advice:
+        report(0.8, "predicting changes that would help")
+        advice = advise(slo_file, varied, comparison, points, measured.goodput, mapper)
     interval = measured.goodput_ci[0] * scale, measured.goodput_ci[1] * scale
     candidates = _with_interval(list_candidates(space, comparison), interval)
     expected = Expected(
@@ -124,11 +136,13 @@ def explain(
                 deployment,
                 scale,
                 num_simulations + comparison.num_simulations,
+                mapper,
             ),
             workload=_workload(slo_file, problem, observation.requests),
             nodes=_nodes(problem),
             reproduction=_reproduction(slo_file, problem),
             nearest=nearest,
+            advice=advice,
         ),
     )
 
@@ -202,15 +216,15 @@ def _error(
     deployment: CandidateDeployment,
     scale: float,
     simulations: int,
+    mapper: Mapper,
 ) -> ErrorBudget:
     problem, error = space.problem, space.problem.source.error
     slower = faster = None
     if not math.isnan(error):
-        predicted = predicted_goodput(problem, measured.deployment)
+        slowdowns = [1.0, 1 + error, max(0.1, 1 - error)]
+        predicted, *changed = mapper(partial(predicted_goodput, problem, measured.deployment), slowdowns)
         if predicted > 0:
-            ratio = measured.goodput * scale / predicted
-            slower = ratio * predicted_goodput(problem, measured.deployment, 1 + error)
-            faster = ratio * predicted_goodput(problem, measured.deployment, max(0.1, 1 - error))
+            slower, faster = (measured.goodput * scale * each / predicted for each in changed)
     notes = ["The sensitivity of the goodput, also to the model error, comes from predictions, not from simulations."]
     if measured.deployment != deployment:
         notes.append(

@@ -13,18 +13,16 @@ from tandem.placement.cluster import Cluster
 from tandem.placement.costs.cost_source import CostSource
 from tandem.placement.costs.models import model_shape
 from tandem.placement.costs.sources import cost_source_of
-from tandem.placement.evaluation.attainment import deciding_window
 from tandem.placement.evidence import Planned
 from tandem.placement.explanation import explain, explain_infeasible
 from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress, SearchResult, find_best
 from tandem.placement.search.cheapest import find_cheapest
 from tandem.placement.search.final_comparison import FinalComparison, compare_finalists
-from tandem.placement.search.mapper import Mapper, local_mapper
+from tandem.placement.search.mapper import Mapper, SerialMapper, local_mapper
 from tandem.placement.search.nearest_feasible import nearest_feasible
 from tandem.placement.search.predict import limit_of_nodes
 from tandem.placement.search.problem import Problem, cache_tokens_of, without_cached
 from tandem.placement.search.space import SearchSpace, search_space
-from tandem.placement.search.trial import RATE_RATIO, evaluate_at
 from tandem.placement.search.trim import trimmed
 from tandem.placement.workload.streams import generated_requests, trace_requests
 from tandem.placement.workload.windows import Window, windowed
@@ -54,10 +52,12 @@ def plan(
     workers: int = 0,
     mapper: Mapper | None = None,
     source: CostSource | None = None,
+    advice: bool = False,
 ) -> Planned:
     """The best plan for the SLO file, or an infeasible plan with the nearest feasible targets.
 
     `workers`: number of processes, 0 for one per core. `mapper` executes the work elsewhere, e.g. on a Ray cluster.
+    `advice`: also predict changes that would help, in a few seconds.
     `source` replaces the costs of the SLO file. Deterministic for any number of workers. Raises ConfigError for
     mistakes in the SLO file.
     """
@@ -77,6 +77,7 @@ def plan(
             spread,
             lambda share, text: report(_COMPARED_SHARE + (1 - _COMPARED_SHARE) * share, text),
             met=result.met,
+            with_advice=advice,
         )
     report(1.0, "done")
     return planned
@@ -94,6 +95,7 @@ def search_and_compare(
         return _search_one(problem, problem, mapper, report)
     best: tuple[PlanResult, FinalComparison | None] | None = None
     tried: list[Window] = []
+    report(0.0, f"looking for the window that decides, of {len(problem.windows)}")
     window = _heaviest(problem, mapper)
     while True:
         begin = len(tried) / _MAX_SEARCHES
@@ -106,11 +108,11 @@ def search_and_compare(
         if best is None or best[1] is None or comparison.goodput > best[1].goodput:
             best = result, comparison
         searched = 0.0 if result.chosen is None else result.chosen.goodput or 0.0
-        one, rate = comparison.chosen, comparison.rate * RATE_RATIO**2
-        evaluation = evaluate_at(comparison.problem, one.simulated, one.is_scaled, rate)
-        window = deciding_window(problem.windows, evaluation)
-        if len(tried) == _MAX_SEARCHES or window in tried or comparison.goodput > _CLOSE * searched:
+        if comparison.deciding is None or comparison.deciding in tried:
             return best
+        if len(tried) == _MAX_SEARCHES or comparison.goodput > _CLOSE * searched:
+            return best
+        window = comparison.deciding
 
 
 def _search_one(
@@ -137,10 +139,9 @@ def _search_one(
 def _heaviest(problem: Problem, mapper: Mapper) -> Window:
     """The window that probably decides: of the windows by the rate that no deployment can exceed, the lowest last, the
     one with which they have the share `cover` of the time."""
-    bounds = []
-    for window in problem.windows:
-        of_window = problem.of_window(window)
-        bounds.append(limit_of_nodes(problem.node_types, search_space(of_window, mapper).limits))
+    if len(problem.windows) == 1:
+        return problem.windows[0]
+    bounds = mapper(partial(_limit_in, problem), problem.windows)
     order = sorted(range(len(bounds)), key=lambda i: -bounds[i])
     covered = 0.0
     for i in order:
@@ -148,6 +149,12 @@ def _heaviest(problem: Problem, mapper: Mapper) -> Window:
         if covered >= problem.cover - 1e-9:
             return problem.windows[i]
     return problem.windows[order[-1]]
+
+
+def _limit_in(problem: Problem, window: Window) -> float:
+    """Requests per second of the workload that no deployment can exceed in the window."""
+    space = search_space(problem.of_window(window), SerialMapper())
+    return limit_of_nodes(problem.node_types, space.limits)
 
 
 def _report_part(report: ReportProgress, begin: float, length: float, share: float, text: str) -> None:

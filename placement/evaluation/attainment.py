@@ -15,7 +15,8 @@ from tandem.placement.workload.requests import Floats, RequestStream
 from tandem.placement.workload.windows import Window
 
 _LOST_USE = 4.0  # latency, in units of its target, of a request that never finished; larger values are clipped to it
-_MAX_TAIL = 0.2
+MAX_TAIL = 0.2
+"""The most requests that are left out at the end, as a share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ def evaluate_windows(
 
     A window has no steady state of its own to be searched for: its bursts are part of it. Left out is what arrives
     within its 90th percentile of the time in the system, when the requests of the window before are still there, at
-    most half; at the end of the last window, as by `evaluate`.
+    most half; at the end of the last window, as by `evaluate`. A window in which a run was stopped misses its targets.
     """
     requests, decided, stay_s = result.requests, _decided(result, classes), _time_in_system(result)
     budget_uses = _budget_uses(result, classes)
@@ -134,7 +135,7 @@ def evaluate_windows(
             p50_s, p90_s = np.quantile(stay_s[rows], (0.5, 0.9))
             warm_up = min(int(np.searchsorted(arrival_s, arrival_s[0] + p90_s)), (last - first) // 2)
             if last == len(requests) and not result.stopped_early:
-                tail = min(_tail(requests, float(p50_s)), int(_MAX_TAIL * (last - first)))
+                tail = min(_tail(requests, float(p50_s)), int(MAX_TAIL * (last - first)))
             long_enough = bool(arrival_s[-1] - arrival_s[0] >= 3 * p90_s)
             rows[first : first + warm_up] = False
             rows[last - tail : last] = False
@@ -144,7 +145,7 @@ def evaluate_windows(
                 classes=_evaluate_classes(result, classes, rows),
                 warm_up=first + warm_up,
                 tail=len(requests) - last + tail,
-                stable=not drifting and not result.stopped_early,
+                stable=not drifting and bool(decided[first:last].all()),
                 long_enough=long_enough,
             )
         )
@@ -261,7 +262,7 @@ def _warm_up(requests: RequestStream, slowness: Floats, fill_s: float) -> int:
 
 def _tail(requests: RequestStream, stay_s: float) -> int:
     late = len(requests) - int(np.searchsorted(requests.arrival_s, requests.arrival_s[-1] - stay_s, side="right"))
-    return min(late, int(_MAX_TAIL * len(requests)))
+    return min(late, int(MAX_TAIL * len(requests)))
 
 
 def _evaluate_class(

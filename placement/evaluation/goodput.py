@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tandem.core.slo import SloClass
-from tandem.placement.evaluation.attainment import Evaluation, deadlines_s, evaluate
+from tandem.placement.evaluation.attainment import MAX_TAIL, Evaluation, deadlines_s, evaluate
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.simulator.run import Progress
 from tandem.placement.workload.requests import RequestStream
@@ -52,29 +52,58 @@ def find_goodput(
     return low
 
 
-def stop_when_lost(
-    requests: RequestStream, classes: Sequence[SloClass], windows: Sequence[Window] = (), cover: float = 1.0
-) -> StopWhen:
-    """True once at least one class can no longer keep its attainment; with windows, in windows that have the share
-    `cover` of the time.
+def stop_when_lost(requests: RequestStream, classes: Sequence[SloClass]) -> StopWhen:
+    """True once at least one class can no longer keep its attainment.
 
     A request that meets its targets finishes by its deadline: its TTFT target plus its TPOT target for each further
     token. The number of passed deadlines minus the number of finished requests is a lower bound on the misses. If it
-    exceeds the misses that all classes allow together, and all requests of the windows that need not meet the targets,
-    at least one class has failed.
+    exceeds the misses that all classes allow together, at least one class has failed.
     """
     deadline_s = np.sort(deadlines_s(requests, classes))
     counts = np.bincount(requests.slo_class, minlength=len(classes))
     allowed_misses = sum((1 - slo.attainment) * int(count) for slo, count in zip(classes, counts, strict=True))
-    spared_s = 1 - cover
-    for window in sorted(windows, key=lambda window: window.rows[0] - window.rows[1]):
-        if window.time_share <= spared_s + 1e-9:
-            spared_s -= window.time_share
-            allowed_misses += window.rows[1] - window.rows[0]
 
     def is_lost(progress: Progress) -> bool:
         deadlines_passed = int(np.searchsorted(deadline_s, progress.now_s))
         return deadlines_passed - progress.finished > allowed_misses
+
+    return is_lost
+
+
+def stop_when_windows_lost(
+    requests: RequestStream, classes: Sequence[SloClass], windows: Sequence[Window], cover: float
+) -> StopWhen:
+    """True once windows are lost that have more than the share 1 - `cover` of the time (see `evaluate_windows`).
+
+    A window is lost when one class missed more deadlines there than its attainment allows of all its requests in the
+    window. Only requests count that `evaluate_windows` never leaves out: those of the second half, and of the last
+    window not the last fifth.
+    """
+    deadline_s = deadlines_s(requests, classes) + 1e-9
+    required = np.array([slo.attainment for slo in classes])
+    certain, allowed_misses = [], []
+    for window in windows:
+        first, last = window.rows
+        end = last - int(MAX_TAIL * (last - first)) if last == len(requests) else last
+        certain.append(slice(first + (last - first) // 2, end))
+        allowed_misses.append((1 - required) * np.bincount(requests.slo_class[first:last], minlength=len(classes)))
+    is_open = [True] * len(windows)
+    lost_share = 0.0
+
+    def is_lost(progress: Progress) -> bool:
+        nonlocal lost_share
+        for index, rows in enumerate(certain):
+            if not is_open[index] or requests.arrival_s[rows.start] > progress.now_s:
+                continue
+            passed = deadline_s[rows] <= progress.now_s
+            missed = passed & ~(progress.finished_s[rows] <= deadline_s[rows])  # NaN: not finished
+            misses = np.bincount(requests.slo_class[rows][missed], minlength=len(classes))
+            if np.any(misses > allowed_misses[index] + 1e-9):
+                lost_share += windows[index].time_share
+                is_open[index] = False
+            elif passed.all():
+                is_open[index] = False
+        return lost_share > 1 - cover + 1e-9
 
     return is_lost
 

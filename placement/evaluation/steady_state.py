@@ -50,11 +50,16 @@ def share_interval(hits: npt.NDArray[np.bool_], series: Floats, level: float) ->
 
 
 def difference_interval(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> Interval:
-    """95 % interval of the share of hits in `first` minus that in `second`, for two runs of the same requests:
-    Student's t over 20 batch means of the paired differences. (-1, 1) for fewer than 40 requests."""
+    """95 % interval of the share of hits in `first` minus that in `second`, for two runs of the same requests. (-1, 1)
+    for fewer than 40 requests."""
     if len(first) < 2 * _BATCHES:
         return -1.0, 1.0
-    differences = first.astype(np.float64) - second
+    return mean_interval(first.astype(np.float64) - second)
+
+
+def mean_interval(differences: Floats) -> Interval:
+    """95 % interval of the mean of paired differences, in order of arrival, at least 40: Student's t over 20 batch
+    means."""
     half = _T_95 * float(_batch_means(differences).std(ddof=1)) / math.sqrt(_BATCHES)
     mean = float(differences.mean())
     return mean - half, mean + half

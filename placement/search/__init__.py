@@ -9,7 +9,9 @@
     enumeration, space          the deployments to evaluate; everything above for one problem
     best_first, cheapest        the deployment of the highest goodput; the cheapest deployment for a rate
     trial, trim                 full simulations; removal of instances that a deployment does not need
-    chosen_deployment, runners_up, sensitivity, nearest_feasible, candidate_list
+    final_comparison, finalists, paired_runs, slack_variants
+                                the best deployments on the same requests
+    chosen_deployment, sensitivity, advice, nearest_feasible, candidate_list
                                 results about the chosen deployment and its alternatives
     mapper                      parallel execution
 

@@ -31,6 +31,8 @@ _MARGIN = 1.05  # ratio by which a simulation may exceed the prediction
 _COLOCATED_MARGIN = 1.1  # with colocated instances: their model is less accurate and ignores that groups share load
 _BATCH = 48
 _MAX_FAILURES = 12  # consecutive simulated deployments without improvement
+_PART = 0.03  # of the rest, for the progress
+_MAX_DONE = 0.9  # of the progress, while there is work left
 
 ReportProgress = Callable[[float, str], None]
 """Receives the share of the work that is done, and a phrase about the current work."""
@@ -84,6 +86,7 @@ class _BestFirst:
         self._num_enumerated = 0
         self._num_simulations = 0
         self._failures = 0
+        self._share = 0.0
 
     def find(self) -> SearchResult:
         self._add_part(self._space.problem.node_types)
@@ -147,7 +150,7 @@ class _BestFirst:
         """Add the deployments of a part of the cluster, and its own parts."""
         nodes = entry.item
         assert isinstance(nodes, tuple)
-        self._report(self._done(), f"enumerating deployments on {entry.num_devices} devices")
+        self._begin(f"enumerating deployments on {entry.num_devices} devices")
         for deployment in self._space.deployments(nodes):
             self._num_enumerated += 1
             self._push(self._space.predictor.limit(deployment), deployment.num_devices, deployment)
@@ -159,7 +162,7 @@ class _BestFirst:
     def _predict(self, entries: list[_ByBound]) -> None:
         predictor = self._space.predictor
         deployments = [entry.item for entry in entries if isinstance(entry.item, CandidateDeployment)]
-        self._report(self._done(), f"predicting goodput, {predictor.num_evaluated_groups} groups evaluated")
+        self._begin(f"predicting goodput, {predictor.num_evaluated_groups} groups evaluated")
         predictor.prepare(deployments)
         for entry, deployment in zip(entries, deployments, strict=True):
             predicted = predictor.goodput(deployment)
@@ -168,7 +171,7 @@ class _BestFirst:
 
     def _simulate(self, entries: list[_ByBound]) -> None:
         candidates = [entry.item for entry in entries if isinstance(entry.item, EvaluatedDeployment)]
-        self._report(self._done(), f"simulating {candidates[0].deployment}")
+        self._begin(f"simulating {candidates[0].deployment}")
         best = self._best_goodput()
         trials = [trial_for(self._space, candidate, best) for candidate in candidates]
         if len(trials) == 1:
@@ -184,9 +187,12 @@ class _BestFirst:
             if goodput > best:
                 self._best, self._failures, best = evaluated, 0, goodput
 
-    def _done(self) -> float:
-        """The best goodput divided by the highest bound, 0 to 1."""
-        return min(1.0, self._best_goodput() / self._bound()) if self._heap else 0.0
+    def _begin(self, text: str) -> None:
+        """Of a next part. The best goodput divided by the highest bound says what is done; before there is a goodput,
+        the bar goes on by a part of the rest."""
+        done = min(1.0, self._best_goodput() / self._bound()) if self._heap else 0.0
+        self._report(self._share, text)
+        self._share = max(self._share + (1 - self._share) * _PART, _MAX_DONE * done)
 
 
 def max_goodput(deployment: CandidateDeployment, predicted: float) -> float:

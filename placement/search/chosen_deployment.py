@@ -1,6 +1,6 @@
 """The chosen deployment in detail: goodput with an interval, attainment against rate, latencies and bounds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,12 +13,13 @@ from tandem.placement.evidence import AttainmentPoint, ClassAttainment, LatencyS
 from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.trial import RATE_RATIO, evaluate_at, simulate_at
+from tandem.placement.search.trial import evaluate_at, rate_at, rate_index_below, simulate_at
 from tandem.placement.simulator.result import SimulationResult
 
-_FACTORS = (0.3, 0.6, 0.8, 0.9, 1 / RATE_RATIO, 1.0, RATE_RATIO, 1.1, 1.2, 1.5)
-_FACTORS_OF_TRACE = (0.6, 0.9, 1.0, RATE_RATIO, 1.1, 1.3)  # of a trace all windows are simulated
-_MAX_STEPS = 6
+# Of the rates to simulate: steps of the series of rates from the goodput on.
+_STEPS = (-49, -21, -9, -4, -1, 0, 1, 4, 7, 16)
+_STEPS_OF_TRACE = (-9, 0, 1, 4, 11)  # of a trace all windows are simulated
+_MAX_EXTENSIONS = 6
 _SAMPLE = 2000
 
 
@@ -52,26 +53,67 @@ class Observation:
 
 
 def measure_goodput(
-    problem: Problem, deployment: CandidateDeployment, goodput: float, mapper: Mapper, *, separate_nodes: bool
+    problem: Problem,
+    deployment: CandidateDeployment,
+    goodput: float,
+    mapper: Mapper,
+    *,
+    separate_nodes: bool,
+    known: Mapping[float, Evaluation] | None = None,
 ) -> MeasuredGoodput:
-    """Simulates rates around `goodput`, a result of `find_max_rate`, and further rates until the attainment is
-    certainly kept at the lowest and certainly missed at the highest; a few rates at most."""
+    """Simulates rates around `goodput`, a result of `find_rate_near`, and further rates until the attainment is
+    certainly kept at the lowest and certainly missed at the highest; a few rates at most. `known` rates are not
+    simulated again."""
     assert goodput > 0
+    evaluated = dict(known or {})
 
-    def evaluate_rates(rates: Sequence[float]) -> list[EvaluatedRate]:
+    def evaluate_rates(rates: Sequence[float]) -> None:
         evaluations = mapper(partial(evaluate_at, problem, deployment, separate_nodes), rates)
-        return [EvaluatedRate(rate, evaluation) for rate, evaluation in zip(rates, evaluations, strict=True)]
+        evaluated.update(zip(rates, evaluations, strict=True))
 
-    factors = _FACTORS_OF_TRACE if problem.windows else _FACTORS
-    evaluated = evaluate_rates([goodput * factor for factor in factors])
-    for _ in range(_MAX_STEPS):
-        if _surplus(evaluated[0], 0) < 0:
-            evaluated = [*evaluate_rates([evaluated[0].rate / 2]), *evaluated]
-        elif _surplus(evaluated[-1], 1) >= 0:
-            evaluated += evaluate_rates([evaluated[-1].rate * 1.5])
-        else:
+    evaluate_rates([rate for rate in _rates_around(problem, goodput) if rate not in evaluated])
+    for _ in range(_MAX_EXTENSIONS):
+        lowest, highest = min(evaluated), max(evaluated)
+        beyond = [lowest / 2] if _surplus(evaluated[lowest], 0) < 0 else []
+        if _surplus(evaluated[highest], 1) >= 0:
+            beyond.append(highest * 1.5)
+        if not beyond:
             break
-    return MeasuredGoodput(deployment, goodput, _rate_interval(evaluated, goodput), tuple(evaluated))
+        evaluate_rates(beyond)
+    points = tuple(EvaluatedRate(rate, evaluated[rate]) for rate in sorted(evaluated))
+    return MeasuredGoodput(deployment, goodput, _rate_interval(points, goodput), points)
+
+
+def measure_and_observe(
+    problem: Problem,
+    deployment: CandidateDeployment,
+    goodput: float,
+    rate: float,
+    mapper: Mapper,
+    *,
+    separate_nodes: bool,
+    known: Mapping[float, Evaluation],
+) -> tuple[MeasuredGoodput, Observation]:
+    """`measure_goodput`, and beside its simulations one complete run at `rate`."""
+    missing = [each for each in _rates_around(problem, goodput) if each not in known]
+    runs: list[Callable[[], Observation | Evaluation]] = [partial(observe, problem, deployment, separate_nodes, rate)]
+    runs += [partial(evaluate_at, problem, deployment, separate_nodes, each) for each in missing]
+    observation, *evaluations = mapper(_call, runs)
+    assert isinstance(observation, Observation)
+    found = {each: one for each, one in zip(missing, evaluations, strict=True) if isinstance(one, Evaluation)}
+    measured = measure_goodput(
+        problem, deployment, goodput, mapper, separate_nodes=separate_nodes, known={**known, **found}
+    )
+    return measured, observation
+
+
+def _call(run: Callable[[], Observation | Evaluation]) -> Observation | Evaluation:
+    return run()
+
+
+def _rates_around(problem: Problem, goodput: float) -> list[float]:
+    steps = _STEPS_OF_TRACE if problem.windows else _STEPS
+    return [rate_at(rate_index_below(goodput) + step) for step in steps]
 
 
 def observe(problem: Problem, deployment: CandidateDeployment, separate_nodes: bool, rate: float) -> Observation:
@@ -106,18 +148,16 @@ def class_attainments(measured: MeasuredGoodput, classes: Sequence[SloClass]) ->
 def _rate_interval(evaluated: Sequence[EvaluatedRate], goodput: float) -> tuple[float, float]:
     """The rates between which the 95 % interval of the attainment contains the required attainment; 0 or infinity if
     no simulated rate certainly meets or misses it."""
-    certain = max((point.rate for point in evaluated if point.rate <= goodput and _surplus(point, 0) >= 0), default=0.0)
-    possible = min(
-        (point.rate for point in evaluated if point.rate > goodput and _surplus(point, 1) < 0), default=np.inf
-    )
-    return certain, float(possible)
+    met = [point.rate for point in evaluated if point.rate <= goodput and _surplus(point.evaluation, 0) >= 0]
+    missed = [point.rate for point in evaluated if point.rate > goodput and _surplus(point.evaluation, 1) < 0]
+    return max(met, default=0.0), min(missed, default=float("inf"))
 
 
-def _surplus(point: EvaluatedRate, end: int) -> float:
+def _surplus(evaluation: Evaluation, end: int) -> float:
     """The smallest difference between an end of the attainment's interval and the required attainment."""
-    if not point.evaluation.stable:
+    if not evaluation.stable:
         return -1.0
-    return min(result.attainment_ci[end] - result.slo.attainment for result in point.evaluation.classes)
+    return min(result.attainment_ci[end] - result.slo.attainment for result in evaluation.classes)
 
 
 def _latencies(result: SimulationResult, steady: slice, slo: SloClass, index: int) -> LatencySample:

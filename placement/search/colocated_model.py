@@ -1,7 +1,9 @@
 """A fast model of colocated instances, which serve both phases on the same devices.
 
-The router picks the instance with the fewest sequences. Steps with prompt tokens are computed one by one; decode steps
-have a closed form, as in `decode_model`. This approximates `scheduling.scheduler` on a colocated instance.
+The router picks the instance with the fewest sequences. Decode steps have a closed form, as in `decode_model`. So have
+the steps of a long prompt's full chunks beside a constant batch: their times grow by nearly equal amounts, so the first
+and the last of them determine the others. Other steps with prompt tokens are computed one by one. This approximates
+`scheduling.scheduler` on a colocated instance.
 """
 
 import heapq
@@ -14,6 +16,8 @@ from tandem.core.cost_model import CostModel, StepLoad, attention_pairs
 from tandem.placement.search.decode_model import steps_until
 from tandem.placement.search.kinds import InstanceKind
 from tandem.placement.workload.requests import Floats
+
+_MIN_FULL_CHUNKS = 3  # of fewer steps each is computed
 
 
 def colocated_latencies_s(
@@ -92,10 +96,10 @@ class _ColocatedInstance:
     def advance(self, until_s: float) -> None:
         """Run steps until the first step that ends at `until_s` or later."""
         while self._now_s < until_s and (self._prompts or self._running):
-            if self._prompts:
-                self._mixed_step()
-            else:
+            if not self._prompts:
                 self._decode(until_s)
+            elif not self._full_chunks(until_s):
+                self._mixed_step()
             self._finish()
             self._admit()
 
@@ -134,6 +138,42 @@ class _ColocatedInstance:
             self._first_token_s[request] = self._now_s
             heapq.heappush(self._running, (self._steps + self._output_tokens[request] - 1, request))
             self._kv_tokens += self._prompt_tokens[request] + 1
+
+    def _full_chunks(self, until_s: float) -> bool:
+        """Several steps of the first prompt's chunks that have the whole budget and do not end it; False if the next
+        steps are of another kind."""
+        if self._kind.policy == "prompt_first":
+            return False
+        request, start = self._prompts[0]
+        decoding = len(self._running)
+        part = self._kind.max_batch_tokens - decoding
+        count = (self._prompt_tokens[request] - start - 1) // part if part > 0 else 0
+        if decoding:
+            count = min(count, self._running[0][0] - self._steps)
+        if count < _MIN_FULL_CHUNKS:
+            return False
+        first_s, last_s = (
+            self._cost.step(
+                StepLoad(
+                    prefill_tokens=part,
+                    prefill_sequences=1,
+                    prefill_pairs=attention_pairs(start + index * part, part),
+                    prefill_kv_tokens=start + (index + 1) * part,
+                    decode_sequences=decoding,
+                    decode_kv_tokens=self._kv_tokens + index * decoding,
+                    sampled=decoding,
+                )
+            ).interval_s
+            for index in (0, count - 1)
+        )
+        growth_s = (last_s - first_s) / (count - 1)
+        count = int(min(count, steps_until(until_s - self._now_s, first_s, growth_s)))
+        self._now_s += count * first_s + growth_s * (count * (count - 1) / 2)
+        self._prompts[0][1] += count * part
+        if decoding:
+            self._steps += count
+            self._kv_tokens += count * decoding
+        return True
 
     def _decode(self, until_s: float) -> None:
         batch = len(self._running)

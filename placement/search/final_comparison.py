@@ -12,61 +12,38 @@ alternative met its targets at a higher rate than the chosen deployment in runs 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
-
 from tandem.core.errors import ConfigError
-from tandem.placement.evaluation.attainment import deciding_window, targets_met
-from tandem.placement.evaluation.steady_state import Interval, difference_interval
+from tandem.placement.evaluation.attainment import Evaluation, deciding_window
+from tandem.placement.evaluation.steady_state import Interval
 from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress
 from tandem.placement.search.candidate import CandidateDeployment
-from tandem.placement.search.kinds import InstanceKind
+from tandem.placement.search.finalists import finalists_of, most_promising
 from tandem.placement.search.mapper import Mapper
+from tandem.placement.search.paired_runs import (
+    RateTrial,
+    Represented,
+    higher_rate,
+    meets_at,
+    paired_run,
+    rate_near,
+)
 from tandem.placement.search.problem import Problem
 from tandem.placement.search.slack_variants import slack_variants
 from tandem.placement.search.space import SearchSpace
-from tandem.placement.search.trial import (
-    RATE_RATIO,
-    MaxRate,
-    evaluate_at,
-    find_max_rate,
-    find_rate_near,
-    scaled_down,
-    simulate_at,
-)
+from tandem.placement.search.trial import RATE_RATIO, MaxRate, evaluate_at, find_rate_near, scaled_down
+from tandem.placement.workload.windows import Window
 
 MAX_INSTANCES = 16  # of a deployment that is simulated without scaling
 _NUM_FINALISTS = 8
 _NUM_OF_TRACE = 4  # of a trace all windows are simulated
 _NUM_WITH_SLACK = 2  # variants, beside the finalists
 _NUM_WITH_GOODPUT = 2  # alternatives whose goodput is simulated, beside the best of each layout
-_WARM_UP_SHARE = 0.25
+_PART = 0.2  # of the rest, for the progress
 _MAX_FACTOR = 4  # of the requests per simulation
-
-
-@dataclass(frozen=True, slots=True)
-class Represented:
-    """A deployment, and what is simulated for it. `scale`: goodput of the deployment divided by that of the other."""
-
-    candidate: EvaluatedDeployment
-    simulated: CandidateDeployment
-    scale: float
-
-    @property
-    def deployment(self) -> CandidateDeployment:
-        return self.candidate.deployment
-
-    @property
-    def num_devices(self) -> int:
-        return self.deployment.num_devices
-
-    @property
-    def is_scaled(self) -> bool:
-        return self.simulated != self.deployment
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +63,16 @@ class Alternative:
 @dataclass(frozen=True, slots=True)
 class FinalComparison:
     """`problem` has the requests per simulation that the comparison needed. `rate` is the goodput of what is simulated
-    for the chosen deployment."""
+    for the chosen deployment, `evaluated` has its evaluations at this and other rates. `deciding` is the window of a
+    trace that missed its targets first at a higher rate; None if none is known."""
 
     problem: Problem
     chosen: Represented
     rate: float
     alternatives: tuple[Alternative, ...]
     num_simulations: int
+    evaluated: Mapping[float, Evaluation]
+    deciding: Window | None
 
     @property
     def goodput(self) -> float:
@@ -109,7 +89,7 @@ def compare_finalists(
     """`evaluated` and `chosen` are the result of a search. For the cheapest deployment that serves a rate, the cheaper
     finalists are simulated at the rate; the cheapest that meets the targets is the chosen one."""
     comparison = _Comparison(space, mapper, report)
-    finalists = _finalists(evaluated, chosen, _NUM_OF_TRACE if space.problem.windows else _NUM_FINALISTS)
+    finalists = finalists_of(evaluated, chosen, _NUM_OF_TRACE if space.problem.windows else _NUM_FINALISTS)
     finalists += slack_variants(space.problem, (chosen, *finalists), _NUM_WITH_SLACK)
     if space.problem.cheapest and space.problem.rate is not None and (chosen.goodput or 0.0) >= space.problem.rate:
         return comparison.of_prices(finalists, chosen, space.problem.rate)
@@ -139,23 +119,26 @@ class _Comparison:
         self._mapper = mapper
         self._report = report
         self._num_simulations = 0
+        self._share = 0.0
+        self._evaluated: dict[tuple[CandidateDeployment, int], Mapping[float, Evaluation]] = {}  # also by requests
 
     def of_goodputs(self, finalists: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment) -> FinalComparison:
         problem = self._space.problem
         count = problem.section.requests
         limit = count if problem.windows else min(_MAX_FACTOR * count, len(problem.requests))
         everyone = [self._represented(candidate) for candidate in (chosen, *finalists)]
-        self._report(0.0, f"comparing the best {len(everyone)} deployments")
+        self._begin(f"comparing the best {len(everyone)} deployments")
         decision = self._compare(problem, everyone[0], everyone[1:])
         while 2 * count <= limit and (undecided := [one for one in everyone if decision.is_open(one.deployment)]):
             count *= 2
             problem = replace(problem, section=problem.section.model_copy(update={"requests": count}))
-            self._report(0.1 + 0.6 * count / limit, f"{count:,} requests to tell the best apart")
+            self._begin(f"{count:,} requests to tell the best apart")
             decision = self._compare(problem, decision.leader, undecided)
             decision = self._with_better_ones(problem, decision, [one for one in everyone if one not in undecided])
-        self._report(0.8, "simulating the goodput of alternatives")
+        self._begin("simulating the goodput of alternatives")
         below = [one for one in everyone if one.deployment not in decision.rates]
-        rates = self._goodputs_below(decision, _most_promising(below))
+        count = 0 if problem.windows else _NUM_WITH_GOODPUT
+        rates = self._goodputs_below(problem, decision, most_promising(below, count))
         return self._result(problem, replace(decision, rates=decision.rates | rates), everyone)
 
     def of_prices(
@@ -163,10 +146,10 @@ class _Comparison:
     ) -> FinalComparison:
         problem = self._space.problem
         everyone = [self._represented(candidate) for candidate in (chosen, *finalists)]
-        self._report(0.0, "checking the cheaper deployments")
+        self._begin("checking the cheaper deployments")
         price = self._price(everyone[0])
         cheaper = [one for one in everyone[1:] if self._price(one) < price]
-        meets = self._mapper(partial(_meets, problem), [_Trial(one, rate / one.scale) for one in cheaper])
+        meets = self._mapper(partial(meets_at, problem), [RateTrial(one, rate / one.scale) for one in cheaper])
         meeting = [one for one, is_met in zip(cheaper, meets, strict=True) if is_met]
         self._num_simulations += len(cheaper)
         leader = min((everyone[0], *meeting), key=self._price)
@@ -188,19 +171,33 @@ class _Comparison:
             if one.deployment != leader.deployment
         )
         chosen = replace(leader, candidate=replace(leader.candidate, goodput=decision.goodput))
-        return FinalComparison(problem, chosen, decision.rates[leader.deployment], alternatives, self._num_simulations)
+        rate = decision.rates[leader.deployment]
+        return FinalComparison(
+            problem,
+            chosen,
+            rate,
+            alternatives,
+            self._num_simulations,
+            self._evaluations(problem, leader),
+            self._deciding(problem, leader, rate),
+        )
 
     def _compare(self, problem: Problem, leader: Represented, others: Sequence[Represented]) -> _Round:
         """Every other deployment runs once at the rate of the leader. If it meets the targets there, its own goodput is
         found. The highest goodput leads; of equal ones that of the fewest devices."""
         guess = (leader.candidate.goodput or leader.candidate.predicted) / leader.scale
+        if problem.windows:
+            guess /= RATE_RATIO  # a whole trace asks for a little more than the window of the search
         rates = {leader.deployment: self._max_rate(problem, leader, guess)}
         first = leader
         while True:
             goodput = rates[leader.deployment] * leader.scale
             rivals = [one for one in (first, *others) if one.deployment != leader.deployment]
-            met = _run(problem, leader, goodput).met
-            runs = self._mapper(partial(_run, problem, goodput=goodput), rivals)
+            rivals = self._without_worse(problem, leader, rivals, rates)
+            if not rivals:
+                return _Round(leader, rates, {})
+            self._begin(f"running {len(rivals) + 1} deployments on the same requests")
+            own, *runs = self._mapper(partial(paired_run, problem, goodput=goodput), [leader, *rivals])
             self._num_simulations += 1 + len(rivals)
             new = [one for one, run in zip(rivals, runs, strict=True) if run.meets and one.deployment not in rates]
             rates |= self._max_rates(problem, [(one, goodput / one.scale) for one in new])
@@ -208,18 +205,51 @@ class _Comparison:
                 (leader, *rivals), key=lambda one: (-rates.get(one.deployment, 0.0) * one.scale, one.num_devices)
             )
             if best is leader:
-                differences = (difference_interval(*_of_equal_length(met, run.met)) for run in runs)
-                by_deployment = zip((one.deployment for one in rivals), differences, strict=True)
-                return _Round(leader, rates, dict(by_deployment))
+                differences = {one.deployment: own.difference(run) for one, run in zip(rivals, runs, strict=True)}
+                return _Round(leader, rates, differences)
             leader = best
+
+    def _without_worse(
+        self,
+        problem: Problem,
+        leader: Represented,
+        rivals: Sequence[Represented],
+        rates: Mapping[CandidateDeployment, float],
+    ) -> list[Represented]:
+        """The rivals without those that a run of one window tells apart: of a trace, where every window must meet the
+        targets, the window that limits the leader. There they miss the targets and are certainly worse."""
+        rate = rates[leader.deployment]
+        window = self._deciding(problem, leader, rate) if problem.cover == 1.0 else None
+        if window is None:
+            return list(rivals)
+        self._begin(f"running {len(rivals) + 1} deployments on one window")
+        run_window = partial(paired_run, problem.of_window(window), goodput=rate * leader.scale)
+        own, *runs = self._mapper(run_window, [leader, *rivals])
+        self._num_simulations += 1 + len(rivals)
+        return [
+            one
+            for one, run in zip(rivals, runs, strict=True)
+            if one.deployment in rates or run.meets or own.difference(run)[0] <= 0
+        ]
+
+    def _deciding(self, problem: Problem, one: Represented, rate: float) -> Window | None:
+        """The window of a trace that limits the deployment, by its first missed rate above `rate`."""
+        evaluated = self._evaluations(problem, one)
+        missed = min((above for above in evaluated if above > rate and not evaluated[above].meets), default=None)
+        return deciding_window(problem.windows, evaluated[missed]) if problem.windows and missed is not None else None
+
+    def _evaluations(self, problem: Problem, one: Represented) -> Mapping[float, Evaluation]:
+        return self._evaluated.get((one.deployment, problem.section.requests), {})
 
     def _with_better_ones(self, problem: Problem, decision: _Round, others: Sequence[Represented]) -> _Round:
         """Those that an earlier round told apart are tried again: longer runs can lower the goodput of the leader."""
         rivals = [one for one in others if one.deployment not in decision.rates]
-        trials = [_Trial(one, decision.goodput / one.scale) for one in rivals]
-        max_rates = self._mapper(partial(_higher_rate, problem), trials)
+        trials = [RateTrial(one, decision.goodput / one.scale) for one in rivals]
+        max_rates = self._mapper(partial(higher_rate, problem), trials)
         better = {
-            one.deployment: self._count(found) for one, found in zip(rivals, max_rates, strict=True) if found.rate
+            one.deployment: self._count(problem, one, found)
+            for one, found in zip(rivals, max_rates, strict=True)
+            if found.rate
         }
         self._num_simulations += len(rivals)
         if not better:
@@ -229,22 +259,39 @@ class _Comparison:
         leader = min(known, key=lambda one: (-rates[one.deployment] * one.scale, one.num_devices))
         return _Round(leader, rates, {})
 
-    def _goodputs_below(self, decision: _Round, others: Sequence[Represented]) -> dict[CandidateDeployment, float]:
-        """For the report, in runs of the configured length, and below the leader, as was found in runs at its rate."""
-        below = decision.goodput / RATE_RATIO
-        found = self._max_rates(
-            self._space.problem, [(one, min(below, one.candidate.predicted) / one.scale) for one in others]
-        )
-        scales = {one.deployment: one.scale for one in others}
-        return {deployment: min(rate, below / scales[deployment]) for deployment, rate in found.items()}
+    def _goodputs_below(
+        self, problem: Problem, decision: _Round, others: Sequence[Represented]
+    ) -> dict[CandidateDeployment, float]:
+        """For the report, in runs of the configured length, and below the leader, as was found in runs at its rate. Of
+        a trace: the leader's goodput, times the ratio of the goodputs in one window, that of the search, or else the
+        window that limits the leader."""
+        leader, rate = decision.leader, decision.rates[decision.leader.deployment]
+        below, searched = decision.goodput / RATE_RATIO, decision.leader.candidate.goodput
+        window, ratio = self._deciding(problem, leader, rate), 1.0
+        known: dict[CandidateDeployment, float] = {}
+        if window is not None and searched:
+            goodputs = ((one, (one.candidate.goodput or 0.0) * decision.goodput / searched) for one in others)
+            known = {one.deployment: min(goodput, below) / one.scale for one, goodput in goodputs if goodput > 0}
+        others = [one for one in others if one.deployment not in known]
+        guesses = [(one, min(below, one.candidate.predicted) / one.scale) for one in others]
+        simulated = self._space.problem
+        if window is not None and others:
+            simulated = problem.of_window(window)
+            guesses.append((leader, rate))
+        max_rates = self._mapper(partial(rate_near, simulated), [RateTrial(one, guess) for one, guess in guesses])
+        self._num_simulations += sum(found.num_simulations for found in max_rates)
+        if len(max_rates) > len(others):
+            in_window = max_rates.pop().rate
+            ratio = rate / in_window if in_window > 0 else 0.0
+        rates = zip(others, max_rates, strict=True)
+        return known | {one.deployment: min(found.rate * ratio, below / one.scale) for one, found in rates}
 
     def _max_rate(self, problem: Problem, one: Represented, guess: float) -> float:
         """Above 0. Raises ConfigError if a window of a trace, or a longer run than the search had, misses the targets
         at every rate."""
         found = find_rate_near(problem, one.simulated, guess, self._mapper, separate_nodes=one.is_scaled)
-        self._num_simulations += found.num_simulations
         if found.rate > 0:
-            return found.rate
+            return self._count(problem, one, found)
         if not problem.windows:
             raise ConfigError(
                 f"{one.deployment} meets the targets in short simulations only; loosen the targets of slo, or raise "
@@ -264,13 +311,22 @@ class _Comparison:
     def _max_rates(
         self, problem: Problem, guesses: Sequence[tuple[Represented, float]]
     ) -> dict[CandidateDeployment, float]:
-        trials = [_Trial(one, guess) for one, guess in guesses]
-        max_rates = self._mapper(partial(_rate_from, problem), trials)
-        return {one.deployment: self._count(found) for (one, _), found in zip(guesses, max_rates, strict=True)}
+        trials = [RateTrial(one, guess) for one, guess in guesses]
+        max_rates = self._mapper(partial(rate_near, problem), trials)
+        return {
+            one.deployment: self._count(problem, one, found) for (one, _), found in zip(guesses, max_rates, strict=True)
+        }
 
-    def _count(self, max_rate: MaxRate) -> float:
-        self._num_simulations += max_rate.num_simulations
-        return max_rate.rate
+    def _count(self, problem: Problem, one: Represented, found: MaxRate) -> float:
+        self._num_simulations += found.num_simulations
+        key = one.deployment, problem.section.requests
+        self._evaluated[key] = {**self._evaluated.get(key, {}), **found.evaluated}
+        return found.rate
+
+    def _begin(self, text: str) -> None:
+        """Of a next part, the number of which is not known before: the bar goes on by a part of the rest."""
+        self._report(self._share, text)
+        self._share += (1 - self._share) * _PART
 
     def _represented(self, candidate: EvaluatedDeployment) -> Represented:
         deployment = candidate.deployment
@@ -279,76 +335,3 @@ class _Comparison:
         simulated = scaled_down(deployment)
         predicted = self._space.predictor.goodput(simulated)
         return Represented(candidate, simulated, candidate.predicted / predicted if predicted > 0 else 1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    of: Represented
-    rate: float
-
-
-def _rate_from(problem: Problem, trial: _Trial) -> MaxRate:
-    return find_rate_near(problem, trial.of.simulated, trial.rate, separate_nodes=trial.of.is_scaled)
-
-
-def _meets(problem: Problem, trial: _Trial) -> bool:
-    _, evaluation = simulate_at(problem, trial.of.simulated, trial.rate, separate_nodes=trial.of.is_scaled)
-    return evaluation.meets
-
-
-def _higher_rate(problem: Problem, trial: _Trial) -> MaxRate:
-    """Rate 0 if the deployment misses its targets at the next rate above."""
-    return find_max_rate(problem, trial.of.simulated, trial.rate, trial.rate, separate_nodes=trial.of.is_scaled)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """`met`: whether each request met its targets, without the first quarter of the run."""
-
-    meets: bool
-    met: npt.NDArray[np.bool_]
-
-
-def _run(problem: Problem, one: Represented, goodput: float) -> _Run:
-    """A complete run at the rate that corresponds to `goodput`."""
-    result, evaluation = simulate_at(
-        problem, one.simulated, goodput / one.scale, separate_nodes=one.is_scaled, stop_early=False
-    )
-    met = targets_met(result, problem.classes)
-    return _Run(evaluation.meets, met[int(_WARM_UP_SHARE * len(met)) :])
-
-
-def _of_equal_length(
-    first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Runs of different lengths begin with the same requests."""
-    count = min(len(first), len(second))
-    return first[:count], second[:count]
-
-
-def _finalists(
-    evaluated: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment, count: int
-) -> list[EvaluatedDeployment]:
-    """The best deployment of each combination of kinds beside the chosen one; of all these the best."""
-    best: dict[tuple[InstanceKind, ...], EvaluatedDeployment] = {}
-    for candidate in evaluated:
-        kinds = tuple(group.kind for group in candidate.deployment.groups)
-        if candidate.deployment != chosen.deployment and (kinds not in best or _rank(candidate) > _rank(best[kinds])):
-            best[kinds] = candidate
-    promising = [candidate for candidate in best.values() if candidate.predicted > 0]
-    ranked = sorted(promising, key=_rank, reverse=True)
-    first_of_layout = {candidate.deployment.layout: candidate for candidate in reversed(ranked)}
-    rest = [candidate for candidate in ranked if candidate not in first_of_layout.values()]
-    return [*first_of_layout.values(), *rest][:count]
-
-
-def _most_promising(others: Sequence[Represented]) -> list[Represented]:
-    """The best of each layout, then the best of the rest."""
-    ranked = sorted(others, key=lambda one: _rank(one.candidate), reverse=True)
-    first_of_layout = {one.candidate.deployment.layout: one for one in reversed(ranked)}
-    rest = [one for one in ranked if one not in first_of_layout.values()]
-    return [*first_of_layout.values(), *rest[:_NUM_WITH_GOODPUT]]
-
-
-def _rank(candidate: EvaluatedDeployment) -> tuple[float, float]:
-    return (candidate.goodput or 0.0, candidate.predicted)

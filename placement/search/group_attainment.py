@@ -3,7 +3,7 @@
 Rates come from a fixed geometric series below the kind's limit, so the result depends only on the group.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -76,7 +76,7 @@ def group_attainment(key: AttainmentKey, *, stream: RequestStream, classes: Sequ
     first_met = _first(lambda step: bool(np.all(shares_at(step) >= required)))
     rates: list[float] = []
     rows: list[Shares] = []
-    for step in range(max(0, first_met - 1), _NUM_RATES):
+    for step in _steps_from(max(0, first_met - 1)):
         rows.append(shares_at(step))
         rates.append(_rate(key, step))
         if np.all(rows[-1] >= unloaded - _UNLOADED_TOLERANCE):
@@ -84,6 +84,17 @@ def group_attainment(key: AttainmentKey, *, stream: RequestStream, classes: Sequ
     # More load never helps; differences in the other direction are noise.
     shares = np.minimum.accumulate(np.array(rows[::-1]).reshape(-1, len(classes)))
     return GroupAttainment(np.array(rates[::-1]), shares)
+
+
+def _steps_from(first: int) -> Iterator[int]:
+    """`first`, the next, then every second, fourth, and so on: two steps of each distance. The attainment changes most
+    where it begins to be met."""
+    step, distance = first, 1
+    while step < _NUM_RATES:
+        yield step
+        if step + distance < _NUM_RATES:
+            yield step + distance
+        step, distance = step + 2 * distance, 2 * distance
 
 
 def _rate(key: AttainmentKey, step: int) -> float:

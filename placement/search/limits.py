@@ -5,6 +5,7 @@ steps of t(b) seconds serves b / (n t(b)) requests per second; KV memory and t(b
 that misses a target without load is 0. Looser targets never lower a limit.
 """
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,15 +109,14 @@ def _decode_rates(kind: InstanceKind, stream: RequestStream, *, with_prompts: bo
 
 
 def _ttft_limit(kind: InstanceKind, classes: Sequence[SloClass], stream: RequestStream) -> RateLimit | None:
-    """A limit of 0 if too many prompts take longer than their TTFT target without load."""
-    alone_s = {
-        length: kind.cost.step(StepLoad.of_prompts(length)).total_s for length in set(stream.prompt_tokens.tolist())
-    }
-    ttft_s = np.array([alone_s[length] for length in stream.prompt_tokens.tolist()])
+    """A limit of 0 if too many prompts take longer than their TTFT target without load. Longer prompts take longer."""
     for index, slo in enumerate(classes):
-        of_class = ttft_s[stream.slo_class == index]
-        if len(of_class) and float((of_class <= slo.ttft_s).mean()) < slo.attainment:
-            reached_s = float(np.quantile(of_class, slo.attainment))
+        lengths = np.sort(stream.prompt_tokens[stream.slo_class == index])
+        if len(lengths) == 0:
+            continue
+        decisive = int(lengths[max(0, math.ceil(slo.attainment * len(lengths) - 1e-9) - 1)])
+        reached_s = kind.cost.step(StepLoad.of_prompts(decisive)).total_s
+        if reached_s > slo.ttft_s:
             return RateLimit(
                 0.0,
                 f"without load, TTFT of class {slo.name} is {reached_s:.3g} s at its attainment, over {slo.ttft_s:g} s",

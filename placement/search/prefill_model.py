@@ -1,8 +1,8 @@
 """A fast model of the prefill phase with infinitely fast decode, as in DistServe's Algorithm 1.
 
 The model has one queue in order of arrival. An instance that becomes free takes prompts from the queue up to its budget
-of prompt tokens per step, long prompts in chunks. This approximates `scheduling.scheduler` and is thousands of times
-faster than the simulator.
+of prompt tokens per step, long prompts in chunks. Chunks that fill their steps have a closed form. This approximates
+`scheduling.scheduler` and is thousands of times faster than the simulator.
 """
 
 import heapq
@@ -11,6 +11,9 @@ import numpy as np
 
 from tandem.core.cost_model import CostModel, StepLoad, attention_pairs
 from tandem.placement.workload.requests import Floats
+
+_MIN_FULL_CHUNKS = 3  # of fewer steps each is computed
+_ROUNDED_TOKENS = 64
 
 
 def prefill_ttft_s(
@@ -38,6 +41,11 @@ def prefill_ttft_s(
         else:
             request, start = following, 0
             following += 1
+        num_full = (prompt_tokens[request] - start - 1) // max_batch_tokens
+        if num_full >= _MIN_FULL_CHUNKS:
+            partial[instance] = (request, start + num_full * max_batch_tokens)
+            heapq.heapreplace(free, (now_s + times.of_full_chunks(start, max_batch_tokens, num_full), instance))
+            continue
         while True:
             count = min(budget, prompt_tokens[request] - start)
             chunks.append((start, count))
@@ -58,21 +66,39 @@ def prefill_ttft_s(
 
 
 class StepTimes:
-    """(total_s, interval_s) of steps. Steps of one complete prompt, the most frequent ones, are cached by length."""
+    """(total_s, interval_s) of steps. Steps of one complete prompt, the most frequent ones, are cached by length. Steps
+    of one chunk that does not end its prompt are cached by its length and its rounded beginning, on which their time
+    depends little."""
 
-    __slots__ = ("_by_length", "_cost")
+    __slots__ = ("_by_length", "_chunks", "_cost")
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
         self._by_length: dict[int, tuple[float, float]] = {}
+        self._chunks: dict[tuple[int, int], tuple[float, float]] = {}
 
     def of(self, chunks: list[tuple[int, int]], num_ending: int) -> tuple[float, float]:
-        if len(chunks) > 1 or chunks[0][0] or not num_ending:
+        start, length = chunks[0]
+        if len(chunks) == 1 and not num_ending:
+            return self._of_chunk(start, length)
+        if len(chunks) > 1 or start:
             return self._compute(chunks, num_ending)
-        length = chunks[0][1]
         if length not in self._by_length:
             self._by_length[length] = self._compute(chunks, 1)
         return self._by_length[length]
+
+    def of_full_chunks(self, start: int, num_tokens: int, count: int) -> float:
+        """Seconds of `count` steps of `num_tokens` tokens of one prompt each, from token `start` on, that do not end
+        it. Their times grow by nearly equal amounts."""
+        (_, first_s), (_, last_s) = (self._of_chunk(start + index * num_tokens, num_tokens) for index in (0, count - 1))
+        return count * (first_s + last_s) / 2
+
+    def _of_chunk(self, start: int, num_tokens: int) -> tuple[float, float]:
+        key = round(start / _ROUNDED_TOKENS) * _ROUNDED_TOKENS, num_tokens
+        times = self._chunks.get(key)
+        if times is None:
+            times = self._chunks[key] = self._compute([key], 0)
+        return times
 
     def _compute(self, chunks: list[tuple[int, int]], num_ending: int) -> tuple[float, float]:
         step = self._cost.step(

@@ -73,6 +73,12 @@ class Problem:
         computed = window_stream(whole, window).head(self.section.requests)
         return replace(self, requests=requests, computed=computed, windows=())
 
+    def with_requests(self, count: int) -> "Problem":
+        """With at most `count` requests per simulation and prediction."""
+        count = min(count, self.section.requests)
+        section = self.section.model_copy(update={"requests": count})
+        return replace(self, section=section, computed=self.computed.head(count))
+
     def transfer_s_per_token(self, devices: Sequence[str], ranks: int, *, same_node: bool) -> float:
         """Seconds to transfer one token's KV between instances of at least `ranks` ranks without contention."""
         if same_node:

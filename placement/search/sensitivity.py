@@ -4,6 +4,7 @@ Attainment comes from simulations. Goodput is the measured goodput times the rat
 and the original problem.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,7 +46,9 @@ class SlowerCost:
 
 
 @dataclass(frozen=True, slots=True)
-class _Variation:
+class Variation:
+    """The problem with `axis` (see `SensitivityPoint`) times `factor`."""
+
     axis: str
     factor: float
     problem: Problem
@@ -60,10 +63,10 @@ def sensitivity_of(
         for point in measured.evaluated_rates
         if rate / _MAX_RATE_FACTOR <= point.rate <= rate * _MAX_RATE_FACTOR
     ]
-    variations = list(_variations(problem))
-    unchanged = predicted_goodput(problem, measured.deployment)
-    results = mapper(partial(_evaluate, measured.deployment, separate_nodes, rate), variations)
-    for variation, (attainment, predicted) in zip(variations, results, strict=True):
+    varied = list(variations(problem))
+    evaluate = partial(_evaluate, measured.deployment, separate_nodes, rate)
+    (_, unchanged), *results = mapper(evaluate, [Variation("rate", 1.0, problem), *varied])
+    for variation, (attainment, predicted) in zip(varied, results, strict=True):
         goodput = measured.goodput * predicted / unchanged if unchanged > 0 else None
         points.append(SensitivityPoint(variation.axis, variation.factor, goodput, attainment))  # type: ignore[arg-type]
     return tuple(points)
@@ -80,14 +83,14 @@ def predicted_goodput(problem: Problem, deployment: CandidateDeployment, slowdow
     return Predictor(problem, limits, partial(SerialMapper(), compute)).goodput(replace(deployment, groups=groups))
 
 
-def _variations(problem: Problem) -> Iterator[_Variation]:
+def variations(problem: Problem) -> Iterator[Variation]:
     for factor in _FACTORS:
         for field in ("prompt_tokens", "output_tokens"):
             requests, computed = _longer(problem.requests, field, factor), _longer(problem.computed, field, factor)
-            yield _Variation(field, factor, replace(problem, requests=requests, computed=computed))
+            yield Variation(field, factor, replace(problem, requests=requests, computed=computed))
         for axis, target in (("ttft_target", "ttft_s"), ("tpot_target", "tpot_s")):
             classes = tuple(slo.model_copy(update={target: getattr(slo, target) * factor}) for slo in problem.classes)
-            yield _Variation(axis, factor, replace(problem, classes=classes))
+            yield Variation(axis, factor, replace(problem, classes=classes))
 
 
 def _longer(stream: RequestStream, field: str, factor: float) -> RequestStream:
@@ -97,11 +100,13 @@ def _longer(stream: RequestStream, field: str, factor: float) -> RequestStream:
 
 
 def _evaluate(
-    deployment: CandidateDeployment, separate_nodes: bool, rate: float, variation: _Variation
+    deployment: CandidateDeployment, separate_nodes: bool, rate: float, variation: Variation
 ) -> tuple[float, float]:
-    """(attainment at `rate`, predicted goodput)."""
-    evaluation = evaluate_at(variation.problem, deployment, separate_nodes, rate)
-    return _lowest_attainment(evaluation), predicted_goodput(variation.problem, deployment)
+    """(attainment at `rate`, predicted goodput); without simulation for the unchanged problem."""
+    predicted = predicted_goodput(variation.problem, deployment)
+    if variation.factor == 1.0:
+        return math.nan, predicted
+    return _lowest_attainment(evaluate_at(variation.problem, deployment, separate_nodes, rate)), predicted
 
 
 def _lowest_attainment(evaluation: Evaluation) -> float:

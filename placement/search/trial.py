@@ -7,12 +7,13 @@ A deployment of many instances is represented by a smaller one of nearly the sam
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from tandem.core.plan import Plan
 from tandem.placement.evaluation.attainment import Evaluation, evaluate, evaluate_windows
-from tandem.placement.evaluation.goodput import StopWhen, stop_when_lost
+from tandem.placement.evaluation.goodput import StopWhen, stop_when_lost, stop_when_windows_lost
 from tandem.placement.plan_deployment import deployment_of
 from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
 from tandem.placement.search.mapper import Mapper, SerialMapper
@@ -31,18 +32,20 @@ _MAX_DECREASE = 4.0
 
 @dataclass(frozen=True, slots=True)
 class MaxRate:
-    """`rate`: requests per second, 0 if no tested rate meets the targets."""
+    """`rate`: requests per second, 0 if no tested rate meets the targets. `evaluated` has the evaluation of each
+    simulated rate."""
 
     rate: float
     num_simulations: int
+    evaluated: Mapping[float, Evaluation] = field(default_factory=dict, compare=False)
 
 
-def _rate_at(rate_index: int) -> float:
+def rate_at(rate_index: int) -> float:
     """Requests per second."""
     return float(RATE_RATIO**rate_index)
 
 
-def _rate_index_below(rate: float) -> int:
+def rate_index_below(rate: float) -> int:
     """The index of the highest rate of the series that is at most `rate`."""
     return math.floor(math.log(rate) / math.log(RATE_RATIO) + 1e-9)
 
@@ -84,7 +87,7 @@ def simulate_at(
     simulated = _deployment(problem, deployment, separate_nodes=separate_nodes)
     if problem.windows:
         requests, windows, cover = problem.requests.scaled_to(rate), problem.windows, problem.cover
-        stop_when = stop_when_lost(requests, problem.classes, windows, cover) if stop_early else None
+        stop_when = stop_when_windows_lost(requests, problem.classes, windows, cover) if stop_early else None
         result = simulate(simulated, requests, stop_when=stop_when)
         return result, evaluate_windows(result, problem.classes, windows, cover)
     count = problem.section.requests
@@ -128,8 +131,8 @@ def find_max_rate(
     state: few requests can be served in one burst, however fast they come. `mapper` simulates the next rates in
     parallel; rates beyond the last one needed do not count, so the result does not depend on the number of workers.
     """
-    lowest = _rate_index_below(at_least or guess / _MAX_DECREASE) + 1
-    start = lowest if at_least else max(_rate_index_below(guess), lowest)
+    lowest = rate_index_below(at_least or guess / _MAX_DECREASE) + 1
+    start = lowest if at_least else max(rate_index_below(guess), lowest)
     spread = mapper or SerialMapper()
     evaluated: dict[int, Evaluation] = {}
 
@@ -138,17 +141,17 @@ def find_max_rate(
             following = (rate_index + step * i for i in range(spread.workers))
             ahead = [index for index in following if index >= lowest]
             evaluate_rate = partial(evaluate_at, problem, deployment, separate_nodes)
-            evaluated.update(zip(ahead, spread(evaluate_rate, [_rate_at(index) for index in ahead]), strict=True))
+            evaluated.update(zip(ahead, spread(evaluate_rate, [rate_at(index) for index in ahead]), strict=True))
         return evaluated[rate_index].meets
 
     rate_index = start
     if meets(rate_index, 1):
         while evaluated[rate_index].long_enough and meets(rate_index + 1, 1):
             rate_index += 1
-        return MaxRate(_rate_at(rate_index), num_simulations=rate_index + 2 - start)
+        return MaxRate(rate_at(rate_index), num_simulations=rate_index + 2 - start)
     while rate_index >= lowest and not meets(rate_index, -1):
         rate_index -= 1
-    rate = _rate_at(rate_index) if rate_index >= lowest else 0.0
+    rate = rate_at(rate_index) if rate_index >= lowest else 0.0
     return MaxRate(rate, num_simulations=start + 1 - max(rate_index, lowest))
 
 
@@ -162,39 +165,45 @@ def find_rate_near(
 ) -> MaxRate:
     """A rate of the series that meets the targets while the next one does not, near `guess`: steps of doubling length
     until two rates enclose it, then bisection. Assumes that more load never helps, and takes few simulations for a
-    guess that is far off. As `find_max_rate`, it does not go up from a run without a steady state. Rate 0 if none meets
+    guess that is far off. With several workers a rate that may be next is simulated beside each; the result is the
+    same. As `find_max_rate`, it does not go up from a run without a steady state. Rate 0 if none meets
     down to a thousandth of `guess`."""
     spread = mapper or SerialMapper()
     evaluate_rate = partial(evaluate_at, problem, deployment, separate_nodes)
     evaluated: dict[int, Evaluation] = {}
 
-    def meets(rate_index: int, other: int | None = None) -> bool:
+    def meets(rate_index: int, other: int) -> bool:
         if rate_index not in evaluated:
-            both = [rate_index, *([other] if other is not None and spread.workers > 1 else [])]
-            evaluations = spread(evaluate_rate, [_rate_at(index) for index in both])
+            is_new = spread.workers > 1 and other not in evaluated
+            both = dict.fromkeys([rate_index, other] if is_new else [rate_index])
+            evaluations = spread(evaluate_rate, [rate_at(index) for index in both])
             evaluated.update(zip(both, evaluations, strict=True))
         return evaluated[rate_index].meets
 
-    start, step = _rate_index_below(guess), 1
-    lowest = _rate_index_below(guess / 1000)
+    def found(rate_index: int) -> MaxRate:
+        rate = rate_at(rate_index) if rate_index > lowest else 0.0
+        return MaxRate(rate, len(evaluated), {rate_at(index): each for index, each in evaluated.items()})
+
+    start, step = rate_index_below(guess), 1
+    lowest = rate_index_below(guess / 1000)
     if meets(start, start + 1):
         low, high = start, start + 1
-        while evaluated[low].long_enough and meets(high):
+        while evaluated[low].long_enough and meets(high, high + 2 * step):
             step *= 2
             low, high = high, high + step
         if not evaluated[low].long_enough:
-            return MaxRate(_rate_at(low), len(evaluated))
+            return found(low)
     else:
         low, high = start - 1, start
-        while low > lowest and not meets(low):
+        while low > lowest and not meets(low, low - 2 * step):
             step *= 2
             low, high = low - step, low
         if low <= lowest:
-            return MaxRate(0.0, len(evaluated))
+            return found(low)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if meets(middle) else (low, middle)
-    return MaxRate(_rate_at(low), len(evaluated))
+        low, high = (middle, high) if meets(middle, (low + middle) // 2) else (low, middle)
+    return found(low)
 
 
 def _deployment(problem: Problem, deployment: CandidateDeployment, *, separate_nodes: bool = False) -> Deployment:

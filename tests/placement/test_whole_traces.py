@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tandem.cli.main import main
 from tandem.core.errors import ConfigError
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import WorkloadSection
 from tandem.placement.evaluation.attainment import evaluate_windows
+from tandem.placement.evaluation.goodput import stop_when_windows_lost
 from tandem.placement.planner import search, search_and_compare
 from tandem.placement.search.final_comparison import FinalComparison, compare_finalists
 from tandem.placement.search.mapper import SerialMapper
@@ -182,3 +185,31 @@ def test_a_short_trace_ends_the_search_for_its_rate(find: Callable[..., MaxRate]
     deployment = planned(asked(regimes((300, LIGHT)))).chosen.simulated
     found = find(question, deployment, 100.0)
     assert 0 < found.rate < 1000
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    token_s=st.floats(0.0005, 0.01),
+    ttft_s=st.floats(0.05, 3.0),
+    attainment=st.floats(0.5, 1.0),
+    cover=st.sampled_from([0.4, 0.7, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_a_run_of_windows_is_stopped_only_if_it_is_lost(
+    token_s: float, ttft_s: float, attainment: float, cover: float, seed: int
+) -> None:
+    classes = (SloClass(ttft_s=ttft_s, tpot_s=1, attainment=attainment),)
+    divided = windowed(regimes((300, LIGHT), (200, HEAVY), (300, LIGHT), seed=seed), 100)
+    stop_when = stop_when_windows_lost(divided.stream, classes, divided.windows, cover)
+    server = SingleServer(token_s=token_s)
+    if server(divided.stream, stop_when).stopped_early:
+        assert not evaluate_windows(server(divided.stream), classes, divided.windows, cover).meets
+
+
+def test_a_lost_window_ends_the_run() -> None:
+    classes = (SloClass(ttft_s=0.5, tpot_s=1),)
+    divided = windowed(regimes((200, LIGHT), (200, HEAVY), (800, LIGHT)), 200)
+    stop_when = stop_when_windows_lost(divided.stream, classes, divided.windows, 1.0)
+    stopped = SingleServer(token_s=0.005)(divided.stream, stop_when)
+    assert stopped.stopped_early
+    assert stopped.end_s < divided.stream.duration_s / 2

@@ -225,7 +225,7 @@ def test_a_lost_run_is_stopped() -> None:
     assert stopped.end_s < requests.duration_s / 2
     assert not evaluate(stopped, (CHAT,)).meets
     lost = stop_when_lost(requests, (CHAT,))
-    assert not lost(Progress(0.0, 0, 0))
+    assert not lost(Progress(0.0, 0, 0, np.full(len(requests), np.nan)))
 
 
 # --- series ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ import pytest
 
 from tandem.core.cost_model import StepLoad
 from tandem.core.parallel import ParallelShape
+from tandem.placement.search import colocated_model, prefill_model
 from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
+from tandem.placement.search.colocated_model import colocated_latencies_s
 from tandem.placement.search.decode_model import decode_time_s, steps_until
 from tandem.placement.search.group_attainment import AttainmentKey, group_attainment
 from tandem.placement.search.kinds import InstanceKind
@@ -14,6 +16,7 @@ from tandem.placement.search.mapper import SerialMapper
 from tandem.placement.search.prefill_model import StepTimes, prefill_ttft_s
 from tandem.placement.search.space import search_space
 from tandem.placement.search.trial import simulate_at
+from tandem.placement.workload.requests import Floats
 from tests.placement.search.problems import SLO, ToyCost, problem
 
 COST = ToyCost(1.0)
@@ -88,3 +91,21 @@ def test_no_attainment_beyond_the_limit() -> None:
         key = AttainmentKey.of(kind, 1, 2 * limit.rate, 0.0, len(question.computed))
         attainment = group_attainment(key, stream=question.requests, classes=(SLO,))
         assert attainment.rates[attainment.shares[:, 0] >= SLO.attainment].max() <= 1.1 * limit.rate
+
+
+def test_chunks_of_a_long_prompt_cost_what_single_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step times of the toy are affine, so the closed forms are exact."""
+    rng = np.random.default_rng(2)
+    arrival_s, prompts = np.cumsum(rng.exponential(0.4, 60)), rng.integers(100, 4000, 60).tolist()
+    outputs = rng.integers(2, 60, 60).tolist()
+    kind = InstanceKind("colocated", "A", ParallelShape(), 40_000, 256, 16, cost=COST)
+
+    def latencies() -> tuple[Floats, ...]:
+        prefill = prefill_ttft_s(StepTimes(COST), arrival_s, prompts, instances=2, max_batch_tokens=256)
+        return prefill, *colocated_latencies_s(kind, arrival_s, prompts, outputs, instances=2)
+
+    together = latencies()
+    for model in (colocated_model, prefill_model):
+        monkeypatch.setattr(model, "_MIN_FULL_CHUNKS", 1 << 30)
+    for at_once, single in zip(together, latencies(), strict=True):
+        np.testing.assert_allclose(at_once, single, rtol=1e-9)
