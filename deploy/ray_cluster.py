@@ -34,7 +34,11 @@ def local_ray_environment(token_path: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "AUTOSCALER_METRIC_PORT": "0",
-        "RAY_raylet_start_wait_time_s": "120",  # 30 is too short where every core is busy
+        # Where every core is busy, the usual 30 and 60 s are too short. The second one would end the processes that Ray
+        # starts in advance; `ray.init` waits for them, and would do so for ever (ray-project/ray#40131).
+        "RAY_raylet_start_wait_time_s": "120",
+        "RAY_gcs_server_port_wait_time_s": "120",
+        "RAY_worker_register_timeout_seconds": "600",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray's driver prints a paragraph when a process dies; the controller reports the event in one sentence.
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
