@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -54,7 +55,24 @@ def wait_for(process: subprocess.Popen[str], output: Path, pattern: str) -> "re.
             return match
         assert process.poll() is None, output.read_text()
         time.sleep(0.05)
-    raise AssertionError(f"{pattern} was never printed:\n{output.read_text()}")
+    raise AssertionError(f"{pattern} was never printed:\n{output.read_text()}\n{_logs(output.parent)}")
+
+
+def _logs(folder: Path) -> str:
+    """The ends of all logs, those of Ray included."""
+    logs = [path for kind in ("*.log", "*.out", "*.err") for path in sorted(folder.rglob(kind)) if path.stat().st_size]
+    return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-2000:]}" for path in logs)
+
+
+def wait_ended(process: subprocess.Popen[str], output: Path, timeout_s: float) -> int:
+    """Its exit status. One that still runs says where each of its threads is, and is ended."""
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        process.wait(10)
+        text = f"{output.read_text()}\n{_logs(output.parent)}"
+        raise AssertionError(f"it has not ended within {timeout_s:g} s:\n{text}") from None
 
 
 def start(
@@ -67,6 +85,7 @@ def start(
         "TANDEM_STATE_DIR": str(folder / "state"),
         "TMPDIR": str(folder),
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
     }
     output = folder / "output"
     with output.open("w") as file:
@@ -97,7 +116,7 @@ def serving(folder: Path, *arguments: str, package: Path = ROOT, cwd: Path = ROO
         family = family_of(process.pid) if process.poll() is None else []
         if process.poll() is None:
             process.terminate()
-            process.wait(60)
+            wait_ended(process, output, 60)
         psutil.wait_procs(family, timeout=10)
 
 
