@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from tests.cli.served import run_python, serving
 
+pytestmark = pytest.mark.unmeasured
 ROOT = Path(__file__).parents[1]
 LINKS = [path for path in (ROOT / "tandem").iterdir() if path.is_symlink()]
 DATA = (

@@ -9,7 +9,7 @@ from tandem import Client
 from tests.chaos.faults import ChaosCluster
 from tests.chaos.phases import PHASES, bring_into
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.unmeasured]
 
 FOUND_WITHIN_S = 2.0  # of a death, with its recomputation; the connection's end is its sign
 FREED_WITHIN_S = 2.0

@@ -54,6 +54,7 @@ def test_a_worker_that_is_told_to_leave_finishes_what_it_has(built_in_model: Pat
         cluster.wait_ready(1, 1)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.timeout(180)
 def test_without_a_worker_there_is_an_answer_too(built_in_model: Path, tmp_path: Path) -> None:
     """No request is answered by silence: the only decode instance dies, none replaces it, and the client is told."""
@@ -82,6 +83,7 @@ def test_without_a_worker_there_is_an_answer_too(built_in_model: Path, tmp_path:
         assert served.status_code == 200
 
 
+@pytest.mark.unmeasured
 @pytest.mark.timeout(180)
 def test_a_stream_waits_for_the_replacement_of_its_only_decode_instance(built_in_model: Path, tmp_path: Path) -> None:
     with running_cluster(built_in_model, tmp_path) as cluster:
@@ -99,6 +101,7 @@ def test_a_stream_waits_for_the_replacement_of_its_only_decode_instance(built_in
         assert cluster.metric("tandem_retries_total") > 0, "no request lost its instance"
 
 
+@pytest.mark.unmeasured
 @pytest.mark.timeout(180)
 def test_a_restarted_router_finds_its_workers_again(built_in_model: Path, tmp_path: Path) -> None:
     with running_cluster(built_in_model, tmp_path) as cluster:

@@ -17,6 +17,7 @@ import pytest
 from tandem.core.config_file import load_config
 from tandem.core.plan import Plan
 
+pytestmark = pytest.mark.unmeasured
 ROOT = Path(__file__).parents[2]
 PORTS = [f"--set=router.{name}=127.0.0.1:0" for name in ("http", "grpc", "control")]
 SLO = """\
@@ -28,10 +29,9 @@ workload:
   output_tokens: {{mean: 10, cv: 0}}
 search: {{layouts: [disaggregated], requests: 100}}
 """
-READY_S = 120.0  # a minute of which a busy machine may need for Ray alone
+READY_S = 120.0
 
 
-@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.timeout(240)
 def test_what_was_planned_is_served(built_in_model: Path, tmp_path: Path) -> None:
     slo, plan = tmp_path / "slo.yaml", tmp_path / "plan.yaml"
@@ -105,7 +105,7 @@ def serving(plan: Path, folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     environment = {**os.environ, "TANDEM_STATE_DIR": str(folder / "state"), "OMP_NUM_THREADS": "1"}
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tandem.cli.main", "serve", str(plan), *PORTS],
+            [sys.executable, "-m", "tandem.cli.main", "serve", "--launcher", "process", str(plan), *PORTS],
             env=environment,
             cwd=ROOT,
             stdout=file,

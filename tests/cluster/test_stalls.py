@@ -16,6 +16,7 @@ from tandem.wire.channels import open_channel
 from tests.cluster.harness import Cluster, running_cluster
 from tests.cluster.test_membership import answers
 
+pytestmark = pytest.mark.unmeasured
 HANGING = "tests.cluster.hanging_worker"
 
 

@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "again"
 
 
-@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.unmeasured
 def test_a_live_workload_becomes_a_plan_and_its_gain(folder: Path) -> None:
     result = asyncio.run(plan_in_process(folder))
     plan = load_config(folder / "plan.yaml", Plan)

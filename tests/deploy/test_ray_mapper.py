@@ -19,6 +19,7 @@ from tandem.deploy.ray_mapper import ray_mapper
 _ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.unmeasured
 @pytest.mark.timeout(120)
 def test_answers_come_in_order_and_errors_as_they_are() -> None:
     """In a process of its own: Ray reads the secret of its cluster once in a process, and other tests have theirs."""

@@ -22,6 +22,7 @@ def slo_file(**changed: object) -> SloFile:
     return SloFile.model_validate({**asked, **changed})
 
 
+@pytest.mark.measured
 def test_a_plan_has_predictions_and_evidence() -> None:
     told: list[float] = []
     planned = plan(
