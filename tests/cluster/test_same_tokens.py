@@ -2,11 +2,12 @@
 
 import asyncio
 import random
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tandem import AsyncClient
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
@@ -17,7 +18,7 @@ MAX_PROMPT_TOKENS = 2000
 NUM_NEW_TOKENS = 12
 
 FAMILIES = (
-    "llama",
+    pytest.param("llama", marks=pytest.mark.slow),  # as the built-in model
     pytest.param("mistral", marks=pytest.mark.slow),  # what is theirs is tested in tests/engine
     pytest.param("qwen2", marks=pytest.mark.slow),
     "qwen3",
@@ -25,7 +26,7 @@ FAMILIES = (
 )
 
 
-def prompts(vocab_size: int, seed: int) -> list[list[int]]:
+def prompts(vocab_size: int, seed: int = 7) -> list[list[int]]:
     """Lengths from 1 to 2,000, most of them short, both ends included; some share long prefixes."""
     draw = random.Random(seed)
     lengths = [1, MAX_PROMPT_TOKENS] + [int(MAX_PROMPT_TOKENS ** draw.random()) for _ in range(NUM_PROMPTS - 2)]
@@ -38,23 +39,27 @@ def prompts(vocab_size: int, seed: int) -> list[list[int]]:
     return made
 
 
-def reference_tokens(model_path: Path, prompt_ids: list[list[int]]) -> list[list[int]]:
+@cache
+def reference_model(model_path: Path) -> PreTrainedModel:
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    answers = []
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+
+
+@cache
+def reference_tokens(model_path: Path, token_ids: tuple[int, ...]) -> list[int]:
+    """Computed once for all tests that have this prompt."""
     with torch.inference_mode():
-        for token_ids in prompt_ids:
-            output = model.generate(
-                torch.tensor([token_ids]),
-                attention_mask=torch.ones(1, len(token_ids), dtype=torch.long),
-                max_new_tokens=NUM_NEW_TOKENS,
-                min_new_tokens=NUM_NEW_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            answers.append(output[0, len(token_ids) :].tolist())
-    return answers
+        output = reference_model(model_path).generate(
+            torch.tensor([token_ids]),
+            attention_mask=torch.ones(1, len(token_ids), dtype=torch.long),
+            max_new_tokens=NUM_NEW_TOKENS,
+            min_new_tokens=NUM_NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    answer: list[int] = output[0, len(token_ids) :].tolist()
+    return answer
 
 
 async def cluster_tokens(cluster: Cluster, prompt_ids: list[list[int]]) -> list[list[int]]:
@@ -71,7 +76,7 @@ async def cluster_tokens(cluster: Cluster, prompt_ids: list[list[int]]) -> list[
 
 def check_tokens(cluster: Cluster, vocab_size: int) -> None:
     """64 prompts at once; one decode instance fetches over shared memory, the other over gloo."""
-    prompt_ids = prompts(vocab_size, seed=7)
+    prompt_ids = prompts(vocab_size)
     answers = asyncio.run(cluster_tokens(cluster, prompt_ids))
     transports = {link.transport for status in cluster.instances() for link in status.links if link.transfers}
     assert transports == {"shared_memory", "gloo"}
@@ -79,10 +84,9 @@ def check_tokens(cluster: Cluster, vocab_size: int) -> None:
 
 
 def check_answers(cluster: Cluster, prompt_ids: list[list[int]], answers: list[list[int]]) -> None:
+    wanted = [reference_tokens(cluster.model, tuple(token_ids)) for token_ids in prompt_ids]
     wrong = [
-        (len(prompt), got, want)
-        for prompt, got, want in zip(prompt_ids, answers, reference_tokens(cluster.model, prompt_ids), strict=True)
-        if got != want
+        (len(prompt), got, want) for prompt, got, want in zip(prompt_ids, answers, wanted, strict=True) if got != want
     ]
     assert not wrong, f"{len(wrong)} of {len(prompt_ids)} answers differ: {wrong[:3]}"
 
@@ -93,6 +97,7 @@ def test_built_in_model(cluster: Cluster) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family: str, tmp_path: Path) -> None:
     shape = CheckpointShape(

@@ -16,7 +16,7 @@ from tandem.placement.planner import search
 from tandem.placement.search.mapper import SerialMapper
 from tests.placement.search.problems import ToySource, problem
 
-FEW = settings(max_examples=6, derandomize=True, database=None, deadline=None)
+FEW = settings(max_examples=3, derandomize=True, database=None, deadline=None)
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

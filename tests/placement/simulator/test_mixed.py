@@ -129,7 +129,7 @@ def test_both_sorts_are_used_and_one_is_used_while_the_other_is_gone() -> None:
 )
 def test_together_they_serve_what_they_serve_apart(slo: SloClass, prompt: int, output: int) -> None:
     """One pair, and one colocated instance on an equal device: the router knows queues and memory, and no speeds."""
-    stream = poisson(800, 1.0, prompt=prompt, output=output)
+    stream = poisson(400, 1.0, prompt=prompt, output=output)
     spec = deployment(colocated=1, num_blocks=8000, max_batch=128, max_batch_tokens=1024)
 
     def goodput(*roles: str) -> float:
