@@ -1,6 +1,7 @@
 """Options, look-ups and calls that several commands share."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from tandem.cli.output import print_error, print_line
 from tandem.core.cluster_status import ClusterChange
 from tandem.core.config import ServeConfig
 from tandem.core.config_file import apply_overrides, load_config
-from tandem.core.errors import ConfigError, UnavailableError
+from tandem.core.errors import ConfigError, TandemError, UnavailableError
 from tandem.core.secret_source import read_secret
-from tandem.deploy.run_state import RunState, StateFolders
+from tandem.deploy.desired import Desired
+from tandem.deploy.run_state import RunState, StateFolders, read_run
 from tandem.wire.channels import open_channel
 from tandem.wire.controller import ControllerClient
 
@@ -53,6 +55,9 @@ Grace = Annotated[
     float | None, typer.Option(help="seconds that requests of a process that stops may take; default: the cluster's")
 ]
 Timeout = Annotated[float, typer.Option(help="how long to wait for processes, in seconds")]
+Wait = Annotated[
+    bool, typer.Option("--wait/--no-wait", help="return when the processes are ready, or once the controller runs")
+]
 Process = Annotated[str, typer.Argument(help="name of a process, such as decode-0, or the id of an instance")]
 
 
@@ -92,7 +97,12 @@ def find_run(pid: int | None) -> RunState:
         if not runs:
             raise UnavailableError(f"no cluster with the controller {pid} is running for this user")
     if not runs:
-        left = [path.parent.name for path in state_folders().clusters.glob("*/desired.json")]
+        clusters = state_folders().clusters
+        for path in clusters.glob("*/run.json"):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # of another version, or just deleted
+                if (lost := read_run(path)).ray:
+                    raise UnavailableError(lost_controller(lost))
+        left = [path.parent.name for path in clusters.glob("*/desired.json")]
         if left:
             raise UnavailableError(
                 f"the controller of the cluster '{left[0]}' does not run; start it again with: tandem up --name "
@@ -103,6 +113,14 @@ def find_run(pid: int | None) -> RunState:
         which = ", ".join(f"--pid {run.pid} ({run.cluster or run.http})" for run in runs)
         raise ConfigError(f"several clusters are running; name one: {which}")
     return runs[0]
+
+
+def lost_controller(run: RunState) -> str:
+    """What to say of a cluster on Ray whose controller is not where it was."""
+    return (
+        f"the controller of the cluster '{run.cluster}' does not answer at {run.controller}; find it again with: "
+        f"tandem up --name {run.cluster} --ray {run.ray}"
+    )
 
 
 def ask_controller(
@@ -138,6 +156,20 @@ def ask_controller(
 
     with the_cluster_goes_on():
         return asyncio.run(ask_and_show())
+
+
+async def bring_about(client: ControllerClient, desired: Desired, *, is_new: bool) -> None:
+    """What should run, in a cluster whose controller has just been started. A new cluster that cannot be started is
+    ended. Raises the controller's error."""
+    plan_json = "" if desired.plan is None else desired.plan.model_dump_json()
+    try:
+        await client.apply(desired.config.model_dump_json(), None, plan_json)
+    except TandemError:
+        if is_new:
+            print_line("it could not be started; ending it")
+            with contextlib.suppress(UnavailableError):  # somebody else is ending it
+                await client.stop(0.0)
+        raise
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import Grace, Name, ask_controller, state_folders
+from tandem.cli.common import Grace, Name, ask_controller, lost_controller, state_folders
 from tandem.cli.output import print_line
 from tandem.core.errors import UnavailableError
 from tandem.deploy.cluster_folder import ClusterFolder
@@ -36,6 +36,10 @@ def run(
     if (run := folder.live_run()) is not None:
         ask_controller(run, lambda client: client.stop(grace_s))
         _wait_ended(run)
+        if run.ray:  # its controller has no files here
+            folder.clear()
+    elif (lost := folder.last_run()) is not None and lost.ray:
+        raise UnavailableError(lost_controller(lost))
     elif not (folder.path / "desired.json").exists():
         raise UnavailableError(f"no cluster '{name}' has been started by this user")
     else:
@@ -48,7 +52,7 @@ def _wait_ended(run: RunState) -> None:
     until_s = time.monotonic() + _END_S
     while is_alive(run):
         if time.monotonic() > until_s:
-            raise UnavailableError(f"the controller (pid {run.pid}) still runs after {_END_S:g} s")
+            raise UnavailableError(f"the controller ({run.controller}) still runs after {_END_S:g} s")
         time.sleep(_POLL_S)
 
 

@@ -30,9 +30,11 @@ class Prepared:
     plan: Plan | None
 
 
-def prepare(file: Path | None, settings: list[str]) -> Prepared:
-    """Raises ConfigError with all that would fail only after the model was loaded."""
-    machine = this_machine()
+def prepare(file: Path | None, settings: list[str], machine: Machine | None = None) -> Prepared:
+    """`machine`: what the processes divide; None: this machine. Raises ConfigError with all that would fail only after
+    the model was loaded."""
+    is_here = machine is None
+    machine = this_machine() if machine is None else machine
     to_serve = read_serve_file(file, settings, machine)
     config = to_serve.config.model_copy(update={"model": to_serve.config.model.absolute()})
     check_pairs(config, check_model_folder(config.model))
@@ -41,8 +43,8 @@ def prepare(file: Path | None, settings: list[str]) -> Prepared:
     failed = [f"{finding.text}; {finding.advice}" for finding in findings if finding.grade is Grade.FAILED]
     if failed:
         raise ConfigError("\n".join(failed))
-    memory = checks.check_memory(config)
-    for finding in (memory, *access):
+    memory = [checks.check_memory(config)] if is_here else []
+    for finding in (*memory, *access):
         if finding.grade is not Grade.OK:
             print_line(f"warning: {finding.text}; {finding.advice}")
     return Prepared(config, machine, to_serve.plan)

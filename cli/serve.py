@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib.util
-import json
 import logging
 import os
 import time
@@ -14,11 +13,11 @@ from typing import Annotated
 import typer
 
 from tandem.cli.common import ServeFile, Settings, state_folders
+from tandem.cli.on_ray import RayAddress, serve_on_ray
 from tandem.cli.prepare import free_addresses, prepare
 from tandem.cli.signals import StopSignals, ignore_signals, signals_interrupt
+from tandem.cli.welcome import print_welcome, what_to_wait_for
 from tandem.core.clock import Clock, SystemClock
-from tandem.core.config import ServeConfig
-from tandem.core.errors import TandemError
 from tandem.core.log_lines import announce, configure_logging
 from tandem.deploy.controller_server import serve_controller
 from tandem.deploy.desired import Desired
@@ -29,7 +28,7 @@ from tandem.deploy.progress import watch_health
 from tandem.deploy.ray_cluster import new_ray_folder
 from tandem.deploy.ray_launcher import RayLauncher
 from tandem.deploy.run_state import RunState, StateFolders
-from tandem.deploy.serving import Serving, fetch_fleet, run_state, with_token
+from tandem.deploy.serving import Serving, run_state, with_token
 from tandem.deploy.topology import Machine
 
 log = logging.getLogger(__name__)
@@ -40,12 +39,11 @@ examples:
   tandem serve examples/laptop-2p2d.yaml         a serve file
   tandem serve plan.yaml                         a plan; --set changes its serve settings
   tandem serve --launcher process                without Ray
+  tandem serve plan.yaml --ray 10.0.0.1:6379     on the nodes of a running Ray cluster
   tandem serve --set router.http=127.0.0.1:0     any free port
   tandem serve --set model=~/models/Qwen3-0.6B --set decode.engine.kv_memory=2GiB
 
 every setting, explained: examples/serve.yaml"""
-_PROMPT = "def read_json(path):"
-_COUNT_TIMEOUT_S = 1.0
 
 
 class LauncherKind(StrEnum):
@@ -63,16 +61,22 @@ def run(
     launcher: Annotated[
         LauncherKind, typer.Option(help="who starts the processes: Ray, or this command, which is seconds faster")
     ] = LauncherKind.RAY,
+    ray: RayAddress = None,
 ) -> int:
     """Start a router, prefill workers and decode workers on this machine, print their addresses, and keep them running:
     a worker that dies is started again. Ctrl-C (or `tandem stop`) ends everything after running requests have finished;
     a second Ctrl-C does not wait for them. `tandem up` starts a cluster that outlives the terminal.
+
+    With --ray the workers are on all nodes of a Ray cluster that runs already, the router on this one. A plan's nodes
+    are nodes of Ray's; a worker whose node dies is replaced where there is room.
 
     FILE is a serve file, a plan (of `tandem plan`), or an SLO file, for which a plan is made first.
     """
     for module in ("torch", *(("ray",) if launcher is LauncherKind.RAY else ())):  # other processes import them
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+    if ray is not None:
+        return serve_on_ray(ray, file, settings, grace)
     prepared = prepare(file, settings)
     began_s = time.monotonic()
     folders = state_folders()
@@ -134,7 +138,7 @@ async def _run(
         def save(changed: Desired) -> None:
             folders.write(replace(state, controller=controller).with_addresses(changed.config.router))
 
-        serving = Serving(desired, machine, launcher, clock, watch_health(clock), save=save, show=_say)
+        serving = Serving(desired, lambda: machine, launcher, clock, watch_health(clock), save=save, show=_say)
         async with serve_controller(serving, desired.config) as controller:
             save(desired)
             await _serve(serving, state, signals, began_s)
@@ -153,7 +157,7 @@ async def _serve(serving: Serving, state: RunState, signals: StopSignals, began_
     try:
         await signals.unless_stopped(serving.start())
         if not signals.stop.is_set():
-            _print_welcome(serving.config, state, time.monotonic() - began_s)
+            print_welcome(serving.config, state, time.monotonic() - began_s)
             folder = Path(state.log_folder)
             comparing = keep("the comparison with the plan", lambda: compare_with_plan(serving, folder, _say), _say)
             helpers.append(comparing)
@@ -185,43 +189,6 @@ async def _stop(serving: Serving, signals: StopSignals, grace_s: float) -> None:
 
 async def _drain(serving: Serving, grace_s: float, *, is_asked: bool) -> None:
     if is_asked:
-        waits = await _what_to_wait_for(serving.config, grace_s)
+        waits = await what_to_wait_for(serving.config, grace_s)
         _say(f"stopping{waits} (once more to stop at once)")
     await serving.stop(grace_s)
-
-
-async def _what_to_wait_for(config: ServeConfig, grace_s: float) -> str:
-    try:
-        async with asyncio.timeout(_COUNT_TIMEOUT_S):
-            fleet = await fetch_fleet(config.router.control, config.cluster_token, config.cluster_tls)
-    except (TandemError, TimeoutError):
-        return ""
-    requests = fleet.running_requests + fleet.queued_requests
-    if not requests:
-        return ""
-    return f": waiting up to {grace_s:g} s for {requests} running request{'s' if requests > 1 else ''}"
-
-
-def _print_welcome(config: ServeConfig, state: RunState, took_s: float) -> None:
-    body = json.dumps({"model": state.model, "prompt": _PROMPT, "max_tokens": 64, "temperature": 0})
-    has_keys = config.router.api_keys is not None
-    curl = (" --cacert CA" if state.has_tls else "") + (' -H "Authorization: Bearer KEY"' if has_keys else "")
-    access = (", api_key='KEY'" if has_keys else "") + (", tls=ClientTls('CA')" if state.has_tls else "")
-    python = (
-        f"from tandem import Client{', ClientTls' if state.has_tls else ''}; "
-        f"print(Client('{state.grpc}'{access}).generate("
-        f"prompt='{_PROMPT}', max_tokens=64, temperature=0).text)"
-    )
-    page = f"\n  page  {state.url}/ui  (what the cluster does)" if config.router.ui else ""
-    _say(f"""\
-ready in {took_s:.1f} s: {", ".join(f"{section.instances} {role}" for role, section in config.kinds)}
-  HTTP  {state.url}/v1  (OpenAI API; /health, /metrics){page}
-  gRPC  {state.grpc}
-  logs  {state.log_folder}
-
-try:
-  curl {state.url}/v1/completions{curl} -H 'Content-Type: application/json' -d '{body}'
-  python -c "{python}"
-  tandem chat
-
-Ctrl-C ends it.""")

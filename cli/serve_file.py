@@ -87,8 +87,8 @@ def _config_of(plan: Plan, overrides: list[str], machine: Machine) -> ServeConfi
             f"the plan is for {plan.model}, of which only the name is known here; give its checkpoint with "
             "--set model=FOLDER"
         )
-    on_cpu = {section.engine.device for _, section in config.kinds} == {"cpu"}
-    if on_cpu and (finding := check_memory(config)).grade is Grade.FAILED:
+    is_here = machine.nodes == 0 and {section.engine.device for _, section in config.kinds} == {"cpu"}
+    if is_here and (finding := check_memory(config)).grade is Grade.FAILED:
         raise ConfigError(
             f"the plan does not fit this machine ({finding.text}); set cluster.kv_memory in the SLO file and plan "
             f"again, or {finding.advice}"

@@ -1,6 +1,5 @@
 """`tandem up`: start a cluster that outlives the terminal."""
 
-import contextlib
 import importlib.util
 import os
 import subprocess
@@ -14,25 +13,29 @@ from tandem.cli.common import (
     ServeFile,
     Settings,
     Timeout,
+    Wait,
     ask_controller,
+    bring_about,
     state_folders,
     the_cluster_goes_on,
 )
+from tandem.cli.on_ray import RayAddress, up_on_ray
 from tandem.cli.output import print_line
 from tandem.cli.prepare import free_addresses, prepare
-from tandem.core.errors import ConfigError, TandemError, UnavailableError
+from tandem.cli.welcome import print_background_welcome
+from tandem.core.errors import ConfigError, UnavailableError
 from tandem.deploy.cluster_folder import ClusterFolder
 from tandem.deploy.controller_process import command_of
 from tandem.deploy.desired import Desired
 from tandem.deploy.hosted_process import import_path
 from tandem.deploy.run_state import RunState
 from tandem.deploy.serving import with_token
-from tandem.wire.controller import ControllerClient
 
 EPILOG = """\
 examples:
   tandem up                          the built-in model, 1 prefill + 1 decode
   tandem up plan.yaml
+  tandem up plan.yaml --ray 10.0.0.1:6379    on the nodes of a running Ray cluster
   tandem up                          again: a new controller for a cluster whose controller has ended
   tandem status; tandem logs decode-0; tandem down"""
 _CONTROLLER_START_S = 60.0
@@ -46,16 +49,23 @@ def run(
     name: Name = "default",
     grace: Annotated[float, typer.Option(help="seconds that requests of a process that stops may take")] = 10.0,
     timeout: Timeout = 900.0,
+    wait: Wait = True,
+    ray: RayAddress = None,
 ) -> int:
     """Start a router, prefill workers and decode workers on this machine, without Ray, and return when they are ready.
     A controller in the background keeps them running; it goes on when this terminal closes. When the controller itself
     ends, for whatever reason, the processes go on, and the next `tandem up` without a FILE starts a controller that
     takes them back. `tandem down` ends everything.
 
+    With --ray the processes are on all nodes of a Ray cluster that runs already, and so is the controller: Ray starts
+    it again when it ends, on another node if its own is gone. The same command without a FILE, on any node, finds it.
+
     FILE is a serve file, a plan (of `tandem plan`), or an SLO file, for which a plan is made first.
     """
     if importlib.util.find_spec("torch") is None:  # the workers import it
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    if ray is not None:
+        return up_on_ray(ray, file, settings, name, grace, timeout if wait else None)
     folder = ClusterFolder.of_name(state_folders().clusters, name)
     if (run := folder.live_run()) is not None:
         raise ConfigError(f"the cluster '{name}' runs already (pid {run.pid}); change it with: tandem apply FILE")
@@ -76,21 +86,11 @@ def run(
     print_line(f"{'starting' if is_new else 'taking back'} {desired.config.served_name} from {desired.config.model}")
     with the_cluster_goes_on():
         run = _start_controller(folder)
-    settings_json = desired.config.model_dump_json()
-    plan_json = "" if desired.plan is None else desired.plan.model_dump_json()
-
-    async def bring_about(client: ControllerClient) -> None:
-        try:
-            await client.apply(settings_json, None, plan_json)
-        except TandemError:
-            if is_new:
-                print_line("it could not be started; ending it")
-                with contextlib.suppress(UnavailableError):  # somebody else is ending it
-                    await client.stop(0.0)
-            raise
-
-    ask_controller(run, bring_about, timeout, num_past=100)
-    _print_welcome(run)
+    if not wait:
+        print_line(f"the controller runs (pid {run.pid}), and starts the processes: tandem status")
+        return 0
+    ask_controller(run, lambda client: bring_about(client, desired, is_new=is_new), timeout, num_past=100)
+    print_background_welcome(run)
     return 0
 
 
@@ -116,14 +116,3 @@ def _start_controller(folder: ClusterFolder) -> RunState:
             raise UnavailableError(f"the controller did not start within {_CONTROLLER_START_S:g} s; see {log_path}")
         time.sleep(_POLL_S)
     return run
-
-
-def _print_welcome(run: RunState) -> None:
-    name = f" --name {run.cluster}" if run.cluster != "default" else ""
-    print_line(f"""\
-ready:
-  HTTP  {run.url}/v1  (OpenAI API; /health, /metrics)
-  gRPC  {run.grpc}
-  logs  {run.log_folder}
-
-It goes on in the background: tandem status, tandem logs router-0, tandem chat. `tandem down{name}` ends it.""")

@@ -164,6 +164,10 @@ class InstanceSection(FrozenModel):
         default=4 << 20,
         description="KV of a prompt that has so many bytes comes while the prompt is still computed; null: never",
     )
+    ray_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Custom resources of Ray that an instance needs with --ray, such as {accelerator_type:H100: 0.01}",
+    )
     kv_events: KvEventsSection = KvEventsSection()
 
     @model_validator(mode="after")
@@ -322,6 +326,9 @@ class ServeConfig(FrozenModel):
     )
     cluster_tls: ClusterTls | None = Field(default=None, description=_CLUSTER_TLS)
     model_hash: ModelHash | None = Field(default=None, description=_MODEL_HASH)
+    start_router: bool = Field(
+        default=True, description="false: routers are started elsewhere, and name the controller of this cluster"
+    )
     controller: Address = Field(
         default="127.0.0.1:0", description="Where the controller listens for `tandem` commands; port 0: any free one"
     )

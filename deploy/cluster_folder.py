@@ -83,9 +83,13 @@ class ClusterFolder:
 
     def live_run(self) -> RunState | None:
         """The controller, if it lives."""
+        run = self.last_run()
+        return run if run is not None and is_alive(run) else None
+
+    def last_run(self) -> RunState | None:
+        """The controller that was here last, whether it lives or not."""
         with contextlib.suppress(OSError, ValueError, TypeError):
-            run = read_run(self.path / "run.json")
-            return run if is_alive(run) else None
+            return read_run(self.path / "run.json")
         return None
 
     def save_run(self, run: RunState) -> None:

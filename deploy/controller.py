@@ -279,7 +279,7 @@ class Controller:
             if slot.first_start.done():
                 slot.first_start = asyncio.get_running_loop().create_future()
             slot.first_start.set_result(None)
-            end = await _run_unless(slot.stop_requested, self._wait_end(slot.spec, process))
+            end = await _run_unless(slot.stop_requested, wait_end(slot.spec, process, self._watch))
             if end is None:
                 await process.stop(slot.grace_s)
             return end
@@ -287,19 +287,20 @@ class Controller:
             slot.info = None
             await asyncio.shield(process.kill())
 
-    async def _wait_end(self, spec: ProcessSpec, process: RunningProcess) -> ProcessEnd:
-        """Its own end, or what `watch` finds."""
-        ended = asyncio.ensure_future(process.wait_closed())
-        tasks: list[asyncio.Task[Any]] = [ended]
-        if self._watch is not None:
-            tasks.append(asyncio.ensure_future(self._watch(spec, process)))
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            return ended.result() if ended.done() else ProcessEnd(tasks[1].result())
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+
+async def wait_end(spec: ProcessSpec, process: RunningProcess, watch: Watch | None) -> ProcessEnd:
+    """The process's own end, or what `watch` finds."""
+    ended = asyncio.ensure_future(process.wait_closed())
+    tasks: list[asyncio.Task[Any]] = [ended]
+    if watch is not None:
+        tasks.append(asyncio.ensure_future(watch(spec, process)))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return ended.result() if ended.done() else ProcessEnd(tasks[1].result())
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _status_of(slot: _Slot) -> ProcessStatus:

@@ -60,7 +60,7 @@ async def _run(folder: ClusterFolder, desired: Desired) -> None:
         grace_s=desired.grace_s,
         records=folder.records(),
     )
-    serving = Serving(desired, machine, launcher, clock, watch_health(clock), save=state.save, show=_say)
+    serving = Serving(desired, lambda: machine, launcher, clock, watch_health(clock), save=state.save, show=_say)
     await launcher.start()
     async with serve_controller(serving, config) as state.controller:
         state.save(desired)

@@ -17,19 +17,43 @@ _ADDRESSES = ("http", "grpc", "control")
 class Desired:
     """`drained` processes stay out of service; `roles` are those of instances whose role was changed, by the process's
     name. `grace_s` is for requests of processes that stop, where nothing else is said. `config` has its token, and no
-    port 0 in the router's addresses. `plan` is what it was made of; None for a serve file."""
+    port 0 in the router's addresses. `plan` is what it was made of; None for a serve file. `stands_in`: a process that
+    was started under another name goes on as this instance; the instance's name -> the process's."""
 
     config: ServeConfig
     grace_s: float = 10.0
     drained: frozenset[str] = frozenset()
     roles: Mapping[str, RoleName] = field(default_factory=dict)
     plan: Plan | None = None
+    stands_in: Mapping[str, str] = field(default_factory=dict)
 
     def processes(self, machine: Machine) -> tuple[ProcessSpec, ...]:
         """Raises ConfigError as `plan_processes`."""
-        return tuple(
-            self._with_role(spec) for spec in plan_processes(self.config, machine) if spec.name not in self.drained
-        )
+        planned = plan_processes(self.config, machine)
+        own_names = {spec.name for spec in planned}
+        specs = [
+            spec.under_name(name) if (name := self.stands_in.get(spec.name, spec.name)) not in own_names else spec
+            for spec in planned
+        ]
+        return tuple(self._with_role(spec) for spec in specs if spec.name not in self.drained)
+
+    def reusing(self, running: "Desired", machine: Machine) -> "Desired":
+        """With processes of `running` that are wanted no more in the place of new ones that differ only in their role
+        and the bounds of their steps: nothing has to load a model."""
+        before, after = running.processes(machine), self.processes(machine)
+        kept = {spec.name for spec in after} | self.drained
+        free = [spec for spec in before if spec.name not in kept and isinstance(spec.config, WorkerConfig)]
+        known = {spec.name for spec in before}
+        wanted = {spec.name for spec in plan_processes(self.config, machine)}
+        stands_in = {name: process for name, process in self.stands_in.items() if name in wanted and process in known}
+        for spec in after:
+            if spec.name in known or not isinstance(spec.config, WorkerConfig):
+                continue
+            reused = next((each for each in free if each.can_become(spec.under_name(each.name))), None)
+            if reused is not None:
+                free.remove(reused)
+                stands_in[spec.name] = reused.name
+        return replace(self, stands_in=stands_in)
 
     def with_config(self, config: ServeConfig, plan: Plan | None = None) -> "Desired":
         """For new settings, and the plan that they were made of. Roles are those of the settings again; what is drained
@@ -50,7 +74,7 @@ class Desired:
         }
         router = config.router.model_copy(update=kept)
         update = {"router": router, "cluster_token": running.cluster_token, "controller": running.controller}
-        return replace(self, config=config.model_copy(update=update), roles={}, plan=plan)
+        return replace(self, config=config.model_copy(update=update), roles={}, plan=plan, stands_in={})
 
     def with_instances(self, counts: Mapping[str, int]) -> "Desired":
         """With `counts[role]` instances of each role in `counts`. Raises ConfigError for a role without instances, or
@@ -83,6 +107,7 @@ class Desired:
             "drained": sorted(self.drained),
             "roles": dict(self.roles),
             "plan": None if self.plan is None else self.plan.model_dump(mode="json"),
+            "stands_in": dict(self.stands_in),
         }
 
     @classmethod
@@ -90,7 +115,8 @@ class Desired:
         """Of this version or another. Raises ValueError, KeyError or TypeError for what this one cannot read."""
         config = read_known(ServeConfig, fields["config"])
         plan = None if fields["plan"] is None else read_known(Plan, fields["plan"])
-        return cls(config, fields["grace_s"], frozenset(fields["drained"]), fields["roles"], plan)
+        drained, stands_in = frozenset(fields["drained"]), fields.get("stands_in", {})
+        return cls(config, fields["grace_s"], drained, fields["roles"], plan, stands_in)
 
     def _with_role(self, spec: ProcessSpec) -> ProcessSpec:
         if isinstance(spec.config, WorkerConfig) and (role := self.roles.get(spec.name)) is not None:

@@ -15,6 +15,7 @@ from tandem.core.errors import TandemError
 from tandem.core.session import Role
 from tandem.deploy.controller import ProcessInfo
 from tandem.deploy.topology import ProcessSpec
+from tandem.scheduling.budget import role_budget
 from tandem.wire.channels import open_channel
 from tandem.wire.sessions import RoleChange, configure_instance, set_routers
 
@@ -36,7 +37,7 @@ class InstanceSettings:
         self._config = config
         self._clock = clock
         self._announced_s: dict[str, float] = {}  # by control address
-        self._told: dict[str, tuple[str, tuple[str, ...]]] = {}  # by instance id: role and routers
+        self._told: dict[str, tuple[RoleChange, tuple[str, ...]]] = {}  # by instance id
 
     def router_announced(self, control: str) -> None:
         self._announced_s[control] = self._clock.now_s()
@@ -45,7 +46,9 @@ class InstanceSettings:
         """Control addresses, that of the controller's own router first."""
         oldest_s = self._clock.now_s() - ROUTER_FORGOTTEN_S
         self._announced_s = {control: at_s for control, at_s in self._announced_s.items() if at_s >= oldest_s}
-        return tuple(dict.fromkeys((self._config().router.control, *self._announced_s)))
+        config = self._config()
+        own = (config.router.control,) if config.start_router else ()
+        return tuple(dict.fromkeys((*own, *self._announced_s)))
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -71,12 +74,28 @@ class InstanceSettings:
 
     async def _tell(self, spec: ProcessSpec, info: ProcessInfo, routers: tuple[str, ...]) -> None:
         assert isinstance(spec.config, WorkerConfig), "routers have no role"
-        if self._told.get(info.instance_id) == (spec.config.role, routers):
+        change = _change_of(spec.config)
+        if self._told.get(info.instance_id) == (change, routers):
             return
         try:
             async with self._open(info) as channel:
-                await set_routers(channel, routers, _CALL_S)
-                await configure_instance(channel, RoleChange(Role(spec.config.role)), _CALL_S)
+                if routers:  # else none has announced itself yet
+                    await set_routers(channel, routers, _CALL_S)
+                await configure_instance(channel, change, _CALL_S)
         except TandemError:
             return
-        self._told[info.instance_id] = (spec.config.role, routers)
+        self._told[info.instance_id] = (change, routers)
+
+
+def _change_of(config: WorkerConfig) -> RoleChange:
+    """With all bounds: an instance that was started with other settings takes them for those that are missing."""
+    section = config.instance
+    budget = role_budget(
+        Role(config.role),
+        max_batch=section.max_batch,
+        max_queue=section.max_queue,
+        max_batch_tokens=section.max_batch_tokens,
+        max_prefill_tokens=section.max_prefill_tokens,
+        mixing=section.policy,
+    )
+    return RoleChange(Role(config.role), budget.max_batch, budget.max_batch_tokens, budget.max_prefill_tokens)

@@ -41,6 +41,13 @@ def check_pairs(config: ServeConfig, spec: ModelSpec) -> None:
         )
 
 
+def hash_of_model(path: Path) -> str:
+    """Of its files, as instances compute it. Raises CheckpointError."""
+    from tandem.engine.checkpoint import open_checkpoint  # it imports torch
+
+    return open_checkpoint(path).weights_hash
+
+
 def weight_bytes(path: Path) -> int:
     """Bytes of the weight files."""
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))

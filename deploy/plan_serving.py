@@ -1,6 +1,7 @@
-"""Turns a plan into a serve configuration. Served plans are for this machine."""
+"""Turns a plan into a serve configuration, for this machine or for the nodes of a Ray cluster."""
 
 import math
+from collections import Counter
 
 from tandem.core.config import ROLES, EngineSection, InstanceSection, ServeConfig
 from tandem.core.config_file import load_config
@@ -8,6 +9,7 @@ from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan, PlanGroup
 from tandem.core.slo_file import SloFile
 from tandem.core.step_coefficients import StepCoefficients
+from tandem.deploy.node_placement import PlannedNodes
 from tandem.deploy.topology import Machine
 from tandem.placement.cluster import Cluster
 from tandem.placement.costs.calibration import CalibratedCost, Calibration
@@ -50,17 +52,44 @@ def planned_sections(plan: Plan) -> list[tuple[PlanGroup, InstanceSection]]:
     return kinds
 
 
+def planned_nodes(plan: Plan) -> PlannedNodes:
+    """On which of the plan's nodes each process is, as `deploy.topology` names the processes. Instances without devices
+    in the plan may be anywhere."""
+    devices: dict[PlanGroup, list[tuple[str, ...]]] = {}
+    for group in plan.groups:
+        devices.setdefault(_kind_of(group), []).extend(group.devices or [()] * group.instances)
+    numbers: Counter[str] = Counter()
+    of_process: dict[str, str] = {}
+    gpus: Counter[str] = Counter()
+    for kind, instances in devices.items():
+        for ranks in instances:
+            name = f"{kind.role}-{numbers[kind.role]}"
+            numbers[kind.role] += 1
+            if ranks:
+                of_process[name] = _node_of(ranks[0])
+            if not is_on_cpu(kind):
+                gpus.update(_node_of(rank) for rank in ranks)
+    return PlannedNodes(of_process, gpus)
+
+
+def _node_of(device: str) -> str:
+    return device.rpartition(":")[0]
+
+
 def is_on_cpu(group: PlanGroup) -> bool:
     return group.device.casefold() == _CPU
 
 
 def _kinds(plan: Plan) -> list[PlanGroup]:
     """The plan's groups; groups that differ in their devices only are merged."""
-    kinds: dict[PlanGroup, int] = {}
+    kinds: Counter[PlanGroup] = Counter()
     for group in plan.groups:
-        kind = group.model_copy(update={"instances": 1, "devices": ()})
-        kinds[kind] = kinds.get(kind, 0) + group.instances
+        kinds[_kind_of(group)] += group.instances
     return [kind.model_copy(update={"instances": instances}) for kind, instances in kinds.items()]
+
+
+def _kind_of(group: PlanGroup) -> PlanGroup:
+    return group.model_copy(update={"instances": 1, "devices": ()})
 
 
 def _engine(plan: Plan, group: PlanGroup, calibration: Calibration | None) -> EngineSection:
@@ -110,17 +139,25 @@ def _check_shapes(plan: Plan) -> None:
 
 
 def _check_machine(plan: Plan, machine: Machine) -> None:
-    nodes = {rank.rpartition(":")[0] for group in plan.groups for ranks in group.devices for rank in ranks}
-    if len(nodes) > 1:
+    instances = [ranks for group in plan.groups for ranks in group.devices]
+    spread = next((ranks for ranks in instances if len({_node_of(rank) for rank in ranks}) > 1), None)
+    if spread is not None:
         raise ConfigError(
-            f"the plan uses {len(nodes)} nodes, but `tandem serve` runs on one machine only; "
-            "plan for one node (cluster.nodes)"
+            f"the plan has an instance on several nodes ({', '.join(spread)}); an instance is on one node"
+        )
+    nodes = {_node_of(rank) for ranks in instances for rank in ranks}
+    if len(nodes) > max(machine.nodes, 1):
+        have = f"the Ray cluster has {machine.nodes}" if machine.nodes else "this is one machine"
+        raise ConfigError(
+            f"the plan uses {len(nodes)} nodes, and {have}; serve it on a Ray cluster with so many "
+            "(`tandem serve --ray ADDRESS`), or plan for fewer (cluster.nodes)"
         )
     on_gpu = [group for group in plan.groups if not is_on_cpu(group)]
     needed = sum(group.num_devices for group in on_gpu)
     if needed > machine.gpus:
+        here = "the Ray cluster" if machine.nodes else "this machine"
         present = f"has {machine.gpus} GPUs" if machine.gpus else "has no GPU"
         raise ConfigError(
-            f"the plan needs {needed} x {on_gpu[0].device}, but this machine {present}; plan for devices of this "
-            "machine (for example cluster.nodes.device: cpu)"
+            f"the plan needs {needed} x {on_gpu[0].device}, but {here} {present}; plan for devices that are there "
+            "(for example cluster.nodes.device: cpu)"
         )

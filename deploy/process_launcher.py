@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -237,7 +238,8 @@ class ProcessLauncher:
 
     def shorten_logs(self) -> None:
         for log in self.log_folder.glob("*.log"):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), log.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # several launchers of a host may have one folder
                 if log.stat().st_size > self._max_log_bytes:
                     shutil.copyfile(log, log.with_suffix(".log.1"))
                     os.truncate(log, 0)  # the process goes on writing at its end, which is now the beginning

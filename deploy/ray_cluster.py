@@ -1,9 +1,11 @@
-"""A private Ray on this machine: it listens on loopback only, with its own token and without a dashboard."""
+"""Ray: a private one on this machine, which listens on loopback only, with its own token and without a dashboard; or a
+cluster that others have started."""
 
 import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +13,8 @@ from typing import Any
 
 import psutil
 
-from tandem.core.errors import UnavailableError
+from tandem.core.config import split_address
+from tandem.core.errors import ConfigError, UnavailableError
 from tandem.deploy.run_state import RAY_FOLDER_PREFIX
 
 # deploy/topology.py divides the cores; Ray only counts processes, with this custom resource. `num_cpus` is the number
@@ -20,6 +23,9 @@ PROCESS_RESOURCE = "tandem_process"
 _MAX_LOCAL_PROCESSES = 1000
 _OBJECT_STORE_BYTES = 80 << 20  # close to the minimum of Ray; Tandem stores nothing there
 _LOG_BYTES = 16 << 20  # of one log file of Ray
+RUNNING = "auto"  # the Ray that this machine is part of
+RAY_CLIENT = "ray://"
+_REACH_S = 5.0
 
 
 def local_ray_environment(token_path: Path) -> dict[str, str]:
@@ -115,6 +121,39 @@ class LocalRay:
             import_ray().shutdown()
         finally:  # also where Ray is not installed
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def join_ray(address: str, otherwise: str, namespace: str | None = None) -> ModuleType:
+    """Ray, connected to the cluster at `address`: host:port of its head, `auto` for the cluster of this machine, or
+    ray://host:port. `otherwise` says what a user can do where there is none.
+
+    Raises ConfigError for what is no address, UnavailableError if the cluster cannot be joined. A TCP connection is
+    tried first: Ray itself would try for a minute, and then end the process.
+    """
+    if address != RUNNING:
+        try:
+            host, port = split_address(address.removeprefix(RAY_CLIENT))
+        except ConfigError as error:
+            raise ConfigError(f"--ray {address}: give host:port of a Ray cluster's head, auto or local") from error
+        try:
+            socket.create_connection((host, port), timeout=_REACH_S).close()
+        except OSError as error:
+            reason = error.strerror or "no answer"
+            raise UnavailableError(
+                f"no Ray answers at {address} ({reason}); start one with `ray start --head`, or {otherwise}"
+            ) from error
+    if (Path.home() / ".ray" / "auth_token").is_file():  # `ray start --head` looks there, and a driver does not
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    ray = import_ray()
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.CRITICAL)
+    except Exception as error:  # Ray raises a bare Exception after a timeout
+        reason = str(error).partition("\n")[0]
+        advice = (
+            "; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with its token" if "oken" in reason else ""
+        )
+        raise UnavailableError(f"the Ray cluster at {address} cannot be joined ({reason}){advice}") from error
+    return ray
 
 
 def import_ray() -> ModuleType:

@@ -3,23 +3,17 @@
 The cluster's machines need the same version of this package: Ray sends functions by name and arguments by value.
 """
 
-import logging
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeVar
 
-from tandem.core.config import split_address
-from tandem.core.errors import ConfigError, UnavailableError
+from tandem.core.errors import UnavailableError
 from tandem.deploy.machine import usable_cores
-from tandem.deploy.ray_cluster import LocalRay, import_ray
+from tandem.deploy.ray_cluster import LocalRay, import_ray, join_ray
 
 LOCAL = "local"
-RUNNING = "auto"  # the Ray that this machine is part of
-_CLIENT = "ray://"
 _CHUNKS_PER_WORKER = 4  # balances the load, at a small cost per task
-_REACH_S = 5.0
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,34 +69,11 @@ def ray_mapper(address: str) -> Iterator[RayMapper]:
         finally:
             local_ray.stop()
         return
-    ray = _join(address)
+    ray = join_ray(address, "plan without --ray")
     try:
         yield RayMapper(ray, max(1, int(ray.cluster_resources().get("CPU", 1))))
     finally:
         ray.shutdown()
-
-
-def _join(address: str) -> ModuleType:
-    """Ray, connected. A TCP connection is tried first: Ray itself would try for a minute, and then end the process."""
-    if address != RUNNING:
-        try:
-            host, port = split_address(address.removeprefix(_CLIENT))
-        except ConfigError as error:
-            raise ConfigError(f"--ray {address}: give host:port of a Ray cluster's head, auto or local") from error
-        try:
-            socket.create_connection((host, port), timeout=_REACH_S).close()
-        except OSError as error:
-            reason = error.strerror or "no answer"
-            raise UnavailableError(
-                f"no Ray answers at {address} ({reason}); start one with `ray start --head`, or plan without --ray"
-            ) from error
-    ray = import_ray()
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
-    except Exception as error:  # Ray raises a bare Exception after a timeout
-        reason = str(error).partition("\n")[0]
-        raise UnavailableError(f"the Ray cluster at {address} cannot be joined ({reason})") from error
-    return ray
 
 
 def _apply(function: Callable[[T], R], items: Sequence[T]) -> list[R]:

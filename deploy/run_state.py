@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,12 +20,13 @@ from pathlib import Path
 
 import psutil
 
-from tandem.core.config import RouterSection
+from tandem.core.config import RouterSection, split_address
 from tandem.core.tls import ClusterTls
 from tandem.deploy.child_process import kill_all, processes_that_use
 from tandem.deploy.private_file import make_private_folder, write_private
 
 _KEPT_LOG_FOLDERS = 5
+_REACH_S = 2.0
 RAY_FOLDER_PREFIX = "tandem-"
 
 
@@ -33,7 +35,8 @@ class RunState:
     """The controller's process and its cluster. `process_started_s` distinguishes the process from a later one with the
     same pid. `expected_transport` is the transport that KV should use between its workers; None accepts any. `has_tls`:
     the ports `http` and `grpc` have TLS; `cluster_tls` has the settings of the control port's, as JSON values.
-    `controller` is the controller's own address, `cluster` the name of a cluster of `tandem up`."""
+    `controller` is the controller's own address, `cluster` the name of a cluster of `tandem up`. `ray`: the address of
+    the Ray cluster that its controller runs on, somewhere; then `pid` is 0."""
 
     pid: int
     process_started_s: float
@@ -49,6 +52,7 @@ class RunState:
     cluster_tls: dict[str, str | None] | None = None
     controller: str = ""
     cluster: str = ""
+    ray: str = ""
 
     @property
     def tls(self) -> ClusterTls | None:
@@ -149,6 +153,12 @@ def process_started_s(pid: int) -> float:
 
 
 def is_alive(run: RunState) -> bool:
+    if run.ray:
+        try:
+            socket.create_connection(split_address(run.controller), timeout=_REACH_S).close()
+        except OSError:
+            return False
+        return True
     try:
         process = psutil.Process(run.pid)
         return process.create_time() == run.process_started_s and process.status() != psutil.STATUS_ZOMBIE

@@ -1,4 +1,4 @@
-"""A cluster on this machine, from its start to its end, as `tandem serve` and `tandem up` run it."""
+"""A cluster from its start to its end, as `tandem serve` and `tandem up` run it."""
 
 import asyncio
 import json
@@ -84,19 +84,22 @@ class Serving:
     def __init__(
         self,
         desired: Desired,
-        machine: Machine,
+        machine: Callable[[], Machine],
         launcher: Launcher,
         clock: Clock,
         watch: Watch | None = None,
         *,
         save: Callable[[Desired], None] = lambda desired: None,
         show: Callable[[str], None] = lambda line: None,
+        adapt: Callable[[Desired], Desired] = lambda desired: desired,
     ) -> None:
-        """`watch`: as the controller's. `save` gets each new `desired`, `show` each line about what happens."""
+        """`machine` tells what there is to divide. `watch`: as the controller's. `save` gets each new `desired`, `show`
+        each line about what happens. `adapt` gives new settings the addresses of this host."""
         self.desired = desired
         self.controller = Controller(launcher, clock, watch=watch)
         self.has_stopped = asyncio.Event()
         self._machine = machine
+        self._adapt = adapt
         self._clock = clock
         self._save = save
         self._lines = LineFeed(show)
@@ -162,7 +165,9 @@ class Serving:
         except ValueError as error:
             raise InvalidRequestError(f"these are not the settings of a serve file ({error})") from error
         words = "applying settings", "applied"
-        return await self._change(lambda: self._apply(lambda: self.desired.with_config(config, plan), words, grace_s))
+        return await self._change(
+            lambda: self._apply(lambda: self._adapt(self.desired.with_config(config, plan)), words, grace_s)
+        )
 
     async def scale(self, instances: Mapping[str, int], grace_s: float | None = None) -> ClusterChange:
         """Change the number of instances. Removed instances finish their requests for up to `grace_s`."""
@@ -224,8 +229,8 @@ class Serving:
 
     async def _apply(self, make: Callable[[], Desired], words: tuple[str, str], grace_s: float | None) -> ClusterChange:
         """`words`: what is said before and afterwards."""
-        desired = make()
-        desired.processes(self._machine)  # raises for what cannot be
+        machine = self._machine()
+        desired = make().reusing(self.desired, machine)  # raises for what cannot be
         self._lines.say(words[0])
         self._save(desired)
         self.desired = desired
@@ -238,7 +243,7 @@ class Serving:
         return change
 
     async def _reconcile(self, grace_s: float) -> ClusterChange:
-        change = await self.controller.reconcile(self.desired.processes(self._machine), grace_s)
+        change = await self.controller.reconcile(self.desired.processes(self._machine()), grace_s)
         await self._wait_registered()
         return change
 
@@ -255,7 +260,7 @@ class Serving:
         desired = self.desired.with_role(process.name, name)
         self._save(desired)
         self.desired = desired
-        await self.controller.reconcile(desired.processes(self._machine), desired.grace_s)
+        await self.controller.reconcile(desired.processes(self._machine()), desired.grace_s)
 
     def _find(self, process: str) -> ProcessStatus:
         """By its name, or by the id of its instance. Raises NotFoundError."""

@@ -23,10 +23,12 @@ _WORKER_ENTRY = "tandem.worker.app:Worker"
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The resources to divide. `cores` are the cores that this process may use."""
+    """The resources to divide. `cores` are the cores that this process may use. `nodes` is 0 for this machine; for a
+    Ray cluster of so many, all nodes that are there now count together."""
 
     cores: int
     gpus: int = 0
+    nodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,15 @@ class ProcessSpec:
     def name(self) -> str:
         return f"{self.role.value}-{self.index}"
 
+    def under_name(self, name: str) -> "ProcessSpec":
+        """The same instance as the process `name`, which was started in another role."""
+        role, _, index = name.rpartition("-")
+        config = self.config.model_copy(update={"name": name})
+        return replace(self, role=ProcessRole(role), index=int(index), config=config)
+
     def can_become(self, other: "ProcessSpec") -> bool:
-        """Whether a process of this kind can go on as one of the other kind. Role and routers are told to an instance
-        while it runs; shares of cores and devices stay as they are until it is started again."""
+        """Whether a process of this kind can go on as one of the other kind. Role, bounds of steps, and routers are
+        told to an instance while it runs; shares of cores and devices stay as they are until it is started again."""
         return self._lasting() == other._lasting()
 
     def _lasting(self) -> "ProcessSpec":
@@ -59,13 +67,15 @@ class ProcessSpec:
             engine = config.instance.engine
             if self.shares_cores:
                 engine = engine.model_copy(update={"threads": 0})
-            instance = config.instance.model_copy(update={"engine": engine})
+            bounds = {"max_batch": 1, "max_batch_tokens": None, "max_prefill_tokens": None}
+            instance = config.instance.model_copy(update={"engine": engine, **bounds})
             config = config.model_copy(update={"instance": instance, "role": "colocated", "routers": ()})
         return replace(self, config=config, threads=0 if self.shares_cores else self.threads, gpus=0.0)
 
 
 def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, ...]:
-    """The router first, then prefill, decode and colocated instances. `config.cluster_token` must be set.
+    """The router first, if there is one, then prefill, decode and colocated instances. `config.cluster_token` must be
+    set.
 
     Instances whose `threads` is 0 share the cores that other instances leave; each rank gets at least one. The router
     gets no core of its own: it works while instances wait for it, and a reserved core would be idle most of the time.
@@ -84,7 +94,7 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
         cluster_tls=config.cluster_tls,
         log_format=config.log_format,
     )
-    specs = [ProcessSpec(ProcessRole.ROUTER, 0, _ROUTER_ENTRY, router, threads=1)]
+    specs = [ProcessSpec(ProcessRole.ROUTER, 0, _ROUTER_ENTRY, router, threads=1)] if config.start_router else []
     numbers: Counter[str] = Counter()
     for (role, section), share in zip(instances, threads, strict=True):
         gpus = _gpus_of(section.engine, machine, on_gpu)
@@ -97,7 +107,7 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
             role=role,
             model_hash=config.model_hash,
             name=f"{role}-{numbers[role]}",  # as `tandem serve` calls the process
-            routers=(config.router.control,),
+            routers=(config.router.control,) if config.start_router else (),
             cluster_token=config.cluster_token,
             cluster_tls=config.cluster_tls,
             log_format=config.log_format,
@@ -123,13 +133,14 @@ def _uses_gpu(engine: EngineSection, machine: Machine) -> bool:
 
 
 def _gpus_of(engine: EngineSection, machine: Machine, ranks: int) -> float:
-    """One device for each of all `ranks` if there are enough, else equal shares, rounded down so that all fit.
+    """One device for each of all `ranks` if there are enough, else equal shares, rounded down so that all fit. On a Ray
+    cluster always one: an instance waits for a node that has it.
 
     Raises ConfigError for an instance of several ranks, which do not share a device.
     """
     if not _uses_gpu(engine, machine):
         return 0.0
-    if machine.gpus >= ranks:
+    if machine.nodes or machine.gpus >= ranks:
         return float(engine.shape.num_ranks)
     if engine.shape.num_ranks > 1:
         raise ConfigError(

@@ -244,6 +244,8 @@ class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
     async def SetRouters(
         self, request: worker_pb2.SetRoutersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.SetRoutersResponse:
+        if not request.control:
+            raise InvalidRequestError("an instance that reports to no router would be lost; name one at least")
         self._handler.set_routers(request.control)
         return worker_pb2.SetRoutersResponse()
 

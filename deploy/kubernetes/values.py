@@ -50,6 +50,11 @@ class ModelValues(FrozenModel):
     )
     name: str = Field(default="", description="In the API; empty: the last part of the path or of the repository")
     path: str = Field(default="", description="The checkpoint's folder in the volume")
+    hash: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{8,64})?$",
+        description="Beginning of the hash of its files, as a worker's log says it; other files are refused",
+    )
     persistentVolumeClaim: str = Field(default="", description="Name of the claim; it is mounted read-only")
     hostPath: str = Field(default="", description="Folder of each node")
     download: Download = Download()
@@ -190,12 +195,21 @@ class WorkerGroup(WorkerDefaults):
     role: RoleName = Field(description="Which requests routers send")
 
 
+class RayHead(Scheduling):
+    """Of workers.kind RayCluster: the pod with Ray's head and Tandem's controller. It runs no instance."""
+
+    version: str = Field(default="2.60.0", description="Of the Ray in the image; the operator goes by it")
+    resources: Resources = Resources(requests={"cpu": "2", "memory": "4Gi"}, limits={"memory": "8Gi"})
+
+
 class Workers(FrozenModel):
     """The instances, in groups of equal ones."""
 
-    kind: Literal["Deployment", "LeaderWorkerSet"] = Field(
-        default="Deployment", description="What keeps the instances; LeaderWorkerSet must be installed"
+    kind: Literal["Deployment", "LeaderWorkerSet", "RayCluster"] = Field(
+        default="Deployment",
+        description="What keeps the instances; LeaderWorkerSet, or KubeRay for RayCluster, must be installed",
     )
+    ray: RayHead = RayHead()
     drainSeconds: int = Field(default=120, ge=0, description="Running requests may take so long to end after SIGTERM")
     loadSeconds: int = Field(default=900, ge=1, description="For an instance to load its model")
     defaults: WorkerDefaults = Field(default=WorkerDefaults(), description="What a group has if it does not say else")

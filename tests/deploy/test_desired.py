@@ -103,3 +103,30 @@ def test_a_share_of_the_cores_is_no_other_setting() -> None:
     decode = (CONFIG.decode[0].model_copy(update={"engine": engine}),)
     fixed = DESIRED.with_config(CONFIG.model_copy(update={"decode": decode}))
     assert not before["decode-0"].can_become({spec.name: spec for spec in fixed.processes(MACHINE)}["decode-0"])
+
+
+def test_a_process_of_the_other_role_is_used_again() -> None:
+    """Bounds of steps may differ, memory may not; and there and back again."""
+    pairs = CONFIG.model_copy(update={"decode": (InstanceSection(instances=2, max_batch=7, max_batch_tokens=640),)})
+    decode = InstanceSection(instances=3, max_batch=7, max_batch_tokens=640)
+    more_decode = pairs.model_copy(update={"prefill": (InstanceSection(),), "decode": (decode,)})
+    before = Desired(pairs)
+    after = before.with_config(more_decode).reusing(before, MACHINE)
+    assert names(after) == ["router-0", "prefill-0", "decode-0", "decode-1", "prefill-1"]
+    old, new = before.processes(MACHINE)[2], after.processes(MACHINE)[4]
+    assert isinstance(new.config, WorkerConfig)
+    assert (new.name, new.config.name, new.config.role) == ("prefill-1", "prefill-1", "decode")
+    assert new.config.instance.max_batch_tokens == 640
+    assert old.can_become(new)
+    assert Desired.from_json(json.loads(json.dumps(after.to_json()))) == after
+
+    back = after.with_config(pairs).reusing(after, MACHINE)
+    assert back.processes(MACHINE) == before.processes(MACHINE)
+    fewer = after.with_instances({"decode": 2}).reusing(after, MACHINE)
+    assert names(fewer) == ["router-0", "prefill-0", "decode-0", "decode-1"]
+    both = after.with_instances({"prefill": 2}).reusing(after, MACHINE)
+    assert names(both) == ["router-0", "prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]
+
+    other_memory = decode.model_copy(update={"engine": decode.engine.model_copy(update={"kv_memory": 1 << 20})})
+    changed = more_decode.model_copy(update={"decode": (other_memory,)})
+    assert "decode-2" in names(before.with_config(changed).reusing(before, MACHINE))

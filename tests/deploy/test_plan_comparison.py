@@ -20,7 +20,7 @@ PLANS = [Plan(model="/m", verdict="infeasible", summary=name, groups=()) for nam
 
 
 def serving_of(plan: Plan | None) -> Serving:
-    return Serving(Desired(CONFIG, plan=plan), Machine(cores=2), FakeLauncher(), SystemClock())
+    return Serving(Desired(CONFIG, plan=plan), lambda: Machine(cores=2), FakeLauncher(), SystemClock())
 
 
 async def test_a_cluster_says_so_where_the_planner_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan, PlanGroup
 from tandem.core.slo import SloClass
-from tandem.deploy.plan_serving import serve_config_of
+from tandem.deploy.plan_serving import planned_nodes, serve_config_of
 from tandem.deploy.topology import Machine, plan_processes
 from tandem.placement.costs.calibration import Calibration, FitError, Terms
 from tests.placement.planned import plan_of
@@ -139,6 +139,28 @@ def test_what_cannot_be_run_yet_is_said_with_what_could_be_done(groups: list[Pla
     assert "\n" not in caught.value.message
     for word in words:
         assert word in caught.value.message
+
+
+def test_processes_are_on_the_nodes_of_their_devices() -> None:
+    """Groups of one kind are one kind of processes, numbered as they come."""
+    groups = [
+        group("prefill", devices=(("b:0",),)),
+        group("decode", instances=2, devices=(("a:1",), ("b:1",)), device="H100"),
+        group("prefill", instances=2, devices=(("a:2",), ("b:2",))),
+        group("colocated"),
+    ]
+    found = planned_nodes(plan_of(BUILT_IN, groups))
+    prefill = {"prefill-0": "b", "prefill-1": "a", "prefill-2": "b"}
+    assert found.of_process == prefill | {"decode-0": "a", "decode-1": "b"}
+    assert found.gpus == {"a": 1, "b": 1}
+
+
+def test_a_plan_of_two_nodes_is_for_a_ray_cluster_of_two() -> None:
+    groups = [group("prefill", devices=(("0:0",),)), group("decode", devices=(("1:0",),))]
+    assert serve_config_of(plan_of(BUILT_IN, groups), Machine(cores=8, nodes=2)).kinds
+    spread = [group("colocated", tp=2, devices=(("0:0", "1:0"),))]
+    with pytest.raises(ConfigError, match=r"has an instance on several nodes \(0:0, 1:0\)"):
+        serve_config_of(plan_of(BUILT_IN, spread), Machine(cores=8, nodes=2))
 
 
 def test_a_plan_that_nothing_meets_runs_nothing() -> None:

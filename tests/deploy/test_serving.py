@@ -31,7 +31,7 @@ def saved() -> list[Desired]:
 
 @pytest.fixture
 async def serving(launcher: FakeLauncher, saved: list[Desired]) -> AsyncIterator[Serving]:
-    serving = Serving(DESIRED, Machine(cores=2), launcher, SystemClock(), save=saved.append)
+    serving = Serving(DESIRED, lambda: Machine(cores=2), launcher, SystemClock(), save=saved.append)
     await serving.start()
     yield serving
     await serving.stop(0.0)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import zipfile
 from collections.abc import Iterator
@@ -64,6 +65,8 @@ def pod_templates(documents: tuple[Document, ...]) -> Iterator[Document]:
                 yield document
             case {"kind": "Deployment", "spec": {"template": template}}:
                 yield template
+            case {"kind": "RayCluster", "spec": spec}:
+                yield from (group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]))
             case {"kind": "LeaderWorkerSet", "spec": {"leaderWorkerTemplate": {"workerTemplate": template}}}:
                 yield template
 
@@ -73,6 +76,49 @@ def mistakes_of(document: Document, version: str) -> list[str]:
     errors = _validator(document["apiVersion"], document["kind"], version).iter_errors(document)
     name = f"{document['kind']} {document['metadata']['name']}"
     return [f"{name} {'.'.join(map(str, error.instance_path))}: {error.message[:300]}" for error in errors]
+
+
+def kuberay_mistakes(cluster: Document) -> list[str]:
+    """What the operator refuses beyond the schema: KubeRay 1.7, `utils/validation.go` and `common/pod.go`, as far as
+    the chart may get there."""
+    name, spec = cluster["metadata"]["name"], cluster["spec"]
+    groups = spec.get("workerGroupSpecs", [])
+    mistakes = []
+    if len(name) > 53 or not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        mistakes.append(f"the name {name} is not one of 53 characters at most, of DNS-1035")
+    if "authOptions" in spec and "rayVersion" not in spec:
+        mistakes.append("a token needs rayVersion")
+    if spec.get("upgradeStrategy", {}).get("type", "None") not in ("Recreate", "None"):
+        mistakes.append("upgradeStrategy of a RayCluster is Recreate or None")
+    for group in (spec["headGroupSpec"], *groups):
+        mistakes += _mistakes_of_group(group)
+    for group in groups:
+        if not re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", group["groupName"]):
+            mistakes.append(f"groupName {group['groupName']} is not one of DNS-1123")
+        least, most = group.get("minReplicas"), group.get("maxReplicas")
+        if least is None or most is None or not 0 <= least <= group["replicas"] <= most:
+            mistakes.append("without autoscaling, minReplicas <= replicas <= maxReplicas are needed")
+    names = [group["groupName"] for group in groups]
+    if len(set(names)) < len(names):
+        mistakes.append("two groups have one name")
+    return mistakes
+
+
+def _mistakes_of_group(group: Document) -> list[str]:
+    mistakes = []
+    containers = group["template"]["spec"].get("containers", [])
+    if not containers:
+        mistakes.append("a group has no container")
+    if not all(isinstance(value, str) for value in group["rayStartParams"].values()):
+        mistakes.append("values of rayStartParams are strings")
+    if {"labels", "redis-password"} & set(group["rayStartParams"]):
+        mistakes.append("rayStartParams has what has a field of its own")
+    forbidden = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "RAY_enable_autoscaler_v2", "RAY_ADDRESS", "RAY_PORT"}
+    variables = {each["name"] for container in containers for each in container.get("env", [])}
+    mistakes += [f"the operator sets {each}" for each in sorted(forbidden & variables)]
+    if any(mount["mountPath"] == "/dev/shm" for each in containers for mount in each.get("volumeMounts", [])):
+        mistakes.append("the operator mounts /dev/shm")
+    return mistakes
 
 
 @cache

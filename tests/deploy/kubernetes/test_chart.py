@@ -27,6 +27,7 @@ from tests.deploy.monitoring.promql import known_labels, uses
 from tests.router.fakes import make_cluster
 
 VALUES = {"defaults": None} | {path.name: path for path in sorted((CHART / "ci").glob("*.yaml"))}
+ON_RAY = "ray-values.yaml"
 SETTINGS = "tandem.serve/settings"
 
 
@@ -52,13 +53,16 @@ def test_every_document_has_the_schema_of_its_kind(values: str, version: str) ->
 
 def test_the_schemas_are_strict() -> None:
     """Else the test above would show nothing."""
-    deployment, lws = (
+    deployment, ray, lws = (
         {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "x"}},
+        {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "x"}},
         {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "metadata": {"name": "x"}},
     )
     (mistake,) = mistakes_of(deployment | {"spec": {"replica": 1, "selector": {}, "template": {}}}, "1.34")
     assert "'replica' was unexpected" in mistake
-    assert any("'replica' was unexpected" in each for each in mistakes_of(lws | {"spec": {"replica": 1}}, "1.34"))
+    for document in (lws, ray):
+        found = mistakes_of(document | {"spec": {"replica": 1}}, "1.34")
+        assert any("'replica' was unexpected" in each for each in found)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -121,6 +125,27 @@ def test_every_value_is_explained() -> None:
             "'a' computes on cuda and gets no GPU; set gpus to 1",
         ),
         (['workers.defaults.rollout={"maxSurge": 0}'], "'prefill' could never be updated"),
+        (
+            ["workers.kind='RayCluster'", "workers.groups=[{'name': 'a', 'role': 'colocated', 'replicas': 0}]"],
+            "'a' has no replicas; leave the group out of a RayCluster",
+        ),
+        (
+            [
+                "workers.kind='RayCluster'",
+                "workers.defaults.autoscaling.enabled=true",
+                "monitoring.prometheusAddress='http://p:9090'",
+            ],
+            "'prefill' is scaled by KEDA, which cannot scale a group of a RayCluster",
+        ),
+        (
+            ["workers.kind='RayCluster'", "workers.defaults.extraEnv=[{'name': 'RAY_REDIS_ADDRESS', 'value': 'r'}]"],
+            "the variable RAY_REDIS_ADDRESS is KubeRay's to set; leave it out of extraEnv",
+        ),
+        (["workers.kind='RayCluster'", "fullnameOverride='7b'"], "does not begin with a letter; set fullnameOverride"),
+        (
+            ["workers.kind='RayCluster'", "workers.ray.version='latest'"],
+            "workers.ray.version is 'latest'; give the version of the Ray in the image",
+        ),
         (["router.autoscaling.enabled=true"], "there is no monitoring.prometheusAddress; set it"),
         (["workers.defaults.autoscaling.enabled=true"], "'prefill' is scaled by metrics, and there is no monitoring"),
         (["apiKeys.clientKey='probe'"], "apiKeys.clientKey is a key of the Secret apiKeys.existingSecret"),
@@ -161,7 +186,7 @@ def test_no_pod_may_more_than_it_needs(values: str) -> None:
             assert "memory" in container["resources"]["limits"]
 
 
-@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("values", [name for name in VALUES if name != ON_RAY])
 def test_processes_read_the_settings_that_pods_give_them(values: str, tmp_path: Path) -> None:
     documents = render(VALUES[values])
     path = tmp_path / "settings.yaml"
@@ -183,6 +208,7 @@ def test_processes_read_the_settings_that_pods_give_them(values: str, tmp_path: 
                 assert getattr(router.router, name) == f"0.0.0.0:{ports[name]}"
             continue
         worker = load_config(path, WorkerConfig)
+        assert worker.model_hash == ("0123456789abcdef" if values == "gpu-values.yaml" else None)
         assert worker.served_name == router_name(documents, tmp_path)
         (address,) = worker.routers
         host, port = address.split(":")

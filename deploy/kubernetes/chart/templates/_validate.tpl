@@ -7,7 +7,7 @@
 {{- if has .name $names -}}
 {{- fail (printf "workers.groups: two groups have the name '%s'; give each its own" .name) -}}
 {{- end -}}
-{{- if has .name (list "router" "control") -}}
+{{- if has .name (list "router" "control" "controller") -}}
 {{- fail (printf "workers.groups: '%s' is the name of another object of this release; choose another one" .name) -}}
 {{- end -}}
 {{- $names = append $names .name -}}
@@ -32,6 +32,27 @@
 {{- end -}}
 {{- if and .autoscaling.enabled (gt (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas)) -}}
 {{- fail (printf "workers.groups: '%s' has autoscaling.minReplicas %d above maxReplicas %d" .name (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- if eq .Values.workers.kind "RayCluster" -}}
+{{- range $groups -}}
+{{- if .autoscaling.enabled -}}
+{{- fail (printf "workers.groups: '%s' is scaled by KEDA, which cannot scale a group of a RayCluster; set autoscaling.enabled to false, or another workers.kind" .name) -}}
+{{- end -}}
+{{- if not .replicas -}}
+{{- fail (printf "workers.groups: '%s' has no replicas; leave the group out of a RayCluster" .name) -}}
+{{- end -}}
+{{- range .extraEnv -}}
+{{- if has .name (list "RAY_REDIS_ADDRESS" "REDIS_PASSWORD" "RAY_enable_autoscaler_v2") -}}
+{{- fail (printf "workers.groups: the variable %s is KubeRay's to set; leave it out of extraEnv" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if not (regexMatch "^[a-z]" (include "tandem.fullname" .)) -}}
+{{- fail (printf "the name %s of the RayCluster does not begin with a letter; set fullnameOverride" (include "tandem.fullname" .)) -}}
+{{- end -}}
+{{- if not (regexMatch "^[0-9]+[.][0-9]+[.][0-9]+" .Values.workers.ray.version) -}}
+{{- fail (printf "workers.ray.version is '%s'; give the version of the Ray in the image, such as 2.60.0" .Values.workers.ray.version) -}}
 {{- end -}}
 {{- end -}}
 {{- if ne (has "prefill" $roles) (has "decode" $roles) -}}

@@ -4,22 +4,41 @@ app.kubernetes.io/component: worker
 tandem.serve/group: {{ .group.name }}
 {{- end -}}
 
-{{- /* What `tandem worker` reads. Without a number of threads an instance would take all cores of the node. */ -}}
-{{- define "tandem.workerSettings" -}}
-{{- $root := .root -}}
-{{- $cpu := toString (default 1 .group.resources.requests.cpu) -}}
-{{- $cores := hasSuffix "m" $cpu | ternary (div (trimSuffix "m" $cpu | int) 1000) (int (float64 $cpu)) -}}
-{{- $instance := deepCopy .group.instance -}}
+{{- /* Whole CPUs that the pod of a group requests, at least one. */ -}}
+{{- define "tandem.cores" -}}
+{{- $cpu := toString (default 1 .resources.requests.cpu) -}}
+{{- max 1 (hasSuffix "m" $cpu | ternary (div (trimSuffix "m" $cpu | int) 1000) (int (float64 $cpu))) -}}
+{{- end -}}
+
+{{- /* The settings of a group's instances, as JSON. Without a number of threads one would take all cores of the node. */ -}}
+{{- define "tandem.instance" -}}
+{{- $instance := deepCopy .instance -}}
 {{- $engine := default dict $instance.engine -}}
 {{- if not $engine.threads -}}
-{{- $instance = merge (dict "engine" (mergeOverwrite (deepCopy $engine) (dict "threads" (max 1 $cores)))) $instance -}}
+{{- $cores := include "tandem.cores" . | int -}}
+{{- $instance = merge (dict "engine" (mergeOverwrite (deepCopy $engine) (dict "threads" $cores))) $instance -}}
 {{- end -}}
-{{- merge (include "tandem.commonSettings" $root | fromJson) (dict
+{{- $instance | toJson -}}
+{{- end -}}
+
+{{- /* Of workers only: a router reads no weights. As JSON. */ -}}
+{{- define "tandem.modelHash" -}}
+{{- $settings := dict -}}
+{{- with .Values.model.hash -}}
+{{- $_ := set $settings "model_hash" . -}}
+{{- end -}}
+{{- $settings | toJson -}}
+{{- end -}}
+
+{{- /* What `tandem worker` reads. */ -}}
+{{- define "tandem.workerSettings" -}}
+{{- $root := .root -}}
+{{- merge (include "tandem.commonSettings" $root | fromJson) (include "tandem.modelHash" $root | fromJson) (dict
   "role" .group.role
   "name" .group.name
   "routers" (list (printf "%s-control.%s.svc:8002" (include "tandem.fullname" $root) $root.Release.Namespace))
   "plan_epoch" (include "tandem.planEpoch" $root)
-  "instance" $instance
+  "instance" (include "tandem.instance" .group | fromJson)
 ) | toYaml -}}
 {{- end -}}
 
@@ -33,6 +52,20 @@ tcpSocket: {port: 8003}
 {{- else -}}
 grpc: {port: 8003{{ with .service }}, service: {{ . }}{{ end }}}
 {{- end -}}
+{{- end -}}
+
+{{- /* Takes a group. */ -}}
+{{- define "tandem.workerResources" -}}
+requests:
+  {{- toYaml .resources.requests | nindent 2 }}
+limits:
+  {{- toYaml .resources.limits | nindent 2 }}
+  {{- if .gpus }}
+  {{ .gpuResource }}: {{ .gpus }}
+  {{- end }}
+  {{- if .rdma.resource }}
+  {{ .rdma.resource }}: {{ .rdma.count }}
+  {{- end }}
 {{- end -}}
 
 {{- /* A PodTemplateSpec; takes root and group (with its defaults). */ -}}
@@ -83,16 +116,7 @@ spec:
         timeoutSeconds: 10
         failureThreshold: 6
       resources:
-        requests:
-          {{- toYaml $group.resources.requests | nindent 10 }}
-        limits:
-          {{- toYaml $group.resources.limits | nindent 10 }}
-          {{- if $group.gpus }}
-          {{ $group.gpuResource }}: {{ $group.gpus }}
-          {{- end }}
-          {{- if $group.rdma.resource }}
-          {{ $group.rdma.resource }}: {{ $group.rdma.count }}
-          {{- end }}
+        {{- include "tandem.workerResources" $group | nindent 8 }}
       securityContext: {{- include "tandem.containerSecurity" (ternary (list "IPC_LOCK") list (ne $group.rdma.resource "")) | nindent 8 }}
       volumeMounts:
         {{- include "tandem.volumeMounts" $root | nindent 8 }}

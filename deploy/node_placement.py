@@ -1,0 +1,124 @@
+"""Chooses a node of a Ray cluster for each process. Ray is not asked here: its nodes come in as values.
+
+A process of a plan goes to the node that stands for the plan's node; each of the plan's nodes has a node of its own.
+Every other process, and one whose node is gone, goes to the node with the least load that has room.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tandem.core.config import WorkerConfig
+from tandem.core.errors import UnavailableError
+from tandem.deploy.topology import Machine, ProcessSpec
+
+Bundle = Mapping[str, float]
+"""Ray's resources, by name: CPU, GPU and custom ones."""
+_ANY_CORE = 0.001  # a node without cores gets no instances; those that share the cores of a node reserve none
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of the Ray cluster that is alive. `host` is its address; `resources` are all that Ray has there."""
+
+    node_id: str
+    host: str
+    resources: Bundle
+
+    @property
+    def cores(self) -> float:
+        return self.resources.get("CPU", 0.0)
+
+    @property
+    def gpus(self) -> float:
+        return self.resources.get("GPU", 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedNodes:
+    """Where a plan puts its instances. `of_process`: the process's name -> the plan's node; `gpus`: how many the plan
+    uses of each of its nodes."""
+
+    of_process: Mapping[str, str] = field(default_factory=dict)
+    gpus: Mapping[str, int] = field(default_factory=dict)
+
+
+def machine_of(nodes: Sequence[Node]) -> Machine:
+    """What processes divide: all nodes together."""
+    cores, gpus = (sum(int(getattr(node, kind)) for node in nodes) for kind in ("cores", "gpus"))
+    return Machine(max(cores, 1), gpus, max(len(nodes), 1))
+
+
+def bundle_of(spec: ProcessSpec) -> Bundle:
+    """What an instance needs: GPUs, or the cores of an instance on CPUs whose number is a setting; and what its
+    settings name."""
+    assert isinstance(spec.config, WorkerConfig), "a router needs no resources"
+    cores = _ANY_CORE if spec.shares_cores else float(spec.threads)
+    return ({"GPU": spec.gpus} if spec.gpus else {"CPU": cores}) | dict(spec.config.instance.ray_resources)
+
+
+class NodePlacement:
+    """Knows which instance is on which node: `choose` puts it there, `release` when it has ended. `planned` is asked
+    each time, since a plan may be applied to a running cluster."""
+
+    def __init__(self, planned: Callable[[], PlannedNodes] = PlannedNodes) -> None:
+        self._planned = planned
+        self._stands_for: dict[str, str] = {}  # the plan's node -> node id
+        self._placed: dict[str, tuple[str, Bundle]] = {}  # process -> node id, what it needs
+
+    def choose(self, spec: ProcessSpec, nodes: Sequence[Node]) -> Node:
+        """Raises UnavailableError if no node has room."""
+        bundle = bundle_of(spec)
+        fitting = [node for node in nodes if self._has_room(node, bundle)]
+        if not fitting:
+            raise no_room(spec)
+        wanted = self._planned().of_process.get(spec.name)
+        planned = None if wanted is None else self._node_for(wanted, nodes)
+        chosen = planned if planned in fitting else None
+        if chosen is None:
+            chosen = min(fitting, key=lambda node: self._load(node, "GPU" in bundle))
+        self.put(spec, chosen.node_id)
+        return chosen
+
+    def put(self, spec: ProcessSpec, node_id: str) -> None:
+        """The instance is there, whatever was chosen."""
+        self._placed[spec.name] = (node_id, bundle_of(spec))
+
+    def release(self, name: str) -> None:
+        self._placed.pop(name, None)
+
+    def _there(self, node: Node) -> list[Bundle]:
+        return [bundle for node_id, bundle in self._placed.values() if node_id == node.node_id]
+
+    def _has_room(self, node: Node, bundle: Bundle) -> bool:
+        there = self._there(node)
+        return all(
+            sum(taken.get(kind, 0.0) for taken in there) + number <= node.resources.get(kind, 0.0) + _ROUNDING
+            for kind, number in bundle.items()
+        )
+
+    def _load(self, node: Node, on_gpu: bool) -> tuple[float, int]:
+        """The share of the node that is taken, then the number of its instances."""
+        there = self._there(node)
+        share = sum(taken.get("GPU", 0.0) for taken in there) / node.gpus if on_gpu else len(there) / node.cores
+        return share, len(there)
+
+    def _node_for(self, wanted: str, nodes: Sequence[Node]) -> Node | None:
+        """The node that stands for the plan's; None if each node that is large enough stands for another one."""
+        by_id = {node.node_id: node for node in nodes}
+        standing = self._stands_for.get(wanted)
+        if standing in by_id:
+            return by_id[standing]
+        gpus = self._planned().gpus
+        others = {node_id for name, node_id in self._stands_for.items() if name != wanted}
+        free = [node for node in nodes if node.node_id not in others and node.gpus >= gpus.get(wanted, 0)]
+        if not free:
+            return None
+        found = min(free, key=lambda node: node.gpus)  # larger ones stay for larger nodes of the plan
+        self._stands_for[wanted] = found.node_id
+        return found
+
+
+def no_room(spec: ProcessSpec) -> UnavailableError:
+    needs = " and ".join(f"{number:g} {kind}" for kind, number in bundle_of(spec).items())
+    return UnavailableError(f"no node of the Ray cluster has room for {spec.name}, which needs {needs}")

@@ -1,0 +1,91 @@
+"""Which node of a Ray cluster a process is put on; the nodes are only values."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.core.config import InstanceSection, WorkerConfig
+from tandem.core.errors import UnavailableError
+from tandem.deploy.node_placement import Node, NodePlacement, PlannedNodes
+from tandem.deploy.topology import ProcessRole, ProcessSpec
+
+A, B = Node("a", "10.0.0.1", {"CPU": 4.0}), Node("b", "10.0.0.2", {"CPU": 4.0})
+CONFIG = WorkerConfig(model=Path("/m"))
+NODES = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=4).map(
+    lambda sizes: [Node(f"n{i}", f"h{i}", {"CPU": cores, "GPU": gpus}) for i, (cores, gpus) in enumerate(sizes)]
+)
+
+
+def spec(role: ProcessRole, index: int, gpus: float = 0.0) -> ProcessSpec:
+    return ProcessSpec(role, index, "entry", CONFIG, threads=1, gpus=gpus, shares_cores=True)
+
+
+def four() -> list[ProcessSpec]:
+    return [spec(role, index) for role in (ProcessRole.PREFILL, ProcessRole.DECODE) for index in range(2)]
+
+
+def test_equal_nodes_get_a_pair_each() -> None:
+    placement = NodePlacement()
+    chosen = {each.name: placement.choose(each, [A, B]).node_id for each in four()}
+    assert chosen == {"prefill-0": "a", "prefill-1": "b", "decode-0": "a", "decode-1": "b"}
+
+
+def test_what_was_on_a_node_that_died_goes_where_there_is_room_and_a_new_node_fills() -> None:
+    placement = NodePlacement()
+    for each in four():
+        placement.choose(each, [A, B])
+    for each in (spec(ProcessRole.PREFILL, 1), spec(ProcessRole.DECODE, 1)):
+        placement.release(each.name)
+        assert placement.choose(each, [A]) == A
+    assert placement.choose(spec(ProcessRole.DECODE, 2), [A, Node("c", B.host, {"CPU": 4.0})]).node_id == "c"
+
+
+def test_each_node_of_the_plan_has_a_node_of_its_own() -> None:
+    """The larger one is left for what needs it, whatever is placed first."""
+    small, large = Node("small", "h0", {"CPU": 4.0, "GPU": 1.0}), Node("large", "h1", {"CPU": 4.0, "GPU": 4.0})
+    of_process = {"decode-0": "y", "prefill-0": "x", "prefill-1": "x"}
+    placement = NodePlacement(lambda: PlannedNodes(of_process, {"x": 2, "y": 1}))
+    decode, *prefill = spec(ProcessRole.DECODE, 0, 1.0), *(spec(ProcessRole.PREFILL, i, 1.0) for i in range(2))
+    assert placement.choose(decode, [large, small]) == small
+    assert [placement.choose(each, [large, small]) for each in prefill] == [large, large]
+    placement.release(decode.name)
+    assert placement.choose(decode, [large]) == large, "its node is gone"
+    placement.release(decode.name)
+    assert placement.choose(decode, [large, Node("back", "h0", small.resources)]).node_id == "back"
+
+
+@given(NODES, st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), max_size=12))
+def test_no_node_gets_more_gpus_than_it_has(nodes: list[Node], gpus: list[float]) -> None:
+    placement = NodePlacement()
+    taken = dict.fromkeys((node.node_id for node in nodes), 0.0)
+    for index, number in enumerate(gpus):
+        process = spec(ProcessRole.COLOCATED, index, number)
+        try:
+            node = placement.choose(process, nodes)
+        except UnavailableError:
+            if number:
+                assert all(taken[each.node_id] + number > each.gpus for each in nodes)
+            else:
+                assert all(not each.cores for each in nodes)
+            continue
+        taken[node.node_id] += number
+        assert node.gpus >= taken[node.node_id]
+        assert number or node.cores
+
+
+def test_where_no_node_has_room_it_says_what_is_needed() -> None:
+    with pytest.raises(UnavailableError, match="has room for decode-0, which needs 2 GPU"):
+        NodePlacement().choose(spec(ProcessRole.DECODE, 0, 2.0), [A, B])
+
+
+def test_an_instance_goes_where_its_custom_resources_are() -> None:
+    instance = InstanceSection(ray_resources={"fast": 1.0})
+    wants = replace(spec(ProcessRole.DECODE, 0), config=CONFIG.model_copy(update={"instance": instance}))
+    fast = Node("f", "10.0.0.3", {"CPU": 1.0, "fast": 1.0})
+    placement = NodePlacement()
+    assert placement.choose(wants, [A, fast, B]) == fast
+    with pytest.raises(UnavailableError, match=r"needs 0\.001 CPU and 1 fast"):
+        placement.choose(replace(wants, index=1), [A, fast, B])
