@@ -8,6 +8,8 @@ DEFAULT_CLASS = "default"
 CUSTOM_CLASS = "custom"  # targets of the request's own
 NO_CLASS = "none"
 
+_MAX_GAP_TPOTS = 4.0
+
 IfUnmet = Literal["demote", "refuse"]
 
 
@@ -16,7 +18,7 @@ class RequestSlo:
     """What one request was promised. An infinite target is none.
 
     `ttft_s` runs from the request's arrival at the router to its first token, `tpot_s` is the mean time per output
-    token after the first (`core.timeline`). `weight`, `priority` and `if_unmet` are those of its class.
+    token after the first (`core.timeline`). `weight`, `priority`, `if_unmet` and `max_gap_s` are those of its class.
     """
 
     name: str = NO_CLASS
@@ -25,6 +27,13 @@ class RequestSlo:
     weight: float = 1.0
     priority: int = 0
     if_unmet: IfUnmet = "demote"
+    max_gap_s: float | None = None
+
+    @property
+    def longest_gap_s(self) -> float:
+        """Between two tokens, as instances plan that mix by slack: time that a request has saved is not spent at
+        once."""
+        return _MAX_GAP_TPOTS * self.tpot_s if self.max_gap_s is None else self.max_gap_s
 
     @property
     def has_targets(self) -> bool:

@@ -57,9 +57,17 @@ class SloClass(FrozenModel):
         description="What becomes of a request that cannot meet its targets: best effort (demote), or 429 (refuse)",
     )
 
+    max_gap_s: Target | None = Field(
+        default=None,
+        description="Longest gap between two tokens that instances with the policy slack plan for, seconds "
+        "(default: 4 * tpot_s)",
+    )
+
     @property
     def request_slo(self) -> RequestSlo:
-        return RequestSlo(self.name, self.ttft_s, self.tpot_s, self.weight, self.priority, self.if_unmet)
+        return RequestSlo(
+            self.name, self.ttft_s, self.tpot_s, self.weight, self.priority, self.if_unmet, self.max_gap_s
+        )
 
 
 def _check_unique(classes: tuple[SloClass, ...]) -> tuple[SloClass, ...]:

@@ -17,9 +17,6 @@ from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.sequence import Sequence
 
-MAX_GAP_TPOTS = 4.0
-"""Saved time is not spent at once: no gap between two tokens is planned to exceed this many TPOT targets."""
-
 LEAST_TOKENS = 16
 """Prompts advance by that much in any step: one that a stream of tight sequences held back would wait without end."""
 
@@ -44,9 +41,9 @@ def max_prompt_tokens(
     alone_s = predictor.step_s(alone)
     longest_s = math.inf
     for sequence in decoding:
-        tpot_s = sequence.request.slo.tpot_s
-        if alone_s < tpot_s < math.inf:
-            longest_s = min(longest_s, slack_s(sequence, now_s), MAX_GAP_TPOTS * tpot_s)
+        slo = sequence.request.slo
+        if alone_s < slo.tpot_s < math.inf:
+            longest_s = min(longest_s, slack_s(sequence, now_s), slo.longest_gap_s)
     if longest_s == math.inf:
         return max_tokens
 

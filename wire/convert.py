@@ -154,13 +154,13 @@ def _slo_to_pb(slo: RequestSlo) -> worker_pb2.SloTargets | None:
     if not slo.has_targets:
         return None
     ttft_s, tpot_s = (0.0 if math.isinf(target_s) else target_s for target_s in (slo.ttft_s, slo.tpot_s))
-    return worker_pb2.SloTargets(name=slo.name, ttft_s=ttft_s, tpot_s=tpot_s)
+    return worker_pb2.SloTargets(name=slo.name, ttft_s=ttft_s, tpot_s=tpot_s, max_gap_s=slo.max_gap_s or 0.0)
 
 
 def _slo_from_pb(pb: worker_pb2.SloTargets) -> RequestSlo:
-    if not (pb.ttft_s >= 0.0 and pb.tpot_s >= 0.0):
+    if not (pb.ttft_s >= 0.0 and pb.tpot_s >= 0.0 and pb.max_gap_s >= 0.0):
         raise InvalidRequestError("the attempt has a target that is negative, or not a number")
-    return RequestSlo(pb.name, pb.ttft_s or math.inf, pb.tpot_s or math.inf)
+    return RequestSlo(pb.name, pb.ttft_s or math.inf, pb.tpot_s or math.inf, max_gap_s=pb.max_gap_s or None)
 
 
 def role_to_pb(role: Role) -> worker_pb2.Role:

@@ -33,14 +33,16 @@ INSTANCE_STATE_DRAINING: InstanceState
 INSTANCE_STATE_STALLED: InstanceState
 
 class SloTargets(_message.Message):
-    __slots__ = ("name", "ttft_s", "tpot_s")
+    __slots__ = ("name", "ttft_s", "tpot_s", "max_gap_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_GAP_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     ttft_s: float
     tpot_s: float
-    def __init__(self, name: _Optional[str] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ...) -> None: ...
+    max_gap_s: float
+    def __init__(self, name: _Optional[str] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., max_gap_s: _Optional[float] = ...) -> None: ...
 
 class AttemptRequest(_message.Message):
     __slots__ = ("request_id", "epoch", "token_ids", "num_output_tokens", "sampling", "cache_salt", "timeout_s", "slo")

@@ -14,15 +14,18 @@ from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.scheduler import Scheduler
 from tandem.scheduling.sequence import Sequence
-from tandem.scheduling.slack import LEAST_TOKENS, MAX_GAP_TPOTS, max_prompt_tokens, slack_s
+from tandem.scheduling.slack import LEAST_TOKENS, max_prompt_tokens, slack_s
 from tandem.scheduling.step_load import step_load
 
 COSTS = StepCoefficients(0.01, 1e-5, 1e-4, 1e-4, 1e-7, 1e-9)
 
 
-def decoding_sequence(name: str, tpot_s: float, num_tokens: int, first_token_s: float) -> Sequence:
+def decoding_sequence(
+    name: str, tpot_s: float, num_tokens: int, first_token_s: float, max_gap_s: float | None = None
+) -> Sequence:
     """`num_tokens` after the first."""
-    request = GenerationRequest(name, (1,) * 8, SamplingParams(max_tokens=500), slo=RequestSlo("x", tpot_s=tpot_s))
+    slo = RequestSlo("x", tpot_s=tpot_s, max_gap_s=max_gap_s)
+    request = GenerationRequest(name, (1,) * 8, SamplingParams(max_tokens=500), slo=slo)
     sequence = Sequence(name, request, arrival_s=0.0)
     sequence.token_ids += [0] * (num_tokens + 1)
     sequence.first_token_s = first_token_s
@@ -37,12 +40,21 @@ def test_slack_is_the_time_until_the_next_token_is_due() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.floats(0.005, 0.2), st.integers(0, 100), st.floats(0.0, 5.0)), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(
+            st.floats(0.005, 0.2),
+            st.integers(0, 100),
+            st.floats(0.0, 5.0),
+            st.one_of(st.none(), st.floats(0.001, 0.3)),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
     st.integers(0, 4000),
     st.integers(1, 4096),
 )
 def test_a_step_is_no_longer_than_the_slack_of_those_who_can_keep_their_target(
-    drawn: list[tuple[float, int, float]], start: int, max_tokens: int
+    drawn: list[tuple[float, int, float, float | None]], start: int, max_tokens: int
 ) -> None:
     decoding = [decoding_sequence(str(i), *each) for i, each in enumerate(drawn)]
     predictor, now_s = StepPredictor(COSTS), 5.0
@@ -57,7 +69,7 @@ def test_a_step_is_no_longer_than_the_slack_of_those_who_can_keep_their_target(
         )
 
     tight = [each for each in decoding if each.request.slo.tpot_s > step_s(0)]
-    allowed_s = min((min(slack_s(each, now_s), MAX_GAP_TPOTS * each.request.slo.tpot_s) for each in tight), default=1e9)
+    allowed_s = min((min(slack_s(each, now_s), each.request.slo.longest_gap_s) for each in tight), default=1e9)
     assert count <= LEAST_TOKENS or step_s(count) <= allowed_s
     assert count == max_tokens or step_s(count + 1) > allowed_s
 
