@@ -65,10 +65,11 @@ class Router:
         for instance_id in instances:
             self._join(instance_id)
 
-    def arrive(self, row: int) -> None:
-        """The request has passed admission and looks for an instance."""
+    def arrive(self, row: int, received_s: float | None = None) -> None:
+        """The request has passed admission and looks for an instance. `received_s`: None is its time in the stream."""
         now_s, names = self._events.now_s, self._names
-        self._stamps[row, stages.RECEIVED] = arrival_s = self._arrival_s[row]
+        arrival_s = self._arrival_s[row] if received_s is None else received_s
+        self._stamps[row, stages.RECEIVED] = arrival_s
         self._stamps[row, stages.ADMITTED] = now_s
         try:
             self.machine.submit(

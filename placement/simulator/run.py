@@ -37,15 +37,18 @@ def simulate(
     until_s: float = math.inf,
     stop_when: Callable[[Progress], bool] | None = None,
     step_by_step: bool = False,
+    concurrency: int | None = None,
 ) -> SimulationResult:
     """Every request from its arrival to its last token. The same arguments give the same result, bit for bit.
 
+    `concurrency` requests at a time, if it is given (a closed loop): their times of arrival do not count; the next one
+    arrives when one has ended.
     Ends when all is done, at `until_s`, or when `stop_when`, asked every few hundred events, says so
     (`stopped_early`). An answer ends after exactly its `output_tokens`, which the scheduler knows as `max_tokens`.
     `step_by_step` looks at every decode step alone: the same result up to rounding, slowly.
     """
     with _no_search_for_cycles():
-        return _simulate(deployment, requests, until_s, stop_when, step_by_step)
+        return _simulate(deployment, requests, until_s, stop_when, step_by_step, concurrency)
 
 
 @contextmanager
@@ -66,6 +69,7 @@ def _simulate(
     until_s: float,
     stop_when: Callable[[Progress], bool] | None,
     step_by_step: bool,
+    concurrency: int | None,
 ) -> SimulationResult:
     events = EventQueue()
     record = Record(requests)
@@ -82,10 +86,14 @@ def _simulate(
         if math.isfinite(failure.until_s):
             events.at(failure.until_s, router.instance_found, failure.instance_id)
 
-    arrivals_s = (requests.arrival_s + deployment.router.admission_s).tolist()
+    admission_s = deployment.router.admission_s
+    arrivals_s = requests.arrival_s.tolist() if concurrency is None else []
     num_received, num_events, stopped_early = 0, 0, False
     while True:
-        arrival_s = arrivals_s[num_received] if num_received < len(arrivals_s) else math.inf
+        if concurrency is not None:
+            num_allowed = min(len(requests), concurrency + record.num_finished + router.num_refused)
+            arrivals_s += [events.now_s] * (num_allowed - len(arrivals_s))
+        arrival_s = arrivals_s[num_received] + admission_s if num_received < len(arrivals_s) else math.inf
         next_s, wake_s = events.next_s(), router.wake_s
         if min(arrival_s, next_s, wake_s) >= until_s or arrival_s == next_s == wake_s == math.inf:
             break
@@ -94,7 +102,7 @@ def _simulate(
             router.wake()
         elif arrival_s <= next_s:
             events.now_s = arrival_s
-            router.arrive(num_received)
+            router.arrive(num_received, arrivals_s[num_received])
             num_received += 1
         else:
             events.run_next()

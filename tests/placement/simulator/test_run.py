@@ -229,3 +229,15 @@ def test_a_pipeline_takes_the_next_prompt_before_it_has_the_first_token_of_the_l
     result = simulate(deployment(cost=cost, max_batch_tokens=400), stream)
     assert result.stage(Stage.PREFILL_STARTED) == pytest.approx([0.0, 0.1, 0.2])
     assert result.ttft_s == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_in_a_closed_loop_the_next_request_comes_when_one_has_ended() -> None:
+    """As many as asked for are under way until the last have begun, and by Little's law their times give the rate."""
+    requests = poisson(400, 1.0, fixed=True)
+    result = simulate(deployment(0, 0, colocated=1, policy="chunked"), requests, concurrency=8)
+    received_s, finished_s = result.stage(Stage.RECEIVED), result.stage(Stage.FINISHED)
+    ends_s = np.sort(finished_s)
+    np.testing.assert_array_equal(received_s[:8], 0)
+    np.testing.assert_allclose(received_s[8:], ends_s[: len(requests) - 8])
+    rate = 300 / (ends_s[349] - ends_s[49])
+    assert rate * float(np.mean((finished_s - received_s)[50:350])) == pytest.approx(8, rel=0.03)
