@@ -105,7 +105,7 @@ def run(
     if trace is not None:
         slo = slo.model_copy(update={"workload": WorkloadSection(trace=trace)})
     seed = slo.search.seed if seed is None else seed
-    model, cluster = model_shape(plan.model), Cluster.of(slo.cluster)
+    model, cluster = model_shape(plan.model, plan.precision), Cluster.of(slo.cluster)
     windows: tuple[Window, ...] = ()
     if slo.workload.trace is not None:
         whole = trace_requests(slo.workload, slo.slo, seed=seed, max_context_tokens=model.max_context_tokens)

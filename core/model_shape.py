@@ -39,7 +39,8 @@ class MlaShape:
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """`num_positions` is the size of a learned position table, 0 for rotary models. A gated MLP has three matrices,
-    another MLP two. `weight_bytes` and `kv_bytes` are the bytes of one stored number."""
+    another MLP two. `weight_bytes`, `table_bytes` (embeddings and head) and `kv_bytes` are the bytes of one stored
+    number."""
 
     name: str
     num_layers: int
@@ -56,6 +57,7 @@ class ModelShape:
     moe: MoeShape | None = None
     mla: MlaShape | None = None
     weight_bytes: float = 2.0
+    table_bytes: float = 2.0
     kv_bytes: float = 2.0
 
     @classmethod
@@ -75,6 +77,7 @@ class ModelShape:
             tied_embeddings=spec.tie_word_embeddings,
             num_positions=spec.max_position_embeddings if spec.rope is None else 0,
             weight_bytes=float(dtype_bytes),
+            table_bytes=float(dtype_bytes),
             kv_bytes=float(dtype_bytes),
         )
 
@@ -124,15 +127,21 @@ class ModelShape:
 
     def weight_bytes_per_rank(self, shape: ParallelShape) -> float:
         """Of the fullest rank. Layers are divided over tp and pp, experts and all other weights over tp. With pp > 1
-        the embeddings and the head are on different stages."""
+        the embeddings and the head are on different stages. With dp > 1 only routed experts are divided."""
         num_layers = -(-self.num_layers // shape.pp)
         num_dense = max(0, num_layers - self.num_moe_layers)  # the fullest stage has as few dense layers as possible
-        layers = num_layers * self.attention_weights + num_dense * self.mlp_weights(self.intermediate_size)
-        layers += (num_layers - num_dense) * self.moe_layer_weights
+        layers: float = num_layers * self.attention_weights + num_dense * self.mlp_weights(self.intermediate_size)
+        layers += (num_layers - num_dense) * (self.moe_layer_weights - self._moved_weights(shape.dp))
         tables = self.hidden_size * (self.vocab_size + self.num_positions)
         if shape.pp == 1 and not self.tied_embeddings:
             tables += self.hidden_size * self.vocab_size
-        return self.weight_bytes * (layers + tables) / shape.tp
+        return (self.weight_bytes * layers + self.table_bytes * tables) / shape.tp
+
+    def _moved_weights(self, dp: int) -> float:
+        """Of one layer's routed experts, those on the other ranks."""
+        if self.moe is None or dp == 1:
+            return 0.0
+        return self.moe.num_experts * (1 - 1 / dp) * self.mlp_weights(self.moe.intermediate_size)
 
     def activation_bytes_per_rank(self, shape: ParallelShape, batch_tokens: int, sampled: int) -> float:
         """An estimate of a step's peak memory without weights and KV: the residual and the widest layer's input and
@@ -141,7 +150,9 @@ class ModelShape:
         if self.moe is not None:
             width = max(width, self.moe.top_k * (self.moe.intermediate_size + self.hidden_size))
         inner = (3 if self.gated_mlp else 2) * width / shape.tp
-        return batch_tokens * 2.0 * (3 * self.hidden_size + inner) + sampled * self.vocab_size * 8.0 / shape.tp
+        return (
+            batch_tokens * 2.0 * (3 * self.hidden_size + inner) + sampled * self.vocab_size * 8.0 / shape.tp
+        ) / shape.dp
 
     # --- KV ----------------------------------------------------------------------------------------------------------
 
@@ -159,14 +170,16 @@ class ModelShape:
 
     def kv_bytes_per_token_and_rank(self, shape: ParallelShape) -> float:
         """Of the fullest rank. With more tp ranks than KV heads the heads are replicated; every tp rank has the whole
-        latent."""
+        latent. With dp > 1 a token's KV is on one rank: the mean over the ranks."""
         layers = -(-self.num_layers // shape.pp)
         split = 1 if self.mla is not None else min(shape.tp, self.num_kv_heads)
-        return layers * self.kv_elements_per_token_and_layer * self.kv_bytes / split
+        return layers * self.kv_elements_per_token_and_layer * self.kv_bytes / split / shape.dp
 
     def allows(self, shape: ParallelShape) -> bool:
         """Whether the model can run in this shape: query heads divide over tp, KV heads divide or are replicated
-        evenly, and every stage has at least one layer."""
+        evenly, every stage has at least one layer, and experts divide over dp."""
+        if shape.dp > 1 and (self.moe is None or self.moe.num_experts % shape.dp):
+            return False
         if self.num_heads % shape.tp or self.num_layers < shape.pp:
             return False
         heads = self.num_kv_heads

@@ -8,20 +8,27 @@ class ParallelShape:
     """Every layer is divided over `tp` ranks, the layers over `pp` stages. Written tp4, pp2 or tp4pp2.
 
     Ranks count tensor-parallel first: rank = stage * tp + its number within the stage.
+
+    With `dp` > 1, written dp8, the experts of a mixture are divided over `dp` ranks, of which each computes attention
+    and everything else for sequences of its own; tp and pp are 1.
     """
 
     tp: int = 1
     pp: int = 1
+    dp: int = 1
 
     def __post_init__(self) -> None:
         assert self.tp >= 1
         assert self.pp >= 1
+        assert self.dp == 1 or (self.dp > 1 and self.tp == self.pp == 1)
 
     @property
     def num_ranks(self) -> int:
-        return self.tp * self.pp
+        return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:
+        if self.dp > 1:
+            return f"dp{self.dp}"
         return f"tp{self.tp}" + (f"pp{self.pp}" if self.pp > 1 else "")
 
 

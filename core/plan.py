@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from tandem.core.anchored_path import AnchoredPath, ModelName
 from tandem.core.frozen_model import FrozenModel, WrongSetting
 from tandem.core.parallel import ParallelShape
+from tandem.core.precision import AS_STORED, Precision
 from tandem.core.slo import SloClass, SloClasses
 
 PLAN_VERSION: Literal[1] = 1
@@ -33,6 +34,7 @@ class PlanGroup(FrozenModel):
     device: str = Field(description="Device type, as in the cluster's nodes")
     tp: int = Field(default=1, ge=1)
     pp: int = Field(default=1, ge=1)
+    dp: int = Field(default=1, ge=1, description="Ranks that share experts, each with sequences of its own; tp, pp: 1")
     devices: tuple[tuple[str, ...], ...] = Field(default=(), description="Devices of each instance, node:index")
     max_batch_tokens: int = Field(default=2048, ge=16, description="Prompt tokens in one step")
     max_batch: int = Field(default=64, ge=1, description="Sequences decoded together in one step")
@@ -47,20 +49,21 @@ class PlanGroup(FrozenModel):
 
     @property
     def shape(self) -> ParallelShape:
-        return ParallelShape(self.tp, self.pp)
+        return ParallelShape(self.tp, self.pp, self.dp)
 
     @property
     def num_devices(self) -> int:
-        return self.instances * self.tp * self.pp
+        return self.instances * self.shape.num_ranks
 
     @model_validator(mode="after")
     def _check_devices(self) -> "PlanGroup":
         if self.devices and len(self.devices) != self.instances:
             raise WrongSetting(("devices",), f"lists {len(self.devices)} instances, but there are {self.instances}")
-        if any(len(ranks) != self.tp * self.pp for ranks in self.devices):
-            raise WrongSetting(
-                ("devices",), f"each instance needs {self.tp * self.pp} devices (tp {self.tp} x pp {self.pp})"
-            )
+        if self.dp > 1 and (self.tp, self.pp) != (1, 1):
+            raise WrongSetting(("dp",), f"{self.dp} is for tp 1 and pp 1, not tp {self.tp} and pp {self.pp}")
+        if any(len(ranks) != self.shape.num_ranks for ranks in self.devices):
+            by = f"dp {self.dp}" if self.dp > 1 else f"tp {self.tp} x pp {self.pp}"
+            raise WrongSetting(("devices",), f"each instance needs {self.shape.num_ranks} devices ({by})")
         return self
 
 
@@ -133,6 +136,7 @@ class Plan(FrozenModel):
 
     version: Annotated[Literal[1], BeforeValidator(_check_version)] = PLAN_VERSION
     model: ModelName
+    precision: Precision = Field(default=AS_STORED, description="Of weights and KV, for which the plan was made")
     verdict: Literal["disaggregate", "colocate", "mixed", "infeasible"]
     summary: str = Field(default="", description="The plan in one or two sentences")
     groups: tuple[PlanGroup, ...]

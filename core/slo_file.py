@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from tandem.core.anchored_path import AnchoredPath, ModelName
 from tandem.core.config import Bytes
 from tandem.core.frozen_model import FrozenModel, WrongSetting
+from tandem.core.precision import AS_STORED, Precision
 from tandem.core.slo import SloClasses
 
 
@@ -196,6 +197,11 @@ class SearchSection(FrozenModel):
     layouts: tuple[Layout, ...] = Field(default=("disaggregated", "colocated", "mixed"), description="Those to try")
     max_tp: int = Field(default=8, ge=1, description="Ranks that divide every layer, at most")
     max_pp: int = Field(default=4, ge=1, description="Stages that divide the layers, at most")
+    max_dp: int = Field(
+        default=1,
+        ge=1,
+        description="Ranks of a node that share the experts of a mixture, each with sequences of its own, at most",
+    )
     node_affinity: Literal["auto", "high", "low"] = Field(
         default="auto", description="low: KV must stay inside a node; auto: low if links between nodes are slow"
     )
@@ -208,6 +214,7 @@ class SloFile(FrozenModel):
     `workload.rate`."""
 
     model: ModelName = Field(description="Folder of a checkpoint, or the name of a published model, e.g. Llama-3.1-70B")
+    precision: Precision = AS_STORED
     cluster: ClusterSection
     slo: Annotated[SloClasses, Field(min_length=1)]
     workload: WorkloadSection

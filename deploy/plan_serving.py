@@ -7,6 +7,7 @@ from tandem.core.config import ROLES, EngineSection, InstanceSection, ServeConfi
 from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan, PlanGroup
+from tandem.core.precision import AS_STORED
 from tandem.core.slo_file import SloFile
 from tandem.core.step_coefficients import StepCoefficients
 from tandem.deploy.node_placement import PlannedNodes
@@ -126,6 +127,16 @@ def _calibrations(plan: Plan) -> dict[str, Calibration]:
 def _check_shapes(plan: Plan) -> None:
     if not plan.groups:
         raise ConfigError("the plan has no instances: no deployment that the planner tried meets the targets")
+    if plan.precision != AS_STORED:
+        raise ConfigError(
+            "the plan is for other numbers than the checkpoint's (precision), which Tandem's engine does not compute "
+            "in; plan without precision"
+        )
+    if any(group.dp > 1 for group in plan.groups):
+        raise ConfigError(
+            "the plan divides experts over ranks with sequences of their own (dp), which this engine does not do; "
+            "plan with --set search.max_dp=1"
+        )
     parallel = next(
         (g for g in plan.groups if g.role != "colocated" and g.shape.num_ranks > 1 and not is_on_cpu(g)),
         None,

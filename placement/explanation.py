@@ -105,6 +105,7 @@ def explain(
     plan = plan_of(problem, deployment).model_copy(
         update={
             "model": slo_file.model,
+            "precision": slo_file.precision,
             "slo": slo_file.slo,
             "summary": nearest or _summary(space, deployment, goodput),
             "expected": expected,
@@ -153,7 +154,13 @@ def explain_infeasible(slo_file: SloFile, space: SearchSpace) -> Planned:
     candidates = rejected_shapes(space.kinds, space.limits)
     reason = candidates[0].reason if candidates else "no parallel shape divides its heads and layers"
     nearest = f"no instance of {slo_file.model} fits this cluster: {reason}"
-    plan = Plan(model=slo_file.model, verdict="infeasible", summary=f"{nearest}.", groups=())
+    plan = Plan(
+        model=slo_file.model,
+        precision=slo_file.precision,
+        verdict="infeasible",
+        summary=f"{nearest}.",
+        groups=(),
+    )
     return Planned(
         plan,
         PlanEvidence(
@@ -226,6 +233,7 @@ def _error(
         if predicted > 0:
             slower, faster = (measured.goodput * scale * each / predicted for each in changed)
     notes = ["The sensitivity of the goodput, also to the model error, comes from predictions, not from simulations."]
+    notes += _unmeasured(problem, deployment)
     if measured.deployment != deployment:
         notes.append(
             f"The figures come from a simulation of {measured.deployment}, which has the plan's proportions, and are "
@@ -255,6 +263,23 @@ def _transient_goodput(problem: Problem, measured: MeasuredGoodput) -> float:
         tolerance=0.1,
         transient=True,
     )
+
+
+def _unmeasured(problem: Problem, deployment: CandidateDeployment) -> list[str]:
+    """What the plan depends on and no published table has."""
+    model, notes = problem.model, []
+    if model.weight_bytes == 0.5:
+        notes.append("Products with int4 weights count as products in bf16 that read a quarter of the weights' bytes.")
+    used = {group.kind.device for group in deployment.groups}
+    without = sorted(name for name in used if not problem.cluster.devices[name].fp8_flops)
+    if model.weight_bytes == 1.0 and without:
+        notes.append(f"{', '.join(without)} multiply fp8 weights in bf16, as if their conversion took no time.")
+    if any(group.kind.shape.dp > 1 for group in deployment.groups):
+        notes.append(
+            "Ranks that share experts are taken to be equally loaded; the exchange of their tokens counts as an "
+            "all-reduce."
+        )
+    return notes
 
 
 def _workload(slo_file: SloFile, problem: Problem, count: int) -> WorkloadSummary:

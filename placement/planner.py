@@ -163,7 +163,7 @@ def _report_part(report: ReportProgress, begin: float, length: float, share: flo
 
 def problem_of(slo_file: SloFile, source: CostSource | None = None) -> Problem:
     """The problem of an SLO file, with generated requests. Raises ConfigError."""
-    model = model_shape(slo_file.model)
+    model = model_shape(slo_file.model, slo_file.precision)
     section, workload = slo_file.search, slo_file.workload
     windows: tuple[Window, ...] = ()
     simulated_share = 1.0

@@ -12,6 +12,7 @@ from typing import Any
 
 from tandem.placement.costs.catalogue import find_name, read_yaml
 
+_FUSED = frozenset({"latency_s", "conversion"})  # what an engine's `latency` multiplies
 _SLOWED = frozenset({"compute", "bandwidth", "send"})  # shares that an engine's `slowdown` divides
 
 
@@ -24,6 +25,14 @@ class GemmEfficiency:
     compute: float
     memory: float
     sharpness: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertingGemmEfficiency(GemmEfficiency):
+    """A product in fp8 of activations in bf16: their conversion takes `conversion` times as long as reading and writing
+    them at the peak of the memory."""
+
+    conversion: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +104,9 @@ class MixedAttentionEfficiency:
 @dataclass(frozen=True, slots=True)
 class LinkEfficiency:
     """Links between the devices of a node. A collective takes `latency_s`, `rank_s` per rank, and t / `bandwidth` +
-    sqrt(t * `ramp_s`), where t is the time at the link's peak: only large messages fill a link. A message between
-    pipeline stages takes `hand_off_s` and its bytes at `send` of the peak."""
+    sqrt(t * `ramp_s`), where t is the time at the link's peak: only large messages fill a link. Where devices share the
+    links of their host, t grows with the power `sharing` of half the ranks. A message between pipeline stages takes
+    `hand_off_s` and its bytes at `send` of the peak."""
 
     latency_s: float
     rank_s: float
@@ -104,10 +114,15 @@ class LinkEfficiency:
     bandwidth: float
     hand_off_s: float
     send: float
+    sharing: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
+    """`gemm_fp8` and `experts_fp8` are products of weights and activations in fp8, the latter's conversion included;
+    `decode_kv_fp8` reads KV in fp8. None: not measured, or such devices have no such products. `link` is NVLink, `pcie`
+    is for devices without it."""
+
     gemm: GemmEfficiency
     experts: ExpertsEfficiency
     prefill_attention: PrefillAttentionEfficiency
@@ -116,19 +131,27 @@ class Efficiency:
     latent_decode: DecodeAttentionEfficiency
     mixed_attention: MixedAttentionEfficiency | None  # None: prompts and decoding are two kernels
     link: LinkEfficiency
+    pcie: LinkEfficiency
     elementwise: ElementwiseEfficiency
+    gemm_fp8: ConvertingGemmEfficiency | None = None
+    experts_fp8: ExpertsEfficiency | None = None
+    decode_kv_fp8: DecodeAttentionEfficiency | None = None
 
-    def slowed(self, factor: float) -> "Efficiency":
-        """The same with compute and links slower by `factor`. Latencies and memory reads stay: old and new kernels
-        read weights and KV at about the same speed."""
-
+    def slowed(self, factor: float, latency: float = 1.0) -> "Efficiency":
+        """The same with compute and NVLink slower by `factor`, and with `latency` times the conversion of activations
+        and the latencies of kernels, those of collectives excepted. What memory and hosts bound stays: old and new
+        kernels read weights and KV, and send over PCIe, at about the same speed."""
         slow: dict[str, Any] = {}
         for part in fields(self):
             if (fit := getattr(self, part.name)) is None:
                 slow[part.name] = None
                 continue
-            shares = _SLOWED & {field.name for field in fields(fit)}
-            slow[part.name] = replace(fit, **{name: getattr(fit, name) / factor for name in shares})
+            names = {field.name for field in fields(fit)}
+            slowed = frozenset() if part.name == "pcie" else _SLOWED & names
+            changed = {name: getattr(fit, name) / factor for name in slowed}
+            if not isinstance(fit, LinkEfficiency):
+                changed |= {name: latency * getattr(fit, name) for name in _FUSED & names}
+            slow[part.name] = replace(fit, **changed)
         return Efficiency(**slow)
 
 
@@ -136,15 +159,18 @@ class Efficiency:
 class EngineOverhead:
     """The overhead of an engine: `step_s` per step and `sequence_s` per sampling sequence. The CPU launches the kernels
     of one layer in `eager_layer_s`, plus `prompt_layer_s` for prompts; a step without CUDA graphs is at least that long
-    times the layers. `graph_decode`: decode-only steps use CUDA graphs. Compute and links are `slowdown` times slower
-    than the efficiencies (older kernels, a power limit). Collectives of more than two ranks are congested: bytes of a
-    message beyond `free_bytes` take `congestion_s` * (ranks - 2) / ranks longer each."""
+    times the layers. `graph_decode`: decode-only steps use CUDA graphs. Compute and NVLink are `slowdown` times slower
+    than the efficiencies (older kernels, a power limit). Kernels have the part `latency` of their latencies, and of the
+    conversion to fp8, in an engine that fuses some and launches the next before one ends. Collectives of more than two
+    ranks are congested: bytes of a message beyond `free_bytes` take `congestion_s` * (ranks - 2) / ranks longer
+    each."""
 
     step_s: float
     sequence_s: float
     eager_layer_s: float
     graph_decode: bool
     slowdown: float = 1.0
+    latency: float = 1.0
     prompt_layer_s: float = 0.0
     free_bytes: float = 0.0
     congestion_s: float = 0.0
@@ -179,7 +205,11 @@ def parse(entry: Mapping[str, Any]) -> Efficiency:
         latent_decode=DecodeAttentionEfficiency(**entry["latent_decode"]),
         mixed_attention=None if mixed is None else MixedAttentionEfficiency(**mixed),
         link=LinkEfficiency(**entry["link"]),
+        pcie=LinkEfficiency(**entry["pcie"]),
         elementwise=ElementwiseEfficiency(**entry["elementwise"]),
+        gemm_fp8=ConvertingGemmEfficiency(**entry["gemm_fp8"]) if "gemm_fp8" in entry else None,
+        experts_fp8=ExpertsEfficiency(**entry["experts_fp8"]) if "experts_fp8" in entry else None,
+        decode_kv_fp8=DecodeAttentionEfficiency(**entry["decode_kv_fp8"]) if "decode_kv_fp8" in entry else None,
     )
 
 

@@ -1,7 +1,7 @@
 """The catalogue of devices: performance figures for cost models, and rental prices."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -30,11 +30,17 @@ class Device:
     num_cores: int  # streaming multiprocessors or compute units: work comes in waves of them
     cache_bytes: float  # last-level cache
     price_per_hour: float | None = None
+    fp8_flops: float = 0.0  # dense, 0 without such products
 
     @property
     def peer_bytes_per_s(self) -> float:
         """To another device of the same node: NVLink, else PCIe."""
         return self.nvlink_bytes_per_s or self.pcie_bytes_per_s
+
+    @property
+    def for_fp8(self) -> "Device":
+        """The same device with its peak for products in fp8."""
+        return replace(self, flops=self.fp8_flops)
 
 
 @cache
@@ -63,4 +69,5 @@ def _device(name: str, entry: dict[str, Any]) -> Device:
         num_cores=entry["num_cores"],
         cache_bytes=entry["cache_mb"] * 1e6,
         price_per_hour=entry.get("price_per_hour"),
+        fp8_flops=(entry.get("fp8_tflops") or 0) * 1e12,
     )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -10,9 +11,11 @@ from typing import Any
 from tandem.core.errors import CheckpointError
 from tandem.core.model_shape import MlaShape, ModelShape, MoeShape
 from tandem.core.model_spec import ModelSpec
+from tandem.core.precision import AS_STORED, Precision
 from tandem.placement.costs.catalogue import find_name, read_yaml
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_PRECISION_BYTES = {"fp8": 1.0, "int4": 0.5}
 
 
 @cache
@@ -22,17 +25,24 @@ def published_models() -> Mapping[str, ModelShape]:
     return MappingProxyType({name: _shape(name, entry) for name, entry in entries.items()})
 
 
-def model_shape(name_or_folder: str) -> ModelShape:
-    """The shape of a published model, without regard to the name's case, or of the checkpoint in a folder.
+def model_shape(name_or_folder: str, precision: Precision = AS_STORED) -> ModelShape:
+    """The shape of a published model, without regard to the name's case, or of the checkpoint in a folder, stored in
+    `precision`.
 
     Raises ConfigError with similar names for an unknown name, and CheckpointError for a folder with a config.json that
     the engine cannot serve.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
-        return _checkpoint_shape(folder)
-    known = published_models()
-    return known[find_name(name_or_folder, known, "model or folder")]
+        shape = _checkpoint_shape(folder)
+    else:
+        known = published_models()
+        shape = known[find_name(name_or_folder, known, "model or folder")]
+    if precision.weights is not None:
+        shape = replace(shape, weight_bytes=_PRECISION_BYTES[precision.weights])
+    if precision.kv is not None:
+        shape = replace(shape, kv_bytes=_PRECISION_BYTES[precision.kv])
+    return shape
 
 
 def _checkpoint_shape(folder: Path) -> ModelShape:

@@ -4,6 +4,7 @@ peak."""
 from math import sqrt
 
 from tandem.placement.costs.efficiency import (
+    ConvertingGemmEfficiency,
     DecodeAttentionEfficiency,
     ElementwiseEfficiency,
     ExpertsEfficiency,
@@ -31,6 +32,13 @@ def product_s(flops: float, num_bytes: float, device: Device, fit: GemmEfficienc
 def gemm_s(m: float, n: float, k: float, weight_bytes: float, device: Device, fit: GemmEfficiency) -> float:
     """y[m, n] = x[m, k] W with `weight_bytes` bytes per weight and 2 bytes per activation."""
     return product_s(2.0 * m * n * k, weight_bytes * n * k + 2.0 * m * (n + k), device, fit)
+
+
+def gemm_fp8_s(m: float, n: float, k: float, device: Device, fit: ConvertingGemmEfficiency) -> float:
+    """As `gemm_s` with one byte per weight, the activations in bf16 before and after."""
+    converted_bytes = 3.0 * m * k  # read in bf16, written in fp8
+    conversion_s = fit.conversion * converted_bytes / device.memory_bytes_per_s
+    return gemm_s(m, n, k, 1.0, device.for_fp8, fit) + conversion_s
 
 
 def experts_s(
@@ -115,7 +123,8 @@ def all_reduce_s(num_bytes: float, ranks: int, device: Device, fit: LinkEfficien
     """An all-reduce of `num_bytes` bytes on each of `ranks` devices of a node."""
     if ranks == 1 or num_bytes == 0:
         return 0.0
-    wire_s = 2.0 * num_bytes * (ranks - 1) / ranks / device.peer_bytes_per_s
+    contention = float((ranks / 2) ** fit.sharing)
+    wire_s = 2.0 * num_bytes * (ranks - 1) / ranks / device.peer_bytes_per_s * contention
     return fit.latency_s + fit.rank_s * ranks + wire_s / fit.bandwidth + sqrt(wire_s * fit.ramp_s)
 
 

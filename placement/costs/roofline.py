@@ -99,4 +99,4 @@ class RooflineSource:
             return False
         node_size = self._devices_per_node.get(device, shape.num_ranks)
         is_reachable = shape.num_ranks <= node_size or self._devices[device].nic_bytes_per_s > 0
-        return shape.tp <= node_size and is_reachable
+        return max(shape.tp, shape.dp) <= node_size and is_reachable

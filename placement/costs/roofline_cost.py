@@ -10,6 +10,7 @@ from tandem.placement.costs.operators import (
     decode_attention_coefficients,
     elementwise_s,
     experts_s,
+    gemm_fp8_s,
     gemm_s,
     mixed_attention_s,
     prefill_attention_s,
@@ -29,12 +30,15 @@ def elementwise_bytes(model: ModelShape, tp: int, tokens: float) -> float:
 
 
 def mixture_s(
-    model: ModelShape, moe: MoeShape, tp: int, tokens: float, device: Device, fit: ExpertsEfficiency
+    model: ModelShape, moe: MoeShape, shape: ParallelShape, tokens: float, device: Device, fit: ExpertsEfficiency
 ) -> float:
-    """Seconds of one layer's routed experts on one rank. Tokens are assumed to pick experts independently and
-    uniformly; skewed routing uses fewer experts and waits for the one with the most tokens."""
-    weights = model.mlp_weights(moe.intermediate_size) / tp
-    touched = moe.num_experts * (1.0 - (1.0 - moe.top_k / moe.num_experts) ** tokens)
+    """Seconds of one layer's routed experts on one rank, which computes all of `tokens` tokens' visits or, with dp, its
+    part of those of `tokens` tokens on each rank; `device` has the peak of its products. Tokens are assumed to pick
+    experts independently and uniformly; skewed routing uses fewer experts and waits for the one with the most
+    tokens."""
+    weights = model.mlp_weights(moe.intermediate_size) / shape.tp
+    unused = (1.0 - moe.top_k / moe.num_experts) ** (tokens * shape.dp)
+    touched = moe.num_experts / shape.dp * (1.0 - unused)
     visits = moe.top_k * tokens
     num_bytes = model.weight_bytes * touched * weights + 2.0 * _ACTIVATION_BYTES * visits * model.hidden_size
     return experts_s(visits, touched, weights, num_bytes, device, fit)
@@ -47,6 +51,10 @@ class RooflineCost:
     time: the step takes pp times the fullest stage's time for one micro-batch. A step of prompts passes the stages one
     after the other and frees the first stage for the next step.
 
+    With dp > 1 sequences and prompts are spread evenly over the ranks. Around its experts a layer collects the tokens
+    of all ranks and sums their results (all-gather and reduce-scatter, together an all-reduce), as vLLM does by
+    default.
+
     Terms that depend only on a number of tokens or sequences are cached by that number.
     """
 
@@ -55,10 +63,15 @@ class RooflineCost:
         "_by_sequences",
         "_by_tokens",
         "_decode_coefficients",
+        "_decode_fit",
         "_device",
+        "_experts_device",
+        "_experts_fit",
         "_fit",
+        "_gemm_fp8",
         "_heads",
         "_kv_heads",
+        "_link",
         "_model",
         "_node_size",
         "_overhead",
@@ -79,7 +92,16 @@ class RooflineCost:
         """`shape` is legal for `model`."""
         assert model.allows(shape)
         self._model, self._device, self._shape, self._overhead = model, device, shape, overhead
-        self._fit = fit.slowed(overhead.slowdown)
+        self._fit = fit = fit.slowed(overhead.slowdown, overhead.latency)
+        self._link = fit.link if device.nvlink_bytes_per_s else fit.pcie
+        self._gemm_fp8, self._experts_fit, self._experts_device = None, fit.experts, device
+        self._decode_fit = fit.decode_attention if model.mla is None else fit.latent_decode
+        if model.kv_bytes == 1.0 and model.mla is None:
+            self._decode_fit = fit.decode_kv_fp8 or fit.decode_attention
+        if model.weight_bytes == 1.0 and device.fp8_flops and fit.gemm_fp8 is not None:
+            self._gemm_fp8 = fit.gemm_fp8
+            if fit.experts_fp8 is not None:
+                self._experts_fit, self._experts_device = fit.experts_fp8, device.for_fp8
         self._node_size = devices_per_node
         self._stage_layers = -(-model.num_layers // shape.pp)
         self._heads = model.num_heads // shape.tp
@@ -96,20 +118,22 @@ class RooflineCost:
         sequences, pp = load.decode_sequences, self._shape.pp
         batches = min(pp, sequences) or 1
         layers = self._model.num_layers if batches == 1 else pp * self._stage_layers
-        linear_s, collective_s, hand_off_s = self._tokens_terms(load.tokens / batches)
-        attention_s = self._prefill_attention_s(load, batches) if load.prefill_tokens else 0.0
+        parts = batches * self._shape.dp  # one on each rank that has sequences of its own
+        decode_parts = min(parts, sequences) or 1
+        linear_s, collective_s, hand_off_s = self._tokens_terms(load.tokens / parts)
+        attention_s = self._prefill_attention_s(load, parts) if load.prefill_tokens else 0.0
         kv_fixed_s, kv_token_s = 0.0, 0.0
         if sequences:
-            kv_fixed_s, kv_token_s = self._decode_terms(sequences / batches)
+            kv_fixed_s, kv_token_s = self._decode_terms(sequences / decode_parts)
         launch_s = 0.0
         if load.prefill_tokens or not self._overhead.graph_decode:
             launch_s = self._overhead.eager_layer_s + (self._overhead.prompt_layer_s if load.prefill_tokens else 0.0)
             launch_s = max(0.0, launch_s - linear_s - collective_s - attention_s - kv_fixed_s)
-        head_s = batches * self._head_s(load.sampled / batches)
-        fixed_s = self._overhead.step_s + self._overhead.sequence_s * load.sampled
-        kv_read_s = kv_fixed_s + kv_token_s * load.decode_kv_tokens / batches
+        head_s = batches * self._head_s(load.sampled / parts)
+        fixed_s = self._overhead.step_s + self._overhead.sequence_s * load.sampled / self._shape.dp
+        kv_read_s = kv_fixed_s + kv_token_s * load.decode_kv_tokens / decode_parts
         if sequences and load.prefill_tokens:
-            mixed_s = self._mixed_attention_s(load, batches, sequences, load.decode_kv_tokens)
+            mixed_s = self._mixed_attention_s(load, parts, sequences, load.decode_kv_tokens)
             if mixed_s > 0:  # one kernel: what decoding adds to the time of the prompts
                 kv_read_s = max(mixed_s, kv_read_s, attention_s) - attention_s
         layer_s = linear_s + collective_s + attention_s + kv_read_s + launch_s
@@ -133,9 +157,9 @@ class RooflineCost:
         coefficients = self._decode_coefficients.get(sequences)
         if coefficients is None:
             pp = self._shape.pp
-            batches = min(pp, sequences)
-            layers = self._model.num_layers if batches == 1 else pp * self._stage_layers
-            per_kv_token_s = layers * self._decode_terms(sequences / batches)[1] / batches
+            layers = self._model.num_layers if min(pp, sequences) == 1 else pp * self._stage_layers
+            parts = min(pp * self._shape.dp, sequences)
+            per_kv_token_s = layers * self._decode_terms(sequences / parts)[1] / parts
             coefficients = self.step(StepLoad.of_decode(sequences, 0)).total_s, per_kv_token_s
             self._decode_coefficients[sequences] = coefficients
         return coefficients
@@ -150,23 +174,31 @@ class RooflineCost:
             message_bytes = _ACTIVATION_BYTES * tokens * self._model.hidden_size
             terms = (
                 self._linear_s(tokens),
-                2.0 * self._all_reduce_s(message_bytes),
+                self._collectives_s(message_bytes),
                 self._hand_off_s(message_bytes),
             )
             self._by_tokens[tokens] = terms
         return terms
 
+    def _collectives_s(self, message_bytes: float) -> float:
+        """Mean over the layers."""
+        model, dp = self._model, self._shape.dp
+        if dp == 1:
+            return 2.0 * self._all_reduce_s(message_bytes)
+        around_experts_s = all_reduce_s(dp * message_bytes, dp, self._device, self._link)
+        return model.num_moe_layers / model.num_layers * around_experts_s
+
     def _all_reduce_s(self, message_bytes: float) -> float:
         tp, overhead = self._shape.tp, self._overhead
         congested_bytes = max(0.0, message_bytes - overhead.free_bytes) * max(0, tp - 2) / tp
-        return all_reduce_s(message_bytes, tp, self._device, self._fit.link) + overhead.congestion_s * congested_bytes
+        return all_reduce_s(message_bytes, tp, self._device, self._link) + overhead.congestion_s * congested_bytes
 
     def _hand_off_s(self, message_bytes: float) -> float:
         if self._shape.pp == 1:
             return 0.0
         inside = self._shape.num_ranks <= self._node_size
         bandwidth = self._device.peer_bytes_per_s if inside else self._device.nic_bytes_per_s
-        return send_s(message_bytes, bandwidth, self._fit.link)
+        return send_s(message_bytes, bandwidth, self._link)
 
     def _linear_s(self, tokens: float) -> float:
         model = self._model
@@ -177,6 +209,8 @@ class RooflineCost:
         return total_s / model.num_layers
 
     def _gemm_s(self, m: float, n: float, k: float) -> float:
+        if self._gemm_fp8 is not None:
+            return gemm_fp8_s(m, n, k, self._device, self._gemm_fp8)
         return gemm_s(m, n, k, self._model.weight_bytes, self._device, self._fit.gemm)
 
     def _projections_s(self, tokens: float) -> float:
@@ -202,7 +236,7 @@ class RooflineCost:
     def _experts_s(self, tokens: float, moe: MoeShape) -> float:
         """Expert router, routed and shared experts; each expert is divided over all tp ranks."""
         model = self._model
-        routed_s = mixture_s(model, moe, self._shape.tp, tokens, self._device, self._fit.experts)
+        routed_s = mixture_s(model, moe, self._shape, tokens, self._experts_device, self._experts_fit)
         shared_s = self._mlp_s(tokens, moe.num_shared * moe.intermediate_size) if moe.num_shared else 0.0
         return self._gemm_s(tokens, moe.num_experts, model.hidden_size) + routed_s + shared_s
 
@@ -272,7 +306,7 @@ class RooflineCost:
                 model.kv_bytes * stored,
                 2.0 * self._heads * width,
                 self._device,
-                self._fit.decode_attention if mla is None else self._fit.latent_decode,
+                self._decode_fit,
             )
             self._by_sequences[sequences] = terms
         return terms
@@ -286,9 +320,9 @@ class RooflineCost:
         seconds = self._by_sampled.get(sampled)
         if seconds is None:
             model, tp, vocab = self._model, self._shape.tp, self._model.vocab_size
-            seconds = self._gemm_s(sampled, vocab / tp, model.hidden_size)
+            seconds = gemm_s(sampled, vocab / tp, model.hidden_size, model.table_bytes, self._device, self._fit.gemm)
             seconds += elementwise_s(_SAMPLER_BYTES * sampled * vocab, self._device, self._fit.elementwise)
             gathered = _ACTIVATION_BYTES * sampled * vocab / 2  # half of an all-reduce's traffic
-            seconds += all_reduce_s(gathered, tp, self._device, self._fit.link)
+            seconds += all_reduce_s(gathered, tp, self._device, self._link)
             self._by_sampled[sampled] = seconds
         return seconds

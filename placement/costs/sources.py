@@ -7,6 +7,7 @@ from tandem.core.cost_model import CostModel
 from tandem.core.errors import ConfigError
 from tandem.core.model_shape import ModelShape
 from tandem.core.parallel import ParallelShape
+from tandem.core.precision import AS_STORED
 from tandem.core.slo_file import SloFile
 from tandem.placement.cluster import Cluster
 from tandem.placement.costs.calibration import CalibratedSource
@@ -25,6 +26,11 @@ def cost_source_of(slo: SloFile, model: ModelShape) -> CostSource:
                 f"the calibration of {name} belongs to the model {calibration.model}, not to {model.name}; run "
                 f"`tandem profile` for {model.name}"
             )
+    if cluster.calibrations and slo.precision != AS_STORED:
+        raise ConfigError(
+            f"the calibration of {next(iter(cluster.calibrations))} was measured in the numbers of the checkpoint; "
+            "remove calibration or precision"
+        )
     measured = CalibratedSource(cluster.calibrations, kv_memory_bytes=section.kv_memory)
     rest = {name: device for name, device in cluster.devices.items() if name not in cluster.calibrations}
     if not rest:

@@ -67,7 +67,7 @@ def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> 
 
 def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
     """Simulates the plan on the workload of `slo_file`, at `rate` and at increasing rates up to its goodput."""
-    model = model_shape(slo_file.model)
+    model = model_shape(slo_file.model, slo_file.precision)
     deployment = deployment_of(plan, cost_source_of(slo_file, model), Cluster.of(slo_file.cluster), model)
     search, classes = slo_file.search, slo_file.slo
     requests = make_stream(

@@ -88,6 +88,7 @@ class CandidateDeployment:
                 device=group.kind.device,
                 tp=group.kind.shape.tp,
                 pp=group.kind.shape.pp,
+                dp=group.kind.shape.dp,
                 devices=ranks,
                 max_batch_tokens=group.kind.max_batch_tokens,
                 max_batch=group.kind.max_batch,

@@ -64,12 +64,16 @@ class Kinds:
 
 
 def legal_shapes(model: ModelShape, section: SearchSection, devices_per_node: int) -> Iterator[ParallelShape]:
-    """Shapes with tp inside a node, pp that divides the layers and heads that divide over tp; small shapes first."""
+    """Shapes with tp inside a node, pp that divides the layers and heads that divide over tp; small shapes first, those
+    with dp last."""
     for pp in range(1, section.max_pp + 1):
         for tp in range(1, min(section.max_tp, devices_per_node) + 1):
             shape = ParallelShape(tp, pp)
             if model.num_layers % pp == 0 and model.allows(shape):
                 yield shape
+    for dp in range(2, min(section.max_dp, devices_per_node) + 1):
+        if model.allows(ParallelShape(dp=dp)):
+            yield ParallelShape(dp=dp)
 
 
 def legal_kinds(

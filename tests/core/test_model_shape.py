@@ -1,5 +1,7 @@
 """Weights, KV and activations of one rank."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +34,21 @@ def test_all_ranks_together_hold_the_model(model: ModelShape, shape: ParallelSha
     assert model.weight_bytes_per_rank(shape) * shape.num_ranks >= model.weight_bytes * model.num_parameters * 0.999
     assert model.kv_bytes_per_token_and_rank(shape) * shape.num_ranks >= model.kv_bytes_per_token
     assert model.weight_bytes_per_rank(ParallelShape()) == model.weight_bytes * model.num_parameters
+
+
+def test_only_experts_are_divided_over_ranks_with_sequences_of_their_own() -> None:
+    expert, shape = 3 * 256 * 128, ParallelShape(dp=4)
+    moved = 2.0 * 6 * 12 * expert
+    assert _MOE.weight_bytes_per_rank(shape) == _MOE.weight_bytes_per_rank(ParallelShape()) - moved
+    assert _MOE.kv_bytes_per_token_and_rank(shape) == _MOE.kv_bytes_per_token / 4
+    assert _MOE.allows(shape)
+    assert not _MOE.allows(ParallelShape(dp=3))
+    assert not _DENSE.allows(shape)
+
+
+def test_embeddings_and_head_stay_as_they_are() -> None:
+    layers, tables = _DENSE.layer_weights, 2 * 1000 * 256
+    assert replace(_DENSE, weight_bytes=1.0).weight_bytes_per_rank(ParallelShape()) == layers + 2.0 * tables
 
 
 def test_the_fullest_stage_of_a_mixture_has_no_dense_layers() -> None:

@@ -166,6 +166,14 @@ PLAN_MISTAKES = {
         ("instances: 1,", 'instances: 1, tp: 2, devices: [["0:0"]],'),
         "FILE line 4: groups.0.devices: each instance needs 2 devices (tp 2 x pp 1)",
     ),
+    "devices for too few ranks that share experts": (
+        ("instances: 1,", 'instances: 1, dp: 2, devices: [["0:0"]],'),
+        "FILE line 4: groups.0.devices: each instance needs 2 devices (dp 2)",
+    ),
+    "experts over the ranks of layers": (
+        ("instances: 1,", "instances: 1, dp: 2, tp: 2,"),
+        "FILE line 4: groups.0.dp: 2 is for tp 1 and pp 1, not tp 2 and pp 1",
+    ),
     "a device for two": (
         ("instances: 2,", 'instances: 2, devices: [["0:0"], ["0:0"]],'),
         "FILE line 3: groups: device 0:0 is given to two ranks",

@@ -10,6 +10,7 @@ from tandem.core.config import RouterConfig
 from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan, PlanGroup
+from tandem.core.precision import Precision
 from tandem.core.slo import SloClass
 from tandem.deploy.plan_serving import planned_nodes, serve_config_of
 from tandem.deploy.topology import Machine, plan_processes
@@ -131,6 +132,7 @@ def test_planned_gpus_that_are_here_are_used() -> None:
             ["uses 2 nodes", "one machine"],
         ),
         ([group("prefill"), group("decode", device="H100", instances=2)], ["needs 2 x H100", "has no GPU"]),
+        ([group("colocated", dp=2)], ["divides experts over ranks", "search.max_dp=1"]),
     ],
 )
 def test_what_cannot_be_run_yet_is_said_with_what_could_be_done(groups: list[PlanGroup], words: list[str]) -> None:
@@ -161,6 +163,12 @@ def test_a_plan_of_two_nodes_is_for_a_ray_cluster_of_two() -> None:
     spread = [group("colocated", tp=2, devices=(("0:0", "1:0"),))]
     with pytest.raises(ConfigError, match=r"has an instance on several nodes \(0:0, 1:0\)"):
         serve_config_of(plan_of(BUILT_IN, spread), Machine(cores=8, nodes=2))
+
+
+def test_other_numbers_than_the_checkpoints_are_not_served() -> None:
+    plan = plan_of(BUILT_IN, [group("colocated")]).model_copy(update={"precision": Precision(weights="fp8")})
+    with pytest.raises(ConfigError, match="other numbers than the checkpoint's"):
+        serve_config_of(plan, LAPTOP)
 
 
 def test_a_plan_that_nothing_meets_runs_nothing() -> None:

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.errors import ConfigError
 from tandem.core.parallel import ParallelShape
+from tandem.core.precision import AS_STORED, Precision
 from tandem.core.slo import SloClass
 from tandem.placement.costs.efficiency import Efficiency, efficiency, engine_overhead
 from tandem.placement.costs.hardware import devices
-from tandem.placement.costs.models import published_models
+from tandem.placement.costs.models import model_shape, published_models
 from tandem.placement.costs.roofline import RooflineSource
 from tandem.placement.costs.roofline_cost import RooflineCost
 from tandem.placement.search.kinds import phase_kind
@@ -138,6 +139,47 @@ def test_terms_are_finite_and_the_interval_is_the_total_without_a_pipeline(
     elif prompts:
         assert step.interval_s < step.total_s
     assert (step.collective_s > 0) == (shape.tp > 1 and load.tokens > 0)
+
+
+@pytest.mark.parametrize("sequences", [1, 5, 8, 300])
+def test_ranks_that_share_experts_decode_along_a_line_in_the_kv(sequences: int) -> None:
+    cost = _cost("Mixtral-8x7B", _H100, ParallelShape(dp=8))
+    base_s, per_kv_token_s = cost.decode_coefficients(sequences)
+    step = cost.step(StepLoad.of_decode(sequences, 40_000))
+    assert base_s + 40_000 * per_kv_token_s == pytest.approx(step.total_s, rel=1e-12)
+
+
+def test_ranks_that_share_experts_read_each_expert_once_and_their_own_kv() -> None:
+    """Eight ranks with 32 sequences each, against one rank that had room for the model with 32."""
+    whole, rank = StepLoad.of_decode(256, 256_000), StepLoad.of_decode(32, 32_000)
+    eight = _cost("Mixtral-8x7B", _H100, ParallelShape(dp=8), "none").step(whole)
+    one = _cost("Mixtral-8x7B", _H100, ParallelShape(), "none").step(rank)
+    assert eight.kv_read_s == pytest.approx(one.kv_read_s)
+    assert eight.linear_s < 0.5 * one.linear_s
+    assert eight.collective_s > 0
+    assert one.collective_s == 0
+
+
+def test_weights_in_fp8_are_read_and_multiplied_faster_where_the_device_can() -> None:
+    shapes = [model_shape("Llama-3.1-8B", precision) for precision in (AS_STORED, Precision(weights="fp8"))]
+    for device, least in ((_H100, 1.3), ("A100-80GB-SXM4", 0.99)):
+        sources = [RooflineSource(shape, devices(), engine="none") for shape in shapes]
+        costs = [source.cost_model(device, ParallelShape()) for source in sources]
+        assert costs[0] is not None
+        assert costs[1] is not None
+        prompt, decode = StepLoad.of_prompts(8192), StepLoad.of_decode(1, 100)
+        assert costs[0].step(prompt).linear_s > least * costs[1].step(prompt).linear_s
+        assert costs[0].step(decode).linear_s > 1.4 * costs[1].step(decode).linear_s
+        assert sources[1].kv_tokens(device, ParallelShape()) > sources[0].kv_tokens(device, ParallelShape())
+
+
+def test_devices_that_share_their_hosts_links_have_less_of_them_each() -> None:
+    model, load = published_models()["Llama-3.1-8B"], StepLoad.of_prompts(8192)
+    source = RooflineSource(model, devices(), engine="none")
+    pair, four = (source.cost_model("L40S", ParallelShape(tp)) for tp in (2, 4))
+    assert pair is not None
+    assert four is not None
+    assert four.step(load).collective_s > 2 * pair.step(load).collective_s
 
 
 def test_every_model_has_a_cost_on_every_device() -> None:
