@@ -1,10 +1,11 @@
 """How well does the roofline predict? Fits its efficiencies to half of the public measurements, and checks the rest.
 
     python -m bench.cost_model fit      fits and writes placement/data/efficiency.yaml, then checks
-    python -m bench.cost_model check    relative errors of the existing file: operators, then whole steps
+    python -m bench.cost_model check    relative errors of the existing file: operators, whole steps, and what engines
+                                        served, by the simulator; then the same with a device or an engine left out
 
 The measurements are not part of the repository (4 MB of tables from aiconfigurator, Vidur, LLMServingSim, Splitwise and
-Sarathi); --data names the folder that has them under latency/.
+Sarathi; DistServe's lines are); --data names the folder that has them under latency/.
 """
 
 import argparse
@@ -14,18 +15,30 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import yaml
 from tqdm import tqdm
 
 from bench.common.data_folder import add_data_argument
-from bench.cost_model.fit import as_yaml, errors, fit
+from bench.cost_model.fit import as_yaml, fit
+from bench.cost_model.open_loop import open_loop_errors
 from bench.cost_model.operator_tables import read_samples
+from bench.cost_model.report import (
+    NO_OVERHEAD,
+    model_error,
+    open_loop_lines,
+    operator_lines,
+    served_lines,
+    step_lines,
+    transfer_lines,
+)
 from bench.cost_model.samples import OperatorSample
+from bench.cost_model.served import PricedPoint, ServedPoint, priced, read_points
+from bench.cost_model.served_fit import fit_served
 from bench.cost_model.steps import StepSample, fit_overhead, read_steps
 from tandem.core.errors import ConfigError
 from tandem.placement.costs.catalogue import DATA
 from tandem.placement.costs.efficiency import (
+    ConvertingGemmEfficiency,
     DecodeAttentionEfficiency,
     Efficiency,
     ElementwiseEfficiency,
@@ -50,6 +63,9 @@ _START = Efficiency(
     latent_decode=DecodeAttentionEfficiency(latency_s=12e-6, memory=0.8, idle=1.0, head_s=1e-9, compute=0.6),
     mixed_attention=None,
     link=LinkEfficiency(latency_s=5e-6, rank_s=0.2e-6, ramp_s=20e-6, bandwidth=0.8, hand_off_s=10e-6, send=0.75),
+    pcie=LinkEfficiency(
+        latency_s=5e-6, rank_s=1e-6, ramp_s=1e-6, bandwidth=0.6, hand_off_s=10e-6, send=0.75, sharing=1.0
+    ),
     elementwise=ElementwiseEfficiency(latency_s=10e-6, core_bytes_per_s=20e9, memory=1.5, cached=1.0),
 )
 _MIXED_START = MixedAttentionEfficiency(
@@ -63,6 +79,12 @@ _MIXED_START = MixedAttentionEfficiency(
     tail=0.3,
     head_s=10e-9,
 )
+_OPTIONAL_STARTS: Mapping[str, Any] = {  # parts of families that were measured
+    "mixed_attention": _MIXED_START,
+    "gemm_fp8": ConvertingGemmEfficiency(5e-6, compute=0.7, memory=0.8, sharpness=2.0, conversion=3.0),
+    "experts_fp8": _START.experts,
+    "decode_kv_fp8": _START.decode_attention,
+}
 _FAMILIES = {  # family -> the one whose values it keeps where it has no measurements
     "hopper": None,
     "ampere": None,
@@ -71,14 +93,15 @@ _FAMILIES = {  # family -> the one whose values it keeps where it has no measure
     "ada-rtx": "ada",
     "blackwell-rtx": "ada",
 }
-_NO_OVERHEAD = EngineOverhead(step_s=0.0, sequence_s=0.0, eager_layer_s=0.0, graph_decode=True)
+_OWN_PCIE = ("ada", "blackwell-rtx")
 _COMPOSED = "llmservingsim"  # its steps are sums of operators, without the overheads of an engine
 
 _HEADER = """\
 # Written by `python -m bench.cost_model fit`; do not edit, but for `cpu`, which is a guess until one calibrates.
 # Fitted to half of: aiconfigurator systems/data (Apache-2.0, 095f58a), Vidur data/profiling (MIT, 7d47513),
 # LLMServingSim profiler/perf (MIT, 5daddb2); engines: Splitwise perf_model.csv (MIT, 8f99e7d), sarathi-serve
-# osdi-experiments (Apache-2.0, ceaa066), aiconfigurator silicon_sample.csv (vllm, trtllm: H100, 2026).
+# osdi-experiments (Apache-2.0, ceaa066), DistServe's lines (Apache-2.0, 82831f1), and, through the simulator,
+# aiconfigurator silicon_sample.csv (vllm, trtllm, sglang: H100, H200, B200, 2025 and 2026).
 # Meaning of the numbers: placement/costs/efficiency.py. A family nobody measured (cdna3) takes `default`, hopper's.
 """
 
@@ -92,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=DATA / "efficiency.yaml", help="default: %(default)s")
     args = parser.parse_args(arguments)
     try:
-        samples, steps = read_samples(args.data), read_steps(args.data)
+        samples, steps, points = read_samples(args.data), read_steps(args.data), read_points(args.data)
     except ConfigError as error:
         print(error.message, file=sys.stderr)
         return 1
@@ -100,12 +123,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.action == "fit":
         families = _fit_families(samples)
         engines = {system: fit_overhead(_of(system, steps), families) for system in _progress(systems)}
-        args.out.write_text(_document(families, engines, _step_error(steps, families, engines)), encoding="utf-8")
+        served = _priced(points, families)
+        for engine in sorted({point.engine for point in points}):
+            fitted = [one for one in served if one.point.engine == engine and not one.point.held_out]
+            engines[engine] = fit_served(fitted)
+        typical = model_error(steps, served, families, engines)
+        args.out.write_text(_document(families, engines, typical), encoding="utf-8")
     else:
         families = {family: efficiency(family) for family in _FAMILIES}
-        engines = {system: engine_overhead(system) for system in systems}
-    print(*_operator_lines(samples, families), *_step_lines(steps, families, engines), sep="\n")
+        engines = {system: engine_overhead(system) for system in {*systems, *(point.engine for point in points)}}
+        served = _priced(points, families)
+        typical = model_error(steps, served, families, engines)
+    print(*operator_lines(samples, families), *step_lines(steps, families, engines), sep="\n")
+    open_loop = open_loop_errors(args.data, families, engines["vllm"])
+    print(*served_lines(served, engines), *open_loop_lines(open_loop), *transfer_lines(served), sep="\n")
+    print(f"\nmean over systems of the median held-out error: {typical:.1%}")
     return 0
+
+
+def _priced(points: Sequence[ServedPoint], families: Mapping[str, Efficiency]) -> list[PricedPoint]:
+    return [priced(point, families[point.device.family]) for point in _progress(points)]
 
 
 def _fit_families(samples: Sequence[OperatorSample]) -> dict[str, Efficiency]:
@@ -113,10 +150,14 @@ def _fit_families(samples: Sequence[OperatorSample]) -> dict[str, Efficiency]:
     for family, base in _progress(_FAMILIES.items()):
         measured = [sample for sample in samples if sample.device.family == family]
         start = _START if base is None else families[base]
-        if any(sample.operator == "mixed_attention" for sample in measured):
-            start = replace(start, mixed_attention=_MIXED_START)
+        operators = {sample.operator for sample in measured}
+        start = replace(start, **{part: first for part, first in _OPTIONAL_STARTS.items() if part in operators})
         families[family] = fit(measured, start)
-    return families
+    # All other devices without NVLink take the links of the only ones that were measured.
+    return {
+        family: fitted if family in _OWN_PCIE else replace(fitted, pcie=families["ada"].pcie)
+        for family, fitted in families.items()
+    }
 
 
 def _progress(items: Iterable[T]) -> Iterable[T]:
@@ -130,7 +171,7 @@ def _of(system: str, steps: Sequence[StepSample]) -> list[StepSample]:
 def _document(families: Mapping[str, Efficiency], engines: Mapping[str, EngineOverhead], error: float) -> str:
     previous: Any = yaml.safe_load((DATA / "efficiency.yaml").read_text("utf-8"))
     parts = {"default": as_yaml(families["hopper"])} | {name: as_yaml(family) for name, family in families.items()}
-    overheads = {name: _rounded(asdict(overhead)) for name, overhead in {**engines, "none": _NO_OVERHEAD}.items()}
+    overheads = {name: _rounded(asdict(overhead)) for name, overhead in {**engines, "none": NO_OVERHEAD}.items()}
     data = {
         "step_error": round(error, 3),
         "engines": overheads,
@@ -140,58 +181,11 @@ def _document(families: Mapping[str, Efficiency], engines: Mapping[str, EngineOv
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, bool) else float(f"{value:.3g}") for name, value in values.items()}
-
-
-def _relative_errors(
-    steps: Iterable[StepSample], families: Mapping[str, Efficiency], engines: Mapping[str, EngineOverhead]
-) -> dict[tuple[str, str, str, bool], list[float]]:
-    """(system, phase, device, held out) -> signed relative errors."""
-    found: dict[tuple[str, str, str, bool], list[float]] = {}
-    for step in steps:
-        overhead = engines.get(step.system, _NO_OVERHEAD)
-        error = step.predict(families[step.device.family], overhead) / step.seconds - 1
-        found.setdefault((step.system, step.phase, step.device.name, step.held_out), []).append(error)
-    return found
-
-
-def _step_error(
-    steps: Sequence[StepSample], families: Mapping[str, Efficiency], engines: Mapping[str, EngineOverhead]
-) -> float:
-    """Mean over the systems of the median held-out error."""
-    found = _relative_errors((step for step in steps if step.held_out), families, engines)
-    by_system: dict[str, list[float]] = {}
-    for (system, *_), signed in found.items():
-        by_system.setdefault(system, []).extend(signed)
-    return float(np.mean([np.median(np.abs(signed)) for signed in by_system.values()]))
-
-
-def _operator_lines(samples: Sequence[OperatorSample], families: Mapping[str, Efficiency]) -> list[str]:
-    lines = [_line("operator", "source", "device", "half", "rows", "median", "p90", "bias")]
-    for error in errors(samples, families):
-        half = "held out" if error.held_out else "fitted"
-        figures = (f"{error.median:.1%}", f"{error.p90:.1%}", f"{error.bias:+.1%}")
-        lines.append(_line(error.operator, error.source, error.device, half, str(error.count), *figures))
-    return lines
-
-
-def _step_lines(
-    steps: Sequence[StepSample], families: Mapping[str, Efficiency], engines: Mapping[str, EngineOverhead]
-) -> list[str]:
-    lines = ["", _line("step", "system", "device", "half", "rows", "median", "p90", "bias")]
-    found = _relative_errors(steps, families, engines)
-    for (system, phase, device, held_out), signed in sorted(found.items()):
-        absolute, half = np.abs(signed), "held out" if held_out else "fitted"
-        figures = (f"{np.median(absolute):.1%}", f"{np.quantile(absolute, 0.9):.1%}", f"{np.median(signed):+.1%}")
-        lines.append(_line(phase, system, device, half, str(len(signed)), *figures))
-    lines.append(f"mean over systems of the median held-out error: {_step_error(steps, families, engines):.1%}")
-    return lines
-
-
-def _line(*cells: str) -> str:
-    widths = (18, 15, 23, 9, 7, 8, 8, 8)
-    left, right = zip(cells[:4], widths[:4], strict=True), zip(cells[4:], widths[4:], strict=True)
-    return "".join([cell.ljust(width) for cell, width in left] + [cell.rjust(width) for cell, width in right])
+    """Three digits; what a fit brought nearly to 0 is 0."""
+    numbers = {name: value if isinstance(value, bool) else float(f"{value:.3g}") for name, value in values.items()}
+    return {
+        name: 0.0 if not isinstance(value, bool) and 0 < value < 1e-12 else value for name, value in numbers.items()
+    }
 
 
 if __name__ == "__main__":

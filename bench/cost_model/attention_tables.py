@@ -62,11 +62,11 @@ def _prompts(
 
 def _decode_attention(folder: Path) -> Iterator[OperatorSample]:
     for row in read_rows(folder, "aic_generation_attention_vllm.csv.gz"):
-        if row["kv_cache_dtype"] == "bfloat16":
-            heads, kv_heads = int(row["num_heads"]), int(row["num_kv_heads"])
-            sequences, tokens = int(row["batch_size"]), int(row["past_kv_len"]) + 1
-            seconds = float(row["latency_ms"]) / 1e3
-            yield from _decodes("aiconfigurator", row["system"], heads, kv_heads, sequences, tokens, seconds)
+        heads, kv_heads = int(row["num_heads"]), int(row["num_kv_heads"])
+        sequences, tokens = int(row["batch_size"]), int(row["past_kv_len"]) + 1
+        seconds = float(row["latency_ms"]) / 1e3
+        kv_bytes = {"bfloat16": 2.0, "fp8": 1.0}[row["kv_cache_dtype"]]
+        yield from _decodes("aiconfigurator", row["system"], heads, kv_heads, sequences, tokens, seconds, kv_bytes)
     for row in read_rows(folder, "llmservingsim_attention_us.csv.gz"):
         if row["prefill_chunk"] == "0":
             model, tp = served_model(row["model"]), int(row["tp"])
@@ -77,24 +77,38 @@ def _decode_attention(folder: Path) -> Iterator[OperatorSample]:
 
 
 def _decodes(
-    source: str, system: str, heads: int, kv_heads: int, sequences: int, tokens: int, seconds: float
+    source: str,
+    system: str,
+    heads: int,
+    kv_heads: int,
+    sequences: int,
+    tokens: int,
+    seconds: float,
+    kv_bytes: float = 2.0,
 ) -> Iterator[OperatorSample]:
     device, held_out = device_of(system), is_held_out(heads, kv_heads, sequences)
-    if not _fits_cache(device, kv_heads, sequences, tokens):
-        predict = _decode(device, heads, kv_heads, sequences, tokens)
-        yield OperatorSample("decode_attention", source, device, seconds, predict, held_out)
+    head_bytes = kv_bytes / 2.0 * _HEAD_BYTES
+    if _fits_cache(device, kv_heads, sequences, tokens, head_bytes):
+        return
+    operator = "decode_kv_fp8" if kv_bytes == 1.0 else "decode_attention"
+    predict = _decode(device, heads, kv_heads, sequences, tokens, head_bytes, operator)
+    yield OperatorSample(operator, source, device, seconds, predict, held_out)
 
 
-def _fits_cache(device: Device, kv_heads: int, sequences: int, tokens: int) -> bool:
+def _fits_cache(device: Device, kv_heads: int, sequences: int, tokens: int, head_bytes: float = _HEAD_BYTES) -> bool:
     """Whether the measurement can read the KV from the cache repeatedly. A model never can: the weights and KV of its
     other layers go through the cache in between."""
-    return _HEAD_BYTES * sequences * tokens * kv_heads < device.cache_bytes
+    return head_bytes * sequences * tokens * kv_heads < device.cache_bytes
 
 
-def _decode(device: Device, heads: int, kv_heads: int, sequences: int, tokens: int) -> Callable[[Efficiency], float]:
+def _decode(
+    device: Device, heads: int, kv_heads: int, sequences: int, tokens: int, head_bytes: float, part: str
+) -> Callable[[Efficiency], float]:
+    """`part` of Efficiency: that of this kernel."""
+
     def predict(to: Efficiency) -> float:
         fixed_s, per_token_s = decode_attention_coefficients(
-            sequences, kv_heads, kv_heads, _HEAD_BYTES * kv_heads, 512.0 * heads, device, to.decode_attention
+            sequences, kv_heads, kv_heads, head_bytes * kv_heads, 512.0 * heads, device, getattr(to, part)
         )
         return fixed_s + sequences * tokens * per_token_s
 

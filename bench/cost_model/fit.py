@@ -13,9 +13,12 @@ from tandem.placement.costs.efficiency import Efficiency
 _OPERATORS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     # Part of Efficiency, operators that it is fitted to, and the fields that they determine
     ("gemm", ("gemm",), ("latency_s", "compute", "memory", "sharpness")),
+    ("gemm_fp8", ("gemm_fp8",), ("latency_s", "compute", "memory", "sharpness", "conversion")),
     ("experts", ("experts",), ("latency_s", "compute", "memory", "sharpness", "padding_rows")),
+    ("experts_fp8", ("experts_fp8",), ("latency_s", "compute", "memory", "sharpness", "padding_rows")),
     ("prefill_attention", ("prefill_attention",), ("latency_s", "compute", "memory", "idle", "head_s")),
     ("decode_attention", ("decode_attention",), ("latency_s", "memory", "idle", "head_s")),
+    ("decode_kv_fp8", ("decode_kv_fp8",), ("latency_s", "memory", "idle", "head_s", "compute")),
     ("latent_prefill", ("latent_prefill",), ("latency_s", "compute", "memory", "idle", "head_s")),
     ("latent_decode", ("latent_decode",), ("latency_s", "memory", "idle", "head_s", "compute")),
     (
@@ -25,15 +28,13 @@ _OPERATORS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     ("link", ("all_reduce",), ("latency_s", "rank_s", "ramp_s", "bandwidth")),
     ("link", ("send",), ("hand_off_s", "send")),
+    ("pcie", ("all_reduce_pcie",), ("latency_s", "rank_s", "ramp_s", "bandwidth", "sharing")),
     ("elementwise", ("elementwise",), ("latency_s", "core_bytes_per_s", "memory", "cached")),
 )
 _LEAST, _MOST = 1e-4, 1e4  # of other parameters, as a multiple of their start
 _SHARES = frozenset({"compute", "memory", "bandwidth", "send"})  # of a peak
-_MOST_SHARE = {  # by part
-    "gemm": 1.0,  # a benchmark may find weights in the cache, a step of a model never does
-    "elementwise": 4.0,  # the output of the previous kernel is read from the cache
-}
-_MOST_SHARE_ELSEWHERE = 1.2  # caches serve some reads
+_MOST_SHARE = {"elementwise": 4.0}  # by part: the output of the previous kernel is read from the cache
+_MOST_SHARE_ELSEWHERE = 1.0  # a benchmark may find operands in the cache, a step of a model never does
 _MAX_SAMPLES = 3000
 
 

@@ -5,24 +5,32 @@ number of ranks), so that no held-out sample lies on the same curve as a fitted 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from bench.cost_model.attention_tables import read_attention
 from bench.cost_model.samples import OperatorSample, device_of, is_held_out, read_rows, served_model
+from bench.fidelity.vllm.run import MAX_BATCH_TOKENS, RUNS, calibrated, read_requests
+from bench.fidelity.vllm.tables import read_vllm_tables
 from tandem.core.model_shape import ModelShape
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.efficiency import Efficiency
 from tandem.placement.costs.models import model_shape
-from tandem.placement.costs.operators import all_reduce_s, elementwise_s, gemm_s, send_s
+from tandem.placement.costs.operators import all_reduce_s, elementwise_s, gemm_fp8_s, gemm_s, send_s
 from tandem.placement.costs.roofline_cost import elementwise_bytes, mixture_s
 
 _CUSTOM_ALL_REDUCE_BYTES = 8 << 20  # vLLM takes its own kernel up to this size and NCCL beyond
 
 
 def read_samples(folder: Path) -> list[OperatorSample]:
-    """All samples, in bf16 or fp16."""
+    """All samples, in bf16 or fp16, and products in fp8."""
     return [
         *_gemms(folder),
         *read_attention(folder),
         *_collectives(folder),
+        *_pcie_of_a_run(folder),
         *_layers(folder),
         *_experts(folder),
     ]
@@ -30,9 +38,11 @@ def read_samples(folder: Path) -> list[OperatorSample]:
 
 def _gemms(folder: Path) -> Iterator[OperatorSample]:
     for row in read_rows(folder, "aic_gemm_vllm.csv.gz"):
+        m, n, k, seconds = int(row["m"]), int(row["n"]), int(row["k"]), float(row["latency_ms"]) / 1e3
         if row["gemm_dtype"] == "bfloat16":
-            m, n, k = int(row["m"]), int(row["n"]), int(row["k"])
-            yield _gemm("aiconfigurator", row["system"], m, n, k, float(row["latency_ms"]) / 1e3, is_held_out(n, k))
+            yield _gemm("aiconfigurator", row["system"], m, n, k, seconds, is_held_out(n, k))
+        elif row["gemm_dtype"] == "fp8":
+            yield _gemm_fp8(row["system"], m, n, k, seconds)
 
 
 def _gemm(source: str, system: str, m: int, n: int, k: int, seconds: float, held_out: bool) -> OperatorSample:
@@ -40,12 +50,22 @@ def _gemm(source: str, system: str, m: int, n: int, k: int, seconds: float, held
     return OperatorSample("gemm", source, device, seconds, lambda to: gemm_s(m, n, k, 2.0, device, to.gemm), held_out)
 
 
+def _gemm_fp8(system: str, m: int, n: int, k: int, seconds: float) -> OperatorSample:
+    device = device_of(system)
+
+    def predict(to: Efficiency) -> float:
+        assert to.gemm_fp8 is not None
+        return gemm_fp8_s(m, n, k, device, to.gemm_fp8)
+
+    return OperatorSample("gemm_fp8", "aiconfigurator", device, seconds, predict, is_held_out(n, k))
+
+
 def _collectives(folder: Path) -> Iterator[OperatorSample]:
     for row in read_rows(folder, "aic_collectives.csv.gz"):
-        custom = "graph" in row["library"]
         num_bytes, ranks = int(row["bytes"]), int(row["num_gpus"])
-        in_use = custom if num_bytes <= _CUSTOM_ALL_REDUCE_BYTES else "nccl" in row["library"]
-        if row["op_name"] == "all_reduce" and in_use and (row["system"] != "l40s" or ranks == 2):
+        has_custom = num_bytes <= _CUSTOM_ALL_REDUCE_BYTES and (row["system"] != "l40s" or ranks == 2)
+        in_use = ("graph" if has_custom else "nccl") in row["library"]  # over PCIe vLLM's own kernel joins pairs only
+        if row["op_name"] == "all_reduce" and in_use:
             yield _all_reduce("aiconfigurator", row["system"], ranks, num_bytes, float(row["latency_ms"]) / 1e3)
     for row in read_rows(folder, "vidur_collectives.csv.gz"):
         num_bytes, ranks, seconds = int(row["bytes"]), int(row["num_workers"]), float(row["median_ms"]) / 1e3
@@ -57,10 +77,31 @@ def _collectives(folder: Path) -> Iterator[OperatorSample]:
             yield _send("Vidur", row["node"], num_bytes, seconds)
 
 
+def _pcie_of_a_run(folder: Path) -> Iterator[OperatorSample]:
+    """Two RTX PRO 6000: their all-reduce as a run of vLLM shows it, from the first steps of prompts and of decoding
+    (`bench.fidelity.vllm`). No table has it."""
+    run = next(run for run in RUNS if run.tp == 2)
+    tables = read_vllm_tables(folder, run.hardware, served_model(run.model), run.tp)
+    model = calibrated(tables, folder, run, read_requests(folder, run))
+    for num_tokens in np.geomspace(run.max_num_seqs, MAX_BATCH_TOKENS, 12).round():
+        num_bytes = int(2 * num_tokens * model.shape.hidden_size)
+        seconds = model.all_reduce_latency_s + num_bytes * model.all_reduce_s_per_byte
+        yield _all_reduce("LLMServingSim", run.hardware, run.tp, num_bytes, seconds)
+
+
 def _all_reduce(source: str, system: str, ranks: int, num_bytes: int, seconds: float) -> OperatorSample:
     """Of 2, 4 and 8 ranks, 4 are held out; so is all of Vidur, which has no custom all-reduce."""
     device = device_of(system)
     held_out = ranks == 4 or source == "Vidur"
+    if not device.nvlink_bytes_per_s:
+        return OperatorSample(
+            "all_reduce_pcie",
+            source,
+            device,
+            seconds,
+            lambda to: all_reduce_s(num_bytes, ranks, device, to.pcie),
+            held_out,
+        )
     return OperatorSample(
         "all_reduce", source, device, seconds, lambda to: all_reduce_s(num_bytes, ranks, device, to.link), held_out
     )
@@ -134,22 +175,34 @@ def _elementwise(
 
 
 def _experts(folder: Path) -> Iterator[OperatorSample]:
-    """All experts on one rank, with a slightly skewed choice of experts."""
+    """All experts on one rank, or divided over the ranks of a node, with a slightly skewed choice of experts. With
+    ranks, the one with the most tokens was measured; nothing is fitted to these, nor to fp8 with one scale a matrix,
+    for which Hopper's kernels are slow: mixtures are served with a scale for each block."""
     for row in read_rows(folder, "aic_moe_vllm.csv.gz"):
-        distribution = row["moe_dtype"], row["moe_ep_size"], row["distribution"]
-        if distribution == ("bfloat16", "1", "power_law_1.01"):
-            model, tp, tokens = model_shape(row["model_shape"]), int(row["moe_tp_size"]), int(row["num_tokens"])
-            yield _mixture(row["system"], model, tp, tokens, float(row["latency_ms"]) / 1e3)
+        tp, dp = int(row["moe_tp_size"]), int(row["moe_ep_size"])
+        is_chosen = dp == 1 or (tp == 1 and dp <= 8 and int(row["num_tokens"]) % dp == 0)  # of a node
+        if is_chosen and row["distribution"] == "power_law_1.01":
+            model, tokens = model_shape(row["model_shape"]), int(row["num_tokens"]) // dp
+            shape, seconds = ParallelShape(tp, 1, dp), float(row["latency_ms"]) / 1e3
+            yield _mixture(row["system"], model, shape, tokens, seconds, row["moe_dtype"])
 
 
-def _mixture(system: str, model: ModelShape, tp: int, tokens: int, seconds: float) -> OperatorSample:
-    device, moe = device_of(system), model.moe
+def _mixture(
+    system: str, model: ModelShape, shape: ParallelShape, tokens: int, seconds: float, dtype: str
+) -> OperatorSample:
+    device, moe, is_fp8 = device_of(system), model.moe, dtype.startswith("fp8")
     assert moe is not None
-    return OperatorSample(
-        "experts",
-        "aiconfigurator",
-        device,
-        seconds,
-        lambda to: mixture_s(model, moe, tp, tokens, device, to.experts),
-        is_held_out(model.name, tp),
-    )
+    if is_fp8:
+        model = replace(model, weight_bytes=1.0)
+
+    def predict(to: Efficiency) -> float:
+        if not is_fp8:
+            return mixture_s(model, moe, shape, tokens, device, to.experts)
+        assert to.experts_fp8 is not None
+        return mixture_s(model, moe, shape, tokens, device.for_fp8, to.experts_fp8)
+
+    operator = {"bfloat16": "experts", "fp8_block": "experts_fp8", "fp8": "experts_tensor_fp8"}[dtype]
+    if shape.dp > 1 or dtype == "fp8":
+        operator += "_dp" if shape.dp > 1 else ""
+        return OperatorSample(operator, "aiconfigurator", device, seconds, predict, True)
+    return OperatorSample(operator, "aiconfigurator", device, seconds, predict, is_held_out(model.name, shape.tp))

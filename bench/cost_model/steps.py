@@ -4,6 +4,7 @@ Half of each system's configurations is used to fit the overheads of its engine 
 held out. The operators' efficiencies come from other tables and are not changed.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares
 
+from bench.common.distserve_costs import DEVICE, DistServeEngine, DistServeSource
 from bench.cost_model.operator_tables import layer_times
 from bench.cost_model.samples import is_held_out, read_rows, served_model
 from tandem.core.cost_model import StepLoad, attention_pairs
@@ -25,14 +27,16 @@ from tandem.placement.costs.roofline_cost import RooflineCost
 
 _BLOOM = ModelShape("BLOOM-176B", 70, 14336, 112, 112, 128, 57344, 250880, 2048, gated_mlp=False, tied_embeddings=True)
 _YI = ModelShape("Yi-34B", 60, 7168, 56, 8, 128, 20480, 64000, 200000)
-_LEAST_SLOWDOWN = 0.85  # other kernels may be this much faster than those of the tables
+_OPT_PROMPTS = ((128, 1), (256, 1), (512, 1), (1024, 1), (2047, 1), (256, 4), (512, 4))  # (tokens, sequences)
+_OPT_BATCHES = (1, 4, 8, 16, 32, 64, 128)
+_FREE_BYTES = 50e6  # of a message, near where congestion begins
 _SARATHI_CONTEXT_TOKENS = 1024  # assumed: the table does not say over how many tokens its sequences decode
 
 
 @dataclass(frozen=True, slots=True)
 class StepSample:
     """The total time of steps, measured with a `system`: `loads` are (load, number of such steps). `phase` is prefill,
-    decode, mixed, or served where all occur."""
+    decode, or mixed."""
 
     system: str
     phase: str
@@ -56,7 +60,7 @@ def _cost(
 
 
 def read_steps(folder: Path) -> list[StepSample]:
-    return [*_splitwise(folder), *_sarathi(folder), *_llmservingsim(folder), *_silicon(folder)]
+    return [*_splitwise(folder), *_sarathi(folder), *_distserve(), *_llmservingsim(folder)]
 
 
 def _splitwise(folder: Path) -> Iterator[StepSample]:
@@ -112,6 +116,27 @@ def _chunk(start: int, num_tokens: int) -> StepLoad:
     )
 
 
+def _distserve() -> Iterator[StepSample]:
+    """OPT on A100s, by the lines that DistServe's authors fitted to their engine and to vLLM 0.2.3. Prompts of at most
+    2,048 tokens in a step."""
+    device = devices()[DEVICE]
+    engines: tuple[DistServeEngine, ...] = ("distserve", "vllm")
+    for engine, name, tp in itertools.product(engines, ("OPT-13B", "OPT-66B"), (1, 2, 4, 8)):
+        cost = DistServeSource(name, engine, ray_overhead=False).cost_model(DEVICE, ParallelShape(tp))
+        if cost is None or (engine, name, tp) == ("vllm", "OPT-66B", 2):  # the latter's line falls with the length
+            continue
+        prefills = [StepLoad.of_prompts(*[length] * count) for length, count in _OPT_PROMPTS]
+        decodes = [StepLoad.of_decode(batch, 500 * batch) for batch in _OPT_BATCHES]
+        for phase, loads in (("prefill", prefills), ("decode", decodes)):
+            for load in loads:
+                step = cost.step(load)
+                seconds = step.linear_s + step.attention_s + step.kv_read_s  # without the hand-over of its simulator
+                system = "distserve" if engine == "distserve" else "vllm-0.2.3"
+                held_out = is_held_out(name, tp, load.tokens, load.decode_sequences)
+                shape = ParallelShape(tp)
+                yield StepSample(system, phase, model_shape(name), device, shape, ((load, 1),), seconds, held_out)
+
+
 def _llmservingsim(folder: Path) -> Iterator[StepSample]:
     """Steps composed from LLMServingSim's tables of the parts of a layer: every load of the attention table, times all
     layers. The tables have no collectives. Half of the operators' rows were fitted."""
@@ -148,56 +173,29 @@ def _llmservingsim(folder: Path) -> Iterator[StepSample]:
         yield StepSample("llmservingsim", phase, model, device, ParallelShape(tp), ((load, 1),), seconds, True)
 
 
-def _silicon(folder: Path) -> Iterator[StepSample]:
-    """Served in a closed loop, colocated: a mean time per token is a decode step and a share of others' prefills.
-
-    SGLang is left out: it computes waiting prompts first, so a request only waits for later prompts.
-    """
-    models = {"meta-llama/Llama-3.1-8B-Instruct": "Llama-3.1-8B", "Qwen/Qwen3-32B": "Qwen3-32B"}
-    for row in read_rows(folder, "aic_e2e_silicon_sample.csv.gz"):
-        is_plain = row["gemm_quant_mode"] == "" and row["mode"] == "agg" and row["system"] == "h100_sxm"
-        if not is_plain or row["backend"] == "sglang" or row["model_path"] not in models or not row["silicon_tpot_ms"]:
-            continue
-        batch, prompt, output = int(row["concurrency"]), int(row["isl"]), int(row["osl"])
-        if output < 2 or float(row["attention_dp_size"] or 1) != 1 or batch != int(float(row["batch_size"] or 0)):
-            continue
-        model, shape = model_shape(models[row["model_path"]]), ParallelShape(int(float(row["tp_size"])))
-        decode = StepLoad.of_decode(batch, batch * (prompt + output // 2))
-        yield StepSample(
-            row["backend"],
-            "served",
-            model,
-            devices()["H100-80GB-SXM5"],
-            shape,
-            ((decode, output), (StepLoad.of_prompts(prompt), batch)),
-            output * float(row["silicon_tpot_ms"]) / 1e3,
-            is_held_out(row["model_path"], shape, prompt, batch),
-        )
-
-
 def fit_overhead(steps: Sequence[StepSample], to: Mapping[str, Efficiency]) -> EngineOverhead:
     """The overhead of one system with the least squares of log(predicted / measured) over the steps that are not held
-    out. Steps served with CUDA graphs do not show the time of launches without graphs, which is set to 0; steps without
-    collectives of more than two ranks do not show congestion."""
+    out. Steps without large messages between more than two ranks do not show congestion."""
     chosen = [step for step in steps if not step.held_out]
-    graphs = all(step.phase == "served" for step in steps)
-    start = {"step_s": 2.5e-3, "sequence_s": 20e-6, "slowdown": 1.1}
-    if not graphs:
-        start |= {"eager_layer_s": 0.3e-3, "prompt_layer_s": 0.1e-3}
-        if max(step.shape.tp for step in chosen) > 2:
-            start |= {"free_bytes": 50e6, "congestion_s": 20e-12}
+    start = {"step_s": 2.5e-3, "sequence_s": 20e-6, "slowdown": 1.1, "eager_layer_s": 0.3e-3, "prompt_layer_s": 0.1e-3}
+    if any(step.shape.tp > 2 and _largest_message_bytes(step) > _FREE_BYTES for step in chosen):
+        start |= {"free_bytes": _FREE_BYTES, "congestion_s": 20e-12}
     scale = np.array(list(start.values()))
 
     def at(factors: Sequence[float]) -> EngineOverhead:
         values = dict(zip(start, (scale * factors).tolist(), strict=True))
-        return EngineOverhead(**{"eager_layer_s": 0.0, "graph_decode": graphs} | values)
+        return EngineOverhead(graph_decode=False, **values)
 
     def residuals(factors: Sequence[float]) -> list[float]:
         overhead = at(factors)
         return [math.log(step.predict(to[step.device.family], overhead) / step.seconds) for step in chosen]
 
-    least = [_LEAST_SLOWDOWN / scale[i] if name == "slowdown" else 0.0 for i, name in enumerate(start)]
+    least = [1.0 / scale[i] if name == "slowdown" else 0.0 for i, name in enumerate(start)]
     bounds = least, np.full(len(start), 100.0)
     found = least_squares(residuals, np.ones(len(start)), bounds=bounds, loss="soft_l1", f_scale=0.1, diff_step=0.01)
     _cost.cache_clear()
     return at(found.x)
+
+
+def _largest_message_bytes(step: StepSample) -> float:
+    return max(2.0 * load.tokens * step.model.hidden_size for load, _ in step.loads)

@@ -58,11 +58,11 @@ def test_held_out_samples_judge_but_do_not_fit() -> None:
 
 
 def test_an_engines_overheads_are_found_from_its_steps() -> None:
-    truth = EngineOverhead(step_s=4e-3, sequence_s=50e-6, eager_layer_s=0.0, graph_decode=True, slowdown=1.3)
+    truth = EngineOverhead(4e-3, 50e-6, eager_layer_s=0.3e-3, graph_decode=False, slowdown=1.3, prompt_layer_s=0.1e-3)
     model, shape = published_models()["Llama-3.1-8B"], ParallelShape()
     loads = [StepLoad.of_decode(batch, 500 * batch) for batch in (1, 8, 64, 256)]
     loads += [StepLoad.of_prompts(length) for length in (512, 2048, 8192)]
-    blank = [StepSample("made up", "served", model, _H100, shape, ((load, 1),), 1.0, False) for load in loads]
+    blank = [StepSample("made up", "decode", model, _H100, shape, ((load, 1),), 1.0, False) for load in loads]
     families = {"hopper": efficiency("hopper")}
     steps = [replace(step, seconds=step.predict(families["hopper"], truth)) for step in blank]
     found = fit_overhead(steps, families)
