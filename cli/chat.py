@@ -12,7 +12,7 @@ from tandem.cli.output import print_error, print_line
 from tandem.client import DEFAULT_ADDRESS, Client
 from tandem.client_tls import ClientTls
 from tandem.completion import GenerateOptions
-from tandem.core.errors import TandemError
+from tandem.core.errors import ConfigError, TandemError
 
 EPILOG = """\
 examples:
@@ -56,8 +56,11 @@ def run(
         options["model"] = model
     if seed is not None:
         options["seed"] = seed
-    runs = state_folders().running()
-    if address is None and runs:
+    runs = state_folders().running() if address is None else []
+    if len(runs) > 1:
+        which = ", ".join(f"--address {run.grpc} ({run.cluster or run.model})" for run in runs)
+        raise ConfigError(f"several clusters are running; name one: {which}")
+    if runs:
         address, tls = runs[0].grpc, runs[0].has_tls
     files = ClientTls(ca, certificate, key) if tls or ca is not None else None
     with Client(address or DEFAULT_ADDRESS, api_key=read_api_key(api_key_file), tls=files) as client:

@@ -1,7 +1,9 @@
 """A conversation with a router that says `yes`."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -9,7 +11,10 @@ import pytest
 
 from tandem import Client
 from tandem.cli.chat import Conversation
+from tandem.cli.main import main
 from tandem.completion import GenerateOptions
+from tandem.deploy.private_file import write_private
+from tandem.deploy.run_state import process_started_s
 from tandem.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 
@@ -86,3 +91,18 @@ def test_commands(router: tuple[Yes, Client]) -> None:
     assert "/reset" in conversation.command("/help")
     assert conversation.command("/history") == "(nothing yet)"
     assert conversation.command("/bye") == "/bye is not a command; /help lists them"
+
+
+def test_it_talks_to_no_cluster_by_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TANDEM_STATE_DIR", str(tmp_path))
+    own = {"pid": os.getpid(), "process_started_s": process_started_s(os.getpid()), "model": "m"}
+    for number in (1, 2):
+        addresses = {"http": "h:1", "grpc": f"h:{number}", "control": "h:3", "cluster_token": "t"}
+        folders = {"log_folder": "/logs", "ray_folder": "", "cluster": f"c{number}"}
+        write_private(tmp_path / f"serve-{number}.json", own | addresses | folders)
+    assert main(["chat"]) == 2
+    shown = capsys.readouterr().err
+    assert "several clusters are running; name one: " in shown
+    assert "--address h:2 (c2)" in shown
