@@ -89,7 +89,15 @@ def run(
     if not wait:
         print_line(f"the controller runs (pid {run.pid}), and starts the processes: tandem status")
         return 0
-    ask_controller(run, lambda client: bring_about(client, desired, is_new=is_new), timeout, num_past=100)
+    try:
+        ask_controller(run, lambda client: bring_about(client, desired, is_new=is_new), timeout, num_past=100)
+    except UnavailableError as error:
+        if folder.live_run() is None and folder.load_desired() is not None:
+            raise UnavailableError(
+                "the controller has ended before all was ready; `tandem up` starts another one, and `tandem down` ends "
+                f"what runs; its log is {folder.logs / 'controller.log'}"
+            ) from error
+        raise
     print_background_welcome(run)
     return 0
 

@@ -175,11 +175,9 @@ def test_a_process_that_died_without_a_controller_is_started_again(terminal: Ter
     assert {name for name in before if before[name] != after[name]} == {"decode-0"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("line", [r"^starting little", r"prefill-0 loading"])
-def test_ctrl_c_ends_the_command_and_not_the_cluster(terminal: Terminal, tmp_path: Path, line: str) -> None:
+def starting(terminal: Terminal, output: Path, line: str) -> subprocess.Popen[str]:
+    """`tandem up`, once it has said that line."""
     arguments = ["up", f"--set=model={terminal.model}", *_SMALL, *FREE_PORTS]
-    output = tmp_path / "output"
     with output.open("w") as file:
         up = subprocess.Popen(
             [sys.executable, "-m", "tandem.cli.main", *arguments],
@@ -187,8 +185,28 @@ def test_ctrl_c_ends_the_command_and_not_the_cluster(terminal: Terminal, tmp_pat
             cwd=ROOT,
             stdout=file,
             stderr=file,
+            text=True,
         )
     wait_for(up, output, line)
+    return up
+
+
+@pytest.mark.slow
+def test_a_controller_that_dies_in_the_start_is_told(terminal: Terminal, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    up = starting(terminal, output, r"prefill-0 loading")
+    os.kill(json.loads((terminal.cluster / "run.json").read_text())["pid"], signal.SIGKILL)
+    assert up.wait(60) == 1
+    assert "the controller has ended before all was ready; `tandem up` starts another one" in output.read_text()
+    again = terminal.tandem("up")
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [r"^starting little", r"prefill-0 loading"])
+def test_ctrl_c_ends_the_command_and_not_the_cluster(terminal: Terminal, tmp_path: Path, line: str) -> None:
+    output = tmp_path / "output"
+    up = starting(terminal, output, line)
     up.send_signal(signal.SIGINT)
     assert up.wait(60) == 130
     assert "interrupted; the cluster goes on with what it does" in output.read_text()
