@@ -185,4 +185,4 @@ def the_cluster_goes_on() -> Iterator[None]:
 def print_change(change: ClusterChange) -> None:
     parts = (("started", change.started), ("stopped", change.stopped), ("replaced", change.replaced))
     changes = [f"{what} {', '.join(names)}" for what, names in parts if names]
-    print_line("; ".join(changes) or "nothing had to change")
+    print_line("; ".join(changes) or "no process had to start or to stop")

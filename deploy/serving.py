@@ -232,6 +232,8 @@ class Serving:
         machine = self._machine()
         desired = make().reusing(self.desired, machine)  # raises for what cannot be
         self._lines.say(words[0])
+        for name, process in desired.stands_in.items() - self.desired.stands_in.items():
+            self._lines.say(f"  {process} goes on as {name}")
         self._save(desired)
         self.desired = desired
         try:

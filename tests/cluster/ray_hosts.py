@@ -24,6 +24,7 @@ import yaml
 
 from tandem import AsyncClient
 from tandem.core.clock import SystemClock
+from tandem.core.errors import UnavailableError
 from tandem.core.session import InstanceStatus, Role
 from tandem.deploy.child_process import kill_all, processes_that_use
 from tandem.deploy.run_state import RunState, StateFolders
@@ -69,7 +70,7 @@ class RayHosts:
 
     def start_ray(self, address: str, cpus: int, *enter: str) -> "subprocess.Popen[bytes]":
         where = (
-            [f"--address={HEAD}"]
+            [f"--address={HEAD}", '--resources={"tandem-group": 2}']
             if enter
             else ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={self.folder / 'r'}"]
         )
@@ -134,8 +135,12 @@ class Served:
         self.hosts = hosts
 
     def instances(self) -> tuple[InstanceStatus, ...]:
+        """Those that the router knows; none while it starts."""
         run = self.hosts.run_state()
-        return asyncio.run(fetch_fleet(run.control, run.cluster_token, run.tls)).instances
+        try:
+            return asyncio.run(fetch_fleet(run.control, run.cluster_token, run.tls)).instances
+        except UnavailableError:
+            return ()
 
     def wait_instances(self, wanted: dict[str, list[str]]) -> None:
         """Until the instances of each host are these: the beginnings of their ids."""
@@ -328,6 +333,37 @@ def test_a_cluster_outlives_the_command_and_its_controller(hosts: RayHosts) -> N
     assert down.returncode == 0, down.stdout + down.stderr
     assert no_workers_left(hosts.folder)
     assert hosts.tandem("status").returncode == 1
+
+
+def test_the_form_of_kubernetes(hosts: RayHosts) -> None:
+    """As the chart's RayCluster: the controller starts no router, instances go to the node that has the resource of
+    their group, and a router that is started elsewhere announces itself."""
+    engine = {"kv_memory": "64MiB", "threads": 1, "dtype": "float32"}
+    kind = {"engine": engine, "ray_resources": {"tandem-group": 1}}
+    common = {"model": str(MODEL), "cluster_token": f"file:{hosts.folder / 'token'}"}
+    settings = {"start_router": False, "controller": "127.0.0.1:8003", "prefill": kind, "decode": kind}
+    section = {"http": "127.0.0.1:8000", "grpc": "127.0.0.1:8001", "control": "0.0.0.0:8002"}
+    router = {"router": section, "controller": f"{ADDRESS_A}:8003", "advertise": ADDRESS_A}
+    files = {}
+    for name, content in (("settings", settings), ("router", router)):
+        files[name] = hosts.folder / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump(common | content))
+    up = hosts.tandem("up", str(files["settings"]), "--ray", HEAD, "--no-wait")
+    assert up.returncode == 0, up.stdout + up.stderr
+    command = [sys.executable, "-m", "tandem.cli.main", "router", str(files["router"]), "--grace", "1"]
+    with (hosts.folder / "router.log").open("wb") as log:
+        process = subprocess.Popen(command, env=hosts.environment, stdout=log, stderr=log)
+    served = Served(hosts)
+    try:
+        served.wait_instances({ADDRESS_B: ["decode-0", "prefill-0"]})
+        served.try_all_pairs()
+        assert [each["name"] for each in hosts.status()["cluster"]["processes"]] == ["prefill-0", "decode-0"]
+    finally:
+        process.terminate()
+        process.wait(30)
+        down = hosts.tandem("down")
+    assert down.returncode == 0, down.stdout + down.stderr
+    assert no_workers_left(hosts.folder)
 
 
 def no_workers_left(folder: Path) -> bool:

@@ -68,6 +68,22 @@ async def test_settings_are_applied(serving: Serving, saved: list[Desired]) -> N
     assert saved[-1] == serving.desired
 
 
+async def test_an_instance_too_many_goes_on_as_one_that_is_missing(
+    serving: Serving, launcher: FakeLauncher, saved: list[Desired]
+) -> None:
+    await serving.scale({"prefill": 2})
+    lines = serving.watch(num_past=0)
+    assert await serving.scale({"prefill": 1, "decode": 2}) == ClusterChange()
+    assert [await anext(lines) for _ in range(3)][1:] == ["  prefill-1 goes on as decode-1", "scaled"]
+    assert len(launcher.launched) == 3
+    assert [(each.name, each.role) for each in serving.status().processes if each.instance_id] == [
+        ("prefill-0", "prefill"),
+        ("decode-0", "decode"),
+        ("prefill-1", "decode"),
+    ]
+    assert saved[-1] == serving.desired
+
+
 async def test_a_drained_process_stays_out(serving: Serving, launcher: FakeLauncher) -> None:
     assert await serving.drain("decode-0", 5.0) == ClusterChange(stopped=("decode-0",))
     assert launcher.launched[1].graces == [5.0]
