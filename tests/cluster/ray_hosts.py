@@ -231,6 +231,21 @@ def plan_file(folder: Path) -> Path:
     return path
 
 
+def serve(hosts: RayHosts, *arguments: str) -> "tuple[subprocess.Popen[str], Path]":
+    """`tandem serve --ray` on host a, and the file of its output."""
+    output = hosts.folder / "output"
+    ports = [f"--set=router.{name}=127.0.0.1:0" for name in ("http", "grpc", "control")]
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tandem.cli.main", "serve", *arguments, "--ray", HEAD, *ports],
+            env=hosts.environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    return process, output
+
+
 def wait_for(process: "subprocess.Popen[str]", output: Path, pattern: str) -> None:
     until_s = time.monotonic() + START_TIMEOUT_S
     while not re.search(pattern, output.read_text(), re.MULTILINE):
@@ -240,17 +255,7 @@ def wait_for(process: "subprocess.Popen[str]", output: Path, pattern: str) -> No
 
 
 def test_a_plan_of_two_nodes_survives_the_loss_of_one(hosts: RayHosts) -> None:
-    output = hosts.folder / "output"
-    command = ["serve", str(plan_file(hosts.folder)), "--ray", HEAD, *SMALL]
-    ports = [f"--set=router.{name}=127.0.0.1:0" for name in ("http", "grpc", "control")]
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tandem.cli.main", *command, *ports],
-            env=hosts.environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    process, output = serve(hosts, str(plan_file(hosts.folder)), *SMALL)
     served = Served(hosts)
     try:
         wait_for(process, output, r"^Ctrl-C ends it\.$")
@@ -299,6 +304,18 @@ def test_other_model_files_on_a_host_are_refused(hosts: RayHosts) -> None:
     assert served.returncode == 1, served.stdout + served.stderr
     text = rf"on {ADDRESS_B}: the model files in {hosts.other} are not those of the cluster: their hash is \w+, and "
     assert re.search(text, served.stderr), served.stdout + served.stderr
+    assert no_workers_left(hosts.folder)
+
+
+def test_nothing_outlives_a_command_that_is_killed(hosts: RayHosts) -> None:
+    file = hosts.folder / "colocated.yaml"
+    section = {"instances": 2, "engine": {"kv_memory": "64MiB", "threads": 1}}
+    file.write_text(yaml.safe_dump({"model": str(MODEL), "colocated": section}))
+    process, output = serve(hosts, str(file))
+    wait_for(process, output, r"^Ctrl-C ends it\.$")
+    assert set(Served(hosts).by_host()) == {ADDRESS_A, ADDRESS_B}
+    process.kill()
+    process.wait(10)
     assert no_workers_left(hosts.folder)
 
 
