@@ -97,7 +97,7 @@ def compare_plans(
 
 def _workload_of(slo_file: SloFile, plans: Sequence[ComparedPlan]) -> _Workload:
     search, workload = slo_file.search, slo_file.workload
-    limit = model_shape(plans[0].plan.model).max_context_tokens
+    limit = model_shape(plans[0].plan.model, plans[0].plan.precision).max_context_tokens
     if workload.trace is not None:
         trace = trace_requests(workload, slo_file.slo, seed=search.seed, max_context_tokens=limit)
         divided = windowed(trace.requests, search.requests, whole=True)
@@ -117,7 +117,8 @@ def _workload_of(slo_file: SloFile, plans: Sequence[ComparedPlan]) -> _Workload:
 def _run(workload: _Workload, trial: tuple[ComparedPlan, float]) -> _Run:
     compared, rate = trial
     own, classes = compared.slo_file, workload.slo_file.slo
-    model, cluster = model_shape(compared.plan.model), Cluster.of(own.cluster)
+    model = model_shape(compared.plan.model, compared.plan.precision)
+    cluster = Cluster.of(own.cluster)
     requests = workload.stream.scaled_to(rate)
     result = simulate(deployment_of(compared.plan, cost_source_of(own, model), cluster, model), requests)
     if workload.windows:

@@ -42,6 +42,7 @@ _NUM_FINALISTS = 8
 _NUM_OF_TRACE = 4  # of a trace all windows are simulated
 _NUM_WITH_SLACK = 2  # variants, beside the finalists
 _NUM_WITH_GOODPUT = 2  # alternatives whose goodput is simulated, beside the best of each layout
+_OF_ALTERNATIVES = 1000  # requests, at most, of a window for the goodput of alternatives
 _PART = 0.2  # of the rest, for the progress
 _MAX_FACTOR = 4  # of the requests per simulation
 
@@ -276,7 +277,7 @@ class _Comparison:
         guesses = [(one, min(below, one.candidate.predicted) / one.scale) for one in others]
         simulated = self._space.problem
         if window is not None and others:
-            simulated = problem.of_window(window)
+            simulated = problem.of_window(window).with_requests(_OF_ALTERNATIVES)
             guesses.append((leader, rate))
         max_rates = self._mapper(partial(rate_near, simulated), [RateTrial(one, guess) for one, guess in guesses])
         self._num_simulations += sum(found.num_simulations for found in max_rates)
