@@ -97,12 +97,12 @@ class Fleet:
             _check(status)
         except InvalidRequestError as error:
             if known is not None:
-                self._remove(known, error.message)
+                self._lose(known, error.message)
             raise
         if known is None or known.address != status.address:
             for other in list(self._registered.values()):
                 if other is known or other.address == status.address:
-                    self._remove(other, "another instance has taken its place")
+                    self._lose(other, "another instance has taken its place")
             known = _Registration(status.instance_id, status.role.value, status.address, 0.0)
             self._registered[status.instance_id] = known
             logger.info("%s instance %s has joined", status.role.value, status.instance_id)
@@ -155,7 +155,7 @@ class Fleet:
                     await self._wait_for_change()
         finally:
             for registration in list(self._registered.values()):
-                self._remove(registration, "the router is shutting down")
+                self._remove(registration)  # it is the router that goes
 
     async def _wait_for_change(self) -> None:
         try:
@@ -185,11 +185,14 @@ class Fleet:
         oldest_s = self._listened_s - self._heartbeat_timeout_s
         for registration in list(self._registered.values()):
             if registration.heard_s < oldest_s:
-                self._remove(registration, "it has fallen silent")
+                self._lose(registration, "it has fallen silent")
 
-    def _remove(self, registration: _Registration, why: str) -> None:
-        del self._registered[registration.instance_id]
+    def _lose(self, registration: _Registration, why: str) -> None:
         logger.warning("%s instance %s is gone: %s", registration.role, registration.instance_id, why)
+        self._remove(registration)
+
+    def _remove(self, registration: _Registration) -> None:
+        del self._registered[registration.instance_id]
         registration.session = None
         if registration.keeper is not None:
             registration.keeper.cancel()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from coverage import Coverage
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # both halves of `make test` share two cores; threads of torch would spin
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell makes its background processes ignore
 settings.register_profile("tandem", deadline=None)  # a busy machine is no failure
 settings.load_profile("tandem")
 

@@ -270,3 +270,9 @@ async def test_last_words_of_a_replaced_instance_are_not_taken_for_its_successor
         await until(lambda: cluster.instance("p1").is_connected)
         cluster.fleet._disconnect(old, session)
         assert cluster.dispatcher.is_serving
+
+
+async def test_no_instance_is_lost_when_the_router_goes(caplog: pytest.LogCaptureFixture) -> None:
+    async with running_cluster("p1", "d1") as cluster:
+        cluster.report(make_status("p1", Role.PREFILL, address="127.0.0.1:9"))
+    assert caplog.text.count("is gone") == 1, "its own end is no loss of instances"
