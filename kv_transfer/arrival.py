@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tandem.core.errors import TransferError
@@ -22,12 +24,21 @@ _KEPT_VIEWS = 32  # slices of the own pools whose block views are kept; a shape 
 _BY_UNIT = (0, 1, 3, 2, 4, 5)  # [layer, kv, head, block, unit, word]
 
 
-class OwnPools:
-    """The pools of this instance's ranks, and views over them."""
+Offsets = NDArray[np.int64]
+CopyPieces = Callable[[int, Offsets, int, Offsets, int], None]
 
-    def __init__(self, layout: KvLayout, pools: Sequence[Tensor]) -> None:
+
+class OwnPools:
+    """The pools of this instance's ranks, and views over them.
+
+    `copy_pieces(target, target_offsets, source, source_offsets, piece_bytes)` copies pieces of memory in one call
+    without the interpreter lock; None: torch copies.
+    """
+
+    def __init__(self, layout: KvLayout, pools: Sequence[Tensor], copy_pieces: CopyPieces | None = None) -> None:
         assert len(pools) == layout.num_ranks, "one pool per rank"
         self.layout = layout
+        self.copy_pieces = copy_pieces
         self.device = pools[0].device
         self._pools = pools
         make_block_views = lru_cache(_KEPT_VIEWS)(partial(_block_views, layout, pools))
@@ -208,6 +219,46 @@ def copy_units(
         targets = _unit_views(target, groups, block_ids, places(some, resharding.destination_units))
         with fence.writing():
             torch._foreach_copy_(targets, sources)
+
+
+def copy_by_pieces(
+    copy: CopyPieces,
+    source: Tensor,
+    source_ids: Sequence[int],
+    target: Tensor,
+    block_ids: Sequence[int],
+    resharding: Resharding,
+    units: range,
+    fence: WriteFence,
+) -> None:
+    """As `copy_units`, with `copy`. A piece is a unit of one head, or of all heads where units are whole blocks."""
+    heads = source.shape[3] if resharding.copies_whole_blocks else 1
+    piece_bytes = heads * source.shape[-1] * source.itemsize
+    theirs, ours = (_piece_rows(words, resharding.copies_whole_blocks) for words in (source, target))
+    unit_step = max(1, FENCED_BYTES // (len(theirs) * piece_bytes))
+    for first in range(0, len(units), unit_step):
+        some = units[first : first + unit_step]
+        from_offsets = _piece_offsets(source, theirs, source_ids, places(some, resharding.source_units))
+        to_offsets = _piece_offsets(target, ours, block_ids, places(some, resharding.destination_units))
+        with fence.writing():
+            copy(target.data_ptr(), to_offsets, source.data_ptr(), from_offsets, piece_bytes)
+
+
+def _piece_rows(words: Tensor, whole_blocks: bool) -> Offsets:
+    """Bytes from the begin of `words` to each of its rows: [layer, kv], or [layer, kv, head]."""
+    layer, kv, _, head, *_ = (step * words.itemsize for step in words.stride())
+    rows = np.add.outer(np.arange(words.shape[0]) * layer, np.arange(2) * kv)
+    return (rows if whole_blocks else np.add.outer(rows, np.arange(words.shape[3]) * head)).ravel()
+
+
+def _piece_offsets(
+    words: Tensor, rows: Offsets, block_ids: Sequence[int], at: tuple[Sequence[int], Sequence[int]]
+) -> Offsets:
+    """Of each row and each unit."""
+    positions, numbers = at
+    blocks = np.array([block_ids[position] for position in positions], dtype=np.int64)
+    block, unit = (words.stride(dim) * words.itemsize for dim in (2, 4))
+    return np.add.outer(rows, blocks * block + np.array(numbers, dtype=np.int64) * unit).ravel()
 
 
 def _unit_views(

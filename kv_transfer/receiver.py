@@ -19,7 +19,7 @@ from tandem.core.log_lines import about
 from tandem.core.request import SampledToken
 from tandem.core.session import LinkStats
 from tandem.core.transfer import ComputedKv, Grant, Manifest, PeerControl, Transport
-from tandem.kv_transfer.arrival import ArrivingBlocks, OwnPools
+from tandem.kv_transfer.arrival import ArrivingBlocks, CopyPieces, OwnPools
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.link_totals import LinkTotals
@@ -95,11 +95,13 @@ class KvReceiver:
         checksum: bool | None = None,
         timeout_s: float = 10.0,
         stream_from_bytes: int | None = None,
+        copy_pieces: CopyPieces | None = None,
         link_config: LinkConfig | None = None,
     ) -> None:
         """`transport` "auto" takes the fastest possible transport; a named one is taken or is an error. `checksum`
         None checks bytes that came over gloo. `timeout_s` bounds a transfer from its turn on the link to its
-        acknowledgement. Transfers of at least `stream_from_bytes` are streamed; None: none are.
+        acknowledgement. Transfers of at least `stream_from_bytes` are streamed; None: none are. `copy_pieces`: see
+        `OwnPools`.
 
         Raises ConfigError for an unknown transport.
         """
@@ -110,7 +112,7 @@ class KvReceiver:
         config = link_config or LinkConfig()
         self._close_timeout_s = config.operation_timeout_s(CHUNK_BYTES)
         self._totals = LinkTotals(config.max_links)
-        own = OwnPools(layout, pools)
+        own = OwnPools(layout, pools, copy_pieces)
         self._links = ReceiveLinks(own, instance_id, parse_transport(transport), config, self._totals)
 
     async def fetch(

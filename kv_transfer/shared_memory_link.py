@@ -13,7 +13,7 @@ import torch
 from tandem.core.errors import TransferError
 from tandem.core.kv_frontier import TransferChunk
 from tandem.core.transfer import LinkReply
-from tandem.kv_transfer.arrival import ArrivingBlocks, PairPlan, copy_units
+from tandem.kv_transfer.arrival import ArrivingBlocks, PairPlan, copy_by_pieces, copy_units
 from tandem.kv_transfer.blocks import BlockViews, PoolView, copy_blocks
 from tandem.kv_transfer.descriptors import fetch_descriptor
 from tandem.kv_transfer.fence import WriteFence
@@ -32,7 +32,7 @@ class UnreachableMemoryError(TransferError):
 
 class _Copy(NamedTuple):
     """From a slice of a source rank's pool to one of an own rank's, with these `layers` of the model. `blocks` is for
-    whole blocks with all of the slice's layers; `words` for any part."""
+    whole blocks with all of the slice's layers, where torch copies; `words` for any part."""
 
     layers: range
     blocks: tuple[BlockViews, BlockViews] | None
@@ -120,13 +120,17 @@ class SharedMemoryLink:
         layers = within(part.layers, copy.layers)
         if not layers:
             return
+        resharding, copy_pieces = self._plan.resharding, self._plan.pools.copy_pieces
         if copy.blocks is not None and len(layers) == len(copy.layers):
             some = slice(part.blocks.start, part.blocks.stop)
             copy_blocks(copy.blocks[0], source_ids[some], copy.blocks[1], block_ids[some], fence)
             return
         source, target = (words[layers.start : layers.stop] for words in copy.words)
-        units = self._plan.resharding.units_of(part.blocks, num_tokens)
-        copy_units(source, source_ids, target, block_ids, self._plan.resharding, units, fence)
+        units = resharding.units_of(part.blocks, num_tokens)
+        if copy_pieces is not None:
+            copy_by_pieces(copy_pieces, source, source_ids, target, block_ids, resharding, units, fence)
+        else:
+            copy_units(source, source_ids, target, block_ids, resharding, units, fence)
 
     def _map(self, reply: LinkReply) -> None:
         plan, copies = self._plan, []
@@ -136,7 +140,7 @@ class SharedMemoryLink:
                 layout, units = plan.source.pool_of(read.rank), plan.resharding.source_units
                 source = PoolView.over(mapped, layout, write.source, units)
                 blocks = None
-                if plan.resharding.copies_whole_blocks:
+                if plan.resharding.copies_whole_blocks and plan.pools.copy_pieces is None:
                     blocks = source.block_views(), plan.pools.block_views(write.rank, write.destination)
                 first = plan.source.layers(read.rank).start
                 layers = range(first + write.source.layer_begin, first + write.source.layer_end)

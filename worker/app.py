@@ -22,6 +22,7 @@ from tandem.core.session import LinkStats, Role
 from tandem.decode_worker.fetcher import KvFetcher
 from tandem.decode_worker.peers import Peers
 from tandem.engine.engine import Engine
+from tandem.engine.ops.piece_copy import native_copy_pieces
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.receiver import KvReceiver
@@ -121,6 +122,7 @@ class Worker:
             checksum=section.checksum,
             timeout_s=section.transfer_timeout_s,
             stream_from_bytes=section.stream_kv_from,
+            copy_pieces=native_copy_pieces() if self._engine.ops_name.startswith("native") else None,
             link_config=links,
         )
         self._fetcher.fetch_with(self._receiver)

@@ -15,6 +15,7 @@ from bench.kv_transfer.measure import CPU_TRANSPORTS, fetch_s, served_source
 from bench.kv_transfer.source import block_ids_of
 from tandem.core.kv_frontier import TransferChunk
 from tandem.core.kv_layout import KvLayout
+from tandem.engine.ops.piece_copy import native_copy_pieces
 from tandem.kv_transfer.arrival import OwnPools
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.fence import WriteFence
@@ -144,13 +145,16 @@ class _SharedMemoryCopy:
 async def _own_ways(
     stack: AsyncExitStack, layout: KvLayout, pool: SharedPool, source: KvTransferClient
 ) -> list[_Handover | _SharedMemoryCopy]:
-    links = ReceiveLinks(OwnPools(layout, [pool.tensor]), "bench-copy", None, LinkConfig(), LinkTotals(4))
+    copy_pieces = native_copy_pieces()
+    links = ReceiveLinks(OwnPools(layout, [pool.tensor], copy_pieces), "bench-copy", None, LinkConfig(), LinkTotals(4))
     stack.push_async_callback(links.close, 10.0)
     end = (await links.get(source)).end
     assert isinstance(end, SharedMemoryLink), "both processes are on this host"
     ways: list[_Handover | _SharedMemoryCopy] = [_SharedMemoryCopy(layout, end)]
     for transport, name in _HANDOVERS.items():
-        receiver = KvReceiver(layout, [pool.tensor], f"bench-{transport.value}", transport=transport)
+        receiver = KvReceiver(
+            layout, [pool.tensor], f"bench-{transport.value}", transport=transport, copy_pieces=copy_pieces
+        )
         stack.push_async_callback(receiver.close)
         ways.append(_Handover(name, layout, source, receiver))
     return ways

@@ -14,6 +14,7 @@ import torch
 from bench.kv_transfer.source import SOURCE_ID, block_ids_of
 from tandem.core.kv_layout import KvLayout
 from tandem.core.transfer import Transport
+from tandem.engine.ops.piece_copy import native_copy_pieces
 from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.receiver import KvReceiver
 from tandem.wire.channels import open_channel
@@ -63,7 +64,13 @@ async def measure(
     plain_s: list[float] = []
     handover_s: dict[Transport, list[float]] = {transport: [] for transport in transports}
     receivers = {
-        transport: KvReceiver(layout, [pool.tensor for pool in pools], f"bench-{transport.value}", transport=transport)
+        transport: KvReceiver(
+            layout,
+            [pool.tensor for pool in pools],
+            f"bench-{transport.value}",
+            transport=transport,
+            copy_pieces=native_copy_pieces(),
+        )
         for transport in transports
     }
     try:

@@ -12,6 +12,7 @@
 
 #include "attention.h"
 #include "collectives.h"
+#include "copy.h"
 #include "gemm.h"
 #include "pool.h"
 #include "rowwise.h"
@@ -285,6 +286,11 @@ int tandem_send(const int64_t* abort, int64_t timeout_ns, char* mailbox, int64_t
 int tandem_receive(const int64_t* abort, int64_t timeout_ns, char* mailbox, int64_t depth, int64_t slot_bytes, char* data,
                    int64_t count) {
     return Mailbox{mailbox, depth, slot_bytes}.receive({abort, timeout_ns}, data, count);
+}
+
+void tandem_copy_pieces(char* target, const int64_t* target_offsets, const char* source, const int64_t* source_offsets,
+                        int64_t count, int64_t bytes) {
+    copy_pieces(target, target_offsets, source, source_offsets, count, bytes);
 }
 
 }  // extern "C"

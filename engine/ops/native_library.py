@@ -165,6 +165,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "tandem_all_reduce": "pnppnnnnpn",
         "tandem_send": "pnpnnpn",
         "tandem_receive": "pnpnnpn",
+        "tandem_copy_pieces": "ppppnn",
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)

@@ -1,5 +1,6 @@
 """KV of one instance arrives in the pools of another, whatever the ranks and block sizes, by every way of bytes."""
 
+import ctypes
 import random
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tandem.core.errors import TransferError
 from tandem.core.kv_layout import KvLayout
-from tandem.kv_transfer.arrival import OwnPools, PairPlan, copy_units
+from tandem.kv_transfer.arrival import Offsets, OwnPools, PairPlan, copy_by_pieces, copy_units
 from tandem.kv_transfer.blocks import LeavingBlocks, PoolView, copy_blocks
 from tandem.kv_transfer.fence import WriteFence
 from tests.kv_transfer.shapes import make_replicas_equal, random_pools, shaped, tokens_of
@@ -33,6 +34,12 @@ def layouts(draw: st.DrawFn) -> tuple[KvLayout, KvLayout]:
     return one(), one()
 
 
+def copy_pieces(target: int, target_offsets: Offsets, source: int, source_offsets: Offsets, piece_bytes: int) -> None:
+    """One by one."""
+    for to_offset, from_offset in zip(target_offsets.tolist(), source_offsets.tolist(), strict=True):
+        ctypes.memmove(target + to_offset, source + from_offset, piece_bytes)
+
+
 @dataclass
 class Transfer:
     """One of `num_tokens` tokens, with pools full of random bytes on both sides."""
@@ -51,7 +58,7 @@ class Transfer:
         self.before = [pool.clone() for pool in self.ours]
         self.plan = PairPlan.make(self.source, OwnPools(self.destination, self.ours))
 
-    def copy(self) -> None:
+    def copy(self, *, by_pieces: bool = False) -> None:
         """As over shared memory."""
         resharding = self.plan.resharding
         for read in resharding.reads:
@@ -59,13 +66,20 @@ class Transfer:
                 pool, layout = self.theirs[read.rank], self.source.pool_of(read.rank)
                 view = PoolView.over(pool, layout, write.source, resharding.source_units)
                 target = self.plan.pools.view(write.rank, write.destination, resharding.destination_units)
+                units = range(resharding.num_units(self.num_tokens))
+                if by_pieces:
+                    copy_by_pieces(
+                        *(copy_pieces, view.words, self.their_ids, target.words, self.our_ids),
+                        *(resharding, units, WriteFence()),
+                    )
+                    continue
                 if resharding.copies_whole_blocks:
                     ours = self.plan.pools.block_views(write.rank, write.destination)
                     copy_blocks(view.block_views(), self.their_ids, ours, self.our_ids, WriteFence())
                 else:
                     copy_units(
                         *(view.words, self.their_ids, target.words, self.our_ids),
-                        *(resharding, range(resharding.num_units(self.num_tokens)), WriteFence()),
+                        *(resharding, units, WriteFence()),
                     )
 
     def send(self, max_chunk_bytes: int) -> None:
@@ -105,6 +119,10 @@ def test_kv_arrives_and_other_blocks_stay(both: tuple[KvLayout, KvLayout], data:
     most = NUM_BLOCKS * min(layout.block_size for layout in both)
     transfer = Transfer(*both, num_tokens=data.draw(st.integers(1, most)))
     transfer.copy()
+    transfer.check()
+    for pool, before in zip(transfer.ours, transfer.before, strict=True):
+        pool.copy_(before)
+    transfer.copy(by_pieces=True)
     transfer.check()
     for pool, before in zip(transfer.ours, transfer.before, strict=True):
         pool.copy_(before)
