@@ -258,7 +258,8 @@ def _piece_offsets(
     positions, numbers = at
     blocks = np.array([block_ids[position] for position in positions], dtype=np.int64)
     block, unit = (words.stride(dim) * words.itemsize for dim in (2, 4))
-    return np.add.outer(rows, blocks * block + np.array(numbers, dtype=np.int64) * unit).ravel()
+    offsets: Offsets = np.add.outer(rows, blocks * block + np.array(numbers, dtype=np.int64) * unit).ravel()
+    return offsets
 
 
 def _unit_views(

@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import httpx
+
 from tandem import AsyncClient
 from tandem.models.random_checkpoint import read_shape, write_random_checkpoint
 from tandem.profiling.cluster import ClusterLauncher
@@ -26,6 +28,7 @@ from tandem.profiling.errors import MeasurementError
 
 _SHAPES = Path(__file__).resolve().parents[1] / "engine" / "models.yaml"
 _MIB = 1 << 20
+_HEARTBEAT_S = 2.0  # until the workers have reported all transfers
 VARIANTS: Mapping[str, Mapping[str, object]] = {"streamed": {}, "afterwards": {"stream_kv_from": None}}
 PARTS = ("prefill_s", "transfer_s", "decode_queue_s", "second_token_s")
 
@@ -37,13 +40,14 @@ async def measure(
     draw = random.Random(5)
     seconds: dict[tuple[int, str, str], list[float]] = {}
     async with AsyncExitStack() as stack:
-        clients = {}
+        clients, routers = {}, {}
         for variant, settings in VARIANTS.items():
             launcher = await stack.enter_async_context(ClusterLauncher(model))
             router = await launcher.start_router()
             engine = {"threads": threads, "kv_memory": "512MiB", "dtype": "bfloat16"}
             instance = {"transport": transport, "prefix_cache": False, **settings}
             await launcher.start_workers(router, engine, instance)
+            routers[variant] = router
             clients[variant] = await stack.enter_async_context(AsyncClient(router.grpc))
         for num_tokens in lengths:
             for i in range(repetitions + 1):
@@ -54,7 +58,15 @@ async def measure(
                         parts = answer.timeline.parts() | {"ttft": answer.timeline.ttft_s or 0.0}
                         for part in (*PARTS, "ttft"):
                             seconds.setdefault((num_tokens, variant, part), []).append(parts[part])
+        await asyncio.sleep(_HEARTBEAT_S)
+        page = await asyncio.to_thread(lambda: httpx.get(f"http://{routers['streamed'].http}/metrics").text)
+    streamed, moved = (_sum(page, f"tandem_transfer_{name}_total") for name in ("streamed_bytes", "bytes"))
+    print(f"\n{transport}: {streamed / moved:.1%} of the bytes came before the end of their prefill", flush=True)
     return seconds
+
+
+def _sum(page: str, name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(f"{name}{{"))
 
 
 async def _print(options: argparse.Namespace) -> None:
