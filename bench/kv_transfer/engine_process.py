@@ -32,6 +32,9 @@ class Engine(Protocol):
         ...
 
 
+MOONCAKE_BATCH = 1024  # pieces in one call; 4,096 end in "operation aborted"
+
+
 class Mooncake:
     """mooncake-transfer-engine-non-cuda, over TCP."""
 
@@ -55,8 +58,10 @@ class Mooncake:
         call = getattr(self.engine, f"batch_transfer_sync_{operation}")
         ours = [self.base + offset for offset in local]
         theirs = [self.remote_base + offset for offset in remote]
-        if call(self.target, ours, theirs, [length] * len(local)):
-            raise RuntimeError("a transfer of mooncake failed")
+        for begin in range(0, len(ours), MOONCAKE_BATCH):
+            some = slice(begin, begin + MOONCAKE_BATCH)
+            if call(self.target, ours[some], theirs[some], [length] * len(ours[some])):
+                raise RuntimeError("a transfer of mooncake failed")
 
 
 class Nixl:
