@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-import tandem.cli.serve
+import tandem.cli.welcome
 from tandem.core.config import ServeConfig
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tandem.wire.fleet import FleetDescription
@@ -220,13 +220,13 @@ async def test_a_stop_says_what_it_waits_for(
     async def fetch(control: str, token: str | None, tls: None) -> FleetDescription:
         return FleetDescription("little", 1.0, (), running, queued)
 
-    monkeypatch.setattr(tandem.cli.serve, "fetch_fleet", fetch)
-    assert await tandem.cli.serve._what_to_wait_for(ServeConfig(model=model), 10.0) == text
+    monkeypatch.setattr(tandem.cli.welcome, "fetch_fleet", fetch)
+    assert await tandem.cli.welcome.what_to_wait_for(ServeConfig(model=model), 10.0) == text
 
 
 async def test_a_stop_does_not_wait_for_a_router_that_is_gone(model: Path) -> None:
     config = ServeConfig.model_validate({"model": model, "router": {"control": "127.0.0.1:1"}})
-    assert await tandem.cli.serve._what_to_wait_for(config, 10.0) == ""
+    assert await tandem.cli.welcome.what_to_wait_for(config, 10.0) == ""
 
 
 def _until_completion(served: Served) -> None:
