@@ -76,7 +76,7 @@ def _distance(expected: Expected, of_class: ExpectedClass, latencies: LatencySam
     where = f"{edge} is the edge, with {percent(spare)} to spare" if spare >= 0 else f"{edge} is {percent(-spare)} over"
     return (
         f"Class {slo.name}: {percent(of_class.attainment)} meet both targets at {rate(expected.rate)}, and "
-        f"{percent(slo.attainment)} must. So many of them have {text}: {where}."
+        f"{percent(slo.attainment)} must. {percent(slo.attainment)} of them stay within {text}: {where}."
     )
 
 

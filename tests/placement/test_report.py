@@ -66,7 +66,7 @@ def test_the_report_of_a_plan_has_all_sections(page: str) -> None:
 def test_the_report_begins_with_what_to_do(page: str) -> None:
     header = _text(page[: page.index("<main>")])
     assert "A thousand requests cost 0.597 USD at 10.0 req/s (21.5 USD per hour)." in header
-    assert "Class chat: 92.1 % meet both targets at 10.0 req/s, and 90 % must. So many of them have TTFT" in header
+    assert "Class chat: 92.1 % meet both targets at 10.0 req/s, and 90 % must. 90 % of them stay within TTFT" in header
     assert (
         "The single change that helps most, as predicted: TPOT targets 20 % looser (48.0 ms) (+16 % goodput)." in header
     )
