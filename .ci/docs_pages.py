@@ -22,7 +22,8 @@ from pydantic.fields import FieldInfo
 import tandem.cli.main
 import tandem.router
 from tandem.core.api_keys import ApiKeyFile
-from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig, parse_bytes
+from tandem.core.byte_size import parse_bytes
+from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
 from tandem.core.slo_file import SloFile
 from tandem.deploy.kubernetes.values import ChartValues
 from tandem.router.metric_descriptions import Description

@@ -17,7 +17,7 @@ from tandem.cli.common import ask_controller, bring_about, state_folders
 from tandem.cli.prepare import prepare
 from tandem.cli.signals import StopSignals, ignore_signals, signals_interrupt
 from tandem.cli.welcome import print_background_welcome, print_welcome, what_to_wait_for
-from tandem.core.config import is_loopback
+from tandem.core.address import is_loopback
 from tandem.core.errors import ConfigError, TandemError, UnavailableError
 from tandem.core.log_lines import announce, configure_logging
 from tandem.deploy.cluster_folder import ClusterFolder

@@ -9,9 +9,10 @@ import typer
 
 from tandem.cli.common import BUILT_IN_MODEL, writing
 from tandem.cli.output import print_error, print_line, show_progress
-from tandem.core.config import EngineSection, parse_bytes
+from tandem.core.byte_size import parse_bytes
 from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError
+from tandem.core.instance_section import EngineSection
 from tandem.deploy.machine import usable_cores
 from tandem.deploy.model_folder import check_model_folder
 from tandem.placement.costs.calibration import Calibration

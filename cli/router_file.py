@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from tandem.cli.common import find_run
-from tandem.core.config import RouterConfig, split_address, with_secrets
+from tandem.core.address import split_address
+from tandem.core.config import RouterConfig, with_secrets
 from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError
 from tandem.deploy.run_state import RunState

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tandem.core.anchored_path import AnchoredPath, ModelName
-from tandem.core.config import Bytes
+from tandem.core.byte_size import Bytes
 from tandem.core.frozen_model import FrozenModel, WrongSetting
 from tandem.core.precision import AS_STORED, Precision
 from tandem.core.slo import SloClasses

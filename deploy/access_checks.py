@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from tandem.core.config import ServeConfig, is_loopback, with_secrets
+from tandem.core.address import is_loopback
+from tandem.core.config import ServeConfig, with_secrets
 from tandem.core.errors import ConfigError
 from tandem.core.secret_source import file_of, is_reference
 from tandem.deploy.checks import Finding, Grade

@@ -21,8 +21,9 @@ import psutil
 from packaging.requirements import Requirement
 
 from tandem.core.clock import SystemClock
-from tandem.core.config import EngineSection, InstanceSection, ServeConfig
+from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError, TandemError
+from tandem.core.instance_section import EngineSection, InstanceSection
 from tandem.core.model_spec import ModelSpec
 from tandem.core.session import InstanceStatus
 from tandem.deploy.machine import available_memory_bytes, check_address, check_distinct, usable_cores

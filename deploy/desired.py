@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tandem.core.config import InstanceSection, RoleName, ServeConfig, WorkerConfig, split_address
+from tandem.core.address import split_address
+from tandem.core.config import ServeConfig, WorkerConfig
 from tandem.core.errors import ConfigError
+from tandem.core.instance_section import InstanceSection, RoleName
 from tandem.core.other_versions import read_known
 from tandem.core.plan import Plan
 from tandem.deploy.topology import Machine, ProcessSpec, plan_processes

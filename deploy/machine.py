@@ -10,8 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from tandem.core.config import ANY_HOSTS, RouterSection, ServeConfig, split_address
+from tandem.core.address import ANY_HOSTS, split_address
+from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError
+from tandem.core.router_section import RouterSection
 from tandem.deploy.topology import Machine
 
 _PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")

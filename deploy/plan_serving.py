@@ -3,9 +3,10 @@
 import math
 from collections import Counter
 
-from tandem.core.config import ROLES, EngineSection, InstanceSection, ServeConfig
+from tandem.core.config import ServeConfig
 from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError
+from tandem.core.instance_section import ROLES, EngineSection, InstanceSection
 from tandem.core.plan import Plan, PlanGroup
 from tandem.core.precision import AS_STORED
 from tandem.core.slo_file import SloFile

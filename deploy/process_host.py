@@ -15,8 +15,9 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tandem.core.address import advertised, is_loopback
 from tandem.core.clock import SystemClock
-from tandem.core.config import WorkerConfig, advertised, is_loopback
+from tandem.core.config import WorkerConfig
 from tandem.core.errors import TandemError
 from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess, wait_end
 from tandem.deploy.process_launcher import ProcessLauncher

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from tandem.core.config import split_address
+from tandem.core.address import split_address
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.deploy.run_state import RAY_FOLDER_PREFIX
 

@@ -17,8 +17,8 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+from tandem.core.address import advertised, is_loopback, split_address
 from tandem.core.clock import SystemClock
-from tandem.core.config import advertised, is_loopback, split_address
 from tandem.core.errors import ConfigError, InternalError, TandemError, UnavailableError, error_from_code
 from tandem.core.log_lines import configure_logging
 from tandem.deploy.controller_server import serve_controller

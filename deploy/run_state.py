@@ -20,7 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from tandem.core.config import RouterSection, split_address
+from tandem.core.address import split_address
+from tandem.core.router_section import RouterSection
 from tandem.core.tls import ClusterTls
 from tandem.deploy.child_process import kill_all, processes_that_use
 from tandem.deploy.private_file import make_private_folder, write_private

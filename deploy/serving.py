@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 
 import grpc
 
+from tandem.core.address import split_address
 from tandem.core.clock import Clock
 from tandem.core.cluster_status import ClusterChange, ClusterStatus, ProcessState, ProcessStatus
-from tandem.core.config import ROLES, RoleName, ServeConfig, split_address, with_secrets
+from tandem.core.config import ServeConfig, with_secrets
 from tandem.core.errors import ConfigError, InvalidRequestError, NotFoundError, TandemError, UnavailableError
+from tandem.core.instance_section import ROLES, RoleName
 from tandem.core.plan import Plan
 from tandem.core.session import InstanceState, Role
 from tandem.core.tls import ClusterTls

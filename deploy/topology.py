@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from tandem.core.config import EngineSection, RouterConfig, ServeConfig, WorkerConfig
+from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
 from tandem.core.errors import ConfigError
+from tandem.core.instance_section import EngineSection
 
 
 class ProcessRole(Enum):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tandem.core.config import EngineSection, InstanceSection
+from tandem.core.instance_section import EngineSection, InstanceSection
 from tandem.deploy.machine import usable_cores
 from tandem.placement.costs.calibration import Calibration, fit_error, fit_terms
 from tandem.profiling.engine_profile import EngineProfiler, profile_grid

@@ -9,8 +9,8 @@ from statistics import median
 
 import torch
 
-from tandem.core.config import EngineSection
 from tandem.core.cost_model import StepLoad, attention_pairs
+from tandem.core.instance_section import EngineSection
 from tandem.core.request import SamplingParams
 from tandem.engine.engine import Engine
 from tandem.engine.step import SampleRequest, SequenceSlice

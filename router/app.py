@@ -24,8 +24,9 @@ from grpc_reflection.v1alpha import reflection
 from starlette.types import ASGIApp
 
 from tandem.core.access import OpenAccess
+from tandem.core.address import advertised
 from tandem.core.clock import Clock, SystemClock
-from tandem.core.config import RouterConfig, advertised, with_secrets
+from tandem.core.config import RouterConfig, with_secrets
 from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError, InternalError, InvalidRequestError, NotFoundError
 from tandem.core.plan import Plan

@@ -25,11 +25,11 @@ from tandem.core.completion import (
     TextPrompt,
     TokenPrompt,
 )
-from tandem.core.config import RouterSection
 from tandem.core.errors import ModelNotFoundError, OverloadedError, TandemError, UnavailableError
 from tandem.core.generation import BlockNamer, Generation, TokenGenerator
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken
 from tandem.core.request_slo import RequestSlo
+from tandem.core.router_section import RouterSection
 from tandem.router.limits import check_request, clipped, logprobs_limit, output_limit
 from tandem.router.stop import StopMatcher, StopStrings
 from tandem.router.tokenizer import TextTokenizer

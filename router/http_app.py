@@ -20,9 +20,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tandem.core.access import AccessControl, Caller, OpenAccess
 from tandem.core.clock import Clock
 from tandem.core.completion import SamplingDefaults
-from tandem.core.config import RouterSection
 from tandem.core.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, TandemError
 from tandem.core.log_lines import about
+from tandem.core.router_section import RouterSection
 from tandem.router.completion import TextService
 from tandem.router.http_body import BodyBudget, HeldBody, read_json
 from tandem.router.http_host import check_host

@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 from starlette.requests import Request
 
-from tandem.core.config import RouterSection
 from tandem.core.errors import InvalidRequestError, OverloadedError, PayloadTooLargeError, UnsupportedMediaTypeError
+from tandem.core.router_section import RouterSection
 from tandem.router.limits import MAX_MESSAGES, clipped
 
 # Parsing a value costs about 0.1 us, an object or list up to 0.5 us: these limits keep the event loop free.

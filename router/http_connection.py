@@ -21,7 +21,6 @@ import orjson
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from tandem.core.config import RouterSection
 from tandem.core.errors import (
     HeadersTooLargeError,
     InvalidRequestError,
@@ -30,6 +29,7 @@ from tandem.core.errors import (
     TandemError,
     UnavailableError,
 )
+from tandem.core.router_section import RouterSection
 from tandem.router.openai.responses import error_body
 
 _LOG = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ reader's machine only, as if the server were the page's own. Its requests have t
 import ipaddress
 from collections.abc import Sequence
 
-from tandem.core.config import RouterSection, split_address
+from tandem.core.address import split_address
 from tandem.core.errors import ForbiddenHostError, InvalidRequestError
+from tandem.core.router_section import RouterSection
 from tandem.router.limits import clipped
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import uvicorn
 
-from tandem.core.config import RouterSection, split_address
+from tandem.core.address import split_address
 from tandem.core.errors import ConfigError
+from tandem.core.router_section import RouterSection
 from tandem.router.http_connection import NUM_RESERVED, HttpConfig, HttpConnection
 from tandem.router.tls_listener import TlsListener
 from tandem.wire.server_tls import ServerTls

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from tandem.core.access import AccessControl
-from tandem.core.config import split_address
+from tandem.core.address import split_address
 from tandem.core.errors import ConfigError
 from tandem.grpc_poller import keep_grpc_poller
 from tandem.wire.answer_errors import AnswerErrors, RequestReads

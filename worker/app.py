@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from tandem.core.address import ANY_HOSTS, split_address
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import SystemClock
-from tandem.core.config import ANY_HOSTS, WorkerConfig, split_address, with_secrets
+from tandem.core.config import WorkerConfig, with_secrets
 from tandem.core.errors import ConfigError, InternalError, TandemError
 from tandem.core.instance_id import make_instance_id
 from tandem.core.session import LinkStats, Role

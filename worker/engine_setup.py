@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from tandem.core.config import EngineSection, WorkerConfig
+from tandem.core.config import WorkerConfig
 from tandem.core.errors import CheckpointError
+from tandem.core.instance_section import EngineSection
 from tandem.engine.device import choose_device
 from tandem.engine.engine import Engine, load_engine
 from tandem.kv_transfer.pool import SharedPool

@@ -12,7 +12,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 
-from tandem.core.config import split_address
+from tandem.core.address import split_address
 from tandem.core.errors import TandemError
 from tandem.core.session import InstanceStatus
 from tandem.core.tls import ClusterTls

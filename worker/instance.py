@@ -15,7 +15,8 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
-from tandem.core.config import WorkerConfig, advertised
+from tandem.core.address import advertised
+from tandem.core.config import WorkerConfig
 from tandem.core.session import InstanceState, InstanceStatus, LinkStats, Role
 from tandem.wire.server import bind, build_server
 from tandem.wire.server_tls import ServerTls

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import uvloop
 
-from tandem.core.config import RoleName, WorkerConfig
+from tandem.core.config import WorkerConfig
 from tandem.core.config_file import load_config
 from tandem.core.errors import TandemError
+from tandem.core.instance_section import RoleName
 from tandem.core.log_lines import announce, configure_logging
 from tandem.worker.app import Worker
 

@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Callable, Sequence
 
+from tandem.core.address import split_address
 from tandem.core.attempt_id import AttemptId
-from tandem.core.config import EngineSection, InstanceSection, split_address
 from tandem.core.errors import (
     ConfigError,
     DuplicateRequestError,
@@ -13,6 +13,7 @@ from tandem.core.errors import (
     TandemError,
     error_from_code,
 )
+from tandem.core.instance_section import EngineSection, InstanceSection
 from tandem.core.session import (
     Cancel,
     PrefillFinished,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from tandem.core.config import split_address
+from tandem.core.address import split_address
 from tandem.profiling.cluster import MODEL_NAME, StartedRouter
 from tandem.profiling.errors import MeasurementError
 from tandem.v1 import common_pb2, inference_pb2

@@ -27,7 +27,7 @@ from functools import partial
 from typing import Literal
 
 from bench.common.distserve_costs import DEVICE, DistServeSource
-from tandem.core.config import RoleName
+from tandem.core.instance_section import RoleName
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import ClusterSection, NodeSection, SearchSection, SloFile, WorkloadSection

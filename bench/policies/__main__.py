@@ -25,7 +25,7 @@ import numpy as np
 from bench.common.data_folder import add_data_argument
 from bench.policies.layered import LayeredCost, LayeredScheduler, layered_load
 from bench.policies.selectors import LeastLoaded, PowerOfTwo, PrefixAffine, RoundRobin, with_stale_reports, with_timing
-from tandem.core.config import RoleName
+from tandem.core.instance_section import RoleName
 from tandem.core.parallel import ParallelShape
 from tandem.core.request_slo import RequestSlo
 from tandem.core.step_coefficients import StepCoefficients

@@ -4,8 +4,8 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from tandem.core.config import InstanceSection
 from tandem.core.errors import ConfigError
+from tandem.core.instance_section import InstanceSection
 from tandem.core.plan import Plan, PlanGroup
 from tandem.deploy.kubernetes.values import ChartValues, ModelValues, Resources, Router, WorkerGroup, Workers
 from tandem.deploy.plan_serving import is_on_cpu, planned_sections

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tandem.core.config import InstanceSection, RoleName, RouterSection
 from tandem.core.frozen_model import FrozenModel
+from tandem.core.instance_section import InstanceSection, RoleName
+from tandem.core.router_section import RouterSection
 
 KubernetesObject = dict[str, Any]
 """Fields of a kind of Kubernetes; the API server checks them."""

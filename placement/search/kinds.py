@@ -3,8 +3,8 @@
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from tandem.core.config import RoleName
 from tandem.core.cost_model import CostModel, StepLoad
+from tandem.core.instance_section import RoleName
 from tandem.core.model_shape import ModelShape
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo_file import SearchSection

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tandem.core.config import RoleName
 from tandem.core.cost_model import CostModel, StepLoad
+from tandem.core.instance_section import RoleName
 from tandem.core.request_slo import RequestSlo
 from tandem.core.step_coefficients import StepCoefficients
 from tandem.scheduling.budget import Mixing

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tandem.core.config import RouterConfig, RouterSection, ServeConfig, WorkerConfig, advertised
+from tandem.core.address import advertised
+from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
 from tandem.core.config_file import apply_overrides, dump_config, load_config
 from tandem.core.errors import ConfigError
+from tandem.core.router_section import RouterSection
 
 
 class AnyValue(BaseModel):

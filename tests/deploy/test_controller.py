@@ -9,8 +9,9 @@ import pytest
 
 from tandem.core.clock import SystemClock
 from tandem.core.cluster_status import ClusterChange, ProcessState, ProcessStatus
-from tandem.core.config import InstanceSection, WorkerConfig
+from tandem.core.config import WorkerConfig
 from tandem.core.errors import CheckpointError, InternalError, UnavailableError
+from tandem.core.instance_section import InstanceSection
 from tandem.deploy.controller import (
     Backoff,
     Controller,

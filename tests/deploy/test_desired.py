@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from tandem.core.config import InstanceSection, RouterSection, ServeConfig, WorkerConfig
+from tandem.core.config import ServeConfig, WorkerConfig
 from tandem.core.errors import ConfigError
+from tandem.core.instance_section import InstanceSection
 from tandem.core.plan import Plan, PlanGroup
+from tandem.core.router_section import RouterSection
 from tandem.deploy.desired import Desired
 from tandem.deploy.topology import Machine
 

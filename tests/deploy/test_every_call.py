@@ -11,7 +11,9 @@ import httpx
 
 from tandem import ClientTls
 from tandem.core.api_keys import digest_of, new_key
-from tandem.core.config import EngineSection, InstanceSection, RouterConfig, RouterSection, ServeConfig, WorkerConfig
+from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
+from tandem.core.instance_section import EngineSection, InstanceSection
+from tandem.core.router_section import RouterSection
 from tandem.core.tls import ClusterTls, PublicTls
 from tandem.deploy.controller_server import serve_controller
 from tandem.router.app import RouterApp

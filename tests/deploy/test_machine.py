@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tandem.core.config import RouterSection, ServeConfig, split_address
+from tandem.core.address import split_address
+from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError
+from tandem.core.router_section import RouterSection
 from tandem.deploy.machine import check_address, listening_process, resolve_addresses, usable_cores
 
 

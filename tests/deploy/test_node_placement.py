@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.core.config import InstanceSection, WorkerConfig
+from tandem.core.config import WorkerConfig
 from tandem.core.errors import UnavailableError
+from tandem.core.instance_section import InstanceSection
 from tandem.deploy.node_placement import Node, NodePlacement, PlannedNodes
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tandem.core.config import split_address
+from tandem.core.address import split_address
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.deploy.ray_mapper import ray_mapper
 

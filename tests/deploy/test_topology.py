@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.core.config import EngineSection, InstanceSection, RouterConfig, ServeConfig, WorkerConfig
+from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
 from tandem.core.errors import ConfigError
+from tandem.core.instance_section import EngineSection, InstanceSection
 from tandem.deploy.topology import Machine, ProcessRole, ProcessSpec, plan_processes, share_threads
 
 

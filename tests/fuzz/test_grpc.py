@@ -16,7 +16,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.core.config import RouterConfig, RouterSection
+from tandem.core.config import RouterConfig
+from tandem.core.router_section import RouterSection
 from tandem.core.session import Role
 from tandem.router.app import RouterApp
 from tandem.v1 import common_pb2, inference_pb2, worker_pb2

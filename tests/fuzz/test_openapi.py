@@ -22,7 +22,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tandem.core.config import RouterConfig, RouterSection
+from tandem.core.config import RouterConfig
+from tandem.core.router_section import RouterSection
 from tandem.router.app import RouterApp
 from tandem.router.openai import requests as parser
 from tandem.router.openai.openapi import openapi_document

@@ -13,7 +13,8 @@ from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.core.config import EngineSection, InstanceSection, WorkerConfig
+from tandem.core.config import WorkerConfig
+from tandem.core.instance_section import EngineSection, InstanceSection
 from tandem.core.session import InstanceStatus
 from tandem.v1 import transfer_pb2, worker_pb2, worker_pb2_grpc
 from tandem.wire.channels import open_channel

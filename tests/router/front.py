@@ -16,9 +16,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tandem.core.access import AccessControl, OpenAccess
 from tandem.core.clock import SystemClock
 from tandem.core.completion import SamplingDefaults
-from tandem.core.config import RouterSection
 from tandem.core.errors import TandemError
 from tandem.core.request import GenerationRequest
+from tandem.core.router_section import RouterSection
 from tandem.router.completion import TextService
 from tandem.router.http_app import HttpApp
 from tandem.router.http_server import HttpServer

@@ -22,7 +22,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from tandem import AsyncClient
 from tandem.core.api_keys import ApiKey, digest_of, new_key
 from tandem.core.clock import ManualClock, SystemClock
-from tandem.core.config import RouterSection
 from tandem.core.errors import (
     ConfigError,
     OverloadedError,
@@ -30,6 +29,7 @@ from tandem.core.errors import (
     TandemError,
     UnauthenticatedError,
 )
+from tandem.core.router_section import RouterSection
 from tandem.core.timeline import Stage, Timeline
 from tandem.router.api_keys import KEY_RATE, KEY_REQUESTS, ApiKeys, RateLimit, load_keys
 from tandem.router.records import RequestRecord

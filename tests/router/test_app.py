@@ -15,8 +15,9 @@ import pytest
 import uvicorn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tandem.core.config import RouterConfig, RouterSection
+from tandem.core.config import RouterConfig
 from tandem.core.errors import CheckpointError, ConfigError, InternalError
+from tandem.core.router_section import RouterSection
 from tandem.router.app import RouterApp
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem.wire.channels import open_channel

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from tandem.core.config import RouterSection
+from tandem.core.router_section import RouterSection
 from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, Front, serve_front
 

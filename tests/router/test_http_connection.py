@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from tandem.core.config import RouterSection
+from tandem.core.router_section import RouterSection
 from tandem.router.http_connection import NUM_RESERVED
 from tandem.router.http_server import raise_descriptor_limit
 from tandem.router.tokenizer import TextTokenizer

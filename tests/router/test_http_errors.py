@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tandem.core.config import RouterSection
 from tandem.core.errors import DuplicateRequestError, OverloadedError
+from tandem.core.router_section import RouterSection
 from tandem.router.openai.openapi import openapi_document
 from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, Front, serve_front

@@ -7,8 +7,8 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from tandem.core.config import RouterSection
 from tandem.core.errors import ConfigError
+from tandem.core.router_section import RouterSection
 from tandem.router.http_server import HttpServer
 from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, serve_front

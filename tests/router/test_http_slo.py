@@ -7,8 +7,8 @@ import pytest
 import pytest_asyncio
 from tokenizers import Tokenizer
 
-from tandem.core.config import RouterSection
 from tandem.core.request_slo import NO_SLO, RequestSlo
+from tandem.core.router_section import RouterSection
 from tandem.core.slo import SloClass
 from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, Front, serve_front

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tandem.core.config import RouterSection
 from tandem.core.errors import ConfigError
+from tandem.core.router_section import RouterSection
 from tandem.router.tokenizer import TextTokenizer
 from tandem.wire.server_tls import ServerTls
 from tests.certificates import Authority, Certificate

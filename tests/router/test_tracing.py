@@ -26,11 +26,12 @@ from opentelemetry.semconv.attributes import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from tandem.core.clock import ManualClock
-from tandem.core.config import RouterConfig, RouterSection
+from tandem.core.config import RouterConfig
 from tandem.core.errors import ConfigError
 from tandem.core.monitoring_config import TracingSection
 from tandem.core.request import SamplingParams
 from tandem.core.request_trace import RequestTrace
+from tandem.core.router_section import RouterSection
 from tandem.core.timeline import PARTS, Stage, Timeline
 from tandem.router.app import RouterApp
 from tandem.router.records import AttemptRecord, RequestRecord

@@ -17,7 +17,6 @@ import pytest
 from tandem import AsyncClient
 from tandem.completion import Delta, ModelInfo
 from tandem.core.clock import SystemClock
-from tandem.core.config import RouterSection
 from tandem.core.errors import (
     ContextLengthError,
     DeadlineError,
@@ -30,6 +29,7 @@ from tandem.core.errors import (
     UnavailableError,
 )
 from tandem.core.request import FinishReason
+from tandem.core.router_section import RouterSection
 from tandem.router.completion import TextService
 from tandem.router.http_body import BodyBudget
 from tandem.router.tokenizer import TextTokenizer

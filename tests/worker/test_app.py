@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tandem.core.config import EngineSection, InstanceSection, WorkerConfig
+from tandem.core.config import WorkerConfig
+from tandem.core.instance_section import EngineSection, InstanceSection
 from tandem.scheduling.leases import LeaseTable
 from tandem.worker.app import Worker
 

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from tandem.core.config import split_address
+from tandem.core.address import split_address
 from tandem.core.replanning import ReplanStatus
 from tandem.core.session import InstanceStatus, Role
 from tandem.core.workload_profile import ProfileSnapshot

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 import zmq
 
-from tandem.core.config import InstanceSection
 from tandem.core.errors import ConfigError
+from tandem.core.instance_section import InstanceSection
 from tandem.core.monitoring_config import KvEventsSection
 from tandem.scheduling.prefix_index import BlocksCached, BlocksEvicted, CacheCleared
 from tandem.worker.kv_events import KvEventPublisher

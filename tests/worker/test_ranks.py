@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tandem.core.config import EngineSection
 from tandem.core.errors import TandemError
+from tandem.core.instance_section import EngineSection
 from tandem.core.request import SamplingParams
 from tandem.engine.engine import Engine
 from tandem.engine.step import SequenceSlice

@@ -8,8 +8,8 @@ import pytest
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import ManualClock
-from tandem.core.config import InstanceSection
 from tandem.core.errors import ConfigError, DeadlineError, OverloadedError, StaleEpochError
+from tandem.core.instance_section import InstanceSection
 from tandem.core.kv_frontier import KvFrontier
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken
 from tandem.core.session import (

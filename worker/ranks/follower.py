@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from tandem.core.config import EngineSection
 from tandem.core.errors import TandemError
+from tandem.core.instance_section import EngineSection
 from tandem.core.log_lines import configure_logging
 from tandem.core.parent_process import end_with_parent
 from tandem.engine.collectives.shared_memory import SharedRegion

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tandem.core.config import EngineSection
 from tandem.core.errors import InternalError, TandemError
+from tandem.core.instance_section import EngineSection
 from tandem.core.kv_layout import KvLayout
 from tandem.core.log_lines import configured_format
 from tandem.engine.collectives.interface import RankLostError

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch._C._distributed_c10d import FileStore
 
-from tandem.core.config import EngineSection
+from tandem.core.instance_section import EngineSection
 from tandem.core.parallel import ParallelShape
 from tandem.engine.collectives.interface import Collectives
 from tandem.engine.collectives.process_groups import ProcessGroupCollectives

@@ -9,7 +9,7 @@ import numpy as np
 from bench.common.distserve_costs import DEVICE, DistServeCost, DistServeEngine, DistServeSource
 from bench.fidelity.distserve.padded_scheduler import PADDED
 from bench.fidelity.distserve.recorded_runs import RecordedRuns, fits_to_run
-from tandem.core.config import RoleName
+from tandem.core.instance_section import RoleName
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import WorkloadSection

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tandem.core.config import EngineSection, InstanceSection
+from tandem.core.instance_section import EngineSection, InstanceSection
 from tandem.placement.costs.calibration import CalibratedCost, Calibration
 from tandem.placement.simulator import simulate
 from tandem.placement.simulator.deployment import Deployment, InstanceSpec

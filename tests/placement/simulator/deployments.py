@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from tandem.core.config import RoleName
 from tandem.core.cost_model import StepCost, StepLoad
+from tandem.core.instance_section import RoleName
 from tandem.placement.simulator.deployment import Deployment, InstanceSpec, NetworkSpec, RouterSpec
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
