@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tandem.core.errors import CheckpointError
-from tandem.core.model_spec import RopeSpec
+from tandem.core.rope_spec import RopeSpec
 
 
 def difference_from_transformers(rope: RopeSpec, max_model_len: int) -> str | None:
