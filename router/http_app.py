@@ -29,7 +29,8 @@ from tandem.router.http_host import check_host
 from tandem.router.http_response import EXPLANATION, REFUSED_BECAUSE, CompletionResponse, error_response, json_response
 from tandem.router.limits import clipped
 from tandem.router.openai.openapi import openapi_document
-from tandem.router.openai.requests import ParsedRequest, RequestContext, parse_chat, parse_completion
+from tandem.router.openai.requests import ParsedRequest, parse_chat, parse_completion
+from tandem.router.request_context import RequestContext
 from tandem.router.request_headers import authorization, requested_slo, tenant
 from tandem.router.tokenizer import TextTokenizer
 from tandem.router.ui.pages import Pages

@@ -22,8 +22,9 @@ from tandem.core.errors import (
 from tandem.core.log_lines import about
 from tandem.router.completion import TextService
 from tandem.router.http_body import HeldBody
-from tandem.router.openai.requests import ParsedRequest, RequestContext
+from tandem.router.openai.requests import ParsedRequest
 from tandem.router.openai.responses import error_body, error_events
+from tandem.router.request_context import RequestContext
 
 REFUSED_BECAUSE = "x-tandem-refused-because"
 EXPLANATION = "x-tandem-explanation"

@@ -13,7 +13,7 @@ from tandem.router.limits import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
 )
-from tandem.router.openai.requests import IGNORED, UNSUPPORTED
+from tandem.router.openai.validation import IGNORED, UNSUPPORTED
 from tandem.router.request_headers import SLO, TENANT, TPOT_MS, TTFT_MS
 
 _Schema = dict[str, Any]

@@ -25,8 +25,9 @@ from schemathesis.specs.openapi.checks import (
 from tandem.core.config import RouterConfig
 from tandem.core.router_section import RouterSection
 from tandem.router.app import RouterApp
-from tandem.router.openai import requests as parser
+from tandem.router.openai.bodies import ChatBody, CompletionBody
 from tandem.router.openai.openapi import openapi_document
+from tandem.router.openai.validation import IGNORED, UNSUPPORTED
 from tests.fuzz.volume import tries, volumes
 from tests.router.front import write_checkpoint
 from tests.router.grpc_workers import serve_pair
@@ -80,8 +81,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def test_the_document_names_the_fields_that_the_parser_takes() -> None:
     schemas = openapi_document()["components"]["schemas"]
-    for name, body in (("ChatRequest", parser._ChatBody), ("CompletionRequest", parser._CompletionBody)):
-        assert set(schemas[name]["properties"]) == set(body.model_fields) | parser.IGNORED | set(parser.UNSUPPORTED)
+    for name, body in (("ChatRequest", ChatBody), ("CompletionRequest", CompletionBody)):
+        assert set(schemas[name]["properties"]) == set(body.model_fields) | IGNORED | set(UNSUPPORTED)
         required = {field for field, info in body.model_fields.items() if info.is_required()}
         assert set(schemas[name]["required"]) == required
 
