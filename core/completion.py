@@ -1,7 +1,7 @@
 """Requests and responses in text: the interface between the two APIs (gRPC, OpenAI HTTP) and the text side.
 
-An API turns a message into a `CompletionRequest` and each `TextDelta` into a message. `router/completion.py` tokenizes,
-gets tokens from a `TokenGenerator` and turns them into text.
+An API turns a message into a `CompletionRequest` and each `TextDelta` into a message. `router/text_service.py`
+tokenizes, gets tokens from a `TokenGenerator` and turns them into text.
 """
 
 from collections.abc import AsyncIterator

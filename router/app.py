@@ -36,7 +36,6 @@ from tandem.core.session import InstanceStatus
 from tandem.core.workload_profile import ProfileSnapshot, WorkloadProfile
 from tandem.router.announcement import announce
 from tandem.router.api_keys import ApiKeys, load_keys
-from tandem.router.completion import TextService
 from tandem.router.dispatch import Dispatcher
 from tandem.router.http_app import HttpApp
 from tandem.router.http_body import BodyBudget
@@ -48,6 +47,7 @@ from tandem.router.records import RequestLog
 from tandem.router.request_spans import RequestSpans
 from tandem.router.sampling_defaults import load_sampling_defaults
 from tandem.router.tenant_metrics import TenantMetrics
+from tandem.router.text_service import TextService
 from tandem.router.tokenizer import TextTokenizer
 from tandem.router.ui.cluster_view import ClusterView
 from tandem.router.ui.pages import Pages, ui_pages

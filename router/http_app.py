@@ -23,7 +23,6 @@ from tandem.core.completion import SamplingDefaults
 from tandem.core.errors import InvalidRequestError, ModelNotFoundError, NotFoundError, TandemError
 from tandem.core.log_lines import about
 from tandem.core.router_section import RouterSection
-from tandem.router.completion import TextService
 from tandem.router.http_body import BodyBudget, HeldBody, read_json
 from tandem.router.http_host import check_host
 from tandem.router.http_response import EXPLANATION, REFUSED_BECAUSE, CompletionResponse, error_response, json_response
@@ -32,6 +31,7 @@ from tandem.router.openai.openapi import openapi_document
 from tandem.router.openai.requests import ParsedRequest, parse_chat, parse_completion
 from tandem.router.request_context import RequestContext
 from tandem.router.request_headers import authorization, requested_slo, tenant
+from tandem.router.text_service import TextService
 from tandem.router.tokenizer import TextTokenizer
 from tandem.router.ui.pages import Pages
 

@@ -20,11 +20,11 @@ from tandem.core.errors import (
     UnauthenticatedError,
 )
 from tandem.core.log_lines import about
-from tandem.router.completion import TextService
 from tandem.router.http_body import HeldBody
 from tandem.router.openai.requests import ParsedRequest
 from tandem.router.openai.responses import error_body, error_events
 from tandem.router.request_context import RequestContext
+from tandem.router.text_service import TextService
 
 REFUSED_BECAUSE = "x-tandem-refused-because"
 EXPLANATION = "x-tandem-explanation"

@@ -19,9 +19,9 @@ from tandem.core.completion import SamplingDefaults
 from tandem.core.errors import TandemError
 from tandem.core.request import GenerationRequest
 from tandem.core.router_section import RouterSection
-from tandem.router.completion import TextService
 from tandem.router.http_app import HttpApp
 from tandem.router.http_server import HttpServer
+from tandem.router.text_service import TextService
 from tandem.router.tokenizer import TextTokenizer
 from tandem.wire.server_tls import ServerTls
 from tests.router.text_fakes import ScriptedGenerator

@@ -30,8 +30,8 @@ from tandem.core.errors import (
 )
 from tandem.core.request import FinishReason
 from tandem.core.router_section import RouterSection
-from tandem.router.completion import TextService
 from tandem.router.http_body import BodyBudget
+from tandem.router.text_service import TextService
 from tandem.router.tokenizer import TextTokenizer
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem.wire.answer_errors import AnswerErrors, RequestReads

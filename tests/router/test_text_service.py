@@ -18,7 +18,7 @@ from tandem.core.completion import (
 )
 from tandem.core.errors import InvalidRequestError, TandemError, UnavailableError
 from tandem.core.request import FinishReason, SamplingParams
-from tandem.router.completion import TextService, derive_seed
+from tandem.router.text_service import TextService, derive_seed
 from tandem.router.tokenizer import TextTokenizer
 from tests.router.front import MODEL, Refusals, echo_script
 from tests.router.text_fakes import ScriptedGenerator
