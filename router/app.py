@@ -13,7 +13,6 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
 from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +24,15 @@ from starlette.types import ASGIApp
 
 from tandem.core.access import OpenAccess
 from tandem.core.address import advertised
-from tandem.core.clock import Clock, SystemClock
+from tandem.core.clock import SystemClock
 from tandem.core.config import RouterConfig, with_secrets
-from tandem.core.config_file import load_config
-from tandem.core.errors import ConfigError, InternalError, InvalidRequestError, NotFoundError
-from tandem.core.plan import Plan
-from tandem.core.replanning import ReplanStatus
+from tandem.core.errors import ConfigError, InternalError
 from tandem.core.secret_source import file_of
-from tandem.core.session import InstanceStatus
-from tandem.core.workload_profile import ProfileSnapshot, WorkloadProfile
+from tandem.core.workload_profile import WorkloadProfile
 from tandem.router.announcement import announce
 from tandem.router.api_keys import ApiKeys, load_keys
 from tandem.router.dispatch import Dispatcher
+from tandem.router.fleet_registry import FleetRegistry
 from tandem.router.http_app import HttpApp
 from tandem.router.http_body import BodyBudget
 from tandem.router.http_server import HttpServer, raise_descriptor_limit
@@ -53,7 +49,7 @@ from tandem.router.ui.cluster_view import ClusterView
 from tandem.router.ui.pages import Pages, ui_pages
 from tandem.scheduling.routing_machine import RoutingSettings
 from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
-from tandem.wire.fleet import FleetDescription, FleetServicer
+from tandem.wire.fleet import FleetServicer
 from tandem.wire.inference import InferenceServicer
 from tandem.wire.server import bind, build_public_server, build_server
 from tandem.wire.server_tls import ServerTls
@@ -68,70 +64,7 @@ INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"
 
 _TOKENIZER_THREADS = 2
 _HEALTH_PERIOD_S = 0.1
-_LATEST = 20  # requests, of which a line is shown
 _FLUSH_S = 2.0  # for complete responses that are still being sent
-
-
-class FleetRegistry:
-    """Heartbeats and questions of the control port, on the router's state. Implements `wire.fleet.Registry`."""
-
-    def __init__(
-        self,
-        model: str,
-        dispatcher: Dispatcher,
-        log: RequestLog,
-        profile: WorkloadProfile,
-        clock: Clock,
-        plan_file: Path | None,
-    ) -> None:
-        """`plan_file`: a plan to show instead of the controller's."""
-        self.replan: ReplanStatus | None = None
-        self.plan = None if plan_file is None else _read_plan(plan_file)
-        self._plan_json = ""
-        self._has_plan_file = plan_file is not None
-        self._model = model
-        self._dispatcher = dispatcher
-        self._log = log
-        self._profile = profile
-        self._clock = clock
-        self._started_s = clock.now_s()
-
-    def heartbeat(self, status: InstanceStatus) -> None:
-        self._dispatcher.fleet.heartbeat(status)
-
-    def describe(self) -> FleetDescription:
-        return FleetDescription(
-            model=self._model,
-            uptime_s=self._clock.now_s() - self._started_s,
-            instances=tuple(instance.status for instance in self._dispatcher.fleet.instances),
-            running_requests=self._dispatcher.running_requests,
-            queued_requests=self._dispatcher.queued_requests,
-            replan=self.replan,
-        )
-
-    def explain(self, request_id: str) -> str:
-        if not request_id:
-            return "\n".join(record.summary() for record in self._log.latest(_LATEST))
-        if text := self._log.explain(request_id):
-            return text
-        raise NotFoundError(f"this router does not remember a finished request {request_id!r}")
-
-    def profile(self) -> ProfileSnapshot | None:
-        return self._profile.snapshot(self._clock.now_s())
-
-    def replan_reported(self, status: ReplanStatus) -> None:
-        self.replan = status
-
-    def plan_reported(self, plan_json: str) -> None:
-        """A controller reports it again and again."""
-        if self._has_plan_file or plan_json == self._plan_json:
-            return
-        try:
-            plan = Plan.model_validate_json(plan_json) if plan_json else None
-        except ValueError as error:
-            raise InvalidRequestError(f"this is no plan that this router can read ({error})") from error
-        self.plan, self._plan_json = plan, plan_json
-        self.replan = None  # of the plan before
 
 
 class RouterApp:
@@ -367,15 +300,6 @@ class RouterApp:
         self._is_closing = True
         await self._resources.aclose()
         self._is_closed.set()
-
-
-def _read_plan(path: Path) -> Plan | None:
-    """None, and a warning, for a plan that cannot be read: what is only shown must not keep a router from serving."""
-    try:
-        return load_config(path, Plan)
-    except ConfigError as error:
-        logger.warning("/ui shows no plan: %s", error.message)
-        return None
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -34,18 +34,18 @@ class PromptChoices:
 
 
 class RunningCompletion:
-    """A `core.completion.OpenCompletion`. `groups` has one group per prompt. `on_close` is called once, at the end."""
+    """A `core.completion.OpenCompletion`. `on_close` is called once, at the end."""
 
     def __init__(
         self,
-        groups: tuple[PromptChoices, ...],
+        prompts: tuple[PromptChoices, ...],
         request: CompletionRequest,
         generator: TokenGenerator,
         tokenizer: TextTokenizer,
         on_close: Callable[[], None],
     ) -> None:
         self._on_close: Callable[[], None] | None = on_close
-        self._groups = groups
+        self._prompts = prompts
         self._stop_strings = StopStrings(request.stop) if request.stop else None
         self._received_s = request.received_s
         self._echo = request.echo
@@ -60,32 +60,34 @@ class RunningCompletion:
 
     @property
     def prompt_token_ids(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(group.requests[0].token_ids for group in self._groups)
+        return tuple(prompt.requests[0].token_ids for prompt in self._prompts)
 
     def explanation(self) -> str:
         return self._generations[0].explanation()
 
     async def start(self) -> None:
         """Start the first choice of every prompt. Raises what `TokenGenerator.start` raises."""
-        for position, group in enumerate(self._groups):
-            self._leaders.append(self._choice(group, 0, position * len(group.requests)))
-            await group.pause()
+        for position, prompt in enumerate(self._prompts):
+            self._leaders.append(self._choice(prompt, 0, position * len(prompt.requests)))
+            await prompt.pause()
 
-    def _choice(self, group: PromptChoices, position: int, index: int) -> ChoiceStream:
-        generation = self._generator.start(group.requests[position], self._received_s, group.name_blocks, self._tenant)
+    def _choice(self, prompt: PromptChoices, position: int, index: int) -> ChoiceStream:
+        generation = self._generator.start(
+            prompt.requests[position], self._received_s, prompt.name_blocks, self._tenant
+        )
         self._generations.append(generation)
         return ChoiceStream(index, generation, self._tokenizer, self._stop_strings, echo=self._echo)
 
     def __aiter__(self) -> AsyncIterator[TextDelta]:
         assert self._iterator is None, "the deltas are given once"
-        single = len(self._groups) == 1 and len(self._groups[0].requests) == 1
+        single = len(self._prompts) == 1 and len(self._prompts[0].requests) == 1
         self._iterator = self._leaders[0].deltas() if single else self._merged()
         return self._iterator
 
     async def _merged(self) -> AsyncGenerator[TextDelta, None]:
         """A task puts its deltas into the queue, and the task itself when it is done."""
-        for leader, group in zip(self._leaders, self._groups, strict=True):
-            self._spawn(leader, group)
+        for leader, prompt in zip(self._leaders, self._prompts, strict=True):
+            self._spawn(leader, prompt)
         while self._tasks:
             item = await self._queue.get()
             if isinstance(item, TextDelta):
@@ -94,20 +96,20 @@ class RunningCompletion:
                 self._tasks.discard(item)
                 item.result()
 
-    def _spawn(self, choice: ChoiceStream, led: PromptChoices | None = None) -> None:
-        task = asyncio.create_task(self._pump(choice, led))
+    def _spawn(self, choice: ChoiceStream, leads: PromptChoices | None = None) -> None:
+        task = asyncio.create_task(self._pump(choice, leads))
         task.add_done_callback(self._queue.put_nowait)
         self._tasks.add(task)
 
-    async def _pump(self, choice: ChoiceStream, led: PromptChoices | None) -> None:
-        """The first choice starts the others of its prompt, `led`."""
+    async def _pump(self, choice: ChoiceStream, leads: PromptChoices | None) -> None:
+        """The first choice starts the others of its prompt, `leads`."""
         async for delta in choice.deltas():
             self._queue.put_nowait(delta)
-            if led is not None:
-                for position in range(1, len(led.requests)):
-                    self._spawn(self._choice(led, position, choice.index + position))
-                    await led.pause()
-                led = None
+            if leads is not None:
+                for position in range(1, len(leads.requests)):
+                    self._spawn(self._choice(leads, position, choice.index + position))
+                    await leads.pause()
+                leads = None
 
     async def __aenter__(self) -> Self:
         return self

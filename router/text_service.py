@@ -87,14 +87,14 @@ class TextService:
             slo = request.slo.resolve(self._settings.slo)
             close = self._admit(request)
             try:
-                groups = await self._prepare(request, slo)
+                prompts = await self._prepare(request, slo)
             except BaseException:
                 close()
                 raise
         except TandemError as error:
             self.refused(error)
             raise
-        completion = RunningCompletion(groups, request, self._generator, self._tokenizer, close)
+        completion = RunningCompletion(prompts, request, self._generator, self._tokenizer, close)
         try:
             await completion.start()
         except BaseException:
@@ -128,19 +128,21 @@ class TextService:
 
     async def _prepare(self, request: CompletionRequest, slo: RequestSlo) -> tuple[PromptChoices, ...]:
         max_prompt_tokens = self._generator.max_model_len - 1
-        prompts = [await self._token_ids(prompt, max_prompt_tokens) for prompt in request.prompts]
+        all_token_ids = [await self._token_ids(prompt, max_prompt_tokens) for prompt in request.prompts]
         limit = logprobs_limit(
             request.sampling,
             request.n,
-            list(map(len, prompts)),
+            list(map(len, all_token_ids)),
             request.max_tokens,
             self._settings.max_response_logprobs,
         )
-        groups = []
-        for position, token_ids in enumerate(prompts):
+        prompts = []
+        for position, token_ids in enumerate(all_token_ids):
             requests = self._requests(request, token_ids, position, limit, slo)
-            groups.append(PromptChoices(requests, await self._generator.name_blocks(token_ids, requests[0].cache_salt)))
-        return tuple(groups)
+            prompts.append(
+                PromptChoices(requests, await self._generator.name_blocks(token_ids, requests[0].cache_salt))
+            )
+        return tuple(prompts)
 
     def _cache_salt(self, request: CompletionRequest) -> str:
         """With API keys a tenant shares no cached prefix with others, unless the settings say so: the time to the first
