@@ -23,7 +23,7 @@ from tandem.core.request import GenerationRequest, SamplingParams
 from tandem.core.session import InstanceState, InstanceStatus, Role
 from tandem.core.tls import ClusterTls
 from tandem.router.dispatch import Dispatcher
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tandem.wire.sessions import InstanceSession
 
 MAX_PAIRS = 64

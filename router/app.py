@@ -47,7 +47,7 @@ from tandem.router.text_service import TextService
 from tandem.router.tokenizer import TextTokenizer
 from tandem.router.ui.cluster_view import ClusterView
 from tandem.router.ui.pages import Pages, ui_pages
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2_grpc
 from tandem.wire.fleet import FleetServicer
 from tandem.wire.inference import InferenceServicer

@@ -40,7 +40,8 @@ from tandem.router.running import RunningRequest
 from tandem.scheduling.prefix_index import block_hashes, extend_block_hashes
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
-from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
+from tandem.scheduling.routing_machine import RoutingMachine
+from tandem.scheduling.routing_settings import RoutingSettings
 
 if TYPE_CHECKING:
     from tandem.router.fleet import OpenSession

@@ -23,8 +23,6 @@ alike. An event of an attempt returns False if the attempt is not in flight ther
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
 from tandem.core.errors import (
     ContextLengthError,
@@ -40,84 +38,22 @@ from tandem.core.generation import BlockNamer
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus, Role
 from tandem.scheduling.admission import Admission
+from tandem.scheduling.attempts import Attempts
 from tandem.scheduling.goodput_selector import GoodputSelector
 from tandem.scheduling.instance_selector import InstanceSelector, Place, SelectorSettings
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import Residuals
 from tandem.scheduling.prefix_tracker import PrefixTracker
-from tandem.scheduling.queue_order import QueueOrder
 from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
-from tandem.scheduling.routing import Selection
-
-LEASE_SHARE = 1 / 3  # of a lease, after which it is renewed: two renewals may come late
-
-RoutingPolicy = Literal["balanced", "goodput"]
+from tandem.scheduling.routing_driver import RoutingDriver, WakeUp
+from tandem.scheduling.routing_settings import RoutingPolicy, RoutingSettings
 
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingSettings:
-    """`max_queue` counts all requests in the router. `resume` allows a new attempt after tokens were handed on.
-
-    An instance is without credit while this router's prompts of `outstanding_steps` of its steps wait to be computed
-    there: what waits in an instance cannot be ordered, held or refused any more. Also while `max_outstanding_tokens` of
-    them wait, to be computed or for memory to decode them (None: no request waits for credit at all); and while the
-    requests that decode there are expected to fill more than its memory, by the lengths of the last answers. Requests
-    for which no instance has credit wait in the router, for `max_wait_s` at most;
-    one that would wait longer, or beyond its deadline, is refused when it comes. `queue_order` is the order in which
-    they wait: see `scheduling.queue_order`. A request that cannot meet its TTFT target is made best effort, or
-    refused, as its class says: when it comes, or when the time has passed while it waited.
-
-    A request that has lost its instances waits `replacement_wait_s` for usable ones, and `retry_pause_s` before it goes
-    back to an instance that failed it. `slack_tokens`: see `routing.choose_prefill`. `max_tracked_blocks`
-    bounds what is remembered of an instance's prefix cache. `local_prefill` lets decode instances compute prompts while
-    no prefill and no colocated instance is usable; with the policy "goodput" whenever that is better. Policies:
-    `instance_selector` and `goodput_selector`.
-    """
-
-    max_queue: int | None = None
-    max_attempts: int = 3
-    resume: bool = True
-    replacement_wait_s: float = 30.0
-    retry_pause_s: float = 0.05
-    outstanding_steps: float = 2.0
-    max_outstanding_tokens: int | None = None
-    max_wait_s: float = math.inf
-    queue_order: QueueOrder = "goodput"
-    slack_tokens: int = 4096
-    max_tracked_blocks: int = 65536
-    local_prefill: bool = True
-    policy: RoutingPolicy = "balanced"
-
-
 _SELECTORS: Mapping[RoutingPolicy, type[InstanceSelector]] = {"balanced": InstanceSelector, "goodput": GoodputSelector}
-
-
-class RoutingDriver(Protocol):
-    """What carries decisions out. No call blocks. From `submit` it may report at once that the attempt has failed."""
-
-    def submit(self, attempt: Attempt, instance_id: str, source_id: str | None, selection: Selection | None) -> None:
-        """Send the attempt there. `source_id`: the instance that computes the KV, None if this one does."""
-        ...
-
-    def cancel(self, attempt: Attempt, instance_id: str) -> None:
-        """Take the attempt off an instance, in whatever phase it is there."""
-        ...
-
-    def renew_lease(self, attempt: Attempt, instance_id: str) -> None:
-        """Have the instance hold the attempt's KV for longer: its reader still waits."""
-        ...
-
-    def end(self, request: RoutedRequest, error: TandemError | None) -> None:
-        """The request is over; `error` None: it has all its tokens."""
-        ...
-
-    def wake_at(self, time_s: float) -> None:
-        """Call `advance` at that time, rather than at the one named before; inf: never."""
-        ...
 
 
 class RoutingMachine:
@@ -155,10 +91,9 @@ class RoutingMachine:
         self._recovering: dict[RoutedRequest, None] = {}  # waits for an instance
         self._retries: KeyedHeap[RoutedRequest] = KeyedHeap()  # when those are looked at again
         self._deadlines: KeyedHeap[RoutedRequest] = KeyedHeap()
-        self._renewals: KeyedHeap[Attempt] = KeyedHeap()  # when the leases on their KV are renewed
-        self._wake_s = math.inf
+        self._wake_up = WakeUp(driver)
+        self._attempts = Attempts(driver, self._selector, self._wake_up)
         self._num_requests = 0
-        self._num_attempts = 0
         self._has_news = False  # an instance may have become usable
 
     # --- instances ---------------------------------------------------------------------------------------------------
@@ -280,7 +215,7 @@ class RoutingMachine:
         self._queue.ledger.open(client)
         if deadline_s < math.inf:
             self._deadlines.push(request, deadline_s)
-            self._wake(deadline_s)
+            self._wake_up.at(deadline_s)
         place = None if len(self._queue) else self._selector.choose_first(request, now_s)
         if place is None:
             self._wait_for_credit(request, now_s)
@@ -297,22 +232,20 @@ class RoutingMachine:
 
     def advance(self, now_s: float) -> None:
         """Time has passed: end requests whose deadline is over, and retry those whose pause is over."""
-        self._wake_s = math.inf
+        self._wake_up.came()
         for request in self._deadlines.pop_until(now_s):
             self._end(request, DeadlineError("the request's deadline has passed"), now_s)
         for request in self._queue.pop_impatient(now_s):
             self._end(request, self._admission.waited_in_vain(request, now_s), now_s)
         for request in self._retries.pop_until(now_s):
             self._recover(request, now_s)
-        for attempt in self._renewals.pop_until(now_s):
-            if attempt.prefill is not None and not attempt.has_transfer:
-                self._driver.renew_lease(attempt, attempt.prefill.instance_id)
-                self._renew_lease_later(attempt, attempt.prefill, now_s)
+        self._attempts.renew_leases(now_s)
         self._settle(now_s)
-        for first in (self._deadlines.peek(), self._retries.peek(), self._renewals.peek()):
+        for first in (self._deadlines.peek(), self._retries.peek()):
             if first is not None:
-                self._wake(first[0])
-        self._wake(self._queue.next_end_s)
+                self._wake_up.at(first[0])
+        self._wake_up.at(self._attempts.next_renewal_s)
+        self._wake_up.at(self._queue.next_end_s)
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
@@ -328,7 +261,7 @@ class RoutingMachine:
             return False
         attempt.has_started = True
         self._queue.ledger.found_cached(attempt.request.client, num_cached_tokens)
-        self._record_progress(attempt, instance, num_cached_tokens)
+        self._attempts.record_progress(attempt, instance, num_cached_tokens)
         if attempt.hand_over and attempt.decode is None and attempt.growth_tokens > 1:
             self._hand_over(attempt, instance, now_s)
         self._settle(now_s)
@@ -347,19 +280,19 @@ class RoutingMachine:
         self._queue.first_token_time.observe(attempt.num_tokens, now_s - attempt.begun_s)
         self._queue.ledger.generated(attempt.request.client, 1)
         attempt.request.num_output_tokens += 1
-        self._record_progress(attempt, instance, attempt.num_tokens)
+        self._attempts.record_progress(attempt, instance, attempt.num_tokens)
         if is_last:
-            self._release_prefill(attempt, instance, now_s)
+            self._attempts.release_prefill(attempt, now_s)
             self._end(attempt.request, None, now_s)
         elif attempt.has_transfer:
-            self._release_prefill(attempt, instance, now_s)
+            self._attempts.release_prefill(attempt, now_s)
         elif attempt.hand_over:
             if attempt.decode is None:
                 self._hand_over(attempt, instance, now_s)
             if attempt.decode is not None:
                 attempt.decode.await_kv(attempt.handle)
                 self._selector.put(attempt.decode)
-            self._renew_lease_later(attempt, instance, now_s)
+            self._attempts.renew_lease_later(attempt, now_s)
         self._settle(now_s)
         return True
 
@@ -372,7 +305,7 @@ class RoutingMachine:
         self._selector.transferred(attempt, now_s)
         self._selector.put(attempt.decode)
         if attempt.has_first_token and attempt.prefill is not None:
-            self._release_prefill(attempt, attempt.prefill, now_s)
+            self._attempts.release_prefill(attempt, now_s)
         self._settle(now_s)
         return True
 
@@ -395,10 +328,10 @@ class RoutingMachine:
             return False
         self._selector.finished(attempt, now_s)
         if instance is attempt.prefill:
-            self._release_prefill(attempt, instance, now_s)
+            self._attempts.release_prefill(attempt, now_s)
         else:
             attempt.decode = None
-            self._release(attempt, instance, now_s)
+            self._attempts.release(attempt, instance, now_s)
         self._end(attempt.request, None, now_s)
         self._settle(now_s)
         return True
@@ -408,21 +341,8 @@ class RoutingMachine:
         instance = self._selector.instances.get(instance_id)
         if instance is None or instance.find(attempt.handle) is None:
             return False
-        prefill, decode, failures = attempt.prefill, attempt.decode, self._selector.failures
-        blamed = {instance_id}
-        # Before its transfer, the decode instance is "unavailable" because the prefill instance is, for it.
-        is_transfer = isinstance(error, TransferError) or (
-            isinstance(error, UnavailableError) and instance is decode and not attempt.has_transfer
-        )
-        if isinstance(error, IncompatiblePeerError) and prefill is not None and decode is not None:
-            self._selector.refuse_pair(prefill.instance_id, decode.instance_id)
-            blamed = set()  # each may have other partners
-        elif is_transfer and prefill is not None and decode is not None:
-            failures.add((prefill.instance_id, decode.instance_id), now_s)
-            blamed = {prefill.instance_id, decode.instance_id}  # either end may be the reason
-        elif isinstance(error, UnavailableError):
-            failures.add(instance_id, now_s)
-        self._release(attempt, instance, now_s)
+        blamed = self._attempts.blame(attempt, instance, error, now_s)
+        self._attempts.release(attempt, instance, now_s)
         self._fail(attempt, error, blamed, now_s)
         self._settle(now_s)
         return True
@@ -430,73 +350,21 @@ class RoutingMachine:
     # --- an attempt's steps ------------------------------------------------------------------------------------------
 
     def _begin(self, request: RoutedRequest, place: Place, now_s: float) -> None:
-        instance = place.instance
         if request.has_due_time and now_s > request.due_s and not request.num_output_tokens:
             request.demoted_because = "its TTFT target had passed while it waited"
-        self._num_attempts += 1
-        request.num_attempts += 1
-        request.attempt = attempt = Attempt(self._num_attempts, request, instance, place.hand_over, now_s)
-        held_tokens = attempt.num_tokens if place.hand_over else request.max_total_tokens
-        instance.dispatch(attempt, attempt.num_tokens, held_tokens, self._selector.expected_tokens(attempt))
-        self._selector.put(instance, is_chosen=True)
-        self._selector.begun(attempt, place, now_s)
-        self._selector.record_prefix(request, instance)
-        self._driver.submit(attempt, instance.instance_id, None, place.selection)
+        self._attempts.begin(request, place, now_s)
 
     def _hand_over(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> None:
-        """Choose where to decode."""
-        place = self._selector.choose_decode(attempt, prefill, now_s)
-        if place is None:
+        if not self._attempts.hand_over(attempt, prefill, now_s):
             error = UnavailableError("no decode worker is ready that can read the prefill worker's KV")
             self._fail(attempt, error, set(), now_s)
-            return
-        attempt.decode = place.instance
-        if prefill.find(attempt.handle) is attempt:
-            prefill.decode_chosen(attempt.handle)
-            self._selector.put(prefill)
-        expected_tokens = self._selector.expected_tokens(attempt)
-        place.instance.dispatch(attempt, 0, attempt.request.max_total_tokens, expected_tokens)
-        self._selector.put(place.instance, is_chosen=True)
-        self._selector.decode_chosen(attempt, place.instance, now_s)
-        self._driver.submit(attempt, place.instance.instance_id, prefill.instance_id, place.selection)
-
-    def _renew_lease_later(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> None:
-        """The KV waits for its reader, at the longest until the deadline; the lease ends if this router is lost."""
-        time_s = now_s + LEASE_SHARE * prefill.status.lease_s
-        if time_s < math.inf and attempt.prefill is prefill:
-            self._renewals.push(attempt, time_s)
-            self._wake(time_s)
-
-    def _record_progress(self, attempt: Attempt, instance: KnownInstance, num_tokens: int) -> None:
-        if num_tokens > 0 and instance.record_progress(attempt.handle, num_tokens):
-            self._selector.put(instance)
-
-    def _release_prefill(self, attempt: Attempt, instance: KnownInstance, now_s: float) -> None:
-        attempt.prefill = None
-        self._renewals.discard(attempt)
-        self._release(attempt, instance, now_s)
-
-    def _release(self, attempt: Attempt, instance: KnownInstance, now_s: float) -> None:
-        instance.release(attempt.handle)
-        self._selector.released(attempt, instance.instance_id, now_s)
-        self._selector.put(instance)
-
-    def _withdraw(self, attempt: Attempt, now_s: float) -> None:
-        """Cancel the attempt at all instances where it is in flight."""
-        instances = (attempt.prefill, attempt.decode)
-        attempt.prefill = attempt.decode = None
-        self._renewals.discard(attempt)
-        for instance in instances:
-            if instance is not None and instance.find(attempt.handle) is not None:
-                self._release(attempt, instance, now_s)
-                self._driver.cancel(attempt, instance.instance_id)
 
     # --- recovery ----------------------------------------------------------------------------------------------------
 
     def _fail(self, attempt: Attempt, error: TandemError, blamed: set[str], now_s: float) -> None:
         """`blamed` are the instances that further attempts should rather not use."""
         attempt.error = error
-        self._withdraw(attempt, now_s)
+        self._attempts.withdraw(attempt, now_s)
         request, settings = attempt.request, self._settings
         request.attempt = None
         request.error = error
@@ -541,7 +409,7 @@ class RoutingMachine:
         self._recovering[request] = None
         time_s = request.retry_s if now_s < request.retry_s else request.give_up_s
         self._retries.push(request, time_s)
-        self._wake(time_s)
+        self._wake_up.at(time_s)
 
     def _settle(self, now_s: float) -> None:
         """Try the requests again that wait for an instance, if one may have come, or for credit."""
@@ -567,7 +435,7 @@ class RoutingMachine:
         """One that has tokens already waits until its deadline: its client was promised the rest."""
         until_s = math.inf if request.num_output_tokens else self._admission.last_start_s(request, now_s)
         self._queue.push(request, until_s, now_s)
-        self._wake(until_s)
+        self._wake_up.at(until_s)
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
@@ -580,13 +448,12 @@ class RoutingMachine:
     def _forget(self, request: RoutedRequest, now_s: float) -> None:
         del self._requests[request.key]
         self._queue.ledger.close(request.client)
-        if not self._requests and self._wake_s < math.inf:
-            self._wake_s = math.inf
-            self._driver.wake_at(math.inf)
+        if not self._requests:
+            self._wake_up.cancel()
         if request.deadline_s < math.inf:
             self._deadlines.discard(request)
         if request.attempt is not None:
-            self._withdraw(request.attempt, now_s)
+            self._attempts.withdraw(request.attempt, now_s)
             request.attempt = None
         else:
             self._queue.discard(request, now_s)
@@ -596,11 +463,6 @@ class RoutingMachine:
     def _offers_changed(self) -> None:
         self._selector.offers_changed()
         self._has_news = True
-
-    def _wake(self, time_s: float) -> None:
-        if time_s < self._wake_s:
-            self._wake_s = time_s
-            self._driver.wake_at(time_s)
 
 
 def _offer(instance: KnownInstance) -> tuple[bool, Role, str, int]:

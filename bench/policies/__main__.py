@@ -43,7 +43,7 @@ from tandem.profiling.errors import MeasurementError
 from tandem.scheduling.budget import Mixing
 from tandem.scheduling.goodput_selector import GoodputSelector
 from tandem.scheduling.instance_selector import InstanceSelector
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 
 PARTS = ("load", "errors", "balance", "instances")
 LOADS = (0.7, 0.85, 1.0, 1.15, 1.3)

@@ -10,7 +10,7 @@ from tandem.core.step_coefficients import StepCoefficients
 from tandem.scheduling.budget import Mixing
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.instance_selector import InstanceSelector
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.step_load import step_load
 

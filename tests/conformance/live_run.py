@@ -26,7 +26,7 @@ from tandem.router.dispatch import Dispatcher
 from tandem.router.running import RunningRequest
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.conformance.virtual_time import LoopClock
 from tests.router.fakes import MODEL, ROLES, FakeSession, expected_tokens, finished_event, make_status, next_tokens
 

@@ -26,7 +26,7 @@ from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling import routed_request
 from tandem.scheduling.routed_request import RoutedRequest
 from tandem.scheduling.routing import Selection
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.conformance.live_run import BLOCK_SIZE, ROLES, Ask, Recording, ended, submitted
 from tests.placement.simulator.deployments import LinearCost
 

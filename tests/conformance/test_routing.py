@@ -7,7 +7,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.conformance.live_run import KINDS, Ask, Recording, Trouble, run_live
 from tests.conformance.replay import Replay
 from tests.conformance.virtual_time import VirtualTimeLoop

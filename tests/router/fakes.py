@@ -29,7 +29,7 @@ from tandem.router.profile import ProfileObserver
 from tandem.router.records import RequestLog, RequestRecord
 from tandem.router.running import RunningRequest
 from tandem.scheduling.known_instance import KnownInstance
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.instance_status import MODEL, ROLES, make_status
 
 Command = TypeVar("Command", Submit, Cancel)

@@ -23,7 +23,7 @@ from tandem.core.session import (
     TransferCommitted,
 )
 from tandem.router.running import RunningRequest
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.router.fakes import Cluster, expected_tokens, finished_event, make_cluster, make_status, next_tokens
 
 INSTANCES = (

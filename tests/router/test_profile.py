@@ -10,7 +10,7 @@ from tandem.core.timeline import Stage, Timeline
 from tandem.core.workload_profile import WorkloadProfile
 from tandem.router.profile import ProfileObserver
 from tandem.router.records import RequestRecord
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.router.fakes import make_request, running_cluster
 
 

@@ -9,7 +9,8 @@ from tandem.core.session import InstanceStatus
 from tandem.core.step_coefficients import StepCoefficients
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Selection
-from tandem.scheduling.routing_machine import RoutingMachine, RoutingSettings
+from tandem.scheduling.routing_machine import RoutingMachine
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.instance_status import ROLES
 
 STEP_COST = StepCoefficients(0.01, 1e-4, 1e-4, 1e-4, 1e-6, 0.0)

@@ -7,7 +7,7 @@ import pytest
 from tandem.core.errors import OverloadedError
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import BlockCounts
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.scheduling.routing_fakes import Router
 
 BLOCKS = BlockCounts(total=512, free=512, running=0, cached=0, leased=0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import BlockCounts
 from tandem.core.step_coefficients import StepCoefficients
-from tandem.scheduling.routing_machine import RoutingSettings
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.scheduling.routing_fakes import STEP_COST, Router, Sent
 
 _GOODPUT = RoutingSettings(policy="goodput")

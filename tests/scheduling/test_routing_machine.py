@@ -18,7 +18,7 @@ from tandem.core.errors import (
 )
 from tandem.core.session import BlockCounts, InstanceState, Role
 from tandem.scheduling.goodput_selector import GoodputSelector
-from tandem.scheduling.routing_machine import RoutingPolicy, RoutingSettings
+from tandem.scheduling.routing_settings import RoutingPolicy, RoutingSettings
 from tests.scheduling.routing_fakes import STEP_COST, Router, Sent, make_status
 
 # --- forms -----------------------------------------------------------------------------------------------------------

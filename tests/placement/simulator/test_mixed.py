@@ -17,7 +17,7 @@ from tandem.placement.simulator.deployment import Failure, NetworkSpec, RouterSp
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
-from tandem.scheduling.routing_machine import RoutingPolicy, RoutingSettings
+from tandem.scheduling.routing_settings import RoutingPolicy, RoutingSettings
 from tests.placement.simulator.deployments import deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
