@@ -88,8 +88,7 @@ class RoutingMachine:
         self._requests: dict[Hashable, RoutedRequest] = {}
         self._queue = RequestQueue(settings.queue_order)  # waits for credit
         self._admission = Admission(self._queue, settings.max_wait_s)
-        self._recovering: dict[RoutedRequest, None] = {}  # waits for an instance
-        self._retries: KeyedHeap[RoutedRequest] = KeyedHeap()  # when those are looked at again
+        self._recovering: KeyedHeap[RoutedRequest] = KeyedHeap()  # waits for an instance; when it is looked at again
         self._deadlines: KeyedHeap[RoutedRequest] = KeyedHeap()
         self._wake_up = WakeUp(driver)
         self._attempts = Attempts(driver, self._selector, self._wake_up)
@@ -237,12 +236,12 @@ class RoutingMachine:
             self._end(request, DeadlineError("the request's deadline has passed"), now_s)
         for request in self._queue.pop_impatient(now_s):
             self._end(request, self._admission.waited_in_vain(request, now_s), now_s)
-        for request in self._retries.pop_until(now_s):
-            self._recover(request, now_s)
+        while (first := self._recovering.peek()) is not None and first[0] <= now_s:
+            self._recover(first[1], now_s)
         self._attempts.renew_leases(now_s)
         self._settle(now_s)
-        for first in (self._deadlines.peek(), self._retries.peek()):
-            if first is not None:
+        for heap in (self._deadlines, self._recovering):
+            if (first := heap.peek()) is not None:
                 self._wake_up.at(first[0])
         self._wake_up.at(self._attempts.next_renewal_s)
         self._wake_up.at(self._queue.next_end_s)
@@ -380,8 +379,7 @@ class RoutingMachine:
 
     def _recover(self, request: RoutedRequest, now_s: float) -> None:
         """Begin another attempt: at once on an instance that has not failed the request, else after a pause."""
-        self._recovering.pop(request, None)
-        self._retries.discard(request)
+        self._recovering.discard(request)
         place = self._selector.choose_first(request, now_s)
         if place is None:
             if self._selector.waits_for_credit(request):
@@ -406,9 +404,8 @@ class RoutingMachine:
             assert error is not None, "a request waits for an instance because it lost one"
             self._end(request, _final(request, error), now_s)
             return
-        self._recovering[request] = None
         time_s = request.retry_s if now_s < request.retry_s else request.give_up_s
-        self._retries.push(request, time_s)
+        self._recovering.push(request, time_s)
         self._wake_up.at(time_s)
 
     def _settle(self, now_s: float) -> None:
@@ -457,8 +454,7 @@ class RoutingMachine:
             request.attempt = None
         else:
             self._queue.discard(request, now_s)
-            self._retries.discard(request)
-            self._recovering.pop(request, None)
+            self._recovering.discard(request)
 
     def _offers_changed(self) -> None:
         self._selector.offers_changed()

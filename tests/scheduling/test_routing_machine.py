@@ -738,4 +738,4 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
             assert (load.decoding, load.context_tokens, load.queued_tokens) == (0, 0, 0)
             assert load.queued_s == pytest.approx(0.0, abs=1e-9)
     router.advance(100.0)
-    assert len(machine._deadlines) == len(machine._retries) == len(machine._recovering) == len(machine._queue) == 0
+    assert len(machine._deadlines) == len(machine._recovering) == len(machine._queue) == 0
