@@ -18,12 +18,14 @@ from typing import NamedTuple
 from tandem.core.session import Role
 from tandem.scheduling.decode_index import DecodeQuery
 from tandem.scheduling.instance_index import NO_INSTANCES
-from tandem.scheduling.instance_selector import InstanceSelector, Place, SelectorSettings
+from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import LinearPredictor, Residuals
+from tandem.scheduling.prefix_tracker import PrefixTracker
 from tandem.scheduling.priced_load import PricedLoad
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Candidate, Selection
+from tandem.scheduling.routing_settings import RoutingSettings
 
 NUM_CANDIDATES = 4  # of each role
 LEAST_ERROR = 0.05  # of a prediction: later arrivals and departures are never known
@@ -48,8 +50,10 @@ class Estimate(NamedTuple):
 class GoodputSelector(InstanceSelector):
     """As `InstanceSelector`, and owns the priced load of each instance and the errors of its predictions."""
 
-    def __init__(self, settings: SelectorSettings) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, settings: RoutingSettings, *, explain: bool = True, tracker_type: type[PrefixTracker] = PrefixTracker
+    ) -> None:
+        super().__init__(settings, explain=explain, tracker_type=tracker_type)
         self.ttft_errors = {True: Residuals(), False: Residuals()}  # of remote and local prefill
         self.tpot_errors = Residuals()
         self.transfer = LinearPredictor(_FIRST_TRANSFER)  # of 1 and the tokens
@@ -129,7 +133,7 @@ class GoodputSelector(InstanceSelector):
         if best.place.instance.instance_id in self._without_credit:
             return None  # the request waits in the router: better than to begin at once where there is credit
         place = best.place._replace(expected=(best.ttft_s, best.tpot_s))
-        return place._replace(selection=_explained(best, estimates)) if self._settings.explain else place
+        return place._replace(selection=_explained(best, estimates)) if self._explain else place
 
     def _estimates(
         self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float], now_s: float
@@ -246,7 +250,7 @@ class GoodputSelector(InstanceSelector):
                 Estimate(place, 0.0, after_s, on_time, loss, request.effective_slo.weight * on_time - loss)
             )
         best = _best(estimates, request)
-        return best.place._replace(selection=_explained(best, estimates)) if self._settings.explain else best.place
+        return best.place._replace(selection=_explained(best, estimates)) if self._explain else best.place
 
 
 def _best(estimates: list[Estimate], request: RoutedRequest) -> Estimate:

@@ -8,7 +8,7 @@ computes the prompt itself: degraded service instead of none.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tandem.core.errors import ContextLengthError, UnavailableError
@@ -23,6 +23,7 @@ from tandem.scheduling.prefix_tracker import PrefixTracker
 from tandem.scheduling.recent_failures import RecentFailures
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Candidate, Selection
+from tandem.scheduling.routing_settings import RoutingSettings
 
 # Where a request decodes, prompts of no more than this part of the memory wait for it: more would only wait there.
 WAITING_MEMORY_SHARE = 4
@@ -41,26 +42,19 @@ class Place(NamedTuple):
     expected: tuple[float, float] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SelectorSettings:
-    """As in `routing_machine.RoutingSettings`. `explain`: give the comparison behind each decision."""
-
-    explain: bool
-    slack_tokens: int
-    max_tracked_blocks: int
-    outstanding_steps: float
-    max_outstanding_tokens: int | None
-    local_prefill: bool
-    tracker_type: type[PrefixTracker] = PrefixTracker
-
-
 class InstanceSelector:
     """Owns the instances as known, what they have cached, and which of them failed lately."""
 
-    def __init__(self, settings: SelectorSettings) -> None:
+    def __init__(
+        self, settings: RoutingSettings, *, explain: bool = True, tracker_type: type[PrefixTracker] = PrefixTracker
+    ) -> None:
+        """`explain`: give the comparison behind each decision. `tracker_type`: for names of blocks other than
+        hashes."""
         self.instances: dict[str, KnownInstance] = {}  # to be read only
         self.failures = RecentFailures()
         self._settings = settings
+        self._explain = explain
+        self._tracker_type = tracker_type
         self._prefills = PrefillIndex(settings.slack_tokens)
         self._decodes = DecodeIndex()
         self._colocated = DecodeIndex()
@@ -82,8 +76,7 @@ class InstanceSelector:
         self.instances[instance.instance_id] = instance
         block_size = instance.status.block_size
         if instance.role is not Role.DECODE and block_size not in self._trackers:
-            tracker_type = self._settings.tracker_type
-            self._trackers[block_size] = tracker_type(block_size, self._settings.max_tracked_blocks)
+            self._trackers[block_size] = self._tracker_type(block_size, self._settings.max_tracked_blocks)
         self.put(instance)
 
     def put(self, instance: KnownInstance, *, is_chosen: bool = False) -> None:
@@ -263,7 +256,7 @@ class InstanceSelector:
         return self._find(index, query, hand_over=False)
 
     def _find(self, index: InstanceIndex[Any, QueryT], query: QueryT, *, hand_over: bool) -> Place | None:
-        if not self._settings.explain:
+        if not self._explain:
             best = index.best(query)
             return None if best is None else Place(self.instances[best.rank[3]], hand_over, None)
         selection = index.select(query)

@@ -40,7 +40,7 @@ from tandem.core.session import InstanceStatus, Role
 from tandem.scheduling.admission import Admission
 from tandem.scheduling.attempts import Attempts
 from tandem.scheduling.goodput_selector import GoodputSelector
-from tandem.scheduling.instance_selector import InstanceSelector, Place, SelectorSettings
+from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import Residuals
@@ -74,17 +74,7 @@ class RoutingMachine:
         self._driver = driver
         self._settings = settings
         selector_type = selector_type or _SELECTORS[settings.policy]
-        self._selector = selector_type(
-            SelectorSettings(
-                explain=explain,
-                slack_tokens=settings.slack_tokens,
-                max_tracked_blocks=settings.max_tracked_blocks,
-                outstanding_steps=settings.outstanding_steps,
-                max_outstanding_tokens=settings.max_outstanding_tokens,
-                local_prefill=settings.local_prefill,
-                tracker_type=tracker_type,
-            )
-        )
+        self._selector = selector_type(settings, explain=explain, tracker_type=tracker_type)
         self._requests: dict[Hashable, RoutedRequest] = {}
         self._queue = RequestQueue(settings.queue_order)  # waits for credit
         self._admission = Admission(self._queue, settings.max_wait_s)

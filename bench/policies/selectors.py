@@ -5,19 +5,21 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
 from random import Random
+from typing import Any
 
 from tandem.core.session import Role
-from tandem.scheduling.instance_selector import InstanceSelector, Place, SelectorSettings
+from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
+from tandem.scheduling.routing_settings import RoutingSettings
 
 
 class SimpleSelector(InstanceSelector):
     """A rule that looks at usable instances only: for prompts prefill instances (colocated ones if there are none),
     then decode instances."""
 
-    def __init__(self, settings: SelectorSettings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: RoutingSettings, **options: Any) -> None:
+        super().__init__(settings, **options)
         self._turn = count()
         self._random = Random(0)
         self._open_requests: dict[str, int] = {}  # as last heard
@@ -104,8 +106,8 @@ def with_stale_reports(selector_type: type[InstanceSelector], period_s: float) -
     at once."""
 
     class Stale(selector_type):  # type: ignore[misc, valid-type]
-        def __init__(self, settings: SelectorSettings) -> None:
-            super().__init__(settings)
+        def __init__(self, settings: RoutingSettings, **options: Any) -> None:
+            super().__init__(settings, **options)
             self._changed: dict[str, KnownInstance] = {}
             self._late: list[Callable[[], None]] = []
             self._next_s = 0.0

@@ -6,10 +6,11 @@ import pytest
 
 from tandem.core.errors import ContextLengthError
 from tandem.core.session import BlockCounts, InstanceState, Role
-from tandem.scheduling.instance_selector import InstanceSelector, Place, SelectorSettings
+from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.prefix_index import block_hashes
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.scheduling.routing_fakes import Router, make_status
 
 
@@ -17,15 +18,7 @@ class Selector(InstanceSelector):
     """Each choice counts, without a machine that would dispatch."""
 
     def __init__(self, *instance_ids: str) -> None:
-        settings = SelectorSettings(
-            explain=True,
-            slack_tokens=4096,
-            max_tracked_blocks=65536,
-            outstanding_steps=2.0,
-            max_outstanding_tokens=None,
-            local_prefill=False,
-        )
-        super().__init__(settings)
+        super().__init__(RoutingSettings(local_prefill=False))
         self.join(*instance_ids)
 
     def join(self, *instance_ids: str, **changes: object) -> None:
