@@ -130,7 +130,7 @@ class GoodputSelector(InstanceSelector):
         if not estimates:
             return super()._choose(request, needed_tokens, failures, now_s)
         best = _best(estimates, request)
-        if best.place.instance.instance_id in self._without_credit:
+        if best.place.instance.instance_id in self._credit.without:
             return None  # the request waits in the router: better than to begin at once where there is credit
         place = best.place._replace(expected=(best.ttft_s, best.tpot_s))
         return place._replace(selection=_explained(best, estimates)) if self._explain else place

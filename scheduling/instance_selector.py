@@ -6,7 +6,6 @@ prefill instance, or none whose KV a decode instance can read, as in the middle 
 computes the prompt itself: degraded service instead of none.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from tandem.core.errors import ContextLengthError, UnavailableError
 from tandem.core.session import Role
 from tandem.scheduling.answer_lengths import AnswerLengths
 from tandem.scheduling.decode_index import DecodeIndex, DecodeQuery
+from tandem.scheduling.instance_credit import InstanceCredit
 from tandem.scheduling.instance_index import NO_FAILURES, InstanceIndex, QueryT
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import Residuals
@@ -24,12 +24,6 @@ from tandem.scheduling.recent_failures import RecentFailures
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Candidate, Selection
 from tandem.scheduling.routing_settings import RoutingSettings
-
-# Where a request decodes, prompts of no more than this part of the memory wait for it: more would only wait there.
-WAITING_MEMORY_SHARE = 4
-# What requests are expected to grow to, as a multiple of the memory where they decode. Most of the time they are
-# shorter, for they grow at different times; and some of the memory's worth is on its way.
-EXPECTED_MEMORY_RATIO = 1.5
 
 
 class Place(NamedTuple):
@@ -59,13 +53,8 @@ class InstanceSelector:
         self._decodes = DecodeIndex()
         self._colocated = DecodeIndex()
         self._trackers: dict[int, PrefixTracker] = {}  # by block size: it determines the blocks' names
-        self._without_credit: set[str] = set()
+        self._credit = InstanceCredit(settings)
         self.answer_lengths = AnswerLengths()
-        # Tokens, by the fingerprint of the KV: what decode instances with credit have room for, and what is expected of
-        # requests whose decode instance is not chosen yet. Beside them the share of each instance.
-        self._room: Counter[str] = Counter()
-        self._unplaced: Counter[str] = Counter()
-        self._shares: dict[str, tuple[Counter[str], str, int]] = {}
         self._capacity_tokens: int | None = None  # None: to be worked out
         self._is_local = False  # decode instances must compute prompts, for want of others
 
@@ -87,32 +76,7 @@ class InstanceSelector:
         else:
             index = self._decodes if role is Role.DECODE else self._colocated
             (index.take if is_chosen else index.put)(instance.decode_view())
-        limit = self._settings.max_outstanding_tokens
-        if limit is None:
-            return
-        room_tokens = 1
-        step_tokens = instance.status.step_prompt_tokens
-        computes_enough = 0 < self._settings.outstanding_steps * step_tokens <= instance.uncomputed_tokens
-        if role is not Role.PREFILL:
-            limit = min(limit, instance.memory_tokens // WAITING_MEMORY_SHARE)
-            room_tokens = int(EXPECTED_MEMORY_RATIO * instance.memory_tokens) - instance.expected_tokens
-        has_credit = instance.waiting_tokens < limit and room_tokens > 0 and not computes_enough
-        (self._without_credit.discard if has_credit else self._without_credit.add)(instance.instance_id)
-        if role is Role.PREFILL:
-            self._set_share(instance, self._unplaced, instance.expected_tokens)
-        elif role is Role.DECODE:
-            self._set_share(instance, self._room, room_tokens if has_credit and instance.is_usable else 0)
-
-    def _set_share(self, instance: KnownInstance, of: Counter[str], num_tokens: int) -> None:
-        self._drop_share(instance.instance_id)
-        fingerprint = instance.status.fingerprint
-        of[fingerprint] += num_tokens
-        self._shares[instance.instance_id] = (of, fingerprint, num_tokens)
-
-    def _drop_share(self, instance_id: str) -> None:
-        if (share := self._shares.pop(instance_id, None)) is not None:
-            of, fingerprint, num_tokens = share
-            of[fingerprint] -= num_tokens
+        self._credit.update(instance)
 
     def expected_tokens(self, attempt: Attempt) -> int:
         """KV slots that it will probably need to decode: none if it ends with its first token."""
@@ -122,7 +86,7 @@ class InstanceSelector:
 
     def leave_role(self, instance: KnownInstance) -> None:
         """The instance is no candidate in its present role any more."""
-        self._drop_share(instance.instance_id)
+        self._credit.leave_role(instance.instance_id)
         index: PrefillIndex | DecodeIndex = self._prefills
         if instance.role is not Role.PREFILL:
             index = self._decodes if instance.role is Role.DECODE else self._colocated
@@ -131,7 +95,7 @@ class InstanceSelector:
     def remove(self, instance_id: str) -> None:
         """It is gone for good."""
         self.leave_role(self.instances.pop(instance_id))
-        self._without_credit.discard(instance_id)
+        self._credit.remove(instance_id)
         self.failures.forget(instance_id)
         for tracker in self._trackers.values():
             tracker.forget(instance_id)
@@ -174,7 +138,7 @@ class InstanceSelector:
 
     def waits_for_credit(self, request: RoutedRequest) -> bool:
         """Of a request for which nothing was chosen: whether an instance was usable."""
-        return self._settings.max_outstanding_tokens is not None and request.num_tokens < self.capacity_tokens()
+        return self._credit.is_limited and request.num_tokens < self.capacity_tokens()
 
     def _find_capacity_tokens(self) -> int:
         longest: dict[Role, dict[str, int]] = {role: {} for role in Role}  # by fingerprint
@@ -227,17 +191,14 @@ class InstanceSelector:
         if self.failures:
             failures = self.failures.of_prefills(failures, self.instances)
         without_reader = self.failures.without_reader(self.instances)
-        fingerprints = self._decodes.fingerprints_for(needed_tokens)
-        if self._settings.max_outstanding_tokens is not None:
-            unplaced, known = self._unplaced, fingerprints
-            fingerprints = [each for each, room in self._room.items() if room > unplaced[each] and each in known]
+        without_credit = self._credit.without
         return PrefillQuery(
             request.num_tokens,
             needed_tokens,
-            fingerprints,
+            self._credit.with_room(self._decodes.fingerprints_for(needed_tokens)),
             self._holders(request) if request.has_block_names else (),
             request.avoid,
-            self._without_credit | without_reader if without_reader else self._without_credit,
+            without_credit | without_reader if without_reader else without_credit,
             failures,
         )
 
@@ -250,7 +211,7 @@ class InstanceSelector:
             needed_tokens,
             None,
             request.avoid,
-            self._without_credit,
+            self._credit.without,
             failures,
         )
         return self._find(index, query, hand_over=False)
