@@ -5,11 +5,12 @@ from collections.abc import Hashable, Iterable
 
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
+from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.fast_forward import EvenBatch, FastForward
 from tandem.scheduling.integrity import BlockTable
 from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.prefix_index import PrefixIndex
-from tandem.scheduling.scheduler import Chunk, Scheduler
+from tandem.scheduling.scheduler import Scheduler
 from tandem.scheduling.sequence import Sequence
 
 
@@ -71,7 +72,7 @@ class FastForwardScheduler(Scheduler):
         if not self._index.ensure_free(count):
             return None
         self._growth = self._pool.allocate(count)
-        self._held_blocks += count
+        self._claims.num_held += count
         steps = FastForward(1, num_decoding, batch.kv_tokens, batch.newcomers)
         left = min(budget.max_prefill_tokens, budget.max_batch_tokens - num_decoding)
         return (self._prompt_chunks(left, now_s) if left > 0 else []), steps
@@ -81,11 +82,11 @@ class FastForwardScheduler(Scheduler):
         have reached their limit, in the order of their chunks: `finish` each now."""
         batch = self._batch
         assert batch is not None, "ask `fast_forward` first"
-        self._claimed_blocks -= batch.claimed_blocks
+        self._claims.num_claimed -= batch.claimed_blocks
         count = batch.advance(num_steps)
-        self._claimed_blocks += batch.claimed_blocks
+        self._claims.num_claimed += batch.claimed_blocks
         if not self._growth:
-            self._held_blocks += count
+            self._claims.num_held += count
             has_blocks = self._index.ensure_free(count)
             assert has_blocks, "the batch does not stay the same for so long"
             self._growth = self._pool.allocate(count)
@@ -95,7 +96,7 @@ class FastForwardScheduler(Scheduler):
         self._computed_tokens += num_steps * len(batch)
         ended = batch.pop_ended()
         for sequence in ended:
-            self._claims[sequence.key] = self._claim_of(sequence)
+            self._claims.by_key[sequence.key] = self._claims.claim_of(sequence)
         return ended
 
     # --- what looks at single sequences, or changes who runs ---------------------------------------------------------
@@ -148,7 +149,7 @@ class FastForwardScheduler(Scheduler):
     def _sync(self, sequence: Sequence) -> None:
         if self._batch is not None and sequence.key in self._batch.synced:
             self._batch.sync(sequence)
-            self._claims[sequence.key] = self._claim_of(sequence)
+            self._claims.by_key[sequence.key] = self._claims.claim_of(sequence)
 
     def _end_batch(self) -> None:
         """From here on the sequences' own numbers count."""
@@ -158,5 +159,5 @@ class FastForwardScheduler(Scheduler):
             assert not self._batch.loose_blocks, "a block that no sequence missed"
             self._batch = None
             self._pool.release(self._growth)  # of a step that was lost
-            self._held_blocks -= len(self._growth)
+            self._claims.num_held -= len(self._growth)
             self._growth = []

@@ -6,29 +6,16 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from tandem.core.errors import ContextLengthError, OverloadedError
+from tandem.scheduling.block_claims import BlockClaims
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
+from tandem.scheduling.chunk import Chunk, prompt_chunk
 from tandem.scheduling.integrity import BlockTable, check_blocks
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.sequence import Sequence, SequenceState
 from tandem.scheduling.slack import max_prompt_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens `[start, start + num_tokens)` of `sequence`, computed in one step.
-
-    A chunk of a prompt (`is_prompt`) computes tokens before the first drawn one, or computes them anew after a
-    preemption; any other chunk is one token of decoding. Only after a chunk that `samples` is a token drawn.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-    is_prompt: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +67,10 @@ class Scheduler:
     __slots__ = (
         "_block_size",
         "_cached_tokens",
-        "_claimed_blocks",
         "_claims",
         "_computed_tokens",
         "_deadlines",
         "_decoding",
-        "_held_blocks",
         "_index",
         "_line",
         "_memory_changed",
@@ -127,9 +112,7 @@ class Scheduler:
         self._unreserved: OrderedDict[Hashable, Sequence] = OrderedDict()  # KV from elsewhere, by age
         self._prompts: dict[Hashable, Sequence] = {}  # running, not decoding yet; admitted first comes first
         self._decoding: OrderedDict[Hashable, Sequence] = OrderedDict()  # running; the next to take part comes first
-        self._claims: dict[Hashable, int] = {}  # of receiving and running sequences
-        self._claimed_blocks = 0
-        self._held_blocks = 0  # sum of the block tables of those that claim
+        self._claims = BlockClaims(budget, pool, prefix_index, self.max_model_len)
         self._short_for: Hashable | None = None  # the first in line for which memory was too short,
         self._short_at = 0  # with this number of blocks available,
         self._memory_changed = False  # and whether it may fit since then though no more are available
@@ -160,8 +143,9 @@ class Scheduler:
         """From the next step on. What runs goes on, even where the new budget would not have admitted it."""
         self.budget = budget
         self._memory_changed = True
-        for key in self._claims:
-            self._claim(self._sequences[key])
+        self._claims.set_budget(budget)
+        for key in self._claims.by_key:
+            self._claims.claim(self._sequences[key])
 
     # --- coming in ---------------------------------------------------------------------------------------------------
 
@@ -199,12 +183,12 @@ class Scheduler:
             first = self._line.peek()
             if first is not None and first[1] == self._short_for and first[0] < sequence.order:
                 break
-            count = self._blocks_for(sequence.num_tokens)
-            if not self._fits(sequence, count):
+            count = self._claims.blocks_for(sequence.num_tokens)
+            if not self._claims.fits(sequence, count):
                 break
             self._index.ensure_free(count)
             self._leave(sequence)
-            self._hold(sequence, self._pool.allocate(count))
+            self._claims.hold(sequence, self._pool.allocate(count))
             sequence.move_to(SequenceState.RECEIVING)
             reserved.append(sequence)
         return reserved
@@ -218,7 +202,7 @@ class Scheduler:
         sequence.append(first_token_id)
         sequence.move_to(SequenceState.RUNNING)
         self._decoding[key] = sequence
-        self._claim(sequence)
+        self._claims.claim(sequence)
         return sequence
 
     # --- stepping ----------------------------------------------------------------------------------------------------
@@ -275,7 +259,7 @@ class Scheduler:
         sequence.append(token_id)
         if self._prompts and self._prompts.pop(key, None) is not None:
             self._decoding[key] = sequence
-        self._claim(sequence)
+        self._claims.claim(sequence)
         return sequence
 
     # --- going out ---------------------------------------------------------------------------------------------------
@@ -318,7 +302,7 @@ class Scheduler:
         return SchedulerCounts(
             waiting=self._num_waiting,
             unreserved=len(self._unreserved),
-            receiving=len(self._claims) - len(self._prompts) - len(self._decoding),
+            receiving=len(self._claims.by_key) - len(self._prompts) - len(self._decoding),
             prompts=len(self._prompts),
             decoding=len(self._decoding),
             preempted=len(self._line) - self._num_waiting,
@@ -332,10 +316,10 @@ class Scheduler:
     @property
     def num_held_blocks(self) -> int:
         """Sum of the lengths of `block_tables`. O(1)."""
-        return self._held_blocks
+        return self._claims.num_held
 
     def block_tables(self) -> list[BlockTable]:
-        return [self._sequences[key].block_table for key in self._claims]
+        return [self._sequences[key].block_table for key in self._claims.by_key]
 
     def check_integrity(self, other_owners: Iterable[BlockTable] = ()) -> None:
         """Every held block is a live sequence's or one of `other_owners` (held for a reader, or still written by a
@@ -343,15 +327,15 @@ class Scheduler:
         in_line = [sequence for sequence in self._sequences.values() if sequence.key in self._line]
         running = (*self._prompts.values(), *self._decoding.values())
         assert len(in_line) == len(self._line)
-        assert len(self._sequences) == len(in_line) + len(self._unreserved) + len(self._claims)
+        assert len(self._sequences) == len(in_line) + len(self._unreserved) + len(self._claims.by_key)
         assert self._num_waiting == sum(sequence.state is SequenceState.WAITING for sequence in in_line)
         assert all(sequence.state is SequenceState.RUNNING for sequence in running)
         assert all(sequence.num_uncomputed == 1 for sequence in self._decoding.values()), "decoding with a gap"
         assert self._uncomputed_tokens == sum(s.num_uncomputed for s in (*in_line, *self._prompts.values()))
         assert self._unreserved_tokens == sum(sequence.num_tokens for sequence in self._unreserved.values())
-        assert self._claimed_blocks == sum(self._claims.values())
-        assert self._held_blocks == sum(len(table) for table in self.block_tables())
-        for key, claim in self._claims.items():
+        assert self._claims.num_claimed == sum(self._claims.by_key.values())
+        assert self._claims.num_held == sum(len(table) for table in self.block_tables())
+        for key, claim in self._claims.by_key.items():
             assert len(self._sequences[key].block_table) <= claim, "a sequence holds more than it claims"
         self._index.check_integrity()
         check_blocks(self._pool, [*self.block_tables(), *other_owners])
@@ -372,7 +356,7 @@ class Scheduler:
             self._preempt(max(running, key=lambda sequence: sequence.order))
         for sequence in growing:
             sequence.block_table.extend(self._pool.allocate(1))
-        self._held_blocks += len(growing)
+        self._claims.num_held += len(growing)
         chunks = [Chunk(sequence, sequence.num_computed, 1, samples=True, is_prompt=False) for sequence in picked]
         if len(chunks) < len(self._decoding):
             for chunk in chunks:
@@ -397,34 +381,6 @@ class Scheduler:
         return chunks
 
     # --- memory ------------------------------------------------------------------------------------------------------
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
-    def _claim_of(self, sequence: Sequence) -> int:
-        """Blocks that it holds at the end of its growth horizon."""
-        num_tokens = sequence.num_tokens
-        if not sequence.hand_over:
-            grown = min(num_tokens + self.budget.growth_horizon_tokens, self.length_limit(sequence))
-            num_tokens = max(num_tokens, grown)
-        return -(-num_tokens // self._block_size)
-
-    def _claim(self, sequence: Sequence) -> None:
-        claim = self._claim_of(sequence)
-        self._claimed_blocks += claim - self._claims.get(sequence.key, 0)
-        self._claims[sequence.key] = claim
-
-    def _hold(self, sequence: Sequence, block_table: list[int]) -> None:
-        sequence.block_table = block_table
-        self._held_blocks += len(block_table)
-        self._claim(sequence)
-
-    def _fits(self, newcomer: Sequence, num_missing: int) -> bool:
-        """Whether it can be given `num_missing` blocks, and all can grow."""
-        growth = self._claimed_blocks - self._held_blocks + self._claim_of(newcomer)
-        growth -= self._blocks_for(newcomer.num_tokens)
-        spare = int(self.budget.watermark * self._pool.num_blocks) if self._claims else 0
-        return num_missing + growth + spare <= self._index.num_available
 
     @property
     def _first_is_blocked(self) -> bool:
@@ -465,17 +421,17 @@ class Scheduler:
         cached: list[int] = []
         if sequence.request.sampling.prompt_logprobs is None:  # those need every prompt token to be computed
             cached = self._index.match(sequence.token_ids, sequence.request.cache_salt, sequence.block_hashes)
-        num_missing = self._blocks_for(sequence.num_tokens) - len(cached)
+        num_missing = self._claims.blocks_for(sequence.num_tokens) - len(cached)
         num_cached = len(cached) * self._block_size
         too_many = max_uncomputed is not None and sequence.num_tokens - num_cached > max_uncomputed
-        if too_many or not self._fits(sequence, num_missing):
+        if too_many or not self._claims.fits(sequence, num_missing):
             self._pool.release(cached)
             if not too_many:
                 self._short_for, self._short_at = sequence.key, self._index.num_available
                 self._memory_changed = False
             return False
         self._index.ensure_free(num_missing)
-        self._hold(sequence, cached + self._pool.allocate(num_missing))
+        self._claims.hold(sequence, cached + self._pool.allocate(num_missing))
         sequence.num_cached = sequence.num_computed = num_cached
         return True
 
@@ -502,9 +458,7 @@ class Scheduler:
         """Take it out of the line or the batch it is in, and give up its claim."""
         key = sequence.key
         self._memory_changed = True
-        if (claim := self._claims.pop(key, None)) is not None:
-            self._claimed_blocks -= claim
-            self._held_blocks -= len(sequence.block_table)
+        self._claims.drop(sequence)
         if self._decoding.pop(key, None) is not None or sequence.state is SequenceState.RECEIVING:
             return
         if self._unreserved.pop(key, None) is not None:
@@ -514,9 +468,3 @@ class Scheduler:
         self._prompts.pop(key, None)
         self._line.discard(key)
         self._num_waiting -= sequence.state is SequenceState.WAITING
-
-
-def prompt_chunk(sequence: Sequence, max_tokens: int) -> Chunk:
-    num_uncomputed = sequence.num_uncomputed
-    num_tokens = min(num_uncomputed, max_tokens)
-    return Chunk(sequence, sequence.num_computed, num_tokens, samples=num_tokens == num_uncomputed, is_prompt=True)

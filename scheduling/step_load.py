@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tandem.core.cost_model import StepLoad, attention_pairs
-from tandem.scheduling.scheduler import Chunk
+from tandem.scheduling.chunk import Chunk
 
 
 def step_load(chunks: Sequence[Chunk]) -> StepLoad:

@@ -43,10 +43,11 @@ from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOut
 from tandem.prefill_worker.held_kv import KvComputing, KvReady
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
+from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.integrity import count_blocks
 from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.prefix_index import CacheChange, PrefixIndex
-from tandem.scheduling.scheduler import Chunk, Scheduler
+from tandem.scheduling.scheduler import Scheduler
 from tandem.scheduling.sequence import Sequence, SequenceState
 from tandem.scheduling.step_load import step_load
 from tandem.worker.progress import PAIRS_PER_TOKEN

@@ -10,8 +10,8 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 
 from tandem.core.cost_model import CostModel, StepCost, StepLoad, attention_pairs
+from tandem.scheduling.chunk import Chunk, prompt_chunk
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
-from tandem.scheduling.scheduler import Chunk, prompt_chunk
 from tandem.scheduling.sequence import Sequence
 from tandem.scheduling.step_load import step_load
 

@@ -8,10 +8,10 @@ from tandem.core.instance_section import RoleName
 from tandem.core.request_slo import RequestSlo
 from tandem.core.step_coefficients import StepCoefficients
 from tandem.scheduling.budget import Mixing
+from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.instance_selector import InstanceSelector
 from tandem.scheduling.routing_settings import RoutingSettings
-from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.step_load import step_load
 
 PAUSE_S = 0.03

@@ -3,8 +3,8 @@
 import math
 from typing import NamedTuple
 
+from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.fast_forward import FastForward
-from tandem.scheduling.scheduler import Chunk
 
 
 class ChunkStep(NamedTuple):

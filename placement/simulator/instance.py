@@ -15,10 +15,10 @@ from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
 from tandem.placement.simulator.result import InstanceUse
 from tandem.placement.simulator.use import StepTotals
 from tandem.scheduling.budget import role_budget
+from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.fast_forward import FastForward
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.predictor import StepPredictor
-from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.sequence import Sequence, SequenceState
 from tandem.scheduling.step_load import step_load
 

@@ -3,8 +3,8 @@ from tandem.core.cost_model import StepLoad
 from tandem.core.request import GenerationRequest, SamplingParams
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
+from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.prefix_index import PrefixIndex
-from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.sequence import Sequence
 
 

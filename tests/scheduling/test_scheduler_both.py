@@ -6,9 +6,9 @@ from tandem.core.errors import ContextLengthError, OverloadedError
 from tandem.core.request import GenerationRequest, SamplingParams
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import Mixing, StepBudget
+from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.prefix_index import PrefixIndex
-from tandem.scheduling.scheduler import Chunk
 from tandem.scheduling.sequence import Sequence, SequenceState
 
 _BLOCK_SIZE = 4

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.core.cost_model import StepLoad
+from tandem.scheduling.chunk import Chunk, prompt_chunk
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
-from tandem.scheduling.scheduler import Chunk, prompt_chunk
 from tandem.scheduling.step_load import step_load
 
 MAX_PADDING_TOKENS = 256
