@@ -1,7 +1,7 @@
 """Log lines of routers, instances and the controller: text for people, or one JSON object a line for machines.
 
 A JSON line has `time` (UTC), `level`, `logger`, `process` (the name of the router or instance) and `message`; a line
-about a request has its `request_id`; a line with an exception has its traceback in `error`. What is logged as `Fields`
+about a request has its `request_id`; a line with an exception has its traceback in `error`. What is logged as `LogFields`
 has each of them beside the message.
 
     {"time": "2026-11-28T18:30:00.125Z", "level": "info", "logger": "tandem.router.records", "process": "router",
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class Fields(dict[str, Any]):
+class LogFields(dict[str, Any]):
     """The only argument of a log call with the message "WORDS %s". As text, it is JSON after the words."""
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "process": self._process,
         }
-        if isinstance(record.args, Fields):
+        if isinstance(record.args, LogFields):
             line |= {"message": record.msg.removesuffix(" %s")} | record.args
         else:
             line["message"] = record.getMessage()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tandem.core.config_fields import Fields, shown
+from tandem.core.checkpoint_fields import CheckpointFields, shown
 from tandem.core.errors import CheckpointError
 from tandem.core.rope_spec import RopeSpec
 
@@ -58,7 +58,7 @@ class ModelSpec:
         cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
     ) -> "ModelSpec":
         """Read config.json, and generation_config.json for its end-of-sequence tokens. Raises CheckpointError."""
-        fields = Fields(config)
+        fields = CheckpointFields(config)
         architecture = _architecture(config)
         _refuse_unsupported(config)
         if architecture == "OPTForCausalLM":
@@ -106,7 +106,7 @@ _MODEL_TYPES = {
     "Qwen3ForCausalLM": "qwen3",
     "OPTForCausalLM": "opt",
 }
-# Fields of any family that change what transformers computes or reads; null and 0 ask for nothing.
+# CheckpointFields of any family that change what transformers computes or reads; null and 0 ask for nothing.
 _UNSUPPORTED = {
     "attention_chunk_size": "attention in chunks",
     "num_experts": "mixtures of experts",
@@ -152,12 +152,12 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise CheckpointError("config.json sets 'pretraining_tp' above 1: sliced projections are not supported")
 
 
-def _llama_spec(fields: Fields, architecture: str, generation_config: Mapping[str, Any] | None) -> ModelSpec:
+def _llama_spec(fields: CheckpointFields, architecture: str, generation_config: Mapping[str, Any] | None) -> ModelSpec:
     qwen, qwen3 = architecture.startswith("Qwen"), architecture == "Qwen3ForCausalLM"
     fields.require("hidden_act", "silu", ("silu", "swish"))
     num_layers = fields.count("num_hidden_layers", maximum=_MAX_LAYERS)
     hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    # Fields that a family's configuration class does not have are ignored, as in Hugging Face.
+    # CheckpointFields that a family's configuration class does not have are ignored, as in Hugging Face.
     bias = fields.flag("attention_bias", False) if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") else False
     default_kv_heads = {"MistralForCausalLM": 8}.get(architecture, 32 if qwen else num_heads)
     if architecture != "LlamaForCausalLM" and fields.raw("num_key_value_heads", 0) is None:
@@ -196,7 +196,7 @@ def _llama_spec(fields: Fields, architecture: str, generation_config: Mapping[st
     )
 
 
-def _opt_spec(fields: Fields, architecture: str, generation_config: Mapping[str, Any] | None) -> ModelSpec:
+def _opt_spec(fields: CheckpointFields, architecture: str, generation_config: Mapping[str, Any] | None) -> ModelSpec:
     fields.require("activation_function", "relu", ("relu",))
     fields.require("do_layer_norm_before", True, (True,))
     fields.require("_remove_final_layer_norm", False, (False,))
@@ -235,7 +235,7 @@ def _opt_spec(fields: Fields, architecture: str, generation_config: Mapping[str,
     )
 
 
-def _refuse_windows_of_full_attention(fields: Fields, architecture: str, max_positions: int) -> None:
+def _refuse_windows_of_full_attention(fields: CheckpointFields, architecture: str, max_positions: int) -> None:
     """For families whose attention is full: transformers ignores a window in a prompt, and not while decoding."""
     window = fields.raw("sliding_window", None)
     if window is not None and fields.count("sliding_window") < max_positions:
@@ -245,7 +245,7 @@ def _refuse_windows_of_full_attention(fields: Fields, architecture: str, max_pos
     _refuse_layer_types_but(("full_attention",), fields, architecture)
 
 
-def _refuse_layer_types_but(supported: tuple[str, ...], fields: Fields, architecture: str) -> None:
+def _refuse_layer_types_but(supported: tuple[str, ...], fields: CheckpointFields, architecture: str) -> None:
     layer_types = fields.raw("layer_types", None)
     if layer_types is None:
         return
@@ -256,7 +256,7 @@ def _refuse_layer_types_but(supported: tuple[str, ...], fields: Fields, architec
         )
 
 
-def _sliding_windows(fields: Fields, architecture: str, num_layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(fields: CheckpointFields, architecture: str, num_layers: int) -> tuple[int | None, ...]:
     if architecture == "LlamaForCausalLM":
         return (None,) * num_layers
     window = None if fields.raw("sliding_window", 4096) is None else fields.count("sliding_window", 4096)
@@ -281,7 +281,7 @@ def _sliding_windows(fields: Fields, architecture: str, num_layers: int) -> tupl
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
-def _eos_token_ids(fields: Fields, generation_config: Mapping[str, Any] | None) -> tuple[int, ...]:
+def _eos_token_ids(fields: CheckpointFields, generation_config: Mapping[str, Any] | None) -> tuple[int, ...]:
     """generation_config.json has priority, as in Hugging Face's generate.
 
     A generation_config.json that names no token leaves the choice to config.json: Hugging Face would never stop.

@@ -15,7 +15,7 @@ class DriftState(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class WorkloadChange:
     """A difference between the live and the planned workload. `strength` is its size divided by the threshold, 0 if the
     difference is not significant; from 1 on, the plan may be wrong. `planned` and `live` are means in the unit of the
     name."""
@@ -45,7 +45,7 @@ class ReplanStatus:
     """`changes` compare the last window with the plan. `note` is the last event in one sentence."""
 
     state: DriftState
-    changes: tuple[Change, ...] = ()
+    changes: tuple[WorkloadChange, ...] = ()
     note: str = ""
     proposal: Proposal | None = None
 

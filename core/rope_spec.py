@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from tandem.core.config_fields import Fields, shown
+from tandem.core.checkpoint_fields import CheckpointFields, shown
 from tandem.core.errors import CheckpointError
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -12,7 +12,7 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding. Fields that a kind does not use have a neutral value.
+    """Rotary position embedding. CheckpointFields that a kind does not use have a neutral value.
 
     `original_max_positions` is the context that the model was trained with, before `factor` stretched it.
     """
@@ -33,7 +33,7 @@ class RopeSpec:
     long_factor: tuple[float, ...] = ()  # longrope
 
     @classmethod
-    def from_fields(cls, fields: Fields, max_positions: int, head_dim: int) -> "RopeSpec":
+    def from_fields(cls, fields: CheckpointFields, max_positions: int, head_dim: int) -> "RopeSpec":
         """Both forms of a config.json: `rope_theta` with `rope_scaling`, and the `rope_parameters` of transformers 5.
         Raises CheckpointError."""
         given = fields.raw("rope_scaling", None) or fields.raw("rope_parameters", None) or {}
@@ -41,7 +41,7 @@ class RopeSpec:
             raise CheckpointError("config.json: the RoPE parameters must be an object")
         if any(isinstance(value, Mapping) for value in given.values()):
             raise CheckpointError("config.json: different RoPE parameters for different layers are not supported")
-        rope = Fields(given, inside="the RoPE parameters")
+        rope = CheckpointFields(given, inside="the RoPE parameters")
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope"):
             raise CheckpointError(f"config.json: the RoPE type {shown(kind)} is not supported")

@@ -22,7 +22,7 @@ A request with both phases on one instance gets PrefillStarted, PrefillFinished 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
@@ -181,6 +181,9 @@ class BlockCounts:
     cached: int  # of the prefix cache alone, reclaimable
     leased: int  # computed, held for a reader
     leaked: int = 0
+
+
+BLOCK_OWNERS = tuple(field.name for field in fields(BlockCounts))
 
 
 @dataclass(frozen=True, slots=True)

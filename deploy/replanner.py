@@ -15,7 +15,7 @@ from pathlib import Path
 from tandem.core.clock import Clock
 from tandem.core.errors import TandemError, UnavailableError
 from tandem.core.plan import Plan
-from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
+from tandem.core.replanning import DriftState, Proposal, ReplanStatus, WorkloadChange
 from tandem.core.slo_file import SloFile
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.placement.replanning.drift import Decision, DriftDetector, DriftPolicy
@@ -170,6 +170,6 @@ class Replanner:
         self._notify(note)
 
 
-def _strongest(changes: tuple[Change, ...]) -> str:
+def _strongest(changes: tuple[WorkloadChange, ...]) -> str:
     change = max(changes, key=lambda change: change.strength)
     return f"{change.name} {change.planned:.3g} -> {change.live:.3g}"

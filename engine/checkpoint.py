@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tandem.core.config_fields import shown
+from tandem.core.checkpoint_fields import shown
 from tandem.core.errors import CheckpointError
 from tandem.core.model_spec import ModelSpec
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tandem.core.config_fields import shown
+from tandem.core.checkpoint_fields import shown
 from tandem.core.errors import CheckpointError
 from tandem.engine.checkpoint import Checkpoint
 from tandem.engine.shard import Shard

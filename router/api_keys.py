@@ -35,7 +35,7 @@ def load_keys(source: str) -> tuple[ApiKey, ...]:
 
 
 @dataclass(slots=True)
-class RateLimit:
+class KeyRateLimit:
     """At most `burst` at once, and `per_s` on average: a virtual schedule, as ATM's generic cell rate algorithm
     (ITU-T I.371). `due_s` is when the next request would come if all came evenly."""
 
@@ -59,16 +59,16 @@ class _KeyUse:
 
     key: ApiKey
     num_requests: int = 0  # in progress
-    rate: RateLimit | None = None
+    rate: KeyRateLimit | None = None
     refused: Counter[str] = field(default_factory=Counter)  # by reason
 
     def change(self, key: ApiKey) -> None:
         if self.rate is None or (key.requests_per_s, key.burst) != (self.rate.per_s, self.rate.burst):
-            self.rate = None if key.requests_per_s is None else RateLimit(key.requests_per_s, key.burst)
+            self.rate = None if key.requests_per_s is None else KeyRateLimit(key.requests_per_s, key.burst)
         self.key = key
 
 
-class ApiKeys:
+class ApiKeyAccess:
     """An `AccessControl` by keys. Used on one event loop."""
 
     def __init__(

@@ -30,7 +30,7 @@ from tandem.core.errors import ConfigError, InternalError
 from tandem.core.secret_source import file_of
 from tandem.core.workload_profile import WorkloadProfile
 from tandem.router.announcement import announce
-from tandem.router.api_keys import ApiKeys, load_keys
+from tandem.router.api_keys import ApiKeyAccess, load_keys
 from tandem.router.dispatch import Dispatcher
 from tandem.router.fleet_registry import FleetRegistry
 from tandem.router.http_app import HttpApp
@@ -88,7 +88,7 @@ class RouterApp:
 
         settings = config.router
         self._metrics = Metrics(settings.slo)
-        self._keys = None if settings.api_keys is None else ApiKeys(load_keys(settings.api_keys), self._clock)
+        self._keys = None if settings.api_keys is None else ApiKeyAccess(load_keys(settings.api_keys), self._clock)
         self._public_tls = None if settings.tls is None else ServerTls.of_clients(settings.tls)
         self._cluster_tls = None if config.cluster_tls is None else ServerTls.of_cluster(config.cluster_tls)
         self._access = OpenAccess() if self._keys is None else self._keys

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tandem.core.session import InstanceStatus, LinkStats
+from tandem.core.session import BLOCK_OWNERS, InstanceStatus, LinkStats
 from tandem.core.transfer import Transport
 from tandem.router.dispatch import Dispatcher
 from tandem.router.instance_labels import InstanceLabels
@@ -61,7 +61,6 @@ STREAMED_BYTES = Description(
 TRANSFER_SECONDS = Description("tandem_transfer_seconds_total", "Time of KV transfers", _BY_TRANSPORT)
 TRANSFER_FAILURES = Description("tandem_transfer_failures_total", "KV transfers that failed", _BY_TRANSPORT)
 
-BLOCK_OWNERS = ("total", "free", "running", "cached", "leased", "leaked")
 OTHER_TRANSPORT = "other"
 TRANSPORTS = (*(transport.value for transport in Transport), OTHER_TRANSPORT)
 ERROR_QUANTILES = (0.1, 0.5, 0.8, 0.9)

@@ -123,14 +123,14 @@ class CompletionResponse(Response):
                 if self._parsed.is_stream:
                     await self._stream(completion, send)
                 else:
-                    await self._send_whole(completion, scope["tandem.held_body"], send)
+                    await self._send_response(completion, scope["tandem.held_body"], send)
         except Exception as error:  # noqa: BLE001 - every request gets a response
             if self._is_started:
                 await _send_events(send, error_events(_public_error(self._context, error)), is_last=True)
             else:
                 await error_response(self._context, error)(scope, receive, send)
 
-    async def _send_whole(self, completion: OpenCompletion, held: HeldBody, send: Send) -> None:
+    async def _send_response(self, completion: OpenCompletion, held: HeldBody, send: Send) -> None:
         writer, all_work = self._parsed.writer, 0
         async for delta in completion:
             num_logprobs, work = self._work(delta, completion)

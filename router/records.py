@@ -16,7 +16,7 @@ from tandem.core.errors import (
     InvalidRequestError,
     TandemError,
 )
-from tandem.core.log_lines import Fields, about
+from tandem.core.log_lines import LogFields, about
 from tandem.core.request import FinishReason, SamplingParams
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.request_trace import RequestTrace
@@ -41,13 +41,13 @@ _CLIENTS_DOING = (
 @dataclass(slots=True)
 class AttemptRecord:
     """Filled while the attempt runs. `failure` is an error code, None for the attempt that ended the request well.
-    `is_whole`: the instance that computed the prompt decodes, too. `began_s` is on the router's clock, and
+    `has_both_phases`: the instance that computed the prompt decodes, too. `began_s` is on the router's clock, and
     None where the request is not traced."""
 
     epoch: int
     prefill_id: str
     prefill_selection: Selection
-    is_whole: bool = False
+    has_both_phases: bool = False
     decode_id: str | None = None
     decode_selection: Selection | None = None
     transport: str | None = None
@@ -59,7 +59,7 @@ class AttemptRecord:
 
     def selections(self) -> list[tuple[str, Selection]]:
         """What has been decided for it so far, with the phase that it was decided for."""
-        found = [("both phases" if self.is_whole else "prefill", self.prefill_selection)]
+        found = [("both phases" if self.has_both_phases else "prefill", self.prefill_selection)]
         return found if self.decode_selection is None else [*found, ("decode", self.decode_selection)]
 
 
@@ -194,7 +194,7 @@ class RequestLog:
     def finished(self, record: RequestRecord) -> None:
         self._keep(record)
         if logger.isEnabledFor(logging.INFO):
-            logger.info("request %s", Fields(record.fields()))
+            logger.info("request %s", LogFields(record.fields()))
 
     def refused(self, error: TandemError, record: RequestRecord | None = None) -> None:
         extra = None if record is None else about(record.request_id)

@@ -139,7 +139,7 @@ class RunningRequest:
                 sampling=sampling,
                 epoch=request.epoch + len(self._attempts),
             )
-        record = AttemptRecord(request.epoch, instance_id, selection, is_whole=not attempt.hand_over)
+        record = AttemptRecord(request.epoch, instance_id, selection, has_both_phases=not attempt.hand_over)
         if self.request.trace is not None:
             record.began_s = now_s
         self._attempts.append((attempt, record))

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tandem.core.errors import TandemError
-from tandem.router.api_keys import ApiKeys
+from tandem.router.api_keys import ApiKeyAccess
 from tandem.router.metric_descriptions import Description
 from tandem.router.records import RequestRecord
 
@@ -28,7 +28,7 @@ OTHER = "other"
 class TenantMetrics(Collector):  # type: ignore[misc]
     """Counts requests when they end. A `RequestObserver`."""
 
-    def __init__(self, keys: ApiKeys, registry: CollectorRegistry) -> None:
+    def __init__(self, keys: ApiKeyAccess, registry: CollectorRegistry) -> None:
         self._keys = keys
         self._requests, self._prompt_tokens, self._output_tokens = (
             Counter(what.name, what.help, what.labels, registry=registry)

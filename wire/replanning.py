@@ -1,7 +1,7 @@
 """Conversion of workload profiles and the state of replanning: protobuf <-> core values."""
 
 from tandem.core.errors import InvalidRequestError
-from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
+from tandem.core.replanning import DriftState, Proposal, ReplanStatus, WorkloadChange
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.v1 import worker_pb2
 
@@ -64,7 +64,9 @@ def replan_from_pb(pb: worker_pb2.ReplanStatus) -> ReplanStatus:
     proposal = pb.proposal
     return ReplanStatus(
         state=state,
-        changes=tuple(Change(change.name, change.planned, change.live, change.strength) for change in pb.changes),
+        changes=tuple(
+            WorkloadChange(change.name, change.planned, change.live, change.strength) for change in pb.changes
+        ),
         note=pb.note,
         proposal=Proposal(proposal.summary, tuple(proposal.changes), proposal.gain, proposal.folder)
         if pb.HasField("proposal")

@@ -28,7 +28,7 @@ Times are arguments, in seconds of one clock.
 from dataclasses import dataclass
 from enum import Enum
 
-from tandem.core.replanning import Change, DriftState
+from tandem.core.replanning import DriftState, WorkloadChange
 from tandem.placement.replanning.workload_distance import DriftThresholds, Workload, compare, strength
 
 
@@ -57,7 +57,7 @@ class DriftDetector:
 
     def __init__(self, planned: Workload, thresholds: DriftThresholds, policy: DriftPolicy | None = None) -> None:
         self.state = DriftState.STABLE
-        self.changes: tuple[Change, ...] = ()  # of the last window, compared with the plan
+        self.changes: tuple[WorkloadChange, ...] = ()  # of the last window, compared with the plan
         self._planned = planned
         self._thresholds = thresholds
         self._policy = policy or DriftPolicy()

@@ -18,7 +18,7 @@ from statistics import NormalDist
 import numpy as np
 
 from tandem.core.plan import Plan
-from tandem.core.replanning import Change
+from tandem.core.replanning import WorkloadChange
 from tandem.core.slo_file import SloFile
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.placement.workload.requests import Ints, RequestStream
@@ -92,7 +92,7 @@ def thresholds_for(plan: Plan, slo_file: SloFile) -> DriftThresholds:
     )
 
 
-def compare(planned: Workload, live: Workload, thresholds: DriftThresholds) -> tuple[Change, ...]:
+def compare(planned: Workload, live: Workload, thresholds: DriftThresholds) -> tuple[WorkloadChange, ...]:
     """In the order rate, prompt_tokens, output_tokens, cached_share."""
     alpha = thresholds.false_alarm / 4  # Bonferroni: four comparisons
     return (
@@ -103,7 +103,7 @@ def compare(planned: Workload, live: Workload, thresholds: DriftThresholds) -> t
     )
 
 
-def strength(changes: tuple[Change, ...]) -> float:
+def strength(changes: tuple[WorkloadChange, ...]) -> float:
     return max(change.strength for change in changes)
 
 
@@ -120,26 +120,28 @@ def ks_critical(num_first: int, num_second: int, alpha: float) -> float:
     return math.sqrt(-math.log(alpha / 2) / 2 * (1 / num_first + 1 / num_second))
 
 
-def _length(name: str, planned: Ints, live: Ints, thresholds: DriftThresholds, alpha: float) -> Change:
+def _length(name: str, planned: Ints, live: Ints, thresholds: DriftThresholds, alpha: float) -> WorkloadChange:
     size = ks_statistic(planned, live)
     is_significant = size > ks_critical(len(planned), len(live), alpha)
-    return Change(name, float(planned.mean()), float(live.mean()), size / thresholds.length if is_significant else 0.0)
+    return WorkloadChange(
+        name, float(planned.mean()), float(live.mean()), size / thresholds.length if is_significant else 0.0
+    )
 
 
-def _rate(planned: Workload, live: Workload, thresholds: DriftThresholds, alpha: float) -> Change:
+def _rate(planned: Workload, live: Workload, thresholds: DriftThresholds, alpha: float) -> WorkloadChange:
     log_ratio = math.log(live.rate / planned.rate)
     error = math.hypot(planned.rate_error, live.rate_error)
     limit = thresholds.rate_rise if log_ratio > 0 else thresholds.rate_fall
     is_significant = abs(log_ratio) > _z(alpha) * error
-    return Change("rate", planned.rate, live.rate, abs(log_ratio) / math.log(limit) if is_significant else 0.0)
+    return WorkloadChange("rate", planned.rate, live.rate, abs(log_ratio) / math.log(limit) if is_significant else 0.0)
 
 
-def _cached(planned: Workload, live: Workload, thresholds: DriftThresholds, alpha: float) -> Change:
+def _cached(planned: Workload, live: Workload, thresholds: DriftThresholds, alpha: float) -> WorkloadChange:
     """0.5 / sqrt(n) is the largest possible standard error of a share of n."""
     size = abs(live.cached_share - planned.cached_share)
     is_significant = size > _z(alpha) * 0.5 / math.sqrt(len(live.prompt_tokens))
     strength = size / thresholds.cached_share if is_significant else 0.0
-    return Change("cached_share", planned.cached_share, live.cached_share, strength)
+    return WorkloadChange("cached_share", planned.cached_share, live.cached_share, strength)
 
 
 def _z(alpha: float) -> float:

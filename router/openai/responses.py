@@ -70,7 +70,7 @@ class _ChoiceSoFar:
             if values:
                 self.logprobs[name].append(orjson.dumps(values)[1:-1])
 
-    def whole_logprobs(self) -> dict[str, Any] | None:
+    def all_logprobs(self) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
         return {name: orjson.Fragment(b"[" + b",".join(pieces) + b"]") for name, pieces in self.logprobs.items()}
@@ -147,7 +147,7 @@ class _ResponseWriter(ABC):
         for index, choice in enumerate(self._choices):
             assert choice.finish is not None, "every choice ends with a finish"
             reason = _FINISH_REASONS[choice.finish.reason]
-            content = self._content("".join(choice.texts), choice.whole_logprobs())
+            content = self._content("".join(choice.texts), choice.all_logprobs())
             choices.append({"index": index, **content, "finish_reason": reason})
         return orjson.dumps({**self._head, "object": self.response_type, "choices": choices, "usage": self._usage()})
 

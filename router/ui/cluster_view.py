@@ -10,7 +10,7 @@ from tandem.core.clock import Clock
 from tandem.core.errors import NotFoundError
 from tandem.core.plan import ExpectedClass, Plan
 from tandem.core.replanning import ReplanStatus
-from tandem.core.session import Role
+from tandem.core.session import BLOCK_OWNERS, Role
 from tandem.core.slo import SloClass
 from tandem.router.dispatch import Dispatcher
 from tandem.router.records import RequestLog
@@ -21,7 +21,6 @@ _KEPT_S = 1.0
 _MAX_INSTANCES = 200
 _NUM_LATEST = 30
 _MAX_SEARCHED = 2048  # of the last requests, for those of a tenant
-_BLOCK_OWNERS = ("total", "free", "running", "cached", "leased", "leaked")
 
 
 class ClusterView:
@@ -111,7 +110,7 @@ def _role_fields(role: Role, instances: tuple[KnownInstance, ...]) -> dict[str, 
         "role": role.value,
         "instances": len(own),
         "usable": sum(instance.is_usable for instance in own),
-        "blocks": {owner: sum(getattr(each.status.blocks, owner) for each in own) for owner in _BLOCK_OWNERS},
+        "blocks": {owner: sum(getattr(each.status.blocks, owner) for each in own) for owner in BLOCK_OWNERS},
     }
 
 
@@ -126,7 +125,7 @@ def _instance_fields(instance: KnownInstance) -> dict[str, Any]:
         "waiting": status.waiting_requests,
         "running": status.running_requests,
         "waiting_tokens": status.uncomputed_tokens + status.unreserved_tokens,
-        "blocks": {owner: getattr(status.blocks, owner) for owner in _BLOCK_OWNERS},
+        "blocks": {owner: getattr(status.blocks, owner) for owner in BLOCK_OWNERS},
         "block_tokens": status.block_size,
         "steps": status.steps,
         "step_s": status.step_s,

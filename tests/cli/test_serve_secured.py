@@ -76,9 +76,9 @@ def test_commands_reach_it(served: Served, folder: Path) -> None:
 async def test_every_call_needs_certificate_and_token(served: Served, folder: Path) -> None:
     """On the ports of real processes, the controller's included."""
     (state,) = (json.loads(path.read_text()) for path in (folder / "state").glob("serve-*.json"))
-    stranger = Authority(folder, "stranger")
+    other_authority = Authority(folder, "other")
     own = ClientTls(folder / "ca.pem", folder / "server.crt", folder / "server.key")
-    foreign = stranger.issue("foreign")
+    foreign = other_authority.issue("foreign")
     wrong_files = (None, ClientTls(own.ca), ClientTls(own.ca, foreign.certificate, foreign.key))
     status = json.loads(run(served, "status", "--json").stdout)
     token = state["cluster_token"]
@@ -90,7 +90,9 @@ async def test_every_call_needs_certificate_and_token(served: Served, folder: Pa
     assert len(ports) == 4
     for port in ports:
         await port.try_everything(wrong_files, (KEY,), but={"Stop"})
-    await Port("public", served.grpc, ClientTls(own.ca), KEY).try_everything((None, ClientTls(stranger.ca)), (token,))
+    await Port("public", served.grpc, ClientTls(own.ca), KEY).try_everything(
+        (None, ClientTls(other_authority.ca)), (token,)
+    )
 
 
 def test_workers_stay_and_join(served: Served) -> None:

@@ -15,7 +15,7 @@ from tandem.cli.output import print_rich
 from tandem.cli.router_file import find_router
 from tandem.cli.status import _look, _show, as_json, as_parts
 from tandem.core.errors import ConfigError
-from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
+from tandem.core.replanning import DriftState, Proposal, ReplanStatus, WorkloadChange
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.deploy.run_state import RunState
@@ -132,7 +132,7 @@ PROFILE = ProfileSnapshot(
 )
 REPLAN = ReplanStatus(
     DriftState.PROPOSED,
-    (Change("rate", 1.5, 2.0, 0.0), Change("prompt_tokens", 755.5, 50.5, 3.2)),
+    (WorkloadChange("rate", 1.5, 2.0, 0.0), WorkloadChange("prompt_tokens", 755.5, 50.5, 3.2)),
     "another plan would gain +25%",
     Proposal("Two colocated.", ("colocated tp1 on cpu: 1 -> 2",), 0.25, "/logs/replan-1"),
 )

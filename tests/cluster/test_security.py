@@ -27,7 +27,7 @@ KEY = new_key()
 class Secured:
     cluster: Cluster
     authority: Authority
-    stranger: Authority
+    other_authority: Authority
     peer: Certificate
 
     def ports(self) -> list[Port]:
@@ -45,7 +45,7 @@ class Secured:
 @pytest.fixture(scope="module")
 def secured(built_in_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     folder = tmp_path_factory.mktemp("secured")
-    authority, stranger = Authority(folder, "authority"), Authority(folder, "stranger")
+    authority, other_authority = Authority(folder, "authority"), Authority(folder, "other")
     server, peer = authority.issue("server"), authority.issue("peer")
     keys = folder / "keys.yaml"
     keys.write_text(f"keys: [{{name: alice-1, tenant: alice, sha256: '{digest_of(KEY)}'}}]\n")
@@ -66,12 +66,12 @@ def secured(built_in_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         cluster_tls=ClusterTls(certificate=server.certificate, key=server.key, ca=authority.ca),
         http_options={"verify": context, "headers": {"authorization": f"Bearer {KEY}"}},
     ) as cluster:
-        yield Secured(cluster, authority, stranger, peer)
+        yield Secured(cluster, authority, other_authority, peer)
 
 
 async def test_every_call_of_every_port_needs_certificate_and_token(secured: Secured) -> None:
     """In this process, and with a controller: tests/deploy/test_every_call.py."""
-    foreign = secured.files(secured.stranger.issue("foreign"))
+    foreign = secured.files(secured.other_authority.issue("foreign"))
     expired = secured.files(secured.authority.issue("expired", is_expired=True))
     ports = await asyncio.to_thread(secured.ports)
     assert len(ports) == 4

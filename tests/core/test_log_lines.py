@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.core.log_lines import Fields, JsonFormatter, about
+from tandem.core.log_lines import JsonFormatter, LogFields, about
 
 
 def line_of(message: str, *arguments: Any, error: Exception | None = None, **extra: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def test_any_text_is_one_line(message: str, request_id: str) -> None:
 
 
 def test_fields_are_beside_the_message_and_json_in_text() -> None:
-    fields = Fields({"request_id": "r", "parts": {"prefill_s": 0.5}})
+    fields = LogFields({"request_id": "r", "parts": {"prefill_s": 0.5}})
     line = line_of("request %s", fields)
     assert (line["message"], line["request_id"], line["parts"]) == ("request", "r", {"prefill_s": 0.5})
     record = logging.LogRecord("x", logging.INFO, "", 1, "request %s", (fields,), None)

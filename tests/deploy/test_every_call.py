@@ -29,13 +29,13 @@ ANY_PORT = "127.0.0.1:0"
 
 @dataclass(frozen=True)
 class Secured:
-    """`inside`: the authority of the cluster, `outside`: that of clients, `stranger`: nobody's."""
+    """`inside`: the authority of the cluster, `outside`: that of clients, `other_authority`: nobody's."""
 
     ports: tuple[Port, ...]
     router: RouterApp
     inside: Authority
     outside: Authority
-    stranger: Authority
+    other_authority: Authority
 
     def files(self, server: Authority, own: Certificate | None) -> ClientTls:
         return ClientTls(server.ca, own and own.certificate, own and own.key)
@@ -44,7 +44,7 @@ class Secured:
 @asynccontextmanager
 async def secured_cluster(folder: Path) -> AsyncIterator[Secured]:
     """One process of each kind, in this one."""
-    inside, outside, stranger = (Authority(folder, name) for name in ("inside", "outside", "stranger"))
+    inside, outside, other_authority = (Authority(folder, name) for name in ("inside", "outside", "other"))
     node, front, peer, client = (
         inside.issue("node"),
         outside.issue("front"),
@@ -82,7 +82,7 @@ async def secured_cluster(folder: Path) -> AsyncIterator[Secured]:
                 Port("instance", worker.address, as_peer, TOKEN),
                 Port("controller", controller, as_peer, TOKEN),
             )
-            yield Secured(ports, router, inside, outside, stranger)
+            yield Secured(ports, router, inside, outside, other_authority)
     finally:
         await worker.drain_and_stop(0.0)
         await router.drain_and_stop(0.0)
@@ -97,7 +97,7 @@ async def test_nobody_without_certificate_and_token_gets_in(tmp_path: Path) -> N
             wrong_files = (
                 None,
                 secured.files(own, None),
-                secured.files(own, secured.stranger.issue("foreign")),
+                secured.files(own, secured.other_authority.issue("foreign")),
                 secured.files(own, own.issue("expired", is_expired=True)),
                 secured.files(own, other.issue("of-the-other-side")),
             )

@@ -143,14 +143,14 @@ async def test_a_process_with_the_pid_of_another_is_left_alone(folder: Path) -> 
     with earlier_controller(folder, "fine") as (before,):
         pass
     record_file = folder / "processes" / "prefill-0.json"
-    with subprocess.Popen(["sleep", "100"]) as stranger:  # noqa: ASYNC220 - it takes no time
-        record_file.write_text(record_file.read_text().replace(f'"pid": {before}', f'"pid": {stranger.pid}'))
+    with subprocess.Popen(["sleep", "100"]) as unrelated:  # noqa: ASYNC220 - it takes no time
+        record_file.write_text(record_file.read_text().replace(f'"pid": {before}', f'"pid": {unrelated.pid}'))
         launcher = make_launcher(folder)
         await launcher.start()
         assert launcher.left_running() == []
         assert await asyncio.to_thread(has_ended, before), "no record names it, so the launcher tells it to end"
-        assert stranger.poll() is None
-        stranger.kill()
+        assert unrelated.poll() is None
+        unrelated.kill()
     await launcher.close()
 
 

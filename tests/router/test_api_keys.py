@@ -31,7 +31,7 @@ from tandem.core.errors import (
 )
 from tandem.core.router_section import RouterSection
 from tandem.core.timeline import Stage, Timeline
-from tandem.router.api_keys import KEY_RATE, KEY_REQUESTS, ApiKeys, RateLimit, load_keys
+from tandem.router.api_keys import KEY_RATE, KEY_REQUESTS, ApiKeyAccess, KeyRateLimit, load_keys
 from tandem.router.records import RequestRecord
 from tandem.router.tenant_metrics import TenantMetrics
 from tandem.router.tokenizer import TextTokenizer
@@ -65,7 +65,7 @@ WRONG = {
 @dataclass
 class Served:
     front: Front
-    keys: ApiKeys
+    keys: ApiKeyAccess
     grpc_address: str
 
     def http(self, key: str) -> httpx.AsyncClient:
@@ -74,7 +74,7 @@ class Served:
 
 @asynccontextmanager
 async def serving(tokenizer: TextTokenizer, raw_tokenizer: object) -> AsyncIterator[Served]:
-    keys = ApiKeys(KEYS, SystemClock())
+    keys = ApiKeyAccess(KEYS, SystemClock())
     settings = RouterSection(api_keys="env:UNREAD")
     async with serve_front(tokenizer, raw_tokenizer, settings, keys) as front:  # type: ignore[arg-type]
         server, health = build_public_server(1 << 20, keys)
@@ -217,13 +217,13 @@ async def _all(call: Any) -> list[Any]:
     return [message async for message in call]
 
 
-def _admit(keys: ApiKeys, key: str) -> None:
+def _admit(keys: ApiKeyAccess, key: str) -> None:
     with keys.admit(keys.authenticate(f"Bearer {key}", "")):
         pass
 
 
 def test_keys_change_and_counts_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    keys = ApiKeys(KEYS, ManualClock())
+    keys = ApiKeyAccess(KEYS, ManualClock())
     _admit(keys, BOB)
     with keys.admit(keys.authenticate(f"Bearer {ALICE}", "")):
         keys.replace((KEYS[0], KEYS[1].model_copy(update={"tenant": "robert"})))
@@ -265,7 +265,7 @@ async def test_a_file_is_read_again(
         caplog.clear()
 
     write(ALICE)
-    keys = ApiKeys(load_keys(f"file:{file}"), SystemClock())
+    keys = ApiKeyAccess(load_keys(f"file:{file}"), SystemClock())
     watching = asyncio.create_task(keys.reload_when_changed(f"file:{file}"))
     await until("1 API keys of 1 tenants are in force")
     assert [knows(ALICE), knows(BOB)] == [True, False]
@@ -307,7 +307,7 @@ def test_keys_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_metrics_count_by_tenants_of_the_file_only() -> None:
-    keys, registry = ApiKeys(KEYS, ManualClock()), CollectorRegistry()
+    keys, registry = ApiKeyAccess(KEYS, ManualClock()), CollectorRegistry()
     metrics = TenantMetrics(keys, registry)
     for tenant in ("alice", "bob", "made-up", "10.0.0.1"):
         timeline = Timeline({Stage.RECEIVED: 0.0, Stage.FINISHED: 1.0}, num_prompt_tokens=5, num_output_tokens=3)
@@ -330,7 +330,7 @@ def test_metrics_count_by_tenants_of_the_file_only() -> None:
 )
 def test_a_rate_limit(per_s: float, burst: int, pauses: list[float], patient: bool) -> None:
     """In any stretch of time, at most `burst` and the rate times its length; and whoever waits as told is let in."""
-    limit, now_s, taken = RateLimit(per_s, burst), 0.0, []
+    limit, now_s, taken = KeyRateLimit(per_s, burst), 0.0, []
     for pause_s in pauses:
         now_s += pause_s
         wait_s = limit.wait_s(now_s)

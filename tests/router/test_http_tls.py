@@ -27,8 +27,8 @@ def authority(tmp_path: Path) -> Authority:
 
 
 @pytest.fixture
-def stranger(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "stranger")
+def other_authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path, "other")
 
 
 def trusting(ca: Path, own: Certificate | None = None) -> ssl.SSLContext:
@@ -78,16 +78,16 @@ async def test_streams_and_errors_over_tls(
 
 
 async def test_whom_a_server_and_a_client_trust(
-    tokenizer: TextTokenizer, raw_tokenizer: object, authority: Authority, stranger: Authority
+    tokenizer: TextTokenizer, raw_tokenizer: object, authority: Authority, other_authority: Authority
 ) -> None:
     files = authority.issue("server")
     async with serving(tokenizer, raw_tokenizer, ServerTls(files.certificate, files.key, authority.ca)) as front:
         assert await ask(front, trusting(authority.ca, authority.issue("client"))) == 200
-        for own in (None, stranger.issue("foreign"), authority.issue("expired", is_expired=True)):
+        for own in (None, other_authority.issue("foreign"), authority.issue("expired", is_expired=True)):
             with pytest.raises(REFUSED):
                 await ask(front, trusting(authority.ca, own))
         with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
-            await ask(front, trusting(stranger.ca, authority.issue("client")))
+            await ask(front, trusting(other_authority.ca, authority.issue("client")))
         with pytest.raises(REFUSED):
             async with httpx.AsyncClient(base_url=front.url.replace("https", "http")) as client:
                 await client.get("/health")
@@ -101,7 +101,7 @@ async def test_a_certificate_is_renewed_without_a_pause(
     tokenizer: TextTokenizer,
     raw_tokenizer: object,
     authority: Authority,
-    stranger: Authority,
+    other_authority: Authority,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -118,11 +118,11 @@ async def test_a_certificate_is_renewed_without_a_pause(
                 while "the certificate stays as it was" not in caplog.text:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             assert await ask(front, trusting(authority.ca)) == 200, "what cannot be used changes nothing"
-            stranger.issue("server")
+            other_authority.issue("server")
             async with asyncio.timeout(10):
                 while True:
                     with contextlib.suppress(httpx.ConnectError):
-                        assert await ask(front, trusting(stranger.ca)) == 200
+                        assert await ask(front, trusting(other_authority.ca)) == 200
                         break
                     await asyncio.sleep(0.01)
             assert (await client.get("/v1/models")).status_code == 200, "open connections stay"

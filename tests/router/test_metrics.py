@@ -9,9 +9,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tandem.core.errors import OverloadedError, TandemError
 from tandem.core.instance_id import make_instance_id
-from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
+from tandem.core.replanning import DriftState, Proposal, ReplanStatus, WorkloadChange
 from tandem.core.request import FinishReason
-from tandem.core.session import BlockCounts, LinkStats, Role
+from tandem.core.session import BLOCK_OWNERS, BlockCounts, LinkStats, Role
 from tandem.core.timeline import PARTS, Stage, Timeline
 from tandem.core.transfer import Transport
 from tandem.router import fleet_metrics, metrics, slo_metrics
@@ -132,7 +132,7 @@ async def test_fleet_as_the_heartbeats_tell_it() -> None:
         assert samples["tandem_router_python_blocks", ()] == pytest.approx(sys.getallocatedblocks(), rel=0.5)
         owners = {
             owner: samples["tandem_kv_blocks", (("owner", owner), ("role", "decode"), ("tandem_instance", "d1"))]
-            for owner in fleet_metrics.BLOCK_OWNERS
+            for owner in BLOCK_OWNERS
         }
         assert owners == {"total": 64, "free": 40, "running": 20, "cached": 0, "leased": 3, "leaked": 1}
         by_transport = (*decode, ("transport", "shared_memory"))
@@ -196,7 +196,9 @@ def test_a_watched_plan_shows_its_drift_and_what_another_would_gain() -> None:
     status: ReplanStatus | None = None
     page.watch_replanning(lambda: status)
     assert not any("replan" in name or "drift" in name for name, _ in read(page)), "no plan, no series"
-    status = ReplanStatus(DriftState.SUSPECT, (Change("rate", 1.0, 2.0, 1.5), Change("prompt_tokens", 9.0, 9.0, 0.2)))
+    status = ReplanStatus(
+        DriftState.SUSPECT, (WorkloadChange("rate", 1.0, 2.0, 1.5), WorkloadChange("prompt_tokens", 9.0, 9.0, 0.2))
+    )
     samples = read(page)
     assert samples["tandem_workload_drift", ()] == 1.5
     assert samples["tandem_replan_state", (("state", "suspect"),)] == 1

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from tandem.core.errors import InvalidRequestError, NotFoundError
-from tandem.core.replanning import Change, DriftState, Proposal, ReplanStatus
+from tandem.core.replanning import DriftState, Proposal, ReplanStatus, WorkloadChange
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.step_coefficients import StepCoefficients
 from tandem.core.workload_profile import ProfileSnapshot
@@ -28,7 +28,7 @@ from tandem.wire.server import bind, build_server
 PROFILE = ProfileSnapshot(3, 61.5, 200, 2.5, 190, (0.25, 1.5), (100, 7), (12, 1), (64, 0), (0, 1))
 PROPOSED = ReplanStatus(
     DriftState.PROPOSED,
-    (Change("rate", 4.0, 6.5, 1.2), Change("prompt_tokens", 755.5, 1155.0, 0.0)),
+    (WorkloadChange("rate", 4.0, 6.5, 1.2), WorkloadChange("prompt_tokens", 755.5, 1155.0, 0.0)),
     "planned again",
     Proposal("Disaggregate.", ("2 more prefill", "1 less decode"), 0.25, "/logs/replan-1"),
 )

@@ -25,8 +25,8 @@ def authority(tmp_path: Path) -> Authority:
 
 
 @pytest.fixture
-def stranger(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "stranger")
+def other_authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path, "other")
 
 
 def cluster(ca: Path, files: Certificate, server_name: str | None = None) -> ClusterTls:
@@ -60,13 +60,13 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_both_ends_need_a_certificate_of_the_cluster(authority: Authority, stranger: Authority) -> None:
+async def test_both_ends_need_a_certificate_of_the_cluster(authority: Authority, other_authority: Authority) -> None:
     async with serving(cluster(authority.ca, authority.issue("server"))) as address:
         assert await answers(address, cluster(authority.ca, authority.issue("peer")))
         assert not await answers(address, None), "no TLS"
-        assert not await answers(address, cluster(authority.ca, stranger.issue("foreign")))
+        assert not await answers(address, cluster(authority.ca, other_authority.issue("foreign")))
         assert not await answers(address, cluster(authority.ca, authority.issue("expired", is_expired=True)))
-        assert not await answers(address, cluster(stranger.ca, authority.issue("peer"))), "the server is foreign"
+        assert not await answers(address, cluster(other_authority.ca, authority.issue("peer"))), "the server is foreign"
         credentials = grpc.ssl_channel_credentials(authority.ca.read_bytes())
         async with grpc.aio.secure_channel(address, credentials) as channel:
             assert await check_health(channel, 5.0) is None, "no certificate"

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tandem.core.session import BLOCK_OWNERS
 from tandem.deploy.monitoring.make_dashboards import FOLDER
 from tandem.router import fleet_metrics, metrics, slo_metrics
 from tandem.router.dispatch import Dispatcher
@@ -92,7 +93,7 @@ def known_labels(dispatcher: Dispatcher) -> dict[str, frozenset[str]]:
 
 
 KNOWN_VALUES = {
-    "owner": {*fleet_metrics.BLOCK_OWNERS},
+    "owner": {*BLOCK_OWNERS},
     "transport": {*fleet_metrics.TRANSPORTS},
     "outcome": {*metrics.OUTCOMES},
     "part": {name for _, name in metrics.PARTS},

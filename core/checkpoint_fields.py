@@ -12,7 +12,7 @@ _LARGEST_COUNT = 2**31 - 1
 _SHOWN_CHARACTERS = 80
 
 
-class Fields:
+class CheckpointFields:
     """Reads one JSON object of a config.json. All methods raise CheckpointError for a value of the wrong kind.
 
     A field that is absent or null takes the default; without a default it is required.
