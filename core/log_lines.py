@@ -1,8 +1,8 @@
 """Log lines of routers, instances and the controller: text for people, or one JSON object a line for machines.
 
 A JSON line has `time` (UTC), `level`, `logger`, `process` (the name of the router or instance) and `message`; a line
-about a request has its `request_id`; a line with an exception has its traceback in `error`. What is logged as `LogFields`
-has each of them beside the message.
+about a request has its `request_id`; a line with an exception has its traceback in `error`. What is logged as
+`LogFields` has each of them beside the message.
 
     {"time": "2026-11-28T18:30:00.125Z", "level": "info", "logger": "tandem.router.records", "process": "router",
      "message": "request", "request_id": "b1f0...", "outcome": "length", ...}
