@@ -6,11 +6,9 @@ An error message lists every mistake of a file, each in one sentence with file, 
 """
 
 import itertools
-import math
-import re
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,106 +16,14 @@ from pydantic import BaseModel, ValidationError
 from tandem.core.anchored_path import relative_to
 from tandem.core.config_mistakes import describe, location, mistakes_of
 from tandem.core.errors import ConfigError
+from tandem.core.settings_yaml import SettingsDumper, SettingsLoader, UnreasonableYamlError
 
 T = TypeVar("T", bound=BaseModel)
 _Loc = tuple[int | str, ...]
 
 _MAX_FILE_BYTES = 256 << 10  # PyYAML reads some 100 KiB in a second
-_MAX_VALUES = 20_000
-_MAX_EXPANDED_VALUES = 100_000  # with each alias (*x) counted as a copy of its anchor (&x)
-_MAX_DEPTH = 40
-_MAX_DIGITS = 400
 _MAX_MISTAKES = 20
 _MAX_MISTAKE_CHARS = 800
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-
-
-class _Unreasonable(yaml.MarkedYAMLError):
-    """YAML that would take long or much memory to read. `problem` is a sentence for users."""
-
-
-class _SettingsLoader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2's core schema does. PyYAML reads YAML 1.1, where 1e1 is text and 017 is 15.
-
-    Bounds the work for a file of any content: PyYAML's is quadratic in the depth, and exponential in aliases.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-        self._num_values = 0
-
-    def fetch_flow_collection_start(self, token_class: type[yaml.Token]) -> None:
-        self._check_depth(self.flow_level)
-        super().fetch_flow_collection_start(token_class)
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self._depth += 1
-        self._num_values += 1
-        self._check_depth(self._depth)
-        if self._num_values > _MAX_VALUES:
-            self._refuse(f"has more than {_MAX_VALUES:,} values")
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def get_single_node(self) -> yaml.Node | None:
-        root = super().get_single_node()
-        if root is not None and _expanded_values(root) > _MAX_EXPANDED_VALUES:
-            raise _Unreasonable(
-                problem="has aliases (*name) that stand for too many values, or for themselves",
-                problem_mark=root.start_mark,
-            )
-        return root
-
-    def _check_depth(self, depth: int) -> None:
-        if depth > _MAX_DEPTH:
-            self._refuse("is nested too deeply")
-
-    def _refuse(self, problem: str) -> NoReturn:
-        raise _Unreasonable(problem=problem, problem_mark=self.get_mark())
-
-
-def _expanded_values(root: yaml.Node) -> float:
-    """Number of values, with each alias counted as a copy; infinite if one stands in its own anchor."""
-    counts: dict[int, float] = {}
-
-    def count(node: yaml.Node) -> float:
-        if id(node) not in counts:
-            counts[id(node)] = math.inf  # while its children are counted
-            children = () if isinstance(node, yaml.ScalarNode) else node.value
-            if isinstance(node, yaml.MappingNode):
-                children = itertools.chain.from_iterable(children)
-            counts[id(node)] = 1 + sum(map(count, children))
-        return counts[id(node)]
-
-    return count(root)
-
-
-class _SettingsDumper(yaml.SafeDumper):
-    """Quotes text that `_SettingsLoader` would read as a number."""
-
-
-for _class in (_SettingsLoader, _SettingsDumper):
-    _class.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    _class.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+$|0o[0-7]+$|0x[0-9a-fA-F]+$"), list("-+0123456789"))
-    _class.add_implicit_resolver(
-        _FLOAT,
-        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
-        list("-+.0123456789"),
-    )
-
-
-def _int(_: yaml.Loader, node: yaml.ScalarNode) -> int:
-    if len(node.value) > _MAX_DIGITS:
-        raise _Unreasonable(problem="has a number with too many digits", problem_mark=node.start_mark)
-    return int(node.value, 0 if node.value.startswith(("0o", "0x")) else 10)
-
-
-_SettingsLoader.add_constructor(_INT, _int)
 
 
 def load_config(path: Path, model: type[T]) -> T:
@@ -132,7 +38,7 @@ def load_config(path: Path, model: type[T]) -> T:
 def parse_config(text: str, name: str, folder: Path, model: type[T]) -> T:
     """As `load_config`. `name` stands for the file in messages; relative paths start at `folder`."""
     try:
-        loader = _SettingsLoader(text)
+        loader = SettingsLoader(text)
         root = loader.get_single_node()
         if root is None:
             raise ConfigError(f"{name} is empty; it must name at least: {', '.join(_required(model))}")
@@ -167,7 +73,7 @@ def top_level_settings(path: Path) -> frozenset[str]:
     """Names of the settings in the YAML file `path`: they show the kind of file. Empty if the file cannot be read;
     `load_config` reports the reason."""
     try:
-        data = yaml.load(_read_text(path), _SettingsLoader)
+        data = yaml.load(_read_text(path), SettingsLoader)
     except (ConfigError, yaml.YAMLError, ValueError, RecursionError):
         return frozenset()
     return frozenset(map(str, data)) if isinstance(data, dict) else frozenset()
@@ -189,7 +95,7 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
             mistakes.append(f"--set {override}: must have the form setting=value, e.g. router.http=127.0.0.1:9000")
             continue
         try:
-            value = yaml.load(text, _SettingsLoader)
+            value = yaml.load(text, SettingsLoader)
         except (yaml.YAMLError, ValueError, RecursionError):
             value = text
         if (mistake := _put(data, keys, value)) is not None:
@@ -211,7 +117,7 @@ def dump_config(config: BaseModel, *, only_set: bool = False) -> str:
     """All settings as YAML, or only those that were given when `config` was made. `load_config` reads them back to an
     equal value."""
     data = config.model_dump(mode="json", exclude_unset=only_set)
-    return yaml.dump(data, Dumper=_SettingsDumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(data, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
 def _one_line(mistake: str) -> str:
@@ -247,7 +153,7 @@ def _syntax_sentence(name: str, error: yaml.MarkedYAMLError) -> str:
         return f"{where}: begins with a tab; YAML is indented with spaces"
     if "single document" in (error.context or ""):
         return f"{where}: begins a second document ('---'); keep one document"
-    if isinstance(error, _Unreasonable):
+    if isinstance(error, UnreasonableYamlError):
         return f"{where}: {problem}"
     if "could not determine a constructor" in problem:
         return f"{where}: YAML tags ('!...') are not allowed"

@@ -107,22 +107,12 @@ class DecodeIndex(InstanceIndex[DecodeView, DecodeQuery]):
         return best if best or not query.avoid else self._best_without(set(query.exclude), query, count)
 
     def _best_without(self, skip: set[str], query: DecodeQuery, count: int) -> list[Scored]:
-        compared: list[Scored] = []
+        failed: list[Scored] = []
         if query.failures:
-            failed = [instance_id for instance_id in query.failures if self._is_usable(instance_id, query, skip)]
-            compared = sorted((self._score(each, query) for each in failed), key=lambda each: each.rank)
-            skip.update(failed)
-        best: list[Scored] = []
-        while len(best) < count:
-            winner = self._winner(query, skip)
-            if compared and (winner is None or compared[0].rank < winner.rank):
-                best.append(compared.pop(0))
-            elif winner is not None:
-                best.append(winner)
-                skip.add(winner.rank[3])
-            else:
-                break
-        return best
+            usable = [instance_id for instance_id in query.failures if self._is_usable(instance_id, query, skip)]
+            failed = sorted((self._score(each, query) for each in usable), key=lambda each: each.rank)
+            skip.update(usable)
+        return self._merge(failed, skip, lambda: self._winner(query, skip), count)
 
     def _winner(self, query: DecodeQuery, skip: Set[str]) -> Scored | None:
         """The best of each group is the one with the least load, or if that must wait the best of those that fit."""

@@ -14,7 +14,7 @@ lately. Where KV may move inside a node only, let the fingerprints name the node
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
@@ -71,6 +71,24 @@ class InstanceIndex(ABC, Generic[ViewT, QueryT]):
 
     @abstractmethod
     def _compare_all(self, query: QueryT) -> Selection: ...
+
+    @staticmethod
+    def _merge(
+        failed: list[Scored], skip: set[str], next_best: Callable[[], Scored | None], count: int
+    ) -> list[Scored]:
+        """The first `count` of the `failed` instances, which are in order, and of those that `next_best` finds outside
+        `skip`. Both arguments are used up."""
+        best: list[Scored] = []
+        while len(best) < count:
+            found = next_best()
+            if failed and (found is None or failed[0].rank < found.rank):
+                best.append(failed.pop(0))
+            elif found is not None:
+                best.append(found)
+                skip.add(found.rank[3])
+            else:
+                break
+        return best
 
     def _turn(self, instance_id: str) -> int:
         return self.last_chosen.get(instance_id, 0)

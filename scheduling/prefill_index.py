@@ -75,21 +75,15 @@ class PrefillIndex(InstanceIndex[PrefillView, PrefillQuery]):
         shortest_tokens = int(shortest[0])
         if not query.holders and not query.failures and count == 1:
             return [self._score(shortest[2], query, shortest_tokens)]
-        failed = [instance_id for instance_id in query.failures if self._is_usable(instance_id, query, skip)]
-        compared = sorted((self._score(each, query, shortest_tokens) for each in failed), key=lambda each: each.rank)
-        skip.update(failed)
-        best: list[Scored] = []
-        while len(best) < count:
-            winner = self._winner(query, skip, shortest_tokens)
-            scored = None if winner is None else self._score(winner, query, shortest_tokens)
-            if compared and (scored is None or compared[0].rank < scored.rank):
-                best.append(compared.pop(0))
-            elif scored is not None:
-                best.append(scored)
-                skip.add(scored.rank[3])
-            else:
-                break
-        return best
+        usable = [instance_id for instance_id in query.failures if self._is_usable(instance_id, query, skip)]
+        failed = sorted((self._score(each, query, shortest_tokens) for each in usable), key=lambda each: each.rank)
+        skip.update(usable)
+
+        def winner() -> Scored | None:
+            found = self._winner(query, skip, shortest_tokens)
+            return None if found is None else self._score(found, query, shortest_tokens)
+
+        return self._merge(failed, skip, winner, count)
 
     def _score(self, instance_id: str, query: PrefillQuery, shortest_tokens: int) -> Scored:
         view = self.views[instance_id]
