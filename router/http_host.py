@@ -7,7 +7,7 @@ reader's machine only, as if the server were the page's own. Its requests have t
 import ipaddress
 from collections.abc import Sequence
 
-from tandem.core.address import split_address
+from tandem.core.address import is_loopback
 from tandem.core.errors import ForbiddenHostError, InvalidRequestError
 from tandem.core.router_section import RouterSection
 from tandem.router.limits import clipped
@@ -18,7 +18,7 @@ def check_host(values: Sequence[bytes], http_version: str, settings: RouterSecti
     for a foreign name at a server that listens on loopback."""
     if len(values) != 1 and not (http_version == "1.0" and not values):
         raise InvalidRequestError(f"An HTTP/1.1 request has one Host header, but this one has {len(values)}.")
-    if not values or not _is_loopback(split_address(settings.http)[0]) or "*" in settings.allowed_hosts:
+    if not values or not is_loopback(settings.http) or "*" in settings.allowed_hosts:
         return
     name = _name(values[0].decode("latin-1")).lower().rstrip(".")
     is_own = name == "localhost" or name.endswith(".localhost") or _is_ip(name)
@@ -42,7 +42,3 @@ def _is_ip(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or (_is_ip(host) and ipaddress.ip_address(host).is_loopback)
