@@ -52,7 +52,6 @@ from tandem.scheduling.routing_settings import RoutingPolicy, RoutingSettings
 
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 
-
 _SELECTORS: Mapping[RoutingPolicy, type[InstanceSelector]] = {"balanced": InstanceSelector, "goodput": GoodputSelector}
 
 
