@@ -55,10 +55,6 @@ class ChildProcess:
         self._end: asyncio.Future[str] = self._loop.create_future()
         self._loop.add_reader(self._descriptor, self._on_end)
 
-    @property
-    def has_ended(self) -> bool:
-        return self._end.done()
-
     async def wait(self) -> str:
         """Wait for its end; returns the signal's name or "exit status N"."""
         return await asyncio.shield(self._end)

@@ -1,6 +1,5 @@
 """Tells a process from a later one with the same pid."""
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,6 @@ class ProcessIdentity:
         except OSError:
             return None
         return None if fields[0] in "ZX" else cls(pid, int(fields[_STARTED_FIELD]), boot_id)
-
-    @classmethod
-    def of_this_process(cls) -> "ProcessIdentity":
-        identity = cls.of(os.getpid())
-        assert identity is not None, "this process runs"
-        return identity
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ProcessIdentity":
