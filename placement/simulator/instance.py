@@ -74,6 +74,7 @@ class SimulatedInstance:
         self._is_up = True
         self._life = 0  # how often it was lost; what an earlier life computed is dropped
         self._step: _Step | None = None  # what is computed now
+        self._is_between = False  # two steps: a command that comes now is applied before the next begins
         self._began_s = 0.0  # when the step began
         self._late_s = 0.0  # how much longer the step takes for the commands that came during it
         self._results_s = 0.0  # when the results of the latest step come
@@ -154,6 +155,8 @@ class SimulatedInstance:
             apply()
             return
         self._commands.append((apply, is_release))
+        if self._is_between:
+            return
         if self._step is None:
             self._turn()
         elif not isinstance(self._step, FastRun):
@@ -188,13 +191,17 @@ class SimulatedInstance:
         now_s = self._events.now_s
         self._step = None
         self._began_s = now_s
-        if self._commands:
+        scheduler = self._scheduler
+        self._is_between = True
+        while True:
             commands, self._commands = self._commands, []
             for apply, _ in commands:
                 apply()
-        scheduler = self._scheduler
-        for sequence in scheduler.reserve(now_s):
-            self._listener.decode_reserved(attempt_of(sequence))
+            for sequence in scheduler.reserve(now_s):
+                self._listener.decode_reserved(attempt_of(sequence))
+            if not self._commands:  # what the router is told may have it send something
+                break
+        self._is_between = False
         steps = None if self._step_by_step else scheduler.fast_forward()
         if steps is not None:
             coefficients = self.spec.cost.decode_coefficients(steps.num_sequences)

@@ -5,12 +5,14 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from tandem.core.request_slo import RequestSlo
 from tandem.core.timeline import Stage
 from tandem.placement.simulator import Progress, simulate
 from tandem.placement.simulator.deployment import Failure, NetworkSpec, RouterSpec
 from tandem.placement.simulator.result import STAGES
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
+from tandem.scheduling.routing_machine import RoutingPolicy, RoutingSettings
 from tests.placement.simulator.deployments import LinearCost, deployment, poisson
 
 _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
@@ -241,3 +243,31 @@ def test_in_a_closed_loop_the_next_request_comes_when_one_has_ended() -> None:
     np.testing.assert_allclose(received_s[8:], ends_s[: len(requests) - 8])
     rate = 300 / (ends_s[349] - ends_s[49])
     assert rate * float(np.mean((finished_s - received_s)[50:350])) == pytest.approx(8, rel=0.03)
+
+
+@given(
+    decode=st.integers(1, 2),
+    colocated=st.integers(0, 1),
+    num_blocks=st.integers(40, 200),
+    rate=st.sampled_from([10.0, 40.0]),
+    credit=st.sampled_from([300, 2048]),
+    policy=st.sampled_from(["balanced", "goodput"]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_requests_that_wait_for_credit_leave_nothing_behind(
+    decode: int, colocated: int, num_blocks: int, rate: float, credit: int, policy: RoutingPolicy, seed: int
+) -> None:
+    """Between two steps of an instance the router may send it the next prompt, because of what has just ended there."""
+    router = RouterSpec(
+        0.003,
+        0.001,
+        0.002,
+        slo=(RequestSlo("a", 0.5, 0.03),),
+        routing=RoutingSettings(policy=policy, max_outstanding_tokens=credit),
+    )
+    spec = deployment(1, decode, colocated=colocated, num_blocks=num_blocks, network=_SLOW_NETWORK, router=router)
+    stream = poisson(120, rate, prompt=150, output=40, seed=seed)
+    first = simulate(spec, stream)  # which asserts that no instance keeps anything of a request
+    plain = simulate(spec, stream, step_by_step=True)
+    np.testing.assert_allclose(first.stamps, plain.stamps, rtol=1e-9)
