@@ -157,6 +157,7 @@ def describe(planned: Planned) -> list[RenderableType]:
     parts: list[RenderableType] = [formatting.headline(planned), *advice_sentences(planned)]
     if plan.groups:
         parts += ["", _group_table(plan)]
+    parts += [f"note: {note}" for note in plan.notes]
     if expected is not None:
         goodput, interval = formatting.rate(expected.goodput), formatting.interval(expected.goodput_ci)
         parts += [

@@ -11,8 +11,10 @@ from tandem.cli.common import BUILT_IN_MODEL, writing
 from tandem.cli.output import print_error, print_line, show_progress
 from tandem.core.byte_size import parse_bytes
 from tandem.core.config_file import dump_config
+from tandem.core.cost_model import StepLoad
 from tandem.core.errors import ConfigError
 from tandem.core.instance_section import EngineSection
+from tandem.core.parallel import ParallelShape
 from tandem.deploy.machine import usable_cores
 from tandem.deploy.model_folder import check_model_folder
 from tandem.placement.costs.calibration import Calibration
@@ -22,8 +24,11 @@ EPILOG = """\
 examples:
   tandem profile                                      the built-in model, into calibration.yaml
   tandem profile ~/models/Qwen3-0.6B -o qwen.yaml
-  tandem profile --threads 4 --kv-memory 2GiB         as the instances will be served"""
+  tandem profile --threads 4 --kv-memory 2GiB         as the instances will be served
+  tandem profile --shapes 2x1,4x1                     and instances of two and four ranks"""
 _ENGINE_SHARE = 0.6  # of the time
+_USUAL_PROMPT = 256  # tokens
+_TRANSFER_BYTES = 8 << 20
 _NEGLIGIBLE_BYTES_PER_S = 1e11  # at this rate the size of the KV hardly matters
 
 
@@ -36,16 +41,26 @@ def run(
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="of weights and KV")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "auto",
     kv_memory: Annotated[str, typer.Option(help="KV pool of an instance")] = "512MiB",
-    seconds: Annotated[float, typer.Option(help="time to measure, without loading")] = 75.0,
+    seconds: Annotated[
+        float, typer.Option(help="time to measure one rank, without loading; each shape takes a third of it more")
+    ] = 75.0,
+    shapes: Annotated[
+        str,
+        typer.Option(
+            help="instances of several ranks to measure, too, as tp x pp, e.g. 2x1,1x2; auto: these two where each "
+            "rank has its threads, or a GPU, for itself; none"
+        ),
+    ] = "auto",
     no_cluster: Annotated[
         bool, typer.Option("--no-cluster", help="only the engine: no serving factors, no request path")
     ] = False,
 ) -> int:
     """Measure how long the engine's steps take on this machine (prompts and decode, alone and as a prefill worker and a
-    decode worker run them side by side), and what the request path adds. The calibration file goes into an SLO file
-    (cluster.nodes.calibration). Measurements that are held out of the fit tell its error. It takes less than two
-    minutes; run nothing else on the machine meanwhile."""
-    from tandem.profiling.calibrate import calibrate  # imports torch, which takes seconds
+    decode worker run them side by side), what the request path adds, and the same of instances of several ranks with
+    what these exchange. The calibration file goes into an SLO file (cluster.nodes.calibration). Measurements that are
+    held out of the fit tell its error. It takes about three minutes, less than two without --shapes; run nothing else
+    on the machine meanwhile."""
+    from tandem.profiling.calibrate import calibrate, default_shapes  # imports torch, which takes seconds
 
     check_model_folder(model)
     if seconds <= 0:
@@ -53,6 +68,7 @@ def run(
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"there is no folder {output.absolute().parent} to write {output.name} into")
     engine = _engine_section(threads, dtype, device, kv_memory)
+    chosen = default_shapes(engine) if shapes == "auto" else _parse_shapes(shapes)
     if not no_cluster and 2 * engine.threads > usable_cores() > 1:
         print_error(
             f"note: the workers of both roles have {engine.threads} threads each, on {usable_cores()} cores together; "
@@ -65,6 +81,7 @@ def run(
             today=datetime.now(UTC).date(),
             engine_s=seconds if no_cluster else _ENGINE_SHARE * seconds,
             serving_s=0.0 if no_cluster else (1 - _ENGINE_SHARE) * seconds,
+            shapes=chosen,
             progress=progress,
         )
     with writing():
@@ -94,7 +111,54 @@ def as_text(calibration: Calibration) -> str:
             f" {1e3 * request_path.transfer_alone_s:.1f} to {1e3 * request_path.transfer_contended_s:.1f} ms for its KV"
             + (per_byte if request_path.transfer_bytes_per_s < _NEGLIGIBLE_BYTES_PER_S else " of any size")
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_shape_lines(calibration)])
+
+
+def _shape_lines(calibration: Calibration) -> list[str]:
+    """Of instances of several ranks, beside one of one rank."""
+    lines = []
+    for shape in calibration.shapes:
+        prompt = _times_as_long(calibration, shape.shape, StepLoad.of_prompts(_USUAL_PROMPT))
+        step = _times_as_long(calibration, shape.shape, StepLoad.of_decode(1, _USUAL_PROMPT))
+        lines.append(
+            f"  {shape.shape!s:<13} {prompt:.2f} times as long as one rank for a prompt of {_USUAL_PROMPT} tokens, "
+            f"{step:.2f} times for a decode step (error {shape.error.median:.1%})"
+        )
+    for one in calibration.collectives:
+        name = "sums" if one.operation == "all_reduce" else "messages"
+        lines.append(
+            f"  {name:<13} between {one.ranks} ranks ({one.transport}): {1e6 * one.cost.latency_s:.0f} us and 1 s per "
+            f"{one.cost.bytes_per_s / 1e9:.1f} GB"
+        )
+    plain = next((one.cost for one in calibration.transfers if one.is_plain), None)
+    if plain is not None:
+        slowest = max(calibration.transfers, key=lambda one: one.cost.seconds(_TRANSFER_BYTES))
+        ratio = slowest.cost.seconds(_TRANSFER_BYTES) / plain.seconds(_TRANSFER_BYTES)
+        lines.append(
+            f"  KV            {1e3 * plain.seconds(_TRANSFER_BYTES):.1f} ms for 8 MiB between instances of one rank, "
+            f"at most {ratio:.2f} times as long between others ({slowest.source} to {slowest.destination})"
+        )
+    return lines
+
+
+def _times_as_long(calibration: Calibration, shape: ParallelShape, load: StepLoad) -> float:
+    one, several = calibration.engine_cost(), calibration.engine_cost(shape)
+    assert one is not None
+    assert several is not None, "the shape was measured"
+    return several.step(load).total_s / one.step(load).total_s
+
+
+def _parse_shapes(text: str) -> tuple[ParallelShape, ...]:
+    """'2x1,1x2' or 'none'. Raises ConfigError."""
+    if text == "none":
+        return ()
+    try:
+        shapes = [ParallelShape.parse(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--shapes: {error}, or auto or none") from error
+    if any(shape.num_ranks == 1 for shape in shapes) or len(set(shapes)) < len(shapes):
+        raise ConfigError(f"--shapes {text}: name shapes of several ranks, each once; one rank is measured anyway")
+    return tuple(shapes)
 
 
 def _in_worker(name: str, alone: ServedStep, contended: ServedStep) -> str:

@@ -1,5 +1,6 @@
 """How one instance is divided over devices."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -25,6 +26,14 @@ class ParallelShape:
     @property
     def num_ranks(self) -> int:
         return self.tp * self.pp * self.dp
+
+    @classmethod
+    def parse(cls, text: str) -> "ParallelShape":
+        """tp x pp, such as 2x1. Raises ValueError."""
+        match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text.strip())
+        if match is None:
+            raise ValueError(f"'{text}' is not a shape; write tp x pp, e.g. 2x1")
+        return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         if self.dp > 1:

@@ -147,6 +147,7 @@ class Plan(FrozenModel):
     )
     expected: Expected | None = None
     alternatives: tuple[Alternative, ...] = ()
+    notes: tuple[str, ...] = Field(default=(), description="What the planner found out about shapes on this cluster")
 
     @property
     def num_devices(self) -> int:

@@ -14,7 +14,7 @@ from tandem.core.step_coefficients import StepCoefficients
 from tandem.deploy.node_placement import PlannedNodes
 from tandem.deploy.topology import Machine
 from tandem.placement.cluster import Cluster
-from tandem.placement.costs.calibration import CalibratedCost, Calibration
+from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.models import model_shape
 
 _CPU = "cpu"
@@ -111,10 +111,9 @@ def _engine(plan: Plan, group: PlanGroup, calibration: Calibration | None) -> En
 
 
 def _step_cost(group: PlanGroup, calibration: Calibration | None) -> StepCoefficients | None:
-    """None where there is no calibration; one is of a single rank."""
-    if calibration is None or group.shape.num_ranks > 1:
-        return None
-    return StepCoefficients.of(CalibratedCost(calibration.terms))
+    """None where there is no calibration of the shape."""
+    cost = None if calibration is None else calibration.engine_cost(group.shape)
+    return None if cost is None else StepCoefficients.of(cost)
 
 
 def _calibrations(plan: Plan) -> dict[str, Calibration]:

@@ -24,6 +24,7 @@ from tandem.placement.evidence import (
     Reproduction,
     WorkloadSummary,
 )
+from tandem.placement.rank_notes import rank_notes
 from tandem.placement.search.advice import advise
 from tandem.placement.search.best_first import ReportProgress
 from tandem.placement.search.candidate import CandidateDeployment
@@ -110,6 +111,7 @@ def explain(
             "summary": nearest or _summary(space, deployment, goodput),
             "expected": expected,
             "alternatives": _alternatives(candidates),
+            "notes": rank_notes(space, deployment),
             **({} if met else {"verdict": "infeasible"}),
         }
     )
@@ -160,6 +162,7 @@ def explain_infeasible(slo_file: SloFile, space: SearchSpace) -> Planned:
         verdict="infeasible",
         summary=f"{nearest}.",
         groups=(),
+        notes=rank_notes(space, None),
     )
     return Planned(
         plan,

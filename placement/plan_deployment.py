@@ -9,6 +9,7 @@ from tandem.core.parallel import ParallelShape
 from tandem.core.plan import Plan, PlanGroup
 from tandem.placement.cluster import Cluster, Node, nic_bytes_per_s, peer_bytes_per_s
 from tandem.placement.costs.cost_source import CostSource
+from tandem.placement.costs.resharding import Resharding, ShapePair, resharding_of
 from tandem.placement.costs.serving import ServingCosts
 from tandem.placement.simulator.deployment import Deployment, Failure, InstanceSpec, NetworkSpec, RouterSpec
 
@@ -36,7 +37,7 @@ def deployment_of(
     instances: list[InstanceSpec] = []
     for group in whole.groups:
         calibration = cluster.calibrations.get(_device_name(group, cluster))
-        serving = ServingCosts() if calibration is None else calibration.serving
+        serving = ServingCosts() if calibration is None else calibration.serving_of(group.shape)
         cost = source.cost_model(_device_name(group, cluster), group.shape)
         if cost is None:
             raise ConfigError(
@@ -56,6 +57,7 @@ def deployment_of(
                     max_prefill_tokens=group.max_prefill_tokens,
                     policy=group.policy,
                     node=_node_index(ranks[0], cluster),
+                    shape=group.shape,
                     request_admission_cost_s=serving.request_admission_cost_s if group.role == "decode" else 0.0,
                     cold_step_factor=serving.cold_step_factor if group.role == "prefill" else 0.0,
                 )
@@ -87,6 +89,7 @@ def network_of(plan: Plan, cluster: Cluster, model: ModelShape) -> NetworkSpec:
     """Links of the slowest kind among the nodes in use: an instance's port has the links of all its ranks, a node's
     link those of all its devices. What a calibration measured on its node counts instead of the catalogue."""
     ports, links, latency_s, per_concurrent_transfer_s, kv_bytes = [], [], 0.0, 0.0, model.kv_bytes_per_token
+    resharding: dict[ShapePair, Resharding] = {}
     for group in plan.groups:
         device = cluster.devices[_device_name(group, cluster)]
         links.append(cluster.devices_per_node[device.name] * nic_bytes_per_s(device))
@@ -99,12 +102,14 @@ def network_of(plan: Plan, cluster: Cluster, model: ModelShape) -> NetworkSpec:
             latency_s = max(latency_s, measured.latency_s)
             per_concurrent_transfer_s = max(per_concurrent_transfer_s, measured.per_concurrent_transfer_s)
             kv_bytes = measured.kv_bytes_per_token
+            resharding |= resharding_of(calibration.transfers, BLOCK_SIZE)
     return NetworkSpec(
         kv_bytes_per_token=kv_bytes,
         intra_node_bytes_per_s=min(ports),
         inter_node_bytes_per_s=min(links),
         latency_s=latency_s,
         per_concurrent_transfer_s=per_concurrent_transfer_s,
+        resharding=resharding,
     )
 
 

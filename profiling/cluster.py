@@ -73,13 +73,30 @@ class ClusterLauncher:
     ) -> dict[Role, StartedProcess]:
         """A prefill and a decode worker with the settings `engine` and other settings `instance`, once the router has
         sessions with both. Raises MeasurementError."""
-        started = {}
-        for role in (Role.PREFILL, Role.DECODE):
-            settings = {"routers": [router.control], "instance": {**(instance or {}), "engine": dict(engine)}}
-            config = self._write_config(f"{role.value}_worker", settings)
-            started[role] = await self.start(f"tandem.{role.value}_worker", *config, num_lines=1)
+        started = {
+            role: await self._start_worker(role, f"tandem.{role.value}_worker", router, engine, instance or {})
+            for role in (Role.PREFILL, Role.DECODE)
+        }
         await wait_until_ready(router)
         return started
+
+    async def start_colocated(self, router: StartedRouter, engine: Mapping[str, object]) -> StartedProcess:
+        """One colocated instance, of as many ranks as its settings say, once the router has a session with it. Raises
+        MeasurementError."""
+        started = await self._start_worker(Role.COLOCATED, "tandem.worker", router, engine, {})
+        await wait_until_ready(router)
+        return started
+
+    async def _start_worker(
+        self,
+        role: Role,
+        module: str,
+        router: StartedRouter,
+        engine: Mapping[str, object],
+        instance: Mapping[str, object],
+    ) -> StartedProcess:
+        settings = {"role": role.value, "routers": [router.control], "instance": {**instance, "engine": dict(engine)}}
+        return await self.start(module, *self._write_config(role.value, settings), num_lines=1)
 
     async def start_router_module(
         self, module: str, checkout: Path | None, settings: Mapping[str, object] | None = None

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -14,8 +15,9 @@ from tandem.core.instance_section import EngineSection
 from tandem.core.request import SamplingParams
 from tandem.engine.engine import Engine
 from tandem.engine.step import SampleRequest, SequenceSlice
-from tandem.placement.costs.calibration import Measurement
+from tandem.placement.costs.step_fit import Measurement
 from tandem.worker.engine_setup import load_worker_engine
+from tandem.worker.ranks.group import RankGroup
 
 _MAX_CELL_S = 8.0  # cells that would take longer, extrapolated from the previous one, are left out
 _MIN_ROUNDS = 3
@@ -114,16 +116,34 @@ def _mixed_cells() -> Iterator[ProfileCell]:
         )
 
 
-class EngineProfiler:
-    """A loaded engine whose steps are timed."""
-
-    def __init__(self, model: Path, section: EngineSection) -> None:
-        """Raises CheckpointError or ConfigError."""
-        self._engine, self._pool = load_worker_engine(model, section, ranks=None)
-        self._random = Random(0)
+@contextmanager
+def open_profiler(model: Path, section: EngineSection) -> Iterator["EngineProfiler"]:
+    """Loads an instance's engine, with all its ranks, as a worker does. Raises CheckpointError, ConfigError or
+    RankLostError."""
+    ranks = None
+    with ExitStack() as resources:
+        if section.shape.num_ranks > 1:
+            ranks = RankGroup(model, section, on_lost=lambda error: None)  # a step of the engine raises then
+            resources.callback(ranks.close)
+            ranks.start()
+        engine, pools = load_worker_engine(model, section, ranks)
+        for pool in pools:
+            resources.callback(pool.close)
+        resources.callback(engine.close)
         # Values as after real prompts; this also touches every page.
-        for layer in self._engine.pool:
-            layer.copy_(torch.randn(layer.shape[1:]).expand(layer.shape))
+        for rank, pool in enumerate(pools):
+            if len(pool.tensor):
+                for layer in pool.tensor.view(engine.pool.dtype).view(engine.layout.pool_of(rank).shape):
+                    layer.copy_(torch.randn(layer.shape[1:]).expand(layer.shape))
+        yield EngineProfiler(engine)
+
+
+class EngineProfiler:
+    """Times steps of a loaded engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._random = Random(0)
 
     @property
     def engine(self) -> Engine:
@@ -163,9 +183,6 @@ class EngineProfiler:
             for index, times in seconds.items()
         ]
 
-    def close(self) -> None:
-        self._engine.close()
-
     def _times(self, cell: ProfileCell) -> list[float]:
         """Times of consecutive steps, as a worker runs them: a short step finds the caches as the previous one left
         them. The first of several steps does not count."""
@@ -186,4 +203,5 @@ class EngineProfiler:
             block += count
         began_s = time.perf_counter()
         self._engine.step(slices)
+        self._engine.settle()  # without a drawn token, later stages still compute
         return time.perf_counter() - began_s

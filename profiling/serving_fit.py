@@ -1,7 +1,7 @@
 """Fits what serving adds to the engine's steps, and the costs of the request path, to the samples of a cluster."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -9,10 +9,18 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from tandem.core.cost_model import StepLoad
-from tandem.placement.costs.calibration import CalibratedCost, Calibration
+from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.serving import PathCosts, ServedStep, ServingCosts
+from tandem.placement.costs.step_fit import CalibratedCost
 from tandem.placement.simulator.deployment import PAUSE_S
-from tandem.profiling.serving_samples import LoadPeriod, PrefillStep, RequestSample, ServingSamples, prefill_steps_of
+from tandem.profiling.serving_samples import (
+    ColocatedSamples,
+    LoadPeriod,
+    PrefillStep,
+    RequestSample,
+    ServingSamples,
+    prefill_steps_of,
+)
 
 _MAX_BYTES_PER_S = 1e12  # where no time per token can be seen
 _OUTLIER = 0.5  # relative error. Steps vary by 10 %; other load on the machine doubles their time
@@ -52,19 +60,38 @@ def fit_serving(cost: CalibratedCost, samples: ServingSamples) -> ServingCosts:
     )
 
 
-def fit_path(samples: ServingSamples, kv_bytes_per_token: float) -> PathCosts:
+def fit_alone(cost: CalibratedCost, samples: ColocatedSamples) -> tuple[ServedStep, ServedStep]:
+    """(prefill, decode) of an instance that has the machine for itself. `cost`: of the engine alone."""
+    prompts = [
+        StepTime(_prefill_s(cost, step), step.duration_s, contended=0.0) for step in prefill_steps_of(samples.prompted)
+    ]
+    steps = [step for period in samples.decoding for step in decode_step_times(cost, period)]
+    alone_steps = [replace(step, contended=0.0) for step in steps]  # its own prompts are among those admitted
+    return fit_prefill(prompts)[0], fit_decode(alone_steps)[0]
+
+
+def fit_router(requests: Sequence[RequestSample]) -> tuple[float, float, float]:
+    """(admission_s, first_token_s, token_s), as in `PathCosts`: medians."""
     before_prefill_s = [
         request.parts["admission_s"] + request.parts["dispatch_s"] + request.parts["prefill_queue_s"]
-        for request in samples.prefill_alone  # under load, requests wait in the queue
+        for request in requests
     ]
+    first_s = median(request.client_ttft_s - request.server_ttft_s for request in requests)
+    last_s = median(request.client_total_s - request.server_total_s for request in requests)
+    return median(before_prefill_s), max(0.0, first_s), max(0.0, last_s)
+
+
+def fit_path(samples: ServingSamples, kv_bytes_per_token: float) -> PathCosts:
+    admission_s, _, _ = fit_router(samples.prefill_alone)  # under load, requests wait in the queue
     requests = [*samples.prefill_alone, *(request for period in samples.steady for request in period.prompted)]
     alone_s, per_token_s = fit_transfer(samples.prefill_alone)
     contended_s, per_concurrent_transfer_s = fit_concurrent_transfers(samples.concurrent, per_token_s)
     alone_s = max(0.0, alone_s - per_concurrent_transfer_s)
+    _, first_token_s, token_s = fit_router(requests)
     return PathCosts(
-        admission_s=median(before_prefill_s),
-        first_token_s=max(0.0, median(request.client_ttft_s - request.server_ttft_s for request in requests)),
-        token_s=max(0.0, median(request.client_total_s - request.server_total_s for request in requests)),
+        admission_s=admission_s,
+        first_token_s=first_token_s,
+        token_s=token_s,
         transfer_alone_s=alone_s,
         transfer_contended_s=max(alone_s, contended_s),
         per_concurrent_transfer_s=per_concurrent_transfer_s,

@@ -17,7 +17,7 @@ from random import Random
 from tandem.profiling.cluster import MODEL_NAME, ClusterLauncher
 from tandem.profiling.completion_client import CompletionClient
 from tandem.profiling.errors import MeasurementError
-from tandem.profiling.serving_samples import LoadPeriod, RequestSample, ServingSamples
+from tandem.profiling.serving_samples import ColocatedSamples, LoadPeriod, RequestSample, ServingSamples
 
 FIRST_TOKEN_ID, LAST_TOKEN_ID = 300, 1000  # plain tokens in every vocabulary of more than a thousand
 _PROMPT_LENGTHS = (32, 384, 64, 160)  # in turns
@@ -32,7 +32,10 @@ _CONCURRENT_CLIENTS = 8  # whose prompts are computed and transferred together
 _MAX_PAUSE_S = 0.3  # between prompts: the first step after a pause takes longer
 _TIMEOUT_S = 60.0
 _ATTEMPTS = 3
-_NEEDED_PARTS = {"prefill_s", "transfer_s", "decode_queue_s"}
+_WITH_TRANSFER = frozenset({"prefill_s", "transfer_s", "decode_queue_s"})
+_COLOCATED = frozenset({"prefill_s"})
+_WARM_UP_S = 1.0
+_COLOCATED_BATCHES = (1, 2, 4)
 
 
 async def measure_serving(
@@ -53,6 +56,27 @@ async def measure_serving(
         return await measure_running(f"http://{router.http}", budget_s, progress, max_model_len=max_model_len)
 
 
+async def measure_colocated(
+    model: Path, engine: Mapping[str, object], budget_s: float, *, max_model_len: int | None = None
+) -> ColocatedSamples:
+    """Starts a colocated instance with the settings `engine`, measures for about `budget_s`, and stops it. Half of the
+    time is for prompts, most of them after a pause, as under light load. Raises MeasurementError."""
+    async with ClusterLauncher(model) as launcher:
+        router = await launcher.start_router()
+        await launcher.start_colocated(router, engine)
+        return await measure_running_colocated(f"http://{router.http}", budget_s, max_model_len=max_model_len)
+
+
+async def measure_running_colocated(url: str, budget_s: float, *, max_model_len: int | None = None) -> ColocatedSamples:
+    """As `measure_colocated`, on one colocated instance that runs already and is idle. Raises MeasurementError."""
+    async with open_probe(url, max_model_len, needed_parts=_COLOCATED) as probe:
+        await probe.decode(2, _WARM_UP_S, _OUTPUT_RANGES[0])
+        prompted = await probe.prefill_alone(0.5 * budget_s, max_pause_s=_MAX_PAUSE_S)
+        share_s = 0.5 * budget_s / len(_COLOCATED_BATCHES)
+        decoding = [LoadPeriod(await probe.decode(batch, share_s, _LONG_OUTPUT)) for batch in _COLOCATED_BATCHES]
+    return ColocatedSamples(tuple(prompted), tuple(decoding))
+
+
 async def measure_running(
     url: str,
     budget_s: float,
@@ -65,7 +89,7 @@ async def measure_running(
     Raises MeasurementError."""
     samples = ServingSamples()
     async with open_probe(url, max_model_len) as probe:
-        await probe.steady(batch=2, duration_s=1.0)  # warm-up
+        await probe.steady(batch=2, duration_s=_WARM_UP_S)
         for index, batch in enumerate(_BATCHES):
             samples.add(await probe.all_kinds(batch, budget_s / len(_BATCHES)))
             progress((index + 1) / len(_BATCHES))
@@ -75,10 +99,13 @@ async def measure_running(
 
 
 @asynccontextmanager
-async def open_probe(url: str, max_model_len: int | None = None) -> AsyncIterator["ServingProbe"]:
+async def open_probe(
+    url: str, max_model_len: int | None = None, *, needed_parts: frozenset[str] = _WITH_TRANSFER
+) -> AsyncIterator["ServingProbe"]:
+    """`needed_parts`: those of a timeline without which a request was not served as it should be."""
     client = CompletionClient(url)
     try:
-        yield ServingProbe(client, max_model_len)
+        yield ServingProbe(client, max_model_len, needed_parts)
     finally:
         client.close()
 
@@ -87,8 +114,11 @@ class ServingProbe:
     """Sends requests that keep one or both workers busy, and returns their samples. Every method raises
     MeasurementError."""
 
-    def __init__(self, client: CompletionClient, max_model_len: int | None = None) -> None:
+    def __init__(
+        self, client: CompletionClient, max_model_len: int | None = None, needed_parts: frozenset[str] = _WITH_TRANSFER
+    ) -> None:
         self._client = client
+        self._needed_parts = needed_parts
         longest = max(_PROMPT_LENGTHS)
         if max_model_len is not None:
             longest = max_model_len - max(most for _, most in _OUTPUT_RANGES)
@@ -135,11 +165,12 @@ class ServingProbe:
                 raise result
         return LoadPeriod(decoding, tuple(prompted))
 
-    async def prefill_alone(self, duration_s: float) -> list[RequestSample]:
-        """One prompt after another for `duration_s`, at least one, and nothing else."""
+    async def prefill_alone(self, duration_s: float, *, max_pause_s: float = 0.0) -> list[RequestSample]:
+        """One prompt after another for `duration_s`, at least one, with pauses between them, and nothing else."""
         began_s = time.monotonic()
         prompted = [await self._send_prompt()]
         while time.monotonic() - began_s < duration_s:
+            await asyncio.sleep(self._random.uniform(0.0, max_pause_s))
             prompted.append(await self._send_prompt())
         return prompted
 
@@ -164,8 +195,8 @@ class ServingProbe:
         return await self._send(next(self._lengths), _SHORT_OUTPUT)
 
     async def _send(self, num_tokens: int, max_tokens: int) -> RequestSample:
-        """A sample with a transfer. On a busy machine an instance may look lost to the router, and the other one then
-        serves the whole request: such a request is sent again."""
+        """A sample with the needed parts. On a busy machine an instance may look lost to the router, and the other one
+        then serves the whole request, without a transfer: such a request is sent again."""
         for _ in range(_ATTEMPTS):
             prompt = [self._random.randrange(FIRST_TOKEN_ID, LAST_TOKEN_ID) for _ in range(num_tokens)]
             request = self._client.make_request(MODEL_NAME, prompt, max_tokens, with_timeline=True)
@@ -176,7 +207,7 @@ class ServingProbe:
             extra = timed.usage["tandem"]
             assert isinstance(extra, dict), "a timeline was requested"
             timeline = extra["timeline"]
-            if timeline["parts"].keys() >= _NEEDED_PARTS:
+            if timeline["parts"].keys() >= self._needed_parts:
                 return RequestSample.from_timeline(
                     num_tokens, max_tokens, timed.sent_s, timed.first_s, timed.last_s, timeline
                 )

@@ -45,8 +45,9 @@ class RequestSample:
 
     @property
     def kv_arrived_s(self) -> float:
-        """When the decode worker had its KV. That worker admitted the request when its prefill step began."""
-        return self.prefill_ended_s + self.parts["transfer_s"]
+        """When the decode worker had its KV. That worker admitted the request when its prefill step began. A colocated
+        instance has no transfers."""
+        return self.prefill_ended_s + self.parts.get("transfer_s", 0.0)
 
     @property
     def num_decode_steps(self) -> int:
@@ -61,7 +62,7 @@ class RequestSample:
     def decode_span(self) -> tuple[float, float]:
         """(start, end): from when a decode step could include it to its last token. Empty if the client received all
         tokens at once."""
-        ready_s = self.kv_arrived_s + self.parts["decode_queue_s"]
+        ready_s = self.kv_arrived_s + self.parts.get("decode_queue_s", 0.0)
         return ready_s, max(ready_s, self.prefill_ended_s + self.client_total_s - self.client_ttft_s)
 
 
@@ -114,6 +115,15 @@ class LoadPeriod:
         spans = [request.decode_span for request in self.decoding]
         num_steps = sum(request.num_decode_steps for request in self.decoding)
         return sum(end_s - start_s for start_s, end_s in spans) / num_steps
+
+
+@dataclass(frozen=True, slots=True)
+class ColocatedSamples:
+    """Of one colocated instance: prompts that were sent one after the other, with pauses, and nothing else; and periods
+    of decoding, in which a step also computes the tiny prompts of the next requests."""
+
+    prompted: tuple[RequestSample, ...]
+    decoding: tuple[LoadPeriod, ...]
 
 
 @dataclass(slots=True)

@@ -27,6 +27,13 @@ class ServedStep(FrozenModel):
     def seconds(self, engine_s: float) -> float:
         return self.constant_s + self.factor * engine_s
 
+    def slowed_as(self, alone: "ServedStep", contended: "ServedStep") -> "ServedStep":
+        """This step, measured on an idle machine, on a busy one, which makes `contended` of `alone`."""
+        return ServedStep(
+            constant_s=self.constant_s + max(0.0, contended.constant_s - alone.constant_s),
+            factor=self.factor * (contended.factor / alone.factor if alone.factor else 1.0),
+        )
+
 
 class ServingCosts(FrozenModel):
     """Steps while the other role's worker is idle (`alone`), and while it computes on the same machine (`contended`):
@@ -51,6 +58,18 @@ class ServingCosts(FrozenModel):
 
     def decode(self, contended: float) -> ServedStep:
         return self.decode_alone.interpolate(self.decode_contended, contended)
+
+    def with_steps_alone(self, prefill: ServedStep, decode: ServedStep) -> "ServingCosts":
+        """Of other instances, whose steps take that while the rest of the machine is idle, and are slowed as these
+        are by others that compute."""
+        return self.model_copy(
+            update={
+                "prefill_alone": prefill,
+                "prefill_contended": prefill.slowed_as(self.prefill_alone, self.prefill_contended),
+                "decode_alone": decode,
+                "decode_contended": decode.slowed_as(self.decode_alone, self.decode_contended),
+            }
+        )
 
 
 class PathCosts(FrozenModel):

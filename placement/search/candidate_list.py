@@ -28,8 +28,13 @@ def list_candidates(space: SearchSpace, comparison: FinalComparison) -> tuple[Pl
 def rejected_shapes(kinds: Kinds, limits: KindLimits) -> tuple[PlanCandidate, ...]:
     """Shapes that were rejected without simulation."""
     illegal = [
-        PlanCandidate(f"{shape.shape} on {shape.device}", "disaggregated", shape.shape.num_ranks, reason=shape.reason)
-        for shape in kinds.rejected
+        PlanCandidate(
+            str(shape),
+            "colocated" if shape.role == "colocated" else "disaggregated",
+            shape.shape.num_ranks,
+            reason=shape.reason,
+        )
+        for shape in (*kinds.slower, *kinds.rejected)
     ]
     too_slow = [
         PlanCandidate(

@@ -48,19 +48,27 @@ class InstanceKind:
 
 @dataclass(frozen=True, slots=True)
 class RejectedShape:
-    """A shape that cannot serve this workload on this device, with the reason."""
+    """A shape that cannot serve this workload on this device, or in one role not as well as a smaller one, with the
+    reason. `role` None: in no role."""
 
     device: str
     shape: ParallelShape
     reason: str
+    role: RoleName | None = None
+
+    def __str__(self) -> str:
+        return f"{self.shape} on {self.device}" if self.role is None else f"{self.role} {self.shape} on {self.device}"
 
 
 @dataclass(frozen=True, slots=True)
 class Kinds:
+    """`slower` are shapes that `slower_shapes` left out, `rejected` those that cannot serve at all."""
+
     prefill: tuple[InstanceKind, ...]
     decode: tuple[InstanceKind, ...]
     colocated: tuple[InstanceKind, ...]
     rejected: tuple[RejectedShape, ...]
+    slower: tuple[RejectedShape, ...] = ()
 
 
 def legal_shapes(model: ModelShape, section: SearchSection, devices_per_node: int) -> Iterator[ParallelShape]:
@@ -82,8 +90,11 @@ def legal_kinds(
     nodes: Sequence[tuple[str, int, int]],
     section: SearchSection,
     stream: RequestStream,
+    *,
+    one_rank: Container[str] = (),
 ) -> Kinds:
-    """All instance kinds on `nodes` (device type, devices in a node, nodes). They do not depend on the targets.
+    """All instance kinds on `nodes` (device type, devices in a node, nodes). They do not depend on the targets. On the
+    devices `one_rank` nobody knows what several ranks take.
 
     A shape is legal if the weights fit and its KV memory holds the longest request of the stream. Colocated instances
     have several budgets of prompt tokens per step: small budgets keep TPOT low, large budgets raise throughput.
@@ -101,7 +112,10 @@ def legal_kinds(
             if shape.num_ranks > total[device]:
                 continue
             cost, kv_tokens = source.cost_model(device, shape), source.kv_tokens(device, shape)
-            if cost is None:
+            if device in one_rank and shape.num_ranks > 1:
+                reason = "what several ranks take on a CPU is known only where tandem profile measured it"
+                rejected.append(RejectedShape(device, shape, reason))
+            elif cost is None:
                 rejected.append(RejectedShape(device, shape, "its step times are unknown"))
             elif kv_tokens == 0:
                 rejected.append(RejectedShape(device, shape, "the weights do not fit its memory"))

@@ -18,7 +18,9 @@ def nearest_feasible(problem: Problem) -> Problem | None:
     None if no shape fits the memory, or if no target needs to be raised.
     """
     nodes = [(node.device, node.devices, node.count) for node in problem.node_types]
-    kinds = legal_kinds(problem.model, problem.source, nodes, problem.section, problem.requests)
+    kinds = legal_kinds(
+        problem.model, problem.source, nodes, problem.section, problem.requests, one_rank=problem.one_rank_devices
+    )
     if not kinds.decode:
         return None
     classes = tuple(

@@ -66,6 +66,13 @@ class Problem:
             counts[key] = counts.get(key, 0) + 1
         return tuple(NodeType(device, devices, count) for (device, devices), count in counts.items())
 
+    @property
+    def one_rank_devices(self) -> frozenset[str]:
+        """CPUs without a calibration: a catalogue cannot tell how ranks get on with each other on shared cores."""
+        cluster = self.cluster
+        cpus = (name for name, device in cluster.devices.items() if device.family == "cpu")
+        return frozenset(cpus) - cluster.calibrations.keys()
+
     def of_window(self, window: Window) -> "Problem":
         """The problem of one window of the trace, as if it had a steady state. Rates remain those of the trace."""
         requests = window_stream(self.requests, window)

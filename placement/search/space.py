@@ -12,6 +12,7 @@ from tandem.placement.search.limits import KindLimits, limit_of, limits_with_sla
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.predict import Predictor
 from tandem.placement.search.problem import NodeType, Problem
+from tandem.placement.search.slower_shapes import without_slower_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,10 @@ class SearchSpace:
 def search_space(problem: Problem, mapper: Mapper) -> SearchSpace:
     """Legal kinds, their limits, and a predictor that evaluates groups through `mapper`."""
     nodes = [(node.device, node.devices, node.count) for node in problem.node_types]
-    legal = legal_kinds(problem.model, problem.source, nodes, problem.section, problem.requests)
+    every = legal_kinds(
+        problem.model, problem.source, nodes, problem.section, problem.requests, one_rank=problem.one_rank_devices
+    )
+    legal = without_slower_shapes(every, problem.requests)
     all_kinds = (*legal.prefill, *legal.decode, *legal.colocated)
     limits = {kind: limit_of(kind, problem.classes, problem.computed) for kind in all_kinds}
     limits |= limits_with_slack(limits, problem.cluster.calibrations)
@@ -60,6 +64,7 @@ def search_space(problem: Problem, mapper: Mapper) -> SearchSpace:
         decode=tuple(kind for kind in legal.decode if limits[kind].rate > 0),
         colocated=tuple(kind for kind in legal.colocated if limits[kind].rate > 0),
         rejected=legal.rejected,
+        slower=legal.slower,
     )
     compute = partial(group_attainment, stream=problem.computed, classes=problem.classes)
     return SearchSpace(problem, kinds, limits, Predictor(problem, limits, partial(mapper, compute)))

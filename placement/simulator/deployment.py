@@ -1,18 +1,23 @@
 """What the simulator runs: instances with their cost models, on nodes joined by links. Plans become this."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from tandem.core.cost_model import CostModel, StepLoad
 from tandem.core.instance_section import RoleName
+from tandem.core.parallel import ParallelShape
 from tandem.core.request_slo import RequestSlo
 from tandem.core.step_coefficients import StepCoefficients
+from tandem.placement.costs.resharding import Resharding, ShapePair
 from tandem.scheduling.budget import Mixing
 from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.instance_selector import InstanceSelector
 from tandem.scheduling.routing_settings import RoutingSettings
 from tandem.scheduling.step_load import step_load
+
+_ONE_RANK = ParallelShape()
+_NO_RESHARDING = Resharding(extra_s=0.0, factor=1.0)
 
 PAUSE_S = 0.03
 """From when on a worker that had nothing to do has paused."""
@@ -22,12 +27,12 @@ PAUSE_S = 0.03
 class InstanceSpec:
     """One instance. `num_blocks` blocks of `block_size` tokens are its KV pool. `max_batch_tokens` bounds the prompt
     tokens of one step (prefill, colocated), `max_batch` the sequences decoded in one step. `node` is where its first
-    device stands. `request_admission_cost_s` is the extra time of a decode step for each request admitted during it;
-    `cold_step_factor` the extra time of prefill's first step after a pause, as a share of the step. `lease_s` is how
-    long computed KV is held for a reader. `growth_horizon_tokens` None: the role's own (`scheduling.budget`).
-    `max_prefill_tokens` bounds the prompt tokens beside
-    those that decode, None: the role's own. `step_cost` is what is believed of `cost`, None: nearly the truth.
-    `scheduler_type` and `load_of`, what a step's chunks cost, are those of other systems where these are simulated."""
+    device stands, `shape` how its KV is divided. `request_admission_cost_s` is the extra time of a decode step for each
+    request admitted during it; `cold_step_factor` the extra time of prefill's first step after a pause, as a share of
+    the step. `lease_s` is how long computed KV is held for a reader. `growth_horizon_tokens` None: the role's own
+    (`scheduling.budget`). `max_prefill_tokens` bounds the prompt tokens beside those that decode, None: the role's own.
+    `step_cost` is what is believed of `cost`, None: nearly the truth. `scheduler_type` and `load_of`, what a step's
+    chunks cost, are those of other systems where these are simulated."""
 
     instance_id: str
     role: RoleName
@@ -42,6 +47,7 @@ class InstanceSpec:
     policy: Mixing = "chunked"
     prefix_cache: bool = True
     node: int = 0
+    shape: ParallelShape = _ONE_RANK
     growth_horizon_tokens: int | None = None
     lease_s: float = float("inf")
     request_admission_cost_s: float = 0.0
@@ -61,13 +67,17 @@ class NetworkSpec:
     """KV links. A transfer of n tokens takes `latency_s` + `per_concurrent_transfer_s` + n * `kv_bytes_per_token` /
     bandwidth, and all but the latency is shared: a node's outgoing link, its incoming link, and inside a node each
     instance's own port, are divided equally among the transfers on them. With infinite bandwidth a transfer takes
-    `latency_s`."""
+    `latency_s`. Between two shapes in `resharding` it takes as much longer as that says."""
 
     kv_bytes_per_token: float = 0.0
     intra_node_bytes_per_s: float = float("inf")
     inter_node_bytes_per_s: float = float("inf")
     latency_s: float = 0.0
     per_concurrent_transfer_s: float = 0.0  # time of its links that a transfer takes whatever its bytes
+    resharding: Mapping[ShapePair, Resharding] = field(default_factory=dict)
+
+    def between(self, source: ParallelShape, destination: ParallelShape) -> Resharding:
+        return self.resharding.get((source, destination), _NO_RESHARDING) if self.resharding else _NO_RESHARDING
 
 
 @dataclass(frozen=True, slots=True)

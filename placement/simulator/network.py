@@ -59,13 +59,16 @@ class Network:
         bytes_per_s = spec.intra_node_bytes_per_s if same_node else spec.inter_node_bytes_per_s
         fixed_s = spec.per_concurrent_transfer_s  # shares the links as bytes do
         fixed_bytes = fixed_s * bytes_per_s if fixed_s else 0.0
-        transfer = Transfer(on_arrival, argument, now_s, fixed_bytes + num_tokens * spec.kv_bytes_per_token)
+        resharding = spec.between(source.shape, destination.shape)
+        latency_s = spec.latency_s + resharding.extra_s
+        num_bytes = num_tokens * spec.kv_bytes_per_token * resharding.factor  # of a plain transfer that takes as long
+        transfer = Transfer(on_arrival, argument, now_s, fixed_bytes + num_bytes)
         if math.isinf(bytes_per_s) or transfer.left_bytes == 0:
-            self._events.at(now_s + spec.latency_s, self._arrive, transfer)
+            self._events.at(now_s + latency_s, self._arrive, transfer)
             return transfer
         ends = (source.instance_id, destination.instance_id) if same_node else (source.node, destination.node)
         transfer.links = (self._link(("out", ends[0]), bytes_per_s), self._link(("in", ends[1]), bytes_per_s))
-        self._events.at(now_s + spec.latency_s, self._start, transfer)
+        self._events.at(now_s + latency_s, self._start, transfer)
         return transfer
 
     def abandon(self, transfer: Transfer) -> None:

@@ -14,7 +14,8 @@ from tandem.core.precision import Precision
 from tandem.core.slo import SloClass
 from tandem.deploy.plan_serving import planned_nodes, serve_config_of
 from tandem.deploy.topology import Machine, plan_processes
-from tandem.placement.costs.calibration import Calibration, FitError, Terms
+from tandem.placement.costs.calibration import Calibration
+from tandem.placement.costs.step_fit import FitError, Terms
 from tests.placement.planned import plan_of
 
 BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 from typing import cast
 
 from tandem.core.cost_model import StepLoad
-from tandem.placement.costs.calibration import CalibratedCost, Calibration, Terms
+from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.serving import ServedStep, ServingCosts
+from tandem.placement.costs.step_fit import CalibratedCost, Terms
 from tandem.profiling.serving_samples import LoadPeriod, RequestSample, ServingSamples
 
 TERMS = Terms(

@@ -8,14 +8,15 @@ from tandem.placement.costs.serving import ServedStep
 from tandem.profiling.serving_fit import (
     StepTime,
     decode_step_times,
+    fit_alone,
     fit_cold_step_factor,
     fit_decode,
     fit_path,
     fit_prefill,
     fit_serving,
 )
-from tandem.profiling.serving_samples import LoadPeriod, ServingSamples
-from tests.profiling.samples import ENGINE, KV_TOKENS, cluster_samples, decoding, prompted, step_s
+from tandem.profiling.serving_samples import ColocatedSamples, LoadPeriod, ServingSamples
+from tests.profiling.samples import ENGINE, KV_TOKENS, cluster_samples, decoding, prompt_s, prompted, step_s
 
 
 @pytest.mark.parametrize("shares", [(0.0, 1.0), (0.1, 0.8), (0.0, 0.2, 0.9)])
@@ -147,3 +148,15 @@ def test_transfers_whose_time_does_not_grow_with_the_prompt_have_a_finite_speed(
     concurrent = [LoadPeriod(decoding(10, (0.0, 0.2)), (prompted(32, 0.1, transfer_s=0.02),))]
     costs = fit_path(ServingSamples(prefill_alone=alone, concurrent=concurrent), kv_bytes_per_token=12288.0)
     assert 0 < costs.transfer_bytes_per_s < float("inf")
+
+
+def test_an_instance_alone_has_a_constant_for_prompts_and_a_factor_for_decoding() -> None:
+    prefill, decode = ServedStep(constant_s=0.004, factor=1.25), ServedStep(factor=1.5)
+    prompts = tuple(
+        prompted(n, prefill.seconds(prompt_s(n)), began_s=10.0 * index) for index, n in enumerate((16, 64, 200, 250))
+    )
+    duration_s = 100 * decode.seconds(step_s(1) - KV_TOKENS * 1e-6) + 100 * KV_TOKENS * 1e-6
+    samples = ColocatedSamples(prompts, (LoadPeriod(decoding(100, (0.0, duration_s))),))
+    of_prompts, of_decoding = fit_alone(ENGINE, samples)
+    assert (of_prompts.constant_s, of_prompts.factor) == pytest.approx((0.004, 1.25))
+    assert (of_decoding.constant_s, of_decoding.factor) == pytest.approx((0.0, 1.5), rel=1e-3)

@@ -32,3 +32,10 @@ async def test_a_request_without_a_transfer_is_sent_again() -> None:
 async def test_a_cluster_that_never_transfers_is_not_measured() -> None:
     with pytest.raises(MeasurementError, match="too busy"):
         await ServingProbe(ToldClient(LOCAL, LOCAL, LOCAL)).prefill_alone(0.0)
+
+
+async def test_a_colocated_instance_transfers_nothing() -> None:
+    probe = ServingProbe(ToldClient(LOCAL), needed_parts=frozenset({"prefill_s"}))
+    (sample,) = await probe.prefill_alone(0.0, max_pause_s=0.1)
+    assert sample.kv_arrived_s == sample.prefill_ended_s
+    assert sample.decode_span[0] == sample.prefill_ended_s

@@ -29,7 +29,7 @@ import yaml
 
 from bench.fidelity.live.drift import drift_in_run, with_drift
 from bench.fidelity.live.runs import LiveRun, LiveWorkload
-from bench.fidelity.live.simulation import ENGINE, simulate_one_and_one
+from bench.fidelity.live.simulation import CHECKPOINT, ENGINE, simulate_one_and_one
 from bench.fidelity.live.table import TITLE, LiveComparison, RunFigures, section_text
 from bench.fidelity.page import write_section
 from tandem.core.config_file import dump_config, load_config
@@ -37,8 +37,9 @@ from tandem.core.cost_model import StepLoad
 from tandem.core.errors import TandemError
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import SloFile, WorkloadSection
-from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
-from tandem.placement.costs.calibration import CalibratedCost, Calibration, load_calibration
+from tandem.models.random_checkpoint import write_random_checkpoint
+from tandem.placement.costs.calibration import Calibration, load_calibration
+from tandem.placement.costs.step_fit import CalibratedCost
 from tandem.placement.evaluation.attainment import evaluate
 from tandem.placement.evaluation.summary import parts_of
 from tandem.placement.simulator.result import SimulationResult
@@ -47,15 +48,6 @@ from tandem.profiling.calibrate import calibrate
 from tandem.profiling.serving_fit import with_serving
 from tandem.profiling.serving_samples import ServingSamples
 
-_SHAPE = CheckpointShape(
-    hidden_size=640,
-    intermediate_size=1728,
-    num_hidden_layers=10,
-    num_attention_heads=10,
-    num_key_value_heads=5,
-    head_dim=64,
-    vocab_size=8192,
-)
 _LOADS = (0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 1.05)  # shares of the prefill worker's capacity
 _WORKLOADS: Mapping[str, Mapping[str, object]] = {
     "ShareGPT (DistServe's lengths), a fifth": {"dataset": "distserve_sharegpt", "length_scale": 0.2},
@@ -209,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = folder / "model"
     try:
         if not (model / "config.json").exists():
-            write_random_checkpoint(model, _SHAPE, dtype="bfloat16")
+            write_random_checkpoint(model, CHECKPOINT, dtype="bfloat16")
         runs = measure_all(folder, model, args)
         comparisons = list(compare(runs, args.seed))
     except TandemError as error:

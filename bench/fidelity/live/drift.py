@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem.core.cost_model import StepLoad
-from tandem.placement.costs.calibration import CalibratedCost, Calibration
+from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.serving import ServedStep
+from tandem.placement.costs.step_fit import CalibratedCost
 from tandem.profiling.serving_fit import decode_step_times, prefill_step_times
 from tandem.profiling.serving_samples import LoadPeriod, PrefillStep, RequestSample, prefill_steps_of
 

@@ -4,13 +4,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from tandem.core.instance_section import EngineSection, InstanceSection
-from tandem.placement.costs.calibration import CalibratedCost, Calibration
+from tandem.models.random_checkpoint import CheckpointShape
+from tandem.placement.costs.calibration import Calibration
+from tandem.placement.costs.step_fit import CalibratedCost
 from tandem.placement.simulator import simulate
 from tandem.placement.simulator.deployment import Deployment, InstanceSpec
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import PREFILL_BATCH_TOKENS
 
+CHECKPOINT = CheckpointShape(
+    hidden_size=640,
+    intermediate_size=1728,
+    num_hidden_layers=10,
+    num_attention_heads=10,
+    num_key_value_heads=5,
+    head_dim=64,
+    vocab_size=8192,
+)
 ENGINE = EngineSection(threads=1, kv_memory=512 << 20)
 _ROUNDS = 4
 

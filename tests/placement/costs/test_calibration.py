@@ -12,18 +12,11 @@ from tandem.core.config_file import dump_config
 from tandem.core.cost_model import StepLoad
 from tandem.core.errors import ConfigError
 from tandem.core.parallel import ParallelShape
-from tandem.placement.costs.calibration import (
-    CalibratedCost,
-    CalibratedSource,
-    Calibration,
-    FitError,
-    Measurement,
-    Terms,
-    fit_error,
-    fit_terms,
-    load_calibration,
-)
+from tandem.placement.costs.calibration import CalibratedSource, Calibration, ShapeCalibration, load_calibration
+from tandem.placement.costs.rank_messages import Collective, MessageCost, StepMessages
+from tandem.placement.costs.resharding import KvShape, KvTransfer, Resharding, resharding_of
 from tandem.placement.costs.serving import PathCosts, ServedStep, ServingCosts
+from tandem.placement.costs.step_fit import CalibratedCost, FitError, Measurement, Terms, fit_error, fit_terms
 
 TRUE = Terms(
     linear=((1, 0.010), (4, 0.011), (16, 0.030), (64, 0.100), (256, 0.360), (1024, 1.5)),
@@ -166,7 +159,14 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         per_concurrent_transfer_s=0.001,
         transfer_bytes_per_s=2e9,
     )
-    written = calibration(measurements=tuple(grid_of(TRUE)), request_path=request_path, serving=SERVED)
+    written = calibration(
+        measurements=tuple(grid_of(TRUE)),
+        request_path=request_path,
+        serving=SERVED,
+        shapes=(TP2,),
+        collectives=(SUMS,),
+        transfers=(transfer(KvShape(), KvShape(pp=2), 1e-3, 4e9),),
+    )
     path = tmp_path / "calibration.yaml"
     path.write_text(dump_config(written))
     read = load_calibration(path)
@@ -187,14 +187,97 @@ def test_knots_out_of_order_are_a_mistake_in_the_file(tmp_path: Path) -> None:
         load_calibration(path)
 
 
+SLOWER = TRUE.model_copy(update={"linear": tuple((rows, 2.0 * seconds) for rows, seconds in TRUE.linear)})
+SUMS = Collective(
+    operation="all_reduce",
+    ranks=2,
+    transport="shared_memory",
+    cost=MessageCost(latency_s=2e-5, bytes_per_s=4e9),
+    error=0.1,
+)
+TP2 = ShapeCalibration(
+    tp=2,
+    kv_bytes_per_token=512.0,
+    messages=StepMessages(all_reduces=9, all_reduce_bytes=1024),
+    terms=SLOWER,
+    error=FitError(median=0.05, mean=0.06, worst=0.2, fitted_median=0.01),
+)
+
+
 def test_a_source_knows_the_shapes_that_were_measured() -> None:
-    source = CalibratedSource({"cpu": calibration()})
-    assert source.cost_model("cpu", ParallelShape()) is not None
-    assert source.cost_model("cpu", ParallelShape(2)) is None
-    assert source.cost_model("H100", ParallelShape()) is None
-    assert source.kv_tokens("cpu", ParallelShape()) == 1024
-    assert source.kv_tokens("cpu", ParallelShape(2)) == 0
-    assert CalibratedSource({"cpu": calibration()}, kv_memory_bytes=1 << 21).kv_tokens("cpu", ParallelShape()) == 2048
-    assert source.error == 0.03
+    source = CalibratedSource({"cpu": calibration(shapes=(TP2,))})
+    one, two = ParallelShape(), ParallelShape(2)
+    assert source.cost_model("cpu", one) is not None
+    tp2 = source.cost_model("cpu", two)
+    assert tp2 is not None
+    assert tp2.step(StepLoad.of_prompts(64)).total_s == CalibratedCost(SLOWER).step(StepLoad.of_prompts(64)).total_s
+    assert source.cost_model("cpu", ParallelShape(1, 2)) is None
+    assert source.cost_model("H100", one) is None
+    assert source.kv_tokens("cpu", one) == 1024
+    assert source.kv_tokens("cpu", two) == 2048, "each rank has a pool, and half of a token's KV"
+    assert source.kv_tokens("cpu", ParallelShape(1, 2)) == 0
+    assert CalibratedSource({"cpu": calibration()}, kv_memory_bytes=1 << 21).kv_tokens("cpu", one) == 2048
+    assert source.error == 0.05
     with pytest.raises(ConfigError, match="different models: other, tiny"):
         CalibratedSource({"cpu": calibration(), "gpu": calibration(model="other")})
+
+
+@given(prompt=st.integers(0, 2000), batch=st.integers(0, 64))
+def test_messages_are_a_part_of_what_was_measured_with_a_name_of_their_own(prompt: int, batch: int) -> None:
+    measured = calibration(shapes=(TP2,), collectives=(SUMS,))
+    named, plain = measured.engine_cost(ParallelShape(2)), CalibratedCost(SLOWER)
+    assert named is not None
+    load = StepLoad.of_prompts(*[prompt] if prompt else []).beside_decode(batch, 100 * batch)
+    step, whole = named.step(load), plain.step(load)
+    assert step.total_s == pytest.approx(whole.total_s, rel=1e-9)
+    assert step.interval_s == pytest.approx(step.total_s, rel=1e-9)
+    assert step.linear_s >= 0
+    rows = load.tokens
+    if rows:
+        assert step.collective_s == pytest.approx(min(whole.linear_s, 9 * (2e-5 + rows * 1024 / 4e9)))
+    assert step.pipeline_s == 0
+
+
+def test_shapes_are_slowed_by_others_as_one_rank_is() -> None:
+    alone = ServedStep(constant_s=0.001, factor=1.5)
+    of_shape = SERVED.with_steps_alone(alone, alone)
+    assert of_shape.prefill_alone == of_shape.decode_alone == alone
+    assert of_shape.prefill_contended == ServedStep(constant_s=0.005, factor=2.25)
+    assert of_shape.decode_contended.model_dump() == pytest.approx({"constant_s": 0.002, "factor": 2.25})
+    measured = calibration(serving=SERVED, shapes=(TP2.model_copy(update={"serving": of_shape}),))
+    assert measured.serving_of(ParallelShape(2)) == of_shape
+    assert measured.serving_of(ParallelShape()) == SERVED
+    cost = measured.cost(ParallelShape(2), contended=0.0)
+    assert cost is not None
+    assert cost.step(StepLoad.of_prompts(64)).overhead_s == 0.001
+
+
+def test_a_shape_is_measured_once(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.yaml"
+    path.write_text(dump_config(calibration().model_copy(update={"shapes": (TP2, TP2)})))
+    with pytest.raises(ConfigError, match="each shape must be there once"):
+        load_calibration(path)
+
+
+def transfer(source: KvShape, destination: KvShape, latency_s: float, bytes_per_s: float) -> KvTransfer:
+    return KvTransfer(
+        source=source, destination=destination, cost=MessageCost(latency_s=latency_s, bytes_per_s=bytes_per_s)
+    )
+
+
+def test_resharding_is_what_a_transfer_takes_more_than_a_plain_one() -> None:
+    one, two, larger = KvShape(), KvShape(tp=2), KvShape(block_size=32)
+    found = resharding_of(
+        (
+            transfer(one, one, 1e-3, 4e9),
+            transfer(two, one, 3e-3, 2e9),
+            transfer(one, two, 0.5e-3, 5e9),
+            transfer(one, larger, 1e-3, 1e9),
+        ),
+        block_size=16,
+    )
+    assert found.keys() == {(one.shape, one.shape), (two.shape, one.shape), (one.shape, two.shape)}
+    assert found[two.shape, one.shape].model_dump() == pytest.approx({"extra_s": 2e-3, "factor": 2.0})
+    assert found[one.shape, two.shape] == Resharding(extra_s=0.0, factor=0.8)
+    assert found[one.shape, one.shape] == Resharding(extra_s=0.0, factor=1.0)
+    assert resharding_of((transfer(two, one, 3e-3, 2e9),), block_size=16) == {}

@@ -1,5 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
+from tandem.core.parallel import ParallelShape
+from tandem.placement.costs.resharding import Resharding
 from tandem.placement.simulator.deployment import InstanceSpec, NetworkSpec
 from tandem.placement.simulator.event_queue import EventQueue
 from tandem.placement.simulator.network import Network
@@ -71,3 +75,14 @@ def test_what_is_abandoned_frees_its_link() -> None:
     transfer = wire.network.send(_A, _B, 1000, lambda _: pytest.fail("it was abandoned"), None)
     wire.events.at(2.0, lambda _: wire.network.abandon(transfer), None)
     assert wire.run() == pytest.approx({"kept": 3.0})
+
+
+def test_between_two_shapes_a_transfer_takes_as_much_longer_as_was_measured() -> None:
+    two, plain = replace(_A, shape=ParallelShape(2)), _D
+    resharding = {(ParallelShape(2), ParallelShape()): Resharding(extra_s=0.25, factor=1.5)}
+    wire = Wire(latency_s=0.5, per_concurrent_transfer_s=0.2)
+    wire.network = Network(NetworkSpec(1.0, 1000.0, 100.0, 0.5, 0.2, resharding), wire.events)
+    wire.send_at(0.0, "other shape", two, plain, 1000)
+    wire.send_at(9.0, "equal shapes", two, two, 1000)
+    wire.send_at(20.0, "not measured", plain, two, 1000)
+    assert wire.run() == pytest.approx({"other shape": 2.45, "equal shapes": 10.7, "not measured": 21.7})

@@ -1,0 +1,82 @@
+"""Measures instances of several ranks on this machine: their steps, and what serving adds to them."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from tandem.core.instance_section import EngineSection
+from tandem.core.kv_layout import KvLayout
+from tandem.core.parallel import ParallelShape
+from tandem.engine.engine import Engine
+from tandem.placement.costs.calibration import ShapeCalibration
+from tandem.placement.costs.rank_messages import StepMessages
+from tandem.placement.costs.serving import ServingCosts
+from tandem.placement.costs.step_fit import CalibratedCost, fit_error, fit_terms
+from tandem.profiling.engine_profile import ProfileCell, open_profiler
+from tandem.profiling.serving_fit import fit_alone
+from tandem.profiling.serving_profile import measure_colocated
+
+_FLOAT32_BYTES = 4
+
+
+def measure_shape(
+    model: Path,
+    engine: EngineSection,
+    cells: list[ProfileCell],
+    budget_s: float,
+    progress: Callable[[float], None],
+) -> tuple[ShapeCalibration, KvLayout]:
+    """The steps of an instance with the settings `engine`, all of whose ranks run on this machine, and its layout.
+
+    `threads` of the settings are those of all ranks together. Raises CheckpointError, ConfigError, MeasurementError or
+    RankLostError.
+    """
+    with open_profiler(model, engine) as profiler:
+        measurements = profiler.measure(cells, budget_s, progress)
+        terms = fit_terms(measurements)
+        layout = profiler.engine.layout
+        calibration = ShapeCalibration(
+            tp=engine.tp,
+            pp=engine.pp,
+            kv_bytes_per_token=max(layout.pool_of(rank).block_bytes for rank in range(layout.num_ranks))
+            / layout.block_size,
+            messages=step_messages(profiler.engine, engine.shape),
+            terms=terms,
+            error=fit_error(terms, measurements),
+            measurements=tuple(measurements),
+        )
+    return calibration, layout
+
+
+def step_messages(engine: Engine, shape: ParallelShape) -> StepMessages:
+    """Two sums in a layer and one after the embedding; the hidden states from each stage to the next one."""
+    hidden = engine.spec.hidden_size
+    activation_bytes = _FLOAT32_BYTES if engine.ops_name.startswith("native") else engine.pool.itemsize
+    summed_bytes = activation_bytes if engine.pool.is_cuda else _FLOAT32_BYTES  # CPUs add in float32
+    return StepMessages(
+        all_reduces=1 + 2 * engine.layout.num_layers if shape.tp > 1 else 0,
+        all_reduce_bytes=summed_bytes * hidden if shape.tp > 1 else 0,
+        sends=shape.pp - 1,
+        send_bytes=activation_bytes * hidden if shape.pp > 1 else 0,
+    )
+
+
+def measure_shape_serving(
+    model: Path,
+    engine: EngineSection,
+    cost: CalibratedCost,
+    one_rank: ServingCosts,
+    budget_s: float,
+    max_model_len: int | None,
+) -> ServingCosts:
+    """What serving adds to the steps of a colocated instance with the settings `engine`, whose engine alone takes
+    `cost`. While other instances compute, its steps are slowed as those of `one_rank`. Raises MeasurementError."""
+    samples = asyncio.run(
+        measure_colocated(model, engine.model_dump(mode="json"), budget_s, max_model_len=max_model_len)
+    )
+    return one_rank.with_steps_alone(*fit_alone(cost, samples))
+
+
+def settings_of(engine: EngineSection, shape: ParallelShape) -> EngineSection:
+    """Of an instance of this shape, with the threads of one rank's settings on each rank."""
+    return engine.model_copy(update={"tp": shape.tp, "pp": shape.pp, "threads": engine.threads * shape.num_ranks})
