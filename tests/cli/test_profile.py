@@ -50,6 +50,7 @@ def test_workers_that_share_cores_are_noted(
         assert ("2 threads each, on 2 cores" in capsys.readouterr().err) == is_noted
 
 
+@pytest.mark.slow
 def test_an_instance_of_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "calibration.yaml"
     arguments = ("--no-cluster", "--seconds", "1", "--threads", "1", "--kv-memory", "32MiB", "--shapes", "2x1")
