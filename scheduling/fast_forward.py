@@ -21,6 +21,16 @@ class FastForward(NamedTuple):
     newcomers: list[Sequence]
 
 
+class FullChunks(NamedTuple):
+    """At least two and at most `max_steps` steps, each with the next `num_tokens` tokens of the prompt of `sequence`,
+    which they do not end, and with the steps `beside` of all that decode, if any do."""
+
+    sequence: Sequence
+    num_tokens: int
+    max_steps: int
+    beside: FastForward | None
+
+
 class BlockGrowth:
     """The sum of ceil((start + step) / block_size) over a changing set of starts, for any step. All O(block_size)."""
 

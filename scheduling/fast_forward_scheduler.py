@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.chunk import Chunk
-from tandem.scheduling.fast_forward import EvenBatch, FastForward
+from tandem.scheduling.fast_forward import EvenBatch, FastForward, FullChunks
 from tandem.scheduling.integrity import BlockTable
 from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.prefix_index import PrefixIndex
@@ -18,7 +18,9 @@ class FastForwardScheduler(Scheduler):
     """The same decisions as a `Scheduler`'s, and between two steps also
 
         fast_forward()        -> for how many steps nothing is left to decide
+        full_chunks()         -> for how many steps the first prompt takes the whole budget
         mixed_step(now)       -> the step of next_batch, with all that decode as one value
+        computed(chunk)       -> what the steps of full_chunks computed of the prompt, as one chunk
         advance(num_steps)    -> that many steps, or fewer; then finish(key) of each that ended
 
     Meanwhile the sequences' own numbers lag behind, until `get`, `next_batch` or `block_tables` is asked. Which block
@@ -37,7 +39,7 @@ class FastForwardScheduler(Scheduler):
     ) -> None:
         super().__init__(budget, pool, prefix_index, max_model_len, predictor)
         self._batch: EvenBatch | None = None  # holds all of _decoding while it is there
-        self._growth: list[int] = []  # blocks that the next step of a mixed step takes
+        self._growth: list[int] = []  # blocks that the next step beside a prompt takes
 
     def fast_forward(self) -> FastForward | None:
         """How long every decoding sequence just computes one token per step: none reaches its `length_limit` before
@@ -51,11 +53,32 @@ class FastForwardScheduler(Scheduler):
         if self._line and num_decoding < min(max_batch, self.budget.max_batch_tokens) and not self._first_is_blocked:
             return None
         batch = self._even_batch()
-        available = self._index.num_available + batch.held_blocks
-        num_steps = batch.steps_to_first_end
-        if batch.blocks_after(num_steps) > available:
-            num_steps = bisect_right(range(1, num_steps), available, key=batch.blocks_after)
+        num_steps = self._steps_with_memory(batch, batch.steps_to_first_end)
         return FastForward(num_steps, num_decoding, batch.kv_tokens, batch.newcomers) if num_steps > 0 else None
+
+    def full_chunks(self) -> FullChunks | None:
+        """How long every step computes one more chunk of the first prompt, which leaves nothing of the budget to
+        others, and one token of each that decodes: nobody is admitted or preempted, and none ends before the last of
+        these steps. `computed` of them as one chunk, then `advance` by them if any decode. None: fewer than two steps,
+        or see `mixed_step`.
+
+        O(1), as `fast_forward`.
+        """
+        budget, num_decoding = self.budget, len(self._decoding)
+        num_tokens = min(budget.max_prefill_tokens, budget.max_batch_tokens - num_decoding)
+        if budget.mixing != "chunked" or not self._prompts or num_decoding > budget.max_batch or num_tokens <= 0:
+            return None
+        sequence = next(iter(self._prompts.values()))
+        num_steps = (sequence.num_uncomputed - 1) // num_tokens
+        if num_steps < 2 or num_decoding == 0:
+            return FullChunks(sequence, num_tokens, num_steps, None) if num_steps >= 2 else None
+        batch = self._even_batch()
+        num_steps = self._steps_with_memory(batch, min(num_steps, batch.steps_to_first_end))
+        if num_steps < 2:
+            return None
+        self._take_growth(batch)
+        beside = FastForward(num_steps, num_decoding, batch.kv_tokens, batch.newcomers)
+        return FullChunks(sequence, num_tokens, num_steps, beside)
 
     def mixed_step(self, now_s: float) -> tuple[list[Chunk], FastForward] | None:
         """The step of `next_batch` where prompts are computed beside all that decode: the chunks of prompts, and the
@@ -68,30 +91,27 @@ class FastForwardScheduler(Scheduler):
         if budget.mixing != "chunked" or not 0 < num_decoding <= budget.max_batch:
             return None
         batch = self._even_batch()
-        count = batch.blocks_after(1) - batch.held_blocks
-        if not self._index.ensure_free(count):
+        if not self._take_growth(batch):
             return None
-        self._growth = self._pool.allocate(count)
-        self._claims.num_held += count
         steps = FastForward(1, num_decoding, batch.kv_tokens, batch.newcomers)
         left = min(budget.max_prefill_tokens, budget.max_batch_tokens - num_decoding)
         return (self._prompt_chunks(left, now_s) if left > 0 else []), steps
 
     def advance(self, num_steps: int) -> list[Sequence]:
-        """The same as `num_steps` steps, at most those of `fast_forward` or `mixed_step`. Returns the sequences that
-        have reached their limit, in the order of their chunks: `finish` each now."""
+        """The same as `num_steps` steps, at most those of `fast_forward`, `full_chunks` or `mixed_step`. Returns the
+        sequences that have reached their limit, in the order of their chunks: `finish` each now."""
         batch = self._batch
         assert batch is not None, "ask `fast_forward` first"
         self._claims.num_claimed -= batch.claimed_blocks
         count = batch.advance(num_steps)
         self._claims.num_claimed += batch.claimed_blocks
-        if not self._growth:
-            self._claims.num_held += count
-            has_blocks = self._index.ensure_free(count)
-            assert has_blocks, "the batch does not stay the same for so long"
-            self._growth = self._pool.allocate(count)
-        assert len(self._growth) == count, "another number of steps than was asked for"
+        missing = count - len(self._growth)
+        assert missing >= 0, "fewer steps than have begun"
+        self._claims.num_held += missing
+        has_blocks = self._index.ensure_free(missing)
+        assert has_blocks, "the batch does not stay the same for so long"
         batch.loose_blocks.extend(self._growth)
+        batch.loose_blocks.extend(self._pool.allocate(missing))
         self._growth = []
         self._computed_tokens += num_steps * len(batch)
         ended = batch.pop_ended()
@@ -145,6 +165,22 @@ class FastForwardScheduler(Scheduler):
                 self._batch.join(sequence, self.length_limit(sequence))
         assert len(self._batch) == len(self._decoding), "finish what has reached its limit"
         return self._batch
+
+    def _steps_with_memory(self, batch: EvenBatch, num_steps: int) -> int:
+        """At most `num_steps` steps, for which there is memory without a preemption."""
+        available = self._index.num_available + batch.held_blocks
+        if batch.blocks_after(num_steps) > available:
+            return bisect_right(range(1, num_steps), available, key=batch.blocks_after)
+        return num_steps
+
+    def _take_growth(self, batch: EvenBatch) -> bool:
+        """Allocate, as a step does when it begins, what the next one of all that decode takes. False: not enough."""
+        count = batch.blocks_after(1) - batch.held_blocks
+        if not self._index.ensure_free(count):
+            return False
+        self._growth = self._pool.allocate(count)
+        self._claims.num_held += count
+        return True
 
     def _sync(self, sequence: Sequence) -> None:
         if self._batch is not None and sequence.key in self._batch.synced:

@@ -130,10 +130,15 @@ class Scheduler:
     def get(self, key: Hashable) -> Sequence | None:
         return self._sequences.get(key)
 
+    def has_waiting_before(self, *, is_remote: bool) -> bool:
+        """Whether a newcomer of that sort would wait behind others, so that it changes nothing before they leave. A
+        prompt that waits to be computed does not hold back KV that comes from elsewhere while there is memory."""
+        return len(self._unreserved) > 0 or (not is_remote and len(self._line) > 0)
+
     @property
-    def has_waiting(self) -> bool:
-        """Whether a sequence waits to be admitted, for the first time or again."""
-        return len(self._line) > 0 or len(self._unreserved) > 0
+    def has_unreserved(self) -> bool:
+        """Whether a sequence waits for blocks for KV that comes from elsewhere."""
+        return len(self._unreserved) > 0
 
     def length_limit(self, sequence: Sequence) -> int:
         """Tokens, prompt and answer together, with which it ends at the latest."""

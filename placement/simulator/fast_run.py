@@ -1,10 +1,12 @@
-"""What an instance computes as one event: a step, or many decode steps of one batch."""
+"""What an instance computes as one event: a step, many decode steps of one batch, or many chunks of one prompt."""
 
 import math
+from bisect import bisect_left
 from typing import NamedTuple
 
+from tandem.core.cost_model import CostModel, StepCost, StepLoad, attention_pairs
 from tandem.scheduling.chunk import Chunk
-from tandem.scheduling.fast_forward import FastForward
+from tandem.scheduling.fast_forward import FastForward, FullChunks
 
 
 class ChunkStep(NamedTuple):
@@ -58,3 +60,70 @@ class FastRun:
         self.late_s += late_s
         self.end_s = self.end_of(self.num_steps)
         return True
+
+
+class ChunkRun:
+    """`num_steps` steps of `chunks` from `began_s` on. `costs` are those of all the steps that it may have. A pipeline
+    that hands its prompts over (`is_piped`) begins a step when the one before has left its first stage; elsewhere a
+    step begins when the one before has ended. The last one takes `late_s` longer."""
+
+    __slots__ = ("_ends_s", "began_s", "chunks", "costs", "end_s", "is_piped", "late_s", "num_steps", "start")
+
+    def __init__(self, chunks: FullChunks, cost: CostModel, began_s: float) -> None:
+        self.chunks = chunks
+        self.start = chunks.sequence.num_computed
+        self.began_s = began_s
+        self.num_steps = chunks.max_steps
+        self.late_s = 0.0
+        self.costs = [cost.step(_load_of(chunks, self.start, index)) for index in range(chunks.max_steps)]
+        self.is_piped = chunks.beside is None and chunks.sequence.hand_over and _is_piped(self.costs[0])
+        self._ends_s: list[float] = []
+        for step in self.costs:
+            began_s += step.interval_s if self.is_piped else step.total_s
+            self._ends_s.append(began_s)
+        self.end_s = began_s
+
+    def end_of(self, num_steps: int) -> float:
+        """When that number of its steps is done, at least one, and the next one may begin."""
+        return self._ends_s[num_steps - 1] + (self.late_s if num_steps == self.num_steps else 0.0)
+
+    @property
+    def results_s(self) -> float:
+        """When the last stage is through with the last step."""
+        last = self.costs[self.num_steps - 1]
+        return self.end_s + (last.total_s - last.interval_s if self.is_piped else 0.0)
+
+    def cut(self, now_s: float, late_s: float = 0.0) -> bool:
+        """As `FastRun.cut`."""
+        num_steps = min(bisect_left(self._ends_s, now_s) + 1, self.num_steps)
+        if num_steps == self.num_steps and late_s == 0:
+            return False
+        self.num_steps = num_steps
+        self.late_s += late_s
+        self.end_s = self.end_of(num_steps)
+        return True
+
+    def first(self, num_steps: int) -> Chunk:
+        """What that number of its steps computes of the prompt."""
+        num_tokens = num_steps * self.chunks.num_tokens
+        return Chunk(self.chunks.sequence, self.start, num_tokens, samples=False, is_prompt=True)
+
+
+def _load_of(chunks: FullChunks, start: int, index: int) -> StepLoad:
+    """Of the step of that index, 0 for the first."""
+    num_tokens, beside = chunks.num_tokens, chunks.beside
+    start += index * num_tokens
+    num_decoding = 0 if beside is None else beside.num_sequences
+    return StepLoad(
+        prefill_tokens=num_tokens,
+        prefill_sequences=1,
+        prefill_pairs=attention_pairs(start, num_tokens),
+        prefill_kv_tokens=start + num_tokens,
+        decode_sequences=num_decoding,
+        decode_kv_tokens=0 if beside is None else beside.kv_tokens + index * num_decoding,
+        sampled=num_decoding,
+    )
+
+
+def _is_piped(cost: StepCost) -> bool:
+    return cost.interval_s < cost.total_s

@@ -10,7 +10,8 @@ from tandem.placement.simulator.attempt import Listener, SimulatedAttempt
 from tandem.placement.simulator.counted import CountedSequence
 from tandem.placement.simulator.deployment import PAUSE_S, InstanceSpec
 from tandem.placement.simulator.event_queue import EventQueue
-from tandem.placement.simulator.fast_run import ChunkStep, FastRun
+from tandem.placement.simulator.fast_run import ChunkRun, ChunkStep, FastRun
+from tandem.placement.simulator.held_kv import HeldKv
 from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
 from tandem.placement.simulator.result import InstanceUse
 from tandem.placement.simulator.use import StepTotals
@@ -22,10 +23,7 @@ from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.sequence import Sequence, SequenceState
 from tandem.scheduling.step_load import step_load
 
-_RELEASED = -1.0  # the end of a lease on KV that its reader has
-
-
-_Step = ChunkStep | FastRun
+_Step = ChunkStep | FastRun | ChunkRun
 
 
 class SimulatedInstance:
@@ -33,7 +31,8 @@ class SimulatedInstance:
     any phase, and frees KV that was held for another instance.
 
     Commands that come during a step are applied when it ends, as live. While the batch stays the same its steps are
-    one event; a command cuts such a run short, at the end of the step that is under way. `step_by_step` does without
+    one event, and so are the chunks of a prompt that leaves nothing of the budget to others; a command cuts such a run
+    short, at the end of the step that is under way, unless it would change nothing there. `step_by_step` does without
     runs: slow, and the reference for them. Through a pipeline a step of prompts that are handed over may begin while
     earlier ones are still under way; their results come in order.
     """
@@ -68,8 +67,7 @@ class SimulatedInstance:
         )
         self._predictor = StepPredictor(spec.predicted) if spec.policy == "slack" else None
         self._scheduler = spec.scheduler_type(budget, self._pool, self._index, spec.max_model_len, self._predictor)
-        self._held: dict[SimulatedAttempt, Sequence] = {}
-        self._leases: dict[SimulatedAttempt, float] = {}  # when those on held KV end, the first to end first
+        self._held = HeldKv(spec.lease_s, events, self._lease_ended)
         self._commands: list[tuple[Callable[[], None], bool]] = []  # and whether it is a release
         self._is_up = True
         self._life = 0  # how often it was lost; what an earlier life computed is dropped
@@ -94,10 +92,11 @@ class SimulatedInstance:
         """Queue it: to compute its prompt, or to receive its KV (`is_remote`)."""
         submit = partial(self._submit, attempt, is_remote, hand_over)
         late_s = self.spec.request_admission_cost_s if is_remote else 0.0
-        if self._is_up and late_s == 0 and self._scheduler.has_waiting and self._step is not None:
+        must_wait = self._scheduler.has_waiting_before(is_remote=is_remote)
+        if self._is_up and late_s == 0 and must_wait and self._step is not None:
             submit()  # behind others, for whom the next step's end changes nothing
         else:
-            self._command(submit, late_s)
+            self._command(submit, late_s, is_prompt=not is_remote)
 
     def arrived(self, attempt: SimulatedAttempt) -> None:
         """Its KV is here."""
@@ -106,13 +105,16 @@ class SimulatedInstance:
     def release(self, attempt: SimulatedAttempt) -> None:
         """Give it up in any phase; KV that was held for another instance is no longer needed. Its lease ends at once,
         its blocks are free after the step."""
-        if attempt in self._leases:
-            self._leases[attempt] = _RELEASED
-        self._command(partial(self._release, attempt), is_release=True)
+        self._held.end_lease(attempt)
+        is_held = self._held.get(attempt) is not None
+        self._command(partial(self._release, attempt), is_release=True, is_held=is_held)
+
+    def renew_lease(self, attempt: SimulatedAttempt) -> None:
+        self._held.renew_lease(attempt)
 
     def fail(self) -> None:
         """What it computes is lost; the router takes its attempts off it, one `release` after the other."""
-        if isinstance(self._step, FastRun):
+        if isinstance(self._step, FastRun | ChunkRun):
             self._step.cut(self._events.now_s)
             self._take_run(self._step, self._step.num_steps - 1)  # without the one under way
         self._totals.count_more(self._late_s)
@@ -124,7 +126,7 @@ class SimulatedInstance:
         for apply, is_release in commands:
             if is_release:  # the router has taken that attempt off already
                 apply()
-        self._leases.clear()
+        self._held.lose_leases()
         self._index.clear()
 
     def restart(self) -> None:
@@ -144,25 +146,41 @@ class SimulatedInstance:
     def check_idle(self) -> None:
         """Assert that nothing is left of any request."""
         assert len(self._scheduler) == 0
-        assert not self._held
+        assert len(self._held) == 0
         assert self._pool.num_held == 0
 
     # --- between two steps -------------------------------------------------------------------------------------------
 
-    def _command(self, apply: Callable[[], None], late_s: float = 0.0, *, is_release: bool = False) -> None:
-        """`late_s`: how much longer a step takes during which it comes."""
+    def _command(
+        self,
+        apply: Callable[[], None],
+        late_s: float = 0.0,
+        *,
+        is_prompt: bool = False,
+        is_release: bool = False,
+        is_held: bool = False,
+    ) -> None:
+        """`late_s`: how much longer a step takes during which it comes. `is_prompt`: a prompt to compute comes.
+        `is_held`: what is released is held for another instance."""
         if not self._is_up:
             apply()
             return
         self._commands.append((apply, is_release))
         if self._is_between:
             return
-        if self._step is None:
+        step = self._step
+        if step is None:
             self._turn()
-        elif not isinstance(self._step, FastRun):
+        elif isinstance(step, ChunkStep):
             self._late_s += late_s
-        elif self._step.cut(self._events.now_s, late_s):
-            self._events.at_step_end(self._step.end_s, self._end_run, self._step)
+        elif isinstance(step, ChunkRun) and (is_prompt or (is_held and self._has_memory_for(step))):
+            pass  # the first prompt has the whole budget until the run ends
+        elif step.cut(self._events.now_s, late_s):
+            self._events.at_step_end(step.end_s, self._end_run, step)
+
+    def _has_memory_for(self, run: ChunkRun) -> bool:
+        """Whether more memory changes nothing before the run ends: nothing grows, and nobody waits to arrive."""
+        return run.chunks.beside is None and not self._scheduler.has_unreserved
 
     def _submit(self, attempt: SimulatedAttempt, is_remote: bool, hand_over: bool) -> None:
         sequence = CountedSequence(attempt, attempt.request, self._events.now_s, is_remote, hand_over)
@@ -179,7 +197,7 @@ class SimulatedInstance:
             self._listener.transfer_committed(attempt)
 
     def _release(self, attempt: SimulatedAttempt) -> None:
-        if (held := self._held.pop(attempt, None)) is not None:
+        if (held := self._held.pop(attempt)) is not None:
             self._scheduler.release(held)
         elif (sequence := self._scheduler.get(attempt)) is not None:
             if sequence.state in (SequenceState.RUNNING, SequenceState.PREEMPTED):
@@ -205,14 +223,24 @@ class SimulatedInstance:
         steps = None if self._step_by_step else scheduler.fast_forward()
         if steps is not None:
             coefficients = self.spec.cost.decode_coefficients(steps.num_sequences)
-            self._step = run = FastRun(steps, coefficients, now_s)
-            self._events.at_step_end(run.end_s, self._end_run, run)
+            self._begin_run(FastRun(steps, coefficients, now_s))
+        elif self._mixes_fast and not self._is_cold and (full := scheduler.full_chunks()) is not None:
+            self._begin_run(ChunkRun(full, self.spec.cost, now_s))
         elif self._mixes_fast and (mixed := scheduler.mixed_step(now_s)) is not None:
             self._begin_step(ChunkStep(*mixed))
         elif chunks := scheduler.next_batch(now_s):
             self._begin_step(ChunkStep(chunks))
 
+    @property
+    def _is_cold(self) -> bool:
+        """Whether a step that begins now takes longer, after a pause."""
+        return self.spec.cold_step_factor > 0 and self._events.now_s - self._results_s > PAUSE_S
+
     # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _begin_run(self, run: FastRun | ChunkRun) -> None:
+        self._step = run
+        self._events.at_step_end(run.end_s, self._end_run, run)
 
     def _begin_step(self, step: ChunkStep) -> None:
         now_s = self._events.now_s
@@ -228,7 +256,7 @@ class SimulatedInstance:
         if self._predictor is not None:
             self._predictor.observe(load, cost.total_s)
         cold_s = 0.0
-        if self.spec.cold_step_factor and now_s - self._results_s > PAUSE_S:
+        if self._is_cold:
             cold_s = self.spec.cold_step_factor * cost.total_s
             self._totals.count_more(cold_s)
         self._results_s = max(self._results_s, now_s + cold_s + cost.total_s)
@@ -271,7 +299,7 @@ class SimulatedInstance:
         """The KV of the chunks is there."""
         for chunk in chunks:
             if self._scheduler.computed(chunk) and chunk.samples and chunk.sequence.hand_over:
-                self._hold(chunk.sequence)
+                self._held.add(attempt_of(chunk.sequence), chunk.sequence)
 
     def _take_results(self, chunks: list[Chunk]) -> None:
         """The tokens that were drawn are there."""
@@ -298,19 +326,25 @@ class SimulatedInstance:
         assert sequence.started_s is not None, "what is finished was started"
         self._listener.prefill_finished(attempt_of(sequence), sequence.started_s)
 
-    def _end_run(self, run: FastRun) -> None:
+    def _end_run(self, run: FastRun | ChunkRun) -> None:
         if self._step is not run or run.end_s != self._events.now_s:
             return  # lost with the instance, or cut short meanwhile
-        self._results_s = run.end_s
+        self._results_s = max(self._results_s, run.results_s) if isinstance(run, ChunkRun) else run.end_s
         self._take_run(run, run.num_steps)
         self._turn()
 
-    def _take_run(self, run: FastRun, num_done: int) -> None:
+    def _take_run(self, run: FastRun | ChunkRun, num_done: int) -> None:
         """So many of its steps are done."""
-        self._totals.count_run(run)
-        if num_done == 0:
-            return
-        self._take_decoded(run.steps, num_done, run.began_s, run.end_of(1))
+        if isinstance(run, FastRun):
+            self._totals.count_run(run)
+            decoding: FastForward | None = run.steps
+        else:
+            self._totals.count_chunks(run)
+            decoding = run.chunks.beside
+            if num_done > 0:
+                self._computed([run.first(num_done)])
+        if num_done > 0 and decoding is not None:
+            self._take_decoded(decoding, num_done, run.began_s, run.end_of(1))
 
     def _take_decoded(self, steps: FastForward, num_done: int, began_s: float, first_end_s: float) -> None:
         """`num_done` steps of all that decode are done, the first at `first_end_s`."""
@@ -323,37 +357,9 @@ class SimulatedInstance:
         self._scheduler.finish(sequence.key)
         self._listener.decode_finished(attempt_of(sequence))
 
-    # --- held KV -----------------------------------------------------------------------------------------------------
-
-    def _hold(self, sequence: Sequence) -> None:
-        attempt = attempt_of(sequence)
-        self._held[attempt] = sequence
-        ends_s = self._events.now_s + self.spec.lease_s
-        if ends_s < float("inf"):
-            self._leases[attempt] = ends_s
-            if len(self._leases) == 1:
-                self._events.at(ends_s, self._end_leases, self._life)
-
-    def renew_lease(self, attempt: SimulatedAttempt) -> None:
-        """The reader still waits: the lease begins anew."""
-        if self._leases.pop(attempt, None) is not None:
-            self._leases[attempt] = self._events.now_s + self.spec.lease_s
-
-    def _end_leases(self, life: int) -> None:
-        """KV that nobody fetched in time gives its blocks back. One event is pending while there are leases."""
-        if life != self._life:
-            return
-        now_s = self._events.now_s
-        while self._leases:
-            attempt, ends_s = next(iter(self._leases.items()))
-            is_held = attempt in self._held and ends_s != _RELEASED
-            if is_held and ends_s > now_s:
-                self._events.at(ends_s, self._end_leases, self._life)
-                return
-            del self._leases[attempt]
-            if is_held:
-                self.release(attempt)
-                self._listener.lease_ended(attempt)
+    def _lease_ended(self, attempt: SimulatedAttempt) -> None:
+        self.release(attempt)
+        self._listener.lease_ended(attempt)
 
 
 def attempt_of(sequence: Sequence) -> SimulatedAttempt:

@@ -22,12 +22,17 @@ _EVENTS_PER_LOOK = 512
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a simulation is: of `finished` requests all tokens have come; `refused` requests ended with an error.
-    `finished_s` says when each request finished, NaN if it has not yet."""
+    `stamps` are those of `SimulationResult`, as far as they are known."""
 
     now_s: float
     finished: int
     refused: int
-    finished_s: Floats
+    stamps: Floats
+
+    @property
+    def finished_s(self) -> Floats:
+        """When each request finished, NaN if it has not yet."""
+        return self.stamps[:, FINISHED]
 
 
 def simulate(
@@ -108,9 +113,7 @@ def _simulate(
             events.run_next()
         num_events += 1
         if stop_when is not None and num_events % _EVENTS_PER_LOOK == 0:
-            stopped_early = stop_when(
-                Progress(events.now_s, record.num_finished, router.num_refused, record.stamps[:, FINISHED])
-            )
+            stopped_early = stop_when(Progress(events.now_s, record.num_finished, router.num_refused, record.stamps))
             if stopped_early:
                 break
     if math.isfinite(until_s) and not stopped_early:

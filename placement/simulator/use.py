@@ -4,7 +4,7 @@ from operator import attrgetter
 
 from tandem.core.cost_model import COST_TERMS, CostModel, StepCost, StepLoad
 from tandem.placement.simulator.deployment import InstanceSpec
-from tandem.placement.simulator.fast_run import FastRun
+from tandem.placement.simulator.fast_run import ChunkRun, FastRun
 from tandem.placement.simulator.result import InstanceUse
 
 _terms_of = attrgetter(*COST_TERMS)
@@ -29,11 +29,9 @@ class StepTotals:
     def count_step(self, load: StepLoad) -> StepCost:
         """What the step costs."""
         cost = self._cost.step(load)
-        self._add(cost, 1)
+        self._count(cost)
         self._prefill_tokens += load.prefill_tokens
         self._decode_tokens += load.decode_sequences
-        self._steps += 1
-        self._busy_s += cost.interval_s if cost.interval_s > 0 else cost.total_s
         return cost
 
     def count_more(self, seconds: float) -> None:
@@ -50,6 +48,14 @@ class StepTotals:
         kv_tokens = steps * run.steps.kv_tokens + steps * (steps - 1) // 2 * sequences
         self._run_steps[sequences] = self._run_steps.get(sequences, 0) + steps
         self._run_kv_tokens[sequences] = self._run_kv_tokens.get(sequences, 0) + kv_tokens
+
+    def count_chunks(self, run: ChunkRun) -> None:
+        for cost in run.costs[: run.num_steps]:
+            self._count(cost)
+        self._prefill_tokens += run.num_steps * run.chunks.num_tokens
+        if run.chunks.beside is not None:
+            self._decode_tokens += run.num_steps * run.chunks.beside.num_sequences
+        self.count_more(run.late_s)
 
     def use(self, spec: InstanceSpec, *, cached_tokens: int, preemptions: int, peak_blocks: int) -> InstanceUse:
         return InstanceUse(
@@ -78,6 +84,11 @@ class StepTotals:
             return {}
         terms_s = dict(zip(COST_TERMS, self._terms_s, strict=True))
         return terms_s | {"overhead_s": terms_s["overhead_s"] + self._more_s}
+
+    def _count(self, cost: StepCost) -> None:
+        self._add(cost, 1)
+        self._steps += 1
+        self._busy_s += cost.interval_s if cost.interval_s > 0 else cost.total_s
 
     def _add(self, cost: StepCost, steps: int) -> None:
         self._terms_s = [total + steps * term for total, term in zip(self._terms_s, _terms_of(cost), strict=True)]

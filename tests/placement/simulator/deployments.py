@@ -10,24 +10,38 @@ from tandem.scheduling.budget import Mixing
 
 
 class LinearCost:
-    """`fixed_s` per step, `token_s` per token computed, `kv_s` per token of KV read by decode. `stages` > 1: a prefill
-    step leaves the first stage after that part of its time."""
+    """`fixed_s` per step, `token_s` per token computed, `kv_s` per token of KV read by decode, `pair_s` per pair of
+    query and key of a prompt. `stages` > 1: a prefill step leaves the first stage after that part of its time."""
 
     def __init__(
-        self, fixed_s: float = 0.01, token_s: float = 1e-4, kv_s: float = 1e-6, prompt_s: float = 0.0, stages: int = 1
+        self,
+        fixed_s: float = 0.01,
+        token_s: float = 1e-4,
+        kv_s: float = 1e-6,
+        prompt_s: float = 0.0,
+        stages: int = 1,
+        pair_s: float = 0.0,
     ) -> None:
         self._fixed_s = fixed_s
         self._token_s = token_s
         self._kv_s = kv_s
         self._prompt_s = prompt_s
+        self._pair_s = pair_s
         self._stages = stages
 
     def step(self, load: StepLoad) -> StepCost:
         linear_s = self._token_s * load.tokens + self._prompt_s * load.prefill_sequences
+        attention_s = self._pair_s * load.prefill_pairs
         kv_read_s = self._kv_s * load.decode_kv_tokens
-        total_s = linear_s + kv_read_s + self._fixed_s
+        total_s = linear_s + attention_s + kv_read_s + self._fixed_s
         interval_s = total_s / self._stages if load.decode_sequences == 0 else total_s
-        return StepCost(linear_s=linear_s, kv_read_s=kv_read_s, overhead_s=self._fixed_s, interval_s=interval_s)
+        return StepCost(
+            linear_s=linear_s,
+            attention_s=attention_s,
+            kv_read_s=kv_read_s,
+            overhead_s=self._fixed_s,
+            interval_s=interval_s,
+        )
 
     def decode_coefficients(self, sequences: int) -> tuple[float, float]:
         return self._fixed_s + self._token_s * sequences, self._kv_s

@@ -9,6 +9,7 @@ from tandem.core.request_slo import RequestSlo
 from tandem.core.timeline import Stage
 from tandem.placement.simulator import Progress, simulate
 from tandem.placement.simulator.deployment import Failure, NetworkSpec, RouterSpec
+from tandem.placement.simulator.event_queue import EventQueue
 from tandem.placement.simulator.result import STAGES
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
@@ -134,8 +135,11 @@ def test_prefills_first_step_after_a_pause_takes_longer() -> None:
     seed=st.integers(0, 1000),
     network=st.sampled_from([NetworkSpec(), _SLOW_NETWORK]),
     loses=st.booleans(),
-    policy=st.sampled_from([None, None, "chunked", "prompt_first", "padded"]),
+    policy=st.sampled_from([None, None, "chunked", "chunked", "prompt_first", "padded"]),
     request_admission_cost_s=st.sampled_from([0.0, 0.0031]),
+    max_batch_tokens=st.sampled_from([512, 24]),
+    stages=st.sampled_from([1, 3]),
+    prefix_cache=st.booleans(),
 )
 @settings(max_examples=40, deadline=None, phases=[Phase.generate])  # shrinking simulations takes minutes
 def test_many_steps_at_once_give_the_same_as_each_alone(
@@ -150,6 +154,9 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
     loses: bool,
     policy: Mixing | None,
     request_admission_cost_s: float,
+    max_batch_tokens: int,
+    stages: int,
+    prefix_cache: bool,
 ) -> None:
     spec = deployment(
         prefill,
@@ -161,10 +168,17 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
         nodes=2,
         policy=policy,
         request_admission_cost_s=request_admission_cost_s,
+        max_batch_tokens=max_batch_tokens,
+        cost=LinearCost(stages=stages, pair_s=1e-6),
+        prefix_cache=prefix_cache,
     )
     if loses:
-        spec = replace(spec, failures=(Failure("d0", 0.3123, 0.9),))
+        spec = replace(spec, failures=(Failure("d0", 0.3123, 0.9), Failure("p0", 1.0456, 1.3)))
     stream = poisson(40, rate, output=40, seed=seed)
+    if prefix_cache:
+        stream = replace(
+            stream, prefix_group=np.arange(40) % 3, prefix_tokens=np.minimum(stream.prompt_tokens, 30 + 40 * (seed % 3))
+        )
     fast, plain = simulate(spec, stream), simulate(spec, stream, step_by_step=True)
     np.testing.assert_allclose(fast.stamps, plain.stamps, rtol=1e-9)
     np.testing.assert_array_equal(fast.num_attempts, plain.num_attempts)
@@ -174,7 +188,8 @@ def test_many_steps_at_once_give_the_same_as_each_alone(
         assert replace(one, busy_s=0, cost_terms_s={}) == replace(other, busy_s=0, cost_terms_s={})
         assert one.busy_s == pytest.approx(other.busy_s)
         assert one.cost_terms_s == pytest.approx(other.cost_terms_s)
-        assert sum(one.cost_terms_s.values()) == pytest.approx(one.busy_s)
+        if stages == 1:  # through a pipeline a step is busy with its first stage only
+            assert sum(one.cost_terms_s.values()) == pytest.approx(one.busy_s)
 
 
 @pytest.mark.parametrize("policy", [None, "chunked"])
@@ -223,6 +238,25 @@ def test_it_can_be_stopped() -> None:
     assert not cut.stopped_early
     assert np.nanmax(cut.stage(Stage.RECEIVED)) < 5.0
     assert len(list(cut.timelines())) == (stream.arrival_s < 5.0).sum()
+
+
+@pytest.mark.parametrize("policy", [None, "chunked"])
+def test_a_long_prompts_chunks_are_a_few_events(policy: Mixing | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 100 chunks; others arrive and decode meanwhile."""
+    num_events, run_next = [0, 0], EventQueue.run_next
+
+    def count(events: EventQueue) -> None:
+        num_events[which] += 1
+        run_next(events)
+
+    monkeypatch.setattr(EventQueue, "run_next", count)
+    stream, cost = poisson(40, 0.2, prompt=6400, output=40, fixed=True), LinearCost(pair_s=1e-8, stages=2)
+    spec = deployment(1, 0 if policy else 1, cost=cost, policy=policy, num_blocks=40_000, max_batch_tokens=64)
+    runs = []
+    for which in (0, 1):
+        runs.append(simulate(spec, stream, step_by_step=bool(which)))
+    np.testing.assert_allclose(runs[0].stamps, runs[1].stamps, rtol=1e-9)
+    assert num_events[0] < num_events[1] / 8
 
 
 def test_a_pipeline_takes_the_next_prompt_before_it_has_the_first_token_of_the_last() -> None:
