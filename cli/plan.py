@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tandem.cli.common import Settings, writing
 from tandem.cli.output import print_error, print_line, print_rich, show_progress, table
+from tandem.cli.outputs import check_outputs
 from tandem.cli.signals import signals_interrupt
 from tandem.core.config_file import apply_overrides, load_config
 from tandem.core.errors import ConfigError
@@ -62,7 +63,7 @@ def run(
         ),
     ] = None,
     advice: Annotated[
-        bool, typer.Option("--advice/--no-advice", help="predict which single changes would help (some seconds)")
+        bool, typer.Option("--advice/--no-advice", help="find out which single changes would help (some seconds)")
     ] = True,
     compare: Annotated[
         tuple[Path, Path] | None,
@@ -92,7 +93,7 @@ def run(
     if output is None and Path("plan.yaml").exists():
         raise ConfigError("plan.yaml exists already; name it with -o plan.yaml to replace it")
     output = output or Path("plan.yaml")
-    _check_outputs(file, output, report)
+    check_outputs({"the plan": output, "the report": report}, {"the SLO file": file})
     with show_progress(sys.stderr) as progress:
         planned = search(slo, file, progress, workers, ray, advice=advice)
     with writing():
@@ -210,21 +211,6 @@ def _workload_parts(planned: Planned) -> list[RenderableType]:
 
 def _met_share(windows: Sequence[ExpectedWindow]) -> float:
     return min(1.0, sum(window.time_share for window in windows if window.meets))
-
-
-def _check_outputs(file: Path, output: Path, report: Path | None) -> None:
-    """Before the search, which takes a while. Raises ConfigError."""
-    taken = {file.resolve(): "the SLO file"}
-    for path, name in ((output, "the plan"), (report, "the report")):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise ConfigError(f"{path} is a folder; name a file")
-        if not path.absolute().parent.is_dir():
-            raise ConfigError(f"the folder {path.absolute().parent} does not exist")
-        if path.resolve() in taken:
-            raise ConfigError(f"{path} would be both {taken[path.resolve()]} and {name}; name another file")
-        taken[path.resolve()] = name
 
 
 def _print_next(plan: Plan, output: Path, report: Path | None) -> None:

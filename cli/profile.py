@@ -9,6 +9,7 @@ import typer
 
 from tandem.cli.common import BUILT_IN_MODEL, writing
 from tandem.cli.output import print_error, print_line, show_progress
+from tandem.cli.outputs import check_outputs
 from tandem.core.byte_size import parse_bytes
 from tandem.core.config_file import dump_config
 from tandem.core.cost_model import StepLoad
@@ -65,8 +66,7 @@ def run(
     check_model_folder(model)
     if seconds <= 0:
         raise ConfigError("--seconds must be more than 0")
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"there is no folder {output.absolute().parent} to write {output.name} into")
+    check_outputs({"the calibration": output})
     engine = _engine_section(threads, dtype, device, kv_memory)
     chosen = default_shapes(engine) if shapes == "auto" else _parse_shapes(shapes)
     if not no_cluster and 2 * engine.threads > usable_cores() > 1:

@@ -9,6 +9,7 @@ import typer
 
 from tandem.cli.common import BUILT_IN_MODEL, Settings, writing
 from tandem.cli.output import print_error, print_line
+from tandem.cli.outputs import check_outputs
 from tandem.cli.serve_file import read_plan
 from tandem.core.config_file import apply_overrides, dump_config
 from tandem.core.errors import ConfigError, UnavailableError
@@ -47,6 +48,7 @@ def run(
     if output is None and Path("values.yaml").exists():
         raise ConfigError("values.yaml exists already; name it with -o values.yaml to replace it")
     output = output or Path("values.yaml")
+    check_outputs({"the values": output, "the manifests": manifests}, {"the plan": file})
     values = apply_overrides(values_of(plan, BUILT_IN_MODEL), settings)
     check_model(plan, values)
     _warn(plan, values)

@@ -10,6 +10,7 @@ import typer
 
 from tandem.cli.common import writing
 from tandem.cli.output import print_error, print_line, show_progress
+from tandem.cli.outputs import check_outputs
 from tandem.cli.serve_file import FileKind, kind_of
 from tandem.cli.version import installed_version
 from tandem.core.config_file import load_config
@@ -102,6 +103,10 @@ def run(
     if slo_path is None:
         raise ConfigError(f"{plan_path} names no SLO file, so there are no workload and no targets; give --slo FILE")
     slo = load_config(slo_path, SloFile)
+    check_outputs(
+        {"the report": report, "the numbers": json_path},
+        {"the plan": plan_path, "the SLO file": slo_path, "the trace": trace},
+    )
     if trace is not None:
         slo = slo.model_copy(update={"workload": WorkloadSection(trace=trace)})
     seed = slo.search.seed if seed is None else seed

@@ -111,7 +111,8 @@ def test_a_cluster_too(tmp_path: Path) -> None:
         (["--shapes", "1x1,2x1"], "--shapes 1x1,2x1: name shapes of several ranks"),
         (["--shapes", "2x1,2x1"], "each once"),
         (["--kv-memory", "much"], "--kv-memory much: write a number of bytes"),
-        (["-o", "/no/such/folder/c.yaml"], "there is no folder /no/such/folder"),
+        (["-o", "/no/such/folder/c.yaml"], "the folder /no/such/folder does not exist"),
+        (["-o", "/proc/c.yaml"], "/proc/c.yaml cannot be written ("),
         (["/no/such/model"], "/no/such/model"),
     ],
 )

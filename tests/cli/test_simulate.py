@@ -101,7 +101,7 @@ def test_numbers_for_programs_are_those_of_the_table(
 def test_a_report_is_written(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     simulated(capsys, plan, "--rate", 5, "--report", tmp_path / "run.html")
     assert "Simulation of plan.yaml" in (tmp_path / "run.html").read_text()
-    assert "cannot be written" in told(capsys, plan, "--rate", 5, "--report", tmp_path / "none" / "run.html")
+    assert "does not exist" in told(capsys, plan, "--rate", 5, "--report", tmp_path / "none" / "run.html")
 
 
 def test_a_trace_comes_at_its_own_rate(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +132,8 @@ def test_a_lost_instance_means_second_attempts(plan: Path, capsys: pytest.Captur
         (["--requests", "0"], "'--requests': Input should be greater than or equal to 1"),
         (["--fail", "decode-0"], "'decode-0' is not of the form decode-0@60 or decode-0@60-90"),
         (["--fail", "decode-0@9-3"], "'decode-0@9-3' is not of the form"),
+        (["--rate", "5", "--report", "/proc/run.html"], "/proc/run.html cannot be written ("),
+        (["--rate", "5", "--json", "/no/such/run.json"], "the folder /no/such does not exist"),
     ],
 )
 def test_wrong_arguments_are_told(
