@@ -121,35 +121,36 @@ def evaluate_windows(
     within its 90th percentile of the time in the system, when the requests of the window before are still there, at
     most half; at the end of the last window, as by `evaluate`. A window in which a run was stopped misses its targets.
     """
-    requests, decided, stay_s = result.requests, _decided(result, classes), _time_in_system(result)
-    budget_uses = _budget_uses(result, classes)
-    evaluations = []
-    for window in windows:
-        first, last = window.rows
-        rows = np.zeros(len(requests), dtype=np.bool_)
-        rows[first:last] = decided[first:last]
-        warm_up = tail = 0
-        long_enough = True
-        if rows.any():
-            arrival_s = requests.arrival_s[first:last]
-            p50_s, p90_s = np.quantile(stay_s[rows], (0.5, 0.9))
-            warm_up = min(int(np.searchsorted(arrival_s, arrival_s[0] + p90_s)), (last - first) // 2)
-            if last == len(requests) and not result.stopped_early:
-                tail = min(_tail(requests, float(p50_s)), int(MAX_TAIL * (last - first)))
-            long_enough = bool(arrival_s[-1] - arrival_s[0] >= 3 * p90_s)
-            rows[first : first + warm_up] = False
-            rows[last - tail : last] = False
-        drifting = any(is_drifting(series[rows & ~np.isnan(series)]) for series in budget_uses)
-        evaluations.append(
-            Evaluation(
-                classes=_evaluate_classes(result, classes, rows),
-                warm_up=first + warm_up,
-                tail=len(requests) - last + tail,
-                stable=not drifting and bool(decided[first:last].all()),
-                long_enough=long_enough,
-            )
-        )
+    evaluations = [evaluate_window(result, classes, window) for window in windows]
     return replace(evaluations[_deciding(evaluations, windows, cover)], windows=tuple(evaluations))
+
+
+def evaluate_window(result: SimulationResult, classes: Sequence[SloClass], window: Window) -> Evaluation:
+    """See `evaluate_windows`. Once all requests of a window that is not the last have finished, what comes later does
+    not change its results."""
+    requests, decided, stay_s = result.requests, _decided(result, classes), _time_in_system(result)
+    first, last = window.rows
+    rows = np.zeros(len(requests), dtype=np.bool_)
+    rows[first:last] = decided[first:last]
+    warm_up = tail = 0
+    long_enough = True
+    if rows.any():
+        arrival_s = requests.arrival_s[first:last]
+        p50_s, p90_s = np.quantile(stay_s[rows], (0.5, 0.9))
+        warm_up = min(int(np.searchsorted(arrival_s, arrival_s[0] + p90_s)), (last - first) // 2)
+        if last == len(requests) and not result.stopped_early:
+            tail = min(_tail(requests, float(p50_s)), int(MAX_TAIL * (last - first)))
+        long_enough = bool(arrival_s[-1] - arrival_s[0] >= 3 * p90_s)
+        rows[first : first + warm_up] = False
+        rows[last - tail : last] = False
+    drifting = any(is_drifting(series[rows & ~np.isnan(series)]) for series in _budget_uses(result, classes))
+    return Evaluation(
+        classes=_evaluate_classes(result, classes, rows),
+        warm_up=first + warm_up,
+        tail=len(requests) - last + tail,
+        stable=not drifting and bool(decided[first:last].all()),
+        long_enough=long_enough,
+    )
 
 
 def expected_windows(windows: Sequence[Window], evaluation: Evaluation) -> tuple[ExpectedWindow, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tandem.core.slo import SloClass
-from tandem.placement.evaluation.attainment import MAX_TAIL, Evaluation, deadlines_s, evaluate
+from tandem.placement.evaluation.attainment import MAX_TAIL, Evaluation, deadlines_s, evaluate, evaluate_window
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.simulator.run import Progress
 from tandem.placement.workload.requests import RequestStream
@@ -77,7 +77,7 @@ def stop_when_windows_lost(
 
     A window is lost when one class missed more deadlines there than its attainment allows of all its requests in the
     window. Only requests count that `evaluate_windows` never leaves out: those of the second half, and of the last
-    window not the last fifth.
+    window not the last fifth. When all requests of a window but the last have finished, its evaluation decides.
     """
     deadline_s = deadlines_s(requests, classes) + 1e-9
     required = np.array([slo.attainment for slo in classes])
@@ -98,14 +98,22 @@ def stop_when_windows_lost(
             passed = deadline_s[rows] <= progress.now_s
             missed = passed & ~(progress.finished_s[rows] <= deadline_s[rows])  # NaN: not finished
             misses = np.bincount(requests.slo_class[rows][missed], minlength=len(classes))
+            first, last = windows[index].rows
             if np.any(misses > allowed_misses[index] + 1e-9):
                 lost_share += windows[index].time_share
                 is_open[index] = False
-            elif passed.all():
+            elif last < len(requests) and not np.isnan(progress.finished_s[first:last]).any():
                 is_open[index] = False
+                if not evaluate_window(_so_far(requests, progress), classes, windows[index]).meets:
+                    lost_share += windows[index].time_share
         return lost_share > 1 - cover + 1e-9
 
     return is_lost
+
+
+def _so_far(requests: RequestStream, progress: Progress) -> SimulationResult:
+    ones = np.ones(len(requests), dtype=np.int64)
+    return SimulationResult(requests, progress.stamps, ones, 0 * ones, progress.now_s, ())
 
 
 def _bracket(meets: Callable[[float], bool], guess: float) -> tuple[float, float]:

@@ -13,7 +13,8 @@ from tandem.placement.workload.requests import Floats
 
 Interval = tuple[float, float]
 
-_BATCHES = 20
+BATCHES = 20
+"""Of consecutive requests, the means of which are nearly independent."""
 _T_95 = 2.093  # Student's t, 97.5 %, with 19 degrees of freedom: the variance comes from 20 batch means
 _MSER_BATCH = 5
 _DRIFT_T = 4.0
@@ -52,7 +53,7 @@ def share_interval(hits: npt.NDArray[np.bool_], series: Floats, level: float) ->
 def difference_interval(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> Interval:
     """95 % interval of the share of hits in `first` minus that in `second`, for two runs of the same requests. (-1, 1)
     for fewer than 40 requests."""
-    if len(first) < 2 * _BATCHES:
+    if len(first) < 2 * BATCHES:
         return -1.0, 1.0
     return mean_interval(first.astype(np.float64) - second)
 
@@ -60,23 +61,29 @@ def difference_interval(first: npt.NDArray[np.bool_], second: npt.NDArray[np.boo
 def mean_interval(differences: Floats) -> Interval:
     """95 % interval of the mean of paired differences, in order of arrival, at least 40: Student's t over 20 batch
     means."""
-    half = _T_95 * float(_batch_means(differences).std(ddof=1)) / math.sqrt(_BATCHES)
+    half = _T_95 * float(_batch_means(differences).std(ddof=1)) / math.sqrt(BATCHES)
     mean = float(differences.mean())
     return mean - half, mean + half
+
+
+def jackknife_half_width(values: Floats) -> float:
+    """Half of the 95 % interval of a statistic, from its values without one of 20 batches after the other."""
+    assert len(values) == BATCHES
+    return _T_95 * math.sqrt((BATCHES - 1) / BATCHES * float(((values - values.mean()) ** 2).sum()))
 
 
 def is_drifting(series: Floats) -> bool:
     """Whether a series, in units of its limit, keeps growing: the straight line through the means of 20 batches rises
     by more than 0.25 over the run, the slope is significant (t > 4), and the line exceeds 1 at twice the length of the
     run."""
-    if len(series) < 2 * _BATCHES:
+    if len(series) < 2 * BATCHES:
         return False
     means = _batch_means(series)
-    x = np.arange(_BATCHES) - (_BATCHES - 1) / 2
+    x = np.arange(BATCHES) - (BATCHES - 1) / 2
     slope = float(x @ means / (x @ x))
-    growth = slope * (_BATCHES - 1)
+    growth = slope * (BATCHES - 1)
     residual = means - means.mean() - slope * x
-    slope_error = math.sqrt(float(residual @ residual) / (_BATCHES - 2) / float(x @ x))
+    slope_error = math.sqrt(float(residual @ residual) / (BATCHES - 2) / float(x @ x))
     ends_at = float(means.mean()) + 1.5 * growth
     return growth > _DRIFT_GROWTH and slope > _DRIFT_T * slope_error and ends_at > 1.0
 
@@ -89,19 +96,19 @@ def _slowest(series: Floats, level: float) -> Floats:
 
 
 def _batch_means(series: Floats) -> Floats:
-    size = len(series) // _BATCHES
-    means: Floats = series[len(series) - size * _BATCHES :].reshape(_BATCHES, size).mean(axis=1)
+    size = len(series) // BATCHES
+    means: Floats = series[len(series) - size * BATCHES :].reshape(BATCHES, size).mean(axis=1)
     return means
 
 
 def _correlation_factor(series: Floats) -> float:
     """Ratio of the variance of the mean to its variance for independent values; at least 1."""
-    if len(series) < 2 * _BATCHES:
+    if len(series) < 2 * BATCHES:
         return 1.0
     variance = float(series.var())
     if variance == 0.0:
         return 1.0
-    size = len(series) // _BATCHES
+    size = len(series) // BATCHES
     return min(len(series) / 2, max(1.0, size * float(_batch_means(series).var(ddof=1)) / variance))
 
 

@@ -2,25 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tandem.core.plan import Plan, PlanGroup
-from tandem.core.slo import SloClass
 from tandem.core.slo_file import SloFile
-from tandem.placement.cluster import Cluster
-from tandem.placement.costs.models import model_shape
-from tandem.placement.costs.sources import cost_source_of
-from tandem.placement.evaluation.attainment import evaluate
-from tandem.placement.evaluation.goodput import StopWhen, find_goodput, stop_when_lost
 from tandem.placement.evidence import Planned
 from tandem.placement.plan_deployment import deployment_of
-from tandem.placement.replanning.live_workload import SPARE_REQUESTS
-from tandem.placement.simulator import simulate
-from tandem.placement.simulator.deployment import Deployment
-from tandem.placement.simulator.result import SimulationResult
-from tandem.placement.workload.requests import RequestStream
-from tandem.placement.workload.streams import make_stream
+from tandem.placement.planner import problem_of
+from tandem.placement.search.trial import evaluate_plan_at, find_rate_of_plan
 
 PlanFor = Callable[[SloFile], Planned]
 
@@ -66,33 +56,13 @@ def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> 
 
 
 def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
-    """Simulates the plan on the workload of `slo_file`, at `rate` and at increasing rates up to its goodput."""
-    model = model_shape(slo_file.model, slo_file.precision)
-    deployment = deployment_of(plan, cost_source_of(slo_file, model), Cluster.of(slo_file.cluster), model)
-    search, classes = slo_file.search, slo_file.slo
-    requests = make_stream(
-        slo_file.workload, classes, count=SPARE_REQUESTS * search.requests, rate=rate, seed=search.seed
-    )
-
-    def run(stream: RequestStream, _: StopWhen) -> SimulationResult:
-        return _run_steady(deployment, requests.scaled_to(stream.rate), classes, search.requests)
-
-    few = requests.head(search.requests)
-    at_rate = evaluate(simulate(deployment, requests), classes)
+    """Simulates the plan on the workload of `slo_file`, at `rate` and at rates up to its goodput, as the planner does:
+    the same requests, rates and windows, so a plan has the goodput that its search found."""
+    problem = problem_of(slo_file)
+    deployment = deployment_of(plan, problem.source, problem.cluster, problem.model)
+    at_rate = evaluate_plan_at(problem, deployment, rate, stop_early=False)
     worst = min(at_rate.classes, key=lambda result: result.margin)
-    return Forecast(find_goodput(run, few, classes, guess=rate), worst.attainment, at_rate.meets)
-
-
-def _run_steady(
-    deployment: Deployment, requests: RequestStream, classes: Sequence[SloClass], count: int
-) -> SimulationResult:
-    """Simulates the first `count` requests, or more if a steady state needs them, as the planner does."""
-    while True:
-        stream = requests.head(count)
-        result = simulate(deployment, stream, stop_when=stop_when_lost(stream, classes))
-        if result.stopped_early or count >= len(requests) or evaluate(result, classes).long_enough:
-            return result
-        count *= 2
+    return Forecast(find_rate_of_plan(problem, deployment, rate).rate, worst.attainment, at_rate.meets)
 
 
 def gain_of(current: tuple[Plan, Forecast], proposed: tuple[Plan, Forecast], slo_file: SloFile) -> float:

@@ -7,7 +7,7 @@ A deployment of many instances is represented by a smaller one of nearly the sam
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -50,6 +50,14 @@ def rate_index_below(rate: float) -> int:
     return math.floor(math.log(rate) / math.log(RATE_RATIO) + 1e-9)
 
 
+def _rate_index(rate: float) -> int:
+    return round(math.log(rate) / math.log(RATE_RATIO))
+
+
+def _is_of_series(rate: float) -> bool:
+    return math.isclose(rate, rate_at(_rate_index(rate)), rel_tol=1e-12)
+
+
 def scaled_down(deployment: CandidateDeployment) -> CandidateDeployment:
     """The deployment, or a small deployment of its proportions if it has many instances."""
     if deployment.num_instances <= MAX_TRIAL_INSTANCES:
@@ -84,7 +92,12 @@ def simulate_at(
     """A simulation at `rate` requests per second, with more requests than configured if a steady state needs them, or
     of all windows of a trace.
     `stop_early`: stop once the targets are certainly missed."""
-    simulated = _deployment(problem, deployment, separate_nodes=separate_nodes)
+    return _simulate_at(problem, _deployment(problem, deployment, separate_nodes=separate_nodes), rate, stop_early)
+
+
+def _simulate_at(
+    problem: Problem, simulated: Deployment, rate: float, stop_early: bool
+) -> tuple[SimulationResult, Evaluation]:
     if problem.windows:
         requests, windows, cover = problem.requests.scaled_to(rate), problem.windows, problem.cover
         stop_when = stop_when_windows_lost(requests, problem.classes, windows, cover) if stop_early else None
@@ -162,15 +175,31 @@ def find_rate_near(
     mapper: Mapper | None = None,
     *,
     separate_nodes: bool = False,
+    known: Mapping[float, Evaluation] | None = None,
 ) -> MaxRate:
     """A rate of the series that meets the targets while the next one does not, near `guess`: steps of doubling length
     until two rates enclose it, then bisection. Assumes that more load never helps, and takes few simulations for a
     guess that is far off. With several workers a rate that may be next is simulated beside each; the result is the
     same. As `find_max_rate`, it does not go up from a run without a steady state. Rate 0 if none meets
-    down to a thousandth of `guess`."""
-    spread = mapper or SerialMapper()
-    evaluate_rate = partial(evaluate_at, problem, deployment, separate_nodes)
-    evaluated: dict[int, Evaluation] = {}
+    down to a thousandth of `guess`. `known` rates are not simulated again."""
+    return _find_near(partial(evaluate_at, problem, deployment, separate_nodes), guess, mapper or SerialMapper(), known)
+
+
+def evaluate_plan_at(problem: Problem, deployment: Deployment, rate: float, *, stop_early: bool = True) -> Evaluation:
+    """The evaluation of `simulate_at`, of a plan's deployment, which need not be one of a search."""
+    return _simulate_at(problem, deployment, rate, stop_early)[1]
+
+
+def find_rate_of_plan(problem: Problem, deployment: Deployment, guess: float) -> MaxRate:
+    """As `find_rate_near`, of a plan's deployment, on the same requests at the same rates."""
+    return _find_near(partial(evaluate_plan_at, problem, deployment), guess, SerialMapper(), None)
+
+
+def _find_near(
+    evaluate_rate: Callable[[float], Evaluation], guess: float, spread: Mapper, known: Mapping[float, Evaluation] | None
+) -> MaxRate:
+    evaluated = {_rate_index(rate): evaluation for rate, evaluation in (known or {}).items() if _is_of_series(rate)}
+    num_known = len(evaluated)
 
     def meets(rate_index: int, other: int) -> bool:
         if rate_index not in evaluated:
@@ -182,7 +211,7 @@ def find_rate_near(
 
     def found(rate_index: int) -> MaxRate:
         rate = rate_at(rate_index) if rate_index > lowest else 0.0
-        return MaxRate(rate, len(evaluated), {rate_at(index): each for index, each in evaluated.items()})
+        return MaxRate(rate, len(evaluated) - num_known, {rate_at(index): each for index, each in evaluated.items()})
 
     start, step = rate_index_below(guess), 1
     lowest = rate_index_below(guess / 1000)

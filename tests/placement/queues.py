@@ -44,7 +44,7 @@ class SingleServer:
             for count in range(100, len(requests), 100):
                 now_s = float(requests.arrival_s[count])
                 finished = int(np.searchsorted(ordered, now_s, side="right"))
-                done_s = np.where(finished_s <= now_s, finished_s, np.nan)
-                if stop_when(Progress(now_s, finished, 0, done_s)):
-                    return result_of(requests, first_s, finished_s, end_s=now_s)
+                so_far = result_of(requests, first_s, finished_s, end_s=now_s)
+                if stop_when(Progress(now_s, finished, 0, so_far.stamps)):
+                    return so_far
         return result_of(requests, first_s, finished_s)

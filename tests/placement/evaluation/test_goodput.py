@@ -14,6 +14,7 @@ from tandem.placement.evaluation.attainment import evaluate
 from tandem.placement.evaluation.goodput import find_goodput, stop_when_lost
 from tandem.placement.evaluation.steady_state import is_drifting, share_interval, warm_up_length
 from tandem.placement.simulator import Progress
+from tandem.placement.simulator.result import STAGES
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.streams import make_stream
 from tests.placement.queues import SingleServer, result_of
@@ -225,7 +226,7 @@ def test_a_lost_run_is_stopped() -> None:
     assert stopped.end_s < requests.duration_s / 2
     assert not evaluate(stopped, (CHAT,)).meets
     lost = stop_when_lost(requests, (CHAT,))
-    assert not lost(Progress(0.0, 0, 0, np.full(len(requests), np.nan)))
+    assert not lost(Progress(0.0, 0, 0, np.full((len(requests), len(STAGES)), np.nan)))
 
 
 # --- series ----------------------------------------------------------------------------------------------------------
