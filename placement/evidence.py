@@ -98,29 +98,37 @@ class SensitivityPoint:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change of the plan or of its SLO file, and what is predicted for the changed plan. `cost_per_hour` in USD."""
+    """One change of the plan or of its SLO file, and the goodput of the changed plan. `cost_per_hour` in USD.
+    `interval`: 95 % interval of the goodput, from simulations of the same requests with and without the change; None if
+    the goodput is predicted."""
 
     description: str  # e.g. "one more decode instance (2 devices)"
     goodput: float
     num_devices: int
     cost_per_hour: float | None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutComparison:
-    """The best disaggregated configuration against the best colocated one: the ratio of their goodputs per device as
-    the planner found them, and as predicted with one parameter changed, (axis, factor, ratio)."""
+    """The chosen configuration against the best of the other layout, `rival`; one of them is disaggregated and the
+    other colocated. `ratio`: goodput per device of the rival divided by that of the chosen one, and as predicted with
+    one parameter changed, (axis, factor, ratio). `interval`: 95 % interval of the ratio, from simulations of the same
+    requests; None if it is predicted. Of the other layout the `num_compared` most promising configurations were."""
 
-    disaggregated: str
-    colocated: str
+    is_disaggregated: bool
+    chosen: str
+    rival: str
     ratio: float
     changed: tuple[tuple[str, float, float], ...] = ()
+    interval: tuple[float, float] | None = None
+    num_compared: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """`changes`, the most helpful first: by goodput per USD, or per device without prices. `layouts` is None if only
-    one of the layouts was compared."""
+    """`changes`, the most helpful first: by goodput per USD, or per device without prices. The simulated ones come
+    before those that are only predicted. `layouts` is None if only one of the layouts was compared."""
 
     changes: tuple[Change, ...]
     layouts: LayoutComparison | None

@@ -86,8 +86,9 @@ def explain(
     points = sensitivity_of(varied, measured, rate / scale, mapper, separate_nodes=is_scaled)
     advice = None
     if with_advice:
-        report(0.8, "predicting changes that would help")
-        advice = advise(slo_file, varied, comparison, points, measured.goodput, mapper)
+        report(0.8, "simulating changes that would help")
+        smaller = varied.with_requests(_VARIED_REQUESTS)
+        advice = advise(slo_file, space, smaller, comparison, points, measured.goodput, mapper)
     interval = measured.goodput_ci[0] * scale, measured.goodput_ci[1] * scale
     candidates = _with_interval(list_candidates(space, comparison), interval)
     expected = Expected(

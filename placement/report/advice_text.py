@@ -31,7 +31,7 @@ def advice_sentences(planned: Planned) -> list[str]:
 
 
 def change_rows(planned: Planned) -> list[tuple[str, str, str, str]]:
-    """Of each change: what, predicted goodput, its difference, and its difference per USD (or per device)."""
+    """Of each change: what, goodput, its difference, and its difference per USD (or per device)."""
     advice, expected = planned.evidence.advice, planned.plan.expected
     if advice is None or expected is None:
         return []
@@ -39,7 +39,7 @@ def change_rows(planned: Planned) -> list[tuple[str, str, str, str]]:
         (
             change.description,
             rate(change.goodput),
-            _signed(change.goodput / expected.goodput - 1),
+            f"{_signed(change.goodput / expected.goodput - 1)} ({_interval(change, expected) or 'predicted'})",
             _signed(_usefulness_gain(change, expected, planned.plan.num_devices)),
         )
         for change in advice.changes
@@ -88,31 +88,59 @@ def _changes(advice: Advice, planned: Planned) -> str:
 
     def named(change: Change) -> str:
         gain, useful = change.goodput / expected.goodput - 1, _usefulness_gain(change, expected, num_devices)
-        more = "" if math.isclose(gain, useful, abs_tol=5e-4) else f", {_signed(useful)} per {per}"
-        return f"{change.description} ({_signed(gain)} goodput{more})"
+        more = [] if math.isclose(gain, useful, abs_tol=5e-4) else [f"{_signed(useful)} per {per}"]
+        interval = [found] if (found := _interval(change, expected)) else []
+        return f"{change.description} ({', '.join([f'{_signed(gain)} goodput', *interval, *more])})"
 
     first, *rest = advice.changes
     helps = _usefulness_gain(first, expected, num_devices) > 0.005
     begin = "The single change that helps most" if helps else f"No single change gives more per {per}; the best"
     others = [change for change in rest if change.goodput > expected.goodput * 1.005][:_NUM_CHANGES]
     then = f" Then: {'; '.join(map(named, others))}." if others else ""
-    return f"{begin}, as predicted: {named(first)}.{then}"
+    how = "as predicted" if first.interval is None else "simulated on the same requests"
+    return f"{begin}, {how}: {named(first)}.{then}"
+
+
+def _interval(change: Change, expected: Expected) -> str:
+    """Of the difference in goodput; empty if it is predicted."""
+    if change.interval is None:
+        return ""
+    low, high = (_signed(end / expected.goodput - 1) for end in change.interval)
+    return f"95 %: {low.removesuffix(' %')} to {high}"
 
 
 def _layouts(layouts: LayoutComparison | None) -> str:
-    if layouts is None or layouts.ratio <= 0:
+    if layouts is None:
         return ""
-    pays = layouts.ratio > 1
-    other = [_changed(axis, factor) for axis, factor, ratio in layouts.changed if (ratio > 1) != pays]
-    if pays:
-        text = f"Disaggregation pays: {layouts.ratio:.2f} times the goodput per device of {layouts.colocated}."
-        if other:
-            when = " or ".join(other)
-            return f"{text} Do not disaggregate with {when}: colocated instances then serve more, as predicted."
+    is_better = layouts.ratio < 1  # the chosen one
+    pays = layouts.is_disaggregated == is_better
+    text = f"{_which_layout(layouts, is_better=is_better, pays=pays)}."
+    other = [_changed(axis, factor) for axis, factor, ratio in layouts.changed if (ratio < 1) != is_better]
+    when = " or ".join(other)
+    if pays and other:
+        return f"{text} Do not disaggregate with {when}: colocated instances then serve more, as predicted."
+    if pays and layouts.changed:
         return f"{text} As predicted, it also does with lengths and targets of 0.75 and 1.5 times these."
-    text = f"Do not disaggregate: {layouts.colocated} has {1 / layouts.ratio:.2f} times the goodput per device of "
-    text += f"{layouts.disaggregated}."
-    return f"{text} It would pay with {' or '.join(other)}, as predicted." if other else text
+    return f"{text} It would pay with {when}, as predicted." if other else text
+
+
+def _which_layout(layouts: LayoutComparison, *, is_better: bool, pays: bool) -> str:
+    verdict = "Disaggregation pays" if pays else "Do not disaggregate"
+    better, worse = (layouts.chosen, layouts.rival) if is_better else (layouts.rival, layouts.chosen)
+    if layouts.interval is None:
+        return f"{verdict}, as predicted: {better} serves more per device than {worse}"
+    if layouts.ratio == 0:
+        return f"{verdict}: {worse} misses the targets at every rate"
+    ratio, (low, high) = layouts.ratio, layouts.interval
+    if is_better:
+        ratio, low, high = 1 / ratio, 1 / high, 1 / low
+    if low <= 1:
+        verdict = "Whether to disaggregate hardly matters"
+    layout = "colocated" if layouts.is_disaggregated else "disaggregated"
+    return (
+        f"{verdict}: {better} has {ratio:.2f} times the goodput per device of {worse} (95 %: {low:.2f} to {high:.2f}; "
+        f"simulated on the same requests, as were {layouts.num_compared} {layout} configurations)"
+    )
 
 
 def _changed(axis: str, factor: float) -> str:

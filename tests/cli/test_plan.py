@@ -72,7 +72,7 @@ def test_it_writes_a_plan_that_reads_back_and_says_what_to_do(
     assert "0:0+0:1 1:0+1:1" in out, "where the instances stand"
     assert "92.1 % meet both targets (95 %: 90.5 to 93.6 %; required 90 %)" in out
     assert "A thousand requests cost 0.597 USD" in out
-    assert "The single change that helps most, as predicted: TPOT targets 20 % looser" in out
+    assert "The single change that helps most, simulated on the same requests: TPOT targets 20 %" in out
     assert "a step is mostly linear layers in prefill, KV reads in decode" in out
     assert "TTFT is 1.4 x its target" in out
     assert "not for this machine yet: the plan's prefill instances have the shape tp2" in out
@@ -130,6 +130,8 @@ def test_a_plan_edited_by_hand_is_not_replaced_by_chance(
         (["slo.yaml", "--workers", "-1"], "Invalid value for '--workers': Input should be greater than or equal to 0"),
         (["slo.yaml", "--ray", "local", "--workers", "2"], "--workers is for this machine alone"),
         (["slo.yaml", "-o", "."], ". is a folder; name a file"),
+        (["slo.yaml", "-o", "/proc/plan.yaml"], "/proc/plan.yaml cannot be written ("),
+        (["slo.yaml", "--report", "/proc/why.html"], "/proc/why.html cannot be written ("),
         (
             ["slo.yaml", "--set", "workload.rat=2"],
             "--set workload.rat=2: workload.rat is not a setting; did you mean rate?",
@@ -142,9 +144,10 @@ def test_mistakes_are_told_in_a_sentence(
     answer: Callable[[Planned], list[SloFile]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    answer(planned())
+    asked = answer(planned())
     assert main(["plan", *argv]) == 2
     assert f"tandem plan: {sentence}" in capsys.readouterr().err
+    assert not asked, "told before the search"
 
 
 def test_no_file_is_written_over_another_of_the_same_command(

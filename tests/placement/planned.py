@@ -86,12 +86,18 @@ def planned(verdict: Verdict = "disaggregate", classes: Sequence[SloClass] = (CH
         "reproduction": Reproduction("model: Llama-3.1-70B\n", "0.1.0", 7, "roofline", "tandem plan slo.yaml"),
         "advice": Advice(
             (
-                Change("TPOT targets 20 % looser (48.0 ms)", 13.0, 5, 21.5),
+                Change("TPOT targets 20 % looser (48.0 ms)", 13.0, 5, 21.5, (12.7, 13.6)),
                 Change("one more decode instance (1 H100 device)", 13.2, 6, 25.8),
                 Change("L4 instead", 1.1, 5, 4.0),
             ),
             LayoutComparison(
-                "2 x prefill tp2 + 1 x decode tp1", "3 x colocated tp1", 1.32, (("prompt_tokens", 0.75, 0.9),)
+                True,
+                "2 x prefill tp2 + 1 x decode tp1",
+                "3 x colocated tp1",
+                0.758,
+                (("prompt_tokens", 0.75, 1.1),),
+                (0.7, 0.8),
+                3,
             ),
         ),
         "nearest": "the best plan reaches 90 % at TTFT 0.9 s" if verdict == "infeasible" else "",

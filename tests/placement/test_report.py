@@ -68,12 +68,14 @@ def test_the_report_begins_with_what_to_do(page: str) -> None:
     assert "A thousand requests cost 0.597 USD at 10.0 req/s (21.5 USD per hour)." in header
     assert "Class chat: 92.1 % meet both targets at 10.0 req/s, and 90 % must. 90 % of them stay within TTFT" in header
     assert (
-        "The single change that helps most, as predicted: TPOT targets 20 % looser (48.0 ms) (+16 % goodput)." in header
+        "The single change that helps most, simulated on the same requests: TPOT targets 20 % looser (48.0 ms) (+16 % "
+        "goodput, 95 %: +13 to +21 %)." in header
     )
     assert "Then: one more decode instance (1 H100 device) (+18 % goodput, -2 % per USD)." in header
     assert (
-        "Disaggregation pays: 1.32 times the goodput per device of 3 x colocated tp1. Do not disaggregate with"
-        in header
+        "Disaggregation pays: 2 x prefill tp2 + 1 x decode tp1 has 1.32 times the goodput per device of 3 x colocated "
+        "tp1 (95 %: 1.25 to 1.43; simulated on the same requests, as were 3 colocated configurations). Do not "
+        "disaggregate with" in header
     )
     assert "prompts 25 % shorter: colocated instances then serve more" in header
 
@@ -88,9 +90,25 @@ def test_without_advice_there_are_cost_and_distance_only() -> None:
 @pytest.mark.parametrize(
     ("layouts", "sentence"),
     [
-        (LayoutComparison("a", "b", 0.5), "Do not disaggregate: b has 2.00 times the goodput per device of a."),
-        (LayoutComparison("a", "b", 0.5, (("tpot_target", 0.75, 1.1),)), "It would pay with TPOT targets 25 % tighter"),
-        (LayoutComparison("a", "b", 1.1), "it also does with lengths and targets of 0.75 and 1.5 times these"),
+        (LayoutComparison(False, "b", "a", 0.5), "Do not disaggregate, as predicted: b serves more per device than a."),
+        (
+            LayoutComparison(False, "b", "a", 0.5, interval=(0.4, 0.8)),
+            "Do not disaggregate: b has 2.00 times the goodput per device of a (95 %: 1.25 to 2.50;",
+        ),
+        (
+            LayoutComparison(False, "b", "a", 0.5, (("tpot_target", 0.75, 1.1),)),
+            "It would pay with TPOT targets 25 % tighter",
+        ),
+        (
+            LayoutComparison(True, "a", "b", 0.9, (("tpot_target", 0.75, 0.8),)),
+            "it also does with lengths and targets of 0.75 and 1.5 times these",
+        ),
+        (LayoutComparison(True, "a", "b", 0.9, interval=(0.7, 1.05)), "Whether to disaggregate hardly matters: a has"),
+        (LayoutComparison(True, "a", "b", 1.2, interval=(1.1, 1.3)), "Do not disaggregate: b has 1.20 times"),
+        (
+            LayoutComparison(True, "a", "b", 0.0, interval=(0.0, 0.0)),
+            "Disaggregation pays: b misses the targets at every rate.",
+        ),
     ],
 )
 def test_it_says_when_not_to_disaggregate(layouts: LayoutComparison, sentence: str) -> None:
