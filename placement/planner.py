@@ -17,7 +17,7 @@ from tandem.placement.evidence import Planned
 from tandem.placement.explanation import explain, explain_infeasible
 from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress, SearchResult, find_best
 from tandem.placement.search.cheapest import find_cheapest
-from tandem.placement.search.final_comparison import FinalComparison, compare_finalists
+from tandem.placement.search.final_comparison import Comparison, FinalComparison, compare_finalists
 from tandem.placement.search.mapper import Mapper, SerialMapper, local_mapper
 from tandem.placement.search.nearest_feasible import nearest_feasible
 from tandem.placement.search.predict import limit_of_nodes
@@ -30,6 +30,7 @@ from tandem.placement.workload.windows import Window, windowed
 _SPARE_REQUESTS = 8  # ratio to `search.requests`, for runs that need more requests for a steady state
 _COMPARED_SHARE = 0.7  # approximate share of search and comparison in the planner's time
 _SEARCH_SHARE = 0.5  # approximate share of the search in that
+_LIMIT_REQUESTS = 128  # of a window, for its limit
 _MAX_SEARCHES = 2  # for windows of a trace
 _CLOSE = 0.95  # ratio of the goodput of all windows to that of the searched one from which one search is enough
 
@@ -88,52 +89,46 @@ def search_and_compare(
 ) -> tuple[PlanResult, FinalComparison | None]:
     """The result of the search and the comparison of its best deployments; None if there is no deployment.
 
-    For a trace the search is for one window, the comparison for all. If another window then decides, and with much less
-    goodput, the search is repeated for that window.
+    For a trace the search is for one window, the comparison for all. If another window then limits what was found, and
+    with much less goodput, the search is repeated for that window.
     """
     if not problem.windows:
-        return _search_one(problem, problem, mapper, report)
-    best: tuple[PlanResult, FinalComparison | None] | None = None
+        result = search(problem, mapper, partial(_report_part, report, 0.0, _SEARCH_SHARE))
+        if result.chosen is None:
+            return result, None
+        compared = partial(_report_part, report, _SEARCH_SHARE, 1 - _SEARCH_SHARE)
+        return result, compare_finalists(result.space, result.search.evaluated, result.chosen, mapper, compared)
+    best: tuple[float, PlanResult, Comparison] | None = None
     tried: list[Window] = []
     report(0.0, f"looking for the window that decides, of {len(problem.windows)}")
     window = _heaviest(problem, mapper)
     while True:
-        begin = len(tried) / _MAX_SEARCHES
+        begin = _SEARCH_SHARE * len(tried) / _MAX_SEARCHES
         tried.append(window)
-        result, comparison = _search_one(
-            problem.of_window(window), problem, mapper, partial(_report_part, report, begin, 1 / _MAX_SEARCHES)
-        )
-        if comparison is None:
-            return best or (result, None)
-        if best is None or best[1] is None or comparison.goodput > best[1].goodput:
-            best = result, comparison
-        searched = 0.0 if result.chosen is None else result.chosen.goodput or 0.0
-        if comparison.deciding is None or comparison.deciding in tried:
-            return best
-        if len(tried) == _MAX_SEARCHES or comparison.goodput > _CLOSE * searched:
-            return best
-        window = comparison.deciding
-
-
-def _search_one(
-    searched: Problem, whole: Problem, mapper: Mapper, report: ReportProgress
-) -> tuple[PlanResult, FinalComparison | None]:
-    """`searched` is `whole`, or one window of it."""
-    result = search(searched, mapper, partial(_report_part, report, 0.0, _SEARCH_SHARE))
-    chosen = result.chosen
-    if chosen is None:
+        part = partial(_report_part, report, begin, _SEARCH_SHARE / _MAX_SEARCHES)
+        result = _of_whole(search(problem.of_window(window), mapper, part), problem)
+        if (chosen := result.chosen) is None:
+            break
+        comparison = Comparison(result.space, mapper, partial(_report_part, report, _SEARCH_SHARE, 1 - _SEARCH_SHARE))
+        part(1.0, f"simulating {len(problem.windows)} windows")
+        goodput, deciding = comparison.on_whole_trace(chosen)
+        if best is None or goodput > best[0]:
+            best = goodput, result, comparison
+        is_close = goodput > _CLOSE * (chosen.goodput or 0.0)
+        if deciding is None or deciding in tried or is_close or len(tried) == _MAX_SEARCHES:
+            break
+        window = deciding
+    if best is None:
         return result, None
-    of_result = result.space.problem
-    problem = replace(of_result, requests=whole.requests, windows=whole.windows)
-    result = replace(result, space=replace(result.space, problem=problem))
-    comparison = compare_finalists(
-        result.space,
-        result.search.evaluated,
-        chosen,
-        mapper,
-        partial(_report_part, report, _SEARCH_SHARE, 1 - _SEARCH_SHARE),
-    )
-    return result, comparison
+    _, result, comparison = best
+    assert result.chosen is not None
+    return result, comparison.of_finalists(result.search.evaluated, result.chosen)
+
+
+def _of_whole(result: PlanResult, whole: Problem) -> PlanResult:
+    """The result for a window of a trace, from here on for all windows."""
+    problem = replace(result.space.problem, requests=whole.requests, windows=whole.windows)
+    return replace(result, space=replace(result.space, problem=problem))
 
 
 def _heaviest(problem: Problem, mapper: Mapper) -> Window:
@@ -152,8 +147,8 @@ def _heaviest(problem: Problem, mapper: Mapper) -> Window:
 
 
 def _limit_in(problem: Problem, window: Window) -> float:
-    """Requests per second of the workload that no deployment can exceed in the window."""
-    space = search_space(problem.of_window(window), SerialMapper())
+    """Requests per second of the workload that no deployment can exceed in the window, by some of its requests."""
+    space = search_space(problem.of_window(window).with_requests(_LIMIT_REQUESTS), SerialMapper())
     return limit_of_nodes(problem.node_types, space.limits)
 
 

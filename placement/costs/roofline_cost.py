@@ -1,7 +1,7 @@
 """The roofline cost of a step of one model on one device in one parallel shape."""
 
 from tandem.core.cost_model import StepCost, StepLoad
-from tandem.core.model_shape import ModelShape, MoeShape
+from tandem.core.model_shape import MlaShape, ModelShape, MoeShape
 from tandem.core.parallel import ParallelShape
 from tandem.placement.costs.efficiency import Efficiency, EngineOverhead, ExpertsEfficiency
 from tandem.placement.costs.hardware import Device
@@ -72,6 +72,7 @@ class RooflineCost:
         "_heads",
         "_kv_heads",
         "_link",
+        "_mixed_fit",
         "_model",
         "_node_size",
         "_overhead",
@@ -102,6 +103,7 @@ class RooflineCost:
             self._gemm_fp8 = fit.gemm_fp8
             if fit.experts_fp8 is not None:
                 self._experts_fit, self._experts_device = fit.experts_fp8, device.for_fp8
+        self._mixed_fit = fit.mixed_attention if model.mla is None else None  # None: two kernels
         self._node_size = devices_per_node
         self._stage_layers = -(-model.num_layers // shape.pp)
         self._heads = model.num_heads // shape.tp
@@ -132,7 +134,7 @@ class RooflineCost:
         head_s = batches * self._head_s(load.sampled / parts)
         fixed_s = self._overhead.step_s + self._overhead.sequence_s * load.sampled / self._shape.dp
         kv_read_s = kv_fixed_s + kv_token_s * load.decode_kv_tokens / decode_parts
-        if sequences and load.prefill_tokens:
+        if sequences and load.prefill_tokens and self._mixed_fit is not None:
             mixed_s = self._mixed_attention_s(load, parts, sequences, load.decode_kv_tokens)
             if mixed_s > 0:  # one kernel: what decoding adds to the time of the prompts
                 kv_read_s = max(mixed_s, kv_read_s, attention_s) - attention_s
@@ -253,7 +255,7 @@ class RooflineCost:
             key_dim, value_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim, mla.v_head_dim
             kv_width = heads * (key_dim + value_dim)
         moved = heads * (key_dim + value_dim) * load.prefill_tokens + kv_width * load.prefill_kv_tokens
-        seconds = self._expansion_s(load, batches) + prefill_attention_s(
+        seconds = prefill_attention_s(
             load.prefill_pairs / batches,
             _ACTIVATION_BYTES * moved / batches,
             load.prefill_sequences / batches,
@@ -262,22 +264,22 @@ class RooflineCost:
             self._device,
             self._fit.prefill_attention if mla is None else self._fit.latent_prefill,
         )
-        return max(seconds, self._mixed_attention_s(load, batches, 0, 0))
+        if mla is not None:
+            seconds += self._expansion_s(load, batches, mla)
+        return seconds if self._mixed_fit is None else max(seconds, self._mixed_attention_s(load, batches, 0, 0))
 
-    def _expansion_s(self, load: StepLoad, batches: int) -> float:
+    def _expansion_s(self, load: StepLoad, batches: int, mla: MlaShape) -> float:
         """Expansion of keys and values from the latents of the tokens before a chunk. The chunk's own tokens count in
         `_projections_s`."""
-        before, mla = load.prefill_kv_tokens - load.prefill_tokens, self._model.mla
-        if mla is None or before <= 0:
+        before = load.prefill_kv_tokens - load.prefill_tokens
+        if before <= 0:
             return 0.0
         width = self._heads * (mla.qk_nope_head_dim + mla.v_head_dim)
         return self._gemm_s(before / batches, width, mla.kv_lora_rank)
 
     def _mixed_attention_s(self, load: StepLoad, batches: int, sequences: int, kv_tokens: int) -> float:
-        """One kernel for the load's prompts and these decoding sequences; 0 if the device uses two kernels."""
-        fit = self._fit.mixed_attention
-        if fit is None or self._model.mla is not None:
-            return 0.0
+        """One kernel for the load's prompts and these decoding sequences, on a device that has one for both."""
+        assert self._mixed_fit is not None
         return mixed_attention_s(
             load.prefill_pairs / batches,
             load.prefill_kv_tokens / batches,
@@ -288,7 +290,7 @@ class RooflineCost:
             2.0 * self._model.head_dim * self._model.kv_bytes,
             self._model.head_dim,
             self._device,
-            fit,
+            self._mixed_fit,
         )
 
     def _decode_terms(self, sequences: float) -> tuple[float, float]:

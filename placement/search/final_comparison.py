@@ -87,14 +87,8 @@ def compare_finalists(
     mapper: Mapper,
     report: ReportProgress,
 ) -> FinalComparison:
-    """`evaluated` and `chosen` are the result of a search. For the cheapest deployment that serves a rate, the cheaper
-    finalists are simulated at the rate; the cheapest that meets the targets is the chosen one."""
-    comparison = _Comparison(space, mapper, report)
-    finalists = finalists_of(evaluated, chosen, _NUM_OF_TRACE if space.problem.windows else _NUM_FINALISTS)
-    finalists += slack_variants(space.problem, (chosen, *finalists), _NUM_WITH_SLACK)
-    if space.problem.cheapest and space.problem.rate is not None and (chosen.goodput or 0.0) >= space.problem.rate:
-        return comparison.of_prices(finalists, chosen, space.problem.rate)
-    return comparison.of_goodputs(finalists, chosen)
+    """See `Comparison.of_finalists`."""
+    return Comparison(space, mapper, report).of_finalists(evaluated, chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +108,9 @@ class _Round:
         return low <= 0 <= high
 
 
-class _Comparison:
+class Comparison:
+    """Of deployments of one search. What it has simulated once it knows."""
+
     def __init__(self, space: SearchSpace, mapper: Mapper, report: ReportProgress) -> None:
         self._space = space
         self._mapper = mapper
@@ -123,7 +119,24 @@ class _Comparison:
         self._share = 0.0
         self._evaluated: dict[tuple[CandidateDeployment, int], Mapping[float, Evaluation]] = {}  # also by requests
 
-    def of_goodputs(self, finalists: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment) -> FinalComparison:
+    def on_whole_trace(self, chosen: EvaluatedDeployment) -> tuple[float, Window | None]:
+        """The goodput in all windows of a trace, and the window that limits it; None if none is known. Raises
+        ConfigError if a window misses the targets at every rate."""
+        problem, one = self._space.problem, self._represented(chosen)
+        rate = self._max_rate(problem, one, _guess(problem, one))
+        return rate * one.scale, self._deciding(problem, one, rate)
+
+    def of_finalists(self, evaluated: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment) -> FinalComparison:
+        """`evaluated` and `chosen` are the result of the search. For the cheapest deployment that serves a rate, the
+        cheaper finalists are simulated at the rate; the cheapest that meets the targets is the chosen one."""
+        problem = self._space.problem
+        finalists = finalists_of(evaluated, chosen, _NUM_OF_TRACE if problem.windows else _NUM_FINALISTS)
+        finalists += slack_variants(problem, (chosen, *finalists), _NUM_WITH_SLACK)
+        if problem.cheapest and problem.rate is not None and (chosen.goodput or 0.0) >= problem.rate:
+            return self._of_prices(finalists, chosen, problem.rate)
+        return self._of_goodputs(finalists, chosen)
+
+    def _of_goodputs(self, finalists: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment) -> FinalComparison:
         problem = self._space.problem
         count = problem.section.requests
         limit = count if problem.windows else min(_MAX_FACTOR * count, len(problem.requests))
@@ -142,7 +155,7 @@ class _Comparison:
         rates = self._goodputs_below(problem, decision, most_promising(below, count))
         return self._result(problem, replace(decision, rates=decision.rates | rates), everyone)
 
-    def of_prices(
+    def _of_prices(
         self, finalists: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment, rate: float
     ) -> FinalComparison:
         problem = self._space.problem
@@ -186,10 +199,7 @@ class _Comparison:
     def _compare(self, problem: Problem, leader: Represented, others: Sequence[Represented]) -> _Round:
         """Every other deployment runs once at the rate of the leader. If it meets the targets there, its own goodput is
         found. The highest goodput leads; of equal ones that of the fewest devices."""
-        guess = (leader.candidate.goodput or leader.candidate.predicted) / leader.scale
-        if problem.windows:
-            guess /= RATE_RATIO  # a whole trace asks for a little more than the window of the search
-        rates = {leader.deployment: self._max_rate(problem, leader, guess)}
+        rates = {leader.deployment: self._max_rate(problem, leader, _guess(problem, leader))}
         first = leader
         while True:
             goodput = rates[leader.deployment] * leader.scale
@@ -200,8 +210,12 @@ class _Comparison:
             self._begin(f"running {len(rivals) + 1} deployments on the same requests")
             own, *runs = self._mapper(partial(paired_run, problem, goodput=goodput), [leader, *rivals])
             self._num_simulations += 1 + len(rivals)
-            new = [one for one, run in zip(rivals, runs, strict=True) if run.meets and one.deployment not in rates]
-            rates |= self._max_rates(problem, [(one, goodput / one.scale) for one in new])
+            new = [
+                RateTrial(one, run.rate, {run.rate: run.evaluation})
+                for one, run in zip(rivals, runs, strict=True)
+                if run.evaluation.meets and one.deployment not in rates
+            ]
+            rates |= self._max_rates(problem, new)
             best = min(
                 (leader, *rivals), key=lambda one: (-rates.get(one.deployment, 0.0) * one.scale, one.num_devices)
             )
@@ -230,7 +244,7 @@ class _Comparison:
         return [
             one
             for one, run in zip(rivals, runs, strict=True)
-            if one.deployment in rates or run.meets or own.difference(run)[0] <= 0
+            if one.deployment in rates or run.evaluation.meets or own.difference(run)[0] <= 0
         ]
 
     def _deciding(self, problem: Problem, one: Represented, rate: float) -> Window | None:
@@ -290,7 +304,8 @@ class _Comparison:
     def _max_rate(self, problem: Problem, one: Represented, guess: float) -> float:
         """Above 0. Raises ConfigError if a window of a trace, or a longer run than the search had, misses the targets
         at every rate."""
-        found = find_rate_near(problem, one.simulated, guess, self._mapper, separate_nodes=one.is_scaled)
+        known = self._evaluations(problem, one)
+        found = find_rate_near(problem, one.simulated, guess, self._mapper, separate_nodes=one.is_scaled, known=known)
         if found.rate > 0:
             return self._count(problem, one, found)
         if not problem.windows:
@@ -309,13 +324,11 @@ class _Comparison:
             f"there at every rate; loosen the targets of slo, or set workload.cover to {cover:g} or less"
         )
 
-    def _max_rates(
-        self, problem: Problem, guesses: Sequence[tuple[Represented, float]]
-    ) -> dict[CandidateDeployment, float]:
-        trials = [RateTrial(one, guess) for one, guess in guesses]
+    def _max_rates(self, problem: Problem, trials: Sequence[RateTrial]) -> dict[CandidateDeployment, float]:
         max_rates = self._mapper(partial(rate_near, problem), trials)
         return {
-            one.deployment: self._count(problem, one, found) for (one, _), found in zip(guesses, max_rates, strict=True)
+            trial.of.deployment: self._count(problem, trial.of, found)
+            for trial, found in zip(trials, max_rates, strict=True)
         }
 
     def _count(self, problem: Problem, one: Represented, found: MaxRate) -> float:
@@ -336,3 +349,9 @@ class _Comparison:
         simulated = scaled_down(deployment)
         predicted = self._space.predictor.goodput(simulated)
         return Represented(candidate, simulated, candidate.predicted / predicted if predicted > 0 else 1.0)
+
+
+def _guess(problem: Problem, one: Represented) -> float:
+    """The rate that the search found; a whole trace asks for a little more than the window of the search."""
+    found = (one.candidate.goodput or one.candidate.predicted) / one.scale
+    return found / RATE_RATIO if problem.windows else found

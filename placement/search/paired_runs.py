@@ -1,18 +1,20 @@
 """Simulations of deployments on the same requests, so that their differences are those of the deployments."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from tandem.placement.evaluation.attainment import targets_met
+from tandem.placement.evaluation.attainment import Evaluation, targets_met
 from tandem.placement.evaluation.steady_state import Interval, difference_interval
 from tandem.placement.search.best_first import EvaluatedDeployment
 from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.problem import Problem
 from tandem.placement.search.trial import MaxRate, find_max_rate, find_rate_near, simulate_at
 
-_WARM_UP_SHARE = 0.25
+WARM_UP_SHARE = 0.25
+"""Of a run's requests, which differences leave out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,37 +40,39 @@ class Represented:
 
 @dataclass(frozen=True, slots=True)
 class RateTrial:
-    """What is simulated `of` a deployment, and a rate of it in requests per second."""
+    """What is simulated `of` a deployment, and a rate of it in requests per second; `known` ones are not simulated
+    again."""
 
     of: Represented
     rate: float
+    known: Mapping[float, Evaluation] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class PairedRun:
-    """`met`: whether each request met its targets, without the first quarter of the run."""
+    """A run at `rate`. `met`: whether each request met its targets."""
 
-    meets: bool
+    rate: float
+    evaluation: Evaluation
     met: npt.NDArray[np.bool_]
 
     def difference(self, other: "PairedRun") -> Interval:
-        """95 % interval of the attainment of this run minus that of the other, a run of the same requests. Runs of
+        """95 % interval of the attainment of this run minus that of the other, without the first quarter. Runs of
         different lengths begin with the same requests."""
         count = min(len(self.met), len(other.met))
-        return difference_interval(self.met[:count], other.met[:count])
+        steady = slice(int(WARM_UP_SHARE * count), count)
+        return difference_interval(self.met[steady], other.met[steady])
 
 
 def paired_run(problem: Problem, one: Represented, goodput: float) -> PairedRun:
     """A complete run at the rate that corresponds to `goodput`."""
-    result, evaluation = simulate_at(
-        problem, one.simulated, goodput / one.scale, separate_nodes=one.is_scaled, stop_early=False
-    )
-    met = targets_met(result, problem.classes)
-    return PairedRun(evaluation.meets, met[int(_WARM_UP_SHARE * len(met)) :])
+    rate = goodput / one.scale
+    result, evaluation = simulate_at(problem, one.simulated, rate, separate_nodes=one.is_scaled, stop_early=False)
+    return PairedRun(rate, evaluation, targets_met(result, problem.classes))
 
 
 def rate_near(problem: Problem, trial: RateTrial) -> MaxRate:
-    return find_rate_near(problem, trial.of.simulated, trial.rate, separate_nodes=trial.of.is_scaled)
+    return find_rate_near(problem, trial.of.simulated, trial.rate, separate_nodes=trial.of.is_scaled, known=trial.known)
 
 
 def higher_rate(problem: Problem, trial: RateTrial) -> MaxRate:
