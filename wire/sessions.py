@@ -118,9 +118,9 @@ class InstanceSession:
             self._call.cancel()
 
 
-async def configure_instance(channel: grpc.aio.Channel, change: RoleChange, timeout_s: float = 5.0) -> None:
-    """Give a running instance another role. Raises what the instance answers, UnavailableError if it cannot be
-    reached."""
+async def configure_instance(channel: grpc.aio.Channel, change: RoleChange, timeout_s: float = 5.0) -> str:
+    """Give a running instance a role; returns the instance's id. Raises what the instance answers, UnavailableError if
+    it cannot be reached."""
     request = worker_pb2.ConfigureRequest(
         role=role_to_pb(change.role),
         max_batch=change.max_batch,
@@ -128,9 +128,10 @@ async def configure_instance(channel: grpc.aio.Channel, change: RoleChange, time
         max_prefill_tokens=change.max_prefill_tokens,
     )
     try:
-        await worker_pb2_grpc.InstanceServiceStub(channel).Configure(request, timeout=timeout_s)
+        response = await worker_pb2_grpc.InstanceServiceStub(channel).Configure(request, timeout=timeout_s)
     except grpc.aio.AioRpcError as error:
         raise error_from_rpc(error) from error
+    return str(response.instance_id)
 
 
 async def set_routers(channel: grpc.aio.Channel, control_addresses: Sequence[str], timeout_s: float) -> None:
@@ -205,9 +206,10 @@ class CommandHandler(Protocol):
 
 
 class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
-    def __init__(self, handler: CommandHandler, clock: Clock) -> None:
+    def __init__(self, handler: CommandHandler, clock: Clock, instance_id: str = "") -> None:
         self._handler = handler
         self._clock = clock
+        self._instance_id = instance_id
 
     async def Session(self, request_iterator: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
         outbox = Outbox()
@@ -239,7 +241,7 @@ class InstanceServicer(worker_pb2_grpc.InstanceServiceServicer):
                 value("max_prefill_tokens"),
             )
         )
-        return worker_pb2.ConfigureResponse()
+        return worker_pb2.ConfigureResponse(instance_id=self._instance_id)
 
     async def SetRouters(
         self, request: worker_pb2.SetRoutersRequest, context: grpc.aio.ServicerContext[Any, Any]

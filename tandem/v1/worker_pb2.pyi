@@ -219,8 +219,10 @@ class ConfigureRequest(_message.Message):
     def __init__(self, role: _Optional[_Union[Role, str]] = ..., max_batch: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class ConfigureResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("instance_id",)
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    def __init__(self, instance_id: _Optional[str] = ...) -> None: ...
 
 class SetRoutersRequest(_message.Message):
     __slots__ = ("control",)
@@ -249,7 +251,7 @@ class BlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., running: _Optional[int] = ..., cached: _Optional[int] = ..., leased: _Optional[int] = ..., leaked: _Optional[int] = ...) -> None: ...
 
 class LinkStats(_message.Message):
-    __slots__ = ("peer_id", "transport", "transfers", "transfer_bytes", "transfer_s", "failures", "streamed_bytes", "wire_bytes", "codec")
+    __slots__ = ("peer_id", "transport", "transfers", "transfer_bytes", "transfer_s", "failures", "streamed_bytes")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
@@ -257,8 +259,6 @@ class LinkStats(_message.Message):
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     STREAMED_BYTES_FIELD_NUMBER: _ClassVar[int]
-    WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    CODEC_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     transport: str
     transfers: int
@@ -266,9 +266,7 @@ class LinkStats(_message.Message):
     transfer_s: float
     failures: int
     streamed_bytes: int
-    wire_bytes: int
-    codec: str
-    def __init__(self, peer_id: _Optional[str] = ..., transport: _Optional[str] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., failures: _Optional[int] = ..., streamed_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
+    def __init__(self, peer_id: _Optional[str] = ..., transport: _Optional[str] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., failures: _Optional[int] = ..., streamed_bytes: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
     __slots__ = ("instance_id", "role", "state", "address", "model", "fingerprint", "max_model_len", "block_size", "blocks", "waiting_requests", "running_requests", "uncomputed_tokens", "unreserved_tokens", "steps", "step_s", "computed_tokens", "cached_tokens", "preemptions", "links", "lease_s", "step_age_s", "allocated_blocks", "step_prompt_tokens", "step_cost", "weights_hash", "certificate_not_after_s")

@@ -91,7 +91,7 @@ class EchoWorker:
 @asynccontextmanager
 async def serving(worker: EchoWorker, token: str | None = None) -> AsyncIterator[str]:
     server, _ = build_server(token)
-    worker_pb2_grpc.add_InstanceServiceServicer_to_server(InstanceServicer(worker, SystemClock()), server)
+    worker_pb2_grpc.add_InstanceServiceServicer_to_server(InstanceServicer(worker, SystemClock(), "d-0"), server)
     address = bind(server, "127.0.0.1:0")
     await server.start()
     try:
@@ -218,7 +218,7 @@ async def test_a_running_instance_takes_another_role_or_says_why_not() -> None:
     worker = EchoWorker()
     async with serving(worker) as address, open_channel(address) as channel:
         change = RoleChange(Role.COLOCATED, max_batch=3, max_prefill_tokens=64)
-        await configure_instance(channel, change)
+        assert await configure_instance(channel, change) == "d-0"
         assert worker.changes == [change]
         with pytest.raises(ConfigError, match="no such bound"):
             await configure_instance(channel, RoleChange(Role.PREFILL, max_batch=99))
