@@ -81,6 +81,9 @@ def _plan_for(file: Path) -> Plan:
 
 
 def _config_of(plan: Plan, overrides: list[str], machine: Machine) -> ServeConfig:
+    given = [value for name, _, value in (each.partition("=") for each in overrides) if name == "model"]
+    if given and not Path(plan.model).is_dir():  # a folder of the machine where the plan was made
+        plan = plan.model_copy(update={"model": given[-1]})
     config = apply_overrides(serve_config_of(plan, machine), overrides)
     if config.model.resolve() == Path(plan.model).resolve() and not config.model.is_dir():
         raise ConfigError(

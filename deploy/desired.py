@@ -13,6 +13,7 @@ from tandem.core.plan import Plan
 from tandem.deploy.topology import Machine, ProcessSpec, plan_processes
 
 _ADDRESSES = ("http", "grpc", "control")
+_OUTSIDE_PLANS = {"start_router", "cluster_tls", "model_hash", "load_timeout_s", "log_format"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,16 @@ class Desired:
 
     def with_config(self, config: ServeConfig, plan: Plan | None = None) -> "Desired":
         """For new settings, and the plan that they were made of. Roles are those of the settings again; what is drained
-        stays drained. Where `config` names no token, and no address of the router, they stay as they are.
+        stays drained. What a cluster has beside its instances stays as it is where `config` does not name it: token,
+        addresses of the router, whether there is one, and the name of the same model in the API; for settings that were
+        made of a plan, which speaks of instances and SLO classes only, all the rest, too.
         Raises ConfigError for what a running cluster cannot change."""
         running = self.config
+        names = {"start_router"} if plan is None else _OUTSIDE_PLANS
+        if config.model == running.model:
+            names = names | {"model_name"}
+        update: dict[str, Any] = {name: getattr(running, name) for name in names - config.model_fields_set}
+        config = config.model_copy(update=update)
         if config.served_name != running.served_name:
             raise ConfigError(
                 f"the cluster serves {running.served_name}, and these settings are for {config.served_name}; end the "
@@ -74,6 +82,8 @@ class Desired:
             for name in _ADDRESSES
             if name not in config.router.model_fields_set or split_address(getattr(config.router, name))[1] == 0
         }
+        if plan is not None:
+            kept |= {name: value for name, value in running.router if name not in config.router.model_fields_set}
         router = config.router.model_copy(update=kept)
         update = {"router": router, "cluster_token": running.cluster_token, "controller": running.controller}
         return replace(self, config=config.model_copy(update=update), roles={}, plan=plan, stands_in={})

@@ -42,6 +42,33 @@ def test_what_an_operator_has_changed() -> None:
             DESIRED.with_drained(name, undo=undo)
 
 
+def test_a_plan_leaves_what_it_does_not_speak_of() -> None:
+    section = RouterSection(control="127.0.0.1:7", max_queue=5, slo=())
+    running = CONFIG.model_copy(
+        update={
+            "router": section,
+            "start_router": False,
+            "model_name": "chat",
+            "model_hash": "0123456789",
+            "load_timeout_s": 7.0,
+        }
+    )
+    planned = ServeConfig.model_validate(
+        {"model": "/m", "router": {"slo": [{"name": "a", "ttft_s": 1.0, "tpot_s": 0.1}]}, "colocated": {}}
+    )
+    changed = Desired(running).with_config(planned, PLAN).config
+    assert (changed.start_router, changed.model_name, changed.model_hash, changed.load_timeout_s) == (
+        False,
+        "chat",
+        "0123456789",
+        7.0,
+    )
+    assert (changed.router.max_queue, [each.name for each in changed.router.slo]) == (5, ["a"])
+    settings = Desired(running).with_config(planned).config
+    assert (settings.start_router, settings.model_name, settings.model_hash) == (False, "chat", None)
+    assert settings.router.max_queue == RouterSection().max_queue, "a serve file speaks of it"
+
+
 def test_it_is_the_same_after_a_restart() -> None:
     written = json.dumps(DESIRED.to_json())
     assert Desired.from_json(json.loads(written)) == DESIRED
