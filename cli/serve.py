@@ -135,12 +135,12 @@ async def _run(
             helpers.append(keep("the care for Ray", lambda: keep_ray(lambda note: _say(f"  {note}")), _say))
         helpers.append(keep("the care for logs", launcher.bound_logs, _say))
 
-        def save(changed: Desired) -> None:
+        async def save(changed: Desired) -> None:
             folders.write(replace(state, controller=controller).with_addresses(changed.config.router))
 
         serving = Serving(desired, lambda: machine, launcher, clock, watch_health(clock), save=save, show=_say)
         async with serve_controller(serving, desired.config) as controller:
-            save(desired)
+            await save(desired)
             await _serve(serving, state, signals, began_s)
         return 0
     finally:

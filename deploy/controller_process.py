@@ -41,7 +41,7 @@ class _State:
         self.controller = ""
         self._folder = folder
 
-    def save(self, desired: Desired) -> None:
+    async def save(self, desired: Desired) -> None:
         self._folder.save_desired(desired)
         folder = self._folder
         folder.save_run(run_state(desired.config, folder.logs, controller=self.controller, cluster=folder.name))
@@ -63,7 +63,7 @@ async def _run(folder: ClusterFolder, desired: Desired) -> None:
     serving = Serving(desired, lambda: machine, launcher, clock, watch_health(clock), save=state.save, show=_say)
     await launcher.start()
     async with serve_controller(serving, config) as state.controller:
-        state.save(desired)
+        await state.save(desired)
         serving.take_back(launcher.left_running())
         _say(f"the controller serves on {state.controller}; {len(launcher.left_running())} processes were left running")
         helpers = [

@@ -25,17 +25,21 @@ _CALL_S = 2.0
 
 
 class InstanceSettings:
-    """Owns the list of announced routers. `running` gives the instances that run, `config` the cluster's settings."""
+    """Owns the list of announced routers. `running` gives the instances that run, `config` the cluster's settings.
+    Without `tells_routers` instances find the routers by a name in DNS, as their own settings say."""
 
     def __init__(
         self,
         running: Callable[[], Sequence[tuple[ProcessSpec, ProcessInfo]]],
         config: Callable[[], ServeConfig],
         clock: Clock,
+        *,
+        tells_routers: bool = True,
     ) -> None:
         self._running = running
         self._config = config
         self._clock = clock
+        self._tells_routers = tells_routers
         self._announced_s: dict[str, float] = {}  # by control address
         self._told: dict[str, tuple[RoleChange, tuple[str, ...]]] = {}  # by instance id
 
@@ -58,7 +62,7 @@ class InstanceSettings:
 
     async def tell(self) -> None:
         """One round. An instance that cannot be reached is told in the next one."""
-        instances, routers = self._running(), self.routers()
+        instances, routers = self._running(), self.routers() if self._tells_routers else ()
         ids = {info.instance_id for _, info in instances}
         self._told = {instance_id: told for instance_id, told in self._told.items() if instance_id in ids}
         await asyncio.gather(*(self._tell(spec, info, routers) for spec, info in instances))
@@ -74,12 +78,12 @@ class InstanceSettings:
 
     async def _tell(self, spec: ProcessSpec, info: ProcessInfo, routers: tuple[str, ...]) -> None:
         assert isinstance(spec.config, WorkerConfig), "routers have no role"
-        change = _change_of(spec.config)
+        change = role_change_of(spec.config)
         if self._told.get(info.instance_id) == (change, routers):
             return
         try:
             async with self._open(info) as channel:
-                if routers:  # else none has announced itself yet
+                if routers:  # else none has announced itself yet, or none is to be told
                     await set_routers(channel, routers, _CALL_S)
                 await configure_instance(channel, change, _CALL_S)
         except TandemError:
@@ -87,8 +91,9 @@ class InstanceSettings:
         self._told[info.instance_id] = (change, routers)
 
 
-def _change_of(config: WorkerConfig) -> RoleChange:
-    """With all bounds: an instance that was started with other settings takes them for those that are missing."""
+def role_change_of(config: WorkerConfig) -> RoleChange:
+    """Role and bounds of steps, all of them: an instance that was started with other settings takes those for the ones
+    that are missing."""
     section = config.instance
     budget = role_budget(
         Role(config.role),

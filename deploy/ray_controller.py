@@ -81,7 +81,7 @@ class RayController:
         logs = StateFolders.of_environment(os.environ).logs / self._run_name
         make_private_folder(logs)
         async with serve_controller(serving, desired.config) as address:
-            self._save(desired)
+            await self._save(desired)
             if self._outlives:
                 serving.take_back(await launcher.find_left_running())
             helpers = [
@@ -116,7 +116,7 @@ class RayController:
             controller = check_address("controller", advertised("any:0", host))
         return replace(desired, config=config.model_copy(update={"controller": controller}))
 
-    def _save(self, desired: Desired) -> None:
+    async def _save(self, desired: Desired) -> None:
         if self._outlives:
             _kv()._internal_kv_put(self._key, json.dumps(desired.to_json()).encode(), True, namespace=_STORE)
 

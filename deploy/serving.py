@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +76,10 @@ def run_state(
     )
 
 
+async def _forget(desired: Desired) -> None:
+    """For a cluster that ends with its controller."""
+
+
 class Serving:
     """The running cluster. `desired` says what should run; each change of it is saved before anything is done, so that
     a controller that is started again does the same. Implements `wire.controller.ClusterHandler`.
@@ -91,12 +95,14 @@ class Serving:
         clock: Clock,
         watch: Watch | None = None,
         *,
-        save: Callable[[Desired], None] = lambda desired: None,
+        save: Callable[[Desired], Awaitable[None]] = _forget,
         show: Callable[[str], None] = lambda line: None,
         adapt: Callable[[Desired], Desired] = lambda desired: desired,
+        tells_routers: bool = True,
     ) -> None:
         """`machine` tells what there is to divide. `watch`: as the controller's. `save` gets each new `desired`, `show`
-        each line about what happens. `adapt` gives new settings the addresses of this host."""
+        each line about what happens. `adapt` gives new settings the addresses of this host. Without `tells_routers`
+        instances find the routers themselves."""
         self.desired = desired
         self.controller = Controller(launcher, clock, watch=watch)
         self.has_stopped = asyncio.Event()
@@ -112,6 +118,7 @@ class Serving:
             self.controller.running_instances,
             lambda: self.config,
             clock,
+            tells_routers=tells_routers,
         )
 
     @property
@@ -236,7 +243,7 @@ class Serving:
         self._lines.say(words[0])
         for name, process in desired.stands_in.items() - self.desired.stands_in.items():
             self._lines.say(f"  {process} goes on as {name}")
-        self._save(desired)
+        await self._save(desired)
         self.desired = desired
         try:
             change = await self._reconcile(desired.grace_s if grace_s is None else grace_s)
@@ -262,7 +269,7 @@ class Serving:
         await self._settings.set_role(info, Role(role))
         self._lines.say(f"{process.name} has the role {role}")
         desired = self.desired.with_role(process.name, name)
-        self._save(desired)
+        await self._save(desired)
         self.desired = desired
         await self.controller.reconcile(desired.processes(self._machine()), desired.grace_s)
 
@@ -297,7 +304,7 @@ def _line_of(event: Event) -> str:
         case Loading(name):
             return f"  {name} loading"
         case Up(info, load_s):
-            return f"  {info.name} up in {load_s:.1f} s (pid {info.pid})"
+            return f"  {info.name} up in {load_s:.1f} s ({f'pid {info.pid}' if info.pid else info.address})"
         case Failed(name, reason, retry_s, failures):
             again = f" (failure {failures} in a row)" if failures > 1 else ""
             return f"  {name}: {reason}; starting it again in {retry_s:.1f} s{again}"

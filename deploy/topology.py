@@ -87,15 +87,7 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
     instances = [(role, section) for role, section in config.kinds for _ in range(section.instances)]
     threads = share_threads(machine.cores, [section.engine.threads for _, section in instances])
     on_gpu = sum(section.engine.shape.num_ranks for _, section in instances if _uses_gpu(section.engine, machine))
-    router = RouterConfig(
-        model=config.model,
-        model_name=config.model_name,
-        router=config.router,
-        cluster_token=config.cluster_token,
-        cluster_tls=config.cluster_tls,
-        log_format=config.log_format,
-    )
-    specs = [ProcessSpec(ProcessRole.ROUTER, 0, _ROUTER_ENTRY, router, threads=1)] if config.start_router else []
+    specs = [_router_of(config)] if config.start_router else []
     numbers: Counter[str] = Counter()
     for (role, section), share in zip(instances, threads, strict=True):
         gpus = _gpus_of(section.engine, machine, on_gpu)
@@ -117,6 +109,18 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
         specs.append(ProcessSpec(ProcessRole(role), numbers[role], _WORKER_ENTRY, worker, share, gpus, shares_cores))
         numbers[role] += 1
     return tuple(specs)
+
+
+def _router_of(config: ServeConfig) -> ProcessSpec:
+    router = RouterConfig(
+        model=config.model,
+        model_name=config.model_name,
+        router=config.router,
+        cluster_token=config.cluster_token,
+        cluster_tls=config.cluster_tls,
+        log_format=config.log_format,
+    )
+    return ProcessSpec(ProcessRole.ROUTER, 0, _ROUTER_ENTRY, router, threads=1)
 
 
 def share_threads(cores: int, fixed: Sequence[int]) -> list[int]:

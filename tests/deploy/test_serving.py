@@ -31,7 +31,10 @@ def saved() -> list[Desired]:
 
 @pytest.fixture
 async def serving(launcher: FakeLauncher, saved: list[Desired]) -> AsyncIterator[Serving]:
-    serving = Serving(DESIRED, lambda: Machine(cores=2), launcher, SystemClock(), save=saved.append)
+    async def save(desired: Desired) -> None:
+        saved.append(desired)
+
+    serving = Serving(DESIRED, lambda: Machine(cores=2), launcher, SystemClock(), save=save)
     await serving.start()
     yield serving
     await serving.stop(0.0)
