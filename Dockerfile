@@ -21,7 +21,7 @@ RUN python -m pip --python /opt/tandem/bin/python install -c constraints.txt hug
 COPY . ./
 RUN python -m pip wheel --no-deps -c constraints.txt --wheel-dir /tmp/wheel . \
     && python -m pip --python /opt/tandem/bin/python install -c constraints.txt \
-      "$(echo /tmp/wheel/tandem_serve-*.whl)[serve,ray]" \
+      "$(echo /tmp/wheel/tandem_serve-*.whl)[serve,ray,kubernetes]" \
     && ln -s "$(/opt/tandem/bin/python -P -c 'import tandem.models; print(tandem.models.__path__[0])')" /opt/tandem/models
 
 FROM ${PYTHON_IMAGE} AS cuda

@@ -30,6 +30,7 @@ _COMMANDS = {
     "down": ("end it", ("serve",)),
     "router": ("run one router in the foreground, for containers", ("serve",)),
     "worker": ("run one instance in the foreground, for containers", ("serve",)),
+    "controller": ("keep a cluster's pods on Kubernetes, in the foreground", ("serve", "kubernetes")),
     "render-k8s": ("write the Kubernetes values or manifests of a plan", ("plan",)),
     "status": ("show instances, load, KV memory and links", ("cli",)),
     "explain": ("show what became of a request, and why it ran where it ran", ("cli",)),
@@ -45,7 +46,8 @@ _COMMANDS = {
     "doctor": ("check this machine, the model and the running cluster", ("serve", "ray")),
     "version": ("show the version", ("cli",)),
 }
-_EXTRA_OF_MODULE = {"scipy": "plan", "matplotlib": "plan", "ray": "ray"}  # needed by some uses of a command only
+# What some uses of a command need only.
+_EXTRA_OF_MODULE = {"scipy": "plan", "matplotlib": "plan", "ray": "ray", "lightkube": "kubernetes"}
 _EPILOG = """\
 first steps:
   tandem doctor        is this machine ready?

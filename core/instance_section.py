@@ -6,7 +6,6 @@ from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, Wrap
 
 from tandem.core.byte_size import Bytes
 from tandem.core.frozen_model import FrozenModel, WrongSetting
-from tandem.core.kv_codec import KvCodecName
 from tandem.core.monitoring_config import KvEventsSection
 from tandem.core.parallel import ParallelShape
 from tandem.core.step_coefficients import StepCoefficients
@@ -67,11 +66,6 @@ class InstanceSection(FrozenModel):
     transport: Literal["auto", "shared_memory", "gloo", "nccl"] = Field(
         default="auto", description="How KV comes from another instance; auto: the fastest that both have"
     )
-    kv_codec: KvCodecName = Field(
-        default="none",
-        description="How KV from another instance is coded on its way over a network: fp8, int8 and int4 send fewer "
-        "bytes and round. KV in shared memory is copied as it is",
-    )
     checksum: bool | None = Field(default=None, description="Check the bytes of KV that comes; default: over networks")
     stream_kv_from: Bytes | None = Field(
         default=4 << 20,
@@ -80,6 +74,11 @@ class InstanceSection(FrozenModel):
     ray_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={},
         description="Custom resources of Ray that an instance needs with --ray, such as {accelerator_type:H100: 0.01}",
+    )
+    pod_group: str | None = Field(
+        default=None,
+        description="With a controller on Kubernetes: the chart's group of workers whose pods these instances have; "
+        "null: the one with the name of the role",
     )
     kv_events: KvEventsSection = KvEventsSection()
 

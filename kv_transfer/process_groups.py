@@ -143,19 +143,11 @@ class GlooGroup(TwoRankGroup):
 
 
 def send_chunks(
-    group: TwoRankGroup,
-    transfer: LeavingBlocks,
-    staging: list[torch.Tensor],
-    scratch: torch.Tensor,
-    *,
-    timeout_s: float,
-    checksum: bool,
+    group: TwoRankGroup, transfer: LeavingBlocks, staging: list[torch.Tensor], *, timeout_s: float, checksum: bool
 ) -> int:
-    """Send the chunks in order; `timeout_s` bounds each. Returns the CRC-32 of what was sent, or 0. Raises
-    TransferError.
+    """Send the chunks in order; `timeout_s` bounds each. Returns their CRC-32, or 0. Raises TransferError.
 
-    `staging` are buffers for the largest chunk (uint8): one is filled while another is on its way. `scratch` is one,
-    too, and may be empty where nothing is coded.
+    `staging` are buffers for the largest chunk (uint8): one is filled while another is on its way.
     """
     crc = 0
     pending: deque[PendingOperation] = deque()
@@ -163,7 +155,7 @@ def send_chunks(
         for chunk, buffer in zip(transfer.chunks, cycle(staging), strict=False):
             if len(pending) == len(staging):
                 pending.popleft().wait(timeout_s)
-            part = transfer.pack(chunk, buffer, scratch)
+            part = transfer.gather(chunk, buffer)
             if checksum:
                 crc = crc32(part, crc)
             pending.append(group.send(part))
@@ -176,7 +168,6 @@ def receive_chunks(
     group: TwoRankGroup,
     transfer: ArrivingBlocks,
     staging: list[torch.Tensor],
-    scratch: torch.Tensor,
     fence: WriteFence,
     *,
     timeout_s: float,
@@ -184,7 +175,7 @@ def receive_chunks(
 ) -> int:
     """Receive the chunks in order into the blocks, as `send_chunks` sends them."""
     crc = 0
-    sizes = map(transfer.sent_bytes, transfer.chunks)
+    sizes = map(transfer.chunk_bytes, transfer.chunks)
     parts = [buffer[:size] for size, buffer in zip(sizes, cycle(staging), strict=False)]
     with group.stream():
         pending = deque(map(group.receive, parts[: len(staging)]))
@@ -192,9 +183,8 @@ def receive_chunks(
             pending.popleft().wait(timeout_s)
             if checksum:
                 crc = crc32(part, crc)
-            raw = transfer.unpack(chunk, part, scratch)
             with fence.writing():
-                transfer.scatter(chunk, raw)
+                transfer.scatter(chunk, part)
                 group.synchronize()
             pending.extend(map(group.receive, parts[i + len(staging) :][:1]))
     return crc

@@ -203,14 +203,21 @@ class RayHead(Scheduling):
     resources: Resources = Resources(requests={"cpu": "2", "memory": "4Gi"}, limits={"memory": "8Gi"})
 
 
+class ControllerValues(Scheduling):
+    """Of workers.kind Controller: the pod with Tandem's controller, which makes the pods of the instances."""
+
+    resources: Resources = Resources(requests={"cpu": "250m", "memory": "512Mi"}, limits={"memory": "1Gi"})
+
+
 class Workers(FrozenModel):
     """The instances, in groups of equal ones."""
 
-    kind: Literal["Deployment", "LeaderWorkerSet", "RayCluster"] = Field(
+    kind: Literal["Deployment", "LeaderWorkerSet", "RayCluster", "Controller"] = Field(
         default="Deployment",
         description="What keeps the instances; LeaderWorkerSet, or KubeRay for RayCluster, must be installed",
     )
     ray: RayHead = RayHead()
+    controller: ControllerValues = ControllerValues()
     drainSeconds: int = Field(default=120, ge=0, description="Running requests may take so long to end after SIGTERM")
     loadSeconds: int = Field(default=900, ge=1, description="For an instance to load its model")
     defaults: WorkerDefaults = Field(default=WorkerDefaults(), description="What a group has if it does not say else")
@@ -234,13 +241,20 @@ class NetworkPolicy(FrozenModel):
     clients: list[KubernetesObject] = Field(default=[], description="Peers that reach HTTP and gRPC; empty: everybody")
     metrics: list[KubernetesObject] = Field(default=[], description="Peers that reach HTTP, to scrape, besides clients")
     extraEgress: list[KubernetesObject] = Field(default=[], description="Besides this release and DNS")
+    apiServerPorts: list[int] = Field(
+        default=[443, 6443], description="Of Kubernetes' API, for the controller: its address is no pod's"
+    )
 
 
 class ServiceAccount(FrozenModel):
-    """No pod uses the API of Kubernetes; its token is not mounted."""
+    """No pod but the one of workers.kind Controller uses the API of Kubernetes; the token of others is not mounted."""
 
     create: bool = Field(default=True, description="Make one")
-    name: str = Field(default="", description="Empty: the release's name, or `default` where none is created")
+    name: str = Field(
+        default="",
+        description="Empty: the release's name, or `default` where none is created; the controller's own has "
+        "-controller at its end, or this name where none is created",
+    )
     annotations: dict[str, str] = Field(default={}, description="Of the ServiceAccount")
 
 

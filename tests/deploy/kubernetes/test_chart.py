@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.core.config import RouterConfig, WorkerConfig
+from tandem.core.config import RouterConfig, ServeConfig, WorkerConfig
 from tandem.core.config_file import load_config
+from tandem.deploy.kubernetes.instance_pod import PodSettings
 from tandem.deploy.kubernetes.values import ChartValues
 from tests.deploy.kubernetes.manifests import (
     CHART,
@@ -27,7 +28,7 @@ from tests.deploy.monitoring.promql import known_labels, uses
 from tests.router.fakes import make_cluster
 
 VALUES = {"defaults": None} | {path.name: path for path in sorted((CHART / "ci").glob("*.yaml"))}
-ON_RAY = "ray-values.yaml"
+ON_RAY, WITH_CONTROLLER = "ray-values.yaml", "controller-values.yaml"
 SETTINGS = "tandem.serve/settings"
 
 
@@ -141,6 +142,15 @@ def test_every_value_is_explained() -> None:
             ["workers.kind='RayCluster'", "workers.defaults.extraEnv=[{'name': 'RAY_REDIS_ADDRESS', 'value': 'r'}]"],
             "the variable RAY_REDIS_ADDRESS is KubeRay's to set; leave it out of extraEnv",
         ),
+        (
+            [
+                "workers.kind='Controller'",
+                "workers.defaults.autoscaling.enabled=true",
+                "monitoring.prometheusAddress='p'",
+            ],
+            "is scaled by KEDA, which cannot scale a group of a Controller",
+        ),
+        (["workers.kind='Controller'", "workers.defaults.replicas=0"], "has no replicas; leave the group out of a"),
         (["workers.kind='RayCluster'", "fullnameOverride='7b'"], "does not begin with a letter; set fullnameOverride"),
         (
             ["workers.kind='RayCluster'", "workers.ray.version='latest'"],
@@ -173,7 +183,9 @@ def test_bad_values_fail_with_a_sentence(settings: list[str], sentence: str) -> 
 def test_no_pod_may_more_than_it_needs(values: str) -> None:
     for template in pod_templates(render(VALUES[values])):
         spec = template["spec"]
-        assert spec["automountServiceAccountToken"] is False
+        uses_api = "tandem.serve/pods" in template["metadata"].get("annotations", {})
+        assert spec["automountServiceAccountToken"] is uses_api
+        assert spec["serviceAccountName"].endswith("-controller") is uses_api
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in [*spec["containers"], *spec.get("initContainers", [])]:
@@ -186,7 +198,7 @@ def test_no_pod_may_more_than_it_needs(values: str) -> None:
             assert "memory" in container["resources"]["limits"]
 
 
-@pytest.mark.parametrize("values", [name for name in VALUES if name != ON_RAY])
+@pytest.mark.parametrize("values", [name for name in VALUES if name not in (ON_RAY, WITH_CONTROLLER)])
 def test_processes_read_the_settings_that_pods_give_them(values: str, tmp_path: Path) -> None:
     documents = render(VALUES[values])
     path = tmp_path / "settings.yaml"
@@ -227,6 +239,60 @@ def test_processes_read_the_settings_that_pods_give_them(values: str, tmp_path: 
         roles.add(worker.role)
     assert len(epochs) == 1
     assert roles
+
+
+def test_the_controller_reads_the_settings_that_its_pod_gives_it(tmp_path: Path) -> None:
+    documents = render(VALUES[WITH_CONTROLLER])
+    deployment = find(documents, "Deployment", "chat-controller")
+    template = deployment["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    files = {}
+    for volume in template["spec"]["volumes"]:
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        for item in volume.get("downwardAPI", {}).get("items", ()):
+            annotation = re.fullmatch(r"metadata\.annotations\['(.*)'\]", item["fieldRef"]["fieldPath"])
+            assert annotation is not None
+            path = tmp_path / item["path"]
+            path.write_text(template["metadata"]["annotations"][annotation[1]])
+            files[f"{mounts[volume['name']]}/{item['path']}"] = path
+    assert (container["args"][0], container["args"][2]) == ("controller", "--pods")
+    config = load_config(files[container["args"][1]], ServeConfig)
+    pods = load_config(files[container["args"][3]], PodSettings)
+    assert not config.start_router
+    assert [each.name for each in config.router.slo] == ["chat"]
+    assert config.controller == f"0.0.0.0:{container['ports'][0]['containerPort']}"
+    assert config.served_name == router_name(documents, tmp_path)
+    assert [(role, kind.instances, kind.pod_group) for role, kind in config.kinds] == [
+        ("prefill", 2, None),
+        ("decode", 4, None),
+        ("decode", 1, "wide"),
+    ]
+    assert (pods.deployment, pods.config_map) == (deployment["metadata"]["name"], "chat-controller")
+    assert find(documents, "ConfigMap", pods.config_map).keys() == {"apiVersion", "kind", "metadata"}
+    for address in (*pods.routers, config.router.control):
+        host, port = address.split(":")
+        service = find(documents, "Service", host.removesuffix(f".{NAMESPACE}.svc"))
+        assert service["spec"]["clusterIP"] == "None"
+        assert service["spec"]["ports"][0]["port"] == int(port)
+    (binding,) = (each for each in documents if each["kind"] == "RoleBinding")
+    account = {"kind": "ServiceAccount", "name": "chat-controller", "namespace": NAMESPACE}
+    assert binding["subjects"] == [account]
+    assert template["spec"]["serviceAccountName"] == account["name"]
+    assert find(documents, "ServiceAccount", account["name"])
+
+
+def test_routers_of_a_controller_announce_themselves(tmp_path: Path) -> None:
+    documents = render(VALUES[WITH_CONTROLLER])
+    (template,) = (each for each in pod_templates(documents) if each["spec"]["containers"][0]["name"] == "router")
+    path = tmp_path / "router.yaml"
+    path.write_text(settings_of(template))
+    router = load_config(path, RouterConfig)
+    assert router.controller is not None
+    host, port = router.controller.split(":")
+    service = find(documents, "Service", host.removesuffix(f".{NAMESPACE}.svc"))
+    assert service["spec"]["selector"]["app.kubernetes.io/component"] == "controller"
+    assert service["spec"]["ports"][0]["port"] == int(port)
+    assert template["spec"]["containers"][0]["args"][-2:] == ["--set", "advertise=$(POD_IP)"]
 
 
 def router_name(documents: tuple[Document, ...], folder: Path) -> str:

@@ -92,4 +92,4 @@ def test_routers_find_the_controller(documents: tuple[Document, ...], tmp_path: 
 
 def test_the_version_of_ray_is_that_of_the_image(documents: tuple[Document, ...]) -> None:
     assert f"ray=={cluster_of(documents)['spec']['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
-    assert "[serve,ray]" in (ROOT / "Dockerfile").read_text()
+    assert "[serve,ray,kubernetes]" in (ROOT / "Dockerfile").read_text()

@@ -43,6 +43,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- end -}}
 
+{{- /* The controller's, which alone uses the API of Kubernetes. */ -}}
+{{- define "tandem.controllerAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- include "tandem.fullname" . }}-controller
+{{- else -}}
+{{- include "tandem.serviceAccount" . -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "tandem.tokenSecret" -}}
 {{- default (printf "%s-token" (include "tandem.fullname" .)) .Values.clusterToken.existingSecret -}}
 {{- end -}}
@@ -58,7 +67,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{- /* Equal for instances that may exchange KV. Another number of replicas, or other nodes, do not change it. */ -}}
 {{- define "tandem.planEpoch" -}}
-{{- if .Values.planEpoch -}}
+{{- if eq .Values.workers.kind "Controller" -}}
+{{- $pods := include "tandem.podGroups" . | sha256sum | trunc 10 -}}{{- /* settings: the controller compares them itself */ -}}
+{{- with .Values.planEpoch }}{{ . }}-{{ end }}{{ $pods -}}
+{{- else if .Values.planEpoch -}}
 {{- .Values.planEpoch -}}
 {{- else -}}
 {{- $parts := list (include "tandem.image" .) .Values.model -}}

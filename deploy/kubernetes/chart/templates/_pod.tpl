@@ -111,10 +111,15 @@ initContainers:
 {{- end }}
 {{- end -}}
 
-{{- /* Takes root, section (of the values), labels (that all these pods have). */ -}}
+{{- /* Of a checkpoint, what a router or a controller reads. */ -}}
+{{- define "tandem.smallFiles" -}}
+{{- list "--include" "*.json" "--include" "*.jinja" "--include" "*.model" "--include" "*.txt" | toJson -}}
+{{- end -}}
+
+{{- /* Takes root, section (of the values), labels (that all these pods have); usesApi: of Kubernetes. */ -}}
 {{- define "tandem.scheduling" -}}
-serviceAccountName: {{ include "tandem.serviceAccount" .root }}
-automountServiceAccountToken: false
+serviceAccountName: {{ include (ternary "tandem.controllerAccount" "tandem.serviceAccount" (default false .usesApi)) .root }}
+automountServiceAccountToken: {{ default false .usesApi }}
 enableServiceLinks: false
 securityContext: {{- include "tandem.podSecurity" . | nindent 2 }}
 {{- with .root.Values.imagePullSecrets }}

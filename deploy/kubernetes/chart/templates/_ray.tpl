@@ -3,23 +3,9 @@ Pods of a RayCluster. KubeRay adds the command that starts Ray, /dev/shm, and th
 own need wget in the image.
 */ -}}
 
-{{- /* What `tandem up --ray` reads: groups of one role are kinds of instances, each tied to the pods of its group. */ -}}
+{{- /* What `tandem up --ray` reads. */ -}}
 {{- define "tandem.raySettings" -}}
-{{- $kinds := dict "prefill" list "decode" list "colocated" list -}}
-{{- range (include "tandem.groups" . | fromJson).groups -}}
-{{- $ours := dict "instances" .replicas "ray_resources" (dict (include "tandem.rayResource" .) 1) -}}
-{{- $instance := mergeOverwrite (include "tandem.instance" . | fromJson) $ours -}}
-{{- if and .gpus (not $instance.engine.device) -}}
-{{- $_ := set $instance.engine "device" "cuda" -}}{{- /* the head has no GPU to see */ -}}
-{{- end -}}
-{{- $_ := set $kinds .role (append (get $kinds .role) $instance) -}}
-{{- end -}}
-{{- range $role, $kind := $kinds -}}
-{{- if not $kind -}}
-{{- $_ := unset $kinds $role -}}
-{{- end -}}
-{{- end -}}
-{{- mergeOverwrite (include "tandem.commonSettings" . | fromJson) (include "tandem.modelHash" . | fromJson) $kinds (dict
+{{- mergeOverwrite (include "tandem.commonSettings" . | fromJson) (include "tandem.modelHash" . | fromJson) (include "tandem.kinds" . | fromJson) (dict
   "start_router" false
   "controller" "127.0.0.1:8003"
   "load_timeout_s" .Values.workers.loadSeconds

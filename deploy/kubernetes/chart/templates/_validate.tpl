@@ -34,14 +34,19 @@
 {{- fail (printf "workers.groups: '%s' has autoscaling.minReplicas %d above maxReplicas %d" .name (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas)) -}}
 {{- end -}}
 {{- end -}}
-{{- if eq .Values.workers.kind "RayCluster" -}}
+{{- $kind := .Values.workers.kind -}}
+{{- if has $kind (list "RayCluster" "Controller") -}}
 {{- range $groups -}}
 {{- if .autoscaling.enabled -}}
-{{- fail (printf "workers.groups: '%s' is scaled by KEDA, which cannot scale a group of a RayCluster; set autoscaling.enabled to false, or another workers.kind" .name) -}}
+{{- fail (printf "workers.groups: '%s' is scaled by KEDA, which cannot scale a group of a %s; set autoscaling.enabled to false, or another workers.kind" .name $kind) -}}
 {{- end -}}
 {{- if not .replicas -}}
-{{- fail (printf "workers.groups: '%s' has no replicas; leave the group out of a RayCluster" .name) -}}
+{{- fail (printf "workers.groups: '%s' has no replicas; leave the group out of a %s" .name $kind) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if eq $kind "RayCluster" -}}
+{{- range $groups -}}
 {{- range .extraEnv -}}
 {{- if has .name (list "RAY_REDIS_ADDRESS" "REDIS_PASSWORD" "RAY_enable_autoscaler_v2") -}}
 {{- fail (printf "workers.groups: the variable %s is KubeRay's to set; leave it out of extraEnv" .name) -}}

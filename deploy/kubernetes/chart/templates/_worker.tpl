@@ -21,6 +21,35 @@ tandem.serve/group: {{ .group.name }}
 {{- $instance | toJson -}}
 {{- end -}}
 
+{{- /*
+What a controller of Tandem starts, as JSON: groups of one role are kinds of instances. On Ray each is tied to the pods of
+its group by a resource. Tandem's controller makes the pods of the group, and takes the number of threads from there.
+*/ -}}
+{{- define "tandem.kinds" -}}
+{{- $kinds := dict "prefill" list "decode" list "colocated" list -}}
+{{- $onRay := eq .Values.workers.kind "RayCluster" -}}
+{{- range (include "tandem.groups" . | fromJson).groups -}}
+{{- $instance := ternary (include "tandem.instance" . | fromJson) (deepCopy .instance) $onRay -}}
+{{- $_ := set $instance "instances" .replicas -}}
+{{- if $onRay -}}
+{{- $_ := set $instance "ray_resources" (dict (include "tandem.rayResource" .) 1) -}}
+{{- else if ne .name .role -}}
+{{- $_ := set $instance "pod_group" .name -}}
+{{- end -}}
+{{- $engine := default dict $instance.engine -}}
+{{- if and .gpus (not $engine.device) -}}{{- /* the controller has no GPU to see */ -}}
+{{- $_ := set $instance "engine" (merge (dict "device" "cuda") $engine) -}}
+{{- end -}}
+{{- $_ := set $kinds .role (append (get $kinds .role) $instance) -}}
+{{- end -}}
+{{- range $role, $kind := $kinds -}}
+{{- if not $kind -}}
+{{- $_ := unset $kinds $role -}}
+{{- end -}}
+{{- end -}}
+{{- $kinds | toJson -}}
+{{- end -}}
+
 {{- /* Of workers only: a router reads no weights. As JSON. */ -}}
 {{- define "tandem.modelHash" -}}
 {{- $settings := dict -}}
@@ -78,13 +107,19 @@ metadata:
     {{- include "tandem.labels" $root | nindent 4 }}
     app.kubernetes.io/component: worker
     tandem.serve/group: {{ $group.name }}
+    {{- if ne $workers.kind "Controller" }}
     tandem.serve/role: {{ $group.role }}
     tandem.serve/plan-epoch: {{ include "tandem.planEpoch" $root | quote }}
+    {{- end }}
+  {{- if ne $workers.kind "Controller" }}
   annotations:
     tandem.serve/settings: {{ include "tandem.workerSettings" . | quote }}
     {{- with $group.podAnnotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
+  {{- else }}
+  annotations: {{- toYaml $group.podAnnotations | nindent 4 }}
+  {{- end }}
 spec:
   terminationGracePeriodSeconds: {{ add $workers.drainSeconds 15 }}
   {{- include "tandem.scheduling" (dict "root" $root "section" $group "labels" (include "tandem.workerLabels" .)) | nindent 2 }}
