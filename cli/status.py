@@ -246,7 +246,7 @@ def _link_row(status: InstanceStatus, link: LinkStats) -> list[str | Text]:
     return [
         link.peer_id,
         status.instance_id,
-        link.transport,
+        link.transport if link.codec in ("none", "") else f"{link.transport}, {link.codec}",
         str(link.transfers),
         decimal(link.transfer_bytes, precision=2),
         f"{decimal(int(link.transfer_bytes / link.transfer_s), precision=2)}/s" if link.transfer_s else "-",

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, Wrap
 
 from tandem.core.byte_size import Bytes
 from tandem.core.frozen_model import FrozenModel, WrongSetting
+from tandem.core.kv_codec import KvCodecName
 from tandem.core.monitoring_config import KvEventsSection
 from tandem.core.parallel import ParallelShape
 from tandem.core.step_coefficients import StepCoefficients
@@ -65,6 +66,11 @@ class InstanceSection(FrozenModel):
     transfer_timeout_s: float = Field(default=10.0, gt=0, description="For KV that comes from another instance")
     transport: Literal["auto", "shared_memory", "gloo", "nccl"] = Field(
         default="auto", description="How KV comes from another instance; auto: the fastest that both have"
+    )
+    kv_codec: KvCodecName = Field(
+        default="none",
+        description="How KV from another instance is coded on its way over a network: fp8, int8 and int4 send fewer "
+        "bytes and round. KV in shared memory is copied as it is",
     )
     checksum: bool | None = Field(default=None, description="Check the bytes of KV that comes; default: over networks")
     stream_kv_from: Bytes | None = Field(

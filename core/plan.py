@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from tandem.core.anchored_path import AnchoredPath, ModelName
 from tandem.core.frozen_model import FrozenModel, WrongSetting
+from tandem.core.kv_codec import KvCodecName
 from tandem.core.parallel import ParallelShape
 from tandem.core.precision import AS_STORED, Precision
 from tandem.core.slo import SloClass, SloClasses
@@ -142,6 +143,9 @@ class Plan(FrozenModel):
     groups: tuple[PlanGroup, ...]
     slo: SloClasses = Field(default=(), description="Classes of requests that `tandem serve` knows, with their targets")
     same_node: bool = Field(default=False, description="KV moves only between instances of one node (low affinity)")
+    kv_codec: KvCodecName = Field(
+        default="none", description="How KV is coded on its way over a network, as the setting of instances says"
+    )
     slo_file: AnchoredPath | None = Field(
         default=None, description="The SLO file of this plan: workload, cluster, targets"
     )

@@ -189,7 +189,8 @@ BLOCK_OWNERS = tuple(field.name for field in fields(BlockCounts))
 @dataclass(frozen=True, slots=True)
 class LinkStats:
     """Totals of one link between two instances, since it was made. `streamed_bytes` of `transfer_bytes` came before
-    their prefill was finished."""
+    their prefill was finished. `wire_bytes` were sent for them: none over shared memory, fewer with a `codec`
+    (`core.kv_codec.KvCodec`; empty where an older instance does not tell)."""
 
     peer_id: str
     transport: str
@@ -198,6 +199,8 @@ class LinkStats:
     transfer_s: float
     failures: int
     streamed_bytes: int = 0
+    wire_bytes: int = 0
+    codec: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,14 @@ from tandem.core.request import SampledToken
 LAYOUTS_DIFFER = "the two workers' KV formats differ (model weights, dtype, or max_model_len with longrope factors)"
 
 
+def unknown_format(kv_format: str) -> IncompatiblePeerError:
+    """Of a codec that the prefill worker does not have."""
+    return IncompatiblePeerError(
+        f"the prefill worker does not know the KV format {kv_format!r}: use one version of tandem for both workers, or "
+        "set kv_codec to none on decode workers"
+    )
+
+
 class PeerGoneError(UnavailableError):
     """The other side of a link cannot be reached. Other UnavailableErrors are errors that the peer returned."""
 
@@ -122,12 +130,14 @@ class HostIdentity:
 
 @dataclass(frozen=True, slots=True)
 class LinkOffer:
-    """Decode's side of a link: its instance, and the transports that it supports, best first."""
+    """Decode's side of a link: its instance, and the transports that it supports, best first. `kv_format` is how KV is
+    to be coded on its way over a network (`KvCodec.format_name`); empty: not at all."""
 
     instance_id: str
     fingerprint: str
     host: HostIdentity
     transports: tuple[Transport, ...]
+    kv_format: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +147,8 @@ class LinkReply:
 
     `num_blocks`, `block_size`, `tp` and `layers_per_stage` are those of the sender's `KvLayout`. `socket_name` (an
     abstract Unix socket) and `nonces` (one per rank, each valid once) lead to the descriptors of the ranks' pools when
-    the transport is shared memory; they are empty otherwise.
+    the transport is shared memory; they are empty otherwise. `kv_format` is the offer's, but empty over shared memory,
+    where nothing is sent.
     """
 
     link_id: str
@@ -150,14 +161,16 @@ class LinkReply:
     layers_per_stage: tuple[int, ...] = ()
     socket_name: str = ""
     nonces: tuple[bytes, ...] = ()
+    kv_format: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
     """Permission to send what one rank of the sender holds of `part` (layers of the model) of an attempt's blocks:
-    exactly `total_bytes` in chunks of up to `chunk_bytes`.
+    exactly `total_bytes`, in chunks that have up to `chunk_bytes` in memory.
 
-    `allocation` is the one under which `part` was computed. `sequence` counts the grants of a link from 0, without
+    `allocation` is the one under which `part` was computed. `num_tokens` are all tokens of the attempt's blocks, which
+    a link with a codec has to know. `sequence` counts the grants of a link from 0, without
     gaps. Over shared memory nothing is sent: the grant only asks for the checksum, and `sequence` is 0.
     """
 
@@ -171,6 +184,7 @@ class Grant:
     total_bytes: int
     chunk_bytes: int
     checksum: bool
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

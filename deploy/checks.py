@@ -263,6 +263,9 @@ def _device_findings(role: str, section: InstanceSection, machine: Machine) -> I
     if section.transport == "nccl" and not on_gpu:
         text = f"{role}.transport is nccl, which moves KV between GPUs only"
         yield Finding("transport", Grade.FAILED, text, f"set {role}.transport to auto")
+    if section.transport == "shared_memory" and section.kv_codec != "none":
+        text = f"{role}.kv_codec is {section.kv_codec}, and KV in shared memory is copied as it is"
+        yield Finding("transport", Grade.WARNING, text, f"set {role}.kv_codec to none, or {role}.transport to auto")
 
 
 def _kv_number_bytes(engine: EngineSection, spec: ModelSpec, machine: Machine) -> int:

@@ -47,6 +47,7 @@ def planned_sections(plan: Plan) -> list[tuple[PlanGroup, InstanceSection]]:
             max_batch_tokens=None if group.role == "decode" else group.max_batch_tokens,
             max_prefill_tokens=group.max_prefill_tokens,
             policy=group.policy,
+            kv_codec=plan.kv_codec,
             step_cost=_step_cost(group, calibration),
             engine=_engine(plan, group, calibration),
         )

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tandem.core.errors import TransferError
+from tandem.core.kv_codec import KvCodec
 from tandem.core.kv_frontier import TransferChunk
 from tandem.core.kv_layout import KvLayout
+from tandem.kv_transfer.block_coder import BlockCoder, KvCodes
 from tandem.kv_transfer.blocks import FENCED_BYTES, MAX_VIEW_WORDS, BlockViews, ChunkedBlocks, PoolView, crc32
 from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.reshard import KvSlice, RankRead, Resharding, overlap, places, within
@@ -56,21 +58,30 @@ def _block_views(layout: KvLayout, pools: Sequence[Tensor], rank: int, kv_slice:
 @dataclass(frozen=True, slots=True)
 class PairPlan:
     """What is fixed for all transfers from one source instance. `targets[i][j]` is where the bytes of
-    `resharding.reads[i].writes[j]` go in the own pools."""
+    `resharding.reads[i].writes[j]` go in the own pools; `coders[i]` is for the blocks of `resharding.reads[i]`, None
+    where the link has no codec."""
 
     source: KvLayout
     resharding: Resharding
     pools: OwnPools
     targets: tuple[tuple[PoolView, ...], ...]
+    coders: tuple[BlockCoder | None, ...]
 
     @classmethod
-    def make(cls, source: KvLayout, pools: OwnPools) -> "PairPlan":
+    def make(
+        cls, source: KvLayout, pools: OwnPools, codec: KvCodec = KvCodec.NONE, codes: KvCodes | None = None
+    ) -> "PairPlan":
+        """`codes`: see `BlockCoder`."""
         resharding = Resharding.between(source, pools.layout)
         targets = tuple(
             tuple(pools.view(write.rank, write.destination, resharding.destination_units) for write in read.writes)
             for read in resharding.reads
         )
-        return cls(source, resharding, pools, targets)
+        coders = tuple(
+            None if codec is KvCodec.NONE else BlockCoder(codec, source.pool_of(read.rank), codes)
+            for read in resharding.reads
+        )
+        return cls(source, resharding, pools, targets, coders)
 
     def whole(self, num_tokens: int) -> TransferChunk:
         """All of a transfer of that many tokens: the model's layers, and the blocks of the source."""
@@ -83,8 +94,8 @@ class PairPlan:
         source."""
         part = part or self.whole(num_tokens)
         return [
-            ArrivingBlocks(self, read, targets, block_ids, num_tokens, max_chunk_bytes, part)
-            for read, targets in zip(self.resharding.reads, self.targets, strict=True)
+            ArrivingBlocks(self, read, targets, block_ids, num_tokens, max_chunk_bytes, part, coder)
+            for read, targets, coder in zip(self.resharding.reads, self.targets, self.coders, strict=True)
             if overlap(part.layers, self.source.layers(read.rank))
         ]
 
@@ -117,27 +128,28 @@ class ArrivingBlocks(ChunkedBlocks):
         num_tokens: int,
         max_chunk_bytes: int,
         part: TransferChunk,
+        coder: BlockCoder | None,
     ) -> None:
-        source = plan.source.pool_of(read.rank)
         held = TransferChunk(within(part.layers, plan.source.layers(read.rank)), part.blocks)
-        num_blocks = source.blocks_for(num_tokens)
-        super().__init__(held, num_blocks, 2 * source.segment_bytes, source.block_size, max_chunk_bytes)
+        super().__init__(held, plan.source.pool_of(read.rank), num_tokens, max_chunk_bytes, coder)
         self.read = read
         self.part = part
-        self._num_heads = source.num_kv_heads
         self._targets = targets
         self._resharding = plan.resharding
         self._block_ids = block_ids
-        self._num_tokens = num_tokens
         self._device = plan.pools.device
         self._word = targets[0].words.dtype
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(map(self.chunk_bytes, self.chunks))
+    def unpack(self, chunk: TransferChunk, received: Tensor, scratch: Tensor) -> Tensor:
+        """A chunk's bytes in memory, of what was sent: `received` itself, or in the front of `scratch`."""
+        if (coder := self.coder_of(chunk)) is None:
+            return received
+        raw = scratch[: self.chunk_bytes(chunk)]
+        coder.decode(received, raw, len(chunk.layers))
+        return raw
 
     def scatter(self, chunk: TransferChunk, part: Tensor) -> None:
-        """Copy a chunk's bytes into the own blocks."""
+        """Copy a chunk's bytes, as they are in memory, into the own blocks."""
         theirs, ours = self._places(chunk)
         for _, received, words in self._targets_of(chunk, part):
             _put(words, ours, received if theirs.units is None else _take(received, theirs))
@@ -158,14 +170,14 @@ class ArrivingBlocks(ChunkedBlocks):
                     _put(copied, theirs, arrived)
                 elif not torch.equal(_take(copied, theirs), arrived):
                     raise TransferError("the KV that arrived differs between ranks that hold the same heads")
-            self.clear_unused_slots(chunk, part, self._num_tokens, self._num_heads)
+            self.clear_unused_slots(chunk, part)
             value = crc32(part, value)
         return value
 
     def _targets_of(self, chunk: TransferChunk, part: Tensor) -> Iterator[tuple[KvSlice, Tensor, Tensor]]:
         """For each target that has layers of the chunk: its slice of the source, the same of `part`, and its words."""
         units = self._resharding.source_units
-        shape = (len(chunk.layers), 2, len(chunk.blocks), self._num_heads, units, -1)
+        shape = (len(chunk.layers), 2, len(chunk.blocks), self._layout.num_kv_heads, units, -1)
         received = part.view(self._word).view(shape)
         for write, target in zip(self.read.writes, self._targets, strict=True):
             kv_slice = write.source
@@ -179,7 +191,7 @@ class ArrivingBlocks(ChunkedBlocks):
     def _places(self, chunk: TransferChunk) -> tuple[Places, Places]:
         """Of the chunk's tokens: in the chunk, and in the own blocks."""
         theirs, ours = self._all_places
-        there = self._resharding.units_of(chunk.blocks, self._num_tokens)
+        there = self._resharding.units_of(chunk.blocks, self.num_tokens)
         units = slice(there.start, there.stop)
         return theirs.some(units).minus(chunk.blocks.start), ours.some(units)
 
@@ -187,7 +199,7 @@ class ArrivingBlocks(ChunkedBlocks):
     def _all_places(self) -> tuple[Places, Places]:
         """Of all units of the transfer: in the blocks that arrive, by their number, and in the own blocks."""
         resharding = self._resharding
-        units = range(resharding.num_units(self._num_tokens))
+        units = range(resharding.num_units(self.num_tokens))
         theirs = unit_places(units, resharding.source_units, range(self.num_blocks), self._device)
         ours = unit_places(units, resharding.destination_units, self._block_ids, self._device)
         if resharding.copies_whole_blocks:

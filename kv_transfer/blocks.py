@@ -9,8 +9,9 @@ import torch
 
 from tandem.core.kv_frontier import TransferChunk
 from tandem.core.kv_layout import DTYPE_BYTES, KvLayout
+from tandem.kv_transfer.block_coder import BlockCoder
 from tandem.kv_transfer.fence import WriteFence
-from tandem.kv_transfer.reshard import KvSlice
+from tandem.kv_transfer.reshard import KvSlice, overlap
 
 # torch spreads a copy over several threads from this many elements on. Views stay below it: decode's steps need the
 # other cores, and the threads would have to be started and to wait for each other.
@@ -70,68 +71,123 @@ class ChunkedBlocks:
     slot, head_dim], cut into chunks.
 
     A chunk has at most `max_chunk_bytes`, but never less than one block of one layer. Both sides of a transfer compute
-    the same chunks. The layers of `part` are those of the rank's pool; `num_blocks` are all that the attempt has.
-    `layer_block_bytes` are those of one block in one layer, K and V.
+    the same chunks. The layers of `part` are those of the rank's pool, whose layout is `layout`; `num_tokens` are those
+    of the whole attempt. With a `coder`, each chunk is coded or whole, and `max_chunk_bytes` bounds what it has in
+    memory.
     """
 
     def __init__(
-        self, part: TransferChunk, num_blocks: int, layer_block_bytes: int, block_size: int, max_chunk_bytes: int
+        self,
+        part: TransferChunk,
+        layout: KvLayout,
+        num_tokens: int,
+        max_chunk_bytes: int,
+        coder: BlockCoder | None = None,
     ) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.chunks = split_transfer(part, layer_block_bytes, max_chunk_bytes)
-        self._layer_block_bytes = layer_block_bytes
-        self.staging_bytes = max(map(self.chunk_bytes, self.chunks), default=0)  # of the largest chunk
+        self.num_blocks = layout.blocks_for(num_tokens)
+        self._layout = layout
+        self.num_tokens = num_tokens
+        self.coder = coder
+        self._num_coded = 0 if coder is None else coder.num_coded_blocks(num_tokens)
+        self._layer_block_bytes = 2 * layout.segment_bytes
+        self.chunks = [
+            chunk
+            for blocks in (range(self._num_coded), range(self._num_coded, self.num_blocks))
+            for chunk in split_transfer(
+                TransferChunk(part.layers, overlap(part.blocks, blocks)), self._layer_block_bytes, max_chunk_bytes
+            )
+        ]
+        self.kv_bytes = sum(map(self.chunk_bytes, self.chunks))
+        self.wire_bytes = sum(map(self.sent_bytes, self.chunks))
+        # Of a buffer for any chunk, in memory or as it is sent: codes of tiny blocks are larger than the blocks.
+        sizes = (size(chunk) for chunk in self.chunks for size in (self.chunk_bytes, self.sent_bytes))
+        self.staging_bytes = max(sizes, default=0)
 
     def chunk_bytes(self, chunk: TransferChunk) -> int:
-        return len(chunk.layers) * len(chunk.blocks) * self._layer_block_bytes
+        """In memory."""
+        return chunk.num_layer_blocks * self._layer_block_bytes
 
-    def clear_unused_slots(self, chunk: TransferChunk, part: torch.Tensor, num_tokens: int, num_heads: int) -> None:
-        """Zeros in the slots after the last of `num_tokens` tokens. `part` has the chunk's bytes, of `num_heads` heads.
+    def sent_bytes(self, chunk: TransferChunk) -> int:
+        """On the way."""
+        if (coder := self.coder_of(chunk)) is None:
+            return self.chunk_bytes(chunk)
+        return chunk.num_layer_blocks * coder.layer_block_bytes
 
-        What is there is no KV of the request, and need not arrive: a checksum is over the rest.
+    def coder_of(self, chunk: TransferChunk) -> BlockCoder | None:
+        return self.coder if chunk.blocks.start < self._num_coded else None
+
+    def _unused_slots(self, chunk: TransferChunk, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of `part`, which has the chunk's bytes: the slots after the last token, and the slot of that token. None if
+        the chunk has no such slots.
+
+        What is there is no KV of the request, and need not arrive.
         """
-        used = num_tokens - (self.num_blocks - 1) * self.block_size
-        if chunk.blocks.stop == self.num_blocks and used < self.block_size:
-            shape = (len(chunk.layers), 2, len(chunk.blocks), num_heads, self.block_size, -1)
-            part.view(shape)[:, :, -1, :, used:] = 0
+        used = self.num_tokens - (self.num_blocks - 1) * self._layout.block_size
+        if chunk.blocks.stop < self.num_blocks or used == self._layout.block_size:
+            return None
+        shape = (len(chunk.layers), 2, len(chunk.blocks), self._layout.num_kv_heads, self._layout.block_size, -1)
+        last = part.view(shape)[:, :, -1]
+        return last[:, :, :, used:], last[:, :, :, used - 1 : used]
+
+    def clear_unused_slots(self, chunk: TransferChunk, part: torch.Tensor) -> None:
+        """A checksum over memory is over the rest."""
+        if (slots := self._unused_slots(chunk, part)) is not None:
+            slots[0].zero_()
 
 
 class LeavingBlocks(ChunkedBlocks):
-    """Blocks of a view, in order, as they are sent. `part` None: all of them."""
+    """Blocks of one rank's pool with `layout`, in order, as they are sent. `part` None: all of them."""
 
     def __init__(
-        self, view: PoolView, block_ids: Sequence[int], max_chunk_bytes: int, part: TransferChunk | None = None
+        self,
+        pool: torch.Tensor,
+        layout: KvLayout,
+        block_ids: Sequence[int],
+        num_tokens: int,
+        max_chunk_bytes: int,
+        part: TransferChunk | None = None,
+        coder: BlockCoder | None = None,
     ) -> None:
-        num_layers, _, _, _, units, _ = view.words.shape
-        part = part or TransferChunk(range(num_layers), range(len(block_ids)))
-        super().__init__(part, len(block_ids), view.layer_block_bytes, units * view.unit_tokens, max_chunk_bytes)
-        self._view = view
+        assert len(block_ids) == layout.blocks_for(num_tokens), "blocks of just these tokens"
+        part = part or TransferChunk(range(layout.num_layers), range(len(block_ids)))
+        super().__init__(part, layout, num_tokens, max_chunk_bytes, coder)
+        self._words = PoolView.over(pool, layout).words
         self._block_ids = block_ids
+
+    def pack(self, chunk: TransferChunk, staging: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+        """Put a chunk, as it is sent, into the front of `staging` (uint8), and return that part of it. Coded chunks
+        need `scratch`, which has the size of `staging`."""
+        if (coder := self.coder_of(chunk)) is None:
+            return self.gather(chunk, staging)
+        raw, coded = self.gather(chunk, scratch), staging[: self.sent_bytes(chunk)]
+        if (slots := self._unused_slots(chunk, raw)) is not None:
+            slots[0].copy_(slots[1])  # they must not widen the range of the codes
+        coder.encode(raw, coded, len(chunk.layers))
+        return coded
 
     def gather(self, chunk: TransferChunk, staging: torch.Tensor) -> torch.Tensor:
         """Copy a chunk into the front of `staging` (uint8) and return that part of it."""
         part = staging[: self.chunk_bytes(chunk)]
-        words = self._view.words[chunk.layers.start : chunk.layers.stop]
+        words = self._words[chunk.layers.start : chunk.layers.stop]
         shape = (len(chunk.layers), 2, len(chunk.blocks), *words.shape[3:])
         index = self._block_index[chunk.blocks.start : chunk.blocks.stop]
         torch.index_select(words, 2, index, out=part.view(words.dtype).view(shape))
         return part
 
-    def checksum(self, num_tokens: int) -> int:
-        """CRC-32 of the bytes of `num_tokens` tokens, in the order in which the chunks are sent; see
+    def checksum(self) -> int:
+        """CRC-32 of the tokens' bytes in memory, in the order in which the chunks are sent; see
         `clear_unused_slots`."""
-        staging = torch.empty(self.staging_bytes, dtype=torch.uint8, device=self._view.words.device)
+        staging = torch.empty(self.staging_bytes, dtype=torch.uint8, device=self._words.device)
         value = 0
         for chunk in self.chunks:
             part = self.gather(chunk, staging)
-            self.clear_unused_slots(chunk, part, num_tokens, self._view.words.shape[3])
+            self.clear_unused_slots(chunk, part)
             value = crc32(part, value)
         return value
 
     @cached_property
     def _block_index(self) -> torch.Tensor:
-        return torch.tensor(self._block_ids, device=self._view.words.device)
+        return torch.tensor(self._block_ids, device=self._words.device)
 
 
 def split_transfer(part: TransferChunk, layer_block_bytes: int, max_bytes: int) -> list[TransferChunk]:

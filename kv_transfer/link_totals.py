@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from tandem.core.kv_codec import KvCodec
 from tandem.core.session import LinkStats
 from tandem.core.transfer import Transport
 
@@ -22,13 +23,13 @@ class LinkTotals:
         self._peers: dict[str, LinkStats] = {}  # the peer linked last is at the end
         self._others: dict[str, LinkStats] = {}  # by transport
 
-    def linked(self, peer_id: str, transport: Transport) -> None:
+    def linked(self, peer_id: str, transport: Transport, codec: KvCodec = KvCodec.NONE) -> None:
         """A link to that peer was made. What went over another transport is no longer its own."""
         stats = self._peers.pop(peer_id, None)
         if stats is not None and stats.transport != transport.value:
             self._add_to_others(stats)
             stats = None
-        self._peers[peer_id] = stats or LinkStats(peer_id, transport.value, 0, 0, 0.0, 0)
+        self._peers[peer_id] = replace(stats or LinkStats(peer_id, transport.value, 0, 0, 0.0, 0), codec=codec.value)
         if len(self._peers) > self._max_peers:
             self.forget(next(iter(self._peers)))
 
@@ -40,9 +41,10 @@ class LinkTotals:
         seconds: float = 0.0,
         failures: int = 0,
         streamed_bytes: int = 0,
+        wire_bytes: int = 0,
     ) -> None:
         """Add to that peer's counts."""
-        more = LinkStats(peer_id, UNKNOWN_TRANSPORT, transfers, nbytes, seconds, failures, streamed_bytes)
+        more = LinkStats(peer_id, UNKNOWN_TRANSPORT, transfers, nbytes, seconds, failures, streamed_bytes, wire_bytes)
         if peer_id in self._peers:
             self._peers[peer_id] = _sum(self._peers[peer_id], more)
         else:
@@ -64,7 +66,7 @@ class LinkTotals:
 
 
 def _sum(stats: LinkStats, more: LinkStats) -> LinkStats:
-    """Peer and transport of `stats`, with the counts of both."""
+    """Peer, transport and codec of `stats`, with the counts of both."""
     return replace(
         stats,
         transfers=stats.transfers + more.transfers,
@@ -72,4 +74,5 @@ def _sum(stats: LinkStats, more: LinkStats) -> LinkStats:
         transfer_s=stats.transfer_s + more.transfer_s,
         failures=stats.failures + more.failures,
         streamed_bytes=stats.streamed_bytes + more.streamed_bytes,
+        wire_bytes=stats.wire_bytes + more.wire_bytes,
     )

@@ -152,5 +152,7 @@ class ProcessGroupLink:
         needed = transfer.staging_bytes
         if not self._staging or len(self._staging[0]) < needed:
             device = self._group.device
-            self._staging = [torch.empty(needed, dtype=torch.uint8, device=device) for _ in range(2)]
-        return move(self._group, transfer, self._staging, timeout_s=self._config.operation_timeout_s(needed))
+            sizes = (needed, needed, needed if transfer.coder else 0)
+            self._staging = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        *staging, scratch = self._staging
+        return move(self._group, transfer, staging, scratch, timeout_s=self._config.operation_timeout_s(needed))

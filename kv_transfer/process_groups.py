@@ -143,11 +143,19 @@ class GlooGroup(TwoRankGroup):
 
 
 def send_chunks(
-    group: TwoRankGroup, transfer: LeavingBlocks, staging: list[torch.Tensor], *, timeout_s: float, checksum: bool
+    group: TwoRankGroup,
+    transfer: LeavingBlocks,
+    staging: list[torch.Tensor],
+    scratch: torch.Tensor,
+    *,
+    timeout_s: float,
+    checksum: bool,
 ) -> int:
-    """Send the chunks in order; `timeout_s` bounds each. Returns their CRC-32, or 0. Raises TransferError.
+    """Send the chunks in order; `timeout_s` bounds each. Returns the CRC-32 of what was sent, or 0. Raises
+    TransferError.
 
-    `staging` are buffers for the largest chunk (uint8): one is filled while another is on its way.
+    `staging` are buffers for the largest chunk (uint8): one is filled while another is on its way. `scratch` is one,
+    too, and may be empty where nothing is coded.
     """
     crc = 0
     pending: deque[PendingOperation] = deque()
@@ -155,7 +163,7 @@ def send_chunks(
         for chunk, buffer in zip(transfer.chunks, cycle(staging), strict=False):
             if len(pending) == len(staging):
                 pending.popleft().wait(timeout_s)
-            part = transfer.gather(chunk, buffer)
+            part = transfer.pack(chunk, buffer, scratch)
             if checksum:
                 crc = crc32(part, crc)
             pending.append(group.send(part))
@@ -168,6 +176,7 @@ def receive_chunks(
     group: TwoRankGroup,
     transfer: ArrivingBlocks,
     staging: list[torch.Tensor],
+    scratch: torch.Tensor,
     fence: WriteFence,
     *,
     timeout_s: float,
@@ -175,7 +184,7 @@ def receive_chunks(
 ) -> int:
     """Receive the chunks in order into the blocks, as `send_chunks` sends them."""
     crc = 0
-    sizes = map(transfer.chunk_bytes, transfer.chunks)
+    sizes = map(transfer.sent_bytes, transfer.chunks)
     parts = [buffer[:size] for size, buffer in zip(sizes, cycle(staging), strict=False)]
     with group.stream():
         pending = deque(map(group.receive, parts[: len(staging)]))
@@ -183,8 +192,9 @@ def receive_chunks(
             pending.popleft().wait(timeout_s)
             if checksum:
                 crc = crc32(part, crc)
+            raw = transfer.unpack(chunk, part, scratch)
             with fence.writing():
-                transfer.scatter(chunk, part)
+                transfer.scatter(chunk, raw)
                 group.synchronize()
             pending.extend(map(group.receive, parts[i + len(staging) :][:1]))
     return crc

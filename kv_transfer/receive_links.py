@@ -14,9 +14,11 @@ from tandem.core.errors import (
     OverloadedError,
     TransferError,
 )
+from tandem.core.kv_codec import KvCodec
 from tandem.core.kv_layout import KvLayout
-from tandem.core.transfer import LinkOffer, LinkReply, PeerControl, Transport
+from tandem.core.transfer import LinkOffer, LinkReply, PeerControl, Transport, unknown_format
 from tandem.kv_transfer.arrival import OwnPools, PairPlan
+from tandem.kv_transfer.block_coder import KvCodes
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import host_identity
 from tandem.kv_transfer.link_totals import LinkTotals
@@ -53,9 +55,19 @@ class ReceiveLinks:
     """All links of one instance, by peer. Lives on the event loop."""
 
     def __init__(
-        self, pools: OwnPools, instance_id: str, transport: Transport | None, config: LinkConfig, totals: LinkTotals
+        self,
+        pools: OwnPools,
+        instance_id: str,
+        transport: Transport | None,
+        config: LinkConfig,
+        totals: LinkTotals,
+        codec: KvCodec = KvCodec.NONE,
+        codes: KvCodes | None = None,
     ) -> None:
-        """`transport` None takes the fastest possible one; a named one is taken or is an error."""
+        """`transport` None takes the fastest possible one; a named one is taken or is an error. `codec` is for links on
+        which bytes are sent. `codes`: see `BlockCoder`."""
+        self._codec = codec
+        self._codes = codes
         self._pools = pools
         self._instance_id = instance_id
         self._transport = transport
@@ -85,9 +97,10 @@ class ReceiveLinks:
                 raise TransferError("the KV link ended as soon as it was made")
             self.by_peer[peer.instance_id] = link
             transport, source = link.reply.transport, link.plan.source
-            self._totals.linked(peer.instance_id, transport)
+            codec = KvCodec.NONE if transport is Transport.SHARED_MEMORY else self._codec
+            self._totals.linked(peer.instance_id, transport, codec)
             peer.when_unlinked(link.reply.link_id, partial(self._link_ended, link))
-            speed = f"{link.end.bytes_per_s / 1e9:.2f} GB/s"
+            speed = f"{link.end.bytes_per_s / 1e9:.2f} GB/s, codec {codec.value}"
             shape = f"{source.num_ranks} ranks, blocks of {source.block_size} tokens"
             _log.info("linked to %s (%s): transport %s, measured %s", peer.instance_id, shape, transport.value, speed)
             return link
@@ -124,14 +137,17 @@ class ReceiveLinks:
 
     async def _try_transports(self, peer: PeerControl, transports: tuple[Transport, ...]) -> ReceiveLink:
         own = self._pools.layout
-        offer = LinkOffer(self._instance_id, own.fingerprint, host_identity(), transports)
+        offer = LinkOffer(self._instance_id, own.fingerprint, host_identity(), transports, self._codec.format_name)
         reply = await peer.link(offer, self._config.link_timeout_s)
         try:
             if reply.instance_id != peer.instance_id:
                 raise TransferError("the prefill worker was restarted")
             if reply.fingerprint != own.fingerprint or reply.transport not in transports:
                 raise IncompatiblePeerError("the prefill worker's answer does not fit the offer")
-            plan = PairPlan.make(_source_layout(own, reply), self._pools)
+            codec = KvCodec.NONE if reply.transport is Transport.SHARED_MEMORY else self._codec
+            if reply.kv_format != codec.format_name:
+                raise unknown_format(codec.format_name)
+            plan = PairPlan.make(_source_layout(own, reply), self._pools, codec, self._codes)
             return ReceiveLink(peer, reply, plan, await self._open_end(peer, reply, plan))
         except BaseException:
             peer.unlink(reply.link_id)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tandem.core.errors import DeadlineError, InternalError, StaleEpochError, TandemError, TransferError
+from tandem.core.kv_codec import KvCodec
 from tandem.core.kv_frontier import KvFrontier, TransferChunk
 from tandem.core.kv_layout import KvLayout
 from tandem.core.log_lines import about
@@ -20,6 +21,7 @@ from tandem.core.request import SampledToken
 from tandem.core.session import LinkStats
 from tandem.core.transfer import ComputedKv, Grant, Manifest, PeerControl, Transport
 from tandem.kv_transfer.arrival import ArrivingBlocks, CopyPieces, OwnPools
+from tandem.kv_transfer.block_coder import KvCodes
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.fence import WriteFence
 from tandem.kv_transfer.link_totals import LinkTotals
@@ -29,7 +31,7 @@ from tandem.kv_transfer.shared_memory_link import SharedMemoryLink
 
 _log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 2 << 20  # small enough that gathering, sending and scattering overlap
+CHUNK_BYTES = 2 << 20  # in memory; small enough that gathering, sending and scattering overlap
 MIN_NEW_BYTES = 2 << 20  # computed since the last call: as many are worth another one
 _DAY_S = 86_400.0
 
@@ -62,6 +64,7 @@ class _Incoming:
     fence: WriteFence = field(default_factory=WriteFence)
     known: KvFrontier = field(default_factory=KvFrontier)
     num_streamed: int = 0  # blocks of one layer of the source
+    wire_bytes: int = 0  # received so far, also in vain
     streaming_s: float = 0.0  # in which these bytes moved
     first_s: float | None = None  # when the turn of the first ones came
     transport: Transport | None = None  # of the last ones
@@ -96,12 +99,15 @@ class KvReceiver:
         timeout_s: float = 10.0,
         stream_from_bytes: int | None = None,
         copy_pieces: CopyPieces | None = None,
+        codec: KvCodec = KvCodec.NONE,
+        codes: KvCodes | None = None,
         link_config: LinkConfig | None = None,
     ) -> None:
         """`transport` "auto" takes the fastest possible transport; a named one is taken or is an error. `checksum`
         None checks bytes that came over gloo. `timeout_s` bounds a transfer from its turn on the link to its
         acknowledgement. Transfers of at least `stream_from_bytes` are streamed; None: none are. `copy_pieces`: see
-        `OwnPools`.
+        `OwnPools`. `codec` is for KV that is sent to here, and not for KV that is copied from shared memory. `codes`:
+        see `BlockCoder`.
 
         Raises ConfigError for an unknown transport.
         """
@@ -113,7 +119,7 @@ class KvReceiver:
         self._close_timeout_s = config.operation_timeout_s(CHUNK_BYTES)
         self._totals = LinkTotals(config.max_links)
         own = OwnPools(layout, pools, copy_pieces)
-        self._links = ReceiveLinks(own, instance_id, parse_transport(transport), config, self._totals)
+        self._links = ReceiveLinks(own, instance_id, parse_transport(transport), config, self._totals, codec, codes)
 
     async def fetch(
         self,
@@ -245,7 +251,12 @@ class KvReceiver:
         # A share of our blocks: those of the source may have other sizes.
         streamed_bytes = num_bytes * incoming.num_streamed // (self._layout.num_layers * len(manifest.block_ids))
         self._totals.add(
-            peer.instance_id, transfers=1, nbytes=num_bytes, seconds=moving_s, streamed_bytes=streamed_bytes
+            peer.instance_id,
+            transfers=1,
+            nbytes=num_bytes,
+            seconds=moving_s,
+            streamed_bytes=streamed_bytes,
+            wire_bytes=incoming.wire_bytes,
         )
         streamed_s = 0.0 if incoming.first_s is None else manifest_s - incoming.first_s
         return FetchResult(manifest, num_bytes, end_s - manifest_s, transport, streamed_bytes, streamed_s)
@@ -275,6 +286,7 @@ class KvReceiver:
                             for part in parts:
                                 for arriving in link.plan.arriving(block_ids, num_tokens, CHUNK_BYTES, part):
                                     await self._receive(link, link.end, kv, arriving, fence)
+                                    incoming.wire_bytes += arriving.wire_bytes
                     return link.reply.transport, turn_s
             finally:
                 link.users -= 1
@@ -322,9 +334,10 @@ def _grant(link: ReceiveLink, kv: ComputedKv | Manifest, arriving: ArrivingBlock
         rank=arriving.read.rank,
         allocation=kv.allocation,
         part=arriving.part,
-        total_bytes=arriving.total_bytes,
+        total_bytes=arriving.wire_bytes,
         chunk_bytes=CHUNK_BYTES,
         checksum=checksum,
+        num_tokens=arriving.num_tokens,
     )
 
 

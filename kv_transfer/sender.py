@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tandem.core.errors import IncompatiblePeerError, OverloadedError, StaleEpochError, TransferError
+from tandem.core.kv_codec import KvCodec, named_format
 from tandem.core.kv_frontier import TransferChunk
 from tandem.core.kv_layout import KvLayout
 from tandem.core.session import LinkStats
@@ -23,8 +24,10 @@ from tandem.core.transfer import (
     LinkReply,
     Manifest,
     Transport,
+    unknown_format,
 )
-from tandem.kv_transfer.blocks import LeavingBlocks, PoolView
+from tandem.kv_transfer.block_coder import BlockCoder, KvCodes
+from tandem.kv_transfer.blocks import LeavingBlocks
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.descriptors import DescriptorServer, host_identity
 from tandem.kv_transfer.link_totals import LinkTotals
@@ -36,7 +39,7 @@ from tandem.kv_transfer.reshard import within
 
 _log = logging.getLogger(__name__)
 
-MAX_CHUNK_BYTES = 64 << 20
+MAX_CHUNK_BYTES = 64 << 20  # in memory
 
 
 @dataclass(slots=True)
@@ -46,6 +49,7 @@ class _SendLink:
     link_id: str
     peer_id: str
     store: LocalRendezvousStore
+    codec: KvCodec = KvCodec.NONE
     group: ProcessGroupLink | None = None
     next_sequence: int = 0
     sending: int = 0
@@ -59,9 +63,16 @@ class KvSender:
     """
 
     def __init__(
-        self, layout: KvLayout, pools: Sequence[SharedPool], instance_id: str, config: LinkConfig | None = None
+        self,
+        layout: KvLayout,
+        pools: Sequence[SharedPool],
+        instance_id: str,
+        config: LinkConfig | None = None,
+        codes: KvCodes | None = None,
     ) -> None:
+        """`codes`: see `BlockCoder`."""
         self._layout = layout
+        self._codes = codes
         self._pools = pools
         self._instance_id = instance_id
         self._config = config or LinkConfig()
@@ -74,7 +85,8 @@ class KvSender:
     async def link(self, offer: LinkOffer) -> LinkReply:
         """Agree on a transport with a decode instance. An earlier link of the same instance ends.
 
-        Raises IncompatiblePeerError (another format, or no transport in common) or OverloadedError (too many links).
+        Raises IncompatiblePeerError (another format, an unknown codec, or no transport in common) or OverloadedError
+        (too many links).
         """
         if offer.fingerprint != self._layout.fingerprint:
             raise IncompatiblePeerError(LAYOUTS_DIFFER)
@@ -84,10 +96,13 @@ class KvSender:
         transport = next((transport for transport in offer.transports if transport in possible), None)
         if transport is None:
             raise IncompatiblePeerError("the two workers have no transport for KV in common")
+        codec = KvCodec.NONE if transport is Transport.SHARED_MEMORY else named_format(offer.kv_format)
+        if codec is None:
+            raise unknown_format(offer.kv_format)
         self.drop(offer.instance_id)
         self._evict_idle_link()
         store = LocalRendezvousStore(self._config.link_timeout_s)
-        link = _SendLink(secrets.token_hex(16), offer.instance_id, store)
+        link = _SendLink(secrets.token_hex(16), offer.instance_id, store, codec)
         socket_name = ""
         nonces: tuple[bytes, ...] = ()
         if transport is Transport.SHARED_MEMORY:
@@ -98,7 +113,7 @@ class KvSender:
             name = f"kv-send-{offer.instance_id}"
             link.group = ProcessGroupLink.start(self._groups, self._config, PREFILL_RANK, store, name)
         self._links[link.link_id] = link
-        self._totals.linked(offer.instance_id, transport)
+        self._totals.linked(offer.instance_id, transport, codec)
         return LinkReply(
             link_id=link.link_id,
             instance_id=self._instance_id,
@@ -110,6 +125,7 @@ class KvSender:
             layers_per_stage=self._layout.layers_per_stage,
             socket_name=socket_name,
             nonces=nonces,
+            kv_format=codec.format_name,
         )
 
     async def ended(self, link_id: str) -> None:
@@ -142,7 +158,7 @@ class KvSender:
                 return await self._send(link, link.group, grant, transfer)
             if not grant.checksum or isinstance(kv, ComputedKv):
                 return GrantReply(0, 0)
-            return GrantReply(0, await asyncio.to_thread(transfer.checksum, kv.num_tokens))
+            return GrantReply(0, await asyncio.to_thread(transfer.checksum))
         finally:
             link.sending -= 1
             link.used_s = time.monotonic()
@@ -159,7 +175,10 @@ class KvSender:
             self._totals.add(link.peer_id, failures=1)
             self.unlink(link.link_id)
             raise
-        self._totals.add(link.peer_id, transfers=1, nbytes=grant.total_bytes, seconds=time.monotonic() - started_s)
+        seconds = time.monotonic() - started_s
+        self._totals.add(
+            link.peer_id, transfers=1, nbytes=transfer.kv_bytes, seconds=seconds, wire_bytes=transfer.wire_bytes
+        )
         return GrantReply(grant.total_bytes, checksum)
 
     async def rendezvous_set(self, link_id: str, key: str, value: bytes) -> None:
@@ -227,7 +246,14 @@ class KvSender:
         if not (0 <= layers.start < layers.stop and 0 <= blocks.start < blocks.stop and frontier.covers(grant.part)):
             raise TransferError("the grant is for KV that is not computed")
         part = TransferChunk(within(layers, self._layout.layers(grant.rank)), blocks)
-        view = PoolView.over(self._pools[grant.rank].tensor, self._layout.pool_of(grant.rank))
-        if grant.total_bytes != part.num_layer_blocks * view.layer_block_bytes:
+        pool, layout = self._pools[grant.rank].tensor, self._layout.pool_of(grant.rank)
+        num_tokens = grant.num_tokens if isinstance(kv, ComputedKv) else kv.num_tokens
+        coder = None if link.codec is KvCodec.NONE else BlockCoder(link.codec, layout, self._codes)
+        if coder is None and isinstance(kv, ComputedKv):
+            num_tokens = len(kv.block_ids) * layout.block_size  # an older reader does not tell
+        if layout.blocks_for(num_tokens) != len(kv.block_ids):
+            raise TransferError("the grant is for another number of tokens")
+        transfer = LeavingBlocks(pool, layout, kv.block_ids, num_tokens, grant.chunk_bytes, part, coder)
+        if grant.total_bytes != transfer.wire_bytes:
             raise TransferError("the grant is not for exactly the bytes of its part")
-        return LeavingBlocks(view, kv.block_ids, grant.chunk_bytes, part)
+        return transfer

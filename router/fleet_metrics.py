@@ -58,6 +58,11 @@ TRANSFER_BYTES = Description("tandem_transfer_bytes_total", "Bytes of KV transfe
 STREAMED_BYTES = Description(
     "tandem_transfer_streamed_bytes_total", "Of these, bytes that came while their prompt was computed", _BY_TRANSPORT
 )
+WIRE_BYTES = Description(
+    "tandem_transfer_wire_bytes_total",
+    "Bytes sent for KV transfers: none over shared memory, fewer than those of the KV with a codec",
+    _BY_TRANSPORT,
+)
 TRANSFER_SECONDS = Description("tandem_transfer_seconds_total", "Time of KV transfers", _BY_TRANSPORT)
 TRANSFER_FAILURES = Description("tandem_transfer_failures_total", "KV transfers that failed", _BY_TRANSPORT)
 
@@ -86,6 +91,7 @@ _TRANSFER_COUNTERS: tuple[tuple[Description, Callable[[LinkStats], float]], ...]
     (TRANSFERS, lambda link: link.transfers),
     (TRANSFER_BYTES, lambda link: link.transfer_bytes),
     (STREAMED_BYTES, lambda link: link.streamed_bytes),
+    (WIRE_BYTES, lambda link: link.wire_bytes),
     (TRANSFER_SECONDS, lambda link: link.transfer_s),
     (TRANSFER_FAILURES, lambda link: link.failures),
 )

@@ -13,6 +13,7 @@ from tandem.core.sampling_ranges import INT32_MAX, check_range, check_sampling
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.step_coefficients import StepCoefficients
 from tandem.v1 import common_pb2, worker_pb2
+from tandem.wire.same_fields import from_message, to_message
 
 _FINISH_TO_PB = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
@@ -175,7 +176,6 @@ def role_from_pb(value: worker_pb2.Role) -> Role:
 
 
 def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
-    blocks = status.blocks
     return worker_pb2.InstanceStatus(
         instance_id=status.instance_id,
         role=_ROLE_TO_PB[status.role],
@@ -185,14 +185,7 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         fingerprint=status.fingerprint,
         max_model_len=status.max_model_len,
         block_size=status.block_size,
-        blocks=worker_pb2.BlockCounts(
-            total=blocks.total,
-            free=blocks.free,
-            running=blocks.running,
-            cached=blocks.cached,
-            leased=blocks.leased,
-            leaked=blocks.leaked,
-        ),
+        blocks=to_message(worker_pb2.BlockCounts, status.blocks),
         waiting_requests=status.waiting_requests,
         running_requests=status.running_requests,
         uncomputed_tokens=status.uncomputed_tokens,
@@ -203,18 +196,7 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         cached_tokens=status.cached_tokens,
         preemptions=status.preemptions,
         lease_s=0.0 if math.isinf(status.lease_s) else status.lease_s,
-        links=[
-            worker_pb2.LinkStats(
-                peer_id=link.peer_id,
-                transport=link.transport,
-                transfers=link.transfers,
-                transfer_bytes=link.transfer_bytes,
-                transfer_s=link.transfer_s,
-                failures=link.failures,
-                streamed_bytes=link.streamed_bytes,
-            )
-            for link in status.links
-        ],
+        links=[to_message(worker_pb2.LinkStats, link) for link in status.links],
         step_age_s=status.step_age_s,
         allocated_blocks=status.allocated_blocks,
         step_cost=status.step_cost or (),
@@ -237,7 +219,6 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         raise InvalidRequestError("a heartbeat must name instance, role, state and address")
     if max(map(len, (pb.instance_id, pb.address, pb.model, pb.fingerprint, pb.weights_hash))) > MAX_NAME_CHARS:
         raise InvalidRequestError(f"a heartbeat has a name of more than {MAX_NAME_CHARS} characters")
-    blocks = pb.blocks
     return InstanceStatus(
         instance_id=pb.instance_id,
         role=role,
@@ -247,7 +228,7 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         fingerprint=pb.fingerprint,
         max_model_len=pb.max_model_len,
         block_size=pb.block_size,
-        blocks=BlockCounts(blocks.total, blocks.free, blocks.running, blocks.cached, blocks.leased, blocks.leaked),
+        blocks=from_message(BlockCounts, pb.blocks),
         waiting_requests=pb.waiting_requests,
         running_requests=pb.running_requests,
         uncomputed_tokens=pb.uncomputed_tokens,
@@ -258,18 +239,7 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         cached_tokens=pb.cached_tokens,
         preemptions=pb.preemptions,
         lease_s=pb.lease_s if pb.lease_s > 0.0 else math.inf,
-        links=tuple(
-            LinkStats(
-                peer_id=link.peer_id,
-                transport=link.transport,
-                transfers=link.transfers,
-                transfer_bytes=link.transfer_bytes,
-                transfer_s=link.transfer_s,
-                failures=link.failures,
-                streamed_bytes=link.streamed_bytes,
-            )
-            for link in pb.links
-        ),
+        links=tuple(from_message(LinkStats, link) for link in pb.links),
         step_age_s=pb.step_age_s,
         allocated_blocks=pb.allocated_blocks,
         step_cost=_step_cost(pb.step_cost),

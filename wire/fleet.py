@@ -11,6 +11,7 @@ from tandem.core.workload_profile import ProfileSnapshot
 from tandem.rpc_errors import error_from_rpc
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import convert, replanning
+from tandem.wire.same_fields import from_message, to_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class FleetServicer(worker_pb2_grpc.FleetServiceServicer):
         if description.replan is not None:
             response.replan.CopyFrom(replanning.replan_to_pb(description.replan))
         if request.with_profile and (profile := self._registry.profile()) is not None:
-            response.profile.CopyFrom(replanning.profile_to_pb(profile))
+            response.profile.CopyFrom(to_message(worker_pb2.WorkloadProfile, profile))
         return response
 
     async def Explain(
@@ -139,7 +140,7 @@ async def describe_fleet(
         running_requests=response.running_requests,
         queued_requests=response.queued_requests,
         replan=replanning.replan_from_pb(response.replan) if response.HasField("replan") else None,
-        profile=replanning.profile_from_pb(response.profile) if response.HasField("profile") else None,
+        profile=from_message(ProfileSnapshot, response.profile) if response.HasField("profile") else None,
     )
 
 

@@ -1,39 +1,8 @@
-"""Conversion of workload profiles and the state of replanning: protobuf <-> core values."""
+"""Conversion of the state of replanning: protobuf <-> core values."""
 
 from tandem.core.errors import InvalidRequestError
 from tandem.core.replanning import DriftState, Proposal, ReplanStatus, WorkloadChange
-from tandem.core.workload_profile import ProfileSnapshot
 from tandem.v1 import worker_pb2
-
-
-def profile_to_pb(profile: ProfileSnapshot) -> worker_pb2.WorkloadProfile:
-    return worker_pb2.WorkloadProfile(
-        window=profile.window,
-        window_s=profile.window_s,
-        arrivals=profile.arrivals,
-        arrival_cv=profile.arrival_cv,
-        finished=profile.finished,
-        arrival_s=profile.arrival_s,
-        prompt_tokens=profile.prompt_tokens,
-        output_tokens=profile.output_tokens,
-        cached_tokens=profile.cached_tokens,
-        slo_class=profile.slo_class,
-    )
-
-
-def profile_from_pb(pb: worker_pb2.WorkloadProfile) -> ProfileSnapshot:
-    return ProfileSnapshot(
-        window=pb.window,
-        window_s=pb.window_s,
-        arrivals=pb.arrivals,
-        arrival_cv=pb.arrival_cv,
-        finished=pb.finished,
-        arrival_s=tuple(pb.arrival_s),
-        prompt_tokens=tuple(pb.prompt_tokens),
-        output_tokens=tuple(pb.output_tokens),
-        cached_tokens=tuple(pb.cached_tokens),
-        slo_class=tuple(pb.slo_class),
-    )
 
 
 def replan_to_pb(status: ReplanStatus) -> worker_pb2.ReplanStatus:

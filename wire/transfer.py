@@ -28,6 +28,7 @@ from tandem.rpc_errors import CODE_KEY, error_from_rpc
 from tandem.v1 import transfer_pb2, transfer_pb2_grpc
 from tandem.wire.channels import token_metadata
 from tandem.wire.convert import sampled_from_pb, sampled_to_pb
+from tandem.wire.same_fields import from_message, to_message
 
 MAX_NAME_LENGTH = 256
 MAX_TRANSPORTS = 8
@@ -62,6 +63,7 @@ class KvTransferClient:
             boot_id=offer.host.boot_id,
             uid=offer.host.uid,
             transports=[_TRANSPORT_TO_PB[transport] for transport in offer.transports],
+            kv_format=offer.kv_format,
         )
         with self._call():
             call = self._stub.Link(request, metadata=self._metadata)
@@ -90,6 +92,7 @@ class KvTransferClient:
             layers_per_stage=tuple(reply.layers_per_stage),
             socket_name=reply.socket_name,
             nonces=tuple(reply.nonces),
+            kv_format=reply.kv_format,
         )
 
     async def _read_to_end(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> None:
@@ -122,7 +125,11 @@ class KvTransferClient:
         self, request_id: str, epoch: int, known: KvFrontier, min_new: int, has_all: bool, timeout_s: float
     ) -> ComputedKv | Manifest:
         request = transfer_pb2.PullComputedRequest(
-            request_id=request_id, epoch=epoch, known=_frontier_to_pb(known), min_new=min_new, has_all=has_all
+            request_id=request_id,
+            epoch=epoch,
+            known=to_message(transfer_pb2.KvFrontier, known),
+            min_new=min_new,
+            has_all=has_all,
         )
         reply = await self._unary(self._stub.PullComputed, request, timeout_s)
         if reply.HasField("finished"):
@@ -133,7 +140,7 @@ class KvTransferClient:
             epoch=computed.epoch,
             block_ids=tuple(computed.block_ids),
             block_size=computed.block_size,
-            frontier=_frontier_from_pb(computed.frontier),
+            frontier=from_message(KvFrontier, computed.frontier),
         )
 
     async def grant(self, grant: Grant, timeout_s: float) -> GrantReply:
@@ -151,6 +158,7 @@ class KvTransferClient:
             total_bytes=grant.total_bytes,
             chunk_bytes=grant.chunk_bytes,
             checksum=grant.checksum,
+            num_tokens=grant.num_tokens,
         )
         reply = await self._unary(self._stub.Grant, request, timeout_s)
         return GrantReply(reply.sent_bytes, reply.checksum)
@@ -230,6 +238,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
                 layers_per_stage=reply.layers_per_stage,
                 socket_name=reply.socket_name,
                 nonces=reply.nonces,
+                kv_format=reply.kv_format,
             )
             await self._links.ended(reply.link_id)
         finally:
@@ -238,9 +247,11 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
     async def _link(self, request: transfer_pb2.LinkRequest, _: Any) -> LinkReply:
         _check_names(request.instance_id, request.fingerprint, request.boot_id)
         _require(len(request.transports) <= MAX_TRANSPORTS, "too many transports are offered")
+        _require(len(request.kv_format) <= MAX_NAME_LENGTH, "a name is too long")
         known = [_TRANSPORT_FROM_PB[number] for number in request.transports if number in _TRANSPORT_FROM_PB]
         host = HostIdentity(request.boot_id, request.uid)
-        return await self._links.link(LinkOffer(request.instance_id, request.fingerprint, host, tuple(known)))
+        offer = LinkOffer(request.instance_id, request.fingerprint, host, tuple(known), request.kv_format)
+        return await self._links.link(offer)
 
     async def Pull(self, request: transfer_pb2.PullRequest, context: Any) -> transfer_pb2.PullResponse:
         _check_names(request.request_id)
@@ -252,7 +263,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         self, request: transfer_pb2.PullComputedRequest, context: Any
     ) -> transfer_pb2.PullComputedResponse:
         _check_names(request.request_id)
-        known = _frontier_from_pb(request.known)
+        known = from_message(KvFrontier, request.known)
         _require(known.is_valid and request.min_new > 0, "what is known of the KV cannot be")
         kv = await self._holder.computed(
             request.request_id, request.epoch, known, request.min_new, request.has_all, self._deadline_s(context)
@@ -264,7 +275,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
             epoch=kv.epoch,
             block_ids=kv.block_ids,
             block_size=kv.block_size,
-            frontier=_frontier_to_pb(kv.frontier),
+            frontier=to_message(transfer_pb2.KvFrontier, kv.frontier),
         )
         return transfer_pb2.PullComputedResponse(computed=computed)
 
@@ -283,6 +294,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
             total_bytes=request.total_bytes,
             chunk_bytes=request.chunk_bytes,
             checksum=request.checksum,
+            num_tokens=request.num_tokens,
         )
         reply = await self._links.send(grant, self._holder.readable(request.request_id, request.epoch))
         return transfer_pb2.GrantResponse(sent_bytes=reply.sent_bytes, checksum=reply.checksum)
@@ -335,26 +347,6 @@ def _manifest_from_pb(reply: transfer_pb2.PullResponse) -> Manifest:
         block_size=reply.block_size,
         first_token=sampled_from_pb(reply.first_token),
         allocation=reply.allocation,
-    )
-
-
-def _frontier_to_pb(frontier: KvFrontier) -> transfer_pb2.KvFrontier:
-    return transfer_pb2.KvFrontier(
-        allocation=frontier.allocation,
-        blocks=frontier.blocks,
-        next_blocks=frontier.next_blocks,
-        layers=frontier.layers,
-        num_layers=frontier.num_layers,
-    )
-
-
-def _frontier_from_pb(message: transfer_pb2.KvFrontier) -> KvFrontier:
-    return KvFrontier(
-        allocation=message.allocation,
-        blocks=message.blocks,
-        next_blocks=message.next_blocks,
-        layers=message.layers,
-        num_layers=message.num_layers,
     )
 
 

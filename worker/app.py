@@ -19,10 +19,12 @@ from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig, with_secrets
 from tandem.core.errors import ConfigError, InternalError, TandemError
 from tandem.core.instance_id import make_instance_id
+from tandem.core.kv_codec import KvCodec
 from tandem.core.session import LinkStats, Role
 from tandem.decode_worker.fetcher import KvFetcher
 from tandem.decode_worker.peers import Peers
 from tandem.engine.engine import Engine
+from tandem.engine.ops.kv_codec import NativeKvCodes
 from tandem.engine.ops.piece_copy import native_copy_pieces
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.pool import SharedPool
@@ -114,7 +116,9 @@ class Worker:
         assert self._engine is not None
         section = self._section
         links = LinkConfig(bind_host=_kv_host(self._config))
-        self._sender = KvSender(self._engine.layout, self._pools, self.instance_id, links)
+        is_native = self._engine.ops_name.startswith("native")
+        codes = NativeKvCodes() if is_native else None
+        self._sender = KvSender(self._engine.layout, self._pools, self.instance_id, links, codes)
         self._receiver = KvReceiver(
             self._engine.layout,
             [pool.tensor for pool in self._pools],
@@ -123,7 +127,9 @@ class Worker:
             checksum=section.checksum,
             timeout_s=section.transfer_timeout_s,
             stream_from_bytes=section.stream_kv_from,
-            copy_pieces=native_copy_pieces() if self._engine.ops_name.startswith("native") else None,
+            copy_pieces=native_copy_pieces() if is_native else None,
+            codec=KvCodec(section.kv_codec),
+            codes=codes,
             link_config=links,
         )
         self._fetcher.fetch_with(self._receiver)

@@ -15,6 +15,7 @@ from tandem.core.kv_frontier import KvFrontier
 from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
 from tandem.core.transfer import Manifest, hash_token_ids
+from tandem.engine.ops.kv_codec import NativeKvCodes
 from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.sender import KvSender
 from tandem.v1 import transfer_pb2_grpc
@@ -70,7 +71,7 @@ def block_ids_of(seed: int, num_blocks: int, layout: KvLayout) -> list[int]:
 async def _serve(layout: KvLayout) -> None:
     torch.set_num_threads(1)
     pools = [SharedPool.create(layout.pool_of(rank).pool_bytes) for rank in range(layout.num_ranks)]
-    sender = KvSender(layout, pools, SOURCE_ID)
+    sender = KvSender(layout, pools, SOURCE_ID, codes=NativeKvCodes())
     server, _ = build_server()
     servicer = KvTransferServicer(sender, _ComputedPrompts(layout), SystemClock())
     transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(servicer, server)

@@ -14,6 +14,7 @@
 #include "collectives.h"
 #include "copy.h"
 #include "gemm.h"
+#include "kv_codec.h"
 #include "pool.h"
 #include "rowwise.h"
 
@@ -291,6 +292,23 @@ int tandem_receive(const int64_t* abort, int64_t timeout_ns, char* mailbox, int6
 void tandem_copy_pieces(char* target, const int64_t* target_offsets, const char* source, const int64_t* source_offsets,
                         int64_t count, int64_t bytes) {
     copy_pieces(target, target_offsets, source, source_offsets, count, bytes);
+}
+
+int tandem_encode_kv(int codec, int is_bf16, const void* kv, uint8_t* coded, int64_t layers, int64_t head_blocks,
+                     int64_t slots, int64_t dim) {
+    return completed([&] {
+        with_type(is_bf16, kv, [&](auto* from) {
+            encode_kv(KvCodec(codec), from, coded, layers, head_blocks, slots, dim);
+        });
+    });
+}
+int tandem_decode_kv(int codec, int is_bf16, const uint8_t* coded, void* kv, int64_t layers, int64_t head_blocks,
+                     int64_t slots, int64_t dim) {
+    return completed([&] {
+        with_type(is_bf16, kv, [&](auto* to) {
+            decode_kv(KvCodec(codec), coded, to, layers, head_blocks, slots, dim);
+        });
+    });
 }
 
 }  // extern "C"

@@ -166,6 +166,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "tandem_send": "pnpnnpn",
         "tandem_receive": "pnpnnpn",
         "tandem_copy_pieces": "ppppnn",
+        "tandem_encode_kv": "iippnnnn",
+        "tandem_decode_kv": "iippnnnn",
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)
@@ -173,8 +175,8 @@ def _declare(library: ctypes.CDLL) -> None:
         function.restype = None
     library.tandem_create.restype = ctypes.c_void_p
     library.tandem_instructions.restype = ctypes.c_char_p
-    library.tandem_linear.restype = _completed
-    library.tandem_attention.restype = _completed
+    for name in ("tandem_linear", "tandem_attention", "tandem_encode_kv", "tandem_decode_kv"):
+        getattr(library, name).restype = _completed
     for name in ("tandem_all_reduce", "tandem_send", "tandem_receive"):
         getattr(library, name).restype = ctypes.c_int
 

@@ -20,21 +20,23 @@ TRANSPORT_GLOO: Transport
 TRANSPORT_NCCL: Transport
 
 class LinkRequest(_message.Message):
-    __slots__ = ("instance_id", "fingerprint", "boot_id", "uid", "transports")
+    __slots__ = ("instance_id", "fingerprint", "boot_id", "uid", "transports", "kv_format")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    KV_FORMAT_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     fingerprint: str
     boot_id: str
     uid: int
     transports: _containers.RepeatedScalarFieldContainer[Transport]
-    def __init__(self, instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., boot_id: _Optional[str] = ..., uid: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ...) -> None: ...
+    kv_format: str
+    def __init__(self, instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., boot_id: _Optional[str] = ..., uid: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., kv_format: _Optional[str] = ...) -> None: ...
 
 class LinkResponse(_message.Message):
-    __slots__ = ("link_id", "instance_id", "fingerprint", "transport", "num_blocks", "socket_name", "nonces", "block_size", "tp", "layers_per_stage")
+    __slots__ = ("link_id", "instance_id", "fingerprint", "transport", "num_blocks", "socket_name", "nonces", "block_size", "tp", "layers_per_stage", "kv_format")
     LINK_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +47,7 @@ class LinkResponse(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     TP_FIELD_NUMBER: _ClassVar[int]
     LAYERS_PER_STAGE_FIELD_NUMBER: _ClassVar[int]
+    KV_FORMAT_FIELD_NUMBER: _ClassVar[int]
     link_id: str
     instance_id: str
     fingerprint: str
@@ -55,7 +58,8 @@ class LinkResponse(_message.Message):
     block_size: int
     tp: int
     layers_per_stage: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, link_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., num_blocks: _Optional[int] = ..., socket_name: _Optional[str] = ..., nonces: _Optional[_Iterable[bytes]] = ..., block_size: _Optional[int] = ..., tp: _Optional[int] = ..., layers_per_stage: _Optional[_Iterable[int]] = ...) -> None: ...
+    kv_format: str
+    def __init__(self, link_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., num_blocks: _Optional[int] = ..., socket_name: _Optional[str] = ..., nonces: _Optional[_Iterable[bytes]] = ..., block_size: _Optional[int] = ..., tp: _Optional[int] = ..., layers_per_stage: _Optional[_Iterable[int]] = ..., kv_format: _Optional[str] = ...) -> None: ...
 
 class RendezvousSetRequest(_message.Message):
     __slots__ = ("link_id", "key", "value")
@@ -166,7 +170,7 @@ class PullComputedResponse(_message.Message):
     def __init__(self, computed: _Optional[_Union[ComputedKv, _Mapping]] = ..., finished: _Optional[_Union[PullResponse, _Mapping]] = ...) -> None: ...
 
 class GrantRequest(_message.Message):
-    __slots__ = ("link_id", "request_id", "epoch", "sequence", "total_bytes", "chunk_bytes", "checksum", "rank", "allocation", "layers_begin", "layers_end", "blocks_begin", "blocks_end")
+    __slots__ = ("link_id", "request_id", "epoch", "sequence", "total_bytes", "chunk_bytes", "checksum", "rank", "allocation", "layers_begin", "layers_end", "blocks_begin", "blocks_end", "num_tokens")
     LINK_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +184,7 @@ class GrantRequest(_message.Message):
     LAYERS_END_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_BEGIN_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_END_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     link_id: str
     request_id: str
     epoch: int
@@ -193,7 +198,8 @@ class GrantRequest(_message.Message):
     layers_end: int
     blocks_begin: int
     blocks_end: int
-    def __init__(self, link_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., checksum: _Optional[bool] = ..., rank: _Optional[int] = ..., allocation: _Optional[int] = ..., layers_begin: _Optional[int] = ..., layers_end: _Optional[int] = ..., blocks_begin: _Optional[int] = ..., blocks_end: _Optional[int] = ...) -> None: ...
+    num_tokens: int
+    def __init__(self, link_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., total_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., checksum: _Optional[bool] = ..., rank: _Optional[int] = ..., allocation: _Optional[int] = ..., layers_begin: _Optional[int] = ..., layers_end: _Optional[int] = ..., blocks_begin: _Optional[int] = ..., blocks_end: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class GrantResponse(_message.Message):
     __slots__ = ("sent_bytes", "checksum")

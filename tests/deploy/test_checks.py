@@ -70,6 +70,14 @@ def test_what_is_only_odd_is_a_warning(model: Path) -> None:
     assert findings[1].text == "9 threads of instances for 4 cores"
 
 
+def test_a_codec_without_a_network_is_a_warning(model: Path) -> None:
+    section = {"transport": "shared_memory", "kv_codec": "fp8"}
+    config = ServeConfig.model_validate({"model": model, "prefill": {}, "decode": section})
+    (found,) = (finding for finding in check_settings(config, CPU) if finding.subject == "transport")
+    assert found.grade is Grade.WARNING
+    assert found.text == "decode.kv_codec is fp8, and KV in shared memory is copied as it is"
+
+
 @pytest.mark.parametrize(("http", "grpc"), [("127.0.0.1:8123", "127.0.0.1:8123"), ("0.0.0.0:8123", "127.0.0.1:8123")])
 def test_one_address_for_two_things(model: Path, http: str, grpc: str) -> None:
     config = ServeConfig.model_validate(

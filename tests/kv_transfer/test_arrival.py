@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.core.errors import TransferError
+from tandem.core.kv_codec import KvCodec
 from tandem.core.kv_layout import KvLayout
 from tandem.kv_transfer.arrival import Offsets, OwnPools, PairPlan, copy_by_pieces, copy_units
+from tandem.kv_transfer.block_coder import BlockCoder
 from tandem.kv_transfer.blocks import LeavingBlocks, PoolView, copy_blocks
 from tandem.kv_transfer.fence import WriteFence
-from tests.kv_transfer.shapes import make_replicas_equal, random_pools, shaped, tokens_of
+from tests.kv_transfer.shapes import coded, make_replicas_equal, random_floats, random_pools, shaped, tokens_of
 
 NUM_BLOCKS = 24
 
@@ -47,16 +49,18 @@ class Transfer:
     source: KvLayout
     destination: KvLayout
     num_tokens: int
+    codec: KvCodec = KvCodec.NONE
 
     def __post_init__(self) -> None:
         rng = random.Random(self.num_tokens)
-        self.theirs, self.ours = random_pools(self.source, 1), random_pools(self.destination, 2)
+        make_pools = random_pools if self.codec is KvCodec.NONE else random_floats
+        self.theirs, self.ours = make_pools(self.source, 1), make_pools(self.destination, 2)
         make_replicas_equal(self.theirs, self.source)
         make_replicas_equal(self.ours, self.destination)
         self.their_ids = rng.sample(range(NUM_BLOCKS), self.source.blocks_for(self.num_tokens))
         self.our_ids = rng.sample(range(NUM_BLOCKS), self.destination.blocks_for(self.num_tokens))
         self.before = [pool.clone() for pool in self.ours]
-        self.plan = PairPlan.make(self.source, OwnPools(self.destination, self.ours))
+        self.plan = PairPlan.make(self.source, OwnPools(self.destination, self.ours), self.codec)
 
     def copy(self, *, by_pieces: bool = False) -> None:
         """As over shared memory."""
@@ -87,30 +91,38 @@ class Transfer:
         for arriving in self.plan.arriving(self.our_ids, self.num_tokens, max_chunk_bytes):
             leaving = self.leaving(arriving.read.rank, max_chunk_bytes)
             assert leaving.chunks == arriving.chunks
-            assert arriving.total_bytes == sum(map(leaving.chunk_bytes, leaving.chunks))
-            staging = torch.empty(leaving.staging_bytes, dtype=torch.uint8)
+            assert arriving.wire_bytes == leaving.wire_bytes
+            staging, scratch, received = (torch.empty(leaving.staging_bytes, dtype=torch.uint8) for _ in range(3))
             for chunk in leaving.chunks:
-                arriving.scatter(chunk, leaving.gather(chunk, staging))
+                sent = leaving.pack(chunk, staging, scratch)
+                assert sent.nbytes == leaving.sent_bytes(chunk)
+                arriving.scatter(chunk, arriving.unpack(chunk, sent, received))
 
     def leaving(self, rank: int, max_chunk_bytes: int) -> LeavingBlocks:
-        view = PoolView.over(self.theirs[rank], self.source.pool_of(rank))
-        return LeavingBlocks(view, self.their_ids, max_chunk_bytes)
+        layout = self.source.pool_of(rank)
+        coder = None if self.codec is KvCodec.NONE else BlockCoder(self.codec, layout)
+        ids, num_tokens = self.their_ids, self.num_tokens
+        return LeavingBlocks(self.theirs[rank], layout, ids, num_tokens, max_chunk_bytes, coder=coder)
 
     def checksums(self) -> list[tuple[int, int]]:
         """Of what the source has and of what has arrived, by rank of the source."""
         return [
-            (self.leaving(arriving.read.rank, 500).checksum(self.num_tokens), arriving.checksum())
+            (self.leaving(arriving.read.rank, 500).checksum(), arriving.checksum())
             for arriving in self.plan.arriving(self.our_ids, self.num_tokens, 500)
         ]
 
     def check(self) -> None:
-        expected = tokens_of(self.theirs, self.source, self.their_ids, self.num_tokens)
+        sent = self.theirs
+        if self.codec is not KvCodec.NONE:
+            sent = coded(sent, self.source, self.their_ids, self.num_tokens, self.codec)
+        expected = tokens_of(sent, self.source, self.their_ids, self.num_tokens)
         assert torch.equal(tokens_of(self.ours, self.destination, self.our_ids, self.num_tokens), expected)
         others = [block for block in range(NUM_BLOCKS) if block not in self.our_ids]
         for rank, (pool, before) in enumerate(zip(self.ours, self.before, strict=True)):
             now, then = (shaped(each, self.destination, rank)[:, :, others] for each in (pool, before))
             assert torch.equal(now, then), "blocks of other requests"
-        assert all(theirs == ours for theirs, ours in self.checksums())
+        if self.codec is KvCodec.NONE:
+            assert all(theirs == ours for theirs, ours in self.checksums())
 
 
 @settings(deadline=None, max_examples=60)
@@ -126,6 +138,18 @@ def test_kv_arrives_and_other_blocks_stay(both: tuple[KvLayout, KvLayout], data:
     transfer.check()
     for pool, before in zip(transfer.ours, transfer.before, strict=True):
         pool.copy_(before)
+    transfer.send(data.draw(st.integers(1, 5000)))
+    transfer.check()
+
+
+@settings(deadline=None, max_examples=25)
+@given(layouts(), st.sampled_from([KvCodec.FP8, KvCodec.INT8, KvCodec.INT4]), st.data())
+def test_coded_kv_arrives_the_same_however_it_is_divided(
+    both: tuple[KvLayout, KvLayout], codec: KvCodec, data: st.DataObject
+) -> None:
+    """Each block is coded by itself: ranks, other shapes and chunks do not change the result."""
+    most = NUM_BLOCKS * min(layout.block_size for layout in both)
+    transfer = Transfer(*both, num_tokens=data.draw(st.integers(1, most)), codec=codec)
     transfer.send(data.draw(st.integers(1, 5000)))
     transfer.check()
 

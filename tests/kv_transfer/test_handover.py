@@ -532,10 +532,10 @@ async def test_a_grant_that_was_refused_does_not_break_the_later_ones(
 async def test_a_cancelled_checksum_leaves_the_link_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     pause, checksum = Pause(), LeavingBlocks.checksum
 
-    def paused(blocks: LeavingBlocks, num_tokens: int) -> int:
+    def paused(blocks: LeavingBlocks) -> int:
         if not pause.reached.is_set():
             pause.here()  # on the prefill side
-        return checksum(blocks, num_tokens)
+        return checksum(blocks)
 
     monkeypatch.setattr(LeavingBlocks, "checksum", paused)
     async with (

@@ -42,19 +42,20 @@ def test_blocks_arrive_equal(ranks: list[NcclGroup]) -> None:
     target = torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8, device="cuda:1")
     from_view, to_view = (PoolView.over(pool, LAYOUT) for pool in (source, target))
     theirs, ours = [3, 9, 1, 60], [0, 63, 5, 6]
-    leaving = LeavingBlocks(from_view, theirs, 100_000)
+    leaving = LeavingBlocks(source, LAYOUT, theirs, 4 * LAYOUT.block_size, 100_000)
     (arriving,) = PairPlan.make(LAYOUT, OwnPools(LAYOUT, [target])).arriving(ours, 4 * LAYOUT.block_size, 100_000)
     sent: list[int] = []
 
-    def staging(rank: NcclGroup) -> list[torch.Tensor]:
-        return [torch.empty(100_000, dtype=torch.uint8, device=rank.device) for _ in range(2)]
+    def buffers(rank: NcclGroup) -> tuple[list[torch.Tensor], torch.Tensor]:
+        first, second, scratch = (torch.empty(100_000, dtype=torch.uint8, device=rank.device) for _ in range(3))
+        return [first, second], scratch
 
     def send() -> None:
-        sent.append(send_chunks(ranks[0], leaving, staging(ranks[0]), timeout_s=30.0, checksum=True))
+        sent.append(send_chunks(ranks[0], leaving, *buffers(ranks[0]), timeout_s=30.0, checksum=True))
 
     sender = threading.Thread(target=send)
     sender.start()
-    received = receive_chunks(ranks[1], arriving, staging(ranks[1]), WriteFence(), timeout_s=30.0, checksum=True)
+    received = receive_chunks(ranks[1], arriving, *buffers(ranks[1]), WriteFence(), timeout_s=30.0, checksum=True)
     sender.join()
     assert sent == [received]
     assert torch.equal(to_view.words[:, :, ours].cpu(), from_view.words[:, :, theirs].cpu())
