@@ -10,6 +10,11 @@ need a quiet machine; the load is printed first.
 
     python -m bench.kv_transfer.codecs
     python -m bench.kv_transfer.codecs --skip time --prompts 512 --texts 40
+
+Over a network of 1 Gbit/s, as root:
+
+    unshare -n bash -c "ip link set lo up; tc qdisc add dev lo root tbf rate 1gbit burst 1m latency 100ms;
+        python -m bench.kv_transfer.codecs --skip quality"
 """
 
 import argparse
