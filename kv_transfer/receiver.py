@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -24,6 +24,7 @@ from tandem.kv_transfer.arrival import ArrivingBlocks, CopyPieces, OwnPools
 from tandem.kv_transfer.block_coder import KvCodes
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.fence import WriteFence
+from tandem.kv_transfer.incoming import IncomingKv
 from tandem.kv_transfer.link_totals import LinkTotals
 from tandem.kv_transfer.process_group_link import ProcessGroupLink
 from tandem.kv_transfer.receive_links import ReceiveLink, ReceiveLinks, parse_transport
@@ -53,32 +54,6 @@ class FetchResult:
     @property
     def first_token(self) -> SampledToken:
         return self.manifest.first_token
-
-
-@dataclass(slots=True)
-class _Incoming:
-    """One transfer: where its KV goes, and what has come. `fence` surrounds all writes into `block_ids`."""
-
-    num_tokens: int
-    block_ids: Sequence[int]
-    fence: WriteFence = field(default_factory=WriteFence)
-    known: KvFrontier = field(default_factory=KvFrontier)
-    num_streamed: int = 0  # blocks of one layer of the source
-    wire_bytes: int = 0  # received so far, also in vain
-    streaming_s: float = 0.0  # in which these bytes moved
-    first_s: float | None = None  # when the turn of the first ones came
-    transport: Transport | None = None  # of the last ones
-    is_acknowledged: bool = False
-
-    def known_of(self, allocation: int) -> KvFrontier:
-        """What has come and still counts."""
-        return self.known if self.known.allocation == allocation else KvFrontier()
-
-    async def restart(self) -> None:
-        """Nothing has come. What still moves writes nothing any more."""
-        await self.fence.close()
-        self.fence = WriteFence()
-        self.known, self.num_streamed, self.first_s = KvFrontier(), 0, None
 
 
 class KvReceiver:
@@ -148,7 +123,7 @@ class KvReceiver:
             raise InternalError(
                 f"A fetch of {needed} blocks got blocks that are too few, not distinct or not in the pool"
             )
-        incoming = _Incoming(len(token_ids), block_ids[:needed])
+        incoming = IncomingKv(len(token_ids), block_ids[:needed])
         try:
             async with asyncio.timeout(_remaining_s(deadline_s)):
                 link = await self._links.get(peer)  # before the wait: it takes time, and tells whether we fit
@@ -187,7 +162,7 @@ class KvReceiver:
         return self._stream_from_bytes is not None and num_blocks * self._layout.block_bytes >= self._stream_from_bytes
 
     async def _stream_until_finished(
-        self, peer: PeerControl, request_id: str, epoch: int, link: ReceiveLink, incoming: _Incoming, deadline_s: float
+        self, peer: PeerControl, request_id: str, epoch: int, link: ReceiveLink, incoming: IncomingKv, deadline_s: float
     ) -> Manifest:
         """Bring what is computed until the prefill is finished, or until that fails; wait for the manifest."""
         assert self._stream_from_bytes is not None
@@ -210,7 +185,7 @@ class KvReceiver:
                 await incoming.restart()
                 return await peer.pull(request_id, epoch, _remaining_s(deadline_s))
 
-    async def _bring_computed(self, peer: PeerControl, kv: ComputedKv, incoming: _Incoming) -> None:
+    async def _bring_computed(self, peer: PeerControl, kv: ComputedKv, incoming: IncomingKv) -> None:
         """Bring what has been computed since the last time. Raises TransferError, TimeoutError or DeadlineError."""
         parts = kv.frontier.beyond(incoming.known_of(kv.allocation))
         if not parts:
@@ -223,7 +198,7 @@ class KvReceiver:
         incoming.streaming_s += time.monotonic() - turn_s
         incoming.first_s = turn_s if incoming.first_s is None else incoming.first_s
 
-    async def _finish(self, peer: PeerControl, manifest: Manifest, incoming: _Incoming) -> FetchResult:
+    async def _finish(self, peer: PeerControl, manifest: Manifest, incoming: IncomingKv) -> FetchResult:
         """Bring what has not come yet, and take the KV over."""
         manifest_s = time.monotonic()
         known = incoming.known_of(manifest.allocation)
@@ -262,7 +237,7 @@ class KvReceiver:
         return FetchResult(manifest, num_bytes, end_s - manifest_s, transport, streamed_bytes, streamed_s)
 
     async def _move(
-        self, peer: PeerControl, kv: ComputedKv | Manifest, parts: Sequence[TransferChunk], incoming: _Incoming
+        self, peer: PeerControl, kv: ComputedKv | Manifest, parts: Sequence[TransferChunk], incoming: IncomingKv
     ) -> tuple[Transport, float]:
         """Bring parts of the KV into the blocks. Returns the transport and when their turn came (monotonic)."""
         block_ids, num_tokens, fence = incoming.block_ids, incoming.num_tokens, incoming.fence

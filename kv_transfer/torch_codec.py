@@ -58,7 +58,7 @@ def _decode_floats(codec: KvCodec, rows: Tensor, is_value: bool, shape: torch.Si
 
 def _encode_integers(codec: KvCodec, x: Tensor, is_value: bool, rows: Tensor) -> None:
     over = 3 if is_value else 2  # a grid spans the channels of a token, or the tokens of a channel
-    levels = 2**codec.bits - 1
+    levels = torch.tensor(2.0**codec.bits - 1, device=x.device)  # CUDA would multiply by the inverse of a plain number
     low, high = _round_down_to_bf16(x.amin(over, keepdim=True) + 0.0), x.amax(over, keepdim=True)
     step = _round_up_to_bf16(((high - low) / levels).clamp(min=_LEAST_STEP))
     step = torch.where(x.isfinite().all(over, keepdim=True), step, torch.nan)

@@ -76,6 +76,11 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum("shared_memory" in line for line in lines) == 1, "one link, though both ends report it"
 
 
+def test_a_codec_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    coded = instance(Role.DECODE, links=(LinkStats("peer-1", "gloo", 4, 100, 0.5, 1, codec="fp8"),))
+    assert "gloo, fp8" in shown(capsys, replace(FLEET, instances=(coded,)))
+
+
 async def test_a_router_that_was_started_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server, _ = build_server("secret")
     worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(FakeRegistry()), server)

@@ -76,3 +76,19 @@ def test_equal_numbers(native: NativeKvCodes, codec: KvCodec, value: float) -> N
     TorchKvCodes().encode(codec, kv, by_torch)
     native.encode(codec, kv, by_native)
     assert torch.equal(by_native, by_torch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", CODECS)
+def test_cuda_has_the_same_bits(codec: KvCodec) -> None:
+    kv = torch.randn(2, 2, 5, 16, 64)
+    on_cpu = empty_codes(codec, kv)
+    on_gpu = on_cpu.cuda()
+    TorchKvCodes().encode(codec, kv, on_cpu)
+    TorchKvCodes().encode(codec, kv.cuda(), on_gpu)
+    assert torch.equal(on_gpu.cpu(), on_cpu)
+    arrived = torch.empty_like(kv)
+    arrived_on_gpu = arrived.cuda()
+    TorchKvCodes().decode(codec, on_cpu, arrived)
+    TorchKvCodes().decode(codec, on_gpu, arrived_on_gpu)
+    assert torch.equal(arrived_on_gpu.cpu(), arrived)
