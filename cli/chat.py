@@ -86,7 +86,7 @@ class Conversation:
         self._client = client
         self._complete = complete
         self._options = options
-        self._beginning = [{"role": "system", "content": system}] if system else []
+        self._beginning = [{"role": "system", "content": _as_utf8(system)}] if system else []
         self._messages = list(self._beginning)
 
     def command(self, command: str) -> str:
@@ -107,6 +107,7 @@ class Conversation:
 
     def answer(self, text: str) -> bool:
         """Print the answer as it comes. Returns False after a failure, which leaves the conversation as it was."""
+        text = _as_utf8(text)
         question = {"role": "user", "content": text}
         options = self._options.copy()
         if self._complete:
@@ -126,6 +127,12 @@ class Conversation:
         if not self._complete:
             self._messages += [question, {"role": "assistant", "content": "".join(written)}]
         return True
+
+
+def _as_utf8(text: str) -> str:
+    """Bytes that the locale's encoding lacks reach Python as halves of surrogate pairs. They count as UTF-8, whatever
+    the locale says, and as U+FFFD where they are not."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _lines(interactive: bool) -> Iterator[str]:

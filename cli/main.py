@@ -4,6 +4,7 @@
 import errno
 import importlib
 import inspect
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,14 +12,14 @@ from typing import Annotated, Any
 
 try:
     import typer
+    from typer.core import TyperGroup
+
+    from tandem.cli.output import print_error
+    from tandem.core.errors import ConfigError, TandemError
 except ModuleNotFoundError:
     sys.exit("`tandem` needs `pip install 'tandem-serve[cli]'`")
-except KeyboardInterrupt:  # it takes a third of a second
+except KeyboardInterrupt:  # these imports take up to a second
     sys.exit(130)
-from typer.core import TyperGroup
-
-from tandem.cli.output import print_error
-from tandem.core.errors import ConfigError, TandemError
 
 # name -> its line in `tandem --help`, and the extras of the package that it needs
 _COMMANDS = {
@@ -109,13 +110,16 @@ for _name, (_summary, _) in _COMMANDS.items():
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not sys.stdout.isatty():
-        import typer.rich_utils
-
-        typer.rich_utils.MAX_WIDTH = _HELP_WIDTH
+    _print_what_the_terminal_can()
     try:
+        if not sys.stdout.isatty():
+            import typer.rich_utils
+
+            typer.rich_utils.MAX_WIDTH = _HELP_WIDTH
         status: int | None = app(args=arguments, prog_name="tandem", standalone_mode=False)
         return status or 0
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:  # noqa: BLE001 - the end of the process: a sentence instead of a traceback
         if "--debug" in arguments:
             traceback.print_exc()
@@ -125,6 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in message.splitlines():
             print_error(f"{command}: {line}")
         return status
+
+
+def _print_what_the_terminal_can() -> None:
+    """A character that the encoding of the output lacks, as in a model's answer or a file's name, ends no command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _explain(error: Exception, name: str, command: str) -> tuple[str, int]:

@@ -106,3 +106,11 @@ def test_it_talks_to_no_cluster_by_chance(
     shown = capsys.readouterr().err
     assert "several clusters are running; name one: " in shown
     assert "--address h:2 (c2)" in shown
+
+
+def test_bytes_count_as_utf_8_in_every_locale(router: tuple[Yes, Client]) -> None:
+    servicer, client = router
+    conversation = Conversation(client, GenerateOptions(), complete=True)
+    for typed in ("naïve".encode(), b"\xff", b"plain"):
+        assert conversation.answer(typed.decode("ascii", "surrogateescape"))
+    assert [request.text for request in servicer.requests] == ["naïve", "\ufffd", "plain"]

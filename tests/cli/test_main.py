@@ -1,6 +1,7 @@
 """The commands without a cluster: help, wrong use, and what they say when nothing runs."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -203,3 +204,32 @@ def test_an_extra_is_enough_for_its_commands(extra: str, statements: str, tmp_pa
     absent = {"cli": f"{_ONLY_FOR_SERVE} {_ONLY_FOR_PLAN} numpy", "plan": _ONLY_FOR_SERVE, "serve": _ONLY_FOR_PLAN}
     ended = run_without(f"{absent[extra]} ray tqdm", statements, tmp_path)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_ctrl_c_leaves_no_traceback_while_libraries_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "rich.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join((str(tmp_path), *sys.path))
+    done = subprocess.run(
+        [sys.executable, "-m", "tandem.cli.main", "version"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_leaves_no_traceback_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tandem.cli.main.importlib.import_module", interrupt)
+    assert main(["version"]) == 130
+
+
+def test_characters_that_the_output_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", output)
+    assert main(["version"]) == 0
+    print("naïve", file=output, flush=True)
+    assert output.buffer.getvalue().endswith(b"na\\xefve\n")  # type: ignore[attr-defined]
