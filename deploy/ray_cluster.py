@@ -15,6 +15,7 @@ import psutil
 
 from tandem.core.address import split_address
 from tandem.core.errors import ConfigError, UnavailableError
+from tandem.core.home_folder import home_folder
 from tandem.deploy.run_state import RAY_FOLDER_PREFIX
 
 # deploy/topology.py divides the cores; Ray only counts processes, with this custom resource. `num_cpus` is the number
@@ -142,7 +143,10 @@ def join_ray(address: str, otherwise: str, namespace: str | None = None) -> Modu
             raise UnavailableError(
                 f"no Ray answers at {address} ({reason}); start one with `ray start --head`, or {otherwise}"
             ) from error
-    if (Path.home() / ".ray" / "auth_token").is_file():  # `ray start --head` looks there, and a driver does not
+    home = home_folder()
+    if (
+        home is not None and (home / ".ray" / "auth_token").is_file()
+    ):  # `ray start --head` looks there, and a driver does not
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray = import_ray()
     try:

@@ -21,6 +21,8 @@ from pathlib import Path
 import psutil
 
 from tandem.core.address import split_address
+from tandem.core.errors import ConfigError
+from tandem.core.home_folder import home_folder
 from tandem.core.router_section import RouterSection
 from tandem.core.tls import ClusterTls
 from tandem.deploy.child_process import kill_all, processes_that_use
@@ -81,9 +83,15 @@ class StateFolders:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> "StateFolders":
+        """Raises ConfigError if nothing says where."""
         if chosen := environment.get("TANDEM_STATE_DIR"):
             return cls(Path(chosen), Path(chosen) / "logs", Path(chosen) / "clusters")
-        home = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tandem"
+        if chosen := environment.get("XDG_STATE_HOME"):
+            home = Path(chosen) / "tandem"
+        elif (user_home := home_folder()) is not None:
+            home = user_home / ".local" / "state" / "tandem"
+        else:
+            raise ConfigError("this user has no home folder; set TANDEM_STATE_DIR to a folder where you may write")
         runtime = environment.get("XDG_RUNTIME_DIR")
         state = Path(runtime) / "tandem" if runtime and os.access(runtime, os.W_OK) else home
         return cls(state, home / "logs", home / "clusters")

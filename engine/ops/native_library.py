@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tandem.core.home_folder import home_folder
+
 _SOURCE_DIR = Path(__file__).resolve().parent.parent / "native"
 _MAIN_SOURCE = "api.cpp"
 _COMPILERS = ("g++", "clang++")
@@ -85,13 +87,20 @@ def _tile_flags() -> tuple[str, ...]:
     return () if is_permitted else ("-mno-amx-tile",)
 
 
+def _usual_cache_folder() -> Path | None:
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "tandem"
+    home = home_folder()
+    return None if home is None else home / ".cache" / "tandem"
+
+
 def _cache_folder(name: str) -> Path:
     """The usual one, unless it lacks the library `name` and cannot get it: a home folder may be read-only."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
-    with suppress(OSError):
-        usual.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if (usual / name).exists() or os.access(usual, os.W_OK):
-        return usual
+    if (usual := _usual_cache_folder()) is not None:
+        with suppress(OSError):
+            usual.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if (usual / name).exists() or os.access(usual, os.W_OK):
+            return usual
     temporary = Path(tempfile.gettempdir()) / f"tandem-cache-{os.getuid()}"
     if temporary.is_symlink():
         raise NativeUnavailableError(f"the cache folder {temporary} is a link, which others may have made")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,9 @@ def model_shape(name_or_folder: str, precision: Precision = AS_STORED) -> ModelS
     Raises ConfigError with similar names for an unknown name, and CheckpointError for a folder with a config.json that
     the engine cannot serve.
     """
-    folder = Path(name_or_folder).expanduser()
+    folder = Path(name_or_folder)
+    with suppress(RuntimeError):  # a home folder of nobody: no such model either
+        folder = folder.expanduser()
     if folder.is_dir():
         shape = _checkpoint_shape(folder)
     else:

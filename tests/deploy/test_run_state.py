@@ -121,6 +121,14 @@ def test_where_state_goes(tmp_path: Path) -> None:
     assert StateFolders.of_environment(gone).state == Path("/var/me/tandem")
 
 
+def test_a_user_without_a_home_folder_is_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert StateFolders.of_environment({"TANDEM_STATE_DIR": "/state"}).logs == Path("/state/logs")
+    with pytest.raises(ConfigError, match="this user has no home folder; set TANDEM_STATE_DIR"):
+        StateFolders.of_environment({})
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folders = StateFolders.of_environment({"TANDEM_STATE_DIR": str(tmp_path / "file" / "below")})

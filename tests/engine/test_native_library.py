@@ -97,3 +97,11 @@ def test_a_read_only_home_costs_no_speed(source: Path, tmp_path: Path, monkeypat
     cache.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(NativeUnavailableError, match="is a link, which others may have made"):
         load_native_library()
+
+
+def test_a_user_without_a_home_costs_no_speed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert load_native_library().answer() == 42
