@@ -34,8 +34,8 @@ class RouterSection(FrozenModel):
         default=30.0, gt=0, description="A request that would wait here for longer is refused with 429"
     )
     policy: Literal["balanced", "goodput"] = Field(
-        default="balanced",
-        description="Instances by the least work, or by expected goodput; goodput needs step_cost of all instances",
+        default="goodput",
+        description="Instances by expected goodput, which needs step_cost of all instances, or else by the least work",
     )
     queue_order: Literal["fcfs", "edf", "goodput"] = Field(
         default="goodput",

@@ -3,7 +3,8 @@
     remote     a prefill and a decode instance        TTFT = wait there + uncached tokens
     local      a decode instance computes the prompt  TTFT = wait + uncached tokens in chunks beside its batch
     colocated  as local, on a colocated instance
-    wait       the best of these has no credit: the routing machine holds the request and asks again
+    wait       the best of these has no credit, nor has another instance of its role: the routing machine holds the
+               request and asks again
 
 TPOT is the step of the batch that the request would join, as it is expected after the prefill, stretched by the share
 of the time that goes to prompts, and for remote prefill the transfer. The load of now would belong to the past when the
@@ -12,7 +13,7 @@ earlier predictions. Candidates are the few with the least load by count of toke
 the number of instances. Where no step costs are reported the choice is that of `InstanceSelector`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from tandem.core.session import Role
@@ -130,8 +131,13 @@ class GoodputSelector(InstanceSelector):
         if not estimates:
             return super()._choose(request, needed_tokens, failures, now_s)
         best = _best(estimates, request)
-        if best.place.instance.instance_id in self._credit.without:
-            return None  # the request waits in the router: better than to begin at once where there is credit
+        without_credit = self._credit.without
+        if best.place.instance.instance_id in without_credit:
+            others = [each for each in estimates if each.place.instance.instance_id not in without_credit]
+            others = [each for each in others if each.place.instance.role is best.place.instance.role]
+            if not others:
+                return None  # the request waits in the router: better than to begin at once in another form
+            best = _best(others, request)  # rather than wait for one instance while another of its kind has room
         place = best.place._replace(expected=(best.ttft_s, best.tpot_s))
         return place._replace(selection=_explained(best, estimates)) if self._explain else place
 
@@ -155,29 +161,34 @@ class GoodputSelector(InstanceSelector):
         local += self._colocated.top(query, NUM_CANDIDATES)
         if not all(each in self._loads for each in (*prefills, *decodes, *local)):
             return []
-        estimates = []
-        for prefill_id in prefills:
-            prefill = self.instances[prefill_id]
-            pairs = [
-                self._remote(request, prefill, self.instances[decode_id], now_s)
-                for decode_id in decodes
-                if self.instances[decode_id].status.fingerprint == prefill.status.fingerprint
-                and decode_id not in self.failures.refused_by(prefill_id)
-            ]
-            if pairs:
-                estimates.append(max(pairs, key=lambda pair: (pair.score, -pair.tpot_s)))
-        return estimates + [self._local(request, self.instances[each], now_s) for each in local]
+        pairs = (self._remote(request, self.instances[each], decodes, now_s) for each in prefills)
+        alone = (self._local(request, self.instances[each], now_s) for each in local)
+        return [*(pair for pair in pairs if pair is not None), *alone]
 
-    def _remote(self, request: RoutedRequest, prefill: KnownInstance, decode: KnownInstance, now_s: float) -> Estimate:
-        load = self._loads[prefill.instance_id]
+    def _remote(
+        self, request: RoutedRequest, prefill: KnownInstance, decodes: Iterable[str], now_s: float
+    ) -> Estimate | None:
+        """With the best of `decodes` that can read its KV."""
+        refused = self.failures.refused_by(prefill.instance_id)
+        readers = [
+            each
+            for each in decodes
+            if self.instances[each].status.fingerprint == prefill.status.fingerprint and each not in refused
+        ]
+        if not readers:
+            return None
+        load, place = self._loads[prefill.instance_id], Place(prefill, True, None)
         cached = self.cached_tokens(request, prefill)
-        ttft_s = load.wait_s(now_s) + self._alone_s(load, request, cached)
-        answer_tokens = self.answer_lengths.expected_tokens(request.growth_tokens)
-        before_s, after_s = self._tpots(decode.instance_id, request, ttft_s, 0.0, now_s)
-        gaps = max(1.0, answer_tokens - 1)
-        tpot_s = after_s + self.transfer.seconds((1.0, request.num_tokens)) / gaps
-        loss = self._loss(decode.instance_id, before_s, after_s)
-        return self._estimate(Place(prefill, True, None), request, ttft_s, tpot_s, loss, now_s)
+        price_s = load.price_s(request.num_tokens - cached, cached)
+        ttft_s = load.wait_s(now_s) + max(load.costs.step_s, price_s)
+        gaps = max(1.0, self.answer_lengths.expected_tokens(request.growth_tokens) - 1)
+        transfer_s = self.transfer.seconds((1.0, request.num_tokens)) / gaps  # of each token
+        estimates = []
+        for decode_id in readers:
+            before_s, after_s = self._tpots(decode_id, request, ttft_s, 0.0, now_s)
+            loss = self._loss(decode_id, before_s, after_s)
+            estimates.append(self._estimate(place, request, ttft_s, after_s + transfer_s, loss, now_s))
+        return max(estimates, key=lambda pair: (pair.score, -pair.tpot_s))
 
     def _local(self, request: RoutedRequest, instance: KnownInstance, now_s: float) -> Estimate:
         load = self._loads[instance.instance_id]
@@ -187,10 +198,6 @@ class GoodputSelector(InstanceSelector):
         before_s, after_s = self._tpots(instance.instance_id, request, ttft_s, price_s, now_s)
         loss = self._loss(instance.instance_id, before_s, after_s)
         return self._estimate(Place(instance, False, None), request, ttft_s, after_s, loss, now_s)
-
-    @staticmethod
-    def _alone_s(load: PricedLoad, request: RoutedRequest, cached: int) -> float:
-        return load.costs.step_s + max(0.0, load.price_s(request.num_tokens - cached, cached) - load.costs.step_s)
 
     def _estimate(
         self, place: Place, request: RoutedRequest, ttft_s: float, tpot_s: float, loss: float, now_s: float

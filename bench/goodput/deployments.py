@@ -21,12 +21,12 @@ from tandem.deploy.machine import usable_cores
 from tandem.profiling.errors import MeasurementError
 
 VLLM = "vllm"
-_ROUTER_POLICIES = {"planned": "balanced", "planned-goodput": "goodput", "planned-slack": "goodput"}
+_ROUTER_POLICIES = {"planned": "goodput", "planned-balanced": "balanced", "planned-slack": "goodput"}
 PLANNED = frozenset(_ROUTER_POLICIES)
 SYSTEMS = {
     "planned": "Tandem as `tandem plan` plans it for the workload and its targets",
-    "planned-goodput": "the same plan, its router selects instances by expected goodput",
-    "planned-slack": "as planned-goodput, and colocated instances spend the slack of those that decode on prompts",
+    "planned-balanced": "the same plan, its router selects instances by the least work",
+    "planned-slack": "as planned, and colocated instances spend the slack of those that decode on prompts",
     "disaggregated": "Tandem, one prefill and one decode instance, half of the cores each",
     "colocated": "Tandem, one colocated instance with all cores, chunked prompts",
     VLLM: "vLLM's CPU build with all cores",

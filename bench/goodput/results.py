@@ -16,7 +16,7 @@ from tandem.placement.report.style import drawing_style, light, new_figure
 
 _COLOURS = {
     "planned": "plum",
-    "planned-goodput": "mixed",
+    "planned-balanced": "mixed",
     "disaggregated": "prefill",
     "colocated": "colocated",
     "vllm": "amber",

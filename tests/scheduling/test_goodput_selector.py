@@ -66,6 +66,18 @@ def test_it_waits_where_beginning_at_once_would_make_others_late() -> None:
     assert router.take().instance_id == "p1"
 
 
+def test_it_does_not_wait_for_one_instance_while_another_of_its_role_has_credit() -> None:
+    router = Router(RoutingSettings(policy="goodput", max_outstanding_tokens=2000))
+    router.join("c1", step_cost=STEP_COST, step_prompt_tokens=2048, **_LARGE)
+    router.join("c2", step_cost=StepCoefficients(*(8 * each for each in STEP_COST)), step_prompt_tokens=2048, **_LARGE)
+    places = []
+    for name in ("a", "b", "c"):
+        router.ask(name, prompt=3000, output=100, slo=RequestSlo("x", ttft_s=2.0, tpot_s=0.5))
+        places += [sent.instance_id for sent in router.sent]
+        router.sent.clear()
+    assert places == ["c1", "c2"], "the third waits, for neither has credit"
+
+
 def test_running_requests_are_not_made_late_for_one() -> None:
     """As before, but two requests decode with targets that leave no time for a prompt."""
     router = _router("p1", "d1")
