@@ -1,18 +1,20 @@
 """Conversion of values whose fields have the names and types of a message's fields, one for one."""
 
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import Field, fields
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+
+class DataclassInstance(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
-Value = TypeVar("Value", bound="DataclassInstance")
+Value = TypeVar("Value", bound=DataclassInstance)
 
 
-def to_message(message_type: type[AnyMessage], value: "DataclassInstance") -> AnyMessage:
+def to_message(message_type: type[AnyMessage], value: DataclassInstance) -> AnyMessage:
     """Raises ValueError for a field that the message does not have."""
     return message_type(**{field.name: getattr(value, field.name) for field in fields(value)})
 
