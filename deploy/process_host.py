@@ -10,20 +10,18 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from tandem.core.address import advertised, is_loopback
 from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import TandemError
+from tandem.core.owned_folder import OwnedFolder
 from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess, wait_end
 from tandem.deploy.process_launcher import ProcessLauncher
 from tandem.deploy.progress import watch_health
 from tandem.deploy.ray_cluster import import_ray
-from tandem.deploy.run_state import RAY_FOLDER_PREFIX, StateFolders
+from tandem.deploy.run_state import StateFolders
 from tandem.deploy.topology import ProcessSpec
 
 log = logging.getLogger(__name__)
@@ -58,6 +56,7 @@ class ProcessHost:
         self._settings = settings
         self._host: str = ray.util.get_node_ip_address()
         self._report = HostReport(self._host, ray.get_runtime_context().get_node_id())
+        self._folder: OwnedFolder | None = None
         self._launcher: ProcessLauncher | None = None
         self._process: RunningProcess | None = None
         self._end: asyncio.Task[ProcessEnd] | None = None
@@ -69,8 +68,9 @@ class ProcessHost:
         folders = StateFolders.of_environment(os.environ)
         log_folder = folders.logs / self._settings.run
         log_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = OwnedFolder.make("host")
         launcher = self._launcher = ProcessLauncher(
-            Path(tempfile.gettempdir()) / f"{RAY_FOLDER_PREFIX}{secrets.token_hex(4)}",
+            self._folder.path / "p",
             log_folder,
             load_timeout_s=self._settings.load_timeout_s,
             grace_s=self._settings.grace_s,
@@ -80,7 +80,7 @@ class ProcessHost:
             await launcher.start()
             process = await launcher.launch(here)
         except TandemError as error:
-            await launcher.close()
+            await self._clear_away()
             return replace(self._report, error_code=error.code, error_message=error.message)
         self.spec, self._process = spec, process
         self._report = replace(self._report, info=process.info)
@@ -113,9 +113,16 @@ class ProcessHost:
                 await asyncio.gather(task, return_exceptions=True)
         if self._process is not None:
             await self._process.kill()
-        if self._launcher is not None:
+        await self._clear_away()
+
+    async def _clear_away(self) -> None:
+        launcher, self._launcher = self._launcher, None
+        if launcher is not None:
             with contextlib.suppress(OSError):
-                await self._launcher.close()
+                await launcher.close()
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            folder.remove()
 
 
 def spec_on_host(spec: ProcessSpec, host: str, model_hash: str | None) -> ProcessSpec:

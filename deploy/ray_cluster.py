@@ -69,8 +69,9 @@ class LocalRay:
     """A private Ray cluster on this machine, with its own temporary folder. At most one per process, and none after its
     end: Ray keeps its token for the life of the process, and may end the process when its servers have died."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or new_ray_folder()
+    def __init__(self, folder: Path) -> None:
+        """`folder` does not exist yet."""
+        self.folder = folder
 
     def start(self, processes: int, gpus: int) -> None:
         """Start Ray and, in advance, `processes` Python processes. Takes some seconds.

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from tandem.core.errors import UnavailableError
+from tandem.core.owned_folder import OwnedFolder
 from tandem.deploy.machine import usable_cores
 from tandem.deploy.ray_cluster import LocalRay, import_ray, join_ray
 
@@ -61,13 +62,15 @@ def ray_mapper(address: str) -> Iterator[RayMapper]:
     Raises UnavailableError if there is no cluster, ConfigError for an invalid address.
     """
     if address == LOCAL:
-        local_ray = LocalRay()
+        folder = OwnedFolder.make("ray")
+        local_ray = LocalRay(folder.path / "p")
         cores = usable_cores()
         try:
             local_ray.start(processes=cores, gpus=0)
             yield RayMapper(import_ray(), cores)
         finally:
             local_ray.stop()
+            folder.remove()
         return
     ray = join_ray(address, "plan without --ray")
     try:

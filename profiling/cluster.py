@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
 import yaml
 
 from tandem.client import AsyncClient
+from tandem.core.owned_folder import OwnedFolder
 from tandem.core.session import Role
 from tandem.profiling.errors import MeasurementError
 
@@ -56,7 +56,9 @@ class ClusterLauncher:
         self._folder = Path()
 
     async def __aenter__(self) -> Self:
-        self._folder = Path(self._resources.enter_context(TemporaryDirectory(prefix="tandem-profile-")))
+        folder = OwnedFolder.make("profile")
+        self._resources.callback(folder.remove)
+        self._folder = folder.path
         return self
 
     async def __aexit__(

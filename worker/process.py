@@ -21,6 +21,7 @@ from tandem.core.errors import TandemError
 from tandem.core.instance_section import RoleName
 from tandem.core.log_lines import announce, configure_logging
 from tandem.worker.app import Worker
+from tandem.worker.openmp_files import remove_openmp_files
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def run_worker(config: WorkerConfig, grace_s: float, *, verbose: bool = False) -
     signal ends it at once. Returns the exit status. Raises a TandemError if the instance cannot start."""
     level = logging.DEBUG if verbose else logging.INFO
     configure_logging(config.log_format, config.name or config.role, level)
+    remove_openmp_files()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(Worker(config), grace_s))
 

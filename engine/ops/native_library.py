@@ -36,6 +36,7 @@ _FLAGS = (
     "-w",
 )
 _COMPILE_TIMEOUT_S = 300.0
+_SCRATCH = "compiling-"
 
 
 class NativeUnavailableError(Exception):
@@ -146,8 +147,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
-    """Writes to a temporary name and renames the file, so that a library under its final name is always complete."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    """Writes to a temporary name and renames the file, so that a library under its final name is always complete. The
+    caller holds the folder's lock, so other temporary names are those of processes that were killed."""
+    for left in target.parent.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=target.parent) as scratch:
         output = Path(scratch) / target.name
         command = [compiler, *flags, str(_SOURCE_DIR / _MAIN_SOURCE), "-o", str(output)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)

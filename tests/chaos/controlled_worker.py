@@ -6,6 +6,7 @@
     hang       a step does not end while the file says so; everything else of the process goes on
     fail       each step raises RuntimeError, as torch does
     no memory  each step of more than one sequence raises MemoryError
+    corrupt    steps run as they are; one bit of all KV that leaves over gloo is another one
 
 The worker reports the address in `FILE.address` instead of its own, which it writes into `FILE.own-address`.
 """
@@ -17,7 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tandem.engine.engine import Engine
+from tandem.kv_transfer.process_groups import GlooGroup
 from tandem.worker.instance import PublicSide
 from tandem.worker.process import run_from_command_line
 
@@ -38,6 +42,17 @@ def _control_steps(file: Path) -> None:
         return launch(engine, slices, *rest)
 
     Engine.launch = controlled_launch  # type: ignore[method-assign]
+
+
+def _corrupt_kv(file: Path) -> None:
+    send = GlooGroup.send
+
+    def corrupted_send(group: GlooGroup, data: torch.Tensor) -> Any:
+        if _read(file) == "corrupt":
+            data[len(data) // 2] ^= 1
+        return send(group, data)
+
+    GlooGroup.send = corrupted_send  # type: ignore[method-assign]
 
 
 def _report_address(reported: Path, own: Path) -> None:
@@ -61,5 +76,6 @@ def _read(file: Path) -> str:
 if __name__ == "__main__":
     config = sys.argv[sys.argv.index("--config") + 1]
     _control_steps(Path(f"{config}.steps"))
+    _corrupt_kv(Path(f"{config}.steps"))
     _report_address(Path(f"{config}.address"), Path(f"{config}.own-address"))
     sys.exit(run_from_command_line("tests.chaos.controlled_worker"))

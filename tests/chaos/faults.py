@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class ChaosCluster(Cluster):
         self._workers[name] = (role, overrides)
         super().start_worker(name, role, **overrides)
 
-    def start(self, name: str, module: str, config: dict[str, Any]) -> None:
+    def start(self, name: str, module: str, config: dict[str, Any], enter: Sequence[str] = ()) -> None:
         if (log := self.log_path(name)).exists() and not log.is_symlink():
             log.rename(log.with_suffix(f".{time.monotonic():.0f}.log"))
         if name != "router":
@@ -40,7 +40,7 @@ class ChaosCluster(Cluster):
             own_address.unlink(missing_ok=True)
             self.proxies[name] = LinkProxy(own_address)
             (self.folder / f"{name}.yaml.address").write_text(f"127.0.0.1:{self.proxies[name].port}")
-        super().start(name, module, config)
+        super().start(name, module, config, enter)
 
     # --- faults ------------------------------------------------------------------------------------------------------
 

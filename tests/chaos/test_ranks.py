@@ -1,4 +1,5 @@
-"""A rank of an instance of several ranks dies or is stopped: that is the end of its instance, and of no other."""
+"""A rank of an instance of several ranks dies or is stopped: that is the end of its instance, and of no other. KV that
+is damaged between ranks is never used."""
 
 import signal
 import time
@@ -9,7 +10,7 @@ import psutil
 import pytest
 
 from tandem import Client
-from tandem.core.session import Role
+from tandem.core.session import LinkStats, Role
 from tests.chaos.answers import asks, tokens_of
 from tests.chaos.faults import ChaosCluster, until
 from tests.chaos.phases import SECTIONS, bring_into
@@ -24,12 +25,18 @@ SHAPES = {  # no two instances have the same
     "decode-0": {"pp": 2, "block_size": 16},
     "decode-1": {"tp": 2, "block_size": 8},
 }
+TRANSPORTS = {"decode-1": "gloo"}
 ENGINE = {"threads": 2, "kv_memory": "64MiB", "dtype": "float32"}
 FAULTS = [
     pytest.param(0, signal.SIGKILL, id="rank 0 dies"),
     pytest.param(1, signal.SIGKILL, id="rank 1 dies"),
     pytest.param(1, signal.SIGSTOP, id="rank 1 is stopped"),
 ]
+
+
+def start(cluster: ChaosCluster, name: str) -> None:
+    role, transport = Role(name.partition("-")[0]), TRANSPORTS.get(name, "auto")
+    cluster.start_worker(name, role, engine=ENGINE | SHAPES[name], transport=transport)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +49,8 @@ def ranks_cluster(built_in_model: Path, tmp_path_factory: pytest.TempPathFactory
         make=ChaosCluster,
         **SECTIONS,
     ) as cluster:
-        for name, shape in SHAPES.items():
-            cluster.start_worker(name, Role(name.partition("-")[0]), engine=ENGINE | shape)
+        for name in SHAPES:
+            start(cluster, name)
         cluster.wait_ready(2, 2)
         yield cluster
 
@@ -71,8 +78,7 @@ def lose_rank(cluster: ChaosCluster, name: str, rank: int, fault: signal.Signals
 def check_pairs_again(cluster: ChaosCluster, client: Client, name: str) -> None:
     """A new instance of that name exchanges KV with those that were there all the time."""
     others = {each: process.pid for each, process in cluster.processes.items()}
-    role = Role(name.partition("-")[0])
-    cluster.start_worker(name, role, engine=ENGINE | SHAPES[name])
+    start(cluster, name)
     cluster.wait_known(START_TIMEOUT_S)
     new_id = cluster.instance_id(name)
 
@@ -119,3 +125,35 @@ def test_a_lost_rank_of_a_decode_instance_loses_no_token(
     name: str, phase: str, rank: int, fault: signal.Signals, cluster: ChaosCluster, client: Client
 ) -> None:
     check_loss(name, phase, rank, fault, cluster, client)
+
+
+def links_of(cluster: ChaosCluster, name: str) -> dict[str, LinkStats]:
+    """By the name of the prefill instance at the other end."""
+    status = cluster.find(name)
+    assert status is not None
+    return {link.peer_id.rpartition("-")[0]: link for link in status.links}
+
+
+def test_kv_that_is_damaged_between_ranks_is_never_used(cluster: ChaosCluster, client: Client) -> None:
+    """Of the ranks of prefill-0 to those of decode-1, which is of another shape and has blocks of another size."""
+    wanted = asks(8, prompt_tokens=200, max_tokens=8)
+    undisturbed = tokens_of(client, wanted)
+    until(lambda: "prefill-0" in links_of(cluster, "decode-1"), 5.0, "the two have met")
+    before = links_of(cluster, "decode-1")
+    cluster.steps("prefill-0", "corrupt")
+
+    def has_met_damage() -> bool:
+        assert tokens_of(client, wanted) == undisturbed
+        return links_of(cluster, "decode-1")["prefill-0"].failures > before["prefill-0"].failures
+
+    until(has_met_damage, 30.0, "damaged KV has come to decode-1")
+    assert links_of(cluster, "decode-1")["prefill-1"].failures == before["prefill-1"].failures
+    cluster.steps("prefill-0", "")
+    cluster.wait_idle(5.0)
+    met = links_of(cluster, "decode-1")["prefill-0"].transfers
+
+    def exchanges_again() -> bool:
+        assert tokens_of(client, wanted) == undisturbed
+        return links_of(cluster, "decode-1")["prefill-0"].transfers > met
+
+    until(exchanges_again, 30.0, "the pair exchanges KV again")

@@ -1,5 +1,6 @@
 """All instances of a role are gone; colocated instances fail."""
 
+import signal
 from pathlib import Path
 
 import httpx
@@ -10,6 +11,7 @@ from tandem.core.session import Role
 from tests.chaos.answers import answer, asks, tokens_of
 from tests.chaos.faults import ChaosCluster, until
 from tests.chaos.phases import CHUNK_TOKENS, PHASES, bring_into
+from tests.chaos.test_ranks import ENGINE, lose_rank
 from tests.cluster.harness import running_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -63,9 +65,11 @@ def test_without_decode_instances_colocated_ones_go_on(built_in_model: Path, tmp
         assert tokens_of(client, wanted) == undisturbed
 
 
-@pytest.mark.parametrize("fault", ["dies", "is stopped", "hangs in a step"])
+@pytest.mark.parametrize("fault", ["dies", "is stopped", "hangs in a step", "loses a rank", "a rank is stopped"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_colocated_instance_fails(phase: str, fault: str, built_in_model: Path, tmp_path: Path) -> None:
+    """The instances that lose a rank are of two: stages in prefill, and halves of each layer in decode."""
+    shape = {"pp" if phase == "prefill" else "tp": 2 if "rank" in fault else 1}
     with (
         running_cluster(
             built_in_model,
@@ -73,7 +77,7 @@ def test_a_colocated_instance_fails(phase: str, fault: str, built_in_model: Path
             num_prefill=0,
             decode_transports=(),
             num_colocated=2,
-            colocated={"max_batch_tokens": CHUNK_TOKENS},
+            colocated={"max_batch_tokens": CHUNK_TOKENS, "engine": ENGINE | shape},
             make=ChaosCluster,
         ) as cluster,
         Client(cluster.grpc_address) as client,
@@ -94,6 +98,10 @@ def test_a_colocated_instance_fails(phase: str, fault: str, built_in_model: Path
                 cluster.kill("colocated-0")
             case "is stopped":
                 cluster.stall("colocated-0")
+            case "loses a rank":
+                lose_rank(cluster, "colocated-0", 1, signal.SIGKILL)
+            case "a rank is stopped":
+                lose_rank(cluster, "colocated-0", 1, signal.SIGSTOP)
             case _:
                 cluster.steps("colocated-0", "hang")
         assert [each.wait() for each in running] == undisturbed

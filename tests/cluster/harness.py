@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -79,7 +79,8 @@ class Cluster:
         config = {"routers": [self.control_address], "heartbeat_s": 0.1, "role": role.value, "instance": section}
         self.start(name, module, {"name": name} | config)
 
-    def start(self, name: str, module: str, config: dict[str, Any]) -> None:
+    def start(self, name: str, module: str, config: dict[str, Any], enter: Sequence[str] = ()) -> None:
+        """`enter`: the beginning of the command, of another host."""
         path = self.folder / f"{name}.yaml"
         common = {"model": str(self.model), "model_name": self.model.name, "cluster_token": Cluster.TOKEN}
         if self.cluster_tls is not None:
@@ -87,7 +88,7 @@ class Cluster:
         path.write_text(yaml.safe_dump(common | config))
         with self.log_path(name).open("wb") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, "--config", str(path)],
+                [*enter, sys.executable, "-m", module, "--config", str(path)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},

@@ -30,12 +30,13 @@ from tandem.deploy.child_process import kill_all, processes_that_use
 from tandem.deploy.run_state import RunState, StateFolders
 from tandem.deploy.serving import fetch_fleet
 from tandem.deploy.trial import try_instances, ways_through
+from tests.cluster.namespaces import Hosts
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-python"
-ADDRESS_A, ADDRESS_B = "10.77.0.1", "10.77.0.2"
+HOSTS = Hosts.of_environment()
+ADDRESS_A, ADDRESS_B = HOSTS.link_address("a", "b"), HOSTS.link_address("b", "a")
 HEAD = f"{ADDRESS_A}:6379"
-HOST_B, LINK_B = os.environ["HOST_B"], os.environ["LINK_B"]
 START_TIMEOUT_S = 240.0
 PROMPTS = [[7 + i, 40 + i, 99, 12] * 8 for i in range(8)]
 SMALL = [
@@ -83,18 +84,19 @@ class RayHosts:
         """Host b, with other weights in one folder."""
         changed = self.folder / "changed"
         mount = f'mount --bind {changed} {self.other} && exec "$@"'
-        self.node_b = self.start_ray(ADDRESS_B, 2, "ip", "netns", "exec", HOST_B, "sh", "-c", mount, "sh")
+        self.node_b = self.start_ray(ADDRESS_B, 2, *HOSTS.inside("b"), "sh", "-c", mount, "sh")
         self.wait_nodes(2)
 
     def kill_b(self) -> None:
         """As a loss of power: nobody is told."""
-        subprocess.run(["ip", "-n", HOST_B, "link", "set", LINK_B, "down"], check=True)
-        pids = subprocess.run(["ip", "netns", "pids", HOST_B], check=True, capture_output=True, text=True).stdout
+        HOSTS.cut("a", "b")
+        command = ["ip", "netns", "pids", HOSTS.namespaces["b"]]
+        pids = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         for pid in pids.split():
             os.kill(int(pid), signal.SIGKILL)
         assert self.node_b is not None
         self.node_b.wait(10)
-        subprocess.run(["ip", "-n", HOST_B, "link", "set", LINK_B, "up"], check=True)
+        HOSTS.mend("a", "b")
 
     def wait_nodes(self, number: int) -> None:
         """Ray's own command tells."""

@@ -1,4 +1,4 @@
-"""The tests of `test_hosts.py`, run inside the network namespace of host a; host b is the namespace `HOST_B`.
+"""Tests of `test_hosts.py`, run inside the network namespace of host a.
 
     host a, 10.77.0.1: router, prefill-a, decode-a   <--veth pair-->   host b, 10.77.0.2: prefill-b, decode-b
 
@@ -6,12 +6,9 @@ Workers on b listen on all interfaces and advertise their address.
 """
 
 import asyncio
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +16,16 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 
 from tandem import AsyncClient
 from tandem.core.clock import SystemClock
 from tandem.core.session import Role
 from tandem.deploy.trial import try_instances, ways_through
 from tests.cluster.harness import START_TIMEOUT_S, Cluster
+from tests.cluster.namespaces import Hosts
 
-ADDRESS_A, ADDRESS_B = "10.77.0.1", "10.77.0.2"
-HOST_B, LINK_B = os.environ["HOST_B"], os.environ["LINK_B"]
+HOSTS = Hosts.of_environment()
+ADDRESS_A, ADDRESS_B = HOSTS.link_address("a", "b"), HOSTS.link_address("b", "a")
 ENGINE = {"threads": 1, "kv_memory": "64MiB", "dtype": "float32"}
 PROMPTS = [[7 + i, 40 + i, 99, 12] * 8 for i in range(8)]
 ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE}
@@ -43,7 +40,7 @@ class TwoHosts(Cluster):
 
     def start_router(self) -> None:
         section = {"http": f"127.0.0.1:{self.http_port}", "grpc": self.grpc_address, "control": self.control_address}
-        self.run([], "router", "tandem.router", {"router": section})
+        self.start("router", "tandem.router", {"router": section})
 
     def start_on(self, host: str, **settings: Any) -> None:
         for role in ROLES:
@@ -53,31 +50,15 @@ class TwoHosts(Cluster):
         role, _, host = name.partition("-")
         listen = {"listen": f"{ADDRESS_A}:0"} if host == "a" else {"listen": "0.0.0.0:0", "advertise": ADDRESS_B}
         config = {"name": name, "routers": [self.control_address], "heartbeat_s": 0.1, "role": role}
-        enter = ["ip", "netns", "exec", HOST_B] if host == "b" else []
-        self.run(enter, name, f"tandem.{role}_worker", config | listen | {"instance": {"engine": ENGINE}} | settings)
-
-    def run(self, enter: list[str], name: str, module: str, config: dict[str, Any]) -> None:
-        path = self.folder / f"{name}.yaml"
-        settings = {"model": str(self.model), "model_name": self.model.name, "cluster_token": Cluster.TOKEN}
-        path.write_text(yaml.safe_dump(settings | config))
-        with self.log_path(name).open("wb") as log:
-            self.processes[name] = subprocess.Popen(
-                [*enter, sys.executable, "-m", module, "--config", str(path)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            )
+        settings = config | listen | {"instance": {"engine": ENGINE}} | settings
+        self.start(name, f"tandem.{role}_worker", settings, HOSTS.inside(host))
 
     def kill_host_b(self) -> None:
         """As a loss of power: nobody is told."""
-        set_link("down")
+        HOSTS.cut("a", "b")
         for name in [name for name in self.processes if name.endswith("-b")]:
             self.kill(name)
-        set_link("up")
-
-
-def set_link(state: str) -> None:
-    subprocess.run(["ip", "-n", HOST_B, "link", "set", LINK_B, state], check=True)
+        HOSTS.mend("a", "b")
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +146,7 @@ def test_requests_survive_the_loss_of_a_host_and_it_comes_back(cluster: TwoHosts
         if fault == "kill":
             await asyncio.to_thread(cluster.kill_host_b)
         else:
-            set_link("down")
+            HOSTS.cut("a", "b")
         assert not running.done(), "the host was lost too late to matter"
         return await running
 
@@ -174,7 +155,7 @@ def test_requests_survive_the_loss_of_a_host_and_it_comes_back(cluster: TwoHosts
     if fault == "kill":
         cluster.start_on("b")
     else:
-        set_link("up")
+        HOSTS.mend("a", "b")
     cluster.wait_ready(2, 2)
     try_all_pairs(cluster)
     assert asyncio.run(answers(cluster, 20)) == [tokens[:20] for tokens in undisturbed]

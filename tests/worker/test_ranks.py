@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import random
+import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,14 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tandem.core.errors import TandemError
+from tandem.core.errors import InternalError, TandemError
 from tandem.core.instance_section import EngineSection
 from tandem.core.request import SamplingParams
+from tandem.engine.collectives.interface import RankLostError
 from tandem.engine.engine import Engine
-from tandem.engine.step import SequenceSlice
+from tandem.engine.step import SampleRequest, SequenceSlice
 from tandem.kv_transfer.pool import SharedPool
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tandem.worker.engine_setup import load_worker_engine
+from tandem.worker.ranks import group
 from tandem.worker.ranks.group import RankGroup
 from tests.engine.driver import Driver
 
@@ -40,22 +44,18 @@ def checkpoint(folder: Path, family: str, **sizes: int) -> Path:
     return write_random_checkpoint(folder / family, CheckpointShape(family=family, **{**shape, **sizes}), seed=5)
 
 
+def section(tp: int = 1, pp: int = 1) -> EngineSection:
+    return EngineSection(device="cpu", threads=1, kv_memory=2 << 20, dtype="float32", tp=tp, pp=pp)
+
+
 @contextlib.contextmanager
 def running_with_pools(model: Path, tp: int = 1, pp: int = 1) -> Iterator[tuple[Engine, Sequence[SharedPool]]]:
-    section = EngineSection(
-        device="cpu",
-        threads=1,
-        kv_memory=2 << 20,
-        dtype="float32",
-        tp=tp,
-        pp=pp,
-    )
     lost: list[TandemError] = []
-    ranks = RankGroup(model, section, lost.append) if tp * pp > 1 else None
+    ranks = RankGroup(model, section(tp, pp), lost.append) if tp * pp > 1 else None
     if ranks is not None:
         ranks.start()
     try:
-        engine, pools = load_worker_engine(model, section, ranks)
+        engine, pools = load_worker_engine(model, section(tp, pp), ranks)
         yield engine, pools
         engine.close()
         for pool in pools:
@@ -151,3 +151,51 @@ def test_no_stage_computes_a_step_after_it_is_settled(tmp_path: Path) -> None:
         tokens, _ = greedy(engine)
     with running(checkpoint(tmp_path, "llama")) as engine:
         assert greedy(engine)[0] == tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["a flipped bit", "another step's number"])
+def test_a_damaged_step_ends_the_instance(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rank computes it, and the waits of all ranks end."""
+    encode = group.encode_step
+    lost = threading.Event()
+    ranks = RankGroup(checkpoint(tmp_path, "llama"), section(pp=2), lambda _: lost.set())
+    ranks.start()
+    try:
+        engine, _ = load_worker_engine(tmp_path / "llama", section(pp=2), ranks)
+
+        def damaged(number: int, slices: Sequence[SequenceSlice]) -> bytes:
+            if damage == "a flipped bit":
+                data = bytearray(encode(number, slices))
+                data[len(data) // 2] ^= 1
+                return bytes(data)
+            return encode(number + 1, slices)
+
+        monkeypatch.setattr(group, "encode_step", damaged)
+        request = SampleRequest(SamplingParams(temperature=0.0), 3, (), 3)
+        with pytest.raises(RankLostError):
+            engine.step([SequenceSlice([1, 2, 3], 0, [1], request)])
+        assert lost.wait(10)
+        with pytest.raises(InternalError, match="step"):
+            ranks.wait_ready()
+        engine.close()
+    finally:
+        ranks.close()
+
+
+@pytest.mark.slow
+def test_without_a_compiler_ranks_meet_over_gloo_and_leave_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(tmp_path, "qwen3")
+    with running(model) as engine:
+        expected, _ = greedy(engine)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("PATH", "")
+    with running(model, 2, 2) as engine:
+        assert engine.ops_name == "torch"
+        assert greedy(engine)[0] == expected
+        assert list(temporary.iterdir()) == [], "what is there would stay when a rank is killed"

@@ -1,5 +1,5 @@
-"""A rank that is not rank 0: `python -m tandem.worker.ranks.follower CHANNEL_FD REGION_FD POOL_FD PARENT`, started
-by rank 0.
+"""A rank that is not rank 0, started by rank 0:
+`python -m tandem.worker.ranks.follower CHANNEL_FD REGION_FD STORE_FD POOL_FD PARENT LOG_FORMAT`.
 
 It loads its part of the model, then computes the steps that rank 0 announces, until it is told to stop. It has no port
 and no scheduler. Its KV pool is in memory that rank 0 maps, too: rank 0 writes KV there that comes in, and reads KV
@@ -38,7 +38,7 @@ _ADOPTION_S = 10.0
 
 def main() -> int:
     *numbers, log_format = sys.argv[1:]
-    channel_fd, region_fd, pool_fd, parent = map(int, numbers)
+    channel_fd, region_fd, store_fd, pool_fd, parent = map(int, numbers)
     if not end_with_parent(parent, _ADOPTION_S):
         return 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: rank 0 drains, and stops this process when idle
@@ -46,7 +46,7 @@ def main() -> int:
     configure_logging("json" if log_format == "json" else "text", f"rank {os.getpid()}")
     channel = RankChannel(socket.socket(fileno=channel_fd))
     try:
-        _follow(channel, region_fd, pool_fd)
+        _follow(channel, region_fd, store_fd, pool_fd)
     except EOFError:
         return 1  # rank 0 is gone
     except Exception as error:
@@ -57,8 +57,8 @@ def main() -> int:
     return 0
 
 
-def _follow(channel: RankChannel, region_fd: int, pool_fd: int) -> None:
-    engine = _load(channel, region_fd, pool_fd)
+def _follow(channel: RankChannel, region_fd: int, store_fd: int, pool_fd: int) -> None:
+    engine = _load(channel, region_fd, store_fd, pool_fd)
     channel.send(FrameKind.READY)
     threading.Thread(target=_stay_alive, args=(channel,), name="alive", daemon=True).start()
     while True:
@@ -68,13 +68,13 @@ def _follow(channel: RankChannel, region_fd: int, pool_fd: int) -> None:
         engine.follow(*decode_step(payload))
 
 
-def _load(channel: RankChannel, region_fd: int, pool_fd: int) -> Engine:
+def _load(channel: RankChannel, region_fd: int, store_fd: int, pool_fd: int) -> Engine:
     _, payload = channel.receive()
     fields = json.loads(payload)
     section = EngineSection.model_validate(fields["engine"])
     shape, rank = section.shape, int(fields["rank"])
     config = engine_config(Path(fields["model"]), section, rank)
-    place = MeetingPlace(shape, SharedRegion(region_fd, shape), Path(fields["store"]))
+    place = MeetingPlace(shape, SharedRegion(region_fd, shape), store_fd)
     os.close(region_fd)
     device = choose_device(config.device)
 

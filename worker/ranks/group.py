@@ -13,7 +13,6 @@ import select
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -54,7 +53,7 @@ class RankGroup:
         self._channels: list[RankChannel] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pool_fds: list[int] = []  # until `map_pools` takes them
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._store_fd: int | None = None
         self._meeting: MeetingPlace | None = None
         self._watching: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -65,13 +64,12 @@ class RankGroup:
     def start(self) -> None:
         """Start the processes. On the main thread: the kernel ends them with the thread that started them."""
         shape = self._section.shape
-        self._folder = tempfile.TemporaryDirectory(prefix="tandem-ranks-")
-        store = Path(self._folder.name, "store")
+        self._store_fd = MeetingPlace.create_store()
         region_fd = SharedRegion.create(shape)
         try:
-            self._meeting = MeetingPlace(shape, SharedRegion(region_fd, shape), store)
+            self._meeting = MeetingPlace(shape, SharedRegion(region_fd, shape), self._store_fd)
             for rank in range(1, shape.num_ranks):
-                self._start_rank(rank, region_fd, store)
+                self._start_rank(rank, region_fd, self._store_fd)
         finally:
             os.close(region_fd)
         self._watching = threading.Thread(target=self._watch, name="ranks", daemon=True)
@@ -135,15 +133,16 @@ class RankGroup:
         for fd in self._pool_fds:
             os.close(fd)
         self._pool_fds.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._store_fd is not None:
+            os.close(self._store_fd)
+            self._store_fd = None
 
-    def _start_rank(self, rank: int, region_fd: int, store: Path) -> None:
+    def _start_rank(self, rank: int, region_fd: int, store_fd: int) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-P", "-m", "tandem.worker.ranks.follower"]
             self._pool_fds.append(create_pool_file())
-            fds = (theirs.fileno(), region_fd, self._pool_fds[-1])
+            fds = (theirs.fileno(), region_fd, store_fd, self._pool_fds[-1])
             path = os.pathsep.join(path for path in sys.path if path)
             process = subprocess.Popen(
                 [*command, *map(str, fds), str(os.getpid()), configured_format()],
@@ -158,7 +157,6 @@ class RankGroup:
             "rank": rank,
             "model": str(self._model),
             "engine": self._section.model_dump(mode="json"),
-            "store": str(store),
         }
         channel.send(FrameKind.ASSIGN, json.dumps(fields).encode())
 

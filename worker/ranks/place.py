@@ -1,5 +1,6 @@
 """Where a rank of an instance computes, and how it meets the other ranks."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,17 @@ _HOST = "127.0.0.1"  # all ranks of an instance are on one host
 
 @dataclass(frozen=True, slots=True)
 class MeetingPlace:
-    """What all ranks of an instance share: `region`, and the file `store` through which process groups connect."""
+    """What all ranks of an instance share: `region`, and the file `store_fd` through which process groups connect, the
+    caller's. Like the region it has no name: it vanishes with the last process that has it, however that ends."""
 
     shape: ParallelShape
     region: SharedRegion
-    store: Path
+    store_fd: int
+
+    @staticmethod
+    def create_store() -> int:
+        """A new empty file, closed on exec."""
+        return os.memfd_create("tandem-ranks-store", os.MFD_CLOEXEC)
 
     def collectives(self, rank: int, device: torch.device) -> Collectives:
         """Shared memory between CPUs; NCCL between GPUs; gloo between CPUs where there is no compiler for our kernels.
@@ -36,7 +43,8 @@ class MeetingPlace:
                 return SharedMemoryCollectives(self.shape, rank, self.region, load_native_library())
             except NativeUnavailableError:
                 pass  # the same on all ranks: they are on one host
-        store = FileStore(str(self.store), self.shape.num_ranks)
+        # The groups may use the file as long as they live, so this descriptor stays open until the process ends.
+        store = FileStore(f"/proc/self/fd/{os.dup(self.store_fd)}", self.shape.num_ranks)
         return ProcessGroupCollectives.connect(self.shape, rank, store, device, _HOST)
 
 
