@@ -4,10 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Literal
 
 from tandem.core.parallel import ParallelShape
@@ -15,6 +13,7 @@ from tandem.engine.collectives.shared_memory import SharedRegion
 from tandem.placement.costs.rank_messages import Collective, MessageTime, fit_message_cost, message_error
 from tandem.profiling.collective_rank import RankJob, RankResult
 from tandem.profiling.errors import MeasurementError
+from tandem.worker.ranks.place import MeetingPlace
 
 _SIZES = tuple(1 << exponent for exponent in range(10, 25, 2))  # 1 KiB (a token of a small model) to 16 MiB
 _TIMEOUT_S = 120.0
@@ -54,12 +53,13 @@ def measure_collective(
 
 def _run_ranks(operation: Operation, ranks: int, device: str, sizes_bytes: tuple[int, ...]) -> RankResult:
     with ExitStack() as resources:
-        folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="tandem-collectives-")))
         shape = ParallelShape(tp=ranks) if operation == "all_reduce" else ParallelShape(pp=ranks)
         region_fd = SharedRegion.create(shape)
         resources.callback(os.close, region_fd)
+        store_fd = MeetingPlace.create_store()
+        resources.callback(os.close, store_fd)
         jobs = [
-            RankJob(operation, ranks, rank, device, sizes_bytes, region_fd, str(folder / "store"), os.getpid())
+            RankJob(operation, ranks, rank, device, sizes_bytes, region_fd, store_fd, os.getpid())
             for rank in range(ranks)
         ]
         processes = [_start(job, resources) for job in jobs]
@@ -80,7 +80,7 @@ def _start(job: RankJob, resources: ExitStack) -> subprocess.Popen[str]:
     path = os.pathsep.join(path for path in sys.path if path)
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "tandem.profiling.collective_rank", job.as_argument()],
-        pass_fds=(job.region_fd,),
+        pass_fds=(job.region_fd, job.store_fd),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -31,7 +30,7 @@ _MOST_IN_BLOCK = 200
 
 @dataclass(frozen=True, slots=True)
 class RankJob:
-    """Rank `rank` of `ranks`. `sizes_bytes`: multiples of 4. `region_fd`, `store`: where the ranks meet."""
+    """Rank `rank` of `ranks`. `sizes_bytes`: multiples of 4. `region_fd`, `store_fd`: where the ranks meet."""
 
     operation: str
     ranks: int
@@ -39,7 +38,7 @@ class RankJob:
     device: str
     sizes_bytes: tuple[int, ...]
     region_fd: int
-    store: str
+    store_fd: int
     parent: int
 
     @property
@@ -80,7 +79,7 @@ def _measure(job: RankJob) -> RankResult:
     if device.type == "cuda":
         device = torch.device("cuda", job.rank)
         torch.cuda.set_device(device)
-    place = MeetingPlace(job.shape, SharedRegion(job.region_fd, job.shape), Path(job.store))
+    place = MeetingPlace(job.shape, SharedRegion(job.region_fd, job.shape), job.store_fd)
     os.close(job.region_fd)
     collectives = place.collectives(job.rank, device)
     operate = _sum if job.operation == "all_reduce" else _pass_around

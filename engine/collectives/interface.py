@@ -21,7 +21,11 @@ class Collectives(Protocol):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of `x` over the ranks of this rank's stage, with the same bits on all of them; `x` may be
-        overwritten, and may be the result."""
+        overwritten, and may be the result.
+
+        All ranks have called when it returns (on CUDA: when it is done), also where `x` is empty: a step that draws no
+        token has no rows in its last layer, and ends with its KV on all ranks all the same.
+        """
         ...
 
     def send(self, to_rank: int, x: Tensor) -> None:

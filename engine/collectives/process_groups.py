@@ -54,7 +54,8 @@ class ProcessGroupCollectives:
     def all_reduce(self, x: Tensor) -> Tensor:
         if self._stage_group is not None:
             x = x.contiguous()
-            _finish(lambda: self._stage_group.allreduce([x]))
+            summand = x if x.numel() else x.new_zeros(1)  # of nothing, the libraries make no sum, and wait for nobody
+            _finish(lambda: self._stage_group.allreduce([summand]))
         return x
 
     def send(self, to_rank: int, x: Tensor) -> None:

@@ -81,7 +81,7 @@ class SharedMemoryCollectives:
             y.numel(),
         )
         self._check(outcome)
-        self._num_sums += -(-y.numel() // slot_floats)
+        self._num_sums += max(1, -(-y.numel() // slot_floats))
         return y.to(x.dtype)
 
     def send(self, to_rank: int, x: Tensor) -> None:

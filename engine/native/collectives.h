@@ -63,9 +63,9 @@ struct AllReduce {
     float* slots;  // [rank][2][slot_floats]
     int64_t slot_floats, ranks, rank;
 
-    // The sums that are numbered from `sequence` on: one for each `slot_floats` floats.
+    // The sums that are numbered from `sequence` on: one for each `slot_floats` floats, and one where there are none.
     Outcome run(const Waiter& waiter, int64_t sequence, float* x, int64_t count) const {
-        for (int64_t begin = 0; begin < count; begin += slot_floats, ++sequence) {
+        for (int64_t begin = 0; begin == 0 || begin < count; begin += slot_floats, ++sequence) {
             const int64_t size = std::min(slot_floats, count - begin);
             std::memcpy(slot(rank, sequence), x + begin, size_t(size) * sizeof(float));
             publish(stamp(rank), sequence + 1);

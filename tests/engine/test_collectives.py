@@ -132,3 +132,22 @@ def test_an_abort_ends_a_wait(regions: Callable[[ParallelShape], SharedRegion]) 
         rank.all_reduce(torch.ones(3))
     assert time.monotonic() - began_s < 10.0
     timer.join()
+
+
+def test_an_empty_sum_waits_for_all_ranks(make_rank: MakeRank) -> None:
+    """What a rank has written before is then visible to the others."""
+    written: list[int] = []
+
+    def work(rank: int, collectives: Collectives) -> object:
+        seen = []
+        for number in range(20):
+            if rank == 1:
+                time.sleep(0.002)
+                written.append(number)
+            assert collectives.all_reduce(torch.empty(0, 8)).shape == (0, 8)
+            seen.append(len(written))
+            collectives.all_reduce(torch.ones(3))
+        return seen
+
+    first, _ = on_all_ranks(ParallelShape(2), make_rank, work)
+    assert first == list(range(1, 21))

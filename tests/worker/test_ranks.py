@@ -154,6 +154,29 @@ def test_no_stage_computes_a_step_after_it_is_settled(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_layer_is_announced_when_all_ranks_have_written_it(tmp_path: Path) -> None:
+    """Also the last layer of a chunk that draws no token."""
+    with running_with_pools(checkpoint(tmp_path, "llama"), tp=2) as (engine, pools):
+        layout = engine.layout
+        views = [pool.tensor.view(torch.float32).view(layout.pool_of(rank).shape) for rank, pool in enumerate(pools)]
+        draw = random.Random(4)
+        block_ids = list(range(1, 1 + 4 * layout.num_blocks // 5))
+        num_tokens = min(len(block_ids) * layout.block_size, 256)
+        block_ids = block_ids[: num_tokens // layout.block_size]
+        for number in range(300):
+            announced: dict[tuple[int, int], torch.Tensor] = {}
+
+            def copy(num_layers: int, announced: dict[tuple[int, int], torch.Tensor] = announced) -> None:
+                for rank, view in enumerate(views):
+                    announced[num_layers - 1, rank] = view[num_layers - 1][:, block_ids].clone()
+
+            token_ids = [draw.randrange(VOCABULARY) for _ in range(num_tokens)]
+            engine.collect(engine.launch([SequenceSlice(token_ids, 0, block_ids)], copy))
+            for (layer, rank), kv in announced.items():
+                assert torch.equal(kv, views[rank][layer][:, block_ids]), f"step {number}, rank {rank}, layer {layer}"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["a flipped bit", "another step's number"])
 def test_a_damaged_step_ends_the_instance(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No rank computes it, and the waits of all ranks end."""
