@@ -122,8 +122,11 @@ class ColocatedSamples:
     """Of one colocated instance: prompts that were sent one after the other, with pauses, and nothing else; and periods
     of decoding, in which a step also computes the tiny prompts of the next requests."""
 
-    prompted: tuple[RequestSample, ...]
-    decoding: tuple[LoadPeriod, ...]
+    prompted: tuple[RequestSample, ...] = ()
+    decoding: tuple[LoadPeriod, ...] = ()
+
+    def __add__(self, other: "ColocatedSamples") -> "ColocatedSamples":
+        return ColocatedSamples(self.prompted + other.prompted, self.decoding + other.decoding)
 
 
 @dataclass(slots=True)
