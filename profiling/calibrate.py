@@ -14,13 +14,13 @@ from tandem.core.parallel import ParallelShape
 from tandem.deploy.machine import usable_cores
 from tandem.engine.device import choose_device
 from tandem.placement.costs.calibration import Calibration
-from tandem.placement.costs.step_fit import CalibratedCost, fit_error, fit_terms
+from tandem.placement.costs.step_fit import CalibratedCost, Measurement, fit_error, fit_terms
 from tandem.profiling.collective_profile import measure_collectives
-from tandem.profiling.engine_profile import open_profiler, profile_grid
+from tandem.profiling.engine_profile import EngineProfiler, open_profiler, profile_grid
 from tandem.profiling.kv_transfer_profile import measure_transfers
 from tandem.profiling.serving_fit import with_serving
 from tandem.profiling.serving_profile import measure_serving
-from tandem.profiling.shape_profile import measure_shape, measure_shape_serving, settings_of
+from tandem.profiling.shape_profile import OneRank, measure_shape, measure_shape_serving, settings_of
 from tandem.scheduling.budget import PREFILL_BATCH_TOKENS
 
 ReportProgress = Callable[[float, str], None]
@@ -51,29 +51,22 @@ def calibrate(
     assert engine.threads > 0, "a calibration belongs to a number of threads"
     total_s = (engine_s + serving_s) * (1 + _SHAPE_SHARE * len(shapes)) + (_EXCHANGES_S if shapes else 0.0)
     parts = _Parts(progress, total_s)
-    report = parts.begin(engine_s, "engine steps")
-    calibration, layout, max_model_len = _one_rank(model, engine, today, engine_s, report)
-    if serving_s > 0:
-        report = parts.begin(serving_s, "prefill and decode at the same time")
-        settings = engine.model_dump(mode="json")
-        samples = asyncio.run(measure_serving(model, settings, serving_s, report, max_model_len=max_model_len))
-        calibration = with_serving(calibration, samples)
-    layouts, measured_shapes = [layout], []
-    for shape in shapes:
-        of_shape = settings_of(engine, shape)
-        report = parts.begin(_SHAPE_SHARE * engine_s, f"engine steps of {shape}")
+    with open_profiler(model, engine) as profiler:
+        layouts, max_model_len = [profiler.engine.layout], profiler.engine.capacity().max_model_len
         cells = profile_grid(PREFILL_BATCH_TOKENS, InstanceSection().max_batch, max_model_len)
-        measured, layout = measure_shape(model, of_shape, cells, _SHAPE_SHARE * engine_s, report)
-        layouts.append(layout)
-        if serving_s > 0:
-            parts.begin(_SHAPE_SHARE * serving_s, f"requests to an instance of {shape}")
-            cost = CalibratedCost(measured.terms)
-            serving = measure_shape_serving(
-                model, of_shape, cost, calibration.serving, _SHAPE_SHARE * serving_s, max_model_len
+        report = parts.begin(engine_s, "engine steps")
+        calibration = _one_rank(model, engine, today, profiler, profiler.measure(cells, engine_s, report))
+        one_rank, measured = OneRank(profiler, CalibratedCost(calibration.terms), cells), []
+        for shape in shapes:
+            report = parts.begin(_SHAPE_SHARE * engine_s, f"engine steps of {shape}")
+            of_shape, layout = measure_shape(
+                model, settings_of(engine, shape), cells, _SHAPE_SHARE * engine_s, one_rank, report
             )
-            measured = measured.model_copy(update={"serving": serving})
-        measured_shapes.append(measured)
-    calibration = calibration.model_copy(update={"shapes": tuple(measured_shapes)})
+            measured.append(of_shape)
+            layouts.append(layout)
+        calibration = calibration.model_copy(update={"shapes": tuple(measured)})
+    if serving_s > 0:
+        calibration = _with_serving(calibration, model, engine, shapes, serving_s, max_model_len, parts)
     if shapes:
         calibration = _with_exchanges(calibration, engine, shapes, layouts, parts)
     progress(1.0, "done")
@@ -115,23 +108,19 @@ class _Parts:
 
 
 def _one_rank(
-    model: Path, engine: EngineSection, today: date, budget_s: float, report: Callable[[float], None]
-) -> tuple[Calibration, KvLayout, int]:
-    """The calibration of the engine alone, the layout of its KV, and the model's longest sequence."""
-    with open_profiler(model, engine) as profiler:
-        layout, max_model_len = profiler.engine.layout, profiler.engine.capacity().max_model_len
-        cells = profile_grid(PREFILL_BATCH_TOKENS, InstanceSection().max_batch, max_model_len)
-        measurements = profiler.measure(cells, budget_s, report)
-        ops = profiler.engine.ops_name
+    model: Path, engine: EngineSection, today: date, profiler: EngineProfiler, measurements: Sequence[Measurement]
+) -> Calibration:
+    """The calibration of the engine alone."""
+    layout = profiler.engine.layout
     terms = fit_terms(measurements)
-    calibration = Calibration(
+    return Calibration(
         measured_on=today,
         device=device_name(engine.device),
         cores=usable_cores(),
         model=model.resolve().name,
         weights_hash=layout.weights_hash,
         dtype=layout.dtype,
-        ops=ops,
+        ops=profiler.engine.ops_name,
         threads=engine.threads,
         kv_bytes_per_token=layout.block_bytes / layout.block_size,
         kv_memory_bytes=engine.kv_memory,
@@ -139,7 +128,32 @@ def _one_rank(
         error=fit_error(terms, measurements),
         measurements=tuple(measurements),
     )
-    return calibration, layout, max_model_len
+
+
+def _with_serving(
+    calibration: Calibration,
+    model: Path,
+    engine: EngineSection,
+    shapes: Sequence[ParallelShape],
+    serving_s: float,
+    max_model_len: int,
+    parts: _Parts,
+) -> Calibration:
+    """What serving adds: to steps of a prefill and a decode worker side by side, and to a colocated instance of each
+    shape."""
+    report = parts.begin(serving_s, "prefill and decode at the same time")
+    settings = engine.model_dump(mode="json")
+    samples = asyncio.run(measure_serving(model, settings, serving_s, report, max_model_len=max_model_len))
+    calibration = with_serving(calibration, samples)
+    for shape in shapes:
+        parts.begin(_SHAPE_SHARE * serving_s, f"requests to an instance of {shape}")
+        cost = calibration.engine_cost(shape)
+        assert cost is not None, "the shape was measured"
+        serving = measure_shape_serving(
+            model, settings_of(engine, shape), cost, calibration.serving, _SHAPE_SHARE * serving_s, max_model_len
+        )
+        calibration = calibration.with_serving(shape, serving)
+    return calibration
 
 
 def _with_exchanges(

@@ -1,8 +1,10 @@
 """Measures instances of several ranks on this machine: their steps, and what serving adds to them."""
 
 import asyncio
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 from tandem.core.instance_section import EngineSection
 from tandem.core.kv_layout import KvLayout
@@ -12,34 +14,69 @@ from tandem.placement.costs.calibration import ShapeCalibration
 from tandem.placement.costs.rank_messages import StepMessages
 from tandem.placement.costs.serving import ServingCosts
 from tandem.placement.costs.step_fit import CalibratedCost, fit_error, fit_terms
-from tandem.profiling.engine_profile import ProfileCell, open_profiler
+from tandem.profiling.engine_profile import CellSequence, EngineProfiler, ProfileCell, open_profiler
 from tandem.profiling.serving_fit import fit_alone
 from tandem.profiling.serving_profile import measure_colocated
 
 _FLOAT32_BYTES = 4
+_REFERENCE_PROMPTS = tuple(ProfileCell(prompts=(CellSequence(size),)) for size in (32, 128, 512))
+_REFERENCE_DECODES = tuple(ProfileCell(decodes=(CellSequence(1, 256),) * batch) for batch in (1, 4, 16))
+_REFERENCE_S = 1.0
+
+
+class OneRank:
+    """An engine of one rank that stays loaded, and its costs as they were measured: how much slower is the machine now?
+
+    A virtual machine shares its memory with others, and its speed changes. Shapes are compared with each other, so each
+    is to be measured as if the machine had kept the speed that it had for one rank.
+    """
+
+    def __init__(self, profiler: EngineProfiler, cost: CalibratedCost, cells: Sequence[ProfileCell]) -> None:
+        """`cells` are what the model can compute; some of them are used."""
+        self._profiler = profiler
+        self._cost = cost
+        self._prompts = [cell for cell in cells if cell in _REFERENCE_PROMPTS]
+        self._decodes = [cell for cell in cells if cell in _REFERENCE_DECODES]
+
+    def slowdown(self) -> tuple[float, float]:
+        """Of (prompts, decode): times of some steps, divided by those that were measured before."""
+        return self._ratio(self._prompts), self._ratio(self._decodes)
+
+    def _ratio(self, cells: Sequence[ProfileCell]) -> float:
+        if not cells:
+            return 1.0
+        measured = self._profiler.measure(cells, _REFERENCE_S)
+        return median(one.seconds / self._cost.step(one.load).total_s for one in measured)
 
 
 def measure_shape(
     model: Path,
     engine: EngineSection,
-    cells: list[ProfileCell],
+    cells: Sequence[ProfileCell],
     budget_s: float,
+    one_rank: OneRank,
     progress: Callable[[float], None],
 ) -> tuple[ShapeCalibration, KvLayout]:
     """The steps of an instance with the settings `engine`, all of whose ranks run on this machine, and its layout.
 
-    `threads` of the settings are those of all ranks together. Raises CheckpointError, ConfigError, MeasurementError or
-    RankLostError.
+    `threads` of the settings are those of all ranks together. `one_rank` computes before and after. Raises
+    CheckpointError, ConfigError, MeasurementError or RankLostError.
     """
     with open_profiler(model, engine) as profiler:
-        measurements = profiler.measure(cells, budget_s, progress)
+        before = one_rank.slowdown()
+        measured = profiler.measure(cells, budget_s, progress)
+        slowdown = [math.sqrt(first * second) for first, second in zip(before, one_rank.slowdown(), strict=True)]
+        measurements = [
+            one.model_copy(update={"seconds": one.seconds / slowdown[0 if one.prefill_tokens else 1]})
+            for one in measured
+        ]
         terms = fit_terms(measurements)
         layout = profiler.engine.layout
+        pool_bytes = (layout.pool_of(rank).block_bytes for rank in range(layout.num_ranks))
         calibration = ShapeCalibration(
             tp=engine.tp,
             pp=engine.pp,
-            kv_bytes_per_token=max(layout.pool_of(rank).block_bytes for rank in range(layout.num_ranks))
-            / layout.block_size,
+            kv_bytes_per_token=max(pool_bytes) / layout.block_size,
             messages=step_messages(profiler.engine, engine.shape),
             terms=terms,
             error=fit_error(terms, measurements),
