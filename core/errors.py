@@ -105,8 +105,8 @@ class DuplicateRequestError(TandemError):
 
 class OverloadedError(TandemError):
     """There is more work than can be done in time; try again after `retry_after_s`. `reason` is one of a few words, for
-    programs: `ttft-target`, `max-wait`, `deadline`, `queue-full`, `client-limit`, `key-requests`, `key-rate`,
-    `overloaded`."""
+    programs: `ttft-target`, `tpot-target`, `max-wait`, `deadline`, `queue-full`, `client-limit`, `key-requests`,
+    `key-rate`, `overloaded`."""
 
     code = "overloaded"
     grpc_status = "RESOURCE_EXHAUSTED"

@@ -3,6 +3,7 @@
 import math
 
 from tandem.core.errors import OverloadedError
+from tandem.scheduling.instance_selector import InstanceSelector
 from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import RoutedRequest
 
@@ -12,19 +13,22 @@ _LEAST_RETRY_S = 0.1
 # While nothing waits here, the prediction is the mean of the last requests, whichever instances had them; the choice of
 # the instance may do better.
 _UNSURE = 2.0
+_LEAST_CHANCE = 0.01  # of a TPOT target
 
 
 class Admission:
     """Looks at what waits in the router. `max_wait_s` is the longest that a request may wait there."""
 
-    def __init__(self, queue: RequestQueue, max_wait_s: float) -> None:
+    def __init__(self, queue: RequestQueue, selector: InstanceSelector, max_wait_s: float) -> None:
         self._queue = queue
+        self._selector = selector
         self._max_wait_s = max_wait_s
 
     def check(self, request: RoutedRequest, now_s: float, *, is_alone: bool) -> None:
-        """Predict the newcomer's TTFT, and make it best effort if that misses its target. `is_alone`: no other request
-        runs. Raises OverloadedError if its class has it refused, or if it would wait for too long."""
-        self._check_targets(request, now_s, is_alone)
+        """Predict the newcomer's TTFT and TPOT, and make it best effort if one misses its target. `is_alone`: no other
+        request runs. Raises OverloadedError if its class has it refused, or if it would wait for too long."""
+        self._check_ttft(request, now_s, is_alone)
+        self._check_tpot(request, now_s, is_alone)
         self._check_wait(request, now_s)
 
     def _expected_ttft_s(self, request: RoutedRequest, now_s: float) -> float | None:
@@ -34,7 +38,7 @@ class Admission:
             return None
         return now_s - request.received_s + self._queue.expected_wait_s(now_s, request) + first_token_s
 
-    def _check_targets(self, request: RoutedRequest, now_s: float, is_alone: bool) -> None:
+    def _check_ttft(self, request: RoutedRequest, now_s: float, is_alone: bool) -> None:
         """Make a newcomer best effort if it is not alone and cannot meet its TTFT target. Raises OverloadedError if its
         class would rather have it refused."""
         request.predicted_ttft_s = expected_s = self._expected_ttft_s(request, now_s)
@@ -52,6 +56,25 @@ class Admission:
                 f"the request would miss its TTFT target: {text}; try again later",
                 retry_after_s=max(expected_s - slo.ttft_s, _LEAST_RETRY_S),
                 reason="ttft-target",
+            )
+        request.demoted_because = text
+
+    def _check_tpot(self, request: RoutedRequest, now_s: float, is_alone: bool) -> None:
+        """As `_check_ttft`. A target that is met now and then is aimed at: others may end soon."""
+        if is_alone or request.demoted_because is not None:
+            return
+        expected = self._selector.expected_tpot(request, now_s)
+        if expected is None or expected[1] >= _LEAST_CHANCE:
+            return
+        tpot_s = expected[0]
+        text = f"a time per token of {tpot_s:.3g} s is expected at best, and the target is {request.slo.tpot_s:.3g} s"
+        if request.slo.if_unmet == "refuse":
+            raise OverloadedError(
+                f"the request would miss its TPOT target: {text}; try again later",
+                retry_after_s=tpot_s
+                * self._selector.answer_lengths.mean_tokens
+                / 2,  # half of those that run have ended
+                reason="tpot-target",
             )
         request.demoted_because = text
 

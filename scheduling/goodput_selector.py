@@ -13,6 +13,7 @@ earlier predictions. Candidates are the few with the least load by count of toke
 the number of instances. Where no step costs are reported the choice is that of `InstanceSelector`.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -64,6 +65,17 @@ class GoodputSelector(InstanceSelector):
     def prediction_errors(self) -> Mapping[str, Residuals]:
         remote, local = self.ttft_errors[True], self.ttft_errors[False]
         return {"ttft_remote": remote, "ttft_local": local, "tpot": self.tpot_errors}
+
+    def expected_tpot(self, request: RoutedRequest, now_s: float) -> tuple[float, float] | None:
+        slo = request.slo
+        if slo.tpot_s == math.inf or request.growth_tokens <= 1:
+            return None
+        query = DecodeQuery(request.num_tokens, request.growth_tokens, request.num_tokens + 1, None, request.avoid)
+        places = [each for index in (self._decodes, self._colocated) for each in index.top(query, NUM_CANDIDATES)]
+        if not places or not all(each in self._loads for each in places):
+            return None
+        tpot_s = min(self._tpots(each, request, 0.0, 0.0, now_s)[1] for each in places)
+        return tpot_s, self.tpot_errors.share_within(tpot_s, slo.tpot_s, LEAST_ERROR)
 
     # --- what happens ------------------------------------------------------------------------------------------------
 

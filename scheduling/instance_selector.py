@@ -331,6 +331,11 @@ class InstanceSelector:
         """By the kind of time."""
         return {}
 
+    def expected_tpot(self, request: RoutedRequest, now_s: float) -> tuple[float, float] | None:
+        """Its TPOT in seconds on the instance where that is best, and the probability that it meets the target. None:
+        there is no target, or nothing is known."""
+        return None
+
     def begun(self, attempt: Attempt, place: Place, now_s: float) -> None:
         """It was sent to its first instance."""
 

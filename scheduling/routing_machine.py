@@ -76,7 +76,7 @@ class RoutingMachine:
         self._selector = selector_type(settings, explain=explain, tracker_type=tracker_type)
         self._requests: dict[Hashable, RoutedRequest] = {}
         self._queue = RequestQueue(settings.queue_order)  # waits for credit
-        self._admission = Admission(self._queue, settings.max_wait_s)
+        self._admission = Admission(self._queue, self._selector, settings.max_wait_s)
         self._recovering: KeyedHeap[RoutedRequest] = KeyedHeap()  # waits for an instance; when it is looked at again
         self._deadlines: KeyedHeap[RoutedRequest] = KeyedHeap()
         self._wake_up = WakeUp(driver)

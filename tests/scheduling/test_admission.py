@@ -1,4 +1,4 @@
-"""What becomes of a request that cannot meet its TTFT target: best effort, or refused."""
+"""What becomes of a request that cannot meet its targets: best effort, or refused."""
 
 import math
 
@@ -8,7 +8,7 @@ from tandem.core.errors import OverloadedError
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import BlockCounts
 from tandem.scheduling.routing_settings import RoutingSettings
-from tests.scheduling.routing_fakes import Router
+from tests.scheduling.routing_fakes import STEP_COST, Router
 
 BLOCKS = BlockCounts(total=512, free=512, running=0, cached=0, leased=0)
 DEMOTE = RequestSlo("chat", ttft_s=1.0, tpot_s=0.1)
@@ -118,3 +118,38 @@ def test_a_wait_that_is_too_long_names_its_reason() -> None:
     with pytest.raises(OverloadedError) as caught:
         _busy_router(waiting=10).ask("r", prompt=100, deadline_s=router.now_s + 2.0)
     assert caught.value.reason == "deadline"
+
+
+def _decoding_router() -> Router:
+    """An instance with step costs, on which a request decodes."""
+    router = Router(RoutingSettings(policy="goodput"))
+    router.join("c1", max_model_len=4096, blocks=BLOCKS, step_cost=STEP_COST)
+    router.ask("first", prompt=100, output=100)
+    first = router.take()
+    router.start(first)
+    router.first_token(first)
+    return router
+
+
+@pytest.mark.parametrize(("tpot_s", "is_refused"), [(STEP_COST.step_s / 2, True), (0.5, False)])
+def test_a_tpot_below_the_time_of_a_step_is_refused(tpot_s: float, is_refused: bool) -> None:
+    router, slo = _decoding_router(), RequestSlo("fast", ttft_s=10.0, tpot_s=tpot_s, if_unmet="refuse")
+    if not is_refused:
+        assert router.ask("r", prompt=10, output=10, slo=slo).demoted_because is None
+        return
+    with pytest.raises(OverloadedError, match="would miss its TPOT target: a time per token of ") as caught:
+        router.ask("r", prompt=10, output=10, slo=slo)
+    assert caught.value.reason == "tpot-target"
+    assert caught.value.retry_after_s > 0
+    assert router.ask("only a token", prompt=10, output=1, slo=slo).demoted_because is None
+
+
+def test_or_best_effort_and_never_when_it_is_alone() -> None:
+    slo = RequestSlo("fast", ttft_s=10.0, tpot_s=STEP_COST.step_s / 2)
+    request = _decoding_router().ask("r", prompt=10, output=10, slo=slo)
+    assert request.effective_slo is NO_SLO
+    assert request.demoted_because is not None
+    assert "time per token" in request.demoted_because
+    alone = Router(RoutingSettings(policy="goodput"))
+    alone.join("c1", max_model_len=4096, blocks=BLOCKS, step_cost=STEP_COST)
+    assert alone.ask("r", prompt=10, output=10, slo=slo).demoted_because is None
