@@ -30,7 +30,7 @@ from tandem.deploy.machine import available_memory_bytes, check_address, check_d
 from tandem.deploy.model_folder import check_model_folder, check_pairs, weight_bytes
 from tandem.deploy.ray_cluster import new_ray_folder
 from tandem.deploy.run_state import StateFolders
-from tandem.deploy.topology import Machine
+from tandem.deploy.topology import Machine, uses_gpu
 
 _GIB = 1 << 30
 _RAY_DISK_BYTES = 1 << 30
@@ -230,7 +230,11 @@ def _section_findings(role: str, section: InstanceSection, spec: ModelSpec, mach
     block = spec.kv_bytes_per_token(_kv_number_bytes(engine, spec, machine)) * engine.block_size
     blocks = engine.kv_memory // block
     wanted = min(engine.max_model_len or limit, limit)
-    if blocks < _MIN_BLOCKS:
+    memory_bytes = None if uses_gpu(engine, machine) else machine.memory_bytes
+    if memory_bytes is not None and engine.kv_memory > memory_bytes:
+        text = f"{role}.engine.kv_memory is {_gib(engine.kv_memory)}, and this machine has {_gib(memory_bytes)}"
+        yield Finding("kv memory", Grade.FAILED, text, f"lower {role}.engine.kv_memory")
+    elif blocks < _MIN_BLOCKS:
         text = (
             f"{role}.engine.kv_memory is {engine.kv_memory} bytes, which is room for {blocks} blocks of "
             f"{engine.block_size} tokens with {block} bytes each"
@@ -243,7 +247,7 @@ def _section_findings(role: str, section: InstanceSection, spec: ModelSpec, mach
 
 def _device_findings(role: str, section: InstanceSection, machine: Machine) -> Iterator[Finding]:
     name, device = f"{role}.engine.device", section.engine.device
-    on_gpu = device.startswith("cuda") or (device == "auto" and machine.gpus > 0)
+    on_gpu = uses_gpu(section.engine, machine)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         yield Finding("device", Grade.FAILED, f"{name} is {device}, which is no device", "use auto, cpu or cuda")
     elif device.startswith("cuda") and not machine.gpus:

@@ -18,15 +18,16 @@ from tandem.deploy.topology import Machine
 
 _PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST_PORT = 10_000
+_CGROUP = Path("/sys/fs/cgroup")
 _TRIED_PORTS = 20
 
 
 def this_machine() -> Machine:
-    """Cores that this process may use, within a container's quota, and visible NVIDIA devices."""
-    return Machine(cores=usable_cores(), gpus=_visible_gpus())
+    """Cores and memory that this process may use, within a container's limits, and visible NVIDIA devices."""
+    return Machine(cores=usable_cores(), gpus=_visible_gpus(), memory_bytes=usable_memory_bytes())
 
 
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def usable_cores(cgroup: Path = _CGROUP) -> int:
     """The cores of the affinity mask, or of the control group's CPU quota if the quota is smaller; at least one."""
     cores = len(os.sched_getaffinity(0))
     try:
@@ -38,8 +39,30 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(cores, 1)
 
 
-def available_memory_bytes() -> int:
-    return int(psutil.virtual_memory().available)
+def usable_memory_bytes(cgroup: Path = _CGROUP) -> int:
+    """The machine's memory, or the control group's limit if that is smaller."""
+    limit = _memory_limit(cgroup)
+    total = int(psutil.virtual_memory().total)
+    return total if limit is None else min(total, limit)
+
+
+def available_memory_bytes(cgroup: Path = _CGROUP) -> int:
+    """What is free now, within the control group's limit. Cached files count as free."""
+    available = int(psutil.virtual_memory().available)
+    limit = _memory_limit(cgroup)
+    if limit is None:
+        return available
+    counts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    in_use = int((cgroup / "memory.current").read_text()) - int(counts["inactive_file"])
+    return max(0, min(available, limit - in_use))
+
+
+def _memory_limit(cgroup: Path) -> int | None:
+    """None: no control group of version 2, or one without a limit."""
+    try:
+        return int((cgroup / "memory.max").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _visible_gpus() -> int:

@@ -24,12 +24,13 @@ _WORKER_ENTRY = "tandem.worker.app:Worker"
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The resources to divide. `cores` are the cores that this process may use. `nodes` is 0 for this machine; for a
-    Ray cluster of so many, all nodes that are there now count together."""
+    """The resources to divide. `cores` and `memory_bytes` are what this process may use of them; None: unknown.
+    `nodes` is 0 for this machine; for a Ray cluster of so many, all nodes that are there now count together."""
 
     cores: int
     gpus: int = 0
     nodes: int = 0
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def plan_processes(config: ServeConfig, machine: Machine) -> tuple[ProcessSpec, 
     assert config.cluster_token, "processes of one cluster share a token"
     instances = [(role, section) for role, section in config.kinds for _ in range(section.instances)]
     threads = share_threads(machine.cores, [section.engine.threads for _, section in instances])
-    on_gpu = sum(section.engine.shape.num_ranks for _, section in instances if _uses_gpu(section.engine, machine))
+    on_gpu = sum(section.engine.shape.num_ranks for _, section in instances if uses_gpu(section.engine, machine))
     specs = [_router_of(config)] if config.start_router else []
     numbers: Counter[str] = Counter()
     for (role, section), share in zip(instances, threads, strict=True):
@@ -133,7 +134,8 @@ def share_threads(cores: int, fixed: Sequence[int]) -> list[int]:
     return shares
 
 
-def _uses_gpu(engine: EngineSection, machine: Machine) -> bool:
+def uses_gpu(engine: EngineSection, machine: Machine) -> bool:
+    """Whether an instance with these settings computes on a GPU there."""
     return engine.device.startswith("cuda") or (engine.device == "auto" and machine.gpus > 0)
 
 
@@ -143,7 +145,7 @@ def _gpus_of(engine: EngineSection, machine: Machine, ranks: int) -> float:
 
     Raises ConfigError for an instance of several ranks, which do not share a device.
     """
-    if not _uses_gpu(engine, machine):
+    if not uses_gpu(engine, machine):
         return 0.0
     if machine.nodes or machine.gpus >= ranks:
         return float(engine.shape.num_ranks)

@@ -11,6 +11,7 @@ from tandem.deploy.topology import Machine
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 
 CPU, GPU = Machine(cores=4), Machine(cores=4, gpus=2)
+SMALL = Machine(cores=4, memory_bytes=2 << 30)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,11 @@ def test_the_defaults_are_fine(model: Path) -> None:
             CPU,
             {"engine": {"max_model_len": 10**6}},
             "colocated.engine.max_model_len is 1000000, but",
+        ),
+        (
+            SMALL,
+            {"engine": {"kv_memory": "3GiB"}},
+            "colocated.engine.kv_memory is 3.0 GiB, and this machine has 2.0 GiB",
         ),
         (CPU, {"engine": {"kv_memory": 512}}, "colocated.engine.kv_memory is 512 bytes, which is room for 0 blocks"),
         (CPU, {"engine": {"kv_memory": "64KiB", "block_size": 256}}, "colocated.engine.kv_memory is 65536 bytes"),

@@ -8,7 +8,14 @@ from tandem.core.address import split_address
 from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError
 from tandem.core.router_section import RouterSection
-from tandem.deploy.machine import check_address, listening_process, resolve_addresses, usable_cores
+from tandem.deploy.machine import (
+    available_memory_bytes,
+    check_address,
+    listening_process,
+    resolve_addresses,
+    usable_cores,
+    usable_memory_bytes,
+)
 
 
 @pytest.fixture
@@ -62,3 +69,14 @@ def test_a_container_quota_counts(tmp_path: Path) -> None:
     assert usable_cores(tmp_path) == 1
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert usable_cores(tmp_path) == usable_cores(tmp_path / "none")
+
+
+def test_memory_is_within_the_limit_of_a_container(tmp_path: Path) -> None:
+    assert usable_memory_bytes(tmp_path) >= available_memory_bytes(tmp_path) > 1 << 20, "no control group"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert usable_memory_bytes(tmp_path) == usable_memory_bytes()
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 300000\ninactive_file 400000\n")
+    assert usable_memory_bytes(tmp_path) == 1_000_000
+    assert available_memory_bytes(tmp_path) == 700_000, "cached files can go"
