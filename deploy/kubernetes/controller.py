@@ -4,7 +4,7 @@
     SIGTERM, or any other end: the pods go on; the next controller takes them back
 
 What the chart says is desired at first, and again after each `helm upgrade` that changes it; in between, what commands
-have asked for (decision 0024).
+have asked for (decision 0026).
 """
 
 import asyncio

@@ -72,6 +72,20 @@ def fences(page: Path) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
+def test_each_decision_has_a_number_of_its_own_and_titles_and_code_name_it() -> None:
+    files = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+    numbers = [path.name[:4] for path in files]
+    assert len(set(numbers)) == len(numbers), "two decisions have one number"
+    assert [path.name for path in files if path.name[:4] not in path.read_text().splitlines()[0]] == []
+    named = {
+        number
+        for folder in PRODUCT
+        for path in folder.rglob("*.py")
+        for number in re.findall(r"decision (\d{4})", path.read_text())
+    }
+    assert named <= set(numbers)
+
+
 @pytest.mark.parametrize("page", CURRENT, ids=name_of)
 def test_code_in_it_is_right(page: Path) -> None:
     for language, text in fences(page):
