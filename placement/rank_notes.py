@@ -1,12 +1,14 @@
-"""What a plan says of measured instances of several ranks: which shapes are slower than smaller ones, and what KV
-between instances of two shapes takes."""
+"""What a plan says of measured instances of several ranks: what their steps take beside those of smaller ones, and what
+KV between instances of two shapes takes."""
 
 from collections.abc import Iterator
 
 from tandem.core.instance_section import RoleName
+from tandem.core.parallel import ParallelShape
 from tandem.placement.costs.resharding import resharding_of
 from tandem.placement.plan_deployment import BLOCK_SIZE
 from tandem.placement.search.candidate import CandidateDeployment
+from tandem.placement.search.slower_shapes import ratios_text, typical_loads
 from tandem.placement.search.space import SearchSpace
 
 _WORTH_SAYING = 0.05  # relative difference of the time for a byte
@@ -20,12 +22,26 @@ def rank_notes(space: SearchSpace, deployment: CandidateDeployment | None) -> tu
         for shape in space.kinds.slower
         if shape.device in calibrated
     ]
+    faster = list(_not_slower(space))
     between = [] if deployment is None else _transfers(space, deployment)
-    return tuple(f"{sentence}." for sentence in (*slower, *between))
+    return tuple(f"{sentence}." for sentence in (*slower, *faster, *between))
 
 
 def _instance(role: RoleName | None) -> str:
     return "instance" if role is None else f"{role} instance"
+
+
+def _not_slower(space: SearchSpace) -> Iterator[str]:
+    """Of the measured shapes that were left in the search: their times beside those of one rank."""
+    problem, left_out = space.problem, {(one.device, one.shape) for one in (*space.kinds.slower, *space.kinds.rejected)}
+    kinds = (*space.kinds.prefill, *space.kinds.decode, *space.kinds.colocated)
+    loads = typical_loads(problem.requests)
+    for device, shape in dict.fromkeys((kind.device, kind.shape) for kind in kinds if kind.num_devices > 1):
+        if device not in problem.cluster.calibrations or (device, shape) in left_out:
+            continue
+        cost, one = (problem.source.cost_model(device, each) for each in (shape, ParallelShape()))
+        if cost is not None and one is not None:
+            yield f"On {device}, beside one rank, with {shape} {ratios_text(cost, one, loads)}"
 
 
 def _transfers(space: SearchSpace, deployment: CandidateDeployment) -> Iterator[str]:

@@ -130,18 +130,26 @@ class CalibratedSource:
     """A `placement.costs.cost_source.CostSource`: devices by their names in the cluster, each with its calibration.
 
     Shapes that were not measured are unknown. `kv_memory_bytes`: of one rank's KV pool; None takes the size that was
-    measured with.
+    measured with. `devices_per_node`: of the largest node; an instance that takes them all computes alone, while others
+    count as if all devices of their node computed all the time.
     """
 
-    def __init__(self, calibrations: Mapping[str, Calibration], *, kv_memory_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        calibrations: Mapping[str, Calibration],
+        *,
+        kv_memory_bytes: int | None = None,
+        devices_per_node: Mapping[str, int] | None = None,
+    ) -> None:
         """Raises ConfigError if the calibrations are of different models."""
         models = {calibration.model for calibration in calibrations.values()}
         if len(models) > 1:
             raise ConfigError(f"the calibrations are of different models: {', '.join(sorted(models))}")
         self._calibrations = dict(calibrations)
         self._kv_memory_bytes = kv_memory_bytes
+        sizes = devices_per_node or {}
         self._costs = {
-            (name, shape): one.cost(shape)
+            (name, shape): one.cost(shape, contended=0.0 if shape.num_ranks == sizes.get(name) else 1.0)
             for name, one in calibrations.items()
             for shape in (_ONE_RANK, *(measured.shape for measured in one.shapes))
         }

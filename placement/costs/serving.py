@@ -31,7 +31,7 @@ class ServedStep(FrozenModel):
         """This step, measured on an idle machine, on a busy one, which makes `contended` of `alone`."""
         return ServedStep(
             constant_s=self.constant_s + max(0.0, contended.constant_s - alone.constant_s),
-            factor=self.factor * (contended.factor / alone.factor if alone.factor else 1.0),
+            factor=self.factor * max(1.0, contended.factor / alone.factor if alone.factor else 1.0),
         )
 
 

@@ -31,7 +31,9 @@ def cost_source_of(slo: SloFile, model: ModelShape) -> CostSource:
             f"the calibration of {next(iter(cluster.calibrations))} was measured in the numbers of the checkpoint; "
             "remove calibration or precision"
         )
-    measured = CalibratedSource(cluster.calibrations, kv_memory_bytes=section.kv_memory)
+    measured = CalibratedSource(
+        cluster.calibrations, kv_memory_bytes=section.kv_memory, devices_per_node=cluster.devices_per_node
+    )
     rest = {name: device for name, device in cluster.devices.items() if name not in cluster.calibrations}
     if not rest:
         return measured

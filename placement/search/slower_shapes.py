@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tandem.core.cost_model import StepLoad
+from tandem.core.cost_model import CostModel, StepLoad
 from tandem.placement.search.kinds import InstanceKind, Kinds, RejectedShape, resident_tokens
 from tandem.placement.workload.requests import RequestStream
 
@@ -19,8 +19,8 @@ _BATCHES = (1, 4, 16, 64)
 _MORE_MEMORY = 1.05  # per device
 
 
-class _Load(NamedTuple):
-    name: str
+class NamedLoad(NamedTuple):
+    name: str  # e.g. "a decode step"
     load: StepLoad
 
 
@@ -47,32 +47,40 @@ def without_slower_shapes(kinds: Kinds, stream: RequestStream) -> Kinds:
     )
 
 
-def _prompt_loads(stream: RequestStream) -> list[_Load]:
+def typical_loads(stream: RequestStream) -> tuple[NamedLoad, NamedLoad]:
+    """The median prompt, and a decode step of one sequence."""
+    return _prompt_loads(stream)[0], _decode_loads(stream)[0]
+
+
+def ratios_text(cost: CostModel, other: CostModel, loads: Sequence[NamedLoad]) -> str:
+    """How much longer than with `other` each load takes, in words."""
+    ratios = ((name, cost.step(load).total_s / other.step(load).total_s) for name, load in loads)
+    return " and ".join(f"{name} takes {ratio:.2f} times as long" for name, ratio in ratios)
+
+
+def _prompt_loads(stream: RequestStream) -> list[NamedLoad]:
     lengths = [max(1, int(np.quantile(stream.prompt_tokens, share))) for share in _QUANTILES]
-    return [_Load(f"a prompt of {length:,} tokens", StepLoad.of_prompts(length)) for length in lengths]
+    return [NamedLoad(f"a prompt of {length:,} tokens", StepLoad.of_prompts(length)) for length in lengths]
 
 
-def _decode_loads(stream: RequestStream) -> list[_Load]:
+def _decode_loads(stream: RequestStream) -> list[NamedLoad]:
     resident = resident_tokens(stream)
     loads = [StepLoad.of_decode(batch, round(batch * resident)) for batch in _BATCHES]
-    return [_Load("a decode step", load) for load in loads]
+    return [NamedLoad("a decode step", load) for load in loads]
 
 
-def _slower_kinds(of_role: Sequence[InstanceKind], *phases: list[_Load]) -> dict[InstanceKind, str]:
+def _slower_kinds(of_role: Sequence[InstanceKind], *phases: list[NamedLoad]) -> dict[InstanceKind, str]:
     """With the reason, which has the first load of each phase."""
     found: dict[InstanceKind, str] = {}
     for kind in of_role:
         better = next((other for other in of_role if _is_slower(kind, other, phases)), None)
         if better is not None:
-            ratios = [
-                (kind.cost.step(load).total_s / better.cost.step(load).total_s, name) for (name, load), *_ in phases
-            ]
-            figures = " and ".join(f"{name} takes {ratio:.2f} times as long" for ratio, name in ratios)
-            found[kind] = f"slower than {better.shape} here: {figures}"
+            first = [loads[0] for loads in phases]
+            found[kind] = f"slower than {better.shape} here: {ratios_text(kind.cost, better.cost, first)}"
     return found
 
 
-def _is_slower(kind: InstanceKind, other: InstanceKind, phases: Sequence[list[_Load]]) -> bool:
+def _is_slower(kind: InstanceKind, other: InstanceKind, phases: Sequence[list[NamedLoad]]) -> bool:
     """`other` is of a smaller shape, no step of it is longer, and on as many devices it begins as many a second."""
     if other.device != kind.device or other.num_devices >= kind.num_devices or kind.shape.dp > 1 or other.shape.dp > 1:
         return False

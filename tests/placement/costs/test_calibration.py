@@ -244,12 +244,24 @@ def test_shapes_are_slowed_by_others_as_one_rank_is() -> None:
     assert of_shape.prefill_alone == of_shape.decode_alone == alone
     assert of_shape.prefill_contended == ServedStep(constant_s=0.005, factor=2.25)
     assert of_shape.decode_contended.model_dump() == pytest.approx({"constant_s": 0.002, "factor": 2.25})
+    hardly = SERVED.model_copy(update={"prefill_contended": ServedStep(factor=0.5)})
+    assert hardly.with_steps_alone(alone, alone).prefill_contended == alone, "others never make it faster"
     measured = calibration(serving=SERVED, shapes=(TP2.model_copy(update={"serving": of_shape}),))
     assert measured.serving_of(ParallelShape(2)) == of_shape
     assert measured.serving_of(ParallelShape()) == SERVED
     cost = measured.cost(ParallelShape(2), contended=0.0)
     assert cost is not None
     assert cost.step(StepLoad.of_prompts(64)).overhead_s == 0.001
+
+
+def test_an_instance_that_has_its_node_for_itself_computes_alone() -> None:
+    measured = calibration(serving=SERVED, shapes=(TP2.model_copy(update={"serving": SERVED}),))
+    source = CalibratedSource({"cpu": measured}, devices_per_node={"cpu": 2})
+    for shape, busy in ((ParallelShape(), 1.0), (ParallelShape(2), 0.0)):
+        cost, expected = source.cost_model("cpu", shape), measured.cost(shape, contended=busy)
+        assert cost is not None
+        assert expected is not None
+        assert cost.step(StepLoad.of_prompts(64)) == expected.step(StepLoad.of_prompts(64))
 
 
 def test_a_shape_is_measured_once(tmp_path: Path) -> None:
