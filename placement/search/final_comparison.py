@@ -32,15 +32,14 @@ from tandem.placement.search.paired_runs import (
     rate_near,
 )
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.slack_variants import slack_variants
 from tandem.placement.search.space import SearchSpace
 from tandem.placement.search.trial import RATE_RATIO, MaxRate, evaluate_at, find_rate_near, scaled_down
+from tandem.placement.search.variants import variants_of
 from tandem.placement.workload.windows import Window
 
 MAX_INSTANCES = 16  # of a deployment that is simulated without scaling
 _NUM_FINALISTS = 8
 _NUM_OF_TRACE = 4  # of a trace all windows are simulated
-_NUM_WITH_SLACK = 2  # variants, beside the finalists
 _NUM_WITH_GOODPUT = 2  # alternatives whose goodput is simulated, beside the best of each layout
 _OF_ALTERNATIVES = 1000  # requests, at most, of a window for the goodput of alternatives
 _PART = 0.2  # of the rest, for the progress
@@ -131,7 +130,7 @@ class Comparison:
         cheaper finalists are simulated at the rate; the cheapest that meets the targets is the chosen one."""
         problem = self._space.problem
         finalists = finalists_of(evaluated, chosen, _NUM_OF_TRACE if problem.windows else _NUM_FINALISTS)
-        finalists += slack_variants(problem, (chosen, *finalists), _NUM_WITH_SLACK)
+        finalists += variants_of(problem, (chosen, *finalists))
         if problem.cheapest and problem.rate is not None and (chosen.goodput or 0.0) >= problem.rate:
             return self._of_prices(finalists, chosen, problem.rate)
         return self._of_goodputs(finalists, chosen)

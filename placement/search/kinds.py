@@ -14,6 +14,8 @@ from tandem.scheduling.budget import Mixing
 
 _PREFILL_BUDGETS = (512, 1024, 2048, 4096, 8192)
 _CHUNK_BUDGETS = (256, 512, 1024, 2048)
+BUDGET_FACTORS = (0.75, 1.5)
+"""Between two of the budgets, and beyond the largest; see `variants`."""
 _PROMPT_FIRST_BUDGET = 4096
 _SLACK_BUDGET = 512  # at least, of a step where there is slack for so many prompt tokens
 _SATURATED = 0.9  # share of the best budget's tokens per second
@@ -136,6 +138,14 @@ def with_slack(kind: InstanceKind, calibrated: Container[str]) -> InstanceKind:
     if kind.device not in calibrated or kind.shape.num_ranks > 1:
         return kind
     return replace(kind, policy="slack", max_batch_tokens=max(kind.max_batch_tokens, _SLACK_BUDGET))
+
+
+def with_budget(kind: InstanceKind, factor: float) -> InstanceKind:
+    """Another budget of prompt tokens per step, for a colocated kind with chunks. Other kinds stay as they are."""
+    if kind.role != "colocated" or kind.policy != "chunked":
+        return kind
+    budget = int(factor * kind.max_batch_tokens)
+    return replace(kind, max_batch_tokens=budget, max_batch=min(kind.max_batch, budget))
 
 
 def resident_tokens(stream: RequestStream) -> float:

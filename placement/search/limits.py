@@ -6,14 +6,14 @@ that misses a target without load is 0. Looser targets never lower a limit.
 """
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.slo import SloClass
-from tandem.placement.search.kinds import InstanceKind, resident_tokens, with_slack
+from tandem.placement.search.kinds import InstanceKind, resident_tokens
 from tandem.placement.workload.requests import RequestStream
 
 # TPOT is the mean over a request's steps, and a share of the requests may miss it: mean steps can be slightly slower
@@ -34,12 +34,12 @@ class RateLimit:
 KindLimits = Mapping[InstanceKind, RateLimit]
 
 
-def limits_with_slack(limits: KindLimits, calibrated: Container[str]) -> dict[InstanceKind, RateLimit]:
-    """Of the kinds that `kinds.with_slack` makes of those with a limit above 0: the highest limit of these."""
+def limits_of_variants(limits: KindLimits, change: Callable[[InstanceKind], InstanceKind]) -> KindLimits:
+    """Of the kinds that `change` makes of those with a limit above 0: the highest limit of these."""
     found: dict[InstanceKind, RateLimit] = {}
     for kind, limit in limits.items():
-        variant = with_slack(kind, calibrated)
-        if variant != kind and limit.rate > max(0.0, found[variant].rate if variant in found else 0.0):
+        variant = change(kind)
+        if variant not in limits and limit.rate > max(0.0, found[variant].rate if variant in found else 0.0):
             found[variant] = limit
     return found
 

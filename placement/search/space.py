@@ -7,8 +7,8 @@ from functools import partial
 from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.enumeration import colocated, heterogeneous, high_affinity, low_affinity, mixed
 from tandem.placement.search.group_attainment import group_attainment
-from tandem.placement.search.kinds import Kinds, legal_kinds
-from tandem.placement.search.limits import KindLimits, limit_of, limits_with_slack
+from tandem.placement.search.kinds import BUDGET_FACTORS, Kinds, legal_kinds, with_budget, with_slack
+from tandem.placement.search.limits import KindLimits, limit_of, limits_of_variants
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.predict import Predictor
 from tandem.placement.search.problem import NodeType, Problem
@@ -58,7 +58,10 @@ def search_space(problem: Problem, mapper: Mapper) -> SearchSpace:
     legal = without_slower_shapes(every, problem.requests)
     all_kinds = (*legal.prefill, *legal.decode, *legal.colocated)
     limits = {kind: limit_of(kind, problem.classes, problem.computed) for kind in all_kinds}
-    limits |= limits_with_slack(limits, problem.cluster.calibrations)
+    budgets = [limits_of_variants(limits, partial(with_budget, factor=factor)) for factor in BUDGET_FACTORS]
+    for of_budget in budgets:
+        limits |= of_budget
+    limits |= limits_of_variants(limits, partial(with_slack, calibrated=problem.cluster.calibrations))
     kinds = Kinds(
         prefill=tuple(kind for kind in legal.prefill if limits[kind].rate > 0),
         decode=tuple(kind for kind in legal.decode if limits[kind].rate > 0),

@@ -1,19 +1,24 @@
 """Guarantees of the search, on small problems with the real simulator."""
 
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import Layout, NodeSection
 from tandem.placement.planner import PlanResult, search
-from tandem.placement.search.kinds import with_slack
-from tandem.placement.search.limits import limits_with_slack
+from tandem.placement.search.best_first import EvaluatedDeployment
+from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
+from tandem.placement.search.kinds import with_budget, with_slack
+from tandem.placement.search.limits import limits_of_variants
 from tandem.placement.search.mapper import SerialMapper, local_mapper
 from tandem.placement.search.packing import assign_devices
 from tandem.placement.search.problem import Problem
 from tandem.placement.search.space import search_space
 from tandem.placement.search.trial import plan_of
+from tandem.placement.search.variants import variants_of
 from tests.placement.search.problems import A100, H100, ToySource, problem
 
 
@@ -79,7 +84,7 @@ def test_low_affinity_keeps_both_phases_of_a_unit_on_one_node() -> None:
 def test_slack_is_for_chunks_of_one_rank_whose_step_times_are_known() -> None:
     space = search_space(problem(2, layouts=("colocated",), slo=SloClass(ttft_s=0.5, tpot_s=0.05)), SerialMapper())
     kinds = space.kinds.colocated
-    limits = limits_with_slack(space.limits, {A100})
+    limits = limits_of_variants(space.limits, partial(with_slack, calibrated={A100}))
     assert {(kind.policy, kind.shape.num_ranks) for kind in kinds} >= {
         ("chunked", 1),
         ("chunked", 2),
@@ -93,6 +98,20 @@ def test_slack_is_for_chunks_of_one_rank_whose_step_times_are_known() -> None:
             assert limits[variant].rate >= space.limits[kind].rate > 0
         else:
             assert variant == kind
+
+
+def test_budgets_between_those_of_the_search_are_compared_with_its_best() -> None:
+    question = problem(1, layouts=("colocated",), slo=SloClass(ttft_s=0.5, tpot_s=0.05))
+    space = search_space(question, SerialMapper())
+    chunked = [kind for kind in space.kinds.colocated if kind.policy == "chunked"]
+    best, worse = (EvaluatedDeployment(CandidateDeployment((InstanceGroup(kind, 1),)), 9, 9, 9) for kind in chunked[:2])
+    budgets = {
+        group.kind.max_batch_tokens
+        for variant in variants_of(question, (best, replace(worse, goodput=1.0)))
+        for group in variant.deployment.groups
+    }
+    assert budgets == {chunked[0].max_batch_tokens * 3 // 4, chunked[0].max_batch_tokens * 3 // 2}
+    assert all(with_budget(kind, 1.5) in space.limits for kind in chunked)
 
 
 def test_a_model_that_does_not_fit_is_not_served() -> None:
