@@ -51,7 +51,7 @@ class SplitPlanner:
         quarter = round(4 * (planned - float(requests.output_tokens.mean())) / (planned - other))
         key = (quarter, prefill)
         if key not in self._forecasts:
-            self._forecasts[key] = forecast_of(split(prefill), question, rate)
+            self._forecasts[key] = forecast_of(split(prefill), question, rate, rate)
         return self._forecasts[key]
 
 

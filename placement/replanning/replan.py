@@ -39,11 +39,12 @@ class PlanComparison:
 
 def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> PlanComparison:
     """`slo_file` has the live workload with the rate `rate`. Raises ConfigError if a plan does not fit the cluster."""
-    forecast = forecast_of(current, slo_file, rate)
     planned = plan_for(slo_file)
     proposed, gain, meets = planned.plan, 0.0, False
+    guess = rate if proposed.expected is None else proposed.expected.goodput
+    forecast = forecast_of(current, slo_file, rate, guess)
     if proposed.groups and proposed.verdict != "infeasible":
-        proposed_forecast = forecast_of(proposed, slo_file, rate)  # same method as for the running plan
+        proposed_forecast = forecast_of(proposed, slo_file, rate, guess)  # same method as for the running plan
         gain = gain_of((current, forecast), (proposed, proposed_forecast), slo_file)
         meets = proposed_forecast.meets
     return PlanComparison(
@@ -55,14 +56,18 @@ def replan(current: Plan, slo_file: SloFile, rate: float, plan_for: PlanFor) -> 
     )
 
 
-def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
-    """Simulates the plan on the workload of `slo_file`, at `rate` and at rates up to its goodput, as the planner does:
-    the same requests, rates and windows, so a plan has the goodput that its search found."""
+def forecast_of(plan: Plan, slo_file: SloFile, rate: float, guess: float) -> Forecast:
+    """Simulates the plan on the workload of `slo_file`, at `rate` and at rates from `guess` to its goodput, as the
+    planner does: the same requests, rates and windows. So from the same guess a plan has the goodput that its search
+    found, also where runs are too short for a steady state, from which the rate does not go up."""
     problem = problem_of(slo_file)
     deployment = deployment_of(plan, problem.source, problem.cluster, problem.model)
     at_rate = evaluate_plan_at(problem, deployment, rate, stop_early=False)
     worst = min(at_rate.classes, key=lambda result: result.margin)
-    return Forecast(find_rate_of_plan(problem, deployment, rate).rate, worst.attainment, at_rate.meets)
+    goodput = find_rate_of_plan(problem, deployment, guess).rate
+    if goodput == 0:  # far below the guess
+        goodput = find_rate_of_plan(problem, deployment, rate).rate
+    return Forecast(goodput, worst.attainment, at_rate.meets)
 
 
 def gain_of(current: tuple[Plan, Forecast], proposed: tuple[Plan, Forecast], slo_file: SloFile) -> float:

@@ -51,7 +51,7 @@ def test_a_live_workload_becomes_a_plan_and_its_gain(folder: Path) -> None:
     plan = load_config(folder / "plan.yaml", Plan)
     assert result.summary == plan.summary
     assert (result.changes, result.regains) == ((), False), "one device has one shape"
-    assert -0.1 < result.gain < 0.1, "the same device; 100 requests do not tell chunks of two sizes apart"
+    assert 0 <= result.gain < 0.1, "the same device, and no worse by the same simulation"
     assert 0.9 < result.attainment <= 1
     assert plan.slo_file == (folder / SLO_FILE_NAME).resolve(), "the plan can be made again"
     assert (folder / "report.html").read_text().startswith("<!")

@@ -69,14 +69,14 @@ class Planner:
 
 
 @cache
-def _simulated(plan: str, slo_file: str, rate: float) -> Forecast:
-    return real_forecast_of(Plan.model_validate_json(plan), SloFile.model_validate_json(slo_file), rate)
+def _simulated(plan: str, slo_file: str, rate: float, guess: float) -> Forecast:
+    return real_forecast_of(Plan.model_validate_json(plan), SloFile.model_validate_json(slo_file), rate, guess)
 
 
-def forecast_of(plan: Plan, slo_file: SloFile, rate: float) -> Forecast:
+def forecast_of(plan: Plan, slo_file: SloFile, rate: float, guess: float | None = None) -> Forecast:
     """The real function, cached: a call takes dozens of simulations."""
     bare = plan.model_copy(update={"expected": None})
-    return _simulated(bare.model_dump_json(), slo_file.model_dump_json(), rate)
+    return _simulated(bare.model_dump_json(), slo_file.model_dump_json(), rate, guess or rate)
 
 
 @pytest.fixture(autouse=True)
