@@ -116,7 +116,10 @@ class ComputedKv:
     @property
     def is_complete(self) -> bool:
         """Nothing more will be known before the manifest."""
-        return self.frontier.next_blocks == len(self.block_ids) and self.frontier.layers == self.frontier.num_layers
+        return all(
+            stage.next_blocks == len(self.block_ids) and stage.layers == stage.num_layers
+            for stage in self.frontier.stages
+        )
 
 
 @dataclass(frozen=True, slots=True)

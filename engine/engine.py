@@ -82,6 +82,11 @@ class Engine:
         self._last_collected = 0
         self._is_settled = True  # no rank still computes a step that was collected
 
+    @property
+    def next_step(self) -> int:
+        """The number of the step that is launched next."""
+        return self._last_launched + 1
+
     def capacity(self) -> Capacity:
         return Capacity(self.layout.num_blocks, self.layout.block_size, self._max_model_len)
 
@@ -154,9 +159,10 @@ class Engine:
         self._is_settled = True
 
     @torch.inference_mode()
-    def follow(self, number: int, slices: Sequence[SequenceSlice]) -> None:
-        """Compute this rank's part of a step that rank 0 has announced. Raises InternalError for a step that is not the
-        next one, and what `forward` raises."""
+    def follow(self, number: int, slices: Sequence[SequenceSlice], layer_computed: LayerHook | None = None) -> None:
+        """Compute this rank's part of a step that rank 0 has announced. `layer_computed(n)` is called when the step's
+        KV of the stage's first n layers is in the pools, but not on CUDA. Raises InternalError for a step that is not
+        the next one, and what `forward` raises."""
         if number != self._last_launched + 1:
             raise InternalError(f"step {number} was announced after step {self._last_launched}")
         self._last_launched = number
@@ -164,7 +170,7 @@ class Engine:
             if self._shard.is_last_stage:
                 self._collectives.send(0, torch.zeros(1, device=self.pool.device))
             return
-        hidden = self._compute(self._pack(slices))
+        hidden = self._compute(self._pack(slices), None if self.pool.is_cuda else layer_computed)
         if self._shard.is_last_stage:
             for wanted in inputs_of_logits(slices, hidden):
                 self._collectives.send(0, self._model.logits(wanted))

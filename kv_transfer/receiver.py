@@ -327,7 +327,8 @@ def _check_blocks(kv: ComputedKv | Manifest, num_tokens: int, source: KvLayout) 
         raise TransferError("the KV is in blocks that are not in the prefill worker's pools")
     if isinstance(kv, ComputedKv):
         frontier = kv.frontier
-        if not frontier.is_valid or frontier.next_blocks > num_blocks or frontier.num_layers > source.num_layers:
+        most_blocks = max(stage.next_blocks for stage in frontier.stages)
+        if not frontier.is_valid or most_blocks > num_blocks or frontier.known_layers > source.num_layers:
             raise TransferError("more KV is computed than the prefill worker has")
 
 

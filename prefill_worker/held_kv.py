@@ -13,13 +13,14 @@ The loop thread owns the blocks and frees them after it is told (docs/decisions/
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import Clock
 from tandem.core.errors import DeadlineError, DuplicateRequestError, StaleEpochError, TandemError
-from tandem.core.kv_frontier import KvFrontier
+from tandem.core.kv_frontier import KvFrontier, StageFrontier
 from tandem.core.log_lines import about
 from tandem.core.transfer import ComputedKv, Manifest
 from tandem.scheduling.leases import LeaseTable
@@ -43,8 +44,8 @@ class KvComputing:
     """From the loop: a chunk of the attempt's prompt is in the next step.
 
     Of `block_ids`, which are all blocks of the attempt, the first `blocks` are computed, and the chunk completes those
-    up to `next_blocks`. `is_first`: the attempt has just been given these blocks. `num_layers` are the layers whose
-    progress is known.
+    up to `next_blocks`. `is_first`: the attempt has just been given these blocks. `step` is the number of that step,
+    and `layers_per_stage` are the layers of the pipeline stages whose progress is known.
     """
 
     attempt_id: AttemptId
@@ -53,7 +54,15 @@ class KvComputing:
     is_first: bool
     blocks: int
     next_blocks: int
-    num_layers: int
+    step: int
+    layers_per_stage: tuple[int, ...]
+
+
+class StageStep(NamedTuple):
+    """How far a pipeline stage is: it computes a step, or has computed it, and `layers` of the step are done."""
+
+    step: int
+    layers: int
 
 
 _Name = tuple[str, int]  # request id and epoch: how readers name an attempt
@@ -91,6 +100,8 @@ class HeldKv:
         self._leases = LeaseTable()
         self._kv: dict[_Name, _Kv] = {}  # what there is: of the leased a manifest, of those that are computed a part
         self._streamed: set[_Name] = set()  # those that are computed and have a reader already
+        self._chunks: dict[_Name, list[KvComputing]] = {}  # of those that are computed, since they have their blocks
+        self._stages: dict[int, StageStep] = {}  # how far later pipeline stages are, by number
         self._waiters: dict[_Name, set[_Waiter]] = {}
         self._closed: dict[_Name, TandemError] = {}  # insertion-ordered, bounded
 
@@ -116,11 +127,17 @@ class HeldKv:
         if (name := self._names.get(event.attempt_id)) is not None:
             earlier = self._kv.get(name)
             allocation = (0 if earlier is None else earlier.allocation) + event.is_first
-            frontier = KvFrontier(allocation, event.blocks, event.next_blocks, 0, event.num_layers)
+            chunks = self._chunks[name] = [event] if event.is_first else [*self._chunks.get(name, ()), event]
+            first, *others = event.layers_per_stage
+            later = tuple(
+                _of_stage(chunks, num_layers, self._stages.get(number))
+                for number, num_layers in enumerate(others, start=1)
+            )
+            frontier = KvFrontier(allocation, event.blocks, event.next_blocks, 0, first, later)
             self._announce(name, ComputedKv(*name, event.block_ids, event.block_size, frontier))
 
     def layers_computed(self, num_layers: int) -> None:
-        """The step in progress has written the KV of so many layers.
+        """The step in progress has written the KV of so many layers of the first stage.
 
         Attempts that are not in this step have all layers of their last chunk, so it is no less true of them.
         """
@@ -128,6 +145,17 @@ class HeldKv:
             kv = self._kv.get(name)
             if isinstance(kv, ComputedKv) and kv.frontier.layers < num_layers:
                 self._announce(name, replace(kv, frontier=replace(kv.frontier, layers=num_layers)))
+
+    def stage_computed(self, number: int, at: StageStep) -> None:
+        """A later stage is there: it has written the KV of all earlier steps, and of its layers of this one."""
+        self._stages[number] = at
+        for name in self._streamed:
+            kv = self._kv.get(name)
+            if isinstance(kv, ComputedKv) and number <= len(kv.frontier.later):
+                later = list(kv.frontier.later)
+                later[number - 1] = _of_stage(self._chunks[name], later[number - 1].num_layers, at)
+                if tuple(later) != kv.frontier.later:
+                    self._announce(name, replace(kv, frontier=replace(kv.frontier, later=tuple(later))))
 
     def hold(self, ready: KvReady) -> None:
         """Begin the lease, unless the attempt was closed meanwhile: the loop has its release already."""
@@ -139,6 +167,7 @@ class HeldKv:
             manifest = replace(manifest, allocation=computed.allocation)
         self._leases.hold(*name, manifest.block_ids, self._clock.now_s() + self._lease_s)
         self._streamed.discard(name)
+        self._chunks.pop(name, None)
         self._announce(name, manifest)
 
     def renew(self, attempt_id: AttemptId) -> None:
@@ -154,6 +183,7 @@ class HeldKv:
         del self._ids[name]
         self._kv.pop(name, None)
         self._streamed.discard(name)
+        self._chunks.pop(name, None)
         self._leases.drop(*name)
         self._closed[name] = reason
         if len(self._closed) > CLOSED_KEPT:
@@ -234,3 +264,16 @@ class HeldKv:
         attempt_id = self._ids[request_id, epoch]
         self.close(attempt_id, reason)
         self._release(attempt_id)
+
+
+def _of_stage(chunks: Sequence[KvComputing], num_layers: int, at: StageStep | None) -> StageFrontier:
+    """What a later stage has computed of an attempt with these chunks, which are in the order of their steps.
+
+    Steps come one after the other in every stage. So cached blocks are there when the stage begins the attempt's first
+    step: earlier steps wrote them.
+    """
+    begun = [chunk for chunk in chunks if at is not None and chunk.step <= at.step]
+    if at is None or not begun:
+        return StageFrontier(num_layers=num_layers)
+    last = begun[-1]
+    return StageFrontier(last.blocks, last.next_blocks, at.layers if last.step == at.step else num_layers, num_layers)

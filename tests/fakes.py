@@ -35,6 +35,10 @@ class FakeEngine:
     def spec(self) -> Any:
         return SimpleNamespace(eos_token_ids=(EOS,), vocab_size=100)
 
+    @property
+    def next_step(self) -> int:
+        return len(self.steps) + 1
+
     def capacity(self) -> Capacity:
         return Capacity(self.layout.num_blocks, self.layout.block_size, self.max_model_len)
 

@@ -10,7 +10,7 @@ import grpc
 
 from tandem.core.clock import Clock
 from tandem.core.errors import DeadlineError, InternalError, InvalidRequestError, TandemError, TransferError
-from tandem.core.kv_frontier import KvFrontier, TransferChunk
+from tandem.core.kv_frontier import KvFrontier, StageFrontier, TransferChunk
 from tandem.core.transfer import (
     ComputedKv,
     Grant,
@@ -32,6 +32,7 @@ from tandem.wire.same_fields import from_message, to_message
 
 MAX_NAME_LENGTH = 256
 MAX_TRANSPORTS = 8
+MAX_STAGES = 64
 
 _TRANSPORT_TO_PB = {transport: getattr(transfer_pb2, f"TRANSPORT_{transport.name}") for transport in Transport}
 _TRANSPORT_FROM_PB = {value: key for key, value in _TRANSPORT_TO_PB.items()}
@@ -127,7 +128,7 @@ class KvTransferClient:
         request = transfer_pb2.PullComputedRequest(
             request_id=request_id,
             epoch=epoch,
-            known=to_message(transfer_pb2.KvFrontier, known),
+            known=_frontier_to_pb(known),
             min_new=min_new,
             has_all=has_all,
         )
@@ -140,7 +141,7 @@ class KvTransferClient:
             epoch=computed.epoch,
             block_ids=tuple(computed.block_ids),
             block_size=computed.block_size,
-            frontier=from_message(KvFrontier, computed.frontier),
+            frontier=_frontier_from_pb(computed.frontier),
         )
 
     async def grant(self, grant: Grant, timeout_s: float) -> GrantReply:
@@ -263,8 +264,11 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         self, request: transfer_pb2.PullComputedRequest, context: Any
     ) -> transfer_pb2.PullComputedResponse:
         _check_names(request.request_id)
-        known = from_message(KvFrontier, request.known)
-        _require(known.is_valid and request.min_new > 0, "what is known of the KV cannot be")
+        known = _frontier_from_pb(request.known)
+        _require(
+            known.is_valid and len(known.later) < MAX_STAGES and request.min_new > 0,
+            "what is known of the KV cannot be",
+        )
         kv = await self._holder.computed(
             request.request_id, request.epoch, known, request.min_new, request.has_all, self._deadline_s(context)
         )
@@ -275,7 +279,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
             epoch=kv.epoch,
             block_ids=kv.block_ids,
             block_size=kv.block_size,
-            frontier=to_message(transfer_pb2.KvFrontier, kv.frontier),
+            frontier=_frontier_to_pb(kv.frontier),
         )
         return transfer_pb2.PullComputedResponse(computed=computed)
 
@@ -348,6 +352,22 @@ def _manifest_from_pb(reply: transfer_pb2.PullResponse) -> Manifest:
         first_token=sampled_from_pb(reply.first_token),
         allocation=reply.allocation,
     )
+
+
+def _frontier_to_pb(frontier: KvFrontier) -> transfer_pb2.KvFrontier:
+    return transfer_pb2.KvFrontier(
+        allocation=frontier.allocation,
+        blocks=frontier.blocks,
+        next_blocks=frontier.next_blocks,
+        layers=frontier.layers,
+        num_layers=frontier.num_layers,
+        later=[to_message(transfer_pb2.StageFrontier, stage) for stage in frontier.later],
+    )
+
+
+def _frontier_from_pb(pb: transfer_pb2.KvFrontier) -> KvFrontier:
+    later = tuple(from_message(StageFrontier, stage) for stage in pb.later)
+    return KvFrontier(pb.allocation, pb.blocks, pb.next_blocks, pb.layers, pb.num_layers, later)
 
 
 def _remaining_s(context: Any) -> float:

@@ -30,7 +30,7 @@ from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.receiver import KvReceiver
 from tandem.kv_transfer.sender import KvSender
-from tandem.prefill_worker.held_kv import HeldKv
+from tandem.prefill_worker.held_kv import HeldKv, StageStep
 from tandem.v1 import transfer_pb2_grpc, worker_pb2_grpc
 from tandem.wire.sessions import InstanceServicer
 from tandem.wire.transfer import KvTransferServicer
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from tandem.worker.kv_events import KvEventPublisher
 
 log = logging.getLogger(__name__)
+
+STAGES_EVERY_S = 0.001  # while a reader waits for layers
+STAGES_IDLE_EVERY_S = 0.02
 
 
 class Worker:
@@ -135,6 +138,8 @@ class Worker:
         self._fetcher.fetch_with(self._receiver)
         self._kv_events = self._start_kv_events()
         self._tasks.append(self._spawn(self._held.expire_leases(), "leases"))
+        if self._ranks is not None and section.engine.shape.pp > 1:
+            self._tasks.append(self._spawn(self._watch_stages(self._ranks), "watch stages"))
         await self._public.listen(self._add_services, self._report, self._links, lambda: self._stall.age_s)
         if self._config.cluster_tls is not None:
             self._tasks.append(self._spawn(self._public.keep_certificate(), "certificate"))
@@ -249,6 +254,13 @@ class Worker:
                     log.warning("%s: the stalled step has ended", self.instance_id)
                 await self._public.set_stalled(is_stalled)
         raise InternalError(f"a step of {self.instance_id} has not ended in {self._stall.age_s:.0f} s")
+
+    async def _watch_stages(self, ranks: RankGroup) -> None:
+        """Tell readers how far later stages are, until cancelled. The loop's thread may be waiting for these stages."""
+        while True:
+            for number, at in enumerate(ranks.later_stages(), start=1):
+                self._held.stage_computed(number, StageStep(*at))
+            await asyncio.sleep(STAGES_EVERY_S if self._held.wants_layers else STAGES_IDLE_EVERY_S)
 
     # --- calls back --------------------------------------------------------------------------------------------------
 

@@ -173,6 +173,7 @@ class InstanceLoop:
         self._num_owned = 0  # sum of the lengths of the block tables of `_held` and `_fenced`
         self._events: list[LoopEvent] = []
         self._chunks: list[Chunk] = []
+        self._prepared_step = 0  # the engine's number of the step of these chunks
         self._launched: StepHandle | None = None
         self._launched_s = 0.0
         self._failed_steps = 0
@@ -210,6 +211,7 @@ class InstanceLoop:
             for sequence in reserved:
                 self._fetch(sequence)
         self._chunks = self._scheduler.next_batch(now_s)
+        self._prepared_step = self._engine.next_step
         for chunk in self._chunks:
             sequence = chunk.sequence
             if chunk.is_prompt and chunk.start == sequence.num_cached and not self._has_drawn(sequence):
@@ -231,6 +233,7 @@ class InstanceLoop:
     def launch(self) -> None:
         """Begin the step that `prepare` scheduled."""
         self._launched_s = self._clock.now_s()
+        assert self._engine.next_step == self._prepared_step, "readers were told of another step"
         hands_over = any(chunk.sequence.hand_over for chunk in self._chunks)
         try:
             self._launched = self._engine.launch(
@@ -477,7 +480,8 @@ class InstanceLoop:
             is_first=chunk.start == sequence.num_cached,
             blocks=chunk.start // layout.block_size,
             next_blocks=num_blocks if chunk.samples else end // layout.block_size,
-            num_layers=len(layout.layers(0)),
+            step=self._prepared_step,
+            layers_per_stage=layout.layers_per_stage or (layout.num_layers,),
         )
 
     def _manifest(self, sequence: Sequence, first_token: SampledToken) -> Manifest:

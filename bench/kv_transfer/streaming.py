@@ -34,7 +34,7 @@ PARTS = ("prefill_s", "transfer_s", "decode_queue_s", "second_token_s")
 
 
 async def measure(
-    model: Path, transport: str, lengths: Sequence[int], repetitions: int, threads: int
+    model: Path, transport: str, lengths: Sequence[int], repetitions: int, threads: int, stages: int
 ) -> dict[tuple[int, str, str], list[float]]:
     """Seconds of each repetition by (tokens, variant, part). Raises MeasurementError."""
     draw = random.Random(5)
@@ -44,7 +44,7 @@ async def measure(
         for variant, settings in VARIANTS.items():
             launcher = await stack.enter_async_context(ClusterLauncher(model))
             router = await launcher.start_router()
-            engine = {"threads": threads, "kv_memory": "512MiB", "dtype": "bfloat16"}
+            engine = {"threads": threads, "kv_memory": "512MiB", "dtype": "bfloat16", "pp": stages}
             instance = {"transport": transport, "prefix_cache": False, **settings}
             await launcher.start_workers(router, engine, instance)
             routers[variant] = router
@@ -74,7 +74,9 @@ async def _print(options: argparse.Namespace) -> None:
         shape = read_shape(_SHAPES, options.model)
         model = write_random_checkpoint(Path(folder) / options.model, shape, seed=3, dtype="bfloat16")
         for transport in options.transport:
-            seconds = await measure(model, transport, options.tokens, options.repetitions, options.threads)
+            seconds = await measure(
+                model, transport, options.tokens, options.repetitions, options.threads, options.stages
+            )
             for num_tokens in options.tokens:
                 num_bytes = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * num_tokens
                 print(f"\n{transport}, {num_tokens} tokens, {num_bytes / _MIB:.1f} MiB of KV; ms")
@@ -100,6 +102,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 3500])
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="of each engine")
+    parser.add_argument("--stages", type=int, default=1, help="pipeline stages of each engine")
     options = parser.parse_args()
     load = os.getloadavg()
     print(f"load average {load[0]:.1f} {load[1]:.1f} {load[2]:.1f} on {os.cpu_count()} cores", flush=True)

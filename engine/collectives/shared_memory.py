@@ -1,6 +1,6 @@
 """Collectives between the ranks of one host: one memory file that all of them map, and waits in C++.
 
-    [ abort word | a stamp per rank | two slots per rank, for sums | mailboxes ]
+    [ abort word | a stamp and a report per rank | two slots per rank, for sums | mailboxes ]
 
 A mailbox is one direction between two ranks: hidden states go from a rank of a stage to the same rank of the next one,
 logits from the last stage to rank 0. The kernels are in engine/native/collectives.h; ctypes releases the interpreter's
@@ -20,6 +20,8 @@ from tandem.core.parallel import ParallelShape
 from tandem.engine.collectives.interface import RankLostError
 
 _LINE_BYTES = 64  # words that different ranks write are in different cache lines
+_REPORT_OFFSET = 8  # in a rank's line, after its stamp
+_MAX_LAYERS = 1 << 16  # of a stage
 _SLOT_BYTES = 1 << 20
 _DEPTH = 4  # slots of a mailbox
 _MAILBOX_BYTES = 2 * _LINE_BYTES + _DEPTH * _SLOT_BYTES
@@ -41,6 +43,17 @@ class SharedRegion:
         fd = os.memfd_create("tandem-ranks", os.MFD_CLOEXEC)
         os.ftruncate(fd, _region_bytes(shape))
         return fd
+
+    def report(self, rank: int, step: int, layers: int) -> None:
+        """Of that rank, which has computed so many of its layers in a step. For `reported` of other ranks."""
+        self._report_of(rank).value = step * _MAX_LAYERS + layers
+
+    def reported(self, rank: int) -> tuple[int, int]:
+        """The last (step, layers) of that rank; (0, 0) at the beginning. What it wrote before is visible here then."""
+        return divmod(self._report_of(rank).value, _MAX_LAYERS)
+
+    def _report_of(self, rank: int) -> ctypes.c_int64:
+        return ctypes.c_int64.from_address(self.address + _LINE_BYTES * (1 + rank) + _REPORT_OFFSET)
 
     def abort(self) -> None:
         """End all waits of all ranks. From any thread."""

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import worker_pb2 as tandem_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tandem/v1/transfer.proto\x12\ttandem.v1\x1a\x16tandem/v1/worker.proto\"\x92\x01\n\x0bLinkRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x0b\n\x03uid\x18\x04 \x01(\r\x12(\n\ntransports\x18\x05 \x03(\x0e\x32\x14.tandem.v1.Transport\x12\x11\n\tkv_format\x18\x06 \x01(\t\"\xf8\x01\n\x0cLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\'\n\ttransport\x18\x04 \x01(\x0e\x32\x14.tandem.v1.Transport\x12\x12\n\nnum_blocks\x18\x05 \x01(\x05\x12\x13\n\x0bsocket_name\x18\x06 \x01(\t\x12\x0e\n\x06nonces\x18\x07 \x03(\x0c\x12\x12\n\nblock_size\x18\x08 \x01(\x05\x12\n\n\x02tp\x18\t \x01(\x05\x12\x18\n\x10layers_per_stage\x18\n \x03(\x05\x12\x11\n\tkv_format\x18\x0b \x01(\t\"C\n\x14RendezvousSetRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x0c\"\x17\n\x15RendezvousSetResponse\"4\n\x14RendezvousGetRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"&\n\x15RendezvousGetResponse\x12\r\n\x05value\x18\x01 \x01(\x0c\"0\n\x0bPullRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"\xdd\x01\n\x0cPullResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x12\n\ntoken_hash\x18\x04 \x01(\t\x12\x11\n\tblock_ids\x18\x05 \x03(\x05\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12,\n\x0b\x66irst_token\x18\x08 \x01(\x0b\x32\x17.tandem.v1.SampledToken\x12\x12\n\nblock_size\x18\t \x01(\x05\x12\x12\n\nallocation\x18\n \x01(\x05J\x04\x08\x07\x10\x08\"i\n\nKvFrontier\x12\x12\n\nallocation\x18\x01 \x01(\x05\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x05\x12\x13\n\x0bnext_blocks\x18\x03 \x01(\x05\x12\x0e\n\x06layers\x18\x04 \x01(\x05\x12\x12\n\nnum_layers\x18\x05 \x01(\x05\"\x80\x01\n\x13PullComputedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12$\n\x05known\x18\x03 \x01(\x0b\x32\x15.tandem.v1.KvFrontier\x12\x0f\n\x07min_new\x18\x04 \x01(\x03\x12\x0f\n\x07has_all\x18\x05 \x01(\x08\"\x7f\n\nComputedKv\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x11\n\tblock_ids\x18\x03 \x03(\x05\x12\x12\n\nblock_size\x18\x04 \x01(\x05\x12\'\n\x08\x66rontier\x18\x05 \x01(\x0b\x32\x15.tandem.v1.KvFrontier\"t\n\x14PullComputedResponse\x12)\n\x08\x63omputed\x18\x01 \x01(\x0b\x32\x15.tandem.v1.ComputedKvH\x00\x12+\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x17.tandem.v1.PullResponseH\x00\x42\x04\n\x02kv\"\xb2\x02\n\x0cGrantRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x05\x12\x10\n\x08sequence\x18\x04 \x01(\x05\x12\x13\n\x0btotal_bytes\x18\t \x01(\x03\x12\x13\n\x0b\x63hunk_bytes\x18\n \x01(\x03\x12\x10\n\x08\x63hecksum\x18\x0b \x01(\x08\x12\x0c\n\x04rank\x18\x0c \x01(\x05\x12\x12\n\nallocation\x18\r \x01(\x05\x12\x14\n\x0clayers_begin\x18\x0e \x01(\x05\x12\x12\n\nlayers_end\x18\x0f \x01(\x05\x12\x14\n\x0c\x62locks_begin\x18\x10 \x01(\x05\x12\x12\n\nblocks_end\x18\x11 \x01(\x05\x12\x12\n\nnum_tokens\x18\x12 \x01(\x05J\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07J\x04\x08\x07\x10\x08J\x04\x08\x08\x10\t\"5\n\rGrantResponse\x12\x12\n\nsent_bytes\x18\x01 \x01(\x03\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x07\"7\n\x12\x41\x63knowledgeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"$\n\x13\x41\x63knowledgeResponse\x12\r\n\x05owned\x18\x01 \x01(\x08*k\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x1b\n\x17TRANSPORT_SHARED_MEMORY\x10\x01\x12\x12\n\x0eTRANSPORT_GLOO\x10\x02\x12\x12\n\x0eTRANSPORT_NCCL\x10\x03\x32\x8a\x04\n\x11KvTransferService\x12\x39\n\x04Link\x12\x16.tandem.v1.LinkRequest\x1a\x17.tandem.v1.LinkResponse0\x01\x12R\n\rRendezvousSet\x12\x1f.tandem.v1.RendezvousSetRequest\x1a .tandem.v1.RendezvousSetResponse\x12R\n\rRendezvousGet\x12\x1f.tandem.v1.RendezvousGetRequest\x1a .tandem.v1.RendezvousGetResponse\x12\x37\n\x04Pull\x12\x16.tandem.v1.PullRequest\x1a\x17.tandem.v1.PullResponse\x12O\n\x0cPullComputed\x12\x1e.tandem.v1.PullComputedRequest\x1a\x1f.tandem.v1.PullComputedResponse\x12:\n\x05Grant\x12\x17.tandem.v1.GrantRequest\x1a\x18.tandem.v1.GrantResponse\x12L\n\x0b\x41\x63knowledge\x12\x1d.tandem.v1.AcknowledgeRequest\x1a\x1e.tandem.v1.AcknowledgeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tandem/v1/transfer.proto\x12\ttandem.v1\x1a\x16tandem/v1/worker.proto\"\x92\x01\n\x0bLinkRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x0b\n\x03uid\x18\x04 \x01(\r\x12(\n\ntransports\x18\x05 \x03(\x0e\x32\x14.tandem.v1.Transport\x12\x11\n\tkv_format\x18\x06 \x01(\t\"\xf8\x01\n\x0cLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\'\n\ttransport\x18\x04 \x01(\x0e\x32\x14.tandem.v1.Transport\x12\x12\n\nnum_blocks\x18\x05 \x01(\x05\x12\x13\n\x0bsocket_name\x18\x06 \x01(\t\x12\x0e\n\x06nonces\x18\x07 \x03(\x0c\x12\x12\n\nblock_size\x18\x08 \x01(\x05\x12\n\n\x02tp\x18\t \x01(\x05\x12\x18\n\x10layers_per_stage\x18\n \x03(\x05\x12\x11\n\tkv_format\x18\x0b \x01(\t\"C\n\x14RendezvousSetRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x0c\"\x17\n\x15RendezvousSetResponse\"4\n\x14RendezvousGetRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"&\n\x15RendezvousGetResponse\x12\r\n\x05value\x18\x01 \x01(\x0c\"0\n\x0bPullRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"\xdd\x01\n\x0cPullResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x12\n\ntoken_hash\x18\x04 \x01(\t\x12\x11\n\tblock_ids\x18\x05 \x03(\x05\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12,\n\x0b\x66irst_token\x18\x08 \x01(\x0b\x32\x17.tandem.v1.SampledToken\x12\x12\n\nblock_size\x18\t \x01(\x05\x12\x12\n\nallocation\x18\n \x01(\x05J\x04\x08\x07\x10\x08\"X\n\rStageFrontier\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x05\x12\x13\n\x0bnext_blocks\x18\x02 \x01(\x05\x12\x0e\n\x06layers\x18\x03 \x01(\x05\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\"\x92\x01\n\nKvFrontier\x12\x12\n\nallocation\x18\x01 \x01(\x05\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x05\x12\x13\n\x0bnext_blocks\x18\x03 \x01(\x05\x12\x0e\n\x06layers\x18\x04 \x01(\x05\x12\x12\n\nnum_layers\x18\x05 \x01(\x05\x12\'\n\x05later\x18\x06 \x03(\x0b\x32\x18.tandem.v1.StageFrontier\"\x80\x01\n\x13PullComputedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12$\n\x05known\x18\x03 \x01(\x0b\x32\x15.tandem.v1.KvFrontier\x12\x0f\n\x07min_new\x18\x04 \x01(\x03\x12\x0f\n\x07has_all\x18\x05 \x01(\x08\"\x7f\n\nComputedKv\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x11\n\tblock_ids\x18\x03 \x03(\x05\x12\x12\n\nblock_size\x18\x04 \x01(\x05\x12\'\n\x08\x66rontier\x18\x05 \x01(\x0b\x32\x15.tandem.v1.KvFrontier\"t\n\x14PullComputedResponse\x12)\n\x08\x63omputed\x18\x01 \x01(\x0b\x32\x15.tandem.v1.ComputedKvH\x00\x12+\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x17.tandem.v1.PullResponseH\x00\x42\x04\n\x02kv\"\xb2\x02\n\x0cGrantRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x05\x12\x10\n\x08sequence\x18\x04 \x01(\x05\x12\x13\n\x0btotal_bytes\x18\t \x01(\x03\x12\x13\n\x0b\x63hunk_bytes\x18\n \x01(\x03\x12\x10\n\x08\x63hecksum\x18\x0b \x01(\x08\x12\x0c\n\x04rank\x18\x0c \x01(\x05\x12\x12\n\nallocation\x18\r \x01(\x05\x12\x14\n\x0clayers_begin\x18\x0e \x01(\x05\x12\x12\n\nlayers_end\x18\x0f \x01(\x05\x12\x14\n\x0c\x62locks_begin\x18\x10 \x01(\x05\x12\x12\n\nblocks_end\x18\x11 \x01(\x05\x12\x12\n\nnum_tokens\x18\x12 \x01(\x05J\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07J\x04\x08\x07\x10\x08J\x04\x08\x08\x10\t\"5\n\rGrantResponse\x12\x12\n\nsent_bytes\x18\x01 \x01(\x03\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x07\"7\n\x12\x41\x63knowledgeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"$\n\x13\x41\x63knowledgeResponse\x12\r\n\x05owned\x18\x01 \x01(\x08*k\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x1b\n\x17TRANSPORT_SHARED_MEMORY\x10\x01\x12\x12\n\x0eTRANSPORT_GLOO\x10\x02\x12\x12\n\x0eTRANSPORT_NCCL\x10\x03\x32\x8a\x04\n\x11KvTransferService\x12\x39\n\x04Link\x12\x16.tandem.v1.LinkRequest\x1a\x17.tandem.v1.LinkResponse0\x01\x12R\n\rRendezvousSet\x12\x1f.tandem.v1.RendezvousSetRequest\x1a .tandem.v1.RendezvousSetResponse\x12R\n\rRendezvousGet\x12\x1f.tandem.v1.RendezvousGetRequest\x1a .tandem.v1.RendezvousGetResponse\x12\x37\n\x04Pull\x12\x16.tandem.v1.PullRequest\x1a\x17.tandem.v1.PullResponse\x12O\n\x0cPullComputed\x12\x1e.tandem.v1.PullComputedRequest\x1a\x1f.tandem.v1.PullComputedResponse\x12:\n\x05Grant\x12\x17.tandem.v1.GrantRequest\x1a\x18.tandem.v1.GrantResponse\x12L\n\x0b\x41\x63knowledge\x12\x1d.tandem.v1.AcknowledgeRequest\x1a\x1e.tandem.v1.AcknowledgeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSPORT']._serialized_start=1869
-  _globals['_TRANSPORT']._serialized_end=1976
+  _globals['_TRANSPORT']._serialized_start=2001
+  _globals['_TRANSPORT']._serialized_end=2108
   _globals['_LINKREQUEST']._serialized_start=64
   _globals['_LINKREQUEST']._serialized_end=210
   _globals['_LINKRESPONSE']._serialized_start=213
@@ -50,22 +50,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PULLREQUEST']._serialized_end=699
   _globals['_PULLRESPONSE']._serialized_start=702
   _globals['_PULLRESPONSE']._serialized_end=923
-  _globals['_KVFRONTIER']._serialized_start=925
-  _globals['_KVFRONTIER']._serialized_end=1030
-  _globals['_PULLCOMPUTEDREQUEST']._serialized_start=1033
-  _globals['_PULLCOMPUTEDREQUEST']._serialized_end=1161
-  _globals['_COMPUTEDKV']._serialized_start=1163
-  _globals['_COMPUTEDKV']._serialized_end=1290
-  _globals['_PULLCOMPUTEDRESPONSE']._serialized_start=1292
-  _globals['_PULLCOMPUTEDRESPONSE']._serialized_end=1408
-  _globals['_GRANTREQUEST']._serialized_start=1411
-  _globals['_GRANTREQUEST']._serialized_end=1717
-  _globals['_GRANTRESPONSE']._serialized_start=1719
-  _globals['_GRANTRESPONSE']._serialized_end=1772
-  _globals['_ACKNOWLEDGEREQUEST']._serialized_start=1774
-  _globals['_ACKNOWLEDGEREQUEST']._serialized_end=1829
-  _globals['_ACKNOWLEDGERESPONSE']._serialized_start=1831
-  _globals['_ACKNOWLEDGERESPONSE']._serialized_end=1867
-  _globals['_KVTRANSFERSERVICE']._serialized_start=1979
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2501
+  _globals['_STAGEFRONTIER']._serialized_start=925
+  _globals['_STAGEFRONTIER']._serialized_end=1013
+  _globals['_KVFRONTIER']._serialized_start=1016
+  _globals['_KVFRONTIER']._serialized_end=1162
+  _globals['_PULLCOMPUTEDREQUEST']._serialized_start=1165
+  _globals['_PULLCOMPUTEDREQUEST']._serialized_end=1293
+  _globals['_COMPUTEDKV']._serialized_start=1295
+  _globals['_COMPUTEDKV']._serialized_end=1422
+  _globals['_PULLCOMPUTEDRESPONSE']._serialized_start=1424
+  _globals['_PULLCOMPUTEDRESPONSE']._serialized_end=1540
+  _globals['_GRANTREQUEST']._serialized_start=1543
+  _globals['_GRANTREQUEST']._serialized_end=1849
+  _globals['_GRANTRESPONSE']._serialized_start=1851
+  _globals['_GRANTRESPONSE']._serialized_end=1904
+  _globals['_ACKNOWLEDGEREQUEST']._serialized_start=1906
+  _globals['_ACKNOWLEDGEREQUEST']._serialized_end=1961
+  _globals['_ACKNOWLEDGERESPONSE']._serialized_start=1963
+  _globals['_ACKNOWLEDGERESPONSE']._serialized_end=1999
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2111
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2633
 # @@protoc_insertion_point(module_scope)

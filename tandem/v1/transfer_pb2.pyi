@@ -119,19 +119,33 @@ class PullResponse(_message.Message):
     allocation: int
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tokens: _Optional[int] = ..., token_hash: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., first_token: _Optional[_Union[_worker_pb2.SampledToken, _Mapping]] = ..., block_size: _Optional[int] = ..., allocation: _Optional[int] = ...) -> None: ...
 
+class StageFrontier(_message.Message):
+    __slots__ = ("blocks", "next_blocks", "layers", "num_layers")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    next_blocks: int
+    layers: int
+    num_layers: int
+    def __init__(self, blocks: _Optional[int] = ..., next_blocks: _Optional[int] = ..., layers: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
+
 class KvFrontier(_message.Message):
-    __slots__ = ("allocation", "blocks", "next_blocks", "layers", "num_layers")
+    __slots__ = ("allocation", "blocks", "next_blocks", "layers", "num_layers", "later")
     ALLOCATION_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NEXT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    LATER_FIELD_NUMBER: _ClassVar[int]
     allocation: int
     blocks: int
     next_blocks: int
     layers: int
     num_layers: int
-    def __init__(self, allocation: _Optional[int] = ..., blocks: _Optional[int] = ..., next_blocks: _Optional[int] = ..., layers: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
+    later: _containers.RepeatedCompositeFieldContainer[StageFrontier]
+    def __init__(self, allocation: _Optional[int] = ..., blocks: _Optional[int] = ..., next_blocks: _Optional[int] = ..., layers: _Optional[int] = ..., num_layers: _Optional[int] = ..., later: _Optional[_Iterable[_Union[StageFrontier, _Mapping]]] = ...) -> None: ...
 
 class PullComputedRequest(_message.Message):
     __slots__ = ("request_id", "epoch", "known", "min_new", "has_all")

@@ -1,25 +1,43 @@
 """What a frontier has beyond an earlier one, against sets of blocks and layers."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.core.kv_frontier import KvFrontier, TransferChunk
+from tandem.core.kv_frontier import KvFrontier, StageFrontier, TransferChunk
 
 MOST = 5
 
 
 @st.composite
-def growing(draw: st.DrawFn) -> tuple[KvFrontier, KvFrontier]:
-    """Two states of one attempt; the second one may be the end, when the layers of later stages are there, too."""
+def stage_steps(draw: st.DrawFn, chunks: list[int]) -> list[StageFrontier]:
+    """Two states of one stage, the second one not before the first."""
     num_layers = draw(st.integers(1, MOST))
+    positions = sorted(draw(st.tuples(*2 * [st.integers(0, len(chunks) - 2)])))
+    layers = sorted(draw(st.tuples(*2 * [st.integers(0, num_layers)])))
+    if positions[0] < positions[1]:
+        layers = draw(st.permutations(layers))
+    return [
+        StageFrontier(chunks[at], chunks[at + 1], done, num_layers) for at, done in zip(positions, layers, strict=True)
+    ]
+
+
+@st.composite
+def growing(draw: st.DrawFn) -> tuple[KvFrontier, KvFrontier]:
+    """Two states of one attempt, of one or several stages; the second one may be the end, when the layers of stages
+    whose progress is not known are there, too. The first one may know the first stage only."""
     chunks = sorted(draw(st.sets(st.integers(0, MOST), min_size=2)))
-    position = draw(st.integers(0, len(chunks) - 2))
-    earlier = KvFrontier(1, chunks[position], chunks[position + 1], draw(st.integers(0, num_layers)), num_layers)
+    stages = [draw(stage_steps(chunks)) for _ in range(draw(st.integers(1, 3)))]
+    earlier, later = (
+        KvFrontier(1, first.blocks, first.next_blocks, first.layers, first.num_layers, tuple(others))
+        for first, *others in zip(*stages, strict=True)
+    )
     if draw(st.booleans()):
-        return earlier, KvFrontier.finished(1, chunks[-1], draw(st.integers(num_layers, MOST)))
-    later = draw(st.integers(position, len(chunks) - 2))
-    first = earlier.layers if later == position else 0
-    return earlier, KvFrontier(1, chunks[later], chunks[later + 1], draw(st.integers(first, num_layers)), num_layers)
+        earlier = replace(earlier, later=())
+    if draw(st.booleans()):
+        return earlier, KvFrontier.finished(1, chunks[-1], draw(st.integers(earlier.known_layers, 4 * MOST)))
+    return earlier, later
 
 
 def cells(chunk: TransferChunk) -> list[tuple[int, int]]:
@@ -27,9 +45,14 @@ def cells(chunk: TransferChunk) -> list[tuple[int, int]]:
 
 
 def computed(frontier: KvFrontier) -> set[tuple[int, int]]:
-    before = TransferChunk(range(frontier.num_layers), range(frontier.blocks))
-    current = TransferChunk(range(frontier.layers), range(frontier.blocks, frontier.next_blocks))
-    return {*cells(before), *cells(current)}
+    found, begin = set(), 0
+    for stage in frontier.stages:
+        end = begin + stage.num_layers
+        found.update(cells(TransferChunk(range(begin, end), range(stage.blocks))))
+        done = range(begin, begin + stage.layers)
+        found.update(cells(TransferChunk(done, range(stage.blocks, stage.next_blocks))))
+        begin = end
+    return found
 
 
 @given(growing())
@@ -48,7 +71,8 @@ def test_what_is_new_comes_once_and_nothing_else(states: tuple[KvFrontier, KvFro
 def test_only_what_is_computed_is_covered(states: tuple[KvFrontier, KvFrontier], data: st.DataObject) -> None:
     for frontier in states:
         layers, blocks = (
-            range(*sorted(data.draw(st.tuples(st.integers(0, MOST + 1), st.integers(0, MOST + 1))))) for _ in range(2)
+            range(*sorted(data.draw(st.tuples(st.integers(0, most), st.integers(0, most)))))
+            for most in (3 * MOST + 1, MOST + 1)
         )
         chunk = TransferChunk(layers, blocks)
         assert frontier.covers(chunk) == (set(cells(chunk)) <= computed(frontier))

@@ -5,12 +5,13 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tandem.core.errors import StaleEpochError, TransferError
-from tandem.core.kv_frontier import KvFrontier
+from tandem.core.kv_frontier import KvFrontier, StageFrontier
 from tandem.core.kv_layout import KvLayout
 from tandem.core.transfer import PeerGoneError, Transport
 from tandem.kv_transfer import shared_memory_link
@@ -121,6 +122,20 @@ async def test_what_is_computed_comes_before_the_end(pair: tuple[KvLayout, KvLay
         stream.check()
         (stats,) = stream.receiver.links()
         assert (stats.transfers, stats.failures) == (1, 0)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_the_layers_of_later_stages_come_as_they_are_computed(transport: Transport) -> None:
+    async with streaming(transport, layout(layers_per_stage=(2, 1, 2)), layout(tp=2)) as stream:
+        for first, *later in (
+            (KvFrontier(1, 0, 4, 2, 2), StageFrontier(0, 0, 0, 1), StageFrontier(0, 0, 0, 2)),
+            (KvFrontier(1, 4, 6, 1, 2), StageFrontier(0, 4, 1, 1), StageFrontier(0, 4, 1, 2)),
+            (KvFrontier(1, 4, 6, 2, 2), StageFrontier(4, 6, 1, 1), StageFrontier(4, 6, 0, 2)),
+        ):
+            await stream.compute(replace(first, later=tuple(later)))
+        fetched = await stream.finish()
+        assert fetched.streamed_bytes == fetched.bytes * (5 * 6 - 2 * 2) // (5 * 6)
+        stream.check()
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

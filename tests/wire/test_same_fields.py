@@ -4,14 +4,14 @@ from dataclasses import fields
 
 import pytest
 
-from tandem.core.kv_frontier import KvFrontier
+from tandem.core.kv_frontier import StageFrontier
 from tandem.core.session import BlockCounts, LinkStats
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.v1 import transfer_pb2, worker_pb2
 from tandem.wire.same_fields import from_message, to_message
 
 VALUES = [
-    (transfer_pb2.KvFrontier, KvFrontier(1, 2, 3, 4, 5)),
+    (transfer_pb2.StageFrontier, StageFrontier(1, 2, 3, 4)),
     (worker_pb2.BlockCounts, BlockCounts(1, 2, 3, 4, 5, 6)),
     (worker_pb2.LinkStats, LinkStats("p", "gloo", 1, 2, 3.5, 4, 5, 6, "fp8")),
     (worker_pb2.WorkloadProfile, ProfileSnapshot(1, 2.5, 3, 4.5, 5, (6.5, 7.5), (8, 9), (10,), (), (11,))),

@@ -11,7 +11,7 @@ import pytest
 
 from tandem.core.clock import SystemClock
 from tandem.core.errors import DeadlineError, InvalidRequestError, StaleEpochError, TransferError, UnavailableError
-from tandem.core.kv_frontier import KvFrontier, TransferChunk
+from tandem.core.kv_frontier import KvFrontier, StageFrontier, TransferChunk
 from tandem.core.request import SampledToken, TokenLogprob
 from tandem.core.transfer import (
     ComputedKv,
@@ -47,7 +47,7 @@ REPLY = LinkReply(
 TOKEN = SampledToken(3, TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0))))
 MANIFEST = Manifest("r", 2, 5, "h" * 32, (9, 0, 4), "f" * 32, 32, TOKEN)
 PART = TransferChunk(range(1, 4), range(3))
-FRONTIER = KvFrontier(2, 1, 3, 4, 6)
+FRONTIER = KvFrontier(2, 1, 3, 4, 6, (StageFrontier(0, 2, 1, 5), StageFrontier(0, 1, 0, 4)))
 COMPUTED = ComputedKv("r", 3, (9, 0, 4), 32, FRONTIER)
 GRANT = Grant("link-1", "r", 2, 6, 3, 2, PART, 1 << 40, 1 << 20, True)
 

@@ -50,13 +50,21 @@ def section(tp: int = 1, pp: int = 1) -> EngineSection:
 
 @contextlib.contextmanager
 def running_with_pools(model: Path, tp: int = 1, pp: int = 1) -> Iterator[tuple[Engine, Sequence[SharedPool]]]:
+    with running_ranks(model, tp, pp) as (engine, pools, _):
+        yield engine, pools
+
+
+@contextlib.contextmanager
+def running_ranks(
+    model: Path, tp: int = 1, pp: int = 1
+) -> Iterator[tuple[Engine, Sequence[SharedPool], RankGroup | None]]:
     lost: list[TandemError] = []
     ranks = RankGroup(model, section(tp, pp), lost.append) if tp * pp > 1 else None
     if ranks is not None:
         ranks.start()
     try:
         engine, pools = load_worker_engine(model, section(tp, pp), ranks)
-        yield engine, pools
+        yield engine, pools, ranks
         engine.close()
         for pool in pools:
             pool.close()
@@ -129,6 +137,42 @@ def test_tokens_are_those_of_one_rank_and_of_transformers(family: str, shape: tu
         tokens, of_ranks = greedy(engine)
         assert tokens == expected
         torch.testing.assert_close(of_ranks, logprobs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.slow
+def test_what_a_later_stage_reports_is_written(tmp_path: Path) -> None:
+    """All blocks of the steps before, and of the last step the layers that it reports."""
+    with running_ranks(checkpoint(tmp_path, "llama"), tp=2, pp=2) as (engine, pools, ranks):
+        assert ranks is not None
+        layout = engine.layout
+        of_rank = [pool.tensor.view(torch.float32).view(layout.pool_of(rank).shape) for rank, pool in enumerate(pools)][
+            layout.tp :
+        ]
+        num_layers = layout.layers_per_stage[1]
+        block_ids, chunk = list(range(1, 25)), [3] * layout.block_size
+        seen = set()
+        for _ in range(5):
+            first = engine.next_step
+            computed = threading.Thread(target=_compute_chunks, args=(engine, block_ids, chunk))
+            computed.start()
+            while computed.is_alive():
+                ((step, layers),) = ranks.later_stages()
+                if step < first:
+                    continue
+                seen.add((step - first, layers))
+                for number, block in enumerate(block_ids[: step - first + 1]):
+                    done = num_layers if number < step - first else layers
+                    assert all(bool(pool[:done, :, block].any(-1).all()) for pool in of_rank), (step - first, layers)
+            computed.join()
+            for pool in of_rank:
+                pool[:, :, block_ids] = 0
+        assert len(seen) > 3
+
+
+def _compute_chunks(engine: Engine, block_ids: Sequence[int], chunk: Sequence[int]) -> None:
+    for number in range(len(block_ids)):
+        engine.step([SequenceSlice(chunk, number * engine.layout.block_size, block_ids[: number + 1])])
+    engine.settle()
 
 
 @pytest.mark.slow

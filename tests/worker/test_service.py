@@ -10,7 +10,7 @@ from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import ManualClock
 from tandem.core.errors import ConfigError, DeadlineError, OverloadedError, StaleEpochError
 from tandem.core.instance_section import InstanceSection
-from tandem.core.kv_frontier import KvFrontier
+from tandem.core.kv_frontier import KvFrontier, StageFrontier
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken
 from tandem.core.session import (
     Cancel,
@@ -26,7 +26,7 @@ from tandem.core.session import (
 )
 from tandem.core.transfer import ComputedKv, Manifest
 from tandem.decode_worker.fetcher import Fetch
-from tandem.prefill_worker.held_kv import HeldKv, KvComputing, KvReady
+from tandem.prefill_worker.held_kv import HeldKv, KvComputing, KvReady, StageStep
 from tandem.scheduling.budget import StepBudget
 from tandem.wire.sessions import Outbox, RoleChange
 from tandem.worker.loop import CancelFetch, LoopCommand, Release, SendEvent, SubmitAttempt
@@ -189,11 +189,14 @@ async def test_whoever_pulls_learns_why_there_is_nothing() -> None:
 class Reading:
     """A reader that takes what is computed of `bench`'s attempt, in blocks 7, 8 and 9 with four layers each."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, layers_per_stage: tuple[int, ...] = (4,)) -> None:
         self.bench = bench
+        self.layers_per_stage = layers_per_stage
 
-    def computing(self, blocks: int, next_blocks: int, *, is_first: bool = False) -> None:
-        event = KvComputing(self.bench.key, (7, 8, 9), 64, is_first, blocks, next_blocks, num_layers=4)
+    def computing(self, blocks: int, next_blocks: int, *, is_first: bool = False, step: int = 1) -> None:
+        event = KvComputing(
+            self.bench.key, (7, 8, 9), 64, is_first, blocks, next_blocks, step, layers_per_stage=self.layers_per_stage
+        )
         self.bench.service.deliver([event])
 
     def pull(
@@ -242,6 +245,36 @@ async def test_a_reader_learns_what_is_computed_once_it_is_enough() -> None:
     bench.hold()
     assert await waiting == held.readable("r", 1) == replace(MANIFEST, allocation=1)
     assert not held.wants_layers
+
+
+async def test_a_reader_learns_how_far_later_stages_are() -> None:
+    """Two stages of four and three layers. The second one is a step behind."""
+    bench = Bench()
+    reading, held = Reading(bench, layers_per_stage=(4, 3)), bench.held
+    bench.submit()
+    held.stage_computed(1, StageStep(4, 3))
+    reading.computing(1, 2, is_first=True, step=5)  # the first block was cached
+    known = KvFrontier(1, 1, 2, 0, 4, (StageFrontier(0, 0, 0, 3),))
+    assert await frontier_of(reading.pull(KvFrontier())) == known
+    waiting = reading.pull(known)
+    await asyncio.sleep(0)
+    held.stage_computed(1, StageStep(5, 0))  # which wrote the cached block in an earlier step
+    known = replace(known, later=(StageFrontier(1, 2, 0, 3),))
+    assert await frontier_of(waiting) == known
+    held.layers_computed(4)
+    held.stage_computed(1, StageStep(5, 2))
+    reading.computing(2, 3, step=7)  # another attempt was in step 6
+    known = KvFrontier(1, 2, 3, 0, 4, (StageFrontier(1, 2, 2, 3),))
+    assert held.readable("r", 1) == ComputedKv("r", 1, (7, 8, 9), 64, known)
+    held.stage_computed(1, StageStep(6, 1))
+    held.layers_computed(4)
+    waiting = reading.pull(known, min_new=8)
+    await asyncio.sleep(0)
+    held.stage_computed(1, StageStep(7, 2))
+    assert not waiting.done()
+    held.stage_computed(1, StageStep(7, 3))
+    known = KvFrontier(1, 2, 3, 4, 4, (StageFrontier(2, 3, 3, 3),))
+    assert await frontier_of(waiting) == known
 
 
 async def test_a_reader_that_has_all_is_answered_and_acknowledged_at_once() -> None:

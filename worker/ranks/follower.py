@@ -14,6 +14,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,17 +60,22 @@ def main() -> int:
 
 
 def _follow(channel: RankChannel, region_fd: int, store_fd: int, pool_fd: int) -> None:
-    engine = _load(channel, region_fd, store_fd, pool_fd)
+    engine, report = _load(channel, region_fd, store_fd, pool_fd)
     channel.send(FrameKind.READY)
     threading.Thread(target=_stay_alive, args=(channel,), name="alive", daemon=True).start()
     while True:
         kind, payload = channel.receive()
         if kind is FrameKind.STOP:
             return
-        engine.follow(*decode_step(payload))
+        number, slices = decode_step(payload)
+        report(number, 0)
+        engine.follow(number, slices, partial(report, number))
 
 
-def _load(channel: RankChannel, region_fd: int, store_fd: int, pool_fd: int) -> Engine:
+def _load(
+    channel: RankChannel, region_fd: int, store_fd: int, pool_fd: int
+) -> tuple[Engine, Callable[[int, int], None]]:
+    """The engine, and what tells rank 0 how far a step is."""
     _, payload = channel.receive()
     fields = json.loads(payload)
     section = EngineSection.model_validate(fields["engine"])
@@ -82,7 +89,8 @@ def _load(channel: RankChannel, region_fd: int, store_fd: int, pool_fd: int) -> 
         pool = SharedPool.open(pool_fd, num_bytes) if device.type == "cpu" else SharedPool.create(num_bytes, device)
         return pool.tensor.zero_()  # the first touch of a page is slow; not in the first requests
 
-    return load_engine(config, allocate, RankPlace(shape, rank, place.collectives(rank, device)))
+    engine = load_engine(config, allocate, RankPlace(shape, rank, place.collectives(rank, device)))
+    return engine, partial(place.region.report, rank)
 
 
 def _stay_alive(channel: RankChannel) -> None:

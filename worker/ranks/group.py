@@ -102,6 +102,12 @@ class RankGroup:
             pools.append(pool)
         return pools
 
+    def later_stages(self) -> list[tuple[int, int]]:
+        """How far each stage after the first is: the step that it computes or computed last, and its layers of it."""
+        assert self._meeting is not None, "start first"
+        shape, region = self._section.shape, self._meeting.region
+        return [region.reported(stage * shape.tp) for stage in range(1, shape.pp)]
+
     def announce(self, number: int, slices: Sequence[SequenceSlice]) -> None:
         """Tell the other ranks to compute a step. Raises RankLostError."""
         data = encode_step(number, slices)
