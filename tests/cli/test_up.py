@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,51 @@ def test_a_changed_cluster(terminal: Terminal) -> None:
     assert moved.stdout.splitlines()[-1] == "replaced router-0", moved.stderr
     assert len(terminal.status()["fleet"]["instances"]) == 2, "they have found the router where it is now"
     assert terminal.tandem("chat", "--complete", "--max-tokens", "4", stdin="still here\n").returncode == 0
+
+
+@pytest.mark.slow
+def test_apply_changes_roles_under_load_and_no_request_fails(terminal: Terminal) -> None:
+    """An instance that is wanted in another role goes on in the same process, there and back again."""
+    assert terminal.up("--set=prefill.instances=2").returncode == 0
+    before, http = terminal.pids(), terminal.status()["run"]["http"]
+    stop = threading.Event()
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(_complete_until, stop, http) for _ in range(4)]
+        try:
+            for changes, words, roles in (
+                (("--set=decode.instances=2",), "prefill-1 goes on as decode-1", {"prefill": 1, "decode": 2}),
+                (("--set=prefill.instances=2",), "applying settings", {"prefill": 2, "decode": 1}),
+                (("--set=decode.instances=2",), "prefill-1 goes on as decode-1", {"prefill": 1, "decode": 2}),
+            ):
+                applied = terminal.apply(*changes)
+                assert applied.returncode == 0, applied.stderr
+                assert applied.stdout.splitlines()[-1] == "no process had to start or to stop"
+                assert words in applied.stdout
+                assert terminal.pids() == before
+                time.sleep(2.0)  # requests in the new roles
+                seen = Counter(instance["role"] for instance in terminal.status()["fleet"]["instances"])
+                assert seen == roles
+        finally:
+            stop.set()
+        answers = [client.result(60) for client in clients]
+    assert min(answers) > 5
+    fleet = terminal.status()["fleet"]["instances"]
+    assert {instance["blocks"]["leaked"] for instance in fleet} == {0}
+
+
+def _complete_until(stop: threading.Event, http: str) -> int:
+    """One stream after the other, each to its end; how many."""
+    body = {"model": "little", "prompt": "x" * 40, "max_tokens": 30, "stream": True, "ignore_eos": True}
+    headers = {"Content-Type": "application/json"}
+    number = 0
+    while not stop.is_set():
+        request = urllib.request.Request(f"http://{http}/v1/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            text = response.read()
+        assert text.endswith(b"data: [DONE]\n\n"), text[-300:]
+        assert text.count(b"data: ") > 2
+        number += 1
+    return number
 
 
 @pytest.mark.slow
