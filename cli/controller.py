@@ -15,7 +15,7 @@ examples:
   tandem controller settings.yaml --pods pods.yaml
 
 The Helm chart runs it with workers.kind Controller, and writes both files (docs/kubernetes.md). Other commands (status,
-scale, drain, role, apply) run in its pod:
+scale, drain, role, apply, logs) run in its pod:
   kubectl exec deploy/chat-controller -- tandem status"""
 
 

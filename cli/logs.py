@@ -1,7 +1,6 @@
 """`tandem logs`: show the log of a process."""
 
-import time
-from collections import deque
+import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -9,14 +8,19 @@ import typer
 
 from tandem.cli.common import Pid, find_run
 from tandem.cli.output import print_line
-from tandem.core.errors import UnavailableError
+from tandem.core.errors import NotFoundError
+from tandem.deploy.log_file import folder_logs
+from tandem.deploy.run_state import RunState
+from tandem.wire.channels import open_channel
+from tandem.wire.controller import ControllerClient
 
 EPILOG = """\
 examples:
   tandem logs decode-0
   tandem logs router-0 --lines 1000
   tandem logs controller --follow"""
-_POLL_S = 0.2
+_ANSWER_S = 30.0
+_CONTROLLER = "controller"  # of `tandem up`: a file of this host
 
 
 def run(
@@ -25,19 +29,31 @@ def run(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until Ctrl-C")] = False,
     pid: Pid = None,
 ) -> int:
-    """Show the last lines of the log of a process. The log goes on when the process is started again."""
-    folder = Path(find_run(pid).log_folder)
-    logs = {path.stem: path for path in sorted(folder.glob("*.log"))}
-    if process not in logs:
-        raise UnavailableError(f"there is no log of '{process}' in {folder}; there is {', '.join(logs) or 'none'}")
-    with logs[process].open(errors="replace") as log:
-        for line in deque(log, maxlen=lines):
-            print_line(line.rstrip("\n"))
-        while follow:
-            if line := log.readline():
-                print_line(line.rstrip("\n"))
-                continue
-            time.sleep(_POLL_S)
-            if log.tell() > logs[process].stat().st_size:  # it was moved away because it was long
-                log.seek(0)
+    """Show the last lines of the log of a process, whichever host it runs on. The log goes on when the process is
+    started again there. On Kubernetes it is that of the process's pod."""
+    cluster = find_run(pid)
+    folder = Path(cluster.log_folder) if cluster.log_folder else None
+    try:
+        if process == _CONTROLLER and folder is not None:
+            asyncio.run(_from_file(folder, process, lines, follow))
+        else:
+            asyncio.run(_from_controller(cluster, process, lines, follow))
+    except NotFoundError:
+        if folder is None or process not in {path.stem for path in folder.glob("*.log")}:
+            raise
+        asyncio.run(_from_file(folder, process, lines, follow))  # of a process that the cluster has no more
     return 0
+
+
+async def _from_file(folder: Path, process: str, lines: int, follow: bool) -> None:
+    async for part in folder_logs(folder)(process, lines, follow):
+        for line in part:
+            print_line(line)
+
+
+async def _from_controller(cluster: RunState, process: str, lines: int, follow: bool) -> None:
+    async with open_channel(cluster.controller, cluster.cluster_token, cluster.tls) as channel:
+        client = ControllerClient(channel, _ANSWER_S)
+        async for part in client.logs(cluster.cluster_token, process, lines, follow=follow):
+            for line in part:
+                print_line(line)

@@ -22,6 +22,7 @@ from tandem.core.log_lines import announce, configure_logging
 from tandem.deploy.controller_server import serve_controller
 from tandem.deploy.desired import Desired
 from tandem.deploy.kept_task import cancel, keep
+from tandem.deploy.log_file import folder_logs
 from tandem.deploy.plan_comparison import compare_with_plan
 from tandem.deploy.process_launcher import ProcessLauncher
 from tandem.deploy.progress import watch_health
@@ -138,7 +139,8 @@ async def _run(
         async def save(changed: Desired) -> None:
             folders.write(replace(state, controller=controller).with_addresses(changed.config.router))
 
-        serving = Serving(desired, lambda: machine, launcher, clock, watch_health(clock), save=save, show=_say)
+        watch, logs = watch_health(clock), folder_logs(Path(state.log_folder))
+        serving = Serving(desired, lambda: machine, launcher, clock, watch, save=save, show=_say, read_log=logs)
         async with serve_controller(serving, desired.config) as controller:
             await save(desired)
             await _serve(serving, state, signals, began_s)

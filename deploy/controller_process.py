@@ -21,6 +21,7 @@ from tandem.deploy.cluster_folder import ClusterFolder
 from tandem.deploy.controller_server import serve_controller
 from tandem.deploy.desired import Desired
 from tandem.deploy.kept_task import cancel, keep
+from tandem.deploy.log_file import folder_logs
 from tandem.deploy.machine import this_machine
 from tandem.deploy.plan_comparison import compare_with_plan
 from tandem.deploy.process_launcher import ProcessLauncher
@@ -60,7 +61,9 @@ async def _run(folder: ClusterFolder, desired: Desired) -> None:
         grace_s=desired.grace_s,
         records=folder.records(),
     )
-    serving = Serving(desired, lambda: machine, launcher, clock, watch_health(clock), save=state.save, show=_say)
+    logs = folder_logs(folder.logs)
+    watch = watch_health(clock)
+    serving = Serving(desired, lambda: machine, launcher, clock, watch, save=state.save, show=_say, read_log=logs)
     await launcher.start()
     async with serve_controller(serving, config) as state.controller:
         await state.save(desired)

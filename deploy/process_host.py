@@ -18,6 +18,7 @@ from tandem.core.config import WorkerConfig
 from tandem.core.errors import TandemError
 from tandem.core.owned_folder import OwnedFolder
 from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess, wait_end
+from tandem.deploy.log_file import LogPart, read_log
 from tandem.deploy.process_launcher import ProcessLauncher
 from tandem.deploy.progress import watch_health
 from tandem.deploy.ray_cluster import import_ray
@@ -45,6 +46,11 @@ class HostSettings:
     run: str
     load_timeout_s: float
     grace_s: float
+
+
+def read_log_here(run: str, process: str, num_past: int, position: int | None) -> LogPart:
+    """On the host where it runs, as `read_log`."""
+    return read_log(StateFolders.of_environment(os.environ).logs / run, process, num_past, position)
 
 
 class ProcessHost:

@@ -77,6 +77,7 @@ class RayController:
             save=self._save,
             show=log.info,
             adapt=lambda changed: on_host(changed, host),
+            read_log=launcher.read_log,
         )
         logs = StateFolders.of_environment(os.environ).logs / self._run_name
         make_private_folder(logs)

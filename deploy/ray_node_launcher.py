@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from typing import Any
 
 from tandem.core.clock import Clock
 from tandem.core.config import WorkerConfig
-from tandem.core.errors import UnavailableError, error_from_code
+from tandem.core.errors import NotFoundError, UnavailableError, error_from_code
 from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess
+from tandem.deploy.log_file import LogPart, follow_log
 from tandem.deploy.model_folder import hash_of_model
 from tandem.deploy.node_placement import Node, NodePlacement, bundle_of, no_room
-from tandem.deploy.process_host import HostReport, HostSettings, ProcessHost
+from tandem.deploy.process_host import HostReport, HostSettings, ProcessHost, read_log_here
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class RayNodeLauncher:
         self._turn = asyncio.Lock()
         self._hashes: dict[Path, asyncio.Task[str | None]] = {}
         self._left: dict[str, tuple[ProcessSpec, HostReport, _Held]] = {}  # by the process's name
+        self._ran_on: dict[str, str] = {}  # process -> node id, of its last start
 
     # --- take back ---------------------------------------------------------------------------------------------------
 
@@ -101,6 +103,7 @@ class RayNodeLauncher:
             if spec.role is not ProcessRole.ROUTER:
                 self._placement.put(spec, report.node_id)
             self._left[spec.name] = (spec, report, held)
+            self._ran_on[spec.name] = report.node_id
         return [spec for spec, _, _ in self._left.values()]
 
     def _held_of(self, key: str) -> _Held | None:
@@ -129,6 +132,7 @@ class RayNodeLauncher:
                 held = _Held(None, await self._reserve(key, spec))
                 held = _Held(self._start_host(key, spec, held.group), held.group)
                 report = await held.host.start.remote(spec, model_hash)
+                self._ran_on[spec.name] = report.node_id
         except TimeoutError as error:
             raise UnavailableError(f"{spec.name} was not ready in time on the Ray cluster") from error
         except self._ray.exceptions.RayError as error:
@@ -203,6 +207,27 @@ class RayNodeLauncher:
             log.warning("the model files of the hosts are not compared (%s)", _first_line(error))
             return None
         return model_hash
+
+    # --- logs --------------------------------------------------------------------------------------------------------
+
+    async def read_log(self, process: str, num_past: int, follow: bool) -> AsyncIterator[tuple[str, ...]]:
+        """From the node where the process runs, or has run last. Raises NotFoundError, UnavailableError."""
+
+        async def read(position: int | None) -> LogPart:
+            if (node := self._ran_on.get(process)) is None:
+                raise NotFoundError(f"{process} has not run on any node yet")
+            strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+            task = self._ray.remote(read_log_here).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
+            try:
+                part: LogPart = await task.remote(self._settings.run, process, num_past, position)
+            except self._ray.exceptions.RayTaskError as error:
+                raise NotFoundError(f"the log of {process} cannot be read ({_first_line(error)})") from error
+            except self._ray.exceptions.RayError as error:
+                raise UnavailableError(f"the node of {process} does not answer ({_first_line(error)})") from error
+            return part
+
+        async for lines in follow_log(read, follow=follow):
+            yield lines
 
     # --- processes ---------------------------------------------------------------------------------------------------
 

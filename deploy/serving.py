@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from tandem.deploy.controller import Controller, Event, Failed, Launcher, Loadin
 from tandem.deploy.desired import Desired
 from tandem.deploy.instance_settings import ROUTER_FORGOTTEN_S, InstanceSettings
 from tandem.deploy.line_feed import LineFeed
+from tandem.deploy.log_file import ReadLog
 from tandem.deploy.machine import this_machine
 from tandem.deploy.plan_report import report_plans
 from tandem.deploy.run_state import RunState, process_started_s
@@ -99,16 +100,18 @@ class Serving:
         show: Callable[[str], None] = lambda line: None,
         adapt: Callable[[Desired], Desired] = lambda desired: desired,
         tells_routers: bool = True,
+        read_log: ReadLog | None = None,
     ) -> None:
         """`machine` tells what there is to divide. `watch`: as the controller's. `save` gets each new `desired`, `show`
         each line about what happens. `adapt` gives new settings the addresses of this host. Without `tells_routers`
-        instances find the routers themselves."""
+        instances find the routers themselves. `read_log` is None where nobody asks for logs."""
         self.desired = desired
         self.controller = Controller(launcher, clock, watch=watch)
         self.has_stopped = asyncio.Event()
         self._machine = machine
         self._adapt = adapt
         self._clock = clock
+        self._read_log = read_log
         self._save = save
         self._lines = LineFeed(show)
         self._turn = asyncio.Lock()
@@ -207,6 +210,15 @@ class Serving:
 
     def watch(self, num_past: int) -> AsyncIterator[str]:
         return self._lines.follow(num_past)
+
+    async def logs(self, process: str, num_past: int, *, follow: bool) -> AsyncIterator[Sequence[str]]:
+        """Raises NotFoundError. The cluster token is left out, whoever has written it."""
+        name = self._find(process).name
+        if self._read_log is None:
+            raise NotFoundError(f"this controller does not know where the log of {name} is")
+        token = self.config.cluster_token
+        async for lines in self._read_log(name, num_past, follow):
+            yield [line.replace(token, "...") if token else line for line in lines]
 
     def router_announced(self, control: str) -> float:
         """Raises ConfigError for what is not an address: no instance would take a list with it."""

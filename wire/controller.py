@@ -1,6 +1,6 @@
 """ControllerService: `tandem` commands and routers call the controller of a cluster."""
 
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -40,6 +40,10 @@ class ClusterHandler(Protocol):
 
     def watch(self, num_past: int) -> AsyncIterator[str]:
         """The last lines, and all those after this call until the caller has enough."""
+        ...
+
+    def logs(self, process: str, num_past: int, *, follow: bool) -> AsyncIterator[Sequence[str]]:
+        """The last lines of the log of a process, and with `follow` all later ones."""
         ...
 
     def router_announced(self, control: str) -> float:
@@ -105,6 +109,12 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         await context.send_initial_metadata(())  # whoever waits for it misses no line
         async for line in lines:
             yield controller_pb2.WatchResponse(line=line)
+
+    async def Logs(
+        self, request: controller_pb2.LogsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[controller_pb2.LogsResponse]:
+        async for lines in self._handler.logs(request.process, max(0, request.num_past), follow=request.follow):
+            yield controller_pb2.LogsResponse(lines=lines)
 
     async def AnnounceRouter(
         self, request: controller_pb2.AnnounceRouterRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -174,6 +184,12 @@ class ControllerClient:
         await call.initial_metadata()
         return _lines(call)
 
+    def logs(self, token: str | None, process: str, num_past: int, *, follow: bool) -> AsyncIterator[Sequence[str]]:
+        """Lines of the log of a process. The `token` as for `watch`."""
+        request = controller_pb2.LogsRequest(process=process, num_past=num_past, follow=follow)
+        timeout_s = None if follow else self._timeout_s
+        return _log_lines(self._stub.Logs(request, metadata=token_metadata(token), timeout=timeout_s))
+
     async def announce_router(self, control: str) -> float:
         """Returns the seconds after which it must be announced again."""
         request = controller_pb2.AnnounceRouterRequest(control=control)
@@ -192,6 +208,14 @@ async def _lines(call: Any) -> AsyncIterator[str]:
     try:
         async for response in call:
             yield response.line
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+
+
+async def _log_lines(call: Any) -> AsyncIterator[Sequence[str]]:
+    try:
+        async for response in call:
+            yield tuple(response.lines)
     except grpc.aio.AioRpcError as error:
         raise error_from_rpc(error) from error
 

@@ -19,6 +19,7 @@ from tandem.deploy.kubernetes.instance_pod import Document
 _POD = create_namespaced_resource("", "v1", "Pod", "pods")
 _CONFIG_MAP = create_namespaced_resource("", "v1", "ConfigMap", "configmaps")
 _DEPLOYMENT = create_namespaced_resource("apps", "v1", "Deployment", "deployments")
+_CALL_S = 10.0
 _WATCH_S = 30  # then the server ends a watch, and another one begins
 
 
@@ -70,6 +71,17 @@ class KubernetesApi:
             except ApiError as error:
                 if error.status.code != HTTPStatus.GONE:
                     raise
+
+    async def read_log(self, pod: str, num_past: int, *, follow: bool) -> AsyncGenerator[str, None]:
+        """Lines of the log of a pod's only container."""
+        timeout = httpx2.Timeout(_CALL_S, read=None)  # a process may be silent for long
+        client = AsyncClient(self._client.config, timeout=timeout)
+        try:
+            with _errors(f"log of pod {pod}"):
+                async for line in client.log(pod, follow=follow, tail_lines=num_past, newlines=False):
+                    yield line
+        finally:
+            await client.close()
 
     async def read_config_map(self, name: str) -> Document:
         with _errors(f"ConfigMap {name}"):

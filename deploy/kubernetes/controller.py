@@ -77,7 +77,16 @@ async def run_controller(config: ServeConfig, pods: PodSettings, grace_s: float)
         secret=settings.cluster_token,
         load_timeout_s=config.load_timeout_s,
     )
-    serving = Serving(desired, lambda: _PODS, launcher, clock, save=state.save, show=_say, tells_routers=False)
+    serving = Serving(
+        desired,
+        lambda: _PODS,
+        launcher,
+        clock,
+        save=state.save,
+        show=_say,
+        tells_routers=False,
+        read_log=launcher.read_log,
+    )
     following = keep("the watch of pods", watch.run, _say)
     serving.take_back(await launcher.find_left_running())
     async with serve_controller(serving, desired.config) as address:

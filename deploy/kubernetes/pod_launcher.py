@@ -10,13 +10,14 @@ Pods outlive this process; the next controller finds them by their labels.
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from tandem.core.clock import Clock
-from tandem.core.errors import TandemError, UnavailableError
+from tandem.core.errors import NotFoundError, TandemError, UnavailableError
 from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess
 from tandem.deploy.kubernetes.api import KubernetesApi
 from tandem.deploy.kubernetes.instance_pod import (
+    PROCESS,
     Document,
     PodSettings,
     address_of,
@@ -117,6 +118,15 @@ class PodLauncher:
                 await asyncio.shield(delete_pod(self._api, name, _KILL_S))
         info = ProcessInfo(spec.name, spec.role, 0, address_of(pod), instance_id, f"kubectl logs {name}")
         return PodProcess(info, name, self._api, self._watch, self._clock)
+
+    async def read_log(self, process: str, num_past: int, follow: bool) -> AsyncIterator[tuple[str, ...]]:
+        """Of the process's newest pod. Raises NotFoundError, UnavailableError."""
+        pods = [pod for pod in await self._watch.all() if pod["metadata"]["labels"].get(PROCESS) == process]
+        if not pods:
+            raise NotFoundError(f"{process} has no pod; the log of an earlier one is gone with it")
+        newest = max(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp")))
+        async for line in self._api.read_log(newest["metadata"]["name"], num_past, follow=follow):
+            yield (line,)
 
     async def _get_owner(self) -> Document:
         if self._owner is None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atandem/v1/controller.proto\x12\ttandem.v1\"\\\n\x0c\x41pplyRequest\x12\x17\n\x0fserve_file_json\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tplan_json\x18\x03 \x01(\tB\n\n\x08_grace_s\"C\n\rApplyResponse\x12\x0f\n\x07started\x18\x01 \x03(\t\x12\x0f\n\x07stopped\x18\x02 \x03(\t\x12\x10\n\x08replaced\x18\x03 \x03(\t\"\x0f\n\rStatusRequest\"\xa6\x01\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.tandem.v1.ProcessState\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x13\n\x0binstance_id\x18\x06 \x01(\t\x12\x10\n\x08\x66\x61ilures\x18\x07 \x01(\x05\x12\x0c\n\x04note\x18\x08 \x01(\t\"]\n\x0eStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\tprocesses\x18\x02 \x03(\x0b\x32\x18.tandem.v1.ProcessStatus\x12\x0f\n\x07routers\x18\x03 \x03(\t\"\x9d\x01\n\x0cScaleRequest\x12\x39\n\tinstances\x18\x01 \x03(\x0b\x32&.tandem.v1.ScaleRequest.InstancesEntry\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x1a\x30\n\x0eInstancesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\n\n\x08_grace_s\"O\n\x0c\x44rainRequest\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\x12\x14\n\x07grace_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_grace_s\"/\n\x0eSetRoleRequest\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"\x11\n\x0fSetRoleResponse\"/\n\x0bStopRequest\x12\x14\n\x07grace_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_grace_s\"\x0e\n\x0cStopResponse\" \n\x0cWatchRequest\x12\x10\n\x08num_past\x18\x01 \x01(\x05\"\x1d\n\rWatchResponse\x12\x0c\n\x04line\x18\x01 \x01(\t\"(\n\x15\x41nnounceRouterRequest\x12\x0f\n\x07\x63ontrol\x18\x01 \x01(\t\")\n\x16\x41nnounceRouterResponse\x12\x0f\n\x07\x61gain_s\x18\x01 \x01(\x01*\xb0\x01\n\x0cProcessState\x12\x1d\n\x19PROCESS_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15PROCESS_STATE_LOADING\x10\x01\x12\x14\n\x10PROCESS_STATE_UP\x10\x02\x12\x19\n\x15PROCESS_STATE_WAITING\x10\x03\x12\x1a\n\x16PROCESS_STATE_STOPPING\x10\x04\x12\x19\n\x15PROCESS_STATE_DRAINED\x10\x05\x32\x96\x04\n\x11\x43ontrollerService\x12:\n\x05\x41pply\x12\x17.tandem.v1.ApplyRequest\x1a\x18.tandem.v1.ApplyResponse\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponse\x12:\n\x05Scale\x12\x17.tandem.v1.ScaleRequest\x1a\x18.tandem.v1.ApplyResponse\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.ApplyResponse\x12@\n\x07SetRole\x12\x19.tandem.v1.SetRoleRequest\x1a\x1a.tandem.v1.SetRoleResponse\x12\x37\n\x04Stop\x12\x16.tandem.v1.StopRequest\x1a\x17.tandem.v1.StopResponse\x12<\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x18.tandem.v1.WatchResponse0\x01\x12U\n\x0e\x41nnounceRouter\x12 .tandem.v1.AnnounceRouterRequest\x1a!.tandem.v1.AnnounceRouterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atandem/v1/controller.proto\x12\ttandem.v1\"\\\n\x0c\x41pplyRequest\x12\x17\n\x0fserve_file_json\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tplan_json\x18\x03 \x01(\tB\n\n\x08_grace_s\"C\n\rApplyResponse\x12\x0f\n\x07started\x18\x01 \x03(\t\x12\x0f\n\x07stopped\x18\x02 \x03(\t\x12\x10\n\x08replaced\x18\x03 \x03(\t\"\x0f\n\rStatusRequest\"\xa6\x01\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.tandem.v1.ProcessState\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x13\n\x0binstance_id\x18\x06 \x01(\t\x12\x10\n\x08\x66\x61ilures\x18\x07 \x01(\x05\x12\x0c\n\x04note\x18\x08 \x01(\t\"]\n\x0eStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\tprocesses\x18\x02 \x03(\x0b\x32\x18.tandem.v1.ProcessStatus\x12\x0f\n\x07routers\x18\x03 \x03(\t\"\x9d\x01\n\x0cScaleRequest\x12\x39\n\tinstances\x18\x01 \x03(\x0b\x32&.tandem.v1.ScaleRequest.InstancesEntry\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x1a\x30\n\x0eInstancesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\n\n\x08_grace_s\"O\n\x0c\x44rainRequest\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\x12\x14\n\x07grace_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_grace_s\"/\n\x0eSetRoleRequest\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"\x11\n\x0fSetRoleResponse\"/\n\x0bStopRequest\x12\x14\n\x07grace_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_grace_s\"\x0e\n\x0cStopResponse\" \n\x0cWatchRequest\x12\x10\n\x08num_past\x18\x01 \x01(\x05\"\x1d\n\rWatchResponse\x12\x0c\n\x04line\x18\x01 \x01(\t\"@\n\x0bLogsRequest\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x10\n\x08num_past\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"\x1d\n\x0cLogsResponse\x12\r\n\x05lines\x18\x01 \x03(\t\"(\n\x15\x41nnounceRouterRequest\x12\x0f\n\x07\x63ontrol\x18\x01 \x01(\t\")\n\x16\x41nnounceRouterResponse\x12\x0f\n\x07\x61gain_s\x18\x01 \x01(\x01*\xb0\x01\n\x0cProcessState\x12\x1d\n\x19PROCESS_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15PROCESS_STATE_LOADING\x10\x01\x12\x14\n\x10PROCESS_STATE_UP\x10\x02\x12\x19\n\x15PROCESS_STATE_WAITING\x10\x03\x12\x1a\n\x16PROCESS_STATE_STOPPING\x10\x04\x12\x19\n\x15PROCESS_STATE_DRAINED\x10\x05\x32\xd1\x04\n\x11\x43ontrollerService\x12:\n\x05\x41pply\x12\x17.tandem.v1.ApplyRequest\x1a\x18.tandem.v1.ApplyResponse\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponse\x12:\n\x05Scale\x12\x17.tandem.v1.ScaleRequest\x1a\x18.tandem.v1.ApplyResponse\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.ApplyResponse\x12@\n\x07SetRole\x12\x19.tandem.v1.SetRoleRequest\x1a\x1a.tandem.v1.SetRoleResponse\x12\x37\n\x04Stop\x12\x16.tandem.v1.StopRequest\x1a\x17.tandem.v1.StopResponse\x12<\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x18.tandem.v1.WatchResponse0\x01\x12\x39\n\x04Logs\x12\x16.tandem.v1.LogsRequest\x1a\x17.tandem.v1.LogsResponse0\x01\x12U\n\x0e\x41nnounceRouter\x12 .tandem.v1.AnnounceRouterRequest\x1a!.tandem.v1.AnnounceRouterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SCALEREQUEST_INSTANCESENTRY']._loaded_options = None
   _globals['_SCALEREQUEST_INSTANCESENTRY']._serialized_options = b'8\001'
-  _globals['_PROCESSSTATE']._serialized_start=1010
-  _globals['_PROCESSSTATE']._serialized_end=1186
+  _globals['_PROCESSSTATE']._serialized_start=1107
+  _globals['_PROCESSSTATE']._serialized_end=1283
   _globals['_APPLYREQUEST']._serialized_start=41
   _globals['_APPLYREQUEST']._serialized_end=133
   _globals['_APPLYRESPONSE']._serialized_start=135
@@ -63,10 +63,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREQUEST']._serialized_end=891
   _globals['_WATCHRESPONSE']._serialized_start=893
   _globals['_WATCHRESPONSE']._serialized_end=922
-  _globals['_ANNOUNCEROUTERREQUEST']._serialized_start=924
-  _globals['_ANNOUNCEROUTERREQUEST']._serialized_end=964
-  _globals['_ANNOUNCEROUTERRESPONSE']._serialized_start=966
-  _globals['_ANNOUNCEROUTERRESPONSE']._serialized_end=1007
-  _globals['_CONTROLLERSERVICE']._serialized_start=1189
-  _globals['_CONTROLLERSERVICE']._serialized_end=1723
+  _globals['_LOGSREQUEST']._serialized_start=924
+  _globals['_LOGSREQUEST']._serialized_end=988
+  _globals['_LOGSRESPONSE']._serialized_start=990
+  _globals['_LOGSRESPONSE']._serialized_end=1019
+  _globals['_ANNOUNCEROUTERREQUEST']._serialized_start=1021
+  _globals['_ANNOUNCEROUTERREQUEST']._serialized_end=1061
+  _globals['_ANNOUNCEROUTERRESPONSE']._serialized_start=1063
+  _globals['_ANNOUNCEROUTERRESPONSE']._serialized_end=1104
+  _globals['_CONTROLLERSERVICE']._serialized_start=1286
+  _globals['_CONTROLLERSERVICE']._serialized_end=1879
 # @@protoc_insertion_point(module_scope)

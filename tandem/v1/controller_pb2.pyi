@@ -135,6 +135,22 @@ class WatchResponse(_message.Message):
     line: str
     def __init__(self, line: _Optional[str] = ...) -> None: ...
 
+class LogsRequest(_message.Message):
+    __slots__ = ("process", "num_past", "follow")
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAST_FIELD_NUMBER: _ClassVar[int]
+    FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    process: str
+    num_past: int
+    follow: bool
+    def __init__(self, process: _Optional[str] = ..., num_past: _Optional[int] = ..., follow: _Optional[bool] = ...) -> None: ...
+
+class LogsResponse(_message.Message):
+    __slots__ = ("lines",)
+    LINES_FIELD_NUMBER: _ClassVar[int]
+    lines: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, lines: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class AnnounceRouterRequest(_message.Message):
     __slots__ = ("control",)
     CONTROL_FIELD_NUMBER: _ClassVar[int]

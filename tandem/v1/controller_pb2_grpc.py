@@ -72,6 +72,11 @@ class ControllerServiceStub:
                 request_serializer=tandem_dot_v1_dot_controller__pb2.WatchRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_controller__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.Logs = channel.unary_stream(
+                '/tandem.v1.ControllerService/Logs',
+                request_serializer=tandem_dot_v1_dot_controller__pb2.LogsRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_controller__pb2.LogsResponse.FromString,
+                _registered_method=True)
         self.AnnounceRouter = channel.unary_unary(
                 '/tandem.v1.ControllerService/AnnounceRouter',
                 request_serializer=tandem_dot_v1_dot_controller__pb2.AnnounceRouterRequest.SerializeToString,
@@ -134,6 +139,13 @@ class ControllerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Logs(self, request, context):
+        """Lines of the log of a process, wherever it runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AnnounceRouter(self, request, context):
         """From a router that this controller has not started, again and again: its instances shall report to it, too.
         """
@@ -178,6 +190,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=tandem_dot_v1_dot_controller__pb2.WatchRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_controller__pb2.WatchResponse.SerializeToString,
+            ),
+            'Logs': grpc.unary_stream_rpc_method_handler(
+                    servicer.Logs,
+                    request_deserializer=tandem_dot_v1_dot_controller__pb2.LogsRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_controller__pb2.LogsResponse.SerializeToString,
             ),
             'AnnounceRouter': grpc.unary_unary_rpc_method_handler(
                     servicer.AnnounceRouter,
@@ -377,6 +394,33 @@ class ControllerService:
             '/tandem.v1.ControllerService/Watch',
             tandem_dot_v1_dot_controller__pb2.WatchRequest.SerializeToString,
             tandem_dot_v1_dot_controller__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Logs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.v1.ControllerService/Logs',
+            tandem_dot_v1_dot_controller__pb2.LogsRequest.SerializeToString,
+            tandem_dot_v1_dot_controller__pb2.LogsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -116,7 +116,14 @@ def test_a_changed_cluster(terminal: Terminal) -> None:
     after = terminal.pids()
     assert (after["router-0"], after["prefill-0"]) == (before["router-0"], before["prefill-0"])
     assert after["decode-0"] != before["decode-0"]
-    assert terminal.tandem("role", "prefill-1", "decode").returncode == 0
+    command = [sys.executable, "-m", "tandem.cli.main", "logs", "prefill-1", "--lines", "0", "--follow"]
+    with subprocess.Popen(command, env=terminal.environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as following:
+        time.sleep(5.0)  # it reads the end of the log first
+        assert terminal.tandem("role", "prefill-1", "decode").returncode == 0
+        assert following.stdout is not None
+        assert "role prefill -> decode" in following.stdout.readline()
+        following.send_signal(signal.SIGINT)
+    assert following.returncode == 130
     os.kill(after["prefill-1"], signal.SIGKILL)
     until_s = time.monotonic() + 60
     while True:  # it comes back in its new role

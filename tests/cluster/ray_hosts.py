@@ -52,6 +52,7 @@ class RayHosts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state = folder / "state"
+        self.state_b = folder / "state-b"  # of processes on host b
         self.other = folder / "other" / MODEL.name
         self.head: subprocess.Popen[bytes] | None = None
         self.node_b: subprocess.Popen[bytes] | None = None
@@ -78,7 +79,8 @@ class RayHosts:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--num-cpus={cpus}"]
         command += [f"--node-ip-address={address}", "--object-store-memory=80000000", "--num-gpus=0", *where]
         with (self.folder / f"ray-{address}.log").open("ab") as log:
-            return subprocess.Popen([*enter, *command], env=self.environment, stdout=log, stderr=log)
+            own = self.environment | ({"TANDEM_STATE_DIR": str(self.state_b)} if enter else {})
+            return subprocess.Popen([*enter, *command], env=own, stdout=log, stderr=log)
 
     def start_b(self) -> None:
         """Host b, with other weights in one folder."""
@@ -266,6 +268,12 @@ def test_a_plan_of_two_nodes_survives_the_loss_of_one(hosts: RayHosts) -> None:
         assert set(before) == {ADDRESS_A, ADDRESS_B}
         served.try_all_pairs()
         assert served.transports() == {(True, "shared_memory"), (False, "gloo")}
+
+        (on_b,) = (instances[0] for host, instances in before.items() if host == ADDRESS_B)
+        assert list(hosts.state_b.rglob(f"{on_b}.log"))
+        assert not list(hosts.state.rglob(f"{on_b}.log"))
+        logs = hosts.tandem("logs", on_b, "-n", "1000")
+        assert "the hash of the files" in logs.stdout, logs.stdout + logs.stderr
 
         undisturbed = asyncio.run(served.answers(600))
 

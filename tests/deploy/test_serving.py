@@ -130,6 +130,19 @@ async def test_roles_that_cannot_be(serving: Serving, saved: list[Desired]) -> N
     assert saved == [], "what an instance has not accepted is not remembered"
 
 
+async def test_the_token_is_in_no_log_line() -> None:
+    async def read(process: str, num_past: int, follow: bool) -> AsyncIterator[list[str]]:
+        yield [f"{process} {num_past} {follow}", "Bearer secret!"]
+
+    machine, clock = Machine(cores=2), SystemClock()
+    serving = Serving(DESIRED, lambda: machine, FakeLauncher(), clock, read_log=read)
+    lines = [part async for part in serving.logs("router-0", 3, follow=True)]
+    assert lines == [["router-0 3 True", "Bearer ...!"]]
+    without = Serving(DESIRED, lambda: machine, FakeLauncher(), clock)
+    with pytest.raises(NotFoundError, match="does not know where the log of router-0 is"):
+        await anext(without.logs("router-0", 3, follow=False))
+
+
 async def test_routers_that_are_announced(serving: Serving) -> None:
     own = serving.status().routers
     assert serving.router_announced("10.0.0.2:8002") > 0

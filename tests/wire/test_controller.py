@@ -50,6 +50,13 @@ class Handler:
     async def stop(self, grace_s: float | None) -> None:
         self.calls.append(("stop", grace_s))
 
+    async def logs(self, process: str, num_past: int, *, follow: bool) -> AsyncIterator[tuple[str, ...]]:
+        if process != "decode-0":
+            raise NotFoundError(f"there is no '{process}'")
+        yield (f"last {num_past}",)
+        if follow:
+            yield ("later", "lines")
+
     async def watch(self, num_past: int) -> AsyncIterator[str]:
         for number in range(num_past):
             yield f"line {number}"
@@ -85,8 +92,12 @@ async def test_every_call_arrives_as_it_was_sent(handler: Handler, address: str)
         await client.stop()
         assert await client.announce_router("10.0.0.2:8002") == 15.0
         assert [line async for line in await client.watch("secret", 2)] == ["line 0", "line 1"]
+        for follow, lines in ((False, [("last 3",)]), (True, [("last 3",), ("later", "lines")])):
+            assert [part async for part in client.logs("secret", "decode-0", 3, follow=follow)] == lines
         with pytest.raises(NotFoundError, match="there is no 'x'"):
             await client.drain("x")
+        with pytest.raises(NotFoundError, match="there is no 'x'"):
+            await anext(aiter(client.logs("secret", "x", 3, follow=False)))
     assert handler.calls == [
         ("apply", '{"model": "/m"}', None, "{}"),
         ("scale", {"decode": 2}, 0.0),

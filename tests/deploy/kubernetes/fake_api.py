@@ -44,6 +44,8 @@ class Kubelet(Protocol):
         """The pod is to end; the kubelet then calls `FakeKubernetes.remove`."""
         ...
 
+    def log(self, name: str, num_past: int, *, follow: bool) -> AsyncIterator[bytes]: ...
+
 
 class Idle:
     """Pods become ready at once, and end at once."""
@@ -62,6 +64,12 @@ class Idle:
         assert self.kubernetes is not None
         self.graces.append((pod["metadata"]["labels"]["tandem.serve/process"], grace_s))
         self.kubernetes.remove(pod["metadata"]["name"])
+
+    async def log(self, name: str, num_past: int, *, follow: bool) -> AsyncIterator[bytes]:
+        for number in range(num_past):
+            yield f"{name} line {number}\n".encode()
+        if follow:
+            yield b"a later line\n"
 
 
 class _RefusedError(Exception):
@@ -147,11 +155,8 @@ class FakeKubernetes:
             "/api/v1/namespaces/{namespace}/{plural}",
             "/apis/apps/v1/namespaces/{namespace}/{plural}",
         )
-        routes = [
-            Route(path + tail, self._answer, methods=methods, name=path + tail)
-            for path in paths
-            for tail in ("", "/{name}")
-        ]
+        tails = ("", "/{name}", "/{name}/log")
+        routes = [Route(path + tail, self._answer, methods=methods) for path in paths for tail in tails]
         config = uvicorn.Config(
             Starlette(routes=routes), port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1
         )
@@ -184,13 +189,15 @@ class FakeKubernetes:
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, "Unauthorized")
         is_watch = request.query_params.get("watch") == "true"
+        is_log = request.url.path.endswith("/log")
         verb = {"POST": "create", "PUT": "update", "DELETE": "delete"}.get(request.method, "get")
         if not name and request.method == "GET":
             verb = "watch" if is_watch else "list"
         group = "apps" if request.url.path.startswith("/apis/apps/") else ""
-        if request.path_params["namespace"] != NAMESPACE or not self._may(verb, group, plural, name):
-            raise _RefusedError(HTTPStatus.FORBIDDEN, f'{plural} "{name}" is forbidden: cannot {verb} it')
-        self.asked.add((verb, plural))
+        resource = f"{plural}/log" if is_log else plural
+        if request.path_params["namespace"] != NAMESPACE or not self._may(verb, group, resource, name):
+            raise _RefusedError(HTTPStatus.FORBIDDEN, f'{resource} "{name}" is forbidden: cannot {verb} it')
+        self.asked.add((verb, resource))
         match verb:
             case "list":
                 found = [each for _, each in self._selected(plural, request)]
@@ -202,6 +209,9 @@ class FakeKubernetes:
                 return JSONResponse(self._create(plural, await request.json()), HTTPStatus.CREATED)
         if (plural, name) not in self._objects:
             raise _RefusedError(HTTPStatus.NOT_FOUND, f'{plural} "{name}" not found')
+        if is_log:
+            wanted, follows = int(request.query_params["tailLines"]), request.query_params["follow"] == "true"
+            return StreamingResponse(self._kubelet.log(name, wanted, follow=follows), media_type="text/plain")
         if verb == "update":
             return JSONResponse(self._replace(plural, name, await request.json()))
         if verb == "delete":

@@ -177,6 +177,8 @@ async def test_commands_change_a_cluster_under_load(tmp_path: Path) -> None:
             await cluster.tandem("role", "decode-1", "colocated")
             await cluster.wait_up(("prefill-0", "prefill"), ("decode-0", "decode"), ("decode-1", "colocated"))
 
+            assert "decode-1-" in await cluster.tandem("logs", "decode-1", "-n", "5")
+
             model = f"model={ROOT / 'models' / 'tiny-python'}"  # a serve file is not at hand in the pod
             changed = await cluster.tandem("apply", "--set", model, "--set", "prefill.instances=2")
             assert re.search("no process had to start or to stop", changed), cluster.logs()

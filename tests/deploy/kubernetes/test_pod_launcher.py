@@ -16,7 +16,7 @@ import tandem.deploy.kubernetes.pod_watch
 from tandem.core.clock import SystemClock
 from tandem.core.cluster_status import ClusterChange, ProcessState
 from tandem.core.config import ServeConfig
-from tandem.core.errors import ConfigError, PermissionDeniedError, UnavailableError
+from tandem.core.errors import ConfigError, NotFoundError, PermissionDeniedError, UnavailableError
 from tandem.deploy.controller import Backoff, Controller
 from tandem.deploy.desired import Desired
 from tandem.deploy.kubernetes.api import KubernetesApi
@@ -88,7 +88,15 @@ class Bench:
         )
         kept, _ = await state.load()
         desired = kept or Desired(self.config)
-        serving = Serving(desired, lambda: PODS, launcher, SystemClock(), save=state.save, tells_routers=False)
+        serving = Serving(
+            desired,
+            lambda: PODS,
+            launcher,
+            SystemClock(),
+            save=state.save,
+            tells_routers=False,
+            read_log=launcher.read_log,
+        )
         serving.controller = Controller(launcher, SystemClock(), FAST)
         following = asyncio.create_task(watch.run())
         try:
@@ -148,6 +156,20 @@ async def test_a_cluster_is_scaled_drained_and_stopped(bench: Bench) -> None:
     assert bench.kubernetes.pods() == {}
 
 
+async def test_logs_are_those_of_the_newest_pod(bench: Bench) -> None:
+    async with bench.controller() as serving:
+        await serving.start()
+        pod = pod_names(bench)["decode-0"]
+        assert [part async for part in serving.logs("decode-0", 2, follow=False)] == [
+            [f"{pod} line 0"],
+            [f"{pod} line 1"],
+        ]
+        followed = [part async for part in serving.logs("decode-0-id", 1, follow=True)]
+        assert followed == [[f"{pod} line 0"], ["a later line"]]
+        with pytest.raises(NotFoundError, match="the cluster has no process 'decode-9'"):
+            await anext(serving.logs("decode-9", 1, follow=False))
+
+
 async def test_roles_change_without_another_pod(bench: Bench) -> None:
     async with bench.controller() as serving:
         await serving.start()
@@ -163,6 +185,7 @@ async def test_the_controller_has_the_rights_that_it_uses_and_no_others(bench: B
         await serving.start()
         await serving.scale({"decode": 2})
         await serving.scale({"decode": 1}, 0.0)
+        assert [part async for part in serving.logs("decode-0", 1, follow=False)]
     rules = find(render(None, 'workers.kind="Controller"'), "Role", NAME)["rules"]
     given = {(verb, resource) for rule in rules for verb in rule["verbs"] for resource in rule["resources"]}
     assert bench.kubernetes.asked == given
