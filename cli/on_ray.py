@@ -78,6 +78,7 @@ def serve_on_ray(address: str, file: Path | None, settings: list[str], grace_s: 
             state = replace(
                 run_state(desired.config, log_folder, controller=controller),
                 expected_transport=None,  # it depends on who is on which host
+                is_here=False,
             )
             folders.write(state)
             return asyncio.run(_serve(state, desired, began_s))
@@ -126,7 +127,7 @@ def up_on_ray(
     _warn_unencrypted(desired)
     _say(f"{'starting' if is_new else 'found'} {desired.config.served_name} from {desired.config.model}")
     run = run_state(desired.config, logs, controller=controller, cluster=name)
-    run = replace(run, pid=0, process_started_s=0.0, ray=address, expected_transport=None)
+    run = replace(run, pid=0, process_started_s=0.0, ray=address, expected_transport=None, is_here=False)
     folder.save_run(run)
     if timeout_s is None:
         _say(f"the controller serves on {controller}, and starts the processes: tandem status")

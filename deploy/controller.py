@@ -13,9 +13,10 @@ The controller depends on the interfaces `Launcher` and `Watch` only, not on Ray
 """
 
 import asyncio
+import dataclasses
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from tandem.core.clock import Clock
@@ -174,9 +175,11 @@ class Controller:
         for spec in left_running:
             self._add(spec)
 
-    async def reconcile(self, desired: Sequence[ProcessSpec], grace_s: float) -> ClusterChange:
+    async def reconcile(
+        self, desired: Sequence[ProcessSpec], grace_s: float, replace: Collection[str] = ()
+    ) -> ClusterChange:
         """Start the missing processes, stop those that are not in `desired`, and wait for both. Then replace those that
-        run with other settings, one after the other.
+        run with other settings, and those in `replace`, one after the other.
 
         Raises the first error of a process that could not be started yet; it is nevertheless tried again. Nothing is
         replaced after such an error: settings that do not work stop at the first process.
@@ -185,7 +188,9 @@ class Controller:
         removed = [name for name in self._slots if name not in specs]
         added = [name for name in specs if name not in self._slots]
         changed = [
-            name for name, slot in self._slots.items() if name in specs and not slot.spec.can_become(specs[name])
+            name
+            for name, slot in self._slots.items()
+            if name in specs and (name in replace or not slot.spec.can_become(specs[name]))
         ]
         for name, spec in specs.items():
             if name in added:
@@ -310,7 +315,7 @@ def _status_of(slot: _Slot) -> ProcessStatus:
     if slot.info is None:
         return status
     info = slot.info
-    return replace(status, pid=info.pid, address=info.address, instance_id=info.instance_id)
+    return dataclasses.replace(status, pid=info.pid, address=info.address, instance_id=info.instance_id)
 
 
 async def _run_unless(stop_requested: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:

@@ -87,11 +87,23 @@ class NodePlacement:
     def release(self, name: str) -> None:
         self._placed.pop(name, None)
 
+    def misplaced(self, nodes: Sequence[Node]) -> tuple[str, ...]:
+        """Processes that could be on the node of their plan, all of them together, and are not."""
+        planned, found = self._planned().of_process, dict[str, tuple[str, Bundle]]()
+        for name, (node_id, bundle) in self._placed.items():
+            node = self._node_for(planned[name], nodes) if name in planned else None
+            if node is None or node.node_id == node_id:
+                continue
+            coming = [other for there, other in found.values() if there == node.node_id]
+            if self._has_room(node, bundle, coming):
+                found[name] = (node.node_id, bundle)
+        return tuple(found)
+
     def _there(self, node: Node) -> list[Bundle]:
         return [bundle for node_id, bundle in self._placed.values() if node_id == node.node_id]
 
-    def _has_room(self, node: Node, bundle: Bundle) -> bool:
-        there = self._there(node)
+    def _has_room(self, node: Node, bundle: Bundle, coming: Sequence[Bundle] = ()) -> bool:
+        there = [*self._there(node), *coming]
         return all(
             sum(taken.get(kind, 0.0) for taken in there) + number <= node.resources.get(kind, 0.0) + _ROUNDING
             for kind, number in bundle.items()

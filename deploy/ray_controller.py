@@ -78,6 +78,7 @@ class RayController:
             show=log.info,
             adapt=lambda changed: on_host(changed, host),
             read_log=launcher.read_log,
+            find_misplaced=launcher.find_misplaced,
         )
         logs = StateFolders.of_environment(os.environ).logs / self._run_name
         make_private_folder(logs)

@@ -116,6 +116,10 @@ class RayNodeLauncher:
             group = self._ray.util.get_placement_group(key)
         return _Held(host, group)
 
+    async def find_misplaced(self) -> tuple[str, ...]:
+        """Processes that are not on the node of their plan, which could take them: it was away when they started."""
+        return self._placement.misplaced(await asyncio.to_thread(living_nodes, self._ray))
+
     # --- launch ------------------------------------------------------------------------------------------------------
 
     async def launch(self, spec: ProcessSpec) -> RunningProcess:

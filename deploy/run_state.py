@@ -39,8 +39,8 @@ class RunState:
     same pid. `expected_transport` is the transport that KV should use between its workers; None accepts any. `has_tls`:
     the ports `http` and `grpc` have TLS; `cluster_tls` has the settings of the control port's, as JSON values.
     `controller` is the controller's own address, `cluster` the name of a cluster of `tandem up`. `ray`: the address of
-    the Ray cluster that its controller runs on, somewhere; then `pid` is 0. `kubernetes`: the value of the label of its
-    pods."""
+    the Ray cluster that its controller runs on, somewhere; then `pid` is 0. `is_here`: all its processes are on
+    this host."""
 
     pid: int
     process_started_s: float
@@ -57,7 +57,7 @@ class RunState:
     controller: str = ""
     cluster: str = ""
     ray: str = ""
-    kubernetes: str = ""
+    is_here: bool = True
 
     @property
     def tls(self) -> ClusterTls | None:

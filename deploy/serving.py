@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,10 +101,12 @@ class Serving:
         adapt: Callable[[Desired], Desired] = lambda desired: desired,
         tells_routers: bool = True,
         read_log: ReadLog | None = None,
+        find_misplaced: Callable[[], Awaitable[Collection[str]]] | None = None,
     ) -> None:
         """`machine` tells what there is to divide. `watch`: as the controller's. `save` gets each new `desired`, `show`
         each line about what happens. `adapt` gives new settings the addresses of this host. Without `tells_routers`
-        instances find the routers themselves. `read_log` is None where nobody asks for logs."""
+        instances find the routers themselves. `read_log` is None where nobody asks for logs.
+        `find_misplaced`: processes that new settings put back to where their plan has them."""
         self.desired = desired
         self.controller = Controller(launcher, clock, watch=watch)
         self.has_stopped = asyncio.Event()
@@ -112,6 +114,7 @@ class Serving:
         self._adapt = adapt
         self._clock = clock
         self._read_log = read_log
+        self._find_misplaced = find_misplaced
         self._save = save
         self._lines = LineFeed(show)
         self._turn = asyncio.Lock()
@@ -178,7 +181,9 @@ class Serving:
             raise InvalidRequestError(f"these are not the settings of a serve file ({error})") from error
         words = "applying settings", "applied"
         return await self._change(
-            lambda: self._apply(lambda: self._adapt(self.desired.with_config(config, plan)), words, grace_s)
+            lambda: self._apply(
+                lambda: self._adapt(self.desired.with_config(config, plan)), words, grace_s, places=True
+            )
         )
 
     async def scale(self, instances: Mapping[str, int], grace_s: float | None = None) -> ClusterChange:
@@ -248,8 +253,10 @@ class Serving:
                 raise UnavailableError("the cluster is being stopped") from None
             raise
 
-    async def _apply(self, make: Callable[[], Desired], words: tuple[str, str], grace_s: float | None) -> ClusterChange:
-        """`words`: what is said before and afterwards."""
+    async def _apply(
+        self, make: Callable[[], Desired], words: tuple[str, str], grace_s: float | None, *, places: bool = False
+    ) -> ClusterChange:
+        """`words`: what is said before and afterwards. With `places` processes go back to the nodes of their plan."""
         machine = self._machine()
         desired = make().reusing(self.desired, machine)  # raises for what cannot be
         self._lines.say(words[0])
@@ -257,16 +264,21 @@ class Serving:
             self._lines.say(f"  {process} goes on as {name}")
         await self._save(desired)
         self.desired = desired
+        misplaced: Collection[str] = ()
+        if places and self._find_misplaced is not None:
+            misplaced = await self._find_misplaced()
+        for name in misplaced:
+            self._lines.say(f"  {name} goes back to the node of the plan")
         try:
-            change = await self._reconcile(desired.grace_s if grace_s is None else grace_s)
+            change = await self._reconcile(desired.grace_s if grace_s is None else grace_s, misplaced)
         except TandemError as error:
             self._lines.say(f"not done: {error.message}")
             raise
         self._lines.say(words[1])
         return change
 
-    async def _reconcile(self, grace_s: float) -> ClusterChange:
-        change = await self.controller.reconcile(self.desired.processes(self._machine()), grace_s)
+    async def _reconcile(self, grace_s: float, replace: Collection[str] = ()) -> ClusterChange:
+        change = await self.controller.reconcile(self.desired.processes(self._machine()), grace_s, replace)
         await self._wait_registered()
         return change
 

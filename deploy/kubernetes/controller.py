@@ -88,10 +88,11 @@ async def run_controller(config: ServeConfig, pods: PodSettings, grace_s: float)
         read_log=launcher.read_log,
     )
     following = keep("the watch of pods", watch.run, _say)
-    serving.take_back(await launcher.find_left_running())
+    left_running = await launcher.find_left_running()
+    serving.take_back(left_running)
     async with serve_controller(serving, desired.config) as address:
         _write_run(desired.config, address, pods.cluster)
-        _say(f"the controller serves on {address}; {len(serving.status().processes)} instances were left running")
+        _say(f"the controller serves on {address}; {len(left_running)} instances were left running")
         with tempfile.TemporaryDirectory() as folder:
             helpers = [
                 following,
@@ -131,7 +132,7 @@ def _write_run(config: ServeConfig, address: str, cluster: str) -> None:
     folders = StateFolders.of_environment(os.environ)
     folders.make()
     run = run_state(config, folders.logs, controller=advertised(address, "127.0.0.1"), cluster=cluster)
-    folders.write(replace(run, log_folder="", expected_transport=None, kubernetes=cluster))
+    folders.write(replace(run, log_folder="", expected_transport=None, is_here=False))
 
 
 def _say(line: str) -> None:

@@ -58,6 +58,21 @@ def test_each_node_of_the_plan_has_a_node_of_its_own() -> None:
     assert placement.choose(decode, [large, Node("back", "h0", small.resources)]).node_id == "back"
 
 
+def test_who_could_go_back_to_the_node_of_the_plan() -> None:
+    of_process = {"prefill-0": "x", "decode-0": "x", "prefill-1": "y", "decode-1": "y"}
+    placement = NodePlacement(lambda: PlannedNodes(of_process))
+    for each in four():
+        placement.choose(each, [A, B])
+    assert placement.misplaced([A, B]) == ()
+    for each in (spec(ProcessRole.PREFILL, 1), spec(ProcessRole.DECODE, 1)):
+        placement.release(each.name)
+        placement.choose(each, [A])
+    assert placement.misplaced([A]) == ()
+    assert placement.misplaced([A, Node("back", B.host, B.resources)]) == ("prefill-1", "decode-1")
+    full = Node("full", B.host, {"CPU": 0.0015})
+    assert NodePlacement.misplaced(placement, [A, full]) == ("prefill-1",), "there is room for one"
+
+
 @given(NODES, st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), max_size=12))
 def test_no_node_gets_more_gpus_than_it_has(nodes: list[Node], gpus: list[float]) -> None:
     placement = NodePlacement()

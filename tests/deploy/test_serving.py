@@ -71,6 +71,20 @@ async def test_settings_are_applied(serving: Serving, saved: list[Desired]) -> N
     assert saved[-1] == serving.desired
 
 
+async def test_settings_put_instances_back_to_the_nodes_of_their_plan(launcher: FakeLauncher) -> None:
+    async def misplaced() -> list[str]:
+        return ["decode-0"]
+
+    serving = Serving(DESIRED, lambda: Machine(cores=2), launcher, SystemClock(), find_misplaced=misplaced)
+    await serving.start()
+    lines = serving.watch(num_past=0)
+    assert await serving.scale({"prefill": 2}) == ClusterChange(started=("prefill-1",))
+    settings = {"model": "/m", "prefill": {"instances": 2}, "decode": {}}
+    assert await serving.apply(json.dumps(settings)) == ClusterChange(replaced=("decode-0",))
+    assert "  decode-0 goes back to the node of the plan" in [await anext(lines) for _ in range(4)]
+    await serving.stop(0.0)
+
+
 async def test_an_instance_too_many_goes_on_as_one_that_is_missing(
     serving: Serving, launcher: FakeLauncher, saved: list[Desired]
 ) -> None:
