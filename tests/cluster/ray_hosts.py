@@ -213,8 +213,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHosts]:
         yield hosts
     finally:
         kill_all(processes_that_use(folder))
-        hosts.head.kill()
-        hosts.head.wait(10)
+        for node in filter(None, (hosts.head, hosts.node_b)):
+            node.kill()
+            node.wait(10)
         shutil.rmtree(folder, ignore_errors=True)
 
 
