@@ -13,10 +13,9 @@ The controller depends on the interfaces `Launcher` and `Watch` only, not on Ray
 """
 
 import asyncio
-import dataclasses
 import logging
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from tandem.core.clock import Clock
@@ -176,10 +175,13 @@ class Controller:
             self._add(spec)
 
     async def reconcile(
-        self, desired: Sequence[ProcessSpec], grace_s: float, replace: Collection[str] = ()
+        self,
+        desired: Sequence[ProcessSpec],
+        grace_s: float,
+        find_misplaced: Callable[[], Awaitable[Collection[str]]] | None = None,
     ) -> ClusterChange:
         """Start the missing processes, stop those that are not in `desired`, and wait for both. Then replace those that
-        run with other settings, and those in `replace`, one after the other.
+        run with other settings, and those that `find_misplaced` names then, one after the other.
 
         Raises the first error of a process that could not be started yet; it is nevertheless tried again. Nothing is
         replaced after such an error: settings that do not work stop at the first process.
@@ -188,9 +190,7 @@ class Controller:
         removed = [name for name in self._slots if name not in specs]
         added = [name for name in specs if name not in self._slots]
         changed = [
-            name
-            for name, slot in self._slots.items()
-            if name in specs and (name in replace or not slot.spec.can_become(specs[name]))
+            name for name, slot in self._slots.items() if name in specs and not slot.spec.can_become(specs[name])
         ]
         for name, spec in specs.items():
             if name in added:
@@ -200,6 +200,9 @@ class Controller:
         await self._stop(removed, grace_s)
         unchanged = [self._slots[name] for name in specs if name not in changed]
         await asyncio.gather(*(asyncio.shield(slot.first_start) for slot in unchanged))
+        if find_misplaced is not None:
+            misplaced = await find_misplaced()
+            changed += [name for name in misplaced if name in specs and name not in changed]
         for name in changed:
             await self._stop([name], grace_s)
             await asyncio.shield(self._add(specs[name]).first_start)
@@ -315,7 +318,7 @@ def _status_of(slot: _Slot) -> ProcessStatus:
     if slot.info is None:
         return status
     info = slot.info
-    return dataclasses.replace(status, pid=info.pid, address=info.address, instance_id=info.instance_id)
+    return replace(status, pid=info.pid, address=info.address, instance_id=info.instance_id)
 
 
 async def _run_unless(stop_requested: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:

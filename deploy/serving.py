@@ -264,23 +264,25 @@ class Serving:
             self._lines.say(f"  {process} goes on as {name}")
         await self._save(desired)
         self.desired = desired
-        misplaced: Collection[str] = ()
-        if places and self._find_misplaced is not None:
-            misplaced = await self._find_misplaced()
-        for name in misplaced:
-            self._lines.say(f"  {name} goes back to the node of the plan")
         try:
-            change = await self._reconcile(desired.grace_s if grace_s is None else grace_s, misplaced)
+            change = await self._reconcile(desired.grace_s if grace_s is None else grace_s, places=places)
         except TandemError as error:
             self._lines.say(f"not done: {error.message}")
             raise
         self._lines.say(words[1])
         return change
 
-    async def _reconcile(self, grace_s: float, replace: Collection[str] = ()) -> ClusterChange:
-        change = await self.controller.reconcile(self.desired.processes(self._machine()), grace_s, replace)
+    async def _reconcile(self, grace_s: float, *, places: bool = False) -> ClusterChange:
+        find = self._say_misplaced if places else None
+        change = await self.controller.reconcile(self.desired.processes(self._machine()), grace_s, find)
         await self._wait_registered()
         return change
+
+    async def _say_misplaced(self) -> Collection[str]:
+        misplaced = () if self._find_misplaced is None else await self._find_misplaced()
+        for name in misplaced:
+            self._lines.say(f"  {name} goes back to the node of the plan")
+        return misplaced
 
     async def _set_role(self, process: ProcessStatus, role: str) -> None:
         if role not in ROLES:
