@@ -298,7 +298,8 @@ int tandem_encode_kv(int codec, int is_bf16, const void* kv, uint8_t* coded, int
                      int64_t slots, int64_t dim) {
     return completed([&] {
         with_type(is_bf16, kv, [&](auto* from) {
-            encode_kv(KvCodec(codec), from, coded, layers, head_blocks, slots, dim);
+            each_head_block(KvCodec(codec), from, coded, layers, head_blocks, slots, dim,
+                            [](auto& coder, auto* x, bool is_value, auto* code) { coder.encode(x, is_value, code); });
         });
     });
 }
@@ -306,7 +307,8 @@ int tandem_decode_kv(int codec, int is_bf16, const uint8_t* coded, void* kv, int
                      int64_t slots, int64_t dim) {
     return completed([&] {
         with_type(is_bf16, kv, [&](auto* to) {
-            decode_kv(KvCodec(codec), coded, to, layers, head_blocks, slots, dim);
+            each_head_block(KvCodec(codec), to, coded, layers, head_blocks, slots, dim,
+                            [](auto& coder, auto* x, bool is_value, auto* code) { coder.decode(code, is_value, x); });
         });
     });
 }

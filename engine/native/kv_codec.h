@@ -240,22 +240,17 @@ private:
     std::vector<float> lows_, highs_, inverses_;
 };
 
-// Of [layer, kv, head block, slot, dim], where kv is 0 for keys and 1 for values; the codes are in the same order.
-template <class Element>
-void encode_kv(KvCodec codec, const Element* kv, uint8_t* coded, int64_t layers, int64_t head_blocks, int64_t slots,
-               int64_t dim) {
+// body(coder, head block, whether it is of values, its code) for [layer, kv, head block, slot, dim], where kv is 0 for keys
+// and 1 for values; the codes are in the same order.
+template <class Element, class Byte, class Body>
+void each_head_block(KvCodec codec, Element* kv, Byte* coded, int64_t layers, int64_t head_blocks, int64_t slots,
+                     int64_t dim, Body body) {
     HeadBlockCoder coder(codec, slots, dim);
-    for (int64_t row = 0; row < 2 * layers; ++row)
-        for (int64_t i = 0; i < head_blocks; ++i, kv += coder.elements(), coded += coder.coded_bytes(row % 2))
-            coder.encode(kv, row % 2, coded);
-}
-template <class Element>
-void decode_kv(KvCodec codec, const uint8_t* coded, Element* kv, int64_t layers, int64_t head_blocks, int64_t slots,
-               int64_t dim) {
-    HeadBlockCoder coder(codec, slots, dim);
-    for (int64_t row = 0; row < 2 * layers; ++row)
-        for (int64_t i = 0; i < head_blocks; ++i, kv += coder.elements(), coded += coder.coded_bytes(row % 2))
-            coder.decode(coded, row % 2, kv);
+    for (int64_t row = 0; row < 2 * layers; ++row) {
+        const bool is_value = row % 2;
+        for (int64_t i = 0; i < head_blocks; ++i, kv += coder.elements(), coded += coder.coded_bytes(is_value))
+            body(coder, kv, is_value, coded);
+    }
 }
 
 }  // namespace tandem
