@@ -5,6 +5,7 @@ import errno
 import importlib
 import inspect
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -137,6 +138,14 @@ def _print_what_the_terminal_can() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _explain(error: Exception, name: str, command: str) -> tuple[str, int]:
     """What to tell the user, and the exit status."""
     match error:
@@ -148,6 +157,8 @@ def _explain(error: Exception, name: str, command: str) -> tuple[str, int]:
             library = error.name.partition(".")[0]
             extras = dict.fromkeys((*_COMMANDS[name][1], *filter(None, [_EXTRA_OF_MODULE.get(library)])))
             return f"`{command}` needs `pip install 'tandem-serve[{','.join(extras)}]'` ({library} is missing)", 1
+        case FileNotFoundError() if not _has_current_folder():
+            return "the current folder was deleted; change to another one", 1
         case OSError() if error.errno in _OF_THE_MACHINE:
             where = f"{error.filename}: " if error.filename else ""
             return f"{where}{error.strerror}", 1

@@ -83,17 +83,18 @@ class StateFolders:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> "StateFolders":
-        """Raises ConfigError if nothing says where."""
+        """Absolute, since a controller runs in another folder. Raises ConfigError if nothing says where."""
         if chosen := environment.get("TANDEM_STATE_DIR"):
-            return cls(Path(chosen), Path(chosen) / "logs", Path(chosen) / "clusters")
+            state = Path(chosen).absolute()
+            return cls(state, state / "logs", state / "clusters")
         if chosen := environment.get("XDG_STATE_HOME"):
-            home = Path(chosen) / "tandem"
+            home = Path(chosen).absolute() / "tandem"
         elif (user_home := home_folder()) is not None:
             home = user_home / ".local" / "state" / "tandem"
         else:
             raise ConfigError("this user has no home folder; set TANDEM_STATE_DIR to a folder where you may write")
         runtime = environment.get("XDG_RUNTIME_DIR")
-        state = Path(runtime) / "tandem" if runtime and os.access(runtime, os.W_OK) else home
+        state = Path(runtime).absolute() / "tandem" if runtime and os.access(runtime, os.W_OK) else home
         return cls(state, home / "logs", home / "clusters")
 
     def make(self) -> None:

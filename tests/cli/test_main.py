@@ -233,3 +233,14 @@ def test_characters_that_the_output_lacks_are_escaped(monkeypatch: pytest.Monkey
     assert main(["version"]) == 0
     print("naïve", file=output, flush=True)
     assert output.buffer.getvalue().endswith(b"na\\xefve\n")  # type: ignore[attr-defined]
+
+
+def test_a_deleted_folder_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert main(["serve", "--launcher", "process"]) == 1
+    assert capsys.readouterr().err == "tandem serve: the current folder was deleted; change to another one\n"

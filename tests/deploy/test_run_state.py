@@ -121,6 +121,12 @@ def test_where_state_goes(tmp_path: Path) -> None:
     assert StateFolders.of_environment(gone).state == Path("/var/me/tandem")
 
 
+def test_a_relative_folder_starts_at_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = StateFolders.of_environment({"TANDEM_STATE_DIR": "state"})
+    assert folders == StateFolders(tmp_path / "state", tmp_path / "state" / "logs", tmp_path / "state" / "clusters")
+
+
 def test_a_user_without_a_home_folder_is_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
