@@ -88,13 +88,15 @@ def examine(config: ServeConfig, runs: list[RunState], client: ClientAccess, fil
     yield from checks.check_checkpoint(config)
     yield from checks.check_shared_memory()
     yield checks.check_gloo()
-    for run in runs:
-        yield from _check_run(run, client)
+    # One event loop for all: what gRPC still has for a loop that is closed would disturb the next one.
+    with asyncio.Runner() as runner:
+        for run in runs:
+            yield from _check_run(runner, run, client)
 
 
-def _check_run(run: RunState, client: ClientAccess) -> Iterator[Finding]:
+def _check_run(runner: asyncio.Runner, run: RunState, client: ClientAccess) -> Iterator[Finding]:
     try:
-        fleet = asyncio.run(fetch_fleet(run.control, run.cluster_token, run.tls))
+        fleet = runner.run(fetch_fleet(run.control, run.cluster_token, run.tls))
     except TandemError as error:
         advice = f"it may still be loading; its logs are in {run.log_folder}"
         yield Finding("cluster", Grade.FAILED, f"the router of pid {run.pid} does not answer: {error.message}", advice)
@@ -103,29 +105,32 @@ def _check_run(run: RunState, client: ClientAccess) -> Iterator[Finding]:
     grade = Grade.OK if 0 < ready == len(fleet.instances) else Grade.WARNING if ready else Grade.FAILED
     text = f"{fleet.model} (pid {run.pid}): {ready} of {len(fleet.instances)} workers ready"
     yield Finding("cluster", grade, text, "" if grade is Grade.OK else "`tandem status` shows their states")
-    yield from _try_run(run, fleet, client)
-    fleet = asyncio.run(fetch_fleet(run.control, run.cluster_token, run.tls))  # with the transfers of the trial
+    yield from _try_run(runner, run, fleet, client)
+    fleet = runner.run(fetch_fleet(run.control, run.cluster_token, run.tls))  # with the transfers of the trial
     yield from checks.check_links(fleet.instances, run.expected_transport)
 
 
-def _try_run(run: RunState, fleet: FleetDescription, client: ClientAccess) -> Iterator[Finding]:
+def _try_run(runner: asyncio.Runner, run: RunState, fleet: FleetDescription, client: ClientAccess) -> Iterator[Finding]:
     """Requests of two tokens: as a client sends them, and through each pair and each colocated instance."""
     from tandem.deploy import trial  # the router's code, which other checks do not need
 
     clock, tls = SystemClock(), client.tls if run.has_tls else None
     http = asyncio.to_thread(trial.try_http, run.http, fleet.model, _TRIAL_S, clock, client.api_key, tls)
     logs = f"the logs in {run.log_folder} say why"
-    yield _tried("request", "over HTTP", http, f"router-0.log in {run.log_folder} says why")
-    yield _tried("request", "over gRPC", trial.try_router(run.grpc, _TRIAL_S, clock, client.api_key, tls), logs)
+    yield _tried(runner, "request", "over HTTP", http, f"router-0.log in {run.log_folder} says why")
+    over_grpc = trial.try_router(run.grpc, _TRIAL_S, clock, client.api_key, tls)
+    yield _tried(runner, "request", "over gRPC", over_grpc, logs)
     for instances in trial.ways_through(fleet.instances):
         names = " -> ".join(status.instance_id for status in instances)
         tried = trial.try_instances(instances, fleet.model, run.cluster_token, _TRIAL_S, clock, run.tls)
-        yield _tried("pair" if len(instances) > 1 else "instance", names, tried, logs)
+        yield _tried(runner, "pair" if len(instances) > 1 else "instance", names, tried, logs)
 
 
-def _tried(subject: str, name: str, request: Coroutine[Any, Any, float], advice: str) -> Finding:
+def _tried(
+    runner: asyncio.Runner, subject: str, name: str, request: Coroutine[Any, Any, float], advice: str
+) -> Finding:
     try:
-        took_s = asyncio.run(request)
+        took_s = runner.run(request)
     except TandemError as error:
         return Finding(subject, Grade.FAILED, f"{name}: a request of two tokens fails: {error.message}", advice)
     return Finding(subject, Grade.OK, f"{name}: two tokens in {1000 * took_s:.0f} ms")

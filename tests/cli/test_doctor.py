@@ -1,10 +1,14 @@
+import asyncio
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from tandem.cli import doctor
 from tandem.cli.main import main
 from tandem.core.config import ServeConfig
+from tandem.core.errors import UnavailableError
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
 from tandem.deploy import checks
 from tandem.deploy.checks import Finding, Grade
@@ -131,3 +135,18 @@ def test_a_run_whose_router_does_not_answer(model: Path, tmp_path: Path, capsys:
     out = capsys.readouterr().out
     assert findings(out)["cluster"] == "FAILED"
     assert f"it may still be loading; its logs are in {tmp_path}" in out
+
+
+def test_clusters_are_asked_on_one_event_loop(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = []
+
+    async def fetch_fleet(*_: object) -> NoReturn:
+        loops.append(asyncio.get_running_loop())
+        raise UnavailableError("it is gone")
+
+    monkeypatch.setattr(doctor, "fetch_fleet", fetch_fleet)
+    monkeypatch.setattr(checks, "check_gloo", lambda: Finding("gloo", Grade.OK, ""))
+    run = RunState(1, 0.0, "m", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "t", "logs", "ray")
+    list(doctor.examine(ServeConfig(model=model), [run, run], doctor.ClientAccess(), None))
+    assert len(loops) == 2
+    assert loops[0] is loops[1]
