@@ -26,6 +26,8 @@ from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 Result = TypeVar("Result")
 
+_TAKE_BACK_S = 5.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -146,14 +148,21 @@ class Controller:
     """Owns a set of processes; `reconcile` says which should run. `events` has all changes, in order."""
 
     def __init__(
-        self, launcher: Launcher, clock: Clock, backoff: Backoff | None = None, watch: Watch | None = None
+        self,
+        launcher: Launcher,
+        clock: Clock,
+        backoff: Backoff | None = None,
+        watch: Watch | None = None,
+        starts_first: Callable[[ProcessSpec], bool] = lambda spec: False,
     ) -> None:
-        """Without `watch`, only a process that ends is replaced."""
+        """Without `watch`, only a process that ends is replaced. `starts_first`: whether there is room for a process
+        beside the one that it replaces."""
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._launcher = launcher
         self._watch = watch
         self._clock = clock
         self._backoff = backoff or Backoff()
+        self._starts_first = starts_first
         self._slots: dict[str, _Slot] = {}
 
     def running(self) -> tuple[ProcessInfo, ...]:
@@ -183,15 +192,14 @@ class Controller:
         """Start the missing processes, stop those that are not in `desired`, and wait for both. Then replace those that
         run with other settings, and those that `find_misplaced` names then, one after the other.
 
-        Raises the first error of a process that could not be started yet; it is nevertheless tried again. Nothing is
-        replaced after such an error: settings that do not work stop at the first process.
+        Raises the first error of a process that could not be started yet; it is nevertheless tried again, unless the
+        process that it was to replace still runs. Nothing is replaced after such an error: settings that do not work
+        stop at the first process.
         """
         specs = {spec.name: spec for spec in desired}
         removed = [name for name in self._slots if name not in specs]
         added = [name for name in specs if name not in self._slots]
-        changed = [
-            name for name, slot in self._slots.items() if name in specs and not slot.spec.can_become(specs[name])
-        ]
+        changed = [name for name in specs if name in self._slots and not self._slots[name].spec.can_become(specs[name])]
         for name, spec in specs.items():
             if name in added:
                 self._add(spec)
@@ -204,6 +212,9 @@ class Controller:
             misplaced = await find_misplaced()
             changed += [name for name in misplaced if name in specs and name not in changed]
         for name in changed:
+            if self._starts_first(specs[name]) and await self._is_up(name):
+                await self._replace(specs[name], grace_s)
+                continue
             await self._stop([name], grace_s)
             await asyncio.shield(self._add(specs[name]).first_start)
         return ClusterChange(tuple(added), tuple(removed), tuple(changed))
@@ -229,15 +240,33 @@ class Controller:
         slot.task = asyncio.create_task(self._supervise(slot), name=f"supervise {spec.name}")
         return slot
 
+    async def _is_up(self, name: str) -> bool:
+        """One that is just being taken back counts."""
+        slot = self._slots[name]
+        await asyncio.wait((slot.first_start,), timeout=_TAKE_BACK_S)
+        return slot.info is not None
+
+    async def _replace(self, spec: ProcessSpec, grace_s: float) -> None:
+        """The process that runs stops once its successor is up, and goes on if that cannot be started."""
+        name, leaving = spec.name, f"{spec.name}, replaced"
+        before = self._slots[leaving] = self._slots.pop(name)
+        try:
+            await asyncio.shield(self._add(spec).first_start)
+        except TandemError:
+            await self._stop([name], 0.0)
+            self._slots[name] = self._slots.pop(leaving, before)
+            raise
+        await self._stop([leaving], grace_s)
+
     async def _stop(self, names: Sequence[str], grace_s: float) -> None:
-        slots = [self._slots[name] for name in names if name in self._slots]
-        for slot in slots:
+        slots = {name: self._slots[name] for name in names if name in self._slots}
+        for slot in slots.values():
             slot.grace_s = grace_s
             slot.stop_requested.set()
         # Whoever waits may be cancelled; the processes finish their requests all the same.
-        await asyncio.gather(*(asyncio.shield(slot.task) for slot in slots if slot.task is not None))
-        for slot in slots:
-            self._slots.pop(slot.spec.name, None)
+        await asyncio.gather(*(asyncio.shield(slot.task) for slot in slots.values() if slot.task is not None))
+        for name in slots:
+            self._slots.pop(name, None)
 
     async def _supervise(self, slot: _Slot) -> None:
         """Until a stop is requested; no failure ends it."""

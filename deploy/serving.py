@@ -102,13 +102,15 @@ class Serving:
         tells_routers: bool = True,
         read_log: ReadLog | None = None,
         find_misplaced: Callable[[], Awaitable[Collection[str]]] | None = None,
+        starts_first: Callable[[ProcessSpec], bool] = lambda spec: False,
     ) -> None:
         """`machine` tells what there is to divide. `watch`: as the controller's. `save` gets each new `desired`, `show`
         each line about what happens. `adapt` gives new settings the addresses of this host. Without `tells_routers`
         instances find the routers themselves. `read_log` is None where nobody asks for logs.
-        `find_misplaced`: processes that new settings put back to where their plan has them."""
+        `find_misplaced`: processes that new settings put back to where their plan has them. `starts_first`: as the
+        controller's."""
         self.desired = desired
-        self.controller = Controller(launcher, clock, watch=watch)
+        self.controller = Controller(launcher, clock, watch=watch, starts_first=starts_first)
         self.has_stopped = asyncio.Event()
         self._machine = machine
         self._adapt = adapt

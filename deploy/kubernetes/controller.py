@@ -86,6 +86,7 @@ async def run_controller(config: ServeConfig, pods: PodSettings, grace_s: float)
         show=_say,
         tells_routers=False,
         read_log=launcher.read_log,
+        starts_first=lambda spec: pods.group_of(spec).starts_first,
     )
     following = keep("the watch of pods", watch.run, _say)
     left_running = await launcher.find_left_running()

@@ -31,11 +31,13 @@ _PORT_NAME = "worker"
 
 
 class PodGroup(FrozenModel):
-    """Pods of one kind, as the chart's workers.groups. `template` is a PodTemplateSpec with one container."""
+    """Pods of one kind, as the chart's workers.groups. `template` is a PodTemplateSpec with one container.
+    `starts_first`: there is room for a pod beside the one that it replaces."""
 
     name: str
     role: RoleName
     gpu_resource: str
+    starts_first: bool
     threads: int = Field(ge=1, description="Of an instance whose settings name none")
     template: Document
 

@@ -118,6 +118,29 @@ async def test_a_first_start_with_an_error_of_any_kind_is_raised(
     await events_until(controller, Up, pid=100)
 
 
+async def test_where_there_is_room_a_successor_is_up_before_a_process_stops(launcher: FakeLauncher) -> None:
+    controller = Controller(launcher, SystemClock(), FAST, starts_first=lambda spec: spec.index == 0)
+    await controller.reconcile([spec(0), spec(1)], 1.0)
+    changed = [replace(spec(index), threads=2) for index in range(2)]
+    launcher.errors.append(CheckpointError("the image has no model"))
+    with pytest.raises(CheckpointError):
+        await controller.reconcile(changed, 1.0)
+    assert sorted(pids(controller)) == [100, 101], "what runs goes on, and nothing else is replaced"
+    assert launcher.stop_order == []
+    first = launcher.launched[0]
+    first.may_stop.clear()
+    replacing = asyncio.create_task(controller.reconcile(changed, 3.0))
+    async with asyncio.timeout(5):
+        while not first.graces:  # noqa: ASYNC110 - of an object that tells nobody
+            await asyncio.sleep(0.001)
+    assert {status.pid for status in controller.status()} == {100, 101, 102}, "both run"
+    first.may_stop.set()
+    assert await replacing == ClusterChange(replaced=("prefill-0", "prefill-1"))
+    assert sorted(pids(controller)) == [102, 103]
+    assert launcher.stop_order == ["prefill-0", "prefill-1"]
+    await controller.kill()
+
+
 async def test_a_process_that_makes_no_progress_is_killed_and_replaced(launcher: FakeLauncher) -> None:
     async def watch(_: ProcessSpec, process: RunningProcess) -> str:
         assert isinstance(process, FakeProcess)

@@ -54,6 +54,8 @@ class Idle:
         self.kubernetes: FakeKubernetes | None = None
         self.makes_ready = True
         self.graces: list[tuple[str, int]] = []
+        self.num_pods: list[int] = []
+        """At the times of these ends."""
 
     def created(self, pod: Document) -> None:
         assert self.kubernetes is not None
@@ -63,6 +65,7 @@ class Idle:
     def deleted(self, pod: Document, grace_s: int) -> None:
         assert self.kubernetes is not None
         self.graces.append((pod["metadata"]["labels"]["tandem.serve/process"], grace_s))
+        self.num_pods.append(self.kubernetes.num_pods())
         self.kubernetes.remove(pod["metadata"]["name"])
 
     async def log(self, name: str, num_past: int, *, follow: bool) -> AsyncIterator[bytes]:
@@ -103,6 +106,9 @@ class FakeKubernetes:
         """By the name of their process, the newest last."""
         found = (each for (plural, _), each in self._objects.items() if plural == "pods")
         return {each["metadata"]["labels"]["tandem.serve/process"]: each for each in found}
+
+    def num_pods(self) -> int:
+        return sum(plural == "pods" for plural, _ in self._objects)
 
     def config_map(self, name: str) -> Document:
         return self._objects["configmaps", name]

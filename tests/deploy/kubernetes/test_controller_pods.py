@@ -202,15 +202,15 @@ async def test_commands_change_a_cluster_under_load(tmp_path: Path) -> None:
 
             assert "stopped decode-1" in await cluster.tandem("drain", "decode-1")
             assert len(cluster.pids()) == 2
+
+            plan = tmp_path / "plan.yaml"
+            plan.write_text(yaml.safe_dump(PLAN))
+            before = cluster.pids()  # the only ones of their role: their successors are up before they leave
+            assert "replaced " in await cluster.tandem("apply", str(plan), "--set", model)
+            await cluster.wait_up(("prefill-0", "prefill"), ("decode-0", "decode"))
+            assert not before.keys() & cluster.pids().keys()
         finally:
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
         assert set(load.answers) == {200}, f"{load.answers}\n{cluster.logs()}"
         assert len(load.answers) > 20
-
-        plan = tmp_path / "plan.yaml"
-        plan.write_text(yaml.safe_dump(PLAN))
-        before = cluster.pids()  # the only ones of their role: nothing serves while they are replaced
-        assert "replaced " in await cluster.tandem("apply", str(plan), "--set", model)
-        await cluster.wait_up(("prefill-0", "prefill"), ("decode-0", "decode"))
-        assert not before.keys() & cluster.pids().keys()

@@ -97,7 +97,9 @@ class Bench:
             tells_routers=False,
             read_log=launcher.read_log,
         )
-        serving.controller = Controller(launcher, SystemClock(), FAST)
+        serving.controller = Controller(
+            launcher, SystemClock(), FAST, starts_first=lambda spec: pods.group_of(spec).starts_first
+        )
         following = asyncio.create_task(watch.run())
         try:
             await state.save(desired)
@@ -274,6 +276,7 @@ async def test_pods_of_another_epoch_are_replaced_one_after_the_other(bench: Ben
         assert await serving.start() == ClusterChange(replaced=("prefill-0", "decode-0"))
         assert pod_names(bench).items().isdisjoint(before.items())
     assert [process for process, _ in bench.kubelet.graces] == ["prefill-0", "decode-0"]
+    assert bench.kubelet.num_pods == [3, 3], "each one was there before the other left"
 
 
 async def test_of_two_controllers_the_older_one_leaves(bench: Bench) -> None:

@@ -24,6 +24,7 @@
   "name" .name
   "role" .role
   "gpu_resource" .gpuResource
+  "starts_first" (gt (int .rollout.maxSurge) 0)
   "threads" (include "tandem.cores" . | int)
   "template" (include "tandem.workerPod" (dict "root" $root "group" .) | fromYaml)
 ) -}}

@@ -68,7 +68,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- /* Equal for instances that may exchange KV. Another number of replicas, or other nodes, do not change it. */ -}}
 {{- define "tandem.planEpoch" -}}
 {{- if eq .Values.workers.kind "Controller" -}}
-{{- $pods := include "tandem.podGroups" . | sha256sum | trunc 10 -}}{{- /* settings: the controller compares them itself */ -}}
+{{- $pods := list -}}
+{{- range include "tandem.podGroups" . | fromJsonArray -}}
+{{- $pods = append $pods .template -}}
+{{- end -}}
+{{- $pods = $pods | toJson | sha256sum | trunc 10 -}}{{- /* settings: the controller compares them itself */ -}}
 {{- with .Values.planEpoch }}{{ . }}-{{ end }}{{ $pods -}}
 {{- else if .Values.planEpoch -}}
 {{- .Values.planEpoch -}}
