@@ -17,7 +17,7 @@ from tandem.placement.evidence import Planned
 from tandem.placement.explanation import explain, explain_infeasible
 from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress, SearchResult, find_best
 from tandem.placement.search.cheapest import find_cheapest
-from tandem.placement.search.final_comparison import Comparison, FinalComparison, compare_finalists
+from tandem.placement.search.final_comparison import Comparison, FinalComparison, KnownEvaluations, compare_finalists
 from tandem.placement.search.mapper import Mapper, SerialMapper, local_mapper
 from tandem.placement.search.nearest_feasible import nearest_feasible
 from tandem.placement.search.predict import limit_of_nodes
@@ -100,6 +100,7 @@ def search_and_compare(
         return result, compare_finalists(result.space, result.search.evaluated, result.chosen, mapper, compared)
     best: tuple[float, PlanResult, Comparison] | None = None
     tried: list[Window] = []
+    known: KnownEvaluations = {}
     report(0.0, f"looking for the window that decides, of {len(problem.windows)}")
     window = _heaviest(problem, mapper)
     while True:
@@ -109,7 +110,8 @@ def search_and_compare(
         result = _of_whole(search(problem.of_window(window), mapper, part), problem)
         if (chosen := result.chosen) is None:
             break
-        comparison = Comparison(result.space, mapper, partial(_report_part, report, _SEARCH_SHARE, 1 - _SEARCH_SHARE))
+        compared = partial(_report_part, report, _SEARCH_SHARE, 1 - _SEARCH_SHARE)
+        comparison = Comparison(result.space, mapper, compared, known)
         part(1.0, f"simulating {len(problem.windows)} windows")
         goodput, deciding = comparison.on_whole_trace(chosen)
         if best is None or goodput > best[0]:

@@ -1,7 +1,7 @@
 """Attainment: the share of each class's requests that met both targets in steady state."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +56,7 @@ class Evaluation:
     """The first `warm_up` and the last `tail` requests are left out. `stable`: no queue grows over the run; a longer
     unstable run would miss its targets, whatever its attainment is now. `long_enough`: arrivals lasted at least three
     times the 90th percentile of the time in the system; otherwise a steady state needs more requests. `windows`: see
-    `evaluate_windows`."""
+    `evaluate_windows`. `met`: whether each request met its targets, where whoever simulated has kept that."""
 
     classes: tuple[ClassEvaluation, ...]
     warm_up: int
@@ -64,6 +64,7 @@ class Evaluation:
     stable: bool
     long_enough: bool
     windows: tuple["Evaluation", ...] = ()
+    met: npt.NDArray[np.bool_] | None = field(default=None, compare=False, repr=False)
 
     @property
     def meets(self) -> bool:

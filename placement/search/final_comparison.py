@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tandem.core.errors import ConfigError
+from tandem.core.slo import SloClass
 from tandem.placement.evaluation.attainment import Evaluation, deciding_window
 from tandem.placement.evaluation.steady_state import Interval
 from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress
@@ -24,6 +25,7 @@ from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.finalists import finalists_of, most_promising
 from tandem.placement.search.mapper import Mapper
 from tandem.placement.search.paired_runs import (
+    PairedRun,
     RateTrial,
     Represented,
     higher_rate,
@@ -90,6 +92,10 @@ def compare_finalists(
     return Comparison(space, mapper, report).of_finalists(evaluated, chosen)
 
 
+KnownEvaluations = dict[tuple[CandidateDeployment, int, tuple[SloClass, ...]], Mapping[float, Evaluation]]
+"""Of each deployment, number of requests per simulation, and classes: by rate."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Round:
     """`rates` are of what is simulated for a deployment. `differences` are those to the leader, at its rate."""
@@ -108,15 +114,18 @@ class _Round:
 
 
 class Comparison:
-    """Of deployments of one search. What it has simulated once it knows."""
+    """Of deployments of one search. What it has simulated once it knows, in `known`, which another comparison of the
+    same requests may have begun."""
 
-    def __init__(self, space: SearchSpace, mapper: Mapper, report: ReportProgress) -> None:
+    def __init__(
+        self, space: SearchSpace, mapper: Mapper, report: ReportProgress, known: KnownEvaluations | None = None
+    ) -> None:
         self._space = space
         self._mapper = mapper
         self._report = report
         self._num_simulations = 0
         self._share = 0.0
-        self._evaluated: dict[tuple[CandidateDeployment, int], Mapping[float, Evaluation]] = {}  # also by requests
+        self._evaluated = {} if known is None else known
 
     def on_whole_trace(self, chosen: EvaluatedDeployment) -> tuple[float, Window | None]:
         """The goodput in all windows of a trace, and the window that limits it; None if none is known. Raises
@@ -201,14 +210,12 @@ class Comparison:
         rates = {leader.deployment: self._max_rate(problem, leader, _guess(problem, leader))}
         first = leader
         while True:
-            goodput = rates[leader.deployment] * leader.scale
             rivals = [one for one in (first, *others) if one.deployment != leader.deployment]
             rivals = self._without_worse(problem, leader, rivals, rates)
             if not rivals:
                 return _Round(leader, rates, {})
             self._begin(f"running {len(rivals) + 1} deployments on the same requests")
-            own, *runs = self._mapper(partial(paired_run, problem, goodput=goodput), [leader, *rivals])
-            self._num_simulations += 1 + len(rivals)
+            own, runs = self._paired(problem, leader, rates[leader.deployment], rivals)
             new = [
                 RateTrial(one, run.rate, {run.rate: run.evaluation})
                 for one, run in zip(rivals, runs, strict=True)
@@ -222,6 +229,18 @@ class Comparison:
                 differences = {one.deployment: own.difference(run) for one, run in zip(rivals, runs, strict=True)}
                 return _Round(leader, rates, differences)
             leader = best
+
+    def _paired(
+        self, problem: Problem, leader: Represented, rate: float, rivals: Sequence[Represented]
+    ) -> tuple[PairedRun, list[PairedRun]]:
+        """Runs of the leader at `rate`, and of the rivals at the rates of the same goodput."""
+        run, known = partial(paired_run, problem, goodput=rate * leader.scale), self._evaluations(problem, leader)
+        self._num_simulations += len(rivals)
+        if rate in known and known[rate].met is not None:
+            return PairedRun(rate, known[rate]), self._mapper(run, rivals)
+        self._num_simulations += 1
+        own, *runs = self._mapper(run, [leader, *rivals])
+        return own, runs
 
     def _without_worse(
         self,
@@ -253,7 +272,7 @@ class Comparison:
         return deciding_window(problem.windows, evaluated[missed]) if problem.windows and missed is not None else None
 
     def _evaluations(self, problem: Problem, one: Represented) -> Mapping[float, Evaluation]:
-        return self._evaluated.get((one.deployment, problem.section.requests), {})
+        return self._evaluated.get((one.deployment, problem.section.requests, problem.classes), {})
 
     def _with_better_ones(self, problem: Problem, decision: _Round, others: Sequence[Represented]) -> _Round:
         """Those that an earlier round told apart are tried again: longer runs can lower the goodput of the leader."""
@@ -291,7 +310,7 @@ class Comparison:
         simulated = self._space.problem
         if window is not None and others:
             simulated = problem.of_window(window).with_requests(_OF_ALTERNATIVES)
-            guesses.append((leader, rate))
+            guesses.append((leader, (searched or decision.goodput) / leader.scale))
         max_rates = self._mapper(partial(rate_near, simulated), [RateTrial(one, guess) for one, guess in guesses])
         self._num_simulations += sum(found.num_simulations for found in max_rates)
         if len(max_rates) > len(others):
@@ -332,7 +351,7 @@ class Comparison:
 
     def _count(self, problem: Problem, one: Represented, found: MaxRate) -> float:
         self._num_simulations += found.num_simulations
-        key = one.deployment, problem.section.requests
+        key = one.deployment, problem.section.requests, problem.classes
         self._evaluated[key] = {**self._evaluated.get(key, {}), **found.evaluated}
         return found.rate
 

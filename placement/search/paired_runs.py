@@ -1,10 +1,7 @@
 """Simulations of deployments on the same requests, so that their differences are those of the deployments."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass, field, replace
 
 from tandem.placement.evaluation.attainment import Evaluation, targets_met
 from tandem.placement.evaluation.steady_state import Interval, difference_interval
@@ -50,25 +47,27 @@ class RateTrial:
 
 @dataclass(frozen=True, slots=True)
 class PairedRun:
-    """A run at `rate`. `met`: whether each request met its targets."""
+    """A complete run at `rate`. `evaluation` has `met`."""
 
     rate: float
     evaluation: Evaluation
-    met: npt.NDArray[np.bool_]
 
     def difference(self, other: "PairedRun") -> Interval:
         """95 % interval of the attainment of this run minus that of the other, without the first quarter. Runs of
         different lengths begin with the same requests."""
-        count = min(len(self.met), len(other.met))
+        first, second = self.evaluation.met, other.evaluation.met
+        assert first is not None
+        assert second is not None
+        count = min(len(first), len(second))
         steady = slice(int(WARM_UP_SHARE * count), count)
-        return difference_interval(self.met[steady], other.met[steady])
+        return difference_interval(first[steady], second[steady])
 
 
 def paired_run(problem: Problem, one: Represented, goodput: float) -> PairedRun:
     """A complete run at the rate that corresponds to `goodput`."""
     rate = goodput / one.scale
     result, evaluation = simulate_at(problem, one.simulated, rate, separate_nodes=one.is_scaled, stop_early=False)
-    return PairedRun(rate, evaluation, targets_met(result, problem.classes))
+    return PairedRun(rate, replace(evaluation, met=targets_met(result, problem.classes)))
 
 
 def rate_near(problem: Problem, trial: RateTrial) -> MaxRate:

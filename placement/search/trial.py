@@ -8,11 +8,11 @@ A deployment of many instances is represented by a smaller one of nearly the sam
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from tandem.core.plan import Plan
-from tandem.placement.evaluation.attainment import Evaluation, evaluate, evaluate_windows
+from tandem.placement.evaluation.attainment import Evaluation, evaluate, evaluate_windows, targets_met
 from tandem.placement.evaluation.goodput import StopWhen, stop_when_lost, stop_when_windows_lost
 from tandem.placement.plan_deployment import deployment_of
 from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
@@ -116,8 +116,10 @@ def _simulate_at(
 
 
 def evaluate_at(problem: Problem, deployment: CandidateDeployment, separate_nodes: bool, rate: float) -> Evaluation:
-    """The evaluation of `simulate_at`, with arguments in an order for `functools.partial`."""
-    return simulate_at(problem, deployment, rate, separate_nodes=separate_nodes)[1]
+    """The evaluation of `simulate_at`, with arguments in an order for `functools.partial`. It has `met` if the run was
+    complete."""
+    result, evaluation = simulate_at(problem, deployment, rate, separate_nodes=separate_nodes)
+    return evaluation if result.stopped_early else replace(evaluation, met=targets_met(result, problem.classes))
 
 
 def simulate_requests(
