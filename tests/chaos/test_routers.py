@@ -61,7 +61,12 @@ def test_full_instances_say_so_at_once(built_in_model, tmp_path) -> None:  # typ
     engine = {"threads": 1, "kv_memory": "3MiB", "dtype": "float32"}  # memory for one prompt
     with (
         running_cluster(
-            built_in_model, tmp_path, num_prefill=2, prefill=prefill | {"engine": engine}, make=ChaosCluster
+            built_in_model,
+            tmp_path,
+            num_prefill=2,
+            prefill=prefill | {"engine": engine},
+            router={"outstanding_steps": 100},  # else they would wait in the router
+            make=ChaosCluster,
         ) as cluster,
         Client(cluster.grpc_address) as client,
     ):
