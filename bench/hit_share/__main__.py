@@ -159,7 +159,16 @@ def compare(rows: Sequence[Row], args: argparse.Namespace) -> dict[str, list[flo
         )
         plan = Plan(model=str(BUILT_IN_MODEL), verdict="disaggregate", groups=groups)
         of_planner = predicted(plan, slo, args.concurrency)
-    cluster = ServedCluster(plan.model_dump(mode="json", exclude_defaults=True), settings=args.settings)
+    # Not the plan itself: without a calibration `tandem serve` gives memory for numbers of four bytes.
+    memory = math.ceil(args.kv_tokens * model_shape(plan.model).kv_bytes_per_token)
+    sections: dict[str, object] = {
+        group.role: {
+            "instances": group.instances,
+            "engine": {"device": "cpu", "dtype": "bfloat16", "kv_memory": memory},
+        }
+        for group in plan.groups
+    }
+    cluster = ServedCluster({"model": plan.model, **sections}, settings=args.settings)
     try:
         cluster.start()
         of_cluster = uvloop.run(live(cluster.http, rows, block_tokens, args.concurrency))
