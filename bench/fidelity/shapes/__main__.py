@@ -16,7 +16,7 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,6 +60,10 @@ _WORKLOAD = WorkloadSection.model_validate(
 _CLASSES = (SloClass(ttft_s=1.0, tpot_s=0.1),)  # nothing is decided by them
 _SAMPLES_S = 6.0  # of serving, in each round
 _REQUESTS = 8  # in each round
+_HEAD = (
+    "| shape, requests | | TTFT live | simulated | | TPOT live | simulated | |",
+    "|---|---|--:|--:|--:|--:|--:|--:|",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,20 +158,14 @@ def _deployment(calibration: Calibration, shape: ParallelShape, samples: Colocat
     return Deployment((instance,), router=RouterSpec(*fit_router(samples.prompted)))
 
 
-def as_text(comparisons: Sequence[ShapeComparison]) -> str:
-    """A table in Markdown: live, simulated and their relative difference, of means and medians."""
-    lines = [
-        "| shape, requests | | TTFT live | simulated | | TPOT live | simulated | |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for one in comparisons:
-        for kind, names in (("mean", ("ttft_s", "tpot_s")), ("median", ("median_ttft_s", "median_tpot_s"))):
-            figures: list[str] = []
-            for name in names:
-                figures += [f"{1e3 * getattr(side, name):.1f} ms" for side in (one.live, one.simulated)]
-                figures.append(f"{one.error(name):+.1%}")
-            lines.append(f"| {one.shape}, {one.requests} | {kind} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+def _rows(one: ShapeComparison) -> Iterator[str]:
+    """Of the table in Markdown: live, simulated and their relative difference, of means and medians."""
+    for kind, names in (("mean", ("ttft_s", "tpot_s")), ("median", ("median_ttft_s", "median_tpot_s"))):
+        figures: list[str] = []
+        for name in names:
+            figures += [f"{1e3 * getattr(side, name):.1f} ms" for side in (one.live, one.simulated)]
+            figures.append(f"{one.error(name):+.1%}")
+        yield f"| {one.shape}, {one.requests} | {kind} | {' | '.join(figures)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,11 +191,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 serving_s=0.0,
                 shapes=[shape for shape in shapes if shape.num_ranks > 1],
             )
-            comparisons = [asyncio.run(compare(model, calibration, shape, args.rounds, args.seed)) for shape in shapes]
+            print("\n".join(_HEAD))
+            comparisons = []
+            for shape in shapes:
+                comparisons.append(asyncio.run(compare(model, calibration, shape, args.rounds, args.seed)))
+                print("\n".join(_rows(comparisons[-1])), flush=True)
         except (TandemError, ValueError) as error:
             print(error, file=sys.stderr)
             return 1
-    print(as_text(comparisons))
     print(json.dumps([asdict(one) for one in comparisons]))
     return 0
 
