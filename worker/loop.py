@@ -14,15 +14,13 @@ still counts is decided on the event loop (`prefill_worker/held_kv.py`): a step 
 
 import logging
 import math
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import defaultdict
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import Clock
 from tandem.core.errors import DeadlineError, InvalidRequestError, TandemError, UnavailableError
 from tandem.core.request import SampledToken, TokenLogprob
 from tandem.core.session import (
-    BlockCounts,
     KvReserved,
     KvSource,
     NewTokens,
@@ -35,21 +33,32 @@ from tandem.core.session import (
     TransferCommitted,
 )
 from tandem.core.step_coefficients import StepCoefficients
-from tandem.core.transfer import Manifest, hash_token_ids
 from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived
 from tandem.engine.engine import Engine
 from tandem.engine.models.base import LayerHook
-from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
-from tandem.prefill_worker.held_kv import KvComputing, KvReady
+from tandem.engine.step import StepHandle, StepOutput
+from tandem.prefill_worker.held_kv import KvReady
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.integrity import count_blocks
 from tandem.scheduling.predictor import StepPredictor
-from tandem.scheduling.prefix_index import CacheChange, PrefixIndex
+from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.scheduler import Scheduler
 from tandem.scheduling.sequence import Sequence, SequenceState
 from tandem.scheduling.step_load import step_load
+from tandem.worker.chunk_values import attempt_of, has_drawn, kv_computing, manifest_of, slice_of
+from tandem.worker.kept_blocks import KeptBlocks
+from tandem.worker.loop_messages import (
+    CacheChanged,
+    CancelFetch,
+    LoopCommand,
+    LoopEvent,
+    LoopReport,
+    Release,
+    SendEvent,
+    SubmitAttempt,
+)
 from tandem.worker.progress import PAIRS_PER_TOKEN
 
 log = logging.getLogger(__name__)
@@ -57,80 +66,6 @@ log = logging.getLogger(__name__)
 REPORT_EVERY_S = 0.1  # between two reports of a busy loop
 CHECK_SHARE = 0.01  # of the time, that self-checks may take at the most
 MAX_FAILED_STEPS = 3  # in a row; then the engine is broken, and the process ends so that it is replaced
-
-
-# --- commands and events, besides those of the two sides --------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SubmitAttempt:
-    attempt_id: AttemptId
-    command: Submit
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Give up the attempt in any phase; the blocks of held KV are no longer needed."""
-
-    attempt_id: AttemptId
-
-
-LoopCommand = SubmitAttempt | Release | KvArrived | FetchFailed | StepBudget
-
-
-@dataclass(frozen=True, slots=True)
-class SendEvent:
-    """For the router of that session."""
-
-    session_id: int
-    event: SessionEvent
-
-
-@dataclass(frozen=True, slots=True)
-class CancelFetch:
-    """The transfer is no longer wanted; answer with KvArrived or FetchFailed when the blocks are safe."""
-
-    attempt_id: AttemptId
-
-
-@dataclass(frozen=True, slots=True)
-class CacheChanged:
-    """The prefix cache holds other blocks than before."""
-
-    changes: tuple[CacheChange, ...]
-
-
-LoopEvent = SendEvent | KvComputing | KvReady | Fetch | CancelFetch | CacheChanged
-
-
-@dataclass(frozen=True, slots=True)
-class LoopReport:
-    """What the loop last said of itself; replaced whole, never changed. Commands, steps and tokens are totals since the
-    start. `is_empty`: no attempt is there, and no block is held for a reader or a transfer."""
-
-    fingerprint: str
-    weights_hash: str
-    max_model_len: int
-    block_size: int
-    blocks: BlockCounts
-    waiting_requests: int
-    running_requests: int
-    uncomputed_tokens: int
-    unreserved_tokens: int
-    steps: int
-    step_s: float
-    computed_tokens: int
-    cached_tokens: int
-    preemptions: int
-    step_cost: StepCoefficients | None
-    step_prompt_tokens: int
-    num_commands: int
-    is_empty: bool
-
-
-def _id_of(sequence: Sequence) -> AttemptId:
-    assert isinstance(sequence.key, AttemptId), "an instance names its sequences by attempt"
-    return sequence.key
 
 
 class InstanceLoop:
@@ -167,10 +102,7 @@ class InstanceLoop:
         self._scheduler = Scheduler(budget, self._pool, self._index, capacity.max_model_len, self._predictor)
         self._sources: dict[AttemptId, KvSource] = {}  # of sequences that wait for blocks
         self._prompt_logprobs: dict[AttemptId, list[TokenLogprob | None]] = {}  # of prompts that are being computed
-        self._held: dict[AttemptId, Sequence] = {}  # from the last chunk until Release
-        self._held_in: Counter[int] = Counter()  # block -> how many of those have it
-        self._fenced: dict[AttemptId, list[int]] = {}  # blocks that a cancelled transfer may still write
-        self._num_owned = 0  # sum of the lengths of the block tables of `_held` and `_fenced`
+        self._kept = KeptBlocks(self._pool)
         self._events: list[LoopEvent] = []
         self._chunks: list[Chunk] = []
         self._prepared_step = 0  # the engine's number of the step of these chunks
@@ -205,7 +137,7 @@ class InstanceLoop:
         now_s = self._clock.now_s()
         for sequence in self._scheduler.expired(now_s):
             self._give_up(sequence)
-            self._fail(_id_of(sequence), DeadlineError("the deadline passed before the answer was complete"))
+            self._fail(attempt_of(sequence), DeadlineError("the deadline passed before the answer was complete"))
         if reserved := self._scheduler.reserve(now_s):
             self._engine.settle()  # the transfers write into blocks that steps may have used
             for sequence in reserved:
@@ -214,10 +146,10 @@ class InstanceLoop:
         self._prepared_step = self._engine.next_step
         for chunk in self._chunks:
             sequence = chunk.sequence
-            if chunk.is_prompt and chunk.start == sequence.num_cached and not self._has_drawn(sequence):
-                self._send(_id_of(sequence), PrefillStarted(_id_of(sequence).handle, sequence.num_cached))
+            if chunk.is_prompt and chunk.start == sequence.num_cached and not has_drawn(sequence):
+                self._send(attempt_of(sequence), PrefillStarted(attempt_of(sequence).handle, sequence.num_cached))
             if sequence.hand_over:
-                self._events.append(self._computing(chunk))
+                self._events.append(kv_computing(chunk, self._engine.layout, self._prepared_step))
         if now_s - self._reported_s >= REPORT_EVERY_S:
             self.report = self._make_report()
             self._reported_s = now_s
@@ -237,7 +169,7 @@ class InstanceLoop:
         hands_over = any(chunk.sequence.hand_over for chunk in self._chunks)
         try:
             self._launched = self._engine.launch(
-                [self._slice(chunk) for chunk in self._chunks], self._layer_computed if hands_over else None
+                [slice_of(chunk) for chunk in self._chunks], self._layer_computed if hands_over else None
             )
         except (RuntimeError, MemoryError) as error:  # torch's; out of memory most of all. The next batch may fit.
             self._step_failed(error)
@@ -262,8 +194,7 @@ class InstanceLoop:
         """Called once when there has been nothing to do for a moment: the time for self-checks."""
         now_s = self._clock.now_s()
         if len(self._scheduler) == 0 and now_s >= self._check_s:  # O(blocks), and a request may come meanwhile
-            held = (sequence.block_table for sequence in self._held.values())
-            self._scheduler.check_integrity([*held, *self._fenced.values()])
+            self._scheduler.check_integrity(self._kept.tables())
             ended_s = self._clock.now_s()
             self._check_s = ended_s + (ended_s - now_s) / CHECK_SHARE
         self.report = self._make_report()
@@ -302,7 +233,7 @@ class InstanceLoop:
             self._prompt_logprobs[attempt_id] = [None]
 
     def _fetch(self, sequence: Sequence) -> None:
-        attempt_id, request = _id_of(sequence), sequence.request
+        attempt_id, request = attempt_of(sequence), sequence.request
         self._send(attempt_id, KvReserved(attempt_id.handle))
         self._events.append(
             Fetch(
@@ -318,7 +249,7 @@ class InstanceLoop:
 
     def _arrived(self, arrived: KvArrived) -> None:
         attempt_id = arrived.attempt_id
-        if self._lift_fence(attempt_id):
+        if self._kept.lift_fence(attempt_id):
             return  # given up while the KV arrived
         self._scheduler.committed(attempt_id, arrived.first_token.token_id, self._clock.now_s())
         event = TransferCommitted(
@@ -332,36 +263,23 @@ class InstanceLoop:
         self._send(attempt_id, event)
 
     def _fetch_failed(self, attempt_id: AttemptId, error: TandemError) -> None:
-        if not self._lift_fence(attempt_id):
+        if not self._kept.lift_fence(attempt_id):
             self._scheduler.cancel(attempt_id)
             self._fail(attempt_id, error)
 
-    def _lift_fence(self, attempt_id: AttemptId) -> bool:
-        block_ids = self._fenced.pop(attempt_id, None)
-        if block_ids is not None:
-            self._num_owned -= len(block_ids)
-            self._pool.release(block_ids)
-        return block_ids is not None
-
     def _release(self, attempt_id: AttemptId) -> None:
-        if (held := self._held.pop(attempt_id, None)) is not None:
-            self._num_owned -= len(held.block_table)
-            for block_id in held.block_table:
-                self._held_in[block_id] -= 1
-                if not self._held_in[block_id]:
-                    del self._held_in[block_id]
+        if (held := self._kept.end_hold(attempt_id)) is not None:
             self._scheduler.release(held)
         elif (sequence := self._scheduler.get(attempt_id)) is not None:
             self._give_up(sequence)
 
     def _give_up(self, sequence: Sequence) -> None:
         """Free it now; if a transfer may still write into its blocks, as soon as the transfer has ended."""
-        attempt_id = _id_of(sequence)
+        attempt_id = attempt_of(sequence)
         self._sources.pop(attempt_id, None)
         self._prompt_logprobs.pop(attempt_id, None)
         if sequence.state is SequenceState.RECEIVING:
-            self._fenced[attempt_id] = block_ids = self._scheduler.detach(attempt_id)
-            self._num_owned += len(block_ids)
+            self._kept.fence(attempt_id, self._scheduler.detach(attempt_id))
             self._events.append(CancelFetch(attempt_id))
         else:
             self._scheduler.cancel(attempt_id)
@@ -374,7 +292,7 @@ class InstanceLoop:
         log.error("a step of %d sequences failed", len(self._chunks), exc_info=error)
         for chunk in self._chunks:
             self._give_up(chunk.sequence)
-            self._fail(_id_of(chunk.sequence), UnavailableError("the step failed; the instance's log says why"))
+            self._fail(attempt_of(chunk.sequence), UnavailableError("the step failed; the instance's log says why"))
         self._failed_steps += 1
         if self._failed_steps == MAX_FAILED_STEPS:
             raise error
@@ -386,12 +304,12 @@ class InstanceLoop:
             if (error := output.errors[index]) is not None:
                 self._index.clear()  # what made the numbers unusable may be in a cached block
                 self._give_up(sequence)
-                self._fail(_id_of(sequence), error)
+                self._fail(attempt_of(sequence), error)
                 continue
-            is_first = chunk.samples and not self._has_drawn(sequence)
+            is_first = chunk.samples and not has_drawn(sequence)
             self._scheduler.computed(chunk)
             if (logprobs := output.prompt_logprobs[index]) is not None:
-                self._prompt_logprobs[_id_of(sequence)].extend(logprobs)
+                self._prompt_logprobs[attempt_of(sequence)].extend(logprobs)
             token = output.tokens[index]
             assert (token is not None) == chunk.samples, "the engine draws what it is asked for"
             if token is None:
@@ -399,13 +317,15 @@ class InstanceLoop:
             if is_first:
                 self._prefilled(sequence, token)
             else:
-                frames[_id_of(sequence).session_id].append(self._decoded(sequence, token))
+                frames[attempt_of(sequence).session_id].append(self._decoded(sequence, token))
         self._events.extend(SendEvent(session_id, TokenFrame(tuple(items))) for session_id, items in frames.items())
 
     def _prefilled(self, sequence: Sequence, token: SampledToken) -> None:
         """`token` is the first one of the attempt."""
-        attempt_id = _id_of(sequence)
-        manifest = self._manifest(sequence, token) if sequence.hand_over else None  # without the new token's KV
+        attempt_id = attempt_of(sequence)
+        manifest = (
+            manifest_of(sequence, token, self._engine.layout) if sequence.hand_over else None
+        )  # without the new token's KV
         if sequence.hand_over:
             sequence.append(token.token_id)
         else:
@@ -424,9 +344,7 @@ class InstanceLoop:
         )
         self._send(attempt_id, finished)
         if manifest is not None and reason is None:
-            self._held[attempt_id] = sequence
-            self._held_in.update(sequence.block_table)
-            self._num_owned += len(sequence.block_table)
+            self._kept.hold(attempt_id, sequence)
             self._events.append(KvReady(attempt_id, manifest))
         elif manifest is not None:
             self._scheduler.release(sequence)
@@ -434,7 +352,7 @@ class InstanceLoop:
             self._scheduler.finish(attempt_id)
 
     def _decoded(self, sequence: Sequence, token: SampledToken) -> NewTokens:
-        attempt_id = _id_of(sequence)
+        attempt_id = attempt_of(sequence)
         queue_s = None
         if sequence.committed_s is not None:  # the first step after the transfer
             queue_s, sequence.committed_s = self._launched_s - sequence.committed_s, None
@@ -446,70 +364,18 @@ class InstanceLoop:
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _has_drawn(sequence: Sequence) -> bool:
-        """Whether the attempt has its first token."""
-        return len(sequence.token_ids) > len(sequence.request.token_ids)
-
-    def _slice(self, chunk: Chunk) -> SequenceSlice:
-        sequence = chunk.sequence
-        request, tokens = sequence.request, sequence.token_ids
-        end = chunk.start + chunk.num_tokens
-        sample, wanted = None, None
-        if chunk.samples:
-            sample = SampleRequest(request.sampling, len(tokens), tokens, request.num_prompt_tokens)
-        if chunk.is_prompt and not self._has_drawn(sequence):
-            wanted = request.sampling.prompt_logprobs
-        return SequenceSlice(
-            token_ids=tokens[chunk.start : end],
-            start=chunk.start,
-            block_table=sequence.block_table,
-            sample=sample,
-            prompt_logprobs=wanted,
-            next_token_id=tokens[end] if wanted is not None and end < len(tokens) else None,
-        )
-
-    def _computing(self, chunk: Chunk) -> KvComputing:
-        sequence, layout = chunk.sequence, self._engine.layout
-        end = chunk.start + chunk.num_tokens
-        num_blocks = layout.blocks_for(sequence.num_tokens)
-        return KvComputing(
-            attempt_id=_id_of(sequence),
-            block_ids=tuple(sequence.block_table[:num_blocks]),
-            block_size=layout.block_size,
-            is_first=chunk.start == sequence.num_cached,
-            blocks=chunk.start // layout.block_size,
-            next_blocks=num_blocks if chunk.samples else end // layout.block_size,
-            step=self._prepared_step,
-            layers_per_stage=layout.layers_per_stage or (layout.num_layers,),
-        )
-
-    def _manifest(self, sequence: Sequence, first_token: SampledToken) -> Manifest:
-        layout = self._engine.layout
-        num_blocks = layout.blocks_for(sequence.num_tokens)
-        return Manifest(
-            request_id=sequence.request.request_id,
-            epoch=sequence.request.epoch,
-            num_tokens=sequence.num_tokens,
-            token_hash=hash_token_ids(sequence.token_ids),
-            block_ids=tuple(sequence.block_table[:num_blocks]),
-            fingerprint=layout.fingerprint,
-            block_size=layout.block_size,
-            first_token=first_token,
-        )
-
     def _send(self, attempt_id: AttemptId, event: SessionEvent) -> None:
         self._events.append(SendEvent(attempt_id.session_id, event))
 
     def _make_report(self) -> LoopReport:
         counts = self._scheduler.counts()
-        num_owned = self._scheduler.num_held_blocks + self._num_owned
+        num_owned = self._scheduler.num_held_blocks + self._kept.num_references
         return LoopReport(
             fingerprint=self._engine.layout.fingerprint,
             weights_hash=self._engine.layout.weights_hash,
             max_model_len=self._max_model_len,
             block_size=self._engine.layout.block_size,
-            blocks=count_blocks(self._pool, num_owned, len(self._held_in)),
+            blocks=count_blocks(self._pool, num_owned, self._kept.num_held),
             waiting_requests=counts.waiting + counts.unreserved,
             running_requests=counts.receiving + counts.prompts + counts.decoding + counts.preempted,
             uncomputed_tokens=counts.uncomputed_tokens,
@@ -522,5 +388,5 @@ class InstanceLoop:
             step_cost=None if self._predictor is None else self._predictor.coefficients,
             step_prompt_tokens=self._scheduler.budget.max_prefill_tokens,
             num_commands=self._num_commands,
-            is_empty=not (len(self._scheduler) or self._held or self._fenced),
+            is_empty=not (len(self._scheduler) or self._kept),
         )

@@ -12,7 +12,8 @@ import queue
 import threading
 from collections.abc import Callable
 
-from tandem.worker.loop import InstanceLoop, LoopCommand, LoopEvent
+from tandem.worker.loop import InstanceLoop
+from tandem.worker.loop_messages import LoopCommand, LoopEvent
 from tandem.worker.progress import StepProgress
 
 log = logging.getLogger(__name__)

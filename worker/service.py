@@ -29,7 +29,15 @@ from tandem.engine.device import choose_device
 from tandem.prefill_worker.held_kv import HeldKv, KvComputing, KvReady
 from tandem.scheduling.budget import StepBudget, role_budget
 from tandem.wire.sessions import Outbox, RoleChange
-from tandem.worker.loop import CacheChanged, CancelFetch, LoopCommand, LoopEvent, Release, SendEvent, SubmitAttempt
+from tandem.worker.loop_messages import (
+    CacheChanged,
+    CancelFetch,
+    LoopCommand,
+    LoopEvent,
+    Release,
+    SendEvent,
+    SubmitAttempt,
+)
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """One turn of an instance's loop, without its thread."""
 
 from tandem.prefill_worker.held_kv import KvComputing
-from tandem.worker.loop import InstanceLoop, LoopEvent
+from tandem.worker.loop import InstanceLoop
+from tandem.worker.loop_messages import LoopEvent
 
 
 def turn(loop: InstanceLoop) -> list[LoopEvent]:

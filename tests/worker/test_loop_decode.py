@@ -13,7 +13,8 @@ from tandem.core.session import KvReserved, KvSource, RequestFailed, Role, Submi
 from tandem.core.transfer import Transport
 from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived
 from tandem.scheduling.budget import role_budget
-from tandem.worker.loop import CancelFetch, InstanceLoop, LoopEvent, Release, SendEvent, SubmitAttempt
+from tandem.worker.loop import InstanceLoop
+from tandem.worker.loop_messages import CancelFetch, LoopEvent, Release, SendEvent, SubmitAttempt
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
 from tests.worker.loop_turn import turn
 

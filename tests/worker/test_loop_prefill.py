@@ -13,7 +13,8 @@ from tandem.core.session import PrefillFinished, PrefillStarted, RequestFailed, 
 from tandem.core.transfer import hash_token_ids
 from tandem.prefill_worker.held_kv import KvComputing, KvReady
 from tandem.scheduling.budget import role_budget
-from tandem.worker.loop import MAX_FAILED_STEPS, InstanceLoop, Release, SendEvent, SubmitAttempt
+from tandem.worker.loop import MAX_FAILED_STEPS, InstanceLoop
+from tandem.worker.loop_messages import Release, SendEvent, SubmitAttempt
 from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
 from tests.worker.loop_turn import turn, turn_with_progress
 

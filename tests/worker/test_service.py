@@ -29,7 +29,7 @@ from tandem.decode_worker.fetcher import Fetch
 from tandem.prefill_worker.held_kv import HeldKv, KvComputing, KvReady, StageStep
 from tandem.scheduling.budget import StepBudget
 from tandem.wire.sessions import Outbox, RoleChange
-from tandem.worker.loop import CancelFetch, LoopCommand, Release, SendEvent, SubmitAttempt
+from tandem.worker.loop_messages import CancelFetch, LoopCommand, Release, SendEvent, SubmitAttempt
 from tandem.worker.service import InstanceService
 
 REQUEST = GenerationRequest("r", (1, 2, 3), epoch=1)
