@@ -43,7 +43,12 @@ class InstanceSection(FrozenModel):
 
     instances: int = Field(default=1, ge=1, description="How many of them")
     engine: EngineSection = EngineSection()
-    max_batch: int = Field(default=64, ge=1, description="Sequences that decode in one step")
+    max_batch: int = Field(
+        default=64,
+        ge=1,
+        description="Sequences that decode in one step. Of several pipeline stages, each computes a step at a time; "
+        "these steps share this bound, and those of tokens",
+    )
     max_batch_tokens: int | None = Field(
         default=None, ge=16, description="Tokens of one step; default: 2048 for prefill, 512 for colocated instances"
     )

@@ -80,7 +80,15 @@ class Engine:
         self._sampling_stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]
         self._last_launched = 0
         self._last_collected = 0
-        self._is_settled = True  # no rank still computes a step that was collected
+        # The last steps that were collected, with a token and without one. After the first all ranks have computed all
+        # steps up to it; of the second nobody knows how far later stages are.
+        self._last_drawn = 0
+        self._last_undrawn = 0
+
+    @property
+    def num_stages(self) -> int:
+        """How many steps can be computed at once: each is in another stage then."""
+        return self._shard.shape.pp
 
     @property
     def next_step(self) -> int:
@@ -129,6 +137,10 @@ class Engine:
         """
         assert self._last_collected < handle.number, "steps are collected in the order of their launch"
         self._last_collected = handle.number
+        if any(part.sample is not None for part in handle.slices):
+            self._last_drawn = handle.number
+        else:
+            self._last_undrawn = handle.number
         if handle.forward_done is None:
             return sample_slices(handle.slices, handle.hidden, self._logits)
         handle.forward_done.synchronize()
@@ -140,23 +152,29 @@ class Engine:
         """`launch` and `collect` in a row."""
         return self.collect(self.launch(slices))
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether no rank still computes a step that was collected. Ranks of one stage end a step together, and the
+        logits of the last stage come after all others' work."""
+        return self._shard.shape.pp == 1 or self._last_undrawn <= self._last_drawn
+
     def settle(self) -> None:
         """Return when no rank reads or writes blocks of the steps that were collected.
 
-        To be called before others write into blocks that those steps used, and while no step is under way. A step that
-        drew no token may still be computed by later stages when it is collected: later steps come after it, but a
-        transfer would not. Raises RankLostError.
+        To be called before others write into blocks that those steps used, and while no step is under way, unless
+        `is_settled` already. A step that drew no token may still be computed by later stages when it is collected:
+        later steps come after it, but a transfer would not. Raises RankLostError.
         """
-        assert self._last_collected == self._last_launched, "no step is under way"
-        if self._is_settled or self._announce is None:
+        if self._announce is None or self.is_settled:
             return
+        assert self._last_collected == self._last_launched, "no step is under way"
         shape = self._shard.shape
         self._last_launched += 1
         self._last_collected = self._last_launched
         self._announce(self._last_launched, ())
         for rank in range(shape.num_ranks - shape.tp, shape.num_ranks):
             self._collectives.receive(rank, (1,), torch.float32)
-        self._is_settled = True
+        self._last_drawn = self._last_launched
 
     @torch.inference_mode()
     def follow(self, number: int, slices: Sequence[SequenceSlice], layer_computed: LayerHook | None = None) -> None:
@@ -221,8 +239,6 @@ class Engine:
         self._last_launched += 1
         try:
             announce(self._last_launched, slices)
-            # Ranks of one stage end a step together, and the logits of the last stage come after all others' work.
-            self._is_settled = self._shard.shape.pp == 1 or any(part.sample is not None for part in slices)
             return self._compute(batch, layer_computed)
         except (RuntimeError, MemoryError, OSError) as error:
             raise InternalError(f"rank 0 failed in step {self._last_launched}, and the others cannot go on") from error

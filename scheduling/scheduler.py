@@ -40,6 +40,11 @@ class SchedulerCounts:
     preemptions: int
 
 
+LEAST_GROUP = (
+    16  # decoding sequences: with fewer, the time of a step is that of reading the weights, whatever their number
+)
+
+
 class Scheduler:
     """Sequences from `add` until `finish`, `cancel` or `detach`, or until their KV is held for another instance.
 
@@ -50,6 +55,7 @@ class Scheduler:
         for each of reserve(now)         -> RECEIVING: start the transfer into its block_table
         committed(key, first token, now) -> RUNNING:   the KV has arrived
         chunks = next_batch(now)         -> one step; the engine computes it
+        launched(chunks)                 -> only if more steps are scheduled before the results of this one are there
         computed(chunk) for each chunk   -> a prompt to be handed over is HELD after its last chunk, and the worker's,
                                             who calls `release` once nobody reads its blocks
         generated(key, token) for each other chunk that samples, then finish(key) where it ends
@@ -62,6 +68,11 @@ class Scheduler:
     The oldest running sequence therefore always advances, and every sequence ends.
 
     The prefix cache is offered what chunks of prompts compute. Answers are not cached.
+
+    With `num_stages` pipeline stages, as many steps are under way at once, and share the budget: each takes its part of
+    the decoding sequences, but at least `least_group` of them, and of the prompts' tokens. A sequence decodes in one of
+    them at most; chunks of a prompt may follow each other. A sequence that takes part in a step under way is not
+    preempted, and if it ends, its blocks stay allocated until the step is computed.
     """
 
     __slots__ = (
@@ -72,9 +83,12 @@ class Scheduler:
         "_deadlines",
         "_decoding",
         "_index",
+        "_least_group",
+        "_leaving",
         "_line",
         "_memory_changed",
         "_next_order",
+        "_num_stages",
         "_num_waiting",
         "_pool",
         "_predictor",
@@ -97,11 +111,15 @@ class Scheduler:
         prefix_index: PrefixIndex,
         max_model_len: int,
         predictor: StepPredictor | None = None,
+        num_stages: int = 1,
+        least_group: int = LEAST_GROUP,
     ) -> None:
         """`max_model_len` counts prompt plus answer; the attribute of that name is less where the pool is smaller.
         `predictor` tells how long steps take, for budgets that mix by slack; its owner corrects it."""
         self.budget = budget
         self._predictor = predictor
+        self._num_stages = num_stages
+        self._least_group = least_group
         self.max_model_len = min(max_model_len, pool.num_blocks * prefix_index.block_size)
         self._pool = pool
         self._index = prefix_index
@@ -113,6 +131,7 @@ class Scheduler:
         self._prompts: dict[Hashable, Sequence] = {}  # running, not decoding yet; admitted first comes first
         self._decoding: OrderedDict[Hashable, Sequence] = OrderedDict()  # running; the next to take part comes first
         self._claims = BlockClaims(budget, pool, prefix_index, self.max_model_len)
+        self._leaving: set[Sequence] = set()  # that ended while a step with them was under way
         self._short_for: Hashable | None = None  # the first in line for which memory was too short,
         self._short_at = 0  # with this number of blocks available,
         self._memory_changed = False  # and whether it may fit since then though no more are available
@@ -213,38 +232,54 @@ class Scheduler:
     # --- stepping ----------------------------------------------------------------------------------------------------
 
     def next_batch(self, now_s: float) -> list[Chunk]:
-        """The chunks of the next step, decoding sequences first. Call `computed` for each before asking again.
+        """The chunks of the next step, decoding sequences first. Call `computed` or `launched` before asking again.
 
         When more sequences decode than `max_batch`, they take turns. Each chunk's blocks are in its sequence's block
-        table. Empty when nothing runs and nothing can be admitted.
+        table. Empty when nothing runs and nothing can be admitted, or all waits for steps under way.
         """
         budget = self.budget
+        max_prefill_tokens = self._share(budget.max_prefill_tokens)
         if budget.mixing == "prompt_first":
-            return self._prompt_chunks(budget.max_prefill_tokens, now_s) or self._decode_chunks()
+            return self._prompt_chunks(max_prefill_tokens, now_s) or self._decode_chunks()
         chunks = self._decode_chunks()
-        left = min(budget.max_prefill_tokens, budget.max_batch_tokens - len(chunks))
+        left = min(max_prefill_tokens, self._share(budget.max_batch_tokens) - len(chunks))
         if left > 0 and (self._prompts or self._line):
             if budget.mixing == "slack" and self._predictor is not None and chunks:
                 start = next(iter(self._prompts.values())).num_computed if self._prompts else 0
                 decoding = [chunk.sequence for chunk in chunks]
-                left = max_prompt_tokens(decoding, start, left, now_s, self._predictor)
+                if self._num_stages > 1:  # the prediction is for a round of all stages
+                    decoding = list(self._decoding.values())
+                most = max_prompt_tokens(decoding, start, left * self._num_stages, now_s, self._predictor)
+                left = self._share(most)
             chunks += self._prompt_chunks(left, now_s)
         return chunks
 
+    def launched(self, chunks: Iterable[Chunk]) -> None:
+        """Their step is under way. Chunks that follow them may be in the next step; `computed` comes for each."""
+        for chunk in chunks:
+            self._advance(chunk)
+            chunk.sequence.num_under_way += 1
+
     def computed(self, chunk: Chunk) -> bool:
-        """The KV of `chunk` is in its blocks. False when the sequence is gone meanwhile: drop the chunk's result."""
+        """The KV of `chunk` is in its blocks. False when the sequence is gone meanwhile: drop the chunk's result.
+
+        Steps are computed in the order in which they were launched.
+        """
         sequence = chunk.sequence
         if self._sequences.get(sequence.key) is not sequence:
+            if sequence in self._leaving:
+                self._end_step(sequence)
             return False
-        assert chunk.start == sequence.num_computed, "a chunk computed twice, or out of order"
-        sequence.num_computed += chunk.num_tokens
+        if sequence.num_under_way:
+            sequence.num_under_way -= 1
+        else:
+            self._advance(chunk)
         self._computed_tokens += chunk.num_tokens
         if chunk.is_prompt:
-            self._uncomputed_tokens -= chunk.num_tokens
             self._index.insert(
                 sequence.token_ids,
                 sequence.block_table,
-                sequence.num_computed,
+                chunk.start + chunk.num_tokens,
                 sequence.request.cache_salt,
                 sequence.block_hashes,
                 start=chunk.start,
@@ -276,7 +311,7 @@ class Scheduler:
         return sequence
 
     def cancel(self, key: Hashable) -> Sequence | None:
-        """Drop it in any state and free its blocks. None when it is not (or no longer) here.
+        """Drop it in any state and free its blocks, after the steps under way with it. None when it is not here.
 
         Not while a transfer may still write into its blocks: `detach` it then.
         """
@@ -320,11 +355,12 @@ class Scheduler:
 
     @property
     def num_held_blocks(self) -> int:
-        """Sum of the lengths of `block_tables`. O(1)."""
-        return self._claims.num_held
+        """Sum of the lengths of `block_tables`. O(1), but for those that are about to leave."""
+        return self._claims.num_held + sum(len(sequence.block_table) for sequence in self._leaving)
 
     def block_tables(self) -> list[BlockTable]:
-        return [self._sequences[key].block_table for key in self._claims.by_key]
+        claiming = (self._sequences[key] for key in self._claims.by_key)
+        return [sequence.block_table for sequence in (*claiming, *self._leaving)]
 
     def check_integrity(self, other_owners: Iterable[BlockTable] = ()) -> None:
         """Every held block is a live sequence's or one of `other_owners` (held for a reader, or still written by a
@@ -335,11 +371,12 @@ class Scheduler:
         assert len(self._sequences) == len(in_line) + len(self._unreserved) + len(self._claims.by_key)
         assert self._num_waiting == sum(sequence.state is SequenceState.WAITING for sequence in in_line)
         assert all(sequence.state is SequenceState.RUNNING for sequence in running)
-        assert all(sequence.num_uncomputed == 1 for sequence in self._decoding.values()), "decoding with a gap"
+        for sequence in self._decoding.values():
+            assert sequence.num_uncomputed + sequence.num_under_way == 1, "decoding with a gap"
         assert self._uncomputed_tokens == sum(s.num_uncomputed for s in (*in_line, *self._prompts.values()))
         assert self._unreserved_tokens == sum(sequence.num_tokens for sequence in self._unreserved.values())
         assert self._claims.num_claimed == sum(self._claims.by_key.values())
-        assert self._claims.num_held == sum(len(table) for table in self.block_tables())
+        assert self.num_held_blocks == sum(len(table) for table in self.block_tables())
         for key, claim in self._claims.by_key.items():
             assert len(self._sequences[key].block_table) <= claim, "a sequence holds more than it claims"
         self._index.check_integrity()
@@ -347,18 +384,38 @@ class Scheduler:
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
+    def _advance(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        assert chunk.start == sequence.num_computed, "a chunk computed twice, or out of order"
+        sequence.num_computed += chunk.num_tokens
+        if chunk.is_prompt:
+            self._uncomputed_tokens -= chunk.num_tokens
+
+    def _share(self, amount: int) -> int:
+        """Of one of the steps that are under way at once."""
+        return -(-amount // self._num_stages)
+
     def _decode_chunks(self) -> list[Chunk]:
         """A token of each whose turn it is, and that is not preempted to make room for the others."""
         if not self._decoding:
             return []
-        size, max_batch = self._block_size, self.budget.max_batch
+        size, most = self._block_size, min(self.budget.max_batch, len(self._decoding))
+        max_sequences = max(self._share(most), min(most, self._least_group))
         while True:
-            picked = list(islice(self._decoding.values(), max_batch))
+            candidates: Iterable[Sequence] = self._decoding.values()
+            if self._num_stages > 1:
+                candidates = (sequence for sequence in candidates if not sequence.num_under_way)
+            picked = list(islice(candidates, max_sequences))
             growing = [sequence for sequence in picked if sequence.num_tokens > len(sequence.block_table) * size]
             if self._index.ensure_free(len(growing)):
                 break
             running = chain(self._prompts.values(), self._decoding.values())
-            self._preempt(max(running, key=lambda sequence: sequence.order))
+            youngest = max(running, key=lambda sequence: sequence.order)
+            if youngest.num_under_way:  # it can be preempted after its step; until then the others wait
+                picked = [sequence for sequence in picked if sequence not in growing]
+                growing = []
+                break
+            self._preempt(youngest)
         for sequence in growing:
             sequence.block_table.extend(self._pool.allocate(1))
         self._claims.num_held += len(growing)
@@ -374,7 +431,7 @@ class Scheduler:
         max_running = min(self.budget.max_batch, self.budget.max_batch_tokens)  # each takes a token of a step at least
         chunks: list[Chunk] = []
         for sequence in self._prompts.values():
-            if max_tokens > 0:
+            if max_tokens > 0 and sequence.num_uncomputed:  # else its last chunk is under way
                 chunks.append(prompt_chunk(sequence, sequence.num_uncomputed if whole else max_tokens))
                 max_tokens -= chunks[-1].num_tokens
         while max_tokens > 0 and len(self._prompts) + len(self._decoding) < max_running:
@@ -450,8 +507,19 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         self._remove(sequence)
-        self._pool.release(sequence.take_blocks())
         sequence.move_to(SequenceState.FINISHED)
+        if sequence.num_under_way:
+            self._leaving.add(sequence)
+        else:
+            self._pool.release(sequence.take_blocks())
+
+    def _end_step(self, sequence: Sequence) -> None:
+        """A step with a sequence that is gone is computed: after the last one its blocks are free."""
+        sequence.num_under_way -= 1
+        if not sequence.num_under_way:
+            self._leaving.discard(sequence)
+            self._pool.release(sequence.take_blocks())
+            self._memory_changed = True
 
     def _remove(self, sequence: Sequence) -> None:
         """Forget it; its blocks are the caller's."""

@@ -40,9 +40,10 @@ class Sequence:
     Every state but FINISHED also goes to FINISHED by cancel, deadline or failure.
 
     `token_ids` starts as the request's tokens and grows by each generated token. `block_table[i]` holds the KV of
-    tokens `[i * block_size, (i + 1) * block_size)`. The first `num_computed` tokens have their KV there; of these the
-    first `num_cached` came from the prefix cache. `block_hashes` is the hash chain of the leading full blocks, as far
-    as it was needed (see `prefix_index`). `order` is the age among the scheduler's sequences, lower is older.
+    tokens `[i * block_size, (i + 1) * block_size)`. The first `num_computed` tokens have their KV there, or will have
+    it after the `num_under_way` steps that are computed now; the first `num_cached` came from the prefix cache.
+    `block_hashes` is the hash chain of the leading full blocks, as far as it was needed (see `prefix_index`). `order`
+    is the age among the scheduler's sequences, lower is older.
     """
 
     key: Hashable  # chosen by the worker
@@ -55,6 +56,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0
+    num_under_way: int = 0
     state: SequenceState = SequenceState.WAITING
     order: int = -1
     started_s: float | None = None  # when its first prompt chunk was scheduled

@@ -30,6 +30,8 @@ class FakeEngine:
     broken_positions: set[int] = field(default_factory=set)
     draw: Callable[[Sequence[int], int], int] = next_token
     steps: list[list[SequenceSlice]] = field(default_factory=list)
+    num_stages: int = 1
+    is_settled: bool = True
 
     @property
     def spec(self) -> Any:

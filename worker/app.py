@@ -37,7 +37,8 @@ from tandem.wire.transfer import KvTransferServicer
 from tandem.worker.engine_setup import check_model_files, load_worker_engine
 from tandem.worker.instance import PublicSide
 from tandem.worker.loop import InstanceLoop
-from tandem.worker.loop_messages import CacheChanged, LoopEvent, LoopReport
+from tandem.worker.loop_messages import CacheChanged, LoopEvent
+from tandem.worker.loop_report import LoopReport
 from tandem.worker.loop_thread import LoopThread
 from tandem.worker.progress import LOOK_EVERY_S, StallDetector, StepProgress
 from tandem.worker.ranks.group import RankGroup

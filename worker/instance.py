@@ -21,7 +21,7 @@ from tandem.core.session import InstanceState, InstanceStatus, LinkStats, Role
 from tandem.wire.server import bind, build_server
 from tandem.wire.server_tls import ServerTls
 from tandem.worker.heartbeat import Heartbeat
-from tandem.worker.loop_messages import LoopReport
+from tandem.worker.loop_report import LoopReport
 
 log = logging.getLogger(__name__)
 

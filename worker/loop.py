@@ -30,36 +30,33 @@ from tandem.core.session import (
     SessionEvent,
     Submit,
     TokenFrame,
-    TransferCommitted,
 )
 from tandem.core.step_coefficients import StepCoefficients
-from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived
+from tandem.decode_worker.fetcher import FetchFailed, KvArrived
 from tandem.engine.engine import Engine
 from tandem.engine.models.base import LayerHook
-from tandem.engine.step import StepHandle, StepOutput
+from tandem.engine.step import StepOutput
 from tandem.prefill_worker.held_kv import KvReady
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.chunk import Chunk
-from tandem.scheduling.integrity import count_blocks
 from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.scheduler import Scheduler
 from tandem.scheduling.sequence import Sequence, SequenceState
-from tandem.scheduling.step_load import step_load
-from tandem.worker.chunk_values import attempt_of, has_drawn, kv_computing, manifest_of, slice_of
 from tandem.worker.kept_blocks import KeptBlocks
 from tandem.worker.loop_messages import (
     CacheChanged,
     CancelFetch,
     LoopCommand,
     LoopEvent,
-    LoopReport,
     Release,
     SendEvent,
     SubmitAttempt,
 )
-from tandem.worker.progress import PAIRS_PER_TOKEN
+from tandem.worker.loop_report import LoopReport, make_report
+from tandem.worker.loop_values import attempt_of, committed_event, fetch_of, has_drawn, kv_computing, manifest_of
+from tandem.worker.step_pipeline import LaunchedStep, StepPipeline, step_size
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +68,7 @@ MAX_FAILED_STEPS = 3  # in a row; then the engine is broken, and the process end
 class InstanceLoop:
     """Has no thread of its own: `worker.loop_thread` turns it, and so can a test. Not thread-safe.
 
-    One turn:  apply(command)...; if prepare(): launch(), then collect()
+    One turn:  apply(command)...; if prepare(): launch(); if nothing was launched or is_full: collect()
     """
 
     def __init__(
@@ -99,19 +96,18 @@ class InstanceLoop:
         )
         self._layer_computed = layer_computed
         self._predictor = None if step_cost is None else StepPredictor(step_cost)
-        self._scheduler = Scheduler(budget, self._pool, self._index, capacity.max_model_len, self._predictor)
+        self._steps = StepPipeline(engine, clock, self._predictor)
+        self._scheduler = Scheduler(
+            budget, self._pool, self._index, capacity.max_model_len, self._predictor, engine.num_stages
+        )
         self._sources: dict[AttemptId, KvSource] = {}  # of sequences that wait for blocks
         self._prompt_logprobs: dict[AttemptId, list[TokenLogprob | None]] = {}  # of prompts that are being computed
         self._kept = KeptBlocks(self._pool)
         self._events: list[LoopEvent] = []
         self._chunks: list[Chunk] = []
         self._prepared_step = 0  # the engine's number of the step of these chunks
-        self._launched: StepHandle | None = None
-        self._launched_s = 0.0
         self._failed_steps = 0
         self._num_commands = 0
-        self._steps = 0
-        self._step_s = 0.0
         self._reported_s = 0.0
         self._check_s = -math.inf  # from then on, self-checks are allowed again
         self.report = self._make_report()
@@ -133,12 +129,14 @@ class InstanceLoop:
                 self._scheduler.set_budget(command)
 
     def prepare(self) -> bool:
-        """Schedule the next step. False: there is nothing to compute now."""
+        """Schedule the next step, where not `is_full`. False: there is nothing more to compute now."""
         now_s = self._clock.now_s()
         for sequence in self._scheduler.expired(now_s):
             self._give_up(sequence)
             self._fail(attempt_of(sequence), DeadlineError("the deadline passed before the answer was complete"))
         if reserved := self._scheduler.reserve(now_s):
+            while self._steps and not self._engine.is_settled:
+                self.collect()
             self._engine.settle()  # the transfers write into blocks that steps may have used
             for sequence in reserved:
                 self._fetch(sequence)
@@ -157,38 +155,39 @@ class InstanceLoop:
 
     @property
     def step_size(self) -> int:
-        """Of the step that `prepare` scheduled; `worker/progress.py` says what it counts."""
-        tokens = sum(chunk.num_tokens for chunk in self._chunks)
-        pairs = sum(chunk.num_tokens * (chunk.start + chunk.num_tokens) for chunk in self._chunks)
-        return tokens + pairs // PAIRS_PER_TOKEN
+        """Of the largest step that is under way, or that `prepare` scheduled; `worker/progress.py` says what counts."""
+        return max(self._steps.largest_size, step_size(self._chunks))
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether a step is under way."""
+        return len(self._steps) > 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the oldest step has to be collected before another one."""
+        return self._steps.is_full
 
     def launch(self) -> None:
         """Begin the step that `prepare` scheduled."""
-        self._launched_s = self._clock.now_s()
+        chunks, self._chunks = self._chunks, []
         assert self._engine.next_step == self._prepared_step, "readers were told of another step"
-        hands_over = any(chunk.sequence.hand_over for chunk in self._chunks)
+        self._scheduler.launched(chunks)
+        hands_over = any(chunk.sequence.hand_over for chunk in chunks)
         try:
-            self._launched = self._engine.launch(
-                [slice_of(chunk) for chunk in self._chunks], self._layer_computed if hands_over else None
-            )
+            self._steps.launch(chunks, self._layer_computed if hands_over else None)
         except (RuntimeError, MemoryError) as error:  # torch's; out of memory most of all. The next batch may fit.
-            self._step_failed(error)
+            self._step_failed(chunks, error)
 
     def collect(self) -> None:
-        """Take the results of the step that was launched."""
-        if self._launched is not None:
-            handle, self._launched = self._launched, None
-            try:
-                output = self._engine.collect(handle)
-            except (RuntimeError, MemoryError) as error:
-                self._step_failed(error)
+        """Take the results of the oldest step under way; without one, no effect."""
+        if self._steps:
+            step, output = self._steps.collect()
+            if isinstance(output, Exception):
+                self._step_failed(step.chunks, output)
             else:
                 self._failed_steps = 0
-                if self._predictor is not None:
-                    self._predictor.observe(step_load(self._chunks), self._clock.now_s() - self._launched_s)
-                self._take_output(output)
-        self._steps += 1
-        self._step_s += self._clock.now_s() - self._launched_s
+                self._take_output(step, output)
 
     def idle(self) -> None:
         """Called once when there has been nothing to do for a moment: the time for self-checks."""
@@ -233,34 +232,16 @@ class InstanceLoop:
             self._prompt_logprobs[attempt_id] = [None]
 
     def _fetch(self, sequence: Sequence) -> None:
-        attempt_id, request = attempt_of(sequence), sequence.request
+        attempt_id = attempt_of(sequence)
         self._send(attempt_id, KvReserved(attempt_id.handle))
-        self._events.append(
-            Fetch(
-                attempt_id=attempt_id,
-                request_id=request.request_id,
-                epoch=request.epoch,
-                token_ids=request.token_ids,
-                source=self._sources.pop(attempt_id),
-                block_ids=tuple(sequence.block_table),
-                deadline_s=request.deadline_s,
-            )
-        )
+        self._events.append(fetch_of(sequence, self._sources.pop(attempt_id)))
 
     def _arrived(self, arrived: KvArrived) -> None:
         attempt_id = arrived.attempt_id
         if self._kept.lift_fence(attempt_id):
             return  # given up while the KV arrived
         self._scheduler.committed(attempt_id, arrived.first_token.token_id, self._clock.now_s())
-        event = TransferCommitted(
-            handle=attempt_id.handle,
-            transfer_s=arrived.transfer_s,
-            transfer_bytes=arrived.transfer_bytes,
-            transport=arrived.transport.value,
-            streamed_bytes=arrived.streamed_bytes,
-            streamed_s=arrived.streamed_s,
-        )
-        self._send(attempt_id, event)
+        self._send(attempt_id, committed_event(arrived))
 
     def _fetch_failed(self, attempt_id: AttemptId, error: TandemError) -> None:
         if not self._kept.lift_fence(attempt_id):
@@ -288,26 +269,33 @@ class InstanceLoop:
         """The scheduler has let go of it already."""
         self._send(attempt_id, RequestFailed(attempt_id.handle, error.code, error.message))
 
-    def _step_failed(self, error: RuntimeError | MemoryError) -> None:
-        log.error("a step of %d sequences failed", len(self._chunks), exc_info=error)
-        for chunk in self._chunks:
-            self._give_up(chunk.sequence)
-            self._fail(attempt_of(chunk.sequence), UnavailableError("the step failed; the instance's log says why"))
+    def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
+        log.error("a step of %d sequences failed", len(chunks), exc_info=error)
+        for chunk in chunks:
+            self._fail_chunk(chunk, UnavailableError("the step failed; the instance's log says why"))
         self._failed_steps += 1
         if self._failed_steps == MAX_FAILED_STEPS:
             raise error
 
-    def _take_output(self, output: StepOutput) -> None:
+    def _fail_chunk(self, chunk: Chunk, error: TandemError) -> None:
+        """Its step has ended."""
+        sequence = chunk.sequence
+        if sequence.state is SequenceState.RUNNING:  # else it was given up during the step
+            self._give_up(sequence)
+            self._fail(attempt_of(sequence), error)
+        self._scheduler.computed(chunk)
+
+    def _take_output(self, step: LaunchedStep, output: StepOutput) -> None:
         frames: defaultdict[int, list[NewTokens]] = defaultdict(list)
-        for index, chunk in enumerate(self._chunks):
+        for index, chunk in enumerate(step.chunks):
             sequence = chunk.sequence
             if (error := output.errors[index]) is not None:
                 self._index.clear()  # what made the numbers unusable may be in a cached block
-                self._give_up(sequence)
-                self._fail(attempt_of(sequence), error)
+                self._fail_chunk(chunk, error)
                 continue
             is_first = chunk.samples and not has_drawn(sequence)
-            self._scheduler.computed(chunk)
+            if not self._scheduler.computed(chunk):
+                continue  # given up during the step
             if (logprobs := output.prompt_logprobs[index]) is not None:
                 self._prompt_logprobs[attempt_of(sequence)].extend(logprobs)
             token = output.tokens[index]
@@ -317,7 +305,7 @@ class InstanceLoop:
             if is_first:
                 self._prefilled(sequence, token)
             else:
-                frames[attempt_of(sequence).session_id].append(self._decoded(sequence, token))
+                frames[attempt_of(sequence).session_id].append(self._decoded(sequence, token, step.launched_s))
         self._events.extend(SendEvent(session_id, TokenFrame(tuple(items))) for session_id, items in frames.items())
 
     def _prefilled(self, sequence: Sequence, token: SampledToken) -> None:
@@ -351,11 +339,11 @@ class InstanceLoop:
         elif reason is not None:
             self._scheduler.finish(attempt_id)
 
-    def _decoded(self, sequence: Sequence, token: SampledToken) -> NewTokens:
+    def _decoded(self, sequence: Sequence, token: SampledToken, launched_s: float) -> NewTokens:
         attempt_id = attempt_of(sequence)
         queue_s = None
         if sequence.committed_s is not None:  # the first step after the transfer
-            queue_s, sequence.committed_s = self._launched_s - sequence.committed_s, None
+            queue_s, sequence.committed_s = launched_s - sequence.committed_s, None
         self._scheduler.generated(attempt_id, token.token_id)
         reason = sequence.finish_reason_after(token.token_id, self._eos_token_ids, self._max_model_len)
         if reason is not None:
@@ -368,25 +356,13 @@ class InstanceLoop:
         self._events.append(SendEvent(attempt_id.session_id, event))
 
     def _make_report(self) -> LoopReport:
-        counts = self._scheduler.counts()
-        num_owned = self._scheduler.num_held_blocks + self._kept.num_references
-        return LoopReport(
-            fingerprint=self._engine.layout.fingerprint,
-            weights_hash=self._engine.layout.weights_hash,
+        return make_report(
+            self._engine,
+            self._scheduler,
+            self._pool,
+            self._kept,
+            self._steps,
             max_model_len=self._max_model_len,
-            block_size=self._engine.layout.block_size,
-            blocks=count_blocks(self._pool, num_owned, self._kept.num_held),
-            waiting_requests=counts.waiting + counts.unreserved,
-            running_requests=counts.receiving + counts.prompts + counts.decoding + counts.preempted,
-            uncomputed_tokens=counts.uncomputed_tokens,
-            unreserved_tokens=counts.unreserved_tokens,
-            steps=self._steps,
-            step_s=self._step_s,
-            computed_tokens=counts.computed_tokens,
-            cached_tokens=counts.cached_tokens,
-            preemptions=counts.preemptions,
             step_cost=None if self._predictor is None else self._predictor.coefficients,
-            step_prompt_tokens=self._scheduler.budget.max_prefill_tokens,
             num_commands=self._num_commands,
-            is_empty=not (len(self._scheduler) or self._kept),
         )

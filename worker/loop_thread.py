@@ -68,7 +68,7 @@ class LoopThread:
         return report is not None and report.is_empty and report.num_commands == self._num_posted
 
     async def stop(self) -> None:
-        """Ends after the step in progress. Commands posted later are not seen."""
+        """Ends after the steps under way. Commands posted later are not seen."""
         if self._thread is not None:
             self._mailbox.put(None)
             await asyncio.to_thread(self._thread.join)
@@ -95,15 +95,17 @@ class LoopThread:
             self._progress.begin(0)
             for command in commands:
                 if command is None:
-                    self._progress.end()
+                    self._end(loop)
                     return
                 loop.apply(command)
             busy = loop.prepare()
             self._flush(loop)  # "started" must leave before the step, so that the other side can work during it
-            if busy:
+            if busy or loop.has_steps:
                 self._progress.begin(loop.step_size)
-                loop.launch()
-                loop.collect()
+                if busy:
+                    loop.launch()
+                if loop.is_full or not busy:
+                    loop.collect()
                 self._flush(loop)
                 quiet_turns = 0
             else:
@@ -111,6 +113,13 @@ class LoopThread:
                 if quiet_turns == 2:
                     loop.idle()
             self._progress.end()
+
+    def _end(self, loop: InstanceLoop) -> None:
+        """Other ranks are between two steps afterwards."""
+        while loop.has_steps:
+            self._progress.begin(loop.step_size)
+            loop.collect()
+        self._progress.end()
 
     def _take_commands(self, wait_s: float) -> list[LoopCommand | None]:
         """All that were posted so far; if there is none, wait up to `wait_s` for the first."""

@@ -29,7 +29,8 @@ class Collectives(Protocol):
         ...
 
     def send(self, to_rank: int, x: Tensor) -> None:
-        """`x` may be overwritten when the call has returned, on CUDA by later work of the same stream."""
+        """`x` may be overwritten when the call has returned, on CUDA by later work of the same stream. Waits for the
+        receiver at most until it has taken what was sent before."""
         ...
 
     def receive(self, from_rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

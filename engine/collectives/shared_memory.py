@@ -5,6 +5,10 @@
 A mailbox is one direction between two ranks: hidden states go from a rank of a stage to the same rank of the next one,
 logits from the last stage to rank 0. The kernels are in engine/native/collectives.h; ctypes releases the interpreter's
 lock while they wait.
+
+With several steps under way, ranks that waited for room in a mailbox could wait for each other in a circle: rank 0 to
+hand on hidden states, the last stage to hand in logits. So a sender does not wait: what a mailbox has no room for is
+written by a thread. A second such tensor waits for the first, which bounds how far a stage may be ahead.
 """
 
 import ctypes
@@ -12,6 +16,7 @@ import math
 import mmap
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -75,6 +80,8 @@ class SharedMemoryCollectives:
         begin = region.address + _slots_offset(shape) + 2 * _SLOT_BYTES * shape.num_ranks
         self._mailboxes = {pair: begin + number * _MAILBOX_BYTES for number, pair in enumerate(_pairs(shape))}
         self._wait = (region.address, int(_TIMEOUT_S * 1e9))
+        self._writer: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         tp = self._shape.tp
@@ -99,10 +106,16 @@ class SharedMemoryCollectives:
 
     def send(self, to_rank: int, x: Tensor) -> None:
         x = x.contiguous()
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
         mailbox = self._mailboxes[self._rank, to_rank]
-        self._check(
-            self._library.tandem_send(*self._wait, mailbox, _DEPTH, _SLOT_BYTES, x.data_ptr(), x.numel() * x.itemsize)
-        )
+        num_pieces = -(-x.numel() * x.itemsize // _SLOT_BYTES)
+        if num_pieces <= _DEPTH - _num_unread(mailbox):
+            self._write(mailbox, x)
+        else:
+            self._writer = self._writer or ThreadPoolExecutor(1, "rank-sends")
+            self._writing = self._writer.submit(self._write, mailbox, x.clone())
 
     def receive(self, from_rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         x = torch.empty(*shape, dtype=dtype)
@@ -113,6 +126,14 @@ class SharedMemoryCollectives:
 
     def close(self) -> None:
         """The memory is unmapped with the last object that uses it."""
+        if self._writer is not None:
+            self._writer.shutdown(wait=False)
+
+    def _write(self, mailbox: int, x: Tensor) -> None:
+        outcome = self._library.tandem_send(
+            *self._wait, mailbox, _DEPTH, _SLOT_BYTES, x.data_ptr(), x.numel() * x.itemsize
+        )
+        self._check(outcome)
 
     @staticmethod
     def _check(outcome: int) -> None:
@@ -120,6 +141,12 @@ class SharedMemoryCollectives:
             raise RankLostError("another rank of the instance is gone")
         if outcome == _TIMED_OUT:
             raise RankLostError(f"another rank of the instance has not answered in {_TIMEOUT_S:.0f} s")
+
+
+def _num_unread(mailbox: int) -> int:
+    """Pieces that are in it. Only the receiver makes them fewer."""
+    written, read = (ctypes.c_int64.from_address(mailbox + _LINE_BYTES * word).value for word in range(2))
+    return written - read
 
 
 def _pairs(shape: ParallelShape) -> list[tuple[int, int]]:

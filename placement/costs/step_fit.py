@@ -72,8 +72,8 @@ class FitError(FrozenModel):
 class CalibratedCost:
     """A `core.cost_model.CostModel` of one instance.
 
-    An instance of several ranks computes one step at a time, so `interval_s` is `total_s`. Its `messages` are part of
-    what was fitted by the number of rows; they are named apart from it.
+    Steps are measured one at a time, so `interval_s` is `total_s`, though stages of a pipeline compute several at once.
+    The `messages` of several ranks are part of what was fitted by the number of rows; they are named apart from it.
     """
 
     __slots__ = ("_decode", "_kv_slope", "_linear", "_messages", "_prefill", "_terms")

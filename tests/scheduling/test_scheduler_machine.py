@@ -1,6 +1,8 @@
 """Scheduler, pool, prefix cache and leases together, in any order of events: prompts that are computed for others, KV
-that arrives, requests that stay for both phases, steps, cancels, broken transfers, deadlines, and changes of the
-budget."""
+that arrives, requests that stay for both phases, steps, of which several may be under way, cancels, broken transfers,
+deadlines, and changes of the budget."""
+
+from collections import deque
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from tandem.core.errors import ContextLengthError, OverloadedError
 from tandem.core.request import GenerationRequest, SamplingParams
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import Mixing, StepBudget
+from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.integrity import count_blocks
 from tandem.scheduling.leases import LeaseTable
 from tandem.scheduling.prefix_index import PrefixIndex
@@ -50,15 +53,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=_budgets(),
         caching=st.booleans(),
         kinds=st.sampled_from([("hand_over",), ("remote",), ("both",), _KINDS, _KINDS]),
+        num_stages=st.sampled_from([1, 1, 2, 3]),
     )
     def start(
-        self, num_blocks: int, block_size: int, budget: StepBudget, caching: bool, kinds: tuple[str, ...]
+        self,
+        num_blocks: int,
+        block_size: int,
+        budget: StepBudget,
+        caching: bool,
+        kinds: tuple[str, ...],
+        num_stages: int,
     ) -> None:
         self.now_s = 0.0
         self.kinds = kinds
+        self.num_stages = num_stages
+        self.under_way: deque[list[tuple[Chunk, list[int], list[int]]]] = deque()  # with block tables and tokens
         self.pool = BlockPool(num_blocks)
         self.index = PrefixIndex(self.pool, block_size, caching)
-        self.scheduler = Scheduler(budget, self.pool, self.index, max_model_len=40)
+        self.scheduler = Scheduler(
+            budget, self.pool, self.index, max_model_len=40, num_stages=num_stages, least_group=1
+        )
         self.leases = LeaseTable()
         self.kv = FakeKv(num_blocks, block_size)
         self.open: dict[int, Sequence] = {}
@@ -165,40 +179,66 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
+        if len(self.under_way) == self.num_stages:
+            self.collect()
         budget, before = self.scheduler.budget, self.scheduler.counts()
         chunks = self.scheduler.next_batch(self.now_s)
         self._check_batch_order()
         prompts = [chunk for chunk in chunks if chunk.is_prompt]
         decoding = [chunk for chunk in chunks if not chunk.is_prompt]
         assert len({chunk.sequence.key for chunk in chunks}) == len(chunks)
-        assert len(decoding) <= budget.max_batch
+        assert len(decoding) <= self._share(budget.max_batch)
         preempted = self.scheduler.counts().preemptions - before.preemptions
         if budget.mixing == "chunked":
-            assert sum(chunk.num_tokens for chunk in prompts) <= budget.max_prefill_tokens
+            assert sum(chunk.num_tokens for chunk in prompts) <= self._share(budget.max_prefill_tokens)
             if prompts:
-                assert sum(chunk.num_tokens for chunk in chunks) <= budget.max_batch_tokens
-            assert len(decoding) >= min(before.decoding, budget.max_batch) - preempted, "a prompt stalled decoding"
+                assert sum(chunk.num_tokens for chunk in chunks) <= self._share(budget.max_batch_tokens)
+            if not self.under_way:
+                due = self._share(min(before.decoding, budget.max_batch))
+                assert len(decoding) >= due - preempted, "a prompt stalled decoding"
         else:
             assert prompts in ([], chunks), "a step of prompts and decoding"
-            assert sum(c.num_tokens for c in prompts) <= budget.max_prefill_tokens or len(prompts) == 1 or preempted
-        if before.prompts + before.decoding and not self.quarantine and not self.held and not before.receiving:
+            num_tokens = sum(chunk.num_tokens for chunk in prompts)
+            assert num_tokens <= self._share(budget.max_prefill_tokens) or len(prompts) == 1 or preempted
+        is_alone = not self.quarantine and not self.held and not self.under_way
+        if before.prompts + before.decoding and is_alone and not before.receiving:
             assert chunks, "a running sequence must advance"
+        drawing = {id(chunk.sequence) for step in self.under_way for chunk, _, _ in step if chunk.samples}
         for chunk in chunks:
             sequence, salt = chunk.sequence, chunk.sequence.request.cache_salt
             end = chunk.start + chunk.num_tokens
+            assert id(sequence) not in drawing, "its next token is not known yet"
             assert sequence.state is SequenceState.RUNNING
             assert chunk.samples == (end == sequence.num_tokens)
             assert sequence.num_cached == 0 or sequence.request.sampling.prompt_logprobs is None
             self.kv.check(sequence.block_table, sequence.token_ids, chunk.start, salt)
             self.kv.write(sequence.block_table, sequence.token_ids, chunk.start, end, salt)
-        for chunk in chunks:
-            assert self.scheduler.computed(chunk)
-            if chunk.samples and chunk.sequence.hand_over:
-                self._hand_over(chunk.sequence)
+        if chunks:
+            if self.num_stages > 1:
+                self.scheduler.launched(chunks)
+            blocks = [(chunk, list(chunk.sequence.block_table), list(chunk.sequence.token_ids)) for chunk in chunks]
+            self.under_way.append(blocks)
+        if not chunks or self.num_stages == 1:
+            self.collect()
+
+    @rule()
+    def collect(self) -> None:
+        """The oldest step is computed: its KV is where it was written, also that of sequences that are gone."""
+        for chunk, block_table, token_ids in self.under_way.popleft() if self.under_way else ():
+            sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
+            self.kv.check(block_table, token_ids, end, sequence.request.cache_salt)
+            is_open = self.open.get(int(sequence.request.request_id)) is sequence
+            assert self.scheduler.computed(chunk) == is_open
+            if not is_open:
+                continue
+            if chunk.samples and sequence.hand_over:
+                self._hand_over(sequence)
             elif chunk.samples:
-                sequence = chunk.sequence
                 assert self.scheduler.generated(sequence.key, _next_token(sequence.token_ids)) is sequence
                 self._finish_if_done(sequence)
+
+    def _share(self, amount: int) -> int:
+        return -(-amount // self.num_stages)
 
     def _check_batch_order(self) -> None:
         """Of prompts that were never preempted, nobody was started before an older one."""
@@ -287,7 +327,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             assert self.scheduler.cancel(number) is sequence
         assert sequence.state is SequenceState.FINISHED
-        assert sequence.block_table == []
+        assert sequence.block_table == [] or sequence.num_under_way
         assert self.scheduler.cancel(number) is None
 
     @precondition(lambda self: self.quarantine)
@@ -337,6 +377,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.now_s += 10.0
                 self.expire_leases()
         assert not self.open
+        while self.under_way:
+            self.collect()
         self.now_s += 10.0
         self.expire_leases()
         assert not self.held

@@ -11,9 +11,11 @@ def turn(loop: InstanceLoop) -> list[LoopEvent]:
 
 
 def turn_with_progress(loop: InstanceLoop) -> list[LoopEvent]:
-    if loop.prepare():
+    busy = loop.prepare()
+    if busy:
         loop.launch()
+    if loop.is_full or not busy:
         loop.collect()
-    else:
+    if not busy and not loop.has_steps:
         loop.idle()
     return loop.take_events()

@@ -23,11 +23,16 @@ KINDS = ("hand_over", "remote", "both")
 
 
 def make(
-    role: Role, *, mixing: Mixing = "chunked", num_blocks: int = 32, engine: FakeEngine | None = None
+    role: Role,
+    *,
+    mixing: Mixing = "chunked",
+    num_blocks: int = 32,
+    num_stages: int = 1,
+    engine: FakeEngine | None = None,
 ) -> InstanceLoop:
     layout = type(LAYOUT)(2, num_blocks, 1, 4, 8, "float32", "fake")
     budget = role_budget(role, max_batch=4, max_batch_tokens=16, max_prefill_tokens=8, max_queue=100, mixing=mixing)
-    engine = engine or FakeEngine(layout=layout)
+    engine = engine or FakeEngine(layout=layout, num_stages=num_stages)
     return InstanceLoop(engine, budget, ManualClock(), prefix_cache=True)  # type: ignore[arg-type]
 
 
@@ -127,13 +132,19 @@ def test_a_change_of_role_loses_no_token_of_what_runs() -> None:
     shapes=st.lists(st.tuples(st.integers(1, 24), st.integers(2, 30), st.sampled_from(KINDS)), min_size=1, max_size=8),
     role=st.sampled_from(list(Role)),
     mixing=st.sampled_from(["chunked", "prompt_first"]),
+    num_stages=st.integers(1, 3),
     cancelled=st.sets(st.integers(0, 7)),
     pauses=st.lists(st.integers(0, 4), min_size=8, max_size=8),
 )
 def test_any_mixture_under_memory_pressure_gives_every_request_its_tokens(
-    shapes: list[tuple[int, int, str]], role: Role, mixing: Mixing, cancelled: set[int], pauses: list[int]
+    shapes: list[tuple[int, int, str]],
+    role: Role,
+    mixing: Mixing,
+    num_stages: int,
+    cancelled: set[int],
+    pauses: list[int],
 ) -> None:
-    loop = make(role, mixing=mixing, num_blocks=16)
+    loop = make(role, mixing=mixing, num_blocks=16, num_stages=num_stages)
     events: list[LoopEvent] = []
 
     def rounds(count: int) -> None:

@@ -35,6 +35,8 @@ class Doubler:
         return bool(self.pending)
 
     step_size = 1
+    has_steps = False
+    is_full = True
 
     def launch(self) -> None:
         pass

@@ -5,6 +5,7 @@ import itertools
 import random
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,18 +13,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tandem.core.attempt_id import AttemptId
+from tandem.core.clock import SystemClock
 from tandem.core.errors import InternalError, TandemError
 from tandem.core.instance_section import EngineSection
-from tandem.core.request import SamplingParams
+from tandem.core.request import GenerationRequest, SamplingParams
+from tandem.core.session import PrefillFinished, Role, Submit, TokenFrame
 from tandem.engine.collectives.interface import RankLostError
 from tandem.engine.engine import Engine
-from tandem.engine.step import SampleRequest, SequenceSlice
+from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
 from tandem.kv_transfer.pool import SharedPool
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
+from tandem.scheduling.budget import role_budget
 from tandem.worker.engine_setup import load_worker_engine
+from tandem.worker.loop import InstanceLoop
+from tandem.worker.loop_messages import SendEvent, SubmitAttempt
 from tandem.worker.ranks import group
 from tandem.worker.ranks.group import RankGroup
 from tests.engine.driver import Driver
+from tests.worker.loop_turn import turn
 
 VOCABULARY = 323  # a prime: no tp divides it
 NUM_NEW_TOKENS = 10
@@ -44,26 +52,29 @@ def checkpoint(folder: Path, family: str, **sizes: int) -> Path:
     return write_random_checkpoint(folder / family, CheckpointShape(family=family, **{**shape, **sizes}), seed=5)
 
 
-def section(tp: int = 1, pp: int = 1) -> EngineSection:
-    return EngineSection(device="cpu", threads=1, kv_memory=2 << 20, dtype="float32", tp=tp, pp=pp)
+def section(tp: int = 1, pp: int = 1, kv_memory: int = 2 << 20) -> EngineSection:
+    return EngineSection(device="cpu", threads=1, kv_memory=kv_memory, dtype="float32", tp=tp, pp=pp)
 
 
 @contextlib.contextmanager
-def running_with_pools(model: Path, tp: int = 1, pp: int = 1) -> Iterator[tuple[Engine, Sequence[SharedPool]]]:
-    with running_ranks(model, tp, pp) as (engine, pools, _):
+def running_with_pools(
+    model: Path, tp: int = 1, pp: int = 1, kv_memory: int = 2 << 20
+) -> Iterator[tuple[Engine, Sequence[SharedPool]]]:
+    with running_ranks(model, tp, pp, kv_memory) as (engine, pools, _):
         yield engine, pools
 
 
 @contextlib.contextmanager
 def running_ranks(
-    model: Path, tp: int = 1, pp: int = 1
+    model: Path, tp: int = 1, pp: int = 1, kv_memory: int = 2 << 20
 ) -> Iterator[tuple[Engine, Sequence[SharedPool], RankGroup | None]]:
+    settings = section(tp, pp, kv_memory)
     lost: list[TandemError] = []
-    ranks = RankGroup(model, section(tp, pp), lost.append) if tp * pp > 1 else None
+    ranks = RankGroup(model, settings, lost.append) if tp * pp > 1 else None
     if ranks is not None:
         ranks.start()
     try:
-        engine, pools = load_worker_engine(model, section(tp, pp), ranks)
+        engine, pools = load_worker_engine(model, settings, ranks)
         yield engine, pools, ranks
         engine.close()
         for pool in pools:
@@ -75,8 +86,8 @@ def running_ranks(
 
 
 @contextlib.contextmanager
-def running(model: Path, tp: int = 1, pp: int = 1) -> Iterator[Engine]:
-    with running_with_pools(model, tp, pp) as (engine, _):
+def running(model: Path, tp: int = 1, pp: int = 1, kv_memory: int = 2 << 20) -> Iterator[Engine]:
+    with running_with_pools(model, tp, pp, kv_memory) as (engine, _):
         yield engine
 
 
@@ -95,6 +106,26 @@ def greedy(engine: Engine) -> tuple[list[list[int]], torch.Tensor]:
     tokens = driver.run(sequences, chunk_tokens=64)
     entries = [token.logprob for sequence in sequences for token in sequence.drawn if token.logprob is not None]
     return tokens, torch.tensor([[entry.logprob, *(score for _, score in entry.top)] for entry in entries])
+
+
+def greedy_at_once(engine: Engine) -> list[list[int]]:
+    """Tokens of the same prompts as an instance's loop computes them: with a step in each stage."""
+    budget = role_budget(Role.COLOCATED, max_batch=64, max_queue=64, max_batch_tokens=64)
+    loop = InstanceLoop(engine, budget, SystemClock(), prefix_cache=False)
+    for number, prompt in enumerate(prompts()):
+        sampling = SamplingParams(max_tokens=NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
+        request = GenerationRequest(str(number), tuple(prompt), sampling)
+        loop.apply(SubmitAttempt(AttemptId(0, number), Submit(number, request)))
+    tokens: list[list[int]] = [[] for _ in prompts()]
+    while any(len(each) < NUM_NEW_TOKENS for each in tokens):
+        for event in turn(loop):
+            match event:
+                case SendEvent(_, PrefillFinished() as finished):
+                    tokens[finished.handle].append(finished.token.token_id)
+                case SendEvent(_, TokenFrame(items)):
+                    for item in items:
+                        tokens[item.handle] += [token.token_id for token in item.tokens]
+    return tokens
 
 
 @torch.inference_mode()
@@ -136,6 +167,7 @@ def test_tokens_are_those_of_one_rank_and_of_transformers(family: str, shape: tu
     with running(model, *shape) as engine:
         tokens, of_ranks = greedy(engine)
         assert tokens == expected
+        assert greedy_at_once(engine) == expected
         torch.testing.assert_close(of_ranks, logprobs, atol=TOLERANCE, rtol=0)
 
 
@@ -218,6 +250,48 @@ def test_a_layer_is_announced_when_all_ranks_have_written_it(tmp_path: Path) -> 
             engine.collect(engine.launch([SequenceSlice(token_ids, 0, block_ids)], copy))
             for (layer, rank), kv in announced.items():
                 assert torch.equal(kv, views[rank][layer][:, block_ids]), f"step {number}, rank {rank}, layer {layer}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("shape", [(1, 2), (1, 3)], ids=str)
+def test_no_rank_waits_in_a_circle(shape: tuple[int, int], tmp_path: Path) -> None:
+    """Hidden states of each step and its logits are more than a mailbox takes."""
+    rows, length, vocabulary = 40, 128, 20_000
+    sizes = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 3, "vocab_size": vocabulary}
+    model = checkpoint(tmp_path, "llama", **sizes)
+    draw = random.Random(5)
+    batches = [[[draw.randrange(vocabulary) for _ in range(length)] for _ in range(rows)] for _ in range(5)]
+    blocks_each = length // section().block_size
+
+    def step(prompts: list[list[int]]) -> list[SequenceSlice]:
+        """Four prompts are scored, too."""
+        request = SampleRequest(SamplingParams(temperature=0.0), length, (), length)
+        return [
+            SequenceSlice(
+                prompt,
+                0,
+                range(row * blocks_each, (row + 1) * blocks_each),
+                request,
+                prompt_logprobs=0 if row < 4 else None,
+            )
+            for row, prompt in enumerate(prompts)
+        ]
+
+    def tokens_of(output: StepOutput) -> list[int]:
+        return [token.token_id for token in output.tokens if token is not None]
+
+    with running(model, kv_memory=64 << 20) as engine:
+        expected = [tokens_of(engine.step(step(batch))) for batch in batches]
+    with running(model, *shape, kv_memory=64 << 20) as engine:
+        under_way: deque[StepHandle] = deque()
+        outputs = []
+        for batch in batches:
+            under_way.append(engine.launch(step(batch)))
+            if len(under_way) == engine.num_stages:
+                outputs.append(engine.collect(under_way.popleft()))
+        outputs += [engine.collect(handle) for handle in under_way]
+    assert [tokens_of(output) for output in outputs] == expected
 
 
 @pytest.mark.slow

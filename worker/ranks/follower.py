@@ -9,6 +9,7 @@ that leaves. Any error, a step out of order and the end of rank 0 end the proces
 import json
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
@@ -63,13 +64,29 @@ def _follow(channel: RankChannel, region_fd: int, store_fd: int, pool_fd: int) -
     engine, report = _load(channel, region_fd, store_fd, pool_fd)
     channel.send(FrameKind.READY)
     threading.Thread(target=_stay_alive, args=(channel,), name="alive", daemon=True).start()
+    frames: queue.SimpleQueue[tuple[FrameKind, bytes] | Exception] = queue.SimpleQueue()
+    threading.Thread(target=_read_frames, args=(channel, frames), name="frames", daemon=True).start()
     while True:
-        kind, payload = channel.receive()
+        frame = frames.get()
+        if isinstance(frame, Exception):
+            raise frame
+        kind, payload = frame
         if kind is FrameKind.STOP:
             return
         number, slices = decode_step(payload)
         report(number, 0)
         engine.follow(number, slices, partial(report, number))
+
+
+def _read_frames(channel: RankChannel, frames: "queue.SimpleQueue[tuple[FrameKind, bytes] | Exception]") -> None:
+    """Rank 0 announces steps while this rank computes earlier ones, and must not wait for room in the socket: this rank
+    may wait for it."""
+    while True:
+        try:
+            frames.put(channel.receive())
+        except (EOFError, TandemError) as error:
+            frames.put(error)
+            return
 
 
 def _load(

@@ -1,9 +1,11 @@
-"""A chunk of a step in the words of the engine, and of those who read its KV. Pure."""
+"""Sequences, chunks and counts of an instance's loop, in the words of those whom it tells of them. Pure."""
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.kv_layout import KvLayout
 from tandem.core.request import SampledToken
+from tandem.core.session import KvSource, TransferCommitted
 from tandem.core.transfer import Manifest, hash_token_ids
+from tandem.decode_worker.fetcher import Fetch, KvArrived
 from tandem.engine.step import SampleRequest, SequenceSlice
 from tandem.prefill_worker.held_kv import KvComputing
 from tandem.scheduling.chunk import Chunk
@@ -69,4 +71,29 @@ def manifest_of(sequence: Sequence, first_token: SampledToken, layout: KvLayout)
         fingerprint=layout.fingerprint,
         block_size=layout.block_size,
         first_token=first_token,
+    )
+
+
+def fetch_of(sequence: Sequence, source: KvSource) -> Fetch:
+    """Its blocks are reserved."""
+    request = sequence.request
+    return Fetch(
+        attempt_id=attempt_of(sequence),
+        request_id=request.request_id,
+        epoch=request.epoch,
+        token_ids=request.token_ids,
+        source=source,
+        block_ids=tuple(sequence.block_table),
+        deadline_s=request.deadline_s,
+    )
+
+
+def committed_event(arrived: KvArrived) -> TransferCommitted:
+    return TransferCommitted(
+        handle=arrived.attempt_id.handle,
+        transfer_s=arrived.transfer_s,
+        transfer_bytes=arrived.transfer_bytes,
+        transport=arrived.transport.value,
+        streamed_bytes=arrived.streamed_bytes,
+        streamed_s=arrived.streamed_s,
     )
