@@ -6,7 +6,7 @@ import numpy as np
 
 from tandem.core.plan import Expected, ExpectedClass
 from tandem.placement.evidence import Advice, Change, LatencySample, LayoutComparison, Planned
-from tandem.placement.report.formatting import join, number, percent, rate, seconds
+from tandem.placement.report.formatting import join, number, percent, plural, rate, seconds
 
 _NUM_CHANGES = 2  # that are named beside the most helpful one
 _AXES = {
@@ -139,7 +139,7 @@ def _which_layout(layouts: LayoutComparison, *, is_better: bool, pays: bool) -> 
     layout = "colocated" if layouts.is_disaggregated else "disaggregated"
     return (
         f"{verdict}: {better} has {ratio:.2f} times the goodput per device of {worse} (95 %: {low:.2f} to {high:.2f}; "
-        f"simulated on the same requests, as were {layouts.num_compared} {layout} configurations)"
+        f"{plural(layouts.num_compared, f'{layout} configuration')} simulated on the same requests)"
     )
 
 

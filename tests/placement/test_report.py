@@ -74,7 +74,7 @@ def test_the_report_begins_with_what_to_do(page: str) -> None:
     assert "Then: one more decode instance (1 H100 device) (+18 % goodput, -2 % per USD)." in header
     assert (
         "Disaggregation pays: 2 x prefill tp2 + 1 x decode tp1 has 1.32 times the goodput per device of 3 x colocated "
-        "tp1 (95 %: 1.25 to 1.43; simulated on the same requests, as were 3 colocated configurations). Do not "
+        "tp1 (95 %: 1.25 to 1.43; 3 colocated configurations simulated on the same requests). Do not "
         "disaggregate with" in header
     )
     assert "prompts 25 % shorter: colocated instances then serve more" in header
