@@ -155,8 +155,11 @@ def explain_infeasible(slo_file: SloFile, space: SearchSpace) -> Planned:
     """An infeasible plan without groups: the model does not fit, or its step times are unknown."""
     problem = space.problem
     candidates = rejected_shapes(space.kinds, space.limits)
-    reason = candidates[0].reason if candidates else "no parallel shape divides its heads and layers"
-    nearest = f"no instance of {slo_file.model} fits this cluster: {reason}"
+    if space.kinds.prefill or space.kinds.colocated:
+        nearest = f"no deployment of {slo_file.model} meets its targets, nor several times as much, at any rate"
+    else:
+        reason = candidates[0].reason if candidates else "no parallel shape divides its heads and layers"
+        nearest = f"no instance of {slo_file.model} fits this cluster: {reason}"
     plan = Plan(
         model=slo_file.model,
         precision=slo_file.precision,

@@ -19,7 +19,7 @@ from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgre
 from tandem.placement.search.cheapest import find_cheapest
 from tandem.placement.search.final_comparison import Comparison, FinalComparison, KnownEvaluations, compare_finalists
 from tandem.placement.search.mapper import Mapper, SerialMapper, local_mapper
-from tandem.placement.search.nearest_feasible import nearest_feasible
+from tandem.placement.search.nearest_feasible import HEADROOMS, nearest_feasible
 from tandem.placement.search.predict import limit_of_nodes
 from tandem.placement.search.problem import Problem, cache_tokens_of, without_cached
 from tandem.placement.search.space import SearchSpace, search_space
@@ -211,11 +211,13 @@ def search(problem: Problem, mapper: Mapper, report: ReportProgress) -> PlanResu
         # `find_cheapest` does not enumerate all deployments; one of `find_best` may serve the rate.
         met = not problem.cheapest or problem.rate is None or (result.best.goodput or 0.0) >= problem.rate
         return PlanResult(space, result, trimmed(space, result.best), met=met)
-    feasible = nearest_feasible(problem)
-    if feasible is None:
-        return PlanResult(space, result, None, met=False)
-    space = search_space(feasible, mapper)
-    result = find_best(space, mapper, report)
+    for headroom in HEADROOMS:
+        feasible = nearest_feasible(problem, headroom)
+        if feasible is not None:
+            space = search_space(feasible, mapper)
+            result = find_best(space, mapper, report)
+            if result.best is not None:
+                break
     return PlanResult(space, result, result.best, met=False)
 
 

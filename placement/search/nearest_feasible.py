@@ -9,11 +9,12 @@ from tandem.core.slo import SloClass
 from tandem.placement.search.kinds import InstanceKind, legal_kinds, resident_tokens
 from tandem.placement.search.problem import Problem
 
-_HEADROOM = 1.25  # ratio to the latencies of an idle cluster, so that some load is possible
+HEADROOMS = (1.25, 2.0, 4.0, 8.0, 16.0)
+"""Ratios to the latencies of an idle cluster, so that some load is possible: the next one if no deployment is found."""
 
 
-def nearest_feasible(problem: Problem) -> Problem | None:
-    """The problem with each target raised at least to `_HEADROOM` times the latency of the fastest shape.
+def nearest_feasible(problem: Problem, headroom: float) -> Problem | None:
+    """The problem with each target raised at least to `headroom` times the latency of the fastest shape.
 
     None if no shape fits the memory, or if no target needs to be raised.
     """
@@ -24,7 +25,8 @@ def nearest_feasible(problem: Problem) -> Problem | None:
     if not kinds.decode:
         return None
     classes = tuple(
-        _feasible(problem, slo, index, kinds.prefill, kinds.decode) for index, slo in enumerate(problem.classes)
+        _feasible(problem, slo, index, kinds.prefill, kinds.decode, headroom)
+        for index, slo in enumerate(problem.classes)
     )
     return None if classes == problem.classes else replace(problem, classes=classes, rate=None)
 
@@ -35,10 +37,11 @@ def _feasible(
     index: int,
     prefill: tuple[InstanceKind, ...],
     decode: tuple[InstanceKind, ...],
+    headroom: float,
 ) -> SloClass:
     lengths = problem.computed.prompt_tokens[problem.computed.slo_class == index]
     longest = int(np.quantile(lengths, slo.attainment, method="higher")) if len(lengths) else 1
-    ttft_s = min(kind.cost.step(StepLoad.of_prompts(longest)).total_s for kind in prefill) * _HEADROOM
+    ttft_s = min(kind.cost.step(StepLoad.of_prompts(longest)).total_s for kind in prefill) * headroom
     load = StepLoad.of_decode(1, round(resident_tokens(problem.computed)))
-    tpot_s = min(kind.cost.step(load).total_s for kind in decode) * _HEADROOM
+    tpot_s = min(kind.cost.step(load).total_s for kind in decode) * headroom
     return slo.model_copy(update={"ttft_s": max(slo.ttft_s, ttft_s), "tpot_s": max(slo.tpot_s, tpot_s)})

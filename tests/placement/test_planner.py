@@ -1,6 +1,7 @@
 """From an SLO file to a plan and its evidence."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +54,18 @@ def test_infeasible_targets_are_reported_with_the_nearest_feasible_ones() -> Non
     asked = slo_file(slo=(SloClass(ttft_s=0.01, tpot_s=0.1),))
     answer = plan(asked, workers=1, source=DistServeSource("OPT-13B"))
     assert answer.plan.verdict == "infeasible"
+    assert "the nearest feasible targets are" in answer.evidence.nearest
+
+
+def test_targets_that_every_request_misses_in_bursts_are_raised_until_a_deployment_is_found(tmp_path: Path) -> None:
+    """Six requests at one instant, however slow the trace is replayed: 1.25 times the latency of one is not enough."""
+    trace = tmp_path / "bursts.csv"
+    rows = [f"2024-05-10 00:{minute:02}:00.0,400,20" for minute in range(60) for _ in range(6)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    asked = slo_file(slo=(SloClass(ttft_s=0.1, tpot_s=0.1),), workload={"trace": str(trace)})
+    answer = plan(asked, workers=1, source=DistServeSource("OPT-13B"))
+    assert answer.plan.verdict == "infeasible"
+    assert answer.plan.groups
     assert "the nearest feasible targets are" in answer.evidence.nearest
 
 
