@@ -298,8 +298,9 @@ def test_a_plan_of_two_nodes_survives_the_loss_of_one(hosts: RayHosts) -> None:
 
         applied = hosts.tandem("apply", str(plan_file(hosts.folder)), *SMALL)
         assert applied.returncode == 0, applied.stdout + applied.stderr
-        assert "prefill-1 goes back to the node of the plan" in applied.stdout
-        served.wait_instances({ADDRESS_A: ["decode-0", "prefill-0"], ADDRESS_B: ["decode-1", "prefill-1"]})
+        for name in before[ADDRESS_B]:
+            assert f"{name} goes back to the node of the plan" in applied.stdout
+        served.wait_instances(before)
         served.try_all_pairs()
     finally:
         process.terminate()
