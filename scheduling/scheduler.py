@@ -40,9 +40,8 @@ class SchedulerCounts:
     preemptions: int
 
 
-LEAST_GROUP = (
-    16  # decoding sequences: with fewer, the time of a step is that of reading the weights, whatever their number
-)
+LEAST_GROUP = 16
+"""Decoding sequences: with fewer, the time of a step is that of reading the weights, whatever their number."""
 
 
 class Scheduler:

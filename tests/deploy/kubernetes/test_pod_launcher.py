@@ -298,13 +298,13 @@ async def test_of_two_controllers_the_older_one_leaves(bench: Bench) -> None:
 
 
 async def test_what_the_service_account_may_not_do(bench: Bench) -> None:
-    stranger, api = bench.connect("another token"), bench.connect()
+    other_token, api = bench.connect("another token"), bench.connect()
     with pytest.raises(PermissionDeniedError, match="Kubernetes refuses pods: Unauthorized"):
-        await stranger.list_pods({})
+        await other_token.list_pods({})
     with pytest.raises(PermissionDeniedError, match='configmaps "other" is forbidden'):
         await api.read_config_map("other")
     with pytest.raises(ConfigError, match="Kubernetes refuses pod x: "):
         await api.create_pod({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": 1}})
     await api.delete_pod("gone", 1)
-    await stranger.close()
+    await other_token.close()
     await api.close()
