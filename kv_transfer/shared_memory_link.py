@@ -22,6 +22,9 @@ from tandem.kv_transfer.pool import map_read_only
 from tandem.kv_transfer.reshard import within
 
 _PROBE_BYTES = 16 << 20
+# Copied on the event loop, which takes about 0.1 ms; the way to the thread and back takes longer. torch may divide
+# a copy among threads of its own, so this is for the engine's kernel.
+INLINE_BYTES = 256 << 10
 
 Result = TypeVar("Result")
 
@@ -40,7 +43,7 @@ class _Copy(NamedTuple):
 
 
 class SharedMemoryLink:
-    """Its methods are called on the event loop; its jobs run in its thread, which alone holds the mappings.
+    """Its methods are called on the event loop; its jobs run in its thread, except for copies of little KV.
 
     The memory of a prefill worker that dies stays readable, so a copy never fails half-way. Only the acknowledgement
     says whether the blocks held the right KV during the copy.
@@ -84,7 +87,11 @@ class SharedMemoryLink:
                 for part in parts:
                     self._copy_part(copy, source_ids, block_ids, num_tokens, part, fence)
 
-        await self._run(job)
+        layout, copy_pieces = self._plan.pools.layout, self._plan.pools.copy_pieces
+        if copy_pieces is not None and not self.closed and len(block_ids) * layout.block_bytes <= INLINE_BYTES:
+            job()  # `close`, after which the thread unmaps, is called on the event loop, too
+        else:
+            await self._run(job)
 
     async def checksum(self, arriving: ArrivingBlocks) -> int:
         """CRC-32 of blocks that have been copied. Raises TransferError."""

@@ -2,15 +2,22 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import grpc
 
 from tandem.core.clock import Clock
-from tandem.core.errors import DeadlineError, InternalError, InvalidRequestError, TandemError, TransferError
-from tandem.core.kv_frontier import KvFrontier, StageFrontier, TransferChunk
+from tandem.core.errors import (
+    DeadlineError,
+    IncompatiblePeerError,
+    InternalError,
+    InvalidRequestError,
+    TandemError,
+    TransferError,
+)
+from tandem.core.kv_frontier import KvFrontier
 from tandem.core.transfer import (
     ComputedKv,
     Grant,
@@ -22,20 +29,33 @@ from tandem.core.transfer import (
     LinkReply,
     Manifest,
     PeerGoneError,
-    Transport,
 )
 from tandem.rpc_errors import CODE_KEY, error_from_rpc
 from tandem.v1 import transfer_pb2, transfer_pb2_grpc
 from tandem.wire.channels import token_metadata
-from tandem.wire.convert import sampled_from_pb, sampled_to_pb
-from tandem.wire.same_fields import from_message, to_message
+from tandem.wire.transfer_calls import CallStream, answer_calls
+from tandem.wire.transfer_messages import (
+    computed_from_pb,
+    computed_to_pb,
+    frontier_from_pb,
+    frontier_to_pb,
+    grant_from_pb,
+    grant_to_pb,
+    link_reply_from_pb,
+    link_reply_to_pb,
+    manifest_from_pb,
+    manifest_to_pb,
+    transports_from_pb,
+    transports_to_pb,
+)
+
+_FAILED = "the prefill worker failed; its log has the reason"
+_OTHER_VERSION = "the two workers are of versions of tandem that do not exchange KV; use one version for both"
 
 MAX_NAME_LENGTH = 256
 MAX_TRANSPORTS = 8
 MAX_STAGES = 64
-
-_TRANSPORT_TO_PB = {transport: getattr(transfer_pb2, f"TRANSPORT_{transport.name}") for transport in Transport}
-_TRANSPORT_FROM_PB = {value: key for key, value in _TRANSPORT_TO_PB.items()}
+PROTOCOL = 2  # how the calls after `Link` are made
 
 
 class KvTransferClient:
@@ -50,6 +70,7 @@ class KvTransferClient:
         self.instance_id = instance_id
         self.is_gone = False
         self._calls = 0  # in progress
+        self._stream: CallStream | None = None
         self._links: dict[str, asyncio.Task[None]] = {}  # each task reads its `Link` stream, and ends with the stream
 
     @property
@@ -63,17 +84,20 @@ class KvTransferClient:
             fingerprint=offer.fingerprint,
             boot_id=offer.host.boot_id,
             uid=offer.host.uid,
-            transports=[_TRANSPORT_TO_PB[transport] for transport in offer.transports],
+            transports=transports_to_pb(offer.transports),
             kv_format=offer.kv_format,
+            protocol=PROTOCOL,
         )
         with self._call():
             call = self._stub.Link(request, metadata=self._metadata)
             try:
                 async with asyncio.timeout(timeout_s):
-                    reply = await call.read()
-                transport = _TRANSPORT_FROM_PB.get(reply.transport) if reply is not grpc.aio.EOF else None
-                if transport is None:
-                    raise TransferError("the prefill worker's reply has no known transport")
+                    answer = await call.read()
+                if answer is grpc.aio.EOF:
+                    raise TransferError("the prefill worker ended the link before it was made")
+                if answer.protocol != PROTOCOL:
+                    raise IncompatiblePeerError(_OTHER_VERSION)
+                reply = link_reply_from_pb(answer)
             except BaseException as error:
                 call.cancel()
                 if isinstance(error, TimeoutError):
@@ -82,19 +106,7 @@ class KvTransferClient:
         reading = asyncio.create_task(self._read_to_end(call), name=f"kv-link-{reply.link_id}")
         self._links[reply.link_id] = reading
         reading.add_done_callback(partial(self._link_ended, reply.link_id, call))
-        return LinkReply(
-            link_id=reply.link_id,
-            instance_id=reply.instance_id,
-            fingerprint=reply.fingerprint,
-            transport=transport,
-            num_blocks=reply.num_blocks,
-            block_size=reply.block_size,
-            tp=reply.tp,
-            layers_per_stage=tuple(reply.layers_per_stage),
-            socket_name=reply.socket_name,
-            nonces=tuple(reply.nonces),
-            kv_format=reply.kv_format,
-        )
+        return reply
 
     async def _read_to_end(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> None:
         with suppress(TandemError), self._call():  # every error means that the link has ended
@@ -120,7 +132,8 @@ class KvTransferClient:
 
     async def pull(self, request_id: str, epoch: int, timeout_s: float) -> Manifest:
         request = transfer_pb2.PullRequest(request_id=request_id, epoch=epoch)
-        return _manifest_from_pb(await self._unary(self._stub.Pull, request, timeout_s))
+        answer = await self._ask(transfer_pb2.TransferCall(pull=request), timeout_s)
+        return manifest_from_pb(answer.pulled)
 
     async def pull_computed(
         self, request_id: str, epoch: int, known: KvFrontier, min_new: int, has_all: bool, timeout_s: float
@@ -128,46 +141,22 @@ class KvTransferClient:
         request = transfer_pb2.PullComputedRequest(
             request_id=request_id,
             epoch=epoch,
-            known=_frontier_to_pb(known),
+            known=frontier_to_pb(known),
             min_new=min_new,
             has_all=has_all,
         )
-        reply = await self._unary(self._stub.PullComputed, request, timeout_s)
-        if reply.HasField("finished"):
-            return _manifest_from_pb(reply.finished)
-        computed = reply.computed
-        return ComputedKv(
-            request_id=computed.request_id,
-            epoch=computed.epoch,
-            block_ids=tuple(computed.block_ids),
-            block_size=computed.block_size,
-            frontier=_frontier_from_pb(computed.frontier),
-        )
+        answer = await self._ask(transfer_pb2.TransferCall(pull_computed=request), timeout_s)
+        reply = answer.computed
+        return manifest_from_pb(reply.finished) if reply.HasField("finished") else computed_from_pb(reply.computed)
 
     async def grant(self, grant: Grant, timeout_s: float) -> GrantReply:
-        request = transfer_pb2.GrantRequest(
-            link_id=grant.link_id,
-            request_id=grant.request_id,
-            epoch=grant.epoch,
-            sequence=grant.sequence,
-            rank=grant.rank,
-            allocation=grant.allocation,
-            layers_begin=grant.part.layers.start,
-            layers_end=grant.part.layers.stop,
-            blocks_begin=grant.part.blocks.start,
-            blocks_end=grant.part.blocks.stop,
-            total_bytes=grant.total_bytes,
-            chunk_bytes=grant.chunk_bytes,
-            checksum=grant.checksum,
-            num_tokens=grant.num_tokens,
-        )
-        reply = await self._unary(self._stub.Grant, request, timeout_s)
-        return GrantReply(reply.sent_bytes, reply.checksum)
+        answer = await self._ask(transfer_pb2.TransferCall(grant=grant_to_pb(grant)), timeout_s)
+        return GrantReply(answer.granted.sent_bytes, answer.granted.checksum)
 
     async def acknowledge(self, request_id: str, epoch: int, timeout_s: float) -> bool:
         request = transfer_pb2.AcknowledgeRequest(request_id=request_id, epoch=epoch)
-        reply = await self._unary(self._stub.Acknowledge, request, timeout_s)
-        return bool(reply.owned)
+        answer = await self._ask(transfer_pb2.TransferCall(acknowledge=request), timeout_s)
+        return bool(answer.acknowledged.owned)
 
     async def rendezvous_set(self, link_id: str, key: str, value: bytes, timeout_s: float) -> None:
         request = transfer_pb2.RendezvousSetRequest(link_id=link_id, key=key, value=value)
@@ -177,6 +166,12 @@ class KvTransferClient:
         request = transfer_pb2.RendezvousGetRequest(link_id=link_id, key=key)
         reply = await self._unary(self._stub.RendezvousGet, request, timeout_s)
         return bytes(reply.value)
+
+    async def _ask(self, call: transfer_pb2.TransferCall, timeout_s: float) -> transfer_pb2.TransferAnswer:
+        with self._call():
+            if self._stream is None or self._stream.has_ended:
+                self._stream = CallStream(self._stub.Calls(metadata=self._metadata))
+            return await self._stream.ask(call, timeout_s)
 
     async def _unary(self, method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
         with self._call():
@@ -188,13 +183,13 @@ class KvTransferClient:
         self._calls += 1
         try:
             yield
+        except InternalError as error:  # of that worker; another one may do
+            raise TransferError(_FAILED) from error
         except grpc.aio.AioRpcError as error:
             trailing = error.trailing_metadata()
             if trailing and CODE_KEY in trailing:
                 known = error_from_rpc(error)
-                if isinstance(known, InternalError):  # of that worker; another one may do
-                    known = TransferError("the prefill worker failed; its log has the reason")
-                raise known from error
+                raise (TransferError(_FAILED) if isinstance(known, InternalError) else known) from error
             match error.code():
                 case grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise DeadlineError("the prefill worker did not answer in time") from error
@@ -228,19 +223,7 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
     async def Link(self, request: transfer_pb2.LinkRequest, context: Any) -> AsyncIterator[transfer_pb2.LinkResponse]:
         reply = await self._link(request, context)
         try:
-            yield transfer_pb2.LinkResponse(
-                link_id=reply.link_id,
-                instance_id=reply.instance_id,
-                fingerprint=reply.fingerprint,
-                transport=_TRANSPORT_TO_PB[reply.transport],
-                num_blocks=reply.num_blocks,
-                block_size=reply.block_size,
-                tp=reply.tp,
-                layers_per_stage=reply.layers_per_stage,
-                socket_name=reply.socket_name,
-                nonces=reply.nonces,
-                kv_format=reply.kv_format,
-            )
+            yield link_reply_to_pb(reply, PROTOCOL)
             await self._links.ended(reply.link_id)
         finally:
             self._links.unlink(reply.link_id)
@@ -249,61 +232,62 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         _check_names(request.instance_id, request.fingerprint, request.boot_id)
         _require(len(request.transports) <= MAX_TRANSPORTS, "too many transports are offered")
         _require(len(request.kv_format) <= MAX_NAME_LENGTH, "a name is too long")
-        known = [_TRANSPORT_FROM_PB[number] for number in request.transports if number in _TRANSPORT_FROM_PB]
+        if request.protocol != PROTOCOL:
+            raise IncompatiblePeerError(_OTHER_VERSION)
         host = HostIdentity(request.boot_id, request.uid)
-        offer = LinkOffer(request.instance_id, request.fingerprint, host, tuple(known), request.kv_format)
-        return await self._links.link(offer)
-
-    async def Pull(self, request: transfer_pb2.PullRequest, context: Any) -> transfer_pb2.PullResponse:
-        _check_names(request.request_id)
-        return _manifest_to_pb(
-            await self._holder.manifest(request.request_id, request.epoch, self._deadline_s(context))
+        transports = transports_from_pb(request.transports)
+        return await self._links.link(
+            LinkOffer(request.instance_id, request.fingerprint, host, transports, request.kv_format)
         )
 
-    async def PullComputed(
-        self, request: transfer_pb2.PullComputedRequest, context: Any
+    async def Calls(
+        self, request_iterator: AsyncIterator[transfer_pb2.TransferCall], _: Any
+    ) -> AsyncIterator[transfer_pb2.TransferAnswer]:
+        async with aclosing(answer_calls(request_iterator, self._answer)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _answer(self, call: transfer_pb2.TransferCall) -> transfer_pb2.TransferAnswer:
+        deadline_s = self._clock.now_s() + call.timeout_s
+        match call.WhichOneof("call"):
+            case "pull":
+                return transfer_pb2.TransferAnswer(pulled=await self._pull(call.pull, deadline_s))
+            case "pull_computed":
+                return transfer_pb2.TransferAnswer(computed=await self._pull_computed(call.pull_computed, deadline_s))
+            case "grant":
+                return transfer_pb2.TransferAnswer(granted=await self._grant(call.grant))
+            case "acknowledge":
+                return transfer_pb2.TransferAnswer(acknowledged=await self._acknowledge(call.acknowledge))
+            case _:
+                raise InvalidRequestError("this version of tandem does not know the call")
+
+    async def _pull(self, request: transfer_pb2.PullRequest, deadline_s: float) -> transfer_pb2.PullResponse:
+        _check_names(request.request_id)
+        return manifest_to_pb(await self._holder.manifest(request.request_id, request.epoch, deadline_s))
+
+    async def _pull_computed(
+        self, request: transfer_pb2.PullComputedRequest, deadline_s: float
     ) -> transfer_pb2.PullComputedResponse:
         _check_names(request.request_id)
-        known = _frontier_from_pb(request.known)
+        known = frontier_from_pb(request.known)
         _require(
             known.is_valid and len(known.later) < MAX_STAGES and request.min_new > 0,
             "what is known of the KV cannot be",
         )
         kv = await self._holder.computed(
-            request.request_id, request.epoch, known, request.min_new, request.has_all, self._deadline_s(context)
+            request.request_id, request.epoch, known, request.min_new, request.has_all, deadline_s
         )
         if isinstance(kv, Manifest):
-            return transfer_pb2.PullComputedResponse(finished=_manifest_to_pb(kv))
-        computed = transfer_pb2.ComputedKv(
-            request_id=kv.request_id,
-            epoch=kv.epoch,
-            block_ids=kv.block_ids,
-            block_size=kv.block_size,
-            frontier=_frontier_to_pb(kv.frontier),
-        )
-        return transfer_pb2.PullComputedResponse(computed=computed)
+            return transfer_pb2.PullComputedResponse(finished=manifest_to_pb(kv))
+        return transfer_pb2.PullComputedResponse(computed=computed_to_pb(kv))
 
-    async def Grant(self, request: transfer_pb2.GrantRequest, context: Any) -> transfer_pb2.GrantResponse:
+    async def _grant(self, request: transfer_pb2.GrantRequest) -> transfer_pb2.GrantResponse:
         _check_names(request.link_id, request.request_id)
-        grant = Grant(
-            link_id=request.link_id,
-            request_id=request.request_id,
-            epoch=request.epoch,
-            sequence=request.sequence,
-            rank=request.rank,
-            allocation=request.allocation,
-            part=TransferChunk(
-                range(request.layers_begin, request.layers_end), range(request.blocks_begin, request.blocks_end)
-            ),
-            total_bytes=request.total_bytes,
-            chunk_bytes=request.chunk_bytes,
-            checksum=request.checksum,
-            num_tokens=request.num_tokens,
-        )
-        reply = await self._links.send(grant, self._holder.readable(request.request_id, request.epoch))
+        readable = self._holder.readable(request.request_id, request.epoch)
+        reply = await self._links.send(grant_from_pb(request), readable)
         return transfer_pb2.GrantResponse(sent_bytes=reply.sent_bytes, checksum=reply.checksum)
 
-    async def Acknowledge(self, request: transfer_pb2.AcknowledgeRequest, _: Any) -> transfer_pb2.AcknowledgeResponse:
+    async def _acknowledge(self, request: transfer_pb2.AcknowledgeRequest) -> transfer_pb2.AcknowledgeResponse:
         _check_names(request.request_id)
         owned = await self._holder.acknowledge(request.request_id, request.epoch)
         return transfer_pb2.AcknowledgeResponse(owned=owned)
@@ -321,53 +305,6 @@ class KvTransferServicer(transfer_pb2_grpc.KvTransferServiceServicer):
         _check_names(request.link_id, request.key)
         value = await self._links.rendezvous_get(request.link_id, request.key, _remaining_s(context))
         return transfer_pb2.RendezvousGetResponse(value=value)
-
-    def _deadline_s(self, context: Any) -> float:
-        return self._clock.now_s() + _remaining_s(context)
-
-
-def _manifest_to_pb(manifest: Manifest) -> transfer_pb2.PullResponse:
-    return transfer_pb2.PullResponse(
-        request_id=manifest.request_id,
-        epoch=manifest.epoch,
-        num_tokens=manifest.num_tokens,
-        token_hash=manifest.token_hash,
-        block_ids=manifest.block_ids,
-        fingerprint=manifest.fingerprint,
-        block_size=manifest.block_size,
-        first_token=sampled_to_pb(manifest.first_token),
-        allocation=manifest.allocation,
-    )
-
-
-def _manifest_from_pb(reply: transfer_pb2.PullResponse) -> Manifest:
-    return Manifest(
-        request_id=reply.request_id,
-        epoch=reply.epoch,
-        num_tokens=reply.num_tokens,
-        token_hash=reply.token_hash,
-        block_ids=tuple(reply.block_ids),
-        fingerprint=reply.fingerprint,
-        block_size=reply.block_size,
-        first_token=sampled_from_pb(reply.first_token),
-        allocation=reply.allocation,
-    )
-
-
-def _frontier_to_pb(frontier: KvFrontier) -> transfer_pb2.KvFrontier:
-    return transfer_pb2.KvFrontier(
-        allocation=frontier.allocation,
-        blocks=frontier.blocks,
-        next_blocks=frontier.next_blocks,
-        layers=frontier.layers,
-        num_layers=frontier.num_layers,
-        later=[to_message(transfer_pb2.StageFrontier, stage) for stage in frontier.later],
-    )
-
-
-def _frontier_from_pb(pb: transfer_pb2.KvFrontier) -> KvFrontier:
-    later = tuple(from_message(StageFrontier, stage) for stage in pb.later)
-    return KvFrontier(pb.allocation, pb.blocks, pb.next_blocks, pb.layers, pb.num_layers, later)
 
 
 def _remaining_s(context: Any) -> float:

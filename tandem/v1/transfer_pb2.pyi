@@ -20,23 +20,25 @@ TRANSPORT_GLOO: Transport
 TRANSPORT_NCCL: Transport
 
 class LinkRequest(_message.Message):
-    __slots__ = ("instance_id", "fingerprint", "boot_id", "uid", "transports", "kv_format")
+    __slots__ = ("instance_id", "fingerprint", "boot_id", "uid", "transports", "kv_format", "protocol")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     KV_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     fingerprint: str
     boot_id: str
     uid: int
     transports: _containers.RepeatedScalarFieldContainer[Transport]
     kv_format: str
-    def __init__(self, instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., boot_id: _Optional[str] = ..., uid: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., kv_format: _Optional[str] = ...) -> None: ...
+    protocol: int
+    def __init__(self, instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., boot_id: _Optional[str] = ..., uid: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., kv_format: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class LinkResponse(_message.Message):
-    __slots__ = ("link_id", "instance_id", "fingerprint", "transport", "num_blocks", "socket_name", "nonces", "block_size", "tp", "layers_per_stage", "kv_format")
+    __slots__ = ("link_id", "instance_id", "fingerprint", "transport", "num_blocks", "socket_name", "nonces", "block_size", "tp", "layers_per_stage", "kv_format", "protocol")
     LINK_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +50,7 @@ class LinkResponse(_message.Message):
     TP_FIELD_NUMBER: _ClassVar[int]
     LAYERS_PER_STAGE_FIELD_NUMBER: _ClassVar[int]
     KV_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     link_id: str
     instance_id: str
     fingerprint: str
@@ -59,7 +62,8 @@ class LinkResponse(_message.Message):
     tp: int
     layers_per_stage: _containers.RepeatedScalarFieldContainer[int]
     kv_format: str
-    def __init__(self, link_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., num_blocks: _Optional[int] = ..., socket_name: _Optional[str] = ..., nonces: _Optional[_Iterable[bytes]] = ..., block_size: _Optional[int] = ..., tp: _Optional[int] = ..., layers_per_stage: _Optional[_Iterable[int]] = ..., kv_format: _Optional[str] = ...) -> None: ...
+    protocol: int
+    def __init__(self, link_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., num_blocks: _Optional[int] = ..., socket_name: _Optional[str] = ..., nonces: _Optional[_Iterable[bytes]] = ..., block_size: _Optional[int] = ..., tp: _Optional[int] = ..., layers_per_stage: _Optional[_Iterable[int]] = ..., kv_format: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class RendezvousSetRequest(_message.Message):
     __slots__ = ("link_id", "key", "value")
@@ -88,6 +92,54 @@ class RendezvousGetResponse(_message.Message):
     VALUE_FIELD_NUMBER: _ClassVar[int]
     value: bytes
     def __init__(self, value: _Optional[bytes] = ...) -> None: ...
+
+class TransferCall(_message.Message):
+    __slots__ = ("id", "timeout_s", "pull", "pull_computed", "grant", "acknowledge", "cancel")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
+    PULL_COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    timeout_s: float
+    pull: PullRequest
+    pull_computed: PullComputedRequest
+    grant: GrantRequest
+    acknowledge: AcknowledgeRequest
+    cancel: CancelCall
+    def __init__(self, id: _Optional[int] = ..., timeout_s: _Optional[float] = ..., pull: _Optional[_Union[PullRequest, _Mapping]] = ..., pull_computed: _Optional[_Union[PullComputedRequest, _Mapping]] = ..., grant: _Optional[_Union[GrantRequest, _Mapping]] = ..., acknowledge: _Optional[_Union[AcknowledgeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelCall, _Mapping]] = ...) -> None: ...
+
+class CancelCall(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TransferAnswer(_message.Message):
+    __slots__ = ("id", "pulled", "computed", "granted", "acknowledged", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PULLED_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    pulled: PullResponse
+    computed: PullComputedResponse
+    granted: GrantResponse
+    acknowledged: AcknowledgeResponse
+    error: CallError
+    def __init__(self, id: _Optional[int] = ..., pulled: _Optional[_Union[PullResponse, _Mapping]] = ..., computed: _Optional[_Union[PullComputedResponse, _Mapping]] = ..., granted: _Optional[_Union[GrantResponse, _Mapping]] = ..., acknowledged: _Optional[_Union[AcknowledgeResponse, _Mapping]] = ..., error: _Optional[_Union[CallError, _Mapping]] = ...) -> None: ...
+
+class CallError(_message.Message):
+    __slots__ = ("code", "message", "param")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PARAM_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    param: str
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("request_id", "epoch")

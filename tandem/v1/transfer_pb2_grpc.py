@@ -51,25 +51,10 @@ class KvTransferServiceStub:
                 request_serializer=tandem_dot_v1_dot_transfer__pb2.RendezvousGetRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_transfer__pb2.RendezvousGetResponse.FromString,
                 _registered_method=True)
-        self.Pull = channel.unary_unary(
-                '/tandem.v1.KvTransferService/Pull',
-                request_serializer=tandem_dot_v1_dot_transfer__pb2.PullRequest.SerializeToString,
-                response_deserializer=tandem_dot_v1_dot_transfer__pb2.PullResponse.FromString,
-                _registered_method=True)
-        self.PullComputed = channel.unary_unary(
-                '/tandem.v1.KvTransferService/PullComputed',
-                request_serializer=tandem_dot_v1_dot_transfer__pb2.PullComputedRequest.SerializeToString,
-                response_deserializer=tandem_dot_v1_dot_transfer__pb2.PullComputedResponse.FromString,
-                _registered_method=True)
-        self.Grant = channel.unary_unary(
-                '/tandem.v1.KvTransferService/Grant',
-                request_serializer=tandem_dot_v1_dot_transfer__pb2.GrantRequest.SerializeToString,
-                response_deserializer=tandem_dot_v1_dot_transfer__pb2.GrantResponse.FromString,
-                _registered_method=True)
-        self.Acknowledge = channel.unary_unary(
-                '/tandem.v1.KvTransferService/Acknowledge',
-                request_serializer=tandem_dot_v1_dot_transfer__pb2.AcknowledgeRequest.SerializeToString,
-                response_deserializer=tandem_dot_v1_dot_transfer__pb2.AcknowledgeResponse.FromString,
+        self.Calls = channel.stream_stream(
+                '/tandem.v1.KvTransferService/Calls',
+                request_serializer=tandem_dot_v1_dot_transfer__pb2.TransferCall.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_transfer__pb2.TransferAnswer.FromString,
                 _registered_method=True)
 
 
@@ -97,29 +82,10 @@ class KvTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Pull(self, request, context):
-        """Returns when the attempt's prefill is finished; the call's deadline bounds the wait.
+    def Calls(self, request_iterator, context):
+        """The calls of one reader, while it reads from this instance. A gRPC call for each of them would take twice as long,
+        and readers wait for them. Answers come when they are known, so not in the order of the calls.
         """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def PullComputed(self, request, context):
-        """Returns when more KV is computed than the caller knows of, or when the attempt's prefill is finished.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Grant(self, request, context):
-        """Returns when the granted bytes were sent. If one side dies, the call ends on the other side.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Acknowledge(self, request, context):
-        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -142,25 +108,10 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     request_deserializer=tandem_dot_v1_dot_transfer__pb2.RendezvousGetRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_transfer__pb2.RendezvousGetResponse.SerializeToString,
             ),
-            'Pull': grpc.unary_unary_rpc_method_handler(
-                    servicer.Pull,
-                    request_deserializer=tandem_dot_v1_dot_transfer__pb2.PullRequest.FromString,
-                    response_serializer=tandem_dot_v1_dot_transfer__pb2.PullResponse.SerializeToString,
-            ),
-            'PullComputed': grpc.unary_unary_rpc_method_handler(
-                    servicer.PullComputed,
-                    request_deserializer=tandem_dot_v1_dot_transfer__pb2.PullComputedRequest.FromString,
-                    response_serializer=tandem_dot_v1_dot_transfer__pb2.PullComputedResponse.SerializeToString,
-            ),
-            'Grant': grpc.unary_unary_rpc_method_handler(
-                    servicer.Grant,
-                    request_deserializer=tandem_dot_v1_dot_transfer__pb2.GrantRequest.FromString,
-                    response_serializer=tandem_dot_v1_dot_transfer__pb2.GrantResponse.SerializeToString,
-            ),
-            'Acknowledge': grpc.unary_unary_rpc_method_handler(
-                    servicer.Acknowledge,
-                    request_deserializer=tandem_dot_v1_dot_transfer__pb2.AcknowledgeRequest.FromString,
-                    response_serializer=tandem_dot_v1_dot_transfer__pb2.AcknowledgeResponse.SerializeToString,
+            'Calls': grpc.stream_stream_rpc_method_handler(
+                    servicer.Calls,
+                    request_deserializer=tandem_dot_v1_dot_transfer__pb2.TransferCall.FromString,
+                    response_serializer=tandem_dot_v1_dot_transfer__pb2.TransferAnswer.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -257,7 +208,7 @@ class KvTransferService:
             _registered_method=True)
 
     @staticmethod
-    def Pull(request,
+    def Calls(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -267,93 +218,12 @@ class KvTransferService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/tandem.v1.KvTransferService/Pull',
-            tandem_dot_v1_dot_transfer__pb2.PullRequest.SerializeToString,
-            tandem_dot_v1_dot_transfer__pb2.PullResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def PullComputed(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/tandem.v1.KvTransferService/PullComputed',
-            tandem_dot_v1_dot_transfer__pb2.PullComputedRequest.SerializeToString,
-            tandem_dot_v1_dot_transfer__pb2.PullComputedResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Grant(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/tandem.v1.KvTransferService/Grant',
-            tandem_dot_v1_dot_transfer__pb2.GrantRequest.SerializeToString,
-            tandem_dot_v1_dot_transfer__pb2.GrantResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Acknowledge(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/tandem.v1.KvTransferService/Acknowledge',
-            tandem_dot_v1_dot_transfer__pb2.AcknowledgeRequest.SerializeToString,
-            tandem_dot_v1_dot_transfer__pb2.AcknowledgeResponse.FromString,
+            '/tandem.v1.KvTransferService/Calls',
+            tandem_dot_v1_dot_transfer__pb2.TransferCall.SerializeToString,
+            tandem_dot_v1_dot_transfer__pb2.TransferAnswer.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,7 @@ from tandem.v1 import transfer_pb2, worker_pb2, worker_pb2_grpc
 from tandem.wire.channels import open_channel
 from tandem.wire.fleet import FleetServicer
 from tandem.wire.server import bind, build_server
+from tandem.wire.transfer import PROTOCOL
 from tandem.worker.app import Worker
 from tests.fuzz.calls import call
 from tests.fuzz.messages import damaged
@@ -29,6 +30,7 @@ from tests.fuzz.volume import tries, volumes
 MODEL = Path(__file__).parents[2] / "models" / "tiny-python"
 SESSION = "/tandem.v1.InstanceService/Session"
 LINK = "/tandem.v1.KvTransferService/Link"
+CALLS = "/tandem.v1.KvTransferService/Calls"
 
 
 def _submit(**changes: object) -> worker_pb2.SessionRequest:
@@ -53,20 +55,25 @@ COMMANDS = (
     worker_pb2.SessionRequest(cancel=worker_pb2.CancelCommand(handle=1)),
     worker_pb2.SessionRequest(renew_lease=worker_pb2.RenewLeaseCommand(handle=1)),
 )
+_FRONTIER = transfer_pb2.KvFrontier(allocation=1, blocks=1, next_blocks=2)
+_GRANT = transfer_pb2.GrantRequest(
+    link_id="l", request_id="r", epoch=1, layers_end=2, blocks_end=1, total_bytes=64, chunk_bytes=64
+)
+TRANSFER_CALLS = (
+    transfer_pb2.TransferCall(id=1, timeout_s=0.02, pull=transfer_pb2.PullRequest(request_id="r", epoch=1)),
+    transfer_pb2.TransferCall(
+        id=2,
+        timeout_s=0.02,
+        pull_computed=transfer_pb2.PullComputedRequest(request_id="r", epoch=1, known=_FRONTIER, min_new=1),
+    ),
+    transfer_pb2.TransferCall(id=3, timeout_s=0.02, grant=_GRANT),
+    transfer_pb2.TransferCall(
+        id=4, timeout_s=0.02, acknowledge=transfer_pb2.AcknowledgeRequest(request_id="r", epoch=1)
+    ),
+    transfer_pb2.TransferCall(id=1, cancel=transfer_pb2.CancelCall()),
+)
 OTHERS = {
     "/tandem.v1.InstanceService/Configure": (worker_pb2.ConfigureRequest(role=3, max_batch=4, max_batch_tokens=64),),
-    "/tandem.v1.KvTransferService/Pull": (transfer_pb2.PullRequest(request_id="r", epoch=1),),
-    "/tandem.v1.KvTransferService/Grant": (
-        transfer_pb2.GrantRequest(
-            link_id="l", request_id="r", epoch=1, layers_end=2, blocks_end=1, total_bytes=64, chunk_bytes=64
-        ),
-    ),
-    "/tandem.v1.KvTransferService/PullComputed": (
-        transfer_pb2.PullComputedRequest(
-            request_id="r", epoch=1, known=transfer_pb2.KvFrontier(allocation=1, blocks=1, next_blocks=2), min_new=1
-        ),
-    ),
-    "/tandem.v1.KvTransferService/Acknowledge": (transfer_pb2.AcknowledgeRequest(request_id="r", epoch=1),),
     "/tandem.v1.KvTransferService/RendezvousSet": (
         transfer_pb2.RendezvousSetRequest(link_id="l", key="0/1", value=b"x"),
     ),
@@ -160,17 +167,22 @@ def worker() -> Iterator[RunningWorker]:
 def test_a_worker(count: int, worker: RunningWorker, caplog: pytest.LogCaptureFixture) -> None:
     channel = worker.start()
     offer = transfer_pb2.LinkRequest(
-        instance_id="decode-9", fingerprint=worker.fingerprint(), boot_id="b", uid=1, transports=[1, 2]
+        instance_id="decode-9",
+        fingerprint=worker.fingerprint(),
+        boot_id="b",
+        uid=1,
+        transports=[1, 2],
+        protocol=PROTOCOL,
     )
-    messages = {SESSION: COMMANDS, LINK: (offer,), **OTHERS}
+    messages = {SESSION: COMMANDS, LINK: (offer,), CALLS: TRANSFER_CALLS, **OTHERS}
     answers: Counter[tuple[str, StatusCode]] = Counter()
 
     def inputs(method: str) -> st.SearchStrategy[tuple[str, list[bytes]]]:
         one = damaged(*messages[method])
-        return st.tuples(st.just(method), st.lists(one, min_size=1, max_size=3 if method == SESSION else 1))
+        return st.tuples(st.just(method), st.lists(one, min_size=1, max_size=3 if method in (SESSION, CALLS) else 1))
 
     @tries(count)
-    @given(st.sampled_from([*[SESSION] * 4, LINK, *OTHERS]).flatmap(inputs), st.integers(0, 9))
+    @given(st.sampled_from([*[SESSION] * 4, LINK, *[CALLS] * 3, *OTHERS]).flatmap(inputs), st.integers(0, 9))
     def check(given: tuple[str, list[bytes]], number: int) -> None:
         method, requests = given
         token = TOKEN if number else None
@@ -182,6 +194,7 @@ def test_a_worker(count: int, worker: RunningWorker, caplog: pytest.LogCaptureFi
     check()
     assert answers[SESSION, StatusCode.INVALID_ARGUMENT] > count // 50
     assert answers[SESSION, StatusCode.CANCELLED] > count // 50
+    assert answers[CALLS, StatusCode.OK] > count // 50
     assert worker.blocks_of_requests() == 0
     good = [COMMANDS[0].SerializeToString()]
     assert worker.run(call(channel, SESSION, good, TOKEN, hold_s=0.5, num_responses=2)) is StatusCode.CANCELLED

@@ -3,14 +3,21 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
 import pytest
 
 from tandem.core.clock import SystemClock
-from tandem.core.errors import DeadlineError, InvalidRequestError, StaleEpochError, TransferError, UnavailableError
+from tandem.core.errors import (
+    DeadlineError,
+    IncompatiblePeerError,
+    InvalidRequestError,
+    StaleEpochError,
+    TransferError,
+    UnavailableError,
+)
 from tandem.core.kv_frontier import KvFrontier, StageFrontier, TransferChunk
 from tandem.core.request import SampledToken, TokenLogprob
 from tandem.core.transfer import (
@@ -28,6 +35,7 @@ from tandem.v1 import transfer_pb2, transfer_pb2_grpc
 from tandem.wire.channels import open_channel
 from tandem.wire.server import bind, build_server
 from tandem.wire.transfer import KvTransferClient, KvTransferServicer
+from tandem.wire.transfer_calls import MAX_CALLS
 
 OFFER = LinkOffer(
     "decode-0", "f" * 32, HostIdentity("boot", 1000), (Transport.NCCL, Transport.SHARED_MEMORY, Transport.GLOO)
@@ -188,7 +196,7 @@ async def test_a_peer_that_is_gone_is_told_from_an_answer() -> None:
     await channel.close()
 
 
-async def test_a_call_without_deadline_or_names_is_refused() -> None:
+async def test_a_call_without_time_or_names_is_refused() -> None:
     async with connected() as (side, client, channel):
         with pytest.raises(InvalidRequestError):
             await client.pull("", 2, 5.0)
@@ -196,9 +204,14 @@ async def test_a_call_without_deadline_or_names_is_refused() -> None:
             await client.pull("x" * 1000, 2, 5.0)
         with pytest.raises(InvalidRequestError):
             await client.rendezvous_set("", "key", b"", 5.0)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await transfer_pb2_grpc.KvTransferServiceStub(channel).Pull(transfer_pb2.PullRequest(request_id="r"))
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        stream = transfer_pb2_grpc.KvTransferServiceStub(channel).Calls()
+        for timeout_s in (0.0, -1.0, float("inf"), float("nan")):
+            pull = transfer_pb2.PullRequest(request_id="r")
+            await stream.write(transfer_pb2.TransferCall(id=1, timeout_s=timeout_s, pull=pull))
+            answer = await stream.read()
+            assert (answer.id, answer.error.code) == (1, InvalidRequestError.code)
+        await stream.write(transfer_pb2.TransferCall(id=2, timeout_s=1.0))
+        assert (await stream.read()).error.code == InvalidRequestError.code
         assert side.asked == []
 
 
@@ -305,3 +318,87 @@ async def test_the_end_of_a_link_is_told_once() -> None:
                 await asyncio.sleep(0.001)
         assert told == ["by the other side", "at once", "by us"]
         assert not client.is_gone
+
+
+async def test_calls_do_not_wait_for_each_other() -> None:
+    async with connected() as (side, client, _):
+        finished = {f"r{i}": asyncio.Event() for i in range(20)}
+
+        async def manifest(request_id: str, epoch: int, deadline_s: float) -> Manifest:
+            await finished[request_id].wait()
+            return replace(MANIFEST, request_id=request_id)
+
+        side.manifest = manifest  # type: ignore[method-assign]
+        pulls = {name: asyncio.create_task(client.pull(name, 2, 60.0)) for name in finished}
+        assert await client.acknowledge("r", 2, 5.0)
+        for name in reversed(finished):
+            finished[name].set()
+            assert (await pulls[name]).request_id == name
+        assert not client.in_use
+
+
+async def test_a_caller_that_gives_up_frees_the_other_side() -> None:
+    async with connected() as (side, client, _):
+        given_up = asyncio.Event()
+
+        async def forever(*_: object) -> Any:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                given_up.set()
+
+        side.manifest = forever  # type: ignore[method-assign]
+        pulling = asyncio.create_task(client.pull("r", 2, 60.0))
+        await asyncio.sleep(0.1)
+        pulling.cancel()
+        async with asyncio.timeout(5.0):
+            await given_up.wait()
+        given_up.clear()
+        with pytest.raises(DeadlineError):
+            await client.pull("r", 2, 0.1)
+        async with asyncio.timeout(5.0):
+            await given_up.wait()
+        assert await client.acknowledge("r", 2, 5.0), "the stream goes on"
+
+
+async def test_another_version_is_refused_on_both_sides() -> None:
+    async with connected() as (side, _, channel):
+        link = transfer_pb2_grpc.KvTransferServiceStub(channel).Link
+        older = transfer_pb2.LinkRequest(instance_id="decode-0", fingerprint="f", boot_id="b", transports=[1])
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await link(older).read()
+        assert dict(caught.value.trailing_metadata() or ())["tandem-code"] == IncompatiblePeerError.code
+        assert side.asked == []
+
+    class Older(transfer_pb2_grpc.KvTransferServiceServicer):
+        async def Link(self, request: transfer_pb2.LinkRequest, context: Any) -> AsyncIterator[Any]:
+            yield transfer_pb2.LinkResponse(link_id="l", instance_id="prefill-0", transport=1)
+
+    server, _ = build_server()
+    transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(Older(), server)
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    async with open_channel(address) as channel:
+        with pytest.raises(IncompatiblePeerError, match="versions of tandem"):
+            await KvTransferClient(channel, "prefill-0").link(OFFER, 5.0)
+    await server.stop(None)
+
+
+async def test_a_stream_has_bounds() -> None:
+    async with connected() as (side, _, channel):
+
+        async def forever(*_: object) -> Any:
+            await asyncio.Event().wait()
+
+        side.manifest = forever  # type: ignore[method-assign]
+
+        def pull(number: int) -> transfer_pb2.TransferCall:
+            request = transfer_pb2.PullRequest(request_id="r", epoch=1)
+            return transfer_pb2.TransferCall(id=number, timeout_s=60.0, pull=request)
+
+        calls = transfer_pb2_grpc.KvTransferServiceStub(channel).Calls
+        for numbers, status in (((1, 1), "INVALID_ARGUMENT"), (range(MAX_CALLS + 1), "RESOURCE_EXHAUSTED")):
+            stream = calls(pull(number) for number in numbers)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stream.read()
+            assert caught.value.code().name == status
