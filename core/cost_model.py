@@ -5,8 +5,9 @@ models. The classes that implement `CostModel` take their numbers from a rooflin
 coefficients.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +108,34 @@ class CostModel(Protocol):
         per_kv_token_s. Equal to `step` of the same load. Decode cost is affine in the KV tokens, so the time of many
         equal steps has a closed form."""
         ...
+
+
+@runtime_checkable
+class StagedCost(CostModel, Protocol):
+    """Of an instance of several pipeline stages, each of which computes another step at a time.
+
+    For it `step` of a load with decoding sequences is a round, after which each of them has one token more. A round
+    consists of one or more steps, and `one_step` has their costs."""
+
+    @property
+    def num_stages(self) -> int: ...
+
+    def one_step(self, load: StepLoad) -> StepCost:
+        """Of a step of just this load. `total_s` is the time through all stages, `interval_s` that until the step after
+        it ends, or could begin, if it is alike; the latter is at least a `num_stages`-th of the former."""
+        ...
+
+
+def staged(cost: CostModel) -> StagedCost | None:
+    """The same cost model, if it is of several stages."""
+    return cost if isinstance(cost, StagedCost) and cost.num_stages > 1 else None
+
+
+def following_s(steps: Iterable[StepCost]) -> float:
+    """From the beginning of the first of these steps to the end of the last. Each begins when the one before has left
+    the first stage, and takes its place in the last one."""
+    free_s = ended_s = 0.0
+    for step in steps:
+        ended_s = max(free_s + step.total_s, ended_s + step.interval_s)
+        free_s += step.interval_s
+    return ended_s

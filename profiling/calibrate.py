@@ -20,13 +20,20 @@ from tandem.profiling.engine_profile import EngineProfiler, open_profiler, profi
 from tandem.profiling.kv_transfer_profile import measure_transfers
 from tandem.profiling.serving_fit import with_serving
 from tandem.profiling.serving_profile import measure_serving
-from tandem.profiling.shape_profile import OneRank, measure_shape, measure_shape_serving, settings_of
+from tandem.profiling.shape_profile import (
+    FOLLOWING_SHARE,
+    OneRank,
+    measure_shape,
+    measure_shape_serving,
+    settings_of,
+)
 from tandem.scheduling.budget import PREFILL_BATCH_TOKENS
 
 ReportProgress = Callable[[float, str], None]
 """(share of the measurement that is done, what is being measured)."""
 
 _SHAPE_SHARE = 1 / 3  # of the time that one rank gets, for each shape of several
+_STAGES_SHARE = _SHAPE_SHARE / (1 - FOLLOWING_SHARE)  # with several stages, whose steps also follow each other
 _EXCHANGES_S = 10.0  # of all sums, messages and transfers, approximately
 
 _SMALL_SHAPES = (ParallelShape(tp=2), ParallelShape(pp=2))
@@ -42,14 +49,16 @@ def calibrate(
     shapes: Sequence[ParallelShape] = (),
     progress: ReportProgress = lambda share, doing: None,
 ) -> Calibration:
-    """Takes `engine_s` + `serving_s`, for each of `shapes` a third of that more, and the time of loading. With
-    `serving_s` 0 no cluster is started.
+    """Takes `engine_s` + `serving_s`, for each of `shapes` a third of that more (half of `engine_s` with several
+    stages), and the time of loading. With `serving_s` 0 no cluster is started.
 
     `engine`: settings of one instance of one rank; its `threads` must be more than 0. `shapes` have several ranks.
     Raises CheckpointError, ConfigError, MeasurementError or RankLostError.
     """
     assert engine.threads > 0, "a calibration belongs to a number of threads"
-    total_s = (engine_s + serving_s) * (1 + _SHAPE_SHARE * len(shapes)) + (_EXCHANGES_S if shapes else 0.0)
+    of_shapes_s = [engine_s * (_STAGES_SHARE if shape.pp > 1 else _SHAPE_SHARE) for shape in shapes]
+    total_s = engine_s + sum(of_shapes_s) + serving_s * (1 + _SHAPE_SHARE * len(shapes))
+    total_s += _EXCHANGES_S if shapes else 0.0
     parts = _Parts(progress, total_s)
     with open_profiler(model, engine) as profiler:
         layouts, max_model_len = [profiler.engine.layout], profiler.engine.capacity().max_model_len
@@ -57,11 +66,9 @@ def calibrate(
         report = parts.begin(engine_s, "engine steps")
         calibration = _one_rank(model, engine, today, profiler, profiler.measure(cells, engine_s, report))
         one_rank, measured = OneRank(profiler, CalibratedCost(calibration.terms), cells), []
-        for shape in shapes:
-            report = parts.begin(_SHAPE_SHARE * engine_s, f"engine steps of {shape}")
-            of_shape, layout = measure_shape(
-                model, settings_of(engine, shape), cells, _SHAPE_SHARE * engine_s, one_rank, report
-            )
+        for shape, shape_s in zip(shapes, of_shapes_s, strict=True):
+            report = parts.begin(shape_s, f"engine steps of {shape}")
+            of_shape, layout = measure_shape(model, settings_of(engine, shape), cells, shape_s, one_rank, report)
             measured.append(of_shape)
             layouts.append(layout)
         calibration = calibration.model_copy(update={"shapes": tuple(measured)})

@@ -1,9 +1,11 @@
 """Measures the engine's steps over a grid of loads, with the loader, KV pool and threads of a worker."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -116,6 +118,18 @@ def _mixed_cells() -> Iterator[ProfileCell]:
         )
 
 
+def following_cells(cells: Sequence[ProfileCell]) -> list[ProfileCell]:
+    """Of a grid, what is measured of steps that follow each other: half of the sizes, and what is held out. Each step
+    draws a token, since later stages of one that draws none are still at work when it is collected."""
+    return [
+        cell
+        for cell in cells
+        if all(sequence.is_sampled for sequence in cell.sequences)
+        and not (cell.prompts and cell.decodes)
+        and (cell.held_out or cell.load.tokens.bit_count() == 1)
+    ]
+
+
 @contextmanager
 def open_profiler(model: Path, section: EngineSection) -> Iterator["EngineProfiler"]:
     """Loads an instance's engine, with all its ranks, as a worker does. Raises CheckpointError, ConfigError or
@@ -152,25 +166,45 @@ class EngineProfiler:
     def measure(
         self, cells: Sequence[ProfileCell], budget_s: float, progress: Callable[[float], None] = lambda share: None
     ) -> list[Measurement]:
-        """Each cell at least once, then in turns, so that a short disturbance of the machine spoils no median. Large
+        """Times of steps that are computed one at a time.
+
+        Each cell at least once, then in turns, so that a short disturbance of the machine spoils no median. Large
         cells get three rounds; otherwise every cell gets the same share of `budget_s`.
 
         `cells` ascend in size. Cells that the pool cannot hold, or that would take too long, are left out. `progress`
         gets the share of the budget that is used.
         """
+        return self._measure(cells, budget_s, progress, self._times, 1)
+
+    def measure_following(
+        self, cells: Sequence[ProfileCell], budget_s: float, progress: Callable[[float], None] = lambda share: None
+    ) -> list[Measurement]:
+        """As `measure`, with a step in each pipeline stage: the times from the end of a step to the end of the next
+        one, of other sequences. Every cell draws a token."""
+        return self._measure(cells, budget_s, progress, self._following_times, self._engine.num_stages)
+
+    def _measure(
+        self,
+        cells: Sequence[ProfileCell],
+        budget_s: float,
+        progress: Callable[[float], None],
+        times_of: Callable[[ProfileCell], list[float]],
+        copies: int,
+    ) -> list[Measurement]:
+        """`copies` of a cell are in the pool at once."""
         layout = self._engine.layout
-        cells = [cell for cell in cells if cell.blocks(layout.block_size) <= layout.num_blocks]
+        cells = [cell for cell in cells if copies * cell.blocks(layout.block_size) <= layout.num_blocks]
         began_s = time.perf_counter()
         seconds: dict[int, list[float]] = {}
         for index, cell in enumerate(cells):
             if index and seconds[index - 1][0] * cell.load.tokens / cells[index - 1].load.tokens > _MAX_CELL_S:
                 break  # all following cells are at least as large
-            seconds[index] = self._times(cell)
+            seconds[index] = times_of(cell)
             progress(min(1.0, (time.perf_counter() - began_s) / budget_s))
         while (used_s := time.perf_counter() - began_s) < budget_s:
             # The cell with the least time so far; cells with too few rounds first.
             index = min(seconds, key=lambda index: (len(seconds[index]) >= _MIN_ROUNDS, sum(seconds[index])))
-            seconds[index] += self._times(cells[index])
+            seconds[index] += times_of(cells[index])
             progress(min(1.0, used_s / budget_s))
         progress(1.0)
         return [
@@ -192,8 +226,32 @@ class EngineProfiler:
         return times[1:] or times
 
     def _time(self, cell: ProfileCell) -> float:
-        """A step of new random tokens; every sequence has its own blocks."""
-        slices, block = [], 0
+        slices = self._slices(cell)
+        began_s = time.perf_counter()
+        self._engine.step(slices)
+        self._engine.settle()  # without a drawn token, later stages still compute
+        return time.perf_counter() - began_s
+
+    def _following_times(self, cell: ProfileCell) -> list[float]:
+        """Of consecutive steps with another one in each of the other stages. The first one does not count."""
+        engine, count = self._engine, cell.blocks(self._engine.layout.block_size)
+        steps = cycle([self._slices(cell, index * count) for index in range(engine.num_stages)])
+        under_way = deque(engine.launch(next(steps)) for _ in range(engine.num_stages))
+        times: list[float] = []
+        engine.collect(under_way.popleft())
+        ended_s = time.perf_counter()
+        while sum(times) < _BURST_S or len(times) < 2:
+            under_way.append(engine.launch(next(steps)))
+            engine.collect(under_way.popleft())
+            before_s, ended_s = ended_s, time.perf_counter()
+            times.append(ended_s - before_s)
+        while under_way:
+            engine.collect(under_way.popleft())
+        return times[1:]
+
+    def _slices(self, cell: ProfileCell, block: int = 0) -> list[SequenceSlice]:
+        """A step of new random tokens; every sequence has blocks of its own, from `block` on."""
+        slices = []
         for sequence in cell.sequences:
             end = sequence.start + sequence.num_tokens
             count = -(-end // self._engine.layout.block_size)
@@ -201,7 +259,4 @@ class EngineProfiler:
             sample = SampleRequest(_GREEDY, end, (), sequence.start) if sequence.is_sampled else None
             slices.append(SequenceSlice(tokens, sequence.start, range(block, block + count), sample))
             block += count
-        began_s = time.perf_counter()
-        self._engine.step(slices)
-        self._engine.settle()  # without a drawn token, later stages still compute
-        return time.perf_counter() - began_s
+        return slices

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-from tandem.core.cost_model import StepLoad
+from tandem.core.cost_model import StepLoad, attention_pairs, following_s
 from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.serving import PathCosts, ServedStep, ServingCosts
 from tandem.placement.costs.step_fit import CalibratedCost
@@ -21,6 +21,7 @@ from tandem.profiling.serving_samples import (
     ServingSamples,
     prefill_steps_of,
 )
+from tandem.scheduling.budget import COLOCATED_BATCH_TOKENS
 
 _MAX_BYTES_PER_S = 1e12  # where no time per token can be seen
 _OUTLIER = 0.5  # relative error. Steps vary by 10 %; other load on the machine doubles their time
@@ -61,13 +62,32 @@ def fit_serving(cost: CalibratedCost, samples: ServingSamples) -> ServingCosts:
 
 
 def fit_alone(cost: CalibratedCost, samples: ColocatedSamples) -> tuple[ServedStep, ServedStep]:
-    """(prefill, decode) of an instance that has the machine for itself. `cost`: of the engine alone."""
+    """(prefill, decode) of a colocated instance that has the machine for itself. `cost`: of the engine alone."""
     prompts = [
-        StepTime(_prefill_s(cost, step), step.duration_s, contended=0.0) for step in prefill_steps_of(samples.prompted)
+        StepTime(colocated_prompt_s(cost, sum(step.lengths)), step.duration_s, contended=0.0)
+        for step in prefill_steps_of(samples.prompted)
     ]
     steps = [step for period in samples.decoding for step in decode_step_times(cost, period)]
     alone_steps = [replace(step, contended=0.0) for step in steps]  # its own prompts are among those admitted
     return fit_prefill(prompts)[0], fit_decode(alone_steps)[0]
+
+
+def colocated_prompt_s(cost: CalibratedCost, num_tokens: int) -> float:
+    """Seconds of a prompt alone on a colocated instance. Pipeline stages share the budget of a step, so chunks of a
+    prompt follow each other."""
+    of_step = -(-COLOCATED_BATCH_TOKENS // cost.num_stages)
+    chunks = ((start, min(of_step, num_tokens - start)) for start in range(0, num_tokens, of_step))
+    loads = (
+        StepLoad(
+            prefill_tokens=count,
+            prefill_sequences=1,
+            prefill_pairs=attention_pairs(start, count),
+            prefill_kv_tokens=start + count,
+            sampled=int(start + count == num_tokens),
+        )
+        for start, count in chunks
+    )
+    return following_s(cost.one_step(load) for load in loads)
 
 
 def fit_router(requests: Sequence[RequestSample]) -> tuple[float, float, float]:

@@ -10,11 +10,17 @@ from tandem.core.instance_section import EngineSection
 from tandem.core.kv_layout import KvLayout
 from tandem.core.parallel import ParallelShape
 from tandem.engine.engine import Engine
-from tandem.placement.costs.calibration import ShapeCalibration
+from tandem.placement.costs.calibration import FollowingSteps, ShapeCalibration
 from tandem.placement.costs.rank_messages import StepMessages
 from tandem.placement.costs.serving import ServingCosts
-from tandem.placement.costs.step_fit import CalibratedCost, fit_error, fit_terms
-from tandem.profiling.engine_profile import CellSequence, EngineProfiler, ProfileCell, open_profiler
+from tandem.placement.costs.step_fit import CalibratedCost, Measurement, fit_error, fit_terms
+from tandem.profiling.engine_profile import (
+    CellSequence,
+    EngineProfiler,
+    ProfileCell,
+    following_cells,
+    open_profiler,
+)
 from tandem.profiling.serving_fit import fit_alone
 from tandem.profiling.serving_profile import measure_colocated
 
@@ -22,6 +28,9 @@ _FLOAT32_BYTES = 4
 _REFERENCE_PROMPTS = tuple(ProfileCell(prompts=(CellSequence(size),)) for size in (32, 128, 512))
 _REFERENCE_DECODES = tuple(ProfileCell(decodes=(CellSequence(1, 256),) * batch) for batch in (1, 4, 16))
 _REFERENCE_S = 1.0
+
+FOLLOWING_SHARE = 1 / 3
+"""Of the time for a shape of several pipeline stages, for steps that follow each other."""
 
 
 class OneRank:
@@ -59,17 +68,23 @@ def measure_shape(
 ) -> tuple[ShapeCalibration, KvLayout]:
     """The steps of an instance with the settings `engine`, all of whose ranks run on this machine, and its layout.
 
-    `threads` of the settings are those of all ranks together. `one_rank` computes before and after. Raises
-    CheckpointError, ConfigError, MeasurementError or RankLostError.
+    `threads` of the settings are those of all ranks together. `one_rank` computes before and after. With several stages
+    a third of `budget_s` is for steps that follow each other. Raises CheckpointError, ConfigError, MeasurementError or
+    RankLostError.
     """
+    alone_s = (1 - FOLLOWING_SHARE) * budget_s if engine.pp > 1 else budget_s
     with open_profiler(model, engine) as profiler:
         before = one_rank.slowdown()
-        measured = profiler.measure(cells, budget_s, progress)
+        measured = profiler.measure(cells, alone_s, lambda share: progress(share * alone_s / budget_s))
+        measured_following: list[Measurement] = []
+        if engine.pp > 1:
+            measured_following = profiler.measure_following(
+                following_cells(cells),
+                budget_s - alone_s,
+                lambda share: progress((alone_s + share * (budget_s - alone_s)) / budget_s),
+            )
         slowdown = [math.sqrt(first * second) for first, second in zip(before, one_rank.slowdown(), strict=True)]
-        measurements = [
-            one.model_copy(update={"seconds": one.seconds / slowdown[0 if one.prefill_tokens else 1]})
-            for one in measured
-        ]
+        measurements = _at_speed(slowdown, measured)
         terms = fit_terms(measurements)
         layout = profiler.engine.layout
         pool_bytes = (layout.pool_of(rank).block_bytes for rank in range(layout.num_ranks))
@@ -80,9 +95,22 @@ def measure_shape(
             messages=step_messages(profiler.engine, engine.shape),
             terms=terms,
             error=fit_error(terms, measurements),
+            following=_following(_at_speed(slowdown, measured_following)) if measured_following else None,
             measurements=tuple(measurements),
         )
     return calibration, layout
+
+
+def _at_speed(slowdown: Sequence[float], measured: Sequence[Measurement]) -> list[Measurement]:
+    """What they would have been on a machine that is not slower, by (prompts, decode)."""
+    return [
+        one.model_copy(update={"seconds": one.seconds / slowdown[0 if one.prefill_tokens else 1]}) for one in measured
+    ]
+
+
+def _following(measurements: Sequence[Measurement]) -> FollowingSteps:
+    terms = fit_terms(measurements)
+    return FollowingSteps(terms=terms, error=fit_error(terms, measurements), measurements=tuple(measurements))
 
 
 def step_messages(engine: Engine, shape: ParallelShape) -> StepMessages:

@@ -25,6 +25,9 @@ class FastForwardScheduler(Scheduler):
 
     Meanwhile the sequences' own numbers lag behind, until `get`, `next_batch` or `block_tables` is asked. Which block
     is whose may differ from single steps, and every token drawn is 0.
+
+    With several pipeline stages only `fast_forward` may be asked, while no step is under way: it knows the steps of
+    sequences that stay together.
     """
 
     __slots__ = ("_batch", "_growth")
@@ -36,8 +39,9 @@ class FastForwardScheduler(Scheduler):
         prefix_index: PrefixIndex,
         max_model_len: int,
         predictor: StepPredictor | None = None,
+        num_stages: int = 1,
     ) -> None:
-        super().__init__(budget, pool, prefix_index, max_model_len, predictor)
+        super().__init__(budget, pool, prefix_index, max_model_len, predictor, num_stages)
         self._batch: EvenBatch | None = None  # holds all of _decoding while it is there
         self._growth: list[int] = []  # blocks that the next step beside a prompt takes
 
@@ -49,6 +53,8 @@ class FastForwardScheduler(Scheduler):
         """
         num_decoding, max_batch = len(self._decoding), self.budget.max_batch
         if self._prompts or not 0 < num_decoding <= max_batch:
+            return None
+        if self._num_stages > 1 and num_decoding > self._least_group:
             return None
         if self._line and num_decoding < min(max_batch, self.budget.max_batch_tokens) and not self._first_is_blocked:
             return None

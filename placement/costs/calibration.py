@@ -20,9 +20,19 @@ from tandem.placement.simulator.deployment import NetworkSpec, RouterSpec
 _ONE_RANK = ParallelShape(1, 1)
 
 
+class FollowingSteps(FrozenModel):
+    """Steps of an instance of several pipeline stages that follow each other, one in each stage: chunks of prompts, or
+    groups of decoding sequences. The seconds of a step are those from the end of the one before to its own end."""
+
+    terms: Terms
+    error: FitError
+    measurements: tuple[Measurement, ...] = ()
+
+
 class ShapeCalibration(FrozenModel):
     """Of an instance of several ranks, whose steps were measured as those of one rank are: with all ranks running, on
-    cores and memory that they share. `threads` of the calibration is each rank's."""
+    cores and memory that they share. `threads` of the calibration is each rank's. `terms`, `error` and `measurements`
+    are of steps that are computed one at a time."""
 
     tp: int = Field(default=1, ge=1)
     pp: int = Field(default=1, ge=1)
@@ -30,6 +40,9 @@ class ShapeCalibration(FrozenModel):
     messages: StepMessages = StepMessages()
     terms: Terms
     error: FitError
+    following: FollowingSteps | None = Field(
+        default=None, description="With several stages; None: steps were measured one at a time only"
+    )
     serving: ServingCosts = ServingCosts()
     measurements: tuple[Measurement, ...] = ()
 
@@ -104,7 +117,15 @@ class Calibration(FrozenModel):
         messages = MessageCosts(
             measured.messages, self._message_cost("all_reduce", shape.tp), self._message_cost("send", shape.pp)
         )
-        return CalibratedCost(measured.terms, serving, contended=contended, messages=messages)
+        following = None if measured.following is None else measured.following.terms
+        return CalibratedCost(
+            measured.terms,
+            serving,
+            contended=contended,
+            messages=messages,
+            num_stages=shape.pp,
+            following=following,
+        )
 
     def _message_cost(self, operation: str, ranks: int) -> MessageCost | None:
         found = (one.cost for one in self.collectives if (one.operation, one.ranks) == (operation, ranks))
@@ -168,9 +189,8 @@ class CalibratedSource:
     @property
     def error(self) -> float:
         """The worst median of any shape of any calibration."""
-        medians = (
-            error.median
-            for calibration in self._calibrations.values()
-            for error in (calibration.error, *(shape.error for shape in calibration.shapes))
-        )
-        return max(medians, default=float("nan"))
+        errors = [calibration.error for calibration in self._calibrations.values()]
+        for calibration in self._calibrations.values():
+            for shape in calibration.shapes:
+                errors += [shape.error] if shape.following is None else [shape.error, shape.following.error]
+        return max((error.median for error in errors), default=float("nan"))

@@ -8,6 +8,8 @@ the KV that it reads. Coefficients are never negative. What was held out of the 
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,8 @@ from pydantic import Field, model_validator
 from tandem.core.cost_model import StepCost, StepLoad
 from tandem.core.frozen_model import FrozenModel
 from tandem.placement.costs.rank_messages import MessageCosts
-from tandem.placement.costs.serving import ServingCosts
+from tandem.placement.costs.serving import ServedStep, ServingCosts
+from tandem.scheduling.scheduler import LEAST_GROUP
 
 Knots = tuple[tuple[int, float], ...]
 """(count, value) in ascending order of count: straight lines between, the last line goes on, the first value before."""
@@ -70,13 +73,15 @@ class FitError(FrozenModel):
 
 
 class CalibratedCost:
-    """A `core.cost_model.CostModel` of one instance.
+    """A `core.cost_model.StagedCost` of one instance.
 
-    Steps are measured one at a time, so `interval_s` is `total_s`, though stages of a pipeline compute several at once.
-    The `messages` of several ranks are part of what was fitted by the number of rows; they are named apart from it.
+    `terms` are of steps that are computed one at a time. Of an instance with several stages, `following` are of steps
+    that follow each other, one in each stage: the time from the end of one to the end of the next. Without them its
+    stages count as if they computed one step at a time. The `messages` of several ranks are part of what was fitted by
+    the number of rows; they are named apart from it.
     """
 
-    __slots__ = ("_decode", "_kv_slope", "_linear", "_messages", "_prefill", "_terms")
+    __slots__ = ("_alone", "_following", "_messages", "_num_stages")
 
     def __init__(
         self,
@@ -85,47 +90,128 @@ class CalibratedCost:
         *,
         contended: float = 1.0,
         messages: MessageCosts | None = None,
+        num_stages: int = 1,
+        following: Terms | None = None,
     ) -> None:
         """`contended`: share of the time during which the machine's other workers compute. 1 is never optimistic."""
         serving = serving or ServingCosts()
-        self._terms = terms
+        served = serving.prefill(contended), serving.decode(contended)
+        self._alone = _ServedTerms(terms, *served)
+        self._following = None if following is None or num_stages == 1 else _ServedTerms(following, *served)
         self._messages = messages
-        self._prefill = serving.prefill(contended)
-        self._decode = serving.decode(contended)
+        self._num_stages = num_stages
+
+    @property
+    def num_stages(self) -> int:
+        """How many steps are computed at once."""
+        return 1 if self._following is None else self._num_stages
+
+    def step(self, load: StepLoad) -> StepCost:
+        if self._following is None or not load.decode_sequences:
+            return self.one_step(load)
+        groups = self._groups(load.decode_sequences)
+        one = self.one_step(_part(load, groups))
+        if not load.prefill_tokens:
+            base_s, per_token_s = self.decode_coefficients(load.decode_sequences)
+            total_s = base_s + per_token_s * load.decode_kv_tokens
+        else:
+            total_s = max(one.total_s, groups * one.interval_s)
+        share = total_s / one.total_s
+        return StepCost(**{name: share * seconds for name, seconds in one.terms().items()}, interval_s=total_s)
+
+    def one_step(self, load: StepLoad) -> StepCost:
+        if load.tokens == 0:
+            return StepCost()
+        times = self._alone.times(load)
+        sums_s, sends_s = (0.0, 0.0) if self._messages is None else self._messages.seconds(load.tokens)
+        if sums_s + sends_s > times.rows_s:  # measured apart from steps, at a time when the machine was slower
+            share = times.rows_s / (sums_s + sends_s)
+            sums_s, sends_s = share * sums_s, share * sends_s
+        total_s = interval_s = sum(times)
+        if self._following is not None:
+            interval_s = min(total_s, max(sum(self._following.times(load)), total_s / self._num_stages))
+        return StepCost(
+            linear_s=times.rows_s - sums_s - sends_s,
+            attention_s=times.attention_s,
+            kv_read_s=times.kv_read_s,
+            collective_s=sums_s,
+            pipeline_s=sends_s,
+            head_s=times.head_s,
+            overhead_s=times.overhead_s,
+            interval_s=interval_s,
+        )
+
+    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
+        """Of a round, of which each sequence is in one step: as long as that step takes through all stages, or as all
+        steps take that follow each other, whichever is longer."""
+        if self._following is None:
+            return self._alone.decode_line(sequences)
+        groups = self._groups(sequences)
+        base_s, per_token_s = self._alone.decode_line(sequences / groups)
+        if groups == 1:
+            return base_s, per_token_s
+        next_base_s, next_per_token_s = self._following.decode_line(sequences / groups)
+        return (
+            max(base_s, groups * min(base_s, next_base_s)),
+            max(per_token_s / groups, min(per_token_s, next_per_token_s)),
+        )
+
+    def _groups(self, sequences: int) -> int:
+        """How many steps the scheduler divides so many decoding sequences into."""
+        of_step = max(-(-sequences // self._num_stages), min(sequences, LEAST_GROUP))
+        return -(-sequences // of_step)
+
+
+class _StepTimes(NamedTuple):
+    """Seconds of a step by cause."""
+
+    rows_s: float
+    attention_s: float
+    kv_read_s: float
+    head_s: float
+    overhead_s: float
+
+
+class _ServedTerms:
+    """Terms as functions, with what serving adds to them."""
+
+    __slots__ = ("_decode", "_kv_slope", "_linear", "_prefill", "_terms")
+
+    def __init__(self, terms: Terms, prefill: ServedStep, decode: ServedStep) -> None:
+        self._terms = terms
+        self._prefill = prefill
+        self._decode = decode
         self._linear = _Interpolation(terms.linear)
         self._kv_slope = _Interpolation(terms.kv_read)
 
-    def step(self, load: StepLoad) -> StepCost:
-        if load.tokens == 0:
-            return StepCost()
+    def times(self, load: StepLoad) -> _StepTimes:
+        """Of a load that is not empty."""
         terms = self._terms
         served = self._prefill if load.prefill_tokens else self._decode
         factor = served.factor
-        rows_s = factor * self._linear(load.tokens)
-        attention_s = factor * terms.attention_per_pair * load.prefill_pairs
         kv_read_s = 0.0
         if load.decode_sequences:
             slope = self._kv_slope(load.decode_sequences)
             kv_read_s = slope * load.decode_kv_tokens + terms.kv_per_sequence * load.decode_sequences
-        head_s = factor * (terms.head + terms.head_per_sampled * load.sampled) if load.sampled else 0.0
-        sums_s, sends_s = (0.0, 0.0) if self._messages is None else self._messages.seconds(load.tokens)
-        if sums_s + sends_s > rows_s:  # measured apart from steps, at a time when the machine was slower
-            share = rows_s / (sums_s + sends_s)
-            sums_s, sends_s = share * sums_s, share * sends_s
-        return StepCost(
-            linear_s=rows_s - sums_s - sends_s,
-            attention_s=attention_s,
+        return _StepTimes(
+            rows_s=factor * self._linear(load.tokens),
+            attention_s=factor * terms.attention_per_pair * load.prefill_pairs,
             kv_read_s=kv_read_s,
-            collective_s=sums_s,
-            pipeline_s=sends_s,
-            head_s=head_s,
+            head_s=factor * (terms.head + terms.head_per_sampled * load.sampled) if load.sampled else 0.0,
             overhead_s=served.constant_s,
-            interval_s=rows_s + attention_s + kv_read_s + head_s + served.constant_s,
         )
 
-    def decode_coefficients(self, sequences: int) -> tuple[float, float]:
-        base_s = self.step(StepLoad.of_decode(sequences, 0)).total_s
+    def decode_line(self, sequences: float) -> tuple[float, float]:
+        """(seconds, seconds per token of KV read) of a step in which so many decode; the number may be a mean."""
+        terms, factor = self._terms, self._decode.factor
+        computed_s = self._linear(sequences) + terms.head + terms.head_per_sampled * sequences
+        base_s = factor * computed_s + terms.kv_per_sequence * sequences + self._decode.constant_s
         return base_s, self._kv_slope(sequences)
+
+
+def _part(load: StepLoad, count: int) -> StepLoad:
+    """The load of one of `count` steps that share it."""
+    return load if count == 1 else StepLoad(**{name: -(-value // count) for name, value in asdict(load).items()})
 
 
 def fit_terms(measurements: Sequence[Measurement]) -> Terms:
@@ -188,7 +274,7 @@ class _Interpolation:
             (knots[i + 1][1] - knots[i][1]) / (knots[i + 1][0] - knots[i][0]) for i in range(len(knots) - 1)
         ] or [0.0]
 
-    def __call__(self, count: int) -> float:
+    def __call__(self, count: float) -> float:
         if count <= self._counts[0]:
             return self._values[0]
         place = min(bisect_right(self._counts, count) - 1, len(self._slopes) - 1)

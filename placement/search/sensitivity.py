@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from tandem.core.cost_model import CostModel, StepCost, StepLoad
+from tandem.core.cost_model import CostModel, StepCost, StepLoad, staged
 from tandem.placement.evaluation.attainment import Evaluation
 from tandem.placement.evidence import SensitivityPoint
 from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
@@ -35,8 +35,19 @@ class SlowerCost:
     cost: CostModel
     factor: float
 
+    @property
+    def num_stages(self) -> int:
+        known = staged(self.cost)
+        return 1 if known is None else known.num_stages
+
     def step(self, load: StepLoad) -> StepCost:
-        step = self.cost.step(load)
+        return self._slower(self.cost.step(load))
+
+    def one_step(self, load: StepLoad) -> StepCost:
+        known = staged(self.cost)
+        return self.step(load) if known is None else self._slower(known.one_step(load))
+
+    def _slower(self, step: StepCost) -> StepCost:
         terms = {name: time_s * self.factor for name, time_s in step.terms().items()}
         return StepCost(**terms, interval_s=step.interval_s * self.factor)
 

@@ -61,6 +61,12 @@ class FastRun:
         self.end_s = self.end_of(self.num_steps)
         return True
 
+    def cut_before(self, now_s: float) -> None:
+        """End the run before the step under way at `now_s`, perhaps before its first step."""
+        self.cut(now_s)
+        self.num_steps -= 1
+        self.end_s = self.end_of(self.num_steps)
+
 
 class ChunkRun:
     """`num_steps` steps of `chunks` from `began_s` on. `costs` are those of all the steps that it may have. A pipeline

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
+from tandem.core.cost_model import staged
 from tandem.core.errors import TandemError
 from tandem.core.session import Role
 from tandem.placement.simulator.attempt import Listener, SimulatedAttempt
@@ -34,7 +35,8 @@ class SimulatedInstance:
     one event, and so are the chunks of a prompt that leaves nothing of the budget to others; a command cuts such a run
     short, at the end of the step that is under way, unless it would change nothing there. `step_by_step` does without
     runs: slow, and the reference for them. Through a pipeline a step of prompts that are handed over may begin while
-    earlier ones are still under way; their results come in order.
+    earlier ones are still under way; their results come in order. (A `StagedInstance` has the costs of single steps,
+    and has any steps under way at once.)
     """
 
     def __init__(
@@ -66,7 +68,11 @@ class SimulatedInstance:
             growth_horizon_tokens=spec.growth_horizon_tokens,
         )
         self._predictor = StepPredictor(spec.predicted) if spec.policy == "slack" else None
-        self._scheduler = spec.scheduler_type(budget, self._pool, self._index, spec.max_model_len, self._predictor)
+        known = staged(spec.cost)
+        num_stages = 1 if known is None else known.num_stages
+        self._scheduler = spec.scheduler_type(
+            budget, self._pool, self._index, spec.max_model_len, self._predictor, num_stages
+        )
         self._held = HeldKv(spec.lease_s, events, self._lease_ended)
         self._commands: list[tuple[Callable[[], None], bool]] = []  # and whether it is a release
         self._is_up = True
@@ -175,8 +181,13 @@ class SimulatedInstance:
             self._late_s += late_s
         elif isinstance(step, ChunkRun) and (is_prompt or (is_held and self._has_memory_for(step))):
             pass  # the first prompt has the whole budget until the run ends
-        elif step.cut(self._events.now_s, late_s):
-            self._events.at_step_end(step.end_s, self._end_run, step)
+        else:
+            self._cut(step, late_s)
+
+    def _cut(self, run: FastRun | ChunkRun, late_s: float) -> None:
+        """A command has come during the run."""
+        if run.cut(self._events.now_s, late_s):
+            self._events.at_step_end(run.end_s, self._end_run, run)
 
     def _has_memory_for(self, run: ChunkRun) -> bool:
         """Whether more memory changes nothing before the run ends: nothing grows, and nobody waits to arrive."""
@@ -220,6 +231,11 @@ class SimulatedInstance:
             if not self._commands:  # what the router is told may have it send something
                 break
         self._is_between = False
+        self._begin(now_s)
+
+    def _begin(self, now_s: float) -> None:
+        """The next step, or the next steps together, if there is anything to compute."""
+        scheduler = self._scheduler
         steps = None if self._step_by_step else scheduler.fast_forward()
         if steps is not None:
             coefficients = self.spec.cost.decode_coefficients(steps.num_sequences)
@@ -242,13 +258,16 @@ class SimulatedInstance:
         self._step = run
         self._events.at_step_end(run.end_s, self._end_run, run)
 
-    def _begin_step(self, step: ChunkStep) -> None:
-        now_s = self._events.now_s
-        self._step, chunks, beside = step, *step
+    def _tell_started(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             sequence = chunk.sequence
             if chunk.is_prompt and chunk.start == sequence.num_cached and not _has_drawn(sequence):
                 self._listener.prefill_started(attempt_of(sequence), sequence.num_cached)
+
+    def _begin_step(self, step: ChunkStep) -> None:
+        now_s = self._events.now_s
+        self._step, chunks, beside = step, *step
+        self._tell_started(chunks)
         load = self.spec.load_of(chunks)
         if beside is not None:
             load = load.beside_decode(beside.num_sequences, beside.kv_tokens)
@@ -283,9 +302,7 @@ class SimulatedInstance:
     def _end_step(self, step: ChunkStep) -> None:
         if self._step is not step:
             return  # lost with the instance
-        if self._late_s > 0:
-            late_s, self._late_s = self._late_s, 0.0
-            self._totals.count_more(late_s)
+        if (late_s := self._take_late_s()) > 0:
             self._results_s = self._events.now_s + late_s
             self._events.at_step_end(self._results_s, self._end_step, step)
             return
@@ -294,6 +311,12 @@ class SimulatedInstance:
             self._take_decoded(step.beside, 1, self._began_s, self._events.now_s)
         self._take_results(step.chunks)
         self._turn()
+
+    def _take_late_s(self) -> float:
+        """How much longer the step takes for what came during it, told once."""
+        late_s, self._late_s = self._late_s, 0.0
+        self._totals.count_more(late_s)
+        return late_s
 
     def _computed(self, chunks: list[Chunk]) -> None:
         """The KV of the chunks is there."""

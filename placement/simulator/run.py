@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from tandem.placement.simulator.deployment import Deployment
 from tandem.placement.simulator.event_queue import EventQueue
-from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefixes import BlockNames
 from tandem.placement.simulator.record import FINISHED, Record
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.simulator.router import Router
+from tandem.placement.simulator.staged_instance import simulated_instance
 from tandem.placement.workload.requests import Floats, RequestStream
 
 _EVENTS_PER_LOOK = 512
@@ -82,7 +82,7 @@ def _simulate(
     router = Router(deployment.router, requests, events, network, record)
     names = _block_names(deployment, requests)
     instances = {
-        spec.instance_id: SimulatedInstance(spec, events, router, names, step_by_step=step_by_step)
+        spec.instance_id: simulated_instance(spec, events, router, names, step_by_step=step_by_step)
         for spec in deployment.instances
     }
     router.connect(instances, names)

@@ -29,10 +29,14 @@ class StepTotals:
     def count_step(self, load: StepLoad) -> StepCost:
         """What the step costs."""
         cost = self._cost.step(load)
-        self._count(cost)
+        self.count_one_step(load, cost, cost.interval_s if cost.interval_s > 0 else cost.total_s)
+        return cost
+
+    def count_one_step(self, load: StepLoad, cost: StepCost, busy_s: float) -> None:
+        """`busy_s`: the time of the step in which no other counts."""
+        self._count(cost, busy_s)
         self._prefill_tokens += load.prefill_tokens
         self._decode_tokens += load.decode_sequences
-        return cost
 
     def count_more(self, seconds: float) -> None:
         """What a step takes that its cost does not know of."""
@@ -51,7 +55,7 @@ class StepTotals:
 
     def count_chunks(self, run: ChunkRun) -> None:
         for cost in run.costs[: run.num_steps]:
-            self._count(cost)
+            self._count(cost, cost.interval_s if cost.interval_s > 0 else cost.total_s)
         self._prefill_tokens += run.num_steps * run.chunks.num_tokens
         if run.chunks.beside is not None:
             self._decode_tokens += run.num_steps * run.chunks.beside.num_sequences
@@ -85,10 +89,10 @@ class StepTotals:
         terms_s = dict(zip(COST_TERMS, self._terms_s, strict=True))
         return terms_s | {"overhead_s": terms_s["overhead_s"] + self._more_s}
 
-    def _count(self, cost: StepCost) -> None:
+    def _count(self, cost: StepCost, busy_s: float) -> None:
         self._add(cost, 1)
         self._steps += 1
-        self._busy_s += cost.interval_s if cost.interval_s > 0 else cost.total_s
+        self._busy_s += busy_s
 
     def _add(self, cost: StepCost, steps: int) -> None:
         self._terms_s = [total + steps * term for total, term in zip(self._terms_s, _terms_of(cost), strict=True)]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.core.cost_model import StepCost, StepLoad, attention_pairs
+from tandem.core.cost_model import StepCost, StepLoad, attention_pairs, following_s
 
 
 def test_pairs_count_the_causal_triangle() -> None:
@@ -35,3 +35,12 @@ def test_terms_sum_to_the_total() -> None:
     cost = StepCost(linear_s=3e-3, kv_read_s=5e-3, overhead_s=1e-3, interval_s=4e-3)
     assert cost.total_s == pytest.approx(9e-3)
     assert "interval_s" not in cost.terms()
+
+
+def test_steps_that_follow_each_other_wait_for_the_first_stage_and_for_the_last() -> None:
+    long, short = StepCost(linear_s=0.8, interval_s=0.4), StepCost(linear_s=0.2, interval_s=0.1)
+    assert following_s([]) == 0.0
+    assert following_s([long]) == 0.8
+    assert following_s([long, long]) == pytest.approx(1.2)
+    assert following_s([long, short]) == pytest.approx(0.9), "it comes to the last stage behind the long one"
+    assert following_s([short, long]) == pytest.approx(0.9)

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import pytest
 
 from tandem.placement.costs.serving import ServedStep
+from tandem.placement.costs.step_fit import CalibratedCost
 from tandem.profiling.serving_fit import (
     StepTime,
+    colocated_prompt_s,
     decode_step_times,
     fit_alone,
     fit_cold_step_factor,
@@ -16,7 +18,7 @@ from tandem.profiling.serving_fit import (
     fit_serving,
 )
 from tandem.profiling.serving_samples import ColocatedSamples, LoadPeriod, ServingSamples
-from tests.profiling.samples import ENGINE, KV_TOKENS, cluster_samples, decoding, prompt_s, prompted, step_s
+from tests.profiling.samples import ENGINE, KV_TOKENS, TERMS, cluster_samples, decoding, prompt_s, prompted, step_s
 
 
 @pytest.mark.parametrize("shares", [(0.0, 1.0), (0.1, 0.8), (0.0, 0.2, 0.9)])
@@ -160,3 +162,18 @@ def test_an_instance_alone_has_a_constant_for_prompts_and_a_factor_for_decoding(
     of_prompts, of_decoding = fit_alone(ENGINE, samples)
     assert (of_prompts.constant_s, of_prompts.factor) == pytest.approx((0.004, 1.25))
     assert (of_decoding.constant_s, of_decoding.factor) == pytest.approx((0.0, 1.5), rel=1e-3)
+
+
+def test_a_prompt_alone_passes_two_stages_in_chunks_that_follow_each_other() -> None:
+    """A step of a colocated instance has 512 tokens, so with two stages each of two steps under way has 256."""
+    half = TERMS.model_copy(update={"linear": tuple((rows, seconds / 2) for rows, seconds in TERMS.linear)})
+    staged = CalibratedCost(TERMS, num_stages=2, following=half)
+    assert colocated_prompt_s(ENGINE, 500) == prompt_s(500)
+    assert colocated_prompt_s(staged, 200) == prompt_s(200)
+    assert colocated_prompt_s(staged, 512) == pytest.approx(1.5 * prompt_s(256))
+    prompts = tuple(
+        prompted(n, 0.004 + 1.25 * colocated_prompt_s(staged, n), began_s=10.0 * index)
+        for index, n in enumerate((16, 64, 250, 500))
+    )
+    of_prompts, _ = fit_alone(staged, ColocatedSamples(prompts, (LoadPeriod(decoding(100, (0.0, 1.0))),)))
+    assert (of_prompts.constant_s, of_prompts.factor) == pytest.approx((0.004, 1.25))

@@ -1,14 +1,16 @@
-"""Simulated against live for one colocated instance of several ranks, under light load.
+"""Simulated against live for one colocated instance of several ranks.
 
 For each shape: the engine's steps are measured with all ranks, as by `tandem profile`. Then an instance is started. In
-turns, what serving adds is measured as `tandem profile` does it, and the instance gets requests that seldom overlap.
-The simulator gets the same requests at the same times. The two take turns because the speed of a shared machine
-changes: both meet the same machine, and no request is in both.
+turns, what serving adds is measured as `tandem profile` does it, and the instance gets requests that seldom overlap
+(light load). The simulator gets the same requests at the same times. The two take turns because the speed of a shared
+machine changes: both meet the same machine, and no request is in both. Instances of several pipeline stages also get
+many requests at once, so that each stage computes another step.
 
 Needs a machine with a core for each rank and no other load.
 
     python -m bench.fidelity.shapes                              1x1, 2x1 and 1x2, about eight minutes
     python -m bench.fidelity.shapes --shapes 2x1 --rounds 3
+    python -m bench.fidelity.shapes --details shapes.json        also every request, and the samples beside the fit
 """
 
 import argparse
@@ -20,10 +22,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bench.fidelity.live.simulation import CHECKPOINT, ENGINE
+from bench.fidelity.shapes.details import probes_beside_fit, requests_beside
 from bench.load.run import run_load
 from tandem.core.cost_model import StepLoad
 from tandem.core.errors import TandemError
@@ -60,8 +64,11 @@ _WORKLOAD = WorkloadSection.model_validate(
 _CLASSES = (SloClass(ttft_s=1.0, tpot_s=0.1),)  # nothing is decided by them
 _SAMPLES_S = 6.0  # of serving, in each round
 _REQUESTS = 8  # in each round
+_AT_ONCE = 40  # requests, more than twice as many as decode in one step of a pipeline
+_ROUNDS_AT_ONCE = 3
+_AT_ONCE_RATE = 1000.0  # per second
 _HEAD = (
-    "| shape, requests | | TTFT live | simulated | | TPOT live | simulated | |",
+    "| shape, load, requests | | TTFT live | simulated | | TPOT live | simulated | |",
     "|---|---|--:|--:|--:|--:|--:|--:|",
 )
 
@@ -93,6 +100,7 @@ class Latencies:
 @dataclass(frozen=True, slots=True)
 class ShapeComparison:
     shape: str
+    load: str
     rate: float
     requests: int
     live: Latencies
@@ -103,23 +111,49 @@ class ShapeComparison:
         return float(getattr(self.simulated, name) / getattr(self.live, name)) - 1
 
 
-async def compare(
-    model: Path, calibration: Calibration, shape: ParallelShape, rounds: int, seed: int
-) -> ShapeComparison:
+@dataclass(frozen=True, slots=True)
+class Comparisons:
+    """Of one shape, by load. `details`: every request, live and simulated, and the samples beside the fit, as JSON."""
+
+    by_load: tuple[ShapeComparison, ...]
+    details: dict[str, Any]
+
+
+async def compare(model: Path, calibration: Calibration, shape: ParallelShape, rounds: int, seed: int) -> Comparisons:
     """Raises MeasurementError."""
     rate = _light_rate(calibration, shape)
-    streams = [make_stream(_WORKLOAD, _CLASSES, count=_REQUESTS, rate=rate, seed=seed + i) for i in range(rounds)]
-    samples, live = ColocatedSamples(), list[SimulationResult]()
+    streams = {"light": [_stream(_REQUESTS, rate, seed + i) for i in range(rounds)]}
+    if shape.pp > 1:
+        seeds = range(seed + rounds, seed + rounds + _ROUNDS_AT_ONCE)
+        streams["at once"] = [_stream(_AT_ONCE, _AT_ONCE_RATE, each) for each in seeds]
+    samples, live = ColocatedSamples(), dict[str, list[SimulationResult]]()
     async with ClusterLauncher(model, checkout=_CHECKOUT) as launcher:
         router = await launcher.start_router()
         await launcher.start_colocated(router, settings_of(ENGINE, shape).model_dump(mode="json"))
         url = f"http://{router.http}"
-        for stream in streams:
-            samples += await measure_running_colocated(url, _SAMPLES_S)
-            live.append(await _send(url, stream))
-    deployment = _deployment(calibration, shape, samples)
-    simulated = [simulate(deployment, stream) for stream in streams]
-    return ShapeComparison(str(shape), rate, rounds * _REQUESTS, Latencies.of(live), Latencies.of(simulated))
+        for load, of_load in streams.items():
+            for stream in of_load:
+                if load == "light":
+                    samples += await measure_running_colocated(url, _SAMPLES_S)
+                live.setdefault(load, []).append(await _send(url, stream))
+    engine = calibration.engine_cost(shape)
+    assert engine is not None, "the shape is in the calibration"
+    serving = calibration.serving.with_steps_alone(*fit_alone(engine, samples))
+    deployment = _deployment(calibration.with_serving(shape, serving), shape, samples)
+    comparisons, details = [], dict[str, Any](probes=probes_beside_fit(engine, serving, samples))
+    for load, of_load in streams.items():
+        simulated = [simulate(deployment, stream) for stream in of_load]
+        count = sum(map(len, of_load))
+        rate = rate if load == "light" else _AT_ONCE_RATE
+        comparisons.append(
+            ShapeComparison(str(shape), load, rate, count, Latencies.of(live[load]), Latencies.of(simulated))
+        )
+        details[load] = [requests_beside(one, other) for one, other in zip(live[load], simulated, strict=True)]
+    return Comparisons(tuple(comparisons), details)
+
+
+def _stream(count: int, rate: float, seed: int) -> RequestStream:
+    return make_stream(_WORKLOAD, _CLASSES, count=count, rate=rate, seed=seed)
 
 
 def _light_rate(calibration: Calibration, shape: ParallelShape) -> float:
@@ -140,10 +174,7 @@ async def _send(url: str, stream: RequestStream) -> SimulationResult:
 
 def _deployment(calibration: Calibration, shape: ParallelShape, samples: ColocatedSamples) -> Deployment:
     """One colocated instance that has the machine for itself."""
-    engine = calibration.engine_cost(shape)
-    assert engine is not None
-    serving = calibration.serving.with_steps_alone(*fit_alone(engine, samples))
-    cost = calibration.with_serving(shape, serving).cost(shape, contended=0.0)
+    cost = calibration.cost(shape, contended=0.0)
     assert cost is not None
     instance = InstanceSpec(
         "colocated-0",
@@ -165,7 +196,7 @@ def _rows(one: ShapeComparison) -> Iterator[str]:
         for name in names:
             figures += [f"{1e3 * getattr(side, name):.1f} ms" for side in (one.live, one.simulated)]
             figures.append(f"{one.error(name):+.1%}")
-        yield f"| {one.shape}, {one.requests} | {kind} | {' | '.join(figures)} |"
+        yield f"| {one.shape}, {one.load}, {one.requests} | {kind} | {' | '.join(figures)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=6, help="of requests to each shape (default: %(default)s)")
     parser.add_argument("--engine-seconds", type=float, default=30.0, help="of steps of one rank; others get a third")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (default: %(default)s)")
+    parser.add_argument("--details", type=Path, help="file to write every request and sample to, as JSON")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="tandem-shapes-") as folder:
         try:
@@ -192,14 +224,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 shapes=[shape for shape in shapes if shape.num_ranks > 1],
             )
             print("\n".join(_HEAD))
-            comparisons = []
+            comparisons: list[ShapeComparison] = []
+            details: dict[str, Any] = {"calibration": calibration.model_dump(mode="json")}
             for shape in shapes:
-                comparisons.append(asyncio.run(compare(model, calibration, shape, args.rounds, args.seed)))
-                print("\n".join(_rows(comparisons[-1])), flush=True)
+                found = asyncio.run(compare(model, calibration, shape, args.rounds, args.seed))
+                for one in found.by_load:
+                    print("\n".join(_rows(one)), flush=True)
+                comparisons += found.by_load
+                details[str(shape)] = found.details
         except (TandemError, ValueError) as error:
             print(error, file=sys.stderr)
             return 1
     print(json.dumps([asdict(one) for one in comparisons]))
+    if args.details is not None:
+        args.details.write_text(json.dumps(details))
     return 0
 
 

@@ -9,10 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.core.config_file import dump_config
-from tandem.core.cost_model import StepLoad
+from tandem.core.cost_model import StepLoad, staged
 from tandem.core.errors import ConfigError
 from tandem.core.parallel import ParallelShape
-from tandem.placement.costs.calibration import CalibratedSource, Calibration, ShapeCalibration, load_calibration
+from tandem.placement.costs.calibration import (
+    CalibratedSource,
+    Calibration,
+    FollowingSteps,
+    ShapeCalibration,
+    load_calibration,
+)
 from tandem.placement.costs.rank_messages import Collective, MessageCost, StepMessages
 from tandem.placement.costs.resharding import KvShape, KvTransfer, Resharding, resharding_of
 from tandem.placement.costs.serving import PathCosts, ServedStep, ServingCosts
@@ -293,3 +299,83 @@ def test_resharding_is_what_a_transfer_takes_more_than_a_plain_one() -> None:
     assert found[one.shape, two.shape] == Resharding(extra_s=0.0, factor=0.8)
     assert found[one.shape, one.shape] == Resharding(extra_s=0.0, factor=1.0)
     assert resharding_of((transfer(two, one, 3e-3, 2e9),), block_size=16) == {}
+
+
+HALF = TRUE.model_copy(update={"linear": tuple((rows, 0.6 * seconds) for rows, seconds in TRUE.linear)})
+PP2 = ShapeCalibration(
+    pp=2,
+    kv_bytes_per_token=512.0,
+    terms=TRUE,
+    error=TP2.error,
+    following=FollowingSteps(terms=HALF, error=FitError(median=0.07, mean=0.07, worst=0.2, fitted_median=0.01)),
+)
+
+
+def two_stages(serving: ServingCosts | None = None) -> CalibratedCost:
+    return CalibratedCost(TRUE, serving, num_stages=2, following=HALF)
+
+
+def test_a_step_through_two_stages_makes_room_for_the_next_when_it_was_measured_to() -> None:
+    cost, load = two_stages(), StepLoad.of_prompts(256)
+    alone, following = CalibratedCost(TRUE).step(load), CalibratedCost(HALF).step(load)
+    assert cost.num_stages == 2
+    assert cost.one_step(load) == cost.step(load)
+    assert cost.step(load).total_s == alone.total_s
+    assert cost.step(load).interval_s == following.total_s
+    assert staged(cost) is cost
+    assert staged(CalibratedCost(TRUE, num_stages=2)) is None, "an old file: steps were measured one at a time"
+    none = TRUE.model_copy(update={"linear": ((1, 0.0),), "attention_per_pair": 0.0})
+    fast = CalibratedCost(TRUE, num_stages=2, following=none).step(load)
+    assert fast.interval_s == pytest.approx(fast.total_s / 2), "a stage has at least half of the work"
+    slow = CalibratedCost(HALF, num_stages=2, following=TRUE).step(load)
+    assert slow.interval_s == slow.total_s, "the next step never waits for longer than the end of this one"
+
+
+def test_decoding_sequences_take_turns_in_groups() -> None:
+    """Up to 16 stay together, and have one step at a time; of more, two steps follow each other."""
+    cost = two_stages()
+    few, kv_tokens = StepLoad.of_decode(16, 4000), 9600
+    assert cost.step(few).total_s == cost.one_step(few).total_s == CalibratedCost(TRUE).step(few).total_s
+    assert cost.step(few).interval_s == cost.step(few).total_s
+    group = StepLoad.of_decode(20, kv_tokens // 2)
+    interval_s = cost.one_step(group).interval_s
+    round_s = cost.step(StepLoad.of_decode(40, kv_tokens)).total_s
+    assert round_s == pytest.approx(2 * interval_s)
+    assert round_s < cost.step(StepLoad.of_decode(32, kv_tokens)).total_s * 40 / 32
+    assert round_s < CalibratedCost(TRUE).step(StepLoad.of_decode(40, kv_tokens)).total_s
+
+
+@given(batch=st.integers(1, 300), kv_tokens=st.integers(0, 1 << 20), prompt=st.integers(0, 600))
+def test_a_round_of_two_stages_is_affine_and_between_half_of_the_steps_and_all(
+    batch: int, kv_tokens: int, prompt: int
+) -> None:
+    cost, one_stage = two_stages(SERVED), CalibratedCost(TRUE, SERVED)
+    base_s, per_token_s = cost.decode_coefficients(batch)
+    step = cost.step(StepLoad.of_decode(batch, kv_tokens))
+    assert step.total_s == pytest.approx(base_s + kv_tokens * per_token_s, rel=1e-9)
+    assert step.interval_s == pytest.approx(step.total_s, rel=1e-9)
+    mixed = StepLoad.of_prompts(*[prompt] if prompt else []).beside_decode(batch, kv_tokens)
+    assert cost.step(mixed).interval_s == pytest.approx(cost.step(mixed).total_s)
+    single = cost.one_step(mixed)
+    assert single.total_s == one_stage.step(mixed).total_s
+    assert single.total_s / 2 <= single.interval_s * (1 + 1e-9)
+    assert single.interval_s <= single.total_s
+
+
+def test_steps_that_follow_each_other_are_in_the_file_and_in_the_source(tmp_path: Path) -> None:
+    path, shape = tmp_path / "calibration.yaml", ParallelShape(pp=2)
+    path.write_text(dump_config(calibration(shapes=(PP2,))))
+    source = CalibratedSource({"cpu": load_calibration(path)})
+    assert source.error == 0.07
+    cost, load = source.cost_model("cpu", shape), StepLoad.of_prompts(64)
+    assert cost is not None
+    assert cost.step(load).interval_s == CalibratedCost(HALF).step(load).total_s
+    path.write_text(dump_config(calibration(shapes=(PP2,))).replace("following:", "unknown:"))
+    with pytest.raises(ConfigError, match="unknown"):
+        load_calibration(path)
+    old = calibration(shapes=(PP2.model_copy(update={"following": None}),))
+    lines = [line for line in dump_config(old).splitlines() if "following" not in line]  # as files were before
+    path.write_text("\n".join(lines))
+    serial = load_calibration(path).engine_cost(shape)
+    assert serial is not None
+    assert serial.step(load).interval_s == serial.step(load).total_s
