@@ -93,6 +93,7 @@ class StagedInstance(SimulatedInstance):
 
     def _launch(self, chunks: list[Chunk], now_s: float) -> float:
         """When the first stage is free again."""
+        self._step = ChunkStep(chunks)
         self._tell_started(chunks)
         load = self.spec.load_of(chunks)
         cost = self._cost.one_step(load)

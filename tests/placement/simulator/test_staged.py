@@ -165,7 +165,7 @@ def test_no_request_is_lost_and_steps_together_are_the_same_as_each_alone(
         spec = replace(spec, failures=(Failure("d0", 0.3123, 0.9), Failure("p0", 1.0456, 1.3)))
     stream = poisson(40, rate, output=40, seed=seed)
     fast, plain = simulate(spec, stream), simulate(spec, stream, step_by_step=True)
-    assert fast.finished.all()  # `simulate` asserts that no instance keeps anything of a request
+    assert loses or fast.finished.all()  # `simulate` asserts that no instance keeps anything of a request
     np.testing.assert_allclose(fast.stamps, plain.stamps, rtol=1e-9)
     for one, other in zip(fast.instances, plain.instances, strict=True):
         assert (one.prefill_tokens, one.decode_tokens) == (other.prefill_tokens, other.decode_tokens)
