@@ -24,12 +24,14 @@ from tandem.client_tls import ClientTls
 from tandem.core.clock import SystemClock
 from tandem.core.config import ServeConfig
 from tandem.core.errors import TandemError
-from tandem.deploy import checks
+from tandem.deploy import host_checks
 from tandem.deploy.access_checks import check_access
-from tandem.deploy.checks import Finding, Grade
+from tandem.deploy.finding import Finding, Grade
+from tandem.deploy.link_check import check_links
 from tandem.deploy.machine import this_machine
 from tandem.deploy.run_state import RunState
 from tandem.deploy.serving import fetch_fleet
+from tandem.deploy.settings_checks import check_checkpoint, check_memory, check_settings
 from tandem.wire.fleet import FleetDescription
 
 EPILOG = """\
@@ -76,18 +78,21 @@ def run(
 
 def examine(config: ServeConfig, runs: list[RunState], client: ClientAccess, file: Path | None) -> Iterator[Finding]:
     """Every finding, the cheap checks first. `client`: for the clusters that run; `file`: the configuration's."""
-    yield checks.check_python()
-    yield checks.check_packages()
-    yield from checks.check_cpu()
-    yield checks.check_memory(config)
-    yield from checks.check_ports(config, [address for run in runs for address in (run.http, run.grpc, run.control)])
-    yield from checks.check_folders(state_folders())
+    machine = this_machine()
+    yield host_checks.check_python()
+    yield host_checks.check_packages()
+    yield from host_checks.check_cpu()
+    yield check_memory(config, machine)
+    yield from host_checks.check_ports(
+        config, [address for run in runs for address in (run.http, run.grpc, run.control)]
+    )
+    yield from host_checks.check_folders(state_folders())
     yield from check_access(config, file)
-    yield checks.check_ray()
-    yield from checks.check_settings(config, this_machine())
-    yield from checks.check_checkpoint(config)
-    yield from checks.check_shared_memory()
-    yield checks.check_gloo()
+    yield host_checks.check_ray()
+    yield from check_settings(config, machine)
+    yield from check_checkpoint(config)
+    yield from host_checks.check_shared_memory()
+    yield host_checks.check_gloo()
     # One event loop for all: what gRPC still has for a loop that is closed would disturb the next one.
     with asyncio.Runner() as runner:
         for run in runs:
@@ -107,7 +112,7 @@ def _check_run(runner: asyncio.Runner, run: RunState, client: ClientAccess) -> I
     yield Finding("cluster", grade, text, "" if grade is Grade.OK else "`tandem status` shows their states")
     yield from _try_run(runner, run, fleet, client)
     fleet = runner.run(fetch_fleet(run.control, run.cluster_token, run.tls))  # with the transfers of the trial
-    yield from checks.check_links(fleet.instances, run.expected_transport)
+    yield from check_links(fleet.instances, run.expected_transport)
 
 
 def _try_run(runner: asyncio.Runner, run: RunState, fleet: FleetDescription, client: ClientAccess) -> Iterator[Finding]:

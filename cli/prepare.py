@@ -10,12 +10,13 @@ from tandem.cli.serve_file import read_serve_file
 from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan
-from tandem.deploy import checks
 from tandem.deploy.access_checks import check_access
-from tandem.deploy.checks import Grade
+from tandem.deploy.finding import Grade
+from tandem.deploy.host_checks import check_folders
 from tandem.deploy.machine import resolve_addresses, this_machine
 from tandem.deploy.model_folder import check_model_folder, check_pairs
 from tandem.deploy.run_state import RunState
+from tandem.deploy.settings_checks import check_memory, check_settings
 from tandem.deploy.topology import Machine
 
 _PORTS_TIMEOUT_S = 10.0
@@ -39,11 +40,11 @@ def prepare(file: Path | None, settings: list[str], machine: Machine | None = No
     config = to_serve.config.model_copy(update={"model": to_serve.config.model.absolute()})
     check_pairs(config, check_model_folder(config.model))
     access = [*check_access(config, file)]
-    findings = [*checks.check_settings(config, machine), *checks.check_folders(state_folders()), *access]
+    findings = [*check_settings(config, machine), *check_folders(state_folders()), *access]
     failed = [f"{finding.text}; {finding.advice}" for finding in findings if finding.grade is Grade.FAILED]
     if failed:
         raise ConfigError("\n".join(failed))
-    memory = [checks.check_memory(config)] if is_here else []
+    memory = [check_memory(config, machine)] if is_here else []
     for finding in (*memory, *access):
         if finding.grade is not Grade.OK:
             print_line(f"warning: {finding.text}; {finding.advice}")

@@ -13,8 +13,9 @@ from tandem.core.config_file import apply_overrides, load_config, top_level_sett
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan
 from tandem.core.slo_file import SloFile
-from tandem.deploy.checks import Grade, check_memory
+from tandem.deploy.finding import Grade
 from tandem.deploy.plan_serving import serve_config_of
+from tandem.deploy.settings_checks import check_memory
 from tandem.deploy.topology import Machine
 from tandem.placement.report import formatting
 
@@ -90,8 +91,7 @@ def _config_of(plan: Plan, overrides: list[str], machine: Machine) -> ServeConfi
             f"the plan is for {plan.model}, of which only the name is known here; give its checkpoint with "
             "--set model=FOLDER"
         )
-    is_here = machine.nodes == 0 and {section.engine.device for _, section in config.kinds} == {"cpu"}
-    if is_here and (finding := check_memory(config)).grade is Grade.FAILED:
+    if machine.nodes == 0 and (finding := check_memory(config, machine)).grade is Grade.FAILED:
         raise ConfigError(
             f"the plan does not fit this machine ({finding.text}); set cluster.kv_memory in the SLO file and plan "
             f"again, or {finding.advice}"

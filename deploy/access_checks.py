@@ -12,7 +12,7 @@ from tandem.core.address import is_loopback
 from tandem.core.config import ServeConfig, with_secrets
 from tandem.core.errors import ConfigError
 from tandem.core.secret_source import file_of, is_reference
-from tandem.deploy.checks import Finding, Grade
+from tandem.deploy.finding import Finding, Grade
 from tandem.router.api_keys import load_keys
 from tandem.wire.server_tls import ServerTls
 

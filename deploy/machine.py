@@ -24,7 +24,21 @@ _TRIED_PORTS = 20
 
 def this_machine() -> Machine:
     """Cores and memory that this process may use, within a container's limits, and visible NVIDIA devices."""
-    return Machine(cores=usable_cores(), gpus=_visible_gpus(), memory_bytes=usable_memory_bytes())
+    return Machine(
+        cores=usable_cores(),
+        gpus=_visible_gpus(),
+        memory_bytes=usable_memory_bytes(),
+        multiplies_bf16=not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_flags()),
+    )
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What the CPU can do, in the kernel's words; empty if it is not known."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
 
 
 def usable_cores(cgroup: Path = _CGROUP) -> int:

@@ -18,7 +18,8 @@ from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.models import model_shape
 
 _CPU = "cpu"
-_WIDEST_NUMBER_BYTES = 4.0
+_FLOAT32_BYTES = 4.0
+_BFLOAT16_BYTES = 2.0
 
 
 def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
@@ -27,15 +28,17 @@ def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
     Raises ConfigError for a plan that cannot run on `machine`.
     """
     sections: dict[str, list[InstanceSection]] = {role: [] for role in ROLES}
-    for group, section in planned_sections(plan):
+    multiplies_bf16 = machine.nodes == 0 and machine.multiplies_bf16
+    for group, section in planned_sections(plan, multiplies_bf16=multiplies_bf16):
         sections[group.role].append(section)
     _check_machine(plan, machine)
     return ServeConfig.model_validate({"model": plan.model, "router": {"slo": plan.slo}, **sections})
 
 
-def planned_sections(plan: Plan) -> list[tuple[PlanGroup, InstanceSection]]:
+def planned_sections(plan: Plan, *, multiplies_bf16: bool = False) -> list[tuple[PlanGroup, InstanceSection]]:
     """Each kind of instances, as planned and as settings. With a calibration, the settings have the calibration's
-    threads and dtype, for which the plan's predictions hold. Raises ConfigError for a plan that cannot be served."""
+    threads and dtype, for which the plan's predictions hold. `multiplies_bf16`: the CPUs that they will run on are
+    known to, so the engine picks bf16. Raises ConfigError for a plan that cannot be served."""
     _check_shapes(plan)
     calibrations = _calibrations(plan)
     kinds = []
@@ -49,7 +52,7 @@ def planned_sections(plan: Plan) -> list[tuple[PlanGroup, InstanceSection]]:
             policy=group.policy,
             kv_codec=plan.kv_codec,
             step_cost=_step_cost(group, calibration),
-            engine=_engine(plan, group, calibration),
+            engine=_engine(plan, group, calibration, multiplies_bf16),
         )
         kinds.append((group, section))
     return kinds
@@ -95,7 +98,8 @@ def _kind_of(group: PlanGroup) -> PlanGroup:
     return group.model_copy(update={"instances": 1, "devices": ()})
 
 
-def _engine(plan: Plan, group: PlanGroup, calibration: Calibration | None) -> EngineSection:
+def _engine(plan: Plan, group: PlanGroup, calibration: Calibration | None, multiplies_bf16: bool) -> EngineSection:
+    """Its KV memory holds the planned tokens."""
     device = _CPU if is_on_cpu(group) else "cuda"
     engine: dict[str, object] = {"device": device, "tp": group.tp, "pp": group.pp}
     if calibration is not None:
@@ -106,8 +110,9 @@ def _engine(plan: Plan, group: PlanGroup, calibration: Calibration | None) -> En
         )
     shape = model_shape(plan.model)
     per_token = shape.kv_bytes_per_token
-    if device == _CPU:  # the engine picks the dtype that is fast on the CPU; the memory suffices for every dtype
-        per_token *= _WIDEST_NUMBER_BYTES / shape.kv_bytes
+    if device == _CPU:  # the engine picks the dtype that is fast there; on unknown CPUs the memory suffices for both
+        is_bf16 = multiplies_bf16 and shape.kv_bytes < _FLOAT32_BYTES
+        per_token *= (_BFLOAT16_BYTES if is_bf16 else _FLOAT32_BYTES) / shape.kv_bytes
     return EngineSection.model_validate(engine | {"kv_memory": math.ceil(group.kv_tokens * per_token)})
 
 

@@ -25,12 +25,14 @@ _WORKER_ENTRY = "tandem.worker.app:Worker"
 @dataclass(frozen=True, slots=True)
 class Machine:
     """The resources to divide. `cores` and `memory_bytes` are what this process may use of them; None: unknown.
-    `nodes` is 0 for this machine; for a Ray cluster of so many, all nodes that are there now count together."""
+    `nodes` is 0 for this machine; for a Ray cluster of so many, all nodes that are there now count together.
+    `multiplies_bf16`: the CPU is known to have instructions for it, so that the engine computes in bf16 there."""
 
     cores: int
     gpus: int = 0
     nodes: int = 0
     memory_bytes: int | None = None
+    multiplies_bf16: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,12 @@ from tandem.cli.main import main
 from tandem.core.config import ServeConfig
 from tandem.core.errors import UnavailableError
 from tandem.core.session import BlockCounts, InstanceState, InstanceStatus, LinkStats, Role
-from tandem.deploy import checks
-from tandem.deploy.checks import Finding, Grade
+from tandem.deploy import host_checks
+from tandem.deploy.finding import Finding, Grade
+from tandem.deploy.link_check import check_links
 from tandem.deploy.run_state import RunState, StateFolders, process_started_s
+from tandem.deploy.settings_checks import check_memory
+from tandem.deploy.topology import Machine
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 
 PORTS = [f"--set=router.{name}=127.0.0.1:0" for name in ("http", "grpc", "control")]
@@ -39,7 +42,7 @@ def test_a_sound_machine_and_model(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whether the project itself is installed is the checkout's business, not this test's.
-    monkeypatch.setattr(checks, "check_packages", lambda: Finding("packages", Grade.OK, ""))
+    monkeypatch.setattr(host_checks, "check_packages", lambda: Finding("packages", Grade.OK, ""))
     assert main(["doctor", f"--set=model={model}", *PORTS, *SMALL]) == 0
     out = capsys.readouterr().out
     assert set(findings(out).values()) <= {"ok", "warning"}
@@ -65,8 +68,8 @@ def test_a_tokenizer_that_is_none(model: Path, capsys: pytest.CaptureFixture[str
 
 def test_more_memory_than_there_is(model: Path) -> None:
     config = ServeConfig(model=model)
-    assert checks.check_memory(config, available_bytes=2 << 30).grade is Grade.OK
-    finding = checks.check_memory(config, available_bytes=1 << 30)
+    assert check_memory(config, Machine(cores=2), available_bytes=2 << 30).grade is Grade.OK
+    finding = check_memory(config, Machine(cores=2), available_bytes=1 << 30)
     assert finding.grade is Grade.FAILED
     assert finding.text == "1.0 GiB of KV pools and 0.0 GiB of weights, 1.0 GiB available"
 
@@ -80,14 +83,14 @@ def test_packages_that_are_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -
         "pytest>=999; extra == 'dev'",
     ]
     monkeypatch.setattr("importlib.metadata.requires", lambda _: wanted)
-    finding = checks.check_packages()
+    finding = host_checks.check_packages()
     assert finding.grade is Grade.FAILED
     assert finding.text.endswith("does not satisfy >=999; surely-not-there is missing; absent-too is missing")
 
 
 def test_an_old_cpu(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor : 0\nflags : fpu sse2\n")
-    cpu = next(iter(checks.check_cpu(tmp_path / "cpuinfo")))
+    cpu = next(iter(host_checks.check_cpu(tmp_path / "cpuinfo")))
     assert cpu.grade is Grade.WARNING or "no vector extension known" in cpu.text
 
 
@@ -111,16 +114,16 @@ def status(transport: str, leaked: int = 0, failures: int = 0) -> InstanceStatus
 
 
 def test_a_slow_transport_is_an_error() -> None:
-    (finding,) = checks.check_links([status("gloo")], "shared_memory")
+    (finding,) = check_links([status("gloo")], "shared_memory")
     assert finding.grade is Grade.FAILED
     assert finding.text == "prefill-1 -> decode-1 uses the transport gloo"
     assert "shared_memory was expected" in finding.advice
-    assert [f.grade for f in checks.check_links([status("gloo")], None)] == [Grade.OK]
-    assert [f.grade for f in checks.check_links([status("shared_memory", failures=1)], None)] == [Grade.WARNING]
+    assert [f.grade for f in check_links([status("gloo")], None)] == [Grade.OK]
+    assert [f.grade for f in check_links([status("shared_memory", failures=1)], None)] == [Grade.WARNING]
 
 
 def test_leaked_blocks_are_an_error() -> None:
-    grades = [finding.grade for finding in checks.check_links([status("gloo", leaked=2)], None)]
+    grades = [finding.grade for finding in check_links([status("gloo", leaked=2)], None)]
     assert grades == [Grade.FAILED, Grade.OK]
 
 
@@ -145,7 +148,7 @@ def test_clusters_are_asked_on_one_event_loop(model: Path, monkeypatch: pytest.M
         raise UnavailableError("it is gone")
 
     monkeypatch.setattr(doctor, "fetch_fleet", fetch_fleet)
-    monkeypatch.setattr(checks, "check_gloo", lambda: Finding("gloo", Grade.OK, ""))
+    monkeypatch.setattr(host_checks, "check_gloo", lambda: Finding("gloo", Grade.OK, ""))
     run = RunState(1, 0.0, "m", "127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1", "t", "logs", "ray")
     list(doctor.examine(ServeConfig(model=model), [run, run], doctor.ClientAccess(), None))
     assert len(loops) == 2

@@ -10,7 +10,7 @@ from tandem.core.api_keys import digest_of
 from tandem.core.config import ServeConfig
 from tandem.core.config_file import load_config
 from tandem.deploy.access_checks import check_access
-from tandem.deploy.checks import Grade
+from tandem.deploy.finding import Grade
 from tests.certificates import Authority
 
 _DAY_S = 24 * 3600.0

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from tandem.core.config import ServeConfig
-from tandem.deploy.checks import Grade, check_folders, check_ports, check_settings
+from tandem.deploy.finding import Grade
+from tandem.deploy.host_checks import check_folders, check_ports
 from tandem.deploy.run_state import StateFolders
+from tandem.deploy.settings_checks import check_memory, check_settings
 from tandem.deploy.topology import Machine
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 
@@ -106,3 +108,17 @@ def test_folders_for_the_files_of_a_run(tmp_path: Path) -> None:
     (finding,) = check_folders(fine, Path("/tmp") / ("x" * 60) / "tandem-0")
     assert finding.grade is Grade.FAILED
     assert "set TMPDIR to a folder whose path is shorter by" in finding.advice
+
+
+def test_memory_of_gpus_is_not_this_machines(model: Path) -> None:
+    """Pools and weights of instances on GPUs are in the GPUs."""
+    large = {"engine": {"kv_memory": "60GiB"}}
+    config = ServeConfig.model_validate({"model": model, "prefill": large, "decode": large})
+    assert check_memory(config, CPU, available_bytes=8 << 30).text.startswith("120.0 GiB of KV pools")
+    found = check_memory(config, GPU, available_bytes=8 << 30)
+    assert (found.grade, found.text) == (Grade.OK, "all instances are on GPUs; 8.0 GiB available here")
+    on_both = {"model": model, "prefill": large, "decode": {"engine": {"kv_memory": "60GiB", "device": "cpu"}}}
+    found = check_memory(ServeConfig.model_validate(on_both), GPU, available_bytes=8 << 30)
+    assert found.grade is Grade.FAILED
+    assert found.text.startswith("60.0 GiB of KV pools")
+    assert found.advice == "lower decode.engine.kv_memory, or run fewer instances"

@@ -14,6 +14,7 @@ from tandem.core.precision import Precision
 from tandem.core.slo import SloClass
 from tandem.deploy.plan_serving import planned_nodes, serve_config_of
 from tandem.deploy.topology import Machine, plan_processes
+from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.step_fit import FitError, Terms
 from tests.placement.planned import plan_of
@@ -43,6 +44,21 @@ def test_instances_batches_and_memory_are_as_planned() -> None:
     assert prefill.engine.kv_memory == 2.5 * decode.engine.kv_memory
     per_token = decode.engine.kv_memory / 1600
     assert per_token == 4 * 2 * 2 * 32 * 4, "layers, K and V, KV heads, numbers of a head, bytes of float32"
+
+
+def test_memory_is_for_the_numbers_that_the_engine_computes_in(tmp_path: Path) -> None:
+    """bf16 where the CPU multiplies it. Other machines' CPUs are not known, and a float32 checkpoint stays as it is."""
+    groups = [group("colocated", kv_tokens=1600)]
+
+    def memory(machine: Machine, model: Path = BUILT_IN) -> int:
+        return serve_config_of(plan_of(model, groups), machine).colocated[0].engine.kv_memory
+
+    numbers = 1600 * 4 * 2 * 2 * 32  # layers, K and V, KV heads, numbers of a head
+    assert memory(Machine(cores=4)) == 4 * numbers
+    assert memory(Machine(cores=4, multiplies_bf16=True)) == 2 * numbers
+    assert memory(Machine(cores=4, nodes=2, multiplies_bf16=True)) == 4 * numbers
+    whole = write_random_checkpoint(tmp_path / "whole", CheckpointShape(), dtype="float32")
+    assert memory(Machine(cores=4), whole) == memory(Machine(cores=4, multiplies_bf16=True), whole)
 
 
 def test_requests_of_a_served_plan_may_name_its_classes() -> None:
