@@ -36,6 +36,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "plan-colocated.yaml": Plan,
     "plan-prompt-first.yaml": Plan,
     "plan-ranks.yaml": Plan,
+    "plan-stages.yaml": Plan,
     "plan-mixed.yaml": Plan,
     "plan-shapes.yaml": Plan,
 }
@@ -104,6 +105,7 @@ def test_two_and_two() -> None:
         ("plan-colocated.yaml", ["colocated", "colocated"]),
         ("plan-prompt-first.yaml", ["colocated"]),
         ("plan-ranks.yaml", ["colocated"]),
+        ("plan-stages.yaml", ["colocated"]),
         ("plan-mixed.yaml", ["prefill", "decode", "decode", "colocated"]),
         ("plan-shapes.yaml", ["prefill", "decode", "decode"]),
     ],

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -41,53 +42,41 @@ def test_what_was_planned_is_served(built_in_model: Path, tmp_path: Path) -> Non
     kv_tokens = {group.role: group.kv_tokens for group in load_config(plan, Plan).groups}
     with serving(plan, tmp_path) as (url, environment):
         complete(url)
-        status = subprocess.run(
-            [sys.executable, "-m", "tandem.cli.main", "status", "--json"],
-            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
-        )  # fmt: skip
-        instances = json.loads(status.stdout)["fleet"]["instances"]
+        instances = instances_of(environment)
         assert {instance["role"] for instance in instances} == set(kv_tokens) == {"prefill", "decode"}
         for instance in instances:
             assert instance["blocks"]["total"] == kv_tokens[instance["role"]] // 16, "memory for what the plan expects"
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize(
-    ("name", "roles"),
-    [
-        pytest.param("plan-mixed.yaml", ["colocated", "decode", "decode", "prefill"], marks=pytest.mark.slow),
-        pytest.param("plan-colocated.yaml", ["colocated", "colocated"], marks=pytest.mark.slow),
-        pytest.param("plan-prompt-first.yaml", ["colocated"], marks=pytest.mark.slow),
-        pytest.param("plan-shapes.yaml", ["decode", "decode", "prefill"], marks=pytest.mark.slow),
-    ],
-)
-def test_the_plans_of_the_examples_are_served(tmp_path: Path, name: str, roles: list[str]) -> None:
-    with serving(ROOT / "examples" / name, tmp_path) as (url, environment):
-        answers = {complete(url) for _ in range(6)}
-        assert len(answers) == 1, "the answer depends on the path of the request"
-        status = subprocess.run(
-            [sys.executable, "-m", "tandem.cli.main", "status", "--json"],
-            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
-        )  # fmt: skip
-        instances = json.loads(status.stdout)["fleet"]["instances"]
-        assert sorted(instance["role"] for instance in instances) == roles
+@pytest.fixture(scope="module")
+def one_rank_answer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    with serving(ROOT / "examples/plan-prompt-first.yaml", tmp_path_factory.mktemp("one-rank")) as (url, _):
+        return complete(url)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_instances_of_two_ranks_answer_as_one_of_one_rank(built_in_model: Path, tmp_path: Path) -> None:
-    """A serve file's 1x2 instance and a plan's 2x1 instance."""
-    stages = tmp_path / "stages.yaml"
-    stages.write_text(f"model: {built_in_model}\ncolocated: {{engine: {{device: cpu, kv_memory: 16MiB, pp: 2}}}}\n")
-    answers = []
-    for number, path in enumerate(
-        (stages, ROOT / "examples/plan-ranks.yaml", ROOT / "examples/plan-prompt-first.yaml")
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        with serving(path, folder) as (url, _):
-            answers.append(complete(url))
-    assert len(set(answers)) == 1, answers
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("plan-*.yaml")), ids=lambda path: path.stem)
+def test_every_plan_of_the_examples_is_served(tmp_path: Path, path: Path, one_rank_answer: str) -> None:
+    """Of one rank and of several: with the instances and the memory of the plan, and the same answer everywhere."""
+    with serving(path, tmp_path) as (url, environment):
+        assert {complete(url) for _ in range(6)} == {one_rank_answer}
+        instances = instances_of(environment)
+        planned = [
+            (group.role, group.kv_tokens // 16)
+            for group in load_config(path, Plan).groups
+            for _ in range(group.instances)
+        ]
+        assert sorted((one["role"], one["blocks"]["total"]) for one in instances) == sorted(planned)
+
+
+def instances_of(environment: dict[str, str]) -> list[dict[str, Any]]:
+    status = subprocess.run(
+        [sys.executable, "-m", "tandem.cli.main", "status", "--json"],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    found: list[dict[str, Any]] = json.loads(status.stdout)["fleet"]["instances"]
+    return found
 
 
 def complete(url: str) -> str:
