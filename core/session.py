@@ -217,6 +217,7 @@ class InstanceStatus:
     `step_cost` is what the instance expects of its steps, as corrected by those that it measured; None: it cannot tell.
     `step_prompt_tokens` are the prompt tokens that one step of it computes at most; 0: it does not tell.
     `certificate_not_after_s` is when its certificate expires, in seconds since 1970; None: it has none.
+    `unreachable_peers` are instances whose KV it cannot fetch now, because it has lost its connection to them.
     """
 
     instance_id: str
@@ -245,3 +246,4 @@ class InstanceStatus:
     step_prompt_tokens: int = 0
     weights_hash: str = ""
     certificate_not_after_s: float | None = None
+    unreachable_peers: tuple[str, ...] = ()

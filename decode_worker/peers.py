@@ -1,16 +1,27 @@
-"""Control channels to the prefill instances that KV is fetched from."""
+"""Control channels to the prefill instances that KV is fetched from, and which of these cannot be reached."""
 
 import asyncio
+import logging
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 
 import grpc
 
+from tandem.core.errors import ConfigError
 from tandem.core.session import KvSource
 from tandem.core.tls import ClusterTls
-from tandem.wire.channels import open_channel
+from tandem.wire.channels import KV_CHANNEL_OPTIONS, open_channel
 from tandem.wire.transfer import KvTransferClient
 
+log = logging.getLogger(__name__)
+
 MAX_PEERS = 1024
+MAX_UNREACHABLE = 64  # that are told; with more, the oldest are forgotten
+CONNECT_TIMEOUT_S = 1.5
+FIRST_PAUSE_S = 0.25  # between two tries to reach a peer again; doubles
+LAST_PAUSE_S = 4.0
+GIVE_UP_S = 600.0  # by then the peer has restarted, under another id
 
 
 class Peers:
@@ -19,22 +30,36 @@ class Peers:
     Keyed by instance, not by address: a restarted worker is another peer. A channel that is given up (its peer is gone,
     or there are too many) is closed only when no call is under way on it and no link is open, so that no fetch fails
     because of another fetch.
+
+    A peer to which the connection was lost is unreachable until a new one can be made, which is tried again and again:
+    routers are told, and no request has to find out.
     """
 
-    def __init__(self, token: str | None, tls: ClusterTls | None = None) -> None:
+    def __init__(
+        self, token: str | None, tls: ClusterTls | None = None, unreachable_changed: Callable[[], None] | None = None
+    ) -> None:
+        """`unreachable_changed` is called whenever `unreachable` has another result."""
         self._token = token
         self._tls = tls
+        self._unreachable_changed = unreachable_changed
         self._peers: OrderedDict[str, tuple[KvTransferClient, grpc.aio.Channel]] = OrderedDict()
         self._given_up: list[tuple[KvTransferClient, grpc.aio.Channel]] = []
         self._closing: set[asyncio.Task[None]] = set()
+        self._unreachable: dict[str, asyncio.Task[None]] = {}  # each task tries to reach the instance
+        self._is_closed = False
+
+    def unreachable(self) -> tuple[str, ...]:
+        """Ids of the instances to which there is no connection any more."""
+        return tuple(self._unreachable)
 
     def control(self, source: KvSource) -> KvTransferClient:
         """Reaches that instance, over a new channel if the peer was gone."""
         self.forget(source.instance_id)
         if source.instance_id not in self._peers:
             self._close_unused()
-            channel = open_channel(source.address, tls=self._tls)
-            self._peers[source.instance_id] = KvTransferClient(channel, source.instance_id, self._token), channel
+            channel = self._open(source)
+            lost = partial(self._lost, source)
+            self._peers[source.instance_id] = KvTransferClient(channel, source.instance_id, self._token, lost), channel
             if len(self._peers) > MAX_PEERS:
                 self._given_up.append(self._peers.popitem(last=False)[1])
         self._peers.move_to_end(source.instance_id)
@@ -47,10 +72,19 @@ class Peers:
 
     async def close(self) -> None:
         """Close all channels; calls under way fail with PeerGoneError."""
+        self._is_closed = True
+        tries = list(self._unreachable.values())
+        self._unreachable.clear()
+        for reaching in tries:
+            reaching.cancel()
         channels = [channel for _, channel in [*self._peers.values(), *self._given_up]]
         self._peers.clear()
         self._given_up.clear()
         await asyncio.gather(*(channel.close() for channel in channels), *self._closing)
+        await asyncio.gather(*tries, return_exceptions=True)
+
+    def _open(self, source: KvSource) -> grpc.aio.Channel:
+        return open_channel(source.address, tls=self._tls, channel_options=KV_CHANNEL_OPTIONS)
 
     def _close_unused(self) -> None:
         for instance_id in list(self._peers):
@@ -60,3 +94,54 @@ class Peers:
             closing = asyncio.create_task(entry[1].close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
+
+    # --- peers that cannot be reached --------------------------------------------------------------------------------
+
+    def _lost(self, source: KvSource) -> None:
+        instance_id = source.instance_id
+        if self._is_closed or instance_id in self._unreachable:
+            return
+        if len(self._unreachable) >= MAX_UNREACHABLE:
+            self._unreachable.pop(next(iter(self._unreachable))).cancel()
+        log.warning("%s cannot be reached at %s: no KV comes from there", instance_id, source.address)
+        reaching = asyncio.create_task(self._reach_again(source), name=f"reach-{instance_id}")
+        self._unreachable[instance_id] = reaching
+        reaching.add_done_callback(partial(self._reached, instance_id))
+        self._tell()
+
+    async def _reach_again(self, source: KvSource) -> None:
+        """Until it can be reached, or has been given up."""
+        pause_s = FIRST_PAUSE_S
+        try:
+            async with asyncio.timeout(GIVE_UP_S):
+                while True:
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, LAST_PAUSE_S)
+                    if await self._can_connect(source):
+                        log.info("%s can be reached again", source.instance_id)
+                        return
+        except TimeoutError:
+            log.info("%s was not reached for %.0f s: it is forgotten", source.instance_id, GIVE_UP_S)
+
+    async def _can_connect(self, source: KvSource) -> bool:
+        try:
+            channel = self._open(source)
+        except ConfigError:  # the files of TLS are being replaced
+            return False
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await channel.channel_ready()
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            await channel.close()
+
+    def _reached(self, instance_id: str, reaching: asyncio.Task[None]) -> None:
+        if self._unreachable.get(instance_id) is reaching:
+            del self._unreachable[instance_id]
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._unreachable_changed is not None:
+            self._unreachable_changed()

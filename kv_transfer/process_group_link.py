@@ -69,6 +69,7 @@ class ProcessGroupLink:
         self._ready: Future[None] = Future()
         self._staging: list[torch.Tensor] = []
         self._group: TwoRankGroup | None = None
+        self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
         self.bytes_per_s = 0.0  # measured when the link was made
 
@@ -103,6 +104,7 @@ class ProcessGroupLink:
         if self.closed:
             return
         self.closed = True
+        self._end.set_result(None)
         self._store.close()
         if self._group is not None:
             self._aborter = OwnerThread.start("kv-abort")
@@ -116,11 +118,17 @@ class ProcessGroupLink:
         return self._owner.join(timeout_s) and (self._aborter is None or self._aborter.join(timeout_s))
 
     async def _run(self, transfer: ChunkedBlocks, move: Callable[..., int]) -> int:
+        """Ends with the link, even while the thread still hangs: gloo may take seconds to notice."""
         if self.closed:
             raise TransferError("the KV link is broken")
+        moving = asyncio.wrap_future(self._owner.submit(partial(self._move, transfer, move)))
         try:
-            return await asyncio.wrap_future(self._owner.submit(partial(self._move, transfer, move)))
+            await asyncio.wait((moving, self._end), return_when=asyncio.FIRST_COMPLETED)
+            if not moving.done():
+                raise TransferError("the KV link has ended")
+            return moving.result()
         except BaseException:
+            moving.cancel()
             self.close()
             raise
 

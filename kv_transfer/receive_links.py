@@ -16,7 +16,7 @@ from tandem.core.errors import (
 )
 from tandem.core.kv_codec import KvCodec
 from tandem.core.kv_layout import KvLayout
-from tandem.core.transfer import LinkOffer, LinkReply, PeerControl, Transport, unknown_format
+from tandem.core.transfer import LinkOffer, LinkReply, PeerControl, PeerGoneError, Transport, unknown_format
 from tandem.kv_transfer.arrival import OwnPools, PairPlan
 from tandem.kv_transfer.block_coder import KvCodes
 from tandem.kv_transfer.config import LinkConfig
@@ -79,12 +79,15 @@ class ReceiveLinks:
         self._closing: list[SharedMemoryLink | ProcessGroupLink] = []  # closed ones whose threads may still run
 
     async def get(self, peer: PeerControl) -> ReceiveLink:
-        """The live link to that peer, made now if there is none. Raises TransferError when that takes too long."""
+        """The live link to that peer, made now if there is none. Raises TransferError when that takes too long, and
+        PeerGoneError for a peer that is gone: transfers that waited for their turn need not find out by themselves."""
         making = self.making.setdefault(peer.instance_id, asyncio.Lock())
         async with making:
             link = self.by_peer.get(peer.instance_id)
             if link is not None and link.alive:
                 return link
+            if peer.is_gone:
+                raise PeerGoneError("the prefill worker cannot be reached")
             self.unlink(peer.instance_id)
             self._evict_idle_link()
             try:

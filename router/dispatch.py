@@ -176,7 +176,7 @@ class Dispatcher:
             request = running.begin_attempt(attempt, instance_id, selection, self._clock.now_s())
             command = Submit(attempt.handle, request, hand_over=attempt.hand_over)
         else:
-            request = running.begin_decode(instance_id, selection)
+            request = running.begin_decode(instance_id, selection, self._clock.now_s())
             source = KvSource(source_id, self.machine.instances[source_id].status.address)
             command = Submit(attempt.handle, request, source)
         self.fleet.send(instance_id, command)

@@ -8,7 +8,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from tandem.core.errors import OverloadedError, TandemError
+from tandem.core.errors import OverloadedError, TandemError, TransferError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
 from tandem.core.session import NewTokens, PrefillFinished, TransferCommitted
 from tandem.core.timeline import Timeline
@@ -105,7 +105,8 @@ class RunningRequest:
         error = self._end if isinstance(self._end, TandemError) else None
         reason = self.finish_reason or FinishReason.CANCELLED
         for attempt, record in self._attempts:
-            record.failure = None if attempt.error is None else attempt.error.code
+            if record.failure is None and attempt.error is not None:
+                record.failure = attempt.error.code
         return RequestRecord(
             request_id=self.request.request_id,
             outcome=reason.value if error is None else error.code,
@@ -148,9 +149,14 @@ class RunningRequest:
         self.timeline_recorder.begin_attempt(now_s)
         return request
 
-    def begin_decode(self, instance_id: str, selection: Selection) -> GenerationRequest:
-        """What to send to the instance that decodes."""
-        _, record = self._attempts[-1]
+    def begin_decode(self, instance_id: str, selection: Selection, now_s: float) -> GenerationRequest:
+        """What to send to the instance that decodes. Where another one has failed to fetch the KV, it counts as another
+        attempt, though the prompt is not computed again."""
+        attempt, record = self._attempts[-1]
+        if record.decode_id is not None:
+            record.failure = TransferError.code
+            record = replace(record, failure=None, began_s=None if record.began_s is None else now_s)
+            self._attempts.append((attempt, record))
         record.decode_id, record.decode_selection = instance_id, selection
         return self._attempt_request
 

@@ -2,7 +2,7 @@
 
 import math
 
-from tandem.core.errors import IncompatiblePeerError, TandemError, TransferError, UnavailableError
+from tandem.core.errors import IncompatiblePeerError, StaleEpochError, TandemError, TransferError, UnavailableError
 from tandem.scheduling.instance_selector import InstanceSelector, Place
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
@@ -40,8 +40,35 @@ class Attempts:
     def hand_over(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> bool:
         """Select where to decode, and send it there. False: no instance can read the KV of `prefill`."""
         place = self._selector.choose_decode(attempt, prefill, now_s)
+        if place is not None:
+            self._begin_decode(attempt, prefill, place, now_s)
+        return place is not None
+
+    def hand_over_again(self, attempt: Attempt, error: TandemError, now_s: float) -> bool:
+        """After its decode instance has failed to fetch the KV: another one may, without computing the prompt again.
+
+        Only where the KV is on another host, so that the network between the two is a likelier reason than the instance
+        that has the KV. False: it is not so, or no other instance is there whose link is not suspect.
+        """
+        prefill, failed = attempt.prefill, attempt.decode
+        is_network = isinstance(error, TransferError | UnavailableError) and not isinstance(error, StaleEpochError)
+        if prefill is None or failed is None or attempt.has_transfer or prefill.host == failed.host or not is_network:
+            return False
+        place = self._selector.choose_other_decode(attempt, prefill, now_s)
         if place is None:
             return False
+        attempt.request.num_attempts += 1
+        self._begin_decode(attempt, prefill, place, now_s)
+        return True
+
+    def await_kv(self, attempt: Attempt, now_s: float) -> None:
+        """Its prompt is computed, and the KV waits for the decode instance."""
+        if attempt.decode is not None:
+            attempt.decode.await_kv(attempt.handle)
+            self._selector.put(attempt.decode)
+        self.renew_lease_later(attempt, now_s)
+
+    def _begin_decode(self, attempt: Attempt, prefill: KnownInstance, place: Place, now_s: float) -> None:
         attempt.decode = place.instance
         if prefill.find(attempt.handle) is attempt:
             prefill.decode_chosen(attempt.handle)
@@ -51,7 +78,6 @@ class Attempts:
         self._selector.put(place.instance, is_chosen=True)
         self._selector.decode_chosen(attempt, place.instance, now_s)
         self._driver.submit(attempt, place.instance.instance_id, prefill.instance_id, place.selection)
-        return True
 
     def record_progress(self, attempt: Attempt, instance: KnownInstance, num_tokens: int) -> None:
         """The instance need not compute `num_tokens` of its tokens any more."""

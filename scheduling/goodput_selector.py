@@ -39,7 +39,8 @@ _FIRST_TRANSFER = (0.001, 1e-6)  # seconds from the first token until the KV is 
 
 class Estimate(NamedTuple):
     """What is expected of one option. `ttft_s` runs from now; `on_time` is the probability that both targets are met,
-    `loss` the expected number of running requests (by weight) that miss theirs because of it."""
+    `loss` the expected number of running requests (by weight) that miss theirs because of it. A recent failure of one
+    of its instances counts as one more."""
 
     place: Place
     ttft_s: float
@@ -166,19 +167,24 @@ class GoodputSelector(InstanceSelector):
             NO_INSTANCES,
             failures,
         )
-        prefill_query = self._prefill_query(request, needed_tokens, failures)._replace(exclude=NO_INSTANCES)
+        prefill_query = self._prefill_query(request, needed_tokens, failures)
         prefills = self._prefills.top(prefill_query, NUM_CANDIDATES)
         decodes = self._decodes.top(query, NUM_CANDIDATES)
         local = self._decodes.top(query, NUM_CANDIDATES) if self._settings.local_prefill else []
         local += self._colocated.top(query, NUM_CANDIDATES)
         if not all(each in self._loads for each in (*prefills, *decodes, *local)):
             return []
-        pairs = (self._remote(request, self.instances[each], decodes, now_s) for each in prefills)
-        alone = (self._local(request, self.instances[each], now_s) for each in local)
+        pairs = (self._remote(request, self.instances[each], decodes, failures, now_s) for each in prefills)
+        alone = (self._local(request, self.instances[each], failures, now_s) for each in local)
         return [*(pair for pair in pairs if pair is not None), *alone]
 
     def _remote(
-        self, request: RoutedRequest, prefill: KnownInstance, decodes: Iterable[str], now_s: float
+        self,
+        request: RoutedRequest,
+        prefill: KnownInstance,
+        decodes: Iterable[str],
+        failures: Mapping[str, float],
+        now_s: float,
     ) -> Estimate | None:
         """With the best of `decodes` that can read its KV."""
         refused = self.failures.refused_by(prefill.instance_id)
@@ -189,6 +195,9 @@ class GoodputSelector(InstanceSelector):
         ]
         if not readers:
             return None
+        if self.failures:
+            suspects = self.failures.suspect_readers(prefill, self.instances)
+            readers = [each for each in readers if each not in suspects] or readers
         load, place = self._loads[prefill.instance_id], Place(prefill, True, None)
         cached = self.cached_tokens(request, prefill)
         price_s = load.price_s(request.num_tokens - cached, cached)
@@ -199,16 +208,19 @@ class GoodputSelector(InstanceSelector):
         for decode_id in readers:
             before_s, after_s = self._tpots(decode_id, request, ttft_s, 0.0, now_s)
             loss = self._loss(decode_id, before_s, after_s)
+            loss += failures.get(prefill.instance_id, 0.0) + failures.get(decode_id, 0.0)
             estimates.append(self._estimate(place, request, ttft_s, after_s + transfer_s, loss, now_s))
         return max(estimates, key=lambda pair: (pair.score, -pair.tpot_s))
 
-    def _local(self, request: RoutedRequest, instance: KnownInstance, now_s: float) -> Estimate:
+    def _local(
+        self, request: RoutedRequest, instance: KnownInstance, failures: Mapping[str, float], now_s: float
+    ) -> Estimate:
         load = self._loads[instance.instance_id]
         cached = self.cached_tokens(request, instance)
         ttft_s = load.local_ttft_s(request.num_tokens - cached, cached, now_s)
         price_s = load.price_s(request.num_tokens - cached, cached)
         before_s, after_s = self._tpots(instance.instance_id, request, ttft_s, price_s, now_s)
-        loss = self._loss(instance.instance_id, before_s, after_s)
+        loss = self._loss(instance.instance_id, before_s, after_s) + failures.get(instance.instance_id, 0.0)
         return self._estimate(Place(instance, False, None), request, ttft_s, after_s, loss, now_s)
 
     def _estimate(
@@ -264,7 +276,7 @@ class GoodputSelector(InstanceSelector):
             place = Place(self.instances[decode_id], False, None)
             slo = request.effective_slo
             on_time = self.tpot_errors.share_within(after_s, slo.tpot_s, LEAST_ERROR)
-            loss = self._loss(decode_id, before_s, after_s)
+            loss = self._loss(decode_id, before_s, after_s) + query.failures.get(decode_id, 0.0)
             estimates.append(
                 Estimate(place, 0.0, after_s, on_time, loss, request.effective_slo.weight * on_time - loss)
             )

@@ -15,7 +15,7 @@ from tandem.core.session import Role
 from tandem.scheduling.answer_lengths import AnswerLengths
 from tandem.scheduling.decode_index import DecodeIndex, DecodeQuery
 from tandem.scheduling.instance_credit import InstanceCredit
-from tandem.scheduling.instance_index import NO_FAILURES, InstanceIndex, QueryT
+from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES, InstanceIndex, QueryT
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import Residuals
 from tandem.scheduling.prefill_index import Holders, PrefillIndex, PrefillQuery
@@ -185,22 +185,26 @@ class InstanceSelector:
             self._trackers[block_size].record(instance.instance_id, request.block_names(block_size), num_blocks)
 
     def _pair(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> Place | None:
-        return self._find(self._prefills, self._prefill_query(request, needed_tokens, failures), hand_over=True)
+        query, without_credit = self._prefill_query(request, needed_tokens, failures), self._credit.without
+        excluded = query.exclude | without_credit if query.exclude else without_credit
+        return self._find(self._prefills, query._replace(exclude=excluded), hand_over=True)
 
     def _prefill_query(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> PrefillQuery:
+        """Whether the instances have credit or not. Without those whose links are suspect, where there is another."""
         if self.failures:
             failures = self.failures.of_prefills(failures, self.instances)
-        without_reader = self.failures.without_reader(self.instances)
-        without_credit = self._credit.without
-        return PrefillQuery(
+        query = PrefillQuery(
             request.num_tokens,
             needed_tokens,
             self._credit.with_room(self._decodes.fingerprints_for(needed_tokens)),
             self._holders(request) if request.has_block_names else (),
             request.avoid,
-            without_credit | without_reader if without_reader else without_credit,
+            self.failures.without_reader(self.instances),
             failures,
         )
+        cut_off = self.failures.cut_off(self.instances) if self.failures else NO_INSTANCES
+        others = query._replace(exclude=query.exclude | cut_off)
+        return others if cut_off and self._prefills.best(others) is not None else query
 
     def _one_instance(
         self, index: DecodeIndex, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]
@@ -305,6 +309,12 @@ class InstanceSelector:
         """One that can read the KV of `prefill`, and hold prompt and answer if one can."""
         return self._find(self._decodes, self._decode_query(attempt, prefill, now_s), hand_over=False)
 
+    def choose_other_decode(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> Place | None:
+        """As `choose_decode`, after a link has failed. None if every other link is suspect, too."""
+        place = self.choose_decode(attempt, prefill, now_s)
+        suspects = self.failures.suspect_readers(prefill, self.instances)
+        return None if place is None or place.instance.instance_id in suspects else place
+
     def _decode_query(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> DecodeQuery:
         fingerprint = prefill.status.fingerprint
         needed_tokens = attempt.num_tokens + attempt.growth_tokens
@@ -314,7 +324,7 @@ class InstanceSelector:
         failures: Mapping[str, float] = NO_FAILURES
         if self.failures:
             failures = self.failures.of_decodes(self.failures.current(now_s), prefill.instance_id)
-        return DecodeQuery(
+        query = DecodeQuery(
             attempt.num_tokens,
             attempt.growth_tokens,
             needed_tokens,
@@ -324,6 +334,9 @@ class InstanceSelector:
             {prefill.instance_id, *refused} if prefill.role is Role.DECODE else refused,
             failures,
         )
+        suspects = self.failures.suspect_readers(prefill, self.instances) if self.failures else NO_INSTANCES
+        others = query._replace(exclude=query.exclude | suspects)
+        return others if suspects and self._decodes.best(others) is not None else query
 
     # --- what happens to attempts: of interest to selectors that predict ---------------------------------------------
 

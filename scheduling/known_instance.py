@@ -32,7 +32,7 @@ class KnownInstance:
     """Owned by the machine. What is in flight is summed up: `uncomputed_tokens` are prompt tokens that wait to be
     computed, `held_tokens` KV slots that requests hold or may grow to, `awaited_tokens` prompt tokens that another
     instance has computed and whose KV has yet to come. `expected_tokens` are the KV slots that requests will probably
-    grow to where they decode: here, or on a decode instance that is not chosen yet."""
+    grow to where they decode: here, or on a decode instance that is not chosen yet. `host` is that of its address."""
 
     __slots__ = (
         "_foreign",
@@ -43,6 +43,7 @@ class KnownInstance:
         "capacity_tokens",
         "expected_tokens",
         "held_tokens",
+        "host",
         "instance_id",
         "is_connected",
         "memory_tokens",
@@ -95,6 +96,7 @@ class KnownInstance:
 
     def report(self, status: InstanceStatus) -> None:
         self.status = status
+        self.host = status.address.rpartition(":")[0]
         self.memory_tokens = status.blocks.total * status.block_size
         self.capacity_tokens = min(status.max_model_len, self.memory_tokens)
         blocks = status.blocks

@@ -13,7 +13,8 @@
     an attempt at a pair                                      an attempt at one instance
     prefill started   -> the decode instance is chosen        prefill started
     prefill finished  -> the first token                      prefill finished  -> the first token
-    transfer committed-> prefill holds nothing more           tokens ... finished
+    transfer failed   -> perhaps another decode instance      tokens ... finished
+    transfer committed-> prefill holds nothing more
     tokens ... finished
 
 The machine knows counts and ids, never tokens or text. It has no clock, no I/O and no randomness: time comes with each
@@ -92,6 +93,7 @@ class RoutingMachine:
 
     def instance_reported(self, status: InstanceStatus, now_s: float) -> None:
         """Its first report, or the next one. It may have another role than before."""
+        self._selector.failures.cannot_reach(status.instance_id, status.unreachable_peers)
         known = self._selector.instances.get(status.instance_id)
         if known is None:
             self._selector.update(KnownInstance(status))
@@ -277,10 +279,7 @@ class RoutingMachine:
         elif attempt.hand_over:
             if attempt.decode is None:
                 self._hand_over(attempt, instance, now_s)
-            if attempt.decode is not None:
-                attempt.decode.await_kv(attempt.handle)
-                self._selector.put(attempt.decode)
-            self._attempts.renew_lease_later(attempt, now_s)
+            self._attempts.await_kv(attempt, now_s)
         self._settle(now_s)
         return True
 
@@ -331,7 +330,11 @@ class RoutingMachine:
             return False
         blamed = self._attempts.blame(attempt, instance, error, now_s)
         self._attempts.release(attempt, instance, now_s)
-        self._fail(attempt, error, blamed, now_s)
+        is_again = instance is attempt.decode and self._may_continue(attempt.request)
+        if not (is_again and self._attempts.hand_over_again(attempt, error, now_s)):
+            self._fail(attempt, error, blamed, now_s)
+        elif attempt.has_first_token:
+            self._attempts.await_kv(attempt, now_s)
         self._settle(now_s)
         return True
 
@@ -359,12 +362,17 @@ class RoutingMachine:
         request.avoid |= blamed
         if not isinstance(error, _RETRIED):
             self._end(request, error, now_s)
-        elif request.num_attempts >= settings.max_attempts or (request.num_output_tokens and not settings.resume):
+        elif not self._may_continue(request):
             self._end(request, _final(request, error), now_s)
         else:
             request.retry_s = now_s + settings.retry_pause_s
             request.give_up_s = now_s + settings.replacement_wait_s
             self._recover(request, now_s)
+
+    def _may_continue(self, request: RoutedRequest) -> bool:
+        """After a failure."""
+        is_resumed = self._settings.resume or not request.num_output_tokens
+        return is_resumed and request.num_attempts < self._settings.max_attempts
 
     def _recover(self, request: RoutedRequest, now_s: float) -> None:
         """Begin another attempt: at once on an instance that has not failed the request, else after a pause."""

@@ -1,7 +1,8 @@
 """gRPC channels between processes of a cluster, with options that detect a dead or hung peer within seconds.
 
 Measured with grpcio 1.85: without keepalive a partition is never noticed, and a stopped peer only after a minute
-unless `ping_timeout_ms` is set too. The server permits pings this frequent (see `wire/server.py`).
+unless `ping_timeout_ms` is set too. The server permits pings this frequent (see `wire/server.py`). A client sends at
+most one ping a second, whatever it is told.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,22 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
+_KV_ANSWER_MS = 800
+_KV_CONNECT_MS = 1_500
+
+KV_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = tuple(
+    (
+        dict(CHANNEL_OPTIONS)
+        | {
+            "grpc.keepalive_time_ms": 1_000,
+            "grpc.keepalive_timeout_ms": _KV_ANSWER_MS,
+            "grpc.http2.ping_timeout_ms": _KV_ANSWER_MS,
+            "grpc.min_reconnect_backoff_ms": _KV_CONNECT_MS,  # and so long a connection may take; 20 s otherwise
+        }
+    ).items()
+)
+"""Of a channel on which requests wait for KV: a lost network is noticed within 1.8 s."""
+
 
 def token_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     """Metadata with the cluster token, for one call."""
@@ -58,7 +75,12 @@ class _UnaryToken(grpc.aio.UnaryUnaryClientInterceptor):
         return await continuation(_with_token(client_call_details, self._token), request)
 
 
-def open_channel(address: str, token: str | None = None, tls: ClusterTls | None = None) -> grpc.aio.Channel:
+def open_channel(
+    address: str,
+    token: str | None = None,
+    tls: ClusterTls | None = None,
+    channel_options: tuple[tuple[str, int], ...] = CHANNEL_OPTIONS,
+) -> grpc.aio.Channel:
     """A channel to `host:port` that sends the cluster token with every unary call. Connects when first used.
 
     With `tls` the files are read now; raises ConfigError. Streams need `token_metadata`: with an interceptor, a stream
@@ -67,9 +89,9 @@ def open_channel(address: str, token: str | None = None, tls: ClusterTls | None 
     keep_grpc_poller()
     interceptors = [_UnaryToken(token)] if token else []
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+        return grpc.aio.insecure_channel(address, options=channel_options, interceptors=interceptors)
     files = ClientTls(tls.ca, tls.certificate, tls.key, tls.server_name)
-    options = (*CHANNEL_OPTIONS, *files.options())
+    options = (*channel_options, *files.options())
     return grpc.aio.secure_channel(address, files.credentials(), options=options, interceptors=interceptors)
 
 

@@ -203,6 +203,7 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         step_prompt_tokens=status.step_prompt_tokens,
         weights_hash=status.weights_hash,
         certificate_not_after_s=status.certificate_not_after_s or 0.0,
+        unreachable_peers=status.unreachable_peers,
     )
 
 
@@ -246,4 +247,5 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         step_prompt_tokens=pb.step_prompt_tokens,
         weights_hash=pb.weights_hash,
         certificate_not_after_s=pb.certificate_not_after_s or None,
+        unreachable_peers=tuple(pb.unreachable_peers),
     )

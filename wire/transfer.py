@@ -64,8 +64,16 @@ class KvTransferClient:
     `token` is for a channel that was opened without one: interceptors slow down calls, and transfers wait for calls.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, instance_id: str, token: str | None = None) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        instance_id: str,
+        token: str | None = None,
+        when_gone: Callable[[], None] | None = None,
+    ) -> None:
+        """`when_gone` is called once, on the event loop, when the peer is found to be gone."""
         self._metadata = token_metadata(token)
+        self._when_gone = when_gone
         self._stub = transfer_pb2_grpc.KvTransferServiceStub(channel)
         self.instance_id = instance_id
         self.is_gone = False
@@ -208,7 +216,9 @@ class KvTransferClient:
             self._calls -= 1
 
     def _gone(self) -> PeerGoneError:
-        self.is_gone = True
+        is_news, self.is_gone = not self.is_gone, True
+        if is_news and self._when_gone is not None:
+            self._when_gone()
         return PeerGoneError("the prefill worker cannot be reached")
 
 

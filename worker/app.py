@@ -71,15 +71,16 @@ class Worker:
             f"{role.value}-loop", self._load_and_make_loop, self._deliver, self._crashed, progress
         )
         self._held = HeldKv(self._release_held, self._section.lease_s, self._clock)
-        self._fetcher = KvFetcher(self._thread.post, Peers(config.cluster_token, config.cluster_tls))
-        self._public = PublicSide(config, self.instance_id, lambda: self._service.role)
+        peers = Peers(config.cluster_token, config.cluster_tls, self._tell_routers)
+        self._fetcher = KvFetcher(self._thread.post, peers)
+        self._public = PublicSide(config, self.instance_id, lambda: self._service.role, peers.unreachable)
         self._service = InstanceService(
             role,
             self._section,
             self._thread.post,
             self._held,
             self._fetcher,
-            self._role_changed,
+            self._tell_routers,
             self._publish_cache_change,
             self._public.set_routers,
         )
@@ -281,7 +282,7 @@ class Worker:
         if self._kv_events is not None:
             self._kv_events.publish(event.changes)
 
-    def _role_changed(self) -> None:
+    def _tell_routers(self) -> None:
         self._public.send_heartbeat()
 
     def _crashed(self, error: BaseException) -> None:

@@ -32,9 +32,16 @@ LIVENESS = "liveness"
 class PublicSide:
     """`listen` binds and registers; `drain` and `close` end it."""
 
-    def __init__(self, config: WorkerConfig, instance_id: str, role: Callable[[], Role]) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        instance_id: str,
+        role: Callable[[], Role],
+        unreachable_peers: Callable[[], tuple[str, ...]],
+    ) -> None:
         self._config = config
         self._role = role
+        self._unreachable_peers = unreachable_peers
         self._instance_id = instance_id
         self._state = InstanceState.LOADING
         self._is_stalled = False
@@ -111,6 +118,7 @@ class PublicSide:
             step_cost=report.step_cost,
             step_prompt_tokens=report.step_prompt_tokens,
             certificate_not_after_s=None if self._tls is None else self._tls.not_after_s,
+            unreachable_peers=self._unreachable_peers(),
         )
 
     def _pairing_fingerprint(self, layout_fingerprint: str) -> str:

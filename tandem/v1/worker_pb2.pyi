@@ -273,7 +273,7 @@ class LinkStats(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., transport: _Optional[str] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., failures: _Optional[int] = ..., streamed_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("instance_id", "role", "state", "address", "model", "fingerprint", "max_model_len", "block_size", "blocks", "waiting_requests", "running_requests", "uncomputed_tokens", "unreserved_tokens", "steps", "step_s", "computed_tokens", "cached_tokens", "preemptions", "links", "lease_s", "step_age_s", "allocated_blocks", "step_prompt_tokens", "step_cost", "weights_hash", "certificate_not_after_s")
+    __slots__ = ("instance_id", "role", "state", "address", "model", "fingerprint", "max_model_len", "block_size", "blocks", "waiting_requests", "running_requests", "uncomputed_tokens", "unreserved_tokens", "steps", "step_s", "computed_tokens", "cached_tokens", "preemptions", "links", "lease_s", "step_age_s", "allocated_blocks", "step_prompt_tokens", "step_cost", "weights_hash", "certificate_not_after_s", "unreachable_peers")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -300,6 +300,7 @@ class InstanceStatus(_message.Message):
     STEP_COST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_HASH_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_NOT_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    UNREACHABLE_PEERS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     role: Role
     state: InstanceState
@@ -326,7 +327,8 @@ class InstanceStatus(_message.Message):
     step_cost: _containers.RepeatedScalarFieldContainer[float]
     weights_hash: str
     certificate_not_after_s: float
-    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[InstanceState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., uncomputed_tokens: _Optional[int] = ..., unreserved_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., lease_s: _Optional[float] = ..., step_age_s: _Optional[float] = ..., allocated_blocks: _Optional[int] = ..., step_prompt_tokens: _Optional[int] = ..., step_cost: _Optional[_Iterable[float]] = ..., weights_hash: _Optional[str] = ..., certificate_not_after_s: _Optional[float] = ...) -> None: ...
+    unreachable_peers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[InstanceState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., uncomputed_tokens: _Optional[int] = ..., unreserved_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., lease_s: _Optional[float] = ..., step_age_s: _Optional[float] = ..., allocated_blocks: _Optional[int] = ..., step_prompt_tokens: _Optional[int] = ..., step_cost: _Optional[_Iterable[float]] = ..., weights_hash: _Optional[str] = ..., certificate_not_after_s: _Optional[float] = ..., unreachable_peers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("status",)

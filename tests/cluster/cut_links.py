@@ -36,7 +36,8 @@ WORKERS: dict[str, dict[str, Any]] = {
 }
 PROMPT_TOKENS = 1500  # 3 MB of KV: 3 s at
 MEGABITS_PER_S = 8
-FOUND_WITHIN_S = 4.0  # a ping every 2 s, and 2 s for its answer
+FOUND_WITHIN_S = 2.0  # a ping each second, and 0.8 s for its answer
+FORGOTTEN_AFTER_S = 25.0  # a failure counts half every 5 s, and less than 1/16 is nothing
 UNREACHABLE_WITHIN_S = 2.0  # by missing heartbeats
 MARGIN_S = 3.0
 
@@ -162,7 +163,15 @@ def test_a_network_that_fails_during_transfers_costs_only_time(
     attempts = sorted(each.num_attempts for each in answers)
     assert attempts[0] == 1, "every pair was disturbed"
     assert attempts[-1] > 1, "no request was disturbed"
-    assert max(each.longest_gap_s(failed_s) for each in answers) < 2 * FOUND_WITHIN_S + MARGIN_S
+    pauses_s = sorted(each.longest_gap_s(failed_s) for each in answers)
+    print("pauses", [f"{pause_s:.2f}" for pause_s in pauses_s], "attempts", attempts)
+    assert pauses_s[-1] < FOUND_WITHIN_S + MARGIN_S
+    if fault is lose:
+        time.sleep(FORGOTTEN_AFTER_S)  # the router's own memory; what decode instances report stays
+    later = answer(client, asks(8, prompt_tokens=64, max_tokens=8))
+    for each in later:
+        each.wait()
+    assert [each.num_attempts for each in later] == [1] * len(later), "a pair without a network was chosen"
     within_hosts = [link for (source, reader), link in cluster.links().items() if source == reader]
     assert [link.failures for link in within_hosts] == [0] * (1 if fault is isolate else 2)
 

@@ -79,7 +79,7 @@ class Hosts:
     def slow(self, a: str, b: str, megabits_per_s: int) -> None:
         """In each direction."""
         for here, there in ((a, b), (b, a)):
-            rate = ("rate", f"{megabits_per_s}mbit", "burst", "64kb", "latency", "400ms")
+            rate = ("rate", f"{megabits_per_s}mbit", "burst", "64kb", "latency", "50ms")
             self._tc(here, "replace", "dev", f"to-{there}", "root", "tbf", *rate)
             self._slow.add((here, there))
 

@@ -17,8 +17,8 @@ def channels(monkeypatch: pytest.MonkeyPatch) -> list[grpc.aio.Channel]:
     opened: list[grpc.aio.Channel] = []
     open_channel = peers_module.open_channel
 
-    def recording(address: str, tls: None) -> grpc.aio.Channel:
-        opened.append(open_channel(address))
+    def recording(address: str, tls: None, channel_options: tuple[tuple[str, int], ...]) -> grpc.aio.Channel:
+        opened.append(open_channel(address, channel_options=channel_options))
         return opened[-1]
 
     monkeypatch.setattr(peers_module, "open_channel", recording)
@@ -79,3 +79,19 @@ async def test_too_many_peers(monkeypatch: pytest.MonkeyPatch) -> None:
         prefill.holder.finish("r", 0, [1])
         await pulling
         await peers.close()
+
+
+async def test_a_peer_that_is_lost_is_told_until_it_can_be_reached_again() -> None:
+    told: list[tuple[str, ...]] = []
+    async with serve_prefill() as prefill:
+        peers = Peers(None, unreachable_changed=lambda: told.append(peers.unreachable()))
+        peers.control(KvSource("prefill-0", prefill.address))._gone()
+        with pytest.raises(PeerGoneError):
+            await peers.control(KvSource("prefill-1", "127.0.0.1:1")).pull("r", 0, 5.0)
+        async with asyncio.timeout(30.0):
+            while peers.unreachable() != ("prefill-1",):  # noqa: ASYNC110 - a task of its own
+                await asyncio.sleep(0.02)
+        assert told == [("prefill-0",), ("prefill-0", "prefill-1"), ("prefill-1",)]
+        await peers.close()
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("reach-")]
+    assert len(told) == 3

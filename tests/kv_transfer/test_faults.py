@@ -50,10 +50,13 @@ async def line_of(process: asyncio.subprocess.Process) -> str:
 
 
 @asynccontextmanager
-async def prefill_at(instance_id: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, KvTransferClient]]:
+async def prefill_at(
+    instance_id: str,
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, Callable[[], KvTransferClient]]]:
+    """The process, and what makes a client of it: one that has found it gone is of no more use."""
     async with side("prefill", instance_id) as process:
         channel = open_channel(await line_of(process))
-        yield process, KvTransferClient(channel, instance_id)
+        yield process, lambda: KvTransferClient(channel, instance_id)
         await channel.close()
 
 
@@ -105,16 +108,19 @@ async def test_prefill_killed_or_stopped_while_bytes_move(monkeypatch: pytest.Mo
         assert bool((pool == 3).all())
         return took_s
 
-    async with prefill_at("prefill-0") as (process, peer):
+    async with prefill_at("prefill-0") as (process, new_peer):
+        peer = new_peer()
         assert await fetch_all(receiver, peer, 9) is Transport.GLOO
         assert await in_mid_payload(process, peer, signal.SIGSTOP) < 8.0  # stall_s, and the machine's own delays
         process.send_signal(signal.SIGCONT)
+        peer = new_peer()
         assert await fetch_all(receiver, peer, 1) is Transport.GLOO  # over a new process group
         assert await in_mid_payload(process, peer, signal.SIGKILL) < CONFIG.stall_s  # not by a timeout
     await receiver.close()
 
     receiver = KvReceiver(BIG, [pool], "decode-0", transport=Transport.SHARED_MEMORY, link_config=CONFIG)
-    async with prefill_at("prefill-1") as (process, peer):
+    async with prefill_at("prefill-1") as (process, new_peer):
+        peer = new_peer()
         copy = shared_memory_link.copy_blocks
 
         def copy_and_kill(*arguments: object) -> None:
@@ -150,7 +156,8 @@ async def test_decode_killed_while_bytes_move(transport: Transport) -> None:
 async def test_nothing_is_left_of_an_idle_prefill_worker_that_was_killed(transport: Transport) -> None:
     before = resources()
     receiver = KvReceiver(BIG, [torch.zeros(BIG.pool_bytes, dtype=torch.uint8)], "decode-0", transport=transport)
-    async with prefill_at("prefill-0") as (process, peer):
+    async with prefill_at("prefill-0") as (process, new_peer):
+        peer = new_peer()
         await fetch_all(receiver, peer, 0)
         assert resources() != before
         process.kill()

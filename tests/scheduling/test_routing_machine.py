@@ -555,9 +555,98 @@ def test_instances_of_which_none_can_read_the_others_kv_serve_as_well_as_they_ca
     assert "p1" in {sent.instance_id for sent in router.sent}
 
 
-def test_an_instance_that_failed_others_is_passed_over_for_a_while() -> None:
-    router = Router()
-    router.join("p1", "p2", "d1")
+# --- a network that is cut -------------------------------------------------------------------------------------------
+
+
+def _report(router: Router, name: str, **changes: object) -> None:
+    """p1 and d1 are on one host, p2 and d2 on another; p2 and d1 are busy."""
+    busy: dict[str, object] = {
+        "p2": {"uncomputed_tokens": 900},
+        "d1": {"blocks": BlockCounts(total=64, free=40, running=24, cached=0, leased=0)},
+    }
+    address = f"10.0.0.{name[1]}:{1000 + ord(name[0])}"
+    router.join(name, address=address, step_cost=STEP_COST, **busy.get(name, {}), **changes)  # type: ignore[arg-type]
+
+
+def _two_hosts(policy: RoutingPolicy) -> Router:
+    router = Router(RoutingSettings(policy=policy, local_prefill=False))
+    for name in ("p1", "p2", "d1", "d2"):
+        _report(router, name)
+    return router
+
+
+def _begin(router: Router, key: object) -> tuple[Sent, Sent]:
+    router.ask(key)
+    first = router.take()
+    router.start(first)
+    return first, router.take()
+
+
+def _pairs(router: Router, count: int) -> list[tuple[str, str]]:
+    """Of some requests, one after the other."""
+    found = []
+    for number in range(count):
+        first, second = _begin(router, number)
+        found.append((first.instance_id, second.instance_id))
+        router.machine.cancel(first.attempt.request, router.now_s)
+    return found
+
+
+@pytest.mark.parametrize("is_computed", [False, True])
+@pytest.mark.parametrize("policy", ["balanced", "goodput"])
+def test_after_a_cut_the_kv_is_read_on_its_own_host(policy: RoutingPolicy, is_computed: bool) -> None:
+    """No prompt is computed again, and the mirrored pair, whose link needs the same network, is not tried."""
+    router = _two_hosts(policy)
+    first, second = _begin(router, "r")
+    assert (first.instance_id, second.instance_id) == ("p1", "d2")
+    if is_computed:
+        router.first_token(first)
+    router.fail(second, UnavailableError("the prefill worker cannot be reached"))
+    again = router.take()
+    assert (again.attempt, again.instance_id, again.source_id) == (first.attempt, "d1", "p1")
+    assert first.attempt.request.num_attempts == 2
+    assert not router.cancelled
+    if not is_computed:
+        router.first_token(first)
+    router.machine.transfer_committed(again.attempt, router.now_s)
+    router.machine.tokens_generated(again.attempt, 4, router.now_s)
+    router.finish(again)
+    assert not any(any(load) for load in router.loads().values())
+    assert set(_pairs(router, 8)) == {("p1", "d1")}
+    router.machine.instance_lost("p1", router.now_s)
+    assert set(_pairs(router, 8)) == {("p2", "d2")}
+
+
+@pytest.mark.parametrize("policy", ["balanced", "goodput"])
+def test_a_link_that_is_reported_lost_is_used_only_where_there_is_no_other(policy: RoutingPolicy) -> None:
+    """However long ago that was, and before any request has met it."""
+    router = _two_hosts(policy)
+    assert set(_pairs(router, 4)) == {("p1", "d2")}
+    _report(router, "d2", unreachable_peers=("p1",))
+    router.now_s += 3600.0
+    assert set(_pairs(router, 4)) == {("p1", "d1")}
+    router.machine.instance_lost("p2", router.now_s)
+    router.machine.instance_lost("d1", router.now_s)
+    assert set(_pairs(router, 4)) == {("p1", "d2")}, "it may be wrong, and there is no other"
+    for name in ("p2", "d1"):
+        router.machine.instance_connected(name, router.now_s)
+    _report(router, "d2")
+    router.now_s += 3600.0
+    assert set(_pairs(router, 4)) == {("p1", "d2")}
+
+
+def test_a_prefill_instance_that_is_lost_makes_no_network_suspect() -> None:
+    router = _two_hosts("balanced")
+    router.join("p3", address="10.0.0.1:1003")
+    _report(router, "d2", unreachable_peers=("p1",))
+    router.machine.instance_lost("p1", router.now_s)
+    assert set(_pairs(router, 4)) == {("p3", "d2")}
+
+
+@pytest.mark.parametrize("policy", ["balanced", "goodput"])
+def test_an_instance_that_failed_others_is_passed_over_for_a_while(policy: RoutingPolicy) -> None:
+    router = Router(RoutingSettings(policy=policy))
+    router.join("p1", "p2", "d1", step_cost=STEP_COST)
     router.ask(0)
     first = router.take()
     router.fail(first, UnavailableError("out of memory"))
@@ -568,7 +657,7 @@ def test_an_instance_that_failed_others_is_passed_over_for_a_while() -> None:
         sent = router.take()
         assert sent.instance_id != first.instance_id
         assert sent.selection is not None
-        assert "requests failed there recently" in sent.selection.explain()
+        assert policy == "goodput" or "requests failed there recently" in sent.selection.explain()
         router.machine.cancel(request, router.now_s)
     router.advance(60.0)
     taken = set()

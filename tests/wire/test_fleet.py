@@ -109,6 +109,7 @@ async def test_a_report_arrives_as_it_was_sent(state: InstanceState, role: Role,
         step_cost=StepCoefficients(29.5, 30.5, 31.5, 32.5, 33.5, 34.5),
         weights_hash="0a",
         certificate_not_after_s=37.5,
+        unreachable_peers=("prefill-1", "prefill-2"),
     )
     assert 0 not in (getattr(status, field.name) for field in fields(status)), "a field that is left out would pass"
     await send_heartbeat(channel, status, 5.0)
