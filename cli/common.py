@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ Result = TypeVar("Result")
 _LAST_LINES_S = 0.2  # those that are on their way when a call returns
 
 _API_KEY = "TANDEM_API_KEY"
+_MOST_SECONDS = 1e9
 
 BUILT_IN_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-python"
 
@@ -42,7 +44,26 @@ Settings = Annotated[
         help="replace a setting of the file (SETTING=VALUE); may be given several times",
     ),
 ]
-GraceS = Annotated[float, typer.Option(min=0, help="seconds that running requests may take to end after SIGTERM")]
+
+
+def seconds_from(least: float) -> Callable[[str], float]:
+    """A parser of times on the command line: neither NaN nor more than the clocks of a process can count."""
+
+    def seconds(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= _MOST_SECONDS:
+            raise typer.BadParameter(f"'{text}' is not a number of seconds from {least:g} to {_MOST_SECONDS:g}")
+        return value
+
+    return seconds
+
+
+GraceS = Annotated[
+    float, typer.Option(parser=seconds_from(0), help="seconds that running requests may take to end after SIGTERM")
+]
 ApiKeyFile = Annotated[
     Path | None, typer.Option(help=f"file with an API key of the router (default: the variable {_API_KEY})")
 ]
@@ -52,9 +73,12 @@ ClientKey = Annotated[Path | None, typer.Option(help="PEM file with the key of -
 Pid = Annotated[int | None, typer.Option(help="pid of the controller, when several run (default: the only one)")]
 Name = Annotated[str, typer.Option(help="name of the cluster, where there are several")]
 Grace = Annotated[
-    float | None, typer.Option(help="seconds that requests of a process that stops may take; default: the cluster's")
+    float | None,
+    typer.Option(
+        parser=seconds_from(0), help="seconds that requests of a process that stops may take; default: the cluster's"
+    ),
 ]
-Timeout = Annotated[float, typer.Option(help="how long to wait for processes, in seconds")]
+Timeout = Annotated[float, typer.Option(parser=seconds_from(0), help="how long to wait for processes, in seconds")]
 Wait = Annotated[
     bool, typer.Option("--wait/--no-wait", help="return when the processes are ready, or once the controller runs")
 ]
@@ -123,6 +147,13 @@ def lost_controller(run: RunState) -> str:
     )
 
 
+def controller_address(run: RunState) -> str:
+    """Raises UnavailableError while it does not listen yet."""
+    if not run.controller:
+        raise UnavailableError(f"the controller (pid {run.pid}) is still starting; try again in a moment")
+    return run.controller
+
+
 def ask_controller(
     run: RunState,
     ask: Callable[[ControllerClient], Awaitable[Result]],
@@ -133,15 +164,14 @@ def ask_controller(
     """What `ask` returns. Until then, print what happens in the cluster, from `num_past` lines ago; with None, nothing.
     Raises the controller's error, or UnavailableError where it does not answer."""
 
-    if not run.controller:
-        raise UnavailableError(f"the controller (pid {run.pid}) is still starting; try again in a moment")
+    address = controller_address(run)
 
     async def show(lines: AsyncIterator[str]) -> None:
         async for line in lines:
             print_line(line)
 
     async def ask_and_show() -> Result:
-        async with open_channel(run.controller, run.cluster_token, run.tls) as channel:
+        async with open_channel(address, run.cluster_token, run.tls) as channel:
             client = ControllerClient(channel, timeout_s)
             showing = None
             if num_past is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import Pid, find_run
+from tandem.cli.common import Pid, controller_address, find_run
 from tandem.cli.output import print_line
 from tandem.core.errors import NotFoundError
 from tandem.deploy.log_file import folder_logs
@@ -20,12 +20,15 @@ examples:
   tandem logs router-0 --lines 1000
   tandem logs controller --follow"""
 _ANSWER_S = 30.0
+_MOST_LINES = 1_000_000
 _CONTROLLER = "controller"  # of `tandem up`: a file of this host
 
 
 def run(
     process: Annotated[str, typer.Argument(help="a process such as decode-0, or `controller` after `tandem up`")],
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="how many of the last lines")] = 50,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=0, max=_MOST_LINES, help="how many of the last lines")
+    ] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until Ctrl-C")] = False,
     pid: Pid = None,
 ) -> int:
@@ -52,7 +55,7 @@ async def _from_file(folder: Path, process: str, lines: int, follow: bool) -> No
 
 
 async def _from_controller(cluster: RunState, process: str, lines: int, follow: bool) -> None:
-    async with open_channel(cluster.controller, cluster.cluster_token, cluster.tls) as channel:
+    async with open_channel(controller_address(cluster), cluster.cluster_token, cluster.tls) as channel:
         client = ControllerClient(channel, _ANSWER_S)
         async for part in client.logs(cluster.cluster_token, process, lines, follow=follow):
             for line in part:

@@ -17,6 +17,7 @@ try:
 
     from tandem.cli.output import print_error
     from tandem.core.errors import ConfigError, TandemError
+    from tandem.core.printable import printable
 except ModuleNotFoundError:
     sys.exit("`tandem` needs `pip install 'tandem-serve[cli]'`")
 except KeyboardInterrupt:  # these imports take up to a second
@@ -59,8 +60,12 @@ first steps:
 
 `tandem COMMAND --help` explains each command, with examples."""
 _STATUSES = "exit status: 0 done, 1 failed, 2 wrong use or a mistake in a file, 130 interrupted"
-# Errors of files that no command can mend: a full disk, a folder of somebody else, too many open files.
-_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+# Errors of files that no command can mend: a full disk, a folder of somebody else, too many open files, a name that is
+# too long.
+_OF_THE_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
+    errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP,
+}  # fmt: skip
 _HELP_WIDTH = 120  # where the help does not go to a terminal
 
 
@@ -111,6 +116,7 @@ for _name, (_summary, _) in _COMMANDS.items():
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     _print_what_the_terminal_can()
     try:
         if not sys.stdout.isatty():
@@ -130,6 +136,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in message.splitlines():
             print_error(f"{command}: {line}")
         return status
+
+
+def _open_closed_streams() -> None:
+    """A file that a command opens would take the place of an output that its caller has closed (`>&-`)."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as the process lives
 
 
 def _print_what_the_terminal_can() -> None:
@@ -155,8 +173,11 @@ def _explain(error: Exception, name: str, command: str) -> tuple[str, int]:
             return f"{error.format_message().rstrip('.')}; see {command} --help", error.exit_code
         case ModuleNotFoundError() if error.name and not error.name.startswith("tandem"):
             library = error.name.partition(".")[0]
-            extras = dict.fromkeys((*_COMMANDS[name][1], *filter(None, [_EXTRA_OF_MODULE.get(library)])))
+            needed = _COMMANDS[name][1] if name else ("cli",)
+            extras = dict.fromkeys((*needed, *filter(None, [_EXTRA_OF_MODULE.get(library)])))
             return f"`{command}` needs `pip install 'tandem-serve[{','.join(extras)}]'` ({library} is missing)", 1
+        case UnicodeEncodeError():  # an argument of bytes that are no text, for a message to a process
+            return f"'{printable(error.object)}' is not text in UTF-8", 2
         case FileNotFoundError() if not _has_current_folder():
             return "the current folder was deleted; change to another one", 1
         case OSError() if error.errno in _OF_THE_MACHINE:

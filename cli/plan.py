@@ -44,6 +44,7 @@ then:
   tandem serve plan.yaml       run it
   tandem simulate plan.yaml    see it under another load"""
 NO_PLAN = 3
+_MOST_WORKERS = 1024
 _NUM_REJECTED = 3
 
 
@@ -54,7 +55,9 @@ def run(
         Path | None, typer.Option("--output", "-o", help="the plan (default: plan.yaml, if there is none yet)")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="write a page (HTML) that says why")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="processes that simulate (0: one per core)")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, max=_MOST_WORKERS, help="processes that simulate (0: one per core)")
+    ] = 0,
     ray: Annotated[
         str | None,
         typer.Option(

@@ -14,6 +14,7 @@ from tandem.cli.serve_file import read_plan
 from tandem.core.config_file import apply_overrides, dump_config
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.core.plan import Plan
+from tandem.core.printable import printable
 from tandem.deploy.kubernetes.plan_values import CHART, check_model, values_of
 from tandem.deploy.kubernetes.values import ChartValues
 
@@ -53,13 +54,14 @@ def run(
     check_model(plan, values)
     _warn(plan, values)
     with writing():
-        output.write_text(f"# Values of Tandem's Helm chart for {file}.\n{dump_config(values, only_set=True)}")
+        text = f"# Values of Tandem's Helm chart for {printable(str(file))}.\n{dump_config(values, only_set=True)}"
+        output.write_text(text, encoding="utf-8")
     print_line(f"wrote {output}; next: helm install {release} {CHART} -f {output}")
     if manifests is not None:
         token = values.clusterToken.existingSecret or f"{release}-token"
         text = _render(helm, output, release, namespace, token)
         with writing():
-            manifests.write_text(text)
+            manifests.write_text(text, encoding="utf-8")
         print_line(f"wrote {manifests}; next: kubectl create secret generic {token} -n {namespace} \\")
         print_line(f'  --from-literal={values.clusterToken.key}="$(openssl rand -hex 32)"')
         print_line(f"then: kubectl apply -n {namespace} -f {manifests}")
@@ -81,7 +83,7 @@ def _render(helm: str, values: Path, release: str, namespace: str, token: str) -
         raise UnavailableError(f"there is no {helm} here, which --manifests needs; install Helm, or give --helm PATH")
     command = [helm, "template", release, str(CHART), "--namespace", namespace, "--values", str(values), "--skip-tests"]
     ended = subprocess.run(
-        [*command, "--set", f"clusterToken.existingSecret={token}"], capture_output=True, text=True, check=False
+        [*command, "--set", f"clusterToken.existingSecret={token}"], capture_output=True, encoding="utf-8", check=False
     )
     if ended.returncode:
         raise ConfigError(f"Helm refuses the values: {ended.stderr.strip()}")

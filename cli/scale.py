@@ -6,6 +6,7 @@ import typer
 
 from tandem.cli.common import Grace, Pid, Timeout, ask_controller, find_run, print_change
 from tandem.core.errors import ConfigError
+from tandem.core.instance_section import MAX_INSTANCES
 
 EPILOG = """\
 examples:
@@ -14,9 +15,11 @@ examples:
 
 
 def run(
-    prefill: Annotated[int | None, typer.Option(min=1, help="number of prefill workers")] = None,
-    decode: Annotated[int | None, typer.Option(min=1, help="number of decode workers")] = None,
-    colocated: Annotated[int | None, typer.Option(min=1, help="number of workers that do both")] = None,
+    prefill: Annotated[int | None, typer.Option(min=1, max=MAX_INSTANCES, help="number of prefill workers")] = None,
+    decode: Annotated[int | None, typer.Option(min=1, max=MAX_INSTANCES, help="number of decode workers")] = None,
+    colocated: Annotated[
+        int | None, typer.Option(min=1, max=MAX_INSTANCES, help="number of workers that do both")
+    ] = None,
     grace: Grace = None,
     timeout: Timeout = 900.0,
     pid: Pid = None,

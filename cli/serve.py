@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import ServeFile, Settings, state_folders
+from tandem.cli.common import ServeFile, Settings, seconds_from, state_folders
 from tandem.cli.on_ray import RayAddress, serve_on_ray
 from tandem.cli.prepare import free_addresses, prepare
 from tandem.cli.signals import StopSignals, ignore_signals, signals_interrupt
@@ -58,7 +58,9 @@ def run(
     file: ServeFile = None,
     *,
     settings: Settings,
-    grace: Annotated[float, typer.Option(help="seconds that running requests may take at the end")] = 10.0,
+    grace: Annotated[
+        float, typer.Option(parser=seconds_from(0), help="seconds that running requests may take at the end")
+    ] = 10.0,
     launcher: Annotated[
         LauncherKind, typer.Option(help="who starts the processes: Ray, or this command, which is seconds faster")
     ] = LauncherKind.RAY,

@@ -76,7 +76,7 @@ def run(
             min=1, help="number of requests (default: the plan's, or search.requests of the SLO file; all of a trace)"
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="of arrivals and lengths (default: the SLO file's)")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of arrivals and lengths (default: the SLO file's)")] = None,
     failures: Annotated[
         list[Failure],
         typer.Option(

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from rich.live import Live
 from rich.text import Text
 
-from tandem.cli.common import Pid
+from tandem.cli.common import Pid, seconds_from
 from tandem.cli.output import console, print_line, print_rich, table
 from tandem.cli.router_file import RouterFile, find_router
 from tandem.cli.signals import StopSignals
@@ -51,7 +51,9 @@ _CALL_S = 2.0
 def run(
     json_lines: Annotated[bool, typer.Option("--json", help="for programs: everything, as one JSON object")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="show it again and again until Ctrl-C")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="seconds between two looks, with --watch")] = 1.0,
+    interval: Annotated[
+        float, typer.Option(parser=seconds_from(0.1), help="seconds between two looks, with --watch")
+    ] = 1.0,
     pid: Pid = None,
     router: RouterFile = None,
 ) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import Pid, find_run
+from tandem.cli.common import Pid, find_run, seconds_from
 from tandem.cli.output import print_line
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.deploy.run_state import is_alive
@@ -22,7 +22,7 @@ _POLL_S = 0.1
 
 def run(
     now: Annotated[bool, typer.Option("--now", help="do not wait for running requests")] = False,
-    timeout: Annotated[float, typer.Option(help="how long to wait, in seconds")] = 60.0,
+    timeout: Annotated[float, typer.Option(parser=seconds_from(0), help="how long to wait, in seconds")] = 60.0,
     pid: Pid = None,
 ) -> int:
     """Tell the running `tandem serve` of this user to stop, and wait until it has ended. It takes no new requests, lets

@@ -16,6 +16,7 @@ from tandem.cli.common import (
     Wait,
     ask_controller,
     bring_about,
+    seconds_from,
     state_folders,
     the_cluster_goes_on,
 )
@@ -47,7 +48,9 @@ def run(
     *,
     settings: Settings,
     name: Name = "default",
-    grace: Annotated[float, typer.Option(help="seconds that requests of a process that stops may take")] = 10.0,
+    grace: Annotated[
+        float, typer.Option(parser=seconds_from(0), help="seconds that requests of a process that stops may take")
+    ] = 10.0,
     timeout: Timeout = 900.0,
     wait: Wait = True,
     ray: RayAddress = None,
@@ -118,7 +121,7 @@ def _start_controller(folder: ClusterFolder) -> RunState:
     until_s = time.monotonic() + _CONTROLLER_START_S
     while (run := folder.live_run()) is None or run.pid != controller.pid:
         if controller.poll() is not None:
-            last = log_path.read_text().strip().rpartition("\n")[2]
+            last = log_path.read_text(errors="replace").strip().rpartition("\n")[2]
             raise UnavailableError(f"the controller did not start: {last}; its log is {log_path}")
         if time.monotonic() > until_s:
             raise UnavailableError(f"the controller did not start within {_CONTROLLER_START_S:g} s; see {log_path}")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import shlex
 
 from tandem.core.config import ServeConfig
 from tandem.core.errors import TandemError
@@ -29,7 +30,7 @@ async def what_to_wait_for(config: ServeConfig, grace_s: float) -> str:
 
 
 def print_welcome(config: ServeConfig, state: RunState, took_s: float) -> None:
-    body = json.dumps({"model": state.model, "prompt": _PROMPT, "max_tokens": 64, "temperature": 0})
+    body = shlex.quote(json.dumps({"model": state.model, "prompt": _PROMPT, "max_tokens": 64, "temperature": 0}))
     has_keys = config.router.api_keys is not None
     curl = (" --cacert CA" if state.has_tls else "") + (' -H "Authorization: Bearer KEY"' if has_keys else "")
     access = (", api_key='KEY'" if has_keys else "") + (", tls=ClientTls('CA')" if state.has_tls else "")
@@ -48,7 +49,7 @@ ready in {took_s:.1f} s: {", ".join(f"{section.instances} {role}" for role, sect
   logs  {state.log_folder}
 
 try:
-  curl {state.url}/v1/completions{curl} -H 'Content-Type: application/json' -d '{body}'
+  curl {state.url}/v1/completions{curl} -H 'Content-Type: application/json' -d {body}
   python -c "{python}"
   tandem chat
 

@@ -1,9 +1,12 @@
 """Paths of a configuration file: a relative one starts at the file's folder, and `~` is the home folder."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, ValidationInfo
+
+from tandem.core.printable import printable
 
 _FOLDER = "folder"
 
@@ -19,8 +22,8 @@ def anchor(path: Path, info: ValidationInfo) -> Path:
         return path
     try:
         return Path(info.context[_FOLDER], path.expanduser()).resolve()
-    except (RuntimeError, OSError) as error:  # a home folder of nobody, a loop of links
-        raise ValueError(f"{path} is not the path of a file or folder") from error
+    except (RuntimeError, OSError, ValueError) as error:  # a home folder of nobody, a loop of links, a NUL
+        raise ValueError(f"{printable(str(path))} is not the path of a file or folder") from error
 
 
 def _anchor_folder(name: str, info: ValidationInfo) -> str:
@@ -28,7 +31,7 @@ def _anchor_folder(name: str, info: ValidationInfo) -> str:
     try:
         return str(folder) if info.context and folder.is_dir() else name
     except OSError as error:  # such as a name that is too long
-        raise ValueError(f"{name} is not a name or path") from error
+        raise ValueError(f"{printable(name)} is not a name or path") from error
 
 
 def anchor_file(path: Path, info: ValidationInfo) -> Path:
@@ -36,9 +39,13 @@ def anchor_file(path: Path, info: ValidationInfo) -> Path:
     if not info.context:
         return path
     try:
-        return Path(info.context[_FOLDER], path.expanduser())
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not the path of a file") from error
+        whole = Path(info.context[_FOLDER], path.expanduser())
+        is_path = b"\0" not in os.fsencode(whole)
+    except (RuntimeError, ValueError) as error:  # a home folder of nobody, half of a surrogate pair
+        raise ValueError(f"{printable(str(path))} is not the path of a file") from error
+    if not is_path:
+        raise ValueError(f"{printable(str(path))} is not the path of a file")
+    return whole
 
 
 AnchoredPath = Annotated[Path, AfterValidator(anchor)]

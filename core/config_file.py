@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from tandem.core.anchored_path import relative_to
 from tandem.core.config_mistakes import describe, location, mistakes_of
 from tandem.core.errors import ConfigError
+from tandem.core.printable import printable
 from tandem.core.settings_yaml import SettingsDumper, SettingsLoader, UnreasonableYamlError
 
 T = TypeVar("T", bound=BaseModel)
@@ -23,6 +24,7 @@ _Loc = tuple[int | str, ...]
 
 _MAX_FILE_BYTES = 256 << 10  # PyYAML reads some 100 KiB in a second
 _MAX_MISTAKES = 20
+_MAX_INDEX_DIGITS = 9
 _MAX_MISTAKE_CHARS = 800
 
 
@@ -101,7 +103,7 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
         if (mistake := _put(data, keys, value)) is not None:
             mistakes.append(f"--set {override}: {mistake}")
             continue
-        origin[tuple(int(part) if part.isdecimal() else part for part in keys)] = override
+        origin[tuple(int(part) if _is_index(part) else part for part in keys)] = override
     try:
         changed = type(config).model_validate(data, context=relative_to(Path.cwd()))
     except ValidationError as error:
@@ -123,7 +125,7 @@ def dump_config(config: BaseModel, *, only_set: bool = False) -> str:
 def _one_line(mistake: str) -> str:
     """Without characters that would move the cursor, and not longer than a few lines of a terminal."""
     text = mistake if len(mistake) <= _MAX_MISTAKE_CHARS else mistake[:_MAX_MISTAKE_CHARS] + "..."
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return printable(text)
 
 
 def _read_text(path: Path) -> str:
@@ -155,8 +157,6 @@ def _syntax_sentence(name: str, error: yaml.MarkedYAMLError) -> str:
         return f"{where}: begins a second document ('---'); keep one document"
     if isinstance(error, UnreasonableYamlError):
         return f"{where}: {problem}"
-    if "could not determine a constructor" in problem:
-        return f"{where}: YAML tags ('!...') are not allowed"
     return f"{where}: is not valid YAML ({problem})"
 
 
@@ -210,7 +210,7 @@ def _put(data: dict[str, Any], keys: Sequence[str], value: object) -> str | None
     for depth, key in enumerate(keys):
         path, is_last = ".".join(keys[:depth]), depth == len(keys) - 1
         if isinstance(section, list):
-            if not key.isdecimal() or int(key) >= len(section):
+            if not _is_index(key) or int(key) >= len(section):
                 return f"{path} is a list; name one of its {len(section)} items, e.g. {path}.0"
             place: Any = int(key)
         else:
@@ -224,6 +224,10 @@ def _put(data: dict[str, Any], keys: Sequence[str], value: object) -> str | None
             section[place] = list(section[place])
         section = section[place]
     return None
+
+
+def _is_index(key: str) -> bool:
+    return key.isdecimal() and len(key) <= _MAX_INDEX_DIGITS
 
 
 def _origin_of(origin: dict[_Loc, str], loc: _Loc) -> str:

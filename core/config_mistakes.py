@@ -80,7 +80,7 @@ def describe(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if kind == "greater_than":
         return f"{name} must be more than {context['gt']:g}, not {_shown(value)}"
     if kind == "greater_than_equal":
-        return f"{name} must be at least {context['ge']}, not {_shown(value)}"
+        return f"{name} must be at least {context['ge']:g}, not {_shown(value)}"
     if kind == "less_than_equal":
         return f"{name} must be at most {context['le']}, not {_shown(value)}"
     if kind == "value_error":

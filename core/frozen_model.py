@@ -4,9 +4,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FrozenModel(BaseModel):
-    """Immutable. An unknown key is an error."""
+    """Immutable. An unknown key is an error, and so is a number that is not finite, unless a class allows it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants")
 
 
 class WrongSetting(ValueError):

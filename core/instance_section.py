@@ -11,6 +11,9 @@ from tandem.core.monitoring_config import KvEventsSection
 from tandem.core.parallel import ParallelShape
 from tandem.core.step_coefficients import StepCoefficients
 
+MAX_INSTANCES = 10_000
+"""Of one kind: far more than a router is made for; a larger number is a mistake that would fill the memory."""
+
 
 class EngineSection(FrozenModel):
     """How an instance computes."""
@@ -41,7 +44,7 @@ class EngineSection(FrozenModel):
 class InstanceSection(FrozenModel):
     """Instances of one kind. Bounds that are left out take the default of the role: `scheduling.budget.role_budget`."""
 
-    instances: int = Field(default=1, ge=1, description="How many of them")
+    instances: int = Field(default=1, ge=1, le=MAX_INSTANCES, description="How many of them")
     engine: EngineSection = EngineSection()
     max_batch: int = Field(
         default=64,

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
+from tandem.core.printable import printable
+
 LogFormat = Literal["text", "json"]
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,18 @@ class LogFields(dict[str, Any]):
 def about(request_id: str) -> dict[str, str]:
     """For the argument `extra` of a log call about a request."""
     return {"request_id": request_id}
+
+
+class TextFormatter(logging.Formatter):
+    """A message is one line, whatever it repeats of a client's request: nobody can forge other lines, or move the
+    cursor of whoever reads the log. A traceback has lines of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(_TEXT)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -67,7 +81,7 @@ def configure_logging(log_format: LogFormat, process: str, level: int = logging.
         logging.captureWarnings(True)
         sys.excepthook = _log_uncaught
     else:
-        handler.setFormatter(logging.Formatter(_TEXT))
+        handler.setFormatter(TextFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the router says its addresses itself
 

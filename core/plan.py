@@ -6,10 +6,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from tandem.core.anchored_path import AnchoredPath, ModelName
 from tandem.core.frozen_model import FrozenModel, WrongSetting
+from tandem.core.instance_section import MAX_INSTANCES
 from tandem.core.kv_codec import KvCodecName
 from tandem.core.parallel import ParallelShape
 from tandem.core.precision import AS_STORED, Precision
@@ -31,7 +32,7 @@ class PlanGroup(FrozenModel):
     list Ray picks the devices. A colocated group serves both phases on the same devices."""
 
     role: Literal["prefill", "decode", "colocated"]
-    instances: int = Field(ge=1)
+    instances: int = Field(ge=1, le=MAX_INSTANCES)
     device: str = Field(description="Device type, as in the cluster's nodes")
     tp: int = Field(default=1, ge=1)
     pp: int = Field(default=1, ge=1)
@@ -68,7 +69,13 @@ class PlanGroup(FrozenModel):
         return self
 
 
-class Quantiles(FrozenModel):
+class _Prediction(FrozenModel):
+    """A figure is NaN where nothing was simulated that has it, such as the time per token of answers of one token."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+
+class Quantiles(_Prediction):
     """Seconds."""
 
     mean: float
@@ -77,7 +84,7 @@ class Quantiles(FrozenModel):
     p99: float
 
 
-class ExpectedClass(FrozenModel):
+class ExpectedClass(_Prediction):
     """One SLO class as simulated at the plan's rate. `attainment_ci` is a 95 % interval."""
 
     slo: SloClass
@@ -87,7 +94,7 @@ class ExpectedClass(FrozenModel):
     tpot_s: Quantiles
 
 
-class ExpectedWindow(FrozenModel):
+class ExpectedWindow(_Prediction):
     """One window of a trace, [`begin_s`, `end_s`) since its first request, at the plan's rate. `attainment` is that of
     the class with the smallest margin. Rates and lengths are those of the trace."""
 
@@ -103,7 +110,7 @@ class ExpectedWindow(FrozenModel):
     meets: bool
 
 
-class Expected(FrozenModel):
+class Expected(_Prediction):
     """Predicted behaviour in steady state. Goodput is the highest rate at which every class keeps its attainment."""
 
     rate: float = Field(description="Requests per second at which the plan was evaluated")
@@ -122,7 +129,7 @@ class Expected(FrozenModel):
     bounds: dict[str, str] = Field(default={}, description="Role -> the cost term that bounds its steps")
 
 
-class Alternative(FrozenModel):
+class Alternative(_Prediction):
     """A deployment that the planner rejected."""
 
     description: str

@@ -10,8 +10,10 @@ import yaml
 _MAX_VALUES = 20_000
 _MAX_EXPANDED_VALUES = 100_000  # with each alias (*x) counted as a copy of its anchor (&x)
 _MAX_DEPTH = 40
-_MAX_DIGITS = 400
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_MAX_DIGITS = 40
+_LARGEST_INT = (1 << 63) - 1
+_INT, _FLOAT, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "str"))
+_VALUE = "tag:yaml.org,2002:value"  # which YAML 1.1 reads in a "="
 
 
 class UnreasonableYamlError(yaml.MarkedYAMLError):
@@ -37,6 +39,7 @@ class SettingsLoader(yaml.SafeLoader):
         self._depth += 1
         self._num_values += 1
         self._check_depth(self._depth)
+        self._check_tag()
         if self._num_values > _MAX_VALUES:
             self._refuse(f"has more than {_MAX_VALUES:,} values")
         node = super().compose_node(parent, index)
@@ -55,6 +58,12 @@ class SettingsLoader(yaml.SafeLoader):
     def _check_depth(self, depth: int) -> None:
         if depth > _MAX_DEPTH:
             self._refuse("is nested too deeply")
+
+    def _check_tag(self) -> None:
+        """PyYAML's constructors fail in many ways at a tag that does not fit its value."""
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent) and event.tag not in (None, "!", _TEXT):
+            raise UnreasonableYamlError(problem="YAML tags ('!...') are not allowed", problem_mark=event.start_mark)
 
     def _refuse(self, problem: str) -> NoReturn:
         raise UnreasonableYamlError(problem=problem, problem_mark=self.get_mark())
@@ -82,7 +91,7 @@ class SettingsDumper(yaml.SafeDumper):
 
 for _class in (SettingsLoader, SettingsDumper):
     _class.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _VALUE)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _class.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+$|0o[0-7]+$|0x[0-9a-fA-F]+$"), list("-+0123456789"))
@@ -94,9 +103,13 @@ for _class in (SettingsLoader, SettingsDumper):
 
 
 def _int(_: yaml.Loader, node: yaml.ScalarNode) -> int:
-    if len(node.value) > _MAX_DIGITS:
-        raise UnreasonableYamlError(problem="has a number with too many digits", problem_mark=node.start_mark)
-    return int(node.value, 0 if node.value.startswith(("0o", "0x")) else 10)
+    if len(node.value) <= _MAX_DIGITS:
+        value = int(node.value, 0 if node.value.startswith(("0o", "0x")) else 10)
+        if abs(value) <= _LARGEST_INT:
+            return value
+    raise UnreasonableYamlError(
+        problem="has a number with too many digits; put text in quotes", problem_mark=node.start_mark
+    )
 
 
 SettingsLoader.add_constructor(_INT, _int)

@@ -206,7 +206,7 @@ class SearchSection(FrozenModel):
         default="auto", description="low: KV must stay inside a node; auto: low if links between nodes are slow"
     )
     requests: int = Field(default=2000, ge=100, description="Requests per simulation, warm-up included")
-    seed: int = Field(default=0, description="Of the simulated requests")
+    seed: int = Field(default=0, ge=0, description="Of the simulated requests")
 
 
 class SloFile(FrozenModel):

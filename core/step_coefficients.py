@@ -9,7 +9,9 @@ where a row costs `row_s` up to MANY_ROWS, and `many_row_s` beyond: a step of fe
 of many by arithmetic. The time is linear in the coefficients.
 """
 
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
+
+from pydantic import Field
 
 from tandem.core.cost_model import CostModel, StepLoad, attention_pairs
 
@@ -18,16 +20,19 @@ _BATCH = 64  # the cost of a sequence is that between one and this many
 _LONG_PROMPT = 2048  # the row cost of long steps is that between MANY_ROWS and this
 
 
+Seconds = Annotated[float, Field(ge=0)]
+
+
 class StepCoefficients(NamedTuple):
     """Seconds: of a step, of a decoding sequence, of a row in both ranges, of a token of KV read, of a pair of query
     and key."""
 
-    step_s: float
-    sequence_s: float
-    row_s: float
-    many_row_s: float
-    kv_token_s: float
-    pair_s: float
+    step_s: Seconds
+    sequence_s: Seconds
+    row_s: Seconds
+    many_row_s: Seconds
+    kv_token_s: Seconds
+    pair_s: Seconds
 
     @classmethod
     def of(cls, cost: CostModel) -> Self:

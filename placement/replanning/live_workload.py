@@ -44,8 +44,8 @@ def write_replan_input(folder: Path, running: Plan, slo_file: SloFile, snapshot:
     trace = (folder / "workload.csv").resolve()
     _write_trace(trace, slo_file, snapshot)
     live = slo_file.model_copy(update={"workload": _live_section(slo_file, snapshot, trace)})
-    (folder / SLO_FILE_NAME).write_text(dump_config(live))
-    (folder / RUNNING_PLAN_NAME).write_text(dump_config(running))
+    (folder / SLO_FILE_NAME).write_text(dump_config(live), encoding="utf-8")
+    (folder / RUNNING_PLAN_NAME).write_text(dump_config(running), encoding="utf-8")
 
 
 def _live_section(slo_file: SloFile, snapshot: ProfileSnapshot, trace: Path) -> WorkloadSection:

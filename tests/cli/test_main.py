@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tandem.cli.main import main
+from tandem.deploy.run_state import RunState
 from tests.absent import run_without
 
 COMMANDS = [
@@ -79,6 +80,14 @@ def test_nothing_runs(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
         ),
         (["serve", "none.yaml"], "none.yaml does not exist"),
         (
+            ["stop", "--timeout", "nan"],
+            "Invalid value for '--timeout': 'nan' is not a number of seconds from 0 to 1e+09; see tandem stop --help",
+        ),
+        (
+            ["logs", "decode-0", "--lines", "99999999999"],
+            "Invalid value for '--lines' / '-n': Input should be less than or equal to 1000000; see tandem logs --help",
+        ),
+        (
             ["serve", "--set", "model=/m", "--set", "decode.engine.thread=1"],
             "--set decode.engine.thread=1: decode.engine.thread is not a setting; did you mean threads?",
         ),
@@ -87,6 +96,29 @@ def test_nothing_runs(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
 def test_wrong_use_is_one_sentence(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert capsys.readouterr().err == f"tandem {argv[0]}: {sentence}\n"
+
+
+def test_a_name_that_no_file_can_have_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "slo.yaml").write_text(SLO)
+    assert main(["plan", str(tmp_path / "slo.yaml"), "-o", "x" * 300]) == 1
+    assert capsys.readouterr().err == f"tandem plan: {'x' * 300}: File name too long\n"
+
+
+def test_an_argument_that_is_no_text_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunState(1, 0.0, "m", *[f"127.0.0.1:{port}" for port in (1, 2, 3)], "token", "", "", controller="127.0.0.1:4")
+    monkeypatch.setattr("tandem.cli.explain.find_router", lambda pid, file: run)
+    assert main(["explain", "decode-\udcff"]) == 2
+    assert capsys.readouterr().err == "tandem explain: 'decode-\\udcff' is not text in UTF-8\n"
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_are_no_fault(closed: str) -> None:
+    code = "import sys; from tandem.cli.main import main; sys.exit(main(['version']))"
+    shell = f'exec "$0" -c "$1" {closed}'
+    done = subprocess.run(["sh", "-c", shell, sys.executable, code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_every_mistake_of_a_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,6 +119,40 @@ MISTAKES = {
     ),
     "control character": ("model: m\nmodel_name: a\x00b\n", "FILE line 2: holds a character that YAML does not allow"),
     "endless nesting": ("[" * 5000, "FILE line 1: is nested too deeply"),
+    "tag that does not fit": (
+        "model: m\nrouter: {max_queue: !!int [1]}\n",
+        "FILE line 2: YAML tags ('!...') are not allowed",
+    ),
+    "not finite": (
+        "model: m\nrouter: {request_timeout_s: .nan}\n",
+        "FILE line 2: router.request_timeout_s must be a finite number, not nan",
+    ),
+    "endless": ("model: m\nload_timeout_s: 1e999\n", "FILE line 2: load_timeout_s must be a finite number, not inf"),
+    "too many digits": (
+        f"model: m\ndecode: {{max_queue: {'9' * 30}}}\n",
+        "FILE line 2: has a number with too many digits; put text in quotes",
+    ),
+    "size beyond all machines": (
+        "model: m\ndecode: {engine: {kv_memory: 9999999999GiB}}\n",
+        "FILE line 2: decode.engine.kv_memory must be at most 1152921504606846976, not '9999999999GiB'",
+    ),
+    "size of hundreds of digits": (
+        f"model: m\ndecode: {{engine: {{kv_memory: {'9' * 400}GB}}}}\n",
+        "FILE line 2: decode.engine.kv_memory must be a whole number or a size like 512MiB, not '" + "9" * 56 + "...",
+    ),
+    "more instances than fit anywhere": (
+        "model: m\ndecode: {instances: 1000000000}\n",
+        "FILE line 2: decode.instances must be at most 10000, not 1000000000",
+    ),
+    "negative time": (
+        "model: m\ndecode: {step_cost: [-1, 0, 0, 0, 0, 0]}\n",
+        "FILE line 2: decode.step_cost.0 must be at least 0, not -1",
+    ),
+    "NUL in a path": (
+        'model: "a\\0b"\nrouter: {api_keys: "file:a\\0b"}\n',
+        "FILE line 1: model: a\\x00b is not the path of a file or folder\n"
+        "FILE line 2: router.api_keys: a\\x00b is not the path of a file",
+    ),
     "impossible date": ("model: 2026-13-99\n", "FILE: month must be in 1..12; put text in quotes"),
 }
 

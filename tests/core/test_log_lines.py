@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.core.log_lines import JsonFormatter, LogFields, about
+from tandem.core.log_lines import JsonFormatter, LogFields, TextFormatter, about
 
 
 def line_of(message: str, *arguments: Any, error: Exception | None = None, **extra: Any) -> dict[str, Any]:
@@ -28,6 +28,14 @@ def line_of(message: str, *arguments: Any, error: Exception | None = None, **ext
 def test_any_text_is_one_line(message: str, request_id: str) -> None:
     line = line_of("it is %s", message, **about(request_id))
     assert (line["message"], line["request_id"]) == (f"it is {message}", request_id)
+
+
+@given(st.text())
+def test_a_client_can_forge_no_line_of_text(message: str) -> None:
+    record = logging.LogRecord("tandem.test", logging.INFO, "", 1, "it is %s", (f"\n\x1b[2J{message}",), None)
+    line = TextFormatter().format(record)
+    assert line.isprintable()
+    assert "tandem.test: it is \\n\\x1b[2J" in line
 
 
 def test_fields_are_beside_the_message_and_json_in_text() -> None:
