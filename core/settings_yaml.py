@@ -63,7 +63,8 @@ class SettingsLoader(yaml.SafeLoader):
         """PyYAML's constructors fail in many ways at a tag that does not fit its value."""
         event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent) and event.tag not in (None, "!", _TEXT):
-            raise UnreasonableYamlError(problem="YAML tags ('!...') are not allowed", problem_mark=event.start_mark)
+            problem = "YAML tags ('!...') are not allowed"
+            raise UnreasonableYamlError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
 
     def _refuse(self, problem: str) -> NoReturn:
         raise UnreasonableYamlError(problem=problem, problem_mark=self.get_mark())
