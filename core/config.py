@@ -107,7 +107,7 @@ class WorkerConfig(FrozenModel):
 
     model: AnchoredPath = Field(description=_MODEL)
     model_name: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS, description=_MODEL_NAME)
-    role: RoleName = Field(default="colocated", description="`python -m prefill_worker` and the like set it")
+    role: RoleName = Field(default="colocated", description="What the routers send to it")
     listen: Address = Field(default="127.0.0.1:0", description="For routers and other instances; port 0: any free")
     advertise: Host | None = Field(
         default=None, description="Host under which routers and other instances reach this one; default: that of listen"

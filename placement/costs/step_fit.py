@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tandem.core.cost_model import StepCost, StepLoad
 from tandem.core.frozen_model import FrozenModel
@@ -65,6 +65,8 @@ class Terms(FrozenModel):
 
 class FitError(FrozenModel):
     """Relative, absolute values, of what was held out; `fitted_median` is of the rest."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
 
     median: float
     mean: float

@@ -87,8 +87,9 @@ def test_serve_yaml_has_every_setting_at_its_default() -> None:
 
 def test_by_hand_means_the_same_secret_and_control_address() -> None:
     router = load_config(EXAMPLES / "router.yaml", RouterConfig)
-    for name in ("prefill_worker.yaml", "decode_worker.yaml"):
-        worker = load_config(EXAMPLES / name, WorkerConfig)
+    for role in ("prefill", "decode"):
+        worker = load_config(EXAMPLES / f"{role}_worker.yaml", WorkerConfig)
+        assert worker.role == role, "`tandem worker` does not know it otherwise"
         assert worker.routers == (router.router.control,)
         assert worker.cluster_token == router.cluster_token
 
