@@ -202,6 +202,11 @@ class SearchSection(FrozenModel):
         ge=1,
         description="Ranks of a node that share the experts of a mixture, each with sequences of its own, at most",
     )
+    only_served: bool = Field(
+        default=True,
+        description="Only instances that `tandem serve` runs: prefill and decode instances have one GPU each, since KV "
+        "does not move between instances of several GPUs yet; false plans what could be",
+    )
     node_affinity: Literal["auto", "high", "low"] = Field(
         default="auto", description="low: KV must stay inside a node; auto: low if links between nodes are slow"
     )

@@ -150,8 +150,7 @@ def _check_shapes(plan: Plan) -> None:
     if parallel is not None:
         raise ConfigError(
             f"the plan's {parallel.role} instances have the shape {parallel.shape} on GPUs, but KV moves only between "
-            "instances of one GPU, or of several ranks on CPUs; plan with --set search.max_tp=1 --set search.max_pp=1, "
-            "or with --set search.layouts=[colocated]"
+            "instances of one GPU, or of several ranks on CPUs; plan with search.only_served, which is the default"
         )
 
 

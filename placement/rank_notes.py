@@ -8,6 +8,7 @@ from tandem.core.parallel import ParallelShape
 from tandem.placement.costs.resharding import resharding_of
 from tandem.placement.plan_deployment import BLOCK_SIZE
 from tandem.placement.search.candidate import CandidateDeployment
+from tandem.placement.search.kinds import NO_KV
 from tandem.placement.search.slower_shapes import ratios_text, typical_loads
 from tandem.placement.search.space import SearchSpace
 
@@ -24,7 +25,14 @@ def rank_notes(space: SearchSpace, deployment: CandidateDeployment | None) -> tu
     ]
     faster = list(_not_slower(space))
     between = [] if deployment is None else _transfers(space, deployment)
-    return tuple(f"{sentence}." for sentence in (*slower, *faster, *between))
+    return tuple(f"{sentence}." for sentence in (*slower, *_not_served(space), *faster, *between))
+
+
+def _not_served(space: SearchSpace) -> Iterator[str]:
+    """Of devices on which prefill and decode could have several ranks, but for the serving of such plans."""
+    devices = dict.fromkeys(shape.device for shape in space.kinds.rejected if shape.reason == NO_KV)
+    if devices and {"disaggregated", "mixed"} & set(space.problem.section.layouts):
+        yield f"Prefill and decode instances on {', '.join(devices)} have one device each, since {NO_KV}"
 
 
 def _instance(role: RoleName | None) -> str:

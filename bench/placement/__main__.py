@@ -115,7 +115,9 @@ def _slo_file(
         slo=(slo,),
         workload=WorkloadSection(dataset="distserve_sharegpt", rate="max" if rate is None else rate),
         objective="goodput" if rate is None else "cheapest",
-        search=SearchSection(layouts=("disaggregated",), node_affinity=affinity, max_pp=4, requests=requests),
+        search=SearchSection(
+            layouts=("disaggregated",), node_affinity=affinity, max_pp=4, requests=requests, only_served=False
+        ),
     )
 
 

@@ -53,7 +53,13 @@ def search_space(problem: Problem, mapper: Mapper) -> SearchSpace:
     """Legal kinds, their limits, and a predictor that evaluates groups through `mapper`."""
     nodes = [(node.device, node.devices, node.count) for node in problem.node_types]
     every = legal_kinds(
-        problem.model, problem.source, nodes, problem.section, problem.requests, one_rank=problem.one_rank_devices
+        problem.model,
+        problem.source,
+        nodes,
+        problem.section,
+        problem.requests,
+        one_rank=problem.one_rank_devices,
+        one_rank_phases=problem.one_rank_phase_devices,
     )
     legal = without_slower_shapes(every, problem.requests)
     all_kinds = (*legal.prefill, *legal.decode, *legal.colocated)

@@ -142,7 +142,7 @@ def test_planned_gpus_that_are_here_are_used() -> None:
     [
         (
             [group("prefill", tp=2, device="H100"), group("decode")],
-            ["prefill instances have the shape tp2 on GPUs", "one GPU", "search.max_tp=1"],
+            ["prefill instances have the shape tp2 on GPUs", "one GPU", "search.only_served"],
         ),
         (
             [group("prefill", devices=(("0:0",),)), group("decode", devices=(("1:0",),))],

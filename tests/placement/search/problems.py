@@ -77,6 +77,7 @@ def problem(
     rate: float | None = None,
     affinity: str = "auto",
     max_tp: int = 2,
+    only_served: bool = False,
 ) -> Problem:
     cluster = ClusterSection(nodes=(NodeSection(device=A100, devices=devices, count=nodes), *more))
     stream = requests()
@@ -85,7 +86,14 @@ def problem(
         source=source or ToySource(),
         cluster=Cluster.of(cluster),
         classes=(slo,),
-        section=SearchSection(layouts=tuple(layouts), max_tp=max_tp, max_pp=1, requests=300, node_affinity=affinity),
+        section=SearchSection(
+            layouts=tuple(layouts),
+            max_tp=max_tp,
+            max_pp=1,
+            requests=300,
+            node_affinity=affinity,
+            only_served=only_served,
+        ),
         requests=stream,
         computed=stream.head(300),
         rate=rate,

@@ -8,10 +8,13 @@ import pytest
 
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import Layout, NodeSection
+from tandem.placement.cluster import Cluster
+from tandem.placement.costs.hardware import device
 from tandem.placement.planner import PlanResult, search
+from tandem.placement.rank_notes import rank_notes
 from tandem.placement.search.best_first import EvaluatedDeployment
 from tandem.placement.search.candidate import CandidateDeployment, InstanceGroup
-from tandem.placement.search.kinds import with_budget, with_slack
+from tandem.placement.search.kinds import NO_KV, with_budget, with_slack
 from tandem.placement.search.limits import limits_of_variants
 from tandem.placement.search.mapper import SerialMapper, local_mapper
 from tandem.placement.search.packing import assign_devices
@@ -187,3 +190,23 @@ def test_a_mixture_can_be_cheaper() -> None:
     layout, price = cheapest("disaggregated", "colocated", "mixed")
     assert layout == "mixed"
     assert price < cheapest("disaggregated", "colocated")[1]
+
+
+def test_only_what_can_be_served_is_planned() -> None:
+    """KV moves between single GPUs, and between CPU instances of any shape; colocated instances hand over none."""
+    layouts = ("disaggregated", "colocated", "mixed")
+    space = search_space(problem(4, layouts=layouts, only_served=True), SerialMapper())
+    assert {kind.num_devices for kind in (*space.kinds.prefill, *space.kinds.decode)} == {1}
+    assert {kind.num_devices for kind in space.kinds.colocated} == {1, 2}
+    rejected = {(shape.role, str(shape.shape)) for shape in space.kinds.rejected if shape.reason == NO_KV}
+    assert rejected == {("prefill", "tp2"), ("decode", "tp2")}
+    (note,) = rank_notes(space, None)
+    assert note.startswith(f"Prefill and decode instances on {A100} have one device each, since tandem serve moves KV")
+    for deployment in space.deployments(space.problem.node_types):
+        assert all(group.kind.role == "colocated" or group.kind.num_devices == 1 for group in deployment.groups)
+    wide = search_space(problem(4, layouts=layouts), SerialMapper())
+    assert {kind.num_devices for kind in wide.kinds.prefill} == {1, 2}
+    assert rank_notes(wide, None) == ()
+    cpu = problem(4, only_served=True)
+    on_cpu = replace(cpu.cluster.nodes[0], device=device("cpu"))
+    assert replace(cpu, cluster=Cluster((on_cpu,))).one_rank_phase_devices == frozenset()
