@@ -42,7 +42,7 @@ class FastForwardScheduler(Scheduler):
         num_stages: int = 1,
     ) -> None:
         super().__init__(budget, pool, prefix_index, max_model_len, predictor, num_stages)
-        self._batch: EvenBatch | None = None  # holds all of _decoding while it is there
+        self._batch: EvenBatch | None = None  # of all that decode, while it is there
         self._growth: list[int] = []  # blocks that the next step beside a prompt takes
 
     def fast_forward(self) -> FastForward | None:
@@ -51,12 +51,14 @@ class FastForwardScheduler(Scheduler):
 
         O(1) from call to call, but for the first one and whenever `next_batch` was asked in between.
         """
-        num_decoding, max_batch = len(self._decoding), self.budget.max_batch
-        if self._prompts or not 0 < num_decoding <= max_batch:
+        waiting, running, budget = self._waiting, self._running, self.budget
+        num_decoding = len(running.decoding)
+        if running.prompts or not 0 < num_decoding <= budget.max_batch:
             return None
-        if self._num_stages > 1 and num_decoding > self._least_group:
+        if self._composer.divides(num_decoding):
             return None
-        if self._line and num_decoding < min(max_batch, self.budget.max_batch_tokens) and not self._first_is_blocked:
+        can_admit = num_decoding < min(budget.max_batch, budget.max_batch_tokens)
+        if can_admit and waiting.num_prompts and not waiting.is_blocked:
             return None
         batch = self._even_batch()
         num_steps = self._steps_with_memory(batch, batch.steps_to_first_end)
@@ -70,11 +72,11 @@ class FastForwardScheduler(Scheduler):
 
         O(1), as `fast_forward`.
         """
-        budget, num_decoding = self.budget, len(self._decoding)
+        budget, prompts, num_decoding = self.budget, self._running.prompts, len(self._running.decoding)
         num_tokens = min(budget.max_prefill_tokens, budget.max_batch_tokens - num_decoding)
-        if budget.mixing != "chunked" or not self._prompts or num_decoding > budget.max_batch or num_tokens <= 0:
+        if budget.mixing != "chunked" or not prompts or num_decoding > budget.max_batch or num_tokens <= 0:
             return None
-        sequence = next(iter(self._prompts.values()))
+        sequence = next(iter(prompts.values()))
         num_steps = (sequence.num_uncomputed - 1) // num_tokens
         if num_steps < 2 or num_decoding == 0:
             return FullChunks(sequence, num_tokens, num_steps, None) if num_steps >= 2 else None
@@ -93,7 +95,7 @@ class FastForwardScheduler(Scheduler):
 
         O(chunks of prompts).
         """
-        budget, num_decoding = self.budget, len(self._decoding)
+        budget, num_decoding = self.budget, len(self._running.decoding)
         if budget.mixing != "chunked" or not 0 < num_decoding <= budget.max_batch:
             return None
         batch = self._even_batch()
@@ -101,19 +103,19 @@ class FastForwardScheduler(Scheduler):
             return None
         steps = FastForward(1, num_decoding, batch.kv_tokens, batch.newcomers)
         left = min(budget.max_prefill_tokens, budget.max_batch_tokens - num_decoding)
-        return (self._prompt_chunks(left, now_s) if left > 0 else []), steps
+        return (self._composer.prompt_chunks(left, now_s) if left > 0 else []), steps
 
     def advance(self, num_steps: int) -> list[Sequence]:
         """The same as `num_steps` steps, at most those of `fast_forward`, `full_chunks` or `mixed_step`. Returns the
         sequences that have reached their limit, in the order of their chunks: `finish` each now."""
         batch = self._batch
         assert batch is not None, "ask `fast_forward` first"
-        self._claims.num_claimed -= batch.claimed_blocks
+        self._blocks.num_claimed -= batch.claimed_blocks
         count = batch.advance(num_steps)
-        self._claims.num_claimed += batch.claimed_blocks
+        self._blocks.num_claimed += batch.claimed_blocks
         missing = count - len(self._growth)
         assert missing >= 0, "fewer steps than have begun"
-        self._claims.num_held += missing
+        self._blocks.num_held += missing
         has_blocks = self._index.ensure_free(missing)
         assert has_blocks, "the batch does not stay the same for so long"
         batch.loose_blocks.extend(self._growth)
@@ -122,7 +124,7 @@ class FastForwardScheduler(Scheduler):
         self._computed_tokens += num_steps * len(batch)
         ended = batch.pop_ended()
         for sequence in ended:
-            self._claims.by_key[sequence.key] = self._claims.claim_of(sequence)
+            self._blocks.claims[sequence] = self._blocks.claim_of(sequence)
         return ended
 
     # --- what looks at single sequences, or changes who runs ---------------------------------------------------------
@@ -140,7 +142,7 @@ class FastForwardScheduler(Scheduler):
         return sequence
 
     def generated(self, key: Hashable, token_id: int) -> Sequence:
-        was_prompt = key in self._prompts
+        was_prompt = key in self._running.prompts
         sequence = super().generated(key, token_id)
         limit = self.length_limit(sequence)
         if was_prompt and self._batch is not None and sequence.num_tokens < limit:
@@ -152,7 +154,7 @@ class FastForwardScheduler(Scheduler):
         return super().next_batch(now_s)
 
     def cancel(self, key: Hashable) -> Sequence | None:
-        if key in self._decoding:
+        if key in self._running.decoding:
             self._end_batch()
         return super().cancel(key)
 
@@ -166,10 +168,10 @@ class FastForwardScheduler(Scheduler):
 
     def _even_batch(self) -> EvenBatch:
         if self._batch is None:
-            self._batch = EvenBatch(self._block_size, self.budget.growth_horizon_tokens)
-            for sequence in self._decoding.values():
+            self._batch = EvenBatch(self._blocks.block_size, self.budget.growth_horizon_tokens)
+            for sequence in self._running.decoding.values():
                 self._batch.join(sequence, self.length_limit(sequence))
-        assert len(self._batch) == len(self._decoding), "finish what has reached its limit"
+        assert len(self._batch) == len(self._running.decoding), "finish what has reached its limit"
         return self._batch
 
     def _steps_with_memory(self, batch: EvenBatch, num_steps: int) -> int:
@@ -185,21 +187,21 @@ class FastForwardScheduler(Scheduler):
         if not self._index.ensure_free(count):
             return False
         self._growth = self._pool.allocate(count)
-        self._claims.num_held += count
+        self._blocks.num_held += count
         return True
 
     def _sync(self, sequence: Sequence) -> None:
         if self._batch is not None and sequence.key in self._batch.synced:
             self._batch.sync(sequence)
-            self._claims.by_key[sequence.key] = self._claims.claim_of(sequence)
+            self._blocks.claims[sequence] = self._blocks.claim_of(sequence)
 
     def _end_batch(self) -> None:
         """From here on the sequences' own numbers count."""
         if self._batch is not None:
-            for sequence in self._decoding.values():
+            for sequence in self._running.decoding.values():
                 self._sync(sequence)
             assert not self._batch.loose_blocks, "a block that no sequence missed"
             self._batch = None
             self._pool.release(self._growth)  # of a step that was lost
-            self._claims.num_held -= len(self._growth)
+            self._blocks.num_held -= len(self._growth)
             self._growth = []

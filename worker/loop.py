@@ -134,7 +134,7 @@ class InstanceLoop:
         for sequence in self._scheduler.expired(now_s):
             self._give_up(sequence)
             self._fail(attempt_of(sequence), DeadlineError("the deadline passed before the answer was complete"))
-        if reserved := self._scheduler.reserve(now_s):
+        if reserved := self._scheduler.reserve():
             while self._steps and not self._engine.is_settled:
                 self.collect()
             self._engine.settle()  # the transfers write into blocks that steps may have used

@@ -10,29 +10,34 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 
 from tandem.core.cost_model import CostModel, StepCost, StepLoad, attention_pairs
+from tandem.scheduling.batch_composer import BatchComposer
 from tandem.scheduling.chunk import Chunk, prompt_chunk
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.sequence import Sequence
 from tandem.scheduling.step_load import step_load
 
 
-class LayeredScheduler(FastForwardScheduler):
+class LayeredComposer(BatchComposer):
     """A prompt's chunk stands for its part of the layers: its tokens are this part of the prompt's."""
 
-    def _prompt_chunks(self, max_tokens: int, now_s: float) -> list[Chunk]:
-        if not self._prompts:
+    def prompt_chunks(self, max_tokens: int, now_s: float) -> list[Chunk]:
+        if not self._running.prompts:
             self._admit(max_tokens, now_s)
-        under_way = list(self._prompts.values())
+        under_way = list(self._running.prompts.values())
         num_steps = -(-sum(map(_num_own, under_way)) // self.budget.max_prefill_tokens)
         return [prompt_chunk(sequence, -(-_num_own(sequence) // num_steps)) for sequence in under_way]
 
     def _admit(self, max_tokens: int, now_s: float) -> None:
         left: int | None = None  # the first one may be of any length
-        while len(self._prompts) + len(self._decoding) < self.budget.max_batch and (left is None or left > 0):
+        while len(self._running) < self.budget.max_batch and (left is None or left > 0):
             newcomer = self._admit_first(now_s, left)
             if newcomer is None:
                 return
             left = (max_tokens if left is None else left) - newcomer.num_uncomputed
+
+
+class LayeredScheduler(FastForwardScheduler):
+    composer_type = LayeredComposer
 
 
 @dataclass(frozen=True, slots=True)

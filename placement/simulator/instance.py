@@ -226,7 +226,7 @@ class SimulatedInstance:
             commands, self._commands = self._commands, []
             for apply, _ in commands:
                 apply()
-            for sequence in scheduler.reserve(now_s):
+            for sequence in scheduler.reserve():
                 self._listener.decode_reserved(attempt_of(sequence))
             if not self._commands:  # what the router is told may have it send something
                 break

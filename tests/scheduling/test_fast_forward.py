@@ -38,7 +38,7 @@ class Worker:
             self.scheduler.add(Sequence(key, request, 0.0, is_remote=True))
 
     def admit(self) -> None:
-        for sequence in self.scheduler.reserve(self.step):
+        for sequence in self.scheduler.reserve():
             self.scheduler.committed(sequence.key, 0, self.step)
 
     def step_by_step(self, until_step: int) -> None:

@@ -29,7 +29,7 @@ class Worker:
         return sequence
 
     def reserve(self) -> list[object]:
-        return [sequence.key for sequence in self.scheduler.reserve(0.0)]
+        return [sequence.key for sequence in self.scheduler.reserve()]
 
     def admit(self) -> None:
         for key in self.reserve():

@@ -160,7 +160,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def reserve(self) -> None:
         line = [number for number in self._in(SequenceState.WAITING) if self.open[number].is_remote]
         preempted = self._in(SequenceState.PREEMPTED)
-        reserved = self.scheduler.reserve(self.now_s)
+        reserved = self.scheduler.reserve()
         assert [sequence.key for sequence in reserved] == line[: len(reserved)], "not in order of arrival"
         assert not (preempted and reserved), "a newcomer passed a preempted one"
         if line and not self.quarantine and not self.held and len(line) == len(self.open):

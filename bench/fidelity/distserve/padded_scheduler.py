@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.core.cost_model import StepLoad
+from tandem.scheduling.batch_composer import BatchComposer
 from tandem.scheduling.chunk import Chunk, prompt_chunk
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.step_load import step_load
@@ -12,12 +13,12 @@ from tandem.scheduling.step_load import step_load
 MAX_PADDING_TOKENS = 256
 
 
-class PaddedScheduler(FastForwardScheduler):
+class PaddedComposer(BatchComposer):
     """As `prompt_first`, but the padding counts in `max_prefill_tokens` and is at most `MAX_PADDING_TOKENS`."""
 
-    def _prompt_chunks(self, max_tokens: int, now_s: float) -> list[Chunk]:
+    def prompt_chunks(self, max_tokens: int, now_s: float) -> list[Chunk]:
         chunks: list[Chunk] = []
-        while len(self._prompts) + len(self._decoding) < self.budget.max_batch:
+        while len(self._running) < self.budget.max_batch:
             if chunks and self._pads_too_much(chunks):
                 break
             left = max_tokens - sum(chunk.num_tokens for chunk in chunks)
@@ -28,14 +29,18 @@ class PaddedScheduler(FastForwardScheduler):
         return chunks
 
     def _pads_too_much(self, chunks: list[Chunk]) -> bool:
-        """Whether the first in line, as if no token of it were cached, must not be padded together with `chunks`."""
-        first = self._line.peek()
+        """Whether the first that waits, as if no token of it were cached, must not be padded together with `chunks`."""
+        first = self._waiting.first_prompt
         if first is None:
             return False
-        lengths = [*(chunk.num_tokens for chunk in chunks), self._sequences[first[1]].num_uncomputed]
+        lengths = [*(chunk.num_tokens for chunk in chunks), first.num_uncomputed]
         padded_tokens = len(lengths) * max(lengths)
         padding_tokens = padded_tokens - sum(lengths)
         return padded_tokens > self.budget.max_prefill_tokens or padding_tokens > MAX_PADDING_TOKENS
+
+
+class PaddedScheduler(FastForwardScheduler):
+    composer_type = PaddedComposer
 
 
 def padded_load(chunks: Sequence[Chunk]) -> StepLoad:
