@@ -14,29 +14,16 @@ still counts is decided on the event loop (`prefill_worker/held_kv.py`): a step 
 
 import logging
 import math
-from collections import defaultdict
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import Clock
 from tandem.core.errors import DeadlineError, InvalidRequestError, TandemError, UnavailableError
-from tandem.core.request import SampledToken, TokenLogprob
-from tandem.core.session import (
-    KvReserved,
-    KvSource,
-    NewTokens,
-    PrefillFinished,
-    PrefillStarted,
-    RequestFailed,
-    SessionEvent,
-    Submit,
-    TokenFrame,
-)
+from tandem.core.session import KvReserved, KvSource, PrefillStarted, Submit
 from tandem.core.step_coefficients import StepCoefficients
 from tandem.decode_worker.fetcher import FetchFailed, KvArrived
 from tandem.engine.engine import Engine
 from tandem.engine.models.base import LayerHook
 from tandem.engine.step import StepOutput
-from tandem.prefill_worker.held_kv import KvReady
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.chunk import Chunk
@@ -45,17 +32,11 @@ from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.scheduler import Scheduler
 from tandem.scheduling.sequence import Sequence, SequenceState
 from tandem.worker.kept_blocks import KeptBlocks
-from tandem.worker.loop_messages import (
-    CacheChanged,
-    CancelFetch,
-    LoopCommand,
-    LoopEvent,
-    Release,
-    SendEvent,
-    SubmitAttempt,
-)
+from tandem.worker.loop_events import LoopEvents
+from tandem.worker.loop_messages import CacheChanged, CancelFetch, LoopCommand, LoopEvent, Release, SubmitAttempt
 from tandem.worker.loop_report import LoopReport, make_report
-from tandem.worker.loop_values import attempt_of, committed_event, fetch_of, has_drawn, kv_computing, manifest_of
+from tandem.worker.loop_values import attempt_of, committed_event, fetch_of, has_drawn, kv_computing
+from tandem.worker.output_processor import OutputProcessor
 from tandem.worker.step_pipeline import LaunchedStep, StepPipeline, step_size
 
 log = logging.getLogger(__name__)
@@ -89,7 +70,6 @@ class InstanceLoop:
         self._engine = engine
         self._clock = clock
         self._max_model_len = capacity.max_model_len
-        self._eos_token_ids = frozenset(engine.spec.eos_token_ids)
         self._pool = BlockPool(capacity.num_blocks)
         self._index = PrefixIndex(
             self._pool, capacity.block_size, enabled=prefix_cache, records_changes=records_cache_changes
@@ -101,9 +81,9 @@ class InstanceLoop:
             budget, self._pool, self._index, capacity.max_model_len, self._predictor, engine.num_stages
         )
         self._sources: dict[AttemptId, KvSource] = {}  # of sequences that wait for blocks
-        self._prompt_logprobs: dict[AttemptId, list[TokenLogprob | None]] = {}  # of prompts that are being computed
         self._kept = KeptBlocks(self._pool)
-        self._events: list[LoopEvent] = []
+        self._events = LoopEvents()
+        self._outputs = OutputProcessor(engine, self._scheduler, self._kept, self._events, clock)
         self._chunks: list[Chunk] = []
         self._prepared_step = 0  # the engine's number of the step of these chunks
         self._failed_steps = 0
@@ -133,7 +113,7 @@ class InstanceLoop:
         now_s = self._clock.now_s()
         for sequence in self._scheduler.expired(now_s):
             self._give_up(sequence)
-            self._fail(attempt_of(sequence), DeadlineError("the deadline passed before the answer was complete"))
+            self._events.fail(attempt_of(sequence), DeadlineError("the deadline passed before the answer was complete"))
         if reserved := self._scheduler.reserve():
             while self._steps and not self._engine.is_settled:
                 self.collect()
@@ -145,9 +125,11 @@ class InstanceLoop:
         for chunk in self._chunks:
             sequence = chunk.sequence
             if chunk.is_prompt and chunk.start == sequence.num_cached and not has_drawn(sequence):
-                self._send(attempt_of(sequence), PrefillStarted(attempt_of(sequence).handle, sequence.num_cached))
+                self._events.send(
+                    attempt_of(sequence), PrefillStarted(attempt_of(sequence).handle, sequence.num_cached)
+                )
             if sequence.hand_over:
-                self._events.append(kv_computing(chunk, self._engine.layout, self._prepared_step))
+                self._events.add(kv_computing(chunk, self._engine.layout, self._prepared_step))
         if now_s - self._reported_s >= REPORT_EVERY_S:
             self.report = self._make_report()
             self._reported_s = now_s
@@ -201,9 +183,8 @@ class InstanceLoop:
     def take_events(self) -> list[LoopEvent]:
         """Events since the last call."""
         if changes := self._index.take_changes():
-            self._events.append(CacheChanged(tuple(changes)))
-        events, self._events = self._events, []
-        return events
+            self._events.add(CacheChanged(tuple(changes)))
+        return self._events.take()
 
     # --- an attempt's life -------------------------------------------------------------------------------------------
 
@@ -224,29 +205,35 @@ class InstanceLoop:
                 )
             self._scheduler.add(sequence)
         except TandemError as error:
-            self._fail(attempt_id, error)
+            self._events.fail(attempt_id, error)
             return
         if submit.kv is not None:
             self._sources[attempt_id] = submit.kv
-        elif request.sampling.prompt_logprobs is not None:
-            self._prompt_logprobs[attempt_id] = [None]
 
     def _fetch(self, sequence: Sequence) -> None:
         attempt_id = attempt_of(sequence)
-        self._send(attempt_id, KvReserved(attempt_id.handle))
-        self._events.append(fetch_of(sequence, self._sources.pop(attempt_id)))
+        self._events.send(attempt_id, KvReserved(attempt_id.handle))
+        self._events.add(fetch_of(sequence, self._sources.pop(attempt_id)))
 
     def _arrived(self, arrived: KvArrived) -> None:
         attempt_id = arrived.attempt_id
         if self._kept.lift_fence(attempt_id):
             return  # given up while the KV arrived
         self._scheduler.committed(attempt_id, arrived.first_token.token_id, self._clock.now_s())
-        self._send(attempt_id, committed_event(arrived))
+        self._events.send(attempt_id, committed_event(arrived))
 
     def _fetch_failed(self, attempt_id: AttemptId, error: TandemError) -> None:
         if not self._kept.lift_fence(attempt_id):
             self._scheduler.cancel(attempt_id)
-            self._fail(attempt_id, error)
+            self._events.fail(attempt_id, error)
+
+    def _announce(self, chunk: Chunk) -> None:
+        """It is in the next step: tell its router, and who reads its KV."""
+        sequence, attempt_id = chunk.sequence, attempt_of(chunk.sequence)
+        if chunk.is_prompt and chunk.start == sequence.num_cached and not has_drawn(sequence):
+            self._events.send(attempt_id, PrefillStarted(attempt_id.handle, sequence.num_cached))
+        if sequence.hand_over:
+            self._events.add(kv_computing(chunk, self._engine.layout, self._prepared_step))
 
     def _release(self, attempt_id: AttemptId) -> None:
         if (held := self._kept.end_hold(attempt_id)) is not None:
@@ -258,16 +245,12 @@ class InstanceLoop:
         """Free it now; if a transfer may still write into its blocks, as soon as the transfer has ended."""
         attempt_id = attempt_of(sequence)
         self._sources.pop(attempt_id, None)
-        self._prompt_logprobs.pop(attempt_id, None)
+        self._outputs.forget(attempt_id)
         if sequence.state is SequenceState.RECEIVING:
             self._kept.fence(attempt_id, self._scheduler.detach(attempt_id))
-            self._events.append(CancelFetch(attempt_id))
+            self._events.add(CancelFetch(attempt_id))
         else:
             self._scheduler.cancel(attempt_id)
-
-    def _fail(self, attempt_id: AttemptId, error: TandemError) -> None:
-        """The scheduler has let go of it already."""
-        self._send(attempt_id, RequestFailed(attempt_id.handle, error.code, error.message))
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         log.error("a step of %d sequences failed", len(chunks), exc_info=error)
@@ -282,78 +265,16 @@ class InstanceLoop:
         sequence = chunk.sequence
         if sequence.state is SequenceState.RUNNING:  # else it was given up during the step
             self._give_up(sequence)
-            self._fail(attempt_of(sequence), error)
+            self._events.fail(attempt_of(sequence), error)
         self._scheduler.computed(chunk)
 
     def _take_output(self, step: LaunchedStep, output: StepOutput) -> None:
-        frames: defaultdict[int, list[NewTokens]] = defaultdict(list)
-        for index, chunk in enumerate(step.chunks):
-            sequence = chunk.sequence
-            if (error := output.errors[index]) is not None:
-                self._index.clear()  # what made the numbers unusable may be in a cached block
-                self._fail_chunk(chunk, error)
-                continue
-            is_first = chunk.samples and not has_drawn(sequence)
-            if not self._scheduler.computed(chunk):
-                continue  # given up during the step
-            if (logprobs := output.prompt_logprobs[index]) is not None:
-                self._prompt_logprobs[attempt_of(sequence)].extend(logprobs)
-            token = output.tokens[index]
-            assert (token is not None) == chunk.samples, "the engine draws what it is asked for"
-            if token is None:
-                continue
-            if is_first:
-                self._prefilled(sequence, token)
-            else:
-                frames[attempt_of(sequence).session_id].append(self._decoded(sequence, token, step.launched_s))
-        self._events.extend(SendEvent(session_id, TokenFrame(tuple(items))) for session_id, items in frames.items())
-
-    def _prefilled(self, sequence: Sequence, token: SampledToken) -> None:
-        """`token` is the first one of the attempt."""
-        attempt_id = attempt_of(sequence)
-        manifest = (
-            manifest_of(sequence, token, self._engine.layout) if sequence.hand_over else None
-        )  # without the new token's KV
-        if sequence.hand_over:
-            sequence.append(token.token_id)
-        else:
-            self._scheduler.generated(attempt_id, token.token_id)
-        sequence.first_token_s = self._clock.now_s()
-        reason = sequence.finish_reason_after(token.token_id, self._eos_token_ids, self._max_model_len)
-        logprobs = self._prompt_logprobs.pop(attempt_id, None)
-        assert sequence.started_s is not None, "what is finished was started"
-        finished = PrefillFinished(
-            handle=attempt_id.handle,
-            token=token,
-            prompt_logprobs=None if logprobs is None else tuple(logprobs),
-            finish_reason=reason,
-            num_cached_tokens=sequence.num_cached,
-            compute_s=sequence.first_token_s - sequence.started_s,
-        )
-        self._send(attempt_id, finished)
-        if manifest is not None and reason is None:
-            self._kept.hold(attempt_id, sequence)
-            self._events.append(KvReady(attempt_id, manifest))
-        elif manifest is not None:
-            self._scheduler.release(sequence)
-        elif reason is not None:
-            self._scheduler.finish(attempt_id)
-
-    def _decoded(self, sequence: Sequence, token: SampledToken, launched_s: float) -> NewTokens:
-        attempt_id = attempt_of(sequence)
-        queue_s = None
-        if sequence.committed_s is not None:  # the first step after the transfer
-            queue_s, sequence.committed_s = launched_s - sequence.committed_s, None
-        self._scheduler.generated(attempt_id, token.token_id)
-        reason = sequence.finish_reason_after(token.token_id, self._eos_token_ids, self._max_model_len)
-        if reason is not None:
-            self._scheduler.finish(attempt_id)
-        return NewTokens(attempt_id.handle, (token,), reason, queue_s)
-
-    # --- helpers -----------------------------------------------------------------------------------------------------
-
-    def _send(self, attempt_id: AttemptId, event: SessionEvent) -> None:
-        self._events.append(SendEvent(attempt_id.session_id, event))
+        failed = [(chunk, error) for chunk, error in zip(step.chunks, output.errors, strict=True) if error is not None]
+        if failed:
+            self._index.clear()  # what made the numbers unusable may be in a cached block
+        for chunk, error in failed:
+            self._fail_chunk(chunk, error)
+        self._outputs.take(step, output)
 
     def _make_report(self) -> LoopReport:
         return make_report(

@@ -36,9 +36,12 @@ def make(
     return InstanceLoop(engine, budget, ManualClock(), prefix_cache=True)  # type: ignore[arg-type]
 
 
-def submit(handle: int, num_prompt: int, max_tokens: int, kind: str = "both") -> SubmitAttempt:
+def submit(
+    handle: int, num_prompt: int, max_tokens: int, kind: str = "both", prompt_logprobs: int | None = None
+) -> SubmitAttempt:
     prompt = tuple(range(1, num_prompt + 1))
-    request = GenerationRequest(f"r{handle}", prompt, SamplingParams(max_tokens=max_tokens), deadline_s=100.0)
+    sampling = SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
+    request = GenerationRequest(f"r{handle}", prompt, sampling, deadline_s=100.0)
     kv = SOURCE if kind == "remote" else None
     return SubmitAttempt(AttemptId(0, handle), Submit(handle, request, kv, hand_over=kind == "hand_over"))
 
@@ -127,6 +130,28 @@ def test_a_change_of_role_loses_no_token_of_what_runs() -> None:
     assert loop.report.blocks.running == loop.report.blocks.leased == 0
 
 
+def scored_tokens(events: list[LoopEvent], handle: int) -> list[int | None]:
+    """The prompt's tokens that have log-probabilities, None where there is none."""
+    for event in events:
+        match event:
+            case SendEvent(_, PrefillFinished(handle=found, prompt_logprobs=logprobs)) if found == handle:
+                return [None if each is None else each.token_id for each in logprobs or ()]
+    return []
+
+
+def test_a_prompt_that_is_preempted_has_its_log_probabilities_once() -> None:
+    """The older request grows until the younger one, whose long prompt is computed in chunks, loses its blocks."""
+    loop = make(Role.COLOCATED, num_blocks=9)
+    events: list[LoopEvent] = []
+    loop.apply(submit(1, 15, 16))
+    events += turn(loop)
+    events += turn(loop)
+    loop.apply(submit(2, 16, 1, prompt_logprobs=0))
+    while answer(events, 2)[1] is None:
+        events += turn(loop)
+    assert scored_tokens(events, 2) == [None, *range(2, 17)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 24), st.integers(2, 30), st.sampled_from(KINDS)), min_size=1, max_size=8),
@@ -135,6 +160,7 @@ def test_a_change_of_role_loses_no_token_of_what_runs() -> None:
     num_stages=st.integers(1, 3),
     cancelled=st.sets(st.integers(0, 7)),
     pauses=st.lists(st.integers(0, 4), min_size=8, max_size=8),
+    scored=st.sets(st.integers(0, 7)),
 )
 def test_any_mixture_under_memory_pressure_gives_every_request_its_tokens(
     shapes: list[tuple[int, int, str]],
@@ -143,6 +169,7 @@ def test_any_mixture_under_memory_pressure_gives_every_request_its_tokens(
     num_stages: int,
     cancelled: set[int],
     pauses: list[int],
+    scored: set[int],
 ) -> None:
     loop = make(role, mixing=mixing, num_blocks=16, num_stages=num_stages)
     events: list[LoopEvent] = []
@@ -161,7 +188,7 @@ def test_any_mixture_under_memory_pressure_gives_every_request_its_tokens(
                         loop.apply(Release(attempt_id))
 
     for handle, (num_prompt, max_tokens, kind) in enumerate(shapes):
-        loop.apply(submit(handle, num_prompt, max_tokens, kind))
+        loop.apply(submit(handle, num_prompt, max_tokens, kind, 0 if handle in scored else None))
         rounds(pauses[handle])
         if handle in cancelled:
             loop.apply(Release(AttemptId(0, handle)))
@@ -170,6 +197,8 @@ def test_any_mixture_under_memory_pressure_gives_every_request_its_tokens(
         if handle in cancelled:
             continue
         tokens, reason = answer(events, handle)
+        if handle in scored and kind != "remote":
+            assert scored_tokens(events, handle) == [None, *range(2, num_prompt + 1)]
         if kind == "hand_over":
             assert tokens == expected(num_prompt, None, 1)
         elif kind == "remote":

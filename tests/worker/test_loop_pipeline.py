@@ -12,8 +12,8 @@ from tandem.core.session import KvSource, PrefillFinished, Role, Submit, TokenFr
 from tandem.core.transfer import Transport
 from tandem.decode_worker.fetcher import Fetch, KvArrived
 from tandem.engine.step import SequenceSlice, StepOutput
-from tandem.scheduling.budget import role_budget
 from tandem.scheduling.batch_composer import LEAST_GROUP
+from tandem.scheduling.budget import role_budget
 from tandem.worker.loop import MAX_FAILED_STEPS, InstanceLoop
 from tandem.worker.loop_messages import LoopEvent, Release, SendEvent, SubmitAttempt
 from tests.fakes import LAYOUT, FakeEngine, next_token
