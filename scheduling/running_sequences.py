@@ -9,8 +9,8 @@ from tandem.scheduling.sequence import Sequence, SequenceState
 
 
 class RunningSequences:
-    """Both by key. `prompts` compute tokens before the next one is drawn: of newcomers, or again after a preemption; the
-    one admitted first comes first. `decoding` compute one token a step; the next to take part comes first.
+    """Both by key. `prompts` compute all tokens before the next one to draw, as newcomers or again after a preemption;
+    the one admitted first comes first. `decoding` compute one token a step; the next to take part comes first.
 
     `uncomputed_tokens` are those of `prompts`.
     """

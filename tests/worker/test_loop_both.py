@@ -28,10 +28,19 @@ def make(
     mixing: Mixing = "chunked",
     num_blocks: int = 32,
     num_stages: int = 1,
+    growth_horizon_tokens: int | None = None,
     engine: FakeEngine | None = None,
 ) -> InstanceLoop:
     layout = type(LAYOUT)(2, num_blocks, 1, 4, 8, "float32", "fake")
-    budget = role_budget(role, max_batch=4, max_batch_tokens=16, max_prefill_tokens=8, max_queue=100, mixing=mixing)
+    budget = role_budget(
+        role,
+        max_batch=4,
+        max_batch_tokens=16,
+        max_prefill_tokens=8,
+        max_queue=100,
+        mixing=mixing,
+        growth_horizon_tokens=growth_horizon_tokens,
+    )
     engine = engine or FakeEngine(layout=layout, num_stages=num_stages)
     return InstanceLoop(engine, budget, ManualClock(), prefix_cache=True)  # type: ignore[arg-type]
 
@@ -141,7 +150,7 @@ def scored_tokens(events: list[LoopEvent], handle: int) -> list[int | None]:
 
 def test_a_prompt_that_is_preempted_has_its_log_probabilities_once() -> None:
     """The older request grows until the younger one, whose long prompt is computed in chunks, loses its blocks."""
-    loop = make(Role.COLOCATED, num_blocks=9)
+    loop = make(Role.COLOCATED, num_blocks=9, growth_horizon_tokens=0)
     events: list[LoopEvent] = []
     loop.apply(submit(1, 15, 16))
     events += turn(loop)
@@ -161,6 +170,7 @@ def test_a_prompt_that_is_preempted_has_its_log_probabilities_once() -> None:
     cancelled=st.sets(st.integers(0, 7)),
     pauses=st.lists(st.integers(0, 4), min_size=8, max_size=8),
     scored=st.sets(st.integers(0, 7)),
+    growth_horizon_tokens=st.sampled_from([None, 0, 3]),
 )
 def test_any_mixture_under_memory_pressure_gives_every_request_its_tokens(
     shapes: list[tuple[int, int, str]],
@@ -170,8 +180,9 @@ def test_any_mixture_under_memory_pressure_gives_every_request_its_tokens(
     cancelled: set[int],
     pauses: list[int],
     scored: set[int],
+    growth_horizon_tokens: int | None,
 ) -> None:
-    loop = make(role, mixing=mixing, num_blocks=16, num_stages=num_stages)
+    loop = make(role, mixing=mixing, num_blocks=16, num_stages=num_stages, growth_horizon_tokens=growth_horizon_tokens)
     events: list[LoopEvent] = []
 
     def rounds(count: int) -> None:
