@@ -27,10 +27,10 @@ from tandem.core.errors import TandemError
 from tandem.deploy import host_checks
 from tandem.deploy.access_checks import check_access
 from tandem.deploy.finding import Finding, Grade
+from tandem.deploy.fleet_query import fetch_fleet
 from tandem.deploy.link_check import check_links
 from tandem.deploy.machine import this_machine
 from tandem.deploy.run_state import RunState
-from tandem.deploy.serving import fetch_fleet
 from tandem.deploy.settings_checks import check_checkpoint, check_memory, check_settings
 from tandem.wire.fleet import FleetDescription
 

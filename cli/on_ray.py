@@ -26,8 +26,8 @@ from tandem.deploy.node_placement import machine_of
 from tandem.deploy.ray_cluster import RAY_CLIENT, RUNNING, join_ray
 from tandem.deploy.ray_controller import ask_where, find_controller, start_controller
 from tandem.deploy.ray_node_launcher import NAMESPACE, living_nodes
-from tandem.deploy.run_state import RunState
-from tandem.deploy.serving import run_state, with_token
+from tandem.deploy.run_state import RunState, run_state
+from tandem.deploy.serving import with_token
 from tandem.wire.channels import open_channel
 from tandem.wire.controller import ControllerClient
 

@@ -28,8 +28,8 @@ from tandem.deploy.process_launcher import ProcessLauncher
 from tandem.deploy.progress import watch_health
 from tandem.deploy.ray_cluster import new_ray_folder
 from tandem.deploy.ray_launcher import RayLauncher
-from tandem.deploy.run_state import RunState, StateFolders
-from tandem.deploy.serving import Serving, run_state, with_token
+from tandem.deploy.run_state import RunState, StateFolders, run_state
+from tandem.deploy.serving import Serving, with_token
 from tandem.deploy.topology import Machine
 
 log = logging.getLogger(__name__)

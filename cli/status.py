@@ -23,8 +23,8 @@ from tandem.core.errors import TandemError
 from tandem.core.replanning import ReplanStatus
 from tandem.core.session import InstanceState, InstanceStatus, LinkStats, Role
 from tandem.core.workload_profile import ProfileSnapshot
+from tandem.deploy.fleet_query import fetch_fleet
 from tandem.deploy.run_state import RunState
-from tandem.deploy.serving import fetch_fleet
 from tandem.wire.channels import open_channel
 from tandem.wire.controller import ControllerClient
 from tandem.wire.fleet import FleetDescription

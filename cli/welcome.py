@@ -8,8 +8,8 @@ import shlex
 from tandem.core.config import ServeConfig
 from tandem.core.errors import TandemError
 from tandem.core.log_lines import announce
+from tandem.deploy.fleet_query import fetch_fleet
 from tandem.deploy.run_state import RunState
-from tandem.deploy.serving import fetch_fleet
 
 log = logging.getLogger(__name__)
 

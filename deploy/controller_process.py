@@ -26,7 +26,8 @@ from tandem.deploy.machine import this_machine
 from tandem.deploy.plan_comparison import compare_with_plan
 from tandem.deploy.process_launcher import ProcessLauncher
 from tandem.deploy.progress import watch_health
-from tandem.deploy.serving import Serving, run_state
+from tandem.deploy.run_state import run_state
+from tandem.deploy.serving import Serving
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from tandem.core.clock import Clock
 from tandem.core.config import ServeConfig, WorkerConfig
 from tandem.core.errors import TandemError
 from tandem.core.session import Role
-from tandem.deploy.controller import ProcessInfo
+from tandem.deploy.running_process import ProcessInfo
 from tandem.deploy.topology import ProcessSpec
 from tandem.scheduling.budget import role_budget
 from tandem.wire.channels import open_channel

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from tandem.core.errors import InternalError, TandemError, error_from_code
 from tandem.deploy.child_process import ChildProcess
-from tandem.deploy.controller import ProcessEnd, ProcessInfo
 from tandem.deploy.hosted_process import CLOSE_S, StartReport
+from tandem.deploy.running_process import ProcessEnd, ProcessInfo
 
 _STOP_MARGIN_S = CLOSE_S + 2.0  # longer than a process needs to close, so that it can end by itself
 _EXIT_S = 2.0  # from its last message to its end

@@ -17,12 +17,13 @@ from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import TandemError
 from tandem.core.owned_folder import OwnedFolder
-from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess, wait_end
 from tandem.deploy.log_file import LogPart, read_log
 from tandem.deploy.process_launcher import ProcessLauncher
 from tandem.deploy.progress import watch_health
 from tandem.deploy.ray_cluster import import_ray
 from tandem.deploy.run_state import StateFolders
+from tandem.deploy.running_process import ProcessEnd, ProcessInfo, RunningProcess
+from tandem.deploy.supervisor import wait_end
 from tandem.deploy.topology import ProcessSpec
 
 log = logging.getLogger(__name__)

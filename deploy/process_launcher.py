@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.deploy.child_process import ChildProcess, adopt_orphans, spawn
-from tandem.deploy.controller import ProcessInfo, RunningProcess
 from tandem.deploy.device_shares import DeviceShares
 from tandem.deploy.hosted_process import Assignment, StartReport, command_of, environment_of
 from tandem.deploy.launched_process import Connection, LaunchedProcess, start_error, unless_ended
 from tandem.deploy.process_identity import ProcessIdentity
 from tandem.deploy.process_records import ProcessRecord, ProcessRecords
+from tandem.deploy.running_process import ProcessInfo, RunningProcess
 from tandem.deploy.topology import ProcessSpec
 
 log = logging.getLogger(__name__)

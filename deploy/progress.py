@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tandem.core.clock import Clock
 from tandem.core.config import RouterConfig
-from tandem.deploy.controller import RunningProcess, Watch
+from tandem.deploy.running_process import RunningProcess, Watch
 from tandem.deploy.topology import ProcessSpec
 from tandem.wire.channels import LastingChannel
 from tandem.wire.health import check_health

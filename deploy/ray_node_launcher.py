@@ -24,11 +24,11 @@ from typing import Any
 from tandem.core.clock import Clock
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import NotFoundError, UnavailableError, error_from_code
-from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess
 from tandem.deploy.log_file import LogPart, follow_log
 from tandem.deploy.model_folder import hash_of_model
 from tandem.deploy.node_placement import Node, NodePlacement, bundle_of, no_room
 from tandem.deploy.process_host import HostReport, HostSettings, ProcessHost, read_log_here
+from tandem.deploy.running_process import ProcessEnd, ProcessInfo, RunningProcess
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 log = logging.getLogger(__name__)

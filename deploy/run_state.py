@@ -21,11 +21,13 @@ from pathlib import Path
 import psutil
 
 from tandem.core.address import split_address
+from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError
 from tandem.core.home_folder import home_folder
 from tandem.core.router_section import RouterSection
 from tandem.core.tls import ClusterTls
 from tandem.deploy.child_process import kill_all, processes_that_use
+from tandem.deploy.machine import this_machine
 from tandem.deploy.private_file import make_private_folder, write_private
 
 _KEPT_LOG_FOLDERS = 5
@@ -176,3 +178,35 @@ def is_alive(run: RunState) -> bool:
         return process.create_time() == run.process_started_s and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def run_state(
+    config: ServeConfig, log_folder: Path, *, ray_folder: str = "", controller: str = "", cluster: str = ""
+) -> RunState:
+    """Of a cluster that this process controls."""
+    pid = os.getpid()
+    return RunState(
+        pid=pid,
+        process_started_s=process_started_s(pid),
+        model=config.served_name,
+        http=config.router.http,
+        grpc=config.router.grpc,
+        control=config.router.control,
+        cluster_token=config.cluster_token or "",
+        log_folder=str(log_folder),
+        ray_folder=ray_folder,
+        expected_transport=_expected_transport(config),
+        has_tls=config.router.tls is not None,
+        cluster_tls=None if config.cluster_tls is None else config.cluster_tls.model_dump(mode="json"),
+        controller=controller,
+        cluster=cluster,
+    )
+
+
+def _expected_transport(config: ServeConfig) -> str | None:
+    """The transport that KV should use on one host; None if it depends on the devices."""
+    transports = {section.transport for section in config.decode}
+    if len(transports) == 1 and "auto" not in transports:
+        return transports.pop()
+    on_cpu = {section.engine.device for _, section in config.kinds} == {"cpu"}
+    return "shared_memory" if transports == {"auto"} and (on_cpu or not this_machine().gpus) else None

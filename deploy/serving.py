@@ -2,13 +2,8 @@
 
 import asyncio
 import json
-import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
-
-import grpc
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 
 from tandem.core.address import split_address
 from tandem.core.clock import Clock
@@ -17,25 +12,18 @@ from tandem.core.config import ServeConfig, with_secrets
 from tandem.core.errors import ConfigError, InvalidRequestError, NotFoundError, TandemError, UnavailableError
 from tandem.core.instance_section import ROLES, RoleName
 from tandem.core.plan import Plan
-from tandem.core.session import InstanceState, Role
-from tandem.core.tls import ClusterTls
-from tandem.deploy.controller import Controller, Event, Failed, Launcher, Loading, Stopped, Up, Watch
+from tandem.core.session import Role
+from tandem.deploy.change_queue import ChangeQueue
+from tandem.deploy.controller import Controller
 from tandem.deploy.desired import Desired
+from tandem.deploy.fleet_query import wait_registered
 from tandem.deploy.instance_settings import ROUTER_FORGOTTEN_S, InstanceSettings
 from tandem.deploy.line_feed import LineFeed
 from tandem.deploy.log_file import ReadLog
-from tandem.deploy.machine import this_machine
 from tandem.deploy.plan_report import report_plans
-from tandem.deploy.run_state import RunState, process_started_s
+from tandem.deploy.running_process import Launcher, Watch
+from tandem.deploy.supervisor import Event, Failed, Loading, Stopped, Up
 from tandem.deploy.topology import Machine, ProcessRole, ProcessSpec
-from tandem.wire.channels import open_channel
-from tandem.wire.fleet import FleetDescription, describe_fleet
-
-_DESCRIBE_TIMEOUT_S = 2.0
-_REGISTER_TIMEOUT_S = 15.0
-_POLL_S = 0.05
-
-Result = TypeVar("Result")
 
 
 def with_token(config: ServeConfig) -> ServeConfig:
@@ -43,38 +31,6 @@ def with_token(config: ServeConfig) -> ServeConfig:
     if config.cluster_token:
         return with_secrets(config)
     return config.model_copy(update={"cluster_token": secrets.token_urlsafe(32)})
-
-
-def expected_transport(config: ServeConfig) -> str | None:
-    """The transport that KV should use on one host; None if it depends on the devices."""
-    transports = {section.transport for section in config.decode}
-    if len(transports) == 1 and "auto" not in transports:
-        return transports.pop()
-    on_cpu = {section.engine.device for _, section in config.kinds} == {"cpu"}
-    return "shared_memory" if transports == {"auto"} and (on_cpu or not this_machine().gpus) else None
-
-
-def run_state(
-    config: ServeConfig, log_folder: Path, *, ray_folder: str = "", controller: str = "", cluster: str = ""
-) -> RunState:
-    """Of a cluster that this process controls."""
-    pid = os.getpid()
-    return RunState(
-        pid=pid,
-        process_started_s=process_started_s(pid),
-        model=config.served_name,
-        http=config.router.http,
-        grpc=config.router.grpc,
-        control=config.router.control,
-        cluster_token=config.cluster_token or "",
-        log_folder=str(log_folder),
-        ray_folder=ray_folder,
-        expected_transport=expected_transport(config),
-        has_tls=config.router.tls is not None,
-        cluster_tls=None if config.cluster_tls is None else config.cluster_tls.model_dump(mode="json"),
-        controller=controller,
-        cluster=cluster,
-    )
 
 
 async def _forget(desired: Desired) -> None:
@@ -119,9 +75,7 @@ class Serving:
         self._find_misplaced = find_misplaced
         self._save = save
         self._lines = LineFeed(show)
-        self._turn = asyncio.Lock()
-        self._changes: set[asyncio.Task[Any]] = set()
-        self._is_stopping = False
+        self._changes = ChangeQueue()
         self._settings = InstanceSettings(
             self.controller.running_instances,
             lambda: self.config,
@@ -141,7 +95,7 @@ class Serving:
 
         Raises the first TandemError of a process that cannot start.
         """
-        return await self._change(lambda: self._reconcile(self.desired.grace_s))
+        return await self._changes.run(lambda: self._reconcile(self.desired.grace_s))
 
     def take_back(self, left_running: list[ProcessSpec]) -> None:
         """Supervise what an earlier controller has left; before `start`."""
@@ -149,10 +103,7 @@ class Serving:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Stop all processes, whatever else is being done. `has_stopped` is set at the end."""
-        self._is_stopping = True
-        for change in self._changes:
-            change.cancel()
-        await asyncio.gather(*self._changes, return_exceptions=True)
+        await self._changes.close()
         await self.controller.stop(self.desired.grace_s if grace_s is None else grace_s)
         self.has_stopped.set()
 
@@ -182,7 +133,7 @@ class Serving:
         except ValueError as error:
             raise InvalidRequestError(f"these are not the settings of a serve file ({error})") from error
         words = "applying settings", "applied"
-        return await self._change(
+        return await self._changes.run(
             lambda: self._apply(
                 lambda: self._adapt(self.desired.with_config(config, plan)), words, grace_s, places=True
             )
@@ -192,19 +143,21 @@ class Serving:
         """Change the number of instances. Removed instances finish their requests for up to `grace_s`."""
         numbers = " and ".join(f"{number} {role}" for role, number in instances.items())
         words = f"scaling to {numbers}", "scaled"
-        return await self._change(lambda: self._apply(lambda: self.desired.with_instances(instances), words, grace_s))
+        return await self._changes.run(
+            lambda: self._apply(lambda: self.desired.with_instances(instances), words, grace_s)
+        )
 
     async def drain(self, process: str, grace_s: float | None = None, *, undo: bool = False) -> ClusterChange:
         """The process finishes its requests for up to `grace_s` and ends, and stays out of service until `undo`."""
         name = self._find(process).name
         words = (f"putting {name} back", f"{name} is back") if undo else (f"draining {name}", f"{name} is drained")
-        return await self._change(
+        return await self._changes.run(
             lambda: self._apply(lambda: self.desired.with_drained(name, undo=undo), words, grace_s)
         )
 
     async def set_role(self, process: str, role: str) -> None:
         """Raises NotFoundError, ConfigError, and what the instance answers."""
-        await self._change(lambda: self._set_role(self._find(process), role))
+        await self._changes.run(lambda: self._set_role(self._find(process), role))
 
     # --- questions ---------------------------------------------------------------------------------------------------
 
@@ -234,26 +187,6 @@ class Serving:
         return ROUTER_FORGOTTEN_S
 
     # --- parts -------------------------------------------------------------------------------------------------------
-
-    async def _change(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        """`work` when its turn comes, in a task of its own: a caller that goes away does not end it."""
-        if self._is_stopping:
-            raise UnavailableError("the cluster is being stopped")
-
-        async def take_turn() -> Result:
-            async with self._turn:
-                return await work()
-
-        change = asyncio.create_task(take_turn())
-        self._changes.add(change)
-        change.add_done_callback(self._changes.discard)
-        change.add_done_callback(lambda task: task.cancelled() or task.exception())  # its caller may be gone
-        try:
-            return await asyncio.shield(change)
-        except asyncio.CancelledError:
-            if self._is_stopping and change.cancelled():
-                raise UnavailableError("the cluster is being stopped") from None
-            raise
 
     async def _apply(
         self, make: Callable[[], Desired], words: tuple[str, str], grace_s: float | None, *, places: bool = False
@@ -313,17 +246,12 @@ class Serving:
     async def _wait_registered(self) -> None:
         if not any(process.role is ProcessRole.ROUTER for process in self.controller.running()):
             return
-        until_s = self._clock.now_s() + _REGISTER_TIMEOUT_S
-        channel = open_channel(self.config.router.control, self.config.cluster_token, self.config.cluster_tls)
-        try:
-            while not self._workers() <= await _ready_instances(channel):
-                if self._clock.now_s() > until_s:
-                    raise UnavailableError("the workers run, but do not reach the router's control address")
-                await asyncio.sleep(_POLL_S)
-        finally:
-            await channel.close()
+        config = self.config
+        await wait_registered(
+            config.router.control, config.cluster_token, config.cluster_tls, self._instance_ids, self._clock
+        )
 
-    def _workers(self) -> set[str]:
+    def _instance_ids(self) -> set[str]:
         return {info.instance_id for _, info in self.controller.running_instances()}
 
 
@@ -338,23 +266,3 @@ def _line_of(event: Event) -> str:
             return f"  {name}: {reason}; starting it again in {retry_s:.1f} s{again}"
         case Stopped(name):
             return f"  {name} stopped"
-
-
-async def _ready_instances(channel: grpc.aio.Channel) -> set[str]:
-    try:
-        fleet = await describe_fleet(channel, _DESCRIBE_TIMEOUT_S)
-    except UnavailableError:
-        return set()  # the router is starting
-    return {status.instance_id for status in fleet.instances if status.state is InstanceState.READY}
-
-
-async def fetch_fleet(
-    control: str, token: str | None, tls: ClusterTls | None, *, with_profile: bool = False
-) -> FleetDescription:
-    """The router, its instances and, with `with_profile`, its requests, from the router's control address. Raises a
-    TandemError."""
-    channel = open_channel(control, token, tls)
-    try:
-        return await describe_fleet(channel, _DESCRIBE_TIMEOUT_S, with_profile=with_profile)
-    finally:
-        await channel.close()

@@ -32,8 +32,8 @@ from tandem.deploy.kubernetes.kept_state import KeptState
 from tandem.deploy.kubernetes.pod_launcher import PodLauncher
 from tandem.deploy.kubernetes.pod_watch import PodWatch
 from tandem.deploy.plan_comparison import compare_with_plan
-from tandem.deploy.run_state import StateFolders
-from tandem.deploy.serving import Serving, run_state
+from tandem.deploy.run_state import StateFolders, run_state
+from tandem.deploy.serving import Serving
 from tandem.deploy.topology import Machine, ProcessSpec
 from tandem.wire.channels import open_channel
 from tandem.wire.sessions import configure_instance

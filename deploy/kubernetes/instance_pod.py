@@ -17,7 +17,7 @@ from tandem.core.errors import ConfigError
 from tandem.core.frozen_model import FrozenModel
 from tandem.core.instance_section import RoleName
 from tandem.core.other_versions import read_known
-from tandem.deploy.controller import ProcessEnd
+from tandem.deploy.running_process import ProcessEnd
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 Document = dict[str, Any]

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from tandem.core.clock import Clock
 from tandem.core.errors import NotFoundError, TandemError, UnavailableError
-from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess
 from tandem.deploy.kubernetes.api import KubernetesApi
 from tandem.deploy.kubernetes.instance_pod import (
     PROCESS,
@@ -30,6 +29,7 @@ from tandem.deploy.kubernetes.instance_pod import (
     spec_of,
 )
 from tandem.deploy.kubernetes.pod_watch import PodWatch
+from tandem.deploy.running_process import ProcessEnd, ProcessInfo, RunningProcess
 from tandem.deploy.topology import ProcessSpec
 
 log = logging.getLogger(__name__)

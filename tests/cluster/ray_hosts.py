@@ -27,8 +27,8 @@ from tandem.core.clock import SystemClock
 from tandem.core.errors import UnavailableError
 from tandem.core.session import InstanceStatus, Role
 from tandem.deploy.child_process import kill_all, processes_that_use
+from tandem.deploy.fleet_query import fetch_fleet
 from tandem.deploy.run_state import RunState, StateFolders
-from tandem.deploy.serving import fetch_fleet
 from tandem.deploy.trial import try_instances, ways_through
 from tests.cluster.namespaces import Hosts
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 
-from tandem.deploy.controller import ProcessEnd, ProcessInfo, RunningProcess
+from tandem.deploy.running_process import ProcessEnd, ProcessInfo, RunningProcess
 from tandem.deploy.topology import ProcessSpec
 
 

@@ -12,16 +12,9 @@ from tandem.core.cluster_status import ClusterChange, ProcessState, ProcessStatu
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import CheckpointError, InternalError, UnavailableError
 from tandem.core.instance_section import InstanceSection
-from tandem.deploy.controller import (
-    Backoff,
-    Controller,
-    Event,
-    Failed,
-    Loading,
-    RunningProcess,
-    Stopped,
-    Up,
-)
+from tandem.deploy.controller import Controller
+from tandem.deploy.running_process import RunningProcess
+from tandem.deploy.supervisor import Backoff, Event, Failed, Loading, Stopped, Up
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 from tests.deploy.fake_launcher import FakeLauncher, FakeProcess
 

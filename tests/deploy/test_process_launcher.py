@@ -17,11 +17,12 @@ import pytest
 from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import CheckpointError, UnavailableError
-from tandem.deploy.controller import Backoff, Controller, Failed, Up
+from tandem.deploy.controller import Controller
 from tandem.deploy.device_shares import DeviceShares
 from tandem.deploy.process_identity import ProcessIdentity
 from tandem.deploy.process_launcher import ProcessLauncher
 from tandem.deploy.process_records import ProcessRecords
+from tandem.deploy.supervisor import Backoff, Failed, Up
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 pytestmark = pytest.mark.timeout(120)

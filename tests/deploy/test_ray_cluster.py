@@ -15,9 +15,11 @@ import pytest_asyncio
 from tandem.core.clock import SystemClock
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import CheckpointError, InternalError, UnavailableError
-from tandem.deploy.controller import Backoff, Controller, Failed, ProcessEnd, Up
+from tandem.deploy.controller import Controller
 from tandem.deploy.progress import watch_health
 from tandem.deploy.ray_launcher import RayLauncher
+from tandem.deploy.running_process import ProcessEnd
+from tandem.deploy.supervisor import Backoff, Failed, Up
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]

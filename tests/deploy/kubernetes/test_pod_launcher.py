@@ -17,7 +17,7 @@ from tandem.core.clock import SystemClock
 from tandem.core.cluster_status import ClusterChange, ProcessState
 from tandem.core.config import ServeConfig
 from tandem.core.errors import ConfigError, NotFoundError, PermissionDeniedError, UnavailableError
-from tandem.deploy.controller import Backoff, Controller
+from tandem.deploy.controller import Controller
 from tandem.deploy.desired import Desired
 from tandem.deploy.kubernetes.api import KubernetesApi
 from tandem.deploy.kubernetes.instance_pod import CLUSTER, PodSettings
@@ -25,6 +25,7 @@ from tandem.deploy.kubernetes.kept_state import KeptState
 from tandem.deploy.kubernetes.pod_launcher import PodLauncher
 from tandem.deploy.kubernetes.pod_watch import PodWatch
 from tandem.deploy.serving import Serving
+from tandem.deploy.supervisor import Backoff
 from tandem.deploy.topology import Machine, ProcessSpec
 from tests.deploy.kubernetes.fake_api import TOKEN, FakeKubernetes, Idle
 from tests.deploy.kubernetes.manifests import NAMESPACE, find, render
