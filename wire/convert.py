@@ -176,32 +176,15 @@ def role_from_pb(value: worker_pb2.Role) -> Role:
 
 
 def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
-    return worker_pb2.InstanceStatus(
-        instance_id=status.instance_id,
+    return to_message(
+        worker_pb2.InstanceStatus,
+        status,
         role=_ROLE_TO_PB[status.role],
         state=_STATE_TO_PB[status.state],
-        address=status.address,
-        model=status.model,
-        fingerprint=status.fingerprint,
-        max_model_len=status.max_model_len,
-        block_size=status.block_size,
         blocks=to_message(worker_pb2.BlockCounts, status.blocks),
-        waiting_requests=status.waiting_requests,
-        running_requests=status.running_requests,
-        uncomputed_tokens=status.uncomputed_tokens,
-        unreserved_tokens=status.unreserved_tokens,
-        steps=status.steps,
-        step_s=status.step_s,
-        computed_tokens=status.computed_tokens,
-        cached_tokens=status.cached_tokens,
-        preemptions=status.preemptions,
         lease_s=0.0 if math.isinf(status.lease_s) else status.lease_s,
         links=[to_message(worker_pb2.LinkStats, link) for link in status.links],
-        step_age_s=status.step_age_s,
-        allocated_blocks=status.allocated_blocks,
         step_cost=status.step_cost or (),
-        step_prompt_tokens=status.step_prompt_tokens,
-        weights_hash=status.weights_hash,
         certificate_not_after_s=status.certificate_not_after_s or 0.0,
         unreachable_peers=status.unreachable_peers,
     )
@@ -220,32 +203,15 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         raise InvalidRequestError("a heartbeat must name instance, role, state and address")
     if max(map(len, (pb.instance_id, pb.address, pb.model, pb.fingerprint, pb.weights_hash))) > MAX_NAME_CHARS:
         raise InvalidRequestError(f"a heartbeat has a name of more than {MAX_NAME_CHARS} characters")
-    return InstanceStatus(
-        instance_id=pb.instance_id,
+    return from_message(
+        InstanceStatus,
+        pb,
         role=role,
         state=state,
-        address=pb.address,
-        model=pb.model,
-        fingerprint=pb.fingerprint,
-        max_model_len=pb.max_model_len,
-        block_size=pb.block_size,
         blocks=from_message(BlockCounts, pb.blocks),
-        waiting_requests=pb.waiting_requests,
-        running_requests=pb.running_requests,
-        uncomputed_tokens=pb.uncomputed_tokens,
-        unreserved_tokens=pb.unreserved_tokens,
-        steps=pb.steps,
-        step_s=pb.step_s,
-        computed_tokens=pb.computed_tokens,
-        cached_tokens=pb.cached_tokens,
-        preemptions=pb.preemptions,
         lease_s=pb.lease_s if pb.lease_s > 0.0 else math.inf,
         links=tuple(from_message(LinkStats, link) for link in pb.links),
-        step_age_s=pb.step_age_s,
-        allocated_blocks=pb.allocated_blocks,
         step_cost=_step_cost(pb.step_cost),
-        step_prompt_tokens=pb.step_prompt_tokens,
-        weights_hash=pb.weights_hash,
         certificate_not_after_s=pb.certificate_not_after_s or None,
         unreachable_peers=tuple(pb.unreachable_peers),
     )
