@@ -25,33 +25,21 @@ alike. An event of an attempt returns False if the attempt is not in flight ther
 import math
 from collections.abc import Hashable, Mapping
 
-from tandem.core.errors import (
-    ContextLengthError,
-    DeadlineError,
-    IncompatiblePeerError,
-    InternalError,
-    OverloadedError,
-    TandemError,
-    TransferError,
-    UnavailableError,
-)
+from tandem.core.errors import DeadlineError, InternalError, OverloadedError, TandemError, UnavailableError
 from tandem.core.generation import BlockNamer
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus, Role
-from tandem.scheduling.admission import Admission
 from tandem.scheduling.attempts import Attempts
 from tandem.scheduling.goodput_selector import GoodputSelector
-from tandem.scheduling.instance_selector import InstanceSelector, Place
+from tandem.scheduling.instance_selector import InstanceSelector
 from tandem.scheduling.keyed_heap import KeyedHeap
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import Residuals
 from tandem.scheduling.prefix_tracker import PrefixTracker
-from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing_driver import RoutingDriver, WakeUp
 from tandem.scheduling.routing_settings import RoutingPolicy, RoutingSettings
-
-_RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
+from tandem.scheduling.waiting_requests import Ended, WaitingRequests
 
 _SELECTORS: Mapping[RoutingPolicy, type[InstanceSelector]] = {"balanced": InstanceSelector, "goodput": GoodputSelector}
 
@@ -76,14 +64,13 @@ class RoutingMachine:
         selector_type = selector_type or _SELECTORS[settings.policy]
         self._selector = selector_type(settings, explain=explain, tracker_type=tracker_type)
         self._requests: dict[Hashable, RoutedRequest] = {}
-        self._queue = RequestQueue(settings.queue_order)  # waits for credit
-        self._admission = Admission(self._queue, self._selector, settings.max_wait_s)
-        self._recovering: KeyedHeap[RoutedRequest] = KeyedHeap()  # waits for an instance; when it is looked at again
         self._deadlines: KeyedHeap[RoutedRequest] = KeyedHeap()
         self._wake_up = WakeUp(driver)
         self._attempts = Attempts(driver, self._selector, self._wake_up)
+        self._waiting = WaitingRequests(settings, self._selector, self._attempts, self._wake_up)
+        self._queue = self._waiting.queue
+        self._ledger = self._queue.ledger
         self._num_requests = 0
-        self._has_news = False  # an instance may have become usable
 
     # --- instances ---------------------------------------------------------------------------------------------------
 
@@ -200,18 +187,13 @@ class RoutingMachine:
             slo,
             now_s if received_s is None else received_s,
         )
-        self._admission.check(request, now_s, is_alone=not self._requests)
+        self._waiting.admission.check(request, now_s, is_alone=not self._requests)
         self._requests[key] = request
-        self._queue.ledger.open(client)
+        self._ledger.open(client)
         if deadline_s < math.inf:
             self._deadlines.push(request, deadline_s)
             self._wake_up.at(deadline_s)
-        place = None if len(self._queue) else self._selector.choose_first(request, now_s)
-        if place is None:
-            self._wait_for_credit(request, now_s)
-        else:
-            self._queue.ledger.dispatched(client, request.num_tokens)
-            self._begin(request, place, now_s)
+        self._waiting.add(request, now_s)
         return request
 
     def cancel(self, request: RoutedRequest, now_s: float) -> None:
@@ -224,18 +206,14 @@ class RoutingMachine:
         """Time has passed: end requests whose deadline is over, and retry those whose pause is over."""
         self._wake_up.came()
         for request in self._deadlines.pop_until(now_s):
-            self._end(request, DeadlineError("the request's deadline has passed"), now_s)
-        for request in self._queue.pop_impatient(now_s):
-            self._end(request, self._admission.waited_in_vain(request, now_s), now_s)
-        while (first := self._recovering.peek()) is not None and first[0] <= now_s:
-            self._recover(first[1], now_s)
+            self._end_all([(request, DeadlineError("the request's deadline has passed"))], now_s)
+        self._end_all(self._waiting.advance(now_s), now_s)
         self._attempts.renew_leases(now_s)
         self._settle(now_s)
-        for heap in (self._deadlines, self._recovering):
-            if (first := heap.peek()) is not None:
-                self._wake_up.at(first[0])
+        if (first := self._deadlines.peek()) is not None:
+            self._wake_up.at(first[0])
+        self._wake_up.at(self._waiting.next_s)
         self._wake_up.at(self._attempts.next_renewal_s)
-        self._wake_up.at(self._queue.next_end_s)
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
@@ -250,7 +228,7 @@ class RoutingMachine:
         if instance is None:
             return False
         attempt.has_started = True
-        self._queue.ledger.found_cached(attempt.request.client, num_cached_tokens)
+        self._ledger.found_cached(attempt.request.client, num_cached_tokens)
         self._attempts.record_progress(attempt, instance, num_cached_tokens)
         if attempt.hand_over and attempt.decode is None and attempt.growth_tokens > 1:
             self._hand_over(attempt, instance, now_s)
@@ -268,7 +246,7 @@ class RoutingMachine:
         attempt.has_first_token = True
         self._selector.first_token(attempt, now_s)
         self._queue.first_token_time.observe(attempt.num_tokens, now_s - attempt.begun_s)
-        self._queue.ledger.generated(attempt.request.client, 1)
+        self._ledger.generated(attempt.request.client, 1)
         attempt.request.num_output_tokens += 1
         self._attempts.record_progress(attempt, instance, attempt.num_tokens)
         if is_last:
@@ -302,7 +280,7 @@ class RoutingMachine:
             return False
         request = attempt.request
         request.num_output_tokens += count
-        self._queue.ledger.generated(request.client, count)
+        self._ledger.generated(request.client, count)
         if request.num_output_tokens > request.max_tokens:
             self._end(request, InternalError("a worker sent more tokens than were asked for"), now_s)
             return False
@@ -330,7 +308,7 @@ class RoutingMachine:
             return False
         blamed = self._attempts.blame(attempt, instance, error, now_s)
         self._attempts.release(attempt, instance, now_s)
-        is_again = instance is attempt.decode and self._may_continue(attempt.request)
+        is_again = instance is attempt.decode and self._waiting.may_continue(attempt.request)
         if not (is_again and self._attempts.hand_over_again(attempt, error, now_s)):
             self._fail(attempt, error, blamed, now_s)
         elif attempt.has_first_token:
@@ -340,96 +318,24 @@ class RoutingMachine:
 
     # --- an attempt's steps ------------------------------------------------------------------------------------------
 
-    def _begin(self, request: RoutedRequest, place: Place, now_s: float) -> None:
-        if request.has_due_time and now_s > request.due_s and not request.num_output_tokens:
-            request.demoted_because = "its TTFT target had passed while it waited"
-        self._attempts.begin(request, place, now_s)
-
     def _hand_over(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> None:
         if not self._attempts.hand_over(attempt, prefill, now_s):
             error = UnavailableError("no decode worker is ready that can read the prefill worker's KV")
             self._fail(attempt, error, set(), now_s)
 
-    # --- recovery ----------------------------------------------------------------------------------------------------
-
     def _fail(self, attempt: Attempt, error: TandemError, blamed: set[str], now_s: float) -> None:
         """`blamed` are the instances that further attempts should rather not use."""
         attempt.error = error
         self._attempts.withdraw(attempt, now_s)
-        request, settings = attempt.request, self._settings
+        request = attempt.request
         request.attempt = None
-        request.error = error
         request.avoid |= blamed
-        if not isinstance(error, _RETRIED):
-            self._end(request, error, now_s)
-        elif not self._may_continue(request):
-            self._end(request, _final(request, error), now_s)
-        else:
-            request.retry_s = now_s + settings.retry_pause_s
-            request.give_up_s = now_s + settings.replacement_wait_s
-            self._recover(request, now_s)
-
-    def _may_continue(self, request: RoutedRequest) -> bool:
-        """After a failure."""
-        is_resumed = self._settings.resume or not request.num_output_tokens
-        return is_resumed and request.num_attempts < self._settings.max_attempts
-
-    def _recover(self, request: RoutedRequest, now_s: float) -> None:
-        """Begin another attempt: at once on an instance that has not failed the request, else after a pause."""
-        self._recovering.discard(request)
-        place = self._selector.choose_first(request, now_s)
-        if place is None:
-            if self._selector.waits_for_credit(request):
-                self._wait_for_credit(request, now_s)
-            else:
-                self._wait_for_instance(request, now_s)
-        elif now_s >= request.retry_s or place.instance.instance_id not in request.avoid:
-            self._queue.ledger.dispatched(request.client, request.num_tokens)
-            self._begin(request, place, now_s)
-        elif isinstance(request.error, OverloadedError) and not request.num_output_tokens:
-            self._end(request, request.error, now_s)  # all queues are full: the client should know, not wait here too
-        else:
-            self._wait_for_instance(request, now_s)
-
-    def _wait_for_instance(self, request: RoutedRequest, now_s: float) -> None:
-        if now_s >= request.give_up_s:
-            error = request.error
-            try:
-                self._selector.check_length(request.num_tokens)  # says what is missing
-            except TandemError as missing:
-                error = missing
-            assert error is not None, "a request waits for an instance because it lost one"
-            self._end(request, _final(request, error), now_s)
-            return
-        time_s = request.retry_s if now_s < request.retry_s else request.give_up_s
-        self._recovering.push(request, time_s)
-        self._wake_up.at(time_s)
+        if (last := self._waiting.take_back(request, error, now_s)) is not None:
+            self._end(request, last, now_s)
 
     def _settle(self, now_s: float) -> None:
-        """Try the requests again that wait for an instance, if one may have come, or for credit."""
-        if self._has_news:
-            self._has_news = False
-            for request in sorted(self._recovering, key=lambda each: each.number):
-                if request in self._recovering:
-                    self._recover(request, now_s)
-        while (first := self._queue.first(now_s)) is not None:
-            place = self._selector.choose_first(first, now_s)
-            if place is None and self._selector.waits_for_credit(first):
-                return
-            if place is not None:
-                self._queue.dispatch(first, now_s)
-                self._begin(first, place, now_s)
-            else:  # the instances that it waited for are gone
-                self._queue.discard(first, now_s)
-                first.error = first.error or UnavailableError("all workers are gone")
-                first.give_up_s = now_s + self._settings.replacement_wait_s
-                self._wait_for_instance(first, now_s)
-
-    def _wait_for_credit(self, request: RoutedRequest, now_s: float) -> None:
-        """One that has tokens already waits until its deadline: its client was promised the rest."""
-        until_s = math.inf if request.num_output_tokens else self._admission.last_start_s(request, now_s)
-        self._queue.push(request, until_s, now_s)
-        self._wake_up.at(until_s)
+        """An instance may take more: try the requests again that wait."""
+        self._end_all(self._waiting.settle(now_s), now_s)
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
@@ -439,9 +345,15 @@ class RoutingMachine:
         self._forget(request, now_s)
         self._driver.end(request, error)
 
+    def _end_all(self, ended: Ended, now_s: float) -> None:
+        """Those that have not ended meanwhile: the end of one may have the driver cancel another."""
+        for request, error in ended:
+            if self._requests.get(request.key) is request:
+                self._end(request, error, now_s)
+
     def _forget(self, request: RoutedRequest, now_s: float) -> None:
         del self._requests[request.key]
-        self._queue.ledger.close(request.client)
+        self._ledger.close(request.client)
         if not self._requests:
             self._wake_up.cancel()
         if request.deadline_s < math.inf:
@@ -450,19 +362,12 @@ class RoutingMachine:
             self._attempts.withdraw(request.attempt, now_s)
             request.attempt = None
         else:
-            self._queue.discard(request, now_s)
-            self._recovering.discard(request)
+            self._waiting.discard(request, now_s)
 
     def _offers_changed(self) -> None:
         self._selector.offers_changed()
-        self._has_news = True
+        self._waiting.instances_changed()
 
 
 def _offer(instance: KnownInstance) -> tuple[bool, Role, str, int]:
     return instance.is_usable, instance.role, instance.status.fingerprint, instance.capacity_tokens
-
-
-def _final(request: RoutedRequest, error: TandemError) -> TandemError:
-    """What the client is told of the last of several failures."""
-    is_early = isinstance(error, OverloadedError | ContextLengthError) and not request.num_output_tokens
-    return error if is_early or isinstance(error, UnavailableError) else UnavailableError(error.message)
