@@ -229,7 +229,8 @@ class Dispatcher:
             return
         running = self._running_of(attempt)
         if isinstance(event, PrefillStarted):
-            running.timeline_recorder.prefill_started(now_s)
+            if not attempt.has_started:
+                running.timeline_recorder.prefill_started(now_s)
             self.machine.prefill_started(attempt, event.num_cached_tokens, now_s)
         elif isinstance(event, PrefillFinished):
             if not attempt.has_first_token:

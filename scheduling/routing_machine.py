@@ -223,10 +223,13 @@ class RoutingMachine:
         return None if instance is None else instance.find(handle)
 
     def prefill_started(self, attempt: Attempt, num_cached_tokens: int, now_s: float) -> bool:
-        """Late binding: the decode instance is chosen now, so that queued prompts hold no memory there."""
+        """Late binding: the decode instance is chosen now, so that queued prompts hold no memory there. A prompt that
+        was preempted starts again; only the first time counts."""
         instance = attempt.prefill
         if instance is None:
             return False
+        if attempt.has_started:
+            return True
         attempt.has_started = True
         self._ledger.found_cached(attempt.request.client, num_cached_tokens)
         self._attempts.record_progress(attempt, instance, num_cached_tokens)
@@ -241,7 +244,8 @@ class RoutingMachine:
         if instance is None:
             return False
         if attempt.has_first_token:
-            self.attempt_failed(attempt, instance.instance_id, InternalError("a prefill worker answered twice"), now_s)
+            self._fail(attempt, InternalError("a prefill worker answered twice"), {instance.instance_id}, now_s)
+            self._settle(now_s)
             return False
         attempt.has_first_token = True
         self._selector.first_token(attempt, now_s)
@@ -283,6 +287,7 @@ class RoutingMachine:
         self._ledger.generated(request.client, count)
         if request.num_output_tokens > request.max_tokens:
             self._end(request, InternalError("a worker sent more tokens than were asked for"), now_s)
+            self._settle(now_s)
             return False
         return True
 

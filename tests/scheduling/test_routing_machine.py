@@ -11,6 +11,7 @@ from tandem.core.errors import (
     ContextLengthError,
     DeadlineError,
     IncompatiblePeerError,
+    InternalError,
     InvalidRequestError,
     OverloadedError,
     TransferError,
@@ -203,6 +204,46 @@ def test_long_answers_go_where_they_fit() -> None:
     assert {router.take().instance_id for _ in range(4)} <= {"p1", "p2"}, "where most of it fits"
     with pytest.raises(ContextLengthError, match="at most 100"):
         router.ask("long", prompt=100)
+
+
+# --- instances that say what cannot be, or say it again --------------------------------------------------------------
+
+
+def test_a_preempted_prompt_that_starts_again_counts_once() -> None:
+    router = Router()
+    router.join("p1", "d1")
+    router.ask("r")
+    sent = router.take()
+    for _ in range(2):
+        assert router.start(sent, cached=4)
+    assert [each.instance_id for each in router.sent] == ["d1"]
+    assert router.loads()["p1"] == (1, 6, 16)
+
+
+def test_a_second_first_token_ends_the_attempt_at_its_instance() -> None:
+    router = Router()
+    router.join("c1")
+    router.ask("r")
+    sent = router.take()
+    router.start(sent)
+    assert router.first_token(sent)
+    assert not router.first_token(sent)
+    assert isinstance(router.ends["r"], InternalError)
+    assert router.cancelled == [(sent.attempt.handle, "c1")], "what goes on there is wanted by nobody"
+
+
+def test_too_many_tokens_make_room_for_those_that_wait() -> None:
+    router = Router(RoutingSettings(max_outstanding_tokens=1000))
+    router.join("c1")  # memory for 1,024 tokens
+    requests = [router.ask(number, prompt=4, output=60) for number in range(25)]
+    sent = [router.take() for _ in range(24)]
+    for each in sent:
+        router.start(each)
+        router.first_token(each)
+    assert not router.sent
+    assert not router.machine.tokens_generated(sent[0].attempt, 60, router.now_s)
+    assert isinstance(router.ends[0], InternalError)
+    assert router.take().attempt.request is requests[24]
 
 
 # --- credit ----------------------------------------------------------------------------------------------------------
@@ -825,4 +866,4 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
             assert (load.decoding, load.context_tokens, load.queued_tokens) == (0, 0, 0)
             assert load.queued_s == pytest.approx(0.0, abs=1e-9)
     router.advance(100.0)
-    assert len(machine._deadlines) == len(machine._recovering) == len(machine._queue) == 0
+    assert len(machine._deadlines) == len(machine._waiting._recovering) == len(machine._queue) == 0
