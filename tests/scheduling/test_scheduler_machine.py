@@ -163,7 +163,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         reserved = self.scheduler.reserve()
         assert [sequence.key for sequence in reserved] == line[: len(reserved)], "not in order of arrival"
         assert not (preempted and reserved), "a newcomer passed a preempted one"
-        if line and not self.quarantine and not self.held and len(line) == len(self.open):
+        is_empty = not (self.quarantine or self.held or self.under_way)  # a step keeps blocks of those that are gone
+        if line and is_empty and len(line) == len(self.open):
             assert reserved, "the first in line must get an empty instance"
 
     @precondition(lambda self: self._in(SequenceState.RECEIVING))
