@@ -34,7 +34,7 @@ class Attempts:
         instance.dispatch(attempt, attempt.num_tokens, held_tokens, self._selector.expected_tokens(attempt))
         self._selector.put(instance, is_chosen=True)
         self._selector.begun(attempt, place, now_s)
-        self._selector.record_prefix(request, instance)
+        self._selector.prefixes.record(request, instance)
         self._driver.submit(attempt, instance.instance_id, None, place.selection)
 
     def hand_over(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> bool:

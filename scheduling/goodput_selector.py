@@ -102,7 +102,7 @@ class GoodputSelector(InstanceSelector):
         load = self._loads.get(place.instance.instance_id)
         if load is None:
             return
-        cached = self.cached_tokens(attempt.request, place.instance)
+        cached = self.prefixes.tokens(attempt.request, place.instance)
         load.add_prompt(attempt.handle, attempt.num_tokens - cached, cached, now_s)
         if not attempt.hand_over:
             load.add_decode(attempt.handle, attempt.num_tokens, attempt.request.effective_slo)
@@ -199,7 +199,7 @@ class GoodputSelector(InstanceSelector):
             suspects = self.failures.suspect_readers(prefill, self.instances)
             readers = [each for each in readers if each not in suspects] or readers
         load, place = self._loads[prefill.instance_id], Place(prefill, True, None)
-        cached = self.cached_tokens(request, prefill)
+        cached = self.prefixes.tokens(request, prefill)
         price_s = load.price_s(request.num_tokens - cached, cached)
         ttft_s = load.wait_s(now_s) + max(load.costs.step_s, price_s)
         gaps = max(1.0, self.answer_lengths.expected_tokens(request.growth_tokens) - 1)
@@ -216,7 +216,7 @@ class GoodputSelector(InstanceSelector):
         self, request: RoutedRequest, instance: KnownInstance, failures: Mapping[str, float], now_s: float
     ) -> Estimate:
         load = self._loads[instance.instance_id]
-        cached = self.cached_tokens(request, instance)
+        cached = self.prefixes.tokens(request, instance)
         ttft_s = load.local_ttft_s(request.num_tokens - cached, cached, now_s)
         price_s = load.price_s(request.num_tokens - cached, cached)
         before_s, after_s = self._tpots(instance.instance_id, request, ttft_s, price_s, now_s)

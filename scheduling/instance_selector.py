@@ -10,20 +10,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tandem.core.errors import ContextLengthError, UnavailableError
 from tandem.core.session import Role
 from tandem.scheduling.answer_lengths import AnswerLengths
+from tandem.scheduling.cached_prefixes import CachedPrefixes
 from tandem.scheduling.decode_index import DecodeIndex, DecodeQuery
 from tandem.scheduling.instance_credit import InstanceCredit
 from tandem.scheduling.instance_index import NO_FAILURES, NO_INSTANCES, InstanceIndex, QueryT
 from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.predictor import Residuals
-from tandem.scheduling.prefill_index import Holders, PrefillIndex, PrefillQuery
+from tandem.scheduling.prefill_index import PrefillIndex, PrefillQuery
 from tandem.scheduling.prefix_tracker import PrefixTracker
 from tandem.scheduling.recent_failures import RecentFailures
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing import Candidate, Selection
 from tandem.scheduling.routing_settings import RoutingSettings
+from tandem.scheduling.servable_length import ServableLength
 
 
 class Place(NamedTuple):
@@ -36,8 +37,31 @@ class Place(NamedTuple):
     expected: tuple[float, float] | None = None
 
 
+class _Form(NamedTuple):
+    """A pair or a colocated instance, as they are compared: the least of the first five fields wins."""
+
+    has_failed: bool
+    must_wait: bool
+    work_tokens: int
+    decode_load: float
+    has_transfer: bool
+    place: Place
+
+    def lost_to(self, best: "_Form") -> str:
+        """Why, in words."""
+        if self.has_failed is not best.has_failed:
+            return "it failed the request"
+        if self.must_wait is not best.must_wait:
+            return "no memory to decode there"
+        if (more := self.work_tokens - best.work_tokens) > 0:
+            return f"{more} tokens more to compute before the first token"
+        if (more_load := self.decode_load - best.decode_load) > 0:
+            return f"as much to compute before the first token, decoding more loaded by {more_load:g}"
+        return "equal, but for a transfer of KV"
+
+
 class InstanceSelector:
-    """Owns the instances as known, what they have cached, and which of them failed lately."""
+    """Owns the instances as known, what they have cached, which of them failed lately, and how long requests may be."""
 
     def __init__(
         self, settings: RoutingSettings, *, explain: bool = True, tracker_type: type[PrefixTracker] = PrefixTracker
@@ -46,26 +70,21 @@ class InstanceSelector:
         hashes."""
         self.instances: dict[str, KnownInstance] = {}  # to be read only
         self.failures = RecentFailures()
+        self.length = ServableLength(self.instances, self.failures, local_prefill=settings.local_prefill)
+        self.prefixes = CachedPrefixes(tracker_type, settings.max_tracked_blocks)
         self._settings = settings
         self._explain = explain
-        self._tracker_type = tracker_type
         self._prefills = PrefillIndex(settings.slack_tokens)
         self._decodes = DecodeIndex()
         self._colocated = DecodeIndex()
-        self._trackers: dict[int, PrefixTracker] = {}  # by block size: it determines the blocks' names
         self._credit = InstanceCredit(settings)
         self.answer_lengths = AnswerLengths()
-        self._capacity_tokens: int | None = None  # None: to be worked out
-        self._is_local = False  # decode instances must compute prompts, for want of others
 
     # --- instances ---------------------------------------------------------------------------------------------------
 
     def update(self, instance: KnownInstance) -> None:
         """It is new, or has reported."""
         self.instances[instance.instance_id] = instance
-        block_size = instance.status.block_size
-        if instance.role is not Role.DECODE and block_size not in self._trackers:
-            self._trackers[block_size] = self._tracker_type(block_size, self._settings.max_tracked_blocks)
         self.put(instance)
 
     def put(self, instance: KnownInstance, *, is_chosen: bool = False) -> None:
@@ -97,73 +116,28 @@ class InstanceSelector:
         self.leave_role(self.instances.pop(instance_id))
         self._credit.remove(instance_id)
         self.failures.forget(instance_id)
-        for tracker in self._trackers.values():
-            tracker.forget(instance_id)
-
-    def offers_changed(self) -> None:
-        """Which instances are usable, or what they can hold."""
-        self._capacity_tokens = None
+        self.prefixes.forget(instance_id)
 
     def refuse_pair(self, prefill_id: str, decode_id: str) -> None:
         """The two have met and cannot exchange KV: they are not chosen together again."""
         self.failures.refuse(prefill_id, decode_id)
-        self.offers_changed()
-
-    # --- capacity ----------------------------------------------------------------------------------------------------
-
-    def capacity_tokens(self) -> int:
-        """Longest prompt plus answer that a usable instance or pair can hold; 0 without one."""
-        if self._capacity_tokens is None:
-            self._capacity_tokens = self._find_capacity_tokens()
-        return self._capacity_tokens
-
-    def require_capacity_tokens(self) -> int:
-        """As `capacity_tokens`. Raises UnavailableError, which says what is missing, instead of 0."""
-        if capacity_tokens := self.capacity_tokens():
-            return capacity_tokens
-        usable = {instance.role for instance in self.instances.values() if instance.is_usable}
-        for role in (Role.PREFILL, Role.DECODE):
-            if role not in usable:
-                raise UnavailableError(f"no {role.value} worker is ready")
-        raise UnavailableError("no prefill worker is ready whose KV a ready decode worker can read")
-
-    def check_length(self, num_tokens: int) -> None:
-        """Raises ContextLengthError if nothing usable holds a prompt that long and a token of answer."""
-        capacity_tokens = self.require_capacity_tokens()
-        if num_tokens >= capacity_tokens:
-            raise ContextLengthError(
-                f"the prompt has {num_tokens} tokens; the workers that are up hold at most {capacity_tokens} tokens of "
-                "prompt and answer"
-            )
+        self.length.changed()
 
     def waits_for_credit(self, request: RoutedRequest) -> bool:
         """Of a request for which nothing was chosen: whether an instance was usable."""
-        return self._credit.is_limited and request.num_tokens < self.capacity_tokens()
-
-    def _find_capacity_tokens(self) -> int:
-        longest: dict[Role, dict[str, int]] = {role: {} for role in Role}  # by fingerprint
-        without_reader = self.failures.without_reader(self.instances)
-        for instance in self.instances.values():
-            if instance.is_usable and instance.instance_id not in without_reader:
-                found, fingerprint = longest[instance.role], instance.status.fingerprint
-                found[fingerprint] = max(instance.capacity_tokens, found.get(fingerprint, 0))
-        prefills, decodes = longest[Role.PREFILL], longest[Role.DECODE]
-        pairs = (min(prefills[each], decodes[each]) for each in prefills.keys() & decodes.keys())
-        capacity_tokens = max((*pairs, *longest[Role.COLOCATED].values()), default=0)
-        self._is_local = capacity_tokens == 0 and self._settings.local_prefill
-        return max(decodes.values(), default=0) if self._is_local else capacity_tokens
+        return self._credit.is_limited and request.num_tokens < self.length.tokens
 
     # --- the first instance ------------------------------------------------------------------------------------------
 
     def choose_first(self, request: RoutedRequest, now_s: float) -> Place | None:
         """Where an attempt can begin: where prompt and answer fit, or as much of them as fits anywhere. Instances that
         have failed the request are a last resort. None: nothing is usable, or what is has no credit."""
-        capacity_tokens = self.capacity_tokens()
-        needed_tokens = min(request.max_total_tokens, capacity_tokens)
-        if request.num_tokens >= capacity_tokens:
+        longest_tokens = self.length.tokens
+        needed_tokens = min(request.max_total_tokens, longest_tokens)
+        if request.num_tokens >= longest_tokens:
             return None
         failures: Mapping[str, float] = self.failures.current(now_s) if self.failures else NO_FAILURES
-        if self._is_local:
+        if self.length.is_local:
             return self._one_instance(self._decodes, request, needed_tokens, failures)
         return self._choose(request, needed_tokens, failures, now_s)
 
@@ -178,12 +152,6 @@ class InstanceSelector:
             return pair or colocated
         return self._better_form(request, pair, colocated, needed_tokens)
 
-    def record_prefix(self, request: RoutedRequest, instance: KnownInstance) -> None:
-        """The instance computes the prompt, and may keep it."""
-        if request.has_block_names and instance.role is not Role.DECODE:
-            block_size, num_blocks = instance.status.block_size, instance.status.blocks.total
-            self._trackers[block_size].record(instance.instance_id, request.block_names(block_size), num_blocks)
-
     def _pair(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> Place | None:
         query, without_credit = self._prefill_query(request, needed_tokens, failures), self._credit.without
         excluded = query.exclude | without_credit if query.exclude else without_credit
@@ -197,7 +165,7 @@ class InstanceSelector:
             request.num_tokens,
             needed_tokens,
             self._credit.with_room(self._decodes.fingerprints_for(needed_tokens)),
-            self._holders(request) if request.has_block_names else (),
+            self.prefixes.holders(request),
             request.avoid,
             self.failures.without_reader(self.instances),
             failures,
@@ -229,14 +197,6 @@ class InstanceSelector:
             return None
         return Place(self.instances[selection.instance_id], hand_over, selection)
 
-    def _holders(self, request: RoutedRequest) -> Holders:
-        holders = [
-            found for size, tracker in self._trackers.items() for found in tracker.holders(request.block_names(size))
-        ]
-        if len(self._trackers) > 1:
-            holders.sort(key=lambda found: found[0], reverse=True)
-        return holders
-
     # --- a pair or a colocated instance ------------------------------------------------------------------------------
 
     def _better_form(self, request: RoutedRequest, pair: Place, colocated: Place, needed_tokens: int) -> Place:
@@ -254,36 +214,29 @@ class InstanceSelector:
         decode = self._decodes.best(query)
         if decode is None:  # those that could hold it cannot read that KV
             return colocated
-        forms = ((pair, self._decodes, decode.rank[3]), (colocated, self._colocated, colocated.instance.instance_id))
-        ranked = [
-            (
-                place.instance.instance_id in request.avoid,
-                self._must_wait(request, index, decoding_id),
-                self._work_tokens(request, place.instance),
-                index.views[decoding_id].load,
-                place.hand_over,  # of equals the one without a transfer
-                place,
-            )
-            for place, index, decoding_id in forms
+        forms = [
+            self._ranked_form(request, pair, self._decodes, decode.rank[3]),
+            self._ranked_form(request, colocated, self._colocated, colocated.instance.instance_id),
         ]
-        best, other = sorted(ranked, key=lambda rank: rank[:5])
-        chosen, loser = best[5], other[5]
+        best, other = sorted(forms, key=lambda form: form[:5])
+        chosen, loser = best.place, other.place
         if chosen.selection is None:
             return chosen
-        if other[0] is not best[0]:
-            reason = "it failed the request"
-        elif other[1] is not best[1]:
-            reason = "no memory to decode there"
-        elif other[2] > best[2]:
-            reason = f"{other[2] - best[2]} tokens more to compute before the first token"
-        elif other[3] > best[3]:
-            reason = f"as much to compute before the first token, decoding more loaded by {other[3] - best[3]:g}"
-        else:
-            reason = "equal, but for a transfer of KV"
-        form = "a pair" if loser is pair else "colocated"
-        candidate = Candidate(loser.instance.instance_id, None, (("work", other[2]),), f"{form}: {reason}")
+        reason = f"{'a pair' if loser is pair else 'colocated'}: {other.lost_to(best)}"
+        candidate = Candidate(loser.instance.instance_id, None, (("work", other.work_tokens),), reason)
         return chosen._replace(
             selection=replace(chosen.selection, candidates=(*chosen.selection.candidates, candidate))
+        )
+
+    def _ranked_form(self, request: RoutedRequest, place: Place, index: DecodeIndex, decoding_id: str) -> "_Form":
+        """`decoding_id`: the instance of `index` that would decode."""
+        return _Form(
+            has_failed=place.instance.instance_id in request.avoid,
+            must_wait=self._must_wait(request, index, decoding_id),
+            work_tokens=self._work_tokens(request, place.instance),
+            decode_load=index.views[decoding_id].load,
+            has_transfer=place.hand_over,
+            place=place,
         )
 
     def _must_wait(self, request: RoutedRequest, index: DecodeIndex, instance_id: str) -> bool:
@@ -293,15 +246,7 @@ class InstanceSelector:
         return has_waiting or view.must_wait(request.num_tokens, request.growth_tokens)
 
     def _work_tokens(self, request: RoutedRequest, instance: KnownInstance) -> int:
-        return instance.queued_tokens + request.num_tokens - self.cached_tokens(request, instance)
-
-    def cached_tokens(self, request: RoutedRequest, instance: KnownInstance) -> int:
-        """Of the prompt, that the instance need not compute as far as is known."""
-        block_size = instance.status.block_size
-        tracker, names = self._trackers.get(block_size), request.block_names(block_size)
-        if tracker is None or not names:
-            return 0
-        return min(tracker.matched_tokens(instance.instance_id, names), request.num_tokens - 1)
+        return instance.queued_tokens + request.num_tokens - self.prefixes.tokens(request, instance)
 
     # --- the decode instance of a pair -------------------------------------------------------------------------------
 

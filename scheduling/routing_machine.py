@@ -133,7 +133,7 @@ class RoutingMachine:
 
     def capacity_tokens(self) -> int:
         """Longest prompt plus answer that a usable instance or pair can hold. Raises UnavailableError without one."""
-        return self._selector.require_capacity_tokens()
+        return self._selector.length.require()
 
     @property
     def num_held(self) -> int:
@@ -174,7 +174,7 @@ class RoutingMachine:
             raise OverloadedError(
                 f"the router already holds {max_queue} requests; try again later", reason="queue-full"
             )
-        self._selector.check_length(num_prompt_tokens)
+        self._selector.length.check(num_prompt_tokens)
         self._num_requests += 1
         request = RoutedRequest(
             key,
@@ -370,7 +370,7 @@ class RoutingMachine:
             self._waiting.discard(request, now_s)
 
     def _offers_changed(self) -> None:
-        self._selector.offers_changed()
+        self._selector.length.changed()
         self._waiting.instances_changed()
 
 

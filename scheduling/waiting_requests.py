@@ -154,7 +154,7 @@ class WaitingRequests:
         if now_s >= request.give_up_s:
             error = request.error
             try:
-                self._selector.check_length(request.num_tokens)  # says what is missing
+                self._selector.length.check(request.num_tokens)  # says what is missing
             except TandemError as missing:
                 error = missing
             assert error is not None, "a request waits for an instance because it lost one"

@@ -26,7 +26,7 @@ class Selector(InstanceSelector):
             self.report(instance_id, **changes)
             self.instances[instance_id].is_connected = True
             self.put(self.instances[instance_id])
-        self.offers_changed()
+        self.length.changed()
 
     def report(self, instance_id: str, **changes: object) -> None:
         status = make_status(instance_id, **changes)
@@ -38,7 +38,7 @@ class Selector(InstanceSelector):
                 self.leave_role(instance)
             instance.report(status)
         self.update(instance)
-        self.offers_changed()
+        self.length.changed()
 
     def prefill(
         self, prompt: tuple[int, ...] = (1, 2, 3), avoid: frozenset[str] = frozenset(), salt: str = ""
@@ -48,7 +48,7 @@ class Selector(InstanceSelector):
         place = self.choose_first(request, 0.0)
         assert place is not None
         self.put(place.instance, is_chosen=True)
-        self.record_prefix(request, place.instance)
+        self.prefixes.record(request, place.instance)
         return place
 
     def decode(self, prefill_id: str, avoid: frozenset[str] = frozenset()) -> Place:
@@ -154,7 +154,7 @@ def test_a_prompts_blocks_are_named_once() -> None:
 
 def test_prompt_too_long_for_the_pair() -> None:
     with pytest.raises(ContextLengthError, match="at most 256"):
-        Selector("p1", "d1").check_length(300)
+        Selector("p1", "d1").length.check(300)
 
 
 def test_cached_part_of_a_prompt_is_no_queue() -> None:

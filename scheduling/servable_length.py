@@ -1,0 +1,73 @@
+"""How long a prompt and its answer may be, given the instances that are usable now."""
+
+from collections.abc import Mapping
+
+from tandem.core.errors import ContextLengthError, UnavailableError
+from tandem.core.session import Role
+from tandem.scheduling.known_instance import KnownInstance
+from tandem.scheduling.recent_failures import RecentFailures
+
+
+class ServableLength:
+    """Longest prompt plus answer that one usable colocated instance holds, or a prefill instance and a decode instance
+    that can read its KV. Where there is neither, and `local_prefill` allows it, that of a decode instance alone."""
+
+    __slots__ = ("_failures", "_instances", "_is_local", "_local_prefill", "_tokens")
+
+    def __init__(
+        self, instances: Mapping[str, KnownInstance], failures: RecentFailures, *, local_prefill: bool
+    ) -> None:
+        """Both may change; `changed` is called then."""
+        self._instances = instances
+        self._failures = failures
+        self._local_prefill = local_prefill
+        self._tokens: int | None = None  # None: to be worked out
+        self._is_local = False
+
+    def changed(self) -> None:
+        """Other instances are usable, or they hold other lengths, or other pairs are refused."""
+        self._tokens = None
+
+    @property
+    def tokens(self) -> int:
+        """0: no instance is usable."""
+        if self._tokens is None:
+            self._tokens = self._find()
+        return self._tokens
+
+    @property
+    def is_local(self) -> bool:
+        """Whether decode instances must compute prompts, for want of others."""
+        return self.tokens > 0 and self._is_local
+
+    def require(self) -> int:
+        """As `tokens`. Raises UnavailableError, which says what is missing, instead of 0."""
+        if tokens := self.tokens:
+            return tokens
+        usable = {instance.role for instance in self._instances.values() if instance.is_usable}
+        for role in (Role.PREFILL, Role.DECODE):
+            if role not in usable:
+                raise UnavailableError(f"no {role.value} worker is ready")
+        raise UnavailableError("no prefill worker is ready whose KV a ready decode worker can read")
+
+    def check(self, num_tokens: int) -> None:
+        """Raises ContextLengthError if nothing usable holds a prompt that long and a token of answer."""
+        tokens = self.require()
+        if num_tokens >= tokens:
+            raise ContextLengthError(
+                f"the prompt has {num_tokens} tokens; the workers that are up hold at most {tokens} tokens of "
+                "prompt and answer"
+            )
+
+    def _find(self) -> int:
+        longest: dict[Role, dict[str, int]] = {role: {} for role in Role}  # by fingerprint
+        without_reader = self._failures.without_reader(self._instances)
+        for instance in self._instances.values():
+            if instance.is_usable and instance.instance_id not in without_reader:
+                found, fingerprint = longest[instance.role], instance.status.fingerprint
+                found[fingerprint] = max(instance.capacity_tokens, found.get(fingerprint, 0))
+        prefills, decodes = longest[Role.PREFILL], longest[Role.DECODE]
+        pairs = (min(prefills[each], decodes[each]) for each in prefills.keys() & decodes.keys())
+        tokens = max((*pairs, *longest[Role.COLOCATED].values()), default=0)
+        self._is_local = tokens == 0 and self._local_prefill
+        return max(decodes.values(), default=0) if self._is_local else tokens
