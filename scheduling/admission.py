@@ -2,7 +2,7 @@
 
 import math
 
-from tandem.core.errors import OverloadedError
+from tandem.core.errors import DeadlineError, OverloadedError
 from tandem.scheduling.instance_selector import InstanceSelector
 from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import RoutedRequest
@@ -17,16 +17,33 @@ _LEAST_CHANCE = 0.01  # of a TPOT target
 
 
 class Admission:
-    """Looks at what waits in the router. `max_wait_s` is the longest that a request may wait there."""
+    """Looks at what waits in the router, and at the instances. `max_queue` and `max_wait_s` are those of
+    `RoutingSettings`."""
 
-    def __init__(self, queue: RequestQueue, selector: InstanceSelector, max_wait_s: float) -> None:
+    def __init__(
+        self, queue: RequestQueue, selector: InstanceSelector, *, max_queue: int | None, max_wait_s: float
+    ) -> None:
         self._queue = queue
         self._selector = selector
+        self._max_queue = max_queue
         self._max_wait_s = max_wait_s
 
-    def check(self, request: RoutedRequest, now_s: float, *, is_alone: bool) -> None:
-        """Predict the newcomer's TTFT and TPOT, and make it best effort if one misses its target. `is_alone`: no other
-        request runs. Raises OverloadedError if its class has it refused, or if it would wait for too long."""
+    def check(self, request: RoutedRequest, now_s: float, *, num_others: int) -> None:
+        """Predict the newcomer's TTFT and TPOT, and make it best effort if one misses its target. `num_others` requests
+        are in the router.
+
+        Raises DeadlineError if its deadline has passed, OverloadedError if the router is full, its class has it
+        refused, or it would wait for too long, ContextLengthError if it is too long, UnavailableError without a usable
+        instance.
+        """
+        if request.deadline_s <= now_s:
+            raise DeadlineError("the request's deadline has passed")
+        if self._max_queue is not None and num_others >= self._max_queue:
+            raise OverloadedError(
+                f"the router already holds {self._max_queue} requests; try again later", reason="queue-full"
+            )
+        self._selector.length.check(request.num_prompt_tokens)
+        is_alone = num_others == 0
         self._check_ttft(request, now_s, is_alone)
         self._check_tpot(request, now_s, is_alone)
         self._check_wait(request, now_s)
@@ -71,9 +88,7 @@ class Admission:
         if request.slo.if_unmet == "refuse":
             raise OverloadedError(
                 f"the request would miss its TPOT target: {text}; try again later",
-                retry_after_s=tpot_s
-                * self._selector.answer_lengths.mean_tokens
-                / 2,  # half of those that run have ended
+                retry_after_s=tpot_s * self._selector.answer_lengths.mean_tokens / 2,  # half of what runs has ended
                 reason="tpot-target",
             )
         request.demoted_because = text

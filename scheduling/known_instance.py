@@ -72,6 +72,11 @@ class KnownInstance:
         return self.is_connected and self.status.state is InstanceState.READY
 
     @property
+    def offer(self) -> tuple[bool, Role, str, int]:
+        """What decides for which requests it may be selected, whatever its load is."""
+        return self.is_usable, self.role, self.status.fingerprint, self.capacity_tokens
+
+    @property
     def open_requests(self) -> int:
         """Attempts of this router there."""
         return len(self._in_flight)

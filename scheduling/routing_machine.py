@@ -25,10 +25,10 @@ alike. An event of an attempt returns False if the attempt is not in flight ther
 import math
 from collections.abc import Hashable, Mapping
 
-from tandem.core.errors import DeadlineError, InternalError, OverloadedError, TandemError, UnavailableError
+from tandem.core.errors import DeadlineError, InternalError, TandemError, UnavailableError
 from tandem.core.generation import BlockNamer
 from tandem.core.request_slo import NO_SLO, RequestSlo
-from tandem.core.session import InstanceStatus, Role
+from tandem.core.session import InstanceStatus
 from tandem.scheduling.attempts import Attempts
 from tandem.scheduling.goodput_selector import GoodputSelector
 from tandem.scheduling.instance_selector import InstanceSelector
@@ -60,7 +60,6 @@ class RoutingMachine:
         `selector_type`: a policy other than that of the settings. `tracker_type`: for names of blocks other than
         hashes."""
         self._driver = driver
-        self._settings = settings
         selector_type = selector_type or _SELECTORS[settings.policy]
         self._selector = selector_type(settings, explain=explain, tracker_type=tracker_type)
         self._requests: dict[Hashable, RoutedRequest] = {}
@@ -85,12 +84,12 @@ class RoutingMachine:
         if known is None:
             self._selector.update(KnownInstance(status))
             return
-        before = _offer(known)
+        before = known.offer
         if known.role is not status.role:
             self._selector.leave_role(known)
         known.report(status)
         self._selector.update(known)
-        if _offer(known) != before:
+        if known.offer != before:
             self._offers_changed()
             self._settle(now_s)
 
@@ -167,14 +166,6 @@ class RoutingMachine:
         Raises DeadlineError, OverloadedError, UnavailableError or ContextLengthError if it cannot be accepted.
         """
         assert key not in self._requests, "two requests of one key"
-        if deadline_s <= now_s:
-            raise DeadlineError("the request's deadline has passed")
-        max_queue = self._settings.max_queue
-        if max_queue is not None and len(self._requests) >= max_queue:
-            raise OverloadedError(
-                f"the router already holds {max_queue} requests; try again later", reason="queue-full"
-            )
-        self._selector.length.check(num_prompt_tokens)
         self._num_requests += 1
         request = RoutedRequest(
             key,
@@ -187,7 +178,7 @@ class RoutingMachine:
             slo,
             now_s if received_s is None else received_s,
         )
-        self._waiting.admission.check(request, now_s, is_alone=not self._requests)
+        self._waiting.admission.check(request, now_s, num_others=len(self._requests))
         self._requests[key] = request
         self._ledger.open(client)
         if deadline_s < math.inf:
@@ -372,7 +363,3 @@ class RoutingMachine:
     def _offers_changed(self) -> None:
         self._selector.length.changed()
         self._waiting.instances_changed()
-
-
-def _offer(instance: KnownInstance) -> tuple[bool, Role, str, int]:
-    return instance.is_usable, instance.role, instance.status.fingerprint, instance.capacity_tokens

@@ -38,7 +38,7 @@ class WaitingRequests:
         self, settings: RoutingSettings, selector: InstanceSelector, attempts: Attempts, wake_up: WakeUp
     ) -> None:
         self.queue = RequestQueue(settings.queue_order)
-        self.admission = Admission(self.queue, selector, settings.max_wait_s)
+        self.admission = Admission(self.queue, selector, max_queue=settings.max_queue, max_wait_s=settings.max_wait_s)
         self._settings = settings
         self._selector = selector
         self._attempts = attempts

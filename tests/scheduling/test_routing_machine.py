@@ -847,7 +847,7 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
             elif kind == "fail":
                 router.fail(one, _ERRORS[which % len(_ERRORS)])
         for request in requests.values():
-            assert request.num_attempts <= machine._settings.max_attempts
+            assert request.num_attempts <= router.settings.max_attempts
     for key in asked:
         if key not in router.ends and key not in cancelled:
             machine.cancel(requests[key], router.now_s)
