@@ -150,7 +150,7 @@ def scored_tokens(events: list[LoopEvent], handle: int) -> list[int | None]:
 
 def test_a_prompt_that_is_preempted_has_its_log_probabilities_once() -> None:
     """The older request grows until the younger one, whose long prompt is computed in chunks, loses its blocks."""
-    loop = make(Role.COLOCATED, num_blocks=9, growth_horizon_tokens=0)
+    loop = make(Role.COLOCATED, num_blocks=8, growth_horizon_tokens=0)
     events: list[LoopEvent] = []
     loop.apply(submit(1, 15, 16))
     events += turn(loop)
