@@ -28,12 +28,12 @@ from pathlib import Path
 import uvloop
 
 from bench.common.data_folder import add_data_argument
-from bench.goodput.cells import Cell, mean_latencies, measure, measure_alone, read_cells
+from bench.goodput.cells import GoodputCell, mean_latencies, measure, measure_alone, read_cells
 from bench.goodput.curve import LEVELS, Targets, next_rate, rate_point, tails
-from bench.goodput.deployments import SYSTEMS, VLLM, Deployment, DeploymentMaker
+from bench.goodput.deployments import SYSTEMS, VLLM, DeploymentMaker, SystemDeployment
 from bench.goodput.results import curves_of, draw, goodput_table, point_line
 from bench.goodput.servers import Server, missing_of_vllm, serve_scripted
-from bench.goodput.workloads import ARRIVALS, WORKLOADS, Workload
+from bench.goodput.workloads import ARRIVALS, WORKLOADS, GoodputWorkload
 from tandem.core.errors import ConfigError, TandemError
 from tandem.models.random_checkpoint import read_shape, write_random_checkpoint
 from tandem.profiling.errors import MeasurementError
@@ -53,7 +53,7 @@ class _Bench:
     args: argparse.Namespace
     maker: DeploymentMaker
     folder: Path
-    cells: list[Cell] = field(default_factory=list)
+    cells: list[GoodputCell] = field(default_factory=list)
     failed: bool = False
 
     def run(self) -> None:
@@ -72,14 +72,14 @@ class _Bench:
                         self._run_deployment(workload, deployment, targets)
 
     @contextmanager
-    def _failures_reported(self, system: str, workload: Workload) -> Iterator[None]:
+    def _failures_reported(self, system: str, workload: GoodputWorkload) -> Iterator[None]:
         try:
             yield
         except MeasurementError as error:
             self.failed = True
             print(f"({workload.name}) {system} FAILED: {error}", file=sys.stderr, flush=True)
 
-    def _measure_vllm(self, workload: Workload) -> dict[float, Targets]:
+    def _measure_vllm(self, workload: GoodputWorkload) -> dict[float, Targets]:
         """The targets, and vLLM's cells if they are asked for: it takes a minute to start."""
         deployment = self._deployments(VLLM, workload, {})[0]
         with deployment.start() as server:
@@ -103,7 +103,7 @@ class _Bench:
     def table(self) -> str:
         return goodput_table(curves_of(self.cells, self._all_targets()))
 
-    def _check_client(self, workload: Workload) -> None:
+    def _check_client(self, workload: GoodputWorkload) -> None:
         """What the client measures of a server that costs nothing, once for each workload."""
         path = self.folder / f"client-{workload.name}.json"
         if path.exists():
@@ -123,7 +123,7 @@ class _Bench:
                 )
         path.write_text(json.dumps(found))
 
-    def _targets(self, workload: Workload) -> dict[float, Targets] | None:
+    def _targets(self, workload: GoodputWorkload) -> dict[float, Targets] | None:
         """None if vLLM has not been measured alone yet. `--targets` replaces it."""
         if self.args.targets is not None:
             self._write_targets(workload, {"given": True}, self.args.targets)
@@ -138,17 +138,17 @@ class _Bench:
             }
         return found
 
-    def _write_targets(self, workload: Workload, source: Mapping[str, object], targets: Targets) -> None:
+    def _write_targets(self, workload: GoodputWorkload, source: Mapping[str, object], targets: Targets) -> None:
         path = self.folder / f"targets-{workload.name}.json"
         path.write_text(json.dumps({"source": source, "targets": asdict(targets)}))
 
-    def _measure_targets(self, server: Server, workload: Workload) -> dict[float, Targets]:
+    def _measure_targets(self, server: Server, workload: GoodputWorkload) -> dict[float, Targets]:
         alone = self._alone(server, workload, VLLM)
         targets = Targets(_TTFT_FACTOR * alone["ttft_s"], _TPOT_FACTOR * alone["tpot_s"])
         self._write_targets(workload, {"vllm_alone": alone}, targets)
         return self._all_targets()[workload.name]
 
-    def _alone(self, server: Server, workload: Workload, name: str) -> dict[str, float]:
+    def _alone(self, server: Server, workload: GoodputWorkload, name: str) -> dict[str, float]:
         """Mean latencies of single requests; also kept in a file."""
         stream = workload.requests(self.args.data, rate=1.0, seconds=_WARM_UP + _ALONE, seed=self.args.seed)
         stream = stream.head(_WARM_UP + _ALONE)
@@ -158,7 +158,9 @@ class _Bench:
         print(f"  alone: TTFT {alone['ttft_s'] * 1e3:.1f} ms, TPOT {alone['tpot_s'] * 1e3:.2f} ms", flush=True)
         return alone
 
-    def _deployments(self, system: str, workload: Workload, targets: Mapping[float, Targets]) -> list[Deployment]:
+    def _deployments(
+        self, system: str, workload: GoodputWorkload, targets: Mapping[float, Targets]
+    ) -> list[SystemDeployment]:
         if system == VLLM and (missing := missing_of_vllm(self.args.vllm_python)) is not None:
             raise ConfigError(missing if targets else f"{missing}; or give --targets")
         deployments = self.maker.make(system, workload, targets)
@@ -166,7 +168,9 @@ class _Bench:
             print(f"({workload.name}) {deployment.name}: {deployment.note or SYSTEMS[system]}", flush=True)
         return deployments
 
-    def _run_deployment(self, workload: Workload, deployment: Deployment, targets: Mapping[float, Targets]) -> None:
+    def _run_deployment(
+        self, workload: GoodputWorkload, deployment: SystemDeployment, targets: Mapping[float, Targets]
+    ) -> None:
         if self._next_rate(workload, deployment, targets) is None:
             return  # nothing is left to be measured, so the server need not start
         with deployment.start() as server:
@@ -174,12 +178,12 @@ class _Bench:
             self._run_cells(server, workload, deployment, targets)
 
     def _run_cells(
-        self, server: Server, workload: Workload, deployment: Deployment, targets: Mapping[float, Targets]
+        self, server: Server, workload: GoodputWorkload, deployment: SystemDeployment, targets: Mapping[float, Targets]
     ) -> None:
         while (rate := self._next_rate(workload, deployment, targets)) is not None:
             stream = workload.requests(self.args.data, rate=rate, seconds=self.args.seconds, seed=self.args.seed)
             measured = uvloop.run(measure(server, stream, timeout_s=self.args.timeout))
-            cell = Cell(
+            cell = GoodputCell(
                 workload=workload.name,
                 system=deployment.system,
                 deployment=deployment.name,
@@ -196,7 +200,7 @@ class _Bench:
             self.report()
             self._print(cell)
 
-    def _print(self, cell: Cell) -> None:
+    def _print(self, cell: GoodputCell) -> None:
         failed = next((record.error for record in cell.records if record.error is not None), None)
         late_ms = cell.generator.get("send_lag_p99_s", 0.0) * 1e3
         print(
@@ -211,7 +215,9 @@ class _Bench:
                 print(point_line(curve, cell.rate))
         sys.stdout.flush()
 
-    def _next_rate(self, workload: Workload, deployment: Deployment, targets: Mapping[float, Targets]) -> float | None:
+    def _next_rate(
+        self, workload: GoodputWorkload, deployment: SystemDeployment, targets: Mapping[float, Targets]
+    ) -> float | None:
         """The next rate that is given with --rates and has no cell; without --rates, the next of the search."""
         own = [cell for cell in self.cells if (cell.workload, cell.deployment) == (workload.name, deployment.name)]
         tried = {cell.rate for cell in own}

@@ -25,7 +25,7 @@ _FIELDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class GoodputCell:
     """`deployment`: name of what served `system`; its cells count for the targets of `scales`. `generator`: figures of
     `GeneratorHealth`. `fault`: why the generator may have distorted the run. `others_cores`: the cores that processes
     other than the server and the client used meanwhile, in the mean."""
@@ -56,7 +56,7 @@ class Cell:
         partial.rename(path)
 
     @classmethod
-    def read(cls, path: Path) -> "Cell":
+    def read(cls, path: Path) -> "GoodputCell":
         """Raises MeasurementError for the file of another version."""
         try:
             values = json.loads(path.read_bytes())
@@ -69,9 +69,9 @@ class Cell:
             raise MeasurementError(f"{path} is not a cell of this version ({error}); use another --out") from error
 
 
-def read_cells(folder: Path) -> list[Cell]:
+def read_cells(folder: Path) -> list[GoodputCell]:
     """All cells in `folder`. Raises MeasurementError."""
-    return [Cell.read(path) for path in sorted(folder.glob("cell-*.json"))]
+    return [GoodputCell.read(path) for path in sorted(folder.glob("cell-*.json"))]
 
 
 def _rounded(value: object) -> object:
@@ -82,7 +82,7 @@ def _rounded(value: object) -> object:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What `measure` found: see `Cell`."""
+    """What `measure` found: see `GoodputCell`."""
 
     duration_s: float
     generator: dict[str, float]

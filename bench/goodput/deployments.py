@@ -14,7 +14,7 @@ import yaml
 from bench.common.served import ROOT
 from bench.goodput.curve import Targets
 from bench.goodput.servers import Server, serve_tandem, serve_vllm
-from bench.goodput.workloads import Workload
+from bench.goodput.workloads import GoodputWorkload
 from tandem.core.config_file import load_config
 from tandem.core.plan import Plan
 from tandem.deploy.machine import usable_cores
@@ -38,7 +38,7 @@ _NO_PLAN_MEETS = 3  # exit status of `tandem plan`
 
 
 @dataclass(frozen=True, slots=True)
-class Deployment:
+class SystemDeployment:
     """What is started and measured. Its cells count for the targets of these `scales`; `note`: a sentence on it."""
 
     system: str
@@ -58,7 +58,7 @@ class DeploymentMaker:
     vllm_python: Path | None
     profile_s: float
 
-    def make(self, system: str, workload: Workload, targets: Mapping[float, Targets]) -> list[Deployment]:
+    def make(self, system: str, workload: GoodputWorkload, targets: Mapping[float, Targets]) -> list[SystemDeployment]:
         """One; of the systems `PLANNED` one for each scale. `targets`: by their scale. Raises MeasurementError if there
         is no plan, ConfigError if there is no trace."""
         scales, cores = tuple(targets), usable_cores()
@@ -68,19 +68,21 @@ class DeploymentMaker:
             assert self.vllm_python is not None, "missing_of_vllm has been asked"
             caching = workload.shares_prefixes
             start = partial(serve_vllm, self.vllm_python, self.model, threads=cores, prefix_caching=caching)
-            return [Deployment(system, system, scales, start)]
+            return [SystemDeployment(system, system, scales, start)]
         sections = {
             "disaggregated": {role: self._instance(max(1, cores // 2), workload) for role in ("prefill", "decode")},
             "colocated": {"colocated": self._instance(cores, workload)},
         }
         start = partial(serve_tandem, {"model": str(self.model), **sections[system]})
-        return [Deployment(system, system, scales, start)]
+        return [SystemDeployment(system, system, scales, start)]
 
-    def _instance(self, threads: int, workload: Workload) -> dict[str, object]:
+    def _instance(self, threads: int, workload: GoodputWorkload) -> dict[str, object]:
         engine = {"threads": threads, "kv_memory": _KV_MEMORY}
         return {"instances": 1, "prefix_cache": workload.shares_prefixes, "engine": engine}
 
-    def _planned(self, system: str, workload: Workload, targets: Mapping[float, Targets]) -> list[Deployment]:
+    def _planned(
+        self, system: str, workload: GoodputWorkload, targets: Mapping[float, Targets]
+    ) -> list[SystemDeployment]:
         settings = (f"router.policy={_ROUTER_POLICIES[system]}",)
         found = []
         for scale, of_scale in targets.items():
@@ -92,10 +94,10 @@ class DeploymentMaker:
                 _spend_slack(served)
             note = f"{plan.verdict}: {_describe(plan)}"
             start = partial(serve_tandem, served, settings)
-            found.append(Deployment(system, f"{system}-{scale:g}", (scale,), start, note))
+            found.append(SystemDeployment(system, f"{system}-{scale:g}", (scale,), start, note))
         return found
 
-    def _plan(self, workload: Workload, scale: float, targets: Targets) -> Plan:
+    def _plan(self, workload: GoodputWorkload, scale: float, targets: Targets) -> Plan:
         """The better of two plans: for instances with a core each, and for one instance with all cores. A cluster of
         the planner has devices of one size, and a CPU has none: its cores can be divided in several ways."""
         plans = []
@@ -111,7 +113,7 @@ class DeploymentMaker:
             raise MeasurementError(f"`tandem plan` finds no deployment for workload {workload.name}")
         return max(usable, key=_merit)
 
-    def _slo_text(self, workload: Workload, targets: Targets, devices: int, calibration: Path) -> str:
+    def _slo_text(self, workload: GoodputWorkload, targets: Targets, devices: int, calibration: Path) -> str:
         return yaml.safe_dump(
             {
                 "model": str(self.model),

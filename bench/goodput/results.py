@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import PercentFormatter
 
-from bench.goodput.cells import Cell
+from bench.goodput.cells import GoodputCell
 from bench.goodput.curve import LEVELS, Goodput, RatePoint, Targets, goodput, rate_point, tails
 from bench.goodput.deployments import PLANNED, SYSTEMS, VLLM
 from tandem.core.text_table import text_table
@@ -33,7 +33,7 @@ class Curve:
     scale: float
     targets: Targets
     points: tuple[RatePoint, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[GoodputCell, ...]
 
     def goodput(self, level: float) -> Goodput:
         return goodput(self.points, level)
@@ -56,7 +56,7 @@ class Curve:
         }
 
 
-def curves_of(cells: Sequence[Cell], targets: Mapping[str, Mapping[float, Targets]]) -> list[Curve]:
+def curves_of(cells: Sequence[GoodputCell], targets: Mapping[str, Mapping[float, Targets]]) -> list[Curve]:
     """One for each workload, system and scale that has cells. `targets`: by workload and scale. Plans count for the
     scales that they were made for, other deployments for all. Cells that the generator may have distorted count, with
     their fault."""

@@ -19,7 +19,7 @@ MIN_REQUESTS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class GoodputWorkload:
     """`section`: of an SLO file. `trace`: a file in the folder of public data, whose requests and arrivals are used.
     `arrivals`: one of `ARRIVALS`."""
 
@@ -44,7 +44,7 @@ class Workload:
             section["arrivals"] = dict(_ARRIVALS[self.arrivals])
         return section
 
-    def with_arrivals(self, arrivals: str) -> "Workload":
+    def with_arrivals(self, arrivals: str) -> "GoodputWorkload":
         """`arrivals`: one of `ARRIVALS`."""
         return replace(self, arrivals=arrivals)
 
@@ -66,33 +66,33 @@ def _lengths(mean: float, low: int, high: int, cv: float) -> dict[str, object]:
     return {"mean": mean, "min": low, "max": high, "cv": cv}
 
 
-WORKLOADS: Mapping[str, Workload] = MappingProxyType(
+WORKLOADS: Mapping[str, GoodputWorkload] = MappingProxyType(
     {
         workload.name: workload
         for workload in (
-            Workload(
+            GoodputWorkload(
                 "a",
                 "192 to 320 tokens in, 64 out",
                 {"prompt_tokens": _lengths(256, 192, 320, 0.14), "output_tokens": _lengths(64, 64, 64, 0)},
             ),
-            Workload(
+            GoodputWorkload(
                 "b",
                 "900 to 1,100 tokens in, 32 out",
                 {"prompt_tokens": _lengths(1000, 900, 1100, 0.055), "output_tokens": _lengths(32, 32, 32, 0)},
             ),
-            Workload(
+            GoodputWorkload(
                 "c",
                 "ShareGPT, first turns: lengths times 0.5, at most 2,048 tokens together",
                 {"dataset": "sharegpt", "length_scale": 0.5, "max_total_tokens": 2048},
             ),
-            Workload(
+            GoodputWorkload(
                 "d",
                 "Azure code 2023: lengths times 0.25, at most 2,048 tokens together",
                 {"length_scale": 0.25, "max_total_tokens": 2048},
                 arrivals="recorded",
                 trace="traces/azure_2023_code.csv.gz",
             ),
-            Workload(
+            GoodputWorkload(
                 "e",
                 "Mooncake conversation: lengths and shared prefixes divided by 16, at most 3,072 tokens together",
                 {"length_scale": 0.0625, "max_total_tokens": 3072},

@@ -37,7 +37,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CheckResult:
     name: str
     result: Literal["passed", "failed", "too slow", "not run"]
     seconds: float = 0.0
@@ -68,29 +68,29 @@ def checks(model: Path, folder: Path) -> tuple[Check, ...]:
     )
 
 
-def run_checks(chosen: Sequence[Check], num_gpus: int, total_s: float = _TOTAL_S) -> Iterator[Outcome]:
+def run_checks(chosen: Sequence[Check], num_gpus: int, total_s: float = _TOTAL_S) -> Iterator[CheckResult]:
     """One after the other. Those for which the time does not suffice do not run."""
     until_s = time.monotonic() + total_s
     for check in chosen:
         if check.num_gpus > num_gpus:
-            yield Outcome(check.name, "not run", note=f"needs {check.num_gpus} GPUs")
+            yield CheckResult(check.name, "not run", note=f"needs {check.num_gpus} GPUs")
         elif (left_s := until_s - time.monotonic()) <= 0:
-            yield Outcome(check.name, "not run", note=f"the {total_s:.0f} s are over")
+            yield CheckResult(check.name, "not run", note=f"the {total_s:.0f} s are over")
         else:
             yield _run(check, min(check.limit_s, left_s))
 
 
-def _run(check: Check, limit_s: float) -> Outcome:
+def _run(check: Check, limit_s: float) -> CheckResult:
     began_s = time.monotonic()
     try:
         ended = subprocess.run(
             check.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False
         )
     except subprocess.TimeoutExpired:
-        return Outcome(check.name, "too slow", time.monotonic() - began_s, f"over {limit_s:.0f} s")
+        return CheckResult(check.name, "too slow", time.monotonic() - began_s, f"over {limit_s:.0f} s")
     lines = ended.stdout.strip().splitlines()[-_LAST_LINES:]
     result: Literal["passed", "failed"] = "failed" if ended.returncode else "passed"
-    return Outcome(check.name, result, time.monotonic() - began_s, " | ".join(lines))
+    return CheckResult(check.name, result, time.monotonic() - began_s, " | ".join(lines))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

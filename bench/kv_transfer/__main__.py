@@ -25,7 +25,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bench.kv_transfer.comparison import PIECES_KIB, PLAIN, Cell, compare
+from bench.kv_transfer.comparison import PIECES_KIB, PLAIN, TransferCell, compare
 from bench.kv_transfer.measure import HandoverTime, measure
 from tandem.core.kv_layout import KvLayout
 from tandem.profiling.errors import MeasurementError
@@ -35,7 +35,7 @@ MEGABYTES = (1, 4, 16, 64, 256)
 
 
 async def _print_comparison(options: argparse.Namespace) -> None:
-    cells: list[Cell] = []
+    cells: list[TransferCell] = []
     for piece_kib in options.pieces:
         found = await compare(piece_kib, options.megabytes, options.repetitions, options.engines)
         cells += found

@@ -38,7 +38,7 @@ _BLOCKS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class TransferCell:
     """`way` for `num_bytes` in pieces of `piece_bytes`: seconds of each repetition."""
 
     way: str
@@ -64,7 +64,7 @@ PIECES_KIB = tuple(_BLOCKS)
 
 async def compare(
     piece_kib: int, megabytes: Sequence[int], repetitions: int, engines_python: Path | None
-) -> list[Cell]:
+) -> list[TransferCell]:
     """All ways take turns, `repetitions` times for each size; half of the cells in one run of blocks, half scattered.
     `engines_python`: an interpreter that has the engines; None: without them. Raises MeasurementError."""
     torch.set_num_threads(1)
@@ -101,7 +101,9 @@ async def compare(
                             add(f"{engine.name}, {operation}", took_s)
         pool.close()
     return [
-        Cell(way, size << 20, layout.segment_bytes, is_scattered, tuple(times[1:]))  # the first one is a warm-up
+        TransferCell(
+            way, size << 20, layout.segment_bytes, is_scattered, tuple(times[1:])
+        )  # the first one is a warm-up
         for (way, size, is_scattered), times in seconds.items()
     ]
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 
-class Engine(Protocol):
+class PeerEngine(Protocol):
     """One side of an engine, with a registered pool."""
 
     def describe(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def main() -> None:
     engine_name, role, pool_bytes = sys.argv[1:]
     pool = np.empty(int(pool_bytes), dtype=np.uint8)
     pool[:] = 1 if role == "target" else 2  # touched: the first touch of a page is slow, and is no part of a transfer
-    engine: Engine = ENGINES[engine_name](pool)
+    engine: PeerEngine = ENGINES[engine_name](pool)
     lines = open(0)  # noqa: SIM115 - standard input, to the end of the process
     output = sys.stdout
     if role == "target":

@@ -7,7 +7,7 @@ from pathlib import Path
 from tandem.core.errors import ConfigError
 from tandem.core.instance_section import InstanceSection
 from tandem.core.plan import Plan, PlanGroup
-from tandem.deploy.kubernetes.values import ChartValues, ModelValues, Resources, Router, WorkerGroup, Workers
+from tandem.deploy.kubernetes.values import ChartValues, ModelValues, Resources, RouterValues, WorkerGroup, Workers
 from tandem.deploy.plan_serving import is_on_cpu, planned_sections
 from tandem.placement.costs.models import model_shape
 
@@ -31,7 +31,7 @@ def values_of(plan: Plan, built_in_model: Path) -> ChartValues:
         groups.append(_worker_group(plan, name, group, section))
     values: dict[str, object] = {"workers": Workers(groups=groups)}
     if plan.slo:
-        values["router"] = Router.model_validate({"settings": {"slo": plan.slo}})
+        values["router"] = RouterValues.model_validate({"settings": {"slo": plan.slo}})
     if Path(plan.model) == built_in_model:
         values["model"] = ModelValues(source="builtIn")
     return ChartValues.model_validate(values)

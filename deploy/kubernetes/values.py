@@ -93,7 +93,7 @@ class Tls(FrozenModel):
     )
 
 
-class Service(FrozenModel):
+class ServiceValues(FrozenModel):
     """For clients: ports 8000 (HTTP) and 8001 (gRPC)."""
 
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(default="ClusterIP", description="Who reaches it")
@@ -138,7 +138,7 @@ class RouterScaling(Scaling):
     requestsPerReplica: int = Field(default=500, ge=1, description="Running and queued ones")
 
 
-class Router(Scheduling):
+class RouterValues(Scheduling):
     """They hold no state but the requests that run through them."""
 
     replicas: Replicas = Field(default=2, description="Routers; each knows all instances")
@@ -147,7 +147,7 @@ class Router(Scheduling):
     )
     drainSeconds: int = Field(default=60, ge=0, description="Running requests may take so long to end after SIGTERM")
     resources: Resources = Resources(requests={"cpu": "1", "memory": "1Gi"}, limits={"memory": "2Gi"})
-    service: Service = Service()
+    service: ServiceValues = ServiceValues()
     autoscaling: RouterScaling = RouterScaling()
 
 
@@ -310,7 +310,7 @@ class ChartValues(FrozenModel):
     clusterToken: ClusterToken = ClusterToken()
     apiKeys: ApiKeys = ApiKeys()
     tls: Tls = Tls()
-    router: Router = Router()
+    router: RouterValues = RouterValues()
     workers: Workers = Workers()
     podDisruptionBudget: PodDisruptionBudget = PodDisruptionBudget()
     networkPolicy: NetworkPolicy = NetworkPolicy()

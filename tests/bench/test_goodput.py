@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.goodput.__main__ import main
-from bench.goodput.cells import Cell, read_cells
+from bench.goodput.cells import GoodputCell, read_cells
 from bench.goodput.curve import (
     LEVELS,
     RatePoint,
@@ -218,9 +218,9 @@ def test_without_vllm_the_command_says_what_is_missing(
 
 
 def test_a_plan_counts_for_the_targets_that_it_was_made_for() -> None:
-    def cell(deployment: str, system: str, scales: tuple[float, ...], rate: float) -> Cell:
+    def cell(deployment: str, system: str, scales: tuple[float, ...], rate: float) -> GoodputCell:
         records = tuple(record(0.5, 0.01) for _ in range(20))
-        return Cell("a", system, deployment, scales, "", rate, 0, 1.0, "poisson", 1.0, {}, None, 0.0, records)
+        return GoodputCell("a", system, deployment, scales, "", rate, 0, 1.0, "poisson", 1.0, {}, None, 0.0, records)
 
     cells = [
         cell("planned-1", "planned", (1.0,), 6.0),

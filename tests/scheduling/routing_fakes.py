@@ -32,7 +32,7 @@ class Sent:
 
 
 @dataclass
-class Router:
+class DrivenRouter:
     """The machine with its driver. `now_s` is moved by the test."""
 
     settings: RoutingSettings = field(default_factory=RoutingSettings)

@@ -8,16 +8,16 @@ from tandem.core.errors import OverloadedError
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import BlockCounts
 from tandem.scheduling.routing_settings import RoutingSettings
-from tests.scheduling.routing_fakes import STEP_COST, Router
+from tests.scheduling.routing_fakes import STEP_COST, DrivenRouter
 
 BLOCKS = BlockCounts(total=512, free=512, running=0, cached=0, leased=0)
 DEMOTE = RequestSlo("chat", ttft_s=1.0, tpot_s=0.1)
 REFUSE = RequestSlo("chat", ttft_s=1.0, tpot_s=0.1, if_unmet="refuse")
 
 
-def _busy_router(*, waiting: int = 0, max_wait_s: float = math.inf) -> Router:
+def _busy_router(*, waiting: int = 0, max_wait_s: float = math.inf) -> DrivenRouter:
     """One colocated instance that takes 10 ms for a token, and one prompt of 100 tokens at a time."""
-    router = Router(RoutingSettings(max_outstanding_tokens=1, max_wait_s=max_wait_s))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=1, max_wait_s=max_wait_s))
     router.join("c1", max_model_len=4096, blocks=BLOCKS)
     for number in range(6):
         router.ask(f"past{number}", prompt=100)
@@ -62,7 +62,7 @@ def test_or_refused_with_the_time_after_which_to_try_again() -> None:
 
 def test_one_that_comes_alone_is_never_refused() -> None:
     """Else a prediction that was wrong once would refuse all for ever, and nothing would correct it."""
-    router = Router()
+    router = DrivenRouter()
     router.join("c1", max_model_len=4096, blocks=BLOCKS)
     router.ask("slow", prompt=10)
     router.advance(60.0)
@@ -74,14 +74,14 @@ def test_one_that_comes_alone_is_never_refused() -> None:
 
 
 def test_nothing_is_refused_or_demoted_before_anything_is_measured() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("c1", max_model_len=4096, blocks=BLOCKS)
     router.ask("first")
     assert router.ask("r", prompt=4000, slo=REFUSE).effective_slo is REFUSE
 
 
 def test_an_instance_gets_what_it_computes_in_two_steps_and_others_wait_in_the_router() -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=16384))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=16384))
     router.join("c1", max_model_len=4096, blocks=BLOCKS, step_prompt_tokens=100)
     for name in ("a", "b", "c"):
         router.ask(name, prompt=100)
@@ -93,7 +93,7 @@ def test_an_instance_gets_what_it_computes_in_two_steps_and_others_wait_in_the_r
 
 
 def test_one_whose_target_passes_while_it_waits_ends_or_becomes_best_effort() -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=1))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=1))
     router.join("c1", max_model_len=4096, blocks=BLOCKS)
     router.ask("now", prompt=100)
     demoted = router.ask("demote", slo=DEMOTE)
@@ -120,9 +120,9 @@ def test_a_wait_that_is_too_long_names_its_reason() -> None:
     assert caught.value.reason == "deadline"
 
 
-def _decoding_router() -> Router:
+def _decoding_router() -> DrivenRouter:
     """An instance with step costs, on which a request decodes."""
-    router = Router(RoutingSettings(policy="goodput"))
+    router = DrivenRouter(RoutingSettings(policy="goodput"))
     router.join("c1", max_model_len=4096, blocks=BLOCKS, step_cost=STEP_COST)
     router.ask("first", prompt=100, output=100)
     first = router.take()
@@ -150,6 +150,6 @@ def test_or_best_effort_and_never_when_it_is_alone() -> None:
     assert request.effective_slo is NO_SLO
     assert request.demoted_because is not None
     assert "time per token" in request.demoted_because
-    alone = Router(RoutingSettings(policy="goodput"))
+    alone = DrivenRouter(RoutingSettings(policy="goodput"))
     alone.join("c1", max_model_len=4096, blocks=BLOCKS, step_cost=STEP_COST)
     assert alone.ask("r", prompt=10, output=10, slo=slo).demoted_because is None

@@ -9,20 +9,20 @@ from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import BlockCounts
 from tandem.core.step_coefficients import StepCoefficients
 from tandem.scheduling.routing_settings import RoutingSettings
-from tests.scheduling.routing_fakes import STEP_COST, Router, Sent
+from tests.scheduling.routing_fakes import STEP_COST, DrivenRouter, Sent
 
 _GOODPUT = RoutingSettings(policy="goodput")
 _LARGE = {"max_model_len": 100_000, "blocks": BlockCounts(total=6000, free=6000, running=0, cached=0, leased=0)}
 _LAX = RequestSlo("lax", ttft_s=1.0, tpot_s=0.5)
 
 
-def _router(*instance_ids: str, settings: RoutingSettings = _GOODPUT) -> Router:
-    router = Router(settings)
+def _router(*instance_ids: str, settings: RoutingSettings = _GOODPUT) -> DrivenRouter:
+    router = DrivenRouter(settings)
     router.join(*instance_ids, step_cost=STEP_COST, **_LARGE)
     return router
 
 
-def _decode(router: Router, count: int, slo: RequestSlo) -> None:
+def _decode(router: DrivenRouter, count: int, slo: RequestSlo) -> None:
     """That many requests decode on the first instance that takes them."""
     for number in range(count):
         router.ask(f"running {number}", prompt=10, output=100, slo=slo)
@@ -53,7 +53,7 @@ def test_a_decode_instance_computes_a_prompt_that_would_be_late_elsewhere() -> N
 
 def test_it_waits_where_beginning_at_once_would_make_others_late() -> None:
     """The prefill instance is without credit. The decode instance has some, but no time for a prompt."""
-    router = Router(RoutingSettings(policy="goodput", max_outstanding_tokens=16384))
+    router = DrivenRouter(RoutingSettings(policy="goodput", max_outstanding_tokens=16384))
     router.join("p1", "d1", step_cost=STEP_COST, step_prompt_tokens=2048, **_LARGE)
     _decode(router, 2, RequestSlo("tight", ttft_s=1.0, tpot_s=0.0115))
     router.ask("long", prompt=5000)
@@ -67,7 +67,7 @@ def test_it_waits_where_beginning_at_once_would_make_others_late() -> None:
 
 
 def test_it_does_not_wait_for_one_instance_while_another_of_its_role_has_credit() -> None:
-    router = Router(RoutingSettings(policy="goodput", max_outstanding_tokens=2000))
+    router = DrivenRouter(RoutingSettings(policy="goodput", max_outstanding_tokens=2000))
     router.join("c1", step_cost=STEP_COST, step_prompt_tokens=2048, **_LARGE)
     router.join("c2", step_cost=StepCoefficients(*(8 * each for each in STEP_COST)), step_prompt_tokens=2048, **_LARGE)
     places = []
@@ -111,7 +111,7 @@ def test_cached_tokens_are_not_priced() -> None:
 def test_without_step_costs_the_choice_is_the_balanced_one(prompts: list[int], slo: RequestSlo) -> None:
     sent: list[list[Sent]] = []
     for settings in (_GOODPUT, RoutingSettings()):
-        router = Router(settings)
+        router = DrivenRouter(settings)
         router.join("p1", "p2", "d1", step_cost=STEP_COST, **_LARGE)
         router.join("c1", **_LARGE)
         for number, prompt in enumerate(prompts):

@@ -11,7 +11,7 @@ from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.prefix_index import block_hashes
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing_settings import RoutingSettings
-from tests.scheduling.routing_fakes import Router, make_status
+from tests.scheduling.routing_fakes import DrivenRouter, make_status
 
 
 class Selector(InstanceSelector):
@@ -71,7 +71,7 @@ def terms(place: Place, which: int = 0) -> dict[str, float]:
 
 
 def test_own_queue_counts_before_the_next_heartbeat() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "p2", "d1")
     long = router.ask("long", prompt=200)
     busy = router.take().instance_id
@@ -108,7 +108,7 @@ def test_decode_goes_where_memory_is() -> None:
 
 
 def test_open_requests_count_on_decode_before_the_next_heartbeat() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "d1")
     router.ask("big", prompt=100, output=100)
     router.start(router.take())
@@ -144,7 +144,7 @@ def test_a_prompts_blocks_are_named_once() -> None:
         sizes.append(size)
         return [1, 2]
 
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "p2", "d1")
     router.machine.submit("r", num_prompt_tokens=40, max_tokens=5, deadline_s=9.0, now_s=0.0, name_blocks=name_blocks)
     router.machine.instance_lost(router.take().instance_id, 0.0)
@@ -158,7 +158,7 @@ def test_prompt_too_long_for_the_pair() -> None:
 
 
 def test_cached_part_of_a_prompt_is_no_queue() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "d1")
     request = router.ask("r", prompt=100)
     sent, instance = router.take(), router.machine.instances["p1"]

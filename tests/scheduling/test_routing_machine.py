@@ -20,13 +20,13 @@ from tandem.core.errors import (
 from tandem.core.session import BlockCounts, InstanceState, Role
 from tandem.scheduling.goodput_selector import GoodputSelector
 from tandem.scheduling.routing_settings import RoutingPolicy, RoutingSettings
-from tests.scheduling.routing_fakes import STEP_COST, Router, Sent, make_status
+from tests.scheduling.routing_fakes import STEP_COST, DrivenRouter, Sent, make_status
 
 # --- forms -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_pair_then_a_finish_leaves_nothing() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "d1")
     router.ask("r")
     first = router.take()
@@ -49,7 +49,7 @@ def test_a_pair_then_a_finish_leaves_nothing() -> None:
 
 
 def test_a_colocated_instance_does_it_all() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("c1")
     router.ask("r")
     sent = router.take()
@@ -64,7 +64,7 @@ def test_a_colocated_instance_does_it_all() -> None:
 
 
 def test_the_form_with_the_least_work_is_taken() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "d1", "c1")
     router.ask("a", prompt=100)
     router.ask("b", prompt=50)
@@ -80,7 +80,7 @@ def test_the_form_with_the_least_work_is_taken() -> None:
 
 
 def test_of_forms_with_equal_work_the_less_loaded_one_is_taken() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "d1", "c1")
     taken = []
     for number in range(4):
@@ -96,7 +96,7 @@ def test_of_forms_with_equal_work_the_less_loaded_one_is_taken() -> None:
 
 
 def test_a_form_without_memory_to_decode_is_passed_over() -> None:
-    router = Router()
+    router = DrivenRouter()
     full = BlockCounts(total=64, free=0, running=64, cached=0, leased=0)
     router.join("p1", "c1")
     router.join("d1", blocks=full)
@@ -110,7 +110,7 @@ def test_a_form_without_memory_to_decode_is_passed_over() -> None:
 
 
 def test_a_prefix_that_a_colocated_instance_has_is_no_work() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "d1", "c1")
     for key in "ab":
         router.ask(key, prompt=64, tokens=(1, 2, 3, 4))
@@ -121,7 +121,7 @@ def test_a_prefix_that_a_colocated_instance_has_is_no_work() -> None:
 
 
 def test_decode_instances_compute_prompts_while_nobody_else_can() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("d1")
     router.ask("a")
     sent = router.take()
@@ -134,7 +134,7 @@ def test_decode_instances_compute_prompts_while_nobody_else_can() -> None:
     router.machine.instance_removed("p1", router.now_s)
     sent = router.take()
     assert (sent.instance_id, sent.attempt.hand_over) == ("d1", False), "degraded service instead of none"
-    refusing = Router(RoutingSettings(local_prefill=False))
+    refusing = DrivenRouter(RoutingSettings(local_prefill=False))
     refusing.join("d1")
     with pytest.raises(UnavailableError, match="no prefill worker is ready"):
         refusing.ask("a")
@@ -142,7 +142,7 @@ def test_decode_instances_compute_prompts_while_nobody_else_can() -> None:
 
 def test_old_and_new_instances_of_a_rolling_update_form_no_pairs() -> None:
     """The update replaces the prefill instance first. The old decode instance, alone of its epoch, does both phases."""
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "d1", fingerprint="f@old")
     router.join("p2", fingerprint="f@new")
     for key in "ab":
@@ -161,7 +161,7 @@ def test_old_and_new_instances_of_a_rolling_update_form_no_pairs() -> None:
 
 
 def test_an_instance_that_changes_its_role_keeps_what_it_has() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "p2", "d1")
     for key in "ab":
         router.ask(key)
@@ -186,7 +186,7 @@ def test_an_instance_that_changes_its_role_keeps_what_it_has() -> None:
 
 def test_long_answers_go_where_they_fit() -> None:
     """Fault D3: they ended early, on an instance that was too small."""
-    router = Router()
+    router = DrivenRouter()
     router.join("p1")
     router.join("p2", max_model_len=100)
     router.join("d1", max_model_len=100)
@@ -210,7 +210,7 @@ def test_long_answers_go_where_they_fit() -> None:
 
 
 def test_a_preempted_prompt_that_starts_again_counts_once() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "d1")
     router.ask("r")
     sent = router.take()
@@ -221,7 +221,7 @@ def test_a_preempted_prompt_that_starts_again_counts_once() -> None:
 
 
 def test_a_second_first_token_ends_the_attempt_at_its_instance() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("c1")
     router.ask("r")
     sent = router.take()
@@ -233,7 +233,7 @@ def test_a_second_first_token_ends_the_attempt_at_its_instance() -> None:
 
 
 def test_too_many_tokens_make_room_for_those_that_wait() -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=1000))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=1000))
     router.join("c1")  # memory for 1,024 tokens
     requests = [router.ask(number, prompt=4, output=60) for number in range(25)]
     sent = [router.take() for _ in range(24)]
@@ -250,7 +250,7 @@ def test_too_many_tokens_make_room_for_those_that_wait() -> None:
 
 
 def test_beyond_their_credit_requests_wait_first_come_first_served() -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=15))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=15))
     router.join("p1", "p2", "d1")
     requests = [router.ask(number) for number in range(7)]
     sent = [router.take() for _ in range(4)]
@@ -270,7 +270,7 @@ def test_beyond_their_credit_requests_wait_first_come_first_served() -> None:
 
 
 def test_what_waits_for_credit_can_run_out_of_time_or_instances() -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=5, replacement_wait_s=2.0, max_attempts=1))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=5, replacement_wait_s=2.0, max_attempts=1))
     router.join("p1", "d1")
     router.ask("a")
     router.start(router.take())  # what has not started does not count
@@ -285,7 +285,7 @@ def test_what_waits_for_credit_can_run_out_of_time_or_instances() -> None:
 
 
 def test_no_prompt_is_computed_while_no_decode_instance_has_room() -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=15))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=15))
     router.join("p1", "d1", "d2")
     requests = [router.ask(number) for number in range(9)]
     computed = []
@@ -304,7 +304,7 @@ def test_no_prompt_is_computed_while_no_decode_instance_has_room() -> None:
 
 def test_long_answers_wait_for_memory_in_the_router_where_waiting_is_fair() -> None:
     """40 clients asked for 16 long answers to short prompts each. All were sent, and one more client waited."""
-    router = Router(RoutingSettings(max_outstanding_tokens=1000))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=1000))
     router.join("p1", "d1")  # memory for 1,024 tokens
     for number in range(640):
         router.ask(number, prompt=4, output=60)
@@ -321,7 +321,7 @@ def test_long_answers_wait_for_memory_in_the_router_where_waiting_is_fair() -> N
 
 
 def test_answers_that_turn_out_short_let_more_in() -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=1000))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=1000))
     router.join("p1", "d1")
     for number in range(200):
         router.ask(number, prompt=4, output=200)
@@ -339,7 +339,7 @@ def test_answers_that_turn_out_short_let_more_in() -> None:
 
 
 def test_who_would_wait_for_too_long_is_refused_at_once() -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=10, max_wait_s=40.0))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=10, max_wait_s=40.0))
     router.join("p1", "d1")
     requests = [router.ask(number) for number in range(31)]
     refusals: list[OverloadedError] = []
@@ -362,7 +362,7 @@ def test_who_would_wait_for_too_long_is_refused_at_once() -> None:
 
 
 def test_who_has_waited_for_too_long_is_told_so() -> None:
-    router = Router(RoutingSettings(max_outstanding_tokens=10, max_wait_s=40.0))
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=10, max_wait_s=40.0))
     router.join("p1", "d1")
     router.ask("runs")
     router.ask("waits")
@@ -376,8 +376,8 @@ def test_who_has_waited_for_too_long_is_told_so() -> None:
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-def _lone_pair(**changes: object) -> tuple[Router, Sent]:
-    router = Router(RoutingSettings(local_prefill=False, **changes))  # type: ignore[arg-type]
+def _lone_pair(**changes: object) -> tuple[DrivenRouter, Sent]:
+    router = DrivenRouter(RoutingSettings(local_prefill=False, **changes))  # type: ignore[arg-type]
     router.join("p1", "d1")
     router.ask("r")
     return router, router.take()
@@ -401,7 +401,7 @@ def test_a_request_waits_for_a_replacement_as_long_as_it_is_allowed() -> None:
 
 
 def test_a_lease_is_renewed_as_long_as_its_reader_waits() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p0", lease_s=30.0)
     router.join("d0", role=Role.DECODE)
     router.ask("a")
@@ -418,7 +418,7 @@ def test_a_lease_is_renewed_as_long_as_its_reader_waits() -> None:
 
 @pytest.mark.parametrize("end", ["cancelled", "lost", "too late"])
 def test_no_lease_is_renewed_for_a_request_that_has_ended(end: str) -> None:
-    router = Router(RoutingSettings(max_attempts=1))
+    router = DrivenRouter(RoutingSettings(max_attempts=1))
     router.join("p0", lease_s=30.0)
     router.join("d0", role=Role.DECODE)
     request = router.ask("a", deadline_s=15.0 if end == "too late" else math.inf)
@@ -437,7 +437,7 @@ def test_no_lease_is_renewed_for_a_request_that_has_ended(end: str) -> None:
 
 
 def test_a_deadline_ends_what_waits_for_a_replacement() -> None:
-    router = Router(RoutingSettings(local_prefill=False))
+    router = DrivenRouter(RoutingSettings(local_prefill=False))
     router.join("p1", "d1")
     router.ask("r", deadline_s=4.0)
     router.machine.instance_lost("p1", 1.0)
@@ -459,7 +459,7 @@ def test_it_goes_back_to_the_only_instance_after_a_pause() -> None:
 
 
 def test_a_full_fleet_refuses() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "p2", "d1")
     router.ask("r")
     error = OverloadedError("the queue is full")
@@ -477,7 +477,7 @@ def test_faults_of_the_request_are_final() -> None:
 
 def test_a_pair_that_cannot_link_is_not_chosen_again_and_again() -> None:
     """Fault C6: each request tried it anew."""
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "p2", "d1", "d2")
     broken = {"p1", "d1"}
     failed = 0
@@ -503,7 +503,7 @@ def test_a_pair_that_cannot_link_is_not_chosen_again_and_again() -> None:
 
 def test_many_deaths_at_once_use_up_no_attempts() -> None:
     """The router hears of them one after the other, and sends each request to the next dead one meanwhile."""
-    router = Router()
+    router = DrivenRouter()
     names = [f"p{number}" for number in range(8)]
     router.join(*names, "d1")
     request = router.ask(0)
@@ -520,7 +520,7 @@ def test_many_deaths_at_once_use_up_no_attempts() -> None:
 
 def test_a_prefill_instance_that_decode_cannot_reach_is_left() -> None:
     """Its session stands, so only what decode says tells: another attempt at it would fail as well."""
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "p2", "d1", "d2")
     router.ask(0)
     first = router.take()
@@ -536,7 +536,7 @@ def test_a_prefill_instance_that_decode_cannot_reach_is_left() -> None:
 
 
 def test_a_prefill_instance_that_can_link_to_nobody_is_passed_over() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "p2", "d1")
     router.ask(0)
     first = router.take()
@@ -552,7 +552,7 @@ def test_a_prefill_instance_that_can_link_to_nobody_is_passed_over() -> None:
 @pytest.mark.parametrize("policy", ["balanced", "goodput"])
 def test_a_pair_that_cannot_exchange_kv_is_not_chosen_again(policy: RoutingPolicy) -> None:
     """Though its instances go on with others, and however long ago they met."""
-    router = Router(RoutingSettings(policy=policy))
+    router = DrivenRouter(RoutingSettings(policy=policy))
     router.join("p1", "p2", "d1", "d2", step_cost=STEP_COST)
     pairs = []
     for number in range(40):
@@ -574,7 +574,7 @@ def test_a_pair_that_cannot_exchange_kv_is_not_chosen_again(policy: RoutingPolic
 
 
 def test_instances_of_which_none_can_read_the_others_kv_serve_as_well_as_they_can() -> None:
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "d1")
     router.ask(0)
     first = router.take()
@@ -599,7 +599,7 @@ def test_instances_of_which_none_can_read_the_others_kv_serve_as_well_as_they_ca
 # --- a network that is cut -------------------------------------------------------------------------------------------
 
 
-def _report(router: Router, name: str, **changes: object) -> None:
+def _report(router: DrivenRouter, name: str, **changes: object) -> None:
     """p1 and d1 are on one host, p2 and d2 on another; p2 and d1 are busy."""
     busy: dict[str, object] = {
         "p2": {"uncomputed_tokens": 900},
@@ -609,21 +609,21 @@ def _report(router: Router, name: str, **changes: object) -> None:
     router.join(name, address=address, step_cost=STEP_COST, **busy.get(name, {}), **changes)  # type: ignore[arg-type]
 
 
-def _two_hosts(policy: RoutingPolicy) -> Router:
-    router = Router(RoutingSettings(policy=policy, local_prefill=False))
+def _two_hosts(policy: RoutingPolicy) -> DrivenRouter:
+    router = DrivenRouter(RoutingSettings(policy=policy, local_prefill=False))
     for name in ("p1", "p2", "d1", "d2"):
         _report(router, name)
     return router
 
 
-def _begin(router: Router, key: object) -> tuple[Sent, Sent]:
+def _begin(router: DrivenRouter, key: object) -> tuple[Sent, Sent]:
     router.ask(key)
     first = router.take()
     router.start(first)
     return first, router.take()
 
 
-def _pairs(router: Router, count: int) -> list[tuple[str, str]]:
+def _pairs(router: DrivenRouter, count: int) -> list[tuple[str, str]]:
     """Of some requests, one after the other."""
     found = []
     for number in range(count):
@@ -686,7 +686,7 @@ def test_a_prefill_instance_that_is_lost_makes_no_network_suspect() -> None:
 
 @pytest.mark.parametrize("policy", ["balanced", "goodput"])
 def test_an_instance_that_failed_others_is_passed_over_for_a_while(policy: RoutingPolicy) -> None:
-    router = Router(RoutingSettings(policy=policy))
+    router = DrivenRouter(RoutingSettings(policy=policy))
     router.join("p1", "p2", "d1", step_cost=STEP_COST)
     router.ask(0)
     first = router.take()
@@ -713,7 +713,7 @@ def test_an_instance_that_failed_others_is_passed_over_for_a_while(policy: Routi
 
 def test_a_router_that_is_alone_sees_no_foreign_load() -> None:
     """Fault C9: the report is older than events that came before it."""
-    router = Router()
+    router = DrivenRouter()
     router.join("p1", "d1")
     router.ask("a", prompt=100)
     sent = router.take()
@@ -739,7 +739,7 @@ def test_a_router_that_is_alone_sees_no_foreign_load() -> None:
 )
 def test_whatever_the_delays_own_work_is_never_foreign(script: list[tuple[str, int]]) -> None:
     """The instance computes before its event is seen, and a report is read some time after what it describes."""
-    router = Router(RoutingSettings(retry_pause_s=0.0))
+    router = DrivenRouter(RoutingSettings(retry_pause_s=0.0))
     router.join("p1", "d1")
     there: list[Sent] = []  # not computed
     unseen: list[Sent] = []
@@ -801,7 +801,7 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
     script: list[tuple[str, int]], credit: int | None, wait_s: float, local: bool, policy: RoutingPolicy
 ) -> None:
     settings = RoutingSettings(max_outstanding_tokens=credit, max_wait_s=wait_s, local_prefill=local, policy=policy)
-    router = Router(settings)
+    router = DrivenRouter(settings)
     router.join(*_IDS, step_cost=STEP_COST)
     machine, asked, sent, cancelled = router.machine, list[object](), list[Sent](), set[object]()
     requests = {}

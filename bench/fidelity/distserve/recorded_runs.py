@@ -22,7 +22,7 @@ _RUNS = Path(__file__).with_name("vllm_opt13b_runs.csv")
 FITTED_RATE = 1
 
 
-class Latencies(Protocol):
+class SimulatedLatencies(Protocol):
     """Of each request; NaN where there is none."""
 
     @property
@@ -74,7 +74,7 @@ def read_runs(path: Path = _RUNS) -> RecordedRuns:
 def fits_to_run(
     cost: DistServeCost,
     recorded: RecordedRuns,
-    simulate_with: Callable[[DistServeCost, RequestStream], Latencies],
+    simulate_with: Callable[[DistServeCost, RequestStream], SimulatedLatencies],
 ) -> list[DistServeCost]:
     """`cost` with prefill and small-batch decode times fitted so that the simulated run at `FITTED_RATE` is near the
     recorded one. The distance is the mean relative difference of each request's TTFT and TPOT. The nearest fit comes
