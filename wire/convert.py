@@ -186,7 +186,6 @@ def status_to_pb(status: InstanceStatus) -> worker_pb2.InstanceStatus:
         links=[to_message(worker_pb2.LinkStats, link) for link in status.links],
         step_cost=status.step_cost or (),
         certificate_not_after_s=status.certificate_not_after_s or 0.0,
-        unreachable_peers=status.unreachable_peers,
     )
 
 
@@ -213,5 +212,4 @@ def status_from_pb(pb: worker_pb2.InstanceStatus) -> InstanceStatus:
         links=tuple(from_message(LinkStats, link) for link in pb.links),
         step_cost=_step_cost(pb.step_cost),
         certificate_not_after_s=pb.certificate_not_after_s or None,
-        unreachable_peers=tuple(pb.unreachable_peers),
     )
