@@ -16,6 +16,7 @@ from tandem.core.cluster_status import ClusterChange
 from tandem.core.config import ServeConfig
 from tandem.core.config_file import apply_overrides, load_config
 from tandem.core.errors import ConfigError, TandemError, UnavailableError
+from tandem.core.printable import is_header_text
 from tandem.core.secret_source import read_secret
 from tandem.deploy.desired import Desired
 from tandem.deploy.run_state import RunState, StateFolders, read_run
@@ -94,9 +95,10 @@ def read_config(file: Path | None, settings: list[str]) -> ServeConfig:
 def read_api_key(file: Path | None) -> str | None:
     """From the file, or else from the environment; never from an option, which all processes could see. Raises
     ConfigError."""
-    if file is not None:
-        return read_secret(f"file:{file}")
-    return os.environ.get(_API_KEY, "").strip() or None
+    key = os.environ.get(_API_KEY, "").strip() if file is None else read_secret(f"file:{file}")
+    if not is_header_text(key):
+        raise ConfigError(f"{f'the variable {_API_KEY}' if file is None else file} holds no API key, but other text")
+    return key or None
 
 
 @contextmanager

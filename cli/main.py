@@ -170,7 +170,8 @@ def _explain(error: Exception, name: str, command: str) -> tuple[str, int]:
         case TandemError():
             return error.message, 2 if isinstance(error, ConfigError) else 1
         case typer.TyperException():
-            return f"{error.format_message().rstrip('.')}; see {command} --help", error.exit_code
+            sentence = error.format_message().rstrip(".").replace("Value error, ", "")
+            return f"{sentence}; see {command} --help", error.exit_code
         case ModuleNotFoundError() if error.name and not error.name.startswith("tandem"):
             library = error.name.partition(".")[0]
             needed = _COMMANDS[name][1] if name else ("cli",)
@@ -180,6 +181,8 @@ def _explain(error: Exception, name: str, command: str) -> tuple[str, int]:
             return f"'{printable(error.object)}' is not text in UTF-8", 2
         case FileNotFoundError() if not _has_current_folder():
             return "the current folder was deleted; change to another one", 1
+        case FileNotFoundError() if "temporary directory" in str(error.strerror):  # of `tempfile`
+            return f"{error.strerror}; set TMPDIR to a folder where you may write", 1
         case OSError() if error.errno in _OF_THE_MACHINE:
             where = f"{error.filename}: " if error.filename else ""
             return f"{where}{error.strerror}", 1

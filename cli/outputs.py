@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tandem.core.errors import ConfigError
 
+_PROBE = b"\0"
+
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
     """Every path of `outputs`, by what it is, can be written as a file, and none is named twice or among `inputs`.
@@ -32,6 +34,7 @@ def _try_to_write(path: Path) -> None:
         if path.is_file():
             path.open("ab").close()
         elif not path.exists():
-            tempfile.TemporaryFile(dir=path.resolve().parent).close()
+            with tempfile.TemporaryFile(dir=path.resolve().parent, buffering=0) as probe:
+                probe.write(_PROBE)  # a full disk still makes empty files
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror})") from error

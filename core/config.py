@@ -9,9 +9,11 @@ from pydantic import Field, model_validator
 
 from tandem.core.address import Address, Host, is_any_host, is_loopback
 from tandem.core.anchored_path import AnchoredPath
+from tandem.core.errors import ConfigError
 from tandem.core.frozen_model import FrozenModel, WrongSetting
 from tandem.core.instance_section import ROLES, InstanceSection, Kinds, RoleName
 from tandem.core.log_lines import LogFormat
+from tandem.core.printable import is_header_text
 from tandem.core.router_section import RouterSection
 from tandem.core.secret_source import Secret, read_secret
 from tandem.core.tls import ClusterTls
@@ -182,7 +184,14 @@ Config = TypeVar("Config", ServeConfig, WorkerConfig, RouterConfig)
 
 
 def with_secrets(config: Config) -> Config:
-    """The configuration with its cluster token itself in the place of a reference. Raises ConfigError."""
+    """The configuration with its cluster token itself in the place of a reference. Raises ConfigError, also for a token
+    that no call could carry."""
     if config.cluster_token is None:
         return config
-    return config.model_copy(update={"cluster_token": read_secret(config.cluster_token)})
+    token = read_secret(config.cluster_token)
+    if not is_header_text(token):
+        raise ConfigError(
+            "the cluster_token can have printable characters of ASCII only, and no space at its ends: it is sent in a "
+            "header"
+        )
+    return config.model_copy(update={"cluster_token": token})

@@ -1,4 +1,4 @@
-"""Text of others in one line of a terminal or a log."""
+"""Which text fits into one line of a terminal or a log, and which into a header."""
 
 
 def printable(text: str) -> str:
@@ -6,3 +6,8 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def is_header_text(text: str) -> bool:
+    """Whether it can be the value of a header, or of gRPC's metadata, and arrives as it was."""
+    return text.isascii() and text.isprintable() and text == text.strip()

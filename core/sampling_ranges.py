@@ -15,9 +15,14 @@ def check_range(name: str, value: float, low: float, high: float, *, above_low: 
     """Raises InvalidRequestError that names the field; also for NaN, which is in no range."""
     if low <= value <= high and not (above_low and value == low):
         return
-    lower = f"above {low:g}" if above_low else f"at least {low:g}"
-    upper = "" if math.isinf(high) else f" and at most {high:g}"
+    lower = f"above {_shown(low)}" if above_low else f"at least {_shown(low)}"
+    upper = "" if math.isinf(high) else f" and at most {_shown(high)}"
     raise InvalidRequestError(f"Invalid '{name}': it must be {lower}{upper}, but it is {value}.", param=name)
+
+
+def _shown(bound: float) -> str:
+    """Whole numbers with all their digits: a client may send just that one."""
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
 class Range(NamedTuple):

@@ -11,6 +11,7 @@ Every failure is one of `tandem.core.errors`: UnavailableError when no router an
 subclasses for refused requests, DeadlineError when `timeout_s` has passed.
 """
 
+import math
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -19,6 +20,8 @@ import grpc
 
 from tandem.client_tls import ClientTls
 from tandem.completion import Completion, Delta, GenerateOptions, ModelInfo, join_deltas
+from tandem.core.errors import ConfigError, InvalidRequestError
+from tandem.core.printable import is_header_text
 from tandem.grpc_poller import keep_grpc_poller
 from tandem.messages import delta_from_pb, request_to_pb
 from tandem.rpc_errors import error_from_rpc
@@ -35,8 +38,24 @@ _CHANNEL_OPTIONS = (
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 
 
+_LONGEST_S = 1e9  # that a clock of gRPC can count
+
+
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """Raises ConfigError. gRPC's own error would show the key."""
+    if api_key is not None and not is_header_text(api_key):
+        raise ConfigError("the API key has characters that no header can have")
     return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+
+
+def _timeout_s(options: GenerateOptions) -> float | None:
+    """Raises InvalidRequestError."""
+    timeout_s = options.get("timeout_s")
+    if timeout_s is None:
+        return None
+    if math.isnan(timeout_s):
+        raise InvalidRequestError("timeout_s must be a number of seconds, not nan", param="timeout_s")
+    return min(timeout_s, _LONGEST_S)
 
 
 class Stream(Iterator[Delta]):
@@ -68,7 +87,7 @@ class Client:
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, tls: ClientTls | None = None
     ) -> None:
-        """With `tls`, raises ConfigError for files that cannot be read."""
+        """Raises ConfigError for a key that no header can have, and with `tls` for files that cannot be read."""
         self._metadata = _metadata(api_key)
         if tls is None:
             self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
@@ -83,9 +102,7 @@ class Client:
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Stream:
         """The answer as it is generated, one message after the other."""
-        return Stream(
-            self._stub.Generate(request_to_pb(options), timeout=options.get("timeout_s"), metadata=self._metadata)
-        )
+        return Stream(self._stub.Generate(request_to_pb(options), timeout=_timeout_s(options), metadata=self._metadata))
 
     def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:
         """The models that the router serves now."""
@@ -140,7 +157,7 @@ class AsyncClient:
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None, tls: ClientTls | None = None
     ) -> None:
-        """With `tls`, raises ConfigError for files that cannot be read."""
+        """Raises ConfigError for a key that no header can have, and with `tls` for files that cannot be read."""
         keep_grpc_poller()
         self._metadata = _metadata(api_key)
         if tls is None:
@@ -157,7 +174,7 @@ class AsyncClient:
     def stream(self, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """The answer as it is generated, one message after the other."""
         return AsyncStream(
-            self._stub.Generate(request_to_pb(options), timeout=options.get("timeout_s"), metadata=self._metadata)
+            self._stub.Generate(request_to_pb(options), timeout=_timeout_s(options), metadata=self._metadata)
         )
 
     async def models(self, timeout_s: float = 10.0) -> tuple[ModelInfo, ...]:

@@ -19,6 +19,7 @@ from tandem.core.completion import (
 )
 from tandem.core.errors import InvalidRequestError
 from tandem.core.request import SamplingParams
+from tandem.core.sampling_ranges import MAX_LOGPROBS, check_range
 from tandem.core.slo import UNSPECIFIED_SLO, RequestedSlo
 from tandem.router.limits import MAX_CHOICES, MAX_MESSAGES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, clipped
 from tandem.router.openai.responses import ResponseOptions
@@ -260,6 +261,8 @@ class ChatBody(_CommonBody):
         """Alternatives beside each token; None for no log-probabilities at all."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
+        if self.top_logprobs is not None:
+            check_range("top_logprobs", self.top_logprobs, 0, MAX_LOGPROBS)
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

@@ -104,7 +104,8 @@ def _sentence(error: ErrorDetails) -> tuple[str, str]:
         case "literal_error":
             return f"Invalid value for '{name}': it must be one of {error['ctx']['expected']}.", name
         case kind if kind.endswith(("_type", "_parsing")) or kind == "int_from_float":
-            expected = error["msg"].removeprefix("Input should be ")
+            is_object = error["type"] in ("model_type", "dict_type")
+            expected = "an object" if is_object else error["msg"].removeprefix("Input should be ")
             return f"Invalid type for '{name}': expected {expected}, but got {_type_name(error['input'])}.", name
         case _:
             return f"Invalid '{name}': {error['msg']}.", name

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,31 @@ def test_what_the_machine_refuses_is_said_as_it_is(
     monkeypatch.setattr("tandem.cli.common.state_folders", full)
     assert main(["status"]) == 1
     assert capsys.readouterr().err == "tandem status: /state/x: No space left on device\n"
+
+
+def test_a_machine_without_room_for_temporary_files_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tandem.cli.common.state_folders", full)
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == (
+        "tandem status: No usable temporary directory found in ['/tmp']; set TMPDIR to a folder where you may write\n"
+    )
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "slo.yaml").write_text(SLO)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        status = main(["plan", str(tmp_path / "slo.yaml"), "-o", str(tmp_path / "plan.yaml")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2
+    assert capsys.readouterr().err == f"tandem plan: {tmp_path / 'plan.yaml'} cannot be written (File too large)\n"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

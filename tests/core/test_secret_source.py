@@ -50,3 +50,16 @@ def test_the_key_of_a_command_comes_from_a_file_or_the_environment(
     assert read_api_key(None) == "from the environment"
     (tmp_path / "key").write_text("from a file\n")
     assert read_api_key(tmp_path / "key") == "from a file"
+
+
+@pytest.mark.parametrize("secret", ["schl\u00fcssel", "two\nlines", " spaces "])
+def test_a_secret_that_no_header_can_have_is_refused_and_not_shown(
+    secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="printable characters of ASCII only") as caught:
+        with_secrets(ServeConfig(model=Path("m"), cluster_token=secret))
+    assert secret not in caught.value.message
+    if secret == secret.strip():
+        monkeypatch.setenv("TANDEM_API_KEY", secret)
+        with pytest.raises(ConfigError, match="the variable TANDEM_API_KEY holds no API key"):
+            read_api_key(None)

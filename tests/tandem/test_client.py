@@ -13,6 +13,7 @@ import pytest
 from tandem import AsyncClient, Client
 from tandem.completion import ModelInfo, Usage
 from tandem.core.errors import (
+    ConfigError,
     DeadlineError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -225,3 +226,16 @@ asyncio.run(ask())
 def test_importing_the_stubs_does_not_import_the_client() -> None:
     code = "import sys, tandem.v1.common_pb2; assert 'tandem.client' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_key_that_no_header_can_have_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigError, match="characters that no header can have") as caught:
+        Client("127.0.0.1:1", api_key="schl\u00fcssel")
+    assert "schl" not in caught.value.message
+
+
+def test_a_deadline_may_be_endless_and_is_a_number(router: tuple[ScriptedRouter, str]) -> None:
+    with Client(router[1]) as client:
+        assert client.generate(prompt="x", timeout_s=float("inf")).text == "hello world"
+        with pytest.raises(InvalidRequestError, match="timeout_s must be a number of seconds"):
+            client.generate(prompt="x", timeout_s=float("nan"))
