@@ -28,4 +28,7 @@ def from_message(value_type: type[Value], message: Message, /, **converted: Any)
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str | bytes) else tuple(value)
+    return value if isinstance(value, _SINGLE) else tuple(value)
+
+
+_SINGLE = (int, float, str, bytes)
