@@ -253,7 +253,7 @@ class RouterApp:
             ) from error
         tracer = Tracer(settings, instance_id=self.instance_id, clock=self._clock, random=random)
         self._resources.push_async_callback(asyncio.to_thread, tracer.close)
-        self._dispatcher.add_observer(RequestSpans(tracer, self._config.served_name))
+        self._dispatcher.observers.add(RequestSpans(tracer, self._config.served_name))
         return tracer
 
     def _view(self) -> ClusterView:

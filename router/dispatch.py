@@ -8,15 +8,14 @@ RunningRequest <-------------+<------------ events --- Fleet          |
 """
 
 import asyncio
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from tandem.core.clock import Clock
-from tandem.core.errors import DuplicateRequestError, OverloadedError, TandemError, UnavailableError, error_from_code
+from tandem.core.errors import DuplicateRequestError, TandemError, UnavailableError, error_from_code
 from tandem.core.generation import BlockNamer
 from tandem.core.request import FinishReason, GenerationRequest
 from tandem.core.session import (
@@ -32,10 +31,10 @@ from tandem.core.session import (
     Submit,
     TokenFrame,
 )
-from tandem.core.timeline import Stage, Timeline
 from tandem.router.fleet import Fleet
 from tandem.router.profile import ProfileObserver
-from tandem.router.records import RequestObserver, RequestRecord
+from tandem.router.records import RequestObserver
+from tandem.router.request_observers import RequestObservers
 from tandem.router.running import RunningRequest
 from tandem.scheduling.prefix_index import block_hashes, extend_block_hashes
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
@@ -45,9 +44,6 @@ from tandem.scheduling.routing_settings import RoutingSettings
 
 if TYPE_CHECKING:
     from tandem.router.fleet import OpenSession
-
-_LOG = logging.getLogger(__name__)
-
 
 _BLOCKS_AT_ONCE = 2048  # about 4 ms
 
@@ -79,7 +75,7 @@ class Dispatcher:
         )
         self._clock = clock
         self._request_timeout_s = request_timeout_s
-        self._observers = tuple(observers)
+        self.observers = RequestObservers(observers)
         self._profile = profile
         self._running: dict[str, RunningRequest] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -88,10 +84,6 @@ class Dispatcher:
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._all_ended.set()
-
-    def add_observer(self, observer: RequestObserver) -> None:
-        """It hears of the requests that end from now on."""
-        self._observers = (*self._observers, observer)
 
     # --- TokenGenerator ----------------------------------------------------------------------------------------------
 
@@ -127,7 +119,7 @@ class Dispatcher:
         try:
             return self._start(request, received_s, now_s, name_blocks, client)
         except TandemError as error:
-            self._tell_refused(error, request, received_s, now_s, client)
+            self.observers.refused(error, request, received_s=received_s, now_s=now_s, client=client)
             raise
 
     def _start(
@@ -276,33 +268,7 @@ class Dispatcher:
 
     def closed(self, running: RunningRequest) -> None:
         """Its consumer has had the last of it."""
-        record = running.record()
-        self._tell(lambda observer: observer.finished(record))
-
-    def _tell_refused(
-        self, error: TandemError, request: GenerationRequest, received_s: float, now_s: float, client: str
-    ) -> None:
-        record = RequestRecord(
-            request_id=request.request_id,
-            outcome=error.code,
-            message=error.message,
-            timeline=Timeline({Stage.RECEIVED: received_s, Stage.FINISHED: now_s}, request.num_prompt_tokens),
-            attempts=(),
-            slo=request.slo,
-            refused_because=error.reason if isinstance(error, OverloadedError) else None,
-            tenant=client,
-            trace=request.trace,
-            sampling=None if request.trace is None else request.sampling,
-        )
-        self._tell(lambda observer: observer.refused(error, record))
-
-    def _tell(self, tell: Callable[[RequestObserver], None]) -> None:
-        """What is only counted or written down must not fail a request."""
-        for observer in self._observers:
-            try:
-                tell(observer)
-            except Exception:  # noqa: BLE001 - whatever a counter raises
-                _LOG.exception("a request could not be recorded")
+        self.observers.finished(running.record())
 
     def now_s(self) -> float:
         return self._clock.now_s()

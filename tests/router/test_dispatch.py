@@ -391,7 +391,7 @@ async def test_request_goes_on_where_the_other_form_is() -> None:
 async def test_what_cannot_be_recorded_fails_no_request() -> None:
     async with running_cluster("p1", "d1") as cluster:
         broken = Mock(finished=Mock(side_effect=ValueError), refused=Mock(side_effect=ValueError))
-        cluster.dispatcher._observers = (broken, *cluster.dispatcher._observers)
+        cluster.dispatcher.observers._observers.insert(0, broken)
         request = make_request()
         consumer = asyncio.create_task(collect(cluster.start(request)))
         await play_whole(Player(cluster, "p1"))
