@@ -161,6 +161,8 @@ class DecodeIndex(InstanceIndex[DecodeView, DecodeQuery]):
             group.discard(view.instance_id)
             if not len(group.by_load):
                 del groups[view.max_model_len, view.capacity_tokens]
+                if not groups:
+                    del self._groups[view.fingerprint]
 
 
 def _kind(view: DecodeView) -> tuple[str, int, int]:

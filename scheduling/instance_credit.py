@@ -60,6 +60,8 @@ class InstanceCredit:
         if (share := self._shares.pop(instance_id, None)) is not None:
             of, fingerprint, num_tokens = share
             of[fingerprint] -= num_tokens
+            if not of[fingerprint]:  # each plan epoch has fingerprints of its own
+                del of[fingerprint]
 
     def remove(self, instance_id: str) -> None:
         """It is gone for good."""

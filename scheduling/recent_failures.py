@@ -104,6 +104,7 @@ class RecentFailures:
     def forget(self, instance_id: str) -> None:
         """And all pairs with it."""
         self._since = {name: since for name, since in self._since.items() if instance_id not in (name, *_both(name))}
+        self._pairs = {pair: count for pair, count in self._pairs.items() if instance_id not in pair}
         self._unreachable.pop(instance_id, None)
         self._refused.pop(instance_id, None)
         for prefill_id in [each for each, refused in self._refused.items() if instance_id in refused]:

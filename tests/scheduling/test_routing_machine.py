@@ -206,6 +206,17 @@ def test_long_answers_go_where_they_fit() -> None:
         router.ask("long", prompt=100)
 
 
+def test_plan_epochs_that_are_over_leave_nothing() -> None:
+    router = DrivenRouter(RoutingSettings(max_outstanding_tokens=100))
+    for epoch in range(3):
+        router.join("p1", "d1", fingerprint=f"f@{epoch}")
+        router.ask(epoch)
+        for instance_id in ("p1", "d1"):
+            router.machine.instance_removed(instance_id, router.now_s)
+    selector = router.machine._selector
+    assert [*selector._credit._room, *selector._credit._unplaced, *selector._decodes._groups] == []
+
+
 # --- instances that say what cannot be, or say it again --------------------------------------------------------------
 
 
