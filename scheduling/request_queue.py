@@ -1,7 +1,7 @@
 """Requests that wait in the router until an instance has credit, and how long a newcomer would wait behind them.
 
 Of the requests of the highest priority, those that can still meet their TTFT target are dispatched by deadline, and the
-others behind them as they came (`scheduling.queue_order`). Both lines are fair between tenants: by deadline within a
+others behind them as they came (`scheduling.queue_order`). Both queues are fair between tenants: by deadline within a
 bound, as they came without one.
 
     push -> [timely: by deadline | others: by arrival] of its priority -> dispatch, or discard
@@ -32,7 +32,7 @@ _REPLAN_S = 0.05
 _MANY = 64
 
 
-class _Line:
+class _FairQueue:
     """Requests of several tenants, each tenant's by a key. `fair_tokens`: see FAIR_TOKENS; 0: the tenant that was given
     least is next."""
 
@@ -54,7 +54,7 @@ class _Line:
         self.num_tokens += request.num_tokens
 
     def discard(self, request: RoutedRequest) -> bool:
-        """False: it is not in this line."""
+        """False: it is not in this queue."""
         heap = self.tenants.get(request.client)
         if heap is None or request not in heap:
             return False
@@ -83,14 +83,14 @@ class _Line:
         return own_tokens + sum(min(tokens, share) for tokens in others)
 
 
-class _Band:
+class _PriorityLevel:
     """What waits with one priority."""
 
     __slots__ = ("others", "timely")
 
     def __init__(self) -> None:
-        self.timely = _Line(FAIR_TOKENS)
-        self.others = _Line(0)
+        self.timely = _FairQueue(FAIR_TOKENS)
+        self.others = _FairQueue(0)
 
     @property
     def is_empty(self) -> bool:
@@ -105,7 +105,7 @@ class RequestQueue:
         self.ledger = TenantLedger()
         self.first_token_time = FirstTokenTime()
         self._order = order
-        self._bands: dict[int, _Band] = {}  # by priority, those that are not empty
+        self._levels: dict[int, _PriorityLevel] = {}  # by priority, those that are not empty
         self._waiting: dict[RoutedRequest, None] = {}
         self._patience: KeyedHeap[RoutedRequest] = KeyedHeap()  # until when each of them waits
         self._rate = DrainRate()
@@ -128,13 +128,13 @@ class RequestQueue:
             now_s - self._planned_s >= _REPLAN_S or (self._has_news and len(self._waiting) <= _MANY)
         ):
             self._plan(now_s)
-        if not self._bands:
+        if not self._levels:
             return None
-        band = self._bands[max(self._bands)]
-        other = band.others.first(self.ledger)
+        level = self._levels[max(self._levels)]
+        other = level.others.first(self.ledger)
         if other is not None and self._num_since_others >= _OTHERS_SHARE - 1 and now_s >= _patient_until_s(other):
             return other
-        return band.timely.first(self.ledger) or other
+        return level.timely.first(self.ledger) or other
 
     def push(self, request: RoutedRequest, until_s: float, now_s: float) -> None:
         """It waits, at most until then (inf: for as long as it takes)."""
@@ -142,15 +142,15 @@ class RequestQueue:
             self._rate.begin(now_s)
         self.ledger.open(request.client)
         tenants = set(
-            chain.from_iterable((*band.timely.tenants, *band.others.tenants) for band in self._bands.values())
+            chain.from_iterable((*level.timely.tenants, *level.others.tenants) for level in self._levels.values())
         )
         if request.client not in tenants:
             self.ledger.wait(request.client, min(map(self.ledger.given, tenants), default=None))
-        band = self._bands.setdefault(request.slo.priority, _Band())
+        level = self._levels.setdefault(request.slo.priority, _PriorityLevel())
         if self._order != "fcfs" and request.has_due_time:
-            band.timely.push(request, _timely_key(request))
+            level.timely.push(request, _timely_key(request))
         else:
-            band.others.push(request, request.number)
+            level.others.push(request, request.number)
         if until_s < math.inf:
             self._patience.push(request, until_s)
         self._waiting[request] = None
@@ -159,7 +159,7 @@ class RequestQueue:
 
     def dispatch(self, request: RoutedRequest, now_s: float) -> None:
         """An instance takes this one."""
-        is_other = request in self._bands[request.slo.priority].others.tenants.get(request.client, ())
+        is_other = request in self._levels[request.slo.priority].others.tenants.get(request.client, ())
         self._num_since_others = 0 if is_other else self._num_since_others + 1
         self._rate.left(request.num_tokens, now_s)
         self.ledger.dispatched(request.client, request.num_tokens)
@@ -170,10 +170,10 @@ class RequestQueue:
         if request not in self._waiting:
             return
         del self._waiting[request]
-        band = self._bands[request.slo.priority]
-        assert band.timely.discard(request) or band.others.discard(request), "what waits is in a line"
-        if band.is_empty:
-            del self._bands[request.slo.priority]
+        level = self._levels[request.slo.priority]
+        assert level.timely.discard(request) or level.others.discard(request), "what waits is in a queue"
+        if level.is_empty:
+            del self._levels[request.slo.priority]
         self.ledger.close(request.client)
         self._patience.discard(request)
         self.num_tokens -= request.num_tokens
@@ -203,25 +203,25 @@ class RequestQueue:
         if self._order != "goodput" or not self._waiting:
             return False
         start_s, token_s = now_s, self._token_s(now_s)
-        for priority, band in self._bands.items():
+        for priority, level in self._levels.items():
             if priority > newcomer.slo.priority:
-                start_s += band.timely.num_tokens * token_s
-        band = self._bands.get(newcomer.slo.priority, _Band())
-        rivals = [request for request in band.timely.requests() if not request.num_output_tokens]
+                start_s += level.timely.num_tokens * token_s
+        level = self._levels.get(newcomer.slo.priority, _PriorityLevel())
+        rivals = [request for request in level.timely.requests() if not request.num_output_tokens]
         jobs = [self._job(request, token_s) for request in (*rivals, newcomer)]
         return len(rivals) in left_out(jobs, start_s)
 
     def _tokens_before(self, newcomer: RoutedRequest) -> int:
         tokens = 0
-        for priority, band in self._bands.items():
+        for priority, level in self._levels.items():
             if priority > newcomer.slo.priority:
-                tokens += band.timely.num_tokens + band.others.num_tokens
+                tokens += level.timely.num_tokens + level.others.num_tokens
             elif priority == newcomer.slo.priority:
                 if self._order != "fcfs" and newcomer.has_due_time:
-                    timely = band.timely.requests()
+                    timely = level.timely.requests()
                     tokens += sum(request.num_tokens for request in timely if request.due_s <= newcomer.due_s)
                 else:
-                    tokens += band.timely.num_tokens + band.others.tokens_before(newcomer)
+                    tokens += level.timely.num_tokens + level.others.tokens_before(newcomer)
         return tokens
 
     # --- who can be in time ------------------------------------------------------------------------------------------
@@ -230,22 +230,22 @@ class RequestQueue:
         """Move those that cannot be in time behind the others, and those that now can back."""
         self._planned_s, self._has_news = now_s, False
         start_s, token_s = now_s, self._token_s(now_s)
-        for _, band in sorted(self._bands.items(), reverse=True):
-            waiting = [request for request in band.timely.requests() if not request.num_output_tokens]
+        for _, level in sorted(self._levels.items(), reverse=True):
+            waiting = [request for request in level.timely.requests() if not request.num_output_tokens]
             num_timely = len(waiting)
-            waiting += [request for request in band.others.requests() if request.has_due_time]
+            waiting += [request for request in level.others.requests() if request.has_due_time]
             if not waiting:
                 continue
             late = left_out([self._job(request, token_s) for request in waiting], start_s)
             for index, request in enumerate(waiting):
                 was_timely, is_timely = index < num_timely, index not in late
                 if was_timely and not is_timely:
-                    band.timely.discard(request)
-                    band.others.push(request, request.number)
+                    level.timely.discard(request)
+                    level.others.push(request, request.number)
                 elif is_timely and not was_timely:
-                    band.others.discard(request)
-                    band.timely.push(request, request.due_s)
-            start_s += band.timely.num_tokens * token_s
+                    level.others.discard(request)
+                    level.timely.push(request, request.due_s)
+            start_s += level.timely.num_tokens * token_s
 
     def _job(self, request: RoutedRequest, token_s: float) -> Job:
         """It should have left the queue when there is just time enough to compute its first token."""

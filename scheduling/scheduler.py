@@ -270,7 +270,7 @@ class Scheduler:
         sequence.move_to(SequenceState.FINISHED)
 
     def _forget(self, sequence: Sequence) -> None:
-        """It is in no line and in no step any more; its blocks are as they were."""
+        """It waits no longer and takes part in no further step; its blocks are as they were."""
         del self._sequences[sequence.key]
         self._deadlines.discard(sequence.key)
         self._waiting.discard(sequence)

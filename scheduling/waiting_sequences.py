@@ -8,15 +8,15 @@ from tandem.scheduling.sequence_blocks import SequenceBlocks
 
 
 class WaitingSequences:
-    """Two lines by age. *Prompts* are to be computed here: newcomers, and preempted sequences, which lost their KV. The
-    KV of *remote* sequences comes from another instance.
+    """Two queues by age. *Prompts* are to be computed here: newcomers, and preempted sequences, which lost their KV.
+    The KV of *remote* sequences comes from another instance.
 
-    Within a line nobody overtakes, and memory goes to the older of the first two. While a preempted sequence waits, no
+    Within a queue nobody overtakes, and memory goes to the older of the first two. While a preempted sequence waits, no
     newcomer is admitted before it, for preempted ones are older.
 
     Whether the first prompt fits is not asked again until more blocks are available, or `memory_changed`.
 
-    `prompt_tokens` and `remote_tokens` are of all that wait in a line. `cached_tokens` and `preemptions` are totals
+    `prompt_tokens` and `remote_tokens` are of all that wait in a queue. `cached_tokens` and `preemptions` are totals
     since the start.
     """
 
