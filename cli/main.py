@@ -33,6 +33,7 @@ _COMMANDS = {
     "down": ("end it", ("serve",)),
     "router": ("run one router in the foreground, for containers", ("serve",)),
     "worker": ("run one instance in the foreground, for containers", ("serve",)),
+    "ranks": ("run the ranks of an instance on one more host, in the foreground", ("serve",)),
     "controller": ("keep a cluster's pods on Kubernetes, in the foreground", ("serve", "kubernetes")),
     "render-k8s": ("write the Kubernetes values or manifests of a plan", ("plan",)),
     "status": ("show instances, load, KV memory and links", ("cli",)),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, model_validator
 
-from tandem.core.address import Address, Host, is_any_host, is_loopback
+from tandem.core.address import Address, Host, is_any_host, is_loopback, split_address
 from tandem.core.anchored_path import AnchoredPath
 from tandem.core.errors import ConfigError
 from tandem.core.frozen_model import FrozenModel, WrongSetting
@@ -104,6 +104,16 @@ class ServeConfig(FrozenModel):
         return self.model_name or self.model.resolve().name
 
 
+class RanksSection(FrozenModel):
+    """An instance whose ranks are on several hosts. `tandem worker` starts rank 0 and the ranks of its host, and
+    `tandem ranks`, with the same settings, those of one more host."""
+
+    listen: Address = Field(description="Where rank 0 waits for the other hosts: an address of its host, and a port")
+    per_host: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2)] = Field(
+        description="Ranks on each host, that of rank 0 first; together tp times pp"
+    )
+
+
 class WorkerConfig(FrozenModel):
     """One instance."""
 
@@ -135,6 +145,24 @@ class WorkerConfig(FrozenModel):
     cluster_tls: ClusterTls | None = Field(default=None, description=_CLUSTER_TLS)
     log_format: LogFormat = Field(default="text", description="Of log lines: text, or one JSON object a line")
     instance: InstanceSection = Field(default=InstanceSection(), description="`instances` counts as 1")
+    ranks: RanksSection | None = Field(default=None, description="Hosts of the ranks; null: all are on one host")
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> "WorkerConfig":
+        if self.ranks is None:
+            return self
+        address, shape = self.ranks.listen, self.instance.engine.shape
+        if is_any_host(address) or split_address(address)[1] == 0:
+            text = f"is {address}; other hosts connect to it, so name an address of rank 0's host, and a port"
+            raise WrongSetting(("ranks", "listen"), text)
+        _check_exposure(("ranks", "listen"), address, self.cluster_token)
+        if sum(self.ranks.per_host) != shape.num_ranks:
+            text = f"has {sum(self.ranks.per_host)} ranks, and an instance of {shape} has {shape.num_ranks}"
+            raise WrongSetting(("ranks", "per_host"), text)
+        if self.instance.transport == "shared_memory":
+            text = "is shared_memory, and ranks on other hosts cannot be reached by it; leave it out"
+            raise WrongSetting(("instance", "transport"), text)
+        return self
 
     @model_validator(mode="after")
     def _check_listen(self) -> "WorkerConfig":

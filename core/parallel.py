@@ -1,6 +1,7 @@
 """How one instance is divided over devices."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -39,6 +40,29 @@ class ParallelShape:
         if self.dp > 1:
             return f"dp{self.dp}"
         return f"tp{self.tp}" + (f"pp{self.pp}" if self.pp > 1 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class RankHosts:
+    """Which ranks of an instance are on which host: consecutive ranks on each, as many as `per_host` says, rank 0 on
+    the first host."""
+
+    shape: ParallelShape
+    per_host: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert min(self.per_host) >= 1
+        assert sum(self.per_host) == self.shape.num_ranks
+
+    def ranks_of(self, host: int) -> range:
+        first = sum(self.per_host[:host])
+        return range(first, first + self.per_host[host])
+
+    def host_of(self, rank: int) -> int:
+        return next(host for host in range(len(self.per_host)) if rank in self.ranks_of(host))
+
+    def share_host(self, ranks: Iterable[int]) -> bool:
+        return len({self.host_of(rank) for rank in ranks}) == 1
 
 
 def share(total: int, parts: int, index: int) -> range:

@@ -35,13 +35,15 @@ _log = logging.getLogger(__name__)
 class RankPlace:
     """Which rank of an instance an engine is, and its connections to the other ranks.
 
-    `announce(step, slices)` tells the other ranks to compute a step; rank 0 of several ranks needs it.
+    `announce(step, slices)` tells the other ranks to compute a step; rank 0 of several ranks needs it. `hashes_files`:
+    this rank reads the whole checkpoint once for `KvLayout.weights_hash`, which is empty for others.
     """
 
     shape: ParallelShape
     rank: int
     collectives: Collectives
     announce: Callable[[int, Sequence[SequenceSlice]], None] | None = None
+    hashes_files: bool = False
 
 
 class Engine:
@@ -52,7 +54,7 @@ class Engine:
     the last stage sends. All ranks have the same number of blocks.
 
     `layout` is of the whole instance's KV; `pool` is this rank's pool, of the shape `layout.pool_of(rank).shape`. `ops`
-    computed the model. Not thread-safe: one thread makes all calls.
+    computed the model; hidden states have `activation_dtype`. Not thread-safe: one thread makes all calls.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Engine:
         self._shard = shard
         self._model = model
         self._max_model_len = max_model_len
-        self._activation_dtype = ops.activation_dtype
+        self.activation_dtype = ops.activation_dtype
         self._collectives = place.collectives
         self._announce = place.announce
         # On CUDA tokens are drawn on a stream of their own, so that `collect` does not wait for steps launched later.
@@ -218,7 +220,7 @@ class Engine:
         shard, received = self._shard, None
         if not shard.is_first_stage:
             shape = (len(batch.token_ids), self.spec.hidden_size)
-            received = self._collectives.receive(shard.rank - shard.shape.tp, shape, self._activation_dtype)
+            received = self._collectives.receive(shard.rank - shard.shape.tp, shape, self.activation_dtype)
         hidden = self._model.forward(batch, self.pool, received, layer_computed)
         if shard.is_last_stage:
             return hidden
@@ -265,8 +267,8 @@ def load_engine(
     holds the KV pool, on the engine's device; None takes torch's memory. Raises CheckpointError or ConfigError with one
     sentence for the user.
     """
-    place = place or RankPlace(ParallelShape(), 0, NoCollectives())
-    checkpoint = open_checkpoint(config.model_path, with_hash=place.rank == 0)  # others read their own weights only
+    place = place or RankPlace(ParallelShape(), 0, NoCollectives(), hashes_files=True)
+    checkpoint = open_checkpoint(config.model_path, with_hash=place.hashes_files)
     spec = checkpoint.spec
     shard = shard_of(spec, place.shape, place.rank)
     device = choose_device(config.device)

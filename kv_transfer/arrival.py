@@ -6,7 +6,6 @@ All of it runs in the calling thread; `PairPlan` and `OwnPools` are made on the 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +19,16 @@ from tandem.core.kv_layout import KvLayout
 from tandem.kv_transfer.block_coder import BlockCoder, KvCodes
 from tandem.kv_transfer.blocks import FENCED_BYTES, MAX_VIEW_WORDS, BlockViews, ChunkedBlocks, PoolView, crc32
 from tandem.kv_transfer.fence import WriteFence
+from tandem.kv_transfer.places import Places, put, take, unit_places
+from tandem.kv_transfer.remote_pool import RemotePool, RemoteView, view_over
 from tandem.kv_transfer.reshard import KvSlice, RankRead, Resharding, overlap, places, within
 
 _KEPT_VIEWS = 32  # slices of the own pools whose block views are kept; a shape of peers needs a few
-_BY_UNIT = (0, 1, 3, 2, 4, 5)  # [layer, kv, head, block, unit, word]
 
 
 Offsets = NDArray[np.int64]
 CopyPieces = Callable[[int, Offsets, int, Offsets, int], None]
+Target = PoolView | RemoteView
 
 
 class OwnPools:
@@ -37,22 +38,29 @@ class OwnPools:
     without the interpreter lock; None: torch copies.
     """
 
-    def __init__(self, layout: KvLayout, pools: Sequence[Tensor], copy_pieces: CopyPieces | None = None) -> None:
+    def __init__(
+        self, layout: KvLayout, pools: Sequence[Tensor | RemotePool], copy_pieces: CopyPieces | None = None
+    ) -> None:
+        """The first pool is in this process's memory."""
         assert len(pools) == layout.num_ranks, "one pool per rank"
+        assert isinstance(pools[0], Tensor)
         self.layout = layout
         self.copy_pieces = copy_pieces
         self.device = pools[0].device
+        self.are_here = all(isinstance(pool, Tensor) for pool in pools)
         self._pools = pools
         make_block_views = lru_cache(_KEPT_VIEWS)(partial(_block_views, layout, pools))
         self.block_views: Callable[[int, KvSlice], BlockViews] = make_block_views  # of a slice of one rank's pool
 
-    def view(self, rank: int, kv_slice: KvSlice, units: int) -> PoolView:
+    def view(self, rank: int, kv_slice: KvSlice, units: int) -> Target:
         """A slice of one rank's pool, its blocks divided into `units`."""
-        return PoolView.over(self._pools[rank], self.layout.pool_of(rank), kv_slice, units)
+        return view_over(self._pools[rank], self.layout.pool_of(rank), kv_slice, units)
 
 
-def _block_views(layout: KvLayout, pools: Sequence[Tensor], rank: int, kv_slice: KvSlice) -> BlockViews:
-    return PoolView.over(pools[rank], layout.pool_of(rank), kv_slice).block_views()
+def _block_views(layout: KvLayout, pools: Sequence[Tensor | RemotePool], rank: int, kv_slice: KvSlice) -> BlockViews:
+    view = view_over(pools[rank], layout.pool_of(rank), kv_slice)
+    assert isinstance(view, PoolView), "blocks of other hosts are not copied from shared memory"
+    return view.block_views()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,7 @@ class PairPlan:
     source: KvLayout
     resharding: Resharding
     pools: OwnPools
-    targets: tuple[tuple[PoolView, ...], ...]
+    targets: tuple[tuple[Target, ...], ...]
     coders: tuple[BlockCoder | None, ...]
 
     @classmethod
@@ -100,20 +108,6 @@ class PairPlan:
         ]
 
 
-class Places(NamedTuple):
-    """Where units of tokens are in [layer, kv, block, head, unit, word]. `units` None: they are whole blocks."""
-
-    blocks: Tensor
-    units: Tensor | None
-
-    def some(self, which: slice) -> "Places":
-        return Places(self.blocks[which], None if self.units is None else self.units[which])
-
-    def minus(self, blocks: int) -> "Places":
-        """As counted from a later block."""
-        return Places(self.blocks - blocks, self.units)
-
-
 class ArrivingBlocks(ChunkedBlocks):
     """The blocks of one read, as they come from the source, and the slices of the own pools to which they go.
     `block_ids` are the own blocks of all `num_tokens` tokens. Of these comes `part`, in layers of the model and blocks
@@ -123,7 +117,7 @@ class ArrivingBlocks(ChunkedBlocks):
         self,
         plan: PairPlan,
         read: RankRead,
-        targets: Sequence[PoolView],
+        targets: Sequence[Target],
         block_ids: Sequence[int],
         num_tokens: int,
         max_chunk_bytes: int,
@@ -138,7 +132,7 @@ class ArrivingBlocks(ChunkedBlocks):
         self._resharding = plan.resharding
         self._block_ids = block_ids
         self._device = plan.pools.device
-        self._word = targets[0].words.dtype
+        self._word = targets[0].word
 
     def unpack(self, chunk: TransferChunk, received: Tensor, scratch: Tensor) -> Tensor:
         """A chunk's bytes in memory, of what was sent: `received` itself, or in the front of `scratch`."""
@@ -151,8 +145,8 @@ class ArrivingBlocks(ChunkedBlocks):
     def scatter(self, chunk: TransferChunk, part: Tensor) -> None:
         """Copy a chunk's bytes, as they are in memory, into the own blocks."""
         theirs, ours = self._places(chunk)
-        for _, received, words in self._targets_of(chunk, part):
-            _put(words, ours, received if theirs.units is None else _take(received, theirs))
+        for _, received, target, layers in self._targets_of(chunk, part):
+            target.put(layers, ours, received if theirs.units is None else take(received, theirs))
 
     def checksum(self) -> int:
         """CRC-32 of what is in the own blocks, as `LeavingBlocks.checksum` has it of the source's. Raises TransferError
@@ -163,19 +157,21 @@ class ArrivingBlocks(ChunkedBlocks):
             part = staging[: self.chunk_bytes(chunk)]
             theirs, ours = self._places(chunk)
             seen: set[KvSlice] = set()
-            for kv_slice, copied, words in self._targets_of(chunk, part):
-                arrived = _take(words, ours)
+            for kv_slice, copied, target, layers in self._targets_of(chunk, part):
+                assert isinstance(target, PoolView), "ranks on other hosts have no shared memory to be checked"
+                arrived = take(target.words[layers], ours)
                 if kv_slice not in seen:
                     seen.add(kv_slice)
-                    _put(copied, theirs, arrived)
-                elif not torch.equal(_take(copied, theirs), arrived):
+                    put(copied, theirs, arrived)
+                elif not torch.equal(take(copied, theirs), arrived):
                     raise TransferError("the KV that arrived differs between ranks that hold the same heads")
             self.clear_unused_slots(chunk, part)
             value = crc32(part, value)
         return value
 
-    def _targets_of(self, chunk: TransferChunk, part: Tensor) -> Iterator[tuple[KvSlice, Tensor, Tensor]]:
-        """For each target that has layers of the chunk: its slice of the source, the same of `part`, and its words."""
+    def _targets_of(self, chunk: TransferChunk, part: Tensor) -> Iterator[tuple[KvSlice, Tensor, Target, slice]]:
+        """For each target that has layers of the chunk: its slice of the source, the same of `part`, and the target
+        with its layers."""
         units = self._resharding.source_units
         shape = (len(chunk.layers), 2, len(chunk.blocks), self._layout.num_kv_heads, units, -1)
         received = part.view(self._word).view(shape)
@@ -186,7 +182,7 @@ class ArrivingBlocks(ChunkedBlocks):
                 theirs = slice(layers.start - chunk.layers.start, layers.stop - chunk.layers.start)
                 ours = slice(layers.start - kv_slice.layer_begin, layers.stop - kv_slice.layer_begin)
                 heads = slice(kv_slice.head_begin, kv_slice.head_end)
-                yield kv_slice, received[theirs, :, :, heads], target.words[ours]
+                yield kv_slice, received[theirs, :, :, heads], target, ours
 
     def _places(self, chunk: TransferChunk) -> tuple[Places, Places]:
         """Of the chunk's tokens: in the chunk, and in the own blocks."""
@@ -283,23 +279,3 @@ def _unit_views(
         for some in (words[layers] for layers in groups)
         for position, number in zip(*at, strict=True)
     ]
-
-
-def unit_places(units: range, units_per_block: int, block_ids: Sequence[int], device: torch.device) -> Places:
-    """Where units of a sequence are in the pool whose blocks `block_ids` it has."""
-    positions, numbers = places(units, units_per_block)
-    blocks = [block_ids[position] for position in positions]
-    return Places(torch.tensor(blocks, device=device), torch.tensor(numbers, device=device))
-
-
-def _take(words: Tensor, at: Places) -> Tensor:
-    if at.units is None:
-        return words.index_select(2, at.blocks)
-    return words.permute(_BY_UNIT)[:, :, :, at.blocks, at.units]
-
-
-def _put(words: Tensor, at: Places, values: Tensor) -> None:
-    if at.units is None:
-        words.index_copy_(2, at.blocks, values)
-    else:
-        words.permute(_BY_UNIT)[:, :, :, at.blocks, at.units] = values

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -11,6 +11,7 @@ from tandem.core.kv_frontier import TransferChunk
 from tandem.core.kv_layout import DTYPE_BYTES, KvLayout
 from tandem.kv_transfer.block_coder import BlockCoder
 from tandem.kv_transfer.fence import WriteFence
+from tandem.kv_transfer.places import Places, put
 from tandem.kv_transfer.reshard import KvSlice, overlap
 
 # torch spreads a copy over several threads from this many elements on. Views stay below it: decode's steps need the
@@ -34,16 +35,31 @@ class PoolView:
     def over(cls, pool: torch.Tensor, layout: KvLayout, kv_slice: KvSlice | None = None, units: int = 1) -> "PoolView":
         """`pool` is contiguous, of any dtype, and at least `layout.pool_bytes` long. `layout` is that of the pool alone
         (`KvLayout.pool_of`). `kv_slice` None: all of it. `units` divides the block size."""
-        unit_tokens = layout.block_size // units
-        unit_bytes = unit_tokens * layout.head_dim * DTYPE_BYTES[layout.dtype]
-        word = torch.int64 if unit_bytes % 8 == 0 else torch.int16
-        row = pool.view(-1).view(torch.uint8)[: layout.pool_bytes].view(word)
-        shape = (layout.num_layers, 2, layout.num_blocks, layout.num_kv_heads, units, unit_bytes // word.itemsize)
-        words = row.view(shape)
+        row = pool.view(-1).view(torch.uint8)[: layout.pool_bytes].view(word_of(layout, units))
+        words = row.view(layout.num_layers, 2, layout.num_blocks, layout.num_kv_heads, units, -1)
         if kv_slice is not None:
             layers = slice(kv_slice.layer_begin, kv_slice.layer_end)
             words = words[layers, :, :, kv_slice.head_begin : kv_slice.head_end]
-        return cls(words, unit_tokens)
+        return cls(words, layout.block_size // units)
+
+    @property
+    def word(self) -> torch.dtype:
+        return self.words.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    def take_blocks(self, layers: range, block_ids: Sequence[int], out: torch.Tensor) -> None:
+        """Copy these layers of these blocks, in their order, into `out` (contiguous uint8)."""
+        words = self.words[layers.start : layers.stop]
+        index = torch.tensor(block_ids, device=words.device)
+        shape = (len(layers), 2, len(block_ids), *words.shape[3:])
+        torch.index_select(words, 2, index, out=out.view(words.dtype).view(shape))
+
+    def put(self, layers: slice, at: Places, values: torch.Tensor) -> None:
+        """Write into these layers of the slice; `values` as `places.take` returns them."""
+        put(self.words[layers], at, values)
 
     def block_views(self) -> BlockViews:
         """Of every block, views that together cover the block, each small enough to be copied in one thread.
@@ -64,6 +80,12 @@ class PoolView:
     def block_bytes(self) -> int:
         """Bytes of one block over the slice's layers, K and V."""
         return self.words.shape[0] * self.layer_block_bytes
+
+
+def word_of(layout: KvLayout, units: int) -> torch.dtype:
+    """In what a pool is copied whose blocks are divided into units: the largest integers that fit."""
+    unit_bytes = layout.block_size // units * layout.head_dim * DTYPE_BYTES[layout.dtype]
+    return torch.int64 if unit_bytes % 8 == 0 else torch.int16
 
 
 class ChunkedBlocks:
@@ -135,12 +157,21 @@ class ChunkedBlocks:
             slots[0].zero_()
 
 
+class BlockSource(Protocol):
+    """A whole pool, of this process (`PoolView`) or of another host (`RemoteView`)."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def take_blocks(self, layers: range, block_ids: Sequence[int], out: torch.Tensor) -> None: ...
+
+
 class LeavingBlocks(ChunkedBlocks):
     """Blocks of one rank's pool with `layout`, in order, as they are sent. `part` None: all of them."""
 
     def __init__(
         self,
-        pool: torch.Tensor,
+        source: BlockSource,
         layout: KvLayout,
         block_ids: Sequence[int],
         num_tokens: int,
@@ -151,7 +182,7 @@ class LeavingBlocks(ChunkedBlocks):
         assert len(block_ids) == layout.blocks_for(num_tokens), "blocks of just these tokens"
         part = part or TransferChunk(range(layout.num_layers), range(len(block_ids)))
         super().__init__(part, layout, num_tokens, max_chunk_bytes, coder)
-        self._words = PoolView.over(pool, layout).words
+        self._source = source
         self._block_ids = block_ids
 
     def pack(self, chunk: TransferChunk, staging: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
@@ -168,26 +199,19 @@ class LeavingBlocks(ChunkedBlocks):
     def gather(self, chunk: TransferChunk, staging: torch.Tensor) -> torch.Tensor:
         """Copy a chunk into the front of `staging` (uint8) and return that part of it."""
         part = staging[: self.chunk_bytes(chunk)]
-        words = self._words[chunk.layers.start : chunk.layers.stop]
-        shape = (len(chunk.layers), 2, len(chunk.blocks), *words.shape[3:])
-        index = self._block_index[chunk.blocks.start : chunk.blocks.stop]
-        torch.index_select(words, 2, index, out=part.view(words.dtype).view(shape))
+        self._source.take_blocks(chunk.layers, self._block_ids[chunk.blocks.start : chunk.blocks.stop], part)
         return part
 
     def checksum(self) -> int:
         """CRC-32 of the tokens' bytes in memory, in the order in which the chunks are sent; see
         `clear_unused_slots`."""
-        staging = torch.empty(self.staging_bytes, dtype=torch.uint8, device=self._words.device)
+        staging = torch.empty(self.staging_bytes, dtype=torch.uint8, device=self._source.device)
         value = 0
         for chunk in self.chunks:
             part = self.gather(chunk, staging)
             self.clear_unused_slots(chunk, part)
             value = crc32(part, value)
         return value
-
-    @cached_property
-    def _block_index(self) -> torch.Tensor:
-        return torch.tensor(self._block_ids, device=self._words.device)
 
 
 def split_transfer(part: TransferChunk, layer_block_bytes: int, max_bytes: int) -> list[TransferChunk]:

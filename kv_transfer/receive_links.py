@@ -176,7 +176,8 @@ class ReceiveLinks:
         if self._transport is not None:
             return (self._transport,)
         by_group = self._groups.transport
-        return (Transport.SHARED_MEMORY, by_group) if by_group is Transport.GLOO else (by_group,)
+        can_map = by_group is Transport.GLOO and self._pools.are_here
+        return (Transport.SHARED_MEMORY, by_group) if can_map else (by_group,)
 
     def _link_ended(self, link: ReceiveLink) -> None:
         """The link's control stream has ended. The other side's memory must not stay mapped until the next fetch."""

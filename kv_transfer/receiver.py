@@ -28,6 +28,7 @@ from tandem.kv_transfer.incoming import IncomingKv
 from tandem.kv_transfer.link_totals import LinkTotals
 from tandem.kv_transfer.process_group_link import ProcessGroupLink
 from tandem.kv_transfer.receive_links import ReceiveLink, ReceiveLinks, parse_transport
+from tandem.kv_transfer.remote_pool import RemotePool
 from tandem.kv_transfer.shared_memory_link import SharedMemoryLink
 
 _log = logging.getLogger(__name__)
@@ -60,13 +61,14 @@ class KvReceiver:
     """The decode end of all links of an instance. Lives on the event loop; bytes move in the links' threads, for all
     ranks of the instance.
 
-    `pools`, one per rank, stay the caller's: contiguous, of any dtype, at least `layout.pool_of(rank).pool_bytes`.
+    `pools`, one per rank, stay the caller's. The first one is a tensor, as are all on this host: contiguous, of any
+    dtype, at least `layout.pool_of(rank).pool_bytes`.
     """
 
     def __init__(
         self,
         layout: KvLayout,
-        pools: Sequence[torch.Tensor],
+        pools: Sequence[torch.Tensor | RemotePool],
         instance_id: str,
         *,
         transport: Transport | str = "auto",

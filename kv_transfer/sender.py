@@ -34,6 +34,7 @@ from tandem.kv_transfer.link_totals import LinkTotals
 from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.process_group_link import ProcessGroupFactory, ProcessGroupLink
 from tandem.kv_transfer.process_groups import PREFILL_RANK
+from tandem.kv_transfer.remote_pool import RemotePool, view_over
 from tandem.kv_transfer.rendezvous import LocalRendezvousStore
 from tandem.kv_transfer.reshard import within
 
@@ -65,7 +66,7 @@ class KvSender:
     def __init__(
         self,
         layout: KvLayout,
-        pools: Sequence[SharedPool],
+        pools: Sequence[SharedPool | RemotePool],
         instance_id: str,
         config: LinkConfig | None = None,
         codes: KvCodes | None = None,
@@ -76,6 +77,7 @@ class KvSender:
         self._pools = pools
         self._instance_id = instance_id
         self._config = config or LinkConfig()
+        assert isinstance(pools[0], SharedPool), "the first pool is on this host"
         self._groups = ProcessGroupFactory(pools[0].tensor.device, self._config)
         self._links: dict[str, _SendLink] = {}
         self._totals = LinkTotals(self._config.max_links)
@@ -90,7 +92,7 @@ class KvSender:
         """
         if offer.fingerprint != self._layout.fingerprint:
             raise IncompatiblePeerError(LAYOUTS_DIFFER)
-        if not all(pool.tensor.numel() for pool in self._pools):
+        if any(pool.is_elsewhere for pool in self._pools):
             raise IncompatiblePeerError("KV does not move from an instance of several GPUs")
         possible = self._transports(offer)
         transport = next((transport for transport in offer.transports if transport in possible), None)
@@ -246,14 +248,15 @@ class KvSender:
         if not (0 <= layers.start < layers.stop and 0 <= blocks.start < blocks.stop and frontier.covers(grant.part)):
             raise TransferError("the grant is for KV that is not computed")
         part = TransferChunk(within(layers, self._layout.layers(grant.rank)), blocks)
-        pool, layout = self._pools[grant.rank].tensor, self._layout.pool_of(grant.rank)
+        pool, layout = self._pools[grant.rank], self._layout.pool_of(grant.rank)
         num_tokens = grant.num_tokens if isinstance(kv, ComputedKv) else kv.num_tokens
         coder = None if link.codec is KvCodec.NONE else BlockCoder(link.codec, layout, self._codes)
         if coder is None and isinstance(kv, ComputedKv):
             num_tokens = len(kv.block_ids) * layout.block_size  # an older reader does not tell
         if layout.blocks_for(num_tokens) != len(kv.block_ids):
             raise TransferError("the grant is for another number of tokens")
-        transfer = LeavingBlocks(pool, layout, kv.block_ids, num_tokens, grant.chunk_bytes, part, coder)
+        source = view_over(pool if isinstance(pool, RemotePool) else pool.tensor, layout)
+        transfer = LeavingBlocks(source, layout, kv.block_ids, num_tokens, grant.chunk_bytes, part, coder)
         if grant.total_bytes != transfer.wire_bytes:
             raise TransferError("the grant is not for exactly the bytes of its part")
         return transfer

@@ -144,6 +144,7 @@ class SharedMemoryLink:
         for read, targets in zip(plan.resharding.reads, plan.targets, strict=True):
             mapped = self._map_pool(reply, read.rank)
             for write, target in zip(read.writes, targets, strict=True):
+                assert isinstance(target, PoolView), "this link is not offered with ranks on other hosts"
                 layout, units = plan.source.pool_of(read.rank), plan.resharding.source_units
                 source = PoolView.over(mapped, layout, write.source, units)
                 blocks = None

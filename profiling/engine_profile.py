@@ -12,11 +12,13 @@ from statistics import median
 
 import torch
 
+from tandem.core.config import RanksSection
 from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.instance_section import EngineSection
 from tandem.core.request import SamplingParams
 from tandem.engine.engine import Engine
 from tandem.engine.step import SampleRequest, SequenceSlice
+from tandem.kv_transfer.pool import SharedPool
 from tandem.placement.costs.step_fit import Measurement
 from tandem.worker.engine_setup import load_worker_engine
 from tandem.worker.ranks.group import RankGroup
@@ -131,13 +133,16 @@ def following_cells(cells: Sequence[ProfileCell]) -> list[ProfileCell]:
 
 
 @contextmanager
-def open_profiler(model: Path, section: EngineSection) -> Iterator["EngineProfiler"]:
-    """Loads an instance's engine, with all its ranks, as a worker does. Raises CheckpointError, ConfigError or
-    RankLostError."""
+def open_profiler(
+    model: Path, section: EngineSection, hosts: RanksSection | None = None, token: str = ""
+) -> Iterator["EngineProfiler"]:
+    """Loads an instance's engine, with all its ranks, as a worker does. Ranks of other hosts, which know `token`, come
+    by themselves. Raises CheckpointError, ConfigError or RankLostError."""
     ranks = None
     with ExitStack() as resources:
         if section.shape.num_ranks > 1:
-            ranks = RankGroup(model, section, on_lost=lambda error: None)  # a step of the engine raises then
+            # When a rank is lost, a step of the engine raises.
+            ranks = RankGroup(model, section, lambda error: None, hosts, token)
             resources.callback(ranks.close)
             ranks.start()
         engine, pools = load_worker_engine(model, section, ranks)
@@ -146,7 +151,7 @@ def open_profiler(model: Path, section: EngineSection) -> Iterator["EngineProfil
         resources.callback(engine.close)
         # Values as after real prompts; this also touches every page.
         for rank, pool in enumerate(pools):
-            if len(pool.tensor):
+            if isinstance(pool, SharedPool) and len(pool.tensor):
                 for layer in pool.tensor.view(engine.pool.dtype).view(engine.layout.pool_of(rank).shape):
                     layer.copy_(torch.randn(layer.shape[1:]).expand(layer.shape))
         yield EngineProfiler(engine)

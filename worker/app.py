@@ -29,6 +29,7 @@ from tandem.engine.ops.piece_copy import native_copy_pieces
 from tandem.kv_transfer.config import LinkConfig
 from tandem.kv_transfer.pool import SharedPool
 from tandem.kv_transfer.receiver import KvReceiver
+from tandem.kv_transfer.remote_pool import RemotePool
 from tandem.kv_transfer.sender import KvSender
 from tandem.prefill_worker.held_kv import HeldKv, StageStep
 from tandem.v1 import transfer_pb2_grpc, worker_pb2_grpc
@@ -54,8 +55,8 @@ STAGES_IDLE_EVERY_S = 0.02
 
 
 class Worker:
-    """One instance: its only rank, or rank 0 with the other ranks as child processes. `start`, then `wait_closed`;
-    `drain_and_stop` ends it."""
+    """One instance: its only rank, or rank 0, which has the other ranks of its host as child processes and waits for
+    those of other hosts. `start`, then `wait_closed`; `drain_and_stop` ends it."""
 
     def __init__(self, config: WorkerConfig) -> None:
         """Raises ConfigError for a secret that cannot be read."""
@@ -89,7 +90,7 @@ class Worker:
         self._closed: asyncio.Future[None] | None = None
         self._ranks: RankGroup | None = None
         self._engine: Engine | None = None
-        self._pools: tuple[SharedPool, ...] = ()
+        self._pools: tuple[SharedPool | RemotePool, ...] = ()
         self._loop: InstanceLoop | None = None
         self._kv_events: KvEventPublisher | None = None
         self._sender: KvSender | None = None
@@ -109,6 +110,8 @@ class Worker:
                 self._config.model,
                 self._section.engine,
                 lambda error: _call_soon(loop, self._crashed, error),
+                self._config.ranks,
+                self._config.cluster_token or "",
             )
             self._ranks.start()
         try:
@@ -127,7 +130,7 @@ class Worker:
         self._sender = KvSender(self._engine.layout, self._pools, self.instance_id, links, codes)
         self._receiver = KvReceiver(
             self._engine.layout,
-            [pool.tensor for pool in self._pools],
+            [pool.tensor if isinstance(pool, SharedPool) else pool for pool in self._pools],
             self.instance_id,
             transport=section.transport,
             checksum=section.checksum,

@@ -12,6 +12,8 @@ from tandem.core.instance_section import EngineSection
 from tandem.engine.device import choose_device
 from tandem.engine.engine import Engine, load_engine
 from tandem.kv_transfer.pool import SharedPool
+from tandem.kv_transfer.remote_pool import RemotePool
+from tandem.worker.ranks.follower import loaded_rank
 from tandem.worker.ranks.group import RankGroup
 from tandem.worker.ranks.place import engine_config
 
@@ -20,24 +22,25 @@ log = logging.getLogger(__name__)
 
 def load_worker_engine(
     model: Path, section: EngineSection, ranks: RankGroup | None
-) -> tuple[Engine, tuple[SharedPool, ...]]:
-    """Load rank 0, wait for the other `ranks`, and warm up. Returns also the KV pools of all ranks; those of other
-    ranks' GPUs are `elsewhere`. Raises CheckpointError, ConfigError or RankLostError."""
-    pools: list[SharedPool] = []
-    config = engine_config(model, section)
+) -> tuple[Engine, tuple[SharedPool | RemotePool, ...]]:
+    """Load rank 0, wait for the other `ranks`, and warm up. Returns also the KV pools of all ranks, rank 0's first;
+    those of other ranks' GPUs are `elsewhere`. Raises CheckpointError, ConfigError or RankLostError."""
+    own: list[SharedPool] = []
+    config = engine_config(model, section) if ranks is None else ranks.engine_config()
 
     def allocate(device: torch.device, num_bytes: int) -> torch.Tensor:
-        pools.append(SharedPool.create(num_bytes, device))
-        return pools[0].tensor
+        own.append(SharedPool.create(num_bytes, device))
+        return own[0].tensor
 
     place = None if ranks is None else ranks.place()
     engine = load_engine(config, partial(allocate, choose_device(config.device)), place)
+    others: list[SharedPool | RemotePool] = []
     if ranks is not None:
-        ranks.wait_ready()
-        others = engine.layout.num_ranks - 1
-        pools += [SharedPool.elsewhere()] * others if engine.pool.is_cuda else ranks.map_pools(engine.layout)
+        ranks.wait_ready(loaded_rank(engine))
+        on_gpus = [SharedPool.elsewhere()] * (engine.layout.num_ranks - 1)
+        others += on_gpus if engine.pool.is_cuda else ranks.pools(engine.layout)
     engine.warm_up()
-    return engine, tuple(pools)
+    return engine, (*own, *others)
 
 
 def check_model_files(config: WorkerConfig, weights_hash: str) -> None:

@@ -1,4 +1,4 @@
-"""The life of an instance's process: load, serve, report, drain, end.
+"""The life of an instance's process, and of that of its ranks on another host: load, serve, report, drain, end.
 
 LOADING --start()--> READY --drain()--> DRAINING --no request left, or grace over--> stopped
                        |                   |
@@ -22,6 +22,7 @@ from tandem.core.instance_section import RoleName
 from tandem.core.log_lines import announce, configure_logging
 from tandem.worker.app import Worker
 from tandem.worker.openmp_files import remove_openmp_files
+from tandem.worker.ranks.host import RankHost
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,15 @@ def run_worker(config: WorkerConfig, grace_s: float, *, verbose: bool = False) -
     remove_openmp_files()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(Worker(config), grace_s))
+
+
+def run_ranks(config: WorkerConfig, grace_s: float) -> int:
+    """The ranks of the instance on one more host, until the instance ends. After SIGTERM or SIGINT that may take
+    `grace_s`. Returns the exit status. Raises a TandemError if they cannot join the instance."""
+    configure_logging(config.log_format, f"{config.name or config.role} ranks")
+    remove_openmp_files()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(RankHost(config), grace_s))
 
 
 def run_from_command_line(module: str, role: RoleName | None = None) -> int:
@@ -60,7 +70,7 @@ def run_from_command_line(module: str, role: RoleName | None = None) -> int:
         return 1
 
 
-async def _run(worker: Worker, grace_s: float) -> int:
+async def _run(worker: Worker | RankHost, grace_s: float) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):

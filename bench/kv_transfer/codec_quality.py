@@ -16,7 +16,7 @@ from tandem.core.kv_codec import KvCodec
 from tandem.core.kv_layout import KvLayout
 from tandem.kv_transfer.arrival import OwnPools, PairPlan
 from tandem.kv_transfer.block_coder import BlockCoder, KvCodes
-from tandem.kv_transfer.blocks import LeavingBlocks
+from tandem.kv_transfer.blocks import LeavingBlocks, PoolView
 
 _BLOCK_SIZE = 16
 _CHUNK_BYTES = 2 << 20
@@ -85,7 +85,8 @@ def sent_kv(kv: Tensor, codec: KvCodec, codes: KvCodes | None) -> tuple[Tensor, 
     pool = blocks.transpose(2, 3).contiguous()
     target = torch.zeros_like(pool)
     coder = None if codec is KvCodec.NONE else BlockCoder(codec, layout, codes)
-    leaving = LeavingBlocks(pool, layout, range(num_blocks), num_tokens, _CHUNK_BYTES, coder=coder)
+    source = PoolView.over(pool, layout)
+    leaving = LeavingBlocks(source, layout, range(num_blocks), num_tokens, _CHUNK_BYTES, coder=coder)
     plan = PairPlan.make(layout, OwnPools(layout, [target]), codec, codes)
     (arriving,) = plan.arriving(range(num_blocks), num_tokens, _CHUNK_BYTES)
     staging, sender_scratch, scratch = (torch.empty(leaving.staging_bytes, dtype=torch.uint8) for _ in range(3))

@@ -1,4 +1,5 @@
-"""A cluster on several hosts. The tests themselves are in `two_hosts.py`, `ray_hosts.py` and `cut_links.py`."""
+"""A cluster on several hosts. The tests themselves are in `two_hosts.py`, `ray_hosts.py`, `rank_hosts.py`
+and `cut_links.py`."""
 
 from pathlib import Path
 
@@ -11,6 +12,14 @@ FOLDER = Path(__file__).parent
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("file", "hosts"), [("two_hosts.py", "ab"), ("ray_hosts.py", "ab"), ("cut_links.py", "rab")])
+@pytest.mark.parametrize(
+    ("file", "hosts"),
+    [
+        ("two_hosts.py", "ab"),
+        ("ray_hosts.py", "ab"),
+        ("rank_hosts.py", "ab"),
+        ("cut_links.py", "rab"),
+    ],
+)
 def test_hosts(file: str, hosts: str) -> None:
     run_inside(FOLDER / file, hosts)

@@ -1,9 +1,11 @@
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -460,3 +462,31 @@ def test_text_that_looks_like_a_number_is_written_as_text(tmp_path: Path, text: 
     path = tmp_path / "text.yaml"
     path.write_text(dump_config(AnyValue(value=text)))
     assert load_config(path, AnyValue).value == text
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"ranks": {"listen": "10.0.0.1:80", "per_host": [1, 2]}}, "ranks.per_host: has 3 ranks, and an instance of"),
+        ({"ranks": {"listen": "0.0.0.0:80", "per_host": [1, 1]}}, "ranks.listen: is 0.0.0.0:80; other hosts connect"),
+        ({"ranks": {"listen": "10.0.0.1:0", "per_host": [1, 1]}}, "ranks.listen: is 10.0.0.1:0"),
+        ({"ranks": {"listen": "10.0.0.1:80", "per_host": [2]}}, "ranks.per_host"),
+        ({"cluster_token": None}, "ranks.listen: 10.0.0.1:80 can be reached"),
+        ({"instance": {"engine": {"pp": 2}, "transport": "shared_memory"}}, "instance.transport: is shared_memory"),
+    ],
+)
+def test_ranks_of_several_hosts_are_refused_where_they_cannot_meet(
+    changed: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    settings: dict[str, object] = {
+        "model": "/m",
+        "cluster_token": "s",
+        "instance": {"engine": {"pp": 2}},
+        "ranks": {"listen": "10.0.0.1:80", "per_host": [1, 1]},
+    }
+    path = tmp_path / "worker.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert load_config(path, WorkerConfig).ranks is not None
+    path.write_text(yaml.safe_dump(settings | changed))
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        load_config(path, WorkerConfig)

@@ -5,7 +5,7 @@ from itertools import chain
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.core.parallel import kv_heads_of, layers_of, query_heads_of
+from tandem.core.parallel import ParallelShape, RankHosts, kv_heads_of, layers_of, query_heads_of
 
 
 @given(kv_heads=st.integers(1, 9), shared_by=st.integers(1, 9), data=st.data())
@@ -34,3 +34,14 @@ def test_stages_are_consecutive_and_no_other_division_is_faster(
     slowest = max(*(len(stage) for stage in stages[:-1]), len(stages[-1]) + head_cost, 0)
     for last in range(1, layers - pp + 2 if pp > 1 else 1):
         assert slowest <= max(last + head_cost, -(-(layers - last) // (pp - 1)))
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_each_rank_is_on_one_host(per_host: list[int]) -> None:
+    hosts = RankHosts(ParallelShape(pp=sum(per_host)), tuple(per_host))
+    ranks = [list(hosts.ranks_of(host)) for host in range(len(per_host))]
+    assert list(chain.from_iterable(ranks)) == list(range(sum(per_host)))
+    for host, of_host in enumerate(ranks):
+        assert [hosts.host_of(rank) for rank in of_host] == [host] * len(of_host)
+        assert hosts.share_host(of_host)
+        assert hosts.share_host((0, of_host[-1])) == (host == 0)

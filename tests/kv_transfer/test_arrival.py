@@ -102,7 +102,8 @@ class Transfer:
         layout = self.source.pool_of(rank)
         coder = None if self.codec is KvCodec.NONE else BlockCoder(self.codec, layout)
         ids, num_tokens = self.their_ids, self.num_tokens
-        return LeavingBlocks(self.theirs[rank], layout, ids, num_tokens, max_chunk_bytes, coder=coder)
+        source = PoolView.over(self.theirs[rank], layout)
+        return LeavingBlocks(source, layout, ids, num_tokens, max_chunk_bytes, coder=coder)
 
     def checksums(self) -> list[tuple[int, int]]:
         """Of what the source has and of what has arrived, by rank of the source."""

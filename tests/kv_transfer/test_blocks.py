@@ -92,7 +92,7 @@ def test_big_blocks_are_cut_into_views() -> None:
 def test_checksum_sees_one_flipped_bit() -> None:
     layout = KvLayout(2, 16, 2, 4, 8, "bfloat16", "w")
     source, _ = pools(layout)
-    leaving = LeavingBlocks(source, layout, [1, 2, 3], 10, 100)  # the last block has two tokens
+    leaving = LeavingBlocks(PoolView.over(source, layout), layout, [1, 2, 3], 10, 100)  # the last block has two tokens
     before = leaving.checksum()
     source[(2 * layout.num_blocks + 2) * layout.segment_bytes + 5] ^= 1
     assert leaving.checksum() != before
@@ -101,7 +101,8 @@ def test_checksum_sees_one_flipped_bit() -> None:
 def test_checksum_leaves_out_what_comes_after_the_last_token() -> None:
     layout = KvLayout(2, 16, 2, 4, 8, "bfloat16", "w")
     source, _ = pools(layout)
-    leaving, longer = (LeavingBlocks(source, layout, [1, 2, 3], num_tokens, 100) for num_tokens in (10, 11))
+    view = PoolView.over(source, layout)
+    leaving, longer = (LeavingBlocks(view, layout, [1, 2, 3], num_tokens, 100) for num_tokens in (10, 11))
     before = leaving.checksum()
     shaped(source, layout).view(2, 2, 16, 2, 4, -1)[:, :, 3, :, 2:] ^= 1
     assert leaving.checksum() == before

@@ -42,7 +42,7 @@ def test_blocks_arrive_equal(ranks: list[NcclGroup]) -> None:
     target = torch.zeros(LAYOUT.pool_bytes, dtype=torch.uint8, device="cuda:1")
     from_view, to_view = (PoolView.over(pool, LAYOUT) for pool in (source, target))
     theirs, ours = [3, 9, 1, 60], [0, 63, 5, 6]
-    leaving = LeavingBlocks(source, LAYOUT, theirs, 4 * LAYOUT.block_size, 100_000)
+    leaving = LeavingBlocks(PoolView.over(source, LAYOUT), LAYOUT, theirs, 4 * LAYOUT.block_size, 100_000)
     (arriving,) = PairPlan.make(LAYOUT, OwnPools(LAYOUT, [target])).arriving(ours, 4 * LAYOUT.block_size, 100_000)
     sent: list[int] = []
 

@@ -29,6 +29,7 @@ from tandem.worker.engine_setup import load_worker_engine
 from tandem.worker.loop import InstanceLoop
 from tandem.worker.loop_messages import SendEvent, SubmitAttempt
 from tandem.worker.ranks import group
+from tandem.worker.ranks.follower import loaded_rank
 from tandem.worker.ranks.group import RankGroup
 from tests.engine.driver import Driver
 from tests.worker.loop_turn import turn
@@ -74,7 +75,8 @@ def running_ranks(
     if ranks is not None:
         ranks.start()
     try:
-        engine, pools = load_worker_engine(model, settings, ranks)
+        engine, all_pools = load_worker_engine(model, settings, ranks)
+        pools = [pool for pool in all_pools if isinstance(pool, SharedPool)]
         yield engine, pools, ranks
         engine.close()
         for pool in pools:
@@ -318,7 +320,7 @@ def test_a_damaged_step_ends_the_instance(damage: str, tmp_path: Path, monkeypat
             engine.step([SequenceSlice([1, 2, 3], 0, [1], request)])
         assert lost.wait(10)
         with pytest.raises(InternalError, match="step"):
-            ranks.wait_ready()
+            ranks.wait_ready(loaded_rank(engine))
         engine.close()
     finally:
         ranks.close()

@@ -1,130 +1,173 @@
-"""Rank 0's side of the other ranks of its instance: starts them, announces steps to them, and watches them.
+"""Rank 0's side of the other ranks of its instance: starts or awaits them, announces steps to them, and watches them.
 
-main thread   start() ...................................... close()
-loop thread   place(), [load], wait_ready(), map_pools(), announce(step)...
-watch thread  every frame of every rank; a rank that ends, fails or is silent -> waits end, on_lost(error), once
+    main thread   start() ...................................... close()
+    loop thread   place(), [load], wait_ready(), pools(), announce(step)...
+    watch thread  every frame of every rank; a rank that ends, fails or is silent -> waits end, on_lost(error), once
+
+The ranks of this host are child processes. Those of other hosts come by themselves (`worker.ranks.listener`); all ranks
+are told what to load when the last one is there.
 """
 
-import json
+import contextlib
 import logging
 import mmap
 import os
 import select
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tandem.core.address import split_address
+from tandem.core.config import RanksSection
 from tandem.core.errors import InternalError, TandemError
 from tandem.core.instance_section import EngineSection
 from tandem.core.kv_layout import KvLayout
-from tandem.core.log_lines import configured_format
+from tandem.core.parallel import RankHosts
 from tandem.engine.collectives.interface import RankLostError
 from tandem.engine.collectives.shared_memory import SharedRegion
+from tandem.engine.config import EngineConfig
 from tandem.engine.device import choose_device
 from tandem.engine.engine import RankPlace
 from tandem.engine.step import SequenceSlice
 from tandem.engine.step_bytes import encode_step
 from tandem.kv_transfer.pool import SharedPool, create_pool_file
-from tandem.worker.ranks.channel import FrameKind, RankChannel
+from tandem.kv_transfer.remote_pool import RemotePool
+from tandem.worker.ranks.channel import FrameKind, LoadedRank, RankAssignment, RankChannel, RankReport
+from tandem.worker.ranks.child import RankFiles, start_rank
 from tandem.worker.ranks.follower import ALIVE_EVERY_S
-from tandem.worker.ranks.place import MeetingPlace, engine_config
+from tandem.worker.ranks.listener import JoinedRank, RankListener
+from tandem.worker.ranks.peer import SILENT_S, STOPPED_S, RankPeer
+from tandem.worker.ranks.place import HostsMeetingPlace, MeetingPlace, engine_config
+from tandem.worker.ranks.remote_pool import RankPool
+from tandem.worker.ranks.store import RankStore
 
 log = logging.getLogger(__name__)
 
-# A rank counts as lost when its process is stopped and it is silent for so long, or when it is silent for longer: a
-# busy machine may leave a healthy process without a core for seconds.
-STOPPED_S = 1.0
-SILENT_S = 10.0
 _STOP_S = 5.0
+_TELL_EVERY_S = 30.0
 
 
 class RankGroup:
-    """The other ranks of an instance of several ranks, as child processes of this one."""
+    """The other ranks of an instance of several ranks."""
 
-    def __init__(self, model: Path, section: EngineSection, on_lost: Callable[[TandemError], None]) -> None:
-        """`on_lost` is called in the watch thread, at most once, when a rank is lost before `close`."""
+    def __init__(
+        self,
+        model: Path,
+        section: EngineSection,
+        on_lost: Callable[[TandemError], None],
+        ranks: RanksSection | None = None,
+        token: str = "",
+    ) -> None:
+        """`on_lost` is called in the watch thread, at most once, when a rank is lost before `close`. `ranks`: those of
+        other hosts, which know `token`; None: there are none."""
         self._model = model
         self._section = section
         self._on_lost = on_lost
-        self._channels: list[RankChannel] = []
+        self._hosts = RankHosts(section.shape, (section.shape.num_ranks,) if ranks is None else ranks.per_host)
+        self._address = "" if ranks is None else split_address(ranks.listen)[0]
+        self._listener: RankListener | None = None
+        if ranks is not None:
+            self._listener = RankListener(ranks.listen, token, self._hosts, self._host_joined, self._rank_joined)
+        self._store = RankStore(self._share)
+        self._peers: list[RankPeer] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._pool_fds: list[int] = []  # until `map_pools` takes them
+        self._pool_fds: dict[int, int] = {}  # of the ranks of this host, until `pools` takes them
+        self._remote_pools: dict[int, RankPool] = {}
         self._store_fd: int | None = None
-        self._meeting: MeetingPlace | None = None
+        self._region: SharedRegion | None = None
         self._watching: threading.Thread | None = None
         self._changed = threading.Condition()
-        self._num_ready = 0
+        self._is_assigned = False  # the ranks are being told what to load
+        self._is_complete = False  # they have been told
         self._lost: TandemError | None = None
         self._closing = False
 
     def start(self) -> None:
-        """Start the processes. On the main thread: the kernel ends them with the thread that started them."""
+        """Start the processes, and wait for other hosts from now on. On the main thread: the kernel ends the processes
+        with the thread that started them. Raises ConfigError."""
+        if self._listener is not None:
+            self._listener.start()
         shape = self._section.shape
         self._store_fd = MeetingPlace.create_store()
         region_fd = SharedRegion.create(shape)
         try:
-            self._meeting = MeetingPlace(shape, SharedRegion(region_fd, shape), self._store_fd)
-            for rank in range(1, shape.num_ranks):
+            self._region = SharedRegion(region_fd, shape)
+            for rank in self._hosts.ranks_of(0)[1:]:
                 self._start_rank(rank, region_fd, self._store_fd)
         finally:
             os.close(region_fd)
+        self._assign_when_complete()
         self._watching = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._watching.start()
+
+    def engine_config(self) -> EngineConfig:
+        """Of rank 0. Raises ConfigError."""
+        return engine_config(self._model, self._section, 0, self._hosts)
 
     def place(self) -> RankPlace:
         """This process's rank, 0. Blocks until the other ranks meet it, where that is necessary. Raises RankLostError
         or ConfigError."""
-        assert self._meeting is not None, "start first"
-        device = choose_device(engine_config(self._model, self._section).device)
-        return RankPlace(self._meeting.shape, 0, self._meeting.collectives(0, device), self.announce)
+        assert self._region is not None, "start first"
+        assert self._store_fd is not None
+        device = choose_device(self.engine_config().device)
+        self._wait_until(lambda: self._is_complete)
+        meeting: MeetingPlace | HostsMeetingPlace
+        if self._listener is None:
+            meeting = MeetingPlace(self._section.shape, self._region, self._store_fd)
+        else:
+            meeting = HostsMeetingPlace(self._hosts, self._region, self._store, self._address)
+        collectives = meeting.collectives(0, device)
+        return RankPlace(self._section.shape, 0, collectives, self.announce, hashes_files=True)
 
-    def wait_ready(self) -> None:
-        """Until all ranks have loaded. Raises the error of a rank that could not."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._lost is not None or self._num_ready == len(self._channels))
-            if self._lost is not None:
-                raise self._lost
+    def wait_ready(self, own: LoadedRank) -> None:
+        """Until all ranks have loaded. Raises the error of a rank that could not, or that has loaded something else
+        than rank 0, which has loaded `own`."""
+        ranks = [peer for peer in self._peers if peer.rank is not None]
+        self._wait_until(lambda: all(peer.loaded is not None for peer in ranks))
+        try:
+            for peer in ranks:
+                peer.check_alike(own, self._model)
+        except TandemError as error:
+            self._tell_hosts(error)
+            raise
 
-    def map_pools(self, layout: KvLayout) -> list[SharedPool]:
+    def pools(self, layout: KvLayout) -> list[SharedPool | RemotePool]:
         """After `wait_ready`, on a CPU: the KV pools of the other ranks, in their order, for this process to read and
         write. They are the caller's."""
-        pools: list[SharedPool] = []
-        while self._pool_fds:
-            nbytes = layout.pool_of(1 + len(pools)).pool_bytes
-            assert os.fstat(self._pool_fds[0]).st_size == nbytes, "all ranks divide the model in the same way"
-            pool = SharedPool.open(self._pool_fds.pop(0), nbytes)
-            pool.seal()  # the rank has mapped it, too
-            pool.tensor[:: mmap.PAGESIZE].zero_()  # it is empty yet; the first transfers need not wait for its pages
-            pools.append(pool)
-        return pools
+        return [
+            self._map_pool(rank, layout) if rank in self._pool_fds else self._remote_pools.pop(rank)
+            for rank in range(1, layout.num_ranks)
+        ]
 
     def later_stages(self) -> list[tuple[int, int]]:
-        """How far each stage after the first is: the step that it computes or computed last, and its layers of it."""
-        assert self._meeting is not None, "start first"
-        shape, region = self._section.shape, self._meeting.region
-        return [region.reported(stage * shape.tp) for stage in range(1, shape.pp)]
+        """How far each stage after the first is: the last step with a prompt that it computes or has computed, and its
+        layers of it."""
+        assert self._region is not None, "start first"
+        shape = self._section.shape
+        return [self._region.reported(stage * shape.tp) for stage in range(1, shape.pp)]
 
     def announce(self, number: int, slices: Sequence[SequenceSlice]) -> None:
         """Tell the other ranks to compute a step. Raises RankLostError."""
         data = encode_step(number, slices)
         try:
-            for channel in self._channels:
-                channel.send(FrameKind.STEP, data)
+            self._send_to_ranks(FrameKind.STEP, data)
         except OSError as error:
             raise RankLostError("another rank of the instance is gone") from error
 
     def close(self) -> None:
         """End the other ranks, which are between two steps; those that do not end by themselves are killed."""
         self._closing = True
-        for channel in self._channels:
+        if self._listener is not None:
+            self._listener.close()
+        self._store.close()
+        for peer in list(self._peers):
             try:
-                channel.send(FrameKind.STOP)
+                peer.channel.send(FrameKind.STOP)
             except OSError:
-                log.debug("a rank ended before it was told to")
+                log.debug("%s ended before it was told to", peer.name)
         until_s = time.monotonic() + _STOP_S
         for process in self._processes:
             try:
@@ -133,45 +176,102 @@ class RankGroup:
                 process.kill()
                 process.wait()
         if self._watching is not None:
-            self._watching.join()
-        for channel in self._channels:
-            channel.close()
-        for fd in self._pool_fds:
+            self._watching.join(max(0.0, until_s - time.monotonic()))
+        for peer in self._peers:
+            peer.channel.close()
+        for pool in self._remote_pools.values():
+            pool.close()
+        for fd in self._pool_fds.values():
             os.close(fd)
+        self._remote_pools.clear()
         self._pool_fds.clear()
         if self._store_fd is not None:
             os.close(self._store_fd)
             self._store_fd = None
 
+    # --- ranks come --------------------------------------------------------------------------------------------------
+
     def _start_rank(self, rank: int, region_fd: int, store_fd: int) -> None:
         ours, theirs = socket.socketpair()
+        pool_fd = self._pool_fds[rank] = create_pool_file()
         with theirs:
-            command = [sys.executable, "-P", "-m", "tandem.worker.ranks.follower"]
-            self._pool_fds.append(create_pool_file())
-            fds = (theirs.fileno(), region_fd, store_fd, self._pool_fds[-1])
-            path = os.pathsep.join(path for path in sys.path if path)
-            process = subprocess.Popen(
-                [*command, *map(str, fds), str(os.getpid()), configured_format()],
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": path},
-            )
+            files = RankFiles(str(self._model), theirs.fileno(), region_fd, pool_fd, store=store_fd)
+            process = start_rank(files)
         self._processes.append(process)
-        channel = RankChannel(ours)
-        self._channels.append(channel)
-        fields = {
-            "rank": rank,
-            "model": str(self._model),
-            "engine": self._section.model_dump(mode="json"),
-        }
-        channel.send(FrameKind.ASSIGN, json.dumps(fields).encode())
+        self._add(RankPeer(RankChannel(ours), f"rank {rank}", rank, process.pid, self._address))
 
-    # --- in the watch thread ---
+    def _host_joined(self, channel: RankChannel, address: str) -> None:
+        self._add(RankPeer(channel, f"host {address}"))
+
+    def _rank_joined(self, joined: JoinedRank) -> None:
+        self._remote_pools[joined.rank] = RankPool(joined.kv, joined.rank)
+        self._add(RankPeer(joined.channel, f"rank {joined.rank} on {joined.host}", joined.rank, address=joined.host))
+        self._assign_when_complete()
+
+    def _add(self, peer: RankPeer) -> None:
+        with self._changed:
+            self._peers = sorted([*self._peers, peer], key=lambda other: other.rank or 0)
+
+    def _assign_when_complete(self) -> None:
+        """Tell all ranks what to load, once they are all there: what one of them shares then reaches all others."""
+        with self._changed:
+            ranks = [peer for peer in self._peers if peer.rank is not None]
+            if self._is_assigned or len(ranks) < self._section.shape.num_ranks - 1:
+                return
+            self._is_assigned = True
+        per_host = () if self._listener is None else self._hosts.per_host
+        for peer in ranks:
+            assert peer.rank is not None
+            assignment = RankAssignment(peer.rank, self._section, per_host, peer.address)
+            try:
+                peer.channel.send(FrameKind.ASSIGN, assignment.to_bytes())
+            except OSError:
+                log.debug("%s is gone already", peer.name)  # as the watch thread finds
+        with self._changed:
+            self._is_complete = True
+            self._changed.notify_all()
+
+    def _wait_until(self, has_come: Callable[[], bool]) -> None:
+        """Raises the error with which a rank was lost."""
+        with self._changed:
+            while not self._changed.wait_for(lambda: self._lost is not None or has_come(), _TELL_EVERY_S):
+                missing = [peer.name for peer in self._peers if peer.rank is not None and peer.loaded is None]
+                log.info("waiting for ranks; those that are there and load: %s", ", ".join(missing) or "none")
+            if self._lost is not None:
+                raise self._lost
+
+    def _map_pool(self, rank: int, layout: KvLayout) -> SharedPool:
+        fd, nbytes = self._pool_fds.pop(rank), layout.pool_of(rank).pool_bytes
+        assert os.fstat(fd).st_size == nbytes, "all ranks divide the model in the same way"
+        pool = SharedPool.open(fd, nbytes)
+        pool.seal()  # the rank has mapped it, too
+        pool.tensor[:: mmap.PAGESIZE].zero_()  # it is empty yet; the first transfers need not wait for its pages
+        return pool
+
+    def _tell_hosts(self, error: TandemError) -> None:
+        """Why this instance ends."""
+        for peer in self._peers:
+            if peer.rank is None:
+                with contextlib.suppress(OSError):
+                    peer.channel.send(FrameKind.FAILED, error.message.encode())
+
+    def _share(self, value: bytes) -> None:
+        """A value of rank 0's, for `RankStore`."""
+        self._send_to_ranks(FrameKind.SHARE, value)
+
+    def _send_to_ranks(self, kind: FrameKind, data: bytes, but: RankPeer | None = None) -> None:
+        for peer in self._peers:
+            if peer.rank is not None and peer is not but:
+                peer.channel.send(kind, data)
+
+    # --- in the watch thread -----------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         try:
             error = self._watch_frames()
         except Exception as failure:
+            if self._closing:  # which closes what is watched
+                return
             log.exception("the watch over the other ranks failed")
             error = InternalError(f"the watch over the other ranks failed ({type(failure).__name__})")
         if error is not None:
@@ -179,57 +279,57 @@ class RankGroup:
 
     def _watch_frames(self) -> TandemError | None:
         """Until a rank is lost, which is the result, or all have ended. A rank that loads may be silent."""
-        heard_s: dict[RankChannel, float] = {}  # of ranks that have loaded
-        open_channels = list(self._channels)
+        ended: set[RankPeer] = set()
         looked_s = time.monotonic()
-        while open_channels:
-            readable, _, _ = select.select(open_channels, (), (), ALIVE_EVERY_S)
+        while True:
+            peers = {peer.channel: peer for peer in self._peers if peer not in ended}
+            if self._closing and not peers:
+                return None
+            readable, _, _ = select.select(peers, (), (), ALIVE_EVERY_S)
             now_s = time.monotonic()
-            if now_s - looked_s > STOPPED_S / 2:  # this process was stopped itself, or had no core
-                heard_s = dict.fromkeys(heard_s, now_s)
+            was_late = now_s - looked_s > STOPPED_S / 2  # this process was stopped itself, or had no core
             looked_s = now_s
-            for channel in readable:
-                rank = self._channels.index(channel) + 1
+            for peer in peers.values():
+                if was_late and peer.heard_s is not None:
+                    peer.heard_s = now_s
+            for peer in (peers[channel] for channel in readable):
                 try:
-                    kind, payload = channel.receive()
+                    kind, payload = peer.channel.receive()
                 except (EOFError, TandemError):
-                    open_channels.remove(channel)
+                    ended.add(peer)
                     if self._closing:
                         continue
-                    return RankLostError(f"rank {rank} of the instance has ended")
+                    return RankLostError(f"{peer.name} of the instance has ended, or cannot be reached")
                 if kind is FrameKind.FAILED:
-                    return InternalError(f"rank {rank}: {payload.decode(errors='replace')}")
-                heard_s[channel] = now_s
-                if kind is FrameKind.READY:
-                    with self._changed:
-                        self._num_ready += 1
-                        self._changed.notify_all()
-            for channel, heard in heard_s.items():
-                if channel in open_channels and not self._closing and self._is_lost(channel, now_s - heard):
-                    rank = self._channels.index(channel) + 1
-                    return RankLostError(f"rank {rank} of the instance is silent for {now_s - heard:.1f} s")
-        return None
+                    return InternalError(f"{peer.name}: {payload.decode(errors='replace')}")
+                self._take_frame(peer, kind, payload, now_s)
+            for peer in peers.values():
+                if peer not in ended and not self._closing and peer.is_lost(now_s):
+                    return RankLostError(f"{peer.name} of the instance is silent for {SILENT_S:.0f} s, or stopped")
 
-    def _is_lost(self, channel: RankChannel, silent_s: float) -> bool:
-        if silent_s < STOPPED_S:
-            return False
-        process = self._processes[self._channels.index(channel)]
-        return silent_s > SILENT_S or _is_stopped(process.pid)
+    def _take_frame(self, peer: RankPeer, kind: FrameKind, payload: bytes, now_s: float) -> None:
+        if kind is FrameKind.SHARE:
+            self._store.put(payload)
+            self._send_to_ranks(FrameKind.SHARE, payload, but=peer)
+            return
+        peer.heard_s = now_s
+        if kind is FrameKind.REPORT:
+            report = RankReport.from_bytes(payload)
+            assert self._region is not None
+            assert peer.rank is not None
+            self._region.report(peer.rank, report.step, report.layers)
+        if kind is FrameKind.READY:
+            with self._changed:
+                peer.loaded = LoadedRank.from_bytes(payload)
+                self._changed.notify_all()
 
     def _lose(self, error: TandemError) -> None:
         log.critical("%s", error.message)
-        assert self._meeting is not None
-        self._meeting.region.abort()
+        self._tell_hosts(error)
+        assert self._region is not None
+        self._region.abort()
+        self._store.close()
         with self._changed:
             self._lost = error
             self._changed.notify_all()
         self._on_lost(error)
-
-
-def _is_stopped(pid: int) -> bool:
-    """By a signal, or by a debugger. False for a process that has ended."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] in "Tt"

@@ -1,0 +1,61 @@
+"""A rank as a child process of the process that has its host's ranks: rank 0, or `tandem ranks` on another host."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tandem.core.log_lines import configured_format
+from tandem.core.parent_process import end_with_parent
+
+_ADOPTION_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankFiles:
+    """What a rank has from its parent: the folder of the model, and descriptors. `channel` is the connection to rank 0,
+    `region` the memory that the ranks of its host share, and `pool` the file of its KV pool. On the host of rank 0 also
+    `store`, which is that of `MeetingPlace`; on other hosts `kv`, the connection over which rank 0 reads and writes KV
+    there."""
+
+    model: str
+    channel: int
+    region: int
+    pool: int
+    store: int | None = None
+    kv: int | None = None
+
+    @property
+    def fds(self) -> list[int]:
+        return [fd for fd in (self.channel, self.region, self.pool, self.store, self.kv) if fd is not None]
+
+
+def start_rank(files: RankFiles) -> subprocess.Popen[bytes]:
+    """On the main thread: the kernel ends the rank with the thread that started it."""
+    fields = {"files": asdict(files), "parent": os.getpid(), "log_format": configured_format()}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "tandem.worker.ranks.follower", json.dumps(fields)],
+        pass_fds=files.fds,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+
+
+def be_a_rank(argument: str) -> tuple[RankFiles, str] | None:
+    """In the child: what it has, and the format of its log lines. From then on it ends with its parent; None if that
+    has ended already."""
+    fields = json.loads(argument)
+    if not end_with_parent(fields["parent"], _ADOPTION_S):
+        return None
+    return RankFiles(**fields["files"]), fields["log_format"]
+
+
+def is_stopped(pid: int) -> bool:
+    """By a signal, or by a debugger. False for a process that has ended."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] in "Tt"
