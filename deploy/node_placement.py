@@ -1,7 +1,8 @@
 """Chooses a node of a Ray cluster for each process. Ray is not asked here: its nodes come in as values.
 
 A process of a plan goes to the node that stands for the plan's node; each of the plan's nodes has a node of its own.
-Every other process, and one whose node is gone, goes to the node with the least load that has room.
+Every other process, and one whose node is gone, goes to the node with the least load that has room. An instance of
+several ranks that no node has room for goes to several.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,12 +50,17 @@ def machine_of(nodes: Sequence[Node]) -> Machine:
     return Machine(max(cores, 1), gpus, max(len(nodes), 1))
 
 
-def bundle_of(spec: ProcessSpec) -> Bundle:
-    """What an instance needs: GPUs, or the cores of an instance on CPUs whose number is a setting; and what its
-    settings name."""
+def num_ranks_of(spec: ProcessSpec) -> int:
+    return spec.config.instance.engine.shape.num_ranks if isinstance(spec.config, WorkerConfig) else 1
+
+
+def bundle_of(spec: ProcessSpec, num_ranks: int | None = None) -> Bundle:
+    """What an instance, or so many of its ranks, need: GPUs, or the cores of an instance on CPUs whose number is a
+    setting; and what its settings name, on each of its nodes."""
     assert isinstance(spec.config, WorkerConfig), "a router needs no resources"
-    cores = _ANY_CORE if spec.shares_cores else float(spec.threads)
-    return ({"GPU": spec.gpus} if spec.gpus else {"CPU": cores}) | dict(spec.config.instance.ray_resources)
+    share = 1.0 if num_ranks is None else num_ranks / num_ranks_of(spec)
+    cores = _ANY_CORE if spec.shares_cores else spec.threads * share
+    return ({"GPU": spec.gpus * share} if spec.gpus else {"CPU": cores}) | dict(spec.config.instance.ray_resources)
 
 
 class NodePlacement:
@@ -64,7 +70,7 @@ class NodePlacement:
     def __init__(self, planned: Callable[[], PlannedNodes] = PlannedNodes) -> None:
         self._planned = planned
         self._stands_for: dict[str, str] = {}  # the plan's node -> node id
-        self._placed: dict[str, tuple[str, Bundle]] = {}  # process -> node id, what it needs
+        self._placed: dict[str, list[tuple[str, Bundle]]] = {}  # process -> node ids, and what it needs there
 
     def choose(self, spec: ProcessSpec, nodes: Sequence[Node]) -> Node:
         """Raises UnavailableError if no node has room."""
@@ -77,12 +83,29 @@ class NodePlacement:
         chosen = planned if planned in fitting else None
         if chosen is None:
             chosen = min(fitting, key=lambda node: self._load(node, "GPU" in bundle))
-        self.put(spec, chosen.node_id)
+        self.put(spec, [chosen.node_id])
         return chosen
 
-    def put(self, spec: ProcessSpec, node_id: str) -> None:
-        """The instance is there, whatever was chosen."""
-        self._placed[spec.name] = (node_id, bundle_of(spec))
+    def spread(self, spec: ProcessSpec, nodes: Sequence[Node]) -> tuple[int, ...]:
+        """For an instance that no node has room for: the numbers of its ranks on as few nodes as possible. Raises
+        UnavailableError if all nodes together have no room."""
+        fitting = sorted(((self._num_fitting(spec, node), node) for node in nodes), key=lambda found: -found[0])
+        left, seats = num_ranks_of(spec), list[tuple[int, Node]]()
+        for fits, node in fitting:
+            if (number := min(fits, left)) > 0:
+                seats.append((number, node))
+                left -= number
+        if left:
+            raise no_room(spec)
+        self._placed[spec.name] = [(node.node_id, bundle_of(spec, number)) for number, node in seats]
+        return tuple(number for number, _ in seats)
+
+    def put(self, spec: ProcessSpec, node_ids: Sequence[str], per_node: Sequence[int] = ()) -> None:
+        """The instance is there, whatever was chosen; on several nodes with so many ranks on each."""
+        numbers = per_node or (None,)
+        self._placed[spec.name] = [
+            (node_id, bundle_of(spec, number)) for node_id, number in zip(node_ids, numbers, strict=True)
+        ]
 
     def release(self, name: str) -> None:
         self._placed.pop(name, None)
@@ -90,9 +113,9 @@ class NodePlacement:
     def misplaced(self, nodes: Sequence[Node]) -> tuple[str, ...]:
         """Processes that could be on the node of their plan, all of them together, and are not."""
         planned, found = self._planned().of_process, dict[str, tuple[str, Bundle]]()
-        for name, (node_id, bundle) in self._placed.items():
+        for name, ((node_id, bundle), *others) in self._placed.items():
             node = self._node_for(planned[name], nodes) if name in planned else None
-            if node is None or node.node_id == node_id:
+            if node is None or node.node_id == node_id or others:
                 continue
             coming = [other for there, other in found.values() if there == node.node_id]
             if self._has_room(node, bundle, coming):
@@ -100,7 +123,12 @@ class NodePlacement:
         return tuple(found)
 
     def _there(self, node: Node) -> list[Bundle]:
-        return [bundle for node_id, bundle in self._placed.values() if node_id == node.node_id]
+        return [bundle for seats in self._placed.values() for node_id, bundle in seats if node_id == node.node_id]
+
+    def _num_fitting(self, spec: ProcessSpec, node: Node) -> int:
+        """How many of the instance's ranks the node has room for."""
+        numbers = range(num_ranks_of(spec), 0, -1)
+        return next((number for number in numbers if self._has_room(node, bundle_of(spec, number))), 0)
 
     def _has_room(self, node: Node, bundle: Bundle, coming: Sequence[Bundle] = ()) -> bool:
         there = [*self._there(node), *coming]

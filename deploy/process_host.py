@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from dataclasses import dataclass, replace
 
 from tandem.core.address import advertised, is_loopback
@@ -24,7 +25,7 @@ from tandem.deploy.ray_cluster import import_ray
 from tandem.deploy.run_state import StateFolders
 from tandem.deploy.running_process import ProcessEnd, ProcessInfo, RunningProcess
 from tandem.deploy.supervisor import wait_end
-from tandem.deploy.topology import ProcessSpec
+from tandem.deploy.topology import RANKS_ENTRY, ProcessSpec
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,11 @@ class ProcessHost:
         self._end: asyncio.Task[ProcessEnd] | None = None
         self._logs: asyncio.Task[None] | None = None
 
+    async def find_address(self) -> str:
+        """Of this host, with a port that is free now."""
+        with socket.create_server((self._host, 0)) as probe:
+            return advertised(f"0.0.0.0:{probe.getsockname()[1]}", self._host)
+
     async def start(self, spec: ProcessSpec, model_hash: str | None) -> HostReport:
         """Returns when the process is ready, or could not be started. `model_hash`: of the cluster's model files, where
         `spec` names none."""
@@ -91,7 +97,9 @@ class ProcessHost:
             return replace(self._report, error_code=error.code, error_message=error.message)
         self.spec, self._process = spec, process
         self._report = replace(self._report, info=process.info)
-        self._end = asyncio.create_task(wait_end(here, process, watch_health(SystemClock())), name="end")
+        # Ranks of an instance whose rank 0 is elsewhere have no port: rank 0 watches them.
+        watch = None if spec.entry == RANKS_ENTRY else watch_health(SystemClock())
+        self._end = asyncio.create_task(wait_end(here, process, watch), name="end")
         self._logs = asyncio.create_task(launcher.bound_logs(), name="care for logs")
         return self._report
 

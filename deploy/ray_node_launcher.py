@@ -1,10 +1,11 @@
 """Starts processes on the nodes of a Ray cluster that others have started.
 
-For each instance Ray holds a placement group of one bundle, so an instance is on one node; in the bundle is an actor,
-the parent of the process (`deploy.process_host`). Ray supervises nothing: an actor that has ended is not started again,
-and the controller replaces the instance as a whole, where there is room.
+For each instance Ray holds a placement group of one bundle, and in the bundle is an actor, the parent of the process
+(`deploy.process_host`). An instance of several ranks that no node has room for has a bundle on each of several nodes:
+rank 0's process is in the first one, the ranks of other nodes join it (`worker.ranks`). Ray supervises nothing: an
+actor that has ended is not started again, and the controller replaces the instance as a whole, where there is room.
 
-    launch: choose a node -> placement group there -> actor in it -> process ready
+    launch: choose nodes -> placement group there -> an actor in each bundle -> process ready
     the node dies, or does not answer for `UNREACHABLE_S` -> the process has ended
 
 A node that is cut off goes on computing. When Ray sees it again, Ray ends its actors, which the controller has killed.
@@ -14,30 +15,30 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tandem.core.clock import Clock
-from tandem.core.config import WorkerConfig
-from tandem.core.errors import NotFoundError, UnavailableError, error_from_code
+from tandem.core.config import RanksSection, WorkerConfig
+from tandem.core.errors import NotFoundError, TandemError, UnavailableError, error_from_code
 from tandem.deploy.log_file import LogPart, follow_log
 from tandem.deploy.model_folder import hash_of_model
-from tandem.deploy.node_placement import Node, NodePlacement, bundle_of, no_room
+from tandem.deploy.node_placement import Node, NodePlacement, bundle_of, no_room, num_ranks_of
 from tandem.deploy.process_host import HostReport, HostSettings, ProcessHost, read_log_here
-from tandem.deploy.running_process import ProcessEnd, ProcessInfo, RunningProcess
-from tandem.deploy.topology import ProcessRole, ProcessSpec
+from tandem.deploy.ray_node_process import RayProcess, first_line
+from tandem.deploy.running_process import RunningProcess
+from tandem.deploy.topology import RANKS_ENTRY, ProcessRole, ProcessSpec
 
 log = logging.getLogger(__name__)
 
 NAMESPACE = "tandem"
-UNREACHABLE_S = 15.0  # Ray itself gives a node that was cut off up a minute later
 _PLACEMENT_S = 30
-_SIGN_PERIOD_S = 1.0
 _CALL_S = 5.0
+_RANKS = "/ranks-"  # in the name of an actor, after that of rank 0's: it is the parent of ranks on another node
 _MARGIN_S = 60.0  # beyond load_timeout_s: Ray starts the actor before it starts the process
 
 
@@ -48,10 +49,11 @@ def living_nodes(ray: ModuleType) -> list[Node]:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What Ray holds for a process. `group` is None for a router, which needs no resources."""
+    """What Ray holds for a process. `hosts` are its parent and those of its ranks on other nodes. `group` is None for a
+    router, which needs no resources."""
 
-    host: Any
-    group: Any
+    hosts: tuple[Any, ...] = ()
+    group: Any = None
 
 
 class RayNodeLauncher:
@@ -87,34 +89,46 @@ class RayNodeLauncher:
         """What an earlier controller has left; `launch` takes each back instead of starting it. What was not ready yet
         is ended."""
         prefix = f"{self._cluster}/"
-        for actor in self._ray.util.list_named_actors(all_namespaces=True):
-            if actor["namespace"] != NAMESPACE or not actor["name"].startswith(prefix):
-                continue
-            held = self._held_of(actor["name"])
-            if held is None:
-                continue
-            spec, report = None, None
-            with contextlib.suppress(self._ray.exceptions.RayError, TimeoutError):
-                async with asyncio.timeout(_CALL_S):
-                    spec, report = await held.host.describe.remote()
-            if spec is None or report is None or spec.name in self._left:
+        actors = self._ray.util.list_named_actors(all_namespaces=True)
+        names = sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
+        for key in dict.fromkeys(name.partition(_RANKS)[0] for name in names if name.startswith(prefix)):
+            hosts = [self._actor(name) for name in names if name == key or name.startswith(key + _RANKS)]
+            held = _Held(tuple(host for host in hosts if host is not None), self._group(key))
+            described = await self._describe(held)
+            if described is None or described[0].name in self._left:
                 self._let_go(held)
                 continue
-            if spec.role is not ProcessRole.ROUTER:
-                self._placement.put(spec, report.node_id)
-            self._left[spec.name] = (spec, report, held)
-            self._ran_on[spec.name] = report.node_id
+            spec, reports = described
+            self._is_on(spec, reports)
+            self._left[spec.name] = (_without_ranks(spec), reports[0], held)
         return [spec for spec, _, _ in self._left.values()]
 
-    def _held_of(self, key: str) -> _Held | None:
+    def _actor(self, name: str) -> Any:
+        """None if it has just ended."""
         try:
-            host = self._ray.get_actor(key, namespace=NAMESPACE)
-        except ValueError:  # it has just ended
+            return self._ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
             return None
-        group = None
-        with contextlib.suppress(ValueError):  # a router has none
-            group = self._ray.util.get_placement_group(key)
-        return _Held(host, group)
+
+    def _group(self, key: str) -> Any:
+        """None for a router."""
+        try:
+            return self._ray.util.get_placement_group(key)
+        except ValueError:
+            return None
+
+    async def _describe(self, held: _Held) -> tuple[ProcessSpec, list[HostReport]] | None:
+        """What runs there, and the reports of its nodes; None unless all of it runs."""
+        reports, leading = [], None
+        with contextlib.suppress(self._ray.exceptions.RayError, TimeoutError):
+            async with asyncio.timeout(_CALL_S):
+                for host in held.hosts:
+                    spec, report = await host.describe.remote()
+                    reports.append(report)
+                    leading = leading or spec
+        if leading is None or leading.entry == RANKS_ENTRY or len(reports) != len(_per_node(leading) or (1,)):
+            return None
+        return leading, reports
 
     async def find_misplaced(self) -> tuple[str, ...]:
         """Processes that are not on the node of their plan, which could take them: it was away when they started."""
@@ -127,42 +141,81 @@ class RayNodeLauncher:
         within `load_timeout_s`."""
         if (left := self._left.pop(spec.name, None)) is not None:
             return self._running(*left)
-        held = _Held(None, None)
+        held = _Held()
         report: HostReport | None = None
         try:
             async with asyncio.timeout(self._settings.load_timeout_s + _MARGIN_S):
                 key = f"{self._cluster}/{spec.name}/{secrets.token_hex(4)}"
                 model_hash = await self._hash_for(spec)
-                held = _Held(None, await self._reserve(key, spec))
-                held = _Held(self._start_host(key, spec, held.group), held.group)
-                report = await held.host.start.remote(spec, model_hash)
-                self._ran_on[spec.name] = report.node_id
+                group, per_node = await self._reserve(key, spec)
+                held = _Held((), group)
+                held = _Held(self._start_hosts(key, spec, group, per_node), group)
+                report = await self._start(spec, held, per_node, model_hash)
         except TimeoutError as error:
             raise UnavailableError(f"{spec.name} was not ready in time on the Ray cluster") from error
         except self._ray.exceptions.RayError as error:
-            raise UnavailableError(f"{spec.name} could not be started by Ray ({_first_line(error)})") from error
+            raise UnavailableError(f"{spec.name} could not be started by Ray ({first_line(error)})") from error
         finally:
             if report is None or report.info is None:
                 self._release(spec, held)
         if report.info is None:
-            raise error_from_code(report.error_code, f"on {report.host}: {report.error_message}")
-        if spec.role is not ProcessRole.ROUTER:
-            self._placement.put(spec, report.node_id)
+            raise _error_of(report)
         return self._running(spec, report, held)
 
-    async def _reserve(self, key: str, spec: ProcessSpec) -> Any:
-        """A placement group for the instance, on the chosen node if Ray has room there; None for a router. Raises
-        UnavailableError."""
+    async def _start(
+        self, spec: ProcessSpec, held: _Held, per_node: tuple[int, ...], model_hash: str | None
+    ) -> HostReport:
+        """The report of rank 0's host. Raises the error of another one."""
+        if not per_node:
+            report: HostReport = await held.hosts[0].start.remote(spec, model_hash)
+            self._is_on(spec, [report])
+            return report
+        assert isinstance(spec.config, WorkerConfig), "a router has no ranks"
+        section = RanksSection(listen=await held.hosts[0].find_address.remote(), per_host=per_node)
+        spec = replace(spec, config=spec.config.model_copy(update={"ranks": section}))
+        leading = asyncio.ensure_future(_result(held.hosts[0].start.remote(spec, model_hash)))
+        ranks = replace(spec, entry=RANKS_ENTRY)
+        joining = asyncio.gather(*(_start_ranks(host, ranks) for host in held.hosts[1:]))
+        try:
+            await asyncio.wait((leading, joining), return_when=asyncio.FIRST_COMPLETED)
+            if leading.done() and leading.result().info is None:  # then nobody can join it
+                return leading.result()
+            others = await joining
+            report = await leading
+        finally:
+            for task in (leading, joining):
+                task.cancel()
+            await asyncio.gather(leading, joining, return_exceptions=True)
+        self._is_on(spec, [report, *others])
+        return report
+
+    def _is_on(self, spec: ProcessSpec, reports: Sequence[HostReport]) -> None:
+        self._ran_on[spec.name] = reports[0].node_id
+        if spec.role is not ProcessRole.ROUTER:
+            self._placement.put(spec, [report.node_id for report in reports], _per_node(spec))
+
+    async def _reserve(self, key: str, spec: ProcessSpec) -> tuple[Any, tuple[int, ...]]:
+        """A placement group for the instance, on the chosen node if Ray has room there, or on several nodes, with the
+        numbers of its ranks on each; None for a router. Raises UnavailableError."""
         if spec.role is ProcessRole.ROUTER:
-            return None
+            return None, ()
+        per_node: tuple[int, ...] = ()
+        node_id = None
         async with self._turn:  # in the order of the processes, so that equal clusters are placed equally
-            node = self._placement.choose(spec, await asyncio.to_thread(living_nodes, self._ray))
+            nodes = await asyncio.to_thread(living_nodes, self._ray)
+            try:
+                node_id = self._placement.choose(spec, nodes).node_id
+            except UnavailableError:
+                if num_ranks_of(spec) == 1:
+                    raise
+                per_node = self._placement.spread(spec, nodes)
+        bundles = [dict(bundle_of(spec, number)) for number in per_node or (None,)]
         group = self._ray.util.placement_group(
-            [dict(bundle_of(spec))],
-            strategy="STRICT_PACK",
+            bundles,
+            strategy="STRICT_SPREAD" if per_node else "STRICT_PACK",
             name=key,
             lifetime=self._lifetime,
-            _soft_target_node_id=node.node_id,
+            _soft_target_node_id=node_id,
         )
         is_placed = False
         try:
@@ -172,20 +225,28 @@ class RayNodeLauncher:
                 self._ray.util.remove_placement_group(group)
         if not is_placed:
             raise no_room(spec)
-        return group
+        return group, per_node
 
-    def _start_host(self, key: str, spec: ProcessSpec, group: Any) -> Any:
+    def _start_hosts(self, key: str, spec: ProcessSpec, group: Any, per_node: tuple[int, ...]) -> tuple[Any, ...]:
+        """A parent in each bundle, rank 0's first."""
+        if not per_node:
+            return (self._start_host(key, group, 0, spec.gpus),)
+        gpus = [dict(bundle_of(spec, number)).get("GPU", 0.0) for number in per_node]
+        names = [key, *(f"{key}{_RANKS}{index:03}" for index in range(1, len(per_node)))]
+        return tuple(self._start_host(name, group, index, gpus[index]) for index, name in enumerate(names))
+
+    def _start_host(self, name: str, group: Any, bundle: int, gpus: float) -> Any:
         strategies = self._ray.util.scheduling_strategies
         if group is None:
             strategy = strategies.NodeAffinitySchedulingStrategy(self._own_node, soft=False)
         else:
-            strategy = strategies.PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+            strategy = strategies.PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
         actor = self._ray.remote(ProcessHost).options(
-            name=key,
+            name=name,
             namespace=NAMESPACE,
             lifetime=self._lifetime,
             num_cpus=0,
-            num_gpus=spec.gpus,
+            num_gpus=gpus,
             max_restarts=0,
             scheduling_strategy=strategy,
         )
@@ -208,7 +269,7 @@ class RayNodeLauncher:
         try:
             model_hash: str = await task.remote(model)
         except self._ray.exceptions.RayError as error:
-            log.warning("the model files of the hosts are not compared (%s)", _first_line(error))
+            log.warning("the model files of the hosts are not compared (%s)", first_line(error))
             return None
         return model_hash
 
@@ -225,9 +286,9 @@ class RayNodeLauncher:
             try:
                 part: LogPart = await task.remote(self._settings.run, process, num_past, position)
             except self._ray.exceptions.RayTaskError as error:
-                raise NotFoundError(f"the log of {process} cannot be read ({_first_line(error)})") from error
+                raise NotFoundError(f"the log of {process} cannot be read ({first_line(error)})") from error
             except self._ray.exceptions.RayError as error:
-                raise UnavailableError(f"the node of {process} does not answer ({_first_line(error)})") from error
+                raise UnavailableError(f"the node of {process} does not answer ({first_line(error)})") from error
             return part
 
         async for lines in follow_log(read, follow=follow):
@@ -238,7 +299,7 @@ class RayNodeLauncher:
     def _running(self, spec: ProcessSpec, report: HostReport, held: _Held) -> "RayProcess":
         assert report.info is not None, "it is ready"
         release = partial(self._release, spec, held)
-        return RayProcess(report.info, report.host, held.host, self._ray, self._clock, release)
+        return RayProcess(report.info, report.host, held.hosts[0], self._ray, self._clock, release)
 
     def _release(self, spec: ProcessSpec, held: _Held) -> None:
         self._placement.release(spec.name)
@@ -246,78 +307,37 @@ class RayNodeLauncher:
 
     def _let_go(self, held: _Held) -> None:
         """The kernel ends the process with its parent, the actor."""
-        if held.host is not None:
-            self._ray.kill(held.host, no_restart=True)
+        for host in held.hosts:
+            self._ray.kill(host, no_restart=True)
         if held.group is not None:
             self._ray.util.remove_placement_group(held.group)
 
 
-class RayProcess:
-    """Implements `deploy.controller.RunningProcess`, by its parent on another node. `release` gives back what Ray holds
-    for it."""
-
-    def __init__(
-        self, info: ProcessInfo, where: str, host: Any, ray: ModuleType, clock: Clock, release: Callable[[], None]
-    ) -> None:
-        self.info = info
-        self.is_draining = False
-        self._where = where
-        self._host = host
-        self._ray = ray
-        self._clock = clock
-        self._release = release
-
-    async def wait_closed(self) -> ProcessEnd:
-        ended, silent = asyncio.create_task(self._wait_ended()), asyncio.create_task(self._wait_silent())
-        try:
-            await asyncio.wait((ended, silent), return_when=asyncio.FIRST_COMPLETED)
-            return ended.result() if ended.done() else ProcessEnd(silent.result())
-        finally:
-            ended.cancel()
-            silent.cancel()
-            await asyncio.gather(ended, silent, return_exceptions=True)
-
-    async def stop(self, grace_s: float) -> None:
-        with contextlib.suppress(self._ray.exceptions.RayError):  # it has ended meanwhile
-            await self._host.stop.remote(grace_s)
-
-    async def kill(self) -> None:
-        """A node that does not answer is left alone: Ray ends what runs there."""
-        with contextlib.suppress(self._ray.exceptions.RayError, TimeoutError):
-            async with asyncio.timeout(_CALL_S):
-                await self._host.kill.remote()
-        self._release()
-
-    async def _wait_ended(self) -> ProcessEnd:
-        exceptions = self._ray.exceptions
-        while True:
-            try:
-                end: ProcessEnd = await self._host.wait_ended.remote()
-                return ProcessEnd(f"on {self._where}: {end.reason}", end.was_asked)
-            except exceptions.ActorUnavailableError:  # perhaps for a moment
-                await asyncio.sleep(_SIGN_PERIOD_S)
-            except exceptions.RayError as error:
-                return ProcessEnd(
-                    f"its node {self._where} has died, or has left the Ray cluster ({_first_line(error)})"
-                )
-
-    async def _wait_silent(self) -> str:
-        """Returns when the node has given no sign of life for `UNREACHABLE_S`, in which this process was not late."""
-        answered_s = self._clock.now_s()
-        while True:
-            began_s = self._clock.now_s()
-            with contextlib.suppress(self._ray.exceptions.RayError, TimeoutError):
-                async with asyncio.timeout(_CALL_S):
-                    self.is_draining = await self._host.is_draining.remote()
-                answered_s = self._clock.now_s()
-            now_s = self._clock.now_s()
-            if now_s - began_s > _CALL_S + 1.0:
-                answered_s = now_s
-            if now_s - answered_s > UNREACHABLE_S:
-                return f"its node {self._where} has not answered for {now_s - answered_s:.0f} s"
-            await asyncio.sleep(_SIGN_PERIOD_S)
+def _per_node(spec: ProcessSpec) -> tuple[int, ...]:
+    """Numbers of ranks, of an instance on several nodes; else none."""
+    ranks = spec.config.ranks if isinstance(spec.config, WorkerConfig) else None
+    return () if ranks is None else ranks.per_host
 
 
-def _first_line(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+def _without_ranks(spec: ProcessSpec) -> ProcessSpec:
+    """As the controller has asked for it: which nodes it got is not its concern."""
+    if isinstance(spec.config, WorkerConfig):
+        return replace(spec, config=spec.config.model_copy(update={"ranks": None}))
+    return spec
+
+
+async def _start_ranks(host: Any, ranks: ProcessSpec) -> HostReport:
+    """Raises the error of a host whose ranks could not join."""
+    report: HostReport = await host.start.remote(ranks, None)
+    if report.info is None:
+        raise _error_of(report)
+    return report
+
+
+async def _result(reference: Any) -> HostReport:
+    report: HostReport = await reference
+    return report
+
+
+def _error_of(report: HostReport) -> TandemError:
+    return error_from_code(report.error_code, f"on {report.host}: {report.error_message}")

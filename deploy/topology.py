@@ -20,6 +20,7 @@ class ProcessRole(Enum):
 # Application classes; they implement `HostedApp` of deploy/hosted_process.py.
 _ROUTER_ENTRY = "tandem.router.app:RouterApp"
 _WORKER_ENTRY = "tandem.worker.app:Worker"
+RANKS_ENTRY = "tandem.worker.ranks.host:RankHost"  # of an instance, on another host than rank 0's
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,10 @@ class Machine:
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """One process: its application, configuration and resources. An instance of several ranks is one process here: it
-    starts the other ranks itself. `threads` and `gpus` are for all ranks; `gpus` below 1 is a share of one device.
-    `shares_cores`: its threads are its share of the cores, not a setting."""
+    starts the other ranks of its host itself, and a launcher those of other hosts. `threads` and `gpus` are for all
+    ranks; `gpus` below 1 is a share of one device. `shares_cores`: its threads are its share of the cores, not a
+    setting.
+    """
 
     role: ProcessRole
     index: int

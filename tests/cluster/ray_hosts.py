@@ -31,6 +31,7 @@ from tandem.deploy.fleet_query import fetch_fleet
 from tandem.deploy.run_state import RunState, StateFolders
 from tandem.deploy.trial import try_instances, ways_through
 from tests.cluster.namespaces import Hosts
+from tests.cluster.test_same_tokens import NUM_NEW_TOKENS, prompts, reference_tokens
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-python"
@@ -398,6 +399,50 @@ def test_the_form_of_kubernetes(hosts: RayHosts) -> None:
         process.wait(30)
         down = hosts.tandem("down")
     assert down.returncode == 0, down.stdout + down.stderr
+    assert no_workers_left(hosts.folder)
+
+
+def test_an_instance_that_no_node_has_room_for_is_on_two(hosts: RayHosts) -> None:
+    """Three ranks of two cores each: two of them fit on host a, and one on host b."""
+    file = hosts.folder / "large.yaml"
+    engine = {"kv_memory": "64MiB", "dtype": "float32", "threads": 6, "pp": 3}
+    file.write_text(yaml.safe_dump({"model": str(MODEL), "colocated": {"engine": engine}}))
+    process, output = serve(hosts, str(file))
+    served = Served(hosts)
+    prompt_ids = [token_ids for token_ids in prompts(4000) if len(token_ids) < 300][:8]
+    wanted = [reference_tokens(MODEL, tuple(token_ids)) for token_ids in prompt_ids]
+
+    async def answers() -> list[list[int]]:
+        async with AsyncClient(hosts.run_state().grpc) as client:
+            tasks = [
+                client.generate(
+                    token_ids=prompt, max_tokens=NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True, timeout_s=120
+                )
+                for prompt in prompt_ids
+            ]
+            return [list(completion.token_ids) for completion in await asyncio.gather(*tasks)]
+
+    def ranks_of(folder: Path) -> int:
+        commands = [_command(each) for each in processes_that_use(folder)]
+        return sum("tandem.worker.ranks.follower" in command for command in commands)
+
+    try:
+        wait_for(process, output, r"^Ctrl-C ends it\.$")
+        (host,) = served.by_host()
+        assert host == ADDRESS_A, "it is the node with most room"
+        assert (ranks_of(hosts.state), ranks_of(hosts.state_b)) == (1, 1)
+        assert asyncio.run(answers()) == wanted
+        (before,) = (status.instance_id for status in served.instances())
+        hosts.kill_b()
+        wait_for(process, output, r"colocated-0: .*10\.77\.0\.2 of the instance has ended")
+        hosts.start_b()
+        served.wait_instances({ADDRESS_A: ["colocated-0"]})
+        assert {status.instance_id for status in served.instances()} != {before}
+        assert asyncio.run(answers()) == wanted
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert process.returncode == 0, output.read_text()
     assert no_workers_left(hosts.folder)
 
 

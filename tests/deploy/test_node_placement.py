@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import UnavailableError
-from tandem.core.instance_section import InstanceSection
+from tandem.core.instance_section import EngineSection, InstanceSection
 from tandem.deploy.node_placement import Node, NodePlacement, PlannedNodes
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 
@@ -105,3 +105,37 @@ def test_an_instance_goes_where_its_custom_resources_are() -> None:
     assert placement.choose(wants, [A, fast, B]) == fast
     with pytest.raises(UnavailableError, match=r"needs 0\.001 CPU and 1 fast"):
         placement.choose(replace(wants, index=1), [A, fast, B])
+
+
+def parallel(shape: dict[str, int], threads: int, gpus: float = 0.0) -> ProcessSpec:
+    instance = InstanceSection(engine=EngineSection(threads=threads, **shape))
+    config = CONFIG.model_copy(update={"instance": instance})
+    return ProcessSpec(ProcessRole.COLOCATED, 0, "entry", config, threads=threads, gpus=gpus)
+
+
+def test_an_instance_that_no_node_has_room_for_is_on_as_few_as_possible() -> None:
+    large = Node("l", "10.0.0.4", {"CPU": 6.0})
+    placement = NodePlacement()
+    wanted = parallel({"tp": 2, "pp": 3}, threads=12)
+    with pytest.raises(UnavailableError):
+        placement.choose(wanted, [A, B, large])
+    assert placement.spread(wanted, [A, B, large]) == (3, 2, 1)
+    assert placement.spread(parallel({"pp": 2}, threads=2), [A, large, B]) == (2,)
+    with pytest.raises(UnavailableError, match="colocated-0"):
+        placement.spread(parallel({"pp": 2}, threads=20), [A, B, large])
+
+
+def test_what_is_on_several_nodes_takes_room_on_each() -> None:
+    placement = NodePlacement()
+    nodes = [Node(name, name, {"CPU": 8.0, "GPU": 2.0}) for name in ("x", "y")]
+    wanted = parallel({"tp": 3}, threads=3, gpus=3.0)
+    assert placement.spread(wanted, nodes) == (2, 1)
+    left = spec(ProcessRole.DECODE, 0, 1.0)
+    assert placement.choose(left, nodes).node_id == "y"
+    with pytest.raises(UnavailableError):
+        placement.choose(replace(left, index=1), nodes)
+    placement.put(wanted, ["y", "x"], (2, 1))
+    placement.release(left.name)
+    assert placement.choose(left, nodes).node_id == "x"
+    placement.release(wanted.name)
+    assert placement.choose(replace(left, index=1), nodes).node_id == "y"
