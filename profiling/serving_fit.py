@@ -67,9 +67,7 @@ def fit_alone(cost: CalibratedCost, samples: ColocatedSamples) -> tuple[ServedSt
         StepTime(colocated_prompt_s(cost, sum(step.lengths)), step.duration_s, contended=0.0)
         for step in prefill_steps_of(samples.prompted)
     ]
-    steps = [step for period in samples.decoding for step in decode_step_times(cost, period)]
-    alone_steps = [replace(step, contended=0.0) for step in steps]  # its own prompts are among those admitted
-    return fit_prefill(prompts)[0], fit_decode_alone(alone_steps)
+    return fit_prefill(prompts)[0], fit_decode_alone(cost, samples.decoding)
 
 
 def colocated_prompt_s(cost: CalibratedCost, num_tokens: int) -> float:
@@ -224,32 +222,33 @@ def fit_decode(steps: Sequence[StepTime]) -> tuple[ServedStep, ServedStep, float
     return ServedStep(factor=alone_factor), ServedStep(factor=contended_factor), request_admission_cost_s
 
 
-def fit_decode_alone(steps: Sequence[StepTime]) -> ServedStep:
-    """Of an instance that has the machine for itself. What its process, the router and the client do for a step takes
-    nearly as long for any batch: up to as long as the step of a small model itself, where they share a processor core.
-    So there is a constant, and the factor is at least 1; less only if all steps are shorter than in the engine, since
-    the machine has become faster meanwhile."""
-    factor_only = fit_decode(steps)[0]
-    if factor_only.factor < 1:
-        return factor_only
-    engine_s, admitted = np.array([(step.engine_s, step.num_admitted) for step in steps]).T
-    matrix = np.column_stack((np.ones(len(steps)), engine_s, admitted))
-    constant_s, more, _ = map(float, _fit(steps, matrix, engine_s))
-    return ServedStep(constant_s=constant_s, factor=1 + more)
+def fit_decode_alone(cost: CalibratedCost, periods: Sequence[LoadPeriod]) -> ServedStep:
+    """Of an instance that has the machine for itself, by batch. What its process, the router and the client do beside a
+    step takes up to as long as the step of a small model itself, where they share a processor core, and is neither the
+    same for all batches nor in proportion to the step. `cost`: of the engine alone."""
+    by_batch = {
+        batch: [
+            replace(step, contended=0.0)  # its own prompts are among those admitted
+            for period in periods
+            if period.batch == batch
+            for step in decode_step_times(cost, period)
+        ]
+        for batch in sorted({period.batch for period in periods})
+    }
+    factors = {batch: fit_decode(steps)[0].factor for batch, steps in by_batch.items() if steps}
+    return ServedStep(factor=median(factors.values()), by_batch=tuple(factors.items()))
 
 
-def _fit(steps: Sequence[StepTime], matrix: Floats, least_s: Floats | float = 0.0) -> Floats:
-    """Least squares, of what steps take more than `least_s`. A step's variance is proportional to its time, and every
-    octave of step times has the same weight, however few steps it has. A second fit leaves out outliers: steps that
-    other processes on the machine slowed."""
+def _fit(steps: Sequence[StepTime], matrix: Floats) -> Floats:
+    """Least squares. A step's variance is proportional to its time, and every octave of step times has the same weight,
+    however few steps it has. A second fit leaves out outliers: steps that other processes on the machine slowed."""
     engine_s, served_s, count = np.array([(step.engine_s, step.served_s, step.count) for step in steps]).T
     _, octave = np.unique(np.floor(np.log2(engine_s)), return_inverse=True)
     octave_count = np.bincount(octave, weights=count)
     weight = np.sqrt(count / (engine_s * np.maximum(octave_count[octave], _FEW_IN_OCTAVE)))
-    more_s = served_s - least_s
-    found, _ = nnls(matrix * weight[:, None], more_s * weight)
-    weight *= np.abs(served_s / (least_s + matrix @ found) - 1) <= _OUTLIER
-    found, _ = nnls(matrix * weight[:, None], more_s * weight)
+    found, _ = nnls(matrix * weight[:, None], served_s * weight)
+    weight *= np.abs(served_s / (matrix @ found) - 1) <= _OUTLIER
+    found, _ = nnls(matrix * weight[:, None], served_s * weight)
     return np.asarray(found)
 
 

@@ -35,7 +35,7 @@ _ATTEMPTS = 3
 _WITH_TRANSFER = frozenset({"prefill_s", "transfer_s", "decode_queue_s"})
 _COLOCATED = frozenset({"prefill_s"})
 _WARM_UP_S = 1.0
-_COLOCATED_BATCHES = (1, 4, 16)  # far enough apart to tell a constant from a factor
+_COLOCATED_BATCHES = (1, 4, 16)
 
 
 async def measure_serving(
@@ -73,7 +73,9 @@ async def measure_running_colocated(url: str, budget_s: float, *, max_model_len:
         await probe.decode(2, _WARM_UP_S, _OUTPUT_RANGES[0])
         prompted = await probe.prefill_alone(0.5 * budget_s, max_pause_s=_MAX_PAUSE_S)
         share_s = 0.5 * budget_s / len(_COLOCATED_BATCHES)
-        decoding = [LoadPeriod(await probe.decode(batch, share_s, _LONG_OUTPUT)) for batch in _COLOCATED_BATCHES]
+        decoding = [
+            LoadPeriod(await probe.decode(batch, share_s, _LONG_OUTPUT), batch=batch) for batch in _COLOCATED_BATCHES
+        ]
     return ColocatedSamples(tuple(prompted), tuple(decoding))
 
 

@@ -91,10 +91,11 @@ class PrefillStep:
 @dataclass(frozen=True, slots=True)
 class LoadPeriod:
     """A period of load. `decoding`: requests with tiny prompts, of clients that send the next one at once, so that the
-    decode worker is busy. `prompted`: requests with few output tokens that were sent meanwhile."""
+    decode worker is busy, `batch` at a time. `prompted`: requests with few output tokens that were sent meanwhile."""
 
     decoding: tuple[RequestSample, ...]
     prompted: tuple[RequestSample, ...] = ()
+    batch: int = 1
 
     def prefill_steps(self) -> list[PrefillStep]:
         """The steps with any of `prompted`."""

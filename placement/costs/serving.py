@@ -16,12 +16,29 @@ class ServedStep(FrozenModel):
 
     constant_s: float = Field(default=0.0, ge=0)
     factor: float = Field(default=1.0, ge=0)
+    by_batch: tuple[tuple[int, float], ...] = Field(
+        default=(), description="Decode: (sequences, factor) where it was measured, ascending; instead of `factor`"
+    )
+
+    def factor_of(self, sequences: float) -> float:
+        """With so many decoding: between the measured batches on straight lines, beyond them as at the nearest."""
+        if not self.by_batch:
+            return self.factor
+        below = above = self.by_batch[0]
+        for knot in self.by_batch:
+            below, above = above, knot
+            if knot[0] >= sequences:
+                break
+        if not below[0] < sequences < above[0]:
+            return (above if sequences >= above[0] else below)[1]
+        return _between(below[1], above[1], (sequences - below[0]) / (above[0] - below[0]))
 
     def interpolate(self, other: "ServedStep", share: float) -> "ServedStep":
-        """From this step at `share` 0 to `other` at `share` 1, linearly."""
+        """From this step at `share` 0 to `other`, of the same batches, at `share` 1, linearly."""
         return ServedStep(
             constant_s=_between(self.constant_s, other.constant_s, share),
             factor=_between(self.factor, other.factor, share),
+            by_batch=tuple((batch, _between(factor, other.factor_of(batch), share)) for batch, factor in self.by_batch),
         )
 
     def seconds(self, engine_s: float) -> float:
@@ -29,9 +46,11 @@ class ServedStep(FrozenModel):
 
     def slowed_as(self, alone: "ServedStep", contended: "ServedStep") -> "ServedStep":
         """This step, measured on an idle machine, on a busy one, which makes `contended` of `alone`."""
+        ratio = max(1.0, contended.factor / alone.factor if alone.factor else 1.0)
         return ServedStep(
             constant_s=self.constant_s + max(0.0, contended.constant_s - alone.constant_s),
-            factor=self.factor * max(1.0, contended.factor / alone.factor if alone.factor else 1.0),
+            factor=self.factor * ratio,
+            by_batch=tuple((batch, factor * ratio) for batch, factor in self.by_batch),
         )
 
 

@@ -190,7 +190,7 @@ class _ServedTerms:
         """Of a load that is not empty."""
         terms = self._terms
         served = self._prefill if load.prefill_tokens else self._decode
-        factor = served.factor
+        factor = served.factor_of(load.decode_sequences)
         kv_read_s = 0.0
         if load.decode_sequences:
             slope = self._kv_slope(load.decode_sequences)
@@ -205,7 +205,7 @@ class _ServedTerms:
 
     def decode_line(self, sequences: float) -> tuple[float, float]:
         """(seconds, seconds per token of KV read) of a step in which so many decode; the number may be a mean."""
-        terms, factor = self._terms, self._decode.factor
+        terms, factor = self._terms, self._decode.factor_of(sequences)
         computed_s = self._linear(sequences) + terms.head + terms.head_per_sampled * sequences
         base_s = factor * computed_s + terms.kv_per_sequence * sequences + self._decode.constant_s
         return base_s, self._kv_slope(sequences)

@@ -61,7 +61,11 @@ def with_drift(calibration: Calibration, drift: StepTimeDrift) -> Calibration:
     """The calibration with this drift applied."""
 
     def scaled(step: ServedStep, factor: float) -> ServedStep:
-        return ServedStep(constant_s=factor * step.constant_s, factor=factor * step.factor)
+        return ServedStep(
+            constant_s=factor * step.constant_s,
+            factor=factor * step.factor,
+            by_batch=tuple((batch, factor * known) for batch, known in step.by_batch),
+        )
 
     serving = calibration.serving
     changed = {

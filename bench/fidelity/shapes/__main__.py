@@ -10,7 +10,8 @@ Needs a machine with a core for each rank and no other load.
 
     python -m bench.fidelity.shapes                              1x1, 2x1 and 1x2, about eight minutes
     python -m bench.fidelity.shapes --shapes 2x1 --rounds 3
-    python -m bench.fidelity.shapes --details shapes.json        also every request, and the samples beside the fit
+
+The last line is JSON: also the calibration, every request, and the samples beside their fit.
 """
 
 import argparse
@@ -209,7 +210,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=6, help="of requests to each shape (default: %(default)s)")
     parser.add_argument("--engine-seconds", type=float, default=30.0, help="of steps of one rank; others get a third")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (default: %(default)s)")
-    parser.add_argument("--details", type=Path, help="file to write every request and sample to, as JSON")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="tandem-shapes-") as folder:
         try:
@@ -235,9 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (TandemError, ValueError) as error:
             print(error, file=sys.stderr)
             return 1
-    print(json.dumps([asdict(one) for one in comparisons]))
-    if args.details is not None:
-        args.details.write_text(json.dumps(details))
+    print(json.dumps({"comparisons": [asdict(one) for one in comparisons], "details": details}))
     return 0
 
 

@@ -31,7 +31,7 @@ def requests_beside(live: SimulationResult, simulated: SimulationResult) -> list
 
 def probes_beside_fit(engine: CalibratedCost, serving: ServingCosts, samples: ColocatedSamples) -> dict[str, Any]:
     """Prompts: [tokens, measured, fitted seconds] of each step. Decode: of each request, in the order of the periods,
-    [mean engine's, measured, fitted seconds of a step]. Waits: seconds until the prefill of each prompt began."""
+    [batch, engine's, measured, fitted seconds of a step]. Waits: seconds until the prefill of each prompt began."""
     prompts = [
         [
             sum(step.lengths),
@@ -42,7 +42,7 @@ def probes_beside_fit(engine: CalibratedCost, serving: ServingCosts, samples: Co
     ]
     decode = [
         [
-            [step.engine_s, step.served_s, serving.decode_alone.seconds(step.engine_s)]
+            [period.batch, step.engine_s, step.served_s, serving.decode_alone.factor_of(period.batch) * step.engine_s]
             for step in decode_step_times(engine, period)
         ]
         for period in samples.decoding

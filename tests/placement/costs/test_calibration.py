@@ -155,6 +155,26 @@ def test_what_serving_adds_is_of_the_role_and_the_neighbour(
     assert served.step(StepLoad()).total_s == 0
 
 
+BY_BATCH = ServedStep(factor=1.5, by_batch=((1, 2.0), (5, 1.2), (16, 1.0)))
+
+
+def test_what_serving_adds_to_decode_may_depend_on_the_batch() -> None:
+    factors = {n: BY_BATCH.factor_of(n) for n in (1, 2, 3.0, 5, 16, 100)}
+    assert factors == pytest.approx({1: 2.0, 2: 1.8, 3.0: 1.6, 5: 1.2, 16: 1.0, 100: 1.0})
+    slowed = BY_BATCH.slowed_as(ServedStep(factor=1.0), ServedStep(factor=1.1))
+    assert dict(slowed.by_batch) == pytest.approx({1: 2.2, 5: 1.32, 16: 1.1})
+    half = BY_BATCH.interpolate(slowed, 0.5)
+    assert (half.factor_of(1), half.factor_of(40)) == pytest.approx((2.1, 1.05))
+    served, bare = CalibratedCost(TRUE, ServingCosts(decode_alone=BY_BATCH), contended=0.0), CalibratedCost(TRUE)
+    for batch, kv_tokens in ((1, 100), (3, 50), (40, 9000)):
+        load = StepLoad.of_decode(batch, kv_tokens)
+        step, engine = served.step(load), bare.step(load)
+        others_s = BY_BATCH.factor_of(batch) * (engine.total_s - engine.kv_read_s)
+        assert step.total_s == pytest.approx(others_s + engine.kv_read_s)
+        base_s, per_token_s = served.decode_coefficients(batch)
+        assert step.total_s == pytest.approx(base_s + kv_tokens * per_token_s)
+
+
 def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     request_path = PathCosts(
         admission_s=0.002,
@@ -249,7 +269,8 @@ def test_shapes_are_slowed_by_others_as_one_rank_is() -> None:
     of_shape = SERVED.with_steps_alone(alone, alone)
     assert of_shape.prefill_alone == of_shape.decode_alone == alone
     assert of_shape.prefill_contended == ServedStep(constant_s=0.005, factor=2.25)
-    assert of_shape.decode_contended.model_dump() == pytest.approx({"constant_s": 0.002, "factor": 2.25})
+    contended = of_shape.decode_contended
+    assert (contended.constant_s, contended.factor) == pytest.approx((0.002, 2.25))
     hardly = SERVED.model_copy(update={"prefill_contended": ServedStep(factor=0.5)})
     assert hardly.with_steps_alone(alone, alone).prefill_contended == alone, "others never make it faster"
     measured = calibration(serving=SERVED, shapes=(TP2.model_copy(update={"serving": of_shape}),))
