@@ -46,21 +46,26 @@ class RecentFailures:
         return self._refused.get(prefill_id, NOBODY)
 
     def without_reader(self, instances: Mapping[str, KnownInstance]) -> Set[str]:
-        """Prefill instances whose KV no usable decode instance can read, because all were refused."""
+        """Prefill instances whose KV no usable decode instance can read, because all were refused or report that they
+        cannot reach it."""
+        lost = ((prefill_id, decode_id) for decode_id, lost in self._unreachable.items() for prefill_id in lost)
+        impossible: dict[str, set[str]] = {prefill_id: set(refused) for prefill_id, refused in self._refused.items()}
+        for prefill_id, decode_id in lost:
+            impossible.setdefault(prefill_id, set()).add(decode_id)
         return {
             prefill_id
-            for prefill_id, refused in self._refused.items()
+            for prefill_id, decode_ids in impossible.items()
             if (prefill := instances.get(prefill_id)) is not None
             and prefill.role is Role.PREFILL
-            and all(decode.instance_id in refused for decode in readers(prefill, instances))
+            and all(decode.instance_id in decode_ids for decode in readers(prefill, instances))
         }
 
-    def cannot_reach(self, decode_id: str, prefill_ids: tuple[str, ...]) -> None:
-        """What a decode instance reports now."""
+    def cannot_reach(self, decode_id: str, prefill_ids: tuple[str, ...]) -> bool:
+        """What a decode instance reports now. Whether it is something new."""
+        before = self._unreachable.pop(decode_id, ())
         if prefill_ids:
             self._unreachable[decode_id] = prefill_ids
-        else:
-            self._unreachable.pop(decode_id, None)
+        return before != prefill_ids
 
     def suspect_readers(self, prefill: KnownInstance, instances: Mapping[str, KnownInstance]) -> Set[str]:
         """Usable decode instances whose link from it is suspect, as of the last look."""

@@ -79,7 +79,7 @@ class RoutingMachine:
 
     def instance_reported(self, status: InstanceStatus, now_s: float) -> None:
         """Its first report, or the next one. It may have another role than before."""
-        self._selector.failures.cannot_reach(status.instance_id, status.unreachable_peers)
+        has_news = self._selector.failures.cannot_reach(status.instance_id, status.unreachable_peers)
         known = self._selector.instances.get(status.instance_id)
         if known is None:
             self._selector.update(KnownInstance(status))
@@ -89,7 +89,7 @@ class RoutingMachine:
             self._selector.leave_role(known)
         known.report(status)
         self._selector.update(known)
-        if known.offer != before:
+        if has_news or known.offer != before:
             self._offers_changed()
             self._settle(now_s)
 

@@ -8,9 +8,12 @@
     no memory  each step of more than one sequence raises MemoryError
     corrupt    steps run as they are; one bit of all KV that leaves over gloo is another one
 
+While `FILE.kv` says "hold", nobody is told of KV that is here, and the connections go on: readers wait for it.
+
 The worker reports the address in `FILE.address` instead of its own, which it writes into `FILE.own-address`.
 """
 
+import asyncio
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +25,7 @@ import torch
 
 from tandem.engine.engine import Engine
 from tandem.kv_transfer.process_groups import GlooGroup
+from tandem.prefill_worker.held_kv import HeldKv
 from tandem.worker.instance import PublicSide
 from tandem.worker.process import run_from_command_line
 
@@ -55,6 +59,17 @@ def _corrupt_kv(file: Path) -> None:
     GlooGroup.send = corrupted_send  # type: ignore[method-assign]
 
 
+def _hold_kv(file: Path) -> None:
+    wait = HeldKv._wait
+
+    async def held_wait(held: HeldKv, *arguments: Any) -> Any:
+        while _read(file) == "hold":  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.02)
+        return await wait(held, *arguments)
+
+    HeldKv._wait = held_wait  # type: ignore[method-assign]
+
+
 def _report_address(reported: Path, own: Path) -> None:
     status = PublicSide.status
 
@@ -77,5 +92,6 @@ if __name__ == "__main__":
     config = sys.argv[sys.argv.index("--config") + 1]
     _control_steps(Path(f"{config}.steps"))
     _corrupt_kv(Path(f"{config}.steps"))
+    _hold_kv(Path(f"{config}.kv"))
     _report_address(Path(f"{config}.address"), Path(f"{config}.own-address"))
     sys.exit(run_from_command_line("tests.chaos.controlled_worker"))

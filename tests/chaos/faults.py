@@ -46,10 +46,16 @@ class ChaosCluster(Cluster):
 
     def steps(self, name: str, order: str) -> None:
         """What the next steps of a worker do: see `controlled_worker`. "": nothing special."""
-        path = self.folder / f"{name}.yaml.steps"
-        draft = path.with_suffix(".new")
-        draft.write_text(order)
-        draft.replace(path)
+        self._order(name, "steps", order)
+
+    def hold_kv(self, *names: str) -> None:
+        """Nobody gets KV from these workers until `release_kv`: requests stay in the phase "transfer"."""
+        for name in names:
+            self._order(name, "kv", "hold")
+
+    def release_kv(self, *names: str) -> None:
+        for name in names:
+            self._order(name, "kv", "")
 
     def stall(self, name: str) -> None:
         """SIGSTOP."""
@@ -79,6 +85,7 @@ class ChaosCluster(Cluster):
             self.resume(name)
         for name in self._workers:
             self.steps(name, "")
+            self.release_kv(name)
             self.proxies[name].heal()
         for name in [name for name, process in self.processes.items() if process.poll() is not None]:
             del self.processes[name]
@@ -114,6 +121,13 @@ class ChaosCluster(Cluster):
         """Of the workers that run."""
         self.wait_known(5.0)
         super().wait_idle(timeout_s)
+
+    def _order(self, name: str, kind: str, order: str) -> None:
+        """See `controlled_worker`."""
+        path = self.folder / f"{name}.yaml.{kind}"
+        draft = path.with_suffix(".new")
+        draft.write_text(order)
+        draft.replace(path)
 
     # --- what a test sees --------------------------------------------------------------------------------------------
 

@@ -52,8 +52,7 @@ def bring_into(phase: str, cluster: ChaosCluster, client: Client) -> InPhase:
         case "transfer":
             for name in prefill:
                 cluster.steps(name, f"sleep {STEP_S}")  # a prompt is one step: the next request goes elsewhere
-                for reader in decode:
-                    cluster.link(reader, name, "stall")
+            cluster.hold_kv(*prefill)
         case "decode":
             for name in decode:
                 cluster.steps(name, f"sleep {STEP_S / 2}")

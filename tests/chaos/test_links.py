@@ -25,7 +25,7 @@ def test_a_transfer_whose_link_fails_is_made_elsewhere(mode: str, cluster: Chaos
     failed_s = time.monotonic()
     for reader in READERS:
         cluster.link(reader, "prefill-0", mode)
-        cluster.link(reader, "prefill-1", "pass")
+    cluster.release_kv("prefill-1")
     disturbed.check_tokens()
     attempts = [each.num_attempts for each in disturbed.answers]
     assert 1 in attempts
@@ -37,7 +37,8 @@ def test_a_transfer_whose_link_fails_is_made_elsewhere(mode: str, cluster: Chaos
 
 
 def test_a_pair_that_cannot_link_is_avoided(cluster: ChaosCluster, client: Client) -> None:
-    """Nobody can read the KV of prefill-0. Requests that come are answered by the other pairs, and soon at once."""
+    """Nobody can read the KV of prefill-0. Requests that come are answered by the other pairs, and soon at once: decode
+    instances have told that they lost their connections."""
     wanted = asks(16, max_tokens=8)
     undisturbed = tokens_of(client, wanted)
     cluster.wait_idle(5.0)
@@ -46,9 +47,31 @@ def test_a_pair_that_cannot_link_is_avoided(cluster: ChaosCluster, client: Clien
         cluster.link(reader, "prefill-0", "refuse")
     assert tokens_of(client, wanted) == undisturbed
     first = cluster.metric("tandem_retries_total") - retries
-    assert first > 0, "no request met the broken links"
+    lost = (cluster.instance_id("prefill-0"),)
+    until(lambda: unreachable(cluster) == [lost, lost], 5.0, "the decode instances have told what they cannot read")
     assert tokens_of(client, wanted) == undisturbed
     assert cluster.metric("tandem_retries_total") - retries - first < len(wanted) / 4, "the pair is chosen again"
+    for reader in READERS:
+        cluster.link(reader, "prefill-0", "pass")
+    until(lambda: unreachable(cluster) == [(), ()], 10.0, "they can read everything again")
+    cluster.wait_idle(2.0)
+
+
+def unreachable(cluster: ChaosCluster) -> list[tuple[str, ...]]:
+    """What each reader cannot reach."""
+    return [status.unreachable_peers for reader in READERS if (status := cluster.find(reader)) is not None]
+
+
+def test_without_any_link_decode_instances_compute_prompts(cluster: ChaosCluster, client: Client) -> None:
+    wanted = asks(8, max_tokens=8)
+    undisturbed = tokens_of(client, wanted)
+    for name in ("prefill-0", "prefill-1"):
+        for reader in READERS:
+            cluster.link(reader, name, "refuse")
+    assert tokens_of(client, wanted) == undisturbed
+    transfers = cluster.metric("tandem_transfers_total")
+    assert tokens_of(client, wanted) == undisturbed
+    assert cluster.metric("tandem_transfers_total") == transfers
     cluster.wait_idle(2.0)
 
 
@@ -75,9 +98,7 @@ def test_a_router_that_cannot_reach_an_instance_goes_elsewhere(
     disturbed = bring_into(phase, cluster, client)
     failed_s = time.monotonic()
     cluster.link("router", victim, mode)
-    for reader in READERS:
-        for name in ("prefill-0", "prefill-1"):
-            cluster.link(reader, name, "pass")
+    cluster.release_kv("prefill-0", "prefill-1")
     disturbed.check_tokens()
     attempts = sorted(each.num_attempts for each in disturbed.answers)
     assert attempts == ([1, 1, 2] if phase == "queued" else [1, 2])

@@ -28,9 +28,7 @@ def test_a_stopped_instance_is_found(victim: Role, phase: str, cluster: ChaosClu
     disturbed = bring_into(phase, cluster, client)
     stopped_s = time.monotonic()
     cluster.stall(f"{victim.value}-0")
-    for reader in ("decode-0", "decode-1"):
-        for name in ("prefill-0", "prefill-1"):
-            cluster.link(reader, name, "pass")
+    cluster.release_kv("prefill-0", "prefill-1")
     disturbed.check_tokens()
     attempts = sorted(each.num_attempts for each in disturbed.answers)
     if victim is Role.PREFILL:
@@ -68,9 +66,7 @@ def test_a_stopped_router_condemns_nobody(phase: str, cluster: ChaosCluster, cli
     disturbed = bring_into(phase, cluster, client)
     before = {status.instance_id for status in cluster.instances()}
     cluster.stall("router")
-    for reader in ("decode-0", "decode-1"):
-        for name in ("prefill-0", "prefill-1"):
-            cluster.link(reader, name, "pass")
+    cluster.release_kv("prefill-0", "prefill-1")
     time.sleep(3.5)  # more than the silence after which an instance counts as gone
     assert not all(each.is_done for each in disturbed.answers)
     cluster.resume("router")

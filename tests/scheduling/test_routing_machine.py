@@ -670,7 +670,7 @@ def test_after_a_cut_the_kv_is_read_on_its_own_host(policy: RoutingPolicy, is_co
 
 
 @pytest.mark.parametrize("policy", ["balanced", "goodput"])
-def test_a_link_that_is_reported_lost_is_used_only_where_there_is_no_other(policy: RoutingPolicy) -> None:
+def test_a_link_that_is_reported_lost_is_not_used(policy: RoutingPolicy) -> None:
     """However long ago that was, and before any request has met it."""
     router = _two_hosts(policy)
     assert set(_pairs(router, 4)) == {("p1", "d2")}
@@ -679,12 +679,39 @@ def test_a_link_that_is_reported_lost_is_used_only_where_there_is_no_other(polic
     assert set(_pairs(router, 4)) == {("p1", "d1")}
     router.machine.instance_lost("p2", router.now_s)
     router.machine.instance_lost("d1", router.now_s)
-    assert set(_pairs(router, 4)) == {("p1", "d2")}, "it may be wrong, and there is no other"
+    with pytest.raises(UnavailableError, match="whose KV a ready decode worker can read"):
+        router.ask("r")
     for name in ("p2", "d1"):
         router.machine.instance_connected(name, router.now_s)
     _report(router, "d2")
     router.now_s += 3600.0
     assert set(_pairs(router, 4)) == {("p1", "d2")}
+
+
+def test_without_any_link_decode_instances_compute_prompts() -> None:
+    router = DrivenRouter()
+    router.join("p1", "d1")
+    router.join("d1", unreachable_peers=("p1",))
+    router.ask(0)
+    sent = router.take()
+    assert (sent.instance_id, sent.attempt.hand_over) == ("d1", False)
+    router.join("d1")
+    router.ask(1)
+    assert router.take().instance_id == "p1"
+
+
+def test_a_network_that_has_failed_is_used_where_there_is_no_other() -> None:
+    """It may have been for another reason, and nobody reports that it is lost."""
+    router = _two_hosts("balanced")
+    router.machine.instance_lost("p2", router.now_s)
+    router.machine.instance_lost("d1", router.now_s)
+    _, second = _begin(router, "r")
+    router.fail(second, TransferError("the KV did not arrive in time"))
+    router.advance(1.0)
+    again = router.take()
+    assert again.instance_id == "p1"
+    router.start(again)
+    assert router.take().instance_id == "d2"
 
 
 def test_a_prefill_instance_that_is_lost_makes_no_network_suspect() -> None:
