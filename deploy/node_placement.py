@@ -19,7 +19,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class RayNode:
     """A node of the Ray cluster that is alive. `host` is its address; `resources` are all that Ray has there."""
 
     node_id: str
@@ -44,7 +44,7 @@ class PlannedNodes:
     gpus: Mapping[str, int] = field(default_factory=dict)
 
 
-def machine_of(nodes: Sequence[Node]) -> Machine:
+def machine_of(nodes: Sequence[RayNode]) -> Machine:
     """What processes divide: all nodes together."""
     cores, gpus = (sum(int(getattr(node, kind)) for node in nodes) for kind in ("cores", "gpus"))
     return Machine(max(cores, 1), gpus, max(len(nodes), 1))
@@ -72,7 +72,7 @@ class NodePlacement:
         self._stands_for: dict[str, str] = {}  # the plan's node -> node id
         self._placed: dict[str, list[tuple[str, Bundle]]] = {}  # process -> node ids, and what it needs there
 
-    def choose(self, spec: ProcessSpec, nodes: Sequence[Node]) -> Node:
+    def choose(self, spec: ProcessSpec, nodes: Sequence[RayNode]) -> RayNode:
         """Raises UnavailableError if no node has room."""
         bundle = bundle_of(spec)
         fitting = [node for node in nodes if self._has_room(node, bundle)]
@@ -86,11 +86,11 @@ class NodePlacement:
         self.put(spec, [chosen.node_id])
         return chosen
 
-    def spread(self, spec: ProcessSpec, nodes: Sequence[Node]) -> tuple[int, ...]:
+    def spread(self, spec: ProcessSpec, nodes: Sequence[RayNode]) -> tuple[int, ...]:
         """For an instance that no node has room for: the numbers of its ranks on as few nodes as possible. Raises
         UnavailableError if all nodes together have no room."""
         fitting = sorted(((self._num_fitting(spec, node), node) for node in nodes), key=lambda found: -found[0])
-        left, seats = num_ranks_of(spec), list[tuple[int, Node]]()
+        left, seats = num_ranks_of(spec), list[tuple[int, RayNode]]()
         for fits, node in fitting:
             if (number := min(fits, left)) > 0:
                 seats.append((number, node))
@@ -110,7 +110,7 @@ class NodePlacement:
     def release(self, name: str) -> None:
         self._placed.pop(name, None)
 
-    def misplaced(self, nodes: Sequence[Node]) -> tuple[str, ...]:
+    def misplaced(self, nodes: Sequence[RayNode]) -> tuple[str, ...]:
         """Processes that could be on the node of their plan, all of them together, and are not."""
         planned, found = self._planned().of_process, dict[str, tuple[str, Bundle]]()
         for name, ((node_id, bundle), *others) in self._placed.items():
@@ -122,28 +122,28 @@ class NodePlacement:
                 found[name] = (node.node_id, bundle)
         return tuple(found)
 
-    def _there(self, node: Node) -> list[Bundle]:
+    def _there(self, node: RayNode) -> list[Bundle]:
         return [bundle for seats in self._placed.values() for node_id, bundle in seats if node_id == node.node_id]
 
-    def _num_fitting(self, spec: ProcessSpec, node: Node) -> int:
+    def _num_fitting(self, spec: ProcessSpec, node: RayNode) -> int:
         """How many of the instance's ranks the node has room for."""
         numbers = range(num_ranks_of(spec), 0, -1)
         return next((number for number in numbers if self._has_room(node, bundle_of(spec, number))), 0)
 
-    def _has_room(self, node: Node, bundle: Bundle, coming: Sequence[Bundle] = ()) -> bool:
+    def _has_room(self, node: RayNode, bundle: Bundle, coming: Sequence[Bundle] = ()) -> bool:
         there = [*self._there(node), *coming]
         return all(
             sum(taken.get(kind, 0.0) for taken in there) + number <= node.resources.get(kind, 0.0) + _ROUNDING
             for kind, number in bundle.items()
         )
 
-    def _load(self, node: Node, on_gpu: bool) -> tuple[float, int]:
+    def _load(self, node: RayNode, on_gpu: bool) -> tuple[float, int]:
         """The share of the node that is taken, then the number of its instances."""
         there = self._there(node)
         share = sum(taken.get("GPU", 0.0) for taken in there) / node.gpus if on_gpu else len(there) / node.cores
         return share, len(there)
 
-    def _node_for(self, wanted: str, nodes: Sequence[Node]) -> Node | None:
+    def _node_for(self, wanted: str, nodes: Sequence[RayNode]) -> RayNode | None:
         """The node that stands for the plan's; None if each node that is large enough stands for another one."""
         by_id = {node.node_id: node for node in nodes}
         standing = self._stands_for.get(wanted)

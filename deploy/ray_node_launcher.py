@@ -27,7 +27,7 @@ from tandem.core.config import RanksSection, WorkerConfig
 from tandem.core.errors import NotFoundError, TandemError, UnavailableError, error_from_code
 from tandem.deploy.log_file import LogPart, follow_log
 from tandem.deploy.model_folder import hash_of_model
-from tandem.deploy.node_placement import Node, NodePlacement, bundle_of, no_room, num_ranks_of
+from tandem.deploy.node_placement import NodePlacement, RayNode, bundle_of, no_room, num_ranks_of
 from tandem.deploy.process_host import HostReport, HostSettings, ProcessHost, read_log_here
 from tandem.deploy.ray_node_process import RayProcess, first_line
 from tandem.deploy.running_process import RunningProcess
@@ -42,9 +42,9 @@ _RANKS = "/ranks-"  # in the name of an actor, after that of rank 0's: it is the
 _MARGIN_S = 60.0  # beyond load_timeout_s: Ray starts the actor before it starts the process
 
 
-def living_nodes(ray: ModuleType) -> list[Node]:
+def living_nodes(ray: ModuleType) -> list[RayNode]:
     nodes = (node for node in ray.nodes() if node["Alive"])
-    return [Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in nodes]
+    return [RayNode(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in nodes]
 
 
 @dataclass(frozen=True, slots=True)

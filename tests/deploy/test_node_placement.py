@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import UnavailableError
 from tandem.core.instance_section import EngineSection, InstanceSection
-from tandem.deploy.node_placement import Node, NodePlacement, PlannedNodes
+from tandem.deploy.node_placement import NodePlacement, PlannedNodes, RayNode
 from tandem.deploy.topology import ProcessRole, ProcessSpec
 
-A, B = Node("a", "10.0.0.1", {"CPU": 4.0}), Node("b", "10.0.0.2", {"CPU": 4.0})
+A, B = RayNode("a", "10.0.0.1", {"CPU": 4.0}), RayNode("b", "10.0.0.2", {"CPU": 4.0})
 CONFIG = WorkerConfig(model=Path("/m"))
 NODES = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=4).map(
-    lambda sizes: [Node(f"n{i}", f"h{i}", {"CPU": cores, "GPU": gpus}) for i, (cores, gpus) in enumerate(sizes)]
+    lambda sizes: [RayNode(f"n{i}", f"h{i}", {"CPU": cores, "GPU": gpus}) for i, (cores, gpus) in enumerate(sizes)]
 )
 
 
@@ -41,12 +41,12 @@ def test_what_was_on_a_node_that_died_goes_where_there_is_room_and_a_new_node_fi
     for each in (spec(ProcessRole.PREFILL, 1), spec(ProcessRole.DECODE, 1)):
         placement.release(each.name)
         assert placement.choose(each, [A]) == A
-    assert placement.choose(spec(ProcessRole.DECODE, 2), [A, Node("c", B.host, {"CPU": 4.0})]).node_id == "c"
+    assert placement.choose(spec(ProcessRole.DECODE, 2), [A, RayNode("c", B.host, {"CPU": 4.0})]).node_id == "c"
 
 
 def test_each_node_of_the_plan_has_a_node_of_its_own() -> None:
     """The larger one is left for what needs it, whatever is placed first."""
-    small, large = Node("small", "h0", {"CPU": 4.0, "GPU": 1.0}), Node("large", "h1", {"CPU": 4.0, "GPU": 4.0})
+    small, large = RayNode("small", "h0", {"CPU": 4.0, "GPU": 1.0}), RayNode("large", "h1", {"CPU": 4.0, "GPU": 4.0})
     of_process = {"decode-0": "y", "prefill-0": "x", "prefill-1": "x"}
     placement = NodePlacement(lambda: PlannedNodes(of_process, {"x": 2, "y": 1}))
     decode, *prefill = spec(ProcessRole.DECODE, 0, 1.0), *(spec(ProcessRole.PREFILL, i, 1.0) for i in range(2))
@@ -55,7 +55,7 @@ def test_each_node_of_the_plan_has_a_node_of_its_own() -> None:
     placement.release(decode.name)
     assert placement.choose(decode, [large]) == large, "its node is gone"
     placement.release(decode.name)
-    assert placement.choose(decode, [large, Node("back", "h0", small.resources)]).node_id == "back"
+    assert placement.choose(decode, [large, RayNode("back", "h0", small.resources)]).node_id == "back"
 
 
 def test_who_could_go_back_to_the_node_of_the_plan() -> None:
@@ -68,13 +68,13 @@ def test_who_could_go_back_to_the_node_of_the_plan() -> None:
         placement.release(each.name)
         placement.choose(each, [A])
     assert placement.misplaced([A]) == ()
-    assert placement.misplaced([A, Node("back", B.host, B.resources)]) == ("prefill-1", "decode-1")
-    full = Node("full", B.host, {"CPU": 0.0015})
+    assert placement.misplaced([A, RayNode("back", B.host, B.resources)]) == ("prefill-1", "decode-1")
+    full = RayNode("full", B.host, {"CPU": 0.0015})
     assert NodePlacement.misplaced(placement, [A, full]) == ("prefill-1",), "there is room for one"
 
 
 @given(NODES, st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), max_size=12))
-def test_no_node_gets_more_gpus_than_it_has(nodes: list[Node], gpus: list[float]) -> None:
+def test_no_node_gets_more_gpus_than_it_has(nodes: list[RayNode], gpus: list[float]) -> None:
     placement = NodePlacement()
     taken = dict.fromkeys((node.node_id for node in nodes), 0.0)
     for index, number in enumerate(gpus):
@@ -100,7 +100,7 @@ def test_where_no_node_has_room_it_says_what_is_needed() -> None:
 def test_an_instance_goes_where_its_custom_resources_are() -> None:
     instance = InstanceSection(ray_resources={"fast": 1.0})
     wants = replace(spec(ProcessRole.DECODE, 0), config=CONFIG.model_copy(update={"instance": instance}))
-    fast = Node("f", "10.0.0.3", {"CPU": 1.0, "fast": 1.0})
+    fast = RayNode("f", "10.0.0.3", {"CPU": 1.0, "fast": 1.0})
     placement = NodePlacement()
     assert placement.choose(wants, [A, fast, B]) == fast
     with pytest.raises(UnavailableError, match=r"needs 0\.001 CPU and 1 fast"):
@@ -114,7 +114,7 @@ def parallel(shape: dict[str, int], threads: int, gpus: float = 0.0) -> ProcessS
 
 
 def test_an_instance_that_no_node_has_room_for_is_on_as_few_as_possible() -> None:
-    large = Node("l", "10.0.0.4", {"CPU": 6.0})
+    large = RayNode("l", "10.0.0.4", {"CPU": 6.0})
     placement = NodePlacement()
     wanted = parallel({"tp": 2, "pp": 3}, threads=12)
     with pytest.raises(UnavailableError):
@@ -127,7 +127,7 @@ def test_an_instance_that_no_node_has_room_for_is_on_as_few_as_possible() -> Non
 
 def test_what_is_on_several_nodes_takes_room_on_each() -> None:
     placement = NodePlacement()
-    nodes = [Node(name, name, {"CPU": 8.0, "GPU": 2.0}) for name in ("x", "y")]
+    nodes = [RayNode(name, name, {"CPU": 8.0, "GPU": 2.0}) for name in ("x", "y")]
     wanted = parallel({"tp": 3}, threads=3, gpus=3.0)
     assert placement.spread(wanted, nodes) == (2, 1)
     left = spec(ProcessRole.DECODE, 0, 1.0)

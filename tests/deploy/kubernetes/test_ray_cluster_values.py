@@ -9,7 +9,7 @@ import pytest
 
 from tandem.core.config import RouterConfig, ServeConfig
 from tandem.core.config_file import load_config
-from tandem.deploy.node_placement import Node, NodePlacement
+from tandem.deploy.node_placement import NodePlacement, RayNode
 from tandem.deploy.topology import Machine, plan_processes
 from tests.deploy.kubernetes.manifests import CHART, NAMESPACE, ROOT, Document, find, kuberay_mistakes, render
 
@@ -67,7 +67,7 @@ def test_each_instance_has_a_pod_of_its_group(documents: tuple[Document, ...], t
         parameters = group["rayStartParams"]
         resources = {"CPU": float(parameters["num-cpus"]), "GPU": float(parameters["num-gpus"])}
         resources |= json.loads(json.loads(parameters["resources"]))
-        nodes += [Node(f"{group['groupName']}-{i}", "10.0.0.1", resources) for i in range(group["replicas"])]
+        nodes += [RayNode(f"{group['groupName']}-{i}", "10.0.0.1", resources) for i in range(group["replicas"])]
     placement = NodePlacement()
     placed = {process.name: placement.choose(process, nodes).node_id for process in processes}
     assert len(placed) == 8
