@@ -178,6 +178,8 @@ def _explain(error: Exception, name: str, command: str) -> tuple[str, int]:
             needed = _COMMANDS[name][1] if name else ("cli",)
             extras = dict.fromkeys((*needed, *filter(None, [_EXTRA_OF_MODULE.get(library)])))
             return f"`{command}` needs `pip install 'tandem-serve[{','.join(extras)}]'` ({library} is missing)", 1
+        case MemoryError():
+            return f"there is not enough memory for that ({error or 'none is left'})", 1
         case UnicodeEncodeError():  # an argument of bytes that are no text, for a message to a process
             return f"'{printable(error.object)}' is not text in UTF-8", 2
         case FileNotFoundError() if not _has_current_folder():

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from tandem.cli.common import BUILT_IN_MODEL, writing
+from tandem.cli.common import BUILT_IN_MODEL, seconds_from, writing
 from tandem.cli.output import print_error, print_line, show_progress
 from tandem.cli.outputs import check_outputs
-from tandem.core.byte_size import parse_bytes
+from tandem.core.byte_size import MOST_BYTES, parse_bytes
 from tandem.core.config_file import dump_config
 from tandem.core.cost_model import StepLoad
 from tandem.core.errors import ConfigError
-from tandem.core.instance_section import EngineSection
+from tandem.core.instance_section import MAX_THREADS, EngineSection
 from tandem.core.parallel import ParallelShape
 from tandem.deploy.machine import usable_cores
 from tandem.deploy.model_folder import check_model_folder
@@ -43,7 +43,11 @@ def run(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "auto",
     kv_memory: Annotated[str, typer.Option(help="KV pool of an instance")] = "512MiB",
     seconds: Annotated[
-        float, typer.Option(help="time to measure one rank, without loading; each shape takes a third of it more")
+        float,
+        typer.Option(
+            parser=seconds_from(0),
+            help="time to measure one rank, without loading; each shape takes a third of it more",
+        ),
     ] = 75.0,
     shapes: Annotated[
         str,
@@ -182,9 +186,9 @@ def _engine_section(
     threads: int | None, dtype: Literal["auto", "float32", "bfloat16"], device: str, kv_memory: str
 ) -> EngineSection:
     kv_bytes = parse_bytes(kv_memory)
-    if not isinstance(kv_bytes, int) or kv_bytes <= 0:
+    if not isinstance(kv_bytes, int) or not 0 < kv_bytes <= MOST_BYTES:
         raise ConfigError(f"--kv-memory {kv_memory}: write a number of bytes, e.g. 512MiB")
     threads = max(1, usable_cores() // 2) if threads is None else threads
-    if threads < 1:
-        raise ConfigError(f"--threads must be at least 1, not {threads}")
+    if not 1 <= threads <= MAX_THREADS:
+        raise ConfigError(f"--threads must be at least 1 and at most {MAX_THREADS}, not {threads}")
     return EngineSection(dtype=dtype, device=device, threads=threads, kv_memory=kv_bytes)

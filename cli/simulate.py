@@ -16,7 +16,7 @@ from tandem.cli.version import installed_version
 from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan
-from tandem.core.slo_file import SloFile, WorkloadSection
+from tandem.core.slo_file import MAX_REQUESTS, SloFile, WorkloadSection
 from tandem.placement.cluster import Cluster
 from tandem.placement.costs.models import model_shape
 from tandem.placement.costs.sources import cost_source_of
@@ -73,7 +73,9 @@ def run(
     requests: Annotated[
         int | None,
         typer.Option(
-            min=1, help="number of requests (default: the plan's, or search.requests of the SLO file; all of a trace)"
+            min=1,
+            max=MAX_REQUESTS,
+            help="number of requests (default: the plan's, or search.requests of the SLO file; all of a trace)",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="of arrivals and lengths (default: the SLO file's)")] = None,

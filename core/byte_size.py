@@ -5,7 +5,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-_MOST = 1 << 60  # more than any machine has
+MOST_BYTES = 1 << 60
+"""More than any machine has."""
+
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -18,4 +20,4 @@ def parse_bytes(value: object) -> object:
     return value
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0, le=_MOST)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0, le=MOST_BYTES)]

@@ -11,6 +11,7 @@ from tandem.core.monitoring_config import KvEventsSection
 from tandem.core.parallel import ParallelShape
 from tandem.core.step_coefficients import StepCoefficients
 
+MAX_THREADS = 1024
 MAX_INSTANCES = 10_000
 """Of one kind: far more than a router is made for; a larger number is a mistake that would fill the memory."""
 
@@ -27,7 +28,9 @@ class EngineSection(FrozenModel):
     ops: Literal["auto", "torch", "native"] = Field(
         default="auto", description="native: Tandem's CPU kernels; auto: native on a CPU where they can be built"
     )
-    threads: int = Field(default=0, ge=0, description="CPU threads per instance; 0 shares the cores between instances")
+    threads: int = Field(
+        default=0, ge=0, le=MAX_THREADS, description="CPU threads per instance; 0 shares the cores between instances"
+    )
     kv_memory: Bytes = Field(default=512 << 20, description="KV pool of one instance, e.g. 512MiB")
     block_size: int = Field(default=16, ge=1, le=256, description="Tokens in a block of the KV pool")
     max_model_len: int | None = Field(default=None, ge=1, description="Prompt plus answer; default: the model's")

@@ -15,6 +15,9 @@ from tandem.core.frozen_model import FrozenModel, WrongSetting
 from tandem.core.precision import AS_STORED, Precision
 from tandem.core.slo import SloClasses
 
+MAX_REQUESTS = 10_000_000
+"""Of one simulation; more would take days."""
+
 
 class NodeSection(FrozenModel):
     """`count` equal machines, each with `devices` devices of type `device`."""
@@ -210,7 +213,9 @@ class SearchSection(FrozenModel):
     node_affinity: Literal["auto", "high", "low"] = Field(
         default="auto", description="low: KV must stay inside a node; auto: low if links between nodes are slow"
     )
-    requests: int = Field(default=2000, ge=100, description="Requests per simulation, warm-up included")
+    requests: int = Field(
+        default=2000, ge=100, le=MAX_REQUESTS, description="Requests per simulation, warm-up included"
+    )
     seed: int = Field(default=0, ge=0, description="Of the simulated requests")
 
 

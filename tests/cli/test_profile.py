@@ -106,7 +106,10 @@ def test_a_cluster_too(tmp_path: Path) -> None:
     ("arguments", "complaint"),
     [
         (["--seconds", "0"], "--seconds must be more than 0"),
+        (["--seconds", "nan"], "'nan' is not a number of seconds"),
         (["--threads", "0"], "--threads must be at least 1"),
+        (["--threads", "100000"], "--threads must be at least 1 and at most"),
+        (["--kv-memory", "9999999999GiB"], "--kv-memory 9999999999GiB: write a number of bytes"),
         (["--shapes", "2"], "--shapes: '2' is not a shape; write tp x pp, e.g. 2x1, or auto or none"),
         (["--shapes", "1x1,2x1"], "--shapes 1x1,2x1: name shapes of several ranks"),
         (["--shapes", "2x1,2x1"], "each once"),

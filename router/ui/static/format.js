@@ -4,6 +4,7 @@ const DASH = "–";
 
 export function seconds(value) {
   if (value == null) return DASH;
+  if (value > 0 && value < 0.00095) return `${Number((value * 1e3).toPrecision(2))} ms`;
   if (value < 0.0995) return `${(value * 1e3).toFixed(1)} ms`;
   if (value < 0.9995) return `${(value * 1e3).toFixed(0)} ms`;
   return value < 99.5 ? `${value.toPrecision(3)} s` : duration(value);

@@ -75,7 +75,7 @@ function showClasses(state) {
     return [
       each.name === NO_CLASS ? "no targets" : each.name,
       count(each.requests),
-      rate(each.goodput),
+      rate(each.name === NO_CLASS ? null : each.goodput),
       attainment(each.counted ? each.met / each.counted : null, targets?.attainment),
       targets ? seconds(targets.ttft_s) : "–",
       spread(each.ttft_s),
