@@ -45,6 +45,8 @@ class ServableLength:
         if tokens := self.tokens:
             return tokens
         usable = {instance.role for instance in self._instances.values() if instance.is_usable}
+        if not usable:  # whichever roles this cluster has
+            raise UnavailableError("no worker is ready")
         for role in (Role.PREFILL, Role.DECODE):
             if role not in usable:
                 raise UnavailableError(f"no {role.value} worker is ready")
