@@ -53,6 +53,22 @@ class KvCodec(StrEnum):
         code_bytes = -(-slots * head_dim * self.bits // 8)
         return -(-(parameter_bytes + code_bytes) // _ALIGNMENT) * _ALIGNMENT
 
+    def num_coded_blocks(self, num_tokens: int, block_size: int) -> int:
+        """As many of the first blocks of `num_tokens` tokens are coded; the others are whole. Not of `NONE`."""
+        if not self.whole_tokens:
+            return -(-num_tokens // block_size)
+        return max(0, num_tokens - self.whole_tokens) // block_size
+
+    def sent_share(self, num_tokens: int, block_size: int, head_dim: int, element_bytes: float) -> float:
+        """Bytes that are sent for the KV of `num_tokens` tokens, above 0, divided by its bytes in memory, where a
+        number has `element_bytes`. 1 for `NONE`."""
+        if self is KvCodec.NONE:
+            return 1.0
+        num_blocks, token_bytes = self.num_coded_blocks(num_tokens, block_size), 2 * head_dim * element_bytes
+        whole_tokens = max(0, num_tokens - num_blocks * block_size)
+        sent_bytes = num_blocks * self.pair_bytes(block_size, head_dim) + whole_tokens * token_bytes
+        return sent_bytes / (num_tokens * token_bytes)
+
     def pair_bytes(self, slots: int, head_dim: int) -> int:
         """Of the codes of a head block of K and of that of V."""
         return sum(self.head_block_bytes(is_value, slots, head_dim) for is_value in (False, True))

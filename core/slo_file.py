@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from tandem.core.anchored_path import AnchoredPath, ModelName
 from tandem.core.byte_size import Bytes
 from tandem.core.frozen_model import FrozenModel, WrongSetting
+from tandem.core.kv_codec import KvCodecName
 from tandem.core.precision import AS_STORED, Precision
 from tandem.core.slo import SloClasses
 
@@ -228,6 +229,10 @@ class SloFile(FrozenModel):
     cluster: ClusterSection
     slo: Annotated[SloClasses, Field(min_length=1)]
     workload: WorkloadSection
+    kv_codec: KvCodecName = Field(
+        default="none",
+        description="How KV is coded on its way between nodes, as the setting of instances says; the plan has it, too",
+    )
     objective: Literal["goodput", "cheapest"] = Field(
         default="goodput", description="Most goodput per device, or the lowest price that serves workload.rate"
     )

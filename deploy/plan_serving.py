@@ -16,6 +16,7 @@ from tandem.deploy.topology import Machine
 from tandem.placement.cluster import Cluster
 from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.models import model_shape
+from tandem.placement.planned_router import planned_router
 
 _CPU = "cpu"
 _FLOAT32_BYTES = 4.0
@@ -23,7 +24,7 @@ _BFLOAT16_BYTES = 2.0
 
 
 def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
-    """Instances, step bounds, KV memory and SLO classes as planned. `plan.model` must be a checkpoint's folder.
+    """Instances, step bounds, KV memory and router as planned. `plan.model` must be a checkpoint's folder.
 
     Raises ConfigError for a plan that cannot run on `machine`.
     """
@@ -32,7 +33,7 @@ def serve_config_of(plan: Plan, machine: Machine) -> ServeConfig:
     for group, section in planned_sections(plan, multiplies_bf16=multiplies_bf16):
         sections[group.role].append(section)
     _check_machine(plan, machine)
-    return ServeConfig.model_validate({"model": plan.model, "router": {"slo": plan.slo}, **sections})
+    return ServeConfig.model_validate({"model": plan.model, "router": planned_router(plan), **sections})
 
 
 def planned_sections(plan: Plan, *, multiplies_bf16: bool = False) -> list[tuple[PlanGroup, InstanceSection]]:

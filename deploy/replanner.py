@@ -20,7 +20,7 @@ from tandem.core.slo_file import SloFile
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.placement.replanning.drift import Decision, DriftDetector, DriftPolicy
 from tandem.placement.replanning.live_workload import planned_workload, write_replan_input
-from tandem.placement.replanning.workload_distance import Workload, thresholds_for
+from tandem.placement.replanning.workload_distance import WorkloadStats, thresholds_for
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Replanner:
             await asyncio.wait((self._planning,), timeout=self._poll_s)
 
     def _evaluate(self, window: ProfileSnapshot) -> None:
-        match self._detector.observe(Workload.live(window), self._clock.now_s()):
+        match self._detector.observe(WorkloadStats.live(window), self._clock.now_s()):
             case Decision.REPLAN:
                 self._start_planning()
             case Decision.WITHDRAW:

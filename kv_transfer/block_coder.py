@@ -38,9 +38,7 @@ class BlockCoder:
 
     def num_coded_blocks(self, num_tokens: int) -> int:
         """As many of the first blocks of `num_tokens` tokens are coded; the others are whole."""
-        if not self._codec.whole_tokens:
-            return self._layout.blocks_for(num_tokens)
-        return max(0, num_tokens - self._codec.whole_tokens) // self._layout.block_size
+        return self._codec.num_coded_blocks(num_tokens, self._layout.block_size)
 
     def encode(self, raw: Tensor, coded: Tensor, num_layers: int) -> None:
         """Blocks [layer, kv, block, head, slot, head_dim] as bytes -> their codes."""

@@ -13,7 +13,7 @@ from tandem.placement.costs.hardware import Device, device
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class ClusterNode:
     """One machine. Its devices have the names `name`:0, `name`:1, ..., as in `core.plan.PlanGroup.devices`."""
 
     name: str
@@ -25,14 +25,14 @@ class Node:
 class Cluster:
     """Nodes have the names 0, 1, ... in the order of the SLO file. `calibrations` are by type of device."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[ClusterNode, ...]
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
 
     @classmethod
     def of(cls, section: ClusterSection) -> "Cluster":
         """Reads the calibrations of the section. Raises ConfigError for a calibration that cannot be read, for a device
         that is not in the catalogue or differs between two entries, and for several nodes without a known NIC."""
-        nodes: list[Node] = []
+        nodes: list[ClusterNode] = []
         known: dict[str, tuple[Device, Path | None]] = {}
         for index, entry in enumerate(section.nodes):
             described = _device_of(entry), entry.calibration
@@ -42,7 +42,7 @@ class Cluster:
                     f"cluster.nodes.{index}: {kind.name} differs from an earlier entry in price, links or calibration; "
                     "give all nodes of one device the same settings"
                 )
-            nodes += [Node(str(len(nodes) + i), kind, entry.devices) for i in range(entry.count)]
+            nodes += [ClusterNode(str(len(nodes) + i), kind, entry.devices) for i in range(entry.count)]
         unlinked = next((node for node in nodes if not node.device.nic_bytes_per_s), None)
         if unlinked is not None and len(nodes) > 1:
             raise ConfigError(f"the NIC speed of {unlinked.device.name} is unknown; set nic_gbits_per_s of its nodes")

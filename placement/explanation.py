@@ -275,6 +275,11 @@ def _transient_goodput(problem: Problem, measured: MeasuredGoodput) -> float:
 def _unmeasured(problem: Problem, deployment: CandidateDeployment) -> list[str]:
     """What the plan depends on and no published table has."""
     model, notes = problem.model, []
+    if problem.kv_codec != "none" and deployment.sends_kv:
+        notes.append(
+            f"KV between nodes is sent in {problem.kv_codec}, and tokens may be others of nearly equal probability; "
+            "the time of coding is not counted."
+        )
     if model.weight_bytes == 0.5:
         notes.append("Products with int4 weights count as products in bf16 that read a quarter of the weights' bytes.")
     used = {group.kind.device for group in deployment.groups}

@@ -4,14 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tandem.core.errors import ConfigError
+from tandem.core.kv_codec import KvCodec, KvCodecName
 from tandem.core.model_shape import ModelShape
 from tandem.core.parallel import ParallelShape
 from tandem.core.plan import Plan, PlanGroup
-from tandem.placement.cluster import Cluster, Node, nic_bytes_per_s, peer_bytes_per_s
+from tandem.core.step_coefficients import StepCoefficients
+from tandem.placement.cluster import Cluster, ClusterNode, nic_bytes_per_s, peer_bytes_per_s
 from tandem.placement.costs.cost_source import CostSource
 from tandem.placement.costs.resharding import Resharding, ShapePair, resharding_of
 from tandem.placement.costs.serving import ServingCosts
-from tandem.placement.simulator.deployment import Deployment, Failure, InstanceSpec, NetworkSpec, RouterSpec
+from tandem.placement.planned_router import planned_router
+from tandem.placement.simulator.deployment import (
+    Deployment,
+    Failure,
+    InstanceSpec,
+    KvCoding,
+    NetworkSpec,
+    RouterSpec,
+)
+from tandem.scheduling.routing_settings import RoutingSettings
 
 BLOCK_SIZE = 16
 
@@ -27,8 +38,10 @@ def deployment_of(
     """Instances are named prefill-0, prefill-1, ..., decode-0, ..., in the order of the plan's groups. Those without
     devices of their own are placed as `placed` says.
 
-    Times of the router and the wire are those of the calibrations, 0 without. Raises ConfigError if the plan does not
-    fit the cluster, or asks for a shape of which no cost is known, and for a failure of an instance that is not there.
+    The router is the one that `tandem serve` starts for the plan, and instances know their step times where these are
+    calibrated, as there. Times of the router and the wire are those of the calibrations, 0 without. Raises ConfigError
+    if the plan does not fit the cluster, or asks for a shape of which no cost is known, and for a failure of an
+    instance that is not there.
     """
     if not plan.groups:
         raise ConfigError("the plan has no groups, so there is nothing to run")
@@ -38,11 +51,13 @@ def deployment_of(
     for group in whole.groups:
         calibration = cluster.calibrations.get(_device_name(group, cluster))
         serving = ServingCosts() if calibration is None else calibration.serving_of(group.shape)
+        is_calibrated = calibration is not None and calibration.engine_cost(group.shape) is not None
         cost = source.cost_model(_device_name(group, cluster), group.shape)
         if cost is None:
             raise ConfigError(
                 f"the plan: {model.name} cannot run as {group.shape} on {group.device}, or no cost is known"
             )
+        step_cost = StepCoefficients.of(cost) if is_calibrated else None
         for ranks in group.devices:
             instances.append(
                 InstanceSpec(
@@ -60,28 +75,33 @@ def deployment_of(
                     shape=group.shape,
                     request_admission_cost_s=serving.request_admission_cost_s if group.role == "decode" else 0.0,
                     cold_step_factor=serving.cold_step_factor if group.role == "prefill" else 0.0,
+                    step_cost=step_cost,
                 )
             )
             numbers[group.role] += 1
     return Deployment(
         instances=tuple(instances),
         network=network_of(whole, cluster, model),
-        router=replace(
-            router_of(cluster),
-            same_node_only=plan.same_node,
-            slo=tuple(slo.request_slo for slo in plan.slo),
-        ),
+        router=router_of(plan, cluster, has_step_costs=any(each.step_cost is not None for each in instances)),
         failures=_checked(failures, instances),
     )
 
 
-def router_of(cluster: Cluster) -> RouterSpec:
-    """The slowest of what was measured."""
+def router_of(plan: Plan, cluster: Cluster, *, has_step_costs: bool) -> RouterSpec:
+    """With the settings of `planned_router`, and the slowest times that were measured. `has_step_costs`: whether an
+    instance reports any."""
     measured = [calibration.router_spec() for calibration in cluster.calibrations.values()]
+    section = planned_router(plan)
+    routing = RoutingSettings.of(section)
     return RouterSpec(
         admission_s=max((one.admission_s for one in measured), default=0.0),
         first_token_s=max((one.first_token_s for one in measured), default=0.0),
         token_s=max((one.token_s for one in measured), default=0.0),
+        same_node_only=plan.same_node,
+        request_timeout_s=section.request_timeout_s,
+        slo=tuple(slo.request_slo for slo in section.slo),
+        # Without step costs "goodput" decides as "balanced" does, but in more time.
+        routing=routing if has_step_costs else replace(routing, policy="balanced"),
     )
 
 
@@ -105,12 +125,21 @@ def network_of(plan: Plan, cluster: Cluster, model: ModelShape) -> NetworkSpec:
             resharding |= resharding_of(calibration.transfers, BLOCK_SIZE)
     return NetworkSpec(
         kv_bytes_per_token=kv_bytes,
+        coding=coding_of(plan.kv_codec, model, kv_bytes),
         intra_node_bytes_per_s=min(ports),
         inter_node_bytes_per_s=min(links),
         latency_s=latency_s,
         per_concurrent_transfer_s=per_concurrent_transfer_s,
         resharding=resharding,
     )
+
+
+def coding_of(codec: KvCodecName, model: ModelShape, kv_bytes_per_token: float) -> KvCoding | None:
+    """Of KV that takes so many bytes in memory. None: it is sent as it is."""
+    if codec == "none":
+        return None
+    element_bytes = model.kv_bytes * kv_bytes_per_token / model.kv_bytes_per_token
+    return KvCoding(KvCodec(codec), BLOCK_SIZE, model.head_dim, element_bytes)
 
 
 def placed(plan: Plan, cluster: Cluster) -> Plan:
@@ -139,7 +168,7 @@ def placed(plan: Plan, cluster: Cluster) -> Plan:
 
 @dataclass(slots=True)
 class _NodeRoom:
-    node: Node
+    node: ClusterNode
     free: list[int]
 
 

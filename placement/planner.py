@@ -17,11 +17,12 @@ from tandem.placement.evidence import Planned
 from tandem.placement.explanation import explain, explain_infeasible
 from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress, SearchResult, find_best
 from tandem.placement.search.cheapest import find_cheapest
-from tandem.placement.search.final_comparison import Comparison, FinalComparison, KnownEvaluations, compare_finalists
+from tandem.placement.search.final_comparison import Comparison, FinalComparison, compare_finalists
 from tandem.placement.search.mapper import Mapper, SerialMapper, local_mapper
 from tandem.placement.search.nearest_feasible import HEADROOMS, nearest_feasible
 from tandem.placement.search.predict import limit_of_nodes
 from tandem.placement.search.problem import Problem, cache_tokens_of, without_cached
+from tandem.placement.search.rate_simulations import KnownEvaluations
 from tandem.placement.search.space import SearchSpace, search_space
 from tandem.placement.search.trim import trimmed
 from tandem.placement.workload.streams import generated_requests, trace_requests
@@ -196,11 +197,18 @@ def problem_of(slo_file: SloFile, source: CostSource | None = None) -> Problem:
         simulated_share=simulated_share,
         notes=served.notes,
         cache_tokens=cache_tokens,
+        kv_codec=slo_file.kv_codec,
     )
 
 
 def search(problem: Problem, mapper: Mapper, report: ReportProgress) -> PlanResult:
-    """The deployment for the problem; if there is none, the deployment for the nearest feasible targets."""
+    """The deployment for the problem; if there is none, the deployment for the nearest feasible targets. What is
+    simulated from then on, in the space of the result, has the router that serves the plan."""
+    result = _search(problem, mapper, report)
+    return replace(result, space=replace(result.space, problem=result.space.problem.served()))
+
+
+def _search(problem: Problem, mapper: Mapper, report: ReportProgress) -> PlanResult:
     space = search_space(problem, mapper)
     if problem.cheapest:
         result = find_cheapest(space, mapper, report)

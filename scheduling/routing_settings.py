@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from tandem.core.router_section import RouterSection
 from tandem.scheduling.queue_order import QueueOrder
 
 RoutingPolicy = Literal["balanced", "goodput"]
@@ -42,3 +43,17 @@ class RoutingSettings:
     max_tracked_blocks: int = 65536
     local_prefill: bool = True
     policy: RoutingPolicy = "balanced"
+
+    @classmethod
+    def of(cls, section: RouterSection) -> "RoutingSettings":
+        """Of a router with these settings, live or simulated."""
+        return cls(
+            max_queue=section.max_queue,
+            resume=section.resume,
+            replacement_wait_s=section.replacement_wait_s,
+            outstanding_steps=section.outstanding_steps,
+            max_outstanding_tokens=section.max_outstanding_tokens,
+            max_wait_s=section.max_wait_s,
+            policy=section.policy,
+            queue_order=section.queue_order,
+        )

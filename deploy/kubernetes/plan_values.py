@@ -10,6 +10,7 @@ from tandem.core.plan import Plan, PlanGroup
 from tandem.deploy.kubernetes.values import ChartValues, ModelValues, Resources, RouterValues, WorkerGroup, Workers
 from tandem.deploy.plan_serving import is_on_cpu, planned_sections
 from tandem.placement.costs.models import model_shape
+from tandem.placement.planned_router import planned_router
 
 CHART = Path(__file__).parent / "chart"
 _OVERHEAD_BYTES = 2 << 30  # Python, torch, activations
@@ -30,8 +31,9 @@ def values_of(plan: Plan, built_in_model: Path) -> ChartValues:
         numbers[group.role] += 1
         groups.append(_worker_group(plan, name, group, section))
     values: dict[str, object] = {"workers": Workers(groups=groups)}
-    if plan.slo:
-        values["router"] = RouterValues.model_validate({"settings": {"slo": plan.slo}})
+    router = planned_router(plan)
+    if router.model_fields_set:
+        values["router"] = RouterValues.model_validate({"settings": router})
     if Path(plan.model) == built_in_model:
         values["model"] = ModelValues(source="builtIn")
     return ChartValues.model_validate(values)

@@ -8,7 +8,6 @@ import numpy.typing as npt
 
 from tandem.core.plan import ExpectedClass, ExpectedWindow, Quantiles
 from tandem.core.slo import SloClass
-from tandem.core.timeline import Stage
 from tandem.placement.evaluation.steady_state import Interval, is_drifting, share_interval, warm_up_length
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import Floats, RequestStream
@@ -251,9 +250,9 @@ def _with_lost(result: SimulationResult, use: Floats) -> Floats:
 
 
 def _time_in_system(result: SimulationResult) -> Floats:
-    """Seconds from arrival to finish; to the end of the run for unfinished requests."""
-    until_s = np.where(result.finished, result.stage(Stage.FINISHED), result.end_s)
-    stay_s: Floats = until_s - result.requests.arrival_s
+    """Seconds from arrival to finish or refusal; to the end of the run for requests that still ran."""
+    ended_s = result.ended_s
+    stay_s: Floats = np.where(np.isnan(ended_s), result.end_s, ended_s) - result.requests.arrival_s
     return stay_s
 
 

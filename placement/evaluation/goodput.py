@@ -77,7 +77,7 @@ def stop_when_windows_lost(
 
     A window is lost when one class missed more deadlines there than its attainment allows of all its requests in the
     window. Only requests count that `evaluate_windows` never leaves out: those of the second half, and of the last
-    window not the last fifth. When all requests of a window but the last have finished, its evaluation decides.
+    window not the last fifth. When all requests of a window but the last have ended, its evaluation decides.
     """
     deadline_s = deadlines_s(requests, classes) + 1e-9
     required = np.array([slo.attainment for slo in classes])
@@ -102,7 +102,7 @@ def stop_when_windows_lost(
             if np.any(misses > allowed_misses[index] + 1e-9):
                 lost_share += windows[index].time_share
                 is_open[index] = False
-            elif last < len(requests) and not np.isnan(progress.finished_s[first:last]).any():
+            elif last < len(requests) and not _is_running(progress, first, last):
                 is_open[index] = False
                 if not evaluate_window(_so_far(requests, progress), classes, windows[index]).meets:
                     lost_share += windows[index].time_share
@@ -111,9 +111,14 @@ def stop_when_windows_lost(
     return is_lost
 
 
+def _is_running(progress: Progress, first: int, last: int) -> bool:
+    """Whether one of these requests has not ended."""
+    return bool((np.isnan(progress.finished_s[first:last]) & np.isnan(progress.refused_s[first:last])).any())
+
+
 def _so_far(requests: RequestStream, progress: Progress) -> SimulationResult:
     ones = np.ones(len(requests), dtype=np.int64)
-    return SimulationResult(requests, progress.stamps, ones, 0 * ones, progress.now_s, ())
+    return SimulationResult(requests, progress.stamps, ones, 0 * ones, progress.now_s, (), refused_s=progress.refused_s)
 
 
 def _bracket(meets: Callable[[float], bool], guess: float) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tandem.core.replanning import DriftState, WorkloadChange
-from tandem.placement.replanning.workload_distance import DriftThresholds, Workload, compare, strength
+from tandem.placement.replanning.workload_distance import DriftThresholds, WorkloadStats, compare, strength
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +55,16 @@ class Decision(Enum):
 class DriftDetector:
     """The detector of one plan. Receives each window once, in order, and the result of each planning."""
 
-    def __init__(self, planned: Workload, thresholds: DriftThresholds, policy: DriftPolicy | None = None) -> None:
+    def __init__(self, planned: WorkloadStats, thresholds: DriftThresholds, policy: DriftPolicy | None = None) -> None:
         self.state = DriftState.STABLE
         self.changes: tuple[WorkloadChange, ...] = ()  # of the last window, compared with the plan
         self._planned = planned
         self._thresholds = thresholds
         self._policy = policy or DriftPolicy()
-        self._replanned_for: Workload | None = None  # the workload of the last planning
-        self._no_gain_for: Workload | None = None  # the workload of the last planning with too little gain
+        self._replanned_for: WorkloadStats | None = None  # the workload of the last planning
+        self._no_gain_for: WorkloadStats | None = None  # the workload of the last planning with too little gain
         self._is_drifted = False
-        self._windows: list[Workload] = []  # consecutive windows that are a reason to leave the state
+        self._windows: list[WorkloadStats] = []  # consecutive windows that are a reason to leave the state
         self._backoff = 1  # factor on the policy's windows and cool-down
         self._proposed_s = 0.0
         self._cool_until_s = 0.0
@@ -78,7 +78,7 @@ class DriftDetector:
     def max_windows_to_confirm(self) -> int:
         return self._policy.confirm_windows * self._policy.max_backoff
 
-    def observe(self, live: Workload, now_s: float) -> Decision:
+    def observe(self, live: WorkloadStats, now_s: float) -> Decision:
         """Process one window. REPLAN: the caller plans for the last `windows_to_confirm` windows pooled, then calls
         `record_result`."""
         self.changes = compare(self._planned, live, self._thresholds)
@@ -106,12 +106,12 @@ class DriftDetector:
         self._cool(now_s, was_useful=False)
         return False
 
-    def _strength(self, live: Workload) -> float:
+    def _strength(self, live: WorkloadStats) -> float:
         """Strength of the difference from the planned workload or from the workload without gain: the smaller one."""
         difference = self._difference(self._planned, live)
         return difference if self._no_gain_for is None else min(difference, self._difference(self._no_gain_for, live))
 
-    def _watch(self, live: Workload) -> Decision:
+    def _watch(self, live: WorkloadStats) -> Decision:
         if not self._is_drifted:
             self._enter(DriftState.STABLE)
             return Decision.NOTHING
@@ -120,7 +120,7 @@ class DriftDetector:
         self._windows.append(live)
         if len(self._windows) < self.windows_to_confirm:
             return Decision.NOTHING
-        pooled = Workload.pooled(self._windows)
+        pooled = WorkloadStats.pooled(self._windows)
         if self._strength(pooled) < self._policy.exit_strength:
             self._windows.clear()
             return Decision.NOTHING
@@ -128,25 +128,25 @@ class DriftDetector:
         self._enter(DriftState.REPLANNING)
         return Decision.REPLAN
 
-    def _keep_or_withdraw(self, live: Workload, now_s: float) -> Decision:
+    def _keep_or_withdraw(self, live: WorkloadStats, now_s: float) -> Decision:
         if self._fits_proposal(live, is_drifted=self._is_drifted):
             self._windows.clear()
             return Decision.NOTHING
         self._windows.append(live)
         if len(self._windows) < self._policy.withdraw_windows:
             return Decision.NOTHING
-        pooled = Workload.pooled(self._windows)
+        pooled = WorkloadStats.pooled(self._windows)
         if self._fits_proposal(pooled, is_drifted=self._strength(pooled) >= self._policy.exit_strength):
             self._windows.clear()
             return Decision.NOTHING
         self._cool(now_s, was_useful=now_s - self._proposed_s >= self._policy.short_lived_s)
         return Decision.WITHDRAW
 
-    def _fits_proposal(self, live: Workload, *, is_drifted: bool) -> bool:
+    def _fits_proposal(self, live: WorkloadStats, *, is_drifted: bool) -> bool:
         assert self._replanned_for is not None, "a proposal has a workload"
         return is_drifted and self._difference(self._replanned_for, live) < 1.0
 
-    def _difference(self, other: Workload, live: Workload) -> float:
+    def _difference(self, other: WorkloadStats, live: WorkloadStats) -> float:
         return strength(compare(other, live, self._thresholds))
 
     def _cool(self, now_s: float, *, was_useful: bool) -> None:

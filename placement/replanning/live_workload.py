@@ -13,7 +13,7 @@ from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan
 from tandem.core.slo_file import PrefixSection, SloFile, WorkloadSection
 from tandem.core.workload_profile import ProfileSnapshot
-from tandem.placement.replanning.workload_distance import Workload
+from tandem.placement.replanning.workload_distance import WorkloadStats
 from tandem.placement.workload.requests import Floats
 from tandem.placement.workload.streams import make_stream, trace_requests
 
@@ -22,16 +22,16 @@ SLO_FILE_NAME = "slo.yaml"
 RUNNING_PLAN_NAME = "running_plan.yaml"
 
 
-def planned_workload(plan: Plan, slo_file: SloFile) -> Workload:
+def planned_workload(plan: Plan, slo_file: SloFile) -> WorkloadStats:
     """The workload of the plan, of a trace all of it. Raises ConfigError if its rate is unknown."""
     rate = plan.expected.rate if plan.expected else slo_file.workload.rate
     if rate == "max":
         raise ConfigError("the plan has no rate and its SLO file's workload.rate is max; set workload.rate")
     workload, seed = slo_file.workload, slo_file.search.seed
     if workload.trace is not None:
-        return Workload.planned(trace_requests(workload, slo_file.slo, seed=seed).requests, rate)
+        return WorkloadStats.planned(trace_requests(workload, slo_file.slo, seed=seed).requests, rate)
     stream = make_stream(workload, slo_file.slo, count=slo_file.search.requests, rate=rate, seed=seed)
-    return Workload.planned(stream, rate)
+    return WorkloadStats.planned(stream, rate)
 
 
 def write_replan_input(folder: Path, running: Plan, slo_file: SloFile, snapshot: ProfileSnapshot) -> None:

@@ -25,7 +25,7 @@ from tandem.placement.workload.requests import Ints, RequestStream
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Workload:
+class WorkloadStats:
     """Sorted lengths, requests per second with relative standard error, and the share of prompt tokens that are, or can
     be, in a prefix cache."""
 
@@ -36,13 +36,13 @@ class Workload:
     cached_share: float
 
     @classmethod
-    def planned(cls, stream: RequestStream, rate: float) -> "Workload":
+    def planned(cls, stream: RequestStream, rate: float) -> "WorkloadStats":
         """The workload of a plan's simulations at `rate`, which is exact."""
         cached_share = float(stream.prefix_tokens.sum() / stream.prompt_tokens.sum())
         return cls(np.sort(stream.prompt_tokens), np.sort(stream.output_tokens), rate, 0.0, cached_share)
 
     @classmethod
-    def live(cls, snapshot: ProfileSnapshot) -> "Workload":
+    def live(cls, snapshot: ProfileSnapshot) -> "WorkloadStats":
         return cls(
             prompt_tokens=np.sort(np.array(snapshot.prompt_tokens, dtype=np.int64)),
             output_tokens=np.sort(np.array(snapshot.output_tokens, dtype=np.int64)),
@@ -52,7 +52,7 @@ class Workload:
         )
 
     @classmethod
-    def pooled(cls, windows: Sequence["Workload"]) -> "Workload":
+    def pooled(cls, windows: Sequence["WorkloadStats"]) -> "WorkloadStats":
         """Several windows, at least one, as one window."""
         count = len(windows)
         return cls(
@@ -92,7 +92,7 @@ def thresholds_for(plan: Plan, slo_file: SloFile) -> DriftThresholds:
     )
 
 
-def compare(planned: Workload, live: Workload, thresholds: DriftThresholds) -> tuple[WorkloadChange, ...]:
+def compare(planned: WorkloadStats, live: WorkloadStats, thresholds: DriftThresholds) -> tuple[WorkloadChange, ...]:
     """In the order rate, prompt_tokens, output_tokens, cached_share."""
     alpha = thresholds.false_alarm / 4  # Bonferroni: four comparisons
     return (
@@ -128,7 +128,7 @@ def _length(name: str, planned: Ints, live: Ints, thresholds: DriftThresholds, a
     )
 
 
-def _rate(planned: Workload, live: Workload, thresholds: DriftThresholds, alpha: float) -> WorkloadChange:
+def _rate(planned: WorkloadStats, live: WorkloadStats, thresholds: DriftThresholds, alpha: float) -> WorkloadChange:
     log_ratio = math.log(live.rate / planned.rate)
     error = math.hypot(planned.rate_error, live.rate_error)
     limit = thresholds.rate_rise if log_ratio > 0 else thresholds.rate_fall
@@ -136,7 +136,7 @@ def _rate(planned: Workload, live: Workload, thresholds: DriftThresholds, alpha:
     return WorkloadChange("rate", planned.rate, live.rate, abs(log_ratio) / math.log(limit) if is_significant else 0.0)
 
 
-def _cached(planned: Workload, live: Workload, thresholds: DriftThresholds, alpha: float) -> WorkloadChange:
+def _cached(planned: WorkloadStats, live: WorkloadStats, thresholds: DriftThresholds, alpha: float) -> WorkloadChange:
     """0.5 / sqrt(n) is the largest possible standard error of a share of n."""
     size = abs(live.cached_share - planned.cached_share)
     is_significant = size > _z(alpha) * 0.5 / math.sqrt(len(live.prompt_tokens))

@@ -9,7 +9,7 @@
     enumeration, space          the deployments to evaluate; everything above for one problem
     best_first, cheapest        the deployment of the highest goodput; the cheapest deployment for a rate
     trial, trim                 full simulations; removal of instances that a deployment does not need
-    final_comparison, finalists, paired_runs, variants
+    final_comparison, finalists, rate_simulations, paired_runs, variants
                                 the best deployments on the same requests
     chosen_deployment, sensitivity, nearest_feasible, candidate_list
                                 results about the chosen deployment and its alternatives

@@ -208,6 +208,7 @@ class Trial:
     deployment: CandidateDeployment
     guess: float
     at_least: float
+    at_most: float
     scale: float
     separate_nodes: bool
 
@@ -218,10 +219,23 @@ def trial_for(space: SearchSpace, candidate: EvaluatedDeployment, best: float = 
     predicted = space.predictor.goodput(deployment)
     scale = candidate.predicted / predicted if predicted > 0 else 1.0
     is_scaled = deployment != candidate.deployment
-    return Trial(deployment, candidate.predicted / scale, best / scale, scale, separate_nodes=is_scaled)
+    return Trial(
+        deployment,
+        guess=candidate.predicted / scale,
+        at_least=best / scale,
+        at_most=candidate.bound / scale,  # a higher goodput counts as that
+        scale=scale,
+        separate_nodes=is_scaled,
+    )
 
 
 def run_trial(problem: Problem, trial: Trial, mapper: Mapper | None = None) -> MaxRate:
     return find_max_rate(
-        problem, trial.deployment, trial.guess, trial.at_least, mapper, separate_nodes=trial.separate_nodes
+        problem,
+        trial.deployment,
+        trial.guess,
+        trial.at_least,
+        mapper,
+        at_most=trial.at_most,
+        separate_nodes=trial.separate_nodes,
     )

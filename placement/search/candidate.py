@@ -63,6 +63,11 @@ class CandidateDeployment:
             used[group.kind.device] = used.get(group.kind.device, 0) + group.num_devices
         return used
 
+    @property
+    def sends_kv(self) -> bool:
+        """Between instances."""
+        return any(group.kind.role == "decode" for group in self.groups)
+
     def with_units(self, units: int) -> "CandidateDeployment":
         """The same units in another number; the deployment has units."""
         groups = tuple(InstanceGroup(group.kind, group.instances // self.units * units) for group in self.groups)

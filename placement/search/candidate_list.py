@@ -5,7 +5,7 @@ from dataclasses import replace
 from tandem.placement.evidence import PlanCandidate
 from tandem.placement.search.best_first import EvaluatedDeployment
 from tandem.placement.search.candidate import CandidateDeployment
-from tandem.placement.search.final_comparison import Alternative, FinalComparison
+from tandem.placement.search.final_comparison import ComparedAlternative, FinalComparison
 from tandem.placement.search.kinds import Kinds
 from tandem.placement.search.limits import KindLimits
 from tandem.placement.search.problem import Problem
@@ -74,7 +74,7 @@ def _candidate(problem: Problem, evaluated: EvaluatedDeployment, reason: str = "
     )
 
 
-def _reason(space: SearchSpace, alternative: Alternative, comparison: FinalComparison) -> str:
+def _reason(space: SearchSpace, alternative: ComparedAlternative, comparison: FinalComparison) -> str:
     evaluated, chosen = alternative.candidate, comparison.chosen.candidate
     bound = f"the bottleneck is {bottleneck(space, evaluated.deployment)}"
     if not evaluated.goodput:

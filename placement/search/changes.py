@@ -1,9 +1,11 @@
-"""Single changes of a deployment or of its SLO file: looser targets, one more instance, longer steps, other devices."""
+"""Single changes of a deployment or of its SLO file: looser targets, one more instance, longer steps, coded KV, other
+devices."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tandem.core.errors import ConfigError
+from tandem.core.kv_codec import KvCodecName
 from tandem.core.slo_file import SloFile
 from tandem.placement.cluster import Cluster
 from tandem.placement.costs.hardware import devices
@@ -17,6 +19,7 @@ from tandem.placement.search.problem import Problem
 
 _LOOSER = 1.2  # a target, times this
 _LONGER = 2  # the prompt tokens of a step, times this
+_CODEC: KvCodecName = "int8"
 _MAX_DEVICE_TYPES = 2  # other ones that are tried: those with the highest limit per USD
 
 
@@ -35,6 +38,7 @@ def changes_of(slo_file: SloFile, problem: Problem, deployment: CandidateDeploym
         *_looser_targets(problem, deployment),
         *_more_instances(problem, deployment),
         *_longer_steps(problem, deployment),
+        *_coded_kv(problem, deployment),
         *_other_devices(slo_file, problem, deployment),
     ]
 
@@ -80,6 +84,13 @@ def _longer_steps(problem: Problem, deployment: CandidateDeployment) -> Iterator
             longer = InstanceGroup(replace(group.kind, max_batch_tokens=tokens), group.instances)
             description = f"steps of up to {tokens:,} prompt tokens in {group.kind.role} instances"
             yield ChangedPlan(problem, replace(deployment, groups=_with(deployment.groups, index, longer)), description)
+
+
+def _coded_kv(problem: Problem, deployment: CandidateDeployment) -> Iterator[ChangedPlan]:
+    """The codec that changes answers least, where links between nodes are slow and KV crosses them as it is."""
+    is_sent = deployment.sends_kv and not deployment.same_node and problem.cluster.has_slow_links
+    if is_sent and problem.kv_codec == "none":
+        yield ChangedPlan(replace(problem, kv_codec=_CODEC), deployment, f"KV between nodes in {_CODEC} (kv_codec)")
 
 
 def _other_devices(slo_file: SloFile, problem: Problem, deployment: CandidateDeployment) -> Iterator[ChangedPlan]:

@@ -86,7 +86,8 @@ class _CheapestFirst:
             trial = scaled_down(deployment)
             trial_goodput = predictor.goodput(trial)
             rate = self._rate * (trial_goodput / predicted if trial_goodput > 0 else 1.0)
-            _, evaluation = simulate_at(self._space.problem, trial, rate, separate_nodes=trial != deployment)
+            # As served: the first that meets the targets is the result, which nothing is compared with.
+            _, evaluation = simulate_at(self._space.problem.served(), trial, rate, separate_nodes=trial != deployment)
             self._num_simulations += 1
             evaluated = replace(evaluated, goodput=self._rate if evaluation.meets else 0.0)
         self._evaluated.append(evaluated)

@@ -11,31 +11,20 @@ The result has the highest simulated goodput of all that were compared, and the 
 alternative met its targets at a higher rate than the chosen deployment in runs of the same requests.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-from tandem.core.errors import ConfigError
-from tandem.core.slo import SloClass
-from tandem.placement.evaluation.attainment import Evaluation, deciding_window
+from tandem.placement.evaluation.attainment import Evaluation
 from tandem.placement.evaluation.steady_state import Interval
 from tandem.placement.search.best_first import EvaluatedDeployment, ReportProgress
 from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.finalists import finalists_of, most_promising
 from tandem.placement.search.mapper import Mapper
-from tandem.placement.search.paired_runs import (
-    PairedRun,
-    RateTrial,
-    Represented,
-    higher_rate,
-    meets_at,
-    paired_run,
-    rate_near,
-)
+from tandem.placement.search.paired_runs import RateTrial, Represented
 from tandem.placement.search.problem import Problem
+from tandem.placement.search.rate_simulations import KnownEvaluations, RateSimulations
 from tandem.placement.search.space import SearchSpace
-from tandem.placement.search.trial import RATE_RATIO, MaxRate, evaluate_at, find_rate_near, scaled_down
+from tandem.placement.search.trial import RATE_RATIO, scaled_down
 from tandem.placement.search.variants import variants_of
 from tandem.placement.workload.windows import Window
 
@@ -49,7 +38,7 @@ _MAX_FACTOR = 4  # of the requests per simulation
 
 
 @dataclass(frozen=True, slots=True)
-class Alternative:
+class ComparedAlternative:
     """`candidate.goodput` is 0 if it is only known to be below that of the chosen one. `difference`: 95 % interval of
     the chosen deployment's attainment minus the alternative's, at the rate of the former; None if a shorter run told
     them apart."""
@@ -71,7 +60,7 @@ class FinalComparison:
     problem: Problem
     chosen: Represented
     rate: float
-    alternatives: tuple[Alternative, ...]
+    alternatives: tuple[ComparedAlternative, ...]
     num_simulations: int
     evaluated: Mapping[float, Evaluation]
     deciding: Window | None
@@ -92,10 +81,6 @@ def compare_finalists(
     return Comparison(space, mapper, report).of_finalists(evaluated, chosen)
 
 
-KnownEvaluations = dict[tuple[CandidateDeployment, int, tuple[SloClass, ...]], Mapping[float, Evaluation]]
-"""Of each deployment, number of requests per simulation, and classes: by rate."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Round:
     """`rates` are of what is simulated for a deployment. `differences` are those to the leader, at its rate."""
@@ -114,25 +99,22 @@ class _Round:
 
 
 class Comparison:
-    """Of deployments of one search. What it has simulated once it knows, in `known`, which another comparison of the
-    same requests may have begun."""
+    """Of deployments of one search. `known`: see `RateSimulations`."""
 
     def __init__(
         self, space: SearchSpace, mapper: Mapper, report: ReportProgress, known: KnownEvaluations | None = None
     ) -> None:
         self._space = space
-        self._mapper = mapper
         self._report = report
-        self._num_simulations = 0
         self._share = 0.0
-        self._evaluated = {} if known is None else known
+        self._simulations = RateSimulations(mapper, known)
 
     def on_whole_trace(self, chosen: EvaluatedDeployment) -> tuple[float, Window | None]:
         """The goodput in all windows of a trace, and the window that limits it; None if none is known. Raises
         ConfigError if a window misses the targets at every rate."""
         problem, one = self._space.problem, self._represented(chosen)
-        rate = self._max_rate(problem, one, _guess(problem, one))
-        return rate * one.scale, self._deciding(problem, one, rate)
+        rate = self._simulations.max_rate(problem, one, _guess(problem, one))
+        return rate * one.scale, self._simulations.deciding_window(problem, one, rate)
 
     def of_finalists(self, evaluated: Sequence[EvaluatedDeployment], chosen: EvaluatedDeployment) -> FinalComparison:
         """`evaluated` and `chosen` are the result of the search. For the cheapest deployment that serves a rate, the
@@ -171,12 +153,11 @@ class Comparison:
         self._begin("checking the cheaper deployments")
         price = self._price(everyone[0])
         cheaper = [one for one in everyone[1:] if self._price(one) < price]
-        meets = self._mapper(partial(meets_at, problem), [RateTrial(one, rate / one.scale) for one in cheaper])
+        meets = self._simulations.meet(problem, [RateTrial(one, rate / one.scale) for one in cheaper])
         meeting = [one for one, is_met in zip(cheaper, meets, strict=True) if is_met]
-        self._num_simulations += len(cheaper)
         leader = min((everyone[0], *meeting), key=self._price)
         rates = {one.deployment: (one.candidate.goodput or 0.0) / one.scale for one in everyone if one not in cheaper}
-        rates[leader.deployment] = self._max_rate(problem, leader, rate / leader.scale)
+        rates[leader.deployment] = self._simulations.max_rate(problem, leader, rate / leader.scale)
         return self._result(problem, _Round(leader, rates, {}), everyone)
 
     def _price(self, one: Represented) -> float:
@@ -185,7 +166,7 @@ class Comparison:
     def _result(self, problem: Problem, decision: _Round, everyone: Sequence[Represented]) -> FinalComparison:
         leader = decision.leader
         alternatives = tuple(
-            Alternative(
+            ComparedAlternative(
                 replace(one.candidate, goodput=decision.rates.get(one.deployment, 0.0) * one.scale),
                 decision.differences.get(one.deployment),
             )
@@ -199,15 +180,15 @@ class Comparison:
             chosen,
             rate,
             alternatives,
-            self._num_simulations,
-            self._evaluations(problem, leader),
-            self._deciding(problem, leader, rate),
+            self._simulations.count,
+            self._simulations.evaluations(problem, leader),
+            self._simulations.deciding_window(problem, leader, rate),
         )
 
     def _compare(self, problem: Problem, leader: Represented, others: Sequence[Represented]) -> _Round:
         """Every other deployment runs once at the rate of the leader. If it meets the targets there, its own goodput is
         found. The highest goodput leads; of equal ones that of the fewest devices."""
-        rates = {leader.deployment: self._max_rate(problem, leader, _guess(problem, leader))}
+        rates = {leader.deployment: self._simulations.max_rate(problem, leader, _guess(problem, leader))}
         first = leader
         while True:
             rivals = [one for one in (first, *others) if one.deployment != leader.deployment]
@@ -215,13 +196,14 @@ class Comparison:
             if not rivals:
                 return _Round(leader, rates, {})
             self._begin(f"running {len(rivals) + 1} deployments on the same requests")
-            own, runs = self._paired(problem, leader, rates[leader.deployment], rivals)
+            own, runs = self._simulations.paired(problem, leader, rates[leader.deployment], rivals)
             new = [
                 RateTrial(one, run.rate, {run.rate: run.evaluation})
                 for one, run in zip(rivals, runs, strict=True)
                 if run.evaluation.meets and one.deployment not in rates
             ]
-            rates |= self._max_rates(problem, new)
+            found = self._simulations.max_rates(problem, new)
+            rates |= {trial.of.deployment: found_rate for trial, found_rate in zip(new, found, strict=True)}
             best = min(
                 (leader, *rivals), key=lambda one: (-rates.get(one.deployment, 0.0) * one.scale, one.num_devices)
             )
@@ -229,18 +211,6 @@ class Comparison:
                 differences = {one.deployment: own.difference(run) for one, run in zip(rivals, runs, strict=True)}
                 return _Round(leader, rates, differences)
             leader = best
-
-    def _paired(
-        self, problem: Problem, leader: Represented, rate: float, rivals: Sequence[Represented]
-    ) -> tuple[PairedRun, list[PairedRun]]:
-        """Runs of the leader at `rate`, and of the rivals at the rates of the same goodput."""
-        run, known = partial(paired_run, problem, goodput=rate * leader.scale), self._evaluations(problem, leader)
-        self._num_simulations += len(rivals)
-        if rate in known and known[rate].met is not None:
-            return PairedRun(rate, known[rate]), self._mapper(run, rivals)
-        self._num_simulations += 1
-        own, *runs = self._mapper(run, [leader, *rivals])
-        return own, runs
 
     def _without_worse(
         self,
@@ -252,39 +222,23 @@ class Comparison:
         """The rivals without those that a run of one window tells apart: of a trace, where every window must meet the
         targets, the window that limits the leader. There they miss the targets and are certainly worse."""
         rate = rates[leader.deployment]
-        window = self._deciding(problem, leader, rate) if problem.cover == 1.0 else None
+        window = self._simulations.deciding_window(problem, leader, rate) if problem.cover == 1.0 else None
         if window is None:
             return list(rivals)
         self._begin(f"running {len(rivals) + 1} deployments on one window")
-        run_window = partial(paired_run, problem.of_window(window), goodput=rate * leader.scale)
-        own, *runs = self._mapper(run_window, [leader, *rivals])
-        self._num_simulations += 1 + len(rivals)
+        own, runs = self._simulations.paired(problem, leader, rate, rivals, window)
         return [
             one
             for one, run in zip(rivals, runs, strict=True)
             if one.deployment in rates or run.evaluation.meets or own.difference(run)[0] <= 0
         ]
 
-    def _deciding(self, problem: Problem, one: Represented, rate: float) -> Window | None:
-        """The window of a trace that limits the deployment, by its first missed rate above `rate`."""
-        evaluated = self._evaluations(problem, one)
-        missed = min((above for above in evaluated if above > rate and not evaluated[above].meets), default=None)
-        return deciding_window(problem.windows, evaluated[missed]) if problem.windows and missed is not None else None
-
-    def _evaluations(self, problem: Problem, one: Represented) -> Mapping[float, Evaluation]:
-        return self._evaluated.get((one.deployment, problem.section.requests, problem.classes), {})
-
     def _with_better_ones(self, problem: Problem, decision: _Round, others: Sequence[Represented]) -> _Round:
         """Those that an earlier round told apart are tried again: longer runs can lower the goodput of the leader."""
         rivals = [one for one in others if one.deployment not in decision.rates]
         trials = [RateTrial(one, decision.goodput / one.scale) for one in rivals]
-        max_rates = self._mapper(partial(higher_rate, problem), trials)
-        better = {
-            one.deployment: self._count(problem, one, found)
-            for one, found in zip(rivals, max_rates, strict=True)
-            if found.rate
-        }
-        self._num_simulations += len(rivals)
+        found = self._simulations.higher_rates(problem, trials)
+        better = {one.deployment: rate for one, rate in zip(rivals, found, strict=True) if rate > 0}
         if not better:
             return decision
         rates = decision.rates | better
@@ -300,7 +254,7 @@ class Comparison:
         window that limits the leader."""
         leader, rate = decision.leader, decision.rates[decision.leader.deployment]
         below, searched = decision.goodput / RATE_RATIO, decision.leader.candidate.goodput
-        window, ratio = self._deciding(problem, leader, rate), 1.0
+        window, ratio = self._simulations.deciding_window(problem, leader, rate), 1.0
         known: dict[CandidateDeployment, float] = {}
         if window is not None and searched:
             goodputs = ((one, (one.candidate.goodput or 0.0) * decision.goodput / searched) for one in others)
@@ -311,49 +265,12 @@ class Comparison:
         if window is not None and others:
             simulated = problem.of_window(window).with_requests(_OF_ALTERNATIVES)
             guesses.append((leader, (searched or decision.goodput) / leader.scale))
-        max_rates = self._mapper(partial(rate_near, simulated), [RateTrial(one, guess) for one, guess in guesses])
-        self._num_simulations += sum(found.num_simulations for found in max_rates)
-        if len(max_rates) > len(others):
-            in_window = max_rates.pop().rate
+        found = self._simulations.max_rates_of_part(simulated, [RateTrial(one, guess) for one, guess in guesses])
+        if len(found) > len(others):
+            in_window = found.pop()
             ratio = rate / in_window if in_window > 0 else 0.0
-        rates = zip(others, max_rates, strict=True)
-        return known | {one.deployment: min(found.rate * ratio, below / one.scale) for one, found in rates}
-
-    def _max_rate(self, problem: Problem, one: Represented, guess: float) -> float:
-        """Above 0. Raises ConfigError if a window of a trace, or a longer run than the search had, misses the targets
-        at every rate."""
-        known = self._evaluations(problem, one)
-        found = find_rate_near(problem, one.simulated, guess, self._mapper, separate_nodes=one.is_scaled, known=known)
-        if found.rate > 0:
-            return self._count(problem, one, found)
-        if not problem.windows:
-            raise ConfigError(
-                f"{one.deployment} meets the targets in short simulations only; loosen the targets of slo, or raise "
-                "search.requests"
-            )
-        evaluation = evaluate_at(problem, one.simulated, one.is_scaled, guess / 1000)
-        window = deciding_window(problem.windows, evaluation)
-        met_share = sum(
-            window.time_share for window, of in zip(problem.windows, evaluation.windows, strict=True) if of.meets
-        )
-        cover = math.floor(100 * met_share) / 100
-        raise ConfigError(
-            f"the trace from second {window.begin_s:.0f} to {window.end_s:.0f}: {one.deployment} misses the targets "
-            f"there at every rate; loosen the targets of slo, or set workload.cover to {cover:g} or less"
-        )
-
-    def _max_rates(self, problem: Problem, trials: Sequence[RateTrial]) -> dict[CandidateDeployment, float]:
-        max_rates = self._mapper(partial(rate_near, problem), trials)
-        return {
-            trial.of.deployment: self._count(problem, trial.of, found)
-            for trial, found in zip(trials, max_rates, strict=True)
-        }
-
-    def _count(self, problem: Problem, one: Represented, found: MaxRate) -> float:
-        self._num_simulations += found.num_simulations
-        key = one.deployment, problem.section.requests, problem.classes
-        self._evaluated[key] = {**self._evaluated.get(key, {}), **found.evaluated}
-        return found.rate
+        rates = zip(others, found, strict=True)
+        return known | {one.deployment: min(of_part * ratio, below / one.scale) for one, of_part in rates}
 
     def _begin(self, text: str) -> None:
         """Of a next part, the number of which is not known before: the bar goes on by a part of the rest."""

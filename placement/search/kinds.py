@@ -1,6 +1,6 @@
 """Instance kinds: a role, a device type and a parallel shape that memory and the model allow."""
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tandem.core.cost_model import CostModel, StepLoad
@@ -8,6 +8,7 @@ from tandem.core.instance_section import RoleName
 from tandem.core.model_shape import ModelShape
 from tandem.core.parallel import ParallelShape
 from tandem.core.slo_file import SearchSection
+from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.cost_source import MAX_BATCH, CostSource
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
@@ -136,12 +137,14 @@ def legal_kinds(
     return Kinds(tuple(roles["prefill"]), tuple(roles["decode"]), tuple(roles["colocated"]), tuple(rejected))
 
 
-def with_slack(kind: InstanceKind, calibrated: Container[str]) -> InstanceKind:
-    """The policy `slack` for a colocated kind with chunks, where the device's step times are `calibrated`. Other kinds
-    stay as they are."""
-    if kind.role != "colocated" or kind.policy != "chunked":
+def with_slack(kind: InstanceKind, calibrations: Mapping[str, Calibration]) -> InstanceKind:
+    """The policy `slack` for a colocated kind with chunks, where the step times of its shape are calibrated for its
+    device. Other kinds stay as they are, and so do pipelines: what slack allows there depends on the steps under way,
+    of which a simulated colocated instance has one."""
+    if kind.role != "colocated" or kind.policy != "chunked" or kind.shape.pp > 1:
         return kind
-    if kind.device not in calibrated or kind.shape.num_ranks > 1:
+    calibration = calibrations.get(kind.device)
+    if calibration is None or calibration.engine_cost(kind.shape) is None:
         return kind
     return replace(kind, policy="slack", max_batch_tokens=max(kind.max_batch_tokens, _SLACK_BUDGET))
 

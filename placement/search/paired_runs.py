@@ -8,7 +8,14 @@ from tandem.placement.evaluation.steady_state import Interval, difference_interv
 from tandem.placement.search.best_first import EvaluatedDeployment
 from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.problem import Problem
-from tandem.placement.search.trial import MaxRate, find_max_rate, find_rate_near, simulate_at
+from tandem.placement.search.trial import (
+    MaxRate,
+    evaluate_at,
+    find_rate_near,
+    rate_at,
+    rate_index_below,
+    simulate_at,
+)
 
 WARM_UP_SHARE = 0.25
 """Of a run's requests, which differences leave out."""
@@ -76,7 +83,12 @@ def rate_near(problem: Problem, trial: RateTrial) -> MaxRate:
 
 def higher_rate(problem: Problem, trial: RateTrial) -> MaxRate:
     """Rate 0 if the deployment misses its targets at the next rate above."""
-    return find_max_rate(problem, trial.of.simulated, trial.rate, trial.rate, separate_nodes=trial.of.is_scaled)
+    one = trial.of
+    next_rate = rate_at(rate_index_below(trial.rate) + 1)
+    evaluation = evaluate_at(problem, one.simulated, one.is_scaled, next_rate)
+    if not evaluation.meets:
+        return MaxRate(0.0, 1, {next_rate: evaluation})
+    return rate_near(problem, RateTrial(one, next_rate, {next_rate: evaluation}))
 
 
 def meets_at(problem: Problem, trial: RateTrial) -> bool:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tandem.core.kv_codec import KvCodecName
 from tandem.core.model_shape import ModelShape
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import SearchSection
 from tandem.placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
 from tandem.placement.costs.cost_source import CostSource
+from tandem.placement.plan_deployment import coding_of
 from tandem.placement.search.kinds import legal_shapes
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.windows import Window, window_stream
@@ -37,7 +39,9 @@ class Problem:
     that serves `rate`, not the highest goodput of the cluster. `windows` divide the requests of a trace, all of which
     are simulated; the targets must be met in windows that have the share `cover` of the time. `simulated_share` of the
     requests of the trace are in `requests`; `notes` are sentences about requests that are left out. `cache_tokens`: see
-    `without_cached`.
+    `without_cached`. `kv_codec`: how KV is coded between nodes. `as_served`: simulations have the router that serves
+    the plan. Else they have one that knows no targets and holds no request: the search compares deployments with that,
+    as it takes less time, and looser targets never change what it does.
 
     Picklable: worker processes receive it.
     """
@@ -56,6 +60,8 @@ class Problem:
     simulated_share: float = 1.0
     notes: tuple[str, ...] = ()
     cache_tokens: float = math.inf
+    kv_codec: KvCodecName = "none"
+    as_served: bool = False
 
     @property
     def node_types(self) -> tuple[NodeType, ...]:
@@ -87,6 +93,10 @@ class Problem:
         computed = window_stream(whole, window).head(self.section.requests)
         return replace(self, requests=requests, computed=computed, windows=())
 
+    def served(self) -> "Problem":
+        """With simulations as the plan will be served."""
+        return replace(self, as_served=True)
+
     def with_requests(self, count: int) -> "Problem":
         """With at most `count` requests per simulation and prediction."""
         count = min(count, self.section.requests)
@@ -97,10 +107,16 @@ class Problem:
         """Seconds to transfer one token's KV between instances of at least `ranks` ranks without contention."""
         if same_node:
             speed = min(ranks * peer_bytes_per_s(self.cluster.devices[name]) for name in devices)
-        else:
-            per_node = self.cluster.devices_per_node
-            speed = min(per_node[name] * nic_bytes_per_s(self.cluster.devices[name]) for name in devices)
-        return self.model.kv_bytes_per_token / speed
+            return self.model.kv_bytes_per_token / speed
+        per_node = self.cluster.devices_per_node
+        speed = min(per_node[name] * nic_bytes_per_s(self.cluster.devices[name]) for name in devices)
+        return self._sent_share * self.model.kv_bytes_per_token / speed
+
+    @property
+    def _sent_share(self) -> float:
+        """Of the KV's bytes, between nodes: of a prompt of mean length."""
+        coding = coding_of(self.kv_codec, self.model, self.model.kv_bytes_per_token)
+        return 1.0 if coding is None else coding.sent_share(max(1, round(float(self.requests.prompt_tokens.mean()))))
 
     def price_per_hour(self, used: dict[str, int]) -> float:
         """USD; the number of devices if a device has no known price."""

@@ -67,7 +67,7 @@ def search_space(problem: Problem, mapper: Mapper) -> SearchSpace:
     budgets = [limits_of_variants(limits, partial(with_budget, factor=factor)) for factor in BUDGET_FACTORS]
     for of_budget in budgets:
         limits |= of_budget
-    limits |= limits_of_variants(limits, partial(with_slack, calibrated=problem.cluster.calibrations))
+    limits |= limits_of_variants(limits, partial(with_slack, calibrations=problem.cluster.calibrations))
     kinds = Kinds(
         prefill=tuple(kind for kind in legal.prefill if limits[kind].rate > 0),
         decode=tuple(kind for kind in legal.decode if limits[kind].rate > 0),

@@ -23,11 +23,13 @@ from tandem.placement.simulator import simulate
 from tandem.placement.simulator.deployment import Deployment
 from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
+from tandem.scheduling.routing_settings import RoutingSettings
 
 RATE_RATIO = 1.025
 MAX_TRIAL_INSTANCES = 6
 _MAX_DOUBLINGS = 4
 _MAX_DECREASE = 4.0
+_SINGLE_STEPS = 12  # down from a guess, before the steps get longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ def plan_of(problem: Problem, deployment: CandidateDeployment, *, separate_nodes
         groups=deployment.plan_groups(assign_devices(deployment, problem.cluster, separate_nodes=separate_nodes)),
         slo=problem.classes,
         same_node=deployment.same_node,
+        kv_codec=problem.kv_codec if deployment.sends_kv else "none",
     )
 
 
@@ -136,15 +139,17 @@ def find_max_rate(
     at_least: float,
     mapper: Mapper | None = None,
     *,
+    at_most: float = math.inf,
     separate_nodes: bool = False,
 ) -> MaxRate:
     """The highest rate of the series that meets the targets. With `at_least` > 0 only higher rates are tested, from the
-    lowest; otherwise rates from below `guess`, down to a quarter of it.
+    lowest; otherwise rates from below `guess`, down to a thousandth of it. The first rate above `at_most` is the last.
 
     The rate goes up one index while it meets the targets, or down one index until it does. So a deployment that meets
-    the targets wherever another one does never has a lower maximum. It does not go up from a run without a steady
-    state: few requests can be served in one burst, however fast they come. `mapper` simulates the next rates in
-    parallel; rates beyond the last one needed do not count, so the result does not depend on the number of workers.
+    the targets wherever another one does never has a lower maximum. Far below the guess the steps get longer, see
+    `find_rate_near`. It does not go up from a run without a steady state: few requests can be served in one burst,
+    however fast they come. `mapper` simulates the next rates in parallel; rates beyond the last one needed do not
+    count, so the result does not depend on the number of workers.
     """
     lowest = rate_index_below(at_least or guess / _MAX_DECREASE) + 1
     start = lowest if at_least else max(rate_index_below(guess), lowest)
@@ -161,13 +166,20 @@ def find_max_rate(
 
     rate_index = start
     if meets(rate_index, 1):
-        while evaluated[rate_index].long_enough and meets(rate_index + 1, 1):
+        while evaluated[rate_index].long_enough and rate_at(rate_index) <= at_most and meets(rate_index + 1, 1):
             rate_index += 1
         return MaxRate(rate_at(rate_index), num_simulations=rate_index + 2 - start)
-    while rate_index >= lowest and not meets(rate_index, -1):
+    nearest = max(start - _SINGLE_STEPS, lowest)
+    while rate_index > nearest:
         rate_index -= 1
-    rate = rate_at(rate_index) if rate_index >= lowest else 0.0
-    return MaxRate(rate, num_simulations=start + 1 - max(rate_index, lowest))
+        if meets(rate_index, -1):
+            return MaxRate(rate_at(rate_index), num_simulations=start + 1 - rate_index)
+    if nearest == lowest:
+        return MaxRate(0.0, num_simulations=start + 1 - lowest)
+    evaluate_rate = partial(evaluate_at, problem, deployment, separate_nodes)
+    known = {rate_at(index): evaluated[index] for index in range(nearest, start + 1)}
+    found = _find_near(evaluate_rate, rate_at(nearest - 1), spread, known)
+    return MaxRate(found.rate, num_simulations=len(known) + found.num_simulations)
 
 
 def find_rate_near(
@@ -239,4 +251,8 @@ def _find_near(
 
 def _deployment(problem: Problem, deployment: CandidateDeployment, *, separate_nodes: bool = False) -> Deployment:
     plan = plan_of(problem, deployment, separate_nodes=separate_nodes)
-    return deployment_of(plan, problem.source, problem.cluster, problem.model)
+    served = deployment_of(plan, problem.source, problem.cluster, problem.model)
+    if problem.as_served:
+        return served
+    router = replace(served.router, routing=RoutingSettings(), request_timeout_s=math.inf)
+    return replace(served, router=router)

@@ -22,7 +22,7 @@ _CLOSE = 0.9  # with at least this share of the best goodput
 
 def variants_of(problem: Problem, candidates: Sequence[EvaluatedDeployment]) -> list[EvaluatedDeployment]:
     """Of the first candidates that have colocated instances with chunks; `candidates` begin with the best one."""
-    slack = partial(with_slack, calibrated=problem.cluster.calibrations)
+    slack = partial(with_slack, calibrations=problem.cluster.calibrations)
     variants = _variants(candidates, [slack])[:_NUM_WITH_SLACK]
     least = _CLOSE * _goodput(candidates[0])
     close = [candidate for candidate in candidates if _goodput(candidate) >= least]

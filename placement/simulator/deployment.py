@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from tandem.core.cost_model import CostModel, StepLoad
 from tandem.core.instance_section import RoleName
+from tandem.core.kv_codec import KvCodec
 from tandem.core.parallel import ParallelShape
 from tandem.core.request_slo import RequestSlo
 from tandem.core.step_coefficients import StepCoefficients
@@ -31,8 +32,9 @@ class InstanceSpec:
     request admitted during it; `cold_step_factor` the extra time of prefill's first step after a pause, as a share of
     the step. `lease_s` is how long computed KV is held for a reader. `growth_horizon_tokens` None: the role's own
     (`scheduling.budget`). `max_prefill_tokens` bounds the prompt tokens beside those that decode, None: the role's own.
-    `step_cost` is what is believed of `cost`, None: nearly the truth. `scheduler_type` and `load_of`, what a step's
-    chunks cost, are those of other systems where these are simulated."""
+    `step_cost` is what the instance believes of `cost` at first, and what the router is told; None: it cannot tell, and
+    spends no slack. `scheduler_type` and `load_of`, what a step's chunks cost, are those of other systems where these
+    are simulated."""
 
     instance_id: str
     role: RoleName
@@ -56,10 +58,20 @@ class InstanceSpec:
     load_of: Callable[[list[Chunk]], StepLoad] = step_load
     step_cost: StepCoefficients | None = None
 
-    @property
-    def predicted(self) -> StepCoefficients:
-        """Step times as router and worker believe them at first."""
-        return self.step_cost or StepCoefficients.of(self.cost)
+
+@dataclass(frozen=True, slots=True)
+class KvCoding:
+    """How KV is coded between nodes, of heads of `head_dim` numbers of `element_bytes` bytes in blocks of
+    `block_size` tokens. The time of coding is not known here: it is a share of that of sending (docs/log.md)."""
+
+    codec: KvCodec
+    block_size: int
+    head_dim: int
+    element_bytes: float
+
+    def sent_share(self, num_tokens: int) -> float:
+        """Of the bytes in memory."""
+        return self.codec.sent_share(num_tokens, self.block_size, self.head_dim, self.element_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +79,8 @@ class NetworkSpec:
     """KV links. A transfer of n tokens takes `latency_s` + `per_concurrent_transfer_s` + n * `kv_bytes_per_token` /
     bandwidth, and all but the latency is shared: a node's outgoing link, its incoming link, and inside a node each
     instance's own port, are divided equally among the transfers on them. With infinite bandwidth a transfer takes
-    `latency_s`. Between two shapes in `resharding` it takes as much longer as that says."""
+    `latency_s`. Between two shapes in `resharding` it takes as much longer as that says. Between nodes KV is coded as
+    `coding` says."""
 
     kv_bytes_per_token: float = 0.0
     intra_node_bytes_per_s: float = float("inf")
@@ -75,6 +88,7 @@ class NetworkSpec:
     latency_s: float = 0.0
     per_concurrent_transfer_s: float = 0.0  # time of its links that a transfer takes whatever its bytes
     resharding: Mapping[ShapePair, Resharding] = field(default_factory=dict)
+    coding: KvCoding | None = None
 
     def between(self, source: ParallelShape, destination: ParallelShape) -> Resharding:
         return self.resharding.get((source, destination), _NO_RESHARDING) if self.resharding else _NO_RESHARDING

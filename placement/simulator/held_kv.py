@@ -9,7 +9,7 @@ from tandem.scheduling.sequence import Sequence
 _RELEASED = -1.0  # the end of a lease on KV that its reader has
 
 
-class HeldKv:
+class SimulatedHeldKv:
     """What is held, from `add` until `pop`, and its leases of `lease_s` seconds."""
 
     def __init__(self, lease_s: float, events: EventQueue, lease_ended: Callable[[SimulatedAttempt], None]) -> None:

@@ -12,7 +12,7 @@ from tandem.placement.simulator.counted import CountedSequence
 from tandem.placement.simulator.deployment import PAUSE_S, InstanceSpec
 from tandem.placement.simulator.event_queue import EventQueue
 from tandem.placement.simulator.fast_run import ChunkRun, ChunkStep, FastRun
-from tandem.placement.simulator.held_kv import HeldKv
+from tandem.placement.simulator.held_kv import SimulatedHeldKv
 from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
 from tandem.placement.simulator.result import InstanceUse
 from tandem.placement.simulator.use import StepTotals
@@ -67,13 +67,15 @@ class SimulatedInstance:
             mixing=spec.policy,
             growth_horizon_tokens=spec.growth_horizon_tokens,
         )
-        self._predictor = StepPredictor(spec.predicted) if spec.policy == "slack" else None
+        self._predictor: StepPredictor | None = None
+        if spec.policy == "slack" and spec.step_cost is not None:
+            self._predictor = StepPredictor(spec.step_cost)
         known = staged(spec.cost)
         num_stages = 1 if known is None else known.num_stages
         self._scheduler = spec.scheduler_type(
             budget, self._pool, self._index, spec.max_model_len, self._predictor, num_stages
         )
-        self._held = HeldKv(spec.lease_s, events, self._lease_ended)
+        self._held = SimulatedHeldKv(spec.lease_s, events, self._lease_ended)
         self._commands: list[tuple[Callable[[], None], bool]] = []  # and whether it is a release
         self._is_up = True
         self._life = 0  # how often it was lost; what an earlier life computed is dropped

@@ -62,6 +62,8 @@ class Network:
         resharding = spec.between(source.shape, destination.shape)
         latency_s = spec.latency_s + resharding.extra_s
         num_bytes = num_tokens * spec.kv_bytes_per_token * resharding.factor  # of a plain transfer that takes as long
+        if spec.coding is not None and not same_node:
+            num_bytes *= spec.coding.sent_share(num_tokens)
         transfer = Transfer(on_arrival, argument, now_s, fixed_bytes + num_bytes)
         if math.isinf(bytes_per_s) or transfer.left_bytes == 0:
             self._events.at(now_s + latency_s, self._arrive, transfer)

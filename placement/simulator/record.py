@@ -19,16 +19,23 @@ _BEFORE_SECOND_TOKEN = [DECODE_RESERVED, TRANSFER_STARTED, TRANSFER_COMMITTED, D
 
 
 class Record:
-    """One row per request. Timestamps of a failed attempt are discarded unless a token from it was delivered."""
+    """One row per request. Timestamps of a failed attempt are discarded unless a token from it was delivered.
+    `refused_s`: when a request ended with an error, NaN for others."""
 
-    __slots__ = ("num_attempts", "num_cached_tokens", "num_finished", "stamps")
+    __slots__ = ("num_attempts", "num_cached_tokens", "num_finished", "num_refused", "refused_s", "stamps")
 
     def __init__(self, requests: RequestStream) -> None:
         n = len(requests)
         self.stamps = np.full((n, len(STAGES)), np.nan)
         self.num_attempts = np.zeros(n, dtype=np.int64)
         self.num_cached_tokens = np.zeros(n, dtype=np.int64)
+        self.refused_s = np.full(n, np.nan)
         self.num_finished = 0
+        self.num_refused = 0
+
+    def refuse(self, row: int, now_s: float) -> None:
+        self.refused_s[row] = now_s
+        self.num_refused += 1
 
     def begin_attempt(self, row: int, now_s: float) -> None:
         self.num_attempts[row] += 1

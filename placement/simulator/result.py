@@ -35,7 +35,8 @@ class InstanceUse:
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
     """`stamps[i, STAGES.index(stage)]` is when request i reached a stage, NaN where it did not. A request that was
-    refused, or that had not finished when the simulation was stopped, has no FINISHED stamp."""
+    refused, or that had not finished when the simulation was stopped, has no FINISHED stamp. `refused_s`: when a
+    request was refused or ended with an error, NaN for others; None where it is not known."""
 
     requests: RequestStream
     stamps: Floats  # [n, len(STAGES)]
@@ -44,6 +45,7 @@ class SimulationResult:
     end_s: float
     instances: tuple[InstanceUse, ...]
     stopped_early: bool = False
+    refused_s: Floats | None = None
 
     def stage(self, stage: Stage) -> Floats:
         return self.stamps[:, STAGES.index(stage)]
@@ -62,6 +64,12 @@ class SimulationResult:
     @property
     def finished(self) -> Bools:
         return ~np.isnan(self.stage(Stage.FINISHED))
+
+    @property
+    def ended_s(self) -> Floats:
+        """When each request finished, or was refused; NaN for those that still ran at the end."""
+        finished_s = self.stage(Stage.FINISHED)
+        return finished_s if self.refused_s is None else np.fmin(finished_s, self.refused_s)
 
     @property
     def cached_share(self) -> float:

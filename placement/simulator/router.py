@@ -24,7 +24,7 @@ from tandem.scheduling.routing import Selection
 from tandem.scheduling.routing_machine import RoutingMachine
 
 
-class Router:
+class SimulatedRouter:
     """A `RoutingDriver`, and the instances' `Listener`. A request's key is its row in the stream.
 
     `wake_s` is when to call `wake`.
@@ -42,7 +42,6 @@ class Router:
         self.machine = RoutingMachine(
             self, spec.routing, explain=False, selector_type=spec.selector_type, tracker_type=RunTracker
         )
-        self.num_refused = 0
         self.wake_s = math.inf
         self._spec = spec
         self._events = events
@@ -83,7 +82,7 @@ class Router:
                 received_s=arrival_s,
             )
         except TandemError:
-            self.num_refused += 1
+            self._record.refuse(row, now_s)
 
     def _slo_of(self, row: int) -> RequestSlo:
         classes, index = self._spec.slo, self._slo_class[row]
@@ -133,7 +132,7 @@ class Router:
             uncomputed_tokens=0,
             unreserved_tokens=0,
             lease_s=spec.lease_s,
-            step_cost=spec.predicted,
+            step_cost=spec.step_cost,
             step_prompt_tokens=instance.step_prompt_tokens,
         )
         self.machine.instance_reported(status, now_s)
@@ -173,7 +172,7 @@ class Router:
         if error is None:
             self._record.num_finished += 1
         else:
-            self.num_refused += 1
+            self._record.refuse(_row(request), self._events.now_s)
 
     def wake_at(self, time_s: float) -> None:
         self.wake_s = time_s

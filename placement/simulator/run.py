@@ -12,7 +12,7 @@ from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefixes import BlockNames
 from tandem.placement.simulator.record import FINISHED, Record
 from tandem.placement.simulator.result import SimulationResult
-from tandem.placement.simulator.router import Router
+from tandem.placement.simulator.router import SimulatedRouter
 from tandem.placement.simulator.staged_instance import simulated_instance
 from tandem.placement.workload.requests import Floats, RequestStream
 
@@ -22,12 +22,13 @@ _EVENTS_PER_LOOK = 512
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a simulation is: of `finished` requests all tokens have come; `refused` requests ended with an error.
-    `stamps` are those of `SimulationResult`, as far as they are known."""
+    `stamps` and `refused_s` are those of `SimulationResult`, as far as they are known."""
 
     now_s: float
     finished: int
     refused: int
     stamps: Floats
+    refused_s: Floats
 
     @property
     def finished_s(self) -> Floats:
@@ -79,7 +80,7 @@ def _simulate(
     events = EventQueue()
     record = Record(requests)
     network = Network(deployment.network, events)
-    router = Router(deployment.router, requests, events, network, record)
+    router = SimulatedRouter(deployment.router, requests, events, network, record)
     names = _block_names(deployment, requests)
     instances = {
         spec.instance_id: simulated_instance(spec, events, router, names, step_by_step=step_by_step)
@@ -96,7 +97,7 @@ def _simulate(
     num_received, num_events, stopped_early = 0, 0, False
     while True:
         if concurrency is not None:
-            num_allowed = min(len(requests), concurrency + record.num_finished + router.num_refused)
+            num_allowed = min(len(requests), concurrency + record.num_finished + record.num_refused)
             arrivals_s += [events.now_s] * (num_allowed - len(arrivals_s))
         arrival_s = arrivals_s[num_received] + admission_s if num_received < len(arrivals_s) else math.inf
         next_s, wake_s = events.next_s(), router.wake_s
@@ -113,7 +114,9 @@ def _simulate(
             events.run_next()
         num_events += 1
         if stop_when is not None and num_events % _EVENTS_PER_LOOK == 0:
-            stopped_early = stop_when(Progress(events.now_s, record.num_finished, router.num_refused, record.stamps))
+            stopped_early = stop_when(
+                Progress(events.now_s, record.num_finished, record.num_refused, record.stamps, record.refused_s)
+            )
             if stopped_early:
                 break
     if math.isfinite(until_s) and not stopped_early:
@@ -128,6 +131,7 @@ def _simulate(
         num_attempts=record.num_attempts.clip(min=1),
         num_cached_tokens=record.num_cached_tokens,
         end_s=events.now_s,
+        refused_s=record.refused_s,
         instances=tuple(instances[spec.instance_id].use() for spec in deployment.instances),
         stopped_early=stopped_early,
     )

@@ -21,13 +21,13 @@ from tandem.placement.simulator.instance import SimulatedInstance
 from tandem.placement.simulator.network import Network
 from tandem.placement.simulator.prefixes import BlockNames
 from tandem.placement.simulator.record import Record
-from tandem.placement.simulator.router import Router
+from tandem.placement.simulator.router import SimulatedRouter
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling import routed_request
 from tandem.scheduling.routed_request import RoutedRequest
 from tandem.scheduling.routing import Selection
 from tandem.scheduling.routing_settings import RoutingSettings
-from tests.conformance.live_run import BLOCK_SIZE, ROLES, Ask, Recording, ended, submitted
+from tests.conformance.live_run import BLOCK_SIZE, ROLES, STEP_COST, Ask, Recording, ended, submitted
 from tests.placement.simulator.deployments import LinearCost
 
 
@@ -50,7 +50,7 @@ class SilentInstance(SimulatedInstance):
     def fail(self) -> None: ...
 
 
-class ReplayRouter(Router):
+class ReplayRouter(SimulatedRouter):
     """Writes its decisions down. Reports come from the recording."""
 
     recording: Recording
@@ -96,13 +96,14 @@ class Replay:
         self._events = EventQueue()
         spec = RouterSpec(request_timeout_s=request_timeout_s, routing=routing)
         network = Network(NetworkSpec(), self._events)
-        self.router = ReplayRouter(spec, requests, self._events, network, Record(requests))
+        self._record = Record(requests)
+        self.router = ReplayRouter(spec, requests, self._events, network, self._record)
         self.router.recording = Recording()
         self._attempts: dict[int, Attempt] = {}
         instances = {}
         for name in instance_ids:
             role = ROLES[name[0]].value
-            spec_of = InstanceSpec(name, cast(Any, role), LinearCost(), 64, BLOCK_SIZE)
+            spec_of = InstanceSpec(name, cast(Any, role), LinearCost(), 64, BLOCK_SIZE, step_cost=STEP_COST)
             instances[name] = SilentInstance(spec_of, self._attempts)
         self.router.connect(instances, BlockNames(requests, BLOCK_SIZE))
         self._early: dict[int, list[NewTokens]] = {}
@@ -113,7 +114,7 @@ class Replay:
             self._events.now_s = time_s
             self._apply(what, argument)
         self._run_until(float("inf"))
-        self.router.recording.num_refused = self.router.num_refused
+        self.router.recording.num_refused = self._record.num_refused
         return self.router.recording
 
     def _run_until(self, time_s: float) -> None:

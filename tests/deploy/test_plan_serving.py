@@ -11,12 +11,14 @@ from tandem.core.config_file import dump_config
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan, PlanGroup
 from tandem.core.precision import Precision
+from tandem.core.router_section import RouterSection
 from tandem.core.slo import SloClass
 from tandem.deploy.plan_serving import planned_nodes, serve_config_of
 from tandem.deploy.topology import Machine, plan_processes
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tandem.placement.costs.calibration import Calibration
 from tandem.placement.costs.step_fit import FitError, Terms
+from tandem.placement.planned_router import planned_router
 from tests.placement.planned import plan_of
 
 BUILT_IN = Path(__file__).parents[2] / "models" / "tiny-python"
@@ -68,6 +70,17 @@ def test_requests_of_a_served_plan_may_name_its_classes() -> None:
     router = plan_processes(config, LAPTOP)[0].config
     assert isinstance(router, RouterConfig)
     assert router.router.slo == (chat,)
+
+
+def test_the_router_of_a_served_plan_is_the_one_that_was_simulated() -> None:
+    """It takes as many requests as a large cluster decodes at once, and as many that wait."""
+    slo = (SloClass(name="chat", ttft_s=0.5, tpot_s=0.05),)
+    small, large = (plan_of(BUILT_IN, [group("colocated", max_batch=n)]) for n in (64, 1000))
+    for plan, max_queue in ((small, RouterSection().max_queue), (large, 2000)):
+        plan = plan.model_copy(update={"slo": slo})
+        router = serve_config_of(plan, LAPTOP).router
+        assert router == planned_router(plan)
+        assert router == RouterSection(slo=slo, max_queue=max_queue)
 
 
 def test_groups_that_differ_only_in_their_place_are_one() -> None:

@@ -45,6 +45,6 @@ class SingleServer:
                 now_s = float(requests.arrival_s[count])
                 finished = int(np.searchsorted(ordered, now_s, side="right"))
                 so_far = result_of(requests, first_s, finished_s, end_s=now_s)
-                if stop_when(Progress(now_s, finished, 0, so_far.stamps)):
+                if stop_when(Progress(now_s, finished, 0, so_far.stamps, np.full(len(requests), np.nan))):
                     return so_far
         return result_of(requests, first_s, finished_s)

@@ -1,5 +1,6 @@
 """Plans become instances on nodes, each on devices of its own."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ from hypothesis import strategies as st
 
 from tandem.core.cost_model import CostModel
 from tandem.core.errors import ConfigError
+from tandem.core.kv_codec import KvCodec
 from tandem.core.parallel import ParallelShape
 from tandem.core.plan import Plan
+from tandem.core.router_section import RouterSection
 from tandem.core.slo_file import ClusterSection
 from tandem.placement.cluster import Cluster, nic_bytes_per_s, peer_bytes_per_s
 from tandem.placement.costs.models import model_shape
 from tandem.placement.plan_deployment import deployment_of, placed
-from tandem.placement.simulator.deployment import Failure
+from tandem.placement.simulator.deployment import Failure, KvCoding
+from tandem.scheduling.routing_settings import RoutingSettings
 from tests.placement.simulator.deployments import LinearCost
 from tests.placement.test_cluster import write_calibration
 
@@ -89,6 +93,29 @@ def test_what_was_measured_reaches_the_simulator(tmp_path: Path) -> None:
     assert deployment.network.latency_s == 0.003
     assert deployment.network.intra_node_bytes_per_s == 1e9
     assert deployment.network.kv_bytes_per_token == 2048
+
+
+def test_the_router_and_what_it_knows_are_those_of_the_served_plan(tmp_path: Path) -> None:
+    """Step times are known where they are calibrated; without them the choice is that of the policy "balanced"."""
+    calibrated = cluster({"device": "cpu", "calibration": str(write_calibration(tmp_path / "c.yaml"))})
+    chat = {"name": "chat", "ttft_s": 1.0, "tpot_s": 0.1, "weight": 2.0}
+    for where, device, policy in ((calibrated, "cpu", "goodput"), (cluster({"device": H100}), H100, "balanced")):
+        answer = plan(group("colocated", device=device), slo=[chat])
+        served = deployment_of(answer, AnySource(), where, MODEL)
+        assert served.router.routing == replace(RoutingSettings.of(RouterSection()), policy=policy)
+        assert served.router.slo == tuple(slo.request_slo for slo in answer.slo)
+        assert served.router.request_timeout_s == RouterSection().request_timeout_s
+        assert [each.step_cost is not None for each in served.instances] == [policy == "goodput"]
+    parallel = deployment_of(plan(group("colocated", device="cpu", tp=2)), AnySource(), calibrated, MODEL)
+    assert parallel.instances[0].step_cost is None, "this shape was not measured"
+
+
+def test_kv_is_coded_as_the_plan_says() -> None:
+    two = cluster({"device": H100, "count": 2})
+    answer = plan(group("prefill"), group("decode"))
+    assert deployment_of(answer, AnySource(), two, MODEL).network.coding is None
+    coded = deployment_of(answer.model_copy(update={"kv_codec": "int8"}), AnySource(), two, MODEL)
+    assert coded.network.coding == KvCoding(KvCodec.INT8, 16, 128, 2.0)
 
 
 def test_kv_that_stays_inside_a_node_finds_both_roles_on_every_node() -> None:

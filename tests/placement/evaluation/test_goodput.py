@@ -226,7 +226,8 @@ def test_a_lost_run_is_stopped() -> None:
     assert stopped.end_s < requests.duration_s / 2
     assert not evaluate(stopped, (CHAT,)).meets
     lost = stop_when_lost(requests, (CHAT,))
-    assert not lost(Progress(0.0, 0, 0, np.full((len(requests), len(STAGES)), np.nan)))
+    none = np.full((len(requests), len(STAGES)), np.nan)
+    assert not lost(Progress(0.0, 0, 0, none, none[:, 0]))
 
 
 # --- series ----------------------------------------------------------------------------------------------------------

@@ -9,22 +9,22 @@ from hypothesis import strategies as st
 
 from tandem.core.replanning import DriftState
 from tandem.placement.replanning.drift import Decision, DriftDetector, DriftPolicy
-from tandem.placement.replanning.workload_distance import DriftThresholds, Workload
+from tandem.placement.replanning.workload_distance import DriftThresholds, WorkloadStats
 
 WINDOW_S = 300.0
 POLICY = DriftPolicy()
 
 
-def of_length(prompt_tokens: int) -> Workload:
+def of_length(prompt_tokens: int) -> WorkloadStats:
     lengths = np.full(200, prompt_tokens, dtype=np.int64)
-    return Workload(lengths, np.full(200, 10, dtype=np.int64), rate=1.0, rate_error=0.01, cached_share=0.0)
+    return WorkloadStats(lengths, np.full(200, 10, dtype=np.int64), rate=1.0, rate_error=0.01, cached_share=0.0)
 
 
-def mixed(share: float) -> Workload:
+def mixed(share: float) -> WorkloadStats:
     """`share` of the prompts are long: its strength against the plan's is share / 0.25."""
     long = round(200 * share)
     lengths = np.concatenate((np.full(200 - long, 100), np.full(long, 900))).astype(np.int64)
-    return Workload(lengths, np.full(200, 10, dtype=np.int64), rate=1.0, rate_error=0.01, cached_share=0.0)
+    return WorkloadStats(lengths, np.full(200, 10, dtype=np.int64), rate=1.0, rate_error=0.01, cached_share=0.0)
 
 
 PLANNED, OTHER, THIRD = of_length(100), of_length(900), of_length(5000)
@@ -41,7 +41,7 @@ class Run:
         self.replanned_s: list[float] = []
         self.withdrawn_s: list[float] = []
 
-    def see(self, *windows: Workload) -> DriftState:
+    def see(self, *windows: WorkloadStats) -> DriftState:
         for live in windows:
             self.now_s += WINDOW_S
             decision = self.detector.observe(live, self.now_s)
@@ -187,7 +187,7 @@ def test_slow_alternation_is_followed() -> None:
     gains=st.lists(st.sampled_from([None, 0.0, 0.05, 0.1, 0.5]), min_size=1, max_size=20),
 )
 def test_for_any_workload_planning_is_rare_and_proposals_gain(
-    windows: list[Workload], gains: list[float | None]
+    windows: list[WorkloadStats], gains: list[float | None]
 ) -> None:
     run = Run()
     for number, live in enumerate(windows):

@@ -13,7 +13,7 @@ from tandem.core.slo_file import SloFile
 from tandem.core.workload_profile import ProfileSnapshot
 from tandem.placement.replanning.workload_distance import (
     DriftThresholds,
-    Workload,
+    WorkloadStats,
     compare,
     ks_critical,
     ks_statistic,
@@ -29,7 +29,7 @@ def sorted_array(values: list[int]) -> np.ndarray:
     return np.sort(np.array(values, dtype=np.int64))
 
 
-def drawn(seed: int, count: int, *, mean: float = 500.0, rate: float = 5.0, cv: float = 1.0) -> Workload:
+def drawn(seed: int, count: int, *, mean: float = 500.0, rate: float = 5.0, cv: float = 1.0) -> WorkloadStats:
     """Log-normal lengths, as a live window of `count` requests has them."""
     random = np.random.default_rng(seed)
     lengths = 1 + random.lognormal(math.log(mean), 1.0, size=(2, count)).astype(np.int64)
@@ -46,7 +46,7 @@ def drawn(seed: int, count: int, *, mean: float = 500.0, rate: float = 5.0, cv: 
         cached_tokens=(0,) * count,
         slo_class=(0,) * count,
     )
-    return Workload.live(snapshot)
+    return WorkloadStats.live(snapshot)
 
 
 @settings(deadline=None)
@@ -105,9 +105,9 @@ def test_cached_tokens_count() -> None:
         prefix_group=np.zeros(400, dtype=np.int64),
         prefix_tokens=np.full(400, 60),
     )
-    planned = Workload.planned(stream, 1.0)
+    planned = WorkloadStats.planned(stream, 1.0)
     snapshot = ProfileSnapshot(0, 400.0, 400, 1.0, 400, (0.0,), (100,) * 400, (10,) * 400, (0,) * 400, (0,) * 400)
-    rate, prompt, output, cached = compare(planned, Workload.live(snapshot), DriftThresholds())
+    rate, prompt, output, cached = compare(planned, WorkloadStats.live(snapshot), DriftThresholds())
     assert (rate.strength, prompt.strength, output.strength) == (0.0, 0.0, 0.0)
     assert (cached.planned, cached.live) == (0.6, 0.0)
     assert cached.strength == pytest.approx(4.0)
@@ -115,7 +115,7 @@ def test_cached_tokens_count() -> None:
 
 def test_a_window_without_arrivals_has_a_positive_rate() -> None:
     snapshot = ProfileSnapshot(0, 100.0, 0, 1.0, 200, (), (100,) * 200, (10,) * 200, (0,) * 200, (0,) * 200)
-    rate = compare(drawn(0, 200), Workload.live(snapshot), DriftThresholds())[0]
+    rate = compare(drawn(0, 200), WorkloadStats.live(snapshot), DriftThresholds())[0]
     assert 1.0 < rate.strength < math.inf
 
 

@@ -9,6 +9,7 @@ import pytest
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import Layout, NodeSection
 from tandem.placement.cluster import Cluster
+from tandem.placement.costs.calibration import ShapeCalibration
 from tandem.placement.costs.hardware import device
 from tandem.placement.planner import PlanResult, search
 from tandem.placement.rank_notes import rank_notes
@@ -22,6 +23,7 @@ from tandem.placement.search.problem import Problem
 from tandem.placement.search.space import search_space
 from tandem.placement.search.trial import plan_of
 from tandem.placement.search.variants import variants_of
+from tests.placement.costs.test_calibration import TP2, calibration
 from tests.placement.search.problems import A100, H100, ToySource, problem
 
 
@@ -84,19 +86,23 @@ def test_low_affinity_keeps_both_phases_of_a_unit_on_one_node() -> None:
     assert {*map(min, prefill)} == {*map(min, decode)}
 
 
-def test_slack_is_for_chunks_of_one_rank_whose_step_times_are_known() -> None:
+@pytest.mark.parametrize(("shapes", "num_ranks"), [((), {1}), ((TP2,), {1, 2})])
+def test_slack_is_for_chunks_of_shapes_whose_step_times_are_known(
+    shapes: tuple[ShapeCalibration, ...], num_ranks: set[int]
+) -> None:
     space = search_space(problem(2, layouts=("colocated",), slo=SloClass(ttft_s=0.5, tpot_s=0.05)), SerialMapper())
     kinds = space.kinds.colocated
-    limits = limits_of_variants(space.limits, partial(with_slack, calibrated={A100}))
+    calibrations = {A100: calibration(shapes=shapes)}
+    limits = limits_of_variants(space.limits, partial(with_slack, calibrations=calibrations))
     assert {(kind.policy, kind.shape.num_ranks) for kind in kinds} >= {
         ("chunked", 1),
         ("chunked", 2),
         ("prompt_first", 1),
     }
     for kind in kinds:
-        assert with_slack(kind, ()) == kind
-        variant = with_slack(kind, {A100})
-        if kind.policy == "chunked" and kind.shape.num_ranks == 1:
+        assert with_slack(kind, {}) == kind
+        variant = with_slack(kind, calibrations)
+        if kind.policy == "chunked" and kind.shape.num_ranks in num_ranks:
             assert (variant.policy, variant.max_batch_tokens) == ("slack", max(512, kind.max_batch_tokens))
             assert limits[variant].rate >= space.limits[kind].rate > 0
         else:

@@ -4,6 +4,7 @@ import numpy as np
 
 from tandem.core.cost_model import StepCost, StepLoad
 from tandem.core.instance_section import RoleName
+from tandem.core.step_coefficients import StepCoefficients
 from tandem.placement.simulator.deployment import Deployment, InstanceSpec, NetworkSpec, RouterSpec
 from tandem.placement.workload.requests import RequestStream
 from tandem.scheduling.budget import Mixing
@@ -95,6 +96,7 @@ def deployment(
                 prefix_cache=prefix_cache,
                 node=node,
                 request_admission_cost_s=request_admission_cost_s if role == "decode" else 0.0,
+                step_cost=StepCoefficients.of(cost or LinearCost()),
             )
             for role, name, node in specs
         ),

@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 
+from tandem.core.kv_codec import KvCodec
 from tandem.core.parallel import ParallelShape
 from tandem.placement.costs.resharding import Resharding
-from tandem.placement.simulator.deployment import InstanceSpec, NetworkSpec
+from tandem.placement.simulator.deployment import InstanceSpec, KvCoding, NetworkSpec
 from tandem.placement.simulator.event_queue import EventQueue
 from tandem.placement.simulator.network import Network
 from tests.placement.simulator.deployments import LinearCost
@@ -86,3 +87,14 @@ def test_between_two_shapes_a_transfer_takes_as_much_longer_as_was_measured() ->
     wire.send_at(9.0, "equal shapes", two, two, 1000)
     wire.send_at(20.0, "not measured", plain, two, 1000)
     assert wire.run() == pytest.approx({"other shape": 2.45, "equal shapes": 10.7, "not measured": 21.7})
+
+
+def test_kv_is_coded_between_nodes_only() -> None:
+    """Of 128 tokens, int4 sends the last 64 as they are."""
+    coding = KvCoding(KvCodec.INT4, block_size=16, head_dim=128, element_bytes=2.0)
+    wire = Wire()
+    wire.network = Network(replace(NetworkSpec(1.0, 1000.0, 100.0), coding=coding), wire.events)
+    wire.send_at(0.0, "out", _A, _B, 128)
+    wire.send_at(0.0, "inside", _A, _D, 1000)
+    coded_share = (16 * 128 + 2 * 2 * (128 + 16)) / (16 * 2 * 128 * 2)  # codes of 4 bits, lows and steps of two bytes
+    assert wire.run() == pytest.approx({"out": (64 + 64 * coded_share) / 100, "inside": 1.0})
