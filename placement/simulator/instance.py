@@ -15,13 +15,14 @@ from tandem.placement.simulator.fast_run import ChunkRun, ChunkStep, FastRun
 from tandem.placement.simulator.held_kv import SimulatedHeldKv
 from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
 from tandem.placement.simulator.result import InstanceUse
+from tandem.placement.simulator.step_results import StepResults, attempt_of, has_drawn
 from tandem.placement.simulator.use import StepTotals
 from tandem.scheduling.budget import role_budget
 from tandem.scheduling.chunk import Chunk
 from tandem.scheduling.fast_forward import FastForward
 from tandem.scheduling.fast_forward_scheduler import FastForwardScheduler
 from tandem.scheduling.predictor import StepPredictor
-from tandem.scheduling.sequence import Sequence, SequenceState
+from tandem.scheduling.sequence import SequenceState
 from tandem.scheduling.step_load import step_load
 
 _Step = ChunkStep | FastRun | ChunkRun
@@ -76,6 +77,7 @@ class SimulatedInstance:
             budget, self._pool, self._index, spec.max_model_len, self._predictor, num_stages
         )
         self._held = SimulatedHeldKv(spec.lease_s, events, self._lease_ended)
+        self._results = StepResults(self._scheduler, self._held, listener, events)
         self._commands: list[tuple[Callable[[], None], bool]] = []  # and whether it is a release
         self._is_up = True
         self._life = 0  # how often it was lost; what an earlier life computed is dropped
@@ -263,7 +265,7 @@ class SimulatedInstance:
     def _tell_started(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             sequence = chunk.sequence
-            if chunk.is_prompt and chunk.start == sequence.num_cached and not _has_drawn(sequence):
+            if chunk.is_prompt and chunk.start == sequence.num_cached and not has_drawn(sequence):
                 self._listener.prefill_started(attempt_of(sequence), sequence.num_cached)
 
     def _begin_step(self, step: ChunkStep) -> None:
@@ -293,13 +295,13 @@ class SimulatedInstance:
         """The first stage is free. What follows in order finds the KV of these chunks, so the scheduler may go on."""
         chunks, life = step
         if life == self._life:
-            self._computed(chunks)
+            self._results.computed(chunks)
             self._turn()
 
     def _end_pipeline(self, step: tuple[list[Chunk], int]) -> None:
         chunks, life = step
         if life == self._life:
-            self._take_results(chunks)
+            self._results.drawn(chunks, self._began_s)
 
     def _end_step(self, step: ChunkStep) -> None:
         if self._step is not step:
@@ -308,10 +310,10 @@ class SimulatedInstance:
             self._results_s = self._events.now_s + late_s
             self._events.at_step_end(self._results_s, self._end_step, step)
             return
-        self._computed(step.chunks)
+        self._results.computed(step.chunks)
         if step.beside is not None:
-            self._take_decoded(step.beside, 1, self._began_s, self._events.now_s)
-        self._take_results(step.chunks)
+            self._results.decoded(step.beside, 1, self._began_s, self._events.now_s)
+        self._results.drawn(step.chunks, self._began_s)
         self._turn()
 
     def _take_late_s(self) -> float:
@@ -319,37 +321,6 @@ class SimulatedInstance:
         late_s, self._late_s = self._late_s, 0.0
         self._totals.count_more(late_s)
         return late_s
-
-    def _computed(self, chunks: list[Chunk]) -> None:
-        """The KV of the chunks is there."""
-        for chunk in chunks:
-            if self._scheduler.computed(chunk) and chunk.samples and chunk.sequence.hand_over:
-                self._held.add(attempt_of(chunk.sequence), chunk.sequence)
-
-    def _take_results(self, chunks: list[Chunk]) -> None:
-        """The tokens that were drawn are there."""
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if not chunk.samples:
-                continue
-            attempt = attempt_of(sequence)
-            if sequence.hand_over:
-                if self._held.get(attempt) is sequence:
-                    self._tell_first_token(sequence)
-            elif self._scheduler.get(attempt) is sequence:
-                is_first = not _has_drawn(sequence)
-                self._scheduler.generated(attempt, 0)
-                if is_first:
-                    sequence.first_token_s = self._events.now_s
-                    self._tell_first_token(sequence)
-                elif sequence.num_tokens == len(sequence.request.token_ids) + 2:
-                    self._listener.second_token(attempt, self._began_s, self._events.now_s)
-                if sequence.num_tokens >= self._scheduler.length_limit(sequence):
-                    self._finish(sequence)
-
-    def _tell_first_token(self, sequence: Sequence) -> None:
-        assert sequence.started_s is not None, "what is finished was started"
-        self._listener.prefill_finished(attempt_of(sequence), sequence.started_s)
 
     def _end_run(self, run: FastRun | ChunkRun) -> None:
         if self._step is not run or run.end_s != self._events.now_s:
@@ -367,31 +338,10 @@ class SimulatedInstance:
             self._totals.count_chunks(run)
             decoding = run.chunks.beside
             if num_done > 0:
-                self._computed([run.first(num_done)])
+                self._results.computed([run.first(num_done)])
         if num_done > 0 and decoding is not None:
-            self._take_decoded(decoding, num_done, run.began_s, run.end_of(1))
-
-    def _take_decoded(self, steps: FastForward, num_done: int, began_s: float, first_end_s: float) -> None:
-        """`num_done` steps of all that decode are done, the first at `first_end_s`."""
-        for sequence in steps.newcomers:
-            self._listener.second_token(attempt_of(sequence), began_s, first_end_s)
-        for sequence in self._scheduler.advance(num_done):
-            self._finish(sequence)
-
-    def _finish(self, sequence: Sequence) -> None:
-        self._scheduler.finish(sequence.key)
-        self._listener.decode_finished(attempt_of(sequence))
+            self._results.decoded(decoding, num_done, run.began_s, run.end_of(1))
 
     def _lease_ended(self, attempt: SimulatedAttempt) -> None:
         self.release(attempt)
         self._listener.lease_ended(attempt)
-
-
-def attempt_of(sequence: Sequence) -> SimulatedAttempt:
-    assert isinstance(sequence.key, SimulatedAttempt)
-    return sequence.key
-
-
-def _has_drawn(sequence: Sequence) -> bool:
-    """Whether the attempt has its first token."""
-    return sequence.num_tokens > len(sequence.request.token_ids)

@@ -60,7 +60,7 @@ class StagedInstance(SimulatedInstance):
 
     def fail(self) -> None:
         while self._under_way:  # so that their blocks are free once their sequences are taken off
-            self._computed(self._under_way.popleft().chunks)
+            self._results.computed(self._under_way.popleft().chunks)
         super().fail()
 
     def _cut(self, run: FastRun | ChunkRun, late_s: float) -> None:
@@ -124,6 +124,5 @@ class StagedInstance(SimulatedInstance):
             together = [chunk for each in self._under_way for chunk in each.chunks]
             self._predictor.observe(self.spec.load_of(together), self._events.now_s - self._under_way[0].began_s)
         step = self._under_way.popleft()
-        self._began_s = step.began_s
-        self._computed(step.chunks)
-        self._take_results(step.chunks)
+        self._results.computed(step.chunks)
+        self._results.drawn(step.chunks, step.began_s)
