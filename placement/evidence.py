@@ -4,6 +4,7 @@ The planner fills these values, the report only shows them. Units: seconds, requ
 Rates and goodput are of the whole plan unless the name says per device.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,6 +151,10 @@ class ErrorBudget:
     warm_up_requests: int = 0
     simulations: int = 0
     notes: tuple[str, ...] = ()  # sentences about limits of the prediction
+
+    @property
+    def model_error_is_known(self) -> bool:
+        return not math.isnan(self.model_error)
 
 
 @dataclass(frozen=True, slots=True)

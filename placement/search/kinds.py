@@ -139,9 +139,8 @@ def legal_kinds(
 
 def with_slack(kind: InstanceKind, calibrations: Mapping[str, Calibration]) -> InstanceKind:
     """The policy `slack` for a colocated kind with chunks, where the step times of its shape are calibrated for its
-    device. Other kinds stay as they are, and so do pipelines: what slack allows there depends on the steps under way,
-    of which a simulated colocated instance has one."""
-    if kind.role != "colocated" or kind.policy != "chunked" or kind.shape.pp > 1:
+    device. Other kinds stay as they are."""
+    if kind.role != "colocated" or kind.policy != "chunked":
         return kind
     calibration = calibrations.get(kind.device)
     if calibration is None or calibration.engine_cost(kind.shape) is None:

@@ -34,7 +34,6 @@ _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
     lost=st.sampled_from([None, "p0", "d0", "c0"]),
     mixing=st.sampled_from(["chunked", "slack", "prompt_first"]),
     policy=st.sampled_from(["balanced", "goodput"]),
-    max_outstanding_tokens=st.sampled_from([None, 1, 300]),
     same_node_only=st.booleans(),
     lease_s=st.sampled_from([math.inf, 0.05]),
 )
@@ -49,7 +48,6 @@ _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
     lost="d0",
     mixing="chunked",
     policy="balanced",
-    max_outstanding_tokens=None,
     same_node_only=True,
     lease_s=0.05,
 )
@@ -64,7 +62,6 @@ _SLOW_NETWORK = NetworkSpec(1000.0, 1e7, 1e6, 0.002)
     lost="p0",
     mixing="chunked",
     policy="goodput",
-    max_outstanding_tokens=None,
     same_node_only=False,
     lease_s=math.inf,
 )
@@ -82,7 +79,6 @@ def test_no_request_is_lost_and_every_run_is_the_same(
     lost: str | None,
     mixing: Mixing,
     policy: RoutingPolicy,
-    max_outstanding_tokens: int | None,
     same_node_only: bool,
     lease_s: float,
 ) -> None:
@@ -99,7 +95,7 @@ def test_no_request_is_lost_and_every_run_is_the_same(
             0.002,
             same_node_only=same_node_only,
             slo=(RequestSlo("a", 0.2, 0.03),),
-            routing=RoutingSettings(policy=policy, max_outstanding_tokens=max_outstanding_tokens),
+            routing=RoutingSettings(policy=policy),
         ),
         nodes=2 if min(prefill, decode) > 1 else 1,
     )
