@@ -34,12 +34,16 @@ _MANY = 64
 
 class _FairQueue:
     """Requests of several tenants, each tenant's by a key. `fair_tokens`: see FAIR_TOKENS; 0: the tenant that was given
-    least is next."""
+    least is next. `latest_due_s` and `longest_tokens` are the latest due time and the longest prompt since the line was
+    empty, so none that waits has more; `num_due` are meant to be in time."""
 
-    __slots__ = ("_fair_tokens", "num_tokens", "tenants", "tokens_of")
+    __slots__ = ("_fair_tokens", "latest_due_s", "longest_tokens", "num_due", "num_tokens", "tenants", "tokens_of")
 
     def __init__(self, fair_tokens: float) -> None:
         self._fair_tokens = fair_tokens
+        self.latest_due_s = -math.inf
+        self.longest_tokens = 0
+        self.num_due = 0
         self.tenants: dict[str, KeyedHeap[RoutedRequest]] = {}
         self.tokens_of: dict[str, int] = {}
         self.num_tokens = 0
@@ -52,6 +56,9 @@ class _FairQueue:
         heap.push(request, key)
         self.tokens_of[request.client] += request.num_tokens
         self.num_tokens += request.num_tokens
+        self.num_due += request.has_due_time
+        self.latest_due_s = max(self.latest_due_s, request.due_s)
+        self.longest_tokens = max(self.longest_tokens, request.num_tokens)
 
     def discard(self, request: RoutedRequest) -> bool:
         """False: it is not in this queue."""
@@ -60,9 +67,12 @@ class _FairQueue:
             return False
         heap.discard(request)
         self.num_tokens -= request.num_tokens
+        self.num_due -= request.has_due_time
         self.tokens_of[request.client] -= request.num_tokens
         if not heap:
             del self.tenants[request.client], self.tokens_of[request.client]
+        if not self.tenants:
+            self.latest_due_s, self.longest_tokens = -math.inf, 0
         return True
 
     def first(self, ledger: TenantLedger) -> RoutedRequest | None:
@@ -71,6 +81,10 @@ class _FairQueue:
         limit = min(map(ledger.given, self.tenants)) + self._fair_tokens
         heads = [heap.peek() for tenant, heap in self.tenants.items() if ledger.given(tenant) <= limit]
         return min((head for head in heads if head is not None), key=lambda head: (head[0], head[1].number))[1]
+
+    @property
+    def earliest_key(self) -> float:
+        return min((head[0] for heap in self.tenants.values() if (head := heap.peek()) is not None), default=math.inf)
 
     def requests(self) -> list[RoutedRequest]:
         return [request for heap in self.tenants.values() for request in heap]
@@ -207,6 +221,8 @@ class RequestQueue:
             if priority > newcomer.slo.priority:
                 start_s += level.timely.num_tokens * token_s
         level = self._levels.get(newcomer.slo.priority, _PriorityLevel())
+        if self._all_in_time(level.timely, start_s, token_s, newcomer):
+            return False
         rivals = [request for request in level.timely.requests() if not request.num_output_tokens]
         jobs = [self._job(request, token_s) for request in (*rivals, newcomer)]
         return len(rivals) in left_out(jobs, start_s)
@@ -218,6 +234,9 @@ class RequestQueue:
                 tokens += level.timely.num_tokens + level.others.num_tokens
             elif priority == newcomer.slo.priority:
                 if self._order != "fcfs" and newcomer.has_due_time:
+                    if newcomer.due_s >= level.timely.latest_due_s:
+                        tokens += level.timely.num_tokens
+                        continue
                     timely = level.timely.requests()
                     tokens += sum(request.num_tokens for request in timely if request.due_s <= newcomer.due_s)
                 else:
@@ -231,6 +250,9 @@ class RequestQueue:
         self._planned_s, self._has_news = now_s, False
         start_s, token_s = now_s, self._token_s(now_s)
         for _, level in sorted(self._levels.items(), reverse=True):
+            if not level.others.num_due and self._all_in_time(level.timely, start_s, token_s):
+                start_s += level.timely.num_tokens * token_s
+                continue
             waiting = [request for request in level.timely.requests() if not request.num_output_tokens]
             num_timely = len(waiting)
             waiting += [request for request in level.others.requests() if request.has_due_time]
@@ -246,6 +268,17 @@ class RequestQueue:
                     level.others.discard(request)
                     level.timely.push(request, request.due_s)
             start_s += level.timely.num_tokens * token_s
+
+    def _all_in_time(
+        self, timely: _Line, start_s: float, token_s: float, newcomer: RoutedRequest | None = None
+    ) -> bool:
+        """Whether even the earliest due time leaves time for all of them, at no cost that grows with their number. Of a
+        False nothing follows."""
+        due_s, longest, tokens = timely.earliest_key, timely.longest_tokens, timely.num_tokens
+        if newcomer is not None:
+            due_s, longest = min(due_s, newcomer.due_s), max(longest, newcomer.num_tokens)
+            tokens += newcomer.num_tokens
+        return start_s + tokens * token_s <= due_s - self.first_token_time.expected_s(longest)
 
     def _job(self, request: RoutedRequest, token_s: float) -> Job:
         """It should have left the queue when there is just time enough to compute its first token."""

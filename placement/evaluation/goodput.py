@@ -56,8 +56,9 @@ def stop_when_lost(requests: RequestStream, classes: Sequence[SloClass]) -> Stop
     """True once at least one class can no longer keep its attainment.
 
     A request that meets its targets finishes by its deadline: its TTFT target plus its TPOT target for each further
-    token. The number of passed deadlines minus the number of finished requests is a lower bound on the misses. If it
-    exceeds the misses that all classes allow together, at least one class has failed.
+    token. The number of passed deadlines minus the number of finished requests is a lower bound on the misses, and so
+    is the number of refused requests. If one of them exceeds the misses that all classes allow together, at least one
+    class has failed.
     """
     deadline_s = np.sort(deadlines_s(requests, classes))
     counts = np.bincount(requests.slo_class, minlength=len(classes))
@@ -65,7 +66,7 @@ def stop_when_lost(requests: RequestStream, classes: Sequence[SloClass]) -> Stop
 
     def is_lost(progress: Progress) -> bool:
         deadlines_passed = int(np.searchsorted(deadline_s, progress.now_s))
-        return deadlines_passed - progress.finished > allowed_misses
+        return max(deadlines_passed - progress.finished, progress.refused) > allowed_misses
 
     return is_lost
 
@@ -97,6 +98,7 @@ def stop_when_windows_lost(
                 continue
             passed = deadline_s[rows] <= progress.now_s
             missed = passed & ~(progress.finished_s[rows] <= deadline_s[rows])  # NaN: not finished
+            missed |= ~np.isnan(progress.refused_s[rows])
             misses = np.bincount(requests.slo_class[rows][missed], minlength=len(classes))
             first, last = windows[index].rows
             if np.any(misses > allowed_misses[index] + 1e-9):

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.core.request_slo import RequestSlo
 from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import RoutedRequest
 
@@ -119,3 +120,48 @@ def test_order_tokens_and_patience_fit_what_waits(script: list[tuple[str, int, f
         assert queue.num_tokens == sum(1 + each for each in waiting)
         assert queue.next_end_s == min(waiting.values(), default=math.inf)
         assert 0.0 <= queue.expected_wait_s(now_s) < math.inf
+
+
+class _LooksAtEach(RequestQueue):
+    """Takes no short cut."""
+
+    def _all_in_time(self, *_: object) -> bool:
+        return False
+
+    def _tokens_before(self, newcomer: RoutedRequest) -> int:
+        level = self._levels.get(newcomer.slo.priority)
+        if level is None:
+            return 0
+        return sum(each.num_tokens for each in level.timely.requests() if each.due_s <= newcomer.due_s)
+
+
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(1, 500), st.sampled_from([0.5, 2.0, 100.0]), st.integers(0, 3), st.booleans()),
+        min_size=2,
+        max_size=40,
+    ),
+    token_s=st.sampled_from([0.0, 1e-4, 1e-2]),
+)
+def test_what_is_known_of_all_at_once_is_what_looking_at_each_says(
+    requests: list[tuple[int, float, int, bool]], token_s: float
+) -> None:
+    """A new request comes, some that wait are dispatched, and now and then one has been served."""
+    queue, reference, now_s = RequestQueue("goodput"), _LooksAtEach("goodput"), 0.0
+    for number, (num_tokens, ttft_s, num_dispatched, is_served) in enumerate(requests):
+        now_s += 0.03
+        slo = RequestSlo("a", ttft_s, 0.1)
+        newcomer = RoutedRequest(number, number, num_tokens, 5, math.inf, None, "", slo, now_s)
+        assert queue.leaves_out(newcomer, now_s) == reference.leaves_out(newcomer, now_s)
+        assert queue.expected_wait_s(now_s, newcomer) == pytest.approx(reference.expected_wait_s(now_s, newcomer))
+        for each in (queue, reference):
+            each.push(newcomer, math.inf, now_s)
+            if is_served:
+                each.first_token_time.observe(num_tokens, token_s * num_tokens)
+        for _ in range(num_dispatched):
+            first = queue.first(now_s)
+            assert first is reference.first(now_s)
+            if first is not None:
+                now_s += 0.001
+                queue.dispatch(first, now_s)
+                reference.dispatch(first, now_s)
