@@ -14,7 +14,7 @@ from tandem.core.slo import SloClass
 from tandem.core.slo_file import Layout, NodeSection
 from tandem.placement.costs.calibration import Calibration
 from tandem.placement.evaluation.steady_state import difference_interval
-from tandem.placement.planner import search
+from tandem.placement.planner import PlanResult, search
 from tandem.placement.search.best_first import EvaluatedDeployment
 from tandem.placement.search.candidate import CandidateDeployment
 from tandem.placement.search.candidate_list import list_candidates
@@ -93,36 +93,38 @@ def test_no_listed_alternative_simulates_better(rate: float | None) -> None:
     check(smaller(problem(2, max_tp=1, layouts=("disaggregated", "colocated"), rate=rate)))
 
 
-LOOSE = st.sampled_from([10.0, 1e3, 1e6])
+LOOSE = st.sampled_from([10.0, 300.0, 3600.0])
 
 
-def check_loose(ttft_s: float, tpot_s: float, tokens: int, devices: int) -> None:
+def search_loose(ttft_s: float, tpot_s: float, tokens: int, devices: int) -> PlanResult:
+    """A rate that no target bounds is not looked for beyond what the search can tell apart, in steps of 2.5 %."""
     slo = SloClass(ttft_s=ttft_s, tpot_s=tpot_s)
     layouts: tuple[Layout, ...] = ("disaggregated", "colocated")
     question = smaller(problem(devices, slo=slo, source=ToySource(tokens), layouts=layouts, max_tp=1))
     answer = search(question, SerialMapper(), lambda share, text: None)
     assert answer.chosen is not None
-    assert answer.search.num_simulations <= 40
-    comparison = compare_finalists(
-        answer.space, answer.search.evaluated, answer.chosen, SerialMapper(), lambda share, text: None
-    )
-    print("SIMS", answer.search.num_simulations, comparison.num_simulations)
-    assert comparison.num_simulations <= 150
+    assert answer.search.num_simulations <= 60
+    return answer
 
 
-@settings(max_examples=2, derandomize=True, database=None, deadline=None)
-@given(ttft_s=LOOSE, tpot_s=LOOSE)
-def test_loose_targets_take_no_more_simulations_than_others(ttft_s: float, tpot_s: float) -> None:
-    """Rates beyond what the search can tell apart are not tried one by one, nor runs that are lost to their end."""
-    check_loose(ttft_s, tpot_s, tokens=5_000, devices=1)
+@settings(max_examples=3, derandomize=True, database=None, deadline=None)
+@given(ttft_s=LOOSE, tpot_s=LOOSE, tokens=st.sampled_from([5_000, 40_000]), devices=st.integers(1, 3))
+def test_loose_targets_take_few_simulations(ttft_s: float, tpot_s: float, tokens: int, devices: int) -> None:
+    search_loose(ttft_s, tpot_s, tokens, devices)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@MANY
-@given(ttft_s=LOOSE, tpot_s=LOOSE, tokens=st.sampled_from([5_000, 15_000, 40_000]), devices=st.integers(1, 4))
-def test_loose_targets_of_many_problems(ttft_s: float, tpot_s: float, tokens: int, devices: int) -> None:
-    check_loose(ttft_s, tpot_s, tokens, devices)
+@pytest.mark.timeout(1800)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(ttft_s=LOOSE, tpot_s=LOOSE, tokens=st.sampled_from([5_000, 40_000]), devices=st.integers(1, 3))
+def test_loose_targets_take_few_simulations_in_the_comparison(
+    ttft_s: float, tpot_s: float, tokens: int, devices: int
+) -> None:
+    answer = search_loose(ttft_s, tpot_s, tokens, devices)
+    assert answer.chosen is not None
+    evaluated = answer.search.evaluated
+    comparison = compare_finalists(answer.space, evaluated, answer.chosen, SerialMapper(), lambda share, text: None)
+    assert comparison.num_simulations <= 200
 
 
 @pytest.mark.slow
