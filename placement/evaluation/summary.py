@@ -24,13 +24,14 @@ from tandem.placement.workload.windows import Window
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run as a whole, and its evaluation in steady state. Rates are per second from the first arrival to the last
-    finish. `goodput` counts requests that met both targets, `attainment` is their share of all. `parts_s` are means
-    over all finished requests. `cached_share` of the prompt tokens were found in a prefix cache; None if no prefix is
-    shared. `windows` are those of a trace."""
+    """A run as a whole, and its evaluation in steady state. `refused` requests ended without an answer. Rates are per
+    second from the first arrival to the last finish. `goodput` counts requests that met both targets, `attainment` is
+    their share of all. `parts_s` are means over all finished requests. `cached_share` of the prompt tokens were found
+    in a prefix cache; None if no prefix is shared. `windows` are those of a trace."""
 
     requests: int
     finished: int
+    refused: int
     offered_rate: float
     duration_s: float
     prompt_tokens_per_s: float
@@ -58,6 +59,7 @@ def summarise(
     return Summary(
         requests=len(requests),
         finished=int(finished.sum()),
+        refused=result.num_refused,
         offered_rate=requests.rate,
         duration_s=duration_s,
         prompt_tokens_per_s=float(requests.prompt_tokens[finished].sum()) / duration_s,
@@ -94,6 +96,7 @@ def render_text(summary: Summary) -> str:
     counted = sum(of_class.requests for of_class in evaluation.classes)
     lines = [
         f"{summary.requests:,} requests at {rate(summary.offered_rate)}, {summary.finished:,} finished"
+        + (f", {summary.refused:,} refused" if summary.refused else "")
         + (f" in {summary.attempts:,} attempts" if summary.attempts > summary.requests else "")
         + f"; {number(summary.prompt_tokens_per_s)} prompt and {number(summary.output_tokens_per_s)} output tokens/s",
         *_share_lines(summary),
@@ -109,7 +112,7 @@ def render_text(summary: Summary) -> str:
     ]
     if summary.parts_s:
         lines += ["", "mean time of a request by part:", *_part_lines(summary.parts_s)]
-    return "\n".join([*lines, "", conclusion(evaluation)])
+    return "\n".join([*lines, "", conclusion(evaluation, summary.refused)])
 
 
 def _share_lines(summary: Summary) -> list[str]:
@@ -144,12 +147,14 @@ def _window_lines(windows: Sequence[ExpectedWindow]) -> list[str]:
     return ["", *text_table(window_rows(windows)), ""] if len(windows) > 1 else []
 
 
-def conclusion(evaluation: Evaluation) -> str:
+def conclusion(evaluation: Evaluation, num_refused: int) -> str:
     """Whether the run met its targets, in one or two sentences."""
     if not evaluation.stable:
         return "OVERLOADED: queues grow during the run; a longer run would miss more targets. Lower the rate."
     worst: ClassEvaluation = min(evaluation.classes, key=lambda of_class: of_class.margin)
     text = "All targets are met."
+    if worst.margin < 0 and num_refused:
+        return f"OVERLOADED: {num_refused:,} requests found no instance in time and were refused. Lower the rate."
     if worst.margin < 0:
         text = (
             f"MISSED: {percent(worst.attainment)} of class {worst.slo.name} met both targets; "

@@ -64,6 +64,8 @@ def _conclusion(result: SimulationResult, evaluation: Evaluation) -> tuple[str, 
     text = f"{met[:1].upper()}{met[1:]} met both targets at {formatting.rate(result.requests.rate)}."
     if not evaluation.stable:
         return "Overloaded", f"{text} Queues grow during the run; a longer run would miss more targets."
+    if result.num_refused and not evaluation.meets:
+        return "Overloaded", f"{text} {result.num_refused:,} requests found no instance in time and were refused."
     return ("Within targets" if evaluation.meets else "Targets missed"), text
 
 

@@ -72,6 +72,10 @@ class SimulationResult:
         return finished_s if self.refused_s is None else np.fmin(finished_s, self.refused_s)
 
     @property
+    def num_refused(self) -> int:
+        return 0 if self.refused_s is None else int((~np.isnan(self.refused_s)).sum())
+
+    @property
     def cached_share(self) -> float:
         """Share of the prompt tokens of requests with a first token that were found in a prefix cache."""
         begun = ~np.isnan(self.stage(Stage.FIRST_TOKEN))

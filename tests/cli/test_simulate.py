@@ -81,7 +81,10 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(
 
 
 def test_too_much_is_called_so(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "OVERLOADED" in simulated(capsys, plan, "--rate", 400, "--requests", 3000)
+    """The router of the plan refuses what would wait for too long."""
+    said = simulated(capsys, plan, "--rate", 400, "--requests", 3000)
+    assert "OVERLOADED" in said
+    assert " refused; " in said
 
 
 def test_numbers_for_programs_are_those_of_the_table(
