@@ -34,8 +34,8 @@ _MANY = 64
 
 class _FairQueue:
     """Requests of several tenants, each tenant's by a key. `fair_tokens`: see FAIR_TOKENS; 0: the tenant that was given
-    least is next. `latest_due_s` and `longest_tokens` are the latest due time and the longest prompt since the line was
-    empty, so none that waits has more; `num_due` are meant to be in time."""
+    least is next. `latest_due_s` and `longest_tokens` are the latest due time and the longest prompt since the queue
+    was empty, so none that waits has more; `num_due` are meant to be in time."""
 
     __slots__ = ("_fair_tokens", "latest_due_s", "longest_tokens", "num_due", "num_tokens", "tenants", "tokens_of")
 
@@ -270,7 +270,7 @@ class RequestQueue:
             start_s += level.timely.num_tokens * token_s
 
     def _all_in_time(
-        self, timely: _Line, start_s: float, token_s: float, newcomer: RoutedRequest | None = None
+        self, timely: _FairQueue, start_s: float, token_s: float, newcomer: RoutedRequest | None = None
     ) -> bool:
         """Whether even the earliest due time leaves time for all of them, at no cost that grows with their number. Of a
         False nothing follows."""
