@@ -9,9 +9,12 @@ from tandem.core.frozen_model import FrozenModel, WrongSetting
 from tandem.core.kv_codec import KvCodecName
 from tandem.core.monitoring_config import KvEventsSection
 from tandem.core.parallel import ParallelShape
+from tandem.core.sampling_ranges import INT32_MAX
 from tandem.core.step_coefficients import StepCoefficients
 
 MAX_THREADS = 1024
+MAX_PARALLEL = 64
+"""Ranks that divide a layer, and stages."""
 MAX_INSTANCES = 10_000
 """Of one kind: far more than a router is made for; a larger number is a mistake that would fill the memory."""
 
@@ -33,11 +36,15 @@ class EngineSection(FrozenModel):
     )
     kv_memory: Bytes = Field(default=512 << 20, description="KV pool of one instance, e.g. 512MiB")
     block_size: int = Field(default=16, ge=1, le=256, description="Tokens in a block of the KV pool")
-    max_model_len: int | None = Field(default=None, ge=1, description="Prompt plus answer; default: the model's")
-    tp: int = Field(
-        default=1, ge=1, le=64, description="Ranks that divide every layer of an instance (tensor parallel)"
+    max_model_len: int | None = Field(
+        default=None, ge=1, le=INT32_MAX, description="Prompt plus answer; default: the model's"
     )
-    pp: int = Field(default=1, ge=1, le=64, description="Stages that divide the layers of an instance (pipeline)")
+    tp: int = Field(
+        default=1, ge=1, le=MAX_PARALLEL, description="Ranks that divide every layer of an instance (tensor parallel)"
+    )
+    pp: int = Field(
+        default=1, ge=1, le=MAX_PARALLEL, description="Stages that divide the layers of an instance (pipeline)"
+    )
 
     @property
     def shape(self) -> ParallelShape:
@@ -52,15 +59,20 @@ class InstanceSection(FrozenModel):
     max_batch: int = Field(
         default=64,
         ge=1,
+        le=INT32_MAX,
         description="Sequences that decode in one step. Of several pipeline stages, each computes a step at a time; "
         "these steps share this bound, and those of tokens",
     )
     max_batch_tokens: int | None = Field(
-        default=None, ge=16, description="Tokens of one step; default: 2048 for prefill, 512 for colocated instances"
+        default=None,
+        ge=16,
+        le=INT32_MAX,
+        description="Tokens of one step; default: 2048 for prefill, 512 for colocated instances",
     )
     max_prefill_tokens: int | None = Field(
         default=None,
         ge=1,
+        le=INT32_MAX,
         description="Prompt tokens of one step, longer prompts go in chunks; default: max_batch_tokens, 512 for decode",
     )
     policy: Literal["chunked", "slack", "prompt_first"] = Field(
@@ -71,7 +83,9 @@ class InstanceSection(FrozenModel):
         description="Expected seconds of a step, per decoding sequence, per token up to 256 and beyond, per token of "
         "KV read, per attention pair; corrected at run time. `tandem serve` takes them from a plan's calibration",
     )
-    max_queue: int = Field(default=1024, ge=1, description="Requests waiting in one instance before it refuses more")
+    max_queue: int = Field(
+        default=1024, ge=1, le=INT32_MAX, description="Requests waiting in one instance before it refuses more"
+    )
     prefix_cache: bool = Field(default=True, description="Keep the KV of prompts for others with the same beginning")
     lease_s: float = Field(default=30.0, gt=0, description="How long computed KV is held for a reader")
     transfer_timeout_s: float = Field(default=10.0, gt=0, description="For KV that comes from another instance")

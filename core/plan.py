@@ -10,10 +10,11 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from tandem.core.anchored_path import AnchoredPath, ModelName
 from tandem.core.frozen_model import FrozenModel, WrongSetting
-from tandem.core.instance_section import MAX_INSTANCES
+from tandem.core.instance_section import MAX_INSTANCES, MAX_PARALLEL
 from tandem.core.kv_codec import KvCodecName
 from tandem.core.parallel import ParallelShape
 from tandem.core.precision import AS_STORED, Precision
+from tandem.core.sampling_ranges import INT32_MAX
 from tandem.core.slo import SloClass, SloClasses
 
 PLAN_VERSION: Literal[1] = 1
@@ -34,15 +35,18 @@ class PlanGroup(FrozenModel):
     role: Literal["prefill", "decode", "colocated"]
     instances: int = Field(ge=1, le=MAX_INSTANCES)
     device: str = Field(description="Device type, as in the cluster's nodes")
-    tp: int = Field(default=1, ge=1)
-    pp: int = Field(default=1, ge=1)
+    tp: int = Field(default=1, ge=1, le=MAX_PARALLEL)
+    pp: int = Field(default=1, ge=1, le=MAX_PARALLEL)
     dp: int = Field(default=1, ge=1, description="Ranks that share experts, each with sequences of its own; tp, pp: 1")
     devices: tuple[tuple[str, ...], ...] = Field(default=(), description="Devices of each instance, node:index")
-    max_batch_tokens: int = Field(default=2048, ge=16, description="Prompt tokens in one step")
-    max_batch: int = Field(default=64, ge=1, description="Sequences decoded together in one step")
-    kv_tokens: int = Field(ge=1, description="Tokens whose KV fits one instance")
+    max_batch_tokens: int = Field(default=2048, ge=16, le=INT32_MAX, description="Prompt tokens in one step")
+    max_batch: int = Field(default=64, ge=1, le=INT32_MAX, description="Sequences decoded together in one step")
+    kv_tokens: int = Field(ge=1, le=1 << 36, description="Tokens whose KV fits one instance")
     max_prefill_tokens: int | None = Field(
-        default=None, ge=1, description="Prompt tokens of one step beside decoding; default: that of the role"
+        default=None,
+        ge=1,
+        le=INT32_MAX,
+        description="Prompt tokens of one step beside decoding; default: that of the role",
     )
     policy: Literal["chunked", "slack", "prompt_first"] = Field(
         default="chunked",

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from tandem.core.anchored_path import AnchoredPath, ModelName
 from tandem.core.byte_size import Bytes
 from tandem.core.frozen_model import FrozenModel, WrongSetting
+from tandem.core.instance_section import MAX_PARALLEL
 from tandem.core.kv_codec import KvCodecName
 from tandem.core.precision import AS_STORED, Precision
 from tandem.core.slo import SloClasses
@@ -199,8 +200,8 @@ class SearchSection(FrozenModel):
     """Limits of the planner's search."""
 
     layouts: tuple[Layout, ...] = Field(default=("disaggregated", "colocated", "mixed"), description="Those to try")
-    max_tp: int = Field(default=8, ge=1, description="Ranks that divide every layer, at most")
-    max_pp: int = Field(default=4, ge=1, description="Stages that divide the layers, at most")
+    max_tp: int = Field(default=8, ge=1, le=MAX_PARALLEL, description="Ranks that divide every layer, at most")
+    max_pp: int = Field(default=4, ge=1, le=MAX_PARALLEL, description="Stages that divide the layers, at most")
     max_dp: int = Field(
         default=1,
         ge=1,

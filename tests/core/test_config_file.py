@@ -146,6 +146,10 @@ MISTAKES = {
         "model: m\ndecode: {instances: 1000000000}\n",
         "FILE line 2: decode.instances must be at most 10000, not 1000000000",
     ),
+    "more than a message holds": (
+        "model: m\ndecode: {max_batch: 9223372036854775807}\n",
+        "FILE line 2: decode.max_batch must be at most 2147483647, not 9223372036854775807",
+    ),
     "negative time": (
         "model: m\ndecode: {step_cost: [-1, 0, 0, 0, 0, 0]}\n",
         "FILE line 2: decode.step_cost.0 must be at least 0, not -1",
