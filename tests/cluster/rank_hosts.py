@@ -1,95 +1,22 @@
-"""Tests of `test_hosts.py`, run inside the network namespace of host a: instances with ranks on two hosts.
-
-host a: router, rank 0 of each instance   <--veth pair-->   host b: the other ranks
-"""
+"""Tests of `test_hosts.py`, run inside the network namespace of host a: instances with ranks on two hosts."""
 
 import asyncio
 import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from tandem.core.session import Role
 from tandem.worker.ranks.joining import JoinRequest, Purpose, join
 from tests.chaos.faults import until
-from tests.cluster.harness import START_TIMEOUT_S, Cluster, free_port, running_cluster
-from tests.cluster.namespaces import Hosts
+from tests.cluster.harness import START_TIMEOUT_S, free_port, running_cluster
+from tests.cluster.rank_cluster import ADDRESS, MODEL, RankHosts, Shape, check, running
 from tests.cluster.test_same_tokens import check_answers, cluster_tokens, prompts
-
-HOSTS = Hosts.of_environment()
-ADDRESS = HOSTS.link_address("a", "b")
-MODEL = Path(__file__).parents[2] / "models" / "tiny-python"
-LOST_WITHIN_S = 2.0
-CUT_WITHIN_S = 3.0  # the kernel gives a host that does not answer up after 2 s
-MARGIN_S = 1.0
-Shape = tuple[int, int]
-
-
-class RankHosts(Cluster):
-    """`NAME ranks` is the process of an instance's ranks on host b."""
-
-    def start_instance(self, name: str, shape: Shape, block_size: int = 16, **settings: Any) -> None:
-        """Of a role, which begins its name; of more than one rank on both hosts."""
-        role = Role(name.partition("-")[0])
-        tp, pp = shape
-        sizes = {"tp": tp, "pp": pp, "threads": tp * pp, "block_size": block_size}
-        engine = {"kv_memory": "32MiB", "dtype": "float32"} | sizes
-        config: dict[str, Any] = {
-            "name": name,
-            "role": role.value,
-            "listen": f"{ADDRESS}:0",
-            "routers": [self.control_address],
-            "heartbeat_s": 0.1,
-            "instance": {"engine": engine, "max_batch_tokens": 256, "stream_kv_from": "256KiB"},
-        }
-        if tp * pp > 1:
-            config["ranks"] = {"listen": f"{ADDRESS}:{free_port()}", "per_host": [tp * pp // 2, tp * pp // 2]}
-        self.start(name, "tandem.worker", config | settings)
-        if tp * pp > 1:
-            self.start_ranks(name)
-
-    def start_ranks(self, name: str, *arguments: str) -> None:
-        with self.log_path(f"{name} ranks").open("ab") as log:
-            self.processes[f"{name} ranks"] = subprocess.Popen(
-                [
-                    *HOSTS.inside("b"),
-                    *(sys.executable, "-m", "tandem.cli.main", "ranks", str(self.folder / f"{name}.yaml"), *arguments),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            )
-
-    def ranks_on_b(self, name: str) -> list[psutil.Process]:
-        return psutil.Process(self.processes[f"{name} ranks"].pid).children()
-
-
-@contextmanager
-def running(folder: Path, **shapes: Shape) -> Iterator[RankHosts]:
-    """Instances of these names, with _ for -. Blocks have another size in each."""
-    with running_cluster(MODEL, folder, num_prefill=0, decode_transports=(), make=RankHosts) as cluster:
-        for name, block_size in zip(shapes, (16, 8, 32), strict=False):
-            cluster.start_instance(name.replace("_", "-"), shapes[name], block_size)
-        roles = [name.partition("_")[0] for name in shapes]
-        cluster.wait_ready(*(roles.count(role) for role in ("prefill", "decode", "colocated")))
-        yield cluster
-
-
-def check(cluster: Cluster, num_prompts: int = 24) -> None:
-    prompt_ids = [token_ids for token_ids in prompts(4000) if len(token_ids) < 700][:num_prompts]
-    answers = asyncio.run(cluster_tokens(cluster, prompt_ids))
-    check_answers(cluster, prompt_ids, answers)
-    cluster.wait_idle(timeout_s=5.0)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1), (2, 2)], ids=str)
@@ -129,62 +56,6 @@ def test_kv_of_both_stages_comes_while_a_prompt_is_computed(tmp_path: Path) -> N
             return sum(link.streamed_bytes for link in links), sum(link.transfer_bytes for link in links)
 
         until(most_was_streamed, 60.0, "KV of the second stage is streamed")
-
-
-def kill(cluster: RankHosts, name: str) -> None:
-    cluster.ranks_on_b(name)[0].kill()
-
-
-def stop(cluster: RankHosts, name: str) -> None:
-    cluster.ranks_on_b(name)[0].suspend()
-
-
-def kill_host_process(cluster: RankHosts, name: str) -> None:
-    cluster.processes[f"{name} ranks"].kill()
-
-
-def kill_rank_0(cluster: RankHosts, name: str) -> None:
-    cluster.processes[name].kill()
-
-
-def cut(cluster: RankHosts, name: str) -> None:
-    HOSTS.cut("a", "b")
-
-
-def lose(cluster: RankHosts, name: str) -> None:
-    """Nobody is told."""
-    HOSTS.lose("a", "b")
-
-
-@pytest.mark.parametrize("fault", [kill, stop, kill_host_process, kill_rank_0, cut, lose])
-def test_an_instance_that_loses_a_rank_or_a_host_ends(fault: Any, tmp_path: Path) -> None:
-    """While it computes, on both hosts, and its requests go on elsewhere."""
-    name = "colocated-0"
-    with running(tmp_path, colocated_0=(1, 2), colocated_1=(1, 1)) as cluster:
-        prompt_ids = [token_ids for token_ids in prompts(4000) if 100 < len(token_ids) < 700][:16]
-
-        async def disturbed() -> list[list[int]]:
-            asking = asyncio.create_task(cluster_tokens(cluster, prompt_ids))
-            await asyncio.to_thread(until, lambda: bool(cluster.status(name).running_requests), 20.0, "it computes")
-            lost_s = time.monotonic()
-            ranks = cluster.ranks_on_b(name)
-            fault(cluster, name)
-            within_s = (CUT_WITHIN_S if fault in (cut, lose) else LOST_WITHIN_S) + MARGIN_S
-            for process in (cluster.processes.pop(name), cluster.processes.pop(f"{name} ranks")):
-                assert await asyncio.to_thread(process.wait, 20) != 0, cluster.logs()
-                assert time.monotonic() - lost_s < within_s
-            _, alive = psutil.wait_procs(ranks, timeout=within_s)
-            assert [rank for rank in alive if rank.status() != psutil.STATUS_ZOMBIE] == []
-            return await asking
-
-        try:
-            check_answers(cluster, prompt_ids, asyncio.run(disturbed()))
-        finally:
-            HOSTS.mend("a", "b")
-        cluster.wait_ready(0, 0, 1)
-        cluster.start_instance(name, (1, 2))
-        cluster.wait_ready(0, 0, 2)
-        check(cluster, 8)
 
 
 def test_only_whoever_knows_the_token_joins(tmp_path: Path) -> None:

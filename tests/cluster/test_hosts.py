@@ -1,5 +1,4 @@
-"""A cluster on several hosts. The tests themselves are in `two_hosts.py`, `ray_hosts.py`, `rank_hosts.py`
-and `cut_links.py`."""
+"""A cluster on several hosts. The tests themselves are in the files named below."""
 
 from pathlib import Path
 
@@ -18,6 +17,7 @@ FOLDER = Path(__file__).parent
         ("two_hosts.py", "ab"),
         ("ray_hosts.py", "ab"),
         ("rank_hosts.py", "ab"),
+        ("rank_faults.py", "ab"),
         ("cut_links.py", "rab"),
     ],
 )
