@@ -160,7 +160,8 @@ def _check_machine(plan: Plan, machine: Machine) -> None:
     spread = next((ranks for ranks in instances if len({_node_of(rank) for rank in ranks}) > 1), None)
     if spread is not None:
         raise ConfigError(
-            f"the plan has an instance on several nodes ({', '.join(spread)}); an instance is on one node"
+            f"the plan has an instance on several nodes ({', '.join(spread)}), and an instance of a plan is on one; "
+            "plan with search.only_served, which is the default"
         )
     nodes = {_node_of(rank) for ranks in instances for rank in ranks}
     if len(nodes) > max(machine.nodes, 1):

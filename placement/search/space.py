@@ -44,7 +44,8 @@ class SearchSpace:
             if "mixed" in layouts:
                 yield from mixed(disaggregated, self.kinds, self.limits, nodes)
         if self.allows_low_affinity and "disaggregated" in layouts:
-            yield from low_affinity(self.kinds, nodes)
+            spans_nodes = not self.problem.section.only_served
+            yield from (each for each in low_affinity(self.kinds, nodes) if spans_nodes or each.span == 1)
         if "colocated" in layouts:
             yield from colocated(self.kinds, nodes)
 

@@ -213,6 +213,12 @@ def test_only_what_can_be_served_is_planned() -> None:
     wide = search_space(problem(4, layouts=layouts), SerialMapper())
     assert {kind.num_devices for kind in wide.kinds.prefill} == {1, 2}
     assert rank_notes(wide, None) == ()
+    nodes = problem(1, 2, layouts=layouts, only_served=True)
+    for only_served in (True, False):
+        section = nodes.section.model_copy(update={"max_pp": 2, "only_served": only_served})
+        space = search_space(replace(nodes, section=section), SerialMapper())
+        most = max(kind.num_devices for kind in (*space.kinds.colocated, *space.kinds.prefill))
+        assert most == (1 if only_served else 2), "no instance on two nodes"
     cpu = problem(4, only_served=True)
     on_cpu = replace(cpu.cluster.nodes[0], device=device("cpu"))
     assert replace(cpu, cluster=Cluster((on_cpu,))).one_rank_phase_devices == frozenset()
