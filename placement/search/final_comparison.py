@@ -153,11 +153,16 @@ class Comparison:
         self._begin("checking the cheaper deployments")
         price = self._price(everyone[0])
         cheaper = [one for one in everyone[1:] if self._price(one) < price]
-        meets = self._simulations.meet(problem, [RateTrial(one, rate / one.scale) for one in cheaper])
-        meeting = [one for one, is_met in zip(cheaper, meets, strict=True) if is_met]
-        leader = min((everyone[0], *meeting), key=self._price)
+        tried = [everyone[0], *cheaper]
+        meets = self._simulations.meet(problem, [RateTrial(one, rate / one.scale) for one in tried])
+        meeting = [one for one, is_met in zip(tried, meets, strict=True) if is_met]
+        if not meeting:  # none serves the rate after all: the best is what is asked for
+            return self._of_goodputs(finalists, chosen)
+        leader = min(meeting, key=self._price)
         rates = {one.deployment: (one.candidate.goodput or 0.0) / one.scale for one in everyone if one not in cheaper}
-        rates[leader.deployment] = self._simulations.max_rate(problem, leader, rate / leader.scale)
+        # It lies between two rates of the series; where the upper one misses the targets, it is the highest known.
+        above = self._simulations.max_rate(problem, leader, rate / leader.scale)
+        rates[leader.deployment] = max(above, rate / leader.scale)
         return self._result(problem, _Round(leader, rates, {}), everyone)
 
     def _price(self, one: Represented) -> float:

@@ -91,6 +91,6 @@ def higher_rate(problem: Problem, trial: RateTrial) -> MaxRate:
     return rate_near(problem, RateTrial(one, next_rate, {next_rate: evaluation}))
 
 
-def meets_at(problem: Problem, trial: RateTrial) -> bool:
-    _, evaluation = simulate_at(problem, trial.of.simulated, trial.rate, separate_nodes=trial.of.is_scaled)
-    return evaluation.meets
+def evaluation_at(problem: Problem, trial: RateTrial) -> Evaluation:
+    """At exactly that rate, which need not be one of the series."""
+    return evaluate_at(problem, trial.of.simulated, trial.of.is_scaled, trial.rate)

@@ -13,8 +13,8 @@ from tandem.placement.search.paired_runs import (
     PairedRun,
     RateTrial,
     Represented,
+    evaluation_at,
     higher_rate,
-    meets_at,
     paired_run,
     rate_near,
 )
@@ -105,9 +105,11 @@ class RateSimulations:
         return own, runs
 
     def meet(self, problem: Problem, trials: Sequence[RateTrial]) -> list[bool]:
-        """Whether each meets the targets at its rate."""
-        self.count += len(trials)
-        return self._mapper(partial(meets_at, problem), trials)
+        """Whether each meets the targets at exactly its rate."""
+        evaluations = self._mapper(partial(evaluation_at, problem), trials)
+        for trial, evaluation in zip(trials, evaluations, strict=True):
+            self._keep(problem, trial.of, MaxRate(trial.rate, 1, {trial.rate: evaluation}))
+        return [evaluation.meets for evaluation in evaluations]
 
     def _keep(self, problem: Problem, one: Represented, found: MaxRate) -> float:
         self.count += found.num_simulations

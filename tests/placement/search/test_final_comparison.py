@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tandem.core.config_file import load_config
@@ -48,6 +48,17 @@ PROBLEMS = st.builds(
     layouts=st.sampled_from([("disaggregated", "colocated"), ("disaggregated", "colocated", "mixed"), ("colocated",)]),
     rate=st.sampled_from([None, None, None, 5.0, 20.0]),
 )
+
+
+NEAR_THE_RATE = problem(
+    3,
+    slo=SloClass(ttft_s=0.5, tpot_s=0.015, attainment=0.99),
+    more=[NodeSection(device=H100, devices=2)],
+    source=ToySource(5_000),
+    layouts=("disaggregated", "colocated"),
+    rate=20.0,
+)
+"""The cheapest deployment serves this rate, and not the next one of the series."""
 
 
 def smaller(question: Problem) -> Problem:
@@ -149,6 +160,7 @@ def test_spending_slack_is_compared_where_step_times_are_calibrated(tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @MANY
+@example(question=NEAR_THE_RATE)
 @given(question=PROBLEMS)
 def test_no_listed_alternative_of_many_problems_simulates_better(question: Problem) -> None:
     check(question)
