@@ -192,7 +192,8 @@ class Comparison:
 
     def _compare(self, problem: Problem, leader: Represented, others: Sequence[Represented]) -> _Round:
         """Every other deployment runs once at the rate of the leader. If it meets the targets there, its own goodput is
-        found. The highest goodput leads; of equal ones that of the fewest devices."""
+        found from there on: at a lower rate, where an earlier search has ended, it may have missed them by chance. The
+        highest goodput leads; of equal ones that of the fewest devices."""
         rates = {leader.deployment: self._simulations.max_rate(problem, leader, _guess(problem, leader))}
         first = leader
         while True:
@@ -205,7 +206,7 @@ class Comparison:
             new = [
                 RateTrial(one, run.rate, {run.rate: run.evaluation})
                 for one, run in zip(rivals, runs, strict=True)
-                if run.evaluation.meets and one.deployment not in rates
+                if run.evaluation.meets and rates.get(one.deployment, 0.0) < run.rate
             ]
             found = self._simulations.max_rates(problem, new)
             rates |= {trial.of.deployment: found_rate for trial, found_rate in zip(new, found, strict=True)}

@@ -59,6 +59,13 @@ NEAR_THE_RATE = problem(
     rate=20.0,
 )
 """The cheapest deployment serves this rate, and not the next one of the series."""
+WITH_GAPS = problem(
+    4,
+    slo=SloClass(ttft_s=0.2, tpot_s=0.015, attainment=0.99),
+    source=ToySource(40_000),
+    layouts=("colocated",),
+)
+"""A rival misses its targets at a rate, and meets them at three higher ones, of which one is the best's."""
 
 
 def smaller(question: Problem) -> Problem:
@@ -161,6 +168,7 @@ def test_spending_slack_is_compared_where_step_times_are_calibrated(tmp_path: Pa
 @pytest.mark.timeout(3600)
 @MANY
 @example(question=NEAR_THE_RATE)
+@example(question=WITH_GAPS)
 @given(question=PROBLEMS)
 def test_no_listed_alternative_of_many_problems_simulates_better(question: Problem) -> None:
     check(question)
