@@ -144,15 +144,6 @@ def _check_shapes(plan: Plan) -> None:
             "the plan divides experts over ranks with sequences of their own (dp), which this engine does not do; "
             "plan with --set search.max_dp=1"
         )
-    parallel = next(
-        (g for g in plan.groups if g.role != "colocated" and g.shape.num_ranks > 1 and not is_on_cpu(g)),
-        None,
-    )
-    if parallel is not None:
-        raise ConfigError(
-            f"the plan's {parallel.role} instances have the shape {parallel.shape} on GPUs, but KV moves only between "
-            "instances of one GPU, or of several ranks on CPUs; plan with search.only_served, which is the default"
-        )
 
 
 def _check_machine(plan: Plan, machine: Machine) -> None:

@@ -50,15 +50,6 @@ class SharedPool:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         return cls(torch.frombuffer(mapping, dtype=torch.uint8), fd)
 
-    @classmethod
-    def elsewhere(cls) -> "SharedPool":
-        """Of a rank whose memory this process cannot reach: empty here."""
-        return cls(torch.empty(0, dtype=torch.uint8), None)
-
-    @property
-    def is_elsewhere(self) -> bool:
-        return self.tensor.numel() == 0
-
     def seal(self) -> None:
         """No process can map it for writing from now on."""
         assert self.fd is not None

@@ -1,4 +1,4 @@
-"""The KV pool of a rank on another host, which this process reads and writes over a connection."""
+"""The KV pool of a rank on another host or GPU, which this process reads and writes over a connection."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ class RemotePool(ABC):
     moved. Raises TransferError."""
 
     fd = None
-    is_elsewhere = False
 
     @abstractmethod
     def read(self, layers: range, block_ids: Sequence[int], out: Tensor) -> None:
-        """Fill `out` (contiguous uint8) with these layers of these blocks: [layer, kv, block, head, slot, head_dim]."""
+        """Fill `out` (contiguous uint8, on any device) with these layers of these blocks, [layer, kv, block, head,
+        slot, head_dim]."""
 
     @abstractmethod
     def write(self, kv_slice: KvSlice, units: int, at: Places, values: Tensor) -> None:

@@ -92,8 +92,6 @@ class KvSender:
         """
         if offer.fingerprint != self._layout.fingerprint:
             raise IncompatiblePeerError(LAYOUTS_DIFFER)
-        if any(pool.is_elsewhere for pool in self._pools):
-            raise IncompatiblePeerError("KV does not move from an instance of several GPUs")
         possible = self._transports(offer)
         transport = next((transport for transport in offer.transports if transport in possible), None)
         if transport is None:

@@ -43,7 +43,7 @@ from tandem.worker.loop_report import LoopReport
 from tandem.worker.loop_thread import LoopThread
 from tandem.worker.progress import LOOK_EVERY_S, StallDetector, StepProgress
 from tandem.worker.ranks.group import RankGroup
-from tandem.worker.service import InstanceService, check_role, section_budget
+from tandem.worker.service import InstanceService, section_budget
 
 if TYPE_CHECKING:
     from tandem.worker.kv_events import KvEventPublisher
@@ -102,7 +102,6 @@ class Worker:
 
     async def start(self) -> None:
         """Load the model, listen and report; returns when READY. Raises a TandemError if it cannot."""
-        check_role(Role(self._config.role), self._section.engine)
         loop = asyncio.get_running_loop()
         self._closed = loop.create_future()
         if self._section.engine.shape.num_ranks > 1:

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 def load_worker_engine(
     model: Path, section: EngineSection, ranks: RankGroup | None
 ) -> tuple[Engine, tuple[SharedPool | RemotePool, ...]]:
-    """Load rank 0, wait for the other `ranks`, and warm up. Returns also the KV pools of all ranks, rank 0's first;
-    those of other ranks' GPUs are `elsewhere`. Raises CheckpointError, ConfigError or RankLostError."""
+    """Load rank 0, wait for the other `ranks`, and warm up. Returns also the KV pools of all ranks, rank 0's first.
+    Raises CheckpointError, ConfigError or RankLostError."""
     own: list[SharedPool] = []
     config = engine_config(model, section) if ranks is None else ranks.engine_config()
 
@@ -37,8 +37,7 @@ def load_worker_engine(
     others: list[SharedPool | RemotePool] = []
     if ranks is not None:
         ranks.wait_ready(loaded_rank(engine))
-        on_gpus = [SharedPool.elsewhere()] * (engine.layout.num_ranks - 1)
-        others += on_gpus if engine.pool.is_cuda else ranks.pools(engine.layout)
+        others += ranks.pools(engine.layout)
     engine.warm_up()
     return engine, (*own, *others)
 

@@ -13,7 +13,7 @@ from tandem.core.errors import (
     TandemError,
     error_from_code,
 )
-from tandem.core.instance_section import EngineSection, InstanceSection
+from tandem.core.instance_section import InstanceSection
 from tandem.core.session import (
     Cancel,
     PrefillFinished,
@@ -25,7 +25,6 @@ from tandem.core.session import (
     TokenFrame,
 )
 from tandem.decode_worker.fetcher import Fetch, KvFetcher
-from tandem.engine.device import choose_device
 from tandem.prefill_worker.held_kv import HeldKv, KvComputing, KvReady
 from tandem.scheduling.budget import StepBudget, role_budget
 from tandem.wire.sessions import Outbox, RoleChange
@@ -66,16 +65,6 @@ def section_budget(role: Role, section: InstanceSection, change: RoleChange | No
         max_prefill_tokens=max_prefill_tokens,
         mixing=section.policy,
     )
-
-
-def check_role(role: Role, engine: EngineSection) -> None:
-    """Raises ConfigError for a role in which an instance of several ranks would have to move KV of GPUs."""
-    if role is not Role.COLOCATED and engine.shape.num_ranks > 1 and choose_device(engine.device).type != "cpu":
-        raise ConfigError(
-            f"an instance of {engine.shape.num_ranks} GPUs ({engine.shape}) cannot take the role {role.value}: KV "
-            "moves between instances of one GPU, or of several ranks on CPUs; make it a colocated instance, or set tp "
-            "and pp to 1"
-        )
 
 
 class InstanceService:
@@ -148,7 +137,6 @@ class InstanceService:
             outbox.close()
 
     def configure(self, change: RoleChange) -> None:
-        check_role(change.role, self._section.engine)
         budget = section_budget(change.role, self._section, change)
         if change.role is not self.role:
             log.info("role %s -> %s: %s", self.role.value, change.role.value, budget)

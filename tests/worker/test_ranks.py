@@ -22,7 +22,9 @@ from tandem.core.session import PrefillFinished, Role, Submit, TokenFrame
 from tandem.engine.collectives.interface import RankLostError
 from tandem.engine.engine import Engine
 from tandem.engine.step import SampleRequest, SequenceSlice, StepHandle, StepOutput
+from tandem.kv_transfer.places import Places
 from tandem.kv_transfer.pool import SharedPool
+from tandem.kv_transfer.remote_pool import RemotePool, view_over
 from tandem.models.random_checkpoint import CheckpointShape, write_random_checkpoint
 from tandem.scheduling.budget import role_budget
 from tandem.worker.engine_setup import load_worker_engine
@@ -171,6 +173,59 @@ def test_tokens_are_those_of_one_rank_and_of_transformers(family: str, shape: tu
         assert tokens == expected
         assert greedy_at_once(engine) == expected
         torch.testing.assert_close(of_ranks, logprobs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.slow
+def test_kv_of_a_rank_whose_memory_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a GPU: rank 0 reads the same KV over a connection, and the rank goes on with what rank 0 writes."""
+    model = checkpoint(tmp_path, "llama")
+    prompt, next_token = [5, 9, 200, 31, 8] * 10, 17
+    block_ids, others = [3, 1, 4, 2], [5, 8, 6, 7]
+
+    def kv_of(engine: Engine, pool: SharedPool | RemotePool, block_ids: Sequence[int]) -> torch.Tensor:
+        layout = engine.layout.pool_of(1)
+        view = view_over(pool.tensor if isinstance(pool, SharedPool) else pool, layout)
+        kv = torch.empty(2 * layout.num_layers * len(block_ids) * layout.segment_bytes, dtype=torch.uint8)
+        view.take_blocks(range(layout.num_layers), block_ids, kv)
+        return kv
+
+    def token_after(engine: Engine) -> int:
+        sample = SampleRequest(SamplingParams(temperature=0.0), len(prompt) + 1, (), len(prompt))
+        part = SequenceSlice([next_token], len(prompt), block_ids, sample)
+        token = engine.collect(engine.launch([part])).tokens[0]
+        assert token is not None
+        return token.token_id
+
+    with running_ranks(model, tp=2) as (engine, pools, _):
+        engine.step([SequenceSlice(prompt, 0, block_ids)])
+        expected = kv_of(engine, pools[1], block_ids)
+        own = pools[0].tensor.clone()
+        token_id = token_after(engine)
+    monkeypatch.setattr(RankGroup, "_maps_pools", lambda _: False)
+    settings, lost = section(tp=2), list[TandemError]()
+    ranks = RankGroup(model, settings, lost.append)
+    ranks.start()
+    try:
+        engine, (first, second) = load_worker_engine(model, settings, ranks)
+        assert isinstance(second, RemotePool)
+        layout = engine.layout.pool_of(1)
+        assert not kv_of(engine, second, block_ids).any()
+        shape = (layout.num_layers, 2, len(block_ids), layout.num_kv_heads, 1, -1)
+        view = view_over(second, layout)
+        view.put(
+            slice(0, layout.num_layers), Places(torch.tensor(block_ids), None), expected.view(view.word).view(shape)
+        )
+        assert isinstance(first, SharedPool)
+        first.tensor.copy_(own)
+        assert token_after(engine) == token_id
+        engine.step([SequenceSlice(prompt, 0, others)])
+        assert torch.equal(kv_of(engine, second, others), expected)
+        engine.close()
+        first.close()
+        second.close()
+    finally:
+        ranks.close()
+    assert lost == []
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ _ADOPTION_S = 10.0
 class RankFiles:
     """What a rank has from its parent: the folder of the model, and descriptors. `channel` is the connection to rank 0,
     `region` the memory that the ranks of its host share, and `pool` the file of its KV pool. On the host of rank 0 also
-    `store`, which is that of `MeetingPlace`; on other hosts `kv`, the connection over which rank 0 reads and writes KV
-    there."""
+    `store`, which is that of `MeetingPlace`. `kv` is the connection over which rank 0 reads and writes KV where it
+    cannot map the pool: on other hosts, and on GPUs."""
 
     model: str
     channel: int

@@ -1,14 +1,14 @@
 """A rank that is not rank 0: `python -m tandem.worker.ranks.follower FIELDS`, started by `worker.ranks.child`.
 
 It loads its part of the model, then computes the steps that rank 0 announces, until it is told to stop. It has no port
-and no scheduler. On rank 0's host its KV pool is in memory that rank 0 maps, too: rank 0 writes KV there that comes in,
-and reads KV that leaves. From another host, rank 0 does so over a connection (`worker.ranks.remote_pool`). Any error, a
+and no scheduler. On a CPU of rank 0's host its KV pool is in memory that rank 0 maps, too: rank 0 writes KV there that
+comes in, and reads KV that leaves. Elsewhere it does so over a connection (`worker.ranks.remote_pool`). Any error, a
 step out of order and the end of rank 0 end the process, and with it the instance.
 
     main thread     load -> steps
     frames thread   every frame of rank 0; its end ends the process
     alive thread    tells rank 0 that this process runs
-    KV thread       on another host: reads and writes of rank 0
+    KV thread       on another host, or on a GPU: reads and writes of rank 0
 """
 
 import contextlib
@@ -70,7 +70,8 @@ def _follow(channel: RankChannel, files: RankFiles) -> None:
     frames: queue.SimpleQueue[tuple[FrameKind, bytes] | TandemError] = queue.SimpleQueue()
     threading.Thread(target=_read_frames, args=(channel, store, frames), name="frames", daemon=True).start()
     engine, region = _load(assignment, files, store)
-    report = partial(_send_report, channel) if files.kv is not None else partial(region.report, assignment.rank)
+    is_far = files.store is None
+    report = partial(_send_report, channel) if is_far else partial(region.report, assignment.rank)
     if files.kv is not None:
         layout = engine.layout.pool_of(assignment.rank)
         serving = partial(serve_pool, socket.socket(fileno=files.kv), engine.pool, layout)

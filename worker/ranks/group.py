@@ -135,8 +135,8 @@ class RankGroup:
             raise
 
     def pools(self, layout: KvLayout) -> list[SharedPool | RemotePool]:
-        """After `wait_ready`, on a CPU: the KV pools of the other ranks, in their order, for this process to read and
-        write. They are the caller's."""
+        """After `wait_ready`: the KV pools of the other ranks, in their order, for this process to read and write. They
+        are the caller's."""
         return [
             self._map_pool(rank, layout) if rank in self._pool_fds else self._remote_pools.pop(rank)
             for rank in range(1, layout.num_ranks)
@@ -193,12 +193,26 @@ class RankGroup:
 
     def _start_rank(self, rank: int, region_fd: int, store_fd: int) -> None:
         ours, theirs = socket.socketpair()
-        pool_fd = self._pool_fds[rank] = create_pool_file()
-        with theirs:
-            files = RankFiles(str(self._model), theirs.fileno(), region_fd, pool_fd, store=store_fd)
+        kv: socket.socket | None = None
+        with theirs, contextlib.ExitStack() as given:
+            pool_fd = create_pool_file()
+            if self._maps_pools():
+                self._pool_fds[rank] = pool_fd
+            else:
+                given.callback(os.close, pool_fd)
+                own, other = socket.socketpair()
+                kv = given.enter_context(other)
+                self._remote_pools[rank] = RankPool(own, rank)
+            files = RankFiles(
+                str(self._model), theirs.fileno(), region_fd, pool_fd, store_fd, None if kv is None else kv.fileno()
+            )
             process = start_rank(files)
         self._processes.append(process)
         self._add(RankPeer(RankChannel(ours), f"rank {rank}", rank, process.pid, self._address))
+
+    def _maps_pools(self) -> bool:
+        """Whether this process can map the KV pools of its host's ranks."""
+        return choose_device(self._section.device).type == "cpu"
 
     def _host_joined(self, channel: RankChannel, address: str) -> None:
         self._add(RankPeer(channel, f"host {address}"))

@@ -1,4 +1,5 @@
-"""KV of a rank on another host: rank 0 reads and writes blocks of its pool over a connection (`Purpose.KV`).
+"""KV of a rank whose memory rank 0 cannot map, because it is on another host or on a GPU of its own: rank 0 reads and
+writes blocks of its pool over a connection (`Purpose.KV`, or a pair of sockets on one host).
 
     rank 0                                            other rank
       | -- READ: layers, blocks --------------------> |
@@ -54,7 +55,10 @@ class RankPool(RemotePool):
     def read(self, layers: range, block_ids: Sequence[int], out: Tensor) -> None:
         fields = {"layers": [layers.start, layers.stop], "blocks": list(block_ids)}
         with self._turn:
-            self._exchange(_Kind.READ, fields, b"", out)
+            received = torch.empty_like(out, device="cpu") if out.is_cuda else out
+            self._exchange(_Kind.READ, fields, b"", received)
+        if out.is_cuda:
+            out.copy_(received)
 
     def write(self, kv_slice: KvSlice, units: int, at: Places, values: Tensor) -> None:
         fields = {
@@ -65,7 +69,7 @@ class RankPool(RemotePool):
             "numbers": None if at.units is None else at.units.tolist(),
         }
         with self._turn:
-            self._exchange(_Kind.WRITE, fields, _bytes_of(values.contiguous()), None)
+            self._exchange(_Kind.WRITE, fields, _bytes_of(values.cpu().contiguous()), None)
 
     def close(self) -> None:
         self._connection.close()
@@ -84,9 +88,13 @@ class RankPool(RemotePool):
 
 
 def serve_pool(connection: socket.socket, pool: Tensor, layout: KvLayout) -> None:
-    """The other rank's end: until rank 0 closes the connection. `pool` has the layout `layout`, of one rank. Raises
-    InternalError for KV that it does not have."""
-    with contextlib.suppress(EOFError, OSError):
+    """The other rank's end: until rank 0 closes the connection. `pool` has the layout `layout`, of one rank; on a GPU it
+    is read and written on a stream of its own, so beside the steps. Raises InternalError for KV that it does not have.
+    """
+    with contextlib.ExitStack() as stack:
+        if pool.is_cuda:
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(pool.device)))  # type: ignore[no-untyped-call]
+        stack.enter_context(contextlib.suppress(EOFError, OSError))
         while True:
             _serve_one(connection, pool, layout)
 
@@ -107,9 +115,10 @@ def _serve_one(connection: socket.socket, pool: Tensor, layout: KvLayout) -> Non
 def _read(pool: Tensor, layout: KvLayout, fields: dict[str, Any]) -> Tensor:
     layers, block_ids = range(*fields["layers"]), fields["blocks"]
     _check(layout, layers, block_ids)
-    out = torch.empty(2 * len(layers) * len(block_ids) * layout.segment_bytes, dtype=torch.uint8)
+    num_bytes = 2 * len(layers) * len(block_ids) * layout.segment_bytes
+    out = torch.empty(num_bytes, dtype=torch.uint8, device=pool.device)
     PoolView.over(pool, layout).take_blocks(layers, block_ids, out)
-    return out
+    return out.cpu()
 
 
 def _write(pool: Tensor, layout: KvLayout, fields: dict[str, Any], data: memoryview) -> None:
@@ -119,11 +128,14 @@ def _write(pool: Tensor, layout: KvLayout, fields: dict[str, Any], data: memoryv
     if not 0 <= heads.start < heads.stop <= layout.num_kv_heads or not layout.block_size % units == 0:
         raise InternalError("rank 0 writes KV that this rank does not hold")
     view = PoolView.over(pool, layout, KvSlice(layers.start, layers.stop, heads.start, heads.stop), units)
-    at = Places(torch.tensor(blocks), None if numbers is None else torch.tensor(numbers))
+    device = pool.device
+    at = Places(torch.tensor(blocks, device=device), None if numbers is None else torch.tensor(numbers, device=device))
     whole = (len(layers), 2, len(blocks), len(heads), units, -1)
     by_unit = (len(layers), 2, len(heads), len(blocks), -1)
-    values = torch.frombuffer(data, dtype=torch.uint8).view(view.word)
+    values = torch.frombuffer(data, dtype=torch.uint8).view(view.word).to(device)
     view.put(slice(0, len(layers)), at, values.view(whole if numbers is None else by_unit))
+    if pool.is_cuda:
+        torch.cuda.current_stream(device).synchronize()  # the next step may read it
 
 
 def _check(layout: KvLayout, layers: range, block_ids: Sequence[int]) -> None:

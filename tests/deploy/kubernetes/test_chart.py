@@ -118,10 +118,6 @@ def test_every_value_is_explained() -> None:
             "'a' has 2 ranks (instance.engine.tp x pp) and 1 GPUs; set gpus to 2",
         ),
         (
-            ['workers.defaults={"gpus": 2, "instance": {"engine": {"tp": 2}}}'],
-            "'prefill' has the role prefill and 2 GPUs, but KV moves only between instances of one GPU",
-        ),
-        (
             ['workers.groups=[{"name": "a", "role": "colocated", "instance": {"engine": {"device": "cuda"}}}]'],
             "'a' computes on cuda and gets no GPU; set gpus to 1",
         ),

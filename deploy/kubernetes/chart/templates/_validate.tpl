@@ -15,9 +15,6 @@
 {{- $engine := default dict .instance.engine -}}
 {{- $ranks := mul (default 1 $engine.tp) (default 1 $engine.pp) -}}
 {{- $device := default "auto" $engine.device -}}
-{{- if and (gt (int $ranks) 1) (ne .role "colocated") (gt (int .gpus) 0) -}}
-{{- fail (printf "workers.groups: '%s' has the role %s and %d GPUs, but KV moves only between instances of one GPU, or of several ranks on CPUs; make it colocated, or set instance.engine.tp and pp to 1" .name .role (int .gpus)) -}}
-{{- end -}}
 {{- if and (gt (int .gpus) 0) (ne (int .gpus) (int $ranks)) -}}
 {{- fail (printf "workers.groups: '%s' has %d ranks (instance.engine.tp x pp) and %d GPUs; set gpus to %d" .name $ranks (int .gpus) $ranks) -}}
 {{- end -}}
