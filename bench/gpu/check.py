@@ -4,8 +4,7 @@ Each check is a process with a time limit. Those that need more GPUs than there 
 Needs the repository's root as the current folder, and the extras of development. The exit status is 0 when all that ran
 passed, 1 otherwise, and 2 without a GPU.
 
-Not among them, because the code is not there: KV between instances of several GPUs, and two ranks on one GPU, for which
-NCCL before 2.30 has no communicator.
+Not among them: two ranks on one GPU, for which NCCL before 2.30 has no communicator.
 """
 
 import argparse
@@ -52,7 +51,8 @@ def checks(model: Path, folder: Path) -> tuple[Check, ...]:
         Check("KV blocks over NCCL", 2, 60, (*_PYTEST, "tests/kv_transfer/test_nccl_group.py")),
         Check("colocated instance", 1, 90, (*_PYTEST, "tests/cluster/test_on_gpus.py", "-k", "colocated")),
         Check("prefill and decode, KV over NCCL", 2, 90, (*_PYTEST, "tests/cluster/test_on_gpus.py", "-k", "nccl")),
-        Check("instances of two ranks", 2, 120, (*_PYTEST, "tests/cluster/test_on_gpus.py", "-k", "two_ranks")),
+        Check("instances of two ranks", 2, 120, (*_PYTEST, "tests/cluster/test_on_gpus.py", "-k", "test_an_instance")),
+        Check("KV of instances of two ranks", 3, 180, (*_PYTEST, "tests/cluster/test_on_gpus.py", "-k", "test_kv_of")),
         Check(
             "steps of one rank",
             1,

@@ -46,3 +46,14 @@ def test_an_instance_of_two_ranks(shape: ParallelShape, built_in_model: Path, tm
     settings = on("cuda", tp=shape.tp, pp=shape.pp)
     with running_cluster(built_in_model, tmp_path, **ONLY_COLOCATED, colocated=settings) as cluster:
         check(cluster, num_prompts=16, longest=1000)
+
+
+@needs_gpus(3)
+@pytest.mark.parametrize("wide", ["prefill", "decode"])
+@pytest.mark.parametrize("shape", [ParallelShape(tp=2), ParallelShape(pp=2)], ids=str)
+def test_kv_of_an_instance_of_two_ranks(wide: str, shape: ParallelShape, built_in_model: Path, tmp_path: Path) -> None:
+    """Rank 0 relays the KV of the other GPU."""
+    sections = {"prefill": on("cuda:2"), "decode": on("cuda:2"), wide: on("cuda", tp=shape.tp, pp=shape.pp)}
+    with running_cluster(built_in_model, tmp_path, decode_transports=("nccl",), **sections) as cluster:
+        check(cluster, num_prompts=16, longest=1000)
+        assert sum(link.transfers for status in cluster.instances() for link in status.links) > 0

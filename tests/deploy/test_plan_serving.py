@@ -154,10 +154,6 @@ def test_planned_gpus_that_are_here_are_used() -> None:
     ("groups", "words"),
     [
         (
-            [group("prefill", tp=2, device="H100"), group("decode")],
-            ["prefill instances have the shape tp2 on GPUs", "one GPU", "search.only_served"],
-        ),
-        (
             [group("prefill", devices=(("0:0",),)), group("decode", devices=(("1:0",),))],
             ["uses 2 nodes", "one machine"],
         ),

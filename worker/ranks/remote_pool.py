@@ -88,8 +88,8 @@ class RankPool(RemotePool):
 
 
 def serve_pool(connection: socket.socket, pool: Tensor, layout: KvLayout) -> None:
-    """The other rank's end: until rank 0 closes the connection. `pool` has the layout `layout`, of one rank; on a GPU it
-    is read and written on a stream of its own, so beside the steps. Raises InternalError for KV that it does not have.
+    """The other rank's end: until rank 0 closes the connection. `pool` has the layout `layout`, of one rank. On a GPU
+    it is read and written on a stream of its own, beside the steps. Raises InternalError for KV that it does not have.
     """
     with contextlib.ExitStack() as stack:
         if pool.is_cuda:
