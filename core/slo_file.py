@@ -209,8 +209,7 @@ class SearchSection(FrozenModel):
     )
     only_served: bool = Field(
         default=True,
-        description="Only instances that `tandem serve` runs: each on one node; for prefill and for decode of one GPU "
-        "each, since KV does not move between instances of several GPUs yet; false plans what could be",
+        description="Only instances that `tandem serve` runs: each on one node; false plans what could be",
     )
     node_affinity: Literal["auto", "high", "low"] = Field(
         default="auto", description="low: KV must stay inside a node; auto: low if links between nodes are slow"

@@ -1,5 +1,5 @@
-"""What a plan says of measured instances of several ranks: what their steps take beside those of smaller ones, and what
-KV between instances of two shapes takes."""
+"""What a plan says of instances of several ranks: what measured steps take beside those of smaller ones, what KV
+between instances of two shapes takes, and where nobody has measured that."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,6 @@ from tandem.core.parallel import ParallelShape
 from tandem.placement.costs.resharding import resharding_of
 from tandem.placement.plan_deployment import BLOCK_SIZE
 from tandem.placement.search.candidate import CandidateDeployment
-from tandem.placement.search.kinds import NO_KV
 from tandem.placement.search.slower_shapes import ratios_text, typical_loads
 from tandem.placement.search.space import SearchSpace
 
@@ -24,15 +23,19 @@ def rank_notes(space: SearchSpace, deployment: CandidateDeployment | None) -> tu
         if shape.device in calibrated
     ]
     faster = list(_not_slower(space))
-    between = [] if deployment is None else _transfers(space, deployment)
-    return tuple(f"{sentence}." for sentence in (*slower, *_not_served(space), *faster, *between))
+    between = [] if deployment is None else [*_transfers(space, deployment), *_relayed(space, deployment)]
+    return tuple(f"{sentence}." for sentence in (*slower, *faster, *between))
 
 
-def _not_served(space: SearchSpace) -> Iterator[str]:
-    """Of devices on which prefill and decode could have several ranks, but for the serving of such plans."""
-    devices = dict.fromkeys(shape.device for shape in space.kinds.rejected if shape.reason == NO_KV)
-    if devices and {"disaggregated", "mixed"} & set(space.problem.section.layouts):
-        yield f"Prefill and decode instances on {', '.join(devices)} have one device each, since {NO_KV}"
+def _relayed(space: SearchSpace, deployment: CandidateDeployment) -> Iterator[str]:
+    """Of prefill and decode instances of several GPUs."""
+    devices = space.problem.cluster.devices
+    groups = [*deployment.of_role("prefill"), *deployment.of_role("decode")]
+    if any(group.kind.shape.num_ranks > 1 and devices[group.kind.device].family != "cpu" for group in groups):
+        yield (
+            "The first GPU of an instance relays the KV of its other GPUs through the host's memory; what that takes "
+            "has not been measured, and this plan counts the network alone"
+        )
 
 
 def _instance(role: RoleName | None) -> str:

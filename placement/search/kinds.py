@@ -20,8 +20,6 @@ BUDGET_FACTORS = (0.75, 1.5)
 _PROMPT_FIRST_BUDGET = 4096
 _SLACK_BUDGET = 512  # at least, of a step where there is slack for so many prompt tokens
 _SATURATED = 0.9  # share of the best budget's tokens per second
-NO_KV = "tandem serve moves KV between instances of one GPU each only (search.only_served: false plans it all the same)"
-"""Why a prefill or decode instance has one GPU."""
 _LARGER_THAN_A_NODE = "tandem serve runs no plan with an instance on several nodes (search.only_served)"
 
 
@@ -98,10 +96,9 @@ def legal_kinds(
     stream: RequestStream,
     *,
     one_rank: Container[str] = (),
-    one_rank_phases: Container[str] = (),
 ) -> Kinds:
     """All instance kinds on `nodes` (device type, devices in a node, nodes). They do not depend on the targets. On the
-    devices `one_rank` nobody knows what several ranks take; on `one_rank_phases` prefill and decode instances have one.
+    devices `one_rank` nobody knows what several ranks take.
 
     A shape is legal if the weights fit and its KV memory holds the longest request of the stream. Colocated instances
     have several budgets of prompt tokens per step: small budgets keep TPOT low, large budgets raise throughput.
@@ -133,10 +130,7 @@ def legal_kinds(
                 rejected.append(RejectedShape(device, shape, reason))
             else:
                 for kind in _kinds_of_shape(device, shape, cost, kv_tokens, stream):
-                    if kind.role != "colocated" and shape.num_ranks > 1 and device in one_rank_phases:
-                        rejected.append(RejectedShape(device, shape, NO_KV, role=kind.role))
-                    else:
-                        roles[kind.role].append(kind)
+                    roles[kind.role].append(kind)
     return Kinds(tuple(roles["prefill"]), tuple(roles["decode"]), tuple(roles["colocated"]), tuple(rejected))
 
 

@@ -79,13 +79,6 @@ class Problem:
         cpus = (name for name, device in cluster.devices.items() if device.family == "cpu")
         return frozenset(cpus) - cluster.calibrations.keys()
 
-    @property
-    def one_rank_phase_devices(self) -> frozenset[str]:
-        """Devices of whose instances only those of one rank hand over KV when they are served."""
-        if not self.section.only_served:
-            return frozenset()
-        return frozenset(name for name, device in self.cluster.devices.items() if device.family != "cpu")
-
     def of_window(self, window: Window) -> "Problem":
         """The problem of one window of the trace, as if it had a steady state. Rates remain those of the trace."""
         requests = window_stream(self.requests, window)

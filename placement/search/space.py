@@ -60,7 +60,6 @@ def search_space(problem: Problem, mapper: Mapper) -> SearchSpace:
         problem.section,
         problem.requests,
         one_rank=problem.one_rank_devices,
-        one_rank_phases=problem.one_rank_phase_devices,
     )
     legal = without_slower_shapes(every, problem.requests)
     all_kinds = (*legal.prefill, *legal.decode, *legal.colocated)
