@@ -15,7 +15,7 @@ from tests.cluster.test_same_tokens import check_answers, cluster_tokens, prompt
 
 LOST_WITHIN_S = 2.0
 CUT_WITHIN_S = 3.0  # the kernel gives a host that does not answer up after 2 s
-MARGIN_S = 1.0
+MARGIN_S = 3.0  # for a busy machine
 
 
 def kill(cluster: RankHosts, name: str) -> None:
