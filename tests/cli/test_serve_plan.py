@@ -66,7 +66,7 @@ def test_a_plan_of_a_name_needs_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_pools_that_do_not_fit_the_machine_are_refused_at_once(tmp_path: Path) -> None:
-    huge = [group.model_copy(update={"kv_tokens": 10**12}) for group in GROUPS]
+    huge = [group.model_copy(update={"kv_tokens": 10**10}) for group in GROUPS]
     path = _written(tmp_path, plan_of(BUILT_IN, huge))
     with pytest.raises(ConfigError, match=r"does not fit this machine .* set cluster\.kv_memory"):
         read_serve_file(path, [], MACHINE)

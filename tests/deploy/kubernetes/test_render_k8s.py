@@ -92,7 +92,7 @@ def test_a_plan_for_gpus(gpu_plan: Path, tmp_path: Path, capsys: pytest.CaptureF
     [
         ({"verdict": "infeasible", "summary": "too slow."}, "this plan misses its targets (too slow)"),
         ({"groups": [], "verdict": "infeasible"}, "the plan has no instances"),
-        ({"groups": [GPU_PLAN["groups"][0] | {"tp": 2}, GPU_PLAN["groups"][1]]}, "have the shape tp2 on GPUs"),
+        ({"groups": [GPU_PLAN["groups"][0] | {"dp": 2}, GPU_PLAN["groups"][1]]}, "divides experts over ranks"),
     ],
 )
 def test_a_plan_that_cannot_run(
