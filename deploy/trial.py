@@ -12,6 +12,7 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -70,7 +71,8 @@ async def try_instances(
     running = asyncio.create_task(dispatcher.fleet.run(), name="fleet")
     try:
         for status in instances:
-            dispatcher.fleet.heartbeat(status)
+            # Whether they reach each other is what is tried, and what they have said of it may be over by now.
+            dispatcher.fleet.heartbeat(replace(status, unreachable_peers=()))
         await _until_connected(dispatcher, instances)
         began_s = clock.now_s()
         generation = dispatcher.start(_request(instances), began_s)
