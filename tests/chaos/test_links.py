@@ -37,8 +37,8 @@ def test_a_transfer_whose_link_fails_is_made_elsewhere(mode: str, cluster: Chaos
 
 
 def test_a_pair_that_cannot_link_is_avoided(cluster: ChaosCluster, client: Client) -> None:
-    """Nobody can read the KV of prefill-0. Requests that come are answered by the other pairs, and soon at once: decode
-    instances have told that they lost their connections."""
+    """Nobody can read the KV of prefill-0. Requests that come are answered by the other pairs, and soon at once: a
+    decode instance has told that it lost its connection."""
     wanted = asks(16, max_tokens=8)
     undisturbed = tokens_of(client, wanted)
     cluster.wait_idle(5.0)
@@ -48,7 +48,8 @@ def test_a_pair_that_cannot_link_is_avoided(cluster: ChaosCluster, client: Clien
     assert tokens_of(client, wanted) == undisturbed
     first = cluster.metric("tandem_retries_total") - retries
     lost = (cluster.instance_id("prefill-0"),)
-    until(lambda: unreachable(cluster) == [lost, lost], 5.0, "the decode instances have told what they cannot read")
+    # One of them may have had no need to read from there, since the router avoids it by now.
+    until(lambda: lost in unreachable(cluster), 5.0, "a decode instance has told what it cannot read")
     assert tokens_of(client, wanted) == undisturbed
     assert cluster.metric("tandem_retries_total") - retries - first < len(wanted) / 4, "the pair is chosen again"
     for reader in READERS:

@@ -21,8 +21,7 @@ def test_a_router_death_ends_its_requests_and_nothing_else(phase: str, cluster: 
     for each in disturbed.answers:
         with pytest.raises(UnavailableError):
             each.wait(5.0)
-    for name in ("prefill-0", "prefill-1"):
-        cluster.proxies[name].heal()
+    cluster.release_kv("prefill-0", "prefill-1")
     for name in ("prefill-0", "prefill-1", "decode-0", "decode-1"):
         cluster.steps(name, "")
     cluster.start_router()
