@@ -5,7 +5,7 @@ gone.
 
 The link of a pair is suspect when it has just failed, or when the decode instance reports that it cannot reach the
 prefill instance. Where the two are on different hosts, the network between these is suspect, and so are all links that
-need it, in both directions.
+need it, in both directions. On one host it is the prefill instance itself that does not answer, and all its links are.
 """
 
 from collections.abc import Iterator, Mapping, Set
@@ -97,7 +97,11 @@ class RecentFailures:
     def _suspects(self, instances: Mapping[str, KnownInstance]) -> tuple[set[tuple[str, str]], set[frozenset[str]]]:
         """Pairs, and the two hosts of each pair that has two. One whose instance is lost tells nothing of others."""
         pairs = {pair for pair, count in self._pairs.items() if count >= SUSPECT}
-        pairs.update((prefill_id, decode_id) for decode_id, lost in self._unreachable.items() for prefill_id in lost)
+        for decode_id, lost in self._unreachable.items():
+            for prefill in (instances[each] for each in lost if each in instances and decode_id in instances):
+                is_silent = prefill.host == instances[decode_id].host
+                found = readers(prefill, instances) if is_silent else (instances[decode_id],)
+                pairs.update((prefill.instance_id, decode.instance_id) for decode in found)
         pairs = {pair for pair in pairs if all(each in instances and instances[each].is_usable for each in pair)}
         hosts = {frozenset(instances[each].host for each in pair) for pair in pairs}
         return pairs, {both for both in hosts if len(both) == 2}

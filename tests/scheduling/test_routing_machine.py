@@ -688,6 +688,20 @@ def test_a_link_that_is_reported_lost_is_not_used(policy: RoutingPolicy) -> None
     assert set(_pairs(router, 4)) == {("p1", "d2")}
 
 
+def test_what_its_own_host_cannot_reach_is_passed_over() -> None:
+    """No network is between the two, so the instance itself does not answer: no other reader is tried with it."""
+    router = DrivenRouter()
+    for number, name in enumerate(("p1", "p2", "d1", "d2")):
+        router.join(name, address=f"10.0.0.1:{1000 + number}")
+    _report(router, "d1", unreachable_peers=("p1",))
+    assert {prefill for prefill, _ in _pairs(router, 6)} == {"p2"}
+    router.machine.instance_lost("p2", router.now_s)
+    assert {prefill for prefill, _ in _pairs(router, 2)} == {"p1"}, "where there is no other"
+    router.machine.instance_connected("p2", router.now_s)
+    _report(router, "d1")
+    assert {prefill for prefill, _ in _pairs(router, 6)} == {"p1", "p2"}
+
+
 def test_without_any_link_decode_instances_compute_prompts() -> None:
     router = DrivenRouter()
     router.join("p1", "d1")
