@@ -155,7 +155,7 @@ class Rdma(FrozenModel):
     """Devices for RDMA. The container then has the capability IPC_LOCK."""
 
     resource: str = Field(default="", description="As the device plugin calls it, such as rdma/hca; empty: none")
-    count: int = Field(default=1, ge=1, description="Of each instance")
+    count: int = Field(default=1, ge=1, description="Of each pod")
 
 
 class Rollout(FrozenModel):
@@ -173,11 +173,16 @@ class WorkerScaling(Scaling):
 
 
 class WorkerDefaults(Scheduling):
-    """An instance is one pod."""
+    """An instance is one pod, or several with `ranksPerPod`."""
 
     replicas: Replicas = Field(default=1, description="Instances")
     instance: InstanceSection = Field(
         default=InstanceSection(), description="As in the sections prefill, decode and colocated of a serve file"
+    )
+    ranksPerPod: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[],
+        description="Ranks in each pod of an instance that no node has room for, rank 0's pod first, all others alike; "
+        "together instance.engine.tp x pp. Needs workers.kind LeaderWorkerSet. Empty: one pod has all",
     )
     gpus: int = Field(default=0, ge=0, description="Of each instance: instance.engine.tp x pp")
     gpuResource: str = Field(default="nvidia.com/gpu", description="As the device plugin calls a GPU")
@@ -229,7 +234,7 @@ class Workers(FrozenModel):
 
 
 class PodDisruptionBudget(FrozenModel):
-    """At most one pod of a group is away on purpose; for groups of several pods."""
+    """At most one instance of a group is away on purpose; for groups of several instances."""
 
     enabled: bool = Field(default=True, description="Make them")
 

@@ -7,6 +7,7 @@ import subprocess
 import zipfile
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,32 @@ def pod_templates(documents: tuple[Document, ...]) -> Iterator[Document]:
                 yield template
             case {"kind": "RayCluster", "spec": spec}:
                 yield from (group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]))
-            case {"kind": "LeaderWorkerSet", "spec": {"leaderWorkerTemplate": {"workerTemplate": template}}}:
-                yield template
+            case {"kind": "LeaderWorkerSet"}:
+                yield from pods_of_instance(document)[:2]  # the others are as the second one
+
+
+def pods_of_instance(lws: Document) -> list[Document]:
+    """The pod templates of one of the groups of pods that a LeaderWorkerSet makes, the leader's first."""
+    template = lws["spec"]["leaderWorkerTemplate"]
+    worker = template["workerTemplate"]
+    return [template.get("leaderTemplate", worker), *[worker] * (template["size"] - 1)]
+
+
+def leader_address(lws: Document, group: int) -> str:
+    """What LeaderWorkerSet puts into LWS_LEADER_ADDRESS in the pods of a group."""
+    name = lws["metadata"]["name"]
+    return f"{name}-{group}.{name}.{NAMESPACE}"
+
+
+def overrides_of(container: Document, variables: dict[str, str]) -> list[str]:
+    """Of its arguments, what follows each --set, with Kubernetes' references to variables replaced."""
+    arguments = expanded(container["args"], variables)
+    return [value for option, value in pairwise(arguments) if option == "--set"]
+
+
+def expanded(arguments: list[str], variables: dict[str, str]) -> list[str]:
+    """Raises KeyError for a variable that the container does not have: Kubernetes would leave the reference there."""
+    return [re.sub(r"\$\((\w+)\)", lambda found: variables[found[1]], each) for each in arguments]
 
 
 def mistakes_of(document: Document, version: str) -> list[str]:

@@ -11,11 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.deploy.kubernetes.manifests import ROOT, Document
+from tests.deploy.kubernetes.manifests import ROOT, Document, expanded
 
 USER = 10001
 TOKEN = "the-token-of-the-cluster"
@@ -63,28 +63,29 @@ class Pods:
 
     folder: Path
     network: subprocess.Popen[str]
-    hosts: list[str]
+    hosts: Mapping[str, str]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self, name: str, template: Document, ip: str) -> None:
-        """The only container of a pod template."""
+    def start(self, name: str, template: Document, ip: str, **variables: str) -> None:
+        """The only container of a pod template. `variables`: what an operator adds to those of the template."""
         folder = self.folder / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "settings.yaml").write_text(template["metadata"]["annotations"]["tandem.serve/settings"])
         (folder / "token").write_text(TOKEN)
-        (folder / "hosts").write_text("".join(f"127.0.0.1 {host}\n" for host in self.hosts))
+        (folder / "hosts").write_text("".join(f"{address} {host}\n" for host, address in self.hosts.items()))
         (container,) = template["spec"]["containers"]
         assert template["spec"]["securityContext"]["runAsUser"] == USER
-        arguments = [each.replace("$(POD_IP)", ip) for each in container["args"]]
+        if "POD_IP" in {each["name"] for each in container.get("env", ())}:
+            variables["POD_IP"] = ip
         script = _CONTAINER.format(
             folder=folder,
             python=sys.base_prefix if sys.base_prefix.startswith("/root/") else "/nowhere",
             models=ROOT / "models",
             user=USER,
             variables=" ".join(shlex.quote(each) for each in (*_image_variables(), f"PYTHONPATH={ROOT}")),
-            command=shlex.join([sys.executable, "-m", "tandem.cli.main", *arguments]),
+            command=shlex.join([sys.executable, "-m", "tandem.cli.main", *expanded(container["args"], variables)]),
         )
-        with (self.folder / f"{name}.log").open("wb") as log:
+        with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [*self._inside(), "unshare", "--mount", "bash", "-ec", script], stdout=log, stderr=subprocess.STDOUT
             )
@@ -103,9 +104,23 @@ class Pods:
 
     def terminate(self, name: str, timeout_s: float) -> int:
         """SIGTERM; the exit status."""
-        process = self.processes.pop(name)
-        process.send_signal(signal.SIGTERM)
-        return process.wait(timeout_s)
+        self.signal(name)
+        return self.wait(name, timeout_s)
+
+    def signal(self, name: str) -> None:
+        """SIGTERM."""
+        self.processes[name].send_signal(signal.SIGTERM)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL."""
+        self.processes[name].kill()
+        self.wait(name, 10.0)
+
+    def wait(self, name: str, timeout_s: float) -> int:
+        """Until it ends; the exit status."""
+        status = self.processes[name].wait(timeout_s)
+        del self.processes[name]
+        return status
 
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
@@ -115,8 +130,8 @@ class Pods:
 
 
 @contextlib.contextmanager
-def pod_network(folder: Path, ips: list[str], hosts: list[str]) -> Iterator[Pods]:
-    """`ips`: of pods; `hosts`: names of services, which all are the network's own address."""
+def pod_network(folder: Path, ips: Sequence[str], hosts: Mapping[str, str]) -> Iterator[Pods]:
+    """`ips`: of pods; `hosts`: names in DNS with their addresses."""
     addresses = "".join(f"ip addr add {ip}/32 dev lo; " for ip in ips)
     command = ["unshare", "--net", "bash", "-ec", f"ip link set lo up; {addresses} echo up; exec sleep 600"]
     network = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

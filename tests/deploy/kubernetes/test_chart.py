@@ -122,6 +122,38 @@ def test_every_value_is_explained() -> None:
             "'a' computes on cuda and gets no GPU; set gpus to 1",
         ),
         (['workers.defaults.rollout={"maxSurge": 0}'], "'prefill' could never be updated"),
+        (["workers.defaults.ranksPerPod=[0, 1]"], "at '/workers/defaults/ranksPerPod/0': minimum"),
+        (
+            ["workers.kind='LeaderWorkerSet'", "workers.defaults.ranksPerPod=[1, 1]"],
+            "'prefill' has 1 ranks (instance.engine.tp x pp), and its ranksPerPod has 2; let it have 1",
+        ),
+        (
+            [
+                "workers.kind='LeaderWorkerSet'",
+                "workers.defaults.ranksPerPod=[3, 2, 1]",
+                "workers.defaults.instance.engine={'tp': 6}",
+            ],
+            "'prefill' has other ranksPerPod in each pod, [3,2,1]; all pods but the first need the same number",
+        ),
+        *(
+            (
+                [
+                    f"workers.kind='{kind}'",
+                    "workers.defaults={'ranksPerPod': [1, 1], 'instance': {'engine': {'pp': 2}}}",
+                ],
+                f"'prefill' has instances of 2 pods, and those of a {kind} have one; set workers.kind",
+            )
+            for kind in ("Deployment", "Controller", "RayCluster")
+        ),
+        (
+            [
+                "workers.kind='LeaderWorkerSet'",
+                "workers.defaults.ranksPerPod=[1, 1]",
+                "workers.defaults.instance={'engine': {'pp': 2}, 'transport': 'shared_memory'}",
+            ],
+            "whose KV others cannot reach by shared_memory; leave out instance.transport",
+        ),
+        (["workers.kind='LeaderWorkerSet'", "fullnameOverride='7b'"], "the name 7b of the LeaderWorkerSet does not"),
         (
             ["workers.kind='RayCluster'", "workers.groups=[{'name': 'a', 'role': 'colocated', 'replicas': 0}]"],
             "'a' has no replicas; leave the group out of a RayCluster",
@@ -215,6 +247,8 @@ def test_processes_read_the_settings_that_pods_give_them(values: str, tmp_path: 
             for name in ("http", "grpc", "control"):
                 assert getattr(router.router, name) == f"0.0.0.0:{ports[name]}"
             continue
+        if container["name"] == "ranks":
+            continue  # `test_leader_worker_set.py`
         worker = load_config(path, WorkerConfig)
         assert worker.model_hash == ("0123456789abcdef" if values == "gpu-values.yaml" else None)
         assert worker.served_name == router_name(documents, tmp_path)
@@ -223,7 +257,7 @@ def test_processes_read_the_settings_that_pods_give_them(values: str, tmp_path: 
         service = find(documents, "Service", host.removesuffix(f".{NAMESPACE}.svc"))
         assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
         assert service["spec"]["ports"][0]["port"] == int(port)
-        assert container["args"][-1] == "listen=$(POD_IP):8003"
+        assert "listen=$(POD_IP):8003" in container["args"]
         if worker.cluster_tls is None:
             assert container["livenessProbe"]["grpc"] == {"port": 8003, "service": "liveness"}
             assert container["readinessProbe"]["grpc"] == {"port": 8003}

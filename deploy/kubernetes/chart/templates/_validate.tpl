@@ -1,6 +1,7 @@
 {{- /* Rules between values, beyond values.schema.json: each fails with a sentence. */ -}}
 {{- define "tandem.validate" -}}
 {{- $groups := (include "tandem.groups" . | fromJson).groups -}}
+{{- $kind := .Values.workers.kind -}}
 {{- $names := list -}}
 {{- $roles := list -}}
 {{- range $groups -}}
@@ -12,6 +13,8 @@
 {{- end -}}
 {{- $names = append $names .name -}}
 {{- $roles = append $roles .role -}}
+{{- $name := .name -}}
+{{- $transport := .instance.transport -}}
 {{- $engine := default dict .instance.engine -}}
 {{- $ranks := mul (default 1 $engine.tp) (default 1 $engine.pp) -}}
 {{- $device := default "auto" $engine.device -}}
@@ -20,6 +23,24 @@
 {{- end -}}
 {{- if and (hasPrefix "cuda" $device) (eq (int .gpus) 0) -}}
 {{- fail (printf "workers.groups: '%s' computes on %s and gets no GPU; set gpus to %d" .name $device $ranks) -}}
+{{- end -}}
+{{- with .ranksPerPod -}}
+{{- $sum := 0 -}}
+{{- range . -}}
+{{- $sum = add $sum . -}}
+{{- end -}}
+{{- if ne (int $sum) (int $ranks) -}}
+{{- fail (printf "workers.groups: '%s' has %d ranks (instance.engine.tp x pp), and its ranksPerPod has %d; let it have %d" $name $ranks $sum $ranks) -}}
+{{- end -}}
+{{- if gt (len (rest . | uniq)) 1 -}}
+{{- fail (printf "workers.groups: '%s' has other ranksPerPod in each pod, %s; all pods but the first need the same number" $name (toJson .)) -}}
+{{- end -}}
+{{- if and (gt (len .) 1) (ne $kind "LeaderWorkerSet") -}}
+{{- fail (printf "workers.groups: '%s' has instances of %d pods, and those of a %s have one; set workers.kind to LeaderWorkerSet" $name (len .) $kind) -}}
+{{- end -}}
+{{- if and (gt (len .) 1) (eq (default "auto" $transport) "shared_memory") -}}
+{{- fail (printf "workers.groups: '%s' has instances of %d pods, whose KV others cannot reach by shared_memory; leave out instance.transport" $name (len .)) -}}
+{{- end -}}
 {{- end -}}
 {{- if and (eq (int .rollout.maxSurge) 0) (eq (int .rollout.maxUnavailable) 0) -}}
 {{- fail (printf "workers.groups: '%s' could never be updated, since rollout.maxSurge and rollout.maxUnavailable are both 0; set one to 1" .name) -}}
@@ -31,7 +52,6 @@
 {{- fail (printf "workers.groups: '%s' has autoscaling.minReplicas %d above maxReplicas %d" .name (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas)) -}}
 {{- end -}}
 {{- end -}}
-{{- $kind := .Values.workers.kind -}}
 {{- if has $kind (list "RayCluster" "Controller") -}}
 {{- range $groups -}}
 {{- if .autoscaling.enabled -}}
@@ -50,12 +70,12 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- if not (regexMatch "^[a-z]" (include "tandem.fullname" .)) -}}
-{{- fail (printf "the name %s of the RayCluster does not begin with a letter; set fullnameOverride" (include "tandem.fullname" .)) -}}
-{{- end -}}
 {{- if not (regexMatch "^[0-9]+[.][0-9]+[.][0-9]+" .Values.workers.ray.version) -}}
 {{- fail (printf "workers.ray.version is '%s'; give the version of the Ray in the image, such as 2.60.0" .Values.workers.ray.version) -}}
 {{- end -}}
+{{- end -}}
+{{- if and (has $kind (list "RayCluster" "LeaderWorkerSet")) (not (regexMatch "^[a-z]" (include "tandem.fullname" .))) -}}
+{{- fail (printf "the name %s of the %s does not begin with a letter; set fullnameOverride" (include "tandem.fullname" .) $kind) -}}
 {{- end -}}
 {{- if ne (has "prefill" $roles) (has "decode" $roles) -}}
 {{- fail (printf "workers.groups: there is no %s group; prefill and decode groups need each other" (ternary "decode" "prefill" (has "prefill" $roles))) -}}

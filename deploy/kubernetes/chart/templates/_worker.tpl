@@ -10,13 +10,33 @@ tandem.serve/group: {{ .group.name }}
 {{- max 1 (hasSuffix "m" $cpu | ternary (div (trimSuffix "m" $cpu | int) 1000) (int (float64 $cpu))) -}}
 {{- end -}}
 
+{{- /* Empty unless the instances of a group have several pods. */ -}}
+{{- define "tandem.hasRanksPods" -}}
+{{- if gt (len .ranksPerPod) 1 }}true{{ end -}}
+{{- end -}}
+
+{{- /* Threads of an instance of a group: each of its ranks has its part of its pod's cores. */ -}}
+{{- define "tandem.threads" -}}
+{{- $threads := include "tandem.cores" . | int -}}
+{{- if include "tandem.hasRanksPods" . -}}
+{{- $ranks := 0 -}}
+{{- $most := 0 -}}
+{{- range .ranksPerPod -}}
+{{- $ranks = add $ranks . -}}
+{{- $most = max $most . -}}
+{{- end -}}
+{{- $threads = mul $ranks (max 1 (div $threads $most)) -}}
+{{- end -}}
+{{- $threads -}}
+{{- end -}}
+
 {{- /* The settings of a group's instances, as JSON. Without a number of threads one would take all cores of the node. */ -}}
 {{- define "tandem.instance" -}}
 {{- $instance := deepCopy .instance -}}
 {{- $engine := default dict $instance.engine -}}
 {{- if not $engine.threads -}}
-{{- $cores := include "tandem.cores" . | int -}}
-{{- $instance = merge (dict "engine" (mergeOverwrite (deepCopy $engine) (dict "threads" $cores))) $instance -}}
+{{- $threads := include "tandem.threads" . | int -}}
+{{- $instance = merge (dict "engine" (mergeOverwrite (deepCopy $engine) (dict "threads" $threads))) $instance -}}
 {{- end -}}
 {{- $instance | toJson -}}
 {{- end -}}
@@ -59,7 +79,7 @@ its group by a resource. Tandem's controller makes the pods of the group, and ta
 {{- $settings | toJson -}}
 {{- end -}}
 
-{{- /* What `tandem worker` reads. */ -}}
+{{- /* What `tandem worker` and `tandem ranks` read. */ -}}
 {{- define "tandem.workerSettings" -}}
 {{- $root := .root -}}
 {{- merge (include "tandem.commonSettings" $root | fromJson) (include "tandem.modelHash" $root | fromJson) (dict
@@ -83,7 +103,48 @@ grpc: {port: 8003{{ with .service }}, service: {{ . }}{{ end }}}
 {{- end -}}
 {{- end -}}
 
-{{- /* Takes a group. */ -}}
+{{- /*
+The arguments of a pod, as JSON; takes root, group and pod, its number within the instance. Pod 0 has rank 0, which waits
+for the ranks of the other pods; these find it by the name that LeaderWorkerSet gives pod 0. After SIGTERM they have more
+time: rank 0 may get its own later, and ends them when its requests have ended.
+*/ -}}
+{{- define "tandem.workerArguments" -}}
+{{- $grace := add .root.Values.workers.drainSeconds (ternary 0 10 (eq .pod 0)) -}}
+{{- $arguments := list (ternary "worker" "ranks" (eq .pod 0)) "/etc/tandem/settings.yaml" "--grace" (toString $grace) -}}
+{{- if eq .pod 0 -}}
+{{- $arguments = concat $arguments (list "--set" "listen=$(POD_IP):8003") -}}
+{{- end -}}
+{{- if include "tandem.hasRanksPods" .group -}}
+{{- $arguments = concat $arguments (list
+  "--set" (printf "ranks.listen=%s:8004" (ternary "$(POD_IP)" "$(LWS_LEADER_ADDRESS)" (eq .pod 0)))
+  "--set" (printf "ranks.per_host=%s" (toJson .group.ranksPerPod))
+) -}}
+{{- end -}}
+{{- $arguments | toJson -}}
+{{- end -}}
+
+{{- /*
+Of a pod with rank 0. The other pods of an instance need none: Kubernetes sees the end of `tandem ranks`, and rank 0 ends the
+instance when one of its ranks answers no more. They are Ready before it, so an instance is Ready when pod 0 is.
+*/ -}}
+{{- define "tandem.workerProbes" -}}
+startupProbe:
+  {{- include "tandem.workerProbe" (dict "root" .) | nindent 2 }}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: {{ div (add .Values.workers.loadSeconds 4) 5 }}
+readinessProbe:
+  {{- include "tandem.workerProbe" (dict "root" .) | nindent 2 }}
+  periodSeconds: 5
+  timeoutSeconds: 5
+livenessProbe:  # a stalled step is none of its business: the process ends a hung step itself
+  {{- include "tandem.workerProbe" (dict "root" . "service" "liveness") | nindent 2 }}
+  periodSeconds: 10
+  timeoutSeconds: 10
+  failureThreshold: 6
+{{- end -}}
+
+{{- /* Takes a group, with the GPUs of a pod. */ -}}
 {{- define "tandem.workerResources" -}}
 requests:
   {{- toYaml .resources.requests | nindent 2 }}
@@ -97,11 +158,22 @@ limits:
   {{- end }}
 {{- end -}}
 
-{{- /* A PodTemplateSpec; takes root and group (with its defaults). */ -}}
+{{- /* A PodTemplateSpec; takes root, group (with its defaults), and pod, its number within an instance of several pods. */ -}}
 {{- define "tandem.workerPod" -}}
 {{- $root := .root -}}
 {{- $group := .group -}}
+{{- $pod := default 0 .pod -}}
 {{- $workers := $root.Values.workers -}}
+{{- $hasRanksPods := include "tandem.hasRanksPods" $group -}}
+{{- $environment := $group.extraEnv -}}
+{{- if eq $pod 0 -}}
+{{- $ip := dict "name" "POD_IP" "valueFrom" (dict "fieldRef" (dict "fieldPath" "status.podIP")) -}}
+{{- $environment = prepend $environment $ip -}}
+{{- end -}}
+{{- $resources := $group -}}
+{{- if and $group.gpus $hasRanksPods -}}
+{{- $resources = merge (dict "gpus" (index $group.ranksPerPod $pod)) $group -}}
+{{- end -}}
 metadata:
   labels:
     {{- include "tandem.labels" $root | nindent 4 }}
@@ -121,37 +193,27 @@ metadata:
   annotations: {{- toYaml $group.podAnnotations | nindent 4 }}
   {{- end }}
 spec:
-  terminationGracePeriodSeconds: {{ add $workers.drainSeconds 15 }}
+  terminationGracePeriodSeconds: {{ add $workers.drainSeconds (ternary 15 25 (eq $pod 0)) }}
   {{- include "tandem.scheduling" (dict "root" $root "section" $group "labels" (include "tandem.workerLabels" .)) | nindent 2 }}
   {{- include "tandem.initContainers" (dict "root" $root) | nindent 2 }}
   containers:
-    - name: worker
+    - name: {{ ternary "worker" "ranks" (eq $pod 0) }}
       image: {{ include "tandem.image" $root }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
-      args: [worker, /etc/tandem/settings.yaml, --grace, {{ $workers.drainSeconds | quote }}, --set, "listen=$(POD_IP):8003"]
-      env:
-        - {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
-        {{- with $group.extraEnv }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
+      args: {{ include "tandem.workerArguments" (dict "root" $root "group" $group "pod" $pod) }}
+      {{- with $environment }}
+      env: {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- if eq $pod 0 }}
       ports:
         - {name: worker, containerPort: 8003}
-      startupProbe:
-        {{- include "tandem.workerProbe" (dict "root" $root) | nindent 8 }}
-        periodSeconds: 5
-        timeoutSeconds: 5
-        failureThreshold: {{ div (add $workers.loadSeconds 4) 5 }}
-      readinessProbe:
-        {{- include "tandem.workerProbe" (dict "root" $root) | nindent 8 }}
-        periodSeconds: 5
-        timeoutSeconds: 5
-      livenessProbe:  # a stalled step is none of its business: the process ends a hung step itself
-        {{- include "tandem.workerProbe" (dict "root" $root "service" "liveness") | nindent 8 }}
-        periodSeconds: 10
-        timeoutSeconds: 10
-        failureThreshold: 6
+        {{- if $hasRanksPods }}
+        - {name: ranks, containerPort: 8004}
+        {{- end }}
+      {{- include "tandem.workerProbes" $root | nindent 6 }}
+      {{- end }}
       resources:
-        {{- include "tandem.workerResources" $group | nindent 8 }}
+        {{- include "tandem.workerResources" $resources | nindent 8 }}
       securityContext: {{- include "tandem.containerSecurity" (ternary (list "IPC_LOCK") list (ne $group.rdma.resource "")) | nindent 8 }}
       volumeMounts:
         {{- include "tandem.volumeMounts" $root | nindent 8 }}
