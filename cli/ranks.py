@@ -13,6 +13,7 @@ EPILOG = """\
 examples:
   tandem worker worker.yaml        on the first host
   tandem ranks worker.yaml         on each other host
+  tandem ranks worker.yaml --set ranks.listen=$LEADER:8010      whose first host is known only when it starts
 
 The file is that of the instance, and has a section 'ranks': where rank 0 listens, and how many ranks each host has.
 
