@@ -1,18 +1,22 @@
 """Ranks of other hosts join rank 0 over real sockets; others do not."""
 
+import asyncio
 import contextlib
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
+from tandem.core.config import WorkerConfig
 from tandem.core.errors import ConfigError
 from tandem.core.parallel import ParallelShape, RankHosts
-from tandem.worker.ranks import joining
+from tandem.worker.ranks import host, joining
 from tandem.worker.ranks.channel import FrameKind, RankChannel
 from tandem.worker.ranks.joining import HostTicket, JoinRequest, Purpose, admit, join
 from tandem.worker.ranks.listener import JoinedRank, RankListener
@@ -170,3 +174,33 @@ def test_a_recorded_handshake_cannot_be_used_again() -> None:
                         recorded = body + joining._proof(TOKEN, b"joins", greeting, body)
                     connection.sendall(recorded)
                     assert admitted.result(10) == (None if is_again else JoinRequest(Purpose.HOST))
+
+
+def test_a_host_looks_up_the_name_of_rank_0_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Kubernetes it may stand for another pod a moment later, or be unknown."""
+    look_up, names = socket.getaddrinfo, ["rank-0.test"]
+
+    def look_up_once(host: str, *arguments: Any, **options: Any) -> Any:
+        if host in names:
+            names.remove(host)
+            host = "127.0.0.1"
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_once)
+    monkeypatch.setattr(host, "start_rank", lambda _: subprocess.Popen(["true"]))
+    settings = {
+        "model": "/nowhere",
+        "cluster_token": TOKEN,
+        "instance": {"engine": {"tp": 2, "pp": 3}},
+        "ranks": {"listen": bench.address.replace("127.0.0.1", names[0]), "per_host": HOSTS.per_host},
+    }
+
+    async def join_and_stop() -> None:
+        ranks = host.RankHost(WorkerConfig.model_validate(settings))
+        await ranks.start()
+        until(lambda: len(bench.ranks) == 2)
+        bench.hosts[0].send(FrameKind.STOP)
+        await ranks.wait_closed()
+
+    asyncio.run(join_and_stop())
+    assert names == []

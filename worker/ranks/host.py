@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import subprocess
 import threading
 import time
 from functools import partial
 
+from tandem.core.address import advertised
 from tandem.core.config import RanksSection, WorkerConfig, with_secrets
 from tandem.core.errors import ConfigError, UnavailableError
 from tandem.engine.collectives.interface import RankLostError
@@ -52,15 +54,17 @@ class RankHost:
     async def start(self) -> None:
         """Returns when the ranks have been started; they load then. Raises ConfigError when rank 0 refuses this
         host, UnavailableError when it is gone meanwhile."""
-        channel, ticket = await asyncio.to_thread(self._join)
-        self._rank_0 = channel
+        connection, ticket = await asyncio.to_thread(self._join)
+        self._rank_0 = RankChannel(connection)
+        # A name may stand for another pod a moment later, or be unknown.
+        address = advertised(self._ranks.listen, connection.getpeername()[0])
         shape, ranks = ticket.hosts.shape, ticket.hosts.ranks_of(ticket.host)
         self.instance_id = f"ranks-{ranks.start}-to-{ranks.stop - 1}"
         region = SharedRegion.create(shape)
         try:
             # On this thread, which is the main one: the kernel ends children with the thread that started them.
             for rank in ranks:
-                self._start_rank(rank, ticket, region)
+                self._start_rank(rank, address, ticket, region)
         except OSError as error:
             self._kill()
             raise UnavailableError(f"rank 0 at {self._ranks.listen} is gone") from error
@@ -91,14 +95,14 @@ class RankHost:
         self._closing.set()
         self._kill()
 
-    def _join(self) -> tuple[RankChannel, HostTicket]:
+    def _join(self) -> tuple[socket.socket, HostTicket]:
         """Until rank 0 listens."""
         address = self._ranks.listen
         told_s = -_TELL_EVERY_S
         while not self._closing.is_set():
             try:
-                channel = RankChannel(join(address, self._token, JoinRequest(Purpose.HOST)))
-                kind, payload = channel.receive()
+                connection = join(address, self._token, JoinRequest(Purpose.HOST))
+                kind, payload = RankChannel(connection).receive()
             except (OSError, EOFError) as error:
                 if time.monotonic() - told_s > _TELL_EVERY_S:
                     log.info("rank 0 does not listen at %s yet (%s); trying again", address, error)
@@ -106,13 +110,13 @@ class RankHost:
                 self._closing.wait(_RETRY_S)
                 continue
             if kind is not FrameKind.ASSIGN:
-                channel.close()
+                connection.close()
                 raise ConfigError(f"rank 0 at {address} refuses this host: {payload.decode(errors='replace')}")
-            return channel, HostTicket.from_bytes(payload)
+            return connection, HostTicket.from_bytes(payload)
         raise UnavailableError("this process was told to end before rank 0 listened")
 
-    def _start_rank(self, rank: int, ticket: HostTicket, region_fd: int) -> None:
-        connect = partial(join, self._ranks.listen, self._token)
+    def _start_rank(self, rank: int, address: str, ticket: HostTicket, region_fd: int) -> None:
+        connect = partial(join, address, self._token)
         pool_fd = create_pool_file()
         try:
             with (
