@@ -149,11 +149,23 @@ class RequestRecord:
 def explanation(attempts: Sequence[AttemptRecord]) -> str:
     """Of its attempts, as JSON in one line of ASCII; short enough for a header."""
     choices = [
-        {"attempt": attempt.epoch + 1, "phase": phase, "instance": selection.instance_id, **_comparison(selection)}
-        for attempt in attempts[-_EXPLAINED_ATTEMPTS:]
-        for phase, selection in attempt.selections()
+        {"attempt": number, "phase": phase, "instance": selection.instance_id, **_comparison(selection)}
+        for number, attempt, selections in _numbered(attempts)[-_EXPLAINED_ATTEMPTS:]
+        for phase, selection in selections
     ]
     return json.dumps(choices, separators=(",", ":"))
+
+
+def _numbered(attempts: Sequence[AttemptRecord]) -> list[tuple[int, AttemptRecord, list[tuple[str, Selection]]]]:
+    """Each attempt with its number, from 1 on, and what was decided for it. For one that reads the KV of the attempt
+    before, no other prefill instance was selected."""
+    found = []
+    for number, attempt in enumerate(attempts, start=1):
+        selections = attempt.selections()
+        if number > 1 and attempts[number - 2].epoch == attempt.epoch:
+            selections = [(phase, selection) for phase, selection in selections if phase == "decode"]
+        found.append((number, attempt, selections))
+    return found
 
 
 def _comparison(selection: Selection) -> dict[str, Any]:
@@ -239,12 +251,12 @@ class RequestLog:
             lines.append(f"  refused: {record.refused_because}")
         parts = record.timeline.parts().items()
         lines += [f"  {name.removesuffix('_s'):14} {_milliseconds(part_s)}" for name, part_s in parts]
-        for attempt in record.attempts:
-            for phase, selection in attempt.selections():
-                lines.append(f"attempt {attempt.epoch + 1}, {phase} on {selection.instance_id}:")
+        for number, attempt, selections in _numbered(record.attempts):
+            for phase, selection in selections:
+                lines.append(f"attempt {number}, {phase} on {selection.instance_id}:")
                 lines.extend(f"  {line}" for line in selection.explain().splitlines())
             if attempt.failure is not None:
-                lines.append(f"attempt {attempt.epoch + 1} failed: {attempt.failure}")
+                lines.append(f"attempt {number} failed: {attempt.failure}")
         return "\n".join(lines)
 
 

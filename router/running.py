@@ -8,7 +8,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from tandem.core.errors import OverloadedError, TandemError, TransferError
+from tandem.core.errors import OverloadedError, TandemError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, TokenLogprob
 from tandem.core.session import NewTokens, PrefillFinished, TransferCommitted
 from tandem.core.timeline import Timeline
@@ -150,11 +150,12 @@ class RunningRequest:
         return request
 
     def begin_decode(self, instance_id: str, selection: Selection, now_s: float) -> GenerationRequest:
-        """What to send to the instance that decodes. Where another one has failed to fetch the KV, it counts as another
+        """What to send to the instance that decodes. Where another one has not fetched the KV, it counts as another
         attempt, though the prompt is not computed again."""
         attempt, record = self._attempts[-1]
         if record.decode_id is not None:
-            record.failure = TransferError.code
+            assert attempt.reader_error is not None, "the machine says why the first one does not read it"
+            record.failure = attempt.reader_error.code
             record = replace(record, failure=None, began_s=None if record.began_s is None else now_s)
             self._attempts.append((attempt, record))
         record.decode_id, record.decode_selection = instance_id, selection

@@ -44,21 +44,30 @@ class Attempts:
             self._begin_decode(attempt, prefill, place, now_s)
         return place is not None
 
-    def hand_over_again(self, attempt: Attempt, error: TandemError, now_s: float) -> bool:
-        """After its decode instance has failed to fetch the KV: another one may, without computing the prompt again.
+    def may_hand_over_again(self, attempt: Attempt, error: TandemError) -> bool:
+        """Whether another instance may fetch the KV, after the decode instance has failed to.
 
         Only where the KV is on another host, so that the network between the two is a likelier reason than the instance
-        that has the KV. False: it is not so, or no other instance is there whose link is not suspect.
+        that has the KV.
         """
         prefill, failed = attempt.prefill, attempt.decode
         is_network = isinstance(error, TransferError | UnavailableError) and not isinstance(error, StaleEpochError)
-        if prefill is None or failed is None or attempt.has_transfer or prefill.host == failed.host or not is_network:
+        return is_network and prefill is not None and failed is not None and prefill.host != failed.host
+
+    def hand_over_again(self, attempt: Attempt, error: TandemError, now_s: float) -> bool:
+        """Its decode instance has nothing of it any more: another one may fetch the KV, without computing the prompt
+        again. False: the KV is not at its prefill instance, or no other is there that `choose_other_decode` takes."""
+        prefill = attempt.prefill
+        if prefill is None or attempt.has_transfer:
             return False
         place = self._selector.choose_other_decode(attempt, prefill, now_s)
         if place is None:
             return False
         attempt.request.num_attempts += 1
+        attempt.reader_error = error
         self._begin_decode(attempt, prefill, place, now_s)
+        if attempt.has_first_token:
+            self.await_kv(attempt, now_s)
         return True
 
     def await_kv(self, attempt: Attempt, now_s: float) -> None:

@@ -255,10 +255,13 @@ class InstanceSelector:
         return self._find(self._decodes, self._decode_query(attempt, prefill, now_s), hand_over=False)
 
     def choose_other_decode(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> Place | None:
-        """As `choose_decode`, after a link has failed. None if every other link is suspect, too."""
+        """As `choose_decode`, after a link has failed, or the decode instance. None if every other link is suspect,
+        too, or the answer does not fit there: another attempt may find more room."""
         place = self.choose_decode(attempt, prefill, now_s)
+        if place is None or place.instance.capacity_tokens < attempt.num_tokens + attempt.growth_tokens:
+            return None
         suspects = self.failures.suspect_readers(prefill, self.instances)
-        return None if place is None or place.instance.instance_id in suspects else place
+        return None if place.instance.instance_id in suspects else place
 
     def _decode_query(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> DecodeQuery:
         fingerprint = prefill.status.fingerprint

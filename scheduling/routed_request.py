@@ -131,6 +131,7 @@ class Attempt:
         "has_transfer",
         "num_tokens",
         "prefill",
+        "reader_error",
         "request",
     )
 
@@ -149,6 +150,7 @@ class Attempt:
         self.has_first_token = False
         self.has_transfer = False
         self.error: TandemError | None = None  # why it failed
+        self.reader_error: TandemError | None = None  # why another decode instance was selected after the first
         self.expected: tuple[float, float] | None = None  # TTFT since then and TPOT, as predicted
         self.first_token_s: float | None = None
 

@@ -25,7 +25,7 @@ alike. An event of an attempt returns False if the attempt is not in flight ther
 import math
 from collections.abc import Hashable, Mapping
 
-from tandem.core.errors import DeadlineError, InternalError, TandemError, UnavailableError
+from tandem.core.errors import DeadlineError, InternalError, StaleEpochError, TandemError, UnavailableError
 from tandem.core.generation import BlockNamer
 from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus
@@ -118,6 +118,8 @@ class RoutingMachine:
         error = UnavailableError(f"the {instance.role.value} worker is gone")
         for attempt in attempts:
             if attempt.request.attempt is attempt:
+                if attempt.decode is instance and self._hand_over_again(attempt, error, now_s):
+                    continue
                 if not attempt.has_started:  # it met a death that was not known yet: many at once use up no attempts
                     attempt.request.num_attempts -= 1
                 self._fail(attempt, error, {instance_id}, now_s)
@@ -302,13 +304,15 @@ class RoutingMachine:
         instance = self._selector.instances.get(instance_id)
         if instance is None or instance.find(attempt.handle) is None:
             return False
-        blamed = self._attempts.blame(attempt, instance, error, now_s)
+        # The instance that was to read the KV before had taken it over already: nobody is to blame for that.
+        was_taken = attempt.reader_error is not None and isinstance(error, StaleEpochError)
+        blamed = set() if was_taken else self._attempts.blame(attempt, instance, error, now_s)
         self._attempts.release(attempt, instance, now_s)
-        is_again = instance is attempt.decode and self._waiting.may_continue(attempt.request)
-        if not (is_again and self._attempts.hand_over_again(attempt, error, now_s)):
+        is_again = instance is attempt.decode and self._attempts.may_hand_over_again(attempt, error)
+        if not (is_again and self._hand_over_again(attempt, error, now_s)):
+            if was_taken:
+                attempt.request.num_attempts -= 1
             self._fail(attempt, error, blamed, now_s)
-        elif attempt.has_first_token:
-            self._attempts.await_kv(attempt, now_s)
         self._settle(now_s)
         return True
 
@@ -318,6 +322,10 @@ class RoutingMachine:
         if not self._attempts.hand_over(attempt, prefill, now_s):
             error = UnavailableError("no decode worker is ready that can read the prefill worker's KV")
             self._fail(attempt, error, set(), now_s)
+
+    def _hand_over_again(self, attempt: Attempt, error: TandemError, now_s: float) -> bool:
+        may_continue = self._waiting.may_continue(attempt.request)
+        return may_continue and self._attempts.hand_over_again(attempt, error, now_s)
 
     def _fail(self, attempt: Attempt, error: TandemError, blamed: set[str], now_s: float) -> None:
         """`blamed` are the instances that further attempts should rather not use."""

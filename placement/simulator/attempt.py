@@ -24,6 +24,7 @@ class SimulatedAttempt:
         "is_computed",
         "is_first",
         "is_reserved",
+        "is_taken",
         "num_handed_on",
         "request",
         "routed",
@@ -49,6 +50,7 @@ class SimulatedAttempt:
         self.num_handed_on = request.num_output_tokens
         self.is_computed = False  # its KV is complete
         self.is_reserved = False  # decode has blocks for it
+        self.is_taken = False  # a decode instance has acknowledged the KV, which is held no longer
         self.transfer_s = 0.0
 
 

@@ -145,7 +145,8 @@ class SimulatedRouter:
         row = _row(routed)
         if source_id is not None:
             own = self._attempts[row]
-            own.decode = instance
+            self._abandon_transfer(own)  # to an instance that is lost
+            own.decode, own.is_reserved = instance, False
             instance.submit(own, is_remote=True)
             return
         max_tokens = routed.max_tokens
@@ -159,9 +160,7 @@ class SimulatedRouter:
 
     def cancel(self, attempt: Attempt, instance_id: str) -> None:
         own = self._attempts[_row(attempt.request)]
-        if own.transfer is not None:
-            self._network.abandon(own.transfer)
-            own.transfer = None
+        self._abandon_transfer(own)
         self._instances[instance_id].release(own)
 
     def renew_lease(self, attempt: Attempt, instance_id: str) -> None:
@@ -207,6 +206,11 @@ class SimulatedRouter:
     def decode_reserved(self, attempt: SimulatedAttempt) -> None:
         if attempt.routed.decode is None:
             return
+        if attempt.is_taken:
+            assert attempt.decode is not None
+            attempt.decode.release(attempt)
+            self.failed(attempt, attempt.decode.spec.instance_id, StaleEpochError("the KV was fetched already"))
+            return
         attempt.is_reserved = True
         if attempt.is_first or not self._record.has(attempt.row, stages.SECOND_TOKEN):
             self._stamps[attempt.row, stages.DECODE_RESERVED] = self._events.now_s
@@ -237,9 +241,7 @@ class SimulatedRouter:
         self.machine.attempt_finished(attempt.routed, now_s)
 
     def lease_ended(self, attempt: SimulatedAttempt) -> None:
-        if attempt.transfer is not None:
-            self._network.abandon(attempt.transfer)
-            attempt.transfer = None
+        self._abandon_transfer(attempt)
         reader, error = attempt.decode or attempt.begun_on, StaleEpochError("the lease on the KV has ended")
         self.machine.attempt_failed(attempt.routed, reader.spec.instance_id, error, self._events.now_s)
 
@@ -260,8 +262,14 @@ class SimulatedRouter:
         assert attempt.decode is not None
         attempt.transfer_s = self._events.now_s - attempt.transfer.started_s
         attempt.transfer = None
+        attempt.is_taken = True
         attempt.begun_on.release(attempt)
         attempt.decode.arrived(attempt)
+
+    def _abandon_transfer(self, attempt: SimulatedAttempt) -> None:
+        if attempt.transfer is not None:
+            self._network.abandon(attempt.transfer)
+            attempt.transfer = None
 
 
 def _row(request: RoutedRequest) -> int:

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import numpy as np
+import pytest
 
 from tandem.core.errors import TandemError, error_from_code
 from tandem.core.session import (
@@ -30,6 +31,8 @@ from tandem.scheduling.routing_settings import RoutingSettings
 from tests.conformance.live_run import BLOCK_SIZE, ROLES, STEP_COST, Ask, Recording, ended, submitted
 from tests.placement.simulator.deployments import LinearCost
 
+_SAME_TIME_S = 1e-6  # within which the live event loop may call timers in another order than that of their times
+
 
 class SilentInstance(SimulatedInstance):
     """An instance for which the replay speaks. `attempts` are by handle, of all instances."""
@@ -56,6 +59,9 @@ class ReplayRouter(SimulatedRouter):
     recording: Recording
 
     def _join(self, instance_id: str) -> None: ...
+
+    def _send(self, attempt: Attempt) -> None:
+        """The recording says when KV has come."""
 
     def submit(
         self, attempt: routed_request.Attempt, instance_id: str, source_id: str | None, selection: Selection | None
@@ -109,27 +115,26 @@ class Replay:
         self._early: dict[int, list[NewTokens]] = {}
 
     def run(self) -> Recording:
+        """In the recorded order, that of the timer's calls too: an event may come in the very moment of such a call,
+        and what is decided depends on which of the two is first."""
+        router = self.router
         for time_s, what, argument in self._live.events:
-            self._run_until(time_s)
+            if what == "wake":
+                assert router.wake_s == pytest.approx(time_s), "woken for nothing"
+            else:
+                assert router.wake_s > time_s - _SAME_TIME_S, "not woken in time"
             self._events.now_s = time_s
             self._apply(what, argument)
-        self._run_until(float("inf"))
-        self.router.recording.num_refused = self._record.num_refused
-        return self.router.recording
-
-    def _run_until(self, time_s: float) -> None:
-        events, router = self._events, self.router
-        while (next_s := min(events.next_s(), router.wake_s)) < time_s:
-            if router.wake_s == next_s:
-                events.now_s = next_s
-                router.wake()
-            else:
-                events.run_next()
+        assert router.wake_s == float("inf"), "it waits for something"
+        router.recording.num_refused = self._record.num_refused
+        return router.recording
 
     def _apply(self, what: str, argument: Any) -> None:
         router, now_s = self.router, self._events.now_s
         machine = router.machine
-        if what == "arrive":
+        if what == "wake":
+            router.wake()
+        elif what == "arrive":
             router.arrive(argument)
         elif what == "cancel":
             if (request := machine._requests.get(argument)) is not None:

@@ -19,6 +19,7 @@ from tandem.core.request import SamplingParams
 from tandem.core.session import (
     Cancel,
     RequestFailed,
+    Submit,
 )
 from tests.router.fakes import (
     ROUTING,
@@ -87,8 +88,25 @@ async def test_prefill_worker_that_dies_after_the_acknowledgement_is_not_missed(
         assert running.timeline().num_attempts == 1
 
 
-@pytest.mark.parametrize(("phase", "num_sent"), [(prefilling, 0), (transferring, 1), (decoding, 3)])
-async def test_decode_worker_dies(phase: Step, num_sent: int) -> None:
+async def test_decode_worker_dies_while_it_decodes() -> None:
+    async with running_cluster("p1", "d1") as cluster:
+        request = make_request()
+        running = cluster.start(request)
+        consumer = asyncio.create_task(collect(running))
+        player = Player(cluster, "p1", "d1")
+        await decoding(player)
+        await cluster.join("d2")
+        player.decode.cut()
+        second = Player(cluster, "p1", "d2")
+        await run_on_second_pair(cluster, second)
+        assert await consumer == expected_tokens(request)
+        assert second.submit.request.num_output_tokens == 3
+        assert cluster.records[0].attempts[0].failure == "unavailable"
+        assert "attempt 2, decode on d2" in cluster.log.explain(request.request_id)
+
+
+@pytest.mark.parametrize("phase", [prefilling, transferring])
+async def test_another_decode_worker_reads_the_kv_of_one_that_dies(phase: Step) -> None:
     async with running_cluster("p1", "d1") as cluster:
         request = make_request()
         running = cluster.start(request)
@@ -97,15 +115,39 @@ async def test_decode_worker_dies(phase: Step, num_sent: int) -> None:
         await phase(player)
         await cluster.join("d2")
         player.decode.cut()
-        if phase is not decoding:
-            await until(lambda: player.prefill.commands)
-            assert player.prefill.take(Cancel).handle == player.submit.handle
-        second = Player(cluster, "p1", "d2")
-        await run_on_second_pair(cluster, second)
+        player.decode = cluster.session("d2")
+        await until(lambda: player.decode.commands)
+        first, player.open = player.open, player.decode.take(Submit)
+        assert player.open == first
+        if phase is prefilling:
+            await player.finish_prefill()
+        await player.commit()
+        await player.generate(4, last=True)
         assert await consumer == expected_tokens(request)
-        assert second.submit.request.num_output_tokens == num_sent
-        assert cluster.records[0].attempts[0].failure == "unavailable"
-        assert "attempt 2, decode on d2" in cluster.log.explain(request.request_id)
+        assert not player.prefill.commands, "the prompt was computed once"
+        attempts = cluster.records[0].attempts
+        assert [(each.decode_id, each.failure) for each in attempts] == [("d1", "unavailable"), ("d2", None)]
+        told = [line for line in cluster.log.explain(request.request_id).splitlines() if line.startswith("attempt")]
+        assert told == [
+            "attempt 1, prefill on p1:",
+            "attempt 1, decode on d1:",
+            "attempt 1 failed: unavailable",
+            "attempt 2, decode on d2:",
+        ]
+
+
+@pytest.mark.parametrize("phase", [prefilling, transferring])
+async def test_kv_without_a_reader_is_given_up(phase: Step) -> None:
+    async with running_cluster("p1", "d1") as cluster:
+        consumer = asyncio.create_task(collect(cluster.start(make_request())))
+        player = Player(cluster, "p1", "d1")
+        await phase(player)
+        player.decode.cut()
+        await until(lambda: player.prefill.commands)
+        assert player.prefill.take(Cancel).handle == player.submit.handle
+        await until(lambda: cluster.is_usable("d1"))
+        await run_on_second_pair(cluster, Player(cluster, "p1", "d1"))
+        assert await consumer == expected_tokens(make_request())
 
 
 async def test_without_resume_a_lost_stream_ends_unavailable_after_what_was_sent() -> None:

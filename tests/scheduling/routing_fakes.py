@@ -33,13 +33,15 @@ class Sent:
 
 @dataclass
 class DrivenRouter:
-    """The machine with its driver. `now_s` is moved by the test."""
+    """The machine with its driver. `now_s` is moved by the test. `there`: the handles that instances know, and so what
+    they hold blocks for, unless the test says that an instance has ended one by itself."""
 
     settings: RoutingSettings = field(default_factory=RoutingSettings)
     now_s: float = 0.0
     sent: list[Sent] = field(default_factory=list)
     cancelled: list[tuple[int, str]] = field(default_factory=list)
     renewed: list[tuple[int, str, float]] = field(default_factory=list)  # handle, instance, when
+    there: set[tuple[int, str]] = field(default_factory=set)  # handle, instance
     ends: dict[object, TandemError | None] = field(default_factory=dict)
     wake_s: float = float("inf")
 
@@ -51,10 +53,14 @@ class DrivenRouter:
         assert instance.is_usable
         assert instance.find(attempt.handle) is attempt
         assert (attempt.prefill if source_id is None else attempt.decode) is instance
+        if source_id is not None:
+            assert self.machine.instances[source_id].find(attempt.handle) is attempt, "nobody keeps the KV"
         self.sent.append(Sent(attempt, instance_id, source_id, selection))
+        self.there.add((attempt.handle, instance_id))
 
     def cancel(self, attempt: Attempt, instance_id: str) -> None:
         self.cancelled.append((attempt.handle, instance_id))
+        self.there.discard((attempt.handle, instance_id))
 
     def renew_lease(self, attempt: Attempt, instance_id: str) -> None:
         self.renewed.append((attempt.handle, instance_id, self.now_s))
@@ -111,7 +117,19 @@ class DrivenRouter:
         return self.machine.prefill_finished(sent.attempt, self.now_s, is_last=is_last)
 
     def fail(self, sent: Sent, error: TandemError) -> bool:
+        self.there.discard((sent.attempt.handle, sent.instance_id))
         return self.machine.attempt_failed(sent.attempt, sent.instance_id, error, self.now_s)
+
+    def lose(self, instance_id: str) -> None:
+        """Its session ends, and with it what it has of this router."""
+        self.there = {each for each in self.there if each[1] != instance_id}
+        self.machine.instance_lost(instance_id, self.now_s)
+
+    def commit(self, sent: Sent) -> bool:
+        """The decode instance has the KV, and the prefill instance has accepted its acknowledgement."""
+        if sent.source_id is not None:
+            self.there.discard((sent.attempt.handle, sent.source_id))
+        return self.machine.transfer_committed(sent.attempt, self.now_s)
 
     def finish(self, sent: Sent) -> bool:
         return self.machine.attempt_finished(sent.attempt, self.now_s)

@@ -14,6 +14,7 @@ from tandem.core.errors import (
     InternalError,
     InvalidRequestError,
     OverloadedError,
+    StaleEpochError,
     TransferError,
     UnavailableError,
 )
@@ -669,6 +670,58 @@ def test_after_a_cut_the_kv_is_read_on_its_own_host(policy: RoutingPolicy, is_co
     assert set(_pairs(router, 8)) == {("p2", "d2")}
 
 
+@pytest.mark.parametrize("is_computed", [False, True])
+@pytest.mark.parametrize("policy", ["balanced", "goodput"])
+def test_after_the_loss_of_its_reader_another_one_reads_the_kv(policy: RoutingPolicy, is_computed: bool) -> None:
+    router = _two_hosts(policy)
+    _report(router, "p1", lease_s=30.0)
+    first, second = _begin(router, "r")
+    if is_computed:
+        router.first_token(first)
+    router.lose(second.instance_id)
+    again = router.take()
+    assert (again.attempt, again.instance_id, again.source_id) == (first.attempt, "d1", "p1")
+    assert first.attempt.request.num_attempts == 2
+    assert not router.cancelled
+    assert isinstance(first.attempt.reader_error, UnavailableError)
+    if not is_computed:
+        router.first_token(first)
+    router.advance(60.0)
+    assert {(handle, where) for handle, where, _ in router.renewed} == {(first.attempt.handle, "p1")}
+    router.commit(again)
+    router.machine.tokens_generated(again.attempt, 4, router.now_s)
+    router.finish(again)
+    assert not any(any(load) for load in router.loads().values())
+
+
+@pytest.mark.parametrize("is_computed", [False, True])
+def test_kv_whose_last_possible_reader_is_lost_is_given_up(is_computed: bool) -> None:
+    router = DrivenRouter(RoutingSettings(local_prefill=False))
+    router.join("p1", "d1", lease_s=1.0)
+    first, second = _begin(router, "r")
+    if is_computed:
+        router.first_token(first)
+    router.lose("d1")
+    assert router.cancelled == [(first.attempt.handle, "p1")]
+    router.advance(1.0)
+    assert not router.renewed
+    router.machine.instance_connected("d1", router.now_s)
+    assert (router.take().instance_id, second.attempt.prefill) == ("p1", None)
+
+
+def test_kv_that_its_lost_reader_had_taken_is_computed_again_at_once() -> None:
+    """Nobody else is to blame, and it uses up no attempt of the request."""
+    router = DrivenRouter(RoutingSettings(local_prefill=False))
+    router.join("p1", "d1", "d2")
+    first, second = _begin(router, "r")
+    router.first_token(first)
+    router.lose(second.instance_id)
+    router.fail(router.take(), StaleEpochError("the KV was fetched already"))
+    again = router.take()
+    assert (again.instance_id, again.attempt.request.num_attempts) == ("p1", 2)
+    assert (first.attempt.handle, "p1") in router.cancelled
+
+
 @pytest.mark.parametrize("policy", ["balanced", "goodput"])
 def test_a_link_that_is_reported_lost_is_not_used(policy: RoutingPolicy) -> None:
     """However long ago that was, and before any request has met it."""
@@ -815,7 +868,13 @@ def test_whatever_the_delays_own_work_is_never_foreign(script: list[tuple[str, i
 
 # --- any order of events ---------------------------------------------------------------------------------------------
 
-_ERRORS = (TransferError("torn"), UnavailableError("gone"), OverloadedError("full"), IncompatiblePeerError("other"))
+_ERRORS = (
+    TransferError("torn"),
+    StaleEpochError("the KV was fetched already"),
+    UnavailableError("gone"),
+    OverloadedError("full"),
+    IncompatiblePeerError("other"),
+)
 _IDS = ("p1", "p2", "d1", "d2", "c1")
 _KINDS = [
     "ask",
@@ -869,7 +928,7 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
                 requests[number] = router.ask(number, prompt=5 + which, output=1 + which % 6, deadline_s=deadline_s)
                 asked.append(number)
         elif kind == "lose":
-            machine.instance_lost(name, router.now_s)
+            router.lose(name)
         elif kind == "join":
             router.join(name)
         elif kind == "role":
@@ -889,17 +948,22 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(
             if kind == "start":
                 router.start(one, cached=which)
             elif kind == "first" and left > 0 and not one.attempt.has_first_token:
-                router.first_token(one, is_last=left == 1)
-            elif kind == "commit" and one.source_id is not None:
-                machine.transfer_committed(one.attempt, router.now_s)
+                if router.first_token(one, is_last=left == 1) and left == 1:
+                    router.there.discard((one.attempt.handle, one.instance_id))
+            elif kind == "commit" and one.attempt.decode is machine.instances[one.instance_id]:
+                router.commit(one)
             elif kind == "tokens" and one.attempt.has_first_token and left > 1:
                 machine.tokens_generated(one.attempt, 1, router.now_s)
-            elif kind == "finish" and one.attempt.has_first_token:
-                router.finish(one)
+            elif kind == "finish" and one.attempt.generating is machine.instances[one.instance_id]:
+                if one.attempt.has_first_token:
+                    router.there.discard((one.attempt.handle, one.instance_id))
+                    router.finish(one)
             elif kind == "fail":
                 router.fail(one, _ERRORS[which % len(_ERRORS)])
         for request in requests.values():
             assert request.num_attempts <= router.settings.max_attempts
+        known = {(each.handle, name) for name, known in machine.instances.items() for each in known.attempts()}
+        assert router.there <= known, "an instance holds blocks for an attempt that the router has forgotten"
     for key in asked:
         if key not in router.ends and key not in cancelled:
             machine.cancel(requests[key], router.now_s)
