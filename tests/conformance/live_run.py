@@ -66,7 +66,8 @@ class Trouble:
 
 @dataclass
 class Recording:
-    """`events` come from outside: (time, what, its arguments). `decisions` are the driver's calls, without the text."""
+    """`events` come from outside, or from the timer: (time, what, its arguments). `decisions` are the calls of the
+    driver, without the text."""
 
     events: list[tuple[float, str, Any]] = field(default_factory=list)
     decisions: list[tuple[Any, ...]] = field(default_factory=list)
@@ -79,6 +80,10 @@ class RecordingDispatcher(Dispatcher):
     def on_event(self, instance_id: str, event: SessionEvent) -> None:
         self.recording.events.append((self._clock.now_s(), "event", (instance_id, event)))
         super().on_event(instance_id, event)
+
+    def _on_timer(self, time_s: float) -> None:
+        self.recording.events.append((max(time_s, self._clock.now_s()), "wake", None))
+        super()._on_timer(time_s)
 
     def submit(self, attempt: Attempt, instance_id: str, source_id: str | None, selection: Selection | None) -> None:
         self.recording.decisions.append(submitted(self._clock.now_s(), attempt, instance_id, source_id))

@@ -1,6 +1,7 @@
 """The live router and the simulator decide alike: a recorded run of the one, replayed through the other."""
 
 import asyncio
+from random import Random
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def _scripts(draw: st.DrawFn) -> dict[str, Any]:
         "troubles": draw(_troubles(instance_ids)),
         "routing": RoutingSettings(
             local_prefill=False,
-            retry_pause_s=0.041,  # nothing else takes as long
+            retry_pause_s=0.041,  # as long as some pairs of events are apart
             replacement_wait_s=draw(st.sampled_from([0.5317, 30.0])),
             max_outstanding_tokens=draw(st.sampled_from([None, None, 20, 60])),
             max_queue=draw(st.sampled_from([None, 12])),
@@ -106,9 +107,34 @@ def test_what_the_scripts_do() -> None:
         }
     )
     kinds = {what for _, what, _ in live.events}
-    assert kinds >= {"arrive", "event", "cancel", "instance_reported", "instance_lost", "instance_removed"}
+    assert kinds >= {"arrive", "event", "wake", "cancel", "instance_reported", "instance_lost", "instance_removed"}
     ends = {decision[3] and decision[3][0] for decision in live.decisions if decision[1] == "end"}
     assert ends >= {None, "deadline_exceeded", "invalid_request"}
     submitted = [decision for decision in live.decisions if decision[1] == "submit"]
     assert max(decision[4] for decision in submitted) == 3, "attempts"
     assert {decision[6][0] for decision in submitted} == {"p", "d", "c"}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_requests_that_come_in_the_very_moment_of_a_retry(seed: int) -> None:
+    """The order of the two decides who gets the instance."""
+    random = Random(seed)
+    lost_s, retry_pause_s = random.randrange(200, 1000) / 1000, 0.041
+
+    def ask(at_s: float) -> Ask:
+        return Ask(
+            at_s, random.randrange(3), random.randrange(4), 1 + random.randrange(15), 1 + random.randrange(8), None
+        )
+
+    asks = [ask(random.randrange(int(1000 * lost_s)) / 1000) for _ in range(15)]
+    asks += [ask(round(lost_s + retry_pause_s, 3)) for _ in range(3)]
+    assert_conforms(
+        {
+            "instance_ids": _FLEETS[0],
+            "asks": sorted(asks, key=lambda each: each.at_s),
+            "troubles": [Trouble(lost_s, random.choice(["break", "gone"]), "p1", 1.0)],
+            "routing": RoutingSettings(local_prefill=False, retry_pause_s=retry_pause_s),
+            "request_timeout_s": 3.1317,
+            "seed": seed,
+        }
+    )
