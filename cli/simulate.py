@@ -13,7 +13,7 @@ from tandem.cli.output import print_error, print_line, show_progress
 from tandem.cli.outputs import check_outputs
 from tandem.cli.serve_file import FileKind, kind_of
 from tandem.cli.version import installed_version
-from tandem.core.config_file import load_config
+from tandem.core.config_file import load_config, read_text
 from tandem.core.errors import ConfigError
 from tandem.core.plan import Plan
 from tandem.core.slo_file import MAX_REQUESTS, SloFile, WorkloadSection
@@ -105,6 +105,7 @@ def run(
     if slo_path is None:
         raise ConfigError(f"{plan_path} names no SLO file, so there are no workload and no targets; give --slo FILE")
     slo = load_config(slo_path, SloFile)
+    inputs = tuple((path.name, read_text(path)) for path in (plan_path, slo_path)) if report is not None else ()
     check_outputs(
         {"the report": report, "the numbers": json_path},
         {"the plan": plan_path, "the SLO file": slo_path, "the trace": trace},
@@ -150,7 +151,7 @@ def run(
             workload=f"{describe(slo.workload)}, {stream.rate:.3g} req/s",
             version=installed_version("tandem-serve"),
             seed=seed,
-            inputs=tuple((path.name, path.read_text("utf-8")) for path in (plan_path, slo_path)),
+            inputs=inputs,
         )
         with writing():
             write_simulation_report(result, slo.slo, description, report)

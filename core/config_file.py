@@ -6,6 +6,8 @@ An error message lists every mistake of a file, each in one sentence with file, 
 """
 
 import itertools
+import os
+import stat
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from tandem.core.anchored_path import relative_to
 from tandem.core.config_mistakes import describe, location, mistakes_of
 from tandem.core.errors import ConfigError
+from tandem.core.input_file import open_input
 from tandem.core.printable import printable
 from tandem.core.settings_yaml import SettingsDumper, SettingsLoader, UnreasonableYamlError
 
@@ -34,7 +37,7 @@ def load_config(path: Path, model: type[T]) -> T:
     In a field of a type of `core.anchored_path`, a relative path (`model: models/x`) starts at the file's folder, and
     `~` is the home folder. Raises ConfigError with every mistake, one a line.
     """
-    return parse_config(_read_text(path), str(path), path.parent, model)
+    return parse_config(read_text(path), str(path), path.parent, model)
 
 
 def parse_config(text: str, name: str, folder: Path, model: type[T]) -> T:
@@ -71,11 +74,34 @@ def parse_config(text: str, name: str, folder: Path, model: type[T]) -> T:
     return config
 
 
+def read_text(path: Path) -> str:
+    """The text of a configuration file. Raises ConfigError."""
+    try:
+        with open_input(path) as file:
+            raw = file.read(_MAX_FILE_BYTES + 1)
+            is_pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path} is a folder; give the path of a configuration file") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+    if is_pipe and not raw:
+        raise ConfigError(f"{path} is a pipe without content; save it as a file, because some files are read twice")
+    if len(raw) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{path} is larger than {_MAX_FILE_BYTES >> 10} KiB; a configuration file is smaller")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path} line {line}: is not UTF-8 text; save the file as UTF-8") from error
+
+
 def top_level_settings(path: Path) -> frozenset[str]:
     """Names of the settings in the YAML file `path`: they show the kind of file. Empty if the file cannot be read;
     `load_config` reports the reason."""
     try:
-        data = yaml.load(_read_text(path), SettingsLoader)
+        data = yaml.load(read_text(path), SettingsLoader)
     except (ConfigError, yaml.YAMLError, ValueError, RecursionError):
         return frozenset()
     return frozenset(map(str, data)) if isinstance(data, dict) else frozenset()
@@ -126,25 +152,6 @@ def _one_line(mistake: str) -> str:
     """Without characters that would move the cursor, and not longer than a few lines of a terminal."""
     text = mistake if len(mistake) <= _MAX_MISTAKE_CHARS else mistake[:_MAX_MISTAKE_CHARS] + "..."
     return printable(text)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_FILE_BYTES + 1)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist") from error
-    except IsADirectoryError as error:
-        raise ConfigError(f"{path} is a folder; give the path of a configuration file") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
-    if len(raw) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path} is larger than {_MAX_FILE_BYTES >> 10} KiB; a configuration file is smaller")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path} line {line}: is not UTF-8 text; save the file as UTF-8") from error
 
 
 def _syntax_sentence(name: str, error: yaml.MarkedYAMLError) -> str:

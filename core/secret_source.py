@@ -11,6 +11,7 @@ from pydantic import AfterValidator, ValidationInfo
 
 from tandem.core.anchored_path import anchor_file
 from tandem.core.errors import ConfigError
+from tandem.core.input_file import read_input
 
 _FILE, _ENVIRONMENT = "file:", "env:"
 _MAX_BYTES = 64 << 10
@@ -46,8 +47,7 @@ def read_secret(secret: str) -> str:
     """The secret itself, without white space around it. Raises ConfigError if a reference leads to nothing."""
     if (path := file_of(secret)) is not None:
         try:
-            with path.open("rb") as file:
-                value = file.read(_MAX_BYTES).decode().strip()
+            value = read_input(path, _MAX_BYTES).decode().strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise ConfigError(f"the secret {secret} cannot be read ({reason})") from error

@@ -5,7 +5,10 @@ from pathlib import Path
 
 from tandem.core.config import ServeConfig
 from tandem.core.errors import CheckpointError, ConfigError
+from tandem.core.input_file import read_input
 from tandem.core.model_spec import ModelSpec
+
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 def check_model_folder(path: Path) -> ModelSpec:
@@ -17,7 +20,7 @@ def check_model_folder(path: Path) -> ModelSpec:
             advice = "; see transformers.AutoTokenizer.save_pretrained" if name == "tokenizer.json" else ""
             raise CheckpointError(f"the model {path} has no {name}{advice}")
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        config = json.loads(read_input(path / "config.json", _MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / 'config.json'} cannot be read as JSON") from error
     if not isinstance(config, dict):

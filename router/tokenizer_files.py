@@ -17,11 +17,13 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, models
 
 from tandem.core.errors import CheckpointError, TandemError
+from tandem.core.input_file import read_input
 from tandem.router.limits import clipped
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MAX_VOCAB_SIZE = 1 << 31
+_MAX_TOKENIZER_BYTES, _MAX_JSON_BYTES, _MAX_TEMPLATE_BYTES = 512 << 20, 100 << 20, 4 << 20
 _SUBWORD_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 _WORDPIECE = re.compile(r'"type"\s*:\s*"WordPiece"')
 
@@ -95,7 +97,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
             "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
         )
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_input(path, _MAX_TOKENIZER_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"The checkpoint's tokenizer.json cannot be read: {error}") from error
     if _SUBWORD_PREFIX.search(content) and not _WORDPIECE.search(content):  # the library may end the process
@@ -114,7 +116,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no such file. Raises CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_input(path, _MAX_JSON_BYTES).decode())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -238,7 +240,7 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
     if (file := folder / "chat_template.jinja").exists():
         files["default"] = file
     try:
-        templates: Any = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        templates: Any = {name: read_input(file, _MAX_TEMPLATE_BYTES).decode() for name, file in files.items()}
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"The checkpoint's chat template cannot be read: {error}") from error
     if not templates:

@@ -6,6 +6,9 @@ from pathlib import Path
 import grpc
 
 from tandem.core.errors import ConfigError
+from tandem.core.input_file import read_input
+
+MAX_PEM_BYTES = 4 << 20  # the public authorities together have a quarter of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,12 @@ class ClientTls:
 
 
 def _read(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
     try:
-        return None if path is None else path.read_bytes()
+        content = read_input(path, MAX_PEM_BYTES)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+    if not content:
+        raise ConfigError(f"{path} is empty")  # gRPC would take that for no file at all, and trust others
+    return content

@@ -3,6 +3,7 @@
 gRPC and HTTP take the files' content at each new connection; connections that are open stay.
 """
 
+import errno
 import logging
 import ssl
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import grpc
 from cryptography import x509
 
+from tandem.client_tls import MAX_PEM_BYTES
 from tandem.core.errors import ConfigError
 from tandem.core.file_watch import FileWatch
+from tandem.core.input_file import read_input
 from tandem.core.tls import ClusterTls, PublicTls
 
 _LOG = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ class ServerTls:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         try:
+            pair = _read(self._key), _read(self.certificate)
+            ca = None if self._client_ca is None else _read(self._client_ca)
             context.load_cert_chain(self.certificate, self._key)
             if self._client_ca is not None:
                 context.load_verify_locations(self._client_ca)
@@ -52,8 +57,6 @@ class ServerTls:
                 # A session that is resumed would keep a client whose authority is no longer trusted.
                 context.options |= ssl.OP_NO_TICKET
                 context.num_tickets = 0
-            pair = self._key.read_bytes(), self.certificate.read_bytes()
-            ca = None if self._client_ca is None else self._client_ca.read_bytes()
         except (OSError, ssl.SSLError) as error:  # an SSLError is an OSError with other texts
             files = ", ".join(str(path) for path in (self.certificate, self._key, self._client_ca) if path)
             raise ConfigError(f"the files of TLS cannot be used: {files} ({error.strerror or error})") from error
@@ -87,6 +90,13 @@ class ServerTls:
                 _LOG.info("the certificate %s has been read again", self.certificate)
             except ConfigError as error:
                 _LOG.error("the certificate stays as it was: %s", error.message)
+
+
+def _read(path: Path) -> bytes:
+    """Raises OSError; of what OpenSSL, which opens the file again, would never read to an end, too."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"{path} is not a regular file")
+    return read_input(path, MAX_PEM_BYTES)
 
 
 def _first_expiry_s(pem: bytes) -> float | None:

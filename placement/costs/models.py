@@ -10,11 +10,13 @@ from types import MappingProxyType
 from typing import Any
 
 from tandem.core.errors import CheckpointError
+from tandem.core.input_file import read_input
 from tandem.core.model_shape import MlaShape, ModelShape, MoeShape
 from tandem.core.model_spec import ModelSpec
 from tandem.core.precision import AS_STORED, Precision
 from tandem.placement.costs.catalogue import find_name, read_yaml
 
+_MAX_CONFIG_BYTES = 1 << 20
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PRECISION_BYTES = {"fp8": 1.0, "int4": 0.5}
 
@@ -51,7 +53,7 @@ def model_shape(name_or_folder: str, precision: Precision = AS_STORED) -> ModelS
 def _checkpoint_shape(folder: Path) -> ModelShape:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_input(path, _MAX_CONFIG_BYTES))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

@@ -2,13 +2,13 @@
 
 import gzip
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -107,6 +107,6 @@ def dataset(name: str) -> Dataset:
 
 
 @cache
-def _packaged(name: str, parse: Callable[[Path, TextIO], T]) -> T:
+def _packaged(name: str, parse: Callable[[Path, Iterable[str]], T]) -> T:
     packed = files("tandem.placement").joinpath("data", name).read_bytes()
     return parse(Path(name), io.StringIO(gzip.decompress(packed).decode()))

@@ -1,10 +1,9 @@
 """Measured lengths in CSV files: of one quantity, or of prompts and outputs together."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
@@ -55,13 +54,13 @@ class PairTable:
 def read_table(path: Path) -> LengthTable:
     """A table with the columns tokens, or tokens_from and tokens_to, and optionally weight. Raises ConfigError with
     file and line."""
-    with reading(path, _KIND), open_text(path) as file:
-        return parse_table(path, file)
+    with reading(path, _KIND), open_text(path) as lines:
+        return parse_table(path, lines)
 
 
-def parse_table(path: Path, file: TextIO) -> LengthTable:
+def parse_table(path: Path, lines: Iterable[str]) -> LengthTable:
     """As `read_table`. `path` is for messages."""
-    with csv_table(path, file) as reader:
+    with csv_table(path, lines) as reader:
         columns = reader.fieldnames or ()
         first = column(path, columns, ("tokens", "tokens_from"))
         last = first if first == "tokens" else column(path, columns, ("tokens_to",))
@@ -78,13 +77,13 @@ def parse_table(path: Path, file: TextIO) -> LengthTable:
 def read_pairs(path: Path) -> PairTable:
     """A table with the columns prompt_tokens and output_tokens, and optionally weight. Raises ConfigError with file and
     line."""
-    with reading(path, _KIND), open_text(path) as file:
-        return parse_pairs(path, file)
+    with reading(path, _KIND), open_text(path) as lines:
+        return parse_pairs(path, lines)
 
 
-def parse_pairs(path: Path, file: TextIO) -> PairTable:
+def parse_pairs(path: Path, lines: Iterable[str]) -> PairTable:
     """As `read_pairs`. `path` is for messages."""
-    with csv_table(path, file) as reader:
+    with csv_table(path, lines) as reader:
         columns = reader.fieldnames or ()
         prompt, output = column(path, columns, PROMPT_COLUMNS), column(path, columns, OUTPUT_COLUMNS)
         rows = [

@@ -5,16 +5,20 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
 from tandem.core.errors import ConfigError
+from tandem.core.input_file import open_input
+from tandem.core.slo_file import MAX_REQUESTS
 
 MAX_TOKENS = 1 << 31
 MAX_NUMBER = 1e12
+_MAX_LINE_CHARS = 8 << 20  # a prompt of a million tokens has a block id for each 16 of them, at the most
+_MAX_LINES = 2 * MAX_REQUESTS
 PROMPT_COLUMNS = ("prompt_tokens", "input_tokens", "ContextTokens")
 OUTPUT_COLUMNS = ("output_tokens", "GeneratedTokens")
 _WHOLE_NUMBER = re.compile(r"\s*(\d{1,400})(?:\.0*)?\s*")  # 374, and 374.0 as tables write it after a missing value
@@ -35,16 +39,30 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def open_text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+@contextmanager
+def open_text(path: Path) -> Iterator[Iterator[str]]:
+    """The lines of a file, with their ends. Raises ConfigError for one that does not seem to end, such as a device."""
+    with ExitStack() as stack:
+        raw = stack.enter_context(open_input(path))
+        content = stack.enter_context(gzip.open(raw)) if path.suffix == ".gz" else raw
+        yield _lines(path, stack.enter_context(io.TextIOWrapper(content, encoding="utf-8-sig", newline="")))
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    number = 0
+    while line := file.readline(_MAX_LINE_CHARS + 1):
+        number += 1
+        if len(line) > _MAX_LINE_CHARS:
+            raise ConfigError(f"{path} line {number}: is longer than {_MAX_LINE_CHARS:,} characters; no row is as long")
+        if number > _MAX_LINES:
+            raise ConfigError(f"{path} has more than {_MAX_LINES:,} lines; take a part of it")
+        yield line
 
 
 @contextmanager
-def csv_table(path: Path, file: TextIO) -> Iterator["csv.DictReader[str]"]:
-    """A reader of `file`; what is no CSV becomes a ConfigError with its line."""
-    reader = csv.DictReader(file)
+def csv_table(path: Path, lines: Iterable[str]) -> Iterator["csv.DictReader[str]"]:
+    """A reader of `lines`; what is no CSV becomes a ConfigError with its line."""
+    reader = csv.DictReader(lines)
     try:
         yield reader
     except csv.Error as error:

@@ -13,10 +13,10 @@ by row, for other spellings of numbers and for the line of a mistake.
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -72,14 +72,16 @@ def read_trace(path: Path, classes: Sequence[SloClass]) -> Trace:
     with reading(path, "a trace is CSV or JSON lines"):
         if _is_json_lines(path):
             has_classes = False
-            with open_text(path) as file:
-                columns = _read_json_lines(path, file)
+            with open_text(path) as lines:
+                columns = _read_json_lines(path, lines)
         else:
-            with open_text(path) as file:
-                read = _read_csv_columns(path, file, classes)
+            with open_text(path) as lines:
+                read = _read_csv_columns(path, lines, classes)
             if read is None:
-                with open_text(path) as file:
-                    read = _read_csv_rows(path, file, classes)
+                if not path.is_file():
+                    raise ConfigError(f"{path} has unusual or wrong values; save it as a file, which can be read again")
+                with open_text(path) as lines:
+                    read = _read_csv_rows(path, lines, classes)
             columns, has_classes = read
     num_rows = len(columns.arrival_s)
     order = np.argsort(columns.arrival_s, kind="stable")
@@ -133,9 +135,9 @@ class _Header:
         )
 
 
-def _read_csv_columns(path: Path, file: TextIO, classes: Sequence[SloClass]) -> tuple[_Columns, bool] | None:
+def _read_csv_columns(path: Path, lines: Iterable[str], classes: Sequence[SloClass]) -> tuple[_Columns, bool] | None:
     """None if a value is wrong or unusual."""
-    reader = csv.reader(file)
+    reader = csv.reader(lines)
     try:
         header = _Header.of(path, next(reader, []), classes)
         rows = [row for row in reader if row]
@@ -166,8 +168,8 @@ def _read_csv_columns(path: Path, file: TextIO, classes: Sequence[SloClass]) -> 
     return _Columns(arrival_s, prompts, outputs, slo_class, []), header.has_classes
 
 
-def _read_csv_rows(path: Path, file: TextIO, classes: Sequence[SloClass]) -> tuple[_Columns, bool]:
-    with csv_table(path, file) as reader:
+def _read_csv_rows(path: Path, lines: Iterable[str], classes: Sequence[SloClass]) -> tuple[_Columns, bool]:
+    with csv_table(path, lines) as reader:
         header = _Header.of(path, reader.fieldnames or (), classes)
         class_index = {slo.name: index for index, slo in enumerate(classes)}
         rows = []
@@ -187,9 +189,9 @@ def _read_csv_rows(path: Path, file: TextIO, classes: Sequence[SloClass]) -> tup
     return _Columns(arrival_s, prompts, outputs, slo_class, []), header.has_classes
 
 
-def _read_json_lines(path: Path, file: TextIO) -> _Columns:
+def _read_json_lines(path: Path, lines: Iterable[str]) -> _Columns:
     arrival_s, prompts, outputs, blocks, has_blocks = [], [], [], [], False
-    for number, values in _json_objects(path, file):
+    for number, values in _json_objects(path, lines):
         timestamp, prompt, output = values.get("timestamp"), values.get("input_length"), values.get("output_length")
         ids = values.get("hash_ids", [])
         if not (
@@ -220,9 +222,9 @@ def _read_json_lines(path: Path, file: TextIO) -> _Columns:
     )
 
 
-def _json_objects(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_objects(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object)."""
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
