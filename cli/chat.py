@@ -12,6 +12,7 @@ from tandem.cli.output import print_error, print_line
 from tandem.client import DEFAULT_ADDRESS, Client
 from tandem.client_tls import ClientTls
 from tandem.completion import GenerateOptions
+from tandem.core.address import split_address
 from tandem.core.errors import ConfigError, TandemError
 
 EPILOG = """\
@@ -24,6 +25,7 @@ examples:
   tandem chat --address tandem.example.com:443 --tls --api-key-file key
 
 in the conversation: /help, /reset (forget the conversation), /history, /quit"""
+_MAX_LINE_CHARS = 8 << 20  # as many bytes a router takes (`router.max_body`)
 _HELP_TEXT = """\
 /reset    forget the conversation
 /history  show it
@@ -56,6 +58,8 @@ def run(
         options["model"] = model
     if seed is not None:
         options["seed"] = seed
+    if address is not None:
+        split_address(address)  # raises; gRPC itself would only say that nobody answers
     runs = state_folders().running() if address is None else []
     if len(runs) > 1:
         which = ", ".join(f"--address {run.grpc} ({run.cluster or run.model})" for run in runs)
@@ -137,7 +141,10 @@ def _as_utf8(text: str) -> str:
 
 def _lines(interactive: bool) -> Iterator[str]:
     if not interactive:
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        while line := sys.stdin.readline(_MAX_LINE_CHARS + 1):
+            if len(line) > _MAX_LINE_CHARS:
+                raise ConfigError(f"a line of the input is longer than {_MAX_LINE_CHARS:,} characters")
+            yield line.rstrip("\n")
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - importing it gives `input` its line editing and history

@@ -1,22 +1,54 @@
 """Addresses of the form host:port in configuration files and messages."""
 
 import ipaddress
+import re
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator
 
 from tandem.core.errors import ConfigError
 
 ANY_HOSTS = ("0.0.0.0", "::")
 """Of all interfaces of a machine."""
+_LAST_PORT = 65535
+_HOST_NAME = re.compile(r"[\w.-]+")
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """host:port -> (host, port). Raises ConfigError."""
+    """host:port -> (host, port); an IPv6 address is in brackets there, and without them here. Raises ConfigError."""
     host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
-        raise ConfigError(f"'{address}' is not an address of the form host:port")
+    if (mistake := _mistake(address, host, port)) is not None:
+        raise ConfigError(f"'{address}' is not an address of the form host:port{mistake}")
     return host.strip("[]"), int(port)
+
+
+def _mistake(address: str, host: str, port: str) -> str | None:
+    """What follows the sentence that it is no address."""
+    if "://" in address:
+        return "; leave out what is before the host"
+    if address.startswith(("/", "unix:")):
+        return "; Unix sockets are not supported"
+    if ":" not in address or address.endswith("]"):
+        return ""
+    if not host:
+        return f"; 127.0.0.1:{port} is of this machine alone, 0.0.0.0:{port} of all its interfaces"
+    if not (port.isascii() and port.isdigit()):
+        return f"; '{port}' is no port"
+    if len(port) > 5 or int(port) > _LAST_PORT:
+        return f"; a port is at most {_LAST_PORT}"
+    if host.startswith("[") and host.endswith("]"):
+        return None if _is_ipv6(host[1:-1]) else f"; {host} is no IPv6 address"
+    if ":" in host:
+        return f"; write [{host}]:{port}" if _is_ipv6(host) else "; it has one colon, or an IPv6 address in brackets"
+    return None if _HOST_NAME.fullmatch(host) else f"; '{host}' is no name of a host"
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(address: str) -> bool:
@@ -51,5 +83,12 @@ def _check_address(value: object) -> object:
     return value
 
 
+def _check_host(value: str) -> str:
+    if not (_is_ipv6(value) or _HOST_NAME.fullmatch(value)):
+        raise ValueError(f"'{value}' is not a host: a name or an IP address, without a port")
+    return value
+
+
 Address = Annotated[str, BeforeValidator(_check_address)]
-Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]+$")]
+Host = Annotated[str, AfterValidator(_check_host)]
+"""Without a port: a name, or an IP address without brackets."""

@@ -4,7 +4,7 @@ from pydantic import Field, model_validator
 
 from tandem.core.frozen_model import FrozenModel, WrongSetting
 
-_ENDPOINT = r"^(tcp://.+:\d+|ipc://.+)$"
+_ENDPOINT = r"^(tcp://\S+:\d{1,5}|ipc://.+)$"
 
 
 class TracingSection(FrozenModel):
@@ -13,7 +13,7 @@ class TracingSection(FrozenModel):
 
     endpoint: str | None = Field(
         default=None,
-        pattern=r"^https?://[^/]+/.*$",
+        pattern=r"^https?://[^/\s]+/\S*$",
         description="Where traces go, such as http://127.0.0.1:4318/v1/traces; null: no traces",
     )
     sample_ratio: float = Field(
