@@ -22,7 +22,7 @@ def run(
     has other settings, one process after the other. Workers that leave finish their requests. If a process does not
     start with the new settings, no other is replaced. Addresses that FILE does not name stay as they are."""
     run = find_run(pid)
-    prepared = prepare(file, settings, None if run.is_here else ELSEWHERE)
+    prepared = prepare(file, settings, None if run.is_here else ELSEWHERE, is_running=True)
     settings_json = with_secrets(prepared.config).model_dump_json(exclude_unset=True)
     plan_json = "" if prepared.plan is None else prepared.plan.model_dump_json()
     print_change(ask_controller(run, lambda client: client.apply(settings_json, grace, plan_json), timeout))

@@ -31,12 +31,15 @@ class Prepared:
     plan: Plan | None
 
 
-def prepare(file: Path | None, settings: list[str], machine: Machine | None = None) -> Prepared:
-    """`machine`: what the processes divide; None: this machine. Raises ConfigError with all that would fail only after
-    the model was loaded."""
-    is_here = machine is None
+def prepare(
+    file: Path | None, settings: list[str], machine: Machine | None = None, *, is_running: bool = False
+) -> Prepared:
+    """`machine`: what the processes divide; None: this machine. `is_running`: a cluster that runs gets the settings,
+    whose controller compares the memory, since it knows what of it is its own. Raises ConfigError with all that would
+    fail only after the model was loaded."""
+    compares_memory = machine is None and not is_running
     machine = this_machine() if machine is None else machine
-    to_serve = read_serve_file(file, settings, machine)
+    to_serve = read_serve_file(file, settings, machine, compares_memory=compares_memory)
     config = to_serve.config.model_copy(update={"model": to_serve.config.model.absolute()})
     check_pairs(config, check_model_folder(config.model))
     access = [*check_access(config, file)]
@@ -44,7 +47,7 @@ def prepare(file: Path | None, settings: list[str], machine: Machine | None = No
     failed = [f"{finding.text}; {finding.advice}" for finding in findings if finding.grade is Grade.FAILED]
     if failed:
         raise ConfigError("\n".join(failed))
-    memory = [check_memory(config, machine)] if is_here else []
+    memory = [check_memory(config, machine)] if compares_memory else []
     for finding in (*memory, *access):
         if finding.grade is not Grade.OK:
             print_line(f"warning: {finding.text}; {finding.advice}")

@@ -23,6 +23,7 @@ from tandem.deploy.controller_server import serve_controller
 from tandem.deploy.desired import Desired
 from tandem.deploy.kept_task import cancel, keep
 from tandem.deploy.log_file import folder_logs
+from tandem.deploy.machine import available_memory_bytes
 from tandem.deploy.plan_comparison import compare_with_plan
 from tandem.deploy.process_launcher import ProcessLauncher
 from tandem.deploy.progress import watch_health
@@ -142,7 +143,17 @@ async def _run(
             folders.write(replace(state, controller=controller).with_addresses(changed.config.router))
 
         watch, logs = watch_health(clock), folder_logs(Path(state.log_folder))
-        serving = Serving(desired, lambda: machine, launcher, clock, watch, save=save, show=_say, read_log=logs)
+        serving = Serving(
+            desired,
+            lambda: machine,
+            launcher,
+            clock,
+            watch,
+            save=save,
+            show=_say,
+            read_log=logs,
+            available_memory=available_memory_bytes,
+        )
         async with serve_controller(serving, desired.config) as controller:
             await save(desired)
             await _serve(serving, state, signals, began_s)

@@ -45,16 +45,19 @@ class ToServe:
     plan: Plan | None = None
 
 
-def read_serve_file(file: Path | None, overrides: list[str], machine: Machine) -> ToServe:
+def read_serve_file(
+    file: Path | None, overrides: list[str], machine: Machine, *, compares_memory: bool = True
+) -> ToServe:
     """What to run. `overrides` change serve settings, whatever kind the file is of. An SLO file is planned for here,
-    which takes a while. Raises ConfigError."""
+    which takes a while. Raises ConfigError, with `compares_memory` also for a plan for which too little is free here.
+    """
     kind = FileKind.SERVE if file is None else kind_of(file)
     if file is not None and kind is FileKind.PLAN:
         plan = read_plan(file)
-        return ToServe(_config_of(plan, overrides, machine), plan)
+        return ToServe(_config_of(plan, overrides, machine, compares_memory), plan)
     if file is not None and kind is FileKind.SLO:
         plan = _plan_for(file)
-        return ToServe(_config_of(plan, overrides, machine), plan)
+        return ToServe(_config_of(plan, overrides, machine, compares_memory), plan)
     return ToServe(read_config(file, overrides))
 
 
@@ -81,7 +84,7 @@ def _plan_for(file: Path) -> Plan:
     return planned.plan
 
 
-def _config_of(plan: Plan, overrides: list[str], machine: Machine) -> ServeConfig:
+def _config_of(plan: Plan, overrides: list[str], machine: Machine, compares_memory: bool) -> ServeConfig:
     given = [value for name, _, value in (each.partition("=") for each in overrides) if name == "model"]
     if given and not Path(plan.model).is_dir():  # a folder of the machine where the plan was made
         plan = plan.model_copy(update={"model": given[-1]})
@@ -91,7 +94,7 @@ def _config_of(plan: Plan, overrides: list[str], machine: Machine) -> ServeConfi
             f"the plan is for {plan.model}, of which only the name is known here; give its checkpoint with "
             "--set model=FOLDER"
         )
-    if machine.nodes == 0 and (finding := check_memory(config, machine)).grade is Grade.FAILED:
+    if compares_memory and (finding := check_memory(config, machine)).grade is Grade.FAILED:
         raise ConfigError(
             f"the plan does not fit this machine ({finding.text}); set cluster.kv_memory in the SLO file and plan "
             f"again, or {finding.advice}"

@@ -22,7 +22,7 @@ from tandem.deploy.controller_server import serve_controller
 from tandem.deploy.desired import Desired
 from tandem.deploy.kept_task import cancel, keep
 from tandem.deploy.log_file import folder_logs
-from tandem.deploy.machine import this_machine
+from tandem.deploy.machine import available_memory_bytes, this_machine
 from tandem.deploy.plan_comparison import compare_with_plan
 from tandem.deploy.process_launcher import ProcessLauncher
 from tandem.deploy.progress import watch_health
@@ -64,7 +64,17 @@ async def _run(folder: ClusterFolder, desired: Desired) -> None:
     )
     logs = folder_logs(folder.logs)
     watch = watch_health(clock)
-    serving = Serving(desired, lambda: machine, launcher, clock, watch, save=state.save, show=_say, read_log=logs)
+    serving = Serving(
+        desired,
+        lambda: machine,
+        launcher,
+        clock,
+        watch,
+        save=state.save,
+        show=_say,
+        read_log=logs,
+        available_memory=available_memory_bytes,
+    )
     await launcher.start()
     async with serve_controller(serving, config) as state.controller:
         await state.save(desired)

@@ -16,12 +16,14 @@ from tandem.core.session import Role
 from tandem.deploy.change_queue import ChangeQueue
 from tandem.deploy.controller import Controller
 from tandem.deploy.desired import Desired
+from tandem.deploy.finding import Grade
 from tandem.deploy.fleet_query import wait_registered
 from tandem.deploy.instance_settings import ROUTER_FORGOTTEN_S, InstanceSettings
 from tandem.deploy.line_feed import LineFeed
 from tandem.deploy.log_file import ReadLog
 from tandem.deploy.plan_report import report_plans
 from tandem.deploy.running_process import Launcher, Watch
+from tandem.deploy.settings_checks import check_memory
 from tandem.deploy.supervisor import Event, Failed, Loading, Stopped, Up
 from tandem.deploy.topology import Machine, ProcessRole, ProcessSpec
 
@@ -59,12 +61,13 @@ class Serving:
         read_log: ReadLog | None = None,
         find_misplaced: Callable[[], Awaitable[Collection[str]]] | None = None,
         starts_first: Callable[[ProcessSpec], bool] = lambda spec: False,
+        available_memory: Callable[[], int] | None = None,
     ) -> None:
         """`machine` tells what there is to divide. `watch`: as the controller's. `save` gets each new `desired`, `show`
         each line about what happens. `adapt` gives new settings the addresses of this host. Without `tells_routers`
         instances find the routers themselves. `read_log` is None where nobody asks for logs.
         `find_misplaced`: processes that new settings put back to where their plan has them. `starts_first`: as the
-        controller's."""
+        controller's. `available_memory`: bytes that are free now, where all processes are on this machine."""
         self.desired = desired
         self.controller = Controller(launcher, clock, watch=watch, starts_first=starts_first)
         self.has_stopped = asyncio.Event()
@@ -72,6 +75,7 @@ class Serving:
         self._adapt = adapt
         self._clock = clock
         self._read_log = read_log
+        self._available_memory = available_memory
         self._find_misplaced = find_misplaced
         self._save = save
         self._lines = LineFeed(show)
@@ -195,6 +199,7 @@ class Serving:
         machine = self._machine()
         desired = make().reusing(self.desired, machine)  # raises for what cannot be
         self._lines.say(words[0])
+        self._compare_memory(desired.config, machine)
         for name, process in desired.stands_in.items() - self.desired.stands_in.items():
             self._lines.say(f"  {process} goes on as {name}")
         await self._save(desired)
@@ -206,6 +211,13 @@ class Serving:
             raise
         self._lines.say(words[1])
         return change
+
+    def _compare_memory(self, config: ServeConfig, machine: Machine) -> None:
+        """Warn, as the start of a cluster does: memory that is given is not always used."""
+        if self._available_memory is not None:
+            found = check_memory(config, machine, self._available_memory(), running=self.config)
+            if found.grade is not Grade.OK:
+                self._lines.say(f"  warning: {found.text}; {found.advice}")
 
     async def _reconcile(self, grace_s: float, *, places: bool = False) -> ClusterChange:
         find = self._say_misplaced if places else None

@@ -20,21 +20,36 @@ from tandem.deploy.topology import Machine, uses_gpu
 _MIN_BLOCKS = 2  # one for a prompt, one for its answer
 
 
-def check_memory(config: ServeConfig, machine: Machine, available_bytes: int | None = None) -> Finding:
+def check_memory(
+    config: ServeConfig, machine: Machine, available_bytes: int | None = None, running: ServeConfig | None = None
+) -> Finding:
     """Compare the KV pools and weights of all instances on CPUs with the memory that is free now. Those on GPUs are in
-    the memory of the GPUs."""
+    the memory of the GPUs. What instances of `running` have is not free now, and counts as theirs."""
     available = available_memory_bytes() if available_bytes is None else available_bytes
-    on_cpu = [(role, section) for role, section in config.kinds if not uses_gpu(section.engine, machine)]
+    on_cpu = _on_cpu(config, machine)
     if not on_cpu:
         return Finding("memory", Grade.OK, f"all instances are on GPUs; {gib(available)} available here")
-    kv = sum(section.instances * section.engine.kv_memory for _, section in on_cpu)
-    weights = sum(section.instances for _, section in on_cpu) * weight_bytes(config.model)
-    text = f"{gib(kv)} of KV pools and {gib(weights)} of weights, {gib(available)} available"
+    kv, weights = _memory_of(config, machine)
+    if running is not None:
+        kv, weights = (more - there for more, there in zip((kv, weights), _memory_of(running, machine), strict=True))
+    more = " more" if running is not None else ""
+    text = f"{gib(kv)}{more} of KV pools and {gib(weights)} of weights, {gib(available)} available"
     if kv + weights <= 0.9 * available:
         return Finding("memory", Grade.OK, text)
     settings = " and ".join(dict.fromkeys(f"{role}.engine.kv_memory" for role, _ in on_cpu))
     advice = f"lower {settings}, or run fewer instances"
     return Finding("memory", Grade.FAILED, text, advice)
+
+
+def _on_cpu(config: ServeConfig, machine: Machine) -> list[tuple[str, InstanceSection]]:
+    return [(role, section) for role, section in config.kinds if not uses_gpu(section.engine, machine)]
+
+
+def _memory_of(config: ServeConfig, machine: Machine) -> tuple[int, int]:
+    """Bytes of the KV pools and of the weights of all instances on CPUs."""
+    sections = [section for _, section in _on_cpu(config, machine)]
+    kv = sum(section.instances * section.engine.kv_memory for section in sections)
+    return kv, sum(section.instances for section in sections) * weight_bytes(config.model)
 
 
 def check_settings(config: ServeConfig, machine: Machine) -> Iterator[Finding]:

@@ -85,6 +85,30 @@ async def test_settings_put_instances_back_to_the_nodes_of_their_plan(launcher: 
     await serving.stop(0.0)
 
 
+async def test_more_instances_than_fit_are_warned_of(launcher: FakeLauncher) -> None:
+    """Of the memory that is free now, which is not what the running instances have."""
+    serving = Serving(DESIRED, lambda: Machine(cores=2), launcher, SystemClock(), available_memory=lambda: 1100 << 20)
+    await serving.start()
+    lines = serving.watch(num_past=0)
+    await serving.scale({"decode": 2})
+    await serving.scale({"decode": 4})
+    settings = {"model": "/m", "prefill": {"instances": 4}, "decode": {"instances": 4}}
+    await serving.apply(json.dumps(settings))
+    assert [await anext(lines) for _ in range(8)] == [
+        "scaling to 2 decode",
+        "scaled",
+        "scaling to 4 decode",
+        "  warning: 1.0 GiB more of KV pools and 0.0 GiB of weights, 1.1 GiB available; lower "
+        "prefill.engine.kv_memory and decode.engine.kv_memory, or run fewer instances",
+        "scaled",
+        "applying settings",
+        "  warning: 1.5 GiB more of KV pools and 0.0 GiB of weights, 1.1 GiB available; lower "
+        "prefill.engine.kv_memory and decode.engine.kv_memory, or run fewer instances",
+        "applied",
+    ]
+    await serving.stop(0.0)
+
+
 async def test_an_instance_too_many_goes_on_as_one_that_is_missing(
     serving: Serving, launcher: FakeLauncher, saved: list[Desired]
 ) -> None:
