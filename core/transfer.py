@@ -44,6 +44,11 @@ class PeerGoneError(UnavailableError):
     """The other side of a link cannot be reached. Other UnavailableErrors are errors that the peer returned."""
 
 
+class NoLinkError(TransferError):
+    """The peer answers, and no link for KV could be made with it in time: a network may carry the one and not the
+    other."""
+
+
 class Transport(StrEnum):
     """How KV bytes get from one instance to another."""
 

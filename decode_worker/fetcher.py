@@ -11,9 +11,9 @@ from tandem.core.errors import CancelledError, IncompatiblePeerError, InternalEr
 from tandem.core.log_lines import about
 from tandem.core.request import SampledToken
 from tandem.core.session import KvSource
-from tandem.core.transfer import Transport
+from tandem.core.transfer import NoLinkError, PeerGoneError, Transport
 from tandem.decode_worker.peers import Peers
-from tandem.kv_transfer.receiver import KvReceiver
+from tandem.kv_transfer.receiver import FetchResult, KvReceiver
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +84,12 @@ class KvFetcher:
         await self._peers.close()
 
     async def _fetch(self, fetch: Fetch) -> KvArrived:
-        assert self._receiver is not None, "a fetch came before the receiver"
-        fetched = await self._receiver.fetch(
-            self._peers.control(fetch.source),
-            fetch.request_id,
-            fetch.epoch,
-            fetch.token_ids,
-            fetch.block_ids,
-            fetch.deadline_s,
-        )
+        try:
+            fetched = await self._receive(fetch)
+        except PeerGoneError:
+            if not self._peers.was_late:
+                raise
+            fetched = await self._receive(fetch)  # over a new connection: the peer still holds the KV, if it is there
         return KvArrived(
             attempt_id=fetch.attempt_id,
             first_token=fetched.first_token,
@@ -102,6 +99,17 @@ class KvFetcher:
             streamed_bytes=fetched.streamed_bytes,
             streamed_s=fetched.streamed_s,
         )
+
+    async def _receive(self, fetch: Fetch) -> FetchResult:
+        assert self._receiver is not None, "a fetch came before the receiver"
+        control = self._peers.control(fetch.source)
+        try:
+            return await self._receiver.fetch(
+                control, fetch.request_id, fetch.epoch, fetch.token_ids, fetch.block_ids, fetch.deadline_s
+            )
+        except NoLinkError:
+            self._peers.cannot_link(fetch.source, self._receiver.can_link)
+            raise
 
     def _ended(self, fetch: Fetch, task: asyncio.Task[KvArrived]) -> None:
         """A task that is cancelled before its first step runs none of its own code, so this is a callback."""

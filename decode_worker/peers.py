@@ -3,14 +3,16 @@
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import grpc
 
+from tandem.core.clock import SystemClock
 from tandem.core.errors import ConfigError
 from tandem.core.session import KvSource
 from tandem.core.tls import ClusterTls
+from tandem.decode_worker.own_delays import OwnDelays
 from tandem.wire.channels import KV_CHANNEL_OPTIONS, open_channel
 from tandem.wire.transfer import KvTransferClient
 
@@ -22,6 +24,10 @@ CONNECT_TIMEOUT_S = 1.5
 FIRST_PAUSE_S = 0.25  # between two tries to reach a peer again; doubles
 LAST_PAUSE_S = 4.0
 GIVE_UP_S = 600.0  # by then the peer has restarted, under another id
+# A ping, or its answer, that this process was too late for: half of the time that an answer may take, lately enough to
+# have been in the time of a ping (`wire.channels.KV_CHANNEL_OPTIONS`).
+LATE_S = 0.4
+LATE_WITHIN_S = 2.0
 
 
 class Peers:
@@ -32,7 +38,12 @@ class Peers:
     because of another fetch.
 
     A peer to which the connection was lost is unreachable until a new one can be made, which is tried again and again:
-    routers are told, and no request has to find out.
+    routers are told, and no request has to find out. So is a peer with which no link can be made.
+
+        connected --lost--> unreachable --a connection, or a link, can be made--> connected
+            |  ^                 ^
+            |  +--it can--+      |
+            +--lost while this process was late--> tried at once --it cannot--+
     """
 
     def __init__(
@@ -46,7 +57,15 @@ class Peers:
         self._given_up: list[tuple[KvTransferClient, grpc.aio.Channel]] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._unreachable: dict[str, asyncio.Task[None]] = {}  # each task tries to reach the instance
+        self._doubted: dict[str, asyncio.Task[None]] = {}  # each task finds out whether the instance is unreachable
+        self._delays = OwnDelays(SystemClock())
+        self._watching: asyncio.Task[None] | None = None
         self._is_closed = False
+
+    @property
+    def was_late(self) -> bool:
+        """Whether a connection that was lost now may have been lost because this process did not run."""
+        return self._delays.longest_s(LATE_WITHIN_S) >= LATE_S
 
     def unreachable(self) -> tuple[str, ...]:
         """Ids of the instances to which there is no connection any more."""
@@ -54,6 +73,8 @@ class Peers:
 
     def control(self, source: KvSource) -> KvTransferClient:
         """Reaches that instance, over a new channel if the peer was gone."""
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._delays.watch(), name="own-delays")
         self.forget(source.instance_id)
         if source.instance_id not in self._peers:
             self._close_unused()
@@ -73,8 +94,11 @@ class Peers:
     async def close(self) -> None:
         """Close all channels; calls under way fail with PeerGoneError."""
         self._is_closed = True
-        tries = list(self._unreachable.values())
+        tries = [*self._unreachable.values(), *self._doubted.values()]
+        if self._watching is not None:
+            tries.append(self._watching)
         self._unreachable.clear()
+        self._doubted.clear()
         for reaching in tries:
             reaching.cancel()
         channels = [channel for _, channel in [*self._peers.values(), *self._given_up]]
@@ -97,19 +121,37 @@ class Peers:
 
     # --- peers that cannot be reached --------------------------------------------------------------------------------
 
+    def cannot_link(self, source: KvSource, can_link: Callable[[KvTransferClient], Awaitable[bool]]) -> None:
+        """No link can be made with that instance, though it answers: as if it were unreachable, until one can be."""
+        self._cannot_reach(source, lambda: can_link(self.control(source)))
+
     def _lost(self, source: KvSource) -> None:
+        instance_id = source.instance_id
+        if not self.was_late:
+            self._cannot_reach(source, partial(self._can_connect, source))
+        elif not self._is_closed and instance_id not in (*self._unreachable, *self._doubted):
+            log.info("the connection to %s ended while this process was late: it is tried again", instance_id)
+            checking = asyncio.create_task(self._check(source), name=f"check-{instance_id}")
+            self._doubted[instance_id] = checking
+            checking.add_done_callback(lambda _: self._doubted.pop(instance_id, None))
+
+    async def _check(self, source: KvSource) -> None:
+        if not await self._can_connect(source):
+            self._cannot_reach(source, partial(self._can_connect, source))
+
+    def _cannot_reach(self, source: KvSource, can_reach: Callable[[], Awaitable[bool]]) -> None:
         instance_id = source.instance_id
         if self._is_closed or instance_id in self._unreachable:
             return
         if len(self._unreachable) >= MAX_UNREACHABLE:
             self._unreachable.pop(next(iter(self._unreachable))).cancel()
         log.warning("%s cannot be reached at %s: no KV comes from there", instance_id, source.address)
-        reaching = asyncio.create_task(self._reach_again(source), name=f"reach-{instance_id}")
+        reaching = asyncio.create_task(self._reach_again(source, can_reach), name=f"reach-{instance_id}")
         self._unreachable[instance_id] = reaching
         reaching.add_done_callback(partial(self._reached, instance_id))
         self._tell()
 
-    async def _reach_again(self, source: KvSource) -> None:
+    async def _reach_again(self, source: KvSource, can_reach: Callable[[], Awaitable[bool]]) -> None:
         """Until it can be reached, or has been given up."""
         pause_s = FIRST_PAUSE_S
         try:
@@ -117,7 +159,7 @@ class Peers:
                 while True:
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, LAST_PAUSE_S)
-                    if await self._can_connect(source):
+                    if await can_reach():
                         log.info("%s can be reached again", source.instance_id)
                         return
         except TimeoutError:

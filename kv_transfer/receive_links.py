@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,15 @@ from tandem.core.errors import (
 )
 from tandem.core.kv_codec import KvCodec
 from tandem.core.kv_layout import KvLayout
-from tandem.core.transfer import LinkOffer, LinkReply, PeerControl, PeerGoneError, Transport, unknown_format
+from tandem.core.transfer import (
+    LinkOffer,
+    LinkReply,
+    NoLinkError,
+    PeerControl,
+    PeerGoneError,
+    Transport,
+    unknown_format,
+)
 from tandem.kv_transfer.arrival import OwnPools, PairPlan
 from tandem.kv_transfer.block_coder import KvCodes
 from tandem.kv_transfer.config import LinkConfig
@@ -29,6 +38,7 @@ from tandem.kv_transfer.shared_memory_link import SharedMemoryLink, UnreachableM
 
 _log = logging.getLogger(__name__)
 
+_NOT_MADE = "the KV link could not be made in time"
 MAX_RANKS = 1024  # of an instance
 MAX_BLOCK_SIZE = 1 << 16
 
@@ -76,25 +86,31 @@ class ReceiveLinks:
         self._groups = ProcessGroupFactory(pools.device, config)
         self.by_peer: dict[str, ReceiveLink] = {}
         self.making: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # held while a link is made
+        self._not_made_s: dict[str, float] = {}  # when a link could not be made, by peer
         self._closing: list[SharedMemoryLink | ProcessGroupLink] = []  # closed ones whose threads may still run
 
     async def get(self, peer: PeerControl) -> ReceiveLink:
-        """The live link to that peer, made now if there is none. Raises TransferError when that takes too long, and
-        PeerGoneError for a peer that is gone: transfers that waited for their turn need not find out by themselves."""
+        """The live link to that peer, made now if there is none. Raises NoLinkError when that takes too long, and
+        PeerGoneError for a peer that is gone: transfers that waited for a link need not find out by themselves."""
         making = self.making.setdefault(peer.instance_id, asyncio.Lock())
+        asked_s = time.monotonic()
         async with making:
             link = self.by_peer.get(peer.instance_id)
-            if link is not None and link.alive:
+            if link is not None and link.alive and not link.peer.is_gone:
                 return link
             if peer.is_gone:
                 raise PeerGoneError("the prefill worker cannot be reached")
+            if self._not_made_s.get(peer.instance_id, -math.inf) >= asked_s:
+                raise NoLinkError(_NOT_MADE)
             self.unlink(peer.instance_id)
             self._evict_idle_link()
             try:
                 async with asyncio.timeout(self._config.link_timeout_s):
                     link = await self._make_link(peer)
-            except (TimeoutError, DeadlineError) as error:
-                raise TransferError("the KV link could not be made in time") from error
+            except (TimeoutError, DeadlineError, NoLinkError) as error:
+                self._not_made_s[peer.instance_id] = time.monotonic()
+                raise NoLinkError(_NOT_MADE) from error
+            self._not_made_s.pop(peer.instance_id, None)
             if not link.alive:
                 self._close_end(link.end)
                 raise TransferError("the KV link ended as soon as it was made")
@@ -117,6 +133,7 @@ class ReceiveLinks:
     def drop(self, peer_id: str) -> None:
         """That instance is gone: end its link and forget the instance."""
         self.unlink(peer_id)
+        self._not_made_s.pop(peer_id, None)
         self._totals.forget(peer_id)
 
     async def close(self, timeout_s: float) -> None:
@@ -167,8 +184,10 @@ class ReceiveLinks:
         group = ProcessGroupLink.start(self._groups, self._config, DECODE_RANK, store, name)
         try:
             await group.ready()
-        except BaseException:
+        except BaseException as error:
             self._close_end(group)
+            if isinstance(error, TransferError) and not peer.is_gone:
+                raise NoLinkError(_NOT_MADE) from error
             raise
         return group
 

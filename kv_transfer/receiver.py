@@ -115,8 +115,9 @@ class KvReceiver:
         When this returns, the blocks hold exactly that KV and the prefill worker has given it up. When it raises,
         cancellation included, the blocks hold anything, but nothing writes to them any more: they may be reused at
         once. Raises `asyncio.CancelledError` only if the task was cancelled, else TransferError (StaleEpochError: the
-        lease ended), IncompatiblePeerError, OverloadedError, PeerGoneError, DeadlineError (`deadline_s` has passed),
-        or the error with which the prefill ended. InternalError for block ids that do not fit; nothing is written then.
+        lease ended; NoLinkError), IncompatiblePeerError, OverloadedError, PeerGoneError, DeadlineError (`deadline_s`
+        has passed), or the error with which the prefill ended. InternalError for block ids that do not fit; nothing is
+        written then.
         """
         needed = self._layout.blocks_for(len(token_ids))
         if not len(set(block_ids)) == len(block_ids) >= needed or not all(
@@ -145,6 +146,15 @@ class KvReceiver:
             raise TransferError("the KV transfer failed; the decode worker's log says why") from error
         finally:
             await incoming.fence.close()
+
+    async def can_link(self, peer: PeerControl) -> bool:
+        """Whether there is a link to that peer, or one could be made now."""
+        try:
+            await self._links.get(peer)
+        except TandemError as error:
+            _log.debug("no link to %s: %s", peer.instance_id, error.message)
+            return False
+        return True
 
     def links(self) -> tuple[LinkStats, ...]:
         """Totals per peer (see `LinkTotals`)."""

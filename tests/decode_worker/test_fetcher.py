@@ -10,7 +10,7 @@ from tandem.core.attempt_id import AttemptId
 from tandem.core.errors import InternalError, TransferError
 from tandem.core.request import SampledToken
 from tandem.core.session import KvSource
-from tandem.core.transfer import PeerGoneError, Transport
+from tandem.core.transfer import NoLinkError, PeerGoneError, Transport
 from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived, KvFetcher
 
 
@@ -29,6 +29,9 @@ class Receiver:
     def __init__(self, **fetches: Callable[[], Awaitable[Result]]) -> None:
         self._fetches = fetches
 
+    async def can_link(self, peer: str) -> bool:
+        return True
+
     async def fetch(self, peer: str, request_id: str, *_: Any) -> Result:
         assert peer == "control of prefill-1"
         return await self._fetches[request_id]()
@@ -36,9 +39,16 @@ class Receiver:
 
 class Peers:
     is_closed = False
+    was_late = False
+
+    def __init__(self) -> None:
+        self.without_link: list[str] = []
 
     def control(self, source: KvSource) -> str:
         return f"control of {source.instance_id}"
+
+    def cannot_link(self, source: KvSource, can_link: object) -> None:
+        self.without_link.append(source.instance_id)
 
     async def close(self) -> None:
         self.is_closed = True
@@ -114,3 +124,46 @@ async def test_close_reports_all_that_are_under_way_and_closes_the_channels() ->
     await fetcher.close()
     assert sorted(report.attempt_id.handle for report in reports) == [1, 2]
     assert peers.is_closed
+
+
+@pytest.mark.parametrize("was_late", [False, True])
+async def test_a_peer_is_asked_again_where_this_process_was_late(was_late: bool) -> None:
+    """Once: its connection may have ended because nobody here read what it had answered."""
+    tries = []
+
+    async def lose_once() -> Result:
+        tries.append(1)
+        if len(tries) == 1:
+            raise PeerGoneError("the prefill worker cannot be reached")
+        return Result()
+
+    fetcher, reports, peers = make(r=lose_once)
+    peers.was_late = was_late
+    fetcher.start(fetch("r"))
+    await settle()
+    (report,) = reports
+    assert isinstance(report, KvArrived if was_late else FetchFailed)
+
+    async def lose() -> Result:
+        tries.append(1)
+        raise PeerGoneError("the prefill worker cannot be reached")
+
+    fetcher, reports, peers = make(r=lose)
+    peers.was_late = was_late
+    tries.clear()
+    fetcher.start(fetch("r"))
+    await settle()
+    assert isinstance(reports[0], FetchFailed)
+    assert len(tries) == 1 + was_late
+
+
+async def test_a_peer_with_which_no_link_can_be_made_is_told() -> None:
+    async def fail() -> Result:
+        raise NoLinkError("the KV link could not be made in time")
+
+    fetcher, reports, peers = make(r=fail)
+    fetcher.start(fetch("r"))
+    await settle()
+    assert isinstance(reports[0], FetchFailed)
+    assert reports[0].error.code == "transfer_failed"
+    assert peers.without_link == ["prefill-1"]

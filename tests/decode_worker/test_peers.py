@@ -1,14 +1,18 @@
 """Channels to prefill instances: one that is given up is closed only when nothing uses it."""
 
 import asyncio
+import time
 
 import grpc
 import pytest
 
+from tandem.core.clock import ManualClock
 from tandem.core.session import KvSource
 from tandem.core.transfer import PeerGoneError
 from tandem.decode_worker import peers as peers_module
-from tandem.decode_worker.peers import Peers
+from tandem.decode_worker.own_delays import LOOK_S, OwnDelays
+from tandem.decode_worker.peers import LATE_S, Peers
+from tandem.wire.transfer import KvTransferClient
 from tests.kv_transfer.holder import serve_prefill
 
 
@@ -81,7 +85,8 @@ async def test_too_many_peers(monkeypatch: pytest.MonkeyPatch) -> None:
         await peers.close()
 
 
-async def test_a_peer_that_is_lost_is_told_until_it_can_be_reached_again() -> None:
+async def test_a_peer_that_is_lost_is_told_until_it_can_be_reached_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Peers, "was_late", False)  # as a busy machine may make it
     told: list[tuple[str, ...]] = []
     async with serve_prefill() as prefill:
         peers = Peers(None, unreachable_changed=lambda: told.append(peers.unreachable()))
@@ -95,3 +100,66 @@ async def test_a_peer_that_is_lost_is_told_until_it_can_be_reached_again() -> No
         await peers.close()
     assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("reach-")]
     assert len(told) == 3
+
+
+async def test_who_was_late_itself_condemns_nobody_without_a_try() -> None:
+    """A process that did not run has read no answer to its pings, whoever sent one."""
+    told: list[tuple[str, ...]] = []
+    async with serve_prefill() as prefill:
+        peers = Peers(None, unreachable_changed=lambda: told.append(peers.unreachable()))
+        there, gone = (
+            peers.control(source)
+            for source in (KvSource("prefill-0", prefill.address), KvSource("prefill-1", "127.0.0.1:1"))
+        )
+        await asyncio.sleep(0.01)
+        time.sleep(2 * LATE_S)  # noqa: ASYNC251 - the event loop stands still
+        there._gone()
+        gone._gone()
+        assert peers.unreachable() == ()
+        async with asyncio.timeout(30.0):
+            while peers.unreachable() != ("prefill-1",):  # noqa: ASYNC110 - a task of its own
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
+        assert told == [("prefill-1",)]
+        await peers.close()
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    assert not [name for name in names if name.startswith(("reach-", "check-", "own-delays"))]
+
+
+async def test_a_peer_without_a_link_is_told_until_there_is_one() -> None:
+    told: list[tuple[str, ...]] = []
+    tried: list[KvTransferClient] = []
+
+    async def can_link(peer: KvTransferClient) -> bool:
+        tried.append(peer)
+        return len(tried) == 2
+
+    async with serve_prefill() as prefill:
+        peers = Peers(None, unreachable_changed=lambda: told.append(peers.unreachable()))
+        source = KvSource("prefill-0", prefill.address)
+        peers.cannot_link(source, can_link)
+        peers.cannot_link(source, can_link)  # as another fetch finds out
+        async with asyncio.timeout(30.0):
+            while peers.unreachable():  # noqa: ASYNC110 - a task of its own
+                await asyncio.sleep(0.02)
+        assert told == [("prefill-0",), ()]
+        assert tried == [peers.control(source)] * 2
+        await peers.close()
+
+
+async def test_how_late_the_event_loop_was() -> None:
+    clock = ManualClock()
+    delays = OwnDelays(clock)
+    assert delays.longest_s(2.0) == 0.0
+    watching = asyncio.create_task(delays.watch())
+    await asyncio.sleep(0)
+    clock.advance(LOOK_S)
+    assert delays.longest_s(2.0) == pytest.approx(0.0)
+    clock.advance(0.7)  # the present delay counts, too
+    assert delays.longest_s(2.0) == pytest.approx(0.7)
+    await asyncio.sleep(1.5 * LOOK_S)  # a look
+    clock.advance(LOOK_S)
+    assert delays.longest_s(2.0) == pytest.approx(0.7)
+    watching.cancel()
+    clock.advance(1.9)
+    assert delays.longest_s(1.0) == pytest.approx(1.9), "nothing ran since then"

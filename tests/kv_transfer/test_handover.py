@@ -29,6 +29,7 @@ from tandem.core.transfer import (
     LinkOffer,
     LinkReply,
     Manifest,
+    NoLinkError,
     PeerGoneError,
     Transport,
 )
@@ -505,8 +506,16 @@ async def test_a_link_that_is_not_made_in_time_is_a_transfer_error(monkeypatch: 
         with pytest.raises(DeadlineError):  # it waits for the link that the other fetch makes
             await receiver.fetch(prefill.peer, "r", 0, tokens(1), [2], time.monotonic() + 0.2)
         assert not patient.done()
-        with pytest.raises(TransferError):
+        waiting = asyncio.create_task(fetch(prefill, receiver, [3]))
+        with pytest.raises(NoLinkError):
             await patient
+        with pytest.raises(NoLinkError):
+            await asyncio.wait_for(waiting, 1.0)  # it does not find out by itself, which would take as long once more
+        assert not await receiver.can_link(prefill.peer)
+        monkeypatch.undo()
+        assert await receiver.can_link(prefill.peer)
+        prefill.holder.finish("r", 0, [1])
+        await fetch(prefill, receiver, [1])
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
