@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,6 +51,33 @@ def be_a_rank(argument: str) -> tuple[RankFiles, str] | None:
     if not end_with_parent(fields["parent"], _ADOPTION_S):
         return None
     return RankFiles(**fields["files"]), fields["log_format"]
+
+
+class StoppedTimes:
+    """For how long processes have been stopped, to somebody who looks at them every `every_s`.
+
+    A look that is late may be late because the observer was stopped as well, or had no core. So no more than twice that
+    time counts between two looks: a busy machine makes the count slower, and never begins it anew. A look that follows
+    the one before at once is none.
+    """
+
+    def __init__(self, every_s: float) -> None:
+        self._least_s, self._most_s = every_s / 2, 2 * every_s
+        self._looked_s: float | None = None
+        self._times: dict[int, float] = {}
+        self.observed_s = 0.0  # that counts, since the first look
+
+    def look(self, pids: Iterable[int], now_s: float) -> None:
+        since_s = 0.0 if self._looked_s is None else min(now_s - self._looked_s, self._most_s)
+        if self._looked_s is not None and since_s < self._least_s:
+            return
+        self._looked_s = now_s
+        self.observed_s += since_s
+        self._times = {pid: self._times.get(pid, -since_s) + since_s for pid in pids if is_stopped(pid)}
+
+    def of(self, pid: int) -> float:
+        """Since the first look that found it stopped; 0 for a process that runs."""
+        return self._times.get(pid, 0.0)
 
 
 def is_stopped(pid: int) -> bool:

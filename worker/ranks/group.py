@@ -36,10 +36,10 @@ from tandem.engine.step_bytes import encode_step
 from tandem.kv_transfer.pool import SharedPool, create_pool_file
 from tandem.kv_transfer.remote_pool import RemotePool
 from tandem.worker.ranks.channel import FrameKind, LoadedRank, RankAssignment, RankChannel, RankReport
-from tandem.worker.ranks.child import RankFiles, start_rank
+from tandem.worker.ranks.child import RankFiles, StoppedTimes, start_rank
 from tandem.worker.ranks.follower import ALIVE_EVERY_S
 from tandem.worker.ranks.listener import JoinedRank, RankListener
-from tandem.worker.ranks.peer import SILENT_S, STOPPED_S, RankPeer
+from tandem.worker.ranks.peer import SILENT_S, RankPeer
 from tandem.worker.ranks.place import HostsMeetingPlace, MeetingPlace, engine_config
 from tandem.worker.ranks.remote_pool import RankPool
 from tandem.worker.ranks.store import RankStore
@@ -294,18 +294,13 @@ class RankGroup:
     def _watch_frames(self) -> TandemError | None:
         """Until a rank is lost, which is the result, or all have ended. A rank that loads may be silent."""
         ended: set[RankPeer] = set()
-        looked_s = time.monotonic()
+        stopped = StoppedTimes(ALIVE_EVERY_S)
         while True:
             peers = {peer.channel: peer for peer in self._peers if peer not in ended}
             if self._closing and not peers:
                 return None
             readable, _, _ = select.select(peers, (), (), ALIVE_EVERY_S)
-            now_s = time.monotonic()
-            was_late = now_s - looked_s > STOPPED_S / 2  # this process was stopped itself, or had no core
-            looked_s = now_s
-            for peer in peers.values():
-                if was_late and peer.heard_s is not None:
-                    peer.heard_s = now_s
+            stopped.look([peer.pid for peer in peers.values() if peer.pid is not None], time.monotonic())
             for peer in (peers[channel] for channel in readable):
                 try:
                     kind, payload = peer.channel.receive()
@@ -316,17 +311,17 @@ class RankGroup:
                     return RankLostError(f"{peer.name} of the instance has ended, or cannot be reached")
                 if kind is FrameKind.FAILED:
                     return InternalError(f"{peer.name}: {payload.decode(errors='replace')}")
-                self._take_frame(peer, kind, payload, now_s)
+                self._take_frame(peer, kind, payload, stopped.observed_s)
             for peer in peers.values():
-                if peer not in ended and not self._closing and peer.is_lost(now_s):
+                if peer not in ended and not self._closing and peer.is_lost(stopped):
                     return RankLostError(f"{peer.name} of the instance is silent for {SILENT_S:.0f} s, or stopped")
 
-    def _take_frame(self, peer: RankPeer, kind: FrameKind, payload: bytes, now_s: float) -> None:
+    def _take_frame(self, peer: RankPeer, kind: FrameKind, payload: bytes, observed_s: float) -> None:
         if kind is FrameKind.SHARE:
             self._store.put(payload)
             self._send_to_ranks(FrameKind.SHARE, payload, but=peer)
             return
-        peer.heard_s = now_s
+        peer.heard_s = observed_s
         if kind is FrameKind.REPORT:
             report = RankReport.from_bytes(payload)
             assert self._region is not None

@@ -23,15 +23,15 @@ from tandem.engine.collectives.interface import RankLostError
 from tandem.engine.collectives.shared_memory import SharedRegion
 from tandem.kv_transfer.pool import create_pool_file
 from tandem.worker.ranks.channel import FrameKind, RankChannel
-from tandem.worker.ranks.child import RankFiles, is_stopped, start_rank
+from tandem.worker.ranks.child import RankFiles, StoppedTimes, start_rank
 from tandem.worker.ranks.joining import HostTicket, JoinRequest, Purpose, join
+from tandem.worker.ranks.peer import STOPPED_S
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
 _TELL_EVERY_S = 30.0
 _LOOK_EVERY_S = 0.1
-_STOPPED_S = 0.5  # in a row, before a stopped rank is killed
 _END_S = 5.0  # for the ranks to end after rank 0 has told them to
 
 
@@ -75,14 +75,14 @@ class RankHost:
     async def wait_closed(self) -> None:
         """Returns when the instance has stopped. Raises RankLostError when it was lost."""
         assert self._rank_0 is not None, "start first"
-        stopped = asyncio.create_task(asyncio.to_thread(_wait_stop, self._rank_0))
+        is_told = asyncio.create_task(asyncio.to_thread(_wait_stop, self._rank_0))
         try:
-            await self._watch(stopped)
+            await self._watch(is_told)
         finally:
             self._kill()
             self._rank_0.close()
             with contextlib.suppress(RankLostError):
-                await stopped
+                await is_told
 
     async def drain_and_stop(self, grace_s: float) -> None:
         """Rank 0 ends the ranks once its requests have ended; after `grace_s` they end in any case."""
@@ -128,27 +128,25 @@ class RankHost:
         finally:
             os.close(pool_fd)
 
-    async def _watch(self, stopped: "asyncio.Task[None]") -> None:
-        """Until all ranks have ended as rank 0 told them to."""
-        running_s = dict.fromkeys(self._processes, time.monotonic())  # when each was last seen not to be stopped
-        stopped_s: float | None = None
+    async def _watch(self, is_told: "asyncio.Task[None]") -> None:
+        """Until all ranks have ended as rank 0 told them to, which ends `is_told`."""
+        stopped = StoppedTimes(_LOOK_EVERY_S)
+        told_s: float | None = None
         while True:
             statuses = [process.poll() for process in self._processes]
-            if stopped.done() or all(status == 0 for status in statuses):
-                await stopped
+            if is_told.done() or all(status == 0 for status in statuses):
+                await is_told
             if any(statuses):
                 raise RankLostError("a rank on this host has ended; the log above says why, or rank 0 is gone")
             if all(status == 0 for status in statuses):
                 return
             now_s = time.monotonic()
-            for process in self._processes:
-                if not is_stopped(process.pid):
-                    running_s[process] = now_s
-                elif now_s - running_s[process] > _STOPPED_S:
-                    raise RankLostError("a rank on this host is stopped")
-            if stopped.done():
-                stopped_s = stopped_s or now_s
-                if now_s - stopped_s > _END_S:
+            stopped.look([process.pid for process in self._processes], now_s)
+            if any(stopped.of(process.pid) >= STOPPED_S for process in self._processes):
+                raise RankLostError("a rank on this host is stopped")
+            if is_told.done():
+                told_s = told_s or now_s
+                if now_s - told_s > _END_S:
                     raise RankLostError("a rank on this host does not end")
             await asyncio.sleep(_LOOK_EVERY_S)
 

@@ -5,19 +5,19 @@ from pathlib import Path
 
 from tandem.core.errors import CheckpointError, ConfigError
 from tandem.worker.ranks.channel import LoadedRank, RankChannel
-from tandem.worker.ranks.child import is_stopped
+from tandem.worker.ranks.child import StoppedTimes
 
-# A rank counts as lost when its process is stopped and it is silent for so long, or when it is silent for longer: a
-# busy machine may leave a healthy process without a core for seconds. Of ranks on other hosts `worker.ranks.host` sees
-# that they are stopped, and the kernel that their host is cut off (`joining.CUT_S`).
-STOPPED_S = 1.0
+# A rank counts as lost when its process is stopped for so long, or when it is silent for longer: a busy machine may
+# leave a healthy process without a core for seconds. Of ranks on other hosts `worker.ranks.host` sees that they are
+# stopped, and the kernel that their host is cut off (`joining.CUT_S`).
+STOPPED_S = 0.6
 SILENT_S = 10.0
 
 
 @dataclass(slots=True, eq=False)
 class RankPeer:
     """A rank, or the process that has started the ranks of another host (`rank` None). `pid` is that of a rank of this
-    host. `heard_s` is None until it has loaded: until then it may be silent."""
+    host. `heard_s`, in observed time, is None until it has loaded: until then it may be silent."""
 
     channel: RankChannel
     name: str
@@ -27,11 +27,11 @@ class RankPeer:
     heard_s: float | None = None
     loaded: LoadedRank | None = None
 
-    def is_lost(self, now_s: float) -> bool:
+    def is_lost(self, stopped: StoppedTimes) -> bool:
         if self.heard_s is None:
             return False
-        silent_s = now_s - self.heard_s
-        return silent_s > SILENT_S or (silent_s >= STOPPED_S and self.pid is not None and is_stopped(self.pid))
+        is_silent = stopped.observed_s - self.heard_s > SILENT_S
+        return is_silent or (self.pid is not None and stopped.of(self.pid) >= STOPPED_S)
 
     def check_alike(self, own: LoadedRank, model: Path) -> None:
         """Once it has loaded, with what rank 0 has loaded. Raises CheckpointError or ConfigError: together the two
