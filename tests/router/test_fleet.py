@@ -136,7 +136,7 @@ async def test_the_silence_of_all_is_the_routers_own_at_first() -> None:
 
 
 async def test_a_router_that_was_stopped_condemns_nobody() -> None:
-    """Fault C3: it looked at the clock before it had read the heartbeats that waited."""
+    """The clock must not be read before the heartbeats that wait."""
     clock = ManualClock()
     async with running_cluster("p1", "d1", heartbeat_timeout_s=3.0, clock=clock) as cluster:
         running = cluster.start(make_request())

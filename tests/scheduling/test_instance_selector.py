@@ -137,7 +137,7 @@ def test_prefix_is_of_one_salt() -> None:
 
 
 def test_a_prompts_blocks_are_named_once() -> None:
-    """Fault H4: for each choice and attempt."""
+    """Not for each attempt: hashing a long prompt takes milliseconds."""
     sizes: list[int] = []
 
     def name_blocks(size: int) -> list[int]:

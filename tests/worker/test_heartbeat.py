@@ -39,7 +39,7 @@ class Registry:
 
 
 async def test_a_change_while_a_heartbeat_is_under_way_is_sent_at_once() -> None:
-    """Fault C8: the wake-up was lost, and the change waited for the next interval."""
+    """The change does not wait for the next interval."""
     registry, steps = Registry(), 0
     server, _ = build_server(None)
     worker_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(registry), server)

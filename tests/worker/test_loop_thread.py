@@ -176,7 +176,7 @@ class Held(Doubler):
 
 
 async def test_a_loop_is_not_idle_before_it_has_applied_what_was_posted() -> None:
-    """Fault C8: a report that is older than a command says nothing about it."""
+    """A report that is older than a command says nothing about the command."""
     loop, collector = Held(), Collector()
     thread: LoopThread = LoopThread(
         "held", lambda: loop, collector.deliver, collector.crashed, StepProgress(SystemClock())
