@@ -137,18 +137,18 @@ class Dispatcher:
         if request.deadline_s == float("inf"):
             request = replace(request, deadline_s=received_s + self._request_timeout_s)
         self._running[request_id] = running = RunningRequest(self, request, received_s, now_s)
+        running.routed = RoutedRequest(
+            request_id,
+            num_prompt_tokens=len(request.token_ids),
+            max_tokens=request.sampling.max_tokens,
+            received_s=received_s,
+            deadline_s=request.deadline_s,
+            name_blocks=name_blocks or partial(block_hashes, request.token_ids, salt=request.cache_salt),
+            client=client,
+            slo=request.slo,
+        )
         try:
-            running.routed = self.machine.submit(
-                request_id,
-                num_prompt_tokens=len(request.token_ids),
-                max_tokens=request.sampling.max_tokens,
-                deadline_s=request.deadline_s,
-                now_s=now_s,
-                name_blocks=name_blocks or partial(block_hashes, request.token_ids, salt=request.cache_salt),
-                client=client,
-                slo=request.slo,
-                received_s=received_s,
-            )
+            self.machine.submit(running.routed, now_s)
         except TandemError:
             del self._running[request_id]
             raise

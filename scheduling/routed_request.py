@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class RoutedRequest:
-    """Read-only for drivers. `key` is the driver's name for it, `num_output_tokens` are those of all attempts."""
+    """One request, from `RoutingMachine.submit` to its end. A driver makes it, and afterwards only reads it."""
 
     __slots__ = (
         "_name_blocks",
@@ -41,57 +41,57 @@ class RoutedRequest:
     def __init__(
         self,
         key: Hashable,
-        number: int,
+        *,
         num_prompt_tokens: int,
         max_tokens: int,
-        deadline_s: float,
-        name_blocks: BlockNamer | None,
+        received_s: float,
+        deadline_s: float = math.inf,
+        name_blocks: BlockNamer | None = None,
         client: str = "",
         slo: RequestSlo = NO_SLO,
-        received_s: float = 0.0,
     ) -> None:
-        """`name_blocks` names the prompt's full blocks of a given size; None: nobody else has them. Requests of one
-        `client` wait for each other, and not for those of others, as far as the instances have room for both. Its time
-        to first token counts from `received_s`."""
+        """`key` is the driver's name for the request; no other running request has it. `name_blocks` names the prompt's
+        full blocks of a given block size; None: the prompt shares no prefix with other requests. The queue is fair
+        between clients (`TenantLedger`). The time to first token counts from `received_s`."""
         self.key = key
-        self.number = number  # in order of arrival
+        self.number = 0  # order of arrival, set by `RoutingMachine.submit`
         self.num_prompt_tokens = num_prompt_tokens
         self.max_tokens = max_tokens
         self.deadline_s = deadline_s
         self.client = client
         self.slo = slo
         self.received_s = received_s
-        self.due_s = received_s + slo.ttft_s  # its first token; inf: no target
-        self.predicted_ttft_s: float | None = None  # when it came; None: nothing was measured yet
-        self.demoted_because: str | None = None  # it is best effort now
-        self.num_output_tokens = 0
+        self.due_s = received_s + slo.ttft_s  # of the first token; inf: no target
+        self.predicted_ttft_s: float | None = None  # at admission; None: nothing was measured yet
+        self.demoted_because: str | None = None  # set: the request is best effort now, for this reason
+        self.num_output_tokens = 0  # of all attempts
         self.num_attempts = 0
-        self.attempt: Attempt | None = None  # None: it waits
-        self.avoid: frozenset[str] = frozenset()  # instances that have failed it
+        self.attempt: Attempt | None = None  # None: the request waits
+        self.avoid: frozenset[str] = frozenset()  # ids of the instances that have failed the request
         self.error: TandemError | None = None  # of the last attempt
-        self.retry_s = -math.inf  # until then it waits for others than those to avoid
-        self.give_up_s = math.inf
+        self.retry_s = -math.inf  # from then on the instances in `avoid` are used again
+        self.give_up_s = math.inf  # when a request that has lost its instances ends
         self._name_blocks = name_blocks
         self._names: dict[int, Sequence[Hashable]] = {}
 
     @property
     def has_due_time(self) -> bool:
-        """Its first token is still meant to be in time."""
+        """Whether the first token is still meant to be on time."""
         return self.due_s < math.inf and self.demoted_because is None
 
     @property
     def effective_slo(self) -> RequestSlo:
-        """The targets that are aimed at: none, once it is best effort."""
+        """The targets in force: none for a request that was made best effort."""
         return self.slo if self.demoted_because is None else NO_SLO
 
     @property
     def num_tokens(self) -> int:
-        """Those to compute before the next new one."""
+        """Tokens whose KV the next attempt needs: the prompt, and the output of earlier attempts."""
         return self.num_prompt_tokens + self.num_output_tokens
 
     @property
     def growth_tokens(self) -> int:
-        """Those still to come."""
+        """Output tokens still to come, at most."""
         return self.max_tokens - self.num_output_tokens
 
     @property
@@ -103,7 +103,7 @@ class RoutedRequest:
         return self._name_blocks is not None
 
     def block_names(self, block_size: int) -> Sequence[Hashable]:
-        """Of the prompt's full blocks; worked out once."""
+        """Names of the prompt's full blocks; computed once for each block size."""
         names = self._names.get(block_size)
         if names is None:
             names = self._names[block_size] = () if self._name_blocks is None else self._name_blocks(block_size)
@@ -111,10 +111,10 @@ class RoutedRequest:
 
 
 class Attempt:
-    """One try of a request. Read-only for drivers. `handle` names it at its instances.
+    """One try of a request on one or two instances, which know it by `handle`. Read-only for drivers.
 
-    `prefill` computes the prompt, `decode` is another instance that reads the KV; each is None while nothing of the
-    attempt is there. `hand_over` False: `prefill` does both.
+    `prefill` computes the prompt, and `decode` reads the KV and decodes. Each is None while that instance holds nothing
+    of the attempt. With `hand_over` False, `prefill` also decodes.
     """
 
     __slots__ = (
@@ -146,12 +146,12 @@ class Attempt:
         self.begun_s = begun_s
         self.num_tokens = request.num_tokens
         self.growth_tokens = request.growth_tokens
-        self.has_started = False  # the prompt is or was in a step
+        self.has_started = False  # the first chunk of the prompt has been in a step
         self.has_first_token = False
-        self.has_transfer = False
-        self.error: TandemError | None = None  # why it failed
+        self.has_transfer = False  # the decode instance owns the KV
+        self.error: TandemError | None = None  # why the attempt failed
         self.reader_error: TandemError | None = None  # why another decode instance was selected after the first
-        self.expected: tuple[float, float] | None = None  # TTFT since then and TPOT, as predicted
+        self.expected: tuple[float, float] | None = None  # predicted TTFT from `begun_s`, and TPOT, in seconds
         self.first_token_s: float | None = None
 
     @property

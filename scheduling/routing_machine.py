@@ -1,33 +1,31 @@
-"""The router's decisions as one state machine: where a request goes, what happens when that fails, and when it ends.
+"""The router's decisions as one state machine: where a request runs, how it is retried, and when it ends.
 
     submit --+--> queued: no instance has credit --+
              |                                     v
              +---------------------------------> attempt -----> finished
                                                    |   ^
-                         an instance has failed it |   | another one is there, or the pause is over
+                            the attempt has failed |   | another instance is usable, or the pause is over
                                                    v   |
-                                               recovering ----> error: too many attempts, no instance came in time,
-                                                                or a fault of the request
-    (in every state: its deadline, or the client has cancelled it)
+                                               recovering ----> error: too many attempts, no usable instance in time,
+                                                                or an invalid request
+    (in every state: deadline, or cancelled by the client)
 
-    an attempt at a pair                                      an attempt at one instance
-    prefill started   -> the decode instance is chosen        prefill started
-    prefill finished  -> the first token                      prefill finished  -> the first token
-    transfer failed   -> perhaps another decode instance      tokens ... finished
-    transfer committed-> prefill holds nothing more
+    an attempt on a pair                                      an attempt on one instance
+    prefill started    -> select the decode instance          prefill started
+    prefill finished   -> first token                         prefill finished -> first token
+    transfer failed    -> perhaps another decode instance     tokens ... finished
+    transfer committed -> prefill holds nothing any more
     tokens ... finished
 
 The machine knows counts and ids, never tokens or text. It has no clock, no I/O and no randomness: time comes with each
 event, and decisions go to a `RoutingDriver`. The live router and the simulator are the two drivers, so both decide
-alike. An event of an attempt returns False if the attempt is not in flight there any more; the driver then drops it.
+alike. The methods for an attempt's events return False for an attempt that has ended: the driver drops the event.
 """
 
 import math
 from collections.abc import Hashable, Mapping
 
 from tandem.core.errors import DeadlineError, InternalError, StaleEpochError, TandemError, UnavailableError
-from tandem.core.generation import BlockNamer
-from tandem.core.request_slo import NO_SLO, RequestSlo
 from tandem.core.session import InstanceStatus
 from tandem.scheduling.attempts import Attempts
 from tandem.scheduling.goodput_selector import GoodputSelector
@@ -45,7 +43,7 @@ _SELECTORS: Mapping[RoutingPolicy, type[InstanceSelector]] = {"balanced": Instan
 
 
 class RoutingMachine:
-    """Owns all requests until they end. Used by one thread."""
+    """Owns all requests until they end. One thread makes all calls."""
 
     def __init__(
         self,
@@ -56,9 +54,9 @@ class RoutingMachine:
         selector_type: type[InstanceSelector] | None = None,
         tracker_type: type[PrefixTracker] = PrefixTracker,
     ) -> None:
-        """`explain`: give the driver the comparison behind each decision; the decisions are the same without.
-        `selector_type`: a policy other than that of the settings. `tracker_type`: for names of blocks other than
-        hashes."""
+        """`explain`: the driver gets the comparison behind each decision, which costs time and changes no decision.
+        `selector_type`: a policy that the settings do not know. `tracker_type`: for block names that are not hashes.
+        """
         self._driver = driver
         selector_type = selector_type or _SELECTORS[settings.policy]
         self._selector = selector_type(settings, explain=explain, tracker_type=tracker_type)
@@ -69,7 +67,7 @@ class RoutingMachine:
         self._waiting = WaitingRequests(settings, self._selector, self._attempts, self._wake_up)
         self._queue = self._waiting.queue
         self._ledger = self._queue.ledger
-        self._num_requests = 0
+        self._num_submitted = 0
 
     # --- instances ---------------------------------------------------------------------------------------------------
 
@@ -78,7 +76,7 @@ class RoutingMachine:
         return self._selector.instances
 
     def instance_reported(self, status: InstanceStatus, now_s: float) -> None:
-        """Its first report, or the next one. It may have another role than before."""
+        """The first report of an instance registers it. Later ones update it; the role may have changed."""
         has_news = self._selector.failures.cannot_reach(status.instance_id, status.unreachable_peers)
         known = self._selector.instances.get(status.instance_id)
         if known is None:
@@ -94,7 +92,7 @@ class RoutingMachine:
             self._settle(now_s)
 
     def instance_connected(self, instance_id: str, now_s: float) -> None:
-        """Attempts can be sent there."""
+        """Attempts can be sent to the instance."""
         instance = self._selector.instances[instance_id]
         instance.is_connected = True
         self._selector.put(instance)
@@ -120,13 +118,13 @@ class RoutingMachine:
             if attempt.request.attempt is attempt:
                 if attempt.decode is instance and self._hand_over_again(attempt, error, now_s):
                     continue
-                if not attempt.has_started:  # it met a death that was not known yet: many at once use up no attempts
+                if not attempt.has_started:  # sent when the instance was lost already: it does not count
                     attempt.request.num_attempts -= 1
                 self._fail(attempt, error, {instance_id}, now_s)
         self._settle(now_s)
 
     def instance_removed(self, instance_id: str, now_s: float) -> None:
-        """The instance is gone for good. A later one of the same id starts with an empty cache."""
+        """The instance is gone for good: its load, its failures and its cached prefixes are forgotten."""
         self.instance_lost(instance_id, now_s)
         self._selector.remove(instance_id)
 
@@ -142,61 +140,38 @@ class RoutingMachine:
         return len(self._queue)
 
     def expected_wait_s(self, now_s: float) -> float:
-        """How long a newcomer would wait for credit, at the rate of the last seconds."""
+        """How long a new request would wait for credit, at the rate of the last seconds."""
         return self._queue.expected_wait_s(now_s)
 
     def prediction_errors(self) -> Mapping[str, Residuals]:
-        """Of the times that decisions were based on, by the kind of time; empty for a policy that predicts none."""
+        """Errors of the predicted times, by kind of time. Empty for a policy that predicts none."""
         return self._selector.prediction_errors()
 
-    def submit(
-        self,
-        key: Hashable,
-        *,
-        num_prompt_tokens: int,
-        max_tokens: int,
-        deadline_s: float,
-        now_s: float,
-        name_blocks: BlockNamer | None = None,
-        client: str = "",
-        slo: RequestSlo = NO_SLO,
-        received_s: float | None = None,
-    ) -> RoutedRequest:
-        """A new request, received now if `received_s` is None. `key` is of no other that runs; for the other arguments
-        see `RoutedRequest`.
+    def submit(self, request: RoutedRequest, now_s: float) -> None:
+        """Accept a new request, and begin its first attempt if an instance has credit.
 
-        Raises DeadlineError, OverloadedError, UnavailableError or ContextLengthError if it cannot be accepted.
+        Raises DeadlineError, OverloadedError, UnavailableError or ContextLengthError for a request that cannot be
+        accepted.
         """
-        assert key not in self._requests, "two requests of one key"
-        self._num_requests += 1
-        request = RoutedRequest(
-            key,
-            self._num_requests,
-            num_prompt_tokens,
-            max_tokens,
-            deadline_s,
-            name_blocks,
-            client,
-            slo,
-            now_s if received_s is None else received_s,
-        )
+        assert request.key not in self._requests, "two requests have one key"
+        self._num_submitted += 1
+        request.number = self._num_submitted
         self._waiting.admission.check(request, now_s, num_others=len(self._requests))
-        self._requests[key] = request
-        self._ledger.open(client)
-        if deadline_s < math.inf:
-            self._deadlines.push(request, deadline_s)
-            self._wake_up.at(deadline_s)
+        self._requests[request.key] = request
+        self._ledger.open(request.client)
+        if request.deadline_s < math.inf:
+            self._deadlines.push(request, request.deadline_s)
+            self._wake_up.at(request.deadline_s)
         self._waiting.add(request, now_s)
-        return request
 
     def cancel(self, request: RoutedRequest, now_s: float) -> None:
-        """The client has cancelled the request. `end` is not called. An ended request is ignored."""
+        """The client has cancelled the request. `RoutingDriver.end` is not called. No effect on an ended request."""
         if self._requests.get(request.key) is request:
             self._forget(request, now_s)
             self._settle(now_s)
 
     def advance(self, now_s: float) -> None:
-        """Time has passed: end requests whose deadline is over, and retry those whose pause is over."""
+        """End requests whose deadline has passed, retry those whose pause is over, and renew leases."""
         self._wake_up.came()
         for request in self._deadlines.pop_until(now_s):
             self._end_all([(request, DeadlineError("the request's deadline has passed"))], now_s)
@@ -211,13 +186,13 @@ class RoutingMachine:
     # --- attempts ----------------------------------------------------------------------------------------------------
 
     def find(self, instance_id: str, handle: int) -> Attempt | None:
-        """The attempt of that handle, if it is in flight at that instance."""
+        """The attempt with that handle at that instance, None if it has ended there."""
         instance = self._selector.instances.get(instance_id)
         return None if instance is None else instance.find(handle)
 
     def prefill_started(self, attempt: Attempt, num_cached_tokens: int, now_s: float) -> bool:
-        """Late binding: the decode instance is chosen now, so that queued prompts hold no memory there. A prompt that
-        was preempted starts again; only the first time counts."""
+        """The first chunk of the prompt is in a step. The decode instance is selected now (late binding), so that
+        queued prompts hold no decode memory. A preempted prompt starts again; only the first start counts."""
         instance = attempt.prefill
         if instance is None:
             return False
@@ -232,12 +207,13 @@ class RoutingMachine:
         return True
 
     def prefill_finished(self, attempt: Attempt, now_s: float, *, is_last: bool) -> bool:
-        """The first token of the attempt is here. `is_last`: there are no more."""
+        """The first token of the attempt has arrived. `is_last`: it is also the last one."""
         instance = attempt.prefill
         if instance is None:
             return False
         if attempt.has_first_token:
-            self._fail(attempt, InternalError("a prefill worker answered twice"), {instance.instance_id}, now_s)
+            error = InternalError("a prefill worker sent two first tokens")
+            self._fail(attempt, error, {instance.instance_id}, now_s)
             self._settle(now_s)
             return False
         attempt.has_first_token = True
@@ -259,7 +235,7 @@ class RoutingMachine:
         return True
 
     def transfer_committed(self, attempt: Attempt, now_s: float) -> bool:
-        """The KV is the decode instance's; the prefill instance holds nothing more."""
+        """The decode instance owns the KV, and the prefill instance has freed it."""
         if attempt.decode is None or attempt.has_transfer:
             return False
         attempt.has_transfer = True
@@ -272,7 +248,7 @@ class RoutingMachine:
         return True
 
     def tokens_generated(self, attempt: Attempt, count: int, now_s: float) -> bool:
-        """Tokens after the first are here."""
+        """`count` tokens after the attempt's first one have arrived."""
         if attempt.generating is None:
             return False
         request = attempt.request
@@ -285,7 +261,7 @@ class RoutingMachine:
         return True
 
     def attempt_finished(self, attempt: Attempt, now_s: float) -> bool:
-        """All its tokens are here."""
+        """The last token of the attempt has arrived."""
         instance = attempt.generating
         if instance is None:
             return False
@@ -300,7 +276,7 @@ class RoutingMachine:
         return True
 
     def attempt_failed(self, attempt: Attempt, instance_id: str, error: TandemError, now_s: float) -> bool:
-        """The instance has ended the attempt with an error, and has freed all blocks of it."""
+        """The instance has ended the attempt with an error, and has freed its blocks."""
         instance = self._selector.instances.get(instance_id)
         if instance is None or instance.find(attempt.handle) is None:
             return False
@@ -308,15 +284,15 @@ class RoutingMachine:
         was_taken = attempt.reader_error is not None and isinstance(error, StaleEpochError)
         blamed = set() if was_taken else self._attempts.blame(attempt, instance, error, now_s)
         self._attempts.release(attempt, instance, now_s)
-        is_again = instance is attempt.decode and self._attempts.may_hand_over_again(attempt, error)
-        if not (is_again and self._hand_over_again(attempt, error, now_s)):
+        may_hand_over = instance is attempt.decode and self._attempts.may_hand_over_again(attempt, error)
+        if not (may_hand_over and self._hand_over_again(attempt, error, now_s)):
             if was_taken:
                 attempt.request.num_attempts -= 1
             self._fail(attempt, error, blamed, now_s)
         self._settle(now_s)
         return True
 
-    # --- an attempt's steps ------------------------------------------------------------------------------------------
+    # --- parts -------------------------------------------------------------------------------------------------------
 
     def _hand_over(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> None:
         if not self._attempts.hand_over(attempt, prefill, now_s):
@@ -328,7 +304,7 @@ class RoutingMachine:
         return may_continue and self._attempts.hand_over_again(attempt, error, now_s)
 
     def _fail(self, attempt: Attempt, error: TandemError, blamed: set[str], now_s: float) -> None:
-        """`blamed` are the instances that further attempts should rather not use."""
+        """End the attempt, then retry its request or end it. Further attempts avoid the instances `blamed`."""
         attempt.error = error
         self._attempts.withdraw(attempt, now_s)
         request = attempt.request
@@ -338,10 +314,8 @@ class RoutingMachine:
             self._end(request, last, now_s)
 
     def _settle(self, now_s: float) -> None:
-        """An instance may take more: try the requests again that wait."""
+        """Credit or instances may have become available: begin attempts of waiting requests."""
         self._end_all(self._waiting.settle(now_s), now_s)
-
-    # --- end ---------------------------------------------------------------------------------------------------------
 
     def _end(self, request: RoutedRequest, error: TandemError | None, now_s: float) -> None:
         if error is None:
@@ -350,12 +324,13 @@ class RoutingMachine:
         self._driver.end(request, error)
 
     def _end_all(self, ended: Ended, now_s: float) -> None:
-        """Those that have not ended meanwhile: the end of one may have the driver cancel another."""
+        """Skips requests that have ended meanwhile: at the end of one request a driver may cancel others."""
         for request, error in ended:
             if self._requests.get(request.key) is request:
                 self._end(request, error, now_s)
 
     def _forget(self, request: RoutedRequest, now_s: float) -> None:
+        """Remove all state of the request, here and at its instances."""
         del self._requests[request.key]
         self._ledger.close(request.client)
         if not self._requests:

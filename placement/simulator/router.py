@@ -70,17 +70,17 @@ class SimulatedRouter:
         arrival_s = self._arrival_s[row] if received_s is None else received_s
         self._stamps[row, stages.RECEIVED] = arrival_s
         self._stamps[row, stages.ADMITTED] = now_s
+        request = RoutedRequest(
+            row,
+            num_prompt_tokens=self._prompt_tokens[row],
+            max_tokens=self._output_tokens[row],
+            received_s=arrival_s,
+            deadline_s=arrival_s + self._spec.request_timeout_s,
+            name_blocks=None if names is None else partial(names.shared_of_size, row),
+            slo=self._slo_of(row),
+        )
         try:
-            self.machine.submit(
-                row,
-                num_prompt_tokens=self._prompt_tokens[row],
-                max_tokens=self._output_tokens[row],
-                deadline_s=arrival_s + self._spec.request_timeout_s,
-                now_s=now_s,
-                name_blocks=None if names is None else partial(names.shared_of_size, row),
-                slo=self._slo_of(row),
-                received_s=arrival_s,
-            )
+            self.machine.submit(request, now_s)
         except TandemError:
             self._record.refuse(row, now_s)
 

@@ -21,6 +21,17 @@ def make_status(instance_id: str, **changes: object) -> InstanceStatus:
     return replace(tests.instance_status.make_status(instance_id, ROLES[instance_id[0]]), **changes)  # type: ignore[arg-type]
 
 
+def numbered_request(
+    number: int, *, num_prompt_tokens: int, client: str = "", slo: RequestSlo = NO_SLO, received_s: float = 0.0
+) -> RoutedRequest:
+    """The request that a routing machine accepted as its `number`-th."""
+    request = RoutedRequest(
+        number, num_prompt_tokens=num_prompt_tokens, max_tokens=5, received_s=received_s, client=client, slo=slo
+    )
+    request.number = number
+    return request
+
+
 @dataclass
 class Sent:
     """One `submit` to an instance."""
@@ -88,15 +99,17 @@ class DrivenRouter:
         slo: RequestSlo = NO_SLO,
     ) -> RoutedRequest:
         """`tokens`: the names of its blocks."""
-        return self.machine.submit(
+        request = RoutedRequest(
             key,
             num_prompt_tokens=prompt,
             max_tokens=output,
+            received_s=self.now_s,
             deadline_s=deadline_s,
-            now_s=self.now_s,
             name_blocks=(lambda size: tokens) if tokens else None,
             slo=slo,
         )
+        self.machine.submit(request, self.now_s)
+        return request
 
     def advance(self, seconds: float) -> None:
         """Wake the machine whenever it wants to be woken."""

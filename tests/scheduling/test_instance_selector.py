@@ -62,7 +62,8 @@ class Selector(InstanceSelector):
 
 
 def make_request(prompt: tuple[int, ...], salt: str = "") -> RoutedRequest:
-    return RoutedRequest("r", 1, len(prompt), 5, float("inf"), partial(block_hashes, prompt, salt=salt))
+    name_blocks = partial(block_hashes, prompt, salt=salt)
+    return RoutedRequest("r", num_prompt_tokens=len(prompt), max_tokens=5, received_s=0.0, name_blocks=name_blocks)
 
 
 def terms(place: Place, which: int = 0) -> dict[str, float]:
@@ -146,7 +147,8 @@ def test_a_prompts_blocks_are_named_once() -> None:
 
     router = DrivenRouter()
     router.join("p1", "p2", "d1")
-    router.machine.submit("r", num_prompt_tokens=40, max_tokens=5, deadline_s=9.0, now_s=0.0, name_blocks=name_blocks)
+    request = RoutedRequest("r", num_prompt_tokens=40, max_tokens=5, received_s=0.0, name_blocks=name_blocks)
+    router.machine.submit(request, 0.0)
     router.machine.instance_lost(router.take().instance_id, 0.0)
     assert len(router.sent) == 1
     assert sizes == [16]

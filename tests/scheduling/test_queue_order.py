@@ -12,6 +12,7 @@ from tandem.scheduling.queue_order import Job, QueueOrder, left_out
 from tandem.scheduling.request_queue import FAIR_TOKENS, RequestQueue
 from tandem.scheduling.routed_request import RoutedRequest
 from tandem.scheduling.tenant_ledger import OUTPUT_WEIGHT
+from tests.scheduling.routing_fakes import numbered_request
 
 JOBS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12)), max_size=8)
 
@@ -26,7 +27,7 @@ def _request(
     received_s: float = 0.0,
 ) -> RoutedRequest:
     slo = NO_SLO if ttft_s == math.inf and not priority else RequestSlo("c", ttft_s, priority=priority)
-    return RoutedRequest(number, number, tokens, 5, math.inf, None, tenant, slo, received_s)
+    return numbered_request(number, num_prompt_tokens=tokens, client=tenant, slo=slo, received_s=received_s)
 
 
 def _queue(order: QueueOrder, *requests: RoutedRequest, tokens_per_s: float | None = None) -> RequestQueue:

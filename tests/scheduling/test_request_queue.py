@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from tandem.core.request_slo import RequestSlo
 from tandem.scheduling.request_queue import RequestQueue
 from tandem.scheduling.routed_request import RoutedRequest
+from tests.scheduling.routing_fakes import numbered_request
 
 
 def _request(number: int, num_tokens: int = 10, client: str = "") -> RoutedRequest:
-    return RoutedRequest(number, number, num_tokens, 5, math.inf, None, client)
+    return numbered_request(number, num_prompt_tokens=num_tokens, client=client)
 
 
 def test_a_newcomer_waits_as_long_as_the_recent_rate_says() -> None:
@@ -122,7 +123,7 @@ def test_order_tokens_and_patience_fit_what_waits(script: list[tuple[str, int, f
         assert 0.0 <= queue.expected_wait_s(now_s) < math.inf
 
 
-class _LooksAtEach(RequestQueue):
+class _ComparesEach(RequestQueue):
     """Takes no short cut."""
 
     def _all_in_time(self, *_: object) -> bool:
@@ -143,15 +144,15 @@ class _LooksAtEach(RequestQueue):
     ),
     token_s=st.sampled_from([0.0, 1e-4, 1e-2]),
 )
-def test_what_is_known_of_all_at_once_is_what_looking_at_each_says(
+def test_sums_give_the_same_answers_as_comparing_each_request(
     requests: list[tuple[int, float, int, bool]], token_s: float
 ) -> None:
     """A new request comes, some that wait are dispatched, and now and then one has been served."""
-    queue, reference, now_s = RequestQueue("goodput"), _LooksAtEach("goodput"), 0.0
+    queue, reference, now_s = RequestQueue("goodput"), _ComparesEach("goodput"), 0.0
     for number, (num_tokens, ttft_s, num_dispatched, is_served) in enumerate(requests):
         now_s += 0.03
         slo = RequestSlo("a", ttft_s, 0.1)
-        newcomer = RoutedRequest(number, number, num_tokens, 5, math.inf, None, "", slo, now_s)
+        newcomer = numbered_request(number, num_prompt_tokens=num_tokens, slo=slo, received_s=now_s)
         assert queue.leaves_out(newcomer, now_s) == reference.leaves_out(newcomer, now_s)
         assert queue.expected_wait_s(now_s, newcomer) == pytest.approx(reference.expected_wait_s(now_s, newcomer))
         for each in (queue, reference):
