@@ -1,11 +1,11 @@
-"""How long answers turn out: requests will need less memory than they ask for, since most answers end earlier."""
+"""The mean length of recent answers: most end before `max_tokens`, so requests need less memory than they may."""
 
-FIRST_MEAN_TOKENS = 256.0  # until answers have shown it
-_MEMORY = 64  # answers; older ones fade exponentially
+FIRST_MEAN_TOKENS = 256.0  # before any answer has ended
+_MEMORY = 64  # answers after which the weight of an older one has fallen to 1/e
 
 
 class AnswerLengths:
-    """`mean_tokens` of the last answers. Sums over many requests are near that of their means."""
+    """`mean_tokens` is the exponential moving average. The sum over many requests is close to the sum of means."""
 
     __slots__ = ("mean_tokens",)
 
@@ -13,9 +13,9 @@ class AnswerLengths:
         self.mean_tokens = FIRST_MEAN_TOKENS
 
     def observe(self, num_tokens: int) -> None:
-        """An answer has ended with that many tokens."""
+        """An answer of `num_tokens` tokens has ended."""
         self.mean_tokens += (num_tokens - self.mean_tokens) / _MEMORY
 
     def expected_tokens(self, at_most: int) -> int:
-        """Of an answer that cannot be longer than `at_most`."""
+        """Expected length of an answer that has at most `at_most` tokens."""
         return min(at_most, max(1, round(self.mean_tokens)))

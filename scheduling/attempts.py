@@ -1,4 +1,4 @@
-"""What attempts have at their instances: they are sent there, followed, and taken off again."""
+"""Attempts in flight: begins them at instances, accounts for their load there, renews leases, and withdraws them."""
 
 import math
 
@@ -9,11 +9,11 @@ from tandem.scheduling.known_instance import KnownInstance
 from tandem.scheduling.routed_request import Attempt, RoutedRequest
 from tandem.scheduling.routing_driver import RoutingDriver, WakeUp
 
-LEASE_SHARE = 1 / 3  # of a lease, after which it is renewed: two renewals may come late
+LEASE_SHARE = 1 / 3  # a lease is renewed after this share of its time, so that two renewals may come late
 
 
 class Attempts:
-    """Keeps the selector's instances up to date with what is in flight there, and renews leases on KV that waits."""
+    """Keeps the load that the selector knows of each instance up to date, and renews leases on KV that waits."""
 
     __slots__ = ("_driver", "_num_begun", "_renewals", "_selector", "_wake_up")
 
@@ -21,11 +21,11 @@ class Attempts:
         self._driver = driver
         self._selector = selector
         self._wake_up = wake_up
-        self._renewals: KeyedHeap[Attempt] = KeyedHeap()  # when the leases on their KV are renewed
+        self._renewals: KeyedHeap[Attempt] = KeyedHeap()  # by the time at which the lease on their KV is renewed
         self._num_begun = 0
 
     def begin(self, request: RoutedRequest, place: Place, now_s: float) -> None:
-        """Send a new attempt to its first instance."""
+        """Send a new attempt of the request to its first instance."""
         instance = place.instance
         self._num_begun += 1
         request.num_attempts += 1
@@ -38,25 +38,25 @@ class Attempts:
         self._driver.submit(attempt, instance.instance_id, None, place.selection)
 
     def hand_over(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> bool:
-        """Select where to decode, and send it there. False: no instance can read the KV of `prefill`."""
+        """Select a decode instance and send the attempt there. False: no instance can read the KV of `prefill`."""
         place = self._selector.choose_decode(attempt, prefill, now_s)
         if place is not None:
             self._begin_decode(attempt, prefill, place, now_s)
         return place is not None
 
     def may_hand_over_again(self, attempt: Attempt, error: TandemError) -> bool:
-        """Whether another instance may fetch the KV, after the decode instance has failed to.
+        """Whether another instance may fetch the KV after the decode instance has failed to fetch it.
 
-        Only where the KV is on another host, so that the network between the two is a likelier reason than the instance
-        that has the KV.
+        Only if the two instances are on different hosts: then the network between these is a likelier reason than the
+        prefill instance.
         """
         prefill, failed = attempt.prefill, attempt.decode
         is_network = isinstance(error, TransferError | UnavailableError) and not isinstance(error, StaleEpochError)
         return is_network and prefill is not None and failed is not None and prefill.host != failed.host
 
     def hand_over_again(self, attempt: Attempt, error: TandemError, now_s: float) -> bool:
-        """Its decode instance has nothing of it any more: another one may fetch the KV, without computing the prompt
-        again. False: the KV is not at its prefill instance, or no other is there that `choose_other_decode` takes."""
+        """The decode instance holds nothing of the attempt any more: let another one fetch the KV, so that the prompt is
+        not computed again. False: the prefill instance does not hold the KV, or `choose_other_decode` finds none."""
         prefill = attempt.prefill
         if prefill is None or attempt.has_transfer:
             return False
@@ -71,7 +71,7 @@ class Attempts:
         return True
 
     def await_kv(self, attempt: Attempt, now_s: float) -> None:
-        """Its prompt is computed, and the KV waits for the decode instance."""
+        """The prompt is computed, and its KV waits for the decode instance."""
         if attempt.decode is not None:
             attempt.decode.await_kv(attempt.handle)
             self._selector.put(attempt.decode)
@@ -89,12 +89,12 @@ class Attempts:
         self._driver.submit(attempt, place.instance.instance_id, prefill.instance_id, place.selection)
 
     def record_progress(self, attempt: Attempt, instance: KnownInstance, num_tokens: int) -> None:
-        """The instance need not compute `num_tokens` of its tokens any more."""
+        """The instance has computed `num_tokens` of the attempt's tokens, or had them cached."""
         if num_tokens > 0 and instance.record_progress(attempt.handle, num_tokens):
             self._selector.put(instance)
 
     def release_prefill(self, attempt: Attempt, now_s: float) -> None:
-        """The instance that computed the prompt holds nothing of it any more."""
+        """The attempt has ended at the instance that computed its prompt."""
         instance = attempt.prefill
         assert instance is not None
         attempt.prefill = None
@@ -102,12 +102,13 @@ class Attempts:
         self.release(attempt, instance, now_s)
 
     def release(self, attempt: Attempt, instance: KnownInstance, now_s: float) -> None:
+        """The attempt has ended at that instance."""
         instance.release(attempt.handle)
         self._selector.released(attempt, instance.instance_id, now_s)
         self._selector.put(instance)
 
     def withdraw(self, attempt: Attempt, now_s: float) -> None:
-        """Cancel it at all instances where it is in flight."""
+        """Cancel the attempt at all instances where it is in flight."""
         instances = (attempt.prefill, attempt.decode)
         attempt.prefill = attempt.decode = None
         self._renewals.discard(attempt)
@@ -119,7 +120,7 @@ class Attempts:
     # --- leases ------------------------------------------------------------------------------------------------------
 
     def renew_lease_later(self, attempt: Attempt, now_s: float) -> None:
-        """The KV waits for its reader, at the longest until the deadline; the lease ends if this router is lost."""
+        """Schedule the next renewal of the lease on the attempt's KV. If this router is lost, the lease ends."""
         if attempt.prefill is None:
             return
         time_s = now_s + LEASE_SHARE * attempt.prefill.status.lease_s
@@ -128,7 +129,7 @@ class Attempts:
             self._wake_up.at(time_s)
 
     def renew_leases(self, now_s: float) -> None:
-        """Those that are due."""
+        """Renew the leases that are due."""
         for attempt in self._renewals.pop_until(now_s):
             if attempt.prefill is not None and not attempt.has_transfer:
                 self._driver.renew_lease(attempt, attempt.prefill.instance_id)
@@ -136,25 +137,26 @@ class Attempts:
 
     @property
     def next_renewal_s(self) -> float:
-        """When a lease is due; inf without one."""
+        """When the next lease is due; inf without a lease."""
         first = self._renewals.peek()
         return math.inf if first is None else first[0]
 
     # --- failures ----------------------------------------------------------------------------------------------------
 
     def blame(self, attempt: Attempt, instance: KnownInstance, error: TandemError, now_s: float) -> set[str]:
-        """Remember that the attempt has failed at `instance`. Returns the instances that its request should avoid."""
+        """Record that the attempt has failed at `instance`. Returns the ids of the instances that its request should
+        avoid."""
         prefill, decode, failures = attempt.prefill, attempt.decode, self._selector.failures
-        # Before its transfer, the decode instance is "unavailable" because the prefill instance is, for it.
+        # Before the transfer, a decode instance answers "unavailable" when it cannot reach the prefill instance.
         is_transfer = isinstance(error, TransferError) or (
             isinstance(error, UnavailableError) and instance is decode and not attempt.has_transfer
         )
         if isinstance(error, IncompatiblePeerError) and prefill is not None and decode is not None:
             self._selector.refuse_pair(prefill.instance_id, decode.instance_id)
-            return set()  # each may have other partners
+            return set()  # both can work with other instances
         if is_transfer and prefill is not None and decode is not None:
             failures.add((prefill.instance_id, decode.instance_id), now_s)
-            return {prefill.instance_id, decode.instance_id}  # either end may be the reason
+            return {prefill.instance_id, decode.instance_id}  # either of them may be the reason
         if isinstance(error, UnavailableError):
             failures.add(instance.instance_id, now_s)
         return {instance.instance_id}

@@ -1,4 +1,4 @@
-"""What an instance computes in its next step: decoding sequences and chunks of prompts, within the budget."""
+"""Composes the next step of an instance: decoding sequences and chunks of prompts, within the budget."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -12,22 +12,23 @@ from tandem.scheduling.sequence_blocks import SequenceBlocks
 from tandem.scheduling.slack import max_prompt_tokens
 from tandem.scheduling.waiting_sequences import WaitingSequences
 
-LEAST_GROUP = 16
-"""Decoding sequences: with fewer, the time of a step is that of reading the weights, whatever their number."""
+MIN_GROUP = 16
+"""Up to this number decoding sequences are not divided among stages: a step of fewer takes as long as reading the weights."""
 
 
 class BatchComposer:
-    """Picks sequences for a step, admits those that wait while they fit, and preempts when memory runs out.
+    """Picks sequences for a step, admits waiting ones while they fit, and preempts running ones when memory runs out.
 
-    The youngest running sequence is preempted: its blocks are freed, and it waits to compute its KV again. The oldest
-    one therefore always advances, and every sequence ends.
+    The youngest running sequence is preempted: its blocks are freed, and it waits to recompute its KV. So the oldest
+    sequence always advances, and every sequence ends.
 
-    With `num_stages` pipeline stages, as many steps are under way at once, and share the budget: each takes its part of
-    the decoding sequences, but at least `least_group` of them, and of the prompts' tokens. A sequence decodes in one of
-    them at most; chunks of a prompt may follow each other. A sequence with a step under way is not preempted.
+    With `num_stages` pipeline stages, as many steps are under way at once and share the budget: each has its part of
+    the decoding sequences, at least `min_group` of them, and its part of the prompt tokens. A sequence decodes in one
+    of these steps at most, while consecutive chunks of a prompt may be in several. A sequence with a step under way is
+    not preempted.
     """
 
-    __slots__ = ("_blocks", "_least_group", "_num_stages", "_predictor", "_running", "_waiting", "budget")
+    __slots__ = ("_blocks", "_min_group", "_num_stages", "_predictor", "_running", "_waiting", "budget")
 
     def __init__(
         self,
@@ -37,19 +38,19 @@ class BatchComposer:
         blocks: SequenceBlocks,
         predictor: StepPredictor | None,
         num_stages: int,
-        least_group: int,
+        min_group: int,
     ) -> None:
-        """`budget` may be replaced between two steps. `predictor`: without one, "slack" is as "chunked"."""
+        """`budget` may be replaced between two steps. Without `predictor`, the mixing "slack" is the same as "chunked"."""
         self.budget = budget
         self._waiting = waiting
         self._running = running
         self._blocks = blocks
         self._predictor = predictor
         self._num_stages = num_stages
-        self._least_group = least_group
+        self._min_group = min_group
 
     def next_batch(self, now_s: float) -> list[Chunk]:
-        """Decoding sequences come first. See `Scheduler.next_batch`."""
+        """See `Scheduler.next_batch`."""
         budget, prompts = self.budget, self._running.prompts
         max_prefill_tokens = self._share(budget.max_prefill_tokens)
         if budget.mixing == "prompt_first":
@@ -63,10 +64,10 @@ class BatchComposer:
         return chunks
 
     def prompt_chunks(self, max_tokens: int, now_s: float) -> list[Chunk]:
-        """Of prompts that run, then of those that wait, in their order; at most `max_tokens`, or one whole prompt."""
+        """Chunks of running prompts, then of newly admitted ones, of at most `max_tokens` tokens, or one whole prompt."""
         budget, running = self.budget, self._running
         is_whole = budget.mixing == "prompt_first"
-        max_running = min(budget.max_batch, budget.max_batch_tokens)  # each takes a token of a step at least
+        max_running = min(budget.max_batch, budget.max_batch_tokens)  # each needs at least a token of a step
         chunks: list[Chunk] = []
         for sequence in running.prompts.values():
             if max_tokens > 0 and sequence.num_uncomputed:  # else its last chunk is under way
@@ -81,23 +82,23 @@ class BatchComposer:
         return chunks
 
     def divides(self, num_decoding: int) -> bool:
-        """Whether so many decoding sequences are divided among the steps that are under way at once."""
-        return self._num_stages > 1 and num_decoding > self._least_group
+        """Whether `num_decoding` sequences are divided among several steps under way."""
+        return self._num_stages > 1 and num_decoding > self._min_group
 
     def _admit_first(self, now_s: float, max_uncomputed: int | None) -> Sequence | None:
-        """As `WaitingSequences.admit_first`; it runs now."""
+        """As `WaitingSequences.admit_first`; the sequence runs afterwards."""
         newcomer = self._waiting.admit_first(now_s, max_uncomputed)
         if newcomer is not None:
             self._running.start(newcomer)
         return newcomer
 
     def _decode_chunks(self) -> list[Chunk]:
-        """A token of each whose turn it is, and that is not preempted to make room for the others."""
+        """One token of each decoding sequence whose turn it is, after preemptions if memory is short."""
         decoding = self._running.decoding
         if not decoding:
             return []
         most = min(self.budget.max_batch, len(decoding))
-        max_sequences = max(self._share(most), min(most, self._least_group))
+        max_sequences = max(self._share(most), min(most, self._min_group))
         while True:
             candidates: Iterable[Sequence] = decoding.values()
             if self._num_stages > 1:
@@ -107,7 +108,7 @@ class BatchComposer:
             if self._blocks.extend(growing):
                 break
             youngest = self._running.youngest()
-            if youngest.num_under_way:  # it can be preempted after its step; until then the others wait
+            if youngest.num_under_way:  # it is preempted after its step; until then the growing sequences wait
                 picked = [sequence for sequence in picked if sequence not in growing]
                 break
             self._preempt(youngest)
@@ -124,7 +125,7 @@ class BatchComposer:
         self._waiting.memory_changed()
 
     def _within_slack(self, chunks: list[Chunk], max_tokens: int, now_s: float, predictor: StepPredictor) -> int:
-        """Prompt tokens beside the decoding `chunks`, of at most `max_tokens`, as the slack of these allows."""
+        """Prompt tokens that the slack of the decoding `chunks` allows in their step, at most `max_tokens`."""
         prompts, num_stages = self._running.prompts, self._num_stages
         start = next(iter(prompts.values())).num_computed if prompts else 0
         decoding = [chunk.sequence for chunk in chunks]
@@ -133,5 +134,5 @@ class BatchComposer:
         return self._share(max_prompt_tokens(decoding, start, max_tokens * num_stages, now_s, predictor))
 
     def _share(self, amount: int) -> int:
-        """Of one of the steps that are under way at once."""
+        """The part of `amount` for one of the steps that are under way at once, rounded up."""
         return -(-amount // self._num_stages)

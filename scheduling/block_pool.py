@@ -82,7 +82,7 @@ class BlockPool:
 
     @property
     def num_kept(self) -> int:
-        """O(num_blocks)."""
+        """Blocks that the prefix cache keeps. O(num_blocks)."""
         return self._kept.count(1)
 
     def is_kept(self, block_id: int) -> bool:
@@ -94,7 +94,7 @@ class BlockPool:
         self._kept[block_id] = 1
 
     def forget(self, block_id: int) -> None:
-        """Undo `keep`: the block becomes free, now or at its last release."""
+        """Undo `keep`: the block becomes free, at once or at its last release."""
         self._kept[block_id] = 0
         if block_id in self._reclaimable:
             del self._reclaimable[block_id]

@@ -1,4 +1,4 @@
-"""What an instance may compute in a step. Role is a matter of budget: see `StepBudget`."""
+"""Bounds of what an instance computes in a step. The roles of instances differ in these bounds only."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,25 +10,26 @@ Mixing = Literal["chunked", "slack", "prompt_first"]
 
 @dataclass(frozen=True, slots=True)
 class StepBudget:
-    """Bounds of one step, and of what is admitted.
+    """Bounds of one step, and of admission.
 
     A prefill instance has a large `max_prefill_tokens` and decodes nothing; a decode instance has a small one; a
     colocated instance lies between.
 
-    `max_batch` bounds the sequences that decode in one step, and those that run with a prompt of their own;
-    `max_batch_tokens` all tokens of a step, `max_prefill_tokens` its prompt tokens. `max_queue` bounds the sequences
-    that wait.
+    `max_batch` bounds the sequences that decode in one step, and the sequences that are admitted with a prompt to
+    compute. `max_batch_tokens` bounds all tokens of a step, `max_prefill_tokens` its prompt tokens, and `max_queue` the
+    waiting sequences.
 
     chunked       Every step takes a token of each decoding sequence first, then chunks of prompts into what is left of
                   the budget (Sarathi-Serve, OSDI '24; vLLM v1). Decoding never stalls.
-    slack         As chunked, but the prompts' part is no longer than the slack of those that decode allows (see
-                  `scheduling.slack`). Without a prediction of step times it is as chunked.
-    prompt_first  While prompts wait and fit, a step is whole prompts only, `max_prefill_tokens` together, a longer one
-                  alone; otherwise a step is all that decode (vLLM 0.2). Every prompt stalls decoding.
+    slack         As chunked, but with only as many prompt tokens as the slack of the decoding sequences allows (see
+                  `scheduling.slack`). Without predicted step times it is the same as chunked.
+    prompt_first  While prompts wait and fit, a step has whole prompts only: up to `max_prefill_tokens` together, or one
+                  longer prompt. Otherwise a step has all decoding sequences (vLLM 0.2). Every prompt stalls decoding.
 
-    A sequence is admitted when its blocks are there, every sequence could still grow by `growth_horizon_tokens` (or up
-    to its own max_tokens, if that is less), and a share `watermark` of the pool stays free beside them. The watermark
-    does not hold back a sequence that would run alone. A long horizon preempts rarely, a short one packs more densely.
+    A sequence is admitted if the pool has its blocks, the blocks by which all sequences may grow in the next
+    `growth_horizon_tokens` tokens (or until their max_tokens), and a free share `watermark` beside these. The watermark
+    does not apply to a sequence that would run alone. A longer horizon causes fewer preemptions, a shorter one admits
+    more sequences.
     """
 
     max_batch: int
@@ -61,10 +62,10 @@ def role_budget(
     mixing: Mixing = "chunked",
     growth_horizon_tokens: int | None = None,
 ) -> StepBudget:
-    """What an instance of that role may compute; bounds that are None take the role's default.
+    """The budget of an instance with that role; bounds that are None take the role's default.
 
-    A prefill instance packs as many prompts as its tokens allow. A decode instance has tokens beside its batch for
-    prompts and for what was preempted. A colocated one leaves a hundredth of its memory free, as vLLM does.
+    On a prefill instance only the tokens of a step bound the number of prompts. A decode instance has tokens beside its
+    batch for prompts and preempted sequences. A colocated instance leaves a hundredth of its memory free, as vLLM does.
     """
     match role:
         case Role.PREFILL:

@@ -1,4 +1,4 @@
-"""What of a prompt the instances have in their prefix caches, as the router believes."""
+"""The router's estimate of which instances have how much of a prompt in their prefix caches."""
 
 from tandem.core.session import Role
 from tandem.scheduling.known_instance import KnownInstance
@@ -8,19 +8,19 @@ from tandem.scheduling.routed_request import RoutedRequest
 
 
 class CachedPrefixes:
-    """A `PrefixTracker` for each block size, which determines the names of blocks."""
+    """One `PrefixTracker` for each block size, because the names of blocks depend on it."""
 
     __slots__ = ("_max_tracked_blocks", "_tracker_type", "_trackers")
 
     def __init__(self, tracker_type: type[PrefixTracker], max_tracked_blocks: int) -> None:
-        """`tracker_type`: for names of blocks other than hashes."""
+        """`tracker_type`: for block names that are not hashes. `max_tracked_blocks`: for each instance."""
         self._tracker_type = tracker_type
         self._max_tracked_blocks = max_tracked_blocks
         self._trackers: dict[int, PrefixTracker] = {}
 
     def record(self, request: RoutedRequest, instance: KnownInstance) -> None:
-        """The instance computes the prompt, and may keep it. Not recorded of decode instances: they do so for want of
-        others only."""
+        """The instance computes the prompt, and may cache it. No record of decode instances, which compute prompts only
+        while no other instance does."""
         if not request.has_block_names or instance.role is Role.DECODE:
             return
         block_size, num_blocks = instance.status.block_size, instance.status.blocks.total
@@ -30,7 +30,7 @@ class CachedPrefixes:
         tracker.record(instance.instance_id, request.block_names(block_size), num_blocks)
 
     def tokens(self, request: RoutedRequest, instance: KnownInstance) -> int:
-        """Of the prompt, that the instance need not compute. The last token is always computed."""
+        """Leading tokens of the prompt that the instance has cached. The last token is always computed."""
         block_size = instance.status.block_size
         tracker = self._trackers.get(block_size)
         if tracker is None or not (names := request.block_names(block_size)):
@@ -38,7 +38,7 @@ class CachedPrefixes:
         return min(tracker.matched_tokens(instance.instance_id, names), request.num_tokens - 1)
 
     def holders(self, request: RoutedRequest) -> Holders:
-        """The instances that have leading tokens of the prompt, most tokens first."""
+        """The instances that have leading tokens of the prompt cached, most tokens first."""
         if not request.has_block_names:
             return ()
         found = [
@@ -49,6 +49,6 @@ class CachedPrefixes:
         return found
 
     def forget(self, instance_id: str) -> None:
-        """It is gone for good."""
+        """The instance is gone."""
         for tracker in self._trackers.values():
             tracker.forget(instance_id)

@@ -1,4 +1,4 @@
-"""What an instance computes of one sequence in one step."""
+"""The part of one sequence that a step computes."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from tandem.scheduling.sequence import Sequence
 class Chunk:
     """Tokens `[start, start + num_tokens)` of `sequence`, computed in one step.
 
-    A chunk of a prompt (`is_prompt`) computes tokens before the first drawn one, or computes them anew after a
-    preemption; any other chunk is one token of decoding. Only after a chunk that `samples` is a token drawn.
+    With `is_prompt` these are tokens before the attempt's first sampled token, or tokens that are recomputed after a
+    preemption; otherwise it is the last token of a decoding sequence. After a chunk that `samples`, a token is sampled.
     """
 
     sequence: Sequence
@@ -21,6 +21,7 @@ class Chunk:
 
 
 def prompt_chunk(sequence: Sequence, max_tokens: int) -> Chunk:
+    """The next uncomputed tokens of the sequence, at most `max_tokens`."""
     num_uncomputed = sequence.num_uncomputed
     num_tokens = min(num_uncomputed, max_tokens)
     return Chunk(sequence, sequence.num_computed, num_tokens, samples=num_tokens == num_uncomputed, is_prompt=True)

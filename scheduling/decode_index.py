@@ -1,4 +1,4 @@
-"""The order of thousands of decode instances by memory and batch. See `scheduling.instance_index`."""
+"""Decode and colocated instances in the order of memory in use and batch size. See `scheduling.instance_index`."""
 
 from collections.abc import Container, Iterable, Mapping, Set
 from itertools import chain, islice
@@ -10,7 +10,7 @@ from tandem.scheduling.sorted_by_load import SortedByLoad
 
 
 class DecodeQuery(NamedTuple):
-    """A sequence to choose an instance for; see `routing.choose_decode` and `scheduling.instance_index`."""
+    """A sequence for which an instance is selected; see `routing.choose_decode` and `scheduling.instance_index`."""
 
     num_tokens: int
     growth_tokens: int
@@ -22,13 +22,13 @@ class DecodeQuery(NamedTuple):
 
 
 class _Group:
-    """Instances alike in all but their load: the order among them by load is the same for every request."""
+    """Instances that differ only in their load: the order among them is the same for every request."""
 
     __slots__ = ("by_claim", "by_load")
 
     def __init__(self) -> None:
         self.by_load = SortedByLoad()
-        self.by_claim = SortedByLoad()  # tokens
+        self.by_claim = SortedByLoad()  # load: claimed tokens
 
     def put(self, view: DecodeView, turn: int) -> None:
         self.by_load.put(view.instance_id, view.load, turn)
@@ -39,15 +39,15 @@ class _Group:
         self.by_claim.discard(instance_id)
 
     def first(self, skip: Set[str]) -> str | None:
-        """The one with the least load."""
+        """The instance with the least load."""
         for entry in self.by_load:
             if entry[2] not in skip:
                 return entry[2]
         return None
 
     def first_within(self, claimed_tokens: int, skip: Set[str]) -> str | None:
-        """The one with the least load of all that claim no more memory than that. If those are few they are looked at
-        one by one; of many, one is soon met on the way from the least load."""
+        """The instance with the least load among those with at most `claimed_tokens`. Few such instances are compared
+        one by one; if there are many, one of them is found soon in the order of load."""
         count = self.by_claim.up_to(claimed_tokens)
         if count**2 > len(self.by_claim):
             for _, _, instance_id in self.by_load:
@@ -60,13 +60,13 @@ class _Group:
 
 
 class DecodeIndex(InstanceIndex[DecodeView, DecodeQuery]):
-    """Decode or colocated instances by memory and batch. See `routing.choose_decode` for the policy."""
+    """`routing.choose_decode` defines the policy."""
 
     __slots__ = ("_groups",)
 
     def __init__(self) -> None:
         super().__init__()
-        # Of those that are ready: fingerprint -> (max_model_len, capacity in tokens) -> the group.
+        # Ready instances: fingerprint -> (max_model_len, capacity in tokens) -> group.
         self._groups: dict[str, dict[tuple[int, int], _Group]] = {}
 
     def put(self, view: DecodeView) -> None:
@@ -82,13 +82,14 @@ class DecodeIndex(InstanceIndex[DecodeView, DecodeQuery]):
             group.put(view, self._turn(view.instance_id))
 
     def remove(self, instance_id: str) -> None:
-        """Forget it; nothing happens if it is unknown."""
+        """Remove the instance; no effect if it is unknown."""
         view = self._forget(instance_id)
         if view is not None:
             self._leave_group(view)
 
     def fingerprints_for(self, needed_tokens: int) -> Container[str]:
-        """Of the instances that are ready and can hold a prompt and answer of that length. Ask it at once."""
+        """Fingerprints of the ready instances that hold a prompt and answer of that length. Valid until the next change
+        of the index."""
         return _Fingerprints(self._groups, needed_tokens)
 
     def _compare_all(self, query: DecodeQuery) -> Selection:
@@ -115,20 +116,21 @@ class DecodeIndex(InstanceIndex[DecodeView, DecodeQuery]):
         return self._merge(failed, skip, lambda: self._winner(query, skip), count)
 
     def _winner(self, query: DecodeQuery, skip: Set[str]) -> Scored | None:
-        """The best of each group is the one with the least load, or if that must wait the best of those that fit."""
+        """The best of each group is the instance with the least load or, if a request would wait there for memory,
+        perhaps the one with the least load that has enough memory."""
         best: Scored | None = None
         for (max_model_len, capacity_tokens), group in self._groups_of(query.fingerprint):
             if query.needed_tokens > max_model_len:
                 continue
-            room = capacity_tokens - min(query.num_tokens + query.growth_tokens, max_model_len)
+            max_claimed = capacity_tokens - min(query.num_tokens + query.growth_tokens, max_model_len)
             first = group.first(skip)
             if first is None:
                 continue
             scored = self._score(first, query)
             if best is None or scored.rank < best.rank:
                 best = scored
-            if self.views[first].claimed_tokens > room:
-                fitting = group.first_within(room, skip)
+            if self.views[first].claimed_tokens > max_claimed:
+                fitting = group.first_within(max_claimed, skip)
                 if fitting is not None:
                     best = min(best, self._score(fitting, query), key=lambda each: each.rank)
         return best
@@ -146,8 +148,8 @@ class DecodeIndex(InstanceIndex[DecodeView, DecodeQuery]):
         view = self.views.get(instance_id)
         if view is None or not view.ready or instance_id in skip:
             return False
-        is_alike = query.fingerprint is None or view.fingerprint == query.fingerprint
-        return is_alike and query.needed_tokens <= view.max_model_len
+        is_compatible = query.fingerprint is None or view.fingerprint == query.fingerprint
+        return is_compatible and query.needed_tokens <= view.max_model_len
 
     def _groups_of(self, fingerprint: str | None) -> Iterable[tuple[tuple[int, int], _Group]]:
         if fingerprint is not None:
@@ -170,7 +172,7 @@ def _kind(view: DecodeView) -> tuple[str, int, int]:
 
 
 class _Fingerprints:
-    """Fingerprints of the groups whose instances can hold `needed_tokens`."""
+    """A set of fingerprints, computed on demand: those of groups whose instances can hold `needed_tokens`."""
 
     __slots__ = ("_groups", "_needed_tokens")
 

@@ -1,15 +1,15 @@
-"""How fast requests leave the router's queue, and how long an instance takes to a first token: both as measured."""
+"""Measured rates: how fast prompts leave the router's queue, and how long instances take to a first token."""
 
 import math
 
-RATE_MEMORY_S = 10.0  # of waiting; what was measured longer ago hardly counts
-_MEMORY_REQUESTS = 20  # of times to a first token; the weight of older ones falls to 1/e
+RATE_MEMORY_S = 10.0  # the weight of a measurement falls to 1/e in this time
+_MEMORY_REQUESTS = 20  # the weight of a time to first token falls to 1/e after this many others
 
 
 class DrainRate:
-    """Prompt tokens that leave the queue per second while something waits. Older measurements fade exponentially.
+    """Prompt tokens that leave the queue per second while requests wait. Older measurements fade exponentially.
 
-    Time without anybody waiting does not count: it says nothing of what the instances can do.
+    Time with an empty queue does not count: it says nothing about the capacity of the instances.
     """
 
     __slots__ = ("_busy_s", "_since_s", "_tokens")
@@ -17,14 +17,14 @@ class DrainRate:
     def __init__(self) -> None:
         self._tokens = 0.0
         self._busy_s = 0.0
-        self._since_s: float | None = None  # None: nobody waits
+        self._since_s: float | None = None  # time of the last update; None: the queue is empty
 
     def begin(self, now_s: float) -> None:
-        """Somebody waits from now on."""
+        """The queue is no longer empty."""
         self._since_s = now_s
 
     def end(self, now_s: float) -> None:
-        """Nobody waits any more."""
+        """The queue is empty."""
         self._pass_time(now_s)
         self._since_s = None
 
@@ -34,7 +34,7 @@ class DrainRate:
         self._tokens += num_tokens
 
     def tokens_per_s(self, now_s: float) -> float | None:
-        """None: not measured for long enough, or nothing has left."""
+        """None: measured for less than a second, or no prompt has left."""
         self._pass_time(now_s)
         return self._tokens / self._busy_s if self._busy_s >= 1.0 and self._tokens else None
 
@@ -49,7 +49,7 @@ class DrainRate:
 
 
 class FirstTokenTime:
-    """Seconds from a dispatch to the first token, in proportion to the prompt: the mean of the last requests."""
+    """Mean seconds from dispatch to first token of recent requests, in proportion to the length of the prompt."""
 
     __slots__ = ("_seconds", "_tokens")
 
@@ -58,10 +58,11 @@ class FirstTokenTime:
         self._seconds = 0.0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
+        """A prompt of `num_tokens` took `seconds` to its first token."""
         fade = 1 - 1 / _MEMORY_REQUESTS
         self._tokens = self._tokens * fade + num_tokens
         self._seconds = self._seconds * fade + seconds
 
     def expected_s(self, num_tokens: int) -> float:
-        """0: nothing is measured yet."""
+        """For a prompt of `num_tokens`; 0: nothing is measured yet."""
         return num_tokens * self._seconds / self._tokens if self._tokens else 0.0

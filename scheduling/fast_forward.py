@@ -1,7 +1,7 @@
 """Arithmetic of a batch in which every sequence gains one token per step, so that many steps cost as much as one.
 
-Nothing here looks at a sequence per step: the blocks that all of them hold, and claim, after any number of steps
-follow from sums that change only when a sequence joins or leaves.
+The blocks that all sequences hold and claim after any number of steps follow from sums, which change only when a
+sequence joins or leaves.
 """
 
 import heapq
@@ -12,8 +12,8 @@ from tandem.scheduling.sequence import Sequence
 
 
 class FastForward(NamedTuple):
-    """At least one and at most `max_steps` steps. The first reads `kv_tokens` tokens of KV, new ones included, each
-    later step `num_sequences` more. For `newcomers` the first step brings the first token after the prompt's."""
+    """At least one and at most `max_steps` equal steps. The first one reads `kv_tokens` tokens of KV, new ones
+    included, and each later one `num_sequences` more. The first step has the second token of each of `newcomers`."""
 
     max_steps: int
     num_sequences: int
@@ -22,8 +22,8 @@ class FastForward(NamedTuple):
 
 
 class FullChunks(NamedTuple):
-    """At least two and at most `max_steps` steps, each with the next `num_tokens` tokens of the prompt of `sequence`,
-    which they do not end, and with the steps `beside` of all that decode, if any do."""
+    """At least two and at most `max_steps` steps, each with the next `num_tokens` prompt tokens of `sequence`, whose
+    prompt does not end in them. `beside` are the steps of the decoding sequences; None without these."""
 
     sequence: Sequence
     num_tokens: int
@@ -32,7 +32,7 @@ class FullChunks(NamedTuple):
 
 
 class BlockGrowth:
-    """The sum of ceil((start + step) / block_size) over a changing set of starts, for any step. All O(block_size)."""
+    """The sum of ceil((start + step) / block_size) over a changing set of starts, for any step. Calls are O(block_size)."""
 
     __slots__ = ("_block_size", "_count", "_full", "_residues")
 
@@ -43,25 +43,26 @@ class BlockGrowth:
         self._residues = [0] * block_size
 
     def add(self, start: int, count: int = 1) -> None:
-        """`count` -1 takes a start out again."""
+        """Add `count` sequences with that start; -1 removes one."""
         full, residue = divmod(start + self._block_size - 1, self._block_size)
         self._count += count
         self._full += count * full
         self._residues[residue] += count
 
     def at(self, step: int) -> int:
+        """The sum for that step."""
         if self._count == 0:
             return 0
         full, part = divmod(step, self._block_size)
-        # Starts whose residue and `part` make up one more block.
+        # Starts whose residue and `part` together need one more block.
         return self._full + self._count * full + sum(self._residues[self._block_size - part :])
 
 
 class EvenBatch:
     """All decoding sequences of a scheduler, while each computes one token per step and none leaves.
 
-    The sequences' own numbers lag behind by `step - synced[key]` steps; `held_blocks` and `claimed_blocks` do not.
-    Blocks allocated meanwhile lie in `loose_blocks`, and are dealt when a sequence is brought up to date.
+    The sequences' own fields are `step - synced[key]` steps old, while `held_blocks` and `claimed_blocks` are current.
+    Blocks that were allocated since then are in `loose_blocks` until `sync` gives them to a sequence.
     """
 
     __slots__ = (
@@ -85,8 +86,8 @@ class EvenBatch:
         self._block_size = block_size
         self._horizon_tokens = growth_horizon_tokens
         self._held = BlockGrowth(block_size)
-        self._claims = BlockGrowth(block_size)  # of sequences whose horizon still moves
-        self._settled_claims = 0  # of those that claim up to their limit
+        self._claims = BlockGrowth(block_size)  # of sequences whose growth horizon is below their limit
+        self._settled_claims = 0  # of sequences that claim up to their limit
         self._settling: list[tuple[int, int, int]] = []  # heap of (step, start of the claim, claim from then on)
         self._ends: list[tuple[int, int, int, Sequence]] = []  # heap of (step, place in the batch, limit, sequence)
         self._next_number = 0
@@ -102,7 +103,7 @@ class EvenBatch:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV that the next step reads, new ones included; each step after it reads `len(self)` more."""
+        """Tokens of KV that the next step reads, new ones included. Each later step reads `len(self)` more."""
         return self._sum_starts + len(self.synced) * self.step
 
     @property
@@ -111,15 +112,15 @@ class EvenBatch:
 
     @property
     def steps_to_first_end(self) -> int:
-        """After how many steps the first sequence has as many tokens as it may have."""
+        """Number of steps after which the first sequence reaches its limit."""
         return self._ends[0][0] - self.step
 
     def blocks_after(self, num_steps: int) -> int:
-        """Blocks held after that many more steps, at least one."""
+        """Blocks held after `num_steps` more steps, at least one."""
         return self._held.at(self.step + num_steps)
 
     def join(self, sequence: Sequence, limit: int) -> None:
-        """It has one token yet to compute, and ends with `limit` tokens."""
+        """Add a sequence that has one token to compute, and ends with `limit` tokens."""
         start = sequence.num_tokens - self.step
         self._sum_starts += start
         self._held.add(start - 1)
@@ -138,7 +139,8 @@ class EvenBatch:
             self.newcomers.append(sequence)
 
     def advance(self, num_steps: int) -> int:
-        """At most `steps_to_first_end`. Returns how many blocks it takes; the caller puts them into `loose_blocks`."""
+        """Advance by at most `steps_to_first_end`. Returns the number of blocks that the steps need; the caller puts
+        these into `loose_blocks`."""
         held_blocks = self.blocks_after(num_steps)
         count, self.held_blocks = held_blocks - self.held_blocks, held_blocks
         self.step += num_steps
@@ -150,7 +152,7 @@ class EvenBatch:
         return count
 
     def sync(self, sequence: Sequence) -> None:
-        """Bring its numbers up to date."""
+        """Bring the sequence's fields up to date."""
         num_steps = self.step - self.synced[sequence.key]
         if num_steps > 0:
             self.synced[sequence.key] = self.step
@@ -162,7 +164,7 @@ class EvenBatch:
                 del self.loose_blocks[-missing:]
 
     def pop_ended(self) -> list[Sequence]:
-        """Those that have all their tokens by now, up to date, in the batch's order. They are no longer part of it."""
+        """Remove and return the sequences that have reached their limit, up to date, in the order of the batch."""
         ended = []
         while self._ends and self._ends[0][0] == self.step:
             _, _, limit, sequence = heapq.heappop(self._ends)

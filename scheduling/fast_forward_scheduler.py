@@ -1,4 +1,4 @@
-"""A scheduler that also takes many equal steps at once, for a simulator, where tokens have no content."""
+"""A scheduler that can take many equal steps at once, for a simulator, where tokens have no content."""
 
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable
@@ -15,19 +15,18 @@ from tandem.scheduling.sequence import Sequence
 
 
 class FastForwardScheduler(Scheduler):
-    """The same decisions as a `Scheduler`'s, and between two steps also
+    """Decides as `Scheduler` does. Between two steps these calls are possible, too:
 
-        fast_forward()        -> for how many steps nothing is left to decide
+        fast_forward()        -> for how many steps there is nothing to decide
         full_chunks()         -> for how many steps the first prompt takes the whole budget
-        mixed_step(now)       -> the step of next_batch, with all that decode as one value
-        computed(chunk)       -> what the steps of full_chunks computed of the prompt, as one chunk
-        advance(num_steps)    -> that many steps, or fewer; then finish(key) of each that ended
+        mixed_step(now)       -> the step of next_batch, with the decoding sequences as one value
+        computed(chunk)       -> the prompt tokens of all steps of full_chunks, as one chunk
+        advance(num_steps)    -> that many steps, or fewer; then finish(key) of each sequence that has ended
 
-    Meanwhile the sequences' own numbers lag behind, until `get`, `next_batch` or `block_tables` is asked. Which block
-    is whose may differ from single steps, and every token drawn is 0.
+    Meanwhile the fields of sequences are old, until `get`, `next_batch` or `block_tables` is called. Sequences may have
+    other block ids than after single steps, and every sampled token is 0.
 
-    With several pipeline stages only `fast_forward` may be asked, while no step is under way: it knows the steps of
-    sequences that stay together.
+    With several pipeline stages only `fast_forward` may be called, and only while no step is under way.
     """
 
     __slots__ = ("_batch", "_growth")
@@ -42,14 +41,14 @@ class FastForwardScheduler(Scheduler):
         num_stages: int = 1,
     ) -> None:
         super().__init__(budget, pool, prefix_index, max_model_len, predictor, num_stages)
-        self._batch: EvenBatch | None = None  # of all that decode, while it is there
-        self._growth: list[int] = []  # blocks that the next step beside a prompt takes
+        self._batch: EvenBatch | None = None  # all decoding sequences; None after a call that changed them
+        self._growth: list[int] = []  # blocks that were allocated for the next step
 
     def fast_forward(self) -> FastForward | None:
-        """How long every decoding sequence just computes one token per step: none reaches its `length_limit` before
-        the last of these steps, none is admitted, preempted or admitted again. None: ask `next_batch`.
+        """The steps in which every decoding sequence computes one token: no sequence reaches its `length_limit` before
+        the last of them, and none is admitted or preempted. None: call `next_batch`.
 
-        O(1) from call to call, but for the first one and whenever `next_batch` was asked in between.
+        O(1), except for the first call and after a call of `next_batch`.
         """
         waiting, running, budget = self._waiting, self._running, self.budget
         num_decoding = len(running.decoding)
@@ -65,10 +64,10 @@ class FastForwardScheduler(Scheduler):
         return FastForward(num_steps, num_decoding, batch.kv_tokens, batch.newcomers) if num_steps > 0 else None
 
     def full_chunks(self) -> FullChunks | None:
-        """How long every step computes one more chunk of the first prompt, which leaves nothing of the budget to
-        others, and one token of each that decodes: nobody is admitted or preempted, and none ends before the last of
-        these steps. `computed` of them as one chunk, then `advance` by them if any decode. None: fewer than two steps,
-        or see `mixed_step`.
+        """The steps with one chunk of the first prompt, which takes the whole budget, and one token of each decoding
+        sequence: none is admitted or preempted, and none ends before the last of these steps. Afterwards the caller
+        calls `computed` with one chunk, and `advance` if any sequence decodes. None: fewer than two steps, or for the
+        reasons of `mixed_step`.
 
         O(1), as `fast_forward`.
         """
@@ -89,9 +88,9 @@ class FastForwardScheduler(Scheduler):
         return FullChunks(sequence, num_tokens, num_steps, beside)
 
     def mixed_step(self, now_s: float) -> tuple[list[Chunk], FastForward] | None:
-        """The step of `next_batch` where prompts are computed beside all that decode: the chunks of prompts, and the
-        decoding sequences' one step. `advance` by it when it ends, after `computed` of the chunks. None: ask
-        `next_batch`, because sequences take turns, or are preempted, or chunks depend on the slack of each.
+        """The step of `next_batch` with prompts beside all decoding sequences: chunks of prompts, and one step of the
+        decoding sequences. When it ends, call `computed` for the chunks, and then `advance`. None: call `next_batch`,
+        because sequences take turns, or are preempted, or chunks depend on the slack of each.
 
         O(chunks of prompts).
         """
@@ -106,18 +105,18 @@ class FastForwardScheduler(Scheduler):
         return (self._composer.prompt_chunks(left, now_s) if left > 0 else []), steps
 
     def advance(self, num_steps: int) -> list[Sequence]:
-        """The same as `num_steps` steps, at most those of `fast_forward`, `full_chunks` or `mixed_step`. Returns the
-        sequences that have reached their limit, in the order of their chunks: `finish` each now."""
+        """Take `num_steps` steps, at most those of `fast_forward`, `full_chunks` or `mixed_step`. Returns the sequences
+        that have reached their limit, in the order of their chunks; the caller calls `finish` for each."""
         batch = self._batch
         assert batch is not None, "ask `fast_forward` first"
         self._blocks.num_claimed -= batch.claimed_blocks
         count = batch.advance(num_steps)
         self._blocks.num_claimed += batch.claimed_blocks
         missing = count - len(self._growth)
-        assert missing >= 0, "fewer steps than have begun"
+        assert missing >= 0, "more blocks were allocated than the steps need"
         self._blocks.num_held += missing
         has_blocks = self._index.ensure_free(missing)
-        assert has_blocks, "the batch does not stay the same for so long"
+        assert has_blocks, "the steps were limited by memory"
         batch.loose_blocks.extend(self._growth)
         batch.loose_blocks.extend(self._pool.allocate(missing))
         self._growth = []
@@ -127,7 +126,7 @@ class FastForwardScheduler(Scheduler):
             self._blocks.claims[sequence] = self._blocks.claim_of(sequence)
         return ended
 
-    # --- what looks at single sequences, or changes who runs ---------------------------------------------------------
+    # --- calls that read single sequences, or change which of them run -----------------------------------------------
 
     def get(self, key: Hashable) -> Sequence | None:
         sequence = super().get(key)
@@ -171,18 +170,19 @@ class FastForwardScheduler(Scheduler):
             self._batch = EvenBatch(self._blocks.block_size, self.budget.growth_horizon_tokens)
             for sequence in self._running.decoding.values():
                 self._batch.join(sequence, self.length_limit(sequence))
-        assert len(self._batch) == len(self._running.decoding), "finish what has reached its limit"
+        assert len(self._batch) == len(self._running.decoding), "a sequence at its limit has to be finished first"
         return self._batch
 
     def _steps_with_memory(self, batch: EvenBatch, num_steps: int) -> int:
-        """At most `num_steps` steps, for which there is memory without a preemption."""
+        """The number of steps, at most `num_steps`, for which there is memory without a preemption."""
         available = self._index.num_available + batch.held_blocks
         if batch.blocks_after(num_steps) > available:
             return bisect_right(range(1, num_steps), available, key=batch.blocks_after)
         return num_steps
 
     def _take_growth(self, batch: EvenBatch) -> bool:
-        """Allocate, as a step does when it begins, what the next one of all that decode takes. False: not enough."""
+        """Allocate the blocks that the next step of the decoding sequences needs, as a step does when it begins. False:
+        there are too few."""
         count = batch.blocks_after(1) - batch.held_blocks
         if not self._index.ensure_free(count):
             return False
@@ -196,12 +196,12 @@ class FastForwardScheduler(Scheduler):
             self._blocks.claims[sequence] = self._blocks.claim_of(sequence)
 
     def _end_batch(self) -> None:
-        """From here on the sequences' own numbers count."""
+        """Bring all sequences up to date; from here on their own fields count."""
         if self._batch is not None:
             for sequence in self._running.decoding.values():
                 self._sync(sequence)
-            assert not self._batch.loose_blocks, "a block that no sequence missed"
+            assert not self._batch.loose_blocks, "a block that no sequence needs"
             self._batch = None
-            self._pool.release(self._growth)  # of a step that was lost
+            self._pool.release(self._growth)  # of a step that did not end
             self._blocks.num_held -= len(self._growth)
             self._growth = []

@@ -1,16 +1,15 @@
-"""Selects instances by expected goodput: P(the newcomer is on time) minus what the requests running there lose.
+"""Selects instances by expected goodput: P(the new request is on time) minus the expected loss of running requests.
 
     remote     a prefill and a decode instance        TTFT = wait there + uncached tokens
     local      a decode instance computes the prompt  TTFT = wait + uncached tokens in chunks beside its batch
     colocated  as local, on a colocated instance
-    wait       the best of these has no credit, nor has another instance of its role: the routing machine holds the
-               request and asks again
+    wait       the best of these has no credit, and no other instance of its role has: the request stays in the queue
 
-TPOT is the step of the batch that the request would join, as it is expected after the prefill, stretched by the share
-of the time that goes to prompts, and for remote prefill the transfer. The load of now would belong to the past when the
-request decodes, and prefill and decode load would oscillate (Mooncake, FAST '25). Probabilities come from the errors of
-earlier predictions. Candidates are the few with the least load by count of tokens, so a decision costs O(k^2), whatever
-the number of instances. Where no step costs are reported the choice is that of `InstanceSelector`.
+TPOT is the step time of the batch that the request would join, as that batch is expected after the prefill, divided by
+the share of time that prompts leave, plus the transfer for remote prefill. With the present load instead, prefill and
+decode load would oscillate (Mooncake, FAST '25). Probabilities come from the errors of earlier predictions. Candidates
+are the few instances with the least load in tokens, so a decision among k candidates costs O(k^2), whatever the number
+of instances. Without reported step costs the decision is that of `InstanceSelector`.
 """
 
 import math
@@ -30,17 +29,19 @@ from tandem.scheduling.routing import Candidate, Selection
 from tandem.scheduling.routing_settings import RoutingSettings
 
 NUM_CANDIDATES = 4  # of each role
-LEAST_ERROR = 0.05  # of a prediction: later arrivals and departures are never known
-REMOTE_MARGIN = 0.05  # by which another form must be better than remote prefill, lest two equal ones alternate
-NEAR = 0.02  # scores that differ by less are equal: the lowest latency decides
+MIN_ERROR = 0.05  # relative error of a prediction, at least: later arrivals and departures are unknown
+REMOTE_MARGIN = (
+    0.05  # score by which another form must be better than remote prefill, so that equal ones do not alternate
+)
+SCORE_TOLERANCE = 0.02  # scores that differ by less count as equal, and the lowest latency decides
 
-_FIRST_TRANSFER = (0.001, 1e-6)  # seconds from the first token until the KV is there: once, and per token
+_FIRST_TRANSFER_S = (0.001, 1e-6)  # prior of the seconds from first token to committed KV: constant, and per token
 
 
 class Estimate(NamedTuple):
-    """What is expected of one option. `ttft_s` runs from now; `on_time` is the probability that both targets are met,
-    `loss` the expected number of running requests (by weight) that miss theirs because of it. A recent failure of one
-    of its instances counts as one more."""
+    """The prediction for one option. `ttft_s` counts from now. `on_time` is the probability that the request meets both
+    targets, `loss` the expected weight of running requests that miss theirs because of it, plus 1 for each recent
+    failure of the option's instances."""
 
     place: Place
     ttft_s: float
@@ -51,17 +52,17 @@ class Estimate(NamedTuple):
 
 
 class GoodputSelector(InstanceSelector):
-    """As `InstanceSelector`, and owns the priced load of each instance and the errors of its predictions."""
+    """As `InstanceSelector`. Also owns the load of each instance in seconds, and the errors of predictions."""
 
     def __init__(
         self, settings: RoutingSettings, *, explain: bool = True, tracker_type: type[PrefixTracker] = PrefixTracker
     ) -> None:
         super().__init__(settings, explain=explain, tracker_type=tracker_type)
-        self.ttft_errors = {True: Residuals(), False: Residuals()}  # of remote and local prefill
+        self.ttft_errors = {True: Residuals(), False: Residuals()}  # by `hand_over`: remote and local prefill
         self.tpot_errors = Residuals()
-        self.transfer = LinearPredictor(_FIRST_TRANSFER)  # of 1 and the tokens
+        self.transfer = LinearPredictor(_FIRST_TRANSFER_S)  # terms: 1, number of tokens
         self._loads: dict[str, PricedLoad] = {}
-        self._coming: set[int] = set()  # handles of attempts whose decode instance is not chosen yet
+        self._unplaced: set[int] = set()  # handles of attempts whose decode instance is not selected yet
 
     def prediction_errors(self) -> Mapping[str, Residuals]:
         remote, local = self.ttft_errors[True], self.ttft_errors[False]
@@ -76,9 +77,9 @@ class GoodputSelector(InstanceSelector):
         if not places or not all(each in self._loads for each in places):
             return None
         tpot_s = min(self._tpots(each, request, 0.0, 0.0, now_s)[1] for each in places)
-        return tpot_s, self.tpot_errors.share_within(tpot_s, slo.tpot_s, LEAST_ERROR)
+        return tpot_s, self.tpot_errors.share_within(tpot_s, slo.tpot_s, MIN_ERROR)
 
-    # --- what happens ------------------------------------------------------------------------------------------------
+    # --- instances and attempts --------------------------------------------------------------------------------------
 
     def update(self, instance: KnownInstance) -> None:
         super().update(instance)
@@ -98,7 +99,7 @@ class GoodputSelector(InstanceSelector):
     def begun(self, attempt: Attempt, place: Place, now_s: float) -> None:
         attempt.expected = place.expected
         if attempt.hand_over:
-            self._coming.add(attempt.handle)
+            self._unplaced.add(attempt.handle)
         load = self._loads.get(place.instance.instance_id)
         if load is None:
             return
@@ -108,7 +109,7 @@ class GoodputSelector(InstanceSelector):
             load.add_decode(attempt.handle, attempt.num_tokens, attempt.request.effective_slo)
 
     def decode_chosen(self, attempt: Attempt, instance: KnownInstance, now_s: float) -> None:
-        self._coming.discard(attempt.handle)
+        self._unplaced.discard(attempt.handle)
         if (load := self._loads.get(instance.instance_id)) is not None:
             load.add_decode(attempt.handle, attempt.num_tokens, attempt.request.effective_slo)
 
@@ -131,7 +132,7 @@ class GoodputSelector(InstanceSelector):
             self.tpot_errors.add(attempt.expected[1], tpot_s)
 
     def released(self, attempt: Attempt, instance_id: str, now_s: float) -> None:
-        self._coming.discard(attempt.handle)
+        self._unplaced.discard(attempt.handle)
         if (load := self._loads.get(instance_id)) is not None:
             load.remove(attempt.handle, now_s)
 
@@ -149,15 +150,16 @@ class GoodputSelector(InstanceSelector):
             others = [each for each in estimates if each.place.instance.instance_id not in without_credit]
             others = [each for each in others if each.place.instance.role is best.place.instance.role]
             if not others:
-                return None  # the request waits in the router: better than to begin at once in another form
-            best = _best(others, request)  # rather than wait for one instance while another of its kind has room
+                return None  # the request waits for this form, which is better than to begin at once in another
+            best = _best(others, request)
         place = best.place._replace(expected=(best.ttft_s, best.tpot_s))
         return place._replace(selection=_explained(best, estimates)) if self._explain else place
 
     def _estimates(
         self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float], now_s: float
     ) -> list[Estimate]:
-        """Of all options among the candidates, with credit or without; empty if one of these reports no step costs."""
+        """One for each option among the candidates, with credit or without. Empty if a candidate reports no step
+        costs."""
         query = DecodeQuery(
             request.num_tokens,
             request.growth_tokens,
@@ -170,13 +172,12 @@ class GoodputSelector(InstanceSelector):
         prefill_query = self._prefill_query(request, needed_tokens, failures)
         prefills = self._prefills.top(prefill_query, NUM_CANDIDATES)
         decodes = self._decodes.top(query, NUM_CANDIDATES)
-        local = self._decodes.top(query, NUM_CANDIDATES) if self._settings.local_prefill else []
-        local += self._colocated.top(query, NUM_CANDIDATES)
+        local = [*(decodes if self._settings.local_prefill else ()), *self._colocated.top(query, NUM_CANDIDATES)]
         if not all(each in self._loads for each in (*prefills, *decodes, *local)):
             return []
-        pairs = (self._remote(request, self.instances[each], decodes, failures, now_s) for each in prefills)
-        alone = (self._local(request, self.instances[each], failures, now_s) for each in local)
-        return [*(pair for pair in pairs if pair is not None), *alone]
+        remote_estimates = (self._remote(request, self.instances[each], decodes, failures, now_s) for each in prefills)
+        local_estimates = (self._local(request, self.instances[each], failures, now_s) for each in local)
+        return [*(each for each in remote_estimates if each is not None), *local_estimates]
 
     def _remote(
         self,
@@ -186,8 +187,8 @@ class GoodputSelector(InstanceSelector):
         failures: Mapping[str, float],
         now_s: float,
     ) -> Estimate | None:
-        """With the best of `decodes` that can read its KV."""
-        refused = self.failures.refused_by(prefill.instance_id)
+        """Of a pair of `prefill` and the best of `decodes` that can read its KV; None if none can."""
+        refused = self.failures.incompatible_readers(prefill.instance_id)
         readers = [
             each
             for each in decodes
@@ -202,8 +203,8 @@ class GoodputSelector(InstanceSelector):
         cached = self.prefixes.tokens(request, prefill)
         price_s = load.price_s(request.num_tokens - cached, cached)
         ttft_s = load.wait_s(now_s) + max(load.costs.step_s, price_s)
-        gaps = max(1.0, self.answer_lengths.expected_tokens(request.growth_tokens) - 1)
-        transfer_s = self.transfer.seconds((1.0, request.num_tokens)) / gaps  # of each token
+        num_gaps = max(1.0, self.answer_lengths.expected_tokens(request.growth_tokens) - 1)
+        transfer_s = self.transfer.seconds((1.0, request.num_tokens)) / num_gaps  # share of each output token
         estimates = []
         for decode_id in readers:
             before_s, after_s = self._tpots(decode_id, request, ttft_s, 0.0, now_s)
@@ -227,28 +228,28 @@ class GoodputSelector(InstanceSelector):
         self, place: Place, request: RoutedRequest, ttft_s: float, tpot_s: float, loss: float, now_s: float
     ) -> Estimate:
         slo = request.effective_slo
-        on_time = self.ttft_errors[place.hand_over].share_within(ttft_s, request.due_s - now_s, LEAST_ERROR)
+        on_time = self.ttft_errors[place.hand_over].share_within(ttft_s, request.due_s - now_s, MIN_ERROR)
         if request.growth_tokens > 1:
-            on_time *= self.tpot_errors.share_within(tpot_s, slo.tpot_s, LEAST_ERROR)
+            on_time *= self.tpot_errors.share_within(tpot_s, slo.tpot_s, MIN_ERROR)
         if not slo.has_targets:
-            on_time = 0.0  # it adds no goodput: the lowest latency decides, among those that cost none
+            on_time = 0.0  # it adds no goodput, so that only losses and then latency decide
         return Estimate(place, ttft_s, tpot_s, on_time, loss, slo.weight * on_time - loss)
 
     def _tpots(
         self, instance_id: str, request: RoutedRequest, after_s: float, price_s: float, now_s: float
     ) -> tuple[float, float]:
-        """Time per token there in `after_s`: without the request, and with it, its prompt computed there in
-        `price_s`."""
+        """TPOT of the instance after `after_s` seconds: without the request and with it. `price_s`: time that the
+        instance spends on the request's prompt."""
         load = self._loads[instance_id]
         share = load.prompt_share(now_s)
         rows, context = float(load.decoding), float(load.context_tokens)
         tpot_s = load.tpot_s(rows, context, share)
         answer_tokens = self.answer_lengths.mean_tokens
-        staying = max(0.0, 1 - after_s / (answer_tokens * tpot_s))
+        staying_share = max(0.0, 1 - after_s / (answer_tokens * tpot_s))
         mean_tokens = context / rows if rows else request.num_tokens
         num_decodes = len(self._decodes) or 1
-        coming = len(self._coming) / num_decodes if self.instances[instance_id].role is Role.DECODE else 0.0
-        rows = max(rows, staying * rows + coming)  # requests that are not known yet will replace those that leave
+        arriving = len(self._unplaced) / num_decodes if self.instances[instance_id].role is Role.DECODE else 0.0
+        rows = max(rows, staying_share * rows + arriving)  # unknown later requests replace those that leave
         context = rows * (mean_tokens + answer_tokens / 2)
         before_s = load.tpot_s(rows, context, share)
         share += price_s / max(1.0, answer_tokens * tpot_s)
@@ -257,7 +258,7 @@ class GoodputSelector(InstanceSelector):
     def _loss(self, instance_id: str, before_s: float, after_s: float) -> float:
         within, load = self.tpot_errors.share_within, self._loads[instance_id]
         return sum(
-            weight * (within(before_s, target_s, LEAST_ERROR) - within(after_s, target_s, LEAST_ERROR))
+            weight * (within(before_s, target_s, MIN_ERROR) - within(after_s, target_s, MIN_ERROR))
             for target_s, weight in load.tpot_targets()
         )
 
@@ -275,7 +276,7 @@ class GoodputSelector(InstanceSelector):
             before_s, after_s = self._tpots(decode_id, request, wait_s, 0.0, now_s)
             place = Place(self.instances[decode_id], False, None)
             slo = request.effective_slo
-            on_time = self.tpot_errors.share_within(after_s, slo.tpot_s, LEAST_ERROR)
+            on_time = self.tpot_errors.share_within(after_s, slo.tpot_s, MIN_ERROR)
             loss = self._loss(decode_id, before_s, after_s) + query.failures.get(decode_id, 0.0)
             estimates.append(
                 Estimate(place, 0.0, after_s, on_time, loss, request.effective_slo.weight * on_time - loss)
@@ -285,13 +286,14 @@ class GoodputSelector(InstanceSelector):
 
 
 def _best(estimates: list[Estimate], request: RoutedRequest) -> Estimate:
-    """The highest score; of nearly equal ones the lowest latency, remote prefill unless another is clearly better."""
+    """The highest score. Nearly equal scores: the lowest latency, but remote prefill unless another form is clearly
+    better."""
 
     def margin(each: Estimate) -> float:
         return 0.0 if each.place.hand_over else REMOTE_MARGIN
 
     def latency(each: Estimate) -> float:
-        """In targets, where there are any; in seconds of the whole answer otherwise."""
+        """In multiples of the targets, or without targets in seconds of the complete answer."""
         slo = request.effective_slo
         if slo.has_targets:
             return each.ttft_s / slo.ttft_s + each.tpot_s / slo.tpot_s + margin(each)
@@ -300,7 +302,7 @@ def _best(estimates: list[Estimate], request: RoutedRequest) -> Estimate:
     has_remote = any(each.place.hand_over for each in estimates)
     scores = {id(each): each.score - (margin(each) if has_remote else 0.0) for each in estimates}
     highest = max(scores.values())
-    return min((each for each in estimates if scores[id(each)] >= highest - NEAR), key=latency)
+    return min((each for each in estimates if scores[id(each)] >= highest - SCORE_TOLERANCE), key=latency)
 
 
 def _explained(best: Estimate, estimates: list[Estimate]) -> Selection:

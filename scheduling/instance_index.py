@@ -1,16 +1,16 @@
-"""What a router knows of thousands of instances, kept in order, so that a choice need not compare them all.
+"""Orders thousands of instances by load, so that a selection does not compare all of them.
 
-Both indexes (`prefill_index`, `decode_index`) give exactly the winner of `scheduling.routing`'s full comparison, at the
-price of a few look-ups:
+Both indexes (`prefill_index`, `decode_index`) select exactly the instance that `scheduling.routing`'s full comparison
+does, with a few look-ups:
 
-    index.put(view)      an instance is there, or its load has changed
-    index.remove(id)     it is gone
-    index.best(...)      the winner with its score, None if no instance can take the request
-    index.select(...)    the same as a `Selection`: with the comparison to the next few, or why there is none
-    index.take(view)     as `put`, of the winner: among equals it is another's turn next
+    index.put(view)      a new instance, or a new state of a known one
+    index.remove(id)     the instance is gone
+    index.best(query)    the selected instance with its score; None if no instance can take the request
+    index.select(query)  the same as a `Selection`: with the next candidates, or with the reasons why there is none
+    index.take(view)     as `put`, for the instance that was selected: among equals, others are selected before it
 
-Instances in `avoid` are a last resort, those in `exclude` are none. `failures` are of the few instances that failed
-lately. Where KV may move inside a node only, let the fingerprints name the node, too.
+In a query, instances in `avoid` are a last resort, those in `exclude` are no candidates, and `failures` counts recent
+failures of a few instances. If KV may move only inside a node, the fingerprints have to contain the node.
 """
 
 from abc import ABC, abstractmethod
@@ -22,62 +22,63 @@ from tandem.scheduling.routing import DecodeView, PrefillView, Scored, Selection
 
 NO_INSTANCES: Set[str] = frozenset()
 NO_FAILURES: Mapping[str, float] = MappingProxyType({})
-SHOWN = 3  # candidates of a selection that are written down
+NUM_EXPLAINED = 3  # candidates in a `Selection`
 
 ViewT = TypeVar("ViewT", PrefillView, DecodeView)
 QueryT = TypeVar("QueryT")
 
 
 class InstanceIndex(ABC, Generic[ViewT, QueryT]):
-    """The views, and which choice took each instance last."""
+    """Base of both indexes: the views, and the number of the selection that took each instance last."""
 
-    __slots__ = ("_num_choices", "last_chosen", "views")
+    __slots__ = ("_num_selections", "last_chosen", "views")
 
     def __init__(self) -> None:
         self.views: dict[str, ViewT] = {}  # to be read only
         self.last_chosen: dict[str, int] = {}  # to be read only
-        self._num_choices = 0
+        self._num_selections = 0
 
     def __len__(self) -> int:
         return len(self.views)
 
     @abstractmethod
     def put(self, view: ViewT) -> None:
-        """Enter an instance, or what has changed of it."""
+        """Add an instance, or replace its view."""
 
     def take(self, view: ViewT) -> None:
-        """It was chosen, and this is its view now."""
-        self._num_choices += 1
-        self.last_chosen[view.instance_id] = self._num_choices
+        """The instance was selected; `view` is its new view."""
+        self._num_selections += 1
+        self.last_chosen[view.instance_id] = self._num_selections
         self.put(view)
 
     def best(self, query: QueryT) -> Scored | None:
-        """The winner."""
+        """The selected instance."""
         best = self._best_of(query, 1)
         return best[0] if best else None
 
     def top(self, query: QueryT, count: int) -> list[str]:
-        """The ids of the first `count`, or of fewer if there are no more."""
+        """Ids of the best `count` instances, or of all candidates if these are fewer."""
         return [scored.rank[3] for scored in self._best_of(query, count)]
 
     def select(self, query: QueryT) -> Selection:
-        """The winner with the comparison, or of each instance why not."""
-        best = self._best_of(query, SHOWN)
+        """The selected instance with the next candidates, or for each instance the reason why it is no candidate."""
+        best = self._best_of(query, NUM_EXPLAINED)
         return selection_of(best, {}, len(self) - len(best)) if best else self._compare_all(query)
 
     @abstractmethod
     def _best_of(self, query: QueryT, count: int) -> list[Scored]:
-        """The first `count` of the full comparison, or fewer if there are no more."""
+        """The best `count` of the full comparison, or all candidates if these are fewer."""
 
     @abstractmethod
-    def _compare_all(self, query: QueryT) -> Selection: ...
+    def _compare_all(self, query: QueryT) -> Selection:
+        """The full comparison of `scheduling.routing`, with a reason for each instance that is no candidate."""
 
     @staticmethod
     def _merge(
         failed: list[Scored], skip: set[str], next_best: Callable[[], Scored | None], count: int
     ) -> list[Scored]:
-        """The first `count` of the `failed` instances, which are in order, and of those that `next_best` finds outside
-        `skip`. Both arguments are used up."""
+        """The best `count` of the `failed` instances, best first, and of those outside `skip`, of which `next_best`
+        finds the best. Changes `failed` and `skip`."""
         best: list[Scored] = []
         while len(best) < count:
             found = next_best()
@@ -91,6 +92,7 @@ class InstanceIndex(ABC, Generic[ViewT, QueryT]):
         return best
 
     def _turn(self, instance_id: str) -> int:
+        """Number of the selection that took the instance last; 0: none did. The lowest is first among equals."""
         return self.last_chosen.get(instance_id, 0)
 
     def _forget(self, instance_id: str) -> ViewT | None:

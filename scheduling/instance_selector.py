@@ -1,9 +1,9 @@
-"""Selects the instances of an attempt among those that are usable now. The cost hardly depends on their number.
+"""Selects the instances of an attempt among the usable ones, in a time that hardly depends on their number.
 
-A request runs on a pair (a prefill instance, then a decode instance that reads its KV) or on one colocated instance.
-Where both forms are there, it takes the one with the least work before its first token. While there is neither (no
-prefill instance, or none whose KV a decode instance can read, as in the middle of a rolling update), a decode instance
-computes the prompt itself: degraded service instead of none.
+A request runs on a pair (a prefill instance, then a decode instance that reads its KV) or on one colocated instance. If
+the cluster has both forms, the one with the least work before the first token is selected. If it has neither (no
+prefill instance, or none whose KV a decode instance can read, as during a rolling update), a decode instance computes
+the prompt itself: degraded service instead of none.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,9 @@ from tandem.scheduling.servable_length import ServableLength
 
 
 class Place(NamedTuple):
-    """An instance for an attempt. `hand_over`: it computes the prompt only. `selection`: where decisions are
-    explained. `expected`: the predicted TTFT from now and TPOT, in seconds, of a selector that predicts."""
+    """A selected instance. `hand_over`: it computes only the prompt. `selection` explains the decision; None without
+    explanations. `expected`: TTFT from now and TPOT in seconds, as predicted; None from a selector that predicts none.
+    """
 
     instance: KnownInstance
     hand_over: bool
@@ -38,7 +39,7 @@ class Place(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """A pair or a colocated instance, as they are compared: the least of the first five fields wins."""
+    """A pair or a colocated instance in a comparison by the first five fields: the lowest wins."""
 
     has_failed: bool
     must_wait: bool
@@ -48,7 +49,7 @@ class _Form(NamedTuple):
     place: Place
 
     def lost_to(self, best: "_Form") -> str:
-        """Why, in words."""
+        """The reason for the decision, in words."""
         if self.has_failed is not best.has_failed:
             return "it failed the request"
         if self.must_wait is not best.must_wait:
@@ -61,13 +62,12 @@ class _Form(NamedTuple):
 
 
 class InstanceSelector:
-    """Owns the instances as known, what they have cached, which of them failed lately, and how long requests may be."""
+    """Owns the router's knowledge of instances: reports and load, cached prefixes, recent failures, servable length."""
 
     def __init__(
         self, settings: RoutingSettings, *, explain: bool = True, tracker_type: type[PrefixTracker] = PrefixTracker
     ) -> None:
-        """`explain`: give the comparison behind each decision. `tracker_type`: for names of blocks other than
-        hashes."""
+        """`explain`: places have a `selection`. `tracker_type`: for block names that are not hashes."""
         self.instances: dict[str, KnownInstance] = {}  # to be read only
         self.failures = RecentFailures()
         self.length = ServableLength(self.instances, self.failures, local_prefill=settings.local_prefill)
@@ -83,7 +83,7 @@ class InstanceSelector:
     # --- instances ---------------------------------------------------------------------------------------------------
 
     def update(self, instance: KnownInstance) -> None:
-        """It is new, or has reported."""
+        """The instance is new, or has reported."""
         self.instances[instance.instance_id] = instance
         self.put(instance)
 
@@ -98,13 +98,13 @@ class InstanceSelector:
         self._credit.update(instance)
 
     def expected_tokens(self, attempt: Attempt) -> int:
-        """KV slots that it will probably need to decode: none if it ends with its first token."""
+        """KV slots that the attempt will probably need to decode; 0 if its first token is its last."""
         if attempt.growth_tokens <= 1:
             return 0
         return attempt.num_tokens + self.answer_lengths.expected_tokens(attempt.growth_tokens)
 
     def leave_role(self, instance: KnownInstance) -> None:
-        """The instance is no candidate in its present role any more."""
+        """The instance is no longer a candidate in its present role."""
         self._credit.leave_role(instance.instance_id)
         index: PrefillIndex | DecodeIndex = self._prefills
         if instance.role is not Role.PREFILL:
@@ -112,26 +112,27 @@ class InstanceSelector:
         index.remove(instance.instance_id)
 
     def remove(self, instance_id: str) -> None:
-        """It is gone for good."""
+        """The instance is gone."""
         self.leave_role(self.instances.pop(instance_id))
         self._credit.remove(instance_id)
         self.failures.forget(instance_id)
         self.prefixes.forget(instance_id)
 
     def refuse_pair(self, prefill_id: str, decode_id: str) -> None:
-        """The two have met and cannot exchange KV: they are not chosen together again."""
-        self.failures.refuse(prefill_id, decode_id)
+        """The two instances cannot exchange KV: they are not selected together again."""
+        self.failures.add_incompatible(prefill_id, decode_id)
         self.length.changed()
 
     def waits_for_credit(self, request: RoutedRequest) -> bool:
-        """Of a request for which nothing was chosen: whether an instance was usable."""
+        """For a request for which no place was found: whether an instance is usable, and only credit is missing."""
         return self._credit.is_limited and request.num_tokens < self.length.tokens
 
     # --- the first instance ------------------------------------------------------------------------------------------
 
     def choose_first(self, request: RoutedRequest, now_s: float) -> Place | None:
-        """Where an attempt can begin: where prompt and answer fit, or as much of them as fits anywhere. Instances that
-        have failed the request are a last resort. None: nothing is usable, or what is has no credit."""
+        """The first instance of a new attempt: one that holds prompt and answer, or as much of the answer as any
+        instance does. Instances that have failed the request are a last resort. None: no usable instance, or none with
+        credit."""
         longest_tokens = self.length.tokens
         needed_tokens = min(request.max_total_tokens, longest_tokens)
         if request.num_tokens >= longest_tokens:
@@ -154,25 +155,26 @@ class InstanceSelector:
 
     def _pair(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> Place | None:
         query, without_credit = self._prefill_query(request, needed_tokens, failures), self._credit.without
-        excluded = query.exclude | without_credit if query.exclude else without_credit
+        excluded = query.exclude | without_credit if query.exclude else without_credit  # without a copy where possible
         return self._find(self._prefills, query._replace(exclude=excluded), hand_over=True)
 
     def _prefill_query(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> PrefillQuery:
-        """Whether the instances have credit or not. Without those whose links are suspect, where there is another."""
+        """Of all prefill instances, with credit or without, but not of those whose links are all suspect if there are
+        others."""
         if self.failures:
             failures = self.failures.of_prefills(failures, self.instances)
         query = PrefillQuery(
             request.num_tokens,
             needed_tokens,
-            self._credit.with_room(self._decodes.fingerprints_for(needed_tokens)),
+            self._credit.with_memory(self._decodes.fingerprints_for(needed_tokens)),
             self.prefixes.holders(request),
             request.avoid,
-            self.failures.without_reader(self.instances),
+            self.failures.prefills_without_reader(self.instances),
             failures,
         )
-        cut_off = self.failures.cut_off(self.instances) if self.failures else NO_INSTANCES
-        others = query._replace(exclude=query.exclude | cut_off)
-        return others if cut_off and self._prefills.best(others) is not None else query
+        suspects = self.failures.prefills_with_suspect_links(self.instances) if self.failures else NO_INSTANCES
+        others = query._replace(exclude=query.exclude | suspects)
+        return others if suspects and self._prefills.best(others) is not None else query
 
     def _one_instance(
         self, index: DecodeIndex, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]
@@ -200,16 +202,16 @@ class InstanceSelector:
     # --- a pair or a colocated instance ------------------------------------------------------------------------------
 
     def _better_form(self, request: RoutedRequest, pair: Place, colocated: Place, needed_tokens: int) -> Place:
-        """The form with the least work, queued and of the request, on its first instance; of equals the one whose
-        decoding is less loaded. A form that has no memory to decode it now is passed over if the other one has, and one
-        that failed it if the other did not."""
+        """The form with the least work on its first instance, queued work plus the request's own; with equal work the
+        one with the lower decode load. A form that has failed the request loses against one that has not, and one
+        without memory to decode it now against one with memory."""
         query = DecodeQuery(
             request.num_tokens,
             request.growth_tokens,
             needed_tokens,
             pair.instance.status.fingerprint,
             request.avoid,
-            self.failures.refused_by(pair.instance.instance_id),
+            self.failures.incompatible_readers(pair.instance.instance_id),
         )
         decode = self._decodes.best(query)
         if decode is None:  # those that could hold it cannot read that KV
@@ -229,7 +231,7 @@ class InstanceSelector:
         )
 
     def _ranked_form(self, request: RoutedRequest, place: Place, index: DecodeIndex, decoding_id: str) -> "_Form":
-        """`decoding_id`: the instance of `index` that would decode."""
+        """`decoding_id`: the instance in `index` that would decode."""
         return _Form(
             has_failed=place.instance.instance_id in request.avoid,
             must_wait=self._must_wait(request, index, decoding_id),
@@ -240,7 +242,7 @@ class InstanceSelector:
         )
 
     def _must_wait(self, request: RoutedRequest, index: DecodeIndex, instance_id: str) -> bool:
-        """No memory is left for it, or others wait there for a place already."""
+        """Whether the request would wait for memory to decode there, because too little is free or others wait."""
         view = index.views[instance_id]
         has_waiting = self.instances[instance_id].status.unreserved_tokens > 0
         return has_waiting or view.must_wait(request.num_tokens, request.growth_tokens)
@@ -251,12 +253,12 @@ class InstanceSelector:
     # --- the decode instance of a pair -------------------------------------------------------------------------------
 
     def choose_decode(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> Place | None:
-        """One that can read the KV of `prefill`, and hold prompt and answer if one can."""
+        """A decode instance that can read the KV of `prefill`, and holds prompt and answer if any does."""
         return self._find(self._decodes, self._decode_query(attempt, prefill, now_s), hand_over=False)
 
     def choose_other_decode(self, attempt: Attempt, prefill: KnownInstance, now_s: float) -> Place | None:
-        """As `choose_decode`, after a link has failed, or the decode instance. None if every other link is suspect,
-        too, or the answer does not fit there: another attempt may find more room."""
+        """As `choose_decode`, after a link or the decode instance has failed. None if all other links are suspect, too,
+        or if the instance cannot hold the answer: another attempt may find one that can."""
         place = self.choose_decode(attempt, prefill, now_s)
         if place is None or place.instance.capacity_tokens < attempt.num_tokens + attempt.growth_tokens:
             return None
@@ -268,7 +270,7 @@ class InstanceSelector:
         needed_tokens = attempt.num_tokens + attempt.growth_tokens
         if fingerprint not in self._decodes.fingerprints_for(needed_tokens):
             needed_tokens = attempt.num_tokens + 1
-        refused = self.failures.refused_by(prefill.instance_id)
+        refused = self.failures.incompatible_readers(prefill.instance_id)
         failures: Mapping[str, float] = NO_FAILURES
         if self.failures:
             failures = self.failures.of_decodes(self.failures.current(now_s), prefill.instance_id)
@@ -278,7 +280,7 @@ class InstanceSelector:
             needed_tokens,
             fingerprint,
             attempt.request.avoid,
-            # One that was a prefill instance before does not read its own KV.
+            # A prefill instance that has become a decode instance does not read its own KV.
             {prefill.instance_id, *refused} if prefill.role is Role.DECODE else refused,
             failures,
         )
@@ -286,30 +288,31 @@ class InstanceSelector:
         others = query._replace(exclude=query.exclude | suspects)
         return others if suspects and self._decodes.best(others) is not None else query
 
-    # --- what happens to attempts: of interest to selectors that predict ---------------------------------------------
+    # --- events of attempts, for selectors that predict times --------------------------------------------------------
 
     def prediction_errors(self) -> Mapping[str, Residuals]:
-        """By the kind of time."""
+        """Errors of predictions, by kind of time."""
         return {}
 
     def expected_tpot(self, request: RoutedRequest, now_s: float) -> tuple[float, float] | None:
-        """Its TPOT in seconds on the instance where that is best, and the probability that it meets the target. None:
-        there is no target, or nothing is known."""
+        """The lowest predicted TPOT of the request on any instance, in seconds, and the probability that it meets the
+        target. None: the request has no target, or nothing is known."""
         return None
 
     def begun(self, attempt: Attempt, place: Place, now_s: float) -> None:
-        """It was sent to its first instance."""
+        """The attempt was sent to its first instance."""
 
     def decode_chosen(self, attempt: Attempt, instance: KnownInstance, now_s: float) -> None:
-        """And to the instance that reads its KV."""
+        """The attempt was sent to the decode instance of its pair."""
 
-    def first_token(self, attempt: Attempt, now_s: float) -> None: ...
+    def first_token(self, attempt: Attempt, now_s: float) -> None:
+        """The attempt's first token has arrived."""
 
     def transferred(self, attempt: Attempt, now_s: float) -> None:
-        """Its KV is where it decodes."""
+        """The decode instance owns the attempt's KV."""
 
     def finished(self, attempt: Attempt, now_s: float) -> None:
-        """All its tokens are there; nothing is released yet."""
+        """All tokens of the attempt have arrived; its instances still hold it."""
 
     def released(self, attempt: Attempt, instance_id: str, now_s: float) -> None:
-        """Nothing of it is at the instance any more."""
+        """The attempt has ended at that instance."""

@@ -1,4 +1,4 @@
-"""Self-check of an instance's blocks: allocated = owned by a live sequence, a lease or the prefix cache."""
+"""Self-check of an instance's blocks: each allocated block belongs to a live sequence, a lease or the prefix cache."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ BlockTable = list[int] | tuple[int, ...]
 
 
 def check_blocks(pool: BlockPool, owners: Iterable[BlockTable]) -> None:
-    """Assert that the references of every block are exactly those of `owners`. O(num_blocks): for tests and when idle.
+    """Assert that every block has one reference for each of its `owners`. O(num_blocks): for tests and idle instances.
 
     `owners` are the block tables of all live sequences, leases and cancelled transfers that may still write.
     """
@@ -22,11 +22,11 @@ def check_blocks(pool: BlockPool, owners: Iterable[BlockTable]) -> None:
 
 
 def count_blocks(pool: BlockPool, num_owned: int, num_leased: int) -> BlockCounts:
-    """Blocks by owner, for the heartbeat. O(1). A block that is running and leased counts as leased.
+    """Blocks by owner, for the heartbeat. O(1). A block of a running sequence and a lease counts as leased.
 
-    `num_owned` is the sum of the lengths of all owners' block tables. As each owner has one reference to each of its
-    blocks, a difference from the pool's references is a leak. `num_leased` counts the blocks in tables of leases, each
-    once.
+    `num_owned` is the sum of the lengths of all owners' block tables. Each owner has one reference to each of its
+    blocks, so a difference from the pool's number of references is a leak. `num_leased` counts the different blocks
+    under lease.
     """
     others = pool.num_held - num_leased
     leaked = min(abs(pool.num_references - num_owned), others)

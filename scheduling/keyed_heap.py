@@ -1,4 +1,4 @@
-"""A priority queue whose entries can be found, changed and dropped by key."""
+"""A priority queue whose entries can be looked up, changed and removed by key."""
 
 import heapq
 from collections.abc import Hashable, Iterator
@@ -10,10 +10,10 @@ _COMPACT_FROM = 64
 
 
 class KeyedHeap(Generic[K]):
-    """Lowest priority first; among equals the one pushed first.
+    """Lowest priority first; with equal priorities the key that was pushed first.
 
-    Push, pop and discard are O(log n) amortized. Dropped entries stay in the heap until they surface or outnumber the
-    live ones.
+    Push, pop and discard are O(log n) amortized. Removed entries stay in the heap until they reach its top, or until
+    they outnumber the others.
     """
 
     __slots__ = ("_entries", "_heap", "_next")
@@ -30,7 +30,7 @@ class KeyedHeap(Generic[K]):
         return key in self._entries
 
     def __iter__(self) -> Iterator[K]:
-        """In no order; the heap must not change meanwhile."""
+        """In no particular order; the heap must not change meanwhile."""
         return iter(self._entries)
 
     def push(self, key: K, priority: float) -> None:
@@ -41,12 +41,12 @@ class KeyedHeap(Generic[K]):
         self._compact()
 
     def discard(self, key: K) -> None:
-        """Drop `key` if it is there."""
+        """Remove `key`; no effect if it is unknown."""
         if self._entries.pop(key, None) is not None:
             self._compact()
 
     def peek(self) -> tuple[float, K] | None:
-        """(priority, key) of the first, None when empty."""
+        """(priority, key) of the first entry, None when empty."""
         while self._heap:
             priority, number, key = self._heap[0]
             if self._entries.get(key) == (priority, number):
@@ -55,7 +55,7 @@ class KeyedHeap(Generic[K]):
         return None
 
     def pop(self) -> K:
-        """Take the first out. The heap must not be empty."""
+        """Remove and return the first key. The heap must not be empty."""
         first = self.peek()
         assert first is not None, "pop from an empty heap"
         heapq.heappop(self._heap)
@@ -63,7 +63,7 @@ class KeyedHeap(Generic[K]):
         return first[1]
 
     def pop_until(self, priority: float) -> list[K]:
-        """Take out all whose priority is at most `priority`, lowest first."""
+        """Remove and return the keys whose priority is at most `priority`, lowest first."""
         taken = []
         while (first := self.peek()) is not None and first[0] <= priority:
             taken.append(self.pop())

@@ -1,10 +1,10 @@
-"""One instance as a router knows it: its last report, and the ledger of what this router has dispatched there.
+"""One instance as a router knows it: its last report, and the attempts of this router that are in flight there.
 
-The ledger is exact and immediate: it counts what was sent and not yet seen done, without waiting for a report. What a
-report shows beyond the ledger is the load of other routers, which must not include the router's own: a report describes
-a moment between the arrival of the report before it and its own arrival, and at that moment the instance had at most
-what the ledger held then. So only what exceeds the ledger's peak since then is foreign. (Two such intervals are looked
-at, because a router that was stopped may read two reports at once.) A router that is alone never sees foreign load.
+The router counts its own load exactly and at once: what it has sent and not yet seen done, without waiting for a
+report. Load that a report shows beyond that comes from other routers (*foreign* load). A report describes some moment
+between the arrival of the previous report and its own arrival, and at that moment the instance had at most the peak of
+the own load in this interval. So only load above that peak is foreign. The interval before counts too, because a router
+that was stopped may read two reports at once. A single router thus never sees foreign load.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _InFlight:
-    """An attempt at this instance, and what it still weighs there."""
+    """An attempt at this instance, and its part of the instance's sums."""
 
     attempt: "Attempt"
     uncomputed_tokens: int
@@ -29,10 +29,14 @@ class _InFlight:
 
 
 class KnownInstance:
-    """Owned by the machine. What is in flight is summed up: `uncomputed_tokens` are prompt tokens that wait to be
-    computed, `held_tokens` KV slots that requests hold or may grow to, `awaited_tokens` prompt tokens that another
-    instance has computed and whose KV has yet to come. `expected_tokens` are the KV slots that requests will probably
-    grow to where they decode: here, or on a decode instance that is not chosen yet. `host` is that of its address."""
+    """Owned by the routing machine. The sums over this router's attempts in flight, in tokens:
+
+    uncomputed_tokens  of prompts that wait to be computed
+    held_tokens        KV slots that attempts hold or may grow to, in whole blocks
+    expected_tokens    KV slots that attempts will probably need where they decode: on this instance, or on a decode
+                       instance that is not selected yet
+    awaited_tokens     of prompts whose KV another instance has computed and this one has not fetched yet
+    """
 
     __slots__ = (
         "_foreign",
@@ -68,38 +72,39 @@ class KnownInstance:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it takes new work."""
+        """Whether the instance takes new attempts."""
         return self.is_connected and self.status.state is InstanceState.READY
 
     @property
     def offer(self) -> tuple[bool, Role, str, int]:
-        """What decides for which requests it may be selected, whatever its load is."""
+        """The properties that decide for which requests the instance is a candidate; load is not among them."""
         return self.is_usable, self.role, self.status.fingerprint, self.capacity_tokens
 
     @property
     def open_requests(self) -> int:
-        """Attempts of this router there."""
+        """Attempts of this router."""
         return len(self._in_flight)
 
     @property
     def queued_tokens(self) -> int:
-        """Prompt tokens that wait there to be computed, other routers' included."""
+        """Prompt tokens that wait to be computed, foreign ones included."""
         return self.uncomputed_tokens + self._foreign[0]
 
     @property
     def waiting_tokens(self) -> int:
-        """Prompt tokens of this router's that wait there: to be computed, or for memory to decode them."""
+        """Prompt tokens of this router that wait: to be computed, or for memory to decode them."""
         return self.uncomputed_tokens + self.awaited_tokens
 
     def attempts(self) -> "list[Attempt]":
         return [entry.attempt for entry in self._in_flight.values()]
 
     def find(self, handle: int) -> "Attempt | None":
-        """The attempt of that handle, if it is in flight here."""
+        """The attempt with that handle, None if it is not in flight here."""
         entry = self._in_flight.get(handle)
         return None if entry is None else entry.attempt
 
     def report(self, status: InstanceStatus) -> None:
+        """Take over a report, and estimate the foreign load from it."""
         self.status = status
         self.host = status.address.rpartition(":")[0]
         self.memory_tokens = status.blocks.total * status.block_size
@@ -111,15 +116,15 @@ class KnownInstance:
             status.running_requests + status.waiting_requests,
         )
         uncomputed, held, requests = (
-            max(0, shown - max(own, last))
-            for shown, own, last in zip(reported, self._peak, self._last_peak, strict=True)
+            max(0, shown - max(peak, last_peak))
+            for shown, peak, last_peak in zip(reported, self._peak, self._last_peak, strict=True)
         )
         self._foreign = (uncomputed, held, requests)
         self._last_peak, self._peak = self._peak, (self.uncomputed_tokens, self.held_tokens, len(self._in_flight))
 
     def dispatch(self, attempt: "Attempt", uncomputed_tokens: int, held_tokens: int, expected_tokens: int) -> None:
-        """It was sent there."""
-        held_tokens += -held_tokens % self.status.block_size  # by whole blocks
+        """The attempt was sent to this instance."""
+        held_tokens += -held_tokens % self.status.block_size  # memory is allocated in whole blocks
         self._in_flight[attempt.handle] = _InFlight(attempt, uncomputed_tokens, held_tokens, expected_tokens)
         self.expected_tokens += expected_tokens
         self.uncomputed_tokens += uncomputed_tokens
@@ -129,7 +134,7 @@ class KnownInstance:
             self._peak = (max(now[0], peak[0]), max(now[1], peak[1]), max(now[2], peak[2]))
 
     def record_progress(self, handle: int, num_tokens: int) -> bool:
-        """So many of its tokens need not be waited for any more. Whether that changes the load."""
+        """`num_tokens` of the attempt's tokens are computed or were cached. Returns whether the load has changed."""
         entry = self._in_flight[handle]
         num_tokens = min(num_tokens, entry.uncomputed_tokens)
         self.uncomputed_tokens -= num_tokens
@@ -137,24 +142,25 @@ class KnownInstance:
         return num_tokens > 0
 
     def decode_chosen(self, handle: int) -> None:
-        """It will decode elsewhere, and is expected there."""
+        """The attempt decodes on another instance, which counts its expected tokens from now on."""
         entry = self._in_flight[handle]
         self.expected_tokens -= entry.expected_tokens
         entry.expected_tokens = 0
 
     def await_kv(self, handle: int) -> None:
-        """Its prompt is computed elsewhere; the KV can come as soon as there is memory for it."""
+        """Another instance has computed the prompt; this one fetches the KV once it has memory for it."""
         entry = self._in_flight[handle]
         self.awaited_tokens += entry.attempt.num_tokens - entry.awaited_tokens
         entry.awaited_tokens = entry.attempt.num_tokens
 
-    def kv_came(self, handle: int) -> None:
+    def kv_arrived(self, handle: int) -> None:
+        """This instance owns the attempt's KV."""
         entry = self._in_flight[handle]
         self.awaited_tokens -= entry.awaited_tokens
         entry.awaited_tokens = 0
 
     def release(self, handle: int) -> None:
-        """Nothing of it is there any more."""
+        """The attempt has ended at this instance."""
         entry = self._in_flight.pop(handle)
         self.expected_tokens -= entry.expected_tokens
         self.awaited_tokens -= entry.awaited_tokens

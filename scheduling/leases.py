@@ -1,4 +1,4 @@
-"""Leases on computed KV that waits to be fetched. Every lease expires, so the blocks of a lost reader become free."""
+"""Leases on computed KV that waits for its reader. Every lease expires, so that a lost reader frees its blocks."""
 
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,7 @@ from tandem.scheduling.keyed_heap import KeyedHeap
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """`block_ids` stay unchanged until `expires_s`, on the holder's monotonic clock."""
+    """The blocks `block_ids` stay unchanged until `expires_s`, on the holder's monotonic clock."""
 
     request_id: str
     epoch: int
@@ -17,8 +17,8 @@ class Lease:
 
 
 class LeaseTable:
-    """Leases by (request id, epoch). The table decides whether a lease is in force; the caller frees the blocks of an
-    ended lease. The decision and the block pool may thus belong to different threads.
+    """Leases by (request id, epoch). The table decides which leases are in force, and the caller frees the blocks of
+    ended ones, so that the decision and the block pool can belong to different threads.
 
     hold --acknowledged in time--> ended        hold --expires_s reached--> ended, later acknowledgements refused
     `renew` moves `expires_s` of a lease that has not ended.

@@ -1,10 +1,10 @@
-"""Times that are predicted from few coefficients, corrected by what was measured. Pure: no clock.
+"""Predicts times from a few coefficients, and corrects these by measurements. Pure: no clock.
 
 A `LinearPredictor` starts from a prior (for steps: the calibrated cost model as `core.step_coefficients`) and corrects
-it by recursive least squares with forgetting. It minimises the relative error, so short steps count as much as long
-ones. Steps of a live instance are disturbed by pauses and by a busy machine: a residual counts up to a bound, and
-each coefficient stays within a factor of its prior, so that no measurement, however wrong, moves the predictor far.
-Many such residuals in a row are no pauses; the predictor then learns as fast as in the beginning.
+it by recursive least squares with forgetting. It minimises the relative error, so that short steps count as much as
+long ones. Pauses and other load of the machine disturb the steps of a live instance. So a residual is cut at a bound,
+and each coefficient stays within a factor of its prior: no measurement, however wrong, moves the predictor far. If many
+residuals in a row are cut on the same side, the instance has changed, and the predictor learns as fast as at its start.
 """
 
 import math
@@ -16,31 +16,31 @@ from tandem.core.cost_model import StepLoad, attention_pairs
 from tandem.core.step_coefficients import StepCoefficients, step_terms
 
 FORGETTING = 0.995  # an observation counts half as much after 140 others
-MAX_FACTOR = 16.0  # of a coefficient against its prior, up or down
+MAX_FACTOR = 16.0  # a coefficient is at most this many times its prior, and at least the inverse
 _NUM_RESIDUALS = 128
-_FEW_RESIDUALS = 8  # below that, the prior's error is believed
-_NOISE = 0.1  # relative, of a measured time
-_LONGEST_STEP = 0.5  # a residual beyond it counts as this
-_SHORTEST_STEP = 0.2
-_SIGMAS = 4.0  # residuals beyond as many deviations are cut
-_CHANGE = 8  # residuals in a row that are cut on the same side: not pauses, the instance has changed its speed
+_MIN_RESIDUALS = 8  # with fewer residuals the prior's error is used
+_NOISE = 0.1  # relative error of a measured time, one standard deviation
+_SIGMAS = 4.0  # residuals beyond this many deviations are cut,
+_MIN_BOUND, _MAX_BOUND = 0.2, 0.5  # at a bound between these
+_NUM_CUT_FOR_CHANGE = 8  # residuals in a row that are cut on one side: the instance has another speed than before
 
 
 class Residuals:
-    """Relative errors of the last predictions: actual / predicted - 1, so that -1 is the least."""
+    """Relative errors of the last predictions: actual / predicted - 1, at least -1. `error` is half the width of their
+    middle 68 %: one standard deviation, if the errors are normal."""
 
     __slots__ = ("_median", "_prior_error", "_recent", "_sorted", "count", "error")
 
     def __init__(self, prior_error: float = 0.2) -> None:
-        """`prior_error` is the standard deviation that is believed before there are residuals."""
-        self.count = 0  # ever
+        """`prior_error`: the standard deviation that is assumed before there are residuals."""
+        self.count = 0  # of all predictions
         self._prior_error = prior_error
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
         self._summarize()
 
     def add(self, predicted_s: float, actual_s: float) -> float:
-        """The residual."""
+        """Add a prediction with its outcome. Returns the residual."""
         residual = actual_s / max(predicted_s, 1e-9) - 1
         self.count += 1
         self._recent.append(residual)
@@ -52,20 +52,19 @@ class Residuals:
         return residual
 
     def _summarize(self) -> None:
-        """Decisions ask for these numbers far more often than they change. `error` is half the width of the middle
-        68 %: one standard deviation, if the errors are normal."""
+        """Keep `error` and median, which are used far more often than they change."""
         self._median = self.quantile(0.5)
         self.error = (self.quantile(0.84) - self.quantile(0.16)) / 2
 
     def quantile(self, share: float) -> float:
-        """The residual that `share` of the recent ones do not exceed."""
-        if len(self._sorted) < _FEW_RESIDUALS:
+        """The value that `share` of the recent residuals do not exceed."""
+        if len(self._sorted) < _MIN_RESIDUALS:
             return self._prior_error * math.sqrt(2) * _inverse_erf(2 * share - 1)
         return self._sorted[min(len(self._sorted) - 1, int(share * len(self._sorted)))]
 
     def share_within(self, predicted_s: float, target_s: float, least_error: float) -> float:
-        """Probability that a time predicted as `predicted_s` is at most `target_s`. The errors count as normal, about
-        their median, with a deviation of `least_error` at least."""
+        """Probability that a time predicted as `predicted_s` is at most `target_s`, if the errors are normal around
+        their median, with a deviation of at least `least_error`."""
         if target_s == math.inf:
             return 1.0
         expected_s = predicted_s * (1 + self._median)
@@ -74,18 +73,18 @@ class Residuals:
 
 
 class LinearPredictor:
-    """seconds = sum of coefficient times count over the terms. Terms with a prior of 0 stay out."""
+    """seconds = sum over the terms of coefficient times count. A coefficient with a prior of 0 stays 0."""
 
     __slots__ = ("_covariance", "_factors", "_forgetting", "_num_cut", "_prior", "_variance", "residuals")
 
     def __init__(self, prior: Sequence[float], *, prior_error: float = 0.5, forgetting: float = FORGETTING) -> None:
-        """`prior_error`: how far off each coefficient of the prior may be, relative, one standard deviation."""
+        """`prior_error`: relative error of each prior coefficient, one standard deviation."""
         self.residuals = Residuals(prior_error)
         self._prior = tuple(prior)
         self._factors = [1.0] * len(prior)  # of each coefficient against its prior
         self._forgetting = forgetting
         self._variance = (prior_error / _NOISE) ** 2
-        self._num_cut = 0  # residuals in a row that were cut; below 0: of steps that were shorter than predicted
+        self._num_cut = 0  # residuals in a row that were cut; negative: the times were shorter than predicted
         self._covariance = self._prior_covariance()
 
     @property
@@ -93,14 +92,15 @@ class LinearPredictor:
         return tuple(factor * prior for factor, prior in zip(self._factors, self._prior, strict=True))
 
     def seconds(self, terms: Sequence[float]) -> float:
+        """The predicted time for these counts."""
         return sum(f * p * x for f, p, x in zip(self._factors, self._prior, terms, strict=True))
 
     def observe(self, terms: Sequence[float], seconds: float) -> None:
-        """It took that long. O(terms^2)."""
+        """Learn from a measured time. O(terms^2)."""
         predicted_s = self.seconds(terms)
         if predicted_s <= 0 or not 0 < seconds < math.inf:
             return
-        bound = min(_LONGEST_STEP, max(_SHORTEST_STEP, _SIGMAS * self.residuals.error))
+        bound = min(_MAX_BOUND, max(_MIN_BOUND, _SIGMAS * self.residuals.error))
         found = self.residuals.add(predicted_s, seconds)
         residual = max(-bound, min(bound, found))
         self._count_cut(0 if residual == found else int(math.copysign(1, found)))
@@ -118,7 +118,7 @@ class LinearPredictor:
 
     def _count_cut(self, side: int) -> None:
         self._num_cut = self._num_cut + side if self._num_cut * side > 0 else side
-        if abs(self._num_cut) >= _CHANGE:
+        if abs(self._num_cut) >= _NUM_CUT_FOR_CHANGE:
             self._num_cut = 0
             self._covariance = self._prior_covariance()
 
@@ -127,7 +127,8 @@ class LinearPredictor:
         return [[self._variance * (row == column) for column in range(size)] for row in range(size)]
 
     def _bound_covariance(self) -> None:
-        """What no observation tells of must not become uncertain without end: it is never less sure than the prior."""
+        """Forgetting makes coefficients that no observation contains more uncertain with each step; bound their
+        variance by the prior's."""
         for i, row in enumerate(self._covariance):
             if row[i] > self._variance:
                 shrink = math.sqrt(self._variance / row[i])
@@ -160,8 +161,8 @@ class StepPredictor:
 
 
 def prefill_s(costs: StepCoefficients, uncached: int, cached: int, step_tokens: int) -> float:
-    """Of a prompt alone on its instance: `uncached` tokens after `cached` ones that need no computing, in steps of at
-    most `step_tokens`."""
+    """Time of a prompt that is alone on its instance: `uncached` tokens after `cached` ones, in steps of at most
+    `step_tokens` tokens."""
     whole_steps, rest = divmod(uncached, step_tokens)
     total_s = costs.pair_s * attention_pairs(cached, uncached)
     if whole_steps:
@@ -170,7 +171,7 @@ def prefill_s(costs: StepCoefficients, uncached: int, cached: int, step_tokens: 
 
 
 def _inverse_erf(value: float) -> float:
-    """Of (-1, 1), by Winitzki's approximation, relative error below 0.4 %."""
+    """The inverse error function on (-1, 1), by Winitzki's approximation; relative error below 0.4 %."""
     log_term = math.log1p(-value * value)
     first = 2 / (math.pi * 0.147) + log_term / 2
     return math.copysign(math.sqrt(math.sqrt(first * first - log_term / 0.147) - first), value)

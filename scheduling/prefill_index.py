@@ -1,4 +1,4 @@
-"""The order of thousands of prefill instances by the length of their queues. See `scheduling.instance_index`."""
+"""Prefill instances in the order of their queues' lengths. See `scheduling.instance_index`."""
 
 from collections.abc import Container, Mapping, Sequence, Set
 from dataclasses import replace
@@ -12,7 +12,7 @@ Holders = Sequence[tuple[int, Set[str]]]  # as `PrefixTracker.holders` gives the
 
 
 class PrefillQuery(NamedTuple):
-    """A prompt to choose a prefill instance for; see `routing.choose_prefill` and `scheduling.instance_index`.
+    """A prompt for which an instance is selected; see `routing.choose_prefill` and `scheduling.instance_index`.
 
     `holders` are the instances that have leading tokens of the prompt cached, most tokens first.
     """
@@ -27,30 +27,39 @@ class PrefillQuery(NamedTuple):
 
 
 class PrefillIndex(InstanceIndex[PrefillView, PrefillQuery]):
-    """Prefill instances by the length of their queues. See `routing.choose_prefill` for the policy."""
+    """`routing.choose_prefill` defines the policy."""
 
     __slots__ = ("_orders", "_slack_tokens")
 
     def __init__(self, slack_tokens: int) -> None:
         super().__init__()
         self._slack_tokens = slack_tokens
-        self._orders: dict[int, SortedByLoad] = {}  # by max_model_len; of those that are ready
+        self._orders: dict[int, SortedByLoad] = {}  # ready instances, by max_model_len; none is empty
 
     def put(self, view: PrefillView) -> None:
-        """As in the base; `cached_prefix_tokens` is of no account."""
+        """As in the base class. `cached_prefix_tokens` of the view is ignored: queries have it."""
         known = self.views.get(view.instance_id)
         if known is not None and (known.max_model_len != view.max_model_len or not view.ready):
-            self._orders[known.max_model_len].discard(view.instance_id)
+            self._leave_order(known)
         self.views[view.instance_id] = view
-        order = self._orders.setdefault(view.max_model_len, SortedByLoad())
         if view.ready:
+            order = self._orders.get(view.max_model_len)
+            if order is None:
+                order = self._orders[view.max_model_len] = SortedByLoad()
             order.put(view.instance_id, view.queued_tokens, self._turn(view.instance_id))
 
     def remove(self, instance_id: str) -> None:
-        """Forget it; nothing happens if it is unknown."""
+        """Remove the instance; no effect if it is unknown."""
         view = self._forget(instance_id)
         if view is not None:
-            self._orders[view.max_model_len].discard(instance_id)
+            self._leave_order(view)
+
+    def _leave_order(self, view: PrefillView) -> None:
+        order = self._orders.get(view.max_model_len)
+        if order is not None:
+            order.discard(view.instance_id)
+            if not len(order):
+                del self._orders[view.max_model_len]
 
     def _compare_all(self, query: PrefillQuery) -> Selection:
         return choose_prefill(
@@ -64,7 +73,7 @@ class PrefillIndex(InstanceIndex[PrefillView, PrefillQuery]):
         )
 
     def _best_of(self, query: PrefillQuery, count: int) -> list[Scored]:
-        """Those that failed lately are few, and are compared one by one."""
+        """Instances with recent failures are few, and are compared one by one."""
         skip = {*query.avoid, *query.exclude}
         shortest = self._first_where(query, skip, None)
         if shortest is None and query.avoid:
@@ -98,22 +107,22 @@ class PrefillIndex(InstanceIndex[PrefillView, PrefillQuery]):
         )
 
     def _winner(self, query: PrefillQuery, skip: Set[str], shortest_tokens: float) -> str | None:
-        """Whoever wins has the shortest queue of all that have as much of the prompt cached, so one instance is looked
-        at for each length of cached prefix."""
+        """The best instance has the shortest queue among those with equally long cached prefixes, so that one instance
+        is compared for each length of a cached prefix."""
         best = self._first_where(query, skip, None)
         if best is None:
             return None
         for cached_tokens, holders in query.holders:
             credit = min(cached_tokens, query.num_tokens - 1)
             if shortest_tokens - credit > best[0]:
-                break  # not even with the shortest queue
+                break  # shorter prefixes cannot win either, not even with the shortest queue
             found = self._shortest_among(holders, query, skip)
             if found is not None and found[0] <= shortest_tokens + self._slack_tokens:
                 best = min(best, (found[0] - credit, found[1], found[2]))
         return best[2]
 
     def _shortest_among(self, holders: Set[str], query: PrefillQuery, skip: Set[str]) -> Entry | None:
-        """Few are looked at one by one; of many, one is soon met on the way from the shortest queue."""
+        """Few holders are compared one by one; if there are many, one of them is found soon in the order of queues."""
         if len(holders) ** 2 > len(self.views):
             return self._first_where(query, skip, holders)
         entries = (
@@ -124,7 +133,7 @@ class PrefillIndex(InstanceIndex[PrefillView, PrefillQuery]):
         return min(entries, default=None)
 
     def _first_where(self, query: PrefillQuery, skip: Set[str], among: Set[str] | None) -> Entry | None:
-        """The shortest queue of all that can take the query."""
+        """The shortest queue among the instances that can take the prompt, and are in `among` if that is given."""
         best: Entry | None = None
         for max_model_len, order in self._orders.items():
             if query.needed_tokens > max_model_len:

@@ -1,7 +1,7 @@
-"""The prefix cache's index: blocks by the token prefix whose KV they hold, so that equal prefixes are computed once.
+"""The prefix cache's index: blocks by the token prefix whose KV they end, so that equal prefixes are computed once.
 
-The name of a full block is the SHA-256 of its parent's name and its own token ids. The root of the chain is the
-tenant's salt, so only requests with equal salts share blocks.
+The name of a full block is the SHA-256 of the name of the block before it and its own token ids. Before the first block
+stands the hash of the tenant's salt, so that only requests with equal salts share blocks.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ TokenIds = list[int] | tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class BlocksCached:
-    """Blocks that follow each other are in the cache now. `parent`: the name of the block before them, None if they
-    begin the prompt. `token_ids`: those of all these blocks."""
+    """Consecutive blocks were added to the cache. `parent` is the name of the block before them, None at the beginning
+    of a prompt. `token_ids` are those of all these blocks."""
 
     names: tuple[bytes, ...]
     parent: bytes | None
@@ -25,12 +25,14 @@ class BlocksCached:
 
 @dataclass(frozen=True, slots=True)
 class BlocksEvicted:
+    """Blocks were removed from the cache."""
+
     names: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheCleared:
-    """Nothing is in the cache any more."""
+    """All blocks were removed from the cache."""
 
 
 CacheChange = BlocksCached | BlocksEvicted | CacheCleared
@@ -49,18 +51,18 @@ def extend_block_hashes(hashes: list[bytes], token_ids: TokenIds, block_size: in
 
 
 def block_hashes(token_ids: TokenIds, block_size: int, salt: str) -> list[bytes]:
-    """Names of all full blocks of `token_ids`, first block first."""
+    """Names of all full blocks of `token_ids`, in order."""
     hashes: list[bytes] = []
     extend_block_hashes(hashes, token_ids, block_size, salt, len(token_ids) // block_size)
     return hashes
 
 
 class PrefixIndex:
-    """The prefix cache of one pool. With `enabled` False it finds and keeps nothing. With `records_changes` the owner
-    takes what has changed, with `take_changes`: not of requests with a salt, whose prefixes are one tenant's own.
+    """The prefix cache of one pool. With `enabled` False it finds and keeps nothing. With `records_changes`, changes of
+    the cache are recorded for `take_changes`, except those of requests with a salt, whose prefixes are private.
 
     An owner of a cached block also owns all blocks before it. `insert` ensures this: it stops at the first block whose
-    content another block already caches. The pool's oldest reclaimable block is therefore always a leaf of the cache,
+    content another block caches already. The pool's oldest reclaimable block is therefore always a leaf of the cache,
     and every reclaimable block can be evicted.
     """
 
@@ -86,7 +88,7 @@ class PrefixIndex:
 
     @property
     def num_blocks(self) -> int:
-        """Cached blocks, including blocks that sequences hold now."""
+        """Cached blocks, those that sequences hold included."""
         return len(self._name_of)
 
     @property
@@ -95,10 +97,10 @@ class PrefixIndex:
         return self._pool.num_free + self._pool.num_reclaimable
 
     def match(self, token_ids: TokenIds, salt: str, hashes: list[bytes] | None = None) -> list[int]:
-        """Blocks of the longest cached prefix, first block first, each with a new reference that is the caller's.
+        """Blocks of the longest cached prefix, in order, each with a new reference that is the caller's.
 
-        At least one token of `token_ids` is left to compute. `hashes` holds names of these tokens' blocks that are
-        computed already, and is extended in place.
+        At least one token of `token_ids` is left to compute. `hashes` are the names of these tokens' first blocks, as
+        far as they are known, and are extended in place.
         """
         if not self.enabled:
             return []
@@ -149,7 +151,7 @@ class PrefixIndex:
             self._changes.append(BlocksCached(tuple(hashes[begin:end]), hashes[begin - 1] if begin else None, tokens))
 
     def ensure_free(self, count: int) -> bool:
-        """Evict until `count` blocks are free. If that is impossible, returns False and evicts nothing."""
+        """Evict until `count` blocks are free. False, and nothing is evicted, if that is impossible."""
         if count > self.num_available:
             return False
         self.evict(count - self._pool.num_free)
@@ -166,7 +168,7 @@ class PrefixIndex:
         return max(count, 0)
 
     def clear(self) -> None:
-        """Empty the cache. Blocks that sequences hold become free when they are released."""
+        """Empty the cache. Blocks that sequences hold become free at their last release."""
         for block_id in self._name_of:
             self._pool.forget(block_id)
         self._block_of.clear()
@@ -175,7 +177,7 @@ class PrefixIndex:
             self._changes.append(CacheCleared())
 
     def take_changes(self) -> list[CacheChange]:
-        """Those since the last call, in order; none if they are not recorded."""
+        """Changes since the last call, in order; none without `records_changes`."""
         changes = self._changes or []
         if self._changes:
             self._changes = []

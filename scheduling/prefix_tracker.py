@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterator, Sequence, Set
 class PrefixTracker:
     """For each instance, the names (see `prefix_index.block_hashes`) of the blocks that it computed last.
 
-    An approximation: an instance may have evicted a block, or have more. For each instance at most as many names are
-    kept as its pool has blocks, and at most `max_blocks_per_instance`; the least recently used are dropped first.
+    An approximation: an instance may have evicted a block, or may have more. Each instance has at most as many names as
+    its pool has blocks, and at most `max_blocks_per_instance`; the least recently used names are dropped first.
 
-    A name identifies its block and all blocks before it. Earlier blocks of a prompt are used at least as recently as
+    A name identifies a block and all blocks before it. Earlier blocks of a prompt are used at least as recently as
     later ones, so an instance with a name has all names before it. Bisection therefore finds the holders of a prefix.
     """
 
@@ -23,7 +23,7 @@ class PrefixTracker:
         self._holders: dict[Hashable, set[str]] = {}
 
     def matched_tokens(self, instance_id: str, names: Sequence[Hashable]) -> int:
-        """Leading tokens of the prompt with these block names that the instance has computed."""
+        """How many leading tokens of the prompt with these block names the instance has computed."""
         blocks = self._blocks.get(instance_id)
         if blocks is None:
             return 0
@@ -33,8 +33,11 @@ class PrefixTracker:
         return matched * self._block_size
 
     def holders(self, names: Sequence[Hashable]) -> Iterator[tuple[int, Set[str]]]:
-        """(tokens, all instances that have at least these leading tokens), most tokens first; one entry for each
-        length at which there are more holders. The sets are live: read each before the next call. O(log names) each."""
+        """Pairs (number of leading tokens, instances that have at least these), most tokens first; one pair for each
+        length at which the number of instances grows. O(log names) for each pair.
+
+        The sets belong to the tracker: read each of them before the next call.
+        """
         depth, size = len(names), 0
         while True:
             low = 0  # the first `low` names have more than `size` holders
@@ -50,9 +53,9 @@ class PrefixTracker:
             yield low * self._block_size, instances
             size, depth = len(instances), low - 1
 
-    def record(self, instance_id: str, names: Sequence[Hashable], num_pool_blocks: int | None = None) -> None:
-        """The instance, with a pool of so many blocks, computes this prompt, or has it cached."""
-        max_blocks = self._max_blocks if num_pool_blocks is None else min(num_pool_blocks, self._max_blocks)
+    def record(self, instance_id: str, names: Sequence[Hashable], num_pool_blocks: int) -> None:
+        """The instance, whose pool has `num_pool_blocks` blocks, computes the prompt with these block names."""
+        max_blocks = min(num_pool_blocks, self._max_blocks)
         blocks = self._blocks.setdefault(instance_id, OrderedDict())
         for name in reversed(names):  # so that the end of a prefix is dropped before its beginning
             if name not in blocks:
@@ -64,7 +67,7 @@ class PrefixTracker:
             self._drop(name, instance_id)
 
     def forget(self, instance_id: str) -> None:
-        """Remove a lost instance. A restarted instance has an empty cache and a new id."""
+        """The instance is gone. A restarted instance has an empty cache and a new id."""
         for name in self._blocks.pop(instance_id, ()):
             self._drop(name, instance_id)
 

@@ -1,8 +1,8 @@
-"""In which order waiting requests are dispatched. Pure functions.
+"""The orders in which waiting requests are dispatched. Pure functions.
 
 fcfs     first come, first served
-edf      the earliest deadline of a first token first (TTFT target); requests without one follow
-goodput  as edf, but when not all can be on time, the fewest are left out, and follow: Moore's algorithm
+edf      the earliest due time of a first token (TTFT target) first; requests without a target follow
+goodput  as edf, but when not all can be on time, as few as possible are left out and follow: Moore's algorithm
 """
 
 import heapq
@@ -13,8 +13,8 @@ QueueOrder = Literal["fcfs", "edf", "goodput"]
 
 
 class Job(NamedTuple):
-    """`service_s` is its time on the one machine that all wait for; it should have ended at `due_s`. `weight` is what
-    it is worth to end in time."""
+    """One job of a single machine: it takes `service_s`, and is on time if it ends by `due_s`. `weight` is the worth of
+    being on time."""
 
     due_s: float
     service_s: float
@@ -22,14 +22,14 @@ class Job(NamedTuple):
 
 
 def left_out(jobs: Sequence[Job], now_s: float) -> set[int]:
-    """Indices of the jobs that cannot all be on time; the others are, in the order of their due times.
+    """Indices of the jobs to leave out, so that all others are on time when they run in the order of their due times.
 
-    With equal weights they are the fewest possible (Moore 1968, "An n job, one machine sequencing algorithm for
-    minimizing the number of late jobs", with Hodgson's simplification). With other weights the one that takes most time
-    for its weight is left out first, which is not always optimal. O(n log n).
+    With equal weights these are as few as possible (Moore 1968, "An n job, one machine sequencing algorithm for
+    minimizing the number of late jobs", with Hodgson's simplification). With other weights the job that takes the most
+    time for its weight is left out first, which is not always optimal. O(n log n).
     """
     order = sorted(range(len(jobs)), key=lambda index: jobs[index].due_s)
-    kept: list[tuple[float, int]] = []  # the longest for its weight is first
+    kept: list[tuple[float, int]] = []  # heap: the job that takes the most time for its weight is first
     out: set[int] = set()
     end_s = now_s
     for index in order:

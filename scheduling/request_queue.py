@@ -1,11 +1,11 @@
-"""Requests that wait in the router until an instance has credit, and how long a newcomer would wait behind them.
+"""Requests that wait in the router until an instance has credit, and how long a new request would wait behind them.
 
-Of the requests of the highest priority, those that can still meet their TTFT target are dispatched by deadline, and the
-others behind them as they came (`scheduling.queue_order`). Both queues are fair between tenants: by deadline within a
-bound, as they came without one.
+The highest priority comes first. Of its requests, those that can still meet their TTFT target are dispatched in the
+order of their due times, and then the others in the order of arrival (`scheduling.queue_order`). Both parts are fair
+between tenants: with a due time within a bound, by arrival strictly.
 
-    push -> [timely: by deadline | others: by arrival] of its priority -> dispatch, or discard
-                  ^------ goodput: who can be in time ------^
+    push -> [timely: by due time | others: by arrival] of its priority -> dispatch, or discard
+                  ^-- goodput: `_plan` moves requests --^
 """
 
 import math
@@ -17,25 +17,28 @@ from tandem.scheduling.queue_order import Job, QueueOrder, left_out
 from tandem.scheduling.routed_request import RoutedRequest
 from tandem.scheduling.tenant_ledger import TenantLedger
 
-# Deadlines count among tenants whose counters differ by no more than this: twice the cost of a long request, as VTC's
-# own bound between two tenants that wait.
+# Due times decide between tenants whose counters differ by at most this: twice the cost of a long request, which is
+# VTC's own bound between two waiting tenants.
 FAIR_TOKENS = 8192
 
-# Nobody starves: of this many dispatches, one goes to the first of the others, if it has waited for long enough.
+# So that the others are not starved, one of this many dispatches is the first of them, if it has waited long enough.
 _OTHERS_SHARE = 8
-_PATIENT_TARGETS = 2  # times its TTFT target
-_PATIENT_S = 10.0  # without a target
+_PATIENT_TARGETS = 2  # long enough: this many times the TTFT target,
+_PATIENT_S = 10.0  # or this without a target
 
-# Who can be in time is worked out after each arrival, but not more often than this where many wait: it takes 2 ms for a
-# thousand.
+# `_plan` runs after each arrival while few requests wait, and at most this often while many do: it takes 2 ms for a
+# thousand requests.
 _REPLAN_S = 0.05
 _MANY = 64
 
 
 class _FairQueue:
-    """Requests of several tenants, each tenant's by a key. `fair_tokens`: see FAIR_TOKENS; 0: the tenant that was given
-    least is next. `latest_due_s` and `longest_tokens` are the latest due time and the longest prompt since the queue
-    was empty, so none that waits has more; `num_due` are meant to be in time."""
+    """Requests of several tenants; within a tenant the lowest key is first. `fair_tokens`: see FAIR_TOKENS; with 0 the
+    tenant with the lowest counter is next.
+
+    `latest_due_s` and `longest_tokens` are upper bounds of the due times and prompts that wait: the maxima since the
+    queue was empty. `num_due` counts the requests with a due time.
+    """
 
     __slots__ = ("_fair_tokens", "latest_due_s", "longest_tokens", "num_due", "num_tokens", "tenants", "tokens_of")
 
@@ -61,7 +64,7 @@ class _FairQueue:
         self.longest_tokens = max(self.longest_tokens, request.num_tokens)
 
     def discard(self, request: RoutedRequest) -> bool:
-        """False: it is not in this queue."""
+        """Remove the request. False: it is not in this queue."""
         heap = self.tenants.get(request.client)
         if heap is None or request not in heap:
             return False
@@ -76,6 +79,7 @@ class _FairQueue:
         return True
 
     def first(self, ledger: TenantLedger) -> RoutedRequest | None:
+        """The request with the lowest key, of the tenants whose counters allow it."""
         if not self.tenants:
             return None
         limit = min(map(ledger.given, self.tenants)) + self._fair_tokens
@@ -90,15 +94,15 @@ class _FairQueue:
         return [request for heap in self.tenants.values() for request in heap]
 
     def tokens_before(self, newcomer: RoutedRequest) -> int:
-        """Those that come before it, since each tenant gets the same."""
+        """Prompt tokens that are dispatched before the newcomer, if every tenant gets the same share."""
         own_tokens = self.tokens_of.get(newcomer.client, 0)
-        share = own_tokens + newcomer.num_tokens  # what each other tenant is given meanwhile
+        share = own_tokens + newcomer.num_tokens  # of each other tenant, until the newcomer is dispatched
         others = (tokens for tenant, tokens in self.tokens_of.items() if tenant != newcomer.client)
         return own_tokens + sum(min(tokens, share) for tokens in others)
 
 
 class _PriorityLevel:
-    """What waits with one priority."""
+    """The requests of one priority."""
 
     __slots__ = ("others", "timely")
 
@@ -112,34 +116,34 @@ class _PriorityLevel:
 
 
 class RequestQueue:
-    """Owned by the routing machine. A request that comes back after a failure has its old place."""
+    """Owned by the routing machine. A request that returns after a failure gets the place of its first arrival."""
 
     def __init__(self, order: QueueOrder = "fcfs") -> None:
-        self.num_tokens = 0  # of the prompts that wait
+        self.num_tokens = 0  # of all waiting prompts
         self.ledger = TenantLedger()
         self.first_token_time = FirstTokenTime()
         self._order = order
-        self._levels: dict[int, _PriorityLevel] = {}  # by priority, those that are not empty
+        self._levels: dict[int, _PriorityLevel] = {}  # by priority; only non-empty levels
         self._waiting: dict[RoutedRequest, None] = {}
-        self._patience: KeyedHeap[RoutedRequest] = KeyedHeap()  # until when each of them waits
+        self._patience: KeyedHeap[RoutedRequest] = KeyedHeap()  # by the time until which each request waits
         self._rate = DrainRate()
-        self._num_since_others = 0  # dispatches, since one of the others had its turn
-        self._planned_s = -math.inf  # when it was worked out who can be in time
-        self._has_news = False  # a request has come since
+        self._num_since_others = 0  # dispatches since the last one of `others`
+        self._planned_s = -math.inf  # time of the last `_plan`
+        self._has_new = False  # requests have arrived since
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     @property
     def next_end_s(self) -> float:
-        """When the first of them has waited for too long."""
+        """When the next request has waited for too long; inf: never."""
         found = self._patience.peek()
         return math.inf if found is None else found[0]
 
     def first(self, now_s: float) -> RoutedRequest | None:
-        """The next one to dispatch."""
+        """The request to dispatch next."""
         if self._order == "goodput" and (
-            now_s - self._planned_s >= _REPLAN_S or (self._has_news and len(self._waiting) <= _MANY)
+            now_s - self._planned_s >= _REPLAN_S or (self._has_new and len(self._waiting) <= _MANY)
         ):
             self._plan(now_s)
         if not self._levels:
@@ -151,7 +155,7 @@ class RequestQueue:
         return level.timely.first(self.ledger) or other
 
     def push(self, request: RoutedRequest, until_s: float, now_s: float) -> None:
-        """It waits, at most until then (inf: for as long as it takes)."""
+        """The request waits, until `until_s` at most (inf: without limit)."""
         if not self._waiting:
             self._rate.begin(now_s)
         self.ledger.open(request.client)
@@ -168,11 +172,11 @@ class RequestQueue:
         if until_s < math.inf:
             self._patience.push(request, until_s)
         self._waiting[request] = None
-        self._has_news = True
+        self._has_new = True
         self.num_tokens += request.num_tokens
 
     def dispatch(self, request: RoutedRequest, now_s: float) -> None:
-        """An instance takes this one."""
+        """The request leaves the queue for an instance."""
         is_other = request in self._levels[request.slo.priority].others.tenants.get(request.client, ())
         self._num_since_others = 0 if is_other else self._num_since_others + 1
         self._rate.left(request.num_tokens, now_s)
@@ -180,12 +184,13 @@ class RequestQueue:
         self.discard(request, now_s)
 
     def discard(self, request: RoutedRequest, now_s: float) -> None:
-        """It waits no longer; one that does not wait is ignored."""
+        """Remove the request; no effect if it does not wait."""
         if request not in self._waiting:
             return
         del self._waiting[request]
         level = self._levels[request.slo.priority]
-        assert level.timely.discard(request) or level.others.discard(request), "what waits is in a queue"
+        is_found = level.timely.discard(request) or level.others.discard(request)
+        assert is_found, "a waiting request is in a queue of its priority"
         if level.is_empty:
             del self._levels[request.slo.priority]
         self.ledger.close(request.client)
@@ -195,7 +200,7 @@ class RequestQueue:
             self._rate.end(now_s)
 
     def pop_impatient(self, now_s: float) -> list[RoutedRequest]:
-        """Take out those that have waited for too long."""
+        """Remove and return the requests that have waited for too long."""
         taken = []
         while (found := self._patience.peek()) is not None and found[0] <= now_s:
             self.discard(found[1], now_s)
@@ -205,15 +210,16 @@ class RequestQueue:
     # --- predictions -------------------------------------------------------------------------------------------------
 
     def expected_wait_s(self, now_s: float, newcomer: RoutedRequest | None = None) -> float:
-        """Of a newcomer, at the recent rate; 0 if nobody waits or nothing is measured yet. None: behind all."""
+        """How long a newcomer would wait, at the recent rate; `newcomer` None: behind all others. 0 if the queue is
+        empty or no rate is measured yet."""
         rate = self._rate.tokens_per_s(now_s) if self._waiting else None
         if rate is None:
             return 0.0
         return (self.num_tokens if newcomer is None else self._tokens_before(newcomer)) / rate
 
     def leaves_out(self, newcomer: RoutedRequest, now_s: float) -> bool:
-        """Whether a newcomer with a TTFT target would be too late, or would make others late that need less time. Only
-        where they are left out; with the other orders its `expected_wait_s` says it all."""
+        """Whether a newcomer with a TTFT target would be among the requests that cannot be on time. Only the order
+        "goodput" leaves requests out; with other orders `expected_wait_s` decides alone."""
         if self._order != "goodput" or not self._waiting:
             return False
         start_s, token_s = now_s, self._token_s(now_s)
@@ -243,11 +249,11 @@ class RequestQueue:
                     tokens += level.timely.num_tokens + level.others.tokens_before(newcomer)
         return tokens
 
-    # --- who can be in time ------------------------------------------------------------------------------------------
+    # --- which requests can be on time -------------------------------------------------------------------------------
 
     def _plan(self, now_s: float) -> None:
-        """Move those that cannot be in time behind the others, and those that now can back."""
-        self._planned_s, self._has_news = now_s, False
+        """Move requests that cannot be on time to `others`, and requests that can be again to `timely`."""
+        self._planned_s, self._has_new = now_s, False
         start_s, token_s = now_s, self._token_s(now_s)
         for _, level in sorted(self._levels.items(), reverse=True):
             if not level.others.num_due and self._all_in_time(level.timely, start_s, token_s):
@@ -272,8 +278,8 @@ class RequestQueue:
     def _all_in_time(
         self, timely: _FairQueue, start_s: float, token_s: float, newcomer: RoutedRequest | None = None
     ) -> bool:
-        """Whether even the earliest due time leaves time for all of them, at no cost that grows with their number. Of a
-        False nothing follows."""
+        """True if even the earliest due time leaves time for all of them. False says nothing: the check is O(tenants),
+        and the exact answer needs `left_out`."""
         due_s, longest, tokens = timely.earliest_key, timely.longest_tokens, timely.num_tokens
         if newcomer is not None:
             due_s, longest = min(due_s, newcomer.due_s), max(longest, newcomer.num_tokens)
@@ -281,18 +287,18 @@ class RequestQueue:
         return start_s + tokens * token_s <= due_s - self.first_token_time.expected_s(longest)
 
     def _job(self, request: RoutedRequest, token_s: float) -> Job:
-        """It should have left the queue when there is just time enough to compute its first token."""
+        """Due when just enough time is left to compute the first token."""
         due_s = request.due_s - self.first_token_time.expected_s(request.num_tokens)
         return Job(due_s, request.num_tokens * token_s, request.slo.weight)
 
     def _token_s(self, now_s: float) -> float:
-        """Time that the queue takes for a token; 0 while nothing is measured: then only what is late is late."""
+        """Seconds in which one prompt token leaves the queue; 0 while no rate is measured."""
         rate = self._rate.tokens_per_s(now_s)
         return 0.0 if rate is None else 1 / rate
 
 
 def _timely_key(request: RoutedRequest) -> float:
-    """One that has tokens already goes first: its client was promised the rest."""
+    """Requests that have sent tokens to their client come first."""
     return -math.inf if request.num_output_tokens else request.due_s
 
 

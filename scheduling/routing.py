@@ -1,26 +1,29 @@
-"""Which instance a request goes to, and why. Pure functions of what the router knows at that moment.
+"""The policy by which an instance is selected for a request. Pure functions of the router's knowledge at one moment.
 
-They compare every instance: the definition of the policy. `scheduling.instance_index` finds the same winner without
-comparing all instances.
+They compare all instances, and so define the policy. `scheduling.instance_index` selects the same instance without
+comparing all.
 """
 
 from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# A decode step takes base + n * slope; the batch n at which the two are equal. Of a larger batch more than half of the
-# step's time is its sequences' doing. The router knows no cost model; any n of this order gives a like ranking.
+# A decode step of n sequences takes base + n * slope. This is the n at which both terms are equal: in a larger batch
+# the sequences cause more than half of the step's time. The router has no cost model here, and any n of this order of
+# magnitude gives a similar ranking.
 BATCH_OF_EQUAL_TERMS = 32
 
-# One recent failure weighs as much as this prompt before a prefill instance, or as full memory of a decode instance.
+# One recent failure of a prefill instance counts as a prompt of this length in its queue. One of a decode instance
+# counts as full memory.
 FAILURE_TOKENS = 4096
 
 
 @dataclass(slots=True)
 class PrefillView:
-    """What the router knows of an instance that computes prompts, its own dispatches included. A value: never changed.
+    """The router's knowledge of an instance that computes prompts, with the attempts that it has just sent. Never
+    changed.
 
-    `max_model_len` is the longest prompt plus answer; `cached_prefix_tokens` are of the prompt at hand.
+    `max_model_len` is the longest prompt plus answer. `cached_prefix_tokens` belongs to the prompt of one query.
     """
 
     instance_id: str
@@ -33,9 +36,9 @@ class PrefillView:
 
 @dataclass(slots=True)
 class DecodeView:
-    """What the router knows of an instance that decodes, its own dispatches included. A value: never changed.
+    """The router's knowledge of an instance that decodes, with the attempts that it has just sent. Never changed.
 
-    `claimed_tokens` is KV memory in use, and what the waiting requests will take; `sequences` run or wait.
+    `claimed_tokens` are KV slots in use, or needed by waiting requests. `sequences` counts running and waiting ones.
     """
 
     instance_id: str
@@ -48,19 +51,18 @@ class DecodeView:
 
     @property
     def load(self) -> float:
-        """The part of its score that is the same for every request: terms "memory" and "batch" of `choose_decode`."""
+        """The part of the score that is the same for every request: terms "memory" and "batch" of `choose_decode`."""
         return self.claimed_tokens / self.capacity_tokens + self.sequences / (self.sequences + BATCH_OF_EQUAL_TERMS)
 
     def must_wait(self, num_tokens: int, growth_tokens: int) -> bool:
-        """Whether a sequence of `num_tokens` that grows by `growth_tokens` finds no memory."""
+        """Whether a sequence of `num_tokens` that grows by `growth_tokens` would wait for memory."""
         grown_tokens = min(num_tokens + growth_tokens, self.max_model_len)
         return self.claimed_tokens + grown_tokens > self.capacity_tokens
 
 
 class Candidate(NamedTuple):
-    """One instance that was compared. `score` is the sum of `terms`, the lowest wins; None: it could not be chosen.
-
-    `reason` says why it lost, in words; it is empty for the chosen one.
+    """One compared instance. `score` is the sum of `terms`, and the lowest score is selected; None: the instance cannot
+    take the request. `reason` says in words why it was not selected; empty for the selected instance.
     """
 
     instance_id: str
@@ -71,14 +73,15 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The decision, and the comparison behind it, best first. `others` more instances were not written down."""
+    """The selected instance, and the comparison behind the decision, best first. `others` counts the instances that
+    are not in `candidates`."""
 
     instance_id: str | None
     candidates: tuple[Candidate, ...]
     others: int = 0
 
     def explain(self) -> str:
-        """One line per candidate, for a person."""
+        """The comparison as text, one line for each candidate."""
         lines = []
         for candidate in self.candidates:
             terms = " + ".join(f"{name} {value:g}" for name, value in candidate.terms)
@@ -93,8 +96,8 @@ Terms = tuple[tuple[str, float], ...]
 
 
 class Scored(NamedTuple):
-    """An instance that could be chosen. The least `rank` wins: (score, load, number of the choice that took it last,
-    id). So among equals the one with less load, and then the one chosen longest ago, is next."""
+    """A candidate with its score. The lowest `rank` is selected: (score, load, number of the selection that took the
+    instance last, id). With equal scores this is the instance with less load, then the one selected longest ago."""
 
     terms: Terms
     rank: tuple[float, float, int, str]
@@ -103,7 +106,7 @@ class Scored(NamedTuple):
 def score_prefill(
     view: PrefillView, *, num_tokens: int, shortest_tokens: int, slack_tokens: int, failures: float, last_chosen: int
 ) -> Scored:
-    """As `choose_prefill` compares it, where `shortest_tokens` is the shortest queue of all that could be chosen."""
+    """The score of `choose_prefill`. `shortest_tokens` is the shortest queue of all candidates."""
     overloaded = view.queued_tokens > shortest_tokens + slack_tokens
     credit = 0 if overloaded else min(view.cached_prefix_tokens, num_tokens - 1)
     terms: Terms = (("queued", view.queued_tokens), ("prompt", num_tokens), ("cached", -credit))
@@ -115,7 +118,7 @@ def score_prefill(
 
 
 def score_decode(view: DecodeView, *, num_tokens: int, growth_tokens: int, failures: float, last_chosen: int) -> Scored:
-    """As `choose_decode` compares it."""
+    """The score of `choose_decode`."""
     capacity, load = view.capacity_tokens, view.load
     grown = min(num_tokens + growth_tokens, view.max_model_len)
     memory = view.claimed_tokens / capacity
@@ -140,11 +143,12 @@ def choose_prefill(
 ) -> Selection:
     """The instance that will have computed a prompt of `num_tokens` first, counted in tokens.
 
-    score = tokens queued before it + its own tokens not cached there + FAILURE_TOKENS for each recent failure. An
-    instance whose queue is longer than the shortest by more than `slack_tokens` gets no credit for its cache: a popular
-    prefix must not pile all work on one instance. Only instances that can hold `needed_tokens` count, and only those
-    whose KV layout is one of `decode_fingerprints`. Equal scores go to the one chosen longest ago: `last_chosen`
-    numbers the choices, and has no entry where an instance was never chosen.
+    score = tokens in the queue + the prompt's tokens that are not cached there + FAILURE_TOKENS for each recent failure
+
+    Cached tokens do not count on an instance whose queue is longer than the shortest by more than `slack_tokens`, so
+    that a popular prefix does not send all work to one instance. Candidates are the ready instances that can hold
+    `needed_tokens` and whose fingerprint is one of `decode_fingerprints`. With equal scores the instance that was
+    selected longest ago is next: `last_chosen` has the number of the selection that took each instance last.
     """
     usable = [
         view
@@ -184,19 +188,20 @@ def choose_decode(
     failures: Mapping[str, float],
     last_chosen: Mapping[str, int],
 ) -> Selection:
-    """The instance on which a sequence of `num_tokens` that grows by `growth_tokens` finds most room.
+    """The instance with the most memory and the smallest batch for a sequence of `num_tokens` that grows by
+    `growth_tokens`.
 
-    score = share of the KV memory that is in use, or will be by what waits there  (memory)
-          + n / (n + BATCH_OF_EQUAL_TERMS) for n sequences running or waiting       (batch)
-          + share of the KV memory that this sequence will have grown to            (sequence)
-          + 1 if it does not fit, and so would wait for a reservation               (wait)
-          + 1 for each recent failure.                                              (failures)
+    score = share of the KV memory that is in use, or needed by waiting requests  (memory)
+          + n / (n + BATCH_OF_EQUAL_TERMS) for n running and waiting sequences    (batch)
+          + share of the KV memory that this sequence will need                   (sequence)
+          + 1 if it would wait for memory                                         (wait)
+          + 1 for each recent failure                                             (failures)
 
-    "batch" is the share of a step's time that its sequences cause, and so depends on this instance only. A share of the
-    busiest instance's batch would move every score when one instance's load changes, and no order could be kept.
+    "batch" is the share of a step's time that its sequences cause, so it depends on this instance only. If it were
+    relative to the busiest instance, one instance's load would change all scores, and no order could be maintained.
 
-    Only instances that can hold `needed_tokens` count, and of these the ones with the prefill instance's `fingerprint`;
-    None: any, since the same instance computes the prompt. Equal scores: as in `choose_prefill`.
+    Candidates are the ready instances that can hold `needed_tokens` and have the `fingerprint` of the prefill instance;
+    None: any fingerprint, because the same instance computes the prompt. Equal scores: as in `choose_prefill`.
     """
     scored: list[Scored] = []
     refused: dict[str, str] = {}
@@ -221,7 +226,8 @@ def choose_decode(
 
 
 def selection_of(scored: Collection[Scored], refused: Mapping[str, str], others: int = 0) -> Selection:
-    """The least rank wins. `refused` says of each instance that could not be chosen why; `others` were left out."""
+    """Of the lowest rank. `refused` has the reason for each instance that cannot take the request; `others` counts the
+    instances that are in neither argument."""
     candidates: list[Candidate] = []
     best = min((each.rank for each in scored), default=None)
     for each in sorted(scored, key=lambda each: each.rank):

@@ -1,4 +1,4 @@
-"""What carries out the decisions of the routing machine: the live router, or the simulator."""
+"""The interface through which the routing machine's decisions are carried out, by the live router or the simulator."""
 
 import math
 from typing import Protocol
@@ -9,31 +9,32 @@ from tandem.scheduling.routing import Selection
 
 
 class RoutingDriver(Protocol):
-    """What carries decisions out. No call blocks. From `submit` it may report at once that the attempt has failed."""
+    """Carries out decisions. No call blocks. `submit` may call `RoutingMachine.attempt_failed` before it returns."""
 
     def submit(self, attempt: Attempt, instance_id: str, source_id: str | None, selection: Selection | None) -> None:
-        """Send the attempt there. `source_id`: the instance that computes the KV, None if this one does."""
+        """Send the attempt to an instance. `source_id`: the instance from which it fetches the KV, None if it computes
+        the prompt itself."""
         ...
 
     def cancel(self, attempt: Attempt, instance_id: str) -> None:
-        """Take the attempt off an instance, in whatever phase it is there."""
+        """Cancel the attempt at an instance, in any phase."""
         ...
 
     def renew_lease(self, attempt: Attempt, instance_id: str) -> None:
-        """Have the instance hold the attempt's KV for longer: its reader still waits."""
+        """Renew the instance's lease on the attempt's KV, whose reader still waits."""
         ...
 
     def end(self, request: RoutedRequest, error: TandemError | None) -> None:
-        """The request is over; `error` None: it has all its tokens."""
+        """The request has ended; `error` None: it is complete."""
         ...
 
     def wake_at(self, time_s: float) -> None:
-        """Call `advance` at that time, rather than at the one named before; inf: never."""
+        """Call `RoutingMachine.advance` at that time, instead of at the time of the last call; inf: never."""
         ...
 
 
 class WakeUp:
-    """When the driver is to call `RoutingMachine.advance` next: the earliest time that was asked for."""
+    """Keeps the earliest time that was asked for as the driver's next call of `RoutingMachine.advance`."""
 
     __slots__ = ("_driver", "_time_s")
 
@@ -42,17 +43,17 @@ class WakeUp:
         self._time_s = math.inf
 
     def at(self, time_s: float) -> None:
-        """Not later than that."""
+        """Wake up at that time or earlier."""
         if time_s < self._time_s:
             self._time_s = time_s
             self._driver.wake_at(time_s)
 
-    def came(self) -> None:
-        """The driver has called; it waits for another time now."""
+    def has_come(self) -> None:
+        """The driver has called `advance`."""
         self._time_s = math.inf
 
     def cancel(self) -> None:
-        """Nothing is left to wait for."""
+        """No time is needed any more."""
         if self._time_s < math.inf:
             self._time_s = math.inf
             self._driver.wake_at(math.inf)

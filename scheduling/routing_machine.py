@@ -77,7 +77,7 @@ class RoutingMachine:
 
     def instance_reported(self, status: InstanceStatus, now_s: float) -> None:
         """The first report of an instance registers it. Later ones update it; the role may have changed."""
-        has_news = self._selector.failures.cannot_reach(status.instance_id, status.unreachable_peers)
+        links_changed = self._selector.failures.set_unreachable(status.instance_id, status.unreachable_peers)
         known = self._selector.instances.get(status.instance_id)
         if known is None:
             self._selector.update(KnownInstance(status))
@@ -87,7 +87,7 @@ class RoutingMachine:
             self._selector.leave_role(known)
         known.report(status)
         self._selector.update(known)
-        if has_news or known.offer != before:
+        if links_changed or known.offer != before:
             self._offers_changed()
             self._settle(now_s)
 
@@ -172,7 +172,7 @@ class RoutingMachine:
 
     def advance(self, now_s: float) -> None:
         """End requests whose deadline has passed, retry those whose pause is over, and renew leases."""
-        self._wake_up.came()
+        self._wake_up.has_come()
         for request in self._deadlines.pop_until(now_s):
             self._end_all([(request, DeadlineError("the request's deadline has passed"))], now_s)
         self._end_all(self._waiting.advance(now_s), now_s)
@@ -239,7 +239,7 @@ class RoutingMachine:
         if attempt.decode is None or attempt.has_transfer:
             return False
         attempt.has_transfer = True
-        attempt.decode.kv_came(attempt.handle)
+        attempt.decode.kv_arrived(attempt.handle)
         self._selector.transferred(attempt, now_s)
         self._selector.put(attempt.decode)
         if attempt.has_first_token and attempt.prefill is not None:
@@ -280,7 +280,7 @@ class RoutingMachine:
         instance = self._selector.instances.get(instance_id)
         if instance is None or instance.find(attempt.handle) is None:
             return False
-        # The instance that was to read the KV before had taken it over already: nobody is to blame for that.
+        # A decode instance that was lost meanwhile had acknowledged the KV already: no instance is to blame.
         was_taken = attempt.reader_error is not None and isinstance(error, StaleEpochError)
         blamed = set() if was_taken else self._attempts.blame(attempt, instance, error, now_s)
         self._attempts.release(attempt, instance, now_s)

@@ -12,22 +12,25 @@ RoutingPolicy = Literal["balanced", "goodput"]
 
 @dataclass(frozen=True, slots=True)
 class RoutingSettings:
-    """`max_queue` counts all requests in the router. `resume` allows a new attempt after tokens were handed on.
+    """Queue: `max_queue` bounds all requests in the router; None: no bound. Requests for which no instance has credit
+    wait in the `queue_order` (see `scheduling.queue_order`) for `max_wait_s` at most. A request that would wait longer,
+    or beyond its deadline, is refused at once. A request that cannot meet its TTFT target is made best effort or
+    refused, as its class says, at admission or once the time has passed.
 
-    An instance is without credit while this router's prompts of `outstanding_steps` of its steps wait to be computed
-    there: what waits in an instance cannot be ordered, held or refused any more. Also while `max_outstanding_tokens` of
-    them wait, to be computed or for memory to decode them (None: no request waits for credit at all); and while the
-    requests that decode there are expected to fill more than its memory, by the lengths of the last answers. Requests
-    for which no instance has credit wait in the router, for `max_wait_s` at most;
-    one that would wait longer, or beyond its deadline, is refused when it comes. `queue_order` is the order in which
-    they wait: see `scheduling.queue_order`. A request that cannot meet its TTFT target is made best effort, or
-    refused, as its class says: when it comes, or when the time has passed while it waited.
+    Credit: requests that wait in an instance can no longer be ordered, held back or refused. So an instance has no
+    credit while this router's prompts for `outstanding_steps` of its steps wait there to be computed; while
+    `max_outstanding_tokens` prompt tokens wait there, to be computed or for memory to decode them (None: instances
+    always have credit); or while the requests that decode there are expected to need more than its memory, by the
+    lengths of recent answers.
 
-    A request that has lost its instances waits `replacement_wait_s` for usable ones, and `retry_pause_s` before it goes
-    back to an instance that failed it. `slack_tokens`: see `routing.choose_prefill`. `max_tracked_blocks`
-    bounds what is remembered of an instance's prefix cache. `local_prefill` lets decode instances compute prompts while
-    no prefill and no colocated instance is usable; with the policy "goodput" whenever that is better. Policies:
-    `instance_selector` and `goodput_selector`.
+    Failures: a request has `max_attempts`; after its first tokens only with `resume`. A request that has lost its
+    instances waits `replacement_wait_s` for usable ones, and `retry_pause_s` before it uses an instance again that has
+    failed it.
+
+    Selection: `policy` "balanced" is `instance_selector`, "goodput" is `goodput_selector`. `slack_tokens`: see
+    `routing.choose_prefill`. `max_tracked_blocks` bounds the known blocks of one instance's prefix cache. With
+    `local_prefill` decode instances compute prompts while no prefill and no colocated instance is usable, and with
+    "goodput" whenever that is better.
     """
 
     max_queue: int | None = None
@@ -46,7 +49,7 @@ class RoutingSettings:
 
     @classmethod
     def of(cls, section: RouterSection) -> "RoutingSettings":
-        """Of a router with these settings, live or simulated."""
+        """The settings of a router's configuration."""
         return cls(
             max_queue=section.max_queue,
             resume=section.resume,

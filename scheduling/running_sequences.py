@@ -1,4 +1,4 @@
-"""Sequences of an instance that take part in steps."""
+"""The sequences of an instance that take part in steps."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -9,10 +9,10 @@ from tandem.scheduling.sequence import Sequence, SequenceState
 
 
 class RunningSequences:
-    """Both by key. `prompts` compute all tokens before the next one to draw, as newcomers or again after a preemption;
-    the one admitted first comes first. `decoding` compute one token a step; the next to take part comes first.
+    """Two dictionaries by key. `prompts` have more than one token to compute, as new sequences or after a preemption;
+    they are in the order of admission. `decoding` compute one token in a step; the next one to take part comes first.
 
-    `uncomputed_tokens` are those of `prompts`.
+    `uncomputed_tokens` is the sum over `prompts`.
     """
 
     __slots__ = ("decoding", "prompts", "uncomputed_tokens")
@@ -26,12 +26,12 @@ class RunningSequences:
         return len(self.prompts) + len(self.decoding)
 
     def start(self, sequence: Sequence) -> None:
-        """It was admitted, and computes its prompt."""
+        """The sequence was admitted, and computes its prompt."""
         self.prompts[sequence.key] = sequence
         self.uncomputed_tokens += sequence.num_uncomputed
 
     def advance(self, chunk: Chunk) -> None:
-        """Its chunk is computed, or under way."""
+        """The chunk is computed, or under way."""
         sequence = chunk.sequence
         assert chunk.start == sequence.num_computed, "a chunk computed twice, or out of order"
         sequence.num_computed += chunk.num_tokens
@@ -39,16 +39,16 @@ class RunningSequences:
             self.uncomputed_tokens -= chunk.num_tokens
 
     def decode(self, sequence: Sequence) -> None:
-        """A token was drawn after its prompt, here or where its KV comes from."""
+        """The token after the prompt was sampled, here or on the instance that computed the KV."""
         self.prompts.pop(sequence.key, None)
         self.decoding[sequence.key] = sequence
 
     def youngest(self) -> Sequence:
-        """There must be one."""
+        """The sequence that was added last. At least one runs."""
         return max(chain(self.prompts.values(), self.decoding.values()), key=lambda sequence: sequence.order)
 
     def discard(self, sequence: Sequence) -> None:
-        """It takes part in no further step; one that does not run is ignored."""
+        """Remove the sequence; no effect if it does not run."""
         if self.decoding.pop(sequence.key, None) is None and self.prompts.pop(sequence.key, None) is not None:
             self.uncomputed_tokens -= sequence.num_uncomputed
 
@@ -57,5 +57,5 @@ class RunningSequences:
         running = (*self.prompts.values(), *self.decoding.values())
         assert all(sequence.state is SequenceState.RUNNING for sequence in running)
         for sequence in self.decoding.values():
-            assert sequence.num_uncomputed + sequence.num_under_way == 1, "decoding with a gap"
+            assert sequence.num_uncomputed + sequence.num_under_way == 1, "a decoding sequence has one token to compute"
         assert self.uncomputed_tokens == sum(sequence.num_uncomputed for sequence in self.prompts.values())

@@ -1,11 +1,11 @@
-"""The sequences of an instance, and which of their tokens it computes next. Pure bookkeeping: no clock, no tensors."""
+"""The sequences of an instance, and the tokens that it computes next. Pure bookkeeping: no clock, no tensors."""
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from tandem.core.errors import ContextLengthError, OverloadedError
-from tandem.scheduling.batch_composer import LEAST_GROUP, BatchComposer
+from tandem.scheduling.batch_composer import MIN_GROUP, BatchComposer
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
 from tandem.scheduling.chunk import Chunk
@@ -23,9 +23,9 @@ from tandem.scheduling.waiting_sequences import WaitingSequences
 class SchedulerCounts:
     """Sequences by state, then tokens, then totals since the start.
 
-    `waiting` have a prompt to compute here, `unreserved` wait for blocks for KV that comes from elsewhere; `prompts`
-    and `decoding` run. `uncomputed_tokens` are of waiting, preempted and running prompts, `unreserved_tokens` of the
-    unreserved.
+    `waiting` sequences have a prompt to compute here, `unreserved` ones wait for blocks for KV from another instance;
+    `prompts` and `decoding` run. `uncomputed_tokens` are those of waiting, preempted and running prompts,
+    `unreserved_tokens` those of unreserved sequences.
     """
 
     waiting: int
@@ -42,23 +42,23 @@ class SchedulerCounts:
 
 
 class Scheduler:
-    """Sequences from `add` until `finish`, `cancel` or `detach`, or until their KV is held for another instance.
+    """Owns sequences from `add` until `finish`, `cancel` or `detach`, or until they are held for another instance.
 
-    The worker's loop, all of it between two steps and on one thread:
+    The calls of the worker's loop, all between two steps and on one thread:
 
         add(sequence)                    -> WAITING
         for each of expired(now)         -> end it with cancel, or with detach while its transfer may still write
         for each of reserve()            -> RECEIVING: start the transfer into its block_table
         committed(key, first token, now) -> RUNNING:   the KV has arrived
-        chunks = next_batch(now)         -> one step; the engine computes it
+        chunks = next_batch(now)         -> one step, for the engine
         launched(chunks)                 -> only if more steps are scheduled before the results of this one are there
-        computed(chunk) for each chunk   -> a prompt to be handed over is HELD after its last chunk, and the worker's,
-                                            who calls `release` once nobody reads its blocks
-        generated(key, token) for each other chunk that samples, then finish(key) where it ends
+        computed(chunk) for each chunk   -> after its last chunk, a prompt to be handed over is HELD: the worker owns it
+                                            and calls `release` when its KV was fetched or is no longer needed
+        generated(key, token) for each other chunk that samples, then finish(key) if the sequence ends
 
-    The parts: `WaitingSequences` (who gets blocks next), `SequenceBlocks` (whether they fit), `RunningSequences` and
-    `BatchComposer` (what a step computes, and who is preempted). The prefix cache is offered what chunks of prompts
-    compute. Answers are not cached.
+    The parts: `WaitingSequences` (which sequence gets blocks next), `SequenceBlocks` (whether it fits),
+    `RunningSequences` and `BatchComposer` (what a step computes, and which sequence is preempted). The prefix cache
+    gets the blocks of prompts, not those of answers.
     """
 
     composer_type: ClassVar[type[BatchComposer]] = BatchComposer
@@ -86,12 +86,12 @@ class Scheduler:
         max_model_len: int,
         predictor: StepPredictor | None = None,
         num_stages: int = 1,
-        least_group: int = LEAST_GROUP,
+        min_group: int = MIN_GROUP,
     ) -> None:
-        """`max_model_len` counts prompt plus answer; the attribute of that name is less where the pool is smaller.
-        `predictor` tells how long steps take, for budgets that mix by slack; its owner corrects it. For `num_stages`
-        and `least_group` see `BatchComposer`."""
-        self.budget = budget  # to be read only
+        """`max_model_len` is the longest prompt plus answer; the attribute is lower if the pool is smaller. `predictor`
+        predicts step times for budgets that mix by slack; the caller corrects it. For `num_stages` and `min_group`
+        see `BatchComposer`."""
+        self.budget = budget  # read only; `set_budget` changes it
         self.max_model_len = min(max_model_len, pool.num_blocks * prefix_index.block_size)
         self._pool = pool
         self._index = prefix_index
@@ -101,7 +101,7 @@ class Scheduler:
         self._waiting = WaitingSequences(self._blocks)
         self._running = RunningSequences()
         self._composer = self.composer_type(
-            budget, self._waiting, self._running, self._blocks, predictor, num_stages, least_group
+            budget, self._waiting, self._running, self._blocks, predictor, num_stages, min_group
         )
         self._next_order = 0
         self._computed_tokens = 0
@@ -113,29 +113,29 @@ class Scheduler:
         return self._sequences.get(key)
 
     def has_waiting_before(self, *, is_remote: bool) -> bool:
-        """Whether a newcomer of that sort would wait behind others, so that it changes nothing before they leave. A
-        prompt that waits to be computed does not hold back KV that comes from elsewhere while there is memory."""
+        """Whether a new sequence would wait behind others, so that it changes nothing before these leave. Waiting
+        prompts do not hold back remote sequences while there is memory."""
         return self.has_unreserved or (not is_remote and self._waiting.num_prompts > 0)
 
     @property
     def has_unreserved(self) -> bool:
-        """Whether a sequence waits for blocks for KV that comes from elsewhere."""
+        """Whether a sequence waits for blocks for KV from another instance."""
         return self._waiting.num_remote > 0
 
     def length_limit(self, sequence: Sequence) -> int:
-        """Tokens, prompt and answer together, with which it ends at the latest."""
+        """The most tokens, prompt and answer together, that the sequence may have."""
         return min(sequence.request.max_total_tokens, self.max_model_len)
 
     def set_budget(self, budget: StepBudget) -> None:
-        """From the next step on. What runs goes on, even where the new budget would not have admitted it."""
+        """Applies from the next step on. Running sequences go on, even if the new budget would not admit them."""
         self.budget = self._composer.budget = budget
         self._blocks.set_budget(budget)
         self._waiting.memory_changed()
 
-    # --- coming in ---------------------------------------------------------------------------------------------------
+    # --- new sequences -----------------------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        """Queue it. Raises ContextLengthError if it can never fit, OverloadedError if the queue is full."""
+        """Queue the sequence. Raises ContextLengthError if it can never fit, OverloadedError if the queue is full."""
         assert sequence.key not in self._sequences, f"{sequence.key!r} is scheduled already"
         if sequence.num_tokens >= self.max_model_len:
             raise ContextLengthError(
@@ -152,14 +152,13 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def reserve(self) -> list[Sequence]:
-        """Give those that wait for KV from elsewhere their blocks, first come first served, while they fit.
-
-        End what is `expired` first. No newcomer is admitted while a preempted sequence waits.
-        """
+        """Give remote sequences their blocks, in order of arrival, while they fit. No new sequence gets blocks while a
+        preempted one waits. End the `expired` sequences first."""
         return self._waiting.reserve()
 
     def committed(self, key: Hashable, first_token_id: int, now_s: float) -> Sequence:
-        """The KV of all tokens of the request is in the blocks; `first_token_id` is what prefill drew from it."""
+        """The KV of all tokens of the request is in the sequence's blocks. The prefill instance sampled
+        `first_token_id` from it."""
         sequence = self._sequences[key]
         assert sequence.state is SequenceState.RECEIVING, "a transfer into blocks that were not reserved"
         sequence.num_computed = sequence.num_tokens
@@ -173,24 +172,24 @@ class Scheduler:
     # --- stepping ----------------------------------------------------------------------------------------------------
 
     def next_batch(self, now_s: float) -> list[Chunk]:
-        """The chunks of the next step, decoding sequences first. Call `computed` or `launched` before asking again.
+        """The chunks of the next step, decoding sequences first. `computed` or `launched` has to follow before the next
+        call.
 
-        When more sequences decode than `max_batch`, they take turns. Each chunk's blocks are in its sequence's block
-        table. Empty when nothing runs and nothing can be admitted, or all waits for steps under way.
+        If more sequences decode than `max_batch`, they take turns. Each chunk's blocks are in its sequence's block
+        table. Empty if no sequence runs and none can be admitted, or if all wait for steps under way.
         """
         return self._composer.next_batch(now_s)
 
     def launched(self, chunks: Iterable[Chunk]) -> None:
-        """Their step is under way. Chunks that follow them may be in the next step; `computed` comes for each."""
+        """The step of these chunks is under way, and the next step may have the chunks that follow them. `computed` is
+        called later for each."""
         for chunk in chunks:
             self._running.advance(chunk)
             chunk.sequence.num_under_way += 1
 
     def computed(self, chunk: Chunk) -> bool:
-        """The KV of `chunk` is in its blocks. False when the sequence is gone meanwhile: drop the chunk's result.
-
-        Steps are computed in the order in which they were launched.
-        """
+        """The KV of `chunk` is in its blocks. False if the sequence has ended meanwhile: drop the chunk's result. Steps
+        are computed in the order of their launch."""
         sequence = chunk.sequence
         if self._sequences.get(sequence.key) is not sequence:
             if self._blocks.end_step(sequence):
@@ -210,7 +209,7 @@ class Scheduler:
                 sequence.block_hashes,
                 start=chunk.start,
             )
-            self._waiting.memory_changed()  # the first prompt may find more of its tokens cached
+            self._waiting.memory_changed()  # more tokens of the first prompt may be cached now
             if chunk.samples and sequence.hand_over:
                 self._forget(sequence)
                 self._blocks.drop(sequence)
@@ -218,37 +217,34 @@ class Scheduler:
         return True
 
     def generated(self, key: Hashable, token_id: int) -> Sequence:
-        """Append the token drawn after a chunk that samples. Ask the sequence's `finish_reason_after` next.
-
-        The caller sets `first_token_s` with the first one."""
+        """Append the token that was sampled after a chunk. The caller then asks `Sequence.finish_reason_after`, and
+        sets `first_token_s` with the first token."""
         sequence = self._sequences[key]
-        assert sequence.num_uncomputed == 0, "a token drawn from a place that is not the end"
+        assert sequence.num_uncomputed == 0, "a token is sampled after all tokens of its sequence"
         sequence.append(token_id)
         if key in self._running.prompts:
             self._running.decode(sequence)
         self._blocks.update_claim(sequence)
         return sequence
 
-    # --- going out ---------------------------------------------------------------------------------------------------
+    # --- the end of sequences ----------------------------------------------------------------------------------------
 
     def finish(self, key: Hashable) -> Sequence:
-        """It has its last token: free its blocks."""
+        """The sequence has its last token: free its blocks."""
         sequence = self._sequences[key]
         self._end(sequence)
         return sequence
 
     def cancel(self, key: Hashable) -> Sequence | None:
-        """Drop it in any state and free its blocks, after the steps under way with it. None when it is not here.
-
-        Not while a transfer may still write into its blocks: `detach` it then.
-        """
+        """Drop the sequence in any state, and free its blocks once no step with it is under way. None if there is no
+        such sequence. While a transfer may still write into its blocks, call `detach` instead."""
         sequence = self._sequences.get(key)
         if sequence is not None:
             self._end(sequence)
         return sequence
 
     def detach(self, key: Hashable) -> list[int]:
-        """Drop it, but keep its blocks allocated: the caller releases them to the pool once nobody writes there."""
+        """Drop the sequence, but keep its blocks allocated: the caller releases them when no transfer writes there."""
         sequence = self._sequences[key]
         self._forget(sequence)
         self._blocks.drop(sequence)
@@ -256,12 +252,12 @@ class Scheduler:
         return sequence.take_blocks()
 
     def release(self, sequence: Sequence) -> None:
-        """Free a HELD sequence: its KV was fetched, or is wanted by nobody."""
+        """Free the blocks of a HELD sequence: its KV was fetched, or is no longer needed."""
         self._blocks.free(sequence)
         sequence.move_to(SequenceState.FINISHED)
 
     def expired(self, now_s: float) -> list[Sequence]:
-        """Sequences whose deadline has passed, each reported once, nothing freed: `cancel` or `detach` each now."""
+        """Sequences whose deadline has passed, each reported once. The caller ends them by `cancel` or `detach`."""
         return [self._sequences[key] for key in self._deadlines.pop_until(now_s)]
 
     def _end(self, sequence: Sequence) -> None:
@@ -270,7 +266,7 @@ class Scheduler:
         sequence.move_to(SequenceState.FINISHED)
 
     def _forget(self, sequence: Sequence) -> None:
-        """It waits no longer and takes part in no further step; its blocks are as they were."""
+        """Remove the sequence from all queues; its blocks stay as they are."""
         del self._sequences[sequence.key]
         self._deadlines.discard(sequence.key)
         self._waiting.discard(sequence)
@@ -280,6 +276,7 @@ class Scheduler:
     # --- for status and tests ----------------------------------------------------------------------------------------
 
     def counts(self) -> SchedulerCounts:
+        """O(1)."""
         waiting, running = self._waiting, self._running
         return SchedulerCounts(
             waiting=waiting.num_prompts - waiting.num_preempted,
@@ -297,15 +294,15 @@ class Scheduler:
 
     @property
     def num_held_blocks(self) -> int:
-        """Sum of the lengths of `block_tables`. O(1), but for those that are about to leave."""
+        """Sum of the lengths of `block_tables`. O(leaving sequences)."""
         return self._blocks.num_allocated
 
     def block_tables(self) -> list[BlockTable]:
         return self._blocks.tables()
 
     def check_integrity(self, other_owners: Iterable[BlockTable] = ()) -> None:
-        """Every held block is a live sequence's or one of `other_owners` (held for a reader, or still written by a
-        transfer that was given up); assert, O(num_blocks)."""
+        """Assert that every held block belongs to a live sequence or to `other_owners` (blocks that are held for a
+        reader, or that a cancelled transfer may still write). O(num_blocks)."""
         self._waiting.check_integrity()
         self._running.check_integrity()
         self._blocks.check_integrity()

@@ -1,4 +1,4 @@
-"""One attempt of one request on one instance: its tokens, its blocks, and its state."""
+"""One attempt of one request on one instance: its tokens, its blocks and its state."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ class SequenceState(Enum):
     WAITING = "waiting"  # queued, holds no block
     RECEIVING = "receiving"  # holds blocks into which a transfer writes
     RUNNING = "running"  # takes part in steps
-    PREEMPTED = "preempted"  # lost its blocks, computes its KV anew once it is admitted again
-    HELD = "held"  # its prompt is computed, its blocks wait for a reader; the worker owns them, not the scheduler
-    FINISHED = "finished"  # holds nothing; the only state without an exit
+    PREEMPTED = "preempted"  # has lost its blocks, and recomputes its KV once it is admitted again
+    HELD = "held"  # its prompt is computed, and its blocks wait for a reader; owned by the worker, not the scheduler
+    FINISHED = "finished"  # holds nothing; final
 
 
 _NEXT_STATES: dict[SequenceState, frozenset[SequenceState]] = {
@@ -28,25 +28,25 @@ _NEXT_STATES: dict[SequenceState, frozenset[SequenceState]] = {
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Mutable, owned by one instance's loop, equal only to itself.
+    """Mutable, owned by one instance's loop, and equal only to itself.
 
         WAITING --blocks--> RUNNING (prompt in chunks) --last chunk--> RUNNING (decoding) --last token--> FINISHED
            |                   |  ^                |
-           |     out of memory v  | again          | last chunk, `hand_over`
-           |                 PREEMPTED             +--> HELD --acknowledged, or the lease is over--> FINISHED
+           |     out of memory v  | admitted       | last chunk, `hand_over`
+           |                 PREEMPTED             +--> HELD --acknowledged, or the lease has ended--> FINISHED
            |
            +--blocks, `is_remote`--> RECEIVING --KV committed--> RUNNING (decoding)
 
     Every state but FINISHED also goes to FINISHED by cancel, deadline or failure.
 
-    `token_ids` starts as the request's tokens and grows by each generated token. `block_table[i]` holds the KV of
-    tokens `[i * block_size, (i + 1) * block_size)`. The first `num_computed` tokens have their KV there, or will have
-    it after the `num_under_way` steps that are computed now; the first `num_cached` came from the prefix cache.
-    `block_hashes` is the hash chain of the leading full blocks, as far as it was needed (see `prefix_index`). `order`
-    is the age among the scheduler's sequences, lower is older.
+    `token_ids` are the request's tokens and each generated one. `block_table[i]` is the block with the KV of tokens
+    `[i * block_size, (i + 1) * block_size)`. The KV of the first `num_computed` tokens is there, or will be after the
+    `num_under_way` steps with this sequence that are computed now; that of the first `num_cached` came from the prefix
+    cache. `block_hashes` are the names of the leading full blocks, as far as they were needed (`prefix_index`). `order`
+    is the age among the scheduler's sequences; lower is older.
     """
 
-    key: Hashable  # chosen by the worker
+    key: Hashable  # the worker's name for the attempt
     request: GenerationRequest
     arrival_s: float
     is_remote: bool = False  # the KV of its tokens comes from another instance
@@ -61,7 +61,7 @@ class Sequence:
     order: int = -1
     started_s: float | None = None  # when its first prompt chunk was scheduled
     committed_s: float | None = None  # when its KV had arrived
-    first_token_s: float | None = None  # when it had the attempt's first token here: drawn, or come with the KV
+    first_token_s: float | None = None  # when the attempt's first token was sampled here, or came with the KV
 
     def __post_init__(self) -> None:
         assert not (self.is_remote and self.hand_over), "KV that came from elsewhere is not handed over"
@@ -91,7 +91,7 @@ class Sequence:
         self.token_ids.extend(token_ids)
 
     def take_blocks(self) -> list[int]:
-        """Hand the blocks to the caller, who must release them; the sequence then has no KV."""
+        """Hand the blocks to the caller, who has to release them. The sequence has no KV afterwards."""
         block_ids, self.block_table = self.block_table, []
         self.num_computed = 0
         return block_ids
@@ -99,7 +99,7 @@ class Sequence:
     def finish_reason_after(
         self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int
     ) -> FinishReason | None:
-        """Whether `token_id`, the last one appended, ends the generation, and why."""
+        """Why `token_id`, which was appended last, ends the generation; None if it does not."""
         assert self.token_ids[-1] == token_id, "append the token first"
         sampling = self.request.sampling
         if token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos):

@@ -1,4 +1,4 @@
-"""The KV blocks of an instance's sequences, and the blocks that these sequences will need when they grow."""
+"""The KV blocks of an instance's sequences, and the blocks into which the sequences will grow."""
 
 from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.budget import StepBudget
@@ -8,16 +8,16 @@ from tandem.scheduling.sequence import Sequence
 
 
 class SequenceBlocks:
-    """Allocates the block tables of sequences that receive or run, and frees them.
+    """Allocates and frees the block tables of receiving and running sequences.
 
-    Each of these sequences *claims* the blocks that it needs at the end of its growth horizon (`StepBudget`). A
-    newcomer is given blocks only if its claim fits beside all other claims.
+    Each of them *claims* the blocks that it needs at the end of its growth horizon (`StepBudget`). A new sequence gets
+    blocks only if its claim fits beside all others.
 
-    The blocks of a sequence that is freed while a step with it is under way stay allocated until the step is computed:
-    the step still writes into them. Until then the sequence is *leaving*.
+    A sequence may be freed while a step with it is under way, which still writes into its blocks. The sequence is then
+    *leaving*: its blocks stay allocated until the step is computed.
 
-    `claims` is to be read only, but for `FastForwardScheduler`. `num_claimed` is its sum, and `num_held` the sum of the
-    lengths of these sequences' block tables.
+    `claims` maps sequences to blocks; only `FastForwardScheduler` may change it. `num_claimed` is its sum, and
+    `num_held` the sum of the lengths of these sequences' block tables.
     """
 
     __slots__ = (
@@ -51,13 +51,13 @@ class SequenceBlocks:
 
     @property
     def num_available(self) -> int:
-        """Blocks that are free, or that only the prefix cache has."""
+        """Blocks that are free, or that only the prefix cache holds."""
         return self._index.num_available
 
     # --- claims ------------------------------------------------------------------------------------------------------
 
     def claim_of(self, sequence: Sequence) -> int:
-        """Blocks that it needs at the end of its growth horizon."""
+        """Blocks that the sequence needs at the end of its growth horizon."""
         num_tokens = sequence.num_tokens
         if not sequence.hand_over:
             grown = num_tokens + self._budget.growth_horizon_tokens
@@ -65,7 +65,7 @@ class SequenceBlocks:
         return self._blocks_for(num_tokens)
 
     def update_claim(self, sequence: Sequence) -> None:
-        """It has other tokens than before, or another budget applies."""
+        """The sequence's tokens or the budget have changed."""
         claim = self.claim_of(sequence)
         self.num_claimed += claim - self.claims.get(sequence, 0)
         self.claims[sequence] = claim
@@ -73,18 +73,18 @@ class SequenceBlocks:
     # --- allocation --------------------------------------------------------------------------------------------------
 
     def find_cached(self, sequence: Sequence) -> list[int]:
-        """Blocks of the longest prefix that is cached, each with a reference that is the caller's: for `give`, or for
-        `give_back`."""
+        """Blocks of the longest cached prefix, with references of the caller, who calls `give` or `give_back`."""
         if sequence.request.sampling.prompt_logprobs is not None:
             return []  # those need every prompt token to be computed
         return self._index.match(sequence.token_ids, sequence.request.cache_salt, sequence.block_hashes)
 
     def give_back(self, cached: list[int]) -> None:
+        """Release blocks of `find_cached` that are not used."""
         self._pool.release(cached)
 
     def give(self, sequence: Sequence, cached: list[int]) -> bool:
-        """Give a newcomer blocks for all its tokens. The first ones are `cached`, and their tokens count as computed.
-        False, and nothing is changed, if its claim does not fit beside the others."""
+        """Give a new sequence blocks for all its tokens. The first ones are `cached`, and their tokens count as
+        computed. False, and nothing is changed, if its claim does not fit beside the others."""
         num_blocks = self._blocks_for(sequence.num_tokens)
         num_missing = num_blocks - len(cached)
         growth = self.num_claimed - self.num_held + self.claim_of(sequence) - num_blocks
@@ -99,12 +99,12 @@ class SequenceBlocks:
         return True
 
     def growing(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Those of them whose last token needs one block more than they hold."""
+        """The sequences whose last token needs one more block."""
         size = self.block_size
         return [sequence for sequence in sequences if sequence.num_tokens > len(sequence.block_table) * size]
 
     def extend(self, sequences: list[Sequence]) -> bool:
-        """One more block for each. False, and nothing is changed, if there are not enough."""
+        """Give each sequence one more block. False, and nothing is changed, if there are too few."""
         if not self._index.ensure_free(len(sequences)):
             return False
         for sequence in sequences:
@@ -115,13 +115,13 @@ class SequenceBlocks:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def drop(self, sequence: Sequence) -> None:
-        """End its claim, if it has one. Its block table stays as it is, and is the caller's to release."""
+        """End the claim of the sequence, if it has one. The caller has to release its block table."""
         if (claim := self.claims.pop(sequence, None)) is not None:
             self.num_claimed -= claim
             self.num_held -= len(sequence.block_table)
 
     def free(self, sequence: Sequence) -> None:
-        """End its claim and free its blocks, after the steps that are under way with it."""
+        """End the claim of the sequence, and free its blocks once no step with it is under way."""
         self.drop(sequence)
         if sequence.num_under_way:
             self._leaving.add(sequence)
@@ -129,7 +129,7 @@ class SequenceBlocks:
             self._pool.release(sequence.take_blocks())
 
     def end_step(self, sequence: Sequence) -> bool:
-        """A step with it is computed. True: it was leaving, and its blocks are free now."""
+        """A step with the sequence is computed. True: it was leaving, and its blocks are free now."""
         if sequence not in self._leaving:
             return False
         sequence.num_under_way -= 1
@@ -143,15 +143,15 @@ class SequenceBlocks:
 
     @property
     def num_allocated(self) -> int:
-        """Sum of the lengths of `tables`. O(1), but for those that are leaving."""
+        """Sum of the lengths of `tables`. O(leaving sequences)."""
         return self.num_held + sum(len(sequence.block_table) for sequence in self._leaving)
 
     def tables(self) -> list[BlockTable]:
-        """Of all sequences that have blocks, those that are leaving included."""
+        """Block tables of all sequences with blocks, leaving ones included."""
         return [sequence.block_table for sequence in (*self.claims, *self._leaving)]
 
     def check_integrity(self) -> None:
-        """Assert that the sums are right, O(sequences)."""
+        """Assert that the sums are consistent. O(sequences)."""
         assert self.num_claimed == sum(self.claims.values())
         assert self.num_allocated == sum(len(table) for table in self.tables())
         for sequence, claim in self.claims.items():

@@ -1,4 +1,4 @@
-"""How long a prompt and its answer may be, given the instances that are usable now."""
+"""How long a prompt and its answer may be together on the instances that are usable now."""
 
 from collections.abc import Mapping
 
@@ -9,23 +9,24 @@ from tandem.scheduling.recent_failures import RecentFailures
 
 
 class ServableLength:
-    """Longest prompt plus answer that one usable colocated instance holds, or a prefill instance and a decode instance
-    that can read its KV. Where there is neither, and `local_prefill` allows it, that of a decode instance alone."""
+    """The longest prompt plus answer, in tokens, that fits on a usable colocated instance or on a prefill instance with
+    a decode instance that can read its KV. With neither, and if `local_prefill` allows it, on a decode instance alone.
+    """
 
     __slots__ = ("_failures", "_instances", "_is_local", "_local_prefill", "_tokens")
 
     def __init__(
         self, instances: Mapping[str, KnownInstance], failures: RecentFailures, *, local_prefill: bool
     ) -> None:
-        """Both may change; `changed` is called then."""
+        """The caller may change both objects, and then calls `changed`."""
         self._instances = instances
         self._failures = failures
         self._local_prefill = local_prefill
-        self._tokens: int | None = None  # None: to be worked out
+        self._tokens: int | None = None  # None: to be computed at the next use
         self._is_local = False
 
     def changed(self) -> None:
-        """Other instances are usable, or they hold other lengths, or other pairs are refused."""
+        """Instances, their memory or the pairs that can exchange KV have changed."""
         self._tokens = None
 
     @property
@@ -37,15 +38,15 @@ class ServableLength:
 
     @property
     def is_local(self) -> bool:
-        """Whether decode instances must compute prompts, for want of others."""
+        """Whether decode instances compute prompts because no other instance can."""
         return self.tokens > 0 and self._is_local
 
     def require(self) -> int:
-        """As `tokens`. Raises UnavailableError, which says what is missing, instead of 0."""
+        """As `tokens`; instead of 0, raises an UnavailableError that says what is missing."""
         if tokens := self.tokens:
             return tokens
         usable = {instance.role for instance in self._instances.values() if instance.is_usable}
-        if not usable:  # whichever roles this cluster has
+        if not usable:  # a cluster need not have all roles, so none is named
             raise UnavailableError("no worker is ready")
         for role in (Role.PREFILL, Role.DECODE):
             if role not in usable:
@@ -53,7 +54,8 @@ class ServableLength:
         raise UnavailableError("no prefill worker is ready whose KV a ready decode worker can read")
 
     def check(self, num_tokens: int) -> None:
-        """Raises ContextLengthError if nothing usable holds a prompt that long and a token of answer."""
+        """Raises ContextLengthError if no usable instance holds such a prompt and one token of answer, and
+        UnavailableError without a usable instance."""
         tokens = self.require()
         if num_tokens >= tokens:
             raise ContextLengthError(
@@ -63,7 +65,7 @@ class ServableLength:
 
     def _find(self) -> int:
         longest: dict[Role, dict[str, int]] = {role: {} for role in Role}  # by fingerprint
-        without_reader = self._failures.without_reader(self._instances)
+        without_reader = self._failures.prefills_without_reader(self._instances)
         for instance in self._instances.values():
             if instance.is_usable and instance.instance_id not in without_reader:
                 found, fingerprint = longest[instance.role], instance.status.fingerprint

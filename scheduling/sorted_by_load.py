@@ -1,4 +1,4 @@
-"""Names in order of a number that changes often."""
+"""Instances in the order of their load, which changes often."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
@@ -7,11 +7,10 @@ Entry = tuple[float, int, str]  # load, turn, instance id
 
 
 class SortedByLoad:
-    """Instances, least load first; among equals the one with the lowest turn, then the lowest id.
+    """Least load first; with equal loads the lowest turn, then the lowest id.
 
-    A sorted list: `put` and `discard` find their place in O(log n) and then move what stands behind it, which for
-    thousands of entries is less than the search itself (and than `sortedcontainers` takes). Reading from the front
-    costs nothing.
+    A sorted list: `put` and `discard` find a place in O(log n), and moving the entries behind it takes less time than
+    that search for thousands of entries. `sortedcontainers` is slower.
     """
 
     __slots__ = ("_entries", "_of")
@@ -24,14 +23,14 @@ class SortedByLoad:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Entry]:
-        """Least load first. Nothing may be put or discarded meanwhile."""
+        """Least load first. The entries must not change meanwhile."""
         return iter(self._entries)
 
     def entry(self, instance_id: str) -> Entry:
         return self._of[instance_id]
 
     def put(self, instance_id: str, load: float, turn: int) -> None:
-        """Enter it, or move it to its new place."""
+        """Add the instance, or move it to its new place."""
         entry = (load, turn, instance_id)
         if self._of.get(instance_id) == entry:
             return
@@ -40,12 +39,13 @@ class SortedByLoad:
         insort(self._entries, entry)
 
     def discard(self, instance_id: str) -> None:
+        """Remove the instance; no effect if it is unknown."""
         entry = self._of.pop(instance_id, None)
         if entry is not None:
             del self._entries[bisect_left(self._entries, entry)]
 
     def up_to(self, load: float) -> int:
-        """How many, from the front, have at most this load."""
+        """Number of instances with at most this load; they are the first ones."""
         return bisect_left(self._entries, (load, _AFTER_ALL_TURNS, ""))
 
 

@@ -1,4 +1,4 @@
-"""The chunks of a step as a cost model sees them."""
+"""The chunks of a step as the sums that a cost model needs."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from tandem.scheduling.chunk import Chunk
 
 
 def step_load(chunks: Sequence[Chunk]) -> StepLoad:
-    """Prompts that are computed again, after a preemption, count as prompts."""
+    """Tokens that are recomputed after a preemption count as prompt tokens."""
     tokens = sequences = pairs = prompt_kv_tokens = decode_kv_tokens = sampled = 0
     for chunk in chunks:
         sampled += chunk.samples

@@ -1,7 +1,7 @@
-"""Requests that no instance has now, and what becomes of them.
+"""Requests without an attempt in flight: they wait for credit, or for another instance after a failure.
 
-queued      no instance has credit: in the order of `RequestQueue`, until it has waited for too long
-recovering  the request has lost its instances, and waits for another one, or for the end of its pause
+queued      No instance has credit. The request waits in the order of `RequestQueue`, for a limited time.
+recovering  The request has lost its instances. It waits for a usable one, or for the end of its retry pause.
 """
 
 import math
@@ -26,13 +26,22 @@ from tandem.scheduling.routing_settings import RoutingSettings
 _RETRIED = (UnavailableError, TransferError, OverloadedError, IncompatiblePeerError)
 
 Ended = list[tuple[RoutedRequest, TandemError]]
-"""Requests that wait no longer, in vain: the caller ends each with its error."""
+"""Requests that have waited for too long, with the errors with which the caller ends them."""
 
 
 class WaitingRequests:
-    """Owned by the routing machine. Whoever waits begins an attempt as soon as an instance takes it."""
+    """Owned by the routing machine. Begins an attempt of each waiting request as soon as an instance takes it."""
 
-    __slots__ = ("_attempts", "_has_news", "_recovering", "_selector", "_settings", "_wake_up", "admission", "queue")
+    __slots__ = (
+        "_attempts",
+        "_instances_changed",
+        "_recovering",
+        "_selector",
+        "_settings",
+        "_wake_up",
+        "admission",
+        "queue",
+    )
 
     def __init__(
         self, settings: RoutingSettings, selector: InstanceSelector, attempts: Attempts, wake_up: WakeUp
@@ -43,23 +52,23 @@ class WaitingRequests:
         self._selector = selector
         self._attempts = attempts
         self._wake_up = wake_up
-        self._recovering: KeyedHeap[RoutedRequest] = KeyedHeap()  # when it is looked at again
-        self._has_news = False  # an instance may have become usable
+        self._recovering: KeyedHeap[RoutedRequest] = KeyedHeap()  # by the time of the next try
+        self._instances_changed = False  # since the last `settle`
 
     @property
     def next_s(self) -> float:
-        """When `advance` has something to do; inf: never."""
+        """When `advance` has to be called next; inf: never."""
         first = self._recovering.peek()
         return min(math.inf if first is None else first[0], self.queue.next_end_s)
 
     def instances_changed(self) -> None:
-        """Those that recover are tried again when the machine settles."""
-        self._has_news = True
+        """An instance may have become usable: `settle` tries the recovering requests again."""
+        self._instances_changed = True
 
     # --- coming in ---------------------------------------------------------------------------------------------------
 
     def add(self, request: RoutedRequest, now_s: float) -> None:
-        """A newcomer: it begins at once where nobody waits and an instance has credit."""
+        """A new request. It begins at once if the queue is empty and an instance has credit."""
         place = None if len(self.queue) else self._selector.choose_first(request, now_s)
         if place is None:
             self._wait_for_credit(request, now_s)
@@ -68,7 +77,7 @@ class WaitingRequests:
             self._begin(request, place, now_s)
 
     def take_back(self, request: RoutedRequest, error: TandemError, now_s: float) -> TandemError | None:
-        """Its attempt has failed. Returns what it ends with, if it is not tried again."""
+        """The request's attempt has failed. Returns the error with which the request ends, None if it is retried."""
         settings = self._settings
         request.error = error
         if not isinstance(error, _RETRIED):
@@ -80,17 +89,17 @@ class WaitingRequests:
         return self._recover(request, now_s)
 
     def may_continue(self, request: RoutedRequest) -> bool:
-        """After a failure."""
+        """Whether the request may have another attempt after a failure."""
         is_resumed = self._settings.resume or not request.num_output_tokens
         return is_resumed and request.num_attempts < self._settings.max_attempts
 
     # --- going out ---------------------------------------------------------------------------------------------------
 
     def settle(self, now_s: float) -> Ended:
-        """Try those again that recover, if an instance may have come, and then those that wait for credit."""
+        """Begin attempts: of recovering requests, if instances have changed, and then of queued ones."""
         ended: Ended = []
-        if self._has_news:
-            self._has_news = False
+        if self._instances_changed:
+            self._instances_changed = False
             for request in sorted(self._recovering, key=lambda each: each.number):
                 if request in self._recovering and (error := self._recover(request, now_s)) is not None:
                     ended.append((request, error))
@@ -101,7 +110,7 @@ class WaitingRequests:
             if place is not None:
                 self.queue.dispatch(first, now_s)
                 self._begin(first, place, now_s)
-            else:  # the instances that it waited for are gone
+            else:  # no usable instance is left
                 self.queue.discard(first, now_s)
                 first.error = first.error or UnavailableError("all workers are gone")
                 first.give_up_s = now_s + self._settings.replacement_wait_s
@@ -110,7 +119,7 @@ class WaitingRequests:
         return ended
 
     def advance(self, now_s: float) -> Ended:
-        """Time has passed: some have waited for too long, and some pauses are over."""
+        """End requests that have waited for too long, and retry those whose pause is over."""
         ended: Ended = [
             (request, self.admission.waited_in_vain(request, now_s)) for request in self.queue.pop_impatient(now_s)
         ]
@@ -120,7 +129,7 @@ class WaitingRequests:
         return ended
 
     def discard(self, request: RoutedRequest, now_s: float) -> None:
-        """It waits no longer; one that does not wait is ignored."""
+        """Remove the request; no effect if it does not wait."""
         self.queue.discard(request, now_s)
         self._recovering.discard(request)
 
@@ -133,7 +142,7 @@ class WaitingRequests:
 
     def _recover(self, request: RoutedRequest, now_s: float) -> TandemError | None:
         """Begin another attempt: at once on an instance that has not failed the request, else after a pause. Returns
-        what the request ends with instead."""
+        the error with which the request ends instead, or None."""
         self._recovering.discard(request)
         place = self._selector.choose_first(request, now_s)
         if place is None:
@@ -144,13 +153,13 @@ class WaitingRequests:
             self.queue.ledger.dispatched(request.client, request.num_tokens)
             self._begin(request, place, now_s)
         elif isinstance(request.error, OverloadedError) and not request.num_output_tokens:
-            return request.error  # all queues are full: the client should know, not wait here too
+            return request.error  # the queues of all instances are full, so the client should try later
         else:
             return self._wait_for_instance(request, now_s)
         return None
 
     def _wait_for_instance(self, request: RoutedRequest, now_s: float) -> TandemError | None:
-        """As `_recover`: it has waited for as long as it may."""
+        """Try again later. Returns an error if the request has waited for `replacement_wait_s` already."""
         if now_s >= request.give_up_s:
             error = request.error
             try:
@@ -165,13 +174,13 @@ class WaitingRequests:
         return None
 
     def _wait_for_credit(self, request: RoutedRequest, now_s: float) -> None:
-        """One that has tokens already waits until its deadline: its client was promised the rest."""
+        """A request that has sent tokens to its client waits until its deadline, instead of being refused halfway."""
         until_s = math.inf if request.num_output_tokens else self.admission.last_start_s(request, now_s)
         self.queue.push(request, until_s, now_s)
         self._wake_up.at(until_s)
 
 
 def _final(request: RoutedRequest, error: TandemError) -> TandemError:
-    """What the client is told of the last of several failures."""
+    """The error that the client gets for the last of several failures."""
     is_early = isinstance(error, OverloadedError | ContextLengthError) and not request.num_output_tokens
     return error if is_early or isinstance(error, UnavailableError) else UnavailableError(error.message)

@@ -1,4 +1,4 @@
-"""Sequences of an instance that wait for blocks, and which of them gets blocks next."""
+"""The sequences of an instance that wait for blocks, and the order in which they get them."""
 
 from collections import OrderedDict
 
@@ -8,16 +8,16 @@ from tandem.scheduling.sequence_blocks import SequenceBlocks
 
 
 class WaitingSequences:
-    """Two queues by age. *Prompts* are to be computed here: newcomers, and preempted sequences, which lost their KV.
-    The KV of *remote* sequences comes from another instance.
+    """Two queues in the order of age. *Prompts* are computed here: new sequences, and preempted ones, which have lost
+    their KV. The KV of *remote* sequences comes from another instance.
 
-    Within a queue nobody overtakes, and memory goes to the older of the first two. While a preempted sequence waits, no
-    newcomer is admitted before it, for preempted ones are older.
+    Blocks go to the first sequence of a queue, and of the two first ones to the older. Preempted sequences are older
+    than all new ones, so none of these is admitted while a preempted sequence waits.
 
-    Whether the first prompt fits is not asked again until more blocks are available, or `memory_changed`.
+    If the first prompt does not fit, it is tried again only after more blocks are available, or after `memory_changed`.
 
-    `prompt_tokens` and `remote_tokens` are of all that wait in a queue. `cached_tokens` and `preemptions` are totals
-    since the start.
+    `prompt_tokens` and `remote_tokens` are sums over the queues. `cached_tokens` and `preemptions` are totals since the
+    start.
     """
 
     __slots__ = (
@@ -38,9 +38,9 @@ class WaitingSequences:
         self._blocks = blocks
         self._prompts: KeyedHeap[Sequence] = KeyedHeap()
         self._remote: OrderedDict[Sequence, None] = OrderedDict()
-        self._blocked: Sequence | None = None  # the first prompt for which memory was too short,
-        self._blocked_at = 0  # with this number of blocks available,
-        self._memory_changed = False  # and whether it may fit since then though no more are available
+        self._blocked: Sequence | None = None  # the prompt that did not fit at the last try,
+        self._blocked_at = 0  # the number of available blocks then,
+        self._memory_changed = False  # and whether it may fit now, even without more available blocks
         self.num_preempted = 0
         self.prompt_tokens = 0
         self.remote_tokens = 0
@@ -66,7 +66,7 @@ class WaitingSequences:
 
     @property
     def is_blocked(self) -> bool:
-        """Memory was too short for the first prompt, and nothing has changed that."""
+        """Whether the first prompt did not fit at the last try, and nothing has changed since."""
         return (
             self._blocked is not None
             and self.first_prompt is self._blocked
@@ -75,13 +75,13 @@ class WaitingSequences:
         )
 
     def memory_changed(self) -> None:
-        """The first prompt may fit now: blocks or claims were given up, or more of its tokens are cached."""
+        """The first prompt may fit now: blocks or claims were released, or more of its tokens are cached."""
         self._memory_changed = True
 
     # --- coming in ---------------------------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        """A newcomer."""
+        """A new sequence."""
         if sequence.is_remote:
             self._remote[sequence] = None
             self.remote_tokens += sequence.num_tokens
@@ -90,7 +90,7 @@ class WaitingSequences:
             self.prompt_tokens += sequence.num_tokens
 
     def add_preempted(self, sequence: Sequence) -> None:
-        """It has lost its blocks, and computes its KV again once it is admitted."""
+        """The sequence has lost its blocks. It recomputes its KV once it is admitted again."""
         sequence.move_to(SequenceState.PREEMPTED)
         self._prompts.push(sequence, sequence.order)
         self.prompt_tokens += sequence.num_tokens
@@ -100,7 +100,7 @@ class WaitingSequences:
     # --- going out ---------------------------------------------------------------------------------------------------
 
     def reserve(self) -> list[Sequence]:
-        """Give remote sequences their blocks, first come first served, while claims fit: they are RECEIVING now."""
+        """Give remote sequences their blocks in order, while their claims fit. The returned ones are RECEIVING now."""
         reserved: list[Sequence] = []
         while self._remote and not self.num_preempted:
             sequence = next(iter(self._remote))
@@ -115,8 +115,8 @@ class WaitingSequences:
         return reserved
 
     def admit_first(self, now_s: float, max_uncomputed: int | None) -> Sequence | None:
-        """Give the first prompt its blocks: it is RUNNING now. None: it does not fit, a remote sequence is older, or
-        more than `max_uncomputed` of its tokens are not cached."""
+        """Give the first prompt its blocks. The returned sequence is RUNNING now. None: it does not fit, the first
+        remote sequence is older, or more than `max_uncomputed` of its tokens are not cached."""
         sequence = self.first_prompt
         if sequence is None or self.is_blocked:
             return None
@@ -139,7 +139,7 @@ class WaitingSequences:
         return sequence
 
     def discard(self, sequence: Sequence) -> None:
-        """It waits no longer; one that does not wait is ignored."""
+        """Remove the sequence; no effect if it does not wait."""
         if sequence in self._remote:
             del self._remote[sequence]
             self.remote_tokens -= sequence.num_tokens
@@ -156,7 +156,7 @@ class WaitingSequences:
     # --- for tests ---------------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
-        """Assert that counts and states are right, O(sequences)."""
+        """Assert that counts and states are consistent. O(sequences)."""
         states = [sequence.state for sequence in self._prompts]
         assert states.count(SequenceState.PREEMPTED) == self.num_preempted
         assert states.count(SequenceState.WAITING) == len(states) - self.num_preempted

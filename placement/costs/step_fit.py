@@ -19,7 +19,7 @@ from tandem.core.cost_model import StepCost, StepLoad
 from tandem.core.frozen_model import FrozenModel
 from tandem.placement.costs.rank_messages import MessageCosts
 from tandem.placement.costs.serving import ServedStep, ServingCosts
-from tandem.scheduling.batch_composer import LEAST_GROUP
+from tandem.scheduling.batch_composer import MIN_GROUP
 
 Knots = tuple[tuple[int, float], ...]
 """(count, value) in ascending order of count: straight lines between, the last line goes on, the first value before."""
@@ -160,7 +160,7 @@ class CalibratedCost:
 
     def _groups(self, sequences: int) -> int:
         """How many steps the scheduler divides so many decoding sequences into."""
-        of_step = max(-(-sequences // self._num_stages), min(sequences, LEAST_GROUP))
+        of_step = max(-(-sequences // self._num_stages), min(sequences, MIN_GROUP))
         return -(-sequences // of_step)
 
 

@@ -63,7 +63,7 @@ class RunTracker(PrefixTracker):
             if count > 0:
                 yield count * self._block_size, {each for each, blocks in known.items() if blocks >= count}
 
-    def record(self, instance_id: str, names: Sequence[Hashable], num_pool_blocks: int | None = None) -> None:
+    def record(self, instance_id: str, names: Sequence[Hashable], num_pool_blocks: int) -> None:
         assert isinstance(names, SharedBlocks)
         runs = self._runs.setdefault(instance_id, OrderedDict())
         if names.num_blocks > 0:
@@ -78,7 +78,7 @@ class RunTracker(PrefixTracker):
             stack.append(run)
             runs[run] = None
             self._num_blocks[instance_id] = self.num_blocks(instance_id) + max(0, names.num_blocks - num_known)
-        max_blocks = self._max_blocks if num_pool_blocks is None else min(num_pool_blocks, self._max_blocks)
+        max_blocks = min(num_pool_blocks, self._max_blocks)
         self._drop_oldest(instance_id, self.num_blocks(instance_id) - max_blocks)
 
     def forget(self, instance_id: str) -> None:

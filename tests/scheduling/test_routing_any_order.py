@@ -116,7 +116,7 @@ def test_each_request_ends_once_and_leaves_no_state(
     machine._selector._credit.check_integrity()
     assert not machine._selector._credit._unplaced.total()
     if isinstance(selector := machine._selector, GoodputSelector):
-        assert not selector._coming
+        assert not selector._unplaced
         for load in selector._loads.values():
             assert (load.decoding, load.context_tokens, load.queued_tokens) == (0, 0, 0)
             assert load.queued_s == pytest.approx(0.0, abs=1e-9)

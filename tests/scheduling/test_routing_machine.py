@@ -200,7 +200,7 @@ def test_ended_plan_epochs_leave_no_state() -> None:
         for instance_id in ("p1", "d1"):
             router.machine.instance_removed(instance_id, router.now_s)
     selector = router.machine._selector
-    assert [*selector._credit._room, *selector._credit._unplaced, *selector._decodes._groups] == []
+    assert [*selector._credit._free, *selector._credit._unplaced, *selector._decodes._groups] == []
 
 
 # --- events that an instance should not send --------------------------------------------------------------------------

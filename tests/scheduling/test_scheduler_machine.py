@@ -70,9 +70,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.under_way: deque[list[tuple[Chunk, list[int], list[int]]]] = deque()  # with block tables and tokens
         self.pool = BlockPool(num_blocks)
         self.index = PrefixIndex(self.pool, block_size, caching)
-        self.scheduler = Scheduler(
-            budget, self.pool, self.index, max_model_len=40, num_stages=num_stages, least_group=1
-        )
+        self.scheduler = Scheduler(budget, self.pool, self.index, max_model_len=40, num_stages=num_stages, min_group=1)
         self.leases = LeaseTable()
         self.kv = FakeKv(num_blocks, block_size)
         self.open: dict[int, Sequence] = {}

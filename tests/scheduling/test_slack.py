@@ -14,7 +14,7 @@ from tandem.scheduling.predictor import StepPredictor
 from tandem.scheduling.prefix_index import PrefixIndex
 from tandem.scheduling.scheduler import Scheduler
 from tandem.scheduling.sequence import Sequence
-from tandem.scheduling.slack import LEAST_TOKENS, max_prompt_tokens, slack_s
+from tandem.scheduling.slack import MIN_TOKENS, max_prompt_tokens, slack_s
 from tandem.scheduling.step_load import step_load
 
 COSTS = StepCoefficients(0.01, 1e-5, 1e-4, 1e-4, 1e-7, 1e-9)
@@ -59,7 +59,7 @@ def test_a_step_is_no_longer_than_the_slack_of_those_who_can_keep_their_target(
     decoding = [decoding_sequence(str(i), *each) for i, each in enumerate(drawn)]
     predictor, now_s = StepPredictor(COSTS), 5.0
     count = max_prompt_tokens(decoding, start, max_tokens, now_s, predictor)
-    assert min(LEAST_TOKENS, max_tokens) <= count <= max_tokens
+    assert min(MIN_TOKENS, max_tokens) <= count <= max_tokens
     kv_tokens = sum(sequence.num_tokens for sequence in decoding)
 
     def step_s(num_tokens: int) -> float:
@@ -70,7 +70,7 @@ def test_a_step_is_no_longer_than_the_slack_of_those_who_can_keep_their_target(
 
     tight = [each for each in decoding if each.request.slo.tpot_s > step_s(0)]
     allowed_s = min((min(slack_s(each, now_s), each.request.slo.longest_gap_s) for each in tight), default=1e9)
-    assert count <= LEAST_TOKENS or step_s(count) <= allowed_s
+    assert count <= MIN_TOKENS or step_s(count) <= allowed_s
     assert count == max_tokens or step_s(count + 1) > allowed_s
 
 
@@ -108,7 +108,7 @@ def test_a_prompt_beside_a_decoding_sequence_makes_no_token_late(prompt: int, tp
         assert len(scheduler) == 0, "the prompt advances in spite of the target"
         return latest_s
 
-    least_s = COSTS.seconds(StepLoad(LEAST_TOKENS, decode_sequences=1, decode_kv_tokens=4096))
+    least_s = COSTS.seconds(StepLoad(MIN_TOKENS, decode_sequences=1, decode_kv_tokens=4096))
     if least_s <= tpot_s:
         assert latest_s("slack") <= 1e-9
     assert latest_s("slack") <= latest_s("chunked") + 1e-9

@@ -12,7 +12,7 @@ from tandem.core.session import KvSource, PrefillFinished, Role, Submit, TokenFr
 from tandem.core.transfer import Transport
 from tandem.decode_worker.fetcher import Fetch, KvArrived
 from tandem.engine.step import SequenceSlice, StepOutput
-from tandem.scheduling.batch_composer import LEAST_GROUP
+from tandem.scheduling.batch_composer import MIN_GROUP
 from tandem.scheduling.budget import role_budget
 from tandem.worker.loop import MAX_FAILED_STEPS, InstanceLoop
 from tandem.worker.loop_messages import LoopEvent, Release, SendEvent, SubmitAttempt
@@ -94,7 +94,7 @@ def test_each_stage_has_a_group_of_its_own(num_stages: int, num_sequences: int) 
         assert sum(map(len, groups)) == len(set().union(*groups)), "a sequence is in two steps at once"
         if 30 < number < 45:  # all decode, and have found their groups
             sizes.update(map(len, groups))
-    assert sizes == {num_sequences if num_sequences <= LEAST_GROUP else num_sequences // num_stages}
+    assert sizes == {num_sequences if num_sequences <= MIN_GROUP else num_sequences // num_stages}
     answers = [tokens_of(events, handle) for handle in range(num_sequences)]
     assert answers == [expected(handle, 4, 40) for handle in range(num_sequences)]
     loop.idle()

@@ -141,14 +141,14 @@ def test_runs_are_equal_to_blocks(
 @settings(max_examples=100, deadline=None)
 @given(
     recorded=st.lists(
-        st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.integers(0, 9), st.sampled_from([None, 4, 8])),
+        st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.integers(0, 9), st.sampled_from([100, 4, 8])),
         max_size=40,
     ),
     forgotten=st.dictionaries(st.integers(0, 40), st.sampled_from("abc"), max_size=3),
     max_blocks=st.integers(1, 15),
 )
 def test_a_router_s_estimate_by_runs_is_that_by_blocks(
-    recorded: list[tuple[str, int, int, int | None]], forgotten: dict[int, str], max_blocks: int
+    recorded: list[tuple[str, int, int, int]], forgotten: dict[int, str], max_blocks: int
 ) -> None:
     by_blocks, by_runs = PrefixTracker(4, max_blocks), RunTracker(4, max_blocks)
     for step, (instance_id, group, count, num_pool_blocks) in enumerate(recorded):
