@@ -13,7 +13,7 @@ from tandem.scheduling.slack import max_prompt_tokens
 from tandem.scheduling.waiting_sequences import WaitingSequences
 
 MIN_GROUP = 16
-"""Up to this number decoding sequences are not divided among stages: a step of fewer takes as long as reading the weights."""
+"""Decoding sequences that are never divided among stages: a step of fewer takes as long as reading the weights."""
 
 
 class BatchComposer:
@@ -40,7 +40,7 @@ class BatchComposer:
         num_stages: int,
         min_group: int,
     ) -> None:
-        """`budget` may be replaced between two steps. Without `predictor`, the mixing "slack" is the same as "chunked"."""
+        """`budget` may be replaced between two steps. Without `predictor`, "slack" is the same as "chunked"."""
         self.budget = budget
         self._waiting = waiting
         self._running = running
@@ -64,7 +64,7 @@ class BatchComposer:
         return chunks
 
     def prompt_chunks(self, max_tokens: int, now_s: float) -> list[Chunk]:
-        """Chunks of running prompts, then of newly admitted ones, of at most `max_tokens` tokens, or one whole prompt."""
+        """Chunks of running prompts, then of newly admitted ones: at most `max_tokens` tokens, or one whole prompt."""
         budget, running = self.budget, self._running
         is_whole = budget.mixing == "prompt_first"
         max_running = min(budget.max_batch, budget.max_batch_tokens)  # each needs at least a token of a step

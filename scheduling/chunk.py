@@ -19,6 +19,11 @@ class Chunk:
     samples: bool
     is_prompt: bool
 
+    @property
+    def begins_prefill(self) -> bool:
+        """Whether the attempt's prompt begins with this chunk. True again for a prompt that was preempted."""
+        return self.is_prompt and self.start == self.sequence.num_cached and not self.sequence.has_first_token
+
 
 def prompt_chunk(sequence: Sequence, max_tokens: int) -> Chunk:
     """The next uncomputed tokens of the sequence, at most `max_tokens`."""

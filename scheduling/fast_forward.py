@@ -32,7 +32,7 @@ class FullChunks(NamedTuple):
 
 
 class BlockGrowth:
-    """The sum of ceil((start + step) / block_size) over a changing set of starts, for any step. Calls are O(block_size)."""
+    """The sum of ceil((start + step) / block_size) over a changing set of starts, for any step. O(block_size)."""
 
     __slots__ = ("_block_size", "_count", "_full", "_residues")
 

@@ -77,6 +77,11 @@ class Sequence:
         return len(self.token_ids) - self.request.num_prompt_tokens
 
     @property
+    def has_first_token(self) -> bool:
+        """Whether the attempt's first token was sampled, here or on the instance that computed the KV."""
+        return len(self.token_ids) > len(self.request.token_ids)
+
+    @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
 

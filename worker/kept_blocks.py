@@ -1,4 +1,4 @@
-"""Blocks of attempts that are no longer scheduled: somebody else still reads or writes them."""
+"""Blocks of attempts that are no longer scheduled, but that a reader or a transfer still uses."""
 
 from collections import Counter
 
@@ -9,13 +9,13 @@ from tandem.scheduling.sequence import Sequence
 
 
 class KeptBlocks:
-    """Two kinds, each until somebody says so: KV that is *held* for a reader, and blocks that are *fenced* because a
+    """*Held* KV waits for its reader until `end_hold`. *Fenced* blocks stay allocated until `lift_fence`, because a
     cancelled transfer may still write into them."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._held: dict[AttemptId, Sequence] = {}  # from the last chunk of the prompt on
-        self._held_in: Counter[int] = Counter()  # block -> how many of those have it
+        self._held: dict[AttemptId, Sequence] = {}
+        self._holders: Counter[int] = Counter()  # block id -> number of held sequences that have the block
         self._fenced: dict[AttemptId, list[int]] = {}
         self.num_references = 0  # sum of the lengths of all their block tables
 
@@ -24,34 +24,36 @@ class KeptBlocks:
 
     @property
     def num_held(self) -> int:
-        """Blocks, each counted once, though several attempts may hold a cached prefix."""
-        return len(self._held_in)
+        """Number of different held blocks; several attempts may hold the blocks of a cached prefix."""
+        return len(self._holders)
 
     def tables(self) -> list[BlockTable]:
         return [*(sequence.block_table for sequence in self._held.values()), *self._fenced.values()]
 
     def hold(self, attempt_id: AttemptId, sequence: Sequence) -> None:
+        """Hold the sequence's blocks for the reader of its KV."""
         self._held[attempt_id] = sequence
-        self._held_in.update(sequence.block_table)
+        self._holders.update(sequence.block_table)
         self.num_references += len(sequence.block_table)
 
     def end_hold(self, attempt_id: AttemptId) -> Sequence | None:
-        """Its blocks are the caller's again. None if the attempt holds none."""
+        """Returns the held sequence, whose blocks are the caller's again. None if the attempt holds none."""
         held = self._held.pop(attempt_id, None)
         if held is not None:
             self.num_references -= len(held.block_table)
             for block_id in held.block_table:
-                self._held_in[block_id] -= 1
-                if not self._held_in[block_id]:
-                    del self._held_in[block_id]
+                self._holders[block_id] -= 1
+                if not self._holders[block_id]:
+                    del self._holders[block_id]
         return held
 
     def fence(self, attempt_id: AttemptId, block_ids: list[int]) -> None:
+        """Keep the blocks of an ended attempt allocated until its transfer has ended."""
         self._fenced[attempt_id] = block_ids
         self.num_references += len(block_ids)
 
     def lift_fence(self, attempt_id: AttemptId) -> bool:
-        """The transfer has ended: free its blocks. False if none of the attempt's were fenced."""
+        """The transfer has ended: free the attempt's fenced blocks. False if it has none."""
         block_ids = self._fenced.pop(attempt_id, None)
         if block_ids is not None:
             self.num_references -= len(block_ids)

@@ -3,13 +3,13 @@
     Submit -> waiting -> prompt in chunks -> decoding -> finished
        |                        |
        |                        +-> last chunk, hand over -> held (KvReady) -> Release -> blocks free, or cached
-       |                        +-> each chunk, hand over -> KvComputing: who reads the KV may begin
+       |                        +-> each chunk, hand over -> KvComputing: the reader of the KV may begin
        |
-       +- KV from elsewhere -> blocks reserved -> [Fetch: a transfer writes into them] -> KvArrived -> decoding
+       +- remote KV -> blocks reserved -> [Fetch: a transfer writes into them] -> KvArrived -> decoding
 
-Release gives up an attempt in any phase. Blocks into which a transfer may still write are fenced until the transfer has
-ended. Transfers run on the event loop and on threads of their own (`decode_worker/fetcher.py`), and whether held KV
-still counts is decided on the event loop (`prefill_worker/held_kv.py`): a step waits for neither.
+Release ends an attempt in any phase. Blocks into which a transfer may still write are fenced until the transfer has
+ended. Transfers run on the event loop and on their own threads (`decode_worker/fetcher.py`), and leases on held KV
+are decided on the event loop (`prefill_worker/held_kv.py`): a step waits for neither.
 """
 
 import logging
@@ -35,19 +35,19 @@ from tandem.worker.kept_blocks import KeptBlocks
 from tandem.worker.loop_events import LoopEvents
 from tandem.worker.loop_messages import CacheChanged, CancelFetch, LoopCommand, LoopEvent, Release, SubmitAttempt
 from tandem.worker.loop_report import LoopReport, make_report
-from tandem.worker.loop_values import attempt_of, committed_event, fetch_of, has_drawn, kv_computing
+from tandem.worker.loop_values import attempt_of, committed_event, fetch_of, kv_computing
 from tandem.worker.output_processor import OutputProcessor
 from tandem.worker.step_pipeline import LaunchedStep, StepPipeline, step_size
 
 log = logging.getLogger(__name__)
 
-REPORT_EVERY_S = 0.1  # between two reports of a busy loop
-CHECK_SHARE = 0.01  # of the time, that self-checks may take at the most
-MAX_FAILED_STEPS = 3  # in a row; then the engine is broken, and the process ends so that it is replaced
+REPORT_EVERY_S = 0.1  # time between two reports of a busy loop
+CHECK_SHARE = 0.01  # share of time that self-checks take at most
+MAX_FAILED_STEPS = 3  # after this number in a row the process ends, so that it is replaced
 
 
 class InstanceLoop:
-    """Has no thread of its own: `worker.loop_thread` turns it, and so can a test. Not thread-safe.
+    """Has no thread: `worker.loop_thread` or a test calls it. Not thread-safe.
 
     One turn:  apply(command)...; if prepare(): launch(); if nothing was launched or is_full: collect()
     """
@@ -63,9 +63,9 @@ class InstanceLoop:
         records_cache_changes: bool = False,
         layer_computed: LayerHook | None = None,
     ) -> None:
-        """`step_cost` is what is believed of step times at first; None: they are not predicted.
-        `records_cache_changes`: events tell what is in the prefix cache. `layer_computed` is `Engine.launch`'s, for
-        steps with prompts that are handed over."""
+        """`step_cost`: prior of the predicted step times; None: no predictions. `records_cache_changes`: changes of the
+        prefix cache are events. `layer_computed`: see `Engine.launch`; only for steps with prompts that are handed
+        over."""
         capacity = engine.capacity()
         self._engine = engine
         self._clock = clock
@@ -80,16 +80,16 @@ class InstanceLoop:
         self._scheduler = Scheduler(
             budget, self._pool, self._index, capacity.max_model_len, self._predictor, engine.num_stages
         )
-        self._sources: dict[AttemptId, KvSource] = {}  # of sequences that wait for blocks
+        self._sources: dict[AttemptId, KvSource] = {}  # of remote sequences that wait for blocks
         self._kept = KeptBlocks(self._pool)
         self._events = LoopEvents()
         self._outputs = OutputProcessor(engine, self._scheduler, self._kept, self._events, clock)
         self._chunks: list[Chunk] = []
-        self._prepared_step = 0  # the engine's number of the step of these chunks
+        self._prepared_step = 0  # number of the step with these chunks, in the engine
         self._failed_steps = 0
         self._num_commands = 0
         self._reported_s = 0.0
-        self._check_s = -math.inf  # from then on, self-checks are allowed again
+        self._check_s = -math.inf  # earliest time of the next self-check
         self.report = self._make_report()
 
     # --- one turn ----------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class InstanceLoop:
                 self._scheduler.set_budget(command)
 
     def prepare(self) -> bool:
-        """Schedule the next step, where not `is_full`. False: there is nothing more to compute now."""
+        """Schedule the next step; call it only if the loop is not `is_full`. False: there is nothing to compute now."""
         now_s = self._clock.now_s()
         for sequence in self._scheduler.expired(now_s):
             self._give_up(sequence)
@@ -123,13 +123,7 @@ class InstanceLoop:
         self._chunks = self._scheduler.next_batch(now_s)
         self._prepared_step = self._engine.next_step
         for chunk in self._chunks:
-            sequence = chunk.sequence
-            if chunk.is_prompt and chunk.start == sequence.num_cached and not has_drawn(sequence):
-                self._events.send(
-                    attempt_of(sequence), PrefillStarted(attempt_of(sequence).handle, sequence.num_cached)
-                )
-            if sequence.hand_over:
-                self._events.add(kv_computing(chunk, self._engine.layout, self._prepared_step))
+            self._announce(chunk)
         if now_s - self._reported_s >= REPORT_EVERY_S:
             self.report = self._make_report()
             self._reported_s = now_s
@@ -137,7 +131,7 @@ class InstanceLoop:
 
     @property
     def step_size(self) -> int:
-        """Of the largest step that is under way, or that `prepare` scheduled; `worker/progress.py` says what counts."""
+        """Size of the largest step that is under way or was scheduled by `prepare`, as `worker/progress.py` counts."""
         return max(self._steps.largest_size, step_size(self._chunks))
 
     @property
@@ -158,11 +152,11 @@ class InstanceLoop:
         hands_over = any(chunk.sequence.hand_over for chunk in chunks)
         try:
             self._steps.launch(chunks, self._layer_computed if hands_over else None)
-        except (RuntimeError, MemoryError) as error:  # torch's; out of memory most of all. The next batch may fit.
+        except (RuntimeError, MemoryError) as error:  # from torch, mostly for lack of memory: the next batch may fit
             self._step_failed(chunks, error)
 
     def collect(self) -> None:
-        """Take the results of the oldest step under way; without one, no effect."""
+        """Wait for the oldest step under way, and take its results. No effect without one."""
         if self._steps:
             step, output = self._steps.collect()
             if isinstance(output, Exception):
@@ -172,9 +166,9 @@ class InstanceLoop:
                 self._take_output(step, output)
 
     def idle(self) -> None:
-        """Called once when there has been nothing to do for a moment: the time for self-checks."""
+        """Called once when the loop has been idle for a moment: the time for self-checks."""
         now_s = self._clock.now_s()
-        if len(self._scheduler) == 0 and now_s >= self._check_s:  # O(blocks), and a request may come meanwhile
+        if len(self._scheduler) == 0 and now_s >= self._check_s:  # O(blocks), and a new request would have to wait
             self._scheduler.check_integrity(self._kept.tables())
             ended_s = self._clock.now_s()
             self._check_s = ended_s + (ended_s - now_s) / CHECK_SHARE
@@ -198,11 +192,9 @@ class InstanceLoop:
             hand_over=submit.hand_over,
         )
         try:
-            # No router is trusted to be sane, and no bad token must reach a step.
+            # An invalid token id would fail a step, and with it all other sequences of the step.
             if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
-                raise InvalidRequestError(
-                    f"The prompt holds token ids that the model, with {vocab_size}, does not have."
-                )
+                raise InvalidRequestError(f"The prompt has token ids outside of [0, {vocab_size}), the model's range.")
             self._scheduler.add(sequence)
         except TandemError as error:
             self._events.fail(attempt_id, error)
@@ -218,7 +210,7 @@ class InstanceLoop:
     def _arrived(self, arrived: KvArrived) -> None:
         attempt_id = arrived.attempt_id
         if self._kept.lift_fence(attempt_id):
-            return  # given up while the KV arrived
+            return  # the attempt has ended meanwhile
         self._scheduler.committed(attempt_id, arrived.first_token.token_id, self._clock.now_s())
         self._events.send(attempt_id, committed_event(arrived))
 
@@ -228,9 +220,9 @@ class InstanceLoop:
             self._events.fail(attempt_id, error)
 
     def _announce(self, chunk: Chunk) -> None:
-        """It is in the next step: tell its router, and who reads its KV."""
+        """The chunk is in the next step: tell the router of its attempt, and the reader of its KV."""
         sequence, attempt_id = chunk.sequence, attempt_of(chunk.sequence)
-        if chunk.is_prompt and chunk.start == sequence.num_cached and not has_drawn(sequence):
+        if chunk.begins_prefill:
             self._events.send(attempt_id, PrefillStarted(attempt_id.handle, sequence.num_cached))
         if sequence.hand_over:
             self._events.add(kv_computing(chunk, self._engine.layout, self._prepared_step))
@@ -242,7 +234,7 @@ class InstanceLoop:
             self._give_up(sequence)
 
     def _give_up(self, sequence: Sequence) -> None:
-        """Free it now; if a transfer may still write into its blocks, as soon as the transfer has ended."""
+        """End the sequence, and free its blocks: at once, or when the transfer that may still write into them ends."""
         attempt_id = attempt_of(sequence)
         self._sources.pop(attempt_id, None)
         self._outputs.forget(attempt_id)
@@ -261,9 +253,9 @@ class InstanceLoop:
             raise error
 
     def _fail_chunk(self, chunk: Chunk, error: TandemError) -> None:
-        """Its step has ended."""
+        """The step of the chunk has ended, and the chunk has no result."""
         sequence = chunk.sequence
-        if sequence.state is SequenceState.RUNNING:  # else it was given up during the step
+        if sequence.state is SequenceState.RUNNING:  # else the attempt has ended during the step
             self._give_up(sequence)
             self._events.fail(attempt_of(sequence), error)
         self._scheduler.computed(chunk)
@@ -271,7 +263,7 @@ class InstanceLoop:
     def _take_output(self, step: LaunchedStep, output: StepOutput) -> None:
         failed = [(chunk, error) for chunk, error in zip(step.chunks, output.errors, strict=True) if error is not None]
         if failed:
-            self._index.clear()  # what made the numbers unusable may be in a cached block
+            self._index.clear()  # a cached block may hold the values that made the result not finite
         for chunk, error in failed:
             self._fail_chunk(chunk, error)
         self._outputs.take(step, output)

@@ -1,4 +1,4 @@
-"""What an instance's loop has to say in a turn: see `LoopEvent`."""
+"""Collects the events of an instance's loop: see `LoopEvent`."""
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.errors import TandemError
@@ -7,7 +7,7 @@ from tandem.worker.loop_messages import LoopEvent, SendEvent
 
 
 class LoopEvents:
-    """Events in their order, until they are taken."""
+    """Events in order, until `take`."""
 
     def __init__(self) -> None:
         self._events: list[LoopEvent] = []
@@ -16,14 +16,14 @@ class LoopEvents:
         self._events.append(event)
 
     def send(self, attempt_id: AttemptId, event: SessionEvent) -> None:
-        """To the router of the attempt."""
+        """Send an event to the router of the attempt."""
         self._events.append(SendEvent(attempt_id.session_id, event))
 
     def fail(self, attempt_id: AttemptId, error: TandemError) -> None:
-        """The attempt has ended with this error. Nothing of it is scheduled any more."""
+        """The attempt has ended with this error, and is no longer scheduled."""
         self.send(attempt_id, RequestFailed(attempt_id.handle, error.code, error.message))
 
     def take(self) -> list[LoopEvent]:
-        """Those since the last call."""
+        """Events since the last call."""
         events, self._events = self._events, []
         return events

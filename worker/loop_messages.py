@@ -1,4 +1,4 @@
-"""What an instance's loop is told, and what it says: values for and from other threads."""
+"""Commands and events of an instance's loop: values that other threads send and receive."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,15 @@ from tandem.scheduling.prefix_index import CacheChange
 
 @dataclass(frozen=True, slots=True)
 class SubmitAttempt:
+    """Begin an attempt."""
+
     attempt_id: AttemptId
     command: Submit
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Give up the attempt in any phase; the blocks of held KV are no longer needed."""
+    """End the attempt in any phase, or free its held KV, which was fetched or is no longer needed."""
 
     attempt_id: AttemptId
 
@@ -28,7 +30,7 @@ LoopCommand = SubmitAttempt | Release | KvArrived | FetchFailed | StepBudget
 
 @dataclass(frozen=True, slots=True)
 class SendEvent:
-    """For the router of that session."""
+    """An event for the router of that session."""
 
     session_id: int
     event: SessionEvent
@@ -36,14 +38,14 @@ class SendEvent:
 
 @dataclass(frozen=True, slots=True)
 class CancelFetch:
-    """The transfer is no longer wanted; answer with KvArrived or FetchFailed when the blocks are safe."""
+    """End the transfer. KvArrived or FetchFailed follows when nothing writes into the blocks any more."""
 
     attempt_id: AttemptId
 
 
 @dataclass(frozen=True, slots=True)
 class CacheChanged:
-    """The prefix cache holds other blocks than before."""
+    """The content of the prefix cache has changed."""
 
     changes: tuple[CacheChange, ...]
 

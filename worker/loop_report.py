@@ -1,4 +1,4 @@
-"""What an instance's loop says of itself: for heartbeats, and for those who wait until it is idle."""
+"""The state of an instance's loop, for heartbeats and for a drain that waits until the loop is idle."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ from tandem.worker.step_pipeline import StepPipeline
 
 @dataclass(frozen=True, slots=True)
 class LoopReport:
-    """What the loop last said of itself; replaced whole, never changed. Commands, steps and tokens are totals since the
-    start. `is_empty`: no attempt is there, and no block is held for a reader or a transfer."""
+    """State of the loop at one moment; never changed. Commands, steps and tokens are totals since the start.
+    `is_empty`: there is no attempt, and no block is held for a reader or a transfer."""
 
     fingerprint: str
     weights_hash: str
@@ -48,7 +48,7 @@ def make_report(
     step_cost: StepCoefficients | None,
     num_commands: int,
 ) -> LoopReport:
-    """As of now."""
+    """The state of now."""
     counts = scheduler.counts()
     num_owned = scheduler.num_held_blocks + kept.num_references
     return LoopReport(

@@ -3,7 +3,7 @@
     event loop thread   loop thread                                     event loop thread
     post(command) --->  apply commands, schedule, launch, collect --->  deliver(events), twice per turn at most
 
-The loop thread is the sole owner of the instance's sequences and blocks; everybody else sends it values.
+The loop thread is the sole owner of the instance's sequences and blocks; other threads send it values.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from tandem.worker.progress import StepProgress
 
 log = logging.getLogger(__name__)
 
-SETTLE_S = 0.02  # self-checks take time: not while the next request may be on its way
-IDLE_WAIT_S = 0.2
+SETTLE_S = 0.02  # idle time before self-checks, so that they do not delay a request that follows at once
+IDLE_WAIT_S = 0.2  # for the first command, once the loop has been idle for longer
 
 
 class LoopThread:
-    """Turns an `InstanceLoop` until it is stopped."""
+    """Runs an `InstanceLoop` until it is stopped."""
 
     def __init__(
         self,
@@ -33,9 +33,9 @@ class LoopThread:
         on_crash: Callable[[BaseException], None],
         progress: StepProgress,
     ) -> None:
-        """`make_loop` runs on the thread: the thread that loads an engine is the one that steps it, so that the
-        engine's helper threads are made once. `deliver` and `on_crash` are called on the event loop of `start`; an
-        error of either the loop or `deliver` ends in `on_crash`. `progress` has what the thread is doing.
+        """`make_loop` runs on the thread: the thread that loads an engine also computes its steps, so that the engine's
+        helper threads are made once. `deliver` and `on_crash` are called on the event loop of `start`; an error of the
+        loop or of `deliver` is reported to `on_crash`. The thread records its steps in `progress`.
         """
         self._name = name
         self._make_loop = make_loop
@@ -49,7 +49,7 @@ class LoopThread:
         self._event_loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
-        """Returns when the loop is made and turning; raises what `make_loop` raised."""
+        """Returns when the loop runs. Raises the error of `make_loop`."""
         self._event_loop = asyncio.get_running_loop()
         made: asyncio.Future[None] = self._event_loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(made,), name=self._name, daemon=True)
@@ -63,12 +63,12 @@ class LoopThread:
 
     @property
     def is_idle(self) -> bool:
-        """The loop says that it has nothing left, of all that was posted."""
+        """Whether the loop has nothing to do after all commands that were posted."""
         report = None if self._loop is None else self._loop.report
         return report is not None and report.is_empty and report.num_commands == self._num_posted
 
     async def stop(self) -> None:
-        """Ends after the steps under way. Commands posted later are not seen."""
+        """End the thread after the steps under way. Later commands are ignored."""
         if self._thread is not None:
             self._mailbox.put(None)
             await asyncio.to_thread(self._thread.join)
@@ -99,7 +99,7 @@ class LoopThread:
                     return
                 loop.apply(command)
             busy = loop.prepare()
-            self._flush(loop)  # "started" must leave before the step, so that the other side can work during it
+            self._flush(loop)  # before the step: PrefillStarted lets the router select a decode instance during it
             if busy or loop.has_steps:
                 self._progress.begin(loop.step_size)
                 if busy:
@@ -115,14 +115,14 @@ class LoopThread:
             self._progress.end()
 
     def _end(self, loop: InstanceLoop) -> None:
-        """Other ranks are between two steps afterwards."""
+        """Collect all steps, so that the other ranks are between two steps."""
         while loop.has_steps:
             self._progress.begin(loop.step_size)
             loop.collect()
         self._progress.end()
 
     def _take_commands(self, wait_s: float) -> list[LoopCommand | None]:
-        """All that were posted so far; if there is none, wait up to `wait_s` for the first."""
+        """All posted commands; waits up to `wait_s` for the first."""
         commands: list[LoopCommand | None] = []
         try:
             commands.append(self._mailbox.get(timeout=wait_s) if wait_s > 0 else self._mailbox.get_nowait())
@@ -136,7 +136,7 @@ class LoopThread:
             self.call_soon(lambda: self._deliver_or_crash(events))
 
     def _deliver_or_crash(self, events: list[LoopEvent]) -> None:
-        """An event that is lost would leave a request without an answer, or blocks without an owner."""
+        """An error is fatal: a lost event would leave a request without an answer, or blocks without an owner."""
         try:
             self._deliver(events)
         except Exception as error:
@@ -144,16 +144,16 @@ class LoopThread:
             self._on_crash(error)
 
     def call_soon(self, call: Callable[[], object]) -> None:
-        """On the event loop of `start`, in the order of these calls and of `deliver`. From the loop's thread."""
+        """Call on the event loop of `start`, in order with `deliver`. For the loop's thread."""
         assert self._event_loop is not None
         try:
             self._event_loop.call_soon_threadsafe(call)
-        except RuntimeError:  # the event loop is closed: the process is ending
+        except RuntimeError:  # the event loop is closed, because the process ends
             log.debug("%s: an event came after the end", self._name)
 
 
 def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
-    if future.done():  # whoever waited has given up
+    if future.done():  # the waiting task was cancelled
         return
     if error is None:
         future.set_result(None)

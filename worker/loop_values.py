@@ -1,4 +1,4 @@
-"""Sequences, chunks and counts of an instance's loop, in the words of those whom it tells of them. Pure."""
+"""Converts sequences and chunks into the values that engine, readers and routers get. Pure."""
 
 from tandem.core.attempt_id import AttemptId
 from tandem.core.kv_layout import KvLayout
@@ -17,20 +17,15 @@ def attempt_of(sequence: Sequence) -> AttemptId:
     return sequence.key
 
 
-def has_drawn(sequence: Sequence) -> bool:
-    """Whether the attempt has its first token."""
-    return len(sequence.token_ids) > len(sequence.request.token_ids)
-
-
 def slice_of(chunk: Chunk) -> SequenceSlice:
-    """What the engine computes of it."""
+    """The chunk as input of the engine."""
     sequence = chunk.sequence
     request, tokens = sequence.request, sequence.token_ids
     end = chunk.start + chunk.num_tokens
     sample, wanted = None, None
     if chunk.samples:
         sample = SampleRequest(request.sampling, len(tokens), tokens, request.num_prompt_tokens)
-    if chunk.is_prompt and not has_drawn(sequence):
+    if chunk.is_prompt and not sequence.has_first_token:
         wanted = request.sampling.prompt_logprobs
     return SequenceSlice(
         token_ids=tokens[chunk.start : end],
@@ -43,7 +38,7 @@ def slice_of(chunk: Chunk) -> SequenceSlice:
 
 
 def kv_computing(chunk: Chunk, layout: KvLayout, step: int) -> KvComputing:
-    """What readers may have before and during the step of that number."""
+    """The KV that readers may fetch before and during the step with that number."""
     sequence = chunk.sequence
     end = chunk.start + chunk.num_tokens
     num_blocks = layout.blocks_for(sequence.num_tokens)
@@ -60,7 +55,7 @@ def kv_computing(chunk: Chunk, layout: KvLayout, step: int) -> KvComputing:
 
 
 def manifest_of(sequence: Sequence, first_token: SampledToken, layout: KvLayout) -> Manifest:
-    """Of a prompt that is computed; `first_token`, drawn from it, is not among its tokens yet."""
+    """Describes the KV of a computed prompt. `first_token` was sampled from it, and is not in `token_ids` yet."""
     num_blocks = layout.blocks_for(sequence.num_tokens)
     return Manifest(
         request_id=sequence.request.request_id,
@@ -75,7 +70,7 @@ def manifest_of(sequence: Sequence, first_token: SampledToken, layout: KvLayout)
 
 
 def fetch_of(sequence: Sequence, source: KvSource) -> Fetch:
-    """Its blocks are reserved."""
+    """The transfer into the blocks that are reserved for the sequence."""
     request = sequence.request
     return Fetch(
         attempt_id=attempt_of(sequence),

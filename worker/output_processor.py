@@ -1,4 +1,4 @@
-"""What the output of a step means for its sequences: they get their tokens, end, or are held for another instance."""
+"""Applies the output of a step to its sequences: they get their tokens, end, or are held for another instance."""
 
 from collections import defaultdict
 
@@ -15,15 +15,15 @@ from tandem.scheduling.sequence import Sequence
 from tandem.worker.kept_blocks import KeptBlocks
 from tandem.worker.loop_events import LoopEvents
 from tandem.worker.loop_messages import SendEvent
-from tandem.worker.loop_values import attempt_of, has_drawn, manifest_of
+from tandem.worker.loop_values import attempt_of, manifest_of
 from tandem.worker.step_pipeline import LaunchedStep
 
 
 class OutputProcessor:
-    """Used by the loop only, which has dealt with the chunks that failed before.
+    """Used by the loop, which handles failed chunks first.
 
-    last chunk of a prompt -> PrefillFinished; then it decodes, or is held (KvReady), or has ended
-    a token of decoding    -> one TokenFrame for each session, with the tokens of all its attempts
+    last chunk of a prompt -> PrefillFinished; then the sequence decodes, is held (KvReady), or has ended
+    decoding sequences     -> one TokenFrame for each session, with the tokens of all its attempts
     """
 
     def __init__(
@@ -36,22 +36,22 @@ class OutputProcessor:
         self._kept = kept
         self._events = events
         self._clock = clock
-        self._prompt_logprobs: dict[AttemptId, list[TokenLogprob | None]] = {}  # of prompts that are being computed
+        self._prompt_logprobs: dict[AttemptId, list[TokenLogprob | None]] = {}  # of prompts in progress
 
     def take(self, step: LaunchedStep, output: StepOutput) -> None:
-        """Chunks that have an error in `output` are passed over."""
+        """Skips chunks with an error in `output`."""
         frames: defaultdict[int, list[NewTokens]] = defaultdict(list)
         for index, chunk in enumerate(step.chunks):
             if output.errors[index] is not None:
                 continue
             sequence = chunk.sequence
-            is_first = chunk.samples and not has_drawn(sequence)
+            is_first = chunk.samples and not sequence.has_first_token
             if not self._scheduler.computed(chunk):
-                continue  # given up during the step
+                continue  # the attempt has ended during the step
             if (logprobs := output.prompt_logprobs[index]) is not None:
                 self._add_prompt_logprobs(chunk, logprobs)
             token = output.tokens[index]
-            assert (token is not None) == chunk.samples, "the engine draws what it is asked for"
+            assert (token is not None) == chunk.samples, "the engine samples exactly the requested tokens"
             if token is None:
                 continue
             if is_first:
@@ -62,13 +62,13 @@ class OutputProcessor:
             self._events.add(SendEvent(session_id, TokenFrame(tuple(items))))
 
     def forget(self, attempt_id: AttemptId) -> None:
-        """The attempt was given up."""
+        """The attempt has ended."""
         self._prompt_logprobs.pop(attempt_id, None)
 
     def _add_prompt_logprobs(self, chunk: Chunk, logprobs: list[TokenLogprob]) -> None:
         attempt_id = attempt_of(chunk.sequence)
         if chunk.start == 0:  # also when a preempted prompt is computed again
-            self._prompt_logprobs[attempt_id] = [None]  # nothing is before the first token
+            self._prompt_logprobs[attempt_id] = [None]  # the first token has no log-probability
         self._prompt_logprobs[attempt_id].extend(logprobs)
 
     def _prefilled(self, sequence: Sequence, token: SampledToken) -> None:
@@ -76,14 +76,14 @@ class OutputProcessor:
         attempt_id = attempt_of(sequence)
         manifest = None
         if sequence.hand_over:
-            manifest = manifest_of(sequence, token, self._layout)  # without the new token's KV
+            manifest = manifest_of(sequence, token, self._layout)  # the new token has no KV
             sequence.append(token.token_id)
         else:
             self._scheduler.generated(attempt_id, token.token_id)
         sequence.first_token_s = self._clock.now_s()
         reason = self._finish_reason(sequence, token)
         logprobs = self._prompt_logprobs.pop(attempt_id, None)
-        assert sequence.started_s is not None, "what is finished was started"
+        assert sequence.started_s is not None, "a finished prompt was started"
         finished = PrefillFinished(
             handle=attempt_id.handle,
             token=token,

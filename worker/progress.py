@@ -1,23 +1,22 @@
-"""Whether an instance makes progress: the age of the step in progress, and how old a step may become.
+"""Whether an instance makes progress: the age of the step in progress, and the limit of that age.
 
-    loop thread     begin(size), ..., end()     StepProgress     what it measured: the longest recent step of each size
+    loop thread     begin(size), ..., end()     StepProgress     measures the longest recent step of each size
     event loop      look(), every LOOK_EVERY_S  StallDetector    age of the step in progress -> stalled -> hung
 
-A step is *stalled* when its age is over its limit: the instance then takes no requests, and the router moves those
-that it has. A step is *hung* when its age is over ten limits and over ten seconds: the process then ends, so that it is
-replaced. A stalled step that ends makes the instance READY again.
+A step is *stalled* when its age exceeds its limit: the instance then takes no requests, and the router moves those that
+it has to other instances. A step is *hung* when its age exceeds ten limits and ten seconds: the process then ends, so
+that it is replaced. When a stalled step ends, the instance is READY again.
 
 The limit of a step, so that slow but healthy steps of a big model are not taken for stalled ones:
 
 - ten times the longest recent step of its size or of a smaller one, and at least one second;
 - for a size that the instance has not computed yet, though it has computed a larger one: as if it had that size;
-- for a size beyond all that it has computed (the first steps after the load, the first long prompt: kernels may be
-  compiled or loaded, memory be allocated): the time of the largest computed size, in proportion, and at least ten
-  seconds. In proportion is too much, for a step of few tokens takes longer per token.
+- for a larger size than all that it has computed (the first steps after the load, or the first long prompt, for which
+  kernels may be compiled and memory allocated): the time of the largest computed size in proportion, and at least ten
+  seconds. This is an upper bound, because a small step takes longer per token.
 
-The size of a step counts its tokens, and one more for each 1,024 pairs of a token and a token that it attends to. Sizes
-that differ by less than a factor of two count as one. Whatever else the loop thread does (commands, scheduling,
-self-checks) is a step of size 0.
+The size of a step counts its tokens, and one more for each 1,024 attention pairs. Sizes that differ by less than a
+factor of two count as equal. Other work of the loop thread (commands, scheduling, self-checks) is a step of size 0.
 """
 
 from dataclasses import dataclass
@@ -25,12 +24,12 @@ from dataclasses import dataclass
 from tandem.core.clock import Clock
 
 LOOK_EVERY_S = 0.1
-LATE_LOOK_S = 0.5
-SHORTEST_LIMIT_S = 1.0
-FIRST_LIMIT_S = 10.0
+LATE_LOOK_S = 0.5  # time that a late look adds to the age of a step, at most
+MIN_LIMIT_S = 1.0
+FIRST_LIMIT_S = 10.0  # of a step larger than all before it, at least
 LIMIT_FACTOR = 10.0
 HUNG_FACTOR = 10.0
-SHORTEST_HUNG_S = 10.0
+MIN_HUNG_S = 10.0
 PAIRS_PER_TOKEN = 1024
 
 _NUM_SIZES = 64  # powers of two
@@ -47,16 +46,16 @@ class Step:
 
 
 class StepProgress:
-    """`begin` and `end` are the loop thread's; `step` may be read from any thread. Both are O(1)."""
+    """The loop thread calls `begin` and `end`; any thread may read `step`. O(1)."""
 
     def __init__(self, clock: Clock) -> None:
         self.step: Step | None = None
         self._clock = clock
-        self._longest_s = [0.0] * _NUM_SIZES  # by size class; 0: none was computed
-        self._largest = -1  # size class computed so far
+        self._longest_s = [0.0] * _NUM_SIZES  # by size class; 0: no such step was computed
+        self._largest = -1  # the largest size class that was computed
 
     def begin(self, size: int) -> None:
-        """A step of that size begins. The one before it, if any, has ended."""
+        """A step of that size begins; the previous one, if any, has ended."""
         now_s = self._clock.now_s()
         if self.step is not None:
             self._measured(self.step, now_s)
@@ -77,10 +76,10 @@ class StepProgress:
         known = size_class
         while longest_s[known] == 0.0:
             known += 1
-        return max(SHORTEST_LIMIT_S, LIMIT_FACTOR * max(longest_s[: known + 1]))
+        return max(MIN_LIMIT_S, LIMIT_FACTOR * max(longest_s[: known + 1]))
 
     def _measured(self, step: Step, now_s: float) -> None:
-        """A step beyond its limit may have been stopped together with the process: it counts as the limit."""
+        """A step that took longer than its limit counts as the limit: perhaps the whole process was stopped."""
         step_s = min(now_s - step.begun_s, step.limit_s)
         self._longest_s[step.size_class] = max(_DECAY * self._longest_s[step.size_class], step_s, 1e-6)
         self._largest = max(self._largest, step.size_class)
@@ -89,8 +88,8 @@ class StepProgress:
 class StallDetector:
     """Used on the event loop, by one task that calls `look` every `LOOK_EVERY_S`.
 
-    A look that comes late means that the whole process was stopped, or has no core to run on. That time is not the
-    step's: a late look counts as `LATE_LOOK_S` at most.
+    When `look` is called late, the whole process was stopped or had no core. That is not the step's fault, so at most
+    `LATE_LOOK_S` of the time counts.
     """
 
     def __init__(self, progress: StepProgress, clock: Clock) -> None:
@@ -106,9 +105,10 @@ class StallDetector:
 
     @property
     def is_hung(self) -> bool:
-        return self._step is not None and self.age_s > max(SHORTEST_HUNG_S, HUNG_FACTOR * self._step.limit_s)
+        return self._step is not None and self.age_s > max(MIN_HUNG_S, HUNG_FACTOR * self._step.limit_s)
 
     def look(self) -> None:
+        """Update `age_s` from the step in progress."""
         now_s, step = self._clock.now_s(), self._progress.step
         before_s = self._looked_s
         self._looked_s = now_s

@@ -1,4 +1,4 @@
-"""The steps of an instance that are under way: launched and not collected yet."""
+"""The steps of an instance that are under way: launched, and not collected yet."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tandem.worker.progress import PAIRS_PER_TOKEN
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """`size` is that of `worker.progress`, `launched_s` when it was launched."""
+    """A step under way. `size` is counted as in `worker.progress`; `launched_s` is the time of the launch."""
 
     chunks: list[Chunk]
     size: int
@@ -25,22 +25,22 @@ class LaunchedStep:
 
 
 class StepPipeline:
-    """At most as many steps as the instance has pipeline stages, so that each stage may compute another one:
+    """At most as many steps as the instance has pipeline stages, so that each stage can compute another step:
 
         first stage    launch 1 | launch 2 |  ...   | launch 3 | ...
         second stage            |  step 1  | step 2 |    ...   | step 3
         caller                              collect 1   collect 2
 
-    `num_steps` and `busy_s` are totals since the start: steps that have ended, and the time in which any was under way.
+    Totals since the start: `num_steps` have ended, and during `busy_s` seconds at least one step was under way.
     """
 
     def __init__(self, engine: Engine, clock: Clock, predictor: StepPredictor | None) -> None:
-        """`predictor` learns how long steps take."""
+        """`predictor` learns from the measured step times."""
         self._engine = engine
         self._clock = clock
         self._predictor = predictor
         self._steps: deque[LaunchedStep] = deque()  # oldest first
-        self._ended_s = 0.0  # when a step ended last
+        self._ended_s = 0.0  # end of the last step
         self.num_steps = 0
         self.busy_s = 0.0
 
@@ -53,11 +53,11 @@ class StepPipeline:
 
     @property
     def largest_size(self) -> int:
-        """Of the steps under way; 0 without one."""
+        """Size of the largest step under way; 0 without one."""
         return max((step.size for step in self._steps), default=0)
 
     def launch(self, chunks: list[Chunk], layer_computed: LayerHook | None) -> None:
-        """Begin a step. Raises what `Engine.launch` raises: the step has ended then, and the earlier ones go on."""
+        """Begin a step. Raises the errors of `Engine.launch`: the step has ended then, and earlier steps go on."""
         assert not self.is_full, "collect the oldest step first"
         launched_s = self._clock.now_s()
         try:
@@ -68,7 +68,7 @@ class StepPipeline:
         self._steps.append(LaunchedStep(chunks, step_size(chunks), launched_s, handle))
 
     def collect(self) -> tuple[LaunchedStep, StepOutput | Exception]:
-        """End the oldest step, with its output, or with the RuntimeError or MemoryError of `Engine.collect`."""
+        """Wait for the oldest step. Returns its output, or the RuntimeError or MemoryError of `Engine.collect`."""
         together = [chunk for step in self._steps for chunk in step.chunks]
         step = self._steps.popleft()
         output: StepOutput | Exception
@@ -78,7 +78,7 @@ class StepPipeline:
             output = error
         else:
             if self._predictor is not None:
-                # The sequences of all steps under way shared this time: it is that of one round of all stages.
+                # The steps under way shared this time, so it is the time of one round of all their sequences.
                 self._predictor.observe(step_load(together), self._clock.now_s() - step.launched_s)
         self._ended(step.launched_s)
         return step, output
@@ -91,7 +91,7 @@ class StepPipeline:
 
 
 def step_size(chunks: list[Chunk]) -> int:
-    """As `worker.progress` counts it."""
+    """Size of a step, as `worker.progress` counts it."""
     tokens = sum(chunk.num_tokens for chunk in chunks)
     pairs = sum(chunk.num_tokens * (chunk.start + chunk.num_tokens) for chunk in chunks)
     return tokens + pairs // PAIRS_PER_TOKEN

@@ -15,7 +15,7 @@ from tandem.placement.simulator.fast_run import ChunkRun, ChunkStep, FastRun
 from tandem.placement.simulator.held_kv import SimulatedHeldKv
 from tandem.placement.simulator.prefixes import BlockNames, pool_and_index
 from tandem.placement.simulator.result import InstanceUse
-from tandem.placement.simulator.step_results import StepResults, attempt_of, has_drawn
+from tandem.placement.simulator.step_results import StepResults, attempt_of
 from tandem.placement.simulator.use import StepTotals
 from tandem.scheduling.budget import role_budget
 from tandem.scheduling.chunk import Chunk
@@ -265,7 +265,7 @@ class SimulatedInstance:
     def _tell_started(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             sequence = chunk.sequence
-            if chunk.is_prompt and chunk.start == sequence.num_cached and not has_drawn(sequence):
+            if chunk.begins_prefill:
                 self._listener.prefill_started(attempt_of(sequence), sequence.num_cached)
 
     def _begin_step(self, step: ChunkStep) -> None:

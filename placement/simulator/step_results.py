@@ -37,7 +37,7 @@ class StepResults:
                 if self._held.get(attempt) is sequence:
                     self._tell_first_token(sequence)
             elif self._scheduler.get(attempt) is sequence:
-                is_first = not has_drawn(sequence)
+                is_first = not sequence.has_first_token
                 self._scheduler.generated(attempt, 0)
                 if is_first:
                     sequence.first_token_s = self._events.now_s
@@ -66,8 +66,3 @@ class StepResults:
 def attempt_of(sequence: Sequence) -> SimulatedAttempt:
     assert isinstance(sequence.key, SimulatedAttempt)
     return sequence.key
-
-
-def has_drawn(sequence: Sequence) -> bool:
-    """Whether the attempt has its first token."""
-    return sequence.num_tokens > len(sequence.request.token_ids)
