@@ -1,8 +1,8 @@
-"""`python -m decode_worker --config FILE`: one instance with the role decode, by hand."""
+"""`python -m tandem.decode_worker --config FILE`: one instance with the role decode, by hand."""
 
 import sys
 
 from tandem.worker.process import run_from_command_line
 
 if __name__ == "__main__":
-    sys.exit(run_from_command_line("decode_worker", "decode"))
+    sys.exit(run_from_command_line("tandem.decode_worker", "decode"))

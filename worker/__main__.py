@@ -1,8 +1,8 @@
-"""`python -m worker --config FILE`: one instance with the role that the file names, by hand."""
+"""`python -m tandem.worker --config FILE`: one instance with the role that the file names, by hand."""
 
 import sys
 
 from tandem.worker.process import run_from_command_line
 
 if __name__ == "__main__":
-    sys.exit(run_from_command_line("worker"))
+    sys.exit(run_from_command_line("tandem.worker"))

@@ -1,4 +1,4 @@
-"""Puts an instance together: engine and loop on one thread, everything else on the event loop.
+"""Assembles an instance: engine and loop on one thread, everything else on the event loop.
 
 loop thread:  load engine -> InstanceLoop -> turn (schedule, launch, collect, ...)
 event loop:   connect KV links -> listen -> deliver(events of each turn) ... -> drain -> close links -> end
@@ -50,13 +50,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STAGES_EVERY_S = 0.001  # while a reader waits for layers
-STAGES_IDLE_EVERY_S = 0.02
+STAGES_EVERY_S = 0.001  # between two looks at later pipeline stages, while a reader waits for layers
+STAGES_IDLE_EVERY_S = 0.02  # the same without a reader
 
 
 class Worker:
-    """One instance: its only rank, or rank 0, which has the other ranks of its host as child processes and waits for
-    those of other hosts. `start`, then `wait_closed`; `drain_and_stop` ends it."""
+    """One instance: its only rank, or rank 0, which starts the other ranks of its host as child processes and waits for
+    those of other hosts. Call `start`, then `wait_closed`; `drain_and_stop` ends the instance."""
 
     def __init__(self, config: WorkerConfig) -> None:
         """Raises ConfigError for a secret that cannot be read."""
@@ -119,7 +119,7 @@ class Worker:
             if self._ranks is not None:
                 self._ranks.close()
                 if not self._closed.cancel():
-                    self._closed.exception()  # the same loss of a rank; whoever starts the instance gets it from here
+                    self._closed.exception()  # the same loss of a rank, which this call raises
             raise
         assert self._engine is not None
         section = self._section
@@ -152,7 +152,7 @@ class Worker:
         self._step_watch = self._spawn(self._watch_steps(), "watch steps")
 
     async def wait_closed(self) -> None:
-        """Returns when the instance has stopped; raises what ended it, if it ended by itself."""
+        """Returns when the instance has stopped. If it ended by itself, raises the error that has ended it."""
         assert self._closed is not None, "start first"
         await asyncio.shield(self._closed)
 
@@ -162,7 +162,7 @@ class Worker:
         await _cancel(*self._tasks)
         self._service.end_sessions()
         await self._public.close()
-        # Nothing reads or writes the pools when both ends of the links are closed.
+        # Once both ends of the links are closed, nothing reads or writes the pools.
         await self._fetcher.close()
         assert self._receiver is not None
         assert self._sender is not None
@@ -173,7 +173,7 @@ class Worker:
             await asyncio.to_thread(self._kv_events.close)
         if self._ranks is not None:
             await asyncio.to_thread(self._ranks.close)
-        if self._step_watch is not None:  # until now: a hung step would keep the thread from stopping
+        if self._step_watch is not None:  # last, because a hung step would keep the thread from stopping
             await _cancel(self._step_watch)
         if self._engine is not None:
             self._engine.close()
@@ -185,7 +185,7 @@ class Worker:
     # --- parts -------------------------------------------------------------------------------------------------------
 
     def _load_and_make_loop(self) -> InstanceLoop:
-        """On the loop's thread: the thread that loads an engine is the one that steps it."""
+        """On the loop's thread: the thread that loads an engine also computes its steps."""
         self._engine, self._pools = load_worker_engine(self._config.model, self._section.engine, self._ranks)
         check_model_files(self._config, self._engine.layout.weights_hash)
         self._loop = InstanceLoop(
@@ -200,7 +200,7 @@ class Worker:
         return self._loop
 
     def _start_kv_events(self) -> "KvEventPublisher | None":
-        """None if no events are wanted. Raises ConfigError without the packages for them, or for an endpoint that
+        """None without an endpoint in the settings. Raises ConfigError if the packages are missing or the endpoint
         cannot be used."""
         settings = self._section.kv_events
         if settings.endpoint is None:
@@ -230,12 +230,12 @@ class Worker:
         return self._loop.report
 
     def _links(self) -> tuple[LinkStats, ...]:
-        """Of KV that comes in: each transfer is counted by its reader."""
+        """Totals of KV that comes in. Each transfer is counted by its reader only."""
         assert self._receiver is not None
         return self._receiver.links()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """`work` runs until it is cancelled. An end before that, for whatever reason, is the instance's end."""
+        """`work` runs until it is cancelled. If it ends before that, the instance ends."""
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(self._task_ended)
         return task
@@ -261,16 +261,17 @@ class Worker:
         raise InternalError(f"a step of {self.instance_id} has not ended in {self._stall.age_s:.0f} s")
 
     async def _watch_stages(self, ranks: RankGroup) -> None:
-        """Tell readers how far later stages are, until cancelled. The loop's thread may be waiting for these stages."""
+        """Tell readers how far later stages are, until cancelled. The loop's thread may be waiting for these stages, so
+        it cannot do that."""
         while True:
             for number, at in enumerate(ranks.later_stages(), start=1):
                 self._held.stage_computed(number, StageStep(*at))
             await asyncio.sleep(STAGES_EVERY_S if self._held.wants_layers else STAGES_IDLE_EVERY_S)
 
-    # --- calls back --------------------------------------------------------------------------------------------------
+    # --- callbacks ---------------------------------------------------------------------------------------------------
 
     def _layer_computed(self, num_layers: int) -> None:
-        """On the loop's thread, in the middle of a step. Without a reader the event loop is not woken."""
+        """On the loop's thread, during a step. Without a reader the event loop is not woken."""
         if self._held.wants_layers:
             self._thread.call_soon(lambda: self._held.layers_computed(num_layers))
 
@@ -294,14 +295,14 @@ class Worker:
 
 
 def _kv_host(config: WorkerConfig) -> str:
-    """KV travels over the same interface as the instance's own port. Gloo tells its peer the address that it listens
-    on, so it must be that of one interface."""
+    """KV travels over the interface of the instance's port. Gloo tells its peer the address that it listens on, so it
+    must be the address of one interface."""
     host, _ = split_address(config.listen)
     return config.advertise if host in ANY_HOSTS and config.advertise is not None else host
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[TandemError], None], error: TandemError) -> None:
-    with contextlib.suppress(RuntimeError):  # the event loop is closed: the process is ending
+    with contextlib.suppress(RuntimeError):  # the event loop is closed, because the process ends
         loop.call_soon_threadsafe(call, error)
 
 

@@ -1,4 +1,4 @@
-"""An engine as a worker needs it: the KV pools of all ranks where a peer on the same host can read them."""
+"""Loads the engine of a worker, with KV pools that other processes of the host can read."""
 
 import logging
 from functools import partial
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 def load_worker_engine(
     model: Path, section: EngineSection, ranks: RankGroup | None
 ) -> tuple[Engine, tuple[SharedPool | RemotePool, ...]]:
-    """Load rank 0, wait for the other `ranks`, and warm up. Returns also the KV pools of all ranks, rank 0's first.
-    Raises CheckpointError, ConfigError or RankLostError."""
+    """Load rank 0, wait for the other `ranks`, and warm up. Returns the engine and the KV pools of all ranks, in the
+    order of ranks. Raises CheckpointError, ConfigError or RankLostError."""
     own: list[SharedPool] = []
     config = engine_config(model, section) if ranks is None else ranks.engine_config()
 
@@ -43,7 +43,8 @@ def load_worker_engine(
 
 
 def check_model_files(config: WorkerConfig, weights_hash: str) -> None:
-    """Raises CheckpointError if the settings name other files: on each host of a cluster they must be the same."""
+    """Raises CheckpointError if the files have another hash than `model_hash` of the settings, which is the same on all
+    hosts of a cluster."""
     log.info("the hash of the files of %s is %s", config.model, weights_hash)
     if config.model_hash is not None and not weights_hash.startswith(config.model_hash):
         raise CheckpointError(

@@ -8,6 +8,7 @@ that drains may have left DNS already, and needs its instances until its last re
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -25,8 +26,8 @@ RESOLVE_EVERY_S = 1.0
 
 
 class Heartbeat:
-    """One task per router, so that a hung one delays no other. A router that is away is tried again for ever, until
-    `set_routers` takes it off the list."""
+    """One task for each router, so that a hung router delays no other. A router that does not answer is tried again
+    until `set_routers` removes it."""
 
     def __init__(
         self,
@@ -45,12 +46,12 @@ class Heartbeat:
         self._routers_changed = asyncio.Event()
 
     def send_now(self) -> None:
-        """The status has changed: tell the routers at once."""
+        """The status has changed: report to all routers at once."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
     def set_routers(self, routers: Sequence[str]) -> None:
-        """Report to these, and to no others."""
+        """Report to these routers, and to no others."""
         self._routers = frozenset(routers)
         self._routers_changed.set()
 
@@ -67,7 +68,7 @@ class Heartbeat:
                 self._routers_changed.clear()
 
     async def _report_to_all(self, name: str) -> None:
-        """To all routers that the name (host:port) stands for."""
+        """Report to all routers that the name (host:port) stands for."""
         current: set[str] = set()
         reported: set[str] = set()
 
@@ -78,7 +79,7 @@ class Heartbeat:
         async with asyncio.TaskGroup() as group:
             while True:
                 found = await _resolve(name)
-                if found:  # else DNS is away, and what was known may still be right
+                if found:  # else DNS does not answer, and the known addresses may still be right
                     current.clear()
                     current.update(found)
                 for address in current - reported:
@@ -90,7 +91,7 @@ class Heartbeat:
         reachable = True
         async with LastingChannel(address, self._token, self._tls) as channel:
             while is_current() or reachable:
-                changed = self._changed  # of the status that is read now: a change while it is sent is not lost
+                changed = self._changed  # read before the status, so that a change while it is sent is not lost
                 try:
                     await send_heartbeat(await channel.get(), self._status(), timeout_s=max(1.0, 2 * self._interval_s))
                     if not reachable:
@@ -100,15 +101,13 @@ class Heartbeat:
                     if reachable:
                         log.warning("router %s does not take the heartbeat: %s", address, error.message)
                     reachable = False
-                try:
+                with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._interval_s):
                         await changed.wait()
-                except TimeoutError:
-                    continue
 
 
 async def _resolve(name: str) -> set[str]:
-    """The addresses, host:port with an IP address, that host:port stands for now; empty if DNS does not say."""
+    """The addresses (IP address and port) that host:port stands for now; empty without an answer of DNS."""
     host, port = split_address(name)
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)

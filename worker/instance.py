@@ -1,8 +1,8 @@
-"""What an instance shows to the outside: its gRPC server, its health, its heartbeats.
+"""The public side of an instance: its gRPC server, its health service and its heartbeats.
 
 The health service answers SERVING while the instance is READY, and NOT_SERVING while its step is stalled
-(`worker/progress.py`) or it drains. It answers on the event loop: no answer means that the process is stopped. Of the
-service `liveness` it answers SERVING even while a step is stalled, since the process ends a hung step itself.
+(`worker/progress.py`) or the instance drains. It answers on the event loop, so no answer means that the process is
+stopped. For the service `liveness` it answers SERVING even while a step is stalled: a hung step ends the process.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from tandem.worker.loop_report import LoopReport
 
 log = logging.getLogger(__name__)
 
-CLOSE_S = 0.2  # for sessions to end by themselves
+CLOSE_S = 0.2  # for sessions to end by themselves, before they are cancelled
 LIVENESS = "liveness"
 
 
 class PublicSide:
-    """`listen` binds and registers; `drain` and `close` end it."""
+    """Call `listen`, then `send_heartbeats` in a task; `drain` and `close` end it."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class PublicSide:
         links: Callable[[], tuple[LinkStats, ...]],
         step_age_s: Callable[[], float],
     ) -> None:
-        """Serve as READY. Raises ConfigError if the port cannot be had, or the files of TLS cannot be used."""
+        """Serve as READY. Raises ConfigError if the port is in use, or the files of TLS cannot be used."""
         if self._tls is not None:
             self._tls.load()
         self._server, self._health = build_server(self._config.cluster_token)
@@ -122,12 +122,12 @@ class PublicSide:
         )
 
     def _pairing_fingerprint(self, layout_fingerprint: str) -> str:
-        """Routers pair instances with equal fingerprints: those of another plan epoch must have another one."""
+        """Routers pair instances with equal fingerprints, so the fingerprint contains the plan epoch."""
         epoch = self._config.plan_epoch
         return layout_fingerprint if epoch is None else f"{layout_fingerprint}@{epoch}"
 
     async def set_stalled(self, is_stalled: bool) -> None:
-        """The step in progress is too old, or has ended after all: tell everybody at once."""
+        """The step in progress is stalled, or has ended after all: tell routers and health clients at once."""
         self._is_stalled = is_stalled
         self.send_heartbeat()
         if self._health is not None:
@@ -135,18 +135,19 @@ class PublicSide:
             await self._health.set("", status.NOT_SERVING if is_stalled else status.SERVING)
 
     def set_routers(self, control_addresses: Sequence[str]) -> None:
-        """Report to these, and to no others."""
+        """Report to these routers, and to no others."""
         log.info("reports to the routers %s", ", ".join(control_addresses))
-        assert self._heartbeat is not None, "nobody can call before it listens"
+        assert self._heartbeat is not None, "listen first"
         self._heartbeat.set_routers(control_addresses)
 
     def send_heartbeat(self) -> None:
-        """Something that the routers should know at once has changed."""
+        """The status has changed: report to all routers at once."""
         if self._heartbeat is not None:
             self._heartbeat.send_now()
 
     async def drain(self, grace_s: float, is_idle: Callable[[], bool]) -> None:
-        """Tell everybody that nothing new is taken, then wait until nothing is left, at most `grace_s`."""
+        """Tell routers and health clients that the instance takes no requests, then wait until `is_idle`, for at most
+        `grace_s` seconds."""
         self._state = InstanceState.DRAINING
         if self._health is not None:
             await self._health.enter_graceful_shutdown()

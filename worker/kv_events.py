@@ -1,4 +1,4 @@
-"""Publishes what is in an instance's prefix cache, in the format of vLLM that Dynamo and llm-d read.
+"""Publishes changes of an instance's prefix cache, in vLLM's format, which Dynamo and llm-d read.
 
 A message has three parts: topic, number (8 bytes, big-endian, from 0 on), and a batch in msgpack. A batch is [seconds
 since 1970, events, 0], where 0 is the rank that vLLM calls data parallel, and an event is one of
@@ -11,8 +11,8 @@ The nil is the LoRA adapter. "GPU" is vLLM's word for the memory in which the en
 the lowest 64 bits of a block's name as a number; subscribers work out hashes of their own from the token ids. Sources:
 vllm/distributed/kv_events.py, llm-d-kv-cache pkg/kvevents/engineadapter/vllm_adapter.go.
 
-A subscriber that has missed some sends [number] to the replay endpoint, and gets [number, batch] for each batch from
-there on that is still kept, and at last [-1, nothing].
+A subscriber that has missed batches sends [number] to the replay endpoint. It gets [number, batch] for each batch from
+that number on that is still kept, and then [-1, empty].
 """
 
 import logging
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 _MEDIUM = "GPU"
 _END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
-_MAX_QUEUED_MESSAGES = 100_000  # for a subscriber that does not read; it then misses some
+_MAX_QUEUED_MESSAGES = 100_000  # for a subscriber that does not read; it misses later messages
 _REPLAY_EVERY_S = 0.1
 _CLOSE_S = 2.0
 _LINGER_MS = 500
 
 
 class KvEventPublisher:
-    """`start`, then `publish` for each change, then `close`. A thread sends; nobody waits for subscribers."""
+    """Call `start`, then `publish` for each change, then `close`. A thread sends, and never waits for subscribers."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class KvEventPublisher:
         block_size: int,
         wall_time_s: Callable[[], float] = time.time,
     ) -> None:
-        """`name` is the instance's, which stays over restarts."""
+        """`name` is the instance's name, which stays the same over restarts."""
         self._settings = settings
         self._name = name
         self._topic = settings.topic.replace("{name}", name).replace("{model}", model).encode()
@@ -66,7 +66,8 @@ class KvEventPublisher:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Connect or listen, and say that the cache is empty: a predecessor's blocks are gone. Raises ConfigError."""
+        """Connect or listen, and publish that the cache is empty: an earlier process of that name may have published
+        blocks. Raises ConfigError."""
         assert self._settings.endpoint is not None
         publisher = self._open(zmq.PUB, self._settings.endpoint, bind=self._settings.bind)
         replay = None
@@ -81,7 +82,7 @@ class KvEventPublisher:
         self._queue.put(changes)
 
     def close(self) -> None:
-        """Send what is queued, for a moment at most."""
+        """Send queued batches, for at most about two seconds, and close the sockets."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(_CLOSE_S)
@@ -118,7 +119,7 @@ class KvEventPublisher:
             self._sent.append((number, batch))
 
     def _answer(self, replay: "zmq.Socket[bytes]") -> None:
-        """A request to send old batches again."""
+        """Answer one request for old batches."""
         parts = replay.recv_multipart()
         if len(parts) != 3 or len(parts[2]) != 8:
             log.warning("a request for old events is malformed")

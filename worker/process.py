@@ -1,6 +1,6 @@
-"""The life of an instance's process, and of that of its ranks on another host: load, serve, report, drain, end.
+"""The processes of an instance, and of its ranks on another host: load, serve, drain, end.
 
-LOADING --start()--> READY --drain()--> DRAINING --no request left, or grace over--> stopped
+LOADING --start()--> READY --drain()--> DRAINING --no request is left, or the grace has ended--> stopped
                        |                   |
                        +---- a failure ----+--> the process ends at once, with status 1
 """
@@ -30,8 +30,9 @@ DRAIN_GRACE_S = 10.0
 
 
 def run_worker(config: WorkerConfig, grace_s: float, *, verbose: bool = False) -> int:
-    """One instance until SIGTERM or SIGINT, and then for `grace_s` at most until its requests have ended; a second
-    signal ends it at once. Returns the exit status. Raises a TandemError if the instance cannot start."""
+    """Run one instance until SIGTERM or SIGINT, and then until its requests have ended, for at most `grace_s` seconds.
+    A second signal ends the process at once. Returns the exit status. Raises a TandemError if the instance cannot
+    start."""
     level = logging.DEBUG if verbose else logging.INFO
     configure_logging(config.log_format, config.name or config.role, level)
     remove_openmp_files()
@@ -40,8 +41,8 @@ def run_worker(config: WorkerConfig, grace_s: float, *, verbose: bool = False) -
 
 
 def run_ranks(config: WorkerConfig, grace_s: float) -> int:
-    """The ranks of the instance on one more host, until the instance ends. After SIGTERM or SIGINT that may take
-    `grace_s`. Returns the exit status. Raises a TandemError if they cannot join the instance."""
+    """Run the ranks of an instance on one more host until the instance ends; after SIGTERM or SIGINT for at most
+    `grace_s` seconds more. Returns the exit status. Raises a TandemError if they cannot join the instance."""
     configure_logging(config.log_format, f"{config.name or config.role} ranks")
     remove_openmp_files()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -79,8 +80,8 @@ async def _run(worker: Worker | RankHost, grace_s: float) -> int:
     stopping = asyncio.create_task(stop.wait(), name="stop-signal")
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
-        # The loop thread is inside torch or the compiler, which nothing can interrupt. Nothing is owed to anybody yet,
-        # and what the process holds (memory, locks, ports) goes with it.
+        # The loop thread is inside torch or the compiler, which nothing can interrupt. There are no requests yet, and
+        # the kernel releases what the process holds.
         os._exit(0)
     await starting
     announce(log, f"{worker.instance_id} is ready on {worker.address}")

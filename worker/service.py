@@ -1,4 +1,4 @@
-"""An instance on the event loop: its routers' sessions, between the loop and the two sides of KV that moves."""
+"""The routers' sessions of an instance: passes commands to the loop, and the loop's events to routers and transfers."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 
 def section_budget(role: Role, section: InstanceSection, change: RoleChange | None = None) -> StepBudget:
-    """What an instance with these settings may compute in that role. Raises ConfigError for bounds that make no
-    sense."""
+    """The budget of an instance with these settings in that role; `change` replaces some bounds. Raises ConfigError for
+    a bound below 1."""
     max_batch, max_batch_tokens = section.max_batch, section.max_batch_tokens
     max_prefill_tokens = section.max_prefill_tokens
     if change is not None:
@@ -68,8 +68,7 @@ def section_budget(role: Role, section: InstanceSection, change: RoleChange | No
 
 
 class InstanceService:
-    """Implements `wire.sessions.CommandHandler` for routers. Attempts are known from their Submit until their last
-    event or their Cancel, whichever comes first."""
+    """Implements `wire.sessions.CommandHandler`. An attempt is known from Submit to its last event or Cancel."""
 
     def __init__(
         self,
@@ -82,9 +81,9 @@ class InstanceService:
         cache_changed: Callable[[CacheChanged], None],
         routers_changed: Callable[[Sequence[str]], None],
     ) -> None:
-        """`post` sends a command to the loop; `role_changed` is called after a change of the role, `cache_changed` with
-        what the loop says about its prefix cache, and `routers_changed` with the control addresses that the instance
-        shall report to."""
+        """`post` sends a command to the loop. Called back: `role_changed` after a change of the role, `cache_changed`
+        with changes of the prefix cache, and `routers_changed` with the control addresses of the routers to report to.
+        """
         self.role = role
         self._section = section
         self._post = post
@@ -99,7 +98,7 @@ class InstanceService:
 
     @property
     def is_idle(self) -> bool:
-        """No attempt of any router is here, and all events are written."""
+        """Whether there is no attempt, and all events are written."""
         return not any(self._attempts.values()) and all(outbox.is_empty for outbox in self._outboxes.values())
 
     # --- routers (CommandHandler) ------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ class InstanceService:
                 self._held.renew(attempt_id)
 
     def close_session(self, session_id: int) -> None:
-        """The router is gone: its attempts are dropped. A router that restarts knows nothing of its old requests."""
+        """The router is gone: drop its attempts. A restarted router does not know its earlier requests."""
         del self._outboxes[session_id]
         for handle in self._attempts.pop(session_id):
             attempt_id = AttemptId(session_id, handle)
@@ -132,7 +131,7 @@ class InstanceService:
             self._post(Release(attempt_id))
 
     def end_sessions(self) -> None:
-        """The instance leaves. Each router gets the events on their way to it, and then the end of its session."""
+        """The instance stops. Each router gets the queued events, and then the end of its session."""
         for outbox in self._outboxes.values():
             outbox.close()
 
@@ -165,10 +164,10 @@ class InstanceService:
         self._attempts[attempt_id.session_id].add(attempt_id.handle)
         self._post(SubmitAttempt(attempt_id, submit))
 
-    # --- the two sides -----------------------------------------------------------------------------------------------
+    # --- held KV -----------------------------------------------------------------------------------------------------
 
     def release_held(self, attempt_id: AttemptId) -> None:
-        """The lease on its KV has ended, acknowledged or not."""
+        """The lease on the attempt's KV has ended, acknowledged or not."""
         if (handles := self._attempts.get(attempt_id.session_id)) is not None:
             handles.discard(attempt_id.handle)
         self._post(Release(attempt_id))
@@ -176,7 +175,7 @@ class InstanceService:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def deliver(self, events: list[LoopEvent]) -> None:
-        """Events of one turn of the loop."""
+        """Handle events of the loop, in order."""
         for event in events:
             match event:
                 case SendEvent(session_id):
@@ -208,5 +207,6 @@ class InstanceService:
         outbox.put(event)
 
     def _forget(self, attempt_id: AttemptId, reason: TandemError) -> None:
+        """The attempt has ended. A reader that asks for its KV later gets `reason`."""
         self._attempts[attempt_id.session_id].discard(attempt_id.handle)
         self._held.close(attempt_id, reason)

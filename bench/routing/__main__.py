@@ -14,6 +14,7 @@ from tandem.scheduling.routing import DecodeView, PrefillView, choose_decode, ch
 
 _NUM_INSTANCES = (2, 10, 100, 1000, 4000)
 _BLOCK_SIZE = 16
+_TRACKED_BLOCKS = 4096  # of each instance
 _SLACK_TOKENS = 4096
 _PROMPT_TOKENS = 2048
 _SYSTEM_BLOCKS = 32  # every prompt begins with them: soon they are cached nearly everywhere
@@ -40,7 +41,7 @@ class CallTimer:
 
 def run_prefill(num_instances: int, rounds: int, full_rounds: int, rng: random.Random, timer: CallTimer) -> None:
     """Queues that fill by choices and empty at random; of two prompts one continues a conversation."""
-    index, tracker = PrefillIndex(_SLACK_TOKENS), PrefixTracker(_BLOCK_SIZE, max_blocks_per_instance=4096)
+    index, tracker = PrefillIndex(_SLACK_TOKENS), PrefixTracker(_BLOCK_SIZE, _TRACKED_BLOCKS)
     ids = [f"prefill-{number}" for number in range(num_instances)]
     for instance_id in ids:
         index.put(PrefillView(instance_id, "f", True, 1 << 20, 256 * rng.randrange(32)))
@@ -75,7 +76,7 @@ def run_prefill(num_instances: int, rounds: int, full_rounds: int, rng: random.R
             timer.end("prefill, explained")
         assert chosen is not None
         assert turn >= full_rounds or chosen == expected
-        tracker.record(chosen, names)
+        tracker.record(chosen, names, _TRACKED_BLOCKS)
         for instance_id, change_tokens in ((chosen, _PROMPT_TOKENS), (rng.choice(ids), -_PROMPT_TOKENS)):
             view = index.views[instance_id]
             view = replace(view, queued_tokens=max(0, view.queued_tokens + change_tokens))

@@ -93,7 +93,7 @@ def test_prefill_choice_is_that_of_the_full_comparison(
         for view in changed:
             index.put(view)
         for instance_id, its_prompt in computed:
-            tracker.record(instance_id, _names(its_prompt))
+            tracker.record(instance_id, _names(its_prompt), num_pool_blocks=12)
         if gone is not None:
             index.remove(gone)
             tracker.forget(gone)
@@ -267,3 +267,14 @@ def test_nobody_to_choose() -> None:
     assert "no decode instance has its KV layout" in prefill.select(PrefillQuery(10, 11, {"g"})).explain()
     assert decode.best(DecodeQuery(5, 5, 6, "g")) is None
     assert "its KV layout is not the prefill instance's" in decode.select(DecodeQuery(5, 5, 6, "g")).explain()
+
+
+def test_lengths_that_no_ready_instance_has_cost_nothing() -> None:
+    """Restarted instances may have pools of other sizes each time."""
+    index = PrefillIndex(_SLACK_TOKENS)
+    for max_model_len in range(100, 110):
+        index.put(replace(_PREFILL, instance_id="a", max_model_len=max_model_len))
+        index.put(replace(_PREFILL, instance_id=f"lost-{max_model_len}", max_model_len=max_model_len, ready=False))
+    assert len(index._orders) == 1
+    index.remove("a")
+    assert not index._orders

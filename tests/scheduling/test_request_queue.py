@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -12,6 +15,20 @@ from tests.scheduling.routing_fakes import numbered_request
 
 def _request(number: int, num_tokens: int = 10, client: str = "") -> RoutedRequest:
     return numbered_request(number, num_prompt_tokens=num_tokens, client=client)
+
+
+def test_requests_leave_the_queue_without_assertions() -> None:
+    """`python -O` leaves out assert statements, so none may have an effect."""
+    script = """
+from tandem.scheduling.request_queue import RequestQueue
+from tandem.scheduling.routed_request import RoutedRequest
+queue, request = RequestQueue(), RoutedRequest("r", num_prompt_tokens=1, max_tokens=1, received_s=0.0)
+queue.push(request, float("inf"), 0.0)
+queue.dispatch(request, 0.0)
+raise SystemExit(queue.first(0.0) is not None)
+"""
+    path = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-O", "-c", script], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
 def test_a_newcomer_waits_as_long_as_the_recent_rate_says() -> None:
