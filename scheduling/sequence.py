@@ -79,7 +79,7 @@ class Sequence:
     @property
     def has_first_token(self) -> bool:
         """Whether the attempt's first token was sampled, here or on the instance that computed the KV."""
-        return len(self.token_ids) > len(self.request.token_ids)
+        return self.num_tokens > len(self.request.token_ids)
 
     @property
     def num_uncomputed(self) -> int:
