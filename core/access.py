@@ -1,4 +1,4 @@
-"""Who may use the public APIs, and to whom a request counts: the interface between both APIs and the router's keys."""
+"""Access to the public APIs: the interface between the two APIs and the router's API keys."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from tandem.core.errors import PermissionDeniedError
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sends a request. `client` is what its limits count: the API key, or without keys the address. `tenant` is the
-    key's, empty without keys; `names_tenants`: a request may name another one."""
+    """The sender of a request. Limits apply to each `client`, which is the API key, or without keys the address.
+    `tenant` is the tenant of the key, empty without keys. With `names_tenants` a request may name another tenant."""
 
     client: str
     tenant: str = ""
@@ -18,7 +18,7 @@ class Caller:
     names_tenants: bool = True
 
     def tenant_of(self, requested: str) -> str:
-        """The tenant of a request that names `requested`, or none. Raises PermissionDeniedError."""
+        """The tenant of a request that names `requested` (empty: none). Raises PermissionDeniedError."""
         if not requested or requested == self.tenant:
             return self.tenant
         if not self.names_tenants:
@@ -30,13 +30,15 @@ class Caller:
 
 
 class AccessControl(Protocol):
+    """Identifies callers and limits their requests."""
+
     def authenticate(self, authorization: str, address: str) -> Caller:
         """`authorization` is the header or metadata of that name, empty if there is none; `address` is the client's.
         Raises UnauthenticatedError."""
         ...
 
     def admit(self, caller: Caller) -> AbstractContextManager[None]:
-        """Counts one completion request to its caller while the block runs. Raises OverloadedError on entry."""
+        """Counts one completion request of the caller while the `with` block runs. Raises OverloadedError on entry."""
         ...
 
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator
 from tandem.core.errors import ConfigError
 
 ANY_HOSTS = ("0.0.0.0", "::")
-"""Of all interfaces of a machine."""
+"""Hosts that stand for all interfaces of a machine."""
 _LAST_PORT = 65535
 _HOST_NAME = re.compile(r"[\w.-]+")
 
@@ -61,13 +61,13 @@ def is_loopback(address: str) -> bool:
 
 
 def is_any_host(address: str) -> bool:
-    """Whether it is of all interfaces: nobody can be told to connect there."""
+    """Whether the host stands for all interfaces, so that no other machine can connect to the address as it is."""
     host, _ = split_address(address)
     return host in ANY_HOSTS
 
 
 def advertised(address: str, host: str | None) -> str:
-    """`address` (with its actual port) as others reach it: under the name `host`, if there is one."""
+    """`address` as other machines reach it: with the name `host` in place of its host, if that is not None."""
     if host is None:
         return address
     port = split_address(address)[1]

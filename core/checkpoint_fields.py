@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 from tandem.core.errors import CheckpointError
 
 _DTYPES = ("float32", "bfloat16", "float16")
-# No field of a real model comes near. Kernels count in 32 bits; and nothing is ever allocated for an absurd number.
+# Far more than any field of a real model: kernels count in 32 bits, and absurd numbers must not allocate memory.
 _LARGEST_COUNT = 2**31 - 1
 _SHOWN_CHARACTERS = 80
 
@@ -61,7 +61,7 @@ class CheckpointFields:
         return value
 
     def require(self, key: str, default: Any, supported: tuple[Any, ...]) -> None:
-        """Raise for a value that the engine cannot compute."""
+        """Raise for a value that is not among `supported`."""
         value = self._get(key, default)
         if value not in supported:
             raise CheckpointError(f"{self._where}'{key}' {shown(value)} is not supported, only {supported[0]!r}")
@@ -83,7 +83,7 @@ class CheckpointFields:
 
 
 def shown(value: Any) -> str:
-    """The value for a message of one line: quoted, and cut where it is long."""
+    """The value as text for a one-line message: quoted, and cut if it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 

@@ -1,11 +1,12 @@
-"""What a controller says of the processes that it keeps running."""
+"""The state of the processes that a controller keeps running."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 
 class ProcessState(Enum):
-    """WAITING: it has failed, and is started again after a pause. DRAINED: an operator has taken it out of service."""
+    """WAITING: the process has failed, and is started again after a pause. DRAINED: an operator has taken it out of
+    service."""
 
     LOADING = "loading"
     UP = "up"
@@ -17,7 +18,7 @@ class ProcessState(Enum):
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
     """`role` is `router` or the instance's role. `pid` is 0, and `address` and `instance_id` are empty, while the
-    process is not UP. `failures` in a row; `note` is the reason of the last one."""
+    process is not UP. `failures` counts failures in a row, and `note` is the reason of the last one."""
 
     name: str
     role: str

@@ -47,7 +47,7 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What counts where a request says nothing. Without `max_tokens` the context length is the only limit."""
+    """Values for parameters that a request does not set. Without `max_tokens` the context length is the only limit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int | None = None
@@ -60,9 +60,9 @@ class CompletionRequest:
     `seed` and `max_tokens` replace those of `sampling`, where None is not possible. Without a seed each prompt gets a
     random one; without `max_tokens` the context length is the only limit. `received_s` and `deadline_s` are on the
     router's monotonic clock. With `echo` the response begins with the prompt; if a prompt of token ids ends inside of a
-    character, the deltas begin with that character. `client` is whom its limits count to: an API key, or the
-    address that it came from; empty if all clients count alike. `tenant` is whom it counts to while it waits; empty:
-    the client. `trace` is None if the call is not traced.
+    character, the deltas begin with that character. Limits apply to each `client`, which is an API key or the address
+    that the request came from; empty: the limits do not distinguish clients. The queue is fair between tenants; an
+    empty `tenant` means the client. `trace` is None if the call is not traced.
     """
 
     request_id: str

@@ -29,7 +29,7 @@ _CLUSTER_TLS = "TLS between router, workers and commands; both ends of each conn
 
 
 def _check_exposure(setting: tuple[str, ...], address: str, cluster_token: str | None) -> None:
-    """Whoever reaches an internal port reads prompts. Raises WrongSetting for one that others reach without a token."""
+    """Raises WrongSetting for an internal port that other machines reach without a token: they could read prompts."""
     if not cluster_token and not is_loopback(address):
         raise WrongSetting(
             setting,

@@ -26,7 +26,7 @@ _Loc = tuple[int | str, ...]
 
 
 def mistakes_of(error: ValidationError, data: object) -> list[ErrorDetails]:
-    """The mistakes in `data`, without consequences of other mistakes: a list with invalid items is not too short."""
+    """The mistakes in `data`, without those that follow from others: a list with invalid items is not too short."""
     details = error.errors()
     for detail in details:
         detail["loc"] = _as_written(detail["loc"], data)
@@ -40,7 +40,7 @@ def mistakes_of(error: ValidationError, data: object) -> list[ErrorDetails]:
 
 
 def _as_written(loc: _Loc, data: object) -> _Loc:
-    """`loc` without the index of a section that stands for a list of one section (`core.config.Kinds`)."""
+    """`loc` without the index of a section that stands for a list of one section (`core.instance_section.Kinds`)."""
     written: list[int | str] = []
     for part in loc:
         if isinstance(part, int) and not (isinstance(data, (list, tuple)) or (isinstance(data, dict) and part in data)):
@@ -147,6 +147,8 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
         if section := _section_type(field.annotation):
-            may_be_one = any(isinstance(item, WrapSerializer) for item in field.metadata)  # `core.config.Kinds`
+            may_be_one = any(
+                isinstance(item, WrapSerializer) for item in field.metadata
+            )  # `core.instance_section.Kinds`
             items = "[]" if get_origin(field.annotation) is tuple and not may_be_one else ""
             yield from _all_paths(section, f"{prefix}{name}{items}.")

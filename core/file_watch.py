@@ -1,4 +1,4 @@
-"""Finds out that files have been replaced or changed."""
+"""Detects that files have been replaced or changed."""
 
 import asyncio
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ _State = tuple[int, int, int, int] | None
 
 
 class FileWatch:
-    """Certificates, keys: files that others replace while they are in use."""
+    """Watches files that may be replaced while they are in use, such as certificates and keys."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = tuple(paths)
         self._seen = self._look()
 
     def has_changed(self) -> bool:
-        """Since the last call, or since this was made. Also when a file has gone or come."""
+        """Whether a file has changed since the last call, or since the constructor; also if it was removed or added."""
         before, self._seen = self._seen, self._look()
         return before != self._seen
 

@@ -1,4 +1,4 @@
-"""The base of what is read from and written to files, and the error of its checks."""
+"""The base class of settings and other values in files, and the error of their checks."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -10,7 +10,7 @@ class FrozenModel(BaseModel):
 
 
 class WrongSetting(ValueError):
-    """Raised by a check of a whole section, to say which setting in it is at fault: its path from that section."""
+    """Raised by a check of a complete section. `setting` is the path of the setting at fault from that section."""
 
     def __init__(self, setting: tuple[int | str, ...], message: str) -> None:
         super().__init__(message)

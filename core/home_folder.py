@@ -1,10 +1,10 @@
-"""Where a user's own files are."""
+"""The user's home folder."""
 
 from pathlib import Path
 
 
 def home_folder() -> Path | None:
-    """None for a user who has none: HOME is not set and nobody of that number is known, as in some containers."""
+    """None for a user without one: HOME is not set, and the system does not know the user, as in some containers."""
     try:
         return Path.home()
     except RuntimeError:

@@ -32,13 +32,13 @@ class LogFields(dict[str, Any]):
 
 
 def about(request_id: str) -> dict[str, str]:
-    """For the argument `extra` of a log call about a request."""
+    """The argument `extra` of a log call about a request."""
     return {"request_id": request_id}
 
 
 class TextFormatter(logging.Formatter):
-    """A message is one line, whatever it repeats of a client's request: nobody can forge other lines, or move the
-    cursor of whoever reads the log. A traceback has lines of its own."""
+    """A message is one line of printable text, so that text from a client's request can neither forge lines nor move
+    the cursor of a terminal. A traceback follows in lines of its own."""
 
     def __init__(self) -> None:
         super().__init__(_TEXT)
@@ -49,6 +49,8 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
+    """One JSON object a line, as the module describes."""
+
     def __init__(self, process: str) -> None:
         super().__init__()
         self._process = process
@@ -73,8 +75,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(log_format: LogFormat, process: str, level: int = logging.INFO) -> None:
-    """Of this whole process, to stderr. As JSON, warnings of libraries and errors that end the process are lines, too.
-    `process` is its name in them."""
+    """Configure the log of this process, on stderr. As JSON, also warnings of libraries and errors that end the process
+    are lines. `process` is the name of the process in these lines."""
     handler = logging.StreamHandler()
     if log_format == "json":
         handler.setFormatter(JsonFormatter(process))
@@ -87,13 +89,13 @@ def configure_logging(log_format: LogFormat, process: str, level: int = logging.
 
 
 def configured_format() -> LogFormat:
-    """Of this process; for its child processes."""
+    """The format of this process, for its child processes."""
     is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
     return "json" if is_json else "text"
 
 
 def announce(logger: logging.Logger, text: str) -> None:
-    """Say something to whoever has started this process: a line on stdout, or a JSON line like all others."""
+    """Tell the user who has started this process: a line on stdout, or with JSON a log line."""
     if configured_format() == "json":
         logger.info("%s", text.strip())
     else:

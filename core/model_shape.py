@@ -138,7 +138,7 @@ class ModelShape:
         return (self.weight_bytes * layers + self.table_bytes * tables) / shape.tp
 
     def _moved_weights(self, dp: int) -> float:
-        """Of one layer's routed experts, those on the other ranks."""
+        """Weights of one layer's routed experts that are on other ranks; 0 without expert parallelism."""
         if self.moe is None or dp == 1:
             return 0.0
         return self.moe.num_experts * (1 - 1 / dp) * self.mlp_weights(self.moe.intermediate_size)

@@ -28,7 +28,7 @@ class ModelSpec:
 
     `sliding_windows` has one entry per layer: None for full attention, else the number of tokens that a token attends
     to, itself included. `rope` None means learned absolute positions (OPT). `eos_token_ids` end a generation.
-    `dtype` is the checkpoint's own. `tie_word_embeddings` is the configuration's word; the weights may say otherwise
+    `dtype` is the checkpoint's own. `tie_word_embeddings` is the configuration's value; the weights may contradict it
     (see `engine.weights.WeightLoader.take_embeddings`).
     """
 
@@ -106,7 +106,7 @@ _MODEL_TYPES = {
     "Qwen3ForCausalLM": "qwen3",
     "OPTForCausalLM": "opt",
 }
-# CheckpointFields of any family that change what transformers computes or reads; null and 0 ask for nothing.
+# Fields of any family that change what transformers computes or reads; null and 0 mean that a feature is off.
 _UNSUPPORTED = {
     "attention_chunk_size": "attention in chunks",
     "num_experts": "mixtures of experts",
@@ -157,7 +157,7 @@ def _llama_spec(fields: CheckpointFields, architecture: str, generation_config: 
     fields.require("hidden_act", "silu", ("silu", "swish"))
     num_layers = fields.count("num_hidden_layers", maximum=_MAX_LAYERS)
     hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    # CheckpointFields that a family's configuration class does not have are ignored, as in Hugging Face.
+    # Fields that a family's configuration class does not have are ignored, as in Hugging Face.
     bias = fields.flag("attention_bias", False) if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") else False
     default_kv_heads = {"MistralForCausalLM": 8}.get(architecture, 32 if qwen else num_heads)
     if architecture != "LlamaForCausalLM" and fields.raw("num_key_value_heads", 0) is None:

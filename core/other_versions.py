@@ -1,5 +1,6 @@
-"""Reads what another version of Tandem has written, before an upgrade or a roll-back: settings that this version does
-not know are left out. What a person writes is read by `core.config_file`, where an unknown setting is a mistake."""
+"""Reads settings that another version of Tandem has written, before an upgrade or a roll-back, without those that this
+version does not know. Settings that a person writes are read by `core.config_file`, where an unknown one is a mistake.
+"""
 
 import copy
 import logging
@@ -16,8 +17,8 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def read_known(model: type[T], fields: Mapping[str, Any]) -> T:
-    """The value of JSON `fields`, as `model_dump` writes them. Settings that are missing have their defaults. Raises
-    ValueError for what is no value of `model` even so."""
+    """The value of JSON `fields`, as `model_dump` writes them. Missing settings have their defaults. Raises ValueError
+    if the known settings are no value of `model`."""
     known = copy.deepcopy(dict(fields))
     left_out: list[str] = []
     while True:

@@ -1,7 +1,7 @@
-"""Temporary folders of which a killed process leaves none for long.
+"""Temporary folders that are removed later if their process is killed.
 
-The process that made a folder holds a lock on it (flock), which the kernel releases however the process ends. Whoever
-makes the next folder of the same kind removes those that nobody holds.
+The process that made a folder holds a lock on it (flock), which the kernel releases however the process ends. The next
+process that makes a folder of the same kind removes the folders without a lock.
 """
 
 import fcntl
@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-_YOUNG_S = 60.0  # a folder that has just been made may not be locked yet
+_YOUNG_S = 60.0  # younger folders are not removed: they may not be locked yet
 
 
 class OwnedFolder:
@@ -31,13 +31,13 @@ class OwnedFolder:
         return cls(path, descriptor)
 
     def remove(self) -> None:
-        """Once."""
+        """Remove the folder; call this once."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._descriptor)
 
 
 def _remove_left(kind: str) -> None:
-    """Folders of this user's processes that have ended."""
+    """Remove the folders of this user's processes that have ended."""
     for path in Path(tempfile.gettempdir()).glob(f"tandem-{kind}-*"):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -49,6 +49,6 @@ def _remove_left(kind: str) -> None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
         except BlockingIOError:
-            pass  # its process lives
+            pass  # its process runs
         finally:
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A process that ends with its parent, or outlives it."""
+"""Lets a process end with its parent."""
 
 import ctypes
 import os
@@ -12,8 +12,8 @@ _POLL_S = 0.01
 def end_with_parent(parent: int, timeout_s: float) -> bool:
     """Wait until `parent` is this process's parent; from then on the kernel kills this process when it ends.
 
-    The parent may end for whatever reason, and this process may be stopped. With a process that this one was forked
-    from, it is the end of the forking thread that counts. False if `parent` does not become the parent.
+    This also works for a parent that is killed, and while this process is stopped. The kernel reacts to the end of the
+    parent's thread that has started this process. False if `parent` does not become the parent within `timeout_s`.
     """
     until_s = time.monotonic() + timeout_s
     while os.getppid() != parent:
@@ -21,7 +21,7 @@ def end_with_parent(parent: int, timeout_s: float) -> bool:
             return False
         time.sleep(_POLL_S)
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    return os.getppid() == parent  # it may have ended just before the call
+    return os.getppid() == parent  # the parent may have ended just before the call
 
 
 def outlive_parent() -> None:

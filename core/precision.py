@@ -1,4 +1,4 @@
-"""In which numbers a server stores what its checkpoint has in others."""
+"""The number formats in which a server stores weights and KV, if they differ from the checkpoint's."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from tandem.core.frozen_model import FrozenModel
 
 
 class Precision(FrozenModel):
-    """Embeddings and head, and activations outside of products, stay as in the checkpoint."""
+    """Embeddings, output head and activations outside of matrix products keep the checkpoint's format."""
 
     weights: Literal["fp8", "int4"] | None = Field(
         default=None, description="Of the layers; with fp8, products are computed in fp8; default: the checkpoint's"

@@ -1,4 +1,4 @@
-"""What one request was promised. Without pydantic, since clients import the request."""
+"""The targets of one request. Without pydantic, because clients import this module."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ IfUnmet = Literal["demote", "refuse"]
 
 @dataclass(frozen=True, slots=True)
 class RequestSlo:
-    """What one request was promised. An infinite target is none.
+    """The targets of one request. An infinite target means none.
 
     `ttft_s` runs from the request's arrival at the router to its first token, `tpot_s` is the mean time per output
     token after the first (`core.timeline`). `weight`, `priority`, `if_unmet` and `max_gap_s` are those of its class.
@@ -31,8 +31,8 @@ class RequestSlo:
 
     @property
     def longest_gap_s(self) -> float:
-        """Between two tokens, as instances plan that mix by slack: time that a request has saved is not spent at
-        once."""
+        """The longest gap between two tokens that instances plan with the policy slack, so that saved time is not spent
+        in one gap."""
         return _MAX_GAP_TPOTS * self.tpot_s if self.max_gap_s is None else self.max_gap_s
 
     @property
@@ -41,14 +41,14 @@ class RequestSlo:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Those that it has, of "ttft" and "tpot"."""
+        """Names of the finite targets: "ttft", "tpot"."""
         return tuple(name for name, target_s in (("ttft", self.ttft_s), ("tpot", self.tpot_s)) if target_s < math.inf)
 
     def missed(self, ttft_s: float, tpot_s: float) -> tuple[str, ...]:
-        """Those of "ttft" and "tpot" that these times exceed."""
+        """Names of the targets that these times exceed: "ttft", "tpot"."""
         times = (("ttft", ttft_s, self.ttft_s), ("tpot", tpot_s, self.tpot_s))
         return tuple(name for name, time_s, target_s in times if time_s > target_s)
 
 
 NO_SLO = RequestSlo()
-"""Of a request without targets: best effort."""
+"""The targets of a best-effort request: none."""

@@ -12,7 +12,7 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding. CheckpointFields that a kind does not use have a neutral value.
+    """Rotary position embedding. Fields that a kind does not use have a neutral value.
 
     `original_max_positions` is the context that the model was trained with, before `factor` stretched it.
     """

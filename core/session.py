@@ -1,4 +1,4 @@
-"""What a router and an instance say to each other, as values. `wire` turns them into messages and back.
+"""The commands and events between a router and an instance, as values. `wire` converts them to and from messages.
 
 A router keeps one session (a two-way stream) open to each instance. A `handle` is a number that the router chooses,
 unique in the session, and names one attempt of one request. When the session ends, the instance drops all requests of

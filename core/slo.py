@@ -83,16 +83,16 @@ SloClasses = Annotated[tuple[SloClass, ...], AfterValidator(_check_unique), Fiel
 
 @dataclass(frozen=True, slots=True)
 class RequestedSlo:
-    """What a client asks for: a class by its name, or targets of its own, or nothing."""
+    """A client's wish: the name of a class, its own targets, or nothing."""
 
     name: str = ""
     ttft_s: float | None = None
     tpot_s: float | None = None
 
     def resolve(self, classes: Sequence[SloClass]) -> RequestSlo:
-        """Of a router with these classes. A request that asks for nothing is of class default, if there is one.
+        """The targets on a router with these classes. A request without a wish is of class default, if there is one.
 
-        Raises InvalidRequestError for a class that is not there, for a target that is not a positive number of at most
+        Raises InvalidRequestError for an unknown class, for a target that is not a positive number of at most
         MAX_TARGET_S, and for a class together with targets.
         """
         has_targets = self.ttft_s is not None or self.tpot_s is not None

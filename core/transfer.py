@@ -33,7 +33,7 @@ LAYOUTS_DIFFER = "the two workers' KV formats differ (model weights, dtype, or m
 
 
 def unknown_format(kv_format: str) -> IncompatiblePeerError:
-    """Of a codec that the prefill worker does not have."""
+    """The error for a KV format that the prefill worker does not know."""
     return IncompatiblePeerError(
         f"the prefill worker does not know the KV format {kv_format!r}: use one version of tandem for both workers, or "
         "set kv_codec to none on decode workers"

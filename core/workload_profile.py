@@ -121,7 +121,7 @@ class WorkloadProfile:
         self._closed: tuple[_Window, float] | None = None  # with its length in seconds
 
     def arrived(self, now_s: float) -> None:
-        """A valid request has arrived; requests that are refused for load count too."""
+        """A valid request has arrived. Requests that are refused because of load count, too."""
         window = self._at(now_s)
         if window.arrivals:
             gap_s = now_s - window.last_arrival_s

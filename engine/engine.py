@@ -35,8 +35,8 @@ _log = logging.getLogger(__name__)
 class RankPlace:
     """Which rank of an instance an engine is, and its connections to the other ranks.
 
-    `announce(step, slices)` tells the other ranks to compute a step; rank 0 of several ranks needs it. `hashes_files`:
-    this rank reads the whole checkpoint once for `KvLayout.weights_hash`, which is empty for others.
+    `announce(step, slices)` tells the other ranks to compute a step; only rank 0 of several ranks has it.
+    `hashes_files`: this rank reads the whole checkpoint once for `KvLayout.weights_hash`, which else is empty.
     """
 
     shape: ParallelShape
@@ -47,14 +47,14 @@ class RankPlace:
 
 
 class Engine:
-    """Computes steps. The caller owns the blocks and decides what a step holds; the engine keeps no sequences.
+    """Computes steps. The caller owns the blocks and decides what a step contains; the engine keeps no sequences.
 
-    A step has two halves: `launch` runs the model, `collect` draws tokens from the result. Of several ranks, rank 0 has
-    the caller: `launch` announces the step to the others, which `follow` it, and `collect` draws from the logits that
-    the last stage sends. All ranks have the same number of blocks.
+    A step has two halves: `launch` runs the model, `collect` samples tokens from the result. With several ranks the
+    caller uses rank 0: `launch` announces the step to the other ranks, which `follow` it, and `collect` samples from
+    the logits that the last stage sends. All ranks have the same number of blocks.
 
-    `layout` is of the whole instance's KV; `pool` is this rank's pool, of the shape `layout.pool_of(rank).shape`. `ops`
-    computed the model; hidden states have `activation_dtype`. Not thread-safe: one thread makes all calls.
+    `layout` describes the KV of the whole instance; `pool` is this rank's pool, of shape `layout.pool_of(rank).shape`.
+    Hidden states have `activation_dtype`. Not thread-safe: one thread makes all calls.
     """
 
     def __init__(
@@ -78,18 +78,18 @@ class Engine:
         self.activation_dtype = ops.activation_dtype
         self._collectives = place.collectives
         self._announce = place.announce
-        # On CUDA tokens are drawn on a stream of their own, so that `collect` does not wait for steps launched later.
+        # On CUDA tokens are sampled on a separate stream, so that `collect` does not wait for steps launched later.
         self._sampling_stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]
         self._last_launched = 0
         self._last_collected = 0
-        # The last steps that were collected, with a token and without one. After the first all ranks have computed all
-        # steps up to it; of the second nobody knows how far later stages are.
+        # The last collected step that sampled a token: all ranks have computed it and all steps before it. And the last
+        # collected step that sampled none: later stages may still compute it.
         self._last_drawn = 0
         self._last_undrawn = 0
 
     @property
     def num_stages(self) -> int:
-        """How many steps can be computed at once: each is in another stage then."""
+        """Number of pipeline stages: as many steps can be computed at once."""
         return self._shard.shape.pp
 
     @property
@@ -114,11 +114,11 @@ class Engine:
     def launch(self, slices: Sequence[SequenceSlice], layer_computed: LayerHook | None = None) -> StepHandle:
         """Start a step: the forward pass of `slices`. They and their histories must not change until `collect`.
 
-        `layer_computed(n)` is called, in this thread, when the step's KV of the first n layers is in the pools; of
-        several stages only those of the first one count. It is never called on CUDA, where layers are only enqueued.
-        Raises what `forward` raises, and RuntimeError or MemoryError where memory is short; there is no handle then.
-        More steps may be launched before this one is collected, as long as their tokens do not depend on it. With
-        several ranks an error ends the instance: it is an InternalError then.
+        `layer_computed(n)` is called in this thread when the pools have the step's KV of the first n layers; with
+        several stages, of the first stage's first n layers. It is never called on CUDA, where layers are only enqueued.
+        More steps may be launched before this one is collected, if their tokens do not depend on it. Raises the errors
+        of `forward`, and RuntimeError or MemoryError if memory is short. With several ranks any error ends the
+        instance, and is an InternalError.
         """
         if self.pool.is_cuda:
             layer_computed = None
@@ -132,10 +132,10 @@ class Engine:
 
     @torch.inference_mode()
     def collect(self, handle: StepHandle) -> StepOutput:
-        """Finish a step: draw its tokens and bring them to the host. The step's KV is in the pool afterwards.
+        """Finish a step: sample its tokens and copy them to the host. The step's KV is in the pool afterwards.
 
-        Handles are collected in the order of their launch, each at most once. Raises RuntimeError or MemoryError where
-        memory is short or the device failed; the step is lost then.
+        Handles are collected in the order of their launch, each at most once. Raises RuntimeError or MemoryError if
+        memory is short or the device has failed; the step has no result then.
         """
         assert self._last_collected < handle.number, "steps are collected in the order of their launch"
         self._last_collected = handle.number
@@ -146,26 +146,25 @@ class Engine:
         if handle.forward_done is None:
             return sample_slices(handle.slices, handle.hidden, self._logits)
         handle.forward_done.synchronize()
-        # Results end on the host, so nothing on this stream reads `hidden` once its memory is free again.
+        # The results are copied to the host, so nothing on this stream reads `hidden` once its memory is free.
         with torch.cuda.stream(self._sampling_stream):
             return sample_slices(handle.slices, handle.hidden, self._logits)
 
     def step(self, slices: Sequence[SequenceSlice]) -> StepOutput:
-        """`launch` and `collect` in a row."""
+        """`launch`, then `collect`."""
         return self.collect(self.launch(slices))
 
     @property
     def is_settled(self) -> bool:
-        """Whether no rank still computes a step that was collected. Ranks of one stage end a step together, and the
-        logits of the last stage come after all others' work."""
+        """Whether no rank computes a collected step any more. The ranks of one stage end a step together, and the last
+        stage sends logits only after all other stages have ended the step."""
         return self._shard.shape.pp == 1 or self._last_undrawn <= self._last_drawn
 
     def settle(self) -> None:
-        """Return when no rank reads or writes blocks of the steps that were collected.
+        """Wait until no rank reads or writes blocks of the collected steps. Raises RankLostError.
 
-        To be called before others write into blocks that those steps used, and while no step is under way, unless
-        `is_settled` already. A step that drew no token may still be computed by later stages when it is collected:
-        later steps come after it, but a transfer would not. Raises RankLostError.
+        The caller needs this before a transfer writes into blocks of those steps: later stages may still compute a
+        collected step that sampled no token. Call it while no step is under way, unless `is_settled`.
         """
         if self._announce is None or self.is_settled:
             return
@@ -186,7 +185,7 @@ class Engine:
         if number != self._last_launched + 1:
             raise InternalError(f"step {number} was announced after step {self._last_launched}")
         self._last_launched = number
-        if not slices:  # rank 0 settles
+        if not slices:  # rank 0 waits in `settle`
             if self._shard.is_last_stage:
                 self._collectives.send(0, torch.zeros(1, device=self.pool.device))
             return
@@ -196,9 +195,9 @@ class Engine:
                 self._collectives.send(0, self._model.logits(wanted))
 
     def warm_up(self) -> None:
-        """Run one small prompt and one decode step, so that the first request does not pay for lazy initialisation.
+        """Run a small prompt and a decode step, so that lazy initialisation does not delay the first request.
 
-        Overwrites block 0; call it before any sequence has blocks in the pool.
+        Overwrites block 0: call it before any sequence has blocks.
         """
         request = SampleRequest(SamplingParams(temperature=0.0), position=1, history=(), num_prompt_tokens=1)
         length = min(self.layout.block_size, self._max_model_len) - 1
@@ -216,7 +215,7 @@ class Engine:
         return pack(slices, self.layout, self.spec.vocab_size, self._max_model_len, self.pool.device)
 
     def _compute(self, batch: StepBatch, layer_computed: LayerHook | None = None) -> Tensor:
-        """The hidden states of the batch's rows, which a stage before the last does not have: [rows, 0] there."""
+        """The hidden states [rows, hidden] of the batch; [rows, 0] on stages before the last."""
         shard, received = self._shard, None
         if not shard.is_first_stage:
             shape = (len(batch.token_ids), self.spec.hidden_size)
@@ -234,8 +233,8 @@ class Engine:
         announce: Callable[[int, Sequence[SequenceSlice]], None],
         layer_computed: LayerHook | None,
     ) -> Tensor:
-        """`forward` on all ranks. What does not exist is refused before the other ranks hear of it."""
-        # Rank 0 of the only stage would wait for the next step's sums while the others wait to send logits.
+        """`forward` on all ranks. An invalid step is refused before it is announced to the other ranks."""
+        # With one stage, rank 0 would wait for the sums of a second step while the others wait to send logits.
         assert self._shard.shape.pp > 1 or self._last_collected == self._last_launched, "one step at a time"
         batch = self._pack(slices)
         self._last_launched += 1
@@ -246,7 +245,7 @@ class Engine:
             raise InternalError(f"rank 0 failed in step {self._last_launched}, and the others cannot go on") from error
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> float32 [n, vocab]: this rank's part, and those that other ranks of the last stage send."""
+        """[n, hidden] -> float32 [n, vocab], of which each rank of the last stage computes a part."""
         shape = self._shard.shape
         if shape.num_ranks == 1:
             return self._model.logits(hidden)
@@ -278,7 +277,7 @@ def load_engine(
     layout = _layout(config, checkpoint, place.shape, dtype, long_factors)
     if spec.rope is not None and (difference := difference_from_transformers(spec.rope, max_model_len)):
         _log.warning("%s", difference)
-    # No sequence is longer than the pool, and no table of positions need be.
+    # No sequence is longer than the pool, so tables of positions need not be longer either.
     max_positions = min(max_model_len, layout.num_blocks * layout.block_size)
     num_threads = choose_threads(config.num_threads)
     torch.set_num_threads(num_threads)
@@ -311,7 +310,7 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 def _layout(
     config: EngineConfig, checkpoint: Checkpoint, shape: ParallelShape, dtype: torch.dtype, long_factors: bool
 ) -> KvLayout:
-    """Of the instance's KV. All ranks have as many blocks as `kv_memory_bytes` holds of the model's whole KV."""
+    """The layout of the instance's KV: as many blocks as fit into `kv_memory_bytes`, divided over all ranks."""
     spec = checkpoint.spec
     block_bytes = spec.kv_bytes_per_token(dtype.itemsize) * config.block_size
     num_blocks = config.kv_memory_bytes // block_bytes

@@ -1,4 +1,4 @@
-"""Draws tokens for all rows at once in plain torch, for accelerators. `engine.sampler` defines the distribution."""
+"""Samples tokens for all rows at once in plain torch, for accelerators. `engine.sampler` defines the distribution."""
 
 from collections.abc import Sequence
 

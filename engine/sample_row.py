@@ -1,8 +1,8 @@
-"""Draws a token from one row of logits on a CPU. `engine.sampler` defines the distribution.
+"""Samples a token from one row of logits on a CPU. `engine.sampler` defines the distribution.
 
-A row fits the innermost caches and numpy calls are cheap, so row by row is several times faster than a batch. Sums are
-numpy's, by one thread, over segments of a fixed size, and torch computes only element by element here: the result does
-not depend on the batch or on the number of threads, to the last bit.
+A row fits into the inner caches and numpy calls are cheap, so that row by row is several times faster than a batch. One
+thread sums segments of a fixed size with numpy, and torch only computes element by element: the result does not depend
+on the batch or on the number of threads, to the last bit.
 """
 
 import math

@@ -3,9 +3,10 @@
 The order is vLLM's: penalties, temperature, min_p, top_k, top_p. Reported log-probabilities are those of the model
 itself, log_softmax of the raw logits before all of these, as OpenAI and vLLM report them.
 
-A row's token depends on its own logits, its parameters and its (seed, position) alone. Candidates are selected by a
-lowest score, which keeps or removes equal tokens together, and the token is drawn by inverting the cumulative
-distribution in the order of token ids: nothing depends on how a sort breaks ties. Greedy takes the lowest id of equals.
+A row's token depends only on its logits, its parameters and its (seed, position). Candidates are all tokens above a
+lowest score, so that equal tokens are kept or removed together, and the token is sampled by inverting the cumulative
+distribution in the order of token ids: nothing depends on how a sort breaks ties. Greedy takes the lowest id among
+equal logits.
 
 Two modules implement this. On CPUs `sample_row` computes rows one by one, each in cache, so that even rounding does not
 depend on the batch; on other devices `sample_batch` computes all rows at once in plain torch.
@@ -112,7 +113,7 @@ def logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) ->
 
 
 def _prompt_logprobs(part: SequenceSlice, count: int, wanted: Iterator[Tensor]) -> list[TokenLogprob]:
-    """`wanted` has the logits of the slice's rows next."""
+    """Log-probabilities of the tokens after the slice's first; `wanted` yields the logits of the slice's rows next."""
     following = list(part.token_ids[1:])
     if part.next_token_id is not None:
         following.append(part.next_token_id)

@@ -1,7 +1,7 @@
 """The part of a model that one rank computes: Megatron's tensor parallelism, and pipeline stages of whole layers.
 
-Within a stage (arXiv 1909.08053, section 3): Q, K, V, gate and up are divided by output features, and the matrices that
-follow them, o and down, by the matching input features, so that each rank has a summand of their result, and the stage
+Within a stage (arXiv 1909.08053, section 3) Q, K, V, gate and up are divided by output features, and the matrices after
+them, o and down, by the corresponding input features. So each rank has a summand of their results, and the stage
 all-reduces it. Embedding and output head are divided by tokens of the vocabulary; norms are on every rank.
 """
 

@@ -1,4 +1,4 @@
-"""A step as bytes, in which rank 0 of an instance tells the other ranks what to compute.
+"""The bytes of a step, by which rank 0 of an instance tells the other ranks what to compute.
 
 Little-endian; one message, whose length the channel knows:
 
@@ -11,7 +11,7 @@ Little-endian; one message, whose length the channel knows:
     block_ids  i32 [blocks]       of all slices
     CRC-32 of everything before   u32
 
-What a token is drawn with stays on rank 0, which draws it.
+Sampling parameters are not included: rank 0 samples.
 """
 
 import struct
@@ -34,7 +34,7 @@ _DRAWS, _SCORED, _NEXT_KNOWN = 1, 2, 4
 
 
 def encode_step(number: int, slices: Sequence[SequenceSlice]) -> bytes:
-    """Of each slice everything but sampling parameters, histories and numbers of log-probabilities."""
+    """Everything of each slice except sampling parameters, histories and numbers of log-probabilities."""
     lengths = np.array([len(part.token_ids) for part in slices], "<u4")
     blocks = np.array([len(part.block_table) for part in slices], "<u4")
     num_tokens, num_blocks = int(lengths.sum()), int(blocks.sum())
@@ -59,7 +59,7 @@ def encode_step(number: int, slices: Sequence[SequenceSlice]) -> bytes:
 
 
 def decode_step(data: bytes) -> tuple[int, list[SequenceSlice]]:
-    """Step number and slices. Raises InternalError for bytes that are not a whole, undamaged step."""
+    """Step number and slices. Raises InternalError for bytes that are not a complete, undamaged step."""
     if len(data) < _HEADER.size + _CHECKSUM.size:
         raise InternalError(f"A step of {len(data)} bytes is too short")
     if _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0] != zlib.crc32(memoryview(data)[: -_CHECKSUM.size]):

@@ -60,8 +60,8 @@ class WeightLoader:
         """The embedding `name` and the output matrix, of both the rows `shard.vocab`: [rows, hidden]. None on stages
         without an embedding or an output matrix.
 
-        If `tied`, one of them may be missing from the file and is then the other. A file that has both, with different
-        values, is believed more than `tie_word_embeddings`, as transformers does.
+        If `tied`, one of them may be missing from the file and is then the other. If the file has both with different
+        values, they are used, in spite of `tie_word_embeddings`, as in transformers.
         """
         tensors = self._checkpoint.tensors
         embedding_name = _HEAD if tied and name not in tensors and _HEAD in tensors else name
@@ -87,11 +87,11 @@ class WeightLoader:
         return embedding, head
 
     def leave(self, prefix: str) -> None:
-        """Tensors whose names begin with `prefix` belong to other stages, which check them."""
+        """Skip the tensors whose names begin with `prefix`: they belong to other stages, which check them."""
         self._taken.update(name for name in self._checkpoint.tensors if name.startswith(prefix))
 
     def finish(self) -> None:
-        """Refuse a checkpoint with tensors that the model would ignore: it belongs to another model."""
+        """Raises CheckpointError if the model does not use all tensors: the checkpoint belongs to another model."""
         for name, entry in self._checkpoint.tensors.items():
             if name not in self._taken and not _HARMLESS.search(name):
                 raise CheckpointError(

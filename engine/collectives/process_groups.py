@@ -1,8 +1,8 @@
 """Collectives over torch.distributed: NCCL between GPUs, gloo between CPUs of different hosts or without our kernels.
 
-NCCL IS NOT RUN YET, for want of two GPUs. A process that uses NCCL sets TORCH_NCCL_ASYNC_ERROR_HANDLING=0 before it
-imports torch, or torch ends it on the first error. Neither library notices reliably that a peer is gone: whoever
-started the ranks watches them (`worker.ranks`), and ends the process.
+NCCL HAS NOT RUN YET, because no machine with two GPUs was available. A process that uses NCCL sets
+TORCH_NCCL_ASYNC_ERROR_HANDLING=0 before it imports torch, or torch ends it on the first error. Neither library detects
+reliably that a peer is gone: the process that has started the ranks watches them, and ends them (`worker.ranks`).
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class ProcessGroupCollectives:
     def all_reduce(self, x: Tensor) -> Tensor:
         if self._stage_group is not None:
             x = x.contiguous()
-            summand = x if x.numel() else x.new_zeros(1)  # of nothing, the libraries make no sum, and wait for nobody
+            summand = x if x.numel() else x.new_zeros(1)  # for empty tensors the libraries do not wait for other ranks
             _finish(lambda: self._stage_group.allreduce([summand]))
         return x
 

@@ -1,4 +1,4 @@
-"""Collectives between the ranks of one host: one memory file that all of them map, and waits in C++.
+"""Collectives between the ranks of one host, in a memory file that all ranks map. C++ kernels do the waiting.
 
     [ abort word | a stamp and a report per rank | two slots per rank, for sums | mailboxes ]
 
@@ -6,9 +6,9 @@ A mailbox is one direction between two ranks: hidden states go from a rank of a 
 logits from the last stage to rank 0. The kernels are in engine/native/collectives.h; ctypes releases the interpreter's
 lock while they wait.
 
-With several steps under way, ranks that waited for room in a mailbox could wait for each other in a circle: rank 0 to
-hand on hidden states, the last stage to hand in logits. So a sender does not wait: what a mailbox has no room for is
-written by a thread. A second such tensor waits for the first, which bounds how far a stage may be ahead.
+With several steps under way, ranks that wait for free slots of a mailbox could deadlock: rank 0 sends hidden states
+while the last stage sends logits. So a sender does not wait: if a tensor does not fit into the mailbox, a thread writes
+it. A second such tensor waits for the first, which bounds how far a stage can be ahead.
 """
 
 import ctypes
@@ -50,11 +50,11 @@ class SharedRegion:
         return fd
 
     def report(self, rank: int, step: int, layers: int) -> None:
-        """Of that rank, which has computed so many of its layers in a step. For `reported` of other ranks."""
+        """Rank `rank` has computed `layers` of its layers in a step. Other ranks read this with `reported`."""
         self._report_of(rank).value = step * _MAX_LAYERS + layers
 
     def reported(self, rank: int) -> tuple[int, int]:
-        """The last (step, layers) of that rank; (0, 0) at the beginning. What it wrote before is visible here then."""
+        """The last (step, layers) of that rank; (0, 0) at first. Its earlier writes are visible to this process."""
         return divmod(self._report_of(rank).value, _MAX_LAYERS)
 
     def _report_of(self, rank: int) -> ctypes.c_int64:
@@ -144,13 +144,13 @@ class SharedMemoryCollectives:
 
 
 def _num_unread(mailbox: int) -> int:
-    """Pieces that are in it. Only the receiver makes them fewer."""
+    """Slots of the mailbox that are in use. Only the receiver frees slots."""
     written, read = (ctypes.c_int64.from_address(mailbox + _LINE_BYTES * word).value for word in range(2))
     return written - read
 
 
 def _pairs(shape: ParallelShape) -> list[tuple[int, int]]:
-    """From which rank to which tensors are sent."""
+    """Pairs (sender, receiver) of ranks."""
     last_stage = shape.num_ranks - shape.tp
     hidden = [(rank, rank + shape.tp) for rank in range(last_stage)]
     return hidden + [(rank, 0) for rank in range(max(1, last_stage), shape.num_ranks)]

@@ -1,7 +1,7 @@
-"""Memory in huge pages, where Linux provides them.
+"""Memory in huge pages, if Linux provides them.
 
-Every step reads all weights. With pages of 4 KiB the walks through the page tables (two sets of tables in a virtual
-machine) can take longer than reading the bytes.
+Every step reads all weights. With pages of 4 KiB, page table walks (through two sets of tables in a virtual machine)
+can take longer than reading the bytes.
 """
 
 import contextlib

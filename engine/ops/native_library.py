@@ -1,7 +1,7 @@
 """Compiles the C++ kernels in `engine/native` for this machine, once, and loads them.
 
-Users need no build step: the first engine compiles the library (about ten seconds), later engines find the library in
-the cache folder. The file's name is a hash of everything the library depends on: sources, flags, compiler, processor.
+There is no build step: the first engine compiles the library (about ten seconds), and later engines find it in the
+cache folder. The file's name is a hash of everything that the library depends on: sources, flags, compiler, processor.
 Without a working compiler `load_native_library` raises `NativeUnavailableError`, and the caller computes with torch.
 """
 
