@@ -38,11 +38,21 @@ def _check_exposure(setting: tuple[str, ...], address: str, cluster_token: str |
         )
 
 
-class ServeConfig(FrozenModel):
-    """A whole deployment on one model."""
+class _ModelConfig(FrozenModel):
+    """The model that a process or a deployment serves."""
 
     model: AnchoredPath = Field(description=_MODEL)
     model_name: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS, description=_MODEL_NAME)
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in the API."""
+        return self.model_name or self.model.resolve().name
+
+
+class ServeConfig(_ModelConfig):
+    """A whole deployment on one model."""
+
     router: RouterSection = RouterSection()
     prefill: Kinds = Field(default=(), description="Instances that compute prompts for others")
     decode: Kinds = Field(default=(), description="Instances that decode what others have prefilled")
@@ -75,7 +85,12 @@ class ServeConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ServeConfig":
-        """KV moves only between instances with the same dtype; their blocks and ranks may differ."""
+        """Prefill and decode need each other, and KV moves only between instances with the same dtype; their blocks and
+        ranks may differ."""
+        for missing, other in (("prefill", "decode"), ("decode", "prefill")):
+            if getattr(self, other) and not getattr(self, missing):
+                text = f"is empty, and {other} has instances, which need it; add an instance, or empty both"
+                raise WrongSetting((missing,), text)
         mistakes = []
         for role, section, others in (
             *(("prefill", section, self.decode) for section in self.prefill),
@@ -99,10 +114,6 @@ class ServeConfig(FrozenModel):
         """All kinds of instances with their roles, prefill first."""
         return tuple((role, section) for role in ROLES for section in getattr(self, role))
 
-    @property
-    def served_name(self) -> str:
-        return self.model_name or self.model.resolve().name
-
 
 class RanksSection(FrozenModel):
     """An instance whose ranks are on several hosts. `tandem worker` starts rank 0 and the ranks of its host, and
@@ -114,11 +125,9 @@ class RanksSection(FrozenModel):
     )
 
 
-class WorkerConfig(FrozenModel):
+class WorkerConfig(_ModelConfig):
     """One instance."""
 
-    model: AnchoredPath = Field(description=_MODEL)
-    model_name: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS, description=_MODEL_NAME)
     role: RoleName = Field(default="colocated", description="What the routers send to it")
     listen: Address = Field(default="127.0.0.1:0", description="For routers and other instances; port 0: any free")
     advertise: Host | None = Field(
@@ -173,16 +182,10 @@ class WorkerConfig(FrozenModel):
             )
         return self
 
-    @property
-    def served_name(self) -> str:
-        return self.model_name or self.model.resolve().name
 
-
-class RouterConfig(FrozenModel):
+class RouterConfig(_ModelConfig):
     """One router process. It loads the tokenizer and chat template of `model`, never its weights."""
 
-    model: AnchoredPath = Field(description=_MODEL)
-    model_name: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS, description=_MODEL_NAME)
     router: RouterSection = RouterSection()
     heartbeat_timeout_s: float = Field(default=1.5, gt=0, description="Silence after which a worker counts as gone")
     controller: Address | None = Field(
@@ -202,10 +205,6 @@ class RouterConfig(FrozenModel):
             text = f"is missing: instances cannot connect to {self.router.control}; set it to this host"
             raise WrongSetting(("advertise",), text)
         return self
-
-    @property
-    def served_name(self) -> str:
-        return self.model_name or self.model.resolve().name
 
 
 Config = TypeVar("Config", ServeConfig, WorkerConfig, RouterConfig)

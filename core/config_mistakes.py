@@ -147,8 +147,7 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
         if section := _section_type(field.annotation):
-            may_be_one = any(
-                isinstance(item, WrapSerializer) for item in field.metadata
-            )  # `core.instance_section.Kinds`
+            # One section may stand for a list of one: `core.instance_section.Kinds`.
+            may_be_one = any(isinstance(item, WrapSerializer) for item in field.metadata)
             items = "[]" if get_origin(field.annotation) is tuple and not may_be_one else ""
             yield from _all_paths(section, f"{prefix}{name}{items}.")

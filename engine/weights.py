@@ -49,7 +49,7 @@ class WeightLoader:
             raise CheckpointError(f"{entry.file}: tensor '{name}' holds values that are not finite numbers in {dtype}")
         return tensor
 
-    def take_stacked(self, names: list[str], rows: list[int], *rest: int, of: Sequence[range]) -> Tensor:
+    def take_stacked(self, names: Sequence[str], rows: Sequence[int], *rest: int, of: Sequence[range]) -> Tensor:
         """Tensors [rows[i], *rest], of each the rows `of[i]`, concatenated to [sum of their lengths, *rest]."""
         parts = zip(names, rows, of, strict=True)
         return torch.cat([self.take(name, count, *rest, rows=wanted) for name, count, wanted in parts])

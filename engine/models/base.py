@@ -1,6 +1,6 @@
 """The interface between the engine and a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from tandem.engine.collectives.interface import Collectives
 from tandem.engine.ops.interface import AttentionMeta, Ops
 from tandem.engine.shard import Shard
+from tandem.engine.weights import WeightLoader
 
 LayerHook = Callable[[int], None]  # called with the number of layers whose KV of the step is in the pool
 
@@ -57,3 +58,31 @@ def embed(
     elsewhere = (rows < 0) | (rows >= len(shard.vocab))
     x = ops.embedding(rows.masked_fill_(elsewhere, 0), embedding)
     return collectives.all_reduce(x.masked_fill_(elsewhere.unsqueeze(1), 0.0))
+
+
+class LayerMatrices:
+    """Reads this rank's parts of one layer's matrices, whose names begin with `prefix`. Raises CheckpointError."""
+
+    def __init__(self, loader: WeightLoader, shard: Shard, prefix: str, hidden_size: int) -> None:
+        self._loader = loader
+        self._shard = shard
+        self._prefix = prefix
+        self._hidden_size = hidden_size
+
+    def by_outputs(
+        self, names: Sequence[str], rows: Sequence[int], of: Sequence[range], biased: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Matrices [rows[i], hidden], of each the rows `of[i]`, stacked, and their biases: the rank computes some
+        outputs."""
+        weight = self._loader.take_stacked(self._full(names, "weight"), rows, self._hidden_size, of=of)
+        return weight, self._loader.take_stacked(self._full(names, "bias"), rows, of=of) if biased else None
+
+    def by_inputs(self, name: str, columns: int, of: range, biased: bool) -> tuple[Tensor, Tensor | None]:
+        """The columns `of` of a matrix [hidden, columns], and its bias: the rank has some inputs, and the stage sums
+        the results. One rank adds the bias; the others only check it."""
+        weight = self._loader.take(f"{self._prefix}.{name}.weight", self._hidden_size, columns, columns=of)
+        bias = self._loader.take(f"{self._prefix}.{name}.bias", self._hidden_size) if biased else None
+        return weight, bias if self._shard.adds_biases else None
+
+    def _full(self, names: Sequence[str], kind: str) -> list[str]:
+        return [f"{self._prefix}.{name}.{kind}" for name in names]

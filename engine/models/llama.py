@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tandem.core.model_spec import ModelSpec
 from tandem.engine.collectives.interface import Collectives
-from tandem.engine.models.base import LayerHook, StepBatch, embed
+from tandem.engine.models.base import LayerHook, LayerMatrices, StepBatch, embed
 from tandem.engine.ops.interface import HeadShape, Ops, PackedLinear
 from tandem.engine.rope import cos_sin_table
 from tandem.engine.shard import Shard, elements_of
@@ -140,29 +140,19 @@ def _load_layer(
     hidden, inner, head_dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
     q_size, kv_size = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
     q, kv = elements_of(shard.heads, head_dim), elements_of(shard.kv_heads, head_dim)
-
-    def by_outputs(parts: list[str], rows: list[int], of: list[range], biased: bool) -> tuple[Tensor, Tensor | None]:
-        """Matrices of which this rank computes some outputs."""
-        weight = loader.take_stacked([f"{prefix}.{part}.weight" for part in parts], rows, hidden, of=of)
-        names = [f"{prefix}.{part}.bias" for part in parts]
-        return weight, loader.take_stacked(names, rows, of=of) if biased else None
-
-    def by_inputs(part: str, columns: int, of: range, biased: bool) -> PackedLinear:
-        """A matrix to which this rank has some of the inputs."""
-        weight = loader.take(f"{prefix}.{part}.weight", hidden, columns, columns=of)
-        bias = loader.take(f"{prefix}.{part}.bias", hidden) if biased else None
-        return ops.pack_linear(weight, bias if shard.adds_biases else None)
-
+    matrices = LayerMatrices(loader, shard, prefix, hidden)
     attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-    gate_up = by_outputs(["mlp.gate_proj", "mlp.up_proj"], [inner, inner], [shard.inner, shard.inner], spec.mlp_bias)
+    qkv = matrices.by_outputs(attention, [q_size, kv_size, kv_size], [q, kv, kv], spec.qkv_bias)
+    mlp, inners = ["mlp.gate_proj", "mlp.up_proj"], [shard.inner, shard.inner]
+    gate_up = matrices.by_outputs(mlp, [inner, inner], inners, spec.mlp_bias)
     return _LlamaLayer(
         input_norm=loader.take(f"{prefix}.input_layernorm.weight", hidden),
-        qkv=ops.pack_linear(*by_outputs(attention, [q_size, kv_size, kv_size], [q, kv, kv], spec.qkv_bias)),
+        qkv=ops.pack_linear(*qkv),
         q_norm=loader.take(f"{prefix}.self_attn.q_norm.weight", head_dim) if spec.qk_norm else None,
         k_norm=loader.take(f"{prefix}.self_attn.k_norm.weight", head_dim) if spec.qk_norm else None,
-        output=by_inputs("self_attn.o_proj", q_size, q, spec.output_bias),
+        output=ops.pack_linear(*matrices.by_inputs("self_attn.o_proj", q_size, q, spec.output_bias)),
         mlp_norm=loader.take(f"{prefix}.post_attention_layernorm.weight", hidden),
         gate_up=ops.pack_gated(*gate_up),
-        down=by_inputs("mlp.down_proj", inner, shard.inner, spec.mlp_bias),
+        down=ops.pack_linear(*matrices.by_inputs("mlp.down_proj", inner, shard.inner, spec.mlp_bias)),
         sliding_window=sliding_window,
     )

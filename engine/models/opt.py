@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tandem.core.model_spec import OPT_POSITION_OFFSET, ModelSpec
 from tandem.engine.collectives.interface import Collectives
-from tandem.engine.models.base import LayerHook, StepBatch, embed
+from tandem.engine.models.base import LayerHook, LayerMatrices, StepBatch, embed
 from tandem.engine.ops.interface import HeadShape, Ops, PackedLinear
 from tandem.engine.shard import Shard, elements_of
 from tandem.engine.weights import WeightLoader
@@ -128,25 +128,13 @@ def _load_layer(spec: ModelSpec, shard: Shard, loader: WeightLoader, ops: Ops, p
     hidden, inner = spec.hidden_size, spec.intermediate_size
     heads = elements_of(shard.heads, spec.head_dim)
     biased = spec.qkv_bias  # all matrices have biases, or none
-
-    def by_outputs(parts: list[str], rows: int, of: range) -> PackedLinear:
-        """Matrices of which this rank computes some outputs."""
-        counts, ranges = [rows] * len(parts), [of] * len(parts)
-        weight = loader.take_stacked([f"{prefix}.{part}.weight" for part in parts], counts, hidden, of=ranges)
-        names = [f"{prefix}.{part}.bias" for part in parts]
-        return ops.pack_linear(weight, loader.take_stacked(names, counts, of=ranges) if biased else None)
-
-    def by_inputs(part: str, columns: int, of: range) -> PackedLinear:
-        """A matrix to which this rank has some of the inputs."""
-        weight = loader.take(f"{prefix}.{part}.weight", hidden, columns, columns=of)
-        bias = loader.take(f"{prefix}.{part}.bias", hidden) if biased else None
-        return ops.pack_linear(weight, bias if shard.adds_biases else None)
-
+    matrices = LayerMatrices(loader, shard, prefix, hidden)
+    attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     return _OptLayer(
         attention_norm=_load_norm(loader, f"{prefix}.self_attn_layer_norm", hidden),
-        qkv=by_outputs(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], hidden, heads),
-        output=by_inputs("self_attn.out_proj", hidden, heads),
+        qkv=ops.pack_linear(*matrices.by_outputs(attention, [hidden] * 3, [heads] * 3, biased)),
+        output=ops.pack_linear(*matrices.by_inputs("self_attn.out_proj", hidden, heads, biased)),
         mlp_norm=_load_norm(loader, f"{prefix}.final_layer_norm", hidden),
-        up=by_outputs(["fc1"], inner, shard.inner),
-        down=by_inputs("fc2", inner, shard.inner),
+        up=ops.pack_linear(*matrices.by_outputs(["fc1"], [inner], [shard.inner], biased)),
+        down=ops.pack_linear(*matrices.by_inputs("fc2", inner, shard.inner, biased)),
     )

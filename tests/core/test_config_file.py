@@ -41,6 +41,10 @@ MISTAKES = {
         "generation_config, parse_control_tokens, resume, replacement_wait_s, profile_window_s, tracing, "
         "vllm_metrics, ui, plan",
     ),
+    "prefill without decode": (
+        "model: m\nprefill: {}\ndecode: []\n",
+        "FILE line 3: decode: is empty, and prefill has instances, which need it; add an instance, or empty both",
+    ),
     "less for all bodies than for one": (
         "model: m\nrouter:\n  max_body: 2MiB\n  max_bodies: 1MiB\n",
         "FILE line 4: router.max_bodies: is 1048576, less than max_body, 2097152",

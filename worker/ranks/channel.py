@@ -45,7 +45,7 @@ class FrameKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """A rank has computed so many of its layers in a step."""
+    """A rank has computed `layers` of its layers in a step."""
 
     step: int
     layers: int

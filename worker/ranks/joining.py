@@ -4,7 +4,7 @@ there. Both ends prove that they know the cluster's token, which itself does not
     other host                                      rank 0
       | <-- greeting: version, nonce ---------------- |
       | -- request: purpose, rank, ticket, nonce ---> |
-      | -- HMAC-SHA256 over greeting and request ---> |   a stranger's connection ends here
+      | -- HMAC-SHA256 over greeting and request ---> |   a connection without the token ends here
       | <-- HMAC-SHA256 over the same, as rank 0 ---- |
 
 Each host opens a connection with the purpose HOST, on which rank 0 tells it the numbers of its ranks and a ticket
