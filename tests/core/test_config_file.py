@@ -318,7 +318,7 @@ def test_a_public_port_that_others_reach_needs_to_know_its_clients(setting: str,
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
-def test_whoever_listens_everywhere_says_where_others_reach_it(host: str) -> None:
+def test_listening_on_all_interfaces_needs_an_advertised_host(host: str) -> None:
     with pytest.raises(ValueError, match="others cannot connect to"):
         WorkerConfig(model=Path("/m"), listen=f"{host}:9", cluster_token="s")
     router = RouterSection(control=f"{host}:9")

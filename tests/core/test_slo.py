@@ -32,7 +32,7 @@ def test_a_class_is_found_by_its_name_and_the_default_without_one() -> None:
         (RequestedSlo("custom"), "there is no SLO class 'custom'"),
     ],
 )
-def test_what_cannot_be_asked_for(requested: RequestedSlo, message: str) -> None:
+def test_invalid_requests_for_targets_are_refused(requested: RequestedSlo, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message) as caught:
         requested.resolve([DEFAULT, CHAT])
     assert len(caught.value.message) < 300

@@ -236,7 +236,7 @@ def test_kv_of_other_longrope_factors_is_refused(checkpoints: Checkpoints, tmp_p
     assert _engine(path, dtype="bfloat16").layout.fingerprint != _engine(path).layout.fingerprint
 
 
-def test_kv_of_other_kernels_is_taken_and_computes_on_within_rounding(ops: str, checkpoints: Checkpoints) -> None:
+def test_kv_of_other_kernels_is_used_within_rounding(ops: str, checkpoints: Checkpoints) -> None:
     """A prompt's KV from torch, the rest from either backend: such a pair is allowed, equal bits are not promised."""
     prompt = _prompt(40)
     source, destination = _engine(checkpoints["llama"].path), _engine(checkpoints["llama"].path, ops=ops)
@@ -262,7 +262,7 @@ def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoints: Check
     assert driver.run(sequences, chunk_tokens=7)[3] == alone[0]
 
 
-def test_a_row_that_is_not_a_number_fails_alone(checkpoints: Checkpoints) -> None:
+def test_a_row_that_is_not_finite_fails_alone(checkpoints: Checkpoints) -> None:
     """One sequence's KV is poisoned; the others of the step get their tokens, and so do later users of its blocks."""
     reference = checkpoints["llama"]
     engine = _engine(reference.path)

@@ -41,7 +41,9 @@ def test_compiles_once_and_again_when_a_source_changes(source: Path, tmp_path: P
     assert len(list(cache.glob("*.so"))) == 3
 
 
-def test_those_who_come_together_compile_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_starting_together_compile_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled: list[Path] = []
     compile_one = native_library._compile
 

@@ -314,7 +314,7 @@ def test_one_nan_among_many_numbers_is_seen(place: int) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("num_logprobs", [None, 2])
-def test_a_row_that_is_not_a_number_fails_alone(bad: float, temperature: float, num_logprobs: int | None) -> None:
+def test_a_row_that_is_not_finite_fails_alone(bad: float, temperature: float, num_logprobs: int | None) -> None:
     torch.manual_seed(5)
     logits = torch.randn(3, _VOCAB)
     params = SamplingParams(temperature=temperature, seed=1, logprobs=num_logprobs)

@@ -33,7 +33,7 @@ def _busy_router(*, waiting: int = 0, max_wait_s: float = math.inf) -> DrivenRou
     return router
 
 
-def test_one_that_can_be_in_time_keeps_its_targets() -> None:
+def test_a_request_that_can_be_on_time_keeps_its_targets() -> None:
     router = _busy_router()
     request = router.ask("r", prompt=10, slo=DEMOTE)
     assert request.effective_slo is DEMOTE
@@ -41,7 +41,7 @@ def test_one_that_can_be_in_time_keeps_its_targets() -> None:
     assert request.predicted_ttft_s < 1.0
 
 
-def test_one_that_cannot_is_best_effort() -> None:
+def test_a_request_that_would_be_late_is_made_best_effort() -> None:
     router = _busy_router()
     request = router.ask("r", prompt=1000, slo=DEMOTE)
     assert request.effective_slo is NO_SLO
@@ -50,7 +50,7 @@ def test_one_that_cannot_is_best_effort() -> None:
     assert "the target is 1 s" in request.demoted_because
 
 
-def test_or_refused_with_the_time_after_which_to_try_again() -> None:
+def test_a_request_that_would_be_late_is_refused_with_a_retry_time() -> None:
     router = _busy_router(waiting=5)
     with pytest.raises(OverloadedError, match="would miss its TTFT target") as caught:
         router.ask("r", prompt=150, slo=REFUSE)
@@ -60,7 +60,7 @@ def test_or_refused_with_the_time_after_which_to_try_again() -> None:
     assert router.machine.num_held == 5
 
 
-def test_one_that_comes_alone_is_never_refused() -> None:
+def test_a_request_that_is_alone_is_never_refused() -> None:
     """Else a prediction that was wrong once would refuse all for ever, and nothing would correct it."""
     router = DrivenRouter()
     router.join("c1", max_model_len=4096, blocks=BLOCKS)
@@ -92,7 +92,7 @@ def test_an_instance_gets_what_it_computes_in_two_steps_and_others_wait_in_the_r
     assert router.take().attempt.request.key == "c"
 
 
-def test_one_whose_target_passes_while_it_waits_ends_or_becomes_best_effort() -> None:
+def test_a_request_whose_target_passes_while_it_waits_ends_or_becomes_best_effort() -> None:
     router = DrivenRouter(RoutingSettings(max_outstanding_tokens=1))
     router.join("c1", max_model_len=4096, blocks=BLOCKS)
     router.ask("now", prompt=100)
@@ -144,7 +144,7 @@ def test_a_tpot_below_the_time_of_a_step_is_refused(tpot_s: float, is_refused: b
     assert router.ask("only a token", prompt=10, output=1, slo=slo).demoted_because is None
 
 
-def test_or_best_effort_and_never_when_it_is_alone() -> None:
+def test_an_unreachable_tpot_makes_a_request_best_effort_unless_it_is_alone() -> None:
     slo = RequestSlo("fast", ttft_s=10.0, tpot_s=STEP_COST.step_s / 2)
     request = _decoding_router().ask("r", prompt=10, output=10, slo=slo)
     assert request.effective_slo is NO_SLO

@@ -51,7 +51,7 @@ def test_kept_blocks_are_reclaimed_oldest_first_and_a_prefix_last() -> None:
     pool.check_integrity()
 
 
-def test_sharing_takes_a_block_out_of_the_reclaimable_line() -> None:
+def test_a_shared_block_is_not_reclaimable() -> None:
     pool = BlockPool(1)
     blocks = pool.allocate(1)
     pool.keep(blocks[0])

@@ -127,7 +127,7 @@ def test_advance_equals_single_steps(
     assert plain.state() == fast.state()
 
 
-def test_no_step_is_looked_at_alone_while_a_batch_stays_the_same() -> None:
+def test_equal_steps_are_not_computed_one_by_one() -> None:
     worker = Worker(60, 4, StepBudget(8, 15, 7, 8, growth_horizon_tokens=4))
     worker.add(0, 9, 20)
     worker.add(1, 3, 30)

@@ -51,7 +51,7 @@ def test_a_decode_instance_computes_a_prompt_that_would_be_late_elsewhere() -> N
     assert (sent.instance_id, sent.attempt.hand_over) == ("d1", False)
 
 
-def test_it_waits_where_beginning_at_once_would_make_others_late() -> None:
+def test_a_request_waits_if_it_would_make_others_late() -> None:
     """The prefill instance is without credit. The decode instance has some, but no time for a prompt."""
     router = DrivenRouter(RoutingSettings(policy="goodput", max_outstanding_tokens=16384))
     router.join("p1", "d1", step_cost=STEP_COST, step_prompt_tokens=2048, **_LARGE)
@@ -66,7 +66,7 @@ def test_it_waits_where_beginning_at_once_would_make_others_late() -> None:
     assert router.take().instance_id == "p1"
 
 
-def test_it_does_not_wait_for_one_instance_while_another_of_its_role_has_credit() -> None:
+def test_a_request_does_not_wait_while_another_instance_of_the_role_has_credit() -> None:
     router = DrivenRouter(RoutingSettings(policy="goodput", max_outstanding_tokens=2000))
     router.join("c1", step_cost=STEP_COST, step_prompt_tokens=2048, **_LARGE)
     router.join("c2", step_cost=StepCoefficients(*(8 * each for each in STEP_COST)), step_prompt_tokens=2048, **_LARGE)
@@ -78,7 +78,7 @@ def test_it_does_not_wait_for_one_instance_while_another_of_its_role_has_credit(
     assert places == ["c1", "c2"], "the third waits, for neither has credit"
 
 
-def test_running_requests_are_not_made_late_for_one() -> None:
+def test_running_requests_are_not_made_late_for_a_new_one() -> None:
     """As before, but two requests decode with targets that leave no time for a prompt."""
     router = _router("p1", "d1")
     _decode(router, 2, RequestSlo("tight", ttft_s=1.0, tpot_s=0.0115))

@@ -240,7 +240,7 @@ def test_equals_take_turns_and_a_newcomer_is_first() -> None:
     assert [_take_prefill(prefill) for _ in range(3)] == ["a", "b", "new"]
 
 
-def test_the_avoided_are_a_last_resort_and_the_excluded_none() -> None:
+def test_avoided_instances_are_a_last_resort_and_excluded_ones_no_candidates() -> None:
     index = PrefillIndex(_SLACK_TOKENS)
     for name in "ab":
         index.put(replace(_PREFILL, instance_id=name))
@@ -249,7 +249,7 @@ def test_the_avoided_are_a_last_resort_and_the_excluded_none() -> None:
     assert _take_prefill(index, avoid={"a"}, exclude={"a", "b"}) is None
 
 
-def test_a_choice_says_how_many_it_does_not_list() -> None:
+def test_a_selection_counts_the_candidates_that_it_does_not_list() -> None:
     index = PrefillIndex(_SLACK_TOKENS)
     for number in range(10):
         index.put(replace(_PREFILL, instance_id=str(number), queued_tokens=number))
@@ -258,7 +258,7 @@ def test_a_choice_says_how_many_it_does_not_list() -> None:
     assert lines[-1] == "and 7 more that were no better"
 
 
-def test_nobody_to_choose() -> None:
+def test_without_a_candidate_each_instance_has_a_reason() -> None:
     prefill, decode = PrefillIndex(_SLACK_TOKENS), DecodeIndex()
     prefill.put(_PREFILL)
     decode.put(_DECODE)

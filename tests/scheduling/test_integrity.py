@@ -5,7 +5,7 @@ from tandem.scheduling.block_pool import BlockPool
 from tandem.scheduling.integrity import check_blocks, count_blocks
 
 
-def test_a_leak_and_a_stolen_block_are_found() -> None:
+def test_a_leaked_block_and_one_with_two_owners_are_found() -> None:
     pool = BlockPool(4)
     table = pool.allocate(2)
     check_blocks(pool, [table])

@@ -30,7 +30,7 @@ def test_a_late_acknowledgement_is_refused_even_before_the_table_was_swept() -> 
     assert leases.expire(99.0) == []
 
 
-def test_expiry_ends_only_what_is_due() -> None:
+def test_only_due_leases_expire() -> None:
     leases = LeaseTable()
     for request_id, expires_s in (("late", 30.0), ("early", 10.0), ("latest", 40.0)):
         leases.hold(request_id, 0, [3], expires_s)
@@ -39,7 +39,7 @@ def test_expiry_ends_only_what_is_due() -> None:
     assert len(leases) == 0
 
 
-def test_drop_ends_it_at_once() -> None:
+def test_drop_ends_a_lease_at_once() -> None:
     leases = LeaseTable()
     leases.hold("r", 0, [0, 1], expires_s=10.0)
     assert leases.drop("r", 0) is not None

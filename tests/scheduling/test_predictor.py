@@ -34,7 +34,7 @@ def test_coefficients_of_a_linear_cost_model_are_exact(rows: int, kv_tokens: int
 
 @settings(deadline=None, max_examples=10)
 @given(factors=st.lists(st.floats(0.3, 3.0), min_size=6, max_size=6), seed=st.integers(0, 1000))
-def test_converges_on_the_truth_in_spite_of_pauses(factors: list[float], seed: int) -> None:
+def test_converges_to_the_true_coefficients_in_spite_of_pauses(factors: list[float], seed: int) -> None:
     """One step in 25 is interrupted, the others are off by 5 % each way."""
     truth = StepCoefficients(*(factor * each for factor, each in zip(factors, PRIOR, strict=True)))
     predictor, random = StepPredictor(PRIOR), Random(seed)

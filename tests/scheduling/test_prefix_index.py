@@ -54,7 +54,7 @@ def test_finds_the_longest_cached_prefix_but_leaves_a_token_to_compute() -> None
     assert index.match([0, 1, 2], "") == []
 
 
-def test_tenants_do_not_meet() -> None:
+def test_tenants_share_no_blocks() -> None:
     pool = BlockPool(4)
     index = PrefixIndex(pool, 2)
     _cached(index, pool, [1, 2, 3, 4], "tenant a")
@@ -75,7 +75,7 @@ def test_evicts_least_recently_used_leaves_first() -> None:
     index.check_integrity()
 
 
-def test_makes_room_all_or_nothing_and_never_from_held_blocks() -> None:
+def test_eviction_is_all_or_nothing_and_spares_held_blocks() -> None:
     pool = BlockPool(4)
     index = PrefixIndex(pool, 2)
     _cached(index, pool, [1, 1, 2, 2])
@@ -89,7 +89,7 @@ def test_makes_room_all_or_nothing_and_never_from_held_blocks() -> None:
     assert index.num_blocks == 0
 
 
-def test_a_prefix_computed_twice_is_cached_once_and_nothing_hangs_below_the_other_copy() -> None:
+def test_a_prefix_computed_twice_is_cached_once_and_no_block_follows_the_other_copy() -> None:
     pool = BlockPool(8)
     index = PrefixIndex(pool, 2)
     one, two = pool.allocate(1), pool.allocate(2)
@@ -103,7 +103,7 @@ def test_a_prefix_computed_twice_is_cached_once_and_nothing_hangs_below_the_othe
     index.check_integrity()
 
 
-def test_clear_forgets_all_and_frees_what_nobody_holds() -> None:
+def test_clear_empties_the_cache_and_frees_unheld_blocks() -> None:
     pool = BlockPool(4)
     index = PrefixIndex(pool, 2)
     _cached(index, pool, [1, 1, 2, 2])
@@ -116,7 +116,7 @@ def test_clear_forgets_all_and_frees_what_nobody_holds() -> None:
     index.check_integrity()
 
 
-def test_disabled_it_keeps_nothing() -> None:
+def test_a_disabled_cache_keeps_nothing() -> None:
     pool = BlockPool(4)
     index = PrefixIndex(pool, 2, enabled=False)
     _cached(index, pool, [1, 1, 2, 2])

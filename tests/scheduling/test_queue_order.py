@@ -80,7 +80,7 @@ def test_as_few_are_left_out_as_by_brute_force(numbers: list[tuple[int, int]]) -
 
 
 @given(JOBS, st.lists(st.floats(0.1, 10), min_size=8, max_size=8), st.floats(0, 40))
-def test_what_is_kept_is_on_time_whatever_the_weights(
+def test_kept_jobs_are_on_time_whatever_the_weights(
     numbers: list[tuple[int, int]], weights: list[float], now_s: float
 ) -> None:
     jobs = [Job(float(due_s), float(service_s), weights[i]) for i, (due_s, service_s) in enumerate(numbers)]
@@ -109,12 +109,12 @@ def test_goodput_leaves_out_the_long_one_that_edf_makes_all_others_late_for() ->
     assert _numbers(_queue("goodput", *waiting(), tokens_per_s=100)) == [1, 2, 3, 4, 5, 0]
 
 
-def test_one_that_is_late_already_makes_nobody_else_late() -> None:
+def test_a_request_that_is_late_already_makes_no_other_late() -> None:
     queue = _queue("goodput", _request(0, 1.0), _request(1, 9.0))
     assert _numbers(queue, now_s=2.0) == [1, 0]
 
 
-def test_one_that_was_left_out_comes_back_when_there_is_time_again() -> None:
+def test_a_request_that_was_left_out_returns_when_there_is_time() -> None:
     long, short = _request(0, 5.0, tokens=450), [_request(number, 4.9, tokens=200) for number in (1, 2)]
     queue = _queue("goodput", long, *short, tokens_per_s=100)
     first = queue.first(0.0)
@@ -127,7 +127,7 @@ def test_one_that_was_left_out_comes_back_when_there_is_time_again() -> None:
 
 
 @pytest.mark.parametrize("order", ["edf", "goodput"])
-def test_best_effort_does_not_starve_behind_an_endless_line_of_deadlines(order: QueueOrder) -> None:
+def test_best_effort_requests_are_not_starved_by_due_times(order: QueueOrder) -> None:
     queue, now_s, number = _queue(order, _request(0)), 0.0, 1
     for _ in range(40):
         while len(queue) < 5:
@@ -169,7 +169,7 @@ def test_all_are_dispatched_once_and_higher_priorities_first(
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 2000), st.integers(0, 500)), min_size=20, max_size=60))
-def test_tenants_that_wait_are_given_about_the_same(served: list[tuple[str, int, int]]) -> None:
+def test_waiting_tenants_are_served_about_equally(served: list[tuple[str, int, int]]) -> None:
     """VTC's bound: as long as both wait, their counters differ by a bound that does not grow with time."""
     queue = RequestQueue("goodput")
     requests = [

@@ -44,7 +44,7 @@ def test_a_newcomer_waits_as_long_as_the_recent_rate_says() -> None:
     assert 3.0 < queue.expected_wait_s(21.0) < 9.0
 
 
-def test_time_without_anybody_waiting_does_not_count() -> None:
+def test_time_with_an_empty_queue_does_not_count() -> None:
     queue = RequestQueue()
     for start_s in (0.0, 1000.0):
         for number in range(5):
@@ -83,7 +83,7 @@ def test_long_prompts_count_as_much_as_they_cost() -> None:
     assert [request.client for request in _dispatch_all(queue)[:11]].count("short") == 10
 
 
-def test_a_client_that_was_away_does_not_make_up_for_it() -> None:
+def test_absence_earns_a_client_no_credit() -> None:
     queue = RequestQueue()
     for number in range(50):
         queue.push(_request(number, client="steady"), math.inf, 0.0)
@@ -96,7 +96,7 @@ def test_a_client_that_was_away_does_not_make_up_for_it() -> None:
     assert [request.client for request in _dispatch_all(queue)[:10]].count("late") in (5, 6)
 
 
-def test_a_newcomers_wait_is_that_of_its_own_share() -> None:
+def test_the_expected_wait_counts_the_share_of_the_client() -> None:
     queue, requests = RequestQueue(), [_request(number, client="greedy") for number in range(120)]
     for request in requests:
         queue.push(request, math.inf, now_s=0.0)
@@ -112,7 +112,7 @@ def test_a_newcomers_wait_is_that_of_its_own_share() -> None:
         max_size=60,
     )
 )
-def test_order_tokens_and_patience_fit_what_waits(script: list[tuple[str, int, float]]) -> None:
+def test_order_sums_and_timeouts_match_the_waiting_requests(script: list[tuple[str, int, float]]) -> None:
     queue, now_s = RequestQueue(), 0.0
     requests = [_request(number, 1 + number) for number in range(10)]
     waiting: dict[int, float] = {}

@@ -63,7 +63,7 @@ def test_a_cached_prefix_is_worth_the_tokens_it_saves_and_no_more() -> None:
     assert _prefill(replace(warm, queued_tokens=65), cold).instance_id == "cold"
 
 
-def test_beyond_the_slack_a_cache_earns_nothing() -> None:
+def test_cached_tokens_do_not_count_beyond_the_slack() -> None:
     warm = replace(_PREFILL, instance_id="warm", cached_prefix_tokens=900, queued_tokens=201)
     cold = replace(_PREFILL, instance_id="cold")
     assert _prefill(warm, cold, num_tokens=990).instance_id == "cold"
@@ -80,7 +80,7 @@ def test_among_equals_the_one_chosen_longest_ago_is_next() -> None:
         assert {candidate.reason for candidate in selection.candidates} == {"", "equal; another's turn"}
 
 
-def test_what_cannot_be_chosen_says_why() -> None:
+def test_each_instance_that_cannot_take_the_request_has_a_reason() -> None:
     selection = _prefill(
         replace(_PREFILL, instance_id="loading", ready=False),
         replace(_PREFILL, instance_id="other", fingerprint="g"),
@@ -97,7 +97,7 @@ def test_what_cannot_be_chosen_says_why() -> None:
     assert "loading:   not ready" in selection.explain()
 
 
-def test_nothing_is_chosen_where_nothing_is_usable() -> None:
+def test_nothing_is_selected_without_a_usable_instance() -> None:
     for selection in (
         _prefill(),
         _decode(replace(_DECODE, ready=False)),
@@ -118,7 +118,7 @@ def test_decode_goes_where_most_memory_and_fewest_sequences_are() -> None:
     assert _decode(loaded, replace(other, fingerprint="g"), fingerprint=None).instance_id == "b"
 
 
-def test_an_instance_counts_only_if_it_can_hold_what_is_needed() -> None:
+def test_an_instance_counts_only_if_it_can_hold_prompt_and_answer() -> None:
     loaded = replace(_DECODE, instance_id="b", max_model_len=2000, claimed_tokens=800)
     assert _decode(_DECODE, loaded).instance_id == "a"
     selection = _decode(_DECODE, loaded, needed_tokens=1001)
@@ -126,7 +126,7 @@ def test_an_instance_counts_only_if_it_can_hold_what_is_needed() -> None:
     assert selection.candidates[1].reason == "its context is too short (1000 tokens)"
 
 
-def test_recent_failures_weigh_and_are_told() -> None:
+def test_recent_failures_count_and_are_explained() -> None:
     views = [_PREFILL, replace(_PREFILL, instance_id="b", queued_tokens=1000)]
     selection = _prefill(*views, failures={"a": 0.5})
     assert selection.instance_id == "b"

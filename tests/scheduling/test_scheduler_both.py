@@ -118,7 +118,7 @@ def test_a_prompt_is_admitted_when_its_blocks_and_the_watermark_are_there() -> N
     assert [chunk.sequence.key for chunk in worker.step()] == ["a", "b"]
 
 
-def test_the_watermark_does_not_hold_back_who_would_run_alone() -> None:
+def test_the_watermark_does_not_apply_to_a_sequence_that_would_run_alone() -> None:
     worker = Worker(10, _budget(max_batch_tokens=40, watermark=0.5))
     worker.add("alone", 36)
     assert [chunk.sequence.key for chunk in worker.step()] == ["alone"]
@@ -132,7 +132,7 @@ def test_a_horizon_provides_for_growth() -> None:
         assert [chunk.sequence.key for chunk in worker.step()] == admitted
 
 
-def test_out_of_memory_the_youngest_recomputes_before_any_newcomer() -> None:
+def test_out_of_memory_the_youngest_recomputes_before_new_sequences() -> None:
     worker = Worker(4, _budget(max_batch_tokens=20), caching=False)
     old, young = worker.add("old", 8, max_tokens=5, token=1), worker.add("young", 8, max_tokens=5, token=2)
     worker.step()
@@ -158,7 +158,7 @@ def test_an_equal_prefix_is_computed_once() -> None:
     worker.scheduler.check_integrity()
 
 
-def test_what_another_has_computed_meanwhile_may_let_the_first_in_line_fit() -> None:
+def test_newly_cached_blocks_may_let_the_first_prompt_fit() -> None:
     worker = Worker(6, _budget(max_batch_tokens=10))
     worker.add("a", 16)
     worker.step()
@@ -262,7 +262,7 @@ def _checked_step(worker: Worker, budget: StepBudget) -> None:
             assert num_tokens <= budget.max_batch_tokens or len(prompts) == 1
 
 
-def test_steady_steps_reach_to_the_first_end_or_the_last_block() -> None:
+def test_fast_forward_ends_at_the_first_finished_sequence_or_the_last_block() -> None:
     worker = Worker(10, _budget(), caching=False)
     worker.add("a", 4, max_tokens=9)
     assert worker.max_steps() == 0
@@ -279,7 +279,7 @@ def test_steady_steps_reach_to_the_first_end_or_the_last_block() -> None:
     assert worker.max_steps() == 21
 
 
-def test_steady_steps_tell_what_they_read_and_who_decodes_for_the_first_time() -> None:
+def test_fast_forward_has_the_kv_tokens_and_the_newcomers() -> None:
     worker = Worker(40, _budget(max_batch_tokens=2))
     worker.add("a", 2, max_tokens=20)
     worker.step()

@@ -82,7 +82,7 @@ def test_growth_is_limited_by_max_tokens() -> None:
     assert worker.reserve() == ["a", "b"]
 
 
-def test_what_can_never_fit_is_refused_and_so_is_a_full_queue() -> None:
+def test_prompts_that_never_fit_and_a_full_queue_are_refused() -> None:
     worker = Worker(4, _budget(max_queue=1))
     assert worker.scheduler.max_model_len == 16
     with pytest.raises(ContextLengthError, match="has 16 tokens"):
@@ -111,7 +111,7 @@ def test_the_youngest_is_preempted_and_recomputed_in_chunks_beside_the_others() 
     assert young.num_generated == 3
 
 
-def test_takes_turns_when_more_are_ready_than_fit_in_a_step() -> None:
+def test_sequences_take_turns_when_more_decode_than_fit_into_a_step() -> None:
     worker = Worker(100, _budget(max_batch=3, growth_horizon_tokens=0))
     for i in range(7):
         worker.add(str(i), 4)
@@ -143,7 +143,7 @@ def test_detached_blocks_stay_out_of_use_until_released() -> None:
     assert worker.reserve() == ["b"]
 
 
-def test_admission_claims_nothing_of_what_is_quarantined() -> None:
+def test_admission_does_not_count_detached_blocks_as_free() -> None:
     worker = Worker(8, _budget(growth_horizon_tokens=8))
     worker.add("a", 16)
     worker.reserve()

@@ -72,7 +72,7 @@ def test_prompt_logprobs_need_the_whole_prompt_computed() -> None:
     assert worker.step() == [("b", 0, 9)]
 
 
-def test_what_can_never_fit_is_refused_and_so_is_a_full_queue() -> None:
+def test_prompts_that_never_fit_and_a_full_queue_are_refused() -> None:
     worker = Worker(num_blocks=5, max_queue=2)
     assert worker.scheduler.max_model_len == 20
     with pytest.raises(ContextLengthError, match="has 20 tokens"):
@@ -84,7 +84,7 @@ def test_what_can_never_fit_is_refused_and_so_is_a_full_queue() -> None:
     assert len(worker.scheduler) == 2
 
 
-def test_memory_under_lease_delays_the_first_in_line_and_nobody_passes_it() -> None:
+def test_leased_memory_delays_the_first_prompt_and_no_other_overtakes_it() -> None:
     worker = Worker(num_blocks=4)
     worker.leases.hold("held", 0, worker.pool.allocate(2), expires_s=5.0)
     worker.add("big", range(10))
@@ -95,7 +95,7 @@ def test_memory_under_lease_delays_the_first_in_line_and_nobody_passes_it() -> N
     assert worker.step() == [("big", 0, 10)]
 
 
-def test_the_cache_gives_way_to_work() -> None:
+def test_cached_blocks_are_evicted_for_new_sequences() -> None:
     worker = Worker(num_blocks=4)
     worker.add("a", range(8))
     worker.step()

@@ -46,7 +46,7 @@ def test_the_request_keeps_its_tokens() -> None:
     assert sequence.token_ids == [1, 2, 3, 4]
 
 
-def test_only_drawn_transitions_are_allowed() -> None:
+def test_only_documented_state_changes_are_allowed() -> None:
     sequence = _sequence(SamplingParams())
     with pytest.raises(AssertionError, match="from waiting to held"):
         sequence.move_to(SequenceState.HELD)

@@ -53,7 +53,7 @@ def test_slack_is_the_time_until_the_next_token_is_due() -> None:
     st.integers(0, 4000),
     st.integers(1, 4096),
 )
-def test_a_step_is_no_longer_than_the_slack_of_those_who_can_keep_their_target(
+def test_a_step_is_no_longer_than_the_slack_of_sequences_that_can_meet_their_target(
     drawn: list[tuple[float, int, float, float | None]], start: int, max_tokens: int
 ) -> None:
     decoding = [decoding_sequence(str(i), *each) for i, each in enumerate(drawn)]

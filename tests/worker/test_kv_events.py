@@ -111,7 +111,7 @@ def test_missed_batches_can_be_asked_for(tmp_path: Path) -> None:
     assert [event.block_hashes for event in removed] == [[0], [1], [2]]
 
 
-def test_an_endpoint_that_cannot_be_used_is_told() -> None:
+def test_an_endpoint_that_cannot_be_used_is_reported() -> None:
     settings = KvEventsSection(endpoint="tcp://nowhere.invalid:1", bind=True, open_to_network=True)
     publisher = KvEventPublisher(settings, name="d", model="m", block_size=2)
     with pytest.raises(ConfigError, match=r"kv_events cannot use tcp://nowhere\.invalid:1: "):

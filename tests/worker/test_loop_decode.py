@@ -123,7 +123,7 @@ def test_releasing_in_the_other_phases_frees_at_once() -> None:
     assert loop.report.blocks.free == LAYOUT.num_blocks
 
 
-def test_a_failed_transfer_is_told_and_frees_its_blocks() -> None:
+def test_a_failed_transfer_is_reported_and_frees_its_blocks() -> None:
     loop = make(FakeEngine())
     loop.apply(submit(1))
     turn(loop)

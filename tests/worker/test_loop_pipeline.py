@@ -113,7 +113,7 @@ def test_chunks_of_a_prompt_follow_each_other() -> None:
     assert tokens_of(events, 1) == expected(1, 40, 3)
 
 
-def test_blocks_of_a_step_under_way_are_nobody_elses() -> None:
+def test_blocks_of_a_step_under_way_are_not_reused() -> None:
     """Two sequences are given up while a step with them is under way. KV from elsewhere gets their blocks later."""
     layout = type(LAYOUT)(2, 8, 1, 4, 8, "float32", "fake")
     engine = PipelineEngine(layout=layout)

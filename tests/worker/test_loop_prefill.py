@@ -182,7 +182,7 @@ def test_a_request_with_unusable_logits_fails_alone() -> None:
     assert [e.attempt_id.handle for e in events if isinstance(e, KvReady)] == [2]
 
 
-def test_a_passed_deadline_is_told_and_a_full_queue_too() -> None:
+def test_a_passed_deadline_and_a_full_queue_are_reported() -> None:
     clock = ManualClock()
     loop = make(FakeEngine(), clock, max_queue=1)
     loop.apply(submit(1, deadline_s=1.0))

@@ -93,7 +93,7 @@ async def test_commands_are_worked_off_in_order_on_the_loops_own_thread() -> Non
     assert collector.crash is None
 
 
-async def test_what_breaks_the_loop_is_told() -> None:
+async def test_an_error_of_the_loop_is_reported() -> None:
     collector = Collector()
     thread: LoopThread = LoopThread(
         "breaking", Doubler, collector.deliver, collector.crashed, StepProgress(SystemClock())
@@ -106,7 +106,7 @@ async def test_what_breaks_the_loop_is_told() -> None:
     await thread.stop()
 
 
-async def test_what_breaks_the_delivery_of_events_is_told_too() -> None:
+async def test_an_error_in_the_delivery_of_events_is_reported() -> None:
     collector = Collector()
 
     def deliver(events: list[int]) -> None:
@@ -121,7 +121,7 @@ async def test_what_breaks_the_delivery_of_events_is_told_too() -> None:
     await thread.stop()
 
 
-async def test_a_loop_that_cannot_be_made_is_told_to_whoever_starts_it() -> None:
+async def test_start_raises_the_error_of_making_the_loop() -> None:
     def make() -> Doubler:
         raise CheckpointError("no such model")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tandem.worker.openmp_files import remove_openmp_files
 
 
-def test_files_of_ended_processes_go(tmp_path: Path) -> None:
+def test_files_of_ended_processes_are_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(30)
     uid = os.getuid()

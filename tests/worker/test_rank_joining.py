@@ -123,7 +123,7 @@ def test_a_rank_needs_the_ticket_of_its_host(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("token", ["another secret", ""])
-def test_whoever_does_not_know_the_token_is_refused(token: str, bench: Bench) -> None:
+def test_a_host_without_the_token_is_refused(token: str, bench: Bench) -> None:
     with pytest.raises(ConfigError, match="another cluster_token"):
         join(bench.address, token, JoinRequest(Purpose.HOST))
     host, _, port = bench.address.partition(":")

@@ -312,7 +312,7 @@ def test_a_layer_is_announced_when_all_ranks_have_written_it(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("shape", [(1, 2), (1, 3)], ids=str)
-def test_no_rank_waits_in_a_circle(shape: tuple[int, int], tmp_path: Path) -> None:
+def test_ranks_do_not_deadlock(shape: tuple[int, int], tmp_path: Path) -> None:
     """Hidden states of each step and its logits are more than a mailbox takes."""
     rows, length, vocabulary = 40, 128, 20_000
     sizes = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 3, "vocab_size": vocabulary}

@@ -160,7 +160,7 @@ async def test_a_renewed_lease_is_in_force_for_longer() -> None:
     assert not await bench.held.acknowledge("r", 1)
 
 
-async def test_a_lost_router_takes_its_attempts_along_in_every_phase() -> None:
+async def test_the_attempts_of_a_lost_router_end_in_every_phase() -> None:
     bench = Bench()
     bench.submit()
     bench.hold()
@@ -172,7 +172,7 @@ async def test_a_lost_router_takes_its_attempts_along_in_every_phase() -> None:
     assert not await bench.held.acknowledge("r", 1)
 
 
-async def test_whoever_pulls_learns_why_there_is_nothing() -> None:
+async def test_a_reader_of_an_ended_attempt_gets_the_reason() -> None:
     bench = Bench()
     bench.submit()
     bench.service.deliver([SendEvent(bench.session, RequestFailed(1, "overloaded", "full"))])
@@ -335,7 +335,7 @@ async def test_an_id_may_be_used_again_once_it_is_over_and_not_before() -> None:
     assert await bench.pull() == MANIFEST
 
 
-async def test_a_reader_that_goes_away_leaves_nothing_behind() -> None:
+async def test_a_reader_that_goes_away_leaves_no_state() -> None:
     bench = Bench()
     waiting = asyncio.ensure_future(bench.pull())
     await asyncio.sleep(0)
