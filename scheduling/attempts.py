@@ -55,8 +55,8 @@ class Attempts:
         return is_network and prefill is not None and failed is not None and prefill.host != failed.host
 
     def hand_over_again(self, attempt: Attempt, error: TandemError, now_s: float) -> bool:
-        """The attempt has ended at its decode instance: let another one fetch the KV, so that the prompt is not computed
-        again. False: the prefill instance does not hold the KV, or `choose_other_decode` finds none."""
+        """The attempt has ended at its decode instance: let another one fetch the KV, so that the prompt is not
+        computed again. False: the prefill instance does not hold the KV, or `choose_other_decode` finds none."""
         prefill = attempt.prefill
         if prefill is None or attempt.has_transfer:
             return False
