@@ -1,4 +1,4 @@
-"""The end of all writes into blocks, at a moment that the caller determines."""
+"""Ends all writes into blocks, at a moment that the caller determines."""
 
 import asyncio
 import threading

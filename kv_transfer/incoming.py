@@ -1,4 +1,4 @@
-"""What a fetch knows of one transfer while it comes."""
+"""The state of one transfer during its fetch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from tandem.kv_transfer.fence import WriteFence
 
 @dataclass(slots=True)
 class IncomingKv:
-    """One transfer: where its KV goes, and what has come. `fence` surrounds all writes into `block_ids`."""
+    """Where the KV of a transfer goes, and what has arrived. All writes into `block_ids` are inside of `fence`."""
 
     num_tokens: int
     block_ids: Sequence[int]
@@ -24,11 +24,11 @@ class IncomingKv:
     is_acknowledged: bool = False
 
     def known_of(self, allocation: int) -> KvFrontier:
-        """What has come and still counts."""
+        """The KV that has arrived and is still valid under `allocation`."""
         return self.known if self.known.allocation == allocation else KvFrontier()
 
     async def restart(self) -> None:
-        """Nothing has come. What still moves writes nothing any more."""
+        """Begin anew: nothing has arrived, and a transfer that still runs writes nothing any more."""
         await self.fence.close()
         self.fence = WriteFence()
         self.known, self.num_streamed, self.first_s = KvFrontier(), 0, None

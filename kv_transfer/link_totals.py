@@ -1,4 +1,4 @@
-"""How much went over the links to each peer so far."""
+"""Totals of the transfers over the links to each peer."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ UNKNOWN_TRANSPORT = "other"  # of a transfer that fails after its peer was forgo
 
 
 class LinkTotals:
-    """Counters per peer; they outlive a link that failed and was made again. Lives on the event loop.
+    """Counters per peer, which outlive a link that failed and was made again. Used on the event loop.
 
     Bounded: the `max_peers` peers that were linked last have an entry each. The counts of all others are summed in one
     more entry for each transport (peer "other"), so neither the sum over all entries nor that of one transport ever
@@ -24,7 +24,7 @@ class LinkTotals:
         self._others: dict[str, LinkStats] = {}  # by transport
 
     def linked(self, peer_id: str, transport: Transport, codec: KvCodec = KvCodec.NONE) -> None:
-        """A link to that peer was made. What went over another transport is no longer its own."""
+        """A link to that peer was made. Counts of an earlier transport move to the entry of other peers."""
         stats = self._peers.pop(peer_id, None)
         if stats is not None and stats.transport != transport.value:
             self._add_to_others(stats)
@@ -51,12 +51,12 @@ class LinkTotals:
             self._add_to_others(more)
 
     def forget(self, peer_id: str) -> None:
-        """That peer is gone: it has no entry of its own any more."""
+        """The peer is gone: its counts move to the entry of other peers."""
         if stats := self._peers.pop(peer_id, None):
             self._add_to_others(stats)
 
     def stats(self) -> tuple[LinkStats, ...]:
-        """One entry a peer, and the sums of the others."""
+        """One entry for each peer, and the sums of all others."""
         return (*self._peers.values(), *self._others.values())
 
     def _add_to_others(self, stats: LinkStats) -> None:

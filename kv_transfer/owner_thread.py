@@ -1,4 +1,4 @@
-"""A thread that owns something: jobs that touch it run there, one after another."""
+"""A thread that runs the jobs on one object, one after another."""
 
 import queue
 import threading
@@ -45,10 +45,10 @@ class OwnerThread:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(job())
-                except BaseException as error:  # noqa: BLE001 - it is for the thread that waits for the job
+                except BaseException as error:  # noqa: BLE001 - the thread that waits for the job gets it
                     _clear_frames(error)
                     future.set_exception(error)
-            del item, future, job  # they hold what the job used, and the next job may come much later
+            del item, future, job  # they reference objects of the job, and the next job may come much later
 
 
 def _clear_frames(error: BaseException | None) -> None:

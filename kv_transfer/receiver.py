@@ -331,7 +331,7 @@ def _grant(link: ReceiveLink, kv: ComputedKv | Manifest, arriving: ArrivingBlock
 
 
 def _check_blocks(kv: ComputedKv | Manifest, num_tokens: int, source: KvLayout) -> None:
-    """Raises TransferError for blocks that are not those of so many tokens in the source's pools."""
+    """Raises TransferError if the blocks are not in the source's pools, or cannot be those of `num_tokens` tokens."""
     blocks, num_blocks = kv.block_ids, source.blocks_for(num_tokens)
     if kv.block_size != source.block_size:
         raise TransferError("the KV has blocks of another size than the prefill worker's pools")

@@ -86,8 +86,8 @@ class Resharding:
 
 
 def places(units: range, units_per_block: int) -> tuple[list[int], list[int]]:
-    """Where each unit of a sequence is on a side with so many units to a block: the position in the sequence's list of
-    blocks, and the unit's number in that block."""
+    """For each unit of a sequence: the position of its block in the sequence's list of blocks, and the number of the
+    unit in that block, on a side whose blocks have `units_per_block` units."""
     return [unit // units_per_block for unit in units], [unit % units_per_block for unit in units]
 
 

@@ -1,11 +1,11 @@
-"""KV that is computed and held for another instance: who may still have it, and until when.
+"""KV that is computed and held for another instance: which readers may fetch it, and until when.
 
 An attempt that is to be handed over is
 
     open (its prompt waits or is computed) -> leased (its KV waits for the reader) -> closed
 
-A reader that came in time may read what is computed already. Nothing protects that KV: it counts once the attempt is
-leased, and only if the attempt kept its blocks until then.
+A reader may read the KV that is computed already. Nothing protects that KV yet: it is valid once the attempt is leased,
+and only if the attempt has kept its blocks until then.
 
 This object lives on the event loop and decides which attempts count, so that an acknowledgement never waits for a step.
 The loop thread owns the blocks and frees them after it is told (docs/decisions/0002).

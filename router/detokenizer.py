@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from tandem.core.errors import CheckpointError
 
 _REPLACEMENT = "\ufffd"
-_PROMPT_END_TOKENS = 64  # so many last tokens of a prompt are examined
+_PROMPT_END_TOKENS = 64  # number of a prompt's last tokens that are examined
 _MAX_FIRST_TOKENS = 16  # tokens without text at the beginning of a text that are decoded together
 _MAX_CHAR_BYTES = 4
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
