@@ -137,9 +137,9 @@ class HeldKv:
             self._announce(name, ComputedKv(*name, event.block_ids, event.block_size, frontier))
 
     def layers_computed(self, num_layers: int) -> None:
-        """The step in progress has written the KV of so many layers of the first stage.
+        """The step in progress has written the KV of the first `num_layers` layers of the first stage.
 
-        Attempts that are not in this step have all layers of their last chunk, so it is no less true of them.
+        Attempts that are not in this step have all layers of their last chunk, so that it is true for them, too.
         """
         for name in self._streamed:
             kv = self._kv.get(name)
@@ -176,7 +176,7 @@ class HeldKv:
             self._leases.renew(*name, self._clock.now_s() + self._lease_s)
 
     def close(self, attempt_id: AttemptId, reason: TandemError) -> None:
-        """The attempt's KV is not to be had any more. Does nothing if the attempt is not open here."""
+        """The attempt's KV cannot be fetched any more. No effect if the attempt is not open."""
         name = self._names.pop(attempt_id, None)
         if name is None:
             return
@@ -228,12 +228,16 @@ class HeldKv:
     # --- leases ------------------------------------------------------------------------------------------------------
 
     async def expire_leases(self) -> None:
-        """Until cancelled: KV that nobody fetched in time gives its blocks back."""
+        """Until cancelled: free the blocks of KV that no reader has fetched in time."""
         while True:
             await asyncio.sleep(LEASE_CHECK_S)
             for lease in self._leases.expire(self._clock.now_s()):
-                log.warning("the lease of %s ended before its KV was fetched", lease, extra=about(lease.request_id))
-                self._end(lease.request_id, lease.epoch, StaleEpochError("the lease on the KV has ended"))
+                request_id, epoch = lease.request_id, lease.epoch
+                extra = about(request_id)
+                log.warning(
+                    "the lease of %s (attempt %d) ended before its KV was fetched", request_id, epoch, extra=extra
+                )
+                self._end(request_id, epoch, StaleEpochError("the lease on the KV has ended"))
 
     def _announce(self, name: _Name, kv: _Kv) -> None:
         """What there is of the attempt's KV has changed."""

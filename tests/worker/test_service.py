@@ -130,7 +130,9 @@ async def test_after_a_cancel_nothing_is_handed_out_even_if_the_loop_was_faster(
     assert bench.releases == [bench.key]
 
 
-async def test_an_expired_lease_refuses_the_acknowledgement_before_and_after_it_is_swept() -> None:
+async def test_an_expired_lease_refuses_the_acknowledgement_before_and_after_it_is_swept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     bench = Bench()
     bench.submit()
     bench.hold()
@@ -141,6 +143,9 @@ async def test_an_expired_lease_refuses_the_acknowledgement_before_and_after_it_
         while not bench.releases:  # noqa: ASYNC110 - the sweep has its own pace
             await asyncio.sleep(0.05)
     sweeping.cancel()
+    assert [record.message for record in caplog.records if "lease" in record.message] == [
+        "the lease of r (attempt 1) ended before its KV was fetched"
+    ], "without the ids of its blocks, which may be thousands"
     with pytest.raises(StaleEpochError, match="lease"):
         await bench.pull()
     assert not await bench.held.acknowledge("r", 1)
