@@ -281,12 +281,12 @@ class RoutingMachine:
         if instance is None or instance.find(attempt.handle) is None:
             return False
         # A decode instance that was lost meanwhile had acknowledged the KV already: no instance is to blame.
-        was_taken = attempt.reader_error is not None and isinstance(error, StaleEpochError)
-        blamed = set() if was_taken else self._attempts.blame(attempt, instance, error, now_s)
+        was_acknowledged = attempt.reader_error is not None and isinstance(error, StaleEpochError)
+        blamed = set() if was_acknowledged else self._attempts.blame(attempt, instance, error, now_s)
         self._attempts.release(attempt, instance, now_s)
         may_hand_over = instance is attempt.decode and self._attempts.may_hand_over_again(attempt, error)
         if not (may_hand_over and self._hand_over_again(attempt, error, now_s)):
-            if was_taken:
+            if was_acknowledged:
                 attempt.request.num_attempts -= 1
             self._fail(attempt, error, blamed, now_s)
         self._settle(now_s)
@@ -300,6 +300,7 @@ class RoutingMachine:
             self._fail(attempt, error, set(), now_s)
 
     def _hand_over_again(self, attempt: Attempt, error: TandemError, now_s: float) -> bool:
+        """As `Attempts.hand_over_again`, if the request may have another attempt."""
         may_continue = self._waiting.may_continue(attempt.request)
         return may_continue and self._attempts.hand_over_again(attempt, error, now_s)
 
