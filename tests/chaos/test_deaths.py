@@ -39,6 +39,7 @@ def test_a_decode_death_loses_no_token(phase: str, cluster: ChaosCluster, client
     disturbed = bring_into(phase, cluster, client)
     retries = cluster.metric("tandem_retries_total")
     before = [len(each.tokens) for each in disturbed.answers]
+    computed_tokens = _computed_tokens(cluster)
     killed_s = time.monotonic()
     cluster.kill("decode-0")
     cluster.release_kv("prefill-0", "prefill-1")
@@ -51,3 +52,11 @@ def test_a_decode_death_loses_no_token(phase: str, cluster: ChaosCluster, client
         assert min(before) >= 4
         assert max(each.longest_gap_s(killed_s) for each in disturbed.answers) < FOUND_WITHIN_S
     cluster.wait_idle(FREED_WITHIN_S)
+    if phase == "transfer":
+        assert _computed_tokens(cluster) == computed_tokens, "a prompt was computed again, though its KV is there"
+
+
+def _computed_tokens(cluster: ChaosCluster) -> int:
+    """By the prefill instances."""
+    statuses = [cluster.find(name) for name in ("prefill-0", "prefill-1")]
+    return sum(status.computed_tokens for status in statuses if status is not None)
