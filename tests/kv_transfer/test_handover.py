@@ -518,6 +518,22 @@ async def test_a_link_that_is_not_made_in_time_is_a_transfer_error(monkeypatch: 
         await fetch(prefill, receiver, [1])
 
 
+async def test_a_network_that_carries_calls_and_no_kv(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(rank: int, *_: object) -> GlooGroup:
+        raise TransferError("the two ranks of the KV link did not connect")
+
+    async with serve_prefill() as prefill, receiving(transport=Transport.GLOO) as (receiver, _):
+        prefill.holder.finish("r", 0, [1])
+        with monkeypatch.context() as patch:
+            patch.setattr(GlooGroup, "connect", fail)
+            with pytest.raises(NoLinkError):
+                await fetch(prefill, receiver, [1])
+            assert not prefill.peer.is_gone
+            assert not await receiver.can_link(prefill.peer)
+        assert await receiver.can_link(prefill.peer)
+        await fetch(prefill, receiver, [1])
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_a_grant_that_was_refused_does_not_break_the_later_ones(
     transport: Transport, monkeypatch: pytest.MonkeyPatch
