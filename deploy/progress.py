@@ -8,8 +8,8 @@ asked as well what its threads do:
     computing   it may be slow, on a machine at full load: after `busy_s`
     answers that it does not serve, on end: after `not_serving_s`
 
-Only time in which this process itself was on time counts: when it was stopped or starved, nobody is blamed. What drains
-is not asked.
+Only time in which this process itself was on time counts: when it was stopped or starved, nobody is blamed for that
+time, and what was known before stays known. What drains is not asked.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from tandem.wire.health import check_health
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds. `late_s`: a round that takes so much longer than it should was delayed by ourselves."""
+    """Seconds. `late_s`: a question that takes so much longer than it may was delayed by ourselves."""
 
     period_s: float = 0.25
     probe_s: float = 0.5
@@ -79,33 +79,33 @@ async def wait_stalled(
 ) -> str:
     """Returns, in words, why the process makes no progress. `ask` tells whether it serves, None for no answer within
     `probe_s`; `read_activity` is what it has done since the last call."""
-    progress_s = answered_s = served_s = stopped_since_s = clock.now_s()
+    counted_s = progress_s = answered_s = served_s = stopped_since_s = 0.0
     while True:
         began_s = clock.now_s()
         serves = await ask()
         activity = read_activity()
-        now_s = clock.now_s()
-        if is_draining() or now_s - began_s > patience.probe_s + patience.late_s:
-            progress_s = answered_s = served_s = stopped_since_s = now_s
+        asked_s = clock.now_s() - began_s
+        counted_s += min(asked_s, patience.probe_s) if asked_s <= patience.probe_s + patience.late_s else 0.0
+        if is_draining():
+            progress_s = answered_s = served_s = stopped_since_s = counted_s
         if serves is not None:
-            progress_s = answered_s = now_s
+            progress_s = answered_s = counted_s
         if serves is not False:
-            served_s = now_s
+            served_s = counted_s
         if activity is not Activity.STOPPED:
-            stopped_since_s = now_s
+            stopped_since_s = counted_s
         if activity is Activity.COMPUTING:
-            progress_s = now_s
-        if now_s - stopped_since_s >= patience.stopped_s:
-            return f"it is stopped, as by SIGSTOP, for {now_s - stopped_since_s:.1f} s"
-        if now_s - progress_s >= patience.silence_s:
-            return f"it has not answered for {now_s - answered_s:.1f} s and computes nothing"
-        if now_s - answered_s >= patience.busy_s:
-            return f"it has not answered for {now_s - answered_s:.1f} s"
-        if now_s - served_s >= patience.not_serving_s:
-            return f"it has reported for {now_s - served_s:.1f} s that it makes no progress"
+            progress_s = counted_s
+        if counted_s - stopped_since_s >= patience.stopped_s:
+            return f"it is stopped, as by SIGSTOP, for {counted_s - stopped_since_s:.1f} s"
+        if counted_s - progress_s >= patience.silence_s:
+            return f"it has not answered for {counted_s - answered_s:.1f} s and computes nothing"
+        if counted_s - answered_s >= patience.busy_s:
+            return f"it has not answered for {counted_s - answered_s:.1f} s"
+        if counted_s - served_s >= patience.not_serving_s:
+            return f"it has reported for {counted_s - served_s:.1f} s that it makes no progress"
         await asyncio.sleep(patience.period_s)
-        if clock.now_s() - now_s > patience.period_s + patience.late_s:
-            progress_s = answered_s = served_s = stopped_since_s = clock.now_s()
+        counted_s += patience.period_s
 
 
 class ThreadActivity:

@@ -168,14 +168,16 @@ class Fleet:
     def _listen(self, now_s: float) -> None:
         """Count the time since the last round as listened, unless the fault may be the router's.
 
-        A late round means that the router was stopped and read no heartbeats. When no instance at all is heard, the
-        router may be cut off or short of a core, and there is no instance to go to instead: such a silence counts only
-        after `ALL_SILENT_FACTOR` time-outs.
+        A late round means that the router was stopped and read no heartbeats: no more of it counts than of a round that
+        is just in time, so that a router which is always late finds who is silent, too. When no instance at all is
+        heard, the router may be cut off or short of a core, and there is no instance to go to instead: such a silence
+        counts only after `ALL_SILENT_FACTOR` time-outs.
         """
         round_s, self._round_at_s = now_s - self._round_at_s, now_s
         if round_s > 2 * self._round_s:
             logger.warning("the router was stopped for %.1f s", round_s)
             self._any_heard_s = now_s
+            self._listened_s += 2 * self._round_s
             return
         silent_s = now_s - self._any_heard_s
         if not ALL_SILENT_SHARE * self._heartbeat_timeout_s < silent_s < ALL_SILENT_FACTOR * self._heartbeat_timeout_s:

@@ -18,7 +18,7 @@ PATIENCE = Patience()
 
 class Story:
     """A process whose answers and activity follow from the time. An answer comes at once, a missing one after
-    `probe_s`. At `pause_at_s` the observer itself is stopped for a minute."""
+    `probe_s`. At `pause_at_s` the observer itself is stopped for a minute; it is late by `late_s` in each round."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.time_s = 0.0
@@ -26,13 +26,14 @@ class Story:
         self.activity: Callable[[float], Activity] = lambda _: Activity.WAITING
         self.draining: Callable[[float], bool] = lambda _: False
         self.pause_at_s = float("inf")
+        self.late_s = 0.0
         monkeypatch.setattr("tandem.deploy.progress.asyncio.sleep", self.sleep)
 
     def now_s(self) -> float:
         return self.time_s
 
     async def sleep(self, seconds: float) -> None:
-        self.time_s += seconds
+        self.time_s += seconds + self.late_s
         if self.time_s > self.pause_at_s:
             self.time_s, self.pause_at_s = self.time_s + 60, float("inf")
         if self.time_s > 300:
@@ -123,6 +124,18 @@ async def test_nobody_is_blamed_for_a_pause_of_the_observer(story: Story) -> Non
     story.answers = lambda time_s: None if 69 < time_s < 71 else True
     with pytest.raises(TimeoutError):
         await story.end()
+
+
+@pytest.mark.parametrize("activity", [Activity.STOPPED, Activity.WAITING])
+@pytest.mark.parametrize("late_s", [0.3, 0.6, 1.0])
+async def test_an_observer_that_is_always_late_finds_it_all_the_same(
+    late_s: float, activity: Activity, story: Story
+) -> None:
+    story.late_s = late_s
+    story.answers = lambda time_s: True if time_s < 10 else None
+    story.activity = lambda time_s: Activity.WAITING if time_s < 10 else activity
+    time_s, _ = await story.end()
+    assert 10 < time_s < 12 + 4 * late_s
 
 
 @contextmanager

@@ -151,6 +151,20 @@ async def test_a_router_that_was_stopped_condemns_nobody() -> None:
         await running.aclose()
 
 
+async def test_a_router_that_is_always_late_finds_who_is_silent() -> None:
+    clock = ManualClock()
+    async with running_cluster("p1", "d1", heartbeat_timeout_s=3.0, clock=clock) as cluster:
+        rounds = 0
+        while cluster.is_usable("p1") and rounds < 20:
+            clock.advance(0.7)
+            cluster.report(make_status("d1", Role.DECODE))
+            cluster.fleet._changed.set()
+            await until(lambda: cluster.fleet._round_at_s == clock.now_s())
+            rounds += 1
+        assert 3.0 / 0.5 <= rounds <= 3.0 / 0.5 + 2
+        assert cluster.is_usable("d1")
+
+
 async def test_a_malformed_heartbeat_drops_that_instance_only() -> None:
     async with running_cluster("p1", "d1", "d2") as cluster:
         for changes in ({"block_size": 0}, {"uncomputed_tokens": -1}):
