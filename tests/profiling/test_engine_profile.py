@@ -86,3 +86,26 @@ def test_a_step_is_in_every_stage_while_their_interval_is_measured(monkeypatch: 
     assert measured.seconds == pytest.approx(0.012)
     assert measured.prefill_tokens == 8, "the pool does not hold three steps of the other cell"
     assert (engine.most, engine.under_way) == (3, [])
+
+
+@dataclass
+class SharedCore:
+    """Steps of a sequence take 10 ms, and twice as long in the 0.6 s of each second in which a neighbour computes."""
+
+    clock: ManualClock
+    layout: KvLayout = LAYOUT
+    spec: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(vocab_size=100))
+
+    def step(self, slices: list[SequenceSlice]) -> None:
+        is_disturbed = self.clock.now_s() % 1.0 < 0.6
+        self.clock.advance(0.01 * len(slices) * (2 if is_disturbed else 1))
+
+    def settle(self) -> None: ...
+
+
+def test_a_neighbour_that_comes_and_goes_is_in_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = ManualClock()
+    monkeypatch.setattr(engine_profile.time, "perf_counter", clock.now_s)
+    cells = [ProfileCell(decodes=(CellSequence(1, 15),) * count) for count in (1, 2, 4)]
+    measured = EngineProfiler(cast(Engine, SharedCore(clock))).measure(cells, 12.0)
+    assert [one.seconds for one in measured] == pytest.approx([0.01, 0.02, 0.04])
