@@ -64,18 +64,14 @@ async def measure_colocated(
     async with ClusterLauncher(model) as launcher:
         router = await launcher.start_router()
         await launcher.start_colocated(router, engine)
-        return await measure_running_colocated(f"http://{router.http}", budget_s, max_model_len=max_model_len)
-
-
-async def measure_running_colocated(url: str, budget_s: float, *, max_model_len: int | None = None) -> ColocatedSamples:
-    """As `measure_colocated`, on one colocated instance that runs already and is idle. Raises MeasurementError."""
-    async with open_probe(url, max_model_len, needed_parts=_COLOCATED) as probe:
-        await probe.decode(2, _WARM_UP_S, _OUTPUT_RANGES[0])
-        prompted = await probe.prefill_alone(0.5 * budget_s, max_pause_s=_MAX_PAUSE_S)
-        share_s = 0.5 * budget_s / len(_COLOCATED_BATCHES)
-        decoding = [
-            LoadPeriod(await probe.decode(batch, share_s, _LONG_OUTPUT), batch=batch) for batch in _COLOCATED_BATCHES
-        ]
+        async with open_probe(f"http://{router.http}", max_model_len, needed_parts=_COLOCATED) as probe:
+            await probe.decode(2, _WARM_UP_S, _OUTPUT_RANGES[0])
+            prompted = await probe.prefill_alone(0.5 * budget_s, max_pause_s=_MAX_PAUSE_S)
+            share_s = 0.5 * budget_s / len(_COLOCATED_BATCHES)
+            decoding = [
+                LoadPeriod(await probe.decode(batch, share_s, _LONG_OUTPUT), batch=batch)
+                for batch in _COLOCATED_BATCHES
+            ]
     return ColocatedSamples(tuple(prompted), tuple(decoding))
 
 

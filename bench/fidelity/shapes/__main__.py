@@ -1,15 +1,17 @@
 """Simulated against live for one colocated instance of several ranks.
 
 For each shape: the engine's steps are measured with all ranks, as by `tandem profile`. Then an instance is started. In
-turns, what serving adds is measured as `tandem profile` does it, and the instance gets requests that seldom overlap
-(light load). The simulator gets the same requests at the same times. The two take turns because the speed of a shared
-machine changes: both meet the same machine, and no request is in both. Instances of several pipeline stages also get
-many requests at once, so that each stage computes another step.
+turns, what serving adds is measured as `tandem profile` does it, and the instance gets requests: two that may overlap
+(light load), and many at once. The simulator gets the same requests at the same times; no request is in both.
+
+A machine that is shared with others is up to three times slower at some moments than at others. So everything is
+repeated, and its fastest third counts, on both sides (`live.py`): this compares the simulator with the instance, not
+the machine with itself.
 
 Needs a machine with a core for each rank and no other load.
 
-    python -m bench.fidelity.shapes                              1x1, 2x1 and 1x2, about eight minutes
-    python -m bench.fidelity.shapes --shapes 2x1 --rounds 3
+    python -m bench.fidelity.shapes                              1x1, 2x1 and 1x2, about ten minutes
+    python -m bench.fidelity.shapes --shapes 2x1 --repeats 3
 
 The last line is JSON: also the calibration, every request, and the samples beside their fit.
 """
@@ -29,8 +31,7 @@ import numpy as np
 
 from bench.fidelity.live.simulation import CHECKPOINT, ENGINE
 from bench.fidelity.shapes.details import probes_beside_fit, requests_beside
-from bench.load.run import run_load
-from tandem.core.cost_model import StepLoad
+from bench.fidelity.shapes.live import serve_repeatedly
 from tandem.core.errors import TandemError
 from tandem.core.instance_section import InstanceSection
 from tandem.core.parallel import ParallelShape
@@ -45,16 +46,13 @@ from tandem.placement.simulator.result import SimulationResult
 from tandem.placement.workload.requests import RequestStream
 from tandem.placement.workload.streams import make_stream
 from tandem.profiling.calibrate import calibrate
-from tandem.profiling.cluster import MODEL_NAME, ClusterLauncher
-from tandem.profiling.completion_client import CompletionClient
+from tandem.profiling.cluster import ClusterLauncher
 from tandem.profiling.serving_fit import fit_alone, fit_router
-from tandem.profiling.serving_profile import measure_running_colocated
 from tandem.profiling.serving_samples import ColocatedSamples
 from tandem.profiling.shape_profile import settings_of
 from tandem.scheduling.budget import COLOCATED_BATCH_TOKENS
 
 _CHECKOUT = Path(__file__).parents[3]
-_LOAD = 0.3  # share of the time during which the instance has a request
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 120, 24  # means
 _WORKLOAD = WorkloadSection.model_validate(
     {
@@ -63,11 +61,10 @@ _WORKLOAD = WorkloadSection.model_validate(
     }
 )
 _CLASSES = (SloClass(ttft_s=1.0, tpot_s=0.1),)  # nothing is decided by them
-_SAMPLES_S = 6.0  # of serving, in each round
-_REQUESTS = 8  # in each round
-_AT_ONCE = 40  # requests, more than twice as many as decode in one step of a pipeline
-_ROUNDS_AT_ONCE = 3
+_PAIR_S = 0.6  # a request takes 0.3 s
+_AT_ONCE = 40  # more than twice as many as decode in one step of a pipeline
 _AT_ONCE_RATE = 1000.0  # per second
+_PAIRS = 10
 _HEAD = (
     "| shape, load, requests | | TTFT live | simulated | | TPOT live | simulated | |",
     "|---|---|--:|--:|--:|--:|--:|--:|",
@@ -102,7 +99,6 @@ class Latencies:
 class ShapeComparison:
     shape: str
     load: str
-    rate: float
     requests: int
     live: Latencies
     simulated: Latencies
@@ -120,57 +116,35 @@ class Comparisons:
     details: dict[str, Any]
 
 
-async def compare(model: Path, calibration: Calibration, shape: ParallelShape, rounds: int, seed: int) -> Comparisons:
+async def compare(model: Path, calibration: Calibration, shape: ParallelShape, repeats: int, seed: int) -> Comparisons:
     """Raises MeasurementError."""
-    rate = _light_rate(calibration, shape)
-    streams = {"light": [_stream(_REQUESTS, rate, seed + i) for i in range(rounds)]}
-    if shape.pp > 1:
-        seeds = range(seed + rounds, seed + rounds + _ROUNDS_AT_ONCE)
-        streams["at once"] = [_stream(_AT_ONCE, _AT_ONCE_RATE, each) for each in seeds]
-    samples, live = ColocatedSamples(), dict[str, list[SimulationResult]]()
+    streams = [_pair(seed + index) for index in range(_PAIRS)]
+    streams.append(make_stream(_WORKLOAD, _CLASSES, count=_AT_ONCE, rate=_AT_ONCE_RATE, seed=seed + _PAIRS))
     async with ClusterLauncher(model, checkout=_CHECKOUT) as launcher:
         router = await launcher.start_router()
         await launcher.start_colocated(router, settings_of(ENGINE, shape).model_dump(mode="json"))
-        url = f"http://{router.http}"
-        for load, of_load in streams.items():
-            for stream in of_load:
-                if load == "light":
-                    samples += await measure_running_colocated(url, _SAMPLES_S)
-                live.setdefault(load, []).append(await _send(url, stream))
+        live = await serve_repeatedly(f"http://{router.http}", streams, repeats)
     engine = calibration.engine_cost(shape)
     assert engine is not None, "the shape is in the calibration"
-    serving = calibration.serving.with_steps_alone(*fit_alone(engine, samples))
-    deployment = _deployment(calibration.with_serving(shape, serving), shape, samples)
-    comparisons, details = [], dict[str, Any](probes=probes_beside_fit(engine, serving, samples))
-    for load, of_load in streams.items():
-        simulated = [simulate(deployment, stream) for stream in of_load]
-        count = sum(map(len, of_load))
-        rate = rate if load == "light" else _AT_ONCE_RATE
-        comparisons.append(
-            ShapeComparison(str(shape), load, rate, count, Latencies.of(live[load]), Latencies.of(simulated))
-        )
-        details[load] = [requests_beside(one, other) for one, other in zip(live[load], simulated, strict=True)]
+    serving = calibration.serving.with_steps_alone(*fit_alone(engine, live.samples))
+    deployment = _deployment(calibration.with_serving(shape, serving), shape, live.samples)
+    comparisons, details = [], dict[str, Any](probes=probes_beside_fit(engine, serving, live.samples))
+    for load, rows in (("light", slice(_PAIRS)), ("at once", slice(_PAIRS, None))):
+        pairs = [
+            (result, simulate(deployment, stream))
+            for stream, results in zip(streams[rows], live.results[rows], strict=True)
+            for result in results
+        ]
+        both = [Latencies.of(side) for side in zip(*pairs, strict=True)]
+        comparisons.append(ShapeComparison(str(shape), load, sum(len(one.requests) for one, _ in pairs), *both))
+        details[load] = [requests_beside(one, other) for one, other in pairs]
     return Comparisons(tuple(comparisons), details)
 
 
-def _stream(count: int, rate: float, seed: int) -> RequestStream:
-    return make_stream(_WORKLOAD, _CLASSES, count=count, rate=rate, seed=seed)
-
-
-def _light_rate(calibration: Calibration, shape: ParallelShape) -> float:
-    """At which the instance has a request for `_LOAD` of the time."""
-    cost = calibration.engine_cost(shape)
-    assert cost is not None, "the shape is in the calibration"
-    decode_s = _OUTPUT_TOKENS * cost.step(StepLoad.of_decode(1, _PROMPT_TOKENS)).total_s
-    return _LOAD / (cost.step(StepLoad.of_prompts(_PROMPT_TOKENS)).total_s + decode_s)
-
-
-async def _send(url: str, stream: RequestStream) -> SimulationResult:
-    client = CompletionClient(url)
-    try:
-        return (await run_load(client, stream, MODEL_NAME, with_timelines=True)).as_simulation()
-    finally:
-        client.close()
+def _pair(seed: int) -> RequestStream:
+    """Two requests, the second one up to `_PAIR_S` after the first."""
+    gap_s = np.random.default_rng(seed).uniform(0.0, _PAIR_S)
+    return make_stream(_WORKLOAD, _CLASSES, count=2, rate=1 / gap_s, seed=seed).scaled_to(1 / gap_s)
 
 
 def _deployment(calibration: Calibration, shape: ParallelShape, samples: ColocatedSamples) -> Deployment:
@@ -207,8 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shapes", default="1x1,2x1,1x2", help="tp x pp (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=6, help="of requests to each shape (default: %(default)s)")
-    parser.add_argument("--engine-seconds", type=float, default=30.0, help="of steps of one rank; others get a third")
+    parser.add_argument("--repeats", type=int, default=9, help="of each stream (default: %(default)s)")
+    parser.add_argument("--engine-seconds", type=float, default=45.0, help="of steps of one rank; others get a third")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (default: %(default)s)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="tandem-shapes-") as folder:
@@ -227,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             comparisons: list[ShapeComparison] = []
             details: dict[str, Any] = {"calibration": calibration.model_dump(mode="json")}
             for shape in shapes:
-                found = asyncio.run(compare(model, calibration, shape, args.rounds, args.seed))
+                found = asyncio.run(compare(model, calibration, shape, args.repeats, args.seed))
                 for one in found.by_load:
                     print("\n".join(_rows(one)), flush=True)
                 comparisons += found.by_load
