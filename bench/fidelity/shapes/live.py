@@ -1,8 +1,8 @@
 """Requests to a running colocated instance, each stream and each probe of what serving adds several times.
 
 A core and a cache that are shared with others are up to three times slower at some moments than at others, for a
-fraction of a second or for many. Others only slow things down, so the fastest third of what was repeated counts: of
-the probes to which costs are fitted, and of the streams that are compared with the simulator.
+fraction of a second or for many. Others only slow things down, so the fastest third of what is repeated counts: of the
+probes to which costs are fitted, and of each request's TTFT and of its TPOT, which take as long as the probes.
 """
 
 import math
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LiveRepeats:
-    """`results[i]`: of stream i, what counts of its repeats. `samples`: what counts of the probes between them."""
+    """`results[i]`: of stream i, each repeat. `samples`: what counts of the probes between them."""
 
     samples: ColocatedSamples
     results: Sequence[Sequence[SimulationResult]]
@@ -54,7 +54,7 @@ async def serve_repeatedly(url: str, streams: Sequence[RequestStream], repeats: 
                 results[index].append(result.as_simulation())
     finally:
         client.close()
-    return LiveRepeats(_fastest_samples(samples), [_fastest(of_stream, _total_s) for of_stream in results])
+    return LiveRepeats(_fastest_samples(samples), results)
 
 
 async def _probed(probe: ServingProbe, turn: int) -> ColocatedSamples:
@@ -79,15 +79,14 @@ def _fastest_of_each(items: Iterable[T], kind_of: Callable[[T], Hashable], secon
 
 
 def _fastest(items: Sequence[T], seconds: Callable[[T], float]) -> list[T]:
-    return sorted(items, key=seconds)[: math.ceil(_COUNTED_SHARE * len(items))]
+    return sorted(items, key=seconds)[: num_counted(len(items))]
+
+
+def num_counted(repeats: int) -> int:
+    return math.ceil(_COUNTED_SHARE * repeats)
 
 
 def _step_s(period: LoadPeriod) -> float:
     """Mean seconds from one token of a decoding request to its next one."""
     decode_s = sum(request.client_total_s - request.client_ttft_s for request in period.decoding)
     return decode_s / sum(request.num_decode_steps for request in period.decoding)
-
-
-def _total_s(result: SimulationResult) -> float:
-    """Of all requests, from arrival to the last token."""
-    return float((result.ttft_s + (result.requests.output_tokens - 1) * result.tpot_s).sum())
