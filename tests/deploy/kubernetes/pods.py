@@ -40,6 +40,10 @@ if test -d {python}; then
   mount --bind /mnt {python}
 fi
 mount -t tmpfs -o mode=1777 none /tmp
+if test -d /media/kernels; then
+  install -d -o {user} -m 700 /tmp/cache /tmp/cache/tandem
+  install -o {user} -m 700 /media/kernels/*.so /tmp/cache/tandem/
+fi
 mount -t tmpfs -o mode=1777 none /dev/shm
 for path in / /run /opt /etc /media /mnt /root; do
   if mountpoint -q $path; then mount -o remount,bind,ro $path; fi
@@ -59,11 +63,13 @@ def is_possible() -> bool:
 
 @dataclass
 class Pods:
-    """Running pods by name. `network`: a process in their network."""
+    """Running pods by name. `network`: a process in their network; `kernels`: a folder with compiled ones, or each pod
+    compiles them itself, as on Kubernetes."""
 
     folder: Path
     network: subprocess.Popen[str]
     hosts: Mapping[str, str]
+    kernels: Path | None = None
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str, template: Document, ip: str, **variables: str) -> None:
@@ -73,6 +79,8 @@ class Pods:
         (folder / "settings.yaml").write_text(template["metadata"]["annotations"]["tandem.serve/settings"])
         (folder / "token").write_text(TOKEN)
         (folder / "hosts").write_text("".join(f"{address} {host}\n" for host, address in self.hosts.items()))
+        if self.kernels is not None:
+            shutil.copytree(self.kernels, folder / "kernels", dirs_exist_ok=True)
         (container,) = template["spec"]["containers"]
         assert template["spec"]["securityContext"]["runAsUser"] == USER
         if "POD_IP" in {each["name"] for each in container.get("env", ())}:
@@ -130,12 +138,14 @@ class Pods:
 
 
 @contextlib.contextmanager
-def pod_network(folder: Path, ips: Sequence[str], hosts: Mapping[str, str]) -> Iterator[Pods]:
+def pod_network(
+    folder: Path, ips: Sequence[str], hosts: Mapping[str, str], kernels: Path | None = None
+) -> Iterator[Pods]:
     """`ips`: of pods; `hosts`: names in DNS with their addresses."""
     addresses = "".join(f"ip addr add {ip}/32 dev lo; " for ip in ips)
     command = ["unshare", "--net", "bash", "-ec", f"ip link set lo up; {addresses} echo up; exec sleep 600"]
     network = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    pods = Pods(folder, network, hosts)
+    pods = Pods(folder, network, hosts, kernels)
     try:
         assert network.stdout is not None
         assert network.stdout.readline() == "up\n"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.engine.ops.native_library import load_native_library
 from tests.cluster.test_same_tokens import NUM_NEW_TOKENS, prompts, reference_tokens
 from tests.deploy.kubernetes.manifests import (
     NAMESPACE,
@@ -112,7 +113,9 @@ def test_the_pods_of_an_instance_are_one_instance(tmp_path: Path) -> None:
     questions = [each for each in prompts(4000) if len(each) < 300][:8]
     wanted = [reference_tokens(ROOT / "models" / "tiny-python", tuple(each)) for each in questions]
     names = {CONTROL: "127.0.0.1", leader: "10.77.0.2"}
-    with pod_network(tmp_path, ["10.77.0.1", "10.77.0.2", "10.77.0.3"], names) as pods:
+    kernels = tmp_path / "kernels"
+    load_native_library(kernels)
+    with pod_network(tmp_path, ["10.77.0.1", "10.77.0.2", "10.77.0.3"], names, kernels) as pods:
 
         def start_instance() -> None:
             pods.start("both-0-1", others, "10.77.0.3", LWS_LEADER_ADDRESS=leader)
