@@ -87,7 +87,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
     if is_pipe and not raw:
-        raise ConfigError(f"{path} is a pipe without content; save it as a file, because some files are read twice")
+        raise ConfigError(f"{path} is a pipe that is empty now; save it as a file, because some files are read twice")
     if len(raw) > _MAX_FILE_BYTES:
         raise ConfigError(f"{path} is larger than {_MAX_FILE_BYTES >> 10} KiB; a configuration file is smaller")
     try:
