@@ -4,6 +4,8 @@
 `core.config_file.load_config(path, Plan)` reads a plan file and names every mistake.
 """
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -28,9 +30,20 @@ def _check_version(value: object) -> object:
     return value
 
 
+def node_of(device: str) -> str:
+    """Of a device's name, node:index."""
+    return device.rpartition(":")[0]
+
+
+def ranks_on_nodes(devices: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Each node of one instance's devices, in the order of its ranks, with the number of ranks there."""
+    return tuple((node, len(list(ranks))) for node, ranks in groupby(devices, node_of))
+
+
 class PlanGroup(FrozenModel):
-    """Equal instances. `devices` names the devices of each instance as node:index, e.g. ['0:0', '0:1']. With an empty
-    list Ray picks the devices. A colocated group serves both phases on the same devices."""
+    """Equal instances. `devices` names the devices of each instance as node:index, e.g. ['0:0', '0:1'], in the order of
+    its ranks; those of one node follow each other. With an empty list Ray picks the devices. A colocated group serves
+    both phases on the same devices."""
 
     role: Literal["prefill", "decode", "colocated"]
     instances: int = Field(ge=1, le=MAX_INSTANCES)
@@ -70,6 +83,11 @@ class PlanGroup(FrozenModel):
         if any(len(ranks) != self.shape.num_ranks for ranks in self.devices):
             by = f"dp {self.dp}" if self.dp > 1 else f"tp {self.tp} x pp {self.pp}"
             raise WrongSetting(("devices",), f"each instance needs {self.shape.num_ranks} devices ({by})")
+        for ranks in self.devices:
+            nodes = [node for node, _ in ranks_on_nodes(ranks)]
+            if len(set(nodes)) < len(nodes):
+                listed = ", ".join(ranks)
+                raise WrongSetting(("devices",), f"mixes the nodes of an instance ({listed}); list node after node")
         return self
 
 

@@ -209,7 +209,8 @@ class SearchSection(FrozenModel):
     )
     only_served: bool = Field(
         default=True,
-        description="Only instances that `tandem serve` runs: each on one node; false plans what could be",
+        description="Only what `tandem serve` runs; false also tries, where KV stays inside nodes, instances that have "
+        "stages on the same several nodes",
     )
     node_affinity: Literal["auto", "high", "low"] = Field(
         default="auto", description="low: KV must stay inside a node; auto: low if links between nodes are slow"

@@ -7,7 +7,7 @@ from tandem.core.config import ServeConfig
 from tandem.core.config_file import load_config
 from tandem.core.errors import ConfigError
 from tandem.core.instance_section import ROLES, EngineSection, InstanceSection
-from tandem.core.plan import Plan, PlanGroup
+from tandem.core.plan import Plan, PlanGroup, node_of, ranks_on_nodes
 from tandem.core.precision import AS_STORED
 from tandem.core.slo_file import SloFile
 from tandem.core.step_coefficients import StepCoefficients
@@ -60,27 +60,23 @@ def planned_sections(plan: Plan, *, multiplies_bf16: bool = False) -> list[tuple
 
 
 def planned_nodes(plan: Plan) -> PlannedNodes:
-    """On which of the plan's nodes each process is, as `deploy.topology` names the processes. Instances without devices
-    in the plan may be anywhere."""
+    """On which of the plan's nodes the ranks of each process are, as `deploy.topology` names the processes. Instances
+    without devices in the plan may be anywhere."""
     devices: dict[PlanGroup, list[tuple[str, ...]]] = {}
     for group in plan.groups:
         devices.setdefault(_kind_of(group), []).extend(group.devices or [()] * group.instances)
     numbers: Counter[str] = Counter()
-    of_process: dict[str, str] = {}
+    of_process: dict[str, tuple[tuple[str, int], ...]] = {}
     gpus: Counter[str] = Counter()
     for kind, instances in devices.items():
         for ranks in instances:
             name = f"{kind.role}-{numbers[kind.role]}"
             numbers[kind.role] += 1
             if ranks:
-                of_process[name] = _node_of(ranks[0])
+                of_process[name] = ranks_on_nodes(ranks)
             if not is_on_cpu(kind):
-                gpus.update(_node_of(rank) for rank in ranks)
+                gpus.update(node_of(rank) for rank in ranks)
     return PlannedNodes(of_process, gpus)
-
-
-def _node_of(device: str) -> str:
-    return device.rpartition(":")[0]
 
 
 def is_on_cpu(group: PlanGroup) -> bool:
@@ -147,14 +143,7 @@ def _check_shapes(plan: Plan) -> None:
 
 
 def _check_machine(plan: Plan, machine: Machine) -> None:
-    instances = [ranks for group in plan.groups for ranks in group.devices]
-    spread = next((ranks for ranks in instances if len({_node_of(rank) for rank in ranks}) > 1), None)
-    if spread is not None:
-        raise ConfigError(
-            f"the plan has an instance on several nodes ({', '.join(spread)}), and an instance of a plan is on one; "
-            "plan with search.only_served, which is the default"
-        )
-    nodes = {_node_of(rank) for ranks in instances for rank in ranks}
+    nodes = {node_of(rank) for group in plan.groups for ranks in group.devices for rank in ranks}
     if len(nodes) > max(machine.nodes, 1):
         have = f"the Ray cluster has {machine.nodes}" if machine.nodes else "this is one machine"
         raise ConfigError(

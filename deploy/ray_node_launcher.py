@@ -1,9 +1,10 @@
 """Starts processes on the nodes of a Ray cluster that others have started.
 
 For each instance Ray holds a placement group of one bundle, and in the bundle is an actor, the parent of the process
-(`deploy.process_host`). An instance of several ranks that no node has room for has a bundle on each of several nodes:
-rank 0's process is in the first one, the ranks of other nodes join it (`worker.ranks`). Ray supervises nothing: an
-actor that has ended is not started again, and the controller replaces the instance as a whole, where there is room.
+(`deploy.process_host`). An instance of several ranks that its plan has on several nodes, or that no node has room for,
+has a bundle on each of them: rank 0's process is in the first one, the ranks of other nodes join it (`worker.ranks`).
+Ray supervises nothing: an actor that has ended is not started again, and the controller replaces the instance as a
+whole, where there is room.
 
     launch: choose nodes -> placement group there -> an actor in each bundle -> process ready
     the node dies, or does not answer for `UNREACHABLE_S` -> the process has ended
@@ -27,7 +28,7 @@ from tandem.core.config import RanksSection, WorkerConfig
 from tandem.core.errors import NotFoundError, TandemError, UnavailableError, error_from_code
 from tandem.deploy.log_file import LogPart, follow_log
 from tandem.deploy.model_folder import hash_of_model
-from tandem.deploy.node_placement import NodePlacement, RayNode, bundle_of, no_room, num_ranks_of
+from tandem.deploy.node_placement import NodePlacement, RayNode, Seat, bundle_of, no_room, num_ranks_of
 from tandem.deploy.process_host import HostReport, HostSettings, ProcessHost, read_log_here
 from tandem.deploy.ray_node_process import RayProcess, first_line
 from tandem.deploy.running_process import RunningProcess
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 NAMESPACE = "tandem"
 _PLACEMENT_S = 30
 _CALL_S = 5.0
+_NODE_ID = "ray.io/node-id"  # a label of each node
 _RANKS = "/ranks-"  # in the name of an actor, after that of rank 0's: it is the parent of ranks on another node
 _MARGIN_S = 60.0  # beyond load_timeout_s: Ray starts the actor before it starts the process
 
@@ -192,46 +194,40 @@ class RayNodeLauncher:
     def _is_on(self, spec: ProcessSpec, reports: Sequence[HostReport]) -> None:
         self._ran_on[spec.name] = reports[0].node_id
         if spec.role is not ProcessRole.ROUTER:
-            self._placement.put(spec, [report.node_id for report in reports], _per_node(spec))
+            numbers = _per_node(spec) or (num_ranks_of(spec),)
+            placed = zip(reports, numbers, strict=True)
+            self._placement.put(spec, [Seat(report.node_id, number) for report, number in placed])
 
     async def _reserve(self, key: str, spec: ProcessSpec) -> tuple[Any, tuple[int, ...]]:
-        """A placement group for the instance, on the chosen node if Ray has room there, or on several nodes, with the
-        numbers of its ranks on each; None for a router. Raises UnavailableError."""
+        """A placement group for the instance, on the chosen nodes if Ray has room there, else on others, and the
+        numbers of its ranks on each of several nodes; None for a router. Raises UnavailableError."""
         if spec.role is ProcessRole.ROUTER:
             return None, ()
-        per_node: tuple[int, ...] = ()
-        node_id = None
         async with self._turn:  # in the order of the processes, so that equal clusters are placed equally
-            nodes = await asyncio.to_thread(living_nodes, self._ray)
+            seats = self._placement.choose(spec, await asyncio.to_thread(living_nodes, self._ray))
+        bundles = [dict(bundle_of(spec, seat.num_ranks)) for seat in seats]
+        if len(seats) == 1:
+            tries: list[dict[str, Any]] = [{"strategy": "STRICT_PACK", "_soft_target_node_id": seats[0].node_id}]
+        else:  # Ray knows a soft target for one node only
+            there = {"bundle_label_selector": [{_NODE_ID: seat.node_id} for seat in seats]}
+            tries = [{"strategy": "STRICT_SPREAD", **there}, {"strategy": "STRICT_SPREAD"}]
+        for where in tries:
+            group = self._ray.util.placement_group(bundles, name=key, lifetime=self._lifetime, **where)
+            is_placed = False
             try:
-                node_id = self._placement.choose(spec, nodes).node_id
-            except UnavailableError:
-                if num_ranks_of(spec) == 1:
-                    raise
-                per_node = self._placement.spread(spec, nodes)
-        bundles = [dict(bundle_of(spec, number)) for number in per_node or (None,)]
-        group = self._ray.util.placement_group(
-            bundles,
-            strategy="STRICT_SPREAD" if per_node else "STRICT_PACK",
-            name=key,
-            lifetime=self._lifetime,
-            _soft_target_node_id=node_id,
-        )
-        is_placed = False
-        try:
-            is_placed = await asyncio.to_thread(group.wait, _PLACEMENT_S)
-        finally:
-            if not is_placed:
-                self._ray.util.remove_placement_group(group)
-        if not is_placed:
-            raise no_room(spec)
-        return group, per_node
+                is_placed = await asyncio.to_thread(group.wait, _PLACEMENT_S)
+            finally:
+                if not is_placed:
+                    self._ray.util.remove_placement_group(group)
+            if is_placed:
+                return group, tuple(seat.num_ranks for seat in seats) if len(seats) > 1 else ()
+        raise no_room(spec)
 
     def _start_hosts(self, key: str, spec: ProcessSpec, group: Any, per_node: tuple[int, ...]) -> tuple[Any, ...]:
         """A parent in each bundle, rank 0's first."""
         if not per_node:
             return (self._start_host(key, group, 0, spec.gpus),)
-        gpus = [dict(bundle_of(spec, number)).get("GPU", 0.0) for number in per_node]
+        gpus = [bundle_of(spec, number).get("GPU", 0.0) for number in per_node]
         names = [key, *(f"{key}{_RANKS}{index:03}" for index in range(1, len(per_node)))]
         return tuple(self._start_host(name, group, index, gpus[index]) for index, name in enumerate(names))
 

@@ -228,7 +228,7 @@ class Serving:
     async def _say_misplaced(self) -> Collection[str]:
         misplaced = () if self._find_misplaced is None else await self._find_misplaced()
         for name in misplaced:
-            self._lines.say(f"  {name} goes back to the node of the plan")
+            self._lines.say(f"  {name} goes where the plan has it")
         return misplaced
 
     async def _set_role(self, process: ProcessStatus, role: str) -> None:

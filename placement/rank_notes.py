@@ -1,13 +1,15 @@
 """What a plan says of instances of several ranks: what measured steps take beside those of smaller ones, what KV
-between instances of two shapes takes, and where nobody has measured that."""
+between instances of two shapes takes, and where nobody has measured that, as between nodes."""
 
 from collections.abc import Iterator
 
 from tandem.core.instance_section import RoleName
 from tandem.core.parallel import ParallelShape
+from tandem.core.plan import ranks_on_nodes
 from tandem.placement.costs.resharding import resharding_of
 from tandem.placement.plan_deployment import BLOCK_SIZE
 from tandem.placement.search.candidate import CandidateDeployment
+from tandem.placement.search.packing import assign_devices
 from tandem.placement.search.slower_shapes import ratios_text, typical_loads
 from tandem.placement.search.space import SearchSpace
 
@@ -23,7 +25,9 @@ def rank_notes(space: SearchSpace, deployment: CandidateDeployment | None) -> tu
         if shape.device in calibrated
     ]
     faster = list(_not_slower(space))
-    between = [] if deployment is None else [*_transfers(space, deployment), *_relayed(space, deployment)]
+    between: list[str] = []
+    if deployment is not None:
+        between += (*_transfers(space, deployment), *_relayed(space, deployment), *_on_several_nodes(space, deployment))
     return tuple(f"{sentence}." for sentence in (*slower, *faster, *between))
 
 
@@ -36,6 +40,27 @@ def _relayed(space: SearchSpace, deployment: CandidateDeployment) -> Iterator[st
             "The first GPU of an instance relays the KV of its other GPUs through the host's memory; what that takes "
             "has not been measured, and this plan counts the network alone"
         )
+
+
+def _on_several_nodes(space: SearchSpace, deployment: CandidateDeployment) -> Iterator[str]:
+    cluster = space.problem.cluster
+    devices = assign_devices(deployment, cluster)
+    spread = [
+        group.kind
+        for group, instances in zip(deployment.groups, devices, strict=True)
+        if any(len(ranks_on_nodes(ranks)) > 1 for ranks in instances)
+    ]
+    if any(kind.role != "colocated" for kind in spread):
+        yield (
+            "The first rank of an instance on several nodes relays the KV of its ranks on other nodes over the "
+            "network; what that takes has not been measured, and this plan counts the way between two instances alone"
+        )
+    for device, shape in dict.fromkeys((kind.device, kind.shape) for kind in spread):
+        if device in cluster.calibrations or shape.num_ranks <= cluster.devices_per_node[device]:
+            yield (
+                f"On {device}, the steps of {shape} count as on one node, and this plan has it on several; what its "
+                "ranks wait for the network is not counted"
+            )
 
 
 def _instance(role: RoleName | None) -> str:

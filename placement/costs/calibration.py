@@ -1,5 +1,6 @@
 """What `tandem profile` measured of one model on the device at hand, and the costs of its instances for the planner."""
 
+import math
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -151,8 +152,8 @@ class CalibratedSource:
     """A `placement.costs.cost_source.CostSource`: devices by their names in the cluster, each with its calibration.
 
     Shapes that were not measured are unknown. `kv_memory_bytes`: of one rank's KV pool; None takes the size that was
-    measured with. `devices_per_node`: of the largest node; an instance that takes them all computes alone, while others
-    count as if all devices of their node computed all the time.
+    measured with. `devices_per_node`: of the largest node; an instance that takes them all, or several nodes, computes
+    alone, while others count as if all devices of their node computed all the time.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class CalibratedSource:
         self._kv_memory_bytes = kv_memory_bytes
         sizes = devices_per_node or {}
         self._costs = {
-            (name, shape): one.cost(shape, contended=0.0 if shape.num_ranks == sizes.get(name) else 1.0)
+            (name, shape): one.cost(shape, contended=0.0 if shape.num_ranks >= sizes.get(name, math.inf) else 1.0)
             for name, one in calibrations.items()
             for shape in (_ONE_RANK, *(measured.shape for measured in one.shapes))
         }

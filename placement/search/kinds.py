@@ -20,7 +20,6 @@ BUDGET_FACTORS = (0.75, 1.5)
 _PROMPT_FIRST_BUDGET = 4096
 _SLACK_BUDGET = 512  # at least, of a step where there is slack for so many prompt tokens
 _SATURATED = 0.9  # share of the best budget's tokens per second
-_LARGER_THAN_A_NODE = "tandem serve runs no plan with an instance on several nodes (search.only_served)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +115,7 @@ def legal_kinds(
             if shape.num_ranks > total[device]:
                 continue
             cost, kv_tokens = source.cost_model(device, shape), source.kv_tokens(device, shape)
-            if section.only_served and shape.num_ranks > devices_per_node:
-                rejected.append(RejectedShape(device, shape, _LARGER_THAN_A_NODE))
-            elif device in one_rank and shape.num_ranks > 1:
+            if device in one_rank and shape.num_ranks > 1:
                 reason = "what several ranks take on a CPU is known only where tandem profile measured it"
                 rejected.append(RejectedShape(device, shape, reason))
             elif cost is None:

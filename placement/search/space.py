@@ -44,8 +44,9 @@ class SearchSpace:
             if "mixed" in layouts:
                 yield from mixed(disaggregated, self.kinds, self.limits, nodes)
         if self.allows_low_affinity and "disaggregated" in layouts:
-            spans_nodes = not self.problem.section.only_served
-            yield from (each for each in low_affinity(self.kinds, nodes) if spans_nodes or each.span == 1)
+            # A served instance sends all of its KV from rank 0's node: that of stages on other nodes leaves theirs.
+            may_span = not self.problem.section.only_served
+            yield from (each for each in low_affinity(self.kinds, nodes) if may_span or each.span == 1)
         if "colocated" in layouts:
             yield from colocated(self.kinds, nodes)
 

@@ -178,17 +178,31 @@ def test_processes_are_on_the_nodes_of_their_devices() -> None:
         group("colocated"),
     ]
     found = planned_nodes(plan_of(BUILT_IN, groups))
-    prefill = {"prefill-0": "b", "prefill-1": "a", "prefill-2": "b"}
-    assert found.of_process == prefill | {"decode-0": "a", "decode-1": "b"}
+    nodes = {"prefill-0": "b", "prefill-1": "a", "prefill-2": "b", "decode-0": "a", "decode-1": "b"}
+    assert found.of_process == {name: ((node, 1),) for name, node in nodes.items()}
     assert found.gpus == {"a": 1, "b": 1}
 
 
 def test_a_plan_of_two_nodes_is_for_a_ray_cluster_of_two() -> None:
     groups = [group("prefill", devices=(("0:0",),)), group("decode", devices=(("1:0",),))]
     assert serve_config_of(plan_of(BUILT_IN, groups), Machine(cores=8, nodes=2)).kinds
-    spread = [group("colocated", tp=2, devices=(("0:0", "1:0"),))]
-    with pytest.raises(ConfigError, match=r"has an instance on several nodes \(0:0, 1:0\)"):
-        serve_config_of(plan_of(BUILT_IN, spread), Machine(cores=8, nodes=2))
+
+
+def test_an_instance_on_several_nodes_is_for_a_ray_cluster_of_so_many() -> None:
+    plan = plan_of(BUILT_IN, [group("colocated", tp=2, pp=2, device="H100", devices=(("0:1", "0:2", "1:0", "1:1"),))])
+    (section,) = serve_config_of(plan, Machine(cores=8, gpus=8, nodes=2)).colocated
+    assert str(section.engine.shape) == "tp2pp2"
+    found = planned_nodes(plan)
+    assert found.of_process == {"colocated-0": (("0", 2), ("1", 2))}
+    assert found.gpus == {"0": 2, "1": 2}
+    for machine, words in ((Machine(cores=8, gpus=8), "this is one machine"), (Machine(8, 8, 1), "Ray cluster has 1")):
+        with pytest.raises(ConfigError, match=rf"uses 2 nodes, and .*{words}.*tandem serve --ray ADDRESS"):
+            serve_config_of(plan, machine)
+
+
+def test_the_ranks_of_one_node_follow_each_other() -> None:
+    with pytest.raises(ValueError, match=r"mixes the nodes of an instance \(0:0, 1:0, 0:1\); list node after node"):
+        group("colocated", pp=3, devices=(("0:0", "1:0", "0:1"),))
 
 
 def test_other_numbers_than_the_checkpoints_are_not_served() -> None:

@@ -81,7 +81,7 @@ async def test_settings_put_instances_back_to_the_nodes_of_their_plan(launcher: 
     assert await serving.scale({"prefill": 2}) == ClusterChange(started=("prefill-1",))
     settings = {"model": "/m", "prefill": {"instances": 2}, "decode": {}}
     assert await serving.apply(json.dumps(settings)) == ClusterChange(replaced=("decode-0",))
-    assert "  decode-0 goes back to the node of the plan" in [await anext(lines) for _ in range(4)]
+    assert "  decode-0 goes where the plan has it" in [await anext(lines) for _ in range(4)]
     await serving.stop(0.0)
 
 

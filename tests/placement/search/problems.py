@@ -77,7 +77,6 @@ def problem(
     rate: float | None = None,
     affinity: str = "auto",
     max_tp: int = 2,
-    only_served: bool = False,
 ) -> Problem:
     cluster = ClusterSection(nodes=(NodeSection(device=A100, devices=devices, count=nodes), *more))
     stream = requests()
@@ -92,7 +91,7 @@ def problem(
             max_pp=1,
             requests=300,
             node_affinity=affinity,
-            only_served=only_served,
+            only_served=False,
         ),
         requests=stream,
         computed=stream.head(300),

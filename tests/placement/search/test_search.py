@@ -1,13 +1,17 @@
 """Guarantees of the search, on small problems with the real simulator."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from tandem.core.parallel import ParallelShape
 from tandem.core.slo import SloClass
 from tandem.core.slo_file import Layout, NodeSection
+from tandem.deploy.plan_serving import planned_nodes, serve_config_of
+from tandem.deploy.topology import Machine
 from tandem.placement.costs.calibration import ShapeCalibration
 from tandem.placement.planner import PlanResult, search
 from tandem.placement.rank_notes import rank_notes
@@ -23,6 +27,8 @@ from tandem.placement.search.trial import plan_of
 from tandem.placement.search.variants import variants_of
 from tests.placement.costs.test_calibration import TP2, calibration
 from tests.placement.search.problems import A100, H100, ToySource, problem
+
+BUILT_IN = Path(__file__).parents[3] / "models" / "tiny-python"
 
 
 def ask(question: Problem) -> PlanResult:
@@ -196,14 +202,38 @@ def test_a_mixture_can_be_cheaper() -> None:
     assert price < cheapest("disaggregated", "colocated")[1]
 
 
+def two_stages(devices: int, nodes: int, *, only_served: bool = True, affinity: str = "auto") -> Problem:
+    """Instances may have two stages, and divide no layer."""
+    asked = problem(devices, nodes, layouts=("disaggregated", "colocated"), max_tp=1, affinity=affinity)
+    section = asked.section.model_copy(update={"max_pp": 2, "only_served": only_served})
+    return replace(asked, section=section)
+
+
 def test_only_what_can_be_served_is_planned() -> None:
-    layouts = ("disaggregated", "colocated", "mixed")
-    nodes = problem(1, 2, layouts=layouts, only_served=True)
+    """Where KV is to stay inside nodes, instances are on one: served, rank 0 sends the KV of all nodes."""
     for only_served in (True, False):
-        section = nodes.section.model_copy(update={"max_pp": 2, "only_served": only_served})
-        space = search_space(replace(nodes, section=section), SerialMapper())
-        most = max(kind.num_devices for kind in (*space.kinds.colocated, *space.kinds.prefill))
-        assert most == (1 if only_served else 2), "no instance on two nodes"
+        space = search_space(two_stages(2, 2, only_served=only_served, affinity="low"), SerialMapper())
+        spans = {each.span for each in space.deployments(space.problem.node_types) if each.same_node}
+        assert spans == ({1} if only_served else {1, 2})
+
+
+def test_a_model_larger_than_a_node_is_served_on_two() -> None:
+    @dataclass(frozen=True)
+    class LargeModel(ToySource):
+        """Only two stages have room for it."""
+
+        def kv_tokens(self, device: str, shape: ParallelShape) -> int:
+            return self.tokens if shape.pp == 2 else 0
+
+    asked = replace(two_stages(1, 4), source=LargeModel())
+    assert asked.section.only_served
+    chosen = ask(asked).chosen
+    assert chosen is not None
+    plan = plan_of(asked, chosen.deployment).model_copy(update={"model": str(BUILT_IN)})
+    assert {group.shape for group in plan.groups} == {ParallelShape(pp=2)}
+    assert serve_config_of(plan, Machine(cores=4, gpus=4, nodes=4)).kinds
+    nodes = [node for ranks in planned_nodes(plan).of_process.values() for node, _ in ranks]
+    assert sorted(nodes) == ["0", "1", "2", "3"][: len(nodes)], "one rank on each"
 
 
 def test_a_plan_says_what_nobody_has_measured() -> None:
@@ -215,3 +245,18 @@ def test_a_plan_says_what_nobody_has_measured() -> None:
         assert [note.partition(" relays")[0] for note in found] == ["The first GPU of an instance"] * relays, name
     assert any(notes.values())
     assert not all(notes.values())
+
+
+def test_a_plan_says_what_several_nodes_take_that_is_not_counted() -> None:
+    asked = two_stages(1, 4)
+    measured = calibration(shapes=(TP2.model_copy(update={"tp": 1, "pp": 2}),))
+    asked = replace(asked, cluster=replace(asked.cluster, calibrations={A100: measured}))
+    space = search_space(asked, SerialMapper())
+    found = set()
+    for each in space.deployments(space.problem.node_types):
+        notes = " ".join(rank_notes(space, each))
+        roles = {group.kind.role for group in each.groups if group.kind.shape.pp == 2}
+        assert ("the steps of tp1pp2 count as on one node" in notes) == bool(roles)
+        assert ("relays the KV of its ranks on other nodes" in notes) == bool(roles - {"colocated"})
+        found.add(frozenset(roles))
+    assert len(found) > 2
