@@ -182,7 +182,8 @@ class Served:
             asyncio.run(try_instances(pair, run.model, run.cluster_token, 60.0, SystemClock()))
 
     def transports(self) -> set[tuple[bool, str]]:
-        """Of links that have been used: whether both ends are on one host, and how KV moves."""
+        """Of links that have been used, between instances that are there: whether both ends are on one host, and how KV
+        moves."""
         time.sleep(1.0)  # a few heartbeats
         instances = self.instances()
         host = {status.instance_id: status.address.rpartition(":")[0] for status in instances}
@@ -191,6 +192,7 @@ class Served:
             for status in instances
             if status.role is Role.DECODE
             for link in status.links
+            if link.peer_id in host
         }
 
     async def greedy_answers(self, prompt_ids: list[list[int]]) -> list[list[int]]:
