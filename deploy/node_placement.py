@@ -7,6 +7,7 @@ instance of several ranks that no node has room for goes to several.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import UnavailableError
@@ -51,10 +52,12 @@ Seated = tuple[ProcessSpec, tuple[Seat, ...]]
 @dataclass(frozen=True, slots=True)
 class PlannedNodes:
     """Where a plan puts its instances. `of_process`: the process's name -> the plan's nodes in the order of its ranks,
-    with the number of ranks on each; `gpus`: how many the plan uses of each of its nodes."""
+    with the number of ranks on each; `gpus`: how many the plan uses of each of its nodes; `keeps_kv`: KV moves only
+    between instances with rank 0 on one node."""
 
     of_process: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     gpus: Mapping[str, int] = field(default_factory=dict)
+    keeps_kv: bool = False
 
 
 def machine_of(nodes: Sequence[RayNode]) -> Machine:
@@ -94,19 +97,26 @@ class NodePlacement:
         self._placed[spec.name] = (spec, seats)
         return seats
 
+    def plan_epoch_on(self, node_id: str) -> str | None:
+        """Of instances with rank 0 there: each node has its own where KV does not leave it."""
+        return f"node-{node_id}" if self._planned().keeps_kv else None
+
     def put(self, spec: ProcessSpec, seats: Sequence[Seat]) -> None:
-        """The instance is there, whatever was chosen."""
+        """The instance is there, whatever was chosen, with the plan epoch in `spec`."""
         self._placed[spec.name] = (spec, tuple(seats))
 
     def release(self, name: str) -> None:
         self._placed.pop(name, None)
 
     def misplaced(self, nodes: Sequence[RayNode]) -> tuple[str, ...]:
-        """Processes that could be on the nodes of their plan, all of them together, and are not."""
+        """Processes that could be on the nodes of their plan, all of them together, and are not, or have another plan
+        epoch there than the plan says."""
         found: dict[str, Seated] = {}
         for name, (spec, seats) in self._placed.items():
-            wanted = self._seats_of_plan(spec, nodes)
-            if wanted and wanted != seats and self._have_room(wanted, spec, nodes, found.values()):
+            wanted = self._seats_of_plan(spec, nodes) or seats
+            epoch = spec.config.plan_epoch if isinstance(spec.config, WorkerConfig) else None
+            is_right = wanted == seats and epoch == self.plan_epoch_on(seats[0].node_id)
+            if not is_right and self._have_room(wanted, spec, nodes, found):
                 found[name] = (spec, wanted)
         return tuple(found)
 
@@ -153,20 +163,19 @@ class NodePlacement:
         seats: Sequence[Seat],
         spec: ProcessSpec,
         nodes: Sequence[RayNode],
-        coming: Iterable[Seated] = (),
+        moved: Mapping[str, Seated] = MappingProxyType({}),
     ) -> bool:
+        """For the instance, beside all others, of which some have `moved`."""
         by_id = {node.node_id: node for node in nodes}
-        return all(self._has_room(by_id[seat.node_id], spec, seat.num_ranks, coming) for seat in seats)
+        return all(
+            seat.node_id in by_id and self._has_room(by_id[seat.node_id], spec, seat.num_ranks, moved) for seat in seats
+        )
 
     def _has_room(
-        self,
-        node: RayNode,
-        spec: ProcessSpec,
-        num_ranks: int,
-        coming: Iterable[Seated] = (),
+        self, node: RayNode, spec: ProcessSpec, num_ranks: int, moved: Mapping[str, Seated] = MappingProxyType({})
     ) -> bool:
-        """For so many ranks of the instance, beside all others that are there or `coming`."""
-        there = [*self._there(node, but=spec.name), *_bundles_on(node, coming)]
+        others = [placed for name, placed in (self._placed | moved).items() if name != spec.name]
+        there = _bundles_on(node, others)
         return all(
             sum(taken.get(kind, 0.0) for taken in there) + number <= node.resources.get(kind, 0.0) + _ROUNDING
             for kind, number in bundle_of(spec, num_ranks).items()
@@ -177,13 +186,9 @@ class NodePlacement:
         numbers = range(num_ranks_of(spec), 0, -1)
         return next((number for number in numbers if self._has_room(node, spec, number)), 0)
 
-    def _there(self, node: RayNode, *, but: str = "") -> list[Bundle]:
-        """Of all processes but one."""
-        return _bundles_on(node, (placed for name, placed in self._placed.items() if name != but))
-
     def _load(self, node: RayNode, on_gpu: bool) -> tuple[float, int]:
         """The share of the node that is taken, then the number of its instances."""
-        there = self._there(node)
+        there = _bundles_on(node, self._placed.values())
         share = sum(taken.get("GPU", 0.0) for taken in there) / node.gpus if on_gpu else len(there) / node.cores
         return share, len(there)
 

@@ -76,7 +76,7 @@ def planned_nodes(plan: Plan) -> PlannedNodes:
                 of_process[name] = ranks_on_nodes(ranks)
             if not is_on_cpu(kind):
                 gpus.update(node_of(rank) for rank in ranks)
-    return PlannedNodes(of_process, gpus)
+    return PlannedNodes(of_process, gpus, keeps_kv=plan.same_node)
 
 
 def is_on_cpu(group: PlanGroup) -> bool:

@@ -102,7 +102,7 @@ class RayNodeLauncher:
                 continue
             spec, reports = described
             self._is_on(spec, reports)
-            self._left[spec.name] = (_without_ranks(spec), reports[0], held)
+            self._left[spec.name] = (_as_asked(spec), reports[0], held)
         return [spec for spec, _, _ in self._left.values()]
 
     def _actor(self, name: str) -> Any:
@@ -168,6 +168,11 @@ class RayNodeLauncher:
         self, spec: ProcessSpec, held: _Held, per_node: tuple[int, ...], model_hash: str | None
     ) -> HostReport:
         """The report of rank 0's host. Raises the error of another one."""
+        if held.group is not None:
+            assert isinstance(spec.config, WorkerConfig), "a router has no group"
+            where = await asyncio.to_thread(self._ray.util.placement_group_table, held.group)
+            epoch = self._placement.plan_epoch_on(where["bundles_to_node_id"][0])
+            spec = replace(spec, config=spec.config.model_copy(update={"plan_epoch": epoch}))
         if not per_node:
             report: HostReport = await held.hosts[0].start.remote(spec, model_hash)
             self._is_on(spec, [report])
@@ -315,10 +320,10 @@ def _per_node(spec: ProcessSpec) -> tuple[int, ...]:
     return () if ranks is None else ranks.per_host
 
 
-def _without_ranks(spec: ProcessSpec) -> ProcessSpec:
-    """As the controller has asked for it: which nodes it got is not its concern."""
+def _as_asked(spec: ProcessSpec) -> ProcessSpec:
+    """By the controller: which nodes it got is not its concern."""
     if isinstance(spec.config, WorkerConfig):
-        return replace(spec, config=spec.config.model_copy(update={"ranks": None}))
+        return replace(spec, config=spec.config.model_copy(update={"ranks": None, "plan_epoch": None}))
     return spec
 
 

@@ -57,6 +57,7 @@ class RayHosts:
         self.other = folder / "other" / MODEL.name
         self.head: subprocess.Popen[bytes] | None = None
         self.node_b: subprocess.Popen[bytes] | None = None
+        self._num_started = 0  # nodes, also those that are gone
         (folder / "token").write_text("0" * 64)
         self.environment = {
             **os.environ,
@@ -79,6 +80,7 @@ class RayHosts:
         )
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--num-cpus={cpus}"]
         command += [f"--node-ip-address={address}", "--object-store-memory=80000000", "--num-gpus=0", *where]
+        self._num_started += 1
         with (self.folder / f"ray-{address}.log").open("ab") as log:
             own = self.environment | ({"TANDEM_STATE_DIR": str(self.state_b)} if enter else {})
             return subprocess.Popen([*enter, *command], env=own, stdout=log, stderr=log)
@@ -88,7 +90,7 @@ class RayHosts:
         changed = self.folder / "changed"
         mount = f'mount --bind {changed} {self.other} && exec "$@"'
         self.node_b = self.start_ray(ADDRESS_B, 2, *HOSTS.inside("b"), "sh", "-c", mount, "sh")
-        self.wait_nodes(2)
+        self.wait_nodes()
 
     def kill_b(self) -> None:
         """As a loss of power: nobody is told."""
@@ -101,15 +103,15 @@ class RayHosts:
         self.node_b.wait(10)
         HOSTS.mend("a", "b")
 
-    def wait_nodes(self, number: int) -> None:
-        """Ray's own command tells."""
-        ask = f"import ray; ray.init('{HEAD}', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+    def wait_nodes(self) -> None:
+        """Until Ray has heard of all that were started. It goes on to list those that are gone."""
+        ask = f"import ray; ray.init('{HEAD}', log_to_driver=False); print(len(ray.nodes()))"
         until_s = time.monotonic() + START_TIMEOUT_S
         while True:
             asked = subprocess.run(
                 [sys.executable, "-c", ask], env=self.environment, capture_output=True, text=True, check=False
             )
-            if asked.stdout.strip().endswith(str(number)):
+            if asked.stdout.split()[-1:] == [str(self._num_started)]:
                 return
             logs = [log.read_text()[-2000:] for log in self.folder.glob("ray-*.log")]
             assert time.monotonic() < until_s, f"{asked.stdout}{asked.stderr}{logs}"
@@ -229,7 +231,7 @@ def running_ray() -> Iterator[RayHosts]:
     (folder / "changed" / "model.safetensors").write_bytes(weights)
     hosts.head = hosts.start_ray(ADDRESS_A, 4)
     try:
-        hosts.wait_nodes(1)
+        hosts.wait_nodes()
         hosts.start_b()
         yield hosts
     finally:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from tandem.core.session import Role
 from tests.cluster.ray_cluster import (
     ADDRESS_A,
     ADDRESS_B,
@@ -35,8 +36,8 @@ def hosts() -> Iterator[RayHosts]:
         yield hosts
 
 
-def plan_file(folder: Path, pp: int = 1, **devices: list[list[str]]) -> Path:
-    """The devices of each role's instances; prefill has `pp` stages."""
+def plan_file(folder: Path, pp: int = 1, *, same_node: bool = False, **devices: list[list[str]]) -> Path:
+    """The devices of each role's instances; prefill has `pp` stages. `same_node`: KV does not leave a node."""
     groups = [
         {
             "role": role,
@@ -49,13 +50,15 @@ def plan_file(folder: Path, pp: int = 1, **devices: list[list[str]]) -> Path:
         for role, instances in devices.items()
     ]
     path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump({"version": 1, "model": str(MODEL), "verdict": "disaggregate", "groups": groups}))
+    plan = {"version": 1, "model": str(MODEL), "verdict": "disaggregate", "groups": groups, "same_node": same_node}
+    path.write_text(yaml.safe_dump(plan))
     return path
 
 
-def pairs_file(folder: Path) -> Path:
+def pairs_file(folder: Path, *, same_node: bool = False) -> Path:
     """Two nodes with a pair each."""
-    return plan_file(folder, prefill=[["x:0"], ["y:0"]], decode=[["x:1"], ["y:1"]])
+    pairs = {"prefill": [["x:0"], ["y:0"]], "decode": [["x:1"], ["y:1"]]}
+    return plan_file(folder, same_node=same_node, **pairs)
 
 
 def reference() -> tuple[list[list[int]], list[list[int]]]:
@@ -112,6 +115,26 @@ def test_a_plan_of_two_nodes_survives_the_loss_of_one(hosts: RayHosts) -> None:
         process.wait(60)
     assert process.returncode == 0, output.read_text()
     assert no_workers_left(hosts.folder)
+
+
+def test_kv_stays_on_its_node_where_the_plan_says_so(hosts: RayHosts) -> None:
+    process, output = serve(hosts, str(pairs_file(hosts.folder, same_node=True)), *SMALL)
+    served = Served(hosts)
+    try:
+        wait_for(process, output, r"^Ctrl-C ends it\.$")
+        first = asyncio.run(served.answers(40))
+        assert served.transports() == {(True, "shared_memory")}
+        assert all(status.links for status in served.instances() if status.role is Role.DECODE)
+
+        applied = hosts.tandem("apply", str(pairs_file(hosts.folder)), *SMALL)
+        assert applied.returncode == 0, applied.stdout + applied.stderr
+        assert applied.stdout.count("goes where the plan has it") == 4, "each may pair with all now"
+        served.try_all_pairs()
+        assert asyncio.run(served.answers(40)) == first
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert process.returncode == 0, output.read_text()
 
 
 def test_other_model_files_on_a_host_are_refused(hosts: RayHosts) -> None:
@@ -223,6 +246,7 @@ def test_an_instance_that_no_node_has_room_for_is_on_two(hosts: RayHosts) -> Non
         (before,) = (status.instance_id for status in served.instances())
         hosts.kill_b()
         wait_for(process, output, r"colocated-0: .*10\.77\.0\.2 of the instance has ended")
+        served.wait_instances({})
         hosts.start_b()
         served.wait_instances({ADDRESS_A: ["colocated-0"]})
         assert {status.instance_id for status in served.instances()} != {before}

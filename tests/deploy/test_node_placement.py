@@ -184,6 +184,35 @@ def test_an_instance_goes_back_to_the_nodes_of_its_plan() -> None:
     assert placement.misplaced([A, B]) == (wanted.name,), "rank 0 is on the other one"
 
 
+def test_where_kv_stays_on_a_node_each_node_has_a_plan_epoch() -> None:
+    """An instance that was started without it, or with another one, is to be started again."""
+    keeps = [True]
+    placement = NodePlacement(lambda: PlannedNodes({"prefill-0": (("x", 1),)}, keeps_kv=keeps[0]))
+    started = {}
+    for each in (spec(ProcessRole.PREFILL, 0), spec(ProcessRole.DECODE, 0)):
+        (seat,) = placement.choose(each, [A, B])
+        epoch = placement.plan_epoch_on(seat.node_id)
+        started[seat.node_id] = WorkerConfig.model_validate(CONFIG.model_dump() | {"plan_epoch": epoch})
+        placement.put(replace(each, config=started[seat.node_id]), [seat])
+    assert started["a"].plan_epoch != started["b"].plan_epoch
+    assert placement.misplaced([A, B]) == ()
+    keeps[0] = False
+    assert placement.plan_epoch_on("a") is None
+    assert placement.misplaced([A, B]) == ("prefill-0", "decode-0")
+    assert placement.misplaced([A]) == ("prefill-0",), "the other one's node is gone"
+
+
+def test_who_is_started_again_where_it_is_needs_no_room_beside_itself() -> None:
+    node = RayNode("n", "10.0.0.9", {"CPU": 2.0})
+    keeps = [False]
+    placement = NodePlacement(lambda: PlannedNodes(keeps_kv=keeps[0]))
+    both = [replace(parallel({}, threads=1), index=index) for index in range(2)]
+    for each in both:
+        placement.choose(each, [node])
+    keeps[0] = True
+    assert placement.misplaced([node]) == ("colocated-0", "colocated-1")
+
+
 def test_settings_that_change_a_planned_shape_leave_it_on_its_first_node() -> None:
     placement = NodePlacement(lambda: PlannedNodes({"colocated-0": (("x", 1), ("y", 1))}))
     assert placement.choose(parallel({"pp": 4}, threads=4), [A, B]) == (Seat("a", 4),)

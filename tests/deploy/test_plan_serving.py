@@ -195,6 +195,8 @@ def test_an_instance_on_several_nodes_is_for_a_ray_cluster_of_so_many() -> None:
     found = planned_nodes(plan)
     assert found.of_process == {"colocated-0": (("0", 2), ("1", 2))}
     assert found.gpus == {"0": 2, "1": 2}
+    assert not found.keeps_kv
+    assert planned_nodes(plan.model_copy(update={"same_node": True})).keeps_kv
     for machine, words in ((Machine(cores=8, gpus=8), "this is one machine"), (Machine(8, 8, 1), "Ray cluster has 1")):
         with pytest.raises(ConfigError, match=rf"uses 2 nodes, and .*{words}.*tandem serve --ray ADDRESS"):
             serve_config_of(plan, machine)
