@@ -174,7 +174,7 @@ class NodePlacement:
     def _has_room(
         self, node: RayNode, spec: ProcessSpec, num_ranks: int, moved: Mapping[str, Seated] = MappingProxyType({})
     ) -> bool:
-        others = [placed for name, placed in (self._placed | moved).items() if name != spec.name]
+        others = [placed for name, placed in {**self._placed, **moved}.items() if name != spec.name]
         there = _bundles_on(node, others)
         return all(
             sum(taken.get(kind, 0.0) for taken in there) + number <= node.resources.get(kind, 0.0) + _ROUNDING

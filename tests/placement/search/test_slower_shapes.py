@@ -103,14 +103,14 @@ def test_one_rank_alone_is_never_left_out() -> None:
 # --- with a calibration ----------------------------------------------------------------------------------------------
 
 
-def slo_file(tmp_path: Path, *, prompts: float, decode: float, **search: object) -> SloFile:
-    """Two cores with a calibration in which two ranks take so many times as long as one."""
+def slo_file(tmp_path: Path, *, prompts: float, decode: float, devices: int = 2, **search: object) -> SloFile:
+    """A node with a calibration in which two ranks take so many times as long as one."""
     path = write_calibration(tmp_path / "calibration.yaml")
     one = load_calibration(path)
     path.write_text(dump_config(with_two_ranks(one, prompts, decode)))
     return SloFile(
         model=str(BUILT_IN),
-        cluster=ClusterSection(nodes=(NodeSection(device="cpu", devices=2, calibration=path),)),
+        cluster=ClusterSection(nodes=(NodeSection(device="cpu", devices=devices, calibration=path),)),
         slo=(SloClass(ttft_s=0.1, tpot_s=0.005),),
         workload=WorkloadSection(dataset="sharegpt", length_scale=0.25, max_total_tokens=1000),
         search=SearchSection.model_validate({"requests": 100, **search}),
@@ -148,7 +148,7 @@ def test_a_plan_says_that_two_ranks_are_slower_here_and_does_not_choose_them(tmp
 
 
 def test_two_ranks_that_are_faster_are_candidates_and_kv_between_shapes_has_its_price(tmp_path: Path) -> None:
-    problem = problem_of(slo_file(tmp_path, prompts=0.5, decode=0.6, max_tp=2, max_pp=1))
+    problem = problem_of(slo_file(tmp_path, prompts=0.5, decode=0.6, devices=3, max_tp=2, max_pp=1))
     space = search_space(problem, SerialMapper())
     assert shapes_of(space.kinds.prefill) == [ONE, TP2]
     assert space.kinds.slower == ()
