@@ -4,6 +4,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,21 @@ def test_what_is_damaged_on_the_way_is_not_written() -> None:
     with served(pool, _DamagingSocket) as remote, pytest.raises(TransferError, match="damaged"):  # type: ignore[arg-type]
         view_over(remote, LAYOUT).put(slice(0, LAYOUT.num_layers), at, values)
     assert torch.equal(pool, make_pool())
+
+
+def test_fewer_bytes_than_were_asked_for_are_an_error() -> None:
+    """The rank divides the model in another way than rank 0 believes."""
+    ours, theirs = socket.socketpair()
+    layout = replace(LAYOUT, num_kv_heads=1)
+    serving = threading.Thread(target=serve_pool, args=(theirs, make_pool()[: layout.pool_bytes], layout))
+    serving.start()
+    remote = RankPool(ours, 1)
+    with pytest.raises(TransferError, match="rank 1 sent"):
+        remote.read(range(1), [0], torch.empty(2 * LAYOUT.segment_bytes, dtype=torch.uint8))
+    remote.close()
+    serving.join(10)
+    assert not serving.is_alive()
+    theirs.close()
 
 
 def test_a_rank_that_is_gone_is_an_error() -> None:

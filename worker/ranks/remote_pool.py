@@ -84,7 +84,8 @@ class RankPool(RemotePool):
             raise TransferError(f"KV of rank {self._rank} cannot be reached on its host") from error
         if answer is _Kind.DAMAGED:
             raise TransferError(f"KV for rank {self._rank} was damaged between the hosts")
-        assert out is None or len(received) == out.numel(), "the other rank sends what was asked for"
+        if out is not None and len(received) != out.numel():
+            raise TransferError(f"rank {self._rank} sent {len(received)} bytes of KV instead of {out.numel()}")
 
 
 def serve_pool(connection: socket.socket, pool: Tensor, layout: KvLayout) -> None:
